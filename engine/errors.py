@@ -1,0 +1,70 @@
+"""Every error that a caller may want to tell apart, under one root.
+
+LogitcaskError            exit 1   something is wrong; the message says what, `remedy` says what to do
+├─ ConfigError            exit 2   a configuration key, flag or argument has a value that the rules forbid
+├─ PromptError            exit 1   a prompts file holds a line that cannot be used
+├─ ModelError             exit 1   a model folder or hub id cannot be used
+├─ IdentityError          exit 1   two things that must be the same are not (teacher, tokenizer, template, run)
+├─ ObjectiveError         exit 1   the cache cannot serve this objective, or the combination has no meaning
+├─ IncompleteError        exit 3   the store lacks units that the job needs
+└─ StoreError             exit 1   a store cannot be opened or written
+   └─ IntegrityError      exit 4   stored bytes are not what was committed
+
+A message gives the value and the rule in one line; the remedy gives the way out in another.
+"""
+
+
+class LogitcaskError(Exception):
+    """Root of all errors raised on purpose. `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+    def __init__(self, cause: str, *, remedy: str) -> None:
+        super().__init__(cause, remedy)
+        self.cause = cause
+        """One line: the offending value and the rule that it breaks."""
+        self.remedy = remedy
+        """One line: what the reader can do about it."""
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n{self.remedy}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process boundaries; the default rebuild would lose the keyword.
+        return _rebuild, (type(self), self.cause, self.remedy)
+
+
+def _rebuild(kind: type[LogitcaskError], cause: str, remedy: str) -> LogitcaskError:
+    return kind(cause, remedy=remedy)
+
+
+class ConfigError(LogitcaskError, ValueError):
+    exit_code = 2
+
+
+class PromptError(LogitcaskError, ValueError):
+    pass
+
+
+class ModelError(LogitcaskError, OSError):
+    pass
+
+
+class IdentityError(LogitcaskError, ValueError):
+    pass
+
+
+class ObjectiveError(LogitcaskError, ValueError):
+    pass
+
+
+class IncompleteError(LogitcaskError):
+    exit_code = 3
+
+
+class StoreError(LogitcaskError, OSError):
+    pass
+
+
+class IntegrityError(StoreError):
+    exit_code = 4

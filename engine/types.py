@@ -1,0 +1,161 @@
+"""The nouns that pass between stages, and the one position convention.
+
+Shape letters, everywhere: `M` prompts, `N` sequences, `P` packed positions (rows), `E` entries,
+`K` cached or live top-k entries, `C` columns of a padded row, `S` support, `V` vocabulary,
+`D` hidden, `L` tokens of a packed row (prompt and response).
+
+Position convention: row r of a sequence is about *predicting response token r* from
+prompt + response[:r], so it reads the hidden state at prompt_len + r - 1. There is one row per
+response token, the end-of-sequence token included; prompts have none. Log-probs are natural,
+normalised at temperature 1 over the ids [0, n_vocab), in nats. `p` is the student, `q` the teacher.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total); the engine itself never prints."""
+
+STOP, LENGTH = 0, 1
+"""Finish reasons of a sequence: a stop token was sampled (and kept), or max_new_tokens was reached."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress callable of a caller who does not want any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One prompt, already rendered and tokenised."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the JSONL line that we do not know; they travel with the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How responses are sampled. Every field is explicit: a model's generation_config is never used."""
+
+    n: int = 4
+    """Responses per prompt."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 = no truncation."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRef:
+    """Which weights, tokenizer and template: everything that must match when data is mixed."""
+
+    name: str
+    """As the user gave it: a folder or a hub id."""
+    path: Path
+    """The local folder that holds it."""
+    revision: str
+    """Commit of a hub id; empty for a folder."""
+    digest: str
+    """sha256 of the weights; re-sharding the same weights does not change it."""
+    tokenizer_digest: str
+    template_digest: str
+    n_vocab: int
+    """Highest id that the tokenizer knows + 1; the head may be padded beyond it."""
+    stop_ids: tuple[int, ...]
+    version: int
+    """Optimizer updates since the root; 0 for a plain model folder."""
+    root: str
+    """Weights digest of version 0 of this lineage."""
+
+    def lineage(self) -> dict[str, Any]:
+        """What a segment records of a model, without paths of this machine."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "weights": self.digest,
+            "tokenizer": self.tokenizer_digest,
+            "template": self.template_digest,
+            "n_vocab": self.n_vocab,
+            "stop_ids": list(self.stop_ids),
+            "version": self.version,
+            "root": self.root,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRequest:
+    """What a scorer is asked for, per position."""
+
+    top_p: float = 0.999
+    """Own entries are kept until their cumulative mass reaches this, ..."""
+    k_min: int = 16
+    """... at least so many, which makes TopK(q, k) exact for every k <= k_min, ..."""
+    k_max: int = 64
+    """... and at most so many."""
+    at_student: bool = True
+    """Also the log-probs at the ids of the student's stored top-k."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What one model says about the P rows of some rollouts; arrays are flat, rows ragged."""
+
+    lp: Array
+    """[P] float32, log-prob of the sampled token."""
+    entropy: Array
+    """[P] float32, full vocabulary, nats."""
+    log_tail: Array
+    """[P] float32, log of the mass outside the kept entries and the student's ids, from the full logits;
+    -inf where nothing is outside."""
+    cnt: Array
+    """[P] uint16, kept entries of each row."""
+    ids: Array
+    """[E] uint32, kept entries, best first, the lower id first among equals."""
+    entry_lp: Array
+    """[E] float32, their log-probs."""
+    at_student: Array | None = None
+    """[sum of the student's cnt] float32, log-probs at the student's stored ids; None if not asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollouts:
+    """One rollout unit: M prompts, N sequences, P positions, and the student's own scores of them."""
+
+    prompts: tuple[Prompt, ...]
+    seq_prompt: Array
+    """[N] uint32, index into prompts."""
+    seq_off: Array
+    """[N + 1] int64, sequence i owns positions seq_off[i] : seq_off[i + 1]."""
+    tokens: Array
+    """[P] uint32, ids as sampled, never re-encoded text."""
+    loss_mask: Array
+    """[P] uint16, 1 = sampled by the student and trained on."""
+    b_lp: Array
+    """[P] float32, log-prob under the law that was sampled from (temperature and truncation applied)."""
+    finish: Array
+    """[N] uint16, STOP or LENGTH."""
+    version_start: Array
+    """[N] int64, student version at the first token ..."""
+    version_end: Array
+    """[N] int64, ... and at the last."""
+    student: Scores | None = None
+    """The student's scores of its own rollouts (temperature 1, unfiltered); None before it has scored."""
+
+    @property
+    def positions(self) -> int:
+        return len(self.tokens)
+
+    def lengths(self) -> Array:
+        """[N] response tokens of each sequence."""
+        return np.diff(self.seq_off)
