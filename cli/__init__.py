@@ -1,0 +1,1 @@
+"""What a person types. Parse, call the engine, print: no numerics here."""

@@ -1,0 +1,41 @@
+"""`logitcask distill`: rounds of rollout, score and train from one file."""
+
+from pathlib import Path
+
+import rich_click as click
+
+from logitcask.cli.options import dry_run_option, format_option
+from logitcask.cli.output import print_result, progress_bar
+from logitcask.engine.config import read_toml, to_toml
+
+
+@click.command("distill")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a key of the file; may be given again.",
+)
+@format_option
+@dry_run_option
+def distill_command(config: Path, overrides: tuple[str, ...], form: str, dry_run: bool) -> None:
+    """Run rounds of rollout, score and train from a TOML file.
+
+    In every round the student of that moment samples, the teacher scores, and the student is
+    updated. Killed at any point, the same command finishes with the same student.
+
+    Example: logitcask distill distill.toml --set train.lr=1e-5
+    """
+    resolved = read_toml(config, overrides)
+    if dry_run:
+        click.echo(to_toml(resolved))
+        return
+    from logitcask.engine.distill import distill
+
+    with progress_bar() as progress:
+        report = distill(
+            resolved, progress=progress, notice=lambda line: click.echo(line, err=True)
+        )
+    print_result(report, form)

@@ -1,0 +1,72 @@
+"""The command `logitcask`: its verbs, and how every one of them ends."""
+
+import importlib
+import sys
+import traceback
+from importlib.metadata import version
+
+import rich_click as click
+
+from logitcask.engine.errors import LogitcaskError
+
+VERBS = {
+    "rollout": "Sample responses from the student into a store.",
+    "score": "Let a teacher score stored rollouts.",
+    "train": "Train a student from stored scores, without a teacher.",
+    "distill": "Run rounds of rollout, score and train from a TOML file.",
+    "store": "Look into a store and check it.",
+    "demo": "From nothing to a better student on this machine, in minutes.",
+}
+"""Verb -> its line in `logitcask --help`. The verb's module is imported only when it runs."""
+
+
+class Verbs(click.RichGroup):
+    """Imports a verb when it is used: `--help` must not load torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module = importlib.import_module(f"logitcask.cli.{name}")
+        command: click.Command = getattr(module, f"{name}_command")
+        return command
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("logitcask"), prog_name="logitcask")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Score once, train many: distillation of language models from a store of teacher scores.
+
+    Exit codes: 0 ok, 1 error, 2 usage, 3 incomplete, 4 damaged data, 130 interrupted.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a verb and turns its end into an exit code and at most two lines."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Exit code of `logitcask ARGUMENTS`; messages go to stderr."""
+    try:
+        cli.main(args=arguments, prog_name="logitcask", standalone_mode=False)
+    except LogitcaskError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        click.echo(f"error: {error.cause}\n  try: {error.remedy}", err=True)
+        return error.exit_code
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: committed units stay; the same command goes on", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return 0
+
+

@@ -1,0 +1,102 @@
+"""Flags made from configuration fields: one default, one description, one name.
+
+`--max-new-tokens` is `[rollout] max_new_tokens`; its help is the field's description. A flag that
+is not given is not passed on, so the default lives in engine/config.py alone.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import rich_click as click
+from pydantic.fields import FieldInfo
+
+from logitcask.engine.config import Job, Section, validate
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FLAGS = {
+    ("prompts", "file"): "prompts",
+    ("store", "url"): "store",
+    ("teacher", "name"): "teacher",
+}
+"""Where a flag is not its key with dashes: the field is named by its section."""
+
+MODEL_FLAGS = ["backend", "device", "dtype", "batch_tokens", "seed"]
+"""Keys of [run] that every verb with a model shares."""
+
+
+def job_options(kind: type[Section], keys: Mapping[str, list[str]]) -> Callable[[F], F]:
+    """Adds a flag for each {section: [key]} of `kind`, in that order, grouped by section."""
+
+    def decorate(function: F) -> F:
+        for section, names in reversed(keys.items()):
+            fields = kind.model_fields[section].annotation
+            assert isinstance(fields, type)
+            assert issubclass(fields, Section)
+            for name in reversed(names):
+                function = _option(section, name, fields.model_fields[name])(function)
+        return function
+
+    return decorate
+
+
+def job_from_flags(kind: type[Job], flags: Mapping[str, Any]) -> Job:
+    """The job that the given flags describe; ConfigError names key, value and rule."""
+    values: dict[str, dict[str, Any]] = {}
+    for dest, value in flags.items():
+        section, _, name = dest.partition("__")
+        if value is not None:
+            values.setdefault(section, {})[name] = value
+    return validate(kind, values, source="command line")
+
+
+def format_option(function: F) -> F:
+    """`--format`: how the result is printed on stdout."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="How the result is printed; progress and messages go to stderr.",
+    )(function)
+
+
+def dry_run_option(function: F) -> F:
+    return click.option(
+        "--dry-run", is_flag=True, help="Print the resolved configuration as TOML and stop."
+    )(function)
+
+
+def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
+    flag = FLAGS.get((section, name), name).replace("_", "-")
+    kind = _plain(field.annotation)
+    declaration = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    default = None if field.is_required() else field.default
+    return click.option(
+        declaration,
+        f"{section}__{name}",
+        type=_click_type(kind),
+        default=None,
+        required=field.is_required(),
+        help=field.description,
+        show_default=False if default in (None, "") else str(default).lower(),
+    )
+
+
+def _plain(annotation: Any) -> Any:
+    """int of `int | None`, of `Annotated[int, ...]`, and so on."""
+    options = [a for a in get_args(annotation) if a is not NoneType]
+    if get_origin(annotation) is Literal or not options:
+        return annotation
+    return _plain(options[0])
+
+
+def _click_type(kind: Any) -> click.ParamType | None:
+    if get_origin(kind) is Literal:
+        return click.Choice(list(get_args(kind)))
+    if kind is Path:
+        return click.Path(path_type=Path)
+    return {int: click.INT, float: click.FLOAT, str: click.STRING, bool: None}[kind]

@@ -1,0 +1,48 @@
+"""`logitcask score`: the student samples responses."""
+
+from dataclasses import asdict
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import (
+    MODEL_FLAGS,
+    dry_run_option,
+    format_option,
+    job_from_flags,
+    job_options,
+)
+from logitcask.cli.output import print_result, progress_bar
+from logitcask.engine.config import Score, ScoreJob, to_toml
+
+
+@click.command("score")
+@job_options(
+    ScoreJob,
+    {
+        "teacher": ["model", "revision", "name"],
+        "store": ["url", "rollouts"],
+        "score": list(Score.model_fields),
+        "run": MODEL_FLAGS,
+    },
+)
+@format_option
+@dry_run_option
+def score_command(form: str, dry_run: bool, **flags: Any) -> None:
+    """Let a teacher score stored rollouts.
+
+    The teacher's most likely ids, its log-probs at the student's stored ids, the tail and the
+    entropy of every position go into the store. Nothing is scored twice: the same command goes on
+    where it was stopped, and picks up rollouts that were added meanwhile.
+
+    Example: logitcask score --model ./teacher --store ./store --teacher big
+    """
+    job = job_from_flags(ScoreJob, flags)
+    if dry_run:
+        click.echo(to_toml(job))
+        return
+    from logitcask.engine.jobs import run_score
+
+    with progress_bar() as progress:
+        report = run_score(job, progress=progress)
+    print_result(asdict(report), form)

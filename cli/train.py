@@ -1,0 +1,58 @@
+"""`logitcask train`: a student learns from stored scores."""
+
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import (
+    MODEL_FLAGS,
+    dry_run_option,
+    format_option,
+    job_from_flags,
+    job_options,
+)
+from logitcask.cli.output import print_result, print_table, progress_bar
+from logitcask.engine.config import Train, TrainJob, to_toml
+
+
+@click.command("train")
+@job_options(
+    TrainJob,
+    {
+        "student": ["model", "revision"],
+        "store": ["url", "rollouts"],
+        "train": list(Train.model_fields),
+        "run": ["out", "overwrite", *MODEL_FLAGS],
+    },
+)
+@format_option
+@dry_run_option
+def train_command(form: str, dry_run: bool, **flags: Any) -> None:
+    """Train a student from stored scores, without a teacher.
+
+    The store is pinned at its newest record, so what others add meanwhile changes nothing. What
+    the cache serves exactly for this objective, and what not, is printed before the first update.
+    The same command resumes from the newest checkpoint.
+
+    Example: logitcask train --model ./student --store ./store --objective overlap --out ./run
+    """
+    if flags["train__objective"] == "list":
+        print_table(_objectives(), form)
+        return
+    job = job_from_flags(TrainJob, flags)
+    if dry_run:
+        click.echo(to_toml(job))
+        return
+    from logitcask.engine.jobs import run_train
+
+    with progress_bar() as progress:
+        report = run_train(job, progress=progress, notice=lambda line: click.echo(line, err=True))
+    print_result(report, form)
+
+
+def _objectives() -> list[dict[str, Any]]:
+    from logitcask.engine.objectives import PRESETS
+
+    return [
+        {"objective": p.name, "formula": p.formula, "source": p.source} for p in PRESETS.values()
+    ]
