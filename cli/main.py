@@ -9,15 +9,8 @@ import rich_click as click
 
 from logitcask.engine.errors import LogitcaskError
 
-VERBS = {
-    "rollout": "Sample responses from the student into a store.",
-    "score": "Let a teacher score stored rollouts.",
-    "train": "Train a student from stored scores, without a teacher.",
-    "distill": "Run rounds of rollout, score and train from a TOML file.",
-    "store": "Look into a store and check it.",
-    "demo": "From nothing to a better student on this machine, in minutes.",
-}
-"""Verb -> its line in `logitcask --help`. The verb's module is imported only when it runs."""
+VERBS = ("rollout", "score", "train", "distill", "store", "demo")
+"""In the data's order. The module of a verb is cli/VERB.py, imported only when it is used."""
 
 
 class Verbs(click.RichGroup):
@@ -68,5 +61,3 @@ def run(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     return 0
-
-

@@ -23,6 +23,18 @@ FLAGS = {
 }
 """Where a flag is not its key with dashes: the field is named by its section."""
 
+PANELS = {
+    "student": "Student",
+    "teacher": "Teacher",
+    "prompts": "Prompts",
+    "store": "Store",
+    "rollout": "Sampling",
+    "score": "What is kept",
+    "train": "Training",
+    "run": "Run",
+}
+"""Section -> heading of its flags in `--help`."""
+
 MODEL_FLAGS = ["backend", "device", "dtype", "batch_tokens", "seed"]
 """Keys of [run] that every verb with a model shares."""
 
@@ -73,16 +85,18 @@ def dry_run_option(function: F) -> F:
 def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
     flag = FLAGS.get((section, name), name).replace("_", "-")
     kind = _plain(field.annotation)
-    declaration = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    default = None if field.is_required() else field.default
+    text = field.description or ""
+    if not field.is_required() and field.default not in (None, ""):
+        text += f" [default: {str(field.default).lower()}]"
     return click.option(
-        declaration,
+        f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
         f"{section}__{name}",
         type=_click_type(kind),
         default=None,
         required=field.is_required(),
-        help=field.description,
-        show_default=False if default in (None, "") else str(default).lower(),
+        help=text,
+        show_default=False,
+        panel=PANELS[section],
     )
 
 

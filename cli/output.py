@@ -16,7 +16,7 @@ PLAIN_EVERY_S = 30.0
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A progress callable: bars with rate and remaining time on a terminal, else a line per 30 s."""
+    """A progress callable: bars with remaining time on a terminal, else a line per 30 s."""
     if sys.stderr.isatty():
         with _bars() as report:
             yield report

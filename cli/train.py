@@ -4,13 +4,7 @@ from typing import Any
 
 import rich_click as click
 
-from logitcask.cli.options import (
-    MODEL_FLAGS,
-    dry_run_option,
-    format_option,
-    job_from_flags,
-    job_options,
-)
+from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, print_table, progress_bar
 from logitcask.engine.config import Train, TrainJob, to_toml
 
@@ -22,7 +16,7 @@ from logitcask.engine.config import Train, TrainJob, to_toml
         "student": ["model", "revision"],
         "store": ["url", "rollouts"],
         "train": list(Train.model_fields),
-        "run": ["out", "overwrite", *MODEL_FLAGS],
+        "run": ["out", "overwrite", "device", "dtype", "seed"],
     },
 )
 @format_option

@@ -44,12 +44,12 @@ class Teacher(Section):
 
 class Prompts(Section):
     file: Path = Field(
-        description='JSONL file, one {"id", "prompt"} or {"id", "messages"} a line, optional "answer".'
+        description='JSONL file: {"id", "prompt"} or {"id", "messages"} a line, optional "answer".'
     )
     chat_template: bool | None = Field(
         None,
-        description="Render prompts through the tokenizer's chat template, or take their text as it "
-        "is. Needed where both would make sense: plain prompts and a tokenizer that has a template.",
+        description="Render prompts through the tokenizer's chat template, or take their text as "
+        "it is. Needed where both make sense: plain prompts and a tokenizer with a template.",
     )
 
 
@@ -70,16 +70,21 @@ class Rollout(Section):
         0, ge=0, description="Sample from so many most likely ids; 0 = all. Not --student-k."
     )
     min_p: float = Field(
-        0.0, ge=0, le=1, description="Drop ids under this share of the most likely id's probability."
+        0.0,
+        ge=0,
+        le=1,
+        description="Drop ids under this share of the most likely id's probability.",
     )
     repetition_penalty: float = Field(
         1.0, gt=0, description="Divides the logits of ids already seen; 1 = off."
     )
-    max_new_tokens: Positive = Field(512, description="Response tokens at most, stop token included.")
+    max_new_tokens: Positive = Field(
+        512, description="Response tokens at most, stop token included."
+    )
     student_k: Positive = Field(
         16,
-        description="Ids of the student's own top-k kept a position. The teacher is asked at these, "
-        "so objectives with the student's support can use no larger k.",
+        description="Ids of the student's own top-k kept a position. The teacher is asked at "
+        "these, so objectives with the student's support can use no larger k.",
     )
     unit_prompts: int = Field(
         0,
@@ -109,7 +114,9 @@ class Score(Section):
     k_min: Positive = Field(
         16, description="Ids kept at least: the teacher's top-k is exact for every k up to this."
     )
-    k_max: Positive = Field(64, description="Ids kept at most: bounds the bytes of unsure positions.")
+    k_max: Positive = Field(
+        64, description="Ids kept at most: bounds the bytes of unsure positions."
+    )
 
     def request(self) -> ScoreRequest:
         return ScoreRequest(top_p=self.top_p, k_min=self.k_min, k_max=self.k_max)
@@ -119,7 +126,9 @@ class Train(Section):
     teacher: Name | None = Field(
         None, description="Whose scores to train on; may be left out when the store has one."
     )
-    objective: str = Field("overlap", description="Preset of the loss; `--objective list` shows all.")
+    objective: str = Field(
+        "overlap", description="Preset of the loss; `--objective list` shows all."
+    )
     k: Positive | None = Field(
         None, description="Size of the objective's top-k support; default: the preset's own."
     )
@@ -224,7 +233,7 @@ Job = TypeVar("Job", bound=Section)
 
 
 def validate(kind: type[Job], values: Mapping[str, Any], *, source: str) -> Job:
-    """`values` ({section: {key: value}}) as a frozen `kind`; ConfigError names section.key, value, rule."""
+    """`values` ({section: {key: value}}) as a frozen `kind`; ConfigError names key, value, rule."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -247,7 +256,7 @@ def validate(kind: type[Job], values: Mapping[str, Any], *, source: str) -> Job:
 
 
 def read_toml(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """A RunConfig from a TOML file and `section.key=value` overrides; paths are relative to the file."""
+    """A RunConfig from a TOML file and `section.key=value` overrides; paths relative to the file."""
     try:
         with path.open("rb") as file:
             values: dict[str, Any] = tomllib.load(file)

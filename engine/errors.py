@@ -1,11 +1,11 @@
 """Every error that a caller may want to tell apart, under one root.
 
-LogitcaskError            exit 1   something is wrong; the message says what, `remedy` says what to do
-├─ ConfigError            exit 2   a configuration key, flag or argument has a value that the rules forbid
+LogitcaskError            exit 1   the message says what is wrong, `remedy` what to do
+├─ ConfigError            exit 2   a key, flag or argument has a value that the rules forbid
 ├─ PromptError            exit 1   a prompts file holds a line that cannot be used
 ├─ ModelError             exit 1   a model folder or hub id cannot be used
-├─ IdentityError          exit 1   two things that must be the same are not (teacher, tokenizer, template, run)
-├─ ObjectiveError         exit 1   the cache cannot serve this objective, or the combination has no meaning
+├─ IdentityError          exit 1   two things that must be the same are not (teacher, tokenizer, run)
+├─ ObjectiveError         exit 1   the cache cannot serve this objective, or it has no meaning
 ├─ IncompleteError        exit 3   the store lacks units that the job needs
 └─ StoreError             exit 1   a store cannot be opened or written
    └─ IntegrityError      exit 4   stored bytes are not what was committed

@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total); the engine itself never prints."""
 
 STOP, LENGTH = 0, 1
-"""Finish reasons of a sequence: a stop token was sampled (and kept), or max_new_tokens was reached."""
+"""Finish reasons of a sequence: a stop token was sampled (and kept), or the length was reached."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -43,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How responses are sampled. Every field is explicit: a model's generation_config is never used."""
+    """How responses are sampled, every field explicit: generation_config is never used."""
 
     n: int = 4
     """Responses per prompt."""
@@ -116,7 +116,7 @@ class Scores:
     entropy: Array
     """[P] float32, full vocabulary, nats."""
     log_tail: Array
-    """[P] float32, log of the mass outside the kept entries and the student's ids, from the full logits;
+    """[P] float32, log of the mass outside the kept entries and the student's ids, from full logits;
     -inf where nothing is outside."""
     cnt: Array
     """[P] uint16, kept entries of each row."""
@@ -125,12 +125,12 @@ class Scores:
     entry_lp: Array
     """[E] float32, their log-probs."""
     at_student: Array | None = None
-    """[sum of the student's cnt] float32, log-probs at the student's stored ids; None if not asked."""
+    """[sum of student cnt] float32, log-probs at the student's stored ids; None if not asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
-    """One rollout unit: M prompts, N sequences, P positions, and the student's own scores of them."""
+    """One rollout unit: M prompts, N sequences, P positions, the student's own scores of them."""
 
     prompts: tuple[Prompt, ...]
     seq_prompt: Array
@@ -142,7 +142,7 @@ class Rollouts:
     loss_mask: Array
     """[P] uint16, 1 = sampled by the student and trained on."""
     b_lp: Array
-    """[P] float32, log-prob under the law that was sampled from (temperature and truncation applied)."""
+    """[P] float32, log-prob under the law sampled from (temperature, truncation applied)."""
     finish: Array
     """[N] uint16, STOP or LENGTH."""
     version_start: Array
@@ -150,7 +150,7 @@ class Rollouts:
     version_end: Array
     """[N] int64, ... and at the last."""
     student: Scores | None = None
-    """The student's scores of its own rollouts (temperature 1, unfiltered); None before it has scored."""
+    """The student's scores of its own rollouts (temperature 1, unfiltered); None before."""
 
     @property
     def positions(self) -> int:

@@ -1,0 +1,109 @@
+"""`logitcask store`: look into a store and check it."""
+
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import format_option
+from logitcask.cli.output import print_result, print_table, progress_bar, visible
+
+
+@click.group("store", context_settings={"help_option_names": ["-h", "--help"]})
+def store_command() -> None:
+    """Look into a store and check it.
+
+    Example: logitcask store info ./store
+    """
+
+
+@store_command.command("info")
+@click.argument("url")
+@format_option
+def info(url: str, form: str) -> None:
+    """Totals: segments, positions, bytes per position, names.
+
+    Example: logitcask store info ./store
+    """
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.view import summary
+
+    print_result(summary(open_store(url)), form)
+
+
+@store_command.command("ls")
+@click.argument("url")
+@format_option
+def ls(url: str, form: str) -> None:
+    """One line per segment, in the order of commits.
+
+    Example: logitcask store ls ./store
+    """
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.view import listing
+
+    print_table(listing(open_store(url).head()), form)
+
+
+@store_command.command("verify")
+@click.argument("url")
+@format_option
+def verify(url: str, form: str) -> None:
+    """Re-hash and decode everything; exit 4 and the file's name at the first damage.
+
+    Example: logitcask store verify ./store
+    """
+    from dataclasses import asdict
+
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.verify import verify as verify_store
+
+    with progress_bar() as progress:
+        report = verify_store(open_store(url), progress=progress)
+    print_result(asdict(report), form)
+
+
+@store_command.command("show")
+@click.argument("url")
+@click.option("--rollouts", help="Name of a set of rollouts; may be left out when there is one.")
+@click.option("--teacher", help="Whose scores; may be left out when there is one.")
+@click.option(
+    "--sequence", type=click.IntRange(min=0), default=0, show_default=True, help="Which sequence."
+)
+@click.option("--tokenizer", help="Model folder or hub id whose tokenizer turns ids into text.")
+@click.option(
+    "--top", type=click.IntRange(1, 64), default=3, show_default=True, help="Teacher's ids shown."
+)
+@format_option
+def show(
+    url: str,
+    rollouts: str | None,
+    teacher: str | None,
+    sequence: int,
+    tokenizer: str | None,
+    top: int,
+    form: str,
+) -> None:
+    """One sequence, row by row: sampled token, both log-probs, entropies, the teacher's top ids.
+
+    Example: logitcask store show ./store --sequence 3
+    """
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.view import rows
+
+    table = rows(open_store(url), rollouts=rollouts, teacher=teacher, sequence=sequence, top=top)
+    if tokenizer is not None:
+        _add_text(table, tokenizer)
+    print_table(table, form)
+
+
+def _add_text(table: list[dict[str, Any]], name: str) -> None:
+    from logitcask.engine.identity import resolve_model
+    from logitcask.engine.prompts import load_tokenizer
+
+    decode = load_tokenizer(resolve_model(name)).decode
+    for row in table:
+        row["token"] = f"{row['token']} {visible(decode([row['token']]))!r}"
+        row["teacher_top"] = [
+            f"{visible(decode([int(entry.split(':')[0])]))!r}:{entry.split(':')[1]}"
+            for entry in row["teacher_top"]
+        ]

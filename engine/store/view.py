@@ -1,0 +1,134 @@
+"""What a person wants to know of a store: totals, segments, one sequence row by row."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from logitcask.engine.errors import ConfigError
+from logitcask.engine.store.log import Pin, Segment
+from logitcask.engine.store.store import Store
+
+
+def summary(store: Store) -> dict[str, Any]:
+    """Totals of the newest state; bytes are those of committed segments and the log."""
+    pin = store.head()
+    rollouts = [s for s in pin.segments if s.kind == "rollout"]
+    scores = [s for s in pin.segments if s.kind == "score"]
+    positions = sum(s.counts["P"] for s in rollouts)
+    scored = len({s.base for s in scores})
+    return {
+        "store": store.uuid,
+        "log_number": pin.number,
+        "segments": len(pin.segments),
+        "rollouts": {name: _positions(pin, "rollout", name) for name in pin.names("rollout")},
+        "teachers": {name: _positions(pin, "score", name) for name in pin.names("score")},
+        "unscored_segments": len(rollouts) - scored,
+        "sequences": sum(s.counts["N"] for s in rollouts),
+        "positions": positions,
+        "bytes": committed_bytes(pin.segments),
+        "bytes_per_position": bytes_per_position(pin),
+    }
+
+
+def committed_bytes(segments: Iterable[Segment]) -> int:
+    """Bytes of all files of these segments."""
+    return sum(size for s in segments for size, _ in s.files.values())
+
+
+def bytes_per_position(pin: Pin) -> dict[str, float]:
+    """All committed files over response positions, in all and split by kind."""
+    rollouts = [s for s in pin.segments if s.kind == "rollout"]
+    scores = [s for s in pin.segments if s.kind == "score"]
+    rolled = max(1, sum(s.counts["P"] for s in rollouts))
+    scored = max(1, sum(s.counts["P"] for s in scores))
+    rollout, score = committed_bytes(rollouts) / rolled, committed_bytes(scores) / scored
+    return {"total": rollout + score, "rollout": rollout, "score": score}
+
+
+def listing(pin: Pin) -> list[dict[str, Any]]:
+    """One mapping per visible segment, in the order of commits."""
+    return [
+        {
+            "log": s.number,
+            "kind": s.kind,
+            "name": s.name,
+            "segment": s.seg_id,
+            "base": s.base or "-",
+            "sequences": s.counts["N"],
+            "positions": s.counts["P"],
+            "bytes_per_position": committed_bytes([s]) / max(1, s.counts["P"]),
+        }
+        for s in pin.segments
+    ]
+
+
+def rows(
+    store: Store, *, rollouts: str | None, teacher: str | None, sequence: int, top: int
+) -> list[dict[str, Any]]:
+    """One mapping per row of sequence number `sequence` of a set; log-probs and entropies in nats.
+
+    Raises ConfigError if a name is unknown or ambiguous, or the set has no such sequence.
+    """
+    pin = store.head()
+    name = choose(pin.names("rollout"), rollouts, what="rollouts")
+    segment, index = _locate(pin, name, sequence)
+    data = store.read_rollouts(segment)
+    student = data.student
+    assert student is not None, "a committed rollout unit holds the student's scores"
+    scored = None
+    if teachers := pin.names("score"):
+        found = pin.scores(choose(teachers, teacher, what="teacher")).get(segment.seg_id)
+        scored = None if found is None else store.read_scores(found)
+    start, end = int(data.seq_off[index]), int(data.seq_off[index + 1])
+    table = []
+    for r in range(start, end):
+        row: dict[str, Any] = {
+            "row": r - start,
+            "token": int(data.tokens[r]),
+            "student_lp": float(student.lp[r]),
+            "student_entropy": float(student.entropy[r]),
+        }
+        if scored is not None:
+            first = int(np.sum(scored.cnt[:r], dtype=np.int64))
+            shown = range(first, first + min(top, int(scored.cnt[r])))
+            row |= {
+                "teacher_lp": float(scored.lp[r]),
+                "teacher_entropy": float(scored.entropy[r]),
+                "kept": int(scored.cnt[r]),
+                "teacher_top": [f"{scored.ids[e]}:{scored.entry_lp[e]:.3f}" for e in shown],
+            }
+        table.append(row)
+    return table
+
+
+def choose(known: list[str], wanted: str | None, *, what: str) -> str:
+    """The wanted name, or the only one there is; ConfigError with the list otherwise."""
+    if wanted is None and len(known) == 1:
+        return known[0]
+    if wanted in known:
+        return str(wanted)
+    listed = ", ".join(known) or "none"
+    if wanted is None:
+        raise ConfigError(
+            f"--{what} is not given and the store has {len(known)}: {listed}",
+            remedy=f"name one with --{what}"
+            if known
+            else f"make some first: logitcask {'rollout' if what == 'rollouts' else 'score'}",
+        )
+    raise ConfigError(f"--{what} {wanted}: the store has {listed}", remedy="give one of these")
+
+
+def _positions(pin: Pin, kind: str, name: str) -> int:
+    return sum(s.counts["P"] for s in pin.segments if s.kind == kind and s.name == name)
+
+
+def _locate(pin: Pin, name: str, sequence: int) -> tuple[Segment, int]:
+    left = sequence
+    for segment in pin.rollouts(name):
+        if left < segment.counts["N"]:
+            return segment, left
+        left -= segment.counts["N"]
+    raise ConfigError(
+        f"--sequence {sequence}: {name} has {sequence - left} sequences", remedy="count from 0"
+    )
