@@ -1,0 +1,66 @@
+"""What the store knows of P rows, padded to C columns: everything an objective may look at.
+
+A column is one vocabulary id of one row. Columns come in this order: the student's stored ids as
+they were stored (its top-k, best first), the teacher's other kept ids (best first), and the sampled
+token if it is in neither list. Ids are distinct within a row; rows end in padding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+BEYOND = 1 << 30
+"""The rank of an id that the teacher did not keep: larger than any k."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """P rows, C columns; log-probs are natural, at temperature 1, over the full vocabulary."""
+
+    token: Tensor
+    """[P] int64, the sampled token."""
+    weight: Tensor
+    """[P] float32, the loss mask: 0 = not trained on, and not counted."""
+    ids: Tensor
+    """[P, C] int64; -1 where a row has no such column."""
+    q_log_p: Tensor
+    """[P, C] float32, the teacher's log-prob; -inf at padding."""
+    q_rank: Tensor
+    """[P, C] int64, 0-based place in the teacher's kept list, or BEYOND."""
+    in_student: Tensor
+    """[P, C] bool, in the student's stored list; column c < k of it is in its top-k."""
+    cached: Tensor
+    """[P, C] bool, in one of the two lists; False at padding and at a token in neither."""
+    token_col: Tensor
+    """[P] int64, column of the sampled token."""
+    kept: Tensor
+    """[P] int64, length of the teacher's kept list: its top-k is exact for every k up to it."""
+    q_log_tail: Tensor
+    """[P] float32, log of the teacher's mass outside all cached ids."""
+    q_entropy: Tensor
+    """[P] float32, the teacher's entropy, nats."""
+    s_entropy: Tensor
+    """[P] float32, the entropy of the student that sampled, nats."""
+    s_lp: Tensor
+    """[P] float32, that student's log-prob of the sampled token."""
+    b_lp: Tensor
+    """[P] float32, log-prob of the sampled token under the law it was drawn from."""
+    q_token_lp: Tensor
+    """[P] float32, the teacher's log-prob of the sampled token."""
+    version: Tensor
+    """[P] int64, version of that student."""
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def at(self, index: Tensor) -> "Targets":
+        """The rows at `index` [n], all columns."""
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> "Targets":
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        return Targets(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
