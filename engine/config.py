@@ -256,7 +256,7 @@ def validate(kind: type[Job], values: Mapping[str, Any], *, source: str) -> Job:
 
 
 def read_toml(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """A RunConfig from a TOML file and `section.key=value` overrides; paths relative to the file."""
+    """A RunConfig from a TOML file and `section.key=value` overrides; paths are relative to it."""
     try:
         with path.open("rb") as file:
             values: dict[str, Any] = tomllib.load(file)

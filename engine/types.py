@@ -116,7 +116,7 @@ class Scores:
     entropy: Array
     """[P] float32, full vocabulary, nats."""
     log_tail: Array
-    """[P] float32, log of the mass outside the kept entries and the student's ids, from full logits;
+    """[P] float32, log of the mass outside the kept entries and the student's ids, from logits;
     -inf where nothing is outside."""
     cnt: Array
     """[P] uint16, kept entries of each row."""

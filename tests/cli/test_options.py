@@ -1,0 +1,120 @@
+"""Flags are configuration fields: same name, same default, same rule."""
+
+import pytest
+
+from logitcask.cli.options import job_from_flags
+from logitcask.engine.config import (
+    RolloutJob,
+    RunConfig,
+    ScoreJob,
+    TrainJob,
+    read_toml,
+    to_toml,
+    validate,
+)
+from logitcask.engine.errors import ConfigError
+
+MINIMAL = """
+[student]
+model = "student"
+[teacher]
+model = "org/teacher"
+name = "big"
+[prompts]
+file = "prompts.jsonl"
+[store]
+url = "store"
+[loop]
+rounds = 2
+"""
+
+
+def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> None:
+    flags = {
+        "student__model": "m",
+        "prompts__file": "p.jsonl",
+        "store__url": "s",
+        "rollout__n": None,
+        "rollout__sample_top_k": 7,
+    }
+    job = job_from_flags(RolloutJob, flags)
+    assert (job.rollout.n, job.rollout.sample_top_k, job.rollout.student_k) == (4, 7, 16)
+    assert job.rollout.sampling().top_k == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "words"),
+    [
+        (RolloutJob, {"rollout__top_p": 1.5}, ["rollout.top_p = 1.5", "less than or equal to 1"]),
+        (ScoreJob, {"teacher__name": "../x"}, ["teacher.name = '../x'"]),
+        (TrainJob, {"train__lr": -1.0}, ["train.lr = -1.0", "greater than 0"]),
+    ],
+)
+def test_a_forbidden_value_is_named_with_its_rule(
+    kind: type, flags: dict[str, object], words: list[str]
+) -> None:
+    needed = {"student__model": "m", "prompts__file": "p", "store__url": "s"}
+    needed |= {"teacher__model": "t", "teacher__name": "t"}
+    fields = {f"{s}__" for s in kind.model_fields}
+    given = {k: v for k, v in needed.items() if any(k.startswith(f) for f in fields)}
+    with pytest.raises(ConfigError) as caught:
+        job_from_flags(kind, given | flags)
+    assert all(word in caught.value.cause for word in words)
+    assert caught.value.remedy
+
+
+def test_toml_round_trip_and_paths_relative_to_the_file(tmp_path) -> None:
+    (tmp_path / "student").mkdir()
+    file = tmp_path / "run.toml"
+    file.write_text(MINIMAL)
+    config = read_toml(file, ["train.lr=1e-5", "run.out=other", "train.k=4"])
+    assert config.train.lr == 1e-5
+    assert config.train.k == 4
+    assert config.run.out == tmp_path / "other"
+    assert config.student.model == str(tmp_path / "student")
+    assert config.teacher.model == "org/teacher"
+    again = tmp_path / "again.toml"
+    again.write_text(to_toml(config))
+    assert read_toml(again) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "remedy"),
+    [
+        ("[trian]\nlr = 1", "unknown key trian", "train"),
+        ("[train]\nepoch = 1", "unknown key train.epoch", "train.epochs"),
+        ("[loop]\nrounds = 0", "loop.rounds = 0", "Rounds"),
+        ("[loop", "not TOML", "mend"),
+    ],
+)
+def test_a_wrong_file_names_the_key_and_the_nearest_known_one(
+    tmp_path, text: str, cause: str, remedy: str
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        MINIMAL.replace("[loop]\nrounds = 2", "") + text if "loop" in text else MINIMAL + text
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_toml(file)
+    assert cause in caught.value.cause
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("text", ["lr=1", "train.lr", "=3"])
+def test_a_malformed_override_shows_the_form(tmp_path, text: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match="section.key=value"):
+        read_toml(file, [text])
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="nothing.toml"):
+        read_toml(tmp_path / "nothing.toml")
+
+
+def test_configuration_is_frozen() -> None:
+    config = validate(TrainJob, {"student": {"model": "m"}, "store": {"url": "s"}}, source="t")
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.lr = 1.0  # type: ignore[misc]
+    assert set(RunConfig.model_fields) > set(TrainJob.model_fields)

@@ -1,0 +1,28 @@
+"""One thread a test process, and what a test needs from the machine."""
+
+import os
+import shutil
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+NEEDS = {
+    "gpu": torch.cuda.is_available,
+    "make": lambda: shutil.which("make") is not None,
+    "peft": lambda: find_spec("peft") is not None,
+}
+"""What `@pytest.mark.needs(name)` may ask for."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A missing need skips a test at home; under CI it fails it, except for a GPU."""
+    for mark in item.iter_markers("needs"):
+        for need in mark.args:
+            if NEEDS[need]():
+                continue
+            if os.environ.get("CI") and need != "gpu":
+                pytest.fail(f"CI lacks {need}")
+            pytest.skip(f"no {need} here")
