@@ -1,0 +1,141 @@
+"""A store made from nothing, whose every stored number follows from known distributions."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from logitcask.engine.identity import digest
+from logitcask.engine.store import Segment, Store, open_store
+from logitcask.engine.types import LENGTH, Array, Prompt, Rollouts, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Rollouts and scores, and the full distributions [P, V] that they were cut from."""
+
+    rollouts: Rollouts
+    scores: Scores
+    log_p: Array
+    log_q: Array
+
+
+def make_unit(
+    seed: int,
+    *,
+    prompts: int = 3,
+    n: int = 2,
+    vocab: int = 40,
+    student_k: int = 4,
+    top_p: float = 0.6,
+    k_min: int = 4,
+    k_max: int = 7,
+    lengths: list[int] | None = None,
+    prompt_tokens: int = 5,
+    at_student: bool = True,
+    version: int = 0,
+) -> Unit:
+    """Random sequences; `lengths` are the responses' (drawn from 0..9 if not given)."""
+    rng = np.random.default_rng(seed)
+    count = prompts * n
+    response = rng.integers(0, 10, count) if lengths is None else np.array(lengths)
+    positions = int(response.sum())
+    log_p, log_q = (_log_softmax(rng.normal(size=(positions, vocab)) * 2) for _ in range(2))
+    tokens = rng.integers(0, vocab, positions)
+    student = _scores(log_p, tokens, np.full(positions, student_k))
+    mass = np.cumsum(-np.sort(-np.exp(log_q)), 1)
+    kept = np.clip((mass < top_p).sum(1) + 1, k_min, k_max)
+    scores = _scores(log_q, tokens, kept)
+    outside = np.ones((positions, vocab), bool)
+    _drop(outside, scores)
+    if at_student:
+        row = np.repeat(np.arange(positions), student.cnt)
+        scores = replace(scores, at_student=log_q[row, student.ids].astype(np.float32))
+        _drop(outside, student)
+    with np.errstate(divide="ignore"):
+        tail = np.log((np.exp(log_q) * outside).sum(1)).astype(np.float32)
+    texts = [
+        Prompt(
+            id=f"p{seed}-{i}",
+            token_ids=tuple(rng.integers(0, vocab, 1 + rng.integers(prompt_tokens)).tolist()),
+        )
+        for i in range(prompts)
+    ]
+    rollouts = Rollouts(
+        prompts=tuple(texts),
+        seq_prompt=np.repeat(np.arange(prompts), n).astype(np.uint32),
+        seq_off=np.concatenate([[0], np.cumsum(response)]).astype(np.int64),
+        tokens=tokens.astype(np.uint32),
+        loss_mask=np.ones(positions, np.uint16),
+        b_lp=(student.lp - 0.25).astype(np.float32),
+        finish=np.full(count, LENGTH, np.uint16),
+        version_start=np.full(count, version, np.int64),
+        version_end=np.full(count, version, np.int64),
+        student=student,
+    )
+    return Unit(rollouts=rollouts, scores=replace(scores, log_tail=tail), log_p=log_p, log_q=log_q)
+
+
+def make_store(
+    path: Path,
+    units: list[Unit],
+    *,
+    planned: int | None = None,
+    scored: int | None = None,
+    student: dict[str, object] | None = None,
+    teacher: dict[str, object] | None = None,
+) -> Store:
+    """Commits units as rollouts `main`, the first `scored` of them with scores of `big`."""
+    store = open_store(path, create=True)
+    lineage = {
+        "set": {"digest": digest("set"), "units": len(units) if planned is None else planned},
+        "student": {"root": digest("root"), **(student or {})},
+    }
+    for i, unit in enumerate(units):
+        segment = store.commit_rollouts(
+            unit.rollouts,
+            name="main",
+            unit_key=digest({"rollout": i}),
+            unit={"version": 0, "first": i * len(unit.rollouts.prompts)},
+            lineage=lineage,
+        )
+        if scored is None or i < scored:
+            _commit_scores(store, segment, unit, i, teacher or {})
+    return store
+
+
+def _commit_scores(
+    store: Store, base: Segment, unit: Unit, index: int, teacher: dict[str, object]
+) -> None:
+    store.commit_scores(
+        unit.scores,
+        base=base,
+        name="big",
+        unit_key=digest({"score": index}),
+        unit={"rollout": base.seg_id},
+        lineage={"teacher": {"weights": digest("teacher"), **teacher}, "request": {"k_min": 4}},
+    )
+
+
+def _scores(log_probs: Array, tokens: Array, kept: Array) -> Scores:
+    order = np.argsort(-log_probs, 1, kind="stable")
+    listed = np.arange(log_probs.shape[1]) < kept[:, None]
+    return Scores(
+        lp=log_probs[np.arange(len(tokens)), tokens].astype(np.float32),
+        entropy=-(np.exp(log_probs) * log_probs).sum(1).astype(np.float32),
+        log_tail=np.log1p(
+            -np.minimum((np.exp(np.take_along_axis(log_probs, order, 1)) * listed).sum(1), 1 - 1e-9)
+        ).astype(np.float32),
+        cnt=kept.astype(np.uint16),
+        ids=order[listed].astype(np.uint32),
+        entry_lp=np.take_along_axis(log_probs, order, 1)[listed].astype(np.float32),
+    )
+
+
+def _drop(outside: Array, scores: Scores) -> None:
+    outside[np.repeat(np.arange(len(scores.cnt)), scores.cnt), scores.ids.astype(np.int64)] = False
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(1, keepdims=True) if len(logits) else logits
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
