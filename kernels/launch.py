@@ -1,0 +1,196 @@
+"""What every kernel file shares: which path runs, input checks, chunk and tile sizes.
+
+Which path runs is decided by the tensor, never by a global switch:
+- CUDA tensors run the Triton kernels, without autotuning: sizes are chosen by the functions here.
+- CPU tensors run chunked torch, which computes the same closed forms.
+- CPU tensors inside `with triton_on_cpu():` run the Triton kernels in Triton's interpreter. That is
+  for tests, and the process must have had TRITON_INTERPRET=1 before the first import of a kernel
+  file, for Triton reads it when a kernel is decorated.
+
+LOGITCASK_DEBUG=1 adds checks that make the host wait for a GPU (ids in range, ids distinct). CPU
+tensors always get them.
+
+Legend: P rows, V columns of the logits, n_vocab columns that count (the rest is padding of the
+head), S listed ids, K live top-k, D hidden size. Natural logarithms and nats everywhere outside the
+Triton kernels.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+TILE = 4096
+"""Logits that one Triton program handles per step: 16 registers a thread at 8 warps, 128-bit loads
+in bf16."""
+
+CPU_CHUNK = 1 << 19
+"""Logits per torch chunk on a CPU: small enough to stay in cache between passes, large enough to
+hide Python."""
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_TRITON_ON_CPU: ContextVar[bool] = ContextVar("triton_on_cpu", default=False)
+
+
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Inside, CPU tensors go through the Triton kernels in Triton's interpreter. For tests.
+
+    Raises RuntimeError where TRITON_INTERPRET is not 1.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            "triton_on_cpu() needs Triton's interpreter: set TRITON_INTERPRET=1 before the first "
+            f"import of logitcask.kernels (it is {os.environ.get('TRITON_INTERPRET')!r} now)"
+        )
+    token = _TRITON_ON_CPU.set(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", RuntimeWarning
+            )  # numpy warns of overflow and NaN, a GPU does not
+            yield
+    finally:
+        _TRITON_ON_CPU.reset(token)
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether operations on this tensor launch Triton kernels (see the module's docstring)."""
+    return tensor.is_cuda or (tensor.device.type == "cpu" and _TRITON_ON_CPU.get())
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are float32, also for half-precision logits; float64 logits keep float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two >= max(n, 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def row_chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Slices of at most chunk_rows rows that cover [0, n_rows) in order."""
+    for start in range(0, n_rows, chunk_rows):
+        yield slice(start, min(start + chunk_rows, n_rows))
+
+
+def cpu_chunk_rows(n_columns: int) -> int:
+    """Rows per torch chunk on a CPU, so that a chunk holds about CPU_CHUNK logits."""
+    return max(1, CPU_CHUNK // n_columns)
+
+
+def check_logits(logits: Tensor, n_vocab: int | None, name: str = "logits") -> int:
+    """Raise unless logits are [P, V] in a supported dtype and layout; return n_vocab, resolved to V
+    where it is None."""
+    if logits.dim() != 2:
+        raise ValueError(
+            f"{name} must be [rows, columns], got shape {tuple(logits.shape)}; "
+            "flatten the leading dimensions"
+        )
+    check_float(logits, name)
+    n_columns = logits.shape[1]
+    if n_columns < 1:
+        raise ValueError(
+            f"{name} has no columns, got shape {tuple(logits.shape)}; pass at least one"
+        )
+    if n_columns > 1 and logits.stride(1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous along the columns, got strides {logits.stride()}; "
+            "call .contiguous()"
+        )
+    if n_vocab is None:
+        return n_columns
+    if not 1 <= n_vocab <= n_columns:
+        raise ValueError(
+            f"n_vocab={n_vocab} must lie in 1..{n_columns}, the number of columns; "
+            "leave it out to use them all"
+        )
+    return n_vocab
+
+
+def check_float(tensor: Tensor, name: str) -> None:
+    """Raise TypeError unless the path that this tensor takes supports its dtype."""
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} is {tensor.dtype}; "
+            "supported are bfloat16, float16, float32 and, on a CPU, float64"
+        )
+    if tensor.dtype == torch.float64 and runs_triton(tensor):
+        raise TypeError(
+            f"{name} is float64, which the Triton kernels do not do; "
+            "cast it to float32 or move it to a CPU"
+        )
+
+
+def check_k(k: int, n_vocab: int) -> None:
+    if not 1 <= k <= n_vocab:
+        raise ValueError(f"k={k} must lie in 1..n_vocab={n_vocab}; ask for fewer ids")
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(
+            f"chunk_rows={chunk_rows} must be at least 1; leave it out for the default"
+        )
+
+
+def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
+    """Raise unless ids are [P, S] int64 beside `rows` [P, ...], each -1 (padding) or a distinct id
+    in [0, n_vocab).
+
+    The values are looked at on a CPU, or under LOGITCASK_DEBUG=1: on a GPU the host would have to
+    wait for them.
+    """
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids is {ids.dtype}, must be int64; call ids.long()")
+    if ids.dim() != 2 or ids.shape[0] != rows.shape[0]:
+        raise ValueError(
+            f"ids has shape {tuple(ids.shape)}, must be [{rows.shape[0]}, S]: one line per row"
+        )
+    check_device(ids, rows, "ids")
+    if ids.numel() == 0 or not (
+        ids.device.type == "cpu" or os.environ.get("LOGITCASK_DEBUG") == "1"
+    ):
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < -1 or high >= n_vocab:
+        raise ValueError(
+            f"ids span {low}..{high}, must be -1 (padding) or lie in 0..{n_vocab - 1}; "
+            "an id that the student's head does not have must become -1"
+        )
+    ordered = ids.sort(dim=1).values
+    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if bool(again.any()):
+        row, slot = (int(i) for i in again.nonzero()[0])
+        raise ValueError(
+            f"ids of row {row} hold id {int(ordered[row, slot])} more than once; "
+            "merge its entries, or set all but one to -1"
+        )
+
+
+def check_row_vector(vector: Tensor, rows: Tensor, name: str) -> None:
+    """Raise unless vector is a floating [P] beside `rows` [P, ...]."""
+    if vector.shape != (rows.shape[0],):
+        raise ValueError(
+            f"{name} has shape {tuple(vector.shape)}, must be [{rows.shape[0]}]: one number per row"
+        )
+    if not vector.is_floating_point():
+        raise TypeError(f"{name} is {vector.dtype}, must be floating; call .float()")
+    check_device(vector, rows, name)
+
+
+def check_device(tensor: Tensor, other: Tensor, name: str) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, the rows are on {other.device}; move one of them"
+        )

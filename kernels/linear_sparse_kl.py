@@ -1,0 +1,158 @@
+"""sparse_kl from hidden states and the head's weight: logits exist for one chunk of rows at a time.
+
+Per chunk of C rows: logits = hidden_c weight^T into one reused buffer, the kernels of sparse_kl,
+which leave d_logits in the same buffer, then d_hidden_c = d_logits weight and d_weight +=
+d_logits^T hidden_c. That is three matrix products, the least that a dense loss can have without
+keeping [P, V]; recomputing the logits in the backward pass would be a fourth. d_weight is summed
+over chunks in float32.
+"""
+
+import torch
+from torch import Tensor
+
+from logitcask.kernels.launch import (
+    check_chunk_rows,
+    check_device,
+    check_float,
+    check_ids,
+    check_k,
+    check_row_vector,
+    compute_dtype,
+    row_chunks,
+)
+from logitcask.kernels.sparse_kl import (
+    RowLosses,
+    RowObjective,
+    SparseLoss,
+    attach_grads,
+    sparse_kl_reference,
+)
+
+
+def linear_sparse_kl_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    objective: RowObjective,
+    *,
+    k: int = 16,
+    row_weight: Tensor | None = None,
+    n_vocab: int | None = None,
+) -> tuple[SparseLoss, Tensor, Tensor]:
+    """The specification of linear_sparse_kl: its result, d loss / d hidden [P, D], d loss / d
+    weight [V, D]."""
+    cast = weight.to(hidden.dtype)
+    logits = hidden @ cast.T  # [P, V]
+    result, d_logits = sparse_kl_reference(
+        logits, ids, objective, k=k, row_weight=row_weight, n_vocab=n_vocab
+    )
+    return result, d_logits @ cast.to(d_logits.dtype), d_logits.T @ hidden.to(d_logits.dtype)
+
+
+def default_chunk_rows(n_vocab: int, logits: Tensor) -> int:
+    """Rows per chunk for logits in `logits`' dtype on its device.
+
+    A GPU's products are compute-bound from about 700 rows (d_weight is read and written once per
+    chunk), and 4096 bf16 rows of 152k logits take 1.2 GB. A CPU gets about 64 MiB of logits, but at
+    least 64 rows.
+    """
+    if logits.is_cuda:
+        return 4096
+    return max(64, (64 << 20) // (n_vocab * logits.element_size()))
+
+
+def _add_weight_grad(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """d_weight [V, D] (float32 or float64) += d_logits^T hidden; d_logits [C, V], hidden [C, D]."""
+    if d_weight.dtype == hidden.dtype:
+        torch.addmm(d_weight, d_logits.T, hidden, out=d_weight)
+    elif hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) >= (8, 0):
+        # Half-precision tensor cores that add into float32: nothing is rounded between chunks.
+        torch.addmm(d_weight, d_logits.T, hidden, out_dtype=torch.float32, out=d_weight)
+    else:
+        d_weight.addmm_(d_logits.T.float(), hidden.float())
+
+
+def linear_sparse_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    objective: RowObjective,
+    *,
+    k: int = 16,
+    row_weight: Tensor | None = None,
+    n_vocab: int | None = None,
+    chunk_rows: int | None = None,
+) -> SparseLoss:
+    """sparse_kl(hidden @ weight.T, ...), without ever holding [P, V].
+
+    hidden: [P, D] bfloat16, float16, float32, or float64 on a CPU; differentiable. Its dtype is
+    that of the logits, also under autocast.
+    weight: [V, D], the layout of nn.Linear; differentiable; cast once per call to hidden's dtype.
+    ids, objective, k, row_weight: as in sparse_kl.
+    n_vocab: only the first n_vocab rows of weight are used; the gradient of the others is 0.
+    chunk_rows: rows of logits that exist at a time; see default_chunk_rows.
+
+    An input that needs no gradient (a frozen head, say) costs no product for it. P = 0 gives loss 0
+    with zero gradients. The loss is in hidden's statistics dtype: float32, or float64 for float64.
+    Gradients come in the inputs' dtypes.
+
+    Raises ValueError or TypeError on a shape, dtype, device, id, k or n_vocab that does not fit.
+    """
+    n_vocab = _check_inputs(hidden, weight, n_vocab)
+    check_k(k, n_vocab)
+    check_ids(ids, hidden, n_vocab)
+    check_chunk_rows(chunk_rows)
+    if row_weight is not None:
+        check_row_vector(row_weight, hidden, "row_weight")
+    grad_on = torch.is_grad_enabled()
+    needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = weight[:n_vocab].to(hidden.dtype)  # [n_vocab, D]
+        losses = RowLosses(ids, objective, k, row_weight, compute_dtype(hidden.dtype))
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # new_zeros over all of weight, so that rows past n_vocab have gradient 0.
+        d_weight = (
+            weight.new_zeros(weight.shape, dtype=losses.weight.dtype) if needs_weight else None
+        )
+        n_rows = hidden.shape[0]
+        chunk_rows = min(n_rows, chunk_rows or default_chunk_rows(n_vocab, hidden))
+        # Rows start on 16-element borders: otherwise an odd vocabulary is loaded 2 bytes at a time.
+        buffer = hidden.new_empty(chunk_rows, -(-n_vocab // 16) * 16)[:, :n_vocab]
+        for rows in row_chunks(n_rows, max(1, chunk_rows)):
+            hidden_c = hidden[rows]  # [C, D]
+            logits = torch.mm(hidden_c, head.T, out=buffer[: hidden_c.shape[0]])
+            needs_any = needs_hidden or needs_weight
+            losses.run(rows, logits, logits if needs_any else None, n_vocab)
+            if d_hidden is not None:
+                torch.mm(logits, head, out=d_hidden[rows])
+            if d_weight is not None:
+                if row_weight is not None:  # d_logits of an unused row is 0, but 0 * NaN is NaN
+                    hidden_c = hidden_c.masked_fill((losses.weight[rows] == 0)[:, None], 0.0)
+                _add_weight_grad(d_weight[:n_vocab], logits, hidden_c)
+        result = losses.result()
+    if not (needs_hidden or needs_weight):
+        return result
+    grads = [d_hidden, None if d_weight is None else d_weight.to(weight.dtype)]
+    return result._replace(loss=attach_grads(result.loss, [hidden, weight], grads))
+
+
+def _check_inputs(hidden: Tensor, weight: Tensor, n_vocab: int | None) -> int:
+    """Raise unless hidden is [P, D] beside weight [V, D]; return n_vocab, resolved to V where it is
+    None."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, must be "
+            "[rows, D] and [V, D]; flatten leading dimensions, and pass nn.Linear's weight as it is"
+        )
+    check_float(hidden, "hidden")
+    check_float(weight, "weight")
+    check_device(weight, hidden, "weight")
+    n_columns = weight.shape[0]
+    if n_vocab is None:
+        n_vocab = n_columns
+    if not 1 <= n_vocab <= n_columns:
+        raise ValueError(
+            f"n_vocab={n_vocab} must lie in 1..{n_columns}, the rows of weight; "
+            "leave it out to use them all"
+        )
+    return n_vocab

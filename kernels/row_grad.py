@@ -1,0 +1,228 @@
+"""K3, the gradient by the logits: a scaled softmax with a few entries replaced.
+
+A loss that is a function of {log p_v : v in S} has  dL/dz_v = g_v [v in S] - (sum_S g) p_v,  g_v =
+dL/d log p_v. So the gradient by a whole row of logits is one number per row times softmax, and S
+numbers.
+
+The entries at S are final values that overwrite, never terms that are added: with a tail bucket g_v
+and its dense term are both near 1/r for a tail mass r near 0, and cancel. A sum in the output's
+precision would lose the result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logitcask.kernels.launch import (
+    TILE,
+    check_device,
+    check_float,
+    check_ids,
+    check_logits,
+    check_row_vector,
+    compute_dtype,
+    cpu_chunk_rows,
+    next_power_of_2,
+    on_device,
+    row_chunks,
+    runs_triton,
+)
+from logitcask.kernels.row_stats import LOG2E
+
+
+def row_grad_reference(
+    logits: Tensor,
+    log_sum_exp: Tensor,
+    dense: Tensor,
+    ids: Tensor,
+    at_ids: Tensor,
+    *,
+    n_vocab: int | None = None,
+) -> Tensor:
+    """The specification of row_grad, in whole-tensor torch; float32, or float64 for float64
+    logits."""
+    z = logits.to(compute_dtype(logits.dtype))
+    softmax = (z - log_sum_exp[:, None]).exp()
+    out = torch.where(dense[:, None] == 0, 0.0, dense[:, None] * softmax)
+    if n_vocab is not None:
+        out[:, n_vocab:] = 0
+    rows, slots = (ids >= 0).nonzero().unbind(1)
+    out[rows, ids[rows, slots]] = at_ids[rows, slots].to(out.dtype)
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def grad_kernel(  # type: ignore[no-untyped-def]
+    logits,  # [P, V], row stride `stride`
+    out,  # [P, V], row stride `out_stride`; may be logits itself
+    log_sum_exp,  # [P] float32
+    dense,  # [P] float32
+    ids,  # [P, n_ids] int64
+    at_ids,  # [P, n_ids] float32
+    stride,
+    out_stride,
+    n_vocab,
+    n_columns,
+    n_ids,
+    TILE: tl.constexpr,
+    IDS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    out += row * out_stride
+    scale = tl.load(dense + row)
+    shift = tl.load(log_sum_exp + row) * LOG2E
+    offsets = tl.arange(0, TILE)
+    if scale == 0.0:
+        # Nothing but the listed ids: the row is not even read, so a NaN in it cannot get out.
+        for start in range(0, n_columns, TILE):
+            o = start + offsets
+            tl.store(
+                out + o, tl.zeros((TILE,), tl.float32).to(out.dtype.element_ty), mask=o < n_columns
+            )
+    else:
+        n_whole = (n_vocab // TILE) * TILE
+        for start in range(0, n_whole, TILE):
+            x = tl.load(logits + start + offsets).to(tl.float32)
+            dz = scale * tl.exp2(tl.fma(x, LOG2E, -shift))
+            tl.store(out + start + offsets, dz.to(out.dtype.element_ty))
+        for start in range(n_whole, n_columns, TILE):
+            o = start + offsets
+            x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
+            dz = tl.where(o < n_vocab, scale * tl.exp2(tl.fma(x, LOG2E, -shift)), 0.0)
+            tl.store(out + o, dz.to(out.dtype.element_ty), mask=o < n_columns)
+    tl.debug_barrier()  # the listed entries overwrite what other threads have just stored
+    for start in range(0, n_ids, IDS):
+        slot = start + tl.arange(0, IDS)
+        v = tl.load(ids + row * n_ids + slot, mask=slot < n_ids, other=-1)
+        dz = tl.load(at_ids + row * n_ids + slot, mask=slot < n_ids, other=0.0)
+        tl.store(out + v, dz.to(out.dtype.element_ty), mask=(v >= 0) & (v < n_vocab))
+
+
+def grad_rows(
+    logits: Tensor,
+    log_sum_exp: Tensor,
+    dense: Tensor,
+    ids: Tensor,
+    at_ids: Tensor,
+    out: Tensor,
+    n_vocab: int,
+) -> None:
+    """row_grad without the checks: writes `out` [P, V]."""
+    if runs_triton(logits):
+        _grad_triton(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab)
+    else:
+        _grad_torch(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab)
+
+
+def _grad_triton(
+    logits: Tensor,
+    log_sum_exp: Tensor,
+    dense: Tensor,
+    ids: Tensor,
+    at_ids: Tensor,
+    out: Tensor,
+    n_vocab: int,
+) -> None:
+    n_rows, n_columns = logits.shape
+    n_ids = ids.shape[1]
+    if n_rows == 0:
+        return
+    tile = min(TILE, next_power_of_2(n_columns))
+    with on_device(logits):
+        grad_kernel[(n_rows,)](
+            logits,
+            out,
+            log_sum_exp.float().contiguous(),
+            dense.float().contiguous(),
+            ids.contiguous(),
+            at_ids.float().contiguous(),
+            logits.stride(0),
+            out.stride(0),
+            n_vocab,
+            n_columns,
+            n_ids,
+            TILE=tile,
+            IDS=min(1024, next_power_of_2(n_ids)),
+            num_warps=8 if tile == TILE else 4,
+        )
+
+
+def _grad_torch(
+    logits: Tensor,
+    log_sum_exp: Tensor,
+    dense: Tensor,
+    ids: Tensor,
+    at_ids: Tensor,
+    out: Tensor,
+    n_vocab: int,
+) -> None:
+    dtype = compute_dtype(logits.dtype)
+    chunk_rows = cpu_chunk_rows(n_vocab)
+    # Half precision is computed in a float32 buffer; float32 and float64 straight in `out`.
+    scratch = (
+        None
+        if out.dtype == dtype
+        else logits.new_empty(min(chunk_rows, len(out)), n_vocab, dtype=dtype)
+    )
+    for rows in row_chunks(len(out), chunk_rows):
+        out_c = out[rows, :n_vocab]
+        scale = dense[rows].to(dtype)
+        if bool((scale == 0).all()):
+            out_c.zero_()
+            continue
+        dz = out_c if scratch is None else scratch[: out_c.shape[0]]
+        torch.sub(logits[rows, :n_vocab], log_sum_exp[rows, None].to(dtype), out=dz)
+        dz.exp_().mul_(scale[:, None])
+        dz.index_fill_(0, (scale == 0).nonzero()[:, 0], 0.0)  # 0 * NaN is NaN
+        if scratch is not None:
+            out_c.copy_(dz)
+    out[:, n_vocab:] = 0
+    listed, slots = (ids >= 0).nonzero().unbind(1)
+    out[listed, ids[listed, slots]] = at_ids[listed, slots].to(out.dtype)
+
+
+def row_grad(
+    logits: Tensor,
+    log_sum_exp: Tensor,
+    dense: Tensor,
+    ids: Tensor,
+    at_ids: Tensor,
+    *,
+    out: Tensor | None = None,
+    n_vocab: int | None = None,
+) -> Tensor:
+    """out[r, v] = at_ids[r, j] where v = ids[r, j], else dense[r] * softmax(logits[r])[v], and 0
+    for v >= n_vocab.
+
+    logits [P, V] as in row_stats; log_sum_exp [P] from it; dense [P]; ids [P, S] int64, distinct in
+    a row, -1 is padding; at_ids [P, S], final values. A row whose dense is 0 is exactly 0 outside
+    ids, whatever its logits hold.
+    out: [P, V] floating to write into, of any row stride; logits itself is allowed. Left out: a new
+    tensor in the logits' dtype. Not differentiable.
+
+    Raises ValueError or TypeError on a shape, layout, dtype, device or id that does not fit.
+    """
+    n_vocab = check_logits(logits, n_vocab)
+    check_row_vector(log_sum_exp, logits, "log_sum_exp")
+    check_row_vector(dense, logits, "dense")
+    check_ids(ids, logits, n_vocab)
+    if at_ids.shape != ids.shape:
+        raise ValueError(
+            f"at_ids has shape {tuple(at_ids.shape)}, must be that of ids, {tuple(ids.shape)}"
+        )
+    check_float(at_ids, "at_ids")
+    check_device(at_ids, logits, "at_ids")
+    if out is None:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    elif out.shape != logits.shape:
+        raise ValueError(
+            f"out has shape {tuple(out.shape)}, must be that of logits, {tuple(logits.shape)}"
+        )
+    else:
+        check_logits(out, None, name="out")
+        check_device(out, logits, "out")
+    with torch.no_grad():
+        grad_rows(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab)
+    return out

@@ -1,0 +1,224 @@
+"""K1, row statistics: log-sum-exp and entropy of each row of logits, in one read.
+
+With l = z - logsumexp(z) and p = exp(l):  H = -sum_v p_v l_v.  Written with a shift c near the
+row's maximum, so that nothing overflows and one exponential per logit is enough:
+
+    y_v = z_v - c,  d = sum exp(y_v),  s = sum y_v exp(y_v),   logsumexp = c + log d,   H = log d -
+    s / d
+
+The same read leaves the maximum of every group of `group` neighbouring logits, from which
+topk_select finds the top-k without reading the row again.
+
+A NaN or +inf logit makes its row's statistics NaN, and so does a row of nothing but -inf. Single
+-inf logits are legal.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logitcask.kernels.launch import (
+    TILE,
+    check_logits,
+    compute_dtype,
+    cpu_chunk_rows,
+    next_power_of_2,
+    on_device,
+    row_chunks,
+    runs_triton,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class RowStats(NamedTuple):
+    log_sum_exp: Tensor
+    """[P] nats; float32, or float64 for float64 logits."""
+    entropy: Tensor
+    """[P] nats, same dtype."""
+
+
+class RowScan(NamedTuple):
+    stats: RowStats
+    group_max: Tensor | None
+    """[P, n_groups (or more)]: maximum of columns [g * group, (g + 1) * group); columns past the
+    last group are unset."""
+
+
+def row_stats_reference(logits: Tensor, *, n_vocab: int | None = None) -> RowStats:
+    """The specification of row_stats, in whole-tensor torch."""
+    z = logits[:, :n_vocab].to(compute_dtype(logits.dtype))  # [P, n_vocab]
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)  # 0 log 0 = 0
+    top, at = z.max(-1)
+    return RowStats(top - log_p.gather(1, at[:, None])[:, 0], entropy)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scan_kernel(  # type: ignore[no-untyped-def]
+    logits,  # [P, V], row stride `stride`
+    log_sum_exp,  # [P] float32
+    entropy,  # [P] float32
+    group_max,  # [P, n_slots] float32; unused without GROUPS
+    stride,
+    n_vocab,
+    n_slots,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    # One program per row; a tile is ROWS groups of GROUP logits. Units are log2: exp2 is the
+    # hardware's exponential.
+    row = tl.program_id(0).to(tl.int64)  # P * V passes 2^31 at a few thousand rows
+    logits += row * stride
+    group_max += row * n_slots
+    groups = tl.arange(0, ROWS)
+    offsets = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    tile: tl.constexpr = ROWS * GROUP
+    n_whole = (n_vocab // tile) * tile
+
+    first = tl.load(logits + offsets, mask=offsets < n_vocab, other=-float("inf")).to(tl.float32)
+    shift = tl.max(tl.max(first, 1), 0) * LOG2E
+    shift = tl.where(shift > -float("inf"), shift, 0.0)
+    d_row = 0.0
+    s_row = 0.0
+    again = 1
+    while again == 1:
+        # Sums stay per lane until the end: a block-wide reduction per tile would stall every step.
+        d = tl.zeros((ROWS, GROUP), tl.float32)
+        s = tl.zeros((ROWS, GROUP), tl.float32)
+        lane_max = tl.full((ROWS,), -float("inf"), tl.float32)
+        # Main loop without masks: a mask costs a select per logit once loads are pipelined.
+        for start in range(0, n_whole, tile):
+            x = tl.load(logits + start + offsets).to(tl.float32)
+            # Clamped, so that -inf adds exp2(-150) = 0 and 0 * -150 = 0 without selects; NaN goes
+            # through.
+            y = tl.maximum(tl.fma(x, LOG2E, -shift), -150.0, propagate_nan=tl.PropagateNan.ALL)
+            e = tl.exp2(y)
+            d += e
+            s += y * e
+            tile_max = tl.max(x, 1)
+            lane_max = tl.maximum(lane_max, tile_max)
+            if GROUPS:
+                tl.store(group_max + start // GROUP + groups, tile_max)
+        if n_whole < n_vocab:
+            o = n_whole + offsets
+            x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
+            y = tl.maximum(tl.fma(x, LOG2E, -shift), -150.0, propagate_nan=tl.PropagateNan.ALL)
+            e = tl.exp2(y)
+            d += e
+            s += y * e
+            tile_max = tl.max(x, 1)
+            lane_max = tl.maximum(lane_max, tile_max)
+            if GROUPS:
+                slot = n_whole // GROUP + groups
+                tl.store(group_max + slot, tile_max, mask=slot < n_slots)
+        d_row = tl.sum(tl.sum(d, 1), 0)
+        s_row = tl.sum(tl.sum(s, 1), 0)
+        # The shift was the first tile's maximum. Far from the true one, log2(d) and s / d are large
+        # numbers whose difference is the entropy: 32 keeps that error near 2e-6. Rare, so the row
+        # is simply read again.
+        top = tl.max(lane_max, 0) * LOG2E
+        again = ((tl.abs(top - shift) > 32.0) & (top > -float("inf"))).to(tl.int32)
+        shift = tl.where(again == 1, top, shift)
+    log_d = tl.log2(tl.where(d_row > 0, d_row, float("nan")))  # d = 0: nothing but -inf
+    tl.store(log_sum_exp + row, (shift + log_d) * LN2)
+    tl.store(entropy + row, (log_d - s_row / d_row) * LN2)
+
+
+def scan_rows(logits: Tensor, n_vocab: int, group: int) -> RowScan:
+    """Statistics of [P, V] logits over columns [0, n_vocab), and the maxima of their groups where
+    group > 0."""
+    if runs_triton(logits):
+        return _scan_triton(logits, n_vocab, group)
+    return _scan_torch(logits[:, :n_vocab], group)
+
+
+def _scan_triton(logits: Tensor, n_vocab: int, group: int) -> RowScan:
+    n_rows = logits.shape[0]
+    width = group or 64
+    tile = min(TILE, max(next_power_of_2(n_vocab), width))
+    # Rows of the scratch start on 64-byte lines, so that they are written and read in wide words.
+    n_slots = -(-n_vocab // (16 * width)) * 16
+    lse = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
+    entropy = torch.empty_like(lse)
+    group_max = lse.new_empty(n_rows, n_slots) if group else None
+    if n_rows:
+        with on_device(logits):
+            scan_kernel[(n_rows,)](
+                logits,
+                lse,
+                entropy,
+                lse if group_max is None else group_max,
+                logits.stride(0),
+                n_vocab,
+                n_slots,
+                ROWS=tile // width,
+                GROUP=width,
+                GROUPS=group_max is not None,
+                num_warps=8 if tile == TILE else 4,
+            )
+    return RowScan(RowStats(lse, entropy), group_max)
+
+
+def _scan_torch(z: Tensor, group: int) -> RowScan:
+    n_rows, n_vocab = z.shape
+    lse = z.new_empty(n_rows, dtype=compute_dtype(z.dtype))
+    entropy = torch.empty_like(lse)
+    group_max = z.new_empty(n_rows, -(-n_vocab // group)) if group else None
+    chunk_rows = cpu_chunk_rows(n_vocab)
+    shifted = lse.new_empty(min(chunk_rows, n_rows), n_vocab)
+    exp = torch.empty_like(shifted)
+    for rows in row_chunks(n_rows, chunk_rows):
+        z_c = z[rows]
+        if group_max is None:
+            top = z_c.amax(-1)  # [C]
+        else:
+            _group_max_torch(z_c, group, out=group_max[rows])
+            top = group_max[rows].amax(-1)
+        y = torch.sub(z_c, top[:, None].to(lse.dtype), out=shifted[: z_c.shape[0]])
+        y.clamp_(min=-1e4)  # -inf adds exp(-1e4) = 0, and 0 * -1e4 = 0 instead of NaN
+        e = torch.exp(y, out=exp[: z_c.shape[0]])
+        d = e.sum(-1)
+        log_d = d.log()
+        torch.add(top.to(lse.dtype), log_d, out=lse[rows])
+        torch.sub(log_d, y.mul_(e).sum(-1) / d, out=entropy[rows])
+    return RowScan(RowStats(lse, entropy), group_max)
+
+
+def group_maxima(logits: Tensor, n_vocab: int, group: int) -> Tensor:
+    """[P, n_groups (or more)]: RowScan.group_max alone, for those who need no statistics."""
+    if runs_triton(logits):
+        group_max = _scan_triton(logits, n_vocab, group).group_max
+        assert group_max is not None
+        return group_max
+    group_max = logits.new_empty(logits.shape[0], -(-n_vocab // group))
+    _group_max_torch(logits[:, :n_vocab], group, out=group_max)
+    return group_max
+
+
+def _group_max_torch(z: Tensor, group: int, out: Tensor) -> None:
+    n_whole = z.shape[1] // group
+    torch.amax(z[:, : n_whole * group].view(-1, n_whole, group), -1, out=out[:, :n_whole])
+    if n_whole < out.shape[1]:
+        out[:, n_whole] = z[:, n_whole * group :].amax(-1)
+
+
+def row_stats(logits: Tensor, *, n_vocab: int | None = None) -> RowStats:
+    """Log-sum-exp and entropy of each row of `logits` [P, V], in nats. Not differentiable.
+
+    logits: bfloat16, float16, float32, or float64 on a CPU; contiguous along V, the row stride may
+    exceed V.
+    n_vocab: rows are normalised over columns [0, n_vocab); the columns after it, a padded head's,
+    are never read.
+
+    Raises ValueError or TypeError on a shape, layout, dtype or n_vocab that does not fit.
+    """
+    n_vocab = check_logits(logits, n_vocab)
+    with torch.no_grad():
+        return scan_rows(logits, n_vocab, group=0).stats

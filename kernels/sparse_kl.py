@@ -1,0 +1,264 @@
+"""A loss of the student's log-probs at listed ids and at its live top-k, with its gradient, from
+logits.
+
+The vocabulary-sized work is the same for every such loss, so the loss is a parameter: an objective,
+plain torch on [C, S] and [C, K] tensors of C rows at a time. Around it stand the kernels: row_stats
+and topk_select before, row_grad after. p is the student.
+
+    dL_r/dz_v = dense_r p_v                      v not listed
+              = at_ids_v + dense_at_ids_v p_v    v listed
+
+Gradients are made in the forward pass and scaled by the incoming gradient in the backward pass, so
+nothing vocabulary-sized is kept but the gradient itself. There is no double backward.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from logitcask.kernels.launch import (
+    check_chunk_rows,
+    check_ids,
+    check_k,
+    check_logits,
+    check_row_vector,
+    compute_dtype,
+    row_chunks,
+)
+from logitcask.kernels.row_grad import grad_rows, row_grad_reference
+from logitcask.kernels.row_stats import row_stats_reference, scan_rows
+from logitcask.kernels.topk_select import group_size, select_rows, topk_select_reference
+
+
+class RowView(NamedTuple):
+    """What an objective sees of C rows. Float tensors are float32, or float64 for float64 logits;
+    natural logs."""
+
+    index: Tensor  # type: ignore[assignment]  # it hides tuple.index, which nobody needs here
+    """[C] int64: positions of these rows in the call."""
+    log_p: Tensor
+    """[C, S]: the student's log-prob at the listed ids; -inf where the id is -1."""
+    top_ids: Tensor
+    """[C, K] int64: the student's live top-k, best first."""
+    top_log_p: Tensor
+    """[C, K]: its log-probs."""
+    entropy: Tensor
+    """[C] nats: the student's entropy."""
+
+
+class RowGrad(NamedTuple):
+    """What an objective answers for C rows.
+
+    For a loss of {log p at S} alone, dense and dense_at_ids are both -sum(at_ids). With a tail
+    bucket of mass r = 1 - sum p
+    and target t they differ at the listed ids, because r depends on p there as well: see the
+    formulas of the objective. They are asked for separately so that terms near 1/r can cancel
+    before they are rounded.
+    """
+
+    loss: Tensor
+    """[C] nats, not weighted."""
+    at_ids: Tensor
+    """[C, S]: derivative of the loss by log p at the listed ids, apart from the dense coefficients.
+    Ignored where the id is -1."""
+    dense: Tensor
+    """[C]: coefficient of p_v at ids that are not listed."""
+    dense_at_ids: Tensor
+    """[C, S]: coefficient of p_v at the listed ids."""
+    metrics: dict[str, Tensor]
+    """name -> [C]. The same names for every chunk of rows."""
+
+
+RowObjective = Callable[[RowView], RowGrad]
+
+
+class SparseLoss(NamedTuple):
+    loss: Tensor
+    """[]: sum over rows of row_weight * row_loss; differentiable."""
+    row_loss: Tensor
+    """[P] nats, not weighted, detached."""
+    metrics: dict[str, Tensor]
+    """name -> [P], detached."""
+
+
+def sparse_kl_reference(
+    logits: Tensor,
+    ids: Tensor,
+    objective: RowObjective,
+    *,
+    k: int = 16,
+    row_weight: Tensor | None = None,
+    n_vocab: int | None = None,
+) -> tuple[SparseLoss, Tensor]:
+    """The specification of sparse_kl: its result, and d loss / d logits [P, V]."""
+    stats = row_stats_reference(logits, n_vocab=n_vocab)
+    values, top_ids = topk_select_reference(logits, k, n_vocab=n_vocab)
+    at = logits.gather(1, ids.clamp(min=0)).to(values.dtype) - stats.log_sum_exp[:, None]
+    log_p = torch.where(ids < 0, -torch.inf, at)
+    index = torch.arange(len(ids), device=ids.device)
+    grad = objective(
+        RowView(index, log_p, top_ids, values - stats.log_sum_exp[:, None], stats.entropy)
+    )
+    w = torch.ones_like(grad.loss) if row_weight is None else row_weight.to(grad.loss.dtype)
+    used = w != 0  # a row of weight 0 adds exactly 0, whatever it holds
+    loss = torch.where(used, w * grad.loss, 0.0).sum()
+    final = torch.where(
+        used[:, None], w[:, None] * (grad.at_ids + grad.dense_at_ids * log_p.exp()), 0.0
+    )
+    dense = torch.where(used, w * grad.dense, 0.0)
+    d_logits = row_grad_reference(logits, stats.log_sum_exp, dense, ids, final, n_vocab=n_vocab)
+    return SparseLoss(loss, grad.loss, grad.metrics), d_logits
+
+
+class RowLosses:
+    """Collects the rows' losses and metrics, chunk by chunk, and writes their gradients over the
+    logits."""
+
+    def __init__(
+        self,
+        ids: Tensor,
+        objective: RowObjective,
+        k: int,
+        row_weight: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """ids [P, S]; row_weight [P] or None for ones; dtype of statistics and losses."""
+        self.ids = ids
+        self.objective = objective
+        self.k = k
+        self.weight = (
+            torch.ones(len(ids), dtype=dtype, device=ids.device)
+            if row_weight is None
+            else row_weight.to(dtype)
+        )
+        self.row_loss = torch.zeros_like(self.weight)
+        self.metrics: dict[str, Tensor] = {}
+
+    def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> None:
+        """One chunk: logits [C, V] of `rows`. Its weighted gradient goes to `out` [C, V], which may
+        be logits."""
+        ids = self.ids[rows]  # [C, S]
+        group = group_size(logits, self.k, n_vocab)
+        (lse, entropy), group_max = scan_rows(logits, n_vocab, group)
+        top, top_ids = select_rows(logits, group_max, self.k, n_vocab, group)  # [C, K]
+        listed = ids >= 0
+        log_p = logits.gather(1, ids.clamp(min=0)).to(lse.dtype) - lse[:, None]
+        log_p = torch.where(listed, log_p, -torch.inf)
+        index = torch.arange(rows.start, rows.stop, device=ids.device)
+        answer = self.objective(RowView(index, log_p, top_ids, top - lse[:, None], entropy))
+        _check_answer(answer, log_p)
+        self._keep(rows, answer)
+        if out is None:
+            return
+        w = self.weight[rows]
+        used = w != 0  # never 0 * NaN: a row of weight 0 adds exactly 0, whatever it holds
+        final = w[:, None] * (answer.at_ids + answer.dense_at_ids * log_p.exp())
+        final = torch.where(used[:, None], final, 0.0)
+        grad_rows(logits, lse, torch.where(used, w * answer.dense, 0.0), ids, final, out, n_vocab)
+
+    def _keep(self, rows: slice, answer: RowGrad) -> None:
+        self.row_loss[rows] = answer.loss
+        for name, value in answer.metrics.items():
+            if name not in self.metrics:
+                self.metrics[name] = value.new_empty(len(self.ids))
+            self.metrics[name][rows] = value
+
+    def result(self) -> SparseLoss:
+        loss = torch.where(self.weight != 0, self.weight * self.row_loss, 0.0).sum()
+        return SparseLoss(loss, self.row_loss, self.metrics)
+
+
+def _check_answer(answer: RowGrad, log_p: Tensor) -> None:
+    n_rows, n_ids = log_p.shape
+    shapes = {
+        "loss": (n_rows,),
+        "at_ids": (n_rows, n_ids),
+        "dense": (n_rows,),
+        "dense_at_ids": (n_rows, n_ids),
+    }
+    got = {name: tuple(getattr(answer, name).shape) for name in shapes}
+    got |= {f"metrics[{name!r}]": tuple(value.shape) for name, value in answer.metrics.items()}
+    for name, shape in got.items():
+        want = shapes.get(name, (n_rows,))
+        if shape != want:
+            raise ValueError(
+                f"the objective's {name} has shape {shape}, must be {want} for this chunk of rows"
+            )
+
+
+class _MadeAhead(torch.autograd.Function):
+    """A loss whose gradients are known already: passes `loss` on, and in backward gives grad_out *
+    each gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, n: int, *inputs_and_grads: Tensor | None) -> Tensor:
+        ctx.n = n
+        ctx.save_for_backward(*inputs_and_grads[n:])
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        # Always multiplied: to look whether grad_out is 1 would make the host wait for the GPU.
+        scaled = (None if g is None else g * grad_out for g in ctx.saved_tensors)
+        return (None, None, *scaled, *([None] * ctx.n))
+
+
+def attach_grads(loss: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
+    """`loss` [], as a function of `inputs` with these gradients; None where an input needs none."""
+    attached: Tensor = _MadeAhead.apply(loss, len(inputs), *inputs, *grads)  # type: ignore[no-untyped-call]
+    return attached
+
+
+def sparse_kl(
+    logits: Tensor,
+    ids: Tensor,
+    objective: RowObjective,
+    *,
+    k: int = 16,
+    row_weight: Tensor | None = None,
+    n_vocab: int | None = None,
+    chunk_rows: int | None = None,
+) -> SparseLoss:
+    """Loss, metrics and gradient of an objective from logits [P, V], which are not modified.
+
+    logits: as in row_stats; differentiable. Where they need no gradient, or gradients are off,
+    row_grad is skipped.
+    ids: [P, S] int64, distinct in a row, -1 is padding.
+    objective: called under no_grad with chunks of rows (sizes are an implementation matter,
+    possibly all at once).
+    k: size of the live top-k that the objective sees; 1 <= k <= n_vocab.
+    row_weight: [P] float, default ones. A row of weight 0 has metrics, and adds exactly 0, also if
+    it holds NaN.
+    n_vocab: rows are normalised over columns [0, n_vocab); the gradient of the others is 0.
+    chunk_rows: rows per call of the objective; default all on a GPU, about 16 Mi logits on a CPU.
+
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k or n_vocab that does not
+    fit.
+    """
+    n_vocab = check_logits(logits, n_vocab)
+    check_k(k, n_vocab)
+    check_ids(ids, logits, n_vocab)
+    check_chunk_rows(chunk_rows)
+    if row_weight is not None:
+        check_row_vector(row_weight, logits, "row_weight")
+    n_rows = logits.shape[0]
+    if chunk_rows is None:
+        chunk_rows = max(1, n_rows if logits.is_cuda else (1 << 24) // logits.shape[1])
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        losses = RowLosses(ids, objective, k, row_weight, compute_dtype(logits.dtype))
+        d_logits = (
+            torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            if wants_grad
+            else None
+        )
+        for rows in row_chunks(n_rows, chunk_rows):
+            losses.run(rows, logits[rows], None if d_logits is None else d_logits[rows], n_vocab)
+        result = losses.result()
+    if d_logits is None:
+        return result
+    return result._replace(loss=attach_grads(result.loss, [logits], [d_logits]))

@@ -1,0 +1,255 @@
+"""K2, exact top-k of each row of logits, lowest id first among equals.
+
+Two stages. row_stats leaves the maximum of every group of `group` neighbouring logits. The top-k
+lie in the k groups
+with the best maxima: an element outside them is beaten by one element of each. With ties it still
+holds if the lower group wins, for a lower group has only lower ids. So: select k groups, then
+select among their k * group logits.
+
+In the kernel a selection is a threshold, found bit by bit on integers that order as the floats do,
+then a compaction by prefix sum that keeps the id order, and in the end a ranking by counting.
+tl.topk on packed keys would cost 2.5 times the instructions, and one tl.topk per tile of the row 30
+times. More than MAX_TRITON_K ids are selected by torch, on any device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from logitcask.kernels.launch import (
+    check_k,
+    check_logits,
+    compute_dtype,
+    cpu_chunk_rows,
+    next_power_of_2,
+    on_device,
+    row_chunks,
+    runs_triton,
+)
+from logitcask.kernels.row_stats import group_maxima
+
+MAX_TRITON_K = 128
+"""Largest k of the kernel: ranking compares k x k numbers in registers."""
+
+# A float16 or bfloat16 has this many low bits zero when it is widened to float32: the search may
+# skip them.
+_ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+
+
+def topk_select_reference(
+    logits: Tensor, k: int, *, n_vocab: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The specification of topk_select: a full stable sort."""
+    z = logits[:, :n_vocab].to(compute_dtype(logits.dtype))
+    values, ids = z.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k], ids[:, :k]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def order_key(x, ZERO_BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    # int32 that orders as the float32 does; -0.0 equals 0.0. Without the low bits that are zero in
+    # half precision.
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> ZERO_BITS
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def kth_key(key, K: tl.constexpr, ZERO_BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Largest t with at least K keys >= t, from the top bit down. Where there is none, the smallest
+    # key there can be.
+    n_positive = tl.sum((key >= 0).to(tl.int32), 0)
+    t = tl.where(n_positive >= K, 0, -(1 << (31 - ZERO_BITS)))
+    for b in tl.static_range(ZERO_BITS, 31):
+        candidate = t + (1 << (30 - b))
+        n = tl.sum((key >= candidate).to(tl.int32), 0)
+        t = tl.where(n >= K, candidate, t)
+    return t
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def place_best(key, K: tl.constexpr, ZERO_BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    # For each key: is it among the K best (earlier wins ties), and its position among those, in the
+    # keys' order.
+    t = kth_key(key, K, ZERO_BITS)
+    above = (key > t).to(tl.int32)
+    equal = (key == t).to(tl.int32)
+    # One scan for both counts: at most 65535 of each fit.
+    before = tl.cumsum((above << 16) | equal, 0) - ((above << 16) | equal)
+    n_equal_before = before & 0xFFFF
+    n_equal_kept = K - tl.sum(above, 0)
+    keep = (above == 1) | ((equal == 1) & (n_equal_before < n_equal_kept))
+    return keep, (before >> 16) + tl.minimum(n_equal_before, n_equal_kept)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def select_kernel(  # type: ignore[no-untyped-def]
+    logits,  # [P, V], row stride `stride`
+    group_max,  # [P, n_slots] float32
+    values,  # [P, k] float32
+    ids,  # [P, k] int64
+    kept_group,  # [P, K] int32 scratch
+    kept_value,  # [P, K] float32 scratch
+    kept_id,  # [P, K] int32 scratch
+    stride,
+    n_vocab,
+    n_groups,
+    n_slots,
+    k,
+    K: tl.constexpr,  # k, rounded up to a power of two
+    GROUPS: tl.constexpr,  # n_groups likewise, and at least K
+    GROUP: tl.constexpr,
+    ZERO_BITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    group_max += row * n_slots
+    kept_group += row * K
+    kept_value += row * K
+    kept_id += row * K
+    lowest: tl.constexpr = -(
+        1 << (31 - ZERO_BITS)
+    )  # below the key of -inf: what lies outside the row comes last
+
+    g = tl.arange(0, GROUPS)
+    best = tl.load(group_max + g, mask=g < n_groups, other=-float("inf"))
+    keep, at = place_best(tl.where(g < n_groups, order_key(best, ZERO_BITS), lowest), K, ZERO_BITS)
+    tl.store(kept_group + at, g, mask=keep)
+    tl.debug_barrier()
+
+    slot = tl.arange(0, K)
+    group = tl.load(kept_group + slot)  # [K], ascending, so candidates are in id order
+    o = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (K * GROUP,))
+    x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
+    keep, at = place_best(tl.where(o < n_vocab, order_key(x, ZERO_BITS), lowest), K, ZERO_BITS)
+    tl.store(kept_value + at, x, mask=keep)
+    tl.store(kept_id + at, o, mask=keep)
+    tl.debug_barrier()
+
+    x_k = tl.load(kept_value + slot)
+    id_k = tl.load(kept_id + slot)
+    key = tl.where(id_k < n_vocab, order_key(x_k, ZERO_BITS), lowest)
+    better = (key[None, :] > key[:, None]) | (
+        (key[None, :] == key[:, None]) & (id_k[None, :] < id_k[:, None])
+    )
+    rank = tl.sum(better.to(tl.int32), 1)
+    tl.store(values + row * k + rank, x_k, mask=rank < k)
+    tl.store(ids + row * k + rank, id_k.to(tl.int64), mask=rank < k)
+
+
+def group_size(logits: Tensor, k: int, n_vocab: int) -> int:
+    """Logits per group in which scan_rows must leave maxima for a top-k; 0: none, select from the
+    row itself.
+
+    Near sqrt(n_vocab / k) both stages have equal work; at most 4096 groups keep the kernel's first
+    stage in registers.
+    """
+    if runs_triton(logits):
+        if k > MAX_TRITON_K:
+            return 0
+        return max(128 if k <= 16 else 64, next_power_of_2(-(-n_vocab // 4096)))
+    return 64 if n_vocab >= 4 * 64 * k else 0
+
+
+def select_rows(
+    logits: Tensor, group_max: Tensor | None, k: int, n_vocab: int, group: int
+) -> tuple[Tensor, Tensor]:
+    """Top-k of [P, V] logits given the maxima that scan_rows left for `group`: values [P, k] and
+    ids [P, k]."""
+    if group_max is not None and runs_triton(logits):
+        return _select_triton(logits, group_max, k, n_vocab, group)
+    n_rows = logits.shape[0]
+    values = logits.new_empty(n_rows, k, dtype=compute_dtype(logits.dtype))
+    ids = torch.empty(n_rows, k, dtype=torch.int64, device=logits.device)
+    n_read = n_vocab if group_max is None else k * group + group_max.shape[1]
+    for rows in row_chunks(n_rows, cpu_chunk_rows(n_read)):
+        z_c = logits[rows, :n_vocab]
+        maxima_c = None if group_max is None else group_max[rows]
+        values[rows], ids[rows] = _select_torch(z_c, maxima_c, k, group)
+    return values, ids
+
+
+def _select_triton(
+    logits: Tensor, group_max: Tensor, k: int, n_vocab: int, group: int
+) -> tuple[Tensor, Tensor]:
+    n_rows, n_slots = group_max.shape
+    k_padded = next_power_of_2(k)
+    n_groups = -(-n_vocab // group)
+    values = group_max.new_empty(n_rows, k)
+    ids = group_max.new_empty(n_rows, k, dtype=torch.int64)
+    kept_value = group_max.new_empty(n_rows, k_padded)
+    kept_group, kept_id = kept_value.to(torch.int32), kept_value.to(torch.int32)
+    if n_rows:
+        with on_device(logits):
+            select_kernel[(n_rows,)](
+                logits,
+                group_max,
+                values,
+                ids,
+                kept_group,
+                kept_value,
+                kept_id,
+                logits.stride(0),
+                n_vocab,
+                n_groups,
+                n_slots,
+                k,
+                K=k_padded,
+                GROUPS=max(next_power_of_2(n_groups), k_padded),
+                GROUP=group,
+                ZERO_BITS=_ZERO_BITS[logits.dtype],
+                num_warps=4 if k_padded <= 64 else 8,
+            )
+    return values, ids
+
+
+def _select_torch(z: Tensor, group_max: Tensor | None, k: int, group: int) -> tuple[Tensor, Tensor]:
+    if group_max is None:
+        return _topk_lowest_id(z, k)
+    groups = (
+        _topk_lowest_id(group_max, k)[1].sort(dim=1).values
+    )  # ascending, so candidates are in id order
+    ids = (groups[:, :, None] * group + torch.arange(group, device=z.device)).flatten(
+        1
+    )  # [C, k * group]
+    candidates = z.gather(1, ids.clamp(max=z.shape[1] - 1))
+    # The last group may be short: what is missing comes after every real id, so it never wins a
+    # tie.
+    candidates.masked_fill_(ids >= z.shape[1], -float("inf"))
+    values, at = _topk_lowest_id(candidates, k)
+    return values, ids.gather(1, at)
+
+
+def _topk_lowest_id(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk leaves open which of equal values it takes, and in which order: take the lowest,
+    in order."""
+    values, ids = z.topk(k)
+    edge = values[:, -1:]
+    n_ahead = (values != edge).sum(1)  # [C] values better than the k-th; all k where that is NaN
+    rows, columns = (z == edge).nonzero().unbind(1)  # row by row, lowest id first
+    first = torch.searchsorted(rows, torch.arange(z.shape[0], device=z.device))
+    slot = n_ahead[rows] + torch.arange(rows.shape[0], device=z.device) - first[rows]
+    fits = slot < k
+    ids[rows[fits], slot[fits]] = columns[fits]
+    ids, order = ids.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+def topk_select(logits: Tensor, k: int, *, n_vocab: int | None = None) -> tuple[Tensor, Tensor]:
+    """The k largest of the first n_vocab logits of each row: (values [P, k], ids [P, k] int64),
+    best first.
+
+    Exact. Among equal logits the lowest id comes first, also where the k-th and the next are equal.
+    values are the raw logits in float32 (float64 for float64 logits). A row with a NaN gets k
+    distinct valid ids, no promise which. Not differentiable.
+
+    Raises ValueError or TypeError on a shape, layout, dtype, k or n_vocab that does not fit; 1 <= k
+    <= n_vocab.
+    """
+    n_vocab = check_logits(logits, n_vocab)
+    check_k(k, n_vocab)
+    with torch.no_grad():
+        group = group_size(logits, k, n_vocab)
+        group_max = group_maxima(logits, n_vocab, group) if group else None
+        return select_rows(logits, group_max, k, n_vocab, group)

@@ -1,0 +1,40 @@
+"""Kernel tests run twice: `path` = torch (CPU tensors) and triton (a GPU if there is one, else
+Triton's interpreter)."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when a kernel is decorated, so before the imports below
+
+sys.path.insert(0, str(Path(__file__).parent))  # for kernel_cases and kernel_objectives
+
+import triton
+
+from logitcask.kernels import launch
+from logitcask.kernels.row_stats import scan_kernel
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device that a test's tensors belong on; inside, they take the path named by the
+    parameter."""
+    if request.param == "torch":
+        yield "cpu"
+    elif torch.cuda.is_available():
+        yield "cuda"
+    else:
+        if isinstance(scan_kernel, triton.JITFunction):
+            pytest.fail(
+                "logitcask.kernels was imported before TRITON_INTERPRET=1: "
+                "set it in the shell or run tests/kernels alone"
+            )
+        with launch.triton_on_cpu():
+            yield "cpu"
