@@ -1,0 +1,64 @@
+"""Who samples and who scores: what a backend must offer, and the table of those there are.
+
+A student is a scorer like any other: its own top-k, entropy and temperature-1 log-probs come from
+scoring its own rollouts, so a sampler never keeps [T, V].
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Protocol
+
+from logitcask.engine.errors import ConfigError
+from logitcask.engine.types import Progress, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+
+
+class Sampler(Protocol):
+    """Answers prompts."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        version: int,
+        progress: Progress,
+    ) -> Rollouts:
+        """`sampling.n` responses to each prompt, in the order of the prompts; `student` is None.
+
+        Sequence s of a prompt depends on (seed, prompt id, s, version) and on the weights, not on
+        its neighbours. Raises PromptError for a prompt that leaves no room for the response.
+        """
+
+    def describe(self) -> dict[str, str]:
+        """What lineage records: name, dtype, device and the versions of the packages at work."""
+
+
+class Scorer(Protocol):
+    """Says what a model thinks of given responses."""
+
+    capabilities: frozenset[str]
+    """Of "top" (its own best ids), "at_ids" (log-probs at given ids), "entropy" and "tail"."""
+
+    def score(self, rollouts: Rollouts, request: ScoreRequest) -> Scores:
+        """Row r of a sequence is the law of response token r given prompt + response[:r]."""
+
+    def describe(self) -> dict[str, str]:
+        """As of a Sampler."""
+
+
+BACKENDS = {"hf": "logitcask.engine.backends.hf:HF"}
+"""Name -> module:class. A class takes (ModelRef, *, device, dtype, batch_tokens)."""
+
+
+def open_backend(name: str) -> Any:
+    """The class of a backend; its libraries are imported here and not before.
+
+    Raises ConfigError for a name that is not in the table.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"there is no backend {name!r}", remedy=f"Use one of: {', '.join(sorted(BACKENDS))}."
+        )
+    module, _, attribute = BACKENDS[name].partition(":")
+    return getattr(import_module(module), attribute)

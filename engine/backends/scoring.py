@@ -1,0 +1,189 @@
+"""Scoring: from the logits of rows to what a store keeps of them, in float32 and never as [T, V].
+
+Each chunk of rows gives log-prob of the sampled token, entropy, the kept list, log-probs at the
+student's stored ids, and the exact log mass of everything else, all from the same logits.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcask.engine.errors import ModelError
+from logitcask.engine.types import Array, Rollouts, ScoreRequest, Scores
+from logitcask.kernels.row_stats import row_stats
+from logitcask.kernels.topk_select import topk_select
+
+CHUNK_LOGITS = 1 << 26
+"""Logits held at once: 256 MiB in float32."""
+
+
+def budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices in batches of like length, shortest first; count x longest <= batch_tokens, or one.
+
+    A function of the lengths alone, so that a unit done again is batched the same.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def take_ranges(starts: Array, counts: Array) -> Array:
+    """Indices of the ragged rows [start, start + count), one after another: [sum of counts]."""
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class RowScores:
+    """What R rows of logits say; tensors on the logits' device."""
+
+    lp: Tensor
+    entropy: Tensor
+    log_tail: Tensor
+    cnt: Tensor
+    """[R] kept entries."""
+    ids: Tensor
+    """[R, k] best first; kept are the first cnt of a row."""
+    entry_lp: Tensor
+    at: Tensor
+    """[A] log-probs at (at_row, at_ids)."""
+
+
+def score_rows(
+    logits: Tensor, token: Tensor, at_row: Tensor, at_ids: Tensor, request: ScoreRequest
+) -> RowScores:
+    """logits [R, n_vocab] float32, overwritten; token [R]; at_row, at_ids [A]: student's ids."""
+    log_sum_exp, entropy = row_stats(logits)
+    lp = logits.gather(1, token[:, None])[:, 0] - log_sum_exp
+    at = logits[at_row, at_ids] - log_sum_exp[at_row]
+    k = min(request.k_max, logits.shape[1])
+    values, ids = topk_select(logits, k)
+    entry_lp = values - log_sum_exp[:, None]
+    cnt = torch.full_like(token, k)
+    if request.top_p < 1.0:
+        mass = entry_lp.double().exp().cumsum(1)
+        cnt = ((mass < request.top_p).sum(1) + 1).clamp(min(request.k_min, k), k)
+    kept = torch.arange(k, device=logits.device) < cnt[:, None]
+    logits.scatter_(1, ids, values.masked_fill(kept, -torch.inf))
+    logits[at_row, at_ids] = -torch.inf
+    log_tail = logits.logsumexp(1) - log_sum_exp
+    return RowScores(lp, entropy, log_tail, cnt, ids, entry_lp, at)
+
+
+class Sheet:
+    """The scores of P rows, filled in any order."""
+
+    def __init__(self, rollouts: Rollouts, request: ScoreRequest) -> None:
+        rows = rollouts.positions
+        self.request = request
+        self.tokens = rollouts.tokens.astype(np.int64)
+        self.lp, self.entropy, self.log_tail = (np.empty(rows, np.float32) for _ in range(3))
+        self.cnt = np.zeros(rows, np.uint16)
+        self.ids = np.zeros((rows, request.k_max), np.uint32)
+        self.entry_lp = np.zeros((rows, request.k_max), np.float32)
+        student = rollouts.student if request.at_student else None
+        self.at_cnt = np.zeros(rows, np.int64) if student is None else student.cnt.astype(np.int64)
+        self.at_off = np.cumsum(self.at_cnt) - self.at_cnt
+        self.at_ids = np.zeros(0, np.int64) if student is None else student.ids.astype(np.int64)
+        self.at = np.empty(len(self.at_ids), np.float32)
+
+    def write(self, rows: Array, logits: Tensor) -> None:
+        """rows [R]: which rows the logits [R, n_vocab] are about; the logits are used up."""
+
+        def there(array: Array) -> Tensor:
+            return torch.from_numpy(array).to(logits.device)
+
+        flat = take_ranges(self.at_off[rows], self.at_cnt[rows])
+        at_row = np.repeat(np.arange(len(rows)), self.at_cnt[rows])
+        found = score_rows(
+            logits,
+            there(self.tokens[rows]),
+            there(at_row),
+            there(self.at_ids[flat]),
+            self.request,
+        )
+        if not found.entropy.isfinite().all():
+            raise ModelError(
+                "the model's logits hold NaN or infinity",
+                remedy="Its weights are damaged, or its dtype is too narrow for it: try float32.",
+            )
+        k = found.ids.shape[1]
+        self.lp[rows], self.entropy[rows] = found.lp.cpu(), found.entropy.cpu()
+        self.log_tail[rows], self.cnt[rows] = found.log_tail.cpu(), found.cnt.cpu()
+        self.ids[rows, :k], self.entry_lp[rows, :k] = found.ids.cpu(), found.entry_lp.cpu()
+        self.at[flat] = found.at.cpu()
+
+    def scores(self) -> Scores:
+        kept = np.arange(self.ids.shape[1]) < self.cnt[:, None]
+        return Scores(
+            lp=self.lp,
+            entropy=self.entropy,
+            log_tail=self.log_tail,
+            cnt=self.cnt,
+            ids=self.ids[kept],
+            entry_lp=self.entry_lp[kept],
+            at_student=self.at if self.request.at_student else None,
+        )
+
+
+def response_rows(rollouts: Rollouts, batch: Sequence[int]) -> tuple[Tensor, Tensor, Array, Array]:
+    """A right-padded batch of sequences and where its rows are.
+
+    -> ids [B, L], mask [B, L], hidden [R] (index into B * L hidden states), rows [R] (into P).
+    The last response token is not fed: no row reads the hidden state after it.
+    """
+    fed: list[Array] = []
+    hidden: list[Array] = []
+    rows: list[Array] = []
+    for i in batch:
+        prompt = rollouts.prompts[int(rollouts.seq_prompt[i])].token_ids
+        start, end = int(rollouts.seq_off[i]), int(rollouts.seq_off[i + 1])
+        fed.append(np.concatenate([prompt, rollouts.tokens[start : end - 1]]).astype(np.int64))
+        hidden.append(np.arange(len(prompt) - 1, len(fed[-1])))
+        rows.append(np.arange(start, end))
+    length = max(map(len, fed))
+    ids, mask = np.zeros((2, len(batch), length), np.int64)
+    for b, tokens in enumerate(fed):
+        ids[b, : len(tokens)], mask[b, : len(tokens)] = tokens, 1
+        hidden[b] += b * length
+    return (
+        torch.from_numpy(ids),
+        torch.from_numpy(mask),
+        np.concatenate(hidden),
+        np.concatenate(rows),
+    )
+
+
+def score_rollouts(
+    net: Any, rollouts: Rollouts, request: ScoreRequest, *, batch_tokens: int
+) -> Scores:
+    """One forward pass a batch, response rows only. net: as of sampling.Network."""
+    sheet = Sheet(rollouts, request)
+    lengths = rollouts.lengths()
+    prompts = [len(rollouts.prompts[int(p)].token_ids) for p in rollouts.seq_prompt]
+    answered = [i for i in range(len(lengths)) if lengths[i] > 0]
+    fed = [prompts[i] + int(lengths[i]) - 1 for i in answered]
+    for batch in budget_batches(fed, batch_tokens):
+        with torch.inference_mode():
+            ids, mask, at, rows = response_rows(rollouts, [answered[i] for i in batch])
+            positions = torch.arange(ids.shape[1]).expand_as(ids)
+            hidden = net.hidden(
+                ids.to(net.device), mask.to(net.device), positions.to(net.device), None
+            )
+            hidden = hidden.flatten(0, 1)[torch.from_numpy(at).to(net.device)]  # [R, D]
+            for part in chunks(len(rows), max(1, CHUNK_LOGITS // net.n_vocab)):
+                sheet.write(rows[part], net.logits(hidden[part]))
+    return sheet.scores()
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
