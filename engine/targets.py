@@ -55,6 +55,10 @@ class Targets:
     def __len__(self) -> int:
         return len(self.token)
 
+    def matches(self, top_ids: Tensor) -> Tensor:
+        """[P, C, K] bool: column c is id k of top_ids [P, K]. Padding matches nothing."""
+        return self.ids[:, :, None] == top_ids[:, None, :]
+
     def at(self, index: Tensor) -> "Targets":
         """The rows at `index` [n], all columns."""
         return self._map(lambda tensor: tensor[index])

@@ -1,0 +1,171 @@
+"""What a cache can serve of an objective once the student has moved: said in words, or refused.
+
+Three things can each be exact or not, whatever the objective: the scores at the ids it looks at,
+the set of those ids, and the estimator. The prefixes are always those of the rollouts.
+"""
+
+from dataclasses import dataclass
+
+from logitcask.engine.errors import ObjectiveError
+from logitcask.engine.objectives.objective import Objective
+from logitcask.engine.objectives.presets import Preset
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What the rollouts, the scores and the student at hand are."""
+
+    student_k: int
+    """Ids of the student's own top-k that the rollouts hold a position."""
+    k_min: int
+    """Of the score request: the teacher's top-k is exact up to this k."""
+    k_max: int
+    layout: str
+    """`once`: the teacher was asked at the student's ids too; `whole`: its own kept ids only."""
+    versions: tuple[int, ...]
+    """Versions of the students that sampled, each once."""
+    student_version: int
+    """Of the student that is to be trained."""
+    same_root: bool
+    """It descends from the model that those students descend from; else it is foreign."""
+    same_template: bool
+    """Prompts were rendered as the student's own template renders them."""
+    plain_sampling: bool = True
+    """Sampled at temperature 1 from the whole distribution."""
+    allow_foreign: bool = False
+    """`--foreign-student`."""
+
+    @property
+    def ages(self) -> tuple[int | None, ...]:
+        """Updates between each version and the student; None for a foreign one."""
+        if not self.same_root:
+            return (None,)
+        return tuple(self.student_version - version for version in self.versions)
+
+    @property
+    def on_policy(self) -> bool:
+        return self.ages == (0,) and self.plain_sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Labels of a run; they are printed before it and stored with it."""
+
+    scores: str
+    support: str
+    estimator: str
+    prefixes: str
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        labels = ("scores", "support", "estimator", "prefixes")
+        return [
+            *(f"{label}: {getattr(self, label)}" for label in labels),
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+
+def verdict(what: Objective | Preset, facts: Facts) -> Verdict:
+    """Labels of this objective on this cache. Raises ObjectiveError where it cannot be served."""
+    objective = what.objective if isinstance(what, Preset) else what
+    _check_k(objective, facts)
+    if objective.support == "student":
+        _check_student(objective, facts)
+    notes = [what.note] if isinstance(what, Preset) and what.note else []
+    if not facts.same_root:
+        notes.append("Foreign student: another model sampled these rollouts, ages are unknown.")
+    if not facts.same_template:
+        notes.append(
+            "The student's chat template renders prompts otherwise than these rollouts hold them; "
+            "it is trained on the prompts as held."
+        )
+    return Verdict(
+        scores=_scores(objective),
+        support=_support(objective, facts),
+        estimator=_estimator(objective, facts),
+        prefixes=_prefixes(facts),
+        notes=tuple(notes),
+    )
+
+
+def _check_k(objective: Objective, facts: Facts) -> None:
+    # With a tail any kept list is exact for what it coarsens to; elsewhere S(q) must be known.
+    in_teacher = objective.support in ("teacher", "overlap") and objective.outside != "tail"
+    if in_teacher and objective.k > facts.k_min:
+        also = f" --k-max {objective.k}" if objective.k > facts.k_max else ""
+        raise ObjectiveError(
+            f"k = {objective.k} is more than k_min = {facts.k_min} of these scores: some rows hold "
+            f"fewer than {objective.k} of the teacher's ids",
+            remedy=f"score again with --k-min {objective.k}{also}, or train with --k {facts.k_min}",
+        )
+
+
+def _check_student(objective: Objective, facts: Facts) -> None:
+    if facts.layout == "whole":
+        raise ObjectiveError(
+            "layout 'whole': this teacher was not asked at the student's ids, and a student "
+            "support needs its log-probs there",
+            remedy="score with a teacher that answers at chosen ids, or train with "
+            "--objective overlap",
+        )
+    if objective.k > facts.student_k:
+        raise ObjectiveError(
+            f"k = {objective.k} is more than student_k = {facts.student_k} of these rollouts",
+            remedy=f"sample and score again with --student-k {objective.k}, or train with "
+            f"--k {facts.student_k}",
+        )
+    if not facts.same_root and not facts.allow_foreign:
+        raise ObjectiveError(
+            f"foreign student: S(p) is frozen at {_prefixes(facts)}, and the student to be trained "
+            "is not of that root",
+            remedy="train with --objective overlap, whose S(p) is live, or allow it with "
+            "--foreign-student",
+        )
+
+
+def _scores(objective: Objective) -> str:
+    if objective.outside == "tail":
+        first = f"first {objective.k} kept ids" if objective.support == "teacher" else "support"
+        return f"exact for both models coarsened to the {first} and one bucket: a lower bound of KL"
+    return {
+        "teacher": f"exact: every row holds the teacher's top-{objective.k}",
+        "overlap": f"exact: every row holds the teacher's top-{objective.k}",
+        "student": "exact: the teacher was asked at the student's ids",
+        "sampled": "exact: the teacher's log-prob of the sampled id",
+    }[objective.support]
+
+
+def _support(objective: Objective, facts: Facts) -> str:
+    k = objective.k
+    return {
+        "teacher": f"fixed: the teacher's top-{k}",
+        "overlap": f"live: the student's top-{k} of today within the teacher's, which never leaves "
+        "what was scored",
+        "student": f"frozen: the top-{k} of the student at {_prefixes(facts)}; today's may differ, "
+        "see cache/miss_mass",
+        "sampled": "fixed: the sampled id",
+    }[objective.support]
+
+
+def _estimator(objective: Objective, facts: Facts) -> str:
+    if objective.support != "sampled":
+        if objective.form == "advantage":
+            return "deterministic, though not the gradient of a divergence"
+        return "deterministic"
+    if facts.on_policy:
+        return (
+            "one draw per position, unbiased for KL(p || q) as long as the student is the one that "
+            "sampled (age 0 at the start), off policy after its first update"
+        )
+    ages = ", ".join("unknown" if age is None else str(age) for age in facts.ages)
+    how = "" if facts.plain_sampling else ", from a tempered or truncated distribution"
+    return (
+        f"one draw per position, biased: off policy (age {ages}{how}) and not importance-weighted"
+    )
+
+
+def _prefixes(facts: Facts) -> str:
+    low, high = min(facts.versions), max(facts.versions)
+    versions = f"version {low}" if low == high else f"versions {low} to {high}"
+    return versions if facts.same_root else f"{versions} of another root"
