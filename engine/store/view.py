@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.store.log import Pin, Segment
+from logitcask.engine.store.log import Pin
+from logitcask.engine.store.segment import Segment
 from logitcask.engine.store.store import Store
 
 

@@ -1,0 +1,137 @@
+"""Rollouts <-> the arrays of a rollout segment: prompts once, sequences and positions flat."""
+
+import json
+
+import numpy as np
+
+import logitcask.engine.store.codecs as codecs
+import logitcask.engine.store.layout as layout
+from logitcask.engine.errors import StoreError
+from logitcask.engine.identity import canonical
+from logitcask.engine.types import Array, Prompt, Rollouts, Scores
+
+_FAULT = "this is a fault of the sampler: correct it and roll the unit out again"
+
+
+def check(rollouts: Rollouts) -> None:
+    """Refuses rollouts whose arrays do not fit together. Raises StoreError."""
+    sequences, positions = len(rollouts.seq_prompt), len(rollouts.tokens)
+    lengths = {
+        "seq_prompt": sequences,
+        "seq_off": sequences + 1,
+        "tokens": positions,
+        "loss_mask": positions,
+        "b_lp": positions,
+        "finish": sequences,
+        "version_start": sequences,
+        "version_end": sequences,
+    }
+    for name, length in lengths.items():
+        shape = getattr(rollouts, name).shape
+        if shape != (length,):
+            raise StoreError(f"rollouts.{name} has shape {shape}, not ({length},)", remedy=_FAULT)
+    off = rollouts.seq_off
+    if off[0] != 0 or off[-1] != positions or (np.diff(off) < 0).any():
+        raise StoreError(
+            f"rollouts.seq_off does not divide {positions} positions into sequences", remedy=_FAULT
+        )
+    if sequences and int(rollouts.seq_prompt.max()) >= len(rollouts.prompts):
+        highest, prompts = int(rollouts.seq_prompt.max()), len(rollouts.prompts)
+        raise StoreError(f"a sequence belongs to prompt {highest} of {prompts}", remedy=_FAULT)
+    if np.isnan(rollouts.b_lp).any():
+        raise StoreError("rollouts.b_lp holds NaN", remedy=_FAULT)
+    if rollouts.student is not None:
+        if rollouts.student.at_student is not None:
+            raise StoreError(
+                "the student's own scores carry at_student: a rollout segment has no place for it",
+                remedy="score the student with at_student = False",
+            )
+        layout.check(rollouts.student, positions, None)
+
+
+def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
+    """Arrays of a rollout segment; `check` has passed. Raises StoreError: prompts beyond JSON."""
+    prompts = rollouts.prompts
+    told = [{"id": p.id, "answer": p.answer, "extra": dict(p.extra)} for p in prompts]
+    try:
+        text = canonical(told)
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"the extra keys of a prompt are not JSON ({error})",
+            remedy="use strings, finite numbers, lists and objects in the prompts file",
+        ) from error
+    ids = [np.asarray(p.token_ids, np.uint32) for p in prompts]
+    lengths = np.asarray([len(x) for x in ids], np.int64)
+    arrays = {
+        "prompt_off": layout.starts(lengths),
+        "prompt_tokens": np.concatenate([np.zeros(0, np.uint32), *ids]),
+        "prompt_json": np.frombuffer(text, np.uint8),
+        "seq_prompt": rollouts.seq_prompt.astype(np.uint32),
+        "seq_off": rollouts.seq_off.astype(np.int64),
+        "tokens": rollouts.tokens.astype(np.uint32),
+        "loss_mask": rollouts.loss_mask.astype(np.uint16),
+        "b_lp": rollouts.b_lp.astype(np.float32),
+        "finish": rollouts.finish.astype(np.uint16),
+        "version_start": rollouts.version_start.astype(np.int64),
+        "version_end": rollouts.version_end.astype(np.int64),
+    }
+    student = rollouts.student
+    if student is None:
+        return arrays
+    return arrays | {
+        "s_lp": student.lp.astype(np.float32),
+        "s_ent": student.entropy.astype(np.float32),
+        "s_tail": student.log_tail.astype(np.float32),
+        "s_cnt": student.cnt.astype(np.uint16),
+        "s_ids": student.ids.astype(np.uint32),
+        "s_topk_lp": codecs.to_entry(student.entry_lp, profile.entry),
+    }
+
+
+def decode(arrays: dict[str, Array]) -> Rollouts:
+    """The inverse of `encode`, entry log-probs widened to float32.
+
+    Raises ValueError where the arrays contradict each other (the caller names the segment).
+    """
+    told = json.loads(arrays["prompt_json"].tobytes())
+    off = arrays["prompt_off"]
+    if len(told) != len(off) - 1:
+        raise ValueError(f"{len(told)} prompts are described, {len(off) - 1} have tokens")
+    prompts = tuple(
+        Prompt(
+            id=each["id"],
+            token_ids=tuple(arrays["prompt_tokens"][off[i] : off[i + 1]].tolist()),
+            answer=each["answer"],
+            extra=each["extra"],
+        )
+        for i, each in enumerate(told)
+    )
+    student = None
+    if "s_lp" in arrays:
+        if int(arrays["s_cnt"].sum(dtype=np.int64)) != len(arrays["s_ids"]):
+            raise ValueError("s_cnt does not add up to the number of entries")
+        student = Scores(
+            lp=arrays["s_lp"],
+            entropy=arrays["s_ent"],
+            log_tail=arrays["s_tail"],
+            cnt=arrays["s_cnt"],
+            ids=arrays["s_ids"],
+            entry_lp=arrays["s_topk_lp"].astype(np.float32),
+        )
+    rollouts = Rollouts(
+        prompts=prompts,
+        seq_prompt=arrays["seq_prompt"],
+        seq_off=arrays["seq_off"],
+        tokens=arrays["tokens"],
+        loss_mask=arrays["loss_mask"],
+        b_lp=arrays["b_lp"],
+        finish=arrays["finish"],
+        version_start=arrays["version_start"],
+        version_end=arrays["version_end"],
+        student=student,
+    )
+    try:
+        check(rollouts)
+    except StoreError as error:
+        raise ValueError(error.cause) from error
+    return rollouts

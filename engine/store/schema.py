@@ -1,0 +1,141 @@
+"""What a segment holds: array names, dtypes, lengths, chunks, files. Format version 1.
+
+Lengths are named by the count that rules them (`counts` of a record):
+  M prompts, N sequences, P positions, T prompt tokens, J bytes of prompt_json,
+  E stored top-k entries (the student's in a rollout segment, the teacher's in a score segment),
+  K kept entries of the teacher, S entries of the base's student lists.
+
+Every path inside a segment follows from (kind, layout, counts), so no path is ever taken from data.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FORMAT = "logitcask"
+FORMAT_VERSION = 1
+
+ROLLOUT, SCORE = "rollout", "score"
+KINDS = (ROLLOUT, SCORE)
+"""What a segment holds; also its folder below seg/."""
+
+STUDENT, PLAIN = "student", "plain"
+"""Layouts of a rollout segment: with or without the student's own scores."""
+ONCE, WHOLE = "once", "whole"
+"""Layouts of a score segment: `once` leaves out what the student's list already names."""
+LAYOUTS = {ROLLOUT: (STUDENT, PLAIN), SCORE: (ONCE, WHOLE)}
+
+POSITION_CHUNK = 32768
+ENTRY_CHUNK = 131072
+"""Elements of an inner chunk. Measured: larger decodes a little faster, smaller much slower."""
+
+MAX_COUNT = {
+    "M": 1 << 24,
+    "N": 1 << 26,
+    "P": 1 << 26,
+    "T": 1 << 28,
+    "J": 1 << 28,
+    "E": 1 << 31,
+    "K": 1 << 31,
+    "S": 1 << 31,
+}
+"""A record that claims more is refused before anything is read for it."""
+MAX_K = 4096
+"""Entries of one row; with it, ranks of a row fit uint16."""
+MAX_RECORD_BYTES = 8 << 20
+MAX_FORMAT_BYTES = 4096
+MAX_META_BYTES = 65536
+"""A zarr.json is about a kilobyte."""
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+SEG_ID = re.compile(r"[0-9a-f]{32}")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+ENTRY = "entry"
+"""Stands for the dtype of stored entry log-probs, which the codec profile decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One array of a segment."""
+
+    dtype: str
+    """numpy name, or ENTRY."""
+    count: str
+    """Which count is its length ..."""
+    plus: int = 0
+    """... and what is added to it (1 for offsets)."""
+    chunk: int = POSITION_CHUNK
+
+    def length(self, counts: Mapping[str, int]) -> int:
+        return counts[self.count] + self.plus
+
+
+_ROLLOUT = {
+    "prompt_off": Spec("int64", "M", 1),
+    "prompt_tokens": Spec("uint32", "T", chunk=ENTRY_CHUNK),
+    "prompt_json": Spec("uint8", "J", chunk=ENTRY_CHUNK),
+    "seq_prompt": Spec("uint32", "N"),
+    "seq_off": Spec("int64", "N", 1),
+    "tokens": Spec("uint32", "P"),
+    "loss_mask": Spec("uint16", "P"),
+    "b_lp": Spec("float32", "P"),
+    "finish": Spec("uint16", "N"),
+    "version_start": Spec("int64", "N"),
+    "version_end": Spec("int64", "N"),
+}
+_STUDENT = {
+    "s_lp": Spec("float32", "P"),
+    "s_ent": Spec("float32", "P"),
+    "s_tail": Spec("float32", "P"),
+    "s_cnt": Spec("uint16", "P"),
+    "s_ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
+    "s_topk_lp": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
+}
+_SCORE = {
+    "t_lp": Spec("float32", "P"),
+    "ent": Spec("float32", "P"),
+    "log_tail": Spec("float32", "P"),
+    "kept": Spec("uint16", "P"),
+    "cnt": Spec("uint16", "P"),
+    "ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
+    "lp": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
+}
+_ONCE = {
+    "t_at_s": Spec(ENTRY, "S", chunk=ENTRY_CHUNK),
+    "t_rank_fix": Spec("uint16", "S", chunk=ENTRY_CHUNK),
+}
+_SPECS = {
+    STUDENT: _ROLLOUT | _STUDENT,
+    PLAIN: _ROLLOUT,
+    ONCE: _SCORE | _ONCE,
+    WHOLE: _SCORE,
+}
+COUNTS = {
+    STUDENT: ("M", "N", "P", "T", "J", "E"),
+    PLAIN: ("M", "N", "P", "T", "J"),
+    ONCE: ("N", "P", "E", "K", "S"),
+    WHOLE: ("N", "P", "E", "K"),
+}
+"""The counts that a record of each layout carries."""
+
+
+def specs(layout: str) -> dict[str, Spec]:
+    """The arrays of a layout."""
+    return _SPECS[layout]
+
+
+def chunk_shape(spec: Spec, length: int) -> tuple[int, int]:
+    """(inner chunk, shard): the shard is the whole array rounded up, so an array is one file."""
+    chunk = max(1, min(length, spec.chunk))
+    return chunk, max(1, -(-length // chunk)) * chunk
+
+
+def file_names(layout: str, counts: Mapping[str, int]) -> set[str]:
+    """The files of a segment, relative to its folder: an empty array has no data file."""
+    names = {"zarr.json"}
+    for name, spec in specs(layout).items():
+        names.add(f"{name}/zarr.json")
+        if spec.length(counts):
+            names.add(f"{name}/c/0")
+    return names
