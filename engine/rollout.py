@@ -1,0 +1,218 @@
+"""Prompts + a sampler -> rollout segments.
+
+Work is planned in units, fixed ranges of consecutive prompts, before anything is sampled. A unit is
+sampled, scored by the student itself (whose top-k the store keeps), and committed. What is planned
+and not committed is what a resumed run does.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from logitcask.engine.backends.base import Sampler, Scorer
+from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.identity import digest
+from logitcask.engine.store import Pin, Segment, Store
+from logitcask.engine.types import (
+    STOP,
+    ModelRef,
+    Progress,
+    Prompt,
+    SamplingParams,
+    ScoreRequest,
+    silent,
+)
+
+UNIT_POSITIONS = 262_144
+"""Response tokens that a unit of the default size can reach."""
+LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutReport:
+    units_total: int
+    units_done_before: int
+    units_new: int
+    positions: int
+    """Response tokens of the units that are new; so are the figures below."""
+    sequences: int
+    seconds: float
+    mean_length: float
+    """Response tokens of a sequence; 0 where no unit was new."""
+    stopped_share: float
+    """Share of sequences that ended in a stop token."""
+
+
+def rollout(
+    store: Store,
+    *,
+    model: ModelRef,
+    sampler: Sampler,
+    scorer: Scorer | None = None,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    name: str = "main",
+    seed: int = 0,
+    student_k: int = 16,
+    unit_prompts: int | None = None,
+    progress: Progress = silent,
+    first: int = 0,
+    count: int | None = None,
+    versions: bool = False,
+    lineage_extra: Mapping[str, Any] | None = None,
+) -> RolloutReport:
+    """Samples every planned unit that the store does not hold yet, and commits it.
+
+    scorer: the student as a scorer; left out, the sampler is one too. student_k: how many of its
+    own best ids a row keeps. unit_prompts: prompts of a unit; left out, as many as can reach
+    UNIT_POSITIONS. first, count: only this range of the prompts; left out, all from `first`.
+    versions: other versions of the student may be under this name already, as in a distillation
+    loop. lineage_extra: more that each segment is to record.
+    Raises IdentityError where `name` holds other prompts, sampling, students or units.
+    """
+    start_s = time.monotonic()
+    if scorer is None:
+        scorer = _as_scorer(sampler)
+    if unit_prompts is None:
+        unit_prompts = max(1, UNIT_POSITIONS // (sampling.n * sampling.max_new_tokens))
+    count = len(prompts) - first if count is None else count
+    if unit_prompts < 1 or first < 0 or count < 1 or first + count > len(prompts):
+        raise ConfigError(
+            f"unit_prompts={unit_prompts}, first={first}, count={count} of {len(prompts)} prompts",
+            remedy="Take at least one prompt a unit, and a range that lies within the prompts.",
+        )
+    set_digest = prompt_set_digest(prompts, model, sampling, seed=seed, student_k=student_k)
+    end = first + count
+    ranges = [(at, min(unit_prompts, end - at)) for at in range(first, end, unit_prompts)]
+    units = {
+        unit_key(set_digest, model, at, size): {
+            "version": model.version,
+            "first": at,
+            "count": size,
+        }
+        for at, size in ranges
+    }
+    lineage = {
+        "set": {
+            "digest": set_digest,
+            "prompts": len(prompts),
+            "units": len(units),
+            **asdict(sampling),
+            "seed": seed,
+            "student_k": student_k,
+            "template": model.template_digest,
+        },
+        "student": model.lineage(),
+        "backend": sampler.describe(),
+        "scorer": scorer.describe(),
+        "logprob": LOGPROB,
+        **(lineage_extra or {}),
+    }
+    pin = store.head()
+    _check_name(pin, name, model, set_digest, units, versions)
+    missing = {key: unit for key, unit in units.items() if key not in pin.unit_keys()}
+    positions = sequences = stopped = 0
+    for done, (key, unit) in enumerate(missing.items()):
+        progress("rollout", len(units) - len(missing) + done, len(units))
+        part = prompts[unit["first"] : unit["first"] + unit["count"]]
+        rolled = sampler.generate(part, sampling, seed=seed, version=model.version, progress=silent)
+        own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
+        rolled = replace(rolled, student=scorer.score(rolled, own))
+        store.commit_rollouts(rolled, name=name, unit_key=key, unit=unit, lineage=lineage)
+        positions += rolled.positions
+        sequences += len(rolled.finish)
+        stopped += int((rolled.finish == STOP).sum())
+    progress("rollout", len(units), len(units))
+    return RolloutReport(
+        units_total=len(units),
+        units_done_before=len(units) - len(missing),
+        units_new=len(missing),
+        positions=positions,
+        sequences=sequences,
+        seconds=time.monotonic() - start_s,
+        mean_length=positions / max(1, sequences),
+        stopped_share=stopped / max(1, sequences),
+    )
+
+
+def prompt_set_digest(
+    prompts: Sequence[Prompt],
+    model: ModelRef,
+    sampling: SamplingParams,
+    *,
+    seed: int,
+    student_k: int,
+) -> str:
+    """What a name of rollouts stands for, beside the root of its student."""
+    rows = [[p.id, list(p.token_ids), p.answer, dict(p.extra)] for p in prompts]
+    return digest(
+        {
+            "prompts": rows,
+            "template": model.template_digest,
+            "sampling": asdict(sampling),
+            "seed": seed,
+            "student_k": student_k,
+        }
+    )
+
+
+def unit_key(set_digest: str, model: ModelRef, first: int, count: int) -> str:
+    return digest(
+        {
+            "set": set_digest,
+            "student": model.digest,
+            "version": model.version,
+            "first": first,
+            "count": count,
+        }
+    )
+
+
+def _as_scorer(sampler: Any) -> Scorer:
+    if not hasattr(sampler, "score"):
+        raise ConfigError(
+            f"{type(sampler).__name__} samples and cannot score, and no scorer is given",
+            remedy="Give a scorer with the student's weights.",
+        )
+    scorer: Scorer = sampler
+    return scorer
+
+
+def _check_name(
+    pin: Pin,
+    name: str,
+    model: ModelRef,
+    set_digest: str,
+    units: Mapping[str, Mapping[str, int]],
+    versions: bool,
+) -> None:
+    """Refuses before anything is sampled what the store would refuse, and what it cannot see."""
+    for segment in pin.rollouts(name):
+        theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
+        if theirs != set_digest:
+            raise IdentityError(
+                f"rollouts {name!r} are of the prompt set {theirs}, and this one is {set_digest}"
+                " (prompts, template, sampling parameters, seed, student_k)",
+                remedy="Give these rollouts a name of their own, or use what they were made with.",
+            )
+        if student["weights"] != model.digest and not versions:
+            raise IdentityError(
+                f"rollouts {name!r} are of student {student['weights']}, version "
+                f"{student['version']}; this one is {model.digest}, version {model.version}",
+                remedy="Give these rollouts a name of their own; only distill mixes versions.",
+            )
+        if student["weights"] == model.digest and segment.unit_key not in units:
+            _check_grid(name, segment, units)
+
+
+def _check_grid(name: str, segment: Segment, units: Mapping[str, Mapping[str, int]]) -> None:
+    """Two unit sizes would sample the same prompts twice, with the same random numbers."""
+    first, end = segment.unit["first"], segment.unit["first"] + segment.unit["count"]
+    for unit in units.values():
+        if unit["first"] < end and first < unit["first"] + unit["count"]:
+            raise IdentityError(
+                f"rollouts {name!r} hold prompts {first}..{end - 1} as one unit, and the plan has "
+                f"{unit['first']}..{unit['first'] + unit['count'] - 1}",
+                remedy="Resume with the unit_prompts, first and count that they were begun with.",
+            )
