@@ -281,9 +281,9 @@ def _targets(flat: Mapping[str, Array]) -> Targets:
     t_q, _ = _matrix(flat["t_q"], flat["t_cnt"], -np.inf)
     s_rank = np.full(s_ids.shape, BEYOND, np.int64)
     only_t = t_in.copy()
-    for column in range(s_ids.shape[1]):
-        hit = t_ids == s_ids[:, column : column + 1]
-        s_rank[hit.any(1), column] = hit.argmax(1)[hit.any(1)]
+    for s_col in range(s_ids.shape[1]):
+        hit = t_ids == s_ids[:, s_col : s_col + 1]
+        s_rank[hit.any(1), s_col] = hit.argmax(1)[hit.any(1)]
         only_t &= ~hit
     if "s_q" in flat:
         s_q, _ = _matrix(flat["s_q"], flat["s_cnt"], -np.inf)

@@ -1,13 +1,21 @@
 """A store made from nothing, whose every stored number follows from known distributions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from logitcask.engine.identity import digest
-from logitcask.engine.store import Segment, Store, open_store
-from logitcask.engine.types import LENGTH, Array, Prompt, Rollouts, Scores
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.types import (
+    LENGTH,
+    Array,
+    ModelRef,
+    Prompt,
+    Rollouts,
+    SamplingParams,
+    Scores,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +90,19 @@ def make_store(
     *,
     planned: int | None = None,
     scored: int | None = None,
-    student: dict[str, object] | None = None,
-    teacher: dict[str, object] | None = None,
+    student: ModelRef | None = None,
 ) -> Store:
-    """Commits units as rollouts `main`, the first `scored` of them with scores of `big`."""
+    """Commits units as rollouts `main` of `student`, the first `scored` with scores of `big`."""
     store = open_store(path, create=True)
+    made_by = {"root": digest("root")} if student is None else student.lineage()
     lineage = {
-        "set": {"digest": digest("set"), "units": len(units) if planned is None else planned},
-        "student": {"root": digest("root"), **(student or {})},
+        "set": {
+            "digest": digest("set"),
+            "units": len(units) if planned is None else planned,
+            **asdict(SamplingParams()),
+            "student_k": 4,
+        },
+        "student": made_by,
     }
     for i, unit in enumerate(units):
         segment = store.commit_rollouts(
@@ -100,21 +113,18 @@ def make_store(
             lineage=lineage,
         )
         if scored is None or i < scored:
-            _commit_scores(store, segment, unit, i, teacher or {})
+            store.commit_scores(
+                unit.scores,
+                base=segment,
+                name="big",
+                unit_key=digest({"score": i}),
+                unit=dict(segment.unit),
+                lineage={
+                    "teacher": {"weights": digest("teacher")},
+                    "request": {"top_p": 0.6, "k_min": 4, "k_max": 7, "at_student": True},
+                },
+            )
     return store
-
-
-def _commit_scores(
-    store: Store, base: Segment, unit: Unit, index: int, teacher: dict[str, object]
-) -> None:
-    store.commit_scores(
-        unit.scores,
-        base=base,
-        name="big",
-        unit_key=digest({"score": index}),
-        unit={"rollout": base.seg_id},
-        lineage={"teacher": {"weights": digest("teacher"), **teacher}, "request": {"k_min": 4}},
-    )
 
 
 def _scores(log_probs: Array, tokens: Array, kept: Array) -> Scores:

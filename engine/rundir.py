@@ -1,0 +1,139 @@
+"""A run's folder: what is in it, whose run it is, and where to go on.
+
+OUT/  model, tokenizer, logitcask.json   the result; the card comes last and means: finished
+      run.json        what this run is: another run is refused
+      metrics.jsonl   one line per logged update
+      checkpoints/    written by Trainer, marked by us when whole
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from logitcask.engine.errors import ConfigError, IdentityError
+
+RUN, METRICS, CHECKPOINTS, CARD = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
+MARK = "logitcask_checkpoint.json"
+"""The last file of a checkpoint: one without it is not whole."""
+
+
+def read_run(out: Path) -> dict[str, Any] | None:
+    """What run.json says, None for a new folder. ConfigError if other files are in the way."""
+    if (out / RUN).exists():
+        found: dict[str, Any] = json.loads((out / RUN).read_text())
+        return found
+    strangers = [f.name for f in out.iterdir() if f.name[0] != "."] if out.is_dir() else []
+    if strangers:
+        raise ConfigError(
+            f"{out} holds {sorted(strangers)[0]!r} and no {RUN}: it is not the folder of a run",
+            remedy="give a new or an empty folder with --out",
+        )
+    return None
+
+
+def check_same(out: Path, earlier: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """IdentityError that names the first key in which the run in `out` is another."""
+    theirs = dict(_leaves(earlier))
+    mine = dict(_leaves(json.loads(json.dumps(ours))))
+    for key in [*mine, *theirs]:
+        if mine.get(key) != theirs.get(key):
+            raise IdentityError(
+                f"{out} holds a run with {key} = {theirs.get(key)!r}, not {mine.get(key)!r}",
+                remedy="give another --out, or --overwrite to lose that run",
+            )
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
+
+
+def clear(out: Path) -> None:
+    """Removes an earlier run; files that no run writes stay. Does nothing in a new folder."""
+    if read_run(out) is None:
+        return
+    (out / CARD).unlink(missing_ok=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS, RUN):
+        for file in out.glob(pattern):
+            file.unlink()
+
+
+def newest_checkpoint(out: Path, mark: Mapping[str, Any]) -> tuple[Path, int] | None:
+    """(folder, updates done) of the newest whole checkpoint, None if there is none.
+
+    Raises IdentityError if it was made from other data than `mark` says.
+    """
+    marks = [
+        (json.loads(file.read_text()), file.parent)
+        for file in (out / CHECKPOINTS).glob(f"checkpoint-*/{MARK}")
+    ]
+    if not marks:
+        return None
+    found, folder = max(marks, key=lambda pair: int(pair[0]["step"]))
+    step = int(found.pop("step"))
+    check_same(folder, found, mark)
+    return folder, step
+
+
+def write_mark(folder: Path, content: Mapping[str, Any]) -> None:
+    write_json(folder / MARK, content)
+
+
+class MetricsFile:
+    """metrics.jsonl: one line per logged update, each written by one call, none twice."""
+
+    def __init__(self, path: Path, step: int, *, first: bool = True) -> None:
+        """Keeps the lines up to `step`: what came after the checkpoint will be written again.
+
+        Only the `first` of several processes writes.
+        """
+        self._path = path
+        self._start = time.monotonic()
+        self.last: dict[str, Any] = {}
+        kept = []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            # A torn line is always beyond the newest checkpoint.
+            if text.endswith("}") and json.loads(text)["progress/step"] <= step:
+                kept.append(text)
+        if kept:
+            self.last = json.loads(kept[-1])
+        self.positions = int(self.last.get("progress/positions", 0))
+        self._earlier_s = float(self.last.get("progress/seconds", 0.0))
+        if first:
+            replace_text(path, "".join(f"{text}\n" for text in kept))
+
+    def seconds(self) -> float:
+        """Of training so far, those before an interruption included."""
+        return self._earlier_s + time.monotonic() - self._start
+
+    def append(self, line: dict[str, float | None]) -> None:
+        self.last = line
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(handle, data)
+        finally:
+            os.close(handle)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    replace_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Whole or not at all, also when the machine stops in between."""
+    aside = path.with_name(f".{path.name}.new")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,306 @@
+"""A transformers.Trainer that trains on packed rows of cached scores.
+
+What is ours, and why:
+- One dataset item is the *index* of a packed row. Indices become rows in `get_batch_samples`, which
+  runs once per optimizer update and after the previous one. A loader that waited for rows would
+  deadlock an on-policy loop, because accelerate reads one item ahead.
+- The whole loss runs inside the wrapped model's forward: calling backbone and head past the wrapper
+  would leave gradients un-averaged between processes, without an error.
+- The divisor of the loss is the sum of row weights of one update over all micro-batches and
+  processes, so neither accumulation nor the number of processes changes the update.
+- Metrics are summed on the device and read once per logged update.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from logitcask.engine.batches import PackedRow, Rows
+from logitcask.engine.errors import ModelError
+from logitcask.engine.objectives import Objective, live_k, row_objective
+from logitcask.engine.rundir import MetricsFile, write_mark
+from logitcask.engine.student import head_weight, hidden_states
+from logitcask.engine.types import Progress
+from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
+
+CHANGED_SAMPLE = 1 << 20
+"""Elements at most that `train/changed_share` looks at."""
+
+
+class DistillTrainer(Trainer):
+    """Trains `model` on `rows`, one packed row a micro-batch.
+
+    Update u reads the rows of indices u x width to (u + 1) x width - 1, where width is accumulation
+    x processes. On policy: give `rows` an object whose `prepare(u)` samples, scores and packs what
+    they will be (every process calls it). One call of `train` then spans all rounds, and optimizer,
+    schedule and metrics live on.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        rows: Rows,
+        updates: int,
+        objective: Objective,
+        n_vocab: int,
+        version: int,
+        same_root: bool,
+        metrics: MetricsFile,
+        mark: dict[str, Any],
+        progress: Progress,
+    ) -> None:
+        """`version` is the student's before update 0, and ages are counted from it if it is of the
+        lineage that sampled (`same_root`). `mark`: what a checkpoint must agree on to be resumed.
+        """
+        width = args.gradient_accumulation_steps * args.world_size
+        use_cache = model.config.use_cache
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_Indices(updates * width),
+            data_collator=cast(Any, _only_item),
+        )
+        # Trainer drops `loss_is_scaled_for_ga` below 5.20 and asks this instead.
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+        # Trainer switches it off in the configuration, which would be saved with the student.
+        model.config.use_cache = use_cache
+        self._changed = _ChangedShare()
+        self.add_callback(self._changed)
+        self._rows = rows
+        self._objective = objective
+        self._n_vocab = n_vocab
+        self._version = version
+        self._same_root = same_root
+        self._metrics = metrics
+        self._mark = mark
+        self._progress = progress
+        self._sums: dict[str, Tensor] = {}
+        self._weight = torch.zeros((), device=args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """The rows of one optimizer update, and the sum of their weights over all processes."""
+        self._rows.prepare(self.state.global_step)
+        rows = [self._rows.row(index) for index in islice(epoch_iterator, num_batches)]
+        weight = torch.zeros((), dtype=torch.float64)
+        for row in rows:
+            weight += row.targets.weight.sum(dtype=torch.float64)
+        total = self.accelerator.reduce(weight.to(device, torch.float32), reduction="sum")
+        # Trainer counts operations by this key.
+        return [{"input_ids": row.input_ids, "row": row} for row in rows], total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """[] loss of one packed row: its share of the token mean of the whole update."""
+        assert isinstance(num_items_in_batch, Tensor), "get_batch_samples counts"
+        row: PackedRow = inputs["row"].to(self.args.device)
+        # Wrappers average gradients over processes; the divisor is already that of all of them.
+        scale = self.accelerator.num_processes / num_items_in_batch.clamp(min=1.0)
+        loss = _inside(
+            model,
+            self.accelerator.unwrap_model(model),
+            lambda inner: self._row_loss(inner, row, scale),
+            row.input_ids,
+        )
+        return (loss, None) if return_outputs else loss
+
+    def _row_loss(self, inner: nn.Module, row: PackedRow, scale: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            states = hidden_states(inner, row.input_ids, row.position_ids)
+        head = head_weight(inner)
+        targets = row.targets
+        if not len(targets):
+            # Every parameter gets a gradient, of zeros: other processes wait for all of them.
+            return (states.sum() + head.sum()) * 0.0
+        if self.args.bf16:
+            # A final norm with float32 weights answers in float32 even under autocast.
+            states = states.to(torch.bfloat16)
+        result = linear_sparse_kl(
+            states[row.predict_at],
+            head,
+            targets.ids,
+            row_objective(self._objective, targets),
+            k=live_k(self._objective, self._n_vocab),
+            row_weight=targets.weight * scale,
+            n_vocab=self._n_vocab,
+        )
+        self._count(result.metrics, row)
+        return result.loss
+
+    @torch.no_grad()
+    def _count(self, metrics: dict[str, Tensor], row: PackedRow) -> None:
+        weight = row.targets.weight
+        if self._same_root:
+            age = self._version + self.state.global_step - row.targets.version
+            metrics = {**metrics, "cache/age": age.to(weight.dtype)}
+        for name, values in metrics.items():
+            total = torch.where(weight > 0, weight * values, 0.0).sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._weight = self._weight + weight.sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One line of metrics.jsonl per logged update; Trainer's closing summary is left out."""
+        if "loss" not in logs:
+            return
+        step = self.state.global_step
+        means, positions = self._reduced()
+        self._metrics.positions += positions
+        line: dict[str, float | None] = {
+            "progress/step": step,
+            "loss": logs["loss"],
+            **means,
+            "train/grad_norm": float(logs["grad_norm"]),
+            "train/lr": logs["learning_rate"],
+            "train/changed_share": self._changed.share(),
+            "progress/positions": self._metrics.positions,
+            "progress/seconds": self._metrics.seconds(),
+        }
+        if not all(math.isfinite(line[name] or 0.0) for name in ("loss", "train/grad_norm")):
+            raise ModelError(
+                f"update {step}: loss {line['loss']}, gradient norm {line['train/grad_norm']}",
+                remedy="lower --lr; the checkpoints before this update are kept",
+            )
+        if self.is_world_process_zero():
+            self._metrics.append(line)
+        super().log({name: value for name, value in line.items() if value is not None})
+        self._progress("train", step, self.state.max_steps)
+
+    def _reduced(self) -> tuple[dict[str, float | None], int]:
+        """(means over rows, rows counted) since the last line, over all processes; starts anew."""
+        local = {name: float(total) for name, total in self._sums.items()}
+        everyone = gathered((local, float(self._weight)))
+        self._sums, self._weight = {}, torch.zeros_like(self._weight)
+        rows = sum(weight for _, weight in everyone)
+        # A process whose rows were all empty has no names.
+        names = dict.fromkeys(name for sums, _ in everyone for name in sums)
+        means: dict[str, float | None] = {"cache/age": None}
+        for name in names:
+            mean = sum(sums.get(name, 0.0) for sums, _ in everyone) / max(rows, 1.0)
+            means[name] = mean if math.isfinite(mean) else None
+        return means, int(rows)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+            write_mark(Path(folder), {**self._mark, "step": self.state.global_step})
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads.
+        Path(f"{output_dir or self.args.output_dir}/training_args.bin").unlink(missing_ok=True)
+
+
+class _ChangedShare(TrainerCallback):
+    """Share of the trainable parameters that an update really changed, from a strided sample.
+
+    Weights too coarse for the learning rate show here and nowhere else: the loss looks healthy.
+    """
+
+    def __init__(self) -> None:
+        self._before: list[Tensor] = []
+        self._share = torch.zeros(())
+
+    def share(self) -> float:
+        """Of the newest update."""
+        return float(self._share)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before = [part.clone() for part in self._sample(kwargs["model"])]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        pairs = list(zip(self._before, self._sample(kwargs["model"]), strict=True))
+        changed = torch.stack([(before != after).sum() for before, after in pairs]).sum()
+        self._share = changed / sum(before.numel() for before, _ in pairs)
+        self._before = []
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A line at every checkpoint: what a resumed run counts on from is then in the file.
+        control.should_log = control.should_log or control.should_save
+
+    @staticmethod
+    def _sample(model: nn.Module) -> list[Tensor]:
+        trainable = [p.detach() for p in model.parameters() if p.requires_grad]
+        stride = -(-sum(p.numel() for p in trainable) // CHANGED_SAMPLE)
+        return [p.view(-1)[::stride] for p in trainable]
+
+
+def gathered(value: Any) -> list[Any]:
+    """`value` of every process, in their order."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+class _Indices(Dataset[int]):
+    """The numbers 0 .. length - 1."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def _only_item(items: list[int]) -> int:
+    return items[0]
+
+
+def _inside(
+    wrapper: nn.Module, inner: Any, run: Callable[[nn.Module], Tensor], *inputs: Tensor
+) -> Tensor:
+    """run(inner) as if it were inner's forward, called through `wrapper` (which may be `inner`).
+
+    `inputs` are not used by `run`; DistributedDataParallel refuses to be called without any.
+    """
+    own = vars(inner).get("forward")
+
+    def forward(*_: Tensor) -> Tensor:
+        return run(inner)
+
+    inner.forward = forward
+    try:
+        loss: Tensor = wrapper(*inputs)
+    finally:
+        if own is None:
+            del inner.forward
+        else:
+            inner.forward = own
+    return loss
