@@ -56,11 +56,12 @@ def model_ref(
     Raises ModelError where weights, tokenizer or config are missing or contradict each other.
     """
     path = resolve_model(name, revision)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(path)
     weights = weights_digest(path)
     card = read_card(path)
-    n_vocab, stop_ids = vocabulary(path, tokenizer)
+    config = read_config(path)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path)
+    n_vocab, stop_ids = vocabulary(path, config, tokenizer)
     return ModelRef(
         name=name,
         path=path,
@@ -271,12 +272,13 @@ def template_digest(tokenizer: Any, chat_template: bool) -> str:
         ) from error
 
 
-def vocabulary(path: Path, tokenizer: Any) -> tuple[int, tuple[int, ...]]:
+def vocabulary(
+    path: Path, config: Mapping[str, Any], tokenizer: Any
+) -> tuple[int, tuple[int, ...]]:
     """(n_vocab, stop ids): the tokenizer's highest id + 1; its eos and the config's, sorted.
 
     generation_config.json is never read: it is sampling policy, and ours is explicit.
     """
-    config = read_config(path)
     n_vocab = max(tokenizer.get_vocab().values()) + 1
     head = from_config(config, "vocab_size")
     if not isinstance(head, int):
@@ -299,6 +301,12 @@ def vocabulary(path: Path, tokenizer: Any) -> tuple[int, tuple[int, ...]]:
             remedy="Set eos_token_id in config.json, or the tokenizer's eos_token.",
         )
     return n_vocab, tuple(sorted(stops))
+
+
+def context_length(path: Path) -> int:
+    """Tokens that the model can attend to; unlimited where its configuration does not say."""
+    length = from_config(read_config(path), "max_position_embeddings")
+    return length if isinstance(length, int) else 1 << 62
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 TODAY = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 """What a template that prints the date is told. With the real one, a run resumed after midnight
 would meet other prompts than the ones it began with."""
+DATE_PARTS = ("%Y", "%y", "%m", "%-m", "%d", "%-d", "%b", "%B", "%a", "%A", "%j")
+TIME_PARTS = ("%H", "%I", "%p", "%M", "%S")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -58,14 +60,62 @@ def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
             "and prompts are to be rendered with one",
             remedy="Turn the chat template off (prompts are then literal), or take a chat model.",
         )
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = fixed_clock() + template
     text: str = tokenizer.apply_chat_template(
         messages,
+        chat_template=template,
         tokenize=False,
         add_generation_prompt=True,
-        strftime_now=TODAY.strftime,
         date_string=TODAY.strftime("%d %b %Y"),
     )
     return text
+
+
+def fixed_clock() -> str:
+    """Jinja that shadows strftime_now with one that always says TODAY.
+
+    In Jinja because transformers hands no functions to a template; the empty expression at its end
+    keeps Jinja from trimming a newline at the template's beginning.
+    """
+    parts = "".join(
+        f"|replace('{part}', '{TODAY.strftime(part)}')" for part in DATE_PARTS + TIME_PARTS
+    )
+    return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}{{{{ '' }}}}"
+
+
+def chat_template_for(file: Path | str, tokenizer: Any, wanted: bool | None) -> bool:
+    """Whether these prompts go through the chat template: as wanted, else what alone makes sense.
+
+    Conversations need it, a tokenizer without a template cannot; plain prompts and a tokenizer that
+    has one could mean either. Raises PromptError then.
+    """
+    if wanted is not None or not tokenizer.chat_template:
+        return bool(wanted)
+    file = Path(file)
+    try:
+        with file.open("rb") as stream:
+            first = next(read_lines(file, stream), None)
+    except OSError as error:
+        raise no_file(file, error) from error
+    if first is None or "messages" in Line(file, *first).keys:
+        return True
+    raise PromptError(
+        f"{file} holds plain prompts, and the tokenizer has a chat template: either could be meant",
+        remedy="say --chat-template (each prompt becomes a user turn) or --no-chat-template",
+    )
+
+
+def no_file(file: Path, error: OSError) -> PromptError:
+    if isinstance(error, FileNotFoundError):
+        return PromptError(
+            f"there is no prompts file {file}", remedy="Give the path of a JSONL file."
+        )
+    return PromptError(
+        f"{file} cannot be read: {error.strerror or error}",
+        remedy="Give the path of a JSONL file that this user may read.",
+    )
 
 
 def read_prompts(
@@ -97,15 +147,8 @@ def read_prompts(
                 prompts.append(prompt)
     except ModelError:  # an OSError too, but about the tokenizer and not about this file
         raise
-    except FileNotFoundError as error:
-        raise PromptError(
-            f"there is no prompts file {file}", remedy="Give the path of a JSONL file."
-        ) from error
     except OSError as error:
-        raise PromptError(
-            f"{file} cannot be read: {error.strerror or error}",
-            remedy="Give the path of a JSONL file that this user may read.",
-        ) from error
+        raise no_file(file, error) from error
     if not prompts:
         raise PromptError(
             f"{file} holds no prompt",

@@ -1,0 +1,178 @@
+"""One configured stage: from the names in a configuration to the objects that the stage works on.
+
+The command line and the loop start their stages here, so that one configuration means the same
+everywhere. The stages themselves never see a configuration.
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+from logitcask.engine import identity
+from logitcask.engine.backends.base import open_backend
+from logitcask.engine.config import (
+    Prompts,
+    Rollout,
+    RolloutJob,
+    Run,
+    ScoreJob,
+    Student,
+    Teacher,
+    Train,
+    TrainJob,
+)
+from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.objectives import PRESETS, Preset, find_preset
+from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
+from logitcask.engine.rollout import RolloutReport, rollout
+from logitcask.engine.score import ScoreReport, score
+from logitcask.engine.store import Pin, open_store
+from logitcask.engine.store.view import choose
+from logitcask.engine.train import TrainReport, TrainSettings, train
+from logitcask.engine.types import ModelRef, Progress, Prompt, silent
+
+Notice = Callable[[str], None]
+"""Called with a line that a person should read: labels and warnings."""
+
+
+def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutReport:
+    """`logitcask rollout`. Prompts are read and checked before any weight is loaded."""
+    model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
+    store = open_store(job.store.url, create=True)
+    return rollout(
+        store,
+        model=model,
+        sampler=backend(model, job.run),
+        prompts=prompts,
+        sampling=job.rollout.sampling(),
+        name=job.store.rollouts,
+        seed=job.run.seed,
+        student_k=job.rollout.student_k,
+        unit_prompts=job.rollout.unit_prompts or None,
+        lineage_extra={"chat_template": template},
+        progress=progress,
+    )
+
+
+def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
+    """`logitcask score`."""
+    store = open_store(job.store.url)
+    model = teacher_of(job.teacher, store.head(), job.store.rollouts)
+    return score(
+        store,
+        model=model,
+        scorer=backend(model, job.run),
+        teacher_name=job.teacher.name,
+        rollouts_name=job.store.rollouts,
+        request=job.score.request(),
+        progress=progress,
+    )
+
+
+def run_train(
+    job: TrainJob, *, progress: Progress = silent, notice: Notice = lambda line: None
+) -> TrainReport:
+    """`logitcask train`. What the cache serves of the objective is given to `notice` first."""
+    preset = find_objective(job.train)
+    store = open_store(job.store.url)
+    pin = store.head()
+    teacher = choose(pin.names("score"), job.train.teacher, what="teacher")
+    model = student_of(job.student, pin, job.store.rollouts)
+    return train(
+        store,
+        model=model,
+        out=job.run.out,
+        teacher=teacher,
+        rollouts=job.store.rollouts,
+        objective=preset,
+        settings=train_settings(job.train, job.run),
+        partial=job.train.partial,
+        foreign_student=job.train.foreign_student,
+        overwrite=job.run.overwrite,
+        device=job.run.device,
+        config=job.model_dump(mode="json"),
+        notice=notice,
+        progress=progress,
+    )
+
+
+def student_and_prompts(
+    student: Student, prompts: Prompts, rollout: Rollout
+) -> tuple[ModelRef, list[Prompt], bool]:
+    """The student's reference, its prompts, and whether the chat template rendered them.
+
+    Every prompt leaves room for max_new_tokens in the student's context.
+    """
+    path = identity.resolve_model(student.model, student.revision)
+    tokenizer = load_tokenizer(path)
+    template = chat_template_for(prompts.file, tokenizer, prompts.chat_template)
+    model = identity.model_ref(
+        student.model, revision=student.revision, chat_template=template, tokenizer=tokenizer
+    )
+    room = identity.context_length(path) - rollout.max_new_tokens
+    read = read_prompts(
+        prompts.file, tokenizer, chat_template=template, max_prompt_tokens=max(room, 0)
+    )
+    return model, read, template
+
+
+def teacher_of(teacher: Teacher, pin: Pin, rollouts: str) -> ModelRef:
+    """The teacher's reference; its template is judged in the way the rollouts were rendered."""
+    return identity.model_ref(
+        teacher.model, revision=teacher.revision, chat_template=_rendered(pin, rollouts)
+    )
+
+
+def student_of(student: Student, pin: Pin, rollouts: str) -> ModelRef:
+    """The reference of a student to be trained on these rollouts."""
+    return identity.model_ref(
+        student.model, revision=student.revision, chat_template=_rendered(pin, rollouts)
+    )
+
+
+def _rendered(pin: Pin, rollouts: str) -> bool:
+    segments = pin.rollouts(rollouts)
+    if not segments:
+        known = ", ".join(pin.names("rollout")) or "none"
+        raise IncompleteError(
+            f"the store holds no rollouts named {rollouts!r}; it has: {known}",
+            remedy="run `logitcask rollout` first, or give --rollouts one of these",
+        )
+    return bool(segments[0].lineage["chat_template"])
+
+
+def find_objective(settings: Train) -> Preset:
+    """The preset that [train] names; ConfigError names the nearest known one."""
+    if settings.objective not in PRESETS:
+        near = get_close_matches(settings.objective, PRESETS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"--objective {settings.objective}: no preset of this name",
+            remedy=f"the nearest is {near}; known: {', '.join(PRESETS)}",
+        )
+    return find_preset(settings.objective, k=settings.k)
+
+
+def train_settings(settings: Train, run: Run) -> TrainSettings:
+    """[train] and [run] as the trainer takes them."""
+    return TrainSettings(
+        lr=settings.lr,
+        epochs=settings.epochs,
+        tokens_per_batch=settings.tokens_per_batch,
+        accumulation=settings.accumulation,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        beta2=settings.beta2,
+        max_grad_norm=settings.max_grad_norm,
+        seed=run.seed,
+        dtype=run.dtype,
+        lora_rank=settings.lora_rank,
+        save_steps=settings.save_steps,
+    )
+
+
+def backend(model: ModelRef, run: Run) -> Any:
+    """The sampler and scorer that [run] names, with this model loaded."""
+    return open_backend(run.backend)(
+        model, device=run.device, dtype=run.dtype, batch_tokens=run.batch_tokens
+    )
