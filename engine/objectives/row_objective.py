@@ -27,7 +27,7 @@ from logitcask.engine.objectives.supports import SUPPORTS
 from logitcask.engine.targets import Targets
 from logitcask.kernels.sparse_kl import RowGrad, RowObjective, RowView
 
-TAIL_FLOOR = {torch.float32: 1e-7, torch.float64: 1e-15}
+TAIL_FLOOR = {torch.float32: 1e-7, torch.float64: 1e-14}
 """Least r that a tail is given: 1 - sum p cannot tell a smaller one from 0.
 
 Below it the loss sees log r no further down, on S the gradient stays as it is, and the pull on the

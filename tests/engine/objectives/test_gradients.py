@@ -1,0 +1,293 @@
+"""Every allowed objective against autograd through the whole vocabulary, in float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logitcask.engine.errors import ObjectiveError
+from logitcask.engine.objectives import PRESETS, Objective, find_preset, live_k, row_objective
+from logitcask.engine.objectives.objective import CELLS
+from logitcask.kernels.sparse_kl import RowView, sparse_kl
+from tests.engine.objectives.full_rows import Full, make_full, run, truth
+
+CASES = sorted(CELLS)
+
+
+def cell_id(cell: tuple[str, ...]) -> str:
+    return "-".join(cell)
+
+
+def objective_of(cell: tuple[str, str, str, str], k: int = 3) -> Objective:
+    support, divergence, outside, form = cell
+    return Objective(
+        support=support,
+        divergence=divergence,
+        outside=outside,
+        form=form,
+        k=1 if support == "sampled" else k,
+    )
+
+
+def logits(seed: int, rows: int, vocab: int, scale: float = 2.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * scale
+
+
+@st.composite
+def fulls(draw: st.DrawFn) -> tuple[int, Full]:
+    """(k, rows): ties, impossible ids, ragged kept lists, an old student, disjoint top-k."""
+    rows = draw(st.integers(1, 4))
+    vocab = draw(st.integers(3, 11))
+    k = draw(st.integers(2, 5))
+    kinds = st.sampled_from(["smooth", "ties", "holes"])
+
+    def side(seed: int) -> Tensor:
+        z = logits(seed, rows, vocab)
+        kind = draw(kinds)
+        if kind == "ties":
+            z = z.round() / 2
+        elif kind == "holes":
+            z[:, draw(st.integers(0, vocab - 1))] = -math.inf
+            z[0, draw(st.integers(0, vocab - 1))] = -math.inf
+            z[:, 1] = 0.5  # something is always possible
+        return z
+
+    seed = draw(st.integers(0, 1 << 20))
+    live, old, teacher = side(seed), side(seed + 1), side(seed + 2)
+    if draw(st.booleans()):
+        teacher = torch.where(teacher == -math.inf, teacher, -live.nan_to_num(neginf=-4.0))
+    full = make_full(
+        live,
+        teacher,
+        old=old,
+        student_k=draw(st.integers(k, k + 2)),
+        kept=draw(st.lists(st.integers(1, vocab), min_size=rows, max_size=rows)),
+        token=draw(st.lists(st.integers(0, vocab - 1), min_size=rows, max_size=rows)),
+    )
+    return k, full
+
+
+@pytest.mark.parametrize("cell", CASES, ids=cell_id)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(made=fulls())
+def test_every_cell_is_its_formula(cell: tuple[str, str, str, str], made: tuple[int, Full]) -> None:
+    k, full = made
+    objective = objective_of(cell, k)
+    ours, dz = run(objective, full)
+    loss, grad = truth(objective, full)
+    # A student without any mass outside S, where the teacher has some: the floor's own test.
+    assume(loss.isfinite().all())
+    torch.testing.assert_close(ours.row_loss, loss, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(dz, grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_its_formula_at_its_own_k(name: str) -> None:
+    preset = PRESETS[name]
+    live = logits(0, 6, 90)
+    full = make_full(
+        live,
+        live + 0.5 * logits(1, 6, 90),
+        old=live + 0.3 * logits(2, 6, 90),
+        student_k=16,
+        kept=[16, 20, 64, 31, 16, 50],
+        token=[3, 1, 4, 1, 5, 89],
+    )
+    ours, dz = run(preset.objective, full)
+    loss, grad = truth(preset.objective, full)
+    assert loss.abs().min() > 1e-3, "a row without a loss shows nothing"
+    torch.testing.assert_close(ours.row_loss, loss, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dz, grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", [c for c in CASES if c[3] == "divergence"], ids=cell_id)
+def test_gradient_is_that_of_the_loss_by_finite_differences(
+    cell: tuple[str, str, str, str],
+) -> None:
+    full = make_full(logits(3, 3, 9), logits(4, 3, 9), old=logits(5, 3, 9), kept=[3, 5, 9], token=8)
+    objective = objective_of(cell)
+    _, dz = run(objective, full)
+    step = 1e-5
+    for v in range(9):
+        moved = torch.zeros(9, dtype=torch.float64)
+        moved[v] = step
+        above, below = (
+            run(objective, replace(full, live=full.live + sign * moved))[0].row_loss
+            for sign in (1, -1)
+        )
+        torch.testing.assert_close(
+            (above - below) / (2 * step), dz[:, v], rtol=1e-6, atol=1e-8, msg=str(v)
+        )
+
+
+def expected_gradient(objective: Objective, live: Tensor, teacher: Tensor) -> Tensor:
+    """[P, V] mean of the gradient over the sampled token, drawn from the live student."""
+    vocab = live.shape[1]
+    if objective.support != "sampled":
+        return run(objective, make_full(live, teacher, student_k=objective.k, kept=4))[1]
+    parts = [
+        live.softmax(-1)[:, y : y + 1]
+        * run(objective, make_full(live, teacher, student_k=1, kept=4, token=y))[1]
+        for y in range(vocab)
+    ]
+    return torch.stack(parts).sum(0)
+
+
+@pytest.mark.parametrize("cell", CASES, ids=cell_id)
+def test_every_cell_rests_at_the_teacher_and_nowhere_near(
+    cell: tuple[str, str, str, str],
+) -> None:
+    objective = objective_of(cell)
+    teacher = logits(6, 5, 8)
+    at_rest = expected_gradient(objective, teacher.clone(), teacher)
+    assert at_rest.abs().max() < 1e-14
+    moved = teacher + 0.1 * logits(7, 5, 8)
+    assert (expected_gradient(objective, moved, teacher).abs().amax(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("cell", CASES, ids=cell_id)
+def test_every_cell_descends(cell: tuple[str, str, str, str]) -> None:
+    """From a perturbed teacher, steps along -gradient shrink its own squared distance on S."""
+    objective = objective_of(cell)
+    teacher = logits(8, 5, 8)
+    live = teacher + 0.3 * logits(9, 5, 8)
+    before = expected_loss(objective, live, teacher)
+    for _ in range(150):
+        live = live - 1.0 * expected_gradient(objective, live, teacher)
+    after = expected_loss(objective, live, teacher)
+    assert (after < 0.5 * before).all(), (before, after)
+
+
+def expected_loss(objective: Objective, live: Tensor, teacher: Tensor) -> Tensor:
+    """[P] what an objective is meant to lower. An advantage vanishes where the raw log-probs agree
+    on the support, so that is its measure.
+    """
+    log_p, log_q = live.log_softmax(-1), teacher.log_softmax(-1)
+    if objective.support == "sampled":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    if objective.form == "divergence":
+        return run(objective, make_full(live, teacher, student_k=3, kept=4))[0].row_loss
+    top = {
+        "teacher": log_q.topk(3).indices,
+        "student": log_p.topk(3).indices,
+        "overlap": log_p.topk(1).indices,
+    }[objective.support]
+    return (log_p.gather(1, top) - log_q.gather(1, top)).abs().sum(-1)
+
+
+def test_forward_and_reverse_kl_are_held_apart_by_value() -> None:
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2) on two ids and the tail: both KLs by hand."""
+    p = torch.tensor([[0.5, 0.125, 0.375]], dtype=torch.float64).log()
+    q = torch.tensor([[0.25, 0.625, 0.125]], dtype=torch.float64).log()
+    full = make_full(p, q, student_k=2, kept=2)
+    reverse, _ = run(objective_of(("teacher", "reverse_kl", "tail", "divergence"), 2), full)
+    forward, _ = run(objective_of(("teacher", "forward_kl", "tail", "divergence"), 2), full)
+    # 1/2 log 2 + 1/8 log(1/5) + 3/8 log 3 and 1/4 log(1/2) + 5/8 log 5 + 1/8 log(1/3)
+    assert reverse.loss.item() == pytest.approx(
+        0.5 * math.log(2) - 0.125 * math.log(5) + 0.375 * math.log(3)
+    )
+    assert forward.loss.item() == pytest.approx(
+        -0.25 * math.log(2) + 0.625 * math.log(5) - 0.125 * math.log(3)
+    )
+
+
+def test_forward_kl_gradient_on_the_support_is_p_minus_q() -> None:
+    full = make_full(logits(10, 4, 12), logits(11, 4, 12), kept=5)
+    _, dz = run(PRESETS["forward_kl"].objective, full)
+    p, q = full.live.softmax(-1), full.teacher.softmax(-1)
+    for r in range(4):
+        ids = full.teacher[r].topk(5).indices
+        torch.testing.assert_close(dz[r, ids], (p - q)[r, ids], rtol=1e-12, atol=1e-15)
+
+
+def test_renormalised_objectives_leave_other_logits_exactly_alone() -> None:
+    full = make_full(logits(12, 4, 12), logits(13, 4, 12), kept=3)
+    _, dz = run(find_preset("teacher_topk", k=3).objective, full)
+    for r in range(4):
+        touched = set(dz[r].nonzero()[:, 0].tolist())
+        assert touched == set(full.teacher[r].topk(3).indices.tolist())
+
+
+def test_a_tail_below_the_floor_keeps_loss_and_gradient_bounded() -> None:
+    """In float32 a student sure of S has 1 - sum p = 0, and the teacher keeps 1 % outside."""
+    live = torch.full((1, 200), -40.0)
+    live[0, :2] = torch.tensor([1.0, 0.0])
+    q = torch.full((1, 200), 0.01 / 198)
+    q[0, :2] = torch.tensor([0.7, 0.29])
+    full = make_full(live, q.log(), student_k=2, kept=2, token=5)
+    objective = find_preset("forward_kl", k=2).objective
+    with torch.no_grad():
+        made = row_objective(objective, full.targets)
+    z = live.clone().requires_grad_()
+    result = sparse_kl(z, full.targets.ids, made, k=16)
+    result.loss.backward()
+    assert z.grad is not None
+    p = live.softmax(-1)[0, :2]
+    # On S exactly p - q; outside the pull is weaker than the true total of -1 %, and not above 0.
+    torch.testing.assert_close(z.grad[0, :2], p - q[0, :2], rtol=0, atol=1e-6)
+    outside = z.grad[0, 2:]
+    assert (outside <= 0).all()
+    assert -0.02 <= outside.sum() <= 0
+    on_s = (q[0, :2] * (q[0, :2].log() - p.log())).sum()
+    tail = 0.01 * (math.log(0.01) - math.log(1e-7))
+    assert result.loss.item() == pytest.approx(on_s.item() + tail, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_float32_is_as_good_as_plain_torch(name: str) -> None:
+    """Peaked rows of a large vocabulary: our error against float64 is at most naive torch's."""
+    z = [logits(seed, 8, 2000, 4.0) for seed in (20, 21)]
+    z[1] = z[0] + 0.5 * z[1]
+    exact = make_full(z[0], z[1], student_k=16, kept=64, token=7)
+    objective = PRESETS[name].objective
+    loss, grad = truth(objective, exact)
+    half = make_full(z[0].float(), z[1].float(), student_k=16, kept=64, token=7)
+    naive_loss, naive_grad = truth(objective, half)
+    ours, dz = run(objective, half)
+    for got, naive, want in ((ours.row_loss, naive_loss, loss), (dz, naive_grad, grad)):
+        worst = 2 * (naive.double() - want).abs().max() + 2e-6
+        assert (got.double() - want).abs().max() <= worst
+
+
+def test_a_kernel_that_selects_too_few_live_ids_is_refused() -> None:
+    full = make_full(logits(14, 2, 9), logits(15, 2, 9), kept=6)
+    objective = find_preset("overlap", k=6).objective
+    made = row_objective(objective, full.targets)
+    with pytest.raises(ObjectiveError, match=r"selects 3 live ids.*needs 6"):
+        sparse_kl(full.live, full.targets.ids, made, k=3)
+    assert live_k(objective, n_vocab=9) == 9
+    assert live_k(objective, n_vocab=1000) == 16
+    assert live_k(find_preset("overlap", k=32).objective, n_vocab=1000) == 32
+    assert live_k(PRESETS["forward_kl"].objective, n_vocab=1000) == 16
+
+
+def test_a_broken_student_shows_in_its_loss() -> None:
+    full = make_full(logits(16, 2, 9), logits(17, 2, 9))
+    broken = full.live.clone()
+    broken[0, 3] = math.nan
+    for preset in (PRESETS["opd"], PRESETS["forward_kl"], PRESETS["sampled_token"]):
+        ours, _ = run(preset.objective, replace(full, live=broken))
+        assert ours.row_loss[0].isnan(), preset.name
+        assert ours.row_loss[1].isfinite(), preset.name
+
+
+def test_rows_of_any_chunk_find_their_targets() -> None:
+    full = make_full(logits(18, 7, 11), logits(19, 7, 11), token=[0, 1, 2, 3, 4, 5, 6])
+    made = row_objective(find_preset("overlap", k=4).objective, full.targets)
+    seen: list[Tensor] = []
+
+    def watched(view: RowView) -> object:
+        seen.append(view.index)
+        return made(view)
+
+    whole = sparse_kl(full.live, full.targets.ids, made, k=11)
+    parts = sparse_kl(full.live, full.targets.ids, watched, k=11, chunk_rows=3)  # type: ignore[arg-type]
+    assert [len(index) for index in seen] == [3, 3, 1]
+    torch.testing.assert_close(parts.row_loss, whole.row_loss, rtol=0, atol=0)
+    for name, value in whole.metrics.items():
+        torch.testing.assert_close(parts.metrics[name], value, rtol=0, atol=0, msg=name)
