@@ -54,7 +54,7 @@ def _plain_lines() -> Progress:
 
     def report(stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done >= total or now - last.get(stage, 0.0) >= PLAIN_EVERY_S:
+        if done >= total or now - last.setdefault(stage, now) >= PLAIN_EVERY_S:
             last[stage] = now
             click.echo(f"{stage}: {done}/{total}", err=True)
 
