@@ -1,0 +1,188 @@
+"""How the demo's models get their first skills: supervised, until an examination says enough.
+
+The accuracy of so small a model jumps from nothing to most of the task within a hundred steps, and
+when it does depends on the seed. So nothing here counts steps: a learner is examined, and taken
+back in time where it has learned too much.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from logitcask.engine.demo.models import PAD, STOP, accuracy
+from logitcask.engine.demo.task import Problem
+from logitcask.engine.errors import LogitcaskError
+from logitcask.engine.types import Progress
+
+WARMUP_STEPS = 50
+NEAR_NATS = 0.4
+"""No problem is solved while the loss per token is above this: an examination would be wasted."""
+
+
+class Learner(Protocol):
+    """What learns, can be examined, and can be taken back in time."""
+
+    lr: float
+    """Peak learning rate of the steps to come."""
+    steps: int
+    """Steps behind the present weights."""
+
+    def train(self, steps: int, *, end: float = 1.0) -> float:
+        """That many steps, the rate sliding from lr to end * lr; the newest loss, nats."""
+        ...
+
+    def accuracy(self) -> float: ...
+
+    def snapshot(self) -> Any: ...
+
+    def rewind(self, snapshot: Any) -> None: ...
+
+
+def learn_at_least(
+    learner: Learner,
+    target: float,
+    *,
+    ready: float,
+    stride: int,
+    slide: int,
+    limit: int,
+    stage: str,
+    progress: Progress,
+) -> float:
+    """Train until the accuracy is `target` or more, and return it.
+
+    At a constant rate to `ready`, then `slide` steps down to a rate of almost nothing, which is
+    what lifts such a model from good to sure. Where it did not, it goes on from before the slide.
+    Raises LogitcaskError after `limit` steps.
+    """
+    spent, reached = 0, 0.0
+    while spent < limit:
+        loss = learner.train(stride)
+        spent += stride
+        progress(stage, spent, limit)
+        if loss > NEAR_NATS or learner.accuracy() < ready:
+            continue
+        before = learner.snapshot()
+        learner.train(slide, end=0.02)
+        spent += slide
+        reached = learner.accuracy()
+        if reached >= target:
+            progress(stage, limit, limit)
+            return reached
+        learner.rewind(before)
+    raise LogitcaskError(
+        f"{stage}: accuracy {reached:.1%} after {spent} steps, {target:.0%} is needed",
+        remedy="another --seed",
+    )
+
+
+def learn_between(
+    learner: Learner,
+    low: float,
+    high: float,
+    *,
+    stride: int,
+    limit: int,
+    stage: str,
+    progress: Progress,
+) -> float:
+    """Train to the first examination with an accuracy in [low, high], and return that.
+
+    An examination above `high` takes the learner back to the newest one below `low`, to come again
+    in steps half as long; when it is down to single steps, at half the rate. Raises LogitcaskError
+    after `limit` steps, those taken back included.
+    """
+    spent, reached = 0, 0.0
+    below = learner.snapshot()
+    while spent < limit:
+        loss = learner.train(stride)
+        spent += stride
+        progress(stage, spent, limit)
+        reached = learner.accuracy() if loss <= NEAR_NATS else 0.0
+        if low <= reached <= high:
+            progress(stage, limit, limit)
+            return reached
+        if reached < low:
+            below = learner.snapshot()
+            continue
+        learner.rewind(below)
+        if stride > 1:
+            stride //= 2
+        else:
+            learner.lr /= 2
+    raise LogitcaskError(
+        f"{stage}: accuracy {reached:.1%} after {spent} steps, {low:.0%} to {high:.0%} is needed",
+        remedy="another --seed",
+    )
+
+
+class Pupil:
+    """A model that learns to write solutions from a stream of problems.
+
+    Shapes: B problems of a batch, L tokens of a padded row.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        problems: Iterator[Problem],
+        exam: list[Problem],
+        *,
+        batch: int,
+        lr: float,
+        max_new_tokens: int,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.problems, self.exam = problems, exam
+        self.batch, self.max_new_tokens = batch, max_new_tokens
+        self.lr = lr
+        self.steps = 0
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01
+        )
+
+    def train(self, steps: int, *, end: float = 1.0) -> float:
+        self.model.train()
+        loss = torch.tensor(math.inf)
+        for step in range(steps):
+            self.steps += 1
+            slide = 1 + (end - 1) * (step + 1) / steps
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * min(1.0, self.steps / WARMUP_STEPS) * slide
+            loss = self.loss(list(islice(self.problems, self.batch)))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.item()
+
+    def loss(self, problems: list[Problem]) -> torch.Tensor:
+        """Mean negative log-likelihood of the solutions' tokens, stop included, in nats."""
+        prompts = self.tokenizer([p.prompt for p in problems])["input_ids"]
+        solutions = self.tokenizer([p.solution for p in problems])["input_ids"]
+        rows = [torch.tensor([*p, *s, STOP]) for p, s in zip(prompts, solutions, strict=True)]
+        tokens_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+        wanted_BL = tokens_BL[:, 1:] != PAD
+        wanted_BL[:, : len(prompts[0]) - 1] = False
+        # Rows are padded at their ends, where causal attention never looks: no mask is needed.
+        hidden = self.model.model(input_ids=tokens_BL, use_cache=False).last_hidden_state
+        logits = self.model.lm_head(hidden[:, :-1][wanted_BL])
+        return F.cross_entropy(logits, tokens_BL[:, 1:][wanted_BL])
+
+    def accuracy(self) -> float:
+        return accuracy(self.model, self.tokenizer, self.exam, self.max_new_tokens)
+
+    def snapshot(self) -> Any:
+        state = (self.model.state_dict(), self.optimizer.state_dict(), self.steps)
+        return copy.deepcopy(state)
+
+    def rewind(self, snapshot: Any) -> None:
+        weights, optimizer, self.steps = copy.deepcopy(snapshot)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)

@@ -1,0 +1,298 @@
+"""The whole way on a task of our own: two models from nothing, one store, any objective.
+
+    OUT/teacher, student       ordinary model folders, trained on worked solutions
+        main.jsonl             what the student is asked
+        heldout.jsonl          what it is asked only to measure overlap on
+        store                  rollouts `main` and `heldout` of the student, scores of `teacher`
+        runs/OBJECTIVE         the student trained on `main`
+        demo.json              what was made with which settings, and how long it took
+
+What demo.json says was made is not made again: a second call with another objective trains no
+model from nothing, samples nothing and scores nothing. Everything runs on the CPU in float32, with
+as many threads as torch was given.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcask.engine import config
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.demo.models import Size, accuracy, make_model, make_tokenizer, save
+from logitcask.engine.demo.pretrain import Pupil, learn_at_least, learn_between
+from logitcask.engine.demo.record import DemoResult, Record
+from logitcask.engine.demo.task import Task, write_prompts
+from logitcask.engine.identity import model_ref
+from logitcask.engine.jobs import run_rollout, run_score, run_train
+from logitcask.engine.objectives import find_preset
+from logitcask.engine.store import open_store
+from logitcask.engine.store.view import bytes_per_position
+from logitcask.engine.types import Array, Progress, ScoreRequest, Scores, silent
+
+K = 16
+"""Ids of the top-k lists whose overlap is measured; student and teacher store at least these."""
+MAIN, HELDOUT, TEACHER = "main", "heldout", "teacher"
+TEACHER_AT_LEAST = 0.95
+STUDENT_BETWEEN = (0.45, 0.65)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """How much of everything. Sizes, rates and counts were chosen together."""
+
+    digits: int
+    teacher: Size
+    teacher_batch: int
+    student: Size
+    student_batch: int
+    student_stride: int
+    """Steps between two examinations."""
+    exam: int
+    """Problems of an examination while a model learns."""
+    evaluation: int
+    """Problems of the accuracies that are reported."""
+    prompts: int
+    """Of rollouts to train on, each answered once."""
+    heldout: int
+    unit_prompts: int
+    tokens_per_batch: int
+    accumulation: int
+
+
+FULL = Scale(
+    digits=3,
+    teacher=Size(128, 3, 384, 4),
+    teacher_batch=128,
+    student=Size(96, 3, 288, 3),
+    student_batch=64,
+    student_stride=20,
+    exam=500,
+    evaluation=1000,
+    prompts=15_360,
+    heldout=256,
+    unit_prompts=1280,
+    tokens_per_batch=544,
+    accumulation=4,
+)
+FAST = Scale(
+    digits=2,
+    teacher=Size(96, 2, 288, 3),
+    teacher_batch=96,
+    student=Size(64, 2, 192, 2),
+    student_batch=64,
+    student_stride=10,
+    exam=500,
+    evaluation=500,
+    prompts=1536,
+    heldout=128,
+    unit_prompts=154,
+    tokens_per_batch=384,
+    accumulation=4,
+)
+
+
+def run_demo(
+    out: Path,
+    *,
+    objective: str = "overlap",
+    fast: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> DemoResult:
+    """Makes what `out` lacks, trains the student by `objective`, and measures it.
+
+    The same objective again only measures. Raises ConfigError for an unknown objective and for an
+    `out` that holds something else or a demo of another seed or size, LogitcaskError where a model
+    does not learn its task, and what the stages raise.
+    """
+    find_preset(objective)  # before minutes go by
+    scale = FAST if fast else FULL
+    record = Record.open(out, {"seed": seed, "fast": fast, "scale": asdict(scale)})
+    demo = Demo(out, scale, seed, record, progress)
+    demo.make_models()
+    demo.fill_store()
+    return demo.distill(objective)
+
+
+class Demo:
+    """The stages of one demo folder."""
+
+    def __init__(
+        self, out: Path, scale: Scale, seed: int, record: Record, progress: Progress
+    ) -> None:
+        self.out, self.scale, self.seed = out, scale, seed
+        self.record, self.progress = record, progress
+        self.task = Task(scale.digits)
+        self.tokenizer = make_tokenizer()
+        self.run = config.Run(seed=seed, device="cpu", dtype="float32")
+
+    def make_models(self) -> None:
+        """A teacher that is sure of its task, and a student that is half way."""
+        scale = self.scale
+
+        def learn(pupil: Pupil) -> None:
+            learn_at_least(
+                pupil,
+                TEACHER_AT_LEAST,
+                ready=0.75,
+                stride=25,
+                slide=50,
+                limit=1000,
+                stage="teacher",
+                progress=self.progress,
+            )
+
+        def half_learn(pupil: Pupil) -> None:
+            learn_between(
+                pupil,
+                *STUDENT_BETWEEN,
+                stride=scale.student_stride,
+                limit=2000,
+                stage="student",
+                progress=self.progress,
+            )
+
+        self._make_model("teacher", scale.teacher, scale.teacher_batch, 2e-3, learn)
+        self._make_model("student", scale.student, scale.student_batch, 3e-3, half_learn)
+
+    def _make_model(
+        self, name: str, size: Size, batch: int, lr: float, learn: Callable[[Pupil], None]
+    ) -> None:
+        if not self.record.lacks(name):
+            return
+        with self.record.making(name):
+            pupil = Pupil(
+                make_model(size, self.seed),
+                self.tokenizer,
+                self.task.stream(name, self.seed),
+                self.task.draw("validation", self.scale.exam, self.seed),
+                batch=batch,
+                lr=lr,
+                max_new_tokens=self.task.max_new_tokens,
+            )
+            learn(pupil)
+            save(pupil.model, self.tokenizer, self.out / name)
+            self.record.accuracy[name] = self._accuracy(pupil.model)
+
+    def fill_store(self) -> None:
+        """The student's rollouts of both sets of prompts, and the teacher's scores of them."""
+        if self.record.lacks("rollout"):
+            with self.record.making("rollout"):
+                self._rollout(MAIN, "prompts", self.scale.prompts)
+                self._rollout(HELDOUT, "evaluation", self.scale.heldout)
+        if self.record.lacks("score"):
+            with self.record.making("score"):
+                for name in (MAIN, HELDOUT):
+                    job = config.ScoreJob(
+                        teacher=config.Teacher(model=str(self.out / "teacher"), name=TEACHER),
+                        store=self._store(name),
+                        score=config.Score(k_min=K),
+                        run=self.run,
+                    )
+                    run_score(job, progress=self.progress)
+
+    def _rollout(self, name: str, split: str, count: int) -> None:
+        file = self.out / f"{name}.jsonl"
+        write_prompts(file, self.task.draw(split, count, self.seed))
+        job = config.RolloutJob(
+            student=config.Student(model=str(self.out / "student")),
+            prompts=config.Prompts(file=file, chat_template=False),
+            store=self._store(name),
+            rollout=config.Rollout(
+                n=1,
+                max_new_tokens=self.task.max_new_tokens,
+                student_k=K,
+                unit_prompts=self.scale.unit_prompts,
+            ),
+            run=self.run,
+        )
+        run_rollout(job, progress=self.progress)
+
+    def distill(self, objective: str) -> DemoResult:
+        """The student after training by `objective`, beside what it was and the teacher."""
+        folder = self.out / "runs" / objective
+        job = config.TrainJob(
+            student=config.Student(model=str(self.out / "student")),
+            store=self._store(MAIN),
+            train=config.Train(
+                teacher=TEACHER,
+                objective=objective,
+                lr=1e-3,
+                schedule="cosine",
+                warmup_steps=20,
+                beta2=0.98,
+                tokens_per_batch=self.scale.tokens_per_batch,
+                accumulation=self.scale.accumulation,
+                save_steps=1000,
+            ),
+            run=self.run.model_copy(update={"out": folder}),
+        )
+        with self.record.timing("train"):
+            run_train(job, progress=self.progress)
+        with self.record.timing("evaluate"):
+            trained = HF(model_ref(str(folder), chat_template=False), device="cpu", dtype="float32")
+            after = self._accuracy(trained.model)
+            pin = open_store(self.out / "store").head()
+            (ratio_before, mass_before), (ratio_after, mass_after) = self._overlaps(trained)
+        before, teacher = self.record.accuracy["student"], self.record.accuracy["teacher"]
+        return DemoResult(
+            student_before=before,
+            student_after=after,
+            teacher=teacher,
+            gap_recovery=(after - before) / (teacher - before),
+            overlap_ratio_before=ratio_before,
+            overlap_ratio_after=ratio_after,
+            overlap_mass_before=mass_before,
+            overlap_mass_after=mass_after,
+            positions=sum(s.counts["P"] for s in pin.rollouts(MAIN)),
+            bytes_per_position=bytes_per_position(pin)["total"],
+            seconds=self.record.seconds,
+            objective=objective,
+            segments=len(pin.segments),
+            reused=self.record.reused,
+            out=self.out,
+        )
+
+    def _overlaps(self, trained: HF) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(ratio, mass) before and after, on rollouts of `heldout`: the same rows for both."""
+        store = open_store(self.out / "store")
+        pin = store.head()
+        scored = pin.scores(TEACHER)
+        own_top = ScoreRequest(top_p=1.0, k_min=K, k_max=K, at_student=False)
+        before, after, teacher = [], [], []
+        for segment in pin.rollouts(HELDOUT):
+            rollouts = store.read_rollouts(segment)
+            assert rollouts.student is not None, "a committed rollout unit holds these"
+            before.append(rollouts.student)
+            after.append(trained.score(rollouts, own_top))
+            teacher.append(store.read_scores(scored[segment.seg_id]))
+        return overlap(before, teacher), overlap(after, teacher)
+
+    def _accuracy(self, model: Any) -> float:
+        questions = self.task.draw("evaluation", self.scale.evaluation, self.seed)
+        return accuracy(model, self.tokenizer, questions, self.task.max_new_tokens)
+
+    def _store(self, rollouts: str) -> config.StoreSection:
+        return config.StoreSection(url=str(self.out / "store"), rollouts=rollouts)
+
+
+def overlap(students: list[Scores], teachers: list[Scores]) -> tuple[float, float]:
+    """Mean |S(p) & S(q)| / K and mean student mass on S(p) & S(q), S being the top K; two lists of
+    the same rows. arXiv 2604.13016 Eq.6 and Eq.9.
+    """
+    p_ids = np.concatenate([_top(scores, scores.ids) for scores in students])
+    q_ids = np.concatenate([_top(scores, scores.ids) for scores in teachers])
+    log_p = np.concatenate([_top(scores, scores.entry_lp) for scores in students])
+    both = (p_ids[:, :, None] == q_ids[:, None, :]).any(-1)
+    mass = np.where(both, np.exp(log_p, dtype=np.float64), 0.0).sum(-1)
+    return float(both.mean()), float(mass.mean())
+
+
+def _top(scores: Scores, entries: Array) -> Array:
+    """[P, K], the best K entries of every row."""
+    counts = scores.cnt.astype(np.int64)
+    start = np.cumsum(counts) - counts
+    return entries[start[:, None] + np.arange(K)]

@@ -1,0 +1,120 @@
+"""The demo's task: sums and differences of two numbers, worked out digit by digit.
+
+`361-220=` is answered by `1-0=1;6-2=4;3-2=1;>141`: one step per digit, the least significant first,
+then `>` and the answer. `c` marks a carry or borrow: before `=` one that came in, after it one that
+goes out. A negative difference begins with `~` and is worked out with the numbers exchanged. All
+prompts of a task have one length, and whether an answer is right needs no model.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from logitcask.engine.errors import ConfigError
+
+SPLITS = {
+    "teacher": (0, 40),
+    "student": (40, 60),
+    "prompts": (60, 80),
+    "validation": (80, 90),
+    "evaluation": (90, 100),
+}
+"""Which hundredths of all problems a split owns. A problem's hundredth is a hash of the problem
+alone, so no two splits share one, whatever the seed and however many are drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """a op b, with both numbers of `digits` digits."""
+
+    a: int
+    op: str
+    b: int
+    digits: int
+
+    @property
+    def prompt(self) -> str:
+        return f"{self.a}{self.op}{self.b}="
+
+    @property
+    def answer(self) -> str:
+        return str(self.a + self.b if self.op == "+" else self.a - self.b)
+
+    @property
+    def solution(self) -> str:
+        """What a model should write: the work, `>`, the answer."""
+        exchanged = self.op == "-" and self.a < self.b
+        x, y = (self.b, self.a) if exchanged else (self.a, self.b)
+        steps, carry = "~" if exchanged else "", 0
+        for place in range(self.digits):
+            p, q = x // 10**place % 10, y // 10**place % 10
+            value = p + q + carry if self.op == "+" else p - q - carry
+            carried, carry = carry, int(not 0 <= value <= 9)
+            steps += f"{p}{self.op}{q}{'c' * carried}={value % 10}{'c' * carry};"
+        return f"{steps}>{self.answer}"
+
+    def solved_by(self, response: str) -> bool:
+        """Whether a response without its stop token ends in `>` and the right answer."""
+        return response.rpartition(">")[1:] == (">", self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """All problems with `digits` digits, cut into the five splits."""
+
+    digits: int
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Characters of the longest solution and the stop token, with room for a detour or two."""
+        return 8 * self.digits + 16
+
+    def stream(self, split: str, seed: int) -> Iterator[Problem]:
+        """Problems of a split in random order without end; one may come again."""
+        low, high = SPLITS[split]
+        draw = random.Random(f"{split}/{seed}")
+        smallest, size = 10 ** (self.digits - 1), 9 * 10 ** (self.digits - 1)
+        while True:
+            a, b = smallest + draw.randrange(size), smallest + draw.randrange(size)
+            problem = Problem(a, draw.choice("+-"), b, self.digits)
+            if low <= hundredth(problem) < high:
+                yield problem
+
+    def draw(self, split: str, count: int, seed: int) -> list[Problem]:
+        """`count` different problems of a split. ConfigError if it has clearly no such number."""
+        low, high = SPLITS[split]
+        expected = 2 * (9 * 10 ** (self.digits - 1)) ** 2 * (high - low) // 100
+        # Finding the last few of a split by chance takes long; half of it comes at once.
+        if count > expected // 2:
+            raise ConfigError(
+                f"{count} problems of the split {split}: it has about {expected}, of which half "
+                "can be drawn",
+                remedy="draw fewer, or take a task with more digits",
+            )
+        found: dict[Problem, None] = {}
+        problems = self.stream(split, seed)
+        while len(found) < count:
+            found[next(problems)] = None
+        return list(found)
+
+
+def hundredth(problem: Problem) -> int:
+    """In [0, 100), from the problem alone."""
+    digest = blake2b(problem.prompt.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) % 100
+
+
+def write_prompts(file: Path, problems: list[Problem]) -> None:
+    """A prompts file as `logitcask rollout` reads it, with the answers for a verifier."""
+    with file.open("w", encoding="ascii") as lines:
+        for number, problem in enumerate(problems):
+            # The id seeds the answer's sampling, so two files must not share one.
+            row = {
+                "id": f"{file.stem}-{number:06d}",
+                "prompt": problem.prompt,
+                "answer": problem.answer,
+            }
+            lines.write(json.dumps(row) + "\n")
