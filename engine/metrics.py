@@ -93,12 +93,12 @@ def overlap_advantage(seen: Seen) -> Tensor:
     """Eq.7: (1 / |I|) sum_I p-(v) [log q-(v) - log p-(v)], p- and q- renormalised on I; <= 0.
 
     It is 0 in rows with |I| <= 1, which stay in the mean as the paper's E_t has them: read it
-    beside overlap/empty_share and the masses.
+    beside overlap/empty_share and the masses. Ids that one side excludes (-inf) are not in I.
     """
-    log_p = renormalised(seen.view.log_p, seen.both)
-    log_q = renormalised(seen.log_q, seen.both)
-    terms = torch.where(seen.both, log_p.exp() * (log_q - log_p), 0.0)
-    return terms.sum(-1) / seen.count.clamp(min=1)
+    on = seen.both & (seen.view.log_p != -torch.inf) & (seen.log_q != -torch.inf)
+    log_p, log_q = renormalised(seen.view.log_p, on), renormalised(seen.log_q, on)
+    terms = torch.where(on, log_p.exp() * (log_q - log_p), 0.0)
+    return terms.sum(-1) / on.sum(-1).clamp(min=1)
 
 
 def overlap_empty(seen: Seen) -> Tensor:

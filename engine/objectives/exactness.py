@@ -23,7 +23,9 @@ class Facts:
     layout: str
     """`once`: the teacher was asked at the student's ids too; `whole`: its own kept ids only."""
     versions: tuple[int, ...]
-    """Versions of the students that sampled, each once."""
+    """Versions of the students that sampled, each once; empty in a loop, where every round samples
+    from the student as it then is.
+    """
     student_version: int
     """Of the student that is to be trained."""
     same_root: bool
@@ -38,6 +40,8 @@ class Facts:
     @property
     def ages(self) -> tuple[int | None, ...]:
         """Updates between each version and the student; None for a foreign one."""
+        if not self.versions:
+            return (0,)
         if not self.same_root:
             return (None,)
         return tuple(self.student_version - version for version in self.versions)
@@ -117,8 +121,8 @@ def _check_student(objective: Objective, facts: Facts) -> None:
         )
     if not facts.same_root and not facts.allow_foreign:
         raise ObjectiveError(
-            f"foreign student: S(p) is frozen at {_prefixes(facts)}, and the student to be trained "
-            "is not of that root",
+            "foreign student: S(p) is frozen where the rollouts were sampled "
+            f"({_prefixes(facts)}), and the student to be trained is not of that root",
             remedy="train with --objective overlap, whose S(p) is live, or allow it with "
             "--foreign-student",
         )
@@ -142,8 +146,8 @@ def _support(objective: Objective, facts: Facts) -> str:
         "teacher": f"fixed: the teacher's top-{k}",
         "overlap": f"live: the student's top-{k} of today within the teacher's, which never leaves "
         "what was scored",
-        "student": f"frozen: the top-{k} of the student at {_prefixes(facts)}; today's may differ, "
-        "see cache/miss_mass",
+        "student": f"frozen: the top-{k} of the student that sampled ({_prefixes(facts)}); "
+        "today's may differ, see cache/miss_mass",
         "sampled": "fixed: the sampled id",
     }[objective.support]
 
@@ -154,9 +158,9 @@ def _estimator(objective: Objective, facts: Facts) -> str:
             return "deterministic, though not the gradient of a divergence"
         return "deterministic"
     if facts.on_policy:
+        when = "first update" if facts.versions else "first update of a round"
         return (
-            "one draw per position, unbiased for KL(p || q) as long as the student is the one that "
-            "sampled (age 0 at the start), off policy after its first update"
+            f"one draw per position, unbiased for KL(p || q) at age 0, off policy after the {when}"
         )
     ages = ", ".join("unknown" if age is None else str(age) for age in facts.ages)
     how = "" if facts.plain_sampling else ", from a tempered or truncated distribution"
@@ -166,6 +170,8 @@ def _estimator(objective: Objective, facts: Facts) -> str:
 
 
 def _prefixes(facts: Facts) -> str:
+    if not facts.versions:
+        return "of the student itself, renewed every round"
     low, high = min(facts.versions), max(facts.versions)
     versions = f"version {low}" if low == high else f"versions {low} to {high}"
     return versions if facts.same_root else f"{versions} of another root"
