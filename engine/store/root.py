@@ -41,9 +41,11 @@ def read(path: Path) -> Identity | None:
             raise IntegrityError(f"{where}: missing, though the store has a log", remedy=RESTORE)
         return None
     body = record.unseal(data, where)
-    if body.get("format") != schema.FORMAT:
+    if not isinstance(body.get("format"), str):
+        raise IntegrityError(f"{where}: names no format", remedy=RESTORE)
+    if body["format"] != schema.FORMAT:
         raise StoreError(
-            f"{where}: format {body.get('format')!r}, not {schema.FORMAT!r}",
+            f"{where}: format {body['format']!r}, not {schema.FORMAT!r}",
             remedy="check the path",
         )
     number = body.get("version")

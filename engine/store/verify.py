@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import logitcask.engine.store.files as files
 import logitcask.engine.store.record as record
 import logitcask.engine.store.schema as schema
-import logitcask.engine.store.segment as segment
 from logitcask.engine.store.log import Pin
 from logitcask.engine.store.store import Store
 from logitcask.engine.types import Progress, silent
@@ -35,8 +34,6 @@ def verify(store: Store, progress: Progress = silent) -> Report:
             positions += len(store.read_rollouts(each).tokens)
         else:
             store.read_scores(each)
-        # Committed with the others and read by nobody but plain Zarr readers.
-        segment.read_files(store.path, each.folder, each.files, ["zarr.json"])
     progress("verify", len(pin.segments), len(pin.segments))
     unique = {each.folder: each for each in pin.segments}
     for each in unique.values():

@@ -1,0 +1,142 @@
+"""Small rollouts and scores made from a seed; run as a script, a writer in a process of its own.
+
+`python made.py STORE WRITER COUNT [GO]` commits COUNT units of its own, printing each unit_key when
+its commit has returned. It skips what the log holds, as a resumed job does. It waits for GO, a file.
+"""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from logitcask.engine.store import Segment, Store, open_store
+from logitcask.engine.types import LENGTH, STOP, Array, Prompt, Rollouts, Scores
+
+ROLLOUT_LINEAGE = {"set": {"digest": "sha256:set"}, "student": {"root": "sha256:root"}}
+SCORE_LINEAGE = {"teacher": {"weights": "sha256:teacher"}, "request": {"top_p": 0.999, "k_min": 4}}
+
+
+def key(*parts: object) -> str:
+    return "sha256:" + hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def ragged(rng: np.random.Generator, cnt: Array, vocab: int, levels: int) -> tuple[Array, Array]:
+    """Entries of P rows, distinct ids, best first, lower id first; about `levels` values a nat."""
+    ids, lp = [], []
+    for k in cnt:
+        row = rng.choice(vocab, size=int(k), replace=False).astype(np.uint32)
+        value = -np.round(rng.exponential(3.0, int(k)) * levels) / levels
+        # Differences that float32 keeps and float16 does not.
+        value = (value - 1.0 - rng.integers(0, 3, int(k)) * 1e-5).astype(np.float32)
+        order = np.lexsort((row, -value))
+        ids.append(row[order])
+        lp.append(value[order])
+    empty = (np.zeros(0, np.uint32), np.zeros(0, np.float32))
+    return np.concatenate([empty[0], *ids]), np.concatenate([empty[1], *lp])
+
+
+def make_rollouts(seed: int, *, sequences: int = 6, student: bool = True) -> Rollouts:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 9, sequences)
+    off = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    rows = int(off[-1])
+    prompts = tuple(
+        Prompt(
+            id=f"p{seed}-{i}",
+            token_ids=tuple(rng.integers(0, 50, 1 + i).tolist()),
+            answer=None if i else "42",
+            extra={"level": i, "tags": ["ä", None, {"x": 1.5}]},
+        )
+        for i in range(max(1, sequences // 2))
+    )
+    scores = None
+    if student:
+        cnt = rng.integers(0, 6, rows).astype(np.uint16)
+        ids, lp = ragged(rng, cnt, 50, 4)
+        lp_row, entropy, tail = rng.normal(-3, 1, (3, rows)).astype(np.float32)
+        scores = Scores(lp=lp_row, entropy=entropy, log_tail=tail, cnt=cnt, ids=ids, entry_lp=lp)
+    return Rollouts(
+        prompts=prompts,
+        seq_prompt=rng.integers(0, len(prompts), sequences).astype(np.uint32),
+        seq_off=off,
+        tokens=rng.integers(0, 50, rows).astype(np.uint32),
+        loss_mask=rng.integers(0, 2, rows).astype(np.uint16),
+        b_lp=rng.normal(-2, 1, rows).astype(np.float32),
+        finish=rng.choice([STOP, LENGTH], sequences).astype(np.uint16),
+        version_start=rng.integers(0, 5, sequences).astype(np.int64),
+        version_end=rng.integers(5, 9, sequences).astype(np.int64),
+        student=scores,
+    )
+
+
+def make_scores(seed: int, rollouts: Rollouts) -> Scores:
+    """A teacher whose list is part of the student's, with its values at the student's ids."""
+    rng = np.random.default_rng(seed)
+    rows = rollouts.positions
+    lp_row, entropy, tail = rng.normal(-3, 1, (3, rows)).astype(np.float32)
+    if rollouts.student is None:
+        cnt = rng.integers(0, 6, rows).astype(np.uint16)
+        ids, lp = ragged(rng, cnt, 50, 4)
+        return Scores(lp=lp_row, entropy=entropy, log_tail=tail, cnt=cnt, ids=ids, entry_lp=lp)
+    ends = np.cumsum(rollouts.student.cnt, dtype=np.int64)
+    cnt, kept_ids, kept_lp, at = [], [], [], []
+    for end, k in zip(ends, rollouts.student.cnt, strict=True):
+        ids, lp = ragged(rng, np.asarray([50]), 50, 4)
+        keep = int(rng.integers(0, 8))
+        cnt.append(keep)
+        kept_ids.append(ids[:keep])
+        kept_lp.append(lp[:keep])
+        place = np.argsort(ids)
+        at.append(lp[place[rollouts.student.ids[end - k : end]]])
+    none = np.zeros(0, np.float32)
+    return Scores(
+        lp=lp_row,
+        entropy=entropy,
+        log_tail=tail,
+        cnt=np.asarray(cnt, np.uint16),
+        ids=np.concatenate([none.astype(np.uint32), *kept_ids]),
+        entry_lp=np.concatenate([none, *kept_lp]),
+        at_student=np.concatenate([none, *at]),
+    )
+
+
+def commit_rollouts(store: Store, seed: int, unit_key: str = "", **other: object) -> Segment:
+    student = bool(other.pop("student", False))
+    arguments = {
+        "name": "main",
+        "unit_key": unit_key or key("rollout", seed),
+        "unit": {"version": 0, "first": seed},
+        "lineage": ROLLOUT_LINEAGE,
+    }
+    return store.commit_rollouts(make_rollouts(seed, student=student), **(arguments | other))
+
+
+def commit_scores(store: Store, base: Segment, seed: int, **other: object) -> Segment:
+    rollouts = store.read_rollouts(base)
+    arguments = {
+        "base": base,
+        "name": "teacher",
+        "unit_key": key("score", base.seg_id, seed),
+        "unit": {"rollouts": base.seg_id},
+        "lineage": SCORE_LINEAGE,
+    }
+    return store.commit_scores(make_scores(seed, rollouts), **(arguments | other))
+
+
+if __name__ == "__main__":
+    path, writer, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    opened = open_store(path, create=True)
+    print("ready", flush=True)
+    while len(sys.argv) > 4 and not Path(sys.argv[4]).exists():
+        time.sleep(0.001)
+    done = opened.head().unit_keys()
+    for number in range(count):
+        # Writer -1 fights for one unit with the others of its kind.
+        unit_key = key("race", number) if writer < 0 else key(writer, number)
+        if unit_key in done:
+            continue
+        own = writer * 1000 + number if writer >= 0 else time.time_ns() % 100_000
+        held = commit_rollouts(opened, own, unit_key)
+        print(unit_key, held.seg_id, flush=True)
