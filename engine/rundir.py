@@ -56,12 +56,10 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def clear(out: Path) -> None:
-    """Removes an earlier run; files that no run writes stay. Does nothing in a new folder."""
-    if read_run(out) is None:
-        return
+    """Removes an earlier run but its run.json, which the next one replaces; strange files stay."""
     (out / CARD).unlink(missing_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS, RUN):
+    for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS):
         for file in out.glob(pattern):
             file.unlink()
 

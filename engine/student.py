@@ -9,8 +9,10 @@ are proved on a few tokens before training.
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,9 @@ def load_student(ref: ModelRef, *, lora_rank: int = 0, seed: int = 0) -> nn.Modu
 @contextmanager
 def quiet() -> Iterator[None]:
     """transformers' own progress bars are off inside: the engine never prints."""
-    from transformers.utils import logging
+    from transformers.utils import logging as module
 
+    logging: Any = module
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -87,7 +90,9 @@ def _with_adapters(model: Any, rank: int, seed: int) -> nn.Module:
         raise ConfigError(
             f"lora_rank = {rank} needs the package peft", remedy="pip install 'logitcask[lora]'"
         ) from error
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft asks transformers by a name that is being retired.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         torch.manual_seed(seed)
         adapted: nn.Module = get_peft_model(
             model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -126,6 +131,11 @@ def prove(model: nn.Module, n_vocab: int) -> None:
         raise ModelError(
             f"{name} has no output matrix of at least {n_vocab} rows, one per id of its tokenizer",
             remedy="train a causal language model whose head is a linear layer",
+        )
+    if "position_ids" not in signature(inner.base_model.forward).parameters:
+        raise ModelError(
+            f"{name} takes no position ids: sequences of one packed row would see each other",
+            remedy="train a model with rotary or learnt positions",
         )
     _refuse_known_heads(name, head, inner.config)
     training = inner.training
@@ -214,7 +224,7 @@ def _merged(model: nn.Module) -> Any:
     inner = inner_model(model)
     if inner is model:
         return inner
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear
     from transformers import AutoModelForCausalLM
 
     state = {}
@@ -223,7 +233,7 @@ def _merged(model: nn.Module) -> Any:
             state[name.replace(".base_layer.", ".")] = tensor
     layers: Any = inner.named_modules()
     for name, layer in layers:
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, Linear):
             key = f"{name}.weight"
             state[key] = state[key] + layer.get_delta_weight("default")
     build: Any = AutoModelForCausalLM.from_config

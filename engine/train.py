@@ -130,12 +130,15 @@ def train(
     settings = settings or TrainSettings()
     if out.resolve() == model.path.resolve():
         raise ConfigError(f"--out {out} is the student itself", remedy="give another --out")
-    args = _arguments(out, settings, device, report_to)
+    args = training_arguments(out, settings, device, report_to)
     first = args.process_index == 0
-    if overwrite and first:
-        clear(out)
-    _wait(args)
     earlier = read_run(out)
+    _wait(args)
+    if overwrite and earlier is not None:
+        if first:
+            clear(out)
+        earlier = None
+        _wait(args)
     if pin is None:
         pin = _pin(store, earlier)
     source = RowSource(store, pin, rollouts, teacher, partial=partial)
@@ -200,9 +203,13 @@ def train(
     )
 
 
-def _arguments(
-    out: Path, settings: TrainSettings, device: str, report_to: tuple[str, ...]
+def training_arguments(
+    out: Path, settings: TrainSettings, device: str = "auto", report_to: tuple[str, ...] = ()
 ) -> TrainingArguments:
+    """What `DistillTrainer` needs of transformers' arguments, checkpoints below `out`.
+
+    Raises ConfigError for a device that is not there.
+    """
     if device not in ("auto", "cpu", "cuda", "cuda:0"):
         raise ConfigError(
             f"--device {device}: training takes auto, cpu or cuda",

@@ -1,0 +1,53 @@
+"""One process of a training run over several: `python ddp_worker.py CASE OUT`, environment as of
+torchrun. It trains one update on fixed rows and saves the gradients, then a whole run by `train`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from logitcask.engine.batches import RowSource
+from logitcask.engine.identity import model_ref
+from logitcask.engine.store import open_store
+from logitcask.engine.train import TrainSettings, train
+from tests.engine.fitting import REVERSE, ListRows, flat, make_trainer
+from tests.engine.tiny import make_model
+
+SEQUENCES = [[0, 1], [2], [3, 4]]
+"""Three rows of one update of four: the last process's last row is empty."""
+
+
+SETTINGS = TrainSettings(lr=1e-3, tokens_per_batch=24, accumulation=2, save_steps=2)
+
+
+def main(case: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    store = open_store(case / "store")
+    source = RowSource(store, store.head(), "main", "big")
+    rows = [source.row(np.array([[0, s] for s in row])) for row in SEQUENCES]
+    rank = int(os.environ["RANK"])
+    trainer, gradients = make_trainer(
+        make_model().double(), ListRows(rows, source), out / f"one{rank}", accumulation=2
+    )
+    trainer.train()
+    torch.save(
+        {"grad": flat(gradients.updates[0]), "log": trainer.state.log_history[0]},
+        out / f"rank{rank}.pt",
+    )
+    ref = model_ref(str(case / "student"), chat_template=True)
+    train(
+        store,
+        model=ref,
+        out=out / "run",
+        teacher="big",
+        objective=REVERSE,
+        settings=SETTINGS,
+        device="cpu",
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,123 @@
+"""Trains a tiny model on packed rows and shows what the updates were made of."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from logitcask.engine.batches import PackedRow, RowSource
+from logitcask.engine.identity import model_ref
+from logitcask.engine.objectives import Objective
+from logitcask.engine.rundir import METRICS, MetricsFile
+from logitcask.engine.store import Store
+from logitcask.engine.train import TrainSettings, training_arguments
+from logitcask.engine.trainer import DistillTrainer
+from logitcask.engine.types import ModelRef, silent
+from tests.engine.cached import Unit, make_store
+from tests.engine.tiny import make_model, save_folder
+
+REVERSE = Objective(
+    support="teacher", divergence="reverse_kl", outside="renormalize", form="divergence", k=4
+)
+FORWARD = replace(REVERSE, divergence="forward_kl")
+DENSE = replace(FORWARD, outside="tail")
+
+
+def make_case(folder: Path, units: list[Unit], **model: Any) -> tuple[Store, ModelRef]:
+    """A store of `units` and the student that is named as their sampler."""
+    save_folder(folder / "student", make_model(**model))
+    ref = model_ref(str(folder / "student"), chat_template=True)
+    return make_store(folder / "store", units, student=ref), ref
+
+
+class Gradients(TrainerCallback):
+    """The gradients of every update, as the optimizer sees them."""
+
+    def __init__(self) -> None:
+        self.updates: list[dict[str, Tensor | None]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        grads = {name: None if p.grad is None else p.grad.clone() for name, p in named}
+        self.updates.append({name.removeprefix("module."): grad for name, grad in grads.items()})
+
+
+class ListRows:
+    """`Rows` from a list, empty ones beyond its end."""
+
+    def __init__(self, rows: Sequence[PackedRow], source: RowSource) -> None:
+        self._rows = rows
+        self._source = source
+        self.prepared: list[int] = []
+
+    def prepare(self, step: int) -> None:
+        self.prepared.append(step)
+
+    def row(self, index: int) -> PackedRow:
+        if index < len(self._rows):
+            return self._rows[index]
+        return self._source.row(torch.zeros(0, 2).long().numpy())
+
+
+def make_trainer(
+    model: nn.Module,
+    rows: Any,
+    folder: Path,
+    *,
+    updates: int = 1,
+    objective: Objective = REVERSE,
+    n_vocab: int = 99,
+    lr: float = 1e-3,
+    accumulation: int = 1,
+) -> tuple[DistillTrainer, Gradients]:
+    """A trainer whose gradients are not clipped."""
+    settings = TrainSettings(lr=lr, accumulation=accumulation, max_grad_norm=1e9, save_steps=10**6)
+    args = training_arguments(folder, settings, "cpu")
+    args.save_strategy = "no"  # type: ignore[assignment]
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = DistillTrainer(
+        model,
+        args,
+        rows=rows,
+        updates=updates,
+        objective=objective,
+        n_vocab=n_vocab,
+        version=0,
+        same_root=True,
+        metrics=MetricsFile(folder / METRICS, 0),
+        mark={},
+        progress=silent,
+    )
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    return trainer, gradients
+
+
+def token_mean(model: Any, rows: Sequence[PackedRow], objective: Objective = REVERSE) -> Tensor:
+    """The loss of single-sequence rows by plain torch: a forward each, full softmax, token mean."""
+    total, weight = torch.zeros(()), torch.zeros(())
+    for row in rows:
+        t = row.targets
+        first = row.input_ids.shape[1] - len(t) - 1
+        logits = model(input_ids=row.input_ids, use_cache=False).logits[0, first : first + len(t)]
+        on = t.q_rank < objective.k
+        log_p = logits.log_softmax(-1).gather(1, t.ids.clamp(min=0))
+        log_p, log_q = (torch.where(on, x, -1e9).log_softmax(-1) for x in (log_p, t.q_log_p))
+        pair = (log_p, log_q) if objective.divergence == "reverse_kl" else (log_q, log_p)
+        terms = torch.where(on, pair[0].exp() * (pair[0] - pair[1]), 0.0)
+        total = total + (terms.sum(1) * t.weight).sum()
+        weight = weight + t.weight.sum()
+    return total / weight
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|."""
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def flat(gradients: dict[str, Tensor | None]) -> Tensor:
+    return torch.cat([g.flatten() for _, g in sorted(gradients.items()) if g is not None])
