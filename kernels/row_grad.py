@@ -146,6 +146,7 @@ def _grad_triton(
             TILE=tile,
             IDS=min(1024, next_power_of_2(n_ids)),
             num_warps=8 if tile == TILE else 4,
+            enable_fp_fusion=True,  # the default differs between versions of Triton
         )
 
 

@@ -122,11 +122,11 @@ def scan_kernel(  # type: ignore[no-untyped-def]
         s_row = tl.sum(tl.sum(s, 1), 0)
         # The shift was the first tile's maximum. Far from the true one, log2(d) and s / d are large
         # numbers whose difference is the entropy: 32 keeps that error near 2e-6. Rare, so the row
-        # is simply read again.
+        # is simply read again. (A row of -inf alone becomes NaN by the new shift of -inf.)
         top = tl.max(lane_max, 0) * LOG2E
-        again = ((tl.abs(top - shift) > 32.0) & (top > -float("inf"))).to(tl.int32)
+        again = (tl.abs(top - shift) > 32.0).to(tl.int32)
         shift = tl.where(again == 1, top, shift)
-    log_d = tl.log2(tl.where(d_row > 0, d_row, float("nan")))  # d = 0: nothing but -inf
+    log_d = tl.log2(d_row)
     tl.store(log_sum_exp + row, (shift + log_d) * LN2)
     tl.store(entropy + row, (log_d - s_row / d_row) * LN2)
 
@@ -162,6 +162,7 @@ def _scan_triton(logits: Tensor, n_vocab: int, group: int) -> RowScan:
                 GROUP=width,
                 GROUPS=group_max is not None,
                 num_warps=8 if tile == TILE else 4,
+                enable_fp_fusion=True,  # the default differs between versions of Triton
             )
     return RowScan(RowStats(lse, entropy), group_max)
 

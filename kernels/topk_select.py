@@ -199,6 +199,7 @@ def _select_triton(
                 GROUP=group,
                 ZERO_BITS=_ZERO_BITS[logits.dtype],
                 num_warps=4 if k_padded <= 64 else 8,
+                enable_fp_fusion=True,  # the default differs between versions of Triton
             )
     return values, ids
 

@@ -6,6 +6,10 @@ from torch import Tensor
 SHAPES = {"small": (3, 5), "one tile": (4, 1000), "odd": (3, 4801), "two tiles": (2, 8192)}
 KINDS = ("iid", "ties", "constant", "thirds -inf", "ramp up", "ramp down", "one hot", "late start")
 HALF = (torch.bfloat16, torch.float16)
+# Every kind in float32; half precision where it can matter: ties, negative keys, infinities.
+KINDS_AND_DTYPES = [(kind, torch.float32) for kind in KINDS] + [
+    (kind, dtype) for kind in ("ties", "thirds -inf", "ramp down") for dtype in HALF
+]
 
 
 def make_logits(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import HALF, KINDS, SHAPES, assert_close, make_ids, make_logits, ulp
+from kernel_cases import HALF, KINDS_AND_DTYPES, SHAPES, assert_close, make_ids, make_logits, ulp
 from torch import Tensor
 
 from logitcask.kernels.row_grad import row_grad, row_grad_reference
@@ -20,8 +20,7 @@ def problem(
     return logits, dense, make_ids(*shape, n_ids), at_ids
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_against_float64(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, device: str

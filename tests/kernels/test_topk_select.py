@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import KINDS, make_logits
+from kernel_cases import KINDS_AND_DTYPES, make_logits
 
 from logitcask.kernels.topk_select import MAX_TRITON_K, topk_select, topk_select_reference
 
@@ -16,8 +16,7 @@ def assert_same(logits: torch.Tensor, k: int, n_vocab: int | None, device: str) 
     assert torch.equal(values.cpu(), want_values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES, ids=str)
 @pytest.mark.parametrize(("n_columns", "k"), [(5, 3), (97, 16), (4801, 1), (4801, 16), (8192, 21)])
 def test_equals_a_stable_sort(
     kind: str, n_columns: int, k: int, dtype: torch.dtype, device: str
