@@ -6,6 +6,7 @@ import traceback
 from importlib.metadata import version
 
 import rich_click as click
+from click.exceptions import Exit
 
 from logitcask.engine.errors import LogitcaskError
 
@@ -52,7 +53,7 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         click.echo(f"error: {error.cause}\n  try: {error.remedy}", err=True)
         return error.exit_code
-    except click.exceptions.Exit as end:
+    except Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: committed units stay; the same command goes on", err=True)

@@ -43,7 +43,7 @@ def job_options(kind: type[Section], keys: Mapping[str, list[str]]) -> Callable[
     """Adds a flag for each {section: [key]} of `kind`, in that order, grouped by section."""
 
     def decorate(function: F) -> F:
-        for section, names in reversed(keys.items()):
+        for section, names in reversed(list(keys.items())):
             fields = kind.model_fields[section].annotation
             assert isinstance(fields, type)
             assert issubclass(fields, Section)
@@ -108,7 +108,7 @@ def _plain(annotation: Any) -> Any:
     return _plain(options[0])
 
 
-def _click_type(kind: Any) -> click.ParamType | None:
+def _click_type(kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return click.Choice(list(get_args(kind)))
     if kind is Path:

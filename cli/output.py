@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import rich_click as click
@@ -61,14 +62,16 @@ def _plain_lines() -> Progress:
     return report
 
 
-def print_result(result: Mapping[str, Any], form: str) -> None:
-    """A flat mapping as `name  value` lines, or the same as one JSON object."""
+def print_result(result: Any, form: str) -> None:
+    """A report (a dataclass or a mapping) as `name  value` lines, or as one JSON object."""
+    values = result if isinstance(result, Mapping) else asdict(result)
     if form == "json":
-        click.echo(json.dumps(result))
+        click.echo(json.dumps(values, default=str))
         return
-    width = max((len(name) for name in result), default=0)
-    for name, value in result.items():
-        click.echo(f"{name:<{width}}  {_shown(value)}")
+    lines = list(_lines(values))
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, value in lines:
+        click.echo(f"{name:<{width}}  {value}".rstrip())
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], form: str) -> None:
@@ -88,6 +91,16 @@ def print_table(rows: Sequence[Mapping[str, Any]], form: str) -> None:
 def visible(text: str) -> str:
     """Text of a model or a file with control characters shown as symbols, safe for a terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, value) with large inner mappings spread out below their name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and len(value) > 3:
+            yield name, ""
+            yield from ((f"  {inner}", _shown(v)) for inner, v in value.items())
+        else:
+            yield name, _shown(value)
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,5 @@
 """`logitcask score`: the student samples responses."""
 
-from dataclasses import asdict
 from typing import Any
 
 import rich_click as click
@@ -45,4 +44,4 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
 
     with progress_bar() as progress:
         report = run_score(job, progress=progress)
-    print_result(asdict(report), form)
+    print_result(report, form)

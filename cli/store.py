@@ -52,14 +52,12 @@ def verify(url: str, form: str) -> None:
 
     Example: logitcask store verify ./store
     """
-    from dataclasses import asdict
-
     from logitcask.engine.store import open_store
     from logitcask.engine.store.verify import verify as verify_store
 
     with progress_bar() as progress:
         report = verify_store(open_store(url), progress=progress)
-    print_result(asdict(report), form)
+    print_result(report, form)
 
 
 @store_command.command("show")
