@@ -27,11 +27,13 @@ from logitcask.engine.objectives.supports import SUPPORTS
 from logitcask.engine.targets import Targets
 from logitcask.kernels.sparse_kl import RowGrad, RowObjective, RowView
 
-TAIL_FLOOR = {torch.float32: 1e-7, torch.float64: 1e-14}
-"""Least r that a tail is given: 1 - sum p cannot tell a smaller one from 0.
+TAIL_FLOOR = {torch.float32: 2.0**-18, torch.float64: 1e-14}
+"""Least r that a tail is given, about the error of 1 - sum p: log p = z - log-sum-exp is rounded at
+the size of z, and 2^-18 is float32's spacing between 32 and 64.
 
 Below it the loss sees log r no further down, on S the gradient stays as it is, and the pull on the
-ids outside, p_v (g_r / r - ...), is weaker than the true one: bounded instead of exploding.
+ids outside, p_v (g_r / r - ...), is weaker than the true one. A lower floor would let rounding make
+it many times stronger: g_r is the teacher's tail, and r may be 10 times what is left of it.
 """
 
 

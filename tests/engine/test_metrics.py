@@ -77,6 +77,14 @@ def test_a_row_with_fewer_kept_ids_is_judged_at_what_it_keeps() -> None:
     assert values["overlap/advantage"].tolist() == [0.0]
 
 
+def test_a_sampled_token_in_neither_list_counts_as_not_stored() -> None:
+    """Its one log-prob is known, but that is luck of the draw, not what the cache covers."""
+    full = make_full(row(P), row(Q), old=row(OLD), student_k=2, kept=3, token=2)
+    values = row_metrics(view_of(full, 6), full.targets, k=3)
+    assert values["cache/miss_mass"].tolist() == pytest.approx([0.15])
+    assert values["cache/coverage"].tolist() == pytest.approx([BY_HAND["cache/coverage"]])
+
+
 def test_drift_is_bounded_and_its_mean_is_the_kl_of_the_two_students() -> None:
     live, old = row(P), row(OLD)
     mean = 0.0

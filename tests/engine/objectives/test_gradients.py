@@ -234,8 +234,25 @@ def test_a_tail_below_the_floor_keeps_loss_and_gradient_bounded() -> None:
     assert (outside <= 0).all()
     assert -0.02 <= outside.sum() <= 0
     on_s = (q[0, :2] * (q[0, :2].log() - p.log())).sum()
-    tail = 0.01 * (math.log(0.01) - math.log(1e-7))
+    tail = 0.01 * (math.log(0.01) - math.log(2.0**-18))
     assert result.loss.item() == pytest.approx(on_s.item() + tail, abs=1e-3)
+
+
+def test_rounding_of_a_small_tail_does_not_blow_up_the_pull_outside() -> None:
+    """Sure students with large logits: the true pull outside S sums to r - q_tail < 0."""
+    z = logits(22, 40, 1000, 10.0).float() + 20
+    top = z.topk(16).indices
+    q = torch.full_like(z, 0.1 / 984).scatter(1, top, 0.9 / 16)
+    full = make_full(z, q.log(), student_k=1, kept=16)
+    leaf = z.clone().requires_grad_()
+    objective = find_preset("forward_kl", k=16).objective
+    sparse_kl(leaf, full.targets.ids, row_objective(objective, full.targets)).loss.backward()
+    assert leaf.grad is not None
+    pull = leaf.grad.scatter(1, top, 0.0).sum(-1)
+    r = 1 - z.double().softmax(-1).gather(1, top).sum(-1)
+    assert (r < 1e-5).sum() >= 3, "there are tails that float32 cannot see"
+    assert (pull >= -3 * 0.1).all()
+    assert (pull <= r + 1e-6).all()
 
 
 @pytest.mark.parametrize("name", PRESETS)
