@@ -1,7 +1,7 @@
 """Small rollouts and scores made from a seed; run as a script, a writer in a process of its own.
 
 `python made.py STORE WRITER COUNT [GO]` commits COUNT units of its own, printing each unit_key when
-its commit has returned. It skips what the log holds, as a resumed job does. It waits for GO, a file.
+its commit has returned. It skips what the log holds, as a resumed job does; it waits for file GO.
 """
 
 import hashlib
