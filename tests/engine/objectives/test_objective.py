@@ -33,7 +33,7 @@ def test_every_combination_is_a_cell_or_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "says", "way_out"),
     [
-        ({"support": "techer"}, "unknown support 'techer'", "teacher, student, overlap, sampled"),
+        ({"support": "parent"}, "unknown support 'parent'", "teacher, student, overlap, sampled"),
         ({"divergence": "kl"}, "unknown divergence 'kl'", "reverse_kl, forward_kl"),
         ({"outside": "drop"}, "unknown outside 'drop'", "renormalize, tail, ignore"),
         ({"form": "reward"}, "unknown form 'reward'", "divergence, advantage"),
