@@ -111,7 +111,8 @@ def rollout(
     }
     pin = store.head()
     _check_name(pin, name, model, set_digest, units, versions)
-    missing = {key: unit for key, unit in units.items() if key not in pin.unit_keys()}
+    there = pin.unit_keys()
+    missing = {key: unit for key, unit in units.items() if key not in there}
     positions = sequences = stopped = 0
     for done, (key, unit) in enumerate(missing.items()):
         progress("rollout", len(units) - len(missing) + done, len(units))
@@ -188,6 +189,12 @@ def _check_name(
     versions: bool,
 ) -> None:
     """Refuses before anything is sampled what the store would refuse, and what it cannot see."""
+    for segment in pin.segments:
+        if segment.unit_key in units and segment.name != name:
+            raise IdentityError(
+                f"these rollouts are in the store already, under the name {segment.name!r}",
+                remedy=f"Use that name instead of {name!r}, or another seed.",
+            )
     for segment in pin.rollouts(name):
         theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
         if theirs != set_digest:

@@ -71,7 +71,13 @@ def score(
     for segment in segments:
         notes += [n for n in check_identity(segment, model) if n not in notes]
     units = {unit_key(segment, model, request): segment for segment in segments}
-    missing = {key: segment for key, segment in units.items() if key not in pin.unit_keys()}
+    done_as = {s.unit_key: s.name for s in pin.segments}
+    for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
+        raise IdentityError(
+            f"this teacher's scores are in the store already, under the name {other!r}",
+            remedy=f"Use that name instead of {teacher_name!r}.",
+        )
+    missing = {key: segment for key, segment in units.items() if key not in done_as}
     lineage = {
         "teacher": model.lineage(),
         "role": ROLE,

@@ -212,6 +212,14 @@ def test_a_padded_head_does_not_widen_the_vocabulary(tmp_path: Path) -> None:
     assert identity.model_ref(str(folder), chat_template=False).n_vocab == 99
 
 
+def test_context_length_is_the_configs(folder: Path) -> None:
+    assert identity.context_length(folder) == 256
+    edit(folder / "config.json", max_position_embeddings=None)
+    assert identity.context_length(folder) > 1 << 60
+    edit(folder / "config.json", text_config={"max_position_embeddings": 64})
+    assert identity.context_length(folder) == 64
+
+
 def test_contradictions_in_a_folder_are_refused(tmp_path: Path) -> None:
     narrow = save_folder(tmp_path / "narrow", make_model(vocab_size=64))
     with pytest.raises(ModelError, match=r"64 ids \(vocab_size\), its tokenizer 99"):

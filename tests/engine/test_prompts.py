@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from logitcask.engine.errors import ModelError, PromptError
-from logitcask.engine.prompts import MAX_LINE_BYTES, load_tokenizer, read_prompts
+from logitcask.engine.prompts import MAX_LINE_BYTES, chat_template_for, load_tokenizer, read_prompts
 from tests.engine.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -169,3 +169,17 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_whether_the_template_is_meant_is_said_where_it_is_not_clear(tmp_path: Path) -> None:
+    plain = write(tmp_path, {"id": "a", "prompt": "x"})
+    bare = make_tokenizer(chat_template=False)
+    assert chat_template_for(plain, bare, None) is False
+    assert chat_template_for(plain, TOKENIZER, True) is True
+    assert chat_template_for(plain, TOKENIZER, False) is False
+    with pytest.raises(PromptError, match="either could be meant"):
+        chat_template_for(plain, TOKENIZER, None)
+    chat = write(tmp_path, {"id": "a", "messages": [USER]})
+    assert chat_template_for(chat, TOKENIZER, None) is True
+    with pytest.raises(PromptError, match="there is no prompts file"):
+        chat_template_for(tmp_path / "nowhere.jsonl", TOKENIZER, None)

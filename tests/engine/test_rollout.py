@@ -1,0 +1,229 @@
+"""Units: planned once, resumed exactly, and refused where two plans or identities would mix."""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.engine import identity
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.rollout import UNIT_POSITIONS, prompt_set_digest, rollout, unit_key
+from logitcask.engine.store import open_store
+from logitcask.engine.types import STOP, ModelRef, Prompt, Rollouts, SamplingParams, Scores
+from tests.engine.tiny import save_folder
+
+SAMPLING = SamplingParams(n=2, max_new_tokens=6)
+PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3, 5 + i)), answer=str(i)) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        folder = save_folder(tmp_path_factory.mktemp("student"))
+        return identity.model_ref(str(folder), chat_template=False)
+
+
+@pytest.fixture(scope="module")
+def hf(model: ModelRef) -> HF:
+    return HF(model)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, hf: HF, model: ModelRef) -> Path:
+    """A store with all three units: commits cost most of a test's time."""
+    path = tmp_path_factory.mktemp("stores") / "whole"
+    report = run(path, hf, model, lineage_extra={"chat_template": False})
+    assert (report.units_total, report.units_done_before, report.units_new) == (3, 0, 3)
+    return path
+
+
+class Dies:
+    """A sampler that fails in unit `at`, and counts the units it has begun."""
+
+    def __init__(self, hf: HF, at: int = 1 << 30) -> None:
+        self.hf, self.at, self.begun = hf, at, 0
+        self.describe = hf.describe
+
+    def generate(self, prompts: Sequence[Prompt], *args: Any, **keys: Any) -> Rollouts:
+        self.begun += 1
+        if self.begun > self.at:
+            raise KeyboardInterrupt
+        return self.hf.generate(prompts, *args, **keys)
+
+
+def run(store: Path, hf: HF, model: ModelRef, **keys: Any) -> Any:
+    keys = {"sampler": hf, "unit_prompts": 2, "student_k": 5, "sampling": SAMPLING} | keys
+    return rollout(open_store(store, create=True), model=model, **({"prompts": PROMPTS} | keys))
+
+
+def contents(store: Path, name: str = "main") -> list[tuple[str, str, dict[str, Any]]]:
+    pin = open_store(store).head()
+    return [(s.unit_key, s.seg_id, dict(s.unit)) for s in pin.rollouts(name)]
+
+
+def later(model: ModelRef, version: int) -> ModelRef:
+    """A student of the same root, trained for some updates."""
+    return dataclasses.replace(model, digest=identity.digest(version), version=version)
+
+
+def test_units_are_fixed_ranges_and_hold_what_was_sampled(
+    whole: Path, hf: HF, model: ModelRef
+) -> None:
+    store = open_store(whole)
+    segments = store.head().rollouts("main")
+    ranges = [(s.unit["first"], s.unit["count"]) for s in segments]
+    assert ranges == [(0, 2), (2, 2), (4, 1)]
+    direct = hf.generate(PROMPTS, SAMPLING, seed=0, version=0)
+    units = [store.read_rollouts(s) for s in segments]
+    np.testing.assert_array_equal(np.concatenate([u.tokens for u in units]), direct.tokens)
+    np.testing.assert_allclose(np.concatenate([u.b_lp for u in units]), direct.b_lp, atol=2e-5)
+    assert [p.answer for u in units for p in u.prompts] == [p.answer for p in PROMPTS]
+    for unit in units:
+        assert unit.student is not None
+        assert (unit.student.cnt == 5).all()
+        np.testing.assert_allclose(unit.student.lp, unit.b_lp, atol=1e-5)
+
+
+def test_lineage_names_what_was_used_and_no_path(whole: Path, model: ModelRef) -> None:
+    lineage = open_store(whole).head().segments[0].lineage
+    assert lineage["set"]["units"] == 3
+    assert lineage["set"]["prompts"] == 5
+    assert (lineage["set"]["n"], lineage["set"]["student_k"]) == (2, 5)
+    assert lineage["student"] == model.lineage() | {"stop_ids": [1]}
+    assert lineage["backend"]["name"] == "hf"
+    assert lineage["chat_template"] is False
+    assert lineage["logprob"] == "natural, temperature 1, ids [0, n_vocab)"
+
+
+def test_a_run_that_died_is_resumed_to_the_same_store(
+    tmp_path: Path, whole: Path, hf: HF, model: ModelRef
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "died", hf, model, sampler=Dies(hf, 1), scorer=hf)
+    assert len(contents(tmp_path / "died")) == 1
+    seen: list[tuple[str, int, int]] = []
+    report = run(tmp_path / "died", hf, model, progress=lambda *x: seen.append(x))
+    assert (report.units_done_before, report.units_new) == (1, 2)
+    assert seen == [("rollout", i, 3) for i in (1, 2, 3)]
+    assert contents(tmp_path / "died") == contents(whole)
+
+
+def test_a_run_that_is_done_samples_nothing(whole: Path, hf: HF, model: ModelRef) -> None:
+    before, idle = contents(whole), Dies(hf)
+    report = run(whole, hf, model, sampler=idle, scorer=hf)
+    assert (report.units_done_before, report.units_new, idle.begun) == (3, 0, 0)
+    assert (report.positions, report.mean_length) == (0, 0.0)
+    assert contents(whole) == before
+
+
+def test_the_report_counts_what_is_new(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+    report = run(tmp_path / "s", hf, model, first=1, count=3, unit_prompts=3)
+    direct = hf.generate(PROMPTS[1:4], SAMPLING, seed=0, version=0)
+    assert (report.sequences, report.positions) == (6, len(direct.tokens))
+    assert report.mean_length == pytest.approx(len(direct.tokens) / 6)
+    assert report.stopped_share == pytest.approx(float((direct.finish == STOP).mean()))
+
+
+def test_the_content_of_a_unit_does_not_depend_on_the_unit_size(
+    tmp_path: Path, whole: Path, hf: HF, model: ModelRef
+) -> None:
+    """The default unit can reach UNIT_POSITIONS, so it holds all of these prompts."""
+    assert UNIT_POSITIONS // (SAMPLING.n * SAMPLING.max_new_tokens) > len(PROMPTS)
+    assert run(tmp_path / "one", hf, model, unit_prompts=None).units_total == 1
+    tokens = []
+    for path in (tmp_path / "one", whole):
+        store = open_store(path)
+        units = [store.read_rollouts(s) for s in store.head().rollouts("main")]
+        tokens.append(np.concatenate([u.tokens for u in units]).tolist())
+    assert tokens[0] == tokens[1]
+
+
+def test_keys_change_with_whatever_changes_the_data(model: ModelRef) -> None:
+    def key(prompts: Any = PROMPTS, sampling: Any = SAMPLING, model: Any = model, **k: Any) -> str:
+        keys = {"seed": 0, "student_k": 5} | k
+        return unit_key(prompt_set_digest(prompts, model, sampling, **keys), model, 0, 2)
+
+    base = key()
+    assert base == key()
+    assert base == key(model=dataclasses.replace(model, name="elsewhere", path=Path("/else")))
+    others = [
+        key(PROMPTS[:-1]),
+        key([dataclasses.replace(PROMPTS[0], answer="x"), *PROMPTS[1:]]),
+        key(sampling=dataclasses.replace(SAMPLING, top_p=0.9)),
+        key(model=later(model, 1)),
+        key(model=dataclasses.replace(model, template_digest="t")),
+        key(seed=1),
+        key(student_k=6),
+        unit_key("s", model, 0, 2),
+    ]
+    assert len({base, *others}) == 9
+
+
+def test_rounds_of_a_loop_share_a_name(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+    """As distill calls it: another version and another range of the prompts each round."""
+    for version in range(3):
+        student = model if version == 0 else later(model, version)
+        report = run(
+            tmp_path / "s", hf, student, first=version, count=1, unit_prompts=2, versions=True
+        )
+        assert report.units_new == 1
+    units = [unit for _, _, unit in contents(tmp_path / "s")]
+    assert units == [{"version": i, "first": i, "count": 1} for i in range(3)]
+
+
+def test_what_a_name_holds_already_is_not_mixed_with_another(
+    tmp_path: Path, whole: Path, hf: HF, model: ModelRef
+) -> None:
+    store = shutil.copytree(whole, tmp_path / "s")
+    before = contents(store)
+    unused = {"sampler": Dies(hf, 0), "scorer": hf}
+    with pytest.raises(IdentityError, match=r"are of student .*, version 0; this one is .* 3"):
+        run(store, hf, later(model, 3), **unused)
+    with pytest.raises(IdentityError, match="are of the prompt set"):
+        run(store, hf, model, seed=1, **unused)
+    with pytest.raises(IdentityError, match="are of the prompt set"):
+        run(store, hf, model, sampling=dataclasses.replace(SAMPLING, top_k=3), **unused)
+    with pytest.raises(IdentityError, match=r"prompts 0\.\.1 as one unit, and the plan has 0\.\.2"):
+        run(store, hf, model, unit_prompts=3, **unused)
+    with pytest.raises(IdentityError, match="already, under the name 'main'"):
+        run(store, hf, model, name="other", **unused)
+    other_root = dataclasses.replace(model, digest=identity.digest(1), root=identity.digest(1))
+    with pytest.raises(IdentityError, match=r"stands for student\.root"):
+        run(store, hf, other_root, versions=True)
+    assert contents(store) == before
+    assert run(store, hf, model, name="other", seed=1, unit_prompts=5).units_new == 1
+
+
+def test_a_plan_outside_the_prompts_is_refused(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+    for keys in ({"first": 4, "count": 2}, {"first": -1}, {"count": 0}, {"unit_prompts": 0}):
+        with pytest.raises(ConfigError, match="of 5 prompts"):
+            run(tmp_path / "s", hf, model, **keys)
+
+
+def test_a_sampler_that_cannot_score_needs_a_scorer(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    with pytest.raises(ConfigError, match="Dies samples and cannot score"):
+        run(tmp_path / "s", hf, model, sampler=Dies(hf))
+
+
+def test_scores_that_were_never_made_are_not_committed(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    class Forgetful:
+        capabilities = hf.capabilities
+        describe = hf.describe
+
+        def score(self, *_: Any) -> Scores:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(tmp_path / "s", hf, model, sampler=Dies(hf), scorer=Forgetful())
+    assert contents(tmp_path / "s") == []

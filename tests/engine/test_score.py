@@ -1,0 +1,216 @@
+"""Scoring a store: one score segment a rollout segment, once, by a teacher of the same ids."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.engine import identity
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
+from logitcask.engine.rollout import rollout
+from logitcask.engine.score import ScoreReport, score, unit_key
+from logitcask.engine.store import open_store
+from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+from tests.engine.tiny import EOS, make_model, make_tokenizer, save_folder
+
+REQUEST = ScoreRequest(top_p=0.9, k_min=4, k_max=10)
+PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3, 5 + i))) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_folder(root / "student")
+    save_folder(root / "teacher", make_model(seed=1))
+    return root
+
+
+def ref(folder: Path, chat_template: bool = False) -> ModelRef:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+        return identity.model_ref(str(folder), chat_template=chat_template)
+
+
+@pytest.fixture(scope="module")
+def student(folders: Path) -> ModelRef:
+    return ref(folders / "student")
+
+
+@pytest.fixture(scope="module")
+def teacher(folders: Path) -> ModelRef:
+    return ref(folders / "teacher")
+
+
+@pytest.fixture(scope="module")
+def scorer(teacher: ModelRef) -> HF:
+    return HF(teacher)
+
+
+def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6) -> Path:
+    rollout(
+        open_store(path, create=True),
+        model=student,
+        sampler=HF(student),
+        prompts=PROMPTS,
+        sampling=SamplingParams(n=n, max_new_tokens=length),
+        unit_prompts=2,
+        student_k=5,
+    )
+    return path
+
+
+def run(path: Path, model: ModelRef, scorer: Any, **keys: Any) -> ScoreReport:
+    keys = {"teacher_name": "big", "request": REQUEST} | keys
+    return score(open_store(path), model=model, scorer=scorer, **keys)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, student: ModelRef) -> Path:
+    return rolled(tmp_path_factory.mktemp("stores") / "made", student)
+
+
+@pytest.fixture
+def store(tmp_path: Path, made: Path) -> Path:
+    """A store with two rollout segments; making them costs more than copying them."""
+    return shutil.copytree(made, tmp_path / "s")
+
+
+class Dies:
+    def __init__(self, hf: HF, at: int) -> None:
+        self.hf, self.at, self.begun = hf, at, 0
+        self.capabilities, self.describe = hf.capabilities, hf.describe
+
+    def score(self, rollouts: Rollouts, request: ScoreRequest) -> Scores:
+        self.begun += 1
+        if self.begun > self.at:
+            raise KeyboardInterrupt
+        return self.hf.score(rollouts, request)
+
+
+def test_every_rollout_segment_is_scored_as_the_scorer_says(
+    store: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    report = run(store, teacher, scorer)
+    opened = open_store(store)
+    pin = opened.head()
+    by_base = pin.scores("big")
+    assert (report.units_total, report.units_done_before, report.units_new) == (2, 0, 2)
+    assert set(by_base) == {s.seg_id for s in pin.rollouts("main")}
+    positions = 0
+    for segment in pin.rollouts("main"):
+        direct = scorer.score(opened.read_rollouts(segment), REQUEST)
+        stored = opened.read_scores(by_base[segment.seg_id])
+        np.testing.assert_array_equal(stored.ids, direct.ids)
+        np.testing.assert_array_equal(stored.cnt, direct.cnt)
+        np.testing.assert_array_equal(stored.log_tail, direct.log_tail)
+        np.testing.assert_allclose(stored.entry_lp, direct.entry_lp, rtol=2e-3)
+        positions += len(direct.lp)
+        lineage = by_base[segment.seg_id].lineage
+        assert lineage["teacher"]["weights"] == teacher.digest
+        assert lineage["request"] == dataclasses.asdict(REQUEST)
+    assert report.positions == positions
+    assert report.notes == ()
+
+
+def test_a_run_that_died_is_resumed_to_the_same_store(
+    tmp_path: Path, store: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    def contents(path: Path) -> dict[str, str]:
+        return {k: s.seg_id for k, s in open_store(path).head().scores("big").items()}
+
+    died = shutil.copytree(store, tmp_path / "died")
+    run(store, teacher, scorer)
+    with pytest.raises(KeyboardInterrupt):
+        run(died, teacher, Dies(scorer, 1))
+    seen: list[tuple[str, int, int]] = []
+    report = run(died, teacher, scorer, progress=lambda *x: seen.append(x))
+    assert (report.units_done_before, report.units_new) == (1, 1)
+    assert seen == [("score", 1, 2), ("score", 2, 2)]
+    assert contents(died) == contents(store)
+    idle = Dies(scorer, 0)
+    assert run(died, teacher, idle).units_new == 0
+    assert idle.begun == 0
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(
+    tmp_path: Path, store: Path, student: ModelRef, scorer: HF, folders: Path
+) -> None:
+    swapped = make_tokenizer()
+    swapped.add_tokens(["<think>"])
+    other = save_folder(tmp_path / "other", make_model(vocab_size=128), swapped)
+    model = ref(other)
+    with pytest.raises(IdentityError, match="tokenizer") as caught:
+        run(store, model, scorer)
+    assert student.tokenizer_digest in caught.value.cause
+    assert model.tokenizer_digest in caught.value.cause
+    assert "no override" in caught.value.remedy
+    wide = dataclasses.replace(ref(folders / "teacher"), n_vocab=120)
+    with pytest.raises(IdentityError, match=r"vocabulary has 99 ids, that of .* has 120"):
+        run(store, wide, scorer)
+    assert open_store(store).head().names("score") == []
+
+
+def test_another_template_is_a_note_and_another_unit(
+    store: Path, folders: Path, scorer: HF
+) -> None:
+    chat = ref(folders / "teacher", chat_template=True)
+    report = run(store, chat, scorer)
+    assert len(report.notes) == 1
+    assert "renders prompts differently" in report.notes[0]
+    segment = open_store(store).head().rollouts("main")[0]
+    keys = {
+        unit_key(segment, chat, REQUEST),
+        unit_key(segment, ref(folders / "teacher"), REQUEST),
+        unit_key(segment, ref(folders / "student"), REQUEST),
+        unit_key(segment, chat, ScoreRequest()),
+    }
+    assert len(keys) == 4
+
+
+def test_a_stop_token_that_the_teacher_does_not_use(
+    tmp_path: Path, teacher: ModelRef, folders: Path, scorer: HF
+) -> None:
+    """Half the ids stop the student, id 1 alone its teacher."""
+    model = make_model(eos=list(range(3, 50)))
+    talker = ref(save_folder(tmp_path / "talker", model))
+    rolled(tmp_path / "s", talker, n=4)
+    with pytest.raises(IdentityError, match=r"\d+% of the stopped .* stop ids \[\d.*at \[1\] only"):
+        run(tmp_path / "s", teacher, scorer)
+    assert run(tmp_path / "s", teacher, scorer, eos_rows="keep").units_new == 2
+    # A stop id that never ended anything does no harm.
+    unused = dataclasses.replace(ref(folders / "student"), stop_ids=(EOS, 2))
+    rolled(tmp_path / "t", unused, length=1, n=1)
+    opened = open_store(tmp_path / "t")
+    tokens = [opened.read_rollouts(s).tokens for s in opened.head().rollouts("main")]
+    assert 2 not in np.concatenate(tokens)
+    assert run(tmp_path / "t", teacher, scorer).units_new == 2
+
+
+def test_a_name_stands_for_one_teacher(
+    store: Path, student: ModelRef, teacher: ModelRef, scorer: HF
+) -> None:
+    run(store, teacher, scorer)
+    with pytest.raises(IdentityError, match=r"'big' stands for teacher\.weights"):
+        run(store, student, HF(student))
+    with pytest.raises(IdentityError, match="'big' stands for request"):
+        run(store, teacher, scorer, request=ScoreRequest())
+    with pytest.raises(IdentityError, match="already, under the name 'big'"):
+        run(store, teacher, scorer, teacher_name="copy")
+    assert run(store, student, HF(student), teacher_name="self").units_new == 2
+
+
+def test_missing_rollouts_and_capabilities_are_named(
+    store: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    with pytest.raises(IncompleteError, match="no rollouts named 'mian'; it has: main"):
+        run(store, teacher, scorer, rollouts_name="mian")
+    poor = Dies(scorer, 9)
+    poor.capabilities = frozenset({"top", "entropy", "tail"})
+    with pytest.raises(ConfigError, match="Dies cannot give at_ids"):
+        run(store, teacher, poor)
+    whole = dataclasses.replace(REQUEST, at_student=False)
+    assert run(store, teacher, poor, request=whole).units_new == 2
