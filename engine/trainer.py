@@ -137,8 +137,9 @@ class DistillTrainer(Trainer):
         if not len(targets):
             # Every parameter gets a gradient, of zeros: other processes wait for all of them.
             return (states.sum() + head.sum()) * 0.0
-        if self.args.bf16:
-            # A final norm with float32 weights answers in float32 even under autocast.
+        if self.args.bf16 and states.is_cuda:
+            # A final norm with float32 weights answers in float32 even under autocast; the head's
+            # product is then in bfloat16 all the same. On a CPU that would gain nothing.
             states = states.to(torch.bfloat16)
         result = linear_sparse_kl(
             states[row.predict_at],
