@@ -206,8 +206,8 @@ def test_a_name_stands_for_one_teacher(
 def test_missing_rollouts_and_capabilities_are_named(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
-    with pytest.raises(IncompleteError, match="no rollouts named 'mian'; it has: main"):
-        run(store, teacher, scorer, rollouts_name="mian")
+    with pytest.raises(IncompleteError, match="no rollouts named 'elsewhere'; it has: main"):
+        run(store, teacher, scorer, rollouts_name="elsewhere")
     poor = Dies(scorer, 9)
     poor.capabilities = frozenset({"top", "entropy", "tail"})
     with pytest.raises(ConfigError, match="Dies cannot give at_ids"):
