@@ -86,7 +86,7 @@ def draw(scores: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:, 0], log_p.gather(1, ids)[:, 0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_batch(
     net: Network,
     prompts: Sequence[Sequence[int]],

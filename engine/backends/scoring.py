@@ -172,7 +172,7 @@ def score_rollouts(
     answered = [i for i in range(len(lengths)) if lengths[i] > 0]
     fed = [prompts[i] + int(lengths[i]) - 1 for i in answered]
     for batch in budget_batches(fed, batch_tokens):
-        with torch.inference_mode():
+        with torch.no_grad():
             ids, mask, at, rows = response_rows(rollouts, [answered[i] for i in batch])
             positions = torch.arange(ids.shape[1]).expand_as(ids)
             hidden = net.hidden(
