@@ -132,8 +132,7 @@ def scan_kernel(  # type: ignore[no-untyped-def]
 
 
 def scan_rows(logits: Tensor, n_vocab: int, group: int) -> RowScan:
-    """Statistics of [P, V] logits over columns [0, n_vocab), and the maxima of their groups where
-    group > 0."""
+    """row_stats of [P, V] logits without the checks, and group maxima where group > 0."""
     if runs_triton(logits):
         return _scan_triton(logits, n_vocab, group)
     return _scan_torch(logits[:, :n_vocab], group)

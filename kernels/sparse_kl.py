@@ -202,8 +202,9 @@ class _MadeAhead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        # Always multiplied: to look whether grad_out is 1 would make the host wait for the GPU.
-        scaled = (None if g is None else g * grad_out for g in ctx.saved_tensors)
+        # Times 1 is the usual case and a whole pass, but to look would make the host wait for a GPU.
+        as_it_is = grad_out.device.type == "cpu" and bool(grad_out == 1)
+        scaled = (g if g is None or as_it_is else g * grad_out for g in ctx.saved_tensors)
         return (None, None, *scaled, *([None] * ctx.n))
 
 

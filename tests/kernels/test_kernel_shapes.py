@@ -37,7 +37,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
 
 
 few = settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

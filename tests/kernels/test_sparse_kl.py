@@ -177,6 +177,16 @@ def test_the_objective_sees_rows_by_position(device: str) -> None:
     assert (log_p[ids < 0] == -torch.inf).all()
 
 
+def test_backward_twice_gives_the_gradient_twice(device: str) -> None:
+    logits, ids, teacher = problem(device)
+    loss = sparse_kl(logits, ids, objective(LOSSES["forward_kl_tail"](teacher)), k=K).loss
+    loss.backward(retain_graph=True)
+    once = logits.grad.clone()
+    (loss * 2).backward(retain_graph=True)
+    loss.backward()
+    assert torch.allclose(logits.grad, 4 * once, rtol=1e-6)
+
+
 def test_empty_batch(device: str) -> None:
     logits = torch.empty(0, V, device=device, requires_grad=True)
     ids = torch.empty(0, S, dtype=torch.int64, device=device)
