@@ -13,7 +13,7 @@ the group to its content address, and links a record to the next free number. A 
 leaves the log as it was: at worst a folder that no record names. Nothing is changed in place.
 
 files (every file effect), schema -> codecs -> layout, rollouts (data <-> arrays), segment (arrays
-<-> Zarr group) -> record, log, root -> store -> verify.
+<-> Zarr group) -> record, log, root -> publish -> store -> verify.
 """
 
 from logitcask.engine.store.log import Pin

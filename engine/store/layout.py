@@ -70,6 +70,13 @@ def _implied(cnt_x: Array, lp_x: Array, cnt_s: Array, lp_s: Array) -> Array:
     return implied
 
 
+def check_ids(ids: Array, name: str, remedy: str) -> None:
+    """Refuses ids that uint32 cannot hold, which a cast would silently change: StoreError."""
+    fits = len(ids) == 0 or 0 <= int(ids.min()) <= int(ids.max()) < 2**32
+    if ids.dtype.kind not in "iu" or not fits:
+        raise StoreError(f"{name} ({ids.dtype}) holds what is no token id", remedy=remedy)
+
+
 def check(scores: Scores, positions: int, student_entries: int | None) -> None:
     """Refuses scores whose arrays do not fit together. Raises StoreError."""
     entries = int(scores.cnt.sum(dtype=np.int64)) if scores.cnt.ndim == 1 else -1
@@ -102,6 +109,7 @@ def check(scores: Scores, positions: int, student_entries: int | None) -> None:
             f"a row of {int(scores.cnt.max())} entries, at most {schema.MAX_K} are stored",
             remedy="lower k_max",
         )
+    check_ids(scores.ids, "scores.ids", _RESCORE)
     keys = np.sort(_keys(_rows(scores.cnt), scores.ids))
     if len(keys) > 1 and not (np.diff(keys) > 0).all():
         raise StoreError("a row of the scores names an id twice", remedy=_RESCORE)

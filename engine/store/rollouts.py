@@ -38,6 +38,7 @@ def check(rollouts: Rollouts) -> None:
     if sequences and int(rollouts.seq_prompt.max()) >= len(rollouts.prompts):
         highest, prompts = int(rollouts.seq_prompt.max()), len(rollouts.prompts)
         raise StoreError(f"a sequence belongs to prompt {highest} of {prompts}", remedy=_FAULT)
+    layout.check_ids(rollouts.tokens, "rollouts.tokens", _FAULT)
     if np.isnan(rollouts.b_lp).any():
         raise StoreError("rollouts.b_lp holds NaN", remedy=_FAULT)
     if rollouts.student is not None:

@@ -1,45 +1,24 @@
 """Opening, committing, pinning, reading: the store as the stages see it."""
 
 import os
-import socket
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import logitcask.engine.store.codecs as codecs
 import logitcask.engine.store.files as files
 import logitcask.engine.store.layout as layout
-import logitcask.engine.store.record as record
+import logitcask.engine.store.publish as publish
 import logitcask.engine.store.rollouts as rollouts
 import logitcask.engine.store.root as root
 import logitcask.engine.store.schema as schema
 import logitcask.engine.store.segment as segment
-from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.identity import canonical
+from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.log import Log, Pin
 from logitcask.engine.store.segment import Segment
 from logitcask.engine.types import Array, Rollouts, Scores
-
-_BINDINGS = {
-    schema.ROLLOUT: (("set", "digest"), ("student", "root")),
-    schema.SCORE: (("teacher", "weights"), ("request",)),
-}
-"""What a name stands for: paths into the lineage that every segment of the name shares."""
-
-
-def _versions() -> dict[str, str]:
-    """Of what decides the bytes."""
-    found = {}
-    for name in ("logitcask", "zarr", "numcodecs", "pcodec", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            # A source checkout on PYTHONPATH has no metadata of its own.
-            found[name] = "unknown"
-    return found
 
 
 class Store:
@@ -231,20 +210,12 @@ class Store:
         if not schema.DIGEST.fullmatch(unit_key):
             raise StoreError(f"unit_key {unit_key!r} is not a digest", remedy="use identity.digest")
         self._log.refresh()
-        self._check_binding(kind, name, lineage)
-        return self._log.winner(unit_key)
-
-    def _check_binding(self, kind: str, name: str, lineage: Mapping[str, Any]) -> None:
-        """A name means one thing for ever. Raises IdentityError."""
-        bound = self._log.first(kind, name)
-        for path in _BINDINGS[kind]:
-            ours = _look_up(lineage, path)
-            if bound is not None and (theirs := _look_up(bound.lineage, path)) != ours:
-                what = "rollouts" if kind == schema.ROLLOUT else "teacher"
-                raise IdentityError(
-                    f"{what} name {name!r} stands for {'.'.join(path)} = {theirs!r}, not {ours!r}",
-                    remedy="use another name for this one, or a new store",
-                )
+        publish.check_binding(self._log, kind, name, lineage)
+        winner = self._log.winner(unit_key)
+        if winner is not None:
+            # Its writer may not have come so far; what is acknowledged here is durable.
+            files.fsync_dir(self.path / "log")
+        return winner
 
     def _commit(
         self,
@@ -311,7 +282,7 @@ class Store:
                 # The same bytes are there, from a race or a crash; damaged ones are not adopted.
                 segment.read_files(self.path, new.folder, manifest, manifest)
             files.fsync_dir((self.path / new.folder).parent)
-            winner = self._publish(stage, ticket, new)
+            winner = publish.publish(self.path, self._log, stage, ticket, new)
         except BaseException:
             # What failed first is what the caller has to know; staging may stay behind.
             with suppress(StoreError):
@@ -319,44 +290,6 @@ class Store:
             raise
         files.remove_tree(stage)
         return winner
-
-    def _publish(self, stage: Path, ticket: str, new: Segment) -> Segment:
-        """Links a record to the next free number; the first record of a unit_key wins."""
-        writer = {"host": socket.gethostname(), "pid": os.getpid(), "versions": _versions()}
-        while True:
-            self._log.refresh()
-            winner = self._log.winner(new.unit_key)
-            if winner is not None:
-                # Our own, or another's; durable before it is acknowledged.
-                files.fsync_dir(self.path / "log")
-                return winner
-            self._check_binding(new.kind, new.name, new.lineage)
-            number = len(self._log)
-            body = {
-                "n": number,
-                "prev": self._log.prev(),
-                "commit_id": ticket,
-                "time": root.now(),
-                "writer": writer,
-                "adds": [record.describe(new)],
-            }
-            try:
-                data = record.seal(body)
-            except (TypeError, ValueError) as error:
-                raise StoreError(
-                    f"unit or lineage of {new.name!r} is not JSON ({error})",
-                    remedy="use strings, finite numbers, lists and objects",
-                ) from error
-            if len(data) > schema.MAX_RECORD_BYTES:
-                raise StoreError(
-                    f"a log record of {len(data)} bytes, at most {schema.MAX_RECORD_BYTES}",
-                    remedy="put less into the unit's lineage",
-                )
-            target = record.file_name(number)
-            # What the reader would refuse is not published.
-            record.parse(data, stage / target, number=number, prev=self._log.prev())
-            files.write_new(stage / target, data)
-            files.link(stage / target, self.path / "log" / target)
 
 
 def open_store(url: str | Path, *, create: bool = False) -> Store:
@@ -386,15 +319,3 @@ def open_store(url: str | Path, *, create: bool = False) -> Store:
 def _counts(which: str, arrays: Mapping[str, Array]) -> dict[str, int]:
     """The counts that follow from the lengths of the arrays."""
     return {spec.count: len(arrays[name]) - spec.plus for name, spec in schema.specs(which).items()}
-
-
-def _look_up(lineage: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    found: Any = lineage
-    for key in path:
-        if not isinstance(found, Mapping) or key not in found:
-            raise StoreError(
-                f"lineage lacks {'.'.join(path)}", remedy="record what the segment was made from"
-            )
-        found = found[key]
-    # Compared as JSON: a tuple and the list that it becomes in the log are one value.
-    return canonical(found).decode()

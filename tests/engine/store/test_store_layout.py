@@ -161,9 +161,18 @@ def break_lp(scores: Scores) -> Scores:
     return replace(scores, lp=np.full_like(scores.lp, np.nan))
 
 
+def negative_ids(scores: Scores) -> Scores:
+    return replace(scores, ids=scores.ids.astype(np.int64) - 1000)
+
+
 @pytest.mark.parametrize(
     ("broken", "words"),
-    [(break_cnt, "shape"), (break_ids, "names an id twice"), (break_lp, "NaN")],
+    [
+        (break_cnt, "shape"),
+        (break_ids, "names an id twice"),
+        (break_lp, "NaN"),
+        (negative_ids, "no token id"),
+    ],
 )
 def test_scores_that_do_not_fit_are_refused(broken: object, words: str) -> None:
     scores, _, s_ids = rows_of(2, 9, 50, 4, 0.0)
