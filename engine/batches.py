@@ -5,7 +5,7 @@ cache bounded in bytes: reading single samples from compressed chunks would deco
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -56,16 +56,19 @@ class RowSource:
         teacher: str,
         *,
         partial: bool = False,
+        only: Callable[[Segment], bool] = lambda segment: True,
         cache_bytes: int = 1 << 30,
     ) -> None:
-        """Raises StoreError if the names hold nothing, IncompleteError if units are missing and
+        """`only` picks among the rollout segments of the name.
+
+        Raises StoreError if the names hold nothing, IncompleteError if units are missing and
         `partial` does not allow that. `cache_bytes` bounds the decoded segments that are kept.
         """
         self._store = store
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[int, _Decoded] = OrderedDict()
         scores = pin.scores(teacher)
-        segments = pin.rollouts(rollouts_name)
+        segments = tuple(s for s in pin.rollouts(rollouts_name) if only(s))
         if not partial:
             check_complete(store, segments, scores, rollouts_name, teacher)
         self.pairs: tuple[tuple[Segment, Segment], ...] = tuple(

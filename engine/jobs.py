@@ -4,7 +4,6 @@ The command line and the loop start their stages here, so that one configuration
 everywhere. The stages themselves never see a configuration.
 """
 
-from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,6 +20,7 @@ from logitcask.engine.config import (
     Train,
     TrainJob,
 )
+from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.objectives import PRESETS, Preset, find_preset
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
@@ -28,11 +28,9 @@ from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.score import ScoreReport, score
 from logitcask.engine.store import Pin, open_store
 from logitcask.engine.store.view import choose
-from logitcask.engine.train import TrainReport, TrainSettings, train
+from logitcask.engine.student import inner_model
+from logitcask.engine.train import Notice, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
-
-Notice = Callable[[str], None]
-"""Called with a line that a person should read: labels and warnings."""
 
 
 def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutReport:
@@ -175,4 +173,11 @@ def backend(model: ModelRef, run: Run) -> Any:
     """The sampler and scorer that [run] names, with this model loaded."""
     return open_backend(run.backend)(
         model, device=run.device, dtype=run.dtype, batch_tokens=run.batch_tokens
+    )
+
+
+def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
+    """The same over a student in training: it samples with the weights of the moment."""
+    return open_backend(run.backend)(
+        model, dtype=run.dtype, batch_tokens=run.batch_tokens, network=inner_model(student)
     )

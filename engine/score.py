@@ -69,7 +69,7 @@ def score(
         )
     notes: list[str] = []
     for segment in segments:
-        notes += [n for n in check_identity(segment, model) if n not in notes]
+        notes += [n for n in check_identity(segment.lineage["student"], model) if n not in notes]
     units = {unit_key(segment, model, request): segment for segment in segments}
     done_as = {s.unit_key: s.name for s in pin.segments}
     for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
@@ -123,9 +123,11 @@ def unit_key(segment: Segment, model: ModelRef, request: ScoreRequest) -> str:
     )
 
 
-def check_identity(segment: Segment, model: ModelRef) -> list[str]:
-    """Refuses a teacher that reads ids differently; notes for what differs and does no harm."""
-    student: Mapping[str, Any] = segment.lineage["student"]
+def check_identity(student: Mapping[str, Any], model: ModelRef) -> list[str]:
+    """Refuses a teacher that reads ids differently than the student whose lineage this is.
+
+    Answers notes on what differs and does no harm. Raises IdentityError.
+    """
     if student["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
             f"the student's tokenizer is {student['tokenizer']}, "

@@ -7,6 +7,7 @@ cache is passed. Not every architecture can do that, and not every head is a pla
 are proved on a few tokens before training.
 """
 
+import hashlib
 import os
 import shutil
 import warnings
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.identity import write_card
+from logitcask.engine.identity import digest, write_card
 from logitcask.engine.types import ModelRef
 
 PROBE_TOKENS = 32
@@ -183,6 +184,20 @@ def _refuse_known_heads(name: str, head: nn.Module, config: Any) -> None:
 
 def _differ(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).abs().max() > TOLERANCE * theirs.abs().max().clamp(min=1e-6))
+
+
+def live_digest(model: nn.Module) -> str:
+    """Digest of the weights as they are: what a sampler of this moment is known by.
+
+    sha256 over the sorted (name, dtype, shape, sha256 of the bytes) of all parameters, shared ones
+    once. Not the digest of the saved folder, which may hold them under other names.
+    """
+    rows = []
+    for name, tensor in model.named_parameters():
+        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        sha = hashlib.sha256(data.tobytes()).hexdigest()
+        rows.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), sha])
+    return digest(sorted(rows))
 
 
 def save_student(

@@ -55,6 +55,16 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     max_new_tokens: int = 512
 
+    def is_plain(self) -> bool:
+        """Whether this samples the student's own distribution, neither tempered nor truncated."""
+        return (self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (
+            1.0,
+            1.0,
+            0,
+            0.0,
+            1.0,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRef:

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import tempfile
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Digests of weights are cached in the user's folder; tests keep out of it, workers of one run share.
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "logitcask-tests-cache")
 
 NEEDS = {
     "gpu": torch.cuda.is_available,

@@ -5,7 +5,8 @@ Logits are made by ourselves from hidden states, for the rows that are wanted, i
 that does more than a matrix product and a bias is refused.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,12 @@ class HF:
         batch_tokens: int = 16384,
         n_vocab: int | None = None,
         stop_ids: Iterable[int] | None = None,
+        network: Any = None,
     ) -> None:
         """n_vocab and stop_ids are a ModelRef's own; beside a plain folder they must be given.
+
+        network: a loaded model, in training say, to be used as it is at each call, instead of the
+        folder's weights; it goes back to the mode that it was in, and its device counts.
 
         device: auto, cpu, cuda, cuda:0 ...; auto takes a GPU where there is one.
         dtype: auto, float32, bfloat16; auto is float32 on a CPU and bfloat16 on a GPU.
@@ -77,9 +82,9 @@ class HF:
         path = model.path if isinstance(model, ModelRef) else Path(model)
         self.n_vocab, self.stop_ids = n_vocab, tuple(sorted(stop_ids))
         self.batch_tokens = batch_tokens
-        self.device = pick_device(device)
+        self.device = pick_device(device) if network is None else network.device
         self.dtype = pick_dtype(dtype, self.device)
-        self.model = load(path, self.dtype, self.device)
+        self.model = load(path, self.dtype, self.device) if network is None else network
         config = self.model.config.get_text_config()
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 62)
         """Tokens that the model can attend to; unlimited where its config does not say."""
@@ -106,14 +111,26 @@ class HF:
 
     def hidden(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """[B, L] tokens, [B, past + L] mask, [B, L] positions -> [B, L, D] last hidden states."""
-        states: Tensor = self.model.base_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        # A model in training has float32 weights, whatever it computes in.
+        with torch.autocast(self.device.type, self.dtype, enabled=self.model.dtype != self.dtype):
+            states: Tensor = self.model.base_model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
         return states
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout and the like; a model in training is then put back to it."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, n_vocab] float32: bfloat16 ones would tie near the 16th of most rows."""
@@ -152,7 +169,8 @@ class HF:
                 [uniforms(seed, prompts[of[i]].id, i % sampling.n, version, new) for i in batch]
             )
             asked = [prompts[of[i]].token_ids for i in batch]
-            answers = sample_batch(self, asked, draws, sampling, self.stop_ids)
+            with self.evaluating():
+                answers = sample_batch(self, asked, draws, sampling, self.stop_ids)
             done.update(zip(batch, answers, strict=True))
         progress("rollout", len(of), len(of))
         responses = [done[i] for i in range(len(of))]
@@ -198,7 +216,8 @@ class HF:
                 f"a rollout has {total.max()} tokens, the scorer's context: {self.context}",
                 remedy="Score with a model of longer context, or roll out shorter responses.",
             )
-        return score_rollouts(self, rollouts, request, batch_tokens=self.batch_tokens)
+        with self.evaluating():
+            return score_rollouts(self, rollouts, request, batch_tokens=self.batch_tokens)
 
 
 def pick_device(device: str) -> torch.device:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from logitcask.engine.batches import RowSource
+from logitcask.engine.course import TrainSettings
 from logitcask.engine.identity import model_ref
 from logitcask.engine.store import open_store
-from logitcask.engine.train import TrainSettings, train
+from logitcask.engine.train import train
 from tests.engine.fitting import REVERSE, ListRows, flat, make_trainer
 from tests.engine.tiny import make_model
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from logitcask.engine.batches import PackedRow, RowSource
+from logitcask.engine.course import TrainSettings, training_arguments
 from logitcask.engine.identity import model_ref
 from logitcask.engine.objectives import Objective
 from logitcask.engine.rundir import METRICS, MetricsFile
 from logitcask.engine.store import Store
-from logitcask.engine.train import TrainSettings, training_arguments
 from logitcask.engine.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, silent
 from tests.engine.cached import Unit, make_store

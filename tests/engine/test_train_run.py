@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
 from logitcask.engine.identity import model_ref, read_card
 from logitcask.engine.objectives import find_preset
 from logitcask.engine.store import Store
 from logitcask.engine.student import inner_model, load_student
-from logitcask.engine.train import TrainReport, TrainSettings, train
+from logitcask.engine.train import train
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import DENSE, FORWARD, REVERSE, make_case
@@ -164,7 +165,11 @@ def test_what_is_added_to_the_store_later_changes_nothing(tmp_path: Path) -> Non
         lineage=base.lineage,
     )
     report = run((store, model), out)
-    assert report.pin == 3 < store.head().number
+    assert (
+        json.loads((report.out / "run.json").read_text())["pin"]["number"]
+        == 3
+        < store.head().number
+    )
     with pytest.raises(IncompleteError):
         run((store, model), tmp_path / "other")
 
