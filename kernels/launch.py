@@ -90,8 +90,7 @@ def cpu_chunk_rows(n_columns: int) -> int:
 
 
 def check_logits(logits: Tensor, n_vocab: int | None, name: str = "logits") -> int:
-    """Raise unless logits are [P, V] in a supported dtype and layout; return n_vocab, resolved to V
-    where it is None."""
+    """Raise unless logits are [P, V] in a supported dtype and layout; return n_vocab, default V."""
     if logits.dim() != 2:
         raise ValueError(
             f"{name} must be [rows, columns], got shape {tuple(logits.shape)}; "
@@ -145,8 +144,7 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
 
 
 def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
-    """Raise unless ids are [P, S] int64 beside `rows` [P, ...], each -1 (padding) or a distinct id
-    in [0, n_vocab).
+    """Raise unless ids are [P, S] int64 beside `rows` [P, ...], distinct in [0, n_vocab), or -1.
 
     The values are looked at on a CPU, or under LOGITCASK_DEBUG=1: on a GPU the host would have to
     wait for them.

@@ -39,8 +39,7 @@ def linear_sparse_kl_reference(
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
 ) -> tuple[SparseLoss, Tensor, Tensor]:
-    """The specification of linear_sparse_kl: its result, d loss / d hidden [P, D], d loss / d
-    weight [V, D]."""
+    """The specification of linear_sparse_kl: its result, and d loss by hidden and by weight."""
     cast = weight.to(hidden.dtype)
     logits = hidden @ cast.T  # [P, V]
     result, d_logits = sparse_kl_reference(
@@ -137,8 +136,7 @@ def linear_sparse_kl(
 
 
 def _check_inputs(hidden: Tensor, weight: Tensor, n_vocab: int | None) -> int:
-    """Raise unless hidden is [P, D] beside weight [V, D]; return n_vocab, resolved to V where it is
-    None."""
+    """Raise unless hidden is [P, D] beside weight [V, D]; return n_vocab, default V."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, must be "

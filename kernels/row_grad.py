@@ -40,8 +40,7 @@ def row_grad_reference(
     *,
     n_vocab: int | None = None,
 ) -> Tensor:
-    """The specification of row_grad, in whole-tensor torch; float32, or float64 for float64
-    logits."""
+    """The specification of row_grad, in whole-tensor torch; float32, or the logits' float64."""
     z = logits.to(compute_dtype(logits.dtype))
     softmax = (z - log_sum_exp[:, None]).exp()
     out = torch.where(dense[:, None] == 0, 0.0, dense[:, None] * softmax)
@@ -194,12 +193,11 @@ def row_grad(
     out: Tensor | None = None,
     n_vocab: int | None = None,
 ) -> Tensor:
-    """out[r, v] = at_ids[r, j] where v = ids[r, j], else dense[r] * softmax(logits[r])[v], and 0
-    for v >= n_vocab.
+    """out[r, v] = at_ids[r, j] where v = ids[r, j], else dense[r] * softmax(logits[r])[v].
 
-    logits [P, V] as in row_stats; log_sum_exp [P] from it; dense [P]; ids [P, S] int64, distinct in
-    a row, -1 is padding; at_ids [P, S], final values. A row whose dense is 0 is exactly 0 outside
-    ids, whatever its logits hold.
+    Columns v >= n_vocab are 0. logits [P, V] as in row_stats; log_sum_exp [P] from it; dense [P];
+    ids [P, S] int64, distinct in a row, -1 is padding; at_ids [P, S], final values. A row whose
+    dense is 0 is exactly 0 outside ids, whatever its logits hold.
     out: [P, V] floating to write into, of any row stride; logits itself is allowed. Left out: a new
     tensor in the logits' dtype. Not differentiable.
 

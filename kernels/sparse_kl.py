@@ -1,5 +1,4 @@
-"""A loss of the student's log-probs at listed ids and at its live top-k, with its gradient, from
-logits.
+"""From logits: a loss of the log-probs at listed ids and of the live top-k, with its gradient.
 
 The vocabulary-sized work is the same for every such loss, so the loss is a parameter: an objective,
 plain torch on [C, S] and [C, K] tensors of C rows at a time. Around it stand the kernels: row_stats
@@ -202,7 +201,7 @@ class _MadeAhead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        # Times 1 is the usual case and a whole pass, but to look would make the host wait for a GPU.
+        # Times 1 is a whole pass for nothing, but to look would make the host wait for a GPU.
         as_it_is = grad_out.device.type == "cpu" and bool(grad_out == 1)
         scaled = (g if g is None or as_it_is else g * grad_out for g in ctx.saved_tensors)
         return (None, None, *scaled, *([None] * ctx.n))
