@@ -187,7 +187,6 @@ def carry_out(
         **course.identity,
         "objective": asdict(objective),
         "settings": {**asdict(settings), "dtype": "bfloat16" if desk.args.bf16 else "float32"},
-        "updates": course.updates,
         **mark,
     }
     if desk.earlier is not None:
@@ -198,6 +197,7 @@ def carry_out(
         desk.out.mkdir(parents=True, exist_ok=True)
         notes = {
             "preset": preset.name if preset else "",
+            "updates": course.updates,
             "config": dict(config),
             "exactness": asdict(course.exactness),
         }
