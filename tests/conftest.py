@@ -10,6 +10,10 @@ import torch
 
 torch.set_num_threads(1)
 
+# Triton decides at its import whether kernels are interpreted, so this comes before any test file.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Digests of weights are cached in the user's folder; tests keep out of it, workers of one run share.
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "logitcask-tests-cache")
 
