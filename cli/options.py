@@ -92,7 +92,6 @@ def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
         f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
         f"{section}__{name}",
         type=_click_type(kind),
-        default=None,
         required=field.is_required(),
         help=text,
         show_default=False,

@@ -19,6 +19,14 @@ from logitcask.engine.config import Train, TrainJob, to_toml
         "run": ["out", "overwrite", "device", "dtype", "seed"],
     },
 )
+@click.option(
+    "--list-objectives",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, _, asked: _list_objectives(ctx) if asked else None,
+    help="Show every preset with its formula and source, and stop.",
+)
 @format_option
 @dry_run_option
 def train_command(form: str, dry_run: bool, **flags: Any) -> None:
@@ -30,9 +38,6 @@ def train_command(form: str, dry_run: bool, **flags: Any) -> None:
 
     Example: logitcask train --model ./student --store ./store --objective overlap --out ./run
     """
-    if flags["train__objective"] == "list":
-        print_table(_objectives(), form)
-        return
     job = job_from_flags(TrainJob, flags)
     if dry_run:
         click.echo(to_toml(job))
@@ -44,9 +49,11 @@ def train_command(form: str, dry_run: bool, **flags: Any) -> None:
     print_result(report, form)
 
 
-def _objectives() -> list[dict[str, Any]]:
+def _list_objectives(context: click.Context) -> None:
     from logitcask.engine.objectives import PRESETS
 
-    return [
+    rows = [
         {"objective": p.name, "formula": p.formula, "source": p.source} for p in PRESETS.values()
     ]
+    print_table(rows, "text")
+    context.exit()

@@ -127,7 +127,7 @@ class Train(Section):
         None, description="Whose scores to train on; may be left out when the store has one."
     )
     objective: str = Field(
-        "overlap", description="Preset of the loss; `--objective list` shows all."
+        "overlap", description="Preset of the loss; --list-objectives shows all."
     )
     k: Positive | None = Field(
         None, description="Size of the objective's top-k support; default: the preset's own."

@@ -1,0 +1,108 @@
+"""The README's commands and programs do what they say, with tiny models in the place of real ones."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tests.engine import tiny
+
+from logitcask.cli.main import run
+from logitcask.engine.objectives import PRESETS
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+STANDS_FOR = {"Qwen/Qwen3-1.7B": "student", "Qwen/Qwen3-4B": "teacher"}
+SMALLER = {
+    "rounds = 100": "rounds = 2",
+    "prompts_per_round = 64": "prompts_per_round = 2",
+    "max_new_tokens = 2048": "max_new_tokens = 32",
+    'url = "store"': 'url = "loop"',
+}
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found, f"README has no block {language}"
+    return found.group(1)
+
+
+def with_tiny_models(text: str) -> str:
+    for name, folder in STANDS_FOR.items():
+        text = text.replace(name, folder)
+    return text
+
+
+def commands(verbs: str) -> list[str]:
+    """The README's `logitcask VERB ...` lines of these verbs, in its order."""
+    return re.findall(rf"^logitcask (?:{verbs}) .+$", with_tiny_models(README), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder, after the README's three commands."""
+    folder = tmp_path_factory.mktemp("readme")
+    tokenizer = tiny.make_tokenizer(chat_template=True)
+    tiny.save_folder(folder / "student", tiny.make_model(seed=1, context=1024), tokenizer)
+    tiny.save_folder(folder / "teacher", tiny.make_model(seed=2, context=1024), tokenizer)
+    lines = [json.dumps({"id": str(i), "prompt": f"What is {i}?"}) for i in range(4)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        stages = commands("rollout|score|train")
+        assert [line.split()[1] for line in stages[:3]] == ["rollout", "score", "train"]
+        for line in stages:
+            assert run(shlex.split(line)[1:]) == 0, line
+    return folder
+
+
+def test_the_three_commands_make_a_student(place: Path) -> None:
+    card = json.loads((place / "run" / "logitcask.json").read_text())
+    assert card["version"] >= 1
+    assert (place / "run" / "metrics.jsonl").read_text().count("\n") == card["version"]
+
+
+def test_store_commands(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    lines = commands("store")
+    assert len(lines) == 4
+    for line in lines:
+        assert run(shlex.split(line)[1:]) == 0, line
+    assert "bytes_per_position" in capsys.readouterr().out
+
+
+def test_distill_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    text = with_tiny_models(block("toml distill"))
+    for large, small in SMALLER.items():
+        assert large in text
+        text = text.replace(large, small)
+    Path("distill.toml").write_text(text)
+    lines = commands("distill")
+    assert len(lines) == 2
+    for line in lines:
+        assert run([*shlex.split(line)[1:], "--set", "run.out=rounds"]) == 0, line
+    assert json.loads(Path("rounds/logitcask.json").read_text())["version"] == 2
+
+
+def test_loop_of_ones_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    program = with_tiny_models(block("python loop"))
+    assert sum(bool(line.strip()) for line in program.splitlines()) <= 20
+    names: dict[str, object] = {}
+    exec(compile(program, "README", "exec"), names)
+    before = tiny.make_model(seed=1, context=1024).get_output_embeddings().weight
+    after = names["student"].get_output_embeddings().weight  # type: ignore[attr-defined]
+    assert float(names["loss"].detach()) > 0  # type: ignore[attr-defined]
+    moved = (before != after).float().mean()
+    assert moved > 0.9
+
+
+def test_objectives_table_is_the_programs_own() -> None:
+    for preset in PRESETS.values():
+        line = re.search(rf"^\| `{preset.name}` \|.*$", README, re.MULTILINE)
+        assert line, f"README does not show {preset.name}"
+        assert preset.formula.replace("|", "\\|") in line.group(0)
+        assert preset.source in line.group(0)
