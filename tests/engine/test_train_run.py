@@ -284,7 +284,7 @@ def test_bfloat16_computes_and_never_holds_weights(
         layer.register_forward_hook(lambda module, given, made: computed.add(made.dtype))
         return student
 
-    monkeypatch.setattr("logitcask.engine.train.load_student", spy)
+    monkeypatch.setattr("logitcask.engine.course.load_student", spy)
     run(case, tmp_path, settings=replace(SETTINGS, dtype="bfloat16"))
     assert computed == {torch.bfloat16}
     saved = load_file(tmp_path / "model.safetensors")
