@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from logitcask.engine.errors import IncompleteError, StoreError
+from logitcask.engine.identity import digest
 from logitcask.engine.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.store import Pin, Segment, Store
 from logitcask.engine.targets import BEYOND, Targets
@@ -167,10 +168,13 @@ def check_complete(
     teacher: str,
 ) -> None:
     """IncompleteError if planned rollout units or scores of committed ones are missing."""
-    planned = sum({s.unit["version"]: int(s.lineage["set"]["units"]) for s in segments}.values())
+    # One sampler's units: what it left out is no other's.
+    of = {(s.unit["version"], digest(s.lineage["student"])): s.lineage for s in segments}
+    planned = sum(int(lineage["set"]["units"]) for lineage in of.values())
     if planned > len(segments):
         raise IncompleteError(
-            f"{planned - len(segments)} of {planned} units of rollouts {rollouts_name!r} lack",
+            f"{planned - len(segments)} of {planned} units of rollouts {rollouts_name!r} are "
+            "missing",
             remedy=f"go on with `logitcask rollout --store {store.path} --rollouts {rollouts_name}`"
             " as it was called first, or train on what is there with --partial",
         )
@@ -179,8 +183,9 @@ def check_complete(
         raise IncompleteError(
             f"{missing} of {len(segments)} units of rollouts {rollouts_name!r} have no scores of "
             f"{teacher!r}",
-            remedy=f"run `logitcask score --store {store.path} --rollouts {rollouts_name} "
-            f"--name {teacher} --teacher MODEL`, or train on what is scored with --partial",
+            remedy=f"run `logitcask score --model TEACHER --store {store.path} "
+            f"--rollouts {rollouts_name} --teacher {teacher}`, or train on what is scored with "
+            "--partial",
         )
 
 
