@@ -207,6 +207,8 @@ def carry_out(
     if not finished:
         with quiet():
             student = load_student(model, lora_rank=settings.lora_rank, seed=settings.seed)
+            # Before a sampler takes views of the weights: moving them makes new ones.
+            student.to(desk.args.device)
             trainer = DistillTrainer(
                 student,
                 desk.args,

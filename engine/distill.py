@@ -7,15 +7,17 @@ loop that was killed meets its own rollouts again and, on a CPU, ends with the s
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from logitcask.engine.batches import PackedRow, RowSource
-from logitcask.engine.config import RunConfig
+from logitcask.engine.config import RunConfig, Train
 from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
-from logitcask.engine.errors import ConfigError
+from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.identity import digest, model_ref
 from logitcask.engine.jobs import (
     backend,
@@ -25,8 +27,9 @@ from logitcask.engine.jobs import (
     train_settings,
 )
 from logitcask.engine.objectives import Facts, verdict
-from logitcask.engine.plan import Plan, PlanKey, make_plan
-from logitcask.engine.rollout import prompt_set_digest, rollout
+from logitcask.engine.plan import WINDOW_SEGMENTS, Lengths, Plan, PlanKey, make_plan
+from logitcask.engine.rollout import default_unit, prompt_set_digest, rollout
+from logitcask.engine.rundir import check_same
 from logitcask.engine.score import check_identity, score
 from logitcask.engine.store import Segment, Store, open_store
 from logitcask.engine.student import live_digest
@@ -39,8 +42,8 @@ def distill(
 ) -> TrainReport:
     """Runs the rounds that `config` describes; the same call resumes.
 
-    Raises ConfigError, IdentityError (another tokenizer; another run in the folder) and whatever
-    the stages raise.
+    Raises ConfigError, IdentityError (another tokenizer; another run in the folder or under the
+    name of the rollouts) and whatever the stages raise.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -54,6 +57,7 @@ def distill(
     )
     for line in check_identity(model.lineage(), teacher):
         notice(line)
+    check_loop(config, prompts)
     width = rows_per_update(config, prompts)
     sampling = config.rollout.sampling()
     exactness = verdict(
@@ -81,15 +85,7 @@ def distill(
         # A checkpoint inside a round would not know the student that sampled the round.
         save_steps=-(-config.train.save_steps // loop.updates_per_round) * loop.updates_per_round,
     )
-    desk = open_desk(
-        config.run.out,
-        model=model,
-        settings=settings,
-        overwrite=config.run.overwrite,
-        device=config.run.device,
-    )
     identity = {
-        "store": store.uuid,
         "rollouts": config.store.rollouts,
         "prompts": prompt_set_digest(
             prompts, model, sampling, seed=config.run.seed, student_k=config.rollout.student_k
@@ -100,9 +96,20 @@ def distill(
         "request": asdict(config.score.request()),
         "loop": loop.model_dump(),
     }
+    # Rounds of two runs under one name would mix students that only share their version numbers.
+    run = {"settings": asdict(settings), "objective": asdict(preset.objective), **identity}
+    check_name(store, config.store.rollouts, run)
+    desk = open_desk(
+        config.run.out,
+        model=model,
+        settings=settings,
+        overwrite=config.run.overwrite,
+        device=config.run.device,
+    )
+    identity["store"] = store.uuid
     course = Course(
         rows=lambda student: Rounds(
-            student, config, store, model, prompts, template, teacher, scorer, width, progress
+            student, config, store, model, prompts, template, teacher, scorer, width, run
         ),
         updates=loop.rounds * loop.updates_per_round,
         objective=preset,
@@ -121,14 +128,10 @@ def distill(
     )
 
 
-def rows_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
-    """Packed rows that an update can need at most: how long responses get is not known before.
-
-    First-fit-decreasing leaves at most one row half empty, so twice the tokens of a round fill
-    them all; rows that are not needed are empty and cost next to nothing.
-    """
-    longest = max(len(p.token_ids) for p in prompts) + config.rollout.max_new_tokens
-    budget = config.train.tokens_per_batch
+def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
+    """ConfigError for a loop that could not run as it is written."""
+    longest, budget = _longest(config, prompts), config.train.tokens_per_batch
+    sequences = config.loop.prompts_per_round * config.rollout.n
     if config.loop.prompts_per_round > len(prompts):
         raise ConfigError(
             f"loop.prompts_per_round = {config.loop.prompts_per_round}: the file has "
@@ -142,14 +145,57 @@ def rows_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
             remedy=f"set train.tokens_per_batch to {longest} or more, or lower "
             "rollout.max_new_tokens",
         )
-    if config.train.accumulation != 1:
+    if config.loop.updates_per_round > sequences:
         raise ConfigError(
-            f"train.accumulation = {config.train.accumulation}: distill derives it from the round",
-            remedy="leave it out; loop.prompts_per_round says how much an update sees",
+            f"loop.updates_per_round = {config.loop.updates_per_round}: a round has {sequences} "
+            "responses, so some updates would have none",
+            remedy=f"set loop.updates_per_round to {sequences} or less",
         )
-    sequences = config.loop.prompts_per_round * config.rollout.n
-    rows = min(sequences, 2 * sequences * longest // budget + 1)
-    return -(-rows // config.loop.updates_per_round)
+    for key in ("accumulation", "epochs", "teacher", "partial", "foreign_student"):
+        if (value := getattr(config.train, key)) != Train.model_fields[key].default:
+            raise ConfigError(
+                f"train.{key} = {value}: distill does not take it",
+                remedy="leave it out; [loop] says how much an update sees, and [teacher] whose "
+                "scores",
+            )
+
+
+def rows_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
+    """Packed rows that an update can need at most: how long responses get is not known before.
+
+    First-fit-decreasing leaves at most one row of a window half empty, so twice the tokens and a
+    row per window are enough; rows that are not needed are empty and cost next to nothing.
+    """
+    sequences = -(
+        -config.loop.prompts_per_round * config.rollout.n // config.loop.updates_per_round
+    )
+    unit = config.rollout.unit_prompts or default_unit(config.rollout.sampling())
+    # The last unit of the file and that of the round may be smaller.
+    windows = -(-(config.loop.prompts_per_round // unit + 2) // WINDOW_SEGMENTS)
+    tokens = sequences * _longest(config, prompts)
+    return min(sequences, 2 * tokens // config.train.tokens_per_batch + windows)
+
+
+def _longest(config: RunConfig, prompts: list[Prompt]) -> int:
+    """Tokens that a prompt and its response can reach."""
+    return max(len(p.token_ids) for p in prompts) + config.rollout.max_new_tokens
+
+
+def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
+    """IdentityError if `name` holds anything but rounds of this very run."""
+    for segment in store.head().rollouts(name)[:1]:
+        if "run" not in segment.lineage:
+            raise IdentityError(
+                f"rollouts {name!r} in {store.path} were not made by distill",
+                remedy="set store.rollouts to a name of this run's own",
+            )
+        check_same(
+            f"rollouts {name!r} in {store.path}",
+            segment.lineage["run"],
+            run,
+            remedy="go on as they were begun, or set store.rollouts and run.out to names of this "
+            "run's own",
+        )
 
 
 class Rounds:
@@ -166,9 +212,11 @@ class Rounds:
         teacher: ModelRef,
         scorer: Any,
         width: int,
-        progress: Progress,
+        run: Mapping[str, Any],
     ) -> None:
-        """`student` is the model in training; `width` the packed rows of an update."""
+        """`student` is the model in training, on its device; `width` the packed rows of an update;
+        `run` what the name of the rollouts stands for.
+        """
         self._student = student
         self._config = config
         self._store = store
@@ -178,9 +226,9 @@ class Rounds:
         self._teacher = teacher
         self._scorer = scorer
         self._width = width
-        self._progress = progress
+        self._run = run
         self._sampler = live_backend(student, model, config.run)
-        self._made: tuple[RowSource, Plan]
+        self._made: tuple[RowSource, list[Plan]]
 
     def prepare(self, step: int) -> None:
         """Makes the round that update `step` begins; inside a round there is nothing to do."""
@@ -190,8 +238,7 @@ class Rounds:
         live = replace(
             self._model, digest=live_digest(self._student), version=self._model.version + step
         )
-        for first, count in self._ranges(step // updates):
-            self._roll(live, first, count)
+        self._roll(live, step // updates)
         score(
             self._store,
             model=self._teacher,
@@ -203,25 +250,12 @@ class Rounds:
         self._made = self._pack(live)
 
     def row(self, index: int) -> PackedRow:
-        """Updates of a round take its rows in turn, so that they are equally full."""
-        updates = self._config.loop.updates_per_round
-        update, slot = divmod(index % (updates * self._width), self._width)
-        source, plan = self._made
-        return source.row(plan.row(slot * updates + update))
+        update, slot = divmod(index, self._width)
+        source, plans = self._made
+        return source.row(plans[update % len(plans)].row(slot))
 
-    def _ranges(self, round_number: int) -> list[tuple[int, int]]:
-        """(first, count) of the round's prompts: in order, and from the start again at the end."""
-        total, left = len(self._prompts), self._config.loop.prompts_per_round
-        first = round_number * left % total
-        ranges = []
-        while left:
-            count = min(left, total - first)
-            ranges.append((first, count))
-            first, left = 0, left - count
-        return ranges
-
-    def _roll(self, live: ModelRef, first: int, count: int) -> None:
-        config = self._config
+    def _roll(self, live: ModelRef, round_number: int) -> None:
+        config, count = self._config, self._config.loop.prompts_per_round
         rollout(
             self._store,
             model=live,
@@ -232,18 +266,21 @@ class Rounds:
             seed=config.run.seed,
             student_k=config.rollout.student_k,
             unit_prompts=config.rollout.unit_prompts or None,
-            first=first,
+            first=round_number * count % len(self._prompts),
             count=count,
             versions=True,
+            run=self._run,
             lineage_extra={"chat_template": self._template},
         )
 
-    def _pack(self, live: ModelRef) -> tuple[RowSource, Plan]:
-        """The round's own segments, packed. Others under the name are of other rounds."""
+    def _pack(self, live: ModelRef) -> tuple[RowSource, list[Plan]]:
+        """The round's own segments, packed for each of its updates."""
         config = self._config
 
         def ours(segment: Segment) -> bool:
-            return bool(segment.lineage["student"]["weights"] == live.digest)
+            # Both: a first update at a learning rate of 0 leaves the weights as they are.
+            student = segment.lineage["student"]
+            return bool((student["weights"], student["version"]) == (live.digest, live.version))
 
         pin = self._store.head()
         source = RowSource(
@@ -259,4 +296,25 @@ class Rounds:
             epochs=1,
             tokens_per_batch=config.train.tokens_per_batch,
         )
-        return source, make_plan(key, source.lengths())
+        rng = np.random.default_rng([config.run.seed, live.version])
+        parts = deal(source.lengths(), config.loop.updates_per_round, rng)
+        plans = [make_plan(key, part) for part in parts]
+        assert max(map(len, plans)) <= self._width, "rows_per_update"
+        return source, plans
+
+
+def deal(lengths: Sequence[Lengths], updates: int, rng: np.random.Generator) -> list[list[Lengths]]:
+    """Drawn shares of the sequences, one for each update, equally many but for one.
+
+    Whole packed rows would not do: a round of short responses may fill less rows than updates.
+    """
+    counts = [len(segment.response) for segment in lengths]
+    owner = np.split(rng.permutation(sum(counts)) % updates, np.cumsum(counts)[:-1])
+    return [
+        [
+            # A plan leaves out what has no response.
+            replace(segment, response=np.where(of == update, segment.response, 0))
+            for segment, of in zip(lengths, owner, strict=True)
+        ]
+        for update in range(updates)
+    ]

@@ -60,31 +60,38 @@ def rollout(
     first: int = 0,
     count: int | None = None,
     versions: bool = False,
+    run: Mapping[str, Any] | None = None,
     lineage_extra: Mapping[str, Any] | None = None,
 ) -> RolloutReport:
     """Samples every planned unit that the store does not hold yet, and commits it.
 
     scorer: the student as a scorer; left out, the sampler is one too. student_k: how many of its
     own best ids a row keeps. unit_prompts: prompts of a unit; left out, as many as can reach
-    UNIT_POSITIONS. first, count: only this range of the prompts; left out, all from `first`.
-    versions: other versions of the student may be under this name already, as in a distillation
-    loop. lineage_extra: more that each segment is to record.
+    UNIT_POSITIONS. first, count: only so many prompts, in order from `first` and on with prompt 0
+    after the last; left out, from `first` to the last. versions: other versions of the student may
+    be under this name already, as in a distillation loop. run: the loop, recorded and part of what
+    the name stands for. lineage_extra: more that each segment is to record.
     Raises IdentityError where `name` holds other prompts, sampling, students or units.
     """
     start_s = time.monotonic()
     if scorer is None:
         scorer = _as_scorer(sampler)
     if unit_prompts is None:
-        unit_prompts = max(1, UNIT_POSITIONS // (sampling.n * sampling.max_new_tokens))
+        unit_prompts = default_unit(sampling)
     count = len(prompts) - first if count is None else count
-    if unit_prompts < 1 or first < 0 or count < 1 or first + count > len(prompts):
+    if unit_prompts < 1 or not 0 <= first < len(prompts) or not 1 <= count <= len(prompts):
         raise ConfigError(
             f"unit_prompts={unit_prompts}, first={first}, count={count} of {len(prompts)} prompts",
             remedy="Take at least one prompt a unit, and a range that lies within the prompts.",
         )
-    set_digest = prompt_set_digest(prompts, model, sampling, seed=seed, student_k=student_k)
-    end = first + count
-    ranges = [(at, min(unit_prompts, end - at)) for at in range(first, end, unit_prompts)]
+    set_digest = prompt_set_digest(
+        prompts, model, sampling, seed=seed, student_k=student_k, run=run
+    )
+    ranges = [
+        (at, min(unit_prompts, end - at))
+        for start, end in _stretches(first, count, len(prompts))
+        for at in range(start, end, unit_prompts)
+    ]
     units = {
         unit_key(set_digest, model, at, size): {
             "version": model.version,
@@ -107,10 +114,11 @@ def rollout(
         "backend": sampler.describe(),
         "scorer": scorer.describe(),
         "logprob": LOGPROB,
+        **({"run": dict(run)} if run else {}),
         **(lineage_extra or {}),
     }
     pin = store.head()
-    _check_name(pin, name, model, set_digest, units, versions)
+    _check_name(pin, name, model, lineage["set"], units, versions)
     there = pin.unit_keys()
     missing = {key: unit for key, unit in units.items() if key not in there}
     positions = sequences = stopped = 0
@@ -137,6 +145,11 @@ def rollout(
     )
 
 
+def default_unit(sampling: SamplingParams) -> int:
+    """As many prompts as can reach UNIT_POSITIONS, and at least one."""
+    return max(1, UNIT_POSITIONS // (sampling.n * sampling.max_new_tokens))
+
+
 def prompt_set_digest(
     prompts: Sequence[Prompt],
     model: ModelRef,
@@ -144,6 +157,7 @@ def prompt_set_digest(
     *,
     seed: int,
     student_k: int,
+    run: Mapping[str, Any] | None = None,
 ) -> str:
     """What a name of rollouts stands for, beside the root of its student."""
     rows = [[p.id, list(p.token_ids), p.answer, dict(p.extra)] for p in prompts]
@@ -154,8 +168,15 @@ def prompt_set_digest(
             "sampling": asdict(sampling),
             "seed": seed,
             "student_k": student_k,
+            **({"run": dict(run)} if run else {}),
         }
     )
+
+
+def _stretches(first: int, count: int, total: int) -> list[tuple[int, int]]:
+    """[start, end) of so many of `total` prompts, which go on with 0 after the last."""
+    beyond = max(0, first + count - total)
+    return [(first, first + count - beyond), *([(0, beyond)] if beyond else [])]
 
 
 def unit_key(set_digest: str, model: ModelRef, first: int, count: int) -> str:
@@ -184,7 +205,7 @@ def _check_name(
     pin: Pin,
     name: str,
     model: ModelRef,
-    set_digest: str,
+    ours: Mapping[str, Any],
     units: Mapping[str, Mapping[str, int]],
     versions: bool,
 ) -> None:
@@ -197,10 +218,10 @@ def _check_name(
             )
     for segment in pin.rollouts(name):
         theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
-        if theirs != set_digest:
+        if theirs != ours["digest"]:
             raise IdentityError(
-                f"rollouts {name!r} are of the prompt set {theirs}, and this one is {set_digest}"
-                " (prompts, template, sampling parameters, seed, student_k)",
+                f"rollouts {name!r} are of the prompt set {theirs}, and this one is "
+                f"{ours['digest']}: {_difference(segment.lineage['set'], ours)}",
                 remedy="Give these rollouts a name of their own, or use what they were made with.",
             )
         if student["weights"] != model.digest and not versions:
@@ -209,8 +230,18 @@ def _check_name(
                 f"{student['version']}; this one is {model.digest}, version {model.version}",
                 remedy="Give these rollouts a name of their own; only distill mixes versions.",
             )
-        if student["weights"] == model.digest and segment.unit_key not in units:
+        # A loop's first updates may leave the weights as they are: a version has its own numbers.
+        same = (student["weights"], student["version"]) == (model.digest, model.version)
+        if same and segment.unit_key not in units:
             _check_grid(name, segment, units)
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The first setting in which two sets differ, with both values."""
+    for key in ours:
+        if key not in ("digest", "prompts", "units") and theirs.get(key) != ours[key]:
+            return f"{key} = {theirs.get(key)!r}, not {ours[key]!r}"
+    return "other prompts, or of another loop"
 
 
 def _check_grid(name: str, segment: Segment, units: Mapping[str, Mapping[str, int]]) -> None:

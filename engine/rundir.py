@@ -35,15 +35,21 @@ def read_run(out: Path) -> dict[str, Any] | None:
     return None
 
 
-def check_same(out: Path, earlier: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """IdentityError that names the first key in which the run in `out` is another."""
+def check_same(
+    place: Path | str,
+    earlier: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    *,
+    remedy: str = "give another --out, or --overwrite to lose that run",
+) -> None:
+    """IdentityError that names the first key in which the run that `place` holds is another."""
     theirs = dict(_leaves(earlier))
     mine = dict(_leaves(json.loads(json.dumps(ours))))
     for key in [*mine, *theirs]:
         if mine.get(key) != theirs.get(key):
             raise IdentityError(
-                f"{out} holds a run with {key} = {theirs.get(key)!r}, not {mine.get(key)!r}",
-                remedy="give another --out, or --overwrite to lose that run",
+                f"{place} holds a run with {key} = {theirs.get(key)!r}, not {mine.get(key)!r}",
+                remedy=remedy,
             )
 
 

@@ -202,7 +202,7 @@ def test_what_a_name_holds_already_is_not_mixed_with_another(
 
 
 def test_a_plan_outside_the_prompts_is_refused(tmp_path: Path, hf: HF, model: ModelRef) -> None:
-    for keys in ({"first": 4, "count": 2}, {"first": -1}, {"count": 0}, {"unit_prompts": 0}):
+    for keys in ({"first": 5}, {"count": 6}, {"first": -1}, {"count": 0}, {"unit_prompts": 0}):
         with pytest.raises(ConfigError, match="of 5 prompts"):
             run(tmp_path / "s", hf, model, **keys)
 
