@@ -148,8 +148,11 @@ class Train(Section):
     accumulation: Positive = Field(
         1, description="Packed rows per optimizer update and process; the loss is their token mean."
     )
-    lora_rank: int = Field(
-        0, ge=0, description="Train LoRA adapters of this rank instead of all weights; 0 = off."
+    lora: int = Field(
+        0,
+        ge=0,
+        description="Rank of LoRA adapters that are trained instead of all weights; 0 = off. The "
+        "saved model has them merged.",
     )
     save_steps: Positive = Field(100, description="Updates between checkpoints.")
     partial: bool = Field(False, description="Train on what is scored although units are missing.")
