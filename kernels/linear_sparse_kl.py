@@ -116,7 +116,7 @@ def linear_sparse_kl(
         n_rows = hidden.shape[0]
         chunk_rows = min(n_rows, chunk_rows or default_chunk_rows(n_vocab, hidden))
         # Rows start on 16-element borders: otherwise an odd vocabulary is loaded 2 bytes at a time.
-        # Zeros, because torch's bfloat16 product on a CPU multiplies what lies between the rows too.
+        # Zeros: torch's bfloat16 product on a CPU multiplies what lies between the rows, too.
         buffer = hidden.new_zeros(chunk_rows, -(-n_vocab // 16) * 16)[:, :n_vocab]
         for rows in row_chunks(n_rows, max(1, chunk_rows)):
             hidden_c = hidden[rows]  # [C, D]

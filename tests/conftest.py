@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Digests of weights are cached in the user's folder; tests keep out of it, workers of one run share.
+# Digests of weights are cached in the user's folder; tests keep out of it.
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "logitcask-tests-cache")
 
 NEEDS = {

@@ -1,4 +1,4 @@
-"""The README's commands and programs do what they say, with tiny models in the place of real ones."""
+"""The README's commands and programs do what they say, with tiny models in place of real ones."""
 
 import json
 import re
@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tests.engine import tiny
 
 from logitcask.cli.main import run
 from logitcask.engine.objectives import PRESETS
+from tests.engine import tiny
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 STANDS_FOR = {"Qwen/Qwen3-1.7B": "student", "Qwen/Qwen3-4B": "teacher"}
