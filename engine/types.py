@@ -13,12 +13,15 @@ normalised at temperature 1 over the ids [0, n_vocab), in nats. `p` is the stude
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # `--help` reads this file, and would wait for numpy
+    import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+    Array: TypeAlias = npt.NDArray[Any]
+else:
+    Array = Any
+
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total); the engine itself never prints."""
 
@@ -168,4 +171,4 @@ class Rollouts:
 
     def lengths(self) -> Array:
         """[N] response tokens of each sequence."""
-        return np.diff(self.seq_off)
+        return self.seq_off[1:] - self.seq_off[:-1]
