@@ -3,11 +3,12 @@
 import importlib
 import sys
 import traceback
-from importlib.metadata import version
+from difflib import get_close_matches
 
 import rich_click as click
 from click.exceptions import Exit
 
+from logitcask.cli.output import visible
 from logitcask.engine.errors import LogitcaskError
 
 VERBS = ("rollout", "score", "train", "distill", "store", "demo")
@@ -27,9 +28,17 @@ class Verbs(click.RichGroup):
         command: click.Command = getattr(module, f"{name}_command")
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and args[0][0] != "-":
+            near = get_close_matches(args[0], VERBS, n=1, cutoff=0.0)[0]
+            raise click.UsageError(f"no verb {args[0]!r}; the nearest is {near!r}", ctx)
+        return super().resolve_command(ctx, args)
+
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("logitcask"), prog_name="logitcask")
+@click.version_option(package_name="logitcask", prog_name="logitcask")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Score once, train many: distillation of language models from a store of teacher scores.
@@ -51,14 +60,24 @@ def run(arguments: list[str]) -> int:
     except LogitcaskError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        click.echo(f"error: {error.cause}\n  try: {error.remedy}", err=True)
+        _say(error.cause, error.remedy)
         return error.exit_code
     except Exit as end:
         return end.exit_code
+    except SystemExit as end:
+        # rich_click exits by itself: a group without a verb shows its help, and a closed pipe.
+        return end.code if isinstance(end.code, int) else 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: committed units stay; the same command goes on", err=True)
         return 130
     except click.ClickException as error:
-        error.show()
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        _say(error.format_message(), f"{context.command_path if context else 'logitcask'} --help")
         return error.exit_code
     return 0
+
+
+def _say(cause: str, remedy: str) -> None:
+    """One line each, whatever a library's message or a file's name holds."""
+    cause, remedy = (visible(" ".join(text.splitlines())) for text in (cause, remedy))
+    click.echo(f"error: {cause}\n  try: {remedy}", err=True)

@@ -88,11 +88,14 @@ def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
     text = field.description or ""
     if not field.is_required() and field.default not in (None, ""):
         text += f" [default: {str(field.default).lower()}]"
+    # Said, because a pair of flags that is not given would be False, and None asks the engine; not
+    # said of a required one, because click would take it as given.
+    absent: dict[str, Any] = {"required": True} if field.is_required() else {"default": None}
     return click.option(
         f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
         f"{section}__{name}",
         type=_click_type(kind),
-        required=field.is_required(),
+        **absent,
         help=text,
         show_default=False,
         panel=PANELS[section],

@@ -1,4 +1,4 @@
-"""`logitcask score`: the student samples responses."""
+"""`logitcask score`: a teacher scores stored rollouts."""
 
 from typing import Any
 

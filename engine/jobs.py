@@ -107,9 +107,18 @@ def student_and_prompts(
     model = identity.model_ref(
         student.model, revision=student.revision, chat_template=template, tokenizer=tokenizer
     )
-    room = identity.context_length(path) - rollout.max_new_tokens
+    context = identity.context_length(path)
+    if rollout.max_new_tokens >= context:
+        raise ConfigError(
+            f"max_new_tokens = {rollout.max_new_tokens}: the student's context of {context} tokens "
+            "leaves no room for a prompt",
+            remedy=f"give --max-new-tokens less than {context}",
+        )
     read = read_prompts(
-        prompts.file, tokenizer, chat_template=template, max_prompt_tokens=max(room, 0)
+        prompts.file,
+        tokenizer,
+        chat_template=template,
+        max_prompt_tokens=context - rollout.max_new_tokens,
     )
     return model, read, template
 
@@ -164,7 +173,7 @@ def train_settings(settings: Train, run: Run) -> TrainSettings:
         max_grad_norm=settings.max_grad_norm,
         seed=run.seed,
         dtype=run.dtype,
-        lora_rank=settings.lora_rank,
+        lora_rank=settings.lora,
         save_steps=settings.save_steps,
     )
 

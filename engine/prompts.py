@@ -250,7 +250,7 @@ class Line:
         if len(token_ids) > max_prompt_tokens:
             self.refuse(
                 f'field "{field}": {len(token_ids)} tokens, at most {max_prompt_tokens} may be',
-                "Shorten the prompt, or raise max_prompt_tokens.",
+                "Shorten the prompt, or lower max_new_tokens: both share the model's context.",
             )
         known = ("id", "prompt", "messages", "answer")
         extra = {key: value for key, value in self.keys.items() if key not in known}

@@ -70,7 +70,7 @@ def check_binding(log: Log, kind: str, name: str, lineage: Mapping[str, Any]) ->
         if bound is not None and (theirs := _look_up(bound.lineage, path)) != ours:
             what = "rollouts" if kind == schema.ROLLOUT else "teacher"
             raise IdentityError(
-                f"{what} name {name!r} stands for {'.'.join(path)} = {theirs!r}, not {ours!r}",
+                f"{what} name {name!r} stands for {'.'.join(path)} = {theirs}, not {ours}",
                 remedy="use another name for this one, or a new store",
             )
 

@@ -62,8 +62,10 @@ def read(path: Path) -> Identity | None:
 def create(path: Path) -> Identity:
     """Makes the folders, then publishes format.json; two creators at once get one store.
 
-    Raises StoreError where other files are in the way.
+    Raises StoreError where a file or other files are in the way.
     """
+    if files.kind(path) == "file":
+        raise StoreError(f"{path} is a file, not a store's folder", remedy="give a new folder")
     strangers = [n for n in files.list_dir(path) if n not in _FOLDERS and not n.startswith(".")]
     if strangers:
         raise StoreError(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.errors import ConfigError
+from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.store.log import Pin
 from logitcask.engine.store.segment import Segment
 from logitcask.engine.store.store import Store
@@ -69,7 +69,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One mapping per row of sequence number `sequence` of a set; log-probs and entropies in nats.
 
-    Raises ConfigError if a name is unknown or ambiguous, or the set has no such sequence.
+    Raises ConfigError if a name is unknown or ambiguous, or the set has no such sequence, and
+    IncompleteError if there are no rollouts.
     """
     pin = store.head()
     name = choose(pin.names("rollout"), rollouts, what="rollouts")
@@ -104,18 +105,24 @@ def rows(
 
 
 def choose(known: list[str], wanted: str | None, *, what: str) -> str:
-    """The wanted name, or the only one there is; ConfigError with the list otherwise."""
+    """The wanted name, or the only one there is.
+
+    Raises ConfigError with the list if the choice is not clear, IncompleteError if there is none.
+    """
     if wanted is None and len(known) == 1:
         return known[0]
     if wanted in known:
         return str(wanted)
-    listed = ", ".join(known) or "none"
+    if not known:
+        made, verb = ("rollouts", "rollout") if what == "rollouts" else ("scores", "score")
+        raise IncompleteError(
+            f"the store holds no {made}", remedy=f"make some first: logitcask {verb}"
+        )
+    listed = ", ".join(known)
     if wanted is None:
         raise ConfigError(
             f"--{what} is not given and the store has {len(known)}: {listed}",
-            remedy=f"name one with --{what}"
-            if known
-            else f"make some first: logitcask {'rollout' if what == 'rollouts' else 'score'}",
+            remedy=f"name one with --{what}",
         )
     raise ConfigError(f"--{what} {wanted}: the store has {listed}", remedy="give one of these")
 
@@ -131,5 +138,6 @@ def _locate(pin: Pin, name: str, sequence: int) -> tuple[Segment, int]:
             return segment, left
         left -= segment.counts["N"]
     raise ConfigError(
-        f"--sequence {sequence}: {name} has {sequence - left} sequences", remedy="count from 0"
+        f"--sequence {sequence}: {name} has {sequence - left} sequences",
+        remedy="they count from 0",
     )

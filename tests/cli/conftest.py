@@ -1,0 +1,151 @@
+"""Tiny models and a small store, made once a process by the command itself, and a way to call it.
+
+In memory where the system offers that: a store flushes every file that it writes.
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from logitcask.cli.main import run
+from tests.engine.tiny import CHARACTERS, make_model, make_tokenizer, save_folder
+
+MEMORY = Path("/dev/shm")
+UNITS, N, NEW = 4, 2, 6
+"""Units of two prompts, responses a prompt, response tokens at most."""
+
+SAMPLING = f"--n {N} --max-new-tokens {NEW} --student-k 4 --unit-prompts 2 --seed 3 --device cpu"
+KEPT = "--k-min 4 --k-max 8 --device cpu"
+TRAINING = "--tokens-per-batch 64 --lr 1e-3 --k 4 --save-steps 1 --device cpu"
+
+PLAIN = f"--no-chat-template {SAMPLING}"
+ROLL = f"rollout --model @student --prompts @p.jsonl {PLAIN} --store"
+SCORE = f"score --model @teacher --teacher big {KEPT} --store"
+TRAIN = f"train --model @student {TRAINING} --store"
+
+DISTILL = f"""
+[student]
+model = "student"
+[teacher]
+model = "teacher"
+name = "big"
+[prompts]
+file = "p.jsonl"
+chat_template = false
+[store]
+url = "loop-store"
+[rollout]
+n = {N}
+max_new_tokens = {NEW}
+student_k = 4
+[score]
+k_min = 4
+k_max = 8
+[train]
+objective = "opd"
+k = 4
+lr = 1e-3
+tokens_per_batch = 64
+[loop]
+rounds = 2
+prompts_per_round = 4
+[run]
+out = "loop-out"
+device = "cpu"
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one call ended, and all that the process wrote meanwhile."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Of stdout, which holds nothing else; NaN and infinities are not JSON."""
+        return json.loads(self.out, parse_constant=pytest.fail)
+
+    def refused(self, code: int, cause: str, remedy: str) -> None:
+        """The last two lines say what is wrong and what to do; stdout stays empty."""
+        assert self.out == ""
+        error, way_out = self.err.splitlines()[-2:]
+        assert error.startswith("error: "), self.err
+        assert way_out.startswith("  try: "), self.err
+        assert (self.code, cause in error, remedy in way_out) == (code, True, True), self.err
+
+
+@dataclass(frozen=True)
+class World:
+    """`path` holds the models student, teacher and others, p.jsonl, and the store st."""
+
+    path: Path
+    fresh: Iterator[int] = field(default_factory=itertools.count)
+
+    def __call__(self, command: str) -> int:
+        """Exit code of `logitcask COMMAND`; @name in it is a path in this folder."""
+        return run([word.replace("@", f"{self.path}/") for word in command.split()])
+
+    def new(self, stem: str) -> str:
+        """@name of nothing yet."""
+        return f"@{stem}-{next(self.fresh)}"
+
+    def at(self, name: str) -> Path:
+        return self.path / name.removeprefix("@")
+
+    def store(self, records: int = 2 * UNITS) -> str:
+        """@name of a copy of st as it was after so many commits: rollouts first, then scores."""
+        name = self.new("store")
+        shutil.copytree(self.path / "st", self.at(name))
+        for record in sorted(self.at(name).glob("log/*.json"))[records:]:
+            record.unlink()
+        return name
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    with TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        made = World(Path(folder))
+        models(made.path)
+        (made.path / "d.toml").write_text(DISTILL)
+        sums = [{"id": f"p{i}", "prompt": f"{i} + {i + 1} ="} for i in range(2 * UNITS)]
+        (made.path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
+        assert made(f"{ROLL} @st") == 0
+        assert made(f"{SCORE} @st") == 0
+        yield made
+
+
+def models(path: Path) -> None:
+    save_folder(path / "student", make_model(seed=0))
+    save_folder(path / "teacher", make_model(seed=1))
+    save_folder(path / "other-teacher", make_model(seed=2))
+    save_folder(path / "stranger", make_model(seed=3))
+    reordered = make_tokenizer(characters=CHARACTERS[::-1])
+    save_folder(path / "other-tokenizer", make_model(seed=4), reordered)
+    save_folder(path / "no-template", make_model(seed=0), make_tokenizer(chat_template=False))
+    curt = make_tokenizer()
+    curt.chat_template = curt.chat_template.replace("assistant: ", "bot: ")
+    save_folder(path / "other-template", make_model(seed=0), curt)
+    shutil.copytree(path / "student", path / "pickled")
+    (path / "pickled" / "model.safetensors").rename(path / "pickled" / "pytorch_model.bin")
+
+
+@pytest.fixture
+def call(world: World, capfd: pytest.CaptureFixture[str]) -> Any:
+    """`logitcask COMMAND` -> Answer."""
+
+    def called(command: str) -> Answer:
+        capfd.readouterr()
+        code = world(command)
+        return Answer(code, *capfd.readouterr())
+
+    return called

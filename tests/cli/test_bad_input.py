@@ -1,0 +1,398 @@
+"""Bad input: which exit code, what is wrong with which value, and the way out."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.conftest import KEPT, PLAIN, ROLL, SAMPLING, SCORE, TRAIN, TRAINING, UNITS, World
+
+ALL = 2 * UNITS
+
+
+@dataclass(frozen=True)
+class Case:
+    """STORE in a command is a store with so many commits, OUT a name that is free."""
+
+    name: str
+    command: str
+    code: int
+    cause: str
+    remedy: str
+    commits: int = ALL
+
+
+USAGE = [
+    Case("verb", "rolout", 2, "no verb 'rolout'; the nearest is 'rollout'", "logitcask --help"),
+    Case("verb of store", "store inf", 2, "inf", "logitcask store --help"),
+    Case("flag", "score --modle x", 2, "No such option '--modle'", "logitcask score --help"),
+    Case("flag of all", "--nothing", 2, "--nothing", "logitcask --help"),
+    Case("missing", "score --store x --teacher t", 2, "--model", "logitcask score --help"),
+    Case("not a number", f"{ROLL} OUT --n x", 2, "'x' is not a valid integer", "rollout --help"),
+    Case("not a choice", f"{ROLL} OUT --dtype float16", 2, "'float16'", "rollout --help"),
+    Case("range", f"{ROLL} OUT --top-p 1.5", 2, "rollout.top_p = 1.5", "Nucleus"),
+    Case("name", f"{ROLL} OUT --rollouts Main", 2, "store.rollouts = 'Main'", "Name of the set"),
+    Case("too small", f"{ROLL} OUT --batch-tokens 0", 2, "run.batch_tokens = 0", "Bounds memory"),
+    Case("backend", f"{ROLL} OUT --backend vllm", 2, "no backend 'vllm'", "hf"),
+    Case("teacher's name", f"{SCORE} STORE --teacher ../x", 2, "teacher.name = '../x'", "Name"),
+]
+
+CONFIGURATION = [
+    Case("no file", "distill @no.toml", 2, "no.toml: No such file", "path of a TOML file"),
+    Case("not TOML", "distill @p.jsonl", 2, "p.jsonl: not TOML", "mend"),
+    Case("unknown key", "distill @d.toml --set train.epoch=1", 2, "train.epoch", "train.epochs"),
+    Case("section", "distill @d.toml --set trian.lr=1", 2, "unknown key trian", "train"),
+    Case("rule", "distill @d.toml --set loop.rounds=0", 2, "loop.rounds = 0", "Rounds"),
+    Case("no key", "distill @d.toml --set lr=1", 2, "--set lr=1", "--set train.lr=1e-5"),
+    Case(
+        "prompts of a round",
+        "distill @d.toml --set loop.prompts_per_round=99",
+        2,
+        "loop.prompts_per_round = 99: the file has 8",
+        "8 or less",
+    ),
+    Case(
+        "row of a round",
+        "distill @d.toml --set train.tokens_per_batch=9",
+        2,
+        "train.tokens_per_batch = 9",
+        "or more",
+    ),
+    Case(
+        "teacher of a loop",
+        "distill @d.toml --set teacher.model=other-tokenizer",
+        1,
+        "tokenizer",
+        "no override",
+    ),
+]
+
+MODELS = [
+    Case(
+        "no folder",
+        f"rollout --model @nowhere --prompts @p.jsonl --store OUT {PLAIN}",
+        1,
+        "there is no folder",
+        "save_pretrained",
+    ),
+    Case(
+        "only a pickle",
+        f"rollout --model @pickled --prompts @p.jsonl --store OUT {PLAIN}",
+        1,
+        "pytorch_model.bin, a pickle",
+        "Convert it",
+    ),
+    Case(
+        "a teacher's pickle",
+        f"score --model @pickled --teacher new --store STORE {KEPT}",
+        1,
+        "pytorch_model.bin, a pickle",
+        "Convert it",
+    ),
+    Case("no GPU", f"{ROLL} OUT --device cuda", 2, "'cuda', and this machine has no", "cpu"),
+    Case("no GPU to train", f"{TRAIN} STORE --out OUT --device cuda", 2, "no GPU", "cpu"),
+    Case("no device", f"{TRAIN} STORE --out OUT --device tpu", 2, "--device tpu", "CUDA_VISIBLE"),
+    Case("beyond the context", f"{ROLL} OUT --max-new-tokens 256", 2, "256 tokens", "less than"),
+    Case("no room", f"{ROLL} OUT --max-new-tokens 252", 1, "at most 4 may be", "max_new_tokens"),
+]
+
+TEMPLATES = [
+    Case(
+        "ambiguous",
+        f"rollout --model @student --prompts @p.jsonl --store OUT {SAMPLING}",
+        1,
+        "either could be meant",
+        "--no-chat-template",
+    ),
+    Case(
+        "conversation, and no template",
+        f"rollout --model @no-template --prompts @m.jsonl --store OUT {SAMPLING}",
+        1,
+        'm.jsonl, line 1: field "messages"',
+        '"prompt"',
+    ),
+    Case(
+        "conversation, template off",
+        f"rollout --model @student --prompts @m.jsonl --store OUT {PLAIN}",
+        1,
+        'm.jsonl, line 1: field "messages"',
+        "Turn the chat template on",
+    ),
+    Case(
+        "asked for, and none there",
+        f"rollout --model @no-template --prompts @p.jsonl --store OUT --chat-template {SAMPLING}",
+        1,
+        "has no chat template",
+        "Turn the chat template off",
+    ),
+]
+
+IDENTITY = [
+    Case("seed", f"{ROLL} STORE --seed 4", 1, "seed = 3, not 4", "a name of their own"),
+    Case("sampling", f"{ROLL} STORE --n 3", 1, "n = 2, not 3", "a name of their own"),
+    Case("units", f"{ROLL} STORE --unit-prompts 3", 1, "prompts 0..1 as one unit", "unit_prompts"),
+    Case("twice", f"{ROLL} STORE --rollouts two", 1, "under the name 'main'", "another seed"),
+    Case(
+        "student",
+        f"rollout --model @stranger --prompts @p.jsonl --store STORE {PLAIN}",
+        1,
+        "are of student sha256:",
+        "a name of their own",
+    ),
+    Case(
+        "prompts",
+        f"rollout --model @student --prompts @q.jsonl --store STORE {PLAIN}",
+        1,
+        "other prompts",
+        "a name of their own",
+    ),
+    Case(
+        "tokenizer of a teacher",
+        f"score --model @other-tokenizer --teacher new --store STORE {KEPT}",
+        1,
+        "the student's tokenizer is sha256:",
+        "no override",
+    ),
+    Case(
+        "weights of a teacher",
+        f"score --model @other-teacher --teacher big --store STORE {KEPT}",
+        1,
+        "'big' stands for teacher.weights = \"sha256:",
+        "another name",
+    ),
+    Case("request", f"{SCORE} STORE --k-min 5", 1, '"k_min":4', "another name"),
+    Case(
+        "name of a teacher",
+        f"{SCORE.replace('big', 'bigger')} STORE",
+        1,
+        "under the name 'big'",
+        "instead of 'bigger'",
+    ),
+    Case(
+        "tokenizer of a student",
+        f"train --model @other-tokenizer --store STORE --out OUT {TRAINING}",
+        1,
+        "sampled with tokenizer sha256:",
+        "tokenizer of the rollouts",
+    ),
+]
+
+OBJECTIVES = [
+    Case("unknown", f"{TRAIN} STORE --objective overlapp", 2, "overlapp", "nearest is overlap"),
+    Case("k", f"{TRAIN} STORE --out OUT --k 5", 1, "k = 5 is more than k_min = 4", "--k-min 5"),
+    Case(
+        "k beyond both",
+        f"{TRAIN} STORE --out OUT --k 9",
+        1,
+        "k = 9 is more than k_min = 4",
+        "--k-min 9 --k-max 9",
+    ),
+    Case(
+        "k of the student",
+        f"{TRAIN} STORE --out OUT --objective opd --k 5",
+        1,
+        "k = 5 is more than student_k = 4",
+        "--student-k 5",
+    ),
+    Case(
+        "k of the preset",
+        "train --model @student --store STORE --out OUT --device cpu",
+        1,
+        "k = 16 is more than k_min = 4",
+        "--k 4",
+    ),
+    Case(
+        "foreign",
+        f"train --model @stranger --store STORE --out OUT --objective opd {TRAINING}",
+        1,
+        "foreign student",
+        "--foreign-student",
+    ),
+    Case("row", f"{TRAIN} STORE --out OUT --tokens-per-batch 4", 2, "= 4", "--tokens-per-batch 1"),
+]
+
+INCOMPLETE = [
+    Case("scores", f"{TRAIN} STORE --out OUT", 3, "2 of 4 units", "--partial", ALL - 2),
+    Case("no scores", f"{TRAIN} STORE --out OUT", 3, "no scores", "logitcask score", UNITS),
+    Case("no rollouts", f"{SCORE} STORE", 3, "no rollouts", "logitcask rollout", 0),
+    Case("nothing to show", "store show STORE", 3, "no rollouts", "logitcask rollout", 0),
+    Case("unknown set", f"{SCORE} STORE --rollouts two", 3, "it has: main", "--rollouts"),
+    Case("unknown teacher", f"{TRAIN} STORE --teacher small", 2, "the store has big", "of these"),
+    Case("sequence", "store show STORE --sequence 99", 2, "16 sequences", "from 0"),
+]
+
+NO_STORE = [
+    Case(f"{verb} {what}", command.replace("@x", place), 1, cause, remedy)
+    for verb, command, cause, remedy in (
+        ("info", "store info @x", "is not a logitcask store", "check the path"),
+        ("verify", "store verify @x", "is not a logitcask store", "check the path"),
+        ("score", f"{SCORE} @x", "is not a logitcask store", "check the path"),
+        ("train", f"{TRAIN} @x --out OUT", "is not a logitcask store", "check the path"),
+    )
+    for what, place in (
+        ("missing", "OUT"),
+        ("empty", "@empty"),
+        ("a file", "@p.jsonl"),
+        ("a model", "@student"),
+    )
+] + [
+    Case("into a file", f"{ROLL} @p.jsonl", 1, "p.jsonl is a file", "new folder"),
+    Case("into a model", f"{ROLL} @student", 1, "not empty", "new or an empty folder"),
+    Case("far away", f"{SCORE} s3://bucket/x", 1, "only local stores", "file://"),
+]
+
+OUTS = [
+    Case("student itself", f"{TRAIN} STORE --out @student", 2, "the student itself", "--out"),
+    Case("a store", f"{TRAIN} STORE --out @st", 2, "not the folder of a run", "empty folder"),
+]
+
+CASES = {
+    f"{kind}-{case.name}".replace(" ", "-"): case
+    for kind, cases in {
+        "usage": USAGE,
+        "configuration": CONFIGURATION,
+        "model": MODELS,
+        "template": TEMPLATES,
+        "identity": IDENTITY,
+        "objective": OBJECTIVES,
+        "incomplete": INCOMPLETE,
+        "no-store": NO_STORE,
+        "out": OUTS,
+    }.items()
+    for case in cases
+}
+
+
+@pytest.fixture(scope="module")
+def files(world: World) -> World:
+    """More prompts, and an empty folder."""
+    turns = [{"role": "user", "content": "1 + 2 ="}]
+    world.at("@m.jsonl").write_text(json.dumps({"id": "m", "messages": turns}) + "\n")
+    world.at("@q.jsonl").write_text('{"id": "q", "prompt": "3 + 4 ="}\n')
+    world.at("@empty").mkdir()
+    return world
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_with_value_rule_and_way_out(files: World, call: Any, name: str) -> None:
+    case = CASES[name]
+    if "--device cuda" in case.command and torch.cuda.is_available():
+        pytest.skip("here is a GPU")
+    command = case.command.replace("OUT", files.new("out"))
+    if "STORE" in command:
+        command = command.replace("STORE", files.store(case.commits))
+    call(command).refused(case.code, case.cause, case.remedy)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", ["not valid JSON"]),
+        ("[1]", ["a list, not an object"]),
+        ('{"prompt": "1"}', ['field "id" is missing']),
+        ('{"id": "p0", "prompt": "1"}', ['field "id"', "'p0' is already the id of line 1"]),
+        ('{"id": "x", "prompt": 3}', ['field "prompt"', "3 is a number, not a string"]),
+        ('{"id": "x"}', ['"prompt" and "messages"', "neither"]),
+        ('{"id": "x", "prompt": "1", "answer": 2}', ['field "answer"', "2 is a number"]),
+        (f'{{"id": "x", "prompt": "{"1" * 300}"}}', ['field "prompt"', "300 tokens, at most 250"]),
+    ],
+)
+def test_a_broken_line_is_named_by_file_line_and_field(
+    world: World, call: Any, line: str, words: list[str]
+) -> None:
+    file = world.new("broken")
+    world.at(file).write_text(f'{{"id": "p0", "prompt": "1 ="}}\n{line}\n')
+    done = call(f"rollout --model @student --prompts {file} --store {world.new('none')} {PLAIN}")
+    done.refused(1, f"{world.at(file)}, line 2: ", "")
+    assert all(word in done.err for word in words), done.err
+
+
+@pytest.mark.parametrize(
+    ("first", "model", "second"),
+    [
+        ("--no-chat-template", "@student", "--chat-template"),
+        ("--chat-template", "@student", "--no-chat-template"),
+        ("--chat-template", "@other-template", "--chat-template"),
+    ],
+)
+def test_rollouts_go_on_with_their_own_template_alone(
+    world: World, call: Any, first: str, model: str, second: str
+) -> None:
+    store, rest = world.new("store"), "--prompts @p.jsonl --n 1 --max-new-tokens 2 --student-k 2"
+    assert call(f"rollout --model @student --store {store} {first} {rest}").code == 0
+    done = call(f"rollout --model {model} --store {store} {second} {rest}")
+    done.refused(1, "template = 'sha256:", "a name of their own")
+    theirs, ours = done.err.partition("template = ")[2].split("', not '")
+    assert theirs != ours
+    assert theirs.startswith("'sha256:")
+    assert ours.startswith("sha256:")
+
+
+def test_a_foreign_student_is_named_and_may_be_allowed(world: World, call: Any) -> None:
+    command = f"train --model @stranger {TRAINING} --store @st"
+    allowed = call(f"{command} --out {world.new('out')} --objective opd --foreign-student")
+    live = call(f"{command} --out {world.new('out')} --objective overlap")
+    for done in (allowed, live):
+        assert done.code == 0
+        assert "note: Foreign student" in done.err
+    assert "support: frozen" in allowed.err
+    assert "support: live" in live.err
+
+
+def test_partial_trains_on_what_is_scored(world: World, call: Any) -> None:
+    store, out = world.store(ALL - 2), world.new("out")
+    call(f"{TRAIN} {store} --out {out}").refused(3, "2 of 4 units", "--partial")
+    done = call(f"{TRAIN} {store} --out {out} --partial --format json")
+    assert done.code == 0
+    whole = call(f"store info {store} --format json").json["positions"]
+    assert 0 < done.json["positions"] < whole
+
+
+def test_incomplete_rollouts_are_counted(world: World, call: Any) -> None:
+    store, out = world.store(1), world.new("out")
+    assert call(f"{SCORE} {store}").code == 0
+    call(f"{TRAIN} {store} --out {out}").refused(3, "3 of 4 units of rollouts", "--partial")
+    assert call(f"{TRAIN} {store} --out {out} --partial").code == 0
+
+
+def test_two_teachers_and_none_named(world: World, call: Any) -> None:
+    store = world.store()
+    assert call(f"score --model @other-teacher --teacher other --store {store} {KEPT}").code == 0
+    for command in (f"{TRAIN} {store} --out {world.new('out')}", f"store show {store}"):
+        call(command).refused(2, "2: big, other", "--teacher")
+        assert call(f"{command} --teacher other").code == 0
+
+
+def test_another_run_in_the_folder(world: World, call: Any) -> None:
+    out = world.new("out")
+    assert call(f"{TRAIN} @st --out {out}").code == 0
+    other = f"{TRAIN} @st --out {out} --weight-decay 0.5"
+    call(other).refused(1, "settings.weight_decay = 0.0, not 0.5", "--overwrite")
+    done = call(f"{other} --overwrite --format json")
+    assert (done.code, done.json["resumed_at"]) == (0, 0)
+
+
+def test_a_folder_without_its_tokenizer_or_config(world: World, call: Any) -> None:
+    for missing, cause in (("tokenizer.json", "no tokenizer"), ("config.json", "config.json")):
+        model = world.new("model")
+        shutil.copytree(world.at("@student"), world.at(model))
+        (world.at(model) / missing).unlink()
+        call(f"{ROLL} {world.new('none')} --model {model}").refused(1, cause, "save_pretrained")
+
+
+def test_debug_shows_the_traceback_and_then_the_message(call: Any) -> None:
+    call("store info @nothing").refused(1, "not a logitcask store", "check the path")
+    plain, debug = call("store info @nothing"), call("--debug store info @nothing")
+    assert "Traceback" not in plain.err
+    assert debug.err.startswith("Traceback (most recent call last):")
+    assert "StoreError" in debug.err
+    debug.refused(1, "not a logitcask store", "check the path")
+
+
+def test_a_message_is_two_lines_whatever_it_quotes(world: World, call: Any) -> None:
+    done = call("distill @p.jsonl\n\x1b[31m")
+    assert len(done.err.splitlines()) == 2
+    assert "\x1b" not in done.err

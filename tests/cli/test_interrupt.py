@@ -1,0 +1,89 @@
+"""Ctrl-C: exit 130, what is committed stays, and the same command finishes it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tests.cli.conftest import TRAIN, World
+
+TIMEOUT_S = 120.0
+PROMPTS = 400
+RUN = "from logitcask.cli.main import main; main()"
+
+
+def interrupted(world: World, command: str, begun: Callable[[], bool]) -> tuple[int, str]:
+    """(exit code, stderr) of `logitcask COMMAND`, sent SIGINT as soon as it has `begun`."""
+    words = [word.replace("@", f"{world.path}/") for word in command.split()]
+    child = subprocess.Popen(
+        [sys.executable, "-c", RUN, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        end = time.monotonic() + TIMEOUT_S
+        while not begun():
+            assert child.poll() is None, child.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=TIMEOUT_S)
+    finally:
+        child.kill()
+    assert out == ""
+    return child.returncode, err
+
+
+def test_a_rollout_goes_on_after_ctrl_c(world: World, call: Any) -> None:
+    store = world.new("store")
+    world.at("@many.jsonl").write_text(
+        "".join(f'{{"id": "m{i}", "prompt": "{i} ="}}\n' for i in range(PROMPTS))
+    )
+    command = (
+        "rollout --model @student --prompts @many.jsonl --no-chat-template --n 1 --device cpu "
+        f"--max-new-tokens 2 --student-k 2 --unit-prompts 20 --store {store}"
+    )
+    log = world.at(store) / "log"
+    code, err = interrupted(world, command, lambda: len(list(log.glob("*.json"))) >= 2)
+    assert code == 130
+    assert err.strip() == "interrupted: committed units stay; the same command goes on"
+    before = {file.name: file.read_bytes() for file in log.glob("*.json")}
+    done = call(f"{command} --format json").json
+    assert 2 <= done["units_done_before"] == len(before) < done["units_total"] == PROMPTS // 20
+    assert done["units_new"] == done["units_total"] - done["units_done_before"]
+    after = {file.name: file.read_bytes() for file in log.glob("*.json")}
+    assert before.items() <= after.items()
+    assert len(after) == done["units_total"], "a record is a unit: none was sampled twice"
+    report = call(f"store verify {store} --format json").json
+    assert (report["segments"], report["positions"]) == (
+        done["units_total"],
+        _positions(call, store),
+    )
+    assert len(report["strays"]) <= 1, "at most the unit that was under way"
+
+
+def _positions(call: Any, store: str) -> int:
+    return int(call(f"store info {store} --format json").json["positions"])
+
+
+def test_training_goes_on_after_ctrl_c_and_ends_alike(world: World, call: Any) -> None:
+    out, whole = world.new("out"), world.new("out")
+    command = f"{TRAIN} @st --objective opd --epochs 10"
+    marks = world.at(out) / "checkpoints"
+    code, err = interrupted(
+        world,
+        f"{command} --out {out}",
+        lambda: bool(list(marks.glob("checkpoint-*/logitcask_checkpoint.json"))),
+    )
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted: committed units stay; the same command goes on"
+    done = call(f"{command} --out {out} --format json").json
+    assert 1 <= done["resumed_at"] < done["updates"]
+    assert call(f"{command} --out {whole}").code == 0
+    weights = [(world.at(folder) / "model.safetensors").read_bytes() for folder in (out, whole)]
+    assert weights[0] == weights[1]

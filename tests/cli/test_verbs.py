@@ -1,0 +1,115 @@
+"""What the verbs print when all is well: results on stdout, everything else on stderr."""
+
+import tomllib
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+
+from logitcask.engine.config import read_toml
+from logitcask.engine.objectives import PRESETS
+from tests.cli.conftest import NEW, ROLL, SCORE, TRAIN, UNITS, N, World
+
+SEQUENCES = 2 * UNITS * N
+ALL = 2 * UNITS
+"""Commits of a whole store."""
+
+
+def reads(name: str) -> list[tuple[str, int, str]]:
+    """(verb, commits of the store, a key of its JSON)."""
+    return [
+        (f"{ROLL} {name}", 0, "units_new"),
+        (f"{SCORE} {name}", UNITS, "units_new"),
+        (f"{TRAIN} {name} --out OUT", ALL, "exactness"),
+        (f"store info {name}", ALL, "bytes_per_position"),
+        (f"store ls {name}", ALL, "segment"),
+        (f"store show {name}", ALL, "teacher_top"),
+        (f"store show {name} --tokenizer @student", ALL, "teacher_top"),
+        (f"store verify {name}", ALL, "strays"),
+    ]
+
+
+@pytest.mark.parametrize(("command", "commits", "key"), reads("STORE"))
+def test_json_is_all_that_stdout_holds_and_stderr_is_lines_of_ours(
+    world: World, call: Any, command: str, commits: int, key: str
+) -> None:
+    command = command.replace("STORE", world.store(commits)).replace("OUT", world.new("out"))
+    done = call(f"{command} --format json")
+    assert done.code == 0, done.err
+    values = done.json
+    assert key in (values[0] if isinstance(values, list) else values)
+    ours = ("rollout: ", "score: ", "train: ", "verify: ", "scores: ", "support: ", "estimator: ")
+    strange = [
+        line
+        for line in done.err.splitlines()
+        if not line.startswith((*ours, "prefixes: ", "note: "))
+    ]
+    assert not strange, "a library's bars and warnings"
+
+
+def test_text_and_json_say_the_same(world: World, call: Any) -> None:
+    text = dict(line.split(maxsplit=1) for line in call("store info @st").out.splitlines())
+    values = call("store info @st --format json").json
+    assert text.keys() == values.keys()
+    assert int(text["bytes"]) == values["bytes"]
+    rows = call("store ls @st").out.splitlines()
+    assert len(rows) == 1 + len(call("store ls @st --format json").json) == 1 + ALL
+
+
+def test_what_is_done_is_not_done_again(world: World, call: Any) -> None:
+    store = world.store()
+    assert call(f"{ROLL} {store} --format json").json["units_new"] == 0
+    assert call(f"{SCORE} {store} --format json").json["units_new"] == 0
+    out = world.new("run")
+    first = call(f"{TRAIN} {store} --out {out} --format json").json
+    again = call(f"{TRAIN} {store} --out {out} --format json").json
+    assert (first["resumed_at"], again["resumed_at"]) == (0, first["updates"])
+    assert again["last"] == first["last"]
+    assert call(f"store info {store} --format json").json["segments"] == ALL
+
+
+def test_a_small_budget_samples_one_at_a_time_and_all_the_same(world: World, call: Any) -> None:
+    done = call(f"{ROLL} {world.new('narrow')} --batch-tokens 1 --format json").json
+    assert (done["sequences"], done["units_new"]) == (SEQUENCES, UNITS)
+    assert done["positions"] <= SEQUENCES * NEW
+
+
+@pytest.mark.parametrize("shown", ["", "--tokenizer @student"])
+def test_show_reads_every_sequence(call: Any, shown: str) -> None:
+    for sequence in (0, SEQUENCES - 1):
+        rows = call(f"store show @st --sequence {sequence} --top 2 --format json {shown}").json
+        assert 1 <= len(rows) <= NEW
+        assert all(len(row["teacher_top"]) == 2 and row["teacher_lp"] < 0 for row in rows)
+
+
+@pytest.mark.parametrize("command", [f"{ROLL} @x", f"{SCORE} @x", f"{TRAIN} @x"])
+def test_dry_run_prints_toml_and_touches_nothing(world: World, call: Any, command: str) -> None:
+
+    done = call(f"{command} --dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert tomllib.loads(done.out)["store"]["url"] == str(world.at("@x"))
+    assert not world.at("@x").exists()
+
+
+def test_dry_run_of_distill_reads_back_equal(world: World, call: Any) -> None:
+    done = call("distill @d.toml --set train.lr=1e-5 --dry-run")
+    assert done.code == 0
+    world.at("@again.toml").write_text(done.out)
+    assert read_toml(world.at("@again.toml")) == read_toml(world.at("@d.toml"), ["train.lr=1e-5"])
+    assert call("distill @again.toml --dry-run").out == done.out
+    assert not world.at("@loop-store").exists()
+
+
+def test_distill_prints_one_json_object(world: World, call: Any) -> None:
+    done = call("distill @d.toml --set store.url=loop-1 --set run.out=loop-1-out --format json")
+    assert done.code == 0, done.err
+    assert done.json["updates"] == done.json["version"] == 2
+    assert "renewed every round" in done.err
+
+
+def test_no_verb_version_and_list(call: Any) -> None:
+    assert version("logitcask") in call("--version").out
+    assert call("--help").code == 0
+    assert call("store").code == 2
+    listed = call("train --list-objectives")
+    assert [line.split()[0] for line in listed.out.splitlines()[1:]] == list(PRESETS)
