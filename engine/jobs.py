@@ -22,7 +22,7 @@ from logitcask.engine.config import (
 )
 from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
-from logitcask.engine.objectives import PRESETS, Preset, find_preset
+from logitcask.engine.objectives import PRESETS, Preset, find_preset, warnings
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.score import ScoreReport, score
@@ -76,7 +76,7 @@ def run_train(
     pin = store.head()
     teacher = choose(pin.names("score"), job.train.teacher, what="teacher")
     model = student_of(job.student, pin, job.store.rollouts)
-    return train(
+    report = train(
         store,
         model=model,
         out=job.run.out,
@@ -92,6 +92,9 @@ def run_train(
         notice=notice,
         progress=progress,
     )
+    for line in warnings(preset, report.last):
+        notice(f"warning: {line}")
+    return report
 
 
 def student_and_prompts(

@@ -13,7 +13,7 @@ check of every allowed cell that its expected gradient is zero at p = q and nowh
 it descends. Nothing here is vocabulary-sized, so no kernel is ever needed.
 """
 
-from logitcask.engine.objectives.exactness import Facts, Verdict, verdict
+from logitcask.engine.objectives.exactness import Facts, Verdict, verdict, warnings
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import PRESETS, Preset, find_preset
 from logitcask.engine.objectives.row_objective import live_k, row_objective
@@ -28,4 +28,5 @@ __all__ = [
     "live_k",
     "row_objective",
     "verdict",
+    "warnings",
 ]

@@ -4,11 +4,17 @@ Three things can each be exact or not, whatever the objective: the scores at the
 the set of those ids, and the estimator. The prefixes are always those of the rollouts.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import Preset
+
+
+COVERAGE_WARN = 0.95
+DRIFT_WARN = 0.05
+"""Nats of k3."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +97,29 @@ def verdict(what: Objective | Preset, facts: Facts) -> Verdict:
         prefixes=_prefixes(facts),
         notes=tuple(notes),
     )
+
+
+def warnings(what: Objective | Preset, metrics: Mapping[str, float | None]) -> list[str]:
+    """What the metrics of an update say against this objective on this cache; for a person.
+
+    The bounds are starting values, not yet calibrated; nothing is skipped because of them.
+    """
+    objective = what.objective if isinstance(what, Preset) else what
+    found = []
+    coverage, drift = metrics.get("cache/coverage"), metrics.get("cache/drift_k3")
+    live = objective.support in ("overlap", "student")
+    if live and coverage is not None and coverage < COVERAGE_WARN:
+        found.append(
+            f"cache/coverage = {coverage:.3f}: only that share of the student's mass has a score, "
+            f"and under {COVERAGE_WARN} the loss sees too little of it; score with a larger "
+            "--k-max, or sample and score again"
+        )
+    if objective.support == "sampled" and drift is not None and drift > DRIFT_WARN:
+        found.append(
+            f"cache/drift_k3 = {drift:.3f} nats: over {DRIFT_WARN} the sampled ids are no longer "
+            "draws of this student; sample and score again"
+        )
+    return found
 
 
 def _check_k(objective: Objective, facts: Facts) -> None:

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives import PRESETS, Facts, Objective, find_preset, verdict
+from logitcask.engine.objectives import (
+    PRESETS,
+    Facts,
+    Objective,
+    find_preset,
+    verdict,
+    warnings,
+)
 
 FACTS = Facts(
     student_k=16,
@@ -171,3 +178,32 @@ def test_whole_scores_serve_everything_else() -> None:
     assert [verdict(PRESETS[name], whole).scores for name in served] == [
         LABELS[name][0] for name in served
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "words"),
+    [
+        ("overlap", {"cache/coverage": 0.94, "cache/drift_k3": 9.0}, "cache/coverage = 0.940"),
+        ("opd", {"cache/coverage": 0.5}, "cache/coverage = 0.500"),
+        ("sampled_token", {"cache/drift_k3": 0.06}, "cache/drift_k3 = 0.060 nats"),
+    ],
+)
+def test_a_moved_student_is_warned_of(name: str, metrics: dict[str, float], words: str) -> None:
+    (line,) = warnings(PRESETS[name], metrics)
+    assert words in line
+    assert "score" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [
+        ("overlap", {"cache/coverage": 0.96, "cache/drift_k3": 9.0}),
+        ("forward_kl", {"cache/coverage": 0.1, "cache/drift_k3": 9.0}),
+        ("lightning", {"cache/coverage": 0.1, "cache/drift_k3": 0.04}),
+        ("overlap", {}),
+    ],
+)
+def test_what_an_objective_does_not_mind_is_not_warned_of(
+    name: str, metrics: dict[str, float]
+) -> None:
+    assert warnings(PRESETS[name], metrics) == []
