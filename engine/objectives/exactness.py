@@ -11,7 +11,6 @@ from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import Preset
 
-
 COVERAGE_WARN = 0.95
 DRIFT_WARN = 0.05
 """Nats of k3."""

@@ -42,7 +42,7 @@ def test_json_is_all_that_stdout_holds_and_stderr_is_lines_of_ours(
     strange = [
         line
         for line in done.err.splitlines()
-        if not line.startswith((*ours, "prefixes: ", "note: "))
+        if not line.startswith((*ours, "prefixes: ", "note: ", "warning: cache/"))
     ]
     assert not strange, "a library's bars and warnings"
 
