@@ -184,9 +184,10 @@ def carry_out(
     mark = {"plan": course.plan, "rows_per_update": desk.rows_per_update}
     run = {
         "student": {k: v for k, v in model.lineage().items() if k not in ("name", "revision")},
-        **course.identity,
-        "objective": asdict(objective),
+        # A digest says less than a setting, so settings are compared before what follows from them.
         "settings": {**asdict(settings), "dtype": "bfloat16" if desk.args.bf16 else "float32"},
+        "objective": asdict(objective),
+        **course.identity,
         **mark,
     }
     if desk.earlier is not None:
