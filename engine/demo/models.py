@@ -40,7 +40,8 @@ def make_tokenizer() -> Any:
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    factory: Any = PreTrainedTokenizerFast
+    return factory(
         tokenizer_object=characters,
         pad_token="<pad>",
         eos_token="<stop>",
@@ -76,7 +77,16 @@ def make_model(size: Size, seed: int) -> Any:
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """An ordinary model folder: safetensors, config and tokenizer."""
-    model.save_pretrained(folder)
+    import transformers
+
+    log: Any = transformers.logging
+    bars = log.is_progress_bar_enabled()
+    log.disable_progress_bar()  # the engine never prints
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if bars:
+            log.enable_progress_bar()
     tokenizer.save_pretrained(folder)
 
 

@@ -156,7 +156,7 @@ class Pupil:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * min(1.0, self.steps / WARMUP_STEPS) * slide
             loss = self.loss(list(islice(self.problems, self.batch)))
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -12,6 +12,8 @@ from logitcask.engine.errors import ConfigError
 from logitcask.engine.rundir import write_json
 
 RECORD = "demo.json"
+STAGES = ("teacher", "student", "rollout", "score")
+"""What a folder makes once, in this order. Training and measuring come after, in every call."""
 
 
 class Record:
@@ -22,7 +24,7 @@ class Record:
 
     def __init__(self, out: Path, content: dict[str, Any]) -> None:
         self._file, self._content = out / RECORD, content
-        self.reused = tuple(content["seconds"])
+        self.reused = tuple(stage for stage in STAGES if stage in content["seconds"])
         """Stages that an earlier call finished."""
         self.seconds: dict[str, float] = dict.fromkeys(self.reused, 0.0)
         self.accuracy: dict[str, float] = content["accuracy"]
@@ -142,11 +144,9 @@ class DemoResult:
             "seconds        " + ", ".join(f"{s} {t:.1f}" for s, t in self.seconds.items()),
         ]
         if self.reused:
-            lines += [
-                "",
-                f"from an earlier call: {', '.join(self.reused)}. "
-                "Nothing was sampled and nothing was scored again.",
-            ]
+            lines += ["", f"from an earlier call: {', '.join(self.reused)}"]
+        if {"rollout", "score"} <= set(self.reused):
+            lines += ["nothing was sampled and nothing was scored in this call"]
         else:
             other = "forward_kl" if self.objective != "forward_kl" else "overlap"
             lines += [

@@ -13,7 +13,7 @@ as many threads as torch was given.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.demo.models import Size, accuracy, make_model, make_tokenizer, save
 from logitcask.engine.demo.pretrain import Pupil, learn_at_least, learn_between
 from logitcask.engine.demo.record import DemoResult, Record
+from logitcask.engine.demo.scale import FAST, FULL, Scale
 from logitcask.engine.demo.task import Task, write_prompts
 from logitcask.engine.identity import model_ref
 from logitcask.engine.jobs import run_rollout, run_score, run_train
@@ -39,61 +40,6 @@ TEACHER_AT_LEAST = 0.95
 STUDENT_BETWEEN = (0.45, 0.65)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scale:
-    """How much of everything. Sizes, rates and counts were chosen together."""
-
-    digits: int
-    teacher: Size
-    teacher_batch: int
-    student: Size
-    student_batch: int
-    student_stride: int
-    """Steps between two examinations."""
-    exam: int
-    """Problems of an examination while a model learns."""
-    evaluation: int
-    """Problems of the accuracies that are reported."""
-    prompts: int
-    """Of rollouts to train on, each answered once."""
-    heldout: int
-    unit_prompts: int
-    tokens_per_batch: int
-    accumulation: int
-
-
-FULL = Scale(
-    digits=3,
-    teacher=Size(128, 3, 384, 4),
-    teacher_batch=128,
-    student=Size(96, 3, 288, 3),
-    student_batch=64,
-    student_stride=20,
-    exam=500,
-    evaluation=1000,
-    prompts=15_360,
-    heldout=256,
-    unit_prompts=1280,
-    tokens_per_batch=544,
-    accumulation=4,
-)
-FAST = Scale(
-    digits=2,
-    teacher=Size(96, 2, 288, 3),
-    teacher_batch=96,
-    student=Size(64, 2, 192, 2),
-    student_batch=64,
-    student_stride=10,
-    exam=500,
-    evaluation=500,
-    prompts=1536,
-    heldout=128,
-    unit_prompts=154,
-    tokens_per_batch=384,
-    accumulation=4,
-)
-
-
 def run_demo(
     out: Path,
     *,
@@ -104,9 +50,9 @@ def run_demo(
 ) -> DemoResult:
     """Makes what `out` lacks, trains the student by `objective`, and measures it.
 
-    The same objective again only measures. Raises ConfigError for an unknown objective and for an
-    `out` that holds something else or a demo of another seed or size, LogitcaskError where a model
-    does not learn its task, and what the stages raise.
+    The same objective again only measures. Raises ObjectiveError for an unknown objective,
+    ConfigError for an `out` that holds something else or a demo of another seed or size,
+    LogitcaskError where a model does not learn its task, and what the stages raise.
     """
     find_preset(objective)  # before minutes go by
     scale = FAST if fast else FULL
@@ -137,9 +83,9 @@ class Demo:
             learn_at_least(
                 pupil,
                 TEACHER_AT_LEAST,
-                ready=0.75,
+                ready=0.8,
                 stride=25,
-                slide=50,
+                slide=100,
                 limit=1000,
                 stage="teacher",
                 progress=self.progress,
@@ -149,33 +95,36 @@ class Demo:
             learn_between(
                 pupil,
                 *STUDENT_BETWEEN,
-                stride=scale.student_stride,
+                stride=20,
                 limit=2000,
                 stage="student",
                 progress=self.progress,
             )
 
-        self._make_model("teacher", scale.teacher, scale.teacher_batch, 2e-3, learn)
-        self._make_model("student", scale.student, scale.student_batch, 3e-3, half_learn)
+        if self.record.lacks("teacher"):
+            with self.record.making("teacher"):
+                self._make("teacher", scale.teacher, scale.teacher_batch, scale.teacher_lr, learn)
+        if self.record.lacks("student"):
+            with self.record.making("student"):
+                self._make(
+                    "student", scale.student, scale.student_batch, scale.student_lr, half_learn
+                )
 
-    def _make_model(
+    def _make(
         self, name: str, size: Size, batch: int, lr: float, learn: Callable[[Pupil], None]
     ) -> None:
-        if not self.record.lacks(name):
-            return
-        with self.record.making(name):
-            pupil = Pupil(
-                make_model(size, self.seed),
-                self.tokenizer,
-                self.task.stream(name, self.seed),
-                self.task.draw("validation", self.scale.exam, self.seed),
-                batch=batch,
-                lr=lr,
-                max_new_tokens=self.task.max_new_tokens,
-            )
-            learn(pupil)
-            save(pupil.model, self.tokenizer, self.out / name)
-            self.record.accuracy[name] = self._accuracy(pupil.model)
+        pupil = Pupil(
+            make_model(size, self.seed),
+            self.tokenizer,
+            self.task.stream(name, self.seed),
+            self.task.draw("validation", self.scale.exam, self.seed),
+            batch=batch,
+            lr=lr,
+            max_new_tokens=self.task.max_new_tokens,
+        )
+        learn(pupil)
+        save(pupil.model, self.tokenizer, self.out / name)
+        self.record.accuracy[name] = self._accuracy(pupil.model)
 
     def fill_store(self) -> None:
         """The student's rollouts of both sets of prompts, and the teacher's scores of them."""
@@ -202,7 +151,7 @@ class Demo:
             prompts=config.Prompts(file=file, chat_template=False),
             store=self._store(name),
             rollout=config.Rollout(
-                n=1,
+                n=self.scale.n,
                 max_new_tokens=self.task.max_new_tokens,
                 student_k=K,
                 unit_prompts=self.scale.unit_prompts,
@@ -295,4 +244,5 @@ def _top(scores: Scores, entries: Array) -> Array:
     """[P, K], the best K entries of every row."""
     counts = scores.cnt.astype(np.int64)
     start = np.cumsum(counts) - counts
-    return entries[start[:, None] + np.arange(K)]
+    best: Array = entries[start[:, None] + np.arange(K)]
+    return best

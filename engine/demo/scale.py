@@ -1,0 +1,66 @@
+"""How much of everything a demo makes: a few minutes, or the least that shows the same."""
+
+from dataclasses import dataclass
+
+from logitcask.engine.demo.models import Size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """How much of everything. Sizes, rates and counts were chosen together."""
+
+    digits: int
+    teacher: Size
+    teacher_batch: int
+    teacher_lr: float
+    student: Size
+    student_batch: int
+    student_lr: float
+    exam: int
+    """Problems of an examination while a model learns."""
+    evaluation: int
+    """Problems of the accuracies that are reported."""
+    prompts: int
+    """Of the rollouts that are trained on."""
+    n: int
+    """Responses per prompt."""
+    heldout: int
+    unit_prompts: int
+    tokens_per_batch: int
+    accumulation: int
+
+
+FULL = Scale(
+    digits=3,
+    teacher=Size(192, 3, 576, 6),
+    teacher_batch=64,
+    teacher_lr=2e-3,
+    student=Size(96, 3, 288, 3),
+    student_batch=64,
+    student_lr=3e-3,
+    exam=500,
+    evaluation=1000,
+    prompts=15_360,
+    n=1,
+    heldout=256,
+    unit_prompts=1280,
+    tokens_per_batch=544,
+    accumulation=4,
+)
+FAST = Scale(
+    digits=2,
+    teacher=Size(128, 2, 384, 4),
+    teacher_batch=48,
+    teacher_lr=3e-3,
+    student=Size(96, 2, 288, 3),
+    student_batch=48,
+    student_lr=4e-3,
+    exam=300,
+    evaluation=500,
+    prompts=1500,
+    n=3,
+    heldout=100,
+    unit_prompts=150,
+    tokens_per_batch=400,
+    accumulation=4,
+)

@@ -1,0 +1,150 @@
+"""The whole demo in its fast size: one run from nothing, then other objectives from its store."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.engine.demo import DemoResult, run_demo
+from logitcask.engine.demo import run as demo_run
+from logitcask.engine.errors import ConfigError, ObjectiveError
+from logitcask.engine.store import open_store
+from logitcask.engine.store.verify import verify
+from logitcask.engine.types import Scores
+
+KEYS = [
+    "student_before",
+    "student_after",
+    "teacher",
+    "gap_recovery",
+    "overlap_ratio_before",
+    "overlap_ratio_after",
+    "overlap_mass_before",
+    "overlap_mass_after",
+    "positions",
+    "bytes_per_position",
+    "seconds",
+]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
+    return run_demo(tmp_path_factory.mktemp("demo") / "out", fast=True)
+
+
+def test_the_student_comes_closer_to_its_teacher(first: DemoResult):
+    assert first.teacher > 0.92
+    assert 0.40 < first.student_before < 0.70
+    assert first.student_after > first.student_before + 0.15
+    gap = first.teacher - first.student_before
+    assert first.gap_recovery == (first.student_after - first.student_before) / gap
+    assert 0 < first.overlap_ratio_before < 1
+    assert first.overlap_mass_after > first.overlap_mass_before > 0.9
+
+
+def test_json_has_these_keys_and_plain_numbers(first: DemoResult):
+    content = first.as_json()
+    assert list(content) == KEYS
+    assert set(content["seconds"]) == {
+        "teacher",
+        "student",
+        "rollout",
+        "score",
+        "train",
+        "evaluate",
+    }
+    assert all(type(value) in (int, float) for key, value in content.items() if key != "seconds")
+
+
+def test_table_says_the_same(first: DemoResult):
+    text = first.as_text()
+    assert f"{first.student_after:.1%}" in text
+    assert f"{first.positions:,}" in text
+    assert f"--out {first.out} --objective forward_kl" in text
+
+
+def test_store_is_whole_and_of_many_segments(first: DemoResult):
+    store = open_store(first.out / "store")
+    pin = store.head()
+    report = verify(store)
+    assert len(pin.rollouts("main")) == 10
+    assert report.segments == first.segments == 22
+    assert first.positions == sum(s.counts["P"] for s in pin.rollouts("main"))
+    held = sum(s.counts["P"] for s in pin.rollouts("heldout"))
+    files = sum(f.stat().st_size for f in (first.out / "store" / "seg").rglob("*") if f.is_file())
+    assert first.bytes_per_position == pytest.approx(files / (first.positions + held))
+
+
+def test_another_objective_only_trains(first: DemoResult, monkeypatch: pytest.MonkeyPatch):
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("made again")
+
+    for stage in ("run_rollout", "run_score", "learn_at_least", "learn_between"):
+        monkeypatch.setattr(demo_run, stage, never)
+    made = {f: f.stat().st_mtime_ns for f in (first.out / "store").rglob("*") if f.is_file()}
+
+    again = run_demo(first.out, fast=True, objective="forward_kl")
+    same = ("student_before", "teacher", "overlap_ratio_before", "overlap_mass_before", "positions")
+    assert all(getattr(again, name) == getattr(first, name) for name in same)
+    assert again.student_after > again.student_before + 0.15
+    assert again.student_after != first.student_after
+    assert again.reused == ("teacher", "student", "rollout", "score")
+    assert all(again.seconds[stage] == 0 for stage in again.reused)
+    assert again.seconds["train"] > 0
+    assert "nothing was sampled and nothing was scored" in again.as_text()
+    assert made == {
+        f: f.stat().st_mtime_ns for f in (first.out / "store").rglob("*") if f.is_file()
+    }
+
+    # Nor does the first objective train again.
+    third = run_demo(first.out, fast=True)
+    assert third.student_after == first.student_after
+    assert third.seconds["train"] < first.seconds["train"]
+
+
+def test_another_seed_or_size_in_the_same_folder_is_refused(first: DemoResult):
+    with pytest.raises(ConfigError, match="holds a demo with seed = 0, not 1") as error:
+        run_demo(first.out, fast=True, seed=1)
+    assert "another --out" in error.value.remedy
+    with pytest.raises(ConfigError, match="holds a demo with fast = True, not False"):
+        run_demo(first.out)
+
+
+def test_what_is_not_a_demos_folder_stays_untouched(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not the folder of a demo"):
+        run_demo(tmp_path, fast=True)
+    with pytest.raises(ConfigError, match="is not the folder of a demo"):
+        run_demo(tmp_path / "thesis.txt", fast=True)
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_unknown_objective_is_refused_before_anything_is_made(tmp_path: Path):
+    with pytest.raises(ObjectiveError, match="overlop"):
+        run_demo(tmp_path / "out", fast=True, objective="overlop")
+    assert not (tmp_path / "out").exists()
+
+
+def scores(ids: list[list[int]], p: list[list[float]]) -> Scores:
+    """Ragged rows; only what overlap reads is filled in."""
+    rows = np.zeros(len(ids), np.float32)
+    return Scores(
+        lp=rows,
+        entropy=rows,
+        log_tail=rows,
+        cnt=np.array([len(row) for row in ids], np.uint16),
+        ids=np.concatenate(ids).astype(np.uint32),
+        entry_lp=np.log(np.concatenate(p).astype(np.float32)),
+    )
+
+
+def test_overlap_by_hand(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo_run, "K", 2)
+    student = scores([[3, 5], [7, 1]], [[0.6, 0.3], [0.8, 0.1]])
+    # Its third entries are beyond K, and count for nothing.
+    teacher = scores([[5, 3, 9], [1, 2, 7]], [[0.5, 0.4, 0.1], [0.7, 0.2, 0.05]])
+    ratio, mass = demo_run.overlap([student], [teacher])
+    assert ratio == pytest.approx((2 + 1) / 4)
+    assert mass == pytest.approx((0.9 + 0.1) / 2)
+    assert demo_run.overlap([student, student], [teacher, teacher]) == pytest.approx((ratio, mass))
