@@ -51,15 +51,20 @@ def load_student(ref: ModelRef, *, lora_rank: int = 0, seed: int = 0) -> nn.Modu
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' own progress bars are off inside: the engine never prints."""
+    """transformers' own progress bars and advice are off inside: the engine never prints.
+
+    Its advice on checkpoints (a tied head that is not stored twice, say) is about its own formats.
+    """
     from transformers.utils import logging as module
 
     logging: Any = module
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

@@ -82,8 +82,9 @@ def test_training_goes_on_after_ctrl_c_and_ends_alike(world: World, call: Any) -
     )
     assert code == 130
     assert err.splitlines()[-1] == "interrupted: committed units stay; the same command goes on"
-    done = call(f"{command} --out {out} --format json").json
-    assert 1 <= done["resumed_at"] < done["updates"]
+    resumed = call(f"{command} --out {out} --format json")
+    assert 1 <= resumed.json["resumed_at"] < resumed.json["updates"]
+    assert "[transformers]" not in err + resumed.err, "a library's advice on its own formats"
     assert call(f"{command} --out {whole}").code == 0
     weights = [(world.at(folder) / "model.safetensors").read_bytes() for folder in (out, whole)]
     assert weights[0] == weights[1]
