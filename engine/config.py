@@ -13,7 +13,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.types import SamplingParams, ScoreRequest
@@ -115,8 +122,18 @@ class Score(Section):
         16, description="Ids kept at least: the teacher's top-k is exact for every k up to this."
     )
     k_max: Positive = Field(
-        64, description="Ids kept at most: bounds the bytes of unsure positions."
+        64,
+        description="Ids kept at most: bounds the bytes of unsure positions.",
+        validate_default=True,
     )
+
+    @field_validator("k_max")
+    @classmethod
+    def _holds_k_min(cls, k_max: int, info: ValidationInfo) -> int:
+        # Training takes k_min at its word: every row must be able to hold so many.
+        if k_max < info.data.get("k_min", 0):
+            raise ValueError(f"must be k_min = {info.data['k_min']} or more")
+        return k_max
 
     def request(self) -> ScoreRequest:
         return ScoreRequest(top_p=self.top_p, k_min=self.k_min, k_max=self.k_max)

@@ -55,7 +55,8 @@ def score(
 
     eos_rows: what to do with a stop token that ends a response and that the teacher does not use.
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
-    IncompleteError where there are no rollouts, ConfigError for a scorer that lacks a capability.
+    IncompleteError where there are no rollouts, ConfigError for a scorer that lacks a capability
+    or a request that no row could meet.
     """
     start_s = time.monotonic()
     _check_scorer(scorer, request)
@@ -168,6 +169,12 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
 
 
 def _check_scorer(scorer: Scorer, request: ScoreRequest) -> None:
+    # No row could hold k_min ids, and training would take the request at its word.
+    if request.k_min > request.k_max:
+        raise ConfigError(
+            f"k_min = {request.k_min} is more than k_max = {request.k_max}",
+            remedy=f"Give k_max = {request.k_min} or more.",
+        )
     needs = {"top", "entropy", "tail"} | ({"at_ids"} if request.at_student else set())
     if lacking := sorted(needs - scorer.capabilities):
         raise ConfigError(

@@ -48,6 +48,7 @@ def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> No
         (RolloutJob, {"rollout__top_p": 1.5}, ["rollout.top_p = 1.5", "less than or equal to 1"]),
         (ScoreJob, {"teacher__name": "../x"}, ["teacher.name = '../x'"]),
         (TrainJob, {"train__lr": -1.0}, ["train.lr = -1.0", "greater than 0"]),
+        (ScoreJob, {"score__k_min": 65}, ["score.k_max = 64", "k_min = 65 or more"]),
     ],
 )
 def test_a_forbidden_value_is_named_with_its_rule(

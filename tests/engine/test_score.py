@@ -203,6 +203,15 @@ def test_a_name_stands_for_one_teacher(
     assert run(store, student, HF(student), teacher_name="self").units_new == 2
 
 
+def test_a_list_that_must_be_longer_than_it_may_be_is_refused(
+    store: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    """Else train would promise an exact top-20 of rows that hold 10 ids."""
+    request = dataclasses.replace(REQUEST, k_min=20)
+    with pytest.raises(ConfigError, match="k_min = 20 is more than k_max = 10"):
+        run(store, teacher, Dies(scorer, 0), request=request)
+
+
 def test_missing_rollouts_and_capabilities_are_named(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
