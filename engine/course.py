@@ -193,6 +193,10 @@ def carry_out(
     if desk.earlier is not None:
         check_same(desk.out, {key: desk.earlier.get(key) for key in run}, run)
     folder, step = newest_checkpoint(desk.out, mark) or (None, 0)
+    finished = (desk.out / CARD).exists()
+    if finished:
+        # Checkpoints are large, and of no more use: without them the metrics are still all true.
+        step = course.updates
     desk.wait()
     if desk.first and desk.earlier is None:
         desk.out.mkdir(parents=True, exist_ok=True)
@@ -203,7 +207,6 @@ def carry_out(
             "exactness": asdict(course.exactness),
         }
         write_json(desk.out / RUN, {**run, **notes})
-    finished = (desk.out / CARD).exists()
     metrics = MetricsFile(desk.out / METRICS, step, first=desk.first)
     if not finished:
         with quiet():
@@ -235,7 +238,7 @@ def carry_out(
     return TrainReport(
         out=desk.out,
         updates=course.updates,
-        resumed_at=course.updates if finished else step,
+        resumed_at=step,
         version=model.version + course.updates,
         positions=metrics.positions,
         exactness=course.exactness,

@@ -86,7 +86,8 @@ def train(
 
 def _pin(store: Store, earlier: Mapping[str, Any] | None) -> Pin:
     """That of the earlier call, else the newest that the first process sees."""
-    if earlier is not None:
+    # A loop's run has none, and is refused as another run further on.
+    if earlier is not None and "pin" in earlier:
         return store.pin(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
     newest = store.head()
     number, sha256 = gathered((newest.number, newest.sha256))[0]
@@ -114,6 +115,7 @@ def _facts(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts:
         versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
         student_version=model.version,
         same_root=sampler["root"] == model.root,
+        same_weights=all(s.lineage["student"]["weights"] == model.digest for s in rollouts),
         same_template=sampler["template"] == model.template_digest,
         plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
         allow_foreign=foreign_student,

@@ -39,6 +39,8 @@ class Facts:
     """Prompts were rendered as the student's own template renders them."""
     plain_sampling: bool = True
     """Sampled at temperature 1 from the whole distribution."""
+    same_weights: bool = True
+    """The student has the digest that sampled: two runs of one root may reach one version."""
     allow_foreign: bool = False
     """`--foreign-student`."""
 
@@ -53,7 +55,7 @@ class Facts:
 
     @property
     def on_policy(self) -> bool:
-        return self.ages == (0,) and self.plain_sampling
+        return self.ages == (0,) and self.same_weights and self.plain_sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +194,8 @@ def _estimator(objective: Objective, facts: Facts) -> str:
         )
     ages = ", ".join("unknown" if age is None else str(age) for age in facts.ages)
     how = "" if facts.plain_sampling else ", from a tempered or truncated distribution"
+    if facts.ages == (0,) and not facts.same_weights:
+        how += ", but of another run"
     return (
         f"one draw per position, biased: off policy (age {ages}{how}) and not importance-weighted"
     )

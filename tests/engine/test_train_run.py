@@ -1,6 +1,7 @@
 """A run's folder: resumed bit-exactly, never mixed with another run, and silent."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,43 @@ def test_both_divergences_reach_the_loss_by_value(
         run(case, out, objective=objective, settings=replace(SETTINGS, epochs=1))
         losses[objective.divergence] = lines(out)[0]["loss"]
     assert abs(losses["reverse_kl"] / losses["forward_kl"] - 1) > 0.05, losses
+
+
+def test_a_sibling_of_the_same_version_is_off_policy(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    """A version counts updates since the root: two runs of one root share the numbers."""
+    sibling = replace(case[1], digest="sha256:" + "2" * 64)
+    said = [
+        run(case, tmp_path / name, model=model, objective=find_preset("sampled_token")).exactness
+        for name, model in (("self", case[1]), ("sibling", sibling))
+    ]
+    assert "unbiased for KL(p || q) at age 0" in said[0].estimator
+    assert "biased: off policy (age 0, but of another run)" in said[1].estimator
+
+
+def test_a_finished_run_needs_no_checkpoints(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+    first = run(case, tmp_path)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    again = run(case, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+    assert (again.resumed_at, again.positions, again.last) == (
+        first.updates,
+        first.positions,
+        first.last,
+    )
+
+
+def test_the_folder_of_a_loop_is_refused(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+    """Its run.json has no pin: rounds are made as they come."""
+    run(case, tmp_path)
+    file = tmp_path / "run.json"
+    found = json.loads(file.read_text())
+    del found["pin"]
+    file.write_text(json.dumps({**found, "loop": {"rounds": 2}}))
+    with pytest.raises(IdentityError, match=r"holds a run with pin\.number = None, not 7"):
+        run(case, tmp_path)
 
 
 def test_what_is_added_to_the_store_later_changes_nothing(tmp_path: Path) -> None:
