@@ -45,6 +45,7 @@ ENGINE_LAYERS = [
     ["course"],
     ["train"],
     ["jobs"],
+    ["rounds"],
     ["distill"],
     ["demo.task"],
     ["demo.models"],

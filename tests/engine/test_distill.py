@@ -15,15 +15,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import logitcask.engine.distill as loop
+import logitcask.engine.rounds as loop
 from logitcask.engine.batches import RowSource
 from logitcask.engine.config import RunConfig, Student, TrainJob, read_toml
 from logitcask.engine.course import TrainReport
-from logitcask.engine.distill import Rounds, deal, distill
+from logitcask.engine.distill import distill
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.identity import model_ref
 from logitcask.engine.jobs import run_train
 from logitcask.engine.plan import Lengths
+from logitcask.engine.rounds import Rounds, deal
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.verify import verify
 from logitcask.engine.student import live_digest, load_student

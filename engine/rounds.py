@@ -1,0 +1,144 @@
+"""Rows that are made round by round: what an on-policy loop trains on.
+
+A round is known by the version and the live digest of the student that samples it, so a loop that
+comes back to a round finds what it committed and makes only the rest.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from logitcask.engine.batches import PackedRow, RowSource
+from logitcask.engine.config import RunConfig
+from logitcask.engine.jobs import live_backend
+from logitcask.engine.plan import Lengths, Plan, PlanKey, make_plan
+from logitcask.engine.rollout import rollout
+from logitcask.engine.score import score
+from logitcask.engine.store import Segment, Store
+from logitcask.engine.student import live_digest
+from logitcask.engine.types import ModelRef, Prompt
+
+
+class Rounds:
+    """The `Rows` of a loop: a round's rollouts and scores are made before its first update."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        config: RunConfig,
+        store: Store,
+        model: ModelRef,
+        prompts: list[Prompt],
+        template: bool,
+        teacher: ModelRef,
+        scorer: Any,
+        width: int,
+        run: Mapping[str, Any],
+    ) -> None:
+        """`student` is the model in training, on its device; `width` the packed rows of an update;
+        `run` what the name of the rollouts stands for.
+        """
+        self._student = student
+        self._config = config
+        self._store = store
+        self._model = model
+        self._prompts = prompts
+        self._template = template
+        self._teacher = teacher
+        self._scorer = scorer
+        self._width = width
+        self._run = run
+        self._sampler = live_backend(student, model, config.run)
+        self._made: tuple[RowSource, list[Plan]]
+
+    def prepare(self, step: int) -> None:
+        """Makes the round that update `step` begins; inside a round there is nothing to do."""
+        updates = self._config.loop.updates_per_round
+        if step % updates:
+            return
+        live = replace(
+            self._model, digest=live_digest(self._student), version=self._model.version + step
+        )
+        self._roll(live, step // updates)
+        score(
+            self._store,
+            model=self._teacher,
+            scorer=self._scorer,
+            teacher_name=self._config.teacher.name,
+            rollouts_name=self._config.store.rollouts,
+            request=self._config.score.request(),
+        )
+        self._made = self._pack(live)
+
+    def row(self, index: int) -> PackedRow:
+        update, slot = divmod(index, self._width)
+        source, plans = self._made
+        return source.row(plans[update % len(plans)].row(slot))
+
+    def _roll(self, live: ModelRef, round_number: int) -> None:
+        config, count = self._config, self._config.loop.prompts_per_round
+        rollout(
+            self._store,
+            model=live,
+            sampler=self._sampler,
+            prompts=self._prompts,
+            sampling=config.rollout.sampling(),
+            name=config.store.rollouts,
+            seed=config.run.seed,
+            student_k=config.rollout.student_k,
+            unit_prompts=config.rollout.unit_prompts or None,
+            first=round_number * count % len(self._prompts),
+            count=count,
+            versions=True,
+            run=self._run,
+            lineage_extra={"chat_template": self._template},
+        )
+
+    def _pack(self, live: ModelRef) -> tuple[RowSource, list[Plan]]:
+        """The round's own segments, packed for each of its updates."""
+        config = self._config
+
+        def ours(segment: Segment) -> bool:
+            # Both: a first update at a learning rate of 0 leaves the weights as they are.
+            student = segment.lineage["student"]
+            return bool((student["weights"], student["version"]) == (live.digest, live.version))
+
+        pin = self._store.head()
+        source = RowSource(
+            self._store, pin, config.store.rollouts, config.teacher.name, partial=True, only=ours
+        )
+        # The pin's number may differ between runs that share a store; the round may not.
+        key = PlanKey(
+            pin=live.version,
+            pin_sha256=live.digest,
+            rollouts=config.store.rollouts,
+            teacher=config.teacher.name,
+            seed=config.run.seed,
+            epochs=1,
+            tokens_per_batch=config.train.tokens_per_batch,
+        )
+        rng = np.random.default_rng([config.run.seed, live.version])
+        parts = deal(source.lengths(), config.loop.updates_per_round, rng)
+        plans = [make_plan(key, part) for part in parts]
+        assert max(map(len, plans)) <= self._width, "rows_per_update"
+        return source, plans
+
+
+def deal(lengths: Sequence[Lengths], updates: int, rng: np.random.Generator) -> list[list[Lengths]]:
+    """Drawn shares of the sequences, one for each update, equally many but for one.
+
+    Whole packed rows would not do: a round of short responses may fill less rows than updates.
+    """
+    counts = [len(segment.response) for segment in lengths]
+    owner = np.split(rng.permutation(sum(counts)) % updates, np.cumsum(counts)[:-1])
+    return [
+        [
+            # A plan leaves out what has no response.
+            replace(segment, response=np.where(of == update, segment.response, 0))
+            for segment, of in zip(lengths, owner, strict=True)
+        ]
+        for update in range(updates)
+    ]
