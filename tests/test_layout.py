@@ -49,7 +49,7 @@ ENGINE_LAYERS = [
     ["distill"],
     ["demo.task"],
     ["demo.models"],
-    ["demo.pretrain", "demo.record"],
+    ["demo.pretrain", "demo.record", "demo.scale"],
     ["demo.run"],
     ["demo"],
 ]
