@@ -85,7 +85,7 @@ class Demo:
                 TEACHER_AT_LEAST,
                 ready=0.8,
                 stride=25,
-                slide=100,
+                slide=scale.teacher_slide,
                 limit=1000,
                 stage="teacher",
                 progress=self.progress,

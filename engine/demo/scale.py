@@ -13,6 +13,8 @@ class Scale:
     teacher: Size
     teacher_batch: int
     teacher_lr: float
+    teacher_slide: int
+    """Steps over which its rate falls at the end; more of them make it surer."""
     student: Size
     student_batch: int
     student_lr: float
@@ -35,6 +37,7 @@ FULL = Scale(
     teacher=Size(192, 3, 576, 6),
     teacher_batch=64,
     teacher_lr=2e-3,
+    teacher_slide=100,
     student=Size(96, 3, 288, 3),
     student_batch=64,
     student_lr=3e-3,
@@ -52,6 +55,7 @@ FAST = Scale(
     teacher=Size(128, 2, 384, 4),
     teacher_batch=48,
     teacher_lr=3e-3,
+    teacher_slide=50,
     student=Size(96, 2, 288, 3),
     student_batch=48,
     student_lr=4e-3,
