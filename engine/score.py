@@ -5,7 +5,7 @@ student's tokenizer: its log-probs are read by id, and ids as sampled are all th
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.identity import digest
-from logitcask.engine.store import Segment, Store
+from logitcask.engine.store import Pin, Segment, Store
 from logitcask.engine.types import (
     STOP,
     ModelRef,
@@ -71,6 +71,7 @@ def score(
     notes: list[str] = []
     for segment in segments:
         notes += [n for n in check_identity(segment.lineage["student"], model) if n not in notes]
+    notes += _other_dtypes(pin, segments, teacher_name, scorer)
     units = {unit_key(segment, model, request): segment for segment in segments}
     done_as = {s.unit_key: s.name for s in pin.segments}
     for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
@@ -166,6 +167,19 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
             remedy='Keep these rows with eos_rows="keep", or give the teacher\'s config.json these '
             "eos_token_id.",
         )
+
+
+def _other_dtypes(
+    pin: Pin, segments: Sequence[Segment], teacher_name: str, scorer: Scorer
+) -> list[str]:
+    """A note where some of these rollouts were scored in another dtype: bfloat16 moves log-probs
+    by some 0.01 nats, which training cannot tell from what the teacher thinks."""
+    ours, there = scorer.describe().get("dtype"), pin.scores(teacher_name)
+    found = {there[s.seg_id].lineage["backend"].get("dtype") for s in segments if s.seg_id in there}
+    return [
+        f"scores of {teacher_name!r} in {other} are there already, and this run computes in {ours}"
+        for other in sorted(map(str, found - {ours}))
+    ]
 
 
 def _check_scorer(scorer: Scorer, request: ScoreRequest) -> None:

@@ -203,6 +203,16 @@ def test_a_name_stands_for_one_teacher(
     assert run(store, student, HF(student), teacher_name="self").units_new == 2
 
 
+def test_scores_of_two_dtypes_are_a_note(store: Path, teacher: ModelRef, scorer: HF) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(store, teacher, Dies(scorer, 1))
+    report = run(store, teacher, HF(teacher, dtype="bfloat16"))
+    assert report.units_new == 1
+    assert report.notes == (
+        "scores of 'big' in float32 are there already, and this run computes in bfloat16",
+    )
+
+
 def test_a_list_that_must_be_longer_than_it_may_be_is_refused(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
