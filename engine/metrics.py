@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logitcask.engine.targets import BEYOND, Targets
+from logitcask.engine.targets import Targets
 from logitcask.kernels.sparse_kl import RowView
 
 METRIC_K = 16
@@ -59,18 +59,25 @@ class Seen:
         return self.both.sum(-1)
 
 
-def see(view: RowView, rows: Targets, k: int = METRIC_K) -> Seen:
-    """`rows` are the rows of `view`. Where the view holds fewer than k live ids, those are used."""
-    same = rows.matches(view.top_ids[:, :k])  # [C, S, K]
-    place = torch.where(same.any(-1), same.to(torch.int8).argmax(-1), BEYOND)
-    row_k = rows.kept.clamp(1, same.shape[-1])
+def see(view: RowView, rows: Targets, k: int = METRIC_K, *, places: Tensor | None = None) -> Seen:
+    """`rows` are the rows of `view`; `places` is rows.places(view.top_ids), if it is known. Where
+    the view holds fewer than k live ids, those are used.
+    """
+    if places is None:
+        places = rows.places(view.top_ids)
+    k = min(k, view.top_ids.shape[1])
+    row_k = rows.kept.clamp(1, k)
+    # One more slot, for what is not in the live top-k or has no score.
+    slot = torch.where(rows.cached, places, k).clamp(max=k)
+    top_cached = torch.zeros_like(view.top_ids[:, :1], dtype=torch.bool).repeat(1, k + 1)
+    top_cached.scatter_(1, slot, True)
     return Seen(
         view=view,
         rows=rows,
         log_q=rows.q_log_p.to(view.log_p.dtype),
         k=row_k,
-        both=(place < row_k[:, None]) & (rows.q_rank < row_k[:, None]),
-        top_cached=(same & rows.cached[:, :, None]).any(1),
+        both=(places < row_k[:, None]) & (rows.q_rank < row_k[:, None]),
+        top_cached=top_cached[:, :k],
     )
 
 
@@ -159,9 +166,11 @@ METRICS: dict[str, Callable[[Seen], Tensor]] = {
 """name -> (rows) -> [C]: finite wherever the student's and the teacher's numbers are."""
 
 
-def row_metrics(view: RowView, rows: Targets, *, k: int = METRIC_K) -> dict[str, Tensor]:
-    """Every metric of C rows, name -> [C]. `rows` are the rows of `view`."""
-    seen = see(view, rows, k)
+def row_metrics(
+    view: RowView, rows: Targets, *, k: int = METRIC_K, places: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Every metric of C rows, name -> [C]; arguments as of `see`."""
+    seen = see(view, rows, k, places=places)
     return {name: metric(seen) for name, metric in METRICS.items()}
 
 

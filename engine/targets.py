@@ -55,9 +55,14 @@ class Targets:
     def __len__(self) -> int:
         return len(self.token)
 
-    def matches(self, top_ids: Tensor) -> Tensor:
-        """[P, C, K] bool: column c is id k of top_ids [P, K]. Padding matches nothing."""
-        return self.ids[:, :, None] == top_ids[:, None, :]
+    def places(self, top_ids: Tensor) -> Tensor:
+        """[P, C] int64: where each column's id stands in top_ids [P, K], which are distinct in a
+        row; BEYOND for an id that is not there, as padding never is.
+        """
+        # Sorted and searched: comparing all with all would make [P, C, K].
+        ascending, place = top_ids.sort(1)
+        at = torch.searchsorted(ascending, self.ids).clamp_(max=top_ids.shape[1] - 1)
+        return torch.where(ascending.gather(1, at) == self.ids, place.gather(1, at), BEYOND)
 
     def at(self, index: Tensor) -> "Targets":
         """The rows at `index` [n], all columns."""

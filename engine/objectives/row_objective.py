@@ -81,13 +81,14 @@ def row_objective(
         if objective.support == "overlap":
             _check_live(objective, view, rows)
         log_q = rows.q_log_p.to(view.log_p.dtype)
-        on = support(view, rows, objective.k)
+        places = rows.places(view.top_ids)
+        on = support(places, rows, objective.k)
         on = on & (view.log_p != -torch.inf) & (log_q != -torch.inf)
         left = torch.where(rows.cached & ~on, log_q, -torch.inf)
         tail = rows.q_log_tail.to(log_q.dtype)[:, None]
         log_q_outside = torch.cat([tail, left], -1).logsumexp(-1)
         made = step(divergence, Columns(view.log_p, log_q, on, log_q_outside))
-        return RowGrad(*made, metrics=row_metrics(view, rows, k=metric_k))
+        return RowGrad(*made, metrics=row_metrics(view, rows, k=metric_k, places=places))
 
     return answer
 

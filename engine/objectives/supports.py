@@ -6,29 +6,28 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.targets import Targets
-from logitcask.kernels.sparse_kl import RowView
 
-Support = Callable[[RowView, Targets, int], Tensor]
-"""(view of C rows, the same rows, k) -> [C, S] bool."""
+Support = Callable[[Tensor, Targets, int], Tensor]
+"""(places [C, S] of the columns in the live student's top ids, the rows, k) -> [C, S] bool."""
 
 
-def teacher(view: RowView, rows: Targets, k: int) -> Tensor:
+def teacher(places: Tensor, rows: Targets, k: int) -> Tensor:
     """S(q): the teacher's top-k. Fixed: the student cannot move it."""
     return rows.q_rank < k
 
 
-def student(view: RowView, rows: Targets, k: int) -> Tensor:
+def student(places: Tensor, rows: Targets, k: int) -> Tensor:
     """S(p) of the student that sampled: frozen at its version. Its ids are the first columns."""
     column = torch.arange(rows.ids.shape[1], device=rows.ids.device)
     return rows.in_student & (column < k)
 
 
-def overlap(view: RowView, rows: Targets, k: int) -> Tensor:
+def overlap(places: Tensor, rows: Targets, k: int) -> Tensor:
     """S(p) & S(q), S(p) of the live student: the intersection never leaves what was scored."""
-    return teacher(view, rows, k) & rows.matches(view.top_ids[:, :k]).any(-1)
+    return teacher(places, rows, k) & (places < k)
 
 
-def sampled(view: RowView, rows: Targets, k: int) -> Tensor:
+def sampled(places: Tensor, rows: Targets, k: int) -> Tensor:
     """The sampled token alone; k is 1."""
     column = torch.arange(rows.ids.shape[1], device=rows.ids.device)
     return column == rows.token_col[:, None]
