@@ -15,7 +15,7 @@ import torch
 from logitcask.engine.errors import IncompleteError, StoreError
 from logitcask.engine.identity import digest
 from logitcask.engine.plan import Lengths, Plan, PlanKey, make_plan
-from logitcask.engine.store import Pin, Segment, Store
+from logitcask.engine.store import Extent, Pin, Segment, Store
 from logitcask.engine.targets import BEYOND, Targets
 from logitcask.engine.types import Array, Rollouts, Scores
 
@@ -85,7 +85,7 @@ class RowSource:
 
     def lengths(self) -> list[Lengths]:
         """Of every segment, in the ordinals of a plan."""
-        return [_lengths(s.seg_id, self._store.read_rollouts(s)) for s, _ in self.pairs]
+        return [_lengths(s.seg_id, self._store.read_extent(s)) for s, _ in self.pairs]
 
     def row(self, members: Array) -> PackedRow:
         """The packed row of [n, 2] (segment ordinal, sequence); no members give a row of one token
@@ -199,7 +199,9 @@ class _Decoded:
                 f"rollout segment {seg_id} has no scores by its own student",
                 remedy="sample again with `logitcask rollout`: every sampler of ours scores itself",
             )
-        self._prompt_off = _offsets(_prompt_lengths(rollouts))
+        self._prompt_off = _offsets(
+            np.array([len(p.token_ids) for p in rollouts.prompts], np.int64)
+        )
         self._prompt_tokens = np.array(
             [t for p in rollouts.prompts for t in p.token_ids], dtype=np.int64
         )
@@ -241,18 +243,13 @@ class _Decoded:
         }
 
 
-def _prompt_lengths(rollouts: Rollouts) -> Array:
-    return np.array([len(p.token_ids) for p in rollouts.prompts], np.int64)
-
-
-def _lengths(seg_id: str, rollouts: Rollouts) -> Lengths:
-    seq_prompt = rollouts.seq_prompt.astype(np.int64)
+def _lengths(seg_id: str, extent: Extent) -> Lengths:
     return Lengths(
         seg_id=seg_id,
-        prompt_ids=tuple(p.id for p in rollouts.prompts),
-        seq_prompt=seq_prompt,
-        prompt=_prompt_lengths(rollouts)[seq_prompt],
-        response=rollouts.lengths(),
+        prompt_ids=extent.prompt_ids,
+        seq_prompt=extent.seq_prompt,
+        prompt=extent.prompt[extent.seq_prompt],
+        response=extent.response,
     )
 
 

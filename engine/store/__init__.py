@@ -17,7 +17,8 @@ files (every file effect), schema -> codecs -> layout, rollouts (data <-> arrays
 """
 
 from logitcask.engine.store.log import Pin
+from logitcask.engine.store.rollouts import Extent
 from logitcask.engine.store.segment import Segment
 from logitcask.engine.store.store import Store, open_store
 
-__all__ = ["Pin", "Segment", "Store", "open_store"]
+__all__ = ["Extent", "Pin", "Segment", "Store", "open_store"]

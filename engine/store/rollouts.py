@@ -1,6 +1,7 @@
 """Rollouts <-> the arrays of a rollout segment: prompts once, sequences and positions flat."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -87,6 +88,40 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
         "s_ids": student.ids.astype(np.uint32),
         "s_topk_lp": codecs.to_entry(student.entry_lp, profile.entry),
     }
+
+
+EXTENT = ("prompt_json", "prompt_off", "seq_prompt", "seq_off")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extent:
+    """How long everything in a rollout segment is, without what it holds."""
+
+    prompt_ids: tuple[str, ...]
+    """[M]"""
+    prompt: Array
+    """[M] tokens of each prompt."""
+    seq_prompt: Array
+    """[N] index into both."""
+    response: Array
+    """[N] response tokens."""
+
+
+def extent(arrays: dict[str, Array]) -> Extent:
+    """From the arrays EXTENT. Raises ValueError where they contradict each other."""
+    told = json.loads(arrays["prompt_json"].tobytes())
+    prompt, response = np.diff(arrays["prompt_off"]), np.diff(arrays["seq_off"])
+    seq_prompt = arrays["seq_prompt"].astype(np.int64)
+    if len(told) != len(prompt) or (len(seq_prompt) and seq_prompt.max() >= len(told)):
+        raise ValueError("prompts and sequences do not fit together")
+    if (prompt < 0).any() or (response < 0).any():
+        raise ValueError("offsets that descend")
+    return Extent(
+        prompt_ids=tuple(each["id"] for each in told),
+        prompt=prompt,
+        seq_prompt=seq_prompt,
+        response=response,
+    )
 
 
 def decode(arrays: dict[str, Array]) -> Rollouts:

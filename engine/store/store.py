@@ -149,6 +149,14 @@ class Store:
             raise self._contradiction(which, ValueError("tokens are not those of the record"))
         return found
 
+    def read_extent(self, which: Segment) -> rollouts.Extent:
+        """The lengths of a rollout segment, of whose files only those few are read and checked."""
+        arrays = segment.read(self.path, which, rollouts.EXTENT)
+        try:
+            return rollouts.extent(arrays)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._contradiction(which, error) from error
+
     def read_scores(self, which: Segment, *, base: Rollouts | None = None) -> Scores:
         """A whole score segment: full kept lists in the teacher's exact order.
 

@@ -79,6 +79,21 @@ def test_round_trip(store: Store, profile: str, student: bool, sequences: int) -
     assert base.counts["N"] == sequences
 
 
+def test_an_extent_is_read_without_tokens_and_scores(store: Store) -> None:
+    rollouts = make_rollouts(3)
+    held = commit_rollouts(store, 3, student=True)
+    for name in ("tokens", "prompt_tokens", "s_ids", "b_lp"):
+        (store.path / held.folder / name / "c" / "0").unlink()
+    extent = store.read_extent(held)
+    assert extent.prompt_ids == tuple(p.id for p in rollouts.prompts)
+    assert extent.prompt.tolist() == [len(p.token_ids) for p in rollouts.prompts]
+    np.testing.assert_array_equal(extent.seq_prompt, rollouts.seq_prompt)
+    np.testing.assert_array_equal(extent.response, rollouts.lengths())
+    (store.path / held.folder / "seq_off" / "c" / "0").write_bytes(b"")
+    with pytest.raises(IntegrityError, match="seq_off"):
+        store.read_extent(held)
+
+
 def test_a_segment_is_a_plain_zarr_group(store: Store) -> None:
     base = commit_rollouts(store, 3, student=True)
     with warnings.catch_warnings():
