@@ -148,7 +148,9 @@ def _rendered(pin: Pin, rollouts: str) -> bool:
             f"the store holds no rollouts named {rollouts!r}; it has: {known}",
             remedy="run `logitcask rollout` first, or give --rollouts one of these",
         )
-    return bool(segments[0].lineage["chat_template"])
+    # The digest says it of every sampler's rollouts; the plain word is only in those of our verbs.
+    template: str = segments[0].lineage["student"]["template"]
+    return template != identity.template_digest(None, False)
 
 
 def find_objective(settings: Train) -> Preset:

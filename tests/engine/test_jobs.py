@@ -1,0 +1,26 @@
+"""From a configuration's names to the models of a stage."""
+
+from pathlib import Path
+
+import pytest
+
+from logitcask.engine.config import Student, Teacher
+from logitcask.engine.identity import model_ref
+from logitcask.engine.jobs import student_of, teacher_of
+from tests.engine.cached import make_store, make_unit
+from tests.engine.tiny import save_folder
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_rollouts_of_the_library_say_how_they_were_rendered(
+    tmp_path: Path, chat_template: bool
+) -> None:
+    """`rollout` called from Python records digests, not the flag of the command line."""
+    folder = str(save_folder(tmp_path / "student"))
+    student = model_ref(folder, chat_template=chat_template)
+    unit = make_unit(0, prompts=1, vocab=99, lengths=[3, 2])
+    pin = make_store(tmp_path / "store", [unit], student=student).head()
+    assert "chat_template" not in pin.rollouts("main")[0].lineage
+    assert student_of(Student(model=folder), pin, "main") == student
+    teacher = teacher_of(Teacher(model=folder, name="big"), pin, "main")
+    assert teacher.template_digest == student.template_digest
