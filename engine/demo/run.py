@@ -8,16 +8,17 @@
         demo.json              what was made with which settings, and how long it took
 
 What demo.json says was made is not made again: a second call with another objective trains no
-model from nothing, samples nothing and scores nothing. Everything runs on the CPU in float32, with
-as many threads as torch was given.
+model from nothing, samples nothing and scores nothing. Everything runs on the CPU in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from logitcask.engine import config
 from logitcask.engine.backends.hf import HF
@@ -59,8 +60,22 @@ def run_demo(
     record = Record.open(out, {"seed": seed, "fast": fast, "scale": asdict(scale)})
     demo = Demo(out, scale, seed, record, progress)
     demo.make_models()
-    demo.fill_store()
-    return demo.distill(objective)
+    with one_thread():
+        demo.fill_store()
+        return demo.distill(objective)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: a second one gains nothing with matrices as small as these, and threads
+    that spin while they wait make a busy machine many times slower.
+    """
+    given = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(given)
 
 
 class Demo:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from logitcask.engine.demo import DemoResult, run_demo
 from logitcask.engine.demo import run as demo_run
@@ -124,6 +125,18 @@ def test_unknown_objective_is_refused_before_anything_is_made(tmp_path: Path):
     with pytest.raises(ObjectiveError, match="overlop"):
         run_demo(tmp_path / "out", fast=True, objective="overlop")
     assert not (tmp_path / "out").exists()
+
+
+def test_stages_use_one_thread_and_give_the_others_back():
+    given = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="in a stage"), demo_run.one_thread():
+            assert torch.get_num_threads() == 1
+            raise RuntimeError("in a stage")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(given)
 
 
 def scores(ids: list[list[int]], p: list[list[float]]) -> Scores:
