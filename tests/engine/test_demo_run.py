@@ -128,12 +128,16 @@ def test_unknown_objective_is_refused_before_anything_is_made(tmp_path: Path):
 
 
 def test_stages_use_one_thread_and_give_the_others_back():
+    def failing_stage() -> None:
+        with demo_run.one_thread():
+            assert torch.get_num_threads() == 1
+            raise RuntimeError("in a stage")
+
     given = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(RuntimeError, match="in a stage"), demo_run.one_thread():
-            assert torch.get_num_threads() == 1
-            raise RuntimeError("in a stage")
+        with pytest.raises(RuntimeError, match="in a stage"):
+            failing_stage()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(given)
