@@ -112,8 +112,9 @@ def test_loop_of_ones_own(place: Path, monkeypatch: pytest.MonkeyPatch, objectiv
 
 
 def test_objectives_table_is_the_programs_own() -> None:
+    table = README[README.index("## Objectives") :]
     for preset in PRESETS.values():
-        line = re.search(rf"^\| `{preset.name}` \|.*$", README, re.MULTILINE)
+        line = re.search(rf"^\| `{preset.name}` \|.*$", table, re.MULTILINE)
         assert line, f"README does not show {preset.name}"
         assert preset.formula.replace("|", "\\|") in line.group(0)
         assert preset.source in line.group(0)
