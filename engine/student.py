@@ -21,21 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.heads import named_extras
 from logitcask.engine.identity import digest, write_card
 from logitcask.engine.types import ModelRef
 
 PROBE_TOKENS = 32
 TOLERANCE = 1e-4
 """Largest difference in a probe, relative to the largest value: float32 noise is some 1e-6."""
-
-HEAD_FIELDS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "output_multiplier": 1.0,
-    "lm_head_multiplier": 1.0,
-}
-"""Fields of a configuration that change logits after the head's product -> their neutral value."""
 
 
 def load_student(ref: ModelRef, *, lora_rank: int = 0, seed: int = 0) -> nn.Module:
@@ -172,12 +164,7 @@ def prove(model: nn.Module, n_vocab: int) -> None:
 
 def _refuse_known_heads(name: str, head: nn.Module, config: Any) -> None:
     # Tiny logits hide a soft cap, and a bias of zeros hides until it is trained: names show both.
-    text = config.get_text_config()
-    found = [
-        f"{field} = {getattr(text, field)}"
-        for field, neutral in HEAD_FIELDS.items()
-        if getattr(text, field, None) not in (None, neutral)
-    ]
+    found = named_extras(config)
     if getattr(head, "bias", None) is not None:
         found.append("a bias of the output matrix")
     if found:

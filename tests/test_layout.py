@@ -17,7 +17,7 @@ PACKAGES = ("engine", "kernels", "cli")
 
 # A file imports only from lines above its own; files on one line do not import each other.
 ENGINE_LAYERS = [
-    ["types", "errors"],
+    ["types", "errors", "heads"],
     ["prompts", "targets"],
     ["identity", "config"],
     ["store.files", "store.schema"],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from logitcask.engine.backends.sampling import Response, sample_batch, uniforms
 from logitcask.engine.backends.scoring import budget_batches, score_rollouts
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, PromptError
+from logitcask.engine.heads import named_extras
 from logitcask.engine.types import (
     LENGTH,
     STOP,
@@ -35,14 +36,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOKENS = 32
 PROBE_TOLERANCE = 1e-3
 """Of the largest logit; both sides of the probe are products in the model's own dtype."""
-HEAD_KEYS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "output_multiplier",
-    "lm_head_multiplier",
-)
-"""Where the configurations of known models say what they do to their logits."""
 
 
 class HF:
@@ -277,14 +270,10 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model.requires_grad_(False).eval().to(device)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference tensors would stay behind in a model that trains
 def prove_head(model: Any, head: Any, path: Path, n_vocab: int) -> None:
     """ModelError unless logits are hidden states times the head's weight, plus its bias."""
-    named = [
-        f"{key}={value}"
-        for key in HEAD_KEYS
-        if (value := getattr(model.config.get_text_config(), key, None)) not in (None, 1, 1.0)
-    ]
+    named = named_extras(model.config)
     why = f"; config.json says {', '.join(named)}" if named else ""
     if not isinstance(head, nn.Linear) or head.weight.shape[0] < n_vocab:
         raise ModelError(

@@ -232,12 +232,19 @@ def test_batches_keep_to_the_budget_and_hold_every_index_once() -> None:
 
 
 POST = {
-    "scale": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.0625}, "logit_scale=0.0625"),
+    "scale": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.0625}, "logit_scale = 0.0625"),
     "softcap": (
         Gemma2ForCausalLM,
         Gemma2Config,
         {"final_logit_softcapping": 30.0, "head_dim": 16},
-        "final_logit_softcapping=30.0",
+        "final_logit_softcapping = 30.0",
+    ),
+    # Of logits this small a cap of 1 changes nothing that the probe could see.
+    "softcap of one": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {"final_logit_softcapping": 1.0, "head_dim": 16, "initializer_range": 1e-4},
+        "final_logit_softcapping = 1.0",
     ),
 }
 
