@@ -30,6 +30,7 @@ PANELS = {
     "store": "Store",
     "rollout": "Sampling",
     "score": "What is kept",
+    "estimate": "Sample",
     "train": "Training",
     "run": "Run",
 }

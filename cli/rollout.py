@@ -21,7 +21,7 @@ from logitcask.engine.config import Rollout, RolloutJob, to_toml
     {
         "student": ["model", "revision"],
         "prompts": ["file", "chat_template"],
-        "store": ["url", "rollouts"],
+        "store": ["url", "rollouts", "profile"],
         "rollout": list(Rollout.model_fields),
         "run": MODEL_FLAGS,
     },

@@ -20,7 +20,7 @@ from logitcask.engine.config import Score, ScoreJob, to_toml
     ScoreJob,
     {
         "teacher": ["model", "revision", "name"],
-        "store": ["url", "rollouts"],
+        "store": ["url", "rollouts", "profile"],
         "score": list(Score.model_fields),
         "run": MODEL_FLAGS,
     },

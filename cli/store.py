@@ -1,4 +1,4 @@
-"""`logitcask store`: look into a store and check it."""
+"""`logitcask store`: look into a store, check it, keep it, move it."""
 
 from typing import Any
 
@@ -6,21 +6,26 @@ import rich_click as click
 
 from logitcask.cli.options import format_option
 from logitcask.cli.output import print_result, print_table, progress_bar, visible
+from logitcask.cli.store_keep import KEEP, estimate_command
 
 
 @click.group("store", context_settings={"help_option_names": ["-h", "--help"]})
 def store_command() -> None:
-    """Look into a store and check it.
+    """Look into a store, check it, keep it, move it.
 
     Example: logitcask store info ./store
     """
+
+
+for command in (*KEEP, estimate_command):
+    store_command.add_command(command)
 
 
 @store_command.command("info")
 @click.argument("url")
 @format_option
 def info(url: str, form: str) -> None:
-    """Totals: segments, positions, bytes per position, names.
+    """Totals: segments, positions, bytes per position, names, tags.
 
     Example: logitcask store info ./store
     """
@@ -46,18 +51,36 @@ def ls(url: str, form: str) -> None:
 
 @store_command.command("verify")
 @click.argument("url")
+@click.option("--deep", is_flag=True, help="Decode every array too, and check that it makes sense.")
 @format_option
-def verify(url: str, form: str) -> None:
-    """Re-hash and decode everything; exit 4 and the file's name at the first damage.
+def verify(url: str, deep: bool, form: str) -> None:
+    """Compare every file with its digest; exit 4 and the file's name at the first damage.
 
-    Example: logitcask store verify ./store
+    Example: logitcask store verify ./store --deep
     """
     from logitcask.engine.store import open_store
     from logitcask.engine.store.verify import verify as verify_store
 
     with progress_bar() as progress:
-        report = verify_store(open_store(url), progress=progress)
+        report = verify_store(open_store(url), deep=deep, progress=progress)
     print_result(report, form)
+
+
+@store_command.command("pin")
+@click.argument("url")
+@click.option("--at", help="Log number or tag; default: the newest.")
+@format_option
+def pin(url: str, at: str | None, form: str) -> None:
+    """What `train --pin` takes: a log number that reads the same whatever is added.
+
+    Example: logitcask store pin ./store
+    """
+    from logitcask.engine.jobs import pin_of
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.view import pinned
+
+    store = open_store(url)
+    print_result(pinned(store, store.head() if at is None else pin_of(store, at)), form)
 
 
 @store_command.command("show")

@@ -61,8 +61,17 @@ class Prompts(Section):
 
 
 class StoreSection(Section):
-    url: str = Field(description="The store: a folder, or file:// and a path. Made if absent.")
+    url: str = Field(
+        description="The store: a folder, or s3://, gs:// or az:// with bucket and prefix. "
+        "`rollout` makes it if it is absent."
+    )
     rollouts: Name = Field("main", description="Name of the set of rollouts in the store.")
+    profile: Literal["default", "compact", "interop", "raw32"] = Field(
+        "default",
+        description="How entry log-probs are stored: default = float16; compact = bfloat16, "
+        "smaller and 8 times coarser; interop = float16 in codecs that every Zarr reader has, "
+        "larger; raw32 = exact, much larger.",
+    )
 
 
 class Rollout(Section):
@@ -126,6 +135,11 @@ class Score(Section):
         description="Ids kept at most: bounds the bytes of unsure positions.",
         validate_default=True,
     )
+    at: Name | None = Field(
+        None,
+        description="Ask the teacher also at the top ids of these other scores in the store, a "
+        "later student's say; it must have scored the rollouts before.",
+    )
 
     @field_validator("k_max")
     @classmethod
@@ -139,9 +153,20 @@ class Score(Section):
         return ScoreRequest(top_p=self.top_p, k_min=self.k_min, k_max=self.k_max)
 
 
+class Estimate(Section):
+    sample: Positive = Field(
+        4096, description="Response tokens to sample and score, about; more takes longer."
+    )
+
+
 class Train(Section):
     teacher: Name | None = Field(
         None, description="Whose scores to train on; may be left out when the store has one."
+    )
+    pin: str | None = Field(
+        None,
+        description="Log number or tag of the store to train on; default: the newest when the run "
+        "begins. `logitcask store pin` shows it.",
     )
     objective: str = Field(
         "overlap", description="Preset of the loss; --list-objectives shows all."
@@ -223,6 +248,18 @@ class ScoreJob(Section):
     teacher: Teacher
     store: StoreSection
     score: Score = Score()
+    run: Run = Run()
+
+
+class EstimateJob(Section):
+    """What `logitcask store estimate` needs."""
+
+    student: Student
+    teacher: Teacher
+    prompts: Prompts
+    rollout: Rollout = Rollout()
+    score: Score = Score()
+    estimate: Estimate = Estimate()
     run: Run = Run()
 
 

@@ -17,8 +17,8 @@ from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.identity import digest, model_ref
 from logitcask.engine.jobs import backend, find_objective, student_and_prompts, train_settings
 from logitcask.engine.objectives import Facts, verdict
-from logitcask.engine.plan import WINDOW_SEGMENTS
-from logitcask.engine.rollout import default_unit, prompt_set_digest
+from logitcask.engine.plan import windows_at_most
+from logitcask.engine.rollout import prompt_set_digest
 from logitcask.engine.rounds import Rounds
 from logitcask.engine.rundir import check_same
 from logitcask.engine.score import check_identity
@@ -56,7 +56,7 @@ def distill(
             student_k=config.rollout.student_k,
             k_min=config.score.k_min,
             k_max=config.score.k_max,
-            layout="once",
+            at_student=True,
             versions=(),  # renewed every round
             student_version=model.version,
             same_root=True,
@@ -141,7 +141,12 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
             "responses, so some updates would have none",
             remedy=f"set loop.updates_per_round to {sequences} or less",
         )
-    for key in ("accumulation", "epochs", "teacher", "partial", "foreign_student"):
+    if config.score.at is not None:
+        raise ConfigError(
+            f"score.at = {config.score.at}: distill does not take it",
+            remedy="leave it out; every round is scored once, at the student's own ids",
+        )
+    for key in ("accumulation", "epochs", "teacher", "pin", "partial", "foreign_student"):
         if (value := getattr(config.train, key)) != Train.model_fields[key].default:
             raise ConfigError(
                 f"train.{key} = {value}: distill does not take it",
@@ -159,10 +164,10 @@ def rows_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
     sequences = -(
         -config.loop.prompts_per_round * config.rollout.n // config.loop.updates_per_round
     )
-    unit = config.rollout.unit_prompts or default_unit(config.rollout.sampling())
-    # The last unit of the file and that of the round may be smaller.
-    windows = -(-(config.loop.prompts_per_round // unit + 2) // WINDOW_SEGMENTS)
     tokens = sequences * _longest(config, prompts)
+    # A row of 60 bytes of scalars and tokens, and 10 for each entry of the two lists.
+    most = 60 + 10 * (config.rollout.student_k + config.score.k_max)
+    windows = windows_at_most(tokens * most)
     return min(sequences, 2 * tokens // config.train.tokens_per_batch + windows)
 
 
@@ -176,11 +181,11 @@ def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
     for segment in store.head().rollouts(name)[:1]:
         if "run" not in segment.lineage:
             raise IdentityError(
-                f"rollouts {name!r} in {store.path} were not made by distill",
+                f"rollouts {name!r} in {store.url} were not made by distill",
                 remedy="set store.rollouts to a name of this run's own",
             )
         check_same(
-            f"rollouts {name!r} in {store.path}",
+            f"rollouts {name!r} in {store.url}",
             segment.lineage["run"],
             run,
             remedy="go on as they were begun, or set store.rollouts and run.out to names of this "

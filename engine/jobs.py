@@ -10,6 +10,7 @@ from typing import Any
 from logitcask.engine import identity
 from logitcask.engine.backends.base import open_backend
 from logitcask.engine.config import (
+    EstimateJob,
     Prompts,
     Rollout,
     RolloutJob,
@@ -22,11 +23,12 @@ from logitcask.engine.config import (
 )
 from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.objectives import PRESETS, Preset, find_preset, warnings
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
-from logitcask.engine.score import ScoreReport, score
-from logitcask.engine.store import Pin, open_store
+from logitcask.engine.score import ScoreReport, check_identity, score
+from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.view import choose
 from logitcask.engine.student import inner_model
 from logitcask.engine.train import Notice, train
@@ -47,6 +49,7 @@ def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutRepor
         seed=job.run.seed,
         student_k=job.rollout.student_k,
         unit_prompts=job.rollout.unit_prompts or None,
+        profile=job.store.profile,
         lineage_extra={"chat_template": template},
         progress=progress,
     )
@@ -63,6 +66,28 @@ def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
         teacher_name=job.teacher.name,
         rollouts_name=job.store.rollouts,
         request=job.score.request(),
+        at=job.score.at,
+        profile=job.store.profile,
+        progress=progress,
+    )
+
+
+def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
+    """`logitcask store estimate`."""
+    model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
+    teacher = identity.model_ref(
+        job.teacher.model, revision=job.teacher.revision, chat_template=template
+    )
+    check_identity(model.lineage(), teacher)
+    return estimate(
+        teacher=backend(teacher, job.run),
+        student=backend(model, job.run),
+        prompts=prompts,
+        sampling=job.rollout.sampling(),
+        sample=job.estimate.sample,
+        student_k=job.rollout.student_k,
+        k_min=job.score.k_min,
+        seed=job.run.seed,
         progress=progress,
     )
 
@@ -73,7 +98,7 @@ def run_train(
     """`logitcask train`. What the cache serves of the objective is given to `notice` first."""
     preset = find_objective(job.train)
     store = open_store(job.store.url)
-    pin = store.head()
+    pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
     teacher = choose(pin.names("score"), job.train.teacher, what="teacher")
     model = student_of(job.student, pin, job.store.rollouts)
     report = train(
@@ -84,6 +109,7 @@ def run_train(
         rollouts=job.store.rollouts,
         objective=preset,
         settings=train_settings(job.train, job.run),
+        pin=None if job.train.pin is None else pin,
         partial=job.train.partial,
         foreign_student=job.train.foreign_student,
         overwrite=job.run.overwrite,
@@ -95,6 +121,11 @@ def run_train(
     for line in warnings(preset, report.last):
         notice(f"warning: {line}")
     return report
+
+
+def pin_of(store: Store, text: str) -> Pin:
+    """The pin that a person names: a log number, or a tag."""
+    return store.pin(int(text) if text.isdecimal() else text)
 
 
 def student_and_prompts(

@@ -5,8 +5,9 @@ same call gives the same rows on any number of processes, whatever was added to 
 a resumed run can prove by one digest that it goes on with the same data.
 """
 
+import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,8 +16,9 @@ from logitcask.engine.errors import ConfigError
 from logitcask.engine.identity import digest
 from logitcask.engine.types import Array
 
-WINDOW_SEGMENTS = 4
-"""Segments whose sequences are shuffled together: this many are decoded at a time."""
+WINDOW_BYTES = 512 << 20
+"""Of the decoded units whose sequences are shuffled together. A smaller one mixes less, a larger
+one wants more memory: while one window is read, the next is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +34,8 @@ class Lengths:
     """[N] prompt tokens."""
     response: Array
     """[N] response tokens."""
+    size_bytes: int = 0
+    """Of the segment and its scores, decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +50,17 @@ class PlanKey:
     epochs: int
     tokens_per_batch: int
     """Tokens of a row at most, prompts included."""
-    window: int = WINDOW_SEGMENTS
+    window_bytes: int = WINDOW_BYTES
+    """Decoded units that are shuffled together; one that is larger is a window of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """Segments that are decoded together, and the rows that are made of them."""
+
+    ordinals: tuple[int, ...]
+    end: int
+    """The row behind its last one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +72,8 @@ class Plan:
     """[sequences x epochs, 2] int64: (segment ordinal, sequence), row after row."""
     row_off: Array
     """[rows + 1] int64: row i owns members row_off[i] : row_off[i + 1]."""
+    windows: tuple["Window", ...]
+    """In order."""
     digest: str
 
     def __len__(self) -> int:
@@ -69,6 +85,10 @@ class Plan:
             return self.members[:0]
         return self.members[self.row_off[index] : self.row_off[index + 1]]
 
+    def window(self, index: int) -> int:
+        """Which window a row is of; the number of windows beyond the last row."""
+        return bisect.bisect_left(self.windows, index, key=lambda window: window.end - 1)
+
 
 def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> Plan:
     """Segments in a drawn order; in each window of them the sequences are shuffled and packed.
@@ -79,18 +99,16 @@ def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> Plan:
     """
     for segment in lengths:
         _check_fits(segment, key.tokens_per_batch)
-    members: list[Array] = []
-    sizes: list[Array] = []
+    rows: list[Array] = []
+    windows: list[Window] = []
     for epoch in range(key.epochs):
         rng = np.random.default_rng([key.seed, epoch])
-        order = rng.permutation(len(lengths))
-        for start in range(0, len(order), key.window):
-            chosen = order[start : start + key.window]
-            for row in _pack(_sequences(lengths, chosen), key.tokens_per_batch, rng):
-                members.append(row)
-                sizes.append(np.array([len(row)], np.int64))
-    flat = np.concatenate([np.zeros((0, 2), np.int64), *members])
-    row_off = np.cumsum(np.concatenate([np.zeros(1, np.int64), *sizes]))
+        order = rng.permutation(len(lengths)).tolist()
+        for chosen in _windows(order, [lengths[i].size_bytes for i in order], key.window_bytes):
+            rows += _pack(_sequences(lengths, chosen), key.tokens_per_batch, rng)
+            windows.append(Window(ordinals=tuple(chosen), end=len(rows)))
+    flat = np.concatenate([np.zeros((0, 2), np.int64), *rows])
+    row_off = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     content = hashlib.sha256(flat.astype("<i8").tobytes() + row_off.astype("<i8").tobytes())
     name = digest(
         {
@@ -99,7 +117,26 @@ def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> Plan:
             "rows": content.hexdigest(),
         }
     )
-    return Plan(key=key, members=flat, row_off=row_off, digest=name)
+    return Plan(key=key, members=flat, row_off=row_off, windows=tuple(windows), digest=name)
+
+
+def windows_at_most(total_bytes: int, window_bytes: int = WINDOW_BYTES) -> int:
+    """How many windows units of so many bytes together can make: two in a row exceed one."""
+    return 2 * (total_bytes // window_bytes) + 1
+
+
+def _windows(order: list[int], sizes: list[int], most: int) -> Iterator[list[int]]:
+    """`order` cut where the next unit would be too much."""
+    window: list[int] = []
+    held = 0
+    for ordinal, size in zip(order, sizes, strict=True):
+        if window and held + size > most:
+            yield window
+            window, held = [], 0
+        window.append(ordinal)
+        held += size
+    if window:
+        yield window
 
 
 def _check_fits(segment: Lengths, budget: int) -> None:
@@ -114,7 +151,7 @@ def _check_fits(segment: Lengths, budget: int) -> None:
         )
 
 
-def _sequences(lengths: Sequence[Lengths], chosen: Array) -> Array:
+def _sequences(lengths: Sequence[Lengths], chosen: list[int]) -> Array:
     """[n, 3] (segment ordinal, sequence, tokens) of the sequences that have a response."""
     parts = []
     for ordinal in chosen:

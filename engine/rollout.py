@@ -56,6 +56,7 @@ def rollout(
     seed: int = 0,
     student_k: int = 16,
     unit_prompts: int | None = None,
+    profile: str = "default",
     progress: Progress = silent,
     first: int = 0,
     count: int | None = None,
@@ -67,10 +68,11 @@ def rollout(
 
     scorer: the student as a scorer; left out, the sampler is one too. student_k: how many of its
     own best ids a row keeps. unit_prompts: prompts of a unit; left out, as many as can reach
-    UNIT_POSITIONS. first, count: only so many prompts, in order from `first` and on with prompt 0
-    after the last; left out, from `first` to the last. versions: other versions of the student may
-    be under this name already, as in a distillation loop. run: the loop, recorded and part of what
-    the name stands for. lineage_extra: more that each segment is to record.
+    UNIT_POSITIONS. profile: how entry log-probs are stored. first, count: only so many prompts, in
+    order from `first` and on with prompt 0 after the last; left out, from `first` to the last.
+    versions: other versions of the student may be under this name already, as in a distillation
+    loop. run: the loop, recorded and part of what the name stands for. lineage_extra: more that
+    each segment is to record.
     Raises IdentityError where `name` holds other prompts, sampling, students or units.
     """
     start_s = time.monotonic()
@@ -128,7 +130,9 @@ def rollout(
         rolled = sampler.generate(part, sampling, seed=seed, version=model.version, progress=silent)
         own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
         rolled = replace(rolled, student=scorer.score(rolled, own))
-        store.commit_rollouts(rolled, name=name, unit_key=key, unit=unit, lineage=lineage)
+        store.commit_rollouts(
+            rolled, name=name, unit_key=key, unit=unit, lineage=lineage, profile=profile
+        )
         positions += rolled.positions
         sequences += len(rolled.finish)
         stopped += int((rolled.finish == STOP).sum())

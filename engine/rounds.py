@@ -4,18 +4,19 @@ A round is known by the version and the live digest of the student that samples 
 comes back to a round finds what it committed and makes only the rest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from logitcask.engine.batches import PackedRow, RowSource
+from logitcask.engine.batches import Ahead
 from logitcask.engine.config import RunConfig
 from logitcask.engine.jobs import live_backend
 from logitcask.engine.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.rollout import rollout
+from logitcask.engine.row_source import PackedRow, RowSource
 from logitcask.engine.score import score
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.student import live_digest
@@ -53,6 +54,7 @@ class Rounds:
         self._run = run
         self._sampler = live_backend(student, model, config.run)
         self._made: tuple[RowSource, list[Plan]]
+        self._ahead = Ahead(self._make)
 
     def prepare(self, step: int) -> None:
         """Makes the round that update `step` begins; inside a round there is nothing to do."""
@@ -70,10 +72,20 @@ class Rounds:
             teacher_name=self._config.teacher.name,
             rollouts_name=self._config.store.rollouts,
             request=self._config.score.request(),
+            profile=self._config.store.profile,
         )
         self._made = self._pack(live)
 
     def row(self, index: int) -> PackedRow:
+        return self._ahead.row(index)
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Rows of the next round are of a student that does not exist yet."""
+        ahead = list(indices)
+        if ahead and ahead[0] // self._width % self._config.loop.updates_per_round:
+            self._ahead.expect(ahead)
+
+    def _make(self, index: int) -> PackedRow:
         update, slot = divmod(index, self._width)
         source, plans = self._made
         return source.row(plans[update % len(plans)].row(slot))
@@ -90,6 +102,7 @@ class Rounds:
             seed=config.run.seed,
             student_k=config.rollout.student_k,
             unit_prompts=config.rollout.unit_prompts or None,
+            profile=config.store.profile,
             first=round_number * count % len(self._prompts),
             count=count,
             versions=True,

@@ -1,30 +1,36 @@
-"""Rollout segments + a scorer -> score segments, one for each.
+"""Rollout segments + a scorer -> score segments, at least one for each.
 
 A score unit is one rollout segment under one teacher and one request. The teacher must have the
 student's tokenizer: its log-probs are read by id, and ids as sampled are all that it is shown.
+
+A teacher that has scored a segment for less than is now asked is asked again, and what it adds is
+stored beside what is there; one that was asked for as much or more is not asked at all.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from logitcask.engine.backends.base import Scorer
-from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
+from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, PromptError
 from logitcask.engine.identity import digest
-from logitcask.engine.store import Pin, Segment, Store
+from logitcask.engine.store import Chain, Pin, Segment, Store
+from logitcask.engine.store.layout import ranked
+from logitcask.engine.store.widen import ask_at
 from logitcask.engine.types import (
     STOP,
+    IdLists,
     ModelRef,
     Progress,
+    Prompt,
     Rollouts,
     ScoreRequest,
     silent,
 )
 
-ROLE = "teacher"
 LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
 
 
@@ -48,15 +54,24 @@ def score(
     teacher_name: str,
     rollouts_name: str = "main",
     request: ScoreRequest = ScoreRequest(),  # noqa: B008 - frozen
+    role: Literal["teacher", "base"] = "teacher",
+    context: Mapping[str, Prompt] | None = None,
+    at: str | None = None,
+    profile: str = "default",
     eos_rows: Literal["refuse", "keep"] = "refuse",
     progress: Progress = silent,
 ) -> ScoreReport:
-    """Scores every rollout segment of `rollouts_name` that this teacher has not scored yet.
+    """Scores every rollout segment of `rollouts_name` that this teacher has not scored as asked.
 
-    eos_rows: what to do with a stop token that ends a response and that the teacher does not use.
+    role: what the scores are for; base = of the model that the teacher was made from (ExOPD).
+    context: prompt id -> the prompt that the teacher is shown in its place (privileged context);
+    the response stays. at: also at the top ids of this other model's scores in the store, a later
+    student's say. eos_rows: what to do with a stop token that ends a response and that the teacher
+    does not use.
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
-    IncompleteError where there are no rollouts, ConfigError for a scorer that lacks a capability
-    or a request that no row could meet.
+    IncompleteError where there are no rollouts or no scores of `at`, ConfigError for a scorer that
+    lacks a capability or a request that no row could meet, PromptError for a context without a
+    prompt of the rollouts.
     """
     start_s = time.monotonic()
     _check_scorer(scorer, request)
@@ -65,41 +80,64 @@ def score(
     if not segments:
         known = ", ".join(pin.names("rollout")) or "none"
         raise IncompleteError(
-            f"{store.path} holds no rollouts named {rollouts_name!r}; it has: {known}",
+            f"{store.url} holds no rollouts named {rollouts_name!r}; it has: {known}",
             remedy="Run `logitcask rollout` first, or name the rollouts that are there.",
         )
     notes: list[str] = []
     for segment in segments:
         notes += [n for n in check_identity(segment.lineage["student"], model) if n not in notes]
     notes += _other_dtypes(pin, segments, teacher_name, scorer)
-    units = {unit_key(segment, model, request): segment for segment in segments}
-    done_as = {s.unit_key: s.name for s in pin.segments}
-    for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
-        raise IdentityError(
-            f"this teacher's scores are in the store already, under the name {other!r}",
-            remedy=f"Use that name instead of {teacher_name!r}.",
-        )
-    missing = {key: segment for key, segment in units.items() if key not in done_as}
     lineage = {
         "teacher": model.lineage(),
-        "role": ROLE,
+        "role": role,
+        "context": _context_digest(context),
         "request": asdict(request),
         "rollouts": rollouts_name,
         "backend": scorer.describe(),
         "logprob": LOGPROB,
     }
+    asked_at = None if at is None else _scores_named(pin, at)
+    units = {
+        unit_key(segment, model, request, lineage, _chain_of(asked_at, segment)): segment
+        for segment in segments
+    }
+    _check_twice(pin, units, teacher_name)
+    drawn = request.entry_kind == "sampled"
+    store.check_name("score", teacher_name, lineage, drawn=drawn)
+    done = pin.unit_keys()
+    there = pin.scores(teacher_name)
+    missing = {
+        key: segment
+        for key, segment in units.items()
+        if key not in done and not (at is None and _serves(there.get(segment.seg_id), request))
+    }
     positions = 0
-    for done, (key, segment) in enumerate(missing.items()):
-        progress("score", len(units) - len(missing) + done, len(units))
+    for done_now, (key, segment) in enumerate(missing.items()):
+        progress("score", len(units) - len(missing) + done_now, len(units))
         rollouts = store.read_rollouts(segment)
         check_stops(segment, rollouts, model, eos_rows)
+        shown = rollouts if context is None else _shown(rollouts, context)
+        extra = None if asked_at is None else _ids_of(store, asked_at[segment.seg_id], rollouts)
+        wanted: IdLists | None = None
+        if (chain := there.get(segment.seg_id)) is not None:
+            student = rollouts.student if request.at_student else None
+            if extra is None and student is not None:
+                extra = IdLists(cnt=student.cnt, ids=student.ids)
+            wanted = ask_at(store.read_scores(chain, base=rollouts), extra)
+        elif extra is not None:
+            raise IncompleteError(
+                f"teacher {teacher_name!r} has no scores of rollouts {segment.seg_id} to add to",
+                remedy=f"Score without the ids of {at!r} first, then with them.",
+            )
         store.commit_scores(
-            scorer.score(rollouts, request),
+            scorer.score(shown, request, wanted),
             base=segment,
             name=teacher_name,
             unit_key=key,
             unit=dict(segment.unit),
-            lineage=lineage,
+            lineage={**lineage, "at": at or ("student" if request.at_student else "")},
+            profile=profile,
+            at=wanted,
         )
         positions += rollouts.positions
     progress("score", len(units), len(units))
@@ -113,14 +151,22 @@ def score(
     )
 
 
-def unit_key(segment: Segment, model: ModelRef, request: ScoreRequest) -> str:
+def unit_key(
+    segment: Segment,
+    model: ModelRef,
+    request: ScoreRequest,
+    lineage: Mapping[str, Any],
+    at: Chain = (),
+) -> str:
     return digest(
         {
             "rollouts": segment.seg_id,
             "teacher": model.digest,
-            "role": ROLE,
+            "role": lineage["role"],
             "template": model.template_digest,
+            "context": lineage["context"],
             "request": asdict(request),
+            "at": [each.seg_id for each in at],
         }
     )
 
@@ -169,13 +215,83 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
         )
 
 
+def _serves(chain: Chain | None, request: ScoreRequest) -> bool:
+    """Whether one of these segments was asked for as much: what is read can be cut shorter."""
+    asked = [ScoreRequest(**each.lineage["request"]) for each in chain or ()]
+    if any(each.entry_kind == "sampled" for each in (request, *asked)):
+        return False
+
+    def at_least(each: ScoreRequest) -> bool:
+        ours, theirs = (
+            (1.0 if r.entry_kind == "topk" else r.top_p, r.k_min, r.k_max) for r in (request, each)
+        )
+        return all(a <= b for a, b in zip(ours, theirs, strict=True))
+
+    at_student = any(each.at_student for each in asked) or not request.at_student
+    return any(map(at_least, asked)) and at_student
+
+
+def _scores_named(pin: Pin, name: str) -> dict[str, Chain]:
+    found = pin.scores(name)
+    if not found:
+        raise IncompleteError(
+            f"the store holds no scores of {name!r}; it has: {', '.join(pin.names('score'))}",
+            remedy="Score with that model first, or name one of these.",
+        )
+    return found
+
+
+def _chain_of(scores: Mapping[str, Chain] | None, segment: Segment) -> Chain:
+    if scores is None:
+        return ()
+    if segment.seg_id not in scores:
+        raise IncompleteError(
+            f"rollout segment {segment.seg_id} has no scores of the model whose ids are wanted",
+            remedy="Let that model score all of these rollouts first.",
+        )
+    return scores[segment.seg_id]
+
+
+def _ids_of(store: Store, chain: Chain, rollouts: Rollouts) -> IdLists:
+    known = ranked(store.read_scores(chain, base=rollouts))
+    return IdLists(cnt=known.cnt.astype(np.uint16), ids=known.ids)
+
+
+def _context_digest(context: Mapping[str, Prompt] | None) -> str:
+    if context is None:
+        return ""
+    return digest({name: list(prompt.token_ids) for name, prompt in context.items()})
+
+
+def _shown(rollouts: Rollouts, context: Mapping[str, Prompt]) -> Rollouts:
+    """The same responses after other prompts."""
+    for prompt in rollouts.prompts:
+        if prompt.id not in context:
+            raise PromptError(
+                f"the context has no prompt {prompt.id!r}, which the rollouts answer",
+                remedy="Give a prompt for every id of the rollouts.",
+            )
+    return replace(rollouts, prompts=tuple(context[prompt.id] for prompt in rollouts.prompts))
+
+
+def _check_twice(pin: Pin, units: Mapping[str, Segment], teacher_name: str) -> None:
+    done_as = {s.unit_key: s.name for s in pin.segments}
+    for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
+        raise IdentityError(
+            f"this teacher's scores are in the store already, under the name {other!r}",
+            remedy=f"Use that name instead of {teacher_name!r}.",
+        )
+
+
 def _other_dtypes(
     pin: Pin, segments: Sequence[Segment], teacher_name: str, scorer: Scorer
 ) -> list[str]:
     """A note where some of these rollouts were scored in another dtype: bfloat16 moves log-probs
     by some 0.01 nats, which training cannot tell from what the teacher thinks."""
     ours, there = scorer.describe().get("dtype"), pin.scores(teacher_name)
-    found = {there[s.seg_id].lineage["backend"].get("dtype") for s in segments if s.seg_id in there}
+    found = {
+        each.lineage["backend"].get("dtype") for s in segments for each in there.get(s.seg_id, ())
+    }
     return [
         f"scores of {teacher_name!r} in {other} are there already, and this run computes in {ours}"
         for other in sorted(map(str, found - {ours}))
@@ -189,7 +305,20 @@ def _check_scorer(scorer: Scorer, request: ScoreRequest) -> None:
             f"k_min = {request.k_min} is more than k_max = {request.k_max}",
             remedy=f"Give k_max = {request.k_min} or more.",
         )
-    needs = {"top", "entropy", "tail"} | ({"at_ids"} if request.at_student else set())
+    drawn = request.entry_kind == "sampled"
+    if drawn != (request.draws > 0) or (drawn and request.at_student):
+        raise ConfigError(
+            f"entry_kind = {request.entry_kind!r} with draws = {request.draws} and "
+            f"at_student = {request.at_student}",
+            remedy="Give draws to entry_kind = 'sampled' and to no other, without at_student.",
+        )
+    if request.entry_kind == "topk" and request.k_min < request.k_max:
+        raise ConfigError(
+            f"entry_kind = 'topk' with k_min = {request.k_min} and k_max = {request.k_max}",
+            remedy="Give the same k twice, or entry_kind = 'topp'.",
+        )
+    needs = {"entropy", "tail", "drawn" if drawn else "top"}
+    needs |= {"at_ids"} if request.at_student else set()
     if lacking := sorted(needs - scorer.capabilities):
         raise ConfigError(
             f"{type(scorer).__name__} cannot give {', '.join(lacking)}",

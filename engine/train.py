@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.batches import PlannedRows, RowSource
+from logitcask.engine.batches import PlannedRows
 from logitcask.engine.course import Course, TrainReport, TrainSettings, carry_out, open_desk
-from logitcask.engine.errors import IdentityError, IncompleteError
+from logitcask.engine.errors import IdentityError, IncompleteError, ObjectiveError
 from logitcask.engine.objectives import Facts, Objective, Preset, verdict
 from logitcask.engine.plan import Plan, PlanKey, make_plan
+from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import Pin, Store
 from logitcask.engine.trainer import gathered
 from logitcask.engine.types import ModelRef, Progress, SamplingParams, silent
@@ -97,7 +98,13 @@ def _pin(store: Store, earlier: Mapping[str, Any] | None) -> Pin:
 def _facts(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts:
     """What the cache and the student are to each other. IdentityError for another tokenizer."""
     rollouts = [segment for segment, _ in source.pairs]
-    scores = [segment for _, segment in source.pairs]
+    asked = [[each.lineage["request"] for each in chain] for _, chain in source.pairs]
+    if any(each.get("entry_kind") == "sampled" for requests in asked for each in requests):
+        raise ObjectiveError(
+            "these scores are ids drawn from the teacher (entry_kind 'sampled'), and every "
+            "objective here looks at its best ids",
+            remedy="train on scores that were made without --draws",
+        )
     sampler = rollouts[0].lineage["student"]
     if sampler["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
@@ -105,13 +112,13 @@ def _facts(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts:
             f"{model.name} has {model.tokenizer_digest}",
             remedy="train a student with the tokenizer of the rollouts, or sample with this one",
         )
-    request = scores[0].lineage["request"]
     sampling = rollouts[0].lineage["set"]
     return Facts(
         student_k=int(sampling["student_k"]),
-        k_min=int(request["k_min"]),
-        k_max=int(request["k_max"]),
-        layout="whole" if any(s.layout == "whole" for s in scores) else "once",
+        # Of the unit that was asked for least: a plan mixes all of them.
+        k_min=min(max(int(each["k_min"]) for each in requests) for requests in asked),
+        k_max=min(max(int(each["k_max"]) for each in requests) for requests in asked),
+        at_student=all(any(each["at_student"] for each in requests) for requests in asked),
         versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
         student_version=model.version,
         same_root=sampler["root"] == model.root,

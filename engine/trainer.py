@@ -29,9 +29,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from logitcask.engine.batches import PackedRow, Rows
+from logitcask.engine.batches import Rows
 from logitcask.engine.errors import ModelError
 from logitcask.engine.objectives import Objective, live_k, row_objective
+from logitcask.engine.row_source import PackedRow
 from logitcask.engine.rundir import MetricsFile, write_mark
 from logitcask.engine.student import head_weight, hidden_states
 from logitcask.engine.types import Progress
@@ -70,7 +71,7 @@ class DistillTrainer(Trainer):
         """`version` is the student's before update 0, and ages are counted from it if it is of the
         lineage that sampled (`same_root`). `mark`: what a checkpoint must agree on to be resumed.
         """
-        width = args.gradient_accumulation_steps * args.world_size
+        self._width = width = args.gradient_accumulation_steps * args.world_size
         use_cache = model.config.use_cache
         super().__init__(
             model=model,
@@ -101,7 +102,10 @@ class DistillTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The rows of one optimizer update, and the sum of their weights over all processes."""
         self._rows.prepare(self.state.global_step)
-        rows = [self._rows.row(index) for index in islice(epoch_iterator, num_batches)]
+        indices = list(islice(epoch_iterator, num_batches))
+        rows = [self._rows.row(index) for index in indices]
+        # The next update's are made while this one is computed.
+        self._rows.expect(index + self._width for index in indices)
         weight = torch.zeros((), dtype=torch.float64)
         for row in rows:
             weight += row.targets.weight.sum(dtype=torch.float64)

@@ -13,7 +13,7 @@ normalised at temperature 1 over the ids [0, n_vocab), in nats. `p` is the stude
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:  # `--help` reads this file, and would wait for numpy
     import numpy.typing as npt
@@ -110,14 +110,31 @@ class ModelRef:
 class ScoreRequest:
     """What a scorer is asked for, per position."""
 
+    entry_kind: Literal["topp", "topk", "sampled"] = "topp"
+    """Which ids are kept: the best ones up to a mass, the best k_max, or `draws` drawn ones."""
     top_p: float = 0.999
-    """Own entries are kept until their cumulative mass reaches this, ..."""
+    """topp: own entries are kept until their cumulative mass reaches this, ..."""
     k_min: int = 16
     """... at least so many, which makes TopK(q, k) exact for every k <= k_min, ..."""
     k_max: int = 64
     """... and at most so many."""
     at_student: bool = True
     """Also the log-probs at the ids of the student's stored top-k."""
+    draws: int = 0
+    """sampled: ids drawn a position, with replacement, from the scorer's own law at temperature 1
+    (RS-KD, arXiv 2503.16870) ..."""
+    seed: int = 0
+    """... by random numbers of this seed and the rollouts alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdLists:
+    """Ids of every row that a scorer is to be asked at; distinct within a row."""
+
+    cnt: Array
+    """[P] uint16."""
+    ids: Array
+    """[A] uint32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +146,7 @@ class Scores:
     entropy: Array
     """[P] float32, full vocabulary, nats."""
     log_tail: Array
-    """[P] float32, log of the mass outside the kept entries and the student's ids, from logits;
+    """[P] float32, log of the mass outside the kept entries and the ids asked at, from logits;
     -inf where nothing is outside."""
     cnt: Array
     """[P] uint16, kept entries of each row."""
@@ -137,8 +154,48 @@ class Scores:
     """[E] uint32, kept entries, best first, the lower id first among equals."""
     entry_lp: Array
     """[E] float32, their log-probs."""
-    at_student: Array | None = None
-    """[sum of student cnt] float32, log-probs at the student's stored ids; None if not asked."""
+    at_lp: Array | None = None
+    """[A] float32, log-probs at the ids asked at; None where it was asked at none."""
+    mult: Array | None = None
+    """[E] uint16, how often each entry was drawn; None where entries are the best ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedScores:
+    """What a store knows of a model on the P rows of some rollouts. Every id of a row stands once:
+    among those that the student's stored list names too, in the order of that list, or among the
+    others, best first.
+
+    A rank is the place of an id among all that are known of its row, best first. The first `kept`
+    of them are the model's own top: TopK(q, k) is exact for every k up to that.
+    """
+
+    lp: Array
+    """[P] float32, log-prob of the sampled token."""
+    entropy: Array
+    """[P] float32, full vocabulary, nats."""
+    log_tail: Array
+    """[P] float32, log of the mass outside all ids known of the row."""
+    kept: Array
+    """[P] uint16."""
+    s_cnt: Array
+    """[P] uint16, ids of the student's list that are known: all, if the model was asked there."""
+    s_ids: Array
+    """[S] uint32."""
+    s_lp: Array
+    """[S] float32, the model's log-probs at them."""
+    s_rank: Array
+    """[S] uint16."""
+    cnt: Array
+    """[P] uint16, the other ids."""
+    ids: Array
+    """[E] uint32."""
+    entry_lp: Array
+    """[E] float32."""
+    rank: Array
+    """[E] uint16."""
+    mult: Array | None = None
+    """[E] uint16, how often each was drawn: then ids are draws and `kept` is 0 everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

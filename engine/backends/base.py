@@ -9,7 +9,15 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.types import Progress, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+from logitcask.engine.types import (
+    IdLists,
+    Progress,
+    Prompt,
+    Rollouts,
+    SamplingParams,
+    ScoreRequest,
+    Scores,
+)
 
 
 class Sampler(Protocol):
@@ -38,10 +46,15 @@ class Scorer(Protocol):
     """Says what a model thinks of given responses."""
 
     capabilities: frozenset[str]
-    """Of "top" (its own best ids), "at_ids" (log-probs at given ids), "entropy" and "tail"."""
+    """Of "top" (its own best ids), "at_ids" (log-probs at given ids), "drawn" (ids drawn from its
+    law), "entropy" and "tail"."""
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest) -> Scores:
-        """Row r of a sequence is the law of response token r given prompt + response[:r]."""
+    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+        """Row r of a sequence is the law of response token r given prompt + response[:r].
+
+        at: ids of every row whose log-probs are wanted too; left out, those of the student's list
+        if the request says so.
+        """
 
     def describe(self) -> dict[str, str]:
         """As of a Sampler."""

@@ -22,6 +22,7 @@ from logitcask.engine.heads import named_extras
 from logitcask.engine.types import (
     LENGTH,
     STOP,
+    IdLists,
     ModelRef,
     Progress,
     Prompt,
@@ -41,7 +42,7 @@ PROBE_TOLERANCE = 1e-3
 class HF:
     """A causal model of transformers as Sampler and Scorer. Not safe for use by several threads."""
 
-    capabilities = frozenset({"top", "at_ids", "entropy", "tail"})
+    capabilities = frozenset({"top", "at_ids", "drawn", "entropy", "tail"})
 
     def __init__(
         self,
@@ -181,21 +182,22 @@ class HF:
             version_end=np.full(len(of), version, np.int64),
         )
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest) -> Scores:
-        """Without at_student, log_tail is what lies outside the kept entries alone.
+    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+        """Asked at no ids, log_tail is what lies outside the kept entries alone.
 
         Raises IdentityError for ids that this model does not have, ModelError for sequences
         beyond its context, ConfigError if the student's ids are asked for and not there.
         """
-        if request.at_student and rollouts.student is None:
-            raise ConfigError(
-                "at_student=True, and these rollouts hold no ids of the student",
-                remedy="Let the student score its rollouts first, or set at_student=False.",
-            )
+        if request.at_student and at is None:
+            student = rollouts.student
+            if student is None:
+                raise ConfigError(
+                    "at_student=True, and these rollouts hold no ids of the student",
+                    remedy="Let the student score its rollouts first, or set at_student=False.",
+                )
+            at = IdLists(cnt=student.cnt, ids=student.ids)
         of_prompts = [np.array(p.token_ids) for p in rollouts.prompts]
-        seen = [rollouts.tokens, *of_prompts]
-        if request.at_student and rollouts.student is not None:
-            seen.append(rollouts.student.ids)
+        seen = [rollouts.tokens, *of_prompts, *([] if at is None else [at.ids])]
         highest = max((int(ids.max()) for ids in seen if len(ids)), default=0)
         if highest >= self.n_vocab:
             raise IdentityError(
@@ -210,7 +212,7 @@ class HF:
                 remedy="Score with a model of longer context, or roll out shorter responses.",
             )
         with self.evaluating():
-            return score_rollouts(self, rollouts, request, batch_tokens=self.batch_tokens)
+            return score_rollouts(self, rollouts, request, at, batch_tokens=self.batch_tokens)
 
 
 def pick_device(device: str) -> torch.device:

@@ -4,6 +4,7 @@ Each chunk of rows gives log-prob of the sampled token, entropy, the kept list, 
 student's stored ids, and the exact log mass of everything else, all from the same logits.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ModelError
-from logitcask.engine.types import Array, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.topk_select import topk_select
 
@@ -55,44 +56,89 @@ class RowScores:
     entry_lp: Tensor
     at: Tensor
     """[A] log-probs at (at_row, at_ids)."""
+    mult: Tensor
+    """[R, k] how often each was drawn, 0 beyond cnt; 1 where ids are the best ones."""
 
 
 def score_rows(
-    logits: Tensor, token: Tensor, at_row: Tensor, at_ids: Tensor, request: ScoreRequest
+    logits: Tensor,
+    token: Tensor,
+    at_row: Tensor,
+    at_ids: Tensor,
+    request: ScoreRequest,
+    uniforms: Tensor | None = None,
 ) -> RowScores:
-    """logits [R, n_vocab] float32, overwritten; token [R]; at_row, at_ids [A]: student's ids."""
+    """logits [R, n_vocab] float32, overwritten; token [R]; at_row, at_ids [A]: where it is asked;
+    uniforms [R, draws] float64 in [0, 1), where ids are drawn.
+    """
     log_sum_exp, entropy = row_stats(logits)
     lp = logits.gather(1, token[:, None])[:, 0] - log_sum_exp
     at = logits[at_row, at_ids] - log_sum_exp[at_row]
-    k = min(request.k_max, logits.shape[1])
-    values, ids = topk_select(logits, k)
+    if request.entry_kind == "sampled":
+        assert uniforms is not None, "who draws brings the numbers"
+        cnt, ids, mult = _drawn(logits, uniforms)
+    else:
+        cnt, ids, mult = _best(logits, log_sum_exp, request)
+    values = logits.gather(1, ids)
     entry_lp = values - log_sum_exp[:, None]
-    cnt = torch.full_like(token, k)
-    if request.top_p < 1.0:
-        mass = entry_lp.double().exp().cumsum(1)
-        cnt = ((mass < request.top_p).sum(1) + 1).clamp(min(request.k_min, k), k)
-    kept = torch.arange(k, device=logits.device) < cnt[:, None]
-    logits.scatter_(1, ids, values.masked_fill(kept, -torch.inf))
+    kept = torch.arange(ids.shape[1], device=logits.device) < cnt[:, None]
+    logits.scatter_(1, ids, values.masked_fill(kept | (mult == 0), -torch.inf))
     logits[at_row, at_ids] = -torch.inf
     log_tail = logits.logsumexp(1) - log_sum_exp
-    return RowScores(lp, entropy, log_tail, cnt, ids, entry_lp, at)
+    return RowScores(lp, entropy, log_tail, cnt, ids, entry_lp, at, mult)
+
+
+def _best(
+    logits: Tensor, log_sum_exp: Tensor, request: ScoreRequest
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(cnt, ids, mult) of the best ids up to the mass top_p, between k_min and k_max."""
+    k = min(request.k_max, logits.shape[1])
+    values, ids = topk_select(logits, k)
+    cnt = torch.full_like(log_sum_exp, k, dtype=torch.int64)
+    if request.entry_kind == "topp" and request.top_p < 1.0:
+        mass = (values - log_sum_exp[:, None]).double().exp().cumsum(1)
+        cnt = ((mass < request.top_p).sum(1) + 1).clamp(min(request.k_min, k), k)
+    return cnt, ids, torch.ones_like(ids)
+
+
+def _drawn(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(cnt, ids, mult) of ids drawn with replacement from softmax(logits), best first.
+
+    The inverse of the distribution function at each uniform number; a draw that comes again counts.
+    """
+    below = logits.double().softmax(1).cumsum(1)
+    drawn = torch.searchsorted(below, uniforms * below[:, -1:], right=True)
+    drawn = drawn.clamp(max=logits.shape[1] - 1).sort(1).values
+    best_first = logits.gather(1, drawn).sort(stable=True, dim=1, descending=True).indices
+    drawn = drawn.gather(1, best_first)
+    new = torch.ones_like(drawn, dtype=torch.bool)
+    new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    place = new.cumsum(1) - 1
+    # Padding repeats an id that is there, so that whatever is done to it is done to no other.
+    ids = drawn[:, :1].repeat(1, drawn.shape[1]).scatter_(1, place, drawn)
+    mult = torch.zeros_like(drawn).scatter_add_(1, place, torch.ones_like(drawn))
+    return new.sum(1), ids, mult
 
 
 class Sheet:
     """The scores of P rows, filled in any order."""
 
-    def __init__(self, rollouts: Rollouts, request: ScoreRequest) -> None:
+    def __init__(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None) -> None:
         rows = rollouts.positions
         self.request = request
         self.tokens = rollouts.tokens.astype(np.int64)
         self.lp, self.entropy, self.log_tail = (np.empty(rows, np.float32) for _ in range(3))
         self.cnt = np.zeros(rows, np.uint16)
-        self.ids = np.zeros((rows, request.k_max), np.uint32)
-        self.entry_lp = np.zeros((rows, request.k_max), np.float32)
-        student = rollouts.student if request.at_student else None
-        self.at_cnt = np.zeros(rows, np.int64) if student is None else student.cnt.astype(np.int64)
+        self.drawn = request.entry_kind == "sampled"
+        width = request.draws if self.drawn else request.k_max
+        self.ids = np.zeros((rows, width), np.uint32)
+        self.entry_lp = np.zeros((rows, width), np.float32)
+        self.mult = np.zeros((rows, width if self.drawn else 0), np.uint16)
+        self.uniforms = _uniforms(rollouts, request)
+        self.asked = at is not None
+        self.at_cnt = np.zeros(rows, np.int64) if at is None else at.cnt.astype(np.int64)
         self.at_off = np.cumsum(self.at_cnt) - self.at_cnt
-        self.at_ids = np.zeros(0, np.int64) if student is None else student.ids.astype(np.int64)
+        self.at_ids = np.zeros(0, np.int64) if at is None else at.ids.astype(np.int64)
         self.at = np.empty(len(self.at_ids), np.float32)
 
     def write(self, rows: Array, logits: Tensor) -> None:
@@ -109,6 +155,7 @@ class Sheet:
             there(at_row),
             there(self.at_ids[flat]),
             self.request,
+            there(self.uniforms[rows]),
         )
         if not found.entropy.isfinite().all():
             raise ModelError(
@@ -120,6 +167,8 @@ class Sheet:
         self.log_tail[rows], self.cnt[rows] = found.log_tail.cpu(), found.cnt.cpu()
         self.ids[rows, :k], self.entry_lp[rows, :k] = found.ids.cpu(), found.entry_lp.cpu()
         self.at[flat] = found.at.cpu()
+        if self.drawn:
+            self.mult[rows] = found.mult.cpu()
 
     def scores(self) -> Scores:
         kept = np.arange(self.ids.shape[1]) < self.cnt[:, None]
@@ -130,8 +179,16 @@ class Sheet:
             cnt=self.cnt,
             ids=self.ids[kept],
             entry_lp=self.entry_lp[kept],
-            at_student=self.at if self.request.at_student else None,
+            at_lp=self.at if self.asked else None,
+            mult=self.mult[kept] if self.drawn else None,
         )
+
+
+def _uniforms(rollouts: Rollouts, request: ScoreRequest) -> Array:
+    """[P, draws] float64: a function of the seed and the sampled tokens, whatever the batches."""
+    seed = hashlib.sha256(b"%d/" % request.seed + rollouts.tokens.astype("<u4").tobytes()).digest()
+    rng = np.random.default_rng(list(seed))
+    return rng.random((rollouts.positions, request.draws))
 
 
 def response_rows(rollouts: Rollouts, batch: Sequence[int]) -> tuple[Tensor, Tensor, Array, Array]:
@@ -163,25 +220,33 @@ def response_rows(rollouts: Rollouts, batch: Sequence[int]) -> tuple[Tensor, Ten
 
 
 def score_rollouts(
-    net: Any, rollouts: Rollouts, request: ScoreRequest, *, batch_tokens: int
+    net: Any, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None, *, batch_tokens: int
 ) -> Scores:
-    """One forward pass a batch, response rows only. net: as of sampling.Network."""
-    sheet = Sheet(rollouts, request)
+    """net: as of sampling.Network."""
+    sheet = Sheet(rollouts, request, at)
+    for rows, logits in row_logits(net, rollouts, batch_tokens=batch_tokens):
+        sheet.write(rows, logits)
+    return sheet.scores()
+
+
+@torch.no_grad()
+def row_logits(
+    net: Any, rollouts: Rollouts, *, batch_tokens: int
+) -> Iterator[tuple[Array, Tensor]]:
+    """(rows [R], their logits [R, n_vocab] float32) until all rows have come once; one forward pass
+    a batch, response rows only. The order depends on lengths and batch_tokens, not on the net.
+    """
     lengths = rollouts.lengths()
     prompts = [len(rollouts.prompts[int(p)].token_ids) for p in rollouts.seq_prompt]
     answered = [i for i in range(len(lengths)) if lengths[i] > 0]
     fed = [prompts[i] + int(lengths[i]) - 1 for i in answered]
     for batch in budget_batches(fed, batch_tokens):
-        with torch.no_grad():
-            ids, mask, at, rows = response_rows(rollouts, [answered[i] for i in batch])
-            positions = torch.arange(ids.shape[1]).expand_as(ids)
-            hidden = net.hidden(
-                ids.to(net.device), mask.to(net.device), positions.to(net.device), None
-            )
-            hidden = hidden.flatten(0, 1)[torch.from_numpy(at).to(net.device)]  # [R, D]
-            for part in chunks(len(rows), max(1, CHUNK_LOGITS // net.n_vocab)):
-                sheet.write(rows[part], net.logits(hidden[part]))
-    return sheet.scores()
+        ids, mask, places, rows = response_rows(rollouts, [answered[i] for i in batch])
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        hidden = net.hidden(ids.to(net.device), mask.to(net.device), positions.to(net.device), None)
+        hidden = hidden.flatten(0, 1)[torch.from_numpy(places).to(net.device)]  # [R, D]
+        for part in chunks(len(rows), max(1, CHUNK_LOGITS // net.n_vocab)):
+            yield rows[part], net.logits(hidden[part])
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

@@ -31,8 +31,13 @@ from logitcask.engine.identity import model_ref
 from logitcask.engine.jobs import run_rollout, run_score, run_train
 from logitcask.engine.objectives import find_preset
 from logitcask.engine.store import open_store
+from logitcask.engine.store.layout import kept_lists
+from logitcask.engine.store.ragged import starts
 from logitcask.engine.store.view import bytes_per_position
-from logitcask.engine.types import Array, Progress, ScoreRequest, Scores, silent
+from logitcask.engine.types import Array, Progress, ScoreRequest, silent
+
+Top = tuple[Array, Array]
+"""([P, K] ids, [P, K] log-probs), best first."""
 
 K = 16
 """Ids of the top-k lists whose overlap is measured; student and teacher store at least these."""
@@ -230,9 +235,11 @@ class Demo:
         for segment in pin.rollouts(HELDOUT):
             rollouts = store.read_rollouts(segment)
             assert rollouts.student is not None, "a committed rollout unit holds these"
-            before.append(rollouts.student)
-            after.append(trained.score(rollouts, own_top))
-            teacher.append(store.read_scores(scored[segment.seg_id]))
+            own, trained_now = rollouts.student, trained.score(rollouts, own_top)
+            known = store.read_scores(scored[segment.seg_id], base=rollouts)
+            before.append(top(own.cnt, own.ids, own.entry_lp))
+            after.append(top(trained_now.cnt, trained_now.ids, trained_now.entry_lp))
+            teacher.append(top(known.kept, *kept_lists(known)))
         return overlap(before, teacher), overlap(after, teacher)
 
     def _accuracy(self, model: Any) -> float:
@@ -243,21 +250,18 @@ class Demo:
         return config.StoreSection(url=str(self.out / "store"), rollouts=rollouts)
 
 
-def overlap(students: list[Scores], teachers: list[Scores]) -> tuple[float, float]:
+def overlap(students: list[Top], teachers: list[Top]) -> tuple[float, float]:
     """Mean |S(p) & S(q)| / K and mean student mass on S(p) & S(q), S being the top K; two lists of
     the same rows. arXiv 2604.13016 Eq.6 and Eq.9.
     """
-    p_ids = np.concatenate([_top(scores, scores.ids) for scores in students])
-    q_ids = np.concatenate([_top(scores, scores.ids) for scores in teachers])
-    log_p = np.concatenate([_top(scores, scores.entry_lp) for scores in students])
+    p_ids, log_p = (np.concatenate(each) for each in zip(*students, strict=True))
+    q_ids, _ = (np.concatenate(each) for each in zip(*teachers, strict=True))
     both = (p_ids[:, :, None] == q_ids[:, None, :]).any(-1)
     mass = np.where(both, np.exp(log_p, dtype=np.float64), 0.0).sum(-1)
     return float(both.mean()), float(mass.mean())
 
 
-def _top(scores: Scores, entries: Array) -> Array:
-    """[P, K], the best K entries of every row."""
-    counts = scores.cnt.astype(np.int64)
-    start = np.cumsum(counts) - counts
-    best: Array = entries[start[:, None] + np.arange(K)]
-    return best
+def top(cnt: Array, ids: Array, log_probs: Array) -> Top:
+    """([P, K] ids, [P, K] log-probs) of the best K entries of every row."""
+    at = starts(cnt)[:-1, None] + np.arange(K)
+    return ids[at], log_probs[at]

@@ -25,8 +25,9 @@ class Facts:
     k_min: int
     """Of the score request: the teacher's top-k is exact up to this k."""
     k_max: int
-    layout: str
-    """`once`: the teacher was asked at the student's ids too; `whole`: its own kept ids only."""
+    at_student: bool
+    """The teacher was asked at the student's ids too; else its own kept ids are all that is known.
+    """
     versions: tuple[int, ...]
     """Versions of the students that sampled, each once; empty in a loop, where every round samples
     from the student as it then is.
@@ -136,10 +137,10 @@ def _check_k(objective: Objective, facts: Facts) -> None:
 
 
 def _check_student(objective: Objective, facts: Facts) -> None:
-    if facts.layout == "whole":
+    if not facts.at_student:
         raise ObjectiveError(
-            "layout 'whole': this teacher was not asked at the student's ids, and a student "
-            "support needs its log-probs there",
+            "this teacher was not asked at the student's ids, and a student support needs its "
+            "log-probs there",
             remedy="score with a teacher that answers at chosen ids, or train with "
             "--objective overlap",
         )

@@ -1,24 +1,27 @@
 """The store: immutable segments and an add-only numbered log.
 
   STORE/
-    format.json               create-only: {format, version, store_uuid, created, sha256}
-    log/0000000000.json ...   create-only records, each with the digest of the one before it;
-                              the only source of truth: what no record names does not exist
+    format.json               made once: what this is, and which store
+    log/0000000000.json ...   made once each, each with the digest of the one before it; the only
+                              source of truth: what no record names does not exist
+    bundles/0000000000.jsonl  256 records in one file, for a quick start; free to delete
     seg/rollout/<32 hex>/     a plain Zarr v3 group: prompts, tokens, the student's own scores
     seg/score/<32 hex>/       a plain Zarr v3 group: one teacher over one rollout segment
-    staging/<32 hex>/         work in progress; never read, free to delete when nobody writes
+    staging/                  work in progress on a disk; never read
 
-A commit stages a group, decodes it again and compares, flushes every file and directory, renames
-the group to its content address, and links a record to the next free number. A crash at any step
-leaves the log as it was: at worst a folder that no record names. Nothing is changed in place.
+A commit encodes a group, decodes it again and compares, puts it durably where its content says, and
+makes the record with the next free number. A crash at any step leaves the log as it was: at worst a
+folder that no record names. Nothing is changed in place. A record can also retire units, sweep what
+nobody reaches (gc removes it then), and tag a number. The same on a disk and in an object store.
 
-files (every file effect), schema -> codecs -> layout, rollouts (data <-> arrays), segment (arrays
-<-> Zarr group) -> record, log, root -> publish -> store -> verify.
+medium -> files, objects (every effect outside) -> schema -> codecs -> shards, ragged (bytes and
+rows) -> layout, widen, rollouts (data <-> arrays) -> segment (arrays <-> Zarr group) -> record, pin
+-> log, root -> publish -> commit -> store -> verify, keep, transfer, view, cache.
 """
 
-from logitcask.engine.store.log import Pin
+from logitcask.engine.store.pin import Chain, Pin
 from logitcask.engine.store.rollouts import Extent
 from logitcask.engine.store.segment import Segment
 from logitcask.engine.store.store import Store, open_store
 
-__all__ = ["Extent", "Pin", "Segment", "Store", "open_store"]
+__all__ = ["Chain", "Extent", "Pin", "Segment", "Store", "open_store"]

@@ -1,9 +1,9 @@
-"""Every file effect of the store, and nothing else.
+"""A store in a folder: every effect on a disk, and nothing else.
 
-One small module, so that a test can make any single call fail and so that three rules hold
-everywhere: nothing is overwritten (`O_EXCL`, `link`, `rename` to a free name), nothing is published
-before it is on the disk (`fsync` of files and of directories), and reading below the store's root
-never follows a symbolic link. The root itself is the caller's choice and may be one.
+Three rules hold everywhere: nothing is overwritten (`O_EXCL`, `link`, `rename` to a free name),
+nothing gets its name before it is on the disk (`fsync` of files and of directories), and reading
+below the store's root never follows a symbolic link. The root itself is the caller's choice and may
+be one.
 
 Operating system errors come out as StoreError with the system's own words; what a caller has to
 tell apart (absent, taken) is a return value.
@@ -11,21 +11,27 @@ tell apart (absent, taken) is a return value.
 
 import errno
 import os
-import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.store.medium import STAGING, Found
 
+_SAFE = "then run the same command again; what was committed is safe"
 _REMEDIES = {
-    errno.ENOSPC: "make room on that disk, then run the same command again; commits are safe",
-    errno.EDQUOT: "raise the disk quota, then run the same command again; commits are safe",
+    errno.ENOSPC: f"make room on that disk, {_SAFE}",
+    errno.EDQUOT: f"raise the disk quota, {_SAFE}",
+    errno.EMFILE: f"allow more open files (ulimit -n), {_SAFE}",
+    errno.ENFILE: f"close programs that hold many files open, {_SAFE}",
     errno.EACCES: "give this user the right to read and write there",
     errno.EPERM: "give this user the right to read and write there",
     errno.EROFS: "that file system is read-only; use a store elsewhere",
+    errno.EOPNOTSUPP: "that file system has no hard links, which commits need; use another disk",
 }
+_RESTORE = "restore it from a copy of the store"
 
 
 @contextmanager
@@ -39,29 +45,210 @@ def _disk(action: str, path: Path) -> Iterator[None]:
         words = os.strerror(error.errno) if error.errno else str(error)
         raise StoreError(
             f"cannot {action} {path}: {words}",
-            remedy=_REMEDIES.get(
-                error.errno or 0, "check the disk, then run the same command again"
-            ),
+            remedy=_REMEDIES.get(error.errno or 0, f"check the disk, {_SAFE}"),
         ) from error
 
 
-def make_dir(path: Path) -> None:
-    """Makes one directory; it may be there already, its parent must be."""
-    with _disk("make directory", path):
+class Folder:
+    """The medium of a path or of a file:// URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = os.path.abspath(url.removeprefix("file://"))
+        self._root = Path(self.url)
+
+    def where(self, name: str) -> str:
+        return str(self._root / name)
+
+    def prepare(self, folders: Iterable[str]) -> None:
+        if _kind(self._root) == "file":
+            raise StoreError(
+                f"{self.url} is a file, not a store's folder", remedy="give a new folder"
+            )
+        wanted = list(folders)
+        strangers = [n for n in self.names("") if n not in wanted and not n.startswith(".")]
+        if strangers:
+            raise StoreError(
+                f"{self.url} is not a logitcask store and not empty: it holds {strangers[0]!r}",
+                remedy="give a new or an empty folder",
+            )
+        with _disk("make directory", self._root):
+            os.makedirs(self._root, exist_ok=True)
+        for folder in wanted:
+            _make_dir(self._root / folder)
+        for made_in in {(self._root / folder).parent for folder in wanted}:
+            _fsync_dir(made_in)
+        _fsync_dir(self._root.parent)
+
+    def check(self, folders: Iterable[str]) -> None:
+        for folder in folders:
+            found = _kind(self._root / folder)
+            if found != "dir":
+                raise IntegrityError(
+                    f"{self._root / folder}: {found}, where a store has a directory",
+                    remedy=_RESTORE,
+                )
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        path = self._root / name
+        with _disk("read", path):
+            try:
+                handle = self._open_below(name)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                    raise
+                raise IntegrityError(
+                    f"{path}: a symbolic link or a file stands where the store keeps its own files",
+                    remedy="restore that path from a copy of the store; a store has no links",
+                ) from error
+            try:
+                status = os.fstat(handle)
+                if not stat.S_ISREG(status.st_mode):
+                    raise IntegrityError(f"{path}: not a plain file", remedy=_RESTORE)
+                if status.st_size > limit:
+                    raise IntegrityError(
+                        f"{path}: {status.st_size} bytes where at most {limit} are allowed",
+                        remedy=_RESTORE,
+                    )
+                parts: list[bytes] = []
+                left = limit + 1
+                while left and (part := os.read(handle, min(left, 1 << 24))):
+                    parts.append(part)
+                    left -= len(part)
+            finally:
+                os.close(handle)
+        return b"".join(parts)
+
+    def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
+        return {name: self.read(name, limit) for name, limit in limits.items()}
+
+    def create(self, name: str, data: bytes) -> bool:
+        temporary = self._root / STAGING / uuid.uuid4().hex
+        target = self._root / name
         try:
-            os.mkdir(path, 0o777)
-        except FileExistsError:
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, "not a directory") from None
+            _write_new(temporary, data)
+            with _disk("publish", target):
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return False
+            _fsync_dir(target.parent)
+        finally:
+            # What failed first is what the caller has to know; staging may stay behind.
+            with suppress(OSError):
+                os.unlink(temporary)
+        return True
+
+    def place(self, folder: str, contents: Mapping[str, bytes]) -> None:
+        stage = f"{STAGING}/{uuid.uuid4().hex}"
+        target = self._root / folder
+        try:
+            self._stage(stage, contents)
+            with _disk("rename to", target):
+                try:
+                    os.rename(self._root / stage, target)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                        raise
+                    self._compare(folder, contents)
+        except BaseException:
+            with suppress(StoreError):
+                self.remove(stage)
+            raise
+        self.remove(stage)
+        _fsync_dir(target.parent)
+
+    def settle(self, folder: str) -> None:
+        _fsync_dir(self._root / folder)
+
+    def names(self, folder: str, after: str = "") -> list[str]:
+        with _disk("list", self._root / folder):
+            try:
+                return sorted(n for n in os.listdir(self._root / folder) if n > after)
+            except FileNotFoundError:
+                return []
+
+    def files(self, folder: str) -> list[Found]:
+        found = []
+        for name in self.names(folder):
+            below = f"{folder}/{name}" if folder else name
+            with _disk("look at", self._root / below):
+                try:
+                    status = os.lstat(self._root / below)
+                except FileNotFoundError:
+                    continue  # removed meanwhile
+            if stat.S_ISDIR(status.st_mode):
+                found += self.files(below)
+            else:
+                found.append(Found(name=below, size=status.st_size))
+        return found
+
+    def touched_s(self, name: str) -> float:
+        with _disk("look at", self._root / name):
+            try:
+                status = os.lstat(self._root / name)
+            except FileNotFoundError:
+                return 0.0
+        below = self.names(name) if stat.S_ISDIR(status.st_mode) else []
+        return max([status.st_mtime, *(self.touched_s(f"{name}/{each}") for each in below)])
+
+    def remove(self, name: str) -> None:
+        """A folder outside of staging goes there first, so that no reader sees half of it."""
+        path = self._root / name
+        with _disk("remove", path):
+            try:
+                if not stat.S_ISDIR(os.lstat(path).st_mode):
+                    os.unlink(path)
+                    return
+                if not name.startswith(f"{STAGING}/"):
+                    path = self._root / STAGING / uuid.uuid4().hex
+                    os.rename(self._root / name, path)
+                _remove_tree(path)
+            except FileNotFoundError:
+                return
+
+    def _stage(self, stage: str, contents: Mapping[str, bytes]) -> None:
+        """A new folder of these files, all on the disk and read back."""
+        folders = {stage}
+        for name in contents:
+            parts = name.split("/")[:-1]
+            folders |= {"/".join([stage, *parts[: i + 1]]) for i in range(len(parts))}
+        for each in sorted(folders):
+            _make_dir(self._root / each)
+        for name, data in sorted(contents.items()):
+            _write_new(self._root / stage / name, data)
+        for each in sorted(folders, reverse=True):
+            _fsync_dir(self._root / each)
+        self._compare(stage, contents)
+
+    def _compare(self, folder: str, contents: Mapping[str, bytes]) -> None:
+        for name, data in sorted(contents.items()):
+            if self.read(f"{folder}/{name}", len(data)) != data:
+                raise IntegrityError(
+                    f"{self._root / folder / name}: not the bytes that were meant to be there",
+                    remedy="remove that folder with `logitcask store gc`, or check the disk",
+                )
+
+    def _open_below(self, name: str) -> int:
+        """Opens a name one part at a time, so that no part of it can be a symbolic link."""
+        *folders, last = name.split("/")
+        try:
+            here = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        except NotADirectoryError as error:
+            raise FileNotFoundError(errno.ENOENT, "the root is no directory") from error
+        try:
+            for folder in folders:
+                below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+                os.close(here)
+                here = below
+            # O_NONBLOCK: a named pipe put in a file's place must not hang the reader.
+            return os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=here)
+        finally:
+            os.close(here)
 
 
-def make_root(path: Path) -> None:
-    """Makes the store's own directory with the parents that it lacks."""
-    with _disk("make directory", path):
-        os.makedirs(path, exist_ok=True)
-
-
-def kind(path: Path) -> str:
+def _kind(path: Path) -> str:
     """'dir', 'file', 'link', 'other' or 'absent': of the name itself, not of a link's target."""
     with _disk("look at", path):
         try:
@@ -74,7 +261,17 @@ def kind(path: Path) -> str:
     return "other"
 
 
-def write_new(path: Path, data: bytes) -> None:
+def _make_dir(path: Path) -> None:
+    """Makes one directory; it may be there already, its parent must be."""
+    with _disk("make directory", path):
+        try:
+            os.mkdir(path, 0o777)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, "not a directory") from None
+
+
+def _write_new(path: Path, data: bytes) -> None:
     """Writes a file that must not exist yet; it is on the disk when this returns."""
     with _disk("write", path):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
@@ -87,96 +284,7 @@ def write_new(path: Path, data: bytes) -> None:
             os.close(handle)
 
 
-def _open_below(root: Path, relative: str) -> int:
-    """Opens root/relative one name at a time, so that no part of it can be a symbolic link."""
-    *folders, name = relative.split("/")
-    try:
-        here = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    except NotADirectoryError as error:
-        raise FileNotFoundError(errno.ENOENT, "the root is no directory") from error
-    try:
-        for folder in folders:
-            below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
-            os.close(here)
-            here = below
-        # O_NONBLOCK: a named pipe put in a file's place must not hang the reader.
-        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=here)
-    finally:
-        os.close(here)
-
-
-def read(root: Path, relative: str, limit: int) -> bytes | None:
-    """The bytes of root/relative, or None where nothing is there.
-
-    Raises IntegrityError for what no store writes: a link, something that is not a plain file, or a
-    file of more than `limit` bytes (it is not read then).
-    """
-    path = root / relative
-    with _disk("read", path):
-        try:
-            handle = _open_below(root, relative)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-                raise
-            raise IntegrityError(
-                f"{path}: a symbolic link or a file stands where the store keeps its own files",
-                remedy="restore that path from a copy of the store; a store never contains links",
-            ) from error
-        try:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise IntegrityError(
-                    f"{path}: not a plain file", remedy="restore it from a copy of the store"
-                )
-            if status.st_size > limit:
-                raise IntegrityError(
-                    f"{path}: {status.st_size} bytes where at most {limit} are allowed",
-                    remedy="restore it from a copy of the store",
-                )
-            parts: list[bytes] = []
-            left = limit + 1
-            while left and (part := os.read(handle, min(left, 1 << 24))):
-                parts.append(part)
-                left -= len(part)
-        finally:
-            os.close(handle)
-    return b"".join(parts)
-
-
-def size(path: Path) -> int | None:
-    """Bytes of a file, None where nothing is there."""
-    with _disk("look at", path):
-        try:
-            return os.lstat(path).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-
-def rename(source: Path, target: Path) -> bool:
-    """Moves a directory to a free name; False where the name is taken (nothing is changed then)."""
-    with _disk("rename to", target):
-        try:
-            os.rename(source, target)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                return False
-            raise
-    return True
-
-
-def link(source: Path, target: Path) -> bool:
-    """Publishes a finished file under a second name; False where that name is taken."""
-    with _disk("publish", target):
-        try:
-            os.link(source, target)
-        except FileExistsError:
-            return False
-    return True
-
-
-def fsync_dir(path: Path) -> None:
+def _fsync_dir(path: Path) -> None:
     """Makes the names in a directory durable."""
     with _disk("flush directory", path):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -186,30 +294,11 @@ def fsync_dir(path: Path) -> None:
             os.close(handle)
 
 
-def list_dir(path: Path) -> list[str]:
-    """The names in a directory, sorted; none where it is absent."""
-    with _disk("list", path):
-        try:
-            return sorted(os.listdir(path))
-        except FileNotFoundError:
-            return []
-
-
-def walk(path: Path) -> list[str]:
-    """Everything below a directory that is not a directory itself, relative and sorted."""
-    found = []
-    for name in list_dir(path):
-        if kind(path / name) == "dir":
-            found += [f"{name}/{below}" for below in walk(path / name)]
+def _remove_tree(path: Path) -> None:
+    for name in os.listdir(path):
+        below = path / name
+        if stat.S_ISDIR(os.lstat(below).st_mode):
+            _remove_tree(below)
         else:
-            found.append(name)
-    return found
-
-
-def remove_tree(path: Path) -> None:
-    """Removes a staging directory and all below it."""
-    with _disk("remove", path):
-        try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            return
+            os.unlink(below)
+    os.rmdir(path)

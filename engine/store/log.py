@@ -1,145 +1,269 @@
 """The log: numbered, hash-chained records, the only source of truth, and their fold.
 
-Record n is published by link() to its number, which at most one writer can win. A store's state is
-the fold of records 0..n; the first commit of a unit_key wins. What was read once is kept, so a
-refresh reads the records that are new and lists one directory.
+Record n is made by a create that at most one writer can win. A store's state is the fold of records
+0..n. The first commit of a unit_key wins; a retired unit is not visible from its record on, and its
+key is free again. What was read once is kept, so a refresh reads the records that are new and lists
+one folder.
+
+Every BUNDLE records are also kept together in one file, so that a store of many thousands opens in
+few reads. A bundle says nothing of its own: its records are checked like any other.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+import bisect
 
-import logitcask.engine.store.files as files
 import logitcask.engine.store.record as record
 import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.store.medium import Medium
+from logitcask.engine.store.pin import Chain, Pin
+from logitcask.engine.store.record import Content, Record
 from logitcask.engine.store.segment import Segment
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pin:
-    """A store as of one log record: it reads the same whatever is added later."""
-
-    number: int
-    """-1 = before the first record."""
-    sha256: str
-    """Of that record."""
-    segments: tuple[Segment, ...]
-    """In log order."""
-
-    def rollouts(self, name: str) -> tuple[Segment, ...]:
-        """The rollout segments of a name, by student version, then by first prompt."""
-        found = [s for s in self.segments if s.kind == schema.ROLLOUT and s.name == name]
-        return tuple(sorted(found, key=lambda s: (s.unit["version"], s.unit["first"])))
-
-    def names(self, kind: str) -> list[str]:
-        """The names in use: of rollouts ('rollout') or of teachers ('score')."""
-        return sorted({s.name for s in self.segments if s.kind == kind})
-
-    def scores(self, teacher: str) -> dict[str, Segment]:
-        """seg_id of the rollouts -> the teacher's score segment."""
-        found: dict[str, Segment] = {}
-        for segment in self.segments:
-            if segment.kind == schema.SCORE and segment.name == teacher:
-                found.setdefault(segment.base, segment)
-        return found
-
-    def unit_keys(self) -> set[str]:
-        return {s.unit_key for s in self.segments}
+BUNDLE = 256
+"""Records of a bundle."""
 
 
 class Log:
     """The records of one store, read as far as they have been asked for."""
 
-    def __init__(self, root: Path, genesis: str) -> None:
-        self._root = root
+    def __init__(self, medium: Medium, genesis: str) -> None:
+        self._medium = medium
         self._sums = [genesis]
         """sha256 of format.json, then of each record: entry n is the `prev` of record n."""
+        self._times: list[str] = []
         self._segments: list[Segment] = []
         self._ends = [0]
         """Entry n: how many segments records 0..n-1 hold."""
-        self._by_key: dict[str, Segment] = {}
-        self._bases: dict[str, Segment] = {}
+        self._retired: dict[int, int] = {}
+        """Index of a segment -> the record that retired it."""
+        self._by_key: dict[str, int] = {}
+        """unit_key -> index of the segment that is visible."""
+        self._rollouts: dict[str, Segment] = {}
+        """seg_id -> the newest rollout segment with this content, visible or retired."""
+        self._bases: dict[str, list[int]] = {}
+        """seg_id -> indices of the visible rollout segments with this content."""
+        self._chains: dict[tuple[str, str], list[int]] = {}
+        """(teacher, base) -> indices of its visible score segments."""
         self._names: dict[tuple[str, str], Segment] = {}
+        self._swept: dict[tuple[str, str], int] = {}
+        """(kind, seg_id) -> how often gc has removed this content."""
+        self._tags: dict[str, int] = {}
+        self._single: list[bytes] = []
+        """The newest records that no bundle holds yet, as far as they follow a full one."""
+        self._pin: Pin | None = None
 
     def __len__(self) -> int:
         return len(self._sums) - 1
 
-    def _path(self, number: int) -> Path:
-        return self._root / "log" / record.file_name(number)
+    def where(self, number: int) -> str:
+        """Path or URL of a record."""
+        return self._medium.where(f"log/{record.file_name(number)}")
+
+    # Reading.
 
     def refresh(self) -> None:
         """Folds the records published since. Raises IntegrityError: a gap, a bad record."""
         # Listed before reading: a record published meanwhile is not mistaken for one beyond a gap.
-        names = files.list_dir(self._root / "log")
+        known = record.file_name(len(self) - 2) if len(self) > 1 else ""
+        names = self._medium.names("log", after=known)
         numbers = [number for name in names if (number := record.number_of(name)) is not None]
         last = max(numbers, default=-1)
         if last + 1 < len(self):
             raise self._gone(last + 1)
         while True:
             number = len(self)
-            data = files.read(
-                self._root, f"log/{record.file_name(number)}", schema.MAX_RECORD_BYTES
-            )
+            if number % BUNDLE == 0 and last >= number + BUNDLE - 1 and self._read_bundle(number):
+                continue
+            name = f"log/{record.file_name(number)}"
+            data = self._medium.read(name, schema.MAX_RECORD_BYTES)
             if data is None:
                 # A listing may miss a name that is being added, but opening it cannot.
                 if number <= last:
                     raise self._gone(number)
                 return
-            self._fold(record.parse(data, self._path(number), number=number, prev=self._sums[-1]))
+            self._fold(record.parse(data, self.where(number), number=number, prev=self.prev()))
+            self._single.append(data)
+
+    def _read_bundle(self, first: int) -> bool:
+        """Folds the records of a bundle, if there is one."""
+        name = bundle_name(first)
+        data = self._medium.read(name, schema.MAX_BUNDLE_BYTES)
+        if data is None:
+            return False
+        where = self._medium.where(name)
+        lines = data.splitlines(keepends=True)
+        if len(lines) != 2 * BUNDLE:
+            raise IntegrityError(
+                f"{where}: {len(lines)} lines where {2 * BUNDLE} belong",
+                remedy="remove this file: the records in log/ hold the same",
+            )
+        for i in range(BUNDLE):
+            self._fold(
+                record.parse(
+                    b"".join(lines[2 * i : 2 * i + 2]), where, number=first + i, prev=self.prev()
+                )
+            )
+        self._single.clear()
+        return True
+
+    def write_bundles(self) -> None:
+        """Makes the bundles that the records read one by one would fill."""
+        start = len(self) - len(self._single)
+        while start % BUNDLE == 0 and len(self._single) >= BUNDLE:
+            together = b"".join(self._single[:BUNDLE])
+            if len(together) <= schema.MAX_BUNDLE_BYTES:
+                self._medium.create(bundle_name(start), together)
+            del self._single[:BUNDLE]
+            start += BUNDLE
 
     def _gone(self, number: int) -> IntegrityError:
         return IntegrityError(
-            f"{self._path(number)}: this log record was published, and is missing",
+            f"{self.where(number)}: this log record was published, and is missing",
             remedy=record.BROKEN,
         )
 
-    def _fold(self, new: record.Record) -> None:
-        keys: dict[str, Segment] = {}
-        bases: dict[str, Segment] = {}
-        for segment in new.segments:
-            if segment.kind == schema.SCORE:
-                base = self._bases.get(segment.base) or bases.get(segment.base)
-                if base is None or base.token_digest != segment.token_digest:
-                    raise IntegrityError(
-                        f"{self._path(new.number)}: scores of rollouts {segment.base}, which the "
-                        "log does not hold with these tokens",
-                        remedy=record.BROKEN,
-                    )
-            if segment.unit_key not in self._by_key:
-                keys.setdefault(segment.unit_key, segment)
-                if segment.kind == schema.ROLLOUT:
-                    bases.setdefault(segment.seg_id, segment)
-        self._by_key |= keys
-        for seg_id, segment in bases.items():
-            self._bases.setdefault(seg_id, segment)
-        for segment in keys.values():
-            self._names.setdefault((segment.kind, segment.name), segment)
-        self._segments += keys.values()
+    # Folding.
+
+    def _fold(self, new: Record) -> None:
+        where = self.where(new.number)
+        record.valid(lambda: self._apply(new), f"{where}: does not follow from those before it")
         self._sums.append(new.sha256)
+        self._times.append(new.time)
         self._ends.append(len(self._segments))
+        self._pin = None
 
-    def winner(self, unit_key: str) -> Segment | None:
-        """The segment that holds a unit, as far as the log has been read."""
-        return self._by_key.get(unit_key)
+    def _apply(self, new: Record) -> None:
+        """Raises KeyError or ValueError for what no writer publishes."""
+        touched = [self._retire(unit_key, new.number) for unit_key in new.retires]
+        for segment in touched:
+            self._check_chain(segment.name, segment.base)
+        for kind, seg_id, generation in new.sweeps:
+            if generation != self.generation(kind, seg_id):
+                raise ValueError(f"sweeps {seg_id} of generation {generation}")
+            self._swept[kind, seg_id] = generation + 1
+        for segment in new.adds:
+            if segment.unit_key not in self._by_key:
+                self._add(segment)
+        for name, marked in new.tags.items():
+            if marked is None:
+                del self._tags[name]
+            else:
+                self._tags[name] = marked
 
-    def base(self, seg_id: str) -> Segment | None:
-        """A rollout segment by its id, as far as the log has been read."""
-        return self._bases.get(seg_id)
+    def _add(self, segment: Segment) -> None:
+        if segment.generation != self.generation(segment.kind, segment.seg_id):
+            raise ValueError(f"{segment.folder} was removed, or is not there yet")
+        index = len(self._segments)
+        if segment.kind == schema.ROLLOUT:
+            self._bases.setdefault(segment.seg_id, []).append(index)
+            self._rollouts[segment.seg_id] = segment
+        else:
+            base, chain = self.base(segment.base), self.chain(segment.name, segment.base)
+            if base is None or base.token_digest != segment.token_digest:
+                raise ValueError(f"scores of other rollouts than {segment.base}")
+            if segment.widens != (chain[-1].seg_id if chain else ""):
+                raise ValueError(f"widens {segment.widens!r} of {len(chain)} segments")
+            self._chains.setdefault((segment.name, segment.base), []).append(index)
+        self._segments.append(segment)
+        self._by_key[segment.unit_key] = index
+        self._names.setdefault((segment.kind, segment.name), segment)
 
-    def first(self, kind: str, name: str) -> Segment | None:
-        """The segment that bound a name, as far as the log has been read."""
-        return self._names.get((kind, name))
+    def _retire(self, unit_key: str, number: int) -> Segment:
+        index = self._by_key.pop(unit_key)
+        segment = self._segments[index]
+        self._retired[index] = number
+        if segment.kind == schema.ROLLOUT:
+            self._bases[segment.seg_id].remove(index)
+        else:
+            self._chains[segment.name, segment.base].remove(index)
+        return segment
+
+    def _check_chain(self, name: str, base: str) -> None:
+        """What widens a segment says nothing without it."""
+        before = ""
+        for segment in self.chain(name, base):
+            if segment.widens != before:
+                raise ValueError(f"retires {segment.widens}, and {segment.seg_id} widens it")
+            before = segment.seg_id
+
+    # Asking. All answers are as far as the log has been read.
 
     def prev(self) -> str:
         """sha256 that the next record has to follow."""
         return self._sums[-1]
 
+    def time(self, number: int) -> str:
+        """When a record was written, by its writer's clock; ISO 8601."""
+        return self._times[number]
+
+    def winner(self, unit_key: str) -> Segment | None:
+        """The segment that holds a unit."""
+        index = self._by_key.get(unit_key)
+        return None if index is None else self._segments[index]
+
+    def base(self, seg_id: str) -> Segment | None:
+        """A visible rollout segment by its id."""
+        found = self._bases.get(seg_id)
+        return self._segments[found[0]] if found else None
+
+    def rollouts(self, seg_id: str) -> Segment | None:
+        """A rollout segment by its id, retired or not: what an old pin reads."""
+        return self._rollouts.get(seg_id)
+
+    def standing(self) -> list[Segment]:
+        """Every segment that gc has not removed, retired ones too."""
+        return [s for s in self._segments if s.generation == self.generation(s.kind, s.seg_id)]
+
+    def chain(self, name: str, base: str) -> Chain:
+        """The visible scores of one teacher on one rollout segment."""
+        return tuple(self._segments[index] for index in self._chains.get((name, base), ()))
+
+    def first(self, kind: str, name: str) -> Segment | None:
+        """The segment that bound a name."""
+        return self._names.get((kind, name))
+
+    def generation(self, kind: str, seg_id: str) -> int:
+        """How often gc has removed this content."""
+        return self._swept.get((kind, seg_id), 0)
+
+    def tags(self) -> dict[str, int]:
+        """Name -> the log number that it marks."""
+        return dict(self._tags)
+
+    def retired_after(self, number: int) -> list[Segment]:
+        """Segments that were visible at record `number`, or came later, and are retired by now."""
+        return [self._segments[i] for i, by in self._retired.items() if by > number]
+
+    def at_time(self, time: str) -> int:
+        """The newest record that was written at `time` or before; -1 = none. ISO 8601, UTC.
+
+        Writers' clocks differ: of records in a row, none counts as older than one before it.
+        """
+        latest: list[str] = []
+        for each in self._times:
+            latest.append(max(each, latest[-1]) if latest else each)
+        return bisect.bisect_right(latest, time) - 1
+
     def pin(self, number: int) -> Pin:
         """The fold of records 0..number. Raises StoreError where there are fewer."""
         if not -1 <= number < len(self):
             raise StoreError(
-                f"{self._root} has no log record {number}: its last is {len(self) - 1}",
+                f"{self._medium.url} has no log record {number}: its last is {len(self) - 1}",
                 remedy="open the store that the pin was taken from, or pin a number that exists",
             )
-        segments = tuple(self._segments[: self._ends[number + 1]])
-        return Pin(number=number, sha256=self._sums[number + 1], segments=segments)
+        if self._pin is None or self._pin.number != number:
+            visible = tuple(
+                segment
+                for index, segment in enumerate(self._segments[: self._ends[number + 1]])
+                if self._retired.get(index, len(self)) > number
+            )
+            self._pin = Pin(number=number, sha256=self._sums[number + 1], segments=visible)
+        return self._pin
+
+
+def bundle_name(first: int) -> str:
+    return f"bundles/{first:010d}.jsonl"
+
+
+def content_of(segment: Segment) -> Content:
+    return segment.kind, segment.seg_id, segment.generation

@@ -1,39 +1,44 @@
-"""The moment of a commit: a record linked to the next free number, and what a name stands for."""
+"""The moment of a commit: a record under the next free number, and what a name stands for."""
 
 import os
 import socket
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import logitcask.engine.store.files as files
 import logitcask.engine.store.record as record
 import logitcask.engine.store.root as root
 import logitcask.engine.store.schema as schema
-from logitcask.engine.errors import IdentityError, StoreError
+from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.identity import canonical
 from logitcask.engine.store.log import Log
+from logitcask.engine.store.medium import Medium
 from logitcask.engine.store.segment import Segment
 
-_BINDINGS = {
+BINDINGS = {
     schema.ROLLOUT: (("set", "digest"), ("student", "root")),
-    schema.SCORE: (("teacher", "weights"), ("request",)),
+    schema.SCORE: (("teacher", "weights"), ("role",), ("context",)),
 }
 """What a name stands for: paths into the lineage that every segment of the name shares."""
+_TRIES = 50
+"""Refusals in a row by a medium that then shows nothing."""
 
 
-def publish(path: Path, log: Log, stage: Path, ticket: str, new: Segment) -> Segment:
-    """Links a record to the next free number; the first record of a unit_key wins."""
+def append(medium: Medium, log: Log, say: Callable[[], Mapping[str, Any] | None]) -> None:
+    """Publishes what `say` wants to say of the log as it then is, until it has nothing to say.
+
+    `say` gives `adds`, `retires`, `sweeps` or `tags` of a record, or None. It is asked again after
+    every record, our own among them: so a record that was overtaken is decided anew, and one whose
+    answer was lost is recognised and not doubled.
+    """
     writer = {"host": socket.gethostname(), "pid": os.getpid(), "versions": _versions()}
+    ticket, refused = uuid.uuid4().hex, 0
     while True:
         log.refresh()
-        winner = log.winner(new.unit_key)
-        if winner is not None:
-            # Our own, or another's; durable before it is acknowledged.
-            files.fsync_dir(path / "log")
-            return winner
-        check_binding(log, new.kind, new.name, new.lineage)
+        content = _said(log, say)
+        if content is None:
+            break
         number = len(log)
         body = {
             "n": number,
@@ -41,38 +46,66 @@ def publish(path: Path, log: Log, stage: Path, ticket: str, new: Segment) -> Seg
             "commit_id": ticket,
             "time": root.now(),
             "writer": writer,
-            "adds": [record.describe(new)],
+            **{"adds": [], "retires": [], "sweeps": [], "tags": {}},
+            **content,
         }
         try:
             data = record.seal(body)
         except (TypeError, ValueError) as error:
             raise StoreError(
-                f"unit or lineage of {new.name!r} is not JSON ({error})",
-                remedy="use strings, finite numbers, lists and objects",
+                f"a record that is not JSON ({error})",
+                remedy="use strings, finite numbers, lists and objects in unit and lineage",
             ) from error
         if len(data) > schema.MAX_RECORD_BYTES:
             raise StoreError(
                 f"a log record of {len(data)} bytes, at most {schema.MAX_RECORD_BYTES}",
                 remedy="put less into the unit's lineage",
             )
-        target = record.file_name(number)
         # What the reader would refuse is not published.
-        record.parse(data, stage / target, number=number, prev=log.prev())
-        files.write_new(stage / target, data)
-        files.link(stage / target, path / "log" / target)
+        record.parse(data, log.where(number), number=number, prev=log.prev())
+        if not medium.create(f"log/{record.file_name(number)}", data):
+            log.refresh()
+            refused = refused + 1 if len(log) == number else 0
+            if refused > _TRIES:
+                raise StoreError(
+                    f"{log.where(number)} is refused as taken, and is not there",
+                    remedy="check the file system or the object store, then run the same again",
+                )
+    # Our own record, or another's; durable before it is acknowledged.
+    medium.settle("log")
+    log.write_bundles()
 
 
-def check_binding(log: Log, kind: str, name: str, lineage: Mapping[str, Any]) -> None:
+def _said(log: Log, say: Callable[[], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+    """say(), once more where gc has removed meanwhile what it was just looking at."""
+    number = len(log)
+    try:
+        return say()
+    except IntegrityError:
+        log.refresh()
+        if len(log) == number:
+            raise
+        return say()
+
+
+def check_binding(log: Log, new: Segment) -> None:
     """A name means one thing for ever. Raises IdentityError."""
-    bound = log.first(kind, name)
-    for path in _BINDINGS[kind]:
-        ours = _look_up(lineage, path)
+    bound = log.first(new.kind, new.name)
+    what = "rollouts" if new.kind == schema.ROLLOUT else "teacher"
+    for path in BINDINGS[new.kind]:
+        ours = _look_up(new.lineage, path)
         if bound is not None and (theirs := _look_up(bound.lineage, path)) != ours:
-            what = "rollouts" if kind == schema.ROLLOUT else "teacher"
             raise IdentityError(
-                f"{what} name {name!r} stands for {'.'.join(path)} = {theirs}, not {ours}",
+                f"{what} name {new.name!r} stands for {'.'.join(path)} = {theirs}, not {ours}",
                 remedy="use another name for this one, or a new store",
             )
+    drawn = new.layout == schema.SAMPLED
+    if bound is not None and (bound.layout == schema.SAMPLED) != drawn:
+        kinds = ("drawn ids", "a teacher's best ids")
+        raise IdentityError(
+            f"{what} name {new.name!r} stands for {kinds[drawn]}, not {kinds[not drawn]}",
+            remedy="use another name for this one",
+        )
 
 
 def _look_up(lineage: Mapping[str, Any], path: tuple[str, ...]) -> Any:

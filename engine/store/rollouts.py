@@ -7,6 +7,7 @@ import numpy as np
 
 import logitcask.engine.store.codecs as codecs
 import logitcask.engine.store.layout as layout
+import logitcask.engine.store.ragged as ragged
 from logitcask.engine.errors import StoreError
 from logitcask.engine.identity import canonical
 from logitcask.engine.types import Array, Prompt, Rollouts, Scores
@@ -43,10 +44,11 @@ def check(rollouts: Rollouts) -> None:
     if np.isnan(rollouts.b_lp).any():
         raise StoreError("rollouts.b_lp holds NaN", remedy=_FAULT)
     if rollouts.student is not None:
-        if rollouts.student.at_student is not None:
+        if rollouts.student.at_lp is not None or rollouts.student.mult is not None:
             raise StoreError(
-                "the student's own scores carry at_student: a rollout segment has no place for it",
-                remedy="score the student with at_student = False",
+                "the student's own scores are of given or of drawn ids: a rollout segment has no "
+                "place for those",
+                remedy="score the student with at_student = False and its best ids",
             )
         layout.check(rollouts.student, positions, None)
 
@@ -65,7 +67,7 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
     ids = [np.asarray(p.token_ids, np.uint32) for p in prompts]
     lengths = np.asarray([len(x) for x in ids], np.int64)
     arrays = {
-        "prompt_off": layout.starts(lengths),
+        "prompt_off": ragged.starts(lengths),
         "prompt_tokens": np.concatenate([np.zeros(0, np.uint32), *ids]),
         "prompt_json": np.frombuffer(text, np.uint8),
         "seq_prompt": rollouts.seq_prompt.astype(np.uint32),
@@ -86,7 +88,7 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
         "s_tail": student.log_tail.astype(np.float32),
         "s_cnt": student.cnt.astype(np.uint16),
         "s_ids": student.ids.astype(np.uint32),
-        "s_topk_lp": codecs.to_entry(student.entry_lp, profile.entry),
+        "s_topk_lp": codecs.to_entry(student.entry_lp, profile),
     }
 
 
@@ -124,7 +126,7 @@ def extent(arrays: dict[str, Array]) -> Extent:
     )
 
 
-def decode(arrays: dict[str, Array]) -> Rollouts:
+def decode(arrays: dict[str, Array], profile: codecs.Profile) -> Rollouts:
     """The inverse of `encode`, entry log-probs widened to float32.
 
     Raises ValueError where the arrays contradict each other (the caller names the segment).
@@ -152,7 +154,7 @@ def decode(arrays: dict[str, Array]) -> Rollouts:
             log_tail=arrays["s_tail"],
             cnt=arrays["s_cnt"],
             ids=arrays["s_ids"],
-            entry_lp=arrays["s_topk_lp"].astype(np.float32),
+            entry_lp=codecs.from_entry(arrays["s_topk_lp"], profile),
         )
     rollouts = Rollouts(
         prompts=prompts,

@@ -2,8 +2,8 @@
 
 Lengths are named by the count that rules them (`counts` of a record):
   M prompts, N sequences, P positions, T prompt tokens, J bytes of prompt_json,
-  E stored top-k entries (the student's in a rollout segment, the teacher's in a score segment),
-  K kept entries of the teacher, S entries of the base's student lists.
+  E stored entries of ragged rows (the student's top-k in a rollout segment, a teacher's in a score
+  segment), S entries of the base's student lists.
 
 Every path inside a segment follows from (kind, layout, counts), so no path is ever taken from data.
 """
@@ -21,9 +21,11 @@ KINDS = (ROLLOUT, SCORE)
 
 STUDENT, PLAIN = "student", "plain"
 """Layouts of a rollout segment: with or without the student's own scores."""
-ONCE, WHOLE = "once", "whole"
-"""Layouts of a score segment: `once` leaves out what the student's list already names."""
-LAYOUTS = {ROLLOUT: (STUDENT, PLAIN), SCORE: (ONCE, WHOLE)}
+ONCE, WHOLE, SAMPLED, WIDER = "once", "whole", "sampled", "wider"
+"""Layouts of a score segment. `once` leaves out what the student's list already names, `whole`
+holds a teacher's list alone, `sampled` holds drawn ids with how often each was drawn, and `wider`
+holds what it adds to the segments of the same teacher on the same rollouts before it."""
+LAYOUTS = {ROLLOUT: (STUDENT, PLAIN), SCORE: (ONCE, WHOLE, SAMPLED, WIDER)}
 
 POSITION_CHUNK = 32768
 ENTRY_CHUNK = 131072
@@ -35,14 +37,16 @@ MAX_COUNT = {
     "P": 1 << 26,
     "T": 1 << 28,
     "J": 1 << 28,
-    "E": 1 << 31,
-    "K": 1 << 31,
-    "S": 1 << 31,
+    "E": 1 << 30,
+    "S": 1 << 30,
 }
 """A record that claims more is refused before anything is read for it."""
+MAX_SEGMENT_BYTES = 2 << 30
+"""All arrays of a segment, decoded. A few bytes on a disk can ask for gigabytes."""
 MAX_K = 4096
 """Entries of one row; with it, ranks of a row fit uint16."""
 MAX_RECORD_BYTES = 8 << 20
+MAX_BUNDLE_BYTES = 64 << 20
 MAX_FORMAT_BYTES = 4096
 MAX_META_BYTES = 65536
 """A zarr.json is about a kilobyte."""
@@ -92,30 +96,34 @@ _STUDENT = {
     "s_ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
     "s_topk_lp": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
 }
-_SCORE = {
-    "t_lp": Spec("float32", "P"),
-    "ent": Spec("float32", "P"),
+_ENTRIES = {
     "log_tail": Spec("float32", "P"),
-    "kept": Spec("uint16", "P"),
     "cnt": Spec("uint16", "P"),
     "ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
     "lp": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
 }
-_ONCE = {
-    "t_at_s": Spec(ENTRY, "S", chunk=ENTRY_CHUNK),
-    "t_rank_fix": Spec("uint16", "S", chunk=ENTRY_CHUNK),
-}
+_WHOLE = {"t_lp": Spec("float32", "P"), "ent": Spec("float32", "P"), **_ENTRIES}
+_KEPT = {"kept": Spec("uint16", "P")}
 _SPECS = {
     STUDENT: _ROLLOUT | _STUDENT,
     PLAIN: _ROLLOUT,
-    ONCE: _SCORE | _ONCE,
-    WHOLE: _SCORE,
+    WHOLE: _WHOLE,
+    SAMPLED: _WHOLE | {"mult": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
+    ONCE: _WHOLE
+    | _KEPT
+    | {
+        "t_at_s": Spec(ENTRY, "S", chunk=ENTRY_CHUNK),
+        "t_rank_fix": Spec("uint16", "S", chunk=ENTRY_CHUNK),
+    },
+    WIDER: _ENTRIES | _KEPT | {"rank_fix": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
 }
 COUNTS = {
     STUDENT: ("M", "N", "P", "T", "J", "E"),
     PLAIN: ("M", "N", "P", "T", "J"),
-    ONCE: ("N", "P", "E", "K", "S"),
-    WHOLE: ("N", "P", "E", "K"),
+    ONCE: ("N", "P", "E", "S"),
+    WHOLE: ("N", "P", "E"),
+    SAMPLED: ("N", "P", "E"),
+    WIDER: ("N", "P", "E"),
 }
 """The counts that a record of each layout carries."""
 

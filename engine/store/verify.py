@@ -1,11 +1,16 @@
 """Reads everything that the log names, and tells what it does not name."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import logitcask.engine.store.files as files
+import logitcask.engine.store.log as log
 import logitcask.engine.store.record as record
 import logitcask.engine.store.schema as schema
-from logitcask.engine.store.log import Pin
+import logitcask.engine.store.segment as segments
+from logitcask.engine.errors import IntegrityError
+from logitcask.engine.store.medium import STAGING
+from logitcask.engine.store.pin import Chain
+from logitcask.engine.store.segment import Segment
 from logitcask.engine.store.store import Store
 from logitcask.engine.types import Progress, silent
 
@@ -19,51 +24,84 @@ class Report:
     """Response positions of the rollout segments."""
     files: int
     bytes: int
-    """Of all files that a commit made: segments and log records."""
+    """Of all files that a commit made: segments, log records, bundles."""
+    decoded: bool
+    """Whether every array was decoded, beside being what was committed to the bit."""
     strays: tuple[str, ...]
     """Paths relative to the store that no record names: left by a writer that died, or strange."""
 
 
-def verify(store: Store, progress: Progress = silent) -> Report:
-    """Reads and decodes every file of every segment. Raises IntegrityError at the first bad one."""
+def verify(store: Store, *, deep: bool = False, progress: Progress = silent) -> Report:
+    """Compares every file of every segment with its digest, retired ones too; deep: decodes it too.
+
+    Raises IntegrityError at the first bad one.
+    """
     pin = store.head()
-    positions = count = size = 0
-    for done, each in enumerate(pin.segments):
-        progress("verify", done, len(pin.segments))
-        if each.kind == schema.ROLLOUT:
-            positions += len(store.read_rollouts(each).tokens)
+    chains: dict[tuple[str, str, str], Chain] = {}
+    every = store.log.standing()
+    standing = {each.folder: each for each in every}
+    for done, each in enumerate(every if deep else standing.values()):
+        progress("verify", done, len(every))
+        if not deep:
+            segments.read_files(store.medium, each.folder, each.files, each.files)
+        elif each.kind == schema.ROLLOUT:
+            store.read_rollouts(each)
         else:
-            store.read_scores(each)
-    progress("verify", len(pin.segments), len(pin.segments))
-    unique = {each.folder: each for each in pin.segments}
-    for each in unique.values():
-        count += len(each.files)
-        size += sum(length for length, _ in each.files.values())
-    for number in range(pin.number + 1):
-        count += 1
-        size += files.size(store.path / "log" / record.file_name(number)) or 0
+            before = chains[each.name, each.base, each.widens] if each.widens else ()
+            chains[each.name, each.base, each.seg_id] = (*before, each)
+            store.read_scores((*before, each))
+    progress("verify", len(every), len(every))
+    records = list(_records(store, pin.number))
     return Report(
-        segments=len(unique),
-        positions=positions,
-        files=count,
-        bytes=size,
-        strays=_strays(store, pin),
+        segments=len(standing),
+        positions=sum(s.counts["P"] for s in standing.values() if s.kind == schema.ROLLOUT),
+        files=len(records) + sum(len(each.files) for each in standing.values()),
+        bytes=sum(records) + sum(each.size for each in standing.values()),
+        decoded=deep,
+        strays=_strays(store, standing),
     )
 
 
-def _strays(store: Store, pin: Pin) -> tuple[str, ...]:
-    known = {each.folder: each for each in pin.segments}
-    found = [f"staging/{name}" for name in files.list_dir(store.path / "staging")]
-    for name in files.list_dir(store.path / "log"):
+def _records(store: Store, last: int) -> Iterator[int]:
+    """Bytes of each record and each bundle, all read again: a log is folded from either."""
+    together: list[bytes] = []
+    for number in range(last + 1):
+        name = f"log/{record.file_name(number)}"
+        data = store.medium.read(name, schema.MAX_RECORD_BYTES)
+        where = store.medium.where(name)
+        if data is None or record.unseal(data, where)[1] != store.pin(number).sha256:
+            raise IntegrityError(f"{where}: missing, or another record", remedy=record.BROKEN)
+        yield len(data)
+        together.append(data)
+        if len(together) == log.BUNDLE:
+            yield _bundle(store, log.bundle_name(number + 1 - log.BUNDLE), b"".join(together))
+            together.clear()
+
+
+def _bundle(store: Store, name: str, records: bytes) -> int:
+    """Bytes of a bundle that holds these records; 0 where it is not there, as it may be."""
+    data = store.medium.read(name, schema.MAX_BUNDLE_BYTES)
+    if data not in (None, records):
+        raise IntegrityError(
+            f"{store.medium.where(name)}: not the records that are in log/",
+            remedy="remove this file: the records in log/ hold all",
+        )
+    return len(data or b"")
+
+
+def _strays(store: Store, standing: dict[str, Segment]) -> tuple[str, ...]:
+    medium = store.medium
+    found = [f"{STAGING}/{name}" for name in medium.names(STAGING)]
+    for name in medium.names("log"):
         number = record.number_of(name)
         if number is None:
             found.append(f"log/{name}")
     for kind in schema.KINDS:
-        for name in files.list_dir(store.path / "seg" / kind):
+        for name in medium.names(f"seg/{kind}"):
             folder = f"seg/{kind}/{name}"
-            if folder not in known:
+            if folder not in standing:
                 found.append(folder)
                 continue
-            there = files.walk(store.path / folder)
-            found += [f"{folder}/{file}" for file in there if file not in known[folder].files]
+            inside = {f"{folder}/{file}" for file in standing[folder].files}
+            found += [each.name for each in medium.files(folder) if each.name not in inside]
     return tuple(found)

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from logitcask.engine.errors import ConfigError, IncompleteError
-from logitcask.engine.store.log import Pin
+from logitcask.engine.store.layout import kept_lists
+from logitcask.engine.store.pin import Pin
+from logitcask.engine.store.ragged import starts
 from logitcask.engine.store.segment import Segment
 from logitcask.engine.store.store import Store
 
@@ -24,6 +24,7 @@ def summary(store: Store) -> dict[str, Any]:
         "segments": len(pin.segments),
         "rollouts": {name: _positions(pin, "rollout", name) for name in pin.names("rollout")},
         "teachers": {name: _positions(pin, "score", name) for name in pin.names("score")},
+        "tags": store.log.tags(),
         "unscored_segments": len(rollouts) - scored,
         "sequences": sum(s.counts["N"] for s in rollouts),
         "positions": positions,
@@ -34,21 +35,27 @@ def summary(store: Store) -> dict[str, Any]:
 
 def committed_bytes(segments: Iterable[Segment]) -> int:
     """Bytes of all files of these segments."""
-    return sum(size for s in segments for size, _ in s.files.values())
+    return sum(s.size for s in segments)
 
 
 def bytes_per_position(pin: Pin) -> dict[str, float]:
-    """All committed files over response positions, in all and split by kind."""
+    """All committed files over response positions, in all and split by kind; scores over what each
+    teacher scored, once however often it was widened.
+    """
     rollouts = [s for s in pin.segments if s.kind == "rollout"]
     scores = [s for s in pin.segments if s.kind == "score"]
     rolled = max(1, sum(s.counts["P"] for s in rollouts))
-    scored = max(1, sum(s.counts["P"] for s in scores))
+    scored = max(1, sum(s.counts["P"] for s in scores if not s.widens))
     rollout, score = committed_bytes(rollouts) / rolled, committed_bytes(scores) / scored
     return {"total": rollout + score, "rollout": rollout, "score": score}
 
 
 def listing(pin: Pin) -> list[dict[str, Any]]:
     """One mapping per visible segment, in the order of commits."""
+    return listing_of(pin.segments)
+
+
+def listing_of(segments: Iterable[Segment]) -> list[dict[str, Any]]:
     return [
         {
             "log": s.number,
@@ -58,9 +65,33 @@ def listing(pin: Pin) -> list[dict[str, Any]]:
             "base": s.base or "-",
             "sequences": s.counts["N"],
             "positions": s.counts["P"],
+            "layout": s.layout,
+            "profile": s.profile,
             "bytes_per_position": committed_bytes([s]) / max(1, s.counts["P"]),
         }
-        for s in pin.segments
+        for s in segments
+    ]
+
+
+def pinned(store: Store, pin: Pin) -> dict[str, Any]:
+    """What a pin is, and what it reaches."""
+    return {
+        "log_number": pin.number,
+        "sha256": pin.sha256,
+        "time": store.log.time(pin.number) if pin.number >= 0 else "",
+        "tags": [name for name, number in store.log.tags().items() if number == pin.number],
+        "rollouts": {name: _positions(pin, "rollout", name) for name in pin.names("rollout")},
+        "teachers": {name: _positions(pin, "score", name) for name in pin.names("score")},
+        "bytes": committed_bytes(pin.segments),
+    }
+
+
+def tags(store: Store) -> list[dict[str, Any]]:
+    """One mapping per tag, by number."""
+    store.log.refresh()
+    return [
+        {"tag": name, "log_number": number, "time": store.log.time(number)}
+        for name, number in sorted(store.log.tags().items(), key=lambda each: (each[1], each[0]))
     ]
 
 
@@ -81,7 +112,10 @@ def rows(
     scored = None
     if teachers := pin.names("score"):
         found = pin.scores(choose(teachers, teacher, what="teacher")).get(segment.seg_id)
-        scored = None if found is None else store.read_scores(found)
+        if found is not None:
+            scored = store.read_scores(found, base=data)
+            ids, lp = kept_lists(scored)
+            first = starts(scored.kept)
     start, end = int(data.seq_off[index]), int(data.seq_off[index + 1])
     table = []
     for r in range(start, end):
@@ -92,13 +126,12 @@ def rows(
             "student_entropy": float(student.entropy[r]),
         }
         if scored is not None:
-            first = int(np.sum(scored.cnt[:r], dtype=np.int64))
-            shown = range(first, first + min(top, int(scored.cnt[r])))
+            shown = range(first[r], min(first[r] + top, first[r + 1]))
             row |= {
                 "teacher_lp": float(scored.lp[r]),
                 "teacher_entropy": float(scored.entropy[r]),
-                "kept": int(scored.cnt[r]),
-                "teacher_top": [f"{scored.ids[e]}:{scored.entry_lp[e]:.3f}" for e in shown],
+                "kept": int(scored.kept[r]),
+                "teacher_top": [f"{ids[e]}:{lp[e]:.3f}" for e in shown],
             }
         table.append(row)
     return table
@@ -128,7 +161,8 @@ def choose(known: list[str], wanted: str | None, *, what: str) -> str:
 
 
 def _positions(pin: Pin, kind: str, name: str) -> int:
-    return sum(s.counts["P"] for s in pin.segments if s.kind == kind and s.name == name)
+    mine = [s for s in pin.segments if s.kind == kind and s.name == name]
+    return sum(s.counts["P"] for s in mine if not s.widens)
 
 
 def _locate(pin: Pin, name: str, sequence: int) -> tuple[Segment, int]:

@@ -163,7 +163,6 @@ IDENTITY = [
         "'big' stands for teacher.weights = \"sha256:",
         "another name",
     ),
-    Case("request", f"{SCORE} STORE --k-min 5", 1, '"k_min":4', "another name"),
     Case(
         "name of a teacher",
         f"{SCORE.replace('big', 'bigger')} STORE",
@@ -241,7 +240,8 @@ NO_STORE = [
 ] + [
     Case("into a file", f"{ROLL} @p.jsonl", 1, "p.jsonl is a file", "new folder"),
     Case("into a model", f"{ROLL} @student", 1, "not empty", "new or an empty folder"),
-    Case("far away", f"{SCORE} s3://bucket/x", 1, "only local stores", "file://"),
+    Case("far away", f"{SCORE} ftp://bucket/x", 1, "no store is kept by 'ftp'", "file, s3, gs, az"),
+    Case("secret", f"{SCORE} s3://key:secret/x", 1, "more or less than a bucket", "environment"),
 ]
 
 OUTS = [

@@ -58,7 +58,7 @@ def make_unit(
     _drop(outside, scores)
     if at_student:
         row = np.repeat(np.arange(positions), student.cnt)
-        scores = replace(scores, at_student=log_q[row, student.ids].astype(np.float32))
+        scores = replace(scores, at_lp=log_q[row, student.ids].astype(np.float32))
         _drop(outside, student)
     with np.errstate(divide="ignore"):
         tail = np.log((np.exp(log_q) * outside).sum(1)).astype(np.float32)
@@ -121,7 +121,14 @@ def make_store(
                 unit=dict(segment.unit),
                 lineage={
                     "teacher": {"weights": digest("teacher")},
-                    "request": {"top_p": 0.6, "k_min": 4, "k_max": 7, "at_student": True},
+                    "role": "teacher",
+                    "context": "",
+                    "request": {
+                        "top_p": 0.6,
+                        "k_min": 4,
+                        "k_max": 7,
+                        "at_student": unit.scores.at_lp is not None,
+                    },
                 },
             )
     return store

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from logitcask.engine.batches import RowSource
 from logitcask.engine.course import TrainSettings
 from logitcask.engine.identity import model_ref
+from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import open_store
 from logitcask.engine.train import train
 from tests.engine.fitting import REVERSE, ListRows, flat, make_trainer

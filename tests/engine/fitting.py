@@ -1,6 +1,6 @@
 """Trains a tiny model on packed rows and shows what the updates were made of."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from logitcask.engine.batches import PackedRow, RowSource
 from logitcask.engine.course import TrainSettings, training_arguments
 from logitcask.engine.identity import model_ref
 from logitcask.engine.objectives import Objective
+from logitcask.engine.row_source import PackedRow, RowSource
 from logitcask.engine.rundir import METRICS, MetricsFile
 from logitcask.engine.store import Store
 from logitcask.engine.trainer import DistillTrainer
@@ -53,9 +53,13 @@ class ListRows:
         self._rows = rows
         self._source = source
         self.prepared: list[int] = []
+        self.expected: list[int] = []
 
     def prepare(self, step: int) -> None:
         self.prepared.append(step)
+
+    def expect(self, indices: Iterable[int]) -> None:
+        self.expected = list(indices)
 
     def row(self, index: int) -> PackedRow:
         if index < len(self._rows):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import logitcask.engine.course as course
-import logitcask.engine.store.publish as publish
+import logitcask.engine.store.commit as commit
 import logitcask.engine.trainer as trainer
 from logitcask.engine.config import RunConfig
 from logitcask.engine.distill import distill
@@ -27,7 +27,7 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
     # name -> (where the function is looked up, its name, after it and not before)
     "rollout": (Store, "commit_rollouts", True),
     "score": (Store, "commit_scores", True),
-    "publish": (publish, "publish", False),
+    "publish": (commit, "append", False),
     "micro_batch": (trainer.DistillTrainer, "_row_loss", True),
     "update": (MetricsFile, "append", True),
     "weights": (trainer.DistillTrainer, "_save", True),
@@ -36,7 +36,7 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
     "saving": (course, "save_student", False),
     "moving": (os, "replace", True),
 }
-"""publish: a segment is in place that no record names. weights: a checkpoint without optimizer.
+"""publish: a segment is encoded that no record names. weights: a checkpoint without optimizer.
 mark: one that is whole and does not say so. moving: some files of the student, and no card."""
 
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitcask.engine.batches import PackedRow, RowSource, batches
+from logitcask.engine.batches import batches
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.plan import Lengths, Plan, PlanKey, make_plan
+from logitcask.engine.row_source import PackedRow, RowSource
 from logitcask.engine.targets import BEYOND
 from logitcask.engine.types import Array
 from tests.engine.cached import Unit, make_store, make_unit
@@ -37,6 +38,7 @@ def segment(name: str, prompt: list[int], response: list[int]) -> Lengths:
         seq_prompt=np.arange(len(prompt)),
         prompt=np.array(prompt, np.int64),
         response=np.array(response, np.int64),
+        size_bytes=1,
     )
 
 
@@ -51,7 +53,7 @@ def test_plan_laws(drawn: list[list[tuple[int, int]]], seed: int, epochs: int, w
     lengths = [
         segment(f"s{i}", [p for p, _ in rows], [r for _, r in rows]) for i, rows in enumerate(drawn)
     ]
-    ours = key(seed=seed, epochs=epochs, window=window)
+    ours = key(seed=seed, epochs=epochs, window_bytes=window)
     plan = make_plan(ours, lengths)
     again = make_plan(ours, lengths)
     assert plan.digest == again.digest
@@ -72,7 +74,7 @@ def test_plan_digest_is_stable_over_releases() -> None:
     lengths = [segment("a", [2, 3, 4], [5, 0, 7]), segment("b", [1, 1], [60, 3])]
     # Another digest here means that runs begun before cannot be resumed.
     assert make_plan(key(), lengths).digest == (
-        "sha256:8f9be4d0ab0b128a1da10c4df0c4844693a338237acd35e7d4a07bcf15397e60"
+        "sha256:6903fdd1f51c2d806e5ffb12304bf97d19095350702781e6b6efebeedc9c8158"
     )
 
 
@@ -88,7 +90,7 @@ def test_plan_digest_names_everything_it_depends_on(change: dict[str, object]) -
 
 def test_epochs_differ_in_order_and_stay_in_their_window() -> None:
     lengths = [segment(f"s{i}", [1] * 20, [9] * 20) for i in range(8)]
-    plan = make_plan(key(epochs=2, window=2), lengths)
+    plan = make_plan(key(epochs=2, window_bytes=2), lengths)
     first, second = np.split(plan.members, 2)
     assert not np.array_equal(first, second)
     for part in np.split(first, 4):
@@ -190,15 +192,15 @@ def test_an_empty_row_has_a_token_and_no_targets(tmp_path: Path) -> None:
 def test_the_cache_is_bounded_and_rows_do_not_depend_on_it(tmp_path: Path) -> None:
     units = [make_unit(seed) for seed in range(4)]
     store = make_store(tmp_path / "store", units)
-    small = RowSource(store, store.head(), "main", "big", cache_bytes=1)
+    small = RowSource(store, store.head(), "main", "big", memory_bytes=1)
     large = RowSource(store, store.head(), "main", "big")
     plan = make_plan(key(), large.lengths())
     for i in range(len(plan)):
         a, b = small.row(plan.row(i)), large.row(plan.row(i))
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.targets.q_log_p, b.targets.q_log_p)
-    assert len(small._cache) == 1
-    assert len(large._cache) == 4
+    assert len(small._held) == 1
+    assert len(large._held) == 4
 
 
 def test_missing_scores_and_units_are_counted(tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def test_overlap_by_hand(monkeypatch: pytest.MonkeyPatch):
     student = scores([[3, 5], [7, 1]], [[0.6, 0.3], [0.8, 0.1]])
     # Its third entries are beyond K, and count for nothing.
     teacher = scores([[5, 3, 9], [1, 2, 7]], [[0.5, 0.4, 0.1], [0.7, 0.2, 0.05]])
+    student, teacher = (demo_run.top(s.cnt, s.ids, s.entry_lp) for s in (student, teacher))
     ratio, mass = demo_run.overlap([student], [teacher])
     assert ratio == pytest.approx((2 + 1) / 4)
     assert mass == pytest.approx((0.9 + 0.1) / 2)

@@ -16,7 +16,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import logitcask.engine.rounds as loop
-from logitcask.engine.batches import RowSource
 from logitcask.engine.config import RunConfig, Student, TrainJob, read_toml
 from logitcask.engine.course import TrainReport
 from logitcask.engine.distill import distill
@@ -25,6 +24,7 @@ from logitcask.engine.identity import model_ref
 from logitcask.engine.jobs import run_train
 from logitcask.engine.plan import Lengths
 from logitcask.engine.rounds import Rounds, deal
+from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.verify import verify
 from logitcask.engine.student import live_digest, load_student
@@ -314,7 +314,7 @@ def test_a_loop_resumes_at_the_start_of_a_round(
         if done == 7:
             raise Stopped
 
-    shutil.copytree(whole.store.path, tmp_path / "store")
+    shutil.copytree(whole.store.url, tmp_path / "store")
     config = configure(models, tmp_path)
     with pytest.raises(Stopped):
         distill(config, progress=progress)
@@ -417,7 +417,7 @@ def test_another_configuration_is_refused_by_key(
 def test_runs_share_a_store_under_names_of_their_own(
     models: Path, whole: Whole, tmp_path: Path
 ) -> None:
-    shutil.copytree(whole.store.path, tmp_path / "store")
+    shutil.copytree(whole.store.url, tmp_path / "store")
     distill(configure(models, tmp_path, "train.lr=1e-4", "loop.rounds=2", "store.rollouts=other"))
     store = open_store(tmp_path / "store")
     verify(store)

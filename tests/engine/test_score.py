@@ -14,7 +14,16 @@ from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.rollout import rollout
 from logitcask.engine.score import ScoreReport, score, unit_key
 from logitcask.engine.store import open_store
-from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+from logitcask.engine.store.layout import kept_lists
+from logitcask.engine.types import (
+    IdLists,
+    ModelRef,
+    Prompt,
+    Rollouts,
+    SamplingParams,
+    ScoreRequest,
+    Scores,
+)
 from tests.engine.tiny import EOS, make_model, make_tokenizer, save_folder
 
 REQUEST = ScoreRequest(top_p=0.9, k_min=4, k_max=10)
@@ -84,11 +93,11 @@ class Dies:
         self.hf, self.at, self.begun = hf, at, 0
         self.capabilities, self.describe = hf.capabilities, hf.describe
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         self.begun += 1
         if self.begun > self.at:
             raise KeyboardInterrupt
-        return self.hf.score(rollouts, request)
+        return self.hf.score(rollouts, request, at)
 
 
 def test_every_rollout_segment_is_scored_as_the_scorer_says(
@@ -104,12 +113,13 @@ def test_every_rollout_segment_is_scored_as_the_scorer_says(
     for segment in pin.rollouts("main"):
         direct = scorer.score(opened.read_rollouts(segment), REQUEST)
         stored = opened.read_scores(by_base[segment.seg_id])
-        np.testing.assert_array_equal(stored.ids, direct.ids)
-        np.testing.assert_array_equal(stored.cnt, direct.cnt)
+        ids, log_probs = kept_lists(stored)
+        np.testing.assert_array_equal(ids, direct.ids)
+        np.testing.assert_array_equal(stored.kept, direct.cnt)
         np.testing.assert_array_equal(stored.log_tail, direct.log_tail)
-        np.testing.assert_allclose(stored.entry_lp, direct.entry_lp, rtol=2e-3)
+        np.testing.assert_allclose(log_probs, direct.entry_lp, rtol=2e-3)
         positions += len(direct.lp)
-        lineage = by_base[segment.seg_id].lineage
+        lineage = by_base[segment.seg_id][0].lineage
         assert lineage["teacher"]["weights"] == teacher.digest
         assert lineage["request"] == dataclasses.asdict(REQUEST)
     assert report.positions == positions
@@ -120,7 +130,7 @@ def test_a_run_that_died_is_resumed_to_the_same_store(
     tmp_path: Path, store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
     def contents(path: Path) -> dict[str, str]:
-        return {k: s.seg_id for k, s in open_store(path).head().scores("big").items()}
+        return {k: c[0].seg_id for k, c in open_store(path).head().scores("big").items()}
 
     died = shutil.copytree(store, tmp_path / "died")
     run(store, teacher, scorer)
@@ -162,13 +172,16 @@ def test_another_template_is_a_note_and_another_unit(
     assert len(report.notes) == 1
     assert "renders prompts differently" in report.notes[0]
     segment = open_store(store).head().rollouts("main")[0]
+    plain, base = {"role": "teacher", "context": ""}, {"role": "base", "context": ""}
     keys = {
-        unit_key(segment, chat, REQUEST),
-        unit_key(segment, ref(folders / "teacher"), REQUEST),
-        unit_key(segment, ref(folders / "student"), REQUEST),
-        unit_key(segment, chat, ScoreRequest()),
+        unit_key(segment, chat, REQUEST, plain),
+        unit_key(segment, ref(folders / "teacher"), REQUEST, plain),
+        unit_key(segment, ref(folders / "student"), REQUEST, plain),
+        unit_key(segment, chat, ScoreRequest(), plain),
+        unit_key(segment, chat, REQUEST, base),
+        unit_key(segment, chat, REQUEST, plain | {"context": "sha256:other"}),
     }
-    assert len(keys) == 4
+    assert len(keys) == 6
 
 
 def test_a_stop_token_that_the_teacher_does_not_use(
@@ -195,9 +208,12 @@ def test_a_name_stands_for_one_teacher(
 ) -> None:
     run(store, teacher, scorer)
     with pytest.raises(IdentityError, match=r"'big' stands for teacher\.weights"):
-        run(store, student, HF(student))
-    with pytest.raises(IdentityError, match="'big' stands for request"):
-        run(store, teacher, scorer, request=ScoreRequest())
+        run(store, student, Dies(HF(student), 0))
+    with pytest.raises(IdentityError, match="'big' stands for role"):
+        run(store, teacher, Dies(scorer, 0), role="base")
+    drawn = ScoreRequest(entry_kind="sampled", draws=3, at_student=False)
+    with pytest.raises(IdentityError, match="'big' stands for a teacher's best ids, not drawn ids"):
+        run(store, teacher, Dies(scorer, 0), request=drawn)
     with pytest.raises(IdentityError, match="already, under the name 'big'"):
         run(store, teacher, scorer, teacher_name="copy")
     assert run(store, student, HF(student), teacher_name="self").units_new == 2

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logitcask.engine.batches import RowSource
 from logitcask.engine.errors import IdentityError
+from logitcask.engine.row_source import RowSource
 from logitcask.engine.train import train
 from tests.engine.cached import make_unit
 from tests.engine.ddp_worker import SEQUENCES, SETTINGS

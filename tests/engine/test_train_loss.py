@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from logitcask.engine.batches import PackedRow, RowSource
 from logitcask.engine.errors import ModelError
 from logitcask.engine.objectives import Objective
+from logitcask.engine.row_source import PackedRow, RowSource
 from logitcask.engine.targets import Targets
 from logitcask.engine.trainer import DistillTrainer
 from tests.engine.cached import make_unit

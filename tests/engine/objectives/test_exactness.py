@@ -18,7 +18,7 @@ FACTS = Facts(
     student_k=16,
     k_min=16,
     k_max=64,
-    layout="once",
+    at_student=True,
     versions=(0,),
     student_version=0,
     same_root=True,
@@ -152,8 +152,8 @@ def test_student_supports_are_refused_where_they_are_not_served(name: str) -> No
     assert "--student-k 17" in caught.value.remedy
     assert "--k 16" in caught.value.remedy
     with pytest.raises(ObjectiveError) as caught:
-        verdict(PRESETS[name], replace(FACTS, layout="whole"))
-    assert "layout 'whole'" in caught.value.cause
+        verdict(PRESETS[name], replace(FACTS, at_student=False))
+    assert "not asked at the student's ids" in caught.value.cause
     assert "--objective overlap" in caught.value.remedy
 
 
@@ -173,7 +173,7 @@ def test_a_foreign_student_needs_a_word_for_a_frozen_support_only(name: str) -> 
 
 
 def test_whole_scores_serve_everything_else() -> None:
-    whole = replace(FACTS, layout="whole")
+    whole = replace(FACTS, at_student=False)
     served = [name for name in PRESETS if name not in ("opd", "opd_released")]
     assert [verdict(PRESETS[name], whole).scores for name in served] == [
         LABELS[name][0] for name in served

@@ -15,7 +15,7 @@ from logitcask.engine.store import Segment, Store, open_store
 from logitcask.engine.types import LENGTH, STOP, Array, Prompt, Rollouts, Scores
 
 ROLLOUT_LINEAGE = {"set": {"digest": "sha256:set"}, "student": {"root": "sha256:root"}}
-SCORE_LINEAGE = {"teacher": {"weights": "sha256:teacher"}, "request": {"top_p": 0.999, "k_min": 4}}
+SCORE_LINEAGE = {"teacher": {"weights": "sha256:teacher"}, "role": "teacher", "context": ""}
 
 
 def key(*parts: object) -> str:
@@ -98,7 +98,7 @@ def make_scores(seed: int, rollouts: Rollouts) -> Scores:
         cnt=np.asarray(cnt, np.uint16),
         ids=np.concatenate([none.astype(np.uint32), *kept_ids]),
         entry_lp=np.concatenate([none, *kept_lp]),
-        at_student=np.concatenate([none, *at]),
+        at_lp=np.concatenate([none, *at]),
     )
 
 

@@ -70,7 +70,7 @@ def test_round_trip(store: Store, profile: str, student: bool, sequences: int) -
     assert held.layout == ("once" if student else "whole")
     same_scores(store.read_scores(held), scores, profile)
     # Another process, and a reader that has the rollouts already, read the same.
-    again = open_store(f"file://{store.path}")
+    again = open_store(f"file://{store.url}")
     pin = again.head()
     assert pin.scores("teacher") == {base.seg_id: held}
     assert pin.rollouts("main") == (base,)
@@ -83,13 +83,13 @@ def test_an_extent_is_read_without_tokens_and_scores(store: Store) -> None:
     rollouts = make_rollouts(3)
     held = commit_rollouts(store, 3, student=True)
     for name in ("tokens", "prompt_tokens", "s_ids", "b_lp"):
-        (store.path / held.folder / name / "c" / "0").unlink()
+        (Path(store.url) / held.folder / name / "c" / "0").unlink()
     extent = store.read_extent(held)
     assert extent.prompt_ids == tuple(p.id for p in rollouts.prompts)
     assert extent.prompt.tolist() == [len(p.token_ids) for p in rollouts.prompts]
     np.testing.assert_array_equal(extent.seq_prompt, rollouts.seq_prompt)
     np.testing.assert_array_equal(extent.response, rollouts.lengths())
-    (store.path / held.folder / "seq_off" / "c" / "0").write_bytes(b"")
+    (Path(store.url) / held.folder / "seq_off" / "c" / "0").write_bytes(b"")
     with pytest.raises(IntegrityError, match="seq_off"):
         store.read_extent(held)
 
@@ -98,7 +98,7 @@ def test_a_segment_is_a_plain_zarr_group(store: Store) -> None:
     base = commit_rollouts(store, 3, student=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        group = zarr.open_group(store.path / base.folder, mode="r")
+        group = zarr.open_group(Path(store.url) / base.folder, mode="r")
         want = make_rollouts(3)
         assert group.attrs["counts"]["P"] == want.positions
         assert np.array_equal(group["tokens"][:], want.tokens)
@@ -108,7 +108,7 @@ def test_a_segment_is_a_plain_zarr_group(store: Store) -> None:
         told = json.loads(group["prompt_json"][:].tobytes())
         assert [each["id"] for each in told] == [p.id for p in want.prompts]
         assert sorted(group.array_keys()) == sorted(schema.specs("student"))
-    on_disk = files.walk(store.path / base.folder)
+    on_disk = files.walk(Path(store.url) / base.folder)
     assert set(on_disk) == set(base.files)
 
 
@@ -126,7 +126,7 @@ def test_a_pin_reads_the_same_whatever_is_added(store: Store) -> None:
     pin = store.head()
     for seed in range(2, 5):
         commit_rollouts(store, seed)
-    fresh = open_store(store.path)
+    fresh = open_store(store.url)
     assert fresh.pin(pin.number, pin.sha256) == pin
     assert len(fresh.head().segments) == 5
     assert [s.unit["first"] for s in fresh.head().rollouts("main")] == [1, 2, 3, 4]
@@ -146,7 +146,7 @@ def test_segments_come_in_the_order_of_version_and_prompt(store: Store) -> None:
 
 def test_a_unit_is_stored_once(store: Store) -> None:
     first = commit_rollouts(store, 1)
-    again = commit_rollouts(open_store(store.path), 2, unit_key=first.unit_key)
+    again = commit_rollouts(open_store(store.url), 2, unit_key=first.unit_key)
     assert again == first
     assert store.head().number == 0
     assert verify(store).strays == ()
@@ -172,7 +172,7 @@ def test_the_loser_of_a_name_is_told_after_the_race(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both writers saw a free name; the second to publish learns whose it is."""
-    rival, link = open_store(store.path), files.link
+    rival, link = open_store(store.url), files.link
     other = ROLLOUT_LINEAGE | {"set": {"digest": "sha256:other"}}
 
     def overtaken(source: Path, target: Path) -> bool:
@@ -191,7 +191,7 @@ def test_the_loser_of_a_name_is_told_after_the_race(
 def test_losing_the_race_for_a_number(
     store: Store, monkeypatch: pytest.MonkeyPatch, same_unit: bool
 ) -> None:
-    rival, link = open_store(store.path), files.link
+    rival, link = open_store(store.url), files.link
     theirs: list[object] = []
 
     def overtaken(source: Path, target: Path) -> bool:
@@ -262,13 +262,13 @@ def test_rollouts_that_do_not_fit_are_refused(store: Store, broken: dict[str, ob
             unit={"version": 0, "first": 0},
             lineage=ROLLOUT_LINEAGE,
         )
-    assert files.list_dir(store.path / "staging") == []
+    assert files.list_dir(Path(store.url) / "staging") == []
 
 
 def test_reopening_reads_only_what_is_new(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(3):
         commit_rollouts(store, seed)
-    reader = open_store(store.path)
+    reader = open_store(store.url)
     reader.head()
     opened: list[str] = []
     read = files.read

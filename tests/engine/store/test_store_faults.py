@@ -24,7 +24,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of one rollout segment and one score segment."""
     store = open_store(tmp_path_factory.mktemp("sound") / "cask", create=True)
     commit_scores(store, commit_rollouts(store, 3), 3)
-    return store.path
+    return store.url
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_an_open_store_notices_that_its_log_shrank(cask: Path) -> None:
 def test_a_record_of_another_store_breaks_the_chain(cask: Path, tmp_path: Path) -> None:
     other = open_store(tmp_path / "other", create=True)
     commit_rollouts(other, 3)
-    shutil.copy(other.path / "log/0000000000.json", cask / "log/0000000000.json")
+    shutil.copy(Path(other.url) / "log/0000000000.json", cask / "log/0000000000.json")
     refused(cask, "0000000000.json: follows")
 
 
@@ -321,10 +321,10 @@ def test_a_crash_at_any_effect_leaves_the_store_whole(
         before = store.head().segments
         published += len(before)
         for each in before:
-            segments.read_files(store.path, each.folder, each.files, each.files)
+            segments.read_files(store.url, each.folder, each.files, each.files)
         held = retried(store, monkeypatch)
-        assert open_store(store.path).head().segments == (held,)
-        segments.read_files(store.path, held.folder, held.files, held.files)
+        assert open_store(store.url).head().segments == (held,)
+        segments.read_files(store.url, held.folder, held.files, held.files)
     # Only the flush after the link stands between a published record and its acknowledgement.
     assert published == 1
 
@@ -339,11 +339,11 @@ def test_a_full_disk_at_any_effect_is_told_and_undone(
     ):
         assert isinstance(error, StoreError)
         assert full in error.cause
-        assert str(store.path) in error.cause
+        assert str(store.url) in error.cause
         assert "make room" in error.remedy
-        assert files.list_dir(store.path / "staging") == []
+        assert files.list_dir(Path(store.url) / "staging") == []
         held = retried(store, monkeypatch)
-        assert open_store(store.path).head().segments == (held,)
+        assert open_store(store.url).head().segments == (held,)
 
 
 def test_creation_can_fail_anywhere_and_be_repeated(
@@ -369,8 +369,8 @@ def test_a_damaged_segment_of_the_same_name_is_not_adopted(tmp_path: Path) -> No
     donor = open_store(tmp_path / "donor", create=True)
     held = commit_rollouts(donor, 1)
     store = open_store(tmp_path / "cask", create=True)
-    shutil.copytree(donor.path / held.folder, store.path / held.folder)
-    file = store.path / held.folder / "tokens/c/0"
+    shutil.copytree(Path(donor.url) / held.folder, Path(store.url) / held.folder)
+    file = Path(store.url) / held.folder / "tokens/c/0"
     sound = file.read_bytes()
     file.write_bytes(bytes([sound[0] ^ 1]) + sound[1:])
     with pytest.raises(IntegrityError, match="tokens/c/0"):
@@ -395,7 +395,7 @@ def test_a_codec_that_changes_values_is_caught_before_publishing(
     with pytest.raises(StoreError, match="tokens: does not decode to what was encoded"):
         commit_rollouts(store, 1)
     assert store.head().segments == ()
-    assert files.list_dir(store.path / "seg/rollout") == []
+    assert files.list_dir(Path(store.url) / "seg/rollout") == []
 
 
 def test_what_is_not_a_store(tmp_path: Path) -> None:

@@ -1,0 +1,210 @@
+"""Verbs of `logitcask store` that change a store or move segments, and the estimate before one."""
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import MODEL_FLAGS, format_option, job_from_flags, job_options
+from logitcask.cli.output import print_result, print_table, progress_bar
+from logitcask.engine.config import EstimateJob
+
+
+@click.command("tag")
+@click.argument("url")
+@click.argument("name", required=False)
+@click.option("--at", type=click.IntRange(min=0), help="Log number; default: the newest.")
+@click.option("--remove", is_flag=True, help="Take the tag away.")
+@format_option
+def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: str) -> None:
+    """Give a log number a name that `train --pin` takes; what it reaches, gc keeps.
+
+    Without a NAME, the tags that there are.
+
+    Example: logitcask store tag ./store paper-run
+    """
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.keep import tag, untag
+    from logitcask.engine.store.view import tags
+
+    store = open_store(url)
+    if name is None:
+        print_table(tags(store), form)
+    elif remove:
+        untag(store, name)
+        print_result({"removed": name}, form)
+    else:
+        print_result({"tag": name, "log_number": tag(store, name, at)}, form)
+
+
+@click.command("retire")
+@click.argument("url")
+@click.option("--rollouts", help="Retire the rollouts of this name, and all scores of them ...")
+@click.option(
+    "--before-version",
+    type=click.IntRange(min=1),
+    help="... only those that students of an older version sampled.",
+)
+@click.option("--teacher", help="Retire the scores of this name.")
+@format_option
+def retire_command(
+    url: str, rollouts: str | None, before_version: int | None, teacher: str | None, form: str
+) -> None:
+    """Make rollouts or scores invisible from here on; gc removes them when no pin reaches them.
+
+    What is retired can be made again by the command that made it.
+
+    Example: logitcask store retire ./store --teacher big
+    """
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.keep import retire
+    from logitcask.engine.store.view import listing_of
+
+    retired = retire(
+        open_store(url), rollouts=rollouts, before_version=before_version, teacher=teacher
+    )
+    print_table(listing_of(retired), form)
+
+
+@click.command("gc")
+@click.argument("url")
+@click.option(
+    "--keep-days",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Every pin that could be taken within so many days stays readable.",
+)
+@click.option(
+    "--lease-hours",
+    type=click.FloatRange(min=0),
+    default=24.0,
+    show_default=True,
+    help="Leave what no record names to its writer for so long; 0 only when nobody writes.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+@format_option
+def gc_command(url: str, keep_days: float, lease_hours: float, dry_run: bool, form: str) -> None:
+    """Remove what neither the newest state, nor a tag, nor a recent pin reaches.
+
+    Example: logitcask store gc ./store --dry-run
+    """
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.keep import gc
+
+    swept = gc(open_store(url), keep_days=keep_days, lease_hours=lease_hours, dry_run=dry_run)
+    print_result(swept, form)
+
+
+@click.command("pack")
+@click.argument("url")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--at", help="Log number or tag; default: the newest.")
+@format_option
+def pack_command(url: str, folder: Path, at: str | None, form: str) -> None:
+    """Write one file per segment into FOLDER, for transport; `unpack` brings them in elsewhere.
+
+    Example: logitcask store pack ./store ./packed
+    """
+    from logitcask.engine.jobs import pin_of
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.transfer import pack
+
+    store = open_store(url)
+    with progress_bar() as progress:
+        files = pack(
+            store, folder, pin=None if at is None else pin_of(store, at), progress=progress
+        )
+    size = sum(file.stat().st_size for file in files)
+    print_result({"folder": str(folder), "files": len(files), "bytes": size}, form)
+
+
+@click.command("unpack")
+@click.argument("url")
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
+)
+@format_option
+def unpack_command(url: str, files: tuple[Path, ...], form: str) -> None:
+    """Bring packed segments into a store, which is made if absent; twice does no harm.
+
+    Example: logitcask store unpack ./other packed/*.zip
+    """
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.transfer import unpack
+
+    with progress_bar() as progress:
+        brought = unpack(open_store(url, create=True), files, progress=progress)
+    print_result(brought, form)
+
+
+@click.command("merge")
+@click.argument("url")
+@click.argument("other")
+@format_option
+def merge_command(url: str, other: str, form: str) -> None:
+    """Bring all that store OTHER holds into store URL, which is made if absent.
+
+    Either may be a folder or in an object store; twice does no harm.
+
+    Example: logitcask store merge ./store ./from-another-machine
+    """
+    from logitcask.engine.store import open_store
+    from logitcask.engine.store.transfer import merge
+
+    source = open_store(other)
+    with progress_bar() as progress:
+        brought = merge(open_store(url, create=True), source, progress=progress)
+    print_result(brought, form)
+
+
+@click.command("estimate")
+@click.argument("model")
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.option(
+    "--student",
+    "student__model",
+    required=True,
+    help="Model folder or hub id of the student, whose responses are scored.",
+)
+@job_options(
+    EstimateJob,
+    {
+        "prompts": ["chat_template"],
+        "estimate": ["sample"],
+        "rollout": ["n", "max_new_tokens", "student_k"],
+        "score": ["k_min"],
+        "run": MODEL_FLAGS,
+    },
+)
+@format_option
+def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None:
+    """Score a sample with teacher MODEL, and say what scoring all PROMPTS would cost.
+
+    For each profile, top-p and k-max: bytes a position, and the share of the KL between teacher and
+    student that a loss on what is stored would miss. Nothing is stored.
+
+    Example: logitcask store estimate ./teacher prompts.jsonl --student ./student
+    """
+    told = {"teacher__model": model, "teacher__name": "estimate", "prompts__file": prompts}
+    job = job_from_flags(EstimateJob, {**flags, **told})
+    from logitcask.engine.jobs import run_estimate
+
+    with progress_bar() as progress:
+        estimate = run_estimate(job, progress=progress)
+    if form == "json":
+        print_result(estimate, form)
+        return
+    print_result(estimate.summary(), form)
+    click.echo()
+    print_table(estimate.rows, form)
+
+
+KEEP = (
+    tag_command,
+    retire_command,
+    gc_command,
+    pack_command,
+    unpack_command,
+    merge_command,
+)

@@ -1,0 +1,114 @@
+"""From arrays to a published segment: encoded, decoded again, put where its content says, named by
+a record. A crash at any step leaves the log as it was: at worst a folder that no record names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import logitcask.engine.store.codecs as codecs
+import logitcask.engine.store.record as record
+import logitcask.engine.store.schema as schema
+import logitcask.engine.store.segment as segments
+from logitcask.engine.errors import StoreError
+from logitcask.engine.store.log import Log
+from logitcask.engine.store.medium import Medium
+from logitcask.engine.store.publish import append, check_binding
+from logitcask.engine.store.segment import Segment
+from logitcask.engine.types import Array
+
+_TOO_LARGE = "lower --unit-prompts: a unit is a segment"
+
+
+def draft(kind: str, layout: str, profile: str, **told: Any) -> Segment:
+    """A segment of which is known what it is to be, and not yet what it holds."""
+    empty: dict[str, Any] = {"base": "", "widens": "", "counts": {}, "token_digest": ""}
+    blank: dict[str, Any] = {"seg_id": "", "generation": 0, "files": {}, "number": -1}
+    return Segment(kind=kind, layout=layout, profile=profile, **{**empty, **blank, **told})
+
+
+def check_asked(log: Log, new: Segment) -> Segment | None:
+    """Refuses what cannot be committed, and answers for a unit that is there, before any work."""
+    if not schema.NAME.fullmatch(new.name):
+        raise StoreError(
+            f"name {new.name!r} is not allowed",
+            remedy="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit",
+        )
+    if not schema.DIGEST.fullmatch(new.unit_key):
+        raise StoreError(f"unit_key {new.unit_key!r} is not a digest", remedy="use identity.digest")
+    log.refresh()
+    check_binding(log, new)
+    return log.winner(new.unit_key)
+
+
+def commit_arrays(medium: Medium, log: Log, arrays: Mapping[str, Array], new: Segment) -> Segment:
+    """Publishes a draft with these arrays; returns the segment that holds its unit."""
+    profile = codecs.profile(new.profile)
+    counts = {**segments.counts_of(new.layout, arrays), **new.counts}
+    for key, most in schema.MAX_COUNT.items():
+        if counts.get(key, 0) > most:
+            raise StoreError(f"{counts[key]} {key} in one unit, at most {most}", remedy=_TOO_LARGE)
+    size = segments.decoded_bytes(new.layout, profile, counts)
+    if size > schema.MAX_SEGMENT_BYTES:
+        raise StoreError(
+            f"a unit of {size} bytes decoded, at most {schema.MAX_SEGMENT_BYTES}",
+            remedy=_TOO_LARGE,
+        )
+    shape: Any = {"layout": new.layout, "profile": profile}
+    attributes = {
+        "format": schema.FORMAT,
+        "version": schema.FORMAT_VERSION,
+        "kind": new.kind,
+        "layout": new.layout,
+        "profile": new.profile,
+        "counts": counts,
+        "base": new.base,
+        "widens": new.widens,
+        "token_digest": new.token_digest,
+    }
+    contents = segments.encode(arrays, attributes=attributes, **shape)
+    segments.check_decodes(contents, arrays, counts=counts, **shape)
+    manifest = segments.manifest_of(contents)
+    made = replace(new, counts=counts, files=manifest, seg_id=segments.content_address(manifest))
+    return publish_segment(medium, log, contents, made)
+
+
+def publish_segment(
+    medium: Medium, log: Log, contents: Mapping[str, bytes], new: Segment
+) -> Segment:
+    """Puts the files of a segment in place and names them in the log; the first of a unit wins."""
+    placed = set()
+
+    def say() -> dict[str, Any] | None:
+        if log.winner(new.unit_key) is not None:
+            return None
+        check_binding(log, new)
+        _check_base(log, new)
+        # Where gc has removed this content, it may still be at work on the folder of that time.
+        here = replace(new, generation=log.generation(new.kind, new.seg_id))
+        if here.folder not in placed:
+            medium.place(here.folder, contents)
+            placed.add(here.folder)
+        return {"adds": [record.describe(here)]}
+
+    append(medium, log, say)
+    winner = log.winner(new.unit_key)
+    assert winner is not None, "there was nothing left to say"
+    return winner
+
+
+def _check_base(log: Log, new: Segment) -> None:
+    if new.kind == schema.ROLLOUT:
+        return
+    base, chain = log.base(new.base), log.chain(new.name, new.base)
+    if base is None or base.token_digest != new.token_digest:
+        raise StoreError(
+            f"no rollout segment {new.base} with these tokens",
+            remedy="score the rollouts of this store; they may have been retired meanwhile",
+        )
+    if new.widens != (chain[-1].seg_id if chain else ""):
+        raise StoreError(
+            f"teacher {new.name!r} has {len(chain)} segments on rollouts {new.base}, and these "
+            f"scores add to {new.widens or 'none'}",
+            remedy="another writer was faster; run the same command again, it goes on from there",
+        )

@@ -1,0 +1,213 @@
+"""What a store keeps: tags, retired units, and the removal of what nobody can reach any more.
+
+Nothing is deleted in place. A unit is retired by a record, and from there on not visible; pins
+taken before still read it. gc then removes a segment when neither the newest state, nor a tag, nor
+any state of the last `keep_days` holds it, and what no record ever named when it is older than
+`lease_hours`.
+
+gc first publishes which folders it is going to remove, as a record like any other. So it decides on
+a log that nobody has moved meanwhile, a writer who is about to name such a folder learns of it and
+puts its files under another generation, and a reader of an old pin is told what happened. A crash
+in between leaves folders that the next gc removes.
+"""
+
+import re
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import logitcask.engine.store.schema as schema
+from logitcask.engine.errors import ConfigError, StoreError
+from logitcask.engine.store.medium import STAGING
+from logitcask.engine.store.publish import append
+from logitcask.engine.store.record import Content
+from logitcask.engine.store.segment import Segment, folder_of
+from logitcask.engine.store.store import Store
+
+KEEP_DAYS = 30.0
+LEASE_HOURS = 24.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Swept:
+    """What gc removed, or would remove."""
+
+    segments: int
+    bytes: int
+    unfinished: int
+    """Leftovers of writers that died, in staging."""
+    kept: int
+    """Folders of segments that stay."""
+
+
+def tag(store: Store, name: str, number: int | None = None) -> int:
+    """Marks a log number, the newest if none is given, and returns it. What it reaches, gc keeps.
+
+    Raises StoreError where the name is taken or gc has removed what it would reach.
+    """
+    if not schema.NAME.fullmatch(name) or name.isdecimal():
+        raise ConfigError(
+            f"tag {name!r} is not allowed",
+            remedy="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit, not digits "
+            "alone",
+        )
+    pin = store.head() if number is None else store.pin(number)
+    if pin.number < 0:
+        raise StoreError(f"{store.url} has no log record yet", remedy="tag a store with data")
+
+    def say() -> dict[str, Any] | None:
+        marked = store.log.tags().get(name)
+        if marked == pin.number:
+            return None
+        if marked is not None:
+            raise StoreError(
+                f"tag {name!r} marks log number {marked} already",
+                remedy="use another name, or remove that tag first",
+            )
+        standing = {each.folder for each in store.log.standing()}
+        gone = [each for each in pin.segments if each.folder not in standing]
+        if gone:
+            raise StoreError(
+                f"log number {pin.number} reaches {len(gone)} segments that gc has removed",
+                remedy="tag a newer number",
+            )
+        return {"tags": {name: pin.number}}
+
+    append(store.medium, store.log, say)
+    return pin.number
+
+
+def untag(store: Store, name: str) -> None:
+    """Takes a tag away. Raises StoreError where there is none."""
+    store.pin(name)
+    append(
+        store.medium,
+        store.log,
+        lambda: {"tags": {name: None}} if name in store.log.tags() else None,
+    )
+
+
+def retire(
+    store: Store,
+    *,
+    rollouts: str | None = None,
+    before_version: int | None = None,
+    teacher: str | None = None,
+) -> list[Segment]:
+    """Makes units invisible from here on; their keys are free to be made again.
+
+    rollouts: the units of this name, and every score of them; before_version: only those of older
+    students. teacher: the scores of this name. Raises ConfigError where there are none.
+    """
+    if (rollouts is None) == (teacher is None) or (before_version is not None and not rollouts):
+        raise ConfigError(
+            f"retire rollouts {rollouts}, teacher {teacher}, before version {before_version}",
+            remedy="give --rollouts or --teacher; --before-version goes with --rollouts",
+        )
+
+    def wanted() -> list[Segment]:
+        visible = store.head().segments
+        if teacher is not None:
+            return [s for s in visible if s.kind == schema.SCORE and s.name == teacher]
+        old = [
+            s
+            for s in visible
+            if s.kind == schema.ROLLOUT
+            and s.name == rollouts
+            and (before_version is None or s.unit["version"] < before_version)
+        ]
+        ids = {s.seg_id for s in old}
+        others = {s.seg_id for s in visible if s.kind == schema.ROLLOUT and s not in old}
+        return old + [s for s in visible if s.base in ids - others]
+
+    retired: dict[str, Segment] = {}
+
+    def say() -> dict[str, Any] | None:
+        now = {each.unit_key: each for each in wanted()}
+        retired.update(now)
+        return {"retires": list(now)} if now else None
+
+    append(store.medium, store.log, say)
+    if not retired:
+        pin = store.head()
+        raise ConfigError(
+            f"the store holds nothing of {teacher or rollouts!r} to retire",
+            remedy=f"it has rollouts {pin.names('rollout')} and scores {pin.names('score')}",
+        )
+    return list(retired.values())
+
+
+def gc(
+    store: Store,
+    *,
+    keep_days: float = KEEP_DAYS,
+    lease_hours: float = LEASE_HOURS,
+    dry_run: bool = False,
+) -> Swept:
+    """Removes what nobody can reach, and what writers that died have left.
+
+    keep_days: every state that was the newest within them stays readable. lease_hours: what no
+    record names is left to its writer so long. dry_run: only counts.
+    """
+    now = time.time()
+    born_before = now - lease_hours * 3600
+    since = datetime.fromtimestamp(now, UTC) - timedelta(days=keep_days)
+
+    def unreached() -> list[Content]:
+        """On the log as it is: folders there that no state which is kept holds."""
+        log = store.log
+        kept = _reached(store, since.isoformat(timespec="seconds"))
+        named = {each.folder for each in log.standing()}
+        return [
+            content
+            for content in _folders(store)
+            if folder_of(*content) not in kept
+            and content[2] <= log.generation(*content[:2])
+            and (
+                folder_of(*content) in named
+                or content[2] < log.generation(*content[:2])
+                or store.medium.touched_s(folder_of(*content)) < born_before
+            )
+        ]
+
+    def say() -> dict[str, Any] | None:
+        fresh = [each for each in unreached() if each[2] == store.log.generation(*each[:2])]
+        return {"sweeps": [list(each) for each in fresh]} if fresh else None
+
+    if dry_run:
+        store.head()
+    else:
+        append(store.medium, store.log, say)
+    going = unreached()
+    staged = [f"{STAGING}/{name}" for name in store.medium.names(STAGING)]
+    left = [name for name in staged if store.medium.touched_s(name) < born_before]
+    size = sum(each.size for content in going for each in store.medium.files(folder_of(*content)))
+    if not dry_run:
+        for name in [*(folder_of(*content) for content in going), *left]:
+            store.medium.remove(name)
+    return Swept(
+        segments=len(going),
+        bytes=size,
+        unfinished=len(left),
+        kept=len(_reached(store, since.isoformat(timespec="seconds"))),
+    )
+
+
+def _reached(store: Store, since: str) -> set[str]:
+    """Folders that the newest state, a tag, or a state that was the newest since then holds."""
+    log = store.log
+    held = [*log.pin(len(log) - 1).segments, *log.retired_after(log.at_time(since))]
+    for number in log.tags().values():
+        held += log.pin(number).segments
+    return {each.folder for each in held}
+
+
+def _folders(store: Store) -> list[Content]:
+    """Every folder of a segment that is there; others are strange, and left alone."""
+    found = []
+    for kind in schema.KINDS:
+        for name in store.medium.names(f"seg/{kind}"):
+            if match := re.fullmatch(r"([0-9a-f]{32})(?:\.([1-9][0-9]*))?", name):
+                found.append((kind, match[1], int(match[2] or 0)))
+    return found

@@ -1,0 +1,142 @@
+"""Arithmetic on ragged rows: flat entries, and how many of them each of P rows has.
+
+Two ragged arrays A and B over the same P rows are compared row by row, column after column: the
+j-th entry of every row of A at once with all entries of B. Rows go in blocks that stay in the
+cache, and in a block the long rows of A first, so that a column touches only the rows that reach
+it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from logitcask.engine.types import Array
+
+_BLOCK = 8192
+"""Rows: a block of 16 uint16 entries is 256 KiB."""
+
+
+def starts(cnt: Array) -> Array:
+    """[P] counts -> [P + 1] int64 offsets."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(cnt, dtype=np.int64)])
+
+
+def rows(cnt: Array) -> Array:
+    """[P] counts -> the row of each entry, int64."""
+    return np.repeat(np.arange(len(cnt), dtype=np.int64), cnt)
+
+
+def within(cnt: Array) -> Array:
+    """[P] counts -> the position of each entry within its row, int64."""
+    offset = starts(cnt)
+    place: Array = np.arange(offset[-1], dtype=np.int64) - np.repeat(offset[:-1], cnt)
+    return place
+
+
+def marked(marks: Array, cnt: Array) -> Array:
+    """[P] uint16, how many entries of each row are marked."""
+    total = np.concatenate([np.zeros(1, np.int64), np.cumsum(marks, dtype=np.int64)])
+    return np.diff(total[starts(cnt)]).astype(np.uint16)
+
+
+def matrix(flat: Array, cnt: Array, pad: float) -> tuple[Array, Array]:
+    """([P, K] entries, [P, K] bool: an entry, not padding), K the longest row."""
+    width = int(cnt.max(initial=0))
+    valid = np.arange(width) < cnt.astype(np.int64)[:, None]
+    if len(flat) == valid.size:
+        return flat.reshape(valid.shape), valid
+    out = np.full(valid.shape, pad, flat.dtype)
+    out[valid] = flat
+    return out, valid
+
+
+def above(a: Array, a_cnt: Array, b: Array, b_cnt: Array) -> Array:
+    """[B] uint16: how many entries of A in the same row are less than each entry of B."""
+    out = np.empty(len(b), np.uint16)
+    for block in _blocks(a_cnt, b_cnt):
+        wide, valid = matrix(b[block.of_b], b_cnt[block.rows], 0)
+        wide = wide[block.order]
+        found = np.zeros(wide.shape, np.uint8 if block.longest < 256 else np.uint16)
+        for at, reach in block.columns():
+            found[:reach] += a[at][:, None] < wide[:reach]
+        out[block.of_b] = block.flat(found, valid)
+    return out
+
+
+def find(a: Array, a_cnt: Array, b: Array, b_cnt: Array) -> Array:
+    """[B] int32: where in its row of A each entry of B stands, -1 where it does not.
+
+    Entries of a row of A are distinct.
+    """
+    out = np.empty(len(b), np.int32)
+    for block in _blocks(a_cnt, b_cnt):
+        wide, valid = matrix(b[block.of_b], b_cnt[block.rows], 0)
+        wide = wide[block.order]
+        found = np.zeros(wide.shape, np.uint16)
+        for j, (at, reach) in enumerate(block.columns()):
+            found[:reach] |= (a[at][:, None] == wide[:reach]) * np.uint16(j + 1)
+        out[block.of_b] = block.flat(found, valid)
+    return out - 1
+
+
+def remaining(taken: Array, taken_cnt: Array, rest_cnt: Array) -> Array:
+    """[sum of rest_cnt] uint16: the places that `taken` [T] leaves, ascending in each row.
+
+    A row has taken_cnt + rest_cnt places. Raises ValueError where a place is taken twice or lies
+    outside its row.
+    """
+    out = np.empty(int(rest_cnt.sum(dtype=np.int64)), np.uint16)
+    for block in _blocks(rest_cnt, taken_cnt):
+        wide, valid = matrix(taken[block.of_b], taken_cnt[block.rows], 0)
+        places = (taken_cnt[block.rows].astype(np.int32) + rest_cnt[block.rows])[:, None]
+        if ((wide.astype(np.int32) >= places) & valid).any():
+            raise ValueError("a rank lies outside its row")
+        width = int(places.max(initial=0))
+        free = np.arange(width, dtype=np.int32) < places
+        at = np.arange(len(places), dtype=np.int32)[:, None] * width + wide
+        free.reshape(-1)[at if valid.all() else at[valid]] = False
+        left = np.flatnonzero(free)
+        # No row can have fewer left than it should, so one that has more shows in the sum.
+        if len(left) != block.of_a.stop - block.of_a.start:
+            raise ValueError("two ids claim one rank")
+        out[block.of_a] = left.astype(np.int32) % max(width, 1)
+    return out
+
+
+class _Block:
+    """Some rows, those with most entries of A first."""
+
+    def __init__(self, rows: slice, of_a: slice, of_b: slice, a_cnt: Array) -> None:
+        self.rows = rows
+        self.of_a, self.of_b = of_a, of_b
+        """Where their entries of A and of B are."""
+        counts = a_cnt[rows].astype(np.int32)
+        self.order = np.argsort(-counts, kind="stable")
+        self._counts = counts[self.order]
+        self._starts = (of_a.start + starts(counts)[:-1])[self.order]
+        self.longest = int(self._counts[0]) if len(counts) else 0
+
+    def columns(self) -> Iterator[tuple[Array, int]]:
+        """Of every column of A where its entries are, [n], for the first n rows of `order`."""
+        reaches = np.searchsorted(-self._counts, -np.arange(self.longest), side="left")
+        for j, reach in enumerate(reaches.tolist()):
+            yield self._starts[:reach] + j, reach
+
+    def flat(self, found: Array, valid: Array) -> Array:
+        """[n, K] in the block's order -> flat entries of B in theirs."""
+        out = np.empty_like(found)
+        out[self.order] = found
+        entries: Array = out.reshape(-1) if valid.all() else out[valid]
+        return entries
+
+
+def _blocks(a_cnt: Array, b_cnt: Array) -> Iterator[_Block]:
+    a_start, b_start = starts(a_cnt), starts(b_cnt)
+    for first in range(0, len(a_cnt), _BLOCK):
+        last = min(first + _BLOCK, len(a_cnt))
+        yield _Block(
+            slice(first, last),
+            slice(int(a_start[first]), int(a_start[last])),
+            slice(int(b_start[first]), int(b_start[last])),
+            a_cnt,
+        )
