@@ -31,6 +31,7 @@ PANELS = {
     "rollout": "Sampling",
     "score": "What is kept",
     "estimate": "Sample",
+    "gc": "What stays",
     "train": "Training",
     "run": "Run",
 }

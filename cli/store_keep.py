@@ -7,7 +7,7 @@ import rich_click as click
 
 from logitcask.cli.options import MODEL_FLAGS, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, print_table, progress_bar
-from logitcask.engine.config import EstimateJob
+from logitcask.engine.config import EstimateJob, Gc, GcJob
 
 
 @click.command("tag")
@@ -68,31 +68,24 @@ def retire_command(
 
 @click.command("gc")
 @click.argument("url")
-@click.option(
-    "--keep-days",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    show_default=True,
-    help="Every pin that could be taken within so many days stays readable.",
-)
-@click.option(
-    "--lease-hours",
-    type=click.FloatRange(min=0),
-    default=24.0,
-    show_default=True,
-    help="Leave what no record names to its writer for so long; 0 only when nobody writes.",
-)
+@job_options(GcJob, {"gc": list(Gc.model_fields)})
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @format_option
-def gc_command(url: str, keep_days: float, lease_hours: float, dry_run: bool, form: str) -> None:
+def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
     """Remove what neither the newest state, nor a tag, nor a recent pin reaches.
 
     Example: logitcask store gc ./store --dry-run
     """
+    job = job_from_flags(GcJob, flags)
     from logitcask.engine.store import open_store
     from logitcask.engine.store.keep import gc
 
-    swept = gc(open_store(url), keep_days=keep_days, lease_hours=lease_hours, dry_run=dry_run)
+    swept = gc(
+        open_store(url),
+        keep_days=job.gc.keep_days,
+        lease_hours=job.gc.lease_hours,
+        dry_run=dry_run,
+    )
     print_result(swept, form)
 
 

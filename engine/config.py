@@ -159,6 +159,18 @@ class Estimate(Section):
     )
 
 
+class Gc(Section):
+    keep_days: float = Field(
+        30.0, ge=0, description="Every pin that was the newest within so many days stays readable."
+    )
+    lease_hours: float = Field(
+        24.0,
+        ge=0,
+        description="What no record names is left to its writer for so long; 0 only when nobody "
+        "writes.",
+    )
+
+
 class Train(Section):
     teacher: Name | None = Field(
         None, description="Whose scores to train on; may be left out when the store has one."
@@ -261,6 +273,12 @@ class EstimateJob(Section):
     score: Score = Score()
     estimate: Estimate = Estimate()
     run: Run = Run()
+
+
+class GcJob(Section):
+    """What `logitcask store gc` needs."""
+
+    gc: Gc = Gc()
 
 
 class TrainJob(Section):

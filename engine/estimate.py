@@ -211,7 +211,7 @@ def _kept(seen: _Seen, top_p: float, k_min: int, k_max: int) -> Array:
     lp = seen.wide.entry_lp.reshape(seen.log_p.shape)
     mass = np.exp(lp, dtype=np.float64).cumsum(1)
     cnt = np.clip((mass < top_p).sum(1) + 1, k_min, k_max)
-    kept: Array = np.arange(lp.shape[1]) < cnt[:, None]
+    kept: Array = np.arange(seen.log_p.shape[1]) < cnt[:, None]
     return kept
 
 

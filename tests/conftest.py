@@ -21,16 +21,19 @@ NEEDS = {
     "gpu": torch.cuda.is_available,
     "make": lambda: shutil.which("make") is not None,
     "peft": lambda: find_spec("peft") is not None,
+    "soak": lambda: bool(os.environ.get("LOGITCASK_SOAK")),
 }
 """What `@pytest.mark.needs(name)` may ask for."""
+OPTIONAL = ("gpu", "soak")
+"""Needs that CI need not have: a GPU, and the hours and the root of `make soak`."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A missing need skips a test at home; under CI it fails it, except for a GPU."""
+    """A missing need skips a test at home; under CI it fails it, but for those of OPTIONAL."""
     for mark in item.iter_markers("needs"):
         for need in mark.args:
             if NEEDS[need]():
                 continue
-            if os.environ.get("CI") and need != "gpu":
+            if os.environ.get("CI") and need not in OPTIONAL:
                 pytest.fail(f"CI lacks {need}")
             pytest.skip(f"no {need} here")

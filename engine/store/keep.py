@@ -25,9 +25,6 @@ from logitcask.engine.store.record import Content
 from logitcask.engine.store.segment import Segment, folder_of
 from logitcask.engine.store.store import Store
 
-KEEP_DAYS = 30.0
-LEASE_HOURS = 24.0
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Swept:
@@ -138,13 +135,7 @@ def retire(
     return list(retired.values())
 
 
-def gc(
-    store: Store,
-    *,
-    keep_days: float = KEEP_DAYS,
-    lease_hours: float = LEASE_HOURS,
-    dry_run: bool = False,
-) -> Swept:
+def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = False) -> Swept:
     """Removes what nobody can reach, and what writers that died have left.
 
     keep_days: every state that was the newest within them stays readable. lease_hours: what no

@@ -67,7 +67,7 @@ class Log:
         known = record.file_name(len(self) - 2) if len(self) > 1 else ""
         names = self._medium.names("log", after=known)
         numbers = [number for name in names if (number := record.number_of(name)) is not None]
-        last = max(numbers, default=-1)
+        last = max(numbers, default=max(-1, len(self) - 2))
         if last + 1 < len(self):
             raise self._gone(last + 1)
         while True:

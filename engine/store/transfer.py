@@ -9,6 +9,7 @@ import os
 import uuid
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def pack(
             _write_zip(temporary, {_TOLD: record.seal(record.describe(each)), **contents})
             os.replace(temporary, target)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise StoreError(
                 f"cannot write {target}: {error.strerror or error}",
                 remedy="make room or give another folder, then pack again",

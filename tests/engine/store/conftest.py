@@ -1,13 +1,22 @@
-"""Thousands of small files and folders, flushed one by one: in memory where the system offers that.
-
-Nothing here cuts the power, and a killed process loses no written page on a disk either.
+"""Stores in memory: thousands of small files and folders, flushed one by one, where the system
+offers that, and an object store that is a dictionary. Nothing here cuts the power, and a killed
+process loses no written page on a disk either.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
+from obstore.store import MemoryStore
+
+from logitcask.engine.store import Store
+from logitcask.engine.store.files import Folder
+from logitcask.engine.store.medium import Medium
+from logitcask.engine.store.objects import Bucket
+from logitcask.engine.store.store import open_on
 
 MEMORY = Path("/dev/shm")
 
@@ -16,3 +25,35 @@ MEMORY = Path("/dev/shm")
 def tmp_path() -> Iterator[Path]:
     with TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """On a real disk, if the machine's temporary folder is on one."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def medium(request: pytest.FixtureRequest, tmp_path: Path) -> Medium:
+    """Every medium that a store can lie on; what is promised, each has to keep."""
+    if request.param == "folder":
+        return Folder(str(tmp_path / "cask"))
+    return Bucket("memory://cask", MemoryStore())
+
+
+@pytest.fixture
+def store(medium: Medium) -> Store:
+    return open_on(medium, create=True)
+
+
+class Counts:
+    """How often a test is repeated: in CI, and in `make soak`."""
+
+    def __call__(self, ci: int, soak: int) -> int:
+        return soak if os.environ.get("LOGITCASK_SOAK") else ci
+
+
+@pytest.fixture(scope="session")
+def counts() -> Any:
+    return Counts()

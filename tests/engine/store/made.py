@@ -1,17 +1,10 @@
-"""Small rollouts and scores made from a seed; run as a script, a writer in a process of its own.
-
-`python made.py STORE WRITER COUNT [GO]` commits COUNT units of its own, printing each unit_key when
-its commit has returned. It skips what the log holds, as a resumed job does; it waits for file GO.
-"""
+"""Small rollouts and scores made from a seed."""
 
 import hashlib
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 
-from logitcask.engine.store import Segment, Store, open_store
+from logitcask.engine.store import Segment, Store
 from logitcask.engine.types import LENGTH, STOP, Array, Prompt, Rollouts, Scores
 
 ROLLOUT_LINEAGE = {"set": {"digest": "sha256:set"}, "student": {"root": "sha256:root"}}
@@ -114,7 +107,7 @@ def commit_rollouts(store: Store, seed: int, unit_key: str = "", **other: object
 
 
 def commit_scores(store: Store, base: Segment, seed: int, **other: object) -> Segment:
-    rollouts = store.read_rollouts(base)
+    scores = other.pop("scores", None) or make_scores(seed, store.read_rollouts(base))
     arguments = {
         "base": base,
         "name": "teacher",
@@ -122,21 +115,4 @@ def commit_scores(store: Store, base: Segment, seed: int, **other: object) -> Se
         "unit": {"rollouts": base.seg_id},
         "lineage": SCORE_LINEAGE,
     }
-    return store.commit_scores(make_scores(seed, rollouts), **(arguments | other))
-
-
-if __name__ == "__main__":
-    path, writer, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    opened = open_store(path, create=True)
-    print("ready", flush=True)
-    while len(sys.argv) > 4 and not Path(sys.argv[4]).exists():
-        time.sleep(0.001)
-    done = opened.head().unit_keys()
-    for number in range(count):
-        # Writer -1 fights for one unit with the others of its kind.
-        unit_key = key("race", number) if writer < 0 else key(writer, number)
-        if unit_key in done:
-            continue
-        own = writer * 1000 + number if writer >= 0 else time.time_ns() % 100_000
-        held = commit_rollouts(opened, own, unit_key)
-        print(unit_key, held.seg_id, flush=True)
+    return store.commit_scores(scores, **(arguments | other))

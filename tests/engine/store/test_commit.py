@@ -1,0 +1,391 @@
+"""Commits, on every medium: what goes in comes out, the first of a unit wins, a name stays."""
+
+import json
+import pickle
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.store.codecs import PROFILES, Profile, from_entry, profile, to_entry
+from logitcask.engine.store.layout import kept_lists
+from logitcask.engine.store.schema import specs
+from logitcask.engine.store.store import open_on
+from logitcask.engine.store.verify import verify
+from logitcask.engine.types import CachedScores, Rollouts, Scores
+from tests.engine.store.made import (
+    ROLLOUT_LINEAGE,
+    SCORE_LINEAGE,
+    commit_rollouts,
+    commit_scores,
+    key,
+    make_rollouts,
+    make_scores,
+)
+
+
+def again(store: Store) -> Store:
+    """The same store, opened by somebody else."""
+    return open_on(store.medium)
+
+
+def rounded(values: np.ndarray, how: Profile) -> np.ndarray:
+    return from_entry(to_entry(values, how), how)
+
+
+def same_rollouts(got: Rollouts, want: Rollouts, how: Profile) -> None:
+    assert got.prompts == want.prompts
+    for field in fields(Rollouts):
+        if field.name not in ("prompts", "student"):
+            ours, theirs = getattr(got, field.name), getattr(want, field.name)
+            assert ours.dtype == theirs.dtype
+            assert np.array_equal(ours, theirs), field.name
+    assert (got.student is None) == (want.student is None)
+    if got.student is None or want.student is None:
+        return
+    for field in fields(Scores):
+        ours, theirs = getattr(got.student, field.name), getattr(want.student, field.name)
+        if field.name == "entry_lp":
+            theirs = rounded(theirs, how)
+        assert np.array_equal(ours, theirs), field.name
+
+
+def same_scores(got: CachedScores, want: Scores, how: Profile, lists: Scores | None) -> None:
+    """Everything that a scorer said, `lists` being the student's."""
+    assert np.array_equal(got.lp, want.lp)
+    assert np.array_equal(got.entropy, want.entropy)
+    assert np.array_equal(got.log_tail, want.log_tail)
+    assert np.array_equal(got.kept, want.cnt)
+    ids, log_probs = kept_lists(got)
+    assert np.array_equal(ids, want.ids)
+    assert np.array_equal(log_probs, rounded(want.entry_lp, how))
+    if want.at_lp is not None and lists is not None:
+        assert np.array_equal(got.s_cnt, lists.cnt)
+        assert np.array_equal(got.s_ids, lists.ids)
+        assert np.array_equal(got.s_lp, rounded(want.at_lp, how))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("student", [True, False])
+@pytest.mark.parametrize("sequences", [0, 1, 7])
+def test_round_trip(store: Store, name: str, student: bool, sequences: int) -> None:
+    rollouts = make_rollouts(3, sequences=sequences, student=student)
+    base = store.commit_rollouts(
+        rollouts,
+        name="main",
+        unit_key=key(1),
+        unit={"version": 0, "first": 0},
+        lineage=ROLLOUT_LINEAGE,
+        profile=name,
+    )
+    same_rollouts(store.read_rollouts(base), rollouts, profile(name))
+    scores = make_scores(4, rollouts)
+    held = commit_scores(store, base, 4, profile=name)
+    assert held.layout == ("once" if student else "whole")
+    same_scores(store.read_scores((held,)), scores, profile(name), rollouts.student)
+    # Somebody else, and a reader that has the rollouts already, read the same.
+    other = again(store)
+    pin = other.head()
+    assert pin.scores("teacher") == {base.seg_id: (held,)}
+    assert pin.rollouts("main") == (base,)
+    read = other.read_scores((held,), base=other.read_rollouts(base))
+    same_scores(read, scores, profile(name), rollouts.student)
+    assert base.counts["P"] == rollouts.positions
+    assert base.counts["N"] == sequences
+
+
+def test_drawn_ids_keep_how_often_each_was_drawn(store: Store) -> None:
+    rollouts = make_rollouts(3)
+    base = commit_rollouts(store, 3, student=True)
+    scores = make_scores(4, make_rollouts(3, student=False))
+    drawn = replace(scores, mult=np.arange(1, 1 + len(scores.ids)).astype(np.uint16))
+    held = commit_scores(store, base, 4, scores=drawn)
+    assert held.layout == "sampled"
+    read = store.read_scores((held,))
+    assert np.array_equal(read.mult, drawn.mult)
+    assert np.array_equal(read.ids, drawn.ids)
+    assert np.array_equal(read.cnt, drawn.cnt)
+    # Which ids are drawn says nothing about the best ones.
+    assert not read.kept.any()
+    assert len(read.s_ids) == 0
+    assert rollouts.student is not None
+    with pytest.raises(IdentityError, match="stands for drawn ids, not a teacher's best ids"):
+        commit_scores(store, commit_rollouts(store, 5, student=True), 6)
+
+
+def test_a_teacher_that_was_not_asked_is_known_where_its_list_names_the_students_ids(
+    store: Store,
+) -> None:
+    base = commit_rollouts(store, 3, student=True)
+    rollouts = store.read_rollouts(base)
+    assert rollouts.student is not None
+    scores = replace(make_scores(4, rollouts), at_lp=None)
+    held = commit_scores(store, base, 4, scores=scores)
+    assert held.layout == "whole"
+    read = store.read_scores((held,))
+    same_scores(read, scores, profile("default"), None)
+    split = [np.cumsum(x)[:-1] for x in (rollouts.student.cnt, scores.cnt, read.s_cnt)]
+    mine, theirs = np.split(rollouts.student.ids, split[0]), np.split(scores.ids, split[1])
+    want = [[i for i in ours if i in kept] for ours, kept in zip(mine, theirs, strict=True)]
+    assert [x.tolist() for x in np.split(read.s_ids, split[2])] == want
+    assert sum(map(len, want)) > 0
+
+
+def test_an_extent_is_read_without_tokens_and_scores(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "cask", create=True)
+    rollouts = make_rollouts(3)
+    held = commit_rollouts(store, 3, student=True)
+    folder = Path(store.url) / held.folder
+    for name in ("tokens", "prompt_tokens", "s_ids", "b_lp"):
+        (folder / name / "c" / "0").unlink()
+    extent = store.read_extent(held)
+    assert extent.prompt_ids == tuple(p.id for p in rollouts.prompts)
+    assert extent.prompt.tolist() == [len(p.token_ids) for p in rollouts.prompts]
+    np.testing.assert_array_equal(extent.seq_prompt, rollouts.seq_prompt)
+    np.testing.assert_array_equal(extent.response, rollouts.lengths())
+    (folder / "seq_off" / "c" / "0").write_bytes(b"")
+    with pytest.raises(IntegrityError, match="seq_off"):
+        store.read_extent(held)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_segment_is_a_plain_zarr_group(tmp_path: Path, name: str) -> None:
+    store = open_store(tmp_path / "cask", create=True)
+    base = commit_rollouts(store, 3, student=True, profile=name)
+    folder = Path(store.url) / base.folder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        group = zarr.open_group(folder, mode="r")
+        want = make_rollouts(3)
+        assert want.student is not None
+        assert group.attrs["counts"]["P"] == want.positions
+        assert np.array_equal(group["tokens"][:], want.tokens)
+        assert np.array_equal(group["b_lp"][:], want.b_lp)
+        assert np.array_equal(group["s_ids"][:], want.student.ids)
+        entries = to_entry(want.student.entry_lp, profile(name))
+        assert np.array_equal(group["s_topk_lp"][:], entries)
+        told = json.loads(group["prompt_json"][:].tobytes())
+        assert [each["id"] for each in told] == [p.id for p in want.prompts]
+        assert sorted(group.array_keys()) == sorted(specs("student"))
+    on_disk = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    assert on_disk == set(base.files)
+
+
+def test_same_bytes_same_name(tmp_path: Path) -> None:
+    ids = [
+        commit_rollouts(open_store(tmp_path / name, create=True), 5, student=True).seg_id
+        for name in ("a", "b")
+    ]
+    assert ids[0] == ids[1]
+
+
+def test_a_pin_reads_the_same_whatever_is_added(store: Store) -> None:
+    base = commit_rollouts(store, 1, student=True)
+    commit_scores(store, base, 1)
+    pin = store.head()
+    for seed in range(2, 5):
+        commit_rollouts(store, seed)
+    fresh = again(store)
+    assert fresh.pin(pin.number, pin.sha256) == pin
+    assert len(fresh.head().segments) == 5
+    assert [s.unit["first"] for s in fresh.head().rollouts("main")] == [1, 2, 3, 4]
+    assert fresh.pin(-1).segments == ()
+    with pytest.raises(StoreError, match="no log record 5"):
+        fresh.pin(5)
+    with pytest.raises(IntegrityError, match="the pin says"):
+        fresh.pin(0, pin.sha256)
+
+
+def test_segments_come_in_the_order_of_version_and_prompt(store: Store) -> None:
+    for at, (version, first) in enumerate([(1, 0), (0, 8), (0, 0), (1, 8)]):
+        commit_rollouts(store, at, unit={"version": version, "first": first})
+    order = [(s.unit["version"], s.unit["first"]) for s in store.head().rollouts("main")]
+    assert order == [(0, 0), (0, 8), (1, 0), (1, 8)]
+
+
+def test_a_unit_is_stored_once(store: Store) -> None:
+    first = commit_rollouts(store, 1)
+    second = commit_rollouts(again(store), 2, unit_key=first.unit_key)
+    assert second == first
+    assert store.head().number == 0
+    assert verify(store).strays == ()
+
+
+def test_a_name_means_one_thing(store: Store) -> None:
+    base = commit_rollouts(store, 1, student=True)
+    commit_scores(store, base, 1)
+    other_set = ROLLOUT_LINEAGE | {"set": {"digest": "sha256:other"}}
+    other_root = ROLLOUT_LINEAGE | {"student": {"root": "sha256:other"}}
+    for lineage in (other_set, other_root):
+        with pytest.raises(IdentityError, match="'main' stands for"):
+            commit_rollouts(store, 2, lineage=lineage)
+        assert commit_rollouts(store, 2, key(str(lineage)), name="second", lineage=other_set)
+    more = commit_rollouts(store, 3, student=True)
+    for change in (
+        {"teacher": {"weights": "sha256:other"}},
+        {"role": "base"},
+        {"context": "sha256:c"},
+    ):
+        with pytest.raises(IdentityError, match="'teacher' stands for"):
+            commit_scores(store, more, 2, lineage=SCORE_LINEAGE | change)
+    with pytest.raises(StoreError, match=r"lineage lacks set\.digest"):
+        commit_rollouts(store, 3, key("lacks"), lineage={})
+
+
+def overtake(
+    store: Store, monkeypatch: pytest.MonkeyPatch, rival: object, *, mute: bool = False
+) -> None:
+    """At the first record of `store`, `rival()` comes first; mute: our answer is lost."""
+    create = store.medium.create
+
+    def overtaken(name: str, data: bytes) -> bool:
+        if not name.startswith("log/"):
+            return create(name, data)
+        monkeypatch.setattr(store.medium, "create", create)
+        if callable(rival):
+            rival()
+        return create(name, data) and not mute
+
+    monkeypatch.setattr(store.medium, "create", overtaken)
+
+
+def test_the_loser_of_a_name_is_told_after_the_race(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both writers saw a free name; the second to publish learns whose it is."""
+    other = ROLLOUT_LINEAGE | {"set": {"digest": "sha256:other"}}
+    overtake(store, monkeypatch, lambda: commit_rollouts(again(store), 2, lineage=other))
+    with pytest.raises(IdentityError, match="sha256:other"):
+        commit_rollouts(store, 1)
+    assert len(store.head().segments) == 1
+    assert len(verify(store).strays) == 1  # The loser's group, which no record names.
+
+
+@pytest.mark.parametrize("same_unit", [True, False])
+def test_losing_the_race_for_a_number(
+    store: Store, monkeypatch: pytest.MonkeyPatch, same_unit: bool
+) -> None:
+    theirs: list[object] = []
+    unit = key("unit") if same_unit else key("other")
+    overtake(store, monkeypatch, lambda: theirs.append(commit_rollouts(again(store), 2, unit)))
+    ours = commit_rollouts(store, 1, key("unit"))
+    assert (ours == theirs[0]) == same_unit
+    assert len(store.head().segments) == (1 if same_unit else 2)
+    verify(store, deep=True)
+
+
+def test_an_answer_that_was_lost_is_not_doubled(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overtake(store, monkeypatch, None, mute=True)
+    held = commit_rollouts(store, 1)
+    assert store.head().segments == (held,)
+    assert store.head().number == 0
+
+
+def test_a_medium_that_refuses_for_ever_is_an_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.medium, "create", lambda name, data: False)
+    monkeypatch.setattr(store.medium, "place", lambda folder, contents: None)
+    with pytest.raises(StoreError, match=r"0000000000\.json is refused as taken, and is not there"):
+        commit_rollouts(store, 1)
+
+
+def test_scores_need_rollouts_of_this_store(store: Store, tmp_path: Path) -> None:
+    base = commit_rollouts(store, 1, student=True)
+    elsewhere = open_store(tmp_path / "other", create=True)
+    scores = make_scores(1, make_rollouts(1))
+    arguments = {"name": "t", "unit_key": key(9), "unit": {}, "lineage": SCORE_LINEAGE}
+    with pytest.raises(StoreError, match="no rollout segment"):
+        elsewhere.commit_scores(scores, base=base, **arguments)
+    short = replace(scores, lp=scores.lp[:-1])
+    with pytest.raises(StoreError, match=r"scores\.lp has shape"):
+        store.commit_scores(short, base=base, **arguments)
+    plain = commit_rollouts(store, 2, student=False)
+    with pytest.raises(StoreError, match="no student's list"):
+        store.commit_scores(scores, base=plain, **arguments)
+    with pytest.raises(IntegrityError, match="other tokens"):
+        store.read_scores((commit_scores(store, base, 1),), base=make_rollouts(2))
+
+
+@pytest.mark.parametrize("name", ["", "../up", "A", ".hidden", "a/b", "x" * 129, "ü", "a\n"])
+def test_names_that_are_refused(store: Store, name: str) -> None:
+    with pytest.raises(StoreError, match="is not allowed"):
+        commit_rollouts(store, 1, name=name)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"seq_off": np.asarray([0, 5, 3], np.int64)},
+        {"tokens": np.zeros(3, np.uint32)},
+        {"seq_prompt": np.full(6, 99, np.uint32)},
+        {"b_lp": np.full(27, np.nan, np.float32)},
+    ],
+)
+def test_rollouts_that_do_not_fit_are_refused(store: Store, broken: dict[str, object]) -> None:
+    with pytest.raises(StoreError):
+        store.commit_rollouts(
+            replace(make_rollouts(3), **broken),
+            name="main",
+            unit_key=key(1),
+            unit={"version": 0, "first": 0},
+            lineage=ROLLOUT_LINEAGE,
+        )
+    assert store.medium.names("staging") == []
+
+
+def test_a_unit_beyond_the_bounds_is_refused_before_it_is_encoded(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from logitcask.engine.store import schema
+
+    monkeypatch.setattr(schema, "MAX_SEGMENT_BYTES", 100)
+    with pytest.raises(StoreError, match=r"a unit of \d+ bytes decoded, at most 100") as caught:
+        commit_rollouts(store, 1)
+    assert "--unit-prompts" in caught.value.remedy
+
+
+def test_a_store_is_sent_to_another_process_by_its_url(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "cask", create=True)
+    commit_rollouts(store, 1)
+    there = pickle.loads(pickle.dumps((store, store.head())))
+    assert there[0].head() == there[1] == store.head()
+
+
+def test_reopening_reads_only_what_is_new(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        commit_rollouts(store, seed)
+    reader = again(store)
+    reader.head()
+    opened: list[str] = []
+    read = store.medium.read
+
+    def counted(name: str, limit: int) -> bytes | None:
+        opened.append(name)
+        return read(name, limit)
+
+    monkeypatch.setattr(store.medium, "read", counted)
+    reader.head()
+    assert opened == ["log/0000000003.json"]  # One look whether there is more.
+
+
+def test_lists_of_a_row_are_found_whatever_their_lengths() -> None:
+    from logitcask.engine.store import ragged
+
+    rng = np.random.default_rng(0)
+    a_cnt, b_cnt = rng.integers(0, 9, 500), rng.integers(0, 5, 500)
+    a = np.concatenate([rng.permutation(20)[:n] for n in a_cnt])
+    b = np.concatenate([rng.permutation(20)[:n] for n in b_cnt])
+    rows_a, rows_b = np.split(a, np.cumsum(a_cnt)[:-1]), np.split(b, np.cumsum(b_cnt)[:-1])
+    pairs = list(zip(rows_a, rows_b, strict=True))
+    above = [int((x < each).sum()) for x, y in pairs for each in y]
+    assert ragged.above(a, a_cnt, b, b_cnt).tolist() == above
+    place = [x.tolist().index(each) if each in x else -1 for x, y in pairs for each in y]
+    assert ragged.find(a, a_cnt, b, b_cnt).tolist() == place

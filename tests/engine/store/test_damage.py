@@ -1,0 +1,417 @@
+"""What an accident or a stranger does to a store: each is a typed error naming the file."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import logitcask.engine.store.files as files
+from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.store import codecs, open_store, record, schema
+from logitcask.engine.store import segment as segments
+from logitcask.engine.store.segment import Segment
+from logitcask.engine.store.verify import verify
+from tests.engine.store.made import commit_rollouts, commit_scores
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of one rollout segment and one score segment."""
+    store = open_store(tmp_path_factory.mktemp("sound") / "cask", create=True)
+    commit_scores(store, commit_rollouts(store, 3, student=True), 3)
+    return Path(store.url)
+
+
+@pytest.fixture
+def cask(sound: Path, tmp_path: Path) -> Path:
+    """A copy of `sound`, free to be damaged."""
+    return Path(shutil.copytree(sound, tmp_path / "cask"))
+
+
+def every_file(path: Path) -> list[str]:
+    return sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())
+
+
+def refused(path: Path, damaged: str, *, deep: bool = False) -> None:
+    """Opening and reading all of it fails with the damaged file's name and a way out."""
+    with pytest.raises(IntegrityError) as caught:
+        verify(open_store(path), deep=deep)
+    assert damaged in caught.value.cause, caught.value.cause
+    assert caught.value.remedy
+
+
+def test_bit_flips_are_found_by_digest(cask: Path, counts: Any) -> None:
+    rng = random.Random(0)
+    names = every_file(cask)
+    kinds: list[Callable[[str], bool]] = [
+        lambda name: name == "format.json",
+        lambda name: name.startswith("log/"),
+        lambda name: name.endswith("zarr.json"),
+        lambda name: name.endswith("/c/0"),
+    ]
+    of_kind = [[n for n in names if kind(n)] for kind in kinds]
+    for trial in range(counts(2000, 20_000)):
+        name = rng.choice(of_kind[trial % 4])
+        sound = (cask / name).read_bytes()
+        bad = bytearray(sound)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        (cask / name).write_bytes(bad)
+        refused(cask, name)
+        (cask / name).write_bytes(sound)
+    verify(open_store(cask), deep=True)
+
+
+def test_bit_flips_are_found_by_decoding(cask: Path, counts: Any) -> None:
+    """A stranger can make digests fit. What is no data then is found by the checksum of a chunk."""
+    rng = random.Random(1)
+    for held in open_store(cask).head().segments:
+        contents = read_all(cask, held)
+        data = [name for name in contents if name.endswith("/c/0")]
+        for _ in range(counts(100, 5000)):
+            name = rng.choice(data)
+            bad = bytearray(contents[name])
+            bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+            with pytest.raises(IntegrityError, match="does not decode"):
+                decode(held, contents | {name: bytes(bad)})
+        decode(held, contents)
+
+
+def read_all(cask: Path, held: Segment) -> dict[str, bytes]:
+    return segments.read_files(files.Folder(str(cask)), held.folder, held.files, held.files)
+
+
+def decode(held: Segment, contents: dict[str, bytes], names: list[str] | None = None) -> None:
+    segments.decode(
+        held.folder,
+        contents,
+        layout=held.layout,
+        profile=codecs.profile(held.profile),
+        counts=held.counts,
+        names=names or list(schema.specs(held.layout)),
+    )
+
+
+def test_every_file_emptied_deleted_grown_zeroed_or_swapped(cask: Path) -> None:
+    names = every_file(cask)
+    pin = open_store(cask).head()
+    trials = 0
+    for name, next_name in zip(names, names[1:] + names[:1], strict=True):
+        file = cask / name
+        sound, other = file.read_bytes(), (cask / next_name).read_bytes()
+        for bad in (b"", sound + b"\n", bytes(len(sound)), other, None):
+            if bad == sound:
+                continue
+            file.unlink()
+            if bad is not None:
+                file.write_bytes(bad)
+            if bad is None and name == f"log/{record.file_name(pin.number)}":
+                # Nobody can see that the newest record is gone, except who has pinned it.
+                with pytest.raises(StoreError, match="no log record"):
+                    open_store(cask).pin(pin.number, pin.sha256)
+            else:
+                refused(cask, name)
+            file.write_bytes(sound)
+            trials += 1
+    assert trials > 4 * len(names)
+    verify(open_store(cask), deep=True)
+
+
+def test_log_and_manifests_truncated_at_every_byte(cask: Path) -> None:
+    store = open_store(cask)
+    held = {each.folder: each for each in store.head().segments}
+
+    def read(name: str) -> None:
+        if not name.startswith("seg/"):
+            open_store(cask).head()
+            return
+        of = next(each for folder, each in held.items() if name.startswith(folder))
+        segments.read_files(store.medium, of.folder, of.files, [name[len(of.folder) + 1 :]])
+
+    for name in every_file(cask):
+        if name.endswith("/c/0"):
+            continue
+        file = cask / name
+        sound = file.read_bytes()
+        for cut in range(len(sound)):
+            os.truncate(file, cut)
+            with pytest.raises(IntegrityError, match=name.replace(".", r"\.")):
+                read(name)
+            file.write_bytes(sound)
+    verify(open_store(cask), deep=True)
+
+
+def test_data_truncated_at_many_places(cask: Path, counts: Any) -> None:
+    rng = random.Random(2)
+    store = open_store(cask)
+    data = [
+        (each, name)
+        for each in store.head().segments
+        for name in each.files
+        if name.endswith("/c/0")
+    ]
+    for _ in range(counts(300, 5000)):
+        each, name = rng.choice(data)
+        file = cask / each.folder / name
+        sound = file.read_bytes()
+        os.truncate(file, rng.randrange(len(sound)))
+        with pytest.raises(IntegrityError, match=rf"{name}: \d+ bytes where {len(sound)} were"):
+            segments.read_files(store.medium, each.folder, each.files, [name])
+        # Nor does it decode, if its digest were made to fit.
+        with pytest.raises(IntegrityError, match="does not decode"):
+            decode(each, contents_with(cask, each, name), [name.split("/")[0]])
+        file.write_bytes(sound)
+
+
+def contents_with(cask: Path, held: Segment, damaged: str) -> dict[str, bytes]:
+    array = damaged.split("/")[0]
+    names = [f"{array}/zarr.json", damaged]
+    return {name: (cask / held.folder / name).read_bytes() for name in names}
+
+
+def test_an_open_store_notices_that_its_log_shrank(cask: Path) -> None:
+    store = open_store(cask)
+    store.head()
+    (cask / "log/0000000001.json").unlink()
+    with pytest.raises(IntegrityError, match=r"0000000001\.json: this log record was published"):
+        store.head()
+
+
+def test_a_record_of_another_store_breaks_the_chain(cask: Path, tmp_path: Path) -> None:
+    other = open_store(tmp_path / "other", create=True)
+    commit_rollouts(other, 3)
+    shutil.copy(Path(other.url) / "log/0000000000.json", cask / "log/0000000000.json")
+    refused(cask, "0000000000.json: follows")
+
+
+def test_strays_are_told_and_harmless(cask: Path) -> None:
+    (cask / "staging" / "left").mkdir()
+    (cask / "log" / ".tmp").touch()
+    (cask / "seg/rollout" / ("0" * 32)).mkdir()
+    held = open_store(cask).head().segments[0]
+    (cask / held.folder / "notes").touch()
+    assert set(verify(open_store(cask)).strays) == {
+        "staging/left",
+        "log/.tmp",
+        f"seg/rollout/{'0' * 32}",
+        f"{held.folder}/notes",
+    }
+
+
+@pytest.mark.parametrize("what", ["file", "array", "segment", "seg/rollout", "log", "record"])
+def test_symbolic_links_are_refused(cask: Path, tmp_path: Path, what: str) -> None:
+    held = open_store(cask).head().segments[0]
+    at = {
+        "file": f"{held.folder}/tokens/c/0",
+        "array": f"{held.folder}/tokens",
+        "segment": held.folder,
+        "record": "log/0000000000.json",
+    }.get(what, what)
+    shutil.move(cask / at, tmp_path / "aside")
+    (cask / at).symlink_to(tmp_path / "aside")
+    refused(cask, at)
+
+
+def test_a_pipe_in_a_files_place_does_not_hang(cask: Path) -> None:
+    (cask / "log/0000000000.json").unlink()
+    os.mkfifo(cask / "log/0000000000.json")
+    refused(cask, "0000000000.json: not a plain file")
+
+
+def forge(cask: Path, number: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrites a record with a right sha256 of its own: a stranger's store, not an accident."""
+    path = cask / "log" / record.file_name(number)
+    body, _ = record.unseal(path.read_bytes(), str(path))
+    change(body)
+    path.write_bytes(record.seal(body))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"files": {"../../../etc/passwd": [1, "sha256:" + "0" * 64]}}, "files"),
+        ({"files": {}}, "files"),
+        ({"seg_id": "../../../../tmp"}, "not allowed"),
+        ({"seg_id": "0" * 32}, "seg_id is not the digest"),
+        ({"kind": "../.."}, "kind"),
+        ({"generation": -1}, "generation"),
+        ({"generation": 1}, "was removed, or is not there yet"),
+        ({"generation": "/../.."}, "generation"),
+        ({"layout": "once"}, "layout"),
+        ({"name": "../x"}, "name"),
+        ({"base": "0" * 32}, "base"),
+        ({"widens": "0" * 32}, "widens"),
+        ({"profile": "zip"}, "profile"),
+        ({"profile": ["raw32"]}, "unhashable"),
+        ({"unit": {}}, "version"),
+        ({"unit_key": 3}, "expected string"),
+        ({"counts": {"M": 3, "N": 6, "P": 1 << 40, "T": 6, "J": 9, "E": 1}}, "P 1099511627776"),
+        ({"counts": {"M": 3, "N": 6, "P": -1, "T": 6, "J": 9, "E": 1}}, "P -1"),
+        ({"counts": {"M": 3, "N": True, "P": 1, "T": 6, "J": 9, "E": 1}}, "N True"),
+        ({"counts": {"M": 3, "N": 6, "P": 1, "T": 6, "J": 9, "E": 1 << 20}}, "E 1048576 on 1"),
+        ({"counts": {}}, "counts"),
+    ],
+)
+def test_a_forged_record_cannot_name_paths_or_sizes(
+    cask: Path, change: dict[str, Any], words: str
+) -> None:
+    forge(cask, 0, lambda body: body["adds"][0].update(change))
+    with pytest.raises(IntegrityError, match=words) as caught:
+        open_store(cask).head()
+    assert "0000000000.json: " in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"adds": 3}, "not a valid record"),
+        ({"adds": [[]]}, "not a valid record"),
+        ({"time": 1}, "time is not text"),
+        ({"retires": ["sha256:" + "0" * 64]}, "does not follow"),
+        ({"retires": ["../x"]}, "not a valid record"),
+        ({"sweeps": [["rollout", "../../x", 0]]}, "not a valid record"),
+        ({"sweeps": [["rollout", "0" * 32, 1]]}, "sweeps 0+ of generation 1"),
+        ({"sweeps": [["home", "0" * 32, 0]]}, "kind 'home'"),
+        ({"tags": {"../x": 0}}, "not a valid record"),
+        ({"tags": {"x": 1}}, "tag x of 1"),
+        ({"tags": {"x": None}}, "does not follow"),
+        ({"tags": 3}, "not a valid record"),
+    ],
+)
+def test_a_forged_record_cannot_say_what_no_writer_says(
+    cask: Path, change: dict[str, Any], words: str
+) -> None:
+    forge(cask, 1, lambda body: body.update(change))
+    with pytest.raises(IntegrityError, match=words) as caught:
+        open_store(cask).head()
+    assert "0000000001.json: " in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"[1]", b'"x"', b"{", b"[" * 100_000, b"1" * 10_000, b"\xff\xfe", b'{"n": NaN}', b""],
+)
+def test_a_sealed_line_that_is_no_record(cask: Path, data: bytes) -> None:
+    sealed = data + b"\n" + json.dumps({"sha256": segments.sha256(data)}).replace(" ", "").encode()
+    (cask / "log/0000000000.json").write_bytes(sealed + b"\n")
+    refused(cask, "0000000000.json: ")
+
+
+def test_a_huge_record_is_not_read(cask: Path) -> None:
+    with (cask / "log/0000000000.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    refused(cask, "0000000000.json: 1099511627776 bytes where at most")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": [1 << 40]}, "shape is"),
+        ({"data_type": "uint8"}, "data_type is"),
+        ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1]}}}, "chunk_grid"),
+        ({"codecs": [{"name": "bytes"}]}, "not the metadata of a sharded array"),
+        ({"codecs": 3}, "not the metadata of a sharded array"),
+        ({"node_type": "group"}, "node_type is"),
+    ],
+)
+def test_metadata_is_checked_before_anything_is_decoded(
+    cask: Path, change: dict[str, Any], words: str
+) -> None:
+    held = open_store(cask).head().segments[0]
+    contents = read_all(cask, held)
+    meta = json.loads(contents["tokens/zarr.json"]) | change
+    contents["tokens/zarr.json"] = json.dumps(meta).encode()
+    with pytest.raises(IntegrityError, match=words):
+        decode(held, contents, ["tokens"])
+
+
+def test_what_is_not_a_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is not a logitcask store: it has no") as caught:
+        open_store(tmp_path / "absent")
+    assert str(tmp_path / "absent") in caught.value.cause
+    assert "logitcask rollout" in caught.value.remedy
+    (tmp_path / "notes.txt").touch()
+    for create in (False, True):
+        with pytest.raises(StoreError, match="is not a logitcask store"):
+            open_store(tmp_path, create=create)
+    with pytest.raises(StoreError, match="is not a logitcask store"):
+        open_store(tmp_path / "notes.txt")
+    with pytest.raises(StoreError, match=r"notes\.txt is a file, not a store's folder"):
+        open_store(tmp_path / "notes.txt", create=True)
+    with pytest.raises(StoreError, match="no store is kept by 'ftp'") as caught:
+        open_store("ftp://bucket/cask", create=True)
+    assert "s3" in caught.value.remedy
+    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "error"),
+    [
+        ({"version": 2}, "format version 2, newest known here: 1", StoreError),
+        ({"format": "other"}, "format 'other'", StoreError),
+        ({"format": 3}, "names no format", IntegrityError),
+        ({"store_uuid": 7}, "no store_uuid", IntegrityError),
+    ],
+)
+def test_other_formats_are_refused(
+    cask: Path, change: dict[str, Any], words: str, error: type[Exception]
+) -> None:
+    body, _ = record.unseal((cask / "format.json").read_bytes(), "")
+    (cask / "format.json").write_bytes(record.seal(body | change))
+    with pytest.raises(error, match=words):
+        open_store(cask)
+
+
+def test_a_disk_that_refuses_to_read_is_an_error_with_its_words(
+    cask: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "os", SimpleNamespace(**{**vars(os), "open": refuse}))
+    with pytest.raises(
+        StoreError, match=r"cannot read .*format\.json: Permission denied"
+    ) as caught:
+        open_store(cask)
+    assert not isinstance(caught.value, IntegrityError)
+    assert "give this user the right" in caught.value.remedy
+
+
+def test_a_damaged_segment_of_the_same_name_is_not_adopted(tmp_path: Path) -> None:
+    """A group that a crash left behind, and that rotted since, must not become a commit."""
+    donor = open_store(tmp_path / "donor", create=True)
+    held = commit_rollouts(donor, 1)
+    store = open_store(tmp_path / "cask", create=True)
+    shutil.copytree(Path(donor.url) / held.folder, Path(store.url) / held.folder)
+    file = Path(store.url) / held.folder / "tokens/c/0"
+    sound = file.read_bytes()
+    file.write_bytes(bytes([sound[0] ^ 1]) + sound[1:])
+    with pytest.raises(IntegrityError, match="tokens/c/0") as caught:
+        commit_rollouts(store, 1)
+    assert "store gc" in caught.value.remedy
+    assert store.head().segments == ()
+    file.write_bytes(sound)
+    assert commit_rollouts(store, 1).seg_id == held.seg_id
+
+
+def test_a_codec_that_changes_values_is_caught_before_publishing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = segments.encode
+
+    def wrong(arrays: Any, **options: Any) -> dict[str, bytes]:
+        return real(
+            {**arrays, "tokens": arrays["tokens"] + arrays["tokens"].dtype.type(1)}, **options
+        )
+
+    monkeypatch.setattr(segments, "encode", wrong)
+    store = open_store(tmp_path / "cask", create=True)
+    with pytest.raises(StoreError, match="tokens: does not decode to what was encoded"):
+        commit_rollouts(store, 1)
+    assert store.head().segments == ()
+    assert store.medium.names("seg/rollout") == []

@@ -1,0 +1,229 @@
+"""Every call to the disk fails once: what was committed stays, and the same command goes on."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import logitcask.engine.store.files as files
+from logitcask.engine.errors import StoreError
+from logitcask.engine.store import Store, commit, open_store
+from logitcask.engine.store import segment as segments
+from logitcask.engine.store.keep import gc, retire
+from logitcask.engine.store.verify import verify
+from tests.engine.store.faulty import CRASHES, Crash, FaultyOS
+from tests.engine.store.made import commit_rollouts, key
+
+ERRNOS = (
+    errno.ENOSPC,
+    errno.EIO,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EMFILE,
+)
+WAYS_OUT = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "quota",
+    errno.EROFS: "use a store elsewhere",
+    errno.EACCES: "give this user the right",
+    errno.EMFILE: "ulimit",
+}
+
+
+@pytest.fixture(autouse=True)
+def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codecs are not under test here: a unit is encoded once, and decoding it is taken as good."""
+    real, memo = segments.encode, {}
+
+    def encode(arrays: Any, **options: Any) -> dict[str, bytes]:
+        # Rollouts of one seed differ from those of another; nothing else does here.
+        tokens = arrays["tokens"].tobytes()
+        if tokens not in memo:
+            memo[tokens] = real(arrays, **options)
+        return memo[tokens]
+
+    monkeypatch.setattr(commit.segments, "encode", encode)
+    monkeypatch.setattr(commit.segments, "check_decodes", lambda *_, **__: None)
+
+
+def made(path: Path) -> Store:
+    """A store with a unit, a retired unit and a leftover of a writer that died."""
+    store = open_store(path, create=True)
+    commit_rollouts(store, 1)
+    commit_rollouts(store, 2, name="old")
+    retire(store, rollouts="old")
+    (path / "staging" / "left").mkdir()
+    (path / "staging" / "left" / "half").write_bytes(b"x")
+    return store
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("faults") / "cask"
+    made(path)
+    return path
+
+
+def commit_third(path: Path) -> None:
+    commit_rollouts(open_store(path), 3)
+
+
+def commit_again(path: Path) -> None:
+    """A unit whose content gc removes, brought back."""
+    store = open_store(path)
+    gc(store, keep_days=0, lease_hours=0)
+    commit_rollouts(store, 2, name="old")
+
+
+def collect(path: Path) -> None:
+    gc(open_store(path), keep_days=0, lease_hours=0)
+
+
+JOBS = {"commit": commit_third, "gc": collect, "again": commit_again}
+EXPECTED = {"commit": {1, 3}, "gc": {1}, "again": {1, 2}}
+"""Which units a job leaves visible."""
+
+
+@contextmanager
+def failing(disk: FaultyOS, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "os", disk)
+        yield
+
+
+def calls_of(job: Callable[[Path], None], path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    disk = FaultyOS(0, Crash())
+    with failing(disk, monkeypatch):
+        job(path)
+    return disk.count
+
+
+def raises_if(kind: type[BaseException], holds: bool) -> AbstractContextManager[object]:
+    return pytest.raises(kind) if holds else nullcontext()
+
+
+def refusal(job: Callable[[Path], None], path: Path) -> StoreError | None:
+    try:
+        job(path)
+    except StoreError as error:
+        return error
+    return None
+
+
+def visible(path: Path) -> set[int]:
+    return {s.unit["first"] for s in open_store(path).head().segments}
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("how", CRASHES)
+def test_a_crash_at_any_call_loses_nothing(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
+) -> None:
+    job = JOBS[name]
+    total = calls_of(job, Path(shutil.copytree(sound, tmp_path / "count")), monkeypatch)
+    assert total > 40
+    graves = tmp_path / "graves"
+    for at in range(1, total + 2):
+        path = Path(shutil.copytree(sound, tmp_path / "cask"))
+        graves.mkdir()
+        disk = FaultyOS(at, Crash(), graves)
+        with failing(disk, monkeypatch), raises_if(Crash, at <= total):
+            job(path)
+        disk.crash(how)
+        if at > total:  # The machine stopped when the job had been acknowledged.
+            assert visible(path) == EXPECTED[name]
+        # What was acknowledged before is there, and all that the log names is whole.
+        store = open_store(path)
+        assert visible(path) >= {1}
+        verify(store)
+        job(path)
+        assert visible(path) == EXPECTED[name]
+        gc(open_store(path), keep_days=0, lease_hours=0)
+        assert verify(open_store(path)).strays == (), f"call {at} of {total}"
+        shutil.rmtree(path)
+        shutil.rmtree(graves)
+
+
+@pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["commit", "gc"])
+def test_an_error_at_any_call_is_told_and_undone(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    job, words = JOBS[name], os.strerror(number)
+    total = calls_of(job, Path(shutil.copytree(sound, tmp_path / "count")), monkeypatch)
+    told = 0
+    for at in range(1, total + 1):
+        path = Path(shutil.copytree(sound, tmp_path / "cask"))
+        disk = FaultyOS(at, OSError(number, words))
+        with failing(disk, monkeypatch):
+            error = refusal(job, path)
+        if error is not None:
+            told += 1
+            assert words in error.cause
+            assert str(path) in error.cause
+            assert WAYS_OUT.get(number, "check the disk") in error.remedy
+        # Else it was the removal of a temporary file, which nobody has to know of.
+        assert visible(path) >= {1}
+        job(path)
+        assert visible(path) == EXPECTED[name]
+        shutil.rmtree(path)
+    assert total - 12 <= told <= total
+
+
+def test_creation_can_fail_anywhere_and_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(path: Path) -> None:
+        open_store(path, create=True)
+
+    for how in CRASHES:
+        total = calls_of(create, tmp_path / f"count-{how}", monkeypatch)
+        assert total > 40
+        for at in range(1, total + 1):
+            path, graves = tmp_path / f"{how}-{at}", tmp_path / f"graves-{how}-{at}"
+            graves.mkdir()
+            disk = FaultyOS(at, Crash(), graves)
+            with failing(disk, monkeypatch), pytest.raises(Crash):
+                create(path)
+            disk.crash(how)
+            store = open_store(path, create=True)
+            assert open_store(path).uuid == store.uuid
+            commit_rollouts(store, 1, key(1))
+            assert verify(open_store(path)).segments == 1
+
+
+def test_a_disk_without_hard_links_is_refused_at_creation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoLinks:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def link(self, *_: Any) -> None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(files, "os", NoLinks())
+    with pytest.raises(StoreError, match="cannot publish") as caught:
+        open_store(tmp_path / "cask", create=True)
+    assert "no hard links" in caught.value.remedy
+
+
+def test_a_medium_on_which_two_writers_could_both_win_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As s3fs did with small objects until 2025: exclusive, and it overwrote."""
+
+    def overwrite(self: files.Folder, name: str, data: bytes) -> bool:
+        Path(self.where(name)).write_bytes(data)
+        return True
+
+    monkeypatch.setattr(files.Folder, "create", overwrite)
+    with pytest.raises(StoreError, match="lets a writer overwrite") as caught:
+        open_store(tmp_path / "cask", create=True)
+    assert "conditional puts" in caught.value.remedy

@@ -1,0 +1,187 @@
+"""Any sequence of what people do to a store, against a dictionary that does the same."""
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from obstore.store import MemoryStore
+
+from logitcask.engine.errors import ConfigError, StoreError
+from logitcask.engine.store import Store, commit
+from logitcask.engine.store import segment as segments
+from logitcask.engine.store.keep import gc, retire, tag, untag
+from logitcask.engine.store.objects import Bucket
+from logitcask.engine.store.store import open_on
+from logitcask.engine.store.transfer import merge
+from logitcask.engine.store.verify import verify
+from tests.engine.store.made import commit_rollouts, commit_scores, key
+
+SEEDS = st.integers(0, 5)
+NAMES = st.sampled_from(["a", "b"])
+TAGS = st.sampled_from(["x", "y"])
+
+
+class Machine(RuleBasedStateMachine):
+    """A store in an object store in memory; `model` is what should be visible in it.
+
+    Units are known by (name, seed) for rollouts and (teacher, name, seed) for their scores.
+    """
+
+    forks = Bundle("forks")
+
+    @initialize()
+    def begin(self) -> None:
+        self.medium = Bucket("memory://cask", MemoryStore())
+        self.store = open_on(self.medium, create=True)
+        self.model: dict[tuple[Any, ...], str] = {}
+        self.pins: list[tuple[int, dict[tuple[Any, ...], str]]] = []
+        """Pins that gc was never allowed to forget, with what they showed."""
+        self.tags: dict[str, tuple[int, dict[tuple[Any, ...], str]]] = {}
+
+    def roll_into(self, store: Store, name: str, seed: int) -> str:
+        return commit_rollouts(store, seed, key(name, seed), name=name, student=True).seg_id
+
+    @rule(name=NAMES, seed=SEEDS)
+    def roll(self, name: str, seed: int) -> None:
+        held = self.roll_into(self.store, name, seed)
+        assert self.model.setdefault((name, seed), held) == held
+
+    @rule(teacher=NAMES, name=NAMES, seed=SEEDS)
+    def score(self, teacher: str, name: str, seed: int) -> None:
+        if (name, seed) not in self.model:
+            return
+        base = next(s for s in self.store.head().rollouts(name) if s.unit_key == key(name, seed))
+        unit = (teacher, name, seed)
+        shared = {k for k in self.model if len(k) == 3 and k[0] == teacher and k[2] == seed}
+        if shared - {unit}:
+            return  # The same rollouts under another name: a teacher scores content, not names.
+        held = commit_scores(self.store, base, seed, unit_key=key(*unit), name=teacher).seg_id
+        assert self.model.setdefault(unit, held) == held
+
+    @rule(name=NAMES)
+    def retire_rollouts(self, name: str) -> None:
+        mine = [k for k in self.model if len(k) == 2 and k[0] == name]
+        if not mine:
+            with pytest.raises(ConfigError):
+                retire(self.store, rollouts=name)
+            return
+        retire(self.store, rollouts=name)
+        left = {k[1] for k in self.model if len(k) == 2 and k not in mine}
+        gone = {k[1] for k in mine} - left
+        # Content that another name still shows keeps its scores.
+        for k in [k for k in self.model if k in mine or (len(k) == 3 and k[2] in gone)]:
+            del self.model[k]
+
+    @rule(teacher=NAMES)
+    def retire_teacher(self, teacher: str) -> None:
+        mine = [k for k in self.model if len(k) == 3 and k[0] == teacher]
+        if mine:
+            retire(self.store, teacher=teacher)
+        for k in mine:
+            del self.model[k]
+
+    @rule(name=TAGS)
+    def mark(self, name: str) -> None:
+        pin = self.store.head()
+        taken = name in self.tags and self.tags[name][0] != pin.number
+        if pin.number < 0 or taken:
+            with pytest.raises(StoreError):
+                tag(self.store, name)
+            return
+        self.tags[name] = (tag(self.store, name), dict(self.model))
+
+    @rule(name=TAGS)
+    def unmark(self, name: str) -> None:
+        if name in self.tags:
+            untag(self.store, name)
+            del self.tags[name]
+
+    @rule()
+    def take_a_pin(self) -> None:
+        self.pins.append((self.store.head().number, dict(self.model)))
+
+    @rule()
+    def collect_and_keep_recent_pins(self) -> None:
+        gc(self.store, keep_days=1, lease_hours=0)
+
+    @rule()
+    def collect_all(self) -> None:
+        self.pins.clear()
+        gc(self.store, keep_days=0, lease_hours=0)
+
+    @rule()
+    def reopen(self) -> None:
+        self.store = open_on(self.medium)
+
+    @rule(target=forks)
+    def fork(self) -> tuple[Store, dict[tuple[Any, ...], str]]:
+        other = open_on(Bucket("memory://fork", MemoryStore()), create=True)
+        merge(other, self.store)
+        assert shown(other) == set(self.model.values())
+        return other, dict(self.model)
+
+    @rule(fork=forks, seed=SEEDS)
+    def merge_back(self, fork: tuple[Store, dict[tuple[Any, ...], str]], seed: int) -> None:
+        other, held = fork
+        held[("a", seed)] = self.roll_into(other, "a", seed)
+        before = set(self.model.values())
+        brought = merge(self.store, other)
+        # What was there stays; what is new of theirs comes with what it builds on.
+        assert before <= shown(self.store)
+        self.model |= {k: v for k, v in held.items() if v in shown(self.store)}
+        assert brought.added <= len(held)
+        assert ("a", seed) in self.model
+
+    @invariant()
+    def what_is_shown_is_what_was_done(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        assert shown(self.store) == set(self.model.values())
+        units = {s.unit_key for s in self.store.head().segments}
+        assert units == {key(*k) for k in self.model}
+        for number, model in [*self.pins, *self.tags.values()]:
+            pin = self.store.pin(number)
+            assert {s.unit_key for s in pin.segments} == {key(*k) for k in model}
+            for segment in pin.segments:
+                segments.read_files(self.medium, segment.folder, segment.files, ["zarr.json"])
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            verify(open_on(self.medium))
+
+
+def shown(store: Store) -> set[str]:
+    return {s.seg_id for s in store.head().segments}
+
+
+@pytest.mark.timeout(3600)
+def test_any_sequence(monkeypatch: pytest.MonkeyPatch, counts: Any) -> None:
+    """Codecs are not under test: a unit is encoded once, and decoding it is taken as good."""
+    real, memo = segments.encode, {}
+
+    def encode(arrays: Any, **options: Any) -> dict[str, bytes]:
+        name = (options["layout"], options["attributes"]["base"], *map(bytes, arrays.values()))
+        if name not in memo:
+            memo[name] = real(arrays, **options)
+        return memo[name]
+
+    monkeypatch.setattr(commit.segments, "encode", encode)
+    monkeypatch.setattr(commit.segments, "check_decodes", lambda *_, **__: None)
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=counts(60, 500),
+            stateful_step_count=counts(20, 50),
+            deadline=None,
+            derandomize=True,
+        ),
+    )

@@ -1,0 +1,147 @@
+"""Writers in processes of their own: one wins a unit, and no acknowledged commit is ever lost."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcask.engine.errors import StoreError
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.store.keep import gc
+from logitcask.engine.store.verify import verify
+from tests.engine.store import worker
+from tests.engine.store.made import commit_rollouts, key
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, worker.__file__, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> list[list[str]]:
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0
+    return [line.split() for line in out.splitlines() if line != "ready"]
+
+
+def test_processes_that_race_for_units_agree_on_the_winner(tmp_path: Path) -> None:
+    path = tmp_path / "cask"
+    told = [dict(finish(writer)) for writer in [start("race", path, 10) for _ in range(3)]]
+    held = {s.unit_key: s.seg_id for s in open_store(path).head().segments}
+    assert sorted(held) == sorted(key("race", n) for n in range(10))
+    # Whoever committed or lost was told the segment that readers see.
+    for each in told:
+        assert each == held
+
+
+@pytest.mark.timeout(600)
+def test_eight_writers_lose_no_commit(tmp_path: Path, counts: Any) -> None:
+    for run in range(counts(1, 5)):
+        path = tmp_path / f"cask-{run}"
+        told = [dict(finish(w)) for w in [start("write", path, n, 100) for n in range(8)]]
+        every = {key(n, i) for n in range(8) for i in range(100)}
+        assert set().union(*told) == every
+        store = open_store(path)
+        assert store.head().unit_keys() == every
+        assert store.head().number == 799
+        assert len(store.medium.names("bundles")) == 3
+        assert verify(store).strays == ()
+
+
+@pytest.mark.timeout(1200)
+def test_kill_9_loses_nothing_that_was_acknowledged(disk_path: Path, counts: Any) -> None:
+    path, endless = disk_path / "cask", 1000
+    rng = random.Random(0)
+    acknowledged: set[str] = set()
+    for _ in range(counts(25, 200)):
+        writer = start("write", path, 1, endless)
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+        # The first commit of a process loads Zarr; kill in the middle of those that follow it too.
+        out = "".join(writer.stdout.readline() for _ in range(rng.randrange(4)))
+        time.sleep(rng.random() * 0.2)
+        writer.send_signal(signal.SIGKILL)
+        out += writer.communicate(timeout=60)[0]
+        # A line that the kill cut short has not been told to anybody.
+        lines = out[: out.rfind("\n") + 1].splitlines()
+        acknowledged |= {line.split()[0] for line in lines}
+        store = open_store(path)
+        assert acknowledged <= store.head().unit_keys()
+        assert len(store.head().unit_keys()) == len(store.head().segments)
+        verify(store)
+    assert acknowledged
+    count = len(acknowledged) + 3
+    finish(start("write", path, 1, count))
+    assert open_store(path).head().unit_keys() == {key(1, n) for n in range(count)}
+    gc(open_store(path), keep_days=0, lease_hours=0)
+    assert verify(open_store(path), deep=True).strays == ()
+
+
+@pytest.mark.timeout(600)
+def test_readers_see_whole_states_while_gc_removes_others(tmp_path: Path, counts: Any) -> None:
+    path, seconds = tmp_path / "cask", counts(10, 60)
+    commit_rollouts(open_store(path, create=True), 0)
+    churn = start("churn", path, seconds)
+    readers = [start("read", path, seconds) for _ in range(counts(2, 4))]
+    ((written, removed),) = finish(churn)
+    assert int(written) > 10
+    assert int(removed) > 5
+    for reader in readers:
+        ((pins, _),) = finish(reader)
+        assert int(pins) > 10
+    store = open_store(path)
+    assert verify(store, deep=True).strays == ()
+    assert len(store.head().rollouts("main")) == int(written) + 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """8 MB, and not a byte more: only the machine's owner can make one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fill_up(store: Store, acknowledged: set[int]) -> None:
+    for number in range(2, 200):
+        commit_rollouts(store, number)
+        acknowledged.add(number)
+
+
+@pytest.mark.needs("soak")
+def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+    for left_kb in range(20, 420, 20):
+        path = small_disk / "cask"
+        store = open_store(path, create=True)
+        commit_rollouts(store, 1)
+        fill = small_disk / "fill"
+        with fill.open("wb") as file:
+            file.truncate(0)
+            file.write(bytes(shutil.disk_usage(small_disk).free - left_kb * 1024))
+        acknowledged = {1}
+        with pytest.raises(StoreError, match="No space left on device") as caught:
+            fill_up(store, acknowledged)
+        assert "make room" in caught.value.remedy
+        assert {s.unit["first"] for s in open_store(path).head().segments} == acknowledged
+        fill.unlink()
+        verify(open_store(path))
+        commit_rollouts(open_store(path), 999)
+        gc(open_store(path), keep_days=0, lease_hours=0)
+        assert verify(open_store(path), deep=True).strays == ()
+        shutil.rmtree(path)
