@@ -113,7 +113,9 @@ def _tail(divergence: Divergence, columns: Columns) -> Step:
     log_q_tail = columns.log_q_outside[:, None]
     on_all = torch.cat([on, log_q_tail != -torch.inf], -1)
     log_p_all = torch.where(on_all, torch.cat([columns.log_p, r.log()], -1), 0.0)
-    log_q_all = torch.where(on_all, torch.cat([columns.log_q, log_q_tail], -1), 0.0)
+    log_q_all = torch.where(on_all, torch.cat([columns.log_q, log_q_tail], -1), -torch.inf)
+    # Stored log-probs are rounded: their mass with the tail is 1 to some 1e-4, and a law's is 1.
+    log_q_all = torch.where(on_all, log_q_all - log_q_all.logsumexp(-1, keepdim=True), 0.0)
     loss, g_all = _derive(lambda log_p: divergence(log_p, log_q_all, on_all), log_p_all)
     at_ids, g_r = g_all[:, :-1], g_all[:, -1:]
     inside = -g_all.sum(-1, keepdim=True)

@@ -1,0 +1,71 @@
+"""A real S3 server on loopback, which can be told to lose answers."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+BUCKET = "cask"
+
+
+class Losing:
+    """Does what it is asked, and answers some conditional puts with an error all the same.
+
+    A client that asks again, as clients do, is then told that the name is taken: by its own put.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._lock = threading.Lock()
+        self.every = 0
+        """Of so many puts that succeeded, one loses its answer; 0 = none."""
+        self.done = self.lost = 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if not (environ["REQUEST_METHOD"] == "PUT" and "HTTP_IF_NONE_MATCH" in environ):
+            return self._app(environ, start_response)
+        answer: list[Any] = []
+        body = b"".join(self._app(environ, lambda *told: answer.extend(told)))
+        with self._lock:
+            self.done += answer[0].startswith("200")
+            lose = self.every and answer[0].startswith("200") and self.done % self.every == 0
+            self.lost += bool(lose)
+        if lose:
+            start_response("503 Slow Down", [("Content-Length", "0")])
+            return [b""]
+        start_response(*answer[:2])
+        return [body]
+
+
+@contextmanager
+def s3_server() -> Iterator[tuple[dict[str, str], Losing]]:
+    """(environment that clients need, the server's application)."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    app = Losing(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    environment = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "canary-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
+        "AWS_ALLOW_HTTP": "true",
+    }
+    old = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield environment, app
+    finally:
+        os.environ.clear()
+        os.environ.update(old)
+        server.shutdown()
+        thread.join()
