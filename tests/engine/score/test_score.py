@@ -3,101 +3,21 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from logitcask.engine import identity
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
-from logitcask.engine.rollout import rollout
-from logitcask.engine.score import ScoreReport, score, unit_key
+from logitcask.engine.score import unit_key
 from logitcask.engine.store import open_store
 from logitcask.engine.store.layout import kept_lists
 from logitcask.engine.types import (
-    IdLists,
     ModelRef,
-    Prompt,
-    Rollouts,
-    SamplingParams,
     ScoreRequest,
-    Scores,
 )
+from tests.engine.score.scored import REQUEST, Dies, ref, rolled, run
 from tests.engine.tiny import EOS, make_model, make_tokenizer, save_folder
-
-REQUEST = ScoreRequest(top_p=0.9, k_min=4, k_max=10)
-PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3, 5 + i))) for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    save_folder(root / "student")
-    save_folder(root / "teacher", make_model(seed=1))
-    return root
-
-
-def ref(folder: Path, chat_template: bool = False) -> ModelRef:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
-        return identity.model_ref(str(folder), chat_template=chat_template)
-
-
-@pytest.fixture(scope="module")
-def student(folders: Path) -> ModelRef:
-    return ref(folders / "student")
-
-
-@pytest.fixture(scope="module")
-def teacher(folders: Path) -> ModelRef:
-    return ref(folders / "teacher")
-
-
-@pytest.fixture(scope="module")
-def scorer(teacher: ModelRef) -> HF:
-    return HF(teacher)
-
-
-def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6) -> Path:
-    rollout(
-        open_store(path, create=True),
-        model=student,
-        sampler=HF(student),
-        prompts=PROMPTS,
-        sampling=SamplingParams(n=n, max_new_tokens=length),
-        unit_prompts=2,
-        student_k=5,
-    )
-    return path
-
-
-def run(path: Path, model: ModelRef, scorer: Any, **keys: Any) -> ScoreReport:
-    keys = {"teacher_name": "big", "request": REQUEST} | keys
-    return score(open_store(path), model=model, scorer=scorer, **keys)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, student: ModelRef) -> Path:
-    return rolled(tmp_path_factory.mktemp("stores") / "made", student)
-
-
-@pytest.fixture
-def store(tmp_path: Path, made: Path) -> Path:
-    """A store with two rollout segments; making them costs more than copying them."""
-    return shutil.copytree(made, tmp_path / "s")
-
-
-class Dies:
-    def __init__(self, hf: HF, at: int) -> None:
-        self.hf, self.at, self.begun = hf, at, 0
-        self.capabilities, self.describe = hf.capabilities, hf.describe
-
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
-        self.begun += 1
-        if self.begun > self.at:
-            raise KeyboardInterrupt
-        return self.hf.score(rollouts, request, at)
 
 
 def test_every_rollout_segment_is_scored_as_the_scorer_says(

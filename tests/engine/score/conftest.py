@@ -1,0 +1,45 @@
+"""Models and stores that are made once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.types import ModelRef
+from tests.engine.score.scored import ref, rolled
+from tests.engine.tiny import make_model, save_folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_folder(root / "student")
+    save_folder(root / "teacher", make_model(seed=1))
+    return root
+
+
+@pytest.fixture(scope="module")
+def student(folders: Path) -> ModelRef:
+    return ref(folders / "student")
+
+
+@pytest.fixture(scope="module")
+def teacher(folders: Path) -> ModelRef:
+    return ref(folders / "teacher")
+
+
+@pytest.fixture(scope="module")
+def scorer(teacher: ModelRef) -> HF:
+    return HF(teacher)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, student: ModelRef) -> Path:
+    return rolled(tmp_path_factory.mktemp("stores") / "made", student)
+
+
+@pytest.fixture
+def store(tmp_path: Path, made: Path) -> Path:
+    """A store with two rollout segments; making them costs more than copying them."""
+    return shutil.copytree(made, tmp_path / "s")

@@ -1,0 +1,60 @@
+"""A small store of rollouts, two models, and a scorer that dies when it is told to."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcask.engine import identity
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.rollout import rollout
+from logitcask.engine.score import ScoreReport, score
+from logitcask.engine.store import open_store
+from logitcask.engine.types import (
+    IdLists,
+    ModelRef,
+    Prompt,
+    Rollouts,
+    SamplingParams,
+    ScoreRequest,
+    Scores,
+)
+
+REQUEST = ScoreRequest(top_p=0.9, k_min=4, k_max=10)
+PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3, 5 + i))) for i in range(4)]
+
+
+def ref(folder: Path, chat_template: bool = False) -> ModelRef:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+        return identity.model_ref(str(folder), chat_template=chat_template)
+
+
+def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6) -> Path:
+    rollout(
+        open_store(path, create=True),
+        model=student,
+        sampler=HF(student),
+        prompts=PROMPTS,
+        sampling=SamplingParams(n=n, max_new_tokens=length),
+        unit_prompts=2,
+        student_k=5,
+    )
+    return path
+
+
+def run(path: Path, model: ModelRef, scorer: Any, **keys: Any) -> ScoreReport:
+    keys = {"teacher_name": "big", "request": REQUEST} | keys
+    return score(open_store(path), model=model, scorer=scorer, **keys)
+
+
+class Dies:
+    def __init__(self, hf: HF, at: int) -> None:
+        self.hf, self.at, self.begun = hf, at, 0
+        self.capabilities, self.describe = hf.capabilities, hf.describe
+
+    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+        self.begun += 1
+        if self.begun > self.at:
+            raise KeyboardInterrupt
+        return self.hf.score(rollouts, request, at)

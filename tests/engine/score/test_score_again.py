@@ -1,0 +1,242 @@
+"""A teacher asked again, others beside it, other prompts, drawn ids: nothing is scored twice."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.errors import (
+    ConfigError,
+    IdentityError,
+    IncompleteError,
+    ObjectiveError,
+    PromptError,
+)
+from logitcask.engine.objectives import find_preset
+from logitcask.engine.store import open_store
+from logitcask.engine.store.layout import kept_lists, ranked
+from logitcask.engine.store.verify import verify
+from logitcask.engine.train import train
+from logitcask.engine.types import ModelRef, Prompt, ScoreRequest
+from tests.engine.score.scored import PROMPTS, REQUEST, Dies, ref, run
+from tests.engine.tiny import make_model, save_folder
+
+WIDE = replace(REQUEST, top_p=0.99, k_min=12, k_max=30)
+
+
+def test_a_wider_request_adds_what_is_missing_and_reads_as_asked_for_at_once(
+    store: Path, tmp_path: Path, made: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    run(store, teacher, scorer)
+    assert run(store, teacher, scorer, request=WIDE).units_new == 2
+    at_once = shutil.copytree(made, tmp_path / "at-once")
+    run(at_once, teacher, scorer, request=WIDE)
+    ours, theirs = open_store(store), open_store(at_once)
+    a, b = ours.head().scores("big"), theirs.head().scores("big")
+    assert [each.layout for each in next(iter(a.values()))] == ["once", "wider"]
+    for base, chain in a.items():
+        stepwise, direct = ours.read_scores(chain), theirs.read_scores(b[base])
+        assert np.array_equal(stepwise.kept, direct.kept)
+        assert np.array_equal(kept_lists(stepwise)[0], kept_lists(direct)[0])
+        np.testing.assert_allclose(stepwise.log_tail, direct.log_tail, atol=1e-5)
+        # Together they store no entry that one scoring would not.
+        entries = sum(each.counts["E"] for each in chain)
+        assert entries == b[base][0].counts["E"]
+    verify(ours, deep=True)
+
+
+def test_a_request_that_is_served_already_is_not_scored(
+    store: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    run(store, teacher, scorer, request=WIDE)
+    idle = Dies(scorer, 0)
+    for smaller in (WIDE, REQUEST, replace(WIDE, k_max=20), replace(WIDE, at_student=False)):
+        assert run(store, teacher, idle, request=smaller).units_new == 0
+    with pytest.raises(KeyboardInterrupt):
+        run(store, teacher, idle, request=replace(WIDE, k_max=31))
+    with pytest.raises(KeyboardInterrupt):
+        run(store, teacher, idle, request=replace(WIDE, top_p=0.999))
+
+
+def test_a_teacher_that_was_not_asked_at_the_student_can_be_later(
+    store: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    run(store, teacher, scorer, request=replace(REQUEST, at_student=False))
+    opened = open_store(store)
+    before = opened.head().scores("big")
+    assert all(chain[0].layout == "whole" for chain in before.values())
+    run(store, teacher, scorer)
+    for base, chain in opened.head().scores("big").items():
+        rollouts = opened.read_rollouts(opened.log.rollouts(base))
+        known = opened.read_scores(chain, base=rollouts)
+        assert np.array_equal(known.s_ids, rollouts.student.ids)
+        direct = scorer.score(rollouts, REQUEST)
+        np.testing.assert_allclose(known.s_lp, direct.at_lp, rtol=2e-3)
+        assert np.array_equal(known.kept, direct.cnt)
+
+
+def test_a_teacher_is_asked_at_a_later_students_ids(
+    store: Path, teacher: ModelRef, student: ModelRef, scorer: HF, tmp_path: Path
+) -> None:
+    later = ref(save_folder(tmp_path / "later", make_model(seed=7)))
+    with pytest.raises(IncompleteError, match="no scores of 'later'"):
+        run(store, teacher, scorer, at="later")
+    own = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
+    run(store, later, HF(later), teacher_name="later", request=own)
+    with pytest.raises(IncompleteError, match="to add to"):
+        run(store, teacher, scorer, at="later")
+    run(store, teacher, scorer)
+    assert run(store, teacher, scorer, at="later").units_new == 2
+    assert run(store, teacher, Dies(scorer, 0), at="later").units_new == 0
+    opened = open_store(store)
+    pin = opened.head()
+    for base, chain in pin.scores("big").items():
+        known = ranked(opened.read_scores(chain))
+        wanted = ranked(opened.read_scores(pin.scores("later")[base]))
+        rows = np.split(known.ids, np.cumsum(known.cnt)[:-1])
+        asked = np.split(wanted.ids, np.cumsum(wanted.cnt)[:-1])
+        assert all(set(a) <= set(b) for a, b in zip(asked, rows, strict=True))
+        exact = scorer.score(opened.read_rollouts(opened.log.rollouts(base)), ALL)
+        place = [e.tolist() for e in np.split(exact.ids, len(exact.cnt))]
+        lps = np.split(exact.entry_lp, len(exact.cnt))
+        mine = np.split(known.lp, np.cumsum(known.cnt)[:-1])
+        for ids, lp, order, full in zip(rows, mine, place, lps, strict=True):
+            np.testing.assert_allclose(lp, [full[order.index(i)] for i in ids], rtol=2e-3)
+
+
+ALL = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=99, k_max=99, at_student=False)
+
+
+def test_another_dtype_does_not_widen(store: Path, teacher: ModelRef, scorer: HF) -> None:
+    run(store, teacher, scorer)
+    coarse = HF(teacher, dtype="bfloat16")
+    report_of = lambda: run(store, teacher, coarse, request=WIDE)  # noqa: E731
+    # bfloat16 moves these log-probs by more than float32 may move, and less than bfloat16 may.
+    assert report_of().units_new == 2
+
+    class Wrong:
+        capabilities, describe = scorer.capabilities, scorer.describe
+
+        def score(self, rollouts: Any, request: Any, at: Any = None) -> Any:
+            said = scorer.score(rollouts, request, at)
+            return replace(said, at_lp=said.at_lp - 0.5)
+
+    with pytest.raises(IdentityError, match="not the numbers that these scores were begun with"):
+        run(store, teacher, Wrong(), request=replace(WIDE, k_max=40))
+
+
+def test_base_models_and_contexts_are_scores_of_their_own(
+    store: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    """Privileged context: the teacher is shown more than the student was."""
+    run(store, teacher, scorer)
+    hints = {p.id: Prompt(id=p.id, token_ids=(5, 6, *p.token_ids)) for p in PROMPTS}
+    assert run(store, teacher, scorer, teacher_name="hinted", context=hints).units_new == 2
+    assert run(store, teacher, scorer, teacher_name="base", role="base").units_new == 2
+    opened = open_store(store)
+    pin = opened.head()
+    for segment in pin.rollouts("main"):
+        plain, hinted, base = (
+            opened.read_scores(pin.scores(name)[segment.seg_id])
+            for name in ("big", "hinted", "base")
+        )
+        rollouts = opened.read_rollouts(segment)
+        shown = replace(rollouts, prompts=tuple(hints[p.id] for p in rollouts.prompts))
+        np.testing.assert_allclose(hinted.lp, scorer.score(shown, REQUEST).lp, atol=1e-6)
+        assert np.abs(hinted.lp - plain.lp).max() > 0.01
+        np.testing.assert_array_equal(base.lp, plain.lp)
+    assert pin.scores("hinted")[segment.seg_id][0].lineage["context"].startswith("sha256:")
+    assert pin.scores("base")[segment.seg_id][0].lineage["role"] == "base"
+    other = {p.id: Prompt(id=p.id, token_ids=(7, *p.token_ids)) for p in PROMPTS}
+    with pytest.raises(IdentityError, match="'hinted' stands for context"):
+        run(store, teacher, Dies(scorer, 0), teacher_name="hinted", context=other)
+    del hints[PROMPTS[0].id]
+    with pytest.raises(PromptError, match="no prompt 'p0'"):
+        run(store, teacher, Dies(scorer, 0), teacher_name="third", context=hints)
+
+
+DRAWN = ScoreRequest(entry_kind="sampled", draws=400, at_student=False, seed=3)
+
+
+def test_ids_are_drawn_from_the_teachers_law(store: Path, teacher: ModelRef, scorer: HF) -> None:
+    """RS-KD: counts / draws is an unbiased estimate of q, and what is not drawn is in the tail."""
+    run(store, teacher, scorer, teacher_name="drawn", request=DRAWN)
+    opened = open_store(store)
+    pin = opened.head()
+    for segment in pin.rollouts("main"):
+        rollouts = opened.read_rollouts(segment)
+        (held,) = pin.scores("drawn")[segment.seg_id]
+        assert held.layout == "sampled"
+        known = opened.read_scores((held,))
+        exact = scorer.score(rollouts, ALL)
+        rows = np.split(known.ids, np.cumsum(known.cnt)[:-1])
+        mult = np.split(known.mult, np.cumsum(known.cnt)[:-1])
+        order = [e.tolist() for e in np.split(exact.ids, len(exact.cnt))]
+        lps = np.split(exact.entry_lp, len(exact.cnt))
+        for r, (ids, m) in enumerate(zip(rows, mult, strict=True)):
+            assert m.sum() == DRAWN.draws
+            assert len(set(ids)) == len(ids)
+            q = np.exp([lps[r][order[r].index(i)] for i in range(99)])
+            share = np.zeros(99)
+            share[ids] = m / DRAWN.draws
+            # Four standard errors of a binomial share, and room for the rarest.
+            assert (np.abs(share - q) < 4.5 * np.sqrt(q * (1 - q) / DRAWN.draws) + 0.006).all()
+            outside = np.setdiff1d(np.arange(99), ids)
+            np.testing.assert_allclose(np.exp(known.log_tail[r]), q[outside].sum(), atol=1e-5)
+    again = scorer.score(rollouts, DRAWN)
+    assert np.array_equal(again.ids, known.ids), "the seed and the tokens decide"
+    assert not np.array_equal(scorer.score(rollouts, replace(DRAWN, seed=4)).ids, known.ids)
+
+
+def test_draws_do_not_depend_on_the_batch(store: Path, scorer: HF, teacher: ModelRef) -> None:
+    opened = open_store(store)
+    rollouts = opened.read_rollouts(opened.head().rollouts("main")[0])
+    narrow = HF(teacher, batch_tokens=1)
+    a, b = scorer.score(rollouts, DRAWN), narrow.score(rollouts, DRAWN)
+    assert (a.mult.sum(), b.mult.sum()) == (400 * rollouts.positions,) * 2
+    assert np.mean(a.cnt == b.cnt) > 0.9, "but where rounding moves a boundary"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"entry_kind": "sampled"},
+        {"draws": 3},
+        {"entry_kind": "sampled", "draws": 3},
+        {"entry_kind": "topk", "k_min": 3, "k_max": 4},
+    ],
+)
+def test_requests_that_contradict_themselves(
+    store: Path, teacher: ModelRef, scorer: HF, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="entry_kind = "):
+        run(store, teacher, Dies(scorer, 0), request=replace(ScoreRequest(), **wrong))
+
+
+def test_training_refuses_what_it_cannot_use(
+    store: Path, student: ModelRef, teacher: ModelRef, scorer: HF, tmp_path: Path
+) -> None:
+    def learn(name: str, objective: str, k: int) -> None:
+        train(
+            open_store(store),
+            model=student,
+            out=tmp_path / f"run-{name}",
+            teacher=name,
+            objective=find_preset(objective, k=k),
+        )
+
+    run(store, teacher, scorer, teacher_name="drawn", request=DRAWN)
+    with pytest.raises(ObjectiveError, match="drawn from the teacher"):
+        learn("drawn", "overlap", 4)
+    # One unit widened and one not: a plan mixes both, and the smaller promise holds.
+    run(store, teacher, scorer)
+    with pytest.raises(KeyboardInterrupt):
+        run(store, teacher, Dies(scorer, 1), request=WIDE)
+    with pytest.raises(ObjectiveError, match="k = 5 is more than k_min = 4"):
+        learn("big", "overlap", 5)
+    run(store, teacher, scorer, request=WIDE)
+    learn("big", "overlap", 5)
