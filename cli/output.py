@@ -106,6 +106,8 @@ def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if value in (None, "", (), [], {}):
+        return "-"
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):

@@ -96,7 +96,10 @@ HEAVY = (
     "matplotlib",
     "peft",
 )
-VERBS = ["", "rollout", "score", "train", "distill", "store", "store verify", "demo"]
+VERBS = [
+    *("", "rollout", "score", "train", "distill", "store", "demo"),
+    *("store verify", "store gc", "store estimate"),
+]
 
 
 def sources(*folders: str) -> Iterator[Path]:

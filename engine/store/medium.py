@@ -41,7 +41,7 @@ class Medium(Protocol):
         """Makes what a new store needs. StoreError where something else is in the way."""
 
     def check(self, folders: Iterable[str]) -> None:
-        """IntegrityError where a folder of the store is absent, a file or a link."""
+        """IntegrityError where a folder of the store is a file or a link, or has no log."""
 
     def read(self, name: str, limit: int) -> bytes | None:
         """The bytes of a name, None where nothing is there.

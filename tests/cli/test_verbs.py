@@ -26,6 +26,19 @@ def reads(name: str) -> list[tuple[str, int, str]]:
         (f"store show {name}", ALL, "teacher_top"),
         (f"store show {name} --tokenizer @student", ALL, "teacher_top"),
         (f"store verify {name}", ALL, "strays"),
+        (f"store verify {name} --deep", ALL, "decoded"),
+        (f"store pin {name}", ALL, "sha256"),
+        (f"store tag {name} first", ALL, "log_number"),
+        (f"store retire {name} --teacher big", ALL, "segment"),
+        (f"store gc {name}", ALL, "kept"),
+        (f"store pack {name} OUT", ALL, "files"),
+        (f"store merge OUT {name}", ALL, "added"),
+        (
+            "store estimate @teacher @p.jsonl --student @student --no-chat-template "
+            "--max-new-tokens 6 --sample 50 --k-min 4 --student-k 4 --device cpu",
+            ALL,
+            "rows",
+        ),
     ]
 
 
@@ -38,7 +51,8 @@ def test_json_is_all_that_stdout_holds_and_stderr_is_lines_of_ours(
     assert done.code == 0, done.err
     values = done.json
     assert key in (values[0] if isinstance(values, list) else values)
-    ours = ("rollout: ", "score: ", "train: ", "verify: ", "scores: ", "support: ", "estimator: ")
+    stages = ("rollout", "score", "train", "verify", "pack", "merge", "estimate")
+    ours = tuple(f"{name}: " for name in (*stages, "scores", "support", "estimator"))
     strange = [
         line
         for line in done.err.splitlines()

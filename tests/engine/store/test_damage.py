@@ -182,6 +182,19 @@ def test_an_open_store_notices_that_its_log_shrank(cask: Path) -> None:
         store.head()
 
 
+def test_copies_that_lose_empty_folders_are_whole(cask: Path) -> None:
+    """As object stores and archives do; what a commit needs, it makes again."""
+    for name in ("staging", "bundles"):
+        (cask / name).rmdir()
+    store = open_store(cask)
+    verify(store, deep=True)
+    commit_rollouts(store, 9)
+    assert verify(open_store(cask)).strays == ()
+    shutil.rmtree(cask / "log")
+    with pytest.raises(IntegrityError, match="log: absent, where a store has a directory"):
+        open_store(cask)
+
+
 def test_a_record_of_another_store_breaks_the_chain(cask: Path, tmp_path: Path) -> None:
     other = open_store(tmp_path / "other", create=True)
     commit_rollouts(other, 3)

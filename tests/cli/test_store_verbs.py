@@ -1,0 +1,121 @@
+"""`logitcask store`: a store's whole life from the command line."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import NEW, SCORE, TRAIN, UNITS, N, World
+
+ALL = 2 * UNITS
+
+
+def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
+    store = world.store(ALL)
+    pin = call(f"store pin {store} --format json").json
+    assert pin["log_number"] == ALL - 1
+    assert pin["rollouts"].keys() == {"main"}
+    assert call(f"store tag {store} paper --at {ALL - 2}").code == 0
+    assert call(f"store pin {store} --at paper --format json").json["tags"] == ["paper"]
+    assert call(f"store tag {store} --format json").json[0]["tag"] == "paper"
+    assert call(f"store info {store} --format json").json["tags"] == {"paper": ALL - 2}
+    # At the tag one unit has no scores yet.
+    call(f"{TRAIN} {store} --out {world.new('out')} --pin paper").refused(
+        3, "1 of 4 units", "--partial"
+    )
+    out = world.new("out")
+    done = call(f"{TRAIN} {store} --out {out} --pin paper --partial --format json")
+    assert done.code == 0, done.err
+    run = json.loads((world.at(out) / "run.json").read_text())
+    assert run["pin"]["number"] == ALL - 2
+    by_number = call(f"{TRAIN} {store} --out {out} --pin {ALL - 2} --partial --format json")
+    assert by_number.json["resumed_at"] == done.json["updates"], "the same pin by its number"
+    call(f"{TRAIN} {store} --out {out} --pin {ALL - 1} --partial").refused(1, "pin", "--overwrite")
+    call(f"{TRAIN} {store} --out {out} --pin nothing").refused(1, "no tag 'nothing'", "store tag")
+    call(f"store pin {store} --at 99").refused(1, "no log record 99", "pin a number that exists")
+    assert call(f"store tag {store} paper --remove").code == 0
+    call(f"store pin {store} --at paper").refused(1, "no tag 'paper'; it has: none", "store tag")
+
+
+def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> None:
+    store = world.store(ALL)
+    retired = call(f"store retire {store} --teacher big --format json").json
+    assert len(retired) == UNITS
+    call(f"store retire {store} --teacher big").refused(2, "nothing of 'big'", "rollouts ['main']")
+    call(f"{TRAIN} {store} --out {world.new('out')}").refused(3, "no scores", "logitcask score")
+    assert call(f"store gc {store} --format json").json["segments"] == 0, "a recent pin reads them"
+    gone = call(f"store gc {store} --keep-days 0 --dry-run --format json").json
+    assert (gone["segments"], gone["kept"]) == (UNITS, UNITS)
+    assert call(f"store gc {store} --keep-days 0 --format json").json == gone
+    assert call(f"{SCORE} {store} --format json").json["units_new"] == UNITS
+    report = call(f"store verify {store} --deep --format json").json
+    assert (report["segments"], report["strays"], report["decoded"]) == (ALL, [], True)
+    call(f"store gc {store} --keep-days -1").refused(2, "gc.keep_days = -1", "readable")
+
+
+def test_a_store_travels_as_files(world: World, call: Any) -> None:
+    store, packed, other = world.store(ALL), world.new("packed"), world.new("other")
+    assert call(f"store pack {store} {packed} --format json").json["files"] == ALL
+    files = " ".join(f"@{packed[1:]}/{f.name}" for f in world.at(packed).iterdir())
+    assert call(f"store unpack {other} {files} --format json").json["added"] == ALL
+    assert call(f"store merge {store} {other} --format json").json["there"] == ALL
+    rows = [call(f"store show {name} --format json").json for name in (store, other)]
+    assert rows[0] == rows[1]
+    call(f"store unpack {other} @p.jsonl").refused(4, "p.jsonl: not a packed segment", "pack")
+    call(f"store merge {other} @nowhere").refused(1, "not a logitcask store", "check the path")
+    assert not world.at("@nowhere").exists()
+
+
+def test_a_larger_request_widens_from_the_command_line(world: World, call: Any) -> None:
+    store = world.store(ALL)
+    wider = call(f"{SCORE} {store} --k-min 6 --k-max 20 --top-p 0.9999 --format json").json
+    assert wider["units_new"] == UNITS
+    layouts = [row["layout"] for row in call(f"store ls {store} --format json").json]
+    assert layouts.count("wider") == UNITS
+    (first, *_) = call(f"store show {store} --top 20 --format json").json
+    assert len(first["teacher_top"]) >= 6
+    again = call(f"{SCORE} {store} --k-min 5 --format json").json
+    assert (again["units_new"], again["units_done_before"]) == (0, UNITS)
+    done = call(f"{TRAIN} {store} --objective teacher_topk --k 6 --out {world.new('out')}")
+    assert done.code == 0, done.err
+    own = f"score --model @student --teacher self --k-min 4 --k-max 4 --device cpu --store {store}"
+    assert call(own).code == 0
+    assert call(f"{SCORE} {store} --at self --format json").json["units_new"] == UNITS
+    call(f"{SCORE} {store} --at nobody").refused(3, "no scores of 'nobody'", "Score with that")
+
+
+@pytest.mark.parametrize("profile", ["compact", "interop", "raw32"])
+def test_profiles_from_the_command_line(world: World, call: Any, profile: str) -> None:
+    from tests.cli.conftest import ROLL
+
+    store = world.new("store")
+    assert call(f"{ROLL} {store} --profile {profile}").code == 0
+    assert call(f"{SCORE} {store} --profile {profile}").code == 0
+    assert {row["profile"] for row in call(f"store ls {store} --format json").json} == {profile}
+    assert call(f"store verify {store} --deep").code == 0
+    assert call(f"{TRAIN} {store} --out {world.new('out')}").code == 0
+
+
+def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> None:
+    command = (
+        "store estimate @teacher @p.jsonl --student @student --no-chat-template "
+        f"--max-new-tokens {NEW} --n {N} --k-min 4 --student-k 4 --device cpu --sample 40"
+    )
+    found = call(f"{command} --format json").json
+    assert found["positions"] >= 40
+    assert 0 < found["overlap_ratio"] < 1
+    rows = {(r["profile"], r["top_p"], r["k_max"]): r for r in found["rows"]}
+    assert len(rows) == 4 * 3 * 2
+    for profile in ("default", "raw32"):
+        # A larger top-p costs bytes and misses less; so does a larger k_max.
+        few, more = rows[profile, 0.99, 64], rows[profile, 0.9999, 64]
+        assert few["entries"] <= more["entries"]
+        assert few["forward_kl_missed"] >= more["forward_kl_missed"] - 1e-6
+    exact = rows["raw32", 0.9999, 256]
+    assert exact["forward_kl_missed"] == pytest.approx(0, abs=1e-4), "nearly all of 99 ids are kept"
+    assert rows["compact", 0.99, 64]["bytes"] < exact["bytes"]
+    text = call(command).out
+    assert "scoring_seconds" in text
+    assert "forward_kl_missed" in text
+    call(command.replace("--student @student ", "")).refused(2, "--student", "--help")
+    call(command.replace("@teacher", "@other-tokenizer")).refused(1, "tokenizer", "no override")

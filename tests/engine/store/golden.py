@@ -1,0 +1,97 @@
+"""Makes golden_v1.tar.xz: a store of every layout and profile, as this version writes it.
+
+    python -m tests.engine.store.golden        (in the repository's root)
+
+The file is committed and never made again for a format version that has been released: stores that
+people have must be read by whatever comes after. Beside the store it holds digests.json, what every
+segment decodes to.
+"""
+
+import hashlib
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+
+from logitcask.engine.store import Store, open_store, widen
+from logitcask.engine.store.codecs import PROFILES
+from logitcask.engine.store.keep import gc, retire, tag
+from logitcask.engine.store.layout import ranked
+from tests.engine.store.made import commit_rollouts, commit_scores, make_rollouts, make_scores
+from tests.engine.store.test_widen import teacher_of
+
+FILE = Path(__file__).with_name("golden_v1.tar.xz")
+
+
+def digests(store: Store) -> dict[str, str]:
+    """What every visible segment, with what it builds on, decodes to."""
+
+    def sha(*parts: object) -> str:
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(part if isinstance(part, bytes) else repr(part).encode())
+        return found.hexdigest()
+
+    pin, found = store.head(), {}
+    for segment in pin.segments:
+        if segment.kind == "rollout":
+            r = store.read_rollouts(segment)
+            own = [] if r.student is None else [r.student.ids, r.student.entry_lp, r.student.lp]
+            arrays = [r.tokens, r.seq_off, r.b_lp, r.loss_mask, r.version_start, r.finish, *own]
+            prompts = [(p.id, p.token_ids, p.answer, dict(p.extra)) for p in r.prompts]
+            found[segment.seg_id] = sha(prompts, *(a.tobytes() for a in arrays))
+    for name in pin.names("score"):
+        for chain in pin.scores(name).values():
+            for end in range(1, len(chain) + 1):
+                s = store.read_scores(chain[:end])
+                u = ranked(s)
+                arrays = [s.lp, s.entropy, s.log_tail, s.kept, s.s_ids, u.cnt, u.ids, u.lp]
+                arrays += [] if s.mult is None else [s.mult]
+                found[chain[end - 1].seg_id] = sha(*(a.tobytes() for a in arrays))
+    return found
+
+
+def fill(path: Path) -> Store:
+    store = open_store(path, create=True)
+    for seed, profile in enumerate(PROFILES, 1):
+        base = commit_rollouts(store, seed, student=True, profile=profile)
+        commit_scores(store, base, seed, profile=profile)
+    plain = commit_rollouts(store, 11)
+    commit_scores(store, plain, 11, name="whole")
+    scores = make_scores(12, make_rollouts(11, student=False))
+    drawn = [i % 7 + 1 for i in range(len(scores.ids))]
+    commit_scores(store, plain, 12, name="drawn", scores=with_mult(scores, drawn))
+    teacher, base, student = teacher_of(store, 13)
+    first = commit_scores(store, base, 13, name="wide", scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores((first,)), teacher.lists(5))
+    commit_scores(store, base, 14, name="wide", scores=teacher.score(20, at), at=at)
+    commit_rollouts(store, 15, name="old")
+    tag(store, "golden")
+    retire(store, rollouts="old")
+    commit_rollouts(store, 16, name="older")
+    retire(store, rollouts="older")
+    gc(store, keep_days=0, lease_hours=0)
+    commit_rollouts(store, 16, name="older")
+    return store
+
+
+def with_mult(scores: object, drawn: list[int]) -> object:
+    from dataclasses import replace
+
+    import numpy as np
+
+    return replace(scores, mult=np.asarray(drawn, np.uint16))  # type: ignore[type-var]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = fill(Path(folder) / "cask")
+        (Path(folder) / "digests.json").write_text(json.dumps(digests(store), indent=1))
+        with tarfile.open(FILE, "w:xz", preset=9) as packed:
+            for name in ("cask", "digests.json"):
+                packed.add(Path(folder) / name, name)
+    print(FILE, FILE.stat().st_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Stores that were written by a released format version are read, to the bit, for ever."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from logitcask.engine.store import Store, open_store, schema
+from logitcask.engine.store.verify import verify
+from tests.engine.store.golden import FILE, digests
+from tests.engine.store.made import commit_rollouts
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    with tarfile.open(FILE) as packed:
+        packed.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def opened(golden: Path) -> Store:
+    return open_store(golden / "cask")
+
+
+def test_everything_decodes_to_what_it_was(golden: Path) -> None:
+    want = json.loads((golden / "digests.json").read_text())
+    store = opened(golden)
+    assert digests(store) == want
+    assert len(want) == 15
+    assert verify(store, deep=True).strays == ()
+
+
+def test_it_holds_every_layout_and_profile(golden: Path) -> None:
+    held = opened(golden).head().segments
+    assert {s.layout for s in held} == {x for kind in schema.LAYOUTS.values() for x in kind}
+    assert {s.profile for s in held} == {"default", "compact", "interop", "raw32"}
+    assert {s.generation for s in held} == {0, 1}
+
+
+def test_its_tag_reaches_what_was_retired(golden: Path) -> None:
+    store = opened(golden)
+    tagged = store.pin("golden")
+    (old,) = tagged.rollouts("old")
+    assert store.read_rollouts(old).positions
+    assert store.head().rollouts("old") == ()
+
+
+def test_it_takes_new_commits(golden: Path) -> None:
+    store = opened(golden)
+    number = store.head().number
+    commit_rollouts(store, 99)
+    assert open_store(golden / "cask").head().number == number + 1
+
+
+def test_it_is_small() -> None:
+    assert FILE.stat().st_size < 80_000
