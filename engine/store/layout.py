@@ -144,7 +144,7 @@ def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> 
     rest_cnt = (s_cnt - shared_cnt).astype(np.uint16)
     rest = exact_order(scores.at_lp[~shared], s_ids[~shared])
     true = place.astype(np.int64)
-    true[~shared] = ragged.above(rest, rest_cnt, rest, rest_cnt) + np.repeat(cnt, rest_cnt)
+    true[~shared] = ragged.place(rest, rest_cnt) + np.repeat(cnt, rest_cnt)
 
     lp_x = codecs.to_entry(scores.entry_lp[extra], profile)
     lp_s = codecs.to_entry(scores.at_lp, profile)
@@ -167,24 +167,25 @@ def decode(
     cnt = arrays["cnt"]
     if int(cnt.sum(dtype=np.int64)) != len(arrays["ids"]):
         raise ValueError("cnt does not add up to the number of entries")
-    none, no_ids = np.zeros(0, np.float32), np.zeros(0, np.uint32)
-    known = CachedScores(
-        lp=arrays["t_lp"],
-        entropy=arrays["ent"],
-        log_tail=arrays["log_tail"],
-        kept=cnt if "mult" not in arrays else np.zeros_like(cnt),
-        s_cnt=np.zeros_like(cnt),
-        s_ids=no_ids,
-        s_lp=none,
-        s_rank=np.zeros(0, np.uint16),
-        cnt=cnt,
-        ids=arrays["ids"],
-        entry_lp=codecs.from_entry(arrays["lp"], profile),
-        rank=ragged.within(cnt).astype(np.uint16),
-        mult=arrays.get("mult"),
-    )
+    every: dict[str, Array] = {
+        "lp": arrays["t_lp"],
+        "entropy": arrays["ent"],
+        "log_tail": arrays["log_tail"],
+        "cnt": cnt,
+        "ids": arrays["ids"],
+        "entry_lp": codecs.from_entry(arrays["lp"], profile),
+    }
     if "t_at_s" not in arrays:
-        return known
+        return CachedScores(
+            **every,
+            kept=np.zeros_like(cnt) if "mult" in arrays else cnt,
+            s_cnt=np.zeros_like(cnt),
+            s_ids=np.zeros(0, np.uint32),
+            s_lp=np.zeros(0, np.float32),
+            s_rank=np.zeros(0, np.uint16),
+            rank=ragged.within(cnt).astype(np.uint16),
+            mult=arrays.get("mult"),
+        )
     if student is None or len(student.cnt) != len(cnt) or len(arrays["t_at_s"]) != len(student.ids):
         raise ValueError("the base's student lists have another length")
     s_cnt = student.cnt
@@ -192,17 +193,12 @@ def decode(
         raise ValueError("more entries are kept than there are")
     s_rank = arrays["t_rank_fix"] + _implied(arrays["lp"], cnt, arrays["t_at_s"], s_cnt)
     return CachedScores(
-        lp=known.lp,
-        entropy=known.entropy,
-        log_tail=known.log_tail,
+        **every,
         kept=arrays["kept"],
         s_cnt=s_cnt,
         s_ids=student.ids,
         s_lp=codecs.from_entry(arrays["t_at_s"], profile),
         s_rank=s_rank,
-        cnt=cnt,
-        ids=known.ids,
-        entry_lp=known.entry_lp,
         rank=ragged.remaining(s_rank, s_cnt, cnt),
     )
 
@@ -253,5 +249,5 @@ def kept_lists(known: CachedScores) -> tuple[Array, Array]:
 def _implied(lp_x: Array, cnt_x: Array, lp_s: Array, cnt_s: Array) -> Array:
     """[S] uint16: members of the row's U whose stored value stands before that of a student id."""
     x, s = stored_order(lp_x), stored_order(lp_s)
-    implied: Array = ragged.above(x, cnt_x, s, cnt_s) + ragged.above(s, cnt_s, s, cnt_s)
+    implied: Array = ragged.above(x, cnt_x, s, cnt_s) + ragged.place(s, cnt_s)
     return implied

@@ -63,6 +63,22 @@ def above(a: Array, a_cnt: Array, b: Array, b_cnt: Array) -> Array:
     return out
 
 
+def place(b: Array, b_cnt: Array) -> Array:
+    """[B] uint16: how many entries of its own row are less than each entry; unsigned numbers."""
+    out = np.empty(len(b), np.uint16)
+    b_start = starts(b_cnt)
+    for first in range(0, len(b_cnt), _BLOCK):
+        part = slice(first, min(first + _BLOCK, len(b_cnt)))
+        of_b = slice(int(b_start[part.start]), int(b_start[part.stop]))
+        # Padding is less than nothing.
+        wide, valid = matrix(b[of_b], b_cnt[part], np.iinfo(b.dtype).max)
+        found = np.zeros(wide.shape, np.uint8 if wide.shape[1] < 256 else np.uint16)
+        for column in range(wide.shape[1]):
+            found += wide[:, column : column + 1] < wide
+        out[of_b] = found.reshape(-1) if valid.all() else found[valid]
+    return out
+
+
 def find(a: Array, a_cnt: Array, b: Array, b_cnt: Array) -> Array:
     """[B] int32: where in its row of A each entry of B stands, -1 where it does not.
 
@@ -111,7 +127,8 @@ class _Block:
         self.of_a, self.of_b = of_a, of_b
         """Where their entries of A and of B are."""
         counts = a_cnt[rows].astype(np.int32)
-        self.order = np.argsort(-counts, kind="stable")
+        # uint16 is sorted by radix, several times faster.
+        self.order = np.argsort((0xFFFF - counts).astype(np.uint16), kind="stable")
         self._counts = counts[self.order]
         self._starts = (of_a.start + starts(counts)[:-1])[self.order]
         self.longest = int(self._counts[0]) if len(counts) else 0

@@ -387,5 +387,7 @@ def test_lists_of_a_row_are_found_whatever_their_lengths() -> None:
     pairs = list(zip(rows_a, rows_b, strict=True))
     above = [int((x < each).sum()) for x, y in pairs for each in y]
     assert ragged.above(a, a_cnt, b, b_cnt).tolist() == above
+    own = [int((y < each).sum()) for y in rows_b for each in y]
+    assert ragged.place(b.astype(np.uint32), b_cnt).tolist() == own
     place = [x.tolist().index(each) if each in x else -1 for x, y in pairs for each in y]
     assert ragged.find(a, a_cnt, b, b_cnt).tolist() == place
