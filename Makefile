@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Keeps the working folder off sys.path, where ./kernels would look like another project's package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: dev demo test check bench clean
+.PHONY: dev demo test soak check bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -32,6 +32,10 @@ demo: dev
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
+# The long counts of the store's tests: an hour, and for one of them the right to mount a disk.
+soak: dev
+	OMP_NUM_THREADS=1 PYTHONSAFEPATH= $(BIN)/python bench/bench_soak.py
+
 check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,8 +43,10 @@ check: dev
 	$(BIN)/codespell
 
 bench: dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python bench/bench_cli.py
 	$(BIN)/python bench/bench_demo.py
+	$(BIN)/python bench/bench_store.py
 
 clean:
 	rm -rf build $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,17 +9,16 @@ as it is there; rows of the same code (the newest commit that touches it) are no
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "demo.jsonl"
+import results
+from results import ROOT
+
 OBJECTIVES = ["overlap", "opd", "teacher_topk", "forward_kl"]
 PACKAGES = ["torch", "transformers", "zarr", "pcodec"]
 MEDIAN_AIM, LEAST_AIM, FASTER_AIM = 0.75, 0.65, 2.0
@@ -27,15 +26,17 @@ MEDIAN_AIM, LEAST_AIM, FASTER_AIM = 0.75, 0.65, 2.0
 
 
 def main(seeds: list[int]) -> None:
-    commit = code_commit()
+    commit = results.code_commit()
     for seed in seeds:
         for objective in OBJECTIVES:
             if not any(
                 (row["seed"], row["objective"], row["commit"]) == (seed, objective, commit)
-                for row in rows()
+                for row in results.read("demo")
             ):
-                append(measured(seed, objective, commit))
-    spread([row for row in rows() if row["commit"] == commit and row["seed"] in seeds])
+                results.append("demo", measured(seed, objective, commit))
+    spread(
+        [row for row in results.read("demo") if row["commit"] == commit and row["seed"] in seeds]
+    )
 
 
 def measured(seed: int, objective: str, commit: str) -> dict[str, Any]:
@@ -55,11 +56,8 @@ def measured(seed: int, objective: str, commit: str) -> dict[str, Any]:
         "objective": objective,
         "wall_s": round(time.perf_counter() - start, 1),
         **json.loads(answer.stdout),
-        "commit": commit,
-        "machine": f"{cpu()}, {os.cpu_count()} cores",
+        **results.circumstances(*PACKAGES),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
     }
 
 
@@ -83,39 +81,6 @@ def spread(made: list[dict[str, Any]]) -> None:
                 f"{statistics.median(again):.1f} s: {faster:.1f} times faster, "
                 f"aim met: {faster >= FASTER_AIM}"
             )
-
-
-def rows() -> list[dict[str, Any]]:
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
-def append(row: dict[str, Any]) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def cpu() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def code_commit() -> str:
-    """The newest commit that touches what is measured; rows and texts may change meanwhile."""
-    code = ["engine", "kernels", "cli"]
-    newest = git("log", "-1", "--format=%H", "--", *code)[:12]
-    return f"{newest}-dirty" if git("status", "--porcelain", "--", *code) else newest
-
-
-def git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

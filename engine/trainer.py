@@ -12,6 +12,7 @@ What is ours, and why:
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -96,14 +97,17 @@ class DistillTrainer(Trainer):
         self._progress = progress
         self._sums: dict[str, Tensor] = {}
         self._weight = torch.zeros((), device=args.device)
+        self._waited_s, self._since_s = 0.0, time.monotonic()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The rows of one optimizer update, and the sum of their weights over all processes."""
+        begun_s = time.monotonic()
         self._rows.prepare(self.state.global_step)
         indices = list(islice(epoch_iterator, num_batches))
         rows = [self._rows.row(index) for index in indices]
+        self._waited_s += time.monotonic() - begun_s
         # The next update's are made while this one is computed.
         self._rows.expect(index + self._width for index in indices)
         weight = torch.zeros((), dtype=torch.float64)
@@ -182,6 +186,7 @@ class DistillTrainer(Trainer):
             "train/grad_norm": float(logs["grad_norm"]),
             "train/lr": logs["learning_rate"],
             "train/changed_share": self._changed.share(),
+            "train/data_wait": self._waiting(),
             "progress/positions": self._metrics.positions,
             "progress/seconds": self._metrics.seconds(),
         }
@@ -194,6 +199,13 @@ class DistillTrainer(Trainer):
             self._metrics.append(line)
         super().log({name: value for name, value in line.items() if value is not None})
         self._progress("train", step, self.state.max_steps)
+
+    def _waiting(self) -> float:
+        """Share of the time since the last line in which this process waited for rows."""
+        now_s = time.monotonic()
+        share = self._waited_s / max(now_s - self._since_s, 1e-9)
+        self._waited_s, self._since_s = 0.0, now_s
+        return share
 
     def _reduced(self) -> tuple[dict[str, float | None], int]:
         """(means over rows, rows counted) since the last line, over all processes; starts anew."""

@@ -51,6 +51,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in found:
         assert line.pop("progress/seconds") > 0
+        assert 0 <= line.pop("train/data_wait") <= 1
     return found
 
 

@@ -3,11 +3,11 @@ offers that, and an object store that is a dictionary. Nothing here cuts the pow
 process loses no written page on a disk either.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 from obstore.store import MemoryStore
@@ -47,13 +47,16 @@ def store(medium: Medium) -> Store:
     return open_on(medium, create=True)
 
 
-class Counts:
-    """How often a test is repeated: in CI, and in `make soak`."""
+@pytest.fixture
+def counts(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How often a test is repeated: in CI, and in `make soak`, which wants to know what it did."""
 
-    def __call__(self, ci: int, soak: int) -> int:
-        return soak if os.environ.get("LOGITCASK_SOAK") else ci
+    def count(ci: int, soak: int) -> int:
+        told = os.environ.get("LOGITCASK_SOAK")
+        if not told:
+            return ci
+        with open(told, "a") as file:
+            file.write(json.dumps({"test": request.node.nodeid, "count": soak}) + "\n")
+        return soak
 
-
-@pytest.fixture(scope="session")
-def counts() -> Any:
-    return Counts()
+    return count

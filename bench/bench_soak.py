@@ -1,0 +1,57 @@
+"""The store's tests with the long counts: what was done, how often, and how long it took.
+
+Run: make soak      (or .venv/bin/python bench/bench_soak.py [pytest argument ...])
+
+A row with every count is appended to bench/results/soak.jsonl when all have passed.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import results
+from results import ROOT
+
+
+def main(arguments: list[str]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "counts.jsonl"
+        start = time.monotonic()
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q"]
+        tests = arguments or ["tests/engine/store"]
+        done = subprocess.run(
+            [*command, *tests],
+            cwd=ROOT,
+            env={**os.environ, "LOGITCASK_SOAK": str(told)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        print(done.stdout)
+        if done.returncode:
+            return done.returncode
+        counts: dict[str, int] = {}
+        for line in told.read_text().splitlines():
+            row = json.loads(line)
+            counts[row["test"].split("::")[-1]] = row["count"]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    results.append(
+        "soak",
+        {
+            "bench": "soak",
+            "command": "make soak",
+            "passed": int(passed[1]) if passed else 0,
+            "seconds": round(time.monotonic() - start),
+            "counts": dict(sorted(counts.items())),
+            **results.circumstances("zarr", "numcodecs", "pcodec", "obstore", "numpy"),
+        },
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
