@@ -44,9 +44,9 @@ check: dev
 
 bench: dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	$(BIN)/python bench/bench_cli.py
-	$(BIN)/python bench/bench_demo.py
-	$(BIN)/python bench/bench_store.py
+	PYTHONSAFEPATH= $(BIN)/python bench/bench_cli.py
+	PYTHONSAFEPATH= $(BIN)/python bench/bench_demo.py
+	PYTHONSAFEPATH= $(BIN)/python bench/bench_store.py
 
 clean:
 	rm -rf build $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import rich_click as click
 from pydantic.fields import FieldInfo
 
-from logitcask.engine.config import Job, Section, validate
+from logitcask.engine.config import Section
+from logitcask.engine.configfile import Job, validate
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,7 +12,8 @@ from logitcask.cli.options import (
     job_options,
 )
 from logitcask.cli.output import print_result, progress_bar
-from logitcask.engine.config import Rollout, RolloutJob, to_toml
+from logitcask.engine.config import Rollout, RolloutJob
+from logitcask.engine.configfile import to_toml
 
 
 @click.command("rollout")

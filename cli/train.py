@@ -6,7 +6,8 @@ import rich_click as click
 
 from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, print_table, progress_bar
-from logitcask.engine.config import Train, TrainJob, to_toml
+from logitcask.engine.config import Train, TrainJob
+from logitcask.engine.configfile import to_toml
 
 
 @click.command("train")

@@ -1,28 +1,21 @@
-"""Configuration: frozen sections, read from TOML, overridden by flags; the only place of a default.
+"""Configuration: frozen sections; the only place of a default.
 
 A section's field is a key in TOML (`[rollout] max_new_tokens = 512`), a flag on the command line
 (`--max-new-tokens 512`, the key with dashes) and a `--set rollout.max_new_tokens=512`. Its
-description is the flag's help, so it says unit and consequence. An unknown key is an error that
-names the nearest known one.
+description is the flag's help, so it says unit and consequence.
 """
 
-import json
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
 
-from logitcask.engine.errors import ConfigError
 from logitcask.engine.types import SamplingParams, ScoreRequest
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
@@ -302,115 +295,3 @@ class RunConfig(Section):
     train: Train = Train()
     loop: Loop
     run: Run = Run()
-
-
-Job = TypeVar("Job", bound=Section)
-
-
-def validate(kind: type[Job], values: Mapping[str, Any], *, source: str) -> Job:
-    """`values` ({section: {key: value}}) as a frozen `kind`; ConfigError names key, value, rule."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = list(_keys(kind))
-            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"{source}: unknown key {key}", remedy=f"the nearest known key is {near}"
-            ) from None
-        if first["type"] == "missing":
-            raise ConfigError(
-                f"{source}: {key} is missing", remedy=f"give {key}: {_describe(kind, first['loc'])}"
-            ) from None
-        raise ConfigError(
-            f"{source}: {key} = {first['input']!r}: {first['msg']}",
-            remedy=f"{key}: {_describe(kind, first['loc'])}",
-        ) from None
-
-
-def read_toml(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """A RunConfig from a TOML file and `section.key=value` overrides; paths are relative to it."""
-    try:
-        with path.open("rb") as file:
-            values: dict[str, Any] = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: {error.strerror}", remedy="give the path of a TOML file"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}", remedy="mend the file there") from error
-    for text in overrides:
-        _override(values, text)
-    return _resolved(validate(RunConfig, values, source=str(path)), path.parent)
-
-
-def to_toml(config: Section) -> str:
-    """The resolved configuration as TOML that `read_toml` reads back to the same."""
-    lines: list[str] = []
-    for section, content in config.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
-        # JSON's strings, numbers and booleans are TOML's too; a key without a value is left out.
-        lines += [f"{k} = {json.dumps(v)}" for k, v in content.items() if v is not None]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not (equals and dot and section and name):
-        raise ConfigError(f"--set {text}: not section.key=value", remedy="e.g. --set train.lr=1e-5")
-    try:
-        parsed = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a bare word or path is text
-    content = values.setdefault(section, {})
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"--set {text}: {section} is not a section", remedy=f"write [{section}] in the file"
-        )
-    content[name] = parsed
-
-
-def _resolved(config: RunConfig, base: Path) -> RunConfig:
-    def under(path: Path) -> Path:
-        return path if path.is_absolute() else base / path
-
-    def folder(name: str) -> str:
-        # A hub id and a relative folder look alike: it is a folder if there is one.
-        return str(base / name) if (base / name).is_dir() else name
-
-    url = config.store.url
-    return config.model_copy(
-        update={
-            "student": config.student.model_copy(update={"model": folder(config.student.model)}),
-            "teacher": config.teacher.model_copy(update={"model": folder(config.teacher.model)}),
-            "prompts": config.prompts.model_copy(update={"file": under(config.prompts.file)}),
-            "store": config.store.model_copy(
-                update={"url": url if "://" in url else str(under(Path(url)))}
-            ),
-            "run": config.run.model_copy(update={"out": under(config.run.out)}),
-        }
-    )
-
-
-def _keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in kind.model_fields.items():
-        yield prefix + name
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _keys(inner, f"{prefix}{name}.")
-
-
-def _describe(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    field = kind.model_fields.get(str(loc[0]))
-    if field is None:
-        return "see the README's configuration table"
-    inner = field.annotation
-    if isinstance(inner, type) and issubclass(inner, BaseModel):
-        if len(loc) > 1:
-            return _describe(inner, loc[1:])
-        return "a section with " + ", ".join(inner.model_fields)
-    return field.description or str(loc[0])

@@ -21,8 +21,8 @@ from logitcask.engine.plan import windows_at_most
 from logitcask.engine.rollout import prompt_set_digest
 from logitcask.engine.rounds import Rounds
 from logitcask.engine.rundir import check_same
-from logitcask.engine.score import check_identity
 from logitcask.engine.store import Store, open_store
+from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice
 from logitcask.engine.types import Progress, Prompt, silent
 

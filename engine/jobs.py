@@ -27,10 +27,11 @@ from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.objectives import PRESETS, Preset, find_preset, warnings
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
-from logitcask.engine.score import ScoreReport, check_identity, score
+from logitcask.engine.score import ScoreReport, score
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.view import choose
 from logitcask.engine.student import inner_model
+from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
 

@@ -3,15 +3,8 @@
 import pytest
 
 from logitcask.cli.options import job_from_flags
-from logitcask.engine.config import (
-    RolloutJob,
-    RunConfig,
-    ScoreJob,
-    TrainJob,
-    read_toml,
-    to_toml,
-    validate,
-)
+from logitcask.engine.config import RolloutJob, RunConfig, ScoreJob, TrainJob
+from logitcask.engine.configfile import read_toml, to_toml, validate
 from logitcask.engine.errors import ConfigError
 
 MINIMAL = """

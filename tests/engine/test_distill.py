@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import logitcask.engine.rounds as loop
-from logitcask.engine.config import RunConfig, Student, TrainJob, read_toml
+from logitcask.engine.config import RunConfig, Student, TrainJob
+from logitcask.engine.configfile import read_toml
 from logitcask.engine.course import TrainReport
 from logitcask.engine.distill import distill
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError

@@ -1,0 +1,64 @@
+"""The store: bytes, rates, latency, and what a loss on what is stored misses; beside its peers.
+
+Run: .venv/bin/python bench/bench_store.py [SECTION ...]      (default: all, some 30 minutes)
+
+  sizes      bytes a position of made-up rows, and the error of stored values, per profile
+  pair       a student and a teacher that were really trained: entries once, or both lists
+  frontier   bytes against KL missed: profiles, top-p, k-min, k-max, and peers' fixed rows
+  rates      sealing, and decoding whole segments, against parquet and raw arrays
+  random     single sequences from a decoded cache, against the same
+  commits    four processes, 200 commits each, on this disk and on an S3 server on loopback
+  wait       the share of the demo's training in which it waits for rows
+  open       reading the log of a store of many commits
+
+A section appends its row to bench/results/store.jsonl; `python bench/report.py` makes the tables
+and the picture of bench/README.md from the newest of each. With a clone of DistillKit on PYTHONPATH
+its own writer is measured too.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import results
+from store_commits import commits, opening, wait
+from store_pair import pair
+from store_rates import random, rates
+from store_sizes import frontier, sizes
+
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "sizes": sizes,
+    "pair": pair,
+    "frontier": frontier,
+    "rates": rates,
+    "random": random,
+    "commits": commits,
+    "wait": wait,
+    "open": opening,
+}
+
+
+def main(names: list[str]) -> None:
+    for name in names or list(SECTIONS):
+        print(f"\n== {name}", flush=True)
+        start = time.monotonic()
+        row = SECTIONS[name]()
+        for bar in row.get("bars", []):
+            print(f"{'met ' if bar['met'] else 'MISSED'}  {bar['bar']}: {bar['value']:.4g}")
+        packages = ("zarr", "numcodecs", "pcodec", "numpy", "pyarrow", "obstore")
+        results.append(
+            "store",
+            {
+                "bench": "store",
+                "section": name,
+                "command": f"python bench/bench_store.py {name}",
+                "seconds": round(time.monotonic() - start),
+                **row,
+                **results.circumstances(*packages),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,116 @@
+"""A pair that was really trained: entries once or both lists, and whose list is read."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from store_common import WORK, bar
+
+from logitcask.engine.store import Store, codecs, schema
+from logitcask.engine.store.layout import kept_lists
+from logitcask.engine.types import Array, Scores
+
+
+def pair() -> dict[str, Any]:
+    from trained_pair import make_pair
+
+    from logitcask.engine.store.view import bytes_per_position
+
+    store = make_pair(WORK / "pair")
+    pin = store.head()
+    held = [(base, pin.scores("teacher")[base.seg_id]) for base in pin.rollouts("main")]
+    once = entries = both = both_whole = positions = common = entropy = 0.0
+    for base, chain in held:
+        rollouts = store.read_rollouts(base)
+        own = rollouts.student
+        assert own is not None, "a committed unit has the student's scores"
+        known = store.read_scores(chain, base=rollouts)
+        ids, lp = kept_lists(known)
+        sizes_of = {name: size for name, (size, _) in chain[0].files.items()}
+        mine = ("ids", "lp", "t_at_s", "t_rank_fix", "cnt", "kept")
+        ours = sum(sizes_of.get(f"{name}/c/0", 0) for name in mine)
+        # Both lists as they are, with the same codec: the whole top list, and the student's ids.
+        profile = codecs.profile("default")
+        whole = {
+            "cnt": known.kept,
+            "ids": ids,
+            "lp": codecs.to_entry(lp, profile),
+            "t_at_s": codecs.to_entry(known.s_lp, profile),
+        }
+        theirs = sum(packed_bytes(array) for array in whole.values())
+        entries += ours
+        both += theirs
+        once += chain[0].size
+        both_whole += chain[0].size - ours + theirs
+        positions += base.counts["P"]
+        entropy += float(known.entropy.sum())
+        common += overlap(known, own)
+    exact = exactness(WORK / "pair", store)
+    total = bytes_per_position(pin)
+    return {
+        "positions": int(positions),
+        "entropy_nats": entropy / positions,
+        "overlap": common / positions,
+        "entries_once": entries / positions,
+        "entries_both": both / positions,
+        "segment_once": once / positions,
+        "segment_both": both_whole / positions,
+        "bytes": total,
+        "rows_compared": exact["rows"],
+        "rows_with_ties": exact["ties"],
+        "bars": [
+            bar("overlap at 16 of the pair >= 0.65", common / positions,
+                common >= 0.65 * positions),
+            bar("entries once over both <= 0.72", entries / both, entries <= 0.72 * both),
+            bar("score segment once over both <= 0.78", once / both_whole,
+                once <= 0.78 * both_whole),
+            bar("rollout and score, bytes a position <= 140", total["total"],
+                total["total"] <= 140),
+            bar("rows whose TopK(q, k) is the teacher's own for every k kept, of all",
+                exact["exact"] / exact["rows"], exact["exact"] == exact["rows"]),
+        ],
+    }  # fmt: skip
+
+
+def packed_bytes(array: Array) -> int:
+    """Of an array in a segment: its chunks, their checksums and the index."""
+    from pcodec import ChunkConfig, standalone
+
+    config = ChunkConfig(compression_level=codecs.PCODEC_LEVEL)
+    chunk = schema.ENTRY_CHUNK
+    parts = [array[i : i + chunk] for i in range(0, len(array), chunk)]
+    return sum(len(standalone.simple_compress(part, config)) + 20 for part in parts) + 4
+
+
+def overlap(known: Any, own: Scores) -> float:
+    """Sum over rows of |S(p) & S(q)| / 16."""
+    rank = known.s_rank.reshape(-1, 16)
+    return float((rank < 16).sum() / 16)
+
+
+def exactness(folder: Path, store: Store) -> dict[str, int]:
+    """The teacher scores a unit again; is what was read its own list, to the last place?"""
+    from logitcask.engine.backends.hf import HF
+    from logitcask.engine.identity import model_ref
+    from logitcask.engine.store.ragged import starts
+    from logitcask.engine.types import ScoreRequest
+
+    teacher = HF(model_ref(str(folder / "teacher"), chat_template=False), device="cpu")
+    pin = store.head()
+    base = pin.rollouts("main")[0]
+    rollouts = store.read_rollouts(base)
+    said = teacher.score(rollouts, ScoreRequest())
+    known = store.read_scores(pin.scores("teacher")[base.seg_id], base=rollouts)
+    ids, lp = kept_lists(known)
+    off = starts(known.kept)
+    wrong = np.zeros(rollouts.positions, bool)
+    same = np.array_equal(known.kept, said.cnt)
+    row = np.repeat(np.arange(rollouts.positions), known.kept)
+    if same:
+        np.logical_or.at(wrong, row, ids != said.ids)
+    ties = np.zeros(rollouts.positions, bool)
+    equal = (np.diff(lp) == 0) & (np.diff(row) == 0)
+    ties[row[1:][equal]] = True
+    assert off[-1] == len(ids), "every kept entry belongs to a row"
+    exact = int((~wrong).sum()) if same else 0
+    return {"rows": rollouts.positions, "exact": exact, "ties": int(ties.sum())}

@@ -1,0 +1,197 @@
+"""Bytes of a position, error of what is stored, and KL that a loss on it misses: made-up rows."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import store_peers as peers
+from score_rows import Rows, first, kept, rollouts_of, scores_of, student_of
+from store_common import POSITIONS, bar, fresh, rows, seal_rollouts, seal_scores
+
+from logitcask.engine.store import codecs, layout, open_store, schema
+from logitcask.engine.store import segment as segments
+from logitcask.engine.types import Array
+
+
+def sizes() -> dict[str, Any]:
+    made = rows()
+    print({name: round(value, 4) for name, value in made.says().items()})
+    settings = [(0.999, 1, 64), (0.99, 1, 256)]
+    table = []
+    with fresh("sizes") as folder:
+        for profile in codecs.PROFILES:
+            for top_p, k_min, k_max in settings:
+                mask = kept(made, top_p, k_min, k_max)
+                store = open_store(folder / f"{profile}-{k_max}", create=True)
+                base = seal_rollouts(store, rollouts_of(made), profile)
+                held = seal_scores(store, scores_of(made, mask), base, profile)
+                table.append(
+                    {
+                        "profile": profile,
+                        "top_p": top_p,
+                        "k_min": k_min,
+                        "k_max": k_max,
+                        "entries": float(mask.sum(1).mean()),
+                        "bytes_rollout": base.size / POSITIONS,
+                        "bytes_score": held.size / POSITIONS,
+                        "bytes": (base.size + held.size) / POSITIONS,
+                        **value_errors(made, mask, codecs.profile(profile)),
+                    }
+                )
+                print(json.dumps(table[-1]), flush=True)
+    missed = {k: missed_kl(made, kept(made, *p))[0] for k, p in (("256", (0.99, 1, 256)),)}
+    fixed = missed_kl(made, kept(made, 1.1, 64, 64))[0]
+    default = {r["k_max"]: r for r in table if r["profile"] == "default"}
+    distillkit = peers.FIXED[0].bytes
+    return {
+        "rows": made.says(),
+        "positions": POSITIONS,
+        "table": table,
+        "bars": [
+            bar("p 0.999, k 1-64, default: bytes a position <= 75", default[64]["bytes"],
+                default[64]["bytes"] <= 75),
+            bar("p 0.99, k 1-256: bytes over DistillKit's K=128 row <= 1/3",
+                default[256]["bytes"] / distillkit, default[256]["bytes"] <= distillkit / 3),
+            bar("p 0.99, k 1-256: forward KL missed over that of a fixed K=64 < 1",
+                missed["256"] / fixed, missed["256"] < fixed),
+            bar("default: mean KL error of stored values < 1e-6 nats", default[64]["kl_mean"],
+                default[64]["kl_mean"] < 1e-6),
+            bar("default: loss error < 2e-4 nats", default[64]["loss_error"],
+                default[64]["loss_error"] < 2e-4),
+            bar("default: relative gradient error < 2e-3", default[64]["gradient_error"],
+                default[64]["gradient_error"] < 2e-3),
+        ],
+    }  # fmt: skip
+
+
+def value_errors(made: Rows, mask: Array, profile: codecs.Profile) -> dict[str, float]:
+    """Of stored log-probs, and of the KL, the forward-KL loss and its gradient made from them."""
+    part = slice(0, 65_536)
+    mask, lp = mask[part], made.lp[part].astype(np.float64)
+    stored = codecs.from_entry(codecs.to_entry(made.lp[part], profile), profile).astype(np.float64)
+    on = mask & (lp > -20)
+    q, off = (law(x, mask) for x in (lp, stored))
+    p = law(student_of(made, 0.8)[1][part].astype(np.float64), mask)
+    kl = kl_nats(q, off)
+    gap = np.exp(p) - np.exp(q)
+    moved = np.exp(q) - np.exp(off)
+    return {
+        "lp_error_max": float(np.abs(stored - lp)[on].max()),
+        "lp_error_mean": float(np.abs(stored - lp)[on].mean()),
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "loss_error": float(np.abs(kl_nats(off, p) - kl_nats(q, p)).mean()),
+        "gradient_error": float(np.linalg.norm(moved, axis=1).mean()
+                                / np.linalg.norm(gap, axis=1).mean()),
+    }  # fmt: skip
+
+
+def law(lp: Array, mask: Array) -> Array:
+    """[P, W] log-probs renormalised on the mask; -inf elsewhere."""
+    on: Array = np.where(mask, lp, -np.inf)
+    return on - np.logaddexp.reduce(on, axis=1, keepdims=True)
+
+
+def kl_nats(log_a: Array, log_b: Array) -> Array:
+    """[P] KL(a || b)."""
+    there = np.isfinite(log_a)
+    gap = np.where(there, log_a, 0) - np.where(there, log_b, 0)
+    terms: Array = np.where(there, np.exp(log_a) * gap, 0)
+    return terms.sum(1)
+
+
+def missed_kl(made: Rows, mask: Array, values: Array | None = None) -> tuple[float, float]:
+    """Shares of forward and reverse KL that are missed when teacher and student, who is the teacher
+    and noise, are coarsened to the mask and one bucket. `values`: log-probs as stored, [P, K].
+    """
+    _, log_p = student_of(made, 0.8)
+    wide = np.ones_like(mask)
+
+    def share(side: int) -> float:
+        full = coarse(made, log_p, wide, None, side).mean()
+        return float(1 - coarse(made, log_p, mask, values, side).mean() / full)
+
+    return share(0), share(1)
+
+
+def coarse(made: Rows, log_p: Array, mask: Array, values: Array | None, side: int) -> Array:
+    lq = made.lp.astype(np.float64)
+    if values is not None:
+        lq = np.where(mask, np.pad(values, ((0, 0), (0, lq.shape[1] - values.shape[1]))), lq)
+    q_out = outside(made.lp, mask, made.log_tail)
+    if values is not None:
+        # Its reader has no tail: what is missing to 1, at least next to nothing.
+        known = np.where(mask, np.exp(lq), 0).sum(1)
+        q_out = np.log(np.maximum(1 - known, 1e-6))
+    with np.errstate(divide="ignore"):
+        log_p_tail = np.log(np.maximum(1 - np.exp(log_p, dtype=np.float64).sum(1), 1e-12))
+    p_out = outside(log_p, mask, log_p_tail)
+    q = np.concatenate([np.where(mask, lq, -np.inf), q_out[:, None]], 1)
+    p = np.concatenate([np.where(mask, log_p.astype(np.float64), -np.inf), p_out[:, None]], 1)
+    q -= np.logaddexp.reduce(q, axis=1, keepdims=True)
+    return kl_nats(q, p) if side == 0 else kl_nats(p, q)
+
+
+def outside(lp: Array, mask: Array, tail: Array) -> Array:
+    left = np.logaddexp.reduce(np.where(mask, -np.inf, lp.astype(np.float64)), axis=1)
+    whole: Array = np.logaddexp(left, tail)
+    return whole
+
+
+def frontier() -> dict[str, Any]:
+    made = first(rows(), 65_536)
+    positions = len(made.lp)
+    table = []
+    for name, profile in codecs.PROFILES.items():
+        for k_min in (1, 16):
+            for k_max in (64, 256):
+                for top_p in (0.98, 0.99, 0.999, 0.9999):
+                    mask = kept(made, top_p, k_min, k_max)
+                    arrays = layout.encode(scores_of(made, mask), profile, None)
+                    contents = segments.encode(
+                        arrays, layout=schema.WHOLE, profile=profile, attributes={}
+                    )
+                    size = sum(len(d) for n, d in contents.items() if n.endswith("/c/0"))
+                    values = codecs.from_entry(codecs.to_entry(made.lp, profile), profile)
+                    forward, reverse = missed_stored(made, mask, values)
+                    table.append(
+                        {
+                            "who": f"logitcask {name}",
+                            "top_p": top_p,
+                            "k_min": k_min,
+                            "k_max": k_max,
+                            "entries": float(mask.sum(1).mean()),
+                            "bytes": size / positions,
+                            "forward_kl_missed": forward,
+                            "reverse_kl_missed": reverse,
+                        }
+                    )
+    for fixed in peers.FIXED:
+        mask = kept(made, 1.1, fixed.k, fixed.k)
+        forward, reverse = missed_kl(made, mask)
+        common = {"who": fixed.name, "k_max": fixed.k, "entries": float(fixed.k)}
+        cut = {**common, "bytes": fixed.bytes, "forward_kl_missed": forward,
+               "reverse_kl_missed": reverse, "values": "exact", "note": fixed.note}  # fmt: skip
+        table.append(cut)
+        if (theirs := peers.distillkit_values(fixed.name, made.ids, made.lp)) is not None:
+            values, size = theirs
+            forward, reverse = missed_kl(made, mask, values)
+            table.append(
+                {
+                    **common,
+                    "bytes": size,
+                    "forward_kl_missed": forward,
+                    "reverse_kl_missed": reverse,
+                    "values": "its own writer and reader",
+                    "lp_error_mean": float(np.abs(values - made.lp[:, : fixed.k]).mean()),
+                }
+            )
+    for each in table:
+        print(json.dumps(each), flush=True)
+    return {"rows": made.says(), "positions": positions, "table": table}
+
+
+def missed_stored(made: Rows, mask: Array, values: Array) -> tuple[float, float]:
+    """`missed_kl` with log-probs as a profile stores them; the tail is exact."""
+    return missed_kl(replace(made, lp=values.astype(np.float32)), mask)
