@@ -1,0 +1,285 @@
+"""The tables and the picture of bench/README.md, and the store's table of README.md, from results.
+
+Run: .venv/bin/python bench/report.py        (after bench_store.py; needs matplotlib)
+
+The newest row of each section counts. What stands between `<!-- NAME -->` and `<!-- end -->` is
+written anew, the rest of a page is left alone.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import results
+from results import RESULTS, ROOT
+
+PICTURE = RESULTS / "frontier.svg"
+Row = dict[str, Any]
+
+
+def main() -> None:
+    newest: dict[str, Row] = {}
+    for row in results.read("store"):
+        newest[row["section"]] = row
+    made = {name: table(newest) for name, table in TABLES.items()}
+    for page in (ROOT / "bench" / "README.md", ROOT / "README.md"):
+        page.write_text(filled(page.read_text(), made))
+    draw(newest["frontier"])
+
+
+def filled(text: str, made: dict[str, str]) -> str:
+    def replaced(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{made[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- (store [a-z]+) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
+
+
+def markdown(head: list[str], rows: Iterable[list[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def where(row: Row) -> str:
+    return (
+        f"`{row['command']}`, {row['machine']}, Python {row['python']}, zarr {row['zarr']}, "
+        f"numcodecs {row['numcodecs']}, pcodec {row['pcodec']}, commit {row['commit']}."
+    )
+
+
+def sizes(newest: dict[str, Row]) -> str:
+    row = newest["sizes"]
+    table = markdown(
+        ["profile", "top-p, k", "entries", "bytes", "largest error of a log-prob", "KL, mean",
+         "KL, max", "loss error", "gradient error"],
+        [
+            [f"`{r['profile']}`", f"{r['top_p']}, {r['k_min']}-{r['k_max']}",
+             f"{r['entries']:.1f}", f"{r['bytes']:.1f}", f"{r['lp_error_max']:.1e}",
+             f"{r['kl_mean']:.1e}", f"{r['kl_max']:.1e}", f"{r['loss_error']:.1e}",
+             f"{r['gradient_error']:.1e}"]
+            for r in row["table"]
+        ],
+    )  # fmt: skip
+    return f"{table}\n\n{kind(row)} {where(row)}"
+
+
+def kind(row: Row) -> str:
+    r = row["rows"]
+    return (
+        f"{row['positions']:,} made-up rows, V = 151,936: mean entropy {r['entropy_nats']:.2f} "
+        f"nats, {r['sure_share']:.0%} with a first id above 0.95, mass of the best 16, 64 and 256 "
+        f"{r['mass_16']:.3f}, {r['mass_64']:.3f}, {r['mass_256']:.3f}."
+    )
+
+
+def pair(newest: dict[str, Row]) -> str:
+    row = newest["pair"]
+    table = markdown(
+        ["bytes a position", "no entry twice", "both lists whole", "ratio"],
+        [
+            ["entries", f"{row['entries_once']:.1f}", f"{row['entries_both']:.1f}",
+             f"{row['entries_once'] / row['entries_both']:.2f}"],
+            ["score segment", f"{row['segment_once']:.1f}", f"{row['segment_both']:.1f}",
+             f"{row['segment_once'] / row['segment_both']:.2f}"],
+            ["rollout and score", f"{row['bytes']['total']:.1f}", "", ""],
+        ],
+    )  # fmt: skip
+    ties = row["rows_with_ties"] / row["rows_compared"]
+    return (
+        f"{table}\n\n{row['positions']:,} positions of a pair trained for this, V = 8,192, the "
+        f"product's defaults; overlap at 16: {row['overlap']:.2f}, mean teacher entropy "
+        f"{row['entropy_nats']:.2f} nats. Scored again, all {row['rows_compared']:,} rows read as "
+        f"the teacher's own list, though float16 makes ties in {ties:.0%} of them. {where(row)}"
+    )
+
+
+def frontier(newest: dict[str, Row]) -> str:
+    row = newest["frontier"]
+    ours = [r for r in row["table"] if r["who"].startswith("logitcask")]
+    names = list(dict.fromkeys(r["who"].split()[1] for r in ours))
+    settings = dict.fromkeys((r["k_min"], r["k_max"], r["top_p"]) for r in ours)
+    by = {(r["who"].split()[1], r["k_min"], r["k_max"], r["top_p"]): r for r in ours}
+    first = markdown(
+        ["top-p", "k", "entries", "forward KL missed", "reverse KL missed",
+         *(f"bytes, `{name}`" for name in names)],
+        [
+            [p, f"{lo}-{hi}", f"{by['default', lo, hi, p]['entries']:.1f}",
+             share(by["default", lo, hi, p]["forward_kl_missed"]),
+             share(by["default", lo, hi, p]["reverse_kl_missed"]),
+             *(f"{by[name, lo, hi, p]['bytes']:.1f}" for name in names)]
+            for lo, hi, p in settings
+        ],
+    )  # fmt: skip
+    second = markdown(
+        ["peer", "entries", "bytes", "forward KL missed", "reverse KL missed", "values", ""],
+        [
+            [r["who"], f"{r['entries']:.0f}", f"{r['bytes']:.0f}", share(r["forward_kl_missed"]),
+             share(r["reverse_kl_missed"]), r["values"], r.get("note", "")]
+            for r in row["table"]
+            if not r["who"].startswith("logitcask")
+        ],
+    )  # fmt: skip
+    return f"{first}\n\n{second}\n\n{kind(row)} {where(row)}"
+
+
+def share(value: float) -> str:
+    return f"{value:.2%}"
+
+
+def rates(newest: dict[str, Row]) -> str:
+    row = newest["rates"]
+    cpu, wall = row["cpu_seconds"], row["wall_seconds"]
+    names = {
+        "seal rollout once": "seal rollouts with the student's lists",
+        "seal score once": "seal scores, layout `once`",
+        "seal rollout whole": "seal rollouts without lists",
+        "seal score whole": "seal scores, layout `whole`",
+        "write parquet": "write parquet, same columns",
+        "write raw npy": "write raw npy, same columns",
+        "read score once": "read scores, layout `once`",
+        "read score whole": "read scores, layout `whole`",
+        "read rollout once": "read rollouts with the student's lists",
+        "read zarr": "read the same files by Zarr, no digests compared",
+        "read zarrs": "read them by Zarr's zarrs pipeline, no digests compared",
+        "read parquet": "read parquet",
+        "read raw npy": "read raw npy",
+    }
+    million = row["positions"] / 1e6
+    table = markdown(
+        ["", "CPU seconds", "wall seconds", "million positions a core-second"],
+        [
+            [text, f"{cpu[name]:.3f}", f"{wall[name]:.3f}", f"{million / cpu[name]:.2f}"]
+            for name, text in names.items()
+            if name in cpu
+        ],
+    )
+    rate = row["million_entries_per_core_second"]
+    return (
+        f"{table}\n\n{row['positions']:,} positions, medians of {row['runs']} interleaved runs; "
+        f"{rate['whole']:.0f} million entries a core-second in layout `whole` (top-p 0.999, "
+        f"k 1-64), {rate['once']:.0f} million in `once` (k 16-64 and the student's 16). Ours and "
+        f"parquet flush to the disk, compare checksums and were read from memory. {where(row)}"
+    )
+
+
+def latency(newest: dict[str, Row]) -> str:
+    row, single, opened = newest["commits"], newest["random"], newest["open"]
+    table = markdown(
+        ["4 processes x 200 commits", "units present", "doubled", "commits a second", "p50", "p99"],
+        [
+            [name, r["present"], r["records"] - r["present"], f"{r['commits_per_second']:.1f}",
+             f"{r['p50_ms']:.0f} ms", f"{r['p99_ms']:.0f} ms"]
+            for name, r in row["media"].items()
+        ],
+    )  # fmt: skip
+    found = single["sequences_per_core_second"]
+    return (
+        f"{table}\n\nSmall units, 256 positions each: a commit is mostly Zarr's encoding of eleven "
+        f"small arrays, and 30 files to flush. {where(row)}\n\n"
+        "Single sequences a core-second: "
+        + ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
+        + f". The cache takes {single['cache_bytes']:.0f} bytes a position. {where(single)}\n\n"
+        f"Opening a store of {opened['records']:,} records: {opened['seconds']['bundles']:.2f} s, "
+        f"and {opened['seconds']['records']:.2f} s without bundles. {where(opened)}"
+    )
+
+
+def bars(newest: dict[str, Row]) -> str:
+    return markdown(
+        ["bar", "measured", ""],
+        [
+            [bar["bar"], f"{bar['value']:.4g}", "met" if bar["met"] else "**missed**"]
+            for row in newest.values()
+            for bar in row.get("bars", [])
+        ],
+    )
+
+
+def numbers(newest: dict[str, Row]) -> str:
+    """For README.md."""
+    size = {(r["profile"], r["k_max"]): r for r in newest["sizes"]["table"]}
+    rate, wait = newest["rates"], newest["wait"]
+    disk = newest["commits"]["media"]["disk"]
+    seal = rate["wall_seconds"]
+    ours = rate["positions"] / rate["cpu_seconds"]["read score whole"] / 1e6
+    parquet = rate["cpu_seconds"]["read parquet"] / rate["cpu_seconds"]["read score whole"]
+    worst = max(each["share"] for each in wait["shares"].values())
+    pair = newest["pair"]
+    return markdown(
+        ["", ""],
+        [
+            ["bytes a position, top-p 0.999, 1 to 64 ids, tokens and all",
+             f"{size['default', 64]['bytes']:.1f} (`compact` {size['compact', 64]['bytes']:.1f})"],
+            ["top-p 0.99, 1 to 256 ids; DistillKit's K=128 row is 344",
+             f"{size['default', 256]['bytes']:.1f}"],
+            ["trained pair, the product's defaults, rollouts and scores",
+             f"{pair['bytes']['total']:.1f}"],
+            ["KL that float16 costs, mean", f"{size['default', 64]['kl_mean']:.0e} nats"],
+            ["sealing 262,144 positions: rollouts, scores",
+             f"{seal['seal rollout once']:.1f} s, {seal['seal score once']:.1f} s"],
+            ["reading whole segments, digests compared",
+             f"{ours:.1f} million positions a core-second, {parquet:.1f}x parquet"],
+            ["a commit, four processes at once, p50", f"{disk['p50_ms']:.0f} ms"],
+            ["waiting for rows, share of the demo's training", f"{worst:.1%}"],
+        ],
+    )  # fmt: skip
+
+
+TABLES: dict[str, Callable[[dict[str, Row]], str]] = {
+    "store sizes": sizes,
+    "store pair": pair,
+    "store frontier": frontier,
+    "store rates": rates,
+    "store latency": latency,
+    "store bars": bars,
+    "store numbers": numbers,
+}
+
+
+def draw(row: Row) -> None:
+    """Bytes against forward KL missed, both logarithmic: down and left is better."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "logitcask", "font.size": 9})
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colours = {"default": "C0", "compact": "C2", "interop": "C4", "raw32": "C7"}
+    for name, colour in colours.items():
+        mine = [r for r in row["table"] if r["who"] == f"logitcask {name}"]
+        best = [
+            r
+            for r in mine
+            if not any(
+                o["bytes"] <= r["bytes"] and o["forward_kl_missed"] < r["forward_kl_missed"]
+                for o in mine
+            )
+        ]
+        best.sort(key=lambda r: r["bytes"])
+        axes.plot(*points(mine), ".", color=colour, alpha=0.35)
+        axes.plot(*points(best), "-", color=colour, label=f"logitcask `{name}`")
+    peers = [r for r in row["table"] if not r["who"].startswith("logitcask")]
+    for each in peers:
+        real = each["values"] != "exact"
+        axes.plot(*points([each]), "x" if real else "o", color="C3")
+        label = f"{each['who']}{', its own writer' if real else ''}"
+        axes.annotate(label, (each["bytes"], 100 * each["forward_kl_missed"]),
+                      xytext=(5, 4), textcoords="offset points", fontsize=7)  # fmt: skip
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="bytes a position, scores with their scalars",
+        ylabel="forward KL missed, %",
+        title="What a loss on stored scores misses (made-up rows, V = 151,936)",
+    )
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+def points(rows: list[Row]) -> tuple[list[float], list[float]]:
+    return [r["bytes"] for r in rows], [100 * max(r["forward_kl_missed"], 1e-6) for r in rows]
+
+
+if __name__ == "__main__":
+    main()
