@@ -34,10 +34,10 @@ def main(arguments: list[str]) -> int:
         print(done.stdout)
         if done.returncode:
             return done.returncode
-        counts: dict[str, int] = {}
+        counts: dict[str, list[int]] = {}
         for line in told.read_text().splitlines():
             row = json.loads(line)
-            counts[row["test"].split("::")[-1]] = row["count"]
+            counts.setdefault(row["test"].split("::")[-1], []).append(row["count"])
     passed = re.search(r"(\d+) passed", done.stdout)
     results.append(
         "soak",
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
             "command": "make soak",
             "passed": int(passed[1]) if passed else 0,
             "seconds": round(time.monotonic() - start),
-            "counts": dict(sorted(counts.items())),
+            "counts": {test: sorted(each) for test, each in sorted(counts.items())},
             **results.circumstances("zarr", "numcodecs", "pcodec", "obstore", "numpy"),
         },
     )

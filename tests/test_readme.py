@@ -1,5 +1,6 @@
 """The README's commands and programs do what they say, with tiny models in place of real ones."""
 
+import glob
 import json
 import re
 import shlex
@@ -40,6 +41,12 @@ def commands(verbs: str) -> list[str]:
     return re.findall(rf"^logitcask (?:{verbs}) .+$", with_tiny_models(README), re.MULTILINE)
 
 
+def typed(line: str, *more: str) -> None:
+    """The line as a shell in the working folder would run it."""
+    words = [word for each in shlex.split(line)[1:] for word in glob.glob(each) or [each]]
+    assert run([*words, *more]) == 0, line
+
+
 def padded_model(seed: int) -> Qwen3ForCausalLM:
     """As of real ones, its head has rows beyond the last id of the tokenizer."""
     return tiny.make_model(seed=seed, context=1024, vocab_size=128, tie=False)
@@ -56,10 +63,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        stages = commands("rollout|score|train")
-        assert [line.split()[1] for line in stages[:3]] == ["rollout", "score", "train"]
+        stages = commands("rollout|score|train")[:3]
+        assert [line.split()[1] for line in stages] == ["rollout", "score", "train"]
         for line in stages:
-            assert run(shlex.split(line)[1:]) == 0, line
+            typed(line)
     return folder
 
 
@@ -73,11 +80,14 @@ def test_store_commands(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    lines = commands("store")
-    assert len(lines) == 4
+    before, *lines = commands(r"store|train(?=.* --pin)")
+    typed(before, "--max-new-tokens", "8")
+    assert "missed" in capsys.readouterr().out
+    assert len(lines) == 12
     for line in lines:
-        assert run(shlex.split(line)[1:]) == 0, line
+        typed(line)
     assert "bytes_per_position" in capsys.readouterr().out
+    assert (place / "run-2" / "logitcask.json").exists()
 
 
 def test_distill_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +100,7 @@ def test_distill_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = commands("distill")
     assert len(lines) == 2
     for line in lines:
-        assert run([*shlex.split(line)[1:], "--set", "run.out=rounds"]) == 0, line
+        typed(line, "--set", "run.out=rounds")
     assert json.loads(Path("rounds/logitcask.json").read_text())["version"] == 2
 
 
