@@ -45,7 +45,7 @@ def make_pair(folder: Path) -> Store:
     if not (folder / "prompts.jsonl").exists():
         ids = np.asarray(tokenizer(text)["input_ids"], np.int64)
         split = int(len(ids) * (1 - HELD_OUT / CORPUS_BYTES))
-        for name in SIZES:
+        for name in (each for each in SIZES if not (folder / each).exists()):
             _train(folder / name, name, tokenizer, ids[:split], ids[split:])
         _write_prompts(folder / "prompts.jsonl", tokenizer, ids[split:])
     return _fill(folder)

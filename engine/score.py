@@ -106,6 +106,11 @@ def score(
     store.check_name("score", teacher_name, lineage, drawn=drawn)
     done = pin.unit_keys()
     there = pin.scores(teacher_name)
+    if drawn and any(key not in done and s.seg_id in there for key, s in units.items()):
+        raise IdentityError(
+            f"{teacher_name!r} holds draws of these rollouts of another number or seed",
+            remedy="Use another name for these: drawn ids are not added to.",
+        )
     missing = {
         key: segment
         for key, segment in units.items()

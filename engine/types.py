@@ -221,6 +221,8 @@ class Rollouts:
     """[N] int64, ... and at the last."""
     student: Scores | None = None
     """The student's scores of its own rollouts (temperature 1, unfiltered); None before."""
+    segment: str = ""
+    """seg_id of the segment that they were read from; empty for new ones."""
 
     @property
     def positions(self) -> int:

@@ -144,7 +144,10 @@ def unpack(packing: str, payload: memoryview, out: Array) -> None:
         return
     from numcodecs import blosc
 
-    # A blosc frame says in its second word how many bytes it holds.
+    # A blosc frame says how many bytes it holds, and how many it takes: blosc believes both, and
+    # reads beyond the end of a shorter one.
     if len(payload) < 16 or int.from_bytes(payload[4:8], "little") != out.nbytes:
         raise ValueError(f"a chunk of other than {out.nbytes} bytes")
+    if int.from_bytes(payload[12:16], "little") != len(payload):
+        raise ValueError(f"a frame of other than its {len(payload)} bytes")
     blosc.decompress(payload, out)

@@ -77,7 +77,7 @@ def publish_segment(
     medium: Medium, log: Log, contents: Mapping[str, bytes], new: Segment
 ) -> Segment:
     """Puts the files of a segment in place and names them in the log; the first of a unit wins."""
-    placed = set()
+    placed: set[str] = set()
 
     def say() -> dict[str, Any] | None:
         if log.winner(new.unit_key) is not None:
@@ -91,8 +91,9 @@ def publish_segment(
             placed.add(here.folder)
         return {"adds": [record.describe(here)]}
 
-    append(medium, log, say)
-    winner = log.winner(new.unit_key)
+    number = append(medium, log, say)
+    # Ours may be retired again by now; what it said was so.
+    winner = log.winner(new.unit_key) if number is None else log.added(number)[0]
     assert winner is not None, "there was nothing left to say"
     return winner
 

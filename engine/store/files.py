@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.medium import STAGING, Found
@@ -53,28 +54,33 @@ class Folder:
     """The medium of a path or of a file:// URL."""
 
     def __init__(self, url: str) -> None:
-        self.url = os.path.abspath(url.removeprefix("file://"))
+        self.url = os.path.abspath(_path_of(url))
         self._root = Path(self.url)
 
     def where(self, name: str) -> str:
         return str(self._root / name)
 
-    def prepare(self, folders: Iterable[str]) -> None:
+    def prepare(self, folders: Iterable[str], file: str) -> None:
         if _kind(self._root) == "file":
             raise StoreError(
                 f"{self.url} is a file, not a store's folder", remedy="give a new folder"
             )
         wanted = list(folders)
-        strangers = [n for n in self.names("") if n not in wanted and not n.startswith(".")]
+        known = {*wanted, file}
+        strangers = [n for n in self.names("") if n not in known and not n.startswith(".")]
         if strangers:
             raise StoreError(
                 f"{self.url} is not a logitcask store and not empty: it holds {strangers[0]!r}",
                 remedy="give a new or an empty folder",
             )
-        with _disk("make directory", self._root):
-            os.makedirs(self._root, exist_ok=True)
+        absent = [p for p in (self._root, *self._root.parents) if _kind(p) == "absent"]
+        for each in reversed(absent):
+            _make_dir(each)
+            _fsync_dir(each.parent)
+        if not absent:
+            # Whoever made it may have come no further.
+            _fsync_dir(self._root.parent)
         self._make(*wanted)
-        _fsync_dir(self._root.parent)
 
     def check(self, folders: Iterable[str]) -> None:
         for folder in folders:
@@ -132,6 +138,11 @@ class Folder:
                     os.link(temporary, target)
                 except FileExistsError:
                     return False
+                except PermissionError as error:
+                    if error.errno != errno.EPERM:
+                        raise
+                    # What Linux says where a file system has no hard links.
+                    raise OSError(errno.EOPNOTSUPP, "no hard links") from error
             _fsync_dir(target.parent)
         finally:
             # What failed first is what the caller has to know; staging may stay behind.
@@ -194,17 +205,18 @@ class Folder:
         return max([status.st_mtime, *(self.touched_s(f"{name}/{each}") for each in below)])
 
     def remove(self, name: str) -> None:
-        """A folder outside of staging goes there first, so that no reader sees half of it."""
-        path = self._root / name
+        """A folder is renamed first, so that nobody sees half of it, and a writer who was away for
+        long cannot publish half of it.
+        """
+        path, aside = self._root / name, self._root / STAGING / uuid.uuid4().hex
+        self._make(STAGING)
         with _disk("remove", path):
             try:
                 if not stat.S_ISDIR(os.lstat(path).st_mode):
                     os.unlink(path)
                     return
-                if not name.startswith(f"{STAGING}/"):
-                    path = self._root / STAGING / uuid.uuid4().hex
-                    os.rename(self._root / name, path)
-                _remove_tree(path)
+                os.rename(path, aside)
+                _remove_tree(aside)
             except FileNotFoundError:
                 return
 
@@ -255,6 +267,19 @@ class Folder:
             return os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=here)
         finally:
             os.close(here)
+
+
+def _path_of(url: str) -> str:
+    """The path that a file:// URL names; any other text is a path."""
+    rest = url.removeprefix("file://")
+    if rest == url:
+        return url
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise StoreError(
+            f"{url}: a path on the host {host!r}", remedy="give a path, or file:///ABSOLUTE/PATH"
+        )
+    return unquote(f"/{path}")
 
 
 def _kind(path: Path) -> str:

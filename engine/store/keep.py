@@ -25,6 +25,10 @@ from logitcask.engine.store.record import Content
 from logitcask.engine.store.segment import Segment, folder_of
 from logitcask.engine.store.store import Store
 
+_AT_ONCE = 50_000
+"""Folders that one record sweeps."""
+_FOR_EVER_DAYS = 36500.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Swept:
@@ -118,12 +122,11 @@ def retire(
         others = {s.seg_id for s in visible if s.kind == schema.ROLLOUT and s not in old}
         return old + [s for s in visible if s.base in ids - others]
 
-    retired: dict[str, Segment] = {}
+    retired: list[Segment] = []
 
     def say() -> dict[str, Any] | None:
-        now = {each.unit_key: each for each in wanted()}
-        retired.update(now)
-        return {"retires": list(now)} if now else None
+        retired[:] = wanted()
+        return {"retires": [each.unit_key for each in retired]} if retired else None
 
     append(store.medium, store.log, say)
     if not retired:
@@ -132,7 +135,7 @@ def retire(
             f"the store holds nothing of {teacher or rollouts!r} to retire",
             remedy=f"it has rollouts {pin.names('rollout')} and scores {pin.names('score')}",
         )
-    return list(retired.values())
+    return retired
 
 
 def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = False) -> Swept:
@@ -143,7 +146,7 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     """
     now = time.time()
     born_before = now - lease_hours * 3600
-    since = datetime.fromtimestamp(now, UTC) - timedelta(days=keep_days)
+    since = datetime.fromtimestamp(now, UTC) - timedelta(days=min(keep_days, _FOR_EVER_DAYS))
 
     def unreached() -> list[Content]:
         """On the log as it is: folders there that no state which is kept holds."""
@@ -162,15 +165,19 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
             )
         ]
 
+    def is_swept(content: Content) -> bool:
+        return content[2] < store.log.generation(*content[:2])
+
     def say() -> dict[str, Any] | None:
-        fresh = [each for each in unreached() if each[2] == store.log.generation(*each[:2])]
+        fresh = [each for each in unreached() if not is_swept(each)][:_AT_ONCE]
         return {"sweeps": [list(each) for each in fresh]} if fresh else None
 
-    if dry_run:
-        store.head()
-    else:
-        append(store.medium, store.log, say)
-    going = unreached()
+    store.head()
+    if not dry_run:
+        while append(store.medium, store.log, say) is not None:
+            pass
+    # A folder that was put there since is not in a record: its writer may be about to name it.
+    going = [each for each in unreached() if dry_run or is_swept(each)]
     staged = [f"{STAGING}/{name}" for name in store.medium.names(STAGING)]
     left = [name for name in staged if store.medium.touched_s(name) < born_before]
     size = sum(each.size for content in going for each in store.medium.files(folder_of(*content)))

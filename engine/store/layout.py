@@ -59,6 +59,29 @@ def exact_order(log_probs: Array, ids: Array) -> Array:
     return order
 
 
+LARGEST = 1e-2
+"""Nats: a log-prob may be above 0 by as much, from rounding."""
+
+
+def log_prob_fault(values: Array) -> str:
+    """What these say that no log-prob can be, or ''; -inf is one."""
+    highest = float(values.max(initial=-np.inf))
+    return "" if highest <= LARGEST else f"a log-prob of {highest}"
+
+
+def check_lists(lists: IdLists, positions: int, most: int, name: str, remedy: str) -> None:
+    """Refuses lists of ids that are not lists of `positions` rows. Raises StoreError."""
+    check_ids(lists.ids, name, remedy)
+    try:
+        if lists.cnt.shape != (positions,) or lists.cnt.dtype.kind not in "iu":
+            raise ValueError(f"counts of shape {lists.cnt.shape}, not ({positions},)")
+        ragged.check_counts(lists.cnt, len(lists.ids), most)
+    except ValueError as error:
+        raise StoreError(f"{name}: {error}", remedy=remedy) from error
+    if ragged.repeats(lists.ids, lists.cnt):
+        raise StoreError(f"{name}: a row names an id twice", remedy=remedy)
+
+
 def check_ids(ids: Array, name: str, remedy: str) -> None:
     """Refuses ids that uint32 cannot hold, which a cast would silently change: StoreError."""
     fits = len(ids) == 0 or 0 <= int(ids.min()) <= int(ids.max()) < 2**32
@@ -93,18 +116,46 @@ def check(scores: Scores, positions: int, at: IdLists | None) -> None:
                 f"scores.{name} has shape {array.shape}, the rollouts ask for ({length},)",
                 remedy=RESCORE,
             )
+        fault = "" if name in ("cnt", "ids", "mult", "entropy") else log_prob_fault(array)
         if array.dtype.kind == "f" and (np.isnan(array).any() or np.isposinf(array).any()):
-            raise StoreError(f"scores.{name} holds NaN or +inf", remedy=RESCORE)
+            fault = "NaN or +inf"
+        if fault:
+            raise StoreError(f"scores.{name} holds {fault}", remedy=RESCORE)
     if positions and int(scores.cnt.max()) > schema.MAX_K:
         raise StoreError(
             f"a row of {int(scores.cnt.max())} entries, at most {schema.MAX_K} are stored",
             remedy="lower k_max",
         )
-    check_ids(scores.ids, "scores.ids", RESCORE)
-    keys = (ragged.rows(scores.cnt).astype(np.uint64) << np.uint64(32)) | scores.ids.astype("u8")
-    keys.sort()
-    if (keys[1:] == keys[:-1]).any():
-        raise StoreError("a row of the scores names an id twice", remedy=RESCORE)
+    lists = IdLists(cnt=scores.cnt, ids=scores.ids)
+    check_lists(lists, positions, schema.MAX_K, "scores.ids", RESCORE)
+    if scores.mult is not None:
+        check_range(scores.mult, 1, 0xFFFF, "scores.mult", RESCORE)
+
+
+def check_range(values: Array, least: int, most: int, name: str, remedy: str) -> None:
+    """Refuses integers that a cast would change. Raises StoreError."""
+    if values.dtype.kind not in "iu" or (
+        len(values) and not least <= int(values.min()) <= int(values.max()) <= most
+    ):
+        raise StoreError(
+            f"{name} ({values.dtype}) holds other than integers from {least} to {most}",
+            remedy=remedy,
+        )
+
+
+def check_known(known: CachedScores) -> None:
+    """ValueError where decoded scores say what no scorer can have said: what comes from elsewhere
+    has not been through `check`.
+    """
+    for values in (known.lp, known.entropy, known.log_tail, known.s_lp, known.entry_lp):
+        if np.isnan(values).any() or np.isposinf(values).any():
+            raise ValueError("NaN or +inf")
+        fault = "" if values is known.entropy else log_prob_fault(values)
+        if fault:
+            raise ValueError(fault)
+    every = ranked(known)
+    if ragged.repeats(every.ids, every.cnt):
+        raise ValueError("a row names an id twice")
 
 
 def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> dict[str, Array]:
@@ -165,8 +216,7 @@ def decode(
     names the segment).
     """
     cnt = arrays["cnt"]
-    if int(cnt.sum(dtype=np.int64)) != len(arrays["ids"]):
-        raise ValueError("cnt does not add up to the number of entries")
+    ragged.check_counts(cnt, len(arrays["ids"]), schema.MAX_K)
     every: dict[str, Array] = {
         "lp": arrays["t_lp"],
         "entropy": arrays["ent"],

@@ -85,24 +85,24 @@ class Log:
             self._single.append(data)
 
     def _read_bundle(self, first: int) -> bool:
-        """Folds the records of a bundle, if there is one."""
+        """Folds the records of a bundle, if there is a sound one; log/ holds the same."""
         name = bundle_name(first)
-        data = self._medium.read(name, schema.MAX_BUNDLE_BYTES)
-        if data is None:
+        records: list[Record] = []
+        try:
+            data = self._medium.read(name, schema.MAX_BUNDLE_BYTES)
+            lines = (data or b"").splitlines(keepends=True)
+            if len(lines) != 2 * BUNDLE:
+                return False
+            prev = self.prev()
+            for i in range(BUNDLE):
+                line, where = b"".join(lines[2 * i : 2 * i + 2]), self._medium.where(name)
+                records.append(record.parse(line, where, number=first + i, prev=prev))
+                prev = records[-1].sha256
+        except IntegrityError:
+            # Only a copy: `verify` tells of it.
             return False
-        where = self._medium.where(name)
-        lines = data.splitlines(keepends=True)
-        if len(lines) != 2 * BUNDLE:
-            raise IntegrityError(
-                f"{where}: {len(lines)} lines where {2 * BUNDLE} belong",
-                remedy="remove this file: the records in log/ hold the same",
-            )
-        for i in range(BUNDLE):
-            self._fold(
-                record.parse(
-                    b"".join(lines[2 * i : 2 * i + 2]), where, number=first + i, prev=self.prev()
-                )
-            )
+        for each in records:
+            self._fold(each)
         self._single.clear()
         return True
 
@@ -191,6 +191,14 @@ class Log:
     def prev(self) -> str:
         """sha256 that the next record has to follow."""
         return self._sums[-1]
+
+    def sha256(self, number: int) -> str:
+        """Of a record that has been read."""
+        return self._sums[number + 1]
+
+    def added(self, number: int) -> list[Segment]:
+        """The segments that a record added: first of their units, so visible then."""
+        return self._segments[self._ends[number] : self._ends[number + 1]]
 
     def time(self, number: int) -> str:
         """When a record was written, by its writer's clock; ISO 8601."""

@@ -37,8 +37,10 @@ class Medium(Protocol):
     def where(self, name: str) -> str:
         """The path or URL of a name, for messages."""
 
-    def prepare(self, folders: Iterable[str]) -> None:
-        """Makes what a new store needs. StoreError where something else is in the way."""
+    def prepare(self, folders: Iterable[str], file: str) -> None:
+        """Makes what a new store needs. StoreError where something else is in the way; `file`,
+        which the creator makes afterwards, may be there: another was faster.
+        """
 
     def check(self, folders: Iterable[str]) -> None:
         """IntegrityError where a folder of the store is a file or a link, or has no log."""
@@ -95,15 +97,20 @@ SCHEMES = {
 
 def open_medium(url: str | Path) -> Medium:
     """The medium that a path or URL names. Raises StoreError for a scheme that is not known."""
-    scheme, divider, _ = str(url).partition("://")
-    if not divider:
-        scheme = "file"
-    if scheme not in SCHEMES:
+    before, divider, behind = str(url).partition("://")
+    scheme = before.lower() if divider else "file"
+    if isinstance(url, Path) and url.parts[:1] in [(f"{each}:",) for each in SCHEMES]:
         raise StoreError(
-            f"{url}: no store is kept by {scheme!r}",
+            f"a URL of {url.parts[0]}// as a Path, which keeps one of its slashes",
+            remedy="give it as text",
+        )
+    if scheme not in SCHEMES:
+        # The rest is not repeated, for it may hold a secret.
+        raise StoreError(
+            f"no store is kept by {scheme}://",
             remedy=f"give a folder, or a URL that begins with one of: {', '.join(SCHEMES)}",
         )
     module, _, name = SCHEMES[scheme].partition(":")
     kind: Any = getattr(import_module(module), name)
-    medium: Medium = kind(str(url))
+    medium: Medium = kind(f"{scheme}://{behind}" if divider else str(url))
     return medium

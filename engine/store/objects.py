@@ -31,8 +31,8 @@ class Bucket:
     def where(self, name: str) -> str:
         return f"{self.url}/{name}"
 
-    def prepare(self, folders: Iterable[str]) -> None:
-        wanted = set(folders)
+    def prepare(self, folders: Iterable[str], file: str) -> None:
+        wanted = {*folders, file}
         strangers = [name for name in self.names("") if name not in wanted]
         if strangers:
             raise StoreError(

@@ -25,20 +25,17 @@ _TRIES = 50
 """Refusals in a row by a medium that then shows nothing."""
 
 
-def append(medium: Medium, log: Log, say: Callable[[], Mapping[str, Any] | None]) -> None:
-    """Publishes what `say` wants to say of the log as it then is, until it has nothing to say.
+def append(medium: Medium, log: Log, say: Callable[[], Mapping[str, Any] | None]) -> int | None:
+    """Publishes what `say` wants to say of the log as it then is; the record's number, or None.
 
-    `say` gives `adds`, `retires`, `sweeps` or `tags` of a record, or None. It is asked again after
-    every record, our own among them: so a record that was overtaken is decided anew, and one whose
-    answer was lost is recognised and not doubled.
+    `say` gives `adds`, `retires`, `sweeps` or `tags` of a record, or None for nothing to say. It is
+    asked again when another writer was faster, so every record is decided on the state that it
+    follows. A record whose answer was lost is recognised by its digest, and not doubled.
     """
     writer = {"host": socket.gethostname(), "pid": os.getpid(), "versions": _versions()}
     ticket, refused = uuid.uuid4().hex, 0
-    while True:
-        log.refresh()
-        content = _said(log, say)
-        if content is None:
-            break
+    log.refresh()
+    while (content := _said(log, say)) is not None:
         number = len(log)
         body = {
             "n": number,
@@ -59,21 +56,24 @@ def append(medium: Medium, log: Log, say: Callable[[], Mapping[str, Any] | None]
         if len(data) > schema.MAX_RECORD_BYTES:
             raise StoreError(
                 f"a log record of {len(data)} bytes, at most {schema.MAX_RECORD_BYTES}",
-                remedy="put less into the unit's lineage",
+                remedy="put less into one record: into a unit's lineage, or retire in parts",
             )
         # What the reader would refuse is not published.
-        record.parse(data, log.where(number), number=number, prev=log.prev())
-        if not medium.create(f"log/{record.file_name(number)}", data):
-            log.refresh()
-            refused = refused + 1 if len(log) == number else 0
-            if refused > _TRIES:
-                raise StoreError(
-                    f"{log.where(number)} is refused as taken, and is not there",
-                    remedy="check the file system or the object store, then run the same again",
-                )
-    # Our own record, or another's; durable before it is acknowledged.
+        ours = record.parse(data, log.where(number), number=number, prev=log.prev())
+        medium.create(f"log/{record.file_name(number)}", data)
+        log.refresh()
+        if len(log) > number and log.sha256(number) == ours.sha256:
+            break
+        refused = refused + 1 if len(log) == number else 0
+        if refused > _TRIES:
+            raise StoreError(
+                f"{log.where(number)} is refused as taken, and is not there",
+                remedy="check the file system or the object store, then run the same again",
+            )
+    # Our own record, or the one that left nothing to say; durable before it is acknowledged.
     medium.settle("log")
     log.write_bundles()
+    return None if content is None else number
 
 
 def _said(log: Log, say: Callable[[], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:

@@ -21,6 +21,28 @@ def starts(cnt: Array) -> Array:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(cnt, dtype=np.int64)])
 
 
+def check_offsets(off: Array, total: int) -> None:
+    """ValueError where offsets do not cut `total` entries into rows."""
+    # Not by differences, which wrap around.
+    if len(off) == 0 or off[0] != 0 or off[-1] != total or (off[1:] < off[:-1]).any():
+        raise ValueError(f"offsets that do not divide {total} entries")
+
+
+def check_counts(cnt: Array, total: int, most: int) -> None:
+    """ValueError where rows of `cnt` entries are not `total` together, or one is above `most`."""
+    if int(cnt.sum(dtype=np.int64)) != total:
+        raise ValueError(f"counts that do not add up to {total} entries")
+    if int(cnt.max(initial=0)) > most:
+        raise ValueError(f"a row of {int(cnt.max())} entries, at most {most} are stored")
+
+
+def repeats(ids: Array, cnt: Array) -> bool:
+    """Whether a row names an id twice."""
+    keys = (rows(cnt).astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
+    keys.sort()
+    return bool((keys[1:] == keys[:-1]).any())
+
+
 def rows(cnt: Array) -> Array:
     """[P] counts -> the row of each entry, int64."""
     return np.repeat(np.arange(len(cnt), dtype=np.int64), cnt)
@@ -70,12 +92,15 @@ def place(b: Array, b_cnt: Array) -> Array:
     for first in range(0, len(b_cnt), _BLOCK):
         part = slice(first, min(first + _BLOCK, len(b_cnt)))
         of_b = slice(int(b_start[part.start]), int(b_start[part.stop]))
-        # Padding is less than nothing.
-        wide, valid = matrix(b[of_b], b_cnt[part], np.iinfo(b.dtype).max)
+        wide, valid = matrix(b[of_b], b_cnt[part], 0)
+        if not valid.all():
+            # One long row would make all others as long.
+            out[of_b] = above(b[of_b], b_cnt[part], b[of_b], b_cnt[part])
+            continue
         found = np.zeros(wide.shape, np.uint8 if wide.shape[1] < 256 else np.uint16)
         for column in range(wide.shape[1]):
             found += wide[:, column : column + 1] < wide
-        out[of_b] = found.reshape(-1) if valid.all() else found[valid]
+        out[of_b] = found.reshape(-1)
     return out
 
 

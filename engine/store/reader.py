@@ -1,9 +1,11 @@
 """Pinning and reading: what a pin holds, as rollouts and as scores."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import logitcask.engine.store.codecs as codecs
 import logitcask.engine.store.layout as layout
+import logitcask.engine.store.ragged as ragged
 import logitcask.engine.store.rollouts as rollouts
 import logitcask.engine.store.root as root
 import logitcask.engine.store.schema as schema
@@ -62,18 +64,19 @@ class Reader:
 
     def read_rollouts(self, which: Segment) -> Rollouts:
         """A whole rollout segment. Raises IntegrityError naming what is not as committed."""
-        arrays = self._arrays(which)
+        arrays = self.read_arrays(which)
         try:
-            found = rollouts.decode(arrays, codecs.profile(which.profile))
+            found = rollouts.decode(arrays, codecs.profile(which.profile), which.seg_id)
         except (ValueError, KeyError, TypeError) as error:
             raise self._contradiction(which, error) from error
         if segments.token_digest(found.tokens, found.seq_off) != which.token_digest:
             raise self._contradiction(which, ValueError("tokens are not those of the record"))
         return found
 
-    def check_arrays(self, which: Segment, arrays: dict[str, Array]) -> None:
-        """IntegrityError where the decoded arrays of a segment that is not committed yet contradict
-        each other, their tokens, or what they add to.
+    def check_arrays(self, which: Segment, arrays: dict[str, Array], before: Chain) -> None:
+        """Looks at the decoded arrays of a segment as a commit does. Raises IntegrityError where
+        they contradict each other, their tokens or what they add to, which is `before`, or say what
+        no model can have said.
         """
         profile = codecs.profile(which.profile)
         try:
@@ -82,19 +85,33 @@ class Reader:
                 if segments.token_digest(found.tokens, found.seq_off) != which.token_digest:
                     raise ValueError("tokens are not those of the record")
             elif which.widens:
-                widen.decode(
-                    self.read_scores(self.log.chain(which.name, which.base)), arrays, profile
-                )
+                layout.check_known(widen.decode(self.read_scores(before), arrays, profile))
             else:
-                layout.decode(arrays, profile, self._lists_of(which, None))
+                layout.check_known(layout.decode(arrays, profile, self._lists_of(which, None)))
         except (ValueError, KeyError, TypeError) as error:
             raise self._contradiction(which, error) from error
 
+    def read_files(self, which: Segment) -> dict[str, bytes]:
+        """The files of a segment, relative name -> bytes, as committed. Raises IntegrityError,
+        StoreError where gc has removed it.
+        """
+        with self._unless_swept(which):
+            return segments.read_files(self.medium, which.folder, which.files, which.files)
+
+    def read_arrays(self, which: Segment, names: Collection[str] | None = None) -> dict[str, Array]:
+        """All arrays of a segment, or those named; raises as `read_files` does."""
+        with self._unless_swept(which):
+            return segments.read(self.medium, which, names)
+
+    def is_swept(self, which: Segment) -> bool:
+        """Whether gc has removed a segment, as far as the log has been read."""
+        return which.generation < self.log.generation(which.kind, which.seg_id)
+
     def read_extent(self, which: Segment) -> rollouts.Extent:
         """The lengths of a rollout segment, of whose files only those few are read and checked."""
-        arrays = self._arrays(which, rollouts.EXTENT)
+        arrays = self.read_arrays(which, rollouts.EXTENT)
         try:
-            return rollouts.extent(arrays)
+            return rollouts.extent(arrays, which.counts)
         except (ValueError, KeyError, TypeError) as error:
             raise self._contradiction(which, error) from error
 
@@ -108,9 +125,9 @@ class Reader:
         student = self._lists_of(first, base)
         which = first
         try:
-            known = layout.decode(self._arrays(first), codecs.profile(first.profile), student)
+            known = layout.decode(self.read_arrays(first), codecs.profile(first.profile), student)
             for which in chain[1:]:
-                known = widen.decode(known, self._arrays(which), codecs.profile(which.profile))
+                known = widen.decode(known, self.read_arrays(which), codecs.profile(which.profile))
         except ValueError as error:
             raise self._contradiction(which, error) from error
         if first.layout == schema.WHOLE and student is not None:
@@ -120,11 +137,11 @@ class Reader:
     def _lists_of(self, which: Segment, base: Rollouts | None) -> IdLists | None:
         """The student's lists that scores are of."""
         if base is not None:
-            if segments.token_digest(base.tokens, base.seq_off) != which.token_digest:
-                raise IntegrityError(
-                    f"{self.medium.where(which.folder)}: scores of other tokens than those of "
-                    f"{which.base}",
-                    remedy=f"give the rollouts of segment {which.base}",
+            if base.segment != which.base:
+                raise StoreError(
+                    f"{self.medium.where(which.folder)}: scores of rollouts {which.base}, not of "
+                    f"{base.segment or 'rollouts that are in no store'}",
+                    remedy="give the rollouts that were scored, as read from their segment",
                 )
             student = base.student
             return None if student is None else IdLists(cnt=student.cnt, ids=student.ids)
@@ -141,15 +158,21 @@ class Reader:
     def _student_lists(self, base: Segment) -> IdLists | None:
         if base.layout != schema.STUDENT:
             return None
-        lists = self._arrays(base, ("s_cnt", "s_ids"))
+        lists = self.read_arrays(base, ("s_cnt", "s_ids"))
+        try:
+            ragged.check_counts(lists["s_cnt"], len(lists["s_ids"]), schema.MAX_K)
+        except ValueError as error:
+            raise self._contradiction(base, error) from error
         return IdLists(cnt=lists["s_cnt"], ids=lists["s_ids"])
 
-    def _arrays(self, which: Segment, names: Collection[str] | None = None) -> dict[str, Array]:
+    @contextmanager
+    def _unless_swept(self, which: Segment) -> Iterator[None]:
+        """Tells damage from what gc has removed meanwhile."""
         try:
-            return segments.read(self.medium, which, names)
+            yield
         except IntegrityError as error:
             self.log.refresh()
-            if self.log.generation(which.kind, which.seg_id) == which.generation:
+            if not self.is_swept(which):
                 raise
             raise StoreError(
                 f"{self.medium.where(which.folder)} was retired, and gc has removed it",

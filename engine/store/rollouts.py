@@ -1,13 +1,16 @@
 """Rollouts <-> the arrays of a rollout segment: prompts once, sequences and positions flat."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 import logitcask.engine.store.codecs as codecs
 import logitcask.engine.store.layout as layout
 import logitcask.engine.store.ragged as ragged
+import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import StoreError
 from logitcask.engine.identity import canonical
 from logitcask.engine.types import Array, Prompt, Rollouts, Scores
@@ -32,17 +35,23 @@ def check(rollouts: Rollouts) -> None:
         shape = getattr(rollouts, name).shape
         if shape != (length,):
             raise StoreError(f"rollouts.{name} has shape {shape}, not ({length},)", remedy=_FAULT)
-    off = rollouts.seq_off
-    if off[0] != 0 or off[-1] != positions or (np.diff(off) < 0).any():
-        raise StoreError(
-            f"rollouts.seq_off does not divide {positions} positions into sequences", remedy=_FAULT
-        )
-    if sequences and int(rollouts.seq_prompt.max()) >= len(rollouts.prompts):
-        highest, prompts = int(rollouts.seq_prompt.max()), len(rollouts.prompts)
-        raise StoreError(f"a sequence belongs to prompt {highest} of {prompts}", remedy=_FAULT)
+    try:
+        ragged.check_offsets(rollouts.seq_off, positions)
+    except ValueError as error:
+        raise StoreError(f"rollouts.seq_off: {error}", remedy=_FAULT) from error
+    for name, most in (
+        ("seq_prompt", len(rollouts.prompts) - 1),
+        ("loss_mask", 1),
+        ("finish", 0xFFFF),
+        ("version_start", 2**63 - 1),
+        ("version_end", 2**63 - 1),
+    ):
+        layout.check_range(getattr(rollouts, name), 0, most, f"rollouts.{name}", _FAULT)
     layout.check_ids(rollouts.tokens, "rollouts.tokens", _FAULT)
-    if np.isnan(rollouts.b_lp).any():
-        raise StoreError("rollouts.b_lp holds NaN", remedy=_FAULT)
+    for prompt in rollouts.prompts:
+        _check_prompt(prompt)
+    if np.isnan(rollouts.b_lp).any() or (fault := layout.log_prob_fault(rollouts.b_lp)):
+        raise StoreError(f"rollouts.b_lp holds {fault or 'NaN'}", remedy=_FAULT)
     if rollouts.student is not None:
         if rollouts.student.at_lp is not None or rollouts.student.mult is not None:
             raise StoreError(
@@ -53,17 +62,36 @@ def check(rollouts: Rollouts) -> None:
         layout.check(rollouts.student, positions, None)
 
 
+def _check_prompt(prompt: Prompt) -> None:
+    ids = prompt.token_ids
+    if not all(type(each) is int and 0 <= each < 2**32 for each in ids):
+        raise StoreError(f"prompt {prompt.id!r} holds what is no token id", remedy=_FAULT)
+    texts = (prompt.id, "" if prompt.answer is None else prompt.answer)
+    if not all(isinstance(each, str) for each in texts) or not isinstance(prompt.extra, Mapping):
+        raise StoreError(
+            f"prompt {prompt.id!r}: an id or an answer that is no text, or extra keys that are no "
+            "object",
+            remedy="correct the prompts file, which says so of each line",
+        )
+
+
 def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
     """Arrays of a rollout segment; `check` has passed. Raises StoreError: prompts beyond JSON."""
     prompts = rollouts.prompts
     told = [{"id": p.id, "answer": p.answer, "extra": dict(p.extra)} for p in prompts]
     try:
         text = canonical(told)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(
             f"the extra keys of a prompt are not JSON ({error})",
             remedy="use strings, finite numbers, lists and objects in the prompts file",
         ) from error
+    if _values(text) > schema.MAX_JSON_VALUES:
+        raise StoreError(
+            f"the prompts of a unit describe {_values(text)} values, at most "
+            f"{schema.MAX_JSON_VALUES}",
+            remedy="lower --unit-prompts, or shorten what the prompts file says beside the prompt",
+        )
     ids = [np.asarray(p.token_ids, np.uint32) for p in prompts]
     lengths = np.asarray([len(x) for x in ids], np.int64)
     arrays = {
@@ -109,32 +137,51 @@ class Extent:
     """[N] response tokens."""
 
 
-def extent(arrays: dict[str, Array]) -> Extent:
-    """From the arrays EXTENT. Raises ValueError where they contradict each other."""
-    told = json.loads(arrays["prompt_json"].tobytes())
-    prompt, response = np.diff(arrays["prompt_off"]), np.diff(arrays["seq_off"])
+def extent(arrays: dict[str, Array], counts: Mapping[str, int]) -> Extent:
+    """From the arrays EXTENT and the counts of the record.
+
+    Raises ValueError where they contradict each other.
+    """
+    told = _told(arrays, counts["T"])
+    ragged.check_offsets(arrays["seq_off"], counts["P"])
     seq_prompt = arrays["seq_prompt"].astype(np.int64)
-    if len(told) != len(prompt) or (len(seq_prompt) and seq_prompt.max() >= len(told)):
+    if len(seq_prompt) and seq_prompt.max() >= len(told):
         raise ValueError("prompts and sequences do not fit together")
-    if (prompt < 0).any() or (response < 0).any():
-        raise ValueError("offsets that descend")
     return Extent(
-        prompt_ids=tuple(each["id"] for each in told),
-        prompt=prompt,
+        prompt_ids=tuple(str(each["id"]) for each in told),
+        prompt=np.diff(arrays["prompt_off"]),
         seq_prompt=seq_prompt,
-        response=response,
+        response=np.diff(arrays["seq_off"]),
     )
 
 
-def decode(arrays: dict[str, Array], profile: codecs.Profile) -> Rollouts:
-    """The inverse of `encode`, entry log-probs widened to float32.
+def _told(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[str, Any]]:
+    """What prompt_json says of each prompt; the offsets of their tokens are sound then."""
+    text = arrays["prompt_json"].tobytes()
+    if (values := _values(text)) > schema.MAX_JSON_VALUES:
+        raise ValueError(f"prompt_json of {values} values, at most {schema.MAX_JSON_VALUES}")
+    try:
+        told = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("prompt_json is nested too deeply") from error
+    off = arrays["prompt_off"]
+    if not isinstance(told, list) or len(told) != len(off) - 1:
+        raise ValueError(f"prompt_json does not describe {len(off) - 1} prompts")
+    ragged.check_offsets(off, prompt_tokens)
+    return told
+
+
+def _values(text: bytes) -> int:
+    """At least as many values as JSON text can hold."""
+    return sum(text.count(mark) for mark in (b",", b"[", b"{")) + 1
+
+
+def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "") -> Rollouts:
+    """The inverse of `encode`, entry log-probs widened to float32; `segment` is where they lie.
 
     Raises ValueError where the arrays contradict each other (the caller names the segment).
     """
-    told = json.loads(arrays["prompt_json"].tobytes())
-    off = arrays["prompt_off"]
-    if len(told) != len(off) - 1:
-        raise ValueError(f"{len(told)} prompts are described, {len(off) - 1} have tokens")
+    told, off = _told(arrays, len(arrays["prompt_tokens"])), arrays["prompt_off"]
     prompts = tuple(
         Prompt(
             id=each["id"],
@@ -146,8 +193,7 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile) -> Rollouts:
     )
     student = None
     if "s_lp" in arrays:
-        if int(arrays["s_cnt"].sum(dtype=np.int64)) != len(arrays["s_ids"]):
-            raise ValueError("s_cnt does not add up to the number of entries")
+        ragged.check_counts(arrays["s_cnt"], len(arrays["s_ids"]), schema.MAX_K)
         student = Scores(
             lp=arrays["s_lp"],
             entropy=arrays["s_ent"],
@@ -167,6 +213,7 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile) -> Rollouts:
         version_start=arrays["version_start"],
         version_end=arrays["version_end"],
         student=student,
+        segment=segment,
     )
     try:
         check(rollouts)

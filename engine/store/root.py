@@ -63,7 +63,7 @@ def create(medium: Medium) -> Identity:
 
     Raises StoreError where other things are in the way, or where two writers could both win.
     """
-    medium.prepare(FOLDERS)
+    medium.prepare(FOLDERS, _NAME)
     _probe(medium)
     body = {
         "format": schema.FORMAT,

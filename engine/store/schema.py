@@ -36,7 +36,7 @@ MAX_COUNT = {
     "N": 1 << 26,
     "P": 1 << 26,
     "T": 1 << 28,
-    "J": 1 << 28,
+    "J": 1 << 26,
     "E": 1 << 30,
     "S": 1 << 30,
 }
@@ -44,7 +44,11 @@ MAX_COUNT = {
 MAX_SEGMENT_BYTES = 2 << 30
 """All arrays of a segment, decoded. A few bytes on a disk can ask for gigabytes."""
 MAX_K = 4096
-"""Entries of one row; with it, ranks of a row fit uint16."""
+"""Entries of one row in one segment ..."""
+MAX_ROW = 4 * MAX_K
+"""... and in all of a teacher's segments on some rollouts: ranks of a row fit uint16."""
+MAX_JSON_VALUES = 1 << 22
+"""Lists, objects and their members in prompt_json: three bytes of text can ask for a hundred."""
 MAX_RECORD_BYTES = 8 << 20
 MAX_BUNDLE_BYTES = 64 << 20
 MAX_FORMAT_BYTES = 4096

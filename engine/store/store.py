@@ -109,15 +109,21 @@ class Store(Reader):
                 remedy="score the rollouts of this store",
             )
         chain, positions = self.log.chain(name, found.seg_id), found.counts["P"]
+        if not chain and at is not None:
+            raise StoreError(
+                f"teacher {name!r} has no scores of rollouts {found.seg_id} that these add to",
+                remedy="they may have been retired meanwhile; run the same command again",
+            )
         if not chain:
             student = self._student_lists(found)
             layout.check(scores, positions, student)
             arrays = layout.encode(scores, codecs.profile(profile), student)
             which = schema.ONCE if "t_at_s" in arrays else which
-        elif at is None or scores.at_lp is None:
+        elif at is None or scores.at_lp is None or scores.mult is not None:
             raise StoreError(
                 f"teacher {name!r} has scores of rollouts {found.seg_id} already",
-                remedy="ask it at what is known of them to widen these, or use another name",
+                remedy="ask it at what is known of them to widen these, or use another name; drawn "
+                "ids are not added to",
             )
         else:
             layout.check(scores, positions, at)

@@ -46,7 +46,7 @@ def pack(
     written = []
     for done, each in enumerate(visible):
         progress("pack", done, len(visible))
-        contents = segments.read_files(store.medium, each.folder, each.files, each.files)
+        contents = store.read_files(each)
         target = folder / f"{each.kind}-{each.seg_id}.zip"
         temporary = target.with_name(f".{uuid.uuid4().hex}")
         try:
@@ -101,7 +101,7 @@ def merge(store: Store, other: Store, *, progress: Progress = silent) -> Brought
         elif store.log.winner(each.unit_key) is not None:
             count = replace(count, there=count.there + 1)
         else:
-            contents = segments.read_files(other.medium, each.folder, each.files, each.files)
+            contents = other.read_files(each)
             count = _bring(store, each, contents, count)
     progress("merge", len(visible), len(visible))
     return count
@@ -128,7 +128,8 @@ def _bring(store: Store, told: Segment, contents: Mapping[str, bytes], count: Br
         counts=told.counts,
         names=list(schema.specs(told.layout)),
     )
-    store.check_arrays(told, arrays)
+    before = store.log.chain(told.name, told.base) if told.widens else ()
+    store.check_arrays(told, arrays, before)
     publish_segment(store.medium, store.log, contents, replace(told, number=-1))
     return replace(count, added=count.added + 1)
 

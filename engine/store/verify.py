@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import logitcask.engine.store.log as log
 import logitcask.engine.store.record as record
 import logitcask.engine.store.schema as schema
-import logitcask.engine.store.segment as segments
-from logitcask.engine.errors import IntegrityError
+from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.medium import STAGING
 from logitcask.engine.store.pin import Chain
 from logitcask.engine.store.segment import Segment
@@ -40,16 +39,20 @@ def verify(store: Store, *, deep: bool = False, progress: Progress = silent) -> 
     chains: dict[tuple[str, str, str], Chain] = {}
     every = store.log.standing()
     standing = {each.folder: each for each in every}
-    for done, each in enumerate(every if deep else standing.values()):
+    for done, each in enumerate(every if deep else list(standing.values())):
         progress("verify", done, len(every))
-        if not deep:
-            segments.read_files(store.medium, each.folder, each.files, each.files)
-        elif each.kind == schema.ROLLOUT:
-            store.read_rollouts(each)
-        else:
-            before = chains[each.name, each.base, each.widens] if each.widens else ()
-            chains[each.name, each.base, each.seg_id] = (*before, each)
-            store.read_scores((*before, each))
+        try:
+            if deep:
+                before = chains[each.name, each.base, each.widens] if each.widens else ()
+                chains[each.name, each.base, each.seg_id] = (*before, each)
+                store.check_arrays(each, store.read_arrays(each), before)
+            else:
+                store.read_files(each)
+        except StoreError:
+            if not store.is_swept(each):
+                raise
+            # gc is at work meanwhile.
+            standing.pop(each.folder, None)
     progress("verify", len(every), len(every))
     records = list(_records(store, pin.number))
     return Report(
@@ -69,7 +72,7 @@ def _records(store: Store, last: int) -> Iterator[int]:
         name = f"log/{record.file_name(number)}"
         data = store.medium.read(name, schema.MAX_RECORD_BYTES)
         where = store.medium.where(name)
-        if data is None or record.unseal(data, where)[1] != store.pin(number).sha256:
+        if data is None or record.unseal(data, where)[1] != store.log.sha256(number):
             raise IntegrityError(f"{where}: missing, or another record", remedy=record.BROKEN)
         yield len(data)
         together.append(data)

@@ -108,7 +108,6 @@ def rows(
     segment, index = _locate(pin, name, sequence)
     data = store.read_rollouts(segment)
     student = data.student
-    assert student is not None, "a committed rollout unit holds the student's scores"
     scored = None
     if teachers := pin.names("score"):
         found = pin.scores(choose(teachers, teacher, what="teacher")).get(segment.seg_id)
@@ -119,12 +118,12 @@ def rows(
     start, end = int(data.seq_off[index]), int(data.seq_off[index + 1])
     table = []
     for r in range(start, end):
-        row: dict[str, Any] = {
-            "row": r - start,
-            "token": int(data.tokens[r]),
-            "student_lp": float(student.lp[r]),
-            "student_entropy": float(student.entropy[r]),
-        }
+        row: dict[str, Any] = {"row": r - start, "token": int(data.tokens[r])}
+        if student is not None:
+            row |= {
+                "student_lp": float(student.lp[r]),
+                "student_entropy": float(student.entropy[r]),
+            }
         if scored is not None:
             shown = range(first[r], min(first[r] + top, first[r + 1]))
             row |= {

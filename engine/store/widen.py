@@ -1,6 +1,6 @@
 """More of the same teacher on the same rollouts: what a second scoring adds to the first.
 
-A larger k_max, or other ids (draws, a later student's top-k): layout `wider` stores the entries
+A larger k_max, or other ids (a later student's top-k, say): layout `wider` stores the entries
 that the segments before it lack, and how they fall in with those. Let U be what is known of a row,
 in its order, and X what is new, in the new order. X is stored in that order; the reader needs for
 each of X how many of U stand before it:
@@ -22,8 +22,16 @@ import numpy as np
 
 import logitcask.engine.store.codecs as codecs
 import logitcask.engine.store.ragged as ragged
+import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import IdentityError, StoreError
-from logitcask.engine.store.layout import RESCORE, Ranked, exact_order, ranked, stored_order
+from logitcask.engine.store.layout import (
+    RESCORE,
+    Ranked,
+    check_lists,
+    exact_order,
+    ranked,
+    stored_order,
+)
 from logitcask.engine.types import Array, CachedScores, IdLists, Scores
 
 NOISE = {"float32": 1e-3}
@@ -31,7 +39,7 @@ NOISE = {"float32": 1e-3}
 COARSE_NOISE = 0.25
 """... and in any other dtype."""
 UNLIKELY = -30.0
-"""Log-probs below are not compared."""
+"""Log-probs below count as this."""
 
 
 def ask_at(known: CachedScores, more: IdLists | None = None) -> IdLists:
@@ -62,9 +70,10 @@ def encode(
 
     noise: nats by which a log-prob may have moved since; rounding: of the profile in which the
     known ones are stored. Raises IdentityError for numbers that moved further, StoreError where
-    `at` lacks a known id.
+    `at` lacks a known id, or a row becomes too long.
     """
     assert scores.at_lp is not None, "a widening asks at what is known"
+    check_lists(at, len(known.cnt), schema.MAX_ROW, "the ids asked at", RESCORE)
     u = ranked(known)
     at_cnt, at_ids = at.cnt, at.ids.astype(np.uint32)
     l_cnt, l_ids = scores.cnt.astype(np.uint16), scores.ids.astype(np.uint32)
@@ -98,6 +107,13 @@ def encode(
 
     exact = together(scores.entry_lp[x_added], scores.at_lp[x_rest][best_first])
     cnt, lp = added_cnt + rest_cnt, codecs.to_entry(exact, profile)
+    longest = int((u.cnt + cnt).max(initial=0))
+    if longest > schema.MAX_ROW or int(cnt.max(initial=0)) > schema.MAX_K:
+        raise StoreError(
+            f"a row of {longest} known ids, at most {schema.MAX_ROW}, {schema.MAX_K} of them at a "
+            "time",
+            remedy="ask at fewer ids, or give these scores a name of their own",
+        )
     return {
         "log_tail": scores.log_tail.astype(np.float32),
         "kept": known.kept + u_added_cnt + added_cnt,
@@ -111,9 +127,12 @@ def encode(
 def decode(known: CachedScores, arrays: dict[str, Array], profile: codecs.Profile) -> CachedScores:
     """`known` widened by the arrays of a `wider` segment. ValueError where they do not fit."""
     cnt, ids = arrays["cnt"], arrays["ids"]
-    if len(cnt) != len(known.cnt) or int(cnt.sum(dtype=np.int64)) != len(ids):
-        raise ValueError("cnt does not add up to the number of entries")
+    if len(cnt) != len(known.cnt):
+        raise ValueError(f"{len(cnt)} rows widen {len(known.cnt)}")
+    ragged.check_counts(cnt, len(ids), schema.MAX_K)
     u = ranked(known)
+    if int((u.cnt + cnt).max(initial=0)) > schema.MAX_ROW:
+        raise ValueError(f"a row of more than {schema.MAX_ROW} known ids")
     if (arrays["kept"] > u.cnt + cnt).any():
         raise ValueError("more entries are kept than there are")
     implied = _implied(u, arrays["lp"], cnt, profile)
@@ -139,8 +158,7 @@ def decode(known: CachedScores, arrays: dict[str, Array], profile: codecs.Profil
 
 
 def _check_agrees(u: Ranked, again: Array, noise: float, rounding: float) -> None:
-    compared = (u.lp > UNLIKELY) & np.isfinite(again)
-    apart = np.where(compared, np.abs(np.where(compared, again, 0) - u.lp.clip(UNLIKELY)), 0.0)
+    apart = np.abs(again.clip(UNLIKELY) - u.lp.clip(UNLIKELY))
     allowed = noise + 2 * rounding * np.abs(u.lp.clip(UNLIKELY))
     if (apart > allowed).any():
         worst = int(np.argmax(apart - allowed))

@@ -187,6 +187,10 @@ def test_ids_are_drawn_from_the_teachers_law(store: Path, teacher: ModelRef, sco
             assert (np.abs(share - q) < 4.5 * np.sqrt(q * (1 - q) / DRAWN.draws) + 0.006).all()
             outside = np.setdiff1d(np.arange(99), ids)
             np.testing.assert_allclose(np.exp(known.log_tail[r]), q[outside].sum(), atol=1e-5)
+    # Other draws are scores of their own; said before a teacher is asked.
+    other = replace(DRAWN, seed=4)
+    with pytest.raises(IdentityError, match="holds draws of these rollouts of another"):
+        run(store, teacher, Dies(scorer, 0), teacher_name="drawn", request=other)
     again = scorer.score(rollouts, DRAWN)
     assert np.array_equal(again.ids, known.ids), "the seed and the tokens decide"
     assert not np.array_equal(scorer.score(rollouts, replace(DRAWN, seed=4)).ids, known.ids)

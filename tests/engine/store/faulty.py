@@ -17,7 +17,6 @@ from typing import Any
 
 CALLS = (
     "mkdir",
-    "makedirs",
     "open",
     "write",
     "read",

@@ -48,15 +48,15 @@ def make_rollouts(seed: int, *, sequences: int = 6, student: bool = True) -> Rol
     if student:
         cnt = rng.integers(0, 6, rows).astype(np.uint16)
         ids, lp = ragged(rng, cnt, 50, 4)
-        lp_row, entropy, tail = rng.normal(-3, 1, (3, rows)).astype(np.float32)
-        scores = Scores(lp=lp_row, entropy=entropy, log_tail=tail, cnt=cnt, ids=ids, entry_lp=lp)
+        lp_row, entropy, tail = -np.abs(rng.normal(-3, 1, (3, rows))).astype(np.float32)
+        scores = Scores(lp=lp_row, entropy=-entropy, log_tail=tail, cnt=cnt, ids=ids, entry_lp=lp)
     return Rollouts(
         prompts=prompts,
         seq_prompt=rng.integers(0, len(prompts), sequences).astype(np.uint32),
         seq_off=off,
         tokens=rng.integers(0, 50, rows).astype(np.uint32),
         loss_mask=rng.integers(0, 2, rows).astype(np.uint16),
-        b_lp=rng.normal(-2, 1, rows).astype(np.float32),
+        b_lp=-np.abs(rng.normal(-2, 1, rows)).astype(np.float32),
         finish=rng.choice([STOP, LENGTH], sequences).astype(np.uint16),
         version_start=rng.integers(0, 5, sequences).astype(np.int64),
         version_end=rng.integers(5, 9, sequences).astype(np.int64),
@@ -68,11 +68,11 @@ def make_scores(seed: int, rollouts: Rollouts) -> Scores:
     """A teacher whose list is part of the student's, with its values at the student's ids."""
     rng = np.random.default_rng(seed)
     rows = rollouts.positions
-    lp_row, entropy, tail = rng.normal(-3, 1, (3, rows)).astype(np.float32)
+    lp_row, entropy, tail = -np.abs(rng.normal(-3, 1, (3, rows))).astype(np.float32)
     if rollouts.student is None:
         cnt = rng.integers(0, 6, rows).astype(np.uint16)
         ids, lp = ragged(rng, cnt, 50, 4)
-        return Scores(lp=lp_row, entropy=entropy, log_tail=tail, cnt=cnt, ids=ids, entry_lp=lp)
+        return Scores(lp=lp_row, entropy=-entropy, log_tail=tail, cnt=cnt, ids=ids, entry_lp=lp)
     ends = np.cumsum(rollouts.student.cnt, dtype=np.int64)
     cnt, kept_ids, kept_lp, at = [], [], [], []
     for end, k in zip(ends, rollouts.student.cnt, strict=True):
@@ -86,7 +86,7 @@ def make_scores(seed: int, rollouts: Rollouts) -> Scores:
     none = np.zeros(0, np.float32)
     return Scores(
         lp=lp_row,
-        entropy=entropy,
+        entropy=-entropy,
         log_tail=tail,
         cnt=np.asarray(cnt, np.uint16),
         ids=np.concatenate([none.astype(np.uint32), *kept_ids]),

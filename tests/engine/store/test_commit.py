@@ -13,11 +13,13 @@ import zarr
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.codecs import PROFILES, Profile, from_entry, profile, to_entry
+from logitcask.engine.store.keep import retire
 from logitcask.engine.store.layout import kept_lists
+from logitcask.engine.store.medium import Medium
 from logitcask.engine.store.schema import specs
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
-from logitcask.engine.types import CachedScores, Rollouts, Scores
+from logitcask.engine.types import CachedScores, Prompt, Rollouts, Scores
 from tests.engine.store.made import (
     ROLLOUT_LINEAGE,
     SCORE_LINEAGE,
@@ -41,7 +43,7 @@ def rounded(values: np.ndarray, how: Profile) -> np.ndarray:
 def same_rollouts(got: Rollouts, want: Rollouts, how: Profile) -> None:
     assert got.prompts == want.prompts
     for field in fields(Rollouts):
-        if field.name not in ("prompts", "student"):
+        if field.name not in ("prompts", "student", "segment"):
             ours, theirs = getattr(got, field.name), getattr(want, field.name)
             assert ours.dtype == theirs.dtype
             assert np.array_equal(ours, theirs), field.name
@@ -288,6 +290,40 @@ def test_an_answer_that_was_lost_is_not_doubled(
     assert store.head().number == 0
 
 
+def test_a_unit_that_is_retired_at_once_is_not_published_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit was acknowledged, and so was the retirement that came before our next look."""
+    create = store.medium.create
+
+    def then_retired(name: str, data: bytes) -> bool:
+        made = create(name, data)
+        if name.startswith("log/"):
+            monkeypatch.setattr(store.medium, "create", create)
+            retire(again(store), rollouts="main")
+        return made
+
+    monkeypatch.setattr(store.medium, "create", then_retired)
+    held = commit_rollouts(store, 1)
+    assert held.number == 0
+    assert store.head().number == 1
+    assert store.head().segments == ()
+
+
+def test_two_creators_at_once_get_one_store(
+    medium: Medium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, theirs = medium.prepare, []
+
+    def overtaken(folders: object, file: str) -> None:
+        monkeypatch.setattr(medium, "prepare", prepare)
+        theirs.append(open_on(medium, create=True))
+        prepare(folders, file)
+
+    monkeypatch.setattr(medium, "prepare", overtaken)
+    assert open_on(medium, create=True).uuid == theirs[0].uuid
+
+
 def test_a_medium_that_refuses_for_ever_is_an_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,7 +346,7 @@ def test_scores_need_rollouts_of_this_store(store: Store, tmp_path: Path) -> Non
     plain = commit_rollouts(store, 2, student=False)
     with pytest.raises(StoreError, match="no student's list"):
         store.commit_scores(scores, base=plain, **arguments)
-    with pytest.raises(IntegrityError, match="other tokens"):
+    with pytest.raises(StoreError, match="scores of rollouts"):
         store.read_scores((commit_scores(store, base, 1),), base=make_rollouts(2))
 
 
@@ -327,6 +363,16 @@ def test_names_that_are_refused(store: Store, name: str) -> None:
         {"tokens": np.zeros(3, np.uint32)},
         {"seq_prompt": np.full(6, 99, np.uint32)},
         {"b_lp": np.full(27, np.nan, np.float32)},
+        {"b_lp": np.full(27, 5.0, np.float32)},
+        # What a cast would change without a word.
+        {"seq_prompt": np.full(6, -1)},
+        {"finish": np.full(6, 70_000)},
+        {"loss_mask": np.full(27, 0.5)},
+        {"version_start": np.full(6, -1)},
+        {"tokens": np.full(27, -1)},
+        {"prompts": (Prompt(id="a", token_ids=(-1,)),) * 3},
+        {"prompts": (Prompt(id="a", token_ids=(1,), answer=7),) * 3},
+        {"prompts": (Prompt(id="a", token_ids=(1,), extra={"x": {1, 2}}),) * 3},
     ],
 )
 def test_rollouts_that_do_not_fit_are_refused(store: Store, broken: dict[str, object]) -> None:

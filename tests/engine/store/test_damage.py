@@ -356,10 +356,14 @@ def test_what_is_not_a_store(tmp_path: Path) -> None:
         open_store(tmp_path / "notes.txt")
     with pytest.raises(StoreError, match=r"notes\.txt is a file, not a store's folder"):
         open_store(tmp_path / "notes.txt", create=True)
-    with pytest.raises(StoreError, match="no store is kept by 'ftp'") as caught:
+    for odd in (Path("s3://bucket/x"), "file://elsewhere/x"):
+        with pytest.raises(StoreError, match="as a Path|on the host 'elsewhere'"):
+            open_store(odd, create=True)
+    with pytest.raises(StoreError, match="no store is kept by ftp:") as caught:
         open_store("ftp://bucket/cask", create=True)
     assert "s3" in caught.value.remedy
     assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+    assert open_store(f"file://localhost{tmp_path}/a%20b", create=True).url == f"{tmp_path}/a b"
 
 
 @pytest.mark.parametrize(

@@ -198,15 +198,29 @@ def test_creation_can_fail_anywhere_and_be_repeated(
             assert verify(open_store(path)).segments == 1
 
 
-def test_a_disk_without_hard_links_is_refused_at_creation(
+def test_a_new_store_below_new_folders_survives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is acknowledged is durable, and so is every folder that it lies in."""
+    (tmp_path / "graves").mkdir()
+    disk = FaultyOS(0, Crash(), tmp_path / "graves")
+    with failing(disk, monkeypatch):
+        commit_rollouts(open_store(tmp_path / "a" / "b" / "cask", create=True), 1)
+    disk.crash("lost")
+    assert verify(open_store(tmp_path / "a" / "b" / "cask")).segments == 1
+
+
+# Linux answers with the second.
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EPERM])
+def test_a_disk_without_hard_links_is_refused_at_creation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     class NoLinks:
         def __getattr__(self, name: str) -> Any:
             return getattr(os, name)
 
         def link(self, *_: Any) -> None:
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(files, "os", NoLinks())
     with pytest.raises(StoreError, match="cannot publish") as caught:

@@ -1,13 +1,17 @@
 """Tags, retiring and gc, on every medium: what anybody can reach stays, and nothing else does."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import logitcask.engine.store.files as files
 from logitcask.engine.errors import ConfigError, IntegrityError, StoreError
-from logitcask.engine.store import Store, root, widen
+from logitcask.engine.store import Store, keep, open_store, root, widen
+from logitcask.engine.store.files import Folder
 from logitcask.engine.store.keep import gc, retire, tag, untag
+from logitcask.engine.store.publish import append
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
 from tests.engine.store.made import commit_rollouts, commit_scores, key
@@ -257,6 +261,84 @@ def test_a_gc_that_died_after_its_record_is_finished_by_the_next(
     assert verify(store, deep=True).strays == ()
 
 
+def test_what_appears_while_gc_is_at_work_is_left_to_its_writer(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gc removes what its record names; a folder put there since may be named any moment."""
+    commit_rollouts(store, 1)
+    retire(store, rollouts="main")
+    late = f"seg/rollout/{'a' * 32}"
+
+    def then_placed(*arguments: Any) -> Any:
+        number = append(*arguments)
+        if number is None:
+            store.medium.place(late, {"x": b"x"})
+        return number
+
+    monkeypatch.setattr(keep, "append", then_placed)
+    assert sweep(store, lease_hours=-1) == 1
+    assert store.medium.read(f"{late}/x", 1) == b"x"
+
+
+def test_a_stage_is_never_half_removed(disk_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that was away for longer than the lease must not publish what is left of it."""
+    folder = Folder(str(disk_path))
+    stage = disk_path / "staging" / "stage"
+    stage.mkdir(parents=True)
+    (stage / "a").write_bytes(b"x")
+    seen = []
+    remove_tree = files._remove_tree
+    monkeypatch.setattr(
+        files, "_remove_tree", lambda path: (seen.append(stage.exists()), remove_tree(path))
+    )
+    folder.remove("staging/stage")
+    assert seen == [False]
+    assert list((disk_path / "staging").iterdir()) == []
+
+
+def test_retiring_takes_what_was_there_and_nothing_later(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_rollouts(store, 1)
+    create = store.medium.create
+
+    def then_more(name: str, data: bytes) -> bool:
+        made = create(name, data)
+        if name.startswith("log/"):
+            monkeypatch.setattr(store.medium, "create", create)
+            commit_rollouts(open_on(store.medium), 2)
+        return made
+
+    monkeypatch.setattr(store.medium, "create", then_more)
+    assert len(retire(store, rollouts="main")) == 1
+    assert len(store.head().segments) == 1
+
+
+def test_many_sweeps_are_several_records(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keep, "_AT_ONCE", 2)
+    for n in range(5):
+        commit_rollouts(store, n)
+    retire(store, rollouts="main")
+    before = store.head().number
+    assert sweep(store) == 5
+    assert store.head().number == before + 3
+
+
+def test_a_copy_without_its_empty_folders_is_swept(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "cask", create=True)
+    held = commit_rollouts(store, 1)
+    retire(store, rollouts="main")
+    (tmp_path / "cask" / "staging").rmdir()
+    assert sweep(store) == 1
+    assert not (tmp_path / "cask" / held.folder).exists()
+
+
+def test_days_without_end(store: Store) -> None:
+    commit_rollouts(store, 1)
+    retire(store, rollouts="main")
+    assert sweep(store, keep_days=1e9) == 0
+
+
 def test_strange_names_are_left_alone(store: Store) -> None:
     commit_rollouts(store, 1)
     store.medium.place("seg/rollout/notes", {"mine.txt": b"x"})
@@ -333,6 +415,13 @@ def test_a_bundle_that_is_not_the_log_is_found(
                 verify(open_on(store.medium))
         store.medium.remove(name)
         store.medium.create(name, data)
+    # Reading goes on without a bundle that is damaged: the records themselves are there.
+    name = store_bundles(store)[0]
+    store.medium.remove(name)
+    store.medium.create(name, sound[name].replace(b"main", b"niam"))
+    assert open_on(store.medium).head() == store.head()
+    store.medium.remove(name)
+    store.medium.create(name, sound[name])
     # A record that differs from its bundle is found too, though the log is folded from the bundle.
     record = "log/0000000001.json"
     data = store.medium.read(record, 1 << 20)

@@ -131,6 +131,9 @@ def test_no_secret_is_repeated(url: str) -> None:
         "s3://key:canary-secret@bucket/x",
         "s3://canary-secret:x/y",
         "s3:///x",
+        "s3a://key:canary-secret@bucket/x",
+        "https://host/x?sig=canary-secret",
+        "S3://key:canary-secret@bucket/x",
         f"{url}?token=canary-secret",
         f"s3://no-such-bucket-{uuid.uuid4().hex}/x",
     ):

@@ -36,7 +36,7 @@ def rows_of(seed: int, rows: int, vocab: int, levels: int, dead: float) -> tuple
         lists.append(row[mine])
         at.append(lp[mine])
     none = np.zeros(0, np.float32)
-    scalars = rng.normal(-2, 1, (3, rows)).astype(np.float32)
+    scalars = -np.abs(rng.normal(-2, 1, (3, rows))).astype(np.float32)
     scores = Scores(
         lp=scalars[0],
         entropy=scalars[1],

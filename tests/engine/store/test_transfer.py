@@ -4,6 +4,7 @@ import random
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import zarr
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.store import Store, open_store, record, widen
+from logitcask.engine.store.keep import gc, retire
 from logitcask.engine.store.layout import ranked
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.transfer import Brought, merge, pack, unpack
@@ -227,3 +229,29 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot write"):
         pack(store, tmp_path / "file" / "packed")
+
+
+def test_what_gc_has_removed_is_not_called_damage(tmp_path: Path) -> None:
+    store = filled(open_store(tmp_path / "ours", create=True))
+    pin = store.head()
+    retire(store, teacher="teacher")
+    gc(store, keep_days=0, lease_hours=0)
+    with pytest.raises(StoreError, match="was retired, and gc has removed it") as caught:
+        pack(store, tmp_path / "packed", pin=pin)
+    assert not isinstance(caught.value, IntegrityError)
+
+
+def test_verifying_while_gc_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for deep in (False, True):
+        store = filled(open_store(tmp_path / f"ours-{deep}", create=True))
+        read, other = store.medium.read_all, open_store(store.url)
+
+        def meanwhile(limits: Any, store: Any = store, read: Any = read, other: Any = other) -> Any:
+            monkeypatch.setattr(store.medium, "read_all", read)
+            retire(other, teacher="teacher")
+            gc(other, keep_days=0, lease_hours=0)
+            return read(limits)
+
+        monkeypatch.setattr(store.medium, "read_all", meanwhile)
+        before = len(store.head().segments)
+        assert 0 < verify(store, deep=deep).segments < before

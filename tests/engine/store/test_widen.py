@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from logitcask.engine.errors import IdentityError, StoreError
 from logitcask.engine.store import Store, codecs, layout, widen
+from logitcask.engine.store.keep import retire
 from logitcask.engine.store.ragged import starts
 from logitcask.engine.store.verify import verify
 from logitcask.engine.types import Array, CachedScores, IdLists, Scores
@@ -23,7 +24,7 @@ class Teacher:
     def __init__(self, seed: int, rows: int, levels: int) -> None:
         rng = np.random.default_rng(seed)
         # Few levels make ties, and differences that float32 keeps and float16 does not.
-        values = -np.round(rng.exponential(3.0, (rows, VOCAB)) * levels) / levels - 1
+        values = -np.round(rng.exponential(3.0, (rows, VOCAB)) * levels) / levels - 5
         self.lp = (values - rng.integers(0, 3, values.shape) * 1e-5).astype(np.float32)
         self.rng = rng
         ids = np.broadcast_to(np.arange(VOCAB), self.lp.shape)
@@ -55,7 +56,7 @@ class Teacher:
         none = np.zeros(0, np.float32)
         return Scores(
             lp=self.lp[:, 0],
-            entropy=self.lp[:, 1],
+            entropy=-self.lp[:, 1],
             log_tail=np.asarray(tail, np.float32),
             cnt=cnt.astype(np.uint16),
             ids=np.concatenate([none, *chosen]).astype(np.uint32),
@@ -178,6 +179,41 @@ def test_scores_again_without_asking_at_what_is_known_are_refused(store: Store) 
         commit_scores(store, base, 1, scores=teacher.score(20, student))
     with pytest.raises(StoreError, match="not asked at all ids that are known"):
         commit_scores(store, base, 1, scores=teacher.score(20, student), at=student)
+
+
+def test_a_widening_of_what_was_retired_meanwhile_is_refused(store: Store) -> None:
+    """Its values are in the order that it was asked in, which is not that of the student."""
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    retire(store, teacher="teacher")
+    with pytest.raises(StoreError, match="no scores of rollouts .* that these add to"):
+        commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
+
+
+def test_lists_that_are_no_lists_do_not_widen(store: Store) -> None:
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    ids = at.ids.copy()
+    ids[1] = ids[0]
+    for bad, words in (
+        (replace(at, ids=ids), "names an id twice"),
+        (replace(at, cnt=at.cnt[:-1]), "counts of shape"),
+        (replace(at, cnt=at.cnt + 1), "do not add up"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            commit_scores(store, base, 1, scores=teacher.score(20, at), at=bad)
+
+
+def test_an_id_that_became_impossible_does_not_widen(store: Store) -> None:
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    said = teacher.score(20, at)
+    never = replace(said, at_lp=np.full_like(said.at_lp, -np.inf))
+    with pytest.raises(IdentityError, match=r"has log-prob -inf now"):
+        commit_scores(store, base, 1, scores=never, at=at)
 
 
 def test_numbers_of_another_teacher_do_not_widen(store: Store) -> None:

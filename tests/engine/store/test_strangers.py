@@ -1,0 +1,163 @@
+"""A stranger's store whose digests all fit: what it may not ask for, and may not say."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numcodecs import blosc
+
+from logitcask.engine.errors import IntegrityError
+from logitcask.engine.store import codecs, layout, open_store, ragged, rollouts, schema
+from logitcask.engine.store.transfer import pack, unpack
+from logitcask.engine.store.verify import verify
+from tests.engine.store.made import commit_rollouts, commit_scores, make_rollouts, make_scores
+
+DEFAULT = codecs.profile("default")
+
+
+def test_a_blosc_frame_reads_no_memory_but_its_own() -> None:
+    """16 bytes that claim to be a stored copy of 4 KiB would be answered with what lies behind."""
+    leaking = bytes([2, 1, 0x02, 1]) + b"".join(
+        size.to_bytes(4, "little") for size in (4096, 4096, 4096 + 16)
+    )
+    out = np.zeros(4096, np.uint8)
+    with pytest.raises(ValueError, match="a frame of other than its 16 bytes"):
+        codecs.unpack("blosc", memoryview(leaking), out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("packing", ["pcodec", "blosc"])
+def test_no_chunk_of_a_stranger_harms_the_process(packing: str) -> None:
+    rng = random.Random(0)
+    values = np.random.default_rng(0).integers(0, 50, 3000).astype(np.uint16)
+    if packing == "blosc":
+        sound = blosc.compress(values, b"zstd", 5, blosc.BITSHUFFLE)
+    else:
+        from pcodec import ChunkConfig, standalone
+
+        sound = standalone.simple_compress(values, ChunkConfig())
+    out = np.zeros_like(values)
+    codecs.unpack(packing, memoryview(sound), out)
+    assert np.array_equal(out, values)
+    refused = 0
+    for _ in range(2000):
+        bad = bytearray(sound)
+        for _ in range(rng.randrange(1, 4)):
+            # Headers decide most.
+            bad[rng.randrange(rng.choice([16, 40, len(bad)]))] = rng.randrange(256)
+        try:
+            codecs.unpack(packing, memoryview(bytes(bad)), out)
+        except Exception:  # Whatever it is, `segment.decode` makes an IntegrityError of it.
+            refused += 1
+    assert refused > 200
+
+
+def forged(**arrays: Any) -> dict[str, np.ndarray]:
+    """The arrays of rollouts, some of them another's."""
+    made = rollouts.encode(make_rollouts(1), DEFAULT)
+    text = {name: np.frombuffer(a, np.uint8) for name, a in arrays.items() if type(a) is bytes}
+    return made | arrays | text
+
+
+M, T = 2000, 200_000
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        # Each prompt the same 200,000 tokens: 400 million of them from 13 KB.
+        (
+            {
+                "prompt_off": np.tile(np.asarray([0, T], np.int64), M // 2 + 1)[: M + 1],
+                "prompt_tokens": np.zeros(T, np.uint32),
+                "prompt_json": b"[" + b",".join([b"{}"] * M) + b"]",
+            },
+            "offsets that do not divide",
+        ),
+        ({"prompt_json": b"[" * 200_000}, "nested too deeply"),
+        ({"prompt_json": b"[" + b"[]," * schema.MAX_JSON_VALUES + b"[]]"}, "at most 4194304"),
+        ({"prompt_json": b'{"id": "x"}'}, "does not describe 3 prompts"),
+        (
+            {"prompt_json": b"[" + b",".join([b'{"id": {}, "answer": 7, "extra": []}'] * 3) + b"]"},
+            "that is no text",
+        ),
+        ({"seq_off": np.asarray([0, 2**63 - 1, -2, 0, 1, 2, 0], np.int64)}, "do not divide"),
+        ({"seq_prompt": np.asarray([0, 1, 2, 3, 0, 1], np.uint32)}, "from 0 to 2"),
+    ],
+)
+def test_rollouts_of_a_stranger(arrays: dict[str, Any], words: str) -> None:
+    with pytest.raises((ValueError, KeyError), match=words):
+        rollouts.decode(forged(**arrays), DEFAULT)
+
+
+def test_an_extent_of_a_stranger() -> None:
+    sound = {name: forged()[name] for name in rollouts.EXTENT}
+    counts = {"T": int(sound["prompt_off"][-1]), "P": int(sound["seq_off"][-1])}
+    assert len(rollouts.extent(sound, counts).prompt_ids) == 3
+    for bad in (
+        {"prompt_off": sound["prompt_off"][::-1].copy()},
+        {"seq_off": np.asarray([0, 2**63 - 1, -2, 0, 1, 2, counts["P"]], np.int64)},
+        {"prompt_json": np.frombuffer(b"[" * 200_000, np.uint8)},
+        {"seq_prompt": sound["seq_prompt"] + 3},
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            rollouts.extent(sound | bad, counts)
+
+
+def test_rows_longer_than_any_scorers() -> None:
+    """Work grows with the longest row, so it has a bound."""
+    cnt = np.asarray([schema.MAX_K + 1, 1], np.uint16)
+    flat = np.zeros(schema.MAX_K + 2)
+    arrays = {
+        **dict.fromkeys(("t_lp", "ent", "log_tail"), np.zeros(2, np.float32)),
+        "cnt": cnt,
+        "ids": np.arange(len(flat), dtype=np.uint32),
+        "lp": flat.astype(np.float16),
+    }
+    with pytest.raises(ValueError, match="a row of 4097 entries, at most 4096"):
+        layout.decode(arrays, DEFAULT, None)
+    with pytest.raises(ValueError, match="do not add up"):
+        layout.decode(arrays | {"cnt": cnt - 1}, DEFAULT, None)
+
+
+def test_one_long_row_does_not_make_the_others_long() -> None:
+    rng = np.random.default_rng(0)
+    cnt = rng.integers(0, 9, 500).astype(np.uint16)
+    cnt[[3, 499]] = 300
+    values = rng.integers(0, 40, int(cnt.sum())).astype(np.uint16)
+    rows = np.split(values, np.cumsum(cnt)[:-1])
+    want = [(row[None, :] < row[:, None]).sum(1) for row in rows]
+    assert np.array_equal(ragged.place(values, cnt), np.concatenate(want))
+
+
+UNSAID: list[Callable[[Any], Any]] = [
+    lambda s: replace(s, lp=np.full_like(s.lp, np.nan)),
+    lambda s: replace(s, log_tail=np.full_like(s.log_tail, 5.0)),
+    lambda s: replace(s, entropy=np.full_like(s.entropy, np.inf)),
+    lambda s: replace(s, ids=np.zeros_like(s.ids)),
+    lambda s: replace(s, entry_lp=np.full_like(s.entry_lp, 3.0), at_lp=None),
+]
+
+
+@pytest.mark.parametrize("change", UNSAID)
+def test_scores_that_no_model_says_do_not_come_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
+) -> None:
+    """A commit refuses them; so do `unpack` and `verify --deep`, which see them ready-made."""
+    store = open_store(tmp_path / "theirs", create=True)
+    data = make_rollouts(1, student=False)
+    base = commit_rollouts(store, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "check", lambda *_: None)
+        commit_scores(store, base, 1, scores=change(make_scores(1, data)))
+    assert verify(store).segments == 2
+    with pytest.raises(IntegrityError, match="contradict each other"):
+        verify(store, deep=True)
+    mine = open_store(tmp_path / "mine", create=True)
+    with pytest.raises(IntegrityError, match="contradict each other"):
+        unpack(mine, pack(store, tmp_path / "packed"))
+    assert len(mine.head().segments) == 1, "the rollouts are sound"
