@@ -12,6 +12,7 @@ import logitcask.engine.store.schema as schema
 import logitcask.engine.store.segment as segments
 import logitcask.engine.store.widen as widen
 from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.store.checks import check_known, check_rollouts
 from logitcask.engine.store.log import Log
 from logitcask.engine.store.medium import Medium
 from logitcask.engine.store.pin import Chain, Pin
@@ -64,31 +65,29 @@ class Reader:
 
     def read_rollouts(self, which: Segment) -> Rollouts:
         """A whole rollout segment. Raises IntegrityError naming what is not as committed."""
-        arrays = self.read_arrays(which)
-        try:
-            found = rollouts.decode(arrays, codecs.profile(which.profile), which.seg_id)
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._contradiction(which, error) from error
-        if segments.token_digest(found.tokens, found.seq_off) != which.token_digest:
-            raise self._contradiction(which, ValueError("tokens are not those of the record"))
-        return found
+        return self._rollouts_of(which, self.read_arrays(which))
 
     def check_arrays(self, which: Segment, arrays: dict[str, Array], before: Chain) -> None:
         """Looks at the decoded arrays of a segment as a commit does. Raises IntegrityError where
         they contradict each other, their tokens or what they add to, which is `before`, or say what
         no model can have said.
         """
+        if which.kind == schema.ROLLOUT:
+            try:
+                check_rollouts(self._rollouts_of(which, arrays))
+            except IntegrityError:
+                raise
+            except StoreError as error:
+                raise self._contradiction(which, error.cause) from error
+            return
         profile = codecs.profile(which.profile)
         try:
-            if which.kind == schema.ROLLOUT:
-                found = rollouts.decode(arrays, profile)
-                if segments.token_digest(found.tokens, found.seq_off) != which.token_digest:
-                    raise ValueError("tokens are not those of the record")
-            elif which.widens:
-                layout.check_known(widen.decode(self.read_scores(before), arrays, profile))
+            if which.widens:
+                known = widen.decode(self.read_scores(before), arrays, profile)
             else:
-                layout.check_known(layout.decode(arrays, profile, self._lists_of(which, None)))
-        except (ValueError, KeyError, TypeError) as error:
+                known = layout.decode(arrays, profile, self._lists_of(which, None))
+            check_known(known)
+        except ValueError as error:
             raise self._contradiction(which, error) from error
 
     def read_files(self, which: Segment) -> dict[str, bytes]:
@@ -106,6 +105,15 @@ class Reader:
     def is_swept(self, which: Segment) -> bool:
         """Whether gc has removed a segment, as far as the log has been read."""
         return which.generation < self.log.generation(which.kind, which.seg_id)
+
+    def _rollouts_of(self, which: Segment, arrays: dict[str, Array]) -> Rollouts:
+        try:
+            found = rollouts.decode(arrays, codecs.profile(which.profile), which.seg_id)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._contradiction(which, error) from error
+        if segments.token_digest(found.tokens, found.seq_off) != which.token_digest:
+            raise self._contradiction(which, "tokens are not those of the record")
+        return found
 
     def read_extent(self, which: Segment) -> rollouts.Extent:
         """The lengths of a rollout segment, of whose files only those few are read and checked."""
@@ -179,7 +187,7 @@ class Reader:
                 remedy="take a newer pin; a tag keeps what an old one reaches",
             ) from error
 
-    def _contradiction(self, which: Segment, error: Exception) -> IntegrityError:
+    def _contradiction(self, which: Segment, error: object) -> IntegrityError:
         return IntegrityError(
             f"{self.medium.where(which.folder)}: its arrays contradict each other ({error})",
             remedy=segments.RESTORE,

@@ -8,75 +8,18 @@ from typing import Any
 import numpy as np
 
 import logitcask.engine.store.codecs as codecs
-import logitcask.engine.store.layout as layout
 import logitcask.engine.store.ragged as ragged
 import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import StoreError
 from logitcask.engine.identity import canonical
 from logitcask.engine.types import Array, Prompt, Rollouts, Scores
 
-_FAULT = "this is a fault of the sampler: correct it and roll the unit out again"
-
-
-def check(rollouts: Rollouts) -> None:
-    """Refuses rollouts whose arrays do not fit together. Raises StoreError."""
-    sequences, positions = len(rollouts.seq_prompt), len(rollouts.tokens)
-    lengths = {
-        "seq_prompt": sequences,
-        "seq_off": sequences + 1,
-        "tokens": positions,
-        "loss_mask": positions,
-        "b_lp": positions,
-        "finish": sequences,
-        "version_start": sequences,
-        "version_end": sequences,
-    }
-    for name, length in lengths.items():
-        shape = getattr(rollouts, name).shape
-        if shape != (length,):
-            raise StoreError(f"rollouts.{name} has shape {shape}, not ({length},)", remedy=_FAULT)
-    try:
-        ragged.check_offsets(rollouts.seq_off, positions)
-    except ValueError as error:
-        raise StoreError(f"rollouts.seq_off: {error}", remedy=_FAULT) from error
-    for name, most in (
-        ("seq_prompt", len(rollouts.prompts) - 1),
-        ("loss_mask", 1),
-        ("finish", 0xFFFF),
-        ("version_start", 2**63 - 1),
-        ("version_end", 2**63 - 1),
-    ):
-        layout.check_range(getattr(rollouts, name), 0, most, f"rollouts.{name}", _FAULT)
-    layout.check_ids(rollouts.tokens, "rollouts.tokens", _FAULT)
-    for prompt in rollouts.prompts:
-        _check_prompt(prompt)
-    if np.isnan(rollouts.b_lp).any() or (fault := layout.log_prob_fault(rollouts.b_lp)):
-        raise StoreError(f"rollouts.b_lp holds {fault or 'NaN'}", remedy=_FAULT)
-    if rollouts.student is not None:
-        if rollouts.student.at_lp is not None or rollouts.student.mult is not None:
-            raise StoreError(
-                "the student's own scores are of given or of drawn ids: a rollout segment has no "
-                "place for those",
-                remedy="score the student with at_student = False and its best ids",
-            )
-        layout.check(rollouts.student, positions, None)
-
-
-def _check_prompt(prompt: Prompt) -> None:
-    ids = prompt.token_ids
-    if not all(type(each) is int and 0 <= each < 2**32 for each in ids):
-        raise StoreError(f"prompt {prompt.id!r} holds what is no token id", remedy=_FAULT)
-    texts = (prompt.id, "" if prompt.answer is None else prompt.answer)
-    if not all(isinstance(each, str) for each in texts) or not isinstance(prompt.extra, Mapping):
-        raise StoreError(
-            f"prompt {prompt.id!r}: an id or an answer that is no text, or extra keys that are no "
-            "object",
-            remedy="correct the prompts file, which says so of each line",
-        )
-
 
 def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
-    """Arrays of a rollout segment; `check` has passed. Raises StoreError: prompts beyond JSON."""
+    """Arrays of a rollout segment; `check_rollouts` has passed.
+
+    Raises StoreError where the prompts are beyond JSON.
+    """
     prompts = rollouts.prompts
     told = [{"id": p.id, "answer": p.answer, "extra": dict(p.extra)} for p in prompts]
     try:
@@ -143,14 +86,11 @@ def extent(arrays: dict[str, Array], counts: Mapping[str, int]) -> Extent:
     Raises ValueError where they contradict each other.
     """
     told = _told(arrays, counts["T"])
-    ragged.check_offsets(arrays["seq_off"], counts["P"])
-    seq_prompt = arrays["seq_prompt"].astype(np.int64)
-    if len(seq_prompt) and seq_prompt.max() >= len(told):
-        raise ValueError("prompts and sequences do not fit together")
+    _check_sequences(arrays, len(told), counts["P"])
     return Extent(
         prompt_ids=tuple(str(each["id"]) for each in told),
         prompt=np.diff(arrays["prompt_off"]),
-        seq_prompt=seq_prompt,
+        seq_prompt=arrays["seq_prompt"].astype(np.int64),
         response=np.diff(arrays["seq_off"]),
     )
 
@@ -171,6 +111,12 @@ def _told(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[str, Any]]:
     return told
 
 
+def _check_sequences(arrays: dict[str, Array], prompts: int, positions: int) -> None:
+    ragged.check_offsets(arrays["seq_off"], positions)
+    if int(arrays["seq_prompt"].max(initial=0)) >= max(prompts, 1):
+        raise ValueError(f"a sequence of prompt {arrays['seq_prompt'].max()}, of {prompts}")
+
+
 def _values(text: bytes) -> int:
     """At least as many values as JSON text can hold."""
     return sum(text.count(mark) for mark in (b",", b"[", b"{")) + 1
@@ -182,6 +128,7 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "")
     Raises ValueError where the arrays contradict each other (the caller names the segment).
     """
     told, off = _told(arrays, len(arrays["prompt_tokens"])), arrays["prompt_off"]
+    _check_sequences(arrays, len(told), len(arrays["tokens"]))
     prompts = tuple(
         Prompt(
             id=each["id"],
@@ -202,7 +149,7 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "")
             ids=arrays["s_ids"],
             entry_lp=codecs.from_entry(arrays["s_topk_lp"], profile),
         )
-    rollouts = Rollouts(
+    return Rollouts(
         prompts=prompts,
         seq_prompt=arrays["seq_prompt"],
         seq_off=arrays["seq_off"],
@@ -215,8 +162,3 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "")
         student=student,
         segment=segment,
     )
-    try:
-        check(rollouts)
-    except StoreError as error:
-        raise ValueError(error.cause) from error
-    return rollouts

@@ -14,6 +14,7 @@ import logitcask.engine.store.schema as schema
 import logitcask.engine.store.segment as segments
 import logitcask.engine.store.widen as widen
 from logitcask.engine.errors import StoreError
+from logitcask.engine.store.checks import check_rollouts, check_scores
 from logitcask.engine.store.medium import Medium, open_medium
 from logitcask.engine.store.publish import check_binding
 from logitcask.engine.store.reader import Reader
@@ -69,7 +70,7 @@ class Store(Reader):
             raise StoreError(
                 f"unit {dict(unit)} lacks version or first", remedy="give both as integers from 0"
             )
-        rollouts.check(unit_rollouts)
+        check_rollouts(unit_rollouts)
         arrays = rollouts.encode(unit_rollouts, codecs.profile(profile))
         digest = segments.token_digest(arrays["tokens"], arrays["seq_off"])
         return self._commit(arrays, new, token_digest=digest)
@@ -116,7 +117,7 @@ class Store(Reader):
             )
         if not chain:
             student = self._student_lists(found)
-            layout.check(scores, positions, student)
+            check_scores(scores, positions, student)
             arrays = layout.encode(scores, codecs.profile(profile), student)
             which = schema.ONCE if "t_at_s" in arrays else which
         elif at is None or scores.at_lp is None or scores.mult is not None:
@@ -126,7 +127,7 @@ class Store(Reader):
                 "ids are not added to",
             )
         else:
-            layout.check(scores, positions, at)
+            check_scores(scores, positions, at)
             dtype = str(lineage.get("backend", {}).get("dtype", "float32"))
             arrays = widen.encode(
                 self.read_scores(chain),

@@ -24,14 +24,8 @@ import logitcask.engine.store.codecs as codecs
 import logitcask.engine.store.ragged as ragged
 import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import IdentityError, StoreError
-from logitcask.engine.store.layout import (
-    RESCORE,
-    Ranked,
-    check_lists,
-    exact_order,
-    ranked,
-    stored_order,
-)
+from logitcask.engine.store.checks import check_lists
+from logitcask.engine.store.layout import RESCORE, Ranked, exact_order, ranked, stored_order
 from logitcask.engine.types import Array, CachedScores, IdLists, Scores
 
 NOISE = {"float32": 1e-3}

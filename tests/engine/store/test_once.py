@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store import codecs, layout
+from logitcask.engine.store import checks, codecs, layout
 from logitcask.engine.store.ragged import starts
 from logitcask.engine.types import CachedScores, IdLists, Scores
 from tests.engine.store.made import ragged
@@ -39,7 +39,7 @@ def rows_of(seed: int, rows: int, vocab: int, levels: int, dead: float) -> tuple
     scalars = -np.abs(rng.normal(-2, 1, (3, rows))).astype(np.float32)
     scores = Scores(
         lp=scalars[0],
-        entropy=scalars[1],
+        entropy=-scalars[1],
         log_tail=scalars[2],
         cnt=kept.astype(np.uint16),
         ids=np.concatenate([none.astype(np.uint32), *ids]),
@@ -85,7 +85,7 @@ def test_round_trip_keeps_ids_and_order(
     seed: int, rows: int, vocab: int, levels: int, dead: float, profile: codecs.Profile
 ) -> None:
     scores, student = rows_of(seed, rows, vocab, levels, dead)
-    layout.check(scores, rows, student)
+    checks.check_scores(scores, rows, student)
     arrays = layout.encode(scores, profile, student)
     same(layout.decode(arrays, profile, student), scores, student, profile)
     # No id is stored twice, and in descending lists the correction is a small number, never a wrap.
@@ -163,14 +163,14 @@ def negative_ids(scores: Scores) -> Scores:
     [
         (break_cnt, "shape"),
         (break_ids, "names an id twice"),
-        (break_lp, "NaN"),
+        (break_lp, "a log-prob of nan"),
         (negative_ids, "no token id"),
     ],
 )
 def test_scores_that_do_not_fit_are_refused(broken: object, words: str) -> None:
     scores, student = rows_of(2, 9, 50, 4, 0.0)
     with pytest.raises(StoreError, match=words):
-        layout.check(broken(scores), 9, student)
+        checks.check_scores(broken(scores), 9, student)
 
 
 def test_two_values_of_one_id_are_refused() -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from numcodecs import blosc
 
-from logitcask.engine.errors import IntegrityError
-from logitcask.engine.store import codecs, layout, open_store, ragged, rollouts, schema
+import logitcask.engine.store.store as opened
+from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.store import checks, codecs, layout, open_store, ragged, rollouts, schema
 from logitcask.engine.store.transfer import pack, unpack
 from logitcask.engine.store.verify import verify
 from tests.engine.store.made import commit_rollouts, commit_scores, make_rollouts, make_scores
@@ -86,12 +87,12 @@ M, T = 2000, 200_000
             "that is no text",
         ),
         ({"seq_off": np.asarray([0, 2**63 - 1, -2, 0, 1, 2, 0], np.int64)}, "do not divide"),
-        ({"seq_prompt": np.asarray([0, 1, 2, 3, 0, 1], np.uint32)}, "from 0 to 2"),
+        ({"seq_prompt": np.asarray([0, 1, 2, 3, 0, 1], np.uint32)}, "a sequence of prompt 3, of 3"),
     ],
 )
 def test_rollouts_of_a_stranger(arrays: dict[str, Any], words: str) -> None:
-    with pytest.raises((ValueError, KeyError), match=words):
-        rollouts.decode(forged(**arrays), DEFAULT)
+    with pytest.raises((ValueError, StoreError), match=words):
+        checks.check_rollouts(rollouts.decode(forged(**arrays), DEFAULT))
 
 
 def test_an_extent_of_a_stranger() -> None:
@@ -152,7 +153,7 @@ def test_scores_that_no_model_says_do_not_come_in(
     data = make_rollouts(1, student=False)
     base = commit_rollouts(store, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "check", lambda *_: None)
+        patch.setattr(opened, "check_scores", lambda *_: None)
         commit_scores(store, base, 1, scores=change(make_scores(1, data)))
     assert verify(store).segments == 2
     with pytest.raises(IntegrityError, match="contradict each other"):
