@@ -33,7 +33,7 @@ V, CONTEXT, BATCH = 8192, 128, 16
 CORPUS_BYTES, HELD_OUT = 24_000_000, 1_000_000
 ENTROPY_NATS = 0.5
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 64, 64, 1500
-SIZES = {"teacher": (256, 4, 1000), "student": (192, 3, 600)}
+SIZES = {"teacher": (256, 4, 1000), "student": (192, 3, 1500)}
 """Hidden size, layers, training steps."""
 
 

@@ -54,7 +54,10 @@ def ls(url: str, form: str) -> None:
 @click.option("--deep", is_flag=True, help="Decode every array too, and check that it makes sense.")
 @format_option
 def verify(url: str, deep: bool, form: str) -> None:
-    """Compare every file with its digest; exit 4 and the file's name at the first damage.
+    """Compare every file with its digest; exit 4 and the files' names where one is damaged.
+
+    Strays are files that no record names: left by writers that died, or strange. They are harmless,
+    and gc removes those that are ours.
 
     Example: logitcask store verify ./store --deep
     """
@@ -62,8 +65,12 @@ def verify(url: str, deep: bool, form: str) -> None:
     from logitcask.engine.store.verify import verify as verify_store
 
     with progress_bar() as progress:
-        report = verify_store(open_store(url), deep=deep, progress=progress)
+        report = verify_store(open_store(url), deep=deep, tell=_damaged, progress=progress)
     print_result(report, form)
+
+
+def _damaged(error: Exception) -> None:
+    click.echo(f"damaged: {str(error).splitlines()[0]}", err=True)
 
 
 @store_command.command("pin")

@@ -1,13 +1,25 @@
 """Verbs of `logitcask store` that change a store or move segments, and the estimate before one."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from logitcask.cli.options import MODEL_FLAGS, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, print_table, progress_bar
 from logitcask.engine.config import EstimateJob, Gc, GcJob
+from logitcask.engine.errors import IncompleteError
+
+if TYPE_CHECKING:
+    from logitcask.engine.store.transfer import Brought
+
+
+heal_option = click.option(
+    "--heal",
+    is_flag=True,
+    help="Also read what the store holds already, and mend what is damaged there.",
+)
 
 
 @click.command("tag")
@@ -28,6 +40,8 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
     from logitcask.engine.store.view import tags
 
     store = open_store(url)
+    if name is None and (remove or at is not None):
+        raise click.UsageError("--remove and --at need the NAME of a tag.")
     if name is None:
         print_table(tags(store), form)
     elif remove:
@@ -46,13 +60,14 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
     help="... only those that students of an older version sampled.",
 )
 @click.option("--teacher", help="Retire the scores of this name.")
+@click.option("--segment", help="Retire this segment (its 32 digits), and what rests on it.")
+@click.option("--dry-run", is_flag=True, help="Show what would be retired, and retire nothing.")
 @format_option
-def retire_command(
-    url: str, rollouts: str | None, before_version: int | None, teacher: str | None, form: str
-) -> None:
+def retire_command(url: str, form: str, **which: Any) -> None:
     """Make rollouts or scores invisible from here on; gc removes them when no pin reaches them.
 
-    What is retired can be made again by the command that made it.
+    What is retired can be made again by the command that made it. Until gc removes it, pins and
+    tags from before still read it.
 
     Example: logitcask store retire ./store --teacher big
     """
@@ -60,10 +75,10 @@ def retire_command(
     from logitcask.engine.store.keep import retire
     from logitcask.engine.store.view import listing_of
 
-    retired = retire(
-        open_store(url), rollouts=rollouts, before_version=before_version, teacher=teacher
-    )
+    retired = retire(open_store(url), **which)
     print_table(listing_of(retired), form)
+    done = "would be retired" if which["dry_run"] else "retired"
+    click.echo(f"{len(retired)} segments {done}", err=True)
 
 
 @click.command("gc")
@@ -73,6 +88,9 @@ def retire_command(
 @format_option
 def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
     """Remove what neither the newest state, nor a tag, nor a recent pin reaches.
+
+    What `verify` calls strays and this leaves alone is no leftover of ours: look at it, and remove
+    it by hand.
 
     Example: logitcask store gc ./store --dry-run
     """
@@ -86,7 +104,13 @@ def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
         lease_hours=job.gc.lease_hours,
         dry_run=dry_run,
     )
-    print_result(swept, form)
+    print_result({"dry_run": dry_run, **asdict(swept)}, form)
+    if swept.kept_retired and job.gc.keep_days:
+        click.echo(
+            f"{swept.kept_retired} retired segments stay for a tag, or for pins of the last "
+            f"{job.gc.keep_days:g} days (--keep-days 0: for tags alone)",
+            err=True,
+        )
 
 
 @click.command("pack")
@@ -117,9 +141,12 @@ def pack_command(url: str, folder: Path, at: str | None, form: str) -> None:
 @click.argument(
     "files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
 )
+@heal_option
 @format_option
-def unpack_command(url: str, files: tuple[Path, ...], form: str) -> None:
+def unpack_command(url: str, files: tuple[Path, ...], heal: bool, form: str) -> None:
     """Bring packed segments into a store, which is made if absent; twice does no harm.
+
+    Exit 3 where some were left out: scores need the rollouts that they are of.
 
     Example: logitcask store unpack ./other packed/*.zip
     """
@@ -127,18 +154,20 @@ def unpack_command(url: str, files: tuple[Path, ...], form: str) -> None:
     from logitcask.engine.store.transfer import unpack
 
     with progress_bar() as progress:
-        brought = unpack(open_store(url, create=True), files, progress=progress)
-    print_result(brought, form)
+        brought = unpack(open_store(url, create=True), files, heal=heal, progress=progress)
+    _print_brought(brought, form)
 
 
 @click.command("merge")
 @click.argument("url")
 @click.argument("other")
+@heal_option
 @format_option
-def merge_command(url: str, other: str, form: str) -> None:
+def merge_command(url: str, other: str, heal: bool, form: str) -> None:
     """Bring all that store OTHER holds into store URL, which is made if absent.
 
-    Either may be a folder or in an object store; twice does no harm.
+    Either may be a folder or in an object store; twice does no harm. What was retired in URL and is
+    not in OTHER comes back. Exit 3 where scores were left out.
 
     Example: logitcask store merge ./store ./from-another-machine
     """
@@ -147,7 +176,18 @@ def merge_command(url: str, other: str, form: str) -> None:
 
     source = open_store(other)
     with progress_bar() as progress:
-        brought = merge(open_store(url, create=True), source, progress=progress)
+        brought = merge(open_store(url, create=True), source, heal=heal, progress=progress)
+    _print_brought(brought, form)
+
+
+def _print_brought(brought: "Brought", form: str) -> None:
+    if brought.left_out:
+        raise IncompleteError(
+            f"{brought.left_out} segments were left out ({brought.added} added, {brought.there} "
+            "there): scores whose rollouts, or first scores, the store holds with other bytes or "
+            "not at all",
+            remedy="bring these in too; where others stand for the same units, retire those first",
+        )
     print_result(brought, form)
 
 

@@ -162,7 +162,7 @@ class Folder:
                 except OSError as error:
                     if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                         raise
-                    self._compare(folder, contents)
+                    self._mend(folder, contents)
         except BaseException:
             with suppress(StoreError):
                 self.remove(stage)
@@ -243,12 +243,32 @@ class Folder:
             _fsync_dir(self._root / each)
         self._compare(stage, contents)
 
+    def _mend(self, folder: str, contents: Mapping[str, bytes]) -> None:
+        """File by file, each at once, so that nobody ever finds less than there was."""
+        for name, data in sorted(contents.items()):
+            path = self._root / folder / name
+            if self._holds(f"{folder}/{name}", data):
+                continue
+            temporary = self._root / STAGING / uuid.uuid4().hex
+            self._make(str(Path(folder, name).parent))
+            _write_new(temporary, data)
+            with _disk("mend", path):
+                os.rename(temporary, path)
+            _fsync_dir(path.parent)
+
+    def _holds(self, name: str, data: bytes) -> bool:
+        try:
+            return self.read(name, len(data)) == data
+        except IntegrityError:
+            # A link, or a larger file: other bytes too.
+            return False
+
     def _compare(self, folder: str, contents: Mapping[str, bytes]) -> None:
         for name, data in sorted(contents.items()):
             if self.read(f"{folder}/{name}", len(data)) != data:
                 raise IntegrityError(
-                    f"{self._root / folder / name}: not the bytes that were meant to be there",
-                    remedy="remove that folder with `logitcask store gc`, or check the disk",
+                    f"{self._root / folder / name}: not the bytes that were written",
+                    remedy=f"check the disk, {_SAFE}",
                 )
 
     def _open_below(self, name: str) -> int:

@@ -13,6 +13,7 @@ in between leaves folders that the next gc removes.
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -36,10 +37,12 @@ class Swept:
 
     segments: int
     bytes: int
-    unfinished: int
-    """Leftovers of writers that died, in staging."""
+    leftovers: int
+    """Of writers that died, in staging."""
     kept: int
-    """Folders of segments that stay."""
+    """Folders of segments that stay ..."""
+    kept_retired: int
+    """... of which so many are retired, and stay for a tag or for pins of the last days."""
 
 
 def tag(store: Store, name: str, number: int | None = None) -> int:
@@ -95,22 +98,28 @@ def retire(
     rollouts: str | None = None,
     before_version: int | None = None,
     teacher: str | None = None,
+    segment: str | None = None,
+    dry_run: bool = False,
 ) -> list[Segment]:
     """Makes units invisible from here on; their keys are free to be made again.
 
     rollouts: the units of this name, and every score of them; before_version: only those of older
-    students. teacher: the scores of this name. Raises ConfigError where there are none.
+    students. teacher: the scores of this name. segment: the one with this seg_id, and what rests on
+    it. dry_run: only says which. Raises ConfigError where there are none.
     """
-    if (rollouts is None) == (teacher is None) or (before_version is not None and not rollouts):
+    given = [each for each in (rollouts, teacher, segment) if each is not None]
+    if len(given) != 1 or (before_version is not None and rollouts is None):
         raise ConfigError(
-            f"retire rollouts {rollouts}, teacher {teacher}, before version {before_version}",
-            remedy="give --rollouts or --teacher; --before-version goes with --rollouts",
+            "retire takes one of rollouts, teacher and segment",
+            remedy="give --rollouts, --teacher or --segment; --before-version goes with --rollouts",
         )
 
     def wanted() -> list[Segment]:
         visible = store.head().segments
         if teacher is not None:
             return [s for s in visible if s.kind == schema.SCORE and s.name == teacher]
+        if segment is not None:
+            return _resting_on(segment, visible)
         old = [
             s
             for s in visible
@@ -128,14 +137,29 @@ def retire(
         retired[:] = wanted()
         return {"retires": [each.unit_key for each in retired]} if retired else None
 
-    append(store.medium, store.log, say)
+    if dry_run:
+        retired = wanted()
+    else:
+        append(store.medium, store.log, say)
     if not retired:
         pin = store.head()
+        names = [", ".join(pin.names(kind)) or "none" for kind in schema.KINDS]
         raise ConfigError(
-            f"the store holds nothing of {teacher or rollouts!r} to retire",
-            remedy=f"it has rollouts {pin.names('rollout')} and scores {pin.names('score')}",
+            f"the store holds nothing of {given[0]!r} to retire",
+            remedy=f"it has rollouts: {names[0]}; scores: {names[1]}; `logitcask store ls` shows "
+            "segments",
         )
     return retired
+
+
+def _resting_on(seg_id: str, visible: Sequence[Segment]) -> list[Segment]:
+    """The segment, its scores if it is rollouts, and what widens any of these."""
+    found: list[Segment] = []
+    for each in visible:
+        under = [s.seg_id for s in found if s.kind == schema.ROLLOUT or s.name == each.name]
+        if each.seg_id == seg_id or each.base in under or each.widens in under:
+            found.append(each)
+    return found
 
 
 def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = False) -> Swept:
@@ -184,11 +208,13 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     if not dry_run:
         for name in [*(folder_of(*content) for content in going), *left]:
             store.medium.remove(name)
+    kept = _reached(store, since.isoformat(timespec="seconds"))
     return Swept(
         segments=len(going),
         bytes=size,
-        unfinished=len(left),
-        kept=len(_reached(store, since.isoformat(timespec="seconds"))),
+        leftovers=len(left),
+        kept=len(kept),
+        kept_retired=len(kept - {each.folder for each in store.head().segments}),
     )
 
 

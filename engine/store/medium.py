@@ -3,7 +3,7 @@
 Everything that the store does to the outside goes through these few calls, so a test can make any
 single one fail. Names are relative to the store, parts divided by '/'; they are fixed words,
 numbers and content addresses, and are never taken from data. Nothing is ever overwritten: a name is
-made once, and its bytes stay.
+made once, and its bytes stay. Only a damaged file of a content address is replaced, by what it was.
 """
 
 from collections.abc import Iterable, Mapping
@@ -64,8 +64,8 @@ class Medium(Protocol):
     def place(self, folder: str, contents: Mapping[str, bytes]) -> None:
         """Makes a folder of files, durably, and compares what is there with what was meant.
 
-        The folder may be there already, from a race or a crash. IntegrityError where its files are
-        then other than `contents`.
+        The folder may be there already, from a race or a crash. A folder is named by its content,
+        so what is there and is not `contents` is damage, and is mended.
         """
 
     def settle(self, folder: str) -> None:

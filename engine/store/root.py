@@ -8,9 +8,9 @@ import logitcask.engine.store.record as record
 import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.medium import STAGING, Medium
-from logitcask.engine.store.segment import RESTORE
 
 _NAME = "format.json"
+_RESTORE = "restore it from a copy of the store"
 FOLDERS = ("log", "bundles", "seg", "seg/rollout", "seg/score", STAGING)
 
 
@@ -37,11 +37,11 @@ def read(medium: Medium) -> Identity | None:
     data = medium.read(_NAME, schema.MAX_FORMAT_BYTES)
     if data is None:
         if medium.read(f"log/{record.file_name(0)}", schema.MAX_RECORD_BYTES) is not None:
-            raise IntegrityError(f"{where}: missing, though the store has a log", remedy=RESTORE)
+            raise IntegrityError(f"{where}: missing, though the store has a log", remedy=_RESTORE)
         return None
     body, digest = record.unseal(data, where)
     if not isinstance(body.get("format"), str):
-        raise IntegrityError(f"{where}: names no format", remedy=RESTORE)
+        raise IntegrityError(f"{where}: names no format", remedy=_RESTORE)
     if body["format"] != schema.FORMAT:
         raise StoreError(
             f"{where}: format {body['format']!r}, not {schema.FORMAT!r}",
@@ -54,7 +54,7 @@ def read(medium: Medium) -> Identity | None:
             remedy="upgrade logitcask: the store was made by a newer one",
         )
     if not isinstance(body.get("store_uuid"), str):
-        raise IntegrityError(f"{where}: no store_uuid", remedy=RESTORE)
+        raise IntegrityError(f"{where}: no store_uuid", remedy=_RESTORE)
     return Identity(store_uuid=body["store_uuid"], sha256=digest)
 
 

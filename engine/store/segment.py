@@ -20,7 +20,10 @@ from logitcask.engine.identity import canonical
 from logitcask.engine.store.medium import Medium
 from logitcask.engine.types import Array
 
-RESTORE = "restore it from a copy of the store, or make the unit again in a new store"
+RESTORE = (
+    "mend it from a copy: `logitcask store merge STORE COPY --heal`; without one `logitcask store "
+    "retire STORE --segment ID`, then make it again"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

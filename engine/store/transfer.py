@@ -8,9 +8,10 @@ bringing the same in twice changes nothing. What comes in is decoded before it i
 import os
 import uuid
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import logitcask.engine.store.codecs as codecs
@@ -33,9 +34,12 @@ class Brought:
 
     added: int
     there: int
-    """Of units that the store held already."""
+    """Of units that the store held already ..."""
+    healed: int = 0
+    """... of which so many were damaged there, and are whole now."""
     left_out: int
-    """Scores of rollouts, or widenings of scores, that this store holds with other bytes."""
+    """Scores of rollouts, or widenings of scores, that this store has not got, or with other
+    bytes."""
 
 
 def pack(
@@ -65,8 +69,10 @@ def pack(
     return written
 
 
-def unpack(store: Store, files: Iterable[Path], *, progress: Progress = silent) -> Brought:
-    """Brings packed segments in, in whatever order the files are given.
+def unpack(
+    store: Store, files: Iterable[Path], *, heal: bool = False, progress: Progress = silent
+) -> Brought:
+    """Brings packed segments in, in whatever order the files are given; heal: as for `merge`.
 
     Raises IntegrityError for a file that is not what `pack` writes, IdentityError where a name
     stands for something else here.
@@ -80,15 +86,19 @@ def unpack(store: Store, files: Iterable[Path], *, progress: Progress = silent) 
         if not ready:
             break
         for told, path in ready:
-            count = _bring(store, told, _contents(told, path), count)
+            count = _bring(store, told, partial(_contents, told, path), count, heal)
         done = {path for _, path in ready}
         waiting = [(told, path) for told, path in waiting if path not in done]
     progress("unpack", total, total)
     return replace(count, left_out=len(waiting))
 
 
-def merge(store: Store, other: Store, *, progress: Progress = silent) -> Brought:
-    """Brings all that another store holds now into this one.
+def merge(
+    store: Store, other: Store, *, heal: bool = False, progress: Progress = silent
+) -> Brought:
+    """Brings all that another store holds now into this one, what was retired here among it.
+
+    heal: also reads what this store holds already, and mends from the other what is damaged.
 
     Raises IntegrityError for damage there, IdentityError where a name stands for something else.
     """
@@ -98,11 +108,8 @@ def merge(store: Store, other: Store, *, progress: Progress = silent) -> Brought
         progress("merge", done, len(visible))
         if not _fits(store, each):
             count = replace(count, left_out=count.left_out + 1)
-        elif store.log.winner(each.unit_key) is not None:
-            count = replace(count, there=count.there + 1)
         else:
-            contents = other.read_files(each)
-            count = _bring(store, each, contents, count)
+            count = _bring(store, each, partial(other.read_files, each), count, heal)
     progress("merge", len(visible), len(visible))
     return count
 
@@ -117,9 +124,19 @@ def _fits(store: Store, told: Segment) -> bool:
     return store.log.base(told.base) is not None and told.widens == last
 
 
-def _bring(store: Store, told: Segment, contents: Mapping[str, bytes], count: Brought) -> Brought:
-    if check_asked(store.log, told) is not None:
-        return replace(count, there=count.there + 1)
+def _bring(
+    store: Store,
+    told: Segment,
+    read: Callable[[], Mapping[str, bytes]],
+    count: Brought,
+    heal: bool,
+) -> Brought:
+    if (held := check_asked(store.log, told)) is not None:
+        healed = heal and held.seg_id == told.seg_id and _is_damaged(store, held)
+        if healed:
+            store.medium.place(held.folder, read())
+        return replace(count, there=count.there + 1, healed=count.healed + healed)
+    contents = read()
     arrays = segments.decode(
         store.medium.where(told.folder),
         contents,
@@ -132,6 +149,14 @@ def _bring(store: Store, told: Segment, contents: Mapping[str, bytes], count: Br
     store.check_arrays(told, arrays, before)
     publish_segment(store.medium, store.log, contents, replace(told, number=-1))
     return replace(count, added=count.added + 1)
+
+
+def _is_damaged(store: Store, held: Segment) -> bool:
+    try:
+        store.read_files(held)
+    except IntegrityError:
+        return True
+    return False
 
 
 def _write_zip(path: Path, contents: Mapping[str, bytes]) -> None:
@@ -173,5 +198,6 @@ def _read_zip(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
         ) from error
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, RuntimeError) as error:
         raise IntegrityError(
-            f"{path}: not a packed segment ({error})", remedy="pack that segment again"
+            f"{path}: not a packed segment ({error})",
+            remedy="give what `logitcask store pack` has made, or pack that segment again",
         ) from error

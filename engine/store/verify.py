@@ -1,6 +1,6 @@
 """Reads everything that the log names, and tells what it does not name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import logitcask.engine.store.log as log
@@ -30,11 +30,18 @@ class Report:
     """Paths relative to the store that no record names: left by a writer that died, or strange."""
 
 
-def verify(store: Store, *, deep: bool = False, progress: Progress = silent) -> Report:
+def verify(
+    store: Store,
+    *,
+    deep: bool = False,
+    tell: Callable[[IntegrityError], None] = lambda _: None,
+    progress: Progress = silent,
+) -> Report:
     """Compares every file of every segment with its digest, retired ones too; deep: decodes it too.
 
-    Raises IntegrityError at the first bad one.
+    `tell` hears of every damaged segment; the first is raised in the end. Raises IntegrityError.
     """
+    damaged: list[IntegrityError] = []
     pin = store.head()
     chains: dict[tuple[str, str, str], Chain] = {}
     every = store.log.standing()
@@ -48,12 +55,17 @@ def verify(store: Store, *, deep: bool = False, progress: Progress = silent) -> 
                 store.check_arrays(each, store.read_arrays(each), before)
             else:
                 store.read_files(each)
+        except IntegrityError as error:
+            tell(error)
+            damaged.append(error)
         except StoreError:
             if not store.is_swept(each):
                 raise
             # gc is at work meanwhile.
             standing.pop(each.folder, None)
     progress("verify", len(every), len(every))
+    if damaged:
+        raise damaged[0]
     records = list(_records(store, pin.number))
     return Report(
         segments=len(standing),

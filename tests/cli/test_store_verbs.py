@@ -33,6 +33,7 @@ def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
     call(f"{TRAIN} {store} --out {out} --pin {ALL - 1} --partial").refused(1, "pin", "--overwrite")
     call(f"{TRAIN} {store} --out {out} --pin nothing").refused(1, "no tag 'nothing'", "store tag")
     call(f"store pin {store} --at 99").refused(1, "no log record 99", "pin a number that exists")
+    call(f"store tag {store} --remove").refused(2, "need the NAME", "--help")
     assert call(f"store tag {store} paper --remove").code == 0
     call(f"store pin {store} --at paper").refused(1, "no tag 'paper'; it has: none", "store tag")
 
@@ -41,12 +42,13 @@ def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> N
     store = world.store(ALL)
     retired = call(f"store retire {store} --teacher big --format json").json
     assert len(retired) == UNITS
-    call(f"store retire {store} --teacher big").refused(2, "nothing of 'big'", "rollouts ['main']")
+    call(f"store retire {store} --teacher big").refused(2, "nothing of 'big'", "rollouts: main")
     call(f"{TRAIN} {store} --out {world.new('out')}").refused(3, "no scores", "logitcask score")
     assert call(f"store gc {store} --format json").json["segments"] == 0, "a recent pin reads them"
     gone = call(f"store gc {store} --keep-days 0 --dry-run --format json").json
     assert (gone["segments"], gone["kept"]) == (UNITS, UNITS)
-    assert call(f"store gc {store} --keep-days 0 --format json").json == gone
+    swept = call(f"store gc {store} --keep-days 0 --format json").json
+    assert swept == gone | {"dry_run": False}
     assert call(f"{SCORE} {store} --format json").json["units_new"] == UNITS
     report = call(f"store verify {store} --deep --format json").json
     assert (report["segments"], report["strays"], report["decoded"]) == (ALL, [], True)
@@ -62,8 +64,34 @@ def test_a_store_travels_as_files(world: World, call: Any) -> None:
     rows = [call(f"store show {name} --format json").json for name in (store, other)]
     assert rows[0] == rows[1]
     call(f"store unpack {other} @p.jsonl").refused(4, "p.jsonl: not a packed segment", "pack")
+    lonely = " ".join(name for name in files.split() if "/score-" in name)
+    call(f"store unpack {world.new('lonely')} {lonely}").refused(
+        3, f"{UNITS} segments were left out", "bring these in too"
+    )
     call(f"store merge {other} @nowhere").refused(1, "not a logitcask store", "check the path")
     assert not world.at("@nowhere").exists()
+
+
+def test_damage_is_mended_from_a_copy_or_made_again(world: World, call: Any) -> None:
+    store, copy = world.store(ALL), world.new("copy")
+    assert call(f"store merge {copy} {store}").code == 0
+    scores = [r for r in call(f"store ls {store} --format json").json if r["kind"] == "score"]
+    file = world.at(store) / "seg" / "score" / scores[0]["segment"] / "ent" / "zarr.json"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1])
+    broken = call(f"store verify {store}")
+    broken.refused(4, "ent/zarr.json", "merge STORE COPY --heal")
+    assert "damaged: " in broken.err
+    assert call(f"store merge {store} {copy} --format json").json["healed"] == 0
+    assert call(f"store merge {store} {copy} --heal --format json").json["healed"] == 1
+    assert file.read_bytes() == sound
+    # Without a copy: the unit is retired and made again.
+    file.write_bytes(sound[:-1])
+    segment = scores[0]["segment"]
+    assert len(call(f"store retire {store} --segment {segment} --dry-run --format json").json) == 1
+    assert call(f"store retire {store} --segment {segment}").code == 0
+    assert call(f"{SCORE} {store} --format json").json["units_new"] == 1
+    assert call(f"store verify {store} --deep").code == 0
 
 
 def test_a_larger_request_widens_from_the_command_line(world: World, call: Any) -> None:

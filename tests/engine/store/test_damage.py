@@ -399,21 +399,41 @@ def test_a_disk_that_refuses_to_read_is_an_error_with_its_words(
     assert "give this user the right" in caught.value.remedy
 
 
-def test_a_damaged_segment_of_the_same_name_is_not_adopted(tmp_path: Path) -> None:
-    """A group that a crash left behind, and that rotted since, must not become a commit."""
+def damage(path: Path, how: str, elsewhere: Path) -> None:
+    if how == "changed":
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+    elif how == "grown":
+        path.write_bytes(path.read_bytes() + b"x")
+    elif how == "linked":
+        path.rename(elsewhere)
+        path.symlink_to(elsewhere)
+    elif how == "gone":
+        shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize("how", ["changed", "grown", "linked", "gone"])
+def test_a_damaged_segment_of_the_same_name_is_mended(tmp_path: Path, how: str) -> None:
+    """A group that a crash left behind, and that rotted since, must not become a commit as it is;
+    its name says what belongs there.
+    """
     donor = open_store(tmp_path / "donor", create=True)
     held = commit_rollouts(donor, 1)
     store = open_store(tmp_path / "cask", create=True)
     shutil.copytree(Path(donor.url) / held.folder, Path(store.url) / held.folder)
-    file = Path(store.url) / held.folder / "tokens/c/0"
-    sound = file.read_bytes()
-    file.write_bytes(bytes([sound[0] ^ 1]) + sound[1:])
-    with pytest.raises(IntegrityError, match="tokens/c/0") as caught:
-        commit_rollouts(store, 1)
-    assert "store gc" in caught.value.remedy
-    assert store.head().segments == ()
-    file.write_bytes(sound)
+    damage(Path(store.url) / held.folder / "tokens/c/0", how, tmp_path / "elsewhere")
     assert commit_rollouts(store, 1).seg_id == held.seg_id
+    assert verify(store, deep=True).strays == ()
+
+
+def test_every_damaged_segment_is_told(cask: Path) -> None:
+    names = [name for name in every_file(cask) if name.endswith(("/tokens/c/0", "/ent/c/0"))]
+    assert len(names) == 2
+    for name in names:
+        damage(cask / name, "changed", cask)
+    told: list[str] = []
+    with pytest.raises(IntegrityError):
+        verify(open_store(cask), tell=lambda error: told.append(error.cause))
+    assert all(name in text for name, text in zip(sorted(names), sorted(told), strict=True))
 
 
 def test_a_codec_that_changes_values_is_caught_before_publishing(

@@ -99,10 +99,10 @@ def test_a_widened_chain_retires_as_a_whole(store: Store) -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({}, "give --rollouts or --teacher"),
-        ({"rollouts": "main", "teacher": "teacher"}, "give --rollouts or --teacher"),
+        ({}, "give --rollouts, --teacher or --segment"),
+        ({"rollouts": "main", "teacher": "teacher"}, "give --rollouts, --teacher or --segment"),
         ({"teacher": "teacher", "before_version": 1}, "goes with --rollouts"),
-        ({"teacher": "nobody"}, "it has rollouts ['main'] and scores []"),
+        ({"teacher": "nobody"}, "it has rollouts: main; scores: none"),
     ],
 )
 def test_what_cannot_be_retired(store: Store, wrong: dict[str, Any], words: str) -> None:
@@ -110,6 +110,24 @@ def test_what_cannot_be_retired(store: Store, wrong: dict[str, Any], words: str)
     with pytest.raises(ConfigError) as caught:
         retire(store, **wrong)
     assert words in caught.value.remedy
+
+
+def test_one_segment_retires_with_what_rests_on_it(store: Store) -> None:
+    teacher, base, student = teacher_of(store, 3)
+    first = commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores((first,)))
+    wide = commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
+    other = commit_scores(store, base, 2, scores=teacher.score(9, student), name="other")
+    more = commit_rollouts(store, 5)
+    for which, gone in ((wide, 1), (first, 2), (other, 1), (base, 4)):
+        would = retire(store, segment=which.seg_id, dry_run=True)
+        assert len(would) == gone
+        assert set(store.head().segments) == {base, first, wide, other, more}
+    assert retire(store, segment=first.seg_id) == [first, wide]
+    assert retire(store, segment=base.seg_id) == [base, other]
+    assert store.head().segments == (more,)
+    with pytest.raises(ConfigError, match="nothing of 'f"):
+        retire(store, segment="f" * 32)
 
 
 def test_gc_removes_what_nobody_reaches(store: Store) -> None:

@@ -3,17 +3,21 @@
 import random
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import obstore
 import pytest
 import zarr
+from obstore.store import MemoryStore
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.store import Store, open_store, record, widen
 from logitcask.engine.store.keep import gc, retire
 from logitcask.engine.store.layout import ranked
+from logitcask.engine.store.objects import Bucket
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.transfer import Brought, merge, pack, unpack
 from logitcask.engine.store.verify import verify
@@ -255,3 +259,34 @@ def test_verifying_while_gc_is_at_work(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(store.medium, "read_all", meanwhile)
         before = len(store.head().segments)
         assert 0 < verify(store, deep=deep).segments < before
+
+
+@pytest.mark.parametrize("way", ["merge", "unpack"])
+def test_a_copy_mends_what_is_damaged(store: Store, tmp_path: Path, way: str) -> None:
+    filled(store)
+    copy = open_store(tmp_path / "copy", create=True)
+    merge(copy, store)
+    files = pack(store, tmp_path / "packed")
+    for held in copy.head().segments[:2]:
+        path = Path(copy.url) / held.folder / "zarr.json"
+        path.write_bytes(path.read_bytes()[:-1])
+    bring = partial(merge, copy, store) if way == "merge" else partial(unpack, copy, files)
+    assert bring() == Brought(added=0, there=5, left_out=0), "what is there is not looked at"
+    with pytest.raises(IntegrityError):
+        verify(copy)
+    assert bring(heal=True) == Brought(added=0, there=5, healed=2, left_out=0)
+    same(copy, store)
+    verify(copy, deep=True)
+
+
+def test_an_object_store_is_mended(tmp_path: Path) -> None:
+    sound = filled(open_store(tmp_path / "sound", create=True))
+    objects = MemoryStore()
+    store = open_on(Bucket("memory://cask", objects), create=True)
+    merge(store, sound)
+    name = f"{store.head().segments[0].folder}/zarr.json"
+    obstore.put(objects, name, b"x" * 5000)
+    with pytest.raises(IntegrityError, match=name):
+        verify(store)
+    assert merge(store, sound, heal=True).healed == 1
+    verify(store, deep=True)
