@@ -64,7 +64,13 @@ def job_from_flags(kind: type[Job], flags: Mapping[str, Any]) -> Job:
         section, _, name = dest.partition("__")
         if value is not None:
             values.setdefault(section, {})[name] = value
-    return validate(kind, values, source="command line")
+    return validate(kind, values, source="command line", spell=_flag_of)
+
+
+def _flag_of(key: str) -> str:
+    """'gc.keep_days' -> '--keep-days'."""
+    section, _, name = key.partition(".")
+    return "--" + FLAGS.get((section, name), name).replace("_", "-")
 
 
 def format_option(function: F) -> F:
@@ -86,7 +92,7 @@ def dry_run_option(function: F) -> F:
 
 
 def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
-    flag = FLAGS.get((section, name), name).replace("_", "-")
+    flag = _flag_of(f"{section}.{name}").removeprefix("--")
     kind = _plain(field.annotation)
     text = field.description or ""
     if not field.is_required() and field.default not in (None, ""):

@@ -74,6 +74,18 @@ def print_result(result: Any, form: str) -> None:
         click.echo(f"{name:<{width}}  {value}".rstrip())
 
 
+def print_report(report: Any, form: str) -> None:
+    """A stage's report; in text, notes and a run that had nothing to do are said in words."""
+    values = asdict(report)
+    if form == "text":
+        for note in values.pop("notes", ()):
+            click.echo(f"note: {note}", err=True)
+        if not values["units_new"]:
+            click.echo(f"nothing to do: all {values['units_total']} units are there")
+            return
+    print_result(values, form)
+
+
 def print_table(rows: Sequence[Mapping[str, Any]], form: str) -> None:
     """Rows with the same keys as an aligned table, or as one JSON list."""
     if form == "json":

@@ -11,7 +11,7 @@ from logitcask.cli.options import (
     job_from_flags,
     job_options,
 )
-from logitcask.cli.output import print_result, progress_bar
+from logitcask.cli.output import print_report, progress_bar
 from logitcask.engine.config import Score, ScoreJob
 from logitcask.engine.configfile import to_toml
 
@@ -45,4 +45,4 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
 
     with progress_bar() as progress:
         report = run_score(job, progress=progress)
-    print_result(report, form)
+    print_report(report, form)

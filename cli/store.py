@@ -41,12 +41,16 @@ def info(url: str, form: str) -> None:
 def ls(url: str, form: str) -> None:
     """One line per segment, in the order of commits.
 
+    Layouts: rollouts with (student) or without (plain) the student's own scores; of a teacher's
+    first scores those that name no id twice (once), a teacher's list alone (whole) or drawn ids
+    (sampled); and what widens scores that were there (wider).
+
     Example: logitcask store ls ./store
     """
     from logitcask.engine.store import open_store
     from logitcask.engine.store.view import listing
 
-    print_table(listing(open_store(url).head()), form)
+    print_table([_narrow(row, form) for row in listing(open_store(url).head())], form)
 
 
 @store_command.command("verify")
@@ -111,27 +115,52 @@ def show(
     top: int,
     form: str,
 ) -> None:
-    """One sequence, row by row: sampled token, both log-probs, entropies, the teacher's top ids.
+    """One sequence, row by row: sampled token, both log-probs, entropies, the teacher's top ids;
+    all in nats.
 
     Example: logitcask store show ./store --sequence 3
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.view import rows
+    from logitcask.engine.store.view import shown
 
-    table = rows(open_store(url), rollouts=rollouts, teacher=teacher, sequence=sequence, top=top)
+    found = shown(open_store(url), rollouts=rollouts, teacher=teacher, sequence=sequence, top=top)
     if tokenizer is not None:
-        _add_text(table, tokenizer)
-    print_table(table, form)
+        _add_text(found, tokenizer)
+    if form == "json":
+        print_result(found, form)
+        return
+    head = {name: value for name, value in found.items() if name not in ("rows", "prompt_tokens")}
+    print_result(head, form)
+    click.echo()
+    print_table([_in_words(row) for row in found["rows"]], form)
 
 
-def _add_text(table: list[dict[str, Any]], name: str) -> None:
+def _add_text(found: dict[str, Any], name: str) -> None:
     from logitcask.engine.identity import resolve_model
     from logitcask.engine.prompts import load_tokenizer
 
     decode = load_tokenizer(resolve_model(name)).decode
-    for row in table:
-        row["token"] = f"{row['token']} {visible(decode([row['token']]))!r}"
-        row["teacher_top"] = [
-            f"{visible(decode([int(entry.split(':')[0])]))!r}:{entry.split(':')[1]}"
-            for entry in row["teacher_top"]
+    found["prompt_text"] = decode(found["prompt_tokens"])
+    for row in found["rows"]:
+        row["text"] = decode([row["token"]])
+        for entry in row.get("teacher_top", []):
+            entry["text"] = decode([entry["id"]])
+
+
+def _in_words(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `show` with the tokens' text beside their ids."""
+    told = {name: value for name, value in row.items() if name not in ("text", "teacher_top")}
+    if "text" in row:
+        told["token"] = f"{row['token']} {visible(row['text'])!r}"
+    if "teacher_top" in row:
+        told["teacher_top"] = [
+            f"{visible(e['text'])!r}:{e['lp']:.3f}" if "text" in e else f"{e['id']}:{e['lp']:.3f}"
+            for e in row["teacher_top"]
         ]
+    return told
+
+
+def _narrow(row: dict[str, Any], form: str) -> dict[str, Any]:
+    """Ids as far as they tell segments apart, for a terminal."""
+    short = {"segment": row["segment"][:8], "base": row["base"][:8]}
+    return row if form == "json" else {**row, **short}

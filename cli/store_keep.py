@@ -78,7 +78,7 @@ def retire_command(url: str, form: str, **which: Any) -> None:
     retired = retire(open_store(url), **which)
     print_table(listing_of(retired), form)
     done = "would be retired" if which["dry_run"] else "retired"
-    click.echo(f"{len(retired)} segments {done}", err=True)
+    click.echo(f"note: {len(retired)} segments {done}", err=True)
 
 
 @click.command("gc")
@@ -107,7 +107,7 @@ def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
     print_result({"dry_run": dry_run, **asdict(swept)}, form)
     if swept.kept_retired and job.gc.keep_days:
         click.echo(
-            f"{swept.kept_retired} retired segments stay for a tag, or for pins of the last "
+            f"note: {swept.kept_retired} retired segments stay for a tag, or for pins of the last "
             f"{job.gc.keep_days:g} days (--keep-days 0: for tags alone)",
             err=True,
         )
@@ -215,7 +215,8 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
     """Score a sample with teacher MODEL, and say what scoring all PROMPTS would cost.
 
     For each profile, top-p and k-max: bytes a position, and the share of the KL between teacher and
-    student that a loss on what is stored would miss. Nothing is stored.
+    student that a loss on what is stored would miss (a little of it is rounding, either way).
+    Nothing is stored.
 
     Example: logitcask store estimate ./teacher prompts.jsonl --student ./student
     """
@@ -230,7 +231,8 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
         return
     print_result(estimate.summary(), form)
     click.echo()
-    print_table(estimate.rows, form)
+    missed = ("forward_kl_missed", "reverse_kl_missed")
+    print_table([{**row, **{m: f"{row[m]:.2%}" for m in missed}} for row in estimate.rows], form)
 
 
 KEEP = (

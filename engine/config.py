@@ -62,8 +62,8 @@ class StoreSection(Section):
     profile: Literal["default", "compact", "interop", "raw32"] = Field(
         "default",
         description="How entry log-probs are stored: default = float16; compact = bfloat16, "
-        "smaller and 8 times coarser; interop = float16 in codecs that every Zarr reader has, "
-        "larger; raw32 = exact, much larger.",
+        "smaller and 8 times coarser; interop = float16 in codecs that every Zarr reader has; "
+        "raw32 = exact, much larger.",
     )
 
 

@@ -4,7 +4,7 @@ nearest known one.
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,17 @@ from logitcask.engine.errors import ConfigError
 Job = TypeVar("Job", bound=Section)
 
 
-def validate(kind: type[Job], values: Mapping[str, Any], *, source: str) -> Job:
-    """`values` ({section: {key: value}}) as a frozen `kind`; ConfigError names key, value, rule."""
+def validate(
+    kind: type[Job],
+    values: Mapping[str, Any],
+    *,
+    source: str,
+    spell: Callable[[str], str] = str,
+) -> Job:
+    """`values` ({section: {key: value}}) as a frozen `kind`; ConfigError names key, value, rule.
+
+    source: where the values are from; spell: section.key -> how it is written there.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -34,10 +43,18 @@ def validate(kind: type[Job], values: Mapping[str, Any], *, source: str) -> Job:
             raise ConfigError(
                 f"{source}: {key} is missing", remedy=f"give {key}: {_describe(kind, first['loc'])}"
             ) from None
+        rule = _RULES.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"{source}: {key} = {first['input']!r}: {first['msg']}",
-            remedy=f"{key}: {_describe(kind, first['loc'])}",
+            f"{source}: {spell(key)} = {first['input']!r}: {rule}",
+            remedy=f"{spell(key)}: {_describe(kind, first['loc'])}",
         ) from None
+
+
+_RULES = {
+    "string_pattern_mismatch": "names have 1 to 128 of a-z 0-9 . _ -, the first a letter or digit, "
+    "as qwen3-4b",
+}
+"""Kinds of errors whose own words are for programmers."""
 
 
 def read_toml(path: Path, overrides: Iterable[str] = ()) -> RunConfig:

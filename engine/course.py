@@ -24,6 +24,7 @@ from logitcask.engine.rundir import (
     MetricsFile,
     check_same,
     clear,
+    make_folder,
     newest_checkpoint,
     read_run,
     write_json,
@@ -199,7 +200,7 @@ def carry_out(
         step = course.updates
     desk.wait()
     if desk.first and desk.earlier is None:
-        desk.out.mkdir(parents=True, exist_ok=True)
+        make_folder(desk.out)
         notes = {
             "preset": preset.name if preset else "",
             "updates": course.updates,

@@ -182,7 +182,7 @@ def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
         if "run" not in segment.lineage:
             raise IdentityError(
                 f"rollouts {name!r} in {store.url} were not made by distill",
-                remedy="set store.rollouts to a name of this run's own",
+                remedy="set store.rollouts and run.out to names of this run's own",
             )
         check_same(
             f"rollouts {name!r} in {store.url}",

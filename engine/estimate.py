@@ -48,18 +48,20 @@ class Estimate:
     """Of the sample."""
     mean_length: float
     """Response tokens of a sequence."""
-    sampling_seconds: float
-    """Per million positions, on this machine."""
-    scoring_seconds: float
-    """Per million positions, on this machine."""
+    sampling_s_per_million: float
+    """Seconds per million positions, on this machine."""
+    scoring_s_per_million: float
     overlap_ratio: float
     """Mean |S(p) & S(q)| / k, k the student's stored top-k."""
     forward_kl: float
     """Mean KL(q || p) over the full vocabulary, nats."""
     reverse_kl: float
     """Mean KL(p || q), nats."""
+    all_prompts: Mapping[str, float]
+    """What rolling out and scoring every prompt would cost at the defaults of `score`: positions,
+    bytes, sampling_seconds, scoring_seconds."""
     rows: tuple[Mapping[str, Any], ...]
-    """One for each profile, top_p and k_max: bytes a position, and KL missed."""
+    """One for each profile, top_p and k_max: bytes a position, and shares of the KL missed."""
 
     def summary(self) -> dict[str, Any]:
         """All but the rows."""
@@ -90,17 +92,30 @@ def estimate(
     scoring_s = time.monotonic() - start
     progress("estimate", 2, 3)
     seen = _look(teacher, student, rolled)
-    table = tuple(_rows(rolled, seen, k_min))
+    each_s, mean_length = 1 / rolled.positions, rolled.positions / len(rolled.finish)
+    total = mean_length * len(prompts) * sampling.n
+    table = tuple(_rows(rolled, seen, k_min, total))
     progress("estimate", 3, 3)
-    million = 1e6 / rolled.positions
+    usual = ScoreRequest()
+    (row,) = (
+        each
+        for each in table
+        if (each["profile"], each["top_p"], each["k_max"]) == ("default", usual.top_p, usual.k_max)
+    )
     return Estimate(
         positions=rolled.positions,
-        mean_length=rolled.positions / len(rolled.finish),
-        sampling_seconds=sampling_s * million,
-        scoring_seconds=scoring_s * million,
+        mean_length=mean_length,
+        sampling_s_per_million=1e6 * sampling_s * each_s,
+        scoring_s_per_million=1e6 * scoring_s * each_s,
         overlap_ratio=float(seen.listed[:, :student_k].sum(1).mean() / student_k),
         forward_kl=float(seen.forward.mean()),
         reverse_kl=float(seen.reverse.mean()),
+        all_prompts={
+            "positions": round(total),
+            "bytes": round(total * row["bytes"]),
+            "sampling_seconds": total * sampling_s * each_s,
+            "scoring_seconds": total * scoring_s * each_s,
+        },
         rows=table,
     )
 
@@ -181,17 +196,18 @@ def _look(teacher: Any, student: Any, rolled: Rollouts) -> _Seen:
     return _Seen(wide, log_p, listed, forward, reverse)
 
 
-def _rows(rolled: Rollouts, seen: _Seen, k_min: int) -> Iterator[dict[str, Any]]:
+def _rows(rolled: Rollouts, seen: _Seen, k_min: int, total: float) -> Iterator[dict[str, Any]]:
     own = rolled.student
     assert own is not None, "the student has scored its rollouts"
     student = IdLists(cnt=own.cnt, ids=own.ids)
     for name, profile in codecs.PROFILES.items():
-        rollout_bytes = _bytes(rollout_arrays.encode(rolled, profile), schema.STUDENT, profile)
+        arrays = rollout_arrays.encode(rolled, profile)
+        rollout_bytes = _bytes(arrays, schema.STUDENT, profile, total)
         for k_max in K_MAX:
             for top_p in TOP_P:
                 kept = _kept(seen, top_p, min(k_min, k_max), k_max)
                 arrays = layout.encode(_cut(seen, kept), profile, student)
-                score_bytes = _bytes(arrays, schema.ONCE, profile)
+                score_bytes = _bytes(arrays, schema.ONCE, profile, total)
                 forward, reverse = _missed(seen, own, kept, profile)
                 yield {
                     "profile": name,
@@ -261,10 +277,12 @@ def _lost(coarse: Array, full: Array) -> float:
     return float(1 - coarse.mean() / full.mean()) if full.mean() > 0 else 0.0
 
 
-def _bytes(arrays: Mapping[str, Array], which: str, profile: codecs.Profile) -> float:
-    """Of the files of a segment; metadata counts as in a unit of the usual size."""
+def _bytes(arrays: Mapping[str, Array], which: str, profile: codecs.Profile, total: float) -> float:
+    """Of the files of a segment; metadata counts as in units of the usual size, or in one of all
+    that there is.
+    """
     contents = segments.encode(arrays, layout=which, profile=profile, attributes={})
     metadata = sum(len(data) for name, data in contents.items() if name.endswith("zarr.json"))
     data = sum(map(len, contents.values())) - metadata
     rows = len(next(arrays[name] for name in ("tokens", "cnt") if name in arrays))
-    return data + metadata * min(1.0, rows / UNIT_POSITIONS)
+    return data + metadata * min(1.0, rows / min(UNIT_POSITIONS, total))

@@ -100,7 +100,8 @@ def run_train(
     preset = find_objective(job.train)
     store = open_store(job.store.url)
     pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
-    teacher = choose(pin.names("score"), job.train.teacher, what="teacher")
+    where = "the store" if job.train.pin is None else f"the store at log number {pin.number}"
+    teacher = choose(pin.names("score"), job.train.teacher, what="teacher", where=where)
     model = student_of(job.student, pin, job.store.rollouts)
     report = train(
         store,

@@ -224,8 +224,8 @@ def _check_name(
         theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
         if theirs != ours["digest"]:
             raise IdentityError(
-                f"rollouts {name!r} are of the prompt set {theirs}, and this one is "
-                f"{ours['digest']}: {_difference(segment.lineage['set'], ours)}",
+                f"rollouts {name!r} were made with {_difference(segment.lineage['set'], ours)} "
+                f"(set {theirs}, this one is {ours['digest']})",
                 remedy="Give these rollouts a name of their own, or use what they were made with.",
             )
         if student["weights"] != model.digest and not versions:

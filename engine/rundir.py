@@ -40,7 +40,7 @@ def check_same(
     earlier: Mapping[str, Any],
     ours: Mapping[str, Any],
     *,
-    remedy: str = "give another --out, or --overwrite to lose that run",
+    remedy: str = "give another --out (run.out), or --overwrite (run.overwrite) to lose that run",
 ) -> None:
     """IdentityError that names the first key in which the run that `place` holds is another."""
     theirs = dict(_leaves(earlier))
@@ -59,6 +59,16 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, value
+
+
+def make_folder(out: Path) -> None:
+    """Raises ConfigError where a run cannot have its folder there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: {error.strerror}", remedy="give another --out, a folder of the run's own"
+        ) from error
 
 
 def clear(out: Path) -> None:

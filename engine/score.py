@@ -111,6 +111,12 @@ def score(
             f"{teacher_name!r} holds draws of these rollouts of another number or seed",
             remedy="Use another name for these: drawn ids are not added to.",
         )
+    others = {s.profile for chain in there.values() for s in chain} - {profile}
+    if others:
+        notes.append(
+            f"scores of {teacher_name!r} are there in profile {', '.join(sorted(others))}; "
+            f"{profile} is for what is added"
+        )
     missing = {
         key: segment
         for key, segment in units.items()

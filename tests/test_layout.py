@@ -25,6 +25,7 @@ ENGINE_LAYERS = [
     ["store.files", "store.objects"],
     ["store.codecs", "store.ragged"],
     ["store.shards", "store.layout"],
+    ["store.checks"],
     ["store.segment", "store.rollouts", "store.widen"],
     ["store.record", "store.pin"],
     ["store.log", "store.root", "store.unit"],

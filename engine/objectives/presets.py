@@ -90,8 +90,8 @@ _ALL = (
         formula="KL(p~ || q~) on S = S(q)",
         needs="teacher's kept ids, k <= k_min of the score request",
         staleness="exact at any age",
-        note="The paper uses K = 32 (score with --k-min 32), rollouts at top-p 0.9, and masks "
-        "special tokens; here k = 16 as elsewhere, and there is no mask.",
+        note="The paper uses K = 32 (--k-min 32 when scoring, --k 32 here), rollouts at top-p 0.9, "
+        "and masks special tokens; there is no mask here.",
     ),
     Preset(
         name="forward_kl",

@@ -143,9 +143,7 @@ class Bucket:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(
-                f"cannot {action} {self.where(name)}: {_short(error)}",
-                remedy="check credentials, endpoint, region and network, then run the same command "
-                "again; what was committed is safe",
+                f"cannot {action} {self.where(name)}: {_short(error)}", remedy=_remedy(error)
             ) from error
 
 
@@ -179,6 +177,19 @@ def _at_once(call: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> 
     """call(*each) of all, several at a time, in order."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(lambda each: call(*each), arguments))
+
+
+def _remedy(error: Exception) -> str:
+    text = str(error)
+    if "169.254.169.254" in text:
+        # The address at which a cloud machine would ask who it is.
+        return "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say"
+    if "builder error" in text:
+        return "check the endpoint; one of http:// needs AWS_ALLOW_HTTP=true"
+    return (
+        "check credentials, endpoint, region and network, then run the same command again; what "
+        "was committed is safe"
+    )
 
 
 def _short(error: Exception) -> str:

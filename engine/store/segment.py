@@ -21,8 +21,8 @@ from logitcask.engine.store.medium import Medium
 from logitcask.engine.types import Array
 
 RESTORE = (
-    "mend it from a copy: `logitcask store merge STORE COPY --heal`; without one `logitcask store "
-    "retire STORE --segment ID`, then make it again"
+    "restore it from a copy: `logitcask store merge STORE COPY --heal`; without one `logitcask "
+    "store retire STORE --segment ID`, then make it again"
 )
 
 

@@ -9,6 +9,7 @@ from logitcask.engine.store.pin import Pin
 from logitcask.engine.store.ragged import starts
 from logitcask.engine.store.segment import Segment
 from logitcask.engine.store.store import Store
+from logitcask.engine.types import LENGTH, STOP
 
 
 def summary(store: Store) -> dict[str, Any]:
@@ -66,11 +67,34 @@ def listing_of(segments: Iterable[Segment]) -> list[dict[str, Any]]:
             "sequences": s.counts["N"],
             "positions": s.counts["P"],
             "layout": s.layout,
+            "asked": asked(s),
             "profile": s.profile,
             "bytes_per_position": committed_bytes([s]) / max(1, s.counts["P"]),
         }
         for s in segments
     ]
+
+
+def asked(segment: Segment) -> str:
+    """What a segment was made for, short: how responses were sampled, or what a teacher was asked.
+    Empty where its maker has not told.
+    """
+    lineage = segment.lineage
+    if segment.kind == "rollout":
+        of = lineage.get("set", {})
+        told = [f"version {segment.unit['version']}"]
+        told += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
+        return ", ".join(told)
+    request = lineage.get("request", {})
+    if not request:
+        return ""
+    k = f"k {request['k_min']}-{request['k_max']}"
+    told = {
+        "topp": [f"p {request['top_p']:g}", k],
+        "topk": [k],
+        "sampled": [f"{request['draws']} draws, seed {request['seed']}"],
+    }[request["entry_kind"]]
+    return ", ".join([*told, *([f"at {at}"] if (at := lineage.get("at")) else [])])
 
 
 def pinned(store: Store, pin: Pin) -> dict[str, Any]:
@@ -95,10 +119,11 @@ def tags(store: Store) -> list[dict[str, Any]]:
     ]
 
 
-def rows(
+def shown(
     store: Store, *, rollouts: str | None, teacher: str | None, sequence: int, top: int
-) -> list[dict[str, Any]]:
-    """One mapping per row of sequence number `sequence` of a set; log-probs and entropies in nats.
+) -> dict[str, Any]:
+    """Sequence number `sequence` of a set, its `rows` one mapping each; log-probs and entropies in
+    nats.
 
     Raises ConfigError if a name is unknown or ambiguous, or the set has no such sequence, and
     IncompleteError if there are no rollouts.
@@ -125,18 +150,27 @@ def rows(
                 "student_entropy": float(student.entropy[r]),
             }
         if scored is not None:
-            shown = range(first[r], min(first[r] + top, first[r + 1]))
+            entries = range(first[r], min(first[r] + top, first[r + 1]))
             row |= {
                 "teacher_lp": float(scored.lp[r]),
                 "teacher_entropy": float(scored.entropy[r]),
                 "kept": int(scored.kept[r]),
-                "teacher_top": [f"{ids[e]}:{lp[e]:.3f}" for e in shown],
+                "teacher_top": [{"id": int(ids[e]), "lp": float(lp[e])} for e in entries],
             }
         table.append(row)
-    return table
+    prompt, finish = data.prompts[int(data.seq_prompt[index])], int(data.finish[index])
+    return {
+        "rollouts": name,
+        "segment": segment.seg_id,
+        "prompt": prompt.id,
+        "prompt_tokens": list(prompt.token_ids),
+        "version": int(data.version_start[index]),
+        "finish": {STOP: "stop", LENGTH: "length"}.get(finish, str(finish)),
+        "rows": table,
+    }
 
 
-def choose(known: list[str], wanted: str | None, *, what: str) -> str:
+def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the store") -> str:
     """The wanted name, or the only one there is.
 
     Raises ConfigError with the list if the choice is not clear, IncompleteError if there is none.
@@ -148,15 +182,16 @@ def choose(known: list[str], wanted: str | None, *, what: str) -> str:
     if not known:
         made, verb = ("rollouts", "rollout") if what == "rollouts" else ("scores", "score")
         raise IncompleteError(
-            f"the store holds no {made}", remedy=f"make some first: logitcask {verb}"
+            f"{where} holds no {made}",
+            remedy=f"make some first: logitcask {verb}; a pin from before has none",
         )
     listed = ", ".join(known)
     if wanted is None:
         raise ConfigError(
-            f"--{what} is not given and the store has {len(known)}: {listed}",
+            f"--{what} is not given and {where} has {len(known)}: {listed}",
             remedy=f"name one with --{what}",
         )
-    raise ConfigError(f"--{what} {wanted}: the store has {listed}", remedy="give one of these")
+    raise ConfigError(f"--{what} {wanted}: {where} has {listed}", remedy="give one of these")
 
 
 def _positions(pin: Pin, kind: str, name: str) -> int:

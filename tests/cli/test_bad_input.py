@@ -33,11 +33,17 @@ USAGE = [
     Case("missing", "score --store x --teacher t", 2, "--model", "logitcask score --help"),
     Case("not a number", f"{ROLL} OUT --n x", 2, "'x' is not a valid integer", "rollout --help"),
     Case("not a choice", f"{ROLL} OUT --dtype float16", 2, "'float16'", "rollout --help"),
-    Case("range", f"{ROLL} OUT --top-p 1.5", 2, "rollout.top_p = 1.5", "Nucleus"),
-    Case("name", f"{ROLL} OUT --rollouts Main", 2, "store.rollouts = 'Main'", "Name of the set"),
-    Case("too small", f"{ROLL} OUT --batch-tokens 0", 2, "run.batch_tokens = 0", "Bounds memory"),
+    Case("range", f"{ROLL} OUT --top-p 1.5", 2, "--top-p = 1.5", "Nucleus"),
+    Case("name", f"{ROLL} OUT --rollouts Main", 2, "--rollouts = 'Main'", "Name of the set"),
+    Case("too small", f"{ROLL} OUT --batch-tokens 0", 2, "--batch-tokens = 0", "Bounds memory"),
     Case("backend", f"{ROLL} OUT --backend vllm", 2, "no backend 'vllm'", "hf"),
-    Case("teacher's name", f"{SCORE} STORE --teacher ../x", 2, "teacher.name = '../x'", "Name"),
+    Case(
+        "teacher's name",
+        f"{SCORE} STORE --teacher ../x",
+        2,
+        "--teacher = '../x': names have",
+        "Name",
+    ),
 ]
 
 CONFIGURATION = [

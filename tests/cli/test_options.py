@@ -38,10 +38,10 @@ def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> No
 @pytest.mark.parametrize(
     ("kind", "flags", "words"),
     [
-        (RolloutJob, {"rollout__top_p": 1.5}, ["rollout.top_p = 1.5", "less than or equal to 1"]),
-        (ScoreJob, {"teacher__name": "../x"}, ["teacher.name = '../x'"]),
-        (TrainJob, {"train__lr": -1.0}, ["train.lr = -1.0", "greater than 0"]),
-        (ScoreJob, {"score__k_min": 65}, ["score.k_max = 64", "k_min = 65 or more"]),
+        (RolloutJob, {"rollout__top_p": 1.5}, ["--top-p = 1.5", "less than or equal to 1"]),
+        (ScoreJob, {"teacher__name": "../x"}, ["--teacher = '../x'"]),
+        (TrainJob, {"train__lr": -1.0}, ["--lr = -1.0", "greater than 0"]),
+        (ScoreJob, {"score__k_min": 65}, ["--k-max = 64: must be k_min = 65 or more"]),
     ],
 )
 def test_a_forbidden_value_is_named_with_its_rule(

@@ -52,7 +52,7 @@ def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> N
     assert call(f"{SCORE} {store} --format json").json["units_new"] == UNITS
     report = call(f"store verify {store} --deep --format json").json
     assert (report["segments"], report["strays"], report["decoded"]) == (ALL, [], True)
-    call(f"store gc {store} --keep-days -1").refused(2, "gc.keep_days = -1", "readable")
+    call(f"store gc {store} --keep-days -1").refused(2, "--keep-days = -1", "readable")
 
 
 def test_a_store_travels_as_files(world: World, call: Any) -> None:
@@ -100,7 +100,7 @@ def test_a_larger_request_widens_from_the_command_line(world: World, call: Any) 
     assert wider["units_new"] == UNITS
     layouts = [row["layout"] for row in call(f"store ls {store} --format json").json]
     assert layouts.count("wider") == UNITS
-    (first, *_) = call(f"store show {store} --top 20 --format json").json
+    (first, *_) = call(f"store show {store} --top 20 --format json").json["rows"]
     assert len(first["teacher_top"]) >= 6
     again = call(f"{SCORE} {store} --k-min 5 --format json").json
     assert (again["units_new"], again["units_done_before"]) == (0, UNITS)
@@ -142,8 +142,13 @@ def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> Non
     exact = rows["raw32", 0.9999, 256]
     assert exact["forward_kl_missed"] == pytest.approx(0, abs=1e-4), "nearly all of 99 ids are kept"
     assert rows["compact", 0.99, 64]["bytes"] < exact["bytes"]
+    whole = found["all_prompts"]
+    assert whole["positions"] == round(found["mean_length"] * 16)
+    assert whole["bytes"] == pytest.approx(
+        whole["positions"] * rows["default", 0.999, 64]["bytes"], rel=0.01
+    )
     text = call(command).out
-    assert "scoring_seconds" in text
+    assert "scoring_s_per_million" in text
     assert "forward_kl_missed" in text
     call(command.replace("--student @student ", "")).refused(2, "--student", "--help")
     call(command.replace("@teacher", "@other-tokenizer")).refused(1, "tokenizer", "no override")

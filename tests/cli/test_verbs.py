@@ -23,8 +23,8 @@ def reads(name: str) -> list[tuple[str, int, str]]:
         (f"{TRAIN} {name} --out OUT", ALL, "exactness"),
         (f"store info {name}", ALL, "bytes_per_position"),
         (f"store ls {name}", ALL, "segment"),
-        (f"store show {name}", ALL, "teacher_top"),
-        (f"store show {name} --tokenizer @student", ALL, "teacher_top"),
+        (f"store show {name}", ALL, "rows"),
+        (f"store show {name} --tokenizer @student", ALL, "rows"),
         (f"store verify {name}", ALL, "strays"),
         (f"store verify {name} --deep", ALL, "decoded"),
         (f"store pin {name}", ALL, "sha256"),
@@ -74,6 +74,9 @@ def test_what_is_done_is_not_done_again(world: World, call: Any) -> None:
     store = world.store()
     assert call(f"{ROLL} {store} --format json").json["units_new"] == 0
     assert call(f"{SCORE} {store} --format json").json["units_new"] == 0
+    assert call(f"{ROLL} {store}").out == f"nothing to do: all {UNITS} units are there\n"
+    other = call(f"{SCORE} {store} --profile compact")
+    assert "note: scores of 'big' are there in profile default" in other.err
     out = world.new("run")
     first = call(f"{TRAIN} {store} --out {out} --format json").json
     again = call(f"{TRAIN} {store} --out {out} --format json").json
@@ -91,7 +94,11 @@ def test_a_small_budget_samples_one_at_a_time_and_all_the_same(world: World, cal
 @pytest.mark.parametrize("shown", ["", "--tokenizer @student"])
 def test_show_reads_every_sequence(call: Any, shown: str) -> None:
     for sequence in (0, SEQUENCES - 1):
-        rows = call(f"store show @st --sequence {sequence} --top 2 --format json {shown}").json
+        found = call(f"store show @st --sequence {sequence} --top 2 --format json {shown}").json
+        rows = found["rows"]
+        assert found["finish"] in ("stop", "length")
+        assert ("prompt_text" in found) == bool(shown)
+        assert all(("text" in row) == bool(shown) for row in rows)
         assert 1 <= len(rows) <= NEW
         assert all(len(row["teacher_top"]) == 2 and row["teacher_lp"] < 0 for row in rows)
 

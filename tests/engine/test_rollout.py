@@ -186,9 +186,9 @@ def test_what_a_name_holds_already_is_not_mixed_with_another(
     unused = {"sampler": Dies(hf, 0), "scorer": hf}
     with pytest.raises(IdentityError, match=r"are of student .*, version 0; this one is .* 3"):
         run(store, hf, later(model, 3), **unused)
-    with pytest.raises(IdentityError, match="are of the prompt set"):
+    with pytest.raises(IdentityError, match="were made with"):
         run(store, hf, model, seed=1, **unused)
-    with pytest.raises(IdentityError, match="are of the prompt set"):
+    with pytest.raises(IdentityError, match="were made with"):
         run(store, hf, model, sampling=dataclasses.replace(SAMPLING, top_k=3), **unused)
     with pytest.raises(IdentityError, match=r"prompts 0\.\.1 as one unit, and the plan has 0\.\.2"):
         run(store, hf, model, unit_prompts=3, **unused)
