@@ -107,7 +107,7 @@ def synthetic_small(seed: int) -> Rollouts:
         seq_off=np.arange(5, dtype=np.int64) * 64,
         tokens=rng.integers(0, 1000, 256).astype(np.uint32),
         loss_mask=np.ones(256, np.uint16),
-        b_lp=rng.normal(-2, 1, 256).astype(np.float32),
+        b_lp=-rng.exponential(2, 256).astype(np.float32),
         finish=np.zeros(4, np.uint16),
         version_start=np.zeros(4, np.int64),
         version_end=np.zeros(4, np.int64),

@@ -5,6 +5,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,10 @@ def rates() -> dict[str, Any]:
             held = timed("seal score whole", seal_scores, store, scores, base, "default")
             full = timed("seal rollout once", seal_rollouts, store, with_lists, "default")
             both = timed("seal score once", seal_scores, store, once, full, "default")
-            timed("read score whole", store.read_scores, (held,), base=rollouts)
-            timed("read score once", store.read_scores, (both,), base=with_lists)
+            known = replace(rollouts, segment=base.seg_id)
+            timed("read score whole", store.read_scores, (held,), base=known)
+            known = replace(with_lists, segment=full.seg_id)
+            timed("read score once", store.read_scores, (both,), base=known)
             timed("read rollout once", store.read_rollouts, full)
             size["ours"] = (base.size + held.size) / POSITIONS
             for each in peers.FORMATS:

@@ -33,7 +33,7 @@ V, CONTEXT, BATCH = 8192, 128, 16
 CORPUS_BYTES, HELD_OUT = 24_000_000, 1_000_000
 ENTROPY_NATS = 0.5
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 64, 64, 1500
-SIZES = {"teacher": (256, 4, 1000), "student": (192, 3, 1500)}
+SIZES = {"teacher": (256, 4, 1000), "student": (224, 4, 1500)}
 """Hidden size, layers, training steps."""
 
 
@@ -87,7 +87,7 @@ def _train(folder: Path, name: str, tokenizer: Any, ids: np.ndarray, unseen: np.
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     hidden, layers, steps = SIZES[name]
-    torch.manual_seed(len(name))
+    torch.manual_seed(list(SIZES).index(name))
     model: Any = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=V,
