@@ -182,7 +182,8 @@ def rollouts_of(rows: Rows, student: tuple[Array, Array] | None = None, seed: in
     rng = np.random.default_rng(seed + 1)
     at = _sampled(rows, seed)
     own = None
-    b_lp = rows.lp[np.arange(p), at] + rng.normal(0, 0.1, p).astype(np.float32)
+    # A factor, not a term: it stays a log-prob where the row is all but certain.
+    b_lp = rows.lp[np.arange(p), at] * np.exp(rng.normal(0, 0.1, p)).astype(np.float32)
     if student is not None:
         order, lp = student
         every = np.ones(rows.lp.shape, bool)
