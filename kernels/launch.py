@@ -78,6 +78,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def looks_at_values(tensor: Tensor) -> bool:
+    """Whether checks may read what a tensor holds: on a GPU the host would have to wait for it."""
+    return tensor.device.type == "cpu" or os.environ.get("LOGITCASK_DEBUG") == "1"
+
+
 def row_chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
     """Slices of at most chunk_rows rows that cover [0, n_rows) in order."""
     for start in range(0, n_rows, chunk_rows):
@@ -146,8 +151,7 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
 def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
     """Raise unless ids are [P, S] int64 beside `rows` [P, ...], distinct in [0, n_vocab), or -1.
 
-    The values are looked at on a CPU, or under LOGITCASK_DEBUG=1: on a GPU the host would have to
-    wait for them.
+    The values are looked at on a CPU, or under LOGITCASK_DEBUG=1.
     """
     if ids.dtype != torch.int64:
         raise TypeError(f"ids is {ids.dtype}, must be int64; call ids.long()")
@@ -156,9 +160,7 @@ def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
             f"ids has shape {tuple(ids.shape)}, must be [{rows.shape[0]}, S]: one line per row"
         )
     check_device(ids, rows, "ids")
-    if ids.numel() == 0 or not (
-        ids.device.type == "cpu" or os.environ.get("LOGITCASK_DEBUG") == "1"
-    ):
+    if ids.numel() == 0 or not looks_at_values(ids):
         return
     low, high = int(ids.min()), int(ids.max())
     if low < -1 or high >= n_vocab:

@@ -7,6 +7,8 @@ keeping [P, V]; recomputing the logits in the backward pass would be a fourth. d
 over chunks in float32.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,28 @@ def _add_weight_grad(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None
         d_weight.addmm_(d_logits.T.float(), hidden.float())
 
 
+class HeadProduct:
+    """logits = hidden weight^T, a chunk of rows at a time in one buffer."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, n_vocab: int, chunk_rows: int | None
+    ) -> None:
+        self.hidden = hidden
+        self.head = weight[:n_vocab].to(hidden.dtype)
+        """[n_vocab, D]"""
+        self._chunk_rows = min(len(hidden), chunk_rows or default_chunk_rows(n_vocab, hidden))
+        # Rows start on 16-element borders: otherwise an odd vocabulary is loaded 2 bytes at a time.
+        # Zeros: torch's bfloat16 product on a CPU multiplies what lies between the rows, too.
+        padded = -(-n_vocab // 16) * 16
+        self._buffer = hidden.new_zeros(self._chunk_rows, padded)[:, :n_vocab]
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their logits [C, n_vocab]), which are gone when the next chunk is asked for."""
+        for rows in row_chunks(len(self.hidden), max(1, self._chunk_rows)):
+            hidden_c = self.hidden[rows]  # [C, D]
+            yield rows, torch.mm(hidden_c, self.head.T, out=self._buffer[: len(hidden_c)])
+
+
 def linear_sparse_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -97,7 +121,7 @@ def linear_sparse_kl(
 
     Raises ValueError or TypeError on a shape, dtype, device, id, k or n_vocab that does not fit.
     """
-    n_vocab = _check_inputs(hidden, weight, n_vocab)
+    n_vocab = check_head(hidden, weight, n_vocab)
     check_k(k, n_vocab)
     check_ids(ids, hidden, n_vocab)
     check_chunk_rows(chunk_rows)
@@ -106,26 +130,20 @@ def linear_sparse_kl(
     grad_on = torch.is_grad_enabled()
     needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = weight[:n_vocab].to(hidden.dtype)  # [n_vocab, D]
         losses = RowLosses(ids, objective, k, row_weight, compute_dtype(hidden.dtype))
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         # new_zeros over all of weight, so that rows past n_vocab have gradient 0.
         d_weight = (
             weight.new_zeros(weight.shape, dtype=losses.weight.dtype) if needs_weight else None
         )
-        n_rows = hidden.shape[0]
-        chunk_rows = min(n_rows, chunk_rows or default_chunk_rows(n_vocab, hidden))
-        # Rows start on 16-element borders: otherwise an odd vocabulary is loaded 2 bytes at a time.
-        # Zeros: torch's bfloat16 product on a CPU multiplies what lies between the rows, too.
-        buffer = hidden.new_zeros(chunk_rows, -(-n_vocab // 16) * 16)[:, :n_vocab]
-        for rows in row_chunks(n_rows, max(1, chunk_rows)):
-            hidden_c = hidden[rows]  # [C, D]
-            logits = torch.mm(hidden_c, head.T, out=buffer[: hidden_c.shape[0]])
-            needs_any = needs_hidden or needs_weight
+        needs_any = needs_hidden or needs_weight
+        product = HeadProduct(hidden, weight, n_vocab, chunk_rows)
+        for rows, logits in product.chunks():
             losses.run(rows, logits, logits if needs_any else None, n_vocab)
             if d_hidden is not None:
-                torch.mm(logits, head, out=d_hidden[rows])
+                torch.mm(logits, product.head, out=d_hidden[rows])
             if d_weight is not None:
+                hidden_c = hidden[rows]  # [C, D]
                 if row_weight is not None:  # d_logits of an unused row is 0, but 0 * NaN is NaN
                     hidden_c = hidden_c.masked_fill((losses.weight[rows] == 0)[:, None], 0.0)
                 _add_weight_grad(d_weight[:n_vocab], logits, hidden_c)
@@ -136,7 +154,7 @@ def linear_sparse_kl(
     return result._replace(loss=attach_grads(result.loss, [hidden, weight], grads))
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, n_vocab: int | None) -> int:
+def check_head(hidden: Tensor, weight: Tensor, n_vocab: int | None) -> int:
     """Raise unless hidden is [P, D] beside weight [V, D]; return n_vocab, default V."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(

@@ -112,6 +112,16 @@ def sparse_kl_reference(
     return SparseLoss(loss, grad.loss, grad.metrics), d_logits
 
 
+class Seen(NamedTuple):
+    """A chunk of C rows after the objective has seen it."""
+
+    answer: RowGrad
+    log_p: Tensor
+    """[C, S]"""
+    log_sum_exp: Tensor
+    """[C]"""
+
+
 class RowLosses:
     """Collects the rows' losses and metrics, chunk by chunk, and writes their gradients over the
     logits."""
@@ -139,6 +149,18 @@ class RowLosses:
     def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> None:
         """One chunk: logits [C, V] of `rows`. Its weighted gradient goes to `out` [C, V], which may
         be logits."""
+        answer, log_p, lse = self.see(rows, logits, n_vocab)
+        if out is None:
+            return
+        w = self.weight[rows]
+        used = w != 0  # never 0 * NaN: a row of weight 0 adds exactly 0, whatever it holds
+        final = w[:, None] * (answer.at_ids + answer.dense_at_ids * log_p.exp())
+        final = torch.where(used[:, None], final, 0.0)
+        dense = torch.where(used, w * answer.dense, 0.0)
+        grad_rows(logits, lse, dense, self.ids[rows], final, out, n_vocab)
+
+    def see(self, rows: slice, logits: Tensor, n_vocab: int) -> "Seen":
+        """One chunk: logits [C, V] of `rows`, without a gradient."""
         ids = self.ids[rows]  # [C, S]
         group = group_size(logits, self.k, n_vocab)
         (lse, entropy), group_max = scan_rows(logits, n_vocab, group)
@@ -147,23 +169,19 @@ class RowLosses:
         log_p = logits.gather(1, ids.clamp(min=0)).to(lse.dtype) - lse[:, None]
         log_p = torch.where(listed, log_p, -torch.inf)
         index = torch.arange(rows.start, rows.stop, device=ids.device)
-        answer = self.objective(RowView(index, log_p, top_ids, top - lse[:, None], entropy))
-        _check_answer(answer, log_p)
-        self._keep(rows, answer)
-        if out is None:
-            return
-        w = self.weight[rows]
-        used = w != 0  # never 0 * NaN: a row of weight 0 adds exactly 0, whatever it holds
-        final = w[:, None] * (answer.at_ids + answer.dense_at_ids * log_p.exp())
-        final = torch.where(used[:, None], final, 0.0)
-        grad_rows(logits, lse, torch.where(used, w * answer.dense, 0.0), ids, final, out, n_vocab)
+        view = RowView(index, log_p, top_ids, top - lse[:, None], entropy)
+        return Seen(self.answer(view, rows), log_p, lse)
 
-    def _keep(self, rows: slice, answer: RowGrad) -> None:
+    def answer(self, view: RowView, rows: slice = slice(None)) -> RowGrad:
+        """What the objective says of `rows`, whose view this is; its losses and metrics are kept."""
+        answer = self.objective(view)
+        _check_answer(answer, view.log_p)
         self.row_loss[rows] = answer.loss
         for name, value in answer.metrics.items():
             if name not in self.metrics:
                 self.metrics[name] = value.new_empty(len(self.ids))
             self.metrics[name][rows] = value
+        return answer
 
     def result(self) -> SparseLoss:
         loss = torch.where(self.weight != 0, self.weight * self.row_loss, 0.0).sum()

@@ -1,4 +1,5 @@
-"""Compiles every kernel for sm_90 without a GPU, and prints one JSON line each of what came out.
+"""Compiles every kernel for sm_90 without a GPU, and prints one JSON line each of what came out;
+one of each kernel for sm_80 and sm_100 too.
 
 Triton's wheel carries ptxas and cuobjdump. TRITON_INTERPRET must not be set: python aot_sm90.py
 """
@@ -14,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from logitcask.kernels.indexed_rows import dot_kernel, segment_kernel, weigh_kernel
 from logitcask.kernels.row_grad import grad_kernel
 from logitcask.kernels.row_stats import scan_kernel
 from logitcask.kernels.topk_select import select_kernel
@@ -24,12 +26,23 @@ POINTER = {
     "ids": "*i64",
     "kept_group": "*i32",
     "kept_id": "*i32",
+    "hidden": "*bf16",
+    "weight": "*bf16",
+    "by_id": "*i64",
+    "target": "*i64",
+    "row_of": "*i64",
 }
-INTEGER = {"stride", "out_stride", "n_vocab", "n_columns", "n_ids", "n_groups", "n_slots", "k"}
-ALIGNED = {"stride", "out_stride", "n_vocab", "n_columns", "n_slots"}  # multiples of 16 at V=151936
+INTEGER = {
+    *("stride", "out_stride", "hidden_stride", "weight_stride"),
+    *("n_vocab", "n_columns", "n_ids", "n_groups", "n_slots", "k", "n"),
+}
+# Multiples of 16 at V=151936.
+ALIGNED = {n for n in INTEGER if "stride" in n} | {"n_vocab", "n_columns", "n_slots"}
 SCAN = {"ROWS": 32, "GROUP": 128, "GROUPS": True}
 SELECT = {"K": 16, "GROUPS": 2048, "GROUP": 128, "ZERO_BITS": 16}
 GRAD = {"TILE": 4096, "IDS": 64}
+LISTED = {"TILE_S": 16, "TILE_D": 128}
+SEGMENT = {"TILE_N": 16, "TILE_D": 128}
 CASES = [
     ("scan bf16", scan_kernel, SCAN, 8, {}),
     ("scan fp32", scan_kernel, SCAN, 8, {"logits": "*fp32"}),
@@ -41,10 +54,16 @@ CASES = [
     ("select k=128 bf16", select_kernel, SELECT | {"K": 128, "GROUPS": 4096, "GROUP": 64}, 8, {}),
     ("grad bf16", grad_kernel, GRAD, 8, {}),
     ("grad fp32", grad_kernel, GRAD, 8, {"logits": "*fp32", "out": "*fp32"}),
+    ("dot bf16", dot_kernel, LISTED, 4, {"out": "*fp32"}),
+    ("dot fp32", dot_kernel, LISTED, 4, {"hidden": "*fp32", "weight": "*fp32", "out": "*fp32"}),
+    ("weigh bf16", weigh_kernel, LISTED, 4, {}),
+    ("segment bf16", segment_kernel, SEGMENT, 4, {}),
 ]
+OTHERS = ("scan bf16", "select k=16 bf16", "grad bf16", "dot bf16", "weigh bf16", "segment bf16")
+"""Compiled for the other architectures too."""
 
 
-def compile_case(kernel, constants: dict, num_warps: int, pointers: dict):
+def compile_case(kernel, constants: dict, num_warps: int, pointers: dict, arch: int = 90):
     names = kernel.arg_names
     pointers = POINTER | pointers
     signature = {
@@ -64,7 +83,7 @@ def compile_case(kernel, constants: dict, num_warps: int, pointers: dict):
     )
     return triton.compile(
         source,
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", arch, 32),
         options={"num_warps": num_warps, "enable_fp_fusion": True},
     )
 
@@ -89,12 +108,29 @@ def describe(cubin: bytes) -> dict:
         "wide_loads": len(re.findall(r"\bLDG\.E[.\w]*\.128\b", sass)),
         "wide_stores": len(re.findall(r"\bSTG\.E[.\w]*\.128\b", sass)),
         "exp": len(re.findall(r"\bMUFU\.EX2\b", sass)),
+        "loop": exponential_loop(sass),
     }
+
+
+def exponential_loop(sass: str) -> float | None:
+    """Instructions per exponential in the tightest loop that has any; None without such a loop."""
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
+    lines = [(int(at, 16), text) for at, text in code]
+    found = []
+    for at, text in lines:
+        back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if back and (to := int(back[1], 16)) < at:
+            body = [each for where, each in lines if to <= where <= at]
+            exps = sum("MUFU.EX2" in each for each in body)
+            if exps:
+                found.append((len(body), exps))
+    return round(min(found)[0] / min(found)[1], 1) if found else None
 
 
 if __name__ == "__main__":
     assert "TRITON_INTERPRET" not in os.environ, "the interpreter compiles nothing"
     for name, kernel, constants, num_warps, pointers in CASES:
-        compiled = compile_case(kernel, constants, num_warps, pointers)
-        row = {"name": name, "shared": compiled.metadata.shared, **describe(compiled.asm["cubin"])}
-        print(json.dumps(row), flush=True)
+        for arch in (90, 80, 100) if name in OTHERS else (90,):
+            made = compile_case(kernel, constants, num_warps, pointers, arch)
+            row = {"name": name, "arch": arch, "shared": made.metadata.shared}
+            print(json.dumps(row | describe(made.asm["cubin"])), flush=True)

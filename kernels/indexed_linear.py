@@ -1,0 +1,185 @@
+"""The head only at the ids that an objective looks at: for losses renormalised on a support.
+
+Such a loss sees the logits of its support up to a constant of the row: neither the log-sum-exp nor
+any other id matters, and the coefficients of its gradient sum to zero over the support,
+
+    dL/dz_v = g_v [v in S],   sum_S g = 0,
+
+so no softmax is left over (see sparse_kl). What remains are products with the listed rows of the
+head, of which a position has some 16 and not V: see indexed_rows. Where the support depends on the
+live student's top-k, one product with the whole head finds it, forward only.
+
+An objective for which sum g = 0 does not hold takes linear_sparse_kl. Whoever calls must know it
+from the objective's form; answers are checked on a CPU, and on a GPU under LOGITCASK_DEBUG=1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from logitcask.kernels.indexed_rows import (
+    compact_by_id,
+    logits_at,
+    sorted_terms,
+    summed_by_id,
+    weighted_rows,
+)
+from logitcask.kernels.launch import (
+    check_chunk_rows,
+    check_ids,
+    check_k,
+    check_row_vector,
+    compute_dtype,
+    looks_at_values,
+)
+from logitcask.kernels.linear_sparse_kl import HeadProduct, check_head
+from logitcask.kernels.sparse_kl import RowGrad, RowLosses, RowObjective, RowView, SparseLoss
+
+ZERO_SUM = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Largest |sum g| / max |g| of a row that passes for 0: what a renormalised loss rounds."""
+
+
+def indexed_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    objective: RowObjective,
+    *,
+    k: int | None = None,
+    row_weight: Tensor | None = None,
+    n_vocab: int | None = None,
+    chunk_rows: int | None = None,
+    sparse_weight_grad: bool = False,
+) -> SparseLoss:
+    """linear_sparse_kl of an objective renormalised on its support, without its dense products.
+
+    hidden: [P, D] bfloat16, float16, float32, or float64 on a CPU; differentiable.
+    weight: [V, D], the layout of nn.Linear; differentiable. Read as it is, never cast as a whole
+    unless k is given.
+    ids: [P, S] int64, distinct in a row, -1 is padding.
+    objective: as in sparse_kl; in each row dense, dense_at_ids and the sum of at_ids are 0 up to
+    rounding, and are taken for 0.
+    k: None: a support that is known beforehand. The objective is called once for all rows; its view
+    holds log_p up to a constant of the row (0 for the largest listed id), no top ids ([P, 0]), and
+    NaN for the entropy. A number: one forward product in chunks, and the whole view, as in
+    linear_sparse_kl; with gradients off, and where metrics are wanted, that is all there is to do.
+    row_weight, n_vocab: as in linear_sparse_kl. chunk_rows: likewise; it means nothing without k.
+    sparse_weight_grad: the gradient of weight is a sparse tensor with the rows that any position
+    lists, as of nn.Embedding(sparse=True), for optimizers that take one. Otherwise dense, which a
+    weight tied to the embedding needs; filling it with zeros is then most of the work.
+
+    The loss is in hidden's statistics dtype: float32, or float64 for float64. Products at the ids
+    are summed in that dtype from operands as they are. Gradients come in the inputs' dtypes, and
+    two runs give the same bits.
+
+    Raises ValueError or TypeError on a shape, dtype, device, id, k or n_vocab that does not fit,
+    and ValueError for an objective whose answer is not that of a renormalised loss.
+    """
+    n_vocab = check_head(hidden, weight, n_vocab)
+    check_ids(ids, hidden, n_vocab)
+    check_chunk_rows(chunk_rows)
+    if k is not None:
+        check_k(k, n_vocab)
+    if row_weight is not None:
+        check_row_vector(row_weight, hidden, "row_weight")
+    grad_on = torch.is_grad_enabled()
+    needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        losses = RowLosses(ids, objective, k or 0, row_weight, compute_dtype(hidden.dtype))
+        if k is None:
+            g = _checked(losses.answer(_view(logits_at(hidden, weight, ids))))
+        else:
+            g = losses.weight.new_empty(ids.shape)
+            product = HeadProduct(hidden, weight, n_vocab, chunk_rows)
+            for rows, logits in product.chunks():
+                g[rows] = _checked(losses.see(rows, logits, n_vocab).answer)
+        result = losses.result()
+        if not (needs_hidden or needs_weight):
+            return result
+        used = (losses.weight != 0)[:, None]  # a row of weight 0 adds 0, whatever it holds
+        g = torch.where(used & (ids >= 0), losses.weight[:, None] * g, 0.0)
+        d_hidden = weighted_rows(g, weight, ids, hidden.dtype) if needs_hidden else None
+    loss: Tensor = _AtIds.apply(  # type: ignore[no-untyped-call]
+        result.loss, hidden, weight, d_hidden, g, ids, sparse_weight_grad
+    )
+    return result._replace(loss=loss)
+
+
+def _view(z: Tensor) -> RowView:
+    """Of logits [P, S] at the ids alone."""
+    n_rows = len(z)
+    # A row without ids, or of -inf alone, has no largest.
+    top = z.amax(-1, keepdim=True) if z.shape[1] else z.new_zeros(n_rows, 1)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    return RowView(
+        index=torch.arange(n_rows, device=z.device),
+        log_p=z - top,
+        top_ids=z.new_empty(n_rows, 0, dtype=torch.int64),
+        top_log_p=z.new_empty(n_rows, 0),
+        entropy=z.new_full((n_rows,), torch.nan),
+    )
+
+
+def _checked(answer: RowGrad) -> Tensor:
+    """at_ids [C, S] of an answer; ValueError unless it is that of a renormalised loss."""
+    g = answer.at_ids
+    if g.numel() == 0 or not looks_at_values(g):
+        return g
+    largest = g.abs().amax(-1)
+    must_be_0 = {
+        "sum of at_ids": g.sum(-1),
+        "dense": answer.dense,
+        "dense_at_ids": answer.dense_at_ids.abs().amax(-1),
+    }
+    for name, value in must_be_0.items():
+        wrong = value.abs() > ZERO_SUM[g.dtype] * largest  # not so for NaN, which the loss shows
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"the objective's {name} is {float(value[row]):.3g} in row {row}, must be 0: it is "
+                "not renormalised on its support; use linear_sparse_kl"
+            )
+    return g
+
+
+class _AtIds(torch.autograd.Function):
+    """A loss whose derivative by the logits at the ids is known: g [P, S].
+
+    The gradient of weight is made in the backward pass, so that nothing of its size is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        d_hidden: Tensor | None,
+        g: Tensor,
+        ids: Tensor,
+        sparse: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, d_hidden, g, ids)
+        ctx.weight = (weight.shape, weight.dtype)
+        ctx.sparse = sparse
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, d_hidden, g, ids = ctx.saved_tensors
+        d_weight = None
+        if ctx.needs_input_grad[2]:
+            shape, dtype = ctx.weight
+            terms = sorted_terms(g * grad_out, ids)
+            if ctx.sparse:
+                listed, sums = compact_by_id(terms, hidden, dtype)
+                d_weight = torch.sparse_coo_tensor(
+                    listed[None], sums, shape, is_coalesced=True, check_invariants=False
+                )
+            else:
+                d_weight = summed_by_id(terms, hidden, shape[0], dtype)
+        scaled = None if d_hidden is None else d_hidden * grad_out
+        return (None, scaled, d_weight, None, None, None, None)

@@ -1,0 +1,67 @@
+"""Every kernel compiles for GPUs that are not here: no spills, wide loads, one exp per logit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict]:
+    """(name, architecture) -> what aot.py says of the kernel."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(__file__).with_name("aot.py")
+    done = subprocess.run(
+        [sys.executable, "-P", script], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = map(json.loads, done.stdout.splitlines())
+    return {(row["name"], row["arch"]): row for row in rows}
+
+
+def test_nothing_spills_and_shared_memory_fits(compiled: dict[tuple[str, int], dict]) -> None:
+    assert len(compiled) == 26
+    for row in compiled.values():
+        assert row["stack"] == row["spill"] == 0, row
+        # What one program may have on an A100, an H100 and a B200.
+        assert row["shared"] <= {80: 166912, 90: 232448, 100: 232448}[row["arch"]], row
+
+
+def test_registers_leave_room_for_two_programs_a_core(
+    compiled: dict[tuple[str, int], dict],
+) -> None:
+    # 65536 registers a core; a program of 8 warps has 256 threads.
+    for (name, _), row in compiled.items():
+        if not name.startswith("select"):
+            assert row["registers"] <= 128, row
+
+
+def test_rows_are_read_and_written_in_128_bit_words(
+    compiled: dict[tuple[str, int], dict],
+) -> None:
+    for (name, _), row in compiled.items():
+        if "small" not in name:
+            assert row["wide_loads"] >= 2, row
+        if name.startswith("grad"):
+            assert row["wide_stores"] >= 2, row
+
+
+def test_one_exponential_per_logit(compiled: dict[tuple[str, int], dict]) -> None:
+    # 4096 logits on 256 threads are 16 a thread, in the main loop and again in the tail.
+    for (name, _), row in compiled.items():
+        if name in ("scan bf16", "grad bf16"):
+            assert row["exp"] == 32, row
+
+
+def test_instructions_per_logit(compiled: dict[tuple[str, int], dict]) -> None:
+    # An H200 that reads 4.3 TB/s has about 13 issue slots a bf16 logit (132 cores, 128 lanes, 1.7
+    # GHz), and twice as many a float32 one: beyond that a pass would be bound by instructions.
+    bounds = {"scan bf16": 10.0, "scan bf16, no groups": 10.0, "scan fp32": 10.5}
+    bounds |= {"grad bf16": 6.5, "grad fp32": 6.5}
+    for (name, arch), row in compiled.items():
+        if name in bounds and arch == 90:
+            assert 1 < row["loop"] <= bounds[name], row
