@@ -4,5 +4,5 @@
 
 Read the files in that order. `rollout`, `score` and `train` never import each other: they meet in
 the store. For a training loop of one's own: `store.open_store`, `batches.batches`,
-`objectives.row_objective` and the kernel `linear_sparse_kl` are enough.
+`objectives.find_preset` and `row_loss.row_loss` are enough.
 """

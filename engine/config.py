@@ -201,6 +201,13 @@ class Train(Section):
         description="Rank of LoRA adapters that are trained instead of all weights; 0 = off. The "
         "saved model has them merged.",
     )
+    metric_share: float = Field(
+        1 / 16,
+        gt=0,
+        le=1,
+        description="Share of the positions that metrics are taken of, for objectives whose loss "
+        "does not need the whole vocabulary; others take them of all.",
+    )
     save_steps: Positive = Field(100, description="Updates between checkpoints.")
     partial: bool = Field(False, description="Train on what is scored although units are missing.")
     foreign_student: bool = Field(

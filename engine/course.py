@@ -56,6 +56,8 @@ class TrainSettings:
     """Of compute; auto = bfloat16 on a GPU, float32 on a CPU. Weights are float32 in any case."""
     lora_rank: int = 0
     """0 = all weights are trained."""
+    metric_share: float = 1 / 16
+    """Of the rows that metrics are taken of at least; see row_loss."""
     save_steps: int = 100
     """Updates between checkpoints; there is one at the end, too."""
     log_steps: int = 1
@@ -68,6 +70,7 @@ class TrainSettings:
             **{n: getattr(self, n) >= 0 for n in ("warmup_steps", "weight_decay", "lora_rank")},
             **{n: getattr(self, n) > 0 for n in ("lr", "max_grad_norm")},
             **{n: 0 <= getattr(self, n) < 1 for n in ("beta1", "beta2")},
+            "metric_share": 0 < self.metric_share <= 1,
             "schedule": self.schedule in _SCHEDULES,
             "dtype": self.dtype in ("auto", "float32", "bfloat16"),
         }
@@ -221,6 +224,7 @@ def carry_out(
                 updates=course.updates,
                 objective=objective,
                 n_vocab=model.n_vocab,
+                metric_share=settings.metric_share,
                 version=model.version,
                 same_root=course.same_root,
                 metrics=metrics,

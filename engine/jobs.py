@@ -212,6 +212,7 @@ def train_settings(settings: Train, run: Run) -> TrainSettings:
         seed=run.seed,
         dtype=run.dtype,
         lora_rank=settings.lora,
+        metric_share=settings.metric_share,
         save_steps=settings.save_steps,
     )
 

@@ -32,12 +32,13 @@ from transformers import (
 
 from logitcask.engine.batches import Rows
 from logitcask.engine.errors import ModelError
-from logitcask.engine.objectives import Objective, live_k, row_objective
+from logitcask.engine.objectives import Objective
+from logitcask.engine.row_loss import RowLoss, row_loss
 from logitcask.engine.row_source import PackedRow
 from logitcask.engine.rundir import MetricsFile, write_mark
 from logitcask.engine.student import head_weight, hidden_states
+from logitcask.engine.targets import Targets
 from logitcask.engine.types import Progress
-from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 
 CHANGED_SAMPLE = 1 << 20
 """Elements at most that `train/changed_share` looks at."""
@@ -63,6 +64,7 @@ class DistillTrainer(Trainer):
         updates: int,
         objective: Objective,
         n_vocab: int,
+        metric_share: float,
         version: int,
         same_root: bool,
         metrics: MetricsFile,
@@ -70,7 +72,8 @@ class DistillTrainer(Trainer):
         progress: Progress,
     ) -> None:
         """`version` is the student's before update 0, and ages are counted from it if it is of the
-        lineage that sampled (`same_root`). `mark`: what a checkpoint must agree on to be resumed.
+        lineage that sampled (`same_root`). `metric_share`: see row_loss. `mark`: what a checkpoint
+        must agree on to be resumed.
         """
         self._width = width = args.gradient_accumulation_steps * args.world_size
         use_cache = model.config.use_cache
@@ -90,13 +93,13 @@ class DistillTrainer(Trainer):
         self._rows = rows
         self._objective = objective
         self._n_vocab = n_vocab
+        self._metric_share = metric_share
         self._version = version
         self._same_root = same_root
         self._metrics = metrics
         self._mark = mark
         self._progress = progress
         self._sums: dict[str, Tensor] = {}
-        self._weight = torch.zeros((), device=args.device)
         self._waited_s, self._since_s = 0.0, time.monotonic()
 
     def get_batch_samples(
@@ -149,28 +152,36 @@ class DistillTrainer(Trainer):
             # A final norm with float32 weights answers in float32 even under autocast; the head's
             # product is then in bfloat16 all the same. On a CPU that would gain nothing.
             states = states.to(torch.bfloat16)
-        result = linear_sparse_kl(
+        result = row_loss(
+            self._objective,
             states[row.predict_at],
             head,
-            targets.ids,
-            row_objective(self._objective, targets),
-            k=live_k(self._objective, self._n_vocab),
+            targets,
             row_weight=targets.weight * scale,
             n_vocab=self._n_vocab,
+            metric_share=self._metric_share,
         )
-        self._count(result.metrics, row)
+        self._count(result, targets)
         return result.loss
 
     @torch.no_grad()
-    def _count(self, metrics: dict[str, Tensor], row: PackedRow) -> None:
-        weight = row.targets.weight
-        if self._same_root:
-            age = self._version + self.state.global_step - row.targets.version
-            metrics = {**metrics, "cache/age": age.to(weight.dtype)}
-        for name, values in metrics.items():
-            total = torch.where(weight > 0, weight * values, 0.0).sum()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._weight = self._weight + weight.sum()
+    def _count(self, result: RowLoss, targets: Targets) -> None:
+        weight = targets.weight
+        for name, values in result.metrics.items():
+            self._add(name, values, weight[result.measured])
+        # Of every row, whatever metrics are taken of.
+        age = self._version + self.state.global_step - targets.version
+        self._add("cache/age", age.to(weight.dtype), weight)
+
+    def _add(self, name: str, values: Tensor, weight: Tensor) -> None:
+        used = weight > 0
+        sums = torch.stack(
+            [
+                torch.where(used, weight * power, 0.0).sum()
+                for power in (torch.ones_like(values), values, values**2)
+            ]
+        )
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """One line of metrics.jsonl per logged update; Trainer's closing summary is left out."""
@@ -209,17 +220,27 @@ class DistillTrainer(Trainer):
 
     def _reduced(self) -> tuple[dict[str, float | None], int]:
         """(means over rows, rows counted) since the last line, over all processes; starts anew."""
-        local = {name: float(total) for name, total in self._sums.items()}
-        everyone = gathered((local, float(self._weight)))
-        self._sums, self._weight = {}, torch.zeros_like(self._weight)
-        rows = sum(weight for _, weight in everyone)
+        everyone = gathered({name: sums.tolist() for name, sums in self._sums.items()})
+        self._sums = {}
         # A process whose rows were all empty has no names.
-        names = dict.fromkeys(name for sums, _ in everyone for name in sums)
-        means: dict[str, float | None] = {"cache/age": None}
-        for name in names:
-            mean = sum(sums.get(name, 0.0) for sums, _ in everyone) / max(rows, 1.0)
-            means[name] = mean if math.isfinite(mean) else None
-        return means, int(rows)
+        names = dict.fromkeys(name for sums in everyone for name in sums)
+        totals = {
+            name: [
+                sum(part) for part in zip(*(s[name] for s in everyone if name in s), strict=True)
+            ]
+            for name in names
+        }
+        rows = totals.pop("cache/age", [0.0, 0.0, 0.0])
+        means = {"cache/age": finite(rows[1] / rows[0]) if self._same_root and rows[0] else None}
+        for name, (n, total, squares) in totals.items():
+            mean = total / n if n else math.nan
+            means[name] = finite(mean)
+            if n < rows[0]:
+                # Of a share of the rows, drawn without replacement.
+                variance = max(squares / n - mean**2, 0.0) if n else math.nan
+                error = math.sqrt(variance / n * (1 - n / rows[0])) if n else math.nan
+                means[f"{name}_se"] = finite(error)
+        return means, int(rows[0])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -272,6 +293,11 @@ class _ChangedShare(TrainerCallback):
         trainable = [p.detach() for p in model.parameters() if p.requires_grad]
         stride = -(-sum(p.numel() for p in trainable) // CHANGED_SAMPLE)
         return [p.view(-1)[::stride] for p in trainable]
+
+
+def finite(value: float) -> float | None:
+    """None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
 
 
 def gathered(value: Any) -> list[Any]:

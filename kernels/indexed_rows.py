@@ -191,7 +191,7 @@ def logits_at(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def weighted_rows(coefficients: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """[P, D] in `dtype`: each row's listed rows of weight [V, D], summed with coefficients [P, S]."""
+    """[P, D] in `dtype`: the listed rows of weight [V, D], weighted by coefficients [P, S]."""
     n_rows, n_ids = ids.shape
     out = torch.zeros(n_rows, weight.shape[1], dtype=dtype, device=weight.device)
     if ids.numel() == 0:

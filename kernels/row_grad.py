@@ -4,7 +4,8 @@ A loss that is a function of {log p_v : v in S} has  dL/dz_v = g_v [v in S] - (s
 dL/d log p_v. So the gradient by a whole row of logits is one number per row times softmax, and S
 numbers.
 
-The entries at S are final values that overwrite, never terms that are added: with a tail bucket g_v
+z stands for the mapped logits: see logit_map, whose slope is the last factor by the raw ones. The
+entries at S are final values that overwrite, never terms that are added: with a tail bucket g_v
 and its dense term are both near 1/r for a tail mass r near 0, and cancel. A sum in the output's
 precision would lose the result.
 """
@@ -28,7 +29,7 @@ from logitcask.kernels.launch import (
     row_chunks,
     runs_triton,
 )
-from logitcask.kernels.row_stats import LOG2E
+from logitcask.kernels.logit_map import LOG2E, PLAIN, LogitMap, mapped, squashed
 
 
 def row_grad_reference(
@@ -39,11 +40,12 @@ def row_grad_reference(
     at_ids: Tensor,
     *,
     n_vocab: int | None = None,
+    logit_map: LogitMap = PLAIN,
 ) -> Tensor:
     """The specification of row_grad, in whole-tensor torch; float32, or the logits' float64."""
     z = logits.to(compute_dtype(logits.dtype))
-    softmax = (z - log_sum_exp[:, None]).exp()
-    out = torch.where(dense[:, None] == 0, 0.0, dense[:, None] * softmax)
+    softmax = (logit_map.apply(z) - log_sum_exp[:, None]).exp()
+    out = torch.where(dense[:, None] == 0, 0.0, dense[:, None] * softmax * logit_map.slope(z))
     if n_vocab is not None:
         out[:, n_vocab:] = 0
     rows, slots = (ids >= 0).nonzero().unbind(1)
@@ -64,13 +66,17 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     n_vocab,
     n_columns,
     n_ids,
+    inner,
+    outer,
+    slope,
     TILE: tl.constexpr,
     IDS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     out += row * out_stride
-    scale = tl.load(dense + row)
+    scale = tl.load(dense + row) * slope
     shift = tl.load(log_sum_exp + row) * LOG2E
     offsets = tl.arange(0, TILE)
     if scale == 0.0:
@@ -84,12 +90,19 @@ def grad_kernel(  # type: ignore[no-untyped-def]
         n_whole = (n_vocab // TILE) * TILE
         for start in range(0, n_whole, TILE):
             x = tl.load(logits + start + offsets).to(tl.float32)
-            dz = scale * tl.exp2(tl.fma(x, LOG2E, -shift))
+            dz = scale * tl.exp2(mapped(x, inner, outer, shift, SOFTCAP))
+            if SOFTCAP:
+                t = squashed(x, inner)
+                dz *= 1.0 - t * t
             tl.store(out + start + offsets, dz.to(out.dtype.element_ty))
         for start in range(n_whole, n_columns, TILE):
             o = start + offsets
             x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
-            dz = tl.where(o < n_vocab, scale * tl.exp2(tl.fma(x, LOG2E, -shift)), 0.0)
+            dz = scale * tl.exp2(mapped(x, inner, outer, shift, SOFTCAP))
+            if SOFTCAP:
+                t = squashed(x, inner)
+                dz *= 1.0 - t * t
+            dz = tl.where(o < n_vocab, dz, 0.0)
             tl.store(out + o, dz.to(out.dtype.element_ty), mask=o < n_columns)
     tl.debug_barrier()  # the listed entries overwrite what other threads have just stored
     for start in range(0, n_ids, IDS):
@@ -107,12 +120,11 @@ def grad_rows(
     at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
+    logit_map: LogitMap = PLAIN,
 ) -> None:
     """row_grad without the checks: writes `out` [P, V]."""
-    if runs_triton(logits):
-        _grad_triton(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab)
-    else:
-        _grad_torch(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab)
+    run = _grad_triton if runs_triton(logits) else _grad_torch
+    run(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_map)
 
 
 def _grad_triton(
@@ -123,6 +135,7 @@ def _grad_triton(
     at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
+    logit_map: LogitMap,
 ) -> None:
     n_rows, n_columns = logits.shape
     n_ids = ids.shape[1]
@@ -142,8 +155,11 @@ def _grad_triton(
             n_vocab,
             n_columns,
             n_ids,
+            *logit_map.factors(),
+            logit_map.slope_at_0,
             TILE=tile,
             IDS=min(1024, next_power_of_2(n_ids)),
+            SOFTCAP=logit_map.softcap is not None,
             num_warps=8 if tile == TILE else 4,
             enable_fp_fusion=True,  # the default differs between versions of Triton
         )
@@ -157,6 +173,7 @@ def _grad_torch(
     at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
+    logit_map: LogitMap,
 ) -> None:
     dtype = compute_dtype(logits.dtype)
     chunk_rows = cpu_chunk_rows(n_vocab)
@@ -169,12 +186,19 @@ def _grad_torch(
     for rows in row_chunks(len(out), chunk_rows):
         out_c = out[rows, :n_vocab]
         scale = dense[rows].to(dtype)
+        if logit_map.softcap is None:
+            scale = scale * logit_map.slope_at_0
         if bool((scale == 0).all()):
             out_c.zero_()
             continue
         dz = out_c if scratch is None else scratch[: out_c.shape[0]]
-        torch.sub(logits[rows, :n_vocab], log_sum_exp[rows, None].to(dtype), out=dz)
-        dz.exp_().mul_(scale[:, None])
+        z = logits[rows, :n_vocab]
+        # Before dz is written, which may be the logits themselves.
+        slope = None if logit_map.softcap is None else logit_map.slope(z.to(dtype))
+        if not logit_map.is_plain:
+            z = logit_map.apply(z.to(dtype))
+        torch.sub(z, log_sum_exp[rows, None].to(dtype), out=dz)
+        dz.exp_().mul_(scale[:, None] if slope is None else scale[:, None] * slope)
         dz.index_fill_(0, (scale == 0).nonzero()[:, 0], 0.0)  # 0 * NaN is NaN
         if scratch is not None:
             out_c.copy_(dz)
@@ -192,18 +216,21 @@ def row_grad(
     *,
     out: Tensor | None = None,
     n_vocab: int | None = None,
+    logit_map: LogitMap = PLAIN,
 ) -> Tensor:
-    """out[r, v] = at_ids[r, j] where v = ids[r, j], else dense[r] * softmax(logits[r])[v].
+    """out[r, v] = at_ids[r, j] where v = ids[r, j], else dense[r] * softmax(y[r])[v] * dy/dz[r, v].
 
-    Columns v >= n_vocab are 0. logits [P, V] as in row_stats; log_sum_exp [P] from it; dense [P];
+    y is logit_map of the logits z. Columns v >= n_vocab are 0. logits [P, V] as in row_stats; log_sum_exp [P] from it; dense [P];
     ids [P, S] int64, distinct in a row, -1 is padding; at_ids [P, S], final values. A row whose
     dense is 0 is exactly 0 outside ids, whatever its logits hold.
     out: [P, V] floating to write into, of any row stride; logits itself is allowed. Left out: a new
     tensor in the logits' dtype. Not differentiable.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device or id that does not fit.
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id or logit_map that does not
+    fit.
     """
     n_vocab = check_logits(logits, n_vocab)
+    logit_map.check()
     check_row_vector(log_sum_exp, logits, "log_sum_exp")
     check_row_vector(dense, logits, "dense")
     check_ids(ids, logits, n_vocab)
@@ -223,5 +250,5 @@ def row_grad(
         check_logits(out, None, name="out")
         check_device(out, logits, "out")
     with torch.no_grad():
-        grad_rows(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab)
+        grad_rows(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_map)
     return out

@@ -6,7 +6,7 @@ row's maximum, so that nothing overflows and one exponential per logit is enough
     y_v = z_v - c,  d = sum exp(y_v),  s = sum y_v exp(y_v),   logsumexp = c + log d,   H = log d -
     s / d
 
-The same read leaves the maximum of every group of `group` neighbouring logits, from which
+z stands for the mapped logits: see logit_map. The same read leaves the maximum of every group of `group` neighbouring raw logits, from which
 topk_select finds the top-k without reading the row again.
 
 A NaN or +inf logit makes its row's statistics NaN, and so does a row of nothing but -inf. Single
@@ -30,9 +30,7 @@ from logitcask.kernels.launch import (
     row_chunks,
     runs_triton,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from logitcask.kernels.logit_map import LN2, PLAIN, LogitMap, mapped
 
 
 class RowStats(NamedTuple):
@@ -49,9 +47,11 @@ class RowScan(NamedTuple):
     last group are unset."""
 
 
-def row_stats_reference(logits: Tensor, *, n_vocab: int | None = None) -> RowStats:
+def row_stats_reference(
+    logits: Tensor, *, n_vocab: int | None = None, logit_map: LogitMap = PLAIN
+) -> RowStats:
     """The specification of row_stats, in whole-tensor torch."""
-    z = logits[:, :n_vocab].to(compute_dtype(logits.dtype))  # [P, n_vocab]
+    z = logit_map.apply(logits[:, :n_vocab].to(compute_dtype(logits.dtype)))  # [P, n_vocab]
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)  # 0 log 0 = 0
@@ -68,9 +68,12 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     stride,
     n_vocab,
     n_slots,
+    inner,
+    outer,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     # One program per row; a tile is ROWS groups of GROUP logits. Units are log2: exp2 is the
     # hardware's exponential.
@@ -83,7 +86,7 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     n_whole = (n_vocab // tile) * tile
 
     first = tl.load(logits + offsets, mask=offsets < n_vocab, other=-float("inf")).to(tl.float32)
-    shift = tl.max(tl.max(first, 1), 0) * LOG2E
+    shift = mapped(tl.max(tl.max(first, 1), 0), inner, outer, 0.0, SOFTCAP)
     shift = tl.where(shift > -float("inf"), shift, 0.0)
     d_row = 0.0
     s_row = 0.0
@@ -98,7 +101,8 @@ def scan_kernel(  # type: ignore[no-untyped-def]
             x = tl.load(logits + start + offsets).to(tl.float32)
             # Clamped, so that -inf adds exp2(-150) = 0 and 0 * -150 = 0 without selects; NaN goes
             # through.
-            y = tl.maximum(tl.fma(x, LOG2E, -shift), -150.0, propagate_nan=tl.PropagateNan.ALL)
+            y = mapped(x, inner, outer, shift, SOFTCAP)
+            y = tl.maximum(y, -150.0, propagate_nan=tl.PropagateNan.ALL)
             e = tl.exp2(y)
             d += e
             s += y * e
@@ -109,8 +113,11 @@ def scan_kernel(  # type: ignore[no-untyped-def]
         if n_whole < n_vocab:
             o = n_whole + offsets
             x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
-            y = tl.maximum(tl.fma(x, LOG2E, -shift), -150.0, propagate_nan=tl.PropagateNan.ALL)
+            y = mapped(x, inner, outer, shift, SOFTCAP)
+            y = tl.maximum(y, -150.0, propagate_nan=tl.PropagateNan.ALL)
             e = tl.exp2(y)
+            if SOFTCAP:  # what is not there would have the cap's mass
+                e = tl.where(o < n_vocab, e, 0.0)
             d += e
             s += y * e
             tile_max = tl.max(x, 1)
@@ -123,7 +130,7 @@ def scan_kernel(  # type: ignore[no-untyped-def]
         # The shift was the first tile's maximum. Far from the true one, log2(d) and s / d are large
         # numbers whose difference is the entropy: 32 keeps that error near 2e-6. Rare, so the row
         # is simply read again. (A row of -inf alone becomes NaN by the new shift of -inf.)
-        top = tl.max(lane_max, 0) * LOG2E
+        top = mapped(tl.max(lane_max, 0), inner, outer, 0.0, SOFTCAP)
         again = (tl.abs(top - shift) > 32.0).to(tl.int32)
         shift = tl.where(again == 1, top, shift)
     log_d = tl.log2(d_row)
@@ -131,14 +138,14 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     tl.store(entropy + row, (log_d - s_row / d_row) * LN2)
 
 
-def scan_rows(logits: Tensor, n_vocab: int, group: int) -> RowScan:
+def scan_rows(logits: Tensor, n_vocab: int, group: int, logit_map: LogitMap = PLAIN) -> RowScan:
     """row_stats of [P, V] logits without the checks, and group maxima where group > 0."""
     if runs_triton(logits):
-        return _scan_triton(logits, n_vocab, group)
-    return _scan_torch(logits[:, :n_vocab], group)
+        return _scan_triton(logits, n_vocab, group, logit_map)
+    return _scan_torch(logits[:, :n_vocab], group, logit_map)
 
 
-def _scan_triton(logits: Tensor, n_vocab: int, group: int) -> RowScan:
+def _scan_triton(logits: Tensor, n_vocab: int, group: int, logit_map: LogitMap) -> RowScan:
     n_rows = logits.shape[0]
     width = group or 64
     tile = min(TILE, max(next_power_of_2(n_vocab), width))
@@ -157,16 +164,18 @@ def _scan_triton(logits: Tensor, n_vocab: int, group: int) -> RowScan:
                 logits.stride(0),
                 n_vocab,
                 n_slots,
+                *logit_map.factors(),
                 ROWS=tile // width,
                 GROUP=width,
                 GROUPS=group_max is not None,
+                SOFTCAP=logit_map.softcap is not None,
                 num_warps=8 if tile == TILE else 4,
                 enable_fp_fusion=True,  # the default differs between versions of Triton
             )
     return RowScan(RowStats(lse, entropy), group_max)
 
 
-def _scan_torch(z: Tensor, group: int) -> RowScan:
+def _scan_torch(z: Tensor, group: int, logit_map: LogitMap) -> RowScan:
     n_rows, n_vocab = z.shape
     lse = z.new_empty(n_rows, dtype=compute_dtype(z.dtype))
     entropy = torch.empty_like(lse)
@@ -181,12 +190,15 @@ def _scan_torch(z: Tensor, group: int) -> RowScan:
         else:
             _group_max_torch(z_c, group, out=group_max[rows])
             top = group_max[rows].amax(-1)
-        y = torch.sub(z_c, top[:, None].to(lse.dtype), out=shifted[: z_c.shape[0]])
+        top = logit_map.apply(top.to(lse.dtype))
+        if not logit_map.is_plain:
+            z_c = logit_map.apply(z_c.to(lse.dtype))
+        y = torch.sub(z_c, top[:, None], out=shifted[: z_c.shape[0]])
         y.clamp_(min=-1e4)  # -inf adds exp(-1e4) = 0, and 0 * -1e4 = 0 instead of NaN
         e = torch.exp(y, out=exp[: z_c.shape[0]])
         d = e.sum(-1)
         log_d = d.log()
-        torch.add(top.to(lse.dtype), log_d, out=lse[rows])
+        torch.add(top, log_d, out=lse[rows])
         torch.sub(log_d, y.mul_(e).sum(-1) / d, out=entropy[rows])
     return RowScan(RowStats(lse, entropy), group_max)
 
@@ -194,7 +206,7 @@ def _scan_torch(z: Tensor, group: int) -> RowScan:
 def group_maxima(logits: Tensor, n_vocab: int, group: int) -> Tensor:
     """[P, n_groups (or more)]: RowScan.group_max alone, for those who need no statistics."""
     if runs_triton(logits):
-        group_max = _scan_triton(logits, n_vocab, group).group_max
+        group_max = _scan_triton(logits, n_vocab, group, PLAIN).group_max
         assert group_max is not None
         return group_max
     group_max = logits.new_empty(logits.shape[0], -(-n_vocab // group))
@@ -209,16 +221,21 @@ def _group_max_torch(z: Tensor, group: int, out: Tensor) -> None:
         out[:, n_whole] = z[:, n_whole * group :].amax(-1)
 
 
-def row_stats(logits: Tensor, *, n_vocab: int | None = None) -> RowStats:
+def row_stats(
+    logits: Tensor, *, n_vocab: int | None = None, logit_map: LogitMap = PLAIN
+) -> RowStats:
     """Log-sum-exp and entropy of each row of `logits` [P, V], in nats. Not differentiable.
 
     logits: bfloat16, float16, float32, or float64 on a CPU; contiguous along V, the row stride may
     exceed V.
     n_vocab: rows are normalised over columns [0, n_vocab); the columns after it, a padded head's,
     are never read.
+    logit_map: scale, soft cap and temperature of the logits.
 
-    Raises ValueError or TypeError on a shape, layout, dtype or n_vocab that does not fit.
+    Raises ValueError or TypeError on a shape, layout, dtype, n_vocab or logit_map that does not
+    fit.
     """
     n_vocab = check_logits(logits, n_vocab)
+    logit_map.check()
     with torch.no_grad():
-        return scan_rows(logits, n_vocab, group=0).stats
+        return scan_rows(logits, n_vocab, group=0, logit_map=logit_map).stats

@@ -173,7 +173,7 @@ class RowLosses:
         return Seen(self.answer(view, rows), log_p, lse)
 
     def answer(self, view: RowView, rows: slice = slice(None)) -> RowGrad:
-        """What the objective says of `rows`, whose view this is; its losses and metrics are kept."""
+        """What the objective says of `rows`, seen by this view; losses and metrics are kept."""
         answer = self.objective(view)
         _check_answer(answer, view.log_p)
         self.row_loss[rows] = answer.loss

@@ -24,7 +24,7 @@ from logitcask.engine.metrics import METRIC_K, renormalised, row_metrics
 from logitcask.engine.objectives.divergences import DIVERGENCES, Divergence
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.supports import SUPPORTS
-from logitcask.engine.targets import Targets
+from logitcask.engine.targets import BEYOND, Targets
 from logitcask.kernels.sparse_kl import RowGrad, RowObjective, RowView
 
 TAIL_FLOOR = {torch.float32: 2.0**-18, torch.float64: 1e-14}
@@ -91,6 +91,38 @@ def row_objective(
         return RowGrad(*made, metrics=row_metrics(view, rows, k=metric_k, places=places))
 
     return answer
+
+
+def is_renormalised(objective: Objective) -> bool:
+    """Whether it sees log p up to a constant of the row, so that its gradient sums to zero over the
+    support. Its form proves it: no advantage does so, that of `opd_released` included.
+    """
+    return objective.form == "divergence" and objective.outside == "renormalize"
+
+
+def has_known_support(objective: Objective) -> bool:
+    """Whether the store alone says which ids it looks at; else the live student has a say."""
+    return objective.support != "overlap"
+
+
+def support_objective(objective: Objective, targets: Targets) -> tuple[Tensor, RowObjective]:
+    """A renormalised objective on a known support: the support's ids [P, S], -1 where a row has
+    fewer, and the objective on them, without metrics, as indexed_linear calls it.
+    """
+    divergence = DIVERGENCES[objective.divergence]
+    nowhere = torch.full_like(targets.ids, BEYOND)
+    on = SUPPORTS[objective.support](nowhere, targets, objective.k) & (targets.ids >= 0)
+    first = on.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : objective.k]
+    ids = torch.where(on, targets.ids, -1).gather(1, first)
+    log_q_at = torch.where(on, targets.q_log_p, -torch.inf).gather(1, first)
+
+    def answer(view: RowView) -> RowGrad:
+        log_q = log_q_at[view.index].to(view.log_p.dtype)
+        on = (view.log_p != -torch.inf) & (log_q != -torch.inf)
+        outside = log_q.new_full((len(log_q),), torch.nan)  # a renormalised loss never looks there
+        return RowGrad(*_renormalize(divergence, Columns(view.log_p, log_q, on, outside)), {})
+
+    return ids, answer
 
 
 def _renormalize(divergence: Divergence, columns: Columns) -> Step:

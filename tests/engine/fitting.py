@@ -90,6 +90,7 @@ def make_trainer(
         updates=updates,
         objective=objective,
         n_vocab=n_vocab,
+        metric_share=settings.metric_share,
         version=0,
         same_root=True,
         metrics=MetricsFile(folder / METRICS, 0),

@@ -141,6 +141,25 @@ def test_the_loss_falls_and_the_metrics_are_there(
     assert found[-1]["progress/positions"] == report.positions
 
 
+def test_metrics_of_a_share_estimate_those_of_all_and_change_no_update(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    found = {}
+    for share in (0.5, 1.0):
+        run(case, tmp_path / str(share), settings=replace(SETTINGS, metric_share=share))
+        found[share] = lines(tmp_path / str(share))
+    for some, every in zip(found[0.5], found[1.0], strict=True):
+        assert some["loss"] == every["loss"]
+        assert some["train/grad_norm"] == every["train/grad_norm"]
+        assert not any(name.endswith("_se") for name in every)
+        for name in ("overlap/ratio", "entropy/student", "cache/coverage"):
+            error = some[f"{name}_se"]
+            assert 0 < error
+            assert abs(some[name] - every[name]) < 5 * error
+    first = [line["overlap/ratio"] for line in found[0.5]]
+    assert first != [line["overlap/ratio"] for line in found[1.0]], "not taken of the same rows"
+
+
 def test_both_divergences_reach_the_loss_by_value(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:

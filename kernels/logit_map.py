@@ -1,0 +1,82 @@
+"""What stands between the head's product z and the logits y that the softmax is of.
+
+    y = a z / T                     a scale, T temperature
+    y = c tanh(a z / c) / T         with a soft cap c
+
+It grows with z, so a top-k by z is one by y. dy/dz = a / T, or (a / T) (1 - tanh(a z / c)^2).
+
+A soft cap makes -c / T of a logit of -inf, which then has mass; without one it has none.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class LogitMap(NamedTuple):
+    """Scale, soft cap and temperature; ValueError from `check` unless all are positive numbers."""
+
+    scale: float = 1.0
+    """a: Cohere's logit_scale, the inverse of Granite's logits_scaling."""
+    softcap: float | None = None
+    """c: Gemma's final_logit_softcapping."""
+    temperature: float = 1.0
+    """T of the student's law; cached log-probs are those at T = 1."""
+
+    @property
+    def slope_at_0(self) -> float:
+        return self.scale / self.temperature
+
+    @property
+    def is_plain(self) -> bool:
+        return self.softcap is None and self.slope_at_0 == 1.0
+
+    def check(self) -> None:
+        for name, value in self._asdict().items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(
+                    f"logit_map.{name}={value} must be a positive number; leave it out for none"
+                )
+
+    def apply(self, z: Tensor) -> Tensor:
+        """y of z, any shape, in its dtype."""
+        if self.softcap is None:
+            return z if self.is_plain else z * self.slope_at_0
+        return torch.tanh(z * (self.scale / self.softcap)) * (self.softcap / self.temperature)
+
+    def slope(self, z: Tensor) -> Tensor:
+        """dy/dz at z, any shape, in its dtype."""
+        if self.softcap is None:
+            return torch.full_like(z, self.slope_at_0)
+        return (1 - torch.tanh(z * (self.scale / self.softcap)) ** 2) * self.slope_at_0
+
+    def factors(self) -> tuple[float, float]:
+        """(inner, outer) of `mapped`."""
+        if self.softcap is None:
+            return self.slope_at_0 * LOG2E.value, 1.0
+        inner = 2 * self.scale / self.softcap * LOG2E.value
+        return inner, self.softcap / self.temperature * LOG2E.value
+
+
+PLAIN = LogitMap()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def squashed(x, inner):  # type: ignore[no-untyped-def]
+    # tanh(u), inner = 2 u log2(e) / x. Exact to an absolute 1e-7, which is what a logit needs.
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * inner))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def mapped(x, inner, outer, shift, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    # (y of x) - shift in units of log2.
+    if SOFTCAP:
+        return tl.fma(squashed(x, inner), outer, -shift)
+    return tl.fma(x, inner, -shift)
