@@ -71,6 +71,42 @@ def _add_weight_grad(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None
         d_weight.addmm_(d_logits.T.float(), hidden.float())
 
 
+def run_chunks(
+    losses: RowLosses,
+    hidden: Tensor,
+    weight: Tensor,
+    n_vocab: int,
+    chunk_rows: int,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gives `losses` the logits hidden [P, D] weight[:n_vocab]^T, chunk_rows rows at a time.
+
+    Returns the gradients by hidden and by weight [V, D], in their dtypes; None where `needs` says
+    that one is not needed.
+    """
+    needs_hidden, needs_weight = needs
+    head = weight[:n_vocab].to(hidden.dtype)  # [n_vocab, D]
+    d_hidden = torch.empty_like(hidden) if needs_hidden else None
+    # new_zeros over all of weight, so that rows past n_vocab have gradient 0.
+    d_weight = weight.new_zeros(weight.shape, dtype=losses.weight.dtype) if needs_weight else None
+    n_rows = hidden.shape[0]
+    chunk_rows = min(n_rows, chunk_rows)
+    # Rows start on 16-element borders: otherwise an odd vocabulary is loaded 2 bytes at a time.
+    # Zeros: torch's bfloat16 product on a CPU multiplies what lies between the rows, too.
+    buffer = hidden.new_zeros(chunk_rows, -(-n_vocab // 16) * 16)[:, :n_vocab]
+    for rows in row_chunks(n_rows, max(1, chunk_rows)):
+        hidden_c = hidden[rows]  # [C, D]
+        logits = torch.mm(hidden_c, head.T, out=buffer[: hidden_c.shape[0]])
+        losses.run(rows, logits, logits if needs_hidden or needs_weight else None, n_vocab)
+        if d_hidden is not None:
+            torch.mm(logits, head, out=d_hidden[rows])
+        if d_weight is not None:
+            if losses.weighted:  # d_logits of an unused row is 0, but 0 * NaN is NaN
+                hidden_c = hidden_c.masked_fill((losses.weight[rows] == 0)[:, None], 0.0)
+            _add_weight_grad(d_weight[:n_vocab], logits, hidden_c)
+    return d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+
+
 def linear_sparse_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -106,33 +142,13 @@ def linear_sparse_kl(
     grad_on = torch.is_grad_enabled()
     needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = weight[:n_vocab].to(hidden.dtype)  # [n_vocab, D]
         losses = RowLosses(ids, objective, k, row_weight, compute_dtype(hidden.dtype))
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # new_zeros over all of weight, so that rows past n_vocab have gradient 0.
-        d_weight = (
-            weight.new_zeros(weight.shape, dtype=losses.weight.dtype) if needs_weight else None
-        )
-        n_rows = hidden.shape[0]
-        chunk_rows = min(n_rows, chunk_rows or default_chunk_rows(n_vocab, hidden))
-        # Rows start on 16-element borders: otherwise an odd vocabulary is loaded 2 bytes at a time.
-        # Zeros: torch's bfloat16 product on a CPU multiplies what lies between the rows, too.
-        buffer = hidden.new_zeros(chunk_rows, -(-n_vocab // 16) * 16)[:, :n_vocab]
-        for rows in row_chunks(n_rows, max(1, chunk_rows)):
-            hidden_c = hidden[rows]  # [C, D]
-            logits = torch.mm(hidden_c, head.T, out=buffer[: hidden_c.shape[0]])
-            needs_any = needs_hidden or needs_weight
-            losses.run(rows, logits, logits if needs_any else None, n_vocab)
-            if d_hidden is not None:
-                torch.mm(logits, head, out=d_hidden[rows])
-            if d_weight is not None:
-                if row_weight is not None:  # d_logits of an unused row is 0, but 0 * NaN is NaN
-                    hidden_c = hidden_c.masked_fill((losses.weight[rows] == 0)[:, None], 0.0)
-                _add_weight_grad(d_weight[:n_vocab], logits, hidden_c)
+        chunk_rows = chunk_rows or default_chunk_rows(n_vocab, hidden)
+        needs = (needs_hidden, needs_weight)
+        grads = run_chunks(losses, hidden, weight, n_vocab, chunk_rows, needs)
         result = losses.result()
     if not (needs_hidden or needs_weight):
         return result
-    grads = [d_hidden, None if d_weight is None else d_weight.to(weight.dtype)]
     return result._replace(loss=attach_grads(result.loss, [hidden, weight], grads))
 
 

@@ -112,6 +112,30 @@ def sparse_kl_reference(
     return SparseLoss(loss, grad.loss, grad.metrics), d_logits
 
 
+class RowRead(NamedTuple):
+    """What the vocabulary-sized passes before the objective leave of C rows. Float tensors are
+    float32, or float64 for float64 logits."""
+
+    log_sum_exp: Tensor
+    """[C] nats"""
+    entropy: Tensor
+    """[C] nats"""
+    top: Tensor
+    """[C, K]: the largest logits, best first."""
+    top_ids: Tensor
+    """[C, K] int64: their ids."""
+    at_ids: Tensor
+    """[C, S]: the logits at the listed ids; unspecified where the id is -1."""
+
+
+def read_rows(logits: Tensor, ids: Tensor, k: int, n_vocab: int) -> RowRead:
+    """RowRead of logits [C, V] at ids [C, S], without checks."""
+    group = group_size(logits, k, n_vocab)
+    (lse, entropy), group_max = scan_rows(logits, n_vocab, group)
+    top, top_ids = select_rows(logits, group_max, k, n_vocab, group)
+    return RowRead(lse, entropy, top, top_ids, logits.gather(1, ids.clamp(min=0)).to(lse.dtype))
+
+
 class RowLosses:
     """Collects the rows' losses and metrics, chunk by chunk, and writes their gradients over the
     logits."""
@@ -128,6 +152,7 @@ class RowLosses:
         self.ids = ids
         self.objective = objective
         self.k = k
+        self.weighted = row_weight is not None  # else every row is used
         self.weight = (
             torch.ones(len(ids), dtype=dtype, device=ids.device)
             if row_weight is None
@@ -140,14 +165,27 @@ class RowLosses:
         """One chunk: logits [C, V] of `rows`. Its weighted gradient goes to `out` [C, V], which may
         be logits."""
         ids = self.ids[rows]  # [C, S]
-        group = group_size(logits, self.k, n_vocab)
-        (lse, entropy), group_max = scan_rows(logits, n_vocab, group)
-        top, top_ids = select_rows(logits, group_max, self.k, n_vocab, group)  # [C, K]
-        listed = ids >= 0
-        log_p = logits.gather(1, ids.clamp(min=0)).to(lse.dtype) - lse[:, None]
-        log_p = torch.where(listed, log_p, -torch.inf)
-        index = torch.arange(rows.start, rows.stop, device=ids.device)
-        answer = self.objective(RowView(index, log_p, top_ids, top - lse[:, None], entropy))
+        read = read_rows(logits, ids, self.k, n_vocab)
+        self.finish(rows, read, logits, ids, out, n_vocab)
+
+    def finish(
+        self,
+        rows: slice,
+        read: RowRead,
+        logits: Tensor,
+        columns: Tensor,
+        out: Tensor | None,
+        n_vocab: int,
+    ) -> None:
+        """The objective on what was read of `rows`, and the gradient by the logits [C, V] at hand.
+
+        columns: [C, S], where in logits the listed ids lie; -1 where they lie elsewhere.
+        """
+        lse = read.log_sum_exp
+        log_p = torch.where(self.ids[rows] >= 0, read.at_ids - lse[:, None], -torch.inf)
+        index = torch.arange(rows.start, rows.stop, device=lse.device)
+        top_log_p = read.top - lse[:, None]
+        answer = self.objective(RowView(index, log_p, read.top_ids, top_log_p, read.entropy))
         _check_answer(answer, log_p)
         self._keep(rows, answer)
         if out is None:
@@ -156,7 +194,8 @@ class RowLosses:
         used = w != 0  # never 0 * NaN: a row of weight 0 adds exactly 0, whatever it holds
         final = w[:, None] * (answer.at_ids + answer.dense_at_ids * log_p.exp())
         final = torch.where(used[:, None], final, 0.0)
-        grad_rows(logits, lse, torch.where(used, w * answer.dense, 0.0), ids, final, out, n_vocab)
+        dense = torch.where(used, w * answer.dense, 0.0)
+        grad_rows(logits, lse, dense, columns, final, out, n_vocab)
 
     def _keep(self, rows: slice, answer: RowGrad) -> None:
         self.row_loss[rows] = answer.loss
