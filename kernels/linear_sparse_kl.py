@@ -133,7 +133,7 @@ def linear_sparse_kl(
 
     Raises ValueError or TypeError on a shape, dtype, device, id, k or n_vocab that does not fit.
     """
-    n_vocab = _check_inputs(hidden, weight, n_vocab)
+    n_vocab = check_head(hidden, weight, n_vocab)
     check_k(k, n_vocab)
     check_ids(ids, hidden, n_vocab)
     check_chunk_rows(chunk_rows)
@@ -152,7 +152,7 @@ def linear_sparse_kl(
     return result._replace(loss=attach_grads(result.loss, [hidden, weight], grads))
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, n_vocab: int | None) -> int:
+def check_head(hidden: Tensor, weight: Tensor, n_vocab: int | None) -> int:
     """Raise unless hidden is [P, D] beside weight [V, D]; return n_vocab, default V."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
