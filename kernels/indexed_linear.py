@@ -3,11 +3,12 @@
 Such a loss sees the logits of its support up to a constant of the row: neither the log-sum-exp nor
 any other id matters, and the coefficients of its gradient sum to zero over the support,
 
-    dL/dz_v = g_v [v in S],   sum_S g = 0,
+    dL/dy_v = g_v [v in S],   sum_S g = 0,
 
-so no softmax is left over (see sparse_kl). What remains are products with the listed rows of the
-head, of which a position has some 16 and not V: see indexed_rows. Where the support depends on the
-live student's top-k, one product with the whole head finds it, forward only.
+so no softmax is left over (see sparse_kl; y is logit_map of the product z). What remains are
+products with the listed rows of the head, of which a position has some 16 and not V: see
+indexed_rows. Where the support depends on the live student's top-k, one product with the whole head
+finds it, forward only.
 
 An objective for which sum g = 0 does not hold takes linear_sparse_kl. Whoever calls must know it
 from the objective's form; answers are checked on a CPU, and on a GPU under LOGITCASK_DEBUG=1.
@@ -34,7 +35,8 @@ from logitcask.kernels.launch import (
     compute_dtype,
     looks_at_values,
 )
-from logitcask.kernels.linear_sparse_kl import HeadProduct, check_head
+from logitcask.kernels.linear_sparse_kl import check_head, head_product
+from logitcask.kernels.logit_map import PLAIN, LogitMap
 from logitcask.kernels.sparse_kl import RowGrad, RowLosses, RowObjective, RowView, SparseLoss
 
 ZERO_SUM = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -50,6 +52,7 @@ def indexed_linear(
     k: int | None = None,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
+    logit_map: LogitMap = PLAIN,
     chunk_rows: int | None = None,
     sparse_weight_grad: bool = False,
 ) -> SparseLoss:
@@ -65,7 +68,8 @@ def indexed_linear(
     holds log_p up to a constant of the row (0 for the largest listed id), no top ids ([P, 0]), and
     NaN for the entropy. A number: one forward product in chunks, and the whole view, as in
     linear_sparse_kl; with gradients off, and where metrics are wanted, that is all there is to do.
-    row_weight, n_vocab: as in linear_sparse_kl. chunk_rows: likewise; it means nothing without k.
+    row_weight, n_vocab, logit_map: as in linear_sparse_kl. chunk_rows: likewise; without k it means
+    nothing.
     sparse_weight_grad: the gradient of weight is a sparse tensor with the rows that any position
     lists, as of nn.Embedding(sparse=True), for optimizers that take one. Otherwise dense, which a
     weight tied to the embedding needs; filling it with zeros is then most of the work.
@@ -74,10 +78,11 @@ def indexed_linear(
     are summed in that dtype from operands as they are. Gradients come in the inputs' dtypes, and
     two runs give the same bits.
 
-    Raises ValueError or TypeError on a shape, dtype, device, id, k or n_vocab that does not fit,
-    and ValueError for an objective whose answer is not that of a renormalised loss.
+    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or logit_map that does
+    not fit, and ValueError for an objective whose answer is not that of a renormalised loss.
     """
     n_vocab = check_head(hidden, weight, n_vocab)
+    logit_map.check()
     check_ids(ids, hidden, n_vocab)
     check_chunk_rows(chunk_rows)
     if k is not None:
@@ -87,14 +92,19 @@ def indexed_linear(
     grad_on = torch.is_grad_enabled()
     needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        losses = RowLosses(ids, objective, k or 0, row_weight, compute_dtype(hidden.dtype))
+        dtype = compute_dtype(hidden.dtype)
+        losses = RowLosses(ids, objective, k or 0, row_weight, dtype, logit_map)
         if k is None:
-            g = _checked(losses.answer(_view(logits_at(hidden, weight, ids))))
+            z = logits_at(hidden, weight, ids)
+            g = _checked(losses.ask(slice(None), _view(logit_map.apply(z), ids)))
         else:
-            g = losses.weight.new_empty(ids.shape)
-            product = HeadProduct(hidden, weight, n_vocab, chunk_rows)
-            for rows, logits in product.chunks():
-                g[rows] = _checked(losses.see(rows, logits, n_vocab).answer)
+            z, g = losses.weight.new_empty(2, *ids.shape)
+            head = weight[:n_vocab].to(hidden.dtype)
+            for rows, logits in head_product(hidden, head, chunk_rows):
+                g[rows] = _checked(losses.run(rows, logits, None, n_vocab))
+                z[rows] = logits.gather(1, ids[rows].clamp(min=0)).to(dtype)
+        if not logit_map.is_plain:
+            g = g * logit_map.slope(z)
         result = losses.result()
         if not (needs_hidden or needs_weight):
             return result
@@ -107,18 +117,19 @@ def indexed_linear(
     return result._replace(loss=loss)
 
 
-def _view(z: Tensor) -> RowView:
-    """Of logits [P, S] at the ids alone."""
-    n_rows = len(z)
+def _view(y: Tensor, ids: Tensor) -> RowView:
+    """Of mapped logits y [P, S] at the ids alone."""
+    n_rows = len(y)
+    y = torch.where(ids < 0, -torch.inf, y)
     # A row without ids, or of -inf alone, has no largest.
-    top = z.amax(-1, keepdim=True) if z.shape[1] else z.new_zeros(n_rows, 1)
+    top = y.amax(-1, keepdim=True) if y.shape[1] else y.new_zeros(n_rows, 1)
     top = torch.where(top == -torch.inf, 0.0, top)
     return RowView(
-        index=torch.arange(n_rows, device=z.device),
-        log_p=z - top,
-        top_ids=z.new_empty(n_rows, 0, dtype=torch.int64),
-        top_log_p=z.new_empty(n_rows, 0),
-        entropy=z.new_full((n_rows,), torch.nan),
+        index=torch.arange(n_rows, device=y.device),
+        log_p=y - top,
+        top_ids=y.new_empty(n_rows, 0, dtype=torch.int64),
+        top_log_p=y.new_empty(n_rows, 0),
+        entropy=y.new_full((n_rows,), torch.nan),
     )
 
 

@@ -22,6 +22,7 @@ from logitcask.kernels.launch import (
     compute_dtype,
     row_chunks,
 )
+from logitcask.kernels.logit_map import PLAIN, LogitMap
 from logitcask.kernels.sparse_kl import (
     RowLosses,
     RowObjective,
@@ -40,12 +41,19 @@ def linear_sparse_kl_reference(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
+    logit_map: LogitMap = PLAIN,
 ) -> tuple[SparseLoss, Tensor, Tensor]:
     """The specification of linear_sparse_kl: its result, and d loss by hidden and by weight."""
     cast = weight.to(hidden.dtype)
     logits = hidden @ cast.T  # [P, V]
     result, d_logits = sparse_kl_reference(
-        logits, ids, objective, k=k, row_weight=row_weight, n_vocab=n_vocab
+        logits,
+        ids,
+        objective,
+        k=k,
+        row_weight=row_weight,
+        n_vocab=n_vocab,
+        logit_map=logit_map,
     )
     return result, d_logits @ cast.to(d_logits.dtype), d_logits.T @ hidden.to(d_logits.dtype)
 
@@ -73,26 +81,52 @@ def _add_weight_grad(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None
         d_weight.addmm_(d_logits.T.float(), hidden.float())
 
 
-class HeadProduct:
-    """logits = hidden weight^T, a chunk of rows at a time in one buffer."""
+def head_product(
+    hidden: Tensor, head: Tensor, chunk_rows: int | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits hidden[rows] head^T), chunk after chunk in one buffer.
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, n_vocab: int, chunk_rows: int | None
-    ) -> None:
-        self.hidden = hidden
-        self.head = weight[:n_vocab].to(hidden.dtype)
-        """[n_vocab, D]"""
-        self._chunk_rows = min(len(hidden), chunk_rows or default_chunk_rows(n_vocab, hidden))
-        # Rows start on 16-element borders: otherwise an odd vocabulary is loaded 2 bytes at a time.
-        # Zeros: torch's bfloat16 product on a CPU multiplies what lies between the rows, too.
-        padded = -(-n_vocab // 16) * 16
-        self._buffer = hidden.new_zeros(self._chunk_rows, padded)[:, :n_vocab]
+    hidden [P, D], head [V, D] in its dtype. A chunk's logits [C, V] are gone when the next is asked
+    for.
+    """
+    n_rows, n_vocab = len(hidden), len(head)
+    chunk_rows = max(1, min(n_rows, chunk_rows or default_chunk_rows(n_vocab, hidden)))
+    # Rows start on 16-element borders: otherwise an odd vocabulary is loaded 2 bytes at a time.
+    # Zeros: torch's bfloat16 product on a CPU multiplies what lies between the rows, too.
+    buffer = hidden.new_zeros(min(n_rows, chunk_rows), -(-n_vocab // 16) * 16)[:, :n_vocab]
+    for rows in row_chunks(n_rows, chunk_rows):
+        hidden_c = hidden[rows]  # [C, D]
+        yield rows, torch.mm(hidden_c, head.T, out=buffer[: len(hidden_c)])
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their logits [C, n_vocab]), which are gone when the next chunk is asked for."""
-        for rows in row_chunks(len(self.hidden), max(1, self._chunk_rows)):
-            hidden_c = self.hidden[rows]  # [C, D]
-            yield rows, torch.mm(hidden_c, self.head.T, out=self._buffer[: len(hidden_c)])
+
+def run_chunks(
+    losses: RowLosses,
+    hidden: Tensor,
+    weight: Tensor,
+    n_vocab: int,
+    chunk_rows: int | None,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gives `losses` the logits hidden [P, D] weight[:n_vocab]^T, chunk_rows rows at a time.
+
+    Returns the gradients by hidden and by weight [V, D], in their dtypes; None where `needs` says
+    that one is not needed.
+    """
+    needs_hidden, needs_weight = needs
+    head = weight[:n_vocab].to(hidden.dtype)  # [n_vocab, D]
+    d_hidden = torch.empty_like(hidden) if needs_hidden else None
+    # new_zeros over all of weight, so that rows past n_vocab have gradient 0.
+    d_weight = weight.new_zeros(weight.shape, dtype=losses.weight.dtype) if needs_weight else None
+    for rows, logits in head_product(hidden, head, chunk_rows):
+        losses.run(rows, logits, logits if needs_hidden or needs_weight else None, n_vocab)
+        if d_hidden is not None:
+            torch.mm(logits, head, out=d_hidden[rows])
+        if d_weight is not None:
+            hidden_c = hidden[rows]  # [C, D]
+            if losses.weighted:  # d_logits of an unused row is 0, but 0 * NaN is NaN
+                hidden_c = hidden_c.masked_fill((losses.weight[rows] == 0)[:, None], 0.0)
+            _add_weight_grad(d_weight[:n_vocab], logits, hidden_c)
+    return d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
 
 
 def linear_sparse_kl(
@@ -104,6 +138,7 @@ def linear_sparse_kl(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
+    logit_map: LogitMap = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
     """sparse_kl(hidden @ weight.T, ...), without ever holding [P, V].
@@ -113,15 +148,18 @@ def linear_sparse_kl(
     weight: [V, D], the layout of nn.Linear; differentiable; cast once per call to hidden's dtype.
     ids, objective, k, row_weight: as in sparse_kl.
     n_vocab: only the first n_vocab rows of weight are used; the gradient of the others is 0.
+    logit_map: as in sparse_kl.
     chunk_rows: rows of logits that exist at a time; see default_chunk_rows.
 
     An input that needs no gradient (a frozen head, say) costs no product for it. P = 0 gives loss 0
     with zero gradients. The loss is in hidden's statistics dtype: float32, or float64 for float64.
     Gradients come in the inputs' dtypes.
 
-    Raises ValueError or TypeError on a shape, dtype, device, id, k or n_vocab that does not fit.
+    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or logit_map that does
+    not fit.
     """
     n_vocab = check_head(hidden, weight, n_vocab)
+    logit_map.check()
     check_k(k, n_vocab)
     check_ids(ids, hidden, n_vocab)
     check_chunk_rows(chunk_rows)
@@ -130,27 +168,13 @@ def linear_sparse_kl(
     grad_on = torch.is_grad_enabled()
     needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        losses = RowLosses(ids, objective, k, row_weight, compute_dtype(hidden.dtype))
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # new_zeros over all of weight, so that rows past n_vocab have gradient 0.
-        d_weight = (
-            weight.new_zeros(weight.shape, dtype=losses.weight.dtype) if needs_weight else None
-        )
-        needs_any = needs_hidden or needs_weight
-        product = HeadProduct(hidden, weight, n_vocab, chunk_rows)
-        for rows, logits in product.chunks():
-            losses.run(rows, logits, logits if needs_any else None, n_vocab)
-            if d_hidden is not None:
-                torch.mm(logits, product.head, out=d_hidden[rows])
-            if d_weight is not None:
-                hidden_c = hidden[rows]  # [C, D]
-                if row_weight is not None:  # d_logits of an unused row is 0, but 0 * NaN is NaN
-                    hidden_c = hidden_c.masked_fill((losses.weight[rows] == 0)[:, None], 0.0)
-                _add_weight_grad(d_weight[:n_vocab], logits, hidden_c)
+        dtype = compute_dtype(hidden.dtype)
+        losses = RowLosses(ids, objective, k, row_weight, dtype, logit_map)
+        needs = (needs_hidden, needs_weight)
+        grads = run_chunks(losses, hidden, weight, n_vocab, chunk_rows, needs)
         result = losses.result()
     if not (needs_hidden or needs_weight):
         return result
-    grads = [d_hidden, None if d_weight is None else d_weight.to(weight.dtype)]
     return result._replace(loss=attach_grads(result.loss, [hidden, weight], grads))
 
 

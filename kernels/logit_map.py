@@ -68,7 +68,7 @@ class LogitMap(NamedTuple):
 PLAIN = LogitMap()
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def squashed(x, inner):  # type: ignore[no-untyped-def]
     # tanh(u), inner = 2 u log2(e) / x. Exact to an absolute 1e-7, which is what a logit needs.
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * inner))

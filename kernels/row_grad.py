@@ -218,11 +218,11 @@ def row_grad(
     n_vocab: int | None = None,
     logit_map: LogitMap = PLAIN,
 ) -> Tensor:
-    """out[r, v] = at_ids[r, j] where v = ids[r, j], else dense[r] * softmax(y[r])[v] * dy/dz[r, v].
+    """out[r, v] = at_ids[r, j] if v = ids[r, j], else dense[r] * softmax(y[r])[v] * dy/dz[r, v].
 
-    y is logit_map of the logits z. Columns v >= n_vocab are 0. logits [P, V] as in row_stats; log_sum_exp [P] from it; dense [P];
-    ids [P, S] int64, distinct in a row, -1 is padding; at_ids [P, S], final values. A row whose
-    dense is 0 is exactly 0 outside ids, whatever its logits hold.
+    y is logit_map of the logits z. Columns v >= n_vocab are 0. logits [P, V] as in row_stats;
+    log_sum_exp [P] from it; dense [P]; ids [P, S] int64, distinct in a row, -1 is padding; at_ids
+    [P, S], final values. A row whose dense is 0 is exactly 0 outside ids, whatever its logits hold.
     out: [P, V] floating to write into, of any row stride; logits itself is allowed. Left out: a new
     tensor in the logits' dtype. Not differentiable.
 

@@ -1,12 +1,13 @@
 """K1, row statistics: log-sum-exp and entropy of each row of logits, in one read.
 
-With l = z - logsumexp(z) and p = exp(l):  H = -sum_v p_v l_v.  Written with a shift c near the
-row's maximum, so that nothing overflows and one exponential per logit is enough:
+With l = z - logsumexp(z) and p = exp(l):  H = -sum_v p_v l_v, where z stands for the mapped logits
+(see logit_map). Written with a shift c near the row's maximum, so that nothing overflows and one
+exponential per logit is enough:
 
-    y_v = z_v - c,  d = sum exp(y_v),  s = sum y_v exp(y_v),   logsumexp = c + log d,   H = log d -
-    s / d
+    y_v = z_v - c,   d = sum exp(y_v),   s = sum y_v exp(y_v)
+    logsumexp = c + log d,   H = log d - s / d
 
-z stands for the mapped logits: see logit_map. The same read leaves the maximum of every group of `group` neighbouring raw logits, from which
+The same read leaves the maximum of every group of `group` neighbouring raw logits, from which
 topk_select finds the top-k without reading the row again.
 
 A NaN or +inf logit makes its row's statistics NaN, and so does a row of nothing but -inf. Single

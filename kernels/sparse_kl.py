@@ -4,8 +4,10 @@ The vocabulary-sized work is the same for every such loss, so the loss is a para
 plain torch on [C, S] and [C, K] tensors of C rows at a time. Around it stand the kernels: row_stats
 and topk_select before, row_grad after. p is the student.
 
-    dL_r/dz_v = dense_r p_v                      v not listed
+    dL_r/dy_v = dense_r p_v                      v not listed
               = at_ids_v + dense_at_ids_v p_v    v listed
+
+and dy/dz is logit_map's, 1 for most models.
 
 Gradients are made in the forward pass and scaled by the incoming gradient in the backward pass, so
 nothing vocabulary-sized is kept but the gradient itself. There is no double backward.
@@ -27,6 +29,7 @@ from logitcask.kernels.launch import (
     compute_dtype,
     row_chunks,
 )
+from logitcask.kernels.logit_map import PLAIN, LogitMap
 from logitcask.kernels.row_grad import grad_rows, row_grad_reference
 from logitcask.kernels.row_stats import row_stats_reference, scan_rows
 from logitcask.kernels.topk_select import group_size, select_rows, topk_select_reference
@@ -91,35 +94,52 @@ def sparse_kl_reference(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
+    logit_map: LogitMap = PLAIN,
 ) -> tuple[SparseLoss, Tensor]:
     """The specification of sparse_kl: its result, and d loss / d logits [P, V]."""
-    stats = row_stats_reference(logits, n_vocab=n_vocab)
+    stats = row_stats_reference(logits, n_vocab=n_vocab, logit_map=logit_map)
     values, top_ids = topk_select_reference(logits, k, n_vocab=n_vocab)
-    at = logits.gather(1, ids.clamp(min=0)).to(values.dtype) - stats.log_sum_exp[:, None]
-    log_p = torch.where(ids < 0, -torch.inf, at)
+    lse = stats.log_sum_exp[:, None]
+    at = logits.gather(1, ids.clamp(min=0)).to(values.dtype)
+    log_p = torch.where(ids < 0, -torch.inf, logit_map.apply(at) - lse)
     index = torch.arange(len(ids), device=ids.device)
-    grad = objective(
-        RowView(index, log_p, top_ids, values - stats.log_sum_exp[:, None], stats.entropy)
-    )
+    grad = objective(RowView(index, log_p, top_ids, logit_map.apply(values) - lse, stats.entropy))
     w = torch.ones_like(grad.loss) if row_weight is None else row_weight.to(grad.loss.dtype)
     used = w != 0  # a row of weight 0 adds exactly 0, whatever it holds
     loss = torch.where(used, w * grad.loss, 0.0).sum()
-    final = torch.where(
-        used[:, None], w[:, None] * (grad.at_ids + grad.dense_at_ids * log_p.exp()), 0.0
-    )
+    final = (grad.at_ids + grad.dense_at_ids * log_p.exp()) * logit_map.slope(at)
+    final = torch.where(used[:, None], w[:, None] * final, 0.0)
     dense = torch.where(used, w * grad.dense, 0.0)
-    d_logits = row_grad_reference(logits, stats.log_sum_exp, dense, ids, final, n_vocab=n_vocab)
+    d_logits = row_grad_reference(
+        logits, stats.log_sum_exp, dense, ids, final, n_vocab=n_vocab, logit_map=logit_map
+    )
     return SparseLoss(loss, grad.loss, grad.metrics), d_logits
 
 
-class Seen(NamedTuple):
-    """A chunk of C rows after the objective has seen it."""
+class RowRead(NamedTuple):
+    """What the vocabulary-sized passes before the objective leave of C rows. Float tensors are
+    float32, or float64 for float64 logits."""
 
-    answer: RowGrad
-    log_p: Tensor
-    """[C, S]"""
     log_sum_exp: Tensor
-    """[C]"""
+    """[C] nats"""
+    entropy: Tensor
+    """[C] nats"""
+    top: Tensor
+    """[C, K]: the largest logits, best first, as the head made them."""
+    top_ids: Tensor
+    """[C, K] int64: their ids."""
+    at_ids: Tensor
+    """[C, S]: the logits at the listed ids; unspecified where the id is -1."""
+
+
+def read_rows(
+    logits: Tensor, ids: Tensor, k: int, n_vocab: int, logit_map: LogitMap = PLAIN
+) -> RowRead:
+    """RowRead of logits [C, V] at ids [C, S], without checks."""
+    group = group_size(logits, k, n_vocab)
+    (lse, entropy), group_max = scan_rows(logits, n_vocab, group, logit_map)
+    top, top_ids = select_rows(logits, group_max, k, n_vocab, group)
+    return RowRead(lse, entropy, top, top_ids, logits.gather(1, ids.clamp(min=0)).to(lse.dtype))
 
 
 class RowLosses:
@@ -133,11 +153,14 @@ class RowLosses:
         k: int,
         row_weight: Tensor | None,
         dtype: torch.dtype,
+        logit_map: LogitMap = PLAIN,
     ) -> None:
         """ids [P, S]; row_weight [P] or None for ones; dtype of statistics and losses."""
         self.ids = ids
         self.objective = objective
         self.k = k
+        self.logit_map = logit_map
+        self.weighted = row_weight is not None  # else every row is used
         self.weight = (
             torch.ones(len(ids), dtype=dtype, device=ids.device)
             if row_weight is None
@@ -146,33 +169,45 @@ class RowLosses:
         self.row_loss = torch.zeros_like(self.weight)
         self.metrics: dict[str, Tensor] = {}
 
-    def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> None:
+    def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> RowGrad:
         """One chunk: logits [C, V] of `rows`. Its weighted gradient goes to `out` [C, V], which may
         be logits."""
-        answer, log_p, lse = self.see(rows, logits, n_vocab)
+        ids = self.ids[rows]  # [C, S]
+        read = read_rows(logits, ids, self.k, n_vocab, self.logit_map)
+        return self.finish(rows, read, logits, ids, out, n_vocab)
+
+    def finish(
+        self,
+        rows: slice,
+        read: RowRead,
+        logits: Tensor,
+        columns: Tensor,
+        out: Tensor | None,
+        n_vocab: int,
+    ) -> RowGrad:
+        """The objective on what was read of `rows`, and the gradient by the logits [C, V] at hand.
+
+        columns: [C, S], where in logits the listed ids lie; -1 where they lie elsewhere.
+        """
+        lse, y = read.log_sum_exp, self.logit_map
+        log_p = torch.where(self.ids[rows] >= 0, y.apply(read.at_ids) - lse[:, None], -torch.inf)
+        index = torch.arange(rows.start, rows.stop, device=lse.device)
+        top_log_p = y.apply(read.top) - lse[:, None]
+        view = RowView(index, log_p, read.top_ids, top_log_p, read.entropy)
+        answer = self.ask(rows, view)
         if out is None:
-            return
+            return answer
         w = self.weight[rows]
         used = w != 0  # never 0 * NaN: a row of weight 0 adds exactly 0, whatever it holds
         final = w[:, None] * (answer.at_ids + answer.dense_at_ids * log_p.exp())
+        if not y.is_plain:
+            final = final * y.slope(read.at_ids)
         final = torch.where(used[:, None], final, 0.0)
         dense = torch.where(used, w * answer.dense, 0.0)
-        grad_rows(logits, lse, dense, self.ids[rows], final, out, n_vocab)
+        grad_rows(logits, lse, dense, columns, final, out, n_vocab, y)
+        return answer
 
-    def see(self, rows: slice, logits: Tensor, n_vocab: int) -> "Seen":
-        """One chunk: logits [C, V] of `rows`, without a gradient."""
-        ids = self.ids[rows]  # [C, S]
-        group = group_size(logits, self.k, n_vocab)
-        (lse, entropy), group_max = scan_rows(logits, n_vocab, group)
-        top, top_ids = select_rows(logits, group_max, self.k, n_vocab, group)  # [C, K]
-        listed = ids >= 0
-        log_p = logits.gather(1, ids.clamp(min=0)).to(lse.dtype) - lse[:, None]
-        log_p = torch.where(listed, log_p, -torch.inf)
-        index = torch.arange(rows.start, rows.stop, device=ids.device)
-        view = RowView(index, log_p, top_ids, top - lse[:, None], entropy)
-        return Seen(self.answer(view, rows), log_p, lse)
-
-    def answer(self, view: RowView, rows: slice = slice(None)) -> RowGrad:
+    def ask(self, rows: slice, view: RowView) -> RowGrad:
         """What the objective says of `rows`, seen by this view; losses and metrics are kept."""
         answer = self.objective(view)
         _check_answer(answer, view.log_p)
@@ -239,6 +274,7 @@ def sparse_kl(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
+    logit_map: LogitMap = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
     """Loss, metrics and gradient of an objective from logits [P, V], which are not modified.
@@ -252,12 +288,14 @@ def sparse_kl(
     row_weight: [P] float, default ones. A row of weight 0 has metrics, and adds exactly 0, also if
     it holds NaN.
     n_vocab: rows are normalised over columns [0, n_vocab); the gradient of the others is 0.
+    logit_map: scale, soft cap and temperature between the logits and the student's law p.
     chunk_rows: rows per call of the objective; default all on a GPU, about 16 Mi logits on a CPU.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k or n_vocab that does not
-    fit.
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab or logit_map
+    that does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)
+    logit_map.check()
     check_k(k, n_vocab)
     check_ids(ids, logits, n_vocab)
     check_chunk_rows(chunk_rows)
@@ -268,7 +306,8 @@ def sparse_kl(
         chunk_rows = max(1, n_rows if logits.is_cuda else (1 << 24) // logits.shape[1])
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        losses = RowLosses(ids, objective, k, row_weight, compute_dtype(logits.dtype))
+        dtype = compute_dtype(logits.dtype)
+        losses = RowLosses(ids, objective, k, row_weight, dtype, logit_map)
         d_logits = (
             torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             if wants_grad

@@ -154,7 +154,7 @@ def test_metrics_of_a_share_estimate_those_of_all_and_change_no_update(
         assert not any(name.endswith("_se") for name in every)
         for name in ("overlap/ratio", "entropy/student", "cache/coverage"):
             error = some[f"{name}_se"]
-            assert 0 < error
+            assert error > 0
             assert abs(some[name] - every[name]) < 5 * error
     first = [line["overlap/ratio"] for line in found[0.5]]
     assert first != [line["overlap/ratio"] for line in found[1.0]], "not taken of the same rows"

@@ -36,18 +36,22 @@ INTEGER = {
     *("stride", "out_stride", "hidden_stride", "weight_stride"),
     *("n_vocab", "n_columns", "n_ids", "n_groups", "n_slots", "k", "n"),
 }
+FLOAT = {"inner", "outer", "slope"}
 # Multiples of 16 at V=151936.
 ALIGNED = {n for n in INTEGER if "stride" in n} | {"n_vocab", "n_columns", "n_slots"}
-SCAN = {"ROWS": 32, "GROUP": 128, "GROUPS": True}
+SCAN = {"ROWS": 32, "GROUP": 128, "GROUPS": True, "SOFTCAP": False}
 SELECT = {"K": 16, "GROUPS": 2048, "GROUP": 128, "ZERO_BITS": 16}
-GRAD = {"TILE": 4096, "IDS": 64}
+GRAD = {"TILE": 4096, "IDS": 64, "SOFTCAP": False}
+CAPPED = {"SOFTCAP": True}
 LISTED = {"TILE_S": 16, "TILE_D": 128}
 SEGMENT = {"TILE_N": 16, "TILE_D": 128}
 CASES = [
     ("scan bf16", scan_kernel, SCAN, 8, {}),
     ("scan fp32", scan_kernel, SCAN, 8, {"logits": "*fp32"}),
-    ("scan small V", scan_kernel, {"ROWS": 1, "GROUP": 128, "GROUPS": True}, 4, {}),
-    ("scan bf16, no groups", scan_kernel, {"ROWS": 64, "GROUP": 64, "GROUPS": False}, 8, {}),
+    ("scan small V", scan_kernel, SCAN | {"ROWS": 1}, 4, {}),
+    ("scan bf16, no groups", scan_kernel, SCAN | {"ROWS": 64, "GROUP": 64, "GROUPS": False}, 8, {}),
+    ("scan bf16, soft cap", scan_kernel, SCAN | CAPPED, 8, {}),
+    ("grad bf16, soft cap", grad_kernel, GRAD | CAPPED, 8, {}),
     ("select k=16 bf16", select_kernel, SELECT, 4, {}),
     ("select k=16 fp32", select_kernel, SELECT | {"ZERO_BITS": 0}, 4, {"logits": "*fp32"}),
     ("select k=64 bf16", select_kernel, SELECT | {"K": 64, "GROUPS": 4096, "GROUP": 64}, 4, {}),
@@ -71,6 +75,8 @@ def compile_case(kernel, constants: dict, num_warps: int, pointers: dict, arch: 
         if name in constants
         else "i32"
         if name in INTEGER
+        else "fp32"
+        if name in FLOAT
         else pointers.get(name, "*fp32")
         for name in names
     }

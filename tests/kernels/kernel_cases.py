@@ -49,6 +49,15 @@ def make_ids(
     return ids
 
 
+def list_top(ids: Tensor, logits: Tensor, n: int) -> Tensor:
+    """ids [P, S] whose first n are each row's best n, so that they meet the live top-k; still
+    distinct."""
+    top = logits.sort(dim=-1, descending=True, stable=True).indices[:, :n]
+    rest = ids[:, n:]
+    again = (rest[:, :, None] == top[:, None, :]).any(-1)
+    return torch.cat([top, rest.masked_fill(again, -1)], 1)
+
+
 def ulp(x: Tensor, dtype: torch.dtype) -> float:
     """Distance of neighbouring numbers of dtype at the largest finite |x|."""
     largest = x.double().abs()[x.isfinite()].max().item() if x.isfinite().any() else 1.0

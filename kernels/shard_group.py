@@ -1,0 +1,147 @@
+"""What the processes of a vocabulary-parallel call tell each other.
+
+First one line of whole numbers each, before any logit is read: where its columns lie, and what must
+be equal on all ranks. A rank that refuses its own input says so in its line. So a call that cannot
+work raises on every rank, and none waits for one that has raised. The host waits for the lines, on
+a GPU too.
+
+Ranks are those of the group, and everything is gathered in their order, so every rank computes from
+the same bits.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LINE = 16
+"""Numbers of a line; what is left over is 0. Fixed, so that any two calls can read each other."""
+
+
+class Shards(NamedTuple):
+    """How the columns are spread over a group. A column counts if its id is below n_vocab."""
+
+    group: "dist.ProcessGroup | None"
+    first: int
+    """Id of this rank's first column."""
+    n_own: int
+    """How many of this rank's columns count."""
+    ranks: list[int]
+    """All ranks, in the order of their columns."""
+    counts: list[int]
+    """How many columns of each of `ranks` count."""
+
+
+def all_gather(tensor: Tensor, group: "dist.ProcessGroup | None") -> list[Tensor]:
+    """Every rank's tensor; all are of one shape and dtype."""
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return parts
+
+
+def all_sum(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """The sum of every rank's tensor, in the memory of this one's."""
+    if tensor.numel():
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """[] int64 that differs where an int64 or floating tensor does, but for unlikely chance: the
+    sum modulo 2^64 of its numbers' 64 bits, each times an odd number of its own."""
+    bits = tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor
+    odd = torch.arange(bits.numel(), device=bits.device) * 0x1E3779B97F4A7C15
+    odd = (odd ^ (odd >> 29)) * 0x3F58476D1CE4E5B9 | 1
+    return (bits.flatten() * odd).sum()
+
+
+def _is_member(group: "dist.ProcessGroup | None") -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_rank(group) >= 0
+
+
+def check_group(group: "dist.ProcessGroup | None") -> None:
+    if not _is_member(group):
+        raise ValueError(
+            f"group={group} must be a process group with this process in it, None for all; call "
+            "torch.distributed.init_process_group, or use sparse_kl where one process has all "
+            "columns"
+        )
+
+
+@contextmanager
+def refusals_told(group: "dist.ProcessGroup | None", device: torch.device) -> Iterator[None]:
+    """Inside, a rank checks its own input. What that raises, the others learn in `join`."""
+    try:
+        yield
+    except Exception:
+        if _is_member(group):
+            all_gather(torch.zeros(LINE, dtype=torch.int64, device=device), group)
+        raise
+
+
+def join(
+    group: "dist.ProcessGroup | None",
+    first: int,
+    n_columns: int,
+    n_vocab: int,
+    ids: Tensor,
+    row_weight: Tensor | None,
+    equal: Mapping[str, int],
+) -> Shards:
+    """Agrees with the other ranks on a call, in which this one has n_columns columns from `first`.
+
+    ids [P, S], row_weight [P], n_vocab and the numbers `equal` (by name) must be equal on all
+    ranks; `equal` holds the same names on all.
+
+    Raises ValueError on every rank where one refused its input, where something is not equal, where
+    the shards do not follow each other from column 0, or where n_vocab is more than their columns.
+    """
+    numbers = {"rows": ids.shape[0], "ids per row": ids.shape[1], "n_vocab": n_vocab, **equal}
+    data = {"ids": ids, "row_weight": ids.new_zeros(0) if row_weight is None else row_weight}
+    told = torch.tensor([1, first, n_columns, *numbers.values()], device=ids.device)
+    line = torch.cat([told, *(fingerprint(tensor)[None] for tensor in data.values())])
+    line = torch.cat([line, line.new_zeros(LINE - len(line))])
+    lines = torch.stack(all_gather(line, group)).tolist()
+    _check_equal(lines, [*numbers, *(f"fingerprint of {name}" for name in data)])
+    ranks = sorted(range(len(lines)), key=lambda rank: lines[rank][1])
+    _check_tiles(lines, ranks, n_vocab)
+    counts = [min(max(n_vocab - lines[rank][1], 0), lines[rank][2]) for rank in ranks]
+    n_own = counts[ranks.index(dist.get_rank(group))]
+    return Shards(group, first, n_own, ranks, counts)
+
+
+def _check_equal(lines: list[list[int]], names: list[str]) -> None:
+    for rank, line in enumerate(lines):
+        if line[0] == 0:
+            raise ValueError(
+                f"rank {rank} of the group refused its input, which ends the call on all ranks; "
+                "see the message that it raised"
+            )
+    for rank, line in enumerate(lines):
+        for name, here, there in zip(names, lines[0][3:], line[3:], strict=False):
+            if here != there:
+                raise ValueError(
+                    f"{name}: {here} on rank 0 and {there} on rank {rank} of the group, must be "
+                    "equal; pass the same rows and options on all ranks"
+                )
+
+
+def _check_tiles(lines: list[list[int]], ranks: list[int], n_vocab: int) -> None:
+    end = 0
+    for rank in ranks:
+        _, first, n_columns = lines[rank][:3]
+        if first != end:
+            raise ValueError(
+                f"first={first} on rank {rank} of the group must be {end}, where the columns of "
+                "the shards before it end; pass how many columns they have"
+            )
+        end += n_columns
+    if n_vocab > end:
+        raise ValueError(
+            f"n_vocab={n_vocab} must lie in 1..{end}, the columns of all shards; "
+            "pass how many ids the whole head knows"
+        )

@@ -1,0 +1,326 @@
+"""The same losses where the head's columns are spread over the processes of a group.
+
+Tensor parallelism leaves each of R processes the logits of V_r neighbouring columns. Each reads its
+own, and sends K- and S-sized numbers from which all of them rebuild what sparse_kl would have read
+of whole rows. Then each runs the objective on that same view, and writes the gradient of its own
+columns. With m_r = exp(lse_r - lse), the mass of shard r, and H_r the entropy inside it:
+
+    lse = log sum_r exp(lse_r),   H = sum_r m_r (H_r - log m_r)
+
+(entropy's rule of grouping: Shannon 1948, section 6). The K best of a row are among the K best of
+its shards. A process sends P (2 K + S + 2) numbers, in two collectives for each chunk of rows.
+
+Legend: R shards, V_r columns of one of them, `first` the id of its first column, n_vocab the ids
+that count in all of them together. The specification is sparse_kl of the shards side by side.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from logitcask.kernels.launch import (
+    check_chunk_rows,
+    check_ids,
+    check_k,
+    check_logits,
+    check_row_vector,
+    compute_dtype,
+    row_chunks,
+)
+from logitcask.kernels.linear_sparse_kl import check_head, default_chunk_rows, run_chunks
+from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.shard_group import (
+    Shards,
+    all_gather,
+    all_sum,
+    check_group,
+    fingerprint,
+    join,
+    refusals_told,
+)
+from logitcask.kernels.sparse_kl import (
+    RowGrad,
+    RowLosses,
+    RowObjective,
+    RowRead,
+    SparseLoss,
+    attach_grads,
+    read_rows,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_ODD_CHUNK = 1 << 24
+"""Logits of rows without statistics that are read again at a time: they are copied."""
+
+
+def own_columns(ids: Tensor, first: int, n_own: int) -> Tensor:
+    """[C, S]: the shard's column of each listed id; -1 for another shard's, and for padding."""
+    return torch.where((ids >= first) & (ids < first + n_own), ids - first, -1)
+
+
+def read_shard(
+    logits: Tensor,
+    columns: Tensor,
+    k: int,
+    first: int,
+    n_own: int,
+    logit_map: LogitMap = PLAIN,
+) -> RowRead:
+    """RowRead of C rows of a shard's logits [C, V_r], of which the first n_own columns count.
+
+    columns: [C, S] from own_columns. top and top_ids are [C, min(k, n_own)], the ids those of the
+    whole vocabulary; at_ids is -inf where columns is -1. A row without a logit above -inf has mass
+    0 here, log_sum_exp -inf and entropy 0: legal as long as another shard has some.
+    """
+    if n_own == 0:
+        lse = logits.new_full((len(logits),), -torch.inf, dtype=compute_dtype(logits.dtype))
+        none = lse.new_empty(len(lse), 0)
+        at_ids = lse[:, None].expand(columns.shape)
+        return RowRead(lse, torch.zeros_like(lse), none, none.long(), at_ids)
+    read = read_rows(logits, columns, min(k, n_own), n_own, logit_map)
+    empty = _empty_rows(logits[:, :n_own], read.log_sum_exp)
+    return RowRead(
+        read.log_sum_exp.masked_fill(empty, -torch.inf),
+        read.entropy.masked_fill(empty, 0.0),
+        read.top,
+        read.top_ids + first,
+        read.at_ids.masked_fill(columns < 0, -torch.inf),
+    )
+
+
+def _empty_rows(logits: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """[C] bool: which rows of logits [C, n_own] are nothing but -inf.
+
+    row_stats answers NaN for them, as it does for a NaN or +inf logit, which must stay one. So rows
+    with NaN, most often none, are read again; on a GPU the host waits to know them.
+    """
+    empty = torch.zeros_like(log_sum_exp, dtype=torch.bool)
+    odd = log_sum_exp.isnan().nonzero()[:, 0]
+    for some in row_chunks(len(odd), max(1, _ODD_CHUNK // logits.shape[1])):
+        empty[odd[some]] = logits[odd[some]].amax(1) == -torch.inf  # amax of a NaN is NaN
+    return empty
+
+
+def merge_reads(parts: Sequence[RowRead], k: int) -> RowRead:
+    """RowRead of whole rows from read_shard of all their shards, in the order of their columns.
+
+    The top-k are exactly those of topk_select. A row with NaN statistics on one shard has them, and
+    so has one that is -inf everywhere.
+    """
+    dtype = parts[0].top.dtype
+    lse_r = torch.stack([part.log_sum_exp for part in parts]).double()  # [R, C]
+    entropy_r = torch.stack([part.entropy for part in parts]).double()
+    lse = lse_r.logsumexp(0)
+    lse = lse.masked_fill(lse == -torch.inf, torch.nan)
+    log_mass = lse_r - lse
+    mass = log_mass.exp()
+    entropy = torch.where(mass == 0, 0.0, mass * (entropy_r - log_mass)).sum(0)  # 0 log 0 = 0
+    # A shard's candidates come best first, the lowest id first among equals, and shards come in the
+    # order of their ids: a stable sort gives that order to all of them.
+    top = torch.cat([part.top for part in parts], 1)
+    top, order = top.sort(dim=1, descending=True, stable=True)
+    top_ids = torch.cat([part.top_ids for part in parts], 1).gather(1, order)
+    at_ids = torch.stack([part.at_ids for part in parts]).amax(0)  # -inf but on the id's own shard
+    return RowRead(lse.to(dtype), entropy.to(dtype), top[:, :k], top_ids[:, :k], at_ids)
+
+
+class _ShardLosses(RowLosses):
+    """RowLosses of a shard's logits: what is read of them is merged with what the others read."""
+
+    def __init__(
+        self,
+        ids: Tensor,
+        objective: RowObjective,
+        k: int,
+        row_weight: Tensor | None,
+        dtype: torch.dtype,
+        logit_map: LogitMap,
+        shards: Shards,
+    ) -> None:
+        super().__init__(ids, objective, k, row_weight, dtype, logit_map)
+        self.shards = shards
+
+    def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> RowGrad:
+        """One chunk: logits [C, V_r] of `rows`, of which n_vocab columns count on this shard."""
+        columns = own_columns(self.ids[rows], self.shards.first, n_vocab)
+        first = self.shards.first
+        part = read_shard(logits, columns, self.k, first, n_vocab, self.logit_map)
+        read = merge_reads(self._gather(part), self.k)
+        if out is not None and n_vocab == 0:
+            out.zero_()
+        return self.finish(rows, read, logits, columns, out if n_vocab else None, n_vocab)
+
+    def _gather(self, part: RowRead) -> list[RowRead]:
+        """Every shard's RowRead, in the order of their columns."""
+        fill = (0, self.k - part.top.shape[1])  # messages of one size, also from a narrow shard
+        stats = torch.stack([part.log_sum_exp, part.entropy], 1)
+        floats = torch.cat([stats, F.pad(part.top, fill), part.at_ids], 1)
+        all_floats = all_gather(floats, self.shards.group)
+        all_ids = all_gather(F.pad(part.top_ids, fill), self.shards.group)
+        parts = []
+        for rank, count in zip(self.shards.ranks, self.shards.counts, strict=True):
+            stats, top, at_ids = all_floats[rank].tensor_split([2, 2 + self.k], 1)
+            lse, entropy = stats.unbind(1)
+            n = min(self.k, count)
+            parts.append(RowRead(lse, entropy, top[:, :n], all_ids[rank][:, :n], at_ids))
+        return parts
+
+
+def _check_inputs(
+    rows: Tensor,
+    ids: Tensor,
+    k: int,
+    row_weight: Tensor | None,
+    chunk_rows: int | None,
+    first: int,
+    n_vocab: int,
+    logit_map: LogitMap,
+) -> None:
+    """What either function can refuse without asking other ranks; `rows` is [P, ...]."""
+    if first < 0:
+        raise ValueError(
+            f"first={first} must be at least 0, the id of this shard's first column; "
+            "pass how many columns the shards before it have"
+        )
+    if n_vocab < 1:
+        raise ValueError(
+            f"n_vocab={n_vocab} must be at least 1; pass how many ids the whole head knows"
+        )
+    check_k(k, n_vocab)
+    logit_map.check()
+    check_ids(ids, rows, n_vocab)
+    check_chunk_rows(chunk_rows)
+    if row_weight is not None:
+        check_row_vector(row_weight, rows, "row_weight")
+
+
+def _to_be_equal(
+    k: int,
+    chunk_rows: int,
+    dtype: torch.dtype,
+    logit_map: LogitMap,
+    hidden_size: int = 0,
+    sums_hidden: bool = False,
+) -> dict[str, int]:
+    """What else must be equal on all ranks, or they would wait for messages that never come."""
+    factors = torch.tensor([logit_map.slope_at_0, *logit_map.factors()], dtype=torch.float64)
+    return {
+        "k": k,
+        "fingerprint of logit_map": int(fingerprint(factors)),
+        "hidden size (0: logits)": hidden_size,
+        "hidden needs a gradient": int(sums_hidden),
+        "chunk_rows": chunk_rows,
+        "bytes per statistic": dtype.itemsize,
+    }
+
+
+def vocab_parallel_sparse_kl(
+    logits: Tensor,
+    ids: Tensor,
+    objective: RowObjective,
+    *,
+    first: int,
+    n_vocab: int,
+    group: "ProcessGroup | None" = None,
+    k: int = 16,
+    row_weight: Tensor | None = None,
+    logit_map: LogitMap = PLAIN,
+    chunk_rows: int | None = None,
+) -> SparseLoss:
+    """sparse_kl of logits whose columns are spread over a process group; every rank calls it.
+
+    logits: [P, V_r], columns first to first + V_r - 1 of the whole; differentiable, not modified.
+    Shards of any width, on ranks in any order, follow each other without a gap from column 0.
+    n_vocab: rows are normalised over columns [0, n_vocab) of the whole; the gradient of the others
+    is 0. A shard may lie beyond it altogether.
+    group: None for the group of all processes.
+    ids: [P, S] as in sparse_kl: ids of the whole vocabulary, all of them on every rank.
+    objective, k, row_weight, logit_map, chunk_rows: as in sparse_kl.
+
+    Every rank gets the same loss, row_loss and metrics, to the bit where devices are alike, and the
+    gradient of its own columns. The backward pass sends nothing.
+
+    Rows, ids, row_weight, n_vocab, k, logit_map and chunk_rows must be equal on all ranks: where
+    they are not, or one rank refuses its input, all ranks raise. The objective must be equal too,
+    which is not checked: with another on one rank, losses differ, and the gradients do not belong
+    together. An objective that raises on one rank alone leaves the others waiting until the group's
+    timeout.
+
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab, logit_map,
+    first or group that does not fit, before any logit is read.
+    """
+    with refusals_told(group, logits.device):
+        check_logits(logits, None)
+        _check_inputs(logits, ids, k, row_weight, chunk_rows, first, n_vocab, logit_map)
+        check_group(group)
+    n_rows, n_columns = logits.shape
+    dtype = compute_dtype(logits.dtype)
+    if chunk_rows is None:  # by n_vocab, because ranks differ in V_r
+        chunk_rows = max(1, n_rows if logits.is_cuda else (1 << 24) // n_vocab)
+    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        equal = _to_be_equal(k, chunk_rows, dtype, logit_map)
+        shards = join(group, first, n_columns, n_vocab, ids, row_weight, equal)
+        losses = _ShardLosses(ids, objective, k, row_weight, dtype, logit_map, shards)
+        d_logits = (
+            torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            if wants_grad
+            else None
+        )
+        for rows in row_chunks(n_rows, chunk_rows):
+            out = None if d_logits is None else d_logits[rows]
+            losses.run(rows, logits[rows], out, shards.n_own)
+        result = losses.result()
+    if d_logits is None:
+        return result
+    return result._replace(loss=attach_grads(result.loss, [logits], [d_logits]))
+
+
+def vocab_parallel_linear_sparse_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    objective: RowObjective,
+    *,
+    first: int,
+    n_vocab: int,
+    group: "ProcessGroup | None" = None,
+    k: int = 16,
+    row_weight: Tensor | None = None,
+    logit_map: LogitMap = PLAIN,
+    chunk_rows: int | None = None,
+) -> SparseLoss:
+    """vocab_parallel_sparse_kl(hidden @ weight.T, ...), without ever holding [P, V_r].
+
+    hidden: [P, D] as in linear_sparse_kl, equal on all ranks, which is not checked. Its gradient
+    comes whole on every rank, summed over the shards in float32 (float64 for float64), so nothing
+    before the head may sum it over the group again.
+    weight: [V_r, D], the head's rows first to first + V_r - 1; its gradient is this shard's own.
+    chunk_rows: as in linear_sparse_kl.
+    All else as in vocab_parallel_sparse_kl.
+    """
+    with refusals_told(group, hidden.device):
+        n_columns = check_head(hidden, weight, None)
+        _check_inputs(hidden, ids, k, row_weight, chunk_rows, first, n_vocab, logit_map)
+        check_group(group)
+    dtype = compute_dtype(hidden.dtype)
+    chunk_rows = chunk_rows or default_chunk_rows(n_vocab, hidden)
+    grad_on = torch.is_grad_enabled()
+    needs = (grad_on and hidden.requires_grad, grad_on and weight.requires_grad)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        equal = _to_be_equal(k, chunk_rows, dtype, logit_map, hidden.shape[1], needs[0])
+        shards = join(group, first, n_columns, n_vocab, ids, row_weight, equal)
+        losses = _ShardLosses(ids, objective, k, row_weight, dtype, logit_map, shards)
+        d_hidden, d_weight = run_chunks(losses, hidden, weight, shards.n_own, chunk_rows, needs)
+        if d_hidden is not None:
+            d_hidden = all_sum(d_hidden.to(dtype), group).to(hidden.dtype)
+        result = losses.result()
+    if not any(needs):
+        return result
+    grads = [d_hidden, d_weight]
+    return result._replace(loss=attach_grads(result.loss, [hidden, weight], grads))
