@@ -49,6 +49,7 @@ ENGINE_LAYERS = [
     ["objectives.presets"],
     ["objectives.exactness", "objectives.row_objective"],
     ["objectives"],
+    ["row_loss"],
     ["rundir", "student"],
     ["trainer"],
     ["course"],
