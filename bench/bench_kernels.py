@@ -27,7 +27,7 @@ import torch
 from kernel_bars import bars
 from kernel_calls import Call, has_oracle, plain_gradients
 from kernel_limits import limit_ms
-from kernel_machine import Row, about, digits, failure, machine, name_of
+from kernel_machine import Row, about, digits, failure, machine, name_of, short
 from kernel_peers import PEERS
 from kernel_providers import PROVIDERS, Provider
 from kernel_shapes import PRESETS, SECTIONS, Case, Shape, make_case, shapes
@@ -281,7 +281,8 @@ def line(row: Row) -> str:
         return f"{row['provider']:<20} {row['status']}"
     peak, error = row["peak_bytes"], row["gradient_error"]
     return (
-        f"{row['provider']:<20} {row['ms']:>9.4g} ms ({row['ms_p20']:.4g}-{row['ms_p80']:.4g}), "
+        f"{row['provider']:<20} {short(row['ms']):>7} ms "
+        f"({short(row['ms_p20'])}-{short(row['ms_p80'])}), "
         f"{row['of_limit']:>6.1%} of the limit"
         + ("" if peak is None else f", {peak / 1e6:,.0f} MB")
         + ("" if error is None else f", error {error:.1e}")

@@ -28,7 +28,7 @@ import gpu_launch
 import results
 import torch
 from kernel_calls import our_hidden, our_logits
-from kernel_machine import Row, about, digits, failure, machine, name_of
+from kernel_machine import Row, about, digits, failure, machine, name_of, short
 from kernel_shapes import Shape, make_case
 from kernel_timing import measured_rates, timed
 from torch import Tensor
@@ -250,13 +250,15 @@ def sweep(device: torch.device, grid: Grid, ends: float, out: Path) -> tuple[lis
             except Exception as error:  # too much shared memory for a setting, say
                 row["status"] = failure(error)
             results.write(out, row | common)
-            share = f"{row['of_copy']:.1%} of the copy rate" if "of_copy" in row else ""
-            time_taken = f"{row['ms']:9.4g} ms" if "ms" in row else ""
-            text = row["status"] if row["status"] != "ok" else ""
-            print(
-                f"{part:<7} {trial.setting:<32} {time_taken}  {share}  {text}".rstrip(), flush=True
-            )
+            print(f"{part:<7} {trial.setting:<32} {told(row)}", flush=True)
     return left, wrong
+
+
+def told(row: Row) -> str:
+    if "ms" not in row:
+        return str(row["status"])
+    share = f", {row['of_copy']:.1%} of the copy rate" if "of_copy" in row else ""
+    return f"{short(row['ms']):>7} ms{share}" + ("" if row["status"] == "ok" else "  WRONG")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,10 @@ def digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def short(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def failure(error: Exception) -> str:
     """The status of a row whose call has failed, in one line."""
     if isinstance(error, torch.OutOfMemoryError):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import results
 from kernel_bars import Row, bars, newest
+from kernel_machine import short
 from report_pages import filled, markdown
 
 FILES = ("kernels", "gpu")
@@ -28,7 +29,7 @@ NONE = {
 def main(arguments: list[str]) -> None:
     if arguments:
         lines = Path(arguments[0]).read_text().splitlines()
-        print(in_short([json.loads(line) for line in lines]))
+        print(inshort([json.loads(line) for line in lines]))
         return
     made = tables()
     for page in (results.ROOT / name for name in PAGES):
@@ -76,7 +77,7 @@ def numbers(rows: list[Row]) -> str:
     return "\n\n".join(part for part in (table, *notes) if part)
 
 
-def in_short(rows: list[Row]) -> str:
+def inshort(rows: list[Row]) -> str:
     """For a terminal: bars, the best launch settings, and a line a section and shape."""
     lines = []
     for device in dict.fromkeys(row["device"] for row in rows):
@@ -99,13 +100,13 @@ def _swept_line(ran: list[Row]) -> str:
     other = [row for row in ran if row["setting"].startswith("warps=")]
     shown = [row for row in ran if row not in other]
     shown += sorted(other, key=lambda row: row["ms"])[:1]
-    return f"{ran[0]['what']}, ms: " + ", ".join(f"{r['setting']} {_short(r['ms'])}" for r in shown)
+    return f"{ran[0]['what']}, ms: " + ", ".join(f"{r['setting']} {short(r['ms'])}" for r in shown)
 
 
 def _shape_line(ran: list[Row]) -> str:
     sizes = " ".join(f"{name}={n}" for name, n in ran[0]["shape"].items())
     ratios = [f" ({ratio})" if (ratio := _over(row, ran)) else "" for row in ran]
-    each = [f"{r['provider']} {_short(r['ms'])}{x}" for r, x in zip(ran, ratios, strict=True)]
+    each = [f"{r['provider']} {short(r['ms'])}{x}" for r, x in zip(ran, ratios, strict=True)]
     return f"{ran[0]['section']} {sizes}, ms: " + ", ".join(each)
 
 
@@ -121,7 +122,7 @@ def of_shape(rows: list[Row]) -> str:
     table = markdown(
         ["", "ms", "20-80 %", "over ours", "of the limit", "MB", "error", "computes"],
         [
-            [f"`{r['provider']}`", _short(r["ms"]), f"{_short(r['ms_p20'])}-{_short(r['ms_p80'])}",
+            [f"`{r['provider']}`", short(r["ms"]), f"{short(r['ms_p20'])}-{short(r['ms_p80'])}",
              _over(r, ran), f"{r['of_limit']:.0%}", _megabytes(r), _error(r), r["computes"]]
             for r in ran
         ],
@@ -142,10 +143,6 @@ def _megabytes(row: Row) -> str:
 
 def _error(row: Row) -> str:
     return "" if row["gradient_error"] is None else f"{row['gradient_error']:.0e}"
-
-
-def _short(ms: float) -> str:
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def _checked(rows: list[Row]) -> str:
@@ -180,7 +177,7 @@ def swept(rows: list[Row]) -> str:
         shown += sorted(other, key=lambda row: row["ms"])[:3]
         for r in shown:
             share = f"{r['of_copy']:.0%}" if "of_copy" in r else ""
-            lines.append([what, r["setting"], _short(r["ms"]), share])
+            lines.append([what, r["setting"], short(r["ms"]), share])
     title = f"**Launch parameters**, {ran[0]['rows']:,} rows unless said, the three best settings"
     failed = [r for r in rows if r["status"] != "ok"]
     note = f"{len(failed)} settings did not run or were wrong." if failed else ""

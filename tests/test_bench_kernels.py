@@ -180,13 +180,19 @@ def row(provider: str, ms: float, started: int = 1, **more: Any) -> dict[str, An
 
 
 def test_a_bar_is_met_or_missed_by_the_newest_run_alone() -> None:
-    old = [row("ours", 10.0, peak_bytes=10), row("eager", 90.0, peak_bytes=100)]
-    new = [row("ours", 50.0, 2, peak_bytes=30), row("eager", 90.0, 2, peak_bytes=100)]
+    gradient = 4 * 128 * 151_936  # bytes, which no memory bar counts
+
+    def run(started: int, ours: tuple[float, int], eager: tuple[float, int]) -> list[Any]:
+        both = {"ours": ours, "eager": eager}
+        return [
+            row(name, ms, started, peak_bytes=gradient + extra)
+            for name, (ms, extra) in both.items()
+        ]
+
+    old, new = run(1, (10.0, 10), (90.0, 100)), run(2, (50.0, 30), (90.0, 100))
     time, memory = "`eager` over `ours` >= 2", "`ours` over `eager` <= 0.25"
-    for rows, want in (
-        (old, [(9.0, True), (0.1, True)]),
-        (old + new, [(1.8, False), (0.3, False)]),
-    ):
+    met, missed = [(9.0, True), (0.1, True)], [(1.8, False), (0.3, False)]
+    for rows, want in ((old, met), (old + new, missed)):
         found = bars(rows, "cpu")
         assert [value for name, value in found.items() if name.endswith((time, memory))] == want
     assert bars([*old, row("ours", 50.0, 2)], "cpu") == {}, "the newest run has no peer"
