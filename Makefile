@@ -47,6 +47,7 @@ bench: dev
 	PYTHONSAFEPATH= $(BIN)/python bench/bench_cli.py
 	PYTHONSAFEPATH= $(BIN)/python bench/bench_demo.py
 	PYTHONSAFEPATH= $(BIN)/python bench/bench_store.py
+	PYTHONSAFEPATH= $(BIN)/python bench/bench_kernels.py
 
 clean:
 	rm -rf build $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

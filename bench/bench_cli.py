@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 AIM_S = 0.4
-VERBS = ["", "rollout", "score", "train", "distill", "store", "demo"]
+VERBS = ["", "rollout", "score", "train", "distill", "store", "demo", "bench"]
 
 
 def seconds(verb: str) -> float:

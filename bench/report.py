@@ -1,16 +1,17 @@
-"""The tables and the picture of bench/README.md, and the store's table of README.md, from results.
+"""The tables and the picture of bench/README.md, and the tables of README.md, from results.
 
 Run: .venv/bin/python bench/report.py        (after bench_store.py; needs matplotlib)
 
 The newest row of each section counts. What stands between `<!-- NAME -->` and `<!-- end -->` is
-written anew, the rest of a page is left alone.
+written anew, the rest of a page is left alone. The kernels' tables are made by report_kernels.py.
 """
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+import report_kernels
 import results
+from report_pages import filled, markdown
 from results import RESULTS, ROOT
 
 PICTURE = RESULTS / "frontier.svg"
@@ -21,22 +22,10 @@ def main() -> None:
     newest: dict[str, Row] = {}
     for row in results.read("store"):
         newest[row["section"]] = row
-    made = {name: table(newest) for name, table in TABLES.items()}
+    made = {name: table(newest) for name, table in TABLES.items()} | report_kernels.tables()
     for page in (ROOT / "bench" / "README.md", ROOT / "README.md"):
         page.write_text(filled(page.read_text(), made))
     draw(newest["frontier"])
-
-
-def filled(text: str, made: dict[str, str]) -> str:
-    def replaced(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n{made[match[1]]}\n<!-- end -->"
-
-    return re.sub(r"<!-- (store [a-z]+) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
-
-
-def markdown(head: list[str], rows: Iterable[list[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def where(row: Row) -> str:

@@ -1,5 +1,6 @@
 """What every benchmark's row says of the code and the machine, and where rows are kept."""
 
+import hashlib
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+UNKNOWN = "unknown"
+"""What a machine cannot tell: a commit without git, a driver without its tool."""
 
 
 def circumstances(*packages: str) -> dict[str, Any]:
@@ -29,9 +32,14 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def append(name: str, row: dict[str, Any]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    write(RESULTS / f"{name}.jsonl", row)
+
+
+def write(file: Path, row: dict[str, Any]) -> None:
+    """Adds one line; whoever is stopped keeps all that came before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
 
 
 def cpu() -> str:
@@ -43,13 +51,25 @@ def cpu() -> str:
 
 
 def code_commit() -> str:
-    """The newest commit that touches what is measured; rows and texts may change meanwhile."""
+    """The newest commit that touches what is measured; rows and texts may change meanwhile.
+
+    UNKNOWN where there is no git, or no repository.
+    """
     code = ["engine", "kernels", "cli"]
-    newest = git("log", "-1", "--format=%H", "--", *code)[:12]
-    return f"{newest}-dirty" if git("status", "--porcelain", "--", *code) else newest
+    try:
+        newest = git("log", "-1", "--format=%H", "--", *code)[:12]
+        return f"{newest}-dirty" if git("status", "--porcelain", "--", *code) else newest
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN
+
+
+def kernels_digest() -> str:
+    """Of the kernels' source: says what ran where no commit can be told."""
+    text = b"".join(file.read_bytes() for file in sorted((ROOT / "kernels").glob("*.py")))
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def git(*arguments: str) -> str:
     command = ["git", *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return done.stdout.strip()

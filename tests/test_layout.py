@@ -102,8 +102,8 @@ HEAVY = (
     "peft",
 )
 VERBS = [
-    *("", "rollout", "score", "train", "distill", "store", "demo"),
-    *("store verify", "store gc", "store estimate"),
+    *("", "rollout", "score", "train", "distill", "store", "demo", "bench"),
+    *("store verify", "store gc", "store estimate", "bench kernels"),
 ]
 
 

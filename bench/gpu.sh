@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# All that only a GPU can tell, in one go: right or wrong, launch parameters, peers.
+#
+#   bash bench/gpu.sh      rows to $OUT/gpu.jsonl (without OUT: bench/results/gpu.jsonl), a table last
+#
+# Needs Python with torch, triton and numpy, a C compiler for Triton, and no network; what of the
+# peers stands on PYTHONPATH is measured too. BUDGET_S (540) seconds in all: when they are spent
+# nothing new is started, and what was left out is said. A wrong answer ends it, unless KEEP_GOING is
+# set; the exit code is then 1 at the end. DEVICE=cpu tries the script through Triton's interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DEVICE=${DEVICE:-cuda}
+PYTHON=${PYTHON:-python3}
+end=$((SECONDS + ${BUDGET_S:-540}))
+out=${OUT:-bench/results}/gpu.jsonl
+status=0
+
+mkdir -p build/links/logitcask
+for d in engine kernels cli; do ln -sfn ../../../$d build/links/logitcask/$d; done
+export PYTHONPATH="$PWD/build/links:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+
+interpreted() { # Triton reads its switch when it is imported; the benchmark itself is not for it.
+  if [ "$DEVICE" = cpu ]; then TRITON_INTERPRET=1 "$@"; else "$@"; fi
+}
+
+echo "== right or wrong"
+if ! interpreted "$PYTHON" bench/gpu_check.py --device "$DEVICE" --out "$out"; then
+  [ -n "${KEEP_GOING:-}" ] || exit 1
+  status=1
+fi
+
+echo && echo "== launch parameters"
+half=$(((end - SECONDS) / 2))
+interpreted "$PYTHON" bench/gpu_sweep.py --device "$DEVICE" --budget "$half" --out "$out" || status=1
+
+for preset in qwen3 llama3 gemma; do
+  left=$((end - SECONDS))
+  if [ "$left" -lt 20 ]; then
+    echo "left out, the budget was spent: preset $preset"
+    continue
+  fi
+  echo && echo "== $preset"
+  quick=()
+  if [ "$DEVICE" = cpu ]; then quick=(--quick); fi
+  "$PYTHON" bench/bench_kernels.py --device "$DEVICE" --preset "$preset" --budget "$left" \
+    --out "$out" "${quick[@]}" || status=1
+done
+
+echo
+"$PYTHON" bench/report_kernels.py "$out"
+exit $status

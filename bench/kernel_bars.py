@@ -1,0 +1,137 @@
+"""What the kernels are held to: bars, from rows of one device.
+
+A ratio compares two rows of one run on one machine. A bar without its rows is not listed; one that
+fails is, and says so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+Row = dict[str, Any]
+V = 151_936
+"""Qwen3's vocabulary: bars are set at this size."""
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """Of each (device, dtype, section, shape) the rows of the last run that measured it."""
+    last: dict[str, int] = {}
+    for row in rows:
+        last[_what(row)] = row["started"]
+    return [row for row in rows if row["started"] == last[_what(row)]]
+
+
+def _what(row: Row) -> str:
+    return str([row.get(key) for key in ("device", "dtype", "section", "shape", "what")])
+
+
+def bars(rows: list[Row], device: str) -> list[Row]:
+    """{bar, value, met} of every bar of the device that the rows can answer."""
+    found = [row for row in newest(rows) if row["device"] == device and row["status"] == "ok"]
+    made = _cpu(found) if device == "cpu" else _gpu(found)
+    return [bar for bar in made if bar is not None]
+
+
+def _pick(rows: list[Row], section: str, provider: str, T: int, K: int, H: int = 0) -> Row | None:
+    for row in rows:
+        s = row.get("shape", {})
+        if (row["section"], row.get("provider"), s.get("V")) != (section, provider, V):
+            continue
+        if (s["T"], s["K"]) == (T, K) and H in (0, s["H"]):
+            return row
+    return None
+
+
+def _at_least(text: str, least: float, value: float | None) -> Row | None:
+    if value is None:
+        return None
+    return {"bar": f"{text} >= {least:g}", "value": value, "met": value >= least}
+
+
+def _at_most(text: str, most: float, value: float | None) -> Row | None:
+    if value is None:
+        return None
+    return {"bar": f"{text} <= {most:g}", "value": value, "met": value <= most}
+
+
+def _over(key: str, one: Row | None, other: Row | None) -> float | None:
+    """one / other; None where a row or its value is missing."""
+    if one is None or other is None or one.get(key) is None or not other.get(key):
+        return None
+    return float(one[key] / other[key])
+
+
+def _over_beside_gradient(one: Row | None, other: Row | None) -> float | None:
+    """Peak bytes less the float32 gradient by the logits, which nobody can do without."""
+    if one is None or other is None or None in (one["peak_bytes"], other["peak_bytes"]):
+        return None
+    gradient = 4 * one["shape"]["T"] * one["shape"]["V"]
+    return float((one["peak_bytes"] - gradient) / (other["peak_bytes"] - gradient))
+
+
+def _value(row: Row | None, of: Callable[[Row], float]) -> float | None:
+    return None if row is None else of(row)
+
+
+def _cpu(rows: list[Row]) -> list[Row | None]:
+    def logits(name: str) -> Row | None:
+        return _pick(rows, "logits", name, 128, 64)
+
+    def faster(text: str, least: float, slow: str, fast: str, T: int = 1024) -> Row | None:
+        of = [_pick(rows, "indexed", name, T, 16, 1024) for name in (slow, fast)]
+        return _at_least(f"{text}, {T} rows: `{slow}` over `{fast}`", least, _over("ms", *of))
+
+    eager, ours = logits("eager"), logits("ours")
+    return [
+        _at_least("from logits, all metrics, 128 rows: `eager` over `ours`", 2,
+                  _over("ms", eager, ours)),
+        _at_most("the same, peak memory beside the gradient: `ours` over `eager`", 0.25,
+                 _over_beside_gradient(ours, eager)),
+        faster("teacher's support, dense gradient of the head", 20, "dense", "ours-teacher"),
+        faster("teacher's support, dense gradient of the head", 30, "dense", "ours-teacher", 4096),
+        faster("the head's gradient as rows", 50, "dense", "ours-teacher-rows"),
+        faster("frozen head", 50, "dense-frozen", "ours-teacher-frozen"),
+        faster("against linear_sparse_kl", 10, "ours-dense", "ours-teacher"),
+        faster("student's stored support", 20, "dense", "ours-student"),
+        faster("student's live support", 2.5, "dense-live", "ours-live"),
+    ]  # fmt: skip
+
+
+def _gpu(rows: list[Row]) -> list[Row | None]:
+    scan = next(
+        (r for r in rows if (r.get("what"), r.get("setting")) == ("scan", "as shipped")), None
+    )
+    share = _value(scan, lambda row: row["of_copy"])
+    made = [_at_least("statistics of 4096 rows: share of the copy rate", 0.85, share)]
+    for K, most in ((16, 1.15), (64, 1.30)):
+        ours = _pick(rows, "logits", "ours", 4096, K)
+        name = f"from logits, all metrics, 4096 rows, k={K}"
+        made.append(_at_most(f"{name}: ms", most, _value(ours, lambda row: row["ms"])))
+        for peer, least in (("eager", 8), ("compile", 3)):
+            ratio = _over("ms", _pick(rows, "logits", peer, 4096, K), ours)
+            made.append(_at_least(f"{name}: `{peer}` over `ours`", least, ratio))
+        peak = _value(ours, lambda row: row["peak_bytes"] / (4096 * V * 2))
+        made.append(_at_most(f"{name}: peak memory over the logits' size", 1.5, peak))
+    hidden = _pick(rows, "hidden", "ours", 8192, 64, 4096)
+    name = "from hidden states, 8192 rows, H=4096"
+    share, peak = _value(hidden, lambda row: row["of_limit"]), _value(hidden, _beside_gradients)
+    made.append(_at_least(f"{name}: share of the products' limit", 0.9, share))
+    made.append(
+        _at_most(f"{name}: peak memory beside gradients, over a chunk of 4096 rows", 1.5, peak)
+    )
+    for text, least, slow, fast in (
+        ("teacher's support", 15, "dense", "ours-teacher"),
+        ("student's live support", 2.2, "dense-live", "ours-live"),
+        ("the same, frozen head", 2.5, "dense-live-frozen", "ours-live-frozen"),
+    ):
+        of = [_pick(rows, "indexed", who, 4096, 16, 4096) for who in (slow, fast)]
+        name = f"{text}, 4096 rows, H=4096: `{slow}` over `{fast}`"
+        made.append(_at_least(name, least, _over("ms", *of)))
+    return made
+
+
+def _beside_gradients(row: Row) -> float:
+    """Peak bytes less both half-precision gradients and the float32 sum of the head's, in
+    chunks of logits."""
+    s = row["shape"]
+    gradients = 2 * s["T"] * s["H"] + (2 + 4) * s["V"] * s["H"]
+    return float((row["peak_bytes"] - gradients) / (4096 * s["V"] * 2))

@@ -1,0 +1,173 @@
+"""Who is measured by the kernel benchmark: ours, and plain torch; kernel_peers has the others.
+
+Inputs that a peer wants in another form (a dense [T, V] target, say) are made before, and are not
+in the time. `computes` says what comes out, so that a comparison that is not fair can be seen;
+`loss` names the loss of kernel_losses that it is, and only then is its gradient held against
+float64.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from kernel_calls import (
+    Make,
+    dense_head,
+    eager_logits,
+    gathered_rows,
+    head_products,
+    our_hidden,
+    our_indexed,
+    our_logits,
+    our_topk,
+    plain_topk,
+)
+from kernel_losses import Teacher
+from kernel_shapes import Case
+
+MANY_ROWS = 1 << 30
+SOME_ROWS = 2048
+"""On a CPU, of providers with a dense head that are not the one that ours is held against."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    name: str
+    section: str
+    task: str
+    """Of kernel_limits."""
+    computes: str
+    make: Make
+    loss: str | None = None
+    student_ids: bool = False
+    """The support is the student's own ids, as they were when it sampled."""
+    ours: bool = False
+    needs: str | None = None
+    """Module that must be importable."""
+    gpu_only: bool = False
+    cpu_rows: int = MANY_ROWS
+    """With more rows it runs on a CPU only where --providers names it: it takes long."""
+
+    def missing(self, device: torch.device, rows: int, asked: bool) -> str | None:
+        """Why it does not run here; None: it does."""
+        on_cpu = device.type == "cpu"
+        if self.needs is not None and not _importable(self.needs):
+            return f"not installed: {self.needs}"
+        if self.gpu_only and on_cpu:
+            return "needs a GPU"
+        if on_cpu and rows > self.cpu_rows and not asked:
+            return f"slow on a CPU: --providers {self.name} runs it"
+        return None
+
+    def teacher(self, case: Case) -> Teacher:
+        return case.at_student if self.student_ids else case.teacher
+
+
+def _importable(module: str) -> bool:
+    module, _, attribute = module.partition(":")
+    if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
+        return False
+    return not attribute or hasattr(import_module(module), attribute)
+
+
+ALL = "loss, gradients; entropy, live top-k, overlap ratio, masses"
+BARE = "loss, gradients; no metrics"
+INDEXED = "logitcask.kernels.indexed_linear"
+
+
+TAIL, KL, LIVE = "forward_kl_tail", "reverse_kl", "overlap"
+from_logits = partial(Provider, section="logits", task="logits")
+from_hidden = partial(Provider, section="hidden", task="hidden")
+on_ids = partial(Provider, section="indexed", loss=KL)
+indexed = partial(on_ids, ours=True, needs=INDEXED)
+with_head = partial(on_ids, cpu_rows=SOME_ROWS)
+top = partial(Provider, section="topk", task="topk")
+PROVIDERS = [
+    from_logits(name="ours", computes=ALL, make=our_logits(TAIL), loss=TAIL, ours=True),
+    from_logits(name="eager", computes=ALL, make=eager_logits(TAIL), loss=TAIL),
+    from_logits(  # its gradient is not checked: the check's rows would be compiled anew
+        name="compile",
+        computes=ALL,
+        make=eager_logits(TAIL, compiled=True),
+        cpu_rows=0,
+    ),
+    from_hidden(name="ours", computes=ALL, make=our_hidden(TAIL), loss=TAIL, ours=True),
+    from_hidden(name="eager", computes=ALL, make=dense_head(TAIL), loss=TAIL),
+    from_hidden(name="products", computes="three products, no loss", make=head_products),
+    indexed(name="ours-teacher", task="teacher", computes=BARE, make=our_indexed(KL)),
+    indexed(
+        name="ours-teacher-rows",
+        task="teacher rows",
+        computes=f"{BARE}; the head's gradient as rows",
+        make=our_indexed(KL, rows=True),
+    ),
+    indexed(
+        name="ours-teacher-frozen",
+        task="teacher frozen",
+        computes=f"{BARE}, none by the head",
+        make=our_indexed(KL, frozen=True),
+    ),
+    indexed(
+        name="ours-student",
+        task="teacher",
+        computes=f"{BARE}; support: the student's stored ids",
+        make=our_indexed(KL, student_ids=True),
+        student_ids=True,
+    ),
+    indexed(
+        name="ours-live", task="live", computes=ALL, make=our_indexed(LIVE, live=True), loss=LIVE
+    ),
+    indexed(
+        name="ours-live-frozen",
+        task="live frozen",
+        computes=f"{ALL}; none by the head",
+        make=our_indexed(LIVE, live=True, frozen=True),
+        loss=LIVE,
+        cpu_rows=SOME_ROWS,
+    ),
+    with_head(
+        name="ours-dense",
+        task="teacher",
+        computes=f"{ALL}; by linear_sparse_kl",
+        make=our_hidden(KL),
+        ours=True,
+    ),
+    on_ids(
+        name="dense",
+        task="teacher",
+        computes=f"{BARE}; log_softmax of whole rows",
+        make=dense_head(KL, seen=False),
+    ),
+    on_ids(
+        name="dense-plain",
+        task="teacher",
+        computes=f"{BARE}; no log_softmax",
+        make=dense_head(KL, seen=False, softmax=False),
+        cpu_rows=0,
+    ),
+    with_head(
+        name="dense-frozen",
+        task="teacher frozen",
+        computes=f"{BARE}, none by the head; log_softmax of whole rows",
+        make=dense_head(KL, seen=False, frozen=True),
+    ),
+    with_head(name="dense-live", task="live", computes=ALL, make=dense_head(LIVE), loss=LIVE),
+    on_ids(
+        name="dense-live-frozen",
+        task="live frozen",
+        computes=f"{ALL}; none by the head",
+        make=dense_head(LIVE, frozen=True),
+        loss=LIVE,
+        cpu_rows=0,
+    ),
+    on_ids(
+        name="gathered",
+        task="teacher",
+        computes=f"{BARE}; rows of the head gathered, autograd",
+        make=gathered_rows,
+    ),
+    top(name="ours", computes="lowest id first among equals", make=our_topk, ours=True),
+    top(name="torch", computes="any of equals", make=plain_topk),
+]

@@ -1,0 +1,209 @@
+"""The kernels' tables of bench/README.md and README.md, from rows.
+
+Run: .venv/bin/python bench/report_kernels.py [FILE.jsonl]
+
+Without a file: fills the pages from bench/results/kernels.jsonl and gpu.jsonl, as bench/report.py
+does too. With one: prints what it says in short. Of each section and shape the rows of the newest
+run count.
+"""
+
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import results
+from kernel_bars import Row, bars, newest
+from kernel_machine import short
+from report_pages import filled, markdown
+
+FILES = ("kernels", "gpu")
+PAGES = ("bench/README.md", "README.md")
+NONE = {
+    "cpu": "No row yet: `python bench/bench_kernels.py --device cpu` makes them.",
+    "cuda": "No GPU has run this yet, and nothing is claimed of one: `bash bench/gpu.sh` makes the "
+    "rows.",
+}
+
+
+def main(arguments: list[str]) -> None:
+    if arguments:
+        lines = Path(arguments[0]).read_text().splitlines()
+        print(inshort([json.loads(line) for line in lines]))
+        return
+    made = tables()
+    for page in (results.ROOT / name for name in PAGES):
+        page.write_text(filled(page.read_text(), made))
+
+
+def tables() -> dict[str, str]:
+    """What stands at each NAME of the pages."""
+    rows = [row for name in FILES for row in results.read(name) if row["bench"] == "kernels"]
+    return {
+        "kernels cpu": of_device(rows, "cpu"),
+        "kernels gpu": of_device(rows, "cuda"),
+        "kernel numbers": numbers(rows),
+    }
+
+
+def of_device(rows: list[Row], device: str) -> str:
+    mine = newest([row for row in rows if row["device"] == device])
+    if not mine:
+        return NONE[device]
+    parts = [_bars(mine, device)]
+    for _, run in groupby(mine, key=lambda row: (row["started"], row["section"] == "sweep")):
+        of_run = list(run)
+        measured = [row for row in of_run if "provider" in row]
+        for _, group in groupby(measured, key=lambda r: (r["section"], r["shape"], r["dtype"])):
+            parts.append(of_shape(list(group)))
+        parts.append(swept([row for row in of_run if row["section"] == "sweep"]))
+        parts.append(_checked([row for row in of_run if row["section"] == "check"]))
+        parts.append(where(of_run[-1]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def numbers(rows: list[Row]) -> str:
+    """For README.md: the bars, a line each."""
+    lines: list[list[object]] = []
+    notes = []
+    for device in ("cpu", "cuda"):
+        mine = newest([r for r in rows if r["device"] == device and r["section"] != "check"])
+        if not mine:
+            notes.append(NONE[device])
+            continue
+        lines += [[each["bar"], _measured(each)] for each in bars(mine, device)]
+        notes.append(where(mine[-1]))
+    table = markdown(["", "measured"], lines) if lines else ""
+    return "\n\n".join(part for part in (table, *notes) if part)
+
+
+def inshort(rows: list[Row]) -> str:
+    """For a terminal: bars, the best launch settings, and a line a section and shape."""
+    lines = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        mine = newest([row for row in rows if row["device"] == device])
+        lines += [_checked([row for row in mine if row["section"] == "check"])]
+        for _, group in groupby(mine, key=lambda r: (r["section"], r.get("what"), r.get("shape"))):
+            ran = [row for row in group if row["status"] == "ok" and "ms" in row]
+            if ran:
+                lines.append(_swept_line(ran) if "what" in ran[0] else _shape_line(ran))
+        lines += [
+            f"{'met ' if bar['met'] else 'MISSED'}  {bar['bar']}: {bar['value']:.4g}"
+            for bar in bars(mine, device)
+        ]
+        lines.append(where(mine[-1]))
+    return "\n".join(line for line in lines if line)
+
+
+def _swept_line(ran: list[Row]) -> str:
+    """scan and grad have many settings: the best stands for them."""
+    other = [row for row in ran if row["setting"].startswith("warps=")]
+    shown = [row for row in ran if row not in other]
+    shown += sorted(other, key=lambda row: row["ms"])[:1]
+    return f"{ran[0]['what']}, ms: " + ", ".join(f"{r['setting']} {short(r['ms'])}" for r in shown)
+
+
+def _shape_line(ran: list[Row]) -> str:
+    sizes = " ".join(f"{name}={n}" for name, n in ran[0]["shape"].items())
+    ratios = [f" ({ratio})" if (ratio := _over(row, ran)) else "" for row in ran]
+    each = [f"{r['provider']} {short(r['ms'])}{x}" for r, x in zip(ran, ratios, strict=True)]
+    return f"{ran[0]['section']} {sizes}, ms: " + ", ".join(each)
+
+
+def of_shape(rows: list[Row]) -> str:
+    """One section at one shape; ratios to our first of the same task."""
+    first = rows[0]
+    s, ran = first["shape"], [row for row in rows if row["status"] == "ok"]
+    title = (
+        f"**{first['section']}**, {s['T']:,} rows, V = {s['V']:,}, "
+        + (f"H = {s['H']:,}, " if first["section"] in ("hidden", "indexed") else "")
+        + f"K = {s['K']}, k = {s['k']}, {first['dtype']}"
+    )
+    table = markdown(
+        ["", "ms", "20-80 %", "over ours", "of the limit", "MB", "error", "computes"],
+        [
+            [f"`{r['provider']}`", short(r["ms"]), f"{short(r['ms_p20'])}-{short(r['ms_p80'])}",
+             _over(r, ran), f"{r['of_limit']:.0%}", _megabytes(r), _error(r), r["computes"]]
+            for r in ran
+        ],
+    )  # fmt: skip
+    absent = [f"`{r['provider']}` {r['status']}" for r in rows if r["status"] != "ok"]
+    notes = [f"Did not run: {'; '.join(absent)}."] if absent else []
+    return "\n\n".join([title, *([table] if ran else []), *notes])
+
+
+def _over(row: Row, rows: list[Row]) -> str:
+    ours = [r for r in rows if r["ours"] and r["task"] == row["task"]]
+    return f"{row['ms'] / ours[0]['ms']:.2f}x" if ours and ours[0] is not row else ""
+
+
+def _megabytes(row: Row) -> str:
+    return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
+
+
+def _error(row: Row) -> str:
+    return "" if row["gradient_error"] is None else f"{row['gradient_error']:.0e}"
+
+
+def _checked(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    count, wrong = sum(row["checks"] for row in rows), sum(len(row["wrong"]) for row in rows)
+    return f"Against float64 on the device: {count:,} checks, {wrong} wrong."
+
+
+def _bars(rows: list[Row], device: str) -> str:
+    lines: list[list[object]] = [
+        [each["bar"], f"{each['value']:.4g}", "met" if each["met"] else "**missed**"]
+        for each in bars(rows, device)
+    ]
+    return markdown(["bar", "measured", ""], lines) if lines else ""
+
+
+def _measured(each: Row) -> str:
+    return f"{each['value']:.3g}" + ("" if each["met"] else ", missed")
+
+
+def swept(rows: list[Row]) -> str:
+    """Of each kernel what is shipped, and the best settings beside it."""
+    ran = [row for row in rows if row["status"] == "ok"]
+    if not ran:
+        return ""
+    lines: list[list[object]] = []
+    for what, group in groupby(ran, key=lambda row: row["what"]):
+        trials = list(group)
+        other = [row for row in trials if row["setting"].startswith("warps=")]
+        shown = [row for row in trials if row not in other]
+        shown += sorted(other, key=lambda row: row["ms"])[:3]
+        for r in shown:
+            share = f"{r['of_copy']:.0%}" if "of_copy" in r else ""
+            lines.append([what, r["setting"], short(r["ms"]), share])
+    title = f"**Launch parameters**, {ran[0]['rows']:,} rows unless said, the three best settings"
+    failed = [r for r in rows if r["status"] != "ok"]
+    note = f"{len(failed)} settings did not run or were wrong." if failed else ""
+    table = markdown(["", "setting", "ms", "of the copy rate"], lines)
+    return "\n\n".join(part for part in (title, table, note) if part)
+
+
+def where(row: Row) -> str:
+    machine = row.get("gpu")
+    machine = (
+        f"{machine}, driver {row['driver_version']}, clocks {row['clocks.sm']} and "
+        f"{row['clocks.mem']}"
+        if machine
+        else f"{row['machine']}, {row['threads']} threads"
+    )
+    rates = (
+        f"copy {row['copy_gb_s']:,.0f} GB/s, product {row['gemm_tflop_s']:.3g} TFLOP/s, "
+        if "copy_gb_s" in row
+        else ""
+    )
+    command = f"`{row['command']}`, " if "command" in row else ""
+    return (
+        f"{command}{machine}, {rates}Python {row['python']}, torch {row['torch']}, "
+        f"triton {row['triton']}, commit {row['commit']}, kernels {row['kernels']}."
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,208 @@
+"""The kernel benchmark at tiny sizes: whole rows, right gradients, bars that can fail."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+TINY = ["--device", "cpu", "--quick", "--shape", "9,500,16,6,5"]
+ALWAYS = {
+    "bench", "section", "provider", "shape", "status", "computes", "task", "ours", "device",
+    "started", "dtype", "command", "copy_gb_s", "gemm_tflop_s", "threads", "commit", "kernels",
+    "machine", "python", "torch", "triton",
+}  # fmt: skip
+MEASURED = {
+    "ms", "ms_p20", "ms_p80", "runs", "peak_bytes", "limit_ms", "of_limit", "gradient_error",
+}  # fmt: skip
+SAME_LOSS = {
+    ("logits", "ours"), ("logits", "eager"), ("logits", "trl"), ("hidden", "ours"),
+    ("hidden", "eager"), ("indexed", "ours-dense"), ("indexed", "dense"),
+    ("indexed", "dense-frozen"), ("indexed", "dense-live"), ("indexed", "gathered"),
+}  # fmt: skip
+"""What must run anywhere and claims a loss of ours."""
+
+
+def script(
+    name: str, *arguments: object, interpreted: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """As a person runs it: the script's folder is on its path."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
+    variables.pop("TRITON_INTERPRET", None)
+    if interpreted:
+        variables["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, str(BENCH / name), *map(str, arguments)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Code beside the benchmark's modules; not in this process, whose tests have modules alike."""
+    found = f"import sys; sys.path.insert(0, {str(BENCH)!r})\n{code}"
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", found, *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows of one run of all sections."""
+    file = tmp_path_factory.mktemp("kernels") / "rows.jsonl"
+    done = script("bench_kernels.py", *TINY, "--out", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return file
+
+
+def test_rows_are_whole_and_who_did_not_run_says_why(tiny: Path) -> None:
+    rows = read(tiny)
+    assert {row["section"] for row in rows} == {"logits", "hidden", "indexed", "topk"}
+    for row in rows:
+        assert row.keys() >= ALWAYS, row
+        if row["status"] == "ok":
+            assert row.keys() >= MEASURED
+            assert 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+            assert row["runs"] >= 3
+            assert row["of_limit"] > 0
+        else:
+            assert row["status"].startswith(("not installed: ", "needs a GPU", "slow on a CPU"))
+    status = {(row["section"], row["provider"]): row["status"] for row in rows}
+    assert len(status) == len(rows)
+    assert status["logits", "compile"] == "slow on a CPU: --providers compile runs it"
+    assert {status["logits", name] for name in ("ours", "eager", "verl", "verl-chunked")} == {"ok"}
+
+
+def test_gradients_of_a_loss_of_ours_are_those_of_float64(tiny: Path) -> None:
+    rows = [row for row in read(tiny) if row["status"] == "ok"]
+    errors = {(r["section"], r["provider"]): r["gradient_error"] for r in rows}
+    held = {name: error for name, error in errors.items() if error is not None}
+    assert held.keys() >= SAME_LOSS
+    assert all(error < 2e-5 for error in held.values()), held
+    claimed = [r for r in rows if r["ours"] and r["section"] != "topk"]
+    assert all(r["gradient_error"] is not None for r in claimed)
+
+
+def test_tables_of_the_rows(tiny: Path) -> None:
+    short = script("report_kernels.py", tiny)
+    assert short.returncode == 0, short.stderr
+    for line in ("logits T=9 V=500 H=16 K=6 k=5, ms: ours ", "topk T=9 V=500", "eager "):
+        assert line in short.stdout
+    code = (
+        "import json, report_kernels as r\n"
+        "rows = [json.loads(line) for line in open(sys.argv[1])]\n"
+        "print(r.of_device(rows, 'cpu'), r.of_device(rows, 'cuda'), sep='|||')"
+    )
+    cpu, gpu = python(code, str(tiny)).stdout.split("|||")
+    for title in ("**logits**, 9 rows", "**hidden**, 9 rows", "**indexed**", "**topk**"):
+        assert title in cpu
+    assert "| `verl` |" in cpu
+    assert "--shape 9,500,16,6,5" in cpu
+    assert str(tiny) not in cpu, "where the rows went is nobody else's business"
+    assert "No GPU has run this yet" in gpu
+
+
+def test_a_spent_budget_starts_nothing_and_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    names = ["--providers", "ours,eager", "--section", "logits", "--budget", "0"]
+    done = script("bench_kernels.py", *TINY, *names, "--out", file)
+    assert done.returncode == 0, done.stderr
+    assert {row["status"] for row in read(file)} == {"left out: the budget of 0 s was spent"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--providers", "ours,nobody"], "no 'nobody'; there are"),
+        (["--shape", "4,10,8,11,2"], "K and k at most V"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments: list[str], words: str) -> None:
+    done = script("bench_kernels.py", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_every_kernel_passes_the_check_that_a_gpu_gets(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    done = script("gpu_check.py", "--device", "cpu", "--out", file, interpreted=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read(file)
+    assert [row["status"] for row in rows] == ["ok"] * len(rows)
+    assert sum(row["checks"] for row in rows) > 150
+
+
+def test_the_check_finds_a_wrong_kernel(tmp_path: Path) -> None:
+    code = (
+        "import gpu_check\n"
+        "right = gpu_check.row_stats\n"
+        "gpu_check.row_stats = lambda z: right(z)._replace(entropy=right(z).entropy * 1.001)\n"
+        "gpu_check.GROUPS = (gpu_check.statistics,)\n"
+        "sys.exit(gpu_check.main(['--device', 'cpu', '--out', sys.argv[1]]))"
+    )
+    done = python(code, str(tmp_path / "rows.jsonl"), TRITON_INTERPRET="1")
+    assert done.returncode == 1, done.stderr
+    assert "WRONG  row_stats, iid: entropy" in done.stdout
+    assert "WRONG  row_stats, iid: log-sum-exp" not in done.stdout
+
+
+def test_every_launch_setting_of_the_sweep_gives_the_same_answer(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    done = script("gpu_sweep.py", "--device", "cpu", "--out", file, interpreted=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read(file)
+    assert {row["status"] for row in rows} == {"ok"}, done.stdout
+    assert {row["what"] for row in rows} == {"scan", "grad", "select", "chunks", "few"}
+    assert "stages=3" in done.stdout
+
+
+def bars(rows: list[dict[str, Any]], device: str) -> dict[str, tuple[float, bool]]:
+    spec = importlib.util.spec_from_file_location("bars", BENCH / "kernel_bars.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {bar["bar"]: (bar["value"], bar["met"]) for bar in module.bars(rows, device)}
+
+
+def row(provider: str, ms: float, started: int = 1, **more: Any) -> dict[str, Any]:
+    shape = {"T": 128, "V": 151_936, "H": 1024, "K": 64, "k": 64}
+    made = {"section": "logits", "device": "cpu", "dtype": "float32", "status": "ok"}
+    return {**made, "provider": provider, "ms": ms, "started": started, "shape": shape, **more}
+
+
+def test_a_bar_is_met_or_missed_by_the_newest_run_alone() -> None:
+    gradient = 4 * 128 * 151_936  # bytes, which no memory bar counts
+
+    def run(started: int, ours: tuple[float, int], eager: tuple[float, int]) -> list[Any]:
+        both = {"ours": ours, "eager": eager}
+        return [
+            row(name, ms, started, peak_bytes=gradient + extra)
+            for name, (ms, extra) in both.items()
+        ]
+
+    old, new = run(1, (10.0, 10), (90.0, 100)), run(2, (50.0, 30), (90.0, 100))
+    time, memory = "`eager` over `ours` >= 2", "`ours` over `eager` <= 0.25"
+    met, missed = [(9.0, True), (0.1, True)], [(1.8, False), (0.3, False)]
+    for rows, want in ((old, met), (old + new, missed)):
+        found = bars(rows, "cpu")
+        assert [value for name, value in found.items() if name.endswith((time, memory))] == want
+    assert bars([*old, row("ours", 50.0, 2)], "cpu") == {}, "the newest run has no peer"
+    assert bars(old, "cuda") == {}
+
+
+def test_no_git_is_said_and_not_an_error(tmp_path: Path) -> None:
+    done = python("import results; print(results.code_commit())", PATH=str(tmp_path))
+    assert done.stdout == "unknown\n"
+
+
+def test_the_gpu_script_is_bash() -> None:
+    subprocess.run(["bash", "-n", str(BENCH / "gpu.sh")], check=True)
