@@ -15,6 +15,7 @@ from results import ROOT
 from torch import Tensor
 
 from logitcask.kernels.launch import next_power_of_2, on_device
+from logitcask.kernels.logit_map import PLAIN
 from logitcask.kernels.row_grad import grad_kernel
 from logitcask.kernels.row_stats import scan_kernel
 from logitcask.kernels.topk_select import select_kernel
@@ -44,9 +45,11 @@ def scan(
             z.stride(0),
             z.shape[1],
             group_max.shape[1],
+            *PLAIN.factors(),
             ROWS=tile // group,
             GROUP=group,
             GROUPS=True,
+            SOFTCAP=False,
             num_warps=warps,
             enable_fp_fusion=True,
         )
@@ -78,8 +81,11 @@ def grad(
             z.shape[1],
             z.shape[1],
             ids.shape[1],
+            *PLAIN.factors(),
+            PLAIN.slope_at_0,
             TILE=tile,
             IDS=next_power_of_2(ids.shape[1]),
+            SOFTCAP=False,
             num_warps=warps,
             enable_fp_fusion=True,
         )

@@ -23,11 +23,11 @@ from logitcask.kernels.launch import (
     row_chunks,
 )
 from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.made_ahead import attach_grads
 from logitcask.kernels.sparse_kl import (
     RowLosses,
     RowObjective,
     SparseLoss,
-    attach_grads,
     sparse_kl_reference,
 )
 

@@ -9,16 +9,15 @@ and topk_select before, row_grad after. p is the student.
 
 and dy/dz is logit_map's, 1 for most models.
 
-Gradients are made in the forward pass and scaled by the incoming gradient in the backward pass, so
-nothing vocabulary-sized is kept but the gradient itself. There is no double backward.
+Gradients are made in the forward pass and handed over in the backward pass (see made_ahead), so
+nothing vocabulary-sized is kept but the gradient itself. There is no second and no double backward.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from logitcask.kernels.launch import (
     check_chunk_rows,
@@ -30,6 +29,7 @@ from logitcask.kernels.launch import (
     row_chunks,
 )
 from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.made_ahead import attach_grads
 from logitcask.kernels.row_grad import grad_rows, row_grad_reference
 from logitcask.kernels.row_stats import row_stats_reference, scan_rows
 from logitcask.kernels.topk_select import group_size, select_rows, topk_select_reference
@@ -241,31 +241,6 @@ def _check_answer(answer: RowGrad, log_p: Tensor) -> None:
             )
 
 
-class _MadeAhead(torch.autograd.Function):
-    """A loss whose gradients are known already: passes `loss` on, and in backward gives grad_out *
-    each gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, n: int, *inputs_and_grads: Tensor | None) -> Tensor:
-        ctx.n = n
-        ctx.save_for_backward(*inputs_and_grads[n:])
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        # Times 1 is a whole pass for nothing, but to look would make the host wait for a GPU.
-        as_it_is = grad_out.device.type == "cpu" and bool(grad_out == 1)
-        scaled = (g if g is None or as_it_is else g * grad_out for g in ctx.saved_tensors)
-        return (None, None, *scaled, *([None] * ctx.n))
-
-
-def attach_grads(loss: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
-    """`loss` [], as a function of `inputs` with these gradients; None where an input needs none."""
-    attached: Tensor = _MadeAhead.apply(loss, len(inputs), *inputs, *grads)  # type: ignore[no-untyped-call]
-    return attached
-
-
 def sparse_kl(
     logits: Tensor,
     ids: Tensor,
@@ -276,8 +251,9 @@ def sparse_kl(
     n_vocab: int | None = None,
     logit_map: LogitMap = PLAIN,
     chunk_rows: int | None = None,
+    in_place: bool = False,
 ) -> SparseLoss:
-    """Loss, metrics and gradient of an objective from logits [P, V], which are not modified.
+    """Loss, metrics and gradient of an objective from logits [P, V].
 
     logits: as in row_stats; differentiable. Where they need no gradient, or gradients are off,
     row_grad is skipped.
@@ -290,6 +266,8 @@ def sparse_kl(
     n_vocab: rows are normalised over columns [0, n_vocab); the gradient of the others is 0.
     logit_map: scale, soft cap and temperature between the logits and the student's law p.
     chunk_rows: rows per call of the objective; default all on a GPU, about 16 Mi logits on a CPU.
+    in_place: the gradient is written over the logits, so that nothing of their size is made; nobody
+    may need them afterwards. They must be contiguous. Otherwise they are not modified.
 
     Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab or logit_map
     that does not fit.
@@ -299,6 +277,11 @@ def sparse_kl(
     check_k(k, n_vocab)
     check_ids(ids, logits, n_vocab)
     check_chunk_rows(chunk_rows)
+    if in_place and not logits.is_contiguous():
+        raise ValueError(
+            f"in_place needs contiguous logits, got strides {logits.stride()} of shape "
+            f"{tuple(logits.shape)}; call .contiguous(), or leave in_place out"
+        )
     if row_weight is not None:
         check_row_vector(row_weight, logits, "row_weight")
     n_rows = logits.shape[0]
@@ -308,11 +291,11 @@ def sparse_kl(
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         dtype = compute_dtype(logits.dtype)
         losses = RowLosses(ids, objective, k, row_weight, dtype, logit_map)
-        d_logits = (
-            torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            if wants_grad
-            else None
-        )
+        d_logits = None
+        if wants_grad and in_place:
+            d_logits = logits.detach()
+        elif wants_grad:
+            d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for rows in row_chunks(n_rows, chunk_rows):
             losses.run(rows, logits[rows], None if d_logits is None else d_logits[rows], n_vocab)
         result = losses.result()

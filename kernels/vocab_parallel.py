@@ -32,6 +32,7 @@ from logitcask.kernels.launch import (
 )
 from logitcask.kernels.linear_sparse_kl import check_head, default_chunk_rows, run_chunks
 from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.made_ahead import attach_grads
 from logitcask.kernels.shard_group import (
     Shards,
     all_gather,
@@ -47,7 +48,6 @@ from logitcask.kernels.sparse_kl import (
     RowObjective,
     RowRead,
     SparseLoss,
-    attach_grads,
     read_rows,
 )
 

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from logitcask.kernels.indexed_rows import dot_kernel, segment_kernel, weigh_kernel
+from logitcask.kernels.made_ahead import scale_kernel
 from logitcask.kernels.row_grad import grad_kernel
 from logitcask.kernels.row_stats import scan_kernel
 from logitcask.kernels.topk_select import select_kernel
@@ -58,6 +59,7 @@ CASES = [
     ("select k=128 bf16", select_kernel, SELECT | {"K": 128, "GROUPS": 4096, "GROUP": 64}, 8, {}),
     ("grad bf16", grad_kernel, GRAD, 8, {}),
     ("grad fp32", grad_kernel, GRAD, 8, {"logits": "*fp32", "out": "*fp32"}),
+    ("scale bf16", scale_kernel, {"TILE": 4096}, 8, {"x": "*bf16"}),
     ("dot bf16", dot_kernel, LISTED, 4, {"out": "*fp32"}),
     ("dot fp32", dot_kernel, LISTED, 4, {"hidden": "*fp32", "weight": "*fp32", "out": "*fp32"}),
     ("weigh bf16", weigh_kernel, LISTED, 4, {}),

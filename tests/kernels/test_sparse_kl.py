@@ -177,14 +177,39 @@ def test_the_objective_sees_rows_by_position(device: str) -> None:
     assert (log_p[ids < 0] == -torch.inf).all()
 
 
-def test_backward_twice_gives_the_gradient_twice(device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_incoming_gradient_scales_it(dtype: torch.dtype, device: str) -> None:
+    logits, ids, teacher = problem(device)
+    logits = logits.detach().to(dtype).requires_grad_()
+    answer = objective(LOSSES["forward_kl_tail"](teacher))
+    (once,) = torch.autograd.grad(sparse_kl(logits, ids, answer, k=K).loss, logits)
+    (half,) = torch.autograd.grad(sparse_kl(logits, ids, answer, k=K).loss * 0.5, logits)
+    assert torch.equal(half, once * 0.5), "a power of two rounds nothing"
+    two = sparse_kl(logits, ids, answer, k=K).loss + sparse_kl(logits, ids, answer, k=K).loss
+    two.backward()
+    assert torch.equal(logits.grad, 2 * once)
+
+
+def test_in_place_is_the_same_gradient_in_the_memory_of_the_logits(device: str) -> None:
+    logits, ids, teacher = problem(device)
+    answer = objective(LOSSES["forward_kl_tail"](teacher))
+    apart = sparse_kl(logits, ids, answer, k=K)
+    (want,) = torch.autograd.grad(apart.loss, logits)
+    made = logits.detach().clone().requires_grad_() * 1.0  # as a head makes them
+    ours = sparse_kl(made, ids, answer, k=K, in_place=True)
+    assert torch.equal(ours.row_loss, apart.row_loss)
+    (grad,) = torch.autograd.grad(ours.loss, made)
+    assert torch.equal(grad, want)
+    assert grad.data_ptr() == made.data_ptr()
+    assert torch.equal(made.detach(), want)
+
+
+def test_a_second_backward_is_refused(device: str) -> None:
     logits, ids, teacher = problem(device)
     loss = sparse_kl(logits, ids, objective(LOSSES["forward_kl_tail"](teacher)), k=K).loss
     loss.backward(retain_graph=True)
-    once = logits.grad.clone()
-    (loss * 2).backward(retain_graph=True)
-    loss.backward()
-    assert torch.allclose(logits.grad, 4 * once, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"handed over; compute the loss again"):
+        loss.backward()
 
 
 def test_empty_batch(device: str) -> None:
