@@ -160,7 +160,7 @@ def opening() -> dict[str, Any]:
                 times.append(time.perf_counter() - start)
             seconds[name] = statistics.median(times)
     print(json.dumps(seconds))
-    return {"records": count + 1, "seconds": seconds}
+    return {"records": count + 1, "open_seconds": seconds}
 
 
 if __name__ == "__main__":
