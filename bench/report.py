@@ -171,15 +171,15 @@ def latency(newest: dict[str, Row]) -> str:
             for name, r in row["media"].items()
         ],
     )  # fmt: skip
-    found = single["sequences_per_core_second"]
+    found, took = single["sequences_per_core_second"], opened["open_seconds"]
     return (
         f"{table}\n\nSmall units, 256 positions each: a commit is mostly Zarr's encoding of eleven "
         f"small arrays, and 30 files to flush. {where(row)}\n\n"
         "Single sequences a core-second: "
         + ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
         + f". The cache takes {single['cache_bytes']:.0f} bytes a position. {where(single)}\n\n"
-        f"Opening a store of {opened['records']:,} records: {opened['open_seconds']['bundles']:.2f} s, "
-        f"and {opened['open_seconds']['records']:.2f} s without bundles. {where(opened)}"
+        f"Opening a store of {opened['records']:,} records: {took['bundles']:.2f} s, and "
+        f"{took['records']:.2f} s without bundles. {where(opened)}"
     )
 
 
