@@ -1,9 +1,10 @@
 """A student and a teacher that were really trained, and a store of what they say: a few minutes.
 
-Both are small Qwen3 models with a vocabulary of 8,192, trained on the Python sources of packages
-that are installed here. So small a model is less sure than a large one, and how sure it is rules
-how many ids a row keeps: the last norm of each is scaled until the mean entropy on text that it has
-not seen is that of a large model on its own text, half a nat. Nothing else is done to them.
+Both are small Qwen3 models with a vocabulary of 8,192, and both learn from the Python sources of
+packages that are installed here: the teacher from the text, the student, as small models of a
+family often do, from what the teacher says of it. So small a model is less sure than a large one,
+and how sure it is rules how many ids a row keeps: the last norm of each is scaled until the mean
+entropy on text that it has not seen is that of a large model on its own text, half a nat.
 """
 
 import json
@@ -33,8 +34,9 @@ V, CONTEXT, BATCH = 8192, 128, 16
 CORPUS_BYTES, HELD_OUT = 24_000_000, 1_000_000
 ENTROPY_NATS = 0.5
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 64, 64, 1500
-SIZES = {"teacher": (256, 4, 1000), "student": (224, 4, 1500)}
-"""Hidden size, layers, training steps."""
+SIZES = {"teacher": (256, 4, 1000), "student": (192, 3, 1000)}
+"""Hidden size, layers, training steps; a folder each, and one in RAW before it is made surer."""
+RAW = "raw"
 
 
 def make_pair(folder: Path) -> Store:
@@ -45,8 +47,13 @@ def make_pair(folder: Path) -> Store:
     if not (folder / "prompts.jsonl").exists():
         ids = np.asarray(tokenizer(text)["input_ids"], np.int64)
         split = int(len(ids) * (1 - HELD_OUT / CORPUS_BYTES))
-        for name in (each for each in SIZES if not (folder / each).exists()):
-            _train(folder / name, name, tokenizer, ids[:split], ids[split:])
+        for name in SIZES:
+            if not (folder / RAW / name).exists():
+                _train(folder / RAW, name, ids[:split])
+            model = _load(folder / RAW / name)
+            _sharpen(model, _windows(ids[split:], np.arange(32) * 4 * CONTEXT)[:, :-1])
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
         _write_prompts(folder / "prompts.jsonl", tokenizer, ids[split:])
     return _fill(folder)
 
@@ -83,9 +90,17 @@ def _tokenizer(folder: Path, text: str) -> Any:
     return factory(tokenizer_file=str(file), pad_token="<pad>", eos_token="<stop>")
 
 
-def _train(folder: Path, name: str, tokenizer: Any, ids: np.ndarray, unseen: np.ndarray) -> None:
+def _load(folder: Path) -> Any:
+    from transformers import Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM.from_pretrained(folder)
+
+
+def _train(folder: Path, name: str, ids: np.ndarray) -> None:
+    """Into folder / name: the teacher on the ids, the student on the teacher's laws there."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    teacher = None if name == "teacher" else _load(folder / "teacher").eval()
     hidden, layers, steps = SIZES[name]
     torch.manual_seed(list(SIZES).index(name))
     model: Any = Qwen3ForCausalLM(
@@ -113,16 +128,19 @@ def _train(folder: Path, name: str, tokenizer: Any, ids: np.ndarray, unseen: np.
         tokens = _windows(ids, rng.integers(0, len(ids) - CONTEXT - 1, BATCH))
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            wanted = tokens[:, 1:].flatten()
+            if teacher is not None:
+                with torch.no_grad():
+                    said = teacher(input_ids=tokens[:, :-1], use_cache=False).logits
+                wanted = said.float().flatten(0, 1).softmax(-1)  # cross-entropy takes laws, too
+        loss = F.cross_entropy(logits.float().flatten(0, 1), wanted)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:
             print(f"{name}: step {step} of {steps}, loss {loss.item():.2f} nats", flush=True)
-    _sharpen(model, _windows(unseen, np.arange(32) * 4 * CONTEXT)[:, :-1])
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder / name)
 
 
 @torch.no_grad()
