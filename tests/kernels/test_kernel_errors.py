@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "in place, rows apart": (
         lambda: sparse_kl(torch.zeros(2, 12)[:, :10], IDS, zeros, k=2, in_place=True),
         ValueError,
-        "in_place needs contiguous logits, got strides (12, 1) of shape (2, 10); call .contiguous()",
+        "in_place needs contiguous logits, got strides (12, 1) of shape (2, 10); call .contigu",
     ),
     "3-D logits": (
         lambda: row_stats(torch.zeros(1, 2, 3)),

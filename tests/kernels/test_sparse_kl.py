@@ -13,6 +13,7 @@ from kernel_objectives import (
 )
 from torch import Tensor
 
+from logitcask.kernels import launch
 from logitcask.kernels.sparse_kl import RowGrad, RowView, sparse_kl, sparse_kl_reference
 
 P, V, S, K = 5, 700, 12, 6
@@ -175,6 +176,29 @@ def test_the_objective_sees_rows_by_position(device: str) -> None:
     want = logits.detach().log_softmax(-1).gather(1, ids.clamp(min=0))
     assert torch.allclose(log_p[ids >= 0], want[ids >= 0], atol=1e-6)
     assert (log_p[ids < 0] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_of_a_row_sums_to_zero_and_is_rounded_once(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
+    logits, ids, teacher = problem(device, dtype)
+    sparse_kl(logits, ids, objective(LOSSES[name](teacher)), k=K).loss.backward()
+    ours, weight = logits.grad.double(), torch.ones(P, dtype=torch.float64, device=device)
+    _, exact = full_vocab(name, logits.double(), teacher.to(torch.float64), weight)
+    largest = exact.abs().amax(-1)
+    # u, half a unit in the last place, is what rounding adds to each entry.
+    u = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    if device == "cpu" and launch.runs_triton(logits):
+        u *= 2  # Triton's interpreter truncates where a GPU rounds
+    noise = 4 * ulp(logits, torch.float32)  # coefficients are float32, made of numbers up to 1
+    assert (ours.sum(-1).abs() <= u * exact.abs().sum(-1) + 1e-3 * largest + noise).all()
+    rounded = exact.to(dtype)
+    info = torch.finfo(dtype)
+    step = info.eps * 2.0 ** (rounded.double().frexp().exponent - 1)
+    step = step.clamp(min=info.smallest_normal * info.eps)
+    assert ((ours - rounded.double()).abs() <= step + noise).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
