@@ -2,21 +2,36 @@
 
 from typing import Any
 
-NEUTRAL = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "output_multiplier": 1.0,
-    "lm_head_multiplier": 1.0,
-}
-"""Field -> the value that leaves logits as they are; a soft cap has none but its absence."""
+from logitcask.kernels.logit_map import LogitMap
+
+TIMES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Logits are multiplied by these fields: Cohere's and others'."""
+OVER = ("logits_scaling",)
+"""Logits are divided by these: Granite's."""
+SOFTCAP = "final_logit_softcapping"
+"""Gemma's."""
+
+
+def head_map(config: Any) -> LogitMap:
+    """From the head's product to logits, as a transformers configuration names it. Whether the
+    model does so is for a probe to show: see `prove` of a student and of a backend.
+    """
+    text = config.get_text_config()
+    scale = 1.0
+    for field in (*TIMES, *OVER):
+        value = getattr(text, field, None)
+        if value is not None:
+            scale = scale / value if field in OVER else scale * value
+    return LogitMap(scale=scale, softcap=getattr(text, SOFTCAP, None))
 
 
 def named_extras(config: Any) -> list[str]:
-    """`field = value` of everything a transformers configuration does beyond a product."""
+    """`field = value` of everything that makes head_map more than nothing."""
     text = config.get_text_config()
+    values = {field: getattr(text, field, None) for field in (*TIMES, *OVER, SOFTCAP)}
+    neutral = {SOFTCAP: None}
     return [
-        f"{field} = {getattr(text, field)}"
-        for field, neutral in NEUTRAL.items()
-        if getattr(text, field, None) not in (None, neutral)
+        f"{field} = {value}"
+        for field, value in values.items()
+        if value not in (None, neutral.get(field, 1.0))
     ]

@@ -24,6 +24,7 @@ from logitcask.engine.objectives.row_objective import (
 from logitcask.engine.targets import Targets
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
+from logitcask.kernels.logit_map import PLAIN, LogitMap
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 """The odd number next to 2^64 over the golden ratio, signed."""
@@ -46,11 +47,13 @@ def row_loss(
     *,
     row_weight: Tensor,
     n_vocab: int,
+    logit_map: LogitMap = PLAIN,
     metric_share: float = 1.0,
 ) -> RowLoss:
     """The loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
-    row_weight: [P], of each row's loss. metric_share: of the rows that metrics are taken of at
+    row_weight: [P], of each row's loss. logit_map: of a head with a scale or a soft cap, see
+    heads.head_map. metric_share: of the rows that metrics are taken of at
     least; where the loss sees whole rows anyway they are taken of all.
     """
     k = live_k(objective, n_vocab)
@@ -64,16 +67,31 @@ def row_loss(
             k=k,
             row_weight=row_weight,
             n_vocab=n_vocab,
+            logit_map=logit_map,
         )
         every = torch.arange(len(targets), device=states.device)
         return RowLoss(result.loss, result.metrics, every)
     ids, known = support_objective(objective, targets)
-    loss = indexed_linear(states, head, ids, known, row_weight=row_weight, n_vocab=n_vocab).loss
+    loss = indexed_linear(
+        states,
+        head,
+        ids,
+        known,
+        row_weight=row_weight,
+        n_vocab=n_vocab,
+        logit_map=logit_map,
+    ).loss
     measured = (row_hash(targets) < int(metric_share * 2**32)).nonzero()[:, 0]
     seen = targets.at(measured)
     with torch.no_grad():
         metrics = linear_sparse_kl(
-            states[measured], head, seen.ids, row_objective(objective, seen), k=k, n_vocab=n_vocab
+            states[measured],
+            head,
+            seen.ids,
+            row_objective(objective, seen),
+            k=k,
+            n_vocab=n_vocab,
+            logit_map=logit_map,
         ).metrics
     return RowLoss(loss, metrics, measured)
 

@@ -3,8 +3,8 @@
 Trainable weights are float32 whatever the folder holds: at a learning rate of 1e-6 a bfloat16
 weight is too coarse to take most updates. Rows are packed without an attention mask: the model
 tells sequences apart by position ids that start again, which only works while neither a mask nor a
-cache is passed. Not every architecture can do that, and not every head is a plain matrix, so both
-are proved on a few tokens before training.
+cache is passed. Not every architecture can do that, and not every head is a matrix with a scale or
+a soft cap behind it, so both are proved on a few tokens before training.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.heads import named_extras
+from logitcask.engine.heads import head_map
 from logitcask.engine.identity import digest, write_card
 from logitcask.engine.types import ModelRef
 
@@ -121,7 +121,9 @@ def head_weight(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def prove(model: nn.Module, n_vocab: int) -> None:
-    """ModelError unless logits are hidden @ head^T and packed sequences do not see each other."""
+    """ModelError unless logits are head_map of hidden @ head^T and packed sequences do not see each
+    other.
+    """
     inner = inner_model(model)
     name = type(inner).__name__
     head = inner.get_output_embeddings()
@@ -135,7 +137,11 @@ def prove(model: nn.Module, n_vocab: int) -> None:
             f"{name} takes no position ids: sequences of one packed row would see each other",
             remedy="train a model with rotary or learnt positions",
         )
-    _refuse_known_heads(name, head, inner.config)
+    if getattr(head, "bias", None) is not None:  # one of zeros hides until it is trained
+        raise ModelError(
+            f"{name} has a bias of the output matrix, which is not supported",
+            remedy="train a model whose logits are hidden states times the output matrix",
+        )
     training = inner.training
     inner.eval()
     ids = (torch.arange(PROBE_TOKENS, device=head.weight.device) * 7 + 1) % n_vocab
@@ -143,10 +149,11 @@ def prove(model: nn.Module, n_vocab: int) -> None:
     positions = torch.arange(PROBE_TOKENS, device=ids.device)[None]
     whole = hidden_states(inner, ids, positions)
     logits = inner(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-    if _differ(whole @ head.weight.T, logits):
+    if _differ(head_map(inner.config).apply(whole @ head.weight.T), logits):
         raise ModelError(
             f"{name} does something to logits after its output matrix that is not supported",
-            remedy="train a model whose logits are hidden states times that matrix",
+            remedy="train a model whose logits are hidden states times that matrix, with a scale "
+            "or a soft cap at most",
         )
     cut = PROBE_TOKENS // 3
     halves = [ids[:, :cut], ids[:, cut:]]
@@ -159,18 +166,6 @@ def prove(model: nn.Module, n_vocab: int) -> None:
             f"{name} lets sequences of one packed row see each other: it ignores that position ids "
             "start again",
             remedy="train a model whose layers all use softmax attention, with sdpa",
-        )
-
-
-def _refuse_known_heads(name: str, head: nn.Module, config: Any) -> None:
-    # Tiny logits hide a soft cap, and a bias of zeros hides until it is trained: names show both.
-    found = named_extras(config)
-    if getattr(head, "bias", None) is not None:
-        found.append("a bias of the output matrix")
-    if found:
-        raise ModelError(
-            f"{name} has {', '.join(found)}, which is not supported",
-            remedy="train a model whose logits are hidden states times the output matrix",
         )
 
 

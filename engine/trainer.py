@@ -32,11 +32,12 @@ from transformers import (
 
 from logitcask.engine.batches import Rows
 from logitcask.engine.errors import ModelError
+from logitcask.engine.heads import head_map
 from logitcask.engine.objectives import Objective
 from logitcask.engine.row_loss import RowLoss, row_loss
 from logitcask.engine.row_source import PackedRow
 from logitcask.engine.rundir import MetricsFile, write_mark
-from logitcask.engine.student import head_weight, hidden_states
+from logitcask.engine.student import head_weight, hidden_states, inner_model
 from logitcask.engine.targets import Targets
 from logitcask.engine.types import Progress
 
@@ -159,6 +160,7 @@ class DistillTrainer(Trainer):
             targets,
             row_weight=targets.weight * scale,
             n_vocab=self._n_vocab,
+            logit_map=head_map(inner_model(inner).config),
             metric_share=self._metric_share,
         )
         self._count(result, targets)

@@ -22,9 +22,9 @@ PROGRAMS = 2048
 
 @triton.jit  # type: ignore[untyped-decorator]
 def scale_kernel(  # type: ignore[no-untyped-def]
-    x,  # [n], in place
+    x,  # [n_elements], in place
     by,  # [] float32
-    n,
+    n_elements,
     TILE: tl.constexpr,
 ):
     # To ask on the host whether the factor is 1 would make it wait for the GPU.
@@ -32,10 +32,10 @@ def scale_kernel(  # type: ignore[no-untyped-def]
     if factor != 1.0:
         step = tl.num_programs(0).to(tl.int64) * TILE
         start = tl.program_id(0).to(tl.int64) * TILE
-        while start < n:
+        while start < n_elements:
             o = start + tl.arange(0, TILE)
-            value = tl.load(x + o, mask=o < n, other=0.0).to(tl.float32) * factor
-            tl.store(x + o, value.to(x.dtype.element_ty), mask=o < n)
+            value = tl.load(x + o, mask=o < n_elements, other=0.0).to(tl.float32) * factor
+            tl.store(x + o, value.to(x.dtype.element_ty), mask=o < n_elements)
             start += step
 
 

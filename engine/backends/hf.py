@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from logitcask.engine.backends.sampling import Response, sample_batch, uniforms
 from logitcask.engine.backends.scoring import budget_batches, score_rollouts
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, PromptError
-from logitcask.engine.heads import named_extras
+from logitcask.engine.heads import head_map, named_extras
 from logitcask.engine.types import (
     LENGTH,
     STOP,
@@ -84,6 +84,7 @@ class HF:
         """Tokens that the model can attend to; unlimited where its config does not say."""
         head = self.model.get_output_embeddings()
         prove_head(self.model, head, path, n_vocab)
+        self.logit_map = head_map(self.model.config)
         self.weight = head.weight.detach()[:n_vocab]
         self.bias = None if head.bias is None else head.bias.detach()[:n_vocab].float()
         if self.device.type != "cuda":
@@ -133,7 +134,7 @@ class HF:
             logits = hidden.float() @ self.weight.T
         else:
             logits = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
-        return logits if self.bias is None else logits + self.bias
+        return self.logit_map.apply(logits if self.bias is None else logits + self.bias)
 
     # The backend.
 
@@ -274,7 +275,9 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 @torch.no_grad()  # inference tensors would stay behind in a model that trains
 def prove_head(model: Any, head: Any, path: Path, n_vocab: int) -> None:
-    """ModelError unless logits are hidden states times the head's weight, plus its bias."""
+    """ModelError unless logits are hidden states times the head's weight, plus its bias, with the
+    scale and the soft cap that its configuration names.
+    """
     named = named_extras(model.config)
     why = f"; config.json says {', '.join(named)}" if named else ""
     if not isinstance(head, nn.Linear) or head.weight.shape[0] < n_vocab:
@@ -284,11 +287,12 @@ def prove_head(model: Any, head: Any, path: Path, n_vocab: int) -> None:
         )
     ids = (torch.arange(PROBE_TOKENS, device=model.device) * 7919 % n_vocab)[None]
     theirs = model(input_ids=ids, use_cache=False).logits.float()
-    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    product = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    ours = head_map(model.config).apply(product)
     gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-    if not gap <= PROBE_TOLERANCE or "final_logit_softcapping" in why:
+    if not gap <= PROBE_TOLERANCE:
         raise ModelError(
-            f"the head of {path} does more than a product and a bias: its logits differ from "
-            f"that by {gap:.1e} of the largest{why}",
+            f"the head of {path} does more than a product, a bias, a scale and a soft cap: its "
+            f"logits differ from that by {gap:.1e} of the largest{why}",
             remedy="Such heads are not supported; use a model with a plain language-model head.",
         )

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GraniteConfig, GraniteForCausalLM
 
 from logitcask.engine.errors import ModelError
 from logitcask.engine.objectives import Objective
 from logitcask.engine.row_source import PackedRow, RowSource
+from logitcask.engine.student import prove
 from logitcask.engine.targets import Targets
 from logitcask.engine.trainer import DistillTrainer
 from tests.engine.cached import make_unit
@@ -71,6 +73,46 @@ def test_an_update_of_packed_rows_is_the_token_mean_of_separate_sequences(
     loss, grad = one_update(source, tmp_path, PACKED, objective=objective)
     assert loss == pytest.approx(want_loss, rel=1e-6)
     assert relative(grad, want) < 1e-6
+
+
+HEADS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "scale": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 0.25}),
+    "soft cap": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {"final_logit_softcapping": 2.0, "head_dim": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "config", "keys"), HEADS.values(), ids=HEADS)
+def test_a_head_with_a_scale_or_a_soft_cap_is_trained_through_it(
+    source: RowSource, tmp_path: Path, kind: Any, config: Any, keys: dict[str, Any]
+) -> None:
+    def made() -> Any:
+        torch.manual_seed(0)
+        return kind(
+            config(
+                vocab_size=99,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                initializer_range=0.3,
+                attn_implementation="sdpa",
+                **keys,
+            )
+        ).double()
+
+    prove(made(), 99)
+    model = made()
+    token_mean(model, [pack(source, [s]) for row in PACKED for s in row]).backward()
+    want = flat({name: p.grad for name, p in model.named_parameters()})
+    rows = ListRows([pack(source, row) for row in PACKED], source)
+    trainer, gradients = make_trainer(made(), rows, tmp_path, accumulation=len(PACKED))
+    trainer.train()
+    assert relative(flat(gradients.updates[0]), want) < 1e-6
 
 
 def test_accumulation_equals_one_big_row(source: RowSource, tmp_path: Path) -> None:

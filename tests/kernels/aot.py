@@ -35,11 +35,11 @@ POINTER = {
 }
 INTEGER = {
     *("stride", "out_stride", "hidden_stride", "weight_stride"),
-    *("n_vocab", "n_columns", "n_ids", "n_groups", "n_slots", "k", "n"),
+    *("n_vocab", "n_columns", "n_ids", "n_groups", "n_slots", "n_elements", "k", "n"),
 }
 FLOAT = {"inner", "outer", "slope"}
 # Multiples of 16 at V=151936.
-ALIGNED = {n for n in INTEGER if "stride" in n} | {"n_vocab", "n_columns", "n_slots"}
+ALIGNED = {n for n in INTEGER if "stride" in n} | {"n_vocab", "n_columns", "n_slots", "n_elements"}
 SCAN = {"ROWS": 32, "GROUP": 128, "GROUPS": True, "SOFTCAP": False}
 SELECT = {"K": 16, "GROUPS": 2048, "GROUP": 128, "ZERO_BITS": 16}
 GRAD = {"TILE": 4096, "IDS": 64, "SOFTCAP": False}

@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from logitcask.engine.backends import scoring
 from logitcask.engine.backends.base import BACKENDS, open_backend
@@ -233,28 +240,18 @@ def test_batches_keep_to_the_budget_and_hold_every_index_once() -> None:
 
 
 POST = {
-    "scale": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.0625}, "logit_scale = 0.0625"),
-    "softcap": (
+    "scale": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.0625}),
+    "divisor": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 8.0}),
+    "soft cap": (
         Gemma2ForCausalLM,
         Gemma2Config,
-        {"final_logit_softcapping": 30.0, "head_dim": 16},
-        "final_logit_softcapping = 30.0",
-    ),
-    # Of logits this small a cap of 1 changes nothing that the probe could see.
-    "softcap of one": (
-        Gemma2ForCausalLM,
-        Gemma2Config,
-        {"final_logit_softcapping": 1.0, "head_dim": 16, "initializer_range": 1e-4},
-        "final_logit_softcapping = 1.0",
+        {"final_logit_softcapping": 2.0, "head_dim": 16, "initializer_range": 0.5},
     ),
 }
 
 
-@pytest.mark.parametrize(("kind", "config", "keys", "says"), POST.values(), ids=POST.keys())
-def test_a_head_that_does_more_is_refused_by_name(
-    tmp_path: Path, kind: Any, config: Any, keys: dict[str, Any], says: str
-) -> None:
-    model = kind(
+def small(kind: Any, config: Any, keys: dict[str, Any]) -> Any:
+    return kind(
         config(
             vocab_size=N_VOCAB,
             hidden_size=32,
@@ -268,10 +265,31 @@ def test_a_head_that_does_more_is_refused_by_name(
             pad_token_id=0,
             **keys,
         )
-    )
-    with pytest.raises(ModelError, match="more than a product and a bias") as caught:
-        HF(save_folder(tmp_path / "m", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
-    assert says in caught.value.cause
+    ).eval()
+
+
+@pytest.mark.parametrize(("kind", "config", "keys"), POST.values(), ids=POST.keys())
+def test_a_scale_and_a_soft_cap_are_the_models_own(
+    tmp_path: Path, kind: Any, config: Any, keys: dict[str, Any]
+) -> None:
+    model = small(kind, config, keys)
+    backend = HF(save_folder(tmp_path / "m", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
+    ids = torch.arange(12)[None] % N_VOCAB
+    with torch.no_grad():
+        theirs = model(input_ids=ids).logits[0]
+        states = backend.hidden(ids, torch.ones_like(ids), torch.arange(12)[None], None)[0]
+        product = states @ model.get_output_embeddings().weight.T
+    torch.testing.assert_close(backend.logits(states), theirs, rtol=1e-5, atol=1e-6)
+    assert (product - theirs).abs().max() > 0.1 * product.abs().max(), "there is something to do"
+
+
+def test_a_head_that_does_not_what_its_configuration_says_is_refused(tmp_path: Path) -> None:
+    network = make_model()
+    network.config.final_logit_softcapping = 1e-3
+    folder = save_folder(tmp_path / "m")
+    with pytest.raises(ModelError, match="does more than a product, a bias, a scale and") as caught:
+        HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), network=network)
+    assert "final_logit_softcapping = 0.001" in caught.value.cause
 
 
 def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(tmp_path: Path) -> None:
