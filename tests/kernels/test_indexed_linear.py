@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import assert_close, make_ids
-from kernel_objectives import LOSSES, full_vocab_loss, make_teacher, objective
+from kernel_objectives import LOSSES, Teacher, full_vocab_loss, make_teacher, objective
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -281,6 +281,20 @@ def test_a_known_support_never_meets_the_vocabulary() -> None:
     with Work(weight) as work:
         indexed_linear(hidden, weight, ids, answer, k=4, chunk_rows=rows).loss.backward()
     assert work.products == 1, "the live top-k, forward only"
+
+
+def test_a_student_that_rests_is_not_refused() -> None:
+    """Where p = q the gradient is rounding, and so is its sum."""
+    hidden, weight, ids = problem("cpu", rows=200)
+    with torch.no_grad():
+        z = (hidden @ weight.T).gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+        teacher = Teacher(ids, z.log_softmax(-1), z[:, 0])
+    result = indexed_linear(
+        hidden, weight, ids, objective(LOSSES["reverse_kl_renormalised"](teacher))
+    )
+    (grad,) = grads_of(result.loss, hidden)
+    assert result.row_loss.abs().max() < 1e-5
+    assert grad.abs().max() < 1e-4
 
 
 def tail(view: RowView) -> RowGrad:
