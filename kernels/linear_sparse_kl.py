@@ -58,16 +58,18 @@ def linear_sparse_kl_reference(
     return result, d_logits @ cast.to(d_logits.dtype), d_logits.T @ hidden.to(d_logits.dtype)
 
 
-def default_chunk_rows(n_vocab: int, logits: Tensor) -> int:
-    """Rows per chunk for logits in `logits`' dtype on its device.
+def default_chunk_rows(n_vocab: int, hidden: Tensor) -> int:
+    """Rows per chunk for hidden [P, D] in its dtype on its device; chunks are about of one size.
 
-    A GPU's products are compute-bound from about 700 rows (d_weight is read and written once per
-    chunk), and 4096 bf16 rows of 152k logits take 1.2 GB. A CPU gets about 64 MiB of logits, but at
-    least 64 rows.
+    d_weight is read and written once per chunk, so few are better. On a GPU products are
+    compute-bound from about 700 rows, and 4096 bf16 rows of 152k logits take 1.2 GB. A CPU gets at
+    most 256 MiB of logits, but at least 64 rows.
     """
-    if logits.is_cuda:
-        return 4096
-    return max(64, (64 << 20) // (n_vocab * logits.element_size()))
+    most = 4096
+    if not hidden.is_cuda:
+        most = max(64, (256 << 20) // (n_vocab * hidden.element_size()))
+    n_chunks = max(1, -(-len(hidden) // most))
+    return max(1, -(-len(hidden) // n_chunks))
 
 
 def _add_weight_grad(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
