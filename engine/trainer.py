@@ -33,6 +33,7 @@ from transformers import (
 from logitcask.engine.batches import Rows
 from logitcask.engine.errors import ModelError
 from logitcask.engine.heads import head_map
+from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import Objective
 from logitcask.engine.row_loss import RowLoss, row_loss
 from logitcask.engine.row_source import PackedRow
@@ -233,7 +234,9 @@ class DistillTrainer(Trainer):
             for name in names
         }
         rows = totals.pop("cache/age", [0.0, 0.0, 0.0])
-        means = {"cache/age": finite(rows[1] / rows[0]) if self._same_root and rows[0] else None}
+        # A line names every metric, also where an update had no row to take it of.
+        means: dict[str, float | None] = dict.fromkeys(METRICS)
+        means["cache/age"] = finite(rows[1] / rows[0]) if self._same_root and rows[0] else None
         for name, (n, total, squares) in totals.items():
             mean = total / n if n else math.nan
             means[name] = finite(mean)

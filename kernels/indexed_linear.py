@@ -84,6 +84,11 @@ def indexed_linear(
     not fit, and ValueError for an objective whose answer is not that of a renormalised loss.
     """
     n_vocab = check_head(hidden, weight, n_vocab)
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        raise ValueError(
+            f"weight must be contiguous along D, got strides {weight.stride()} of shape "
+            f"{tuple(weight.shape)}; pass nn.Linear's weight as it is, or call .contiguous()"
+        )
     logit_map.check()
     check_ids(ids, hidden, n_vocab)
     check_chunk_rows(chunk_rows)
@@ -96,14 +101,15 @@ def indexed_linear(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         dtype = compute_dtype(hidden.dtype)
         losses = RowLosses(ids, objective, k or 0, row_weight, dtype, logit_map)
+        hidden_rows = hidden.contiguous()
         if k is None:
-            z = logits_at(hidden, weight, ids)
-            g = _checked(losses.ask(slice(None), _view(logit_map.apply(z), ids)))
+            z = logits_at(hidden_rows, weight, ids)
+            g = _checked(losses.ask(slice(None), _view(logit_map.apply(z), ids)), ids)
         else:
             z, g = losses.weight.new_empty(2, *ids.shape)
             head = weight[:n_vocab].to(hidden.dtype)
-            for rows, logits in head_product(hidden, head, chunk_rows):
-                g[rows] = _checked(losses.run(rows, logits, None, n_vocab))
+            for rows, logits in head_product(hidden_rows, head, chunk_rows):
+                g[rows] = _checked(losses.run(rows, logits, None, n_vocab), ids[rows])
                 z[rows] = logits.gather(1, ids[rows].clamp(min=0)).to(dtype)
         if not logit_map.is_plain:
             g = g * logit_map.slope(z)
@@ -111,10 +117,10 @@ def indexed_linear(
         if not (needs_hidden or needs_weight):
             return result
         used = (losses.weight != 0)[:, None]  # a row of weight 0 adds 0, whatever it holds
-        g = torch.where(used & (ids >= 0), losses.weight[:, None] * g, 0.0)
+        g = torch.where(used, losses.weight[:, None] * g, 0.0)
         d_hidden = weighted_rows(g, weight, ids, hidden.dtype) if needs_hidden else None
     loss: Tensor = _AtIds.apply(  # type: ignore[no-untyped-call]
-        result.loss, hidden, weight, d_hidden, g, ids, sparse_weight_grad
+        result.loss, hidden, weight, hidden_rows, d_hidden, g, ids, sparse_weight_grad
     )
     return result._replace(loss=loss)
 
@@ -135,17 +141,17 @@ def _view(y: Tensor, ids: Tensor) -> RowView:
     )
 
 
-def _checked(answer: RowGrad) -> Tensor:
-    """at_ids [C, S] of an answer; ValueError unless it is that of a renormalised loss."""
-    g = answer.at_ids
+def _checked(answer: RowGrad, ids: Tensor) -> Tensor:
+    """at_ids [C, S] of an answer, 0 at padding; ValueError unless a renormalised loss says so."""
+    g = torch.where(ids < 0, 0.0, answer.at_ids)  # what is said of padding counts nowhere
     if g.numel() == 0 or not looks_at_values(g):
         return g
-    relative, absolute = ZERO_SUM[g.dtype]
+    relative, absolute = ZERO_SUM[compute_dtype(g.dtype)]
     allowed = relative * g.abs().amax(-1) + absolute
     must_be_0 = {
         "sum of at_ids": g.sum(-1),
         "dense": answer.dense,
-        "dense_at_ids": answer.dense_at_ids.abs().amax(-1),
+        "dense_at_ids": torch.where(ids < 0, 0.0, answer.dense_at_ids).abs().amax(-1),
     }
     for name, value in must_be_0.items():
         wrong = value.abs() > allowed  # not so for NaN, which the loss shows
@@ -170,12 +176,13 @@ class _AtIds(torch.autograd.Function):
         loss: Tensor,
         hidden: Tensor,
         weight: Tensor,
+        hidden_rows: Tensor,
         d_hidden: Tensor | None,
         g: Tensor,
         ids: Tensor,
         sparse: bool,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, d_hidden, g, ids)
+        ctx.save_for_backward(hidden_rows, d_hidden, g, ids)
         ctx.weight = (weight.shape, weight.dtype)
         ctx.sparse = sparse
         return loss.clone()
@@ -183,17 +190,17 @@ class _AtIds(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, d_hidden, g, ids = ctx.saved_tensors
+        hidden_rows, d_hidden, g, ids = ctx.saved_tensors
         d_weight = None
         if ctx.needs_input_grad[2]:
             shape, dtype = ctx.weight
             terms = sorted_terms(g * grad_out, ids)
             if ctx.sparse:
-                listed, sums = compact_by_id(terms, hidden, dtype)
+                listed, sums = compact_by_id(terms, hidden_rows, dtype)
                 d_weight = torch.sparse_coo_tensor(
                     listed[None], sums, shape, is_coalesced=True, check_invariants=False
                 )
             else:
-                d_weight = summed_by_id(terms, hidden, shape[0], dtype)
+                d_weight = summed_by_id(terms, hidden_rows, shape[0], dtype)
         scaled = None if d_hidden is None else d_hidden * grad_out
-        return (None, scaled, d_weight, None, None, None, None)
+        return (None, scaled, d_weight, None, None, None, None, None)

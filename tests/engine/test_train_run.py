@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
 from logitcask.engine.identity import model_ref, read_card
+from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import find_preset
 from logitcask.engine.store import Store
 from logitcask.engine.student import inner_model, load_student
@@ -158,6 +159,17 @@ def test_metrics_of_a_share_estimate_those_of_all_and_change_no_update(
             assert abs(some[name] - every[name]) < 5 * error
     first = [line["overlap/ratio"] for line in found[0.5]]
     assert first != [line["overlap/ratio"] for line in found[1.0]], "not taken of the same rows"
+
+
+def test_an_update_without_a_measured_row_names_its_metrics_all_the_same(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, metric_share=1e-9)
+    run(case, tmp_path, settings=settings)
+    for line in lines(tmp_path):
+        assert {name: line[name] for name in METRICS} == dict.fromkeys(METRICS)
+        assert line["cache/age"] is not None
+        assert line["loss"] > 0
 
 
 def test_both_divergences_reach_the_loss_by_value(

@@ -297,6 +297,49 @@ def test_a_student_that_rests_is_not_refused() -> None:
     assert grad.abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("name", "k"), RENORMALISED.items(), ids=RENORMALISED)
+def test_what_an_objective_says_of_padding_counts_nowhere(
+    name: str, k: int | None, device: str
+) -> None:
+    hidden, weight, ids = problem(device)
+    plain = objective(LOSSES[name](make_teacher(ids)))
+
+    def careless(view: RowView) -> RowGrad:
+        answer = plain(view)
+        at_padding = ids[view.index] < 0
+        return answer._replace(
+            at_ids=answer.at_ids.masked_fill(at_padding, 7.0),
+            dense_at_ids=answer.dense_at_ids.masked_fill(at_padding, 7.0),
+        )
+
+    assert (ids < 0).any()
+    want = grads_of(indexed_linear(hidden, weight, ids, plain, k=k).loss, hidden, weight)
+    ours = grads_of(indexed_linear(hidden, weight, ids, careless, k=k).loss, hidden, weight)
+    assert all(map(torch.equal, ours, want))
+
+
+@pytest.mark.parametrize(("name", "k"), RENORMALISED.items(), ids=RENORMALISED)
+def test_states_may_lie_in_memory_as_they_like(name: str, k: int | None, device: str) -> None:
+    hidden, weight, ids = problem(device)
+    answer = objective(LOSSES[name](make_teacher(ids)))
+    want = indexed_linear(hidden, weight, ids, answer, k=k)
+    turned = hidden.detach().T.contiguous().T.requires_grad_()
+    ours = indexed_linear(turned, weight, ids, answer, k=k)
+    assert turned.stride() != hidden.stride()
+    assert torch.equal(ours.row_loss, want.row_loss)
+    pairs = zip(
+        grads_of(ours.loss, turned, weight), grads_of(want.loss, hidden, weight), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_head_whose_rows_are_not_rows_of_memory_is_refused(device: str) -> None:
+    hidden, weight, ids = problem(device)
+    answer = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
+    with pytest.raises(ValueError, match=r"contiguous along D, got strides \(1, 301\)"):
+        indexed_linear(hidden, weight.detach().T.contiguous().T, ids, answer)
+
+
 def tail(view: RowView) -> RowGrad:
     """What a tail bucket answers: dense coefficients."""
     zero = torch.zeros_like(view.log_p)
