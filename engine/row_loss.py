@@ -45,17 +45,20 @@ def row_loss(
     head: Tensor,
     targets: Targets,
     *,
-    row_weight: Tensor,
     n_vocab: int,
+    row_weight: Tensor | None = None,
     logit_map: LogitMap = PLAIN,
     metric_share: float = 1.0,
 ) -> RowLoss:
     """The loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
-    row_weight: [P], of each row's loss. logit_map: of a head with a scale or a soft cap, see
-    heads.head_map. metric_share: of the rows that metrics are taken of at
-    least; where the loss sees whole rows anyway they are taken of all.
+    row_weight: [P], of each row's loss; left out, the loss is the mean over rows of targets.weight,
+    and 0 where that is 0 everywhere. logit_map: of a head with a scale or a soft cap, see
+    heads.head_map. metric_share: of the rows that metrics are taken of at least; where the loss
+    sees whole rows anyway they are taken of all.
     """
+    if row_weight is None:
+        row_weight = targets.weight / targets.weight.sum().clamp(min=1e-9)
     k = live_k(objective, n_vocab)
     if not (is_renormalised(objective) and has_known_support(objective)):
         op = indexed_linear if is_renormalised(objective) else linear_sparse_kl

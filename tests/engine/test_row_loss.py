@@ -1,5 +1,6 @@
 """Whatever op computes a loss, it is the formula's; metrics of a share of the rows are theirs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,17 @@ def test_every_cell_is_its_formula(cell: tuple[str, str, str, str], ties: bool) 
     torch.testing.assert_close(said.loss.detach(), (weight * losses).sum(), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(d_states, dz, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(d_head, dz.T @ full.live, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["opd", "overlap", "forward_kl"])
+def test_without_weights_it_is_the_mean_over_the_rows_that_count(name: str) -> None:
+    objective, full = find_preset(name, k=4).objective, made()
+    mask = (torch.arange(P) % 3 != 0).double()
+    losses, _ = truth(objective, full)
+    for weight, want in ((mask, (mask * losses).sum() / mask.sum()), (mask * 0, mask[0] * 0)):
+        targets = replace(full.targets, weight=weight)
+        said = row_loss(objective, full.live, torch.eye(V).double(), targets, n_vocab=V)
+        torch.testing.assert_close(said.loss, want)
 
 
 def test_dense_products_only_where_the_form_demands_them(monkeypatch: pytest.MonkeyPatch) -> None:
