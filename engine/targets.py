@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from logitcask.engine.errors import ObjectiveError
+
 BEYOND = 1 << 30
 """The rank of an id that the teacher did not keep: larger than any k."""
 
@@ -51,6 +53,23 @@ class Targets:
     """[P] float32, the teacher's log-prob of the sampled token."""
     version: Tensor
     """[P] int64, version of that student."""
+    sequence: Tensor
+    """[P] int64, which of the packed sequences a row belongs to, from 0 in their order."""
+    position: Tensor
+    """[P] int64, from 0: which response token of its sequence a row predicts."""
+    s_log_p: Tensor
+    """[P, C] float32, that student's log-prob at its stored list; -inf at other columns."""
+    mc_count: Tensor | None = None
+    """[P, C] int64, how often that student drew the id at this position, beside the token that it
+    went on with; None where it drew none."""
+    mc_log_p: Tensor | None = None
+    """[P, C] float32, its log-prob at those ids; -inf elsewhere."""
+    q_draws: Tensor | None = None
+    """[P, C] int64, how often the teacher drew the id; None where its best ids were kept."""
+    base_log_p: Tensor | None = None
+    """[P, C] float32, the base model's log-prob; NaN where it was not asked."""
+    base_token_lp: Tensor | None = None
+    """[P] float32, of the sampled token."""
 
     def __len__(self) -> int:
         return len(self.token)
@@ -64,6 +83,13 @@ class Targets:
         at = torch.searchsorted(ascending, self.ids).clamp_(max=top_ids.shape[1] - 1)
         return torch.where(ascending.gather(1, at) == self.ids, place.gather(1, at), BEYOND)
 
+    def held(self, name: str) -> Tensor:
+        """The optional field of this name. Raises ObjectiveError where the store has none."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ObjectiveError(f"these rows hold no {name}", remedy=_REMEDIES[name])
+        return value
+
     def at(self, index: Tensor) -> "Targets":
         """The rows at `index` [n], all columns."""
         return self._map(lambda tensor: tensor[index])
@@ -72,4 +98,14 @@ class Targets:
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Targets":
-        return Targets(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Targets(**{k: None if v is None else change(v) for k, v in held.items()})
+
+
+_REMEDIES = {
+    "mc_count": "sample with --mc-draws, and score at them with --at mc",
+    "mc_log_p": "sample with --mc-draws, and score at them with --at mc",
+    "q_draws": "score with --entry-kind sampled and --draws",
+    "base_log_p": "score the rollouts with the base model (--role base), and name it with --base",
+    "base_token_lp": "score the rollouts with the base model (--role base), name it with --base",
+}
