@@ -6,7 +6,7 @@ token if it is in neither list. Ids are distinct within a row; rows end in paddi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,18 @@ class Targets:
     def at(self, index: Tensor) -> "Targets":
         """The rows at `index` [n], all columns."""
         return self._map(lambda tensor: tensor[index])
+
+    def columns(self, which: Tensor, on: Tensor) -> "Targets":
+        """Columns `which` [P, n] alone, padding where `on` [P, C] is not; the token's own is lost."""
+        ids = torch.where(on, self.ids, -1).gather(1, which)
+        wide = {
+            f.name: value.gather(1, which)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+            and value.shape == self.ids.shape
+            and f.name != "ids"
+        }
+        return replace(self, ids=ids, token_col=torch.full_like(self.token_col, -1), **wide)
 
     def to(self, device: torch.device | str) -> "Targets":
         return self._map(lambda tensor: tensor.to(device))

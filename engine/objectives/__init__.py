@@ -1,32 +1,44 @@
-"""What a student learns from cached scores: an objective is support x divergence x outside x form.
+"""What a student learns from cached scores: an objective is support x divergence x outside x form,
+and modifiers on it.
 
     supports.py       which ids of a row the loss looks at            SUPPORTS
     divergences.py    how it compares two distributions on them       DIVERGENCES
+    columns.py        C rows as a loss sees them
+    outside.py        what it does with the mass elsewhere            OUTSIDE
+    advantage.py      the other form, and how it weighs ids           WEIGHTS
+    modifiers.py      small changes, any number of them               MODIFIERS
     objective.py      an objective, and which combinations mean something   CELLS
-    row_objective.py  its loss and gradient by K-sized torch          OUTSIDE
+    row_objective.py  its loss and gradient, as the kernels call it
+    row_factors.py    what a whole row weighs in an update            AGGREGATIONS
     presets.py        the named ones, with their sources              PRESETS
+    find.py           a preset from what a person writes
     exactness.py      what a cache can serve of it, in words, or a refusal
 
 To add a preset, name a value in PRESETS. To add a divergence, write a few lines of torch on [C, S]
-log-probs and a line in DIVERGENCES; a support likewise. Then allow its cells in CELLS: the tests
-check of every allowed cell that its expected gradient is zero at p = q and nowhere near, and that
-it descends. Nothing here is vocabulary-sized, so no kernel is ever needed.
+log-probs and a line in DIVERGENCES; a support or a modifier likewise. Then allow its cells in
+CELLS: the tests check of every allowed cell that its expected gradient is zero at p = q and nowhere
+near, and that it descends. Nothing here is vocabulary-sized, so no kernel is ever needed.
 """
 
 from logitcask.engine.objectives.exactness import Facts, Verdict, verdict, warnings
+from logitcask.engine.objectives.find import find_preset
 from logitcask.engine.objectives.objective import Objective
-from logitcask.engine.objectives.presets import PRESETS, Preset, find_preset
+from logitcask.engine.objectives.presets import PRESETS, Preset
+from logitcask.engine.objectives.row_factors import AGGREGATIONS, Weighed, weigh
 from logitcask.engine.objectives.row_objective import live_k, row_objective
 
 __all__ = [
+    "AGGREGATIONS",
     "PRESETS",
     "Facts",
     "Objective",
     "Preset",
     "Verdict",
+    "Weighed",
     "find_preset",
     "live_k",
     "row_objective",
     "verdict",
     "warnings",
+    "weigh",
 ]

@@ -74,7 +74,9 @@ class Extrapolate(Modifier):
         _within(self.name, "factor", self.factor, 0.0, math.inf)
         if objective.outside == "tail":
             raise _refused(
-                self.name, "outside 'tail'", "the base model's mass outside is not known",
+                self.name,
+                "outside 'tail'",
+                "the base model's mass outside is not known",
                 "use outside 'renormalize', or form 'advantage'",
             )
 
@@ -99,7 +101,9 @@ class AdaptiveTarget(Modifier):
         _within(self.name, "beta", self.beta, 0.0, 1.0, closed_below=True)
         if objective.form != "divergence":
             raise _refused(
-                self.name, "form 'advantage'", "a target that follows the student needs a law",
+                self.name,
+                "form 'advantage'",
+                "a target that follows the student needs a law",
                 "use form 'divergence'",
             )
 
@@ -134,7 +138,8 @@ class Baseline(Modifier):
             raise _refused(self.name, f"on = {self.on!r}", "it is 'student' or 'teacher'", "say so")
         if objective.support not in ("sampled", "mc"):
             raise _refused(
-                self.name, f"support {objective.support!r}",
+                self.name,
+                f"support {objective.support!r}",
                 "it has no effect in the mean over draws, and a top-k is not drawn",
                 "use it with support 'sampled' or 'mc'",
             )
@@ -181,7 +186,9 @@ class Importance(Modifier):
         _within(self.name, "cap", self.cap, 0.0, math.inf, closed_above=True)
         if objective.support not in ("sampled", "mc"):
             raise _refused(
-                self.name, f"support {objective.support!r}", "nothing was drawn from the student",
+                self.name,
+                f"support {objective.support!r}",
+                "nothing was drawn from the student",
                 "use support 'sampled' or 'mc'",
             )
 

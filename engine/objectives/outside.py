@@ -61,12 +61,15 @@ def tail(divergence: Measure, columns: Columns) -> Step:
     return Step(loss, at_ids, outside[:, 0], torch.where(on, inside, outside))
 
 
-def ignore(divergence: Measure, columns: Columns) -> Step:
-    """D on S as it is. For draws, whose support is a whole law of its own."""
+def ignore(_: Measure, columns: Columns) -> Step:
+    """Mean of log q - log p over the teacher's draws: unbiased for KL(q || p) (RS-KD, arXiv
+    2503.16870). Other supports are no law without what is outside, see CELLS.
+    """
     on = columns.on
-    log_q = torch.where(on, columns.log_q, 0.0)
-    leaf = torch.where(on, columns.log_p, 0.0)
-    return Step.of_log_p(*_derive(lambda log_p: divergence(log_p, log_q, on), leaf))
+    count = columns.rows.held("q_draws").to(columns.log_p.dtype)
+    w = torch.where(on, count / count.sum(-1, keepdim=True).clamp(min=1), 0.0)
+    loss = torch.where(on, w * (columns.log_q - columns.log_p), 0.0).sum(-1)
+    return Step.of_log_p(loss, -w)
 
 
 OUTSIDE: dict[str, Callable[[Measure, Columns], Step]] = {

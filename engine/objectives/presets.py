@@ -1,13 +1,28 @@
 """The objectives that have a name, with where they come from and what they ask of a store.
 
-In formulas `~` is "renormalised on S" and sg[] is held fixed. k is each preset's own;
-`find_preset(name, k=...)` gives another.
+In formulas `~` is "renormalised on S", sg[] is held fixed, A = log q - log p, y the sampled id. k
+is each preset's own; `find_objective` gives another, and puts modifiers on.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from logitcask.engine.errors import ObjectiveError
+from logitcask.engine.objectives.modifiers import (
+    AdaptiveTarget,
+    Baseline,
+    Clip,
+    EntropyGate,
+    Extrapolate,
+    Floor,
+    Importance,
+    KeepEntropy,
+    Modifier,
+    Prune,
+    Stepwise,
+)
 from logitcask.engine.objectives.objective import Objective
+
+WHOLE = 65535
+"""The k of an objective that wants every id of the vocabulary: more than a row can hold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,41 +43,60 @@ class Preset:
     """What a reader must know before trusting it; printed with the verdict."""
 
 
+def _on(
+    support: str,
+    k: int,
+    divergence: str = "reverse_kl",
+    outside: str = "renormalize",
+    **more: float,
+) -> Objective:
+    return Objective(
+        support=support, divergence=divergence, outside=outside, form="divergence", k=k, **more
+    )
+
+
+def _drawn(*modifiers: Modifier, support: str = "sampled") -> Objective:
+    return Objective(
+        support=support,
+        divergence="reverse_kl",
+        outside="ignore",
+        form="advantage",
+        k=1,
+        modifiers=modifiers,
+    )
+
+
+_KEPT = "teacher's kept ids, k <= k_min of the score request"
+_TAIL = "teacher's kept ids and tail; k counts kept ids at most, fewer are fine"
+_STUDENT = "teacher's log-probs at the student's stored ids, k <= student_k of the rollouts"
+_TOKEN = "teacher's log-prob of the sampled token"
+_FIXED = "exact at any age"
+_FROZEN = "S(p) is frozen when sampled; watch cache/miss_mass and cache/coverage"
 _ON_POLICY = (
     "the scores stay exact, but the sampled id is a draw of the student that sampled; watch "
-    "cache/drift_k3: above 0.05 be careful, above 0.2 sample again"
+    "cache/drift_k3: above 0.05 be careful, above 0.2 sample again, or add +importance"
 )
+_COVERED = "ids of today's S(p) that were never scored are left out: watch cache/miss_mass"
+_MINUS_A = "The loss shown is -A, an unbiased draw of KL(p || q) on policy; a row's can be < 0."
 
 _ALL = (
     Preset(
         name="overlap",
-        objective=Objective(
-            support="overlap",
-            divergence="reverse_kl",
-            outside="renormalize",
-            form="divergence",
-            k=16,
-        ),
+        objective=_on("overlap", 16),
         source="arXiv 2604.13016, section 4.2, Overlap Top-k",
         formula="KL(p~ || q~) on S = S(p) & S(q), S(p) live",
-        needs="teacher's kept ids, k <= k_min of the score request",
+        needs=_KEPT,
         staleness="exact at any age; watch cache/coverage, below 0.95 the loss sees less of p",
         note="Rows with at most one common id give no gradient and stay in the divisor; "
         "overlap/empty_share counts those with none.",
     ),
     Preset(
         name="opd",
-        objective=Objective(
-            support="student",
-            divergence="reverse_kl",
-            outside="renormalize",
-            form="divergence",
-            k=16,
-        ),
+        objective=_on("student", 16),
         source="arXiv 2604.13016, Eq.5, Student Top-k",
         formula="KL(p~ || q~) on S = S(p) of the student that sampled",
-        needs="teacher's log-probs at the student's stored ids, k <= student_k of the rollouts",
-        staleness="S(p) is frozen when sampled; watch cache/miss_mass and cache/coverage",
+        needs=_STUDENT,
+        staleness=_FROZEN,
     ),
     Preset(
         name="opd_released",
@@ -70,74 +104,201 @@ _ALL = (
             support="student", divergence="reverse_kl", outside="ignore", form="advantage", k=16
         ),
         source="github.com/thunlp/OPD, compute_distillation_reward, weights student_p",
-        formula="-sum_S sg[A] log p, A = -p~ (log p - log q), S as in opd",
-        needs="teacher's log-probs at the student's stored ids, k <= student_k of the rollouts",
-        staleness="S(p) is frozen when sampled; watch cache/miss_mass and cache/coverage",
+        formula="-sum_S sg[p~ A] log p, S as in opd",
+        needs=_STUDENT,
+        staleness=_FROZEN,
         note="Not the gradient of Eq.5: it adds [KL(p~ || q~) + log(m_p / m_q)] grad log m_p, m "
-        "being the mass on S. The loss shown is -sum_S A. The released ratio clipping does nothing "
-        "at one update per rollout, and is left out.",
+        "being the mass on S. The loss shown is -sum_S p~ A. The released ratio clipping does "
+        "nothing at one update per rollout, and is left out: +clip puts it on.",
+    ),
+    Preset(
+        name="non_overlap",
+        objective=_on("non_overlap", 16),
+        source="arXiv 2604.13016, section 4.2, Non-overlap Top-k",
+        formula="KL(p~ || q~) on S = S(p) xor S(q), S(p) live",
+        needs=_KEPT,
+        staleness=_COVERED,
+        note="A control: the paper finds it clearly weaker. The released code weighs its ids by p "
+        "instead of p~.",
+    ),
+    Preset(
+        name="union",
+        objective=_on("union", 16),
+        source="github.com/thunlp/OPD, TOP_K_STRATEGY union, as a divergence",
+        formula="KL(p~ || q~) on S = S(p) | S(q), S(p) live",
+        needs=_KEPT,
+        staleness=_COVERED,
     ),
     Preset(
         name="teacher_topk",
-        objective=Objective(
-            support="teacher",
-            divergence="reverse_kl",
-            outside="renormalize",
-            form="divergence",
-            k=16,
-        ),
+        objective=_on("teacher", 16),
         source="arXiv 2603.25562, teacher local support matching",
         formula="KL(p~ || q~) on S = S(q)",
-        needs="teacher's kept ids, k <= k_min of the score request",
-        staleness="exact at any age",
+        needs=_KEPT,
+        staleness=_FIXED,
         note="The paper uses K = 32 (--k-min 32 when scoring, --k 32 here), rollouts at top-p 0.9, "
         "and masks special tokens; there is no mask here.",
     ),
     Preset(
         name="forward_kl",
-        objective=Objective(
-            support="teacher", divergence="forward_kl", outside="tail", form="divergence", k=64
-        ),
+        objective=_on("teacher", 64, "forward_kl", "tail"),
         source="truncated forward KL with a tail bucket, e.g. arXiv 2503.16870, section 3",
         formula="sum_S q log(q / p) + q_t log(q_t / p_t), t = all outside S = S(q)",
-        needs="teacher's kept ids and tail; k counts kept ids at most, fewer are fine",
-        staleness="exact at any age",
+        needs=_TAIL,
+        staleness=_FIXED,
         note="A bucket pulls all ids outside S alike, in proportion to p.",
     ),
     Preset(
+        name="gkd",
+        objective=_on("teacher", 64, "jsd", "tail", parameter=0.5),
+        source="arXiv 2306.13649, generalised JSD",
+        formula="beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, on S(q) and a "
+        "tail",
+        needs=_TAIL,
+        staleness=_FIXED,
+        note="beta is 0.5: gkd(parameter=0.1) gives another. The on-policy fraction of the paper "
+        "is a matter of which rollouts are in the store.",
+    ),
+    Preset(
+        name="full_vocab",
+        objective=_on("teacher", WHOLE),
+        source="arXiv 2604.13016, Eq.4",
+        formula="KL(p || q)",
+        needs="every id of the vocabulary kept: k_min = its size, for oracles on small ones",
+        staleness=_FIXED,
+    ),
+    Preset(
         name="sampled_token",
-        objective=Objective(
-            support="sampled", divergence="reverse_kl", outside="ignore", form="advantage", k=1
-        ),
+        objective=_drawn(),
         source="arXiv 2604.13016, Eq.3",
-        formula="-sg[A] log p(y), A = log q(y) - log p(y), y the sampled id",
-        needs="teacher's log-prob of the sampled token",
+        formula="-sg[A] log p(y)",
+        needs=_TOKEN,
         staleness=_ON_POLICY,
-        note="The loss shown is -A, an unbiased draw of KL(p || q) on policy; a row's can be < 0.",
+        note=_MINUS_A,
     ),
     Preset(
         name="lightning",
-        objective=Objective(
-            support="sampled", divergence="reverse_kl", outside="ignore", form="advantage", k=1
-        ),
+        objective=_drawn(),
         source="arXiv 2604.13010, Lightning OPD",
-        formula="-sg[A] log p(y), A = log q(y) - log p(y), y from the SFT model, fixed",
+        formula="-sg[A] log p(y), y from the SFT model, fixed",
         needs="teacher's log-prob of the sampled token, on rollouts of the student at its start",
         staleness="off policy by design, rollouts are never renewed; watch cache/drift_k3",
         note="Teacher consistency: the teacher must be the one that made the student's SFT data, "
         "else the gradient has a bias that no amount of data removes. A store cannot show this: "
         "you must know it. On given rollouts it is the estimator of sampled_token.",
     ),
+    Preset(
+        name="exopd",
+        objective=_drawn(Extrapolate(1.25)),
+        source="arXiv 2602.12125, ExOPD, lambda 1.25",
+        formula="-sg[lambda log q + (1 - lambda) log b - log p] log p(y), b the base model",
+        needs=f"{_TOKEN}, and the base model's (score --role base, train --base)",
+        staleness=_ON_POLICY,
+        note="The paper caps importance ratios at 5: exopd+importance(cap=5) does.",
+    ),
+    Preset(
+        name="vopd",
+        objective=_drawn(Baseline("student", 16)),
+        source="arXiv 2605.07865, vOPD",
+        formula="-sg[A + KL(p~ || q~)] log p(y), KL on the live S(p) as far as it was scored",
+        needs=f"{_TOKEN} and at the student's stored ids",
+        staleness=f"{_ON_POLICY}; the baseline changes the variance alone, at any age",
+        note="k is 16, the paper's configuration has 100. " + _MINUS_A,
+    ),
+    Preset(
+        name="vopd_cached",
+        objective=_drawn(Baseline("teacher")),
+        source="vopd with a baseline that any cache serves",
+        formula="-sg[A + KL(p || q)] log p(y), KL coarsened to the teacher's kept ids and a bucket",
+        needs=f"{_TOKEN}, kept ids and tail",
+        staleness=f"{_ON_POLICY}; the baseline changes the variance alone, at any age",
+        note=_MINUS_A,
+    ),
+    Preset(
+        name="eopd",
+        objective=_drawn(Clip(0.2), EntropyGate(0.8, 1.0, 16)),
+        source="arXiv 2603.07079, EOPD",
+        formula="clipped -A log p(y) + [H(q) > 0.8] KL(q || p) on S(q), k 16, and a tail",
+        needs=f"{_TOKEN}, kept ids, tail and the teacher's entropy",
+        staleness=_ON_POLICY,
+        note="The paper does not say what becomes of the mass outside S(q); here it is a bucket.",
+    ),
+    Preset(
+        name="veto",
+        objective=Objective(
+            support="teacher",
+            divergence="reverse_kl",
+            outside="renormalize",
+            form="divergence",
+            k=16,
+            modifiers=(AdaptiveTarget(0.3),),
+        ),
+        source="arXiv 2601.07155, Veto",
+        formula="KL(p~ || Q~) on S(q), Q = q sg[p]^beta",
+        needs=_KEPT,
+        staleness=_FIXED,
+        note="beta is fixed at 0.3; the paper lets it decay. It rests at q^(1 / (1 - beta)), "
+        "sharper than q, not at q.",
+    ),
+    Preset(
+        name="reopold",
+        objective=_drawn(Floor(), KeepEntropy(0.5)),
+        source="arXiv 2603.11137, REOPOLD",
+        formula="-sg[max(A, log(0.2 / 0.8))] log p(y) on the half with the largest entropy",
+        needs=f"{_TOKEN} and the student's entropy",
+        staleness=_ON_POLICY,
+        note="Sources disagree on the floor, see modifiers.Floor. The entropy is that of the "
+        "student that sampled. A floor biases the estimate: it does not rest at p = q alone.",
+    ),
+    Preset(
+        name="prune_opd",
+        objective=Objective(
+            support="student",
+            divergence="reverse_kl",
+            outside="ignore",
+            form="advantage",
+            k=16,
+            modifiers=(Prune(),),
+        ),
+        source="arXiv 2605.07804, Prune-OPD, its code's defaults",
+        formula="w opd_released, w = 1 - 0.02 (rows so far with an overlap under 0.9), >= 0",
+        needs=f"{_STUDENT}; kept ids",
+        staleness=f"{_FROZEN}; w is of the student that sampled",
+    ),
+    Preset(
+        name="sod",
+        objective=_drawn(Stepwise()),
+        source="arXiv 2605.07725, SOD",
+        formula="-w sg[A] log p(y), w = min((d_1 + e) / (d_j + e), 1.5), d_j = mean |A| of step j",
+        needs=_TOKEN,
+        staleness=f"{_ON_POLICY}; w is of the student that sampled",
+        note="A store has no step boundaries: a step is 64 tokens. The outcome reward's advantage "
+        "is left out.",
+    ),
+    Preset(
+        name="async_mc",
+        objective=_drawn(Importance(), support="mc"),
+        source="arXiv 2606.24143, AsyncOPD",
+        formula="-(1 / m) sum_i sg[rho A](v_i) log p(v_i), v_i drawn when sampled, rho = p / p_then",
+        needs="m ids drawn by the student (rollout --mc-draws), scored (score --at mc)",
+        staleness="unbiased at any age for the token, not for its prefix; its variance grows with "
+        "cache/drift_k3",
+    ),
+    Preset(
+        name="rs_kd",
+        objective=Objective(
+            support="teacher_mc",
+            divergence="forward_kl",
+            outside="ignore",
+            form="divergence",
+            k=1,
+        ),
+        source="arXiv 2503.16870, random sampling KD",
+        formula="-(1 / N) sum_i log(p / q)(v_i), v_i drawn from the teacher",
+        needs="N ids drawn by the teacher (score --entry-kind sampled --draws N)",
+        staleness="unbiased at any age for KL(q || p)",
+        note="Draws say nothing of S(q): overlap metrics are of no worth with them.",
+    ),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
-
-
-def find_preset(name: str, *, k: int | None = None) -> Preset:
-    """The preset of this name, with another k if one is given. Raises ObjectiveError."""
-    if name not in PRESETS:
-        raise ObjectiveError(f"unknown objective {name!r}", remedy=f"known: {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    if k is None:
-        return preset
-    return replace(preset, objective=replace(preset.objective, k=k))
