@@ -120,7 +120,7 @@ def run_train(
         notice=notice,
         progress=progress,
     )
-    for line in warnings(preset, report.last):
+    for line in warnings(preset.objective, report.last):
         notice(f"warning: {line}")
     return report
 

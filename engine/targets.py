@@ -7,6 +7,7 @@ token if it is in neither list. Ids are distinct within a row; rows end in paddi
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ class Targets:
         return self._map(lambda tensor: tensor[index])
 
     def columns(self, which: Tensor, on: Tensor) -> "Targets":
-        """Columns `which` [P, n] alone, padding where `on` [P, C] is not; the token's own is lost."""
+        """Columns `which` [P, n] alone, padding where `on` [P, C] is not, without the token's."""
         ids = torch.where(on, self.ids, -1).gather(1, which)
         wide = {
             f.name: value.gather(1, which)
@@ -111,7 +112,8 @@ class Targets:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Targets":
         held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Targets(**{k: None if v is None else change(v) for k, v in held.items()})
+        changed: dict[str, Any] = {k: None if v is None else change(v) for k, v in held.items()}
+        return Targets(**changed)
 
 
 _REMEDIES = {

@@ -13,6 +13,7 @@ and modifiers on it.
     presets.py        the named ones, with their sources              PRESETS
     find.py           a preset from what a person writes
     exactness.py      what a cache can serve of it, in words, or a refusal
+    bounds.py         how far the student may move from what was scored
 
 To add a preset, name a value in PRESETS. To add a divergence, write a few lines of torch on [C, S]
 log-probs and a line in DIVERGENCES; a support or a modifier likewise. Then allow its cells in
@@ -20,7 +21,8 @@ CELLS: the tests check of every allowed cell that its expected gradient is zero 
 near, and that it descends. Nothing here is vocabulary-sized, so no kernel is ever needed.
 """
 
-from logitcask.engine.objectives.exactness import Facts, Verdict, verdict, warnings
+from logitcask.engine.objectives.bounds import Bounds, exceeded, warnings
+from logitcask.engine.objectives.exactness import Facts, Verdict, verdict
 from logitcask.engine.objectives.find import find_preset
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import PRESETS, Preset
@@ -30,11 +32,13 @@ from logitcask.engine.objectives.row_objective import live_k, row_objective
 __all__ = [
     "AGGREGATIONS",
     "PRESETS",
+    "Bounds",
     "Facts",
     "Objective",
     "Preset",
     "Verdict",
     "Weighed",
+    "exceeded",
     "find_preset",
     "live_k",
     "row_objective",

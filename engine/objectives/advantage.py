@@ -1,4 +1,4 @@
-"""The advantage form: -sum_S w A grad log p with A = log q - log p and w held fixed, as the released
+"""The advantage form: -sum_S w A grad log p, A = log q - log p and w held fixed, as the released
 code of arXiv 2604.13016 has it (compute_distillation_reward). The loss shown is -sum_S w A.
 
 On the sampled token w = 1, and the mean over draws is the gradient of KL(p || q) (Eq.3). On ids

@@ -4,16 +4,12 @@ Three things can each be exact or not, whatever the objective: the scores at the
 the set of those ids, and the estimator. The prefixes are always those of the rollouts.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.objective import Objective
-from logitcask.engine.objectives.presets import Preset
-
-COVERAGE_WARN = 0.95
-DRIFT_WARN = 0.05
-"""Nats of k3."""
+from logitcask.engine.objectives.presets import WHOLE, Preset
+from logitcask.engine.objectives.supports import DRAWN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +40,16 @@ class Facts:
     """The student has the digest that sampled: two runs of one root may reach one version."""
     allow_foreign: bool = False
     """`--foreign-student`."""
+    n_vocab: int = 0
+    """Ids that both tokenizers know."""
+    mc_draws: int = 0
+    """Ids that the rollouts' student drew a position, beside its tokens."""
+    at_mc: bool = False
+    """The teacher was asked at all of those."""
+    q_draws: int = 0
+    """Ids that the teacher drew a position; 0 where its best ids were kept."""
+    base: bool = False
+    """A base model's scores are at hand."""
 
     @property
     def ages(self) -> tuple[int | None, ...]:
@@ -53,10 +59,6 @@ class Facts:
         if not self.same_root:
             return (None,)
         return tuple(self.student_version - version for version in self.versions)
-
-    @property
-    def on_policy(self) -> bool:
-        return self.ages == (0,) and self.same_weights and self.plain_sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +83,16 @@ class Verdict:
 def verdict(what: Objective | Preset, facts: Facts) -> Verdict:
     """Labels of this objective on this cache. Raises ObjectiveError where it cannot be served."""
     objective = what.objective if isinstance(what, Preset) else what
+    _check_draws(objective, facts)
     _check_k(objective, facts)
     if objective.support == "student":
         _check_student(objective, facts)
+    if objective.needs_base and not facts.base:
+        raise ObjectiveError(
+            "this objective compares with a base model, and none was named",
+            remedy="score the rollouts with it (score --role base), and name its scores with "
+            "--base",
+        )
     notes = [what.note] if isinstance(what, Preset) and what.note else []
     if not facts.same_root:
         notes.append("Foreign student: another model sampled these rollouts, ages are unknown.")
@@ -93,7 +102,7 @@ def verdict(what: Objective | Preset, facts: Facts) -> Verdict:
             "it is trained on the prompts as held."
         )
     return Verdict(
-        scores=_scores(objective),
+        scores=_scores(objective, facts),
         support=_support(objective, facts),
         estimator=_estimator(objective, facts),
         prefixes=_prefixes(facts),
@@ -101,33 +110,44 @@ def verdict(what: Objective | Preset, facts: Facts) -> Verdict:
     )
 
 
-def warnings(what: Objective | Preset, metrics: Mapping[str, float | None]) -> list[str]:
-    """What the metrics of an update say against this objective on this cache; for a person.
-
-    The bounds are starting values, not yet calibrated; nothing is skipped because of them.
-    """
-    objective = what.objective if isinstance(what, Preset) else what
-    found = []
-    coverage, drift = metrics.get("cache/coverage"), metrics.get("cache/drift_k3")
-    live = objective.support in ("overlap", "student")
-    if live and coverage is not None and coverage < COVERAGE_WARN:
-        found.append(
-            f"cache/coverage = {coverage:.3f}: only that share of the student's mass has a score, "
-            f"and under {COVERAGE_WARN} the loss sees too little of it; score with a larger "
-            "--k-max, or sample and score again"
+def _check_draws(objective: Objective, facts: Facts) -> None:
+    if objective.support == "teacher_mc" and not facts.q_draws:
+        raise ObjectiveError(
+            "these scores are the teacher's best ids, and this objective averages over its draws",
+            remedy="score again, under another name, with --entry-kind sampled --draws 50",
         )
-    if objective.support == "sampled" and drift is not None and drift > DRIFT_WARN:
-        found.append(
-            f"cache/drift_k3 = {drift:.3f} nats: over {DRIFT_WARN} the sampled ids are no longer "
-            "draws of this student; sample and score again"
+    if objective.support not in DRAWN and facts.q_draws:
+        raise ObjectiveError(
+            f"these scores are {facts.q_draws} ids drawn from the teacher, and support "
+            f"{objective.support!r} is made of best ids",
+            remedy="train with --objective rs_kd, or on scores that were made without --draws",
         )
-    return found
+    if objective.support == "mc" and not (facts.mc_draws and facts.at_mc):
+        had = "were not asked of this teacher" if facts.mc_draws else "are not in these rollouts"
+        raise ObjectiveError(
+            f"this objective averages over ids that the student drew, and they {had}",
+            remedy="sample with --mc-draws 16 and score with --at mc, or train with --objective "
+            "sampled_token",
+        )
 
 
 def _check_k(objective: Objective, facts: Facts) -> None:
+    if objective.support in DRAWN:
+        return
     # With a tail any kept list is exact for what it coarsens to; elsewhere S(q) must be known.
-    in_teacher = objective.support in ("teacher", "overlap") and objective.outside != "tail"
-    if in_teacher and objective.k > facts.k_min:
+    coarse = objective.outside == "tail" and objective.support in ("teacher", "overlap")
+    if coarse or objective.support == "student":
+        return
+    if objective.k >= WHOLE and 0 < facts.n_vocab <= facts.k_min:
+        return
+    if objective.k >= WHOLE:
+        raise ObjectiveError(
+            f"this objective looks at the whole vocabulary, {facts.n_vocab} ids, and k_min = "
+            f"{facts.k_min} of these scores",
+            remedy=f"score again with --k-min {facts.n_vocab} --k-max {facts.n_vocab} where that "
+            "is affordable, or train with --objective gkd or forward_kl",
+        )
+    if objective.k > facts.k_min:
         also = f" --k-max {objective.k}" if objective.k > facts.k_max else ""
         raise ObjectiveError(
             f"k = {objective.k} is more than k_min = {facts.k_min} of these scores: some rows hold "
@@ -159,47 +179,73 @@ def _check_student(objective: Objective, facts: Facts) -> None:
         )
 
 
-def _scores(objective: Objective) -> str:
+def _scores(objective: Objective, facts: Facts) -> str:
     if objective.outside == "tail":
         first = f"first {objective.k} kept ids" if objective.support == "teacher" else "support"
         return f"exact for both models coarsened to the {first} and one bucket: a lower bound of KL"
+    top = "every id" if objective.k >= WHOLE else f"the teacher's top-{objective.k}"
+    live = f"exact where there are any: {top}, and what else of today's student was scored"
     return {
-        "teacher": f"exact: every row holds the teacher's top-{objective.k}",
-        "overlap": f"exact: every row holds the teacher's top-{objective.k}",
+        "teacher": f"exact: every row holds {top}",
+        "overlap": f"exact: every row holds {top}",
+        "union": live,
+        "non_overlap": live,
         "student": "exact: the teacher was asked at the student's ids",
         "sampled": "exact: the teacher's log-prob of the sampled id",
+        "mc": "exact: the teacher was asked at the drawn ids",
+        "teacher_mc": "exact: the teacher's log-prob of the ids it drew",
     }[objective.support]
 
 
 def _support(objective: Objective, facts: Facts) -> str:
     k = objective.k
+    missing = "what was never scored of it is missing, see cache/miss_mass"
     return {
-        "teacher": f"fixed: the teacher's top-{k}",
+        "teacher": "fixed: the vocabulary" if k >= WHOLE else f"fixed: the teacher's top-{k}",
         "overlap": f"live: the student's top-{k} of today within the teacher's, which never leaves "
         "what was scored",
+        "union": f"live: the student's top-{k} of today and the teacher's; {missing}",
+        "non_overlap": f"live: what only one of the two top-{k} of today holds; {missing}",
         "student": f"frozen: the top-{k} of the student that sampled ({_prefixes(facts)}); "
         "today's may differ, see cache/miss_mass",
         "sampled": "fixed: the sampled id",
+        "mc": f"fixed: {facts.mc_draws} ids that the student drew when it sampled",
+        "teacher_mc": f"fixed: {facts.q_draws} ids that the teacher drew",
     }[objective.support]
 
 
 def _estimator(objective: Objective, facts: Facts) -> str:
-    if objective.support != "sampled":
+    if objective.support not in DRAWN:
         if objective.form == "advantage":
             return "deterministic, though not the gradient of a divergence"
         return "deterministic"
-    if facts.on_policy:
+    if objective.support == "teacher_mc":
+        return f"{facts.q_draws} draws per position, unbiased for KL(q || p) at any age"
+    mc = objective.support == "mc"
+    draws = f"{facts.mc_draws} draws" if mc else "one draw"
+    names = {modifier.name for modifier in objective.modifiers}
+    if "floor" in names:
+        return f"{draws} per position, biased by the floor"
+    # The MC ids come from the whole law at temperature 1, however the token was sampled.
+    whole = facts.plain_sampling or mc
+    if "importance" in names and whole:
+        return (
+            f"{draws} per position, importance-weighted: unbiased for KL(p || q) at any age, "
+            "though not for the prefixes"
+        )
+    if facts.ages == (0,) and facts.same_weights and whole:
         when = "first update" if facts.versions else "first update of a round"
         return (
-            f"one draw per position, unbiased for KL(p || q) at age 0, off policy after the {when}"
+            f"{draws} per position, unbiased for KL(p || q) at age 0, off policy after the {when}"
         )
     ages = ", ".join("unknown" if age is None else str(age) for age in facts.ages)
-    how = "" if facts.plain_sampling else ", from a tempered or truncated distribution"
+    how = "" if whole else ", from a tempered or truncated distribution"
     if facts.ages == (0,) and not facts.same_weights:
         how += ", but of another run"
-    return (
-        f"one draw per position, biased: off policy (age {ages}{how}) and not importance-weighted"
+    weighed = (
+        "importance-weighted all the same" if "importance" in names else ("not importance-weighted")
     )
+    return f"{draws} per position, biased: off policy (age {ages}{how}) and {weighed}"
 
 
 def _prefixes(facts: Facts) -> str:

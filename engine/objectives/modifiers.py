@@ -40,7 +40,6 @@ class Modifier:
     live_k: ClassVar[int] = 0
     """Ids of the live top-k that it looks at."""
     needs_base: ClassVar[bool] = False
-    needs_student_lists: ClassVar[bool] = False
     keeps_sum: ClassVar[bool] = True
     """A renormalised objective stays one: its derivatives by log p still sum to zero."""
 
@@ -206,7 +205,6 @@ class Clip(Modifier):
     """
 
     name: ClassVar[str] = "clip"
-    needs_student_lists: ClassVar[bool] = True
     epsilon: float = 0.2
     dual: float = 3.0
 
@@ -271,7 +269,6 @@ class Prune(Modifier):
 
     name: ClassVar[str] = "prune"
     scope: ClassVar[str] = "sequence"
-    needs_student_lists: ClassVar[bool] = True
     overlap: float = 0.9
     drop: float = 0.02
     floor: float = 0.0

@@ -48,10 +48,10 @@ def _on(
     k: int,
     divergence: str = "reverse_kl",
     outside: str = "renormalize",
-    **more: float,
+    parameter: float | None = None,
 ) -> Objective:
     return Objective(
-        support=support, divergence=divergence, outside=outside, form="divergence", k=k, **more
+        support=support, divergence=divergence, outside=outside, form="divergence", k=k, parameter=parameter
     )
 
 
@@ -279,7 +279,7 @@ _ALL = (
         name="async_mc",
         objective=_drawn(Importance(), support="mc"),
         source="arXiv 2606.24143, AsyncOPD",
-        formula="-(1 / m) sum_i sg[rho A](v_i) log p(v_i), v_i drawn when sampled, rho = p / p_then",
+        formula="-(1 / m) sum_i sg[rho A](v_i) log p(v_i), v_i drawn by p_then, rho = p / p_then",
         needs="m ids drawn by the student (rollout --mc-draws), scored (score --at mc)",
         staleness="unbiased at any age for the token, not for its prefix; its variance grows with "
         "cache/drift_k3",

@@ -1,4 +1,4 @@
-"""What a row's loss weighs in an update: the aggregation, and modifiers of scope sequence and batch.
+"""What a row weighs in an update: the aggregation, and modifiers of scope sequence and batch.
 
 These look at what the store holds of the student that sampled and of the teacher, never at the live
 student: so they are known before the first forward pass, and neither packing, accumulation nor the
@@ -15,7 +15,7 @@ from logitcask.engine.objectives.modifiers import KeepEntropy, Prune, Stepwise
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.targets import Targets
 
-AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
+AGGREGATIONS = ("token-mean", "sequence-mean", "sequence-sum")
 STEP_EPSILON = 1e-6
 """SOD's e."""
 
@@ -35,18 +35,18 @@ def weigh(
 ) -> Weighed:
     """Weights of the rows that one update has on this process. A sequence never spans packed rows.
 
-    token_mean: over all positions of the update. sequence_mean: the mean over sequences of the mean
-    over their positions. sequence_sum: the mean over sequences of the sum over their positions.
+    token-mean: over all positions of the update. sequence-mean: the mean over sequences of the mean
+    over their positions. sequence-sum: the mean over sequences of the sum over their positions.
     gathered: a value of every process, in their order; called as often by all of them.
     """
     weights, divisor = [], torch.zeros((), dtype=torch.float64)
     for rows in packed:
         each = _sums(rows, rows.weight)
-        if aggregation == "sequence_mean":
+        if aggregation == "sequence-mean":
             weights.append(rows.weight / each[rows.sequence].clamp(min=1e-9))
         else:
             weights.append(rows.weight)
-        total = each if aggregation == "token_mean" else each > 0
+        total = each if aggregation == "token-mean" else each > 0
         divisor += total.sum(dtype=torch.float64)
     for modifier in objective.modifiers:
         if isinstance(modifier, Prune):

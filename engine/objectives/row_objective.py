@@ -9,6 +9,7 @@ from torch import Tensor
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.metrics import METRIC_K, row_metrics
 from logitcask.engine.objectives.advantage import advantage
+from logitcask.engine.objectives.bounds import SKIPPED, Bounds, beyond, left_out
 from logitcask.engine.objectives.columns import Columns, Step, columns_on
 from logitcask.engine.objectives.divergences import DIVERGENCES
 from logitcask.engine.objectives.objective import Objective
@@ -17,6 +18,8 @@ from logitcask.engine.objectives.supports import LIVE, SUPPORTS
 from logitcask.engine.targets import BEYOND, Targets
 from logitcask.kernels.sparse_kl import RowGrad, RowObjective, RowView
 
+NO_BOUNDS = Bounds()
+
 
 def live_k(objective: Objective, n_vocab: int, *, metric_k: int = METRIC_K) -> int:
     """How many live top ids a RowView must hold for this objective and the metrics."""
@@ -24,11 +27,16 @@ def live_k(objective: Objective, n_vocab: int, *, metric_k: int = METRIC_K) -> i
 
 
 def row_objective(
-    objective: Objective, targets: Targets, *, metric_k: int = METRIC_K
+    objective: Objective,
+    targets: Targets,
+    *,
+    metric_k: int = METRIC_K,
+    bounds: Bounds = NO_BOUNDS,
 ) -> RowObjective:
     """`objective` on the rows of `targets`, as the kernels call it; `view.index` picks the rows.
 
-    The kernels' k must be `live_k(objective, n_vocab)`; a smaller one raises ObjectiveError.
+    With bounds that skip, a row beyond them has loss and gradient 0, and a metric counts it. The
+    kernels' k must be `live_k(objective, n_vocab)`; a smaller one raises ObjectiveError.
     """
 
     def answer(view: RowView) -> RowGrad:
@@ -38,7 +46,11 @@ def row_objective(
         on = SUPPORTS[objective.support](places, rows, objective.k)
         columns = columns_on(rows, view.log_p, places, on, objective.support)
         made = step_of(objective, columns)
-        return RowGrad(*made, metrics=row_metrics(view, rows, k=metric_k, places=places))
+        metrics = row_metrics(view, rows, k=metric_k, places=places)
+        if (skip := beyond(objective, metrics, bounds)) is not None:
+            metrics[SKIPPED] = skip.to(made.loss.dtype)
+            made = Step(*left_out(skip, *made))
+        return RowGrad(*made, metrics=metrics)
 
     return answer
 

@@ -5,7 +5,7 @@ whole vocabulary. It shares no line with the engine.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +41,20 @@ def make_full(
     student_k: int = 4,
     kept: Sequence[int] | int = 5,
     token: Sequence[int] | int = 0,
+    mc: Sequence[Mapping[int, int]] | None = None,
+    q_draws: Sequence[Mapping[int, int]] | None = None,
+    base: Tensor | None = None,
 ) -> Full:
-    """`kept` and `token` per row, or for all. `old` is `live` if not given."""
+    """`kept` and `token` per row, or for all. `old` is `live` if not given. `mc` and `q_draws` are
+    the ids that the old student and the teacher drew in each row, with how often; with `q_draws`
+    the teacher kept no list. `base` are logits of a base model, known at every column.
+    """
     old = live if old is None else old
     rows, vocab = live.shape
     log_old, log_q = old.log_softmax(-1), teacher.log_softmax(-1)
     kept_of = [kept] * rows if isinstance(kept, int) else list(kept)
     token_of = [token] * rows if isinstance(token, int) else list(token)
-    kept_of = [min(n, vocab) for n in kept_of]
+    kept_of = [0 if q_draws else min(n, vocab) for n in kept_of]
     lists: list[list[int]] = []
     cached_of: list[int] = []
     student_of: list[int] = []
@@ -58,6 +64,8 @@ def make_full(
         student_of.append(len(ids))
         ranks = {v: rank for rank, v in enumerate(ranking(teacher[r])[: kept_of[r]])}
         ids = ids + [v for v in ranks if v not in ids]
+        for drawn in (mc, q_draws):
+            ids = ids + [v for v in (drawn[r] if drawn else ()) if v not in ids]
         cached_of.append(len(ids))
         rank_of.append(ranks)
         lists.append(ids if token_of[r] in ids else [*ids, token_of[r]])
@@ -73,6 +81,21 @@ def make_full(
         rest = [v for v in range(vocab) if v not in ids[: cached_of[r]]]
         tail[r] = log_q[r, rest].logsumexp(-1)
     column = torch.arange(width)
+    column_of = [{v: c for c, v in enumerate(ids)} for ids in lists]
+
+    def counts(drawn: Sequence[Mapping[int, int]] | None) -> Tensor | None:
+        if drawn is None:
+            return None
+        out = torch.zeros((rows, width), dtype=torch.int64)
+        for r, of in enumerate(drawn):
+            for v, n in of.items():
+                out[r, column_of[r][v]] = n
+        return out
+
+    at_ids = ids_of.clamp(min=0)
+    mc_count = counts(mc)
+    old_at = torch.where(ids_of < 0, -math.inf, log_old.gather(1, at_ids))
+    base_at = None if base is None else base.log_softmax(-1).gather(1, at_ids)
     at_token = torch.tensor(token_of)
     row = torch.arange(rows)
     targets = Targets(
@@ -92,6 +115,14 @@ def make_full(
         b_lp=log_old[row, at_token],
         q_token_lp=log_q[row, at_token],
         version=torch.zeros(rows, dtype=torch.int64),
+        sequence=torch.zeros(rows, dtype=torch.int64),
+        position=row,
+        s_log_p=torch.where(column < torch.tensor(student_of)[:, None], old_at, -math.inf),
+        mc_count=mc_count,
+        mc_log_p=None if mc_count is None else torch.where(mc_count > 0, old_at, -math.inf),
+        q_draws=counts(q_draws),
+        base_log_p=base_at,
+        base_token_lp=None if base is None else base.log_softmax(-1)[row, at_token],
     )
     return Full(live=live, old=old, teacher=teacher, targets=targets)
 
@@ -111,13 +142,23 @@ def support(objective: Objective, full: Full, r: int) -> list[int]:
     """The ids of row r, from the full distributions."""
     k = objective.k
     teacher = ranking(full.teacher[r])[: min(k, int(full.targets.kept[r]))]
+    today = ranking(full.live[r])[:k]
+    known = full.targets.ids[r][full.targets.cached[r]].tolist()
     ids = {
         "teacher": teacher,
         "student": ranking(full.old[r])[:k],
         "overlap": [v for v in ranking(full.live[r])[:k] if v in teacher],
+        "union": [v for v in known if v in teacher or v in today],
+        "non_overlap": [v for v in known if (v in teacher) != (v in today)],
         "sampled": [int(full.targets.token[r])],
+        "mc": _drawn(full.targets.mc_count, full, r),
+        "teacher_mc": _drawn(full.targets.q_draws, full, r),
     }[objective.support]
     return [v for v in ids if full.live[r, v] > -math.inf and full.teacher[r, v] > -math.inf]
+
+
+def _drawn(count: Tensor | None, full: Full, r: int) -> list[int]:
+    return [] if count is None else full.targets.ids[r][count[r] > 0].tolist()
 
 
 def truth(objective: Objective, full: Full) -> tuple[Tensor, Tensor]:
@@ -128,7 +169,13 @@ def truth(objective: Objective, full: Full) -> tuple[Tensor, Tensor]:
     for r in range(len(z)):
         ids = support(objective, full, r)
         rest = [v for v in range(z.shape[1]) if v not in ids]
-        loss, surrogate = _row(objective, log_p[r], log_q[r], ids, rest)
+        count = full.targets.mc_count if objective.support == "mc" else full.targets.q_draws
+        draws = None
+        if objective.support in ("mc", "teacher_mc"):
+            assert count is not None
+            all_ids = full.targets.ids[r].tolist()
+            draws = count[r, [all_ids.index(v) for v in ids]].double() / count[r].sum()
+        loss, surrogate = _row(objective, log_p[r], log_q[r], ids, rest, draws)
         losses.append(loss.detach())
         descended.append(surrogate)
     (grad,) = torch.autograd.grad(torch.stack(descended).sum(), z)
@@ -136,7 +183,12 @@ def truth(objective: Objective, full: Full) -> tuple[Tensor, Tensor]:
 
 
 def _row(
-    objective: Objective, log_p: Tensor, log_q: Tensor, ids: list[int], rest: list[int]
+    objective: Objective,
+    log_p: Tensor,
+    log_q: Tensor,
+    ids: list[int],
+    rest: list[int],
+    draws: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, what autograd descends) of one row."""
     nothing = log_p.nan_to_num(0, 0, 0).sum() * 0
@@ -144,14 +196,34 @@ def _row(
         return nothing, nothing
     p, q = log_p[ids], log_q[ids]
     if objective.form == "advantage":
-        weight = p.softmax(-1).detach()
+        weight = {
+            "student_p": p.softmax(-1).detach(),
+            "teacher_p": q.softmax(-1),
+            "none": torch.full_like(q, 1 / len(ids)),
+        }[objective.weights]
+        weight = weight if draws is None else draws
         fixed = weight * (p - q).detach()
         return fixed.sum(), (fixed * p).sum()
+    if draws is not None:
+        loss = (draws * (q - p)).sum()
+        return loss, loss
     if objective.outside == "renormalize":
         p, q = p - p.logsumexp(-1), q - q.logsumexp(-1)
     elif log_q[rest].exp().sum() > 0:
         tail_p, tail_q = log_p[rest].logsumexp(-1), log_q[rest].logsumexp(-1)
         p, q = torch.cat([p, tail_p[None]]), torch.cat([q, tail_q[None]])
-    first, second = (p, q) if objective.divergence == "reverse_kl" else (q, p)
-    loss = nothing + sum((a.exp() * (a - b) for a, b in zip(first, second, strict=True)), nothing)
+    loss = nothing + _divergence(objective, p.exp(), q.exp())
     return loss, loss
+
+
+def _divergence(objective: Objective, p: Tensor, q: Tensor) -> Tensor:
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum()
+
+    t = objective.parameter or 0.0
+    if objective.divergence == "reverse_kl":
+        return kl(p, q)
+    if objective.divergence == "forward_kl":
+        return kl(q, p)
+    m = t * q + (1 - t) * p
+    return kl(q, m) if objective.divergence == "skew" else t * kl(q, m) + (1 - t) * kl(p, m)
