@@ -1,12 +1,14 @@
 """What the store knows of P rows, padded to C columns: everything an objective may look at.
 
 A column is one vocabulary id of one row. Columns come in this order: the student's stored ids as
-they were stored (its top-k, best first), the teacher's other kept ids (best first), and the sampled
-token if it is in neither list. Ids are distinct within a row; rows end in padding.
+they were stored (its top-k, best first), the teacher's other known ids (best first), ids that the
+student drew and the teacher was not asked at, and the sampled token if it is none of these. Ids are
+distinct within a row; rows end in padding.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +28,13 @@ class Targets:
     ids: Tensor
     """[P, C] int64; -1 where a row has no such column."""
     q_log_p: Tensor
-    """[P, C] float32, the teacher's log-prob; -inf at padding."""
+    """[P, C] float32, the teacher's log-prob; -inf at padding and where it is not known."""
     q_rank: Tensor
     """[P, C] int64, 0-based place in the teacher's kept list, or BEYOND."""
     in_student: Tensor
     """[P, C] bool, in the student's stored list; column c < k of it is in its top-k."""
     cached: Tensor
-    """[P, C] bool, in one of the two lists; False at padding and at a token in neither."""
+    """[P, C] bool, the teacher's log-prob is stored; False at padding and at a token in no list."""
     token_col: Tensor
     """[P] int64, column of the sampled token."""
     kept: Tensor
@@ -51,6 +53,28 @@ class Targets:
     """[P] float32, the teacher's log-prob of the sampled token."""
     version: Tensor
     """[P] int64, version of that student."""
+    sequence: Tensor | None = None
+    """[P] int64, which sequence of the batch the row belongs to, from 0 in order."""
+    position: Tensor | None = None
+    """[P] int64, r: the row predicts response token r of its sequence."""
+    s_log_p: Tensor | None = None
+    """[P, C] float32, log-prob by the student that sampled at the ids of its stored list; -inf
+    elsewhere."""
+    mc_count: Tensor | None = None
+    """[P, C] int64, how often that student drew the id from its whole softmax at temperature 1;
+    0 = never. None where the rollouts hold no such draws."""
+    mc_log_p: Tensor | None = None
+    """[P, C] float32, that student's log-prob at the ids it drew; -inf elsewhere."""
+    q_draws: Tensor | None = None
+    """[P, C] int64, how often the teacher drew the id. None where its ids are its best ones."""
+    base_log_p: Tensor | None = None
+    """[P, C] float32, log-prob by the model that the teacher was made from; NaN where it was not
+    asked. None without one."""
+    base_token_lp: Tensor | None = None
+    """[P] float32, that model's log-prob of the sampled token."""
+    reward: Tensor | None = None
+    """[P] float32, the reward of the row's sequence; NaN where it has none. None where the store
+    holds none."""
 
     def __len__(self) -> int:
         return len(self.token)
@@ -72,4 +96,5 @@ class Targets:
         return self._map(lambda tensor: tensor.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Targets":
-        return Targets(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+        every: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: change(t) for n, t in every.items() if t is not None})
