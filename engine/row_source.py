@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcask.engine.columns import NOTHING, targets_of, tensor
+from logitcask.engine.columns import nothing, targets_of, tensor
 from logitcask.engine.errors import IncompleteError, StoreError
 from logitcask.engine.identity import digest
 from logitcask.engine.plan import WINDOW_BYTES, Lengths
 from logitcask.engine.store import Chain, Pin, Segment, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.unit import Unit, size_of
+from logitcask.engine.store.unit import Unit, dtypes_of, size_of
 from logitcask.engine.targets import Targets
 from logitcask.engine.types import Array
 
@@ -54,14 +54,16 @@ class RowSource:
         rollouts_name: str,
         teacher: str,
         *,
+        base: str | None = None,
         partial: bool = False,
         only: Callable[[Segment], bool] | None = None,
         memory_bytes: int = WINDOW_BYTES,
         cache: UnitCache | None = None,
     ) -> None:
-        """`only` picks among the rollout segments of the name. `memory_bytes` bounds the decoded
-        units that are kept, beside those that are being decoded ahead; with a `cache` they are
-        files, and memory is the system's affair.
+        """`base` names scores of the model that the teacher was made from. `only` picks among the
+        rollout segments of the name. `memory_bytes` bounds the decoded units that are kept, beside
+        those that are being decoded ahead; with a `cache` they are files, and memory is the
+        system's affair.
 
         Raises StoreError if the names hold nothing, IncompleteError if units are missing and
         `partial` does not allow that.
@@ -71,17 +73,23 @@ class RowSource:
         self._memory_bytes = memory_bytes
         self._start()
         scores = pin.scores(teacher)
+        of_base = {} if base is None else pin.scores(base)
         segments = tuple(s for s in pin.rollouts(rollouts_name) if only is None or only(s))
         if not partial:
             check_complete(store, segments, scores, rollouts_name, teacher)
+            if base is not None:
+                check_complete(store, segments, of_base, rollouts_name, base)
         self.pairs: tuple[tuple[Segment, Chain], ...] = tuple(
-            (segment, scores[segment.seg_id]) for segment in segments if segment.seg_id in scores
+            (segment, scores[segment.seg_id])
+            for segment in segments
+            if segment.seg_id in scores and (base is None or segment.seg_id in of_base)
         )
         """(rollout segment, its scores): the ordinals of a plan."""
+        self._bases: tuple[Chain, ...] = tuple(of_base.get(s.seg_id, ()) for s, _ in self.pairs)
         if not self.pairs:
             raise StoreError(
-                f"{store.url} has no rollouts {rollouts_name!r} with scores of {teacher!r} at log "
-                f"number {pin.number}",
+                f"{store.url} has no rollouts {rollouts_name!r} with scores of {teacher!r}"
+                f"{'' if base is None else f' and {base!r}'} at log number {pin.number}",
                 remedy=f"it has rollouts {pin.names('rollout')} and scores {pin.names('score')}",
             )
 
@@ -102,7 +110,7 @@ class RowSource:
     def lengths(self) -> list[Lengths]:
         """Of every unit, in the ordinals of a plan."""
         found = []
-        for segment, chain in self.pairs:
+        for (segment, chain), base in zip(self.pairs, self._bases, strict=True):
             extent = self._store.read_extent(segment)
             found.append(
                 Lengths(
@@ -111,7 +119,7 @@ class RowSource:
                     seq_prompt=extent.seq_prompt,
                     prompt=extent.prompt[extent.seq_prompt],
                     response=extent.response,
-                    size_bytes=size_of(segment, chain),
+                    size_bytes=size_of(segment, chain, base),
                 )
             )
         return found
@@ -120,10 +128,14 @@ class RowSource:
         """The packed row of [n, 2] (unit ordinal, sequence); no members give a row of one token and
         no targets, whose loss is zero.
         """
-        parts = [self._unit(int(o)).sequence(int(s)) for o, s in members] or [NOTHING]
+        parts = [self._unit(int(o)).sequence(int(s)) for o, s in members]
+        # All units of one name have the same arrays.
+        parts = parts or [nothing(dtypes_of(*self.pairs[0], self._bases[0]))]
         flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         tokens = [len(part["input_ids"]) for part in parts]
         first = np.cumsum([0, *tokens[:-1]])
+        rows = [len(part["token"]) for part in parts]
+        flat["sequence"] = np.repeat(np.arange(len(parts)), rows)
         predict_at = [part["predict_at"] + at for part, at in zip(parts, first, strict=True)]
         return PackedRow(
             input_ids=tensor(flat["input_ids"])[None],
@@ -156,9 +168,8 @@ class RowSource:
         return unit
 
     def _read(self, ordinal: int) -> Unit:
-        if self._cache is not None:
-            return self._cache.unit(self._store, *self.pairs[ordinal])
-        return read_unit(self._store, *self.pairs[ordinal])
+        read = read_unit if self._cache is None else self._cache.unit
+        return read(self._store, *self.pairs[ordinal], self._bases[ordinal])
 
 
 def check_complete(

@@ -1,8 +1,9 @@
 """What the store knows of P rows, padded to C columns: everything an objective may look at.
 
 A column is one vocabulary id of one row. Columns come in this order: the student's stored ids as
-they were stored (its top-k, best first), the teacher's other kept ids (best first), and the sampled
-token if it is in neither list. Ids are distinct within a row; rows end in padding.
+they were stored (its top-k, best first), the teacher's other known ids (best first), ids that the
+student drew and the teacher was not asked at, and the sampled token if it is none of these. Ids are
+distinct within a row; rows end in padding.
 """
 
 from collections.abc import Callable
@@ -29,13 +30,13 @@ class Targets:
     ids: Tensor
     """[P, C] int64; -1 where a row has no such column."""
     q_log_p: Tensor
-    """[P, C] float32, the teacher's log-prob; -inf at padding."""
+    """[P, C] float32, the teacher's log-prob; -inf at padding and where it is not known."""
     q_rank: Tensor
     """[P, C] int64, 0-based place in the teacher's kept list, or BEYOND."""
     in_student: Tensor
     """[P, C] bool, in the student's stored list; column c < k of it is in its top-k."""
     cached: Tensor
-    """[P, C] bool, in one of the two lists; False at padding and at a token in neither."""
+    """[P, C] bool, the teacher's log-prob is stored; False at padding and at a token in no list."""
     token_col: Tensor
     """[P] int64, column of the sampled token."""
     kept: Tensor
@@ -71,6 +72,9 @@ class Targets:
     """[P, C] float32, the base model's log-prob; NaN where it was not asked."""
     base_token_lp: Tensor | None = None
     """[P] float32, of the sampled token."""
+    reward: Tensor | None = None
+    """[P] float32, the reward of the row's sequence; NaN where it has none. None where the store
+    holds none."""
 
     def __len__(self) -> int:
         return len(self.token)

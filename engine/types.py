@@ -199,6 +199,22 @@ class CachedScores:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """Ids that the student drew on P rows, with replacement, from its full softmax at temperature
+    1: flat, rows ragged, distinct within a row, best first.
+    """
+
+    cnt: Array
+    """[P] uint16, distinct ids of each row."""
+    ids: Array
+    """[E] uint32."""
+    mult: Array
+    """[E] uint16, how often each was drawn: the same sum in every row."""
+    lp: Array
+    """[E] float32, the student's log-probs at them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
     """One rollout unit: M prompts, N sequences, P positions, the student's own scores of them."""
 
@@ -221,6 +237,8 @@ class Rollouts:
     """[N] int64, ... and at the last."""
     student: Scores | None = None
     """The student's scores of its own rollouts (temperature 1, unfiltered); None before."""
+    draws: Draws | None = None
+    """What else it drew on every row (Monte Carlo ids); None where it was not asked to."""
     segment: str = ""
     """seg_id of the segment that they were read from; empty for new ones."""
 

@@ -23,10 +23,10 @@ from logitcask.engine.identity import canonical, digest
 from logitcask.engine.store.pin import Chain
 from logitcask.engine.store.segment import Segment, sha256
 from logitcask.engine.store.store import Store
-from logitcask.engine.store.unit import DTYPES, Unit, unit_of
+from logitcask.engine.store.unit import DTYPES, Unit, dtypes_of, unit_of
 from logitcask.engine.types import Array
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Goes into the name: another meaning of the files makes another folder."""
 
 
@@ -37,15 +37,16 @@ class UnitCache:
         self._folder = folder
         self._verify = verify
 
-    def unit(self, store: Store, rollout: Segment, chain: Chain) -> Unit:
+    def unit(self, store: Store, rollout: Segment, chain: Chain, base: Chain = ()) -> Unit:
         """The unit, mapped; it is decoded and written first if the cache has not got it.
 
         Raises IntegrityError for a damaged cache, StoreError where it cannot be written.
         """
-        place = self._folder / _name(rollout, chain)
+        place = self._folder / _name(rollout, chain, base)
         if not place.is_dir():
-            self._write(place, read_unit(store, rollout, chain))
-        return Unit({name: self._mapped(place, name) for name in DTYPES})
+            self._write(place, read_unit(store, rollout, chain, base))
+        names = dtypes_of(rollout, chain, base)
+        return Unit({name: self._mapped(place, name) for name in names})
 
     def _write(self, place: Path, unit: Unit) -> None:
         temporary = place.with_name(f".{uuid.uuid4().hex}")
@@ -88,12 +89,16 @@ class UnitCache:
             ) from error
 
 
-def read_unit(store: Store, rollout: Segment, chain: Chain) -> Unit:
-    """The unit, decoded into memory. Raises IntegrityError."""
+def read_unit(store: Store, rollout: Segment, chain: Chain, base: Chain = ()) -> Unit:
+    """The unit, decoded into memory, with the scores of a `base` model if there are any. Raises
+    IntegrityError.
+    """
     rollouts = store.read_rollouts(rollout)
-    return unit_of(rollout.seg_id, rollouts, store.read_scores(chain, base=rollouts))
+    of_base = store.read_scores(base, base=rollouts) if base else None
+    return unit_of(rollout.seg_id, rollouts, store.read_scores(chain, base=rollouts), of_base)
 
 
-def _name(rollout: Segment, chain: Chain) -> str:
+def _name(rollout: Segment, chain: Chain, base: Chain) -> str:
     made_from = [rollout.seg_id, *(each.seg_id for each in chain)]
-    return digest({"layout": _LAYOUT, "segments": made_from})[7:39]
+    of_base = [each.seg_id for each in base]
+    return digest({"layout": _LAYOUT, "segments": made_from, "base": of_base})[7:39]

@@ -164,7 +164,7 @@ class Reader:
         return self._student_lists(found)
 
     def _student_lists(self, base: Segment) -> IdLists | None:
-        if base.layout != schema.STUDENT:
+        if base.layout == schema.PLAIN:
             return None
         lists = self.read_arrays(base, ("s_cnt", "s_ids"))
         try:

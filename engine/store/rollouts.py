@@ -12,7 +12,7 @@ import logitcask.engine.store.ragged as ragged
 import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import StoreError
 from logitcask.engine.identity import canonical
-from logitcask.engine.types import Array, Prompt, Rollouts, Scores
+from logitcask.engine.types import Array, Draws, Prompt, Rollouts, Scores
 
 
 def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
@@ -53,13 +53,21 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
     student = rollouts.student
     if student is None:
         return arrays
-    return arrays | {
+    arrays |= {
         "s_lp": student.lp.astype(np.float32),
         "s_ent": student.entropy.astype(np.float32),
         "s_tail": student.log_tail.astype(np.float32),
         "s_cnt": student.cnt.astype(np.uint16),
         "s_ids": student.ids.astype(np.uint32),
         "s_topk_lp": codecs.to_entry(student.entry_lp, profile),
+    }
+    if (draws := rollouts.draws) is None:
+        return arrays
+    return arrays | {
+        "mc_cnt": draws.cnt.astype(np.uint16),
+        "mc_ids": draws.ids.astype(np.uint32),
+        "mc_mult": draws.mult.astype(np.uint16),
+        "mc_lp": draws.lp.astype(np.float32),
     }
 
 
@@ -149,6 +157,15 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "")
             ids=arrays["s_ids"],
             entry_lp=codecs.from_entry(arrays["s_topk_lp"], profile),
         )
+    draws = None
+    if "mc_cnt" in arrays:
+        ragged.check_counts(arrays["mc_cnt"], len(arrays["mc_ids"]), schema.MAX_K)
+        draws = Draws(
+            cnt=arrays["mc_cnt"],
+            ids=arrays["mc_ids"],
+            mult=arrays["mc_mult"],
+            lp=arrays["mc_lp"],
+        )
     return Rollouts(
         prompts=prompts,
         seq_prompt=arrays["seq_prompt"],
@@ -160,5 +177,6 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "")
         version_start=arrays["version_start"],
         version_end=arrays["version_end"],
         student=student,
+        draws=draws,
         segment=segment,
     )

@@ -3,7 +3,7 @@
 Lengths are named by the count that rules them (`counts` of a record):
   M prompts, N sequences, P positions, T prompt tokens, J bytes of prompt_json,
   E stored entries of ragged rows (the student's top-k in a rollout segment, a teacher's in a score
-  segment), S entries of the base's student lists.
+  segment), D ids that the student drew, S entries of the base's student lists.
 
 Every path inside a segment follows from (kind, layout, counts), so no path is ever taken from data.
 """
@@ -19,13 +19,14 @@ ROLLOUT, SCORE = "rollout", "score"
 KINDS = (ROLLOUT, SCORE)
 """What a segment holds; also its folder below seg/."""
 
-STUDENT, PLAIN = "student", "plain"
-"""Layouts of a rollout segment: with or without the student's own scores."""
+STUDENT, PLAIN, MC = "student", "plain", "mc"
+"""Layouts of a rollout segment: with or without the student's own scores, or with them and with ids
+that it drew."""
 ONCE, WHOLE, SAMPLED, WIDER = "once", "whole", "sampled", "wider"
 """Layouts of a score segment. `once` leaves out what the student's list already names, `whole`
 holds a teacher's list alone, `sampled` holds drawn ids with how often each was drawn, and `wider`
 holds what it adds to the segments of the same teacher on the same rollouts before it."""
-LAYOUTS = {ROLLOUT: (STUDENT, PLAIN), SCORE: (ONCE, WHOLE, SAMPLED, WIDER)}
+LAYOUTS = {ROLLOUT: (STUDENT, PLAIN, MC), SCORE: (ONCE, WHOLE, SAMPLED, WIDER)}
 
 POSITION_CHUNK = 32768
 ENTRY_CHUNK = 131072
@@ -38,6 +39,7 @@ MAX_COUNT = {
     "T": 1 << 28,
     "J": 1 << 26,
     "E": 1 << 30,
+    "D": 1 << 30,
     "S": 1 << 30,
 }
 """A record that claims more is refused before anything is read for it."""
@@ -100,6 +102,12 @@ _STUDENT = {
     "s_ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
     "s_topk_lp": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
 }
+_MC = {
+    "mc_cnt": Spec("uint16", "P"),
+    "mc_ids": Spec("uint32", "D", chunk=ENTRY_CHUNK),
+    "mc_mult": Spec("uint16", "D", chunk=ENTRY_CHUNK),
+    "mc_lp": Spec("float32", "D", chunk=ENTRY_CHUNK),
+}
 _ENTRIES = {
     "log_tail": Spec("float32", "P"),
     "cnt": Spec("uint16", "P"),
@@ -111,6 +119,7 @@ _KEPT = {"kept": Spec("uint16", "P")}
 _SPECS = {
     STUDENT: _ROLLOUT | _STUDENT,
     PLAIN: _ROLLOUT,
+    MC: _ROLLOUT | _STUDENT | _MC,
     WHOLE: _WHOLE,
     SAMPLED: _WHOLE | {"mult": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
     ONCE: _WHOLE
@@ -124,6 +133,7 @@ _SPECS = {
 COUNTS = {
     STUDENT: ("M", "N", "P", "T", "J", "E"),
     PLAIN: ("M", "N", "P", "T", "J"),
+    MC: ("M", "N", "P", "T", "J", "E", "D"),
     ONCE: ("N", "P", "E", "S"),
     WHOLE: ("N", "P", "E"),
     SAMPLED: ("N", "P", "E"),

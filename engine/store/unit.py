@@ -8,9 +8,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import IncompleteError
+from logitcask.engine.store.layout import ranked
 from logitcask.engine.store.pin import Chain
-from logitcask.engine.store.ragged import starts
+from logitcask.engine.store.ragged import find, starts
 from logitcask.engine.store.segment import Segment
 from logitcask.engine.types import Array, CachedScores, Rollouts
 
@@ -26,28 +28,50 @@ ROW = {
     "kept": "uint16",
     "s_cnt": "uint16",
     "t_cnt": "uint16",
+    "mc_cnt": "uint16",
+    "base_token_lp": "float32",
 }
 """Arrays [P]; names as in Targets."""
-LISTED = {"s_ids": "uint32", "s_q": "float32", "s_rank": "uint16"}
-"""Arrays [S], ids of the student's list that the teacher's log-prob is known at."""
-OTHERS = {"t_ids": "uint32", "t_q": "float32", "t_rank": "uint16"}
+LISTED = {
+    "s_ids": "uint32",
+    "s_q": "float32",
+    "s_rank": "uint16",
+    "s_p": "float32",
+    "s_base": "float32",
+}
+"""Arrays [S], ids of the student's list that the teacher's log-prob is known at: that, its rank,
+the student's and the base model's."""
+OTHERS = {
+    "t_ids": "uint32",
+    "t_q": "float32",
+    "t_rank": "uint16",
+    "t_mult": "uint16",
+    "t_base": "float32",
+}
 """Arrays [E], the other ids."""
+DRAWN = {"mc_ids": "uint32", "mc_mult": "uint16", "mc_lp": "float32"}
+"""Arrays [D], ids that the student drew, in these lists or not."""
 SEQUENCE = {"seq_prompt": "uint32", "version": "int64"}
 """Arrays [N]."""
-OFFSETS = {"seq_off": "N", "prompt_off": "M", "s_off": "P", "t_off": "P"}
+OFFSETS = {"seq_off": "N", "prompt_off": "M", "s_off": "P", "t_off": "P", "mc_off": "P"}
 """Arrays int64, one longer than what they cut."""
 DTYPES = {
     **ROW,
     **LISTED,
     **OTHERS,
+    **DRAWN,
     **SEQUENCE,
     **dict.fromkeys(OFFSETS, "int64"),
     "prompt_tokens": "uint32",
 }
+OF_DRAWS = {"mc_cnt", "mc_off", *DRAWN}
+OF_SAMPLED = {"t_mult"}
+OF_BASE = {"base_token_lp", "s_base", "t_base"}
+"""Only where the student drew ids, where the teacher did, where there is a base model."""
 
 
 class Unit:
-    """The arrays of DTYPES, by name."""
+    """Arrays of DTYPES, by name: those of `dtypes_of`."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self.arrays = arrays
@@ -62,20 +86,37 @@ class Unit:
         a, b = (int(x) for x in of["seq_off"][index : index + 2])
         prompt = int(of["seq_prompt"][index])
         start, end = (int(x) for x in of["prompt_off"][prompt : prompt + 2])
-        part = {name: of[name][a:b] for name in ROW}
-        for group, offsets in ((LISTED, of["s_off"]), (OTHERS, of["t_off"])):
-            part |= {name: of[name][int(offsets[a]) : int(offsets[b])] for name in group}
+        part = {name: of[name][a:b] for name in ROW if name in of}
+        for group, offset in ((LISTED, "s_off"), (OTHERS, "t_off"), (DRAWN, "mc_off")):
+            if offset in of:
+                cut = slice(int(of[offset][a]), int(of[offset][b]))
+                part |= {name: of[name][cut] for name in group if name in of}
         tokens = of["prompt_tokens"][start:end]
         return part | {
             "version": np.full(b - a, of["version"][index], np.int64),
+            "position": np.arange(b - a),
             "input_ids": np.concatenate([tokens, part["token"]]).astype(np.int64),
             # The last prompt token predicts response token 0.
             "predict_at": end - start - 1 + np.arange(b - a),
         }
 
 
-def unit_of(seg_id: str, rollouts: Rollouts, scores: CachedScores) -> Unit:
-    """Raises IncompleteError for rollouts that their own student has not scored."""
+def dtypes_of(rollout: Segment, chain: Chain, base: Chain = ()) -> dict[str, str]:
+    """The arrays of a unit, name -> dtype, from what the log says alone."""
+    absent: set[str] = set()
+    absent |= set() if rollout.layout == schema.MC else OF_DRAWS
+    absent |= set() if chain[0].layout == schema.SAMPLED else OF_SAMPLED
+    absent |= set() if base else OF_BASE
+    return {name: dtype for name, dtype in DTYPES.items() if name not in absent}
+
+
+def unit_of(
+    seg_id: str, rollouts: Rollouts, scores: CachedScores, base: CachedScores | None = None
+) -> Unit:
+    """`base` is what the model that the teacher was made from says of the same rollouts.
+
+    Raises IncompleteError for rollouts that their own student has not scored.
+    """
     student = rollouts.student
     if student is None:
         raise IncompleteError(
@@ -98,6 +139,7 @@ def unit_of(seg_id: str, rollouts: Rollouts, scores: CachedScores) -> Unit:
         "s_ids": scores.s_ids,
         "s_q": scores.s_lp,
         "s_rank": scores.s_rank,
+        "s_p": _at(student.cnt, student.ids, student.entry_lp, scores.s_cnt, scores.s_ids),
         "t_ids": scores.ids,
         "t_q": scores.entry_lp,
         "t_rank": scores.rank,
@@ -109,25 +151,48 @@ def unit_of(seg_id: str, rollouts: Rollouts, scores: CachedScores) -> Unit:
         "t_off": starts(scores.cnt),
         "prompt_tokens": np.concatenate([np.zeros(0, np.uint32), *prompts]),
     }
+    if (draws := rollouts.draws) is not None:
+        arrays |= {"mc_cnt": draws.cnt, "mc_off": starts(draws.cnt)}
+        arrays |= {"mc_ids": draws.ids, "mc_mult": draws.mult, "mc_lp": draws.lp}
+    if scores.mult is not None:
+        arrays["t_mult"] = scores.mult
+    if base is not None:
+        known = ranked(base)
+        arrays["base_token_lp"] = base.lp
+        arrays["s_base"] = _at(*known, scores.s_cnt, scores.s_ids)
+        arrays["t_base"] = _at(*known, scores.cnt, scores.ids)
     return Unit({name: np.ascontiguousarray(a, DTYPES[name]) for name, a in arrays.items()})
 
 
-def lengths_of(rollout: Segment, chain: Chain) -> dict[str, int]:
+def _at(cnt: Array, ids: Array, lp: Array, wanted_cnt: Array, wanted: Array) -> Array:
+    """[W] float32, the log-probs of lists at the wanted ids of the same rows; NaN at others."""
+    if wanted is ids:
+        return lp
+    place = find(ids.astype(np.uint32), cnt, wanted, wanted_cnt)
+    there = place >= 0
+    out = np.full(len(wanted), np.nan, np.float32)
+    out[there] = lp[(np.repeat(starts(cnt)[:-1], wanted_cnt) + place)[there]]
+    return out
+
+
+def lengths_of(rollout: Segment, chain: Chain, base: Chain = ()) -> dict[str, int]:
     """Name -> elements at most, from what the log says alone."""
     counts = rollout.counts
     listed = chain[0].counts.get("S", counts.get("E", 0))
     others = sum(each.counts["E"] for each in chain)
-    return {
+    lengths = {
         **dict.fromkeys(ROW, counts["P"]),
         **dict.fromkeys(LISTED, listed),
         **dict.fromkeys(OTHERS, others),
+        **dict.fromkeys(DRAWN, counts.get("D", 0)),
         **dict.fromkeys(SEQUENCE, counts["N"]),
         **{name: counts[of] + 1 for name, of in OFFSETS.items()},
         "prompt_tokens": counts["T"],
     }
+    return {name: lengths[name] for name in dtypes_of(rollout, chain, base)}
 
 
-def size_of(rollout: Segment, chain: Chain) -> int:
+def size_of(rollout: Segment, chain: Chain, base: Chain = ()) -> int:
     """Bytes at most of a unit in memory, from what the log says alone."""
-    lengths = lengths_of(rollout, chain)
-    return sum(lengths[name] * np.dtype(DTYPES[name]).itemsize for name in DTYPES)
+    lengths = lengths_of(rollout, chain, base)
+    return sum(length * np.dtype(DTYPES[name]).itemsize for name, length in lengths.items())

@@ -166,7 +166,7 @@ def test_names_and_columns_of_ids_do_not_matter(full: Full, k: int, seed: int) -
     changed = {
         f.name: getattr(targets, f.name)[:, column]
         for f in fields(Targets)
-        if getattr(targets, f.name).dim() == 2
+        if getattr(targets, f.name) is not None and getattr(targets, f.name).dim() == 2
     }
     changed["ids"] = rename(changed["ids"])
     moved = replace(targets, **changed, token_col=column.argsort()[targets.token_col])

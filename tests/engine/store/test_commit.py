@@ -19,7 +19,7 @@ from logitcask.engine.store.medium import Medium
 from logitcask.engine.store.schema import specs
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
-from logitcask.engine.types import CachedScores, Prompt, Rollouts, Scores
+from logitcask.engine.types import CachedScores, Draws, Prompt, Rollouts, Scores
 from tests.engine.store.made import (
     ROLLOUT_LINEAGE,
     SCORE_LINEAGE,
@@ -43,10 +43,14 @@ def rounded(values: np.ndarray, how: Profile) -> np.ndarray:
 def same_rollouts(got: Rollouts, want: Rollouts, how: Profile) -> None:
     assert got.prompts == want.prompts
     for field in fields(Rollouts):
-        if field.name not in ("prompts", "student", "segment"):
+        if field.name not in ("prompts", "student", "draws", "segment"):
             ours, theirs = getattr(got, field.name), getattr(want, field.name)
             assert ours.dtype == theirs.dtype
             assert np.array_equal(ours, theirs), field.name
+    assert (got.draws is None) == (want.draws is None)
+    if got.draws is not None and want.draws is not None:
+        for field in fields(Draws):
+            assert np.array_equal(getattr(got.draws, field.name), getattr(want.draws, field.name))
     assert (got.student is None) == (want.student is None)
     if got.student is None or want.student is None:
         return
