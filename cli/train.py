@@ -5,7 +5,7 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
-from logitcask.cli.output import print_result, print_table, progress_bar
+from logitcask.cli.output import print_result, progress_bar
 from logitcask.engine.config import Train, TrainJob
 from logitcask.engine.configfile import to_toml
 
@@ -19,14 +19,6 @@ from logitcask.engine.configfile import to_toml
         "train": list(Train.model_fields),
         "run": ["out", "overwrite", "device", "dtype", "seed"],
     },
-)
-@click.option(
-    "--list-objectives",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=lambda ctx, _, asked: _list_objectives(ctx) if asked else None,
-    help="Show every preset with its formula and source, and stop.",
 )
 @format_option
 @dry_run_option
@@ -48,13 +40,3 @@ def train_command(form: str, dry_run: bool, **flags: Any) -> None:
     with progress_bar() as progress:
         report = run_train(job, progress=progress, notice=lambda line: click.echo(line, err=True))
     print_result(report, form)
-
-
-def _list_objectives(context: click.Context) -> None:
-    from logitcask.engine.objectives import PRESETS
-
-    rows = [
-        {"objective": p.name, "formula": p.formula, "source": p.source} for p in PRESETS.values()
-    ]
-    print_table(rows, "text")
-    context.exit()

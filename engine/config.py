@@ -174,7 +174,9 @@ class Train(Section):
         "begins. `logitcask store pin` shows it.",
     )
     objective: str = Field(
-        "overlap", description="Preset of the loss; --list-objectives shows all."
+        "overlap",
+        description="Preset of the loss, with fields or modifiers as in gkd(parameter=0.1) or "
+        "sampled_token+importance(cap=5); `logitcask objectives` shows all.",
     )
     k: Positive | None = Field(
         None, description="Size of the objective's top-k support; default: the preset's own."
@@ -209,6 +211,26 @@ class Train(Section):
         "does not need the whole vocabulary; others take them of all.",
     )
     save_steps: Positive = Field(100, description="Updates between checkpoints.")
+    aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = Field(
+        "token-mean",
+        description="Of an update's losses: over all tokens, or over sequences the mean of their "
+        "means or of their sums. With the last two long responses count less or more a token.",
+    )
+    hard_bound: Literal["off", "skip", "stop"] = Field(
+        "off",
+        description="Beyond --min-coverage or --max-drift, whichever the objective depends on: "
+        "only warn, give a position no gradient, or end the run (exit code 3) by an update's mean.",
+    )
+    min_coverage: float = Field(
+        0.80,
+        ge=0,
+        le=1,
+        description="Least share of the live student's mass that must have a score, for supports "
+        "in which the student has a say.",
+    )
+    max_drift: float = Field(
+        0.2, gt=0, description="Largest drift from the student that drew, nats of k3, for draws."
+    )
     partial: bool = Field(False, description="Train on what is scored although units are missing.")
     foreign_student: bool = Field(
         False,

@@ -15,7 +15,8 @@ from transformers import TrainingArguments
 
 from logitcask.engine.batches import Rows
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.objectives import Objective, Preset, Verdict
+from logitcask.engine.objectives import AGGREGATIONS, Bounds, Objective, Preset, Verdict
+from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.rundir import (
     CARD,
     CHECKPOINTS,
@@ -62,6 +63,10 @@ class TrainSettings:
     """Updates between checkpoints; there is one at the end, too."""
     log_steps: int = 1
     """Updates per line of metrics.jsonl."""
+    aggregation: str = "token-mean"
+    """Of the positions of an update: one of AGGREGATIONS."""
+    bounds: Bounds = NO_BOUNDS
+    """How far the student may move from what was scored."""
 
     def __post_init__(self) -> None:
         counts = ("epochs", "tokens_per_batch", "accumulation", "save_steps", "log_steps")
@@ -72,6 +77,7 @@ class TrainSettings:
             **{n: 0 <= getattr(self, n) < 1 for n in ("beta1", "beta2")},
             "metric_share": 0 < self.metric_share <= 1,
             "schedule": self.schedule in _SCHEDULES,
+            "aggregation": self.aggregation in AGGREGATIONS,
             "dtype": self.dtype in ("auto", "float32", "bfloat16"),
         }
         for name, holds in rules.items():
@@ -190,7 +196,7 @@ def carry_out(
         "student": {k: v for k, v in model.lineage().items() if k not in ("name", "revision")},
         # A digest says less than a setting, so settings are compared before what follows from them.
         "settings": {**asdict(settings), "dtype": "bfloat16" if desk.args.bf16 else "float32"},
-        "objective": asdict(objective),
+        "objective": objective.record(),
         **course.identity,
         **mark,
     }
@@ -225,6 +231,8 @@ def carry_out(
                 objective=objective,
                 n_vocab=model.n_vocab,
                 metric_share=settings.metric_share,
+                aggregation=settings.aggregation,
+                bounds=settings.bounds,
                 version=model.version,
                 same_root=course.same_root,
                 metrics=metrics,

@@ -56,6 +56,7 @@ def distill(
             student_k=config.rollout.student_k,
             k_min=config.score.k_min,
             k_max=config.score.k_max,
+            n_vocab=model.n_vocab,
             at_student=True,
             versions=(),  # renewed every round
             student_version=model.version,
@@ -87,7 +88,7 @@ def distill(
         "loop": loop.model_dump(),
     }
     # Rounds of two runs under one name would mix students that only share their version numbers.
-    run = {"settings": asdict(settings), "objective": asdict(preset.objective), **identity}
+    run = {"settings": asdict(settings), "objective": preset.objective.record(), **identity}
     check_name(store, config.store.rollouts, run)
     desk = open_desk(
         config.run.out,

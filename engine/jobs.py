@@ -4,6 +4,7 @@ The command line and the loop start their stages here, so that one configuration
 everywhere. The stages themselves never see a configuration.
 """
 
+import re
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,7 +25,7 @@ from logitcask.engine.config import (
 from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.estimate import Estimate, estimate
-from logitcask.engine.objectives import PRESETS, Preset, find_preset, warnings
+from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset, warnings
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.score import ScoreReport, score
@@ -188,8 +189,9 @@ def _rendered(pin: Pin, rollouts: str) -> bool:
 
 def find_objective(settings: Train) -> Preset:
     """The preset that [train] names; ConfigError names the nearest known one."""
-    if settings.objective not in PRESETS:
-        near = get_close_matches(settings.objective, PRESETS, n=1, cutoff=0.0)[0]
+    name = re.split(r"[(+]", settings.objective)[0].strip()
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ConfigError(
             f"--objective {settings.objective}: no preset of this name",
             remedy=f"the nearest is {near}; known: {', '.join(PRESETS)}",
@@ -213,6 +215,12 @@ def train_settings(settings: Train, run: Run) -> TrainSettings:
         dtype=run.dtype,
         lora_rank=settings.lora,
         metric_share=settings.metric_share,
+        aggregation=settings.aggregation,
+        bounds=Bounds(
+            action=settings.hard_bound,
+            min_coverage=settings.min_coverage,
+            max_drift=settings.max_drift,
+        ),
         save_steps=settings.save_steps,
     )
 

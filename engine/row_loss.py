@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.objectives import Objective, live_k, row_objective
+from logitcask.engine.objectives.bounds import NO_BOUNDS, Bounds, watched
 from logitcask.engine.objectives.row_objective import (
     has_known_support,
     is_renormalised,
@@ -49,24 +50,27 @@ def row_loss(
     row_weight: Tensor | None = None,
     logit_map: LogitMap = PLAIN,
     metric_share: float = 1.0,
+    bounds: Bounds = NO_BOUNDS,
 ) -> RowLoss:
     """The loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
     row_weight: [P], of each row's loss; left out, the loss is the mean over rows of targets.weight,
     and 0 where that is 0 everywhere. logit_map: of a head with a scale or a soft cap, see
     heads.head_map. metric_share: of the rows that metrics are taken of at least; where the loss
-    sees whole rows anyway they are taken of all.
+    sees whole rows anyway they are taken of all. bounds: where they skip rows by a metric that this
+    objective watches, that is of all rows.
     """
     if row_weight is None:
         row_weight = targets.weight / targets.weight.sum().clamp(min=1e-9)
     k = live_k(objective, n_vocab)
-    if not (is_renormalised(objective) and has_known_support(objective)):
+    skips = bounds.action == "skip" and watched(objective) is not None
+    if not (is_renormalised(objective) and has_known_support(objective)) or skips:
         op = indexed_linear if is_renormalised(objective) else linear_sparse_kl
         result = op(
             states,
             head,
             targets.ids,
-            row_objective(objective, targets),
+            row_objective(objective, targets, bounds=bounds),
             k=k,
             row_weight=row_weight,
             n_vocab=n_vocab,

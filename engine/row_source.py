@@ -73,6 +73,7 @@ class RowSource:
         self._memory_bytes = memory_bytes
         self._start()
         scores = pin.scores(teacher)
+        self.base = base
         of_base = {} if base is None else pin.scores(base)
         segments = tuple(s for s in pin.rollouts(rollouts_name) if only is None or only(s))
         if not partial:

@@ -6,7 +6,7 @@ from typing import Any
 
 from logitcask.engine.batches import PlannedRows
 from logitcask.engine.course import Course, TrainReport, TrainSettings, carry_out, open_desk
-from logitcask.engine.errors import IdentityError, IncompleteError, ObjectiveError
+from logitcask.engine.errors import IdentityError, IncompleteError
 from logitcask.engine.objectives import Facts, Objective, Preset, verdict
 from logitcask.engine.plan import Plan, PlanKey, make_plan
 from logitcask.engine.row_source import RowSource
@@ -99,12 +99,6 @@ def _facts(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts:
     """What the cache and the student are to each other. IdentityError for another tokenizer."""
     rollouts = [segment for segment, _ in source.pairs]
     asked = [[each.lineage["request"] for each in chain] for _, chain in source.pairs]
-    if any(each.get("entry_kind") == "sampled" for requests in asked for each in requests):
-        raise ObjectiveError(
-            "these scores are ids drawn from the teacher (entry_kind 'sampled'), and every "
-            "objective here looks at its best ids",
-            remedy="train on scores that were made without --draws",
-        )
     sampler = rollouts[0].lineage["student"]
     if sampler["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
@@ -126,6 +120,18 @@ def _facts(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts:
         same_template=sampler["template"] == model.template_digest,
         plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
         allow_foreign=foreign_student,
+        n_vocab=model.n_vocab,
+        mc_draws=int(sampling.get("mc_draws", 0)),
+        at_mc=all(
+            any("mc" in str(each.lineage.get("at", "")).split("+") for each in chain)
+            for _, chain in source.pairs
+        ),
+        q_draws=min(
+            int(each.get("draws", 0)) if each.get("entry_kind") == "sampled" else 0
+            for requests in asked
+            for each in requests
+        ),
+        base=source.base is not None,
     )
 
 

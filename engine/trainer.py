@@ -31,10 +31,11 @@ from transformers import (
 )
 
 from logitcask.engine.batches import Rows
-from logitcask.engine.errors import ModelError
+from logitcask.engine.errors import IncompleteError, ModelError
 from logitcask.engine.heads import head_map
 from logitcask.engine.metrics import METRICS
-from logitcask.engine.objectives import Objective
+from logitcask.engine.objectives import Bounds, Objective, exceeded, weigh
+from logitcask.engine.objectives.bounds import SKIPPED, watched
 from logitcask.engine.row_loss import RowLoss, row_loss
 from logitcask.engine.row_source import PackedRow
 from logitcask.engine.rundir import MetricsFile, write_mark
@@ -67,6 +68,8 @@ class DistillTrainer(Trainer):
         objective: Objective,
         n_vocab: int,
         metric_share: float,
+        aggregation: str,
+        bounds: Bounds,
         version: int,
         same_root: bool,
         metrics: MetricsFile,
@@ -74,8 +77,8 @@ class DistillTrainer(Trainer):
         progress: Progress,
     ) -> None:
         """`version` is the student's before update 0, and ages are counted from it if it is of the
-        lineage that sampled (`same_root`). `metric_share`: see row_loss. `mark`: what a checkpoint
-        must agree on to be resumed.
+        lineage that sampled (`same_root`). `metric_share`, `bounds`: see row_loss; `aggregation`:
+        see objectives.weigh. `mark`: what a checkpoint must agree on to be resumed.
         """
         self._width = width = args.gradient_accumulation_steps * args.world_size
         use_cache = model.config.use_cache
@@ -96,6 +99,8 @@ class DistillTrainer(Trainer):
         self._objective = objective
         self._n_vocab = n_vocab
         self._metric_share = metric_share
+        self._aggregation = aggregation
+        self._bounds = bounds
         self._version = version
         self._same_root = same_root
         self._metrics = metrics
@@ -107,7 +112,7 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
-        """The rows of one optimizer update, and the sum of their weights over all processes."""
+        """The rows of one optimizer update, and the divisor of their losses over all processes."""
         begun_s = time.monotonic()
         self._rows.prepare(self.state.global_step)
         indices = list(islice(epoch_iterator, num_batches))
@@ -115,12 +120,13 @@ class DistillTrainer(Trainer):
         self._waited_s += time.monotonic() - begun_s
         # The next update's are made while this one is computed.
         self._rows.expect(index + self._width for index in indices)
-        weight = torch.zeros((), dtype=torch.float64)
-        for row in rows:
-            weight += row.targets.weight.sum(dtype=torch.float64)
-        total = self.accelerator.reduce(weight.to(device, torch.float32), reduction="sum")
-        # Trainer counts operations by this key.
-        return [{"input_ids": row.input_ids, "row": row} for row in rows], total
+        weights, divisor = weigh(
+            self._objective, [row.targets for row in rows], self._aggregation, gathered
+        )
+        total = self.accelerator.reduce(divisor.to(device, torch.float32), reduction="sum")
+        # Trainer counts operations by the first key.
+        items = zip(rows, weights, strict=True)
+        return [{"input_ids": r.input_ids, "row": r, "weight": w} for r, w in items], total
 
     def compute_loss(
         self,
@@ -129,20 +135,21 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """[] loss of one packed row: its share of the token mean of the whole update."""
+        """[] loss of one packed row: its share of that of the whole update."""
         assert isinstance(num_items_in_batch, Tensor), "get_batch_samples counts"
         row: PackedRow = inputs["row"].to(self.args.device)
         # Wrappers average gradients over processes; the divisor is already that of all of them.
         scale = self.accelerator.num_processes / num_items_in_batch.clamp(min=1.0)
+        weight = inputs["weight"].to(self.args.device) * scale
         loss = _inside(
             model,
             self.accelerator.unwrap_model(model),
-            lambda inner: self._row_loss(inner, row, scale),
+            lambda inner: self._row_loss(inner, row, weight),
             row.input_ids,
         )
         return (loss, None) if return_outputs else loss
 
-    def _row_loss(self, inner: nn.Module, row: PackedRow, scale: Tensor) -> Tensor:
+    def _row_loss(self, inner: nn.Module, row: PackedRow, weight: Tensor) -> Tensor:
         with self.accelerator.autocast():
             states = hidden_states(inner, row.input_ids, row.position_ids)
         head = head_weight(inner)
@@ -159,10 +166,11 @@ class DistillTrainer(Trainer):
             states[row.predict_at],
             head,
             targets,
-            row_weight=targets.weight * scale,
+            row_weight=weight,
             n_vocab=self._n_vocab,
             logit_map=head_map(inner_model(inner).config),
             metric_share=self._metric_share,
+            bounds=self._bounds,
         )
         self._count(result, targets)
         return result.loss
@@ -211,6 +219,12 @@ class DistillTrainer(Trainer):
             )
         if self.is_world_process_zero():
             self._metrics.append(line)
+        if (reason := exceeded(self._objective, means, self._bounds)) is not None:
+            raise IncompleteError(
+                f"update {step}: {reason}: the student has moved beyond what was scored",
+                remedy="sample and score again with the newest checkpoint, and train on that; or "
+                "loosen the bound, or leave --hard-bound out",
+            )
         super().log({name: value for name, value in line.items() if value is not None})
         self._progress("train", step, self.state.max_steps)
 
@@ -236,6 +250,8 @@ class DistillTrainer(Trainer):
         rows = totals.pop("cache/age", [0.0, 0.0, 0.0])
         # A line names every metric, also where an update had no row to take it of.
         means: dict[str, float | None] = dict.fromkeys(METRICS)
+        if self._bounds.action == "skip" and watched(self._objective):
+            means[SKIPPED] = None
         means["cache/age"] = finite(rows[1] / rows[0]) if self._same_root and rows[0] else None
         for name, (n, total, squares) in totals.items():
             mean = total / n if n else math.nan

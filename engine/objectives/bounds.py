@@ -34,6 +34,9 @@ class Bounds:
     max_drift: float = 0.2
 
 
+NO_BOUNDS = Bounds()
+
+
 def watched(objective: Objective) -> str | None:
     """The metric that says whether this objective still sees what it should."""
     if objective.support in LIVE or objective.support == "student":

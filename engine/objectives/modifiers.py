@@ -362,5 +362,5 @@ def _within(
     ends = "[" if closed_below else "(", "]" if closed_above else ")"
     raise ObjectiveError(
         f"modifier {name!r}: {key} = {value} is not in {ends[0]}{low:g}, {high:g}{ends[1]}",
-        remedy=f"give a {key} in it",
+        remedy=f"give {key} a value in it",
     )

@@ -81,9 +81,9 @@ class Objective:
         return any(modifier.needs_base for modifier in self.modifiers)
 
     def record(self) -> dict[str, Any]:
-        """What a run's folder holds of it; modifiers by name."""
+        """What a run's folder holds of it."""
         held = asdict(self)
-        held["modifiers"] = {m.name: asdict(m) for m in self.modifiers}
+        held["modifiers"] = [{"name": m.name, **asdict(m)} for m in self.modifiers]
         return held
 
     def _check_meaning(self) -> None:

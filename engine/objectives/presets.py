@@ -51,7 +51,12 @@ def _on(
     parameter: float | None = None,
 ) -> Objective:
     return Objective(
-        support=support, divergence=divergence, outside=outside, form="divergence", k=k, parameter=parameter
+        support=support,
+        divergence=divergence,
+        outside=outside,
+        form="divergence",
+        k=k,
+        parameter=parameter,
     )
 
 

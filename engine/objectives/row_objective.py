@@ -9,7 +9,7 @@ from torch import Tensor
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.metrics import METRIC_K, row_metrics
 from logitcask.engine.objectives.advantage import advantage
-from logitcask.engine.objectives.bounds import SKIPPED, Bounds, beyond, left_out
+from logitcask.engine.objectives.bounds import NO_BOUNDS, SKIPPED, Bounds, beyond, left_out
 from logitcask.engine.objectives.columns import Columns, Step, columns_on
 from logitcask.engine.objectives.divergences import DIVERGENCES
 from logitcask.engine.objectives.objective import Objective
@@ -17,8 +17,6 @@ from logitcask.engine.objectives.outside import OUTSIDE
 from logitcask.engine.objectives.supports import LIVE, SUPPORTS
 from logitcask.engine.targets import BEYOND, Targets
 from logitcask.kernels.sparse_kl import RowGrad, RowObjective, RowView
-
-NO_BOUNDS = Bounds()
 
 
 def live_k(objective: Objective, n_vocab: int, *, metric_k: int = METRIC_K) -> int:

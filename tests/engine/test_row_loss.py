@@ -1,5 +1,6 @@
 """Whatever op computes a loss, it is the formula's; metrics of a share of the rows are theirs."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +9,17 @@ import torch
 from torch import Tensor
 
 from logitcask.engine import row_loss as module
-from logitcask.engine.objectives import PRESETS, Objective, find_preset, live_k, row_objective
+from logitcask.engine.objectives import (
+    PRESETS,
+    Bounds,
+    Objective,
+    find_preset,
+    live_k,
+    row_objective,
+)
 from logitcask.engine.objectives.objective import CELLS
 from logitcask.engine.objectives.row_objective import is_renormalised
+from logitcask.engine.objectives.supports import DRAWN
 from logitcask.engine.row_loss import row_hash, row_loss
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from tests.engine.objectives.full_rows import Full, make_full, truth
@@ -18,14 +27,25 @@ from tests.engine.objectives.full_rows import Full, make_full, truth
 P, V = 40, 30
 
 
-def made(rows: int = P, ties: bool = False) -> Full:
+def made(rows: int = P, ties: bool = False, teacher_draws: bool = False) -> Full:
+    """With ids that the student drew, and a base model; or with ids that the teacher drew."""
     generator = torch.Generator().manual_seed(3)
     live, teacher, old = torch.randn(3, rows, V, generator=generator, dtype=torch.float64) * 2
     if ties:
         live, teacher = live.round(), teacher.round()
     kept = torch.randint(1, 12, (rows,), generator=generator).tolist()
     token = torch.randint(0, V, (rows,), generator=generator).tolist()
-    return make_full(live, teacher, old=live + 0.3 * old, student_k=6, kept=kept, token=token)
+    draws = torch.randint(0, V, (rows, 3), generator=generator).tolist()
+    return make_full(
+        live,
+        teacher,
+        old=live + 0.3 * old,
+        student_k=6,
+        kept=kept,
+        token=token,
+        base=old,
+        **{"q_draws" if teacher_draws else "mc": [Counter(ids) for ids in draws]},
+    )
 
 
 def loss_of(objective: Objective, full: Full, **options: Any) -> tuple[Any, Tensor, Tensor]:
@@ -41,8 +61,12 @@ def loss_of(objective: Objective, full: Full, **options: Any) -> tuple[Any, Tens
 @pytest.mark.parametrize("cell", sorted(CELLS), ids="-".join)
 def test_every_cell_is_its_formula(cell: tuple[str, str, str, str], ties: bool) -> None:
     names = ("support", "divergence", "outside", "form")
-    objective = Objective(**dict(zip(names, cell, strict=True)), k=1 if "sampled" in cell else 4)
-    full = made(ties=ties)
+    objective = Objective(
+        **dict(zip(names, cell, strict=True)),
+        k=1 if cell[0] in DRAWN else 4,
+        parameter={"jsd": 0.3, "skew": 0.2}.get(cell[1]),
+    )
+    full = made(ties=ties, teacher_draws=cell[0] == "teacher_mc")
     said, d_states, d_head = loss_of(objective, full)
     weight = torch.rand(P, generator=torch.Generator().manual_seed(0)).double()
     losses, dz = truth(objective, full)
@@ -76,19 +100,21 @@ def test_dense_products_only_where_the_form_demands_them(monkeypatch: pytest.Mon
 
         monkeypatch.setattr(module, name, noted)
     known, dense = ["indexed_linear True", "linear_sparse_kl False"], ["linear_sparse_kl True"]
+    live = ["indexed_linear live True"]
+    # opd_released looks like opd, but its coefficients do not sum to zero.
     want = {
-        "overlap": ["indexed_linear live True"],
-        "opd": known,
-        "teacher_topk": known,
-        "opd_released": dense,  # it looks like opd, but its coefficients do not sum to zero
-        "forward_kl": dense,
-        "sampled_token": dense,
-        "lightning": dense,
+        **dict.fromkeys(("overlap", "union", "non_overlap"), live),
+        **dict.fromkeys(("opd", "teacher_topk", "veto", "full_vocab"), known),
     }
-    for name in PRESETS:
+    for name, preset in PRESETS.items():
         used.clear()
-        loss_of(find_preset(name, k=1 if PRESETS[name].objective.k == 1 else 4).objective, made())
-        assert used == want[name], name
+        objective = find_preset(name, k=1 if preset.objective.k == 1 else 4).objective
+        loss_of(objective, made(teacher_draws=name == "rs_kd"))
+        assert used == want.get(name, dense), name
+    used.clear()
+    bounds = Bounds(action="skip")  # every row's coverage must be known
+    loss_of(find_preset("opd", k=4).objective, made(), bounds=bounds)
+    assert used == live
 
 
 def test_opd_released_has_a_gradient_outside_its_support() -> None:

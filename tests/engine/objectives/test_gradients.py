@@ -166,10 +166,9 @@ def test_every_cell_rests_at_the_teacher_and_nowhere_near(
     teacher = logits(6, 5, 8)
     at_rest = expected_gradient(objective, teacher.clone(), teacher)
     assert at_rest.abs().max() < 1e-14
-    if objective.support == "non_overlap":  # empty until the two top-k part
-        moved = -teacher
-    else:
-        moved = teacher + 0.1 * logits(7, 5, 8)
+    # A non-overlap is empty until the two top-k part.
+    far = objective.support == "non_overlap"
+    moved = -teacher if far else teacher + 0.1 * logits(7, 5, 8)
     assert (expected_gradient(objective, moved, teacher).abs().amax(-1) > 1e-4).all()
 
 

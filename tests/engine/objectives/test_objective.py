@@ -1,5 +1,6 @@
 """Only combinations with a meaning can be made, and every preset says where it comes from."""
 
+import json
 from dataclasses import replace
 from itertools import product
 
@@ -7,34 +8,54 @@ import pytest
 
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives import PRESETS, Objective, find_preset
-from logitcask.engine.objectives.divergences import DIVERGENCES
-from logitcask.engine.objectives.objective import CELLS, FORMS, OUTSIDES
-from logitcask.engine.objectives.row_objective import OUTSIDE
-from logitcask.engine.objectives.supports import SUPPORTS
+from logitcask.engine.objectives.divergences import DIVERGENCES, PARAMETERS
+from logitcask.engine.objectives.modifiers import (
+    AdaptiveTarget,
+    Baseline,
+    Clip,
+    Extrapolate,
+    Floor,
+    Importance,
+    KeepEntropy,
+    Prune,
+    Stepwise,
+)
+from logitcask.engine.objectives.objective import CELLS, FORMS
+from logitcask.engine.objectives.outside import OUTSIDE
+from logitcask.engine.objectives.supports import DRAWN, SUPPORTS
 
 EQ5 = PRESETS["opd"].objective
 
 
 def test_every_combination_is_a_cell_or_refused() -> None:
     made, refused = set(), set()
-    for cell in product(SUPPORTS, DIVERGENCES, OUTSIDES, FORMS):
+    for cell in product(SUPPORTS, DIVERGENCES, OUTSIDE, FORMS):
         support, divergence, outside, form = cell
-        k = 1 if support == "sampled" else 4
         try:
-            Objective(support=support, divergence=divergence, outside=outside, form=form, k=k)
+            Objective(
+                support=support,
+                divergence=divergence,
+                outside=outside,
+                form=form,
+                k=1 if support in DRAWN else 4,
+                parameter=0.5 if divergence in PARAMETERS else None,
+            )
             made.add(cell)
         except ObjectiveError:
             refused.add(cell)
     assert made == CELLS
-    assert (len(made), len(refused)) == (16, 32)
-    assert set(OUTSIDE) == set(OUTSIDES)
+    assert (len(made), len(refused)) == (48, 144)
 
 
 @pytest.mark.parametrize(
     ("change", "says", "way_out"),
     [
-        ({"support": "parent"}, "unknown support 'parent'", "teacher, student, overlap, sampled"),
-        ({"divergence": "kl"}, "unknown divergence 'kl'", "reverse_kl, forward_kl"),
+        (
+            {"support": "parent"},
+            "unknown support 'parent'",
+            "teacher, student, overlap, union, non_overlap, sampled, mc, teacher_mc",
+        ),
+        ({"divergence": "kl"}, "unknown divergence 'kl'", "reverse_kl, forward_kl, jsd, skew"),
         ({"outside": "drop"}, "unknown outside 'drop'", "renormalize, tail, ignore"),
         ({"form": "reward"}, "unknown form 'reward'", "divergence, advantage"),
         ({"support": ""}, "unknown support ''", "known:"),
@@ -53,6 +74,35 @@ def test_every_combination_is_a_cell_or_refused() -> None:
             "k = 16 with support 'sampled'",
             "leave --k out",
         ),
+        ({"support": "mc", "k": 1}, "draws of p are no sum over p", "form 'advantage'"),
+        ({"support": "teacher_mc", "k": 1}, "an average over q", "outside 'ignore'"),
+        ({"divergence": "jsd"}, "beta = None of divergence 'jsd'", "0.5 is usual"),
+        ({"divergence": "skew", "parameter": 1.0}, "alpha = 1.0", "in it"),
+        ({"parameter": 0.5}, "parameter = 0.5 with divergence 'reverse_kl'", "jsd, skew"),
+        ({"weights": "mine"}, "unknown weights 'mine'", "student_p, teacher_p, none"),
+        ({"weights": "none"}, "only an advantage on a top-k", "leave weights out"),
+        ({"modifiers": (Floor(),)}, "'floor' with form 'divergence'", "form 'advantage'"),
+        ({"modifiers": (Importance(),)}, "nothing was drawn", "'sampled' or 'mc'"),
+        ({"modifiers": (Baseline(),)}, "a top-k is not drawn", "'sampled' or 'mc'"),
+        ({"modifiers": (Clip(),)}, "no advantage", "form 'advantage'"),
+        (
+            {"modifiers": (AdaptiveTarget(),), "form": "advantage", "outside": "ignore"},
+            "needs a law",
+            "form 'divergence'",
+        ),
+        (
+            {"modifiers": (Extrapolate(),), "outside": "tail"},
+            "outside is not known",
+            "outside 'renormalize'",
+        ),
+        (
+            {"modifiers": (Clip(),), "form": "advantage", "outside": "ignore", "support": "union"},
+            "stored at its own ids",
+            "'sampled' or 'student'",
+        ),
+        ({"modifiers": (KeepEntropy(0.0),)}, "share = 0.0 is not in (0, 1]", "give share"),
+        ({"modifiers": (Prune(drop=2.0),)}, "drop = 2.0 is not in (0, 1]", "give drop"),
+        ({"modifiers": (Stepwise(tokens=0),)}, "tokens = 0 is not in [1, inf)", "give tokens"),
     ],
 )
 def test_a_refusal_gives_value_rule_and_way_out(
@@ -70,14 +120,37 @@ def test_presets_are_what_their_papers_say() -> None:
         for name, o in ((name, preset.objective) for name, preset in PRESETS.items())
     }
     sampled = ("sampled", "reverse_kl", "ignore", "advantage", 1)
+    drawn = ("sampled_token", "lightning", "exopd", "vopd", "vopd_cached", "eopd", "reopold", "sod")
     assert rows == {
+        **dict.fromkeys(drawn, sampled),
         "overlap": ("overlap", "reverse_kl", "renormalize", "divergence", 16),
         "opd": ("student", "reverse_kl", "renormalize", "divergence", 16),
         "opd_released": ("student", "reverse_kl", "ignore", "advantage", 16),
         "teacher_topk": ("teacher", "reverse_kl", "renormalize", "divergence", 16),
         "forward_kl": ("teacher", "forward_kl", "tail", "divergence", 64),
-        "sampled_token": sampled,
-        "lightning": sampled,
+        "non_overlap": ("non_overlap", "reverse_kl", "renormalize", "divergence", 16),
+        "union": ("union", "reverse_kl", "renormalize", "divergence", 16),
+        "gkd": ("teacher", "jsd", "tail", "divergence", 64),
+        "full_vocab": ("teacher", "reverse_kl", "renormalize", "divergence", 65535),
+        "veto": ("teacher", "reverse_kl", "renormalize", "divergence", 16),
+        "prune_opd": ("student", "reverse_kl", "ignore", "advantage", 16),
+        "async_mc": ("mc", "reverse_kl", "ignore", "advantage", 1),
+        "rs_kd": ("teacher_mc", "forward_kl", "ignore", "divergence", 1),
+    }
+    assert {
+        name: [m.name for m in preset.objective.modifiers]
+        for name, preset in PRESETS.items()
+        if preset.objective.modifiers
+    } == {
+        "exopd": ["extrapolate"],
+        "vopd": ["baseline"],
+        "vopd_cached": ["baseline"],
+        "eopd": ["clip", "entropy_gate"],
+        "veto": ["adaptive_target"],
+        "reopold": ["floor", "keep_entropy"],
+        "prune_opd": ["prune"],
+        "sod": ["stepwise"],
+        "async_mc": ["importance"],
     }
     for name, preset in PRESETS.items():
         assert preset.name == name
@@ -89,8 +162,49 @@ def test_a_preset_is_found_by_name_and_k() -> None:
     assert find_preset("opd", k=32).objective == replace(EQ5, k=32)
     assert find_preset("opd", k=32).source == PRESETS["opd"].source
     with pytest.raises(ObjectiveError) as caught:
-        find_preset("odp")
-    assert "unknown objective 'odp'" in caught.value.cause
+        find_preset("opdx")
+    assert "unknown objective 'opdx'" in caught.value.cause
+    assert "the nearest is opd" in caught.value.remedy
     assert "overlap, opd, opd_released" in caught.value.remedy
     with pytest.raises(ObjectiveError, match="k = 8 with support 'sampled'"):
         find_preset("lightning", k=8)
+
+
+def test_a_person_writes_fields_and_modifiers_behind_a_name() -> None:
+    gkd = find_preset("gkd(parameter=0.1, k=8)")
+    assert (gkd.objective.parameter, gkd.objective.k) == (0.1, 8)
+    assert gkd.name == "gkd(parameter=0.1,k=8)"
+    assert gkd.source == PRESETS["gkd"].source
+    capped = find_preset("sampled_token + importance(cap=5) + keep_entropy").objective
+    assert capped.modifiers == (Importance(5.0), KeepEntropy())
+    assert find_preset("reopold+floor(nats=-2)").objective.modifiers == (
+        Floor(-2.0),
+        KeepEntropy(0.5),
+    ), "a modifier that is there is replaced, at its place"
+    assert find_preset("opd_released(weights=teacher_p)").objective.weights == "teacher_p"
+    assert find_preset("opd(k=4)", k=8).objective.k == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "says", "way_out"),
+    [
+        ("opd(", "'opd(' is no NAME", "opd(k=32)"),
+        ("opd(k=x)", "k = 'x' is not of type int", "give k such a value"),
+        ("opd(q=1)", "unknown key 'q'", "k, parameter, weights"),
+        ("opd+clop", "unknown modifier 'clop'", "the nearest is clip"),
+        ("opd_released+clip(width=1)", "unknown key 'width'", "epsilon, dual"),
+        ("opd_released+clip(epsilon=1)", "epsilon = 1.0 is not in (0, 1)", "give epsilon a value"),
+        ("", "'' is no NAME", "write e.g."),
+    ],
+)
+def test_what_is_written_wrongly_is_said(text: str, says: str, way_out: str) -> None:
+    with pytest.raises(ObjectiveError) as caught:
+        find_preset(text)
+    assert says in caught.value.cause
+    assert way_out in caught.value.remedy
+
+
+def test_a_record_tells_two_objectives_apart() -> None:
+    one, other = (find_preset(f"sampled_token+importance(cap={cap})").objective for cap in (2, 3))
+    assert one.record() != other.record()
+    assert json.loads(json.dumps(one.record())) == one.record()

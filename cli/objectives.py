@@ -1,0 +1,44 @@
+"""`logitcask objectives`: what can be trained on a store, and what is exact of it."""
+
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import format_option
+from logitcask.cli.output import print_result, print_table
+
+
+@click.command("objectives")
+@click.argument("name", required=False)
+@format_option
+def objectives_command(name: str | None, form: str) -> None:
+    """List the objectives that have a name, or explain one.
+
+    p is the student, q the teacher, ~ renormalised on S, sg[] held fixed, A = log q - log p, y the
+    sampled id. NAME may have fields of its own and modifiers, as --objective takes it.
+
+    Example: logitcask objectives "sampled_token+importance(cap=5)"
+    """
+    from logitcask.engine.objectives import PRESETS, find_preset
+
+    if name is None:
+        rows = [
+            {"objective": p.name, "formula": p.formula, "source": p.source}
+            for p in PRESETS.values()
+        ]
+        print_table(rows, form)
+        return
+    preset = find_preset(name)
+    objective = preset.objective.record()
+    modifiers = objective.pop("modifiers")
+    values: dict[str, Any] = {
+        "objective": preset.name,
+        "formula": preset.formula,
+        "source": preset.source,
+        "needs": preset.needs,
+        "staleness": preset.staleness,
+        "note": preset.note,
+        **{key: value for key, value in objective.items() if value is not None},
+        "modifiers": modifiers,
+    }
+    print_result(values, form)
