@@ -15,6 +15,7 @@ from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives import PRESETS, Objective, find_preset
+from logitcask.engine.objectives.row_objective import is_renormalised
 from tests.engine.objectives.full_rows import Full, entropy, make_full, run
 
 P, V = 6, 24
@@ -168,7 +169,7 @@ def test_a_baseline_keeps_the_mean_and_lowers_the_variance(name: str) -> None:
     (plain, spread), (ours, less) = moments("sampled_token"), moments(name)
     close(ours, plain)
     assert (less < spread).sum() >= P - 1, "in rows whose KL is not the drawn ids' own noise"
-    assert less.sum() < 0.8 * spread.sum()
+    assert less.sum() < 0.85 * spread.sum()
 
 
 @pytest.mark.parametrize("nats", [-1.386, -0.1])
@@ -176,7 +177,7 @@ def test_floor(nats: float) -> None:
     full = rows()
     leaf, log_p, log_q, _ = sides(full)
     raw = at(log_q - log_p, full).detach()
-    assert (raw < nats).any() and (raw > nats).any()
+    assert 0 < (raw < nats).sum() < P
     a = raw.clamp(min=nats)
     check(objective(f"sampled_token+floor(nats={nats})"), full, -a, -a * at(log_p, full), leaf)
 
@@ -331,8 +332,6 @@ def test_entropy_gate() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_gradient_is_never_dense_where_it_says_it_sums_to_zero(name: str) -> None:
     """What lets indexed_linear leave the vocabulary out."""
-    from logitcask.engine.objectives.row_objective import is_renormalised
-
     full = rows(q_draws=[{1: 2, 3: 1}] * P) if name == "rs_kd" else rows(mc=[{1: 2, 3: 1}] * P)
     _, dz = run(find_preset(name).objective, full)
     assert is_renormalised(PRESETS[name].objective) == (
