@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 
 from logitcask.engine.course import TrainSettings, training_arguments
 from logitcask.engine.identity import model_ref
-from logitcask.engine.objectives import Objective
+from logitcask.engine.objectives import Bounds, Objective
+from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.row_source import PackedRow, RowSource
 from logitcask.engine.rundir import METRICS, MetricsFile
 from logitcask.engine.store import Store
@@ -77,6 +78,8 @@ def make_trainer(
     n_vocab: int = 99,
     lr: float = 1e-3,
     accumulation: int = 1,
+    aggregation: str = "token-mean",
+    bounds: Bounds = NO_BOUNDS,
 ) -> tuple[DistillTrainer, Gradients]:
     """A trainer whose gradients are not clipped."""
     settings = TrainSettings(lr=lr, accumulation=accumulation, max_grad_norm=1e9, save_steps=10**6)
@@ -91,6 +94,8 @@ def make_trainer(
         objective=objective,
         n_vocab=n_vocab,
         metric_share=settings.metric_share,
+        aggregation=aggregation,
+        bounds=bounds,
         version=0,
         same_root=True,
         metrics=MetricsFile(folder / METRICS, 0),

@@ -1,18 +1,26 @@
 """What a cache serves of each preset, in its words, and what it refuses."""
 
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives import (
     PRESETS,
+    Bounds,
     Facts,
     Objective,
+    exceeded,
     find_preset,
+    row_objective,
     verdict,
     warnings,
 )
+from logitcask.engine.objectives.bounds import beyond, watched
+from logitcask.kernels.sparse_kl import sparse_kl_reference
+from tests.engine.objectives.full_rows import make_full, run
 
 FACTS = Facts(
     student_k=16,
@@ -23,6 +31,28 @@ FACTS = Facts(
     student_version=0,
     same_root=True,
     same_template=True,
+    n_vocab=151_669,
+    mc_draws=8,
+    at_mc=True,
+    base=True,
+)
+DRAWN = replace(FACTS, q_draws=50)
+"""Scores that are ids which the teacher drew."""
+
+
+def facts_for(name: str) -> Facts:
+    if name == "full_vocab":
+        return replace(FACTS, n_vocab=16)
+    return DRAWN if name == "rs_kd" else FACTS
+
+
+ONE_DRAW = (
+    "one draw per position, unbiased for KL(p || q) at age 0, off policy after the first update"
+)
+TOKEN = ("exact: the teacher's log-prob of the sampled id", "fixed: the sampled id", ONE_DRAW)
+MISSING = "what was never scored of it is missing, see cache/miss_mass"
+LIVE = (
+    "exact where there are any: the teacher's top-16, and what else of today's student was scored"
 )
 
 LABELS = {
@@ -55,24 +85,40 @@ LABELS = {
         "fixed: the teacher's top-64",
         "deterministic",
     ),
-    "sampled_token": (
-        "exact: the teacher's log-prob of the sampled id",
-        "fixed: the sampled id",
-        "one draw per position, unbiased for KL(p || q) at age 0, off policy after the first "
-        "update",
+    **dict.fromkeys(
+        ("sampled_token", "lightning", "exopd", "vopd", "vopd_cached", "eopd", "sod"), TOKEN
     ),
-    "lightning": (
-        "exact: the teacher's log-prob of the sampled id",
-        "fixed: the sampled id",
-        "one draw per position, unbiased for KL(p || q) at age 0, off policy after the first "
-        "update",
+    "reopold": (*TOKEN[:2], "one draw per position, biased by the floor"),
+    "union": (
+        LIVE,
+        f"live: the student's top-16 of today and the teacher's; {MISSING}",
+        "deterministic",
+    ),
+    "non_overlap": (
+        LIVE,
+        f"live: what only one of the two top-16 of today holds; {MISSING}",
+        "deterministic",
+    ),
+    "full_vocab": ("exact: every row holds every id", "fixed: the vocabulary", "deterministic"),
+    "async_mc": (
+        "exact: the teacher was asked at the drawn ids",
+        "fixed: 8 ids that the student drew when it sampled",
+        "8 draws per position, importance-weighted: unbiased for KL(p || q) at any age, though not "
+        "for the prefixes",
+    ),
+    "rs_kd": (
+        "exact: the teacher's log-prob of the ids it drew",
+        "fixed: 50 ids that the teacher drew",
+        "50 draws per position, unbiased for KL(q || p) at any age",
     ),
 }
+LABELS |= {"gkd": LABELS["forward_kl"], "veto": LABELS["teacher_topk"]}
+LABELS |= {"prune_opd": LABELS["opd_released"]}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_labels_of_a_one_shot_store(name: str) -> None:
-    given = verdict(PRESETS[name], FACTS)
+    given = verdict(PRESETS[name], facts_for(name))
     assert (given.scores, given.support, given.estimator) == LABELS[name]
     assert given.prefixes == "version 0"
     assert given.lines()[0] == f"scores: {LABELS[name][0]}"
@@ -144,7 +190,7 @@ def test_with_a_tail_fewer_kept_ids_are_fine() -> None:
     assert verdict(find_preset("forward_kl", k=500), FACTS)
 
 
-@pytest.mark.parametrize("name", ["opd", "opd_released"])
+@pytest.mark.parametrize("name", ["opd", "opd_released", "prune_opd"])
 def test_student_supports_are_refused_where_they_are_not_served(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
         verdict(find_preset(name, k=17), FACTS)
@@ -161,7 +207,7 @@ def test_student_supports_are_refused_where_they_are_not_served(name: str) -> No
 def test_a_foreign_student_needs_a_word_for_a_frozen_support_only(name: str) -> None:
     foreign = replace(FACTS, same_root=False)
     if PRESETS[name].objective.support != "student":
-        assert verdict(PRESETS[name], foreign)
+        assert verdict(PRESETS[name], replace(facts_for(name), same_root=False))
         return
     with pytest.raises(ObjectiveError) as caught:
         verdict(PRESETS[name], foreign)
@@ -173,11 +219,104 @@ def test_a_foreign_student_needs_a_word_for_a_frozen_support_only(name: str) -> 
 
 
 def test_whole_scores_serve_everything_else() -> None:
-    whole = replace(FACTS, at_student=False)
-    served = [name for name in PRESETS if name not in ("opd", "opd_released")]
-    assert [verdict(PRESETS[name], whole).scores for name in served] == [
-        LABELS[name][0] for name in served
-    ]
+    served = [name for name, preset in PRESETS.items() if preset.objective.support != "student"]
+    assert len(served) == len(PRESETS) - 3
+    for name in served:
+        whole = replace(facts_for(name), at_student=False)
+        assert verdict(PRESETS[name], whole).scores == LABELS[name][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "cause", "way_out"),
+    [
+        ("rs_kd", {}, "the teacher's best ids", "--entry-kind sampled"),
+        ("opd", {"q_draws": 50}, "50 ids drawn from the teacher", "--objective rs_kd"),
+        ("async_mc", {"mc_draws": 0}, "are not in these rollouts", "--mc-draws 16"),
+        ("async_mc", {"at_mc": False}, "were not asked of this teacher", "--at mc"),
+        ("exopd", {"base": False}, "compares with a base model", "--base"),
+        ("full_vocab", {}, "the whole vocabulary, 151669 ids", "--objective gkd"),
+        ("union", {"k_min": 8}, "k = 16 is more than k_min = 8", "--k 8"),
+        ("non_overlap", {"k_min": 8}, "k = 16 is more than k_min = 8", "--k-min 16"),
+    ],
+)
+def test_what_a_cache_does_not_hold_is_refused_with_the_way_out(
+    name: str, change: dict[str, object], cause: str, way_out: str
+) -> None:
+    with pytest.raises(ObjectiveError) as caught:
+        verdict(PRESETS[name], replace(FACTS, **change))  # type: ignore[arg-type]
+    assert cause in caught.value.cause
+    assert way_out in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "estimator"),
+    [
+        ("sampled_token+importance", {"student_version": 7}, "importance-weighted: unbiased"),
+        (
+            "sampled_token+importance",
+            {"plain_sampling": False},
+            "biased: off policy (age 0, from a tempered or truncated distribution) and "
+            "importance-weighted all the same",
+        ),
+        ("async_mc", {"plain_sampling": False, "student_version": 9}, "unbiased for KL(p || q)"),
+    ],
+)
+def test_importance_mends_the_draw_if_it_could_have_been_any(
+    name: str, change: dict[str, object], estimator: str
+) -> None:
+    facts = replace(FACTS, **change)  # type: ignore[arg-type]
+    assert estimator in verdict(find_preset(name), facts).estimator
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "good", "bad"),
+    [
+        ("opd", "cache/coverage", 0.81, 0.79),
+        ("union", "cache/coverage", 0.81, 0.79),
+        ("sampled_token", "cache/drift_k3", 0.19, 0.21),
+        ("vopd", "cache/drift_k3", 0.19, 0.21),
+    ],
+)
+def test_a_bound_skips_rows_or_stops_a_run(name: str, metric: str, good: float, bad: float) -> None:
+    objective = PRESETS[name].objective
+    rows = {metric: torch.tensor([good, bad, math.nan])}
+    skip = beyond(objective, rows, Bounds(action="skip"))
+    assert skip is not None
+    assert skip.tolist() == [False, True, False]
+    assert beyond(objective, rows, Bounds(action="stop")) is None
+    assert beyond(objective, rows, Bounds()) is None
+    assert exceeded(objective, {metric: good}, Bounds(action="stop")) is None
+    assert f"{metric} = {bad:.3f}" in (
+        exceeded(objective, {metric: bad}, Bounds(action="stop")) or ""
+    )
+    assert exceeded(objective, {metric: bad}, Bounds(action="skip")) is None
+
+
+@pytest.mark.parametrize("name", ["teacher_topk", "forward_kl", "gkd", "rs_kd", "async_mc", "veto"])
+def test_what_is_exact_at_any_age_has_no_bound(name: str) -> None:
+    objective = PRESETS[name].objective
+    assert watched(objective) is None
+    assert (
+        exceeded(objective, {"cache/coverage": 0.0, "cache/drift_k3": 9.0}, Bounds(action="stop"))
+        is None
+    )
+
+
+def test_skipped_rows_have_no_loss_and_no_gradient_and_are_counted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    live, old = torch.randn(2, 40, 30, generator=generator, dtype=torch.float64) * 2
+    full = make_full(live, old, old=old, student_k=4, kept=4)
+    objective = find_preset("opd", k=4).objective
+    plain = run(objective, full)
+    bounds = Bounds(action="skip", min_coverage=0.15)
+    made = row_objective(objective, full.targets, bounds=bounds)
+    ours, dz = sparse_kl_reference(full.live, full.targets.ids, made, k=16)
+    skip = plain[0].metrics["cache/coverage"] < 0.15
+    assert 5 < skip.sum() < 35
+    assert torch.equal(ours.metrics["cache/skipped_share"], skip.double())
+    assert ours.row_loss[skip].abs().max() == dz[skip].abs().max() == 0.0
+    assert torch.equal(dz[~skip], plain[1][~skip])
+    assert torch.equal(ours.row_loss[~skip], plain[0].row_loss[~skip])
 
 
 @pytest.mark.parametrize(
@@ -186,10 +325,11 @@ def test_whole_scores_serve_everything_else() -> None:
         ("overlap", {"cache/coverage": 0.94, "cache/drift_k3": 9.0}, "cache/coverage = 0.940"),
         ("opd", {"cache/coverage": 0.5}, "cache/coverage = 0.500"),
         ("sampled_token", {"cache/drift_k3": 0.06}, "cache/drift_k3 = 0.060 nats"),
+        ("teacher_topk", {"cache/skipped_share": 0.25}, "cache/skipped_share = 0.250"),
     ],
 )
 def test_a_moved_student_is_warned_of(name: str, metrics: dict[str, float], words: str) -> None:
-    (line,) = warnings(PRESETS[name], metrics)
+    (line,) = warnings(PRESETS[name].objective, metrics)
     assert words in line
     assert "score" in line
 
@@ -206,4 +346,4 @@ def test_a_moved_student_is_warned_of(name: str, metrics: dict[str, float], word
 def test_what_an_objective_does_not_mind_is_not_warned_of(
     name: str, metrics: dict[str, float]
 ) -> None:
-    assert warnings(PRESETS[name], metrics) == []
+    assert warnings(PRESETS[name].objective, metrics) == []
