@@ -95,6 +95,14 @@ class Rollout(Section):
         description="Ids of the student's own top-k kept a position. The teacher is asked at "
         "these, so objectives with the student's support can use no larger k.",
     )
+    mc_draws: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Ids drawn a position from the student's whole softmax at temperature 1, with "
+        "replacement, and kept with its log-probs for objectives on Monte Carlo ids; 0 = none. "
+        "Costs a second pass of the student over its responses.",
+    )
     unit_prompts: int = Field(
         0,
         ge=0,

@@ -78,7 +78,12 @@ def distill(
     identity = {
         "rollouts": config.store.rollouts,
         "prompts": prompt_set_digest(
-            prompts, model, sampling, seed=config.run.seed, student_k=config.rollout.student_k
+            prompts,
+            model,
+            sampling,
+            seed=config.run.seed,
+            student_k=config.rollout.student_k,
+            mc_draws=config.rollout.mc_draws,
         ),
         "unit_prompts": config.rollout.unit_prompts,
         "teacher": teacher.digest,

@@ -101,6 +101,7 @@ class Rounds:
             name=config.store.rollouts,
             seed=config.run.seed,
             student_k=config.rollout.student_k,
+            mc_draws=config.rollout.mc_draws,
             unit_prompts=config.rollout.unit_prompts or None,
             profile=config.store.profile,
             first=round_number * count % len(self._prompts),
