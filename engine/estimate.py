@@ -146,8 +146,8 @@ def _roll(
             "no response of the sample has a token", remedy="give other prompts or another student"
         )
     own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
-    drawn = draw(student, rolled, mc_request(mc_draws, seed)) if mc_draws else None
-    rolled = replace(rolled, student=student.score(rolled, own), draws=drawn)
+    own_draws = draw(student, rolled, mc_request(mc_draws, seed)) if mc_draws else None
+    rolled = replace(rolled, student=student.score(rolled, own), draws=own_draws)
     return rolled, time.monotonic() - start
 
 

@@ -72,13 +72,13 @@ def rollout(
     """Samples every planned unit that the store does not hold yet, and commits it.
 
     scorer: the student as a scorer; left out, the sampler is one too. student_k: how many of its
-    own best ids a row keeps. mc_draws: ids that it draws on every row beside the sampled token, from
-    its full softmax at temperature 1. unit_prompts: prompts of a unit; left out, as many as can reach
-    UNIT_POSITIONS. profile: how entry log-probs are stored. first, count: only so many prompts, in
-    order from `first` and on with prompt 0 after the last; left out, from `first` to the last.
-    versions: other versions of the student may be under this name already, as in a distillation
-    loop. run: the loop, recorded and part of what the name stands for. lineage_extra: more that
-    each segment is to record.
+    own best ids a row keeps. mc_draws: ids that it draws on every row beside the sampled token,
+    from its full softmax at temperature 1. unit_prompts: prompts of a unit; left out, as many as
+    can reach UNIT_POSITIONS. profile: how entry log-probs are stored. first, count: only so many
+    prompts, in order from `first` and on with prompt 0 after the last; left out, from `first` to
+    the last. versions: other versions of the student may be under this name already, as in a
+    distillation loop. run: the loop, recorded and part of what the name stands for. lineage_extra:
+    more that each segment is to record.
     Raises IdentityError where `name` holds other prompts, sampling, students or units, ConfigError
     for a scorer that cannot draw what mc_draws asks for.
     """

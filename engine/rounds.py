@@ -72,6 +72,7 @@ class Rounds:
             teacher_name=self._config.teacher.name,
             rollouts_name=self._config.store.rollouts,
             request=self._config.score.request(),
+            at=self._config.score.asked_at(),
             profile=self._config.store.profile,
         )
         self._made = self._pack(live)

@@ -1,4 +1,4 @@
-"""Columns of a row: every id that a list, a draw or the sample names has one, and its own numbers."""
+"""Columns of a row: every id that a list, a draw or the sample names has one, with its numbers."""
 
 from pathlib import Path
 
