@@ -95,6 +95,14 @@ class Rollout(Section):
         description="Ids of the student's own top-k kept a position. The teacher is asked at "
         "these, so objectives with the student's support can use no larger k.",
     )
+    mc_draws: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Ids drawn a position from the student's whole softmax at temperature 1, with "
+        "replacement, and kept with its log-probs for objectives on Monte Carlo ids; 0 = none. "
+        "Costs a second pass of the student over its responses.",
+    )
     unit_prompts: int = Field(
         0,
         ge=0,
@@ -115,6 +123,31 @@ class Rollout(Section):
 
 
 class Score(Section):
+    role: Literal["teacher", "base", "context"] = Field(
+        "teacher",
+        description="What the scores are for: of a teacher; of the model that a teacher was made "
+        "from, for objectives that extrapolate; or of a teacher that is shown other prompts, "
+        "--context. Each needs a name of its own.",
+    )
+    context: Path | None = Field(
+        None,
+        description="With --role context: JSONL file of prompts as for `rollout`, one for every id "
+        "of the rollouts. The teacher scores the same responses after these.",
+        validate_default=True,
+    )
+    entry_kind: Literal["topp", "topk", "sampled"] = Field(
+        "topp",
+        description="Which of the teacher's ids are kept: its best up to --top-p, its best "
+        "--k-max, or --draws of its own. Drawn ones need a name of their own.",
+    )
+    draws: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="With --entry-kind sampled: ids drawn a position from the teacher's whole "
+        "softmax at temperature 1, with replacement, seeded by --seed.",
+        validate_default=True,
+    )
     top_p: Share = Field(
         0.999,
         description="Teacher's ids are kept a position until their mass reaches this, "
@@ -128,11 +161,33 @@ class Score(Section):
         description="Ids kept at most: bounds the bytes of unsure positions.",
         validate_default=True,
     )
-    at: Name | None = Field(
-        None,
-        description="Ask the teacher also at the top ids of these other scores in the store, a "
-        "later student's say; it must have scored the rollouts before.",
+    at: Name = Field(
+        "student",
+        description="Ids that the teacher is asked at: student = the student's stored top ids; mc "
+        "= also those that it drew (rollout --mc-draws), kept in float32; NAME = also the top ids "
+        "of these other scores in the store, a later student's say.",
     )
+
+    @field_validator("context")
+    @classmethod
+    def _has_role(cls, context: Path | None, info: ValidationInfo) -> Path | None:
+        if (context is not None) != (info.data.get("role") == "context"):
+            raise ValueError("must be given with role = context, and with no other")
+        return context
+
+    @field_validator("draws")
+    @classmethod
+    def _has_kind(cls, draws: int, info: ValidationInfo) -> int:
+        if (draws > 0) != (info.data.get("entry_kind") == "sampled"):
+            raise ValueError("must be 1 or more with entry_kind = sampled, and 0 with any other")
+        return draws
+
+    @field_validator("at")
+    @classmethod
+    def _adds_to_best(cls, at: str, info: ValidationInfo) -> str:
+        if at != "student" and info.data.get("entry_kind") == "sampled":
+            raise ValueError("must be left out with entry_kind = sampled: draws are not added to")
+        return at
 
     @field_validator("k_max")
     @classmethod
@@ -142,8 +197,17 @@ class Score(Section):
             raise ValueError(f"must be k_min = {info.data['k_min']} or more")
         return k_max
 
-    def request(self) -> ScoreRequest:
+    def request(self, seed: int = 0) -> ScoreRequest:
+        """seed: of ids that are drawn."""
+        if self.entry_kind == "sampled":
+            return ScoreRequest(entry_kind="sampled", draws=self.draws, seed=seed, at_student=False)
+        if self.entry_kind == "topk":
+            return ScoreRequest(entry_kind="topk", top_p=1.0, k_min=self.k_max, k_max=self.k_max)
         return ScoreRequest(top_p=self.top_p, k_min=self.k_min, k_max=self.k_max)
+
+    def asked_at(self) -> str | None:
+        """`at` of the scoring stage."""
+        return None if self.at == "student" else self.at
 
 
 class Estimate(Section):
@@ -167,6 +231,11 @@ class Gc(Section):
 class Train(Section):
     teacher: Name | None = Field(
         None, description="Whose scores to train on; may be left out when the store has one."
+    )
+    base: Name | None = Field(
+        None,
+        description="Scores of the model that the teacher was made from (score --role base), for "
+        "objectives that look at them.",
     )
     pin: str | None = Field(
         None,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from logitcask.engine.config import RunConfig, Train
+from logitcask.engine.config import RunConfig, Score, Train
 from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.identity import digest, model_ref
@@ -21,6 +21,7 @@ from logitcask.engine.plan import windows_at_most
 from logitcask.engine.rollout import prompt_set_digest
 from logitcask.engine.rounds import Rounds
 from logitcask.engine.rundir import check_same
+from logitcask.engine.score import MC_IDS
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice
@@ -79,12 +80,18 @@ def distill(
     identity = {
         "rollouts": config.store.rollouts,
         "prompts": prompt_set_digest(
-            prompts, model, sampling, seed=config.run.seed, student_k=config.rollout.student_k
+            prompts,
+            model,
+            sampling,
+            seed=config.run.seed,
+            student_k=config.rollout.student_k,
+            mc_draws=config.rollout.mc_draws,
         ),
         "unit_prompts": config.rollout.unit_prompts,
         "teacher": teacher.digest,
         "teacher_name": config.teacher.name,
         "request": asdict(config.score.request()),
+        **({} if (at := config.score.asked_at()) is None else {"at": at}),
         "loop": loop.model_dump(),
     }
     # Rounds of two runs under one name would mix students that only share their version numbers.
@@ -142,12 +149,18 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
             "responses, so some updates would have none",
             remedy=f"set loop.updates_per_round to {sequences} or less",
         )
-    if config.score.at is not None:
+    if config.score.at not in ("student", MC_IDS):
         raise ConfigError(
             f"score.at = {config.score.at}: distill does not take it",
-            remedy="leave it out; every round is scored once, at the student's own ids",
+            remedy="leave it out, or give mc; every round is scored once, at the student's own ids",
         )
-    for key in ("accumulation", "epochs", "teacher", "pin", "partial", "foreign_student"):
+    for key in ("role", "entry_kind"):
+        if (value := getattr(config.score, key)) != Score.model_fields[key].default:
+            raise ConfigError(
+                f"score.{key} = {value}: distill does not take it",
+                remedy="leave it out; a loop trains on the best ids of one teacher",
+            )
+    for key in ("accumulation", "epochs", "teacher", "base", "pin", "partial", "foreign_student"):
         if (value := getattr(config.train, key)) != Train.model_fields[key].default:
             raise ConfigError(
                 f"train.{key} = {value}: distill does not take it",

@@ -23,7 +23,7 @@ import logitcask.engine.store.schema as schema
 import logitcask.engine.store.segment as segments
 from logitcask.engine.backends.scoring import Sheet, row_logits
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.rollout import UNIT_POSITIONS
+from logitcask.engine.rollout import UNIT_POSITIONS, draw, mc_request
 from logitcask.engine.types import (
     Array,
     IdLists,
@@ -76,6 +76,7 @@ def estimate(
     sampling: SamplingParams,
     sample: int = 4096,
     student_k: int = 16,
+    mc_draws: int = 0,
     k_min: int = 16,
     seed: int = 0,
     progress: Progress = silent,
@@ -85,7 +86,7 @@ def estimate(
     Raises IncompleteError where no response has a token.
     """
     progress("estimate", 0, 3)
-    rolled, sampling_s = _roll(student, prompts, sampling, sample, student_k, seed)
+    rolled, sampling_s = _roll(student, prompts, sampling, sample, student_k, mc_draws, seed)
     progress("estimate", 1, 3)
     start = time.monotonic()
     teacher.score(rolled, ScoreRequest(k_min=k_min, k_max=max(k_min, 64)))
@@ -126,6 +127,7 @@ def _roll(
     sampling: SamplingParams,
     sample: int,
     student_k: int,
+    mc_draws: int,
     seed: int,
 ) -> tuple[Rollouts, float]:
     """(rollouts of about so many positions with the student's lists, seconds they took)."""
@@ -144,7 +146,8 @@ def _roll(
             "no response of the sample has a token", remedy="give other prompts or another student"
         )
     own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
-    rolled = replace(rolled, student=student.score(rolled, own))
+    own_draws = draw(student, rolled, mc_request(mc_draws, seed)) if mc_draws else None
+    rolled = replace(rolled, student=student.score(rolled, own), draws=own_draws)
     return rolled, time.monotonic() - start
 
 
@@ -202,7 +205,8 @@ def _rows(rolled: Rollouts, seen: _Seen, k_min: int, total: float) -> Iterator[d
     student = IdLists(cnt=own.cnt, ids=own.ids)
     for name, profile in codecs.PROFILES.items():
         arrays = rollout_arrays.encode(rolled, profile)
-        rollout_bytes = _bytes(arrays, schema.STUDENT, profile, total)
+        which = schema.STUDENT if rolled.draws is None else schema.MC
+        rollout_bytes = _bytes(arrays, which, profile, total)
         for k_max in K_MAX:
             for top_p in TOP_P:
                 kept = _kept(seen, top_p, min(k_min, k_max), k_max)

@@ -50,6 +50,7 @@ def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutRepor
         name=job.store.rollouts,
         seed=job.run.seed,
         student_k=job.rollout.student_k,
+        mc_draws=job.rollout.mc_draws,
         unit_prompts=job.rollout.unit_prompts or None,
         profile=job.store.profile,
         lineage_extra={"chat_template": template},
@@ -60,18 +61,37 @@ def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutRepor
 def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
     """`logitcask score`."""
     store = open_store(job.store.url)
-    model = teacher_of(job.teacher, store.head(), job.store.rollouts)
+    pin = store.head()
+    model = teacher_of(job.teacher, pin, job.store.rollouts)
+    context = None if job.score.context is None else _context(job, model, pin)
     return score(
         store,
         model=model,
         scorer=backend(model, job.run),
         teacher_name=job.teacher.name,
         rollouts_name=job.store.rollouts,
-        request=job.score.request(),
-        at=job.score.at,
+        request=job.score.request(job.run.seed),
+        role=job.score.role,
+        context=context,
+        at=job.score.asked_at(),
         profile=job.store.profile,
         progress=progress,
     )
+
+
+def _context(job: ScoreJob, model: ModelRef, pin: Pin) -> dict[str, Prompt]:
+    """The other prompts by id, rendered as those of the rollouts were; each leaves room for the
+    longest response.
+    """
+    assert job.score.context is not None, "role = context has one"
+    longest = int(pin.rollouts(job.store.rollouts)[0].lineage["set"]["max_new_tokens"])
+    read = read_prompts(
+        job.score.context,
+        load_tokenizer(model.path),
+        chat_template=_rendered(pin, job.store.rollouts),
+        max_prompt_tokens=identity.context_length(model.path) - longest,
+    )
+    return {prompt.id: prompt for prompt in read}
 
 
 def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
@@ -88,6 +108,7 @@ def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
         sampling=job.rollout.sampling(),
         sample=job.estimate.sample,
         student_k=job.rollout.student_k,
+        mc_draws=job.rollout.mc_draws,
         k_min=job.score.k_min,
         seed=job.run.seed,
         progress=progress,
@@ -102,13 +123,18 @@ def run_train(
     store = open_store(job.store.url)
     pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
     where = "the store" if job.train.pin is None else f"the store at log number {pin.number}"
-    teacher = choose(pin.names("score"), job.train.teacher, what="teacher", where=where)
+    bases = [n for n in pin.names("score") if pin.role(n) == "base"]
+    # Who is not asked for a base does not mean one.
+    teachers = [n for n in pin.names("score") if n not in bases or n == job.train.teacher]
+    teacher = choose(teachers, job.train.teacher, what="teacher", where=where)
+    base = job.train.base and choose(bases, job.train.base, what="base", where=where)
     model = student_of(job.student, pin, job.store.rollouts)
     report = train(
         store,
         model=model,
         out=job.run.out,
         teacher=teacher,
+        base=base,
         rollouts=job.store.rollouts,
         objective=preset,
         settings=train_settings(job.train, job.run),

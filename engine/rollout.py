@@ -5,6 +5,7 @@ sampled, scored by the student itself (whose top-k the store keeps), and committ
 and not committed is what a resumed run does.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +15,14 @@ from logitcask.engine.backends.base import Sampler, Scorer
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.identity import digest
 from logitcask.engine.store import Pin, Segment, Store
+from logitcask.engine.teachers import check_scorer
 from logitcask.engine.types import (
     STOP,
+    Draws,
     ModelRef,
     Progress,
     Prompt,
+    Rollouts,
     SamplingParams,
     ScoreRequest,
     silent,
@@ -55,6 +59,7 @@ def rollout(
     name: str = "main",
     seed: int = 0,
     student_k: int = 16,
+    mc_draws: int = 0,
     unit_prompts: int | None = None,
     profile: str = "default",
     progress: Progress = silent,
@@ -67,17 +72,21 @@ def rollout(
     """Samples every planned unit that the store does not hold yet, and commits it.
 
     scorer: the student as a scorer; left out, the sampler is one too. student_k: how many of its
-    own best ids a row keeps. unit_prompts: prompts of a unit; left out, as many as can reach
-    UNIT_POSITIONS. profile: how entry log-probs are stored. first, count: only so many prompts, in
-    order from `first` and on with prompt 0 after the last; left out, from `first` to the last.
-    versions: other versions of the student may be under this name already, as in a distillation
-    loop. run: the loop, recorded and part of what the name stands for. lineage_extra: more that
-    each segment is to record.
-    Raises IdentityError where `name` holds other prompts, sampling, students or units.
+    own best ids a row keeps. mc_draws: ids that it draws on every row beside the sampled token,
+    from its full softmax at temperature 1. unit_prompts: prompts of a unit; left out, as many as
+    can reach UNIT_POSITIONS. profile: how entry log-probs are stored. first, count: only so many
+    prompts, in order from `first` and on with prompt 0 after the last; left out, from `first` to
+    the last. versions: other versions of the student may be under this name already, as in a
+    distillation loop. run: the loop, recorded and part of what the name stands for. lineage_extra:
+    more that each segment is to record.
+    Raises IdentityError where `name` holds other prompts, sampling, students or units, ConfigError
+    for a scorer that cannot draw what mc_draws asks for.
     """
     start_s = time.monotonic()
     if scorer is None:
         scorer = _as_scorer(sampler)
+    if mc_draws:
+        check_scorer(scorer, mc_request(mc_draws, seed))
     if unit_prompts is None:
         unit_prompts = default_unit(sampling)
     count = len(prompts) - first if count is None else count
@@ -87,7 +96,7 @@ def rollout(
             remedy="Take at least one prompt a unit, and a range that lies within the prompts.",
         )
     set_digest = prompt_set_digest(
-        prompts, model, sampling, seed=seed, student_k=student_k, run=run
+        prompts, model, sampling, seed=seed, student_k=student_k, mc_draws=mc_draws, run=run
     )
     ranges = [
         (at, min(unit_prompts, end - at))
@@ -110,6 +119,7 @@ def rollout(
             **asdict(sampling),
             "seed": seed,
             "student_k": student_k,
+            **({"mc_draws": mc_draws} if mc_draws else {}),
             "template": model.template_digest,
         },
         "student": model.lineage(),
@@ -129,7 +139,8 @@ def rollout(
         part = prompts[unit["first"] : unit["first"] + unit["count"]]
         rolled = sampler.generate(part, sampling, seed=seed, version=model.version, progress=silent)
         own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
-        rolled = replace(rolled, student=scorer.score(rolled, own))
+        drawn = draw(scorer, rolled, mc_request(mc_draws, seed)) if mc_draws else None
+        rolled = replace(rolled, student=scorer.score(rolled, own), draws=drawn)
         store.commit_rollouts(
             rolled, name=name, unit_key=key, unit=unit, lineage=lineage, profile=profile
         )
@@ -161,6 +172,7 @@ def prompt_set_digest(
     *,
     seed: int,
     student_k: int,
+    mc_draws: int = 0,
     run: Mapping[str, Any] | None = None,
 ) -> str:
     """What a name of rollouts stands for, beside the root of its student."""
@@ -172,9 +184,25 @@ def prompt_set_digest(
             "sampling": asdict(sampling),
             "seed": seed,
             "student_k": student_k,
+            # Only where there are any: sets that were made before there could be keep their digest.
+            **({"mc_draws": mc_draws} if mc_draws else {}),
             **({"run": dict(run)} if run else {}),
         }
     )
+
+
+def mc_request(draws: int, seed: int) -> ScoreRequest:
+    """What draws Monte Carlo ids of a student."""
+    # Not the numbers that a teacher of the same seed draws by: two draws are to be independent.
+    own_seed = int.from_bytes(hashlib.sha256(b"mc/%d" % seed).digest()[:7])
+    return ScoreRequest(entry_kind="sampled", draws=draws, seed=own_seed, at_student=False)
+
+
+def draw(scorer: Scorer, rollouts: Rollouts, request: ScoreRequest) -> Draws:
+    """Ids of every row, drawn by the student itself as `mc_request` says."""
+    found = scorer.score(rollouts, request)
+    assert found.mult is not None, "who draws counts"
+    return Draws(cnt=found.cnt, ids=found.ids, mult=found.mult, lp=found.entry_lp)
 
 
 def _stretches(first: int, count: int, total: int) -> list[tuple[int, int]]:
@@ -242,9 +270,9 @@ def _check_name(
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The first setting in which two sets differ, with both values."""
-    for key in ours:
-        if key not in ("digest", "prompts", "units") and theirs.get(key) != ours[key]:
-            return f"{key} = {theirs.get(key)!r}, not {ours[key]!r}"
+    for key in {**ours, **theirs}:
+        if key not in ("digest", "prompts", "units") and theirs.get(key) != ours.get(key):
+            return f"{key} = {theirs.get(key)!r}, not {ours.get(key)!r}"
     return "other prompts, or of another loop"
 
 

@@ -72,6 +72,7 @@ class Rounds:
             teacher_name=self._config.teacher.name,
             rollouts_name=self._config.store.rollouts,
             request=self._config.score.request(),
+            at=self._config.score.asked_at(),
             profile=self._config.store.profile,
         )
         self._made = self._pack(live)
@@ -101,6 +102,7 @@ class Rounds:
             name=config.store.rollouts,
             seed=config.run.seed,
             student_k=config.rollout.student_k,
+            mc_draws=config.rollout.mc_draws,
             unit_prompts=config.rollout.unit_prompts or None,
             profile=config.store.profile,
             first=round_number * count % len(self._prompts),

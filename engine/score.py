@@ -8,18 +8,20 @@ stored beside what is there; one that was asked for as much or more is not asked
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from logitcask.engine.asked import at_all_known, without_more
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import IdentityError, IncompleteError, PromptError
 from logitcask.engine.identity import digest
 from logitcask.engine.store import Chain, Pin, Segment, Store
 from logitcask.engine.store.layout import ranked
-from logitcask.engine.store.widen import ask_at
+from logitcask.engine.store.schema import MC
+from logitcask.engine.store.widen import ask_at, union
 from logitcask.engine.teachers import check_identity, check_scorer, check_stops, other_dtypes
 from logitcask.engine.types import (
     IdLists,
@@ -28,9 +30,14 @@ from logitcask.engine.types import (
     Prompt,
     Rollouts,
     ScoreRequest,
+    Scores,
     silent,
 )
 
+MC_IDS = "mc"
+"""As `at`: the ids that the student drew when it sampled."""
+EXACT = "raw32"
+"""Profile of log-probs at drawn ids: an estimator divides by few draws, and rounding stays in."""
 LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
 
 
@@ -54,7 +61,7 @@ def score(
     teacher_name: str,
     rollouts_name: str = "main",
     request: ScoreRequest = ScoreRequest(),  # noqa: B008 - frozen
-    role: Literal["teacher", "base"] = "teacher",
+    role: Literal["teacher", "base", "context"] = "teacher",
     context: Mapping[str, Prompt] | None = None,
     at: str | None = None,
     profile: str = "default",
@@ -63,15 +70,17 @@ def score(
 ) -> ScoreReport:
     """Scores every rollout segment of `rollouts_name` that this teacher has not scored as asked.
 
-    role: what the scores are for; base = of the model that the teacher was made from (ExOPD).
+    role: what the scores are for; base = of the model that the teacher was made from (ExOPD),
+    context = of a teacher that is shown other prompts.
     context: prompt id -> the prompt that the teacher is shown in its place (privileged context);
     the response stays. at: also at the top ids of this other model's scores in the store, a later
-    student's say. eos_rows: what to do with a stop token that ends a response and that the teacher
-    does not use.
+    student's say, or at the ids that the student drew, for MC_IDS; those are stored in float32,
+    whatever the profile. eos_rows: what to do with a stop token that ends a response and that the
+    teacher does not use.
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
-    IncompleteError where there are no rollouts or no scores of `at`, ConfigError for a scorer that
-    lacks a capability or a request that no row could meet, PromptError for a context without a
-    prompt of the rollouts.
+    IncompleteError where there are no rollouts, no draws or no scores of `at`, ConfigError for a
+    scorer that lacks a capability or a request that no row could meet, PromptError for a context
+    without a prompt of the rollouts.
     """
     start_s = time.monotonic()
     check_scorer(scorer, request)
@@ -96,9 +105,11 @@ def score(
         "backend": scorer.describe(),
         "logprob": LOGPROB,
     }
-    asked_at = None if at is None else _scores_named(pin, at)
+    asked_at = None if at is None or at == MC_IDS else _scores_named(pin, at)
+    if at == MC_IDS:
+        _check_draws(segments, rollouts_name)
     units = {
-        unit_key(segment, model, request, lineage, _chain_of(asked_at, segment)): segment
+        unit_key(segment, model, request, lineage, _asked(at, asked_at, segment)): segment
         for segment in segments
     }
     _check_twice(pin, units, teacher_name)
@@ -111,7 +122,7 @@ def score(
             f"{teacher_name!r} holds draws of these rollouts of another number or seed",
             remedy="Use another name for these: drawn ids are not added to.",
         )
-    others = {s.profile for chain in there.values() for s in chain} - {profile}
+    others = {chain[0].profile for chain in there.values()} - {profile}
     if others:
         notes.append(
             f"scores of {teacher_name!r} are there in profile {', '.join(sorted(others))}; "
@@ -129,25 +140,37 @@ def score(
         check_stops(segment, rollouts, model, eos_rows)
         shown = rollouts if context is None else _shown(rollouts, context)
         extra = None if asked_at is None else _ids_of(store, asked_at[segment.seg_id], rollouts)
+        if at == MC_IDS:
+            assert rollouts.draws is not None, "its layout says so"
+            extra = IdLists(cnt=rollouts.draws.cnt, ids=rollouts.draws.ids)
         wanted: IdLists | None = None
+        told: dict[str, Any] = {"base": segment, "name": teacher_name, "unit": dict(segment.unit)}
         if (chain := there.get(segment.seg_id)) is not None:
             student = rollouts.student if request.at_student else None
             if extra is None and student is not None:
                 extra = IdLists(cnt=student.cnt, ids=student.ids)
             wanted = ask_at(store.read_scores(chain, base=rollouts), extra)
+            scores = scorer.score(shown, request, wanted)
         elif extra is not None:
-            raise IncompleteError(
-                f"teacher {teacher_name!r} has no scores of rollouts {segment.seg_id} to add to",
-                remedy=f"Score without the ids of {at!r} first, then with them.",
+            scores, wanted = _begun(
+                store,
+                scorer,
+                shown,
+                extra,
+                request,
+                **told,
+                unit_key=unit_key(segment, model, request, lineage),
+                lineage={**lineage, "at": "student" if request.at_student else ""},
+                profile=profile,
             )
+        else:
+            scores = scorer.score(shown, request)
         store.commit_scores(
-            scorer.score(shown, request, wanted),
-            base=segment,
-            name=teacher_name,
+            scores,
+            **told,
             unit_key=key,
-            unit=dict(segment.unit),
             lineage={**lineage, "at": at or ("student" if request.at_student else "")},
-            profile=profile,
+            profile=EXACT if at == MC_IDS else profile,
             at=wanted,
         )
         positions += rollouts.positions
@@ -167,7 +190,7 @@ def unit_key(
     model: ModelRef,
     request: ScoreRequest,
     lineage: Mapping[str, Any],
-    at: Chain = (),
+    at: Sequence[str] = (),
 ) -> str:
     return digest(
         {
@@ -177,9 +200,29 @@ def unit_key(
             "template": model.template_digest,
             "context": lineage["context"],
             "request": asdict(request),
-            "at": [each.seg_id for each in at],
+            "at": list(at),
         }
     )
+
+
+def _begun(
+    store: Store,
+    scorer: Scorer,
+    shown: Rollouts,
+    extra: IdLists,
+    request: ScoreRequest,
+    **told: Any,
+) -> tuple[Scores, IdLists]:
+    """One scoring at the student's list and `extra`; the first segment is committed as `told`.
+
+    -> the scores and where they were asked, to widen that segment by.
+    """
+    own = shown.student
+    student = None if own is None or not request.at_student else IdLists(cnt=own.cnt, ids=own.ids)
+    asked = extra if student is None else union(student, extra)
+    scores = scorer.score(shown, request, asked)
+    first = store.commit_scores(without_more(scores, asked, student), **told)
+    return at_all_known(scores, asked, store.read_scores((first,)))
 
 
 def _serves(chain: Chain | None, request: ScoreRequest) -> bool:
@@ -208,7 +251,18 @@ def _scores_named(pin: Pin, name: str) -> dict[str, Chain]:
     return found
 
 
-def _chain_of(scores: Mapping[str, Chain] | None, segment: Segment) -> Chain:
+def _check_draws(segments: Sequence[Segment], name: str) -> None:
+    if any(segment.layout != MC for segment in segments):
+        raise IncompleteError(
+            f"rollouts {name!r} hold no ids that the student drew",
+            remedy="Sample with `logitcask rollout --mc-draws M`, under a name of its own.",
+        )
+
+
+def _asked(at: str | None, scores: Mapping[str, Chain] | None, segment: Segment) -> tuple[str, ...]:
+    """What a unit's key says of the ids that are asked at beside the student's list."""
+    if at == MC_IDS:
+        return (MC_IDS,)
     if scores is None:
         return ()
     if segment.seg_id not in scores:
@@ -216,7 +270,7 @@ def _chain_of(scores: Mapping[str, Chain] | None, segment: Segment) -> Chain:
             f"rollout segment {segment.seg_id} has no scores of the model whose ids are wanted",
             remedy="Let that model score all of these rollouts first.",
         )
-    return scores[segment.seg_id]
+    return tuple(each.seg_id for each in scores[segment.seg_id])
 
 
 def _ids_of(store: Store, chain: Chain, rollouts: Rollouts) -> IdLists:

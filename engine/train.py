@@ -24,6 +24,7 @@ def train(
     model: ModelRef,
     out: Path,
     teacher: str,
+    base: str | None = None,
     rollouts: str = "main",
     objective: Objective | Preset,
     settings: TrainSettings | None = None,
@@ -39,6 +40,7 @@ def train(
 ) -> TrainReport:
     """Trains `model` on the scores of `teacher`, and saves it as the next version in `out`.
 
+    `base` names scores of the model that the teacher was made from, for objectives that look there.
     Without a `pin` the store is pinned as it is at the first call. The same call on the same `out`
     resumes from the newest checkpoint, bit-exactly on a CPU. `config`, the caller's resolved
     configuration, is only recorded, in run.json. What the cache serves exactly for the objective
@@ -59,7 +61,7 @@ def train(
     )
     if pin is None:
         pin = _pin(store, desk.earlier)
-    source = RowSource(store, pin, rollouts, teacher, partial=partial)
+    source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial)
     facts = _facts(model, source, foreign_student)
     exactness = verdict(objective, facts)
     if desk.first:
@@ -76,6 +78,7 @@ def train(
             "pin": {"number": pin.number, "sha256": pin.sha256},
             "rollouts": rollouts,
             "teacher": teacher,
+            "base": base,
         },
         plan=plan.digest,
         exactness=exactness,

@@ -89,6 +89,15 @@ def test_store_commands(
     assert (place / "run-2" / "logitcask.json").exists()
 
 
+def test_what_a_teacher_can_be_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    rolling, *scoring = commands(r"rollout(?=.*\./mc)|score(?=.*\./mc)")
+    assert len(scoring) == 4
+    typed(rolling, "--max-new-tokens", "8")
+    for line in scoring:
+        typed(line)
+
+
 def test_distill_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     text = with_tiny_models(block("toml distill"))

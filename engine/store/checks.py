@@ -3,6 +3,7 @@ found where it comes ready-made.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,15 +11,17 @@ import logitcask.engine.store.ragged as ragged
 import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store.layout import RESCORE, ranked
-from logitcask.engine.types import Array, CachedScores, IdLists, Prompt, Rollouts, Scores
+from logitcask.engine.types import Array, CachedScores, Draws, IdLists, Prompt, Rollouts, Scores
 
 RESAMPLE = "this is a fault of the sampler: correct it and roll the unit out again"
 _ROUNDING = 1e-2
 """Nats by which a log-prob may be above 0, or an entropy below."""
 
 
-def check_rollouts(rollouts: Rollouts) -> None:
-    """Refuses rollouts whose arrays do not fit together. Raises StoreError."""
+def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
+    """Refuses rollouts whose arrays do not fit together, and draws of ids from n_vocab on. Raises
+    StoreError.
+    """
     sequences, positions = len(rollouts.seq_prompt), len(rollouts.tokens)
     lengths = {
         "seq_prompt": sequences,
@@ -59,6 +62,43 @@ def check_rollouts(rollouts: Rollouts) -> None:
                 remedy="score the student with at_student = False and its best ids",
             )
         check_scores(rollouts.student, positions, None)
+    if rollouts.draws is not None:
+        if rollouts.student is None:
+            raise StoreError(
+                "rollouts hold ids that the student drew, and no scores of its own",
+                remedy="score the student too: `logitcask rollout` does",
+            )
+        _check_draws(rollouts.draws, positions, n_vocab)
+
+
+def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:
+    entries = len(draws.ids)
+    lists = IdLists(cnt=draws.cnt, ids=draws.ids)
+    check_lists(lists, positions, schema.MAX_K, "rollouts.draws.ids", RESAMPLE)
+    for name in ("mult", "lp"):
+        if (shape := getattr(draws, name).shape) != (entries,):
+            raise StoreError(
+                f"rollouts.draws.{name} has shape {shape}, not ({entries},)", remedy=RESAMPLE
+            )
+    check_range(draws.mult, 1, schema.MAX_K, "rollouts.draws.mult", RESAMPLE)
+    check_range(draws.ids, 0, n_vocab - 1, "rollouts.draws.ids", RESAMPLE)
+    total = np.concatenate([np.zeros(1, np.int64), np.cumsum(draws.mult, dtype=np.int64)])
+    drawn = np.diff(total[ragged.starts(draws.cnt)])
+    if positions and (drawn != drawn[0]).any():
+        raise StoreError(
+            f"rollouts.draws.mult adds up to {drawn.min()} on one row and to {drawn.max()} on "
+            "another, and every row draws as often",
+            remedy=RESAMPLE,
+        )
+    if fault := _log_prob_fault(draws.lp):
+        raise StoreError(f"rollouts.draws.lp holds {fault}", remedy=RESAMPLE)
+
+
+def vocabulary(lineage: Mapping[str, Any]) -> int:
+    """Ids that the student of a rollout segment has, as its lineage says; else all of uint32."""
+    student = lineage.get("student")
+    found = student.get("n_vocab") if isinstance(student, Mapping) else None
+    return found if type(found) is int else 2**32
 
 
 def _check_prompt(prompt: Prompt) -> None:

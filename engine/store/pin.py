@@ -29,6 +29,11 @@ class Pin:
         """The names in use: of rollouts ('rollout') or of teachers ('score')."""
         return sorted({s.name for s in self.segments if s.kind == kind})
 
+    def role(self, teacher: str) -> str:
+        """What the scores of a name are for: teacher, base or context; '' if there are none."""
+        found = (s for s in self.segments if s.kind == schema.SCORE and s.name == teacher)
+        return next((str(s.lineage.get("role", "")) for s in found), "")
+
     def scores(self, teacher: str) -> dict[str, Chain]:
         """seg_id of the rollouts -> what the teacher says of them."""
         found: dict[str, Chain] = {}

@@ -12,7 +12,7 @@ import logitcask.engine.store.schema as schema
 import logitcask.engine.store.segment as segments
 import logitcask.engine.store.widen as widen
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.checks import check_known, check_rollouts
+from logitcask.engine.store.checks import check_known, check_rollouts, vocabulary
 from logitcask.engine.store.log import Log
 from logitcask.engine.store.medium import Medium
 from logitcask.engine.store.pin import Chain, Pin
@@ -74,7 +74,8 @@ class Reader:
         """
         if which.kind == schema.ROLLOUT:
             try:
-                check_rollouts(self._rollouts_of(which, arrays))
+                found = self._rollouts_of(which, arrays)
+                check_rollouts(found, n_vocab=vocabulary(which.lineage))
             except IntegrityError:
                 raise
             except StoreError as error:

@@ -14,7 +14,7 @@ import logitcask.engine.store.schema as schema
 import logitcask.engine.store.segment as segments
 import logitcask.engine.store.widen as widen
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store.checks import check_rollouts, check_scores
+from logitcask.engine.store.checks import check_rollouts, check_scores, vocabulary
 from logitcask.engine.store.medium import Medium, open_medium
 from logitcask.engine.store.publish import check_binding
 from logitcask.engine.store.reader import Reader
@@ -57,7 +57,7 @@ class Store(Reader):
         """
         new = commit.draft(
             schema.ROLLOUT,
-            schema.PLAIN if unit_rollouts.student is None else schema.STUDENT,
+            _layout_of(unit_rollouts),
             profile,
             name=name,
             unit_key=unit_key,
@@ -70,7 +70,7 @@ class Store(Reader):
             raise StoreError(
                 f"unit {dict(unit)} lacks version or first", remedy="give both as integers from 0"
             )
-        check_rollouts(unit_rollouts)
+        check_rollouts(unit_rollouts, n_vocab=vocabulary(lineage))
         arrays = rollouts.encode(unit_rollouts, codecs.profile(profile))
         digest = segments.token_digest(arrays["tokens"], arrays["seq_off"])
         return self._commit(arrays, new, token_digest=digest)
@@ -157,6 +157,12 @@ class Store(Reader):
 
     def _commit(self, arrays: Mapping[str, Array], new: Segment, **found: Any) -> Segment:
         return commit.commit_arrays(self.medium, self.log, arrays, replace(new, **found))
+
+
+def _layout_of(unit_rollouts: Rollouts) -> str:
+    if unit_rollouts.student is None:
+        return schema.PLAIN
+    return schema.STUDENT if unit_rollouts.draws is None else schema.MC
 
 
 def open_store(url: str | Path, *, create: bool = False) -> Store:

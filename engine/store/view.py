@@ -180,7 +180,10 @@ def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the
     if wanted in known:
         return str(wanted)
     if not known:
-        made, verb = ("rollouts", "rollout") if what == "rollouts" else ("scores", "score")
+        made, verb = {
+            "rollouts": ("rollouts", "rollout"),
+            "base": ("scores of a base model", "score --role base"),
+        }.get(what, ("scores", "score"))
         raise IncompleteError(
             f"{where} holds no {made}",
             remedy=f"make some first: logitcask {verb}; a pin from before has none",

@@ -42,12 +42,17 @@ def ask_at(known: CachedScores, more: IdLists | None = None) -> IdLists:
     The tail of a widened row is what lies outside all of them, so the scorer has to see them.
     """
     u = ranked(known)
-    if more is None:
-        return IdLists(cnt=u.cnt.astype(np.uint16), ids=u.ids)
-    new = ragged.find(u.ids, u.cnt, more.ids.astype(np.uint32), more.cnt) < 0
+    every = IdLists(cnt=u.cnt.astype(np.uint16), ids=u.ids)
+    return every if more is None else union(every, more)
+
+
+def union(first: IdLists, more: IdLists) -> IdLists:
+    """In every row the ids of `first`, then those of `more` that are not among them."""
+    new = ragged.find(first.ids.astype(np.uint32), first.cnt, more.ids.astype(np.uint32), more.cnt)
+    added = ragged.marked(new < 0, more.cnt)
     return IdLists(
-        cnt=(u.cnt + ragged.marked(new, more.cnt)).astype(np.uint16),
-        ids=_interleaved(u.cnt, u.ids, ragged.marked(new, more.cnt), more.ids[new]),
+        cnt=(first.cnt.astype(np.int64) + added).astype(np.uint16),
+        ids=_interleaved(first.cnt, first.ids, added, more.ids[new < 0]),
     )
 
 

@@ -10,6 +10,7 @@ from logitcask.engine.store import Store, open_store
 from logitcask.engine.types import (
     LENGTH,
     Array,
+    Draws,
     ModelRef,
     Prompt,
     Rollouts,
@@ -42,8 +43,11 @@ def make_unit(
     prompt_tokens: int = 5,
     at_student: bool = True,
     version: int = 0,
+    mc_draws: int = 0,
 ) -> Unit:
-    """Random sequences; `lengths` are the responses' (drawn from 0..9 if not given)."""
+    """Random sequences; `lengths` are the responses' (drawn from 0..9 if not given); `mc_draws` ids
+    of every row are drawn from the student's law.
+    """
     rng = np.random.default_rng(seed)
     count = prompts * n
     response = rng.integers(0, 10, count) if lengths is None else np.array(lengths)
@@ -80,6 +84,7 @@ def make_unit(
         version_start=np.full(count, version, np.int64),
         version_end=np.full(count, version, np.int64),
         student=student,
+        draws=_draws(log_p, mc_draws, seed) if mc_draws else None,
     )
     return Unit(rollouts=rollouts, scores=replace(scores, log_tail=tail), log_p=log_p, log_q=log_q)
 
@@ -146,6 +151,18 @@ def _scores(log_probs: Array, tokens: Array, kept: Array) -> Scores:
         cnt=kept.astype(np.uint16),
         ids=order[listed].astype(np.uint32),
         entry_lp=np.take_along_axis(log_probs, order, 1)[listed].astype(np.float32),
+    )
+
+
+def _draws(log_p: Array, draws: int, seed: int) -> Draws:
+    rng = np.random.default_rng([seed, 1])
+    counts = np.stack([rng.multinomial(draws, row) for row in np.exp(log_p)])
+    row, ids = counts.nonzero()
+    return Draws(
+        cnt=np.bincount(row, minlength=len(log_p)).astype(np.uint16),
+        ids=ids.astype(np.uint32),
+        mult=counts[row, ids].astype(np.uint16),
+        lp=log_p[row, ids].astype(np.float32),
     )
 
 

@@ -12,9 +12,24 @@ import pytest
 from logitcask.engine import identity
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ConfigError, IdentityError
-from logitcask.engine.rollout import UNIT_POSITIONS, prompt_set_digest, rollout, unit_key
+from logitcask.engine.rollout import (
+    UNIT_POSITIONS,
+    draw,
+    mc_request,
+    prompt_set_digest,
+    rollout,
+    unit_key,
+)
 from logitcask.engine.store import open_store
-from logitcask.engine.types import STOP, ModelRef, Prompt, Rollouts, SamplingParams, Scores
+from logitcask.engine.types import (
+    STOP,
+    ModelRef,
+    Prompt,
+    Rollouts,
+    SamplingParams,
+    ScoreRequest,
+    Scores,
+)
 from tests.engine.tiny import save_folder
 
 SAMPLING = SamplingParams(n=2, max_new_tokens=6)
@@ -161,9 +176,55 @@ def test_keys_change_with_whatever_changes_the_data(model: ModelRef) -> None:
         key(model=dataclasses.replace(model, template_digest="t")),
         key(seed=1),
         key(student_k=6),
+        key(mc_draws=8),
         unit_key("s", model, 0, 2),
     ]
-    assert len({base, *others}) == 9
+    assert len({base, *others}) == 10
+    assert key(mc_draws=0) == base, "sets from before there were draws keep their digest"
+
+
+def test_draws_are_of_the_students_law_and_stored_with_its_log_probs(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    """4096 draws of each of 12 rows: no share is off by more than 5 standard errors."""
+    draws, seed = 4096, 3
+    run(tmp_path / "s", hf, model, prompts=PROMPTS[:1], mc_draws=draws, seed=seed)
+    store = open_store(tmp_path / "s")
+    (segment,) = store.head().rollouts("main")
+    found = store.read_rollouts(segment)
+    vocab = model.n_vocab
+    every = ScoreRequest(entry_kind="topk", k_min=vocab, k_max=vocab, at_student=False)
+    law = hf.score(found, every)
+    exact = np.zeros((found.positions, vocab))
+    exact[np.repeat(np.arange(found.positions), law.cnt), law.ids] = law.entry_lp
+    assert found.draws is not None
+    row = np.repeat(np.arange(found.positions), found.draws.cnt)
+    assert np.array_equal(found.draws.lp, exact[row, found.draws.ids].astype(np.float32))
+    assert np.bincount(row, found.draws.mult).tolist() == [draws] * found.positions
+    counts = np.zeros_like(exact)
+    counts[row, found.draws.ids] = found.draws.mult
+    p = np.exp(exact)
+    assert (np.abs(counts / draws - p) <= 5 * np.sqrt(p * (1 - p) / draws) + 1 / draws).all()
+    # The same seed draws the same, and a teacher of that seed draws others.
+    again = draw(hf, found, mc_request(draws, seed))
+    assert np.array_equal(again.mult, found.draws.mult)
+    of_teacher = dataclasses.replace(mc_request(draws, seed), seed=seed)
+    assert not np.array_equal(hf.score(found, of_teacher).mult, found.draws.mult)
+
+
+def test_draws_of_a_sampler_that_cannot_are_refused_before_it_samples(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    scorer, sampler = Dies(hf), Dies(hf)
+    scorer.capabilities = hf.capabilities - {"drawn"}  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="Dies cannot give drawn"):
+        run(tmp_path / "s", sampler, model, scorer=scorer, mc_draws=2)
+    assert sampler.begun == 0
+
+
+def test_rollouts_with_and_without_draws_do_not_mix(whole: Path, hf: HF, model: ModelRef) -> None:
+    with pytest.raises(IdentityError, match="mc_draws = None, not 2"):
+        run(whole, hf, model, mc_draws=2)
 
 
 def test_rounds_of_a_loop_share_a_name(tmp_path: Path, hf: HF, model: ModelRef) -> None:

@@ -43,3 +43,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, student: ModelRef) -> Path:
 def store(tmp_path: Path, made: Path) -> Path:
     """A store with two rollout segments; making them costs more than copying them."""
     return shutil.copytree(made, tmp_path / "s")
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, student: ModelRef) -> Path:
+    """The same rollouts with 7 ids of every row that the student drew."""
+    return rolled(tmp_path / "drawn", student, mc_draws=7)

@@ -30,7 +30,7 @@ def ref(folder: Path, chat_template: bool = False) -> ModelRef:
         return identity.model_ref(str(folder), chat_template=chat_template)
 
 
-def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6) -> Path:
+def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6, mc_draws: int = 0) -> Path:
     rollout(
         open_store(path, create=True),
         model=student,
@@ -39,6 +39,7 @@ def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6) -> Path:
         sampling=SamplingParams(n=n, max_new_tokens=length),
         unit_prompts=2,
         student_k=5,
+        mc_draws=mc_draws,
     )
     return path
 

@@ -17,11 +17,13 @@ from logitcask.engine.errors import (
     PromptError,
 )
 from logitcask.engine.objectives import find_preset
+from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import open_store
 from logitcask.engine.store.layout import kept_lists, ranked
+from logitcask.engine.store.ragged import starts
 from logitcask.engine.store.verify import verify
 from logitcask.engine.train import train
-from logitcask.engine.types import ModelRef, Prompt, ScoreRequest
+from logitcask.engine.types import ModelRef, Prompt, ScoreRequest, Scores
 from tests.engine.score.scored import PROMPTS, REQUEST, Dies, ref, run
 from tests.engine.tiny import make_model, save_folder
 
@@ -87,8 +89,6 @@ def test_a_teacher_is_asked_at_a_later_students_ids(
         run(store, teacher, scorer, at="later")
     own = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
     run(store, later, HF(later), teacher_name="later", request=own)
-    with pytest.raises(IncompleteError, match="to add to"):
-        run(store, teacher, scorer, at="later")
     run(store, teacher, scorer)
     assert run(store, teacher, scorer, at="later").units_new == 2
     assert run(store, teacher, Dies(scorer, 0), at="later").units_new == 0
@@ -106,6 +106,63 @@ def test_a_teacher_is_asked_at_a_later_students_ids(
         mine = np.split(known.lp, np.cumsum(known.cnt)[:-1])
         for ids, lp, order, full in zip(rows, mine, place, lps, strict=True):
             np.testing.assert_allclose(lp, [full[order.index(i)] for i in ids], rtol=2e-3)
+
+
+class Counts(HF):
+    """Counts how often it was asked."""
+
+    asked = 0
+
+    def score(self, *args: Any, **keys: Any) -> Scores:
+        self.asked += 1
+        return super().score(*args, **keys)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["at-once", "later"])
+def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
+    drawn: Path, teacher: ModelRef, first: bool
+) -> None:
+    """One pass serves both, and what is read of it is what the teacher thinks, in float32."""
+    scorer = Counts(teacher)
+    if first:
+        run(drawn, teacher, scorer)
+    assert run(drawn, teacher, scorer, at="mc").units_new == 2
+    assert scorer.asked == (4 if first else 2)
+    assert run(drawn, teacher, Dies(scorer, 0), at="mc").units_new == 0
+    assert run(drawn, teacher, Dies(scorer, 0)).units_new == 0
+    opened = open_store(drawn)
+    chains = opened.head().scores("big")
+    source = RowSource(opened, opened.head(), "main", "big")
+    for ordinal, (segment, chain) in enumerate(source.pairs):
+        assert [(s.layout, s.profile) for s in chain] == [("once", "default"), ("wider", "raw32")]
+        rollouts = opened.read_rollouts(segment)
+        plain = scorer.score(rollouts, REQUEST)
+        alone = opened.read_scores(chain[:1])
+        assert np.array_equal(alone.kept, plain.cnt)
+        np.testing.assert_allclose(np.exp(alone.log_tail), np.exp(plain.log_tail), atol=2e-6)
+        exact = scorer.score(rollouts, ALL)
+        lp = np.full((rollouts.positions, 99), np.nan)
+        lp[np.repeat(np.arange(rollouts.positions), exact.cnt), exact.ids] = exact.entry_lp
+        members = np.stack([np.full(4, ordinal), np.arange(4)], 1)
+        targets = source.row(members).targets
+        assert targets.mc_count is not None
+        row, column = (targets.mc_count > 0).nonzero().T.numpy()
+        assert targets.cached.numpy()[row, column].all(), "known at every id that was drawn"
+        got = targets.q_log_p.numpy()[row, column]
+        np.testing.assert_allclose(got, lp[row, targets.ids.numpy()[row, column]], rtol=1e-3)
+        known = ranked(opened.read_scores(chains[segment.seg_id]))
+        tail = np.log1p(-np.add.reduceat(np.exp(known.lp.astype(float)), starts(known.cnt)[:-1]))
+        told = opened.read_scores(chain).log_tail
+        np.testing.assert_allclose(np.exp(told), np.exp(tail), atol=2e-3)
+        added = opened.read_arrays(chain[1])
+        at_row = np.repeat(np.arange(rollouts.positions), added["cnt"])
+        np.testing.assert_allclose(added["lp"], lp[at_row, added["ids"]], atol=1e-5)
+    verify(opened, deep=True)
+
+
+def test_ids_that_nobody_drew_are_told(store: Path, teacher: ModelRef, scorer: HF) -> None:
+    with pytest.raises(IncompleteError, match="hold no ids that the student drew"):
+        run(store, teacher, Dies(scorer, 0), at="mc")
 
 
 ALL = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=99, k_max=99, at_student=False)

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from logitcask.engine.store import Segment, Store
-from logitcask.engine.types import LENGTH, STOP, Array, Prompt, Rollouts, Scores
+from logitcask.engine.types import LENGTH, STOP, Array, Draws, Prompt, Rollouts, Scores
 
 ROLLOUT_LINEAGE = {"set": {"digest": "sha256:set"}, "student": {"root": "sha256:root"}}
 SCORE_LINEAGE = {"teacher": {"weights": "sha256:teacher"}, "role": "teacher", "context": ""}
@@ -30,7 +30,23 @@ def ragged(rng: np.random.Generator, cnt: Array, vocab: int, levels: int) -> tup
     return np.concatenate([empty[0], *ids]), np.concatenate([empty[1], *lp])
 
 
-def make_rollouts(seed: int, *, sequences: int = 6, student: bool = True) -> Rollouts:
+def make_draws(seed: int, rows: int, draws: int = 6) -> Draws:
+    """`draws` ids of every row, of 50."""
+    rng = np.random.default_rng([seed, 1])
+    counts = [np.unique(rng.integers(0, 50, draws), return_counts=True) for _ in range(rows)]
+    none = np.zeros(0, np.int64)
+    ids = np.concatenate([none, *(each for each, _ in counts)])
+    return Draws(
+        cnt=np.asarray([len(each) for each, _ in counts], np.uint16),
+        ids=ids.astype(np.uint32),
+        mult=np.concatenate([none, *(each for _, each in counts)]).astype(np.uint16),
+        lp=-rng.exponential(3.0, len(ids)).astype(np.float32),
+    )
+
+
+def make_rollouts(
+    seed: int, *, sequences: int = 6, student: bool = True, draws: bool = False
+) -> Rollouts:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 9, sequences)
     off = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -61,6 +77,7 @@ def make_rollouts(seed: int, *, sequences: int = 6, student: bool = True) -> Rol
         version_start=rng.integers(0, 5, sequences).astype(np.int64),
         version_end=rng.integers(5, 9, sequences).astype(np.int64),
         student=scores,
+        draws=make_draws(seed, rows) if draws else None,
     )
 
 
@@ -96,14 +113,17 @@ def make_scores(seed: int, rollouts: Rollouts) -> Scores:
 
 
 def commit_rollouts(store: Store, seed: int, unit_key: str = "", **other: object) -> Segment:
-    student = bool(other.pop("student", False))
+    draws = bool(other.pop("draws", False))
+    student = bool(other.pop("student", False)) or draws
     arguments = {
         "name": "main",
         "unit_key": unit_key or key("rollout", seed),
         "unit": {"version": 0, "first": seed},
         "lineage": ROLLOUT_LINEAGE,
     }
-    return store.commit_rollouts(make_rollouts(seed, student=student), **(arguments | other))
+    return store.commit_rollouts(
+        make_rollouts(seed, student=student, draws=draws), **(arguments | other)
+    )
 
 
 def commit_scores(store: Store, base: Segment, seed: int, **other: object) -> Segment:

@@ -80,7 +80,8 @@ def same_scores(got: CachedScores, want: Scores, how: Profile, lists: Scores | N
 @pytest.mark.parametrize("student", [True, False])
 @pytest.mark.parametrize("sequences", [0, 1, 7])
 def test_round_trip(store: Store, name: str, student: bool, sequences: int) -> None:
-    rollouts = make_rollouts(3, sequences=sequences, student=student)
+    draws = student and sequences != 1
+    rollouts = make_rollouts(3, sequences=sequences, student=student, draws=draws)
     base = store.commit_rollouts(
         rollouts,
         name="main",
@@ -89,6 +90,7 @@ def test_round_trip(store: Store, name: str, student: bool, sequences: int) -> N
         lineage=ROLLOUT_LINEAGE,
         profile=name,
     )
+    assert base.layout == ("mc" if draws else "student" if student else "plain")
     same_rollouts(store.read_rollouts(base), rollouts, profile(name))
     scores = make_scores(4, rollouts)
     held = commit_scores(store, base, 4, profile=name)

@@ -15,7 +15,14 @@ from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store import checks, codecs, layout, open_store, ragged, rollouts, schema
 from logitcask.engine.store.transfer import pack, unpack
 from logitcask.engine.store.verify import verify
-from tests.engine.store.made import commit_rollouts, commit_scores, make_rollouts, make_scores
+from tests.engine.store.made import (
+    ROLLOUT_LINEAGE,
+    commit_rollouts,
+    commit_scores,
+    key,
+    make_rollouts,
+    make_scores,
+)
 
 DEFAULT = codecs.profile("default")
 
@@ -55,6 +62,50 @@ def test_no_chunk_of_a_stranger_harms_the_process(packing: str) -> None:
         except Exception:  # Whatever it is, `segment.decode` makes an IntegrityError of it.
             refused += 1
     assert refused > 200
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ids": lambda d: d.ids.repeat(2)[: len(d.ids)]}, "names an id twice"),
+        ({"ids": lambda d: d.ids + 40}, "integers from 0 to 49"),
+        ({"mult": lambda d: d.mult + (np.arange(len(d.ids)) == 0)}, "adds up to 6 on one row and"),
+        ({"mult": lambda d: d.mult * 0}, "integers from 1 to 4096"),
+        ({"lp": lambda d: d.lp + 9}, "a log-prob of"),
+        ({"lp": lambda d: d.lp * np.nan}, "a log-prob of nan"),
+        ({"mult": lambda d: d.mult[1:]}, "mult has shape"),
+        ({"cnt": lambda d: d.cnt + 1}, "counts that do not add up"),
+    ],
+    ids=["twice", "vocabulary", "sum", "never", "positive", "nan", "short", "counts"],
+)
+def test_draws_that_no_student_made_are_refused(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    made = make_rollouts(1, draws=True)
+    assert made.draws is not None
+    changed = {name: how(made.draws) for name, how in change.items()}
+    bad = replace(made, draws=replace(made.draws, **changed))
+    store = open_store(tmp_path / "s", create=True)
+    with pytest.raises(StoreError, match=words):
+        checks.check_rollouts(bad, n_vocab=50)
+    lineage = ROLLOUT_LINEAGE | {"student": {"root": "sha256:root", "n_vocab": 50}}
+    with pytest.raises(StoreError, match=words):
+        store.commit_rollouts(
+            bad, name="main", unit_key=key(1), unit={"version": 0, "first": 0}, lineage=lineage
+        )
+    assert not store.head().segments
+
+
+@pytest.mark.parametrize("name", ["mc_cnt", "mc_ids", "mc_mult", "mc_lp"])
+def test_a_strangers_draws_are_looked_at_as_a_commit_looks(tmp_path: Path, name: str) -> None:
+    store = open_store(tmp_path / "s", create=True)
+    segment = commit_rollouts(store, 1, draws=True)
+    arrays = store.read_arrays(segment)
+    store.check_arrays(segment, arrays, ())
+    bad = arrays[name].copy()
+    bad[0] = {"mc_cnt": bad[0] + 1, "mc_ids": bad[1], "mc_mult": 0, "mc_lp": 1.0}[name]
+    with pytest.raises(IntegrityError, match="contradict each other"):
+        store.check_arrays(segment, arrays | {name: bad}, ())
 
 
 def forged(**arrays: Any) -> dict[str, np.ndarray]:

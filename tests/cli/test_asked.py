@@ -1,0 +1,87 @@
+"""What a teacher can be asked for from the command line, and what comes of it in a batch."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.engine.row_source import RowSource
+from logitcask.engine.store import open_store
+from tests.cli.conftest import KEPT, ROLL, SCORE, TRAIN, UNITS, N, World
+
+
+def asked(store: str, more: str, teacher: str = "big") -> str:
+    return f"score --model @teacher --teacher {teacher} {KEPT} --store {store} {more}"
+
+
+def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None:
+    store = world.new("mc")
+    assert call(f"{ROLL} {store} --mc-draws 5").code == 0
+    assert call(asked(store, "--at mc --format json")).json["units_new"] == UNITS
+    assert call(asked(store, "--at mc --format json")).json["units_new"] == 0
+    assert call(asked(store, "--role base --at mc", "root")).code == 0
+    assert call(asked(store, "--entry-kind sampled --draws 7", "draws")).code == 0
+    assert call(asked(store, "--role context --context @p.jsonl", "hinted")).code == 0
+    assert call(f"store verify {store} --deep").code == 0
+    opened = open_store(world.at(store))
+    pin = opened.head()
+    members = np.stack([np.zeros(2 * N, int), np.arange(2 * N)], 1)
+    targets = RowSource(opened, pin, "main", "big", base="root").row(members).targets
+    assert targets.mc_count is not None
+    assert (targets.mc_count.sum(1) == 5).all()
+    drawn = targets.mc_count > 0
+    assert targets.cached[drawn].all()
+    # The base is the teacher here, so both say the same wherever both were asked.
+    assert targets.base_log_p is not None
+    np.testing.assert_allclose(targets.base_log_p[drawn], targets.q_log_p[drawn], rtol=2e-3)
+    own = RowSource(opened, pin, "main", "draws").row(members).targets
+    assert own.q_draws is not None
+    assert (own.q_draws.sum(1) == 7).all()
+    # The same prompts as context are the same scores under another name and role.
+    plain, hinted = (
+        opened.read_scores(next(iter(pin.scores(n).values()))) for n in ("big", "hinted")
+    )
+    np.testing.assert_array_equal(plain.lp, hinted.lp)
+    assert [pin.role(n) for n in ("big", "root", "hinted")] == ["teacher", "base", "context"]
+
+
+def test_training_takes_a_base_by_name(world: World, call: Any) -> None:
+    store, out = world.store(), world.new("out")
+    assert call(asked(store, "--role base", "root")).code == 0
+    train = f"{TRAIN} {store} --out {out}"
+    call(f"{train} --base big").refused(2, "--base big: the store has root", "give one of these")
+    # One teacher and one base: the teacher need not be named.
+    assert call(f"{train} --base root").code == 0
+    assert json.loads((world.at(out) / "run.json").read_text())["base"] == "root"
+    call(train).refused(1, "base = 'root', not None", "--overwrite")
+
+
+def test_a_base_that_is_not_there(world: World, call: Any) -> None:
+    train = f"{TRAIN} {world.store()} --out {world.new('out')} --base root"
+    call(train).refused(3, "no scores of a base model", "score --role base")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--draws 4", "--draws"),
+        ("--entry-kind sampled", "--draws"),
+        ("--entry-kind sampled --draws 4 --at mc", "--at"),
+        ("--role context", "--context"),
+        ("--context @p.jsonl", "--context"),
+    ],
+)
+def test_flags_that_contradict_each_other(world: World, call: Any, more: str, words: str) -> None:
+    call(f"{SCORE} @st {more}").refused(2, words, "")
+
+
+def test_a_context_without_every_prompt(world: World, call: Any) -> None:
+    store, file = world.store(UNITS), world.at("@short.jsonl")
+    file.write_text(json.dumps({"id": "p0", "prompt": "1 + 1 ="}) + "\n")
+    more = "--role context --context @short.jsonl"
+    call(f"{SCORE} {store} {more}").refused(1, "no prompt 'p1'", "for every id")
+
+
+def test_mc_needs_draws(world: World, call: Any) -> None:
+    call(f"{SCORE} {world.store(UNITS)} --at mc").refused(3, "hold no ids", "--mc-draws")
