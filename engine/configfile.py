@@ -118,6 +118,9 @@ def _resolved(config: RunConfig, base: Path) -> RunConfig:
             "store": config.store.model_copy(
                 update={"url": url if "://" in url else str(under(Path(url)))}
             ),
+            "eval": config.eval.model_copy(
+                update={"prompts": config.eval.prompts and under(config.eval.prompts)}
+            ),
             "run": config.run.model_copy(update={"out": under(config.run.out)}),
         }
     )

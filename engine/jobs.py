@@ -5,12 +5,14 @@ everywhere. The stages themselves never see a configuration.
 """
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from logitcask.engine import identity
 from logitcask.engine.backends.base import open_backend
 from logitcask.engine.config import (
     EstimateJob,
+    Eval,
     Prompts,
     Rollout,
     RolloutJob,
@@ -24,6 +26,8 @@ from logitcask.engine.config import (
 from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.estimate import Estimate, estimate
+from logitcask.engine.evaluate import EvalPlan
+from logitcask.engine.grade import open_grader
 from logitcask.engine.objectives import PRESETS, Preset, find_preset, warnings
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
@@ -116,6 +120,7 @@ def run_train(
         foreign_student=job.train.foreign_student,
         overwrite=job.run.overwrite,
         device=job.run.device,
+        evaluation=eval_plan(job.eval, job.run, model, _rendered(pin, job.store.rollouts)),
         config=job.model_dump(mode="json"),
         notice=notice,
         progress=progress,
@@ -143,20 +148,54 @@ def student_and_prompts(
     model = identity.model_ref(
         student.model, revision=student.revision, chat_template=template, tokenizer=tokenizer
     )
-    context = identity.context_length(path)
-    if rollout.max_new_tokens >= context:
-        raise ConfigError(
-            f"max_new_tokens = {rollout.max_new_tokens}: the student's context of {context} tokens "
-            "leaves no room for a prompt",
-            remedy=f"give --max-new-tokens less than {context}",
-        )
-    read = read_prompts(
-        prompts.file,
-        tokenizer,
-        chat_template=template,
-        max_prompt_tokens=context - rollout.max_new_tokens,
-    )
+    read = _read(prompts.file, tokenizer, path, template, rollout.max_new_tokens)
     return model, read, template
+
+
+def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> EvalPlan | None:
+    """What [eval] asks of students with the tokenizer of `model`; None where it names no prompts.
+
+    Raises PromptError, and ConfigError for a grader that is not there.
+    """
+    if settings.prompts is None:
+        return None
+    tokenizer = load_tokenizer(model.path)
+    prompts = _read(
+        settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval-"
+    )
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    return EvalPlan(
+        prompts=prompts,
+        sampling=settings.sampling(),
+        grader=open_grader(settings.grader, prompts),
+        grader_name=settings.grader,
+        decode=decode,
+        sampler=lambda student: live_backend(student, model, run),
+        seed=run.seed,
+        every=settings.every,
+    )
+
+
+def _read(
+    file: Path, tokenizer: Any, folder: Path, template: bool, max_new_tokens: int, of: str = ""
+) -> list[Prompt]:
+    """Prompts that leave room for the response in the context of the model in `folder`; `of` is the
+    prefix of the flag that says how long it gets.
+    """
+    context = identity.context_length(folder)
+    if max_new_tokens >= context:
+        raise ConfigError(
+            f"--{of}max-new-tokens {max_new_tokens}: the student's context of {context} tokens "
+            "leaves no room for a prompt",
+            remedy=f"give --{of}max-new-tokens less than {context}",
+        )
+    return read_prompts(
+        file, tokenizer, chat_template=template, max_prompt_tokens=context - max_new_tokens
+    )
 
 
 def teacher_of(teacher: Teacher, pin: Pin, rollouts: str) -> ModelRef:

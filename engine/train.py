@@ -7,6 +7,7 @@ from typing import Any
 from logitcask.engine.batches import PlannedRows
 from logitcask.engine.course import Course, TrainReport, TrainSettings, carry_out, open_desk
 from logitcask.engine.errors import IdentityError, IncompleteError, ObjectiveError
+from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.objectives import Facts, Objective, Preset, verdict
 from logitcask.engine.plan import Plan, PlanKey, make_plan
 from logitcask.engine.row_source import RowSource
@@ -32,6 +33,7 @@ def train(
     foreign_student: bool = False,
     overwrite: bool = False,
     device: str = "auto",
+    evaluation: EvalPlan | None = None,
     config: Mapping[str, Any] | None = None,
     report_to: tuple[str, ...] = (),
     notice: Notice = lambda line: None,
@@ -40,8 +42,9 @@ def train(
     """Trains `model` on the scores of `teacher`, and saves it as the next version in `out`.
 
     Without a `pin` the store is pinned as it is at the first call. The same call on the same `out`
-    resumes from the newest checkpoint, bit-exactly on a CPU. `config`, the caller's resolved
-    configuration, is only recorded, in run.json. What the cache serves exactly for the objective
+    resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked before
+    the first update and after the last. `config`, the caller's resolved configuration, is only
+    recorded, in run.json. What the cache serves exactly for the objective
     goes to `notice` before the first update. Under torchrun every process calls this.
 
     Raises ConfigError, IdentityError (another run in `out`, another tokenizer than the rollouts'),
@@ -79,6 +82,7 @@ def train(
         },
         plan=plan.digest,
         exactness=exactness,
+        evaluation=evaluation,
     )
     return carry_out(
         course, desk, model=model, settings=settings, config=config or {}, progress=progress

@@ -18,7 +18,7 @@ PACKAGES = ("engine", "kernels", "cli")
 # A file imports only from lines above its own; files on one line do not import each other.
 ENGINE_LAYERS = [
     ["types", "errors", "heads"],
-    ["prompts", "targets"],
+    ["prompts", "targets", "grade"],
     ["identity", "config"],
     ["configfile"],
     ["store.medium", "store.schema"],
@@ -52,6 +52,7 @@ ENGINE_LAYERS = [
     ["row_loss"],
     ["rundir", "student"],
     ["trainer"],
+    ["evaluate"],
     ["course"],
     ["train"],
     ["jobs"],
