@@ -21,6 +21,7 @@ FLAGS = {
     ("prompts", "file"): "prompts",
     ("store", "url"): "store",
     ("teacher", "name"): "teacher",
+    ("ablate", "teacher_accuracy"): "eval-teacher-accuracy",
     ("eval", "prompts"): "eval-prompts",
     ("eval", "n"): "eval-n",
     ("eval", "every"): "eval-every",
@@ -41,6 +42,7 @@ PANELS = {
     "gc": "What stays",
     "train": "Training",
     "eval": "Evaluation",
+    "ablate": "Ablation",
     "run": "Run",
 }
 """Section -> heading of its flags in `--help`."""

@@ -249,6 +249,25 @@ class Eval(Section):
         )
 
 
+class Ablate(Section):
+    seeds: Positive = Field(
+        1, description="Runs of every combination, with run.seed and the numbers after it."
+    )
+    out: Path = Field(description="Folder of the runs, ablate.json and ablate.md.")
+    skip_refused: bool = Field(
+        False,
+        description="Go on without combinations that cannot be trained, and say why in the table; "
+        "otherwise one of them stops all before anything is trained.",
+    )
+    teacher_accuracy: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="The teacher's avg@n on the evaluation prompts, for the gap recovery (after - "
+        "before) / (teacher - before).",
+    )
+
+
 class Loop(Section):
     rounds: Positive = Field(description="Rounds of rollout, score, update.")
     prompts_per_round: Positive = Field(
@@ -306,6 +325,12 @@ class EstimateJob(Section):
     score: Score = Score()
     estimate: Estimate = Estimate()
     run: Run = Run()
+
+
+class AblateJob(Section):
+    """What `logitcask ablate` needs beside a TrainJob."""
+
+    ablate: Ablate
 
 
 class GcJob(Section):

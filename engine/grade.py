@@ -99,6 +99,8 @@ def _imported(name: str) -> Callable[..., Any]:
             f"grader {name!r} cannot be called with (prompt, response): {error}",
             remedy="write it as def grade(prompt: Prompt, response: str) -> float",
         ) from error
+    except ValueError:
+        pass  # some built-in functions do not say what they take; the first call will
     return function  # type: ignore[no-any-return]
 
 

@@ -33,10 +33,11 @@ from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_pro
 from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.score import ScoreReport, score
 from logitcask.engine.store import Pin, Store, open_store
+from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.view import choose
 from logitcask.engine.student import inner_model
 from logitcask.engine.teachers import check_identity
-from logitcask.engine.train import Notice, train
+from logitcask.engine.train import Notice, check, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
 
 
@@ -98,36 +99,56 @@ def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
 
 
 def run_train(
-    job: TrainJob, *, progress: Progress = silent, notice: Notice = lambda line: None
+    job: TrainJob,
+    *,
+    cache: UnitCache | None = None,
+    progress: Progress = silent,
+    notice: Notice = lambda line: None,
 ) -> TrainReport:
     """`logitcask train`. What the cache serves of the objective is given to `notice` first."""
+    store, pin, task = _train_task(job)
+    report = train(
+        store,
+        **task,
+        out=job.run.out,
+        pin=None if job.train.pin is None else pin,
+        overwrite=job.run.overwrite,
+        device=job.run.device,
+        evaluation=eval_plan(job.eval, job.run, task["model"], _rendered(pin, job.store.rollouts)),
+        cache=cache,
+        config=job.model_dump(mode="json"),
+        notice=notice,
+        progress=progress,
+    )
+    for line in warnings(task["objective"], report.last):
+        notice(f"warning: {line}")
+    return report
+
+
+def check_train(job: TrainJob) -> None:
+    """Raises what would stop `run_train` before its first update."""
+    store, pin, task = _train_task(job)
+    check(store, **task, pin=pin)
+    eval_plan(job.eval, job.run, task["model"], _rendered(pin, job.store.rollouts))
+
+
+def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
+    """The store, its state, and what is to be learned by whom."""
     preset = find_objective(job.train)
     store = open_store(job.store.url)
     pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
     where = "the store" if job.train.pin is None else f"the store at log number {pin.number}"
     teacher = choose(pin.names("score"), job.train.teacher, what="teacher", where=where)
-    model = student_of(job.student, pin, job.store.rollouts)
-    report = train(
-        store,
-        model=model,
-        out=job.run.out,
-        teacher=teacher,
-        rollouts=job.store.rollouts,
-        objective=preset,
-        settings=train_settings(job.train, job.run),
-        pin=None if job.train.pin is None else pin,
-        partial=job.train.partial,
-        foreign_student=job.train.foreign_student,
-        overwrite=job.run.overwrite,
-        device=job.run.device,
-        evaluation=eval_plan(job.eval, job.run, model, _rendered(pin, job.store.rollouts)),
-        config=job.model_dump(mode="json"),
-        notice=notice,
-        progress=progress,
-    )
-    for line in warnings(preset, report.last):
-        notice(f"warning: {line}")
-    return report
+    task = {
+        "model": student_of(job.student, pin, job.store.rollouts),
+        "teacher": teacher,
+        "rollouts": job.store.rollouts,
+        "objective": preset,
+        "settings": train_settings(job.train, job.run),
+        "partial": job.train.partial,
+        "foreign_student": job.train.foreign_student,
+    }
+    return store, pin, task
 
 
 def pin_of(store: Store, text: str) -> Pin:
@@ -161,7 +182,7 @@ def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> Eval
         return None
     tokenizer = load_tokenizer(model.path)
     prompts = _read(
-        settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval-"
+        settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval."
     )
 
     def decode(ids: list[int]) -> str:
@@ -184,14 +205,14 @@ def _read(
     file: Path, tokenizer: Any, folder: Path, template: bool, max_new_tokens: int, of: str = ""
 ) -> list[Prompt]:
     """Prompts that leave room for the response in the context of the model in `folder`; `of` is the
-    prefix of the flag that says how long it gets.
+    prefix of the key that says how long it gets.
     """
     context = identity.context_length(folder)
     if max_new_tokens >= context:
         raise ConfigError(
-            f"--{of}max-new-tokens {max_new_tokens}: the student's context of {context} tokens "
+            f"{of}max_new_tokens = {max_new_tokens}: the student's context of {context} tokens "
             "leaves no room for a prompt",
-            remedy=f"give --{of}max-new-tokens less than {context}",
+            remedy=f"give --{of.replace('.', '-')}max-new-tokens less than {context}",
         )
     return read_prompts(
         file, tokenizer, chat_template=template, max_prompt_tokens=context - max_new_tokens

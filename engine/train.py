@@ -12,6 +12,7 @@ from logitcask.engine.objectives import Facts, Objective, Preset, verdict
 from logitcask.engine.plan import Plan, PlanKey, make_plan
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import Pin, Store
+from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.trainer import gathered
 from logitcask.engine.types import ModelRef, Progress, SamplingParams, silent
 
@@ -34,6 +35,7 @@ def train(
     overwrite: bool = False,
     device: str = "auto",
     evaluation: EvalPlan | None = None,
+    cache: UnitCache | None = None,
     config: Mapping[str, Any] | None = None,
     report_to: tuple[str, ...] = (),
     notice: Notice = lambda line: None,
@@ -43,7 +45,8 @@ def train(
 
     Without a `pin` the store is pinned as it is at the first call. The same call on the same `out`
     resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked before
-    the first update and after the last. `config`, the caller's resolved configuration, is only
+    the first update and after the last. `cache`: keeps decoded units for other
+    runs. `config`, the caller's resolved configuration, is only
     recorded, in run.json. What the cache serves exactly for the objective
     goes to `notice` before the first update. Under torchrun every process calls this.
 
@@ -62,7 +65,7 @@ def train(
     )
     if pin is None:
         pin = _pin(store, desk.earlier)
-    source = RowSource(store, pin, rollouts, teacher, partial=partial)
+    source = RowSource(store, pin, rollouts, teacher, partial=partial, cache=cache)
     facts = _facts(model, source, foreign_student)
     exactness = verdict(objective, facts)
     if desk.first:
@@ -87,6 +90,24 @@ def train(
     return carry_out(
         course, desk, model=model, settings=settings, config=config or {}, progress=progress
     )
+
+
+def check(
+    store: Store,
+    *,
+    model: ModelRef,
+    teacher: str,
+    rollouts: str,
+    objective: Objective | Preset,
+    settings: TrainSettings,
+    pin: Pin,
+    partial: bool,
+    foreign_student: bool,
+) -> None:
+    """Raises what `train` would raise of these before its first update; decodes no unit."""
+    source = RowSource(store, pin, rollouts, teacher, partial=partial)
+    verdict(objective, _facts(model, source, foreign_student))
+    _plan(source, pin, rollouts, teacher, settings)
 
 
 def _pin(store: Store, earlier: Mapping[str, Any] | None) -> Pin:

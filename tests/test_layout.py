@@ -56,7 +56,7 @@ ENGINE_LAYERS = [
     ["course"],
     ["train"],
     ["jobs"],
-    ["rounds"],
+    ["rounds", "ablate"],
     ["distill"],
     ["demo.task"],
     ["demo.models"],
@@ -103,7 +103,7 @@ HEAVY = (
     "peft",
 )
 VERBS = [
-    *("", "rollout", "score", "train", "distill", "store", "demo", "bench"),
+    *("", "rollout", "score", "train", "distill", "ablate", "store", "demo", "bench"),
     *("store verify", "store gc", "store estimate", "bench kernels"),
 ]
 
