@@ -38,13 +38,8 @@ def test_distill_is_examined_every_so_often(world: World, call: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "cause", "remedy"),
     [
-        (
-            "--eval-prompts @p.jsonl --eval-max-new-tokens 4",
-            1,
-            "'p0' has no answer",
-            "MODULE:FUNCTION",
-        ),
-        ("--eval-prompts @no.jsonl --eval-max-new-tokens 4", 1, "no.jsonl", ""),
+        (f"{EVAL} --eval-prompts @p.jsonl", 1, "'p0' has no answer", "MODULE:FUNCTION"),
+        (f"{EVAL} --eval-prompts @no.jsonl", 1, "no.jsonl", ""),
         (f"{EVAL} --grader nearly", 2, "grader 'nearly'", "--grader exact"),
         (f"{EVAL} --grader no_module:f", 2, "no_module cannot be imported", "PYTHONPATH"),
         (f"{EVAL} --grader builtins:max", 1, "TypeError", "mend the grader"),
