@@ -11,7 +11,17 @@ from click.exceptions import Exit
 from logitcask.cli.output import visible
 from logitcask.engine.errors import LogitcaskError
 
-VERBS = ("rollout", "score", "train", "distill", "objectives", "store", "demo", "bench")
+VERBS = (
+    "rollout",
+    "score",
+    "train",
+    "distill",
+    "ablate",
+    "objectives",
+    "store",
+    "demo",
+    "bench",
+)
 """In the data's order. The module of a verb is cli/VERB.py, imported only when it is used."""
 
 

@@ -21,6 +21,13 @@ FLAGS = {
     ("prompts", "file"): "prompts",
     ("store", "url"): "store",
     ("teacher", "name"): "teacher",
+    ("ablate", "teacher_accuracy"): "eval-teacher-accuracy",
+    ("eval", "prompts"): "eval-prompts",
+    ("eval", "n"): "eval-n",
+    ("eval", "every"): "eval-every",
+    ("eval", "temperature"): "eval-temperature",
+    ("eval", "top_p"): "eval-top-p",
+    ("eval", "max_new_tokens"): "eval-max-new-tokens",
 }
 """Where a flag is not its key with dashes: the field is named by its section."""
 
@@ -34,6 +41,8 @@ PANELS = {
     "estimate": "Sample",
     "gc": "What stays",
     "train": "Training",
+    "eval": "Evaluation",
+    "ablate": "Ablation",
     "run": "Run",
 }
 """Section -> heading of its flags in `--help`."""

@@ -6,7 +6,7 @@ import rich_click as click
 
 from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, progress_bar
-from logitcask.engine.config import Train, TrainJob
+from logitcask.engine.config import Eval, Train, TrainJob
 from logitcask.engine.configfile import to_toml
 
 
@@ -17,7 +17,8 @@ from logitcask.engine.configfile import to_toml
         "student": ["model", "revision"],
         "store": ["url", "rollouts"],
         "train": list(Train.model_fields),
-        "run": ["out", "overwrite", "device", "dtype", "seed"],
+        "eval": list(Eval.model_fields),
+        "run": ["out", "overwrite", "device", "dtype", "batch_tokens", "seed"],
     },
 )
 @format_option

@@ -307,6 +307,58 @@ class Train(Section):
     )
 
 
+class Eval(Section):
+    prompts: Path | None = Field(
+        None,
+        description="Evaluate on this prompts file before the first update and after the last; "
+        "left out, nothing is evaluated.",
+    )
+    grader: str = Field(
+        "exact",
+        description="Who gives a response its reward in [0, 1]: exact = its last \\boxed{}, "
+        '"Answer:", "####" or line is the prompt\'s "answer"; or MODULE:FUNCTION, installed code '
+        "called with (prompt, response).",
+    )
+    n: Positive = Field(16, description="Responses per evaluation prompt.")
+    every: int = Field(
+        0, ge=0, description="Evaluate also every so many updates; 0 = at both ends only."
+    )
+    temperature: float = Field(
+        0.7, ge=0, description="Sampling temperature of evaluation; 0 = greedy."
+    )
+    top_p: Share = Field(0.95, description="Nucleus that evaluation samples from.")
+    max_new_tokens: Positive = Field(
+        512, description="Tokens of an evaluation response at most, stop token included."
+    )
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            n=self.n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+class Ablate(Section):
+    seeds: Positive = Field(
+        1, description="Runs of every combination, with run.seed and the numbers after it."
+    )
+    out: Path = Field(description="Folder of the runs, ablate.json and ablate.md.")
+    skip_refused: bool = Field(
+        False,
+        description="Go on without combinations that cannot be trained, and say why in the table; "
+        "otherwise one of them stops all before anything is trained.",
+    )
+    teacher_accuracy: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="The teacher's avg@n on the evaluation prompts, for the gap recovery (after - "
+        "before) / (teacher - before).",
+    )
+
+
 class Loop(Section):
     rounds: Positive = Field(description="Rounds of rollout, score, update.")
     prompts_per_round: Positive = Field(
@@ -366,6 +418,12 @@ class EstimateJob(Section):
     run: Run = Run()
 
 
+class AblateJob(Section):
+    """What `logitcask ablate` needs beside a TrainJob."""
+
+    ablate: Ablate
+
+
 class GcJob(Section):
     """What `logitcask store gc` needs."""
 
@@ -378,6 +436,7 @@ class TrainJob(Section):
     student: Student
     store: StoreSection
     train: Train = Train()
+    eval: Eval = Eval()
     run: Run = Run()
 
 
@@ -391,5 +450,6 @@ class RunConfig(Section):
     rollout: Rollout = Rollout()
     score: Score = Score()
     train: Train = Train()
+    eval: Eval = Eval()
     loop: Loop
     run: Run = Run()

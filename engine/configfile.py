@@ -34,7 +34,7 @@ def validate(
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = list(_keys(kind))
+            known = list(keys_of(kind))
             near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ConfigError(
                 f"{source}: unknown key {key}", remedy=f"the nearest known key is {near}"
@@ -59,6 +59,11 @@ _RULES = {
 
 def read_toml(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """A RunConfig from a TOML file and `section.key=value` overrides; paths are relative to it."""
+    return read_job(RunConfig, path, overrides)
+
+
+def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
+    """The same of any job."""
     try:
         with path.open("rb") as file:
             values: dict[str, Any] = tomllib.load(file)
@@ -70,7 +75,7 @@ def read_toml(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not TOML: {error}", remedy="mend the file there") from error
     for text in overrides:
         _override(values, text)
-    return _resolved(validate(RunConfig, values, source=str(path)), path.parent)
+    return _resolved(validate(kind, values, source=str(path)), path.parent)
 
 
 def to_toml(config: Section) -> str:
@@ -89,19 +94,23 @@ def _override(values: dict[str, Any], text: str) -> None:
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
         raise ConfigError(f"--set {text}: not section.key=value", remedy="e.g. --set train.lr=1e-5")
-    try:
-        parsed = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a bare word or path is text
     content = values.setdefault(section, {})
     if not isinstance(content, dict):
         raise ConfigError(
             f"--set {text}: {section} is not a section", remedy=f"write [{section}] in the file"
         )
-    content[name] = parsed
+    content[name] = parse_value(value)
 
 
-def _resolved(config: RunConfig, base: Path) -> RunConfig:
+def parse_value(text: str) -> Any:
+    """As TOML reads it; a bare word or path is text."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _resolved(config: Job, base: Path) -> Job:
     def under(path: Path) -> Path:
         return path if path.is_absolute() else base / path
 
@@ -109,26 +118,32 @@ def _resolved(config: RunConfig, base: Path) -> RunConfig:
         # A hub id and a relative folder look alike: it is a folder if there is one.
         return str(base / name) if (base / name).is_dir() else name
 
-    url = config.store.url
-    return config.model_copy(
-        update={
-            "student": config.student.model_copy(update={"model": folder(config.student.model)}),
-            "teacher": config.teacher.model_copy(update={"model": folder(config.teacher.model)}),
-            "prompts": config.prompts.model_copy(update={"file": under(config.prompts.file)}),
-            "store": config.store.model_copy(
-                update={"url": url if "://" in url else str(under(Path(url)))}
-            ),
-            "run": config.run.model_copy(update={"out": under(config.run.out)}),
-        }
-    )
+    def store(url: str) -> str:
+        return url if "://" in url else str(under(Path(url)))
+
+    places: dict[tuple[str, str], Callable[[Any], Any]] = {
+        ("student", "model"): folder,
+        ("teacher", "model"): folder,
+        ("prompts", "file"): under,
+        ("store", "url"): store,
+        ("eval", "prompts"): under,
+        ("run", "out"): under,
+    }
+    update = {}
+    for (name, key), place in places.items():
+        section = getattr(config, name, None)
+        if section is not None and getattr(section, key) is not None:
+            update[name] = section.model_copy(update={key: place(getattr(section, key))})
+    return config.model_copy(update=update)
 
 
-def _keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Its sections, and section.key of each."""
     for name, field in kind.model_fields.items():
         yield prefix + name
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _keys(inner, f"{prefix}{name}.")
+            yield from keys_of(inner, f"{prefix}{name}.")
 
 
 def _describe(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from logitcask.engine.batches import Rows
 from logitcask.engine.errors import ConfigError
+from logitcask.engine.evaluate import EvalPlan, Evaluations
 from logitcask.engine.objectives import AGGREGATIONS, Bounds, Objective, Preset, Verdict
 from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.rundir import (
@@ -107,7 +108,9 @@ class TrainReport:
     """Response positions trained on, all epochs."""
     exactness: Verdict
     last: Mapping[str, Any]
-    """The last line of metrics.jsonl."""
+    """The last update's line of metrics.jsonl."""
+    evaluations: tuple[Mapping[str, Any], ...] = ()
+    """Its lines of evaluations, in order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +128,7 @@ class Course:
     plan: str
     """Digest of the data and its order: a checkpoint of another is not resumed from."""
     exactness: Verdict
+    evaluation: EvalPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,6 +202,7 @@ def carry_out(
         "settings": {**asdict(settings), "dtype": "bfloat16" if desk.args.bf16 else "float32"},
         "objective": objective.record(),
         **course.identity,
+        "eval": course.evaluation.identity() if course.evaluation else {},
         **mark,
     }
     if desk.earlier is not None:
@@ -239,13 +244,23 @@ def carry_out(
                 mark=mark,
                 progress=progress,
             )
+            exams = None
+            if course.evaluation:
+                exams = Evaluations(course.evaluation, student, metrics, model.version, desk.first)
+                trainer.add_callback(_Examiner(exams))
+                exams.at(0)
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+            if exams:
+                exams.at(course.updates)
             if desk.first:
                 card = {
                     "pin": run.get("pin"),
                     "plan": course.plan,
                     "objective": run["objective"],
                 }
+                if exams:
+                    noted = read_run(desk.out) or {}
+                    write_json(desk.out / RUN, {**noted, "evaluations": metrics.evaluations})
                 save_student(student, desk.out, parent=model, updates=course.updates, card=card)
             desk.wait()
     return TrainReport(
@@ -256,7 +271,21 @@ def carry_out(
         positions=metrics.positions,
         exactness=course.exactness,
         last=metrics.last,
+        evaluations=tuple(metrics.evaluations),
     )
+
+
+class _Examiner(TrainerCallback):
+    """Evaluates between updates, before the checkpoint of the same update is written."""
+
+    def __init__(self, exams: Evaluations) -> None:
+        self._exams = exams
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._exams.due(state.global_step):
+            self._exams.at(state.global_step)
 
 
 def training_arguments(

@@ -15,7 +15,13 @@ from logitcask.engine.config import RunConfig, Score, Train
 from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.identity import digest, model_ref
-from logitcask.engine.jobs import backend, find_objective, student_and_prompts, train_settings
+from logitcask.engine.jobs import (
+    backend,
+    eval_plan,
+    find_objective,
+    student_and_prompts,
+    train_settings,
+)
 from logitcask.engine.objectives import Facts, verdict
 from logitcask.engine.plan import windows_at_most
 from logitcask.engine.rollout import prompt_set_digest
@@ -68,6 +74,7 @@ def distill(
     )
     for line in exactness.lines():
         notice(line)
+    evaluation = eval_plan(config.eval, config.run, model, template)
     store = open_store(config.store.url, create=True)
     scorer = backend(teacher, config.run)
     loop = config.loop
@@ -115,6 +122,7 @@ def distill(
         identity=identity,
         plan=digest(identity),
         exactness=exactness,
+        evaluation=evaluation,
     )
     return carry_out(
         course,

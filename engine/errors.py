@@ -6,6 +6,7 @@ LogitcaskError            exit 1   the message says what is wrong, `remedy` what
 ├─ ModelError             exit 1   a model folder or hub id cannot be used
 ├─ IdentityError          exit 1   two things that must be the same are not (tokenizer, run)
 ├─ ObjectiveError         exit 1   the cache cannot serve this objective, or it has no meaning
+├─ GraderError            exit 1   a grader failed, or its reward is no number in [0, 1]
 ├─ IncompleteError        exit 3   the store lacks units that the job needs
 └─ StoreError             exit 1   a store cannot be opened or written
    └─ IntegrityError      exit 4   stored bytes are not what was committed
@@ -55,6 +56,10 @@ class IdentityError(LogitcaskError, ValueError):
 
 
 class ObjectiveError(LogitcaskError, ValueError):
+    pass
+
+
+class GraderError(LogitcaskError, ValueError):
     pass
 
 

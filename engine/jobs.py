@@ -6,12 +6,14 @@ everywhere. The stages themselves never see a configuration.
 
 import re
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from logitcask.engine import identity
 from logitcask.engine.backends.base import open_backend
 from logitcask.engine.config import (
     EstimateJob,
+    Eval,
     Prompts,
     Rollout,
     RolloutJob,
@@ -25,15 +27,18 @@ from logitcask.engine.config import (
 from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.estimate import Estimate, estimate
+from logitcask.engine.evaluate import EvalPlan
+from logitcask.engine.grade import open_grader
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset, warnings
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.score import ScoreReport, score
 from logitcask.engine.store import Pin, Store, open_store
+from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.view import choose
 from logitcask.engine.student import inner_model
 from logitcask.engine.teachers import check_identity
-from logitcask.engine.train import Notice, train
+from logitcask.engine.train import Notice, check, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
 
 
@@ -116,9 +121,41 @@ def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
 
 
 def run_train(
-    job: TrainJob, *, progress: Progress = silent, notice: Notice = lambda line: None
+    job: TrainJob,
+    *,
+    cache: UnitCache | None = None,
+    progress: Progress = silent,
+    notice: Notice = lambda line: None,
 ) -> TrainReport:
     """`logitcask train`. What the cache serves of the objective is given to `notice` first."""
+    store, pin, task = _train_task(job)
+    report = train(
+        store,
+        **task,
+        out=job.run.out,
+        pin=None if job.train.pin is None else pin,
+        overwrite=job.run.overwrite,
+        device=job.run.device,
+        evaluation=eval_plan(job.eval, job.run, task["model"], _rendered(pin, job.store.rollouts)),
+        cache=cache,
+        config=job.model_dump(mode="json"),
+        notice=notice,
+        progress=progress,
+    )
+    for line in warnings(task["objective"].objective, report.last):
+        notice(f"warning: {line}")
+    return report
+
+
+def check_train(job: TrainJob) -> None:
+    """Raises what would stop `run_train` before its first update."""
+    store, pin, task = _train_task(job)
+    check(store, **task, pin=pin)
+    eval_plan(job.eval, job.run, task["model"], _rendered(pin, job.store.rollouts))
+
+
+def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
+    """The store, its state, and what is to be learned by whom."""
     preset = find_objective(job.train)
     store = open_store(job.store.url)
     pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
@@ -126,30 +163,17 @@ def run_train(
     bases = [n for n in pin.names("score") if pin.role(n) == "base"]
     # Who is not asked for a base does not mean one.
     teachers = [n for n in pin.names("score") if n not in bases or n == job.train.teacher]
-    teacher = choose(teachers, job.train.teacher, what="teacher", where=where)
-    base = job.train.base and choose(bases, job.train.base, what="base", where=where)
-    model = student_of(job.student, pin, job.store.rollouts)
-    report = train(
-        store,
-        model=model,
-        out=job.run.out,
-        teacher=teacher,
-        base=base,
-        rollouts=job.store.rollouts,
-        objective=preset,
-        settings=train_settings(job.train, job.run),
-        pin=None if job.train.pin is None else pin,
-        partial=job.train.partial,
-        foreign_student=job.train.foreign_student,
-        overwrite=job.run.overwrite,
-        device=job.run.device,
-        config=job.model_dump(mode="json"),
-        notice=notice,
-        progress=progress,
-    )
-    for line in warnings(preset.objective, report.last):
-        notice(f"warning: {line}")
-    return report
+    task = {
+        "model": student_of(job.student, pin, job.store.rollouts),
+        "teacher": choose(teachers, job.train.teacher, what="teacher", where=where),
+        "base": job.train.base and choose(bases, job.train.base, what="base", where=where),
+        "rollouts": job.store.rollouts,
+        "objective": preset,
+        "settings": train_settings(job.train, job.run),
+        "partial": job.train.partial,
+        "foreign_student": job.train.foreign_student,
+    }
+    return store, pin, task
 
 
 def pin_of(store: Store, text: str) -> Pin:
@@ -170,20 +194,54 @@ def student_and_prompts(
     model = identity.model_ref(
         student.model, revision=student.revision, chat_template=template, tokenizer=tokenizer
     )
-    context = identity.context_length(path)
-    if rollout.max_new_tokens >= context:
-        raise ConfigError(
-            f"max_new_tokens = {rollout.max_new_tokens}: the student's context of {context} tokens "
-            "leaves no room for a prompt",
-            remedy=f"give --max-new-tokens less than {context}",
-        )
-    read = read_prompts(
-        prompts.file,
-        tokenizer,
-        chat_template=template,
-        max_prompt_tokens=context - rollout.max_new_tokens,
-    )
+    read = _read(prompts.file, tokenizer, path, template, rollout.max_new_tokens)
     return model, read, template
+
+
+def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> EvalPlan | None:
+    """What [eval] asks of students with the tokenizer of `model`; None where it names no prompts.
+
+    Raises PromptError, and ConfigError for a grader that is not there.
+    """
+    if settings.prompts is None:
+        return None
+    tokenizer = load_tokenizer(model.path)
+    prompts = _read(
+        settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval."
+    )
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    return EvalPlan(
+        prompts=prompts,
+        sampling=settings.sampling(),
+        grader=open_grader(settings.grader, prompts),
+        grader_name=settings.grader,
+        decode=decode,
+        sampler=lambda student: live_backend(student, model, run),
+        seed=run.seed,
+        every=settings.every,
+    )
+
+
+def _read(
+    file: Path, tokenizer: Any, folder: Path, template: bool, max_new_tokens: int, of: str = ""
+) -> list[Prompt]:
+    """Prompts that leave room for the response in the context of the model in `folder`; `of` is the
+    prefix of the key that says how long it gets.
+    """
+    context = identity.context_length(folder)
+    if max_new_tokens >= context:
+        raise ConfigError(
+            f"{of}max_new_tokens = {max_new_tokens}: the student's context of {context} tokens "
+            "leaves no room for a prompt",
+            remedy=f"give --{of.replace('.', '-')}max-new-tokens less than {context}",
+        )
+    return read_prompts(
+        file, tokenizer, chat_template=template, max_prompt_tokens=context - max_new_tokens
+    )
 
 
 def teacher_of(teacher: Teacher, pin: Pin, rollouts: str) -> ModelRef:

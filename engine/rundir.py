@@ -2,7 +2,7 @@
 
 OUT/  model, tokenizer, logitcask.json   the result; the card comes last and means: finished
       run.json        what this run is: another run is refused
-      metrics.jsonl   one line per logged update
+      metrics.jsonl   one line per logged update, and per evaluation
       checkpoints/    written by Trainer, marked by us when whole
 """
 
@@ -102,7 +102,7 @@ def write_mark(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 class MetricsFile:
-    """metrics.jsonl: one line per logged update, each written by one call, none twice."""
+    """metrics.jsonl: a line per logged update and evaluation, each by one call, none twice."""
 
     def __init__(self, path: Path, step: int, *, first: bool = True) -> None:
         """Keeps the lines up to `step`: what came after the checkpoint will be written again.
@@ -112,13 +112,18 @@ class MetricsFile:
         self._path = path
         self._start = time.monotonic()
         self.last: dict[str, Any] = {}
+        """The newest line of an update."""
+        self.evaluations: list[dict[str, Any]] = []
         kept = []
         for text in path.read_text().splitlines() if path.exists() else []:
             # A torn line is always beyond the newest checkpoint.
             if text.endswith("}") and json.loads(text)["progress/step"] <= step:
                 kept.append(text)
-        if kept:
-            self.last = json.loads(kept[-1])
+        for line in map(json.loads, kept):
+            if "loss" in line:
+                self.last = line
+            else:
+                self.evaluations.append(line)
         self.positions = int(self.last.get("progress/positions", 0))
         self._earlier_s = float(self.last.get("progress/seconds", 0.0))
         if first:
@@ -130,6 +135,15 @@ class MetricsFile:
 
     def append(self, line: dict[str, float | None]) -> None:
         self.last = line
+        self._write(line)
+
+    def evaluated(self, line: dict[str, float | None], *, write: bool) -> None:
+        """A line of an evaluation, which every process knows and one writes."""
+        self.evaluations.append(line)
+        if write:
+            self._write(line)
+
+    def _write(self, line: dict[str, float | None]) -> None:
         data = (json.dumps(line, allow_nan=False) + "\n").encode()
         handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:

@@ -7,10 +7,12 @@ from typing import Any
 from logitcask.engine.batches import PlannedRows
 from logitcask.engine.course import Course, TrainReport, TrainSettings, carry_out, open_desk
 from logitcask.engine.errors import IdentityError, IncompleteError
+from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.objectives import Facts, Objective, Preset, verdict
 from logitcask.engine.plan import Plan, PlanKey, make_plan
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import Pin, Store
+from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.trainer import gathered
 from logitcask.engine.types import ModelRef, Progress, SamplingParams, silent
 
@@ -33,6 +35,8 @@ def train(
     foreign_student: bool = False,
     overwrite: bool = False,
     device: str = "auto",
+    evaluation: EvalPlan | None = None,
+    cache: UnitCache | None = None,
     config: Mapping[str, Any] | None = None,
     report_to: tuple[str, ...] = (),
     notice: Notice = lambda line: None,
@@ -42,8 +46,10 @@ def train(
 
     `base` names scores of the model that the teacher was made from, for objectives that look there.
     Without a `pin` the store is pinned as it is at the first call. The same call on the same `out`
-    resumes from the newest checkpoint, bit-exactly on a CPU. `config`, the caller's resolved
-    configuration, is only recorded, in run.json. What the cache serves exactly for the objective
+    resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked before
+    the first update and after the last. `cache`: keeps decoded units for other
+    runs. `config`, the caller's resolved configuration, is only
+    recorded, in run.json. What the cache serves exactly for the objective
     goes to `notice` before the first update. Under torchrun every process calls this.
 
     Raises ConfigError, IdentityError (another run in `out`, another tokenizer than the rollouts'),
@@ -61,7 +67,7 @@ def train(
     )
     if pin is None:
         pin = _pin(store, desk.earlier)
-    source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial)
+    source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial, cache=cache)
     facts = _facts(model, source, foreign_student)
     exactness = verdict(objective, facts)
     if desk.first:
@@ -82,10 +88,30 @@ def train(
         },
         plan=plan.digest,
         exactness=exactness,
+        evaluation=evaluation,
     )
     return carry_out(
         course, desk, model=model, settings=settings, config=config or {}, progress=progress
     )
+
+
+def check(
+    store: Store,
+    *,
+    model: ModelRef,
+    teacher: str,
+    rollouts: str,
+    objective: Objective | Preset,
+    settings: TrainSettings,
+    pin: Pin,
+    partial: bool,
+    foreign_student: bool,
+    base: str | None = None,
+) -> None:
+    """Raises what `train` would raise of these before its first update; decodes no unit."""
+    source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial)
+    verdict(objective, _facts(model, source, foreign_student))
+    _plan(source, pin, rollouts, teacher, settings)
 
 
 def _pin(store: Store, earlier: Mapping[str, Any] | None) -> Pin:

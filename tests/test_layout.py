@@ -18,7 +18,7 @@ PACKAGES = ("engine", "kernels", "cli")
 # A file imports only from lines above its own; files on one line do not import each other.
 ENGINE_LAYERS = [
     ["types", "errors", "heads"],
-    ["prompts", "targets"],
+    ["prompts", "targets", "grade"],
     ["identity", "config"],
     ["configfile"],
     ["store.medium", "store.schema"],
@@ -53,10 +53,11 @@ ENGINE_LAYERS = [
     ["row_loss"],
     ["rundir", "student"],
     ["trainer"],
+    ["evaluate"],
     ["course"],
     ["train"],
     ["jobs"],
-    ["rounds"],
+    ["rounds", "ablate"],
     ["distill"],
     ["demo.task"],
     ["demo.models"],
@@ -103,7 +104,7 @@ HEAVY = (
     "peft",
 )
 VERBS = [
-    *("", "rollout", "score", "train", "distill", "store", "demo", "bench"),
+    *("", "rollout", "score", "train", "distill", "ablate", "store", "demo", "bench"),
     *("store verify", "store gc", "store estimate", "bench kernels"),
 ]
 

@@ -98,6 +98,34 @@ def test_what_a_teacher_can_be_asked_for(place: Path, monkeypatch: pytest.Monkey
         typed(line)
 
 
+def test_examined_students(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    row = {"id": "e", "prompt": "What is 7?", "answer": "7"}
+    Path("heldout.jsonl").write_text(json.dumps(row) + "\n")
+    (line,) = commands("train(?=.* --eval-prompts)")
+    typed(line, "--eval-max-new-tokens", "4")
+    noted = json.loads(Path("run-eval/run.json").read_text())["evaluations"]
+    updates = json.loads(Path("run-eval/logitcask.json").read_text())["version"]
+    assert [each["progress/step"] for each in noted] == [0, updates]
+    assert all(each["eval/n"] == 4 for each in noted)
+
+
+def test_ablation(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    (dry,) = commands("train(?=.* --dry-run)")
+    line, redirected = dry.split(" > ")
+    capsys.readouterr()
+    typed(line)
+    Path(redirected).write_text(capsys.readouterr().out)
+    (line,) = commands("ablate")
+    typed(line)
+    assert len(list(Path("ablation").glob("objective=*,k=*/seed-*/logitcask.json"))) == 8
+    assert Path("ablation/ablate.md").read_text().count("±") > 8
+    assert "teacher seconds spent: 0" in capsys.readouterr().out
+
+
 def test_distill_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     text = with_tiny_models(block("toml distill"))

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from logitcask.engine.backends.hf import HF
 from logitcask.engine.course import TrainSettings
+from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.identity import model_ref
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import open_store
+from logitcask.engine.student import inner_model
 from logitcask.engine.train import train
+from logitcask.engine.types import ModelRef, Prompt, SamplingParams
 from tests.engine.fitting import REVERSE, ListRows, flat, make_trainer
 from tests.engine.tiny import make_model
 
@@ -22,6 +26,18 @@ SEQUENCES = [[0, 1], [2], [3, 4]]
 
 
 SETTINGS = TrainSettings(lr=1e-3, tokens_per_batch=24, accumulation=2, save_steps=2)
+
+
+def exam(ref: ModelRef) -> EvalPlan:
+    """Three prompts, two short responses each; a reward that depends on every token."""
+    return EvalPlan(
+        prompts=[Prompt(id=f"e{i}", token_ids=(5 + i, 6)) for i in range(3)],
+        sampling=SamplingParams(n=2, max_new_tokens=4),
+        grader=lambda prompt, text: sum(map(int, text.split())) % 101 / 101,
+        grader_name="sum",
+        decode=lambda ids: " ".join(map(str, ids)),
+        sampler=lambda student: HF(ref, dtype="float32", network=inner_model(student)),
+    )
 
 
 def main(case: Path, out: Path) -> None:
@@ -39,6 +55,7 @@ def main(case: Path, out: Path) -> None:
         out / f"rank{rank}.pt",
     )
     ref = model_ref(str(case / "student"), chat_template=True)
+    # Of three prompts one process takes two and the other one.
     train(
         store,
         model=ref,
@@ -47,6 +64,7 @@ def main(case: Path, out: Path) -> None:
         objective=REVERSE,
         settings=SETTINGS,
         device="cpu",
+        evaluation=exam(ref),
     )
 
 

@@ -19,7 +19,7 @@ from logitcask.engine.errors import IdentityError
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.train import train
 from tests.engine.cached import make_unit
-from tests.engine.ddp_worker import SEQUENCES, SETTINGS
+from tests.engine.ddp_worker import SEQUENCES, SETTINGS, exam
 from tests.engine.fitting import REVERSE, ListRows, flat, make_case, make_trainer, relative
 from tests.engine.tiny import make_model
 
@@ -62,8 +62,9 @@ def on_two_processes(folder: Path, case: Path) -> None:
             worker.kill()
 
 
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def lines(out: Path, key: str = "loss") -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if key in line]
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -88,6 +89,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
     # A whole run: 2 processes x accumulation 2 is the run of one process with accumulation 4.
     run = partial(train, store, model=model, teacher="big", objective=REVERSE, device="cpu")
+    run = partial(run, evaluation=exam(model))
     report = run(out=tmp_path / "alone", settings=replace(SETTINGS, accumulation=4))
     ours, theirs = (load_file(p / "model.safetensors") for p in (out / "run", tmp_path / "alone"))
     assert all(torch.allclose(ours[n], theirs[n], rtol=0, atol=1e-5) for n in theirs)
@@ -96,5 +98,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert mine["progress/positions"] == other["progress/positions"]
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
     assert report.updates == len(lines(out / "run")) == 2
+    evaluated = [lines(p, "eval/n") for p in (out / "run", tmp_path / "alone")]
+    for mine, other in zip(*evaluated, strict=True):
+        for name in ("progress/step", "eval/avg_at_n", "eval/accuracy", "eval/mean_length"):
+            assert mine[name] == pytest.approx(other[name]), name
+    assert len(evaluated[0]) == 2
     with pytest.raises(IdentityError, match="rows_per_update = 4, not 2"):
         run(out=out / "run", settings=SETTINGS)

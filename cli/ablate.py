@@ -1,0 +1,63 @@
+"""`logitcask ablate`: every combination of some settings, from one pin, in one table."""
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import format_option, job_from_flags, job_options
+from logitcask.cli.output import print_result, print_table, progress_bar
+from logitcask.engine.config import Ablate, AblateJob, TrainJob
+from logitcask.engine.configfile import read_job
+
+
+@click.command("ablate")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--vary",
+    multiple=True,
+    required=True,
+    metavar="KEY=VALUE,VALUE",
+    help="A key of the file and its values; may be given again: all combinations are trained.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a key of the file; may be given again.",
+)
+@job_options(AblateJob, {"ablate": list(Ablate.model_fields)})
+@format_option
+def ablate_command(
+    config: Path, vary: tuple[str, ...], overrides: tuple[str, ...], form: str, **flags: Any
+) -> None:
+    """Train every combination of some settings from one pin of a store, and compare them.
+
+    CONFIG is what `logitcask train --dry-run` prints. No rollout is sampled and no teacher is
+    asked. Means and spreads over the seeds go to stdout and to ablate.json and ablate.md. The same
+    command resumes; runs that are finished are not trained again.
+
+    Example: logitcask ablate train.toml --vary objective=opd,overlap --seeds 3 --out ./ablation
+    """
+    settings = job_from_flags(AblateJob, flags).ablate
+    job = read_job(TrainJob, config, overrides)
+    from logitcask.engine.ablate import ablate
+
+    with progress_bar() as progress:
+        report = ablate(
+            job,
+            vary,
+            settings,
+            progress=progress,
+            notice=lambda line: click.echo(line, err=True),
+        )
+    if form == "json":
+        print_result(report, form)
+        return
+    print_table(report.rows, form)
+    saved = report.teacher_seconds_saved
+    click.echo(
+        f"teacher seconds spent: {report.teacher_seconds_spent:.0f}; saved: "
+        + ("unknown, the store does not record them" if saved is None else f"{saved:.0f}")
+    )

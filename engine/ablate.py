@@ -1,0 +1,292 @@
+"""Ablations: every combination of some settings, trained from one state of a store.
+
+    DIR/plan.json                what was fixed at the first call: store, pin, common configuration
+        COMBINATION/seed-N       a run each, as `logitcask train` makes it
+        cache                    units of the store, decoded once for all runs
+        ablate.json ablate.md    the table
+
+Nothing is sampled for training and nothing is scored: a teacher's seconds are spent once, by
+`score`. The same call goes on where it was stopped, because each run does.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from logitcask.engine.config import Ablate, TrainJob
+from logitcask.engine.configfile import keys_of, parse_value, validate
+from logitcask.engine.course import TrainReport
+from logitcask.engine.errors import ConfigError, LogitcaskError
+from logitcask.engine.jobs import check_train, pin_of, run_train
+from logitcask.engine.rundir import check_same, make_folder, replace_text, write_json
+from logitcask.engine.store import open_store
+from logitcask.engine.store.cache import UnitCache
+from logitcask.engine.types import Progress, silent
+
+FIXED = ("store.url", "store.profile", "train.pin", "run.out", "run.overwrite", "run.seed")
+"""Keys that cannot be varied, beside those of [eval]."""
+
+FIGURES: dict[str, Callable[[TrainReport, float | None], float | None]] = {
+    "loss": lambda run, _: run.last["loss"],
+    "accuracy": lambda run, _: _evaluated(run, -1, "accuracy"),
+    "avg_at_n": lambda run, _: _evaluated(run, -1, "avg_at_n"),
+    "gap_recovery": lambda run, teacher: gap_recovery(
+        _evaluated(run, 0, "avg_at_n"), _evaluated(run, -1, "avg_at_n"), teacher
+    ),
+    "overlap_ratio": lambda run, _: run.last["overlap/ratio"],
+    "overlap_mass": lambda run, _: run.last["overlap/mass_student"],
+    "seconds": lambda run, _: own_seconds(run),
+}
+"""Columns of the table: (run, teacher's avg@n) -> its value, None where it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Combination:
+    name: str
+    """Its folder: key=value,key=value."""
+    values: Mapping[str, Any]
+    job: TrainJob
+    refused: str = ""
+    """Why it cannot be trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AblateReport:
+    out: Path
+    pin: int
+    """Log number that all runs are trained from."""
+    rows: tuple[Mapping[str, Any], ...]
+    """Of each combination: its values, n, and mean and spread (sample standard deviation over
+    seeds) of every figure; or why it was refused."""
+    runs_trained: int
+    """By this call; others were finished before."""
+    seconds: float
+    trainings_seconds: float
+    """Of `seconds`, what the trainings and their evaluations took themselves."""
+    teacher_seconds_spent: float
+    teacher_seconds_saved: float | None
+    """What a live teacher would have added; None: score segments do not record their seconds."""
+
+
+def combinations(job: TrainJob, vary: Sequence[str]) -> list[Combination]:
+    """The cartesian product of `key=value,value` texts over a job. Raises ConfigError."""
+    axes: dict[str, list[Any]] = {}
+    for text in vary:
+        key, equals, listed = text.partition("=")
+        if not (equals and key.strip() and listed.strip()):
+            raise ConfigError(f"--vary {text}: not key=value,value", remedy="e.g. --vary k=1,4,16")
+        name = full_key(key.strip())
+        if name in FIXED or name.startswith("eval."):
+            raise ConfigError(
+                f"--vary {text}: {name} is the same in all runs of an ablation",
+                remedy="vary another key; --seeds says how many seeds, [eval] is common to all",
+            )
+        if name in axes:
+            raise ConfigError(f"--vary {text}: {name} is varied twice", remedy="give it once")
+        axes[name] = [parse_value(value) for value in listed.split(",")]
+    if not axes:
+        raise ConfigError("nothing is varied", remedy="e.g. --vary objective=overlap,opd")
+    common = job.model_dump(mode="json")
+    found: dict[str, Combination] = {}
+    for chosen in product(*axes.values()):
+        values = dict(zip(axes, chosen, strict=True))
+        name = ",".join(f"{key.partition('.')[2]}={_plain(v)}" for key, v in values.items())
+        if name in found:
+            raise ConfigError(f"--vary: {name} comes twice", remedy="give every value once")
+        changed = {section: dict(content) for section, content in common.items()}
+        for key, value in values.items():
+            section, _, inner = key.partition(".")
+            changed[section][inner] = value
+        made = validate(TrainJob, changed, source="--vary")
+        found[name] = Combination(name=name, values=values, job=made)
+    return list(found.values())
+
+
+def full_key(key: str) -> str:
+    """section.key of a TrainJob; the section may be left out where one key alone has the name."""
+    known = [name for name in keys_of(TrainJob) if "." in name]
+    named = [name for name in known if key in (name, name.partition(".")[2])]
+    if len(named) == 1:
+        return named[0]
+    spelled = {name.partition(".")[2]: name for name in known} | {name: name for name in known}
+    near = get_close_matches(key, spelled, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+        f"--vary {key}: names no key of a training, or several",
+        remedy=f"did you mean {spelled[near]}?",
+    )
+
+
+def ablate(
+    job: TrainJob,
+    vary: Sequence[str],
+    settings: Ablate,
+    *,
+    progress: Progress = silent,
+    notice: Callable[[str], None] = lambda line: None,
+) -> AblateReport:
+    """Trains what is not trained yet, and writes the table.
+
+    Raises ConfigError, IdentityError (DIR holds an ablation of something else), and what a training
+    raises; a combination that cannot be trained stops all of them before the first is, unless
+    `skip_refused`.
+    """
+    begun_s = time.monotonic()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: ablate runs in one process",
+            remedy="start it without torchrun",
+        )
+    planned = combinations(job, vary)
+    varied = set(planned[0].values)
+    plan = _plan(job, varied, settings.out)
+    number = int(plan["pin"])
+    judged = [_judged(_pinned(each, number), settings.skip_refused) for each in planned]
+    make_folder(settings.out)
+    write_json(settings.out / "plan.json", plan)
+    cache = UnitCache(settings.out / "cache")
+    rows, trained, trainings_s = [], 0, 0.0
+    total, done = settings.seeds * sum(not each.refused for each in judged), 0
+    for each in judged:
+        runs = []
+        for seed in range(job.run.seed, job.run.seed + settings.seeds * (not each.refused)):
+            out = settings.out / each.name / f"seed-{seed}"
+            run = each.job.run.model_copy(update={"out": out, "seed": seed, "overwrite": False})
+            start_s = time.monotonic()
+            report = run_train(each.job.model_copy(update={"run": run}), cache=cache, notice=notice)
+            if report.resumed_at < report.updates:
+                trained += 1
+                # Of a resumed run its own seconds are those of an earlier call, too.
+                trainings_s += min(own_seconds(report), time.monotonic() - start_s)
+            runs.append(report)
+            done += 1
+            progress("ablate", done, total)
+        rows.append(row(each, runs, settings.teacher_accuracy))
+    result = AblateReport(
+        out=settings.out,
+        pin=number,
+        rows=tuple(rows),
+        runs_trained=trained,
+        seconds=time.monotonic() - begun_s,
+        trainings_seconds=trainings_s,
+        teacher_seconds_spent=0.0,
+        teacher_seconds_saved=None,
+    )
+    write_json(settings.out / "ablate.json", {**asdict(result), "out": str(settings.out)})
+    replace_text(settings.out / "ablate.md", markdown(result))
+    return result
+
+
+def row(
+    each: Combination, runs: Sequence[TrainReport], teacher: float | None = None
+) -> dict[str, Any]:
+    """One line of the table."""
+    values = {key.partition(".")[2]: value for key, value in each.values.items()}
+    found: dict[str, Any] = {**values, "n": len(runs)}
+    for name, figure in FIGURES.items():
+        known = [x for x in (figure(run, teacher) for run in runs) if x is not None]
+        whole = bool(runs) and len(known) == len(runs)
+        found[name] = fmean(known) if whole else None
+        found[f"{name}_sd"] = stdev(known) if whole and len(known) > 1 else None
+    return {**found, "refused": each.refused}
+
+
+def gap_recovery(before: float | None, after: float | None, teacher: float | None) -> float | None:
+    """Share of the way to the teacher, arXiv 2604.13016, section 3.2; None without a gap."""
+    if before is None or after is None or teacher is None or teacher == before:
+        return None
+    return (after - before) / (teacher - before)
+
+
+def own_seconds(run: TrainReport) -> float:
+    """Of a whole run: loading, training, evaluating."""
+    last = float(run.evaluations[-1]["eval/seconds"]) if run.evaluations else 0.0
+    # The evaluation after the last update is after its line, too.
+    return float(run.last["progress/seconds"]) + last
+
+
+def markdown(report: AblateReport) -> str:
+    """The table, mean ± spread."""
+    names = [n for n in report.rows[0] if n != "refused" and not n.endswith("_sd")]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for each in report.rows:
+        cells = [_cell(each[name], each.get(f"{name}_sd")) for name in names]
+        if each["refused"]:
+            cells[-1] = f"refused: {each['refused']}"
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Pin {report.pin}. Mean ± sample standard deviation over n seeds; losses of different",
+        "objectives do not compare. Teacher seconds spent: 0; saved: unknown, because the store",
+        "does not record how long scoring took.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any, spread: float | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if spread is None else f"{text} ± {spread:.2g}"
+
+
+def _plan(job: TrainJob, varied: set[str], out: Path) -> dict[str, Any]:
+    """What DIR is bound to: plan.json of the first call, if this one agrees with it."""
+    store = open_store(job.store.url)
+    common = {
+        f"{section}.{key}": value
+        for section, content in job.model_dump(mode="json").items()
+        for key, value in content.items()
+        if f"{section}.{key}" not in {*varied, "store.url", "run.out", "run.overwrite", "train.pin"}
+    }
+    file = out / "plan.json"
+    if not file.exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise ConfigError(
+                f"{out} is not empty and holds no plan.json: it is no folder of an ablation",
+                remedy="give a new or an empty folder with --out",
+            )
+        pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
+        return {"store": store.uuid, "pin": pin.number, "sha256": pin.sha256, "common": common}
+    plan: dict[str, Any] = json.loads(file.read_text())
+    # What one call varies, another may have fixed: only what both fix must be the same.
+    both = plan["common"].keys() & common.keys()
+    earlier = {"store": plan["store"], "common": {key: plan["common"][key] for key in both}}
+    ours: dict[str, Any] = {"store": store.uuid, "common": {key: common[key] for key in both}}
+    if job.train.pin is not None:
+        earlier["pin"], ours["pin"] = plan["pin"], pin_of(store, job.train.pin).number
+    check_same(out, earlier, ours, remedy="give another --out, or what this one was begun with")
+    store.pin(int(plan["pin"]), plan["sha256"])
+    return plan
+
+
+def _pinned(each: Combination, number: int) -> Combination:
+    train = each.job.train.model_copy(update={"pin": str(number)})
+    job = each.job.model_copy(update={"train": train})
+    return Combination(name=each.name, values=each.values, job=job)
+
+
+def _judged(each: Combination, skip: bool) -> Combination:
+    try:
+        check_train(each.job)
+    except LogitcaskError as error:
+        if not skip:
+            raise type(error)(f"{each.name}: {error.cause}", remedy=error.remedy) from error
+        return Combination(name=each.name, values=each.values, job=each.job, refused=error.cause)
+    return each
+
+
+def _evaluated(run: TrainReport, which: int, name: str) -> float | None:
+    return float(run.evaluations[which][f"eval/{name}"]) if run.evaluations else None
+
+
+def _plain(value: Any) -> str:
+    """As part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9.+-]", "_", str(value))

@@ -1,0 +1,125 @@
+"""Graders: a prompt and the text of a response -> a reward in [0, 1].
+
+`exact` compares a response's final answer with the prompt's "answer". MODULE:FUNCTION is installed
+code of the user's own, imported when it is asked for: as trusted as the configuration naming it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from inspect import signature
+from numbers import Real
+from typing import Any
+
+from logitcask.engine.errors import ConfigError, GraderError, PromptError
+from logitcask.engine.types import Prompt
+
+Grader = Callable[[Prompt, str], float]
+"""(prompt, response text without special tokens) -> reward in [0, 1]."""
+
+EXACT = "exact"
+
+
+def open_grader(name: str, prompts: Sequence[Prompt]) -> Grader:
+    """The grader of that name, fit for these prompts; its rewards are checked.
+
+    Raises ConfigError for code that is not there or takes other arguments, PromptError where
+    `exact` has no answer to compare with. The grader itself raises GraderError.
+    """
+    if name == EXACT:
+        for prompt in prompts:
+            if prompt.answer is None:
+                raise PromptError(
+                    f"prompt {prompt.id!r} has no answer, and grader {EXACT!r} compares with it",
+                    remedy='give every line an "answer", or name a MODULE:FUNCTION as grader',
+                )
+        return exact
+    return _checked(name, _imported(name))
+
+
+def exact(prompt: Prompt, response: str) -> float:
+    """1 where the response's final answer is the prompt's, both read by `final_answer`, else 0."""
+    assert prompt.answer is not None, "open_grader"
+    return float(final_answer(response) == final_answer(prompt.answer))
+
+
+def final_answer(text: str) -> str:
+    r"""What stands in the last \boxed{...}; else after the last "Answer:" or "####" of a line; else
+    the last line that is not blank. Without surrounding $, one full stop at the end, and runs of
+    blanks made one. Numbers are text: 1,000 is not 1000.
+    """
+    found = _boxed(text)
+    if found is None:
+        marked = _MARKED.findall(text)
+        lines = [line for line in text.splitlines() if line.strip()]
+        found = marked[-1] if marked else lines[-1] if lines else ""
+    plain = " ".join(found.split()).removesuffix(".").rstrip()
+    if len(plain) > 1 and plain[0] == plain[-1] == "$":
+        plain = plain.strip("$").strip()
+    return plain
+
+
+_MARKED = re.compile(r"(?:\banswer\s*:|####)[ \t]*(\S.*)", re.IGNORECASE)
+
+
+def _boxed(text: str) -> str | None:
+    """Inside the last \\boxed{...} whose braces balance."""
+    for start in reversed([found.end() for found in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if not depth:
+                return text[start:end]
+    return None
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(
+            f"grader {name!r} is neither {EXACT!r} nor MODULE:FUNCTION",
+            remedy=f"give --grader {EXACT}, or say mypackage.grading:grade",
+        )
+    try:
+        function = getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(
+            f"grader {name!r}: module {module} cannot be imported: {error}",
+            remedy="install it where logitcask runs, or put its folder on PYTHONPATH",
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(
+            f"grader {name!r}: module {module} has no {attribute}",
+            remedy="name a function of that module, as MODULE:FUNCTION",
+        ) from error
+    try:
+        signature(function).bind(None, "")
+    except TypeError as error:
+        raise ConfigError(
+            f"grader {name!r} cannot be called with (prompt, response): {error}",
+            remedy="write it as def grade(prompt: Prompt, response: str) -> float",
+        ) from error
+    except ValueError:
+        pass  # some built-in functions do not say what they take; the first call will
+    return function  # type: ignore[no-any-return]
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Grader:
+    def grade(prompt: Prompt, response: str) -> float:
+        try:
+            reward = function(prompt, response)
+        # Code of the user's own raises whatever it likes; it stays below as the cause.
+        except Exception as error:
+            raise GraderError(
+                f"grader {name} on prompt {prompt.id!r}: {type(error).__name__}: {error}",
+                remedy="mend the grader; `logitcask --debug` shows where it was",
+            ) from error
+        # NaN is in no interval.
+        if not isinstance(reward, Real) or not 0 <= float(reward) <= 1:
+            raise GraderError(
+                f"grader {name} on prompt {prompt.id!r}: {reward!r} is no number in [0, 1]",
+                remedy="let it return a reward from 0 to 1",
+            )
+        return float(reward)
+
+    return grade

@@ -1,0 +1,249 @@
+"""Ablations: what is planned and what refused, that a kill loses nothing, what the table says."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import logitcask.engine.ablate as ablations
+import logitcask.engine.backends.hf as hf
+from logitcask.engine.ablate import (
+    AblateReport,
+    Combination,
+    ablate,
+    combinations,
+    full_key,
+    gap_recovery,
+    markdown,
+    row,
+)
+from logitcask.engine.config import Ablate, Eval, Run, StoreSection, Student, Train, TrainJob
+from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
+from logitcask.engine.store import Store
+from logitcask.engine.types import ModelRef
+from tests.engine.cached import make_unit
+from tests.engine.fitting import make_case
+
+VARY = ["objective=teacher_topk,forward_kl", "train.k=2,4"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef]:
+    units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(2)]
+    return make_case(tmp_path_factory.mktemp("case"), units)
+
+
+def job_of(case: tuple[Store, ModelRef], **change: Any) -> TrainJob:
+    store, model = case
+    return TrainJob(
+        student=Student(model=str(model.path)),
+        store=StoreSection(url=str(store.url)),
+        train=Train(**({"k": 4, "lr": 1e-3, "tokens_per_batch": 96, "save_steps": 2} | change)),
+        run=Run(device="cpu"),
+    )
+
+
+def run(
+    case: tuple[Store, ModelRef],
+    out: Path,
+    vary: list[str],
+    *,
+    job: TrainJob | None = None,
+    **change: Any,
+) -> AblateReport:
+    progress = change.pop("progress", lambda *_: None)
+    return ablate(job or job_of(case), vary, Ablate(out=out, **change), progress=progress)
+
+
+def test_every_combination_has_a_folder_and_a_job_of_its_own(
+    case: tuple[Store, ModelRef],
+) -> None:
+    found = combinations(job_of(case), VARY)
+    assert [each.name for each in found] == [
+        f"objective={objective},k={k}"
+        for objective in ("teacher_topk", "forward_kl")
+        for k in (2, 4)
+    ]
+    assert [(e.job.train.objective, e.job.train.k) for e in found][1] == ("teacher_topk", 4)
+    assert {each.job.train.lr for each in found} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("vary", "cause", "remedy"),
+    [
+        ([], "nothing is varied", "--vary"),
+        (["k"], "not key=value", "--vary k=1,4,16"),
+        (["objectiv=opd"], "objectiv: names no key", "did you mean train.objective?"),
+        (["train.rl=1"], "train.rl: names no key", "did you mean train.lr?"),
+        (["model=a,b", "seed=1,2"], "run.seed is the same in all runs", "--seeds"),
+        (["eval.n=1,2"], "eval.n is the same in all runs", "another key"),
+        (["k=2", "train.k=4"], "train.k is varied twice", "once"),
+        (["k=2,2"], "k=2 comes twice", "once"),
+        (["lr=1e-3,-1"], "train.lr = -1", "learning rate"),
+    ],
+)
+def test_what_cannot_be_varied(
+    case: tuple[Store, ModelRef], vary: list[str], cause: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        combinations(job_of(case), vary)
+    assert cause in caught.value.cause
+    assert remedy in caught.value.remedy
+
+
+def test_a_plain_key_is_that_of_the_training() -> None:
+    assert (full_key("k"), full_key("lr"), full_key("run.dtype")) == (
+        "train.k",
+        "train.lr",
+        "run.dtype",
+    )
+
+
+def test_a_kill_loses_nothing_and_nothing_is_sampled_or_scored(
+    case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = case
+    trained: list[str] = []
+    train = ablations.run_train
+
+    def counted(job: TrainJob, **rest: Any) -> Any:
+        report = train(job, **rest)
+        if report.resumed_at < report.updates:
+            trained.append(job.run.out.parent.name)
+        return report
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a sampler or a scorer was made")
+
+    monkeypatch.setattr(ablations, "run_train", counted)
+    monkeypatch.setattr(hf.HF, "__init__", never)
+    before = store.head()
+
+    class Killed(Exception):
+        pass
+
+    def kill(stage: str, done: int, total: int) -> None:
+        assert total == 4
+        if done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(case, tmp_path / "a", VARY[:1], seeds=2, progress=kill)
+    resumed = run(case, tmp_path / "a", VARY[:1], seeds=2)
+    assert trained == ["objective=teacher_topk"] * 2 + ["objective=forward_kl"] * 2
+    assert resumed.runs_trained == 1
+    straight = run(case, tmp_path / "b", VARY[:1], seeds=2)
+    assert straight.runs_trained == 4
+    for ours, theirs in zip(resumed.rows, straight.rows, strict=True):
+        assert {k: v for k, v in ours.items() if "seconds" not in k} == {
+            k: v for k, v in theirs.items() if "seconds" not in k
+        }
+    assert store.head().number == before.number
+    runs = list((tmp_path / "a").glob("*/seed-*/run.json"))
+    assert len(runs) == 4
+    assert {json.loads(file.read_text())["pin"]["sha256"] for file in runs} == {before.sha256}
+    again = run(case, tmp_path / "a", VARY[:1], seeds=2)
+    assert (again.runs_trained, again.rows) == (0, resumed.rows)
+    assert json.loads((tmp_path / "a" / "ablate.json").read_text())["pin"] == before.number
+    assert 0 < straight.trainings_seconds <= straight.seconds
+
+
+def test_units_are_decoded_for_the_first_run_only(
+    case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import logitcask.engine.store.cache as cache
+
+    read: list[str] = []
+    decode = cache.read_unit
+
+    def counted(store: Any, rollout: Any, chain: Any) -> Any:
+        read.append(rollout.seg_id)
+        return decode(store, rollout, chain)
+
+    monkeypatch.setattr(cache, "read_unit", counted)
+    run(case, tmp_path, VARY[:1])
+    assert len(read) == len(set(read)) == 2
+
+
+def test_another_configuration_is_refused_by_the_name_of_its_key(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    run(case, tmp_path, ["k=2"])
+    with pytest.raises(IdentityError, match=r"train\.lr = 0.001, not 0.002"):
+        run(case, tmp_path, ["k=2"], job=job_of(case, lr=2e-3))
+    # More of the same is welcome.
+    more = run(case, tmp_path, ["k=2,4"])
+    assert (more.runs_trained, len(more.rows)) == (1, 2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="holds no plan.json"):
+        run(case, tmp_path / "other", ["k=2"])
+
+
+def test_what_cannot_be_trained_stops_all_before_the_first(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    with pytest.raises(ObjectiveError, match="k=99: "):
+        run(case, tmp_path / "a", ["k=2,99"])
+    assert not (tmp_path / "a").exists()
+    skipped = run(case, tmp_path / "a", ["k=2,99"], skip_refused=True)
+    good, bad = skipped.rows
+    assert (good["n"], good["refused"], bad["n"], bad["loss"]) == (1, "", 0, None)
+    assert "99" in bad["refused"]
+    assert f"refused: {bad['refused']}" in (tmp_path / "a" / "ablate.md").read_text()
+
+
+def a_run(loss: float, before: float, after: float) -> Any:
+    last = {"loss": loss, "overlap/ratio": 0.5, "overlap/mass_student": None}
+    exams = [
+        {"eval/accuracy": 0.0, "eval/avg_at_n": before, "eval/seconds": 1.0},
+        {"eval/accuracy": 1.0, "eval/avg_at_n": after, "eval/seconds": 3.0},
+    ]
+    return SimpleNamespace(last={**last, "progress/seconds": 10.0}, evaluations=exams)
+
+
+def test_mean_spread_and_gap_recovery_worked_by_hand(case: tuple[Store, ModelRef]) -> None:
+    """Losses 1, 2, 6: mean 3, variance (4 + 1 + 9) / 2. Recoveries 0.5, 1, 0 of a gap of 0.4."""
+    each = Combination(name="k=2", values={"train.k": 2}, job=job_of(case))
+    runs = [a_run(1.0, 0.2, 0.4), a_run(2.0, 0.2, 0.6), a_run(6.0, 0.2, 0.2)]
+    found = row(each, runs, teacher=0.6)
+    assert (found["k"], found["n"], found["loss"]) == (2, 3, 3.0)
+    assert found["loss_sd"] == pytest.approx(7**0.5)
+    assert found["gap_recovery"] == pytest.approx(0.5)
+    assert found["gap_recovery_sd"] == pytest.approx(0.5)
+    assert (found["seconds"], found["seconds_sd"]) == (13.0, 0.0)
+    assert (found["overlap_ratio"], found["overlap_mass"]) == (0.5, None)
+    assert row(each, runs)["gap_recovery"] is None
+    assert row(each, runs[:1])["loss_sd"] is None
+    assert gap_recovery(0.6, 0.7, 0.6) is None
+    report = AblateReport(
+        out=Path("x"),
+        pin=3,
+        rows=(found,),
+        runs_trained=3,
+        seconds=1.0,
+        trainings_seconds=1.0,
+        teacher_seconds_spent=0.0,
+        teacher_seconds_saved=None,
+    )
+    assert "| 2 | 3 | 3 ± 2.6 | 1 ± 0 | 0.4 ± 0.2 | 0.5 ± 0.5 | 0.5 ± 0 | - | 13 ± 0 |" in markdown(
+        report
+    )
+
+
+def test_combinations_are_evaluated_where_prompts_are_named(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    file = tmp_path / "e.jsonl"
+    rows = [{"id": f"e{i}", "prompt": "ab"[: i + 1], "answer": "a"} for i in range(2)]
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    asked = Eval(prompts=file, n=2, max_new_tokens=4)
+    job = job_of(case).model_copy(update={"eval": asked})
+    (found,) = run(case, tmp_path / "a", ["k=2"], job=job, teacher_accuracy=1.0).rows
+    (noted,) = (tmp_path / "a").glob("k=2/seed-0/run.json")
+    first, last = json.loads(noted.read_text())["evaluations"]
+    assert found["avg_at_n"] == last["eval/avg_at_n"]
+    gap = 1.0 - first["eval/avg_at_n"]
+    assert found["gap_recovery"] * gap == last["eval/avg_at_n"] - first["eval/avg_at_n"]
