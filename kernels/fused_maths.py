@@ -32,12 +32,20 @@ BEYOND = tl.constexpr(1 << 30)
 """The place of an id that is not in the live top-k."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def log_total(x, on):  # type: ignore[no-untyped-def]
     # log sum exp(x) over `on`; -inf where nothing is on.
     top = tl.max(tl.where(on, x, -float("inf")), 0)
     top = tl.where(top > -float("inf"), top, 0.0)
     return top + tl.log(tl.sum(tl.where(on, tl.exp(x - top), 0.0), 0))
+
+
+@triton.jit
+def log_add(a, b):  # type: ignore[no-untyped-def]
+    # log(exp(a) + exp(b)), also where both are too small for a float; -inf where both are.
+    top = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -55,11 +63,9 @@ def compared(log_p, log_q, on, log_b, log_1b, DIVERGENCE: tl.constexpr):  # type
         term = q * (lq - lp)
         g = -q
     else:
-        # By the larger share: both masses may be too small for a float.
         of_q = lq + log_b
         of_p = lp + log_1b
-        top = tl.maximum(of_q, of_p, propagate_nan=tl.PropagateNan.ALL)
-        lm = top + tl.log(tl.exp(of_q - top) + tl.exp(of_p - top))
+        lm = log_add(of_q, of_p)
         if DIVERGENCE == "jsd":
             g = tl.exp(of_p) * (lp - lm)
             term = tl.exp(of_q) * (lq - lm) + g
@@ -85,25 +91,18 @@ def tail_loss(log_p, log_q, log_tail, on, left, log_b, log_1b, DIVERGENCE: tl.co
     # teacher's bucket holds log_tail and what it gives to the ids in `left`.
     r = 1.0 - tl.sum(tl.where(on, tl.exp(log_p), 0.0), 0)
     r = tl.maximum(r, TAIL_FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    log_left = log_total(log_q, left)
-    top = tl.maximum(log_tail, log_left, propagate_nan=tl.PropagateNan.ALL)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    mass = tl.exp(log_tail - top) + tl.exp(log_left - top)
-    log_q_tail = top + tl.log(mass)
+    log_q_tail = log_add(log_tail, log_total(log_q, left))
     # The bucket is left out where the teacher has no mass outside the support at all.
     has_tail = log_q_tail != -float("inf")
     # Stored log-probs are rounded: their mass with the tail is 1 to some 1e-4, and a law's is 1.
-    log_on = log_total(log_q, on)
-    top = tl.maximum(log_on, log_q_tail, propagate_nan=tl.PropagateNan.ALL)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    log_all = top + tl.log(tl.exp(log_on - top) + tl.exp(log_q_tail - top))
+    log_all = log_add(log_total(log_q, on), log_q_tail)
     term, g = compared(log_p, log_q - log_all, on, log_b, log_1b, DIVERGENCE)
     term_r, g_r = compared(tl.log(r), log_q_tail - log_all, has_tail, log_b, log_1b, DIVERGENCE)
     inside = -(tl.sum(g, 0) + g_r)
     return tl.sum(term, 0) + term_r, g, inside, g_r / r + inside
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def overlap_advantage(log_p, log_q, on):  # type: ignore[no-untyped-def]
     # (1 / |I|) sum_I p-(v) [log q-(v) - log p-(v)], renormalised on I = `on`; 0 where it is empty.
     # Rethinking On-Policy Distillation, arXiv 2604.13016, Eq.7.

@@ -30,7 +30,7 @@ class OverlapSums(NamedTuple):
     """Of C rows, [C] float32 each. S(p), S(q): the top-k' of the live student and of the teacher,
     k' = min(metric_k, K, kept); I is their intersection."""
 
-    count: Tensor
+    shared: Tensor
     """|I|"""
     k: Tensor
     """k'"""

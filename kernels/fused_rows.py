@@ -1,9 +1,7 @@
 """The launches of a FusedObjective: K1, K2 with the small maths at its end, K3; or all in one.
 
-Three launches read a row twice and write it once, and so does the one; there the second read comes
-soon after the first, by the same program, when the row still lies in L2: 132 programs with a row of
-151,936 bfloat16 logits each hold 40 MB, and an H100's L2 has 50. But its programs are as many as
-fit beside each other with the registers of the greediest part.
+Three launches read a row twice and write it once, and so does the one. There the second read comes
+soon after the first, by the same program, and may find the row in L2: bench/NOTES.md has the sizes.
 """
 
 import math

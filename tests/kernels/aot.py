@@ -75,7 +75,6 @@ CASES = [
     ("fused bf16, renormalised", objective_kernel, JSD | {"TAIL": False}, 4, {}),
     ("fused k=S=128 bf16", objective_kernel, WIDE, 8, {}),
     ("whole bf16", objective_kernel, WHOLE, 8, {}),
-    ("whole bf16, 16 warps", objective_kernel, WHOLE, 16, {}),
     ("whole bf16, jsd, soft cap", objective_kernel, WHOLE | {"DIVERGENCE": "jsd"} | CAPPED, 8, {}),
     ("grad bf16", grad_kernel, GRAD, 8, {}),
     ("grad fp32", grad_kernel, GRAD, 8, FP32),

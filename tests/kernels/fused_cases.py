@@ -5,7 +5,7 @@ autograd on K-sized tensors) and through log_softmax of whole rows alike.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from kernel_cases import list_top, make_ids
@@ -36,9 +36,8 @@ class Told:
     kept: Tensor
     live_k: int
 
-    def double(self) -> "Told":
-        given = vars(self) | {"log_q": self.log_q.double(), "log_tail": self.log_tail.double()}
-        return Told(**given)
+    def to(self, dtype: torch.dtype) -> "Told":
+        return replace(self, log_q=self.log_q.to(dtype), log_tail=self.log_tail.to(dtype))
 
 
 def tell(
@@ -118,11 +117,11 @@ COMPARED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 ENGINE = {
-    "overlap/ratio": lambda sums: sums.count / sums.k,
+    "overlap/ratio": lambda sums: sums.shared / sums.k,
     "overlap/mass_student": lambda sums: sums.mass_student,
     "overlap/mass_teacher": lambda sums: sums.mass_teacher,
     "overlap/advantage": lambda sums: sums.advantage,
-    "overlap/empty_share": lambda sums: (sums.count == 0).float(),
+    "overlap/empty_share": lambda sums: (sums.shared == 0).float(),
     "cache/coverage": lambda sums: sums.coverage,
     "cache/miss_mass": lambda sums: sums.miss_mass,
 }

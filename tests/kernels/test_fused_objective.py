@@ -5,7 +5,7 @@ from dataclasses import replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from fused_cases import KINDS, SUPPORTS, fused, plain_loss, tell
+from fused_cases import KINDS, SUPPORTS, Told, fused, plain_loss, tell
 from hypothesis import given, settings
 from kernel_cases import HALF, assert_close, make_logits, ulp
 from kernel_objectives import full_vocab_loss, make_teacher
@@ -14,9 +14,12 @@ from torch import Tensor
 from logitcask.kernels import launch
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.logit_map import LogitMap
-from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
+from logitcask.kernels.sparse_kl import RowGrad, RowView, SparseLoss, sparse_kl
 
-P, V, S, K = 4, 700, 12, 6
+P, V, S, K = 4, 300, 12, 6
+MIXED = [(*kind, SUPPORTS[i % len(SUPPORTS)]) for i, kind in enumerate(KINDS)]
+"""Each kind with one support; test_all_objectives has all of them with all."""
+BOTH_FORMS = [(*kind, i % 3 == 0) for i, kind in enumerate(KINDS)]
 WEIGHT = torch.tensor([1.0, 0.5, 0.0, 2.0])
 
 
@@ -27,7 +30,7 @@ def run(logits: Tensor, told, objective, **options) -> tuple[SparseLoss, Tensor]
     return result, z.grad
 
 
-def no_call(view):
+def no_call(view: RowView) -> RowGrad:
     raise AssertionError("the plain objective was called")
 
 
@@ -49,43 +52,57 @@ def bare(objective):
     return replace(objective, plain=no_call)
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
-@pytest.mark.parametrize(("divergence", "outside"), KINDS)
+@pytest.mark.parametrize(("divergence", "outside", "support"), MIXED)
 def test_equals_full_vocabulary_autograd(
-    divergence: str, outside: str, support: str, device: str
+    divergence: str, outside: str, support: str, triton_device: str
 ) -> None:
-    logits = make_logits("iid", P, V, torch.float32).to(device)
-    n_vocab = 690
+    logits = make_logits("iid", P, V, torch.float32).to(triton_device)
+    n_vocab = 290
     told = tell(logits, S, support, n_vocab=n_vocab)
     objective, _ = fused(told, divergence, outside)
-    weight = WEIGHT.to(device)
-    ours, grad = run(logits, told, objective, n_vocab=n_vocab, row_weight=weight)
+    weight = WEIGHT.to(triton_device)
+    ours, grad = run(logits, told, bare(objective), n_vocab=n_vocab, row_weight=weight)
 
-    def exact(dtype: torch.dtype):
+    def autograd(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z = logits.to(dtype).requires_grad_()
-        loss = plain_loss(told.double() if dtype == torch.float64 else told, divergence, outside)
-        rows = full_vocab_loss(loss, z, told, K, n_vocab)
-        total = (rows * weight.to(dtype)).sum()
+        loss = plain_loss(told.to(dtype), divergence, outside)
+        total = (full_vocab_loss(loss, z, told, K, n_vocab) * weight.to(dtype)).sum()
         return total.detach(), torch.autograd.grad(total, z)[0]
 
     floor = 8 * ulp(logits, torch.float32)
-    naive, want = exact(torch.float32), exact(torch.float64)
-    assert_close(ours.loss, naive[0], want[0], floor, "loss")
-    assert_close(grad, naive[1], want[1], floor, "gradient")
+    naive, exact = autograd(torch.float32), autograd(torch.float64)
+    assert_close(ours.loss, naive[0], exact[0], floor, "loss")
+    assert_close(grad, naive[1], exact[1], floor, "gradient")
     assert (grad[:, n_vocab:] == 0).all()
     assert (grad[2] == 0).all()
 
 
-@pytest.mark.parametrize("one_program", [False, True])
 @pytest.mark.parametrize("support", ["fixed", "overlap"])
 @pytest.mark.parametrize(("divergence", "outside"), KINDS)
 def test_equals_its_plain_form(
-    divergence: str, outside: str, support: str, one_program: bool, triton_device: str
+    divergence: str, outside: str, support: str, triton_device: str
 ) -> None:
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
     told = tell(logits, S, support)
-    objective, plain = fused(told, divergence, outside, one_program=one_program)
+    objective, plain = fused(told, divergence, outside)
     assert_same(run(logits, told, bare(objective)), run(logits, told, plain), 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("divergence", "outside", "support"), MIXED[::3])
+def test_one_program_equals_three_launches(
+    divergence: str, outside: str, support: str, dtype: torch.dtype, triton_device: str
+) -> None:
+    logits = make_logits("iid", P, 5000, dtype).to(triton_device)  # more than one tile
+    told = tell(logits, S, support, n_vocab=4990)
+    options = {"n_vocab": 4990, "row_weight": WEIGHT.to(triton_device)}
+    three, one = (
+        run(logits, told, bare(fused(told, divergence, outside, one_program=whole)[0]), **options)
+        for whole in (False, True)
+    )
+    assert torch.equal(one[0].row_loss, three[0].row_loss)
+    assert torch.equal(one[1], three[1])
+    assert all(torch.equal(one[0].metrics[m], value) for m, value in three[0].metrics.items())
 
 
 @pytest.mark.parametrize("one_program", [False, True])
@@ -119,8 +136,7 @@ def test_scale_cap_and_temperature(
     )
 
 
-@pytest.mark.parametrize("one_program", [False, True])
-@pytest.mark.parametrize(("divergence", "outside"), KINDS)
+@pytest.mark.parametrize(("divergence", "outside", "one_program"), BOTH_FORMS)
 def test_nan_stays_in_its_row_and_weight_zero_adds_nothing(
     divergence: str, outside: str, one_program: bool, triton_device: str
 ) -> None:
@@ -138,8 +154,7 @@ def test_nan_stays_in_its_row_and_weight_zero_adds_nothing(
     assert ours.metrics["entropy"].isnan().tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize("one_program", [False, True])
-@pytest.mark.parametrize(("divergence", "outside"), KINDS)
+@pytest.mark.parametrize(("divergence", "outside", "one_program"), BOTH_FORMS)
 def test_an_empty_support_and_a_teacher_without_tail(
     divergence: str, outside: str, one_program: bool, triton_device: str
 ) -> None:
@@ -162,9 +177,9 @@ def test_a_vanishing_tail_leaves_p_minus_q(triton_device: str) -> None:
     logits[0, :3] = torch.tensor([2.0, 1.0, 0.0])
     ids = torch.tensor([[0, 1, 2]], device=triton_device)
     teacher = make_teacher(ids)
-    told = tell(logits, 3)
-    told = type(told)(
-        ids, teacher.log_q, teacher.log_tail, ids >= 0, ids >= 0, ids, ids[:, 0] + 3, 0
+    listed = ids >= 0
+    told = Told(
+        ids, teacher.log_q, teacher.log_tail, listed, listed, ids.clone(), listed.sum(-1), 0
     )
     objective, _ = fused(told, "forward_kl", "tail")
     grad = run(logits, told, bare(objective), k=3)[1]
@@ -185,7 +200,7 @@ def test_any_shape(data: st.DataObject) -> None:
     logits = make_logits("ties", n_rows, n_vocab + 5, torch.float32)
     if not n_rows:
         told = tell(make_logits("ties", 1, n_vocab, torch.float32), n_ids, support)
-        told = type(told)(*(t[:0] if isinstance(t, Tensor) else t for t in vars(told).values()))
+        told = Told(*(t[:0] if isinstance(t, Tensor) else t for t in vars(told).values()))
     else:
         told = tell(logits, n_ids, support, n_vocab=n_vocab)
     objective, plain = fused(told, *kind, one_program=one_program)
