@@ -21,6 +21,9 @@ from logitcask.kernels.row_stats import scan_row, scan_rows
 from logitcask.kernels.row_view import RowGrad, RowView
 from logitcask.kernels.topk_select import ZERO_BITS, group_size, select_row
 
+WHOLE_WARPS = 8
+"""Of the one program for a whole row. 16 would have 64 registers a thread, which spill."""
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def objective_kernel(  # type: ignore[no-untyped-def]
@@ -248,7 +251,7 @@ def fused_rows(
                 SCAN_ROWS=tile // group,
                 GRAD_TILE=grad_tile,
                 WHOLE=whole,
-                num_warps=8 if k_padded > 64 or (whole and tile == TILE) else 4,
+                num_warps=WHOLE_WARPS if whole else 4 if k_padded <= 64 else 8,
                 enable_fp_fusion=True,  # the default differs between versions of Triton
             )
     if out is not None and not whole:
