@@ -129,11 +129,10 @@ ENGINE = {
 assert METRICS.keys() >= ENGINE.keys()
 
 
-def plain_metrics(told: Told, view: RowView) -> dict[str, Tensor]:
-    """By the engine's own functions of its Targets."""
-    n_rows = len(told.ids)
-    row, none = torch.zeros(n_rows, device=told.ids.device), torch.zeros_like(told.kept)
-    targets = Targets(
+def targets_of(told: Told) -> Targets:
+    """The same rows as the engine has them, zeros for what no support or sum looks at."""
+    row, none = told.log_tail.new_zeros(len(told.ids)), torch.zeros_like(told.kept)
+    return Targets(
         token=none,
         weight=row,
         ids=told.ids,
@@ -151,7 +150,11 @@ def plain_metrics(told: Told, view: RowView) -> dict[str, Tensor]:
         q_token_lp=row,
         version=none,
     )
-    made = row_metrics(view, targets.at(view.index), k=METRIC_K)
+
+
+def plain_metrics(told: Told, view: RowView) -> dict[str, Tensor]:
+    """By the engine's own functions of its Targets."""
+    made = row_metrics(view, targets_of(told).at(view.index), k=METRIC_K)
     return {name: made[name] for name in ENGINE} | {"entropy": view.entropy}
 
 

@@ -5,13 +5,14 @@ from dataclasses import replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from fused_cases import KINDS, SUPPORTS, Told, fused, plain_loss, tell
-from hypothesis import given, settings
+from fused_cases import ENGINE, KINDS, METRIC_K, SUPPORTS, Told, fused, plain_loss, targets_of, tell
+from hypothesis import HealthCheck, given, settings
 from kernel_cases import HALF, assert_close, make_logits, ulp
 from kernel_objectives import full_vocab_loss, make_teacher
 from torch import Tensor
 
-from logitcask.kernels import launch
+from logitcask.engine.objectives.objective import Objective
+from logitcask.engine.objectives.row_objective import row_objective
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.logit_map import LogitMap
 from logitcask.kernels.sparse_kl import RowGrad, RowView, SparseLoss, sparse_kl
@@ -187,9 +188,36 @@ def test_a_vanishing_tail_leaves_p_minus_q(triton_device: str) -> None:
     assert torch.allclose(grad[:, :3].double(), want, atol=3e-7)
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("support", ["teacher", "overlap"])
+@pytest.mark.parametrize("outside", ["renormalize", "tail"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_equals_the_engines_objective(
+    divergence: str, outside: str, support: str, triton_device: str
+) -> None:
+    logits = make_logits("iid", P, V, torch.float32).to(triton_device)
+    k, told = 3, tell(logits, S)
+    told = replace(told, on=told.q_rank < k, live_k=k if support == "overlap" else 0)
+    form = {"support": support, "divergence": divergence, "outside": outside}
+    plain = row_objective(
+        Objective(**form, form="divergence", k=k), targets_of(told), metric_k=METRIC_K
+    )
+    (want, want_grad), (ours, grad) = (
+        run(logits, told, answer) for answer in (plain, bare(fused(told, divergence, outside)[0]))
+    )
+    metrics = {name: want.metrics[name] for name in ENGINE} | {
+        "entropy": want.metrics["entropy/student"]
+    }
+    assert_same((ours, grad), (want._replace(metrics=metrics), want_grad), 3e-6)
+
+
+@settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
-def test_any_shape(data: st.DataObject) -> None:
+def test_any_shape(data: st.DataObject, triton_device: str) -> None:
     n_rows = data.draw(st.integers(0, 3), label="rows")
     n_vocab = data.draw(st.integers(2, 300), label="n_vocab")
     n_ids = data.draw(st.integers(1, min(20, n_vocab)), label="ids")
@@ -197,16 +225,15 @@ def test_any_shape(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(KINDS), label="kind")
     support = data.draw(st.sampled_from(SUPPORTS), label="support")
     one_program = data.draw(st.booleans(), label="one program")
-    logits = make_logits("ties", n_rows, n_vocab + 5, torch.float32)
+    logits = make_logits("ties", n_rows, n_vocab + 5, torch.float32).to(triton_device)
     if not n_rows:
-        told = tell(make_logits("ties", 1, n_vocab, torch.float32), n_ids, support)
+        told = tell(logits.new_zeros(1, n_vocab), n_ids, support)
         told = Told(*(t[:0] if isinstance(t, Tensor) else t for t in vars(told).values()))
     else:
         told = tell(logits, n_ids, support, n_vocab=n_vocab)
     objective, plain = fused(told, *kind, one_program=one_program)
     options = {"k": k, "n_vocab": n_vocab, "chunk_rows": 2}
-    with launch.triton_on_cpu():
-        ours = run(logits, told, bare(objective), **options)
+    ours = run(logits, told, bare(objective), **options)
     if n_rows:
         assert_same(ours, run(logits, told, plain, **options), 1e-5)
     else:

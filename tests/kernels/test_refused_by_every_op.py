@@ -1,4 +1,4 @@
-"""What every loss refuses alike before it asks the objective, and what it takes: no rows, no weight.
+"""What every loss refuses before it asks the objective, and what it takes: no rows, no weight.
 
 test_kernel_errors has what single ops refuse.
 """
