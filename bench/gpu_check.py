@@ -28,6 +28,7 @@ from kernel_calls import (
     our_logits,
     plain_gradients,
 )
+from kernel_fused import FORMS
 from kernel_losses import LOSSES
 from kernel_machine import about, machine, name_of
 from kernel_providers import INDEXED, KL, LIVE
@@ -199,7 +200,9 @@ def from_logits(sizes: Sizes, device: str) -> Iterator[Check]:
     for dtype in DTYPES if sizes.half else DTYPES[:1]:
         case = make_case("logits", sizes.case, dtype, torch.device(device))
         for loss in LOSSES:
-            yield from _of_loss(f"sparse_kl, {loss}", loss, case, our_logits(loss)(case))
+            for form in FORMS:
+                name = f"sparse_kl, {loss}, {form}"
+                yield from _of_loss(name, loss, case, our_logits(loss, form)(case))
 
 
 def from_hidden(sizes: Sizes, device: str) -> Iterator[Check]:

@@ -6,6 +6,7 @@ The only place of the benchmark that knows the kernels' arguments.
 import importlib.util
 import re
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from results import ROOT
 from torch import Tensor
 
+from logitcask.kernels import fused_rows
 from logitcask.kernels.launch import next_power_of_2, on_device
 from logitcask.kernels.logit_map import PLAIN
 from logitcask.kernels.row_grad import grad_kernel
@@ -120,6 +122,16 @@ def select(z: Tensor, group_max: Tensor, *, k: int, group: int, warps: int) -> T
             enable_fp_fusion=True,
         )
     return ids
+
+
+def whole_row(call: Callable[[], Any], warps: int) -> Any:
+    """What the call returns with so many warps for the program that does a whole row."""
+    shipped = fused_rows.WHOLE_WARPS
+    fused_rows.WHOLE_WARPS = warps
+    try:
+        return call()
+    finally:
+        fused_rows.WHOLE_WARPS = shipped
 
 
 @cache

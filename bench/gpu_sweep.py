@@ -27,9 +27,10 @@ from pathlib import Path
 import gpu_launch
 import results
 import torch
-from kernel_calls import our_hidden, our_logits
+from kernel_calls import Results, our_hidden, our_logits
+from kernel_fused import FORMS
 from kernel_machine import Row, about, digits, failure, machine, name_of, short
-from kernel_shapes import Shape, make_case
+from kernel_shapes import Case, Shape, make_case
 from kernel_timing import measured_rates, timed
 from torch import Tensor
 
@@ -183,12 +184,30 @@ class Sweep:
             yield Trial(f"T={T} row_stats", partial(row_stats, case.logits), size)
             yield Trial(f"T={T} sparse_kl", our_logits(LOSS)(case), 3 * size)
 
+    def forms(self) -> Iterator[Trial]:
+        """An objective between the launches, in one of them, and all of a row in one."""
+        for T in (self.grid.rows, *self.grid.few):
+            case, moved = self.case.first(T), 3 * self.size * T // self.grid.rows
+            for form in FORMS:
+                yield self._form(f"T={T} {form}", our_logits(LOSS, form)(case), case, moved)
+        whole = our_logits(LOSS, "one program")(self.case)
+        for warps in self.grid.warps:
+            run = partial(gpu_launch.whole_row, whole, warps)
+            yield self._form(f"one program warps={warps}", run, self.case, 3 * self.size)
+
+    def _form(self, name: str, run: Callable[[], Results], case: Case, moved: int) -> Trial:
+        def right() -> bool:  # of some rows; half precision may round to the other side
+            got, want = (call()[1][::64].float() for call in (run, our_logits(LOSS, "plain")(case)))
+            return torch.allclose(got, want, rtol=1e-2, atol=1e-8)
+
+        return Trial(name, run, moved, right)
+
 
 def _equal(run: Callable[[], Tensor], want: Tensor) -> bool:
     return torch.equal(run(), want)
 
 
-PARTS = ("scan", "grad", "select", "chunks", "few")
+PARTS = ("scan", "grad", "select", "chunks", "few", "forms")
 
 
 def main(arguments: list[str]) -> int:

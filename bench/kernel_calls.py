@@ -7,7 +7,8 @@ gradients, from leaves: forward and backward pass are in the time.
 from collections.abc import Callable
 
 import torch
-from kernel_losses import LOSSES, plain, plain_reverse_kl
+from kernel_fused import told
+from kernel_losses import plain, plain_reverse_kl
 from kernel_shapes import Case
 from torch import Tensor
 
@@ -32,13 +33,13 @@ def leaves(*tensors: Tensor | None) -> list[Tensor]:
 # Ours.
 
 
-def our_logits(loss: str) -> Make:
-    """sparse_kl."""
+def our_logits(loss: str, form: str = "fused") -> Make:
+    """sparse_kl; `form` of the objective as in kernel_fused."""
 
     def make(case: Case) -> Call:
         from logitcask.kernels.sparse_kl import sparse_kl
 
-        objective, weight = LOSSES[loss].closed(case.teacher), _mean_weight(case)
+        objective, weight = told(loss, case.teacher, case.shape.k, form), _mean_weight(case)
 
         def call() -> Results:
             (z,) = leaves(case.logits)
@@ -50,13 +51,13 @@ def our_logits(loss: str) -> Make:
     return make
 
 
-def our_hidden(loss: str, chunk_rows: int | None = None) -> Make:
-    """linear_sparse_kl."""
+def our_hidden(loss: str, chunk_rows: int | None = None, form: str = "fused") -> Make:
+    """linear_sparse_kl; `form` as in our_logits."""
 
     def make(case: Case) -> Call:
         from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 
-        objective, weight = LOSSES[loss].closed(case.teacher), _mean_weight(case)
+        objective, weight = told(loss, case.teacher, case.shape.k, form), _mean_weight(case)
         options = {"k": case.shape.k, "row_weight": weight, "chunk_rows": chunk_rows}
 
         def call() -> Results:
@@ -84,7 +85,7 @@ def our_indexed(
         from logitcask.kernels.indexed_linear import indexed_linear
 
         teacher = case.at_student if student_ids else case.teacher
-        objective = LOSSES[loss].closed(teacher)
+        objective = told(loss, teacher, case.shape.k, "fused" if live else "plain")
         options = {"k": case.shape.k if live else None, "row_weight": _mean_weight(case)}
         options |= {"sparse_weight_grad": rows, "chunk_rows": chunk_rows if live else None}
 

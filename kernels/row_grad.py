@@ -54,15 +54,13 @@ def row_grad_reference(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def grad_kernel(  # type: ignore[no-untyped-def]
-    logits,  # [P, V], row stride `stride`
-    out,  # [P, V], row stride `out_stride`; may be logits itself
-    log_sum_exp,  # [P] float32
-    dense,  # [P] float32
-    ids,  # [P, n_ids] int64
-    at_ids,  # [P, n_ids] float32
-    stride,
-    out_stride,
+def grad_row(  # type: ignore[no-untyped-def]
+    logits,  # [V], one row
+    out,  # [V]; may be logits itself
+    lse,
+    dense,
+    ids,  # [n_ids] int64
+    at_ids,  # [n_ids] float32
     n_vocab,
     n_columns,
     n_ids,
@@ -73,11 +71,8 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     IDS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    out += row * out_stride
-    scale = tl.load(dense + row) * slope
-    shift = tl.load(log_sum_exp + row) * LOG2E
+    scale = dense * slope
+    shift = lse * LOG2E
     offsets = tl.arange(0, TILE)
     if scale == 0.0:
         # Nothing but the listed ids: the row is not even read, so a NaN in it cannot get out.
@@ -107,9 +102,50 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     tl.debug_barrier()  # the listed entries overwrite what other threads have just stored
     for start in range(0, n_ids, IDS):
         slot = start + tl.arange(0, IDS)
-        v = tl.load(ids + row * n_ids + slot, mask=slot < n_ids, other=-1)
-        dz = tl.load(at_ids + row * n_ids + slot, mask=slot < n_ids, other=0.0)
+        v = tl.load(ids + slot, mask=slot < n_ids, other=-1)
+        dz = tl.load(at_ids + slot, mask=slot < n_ids, other=0.0)
         tl.store(out + v, dz.to(out.dtype.element_ty), mask=(v >= 0) & (v < n_vocab))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def grad_kernel(  # type: ignore[no-untyped-def]
+    logits,  # [P, V], row stride `stride`
+    out,  # [P, V], row stride `out_stride`; may be logits itself
+    log_sum_exp,  # [P] float32
+    dense,  # [P] float32
+    ids,  # [P, n_ids] int64
+    at_ids,  # [P, n_ids] float32
+    stride,
+    out_stride,
+    n_vocab,
+    n_columns,
+    n_ids,
+    inner,
+    outer,
+    slope,
+    TILE: tl.constexpr,
+    IDS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    # One program per row.
+    row = tl.program_id(0).to(tl.int64)
+    grad_row(
+        logits + row * stride,
+        out + row * out_stride,
+        tl.load(log_sum_exp + row),
+        tl.load(dense + row),
+        ids + row * n_ids,
+        at_ids + row * n_ids,
+        n_vocab,
+        n_columns,
+        n_ids,
+        inner,
+        outer,
+        slope,
+        TILE,
+        IDS,
+        SOFTCAP,
+    )
 
 
 def grad_rows(

@@ -61,12 +61,9 @@ def row_stats_reference(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def scan_kernel(  # type: ignore[no-untyped-def]
-    logits,  # [P, V], row stride `stride`
-    log_sum_exp,  # [P] float32
-    entropy,  # [P] float32
-    group_max,  # [P, n_slots] float32; unused without GROUPS
-    stride,
+def scan_row(  # type: ignore[no-untyped-def]
+    logits,  # [V], one row
+    group_max,  # [n_slots] float32; unused without GROUPS
     n_vocab,
     n_slots,
     inner,
@@ -76,11 +73,8 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     GROUPS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    # One program per row; a tile is ROWS groups of GROUP logits. Units are log2: exp2 is the
-    # hardware's exponential.
-    row = tl.program_id(0).to(tl.int64)  # P * V passes 2^31 at a few thousand rows
-    logits += row * stride
-    group_max += row * n_slots
+    # Log-sum-exp and entropy, nats. A tile is ROWS groups of GROUP logits. Units are log2 inside:
+    # exp2 is the hardware's exponential.
     groups = tl.arange(0, ROWS)
     offsets = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     tile: tl.constexpr = ROWS * GROUP
@@ -135,8 +129,41 @@ def scan_kernel(  # type: ignore[no-untyped-def]
         again = (tl.abs(top - shift) > 32.0).to(tl.int32)
         shift = tl.where(again == 1, top, shift)
     log_d = tl.log2(d_row)
-    tl.store(log_sum_exp + row, (shift + log_d) * LN2)
-    tl.store(entropy + row, (log_d - s_row / d_row) * LN2)
+    return (shift + log_d) * LN2, (log_d - s_row / d_row) * LN2
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scan_kernel(  # type: ignore[no-untyped-def]
+    logits,  # [P, V], row stride `stride`
+    log_sum_exp,  # [P] float32
+    entropy,  # [P] float32
+    group_max,  # [P, n_slots] float32; unused without GROUPS
+    stride,
+    n_vocab,
+    n_slots,
+    inner,
+    outer,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    # One program per row.
+    row = tl.program_id(0).to(tl.int64)  # P * V passes 2^31 at a few thousand rows
+    lse, h = scan_row(
+        logits + row * stride,
+        group_max + row * n_slots,
+        n_vocab,
+        n_slots,
+        inner,
+        outer,
+        ROWS,
+        GROUP,
+        GROUPS,
+        SOFTCAP,
+    )
+    tl.store(log_sum_exp + row, lse)
+    tl.store(entropy + row, h)
 
 
 def scan_rows(logits: Tensor, n_vocab: int, group: int, logit_map: LogitMap = PLAIN) -> RowScan:

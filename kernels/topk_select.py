@@ -34,7 +34,7 @@ MAX_TRITON_K = 128
 
 # A float16 or bfloat16 has this many low bits zero when it is widened to float32: the search may
 # skip them.
-_ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
 def topk_select_reference(
@@ -83,30 +83,21 @@ def place_best(key, K: tl.constexpr, ZERO_BITS: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def select_kernel(  # type: ignore[no-untyped-def]
-    logits,  # [P, V], row stride `stride`
-    group_max,  # [P, n_slots] float32
-    values,  # [P, k] float32
-    ids,  # [P, k] int64
-    kept_group,  # [P, K] int32 scratch
-    kept_value,  # [P, K] float32 scratch
-    kept_id,  # [P, K] int32 scratch
-    stride,
+def select_row(  # type: ignore[no-untyped-def]
+    logits,  # [V], one row
+    group_max,  # [n_groups] float32
+    kept_group,  # [K] int32 scratch
+    kept_value,  # [K] float32 scratch
+    kept_id,  # [K] int32 scratch
     n_vocab,
     n_groups,
-    n_slots,
-    k,
     K: tl.constexpr,  # k, rounded up to a power of two
     GROUPS: tl.constexpr,  # n_groups likewise, and at least K
     GROUP: tl.constexpr,
     ZERO_BITS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    group_max += row * n_slots
-    kept_group += row * K
-    kept_value += row * K
-    kept_id += row * K
+    # [K] values, ids and ranks, in the order of the ids; the best has rank 0. Where K exceeds k,
+    # the ranks from k on are to be left out.
     lowest: tl.constexpr = -(
         1 << (31 - ZERO_BITS)
     )  # below the key of -inf: what lies outside the row comes last
@@ -133,6 +124,42 @@ def select_kernel(  # type: ignore[no-untyped-def]
         (key[None, :] == key[:, None]) & (id_k[None, :] < id_k[:, None])
     )
     rank = tl.sum(better.to(tl.int32), 1)
+    return x_k, id_k, rank
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def select_kernel(  # type: ignore[no-untyped-def]
+    logits,  # [P, V], row stride `stride`
+    group_max,  # [P, n_slots] float32
+    values,  # [P, k] float32
+    ids,  # [P, k] int64
+    kept_group,  # [P, K] int32 scratch
+    kept_value,  # [P, K] float32 scratch
+    kept_id,  # [P, K] int32 scratch
+    stride,
+    n_vocab,
+    n_groups,
+    n_slots,
+    k,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO_BITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_k, id_k, rank = select_row(
+        logits + row * stride,
+        group_max + row * n_slots,
+        kept_group + row * K,
+        kept_value + row * K,
+        kept_id + row * K,
+        n_vocab,
+        n_groups,
+        K,
+        GROUPS,
+        GROUP,
+        ZERO_BITS,
+    )
     tl.store(values + row * k + rank, x_k, mask=rank < k)
     tl.store(ids + row * k + rank, id_k.to(tl.int64), mask=rank < k)
 
@@ -197,7 +224,7 @@ def _select_triton(
                 K=k_padded,
                 GROUPS=max(next_power_of_2(n_groups), k_padded),
                 GROUP=group,
-                ZERO_BITS=_ZERO_BITS[logits.dtype],
+                ZERO_BITS=ZERO_BITS[logits.dtype],
                 num_warps=4 if k_padded <= 64 else 8,
                 enable_fp_fusion=True,  # the default differs between versions of Triton
             )

@@ -160,7 +160,7 @@ def test_every_launch_setting_of_the_sweep_gives_the_same_answer(tmp_path: Path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read(file)
     assert {row["status"] for row in rows} == {"ok"}, done.stdout
-    assert {row["what"] for row in rows} == {"scan", "grad", "select", "chunks", "few"}
+    assert {row["what"] for row in rows} == {"scan", "grad", "select", "chunks", "few", "forms"}
     assert "stages=3" in done.stdout
 
 

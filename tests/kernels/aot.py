@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from logitcask.kernels.fused_rows import objective_kernel
 from logitcask.kernels.indexed_rows import dot_kernel, segment_kernel, weigh_kernel
 from logitcask.kernels.made_ahead import scale_kernel
 from logitcask.kernels.row_grad import grad_kernel
@@ -32,12 +33,18 @@ POINTER = {
     "by_id": "*i64",
     "target": "*i64",
     "row_of": "*i64",
+    "q_rank": "*i64",
+    "kept": "*i64",
+    "top_ids": "*i64",
+    "listed_on": "*u8",
+    "known": "*u8",
 }
 INTEGER = {
     *("stride", "out_stride", "hidden_stride", "weight_stride"),
     *("n_vocab", "n_columns", "n_ids", "n_groups", "n_slots", "n_elements", "k", "n"),
+    *("live_k", "metric_k"),
 }
-FLOAT = {"inner", "outer", "slope"}
+FLOAT = {"inner", "outer", "slope", "log_b", "log_1b"}
 # Multiples of 16 at V=151936.
 ALIGNED = {n for n in INTEGER if "stride" in n} | {"n_vocab", "n_columns", "n_slots", "n_elements"}
 SCAN = {"ROWS": 32, "GROUP": 128, "GROUPS": True, "SOFTCAP": False}
@@ -46,6 +53,12 @@ GRAD = {"TILE": 4096, "IDS": 64, "SOFTCAP": False}
 CAPPED = {"SOFTCAP": True}
 LISTED = {"TILE_S": 16, "TILE_D": 128}
 SEGMENT = {"TILE_N": 16, "TILE_D": 128}
+FP32 = {"logits": "*fp32", "out": "*fp32"}
+FUSED = SELECT | {"SLOTS": 64, "DIVERGENCE": "reverse_kl", "TAIL": True, "SOFTCAP": False}
+FUSED |= {"SCAN_ROWS": 32, "GRAD_TILE": 0, "WHOLE": False}
+JSD = FUSED | {"DIVERGENCE": "jsd"}
+WIDE = JSD | {"K": 128, "GROUPS": 4096, "GROUP": 64, "SLOTS": 128}
+WHOLE = FUSED | {"GRAD_TILE": 4096, "WHOLE": True}
 CASES = [
     ("scan bf16", scan_kernel, SCAN, 8, {}),
     ("scan fp32", scan_kernel, SCAN, 8, {"logits": "*fp32"}),
@@ -57,8 +70,14 @@ CASES = [
     ("select k=16 fp32", select_kernel, SELECT | {"ZERO_BITS": 0}, 4, {"logits": "*fp32"}),
     ("select k=64 bf16", select_kernel, SELECT | {"K": 64, "GROUPS": 4096, "GROUP": 64}, 4, {}),
     ("select k=128 bf16", select_kernel, SELECT | {"K": 128, "GROUPS": 4096, "GROUP": 64}, 8, {}),
+    ("fused bf16", objective_kernel, FUSED, 4, {}),
+    ("fused fp32, jsd, soft cap", objective_kernel, JSD | CAPPED | {"ZERO_BITS": 0}, 4, FP32),
+    ("fused bf16, renormalised", objective_kernel, JSD | {"TAIL": False}, 4, {}),
+    ("fused k=S=128 bf16", objective_kernel, WIDE, 8, {}),
+    ("whole bf16", objective_kernel, WHOLE, 8, {}),
+    ("whole bf16, jsd, soft cap", objective_kernel, WHOLE | {"DIVERGENCE": "jsd"} | CAPPED, 8, {}),
     ("grad bf16", grad_kernel, GRAD, 8, {}),
-    ("grad fp32", grad_kernel, GRAD, 8, {"logits": "*fp32", "out": "*fp32"}),
+    ("grad fp32", grad_kernel, GRAD, 8, FP32),
     ("scale bf16", scale_kernel, {"TILE": 4096}, 8, {"x": "*bf16"}),
     ("dot bf16", dot_kernel, LISTED, 4, {"out": "*fp32"}),
     ("dot fp32", dot_kernel, LISTED, 4, {"hidden": "*fp32", "weight": "*fp32", "out": "*fp32"}),
@@ -66,6 +85,7 @@ CASES = [
     ("segment bf16", segment_kernel, SEGMENT, 4, {}),
 ]
 OTHERS = ("scan bf16", "select k=16 bf16", "grad bf16", "dot bf16", "weigh bf16", "segment bf16")
+OTHERS += ("fused bf16", "whole bf16")
 """Compiled for the other architectures too."""
 
 

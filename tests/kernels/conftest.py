@@ -4,6 +4,7 @@ Triton's interpreter)."""
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,19 +23,34 @@ from logitcask.kernels import launch
 from logitcask.kernels.row_stats import scan_kernel
 
 
+@contextmanager
+def on_triton() -> Iterator[str]:
+    """The device whose tensors run the Triton kernels inside."""
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    if isinstance(scan_kernel, triton.JITFunction):
+        pytest.fail(
+            "logitcask.kernels was imported before TRITON_INTERPRET=1: "
+            "set it in the shell or run tests/kernels alone"
+        )
+    with launch.triton_on_cpu():
+        yield "cpu"
+
+
 @pytest.fixture(params=["torch", "triton"])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device that a test's tensors belong on; inside, they take the path named by the
     parameter."""
     if request.param == "torch":
         yield "cpu"
-    elif torch.cuda.is_available():
-        yield "cuda"
-    else:
-        if isinstance(scan_kernel, triton.JITFunction):
-            pytest.fail(
-                "logitcask.kernels was imported before TRITON_INTERPRET=1: "
-                "set it in the shell or run tests/kernels alone"
-            )
-        with launch.triton_on_cpu():
-            yield "cpu"
+        return
+    with on_triton() as name:
+        yield name
+
+
+@pytest.fixture
+def triton_device() -> Iterator[str]:
+    """`device` of the Triton path alone, for what torch does not do in another way."""
+    with on_triton() as name:
+        yield name

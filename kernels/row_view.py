@@ -1,0 +1,57 @@
+"""What an objective is: a function from what is seen of C rows to their loss and its gradient."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RowView(NamedTuple):
+    """What an objective sees of C rows. Float tensors are float32, or float64 for float64 logits;
+    natural logs."""
+
+    index: Tensor  # type: ignore[assignment]  # it hides tuple.index, which nobody needs here
+    """[C] int64: positions of these rows in the call."""
+    log_p: Tensor
+    """[C, S]: the student's log-prob at the listed ids; -inf where the id is -1."""
+    top_ids: Tensor
+    """[C, K] int64: the student's live top-k, best first."""
+    top_log_p: Tensor
+    """[C, K]: its log-probs."""
+    entropy: Tensor
+    """[C] nats: the student's entropy."""
+
+
+class RowGrad(NamedTuple):
+    """What an objective answers for C rows.
+
+    For a loss of {log p at S} alone, dense and dense_at_ids are both -sum(at_ids). With a tail
+    bucket of mass r = 1 - sum p
+    and target t they differ at the listed ids, because r depends on p there as well: see the
+    formulas of the objective. They are asked for separately so that terms near 1/r can cancel
+    before they are rounded.
+    """
+
+    loss: Tensor
+    """[C] nats, not weighted."""
+    at_ids: Tensor
+    """[C, S]: derivative of the loss by log p at the listed ids, apart from the dense coefficients.
+    Ignored where the id is -1."""
+    dense: Tensor
+    """[C]: coefficient of p_v at ids that are not listed."""
+    dense_at_ids: Tensor
+    """[C, S]: coefficient of p_v at the listed ids."""
+    metrics: dict[str, Tensor]
+    """name -> [C]. The same names for every chunk of rows."""
+
+
+RowObjective = Callable[[RowView], RowGrad]
+
+
+class SparseLoss(NamedTuple):
+    loss: Tensor
+    """[]: sum over rows of row_weight * row_loss; differentiable."""
+    row_loss: Tensor
+    """[P] nats, not weighted, detached."""
+    metrics: dict[str, Tensor]
+    """name -> [P], detached."""

@@ -1,0 +1,183 @@
+"""Objectives told by their parts, as a store's rows would have them, and the same in plain torch.
+
+The plain form is a loss of log p at the listed ids, so that it serves as a RowObjective (by
+autograd on K-sized tensors) and through log_softmax of whole rows alike.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from kernel_cases import list_top, make_ids
+from kernel_objectives import Loss, objective
+from torch import Tensor
+
+from logitcask.engine.metrics import METRICS, row_metrics
+from logitcask.engine.targets import BEYOND, Targets
+from logitcask.kernels.fused_maths import TAIL_FLOOR
+from logitcask.kernels.fused_objective import DIVERGENCES, OUTSIDE, FusedObjective, OverlapSums
+from logitcask.kernels.row_view import RowGrad, RowView
+
+SUPPORTS = ("fixed", "overlap", "frozen", "union", "non_overlap", "sampled")
+KINDS = [(d, o) for d in DIVERGENCES for o in OUTSIDE]
+METRIC_K = 4
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a store knows of P rows at S listed ids."""
+
+    ids: Tensor
+    log_q: Tensor
+    log_tail: Tensor
+    on: Tensor
+    known: Tensor
+    q_rank: Tensor
+    kept: Tensor
+    live_k: int
+
+    def to(self, dtype: torch.dtype) -> "Told":
+        return replace(self, log_q=self.log_q.to(dtype), log_tail=self.log_tail.to(dtype))
+
+
+def tell(
+    logits: Tensor, n_ids: int, support: str = "fixed", *, n_vocab: int | None = None, seed: int = 0
+) -> Told:
+    """Made-up rows whose first ids are the student's best, so that the overlap is not empty."""
+    z = logits.detach()[:, :n_vocab].float().cpu()
+    n_rows, generator = len(z), torch.Generator().manual_seed(seed)
+    ids = list_top(make_ids(n_rows, z.shape[1], n_ids, seed), z, min(2, n_ids))
+    raw = torch.randn(n_rows, n_ids + 1, generator=generator) * 2
+    raw[:, :-1].masked_fill_(ids < 0, -torch.inf)
+    log_q = raw.log_softmax(-1)
+    log_q, log_tail = log_q[:, :-1], log_q[:, -1]
+    order = log_q.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    kept = torch.randint(1, n_ids + 1, (n_rows,), generator=generator)
+    real = ids >= 0
+    kept = torch.minimum(kept, real.sum(1))
+    q_rank = torch.where(real & (order < kept[:, None]), order, BEYOND)
+    column = torch.arange(n_ids)
+    known = real & ((q_rank < BEYOND) | (column < n_ids // 2))
+    student = real & (column < n_ids // 2)
+    teacher = real & (q_rank < max(1, n_ids // 2))
+    on = {
+        "fixed": teacher,
+        "overlap": teacher,
+        "frozen": student,
+        "union": teacher | student,
+        "non_overlap": teacher ^ student,
+        "sampled": column.expand_as(ids) == 0,
+    }[support]
+    live_k = 3 if support == "overlap" else 0
+    made = (ids, log_q, log_tail, on, known, q_rank, kept)
+    return Told(*(t.to(logits.device) for t in made), live_k)
+
+
+def plain_loss(told: Told, divergence: str, outside: str, parameter: float = 0.3) -> Loss:
+    """[C] by autograd through log p [C, S]."""
+
+    def loss(log_p: Tensor, index: Tensor, top_ids: Tensor) -> Tensor:
+        log_q, on = told.log_q[index].to(log_p.dtype), told.on[index]
+        if told.live_k:
+            top = top_ids[:, : told.live_k]
+            on = on & (told.ids[index][:, :, None] == top[:, None, :]).any(-1)
+        on = on & (log_p != -torch.inf) & (log_q != -torch.inf)
+        left = torch.where(told.known[index] & ~on, log_q, -torch.inf)
+        tail = told.log_tail[index].to(log_p.dtype)[:, None]
+        log_p, log_q_on = (torch.where(on, x, -1e9) for x in (log_p, log_q))
+        if outside == "tail":
+            r = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR.value)
+            bucket = torch.cat([tail, left], -1).logsumexp(-1, keepdim=True)
+            on = torch.cat([on, bucket > -torch.inf], -1)
+            log_p = torch.cat([log_p, r.log()], -1)
+            log_q_on = torch.cat([log_q_on, bucket], -1).log_softmax(-1)
+        else:
+            log_p, log_q_on = log_p.log_softmax(-1), log_q_on.log_softmax(-1)
+        log_p, log_q_on = (torch.where(on, x, 0.0) for x in (log_p, log_q_on))
+        terms = COMPARED[divergence](log_p, log_q_on, torch.tensor(parameter, dtype=log_p.dtype))
+        return torch.where(on, terms, 0.0).sum(-1)
+
+    return loss
+
+
+def _mixed(log_p: Tensor, log_q: Tensor, b: Tensor) -> Tensor:
+    return torch.logaddexp(log_q + b.log(), log_p + (1 - b).log())
+
+
+def _jsd(log_p: Tensor, log_q: Tensor, b: Tensor) -> Tensor:
+    m = _mixed(log_p, log_q, b)
+    return b * log_q.exp() * (log_q - m) + (1 - b) * log_p.exp() * (log_p - m)
+
+
+COMPARED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "reverse_kl": lambda log_p, log_q, _: log_p.exp() * (log_p - log_q),
+    "forward_kl": lambda log_p, log_q, _: log_q.exp() * (log_q - log_p),
+    "jsd": _jsd,
+    "skew": lambda log_p, log_q, b: log_q.exp() * (log_q - _mixed(log_p, log_q, b)),
+}
+
+ENGINE = {
+    "overlap/ratio": lambda sums: sums.shared / sums.k,
+    "overlap/mass_student": lambda sums: sums.mass_student,
+    "overlap/mass_teacher": lambda sums: sums.mass_teacher,
+    "overlap/advantage": lambda sums: sums.advantage,
+    "overlap/empty_share": lambda sums: (sums.shared == 0).float(),
+    "cache/coverage": lambda sums: sums.coverage,
+    "cache/miss_mass": lambda sums: sums.miss_mass,
+}
+"""The engine's metrics that the fused sums give."""
+assert METRICS.keys() >= ENGINE.keys()
+
+
+def targets_of(told: Told) -> Targets:
+    """The same rows as the engine has them, zeros for what no support or sum looks at."""
+    row, none = told.log_tail.new_zeros(len(told.ids)), torch.zeros_like(told.kept)
+    return Targets(
+        token=none,
+        weight=row,
+        ids=told.ids,
+        q_log_p=told.log_q,
+        q_rank=told.q_rank,
+        in_student=told.known,
+        cached=told.known,
+        token_col=none,
+        kept=told.kept,
+        q_log_tail=told.log_tail,
+        q_entropy=row,
+        s_entropy=row,
+        s_lp=row,
+        b_lp=row,
+        q_token_lp=row,
+        version=none,
+    )
+
+
+def plain_metrics(told: Told, view: RowView) -> dict[str, Tensor]:
+    """By the engine's own functions of its Targets."""
+    made = row_metrics(view, targets_of(told).at(view.index), k=METRIC_K)
+    return {name: made[name] for name in ENGINE} | {"entropy": view.entropy}
+
+
+def named(view: RowView, sums: OverlapSums) -> dict[str, Tensor]:
+    return {name: f(sums) for name, f in ENGINE.items()} | {"entropy": view.entropy}
+
+
+def fused(told: Told, divergence: str, outside: str, parameter: float = 0.3, **more: bool):
+    """(the FusedObjective, its plain RowObjective)"""
+    answer = objective(plain_loss(told, divergence, outside, parameter))
+
+    def plain(view: RowView) -> RowGrad:
+        return answer(view)._replace(metrics=plain_metrics(told, view))
+
+    given = {name: value for name, value in vars(told).items() if name != "ids"}
+    made = FusedObjective(
+        plain=plain,
+        divergence=divergence,
+        parameter=parameter,
+        outside=outside,
+        metric_k=METRIC_K,
+        name_metrics=named,
+        **given,
+        **more,
+    )
+    return made, plain

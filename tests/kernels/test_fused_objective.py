@@ -1,0 +1,285 @@
+"""A fused objective is its plain one: loss, metrics and gradient, in three launches and in one."""
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from fused_cases import ENGINE, KINDS, METRIC_K, SUPPORTS, Told, fused, plain_loss, targets_of, tell
+from hypothesis import HealthCheck, given, settings
+from kernel_cases import HALF, assert_close, make_logits, ulp
+from kernel_objectives import full_vocab_loss, make_teacher
+from torch import Tensor
+
+from logitcask.engine.objectives.objective import Objective
+from logitcask.engine.objectives.row_objective import row_objective
+from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
+from logitcask.kernels.logit_map import LogitMap
+from logitcask.kernels.sparse_kl import RowGrad, RowView, SparseLoss, sparse_kl
+
+P, V, S, K = 4, 300, 12, 6
+MIXED = [(*kind, SUPPORTS[i % len(SUPPORTS)]) for i, kind in enumerate(KINDS)]
+"""Each kind with one support; test_all_objectives has all of them with all."""
+BOTH_FORMS = [(*kind, i % 3 == 0) for i, kind in enumerate(KINDS)]
+WEIGHT = torch.tensor([1.0, 0.5, 0.0, 2.0])
+
+
+def run(logits: Tensor, told, objective, **options) -> tuple[SparseLoss, Tensor]:
+    z = logits.detach().requires_grad_()
+    result = sparse_kl(z, told.ids, objective, **({"k": K} | options))
+    result.loss.backward()
+    return result, z.grad
+
+
+def no_call(view: RowView) -> RowGrad:
+    raise AssertionError("the plain objective was called")
+
+
+def assert_same(ours, plain, atol: float, what: str = "") -> None:
+    """Results and gradients; NaN where NaN is."""
+    near = {"atol": atol, "rtol": 1e-5, "equal_nan": True}
+    torch.testing.assert_close(ours[0].row_loss, plain[0].row_loss, **near, msg=f"{what} row_loss")
+    torch.testing.assert_close(ours[0].loss, plain[0].loss, **near, msg=f"{what} loss")
+    rounding = {"atol": max(atol, ulp(plain[1], plain[1].dtype)), "rtol": 0, "equal_nan": True}
+    torch.testing.assert_close(ours[1], plain[1], **rounding, msg=f"{what} gradient")
+    assert ours[0].metrics.keys() == plain[0].metrics.keys()
+    for name, value in plain[0].metrics.items():
+        got = ours[0].metrics[name]
+        torch.testing.assert_close(got, value, **near, check_dtype=False, msg=f"{what} {name}")
+
+
+def bare(objective):
+    """On the Triton path it must do without its plain form."""
+    return replace(objective, plain=no_call)
+
+
+@pytest.mark.parametrize(("divergence", "outside", "support"), MIXED)
+def test_equals_full_vocabulary_autograd(
+    divergence: str, outside: str, support: str, triton_device: str
+) -> None:
+    logits = make_logits("iid", P, V, torch.float32).to(triton_device)
+    n_vocab = 290
+    told = tell(logits, S, support, n_vocab=n_vocab)
+    objective, _ = fused(told, divergence, outside)
+    weight = WEIGHT.to(triton_device)
+    ours, grad = run(logits, told, bare(objective), n_vocab=n_vocab, row_weight=weight)
+
+    def autograd(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        z = logits.to(dtype).requires_grad_()
+        loss = plain_loss(told.to(dtype), divergence, outside)
+        total = (full_vocab_loss(loss, z, told, K, n_vocab) * weight.to(dtype)).sum()
+        return total.detach(), torch.autograd.grad(total, z)[0]
+
+    floor = 8 * ulp(logits, torch.float32)
+    naive, exact = autograd(torch.float32), autograd(torch.float64)
+    assert_close(ours.loss, naive[0], exact[0], floor, "loss")
+    assert_close(grad, naive[1], exact[1], floor, "gradient")
+    assert (grad[:, n_vocab:] == 0).all()
+    assert (grad[2] == 0).all()
+
+
+@pytest.mark.parametrize("support", ["fixed", "overlap"])
+@pytest.mark.parametrize(("divergence", "outside"), KINDS)
+def test_equals_its_plain_form(
+    divergence: str, outside: str, support: str, triton_device: str
+) -> None:
+    logits = make_logits("iid", P, V, torch.float32).to(triton_device)
+    told = tell(logits, S, support)
+    objective, plain = fused(told, divergence, outside)
+    assert_same(run(logits, told, bare(objective)), run(logits, told, plain), 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("divergence", "outside", "support"), MIXED[::3])
+def test_one_program_equals_three_launches(
+    divergence: str, outside: str, support: str, dtype: torch.dtype, triton_device: str
+) -> None:
+    logits = make_logits("iid", P, 5000, dtype).to(triton_device)  # more than one tile
+    told = tell(logits, S, support, n_vocab=4990)
+    options = {"n_vocab": 4990, "row_weight": WEIGHT.to(triton_device)}
+    three, one = (
+        run(logits, told, bare(fused(told, divergence, outside, one_program=whole)[0]), **options)
+        for whole in (False, True)
+    )
+    assert torch.equal(one[0].row_loss, three[0].row_loss)
+    assert torch.equal(one[1], three[1])
+    assert all(torch.equal(one[0].metrics[m], value) for m, value in three[0].metrics.items())
+
+
+@pytest.mark.parametrize("one_program", [False, True])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("kind", ["ties", "thirds -inf", "one hot"])
+def test_hard_logits(kind: str, dtype: torch.dtype, one_program: bool, triton_device: str) -> None:
+    logits = make_logits(kind, P, 97, dtype).to(triton_device)
+    told = tell(logits, S, "overlap")
+    for divergence, outside in (("jsd", "renormalize"), ("reverse_kl", "tail")):
+        objective, plain = fused(told, divergence, outside, one_program=one_program)
+        ours = run(logits, told, bare(objective), row_weight=WEIGHT.to(triton_device))
+        assert_same(ours, run(logits, told, plain, row_weight=WEIGHT.to(triton_device)), 2e-5, kind)
+
+
+@pytest.mark.parametrize(
+    "logit_map",
+    [LogitMap(temperature=0.7), LogitMap(scale=0.5), LogitMap(softcap=5.0, temperature=1.3)],
+    ids=str,
+)
+@pytest.mark.parametrize("one_program", [False, True])
+@pytest.mark.parametrize("outside", ["renormalize", "tail"])
+def test_scale_cap_and_temperature(
+    outside: str, one_program: bool, logit_map: LogitMap, triton_device: str
+) -> None:
+    logits = make_logits("iid", P, V, torch.float32).to(triton_device)
+    told = tell(logits, S)
+    objective, plain = fused(told, "skew", outside, one_program=one_program)
+    options = {"logit_map": logit_map, "row_weight": WEIGHT.to(triton_device)}
+    assert_same(
+        run(logits, told, bare(objective), **options), run(logits, told, plain, **options), 5e-6
+    )
+
+
+@pytest.mark.parametrize(("divergence", "outside", "one_program"), BOTH_FORMS)
+def test_nan_stays_in_its_row_and_weight_zero_adds_nothing(
+    divergence: str, outside: str, one_program: bool, triton_device: str
+) -> None:
+    logits = make_logits("iid", P, 97, torch.float32)
+    told = tell(logits, S)
+    logits[1], logits[2], logits[3, 7] = torch.nan, -torch.inf, torch.nan
+    logits = logits.to(triton_device)
+    objective, _ = fused(told, divergence, outside, one_program=one_program)
+    weight = torch.tensor([1.0, 0.0, 0.0, 1.0], device=triton_device)
+    ours, grad = run(logits, told, bare(objective), row_weight=weight)
+    assert ours.row_loss.isnan().tolist() == [False, True, True, True]
+    assert (grad[1:3] == 0).all()
+    assert grad[0].isfinite().all()
+    assert grad[3][told.ids[3][told.on[3]]].isnan().all()
+    assert ours.metrics["entropy"].isnan().tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(("divergence", "outside", "one_program"), BOTH_FORMS)
+def test_an_empty_support_and_a_teacher_without_tail(
+    divergence: str, outside: str, one_program: bool, triton_device: str
+) -> None:
+    logits = make_logits("iid", P, 97, torch.float32).to(triton_device)
+    told = tell(logits, S)
+    told.on[0], told.known[0], told.log_tail[0] = False, False, -torch.inf  # says nothing at all
+    told.on[1] = False
+    told.log_tail[2] = -torch.inf
+    told.log_q[3, ::2] = -torch.inf
+    objective, plain = fused(told, divergence, outside, one_program=one_program)
+    ours = run(logits, told, bare(objective))
+    assert ours[0].row_loss[0] == 0
+    assert (ours[1][0] == 0).all()
+    assert ours[1].isfinite().all()
+    assert_same(ours, run(logits, told, plain), 3e-6)
+
+
+def test_a_vanishing_tail_leaves_p_minus_q(triton_device: str) -> None:
+    logits = torch.full((1, 50), -20.0, device=triton_device)
+    logits[0, :3] = torch.tensor([2.0, 1.0, 0.0])
+    ids = torch.tensor([[0, 1, 2]], device=triton_device)
+    teacher = make_teacher(ids)
+    listed = ids >= 0
+    told = Told(
+        ids, teacher.log_q, teacher.log_tail, listed, listed, ids.clone(), listed.sum(-1), 0
+    )
+    objective, _ = fused(told, "forward_kl", "tail")
+    grad = run(logits, told, bare(objective), k=3)[1]
+    want = logits.double().softmax(-1)[:, :3] - teacher.log_q.double().exp()
+    assert torch.allclose(grad[:, :3].double(), want, atol=3e-7)
+
+
+@pytest.mark.parametrize("support", ["teacher", "overlap"])
+@pytest.mark.parametrize("outside", ["renormalize", "tail"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_equals_the_engines_objective(
+    divergence: str, outside: str, support: str, triton_device: str
+) -> None:
+    logits = make_logits("iid", P, V, torch.float32).to(triton_device)
+    k, told = 3, tell(logits, S)
+    told = replace(told, on=told.q_rank < k, live_k=k if support == "overlap" else 0)
+    form = {"support": support, "divergence": divergence, "outside": outside}
+    plain = row_objective(
+        Objective(**form, form="divergence", k=k), targets_of(told), metric_k=METRIC_K
+    )
+    (want, want_grad), (ours, grad) = (
+        run(logits, told, answer) for answer in (plain, bare(fused(told, divergence, outside)[0]))
+    )
+    metrics = {name: want.metrics[name] for name in ENGINE} | {
+        "entropy": want.metrics["entropy/student"]
+    }
+    assert_same((ours, grad), (want._replace(metrics=metrics), want_grad), 3e-6)
+
+
+@settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject, triton_device: str) -> None:
+    n_rows = data.draw(st.integers(0, 3), label="rows")
+    n_vocab = data.draw(st.integers(2, 300), label="n_vocab")
+    n_ids = data.draw(st.integers(1, min(20, n_vocab)), label="ids")
+    k = data.draw(st.integers(1, min(20, n_vocab)), label="k")
+    kind = data.draw(st.sampled_from(KINDS), label="kind")
+    support = data.draw(st.sampled_from(SUPPORTS), label="support")
+    one_program = data.draw(st.booleans(), label="one program")
+    logits = make_logits("ties", n_rows, n_vocab + 5, torch.float32).to(triton_device)
+    if not n_rows:
+        told = tell(logits.new_zeros(1, n_vocab), n_ids, support)
+        told = Told(*(t[:0] if isinstance(t, Tensor) else t for t in vars(told).values()))
+    else:
+        told = tell(logits, n_ids, support, n_vocab=n_vocab)
+    objective, plain = fused(told, *kind, one_program=one_program)
+    options = {"k": k, "n_vocab": n_vocab, "chunk_rows": 2}
+    ours = run(logits, told, bare(objective), **options)
+    if n_rows:
+        assert_same(ours, run(logits, told, plain, **options), 1e-5)
+    else:
+        assert ours[0].loss == 0
+        assert ours[1].shape == logits.shape
+
+
+@pytest.mark.parametrize("one_program", [False, True])
+def test_without_gradients_and_from_hidden_states(one_program: bool, triton_device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(P, 8, generator=generator).to(triton_device)
+    head = torch.randn(97, 8, generator=generator).to(triton_device)
+    told = tell(hidden @ head.T, S)
+    objective, plain = fused(told, "jsd", "tail", one_program=one_program)
+
+    def grads(answer):
+        leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        loss = linear_sparse_kl(*leaves, told.ids, answer, k=K, chunk_rows=3).loss
+        return torch.autograd.grad(loss, leaves)
+
+    for ours, want in zip(grads(bare(objective)), grads(plain), strict=True):
+        torch.testing.assert_close(ours, want, atol=2e-5, rtol=1e-5)
+    quiet = sparse_kl(hidden @ head.T, told.ids, bare(objective), k=K)
+    loud, _ = run(hidden @ head.T, told, bare(objective))
+    assert torch.equal(quiet.row_loss, loud.row_loss)
+
+
+def test_in_place_and_strided_rows(triton_device: str) -> None:
+    wide = make_logits("iid", P, 2 * V, torch.float32).to(triton_device)
+    logits = wide[:, :V]
+    told = tell(logits, S)
+    for one_program in (False, True):
+        objective, plain = fused(told, "reverse_kl", "tail", one_program=one_program)
+        want = run(logits, told, plain)
+        assert_same(run(logits, told, bare(objective)), want, 3e-6)
+        made = logits.detach().clone().requires_grad_() * 1.0
+        result = sparse_kl(made, told.ids, bare(objective), k=K, in_place=True)
+        (grad,) = torch.autograd.grad(result.loss, made)
+        assert grad.data_ptr() == made.data_ptr()
+        torch.testing.assert_close(grad, want[1], atol=3e-6, rtol=0)
+
+
+def test_what_does_not_fit_runs_plain(device: str) -> None:
+    # More live ids than the kernel selects, or float64: the specification itself.
+    logits = make_logits("iid", 2, 300, torch.float32).to(device)
+    told = tell(logits, S)
+    objective, plain = fused(told, "jsd", "renormalize")
+    assert torch.equal(run(logits, told, objective, k=130)[1], run(logits, told, plain, k=130)[1])
+    assert not objective.fits(logits, 129)
