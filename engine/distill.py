@@ -27,11 +27,10 @@ from logitcask.engine.plan import windows_at_most
 from logitcask.engine.rollout import prompt_set_digest
 from logitcask.engine.rounds import Rounds
 from logitcask.engine.rundir import check_same
-from logitcask.engine.score import MC_IDS
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice
-from logitcask.engine.types import Progress, Prompt, silent
+from logitcask.engine.types import MC_IDS, Progress, Prompt, silent
 
 
 def distill(
@@ -64,7 +63,9 @@ def distill(
             k_min=config.score.k_min,
             k_max=config.score.k_max,
             n_vocab=model.n_vocab,
-            at_student=True,
+            at_student=config.score.entry_kind != "sampled",
+            at_mc=config.score.at == MC_IDS,
+            q_draws=config.score.draws,
             versions=(),  # renewed every round
             student_version=model.version,
             same_root=True,

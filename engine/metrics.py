@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.targets import Targets
-from logitcask.kernels.sparse_kl import RowView
+from logitcask.kernels.fused_objective import OverlapSums
+from logitcask.kernels.row_view import RowView
 
 METRIC_K = 16
 """The paper's k."""
@@ -145,9 +146,7 @@ def drift_k3(seen: Seen) -> Tensor:
     Its mean over y of that student is KL(that student || today's), with less variance than -log r
     (J. Schulman, "Approximating KL divergence", k3). log r is clamped to +-LOG_RATIO_BOUND.
     """
-    live = seen.view.log_p.gather(1, seen.rows.token_col[:, None])[:, 0]
-    log_r = (live - seen.rows.s_lp.to(live.dtype)).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return torch.expm1(log_r) - log_r
+    return _drift(seen.view, seen.rows)
 
 
 METRICS: dict[str, Callable[[Seen], Tensor]] = {
@@ -174,5 +173,29 @@ def row_metrics(
     return {name: metric(seen) for name, metric in METRICS.items()}
 
 
+def summed_metrics(view: RowView, sums: OverlapSums, rows: Targets) -> dict[str, Tensor]:
+    """The same, of rows whose overlap the kernels have summed up already."""
+    gap = (rows.q_entropy - view.entropy).abs()
+    return {
+        "overlap/ratio": sums.shared / sums.k,
+        "overlap/mass_student": sums.mass_student,
+        "overlap/mass_teacher": sums.mass_teacher,
+        "overlap/advantage": sums.advantage,
+        "overlap/empty_share": (sums.shared == 0).to(sums.k.dtype),
+        "entropy/gap": gap,
+        "entropy/student": view.entropy,
+        "entropy/teacher": rows.q_entropy.to(view.entropy.dtype),
+        "cache/coverage": sums.coverage,
+        "cache/miss_mass": sums.miss_mass,
+        "cache/drift_k3": _drift(view, rows),
+    }
+
+
 def _mass(log_x: Tensor, on: Tensor) -> Tensor:
     return torch.where(on, log_x.exp(), 0.0).sum(-1)
+
+
+def _drift(view: RowView, rows: Targets) -> Tensor:
+    live = view.log_p.gather(1, rows.token_col[:, None])[:, 0]
+    log_r = (live - rows.s_lp.to(live.dtype)).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return torch.expm1(log_r) - log_r

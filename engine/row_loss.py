@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.objectives import Objective, live_k, row_objective
-from logitcask.engine.objectives.bounds import NO_BOUNDS, Bounds, watched
+from logitcask.engine.objectives.bounds import NO_BOUNDS, Bounds, skips
 from logitcask.engine.objectives.row_objective import (
     has_known_support,
     is_renormalised,
@@ -63,8 +63,8 @@ def row_loss(
     if row_weight is None:
         row_weight = targets.weight / targets.weight.sum().clamp(min=1e-9)
     k = live_k(objective, n_vocab)
-    skips = bounds.action == "skip" and watched(objective) is not None
-    if not (is_renormalised(objective) and has_known_support(objective)) or skips:
+    alone = is_renormalised(objective) and has_known_support(objective)
+    if not alone or skips(objective, bounds):
         op = indexed_linear if is_renormalised(objective) else linear_sparse_kl
         result = op(
             states,

@@ -24,6 +24,7 @@ from logitcask.engine.store.schema import MC
 from logitcask.engine.store.widen import ask_at, union
 from logitcask.engine.teachers import check_identity, check_scorer, check_stops, other_dtypes
 from logitcask.engine.types import (
+    MC_IDS,
     IdLists,
     ModelRef,
     Progress,
@@ -34,8 +35,6 @@ from logitcask.engine.types import (
     silent,
 )
 
-MC_IDS = "mc"
-"""As `at`: the ids that the student drew when it sampled."""
 EXACT = "raw32"
 """Profile of log-probs at drawn ids: an estimator divides by few draws, and rounding stays in."""
 LOGPROB = "natural, temperature 1, ids [0, n_vocab)"

@@ -14,7 +14,7 @@ from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import Pin, Store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.trainer import gathered
-from logitcask.engine.types import ModelRef, Progress, SamplingParams, silent
+from logitcask.engine.types import MC_IDS, ModelRef, Progress, SamplingParams, silent
 
 Notice = Callable[[str], None]
 """Called with a line that a person should read: labels and warnings."""
@@ -152,8 +152,7 @@ def _facts(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts:
         n_vocab=model.n_vocab,
         mc_draws=int(sampling.get("mc_draws", 0)),
         at_mc=all(
-            any("mc" in str(each.lineage.get("at", "")).split("+") for each in chain)
-            for _, chain in source.pairs
+            any(each.lineage.get("at") == MC_IDS for each in chain) for _, chain in source.pairs
         ),
         q_draws=min(
             int(each.get("draws", 0)) if each.get("entry_kind") == "sampled" else 0

@@ -35,7 +35,7 @@ from logitcask.engine.errors import IncompleteError, ModelError
 from logitcask.engine.heads import head_map
 from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import Bounds, Objective, exceeded, weigh
-from logitcask.engine.objectives.bounds import SKIPPED, watched
+from logitcask.engine.objectives.bounds import SKIPPED, skips
 from logitcask.engine.row_loss import RowLoss, row_loss
 from logitcask.engine.row_source import PackedRow
 from logitcask.engine.rundir import MetricsFile, write_mark
@@ -250,7 +250,7 @@ class DistillTrainer(Trainer):
         rows = totals.pop("cache/age", [0.0, 0.0, 0.0])
         # A line names every metric, also where an update had no row to take it of.
         means: dict[str, float | None] = dict.fromkeys(METRICS)
-        if self._bounds.action == "skip" and watched(self._objective):
+        if skips(self._objective, self._bounds):
             means[SKIPPED] = None
         means["cache/age"] = finite(rows[1] / rows[0]) if self._same_root and rows[0] else None
         for name, (n, total, squares) in totals.items():

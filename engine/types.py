@@ -28,6 +28,9 @@ Progress = Callable[[str, int, int], None]
 STOP, LENGTH = 0, 1
 """Finish reasons of a sequence: a stop token was sampled (and kept), or the length was reached."""
 
+MC_IDS = "mc"
+"""What a teacher is asked at when it is also asked at the ids that the student drew."""
+
 
 def silent(stage: str, done: int, total: int) -> None:
     """The progress callable of a caller who does not want any."""

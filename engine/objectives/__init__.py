@@ -9,6 +9,7 @@ and modifiers on it.
     modifiers.py      small changes, any number of them               MODIFIERS
     objective.py      an objective, and which combinations mean something   CELLS
     row_objective.py  its loss and gradient, as the kernels call it
+    fused.py          the same as the kernels compute it themselves
     row_factors.py    what a whole row weighs in an update            AGGREGATIONS
     presets.py        the named ones, with their sources              PRESETS
     find.py           a preset from what a person writes

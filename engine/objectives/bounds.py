@@ -47,10 +47,15 @@ def watched(objective: Objective) -> str | None:
     return None
 
 
+def skips(objective: Objective, bounds: Bounds) -> bool:
+    """Whether rows of this objective may be left out."""
+    return bounds.action == "skip" and watched(objective) is not None
+
+
 def beyond(objective: Objective, metrics: Mapping[str, Tensor], bounds: Bounds) -> Tensor | None:
     """[C] bool, the rows to be left out; None where no row is ever."""
     name = watched(objective)
-    if bounds.action != "skip" or name is None:
+    if name is None or not skips(objective, bounds):
         return None
     value = metrics[name]
     # NaN is on neither side: a broken student must show.

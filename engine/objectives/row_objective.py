@@ -9,14 +9,22 @@ from torch import Tensor
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.metrics import METRIC_K, row_metrics
 from logitcask.engine.objectives.advantage import advantage
-from logitcask.engine.objectives.bounds import NO_BOUNDS, SKIPPED, Bounds, beyond, left_out
+from logitcask.engine.objectives.bounds import (
+    NO_BOUNDS,
+    SKIPPED,
+    Bounds,
+    beyond,
+    left_out,
+    skips,
+)
 from logitcask.engine.objectives.columns import Columns, Step, columns_on
 from logitcask.engine.objectives.divergences import DIVERGENCES
+from logitcask.engine.objectives.fused import fused, is_fusable
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.outside import OUTSIDE
 from logitcask.engine.objectives.supports import LIVE, SUPPORTS
 from logitcask.engine.targets import BEYOND, Targets
-from logitcask.kernels.sparse_kl import RowGrad, RowObjective, RowView
+from logitcask.kernels.row_view import RowGrad, RowObjective, RowView
 
 
 def live_k(objective: Objective, n_vocab: int, *, metric_k: int = METRIC_K) -> int:
@@ -50,6 +58,8 @@ def row_objective(
             made = Step(*left_out(skip, *made))
         return RowGrad(*made, metrics=metrics)
 
+    if is_fusable(objective) and not skips(objective, bounds):
+        return fused(objective, targets, answer, metric_k)
     return answer
 
 

@@ -149,6 +149,9 @@ def targets_of(told: Told) -> Targets:
         b_lp=row,
         q_token_lp=row,
         version=none,
+        sequence=none,
+        position=none,
+        s_log_p=told.log_q,
     )
 
 

@@ -1,0 +1,78 @@
+"""What the kernels compute of an objective themselves is what its torch says, metric by metric."""
+
+import pytest
+import torch
+
+from logitcask.engine.metrics import METRICS
+from logitcask.engine.objectives import (
+    PRESETS,
+    Bounds,
+    Objective,
+    find_preset,
+    live_k,
+    row_objective,
+)
+from logitcask.engine.objectives.fused import is_fusable
+from logitcask.engine.objectives.objective import CELLS
+from logitcask.kernels.fused_objective import FusedObjective
+from logitcask.kernels.launch import triton_on_cpu
+from logitcask.kernels.sparse_kl import sparse_kl
+from tests.engine.objectives.full_rows import make_full
+
+FUSED = [cell for cell in sorted(CELLS) if cell[0] in ("teacher", "student", "overlap")]
+FUSED = [cell for cell in FUSED if cell[3] == "divergence"]
+
+
+@pytest.mark.parametrize("cell", FUSED, ids="-".join)
+def test_the_fused_form_is_the_plain_one(cell: tuple[str, str, str, str]) -> None:
+    objective = Objective(
+        **dict(zip(("support", "divergence", "outside", "form"), cell, strict=True)),
+        k=4,
+        parameter={"jsd": 0.3, "skew": 0.2}.get(cell[1]),
+    )
+    generator = torch.Generator().manual_seed(5)
+    live, teacher, old = torch.randn(3, 12, 90, generator=generator) * 2
+    live[2, 7] = teacher[3, 11] = -torch.inf
+    live[4] = live[4].round()
+    full = make_full(
+        live,
+        live + teacher,
+        old=live + 0.3 * old,
+        student_k=6,
+        kept=[6, 4, 3, 9, 12, 1, 5, 8, 8, 20, 2, 7],
+        token=list(range(12)),
+    )
+    made = row_objective(objective, full.targets)
+    assert isinstance(made, FusedObjective)
+    weight = torch.rand(12, generator=generator)
+    results, grads = [], []
+    for each in (made, made.plain):
+        z = live.clone().requires_grad_()
+        with triton_on_cpu():
+            results.append(
+                sparse_kl(z, full.targets.ids, each, k=live_k(objective, 90), row_weight=weight)
+            )
+        (grad,) = torch.autograd.grad(results[-1].loss, z)
+        grads.append(grad)
+    assert list(results[0].metrics) == list(METRICS)
+    torch.testing.assert_close(results[0].row_loss, results[1].row_loss, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(*grads, rtol=2e-5, atol=2e-6)
+    for name in METRICS:
+        torch.testing.assert_close(
+            results[0].metrics[name],
+            results[1].metrics[name],
+            rtol=2e-5,
+            atol=2e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def test_what_the_kernels_do_not_know_stays_torch() -> None:
+    full = make_full(torch.randn(2, 30), torch.randn(2, 30), student_k=16, kept=16)
+    fusable = [name for name, preset in PRESETS.items() if is_fusable(preset.objective)]
+    assert fusable == ["overlap", "opd", "teacher_topk", "forward_kl", "gkd", "full_vocab"]
+    rows = find_preset("opd+prune+keep_entropy").objective
+    assert is_fusable(rows), "whole rows are weighed outside"
+    assert not is_fusable(find_preset("opd+entropy_gate").objective)
+    skipping = row_objective(rows, full.targets, bounds=Bounds(action="skip"))
+    assert not isinstance(skipping, FusedObjective)
