@@ -11,7 +11,7 @@ from click.exceptions import Exit
 from logitcask.cli.output import visible
 from logitcask.engine.errors import LogitcaskError
 
-VERBS = ("rollout", "score", "train", "distill", "store", "demo", "bench")
+VERBS = ("rollout", "score", "train", "distill", "store", "probe", "demo", "bench")
 """In the data's order. The module of a verb is cli/VERB.py, imported only when it is used."""
 
 

@@ -34,6 +34,7 @@ PANELS = {
     "estimate": "Sample",
     "gc": "What stays",
     "train": "Training",
+    "probe": "Measurement",
     "run": "Run",
 }
 """Section -> heading of its flags in `--help`."""

@@ -4,13 +4,18 @@ The command line and the loop start their stages here, so that one configuration
 everywhere. The stages themselves never see a configuration.
 """
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+
 from logitcask.engine import identity
 from logitcask.engine.backends.base import open_backend
+from logitcask.engine.batches import planned
 from logitcask.engine.config import (
     EstimateJob,
+    ProbeJob,
     Prompts,
     Rollout,
     RolloutJob,
@@ -24,13 +29,14 @@ from logitcask.engine.config import (
 from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.estimate import Estimate, estimate
-from logitcask.engine.objectives import PRESETS, Preset, find_preset, warnings
+from logitcask.engine.objectives import PRESETS, Objective, Preset, find_preset, warnings
+from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.score import ScoreReport, score
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.view import choose
-from logitcask.engine.student import inner_model
+from logitcask.engine.student import inner_model, load_student, quiet
 from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
@@ -149,6 +155,49 @@ def run_train(
     for line in warnings(preset, report.last):
         notice(f"warning: {line}")
     return report
+
+
+def run_probe(
+    job: ProbeJob, objectives: Sequence[str] = (), *, progress: Progress = silent
+) -> list[Bin]:
+    """`logitcask probe metrics`; `objectives` are NAME or NAME:K. The first bin is of all rows."""
+    found = {text: _probed(text) for text in objectives}
+    store = open_store(job.store.url)
+    pin = store.head() if job.probe.pin is None else pin_of(store, job.probe.pin)
+    teachers = [n for n in pin.names("score") if pin.role(n) != "base" or n == job.probe.teacher]
+    teacher = choose(teachers, job.probe.teacher, what="teacher")
+    model = student_of(job.student, pin, job.store.rollouts)
+    rows = planned(
+        store,
+        pin=pin,
+        rollouts=job.store.rollouts,
+        teacher=teacher,
+        tokens_per_batch=job.probe.tokens_per_batch,
+    )
+    device = job.run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with quiet():
+        student = load_student(model)
+    return probe(
+        student,
+        rows,
+        objectives=found,
+        n_vocab=model.n_vocab,
+        bins=job.probe.bins,
+        device=device,
+        progress=progress,
+    )
+
+
+def _probed(text: str) -> Objective:
+    name, _, k = text.partition(":")
+    if k and not (k.isdecimal() and int(k)):
+        raise ConfigError(
+            f"--objective {text}: k is not a whole number from 1 on",
+            remedy="give NAME or NAME:K, overlap:16 say",
+        )
+    return find_preset(name, k=int(k) if k else None).objective
 
 
 def pin_of(store: Store, text: str) -> Pin:

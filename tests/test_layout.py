@@ -54,7 +54,8 @@ ENGINE_LAYERS = [
     ["rundir", "student"],
     ["trainer"],
     ["course"],
-    ["train"],
+    ["train", "probes.metrics"],
+    ["probes"],
     ["jobs"],
     ["rounds"],
     ["distill"],
@@ -103,8 +104,8 @@ HEAVY = (
     "peft",
 )
 VERBS = [
-    *("", "rollout", "score", "train", "distill", "store", "demo", "bench"),
-    *("store verify", "store gc", "store estimate", "bench kernels"),
+    *("", "rollout", "score", "train", "distill", "store", "probe", "demo", "bench"),
+    *("probe metrics", "store verify", "store gc", "store estimate", "bench kernels"),
 ]
 
 
