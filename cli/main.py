@@ -19,6 +19,7 @@ VERBS = (
     "ablate",
     "objectives",
     "store",
+    "probe",
     "demo",
     "bench",
 )

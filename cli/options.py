@@ -43,6 +43,7 @@ PANELS = {
     "train": "Training",
     "eval": "Evaluation",
     "ablate": "Ablation",
+    "probe": "Measurement",
     "run": "Run",
 }
 """Section -> heading of its flags in `--help`."""

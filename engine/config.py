@@ -359,6 +359,22 @@ class Ablate(Section):
     )
 
 
+class Probe(Section):
+    teacher: Name | None = Field(
+        None, description="Whose scores to measure by; may be left out when the store has one."
+    )
+    pin: str | None = Field(
+        None, description="Log number or tag of the store to measure on; default: the newest."
+    )
+    bins: Positive = Field(
+        1, description="Ranges of positions in the response that are shown apart, equally wide."
+    )
+    tokens_per_batch: Positive = Field(
+        16384,
+        description="Tokens of one packed row, prompts included: one forward pass. Bounds memory.",
+    )
+
+
 class Loop(Section):
     rounds: Positive = Field(description="Rounds of rollout, score, update.")
     prompts_per_round: Positive = Field(
@@ -437,6 +453,15 @@ class TrainJob(Section):
     store: StoreSection
     train: Train = Train()
     eval: Eval = Eval()
+    run: Run = Run()
+
+
+class ProbeJob(Section):
+    """What `logitcask probe metrics` needs."""
+
+    student: Student
+    store: StoreSection
+    probe: Probe = Probe()
     run: Run = Run()
 
 

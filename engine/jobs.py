@@ -5,15 +5,20 @@ everywhere. The stages themselves never see a configuration.
 """
 
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from logitcask.engine import identity
 from logitcask.engine.backends.base import open_backend
+from logitcask.engine.batches import planned
 from logitcask.engine.config import (
     EstimateJob,
     Eval,
+    ProbeJob,
     Prompts,
     Rollout,
     RolloutJob,
@@ -30,13 +35,14 @@ from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.grade import open_grader
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset, warnings
+from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.score import ScoreReport, score
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.view import choose
-from logitcask.engine.student import inner_model
+from logitcask.engine.student import inner_model, load_student, quiet
 from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice, check, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
@@ -174,6 +180,39 @@ def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
         "foreign_student": job.train.foreign_student,
     }
     return store, pin, task
+
+
+def run_probe(
+    job: ProbeJob, objectives: Sequence[str] = (), *, progress: Progress = silent
+) -> list[Bin]:
+    """`logitcask probe metrics`; `objectives` as --objective takes them; the first bin is all rows."""
+    found = {text: find_preset(text).objective for text in objectives}
+    store = open_store(job.store.url)
+    pin = store.head() if job.probe.pin is None else pin_of(store, job.probe.pin)
+    teachers = [n for n in pin.names("score") if pin.role(n) != "base" or n == job.probe.teacher]
+    teacher = choose(teachers, job.probe.teacher, what="teacher")
+    model = student_of(job.student, pin, job.store.rollouts)
+    rows = planned(
+        store,
+        pin=pin,
+        rollouts=job.store.rollouts,
+        teacher=teacher,
+        tokens_per_batch=job.probe.tokens_per_batch,
+    )
+    device = job.run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with quiet():
+        student = load_student(model)
+    return probe(
+        student,
+        rows,
+        objectives=found,
+        n_vocab=model.n_vocab,
+        bins=job.probe.bins,
+        device=device,
+        progress=progress,
+    )
 
 
 def pin_of(store: Store, text: str) -> Pin:

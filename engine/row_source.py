@@ -79,7 +79,7 @@ class RowSource:
         if not partial:
             check_complete(store, segments, scores, rollouts_name, teacher)
             if base is not None:
-                check_complete(store, segments, of_base, rollouts_name, base)
+                check_complete(store, segments, of_base, rollouts_name, base, role=" --role base")
         self.pairs: tuple[tuple[Segment, Chain], ...] = tuple(
             (segment, scores[segment.seg_id])
             for segment in segments
@@ -179,8 +179,12 @@ def check_complete(
     scores: Mapping[str, Chain],
     rollouts_name: str,
     teacher: str,
+    *,
+    role: str = "",
 ) -> None:
-    """IncompleteError if planned rollout units or scores of committed ones are missing."""
+    """IncompleteError if planned rollout units or scores of committed ones are missing; `role` is
+    the flag that makes such scores.
+    """
     # One sampler's units: what it left out is no other's.
     of = {(s.unit["version"], digest(s.lineage["student"])): s.lineage for s in segments}
     planned_units = sum(int(lineage["set"]["units"]) for lineage in of.values())
@@ -197,6 +201,6 @@ def check_complete(
             f"{missing} of {len(segments)} units of rollouts {rollouts_name!r} have no scores of "
             f"{teacher!r}",
             remedy=f"run `logitcask score --model TEACHER --store {store.url} "
-            f"--rollouts {rollouts_name} --teacher {teacher}`, or train on what is scored with "
-            "--partial",
+            f"--rollouts {rollouts_name} --teacher {teacher}{role}`, or train on what is scored "
+            "with --partial",
         )

@@ -45,17 +45,21 @@ ENGINE_LAYERS = [
     ["row_source"],
     ["batches"],
     ["metrics"],
-    ["objectives.supports", "objectives.divergences"],
+    ["objectives.supports", "objectives.divergences", "objectives.columns"],
+    ["objectives.outside"],
+    ["objectives.modifiers"],
+    ["objectives.advantage"],
     ["objectives.objective"],
-    ["objectives.presets"],
-    ["objectives.exactness", "objectives.row_objective"],
+    ["objectives.presets", "objectives.bounds", "objectives.fused", "objectives.row_factors"],
+    ["objectives.find", "objectives.exactness", "objectives.row_objective"],
     ["objectives"],
     ["row_loss"],
     ["rundir", "student"],
     ["trainer"],
     ["evaluate"],
     ["course"],
-    ["train"],
+    ["train", "probes.metrics"],
+    ["probes"],
     ["jobs"],
     ["rounds", "ablate"],
     ["distill"],
@@ -104,8 +108,9 @@ HEAVY = (
     "peft",
 )
 VERBS = [
-    *("", "rollout", "score", "train", "distill", "ablate", "store", "demo", "bench"),
-    *("store verify", "store gc", "store estimate", "bench kernels"),
+    *("", "rollout", "score", "train", "distill", "ablate", "objectives", "store", "probe"),
+    *("demo", "bench", "probe metrics", "store verify", "store gc", "store estimate"),
+    "bench kernels",
 ]
 
 

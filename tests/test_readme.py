@@ -11,6 +11,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from logitcask.cli.main import run
+from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import PRESETS
 from tests.engine import tiny
 
@@ -124,6 +125,18 @@ def test_ablation(
     assert len(list(Path("ablation").glob("objective=*,k=*/seed-*/logitcask.json"))) == 8
     assert Path("ablation/ablate.md").read_text().count("±") > 8
     assert "teacher seconds spent: 0" in capsys.readouterr().out
+
+
+def test_probe_commands(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    (line,) = commands("probe")
+    typed(line, "--format", "json")
+    rows = {row.pop("metric"): row for row in json.loads(capsys.readouterr().out)}
+    assert {"loss/overlap", "loss/forward_kl", *METRICS} <= set(rows)
+    assert len(rows["rows"]) == 5
+    assert rows["rows"].pop("all") == sum(rows["rows"].values())
 
 
 def test_distill_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

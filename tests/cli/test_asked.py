@@ -85,3 +85,51 @@ def test_a_context_without_every_prompt(world: World, call: Any) -> None:
 
 def test_mc_needs_draws(world: World, call: Any) -> None:
     call(f"{SCORE} {world.store(UNITS)} --at mc").refused(3, "hold no ids", "--mc-draws")
+
+
+def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
+    store, out = world.new("store"), world.new("out")
+    places = f"--set store.url={world.at(store)} --set run.out={world.at(out)}"
+    loop = f"distill @d.toml {places} --set rollout.mc_draws=3"
+    assert call(f"{loop} --set score.at=mc").code == 0
+    opened = open_store(world.at(store))
+    source = RowSource(opened, opened.head(), "main", "big")
+    for ordinal, (segment, chain) in enumerate(source.pairs):
+        assert [each.layout for each in (segment, *chain)] == ["mc", "once", "wider"]
+        targets = source.row(np.asarray([[ordinal, 0]])).targets
+        assert targets.mc_count is not None
+        assert (targets.mc_count.sum(1) == 3).all()
+        assert targets.cached[targets.mc_count > 0].all()
+    call(loop).refused(1, "at = 'mc', not None", "of this run's own")
+
+
+@pytest.mark.parametrize("key", ["score.role=base", "score.at=self", "train.base=root"])
+def test_what_a_loop_does_not_take(world: World, call: Any, key: str) -> None:
+    call(f"distill @d.toml --set {key}").refused(2, "distill does not take it", "leave it out")
+
+
+def test_an_estimate_counts_the_bytes_of_draws(call: Any) -> None:
+    estimate = "store estimate @teacher @p.jsonl --student @student --no-chat-template --n 2 "
+    sizes = [
+        call(f"{estimate} --max-new-tokens 6 --device cpu --format json --mc-draws {m}").json
+        for m in (0, 8)
+    ]
+    plain, drawn = (found["rows"][0]["bytes_rollout"] for found in sizes)
+    assert plain + 8 < drawn < plain + 8 * 12, "an id has at least 4 bytes of log-prob"
+
+
+@pytest.mark.parametrize(
+    ("objective", "cause", "remedy"),
+    [
+        ("overlap(k=0)", "k = 0 with outside", "--k 2 or more"),
+        ("overlap(k=x)", "k = 'x' is not of type int", "give k"),
+        ("kl", "kl", "overlap"),
+    ],
+)
+def test_a_probe_of_what_is_no_objective(
+    world: World, call: Any, objective: str, cause: str, remedy: str
+) -> None:
+    probe = f"probe metrics --model @student --store @st --objective {objective}"
+    answer = call(probe)
+    assert answer.code in (1, 2)
+    answer.refused(answer.code, cause, remedy)

@@ -1,10 +1,11 @@
-"""Makes golden_v1.tar.xz: a store of every layout and profile, as this version writes it.
+"""Makes golden_v1.tar.xz, a store of every layout and profile, and golden_v1_mc.tar.xz, of the
+layout that came later, as the version of their day wrote them: files that are there stay.
 
     python -m tests.engine.store.golden        (in the repository's root)
 
-The file is committed and never made again for a format version that has been released: stores that
-people have must be read by whatever comes after. Beside the store it holds digests.json, what every
-segment decodes to.
+They are committed and never made again for a format version that has been released: stores that
+people have must be read by whatever comes after. Beside the store each holds digests.json, what
+every segment decodes to.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from tests.engine.store.made import commit_rollouts, commit_scores, make_rollout
 from tests.engine.store.test_widen import teacher_of
 
 FILE = Path(__file__).with_name("golden_v1.tar.xz")
+FILE_MC = Path(__file__).with_name("golden_v1_mc.tar.xz")
 
 
 def digests(store: Store) -> dict[str, str]:
@@ -38,6 +40,8 @@ def digests(store: Store) -> dict[str, str]:
             r = store.read_rollouts(segment)
             own = [] if r.student is None else [r.student.ids, r.student.entry_lp, r.student.lp]
             arrays = [r.tokens, r.seq_off, r.b_lp, r.loss_mask, r.version_start, r.finish, *own]
+            if (d := r.draws) is not None:
+                arrays += [d.cnt, d.ids, d.mult, d.lp]
             prompts = [(p.id, p.token_ids, p.answer, dict(p.extra)) for p in r.prompts]
             found[segment.seg_id] = sha(prompts, *(a.tobytes() for a in arrays))
     for name in pin.names("score"):
@@ -75,6 +79,13 @@ def fill(path: Path) -> Store:
     return store
 
 
+def fill_mc(path: Path) -> Store:
+    store = open_store(path, create=True)
+    for seed, profile in enumerate(PROFILES, 1):
+        commit_rollouts(store, seed, draws=True, profile=profile)
+    return store
+
+
 def with_mult(scores: object, drawn: list[int]) -> object:
     from dataclasses import replace
 
@@ -84,13 +95,16 @@ def with_mult(scores: object, drawn: list[int]) -> object:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        store = fill(Path(folder) / "cask")
-        (Path(folder) / "digests.json").write_text(json.dumps(digests(store), indent=1))
-        with tarfile.open(FILE, "w:xz", preset=9) as packed:
-            for name in ("cask", "digests.json"):
-                packed.add(Path(folder) / name, name)
-    print(FILE, FILE.stat().st_size)
+    for file, make in ((FILE, fill), (FILE_MC, fill_mc)):
+        if file.exists():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            store = make(Path(folder) / "cask")
+            (Path(folder) / "digests.json").write_text(json.dumps(digests(store), indent=1))
+            with tarfile.open(file, "w:xz", preset=9) as packed:
+                for name in ("cask", "digests.json"):
+                    packed.add(Path(folder) / name, name)
+        print(file, file.stat().st_size)
 
 
 if __name__ == "__main__":

@@ -8,31 +8,41 @@ import pytest
 
 from logitcask.engine.store import Store, open_store, schema
 from logitcask.engine.store.verify import verify
-from tests.engine.store.golden import FILE, digests
+from tests.engine.store.golden import FILE, FILE_MC, digests
 from tests.engine.store.made import commit_rollouts
 
 
 @pytest.fixture
 def golden(tmp_path: Path) -> Path:
-    with tarfile.open(FILE) as packed:
-        packed.extractall(tmp_path, filter="data")
-    return tmp_path
+    return unpacked(FILE, tmp_path)
+
+
+def unpacked(file: Path, folder: Path) -> Path:
+    with tarfile.open(file) as packed:
+        packed.extractall(folder, filter="data")
+    return folder
 
 
 def opened(golden: Path) -> Store:
     return open_store(golden / "cask")
 
 
-def test_everything_decodes_to_what_it_was(golden: Path) -> None:
+@pytest.mark.parametrize(("file", "segments"), [(FILE, 15), (FILE_MC, 4)], ids=["first", "mc"])
+def test_everything_decodes_to_what_it_was(tmp_path: Path, file: Path, segments: int) -> None:
+    golden = unpacked(file, tmp_path)
     want = json.loads((golden / "digests.json").read_text())
     store = opened(golden)
     assert digests(store) == want
-    assert len(want) == 15
+    assert len(want) == segments
     assert verify(store, deep=True).strays == ()
 
 
-def test_it_holds_every_layout_and_profile(golden: Path) -> None:
+def test_they_hold_every_layout_and_profile(golden: Path, tmp_path: Path) -> None:
     held = opened(golden).head().segments
+    later = opened(unpacked(FILE_MC, tmp_path / "later")).head().segments
+    assert {s.layout for s in later} == {schema.MC}
+    assert {s.profile for s in later} == {s.profile for s in held}
+    held += later
     assert {s.layout for s in held} == {x for kind in schema.LAYOUTS.values() for x in kind}
     assert {s.profile for s in held} == {"default", "compact", "interop", "raw32"}
     assert {s.generation for s in held} == {0, 1}

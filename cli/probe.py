@@ -1,0 +1,64 @@
+"""`logitcask probe`: measurements of a checkpoint from a store."""
+
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
+from logitcask.cli.output import print_table, progress_bar
+from logitcask.engine.config import Probe, ProbeJob
+from logitcask.engine.configfile import to_toml
+
+
+@click.group("probe", context_settings={"help_option_names": ["-h", "--help"]})
+def probe_command() -> None:
+    """Measure a checkpoint on stored rows, without a teacher and without training.
+
+    Example: logitcask probe metrics --model ./run --store ./store
+    """
+
+
+@probe_command.command("metrics")
+@job_options(
+    ProbeJob,
+    {
+        "student": ["model", "revision"],
+        "store": ["url", "rollouts"],
+        "probe": list(Probe.model_fields),
+        "run": ["device"],
+    },
+)
+@click.option(
+    "--objective",
+    "objectives",
+    multiple=True,
+    metavar="NAME[:K]",
+    help="Preset whose loss is shown too, with its k if one is given; repeatable.",
+    panel="Measurement",
+)
+@format_option
+@dry_run_option
+def metrics_command(form: str, dry_run: bool, objectives: tuple[str, ...], **flags: Any) -> None:
+    """Every metric that training logs, of any checkpoint, on the rows of a pinned store.
+
+    One line a metric: its mean over all rows, then over each range of positions.
+
+    Example: logitcask probe metrics --model ./run --store ./store --objective overlap --bins 4
+    """
+    job = job_from_flags(ProbeJob, flags)
+    if dry_run:
+        click.echo(to_toml(job))
+        return
+    from logitcask.engine.jobs import run_probe
+
+    with progress_bar() as progress:
+        bins = run_probe(job, objectives, progress=progress)
+    heads = ["all", *(f"{each.start}..{each.end - 1}" for each in bins[1:])]
+    if len(bins) == 2:
+        heads, bins = heads[:1], bins[:1]
+    rows: dict[str, list[float | None]] = {"rows": [float(each.rows) for each in bins]}
+    rows |= {name: [each.means[name] for each in bins] for name in bins[0].means}
+    print_table(
+        [{"metric": name, **dict(zip(heads, row, strict=True))} for name, row in rows.items()],
+        form,
+    )

@@ -1,0 +1,1 @@
+"""Measurements of a model from a store, without a teacher and without training."""

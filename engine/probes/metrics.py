@@ -1,0 +1,122 @@
+"""Every metric and any objective's loss of a checkpoint on pinned rows: forward passes only.
+
+The numbers are those that training logs at the same weights on the same rows: both take them from
+the same kernel, by the same functions, and average over rows by the loss mask. A loss is the
+objective's own, of every row, before anything weighs rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logitcask.engine.batches import PlannedRows
+from logitcask.engine.errors import IncompleteError
+from logitcask.engine.heads import head_map
+from logitcask.engine.metrics import METRICS
+from logitcask.engine.objectives import Objective, live_k, row_objective
+from logitcask.engine.row_source import PackedRow
+from logitcask.engine.student import head_weight, hidden_states, inner_model
+from logitcask.engine.types import Array, Progress, silent
+from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
+from logitcask.kernels.sparse_kl import RowGrad, RowView
+
+ONLY_METRICS = Objective(
+    support="teacher", divergence="forward_kl", outside="tail", form="divergence", k=1
+)
+"""An objective must be there for its metrics to be seen; this one's loss is not looked at."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bin:
+    """Rows whose position in the response lies in [start, end)."""
+
+    start: int
+    end: int
+    rows: int
+    """Of loss mask above 0."""
+    means: Mapping[str, float | None]
+    """name -> mean over these rows, nats where it is one; None without rows."""
+
+
+@torch.no_grad()
+def probe(
+    model: nn.Module,
+    rows: PlannedRows,
+    *,
+    objectives: Mapping[str, Objective],
+    n_vocab: int,
+    bins: int = 1,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> list[Bin]:
+    """The means over all rows, then over `bins` equally wide ranges of positions.
+
+    objectives: name -> whose loss is shown as `loss/NAME`. Raises IncompleteError where no row is
+    counted, ObjectiveError where the store lacks what an objective looks at.
+    """
+    model.to(device).eval()
+    found: dict[str, list[Tensor]] = {}
+    weight: list[Tensor] = []
+    position: list[Tensor] = []
+    for index in range(len(rows)):
+        progress("probe", index, len(rows))
+        row = rows.row(index).to(device)
+        rows.expect([index + 1] if index + 1 < len(rows) else [])
+        assert row.targets.position is not None, "rows of a store have one"
+        weight.append(row.targets.weight.cpu())
+        position.append(row.targets.position.cpu())
+        for name, values in _row(model, row, objectives, n_vocab).items():
+            found.setdefault(name, []).append(values.cpu())
+    progress("probe", len(rows), len(rows))
+    every = {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
+    w, at = torch.cat(weight).double().numpy(), torch.cat(position).numpy()
+    if not (w > 0).any():
+        raise IncompleteError(
+            "no row of these rollouts is counted: the loss mask is 0 everywhere",
+            remedy="probe rollouts that hold sampled tokens",
+        )
+    end = int(at.max()) + 1
+    cuts = np.linspace(0, end, bins + 1).round().astype(np.int64)
+    ranges = [(0, end), *zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)]
+    return [_bin(a, b, every, np.where((a <= at) & (at < b), w, 0.0)) for a, b in ranges]
+
+
+def _row(
+    model: nn.Module, row: PackedRow, objectives: Mapping[str, Objective], n_vocab: int
+) -> dict[str, Tensor]:
+    """name -> [P]: the metrics, and the losses as `loss/NAME`."""
+    states = hidden_states(model, row.input_ids, row.position_ids)[row.predict_at]
+    found: dict[str, Tensor] = {}
+    for name, objective in (objectives or {"": ONLY_METRICS}).items():
+        asked = row_objective(objective, row.targets)
+
+        def answer(view: RowView, asked: Any = asked) -> RowGrad:
+            made: RowGrad = asked(view)
+            return made._replace(metrics={**made.metrics, "loss": made.loss})
+
+        metrics = linear_sparse_kl(
+            states,
+            head_weight(model),
+            row.targets.ids,
+            answer,
+            k=live_k(objective, n_vocab),
+            n_vocab=n_vocab,
+            logit_map=head_map(inner_model(model).config),
+        ).metrics
+        found |= {each: metrics[each] for each in METRICS}
+        if name:
+            found[f"loss/{name}"] = metrics["loss"]
+    return found
+
+
+def _bin(start: int, end: int, every: Mapping[str, Array], weight: Array) -> Bin:
+    counted = weight > 0
+    means = {
+        name: float(np.average(values[counted], weights=weight[counted])) if counted.any() else None
+        for name, values in every.items()
+    }
+    return Bin(start=start, end=end, rows=int(counted.sum()), means=means)

@@ -1,0 +1,114 @@
+"""A probe's numbers are those that training logs at the same weights on the same rows."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.engine.batches import PlannedRows, planned
+from logitcask.engine.errors import IncompleteError
+from logitcask.engine.metrics import METRICS
+from logitcask.engine.objectives import Objective, find_preset
+from logitcask.engine.probes.metrics import probe
+from logitcask.engine.row_source import PackedRow
+from logitcask.engine.store import Store
+from logitcask.engine.student import load_student
+from logitcask.engine.types import ModelRef
+from tests.engine.cached import make_unit
+from tests.engine.fitting import make_case, make_trainer
+
+LENGTHS = [9, 4, 0, 7, 2, 8]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef]:
+    units = [make_unit(seed, vocab=99, lengths=LENGTHS) for seed in range(2)]
+    return make_case(tmp_path_factory.mktemp("case"), units)
+
+
+def rows_of(store: Store) -> PlannedRows:
+    return planned(store, pin=store.head(), rollouts="main", teacher="big", tokens_per_batch=40)
+
+
+@pytest.mark.parametrize("name", ["overlap", "forward_kl", "sampled_token", "opd", "opd_released"])
+def test_numbers_are_those_of_a_training_step(
+    case: tuple[Store, ModelRef], tmp_path: Path, name: str
+) -> None:
+    """One update over all rows logs loss and metrics at the weights before it."""
+    store, model = case
+    rows, objective = rows_of(store), find_preset(name, k=None if name == "sampled_token" else 4)
+    trainer, _ = make_trainer(
+        load_student(model),
+        rows,
+        tmp_path / "run",
+        objective=objective.objective,
+        accumulation=len(rows),
+    )
+    trainer._metric_share = 1.0
+    trainer.train()
+    logged: dict[str, Any] = trainer.state.log_history[0]
+    (every, alone) = probe(
+        load_student(model), rows_of(store), objectives={name: objective.objective}, n_vocab=99
+    )
+    assert (every.rows, every.start, every.end) == (2 * sum(LENGTHS), 0, max(LENGTHS))
+    assert alone == every
+    # The Trainer rounds what it prints of a loss; the metrics are sums of the same numbers.
+    assert every.means[f"loss/{name}"] == pytest.approx(logged["loss"], abs=1e-4)
+    for metric in METRICS:
+        assert every.means[metric] == pytest.approx(logged[metric], rel=1e-5, abs=1e-7), metric
+
+
+def test_metrics_do_not_depend_on_which_losses_are_shown(case: tuple[Store, ModelRef]) -> None:
+    store, model = case
+    objectives: dict[str, Objective] = {
+        name: find_preset(name, k=4).objective for name in ("teacher_topk", "forward_kl")
+    }
+    bare, both = (
+        probe(load_student(model), rows_of(store), objectives=each, n_vocab=99)[0].means
+        for each in ({}, objectives)
+    )
+    assert set(both) - set(bare) == {"loss/teacher_topk", "loss/forward_kl"}
+    assert all(bare[name] == pytest.approx(both[name], rel=1e-6) for name in METRICS)
+
+
+@pytest.mark.parametrize("bins", [1, 3, 12])
+def test_bins_are_means_of_their_rows_and_together_all(
+    case: tuple[Store, ModelRef], bins: int
+) -> None:
+    store, model = case
+    every, *parts = probe(load_student(model), rows_of(store), objectives={}, n_vocab=99, bins=bins)
+    assert len(parts) == bins
+    assert [p.start for p in parts[1:]] == [p.end for p in parts[:-1]]
+    per_row = np.concatenate([np.arange(n) for n in LENGTHS * 2])
+    assert [p.rows for p in parts] == [
+        int(((p.start <= per_row) & (per_row < p.end)).sum()) for p in parts
+    ]
+    for name in METRICS:
+        pairs = [(p.rows, p.means[name]) for p in parts if p.rows]
+        total = math.fsum(n * mean for n, mean in pairs if mean is not None)
+        assert total / every.rows == pytest.approx(every.means[name], rel=1e-9, abs=1e-12)
+        assert all(p.means[name] is None for p in parts if not p.rows)
+
+
+class Masked:
+    """Rows of which none is counted."""
+
+    def __init__(self, rows: PlannedRows) -> None:
+        self.rows, self.expect = rows, rows.expect
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> PackedRow:
+        row = self.rows.row(index)
+        row.targets.weight.zero_()
+        return row
+
+
+def test_rows_that_are_masked_are_not_measured(case: tuple[Store, ModelRef]) -> None:
+    store, model = case
+    rows: Any = Masked(rows_of(store))
+    with pytest.raises(IncompleteError, match="no row of these rollouts is counted"):
+        probe(load_student(model), rows, objectives={}, n_vocab=99)
