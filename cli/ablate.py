@@ -42,7 +42,7 @@ def ablate_command(
     """
     settings = job_from_flags(AblateJob, flags).ablate
     job = read_job(TrainJob, config, overrides)
-    from logitcask.engine.ablate import ablate
+    from logitcask.engine.ablate import ablate, footnotes, table
 
     with progress_bar() as progress:
         report = ablate(
@@ -55,9 +55,6 @@ def ablate_command(
     if form == "json":
         print_result(report, form)
         return
-    print_table(report.rows, form)
-    saved = report.teacher_seconds_saved
-    click.echo(
-        f"teacher seconds spent: {report.teacher_seconds_spent:.0f}; saved: "
-        + ("unknown, the store does not record them" if saved is None else f"{saved:.0f}")
-    )
+    print_table(table(report), form)
+    for line in footnotes(report):
+        click.echo(line)

@@ -212,26 +212,36 @@ def own_seconds(run: TrainReport) -> float:
     return float(run.last["progress/seconds"]) + last
 
 
-def markdown(report: AblateReport) -> str:
-    """The table, mean ± spread."""
-    names = [n for n in report.rows[0] if n != "refused" and not n.endswith("_sd")]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for each in report.rows:
-        cells = [_cell(each[name], each.get(f"{name}_sd")) for name in names]
-        if each["refused"]:
-            cells[-1] = f"refused: {each['refused']}"
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Pin {report.pin}. Mean ± sample standard deviation over n seeds; losses of different",
-        "objectives do not compare. Teacher seconds spent: 0; saved: unknown, because the store",
-        "does not record how long scoring took.",
+def table(report: AblateReport) -> list[dict[str, str]]:
+    """For a person: mean ± spread of what is known of any combination, or why it was refused."""
+    names = [
+        name
+        for name in report.rows[0]
+        if not name.endswith("_sd") and any(each[name] not in (None, "") for each in report.rows)
     ]
-    return "\n".join(lines) + "\n"
+    return [{n: _cell(each[n], each.get(f"{n}_sd")) for n in names} for each in report.rows]
+
+
+def footnotes(report: AblateReport) -> list[str]:
+    saved = report.teacher_seconds_saved
+    known = "unknown, scores do not record what they took" if saved is None else f"{saved:.0f}"
+    return [
+        f"pin {report.pin}; mean ± sample standard deviation over n seeds; losses of different "
+        "objectives do not compare",
+        f"teacher seconds spent: {report.teacher_seconds_spent:.0f}; saved: {known}",
+    ]
+
+
+def markdown(report: AblateReport) -> str:
+    """table and footnotes."""
+    shown = table(report)
+    lines = [list(shown[0]), ["---"] * len(shown[0]), *(list(each.values()) for each in shown)]
+    rows = "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+    return rows + "\n" + "".join(f"- {note}\n" for note in footnotes(report))
 
 
 def _cell(value: Any, spread: float | None) -> str:
-    if value is None:
+    if value in (None, ""):
         return "-"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if spread is None else f"{text} ± {spread:.2g}"

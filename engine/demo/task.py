@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from logitcask.engine.errors import ConfigError
+from logitcask.engine.types import Prompt
 
 SPLITS = {
     "teacher": (0, 40),
@@ -58,7 +59,7 @@ class Problem:
 
     def solved_by(self, response: str) -> bool:
         """Whether a response without its stop token ends in `>` and the right answer."""
-        return response.rpartition(">")[1:] == (">", self.answer)
+        return ends_in(response, self.answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,15 @@ class Task:
         while len(found) < count:
             found[next(problems)] = None
         return list(found)
+
+
+def ends_in(response: str, answer: str) -> bool:
+    return response.rpartition(">")[1:] == (">", answer)
+
+
+def solves(prompt: Prompt, response: str) -> float:
+    """The task's grader: `--grader logitcask.engine.demo.task:solves`."""
+    return float(ends_in(response, str(prompt.answer)))
 
 
 def hundredth(problem: Problem) -> int:

@@ -21,6 +21,7 @@ from logitcask.engine.ablate import (
 )
 from logitcask.engine.config import Ablate, Eval, Run, StoreSection, Student, Train, TrainJob
 from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
+from logitcask.engine.rundir import MetricsFile
 from logitcask.engine.store import Store
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
@@ -150,6 +151,26 @@ def test_a_kill_loses_nothing_and_nothing_is_sampled_or_scored(
     assert 0 < straight.trainings_seconds <= straight.seconds
 
 
+def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(
+    case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run(case, tmp_path / "a", ["k=2"]).rows[0]["loss"]
+    append, written = MetricsFile.append, []
+
+    def stopping(self: MetricsFile, line: dict[str, float | None]) -> None:
+        append(self, line)
+        written.append(line["progress/step"])
+        if written == [1, 2, 3]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetricsFile, "append", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(case, tmp_path / "b", ["k=2"])
+    resumed = run(case, tmp_path / "b", ["k=2"])
+    assert written == [1, 2, 3, 3], "update 2 had a checkpoint"
+    assert (resumed.runs_trained, resumed.rows[0]["loss"]) == (1, straight)
+
+
 def test_units_are_decoded_for_the_first_run_only(
     case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +213,7 @@ def test_what_cannot_be_trained_stops_all_before_the_first(
     good, bad = skipped.rows
     assert (good["n"], good["refused"], bad["n"], bad["loss"]) == (1, "", 0, None)
     assert "99" in bad["refused"]
-    assert f"refused: {bad['refused']}" in (tmp_path / "a" / "ablate.md").read_text()
+    assert f"| {bad['refused']} |" in (tmp_path / "a" / "ablate.md").read_text()
 
 
 def a_run(loss: float, before: float, after: float) -> Any:
@@ -228,7 +249,7 @@ def test_mean_spread_and_gap_recovery_worked_by_hand(case: tuple[Store, ModelRef
         teacher_seconds_spent=0.0,
         teacher_seconds_saved=None,
     )
-    assert "| 2 | 3 | 3 ± 2.6 | 1 ± 0 | 0.4 ± 0.2 | 0.5 ± 0.5 | 0.5 ± 0 | - | 13 ± 0 |" in markdown(
+    assert "| 2 | 3 | 3 ± 2.6 | 1 ± 0 | 0.4 ± 0.2 | 0.5 ± 0.5 | 0.5 ± 0 | 13 ± 0 |" in markdown(
         report
     )
 

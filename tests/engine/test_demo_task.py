@@ -9,7 +9,9 @@ import pytest
 from logitcask.engine.demo.models import make_tokenizer
 from logitcask.engine.demo.task import SPLITS, Problem, Task, hundredth, write_prompts
 from logitcask.engine.errors import ConfigError
+from logitcask.engine.grade import open_grader
 from logitcask.engine.prompts import read_prompts
+from logitcask.engine.types import Prompt
 
 STEP = re.compile(r"(\d)([+-])(\d)(c?)=(\d)(c?);")
 TWO_DIGITS = [Problem(a, op, b, 2) for a, op, b in product(range(10, 100), "+-", range(10, 100))]
@@ -84,7 +86,10 @@ def test_asking_for_most_of_a_split_is_refused():
     ],
 )
 def test_verifier(response: str, right: bool):
-    assert Problem(361, "-", 220, 3).solved_by(response) is right
+    problem = Problem(361, "-", 220, 3)
+    assert problem.solved_by(response) is right
+    asked = Prompt(id="p", token_ids=(1,), answer=problem.answer)
+    assert open_grader("logitcask.engine.demo.task:solves", [asked])(asked, response) == right
 
 
 def test_prompts_file_is_read_by_rollout(tmp_path: Path):
