@@ -32,7 +32,7 @@ def probe_command() -> None:
     "--objective",
     "objectives",
     multiple=True,
-    metavar="NAME[:K]",
+    metavar="NAME",
     help="Preset whose loss is shown too, with its k if one is given; repeatable.",
     panel="Measurement",
 )
