@@ -18,12 +18,13 @@ from logitcask.engine.store import open_store
 from logitcask.engine.student import inner_model
 from logitcask.engine.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams
-from tests.engine.fitting import REVERSE, ListRows, flat, make_trainer
+from tests.engine.fitting import REVERSE, WEIGHED, ListRows, flat, make_trainer
 from tests.engine.tiny import make_model
 
 SEQUENCES = [[0, 1], [2], [3, 4]]
 """Three rows of one update of four: the last process's last row is empty."""
 
+OBJECTIVES = {"plain": REVERSE, "weighed": WEIGHED}
 
 SETTINGS = TrainSettings(lr=1e-3, tokens_per_batch=24, accumulation=2, save_steps=2)
 
@@ -46,14 +47,19 @@ def main(case: Path, out: Path) -> None:
     source = RowSource(store, store.head(), "main", "big")
     rows = [source.row(np.array([[0, s] for s in row])) for row in SEQUENCES]
     rank = int(os.environ["RANK"])
-    trainer, gradients = make_trainer(
-        make_model().double(), ListRows(rows, source), out / f"one{rank}", accumulation=2
-    )
-    trainer.train()
-    torch.save(
-        {"grad": flat(gradients.updates[0]), "log": trainer.state.log_history[0]},
-        out / f"rank{rank}.pt",
-    )
+    for name, objective in OBJECTIVES.items():
+        trainer, gradients = make_trainer(
+            make_model().double(),
+            ListRows(rows, source),
+            out / f"{name}{rank}",
+            objective=objective,
+            accumulation=2,
+        )
+        trainer.train()
+        torch.save(
+            {"grad": flat(gradients.updates[0]), "log": trainer.state.log_history[0]},
+            out / f"{name}{rank}.pt",
+        )
     ref = model_ref(str(case / "student"), chat_template=True)
     # Of three prompts one process takes two and the other one.
     train(

@@ -13,6 +13,7 @@ from logitcask.engine.course import TrainSettings, training_arguments
 from logitcask.engine.identity import model_ref
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives.bounds import NO_BOUNDS
+from logitcask.engine.objectives.modifiers import KeepEntropy, Prune, Stepwise
 from logitcask.engine.row_source import PackedRow, RowSource
 from logitcask.engine.rundir import METRICS, MetricsFile
 from logitcask.engine.store import Store
@@ -26,6 +27,10 @@ REVERSE = Objective(
 )
 FORWARD = replace(REVERSE, divergence="forward_kl")
 DENSE = replace(FORWARD, outside="tail")
+WEIGHED = replace(
+    REVERSE, modifiers=(Prune(overlap=0.9, drop=0.1, k=4), Stepwise(tokens=3), KeepEntropy(0.4))
+)
+"""With modifiers that look at whole sequences, and at all rows of an update."""
 
 
 def make_case(folder: Path, units: list[Unit], **model: Any) -> tuple[Store, ModelRef]:

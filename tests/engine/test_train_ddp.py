@@ -19,7 +19,7 @@ from logitcask.engine.errors import IdentityError
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.train import train
 from tests.engine.cached import make_unit
-from tests.engine.ddp_worker import SEQUENCES, SETTINGS, exam
+from tests.engine.ddp_worker import OBJECTIVES, SEQUENCES, SETTINGS, exam
 from tests.engine.fitting import REVERSE, ListRows, flat, make_case, make_trainer, relative
 from tests.engine.tiny import make_model
 
@@ -76,16 +76,21 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
     source = RowSource(store, store.head(), "main", "big")
     rows = [source.row(np.array([[0, s] for s in row])) for row in SEQUENCES]
-    trainer, gradients = make_trainer(
-        make_model().double(), ListRows(rows, source), tmp_path / "one", accumulation=4
-    )
-    trainer.train()
-    want, log = flat(gradients.updates[0]), trainer.state.log_history[0]
-    found = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert torch.equal(found[0]["grad"], found[1]["grad"]), "gradients are averaged"
-    assert relative(found[0]["grad"], want) < 1e-6, "and are those of the whole batch"
-    for name in ("loss", "overlap/ratio", "cache/coverage", "progress/positions"):
-        assert found[0]["log"][name] == pytest.approx(log[name], rel=1e-6), name
+    for which, objective in OBJECTIVES.items():
+        trainer, gradients = make_trainer(
+            make_model().double(),
+            ListRows(rows, source),
+            tmp_path / which,
+            objective=objective,
+            accumulation=4,
+        )
+        trainer.train()
+        want, log = flat(gradients.updates[0]), trainer.state.log_history[0]
+        found = [torch.load(out / f"{which}{rank}.pt", weights_only=True) for rank in (0, 1)]
+        assert torch.equal(found[0]["grad"], found[1]["grad"]), "gradients are averaged"
+        assert relative(found[0]["grad"], want) < 1e-6, "and are those of the whole batch"
+        for name in ("loss", "overlap/ratio", "cache/coverage", "progress/positions"):
+            assert found[0]["log"][name] == pytest.approx(log[name], rel=1e-6), name
 
     # A whole run: 2 processes x accumulation 2 is the run of one process with accumulation 4.
     run = partial(train, store, model=model, teacher="big", objective=REVERSE, device="cpu")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GraniteConfig, GraniteForCausalLM
 
-from logitcask.engine.errors import ModelError
-from logitcask.engine.objectives import Objective
+from logitcask.engine.errors import IncompleteError, ModelError
+from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.row_source import PackedRow, RowSource
 from logitcask.engine.student import prove
 from logitcask.engine.targets import Targets
@@ -21,6 +21,7 @@ from tests.engine.fitting import (
     DENSE,
     FORWARD,
     REVERSE,
+    WEIGHED,
     ListRows,
     flat,
     make_case,
@@ -120,6 +121,56 @@ def test_accumulation_equals_one_big_row(source: RowSource, tmp_path: Path) -> N
     whole, big = one_update(source, tmp_path / "one", [[s for row in PACKED for s in row]])
     assert loss == pytest.approx(whole, rel=1e-6)
     assert relative(grad, big) < 1e-6
+
+
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "sequence-sum"])
+def test_sequences_count_alike_however_they_are_packed(
+    source: RowSource, tmp_path: Path, aggregation: str
+) -> None:
+    model = make_model().double()
+    sequences = [s for row in PACKED for s in row]
+    losses = [token_mean(model, [pack(source, [s])]) for s in sequences]
+    lengths = [1 if aggregation == "sequence-mean" else UNEVEN[s] for s in sequences]
+    mean = sum(n * x for n, x in zip(lengths, losses, strict=True)) / len(sequences)
+    mean.backward()
+    want = flat({name: p.grad for name, p in model.named_parameters()})
+    for place, packed in (("four", PACKED), ("one", [sequences])):
+        loss, grad = one_update(source, tmp_path / place, packed, aggregation=aggregation)
+        assert loss == pytest.approx(float(mean.detach()), rel=1e-6)
+        assert relative(grad, want) < 1e-6
+
+
+def test_modifiers_of_sequences_and_batches_do_not_see_the_packing(
+    source: RowSource, tmp_path: Path
+) -> None:
+    big = [[s for row in PACKED for s in row]]
+    loss, grad = one_update(source, tmp_path / "four", PACKED, objective=WEIGHED)
+    whole, same = one_update(source, tmp_path / "one", big, objective=WEIGHED)
+    assert loss == pytest.approx(whole, rel=1e-6)
+    assert relative(grad, same) < 1e-6
+    assert relative(grad, reference(source)[1]) > 0.1, "and they do something"
+
+
+def test_a_run_ends_or_leaves_rows_out_at_a_hard_bound(source: RowSource, tmp_path: Path) -> None:
+    live = replace(REVERSE, support="overlap")
+
+    def rows() -> ListRows:
+        return ListRows([pack(source, row) for row in PACKED], source)
+
+    trainer, _ = make_trainer(
+        make_model(), rows(), tmp_path / "stop", objective=live, bounds=Bounds(action="stop")
+    )
+    with pytest.raises(
+        IncompleteError, match=r"cache/coverage = 0\.\d+ is under --min-coverage 0.8"
+    ):
+        trainer.train()
+    trainer, gradients = make_trainer(
+        make_model(), rows(), tmp_path / "skip", objective=live, bounds=Bounds(action="skip")
+    )
+    trainer.train()
+    # A model that knows nothing has little of its mass on a handful of scored ids.
+    assert trainer.state.log_history[0]["cache/skipped_share"] == 1.0
+    assert flat(gradients.updates[0]).abs().max() == 0.0
 
 
 def test_a_loss_that_trainer_believes_unscaled_would_be_a_quarter(
