@@ -13,6 +13,7 @@ from transformers import Qwen3ForCausalLM
 from logitcask.cli.main import run
 from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import PRESETS
+from logitcask.engine.objectives.modifiers import MODIFIERS
 from tests.engine import tiny
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -168,6 +169,22 @@ def test_loop_of_ones_own(place: Path, monkeypatch: pytest.MonkeyPatch, objectiv
     known = tiny.N_VOCAB
     assert (before != after)[:known].float().mean() > 0.9
     assert torch.equal(before[known:], after[known:]), "the padding takes part in the softmax"
+
+
+def test_objectives_with_modifiers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    for line in commands("objectives"):
+        typed(line)
+    (line,) = commands(r"train(?=.* --objective \"opd\+)")
+    typed(line)
+    told = json.loads(Path("run-half/run.json").read_text())["objective"]["modifiers"]
+    assert told == [{"name": "keep_entropy", "share": 0.5}]
+
+
+def test_modifiers_table_is_the_programs_own() -> None:
+    table = README[README.index("| modifier |") :]
+    table = table[: table.index("\n\n")]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(MODIFIERS)
 
 
 def test_objectives_table_is_the_programs_own() -> None:

@@ -13,7 +13,7 @@ neighbours: see row_factors.py. Add one as a class here and a line in MODIFIERS.
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,19 @@ from logitcask.engine.objectives.columns import Columns, Step
 from logitcask.engine.objectives.divergences import forward_kl, reverse_kl
 from logitcask.engine.objectives.outside import tail
 
-if TYPE_CHECKING:
-    from logitcask.engine.objectives.objective import Objective
-
 RATIO_BOUND = 20.0
 """Largest |log ratio|, as in the released code of arXiv 2604.13016."""
+
+
+class Parts(Protocol):
+    """What of an objective decides whether a modifier has a meaning in it."""
+
+    @property
+    def support(self) -> str: ...
+    @property
+    def outside(self) -> str: ...
+    @property
+    def form(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Modifier:
     keeps_sum: ClassVar[bool] = True
     """A renormalised objective stays one: its derivatives by log p still sum to zero."""
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         """Raises ObjectiveError where it has no meaning."""
 
     def target(self, columns: Columns) -> Columns:
@@ -69,7 +77,7 @@ class Extrapolate(Modifier):
     needs_base: ClassVar[bool] = True
     factor: float = 1.25
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "factor", self.factor, 0.0, math.inf)
         if objective.outside == "tail":
             raise _refused(
@@ -96,7 +104,7 @@ class AdaptiveTarget(Modifier):
     name: ClassVar[str] = "adaptive_target"
     beta: float = 0.3
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "beta", self.beta, 0.0, 1.0, closed_below=True)
         if objective.form != "divergence":
             raise _refused(
@@ -131,7 +139,7 @@ class Baseline(Modifier):
     def live_k(self) -> int:  # type: ignore[override]
         return self.k if self.on == "student" else 0
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "k", self.k, 1, math.inf, closed_below=True)
         if self.on not in ("student", "teacher"):
             raise _refused(self.name, f"on = {self.on!r}", "it is 'student' or 'teacher'", "say so")
@@ -163,7 +171,7 @@ class Floor(Modifier):
     name: ClassVar[str] = "floor"
     nats: float = math.log(0.25)
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "nats", self.nats, -math.inf, 0.0)
         _advantage_only(self.name, objective)
 
@@ -181,7 +189,7 @@ class Importance(Modifier):
     name: ClassVar[str] = "importance"
     cap: float = math.inf
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "cap", self.cap, 0.0, math.inf, closed_above=True)
         if objective.support not in ("sampled", "mc"):
             raise _refused(
@@ -208,7 +216,7 @@ class Clip(Modifier):
     epsilon: float = 0.2
     dual: float = 3.0
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "epsilon", self.epsilon, 0.0, 1.0)
         _within(self.name, "dual", self.dual, 1.0, math.inf)
         _advantage_only(self.name, objective)
@@ -248,7 +256,7 @@ class EntropyGate(Modifier):
     coefficient: float = 1.0
     k: int = 16
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "nats", self.nats, 0.0, math.inf, closed_below=True)
         _within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
         _within(self.name, "k", self.k, 1, math.inf, closed_below=True)
@@ -274,7 +282,7 @@ class Prune(Modifier):
     floor: float = 0.0
     k: int = 16
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "overlap", self.overlap, 0.0, 1.0, closed_above=True)
         _within(self.name, "drop", self.drop, 0.0, 1.0, closed_above=True)
         _within(self.name, "floor", self.floor, 0.0, math.inf, closed_below=True)
@@ -294,7 +302,7 @@ class Stepwise(Modifier):
     tokens: int = 64
     delta: float = 0.5
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "tokens", self.tokens, 1, math.inf, closed_below=True)
         _within(self.name, "delta", self.delta, 0.0, math.inf, closed_below=True)
 
@@ -309,7 +317,7 @@ class KeepEntropy(Modifier):
     scope: ClassVar[str] = "batch"
     share: float = 0.5
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "share", self.share, 0.0, 1.0, closed_above=True)
 
 
@@ -340,7 +348,7 @@ def _refused(name: str, what: str, why: str, remedy: str) -> ObjectiveError:
     return ObjectiveError(f"modifier {name!r} with {what}: {why}", remedy=remedy)
 
 
-def _advantage_only(name: str, objective: "Objective") -> None:
+def _advantage_only(name: str, objective: Parts) -> None:
     if objective.form != "advantage":
         raise _refused(
             name, "form 'divergence'", "there is no advantage to change", "use form 'advantage'"

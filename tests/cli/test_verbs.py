@@ -132,5 +132,13 @@ def test_no_verb_version_and_list(call: Any) -> None:
     assert version("logitcask") in call("--version").out
     assert call("--help").code == 0
     assert call("store").code == 2
-    listed = call("train --list-objectives")
+    listed = call("objectives")
     assert [line.split()[0] for line in listed.out.splitlines()[1:]] == list(PRESETS)
+
+
+def test_objectives_explains_one(call: Any) -> None:
+    told = call("objectives sampled_token+importance(cap=5) --format json").json
+    assert told["source"] == PRESETS["sampled_token"].source
+    assert told["modifiers"] == [{"name": "importance", "cap": 5.0}]
+    assert "cap 5" in call("objectives sampled_token+importance(cap=5)").out
+    call("objectives opdd").refused(1, "unknown objective 'opdd'", "the nearest is opd")
