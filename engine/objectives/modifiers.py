@@ -181,16 +181,16 @@ class Floor(Modifier):
 
 @dataclass(frozen=True)
 class Importance(Modifier):
-    """Terms get the ratio of the live student to the one that drew, at most `cap` (AsyncOPD, arXiv
-    2606.24143: no cap). It mends which id was drawn, not which prefix. The ratio is of the law that
+    """Terms get the ratio of the live student to the one that drew, at most `cap` where that is
+    above 0 (AsyncOPD, arXiv 2606.24143, has none). It mends which id was drawn, not which prefix. The ratio is of the law that
     was really drawn from: tempered or truncated for the sampled token, the whole one for mc.
     """
 
     name: ClassVar[str] = "importance"
-    cap: float = math.inf
+    cap: float = 0.0
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "cap", self.cap, 0.0, math.inf, closed_above=True)
+        _within(self.name, "cap", self.cap, 0.0, math.inf, closed_below=True)
         if objective.support not in ("sampled", "mc"):
             raise _refused(
                 self.name,
@@ -200,7 +200,8 @@ class Importance(Modifier):
             )
 
     def terms(self, loss: Tensor, g: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-        ratio = _ratio(columns.log_p, columns.log_p_drawn(), columns.on).clamp(max=self.cap)
+        ratio = _ratio(columns.log_p, columns.log_p_drawn(), columns.on)
+        ratio = ratio.clamp(max=self.cap) if self.cap else ratio
         return loss * ratio, g * ratio
 
 

@@ -1,0 +1,58 @@
+"""The promise: sample and score once, then train with any objective from the same store."""
+
+import json
+from typing import Any
+
+import pytest
+
+from logitcask.engine.objectives import PRESETS
+from logitcask.engine.objectives.modifiers import MODIFIERS
+from tests.cli.conftest import ROLL, World
+from tests.engine.tiny import N_VOCAB
+
+MODIFIED = {
+    "extrapolate": "sampled_token+extrapolate(factor=1.1)",
+    "adaptive_target": "overlap+adaptive_target(beta=0.2)",
+    "entropy_gate": "opd+entropy_gate(nats=0.1)",
+    "prune": "opd+prune(overlap=0.5)",
+    "stepwise": "forward_kl+stepwise(tokens=2)",
+    "keep_entropy": "gkd+keep_entropy(share=0.3)",
+    "clip": "opd_released(weights=teacher_p)+clip",
+}
+OTHERS = {name: f"sampled_token+{name}" for name in MODIFIERS}
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> str:
+    """Rollouts with draws; a teacher's every id, at the draws too; a base; a teacher's draws."""
+    name = world.new("all")
+    every = f"--k-min {N_VOCAB} --k-max {N_VOCAB} --device cpu --store {name}"
+    assert world(f"{ROLL} {name} --student-k 16 --mc-draws 4") == 0
+    assert world(f"score --model @teacher --teacher big --at mc {every}") == 0
+    assert world(f"score --model @other-teacher --teacher base --role base --at mc {every}") == 0
+    drawn = "--entry-kind sampled --draws 8 --device cpu"
+    assert world(f"score --model @teacher --teacher drawn {drawn} --store {name}") == 0
+    return name
+
+
+@pytest.mark.parametrize("objective", [*PRESETS, *(OTHERS | MODIFIED).values()])
+def test_every_objective_trains_from_one_store(
+    world: World, call: Any, store: str, objective: str
+) -> None:
+    out = world.new("out")
+    teacher = "drawn" if objective == "rs_kd" else "big"
+    base = "--base base" if "exopd" in objective or "extrapolate" in objective else ""
+    done = call(
+        f"train --model @student --store {store} --teacher {teacher} {base} --out {out} "
+        f"--objective {objective} --tokens-per-batch 64 --lr 1e-3 --device cpu --format json"
+    )
+    assert done.code == 0, done.err
+    assert done.json["updates"] >= 1
+    lines = [
+        json.loads(line) for line in (world.at(out) / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert all(line["train/grad_norm"] > 0 for line in lines)
+    assert all(line["train/changed_share"] > 0.5 for line in lines)
+    kept = json.loads((world.at(out) / "run.json").read_text())
+    assert f"estimator: {kept['exactness']['estimator']}" in done.err
+    assert set(kept["exactness"]) == {"scores", "support", "estimator", "prefixes", "notes"}
