@@ -20,6 +20,7 @@ def objectives_command(name: str | None, form: str) -> None:
     Example: logitcask objectives "sampled_token+importance(cap=5)"
     """
     from logitcask.engine.objectives import PRESETS, find_preset
+    from logitcask.engine.objectives.supports import DRAWN
 
     if name is None:
         rows = [
@@ -31,6 +32,8 @@ def objectives_command(name: str | None, form: str) -> None:
     preset = find_preset(name)
     objective = preset.objective.record()
     modifiers = objective.pop("modifiers")
+    if objective["form"] != "advantage" or preset.objective.support in DRAWN:
+        del objective["weights"]
     values: dict[str, Any] = {
         "objective": preset.name,
         "formula": preset.formula,

@@ -182,8 +182,9 @@ class Floor(Modifier):
 @dataclass(frozen=True)
 class Importance(Modifier):
     """Terms get the ratio of the live student to the one that drew, at most `cap` where that is
-    above 0 (AsyncOPD, arXiv 2606.24143, has none). It mends which id was drawn, not which prefix. The ratio is of the law that
-    was really drawn from: tempered or truncated for the sampled token, the whole one for mc.
+    above 0 (AsyncOPD, arXiv 2606.24143, has no cap). It mends which id was drawn, not which prefix.
+    The ratio is of the law that was really drawn from: tempered or truncated for the sampled token,
+    the whole one for mc.
     """
 
     name: ClassVar[str] = "importance"
