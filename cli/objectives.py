@@ -19,12 +19,17 @@ def objectives_command(name: str | None, form: str) -> None:
 
     Example: logitcask objectives "sampled_token+importance(cap=5)"
     """
-    from logitcask.engine.objectives import PRESETS, find_preset
+    from logitcask.engine.objectives import PRESETS, find_preset, served
     from logitcask.engine.objectives.supports import DRAWN
 
     if name is None:
         rows = [
-            {"objective": p.name, "formula": p.formula, "source": p.source}
+            {
+                "objective": p.name,
+                "formula": p.formula,
+                "served": served(p.objective),
+                "source": p.source,
+            }
             for p in PRESETS.values()
         ]
         print_table(rows, form)
@@ -38,6 +43,7 @@ def objectives_command(name: str | None, form: str) -> None:
         "objective": preset.name,
         "formula": preset.formula,
         "source": preset.source,
+        "served": served(preset.objective),
         "needs": preset.needs,
         "staleness": preset.staleness,
         "note": preset.note,

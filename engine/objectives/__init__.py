@@ -23,7 +23,7 @@ near, and that it descends. Nothing here is vocabulary-sized, so no kernel is ev
 """
 
 from logitcask.engine.objectives.bounds import Bounds, exceeded, warnings
-from logitcask.engine.objectives.exactness import Facts, Verdict, verdict
+from logitcask.engine.objectives.exactness import Facts, Verdict, served, verdict
 from logitcask.engine.objectives.find import find_preset
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import PRESETS, Preset
@@ -43,6 +43,7 @@ __all__ = [
     "find_preset",
     "live_k",
     "row_objective",
+    "served",
     "verdict",
     "warnings",
     "weigh",

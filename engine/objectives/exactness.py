@@ -110,6 +110,20 @@ def verdict(what: Objective | Preset, facts: Facts) -> Verdict:
     )
 
 
+def served(objective: Objective) -> str:
+    """In a few words, what any cache that holds what it needs serves of it."""
+    names = {modifier.name for modifier in objective.modifiers}
+    if objective.support == "teacher_mc" or "importance" in names:
+        return "unbiased at any age"
+    if objective.support in DRAWN:
+        return "biased by its floor" if "floor" in names else "unbiased on policy"
+    if objective.support == "student":
+        return "exact, S(p) frozen"
+    if objective.support in ("union", "non_overlap"):
+        return "exact, ids missing"
+    return "exact, coarsened" if objective.outside == "tail" else "exact"
+
+
 def _check_draws(objective: Objective, facts: Facts) -> None:
     if objective.support == "teacher_mc" and not facts.q_draws:
         raise ObjectiveError(

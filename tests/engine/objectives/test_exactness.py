@@ -15,6 +15,7 @@ from logitcask.engine.objectives import (
     exceeded,
     find_preset,
     row_objective,
+    served,
     verdict,
     warnings,
 )
@@ -123,6 +124,22 @@ def test_labels_of_a_one_shot_store(name: str) -> None:
     assert given.prefixes == "version 0"
     assert given.lines()[0] == f"scores: {LABELS[name][0]}"
     assert given.lines()[3] == "prefixes: version 0"
+
+
+def test_what_is_served_in_a_few_words_is_what_the_labels_say() -> None:
+    words = {name: served(preset.objective) for name, preset in PRESETS.items()}
+    for name, word in words.items():
+        given = verdict(PRESETS[name], facts_for(name))
+        old = verdict(PRESETS[name], replace(facts_for(name), student_version=9))
+        assert ("frozen" in word) == given.support.startswith("frozen"), name
+        assert ("missing" in word) == ("never scored" in given.support), name
+        assert ("coarsened" in word) == ("coarsened" in given.scores), name
+        assert ("unbiased" in word) == ("unbiased" in given.estimator), name
+        assert (word == "unbiased on policy") == (
+            "unbiased" in given.estimator and "unbiased" not in old.estimator
+        ), name
+        assert (word == "biased by its floor") == ("by the floor" in given.estimator), name
+    assert words["overlap"] == words["teacher_topk"] == words["veto"] == "exact"
 
 
 def test_a_bare_objective_has_the_labels_without_the_presets_note() -> None:
