@@ -179,9 +179,9 @@ def test_units_are_decoded_for_the_first_run_only(
     read: list[str] = []
     decode = cache.read_unit
 
-    def counted(store: Any, rollout: Any, chain: Any) -> Any:
+    def counted(store: Any, rollout: Any, *chains: Any) -> Any:
         read.append(rollout.seg_id)
-        return decode(store, rollout, chain)
+        return decode(store, rollout, *chains)
 
     monkeypatch.setattr(cache, "read_unit", counted)
     run(case, tmp_path, VARY[:1])
