@@ -76,6 +76,7 @@ def grad(
             out,
             lse,
             dense,
+            dense,  # read for an entropy alone
             ids,
             at_ids,
             z.stride(0),
@@ -88,6 +89,7 @@ def grad(
             TILE=tile,
             IDS=next_power_of_2(ids.shape[1]),
             SOFTCAP=False,
+            DENSE_LOG=False,
             num_warps=warps,
             enable_fp_fusion=True,
         )

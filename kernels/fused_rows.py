@@ -154,6 +154,7 @@ def objective_kernel(  # type: ignore[no-untyped-def]
             out + row * out_stride,
             lse,
             weighted,
+            0.0,  # no objective that the kernels know looks at the entropy
             ids + row * n_ids,
             final_at_ids + row * n_ids,
             n_vocab,
@@ -165,6 +166,7 @@ def objective_kernel(  # type: ignore[no-untyped-def]
             GRAD_TILE,
             SLOTS,
             SOFTCAP,
+            False,
         )
 
 

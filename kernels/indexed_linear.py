@@ -65,7 +65,7 @@ def indexed_linear(
     unless k is given.
     ids: [P, S] int64, distinct in a row, -1 is padding.
     objective: as in sparse_kl; in each row dense, dense_at_ids and the sum of at_ids are 0 up to
-    rounding, and are taken for 0.
+    rounding, and are taken for 0; there is no dense_log.
     k: None: a support that is known beforehand. The objective is called once for all rows; its view
     holds log_p up to a constant of the row (0 for the largest listed id), no top ids ([P, 0]), and
     NaN for the entropy. A number: one forward product in chunks, and the whole view, as in
@@ -143,6 +143,11 @@ def _view(y: Tensor, ids: Tensor) -> RowView:
 
 def _checked(answer: RowGrad, ids: Tensor) -> Tensor:
     """at_ids [C, S] of an answer, 0 at padding; ValueError unless a renormalised loss says so."""
+    if answer.dense_log is not None:
+        raise ValueError(
+            "the objective's dense_log must be None, for it reaches ids outside the support: it is "
+            "not renormalised on its support; use linear_sparse_kl"
+        )
     g = torch.where(ids < 0, 0.0, answer.at_ids)  # what is said of padding counts nowhere
     if g.numel() == 0 or not looks_at_values(g):
         return g

@@ -4,6 +4,9 @@ A loss that is a function of {log p_v : v in S} has  dL/dz_v = g_v [v in S] - (s
 dL/d log p_v. So the gradient by a whole row of logits is one number per row times softmax, and S
 numbers.
 
+One that looks at the entropy of p, too, has a second number per row, times p_v log p_v: dH/dz_v =
+-p_v (log p_v + H).
+
 z stands for the mapped logits: see logit_map, whose slope is the last factor by the raw ones. The
 entries at S are final values that overwrite, never terms that are added: with a tail bucket g_v
 and its dense term are both near 1/r for a tail mass r near 0, and cancel. A sum in the output's
@@ -29,7 +32,7 @@ from logitcask.kernels.launch import (
     row_chunks,
     runs_triton,
 )
-from logitcask.kernels.logit_map import LOG2E, PLAIN, LogitMap, mapped, squashed
+from logitcask.kernels.logit_map import LN2, LOG2E, PLAIN, LogitMap, mapped, squashed
 
 
 def row_grad_reference(
@@ -39,18 +42,38 @@ def row_grad_reference(
     ids: Tensor,
     at_ids: Tensor,
     *,
+    dense_log: Tensor | None = None,
     n_vocab: int | None = None,
     logit_map: LogitMap = PLAIN,
 ) -> Tensor:
     """The specification of row_grad, in whole-tensor torch; float32, or the logits' float64."""
     z = logits.to(compute_dtype(logits.dtype))
-    softmax = (logit_map.apply(z) - log_sum_exp[:, None]).exp()
-    out = torch.where(dense[:, None] == 0, 0.0, dense[:, None] * softmax * logit_map.slope(z))
+    log_p = logit_map.apply(z) - log_sum_exp[:, None]
+    log = torch.zeros_like(dense) if dense_log is None else dense_log
+    dy = dense[:, None] * log_p.exp() + log[:, None] * p_log_p(log_p)
+    rests = (dense == 0) & (log == 0)
+    out = torch.where(rests[:, None], 0.0, dy * logit_map.slope(z))
     if n_vocab is not None:
         out[:, n_vocab:] = 0
     rows, slots = (ids >= 0).nonzero().unbind(1)
     out[rows, ids[rows, slots]] = at_ids[rows, slots].to(out.dtype)
     return out
+
+
+def p_log_p(log_p: Tensor) -> Tensor:
+    """p log p, any shape: 0 where p is, and NaN where log p is."""
+    p = log_p.exp()
+    return torch.where(p == 0, 0.0, p * log_p)
+
+
+@triton.jit
+def scaled_softmax(y, scale, log_scale, DENSE_LOG: tl.constexpr):  # type: ignore[no-untyped-def]
+    # scale p, with DENSE_LOG + log_scale p log2 p, y = log2 p.
+    p = tl.exp2(y)
+    if DENSE_LOG:
+        # Far below the bound p is 0 already; -inf would make NaN of it.
+        return (scale + log_scale * tl.maximum(y, -1000.0)) * p
+    return scale * p
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -59,6 +82,7 @@ def grad_row(  # type: ignore[no-untyped-def]
     out,  # [V]; may be logits itself
     lse,
     dense,
+    dense_log,  # unused unless DENSE_LOG
     ids,  # [n_ids] int64
     at_ids,  # [n_ids] float32
     n_vocab,
@@ -70,11 +94,16 @@ def grad_row(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     IDS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DENSE_LOG: tl.constexpr,
 ):
     scale = dense * slope
+    log_scale = dense_log * slope * LN2
     shift = lse * LOG2E
     offsets = tl.arange(0, TILE)
-    if scale == 0.0:
+    rests = scale == 0.0
+    if DENSE_LOG:
+        rests = rests & (log_scale == 0.0)
+    if rests:
         # Nothing but the listed ids: the row is not even read, so a NaN in it cannot get out.
         for start in range(0, n_columns, TILE):
             o = start + offsets
@@ -85,7 +114,8 @@ def grad_row(  # type: ignore[no-untyped-def]
         n_whole = (n_vocab // TILE) * TILE
         for start in range(0, n_whole, TILE):
             x = tl.load(logits + start + offsets).to(tl.float32)
-            dz = scale * tl.exp2(mapped(x, inner, outer, shift, SOFTCAP))
+            y = mapped(x, inner, outer, shift, SOFTCAP)
+            dz = scaled_softmax(y, scale, log_scale, DENSE_LOG)
             if SOFTCAP:
                 t = squashed(x, inner)
                 dz *= 1.0 - t * t
@@ -93,7 +123,8 @@ def grad_row(  # type: ignore[no-untyped-def]
         for start in range(n_whole, n_columns, TILE):
             o = start + offsets
             x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
-            dz = scale * tl.exp2(mapped(x, inner, outer, shift, SOFTCAP))
+            y = mapped(x, inner, outer, shift, SOFTCAP)
+            dz = scaled_softmax(y, scale, log_scale, DENSE_LOG)
             if SOFTCAP:
                 t = squashed(x, inner)
                 dz *= 1.0 - t * t
@@ -113,6 +144,7 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     out,  # [P, V], row stride `out_stride`; may be logits itself
     log_sum_exp,  # [P] float32
     dense,  # [P] float32
+    dense_log,  # [P] float32, read with DENSE_LOG alone
     ids,  # [P, n_ids] int64
     at_ids,  # [P, n_ids] float32
     stride,
@@ -126,14 +158,19 @@ def grad_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     IDS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DENSE_LOG: tl.constexpr,
 ):
     # One program per row.
     row = tl.program_id(0).to(tl.int64)
+    log_coefficient = 0.0
+    if DENSE_LOG:
+        log_coefficient = tl.load(dense_log + row)
     grad_row(
         logits + row * stride,
         out + row * out_stride,
         tl.load(log_sum_exp + row),
         tl.load(dense + row),
+        log_coefficient,
         ids + row * n_ids,
         at_ids + row * n_ids,
         n_vocab,
@@ -145,6 +182,7 @@ def grad_kernel(  # type: ignore[no-untyped-def]
         TILE,
         IDS,
         SOFTCAP,
+        DENSE_LOG,
     )
 
 
@@ -157,10 +195,11 @@ def grad_rows(
     out: Tensor,
     n_vocab: int,
     logit_map: LogitMap = PLAIN,
+    dense_log: Tensor | None = None,
 ) -> None:
     """row_grad without the checks: writes `out` [P, V]."""
     run = _grad_triton if runs_triton(logits) else _grad_torch
-    run(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_map)
+    run(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_map, dense_log)
 
 
 def _grad_triton(
@@ -172,6 +211,7 @@ def _grad_triton(
     out: Tensor,
     n_vocab: int,
     logit_map: LogitMap,
+    dense_log: Tensor | None,
 ) -> None:
     n_rows, n_columns = logits.shape
     n_ids = ids.shape[1]
@@ -184,6 +224,7 @@ def _grad_triton(
             out,
             log_sum_exp.float().contiguous(),
             dense.float().contiguous(),
+            (dense if dense_log is None else dense_log).float().contiguous(),
             ids.contiguous(),
             at_ids.float().contiguous(),
             logits.stride(0),
@@ -196,6 +237,7 @@ def _grad_triton(
             TILE=tile,
             IDS=min(1024, next_power_of_2(n_ids)),
             SOFTCAP=logit_map.softcap is not None,
+            DENSE_LOG=dense_log is not None,
             num_warps=8 if tile == TILE else 4,
             enable_fp_fusion=True,  # the default differs between versions of Triton
         )
@@ -210,6 +252,7 @@ def _grad_torch(
     out: Tensor,
     n_vocab: int,
     logit_map: LogitMap,
+    dense_log: Tensor | None,
 ) -> None:
     dtype = compute_dtype(logits.dtype)
     chunk_rows = cpu_chunk_rows(n_vocab)
@@ -221,10 +264,11 @@ def _grad_torch(
     )
     for rows in row_chunks(len(out), chunk_rows):
         out_c = out[rows, :n_vocab]
-        scale = dense[rows].to(dtype)
-        if logit_map.softcap is None:
-            scale = scale * logit_map.slope_at_0
-        if bool((scale == 0).all()):
+        by = 1.0 if logit_map.softcap is not None else logit_map.slope_at_0
+        scale = dense[rows].to(dtype) * by
+        log_scale = None if dense_log is None else dense_log[rows].to(dtype) * by
+        rests = scale == 0 if log_scale is None else (scale == 0) & (log_scale == 0)
+        if bool(rests.all()):
             out_c.zero_()
             continue
         dz = out_c if scratch is None else scratch[: out_c.shape[0]]
@@ -234,8 +278,12 @@ def _grad_torch(
         if not logit_map.is_plain:
             z = logit_map.apply(z.to(dtype))
         torch.sub(z, log_sum_exp[rows, None].to(dtype), out=dz)
-        dz.exp_().mul_(scale[:, None] if slope is None else scale[:, None] * slope)
-        dz.index_fill_(0, (scale == 0).nonzero()[:, 0], 0.0)  # 0 * NaN is NaN
+        factor = scale[:, None]
+        if log_scale is not None:
+            # Far below the bound p is 0 already; -inf would make NaN of it.
+            factor = factor + log_scale[:, None] * dz.clamp(min=-1000.0)
+        dz.exp_().mul_(factor if slope is None else factor * slope)
+        dz.index_fill_(0, rests.nonzero()[:, 0], 0.0)  # 0 * NaN is NaN
         if scratch is not None:
             out_c.copy_(dz)
     out[:, n_vocab:] = 0
@@ -250,15 +298,18 @@ def row_grad(
     ids: Tensor,
     at_ids: Tensor,
     *,
+    dense_log: Tensor | None = None,
     out: Tensor | None = None,
     n_vocab: int | None = None,
     logit_map: LogitMap = PLAIN,
 ) -> Tensor:
-    """out[r, v] = at_ids[r, j] if v = ids[r, j], else dense[r] * softmax(y[r])[v] * dy/dz[r, v].
+    """out[r, v] = at_ids[r, j] if v = ids[r, j], else (dense[r] + dense_log[r] log p) p dy/dz,
+    p = softmax(y[r])[v]; 0 where p is.
 
     y is logit_map of the logits z. Columns v >= n_vocab are 0. logits [P, V] as in row_stats;
-    log_sum_exp [P] from it; dense [P]; ids [P, S] int64, distinct in a row, -1 is padding; at_ids
-    [P, S], final values. A row whose dense is 0 is exactly 0 outside ids, whatever its logits hold.
+    log_sum_exp [P] from it; dense [P]; dense_log [P] or None for zeros; ids [P, S] int64, distinct
+    in a row, -1 is padding; at_ids [P, S], final values. A row whose dense and dense_log are 0 is
+    exactly 0 outside ids, whatever its logits hold.
     out: [P, V] floating to write into, of any row stride; logits itself is allowed. Left out: a new
     tensor in the logits' dtype. Not differentiable.
 
@@ -269,6 +320,8 @@ def row_grad(
     logit_map.check()
     check_row_vector(log_sum_exp, logits, "log_sum_exp")
     check_row_vector(dense, logits, "dense")
+    if dense_log is not None:
+        check_row_vector(dense_log, logits, "dense_log")
     check_ids(ids, logits, n_vocab)
     if at_ids.shape != ids.shape:
         raise ValueError(
@@ -286,5 +339,5 @@ def row_grad(
         check_logits(out, None, name="out")
         check_device(out, logits, "out")
     with torch.no_grad():
-        grad_rows(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_map)
+        grad_rows(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_map, dense_log)
     return out

@@ -12,7 +12,7 @@ from torch import Tensor
 from logitcask.kernels.fused_objective import FusedObjective
 from logitcask.kernels.fused_rows import fused_rows
 from logitcask.kernels.logit_map import PLAIN, LogitMap
-from logitcask.kernels.row_grad import grad_rows
+from logitcask.kernels.row_grad import grad_rows, p_log_p
 from logitcask.kernels.row_stats import scan_rows
 from logitcask.kernels.row_view import RowGrad, RowObjective, RowView, SparseLoss
 from logitcask.kernels.topk_select import group_size, select_rows
@@ -113,12 +113,16 @@ class RowLosses:
             return answer
         w = self.weight[rows]
         used = w != 0  # never 0 * NaN: a row of weight 0 adds exactly 0, whatever it holds
-        final = w[:, None] * (answer.at_ids + answer.dense_at_ids * log_p.exp())
+        final, dense_log = answer.at_ids + answer.dense_at_ids * log_p.exp(), None
+        if answer.dense_log is not None:
+            final = final + answer.dense_log[:, None] * p_log_p(log_p)
+            dense_log = torch.where(used, w * answer.dense_log, 0.0)
+        final = w[:, None] * final
         if not y.is_plain:
             final = final * y.slope(read.at_ids)
         final = torch.where(used[:, None], final, 0.0)
         dense = torch.where(used, w * answer.dense, 0.0)
-        grad_rows(logits, lse, dense, columns, final, out, n_vocab, y)
+        grad_rows(logits, lse, dense, columns, final, out, n_vocab, y, dense_log)
         return answer
 
     def ask(self, rows: slice, view: RowView) -> RowGrad:
@@ -149,6 +153,8 @@ def _check_answer(answer: RowGrad, log_p: Tensor) -> None:
         "dense_at_ids": (n_rows, n_ids),
     }
     got = {name: tuple(getattr(answer, name).shape) for name in shapes}
+    if answer.dense_log is not None:
+        got["dense_log"] = tuple(answer.dense_log.shape)
     got |= {f"metrics[{name!r}]": tuple(value.shape) for name, value in answer.metrics.items()}
     for name, shape in got.items():
         want = shapes.get(name, (n_rows,))

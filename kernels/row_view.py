@@ -43,6 +43,9 @@ class RowGrad(NamedTuple):
     """[C, S]: coefficient of p_v at the listed ids."""
     metrics: dict[str, Tensor]
     """name -> [C]. The same names for every chunk of rows."""
+    dense_log: Tensor | None = None
+    """[C]: coefficient of p_v log p_v at every id, listed or not, 0 where p_v is. It is what the
+    entropy H of p asks for: dH/dy_v = -p_v log p_v - H p_v. None: 0."""
 
 
 RowObjective = Callable[[RowView], RowGrad]

@@ -7,7 +7,8 @@ and topk_select before, row_grad after. A FusedObjective is computed inside them
     dL_r/dy_v = dense_r p_v                      v not listed
               = at_ids_v + dense_at_ids_v p_v    v listed
 
-and dy/dz is logit_map's, 1 for most models.
+each plus dense_log_r p_v log p_v where an objective looks at the entropy of p. dy/dz is
+logit_map's, 1 for most models.
 
 Gradients are made in the forward pass and handed over in the backward pass (see made_ahead), so
 nothing vocabulary-sized is kept but the gradient itself. There is no second and no double backward.
@@ -27,7 +28,7 @@ from logitcask.kernels.launch import (
 )
 from logitcask.kernels.logit_map import PLAIN, LogitMap
 from logitcask.kernels.made_ahead import attach_grads
-from logitcask.kernels.row_grad import row_grad_reference
+from logitcask.kernels.row_grad import p_log_p, row_grad_reference
 from logitcask.kernels.row_losses import RowLosses, RowRead, read_rows
 from logitcask.kernels.row_stats import row_stats_reference
 from logitcask.kernels.row_view import RowGrad, RowObjective, RowView, SparseLoss
@@ -67,11 +68,19 @@ def sparse_kl_reference(
     w = torch.ones_like(grad.loss) if row_weight is None else row_weight.to(grad.loss.dtype)
     used = w != 0  # a row of weight 0 adds exactly 0, whatever it holds
     loss = torch.where(used, w * grad.loss, 0.0).sum()
-    final = (grad.at_ids + grad.dense_at_ids * log_p.exp()) * logit_map.slope(at)
-    final = torch.where(used[:, None], w[:, None] * final, 0.0)
-    dense = torch.where(used, w * grad.dense, 0.0)
+    log = torch.zeros_like(grad.dense) if grad.dense_log is None else grad.dense_log
+    final = grad.at_ids + grad.dense_at_ids * log_p.exp() + log[:, None] * p_log_p(log_p)
+    final = torch.where(used[:, None], w[:, None] * final * logit_map.slope(at), 0.0)
+    dense, log = (torch.where(used, w * each, 0.0) for each in (grad.dense, log))
     d_logits = row_grad_reference(
-        logits, stats.log_sum_exp, dense, ids, final, n_vocab=n_vocab, logit_map=logit_map
+        logits,
+        stats.log_sum_exp,
+        dense,
+        ids,
+        final,
+        dense_log=log,
+        n_vocab=n_vocab,
+        logit_map=logit_map,
     )
     return SparseLoss(loss, grad.loss, grad.metrics), d_logits
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from logitcask.engine.objectives.columns import Step
 from logitcask.engine.objectives.modifiers import Importance
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.supports import LIVE
@@ -62,9 +63,10 @@ def beyond(objective: Objective, metrics: Mapping[str, Tensor], bounds: Bounds) 
     return value < bounds.min_coverage if name == COVERAGE else value > bounds.max_drift
 
 
-def left_out(skip: Tensor, *parts: Tensor) -> list[Tensor]:
+def left_out(skip: Tensor, step: Step) -> Step:
     """Zero in the rows of `skip` [C]."""
-    return [torch.where(skip.view(-1, *[1] * (part.dim() - 1)), 0.0, part) for part in parts]
+    parts = (part for part in step if part is not None)
+    return Step(*(torch.where(skip.view(-1, *[1] * (part.dim() - 1)), 0.0, part) for part in parts))
 
 
 def exceeded(

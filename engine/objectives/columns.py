@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.targets import Targets
+from logitcask.kernels.row_view import RowGrad
 
 
 class Step(NamedTuple):
@@ -16,6 +17,7 @@ class Step(NamedTuple):
     at_ids: Tensor
     dense: Tensor
     dense_at_ids: Tensor
+    dense_log: Tensor | None = None
 
     @classmethod
     def of_log_p(cls, loss: Tensor, at_ids: Tensor) -> "Step":
@@ -25,9 +27,20 @@ class Step(NamedTuple):
 
     def plus(self, other: "Step", factor: Tensor) -> "Step":
         """This and `factor` [C] times the other."""
-        shaped = (factor, factor[:, None], factor, factor[:, None])
-        pairs = zip(self, other, shaped, strict=True)
-        return Step(*(ours + by * theirs for ours, theirs, by in pairs))
+        by, dense_log = factor[:, None], self.dense_log
+        if other.dense_log is not None:
+            added = factor * other.dense_log
+            dense_log = added if dense_log is None else dense_log + added
+        return Step(
+            self.loss + factor * other.loss,
+            self.at_ids + by * other.at_ids,
+            self.dense + factor * other.dense,
+            self.dense_at_ids + by * other.dense_at_ids,
+            dense_log,
+        )
+
+    def answer(self, metrics: dict[str, Tensor]) -> RowGrad:
+        return RowGrad(**self._asdict(), metrics=metrics)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +57,8 @@ class Columns:
     """[C], log of the teacher's mass outside the support."""
     places: Tensor
     """[C, S] int64: where the ids stand in the live top-k; BEYOND where not at all."""
+    entropy: Tensor
+    """[C] nats, of the live student; NaN where the op has not seen the whole vocabulary."""
     rows: Targets
     """The same rows and columns."""
     support: str
@@ -53,7 +68,7 @@ class Columns:
 
     def only(self, on: Tensor) -> "Columns":
         """On another support; what is known of the teacher and not on it is outside."""
-        return columns_on(self.rows, self.log_p, self.places, on)
+        return columns_on(self.rows, self.log_p, self.places, self.entropy, on)
 
     def log_p_drawn(self) -> Tensor:
         """[C, S] log-prob of the drawn ids under the law that they were drawn from."""
@@ -78,9 +93,9 @@ class Columns:
 
 
 def columns_on(
-    rows: Targets, log_p: Tensor, places: Tensor, on: Tensor, support: str = ""
+    rows: Targets, log_p: Tensor, places: Tensor, entropy: Tensor, on: Tensor, support: str = ""
 ) -> Columns:
-    """`rows` against log_p [C, S] on the ids in `on`.
+    """`rows` against log_p [C, S] of a student of this entropy [C] on the ids in `on`.
 
     An id whose log-prob is -inf on either side leaves the support: no finite step of the student
     brings it closer. With a tail its mass goes there.
@@ -95,6 +110,7 @@ def columns_on(
         on=on,
         log_q_outside=torch.cat([tail, left], -1).logsumexp(-1),
         places=places,
+        entropy=entropy,
         rows=rows,
         support=support,
     )

@@ -271,6 +271,26 @@ class EntropyGate(Modifier):
 
 
 @dataclass(frozen=True)
+class EntropyBonus(Modifier):
+    """Adds -`coefficient` H(p), the live student's entropy over the whole vocabulary, so that it is
+    not pulled to a point. dH/dz_v = -p_v (log p_v + H): a gradient at every id.
+    """
+
+    name: ClassVar[str] = "entropy_bonus"
+    keeps_sum: ClassVar[bool] = False
+    coefficient: float = 0.01
+
+    def check(self, objective: "Objective") -> None:
+        _within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
+
+    def step(self, step: Step, columns: Columns) -> Step:
+        h = columns.entropy
+        zero, one = torch.zeros_like(step.at_ids), torch.ones_like(h)
+        added = Step(-h, zero, h, h[:, None].expand_as(zero), dense_log=one)
+        return step.plus(added, self.coefficient * one)
+
+
+@dataclass(frozen=True)
 class Prune(Modifier):
     """Rows weigh clip(1 - drop n, 0, 1) + floor, n the rows so far in their response in which the
     stored top-k of student and teacher share less than `overlap` (Prune-OPD, arXiv 2605.07804, its
@@ -333,6 +353,7 @@ MODIFIERS: dict[str, type[Modifier]] = {
         Importance,
         Clip,
         EntropyGate,
+        EntropyBonus,
         Prune,
         Stepwise,
         KeepEntropy,

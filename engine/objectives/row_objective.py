@@ -50,13 +50,13 @@ def row_objective(
         _check_live(objective, view, rows)
         places = rows.places(view.top_ids)
         on = SUPPORTS[objective.support](places, rows, objective.k)
-        columns = columns_on(rows, view.log_p, places, on, objective.support)
+        columns = columns_on(rows, view.log_p, places, view.entropy, on, objective.support)
         made = step_of(objective, columns)
         metrics = row_metrics(view, rows, k=metric_k, places=places)
         if (skip := beyond(objective, metrics, bounds)) is not None:
             metrics[SKIPPED] = skip.to(made.loss.dtype)
-            made = Step(*left_out(skip, *made))
-        return RowGrad(*made, metrics=metrics)
+            made = left_out(skip, made)
+        return made.answer(metrics)
 
     if is_fusable(objective) and not skips(objective, bounds):
         return fused(objective, targets, answer, metric_k)
@@ -107,8 +107,9 @@ def support_objective(objective: Objective, targets: Targets) -> tuple[Tensor, R
 
     def answer(view: RowView) -> RowGrad:
         rows = narrow.at(view.index)
-        columns = columns_on(rows, view.log_p, torch.full_like(rows.ids, BEYOND), rows.ids >= 0)
-        return RowGrad(*step_of(objective, columns), {})
+        places = torch.full_like(rows.ids, BEYOND)
+        columns = columns_on(rows, view.log_p, places, view.entropy, rows.ids >= 0)
+        return step_of(objective, columns).answer({})
 
     return narrow.ids, answer
 

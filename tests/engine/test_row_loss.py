@@ -112,6 +112,9 @@ def test_dense_products_only_where_the_form_demands_them(monkeypatch: pytest.Mon
         loss_of(objective, made(teacher_draws=name == "rs_kd"))
         assert used == want.get(name, dense), name
     used.clear()
+    loss_of(find_preset("opd+entropy_bonus", k=4).objective, made())
+    assert used == dense
+    used.clear()
     bounds = Bounds(action="skip")  # every row's coverage must be known
     loss_of(find_preset("opd", k=4).objective, made(), bounds=bounds)
     assert used == live
@@ -123,6 +126,21 @@ def test_opd_released_has_a_gradient_outside_its_support() -> None:
     assert not is_renormalised(PRESETS["opd_released"].objective)
     _, dz, _ = loss_of(find_preset("opd", k=4).objective, made())
     assert (dz != 0).sum(-1).max() <= 4
+
+
+@pytest.mark.parametrize("name", ["opd", "overlap", "forward_kl"])
+def test_an_entropy_bonus_reaches_states_and_head(name: str) -> None:
+    full = made()
+    weight = torch.rand(P, generator=torch.Generator().manual_seed(0)).double()
+    what = find_preset(f"{name}+entropy_bonus(coefficient=0.5)", k=4).objective
+    said, d_states, d_head = loss_of(what, full)
+    losses, dz = truth(find_preset(name, k=4).objective, full)
+    p, log_p = full.live.softmax(-1), full.live.log_softmax(-1)
+    h = -(p * log_p).sum(-1)
+    dz = weight[:, None] * (dz + 0.5 * p * (log_p + h[:, None]))
+    torch.testing.assert_close(said.loss.detach(), (weight * (losses - 0.5 * h)).sum())
+    torch.testing.assert_close(d_states, dz, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(d_head, dz.T @ full.live, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["opd", "teacher_topk"])

@@ -49,7 +49,8 @@ FLOAT = {"inner", "outer", "slope", "log_b", "log_1b"}
 ALIGNED = {n for n in INTEGER if "stride" in n} | {"n_vocab", "n_columns", "n_slots", "n_elements"}
 SCAN = {"ROWS": 32, "GROUP": 128, "GROUPS": True, "SOFTCAP": False}
 SELECT = {"K": 16, "GROUPS": 2048, "GROUP": 128, "ZERO_BITS": 16}
-GRAD = {"TILE": 4096, "IDS": 64, "SOFTCAP": False}
+GRAD = {"TILE": 4096, "IDS": 64, "SOFTCAP": False, "DENSE_LOG": False}
+ENTROPY = GRAD | {"DENSE_LOG": True}
 CAPPED = {"SOFTCAP": True}
 LISTED = {"TILE_S": 16, "TILE_D": 128}
 SEGMENT = {"TILE_N": 16, "TILE_D": 128}
@@ -78,6 +79,8 @@ CASES = [
     ("whole bf16, jsd, soft cap", objective_kernel, WHOLE | {"DIVERGENCE": "jsd"} | CAPPED, 8, {}),
     ("grad bf16", grad_kernel, GRAD, 8, {}),
     ("grad fp32", grad_kernel, GRAD, 8, FP32),
+    ("grad bf16, entropy", grad_kernel, ENTROPY, 8, {}),
+    ("grad bf16, entropy, soft cap", grad_kernel, ENTROPY | CAPPED, 8, {}),
     ("scale bf16", scale_kernel, {"TILE": 4096}, 8, {"x": "*bf16"}),
     ("dot bf16", dot_kernel, LISTED, 4, {"out": "*fp32"}),
     ("dot fp32", dot_kernel, LISTED, 4, {"hidden": "*fp32", "weight": "*fp32", "out": "*fp32"}),

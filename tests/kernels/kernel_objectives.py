@@ -117,6 +117,28 @@ def forward_kl_tail_closed(teacher: Teacher) -> RowObjective:
     return answer
 
 
+def plus_entropy(plain: RowObjective, factor: Tensor) -> RowObjective:
+    """Its loss plus factor [P] times H(p): dH/dy_v = -p_v log p_v - H p_v, at every id."""
+
+    def answer(view: RowView) -> RowGrad:
+        made, f = plain(view), factor[view.index].to(view.entropy.dtype)
+        h = f * view.entropy
+        return made._replace(
+            loss=made.loss + h,
+            dense=made.dense - h,
+            dense_at_ids=made.dense_at_ids - h[:, None],
+            dense_log=-f,
+        )
+
+    return answer
+
+
+def entropy_of(logits: Tensor, n_vocab: int | None = None) -> Tensor:
+    """[P] nats by log_softmax of whole rows; ids of logit -inf add nothing."""
+    log_p = logits[:, :n_vocab].log_softmax(-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+
+
 def full_vocab_loss(
     loss: Loss, logits: Tensor, teacher: Teacher, k: int, n_vocab: int | None = None
 ) -> Tensor:

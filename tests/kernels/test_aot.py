@@ -24,7 +24,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
 
 
 def test_nothing_spills_and_shared_memory_fits(compiled: dict[tuple[str, int], dict]) -> None:
-    assert len(compiled) == 39
+    assert len(compiled) == 41
     for row in compiled.values():
         assert row["stack"] == row["spill"] == 0, row
         # What one program may have on an A100, an H100 and a B200.
@@ -53,7 +53,7 @@ def test_rows_are_read_and_written_in_128_bit_words(
 def test_one_exponential_per_logit(compiled: dict[tuple[str, int], dict]) -> None:
     # 4096 logits on 256 threads are 16 a thread, in the main loop and again in the tail.
     for (name, _), row in compiled.items():
-        if name in ("scan bf16", "grad bf16"):
+        if name in ("scan bf16", "grad bf16", "grad bf16, entropy"):
             assert row["exp"] == 32, row
 
 
@@ -61,7 +61,7 @@ def test_instructions_per_logit(compiled: dict[tuple[str, int], dict]) -> None:
     # An H200 that reads 4.3 TB/s has about 13 issue slots a bf16 logit (132 cores, 128 lanes, 1.7
     # GHz), and twice as many a float32 one: beyond that a pass would be bound by instructions.
     bounds = {"scan bf16": 10.0, "scan bf16, no groups": 10.0, "scan fp32": 10.5}
-    bounds |= {"grad bf16": 6.5, "grad fp32": 6.5}
+    bounds |= {"grad bf16": 6.5, "grad fp32": 6.5, "grad bf16, entropy": 8.5}
     for (name, arch), row in compiled.items():
         if name in bounds and arch == 90:
             assert 1 < row["loop"] <= bounds[name], row

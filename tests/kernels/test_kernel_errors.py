@@ -31,6 +31,10 @@ def scalar_metric(view: RowView) -> RowGrad:
     return zeros(view)._replace(metrics={"gap": torch.zeros(())})
 
 
+def log_per_id(view: RowView) -> RowGrad:
+    return zeros(view)._replace(dense_log=torch.zeros_like(view.log_p))
+
+
 def grad(**changed: Any) -> Any:
     row = torch.ones(2)
     given = {"log_sum_exp": row, "dense": row, "ids": IDS, "at_ids": torch.zeros(2, 3)} | changed
@@ -112,6 +116,16 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: sparse_kl(Z, IDS, scalar_metric, k=2),
         ValueError,
         "the objective's metrics['gap'] has shape (), must be (2,)",
+    ),
+    "objective's dense_log": (
+        lambda: sparse_kl(Z, IDS, log_per_id, k=2),
+        ValueError,
+        "the objective's dense_log has shape (2, 3), must be (2,)",
+    ),
+    "dense_log per id": (
+        lambda: grad(dense_log=torch.ones(2, 3)),
+        ValueError,
+        "dense_log has shape (2, 3), must be [2]",
     ),
     "at_ids of other shape": (
         lambda: grad(at_ids=torch.zeros(2, 2)),

@@ -4,7 +4,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from kernel_objectives import LOSSES, make_teacher, objective
+from kernel_objectives import (
+    LOSSES,
+    entropy_of,
+    full_vocab_loss,
+    make_teacher,
+    objective,
+    plus_entropy,
+)
 from torch import Tensor
 
 from logitcask.kernels.row_grad import row_grad
@@ -87,6 +94,28 @@ def test_sparse_kl_equals_its_reference(
     assume(name != "forward_kl_tail" or want_grad.abs().max() < 10)
     assert torch.allclose(ours.row_loss, want.row_loss, atol=1e-4, rtol=1e-4)
     assert torch.allclose(z.grad, want_grad, atol=1e-4, rtol=1e-4)
+
+
+@few
+@given(problem=problems())
+def test_an_entropy_in_the_loss_equals_float64_autograd(
+    problem: tuple[Tensor, Tensor, int, int], device: str
+) -> None:
+    logits, ids, k, n_vocab = problem
+    listed = logits.gather(1, ids.clamp(min=0)).isfinite()
+    ids = ids.masked_fill(~listed, -1).to(device)
+    factor = torch.linspace(-1, 1, len(logits)).to(device)
+    teacher = make_teacher(ids)
+    loss = LOSSES["reverse_kl_renormalised"]
+    z = logits.to(device).requires_grad_()
+    answer = plus_entropy(objective(loss(teacher)), factor)
+    (grad,) = torch.autograd.grad(sparse_kl(z, ids, answer, k=k, n_vocab=n_vocab).loss, z)
+    exact_z, exact_teacher = z.detach().double().requires_grad_(), teacher.to(torch.float64)
+    rows = full_vocab_loss(loss(exact_teacher), exact_z, exact_teacher, k, n_vocab)
+    (want,) = torch.autograd.grad((rows + factor * entropy_of(exact_z, n_vocab)).sum(), exact_z)
+    step = torch.finfo(logits.dtype).eps * want.abs() + torch.finfo(logits.dtype).smallest_normal
+    assert ((grad - want).abs() <= step + 3e-5).all()
+    assert (grad[:, n_vocab:] == 0).all()
 
 
 def test_rows_past_two_to_the_31(device: str) -> None:

@@ -13,11 +13,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import HALF, KINDS_AND_DTYPES, assert_close, list_top, make_ids, make_logits, ulp
-from kernel_objectives import LOSSES, Teacher, full_vocab_loss, make_teacher, objective
+from kernel_objectives import (
+    LOSSES,
+    Teacher,
+    entropy_of,
+    full_vocab_loss,
+    make_teacher,
+    objective,
+    plus_entropy,
+)
 from torch import Tensor
 from vocab_parallel_rank import N_VOCAB, outcome, own, problem
 
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
+from logitcask.kernels.logit_map import PLAIN, LogitMap
 from logitcask.kernels.row_stats import row_stats, row_stats_reference
 from logitcask.kernels.shard_group import fingerprint
 from logitcask.kernels.sparse_kl import RowLosses, RowObjective, RowRead, SparseLoss, sparse_kl
@@ -46,12 +55,19 @@ def spread(widths: Sequence[int], n_vocab: int) -> list[tuple[slice, int]]:
     ]
 
 
-def merged(logits: Tensor, ids: Tensor, widths: Sequence[int], k: int, n_vocab: int) -> RowRead:
+def merged(
+    logits: Tensor,
+    ids: Tensor,
+    widths: Sequence[int],
+    k: int,
+    n_vocab: int,
+    logit_map: LogitMap = PLAIN,
+) -> RowRead:
     """What every rank would know of whole rows."""
     parts = []
     for columns, n_own in spread(widths, n_vocab):
         at = own_columns(ids, columns.start, n_own)
-        parts.append(read_shard(logits[:, columns], at, k, columns.start, n_own))
+        parts.append(read_shard(logits[:, columns], at, k, columns.start, n_own, logit_map))
     return merge_reads(parts, k)
 
 
@@ -63,14 +79,15 @@ def on_shards(
     n_vocab: int,
     k: int = K,
     row_weight: Tensor | None = None,
+    logit_map: LogitMap = PLAIN,
 ) -> tuple[SparseLoss, Tensor]:
     """Every rank's result, the same to the bit, and the gradients of their columns side by side."""
     logits = logits.detach()
-    read = merged(logits, ids, widths, k, n_vocab)
+    read = merged(logits, ids, widths, k, n_vocab, logit_map)
     grad = torch.full_like(logits, torch.nan)
     results = []
     for columns, n_own in spread(widths, n_vocab):
-        losses = RowLosses(ids, answer, k, row_weight, read.entropy.dtype)
+        losses = RowLosses(ids, answer, k, row_weight, read.entropy.dtype, logit_map)
         at, out = own_columns(ids, columns.start, n_own), grad[:, columns]
         if n_own == 0:
             out.zero_()
@@ -180,6 +197,35 @@ def test_loss_and_gradient_equal_full_vocabulary_autograd(
     assert_close(ours.loss, naive, exact, floor, "loss")
     rounding = ulp(exact_grad, dtype) if dtype in HALF else 0.0
     assert_close(grad, naive_grad, exact_grad, floor + rounding, "gradient")
+    assert (grad[:, N_OWN:] == 0).all()
+    assert (grad[2] == 0).all()
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("y", [PLAIN, LogitMap(scale=0.7, softcap=9.0)], ids=["plain", "capped"])
+def test_an_entropy_in_the_loss_is_that_of_whole_rows_on_every_shard(
+    widths: list[int], y: LogitMap, device: str
+) -> None:
+    """Every shard has the same coefficients, also where one has no mass at all."""
+    logits = make_logits("iid", 3, V, torch.float32)
+    logits[1, :400] = -torch.inf
+    logits = logits.to(device)
+    ids = list_top(make_ids(3, N_OWN, S).to(device), logits[:, :N_OWN], 4)
+    ids = ids.masked_fill(logits.gather(1, ids.clamp(min=0)).isinf(), -1)
+    teacher, loss = make_teacher(ids), LOSSES["reverse_kl_renormalised"]
+    weight = torch.tensor([1.0, 0.5, 0.0], device=device)
+    factor = torch.tensor([0.7, -0.3, 1.0], device=device)
+
+    def autograd(z: Tensor, t: Teacher) -> Tensor:
+        z = z.requires_grad_()
+        rows = full_vocab_loss(loss(t), y.apply(z), t, K, N_OWN)
+        rows = rows + factor * entropy_of(y.apply(z), N_OWN)
+        return torch.autograd.grad((weight * rows).sum(), z)[0]
+
+    answer = plus_entropy(objective(loss(teacher)), factor)
+    _, grad = on_shards(logits, ids, answer, widths, N_OWN, row_weight=weight, logit_map=y)
+    naive, exact = autograd(logits, teacher), autograd(logits.double(), teacher.to(torch.float64))
+    assert_close(grad, naive, exact, 8 * ulp(logits, torch.float32), "gradient")
     assert (grad[:, N_OWN:] == 0).all()
     assert (grad[2] == 0).all()
 

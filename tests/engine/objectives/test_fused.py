@@ -73,6 +73,7 @@ def test_what_the_kernels_do_not_know_stays_torch() -> None:
     assert fusable == ["overlap", "opd", "teacher_topk", "forward_kl", "gkd", "full_vocab"]
     rows = find_preset("opd+prune+keep_entropy").objective
     assert is_fusable(rows), "whole rows are weighed outside"
-    assert not is_fusable(find_preset("opd+entropy_gate").objective)
+    for added in ("entropy_gate", "entropy_bonus"):
+        assert not is_fusable(find_preset(f"opd+{added}").objective)
     skipping = row_objective(rows, full.targets, bounds=Bounds(action="skip"))
     assert not isinstance(skipping, FusedObjective)

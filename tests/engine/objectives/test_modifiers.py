@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives import PRESETS, Objective, find_preset
+from logitcask.engine.objectives import (
+    PRESETS,
+    Bounds,
+    Objective,
+    find_preset,
+    live_k,
+    row_objective,
+)
 from logitcask.engine.objectives.row_objective import is_renormalised
+from logitcask.kernels.sparse_kl import sparse_kl_reference
 from tests.engine.objectives.full_rows import Full, entropy, make_full, run
 
 P, V = 6, 24
@@ -327,6 +335,53 @@ def test_entropy_gate() -> None:
     a = at(log_q - log_p, full).detach()
     what = objective(f"sampled_token+entropy_gate(nats={gate},coefficient=0.7,k=8)")
     check(what, full, added - a, added - a * at(log_p, full), leaf)
+
+
+BONUSES = ("opd", "overlap", "opd_released", "sampled_token", "forward_kl", "eopd", "veto")
+
+
+@pytest.mark.parametrize("name", BONUSES)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 1000), coefficient=st.floats(1e-3, 2.0), barred=st.booleans())
+def test_entropy_bonus(name: str, seed: int, coefficient: float, barred: bool) -> None:
+    """Whatever the objective: its own loss and gradient, and those of -coefficient H(p)."""
+    full = rows(seed)
+    if barred:  # ids that the student excludes have no entropy, and no gradient
+        live = full.live.masked_fill(torch.arange(V) % 5 == 4, -math.inf)
+        full = replace(full, live=live)
+    plain, plain_dz = run(objective(name), full)
+    leaf = full.live.clone().requires_grad_()
+    log_p = leaf.log_softmax(-1)
+    h = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
+    (dh,) = torch.autograd.grad(h.sum(), leaf)
+    ours, dz = run(objective(f"{name}+entropy_bonus(coefficient={coefficient})"), full)
+    close(ours.row_loss, plain.row_loss - coefficient * h.detach())
+    close(dz, plain_dz - coefficient * dh)
+
+
+def test_entropy_bonus_keeps_its_gradient_whatever_stands_beside_it() -> None:
+    """Also in rows that bounds leave out: there it adds nothing."""
+    full = rows()
+    first, last = (
+        run(objective(f"opd+{name}"), full)[1]
+        for name in ("entropy_bonus+entropy_gate(nats=0)", "entropy_gate(nats=0)+entropy_bonus")
+    )
+    close(first, last)
+    what = objective("opd(k=16)+entropy_bonus(coefficient=1)")
+    metric = run(what, full)[0].metrics["cache/coverage"]
+    bounds = Bounds(action="skip", min_coverage=metric.median().item())
+    made = row_objective(what, full.targets, bounds=bounds)
+    _, dz = sparse_kl_reference(full.live, full.targets.ids, made, k=live_k(what, V))
+    out = metric < bounds.min_coverage
+    assert 0 < out.sum() < P
+    assert (dz[out] == 0).all()
+    close(dz[~out], run(what, full)[1][~out])
+
+
+@pytest.mark.parametrize("coefficient", [0.0, -1.0, math.inf])
+def test_entropy_bonus_refuses_what_is_no_bonus(coefficient: float) -> None:
+    with pytest.raises(ObjectiveError, match="coefficient = .* is not in"):
+        objective(f"opd+entropy_bonus(coefficient={coefficient})")
 
 
 @pytest.mark.parametrize("name", PRESETS)
