@@ -43,14 +43,15 @@ def ls(url: str, form: str) -> None:
 
     Layouts: rollouts with (student) or without (plain) the student's own scores; of a teacher's
     first scores those that name no id twice (once), a teacher's list alone (whole) or drawn ids
-    (sampled); and what widens scores that were there (wider).
+    (sampled); and what widens scores that were there (wider). Rollouts with ids that the student
+    drew are `mc`, and those of a grader's rewards end in `+reward`.
 
     Example: logitcask store ls ./store
     """
     from logitcask.engine.store import open_store
     from logitcask.engine.store.view import listing
 
-    print_table([_narrow(row, form) for row in listing(open_store(url).head())], form)
+    print_table([_narrow(row, form) for row in listing(open_store(url))], form)
 
 
 @store_command.command("verify")

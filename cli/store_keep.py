@@ -205,7 +205,7 @@ def _print_brought(brought: "Brought", form: str) -> None:
     {
         "prompts": ["chat_template"],
         "estimate": ["sample"],
-        "rollout": ["n", "max_new_tokens", "student_k", "mc_draws"],
+        "rollout": ["n", "max_new_tokens", "student_k", "mc_draws", "grader"],
         "score": ["k_min"],
         "run": MODEL_FLAGS,
     },

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from logitcask.engine.store.ragged import marked, rows, within
-from logitcask.engine.store.unit import DRAWN, LISTED, OTHERS, ROW
+from logitcask.engine.store.unit import DRAWN, LISTED, OTHERS, ROW, SEQUENCE
 from logitcask.engine.targets import BEYOND, Targets
 from logitcask.engine.types import Array
 
 
 def nothing(names: Collection[str]) -> dict[str, Array]:
     """A sequence without rows, of units that have these arrays: one token that is not looked at."""
-    groups = ROW | LISTED | OTHERS | DRAWN
+    groups = ROW | LISTED | OTHERS | DRAWN | {"reward": SEQUENCE["reward"]}
     return {
         **{name: np.zeros(0, dtype) for name, dtype in groups.items() if name in names},
         **{name: np.zeros(0, np.int64) for name in ("version", "position", "predict_at")},
@@ -72,7 +72,7 @@ def targets_of(flat: Mapping[str, Array]) -> Targets:
     column = np.arange(width)
     kept = flat["kept"].astype(np.int64)
     floats = ["weight", "q_log_tail", "q_entropy", "s_entropy", "s_lp", "b_lp", "q_token_lp"]
-    floats += ["base_token_lp"] if "base_token_lp" in flat else []
+    floats += [name for name in ("base_token_lp", "reward") if name in flat]
     return Targets(
         token=tensor(token),
         ids=tensor(ids[:, :width]),

@@ -103,6 +103,12 @@ class Rollout(Section):
         "replacement, and kept with its log-probs for objectives on Monte Carlo ids; 0 = none. "
         "Costs a second pass of the student over its responses.",
     )
+    grader: str = Field(
+        "",
+        description="Who gives each response a reward in [0, 1] that is stored with it: exact = "
+        'its last \\boxed{}, "Answer:", "####" or line is the prompt\'s "answer"; or '
+        "MODULE:FUNCTION, installed code called with (prompt, response). Empty = no rewards.",
+    )
     unit_prompts: int = Field(
         0,
         ge=0,

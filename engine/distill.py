@@ -19,6 +19,7 @@ from logitcask.engine.jobs import (
     backend,
     eval_plan,
     find_objective,
+    grading_of,
     student_and_prompts,
     train_settings,
 )
@@ -75,6 +76,7 @@ def distill(
     )
     for line in exactness.lines():
         notice(line)
+    grading = grading_of(config.rollout, model, prompts)
     evaluation = eval_plan(config.eval, config.run, model, template)
     store = open_store(config.store.url, create=True)
     scorer = backend(teacher, config.run)
@@ -94,6 +96,7 @@ def distill(
             seed=config.run.seed,
             student_k=config.rollout.student_k,
             mc_draws=config.rollout.mc_draws,
+            grader=config.rollout.grader,
         ),
         "unit_prompts": config.rollout.unit_prompts,
         "teacher": teacher.digest,
@@ -115,7 +118,7 @@ def distill(
     identity["store"] = store.uuid
     course = Course(
         rows=lambda student: Rounds(
-            student, config, store, model, prompts, template, teacher, scorer, width, run
+            student, config, store, model, prompts, template, teacher, scorer, width, run, grading
         ),
         updates=loop.rounds * loop.updates_per_round,
         objective=preset,

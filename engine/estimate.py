@@ -23,6 +23,7 @@ import logitcask.engine.store.schema as schema
 import logitcask.engine.store.segment as segments
 from logitcask.engine.backends.scoring import Sheet, row_logits
 from logitcask.engine.errors import IncompleteError
+from logitcask.engine.grade import Grading
 from logitcask.engine.rollout import UNIT_POSITIONS, draw, mc_request
 from logitcask.engine.types import (
     Array,
@@ -77,6 +78,7 @@ def estimate(
     sample: int = 4096,
     student_k: int = 16,
     mc_draws: int = 0,
+    grading: Grading | None = None,
     k_min: int = 16,
     seed: int = 0,
     progress: Progress = silent,
@@ -86,7 +88,9 @@ def estimate(
     Raises IncompleteError where no response has a token.
     """
     progress("estimate", 0, 3)
-    rolled, sampling_s = _roll(student, prompts, sampling, sample, student_k, mc_draws, seed)
+    rolled, sampling_s = _roll(
+        student, prompts, sampling, sample, student_k, mc_draws, grading, seed
+    )
     progress("estimate", 1, 3)
     start = time.monotonic()
     teacher.score(rolled, ScoreRequest(k_min=k_min, k_max=max(k_min, 64)))
@@ -128,6 +132,7 @@ def _roll(
     sample: int,
     student_k: int,
     mc_draws: int,
+    grading: Grading | None,
     seed: int,
 ) -> tuple[Rollouts, float]:
     """(rollouts of about so many positions with the student's lists, seconds they took)."""
@@ -148,6 +153,8 @@ def _roll(
     own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
     own_draws = draw(student, rolled, mc_request(mc_draws, seed)) if mc_draws else None
     rolled = replace(rolled, student=student.score(rolled, own), draws=own_draws)
+    if grading is not None:
+        rolled = replace(rolled, reward=grading.rewards(rolled).astype(np.float32))
     return rolled, time.monotonic() - start
 
 
@@ -205,8 +212,7 @@ def _rows(rolled: Rollouts, seen: _Seen, k_min: int, total: float) -> Iterator[d
     student = IdLists(cnt=own.cnt, ids=own.ids)
     for name, profile in codecs.PROFILES.items():
         arrays = rollout_arrays.encode(rolled, profile)
-        which = schema.STUDENT if rolled.draws is None else schema.MC
-        rollout_bytes = _bytes(arrays, which, profile, total)
+        rollout_bytes = _bytes(arrays, rollout_arrays.layout_of(rolled), profile, total)
         for k_max in K_MAX:
             for top_p in TOP_P:
                 kept = _kept(seen, top_p, min(k_min, k_max), k_max)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from logitcask.engine.backends.base import Sampler
-from logitcask.engine.grade import Grader
+from logitcask.engine.grade import Decode, Grader, Grading
 from logitcask.engine.identity import digest
 from logitcask.engine.rundir import MetricsFile
 from logitcask.engine.trainer import gathered
@@ -52,8 +52,7 @@ class EvalPlan:
     sampling: SamplingParams
     grader: Grader
     grader_name: str
-    decode: Callable[[list[int]], str]
-    """Token ids -> text without special tokens."""
+    decode: Decode
     sampler: Callable[[nn.Module], Sampler]
     """Over a student in training: it samples with the weights of the moment."""
     seed: int = 0
@@ -112,14 +111,9 @@ def _graded(
     rolled = sampler.generate(
         prompts, plan.sampling, seed=plan.seed, version=version, progress=silent
     )
-    rewards = [
-        plan.grader(prompts[of], plan.decode(rolled.tokens[start:end].tolist()))
-        for of, start, end in zip(
-            rolled.seq_prompt, rolled.seq_off[:-1], rolled.seq_off[1:], strict=True
-        )
-    ]
+    grading = Grading(name=plan.grader_name, grader=plan.grader, decode=plan.decode)
     stopped = int((rolled.finish == STOP).sum())
-    return np.array(rewards).reshape(-1, n), rolled.positions, stopped
+    return grading.rewards(rolled).reshape(-1, n), rolled.positions, stopped
 
 
 def standard_error(values: Array) -> float | None:

@@ -6,18 +6,42 @@ code of the user's own, imported when it is asked for: as trusted as the configu
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from logitcask.engine.errors import ConfigError, GraderError, PromptError
-from logitcask.engine.types import Prompt
+from logitcask.engine.types import Array, Prompt, Rollouts
 
 Grader = Callable[[Prompt, str], float]
 """(prompt, response text without special tokens) -> reward in [0, 1]."""
 
+Decode = Callable[[list[int]], str]
+"""Token ids -> text without special tokens."""
+
 EXACT = "exact"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grading:
+    """Who gives sampled responses their rewards, and how it reads them."""
+
+    name: str
+    grader: Grader
+    decode: Decode
+
+    def rewards(self, rollouts: Rollouts) -> Array:
+        """[N] float64 in [0, 1], of every response. Raises GraderError with the prompt's id."""
+        off = rollouts.seq_off
+        rewards = [
+            self.grader(rollouts.prompts[of], self.decode(rollouts.tokens[start:end].tolist()))
+            for of, start, end in zip(rollouts.seq_prompt, off[:-1], off[1:], strict=True)
+        ]
+        return np.asarray(rewards, np.float64)
 
 
 def open_grader(name: str, prompts: Sequence[Prompt]) -> Grader:

@@ -33,7 +33,7 @@ from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.evaluate import EvalPlan
-from logitcask.engine.grade import open_grader
+from logitcask.engine.grade import Decode, Grading, open_grader
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset, warnings
 from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
@@ -51,6 +51,7 @@ from logitcask.engine.types import ModelRef, Progress, Prompt, silent
 def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutReport:
     """`logitcask rollout`. Prompts are read and checked before any weight is loaded."""
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
+    grading = grading_of(job.rollout, model, prompts)
     store = open_store(job.store.url, create=True)
     return rollout(
         store,
@@ -62,6 +63,7 @@ def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutRepor
         seed=job.run.seed,
         student_k=job.rollout.student_k,
         mc_draws=job.rollout.mc_draws,
+        grading=grading,
         unit_prompts=job.rollout.unit_prompts or None,
         profile=job.store.profile,
         lineage_extra={"chat_template": template},
@@ -113,6 +115,7 @@ def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
     )
     check_identity(model.lineage(), teacher)
     return estimate(
+        grading=grading_of(job.rollout, model, prompts),
         teacher=backend(teacher, job.run),
         student=backend(model, job.run),
         prompts=prompts,
@@ -185,7 +188,7 @@ def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
 def run_probe(
     job: ProbeJob, objectives: Sequence[str] = (), *, progress: Progress = silent
 ) -> list[Bin]:
-    """`logitcask probe metrics`; `objectives` as --objective has them; bin 0 is all rows."""
+    """`logitcask probe metrics`; `objectives` as --objective takes them; bin 0 is all rows."""
     found = {text: find_preset(text).objective for text in objectives}
     store = open_store(job.store.url)
     pin = store.head() if job.probe.pin is None else pin_of(store, job.probe.pin)
@@ -248,21 +251,36 @@ def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> Eval
     prompts = _read(
         settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval."
     )
-
-    def decode(ids: list[int]) -> str:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
     return EvalPlan(
         prompts=prompts,
         sampling=settings.sampling(),
         grader=open_grader(settings.grader, prompts),
         grader_name=settings.grader,
-        decode=decode,
+        decode=_decoder(tokenizer),
         sampler=lambda student: live_backend(student, model, run),
         seed=run.seed,
         every=settings.every,
     )
+
+
+def grading_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> Grading | None:
+    """Who gives responses their rewards, as [rollout] says; None where it names nobody.
+
+    Raises as open_grader does.
+    """
+    if not rollout.grader:
+        return None
+    grader = open_grader(rollout.grader, prompts)
+    decode = _decoder(load_tokenizer(model.path))
+    return Grading(name=rollout.grader, grader=grader, decode=decode)
+
+
+def _decoder(tokenizer: Any) -> Decode:
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    return decode
 
 
 def _read(

@@ -13,6 +13,7 @@ from typing import Any
 
 from logitcask.engine.backends.base import Sampler, Scorer
 from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.grade import Grading
 from logitcask.engine.identity import digest
 from logitcask.engine.store import Pin, Segment, Store
 from logitcask.engine.teachers import check_scorer
@@ -46,6 +47,8 @@ class RolloutReport:
     """Response tokens of a sequence; 0 where no unit was new."""
     stopped_share: float
     """Share of sequences that ended in a stop token."""
+    mean_reward: float | None = None
+    """Of a sequence; None where no grader is named or no unit was new."""
 
 
 def rollout(
@@ -60,6 +63,7 @@ def rollout(
     seed: int = 0,
     student_k: int = 16,
     mc_draws: int = 0,
+    grading: Grading | None = None,
     unit_prompts: int | None = None,
     profile: str = "default",
     progress: Progress = silent,
@@ -73,14 +77,15 @@ def rollout(
 
     scorer: the student as a scorer; left out, the sampler is one too. student_k: how many of its
     own best ids a row keeps. mc_draws: ids that it draws on every row beside the sampled token,
-    from its full softmax at temperature 1. unit_prompts: prompts of a unit; left out, as many as
-    can reach UNIT_POSITIONS. profile: how entry log-probs are stored. first, count: only so many
-    prompts, in order from `first` and on with prompt 0 after the last; left out, from `first` to
-    the last. versions: other versions of the student may be under this name already, as in a
-    distillation loop. run: the loop, recorded and part of what the name stands for. lineage_extra:
-    more that each segment is to record.
+    from its full softmax at temperature 1. grading: who gives each response its reward.
+    unit_prompts: prompts of a unit; left out, as many as can reach UNIT_POSITIONS. profile: how
+    entry log-probs are stored. first, count: only so many prompts, in order from `first` and on
+    with prompt 0 after the last; left out, from `first` to the last. versions: other versions of
+    the student may be under this name already, as in a distillation loop. run: the loop, recorded
+    and part of what the name stands for. lineage_extra: more that each segment is to record.
     Raises IdentityError where `name` holds other prompts, sampling, students or units, ConfigError
-    for a scorer that cannot draw what mc_draws asks for.
+    for a scorer that cannot draw what mc_draws asks for, GraderError where the grader fails: of
+    that unit nothing is committed.
     """
     start_s = time.monotonic()
     if scorer is None:
@@ -95,8 +100,16 @@ def rollout(
             f"unit_prompts={unit_prompts}, first={first}, count={count} of {len(prompts)} prompts",
             remedy="Take at least one prompt a unit, and a range that lies within the prompts.",
         )
+    grader = "" if grading is None else grading.name
     set_digest = prompt_set_digest(
-        prompts, model, sampling, seed=seed, student_k=student_k, mc_draws=mc_draws, run=run
+        prompts,
+        model,
+        sampling,
+        seed=seed,
+        student_k=student_k,
+        mc_draws=mc_draws,
+        grader=grader,
+        run=run,
     )
     ranges = [
         (at, min(unit_prompts, end - at))
@@ -120,6 +133,7 @@ def rollout(
             "seed": seed,
             "student_k": student_k,
             **({"mc_draws": mc_draws} if mc_draws else {}),
+            **({"grader": grader} if grader else {}),
             "template": model.template_digest,
         },
         "student": model.lineage(),
@@ -134,10 +148,16 @@ def rollout(
     there = pin.unit_keys()
     missing = {key: unit for key, unit in units.items() if key not in there}
     positions = sequences = stopped = 0
+    rewarded = 0.0
     for done, (key, unit) in enumerate(missing.items()):
         progress("rollout", len(units) - len(missing) + done, len(units))
         part = prompts[unit["first"] : unit["first"] + unit["count"]]
         rolled = sampler.generate(part, sampling, seed=seed, version=model.version, progress=silent)
+        if grading is not None:
+            # Before the student's own scores: what a grader refuses costs no more than sampling.
+            rewards = grading.rewards(rolled)
+            rolled = replace(rolled, reward=rewards.astype("float32"))
+            rewarded += float(rewards.sum())
         own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
         drawn = draw(scorer, rolled, mc_request(mc_draws, seed)) if mc_draws else None
         rolled = replace(rolled, student=scorer.score(rolled, own), draws=drawn)
@@ -157,6 +177,7 @@ def rollout(
         seconds=time.monotonic() - start_s,
         mean_length=positions / max(1, sequences),
         stopped_share=stopped / max(1, sequences),
+        mean_reward=rewarded / sequences if grading is not None and sequences else None,
     )
 
 
@@ -173,6 +194,7 @@ def prompt_set_digest(
     seed: int,
     student_k: int,
     mc_draws: int = 0,
+    grader: str = "",
     run: Mapping[str, Any] | None = None,
 ) -> str:
     """What a name of rollouts stands for, beside the root of its student."""
@@ -186,6 +208,7 @@ def prompt_set_digest(
             "student_k": student_k,
             # Only where there are any: sets that were made before there could be keep their digest.
             **({"mc_draws": mc_draws} if mc_draws else {}),
+            **({"grader": grader} if grader else {}),
             **({"run": dict(run)} if run else {}),
         }
     )

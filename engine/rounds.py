@@ -13,6 +13,7 @@ from torch import nn
 
 from logitcask.engine.batches import Ahead
 from logitcask.engine.config import RunConfig
+from logitcask.engine.grade import Grading
 from logitcask.engine.jobs import live_backend
 from logitcask.engine.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.rollout import rollout
@@ -38,9 +39,10 @@ class Rounds:
         scorer: Any,
         width: int,
         run: Mapping[str, Any],
+        grading: Grading | None = None,
     ) -> None:
         """`student` is the model in training, on its device; `width` the packed rows of an update;
-        `run` what the name of the rollouts stands for.
+        `run` what the name of the rollouts stands for; `grading` who gives responses rewards.
         """
         self._student = student
         self._config = config
@@ -52,6 +54,7 @@ class Rounds:
         self._scorer = scorer
         self._width = width
         self._run = run
+        self._grading = grading
         self._sampler = live_backend(student, model, config.run)
         self._made: tuple[RowSource, list[Plan]]
         self._ahead = Ahead(self._make)
@@ -103,6 +106,7 @@ class Rounds:
             seed=config.run.seed,
             student_k=config.rollout.student_k,
             mc_draws=config.rollout.mc_draws,
+            grading=self._grading,
             unit_prompts=config.rollout.unit_prompts or None,
             profile=config.store.profile,
             first=round_number * count % len(self._prompts),

@@ -73,8 +73,7 @@ class Targets:
     base_token_lp: Tensor | None = None
     """[P] float32, of the sampled token."""
     reward: Tensor | None = None
-    """[P] float32, the reward of the row's sequence; NaN where it has none. None where the store
-    holds none."""
+    """[P] float32, the reward of the row's sequence, in [0, 1]. None where the store holds none."""
 
     def __len__(self) -> int:
         return len(self.token)
@@ -126,4 +125,5 @@ _REMEDIES = {
     "q_draws": "score with --entry-kind sampled and --draws",
     "base_log_p": "score the rollouts with the base model (--role base), and name it with --base",
     "base_token_lp": "score the rollouts with the base model (--role base), name it with --base",
+    "reward": "sample with --grader",
 }

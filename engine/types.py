@@ -242,6 +242,8 @@ class Rollouts:
     """The student's scores of its own rollouts (temperature 1, unfiltered); None before."""
     draws: Draws | None = None
     """What else it drew on every row (Monte Carlo ids); None where it was not asked to."""
+    reward: Array | None = None
+    """[N] float32 in [0, 1], what a grader gave each response; None where none was asked."""
     segment: str = ""
     """seg_id of the segment that they were read from; empty for new ones."""
 

@@ -280,7 +280,7 @@ class EntropyBonus(Modifier):
     keeps_sum: ClassVar[bool] = False
     coefficient: float = 0.01
 
-    def check(self, objective: "Objective") -> None:
+    def check(self, objective: Parts) -> None:
         _within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
 
     def step(self, step: Step, columns: Columns) -> Step:

@@ -54,6 +54,8 @@ def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
         _check_prompt(prompt)
     if fault := _log_prob_fault(rollouts.b_lp):
         raise StoreError(f"rollouts.b_lp holds {fault}", remedy=RESAMPLE)
+    if rollouts.reward is not None:
+        _check_reward(rollouts.reward, sequences)
     if rollouts.student is not None:
         if rollouts.student.at_lp is not None or rollouts.student.mult is not None:
             raise StoreError(
@@ -92,6 +94,20 @@ def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:
         )
     if fault := _log_prob_fault(draws.lp):
         raise StoreError(f"rollouts.draws.lp holds {fault}", remedy=RESAMPLE)
+
+
+def _check_reward(reward: Array, sequences: int) -> None:
+    if reward.shape != (sequences,):
+        raise StoreError(
+            f"rollouts.reward has shape {reward.shape}, not ({sequences},)", remedy=RESAMPLE
+        )
+    # NaN is in no interval.
+    wrong = reward[~((reward >= 0) & (reward <= 1))]
+    if len(wrong):
+        raise StoreError(
+            f"rollouts.reward holds {wrong[0]}, and a reward is a number in [0, 1]",
+            remedy="this is a fault of the grader: correct it and roll the unit out again",
+        )
 
 
 def vocabulary(lineage: Mapping[str, Any]) -> int:

@@ -165,7 +165,7 @@ class Reader:
         return self._student_lists(found)
 
     def _student_lists(self, base: Segment) -> IdLists | None:
-        if base.layout == schema.PLAIN:
+        if "s_ids" not in schema.specs(base.layout):
             return None
         lists = self.read_arrays(base, ("s_cnt", "s_ids"))
         try:

@@ -50,6 +50,8 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
         "version_start": rollouts.version_start.astype(np.int64),
         "version_end": rollouts.version_end.astype(np.int64),
     }
+    if (reward := rollouts.reward) is not None:
+        arrays["reward"] = reward.astype(np.float32)
     student = rollouts.student
     if student is None:
         return arrays
@@ -69,6 +71,15 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
         "mc_mult": draws.mult.astype(np.uint16),
         "mc_lp": draws.lp.astype(np.float32),
     }
+
+
+def layout_of(rollouts: Rollouts) -> str:
+    """Of the segment that holds them."""
+    if rollouts.student is None:
+        layout = schema.PLAIN
+    else:
+        layout = schema.STUDENT if rollouts.draws is None else schema.MC
+    return layout + ("" if rollouts.reward is None else schema.REWARD)
 
 
 EXTENT = ("prompt_json", "prompt_off", "seq_prompt", "seq_off")
@@ -178,5 +189,6 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "")
         version_end=arrays["version_end"],
         student=student,
         draws=draws,
+        reward=arrays.get("reward"),
         segment=segment,
     )

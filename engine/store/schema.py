@@ -22,11 +22,17 @@ KINDS = (ROLLOUT, SCORE)
 STUDENT, PLAIN, MC = "student", "plain", "mc"
 """Layouts of a rollout segment: with or without the student's own scores, or with them and with ids
 that it drew."""
+REWARD = "+reward"
+"""Ends the name of each of them where every sequence carries its reward."""
 ONCE, WHOLE, SAMPLED, WIDER = "once", "whole", "sampled", "wider"
 """Layouts of a score segment. `once` leaves out what the student's list already names, `whole`
 holds a teacher's list alone, `sampled` holds drawn ids with how often each was drawn, and `wider`
 holds what it adds to the segments of the same teacher on the same rollouts before it."""
-LAYOUTS = {ROLLOUT: (STUDENT, PLAIN, MC), SCORE: (ONCE, WHOLE, SAMPLED, WIDER)}
+_ROLLED = (STUDENT, PLAIN, MC)
+LAYOUTS = {
+    ROLLOUT: (*_ROLLED, *(layout + REWARD for layout in _ROLLED)),
+    SCORE: (ONCE, WHOLE, SAMPLED, WIDER),
+}
 
 POSITION_CHUNK = 32768
 ENTRY_CHUNK = 131072
@@ -108,6 +114,7 @@ _MC = {
     "mc_mult": Spec("uint16", "D", chunk=ENTRY_CHUNK),
     "mc_lp": Spec("float32", "D", chunk=ENTRY_CHUNK),
 }
+_REWARD = {"reward": Spec("float32", "N")}
 _ENTRIES = {
     "log_tail": Spec("float32", "P"),
     "cnt": Spec("uint16", "P"),
@@ -130,6 +137,7 @@ _SPECS = {
     },
     WIDER: _ENTRIES | _KEPT | {"rank_fix": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
 }
+_SPECS |= {layout + REWARD: _SPECS[layout] | _REWARD for layout in _ROLLED}
 COUNTS = {
     STUDENT: ("M", "N", "P", "T", "J", "E"),
     PLAIN: ("M", "N", "P", "T", "J"),
@@ -139,6 +147,7 @@ COUNTS = {
     SAMPLED: ("N", "P", "E"),
     WIDER: ("N", "P", "E"),
 }
+COUNTS |= {layout + REWARD: COUNTS[layout] for layout in _ROLLED}
 """The counts that a record of each layout carries."""
 
 

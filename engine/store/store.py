@@ -57,7 +57,7 @@ class Store(Reader):
         """
         new = commit.draft(
             schema.ROLLOUT,
-            _layout_of(unit_rollouts),
+            rollouts.layout_of(unit_rollouts),
             profile,
             name=name,
             unit_key=unit_key,
@@ -157,12 +157,6 @@ class Store(Reader):
 
     def _commit(self, arrays: Mapping[str, Array], new: Segment, **found: Any) -> Segment:
         return commit.commit_arrays(self.medium, self.log, arrays, replace(new, **found))
-
-
-def _layout_of(unit_rollouts: Rollouts) -> str:
-    if unit_rollouts.student is None:
-        return schema.PLAIN
-    return schema.STUDENT if unit_rollouts.draws is None else schema.MC
 
 
 def open_store(url: str | Path, *, create: bool = False) -> Store:

@@ -51,7 +51,7 @@ OTHERS = {
 """Arrays [E], the other ids."""
 DRAWN = {"mc_ids": "uint32", "mc_mult": "uint16", "mc_lp": "float32"}
 """Arrays [D], ids that the student drew, in these lists or not."""
-SEQUENCE = {"seq_prompt": "uint32", "version": "int64"}
+SEQUENCE = {"seq_prompt": "uint32", "version": "int64", "reward": "float32"}
 """Arrays [N]."""
 OFFSETS = {"seq_off": "N", "prompt_off": "M", "s_off": "P", "t_off": "P", "mc_off": "P"}
 """Arrays int64, one longer than what they cut."""
@@ -65,9 +65,11 @@ DTYPES = {
     "prompt_tokens": "uint32",
 }
 OF_DRAWS = {"mc_cnt", "mc_off", *DRAWN}
+OF_REWARD = {"reward"}
 OF_SAMPLED = {"t_mult"}
 OF_BASE = {"base_token_lp", "s_base", "t_base"}
-"""Only where the student drew ids, where the teacher did, where there is a base model."""
+"""Only where the student drew ids, where responses have rewards, where the teacher drew ids, where
+there is a base model."""
 
 
 class Unit:
@@ -91,6 +93,8 @@ class Unit:
             if offset in of:
                 cut = slice(int(of[offset][a]), int(of[offset][b]))
                 part |= {name: of[name][cut] for name in group if name in of}
+        if "reward" in of:
+            part["reward"] = np.full(b - a, of["reward"][index], np.float32)
         tokens = of["prompt_tokens"][start:end]
         return part | {
             "version": np.full(b - a, of["version"][index], np.int64),
@@ -104,7 +108,9 @@ class Unit:
 def dtypes_of(rollout: Segment, chain: Chain, base: Chain = ()) -> dict[str, str]:
     """The arrays of a unit, name -> dtype, from what the log says alone."""
     absent: set[str] = set()
-    absent |= set() if rollout.layout == schema.MC else OF_DRAWS
+    held = schema.specs(rollout.layout)
+    absent |= set() if "mc_cnt" in held else OF_DRAWS
+    absent |= set() if "reward" in held else OF_REWARD
     absent |= set() if chain[0].layout == schema.SAMPLED else OF_SAMPLED
     absent |= set() if base else OF_BASE
     return {name: dtype for name, dtype in DTYPES.items() if name not in absent}
@@ -154,6 +160,8 @@ def unit_of(
     if (draws := rollouts.draws) is not None:
         arrays |= {"mc_cnt": draws.cnt, "mc_off": starts(draws.cnt)}
         arrays |= {"mc_ids": draws.ids, "mc_mult": draws.mult, "mc_lp": draws.lp}
+    if rollouts.reward is not None:
+        arrays["reward"] = rollouts.reward
     if scores.mult is not None:
         arrays["t_mult"] = scores.mult
     if base is not None:

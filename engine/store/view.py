@@ -3,13 +3,16 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
+import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.store.layout import kept_lists
 from logitcask.engine.store.pin import Pin
 from logitcask.engine.store.ragged import starts
 from logitcask.engine.store.segment import Segment
 from logitcask.engine.store.store import Store
-from logitcask.engine.types import LENGTH, STOP
+from logitcask.engine.types import LENGTH, STOP, Array
 
 
 def summary(store: Store) -> dict[str, Any]:
@@ -28,10 +31,27 @@ def summary(store: Store) -> dict[str, Any]:
         "tags": store.log.tags(),
         "unscored_segments": len(rollouts) - scored,
         "sequences": sum(s.counts["N"] for s in rollouts),
+        "mean_reward": _mean_rewards(store, rollouts),
         "positions": positions,
         "bytes": committed_bytes(pin.segments),
         "bytes_per_position": bytes_per_position(pin),
     }
+
+
+def _mean_rewards(store: Store, rollouts: Iterable[Segment]) -> dict[str, float]:
+    """Mean over sequences for each name whose rollouts carry rewards."""
+    found: dict[str, list[Array]] = {}
+    for segment in rollouts:
+        if (reward := rewards_of(store, segment)) is not None and len(reward):
+            found.setdefault(segment.name, []).append(reward)
+    return {name: float(np.concatenate(each).mean(dtype=float)) for name, each in found.items()}
+
+
+def rewards_of(store: Store, segment: Segment) -> Array | None:
+    """[N] float32, of whose files only theirs is read; None where the segment holds none."""
+    if "reward" not in schema.specs(segment.layout):
+        return None
+    return store.read_arrays(segment, ("reward",))["reward"]
 
 
 def committed_bytes(segments: Iterable[Segment]) -> int:
@@ -51,9 +71,14 @@ def bytes_per_position(pin: Pin) -> dict[str, float]:
     return {"total": rollout + score, "rollout": rollout, "score": score}
 
 
-def listing(pin: Pin) -> list[dict[str, Any]]:
-    """One mapping per visible segment, in the order of commits."""
-    return listing_of(pin.segments)
+def listing(store: Store) -> list[dict[str, Any]]:
+    """One mapping per visible segment of the newest state, in the order of commits."""
+    segments = store.head().segments
+    rewards = [rewards_of(store, segment) for segment in segments]
+    return [
+        {**row, "mean_reward": None if found is None or not len(found) else float(found.mean())}
+        for row, found in zip(listing_of(segments), rewards, strict=True)
+    ]
 
 
 def listing_of(segments: Iterable[Segment]) -> list[dict[str, Any]]:
@@ -84,6 +109,7 @@ def asked(segment: Segment) -> str:
         of = lineage.get("set", {})
         told = [f"version {segment.unit['version']}"]
         told += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
+        told += [f"grader {of['grader']}"] if "grader" in of else []
         return ", ".join(told)
     request = lineage.get("request", {})
     if not request:
@@ -165,6 +191,7 @@ def shown(
         "prompt": prompt.id,
         "prompt_tokens": list(prompt.token_ids),
         "version": int(data.version_start[index]),
+        **({} if data.reward is None else {"reward": float(data.reward[index])}),
         "finish": {STOP: "stop", LENGTH: "length"}.get(finish, str(finish)),
         "rows": table,
     }

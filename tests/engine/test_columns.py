@@ -1,5 +1,6 @@
 """Columns of a row: every id that a list, a draw or the sample names has one, with its numbers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,22 @@ def test_sequences_and_positions_count_from_zero(tmp_path: Path) -> None:
     assert part.position is not None
     assert part.mc_count is None
     assert part.position.tolist() == [1, 1]
+
+
+def test_a_row_has_the_reward_of_its_sequence(tmp_path: Path) -> None:
+    unit = make_unit(0, lengths=[3, 1, 4, 0, 5, 2])
+    reward = np.asarray([0, 0.25, 1, 0.5, 0.75, 0.125], np.float32)
+    graded = replace(unit, rollouts=replace(unit.rollouts, reward=reward))
+    store = make_store(tmp_path / "s", [graded])
+    members = np.asarray([[0, 4], [0, 3], [0, 0]])
+    for cache in (None, UnitCache(tmp_path / "c")):
+        source = RowSource(store, store.head(), "main", "big", cache=cache)
+        found = source.row(members).targets.reward
+        assert found is not None
+        assert (found.dtype, found.tolist()) == (torch.float32, [0.75] * 5 + [0.0] * 3)
+        empty = source.row(members[:0]).targets.reward
+        assert empty is not None
+        assert empty.shape == (0,)
 
 
 def test_a_row_without_sequences_has_the_fields_of_the_others(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from logitcask.engine import identity
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.errors import ConfigError, GraderError, IdentityError
+from logitcask.engine.grade import Grading
 from logitcask.engine.rollout import (
     UNIT_POSITIONS,
     draw,
@@ -177,10 +178,11 @@ def test_keys_change_with_whatever_changes_the_data(model: ModelRef) -> None:
         key(seed=1),
         key(student_k=6),
         key(mc_draws=8),
+        key(grader="exact"),
         unit_key("s", model, 0, 2),
     ]
-    assert len({base, *others}) == 10
-    assert key(mc_draws=0) == base, "sets from before there were draws keep their digest"
+    assert len({base, *others}) == 11
+    assert key(mc_draws=0, grader="") == base, "sets from before there were any keep their digest"
 
 
 def test_draws_are_of_the_students_law_and_stored_with_its_log_probs(
@@ -210,6 +212,65 @@ def test_draws_are_of_the_students_law_and_stored_with_its_log_probs(
     assert np.array_equal(again.mult, found.draws.mult)
     of_teacher = dataclasses.replace(mc_request(draws, seed), seed=seed)
     assert not np.array_equal(hf.score(found, of_teacher).mult, found.draws.mult)
+
+
+class Thirds:
+    """Rewards the share of ids that three divides, fails at prompt `bad`, and counts its calls."""
+
+    def __init__(self, bad: str = "") -> None:
+        self.bad, self.calls = bad, 0
+
+    def __call__(self, prompt: Prompt, text: str) -> float:
+        self.calls += 1
+        if prompt.id == self.bad:
+            raise GraderError(f"grader thirds on prompt {prompt.id!r}", remedy="mend it")
+        return thirds([int(word) for word in text.split()])
+
+    def grading(self) -> Grading:
+        return Grading(
+            name="thirds", grader=self, decode=lambda ids: " ".join(str(each) for each in ids)
+        )
+
+
+def thirds(ids: list[int]) -> float:
+    return sum(each % 3 == 0 for each in ids) / max(1, len(ids))
+
+
+def test_every_response_is_graded_once(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+    grader = Thirds()
+    report = run(tmp_path / "s", hf, model, grading=grader.grading())
+    store = open_store(tmp_path / "s")
+    want, got = [], []
+    for segment in store.head().rollouts("main"):
+        unit = store.read_rollouts(segment)
+        assert segment.layout == "student+reward"
+        assert segment.lineage["set"]["grader"] == "thirds"
+        assert unit.reward is not None
+        got += unit.reward.tolist()
+        cuts = np.split(unit.tokens, unit.seq_off[1:-1])
+        want += [np.float32(thirds(ids.tolist())) for ids in cuts]
+    assert got == want
+    assert len(set(got)) > 1
+    assert grader.calls == len(got) == 2 * len(PROMPTS)
+    assert report.mean_reward == pytest.approx(np.mean(want))
+    again = run(tmp_path / "s", hf, model, grading=grader.grading())
+    assert (again.units_new, again.mean_reward, grader.calls) == (0, None, len(got))
+
+
+def test_a_unit_whose_grader_fails_is_not_committed(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    with pytest.raises(GraderError, match="on prompt 'p3'"):
+        run(tmp_path / "s", hf, model, grading=Thirds("p3").grading())
+    assert [unit["first"] for _, _, unit in contents(tmp_path / "s")] == [0]
+    assert run(tmp_path / "s", hf, model, grading=Thirds().grading()).units_new == 2
+
+
+def test_rollouts_with_and_without_rewards_do_not_mix(whole: Path, hf: HF, model: ModelRef) -> None:
+    grader = Thirds()
+    with pytest.raises(IdentityError, match="grader = None, not 'thirds'"):
+        run(whole, hf, model, grading=grader.grading())
+    assert grader.calls == 0
 
 
 def test_draws_of_a_sampler_that_cannot_are_refused_before_it_samples(

@@ -1,5 +1,6 @@
 """Makes golden_v1.tar.xz, a store of every layout and profile, and golden_v1_mc.tar.xz, of the
-layout that came later, as the version of their day wrote them: files that are there stay.
+layout that came later, golden_v1_reward.tar.xz of those with rewards, as the version of their day
+wrote them: files that are there stay.
 
     python -m tests.engine.store.golden        (in the repository's root)
 
@@ -24,6 +25,8 @@ from tests.engine.store.test_widen import teacher_of
 FILE = Path(__file__).with_name("golden_v1.tar.xz")
 FILE_MC = Path(__file__).with_name("golden_v1_mc.tar.xz")
 
+FILE_REWARD = Path(__file__).with_name("golden_v1_reward.tar.xz")
+
 
 def digests(store: Store) -> dict[str, str]:
     """What every visible segment, with what it builds on, decodes to."""
@@ -42,6 +45,7 @@ def digests(store: Store) -> dict[str, str]:
             arrays = [r.tokens, r.seq_off, r.b_lp, r.loss_mask, r.version_start, r.finish, *own]
             if (d := r.draws) is not None:
                 arrays += [d.cnt, d.ids, d.mult, d.lp]
+            arrays += [] if r.reward is None else [r.reward]
             prompts = [(p.id, p.token_ids, p.answer, dict(p.extra)) for p in r.prompts]
             found[segment.seg_id] = sha(prompts, *(a.tobytes() for a in arrays))
     for name in pin.names("score"):
@@ -86,6 +90,15 @@ def fill_mc(path: Path) -> Store:
     return store
 
 
+def fill_reward(path: Path) -> Store:
+    store = open_store(path, create=True)
+    for seed, profile in enumerate(PROFILES, 1):
+        commit_rollouts(store, seed, student=True, reward=True, profile=profile)
+    commit_rollouts(store, 11, reward=True)
+    commit_rollouts(store, 12, draws=True, reward=True)
+    return store
+
+
 def with_mult(scores: object, drawn: list[int]) -> object:
     from dataclasses import replace
 
@@ -95,7 +108,7 @@ def with_mult(scores: object, drawn: list[int]) -> object:
 
 
 def main() -> None:
-    for file, make in ((FILE, fill), (FILE_MC, fill_mc)):
+    for file, make in ((FILE, fill), (FILE_MC, fill_mc), (FILE_REWARD, fill_reward)):
         if file.exists():
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -45,7 +45,12 @@ def make_draws(seed: int, rows: int, draws: int = 6) -> Draws:
 
 
 def make_rollouts(
-    seed: int, *, sequences: int = 6, student: bool = True, draws: bool = False
+    seed: int,
+    *,
+    sequences: int = 6,
+    student: bool = True,
+    draws: bool = False,
+    reward: bool = False,
 ) -> Rollouts:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 9, sequences)
@@ -78,6 +83,7 @@ def make_rollouts(
         version_end=rng.integers(5, 9, sequences).astype(np.int64),
         student=scores,
         draws=make_draws(seed, rows) if draws else None,
+        reward=rng.random(sequences, np.float32) if reward else None,
     )
 
 
@@ -115,6 +121,7 @@ def make_scores(seed: int, rollouts: Rollouts) -> Scores:
 def commit_rollouts(store: Store, seed: int, unit_key: str = "", **other: object) -> Segment:
     draws = bool(other.pop("draws", False))
     student = bool(other.pop("student", False)) or draws
+    reward = bool(other.pop("reward", False))
     arguments = {
         "name": "main",
         "unit_key": unit_key or key("rollout", seed),
@@ -122,7 +129,7 @@ def commit_rollouts(store: Store, seed: int, unit_key: str = "", **other: object
         "lineage": ROLLOUT_LINEAGE,
     }
     return store.commit_rollouts(
-        make_rollouts(seed, student=student, draws=draws), **(arguments | other)
+        make_rollouts(seed, student=student, draws=draws, reward=reward), **(arguments | other)
     )
 
 

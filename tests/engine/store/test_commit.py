@@ -44,7 +44,8 @@ def same_rollouts(got: Rollouts, want: Rollouts, how: Profile) -> None:
     assert got.prompts == want.prompts
     for field in fields(Rollouts):
         if field.name not in ("prompts", "student", "draws", "segment"):
-            ours, theirs = getattr(got, field.name), getattr(want, field.name)
+            # No reward is an array of None.
+            ours, theirs = (np.asarray(getattr(each, field.name)) for each in (got, want))
             assert ours.dtype == theirs.dtype
             assert np.array_equal(ours, theirs), field.name
     assert (got.draws is None) == (want.draws is None)
@@ -78,10 +79,11 @@ def same_scores(got: CachedScores, want: Scores, how: Profile, lists: Scores | N
 
 @pytest.mark.parametrize("name", PROFILES)
 @pytest.mark.parametrize("student", [True, False])
+@pytest.mark.parametrize("reward", [True, False])
 @pytest.mark.parametrize("sequences", [0, 1, 7])
-def test_round_trip(store: Store, name: str, student: bool, sequences: int) -> None:
+def test_round_trip(store: Store, name: str, student: bool, sequences: int, reward: bool) -> None:
     draws = student and sequences != 1
-    rollouts = make_rollouts(3, sequences=sequences, student=student, draws=draws)
+    rollouts = make_rollouts(3, sequences=sequences, student=student, draws=draws, reward=reward)
     base = store.commit_rollouts(
         rollouts,
         name="main",
@@ -90,7 +92,8 @@ def test_round_trip(store: Store, name: str, student: bool, sequences: int) -> N
         lineage=ROLLOUT_LINEAGE,
         profile=name,
     )
-    assert base.layout == ("mc" if draws else "student" if student else "plain")
+    layout = "mc" if draws else "student" if student else "plain"
+    assert base.layout == layout + ("+reward" if reward else "")
     same_rollouts(store.read_rollouts(base), rollouts, profile(name))
     scores = make_scores(4, rollouts)
     held = commit_scores(store, base, 4, profile=name)

@@ -8,7 +8,7 @@ import pytest
 
 from logitcask.engine.store import Store, open_store, schema
 from logitcask.engine.store.verify import verify
-from tests.engine.store.golden import FILE, FILE_MC, digests
+from tests.engine.store.golden import FILE, FILE_MC, FILE_REWARD, digests
 from tests.engine.store.made import commit_rollouts
 
 
@@ -27,7 +27,11 @@ def opened(golden: Path) -> Store:
     return open_store(golden / "cask")
 
 
-@pytest.mark.parametrize(("file", "segments"), [(FILE, 15), (FILE_MC, 4)], ids=["first", "mc"])
+@pytest.mark.parametrize(
+    ("file", "segments"),
+    [(FILE, 15), (FILE_MC, 4), (FILE_REWARD, 6)],
+    ids=["first", "mc", "reward"],
+)
 def test_everything_decodes_to_what_it_was(tmp_path: Path, file: Path, segments: int) -> None:
     golden = unpacked(file, tmp_path)
     want = json.loads((golden / "digests.json").read_text())
@@ -42,7 +46,9 @@ def test_they_hold_every_layout_and_profile(golden: Path, tmp_path: Path) -> Non
     later = opened(unpacked(FILE_MC, tmp_path / "later")).head().segments
     assert {s.layout for s in later} == {schema.MC}
     assert {s.profile for s in later} == {s.profile for s in held}
-    held += later
+    rewarded = opened(unpacked(FILE_REWARD, tmp_path / "rewarded")).head().segments
+    assert {s.profile for s in rewarded} == {s.profile for s in held}
+    held += later + rewarded
     assert {s.layout for s in held} == {x for kind in schema.LAYOUTS.values() for x in kind}
     assert {s.profile for s in held} == {"default", "compact", "interop", "raw32"}
     assert {s.generation for s in held} == {0, 1}

@@ -96,6 +96,24 @@ def test_draws_that_no_student_made_are_refused(
     assert not store.head().segments
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.25, 1.0001])
+def test_a_reward_that_is_none_is_refused(tmp_path: Path, wrong: float) -> None:
+    made = make_rollouts(1, reward=True)
+    assert made.reward is not None
+    bad = made.reward.copy()
+    bad[1] = wrong
+    with pytest.raises(StoreError, match=r"rollouts\.reward holds .* in \[0, 1\]"):
+        checks.check_rollouts(replace(made, reward=bad))
+    with pytest.raises(StoreError, match=r"reward has shape \(5,\), not \(6,\)"):
+        checks.check_rollouts(replace(made, reward=made.reward[1:]))
+    store = open_store(tmp_path / "s", create=True)
+    segment = commit_rollouts(store, 1, reward=True)
+    arrays = store.read_arrays(segment)
+    store.check_arrays(segment, arrays, ())
+    with pytest.raises(IntegrityError, match="contradict each other"):
+        store.check_arrays(segment, arrays | {"reward": bad}, ())
+
+
 @pytest.mark.parametrize("name", ["mc_cnt", "mc_ids", "mc_mult", "mc_lp"])
 def test_a_strangers_draws_are_looked_at_as_a_commit_looks(tmp_path: Path, name: str) -> None:
     store = open_store(tmp_path / "s", create=True)

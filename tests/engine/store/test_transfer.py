@@ -32,7 +32,7 @@ def filled(store: Store) -> Store:
     at = widen.ask_at(store.read_scores((first,)))
     commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
     commit_scores(store, base, 2, scores=teacher.score(9, student), name="other")
-    commit_rollouts(store, 5)
+    commit_rollouts(store, 5, reward=True)
     return store
 
 
@@ -40,6 +40,9 @@ def same(ours: Store, theirs: Store) -> None:
     """Units, content and order of reading."""
     a, b = ours.head(), theirs.head()
     assert {s.unit_key: s.seg_id for s in a.segments} == {s.unit_key: s.seg_id for s in b.segments}
+    for x, y in zip(a.rollouts("main"), b.rollouts("main"), strict=True):
+        mine, other = ours.read_rollouts(x).reward, theirs.read_rollouts(y).reward
+        assert np.array_equal(np.asarray(mine), np.asarray(other))
     for name in b.names("score"):
         for base, chain in b.scores(name).items():
             x, y = ranked(ours.read_scores(a.scores(name)[base])), ranked(theirs.read_scores(chain))

@@ -1,0 +1,92 @@
+"""`--grader` of rollouts as it is typed: what is stored, shown, and refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.engine.row_source import RowSource
+from logitcask.engine.store import open_store
+from tests.cli.conftest import ROLL, SCORE, UNITS, World
+
+GRADER = """
+def even(prompt, response):
+    return float(sum(map(ord, response)) % 2 == 0)
+
+def never(prompt, response):
+    raise KeyError(response)
+"""
+
+
+@pytest.fixture(autouse=True)
+def grading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "our_grading.py").write_text(GRADER)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_rewards_are_stored_and_shown(world: World, call: Any) -> None:
+    store = world.new("store")
+    report = call(f"{ROLL} {store} --grader our_grading:even --format json").json
+    opened = open_store(world.at(store))
+    units = [opened.read_rollouts(s) for s in opened.head().rollouts("main")]
+    rewards = np.concatenate([np.asarray(unit.reward) for unit in units])
+    assert set(rewards.tolist()) == {0.0, 1.0}
+    mean = pytest.approx(rewards.mean(dtype=float))
+    assert report["mean_reward"] == mean
+    assert call(f"store info {store} --format json").json["mean_reward"] == {"main": mean}
+    rows = call(f"store ls {store} --format json").json
+    assert [row["mean_reward"] for row in rows] == [np.mean(unit.reward) for unit in units]
+    assert "grader our_grading:even" in rows[0]["asked"]
+    for i in range(4):
+        shown = call(f"store show {store} --sequence {i} --format json").json
+        assert shown["reward"] == rewards[i]
+    assert call(f"store verify {store} --deep").code == 0
+    assert call(f"{SCORE} {store}").code == 0
+    rows = call(f"store ls {store} --format json").json
+    assert [row["mean_reward"] for row in rows[UNITS:]] == [None] * UNITS
+
+
+def test_stores_without_rewards_say_so(world: World, call: Any) -> None:
+    assert call("store info @st --format json").json["mean_reward"] == {}
+    assert "reward" not in call("store show @st --format json").json
+
+
+def test_a_loop_grades_its_rounds(world: World, call: Any) -> None:
+    store, out = world.new("store"), world.new("out")
+    loop = f"distill @d.toml --set store.url={world.at(store)} --set run.out={world.at(out)}"
+    assert call(f"{loop} --set rollout.grader=our_grading:even").code == 0
+    opened = open_store(world.at(store))
+    source = RowSource(opened, opened.head(), "main", "big")
+    assert len(source.pairs) == 2
+    for ordinal, (segment, _) in enumerate(source.pairs):
+        reward = np.asarray(opened.read_rollouts(segment).reward)
+        found = source.row(np.asarray([[ordinal, 1]])).targets.reward
+        assert found is not None
+        assert set(found.tolist()) == {float(reward[1])}
+    call(loop).refused(1, "prompts", "of this run's own")
+
+
+def test_an_estimate_counts_the_bytes_of_rewards(call: Any) -> None:
+    estimate = "store estimate @teacher @p.jsonl --student @student --no-chat-template --n 2 "
+    estimate += "--max-new-tokens 6 --device cpu --format json"
+    found = [call(f"{estimate} {more}").json for more in ("", "--grader our_grading:even")]
+    plain, graded = (each["rows"][0]["bytes_rollout"] for each in found)
+    assert plain < graded
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "cause", "remedy"),
+    [
+        ("--grader exact", 1, "'p0' has no answer", "MODULE:FUNCTION"),
+        ("--grader nearly", 2, "grader 'nearly'", "--grader exact"),
+        ("--grader our_grading:never", 1, "on prompt 'p0': KeyError", "mend the grader"),
+    ],
+)
+def test_graders_that_cannot_grade(
+    world: World, call: Any, flags: str, code: int, cause: str, remedy: str
+) -> None:
+    store = world.new("store")
+    call(f"{ROLL} {store} {flags}").refused(code, cause, remedy)
+    if world.at(store).exists():
+        assert not open_store(world.at(store)).head().segments
