@@ -185,7 +185,7 @@ def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
 def run_probe(
     job: ProbeJob, objectives: Sequence[str] = (), *, progress: Progress = silent
 ) -> list[Bin]:
-    """`logitcask probe metrics`; `objectives` as --objective takes them; the first bin is all rows."""
+    """`logitcask probe metrics`; objectives as --objective takes them; the first bin is all rows."""
     found = {text: find_preset(text).objective for text in objectives}
     store = open_store(job.store.url)
     pin = store.head() if job.probe.pin is None else pin_of(store, job.probe.pin)
