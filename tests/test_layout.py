@@ -45,6 +45,7 @@ ENGINE_LAYERS = [
     ["row_source"],
     ["batches"],
     ["metrics"],
+    ["metrics_released"],
     ["objectives.supports", "objectives.divergences", "objectives.columns"],
     ["objectives.outside"],
     ["objectives.modifiers"],

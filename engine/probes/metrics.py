@@ -2,7 +2,8 @@
 
 The numbers are those that training logs at the same weights on the same rows: both take them from
 the same kernel, by the same functions, and average over rows by the loss mask. A loss is the
-objective's own, of every row, before anything weighs rows.
+objective's own, of every row, before anything weighs rows. What the paper's released code logs
+instead is shown beside them, each mean pooled over rows as it is there.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from logitcask.engine.batches import PlannedRows
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.heads import head_map
 from logitcask.engine.metrics import METRICS
+from logitcask.engine.metrics_released import METRICS_RELEASED, Pair, released_metrics
 from logitcask.engine.objectives import Objective, live_k, row_objective
 from logitcask.engine.row_source import PackedRow
 from logitcask.engine.student import head_weight, hidden_states, inner_model
@@ -39,7 +41,7 @@ class Bin:
     rows: int
     """Of loss mask above 0."""
     means: Mapping[str, float | None]
-    """name -> mean over these rows, nats where it is one; None without rows."""
+    """name -> mean over these rows, nats where it is one; None where nothing is counted."""
 
 
 @torch.no_grad()
@@ -59,7 +61,7 @@ def probe(
     counted, ObjectiveError where the store lacks what an objective looks at.
     """
     model.to(device).eval()
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Pair]] = {}
     weight: list[Tensor] = []
     position: list[Tensor] = []
     for index in range(len(rows)):
@@ -69,10 +71,13 @@ def probe(
         assert row.targets.position is not None, "rows of a store have one"
         weight.append(row.targets.weight.cpu())
         position.append(row.targets.position.cpu())
-        for name, values in _row(model, row, objectives, n_vocab).items():
-            found.setdefault(name, []).append(values.cpu())
+        for name, pair in _row(model, row, objectives, n_vocab).items():
+            found.setdefault(name, []).append(pair)
     progress("probe", len(rows), len(rows))
-    every = {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
+    every = {
+        name: tuple(torch.cat(part).cpu().double().numpy() for part in zip(*pairs, strict=True))
+        for name, pairs in found.items()
+    }
     w, at = torch.cat(weight).double().numpy(), torch.cat(position).numpy()
     if not (w > 0).any():
         raise IncompleteError(
@@ -87,16 +92,20 @@ def probe(
 
 def _row(
     model: nn.Module, row: PackedRow, objectives: Mapping[str, Objective], n_vocab: int
-) -> dict[str, Tensor]:
-    """name -> [P]: the metrics, and the losses as `loss/NAME`."""
+) -> dict[str, Pair]:
+    """name -> [P] sum, [P] count: the metrics, and the losses as `loss/NAME`."""
     states = hidden_states(model, row.input_ids, row.position_ids)[row.predict_at]
-    found: dict[str, Tensor] = {}
+    found: dict[str, Pair] = {}
     for name, objective in (objectives or {"": ONLY_METRICS}).items():
         asked = row_objective(objective, row.targets)
 
         def answer(view: RowView, asked: Any = asked) -> RowGrad:
             made: RowGrad = asked(view)
-            return made._replace(metrics={**made.metrics, "loss": made.loss})
+            pairs = released_metrics(view, row.targets.at(view.index))
+            flat = {
+                f"{name} {i}": part for name, pair in pairs.items() for i, part in enumerate(pair)
+            }
+            return made._replace(metrics={**made.metrics, **flat, "loss": made.loss})
 
         metrics = linear_sparse_kl(
             states,
@@ -107,16 +116,19 @@ def _row(
             n_vocab=n_vocab,
             logit_map=head_map(inner_model(model).config),
         ).metrics
-        found |= {each: metrics[each] for each in METRICS}
+        one = torch.ones_like(metrics["loss"])
+        found |= {each: (metrics[each], one) for each in METRICS}
+        found |= {each: (metrics[f"{each} 0"], metrics[f"{each} 1"]) for each in METRICS_RELEASED}
         if name:
-            found[f"loss/{name}"] = metrics["loss"]
+            found[f"loss/{name}"] = (metrics["loss"], one)
     return found
 
 
-def _bin(start: int, end: int, every: Mapping[str, Array], weight: Array) -> Bin:
+def _bin(start: int, end: int, every: Mapping[str, tuple[Array, ...]], weight: Array) -> Bin:
     counted = weight > 0
-    means = {
-        name: float(np.average(values[counted], weights=weight[counted])) if counted.any() else None
-        for name, values in every.items()
-    }
+    means: dict[str, float | None] = {}
+    for name, pair in every.items():
+        # A row that is not counted may hold anything, NaN too.
+        total, count = (float(weight[counted] @ part[counted]) for part in pair)
+        means[name] = total / count if count > 0 else None
     return Bin(start=start, end=end, rows=int(counted.sum()), means=means)

@@ -112,3 +112,16 @@ def test_rows_that_are_masked_are_not_measured(case: tuple[Store, ModelRef]) -> 
     rows: Any = Masked(rows_of(store))
     with pytest.raises(IncompleteError, match="no row of these rollouts is counted"):
         probe(load_student(model), rows, objectives={}, n_vocab=99)
+
+
+def test_what_the_released_code_logs_is_pooled_over_rows(case: tuple[Store, ModelRef]) -> None:
+    """Its masses are those of Eq.9-10 with the rows left out that have no overlap, in every bin."""
+    store, model = case
+    every, *parts = probe(load_student(model), rows_of(store), objectives={}, n_vocab=99, bins=3)
+    assert 0 < (every.means["overlap/empty_share"] or 0) < 1
+    for each in (every, *parts):
+        share = 1 - (each.means["overlap/empty_share"] or 0)
+        for side in ("student", "teacher"):
+            mass, released = (each.means[f"overlap/mass_{side}{s}"] for s in ("", "_released"))
+            assert mass is not None
+            assert released == (pytest.approx(mass / share) if share else None)
