@@ -1,0 +1,108 @@
+"""The presets with modifiers as formulas of one row, written from their papers.
+
+Each goes from the log-probs [V] of whole vocabularies and the ids that a store holds to (loss, what
+autograd descends). They share no line with the engine; `full_rows.truth` has the other presets.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.engine.objectives.full_rows import entropy, ranking
+
+
+@dataclass(frozen=True)
+class Row:
+    """Log-probs [V] are float64; those of the student are differentiable."""
+
+    p: Tensor
+    q: Tensor
+    b: Tensor
+    """Of the base model."""
+    then: Tensor
+    """Of the student that sampled."""
+    y: int
+    """The sampled id."""
+    known: list[int]
+    """Ids that were scored."""
+    kept: list[int]
+    """The teacher's list."""
+    draws: dict[int, int]
+    """Ids that the student drew -> how often."""
+
+    def top(self, k: int) -> list[int]:
+        """Today's, as far as they were scored, best first."""
+        return [v for v in ranking(self.p.detach())[:k] if v in self.known]
+
+    def coarse(self, x: Tensor, ids: list[int]) -> Tensor:
+        """Log-probs at ids, and of all others together."""
+        rest = [v for v in range(len(x)) if v not in ids]
+        return torch.cat([x[ids], x[rest].logsumexp(0)[None]]) if rest else x[ids]
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    return (a.exp() * (a - b)).sum()
+
+
+def drawn(row: Row, a: Tensor) -> tuple[Tensor, Tensor]:
+    """-sg[A] log p(y), shown as -A."""
+    return -a.detach(), -a.detach() * row.p[row.y]
+
+
+def advantage(row: Row) -> Tensor:
+    return row.q[row.y] - row.p[row.y]
+
+
+def exopd(row: Row) -> tuple[Tensor, Tensor]:
+    return drawn(row, 1.25 * row.q[row.y] - 0.25 * row.b[row.y] - row.p[row.y])
+
+
+def vopd(row: Row) -> tuple[Tensor, Tensor]:
+    ids = row.top(16)
+    return drawn(row, advantage(row) + kl(row.p[ids].log_softmax(0), row.q[ids].log_softmax(0)))
+
+
+def vopd_cached(row: Row) -> tuple[Tensor, Tensor]:
+    return drawn(row, advantage(row) + kl(row.coarse(row.p, row.kept), row.coarse(row.q, row.kept)))
+
+
+def eopd(row: Row) -> tuple[Tensor, Tensor]:
+    a, ratio = row.q[row.y] - row.then[row.y], (row.p[row.y] - row.then[row.y]).exp()
+    value = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2))
+    value = torch.minimum(value, -3 * a) if a < 0 else value
+    if float(entropy(row.q[None])) > 0.8:
+        ids = row.kept[:16]
+        value = value + kl(row.coarse(row.q, ids), row.coarse(row.p, ids))
+    return value.detach(), value
+
+
+def veto(row: Row) -> tuple[Tensor, Tensor]:
+    ids = row.kept[:16]
+    target = (row.q[ids] + 0.3 * row.p[ids].detach()).log_softmax(0)
+    value = kl(row.p[ids].log_softmax(0), target)
+    return value.detach(), value
+
+
+def reopold(row: Row) -> tuple[Tensor, Tensor]:
+    return drawn(row, advantage(row).clamp(min=math.log(0.25)))
+
+
+def async_mc(row: Row) -> tuple[Tensor, Tensor]:
+    ids = list(row.draws)
+    share = torch.tensor([row.draws[v] for v in ids]).double() / sum(row.draws.values())
+    fixed = (share * (row.p - row.then)[ids].exp() * (row.p - row.q)[ids]).detach()
+    return fixed.sum(), (fixed * row.p[ids]).sum()
+
+
+FORMULAS: dict[str, Callable[[Row], tuple[Tensor, Tensor]]] = {
+    "exopd": exopd,
+    "vopd": vopd,
+    "vopd_cached": vopd_cached,
+    "eopd": eopd,
+    "veto": veto,
+    "reopold": reopold,
+    "async_mc": async_mc,
+}
