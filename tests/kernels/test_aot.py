@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 
+# Some 40 compilations: minutes where the machine is shared.
+pytestmark = pytest.mark.timeout(900)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict]:
     """(name, architecture) -> what aot.py says of the kernel."""
