@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Some 40 compilations: minutes where the machine is shared.
 pytestmark = pytest.mark.timeout(900)
 
