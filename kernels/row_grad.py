@@ -66,7 +66,7 @@ def p_log_p(log_p: Tensor) -> Tensor:
     return torch.where(p == 0, 0.0, p * log_p)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def scaled_softmax(y, scale, log_scale, DENSE_LOG: tl.constexpr):  # type: ignore[no-untyped-def]
     # scale p, with DENSE_LOG + log_scale p log2 p, y = log2 p.
     p = tl.exp2(y)
