@@ -319,6 +319,23 @@ class Eval(Section):
         description="Evaluate on this prompts file before the first update and after the last; "
         "left out, nothing is evaluated.",
     )
+    store: str | None = Field(
+        None,
+        description="At the same moments, also take the objective's loss and all metrics of a "
+        "store that is not trained on: folder or URL. Left out with --eval-rollouts, the store "
+        "itself.",
+    )
+    rollouts: Name | None = Field(
+        None,
+        description="Set of rollouts that they are taken of; may be left out when there is one.",
+    )
+    teacher: Name | None = Field(
+        None, description="Whose scores they are taken by; may be left out when there is one."
+    )
+    pin: str | None = Field(
+        None,
+        description="Log number or tag of that store; default: the newest when the run begins.",
+    )
     grader: str = Field(
         "exact",
         description="Who gives a response its reward in [0, 1]: exact = its last \\boxed{}, "

@@ -42,7 +42,6 @@ class Bin:
     """name -> mean over these rows, nats where it is one; None without rows."""
 
 
-@torch.no_grad()
 def probe(
     model: nn.Module,
     rows: PlannedRows,
@@ -59,21 +58,15 @@ def probe(
     counted, ObjectiveError where the store lacks what an objective looks at.
     """
     model.to(device).eval()
-    found: dict[str, list[Tensor]] = {}
-    weight: list[Tensor] = []
-    position: list[Tensor] = []
-    for index in range(len(rows)):
-        progress("probe", index, len(rows))
-        row = rows.row(index).to(device)
-        rows.expect([index + 1] if index + 1 < len(rows) else [])
-        assert row.targets.position is not None, "rows of a store have one"
-        weight.append(row.targets.weight.cpu())
-        position.append(row.targets.position.cpu())
-        for name, values in _row(model, row, objectives, n_vocab).items():
-            found.setdefault(name, []).append(values.cpu())
-    progress("probe", len(rows), len(rows))
-    every = {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
-    w, at = torch.cat(weight).double().numpy(), torch.cat(position).numpy()
+    every, w, at = measure(
+        model,
+        rows,
+        range(len(rows)),
+        objectives=objectives,
+        n_vocab=n_vocab,
+        device=device,
+        progress=progress,
+    )
     if not (w > 0).any():
         raise IncompleteError(
             "no row of these rollouts is counted: the loss mask is 0 everywhere",
@@ -83,6 +76,40 @@ def probe(
     cuts = np.linspace(0, end, bins + 1).round().astype(np.int64)
     ranges = [(0, end), *zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)]
     return [_bin(a, b, every, np.where((a <= at) & (at < b), w, 0.0)) for a, b in ranges]
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    rows: PlannedRows,
+    indices: range,
+    *,
+    objectives: Mapping[str, Objective],
+    n_vocab: int,
+    device: torch.device | str,
+    progress: Progress = silent,
+) -> tuple[dict[str, Array], Array, Array]:
+    """(name -> [P] values, [P] loss mask, [P] positions) of the rows in these packed rows, float64;
+    the model is in evaluation mode, on its device.
+    """
+    found: dict[str, list[Tensor]] = {}
+    weight: list[Tensor] = []
+    position: list[Tensor] = []
+    for done, index in enumerate(indices):
+        progress("probe", done, len(indices))
+        row = rows.row(index).to(device)
+        rows.expect(indices[done + 1 : done + 2])
+        assert row.targets.position is not None, "rows of a store have one"
+        weight.append(row.targets.weight.cpu())
+        position.append(row.targets.position.cpu())
+        for name, values in _row(model, row, objectives, n_vocab).items():
+            found.setdefault(name, []).append(values.cpu())
+    progress("probe", len(indices), len(indices))
+    every = {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
+    # A process may have none.
+    none = [torch.zeros(0)]
+    w, at = (torch.cat(each or none).double().numpy() for each in (weight, position))
+    return every, w, at
 
 
 def _row(
