@@ -317,7 +317,7 @@ class Eval(Section):
     prompts: Path | None = Field(
         None,
         description="Evaluate on this prompts file before the first update and after the last; "
-        "left out, nothing is evaluated.",
+        "left out, no response is graded.",
     )
     store: str | None = Field(
         None,

@@ -274,7 +274,8 @@ def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSe
 
     Raises ConfigError where the choice is not clear, IncompleteError where there is none.
     """
-    if (settings.store, settings.rollouts, settings.teacher) == (None, None, None):
+    named = (settings.store, settings.rollouts, settings.teacher, settings.pin)
+    if all(each is None for each in named):
         return None
     store = open_store(settings.store or url)
     pin = store.head() if settings.pin is None else pin_of(store, settings.pin)
