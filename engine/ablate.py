@@ -25,7 +25,7 @@ from logitcask.engine.config import Ablate, TrainJob
 from logitcask.engine.configfile import keys_of, parse_value, validate
 from logitcask.engine.course import TrainReport
 from logitcask.engine.errors import ConfigError, LogitcaskError
-from logitcask.engine.jobs import check_train, pin_of, run_train
+from logitcask.engine.jobs import check_train, held_out_set, pin_of, run_train
 from logitcask.engine.rundir import check_same, make_folder, replace_text, write_json
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
@@ -34,10 +34,15 @@ from logitcask.engine.types import Progress, silent
 FIXED = ("store.url", "store.profile", "train.pin", "run.out", "run.overwrite", "run.seed")
 """Keys that cannot be varied, beside those of [eval]."""
 
+_PINS = ("train.pin", "eval.pin")
+"""What plan.json says with a digest."""
+
 FIGURES: dict[str, Callable[[TrainReport, float | None], float | None]] = {
     "loss": lambda run, _: run.last["loss"],
     "accuracy": lambda run, _: _evaluated(run, -1, "accuracy"),
     "avg_at_n": lambda run, _: _evaluated(run, -1, "avg_at_n"),
+    "eval_loss": lambda run, _: _evaluated(run, -1, "loss"),
+    "eval_overlap_ratio": lambda run, _: _evaluated(run, -1, "overlap/ratio"),
     "gap_recovery": lambda run, teacher: gap_recovery(
         _evaluated(run, 0, "avg_at_n"), _evaluated(run, -1, "avg_at_n"), teacher
     ),
@@ -148,7 +153,7 @@ def ablate(
     varied = set(planned[0].values)
     plan = _plan(job, varied, settings.out)
     number = int(plan["pin"])
-    judged = [_judged(_pinned(each, number), settings.skip_refused) for each in planned]
+    judged = [_judged(_pinned(each, plan), settings.skip_refused) for each in planned]
     make_folder(settings.out)
     write_json(settings.out / "plan.json", plan)
     cache = UnitCache(settings.out / "cache")
@@ -254,7 +259,7 @@ def _plan(job: TrainJob, varied: set[str], out: Path) -> dict[str, Any]:
         f"{section}.{key}": value
         for section, content in job.model_dump(mode="json").items()
         for key, value in content.items()
-        if f"{section}.{key}" not in {*varied, "store.url", "run.out", "run.overwrite", "train.pin"}
+        if f"{section}.{key}" not in {*varied, "store.url", "run.out", "run.overwrite", *_PINS}
     }
     file = out / "plan.json"
     if not file.exists():
@@ -264,7 +269,13 @@ def _plan(job: TrainJob, varied: set[str], out: Path) -> dict[str, Any]:
                 remedy="give a new or an empty folder with --out",
             )
         pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
-        return {"store": store.uuid, "pin": pin.number, "sha256": pin.sha256, "common": common}
+        return {
+            "store": store.uuid,
+            "pin": pin.number,
+            "sha256": pin.sha256,
+            "held_out": _held_out(job),
+            "common": common,
+        }
     plan: dict[str, Any] = json.loads(file.read_text())
     # What one call varies, another may have fixed: only what both fix must be the same.
     both = plan["common"].keys() & common.keys()
@@ -272,14 +283,29 @@ def _plan(job: TrainJob, varied: set[str], out: Path) -> dict[str, Any]:
     ours: dict[str, Any] = {"store": store.uuid, "common": {key: common[key] for key in both}}
     if job.train.pin is not None:
         earlier["pin"], ours["pin"] = plan["pin"], pin_of(store, job.train.pin).number
+    if job.eval.pin is not None:
+        earlier["held_out"], ours["held_out"] = plan.get("held_out"), _held_out(job)
     check_same(out, earlier, ours, remedy="give another --out, or what this one was begun with")
     store.pin(int(plan["pin"]), plan["sha256"])
+    if (held := plan.get("held_out")) is not None:
+        open_store(job.eval.store or job.store.url).pin(int(held["pin"]), held["sha256"])
     return plan
 
 
-def _pinned(each: Combination, number: int) -> Combination:
-    train = each.job.train.model_copy(update={"pin": str(number)})
+def _held_out(job: TrainJob) -> dict[str, Any] | None:
+    """Which state of which store all runs are measured on, if any."""
+    if (asked := held_out_set(job.eval, job.store.url)) is None:
+        return None
+    pin = asked.pin or asked.store.head()
+    return {"store": asked.store.uuid, "pin": pin.number, "sha256": pin.sha256}
+
+
+def _pinned(each: Combination, plan: Mapping[str, Any]) -> Combination:
+    train = each.job.train.model_copy(update={"pin": str(plan["pin"])})
     job = each.job.model_copy(update={"train": train})
+    if (held := plan.get("held_out")) is not None:
+        pinned = each.job.eval.model_copy(update={"pin": str(held["pin"])})
+        job = job.model_copy(update={"eval": pinned})
     return Combination(name=each.name, values=each.values, job=job)
 
 
@@ -294,7 +320,8 @@ def _judged(each: Combination, skip: bool) -> Combination:
 
 
 def _evaluated(run: TrainReport, which: int, name: str) -> float | None:
-    return float(run.evaluations[which][f"eval/{name}"]) if run.evaluations else None
+    found = run.evaluations[which].get(f"eval/{name}") if run.evaluations else None
+    return None if found is None else float(found)
 
 
 def _plain(value: Any) -> str:

@@ -317,7 +317,24 @@ class Eval(Section):
     prompts: Path | None = Field(
         None,
         description="Evaluate on this prompts file before the first update and after the last; "
-        "left out, nothing is evaluated.",
+        "left out, no response is graded.",
+    )
+    store: str | None = Field(
+        None,
+        description="At the same moments, also take the objective's loss and all metrics of a "
+        "store that is not trained on: folder or URL. Left out with --eval-rollouts, the store "
+        "itself.",
+    )
+    rollouts: Name | None = Field(
+        None,
+        description="Set of rollouts that they are taken of; may be left out when there is one.",
+    )
+    teacher: Name | None = Field(
+        None, description="Whose scores they are taken by; may be left out when there is one."
+    )
+    pin: str | None = Field(
+        None,
+        description="Log number or tag of that store; default: the newest when the run begins.",
     )
     grader: str = Field(
         "exact",

@@ -127,6 +127,7 @@ def _resolved(config: Job, base: Path) -> Job:
         ("prompts", "file"): under,
         ("store", "url"): store,
         ("eval", "prompts"): under,
+        ("eval", "store"): store,
         ("run", "out"): under,
     }
     update = {}

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from logitcask.engine.batches import Rows
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.evaluate import EvalPlan, Evaluations
+from logitcask.engine.held_out import HeldOut
 from logitcask.engine.objectives import AGGREGATIONS, Bounds, Objective, Preset, Verdict
 from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.rundir import (
@@ -129,6 +130,14 @@ class Course:
     """Digest of the data and its order: a checkpoint of another is not resumed from."""
     exactness: Verdict
     evaluation: EvalPlan | None = None
+    held_out: HeldOut | None = None
+
+    def examined(self) -> dict[str, Any]:
+        """What must be the same for numbers of one run to be compared."""
+        return {
+            **(self.evaluation.identity() if self.evaluation else {}),
+            **({"held_out": self.held_out.identity} if self.held_out else {}),
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +211,7 @@ def carry_out(
         "settings": {**asdict(settings), "dtype": "bfloat16" if desk.args.bf16 else "float32"},
         "objective": objective.record(),
         **course.identity,
-        "eval": course.evaluation.identity() if course.evaluation else {},
+        "eval": course.examined(),
         **mark,
     }
     if desk.earlier is not None:
@@ -245,8 +254,15 @@ def carry_out(
                 progress=progress,
             )
             exams = None
-            if course.evaluation:
-                exams = Evaluations(course.evaluation, student, metrics, model.version, desk.first)
+            if course.evaluation or course.held_out:
+                exams = Evaluations(
+                    course.evaluation,
+                    course.held_out,
+                    student,
+                    metrics,
+                    model.version,
+                    desk.first,
+                )
                 trainer.add_callback(_Examiner(exams))
                 exams.at(0)
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)

@@ -14,12 +14,14 @@ from typing import Any
 from logitcask.engine.config import RunConfig, Score, Train
 from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.held_out import hold_out
 from logitcask.engine.identity import digest, model_ref
 from logitcask.engine.jobs import (
     backend,
     eval_plan,
     find_objective,
     grading_of,
+    held_out_set,
     student_and_prompts,
     train_settings,
 )
@@ -27,7 +29,7 @@ from logitcask.engine.objectives import Facts, verdict
 from logitcask.engine.plan import windows_at_most
 from logitcask.engine.rollout import prompt_set_digest
 from logitcask.engine.rounds import Rounds
-from logitcask.engine.rundir import check_same
+from logitcask.engine.rundir import check_same, read_run
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice
@@ -78,6 +80,11 @@ def distill(
         notice(line)
     grading = grading_of(config.rollout, model, prompts)
     evaluation = eval_plan(config.eval, config.run, model, template)
+    held_out = None
+    if (asked := held_out_set(config.eval, config.store.url)) is not None:
+        held_out = hold_out(asked, model, preset, config.train.tokens_per_batch, _earlier(config))
+        for line in held_out.exactness.lines():
+            notice(f"held out: {line}")
     store = open_store(config.store.url, create=True)
     scorer = backend(teacher, config.run)
     loop = config.loop
@@ -127,6 +134,7 @@ def distill(
         plan=digest(identity),
         exactness=exactness,
         evaluation=evaluation,
+        held_out=held_out,
     )
     return carry_out(
         course,
@@ -136,6 +144,11 @@ def distill(
         config=config.model_dump(mode="json"),
         progress=progress,
     )
+
+
+def _earlier(config: RunConfig) -> dict[str, Any] | None:
+    """run.json of the run that this call goes on with."""
+    return None if config.run.overwrite else read_run(config.run.out)
 
 
 def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:

@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from logitcask.engine.backends.base import Sampler
 from logitcask.engine.grade import Decode, Grader, Grading
+from logitcask.engine.held_out import HeldOut
 from logitcask.engine.identity import digest
 from logitcask.engine.rundir import MetricsFile
-from logitcask.engine.trainer import gathered
+from logitcask.engine.trainer import gathered, rank
 from logitcask.engine.types import STOP, Array, Prompt, SamplingParams, silent
 
 
@@ -77,8 +77,7 @@ def evaluate(sampler: Sampler, plan: EvalPlan, *, version: int) -> EvalReport:
     report on a CPU.
     """
     everyone = gathered(None)
-    rank = _rank()
-    share = _graded(sampler, plan, plan.prompts[rank :: len(everyone)], version)
+    share = _graded(sampler, plan, plan.prompts[rank() :: len(everyone)], version)
     rewards = np.empty((len(plan.prompts), plan.sampling.n))  # [M, n]
     tokens = stopped = 0
     for first, (part, length, stops) in enumerate(gathered(share)):
@@ -94,11 +93,6 @@ def evaluate(sampler: Sampler, plan: EvalPlan, *, version: int) -> EvalReport:
         mean_length=tokens / rewards.size,
         stopped_share=stopped / rewards.size,
     )
-
-
-def _rank() -> int:
-    """Place of this process among those that `gathered` asks."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _graded(
@@ -127,30 +121,41 @@ class Evaluations:
     """The evaluations of a run: one line of metrics.jsonl at each step, and none twice."""
 
     def __init__(
-        self, plan: EvalPlan, student: nn.Module, metrics: MetricsFile, version: int, first: bool
+        self,
+        plan: EvalPlan | None,
+        held_out: HeldOut | None,
+        student: nn.Module,
+        metrics: MetricsFile,
+        version: int,
+        first: bool,
     ) -> None:
-        """`version` is the student's before update 0; only the `first` of several processes writes.
+        """One of both is there, or both. `version` is the student's before update 0; only the
+        `first` of several processes writes.
 
         Call it when the student is on its device: a sampler takes views of the weights.
         """
         self._plan = plan
-        self._sampler = plan.sampler(student)
+        self._held_out = held_out
+        self._student = student
+        self._sampler = plan.sampler(student) if plan else None
         self._metrics = metrics
         self._version = version
         self._first = first
 
     def due(self, step: int) -> bool:
-        return bool(self._plan.every) and step % self._plan.every == 0
+        asked = [each.every for each in (self._plan, self._held_out) if each is not None]
+        return any(every and step % every == 0 for every in asked)
 
     def at(self, step: int) -> None:
         """Evaluates the student after so many updates, unless the file has it."""
         if any(line["progress/step"] == step for line in self._metrics.evaluations):
             return
         begun_s = time.monotonic()
-        report = evaluate(self._sampler, self._plan, version=self._version + step)
-        line = {
-            "progress/step": step,
-            **report.line(),
-            "eval/seconds": time.monotonic() - begun_s,
-        }
+        line: dict[str, float | None] = {"progress/step": step}
+        if self._plan is not None and self._sampler is not None:
+            report = evaluate(self._sampler, self._plan, version=self._version + step)
+            line |= report.line()
+        if self._held_out is not None:
+            line |= self._held_out.line(self._student)
+        line["eval/seconds"] = time.monotonic() - begun_s
         self._metrics.evaluated(line, write=self._first)

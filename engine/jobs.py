@@ -34,6 +34,7 @@ from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.grade import Decode, Grading, open_grader
+from logitcask.engine.held_out import HeldOutSet, hold_out
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset, warnings
 from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
@@ -146,6 +147,7 @@ def run_train(
         overwrite=job.run.overwrite,
         device=job.run.device,
         evaluation=eval_plan(job.eval, job.run, task["model"], _rendered(pin, job.store.rollouts)),
+        held_out=held_out_set(job.eval, job.store.url, job.train.base),
         cache=cache,
         config=job.model_dump(mode="json"),
         notice=notice,
@@ -161,6 +163,9 @@ def check_train(job: TrainJob) -> None:
     store, pin, task = _train_task(job)
     check(store, **task, pin=pin)
     eval_plan(job.eval, job.run, task["model"], _rendered(pin, job.store.rollouts))
+    held = held_out_set(job.eval, job.store.url, job.train.base)
+    if held is not None:
+        hold_out(held, task["model"], task["objective"], job.train.tokens_per_batch)
 
 
 def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
@@ -259,6 +264,31 @@ def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> Eval
         decode=_decoder(tokenizer),
         sampler=lambda student: live_backend(student, model, run),
         seed=run.seed,
+        every=settings.every,
+    )
+
+
+def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSet | None:
+    """The rows that [eval] names; None where it names none. `url` is the store that is trained on,
+    `base` the scores of a base model that are looked at there, and here where they have that name.
+
+    Raises ConfigError where the choice is not clear, IncompleteError where there is none.
+    """
+    named = (settings.store, settings.rollouts, settings.teacher, settings.pin)
+    if all(each is None for each in named):
+        return None
+    store = open_store(settings.store or url)
+    pin = store.head() if settings.pin is None else pin_of(store, settings.pin)
+    names = pin.names("score")
+    teachers = [n for n in names if pin.role(n) != "base" or n == settings.teacher]
+    return HeldOutSet(
+        store=store,
+        rollouts=choose(
+            pin.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
+        ),
+        teacher=choose(teachers, settings.teacher, what="eval-teacher", where=store.url),
+        base=base if base in names else None,
+        pin=None if settings.pin is None else pin,
         every=settings.every,
     )
 

@@ -6,15 +6,16 @@ from typing import Any
 
 from logitcask.engine.batches import PlannedRows
 from logitcask.engine.course import Course, TrainReport, TrainSettings, carry_out, open_desk
-from logitcask.engine.errors import IdentityError, IncompleteError
+from logitcask.engine.errors import IncompleteError
 from logitcask.engine.evaluate import EvalPlan
-from logitcask.engine.objectives import Facts, Objective, Preset, verdict
+from logitcask.engine.facts import facts_of, first_pin
+from logitcask.engine.held_out import HeldOutSet, hold_out
+from logitcask.engine.objectives import Objective, Preset, verdict
 from logitcask.engine.plan import Plan, PlanKey, make_plan
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import Pin, Store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.trainer import gathered
-from logitcask.engine.types import MC_IDS, ModelRef, Progress, SamplingParams, silent
+from logitcask.engine.types import ModelRef, Progress, silent
 
 Notice = Callable[[str], None]
 """Called with a line that a person should read: labels and warnings."""
@@ -36,6 +37,7 @@ def train(
     overwrite: bool = False,
     device: str = "auto",
     evaluation: EvalPlan | None = None,
+    held_out: HeldOutSet | None = None,
     cache: UnitCache | None = None,
     config: Mapping[str, Any] | None = None,
     report_to: tuple[str, ...] = (),
@@ -47,10 +49,10 @@ def train(
     `base` names scores of the model that the teacher was made from, for objectives that look there.
     Without a `pin` the store is pinned as it is at the first call. The same call on the same `out`
     resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked before
-    the first update and after the last. `cache`: keeps decoded units for other
-    runs. `config`, the caller's resolved configuration, is only
-    recorded, in run.json. What the cache serves exactly for the objective
-    goes to `notice` before the first update. Under torchrun every process calls this.
+    the first update and after the last, as of the rows of `held_out`. `cache`: keeps decoded units
+    for other runs. `config`, the caller's resolved configuration, is only recorded, in run.json.
+    What the cache serves exactly for the objective goes to `notice` before the first update. Under
+    torchrun every process calls this.
 
     Raises ConfigError, IdentityError (another run in `out`, another tokenizer than the rollouts'),
     IncompleteError (units missing and not `partial`), ObjectiveError (the cache cannot serve the
@@ -66,14 +68,20 @@ def train(
         report_to=report_to,
     )
     if pin is None:
-        pin = _pin(store, desk.earlier)
+        pin = first_pin(store, desk.earlier)
     source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial, cache=cache)
-    facts = _facts(model, source, foreign_student)
+    facts = facts_of(model, source, foreign_student)
     exactness = verdict(objective, facts)
     if desk.first:
         for line in exactness.lines():
             notice(line)
     plan = _plan(source, pin, rollouts, teacher, settings)
+    held = None
+    if held_out is not None:
+        held = hold_out(held_out, model, objective, settings.tokens_per_batch, desk.earlier, cache)
+        if desk.first:
+            for line in held.exactness.lines():
+                notice(f"held out: {line}")
     course = Course(
         rows=lambda student: PlannedRows(plan, source),
         updates=-(-len(plan) // desk.rows_per_update),
@@ -89,6 +97,7 @@ def train(
         plan=plan.digest,
         exactness=exactness,
         evaluation=evaluation,
+        held_out=held,
     )
     return carry_out(
         course, desk, model=model, settings=settings, config=config or {}, progress=progress
@@ -110,60 +119,8 @@ def check(
 ) -> None:
     """Raises what `train` would raise of these before its first update; decodes no unit."""
     source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial)
-    verdict(objective, _facts(model, source, foreign_student))
+    verdict(objective, facts_of(model, source, foreign_student))
     _plan(source, pin, rollouts, teacher, settings)
-
-
-def _pin(store: Store, earlier: Mapping[str, Any] | None) -> Pin:
-    """That of the earlier call, else the newest that the first process sees."""
-    # A loop's run has none, and is refused as another run further on.
-    if earlier is not None and "pin" in earlier:
-        return store.pin(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
-    newest = store.head()
-    number, sha256 = gathered((newest.number, newest.sha256))[0]
-    return store.pin(number, sha256)
-
-
-def _facts(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts:
-    """What the cache and the student are to each other. IdentityError for another tokenizer."""
-    rollouts = [segment for segment, _ in source.pairs]
-    asked = [[each.lineage["request"] for each in chain] for _, chain in source.pairs]
-    sampler = rollouts[0].lineage["student"]
-    if sampler["tokenizer"] != model.tokenizer_digest:
-        raise IdentityError(
-            f"the rollouts were sampled with tokenizer {sampler['tokenizer']}, the student "
-            f"{model.name} has {model.tokenizer_digest}",
-            remedy="train a student with the tokenizer of the rollouts, or sample with this one",
-        )
-    sampling = rollouts[0].lineage["set"]
-    return Facts(
-        student_k=int(sampling["student_k"]),
-        # Of the unit that was asked for least: a plan mixes all of them.
-        k_min=min(max(int(each["k_min"]) for each in requests) for requests in asked),
-        k_max=min(max(int(each["k_max"]) for each in requests) for requests in asked),
-        at_student=all(any(each["at_student"] for each in requests) for requests in asked),
-        versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
-        student_version=model.version,
-        same_root=sampler["root"] == model.root,
-        same_weights=all(s.lineage["student"]["weights"] == model.digest for s in rollouts),
-        same_template=sampler["template"] == model.template_digest,
-        plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
-        allow_foreign=foreign_student,
-        n_vocab=model.n_vocab,
-        mc_draws=int(sampling.get("mc_draws", 0)),
-        at_mc=all(
-            any(each.lineage.get("at") == MC_IDS for each in chain) for _, chain in source.pairs
-        ),
-        q_draws=min(
-            int(each.get("draws", 0)) if each.get("entry_kind") == "sampled" else 0
-            for requests in asked
-            for each in requests
-        ),
-        base=source.base is not None,
-    )
-
-
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def _plan(

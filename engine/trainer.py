@@ -330,6 +330,11 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def rank() -> int:
+    """Place of this process among those that `gathered` asks."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
 class _Indices(Dataset[int]):
     """The numbers 0 .. length - 1."""
 

@@ -100,7 +100,9 @@ def test_what_a_teacher_can_be_asked_for(place: Path, monkeypatch: pytest.Monkey
         typed(line)
 
 
-def test_examined_students(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examined_students(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(place)
     row = {"id": "e", "prompt": "What is 7?", "answer": "7"}
     Path("heldout.jsonl").write_text(json.dumps(row) + "\n")
@@ -110,6 +112,15 @@ def test_examined_students(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     updates = json.loads(Path("run-eval/logitcask.json").read_text())["version"]
     assert [each["progress/step"] for each in noted] == [0, updates]
     assert all(each["eval/n"] == 4 for each in noted)
+    rolling, scoring, line = commands(r"(?:rollout|score)(?=.*\./graded)|train(?=.*\./graded)")
+    typed(rolling, "--max-new-tokens", "8")
+    capsys.readouterr()
+    typed("logitcask store info ./graded --format json")
+    assert 0 <= json.loads(capsys.readouterr().out)["mean_reward"]["main"] <= 1
+    typed(scoring)
+    typed(line)
+    noted = json.loads(Path("run-held/run.json").read_text())["evaluations"]
+    assert all(each["eval/rows"] > 0 and each["eval/loss"] > 0 for each in noted)
 
 
 def test_ablation(

@@ -44,7 +44,6 @@ class Bin:
     """name -> mean over these rows, nats where it is one; None where nothing is counted."""
 
 
-@torch.no_grad()
 def probe(
     model: nn.Module,
     rows: PlannedRows,
@@ -61,24 +60,15 @@ def probe(
     counted, ObjectiveError where the store lacks what an objective looks at.
     """
     model.to(device).eval()
-    found: dict[str, list[Pair]] = {}
-    weight: list[Tensor] = []
-    position: list[Tensor] = []
-    for index in range(len(rows)):
-        progress("probe", index, len(rows))
-        row = rows.row(index).to(device)
-        rows.expect([index + 1] if index + 1 < len(rows) else [])
-        assert row.targets.position is not None, "rows of a store have one"
-        weight.append(row.targets.weight.cpu())
-        position.append(row.targets.position.cpu())
-        for name, pair in _row(model, row, objectives, n_vocab).items():
-            found.setdefault(name, []).append(pair)
-    progress("probe", len(rows), len(rows))
-    every = {
-        name: tuple(torch.cat(part).cpu().double().numpy() for part in zip(*pairs, strict=True))
-        for name, pairs in found.items()
-    }
-    w, at = torch.cat(weight).double().numpy(), torch.cat(position).numpy()
+    every, w, at = measure(
+        model,
+        rows,
+        range(len(rows)),
+        objectives=objectives,
+        n_vocab=n_vocab,
+        device=device,
+        progress=progress,
+    )
     if not (w > 0).any():
         raise IncompleteError(
             "no row of these rollouts is counted: the loss mask is 0 everywhere",
@@ -88,6 +78,43 @@ def probe(
     cuts = np.linspace(0, end, bins + 1).round().astype(np.int64)
     ranges = [(0, end), *zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)]
     return [_bin(a, b, every, np.where((a <= at) & (at < b), w, 0.0)) for a, b in ranges]
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    rows: PlannedRows,
+    indices: range,
+    *,
+    objectives: Mapping[str, Objective],
+    n_vocab: int,
+    device: torch.device | str,
+    progress: Progress = silent,
+) -> tuple[dict[str, tuple[Array, ...]], Array, Array]:
+    """(name -> [P] sums and [P] counts, [P] loss mask, [P] positions) of these packed rows' rows,
+    float64; the model is in evaluation mode, on its device.
+    """
+    found: dict[str, list[Pair]] = {}
+    weight: list[Tensor] = []
+    position: list[Tensor] = []
+    for done, index in enumerate(indices):
+        progress("probe", done, len(indices))
+        row = rows.row(index).to(device)
+        rows.expect(indices[done + 1 : done + 2])
+        assert row.targets.position is not None, "rows of a store have one"
+        weight.append(row.targets.weight.cpu())
+        position.append(row.targets.position.cpu())
+        for name, pair in _row(model, row, objectives, n_vocab).items():
+            found.setdefault(name, []).append(pair)
+    progress("probe", len(indices), len(indices))
+    every = {
+        name: tuple(torch.cat(part).cpu().double().numpy() for part in zip(*pairs, strict=True))
+        for name, pairs in found.items()
+    }
+    # A process may have none.
+    none = [torch.zeros(0)]
+    w, at = (torch.cat(each or none).double().numpy() for each in (weight, position))
+    return every, w, at
 
 
 def _row(

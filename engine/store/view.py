@@ -210,7 +210,7 @@ def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the
         made, verb = {
             "rollouts": ("rollouts", "rollout"),
             "base": ("scores of a base model", "score --role base"),
-        }.get(what, ("scores", "score"))
+        }.get(what.removeprefix("eval-"), ("scores", "score"))
         raise IncompleteError(
             f"{where} holds no {made}",
             remedy=f"make some first: logitcask {verb}; a pin from before has none",

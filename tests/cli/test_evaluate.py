@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import TRAIN, World
+from logitcask.engine.metrics import METRICS
+from tests.cli.conftest import ROLL, SCORE, TRAIN, UNITS, World
 
 EVAL = "--eval-prompts @e.jsonl --eval-n 2 --eval-max-new-tokens 4"
 
@@ -33,6 +34,112 @@ def test_distill_is_examined_every_so_often(world: World, call: Any) -> None:
     done = call(f"distill @d.toml {sets} {place} --format json")
     assert done.code == 0, done.err
     assert [line["progress/step"] for line in done.json["evaluations"]] == [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def held(world: World) -> str:
+    """@name of a store of other responses, under the names of st."""
+    name = world.new("held")
+    assert world(f"{ROLL} {name} --seed 11") == 0
+    assert world(f"{SCORE} {name}") == 0
+    return name
+
+
+def test_a_run_is_measured_on_another_store(world: World, call: Any, held: str) -> None:
+    """At both ends the numbers of `probe metrics`, of the student before and after."""
+    out, objective = world.new("out"), "overlap(k=4)"
+    flags = f"--eval-store {held} --objective {objective} --out {out}"
+    done = call(f"{TRAIN.replace('--k 4 ', '')} @st {flags} --format json").json
+    first, last = done["evaluations"]
+    place = f"--store {held} --objective {objective} --tokens-per-batch 64 --device cpu"
+    for model, line in (("@student", first), (out, last)):
+        table = call(f"probe metrics --model {model} {place} --format json").json
+        want = {row["metric"]: row["all"] for row in table}
+        assert line["eval/rows"] == want["rows"]
+        assert line["eval/loss"] == pytest.approx(want[f"loss/{objective}"], rel=1e-6)
+        for name in METRICS:
+            assert line[f"eval/{name}"] == pytest.approx(want[name], rel=1e-6, abs=1e-9), name
+    assert first["eval/loss"] != last["eval/loss"]
+    noted = json.loads((world.at(out) / "run.json").read_text())["eval"]["held_out"]
+    assert (noted["rollouts"], noted["teacher"]) == ("main", "big")
+    assert noted["pin"]["number"] == 2 * UNITS - 1
+
+
+def test_a_run_is_measured_on_what_it_pinned_first(world: World, call: Any, held: str) -> None:
+    copy, out = world.new("copy"), world.new("out")
+    assert call(f"store merge {copy} {held}").code == 0
+    command = f"{TRAIN} @st --out {out} --eval-store {copy} --format json"
+    before = call(command).json["evaluations"]
+    assert call(f"{ROLL} {copy} --rollouts main --seed 11 --rollouts other --seed 12").code == 0
+    assert call(f"{SCORE} {copy} --rollouts other").code == 0
+    call(command).refused(2, "eval-rollouts is not given", "--eval-rollouts")
+    assert call(f"{command} --eval-rollouts main").json["evaluations"] == before
+    other = f"{command} --eval-rollouts other"
+    call(other).refused(1, "eval.held_out.rollouts = 'main', not 'other'", "--out")
+    # Another set of the very store that is trained on.
+    own = f"{TRAIN} {copy} --rollouts main --eval-rollouts other --eval-every 1 {EVAL}"
+    done = call(f"{own} --out {world.new('out')} --format json").json
+    assert [line["progress/step"] for line in done["evaluations"]] == [*range(done["updates"] + 1)]
+    assert all(line["eval/rows"] and line["eval/n"] == 2 for line in done["evaluations"])
+
+
+def test_a_loop_is_measured_on_another_store(world: World, call: Any, held: str) -> None:
+    store, out = world.at(world.new("loop")), world.at(world.new("out"))
+    places = f"--set store.url={store} --set run.out={out} --set eval.store={world.at(held)}"
+    done = call(f"distill @d.toml {places} --format json")
+    assert done.code == 0, done.err
+    assert "held out: prefixes: " in done.err
+    first, last = done.json["evaluations"]
+    assert last["eval/loss"] != first["eval/loss"]
+    assert call(f"distill @d.toml {places} --format json").json["evaluations"] == [first, last]
+
+
+def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str) -> None:
+    copy, out = world.new("copy"), world.new("ablation")
+    assert call(f"store merge {copy} {held}").code == 0
+    command = f"ablate @t.toml --set eval.store={world.at(copy)} --out {out} --format json"
+    (row,) = call(f"{command} --vary objective=overlap").json["rows"]
+    assert row["eval_loss"] > 0
+    assert 0 <= row["eval_overlap_ratio"] <= 1
+    assert (row["accuracy"], row["gap_recovery"]) == (None, None)
+    assert call(f"store tag {copy} later").code == 0
+    rows = call(f"{command} --vary objective=overlap,teacher_topk").json["rows"]
+    assert rows[0]["eval_loss"] == row["eval_loss"]
+    pins = {
+        json.loads(file.read_text())["eval"]["held_out"]["pin"]["number"]
+        for file in world.at(out).glob("*/seed-*/run.json")
+    }
+    assert pins == {2 * UNITS - 1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "cause", "remedy"),
+    [
+        ("--eval-store @nowhere", 1, "not a logitcask store", "check the path"),
+        ("--eval-teacher tiny", 2, "--eval-teacher tiny", "give one of these"),
+        ("--eval-store HELD --eval-rollouts no", 2, "--eval-rollouts no", "give one of these"),
+        ("--eval-store HELD --eval-pin 99", 1, "99", ""),
+        ("--eval-store HELD --objective opd --k 6", 1, "k = 6", ""),
+    ],
+)
+def test_what_cannot_be_measured_on(
+    world: World, call: Any, held: str, flags: str, code: int, cause: str, remedy: str
+) -> None:
+    out = world.new("out")
+    command = f"{TRAIN} @st --out {out} {flags.replace('HELD', held)}"
+    call(command).refused(code, cause, remedy)
+    assert not (world.at(out) / "run.json").exists()
+
+
+def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: Any) -> None:
+    """Its responses hold the student's top 2 alone."""
+    few, out = world.new("few"), world.new("out")
+    assert call(f"{ROLL} {few} --student-k 2").code == 0
+    assert call(f"{SCORE} {few}").code == 0
+    command = f"{TRAIN} @st --objective opd --out {out}"
+    call(f"{command} --eval-store {few}").refused(1, "k = 4", "")
+    assert not (world.at(out) / "run.json").exists()
+    assert call(command).code == 0
 
 
 @pytest.mark.parametrize(

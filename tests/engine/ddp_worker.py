@@ -12,9 +12,10 @@ import torch
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.course import TrainSettings
 from logitcask.engine.evaluate import EvalPlan
+from logitcask.engine.held_out import HeldOutSet
 from logitcask.engine.identity import model_ref
 from logitcask.engine.row_source import RowSource
-from logitcask.engine.store import open_store
+from logitcask.engine.store import Store, open_store
 from logitcask.engine.student import inner_model
 from logitcask.engine.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams
@@ -39,6 +40,11 @@ def exam(ref: ModelRef) -> EvalPlan:
         decode=lambda ids: " ".join(map(str, ids)),
         sampler=lambda student: HF(ref, dtype="float32", network=inner_model(student)),
     )
+
+
+def held_out(store: Store) -> HeldOutSet:
+    """The very rows that are trained on."""
+    return HeldOutSet(store=store, rollouts="main", teacher="big")
 
 
 def main(case: Path, out: Path) -> None:
@@ -71,6 +77,7 @@ def main(case: Path, out: Path) -> None:
         settings=SETTINGS,
         device="cpu",
         evaluation=exam(ref),
+        held_out=held_out(store),
     )
 
 

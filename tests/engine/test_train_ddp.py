@@ -19,7 +19,7 @@ from logitcask.engine.errors import IdentityError
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.train import train
 from tests.engine.cached import make_unit
-from tests.engine.ddp_worker import OBJECTIVES, SEQUENCES, SETTINGS, exam
+from tests.engine.ddp_worker import OBJECTIVES, SEQUENCES, SETTINGS, exam, held_out
 from tests.engine.fitting import REVERSE, ListRows, flat, make_case, make_trainer, relative
 from tests.engine.tiny import make_model
 
@@ -94,7 +94,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
     # A whole run: 2 processes x accumulation 2 is the run of one process with accumulation 4.
     run = partial(train, store, model=model, teacher="big", objective=REVERSE, device="cpu")
-    run = partial(run, evaluation=exam(model))
+    run = partial(run, evaluation=exam(model), held_out=held_out(store))
     report = run(out=tmp_path / "alone", settings=replace(SETTINGS, accumulation=4))
     ours, theirs = (load_file(p / "model.safetensors") for p in (out / "run", tmp_path / "alone"))
     assert all(torch.allclose(ours[n], theirs[n], rtol=0, atol=1e-5) for n in theirs)
@@ -107,6 +107,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for mine, other in zip(*evaluated, strict=True):
         for name in ("progress/step", "eval/avg_at_n", "eval/accuracy", "eval/mean_length"):
             assert mine[name] == pytest.approx(other[name]), name
+        assert mine["eval/rows"] == other["eval/rows"] == 2 * 47
+        for name in ("eval/loss", "eval/overlap/ratio", "eval/cache/coverage"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-3), name
     assert len(evaluated[0]) == 2
     with pytest.raises(IdentityError, match="rows_per_update = 4, not 2"):
         run(out=out / "run", settings=SETTINGS)
