@@ -18,7 +18,10 @@ from pydantic import (
 
 from logitcask.engine.types import SamplingParams, ScoreRequest
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
+GIVEN = "ids:"
+"""What stands before the name of a file of ids that a teacher is asked at."""
+NAME = r"^[a-z0-9][a-z0-9._-]{0,127}$"
+Name = Annotated[str, Field(pattern=NAME)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -161,11 +164,13 @@ class Score(Section):
         description="Ids kept at most: bounds the bytes of unsure positions.",
         validate_default=True,
     )
-    at: Name = Field(
+    at: str = Field(
         "student",
+        pattern=rf"{NAME}|^{GIVEN}.",
         description="Ids that the teacher is asked at: student = the student's stored top ids; mc "
         "= also those that it drew (rollout --mc-draws), kept in float32; NAME = also the top ids "
-        "of these other scores in the store, a later student's say.",
+        "of these other scores in the store, a later student's say; ids:FILE = also those of a "
+        'JSONL file, {"prompt", "sample", "ids"} a response: a list of ids for each token.',
     )
 
     @field_validator("context")
@@ -206,8 +211,12 @@ class Score(Section):
         return ScoreRequest(top_p=self.top_p, k_min=self.k_min, k_max=self.k_max)
 
     def asked_at(self) -> str | None:
-        """`at` of the scoring stage."""
-        return None if self.at == "student" else self.at
+        """`at` of the scoring stage, where it is a name."""
+        return None if self.at == "student" or self.ids_file() else self.at
+
+    def ids_file(self) -> Path | None:
+        """The file of `at`, where it is one."""
+        return Path(self.at.removeprefix(GIVEN)) if self.at.startswith(GIVEN) else None
 
 
 class Estimate(Section):

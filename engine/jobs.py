@@ -33,6 +33,7 @@ from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.evaluate import EvalPlan
+from logitcask.engine.given import read_ids
 from logitcask.engine.grade import open_grader
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset, warnings
 from logitcask.engine.probes.metrics import Bin, probe
@@ -75,6 +76,7 @@ def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
     pin = store.head()
     model = teacher_of(job.teacher, pin, job.store.rollouts)
     context = None if job.score.context is None else _context(job, model, pin)
+    ids = job.score.ids_file()
     return score(
         store,
         model=model,
@@ -84,7 +86,7 @@ def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
         request=job.score.request(job.run.seed),
         role=job.score.role,
         context=context,
-        at=job.score.asked_at(),
+        at=job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
         profile=job.store.profile,
         progress=progress,
     )
@@ -185,7 +187,7 @@ def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
 def run_probe(
     job: ProbeJob, objectives: Sequence[str] = (), *, progress: Progress = silent
 ) -> list[Bin]:
-    """`logitcask probe metrics`; objectives as --objective takes them; the first bin is all rows."""
+    """`logitcask probe metrics`; objectives as --objective takes them; the first bin is of all."""
     found = {text: find_preset(text).objective for text in objectives}
     store = open_store(job.store.url)
     pin = store.head() if job.probe.pin is None else pin_of(store, job.probe.pin)

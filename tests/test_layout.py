@@ -37,7 +37,7 @@ ENGINE_LAYERS = [
     ["store.view", "store.verify", "store.cache", "store.keep", "store.transfer"],
     ["backends.base", "backends.sampling", "backends.scoring"],
     ["backends.hf"],
-    ["teachers", "asked"],
+    ["teachers", "asked", "given"],
     ["rollout"],
     ["score"],
     ["estimate"],
