@@ -136,6 +136,17 @@ class Score(Section):
         None,
         description="With --role context: JSONL file of prompts as for `rollout`, one for every id "
         "of the rollouts. The teacher scores the same responses after these.",
+    )
+    prompt_template: Path | None = Field(
+        None,
+        description="With --role context, in place of --context: text file with the fields "
+        "{prompt} and {answer} ({{ }} for braces), filled in from --prompts. It replaces a "
+        "prompt's text, or that of its last user turn.",
+        validate_default=True,
+    )
+    prompts: Path | None = Field(
+        None,
+        description="With --prompt-template: the prompts file that `rollout` read.",
         validate_default=True,
     )
     entry_kind: Literal["topp", "topk", "sampled"] = Field(
@@ -176,9 +187,26 @@ class Score(Section):
     @field_validator("context")
     @classmethod
     def _has_role(cls, context: Path | None, info: ValidationInfo) -> Path | None:
-        if (context is not None) != (info.data.get("role") == "context"):
+        if context is not None and info.data.get("role") != "context":
             raise ValueError("must be given with role = context, and with no other")
         return context
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _is_the_context(cls, template: Path | None, info: ValidationInfo) -> Path | None:
+        has_context = info.data.get("role") == "context"
+        if has_context and (template is None) == (info.data.get("context") is None):
+            raise ValueError("role = context needs --context or --prompt-template, one of them")
+        if template is not None and not has_context:
+            raise ValueError("must be given with role = context, and with no other")
+        return template
+
+    @field_validator("prompts")
+    @classmethod
+    def _fills_template(cls, prompts: Path | None, info: ValidationInfo) -> Path | None:
+        if (prompts is None) != (info.data.get("prompt_template") is None):
+            raise ValueError("must be given with prompt_template, and only then")
+        return prompts
 
     @field_validator("draws")
     @classmethod

@@ -36,6 +36,7 @@ from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.given import read_ids
 from logitcask.engine.grade import open_grader
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset, warnings
+from logitcask.engine.privileged import read_template, templated
 from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
@@ -75,7 +76,7 @@ def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
     store = open_store(job.store.url)
     pin = store.head()
     model = teacher_of(job.teacher, pin, job.store.rollouts)
-    context = None if job.score.context is None else _context(job, model, pin)
+    context = _context(job, store, model, pin) if job.score.role == "context" else None
     ids = job.score.ids_file()
     return score(
         store,
@@ -92,19 +93,24 @@ def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
     )
 
 
-def _context(job: ScoreJob, model: ModelRef, pin: Pin) -> dict[str, Prompt]:
+def _context(job: ScoreJob, store: Store, model: ModelRef, pin: Pin) -> dict[str, Prompt]:
     """The other prompts by id, rendered as those of the rollouts were; each leaves room for the
     longest response.
     """
-    assert job.score.context is not None, "role = context has one"
-    longest = int(pin.rollouts(job.store.rollouts)[0].lineage["set"]["max_new_tokens"])
-    read = read_prompts(
-        job.score.context,
-        load_tokenizer(model.path),
-        chat_template=_rendered(pin, job.store.rollouts),
-        max_prompt_tokens=identity.context_length(model.path) - longest,
-    )
-    return {prompt.id: prompt for prompt in read}
+    segments = pin.rollouts(job.store.rollouts)
+    longest = int(segments[0].lineage["set"]["max_new_tokens"])
+    tokenizer = load_tokenizer(model.path)
+    told: dict[str, Any] = {
+        "chat_template": _rendered(pin, job.store.rollouts),
+        "max_prompt_tokens": identity.context_length(model.path) - longest,
+    }
+    if job.score.context is not None:
+        return {each.id: each for each in read_prompts(job.score.context, tokenizer, **told)}
+    assert job.score.prompt_template is not None, "role = context has one of them"
+    assert job.score.prompts is not None, "a template has prompts"
+    template = read_template(job.score.prompt_template)
+    stored = (prompt for segment in segments for prompt in store.read_prompts(segment))
+    return templated(job.score.prompts, template, stored, tokenizer, **told)
 
 
 def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:

@@ -7,7 +7,7 @@ not trusted: lines are bounded, and each error names file, line, field, value, r
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -119,12 +119,18 @@ def no_file(file: Path, error: OSError) -> PromptError:
 
 
 def read_prompts(
-    file: Path | str, tokenizer: Any, *, chat_template: bool, max_prompt_tokens: int
+    file: Path | str,
+    tokenizer: Any,
+    *,
+    chat_template: bool,
+    max_prompt_tokens: int,
+    change: Callable[["Line"], dict[str, Any]] | None = None,
 ) -> list[Prompt]:
     """Every prompt of a JSONL file, in the file's order. Blank lines are skipped.
 
     chat_template True renders "messages" (and "prompt" as one user turn) through the template;
     False takes "prompt" literally and refuses "messages". Special tokens are never added.
+    change: gives the keys that are rendered in place of a line's own, which were read before.
     Raises PromptError at the first line that cannot be used.
     """
     file = Path(file)
@@ -133,9 +139,10 @@ def read_prompts(
     try:
         with file.open("rb") as stream:
             for number, text in read_lines(file, stream):
-                prompt = Line(file, number, text).prompt(
-                    tokenizer, chat_template, max_prompt_tokens
-                )
+                line = Line(file, number, text)
+                if change is not None:
+                    line.keys = change(line)
+                prompt = line.prompt(tokenizer, chat_template, max_prompt_tokens)
                 if prompt.id in line_of:
                     refuse(
                         file,

@@ -19,7 +19,7 @@ PACKAGES = ("engine", "kernels", "cli")
 ENGINE_LAYERS = [
     ["types", "errors", "heads"],
     ["prompts", "targets", "grade"],
-    ["identity", "config"],
+    ["identity", "config", "privileged"],
     ["configfile"],
     ["store.medium", "store.schema"],
     ["store.files", "store.objects"],

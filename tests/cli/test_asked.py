@@ -1,12 +1,14 @@
 """What a teacher can be asked for from the command line, and what comes of it in a batch."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.prompts import load_tokenizer
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
@@ -72,6 +74,10 @@ def test_a_base_that_is_not_there(world: World, call: Any) -> None:
         ("--entry-kind sampled --draws 4 --at mc", "--at"),
         ("--role context", "--context"),
         ("--context @p.jsonl", "--context"),
+        ("--prompt-template @t --prompts @p.jsonl", "--prompt-template"),
+        ("--role context --prompt-template @t", "--prompts"),
+        ("--role context --context @p.jsonl --prompts @p.jsonl", "--prompts"),
+        ("--role context --context @p.jsonl --prompt-template @t", "--prompt-template"),
     ],
 )
 def test_flags_that_contradict_each_other(world: World, call: Any, more: str, words: str) -> None:
@@ -83,6 +89,34 @@ def test_a_context_without_every_prompt(world: World, call: Any) -> None:
     file.write_text(json.dumps({"id": "p0", "prompt": "1 + 1 ="}) + "\n")
     more = "--role context --context @short.jsonl"
     call(f"{SCORE} {store} {more}").refused(1, "no prompt 'p1'", "for every id")
+
+
+def test_a_context_by_a_template(world: World, call: Any) -> None:
+    """The scores are those of the same prompts written out, and so nothing is scored twice."""
+    store, template, out = world.store(UNITS), world.new("t.txt"), world.new("shown.jsonl")
+    world.at(template).write_text("Hint. {prompt}\n")
+    lines = [json.loads(line) for line in world.at("@p.jsonl").read_text().splitlines()]
+    shown = [{**line, "prompt": f"Hint. {line['prompt']}"} for line in lines]
+    world.at(out).write_text("".join(json.dumps(line) + "\n" for line in shown))
+    by_template = f"--role context --prompt-template {template} --prompts @p.jsonl"
+    hinted = asked(store, f"{by_template} --format json", "hinted")
+    assert call(hinted).json["units_new"] == UNITS
+    written = asked(store, f"--role context --context {out} --format json", "hinted")
+    assert call(written).json["units_new"] == 0
+    opened = open_store(world.at(store))
+    assert opened.head().role("hinted") == "context"
+    scorer = HF(world.at("@teacher"), n_vocab=99, stop_ids=(1,))
+    for each in opened.head().rollouts("main"):
+        rollouts = opened.read_rollouts(each)
+        ids = load_tokenizer(world.at("@teacher"))("Hint. ", add_special_tokens=False)["input_ids"]
+        prompts = tuple(replace(p, token_ids=(*ids, *p.token_ids)) for p in rollouts.prompts)
+        exact = scorer.score(replace(rollouts, prompts=prompts), ScoreRequest())
+        found = opened.read_scores(opened.head().scores("hinted")[each.seg_id], base=rollouts)
+        np.testing.assert_allclose(found.lp, exact.lp, atol=1e-5)
+    # The template would be about other prompts.
+    call(hinted.replace("@p.jsonl", out)).refused(
+        1, "is not the one that the rollouts", "--context"
+    )
 
 
 def test_mc_needs_draws(world: World, call: Any) -> None:
