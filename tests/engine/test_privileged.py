@@ -95,8 +95,8 @@ def test_half_a_field_is_refused(tmp_path: Path, text: str) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="No such file"):
         read_template(tmp_path / "absent")
-    (tmp_path / "latin").write_bytes(b"caf\xe9 {prompt}")
-    with pytest.raises(PromptError, match="byte 3 is not UTF-8"):
+    (tmp_path / "latin").write_bytes(b"\xe9 {prompt}")
+    with pytest.raises(PromptError, match="byte 0 is not UTF-8"):
         read_template(tmp_path / "latin")
 
 
