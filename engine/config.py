@@ -18,7 +18,10 @@ from pydantic import (
 
 from logitcask.engine.types import SamplingParams, ScoreRequest
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
+GIVEN = "ids:"
+"""What stands before the name of a file of ids that a teacher is asked at."""
+NAME = r"^[a-z0-9][a-z0-9._-]{0,127}$"
+Name = Annotated[str, Field(pattern=NAME)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -139,6 +142,17 @@ class Score(Section):
         None,
         description="With --role context: JSONL file of prompts as for `rollout`, one for every id "
         "of the rollouts. The teacher scores the same responses after these.",
+    )
+    prompt_template: Path | None = Field(
+        None,
+        description="With --role context, in place of --context: text file with the fields "
+        "{prompt} and {answer} ({{ }} for braces), filled in from --prompts. It replaces a "
+        "prompt's text, or that of its last user turn.",
+        validate_default=True,
+    )
+    prompts: Path | None = Field(
+        None,
+        description="With --prompt-template: the prompts file that `rollout` read.",
         validate_default=True,
     )
     entry_kind: Literal["topp", "topk", "sampled"] = Field(
@@ -167,19 +181,38 @@ class Score(Section):
         description="Ids kept at most: bounds the bytes of unsure positions.",
         validate_default=True,
     )
-    at: Name = Field(
+    at: str = Field(
         "student",
+        pattern=rf"{NAME}|^{GIVEN}.",
         description="Ids that the teacher is asked at: student = the student's stored top ids; mc "
         "= also those that it drew (rollout --mc-draws), kept in float32; NAME = also the top ids "
-        "of these other scores in the store, a later student's say.",
+        "of these other scores in the store, a later student's say; ids:FILE = also those of a "
+        'JSONL file, {"prompt", "sample", "ids"} a response: a list of ids for each token.',
     )
 
     @field_validator("context")
     @classmethod
     def _has_role(cls, context: Path | None, info: ValidationInfo) -> Path | None:
-        if (context is not None) != (info.data.get("role") == "context"):
+        if context is not None and info.data.get("role") != "context":
             raise ValueError("must be given with role = context, and with no other")
         return context
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _is_the_context(cls, template: Path | None, info: ValidationInfo) -> Path | None:
+        has_context = info.data.get("role") == "context"
+        if has_context and (template is None) == (info.data.get("context") is None):
+            raise ValueError("role = context needs --context or --prompt-template, one of them")
+        if template is not None and not has_context:
+            raise ValueError("must be given with role = context, and with no other")
+        return template
+
+    @field_validator("prompts")
+    @classmethod
+    def _fills_template(cls, prompts: Path | None, info: ValidationInfo) -> Path | None:
+        if (prompts is None) != (info.data.get("prompt_template") is None):
+            raise ValueError("must be given with prompt_template, and only then")
+        return prompts
 
     @field_validator("draws")
     @classmethod
@@ -212,8 +245,12 @@ class Score(Section):
         return ScoreRequest(top_p=self.top_p, k_min=self.k_min, k_max=self.k_max)
 
     def asked_at(self) -> str | None:
-        """`at` of the scoring stage."""
-        return None if self.at == "student" else self.at
+        """`at` of the scoring stage, where it is a name."""
+        return None if self.at == "student" or self.ids_file() else self.at
+
+    def ids_file(self) -> Path | None:
+        """The file of `at`, where it is one."""
+        return Path(self.at.removeprefix(GIVEN)) if self.at.startswith(GIVEN) else None
 
 
 class Estimate(Section):

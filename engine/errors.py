@@ -2,7 +2,7 @@
 
 LogitcaskError            exit 1   the message says what is wrong, `remedy` what to do
 ├─ ConfigError            exit 2   a key, flag or argument has a value that the rules forbid
-├─ PromptError            exit 1   a prompts file holds a line that cannot be used
+├─ PromptError            exit 1   a file of prompts or ids holds what cannot be used
 ├─ ModelError             exit 1   a model folder or hub id cannot be used
 ├─ IdentityError          exit 1   two things that must be the same are not (tokenizer, run)
 ├─ ObjectiveError         exit 1   the cache cannot serve this objective, or it has no meaning

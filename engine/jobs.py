@@ -33,9 +33,11 @@ from logitcask.engine.course import TrainReport, TrainSettings
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.evaluate import EvalPlan
+from logitcask.engine.given import read_ids
 from logitcask.engine.grade import Decode, Grading, open_grader
 from logitcask.engine.held_out import HeldOutSet, hold_out
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset, warnings
+from logitcask.engine.privileged import read_template, templated
 from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
@@ -77,7 +79,8 @@ def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
     store = open_store(job.store.url)
     pin = store.head()
     model = teacher_of(job.teacher, pin, job.store.rollouts)
-    context = None if job.score.context is None else _context(job, model, pin)
+    context = _context(job, store, model, pin) if job.score.role == "context" else None
+    ids = job.score.ids_file()
     return score(
         store,
         model=model,
@@ -87,25 +90,30 @@ def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
         request=job.score.request(job.run.seed),
         role=job.score.role,
         context=context,
-        at=job.score.asked_at(),
+        at=job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
         profile=job.store.profile,
         progress=progress,
     )
 
 
-def _context(job: ScoreJob, model: ModelRef, pin: Pin) -> dict[str, Prompt]:
+def _context(job: ScoreJob, store: Store, model: ModelRef, pin: Pin) -> dict[str, Prompt]:
     """The other prompts by id, rendered as those of the rollouts were; each leaves room for the
     longest response.
     """
-    assert job.score.context is not None, "role = context has one"
-    longest = int(pin.rollouts(job.store.rollouts)[0].lineage["set"]["max_new_tokens"])
-    read = read_prompts(
-        job.score.context,
-        load_tokenizer(model.path),
-        chat_template=_rendered(pin, job.store.rollouts),
-        max_prompt_tokens=identity.context_length(model.path) - longest,
-    )
-    return {prompt.id: prompt for prompt in read}
+    segments = pin.rollouts(job.store.rollouts)
+    longest = int(segments[0].lineage["set"]["max_new_tokens"])
+    tokenizer = load_tokenizer(model.path)
+    told: dict[str, Any] = {
+        "chat_template": _rendered(pin, job.store.rollouts),
+        "max_prompt_tokens": identity.context_length(model.path) - longest,
+    }
+    if job.score.context is not None:
+        return {each.id: each for each in read_prompts(job.score.context, tokenizer, **told)}
+    assert job.score.prompt_template is not None, "role = context has one of them"
+    assert job.score.prompts is not None, "a template has prompts"
+    template = read_template(job.score.prompt_template)
+    stored = (prompt for segment in segments for prompt in store.read_prompts(segment))
+    return templated(job.score.prompts, template, stored, tokenizer, **told)
 
 
 def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:

@@ -7,7 +7,7 @@ not trusted: lines are bounded, and each error names file, line, field, value, r
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -119,12 +119,18 @@ def no_file(file: Path, error: OSError) -> PromptError:
 
 
 def read_prompts(
-    file: Path | str, tokenizer: Any, *, chat_template: bool, max_prompt_tokens: int
+    file: Path | str,
+    tokenizer: Any,
+    *,
+    chat_template: bool,
+    max_prompt_tokens: int,
+    change: Callable[["Line"], dict[str, Any]] | None = None,
 ) -> list[Prompt]:
     """Every prompt of a JSONL file, in the file's order. Blank lines are skipped.
 
     chat_template True renders "messages" (and "prompt" as one user turn) through the template;
     False takes "prompt" literally and refuses "messages". Special tokens are never added.
+    change: gives the keys that are rendered in place of a line's own, which were read before.
     Raises PromptError at the first line that cannot be used.
     """
     file = Path(file)
@@ -133,9 +139,10 @@ def read_prompts(
     try:
         with file.open("rb") as stream:
             for number, text in read_lines(file, stream):
-                prompt = Line(file, number, text).prompt(
-                    tokenizer, chat_template, max_prompt_tokens
-                )
+                line = Line(file, number, text)
+                if change is not None:
+                    line.keys = change(line)
+                prompt = line.prompt(tokenizer, chat_template, max_prompt_tokens)
                 if prompt.id in line_of:
                     refuse(
                         file,
@@ -152,21 +159,23 @@ def read_prompts(
     if not prompts:
         raise PromptError(
             f"{file} holds no prompt",
-            remedy='Write one JSON object per line: {"id": "...", "prompt": "..."}.',
+            remedy=Line.FORM,
         )
     return prompts
 
 
-def read_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of every line that is not blank."""
+def read_lines(
+    file: Path, stream: BinaryIO, most: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text) of every line that is not blank and has at most `most` bytes."""
     number = 0
-    while raw := stream.readline(MAX_LINE_BYTES + 1):
+    while raw := stream.readline(most + 1):
         number += 1
-        if len(raw) > MAX_LINE_BYTES:
+        if len(raw) > most:
             refuse(
                 file,
                 number,
-                f"the line is longer than {MAX_LINE_BYTES} bytes",
+                f"the line is longer than {most} bytes",
                 "Shorten it, or check that each line ends in a newline.",
             )
         try:
@@ -184,6 +193,8 @@ def refuse(file: Path, number: int, what: str, remedy: str) -> NoReturn:
 class Line:
     """One line of a prompts file on its way to a prompt; every refusal names the place."""
 
+    FORM = 'Write one JSON object per line: {"id": "...", "prompt": "..."}.'
+
     def __init__(self, file: Path, number: int, text: str) -> None:
         self.file, self.number = file, number
         self.keys = self.parse(text)
@@ -200,15 +211,9 @@ class Line:
         except RecursionError:
             self.refuse("the JSON is nested too deeply", "Flatten it.")
         except ValueError as error:
-            self.refuse(
-                f"not valid JSON: {error}",
-                'Write one JSON object per line: {"id": "...", "prompt": "..."}.',
-            )
+            self.refuse(f"not valid JSON: {error}", self.FORM)
         if not isinstance(keys, dict):
-            self.refuse(
-                f"the line is {kind(keys)}, not an object",
-                'Write one JSON object per line: {"id": "...", "prompt": "..."}.',
-            )
+            self.refuse(f"the line is {kind(keys)}, not an object", self.FORM)
         return keys
 
     def string(self, field: str, value: Any, place: str = "") -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from logitcask.engine.asked import at_all_known, without_more
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import IdentityError, IncompleteError, PromptError
+from logitcask.engine.given import GivenIds
 from logitcask.engine.identity import digest
 from logitcask.engine.store import Chain, Pin, Segment, Store
 from logitcask.engine.store.layout import ranked
@@ -62,7 +63,7 @@ def score(
     request: ScoreRequest = ScoreRequest(),  # noqa: B008 - frozen
     role: Literal["teacher", "base", "context"] = "teacher",
     context: Mapping[str, Prompt] | None = None,
-    at: str | None = None,
+    at: str | GivenIds | None = None,
     profile: str = "default",
     eos_rows: Literal["refuse", "keep"] = "refuse",
     progress: Progress = silent,
@@ -74,12 +75,12 @@ def score(
     context: prompt id -> the prompt that the teacher is shown in its place (privileged context);
     the response stays. at: also at the top ids of this other model's scores in the store, a later
     student's say, or at the ids that the student drew, for MC_IDS; those are stored in float32,
-    whatever the profile. eos_rows: what to do with a stop token that ends a response and that the
-    teacher does not use.
+    whatever the profile; or at ids that a file gives. eos_rows: what to do with a stop token that
+    ends a response and that the teacher does not use.
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
     IncompleteError where there are no rollouts, no draws or no scores of `at`, ConfigError for a
     scorer that lacks a capability or a request that no row could meet, PromptError for a context
-    without a prompt of the rollouts.
+    without a prompt of the rollouts, or given ids of other sequences than theirs.
     """
     start_s = time.monotonic()
     check_scorer(scorer, request)
@@ -104,11 +105,16 @@ def score(
         "backend": scorer.describe(),
         "logprob": LOGPROB,
     }
-    asked_at = None if at is None or at == MC_IDS else _scores_named(pin, at)
-    if at == MC_IDS:
+    label = at.label if isinstance(at, GivenIds) else at
+    given, asked_at = None, None
+    if isinstance(at, GivenIds):
+        given = at.lists({each.seg_id: store.read_extent(each) for each in segments})
+    elif at == MC_IDS:
         _check_draws(segments, rollouts_name)
+    elif at is not None:
+        asked_at = _scores_named(pin, at)
     units = {
-        unit_key(segment, model, request, lineage, _asked(at, asked_at, segment)): segment
+        unit_key(segment, model, request, lineage, _asked(label, asked_at, segment)): segment
         for segment in segments
     }
     _check_twice(pin, units, teacher_name)
@@ -142,6 +148,8 @@ def score(
         if at == MC_IDS:
             assert rollouts.draws is not None, "its layout says so"
             extra = IdLists(cnt=rollouts.draws.cnt, ids=rollouts.draws.ids)
+        elif given is not None:
+            extra = given[segment.seg_id]
         wanted: IdLists | None = None
         told: dict[str, Any] = {"base": segment, "name": teacher_name, "unit": dict(segment.unit)}
         if (chain := there.get(segment.seg_id)) is not None:
@@ -168,7 +176,7 @@ def score(
             scores,
             **told,
             unit_key=key,
-            lineage={**lineage, "at": at or ("student" if request.at_student else "")},
+            lineage={**lineage, "at": label or ("student" if request.at_student else "")},
             profile=EXACT if at == MC_IDS else profile,
             at=wanted,
         )
@@ -260,10 +268,8 @@ def _check_draws(segments: Sequence[Segment], name: str) -> None:
 
 def _asked(at: str | None, scores: Mapping[str, Chain] | None, segment: Segment) -> tuple[str, ...]:
     """What a unit's key says of the ids that are asked at beside the student's list."""
-    if at == MC_IDS:
-        return (MC_IDS,)
     if scores is None:
-        return ()
+        return () if at is None else (at,)
     if segment.seg_id not in scores:
         raise IncompleteError(
             f"rollout segment {segment.seg_id} has no scores of the model whose ids are wanted",

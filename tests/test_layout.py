@@ -19,7 +19,7 @@ PACKAGES = ("engine", "kernels", "cli")
 ENGINE_LAYERS = [
     ["types", "errors", "heads"],
     ["prompts", "targets", "grade"],
-    ["identity", "config"],
+    ["identity", "config", "privileged"],
     ["configfile"],
     ["store.medium", "store.schema"],
     ["store.files", "store.objects"],
@@ -37,7 +37,7 @@ ENGINE_LAYERS = [
     ["store.view", "store.verify", "store.cache", "store.keep", "store.transfer"],
     ["backends.base", "backends.sampling", "backends.scoring"],
     ["backends.hf"],
-    ["teachers", "asked"],
+    ["teachers", "asked", "given"],
     ["rollout"],
     ["score"],
     ["estimate"],

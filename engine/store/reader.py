@@ -17,7 +17,7 @@ from logitcask.engine.store.log import Log
 from logitcask.engine.store.medium import Medium
 from logitcask.engine.store.pin import Chain, Pin
 from logitcask.engine.store.segment import Segment
-from logitcask.engine.types import Array, CachedScores, IdLists, Rollouts
+from logitcask.engine.types import Array, CachedScores, IdLists, Prompt, Rollouts
 
 
 class Reader:
@@ -121,6 +121,14 @@ class Reader:
         arrays = self.read_arrays(which, rollouts.EXTENT)
         try:
             return rollouts.extent(arrays, which.counts)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._contradiction(which, error) from error
+
+    def read_prompts(self, which: Segment) -> tuple[Prompt, ...]:
+        """The prompts of a rollout segment, of whose files only those few are read and checked."""
+        arrays = self.read_arrays(which, rollouts.PROMPTS)
+        try:
+            return rollouts.prompts_of(arrays)
         except (ValueError, KeyError, TypeError) as error:
             raise self._contradiction(which, error) from error
 

@@ -141,14 +141,15 @@ def _values(text: bytes) -> int:
     return sum(text.count(mark) for mark in (b",", b"[", b"{")) + 1
 
 
-def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "") -> Rollouts:
-    """The inverse of `encode`, entry log-probs widened to float32; `segment` is where they lie.
+PROMPTS = ("prompt_json", "prompt_off", "prompt_tokens")
 
-    Raises ValueError where the arrays contradict each other (the caller names the segment).
+
+def prompts_of(arrays: dict[str, Array]) -> tuple[Prompt, ...]:
+    """The prompts of a rollout segment, from the arrays PROMPTS. ValueError where they contradict
+    each other.
     """
     told, off = _told(arrays, len(arrays["prompt_tokens"])), arrays["prompt_off"]
-    _check_sequences(arrays, len(told), len(arrays["tokens"]))
-    prompts = tuple(
+    return tuple(
         Prompt(
             id=each["id"],
             token_ids=tuple(arrays["prompt_tokens"][off[i] : off[i + 1]].tolist()),
@@ -157,6 +158,15 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "")
         )
         for i, each in enumerate(told)
     )
+
+
+def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "") -> Rollouts:
+    """The inverse of `encode`, entry log-probs widened to float32; `segment` is where they lie.
+
+    Raises ValueError where the arrays contradict each other (the caller names the segment).
+    """
+    prompts = prompts_of(arrays)
+    _check_sequences(arrays, len(prompts), len(arrays["tokens"]))
     student = None
     if "s_lp" in arrays:
         ragged.check_counts(arrays["s_cnt"], len(arrays["s_ids"]), schema.MAX_K)

@@ -1,13 +1,17 @@
 """What a teacher can be asked for from the command line, and what comes of it in a batch."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.prompts import load_tokenizer
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import open_store
+from logitcask.engine.types import ScoreRequest
 from tests.cli.conftest import KEPT, ROLL, SCORE, TRAIN, UNITS, N, World
 
 
@@ -70,6 +74,10 @@ def test_a_base_that_is_not_there(world: World, call: Any) -> None:
         ("--entry-kind sampled --draws 4 --at mc", "--at"),
         ("--role context", "--context"),
         ("--context @p.jsonl", "--context"),
+        ("--prompt-template @t --prompts @p.jsonl", "--prompt-template"),
+        ("--role context --prompt-template @t", "--prompts"),
+        ("--role context --context @p.jsonl --prompts @p.jsonl", "--prompts"),
+        ("--role context --context @p.jsonl --prompt-template @t", "--prompt-template"),
     ],
 )
 def test_flags_that_contradict_each_other(world: World, call: Any, more: str, words: str) -> None:
@@ -83,8 +91,88 @@ def test_a_context_without_every_prompt(world: World, call: Any) -> None:
     call(f"{SCORE} {store} {more}").refused(1, "no prompt 'p1'", "for every id")
 
 
+def test_a_context_by_a_template(world: World, call: Any) -> None:
+    """The scores are those of the same prompts written out, and so nothing is scored twice."""
+    store, template, out = world.store(UNITS), world.new("t.txt"), world.new("shown.jsonl")
+    world.at(template).write_text("Hint. {prompt}\n")
+    lines = [json.loads(line) for line in world.at("@p.jsonl").read_text().splitlines()]
+    shown = [{**line, "prompt": f"Hint. {line['prompt']}"} for line in lines]
+    world.at(out).write_text("".join(json.dumps(line) + "\n" for line in shown))
+    by_template = f"--role context --prompt-template {template} --prompts @p.jsonl"
+    hinted = asked(store, f"{by_template} --format json", "hinted")
+    assert call(hinted).json["units_new"] == UNITS
+    written = asked(store, f"--role context --context {out} --format json", "hinted")
+    assert call(written).json["units_new"] == 0
+    opened = open_store(world.at(store))
+    assert opened.head().role("hinted") == "context"
+    scorer = HF(world.at("@teacher"), n_vocab=99, stop_ids=(1,))
+    for each in opened.head().rollouts("main"):
+        rollouts = opened.read_rollouts(each)
+        ids = load_tokenizer(world.at("@teacher"))("Hint. ", add_special_tokens=False)["input_ids"]
+        prompts = tuple(replace(p, token_ids=(*ids, *p.token_ids)) for p in rollouts.prompts)
+        exact = scorer.score(replace(rollouts, prompts=prompts), ScoreRequest())
+        found = opened.read_scores(opened.head().scores("hinted")[each.seg_id], base=rollouts)
+        np.testing.assert_allclose(found.lp, exact.lp, atol=1e-5)
+    # The template would be about other prompts.
+    call(hinted.replace("@p.jsonl", out)).refused(
+        1, "is not the one that the rollouts", "--context"
+    )
+
+
 def test_mc_needs_draws(world: World, call: Any) -> None:
     call(f"{SCORE} {world.store(UNITS)} --at mc").refused(3, "hold no ids", "--mc-draws")
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["at-once", "later"])
+def test_ids_of_a_file_are_scored(world: World, call: Any, first: bool) -> None:
+    """Scores in the store equal what the teacher's whole softmax says of the ids asked for."""
+    store, file = world.store(UNITS), world.new("ids.jsonl")
+    opened = open_store(world.at(store))
+    rollouts = [opened.read_rollouts(each) for each in opened.head().rollouts("main")]
+    if first:
+        assert call(f"{SCORE} {store}").code == 0
+    wanted = [
+        [[(7 * p + 11 * j) % 99 for j in range(p % 4)] for p in range(each.positions)]
+        for each in rollouts
+    ]
+    with world.at(file).open("w") as out:
+        for each, rows in zip(rollouts, wanted, strict=True):
+            for i, prompt in enumerate(each.seq_prompt):
+                ids = rows[each.seq_off[i] : each.seq_off[i + 1]]
+                line = {"prompt": each.prompts[prompt].id, "sample": i % N, "ids": ids}
+                out.write(json.dumps(line) + "\n")
+    for new in (UNITS, 0):
+        assert call(f"{SCORE} {store} --at ids:{file} --format json").json["units_new"] == new
+    assert call(f"store verify {store} --deep").code == 0
+    everything = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=99, k_max=99)
+    scorer = HF(world.at("@teacher"), n_vocab=99, stop_ids=(1,))
+    chains = opened.head().scores("big")
+    for each, rows in zip(rollouts, wanted, strict=True):
+        chain = chains[each.segment]
+        assert [s.layout for s in chain] == ["once", "wider"]
+        assert chain[1].lineage["at"].startswith("ids:sha256:")
+        full = scorer.score(each, everything)
+        known = opened.read_scores(chain, base=each)
+        lp = np.full((each.positions, 99), np.nan)
+        lp[np.repeat(np.arange(each.positions), known.s_cnt), known.s_ids] = known.s_lp
+        lp[np.repeat(np.arange(each.positions), known.cnt), known.ids] = known.entry_lp
+        exact = np.empty((each.positions, 99))
+        exact[np.repeat(np.arange(each.positions), full.cnt), full.ids] = full.entry_lp
+        at = [(p, token) for p, row in enumerate(rows) for token in row]
+        p, token = np.asarray(at).T
+        # NaN, of an id that is not stored, is not close to anything.
+        np.testing.assert_allclose(lp[p, token], exact[p, token], rtol=2e-3)
+
+
+def test_ids_of_a_file_that_does_not_fit(world: World, call: Any) -> None:
+    store, file = world.store(UNITS), world.new("ids.jsonl")
+    world.at(file).write_text(json.dumps({"prompt": "p0", "sample": 0, "ids": [[99]]}) + "\n")
+    at = f"{SCORE} {store} --at ids:{file}"
+    call(at).refused(1, 'line 1: field "ids[0]": 99 is no id in [0, 99)', "tokenizer")
+    world.at(file).write_text(json.dumps({"prompt": "p0", "sample": 0, "ids": []}) + "\n")
+    call(at).refused(1, 'line 1: field "ids": 0 lists', "one list for each token")
+    call(f"{SCORE} {store} --at ids:").refused(2, "--at", "ids:FILE")
+    call(f"{SCORE} {store} --at ids:@nowhere").refused(1, "No such file", "--at ids:FILE")
 
 
 def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
