@@ -3,8 +3,8 @@
 Run: .venv/bin/python bench/bench_ablate.py [SEEDS]      (default: 3; about a minute a training)
 
 The demo, its store and the runs are below build/bench_ablate, so a bench that was stopped goes on.
-Evaluation is greedy on the demo's own test problems, as the accuracies of the demo's models are. One
-row is appended to bench/results/ablate.jsonl at the end.
+Evaluation is greedy on the demo's own test problems, as the accuracies of the demo's models are.
+One row is appended to bench/results/ablate.jsonl at the end.
 """
 
 import json
