@@ -1,6 +1,6 @@
 """Six objectives by three seeds of training from the store of one demo: what separates, what not.
 
-Run: .venv/bin/python bench/bench_ablate.py [SEEDS]      (default: 3; about a minute a training)
+Run: .venv/bin/python bench/bench_ablate.py [SEEDS]      (default: 3; ten seconds a training)
 
 The demo, its store and the runs are below build/bench_ablate, so a bench that was stopped goes on.
 Evaluation is greedy on the demo's own test problems, as the accuracies of the demo's models are.
@@ -66,7 +66,7 @@ def main(seeds: int) -> None:
     teacher = json.loads((demo / "demo.json").read_text())["accuracy"]["teacher"]
     made = job(folder, demo)
     options = ["--vary", f"objective={','.join(OBJECTIVES)}", "--seeds", str(seeds)]
-    options += ["--teacher-accuracy", str(teacher)]
+    options += ["--eval-teacher-accuracy", str(teacher)]
     start = time.perf_counter()
     report = logitcask("ablate", str(made), *options, "--out", str(folder / "runs"))
     row = {

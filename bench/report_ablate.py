@@ -35,6 +35,8 @@ def objectives(row: Row) -> str:
         if not separate(a, b, "accuracy")
     ]
     told = f"Accuracy does not separate {', '.join(alike)}" if alike else "Accuracy separates all"
+    if row["rows"][0]["n"] < 2:
+        told = "One seed has no spread, so nothing is said of which separate"
     return (
         f"{table}\n\nMean ± sample standard deviation over seeds; two separate where their means "
         f"are further apart than both spreads together. {told}. The teacher's accuracy is "
@@ -52,7 +54,5 @@ def cell(each: Row, name: str) -> str:
 
 
 def separate(a: Row, b: Row, name: str) -> bool:
-    """Of one seed nothing is said: no spread is known."""
-    if None in (spreads := (a[f"{name}_sd"], b[f"{name}_sd"])):
-        return False
-    return bool(abs(a[name] - b[name]) > sum(spreads))
+    spread = (a[f"{name}_sd"] or 0.0) + (b[f"{name}_sd"] or 0.0)
+    return bool(abs(a[name] - b[name]) > spread)
