@@ -3,12 +3,14 @@
 Run: .venv/bin/python bench/report.py        (after bench_store.py; needs matplotlib)
 
 The newest row of each section counts. What stands between `<!-- NAME -->` and `<!-- end -->` is
-written anew, the rest of a page is left alone. The kernels' tables are made by report_kernels.py.
+written anew, the rest of a page is left alone. The kernels' tables are made by report_kernels.py,
+that of the ablation by report_ablate.py.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import report_ablate
 import report_kernels
 import results
 from report_pages import filled, markdown
@@ -22,7 +24,8 @@ def main() -> None:
     newest: dict[str, Row] = {}
     for row in results.read("store"):
         newest[row["section"]] = row
-    made = {name: table(newest) for name, table in TABLES.items()} | report_kernels.tables()
+    made = {name: table(newest) for name, table in TABLES.items()}
+    made |= report_kernels.tables() | report_ablate.tables()
     for page in (ROOT / "bench" / "README.md", ROOT / "README.md"):
         page.write_text(filled(page.read_text(), made))
     draw(newest["frontier"])

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -25,7 +26,13 @@ from logitcask.engine.config import Ablate, TrainJob
 from logitcask.engine.configfile import keys_of, parse_value, validate
 from logitcask.engine.course import TrainReport
 from logitcask.engine.errors import ConfigError, LogitcaskError
-from logitcask.engine.jobs import check_train, held_out_set, pin_of, run_train
+from logitcask.engine.jobs import (
+    check_train,
+    held_out_set,
+    pin_of,
+    run_train,
+    scoring_seconds,
+)
 from logitcask.engine.rundir import check_same, make_folder, replace_text, write_json
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
@@ -64,6 +71,16 @@ class Combination:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """Runs over the same scores, equally often."""
+
+    seconds: float | None
+    """What the teacher took to make those scores; None where the store does not say."""
+    runs: int
+    epochs: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AblateReport:
     out: Path
     pin: int
@@ -77,8 +94,12 @@ class AblateReport:
     trainings_seconds: float
     """Of `seconds`, what the trainings and their evaluations took themselves."""
     teacher_seconds_spent: float
+    teacher_passes: tuple[Passes, ...]
+    """Over the scores of the pin, by all runs of the table."""
     teacher_seconds_saved: float | None
-    """What a live teacher would have added; None: score segments do not record their seconds."""
+    """What a teacher that scores as it did, but anew in every pass, would have added; None where
+    scores do not say what they took.
+    """
 
 
 def combinations(job: TrainJob, vary: Sequence[str]) -> list[Combination]:
@@ -157,7 +178,7 @@ def ablate(
     make_folder(settings.out)
     write_json(settings.out / "plan.json", plan)
     cache = UnitCache(settings.out / "cache")
-    rows, trained, trainings_s = [], 0, 0.0
+    rows, passes, trained, trainings_s = [], [], 0, 0.0
     total, done = settings.seeds * sum(not each.refused for each in judged), 0
     for each in judged:
         runs = []
@@ -174,6 +195,9 @@ def ablate(
             done += 1
             progress("ablate", done, total)
         rows.append(row(each, runs, settings.teacher_accuracy))
+        if runs:
+            took_s, epochs = scoring_seconds(each.job), each.job.train.epochs
+            passes.append(Passes(seconds=took_s, runs=len(runs), epochs=epochs))
     result = AblateReport(
         out=settings.out,
         pin=number,
@@ -182,11 +206,19 @@ def ablate(
         seconds=time.monotonic() - begun_s,
         trainings_seconds=trainings_s,
         teacher_seconds_spent=0.0,
-        teacher_seconds_saved=None,
+        teacher_passes=tuple(passes),
+        teacher_seconds_saved=saved_seconds(passes),
     )
     write_json(settings.out / "ablate.json", {**asdict(result), "out": str(settings.out)})
     replace_text(settings.out / "ablate.md", markdown(result))
     return result
+
+
+def saved_seconds(passes: Sequence[Passes]) -> float | None:
+    """seconds x runs x epochs, summed; None where one is not known."""
+    each = [None if p.seconds is None else p.seconds * p.runs * p.epochs for p in passes]
+    known = [seconds for seconds in each if seconds is not None]
+    return sum(known) if len(known) == len(each) else None
 
 
 def row(
@@ -229,7 +261,15 @@ def table(report: AblateReport) -> list[dict[str, str]]:
 
 def footnotes(report: AblateReport) -> list[str]:
     saved = report.teacher_seconds_saved
-    known = "unknown, scores do not record what they took" if saved is None else f"{saved:.0f}"
+    same: Counter[tuple[float | None, int]] = Counter()
+    for each in report.teacher_passes:
+        same[each.seconds, each.epochs] += each.runs
+    sums = [
+        f"{s or 0:.3g} s a pass x {n} runs x {epochs} epochs" for (s, epochs), n in same.items()
+    ]
+    known = "unknown: not all of these scores say what they took"
+    if saved is not None:
+        known = f"a live teacher would have added {saved:.3g} s ({' + '.join(sums)})"
     return [
         f"pin {report.pin}; mean ± sample standard deviation over n seeds; losses of different "
         "objectives do not compare",

@@ -176,6 +176,18 @@ def check_train(job: TrainJob) -> None:
         hold_out(held, task["model"], task["objective"], job.train.tokens_per_batch)
 
 
+def scoring_seconds(job: TrainJob) -> float | None:
+    """What the teacher took for one pass over what `run_train` reads; None where the store does not
+    say so of every unit.
+    """
+    _, pin, task = _train_task(job)
+    chains = pin.scores(task["teacher"])
+    read = [chains[s.seg_id] for s in pin.rollouts(task["rollouts"]) if s.seg_id in chains]
+    took = [segment.seconds for chain in read for segment in chain]
+    known = [each for each in took if each is not None]
+    return sum(known) if len(known) == len(took) else None
+
+
 def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
     """The store, its state, and what is to be learned by whom."""
     preset = find_objective(job.train)

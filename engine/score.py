@@ -157,7 +157,7 @@ def score(
             if extra is None and student is not None:
                 extra = IdLists(cnt=student.cnt, ids=student.ids)
             wanted = ask_at(store.read_scores(chain, base=rollouts), extra)
-            scores = scorer.score(shown, request, wanted)
+            scores, took_s = _timed(scorer, shown, request, wanted)
         elif extra is not None:
             scores, wanted = _begun(
                 store,
@@ -170,8 +170,9 @@ def score(
                 lineage={**lineage, "at": "student" if request.at_student else ""},
                 profile=profile,
             )
+            took_s = 0.0  # the first segment's seconds are of both
         else:
-            scores = scorer.score(shown, request)
+            scores, took_s = _timed(scorer, shown, request, None)
         store.commit_scores(
             scores,
             **told,
@@ -179,6 +180,7 @@ def score(
             lineage={**lineage, "at": label or ("student" if request.at_student else "")},
             profile=EXACT if at == MC_IDS else profile,
             at=wanted,
+            seconds=took_s,
         )
         positions += rollouts.positions
     progress("score", len(units), len(units))
@@ -227,9 +229,18 @@ def _begun(
     own = shown.student
     student = None if own is None or not request.at_student else IdLists(cnt=own.cnt, ids=own.ids)
     asked = extra if student is None else union(student, extra)
-    scores = scorer.score(shown, request, asked)
-    first = store.commit_scores(without_more(scores, asked, student), **told)
+    scores, took_s = _timed(scorer, shown, request, asked)
+    first = store.commit_scores(without_more(scores, asked, student), **told, seconds=took_s)
     return at_all_known(scores, asked, store.read_scores((first,)))
+
+
+def _timed(
+    scorer: Scorer, shown: Rollouts, request: ScoreRequest, at: IdLists | None
+) -> tuple[Scores, float]:
+    """Scores, and the seconds that they took."""
+    begun_s = time.monotonic()
+    scores = scorer.score(shown, request) if at is None else scorer.score(shown, request, at)
+    return scores, time.monotonic() - begun_s
 
 
 def _serves(chain: Chain | None, request: ScoreRequest) -> bool:

@@ -6,6 +6,7 @@ exactly the one that the schema gives, so a record can name no path of its own.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def unseal(data: bytes, where: str) -> tuple[dict[str, Any], str]:
 
 def describe(segment: Segment) -> dict[str, Any]:
     """What a record says of one segment."""
+    # Records of before have no seconds, and readers of before pass over them.
+    noted = {} if segment.seconds is None else {"seconds": segment.seconds}
     return {
         "kind": segment.kind,
         "seg_id": segment.seg_id,
@@ -96,6 +99,7 @@ def describe(segment: Segment) -> dict[str, Any]:
         "layout": segment.layout,
         "files": {name: list(entry) for name, entry in segment.files.items()},
         "lineage": dict(segment.lineage),
+        **noted,
     }
 
 
@@ -151,6 +155,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_duration(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
 def _matching(pattern: re.Pattern[str], text: Any) -> str:
     _need(bool(pattern.fullmatch(text)), f"{text!r} is not allowed")
     return str(text)
@@ -188,7 +196,8 @@ def _segment(add: Mapping[str, Any], number: int) -> Segment:
         profile = codecs.profile(add["profile"])
     except ConfigError as error:
         raise ValueError(error.cause) from error
-    unit, lineage = add["unit"], add["lineage"]
+    unit, lineage, seconds = add["unit"], add["lineage"], add.get("seconds")
+    _need(seconds is None or _is_duration(seconds), f"seconds {seconds!r}")
     _need(isinstance(unit, dict) and isinstance(lineage, dict), "unit or lineage is not an object")
     if kind == schema.ROLLOUT:
         _need(
@@ -213,6 +222,7 @@ def _segment(add: Mapping[str, Any], number: int) -> Segment:
         lineage=lineage,
         token_digest=add["token_digest"],
         number=number,
+        seconds=seconds,
     )
 
 

@@ -54,6 +54,9 @@ class Segment:
     """sha256 over tokens and seq_off: what a score segment shares with its base."""
     number: int
     """Of the log record that published it."""
+    seconds: float | None = None
+    """What the models took to make it, by the writer's clock; None where that was not noted. No
+    content address covers it."""
 
     def __hash__(self) -> int:
         return hash((self.kind, self.seg_id, self.number))

@@ -86,8 +86,11 @@ class Store(Reader):
         lineage: Mapping[str, Any],
         profile: str = "default",
         at: IdLists | None = None,
+        seconds: float | None = None,
     ) -> Segment:
         """Publishes one teacher's scores of one rollout segment; returns what holds them.
+
+        seconds: what the teacher took for them, a note beside the segment.
 
         Where the teacher has scores of these rollouts already, they are widened: `at` is then
         where it was asked, as `widen.ask_at` says. Raises IdentityError where `name` stands for
@@ -138,7 +141,7 @@ class Store(Reader):
                 rounding=max(codecs.profile(each.profile).rounding for each in chain),
             )
             which = schema.WIDER
-        new = commit.draft(schema.SCORE, which, profile, **told)
+        new = commit.draft(schema.SCORE, which, profile, **told, seconds=seconds)
         return self._commit(
             arrays,
             new,

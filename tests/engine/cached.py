@@ -96,6 +96,7 @@ def make_store(
     planned: int | None = None,
     scored: int | None = None,
     student: ModelRef | None = None,
+    seconds: list[float] | None = None,
 ) -> Store:
     """Commits units as rollouts `main` of `student`, the first `scored` with scores of `big`."""
     store = open_store(path, create=True)
@@ -135,6 +136,7 @@ def make_store(
                         "at_student": unit.scores.at_lp is not None,
                     },
                 },
+                seconds=None if seconds is None else seconds[i],
             )
     return store
 

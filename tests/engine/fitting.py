@@ -33,11 +33,14 @@ WEIGHED = replace(
 """With modifiers that look at whole sequences, and at all rows of an update."""
 
 
-def make_case(folder: Path, units: list[Unit], **model: Any) -> tuple[Store, ModelRef]:
-    """A store of `units` and the student that is named as their sampler."""
+def make_case(
+    folder: Path, units: list[Unit], *, seconds: list[float] | None = None, **model: Any
+) -> tuple[Store, ModelRef]:
+    """A store of `units` and the student that is named as their sampler; `seconds` are what the
+    teacher took for each."""
     save_folder(folder / "student", make_model(**model))
     ref = model_ref(str(folder / "student"), chat_template=True)
-    return make_store(folder / "store", units, student=ref), ref
+    return make_store(folder / "store", units, student=ref, seconds=seconds), ref
 
 
 class Gradients(TrainerCallback):

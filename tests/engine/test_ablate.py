@@ -12,12 +12,14 @@ import logitcask.engine.backends.hf as hf
 from logitcask.engine.ablate import (
     AblateReport,
     Combination,
+    Passes,
     ablate,
     combinations,
     full_key,
     gap_recovery,
     markdown,
     row,
+    saved_seconds,
 )
 from logitcask.engine.config import Ablate, Eval, Run, StoreSection, Student, Train, TrainJob
 from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
@@ -216,6 +218,22 @@ def test_what_cannot_be_trained_stops_all_before_the_first(
     assert f"| {bad['refused']} |" in (tmp_path / "a" / "ablate.md").read_text()
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_the_teachers_seconds_saved_are_those_of_its_scores_in_every_pass(
+    tmp_path: Path, noted: bool
+) -> None:
+    """Units of 2 and 3 s, two runs of two epochs: 20 s. A store of before says nothing."""
+    units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(2)]
+    store, model = make_case(tmp_path / "case", units, seconds=[2.0, 3.0] if noted else None)
+    job = job_of((store, model), epochs=2)
+    report = run((store, model), tmp_path / "out", ["k=2"], job=job, seeds=2)
+    assert report.teacher_seconds_saved == (20.0 if noted else None)
+    told = json.loads((tmp_path / "out" / "ablate.json").read_text())
+    assert told["teacher_seconds_saved"] == report.teacher_seconds_saved
+    want = "added 20 s (5 s a pass x 2 runs x 2 epochs)" if noted else "saved: unknown"
+    assert want in markdown(report)
+
+
 def a_run(loss: float, before: float, after: float) -> Any:
     last = {"loss": loss, "overlap/ratio": 0.5, "overlap/mass_student": None}
     exams = [
@@ -239,6 +257,7 @@ def test_mean_spread_and_gap_recovery_worked_by_hand(case: tuple[Store, ModelRef
     assert row(each, runs)["gap_recovery"] is None
     assert row(each, runs[:1])["loss_sd"] is None
     assert gap_recovery(0.6, 0.7, 0.6) is None
+    passes = (Passes(seconds=1.5, runs=3, epochs=2), Passes(seconds=4.0, runs=1, epochs=1))
     report = AblateReport(
         out=Path("x"),
         pin=3,
@@ -247,8 +266,12 @@ def test_mean_spread_and_gap_recovery_worked_by_hand(case: tuple[Store, ModelRef
         seconds=1.0,
         trainings_seconds=1.0,
         teacher_seconds_spent=0.0,
-        teacher_seconds_saved=None,
+        teacher_passes=passes,
+        teacher_seconds_saved=13.0,
     )
+    assert saved_seconds(passes) == 13.0
+    assert saved_seconds([Passes(seconds=None, runs=3, epochs=2), *passes]) is None
+    assert "13 s (1.5 s a pass x 3 runs x 2 epochs + 4 s a pass x 1 runs" in markdown(report)
     assert "| 2 | 3 | 3 ± 2.6 | 1 ± 0 | 0.4 ± 0.2 | 0.5 ± 0.5 | 0.5 ± 0 | 13 ± 0 |" in markdown(
         report
     )

@@ -44,6 +44,9 @@ def test_every_rollout_segment_is_scored_as_the_scorer_says(
         assert lineage["request"] == dataclasses.asdict(REQUEST)
     assert report.positions == positions
     assert report.notes == ()
+    took = [chain[0].seconds or 0.0 for chain in by_base.values()]
+    assert min(took) > 0
+    assert sum(took) < report.seconds
 
 
 def test_a_run_that_died_is_resumed_to_the_same_store(

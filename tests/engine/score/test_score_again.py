@@ -127,6 +127,9 @@ def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
     if first:
         run(drawn, teacher, scorer)
     assert run(drawn, teacher, scorer, at="mc").units_new == 2
+    for once, wider in open_store(drawn).head().scores("big").values():
+        assert once.seconds
+        assert bool(wider.seconds) == first, "one pass over both is counted once"
     assert scorer.asked == (4 if first else 2)
     assert run(drawn, teacher, Dies(scorer, 0), at="mc").units_new == 0
     assert run(drawn, teacher, Dies(scorer, 0)).units_new == 0

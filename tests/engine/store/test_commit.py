@@ -1,6 +1,7 @@
 """Commits, on every medium: what goes in comes out, the first of a unit wins, a name stays."""
 
 import json
+import math
 import pickle
 import warnings
 from dataclasses import fields, replace
@@ -11,7 +12,7 @@ import pytest
 import zarr
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.store import Store, open_store
+from logitcask.engine.store import Store, open_store, record
 from logitcask.engine.store.codecs import PROFILES, Profile, from_entry, profile, to_entry
 from logitcask.engine.store.keep import retire
 from logitcask.engine.store.layout import kept_lists
@@ -446,3 +447,19 @@ def test_lists_of_a_row_are_found_whatever_their_lengths() -> None:
     assert ragged.place(b.astype(np.uint32), b_cnt).tolist() == own
     place = [x.tolist().index(each) if each in x else -1 for x, y in pairs for each in y]
     assert ragged.find(a, a_cnt, b, b_cnt).tolist() == place
+
+
+@pytest.mark.parametrize("seconds", [None, 0, 1.25])
+def test_seconds_are_a_note_beside_a_segment(tmp_path: Path, seconds: float | None) -> None:
+    """Records of before hold none; no digest of the segment covers it."""
+    store = open_store(tmp_path / "s", create=True)
+    held = commit_scores(store, commit_rollouts(store, 0), 0, seconds=seconds)
+    plain = open_store(tmp_path / "plain", create=True)
+    assert commit_scores(plain, commit_rollouts(plain, 0), 0).seg_id == held.seg_id
+    told = record.describe(held)
+    assert ("seconds" in told) == (seconds is not None)
+    assert record.parse_segment(told, "here").seconds == seconds
+    assert open_store(store.url).head().segments[-1].seconds == seconds
+    for wrong in (-1.0, "1", True, math.inf):
+        with pytest.raises(IntegrityError, match="seconds"):
+            record.parse_segment({**told, "seconds": wrong}, "here")

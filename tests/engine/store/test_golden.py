@@ -38,6 +38,7 @@ def test_everything_decodes_to_what_it_was(tmp_path: Path, file: Path, segments:
     store = opened(golden)
     assert digests(store) == want
     assert len(want) == segments
+    assert {s.seconds for s in store.head().segments} == {None}, "a note that came later"
     assert verify(store, deep=True).strays == ()
 
 

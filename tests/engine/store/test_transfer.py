@@ -31,7 +31,7 @@ def filled(store: Store) -> Store:
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = widen.ask_at(store.read_scores((first,)))
     commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
-    commit_scores(store, base, 2, scores=teacher.score(9, student), name="other")
+    commit_scores(store, base, 2, scores=teacher.score(9, student), name="other", seconds=2.5)
     commit_rollouts(store, 5, reward=True)
     return store
 
@@ -39,7 +39,8 @@ def filled(store: Store) -> Store:
 def same(ours: Store, theirs: Store) -> None:
     """Units, content and order of reading."""
     a, b = ours.head(), theirs.head()
-    assert {s.unit_key: s.seg_id for s in a.segments} == {s.unit_key: s.seg_id for s in b.segments}
+    told, want = ({s.unit_key: (s.seg_id, s.seconds) for s in pin.segments} for pin in (a, b))
+    assert told == want
     for x, y in zip(a.rollouts("main"), b.rollouts("main"), strict=True):
         mine, other = ours.read_rollouts(x).reward, theirs.read_rollouts(y).reward
         assert np.array_equal(np.asarray(mine), np.asarray(other))
