@@ -87,7 +87,7 @@ def pin(url: str, at: str | None, form: str) -> None:
 
     Example: logitcask store pin ./store
     """
-    from logitcask.engine.jobs import pin_of
+    from logitcask.engine.named import pin_of
     from logitcask.engine.store import open_store
     from logitcask.engine.store.view import pinned
 

@@ -123,7 +123,7 @@ def pack_command(url: str, folder: Path, at: str | None, form: str) -> None:
 
     Example: logitcask store pack ./store ./packed
     """
-    from logitcask.engine.jobs import pin_of
+    from logitcask.engine.named import pin_of
     from logitcask.engine.store import open_store
     from logitcask.engine.store.transfer import pack
 

@@ -16,7 +16,7 @@ from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.held_out import hold_out
 from logitcask.engine.identity import digest, model_ref
-from logitcask.engine.jobs import (
+from logitcask.engine.named import (
     backend,
     eval_plan,
     find_objective,

@@ -14,7 +14,7 @@ from torch import nn
 from logitcask.engine.batches import Ahead
 from logitcask.engine.config import RunConfig
 from logitcask.engine.grade import Grading
-from logitcask.engine.jobs import live_backend
+from logitcask.engine.named import live_backend
 from logitcask.engine.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.rollout import rollout
 from logitcask.engine.row_source import PackedRow, RowSource

@@ -114,6 +114,8 @@ class MetricsFile:
         self.last: dict[str, Any] = {}
         """The newest line of an update."""
         self.evaluations: list[dict[str, Any]] = []
+        self.skipped = 0.0
+        """Positions that gave no gradient because the student had moved too far from the scores."""
         kept = []
         for text in path.read_text().splitlines() if path.exists() else []:
             # A torn line is always beyond the newest checkpoint.
@@ -121,7 +123,7 @@ class MetricsFile:
                 kept.append(text)
         for line in map(json.loads, kept):
             if "loss" in line:
-                self.last = line
+                self._count(line)
             else:
                 self.evaluations.append(line)
         self.positions = int(self.last.get("progress/positions", 0))
@@ -134,8 +136,14 @@ class MetricsFile:
         return self._earlier_s + time.monotonic() - self._start
 
     def append(self, line: dict[str, float | None]) -> None:
-        self.last = line
+        self._count(line)
         self._write(line)
+
+    def _count(self, line: dict[str, Any]) -> None:
+        before = self.last.get("progress/positions", 0)
+        share = line.get("cache/skipped_share") or 0.0
+        self.skipped += share * (line["progress/positions"] - before)
+        self.last = line
 
     def evaluated(self, line: dict[str, float | None], *, write: bool) -> None:
         """A line of an evaluation, which every process knows and one writes."""

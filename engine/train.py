@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.batches import PlannedRows
-from logitcask.engine.course import Course, TrainReport, TrainSettings, carry_out, open_desk
+from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.facts import facts_of, first_pin
@@ -13,6 +13,7 @@ from logitcask.engine.held_out import HeldOutSet, hold_out
 from logitcask.engine.objectives import Objective, Preset, verdict
 from logitcask.engine.plan import Plan, PlanKey, make_plan
 from logitcask.engine.row_source import RowSource
+from logitcask.engine.settings import TrainSettings
 from logitcask.engine.store import Pin, Store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.types import ModelRef, Progress, silent

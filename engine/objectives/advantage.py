@@ -12,7 +12,7 @@ from torch import Tensor
 
 from logitcask.engine.metrics import renormalised
 from logitcask.engine.objectives.columns import Columns, Step
-from logitcask.engine.objectives.modifiers import Modifier
+from logitcask.engine.objectives.modifier import Modifier
 
 
 def student_p(columns: Columns, log_p: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives.modifiers import MODIFIERS, Modifier
+from logitcask.engine.objectives.modifier import Modifier
+from logitcask.engine.objectives.modifiers import MODIFIERS
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import PRESETS, Preset
 

@@ -13,58 +13,23 @@ neighbours: see row_factors.py. Add one as a class here and a line in MODIFIERS.
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.metrics import renormalised
 from logitcask.engine.objectives.columns import Columns, Step
 from logitcask.engine.objectives.divergences import forward_kl, reverse_kl
+from logitcask.engine.objectives.modifier import (
+    Modifier,
+    Parts,
+    advantage_only,
+    ratio_of,
+    refused,
+    within,
+)
 from logitcask.engine.objectives.outside import tail
-
-RATIO_BOUND = 20.0
-"""Largest |log ratio|, as in the released code of arXiv 2604.13016."""
-
-
-class Parts(Protocol):
-    """What of an objective decides whether a modifier has a meaning in it."""
-
-    @property
-    def support(self) -> str: ...
-    @property
-    def outside(self) -> str: ...
-    @property
-    def form(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Modifier:
-    """Does nothing."""
-
-    name: ClassVar[str]
-    scope: ClassVar[str] = "row"
-    live_k: ClassVar[int] = 0
-    """Ids of the live top-k that it looks at."""
-    needs_base: ClassVar[bool] = False
-    keeps_sum: ClassVar[bool] = True
-    """A renormalised objective stays one: its derivatives by log p still sum to zero."""
-
-    def check(self, objective: Parts) -> None:
-        """Raises ObjectiveError where it has no meaning."""
-
-    def target(self, columns: Columns) -> Columns:
-        return columns
-
-    def advantage(self, a: Tensor, columns: Columns) -> Tensor:
-        return a
-
-    def terms(self, loss: Tensor, g: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-        return loss, g
-
-    def step(self, step: Step, columns: Columns) -> Step:
-        return step
 
 
 @dataclass(frozen=True)
@@ -78,9 +43,9 @@ class Extrapolate(Modifier):
     factor: float = 1.25
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "factor", self.factor, 0.0, math.inf)
+        within(self.name, "factor", self.factor, 0.0, math.inf)
         if objective.outside == "tail":
-            raise _refused(
+            raise refused(
                 self.name,
                 "outside 'tail'",
                 "the base model's mass outside is not known",
@@ -105,9 +70,9 @@ class AdaptiveTarget(Modifier):
     beta: float = 0.3
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "beta", self.beta, 0.0, 1.0, closed_below=True)
+        within(self.name, "beta", self.beta, 0.0, 1.0, closed_below=True)
         if objective.form != "divergence":
-            raise _refused(
+            raise refused(
                 self.name,
                 "form 'advantage'",
                 "a target that follows the student needs a law",
@@ -140,11 +105,11 @@ class Baseline(Modifier):
         return self.k if self.on == "student" else 0
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "k", self.k, 1, math.inf, closed_below=True)
+        within(self.name, "k", self.k, 1, math.inf, closed_below=True)
         if self.on not in ("student", "teacher"):
-            raise _refused(self.name, f"on = {self.on!r}", "it is 'student' or 'teacher'", "say so")
+            raise refused(self.name, f"on = {self.on!r}", "it is 'student' or 'teacher'", "say so")
         if objective.support not in ("sampled", "mc"):
-            raise _refused(
+            raise refused(
                 self.name,
                 f"support {objective.support!r}",
                 "it has no effect in the mean over draws, and a top-k is not drawn",
@@ -172,8 +137,8 @@ class Floor(Modifier):
     nats: float = math.log(0.25)
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "nats", self.nats, -math.inf, 0.0)
-        _advantage_only(self.name, objective)
+        within(self.name, "nats", self.nats, -math.inf, 0.0)
+        advantage_only(self.name, objective)
 
     def advantage(self, a: Tensor, columns: Columns) -> Tensor:
         return a.clamp(min=self.nats)
@@ -191,9 +156,9 @@ class Importance(Modifier):
     cap: float = 0.0
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "cap", self.cap, 0.0, math.inf, closed_below=True)
+        within(self.name, "cap", self.cap, 0.0, math.inf, closed_below=True)
         if objective.support not in ("sampled", "mc"):
-            raise _refused(
+            raise refused(
                 self.name,
                 f"support {objective.support!r}",
                 "nothing was drawn from the student",
@@ -201,7 +166,7 @@ class Importance(Modifier):
             )
 
     def terms(self, loss: Tensor, g: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
-        ratio = _ratio(columns.log_p, columns.log_p_drawn(), columns.on)
+        ratio = ratio_of(columns.log_p, columns.log_p_drawn(), columns.on)
         ratio = ratio.clamp(max=self.cap) if self.cap else ratio
         return loss * ratio, g * ratio
 
@@ -219,11 +184,11 @@ class Clip(Modifier):
     dual: float = 3.0
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "epsilon", self.epsilon, 0.0, 1.0)
-        _within(self.name, "dual", self.dual, 1.0, math.inf)
-        _advantage_only(self.name, objective)
+        within(self.name, "epsilon", self.epsilon, 0.0, 1.0)
+        within(self.name, "dual", self.dual, 1.0, math.inf)
+        advantage_only(self.name, objective)
         if objective.support not in ("sampled", "student"):
-            raise _refused(
+            raise refused(
                 self.name,
                 f"support {objective.support!r}",
                 "the log-probs of the student that sampled are stored at its own ids",
@@ -235,7 +200,7 @@ class Clip(Modifier):
 
     def terms(self, loss: Tensor, g: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         assert columns.log_p_then is not None, "target comes first"
-        ratio = _ratio(columns.log_p, columns.log_p_then, columns.on)
+        ratio = ratio_of(columns.log_p, columns.log_p_then, columns.on)
         plain, low = loss * ratio, 1 - self.epsilon
         clipped = loss * ratio.clamp(low, 1 + self.epsilon)
         value = torch.maximum(plain, clipped)
@@ -259,9 +224,9 @@ class EntropyGate(Modifier):
     k: int = 16
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "nats", self.nats, 0.0, math.inf, closed_below=True)
-        _within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
-        _within(self.name, "k", self.k, 1, math.inf, closed_below=True)
+        within(self.name, "nats", self.nats, 0.0, math.inf, closed_below=True)
+        within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
+        within(self.name, "k", self.k, 1, math.inf, closed_below=True)
 
     def step(self, step: Step, columns: Columns) -> Step:
         rows = columns.rows
@@ -281,7 +246,7 @@ class EntropyBonus(Modifier):
     coefficient: float = 0.01
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
+        within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
 
     def step(self, step: Step, columns: Columns) -> Step:
         h = columns.entropy
@@ -305,10 +270,10 @@ class Prune(Modifier):
     k: int = 16
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "overlap", self.overlap, 0.0, 1.0, closed_above=True)
-        _within(self.name, "drop", self.drop, 0.0, 1.0, closed_above=True)
-        _within(self.name, "floor", self.floor, 0.0, math.inf, closed_below=True)
-        _within(self.name, "k", self.k, 1, math.inf, closed_below=True)
+        within(self.name, "overlap", self.overlap, 0.0, 1.0, closed_above=True)
+        within(self.name, "drop", self.drop, 0.0, 1.0, closed_above=True)
+        within(self.name, "floor", self.floor, 0.0, math.inf, closed_below=True)
+        within(self.name, "k", self.k, 1, math.inf, closed_below=True)
 
 
 @dataclass(frozen=True)
@@ -325,8 +290,8 @@ class Stepwise(Modifier):
     delta: float = 0.5
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "tokens", self.tokens, 1, math.inf, closed_below=True)
-        _within(self.name, "delta", self.delta, 0.0, math.inf, closed_below=True)
+        within(self.name, "tokens", self.tokens, 1, math.inf, closed_below=True)
+        within(self.name, "delta", self.delta, 0.0, math.inf, closed_below=True)
 
 
 @dataclass(frozen=True)
@@ -340,7 +305,7 @@ class KeepEntropy(Modifier):
     share: float = 0.5
 
     def check(self, objective: Parts) -> None:
-        _within(self.name, "share", self.share, 0.0, 1.0, closed_above=True)
+        within(self.name, "share", self.share, 0.0, 1.0, closed_above=True)
 
 
 MODIFIERS: dict[str, type[Modifier]] = {
@@ -359,39 +324,3 @@ MODIFIERS: dict[str, type[Modifier]] = {
         KeepEntropy,
     )
 }
-
-
-def _ratio(log_p: Tensor, log_old: Tensor, on: Tensor) -> Tensor:
-    """[C, S] p / p_old on the support, 0 elsewhere."""
-    log_ratio = torch.where(on, log_p - log_old, 0.0).clamp(-RATIO_BOUND, RATIO_BOUND)
-    return torch.where(on, log_ratio.exp(), 0.0)
-
-
-def _refused(name: str, what: str, why: str, remedy: str) -> ObjectiveError:
-    return ObjectiveError(f"modifier {name!r} with {what}: {why}", remedy=remedy)
-
-
-def _advantage_only(name: str, objective: Parts) -> None:
-    if objective.form != "advantage":
-        raise _refused(
-            name, "form 'divergence'", "there is no advantage to change", "use form 'advantage'"
-        )
-
-
-def _within(
-    name: str,
-    key: str,
-    value: float,
-    low: float,
-    high: float,
-    *,
-    closed_below: bool = False,
-    closed_above: bool = False,
-) -> None:
-    if low < value < high or (closed_below and value == low) or (closed_above and value == high):
-        return
-    ends = "[" if closed_below else "(", "]" if closed_above else ")"
-    raise ObjectiveError(
-        f"modifier {name!r}: {key} = {value} is not in {ends[0]}{low:g}, {high:g}{ends[1]}",
-        remedy=f"give {key} a value in it",
-    )

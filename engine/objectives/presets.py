@@ -6,6 +6,7 @@ is each preset's own; `find_objective` gives another, and puts modifiers on.
 
 from dataclasses import dataclass
 
+from logitcask.engine.objectives.modifier import Modifier
 from logitcask.engine.objectives.modifiers import (
     AdaptiveTarget,
     Baseline,
@@ -15,7 +16,6 @@ from logitcask.engine.objectives.modifiers import (
     Floor,
     Importance,
     KeepEntropy,
-    Modifier,
     Prune,
     Stepwise,
 )

@@ -169,7 +169,7 @@ def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
     assert head.split()[:4] == ["objective", "n", "loss", "overlap_ratio"]
     assert [row.split()[:2] for row in rows[:2]] == [["overlap", "2"], ["teacher_topk", "2"]]
     assert "±" in rows[0]
-    assert "teacher seconds spent: 0; saved: unknown" in rows[3]
+    assert "teacher seconds spent: 0; saved: a live teacher would have added" in rows[3]
     again = call(f"{command} --format json").json
     assert (again["runs_trained"], len(again["rows"])) == (0, 2)
 

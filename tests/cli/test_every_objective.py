@@ -35,6 +35,18 @@ def store(world: World) -> str:
     return name
 
 
+def test_a_bound_leaves_out_what_must_be_scored_again(world: World, call: Any) -> None:
+    out = world.new("out")
+    train = f"train --model @student --store {world.store()} --out {out} --objective overlap"
+    done = call(f"{train} --k 4 --hard-bound skip --min-coverage 1 --lr 1e-3 --device cpu")
+    assert done.code == 0
+    assert "gave no gradient; rescore" in done.err
+    kept = json.loads((world.at(out) / "run.json").read_text())["rescore"]
+    assert 0 < kept["skipped"] <= kept["positions"]
+    stopped = call(f"{train} --k 4 --hard-bound stop --min-coverage 1 --device cpu --overwrite")
+    stopped.refused(3, "is under --min-coverage 1.0", "sample and score again")
+
+
 @pytest.mark.parametrize("objective", [*PRESETS, *(OTHERS | MODIFIED).values()])
 def test_every_objective_trains_from_one_store(
     world: World, call: Any, store: str, objective: str

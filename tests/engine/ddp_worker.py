@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.course import TrainSettings
 from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.held_out import HeldOutSet
 from logitcask.engine.identity import model_ref
 from logitcask.engine.row_source import RowSource
+from logitcask.engine.settings import TrainSettings
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.student import inner_model
 from logitcask.engine.train import train

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from logitcask.engine.course import TrainSettings, training_arguments
 from logitcask.engine.identity import model_ref
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.objectives.modifiers import KeepEntropy, Prune, Stepwise
 from logitcask.engine.row_source import PackedRow, RowSource
 from logitcask.engine.rundir import METRICS, MetricsFile
+from logitcask.engine.settings import TrainSettings, training_arguments
 from logitcask.engine.store import Store
 from logitcask.engine.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, silent

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.course import TrainReport, TrainSettings
+from logitcask.engine.course import TrainReport
 from logitcask.engine.errors import GraderError, IdentityError
 from logitcask.engine.evaluate import EvalPlan, evaluate, standard_error
+from logitcask.engine.settings import TrainSettings
 from logitcask.engine.store import Store
 from logitcask.engine.student import inner_model
 from logitcask.engine.train import train

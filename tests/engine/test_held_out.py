@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logitcask.engine.course import TrainSettings
 from logitcask.engine.errors import IdentityError, IncompleteError
 from logitcask.engine.held_out import HeldOutSet, hold_out
 from logitcask.engine.metrics import METRICS
 from logitcask.engine.row_source import RowSource
+from logitcask.engine.settings import TrainSettings
 from logitcask.engine.store import Store
 from logitcask.engine.student import load_student
 from logitcask.engine.train import train

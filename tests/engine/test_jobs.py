@@ -6,7 +6,7 @@ import pytest
 
 from logitcask.engine.config import Student, Teacher
 from logitcask.engine.identity import model_ref
-from logitcask.engine.jobs import student_of, teacher_of
+from logitcask.engine.named import student_of, teacher_of
 from tests.engine.cached import make_store, make_unit
 from tests.engine.tiny import save_folder
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from logitcask.engine.course import TrainReport, TrainSettings
+from logitcask.engine.course import TrainReport
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
 from logitcask.engine.identity import model_ref, read_card
 from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import find_preset
+from logitcask.engine.settings import TrainSettings
 from logitcask.engine.store import Store
 from logitcask.engine.student import inner_model, load_student
 from logitcask.engine.train import train
