@@ -97,6 +97,10 @@ class AblateReport:
     """
 
 
+_LISTED = re.compile(r",(?![^(]*\))")
+"""Between values: a comma that stands in no brackets, as those of `gkd(parameter=0.1,k=8)` do."""
+
+
 def combinations(job: TrainJob, vary: Sequence[str]) -> list[Combination]:
     """The cartesian product of `key=value,value` texts over a job. Raises ConfigError."""
     axes: dict[str, list[Any]] = {}
@@ -112,7 +116,7 @@ def combinations(job: TrainJob, vary: Sequence[str]) -> list[Combination]:
             )
         if name in axes:
             raise ConfigError(f"--vary {text}: {name} is varied twice", remedy="give it once")
-        axes[name] = [parse_value(value) for value in listed.split(",")]
+        axes[name] = [parse_value(value) for value in _LISTED.split(listed)]
     if not axes:
         raise ConfigError("nothing is varied", remedy="e.g. --vary objective=overlap,opd")
     common = job.model_dump(mode="json")

@@ -96,6 +96,14 @@ def test_what_cannot_be_varied(
     assert remedy in caught.value.remedy
 
 
+def test_commas_in_brackets_are_the_objectives_own(case: tuple[Store, ModelRef]) -> None:
+    found = combinations(job_of(case), ["objective=gkd(parameter=0.1,k=4),opd+prune(k=2,drop=0.5)"])
+    assert [each.job.train.objective for each in found] == [
+        "gkd(parameter=0.1,k=4)",
+        "opd+prune(k=2,drop=0.5)",
+    ]
+
+
 def test_a_plain_key_is_that_of_the_training() -> None:
     assert (full_key("k"), full_key("lr"), full_key("run.dtype")) == (
         "train.k",
