@@ -51,9 +51,7 @@ def _split(term: str, text: str) -> tuple[str, dict[str, str]]:
             f"objective {text!r}: {term!r} is no NAME or NAME(key=value)",
             remedy="write e.g. opd, opd(k=32) or sampled_token+importance(cap=5)",
         )
-    arguments = [part for part in (found["arguments"] or "").split(";") if part]
-    arguments = [part for each in arguments for part in each.split(",") if part]
-    pairs = [part.partition("=") for part in arguments]
+    pairs = [part.partition("=") for part in (found["arguments"] or "").split(",") if part]
     return found["name"], {key: value for key, _, value in pairs}
 
 
