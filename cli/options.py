@@ -1,7 +1,7 @@
 """Flags made from configuration fields: one default, one description, one name.
 
 `--max-new-tokens` is `[rollout] max_new_tokens`; its help is the field's description. A flag that
-is not given is not passed on, so the default lives in engine/config.py alone.
+is not given is not passed on, so the default lives in the sections alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import rich_click as click
 from pydantic.fields import FieldInfo
 
-from logitcask.engine.config import Section
 from logitcask.engine.configfile import Job, validate
+from logitcask.engine.section import Section
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -22,11 +22,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from logitcask.engine.config import Ablate, TrainJob
+from logitcask.engine.config import TrainJob
 from logitcask.engine.configfile import keys_of, parse_value, validate
 from logitcask.engine.course import TrainReport
 from logitcask.engine.errors import ConfigError, LogitcaskError
 from logitcask.engine.jobs import check_train, run_train, scoring_seconds
+from logitcask.engine.learning import Ablate
 from logitcask.engine.named import held_out_set, pin_of
 from logitcask.engine.rundir import check_same, make_folder, replace_text, write_json
 from logitcask.engine.store import open_store

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from logitcask.engine.config import RunConfig, Section
+from logitcask.engine.config import RunConfig
 from logitcask.engine.errors import ConfigError
+from logitcask.engine.section import Section
 
 Job = TypeVar("Job", bound=Section)
 

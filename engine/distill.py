@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from logitcask.engine.config import RunConfig, Score, Train
+from logitcask.engine.config import RunConfig, Score
 from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.held_out import hold_out
 from logitcask.engine.identity import digest, model_ref
+from logitcask.engine.learning import Train
 from logitcask.engine.named import (
     backend,
     eval_plan,

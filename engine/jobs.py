@@ -11,13 +11,7 @@ import torch
 
 from logitcask.engine import identity
 from logitcask.engine.batches import planned
-from logitcask.engine.config import (
-    EstimateJob,
-    ProbeJob,
-    RolloutJob,
-    ScoreJob,
-    TrainJob,
-)
+from logitcask.engine.config import EstimateJob, ProbeJob, RolloutJob, ScoreJob, TrainJob
 from logitcask.engine.course import TrainReport
 from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.given import read_ids

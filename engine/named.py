@@ -8,19 +8,12 @@ from typing import Any
 
 from logitcask.engine import identity
 from logitcask.engine.backends.base import open_backend
-from logitcask.engine.config import (
-    Eval,
-    Prompts,
-    Rollout,
-    Run,
-    Student,
-    Teacher,
-    Train,
-)
+from logitcask.engine.config import Prompts, Rollout, Run, Student, Teacher
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.grade import Decode, Grading, open_grader
 from logitcask.engine.held_out import HeldOutSet
+from logitcask.engine.learning import Eval, Train
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.settings import TrainSettings

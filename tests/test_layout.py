@@ -19,6 +19,8 @@ PACKAGES = ("engine", "kernels", "cli")
 ENGINE_LAYERS = [
     ["types", "errors", "heads"],
     ["prompts", "targets", "grade"],
+    ["section"],
+    ["learning"],
     ["identity", "config", "privileged"],
     ["configfile"],
     ["store.medium", "store.schema"],

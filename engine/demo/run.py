@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcask.engine import config
+from logitcask.engine import config, learning
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.demo.models import Size, accuracy, make_model, make_tokenizer, save
 from logitcask.engine.demo.pretrain import Pupil, learn_at_least, learn_between
@@ -186,7 +186,7 @@ class Demo:
         job = config.TrainJob(
             student=config.Student(model=str(self.out / "student")),
             store=self._store(MAIN),
-            train=config.Train(
+            train=learning.Train(
                 teacher=TEACHER,
                 objective=objective,
                 lr=1e-3,

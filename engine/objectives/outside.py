@@ -17,11 +17,12 @@ from torch import Tensor
 
 from logitcask.engine.metrics import renormalised
 from logitcask.engine.objectives.columns import Columns, Step
+from logitcask.kernels import fused_maths
 
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A divergence with its parameter given: (log_p, log_q, on) -> [C]."""
 
-TAIL_FLOOR = {torch.float32: 2.0**-18, torch.float64: 1e-14}
+TAIL_FLOOR = {torch.float32: float(fused_maths.TAIL_FLOOR.value), torch.float64: 1e-14}
 """Least r that a tail is given, about the error of 1 - sum p: log p = z - log-sum-exp is rounded at
 the size of z, and 2^-18 is float32's spacing between 32 and 64.
 

@@ -21,8 +21,9 @@ from logitcask.engine.ablate import (
     row,
     saved_seconds,
 )
-from logitcask.engine.config import Ablate, Eval, Run, StoreSection, Student, Train, TrainJob
+from logitcask.engine.config import Run, StoreSection, Student, TrainJob
 from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
+from logitcask.engine.learning import Ablate, Eval, Train
 from logitcask.engine.rundir import MetricsFile
 from logitcask.engine.store import Store
 from logitcask.engine.types import ModelRef

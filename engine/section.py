@@ -1,0 +1,16 @@
+"""What every section of the configuration is, and the types of its values."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NAME = r"^[a-z0-9][a-z0-9._-]{0,127}$"
+Name = Annotated[str, Field(pattern=NAME)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and every key is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
