@@ -7,6 +7,8 @@ LogitcaskError            exit 1   the message says what is wrong, `remedy` what
 ├─ IdentityError          exit 1   two things that must be the same are not (tokenizer, run)
 ├─ ObjectiveError         exit 1   the cache cannot serve this objective, or it has no meaning
 ├─ GraderError            exit 1   a grader failed, or its reward is no number in [0, 1]
+├─ ServerError            exit 1   a server cannot be reached, or refuses what it is asked
+├─ AnswerError            exit 1   an engine answered what no model can have computed
 ├─ IncompleteError        exit 3   the store lacks units that the job needs
 └─ StoreError             exit 1   a store cannot be opened or written
    └─ IntegrityError      exit 4   stored bytes are not what was committed
@@ -60,6 +62,14 @@ class ObjectiveError(LogitcaskError, ValueError):
 
 
 class GraderError(LogitcaskError, ValueError):
+    pass
+
+
+class ServerError(LogitcaskError, OSError):
+    pass
+
+
+class AnswerError(LogitcaskError, ValueError):
     pass
 
 

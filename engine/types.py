@@ -147,10 +147,11 @@ class Scores:
     lp: Array
     """[P] float32, log-prob of the sampled token."""
     entropy: Array
-    """[P] float32, full vocabulary, nats."""
+    """[P] float32, full vocabulary, nats; where `entropy_hi` is given, the least that it can be."""
     log_tail: Array
     """[P] float32, log of the mass outside the kept entries and the ids asked at, from logits;
-    -inf where nothing is outside."""
+    -inf where nothing is outside. Where `entropy_hi` is given, from 1 less the mass of what is
+    known, and no less than backends.answers.RESOLVED where something is not known."""
     cnt: Array
     """[P] uint16, kept entries of each row."""
     ids: Array
@@ -161,6 +162,9 @@ class Scores:
     """[A] float32, log-probs at the ids asked at; None where it was asked at none."""
     mult: Array | None = None
     """[E] uint16, how often each entry was drawn; None where entries are the best ones."""
+    entropy_hi: Array | None = None
+    """[P] float32, the most that the entropy can be, nats, of a model that told its best ids alone;
+    None where `entropy` is exact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

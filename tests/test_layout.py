@@ -37,7 +37,7 @@ ENGINE_LAYERS = [
     ["store.store"],
     ["store"],
     ["store.view", "store.verify", "store.cache", "store.keep", "store.transfer"],
-    ["backends.base", "backends.sampling", "backends.scoring"],
+    ["backends.base", "backends.sampling", "backends.scoring", "backends.answers"],
     ["backends.hf"],
     ["teachers", "asked", "given"],
     ["rollout"],
