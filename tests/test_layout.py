@@ -38,7 +38,7 @@ ENGINE_LAYERS = [
     ["store"],
     ["store.view", "store.verify", "store.cache", "store.keep", "store.transfer"],
     ["backends.base", "backends.sampling", "backends.scoring", "backends.answers"],
-    ["backends.hf"],
+    ["backends.hf", "backends.parity"],
     ["teachers", "asked", "given"],
     ["rollout"],
     ["score"],
