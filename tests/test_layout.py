@@ -39,7 +39,7 @@ ENGINE_LAYERS = [
     ["store.view", "store.verify", "store.cache", "store.keep", "store.transfer"],
     ["backends.base", "backends.sampling", "backends.scoring", "backends.answers"],
     ["backends.hf", "backends.parity"],
-    ["teachers", "asked", "given"],
+    ["teachers", "asked", "given", "served"],
     ["rollout"],
     ["score"],
     ["estimate"],

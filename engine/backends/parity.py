@@ -192,7 +192,8 @@ def _reordered(parts: Sequence[Scores], order: Array, rollouts: Rollouts) -> Sco
     entries = np.repeat(first[rows], cnt[rows]) + ragged.within(cnt[rows])
 
     def of_rows(name: str) -> Array:
-        return np.concatenate([getattr(each, name) for each in parts])[rows]
+        found: Array = np.concatenate([getattr(each, name) for each in parts])[rows]
+        return found
 
     return Scores(
         lp=of_rows("lp"),
