@@ -133,9 +133,9 @@ def _resolved(config: Job, base: Path) -> Job:
         ("eval", "store"): store,
         ("run", "out"): under,
     }
-    update = {}
+    update: dict[str, Any] = {}
     for (name, key), place in places.items():
-        section = getattr(config, name, None)
+        section = update.get(name, getattr(config, name, None))
         if section is not None and getattr(section, key) is not None:
             update[name] = section.model_copy(update={key: place(getattr(section, key))})
     return config.model_copy(update=update)
