@@ -1,7 +1,7 @@
 """What a server can do, judged by what its answers hold: unknown fields are ignored in silence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -43,17 +43,14 @@ class ServerFacts:
 async def facts_of(link: Link, served: str) -> ServerFacts:
     """Asks a server. Raises Transient, ServerError for what it refuses, IdentityError where it does
     not serve `served`."""
-    card = await _card(link, served)
-    name = str(card["id"])
+    card = await _of_card(link, served)
+    name = card["served"]
     version = await _optional(link, "/version")
     path, at_ids, why = await _paths(link, name)
     return ServerFacts(
-        served=name,
-        root=str(card.get("root") or ""),
-        parent=str(card.get("parent") or ""),
+        **card,
         version=str(version.get("version", "")) if isinstance(version, dict) else "",
         fingerprint=await _fingerprint(link, name),
-        max_model_len=_whole(card.get("max_model_len")),
         path=path,
         at_ids=at_ids,
         why=why,
@@ -70,6 +67,23 @@ def check_same(expected: ServerFacts, found: ServerFacts, url: str) -> None:
                 remedy="Serve what was served, with the same flags on all servers of a teacher; or "
                 "run the command again for the teacher that is there now.",
             )
+
+
+async def check_card(link: Link, known: ServerFacts) -> None:
+    """The one question that costs nothing. Raises IdentityError for another model, source, adapter
+    or context than is known, and Transient and ServerError as `facts_of`."""
+    said = await _of_card(link, known.served)
+    check_same(known, replace(known, **said), link.url)
+
+
+async def _of_card(link: Link, served: str) -> dict[str, Any]:
+    card = await _card(link, served)
+    return {
+        "served": str(card["id"]),
+        "root": str(card.get("root") or ""),
+        "parent": str(card.get("parent") or ""),
+        "max_model_len": _whole(card.get("max_model_len")),
+    }
 
 
 async def _card(link: Link, served: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from logitcask.engine.backends.server.fleet import Fleet
 from logitcask.engine.backends.server.link import Link, Refused, Transient
 from logitcask.engine.backends.server.probe import (
     ServerFacts,
+    check_card,
     check_same,
     facts_of,
     hosts,
@@ -125,6 +126,11 @@ class Server:
         """(requests, bytes expected), the most that there were at once."""
         return self._fleet.budget.most_requests, self._fleet.budget.most_bytes
 
+    @property
+    def window(self) -> float:
+        """Requests that may be in flight now: fewer after servers said that they are busy."""
+        return self._fleet.budget.window
+
     def tokenize(self, text: str) -> list[int] | None:
         """A text's ids without special tokens around them; None where the server does not tell."""
         return self._run(tokens_of(self._fleet.links[0], text, self.facts.served))
@@ -141,6 +147,7 @@ class Server:
                 )
             at = IdLists(cnt=rollouts.student.cnt, ids=rollouts.student.ids)
         self._check(rollouts, request, at)
+        self._run(self._recheck())
         sheet = AnswerSheet(rollouts, request, at, n_vocab=self.n_vocab)
         self._run(self._score(rollouts, sheet, min(request.k_max, self.n_vocab)))
         return sheet.scores()
@@ -262,12 +269,22 @@ class Server:
                 raise ServerError(f"{link.url}: {error.cause}", remedy=error.remedy) from error
             await asyncio.sleep(self._limits.poll_s)
 
+    async def _recheck(self) -> None:
+        """A server that was started anew between two units lost no request."""
+        for link in self._fleet.links:
+            try:
+                await check_card(link, self.facts)
+            except Transient as fault:
+                link.up = not fault.lost  # the fleet waits for it, and looks at it then
+
     async def _back(self, link: Link) -> None:
         check_same(self.facts, await facts_of(link, self.facts.served), link.url)
 
     async def _end(self) -> None:
         for link in self._fleet.links:
             await link.close()
+        # Connections say goodbye in the loop's next turn.
+        await asyncio.sleep(0)
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -63,6 +63,7 @@ class FakeServer:
         self.seen = Seen()
         self.port = port
         self._lock = threading.Lock()
+        self._transports: set[asyncio.Transport] = set()
 
     @property
     def url(self) -> str:
@@ -84,7 +85,7 @@ class FakeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
@@ -102,6 +103,13 @@ class FakeServer:
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
         self.port = self._runner.addresses[0][1]
+
+    async def _stop(self) -> None:
+        await self._runner.cleanup()
+        for transport in self._transports:
+            transport.abort()
+        # They close in the loop's next turns.
+        await asyncio.sleep(0.05)
 
     # The ends.
 
@@ -137,6 +145,8 @@ class FakeServer:
     ) -> web.StreamResponse:
         if (refused := self._refused(request)) is not None:
             return refused
+        if request.transport is not None:
+            self._transports.add(request.transport)
         body = await request.json()
         seen = self.seen
         seen.bodies.append(body)
