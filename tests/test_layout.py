@@ -40,6 +40,7 @@ ENGINE_LAYERS = [
     ["backends.base", "backends.sampling", "backends.scoring", "backends.answers"],
     ["backends.hf"],
     ["teachers", "asked", "given"],
+    ["rollout_unit"],
     ["rollout"],
     ["score_unit"],
     ["score"],
