@@ -33,12 +33,17 @@ from logitcask.engine.store.claims import (
 )
 from logitcask.engine.types import Progress, silent
 
+Notice = Callable[[str], None]
+"""Called with a line that a person may want to read."""
+
 T = TypeVar("T")
 
 STOPS = (ConfigError, IdentityError, StoreError, ServerError)
 """What would meet every unit alike: it ends the worker, and is no unit's failure."""
 BEATS = 4
 """Renewals of a claim in a lease: it outlives all but one that are lost."""
+TELL_S = 60.0
+"""Between two lines on how fast the work goes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +97,7 @@ def follow(
     stage: str,
     stop: threading.Event,
     progress: Progress = silent,
+    notice: Notice = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> WorkReport:
     """Does what is missing, unit by unit, until `stop` is set or nothing was missing for a while.
@@ -102,7 +108,8 @@ def follow(
     """
     claims = Claims(store.medium, worker=settings.worker, lease_s=settings.lease_s, clock=clock)
     order = random.Random(settings.worker)
-    begun_s = busy_s = clock()
+    begun_s = busy_s = told_s = clock()
+    done_before: int | None = None
     units = positions = 0
     at_work_s = 0.0
     seen: set[str] = set()
@@ -144,6 +151,11 @@ def follow(
                 forget_failures(store.medium, key)
             at_work_s += clock() - start_s
         busy_s = clock()
+        done_before = planned.done if done_before is None else done_before
+        if busy_s - told_s >= TELL_S:
+            told_s = busy_s
+            rate = positions / at_work_s if at_work_s else 0.0
+            notice(f"{rate:.0f} positions/s{_left(planned, done_before, busy_s - begun_s)}")
     failed = sorted(seen & _given_up(store, settings.attempts))
     return WorkReport(
         units=units,
@@ -175,6 +187,15 @@ def retry_failed(store: Store) -> list[dict[str, Any]]:
         forget_failures(store.medium, key)
         removed += [{"unit": key, "failures": times, **_brief(asdict(each))} for each in last]
     return removed
+
+
+def _left(planned: Plan[Any], done_before: int, took_s: float) -> str:
+    """What is left at the pace of all workers together; empty where none has done a unit."""
+    done = planned.done - done_before
+    if done < 1:
+        return ""
+    left_s = (planned.total - planned.done) * took_s / done
+    return f", {planned.total - planned.done} units left, about {left_s / 60:.0f} min"
 
 
 def _brief(note: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ ENGINE_LAYERS = [
     ["train"],
     ["named"],
     ["jobs"],
-    ["rounds", "ablate"],
+    ["rounds", "ablate", "watch"],
     ["distill"],
     ["demo.task"],
     ["demo.models"],
