@@ -240,6 +240,11 @@ def _held(claim: Claim, every_s: float) -> Iterator[None]:
     thread.start()
     try:
         yield
+        over.set()
+        thread.join()
+        if lost:
+            raise lost[0]
+        claim.release()
     except BaseException:
         over.set()
         thread.join()
@@ -247,8 +252,3 @@ def _held(claim: Claim, every_s: float) -> Iterator[None]:
         with suppress(StoreError):
             claim.release()
         raise
-    over.set()
-    thread.join()
-    if lost:
-        raise lost[0]
-    claim.release()

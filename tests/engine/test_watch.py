@@ -14,6 +14,7 @@ from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError,
 from logitcask.engine.identity import write_card
 from logitcask.engine.jobs import run_rollout, run_score
 from logitcask.engine.store import open_store
+from logitcask.engine.store.keep import retire
 from logitcask.engine.types import ModelRef
 from logitcask.engine.watch import watch_rollouts, watch_scores
 from tests.engine.score.scored import ref
@@ -47,24 +48,28 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     return tmp_path
 
 
-def rolls(here: Path, store: str = "s", **work: object) -> RolloutJob:
+def rolls(
+    here: Path, store: str = "s", name: str = "main", seed: int = 0, **work: object
+) -> RolloutJob:
     values = {
         "student": {"model": str(here / "student")},
         "prompts": {"file": here / "p.jsonl", "chat_template": False},
-        "store": {"url": str(here / store)},
+        "store": {"url": str(here / store), "rollouts": name},
         "rollout": {"n": 2, "max_new_tokens": 4, "student_k": 4, "unit_prompts": 2},
         "work": {"watch": True, "worker": "w", **work},
-        "run": {"device": "cpu"},
+        "run": {"device": "cpu", "seed": seed},
     }
     return validate(RolloutJob, values, source="test")
 
 
-def scores(here: Path, store: str = "s", score: dict[str, object] | None = None) -> ScoreJob:
+def scores(
+    here: Path, store: str = "s", model: str = "teacher", at: str = "student", idle: float = 0.0
+) -> ScoreJob:
     values = {
-        "teacher": {"model": str(here / "teacher"), "name": "big"},
+        "teacher": {"model": str(here / model), "name": model},
         "store": {"url": str(here / store)},
-        "score": {"k_min": 4, "k_max": 8, **(score or {})},
-        "work": {"watch": True, "worker": "w"},
+        "score": {"k_min": 4, "k_max": 8, "at": at},
+        "work": {"watch": True, "worker": "w", "idle_exit": idle},
         "run": {"device": "cpu"},
     }
     return validate(ScoreJob, values, source="test")
@@ -89,14 +94,18 @@ def moved(here: Path, version: int, seed: int, root: ModelRef, card: bool = True
 def test_a_teacher_that_waits_scores_what_appears_as_one_that_comes_later(here: Path) -> None:
     said: list[str] = []
     told: list[tuple[str, int, int]] = []
-    other = rolls(here).model_copy(
-        update={"store": rolls(here).store.model_copy(update={"rollouts": "other"})}
-    )
+    root = ref(here / "student")
+
+    def later_version() -> None:
+        moved(here, 5, 7, root)
+        watch_rollouts(rolls(here), stop=Then())
+
     stop = Then(
         lambda: None,
-        lambda: run_rollout(other),
+        lambda: run_rollout(rolls(here, name="other", seed=1)),
         lambda: None,
         lambda: run_rollout(rolls(here)),
+        later_version,
     )
     report = watch_scores(
         scores(here), stop=stop, notice=said.append, progress=lambda *each: told.append(each)
@@ -105,49 +114,36 @@ def test_a_teacher_that_waits_scores_what_appears_as_one_that_comes_later(here: 
         f"waiting for a store at {here / 's'}",
         f"waiting for rollouts named 'main' in {here / 's'}",
     ]
-    assert told == [("score", n, UNITS) for n in range(UNITS + 1)]
-    assert (report.units, report.failed) == (UNITS, 0)
+    assert [each[1:] for each in told] == [(0, 2), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]
+    assert (report.units, report.failed) == (2 * UNITS, 0)
 
-    run_rollout(rolls(here, "later"))
+    copy = here / "later"
+    store = open_store(shutil.copytree(here / "s", copy))
+    watched = {(s.unit_key, s.seg_id) for s in store.head().segments if s.base}
+    retire(store, teacher="teacher")
     inline = run_score(scores(here, "later"))
-    assert (inline.units_new, inline.positions) == (UNITS, report.positions)
-    held = [
-        {(s.unit_key, s.seg_id) for s in open_store(here / name).head().segments if s.base}
-        for name in ("s", "later")
-    ]
-    assert held[0] == held[1]
+    assert (inline.units_new, inline.positions) == (2 * UNITS, report.positions)
+    assert {(s.unit_key, s.seg_id) for s in store.head().segments if s.base} == watched
 
 
 def test_scores_at_another_models_ids_wait_for_those(here: Path) -> None:
     run_rollout(rolls(here))
     run_score(scores(here))
-    base = scores(here)
-    other = base.model_copy(
-        update={
-            "teacher": base.teacher.model_copy(
-                update={"name": "other", "model": str(here / "student")}
-            ),
-            "score": scores(here, score={"at": "big"}).score,
-        }
-    )
     store = open_store(here / "s")
-    keep = [s.unit_key for s in store.head().segments if s.base]
-    store_retire(here, keep[1])
-    report = watch_scores(other, stop=Then(lambda: run_score(base)))
-    assert report.units == UNITS
+    retire(store, segment=store.head().segments[-1].seg_id)
+    begun: list[int] = []
 
+    def the_rest() -> None:
+        begun.append(len(store.head().scores("student")))
+        run_score(scores(here))
 
-def store_retire(here: Path, unit_key: str) -> None:
-    from logitcask.engine.store.keep import retire
-
-    store = open_store(here / "s")
-    (segment,) = (s for s in store.head().segments if s.unit_key == unit_key)
-    retire(store, segment=segment.seg_id)
+    other = scores(here, model="student", at="teacher")
+    assert watch_scores(other, stop=Then(the_rest)).units == UNITS
+    assert begun == [1]
 
 
 def test_a_teacher_does_not_wait_for_ever_where_it_is_told_not_to(here: Path) -> None:
-    job = scores(here)
-    job = job.model_copy(update={"work": job.work.model_copy(update={"idle_exit": 1e-9})})
+    job = scores(here, idle=1e-9)
     with pytest.raises(StoreError, match="is not a logitcask store"):
         watch_scores(job, stop=Then())
     open_store(here / "s", create=True)
@@ -156,10 +152,9 @@ def test_a_teacher_does_not_wait_for_ever_where_it_is_told_not_to(here: Path) ->
     assert watch_scores(scores(here), stop=Then()).units == 0
 
 
-@pytest.mark.parametrize("at", ["ids:some.jsonl"])
-def test_what_is_about_all_rollouts_at_once_cannot_watch(here: Path, at: str) -> None:
+def test_what_is_about_all_rollouts_at_once_cannot_watch(here: Path) -> None:
     with pytest.raises(ConfigError, match="about all rollouts at once"):
-        watch_scores(scores(here, score={"at": at}), stop=Then())
+        watch_scores(scores(here, at="ids:some.jsonl"), stop=Then())
 
 
 def test_a_student_that_moves_on_is_sampled_again(here: Path) -> None:
