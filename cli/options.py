@@ -48,12 +48,15 @@ PANELS = {
     "eval": "Evaluation",
     "ablate": "Ablation",
     "probe": "Measurement",
+    "work": "Workers",
     "run": "Run",
 }
 """Section -> heading of its flags in `--help`."""
 
 MODEL_FLAGS = ["backend", "device", "dtype", "batch_tokens", "seed"]
 """Keys of [run] that every verb with a model shares."""
+WORK_FLAGS = ["watch", "worker", "lease", "poll", "attempts", "idle_exit"]
+"""Keys of [work] that every verb with workers shares."""
 
 
 def job_options(kind: type[Section], keys: Mapping[str, list[str]]) -> Callable[[F], F]:

@@ -6,12 +6,14 @@ import rich_click as click
 
 from logitcask.cli.options import (
     MODEL_FLAGS,
+    WORK_FLAGS,
     dry_run_option,
     format_option,
     job_from_flags,
     job_options,
 )
 from logitcask.cli.output import print_report, progress_bar
+from logitcask.cli.watch import run_watch
 from logitcask.engine.config import Rollout, RolloutJob
 from logitcask.engine.configfile import to_toml
 
@@ -24,6 +26,7 @@ from logitcask.engine.configfile import to_toml
         "prompts": ["file", "chat_template"],
         "store": ["url", "rollouts", "profile"],
         "rollout": list(Rollout.model_fields),
+        "work": [*WORK_FLAGS, "max_unscored"],
         "run": MODEL_FLAGS,
     },
 )
@@ -33,13 +36,20 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     """Sample responses from the student into a store.
 
     The student's own top-k of every position is stored with them. What is committed is never
-    sampled again: the same command goes on where it was stopped.
+    sampled again: the same command goes on where it was stopped. With --watch it stays, as one of
+    any number of workers on the store, and samples again when the folder holds a later version of
+    the student.
 
     Example: logitcask rollout --model ./student --prompts prompts.jsonl --store ./store
     """
     job = job_from_flags(RolloutJob, flags)
     if dry_run:
         click.echo(to_toml(job))
+        return
+    if job.work.watch:
+        from logitcask.engine.watch import watch_rollouts
+
+        run_watch(watch_rollouts, job, form)
         return
     from logitcask.engine.jobs import run_rollout
 

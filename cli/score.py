@@ -6,12 +6,14 @@ import rich_click as click
 
 from logitcask.cli.options import (
     MODEL_FLAGS,
+    WORK_FLAGS,
     dry_run_option,
     format_option,
     job_from_flags,
     job_options,
 )
 from logitcask.cli.output import print_report, progress_bar
+from logitcask.cli.watch import run_watch
 from logitcask.engine.config import Score, ScoreJob, Teacher
 from logitcask.engine.configfile import to_toml
 
@@ -23,6 +25,7 @@ from logitcask.engine.configfile import to_toml
         "teacher": list(Teacher.model_fields),
         "store": ["url", "rollouts", "profile"],
         "score": list(Score.model_fields),
+        "work": WORK_FLAGS,
         "run": MODEL_FLAGS,
     },
 )
@@ -33,13 +36,19 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
 
     The teacher's most likely ids, its log-probs at the student's stored ids, the tail and the
     entropy of every position go into the store. Nothing is scored twice: the same command goes on
-    where it was stopped, and picks up rollouts that were added meanwhile.
+    where it was stopped, and picks up rollouts that were added meanwhile. With --watch it stays, as
+    one of any number of workers on the store, and waits for rollouts.
 
     Example: logitcask score --model ./teacher --store ./store --teacher big
     """
     job = job_from_flags(ScoreJob, flags)
     if dry_run:
         click.echo(to_toml(job))
+        return
+    if job.work.watch:
+        from logitcask.engine.watch import watch_scores
+
+        run_watch(watch_scores, job, form)
         return
     from logitcask.engine.jobs import run_score
 

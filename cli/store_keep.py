@@ -113,6 +113,20 @@ def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
         )
 
 
+@click.command("retry-failed")
+@click.argument("url")
+@format_option
+def retry_failed_command(url: str, form: str) -> None:
+    """Let workers try units again that failed too often; prints what each failed with.
+
+    Example: logitcask store retry-failed ./store
+    """
+    from logitcask.engine.store import open_store
+    from logitcask.engine.work import retry_failed
+
+    print_table(retry_failed(open_store(url)), form)
+
+
 @click.command("pack")
 @click.argument("url")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
@@ -239,6 +253,7 @@ KEEP = (
     tag_command,
     retire_command,
     gc_command,
+    retry_failed_command,
     pack_command,
     unpack_command,
     merge_command,

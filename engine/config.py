@@ -271,6 +271,49 @@ class Score(Section):
         return Path(self.at.removeprefix(GIVEN)) if self.at.startswith(GIVEN) else None
 
 
+class Work(Section):
+    """How a worker that watches a store behaves among others."""
+
+    watch: bool = Field(
+        False,
+        description="Stay, and do what is missing as it appears, beside any number of workers on "
+        "the same store. SIGTERM ends it after the unit in hand, Ctrl-C at once.",
+    )
+    worker: str = Field(
+        "",
+        max_length=128,
+        description="With --watch: name of this worker in claims and failures; empty = host-pid.",
+    )
+    lease: float = Field(
+        600.0,
+        gt=0,
+        description="With --watch: seconds after which the unit of a worker that shows no life is "
+        "taken over. Less than a stall of the store, and units are done twice.",
+    )
+    poll: float = Field(
+        2.0,
+        gt=0,
+        description="With --watch: seconds between two looks at a store with nothing to do.",
+    )
+    attempts: Positive = Field(
+        3,
+        description="With --watch: failures of a unit, of all workers together, after which it is "
+        "left alone until `store retry-failed`; the command then ends with exit code 3.",
+    )
+    idle_exit: float = Field(
+        0.0,
+        ge=0,
+        description="With --watch: seconds with nothing to do after which the command ends; "
+        "0 = never.",
+    )
+    max_unscored: int = Field(
+        0,
+        ge=0,
+        description="With --watch: begin no unit while more than so many units of the name have no "
+        "scores by any teacher; 0 = sample on. Bounds how far rollouts run ahead.",
+    )
+
+
 class Estimate(Section):
     sample: Positive = Field(
         4096, description="Response tokens to sample and score, about; more takes longer."
@@ -318,6 +361,7 @@ class RolloutJob(Section):
     prompts: Prompts
     store: StoreSection
     rollout: Rollout = Rollout()
+    work: Work = Work()
     run: Run = Run()
 
 
@@ -327,6 +371,7 @@ class ScoreJob(Section):
     teacher: Teacher
     store: StoreSection
     score: Score = Score()
+    work: Work = Work()
     run: Run = Run()
 
 

@@ -28,7 +28,7 @@ from logitcask.engine.named import (
 )
 from logitcask.engine.objectives import Facts, verdict
 from logitcask.engine.plan import windows_at_most
-from logitcask.engine.rollout import prompt_set_digest
+from logitcask.engine.rollout_unit import prompt_set_digest
 from logitcask.engine.rounds import Rounds
 from logitcask.engine.rundir import check_same, read_run
 from logitcask.engine.store import Store, open_store

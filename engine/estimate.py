@@ -24,7 +24,7 @@ import logitcask.engine.store.segment as segments
 from logitcask.engine.backends.scoring import Sheet, row_logits
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.grade import Grading
-from logitcask.engine.rollout import UNIT_POSITIONS, draw, mc_request
+from logitcask.engine.rollout_unit import UNIT_POSITIONS, draw, mc_request
 from logitcask.engine.types import (
     Array,
     IdLists,

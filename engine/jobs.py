@@ -49,44 +49,51 @@ def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutRepor
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
     grading = grading_of(job.rollout, model, prompts)
     store = open_store(job.store.url, create=True)
-    return rollout(
-        store,
-        model=model,
-        sampler=backend(model, job.run),
-        prompts=prompts,
-        sampling=job.rollout.sampling(),
-        name=job.store.rollouts,
-        seed=job.run.seed,
-        student_k=job.rollout.student_k,
-        mc_draws=job.rollout.mc_draws,
-        grading=grading,
-        unit_prompts=job.rollout.unit_prompts or None,
-        profile=job.store.profile,
-        lineage_extra={"chat_template": template},
-        progress=progress,
-    )
+    task = rollout_task(job, model, prompts, template)
+    return rollout(store, **task, grading=grading, progress=progress)
+
+
+def rollout_task(
+    job: RolloutJob, model: ModelRef, prompts: Sequence[Prompt], template: bool
+) -> dict[str, Any]:
+    """Who samples what, with the student loaded; without the store and who grades."""
+    return {
+        "model": model,
+        "sampler": backend(model, job.run),
+        "prompts": prompts,
+        "sampling": job.rollout.sampling(),
+        "name": job.store.rollouts,
+        "seed": job.run.seed,
+        "student_k": job.rollout.student_k,
+        "mc_draws": job.rollout.mc_draws,
+        "unit_prompts": job.rollout.unit_prompts or None,
+        "profile": job.store.profile,
+        "lineage_extra": {"chat_template": template},
+    }
 
 
 def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
     """`logitcask score`."""
     store = open_store(job.store.url)
-    pin = store.head()
+    return score(store, **score_task(job, store, store.head()), progress=progress)
+
+
+def score_task(job: ScoreJob, store: Store, pin: Pin) -> dict[str, Any]:
+    """Who scores what, with the teacher loaded."""
     model = teacher_of(job.teacher, pin, job.store.rollouts)
     context = _context(job, store, model, pin) if job.score.role == "context" else None
     ids = job.score.ids_file()
-    return score(
-        store,
-        model=model,
-        scorer=backend(model, job.run),
-        teacher_name=job.teacher.name,
-        rollouts_name=job.store.rollouts,
-        request=job.score.request(job.run.seed),
-        role=job.score.role,
-        context=context,
-        at=job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
-        profile=job.store.profile,
-        progress=progress,
-    )
+    return {
+        "model": model,
+        "scorer": backend(model, job.run),
+        "teacher_name": job.teacher.name,
+        "rollouts_name": job.store.rollouts,
+        "request": job.score.request(job.run.seed),
+        "role": job.score.role,
+        "context": context,
+        "at": job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
+        "profile": job.store.profile,
+    }
 
 
 def _context(job: ScoreJob, store: Store, model: ModelRef, pin: Pin) -> dict[str, Prompt]:

@@ -5,33 +5,25 @@ sampled, scored by the student itself (whose top-k the store keeps), and committ
 and not committed is what a resumed run does.
 """
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from logitcask.engine.backends.base import Sampler, Scorer
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.grade import Grading
-from logitcask.engine.identity import digest
+from logitcask.engine.rollout_unit import Rolling, Unit, default_unit, mc_request, roll_unit
 from logitcask.engine.store import Pin, Segment, Store
 from logitcask.engine.teachers import check_scorer
 from logitcask.engine.types import (
     STOP,
-    Draws,
     ModelRef,
     Progress,
     Prompt,
-    Rollouts,
     SamplingParams,
-    ScoreRequest,
     silent,
 )
-
-UNIT_POSITIONS = 262_144
-"""Response tokens that a unit of the default size can reach."""
-LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +80,73 @@ def rollout(
     that unit nothing is committed.
     """
     start_s = time.monotonic()
+    asked = rolling(
+        store,
+        model=model,
+        sampler=sampler,
+        scorer=scorer,
+        prompts=prompts,
+        sampling=sampling,
+        name=name,
+        seed=seed,
+        student_k=student_k,
+        mc_draws=mc_draws,
+        grading=grading,
+        unit_prompts=unit_prompts,
+        profile=profile,
+        first=first,
+        count=count,
+        versions=versions,
+        run=run,
+        lineage_extra=lineage_extra,
+    )
+    missing = plan_rollouts(asked, store.head())
+    total, done_before = len(asked.units), len(asked.units) - len(missing)
+    positions = sequences = stopped = 0
+    rewarded = 0.0
+    for done, (key, unit) in enumerate(missing.items()):
+        progress("rollout", done_before + done, total)
+        rolled = roll_unit(asked, key, unit)
+        positions += rolled.positions
+        sequences += len(rolled.finish)
+        stopped += int((rolled.finish == STOP).sum())
+        rewarded += 0.0 if rolled.reward is None else float(rolled.reward.sum(dtype=float))
+    progress("rollout", total, total)
+    return RolloutReport(
+        units_total=total,
+        units_done_before=done_before,
+        units_new=len(missing),
+        positions=positions,
+        sequences=sequences,
+        seconds=time.monotonic() - start_s,
+        mean_length=positions / max(1, sequences),
+        stopped_share=stopped / max(1, sequences),
+        mean_reward=rewarded / sequences if grading is not None and sequences else None,
+    )
+
+
+def rolling(
+    store: Store,
+    *,
+    model: ModelRef,
+    sampler: Sampler,
+    scorer: Scorer | None = None,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    name: str = "main",
+    seed: int = 0,
+    student_k: int = 16,
+    mc_draws: int = 0,
+    grading: Grading | None = None,
+    unit_prompts: int | None = None,
+    profile: str = "default",
+    first: int = 0,
+    count: int | None = None,
+    versions: bool = False,
+    run: Mapping[str, Any] | None = None,
+    lineage_extra: Mapping[str, Any] | None = None,
+) -> Rolling:
+    """What `rollout` is asked for, with what was left out filled in; raises its ConfigErrors."""
     if scorer is None:
         scorer = _as_scorer(sampler)
     if mc_draws:
@@ -100,150 +159,34 @@ def rollout(
             f"unit_prompts={unit_prompts}, first={first}, count={count} of {len(prompts)} prompts",
             remedy="Take at least one prompt a unit, and a range that lies within the prompts.",
         )
-    grader = "" if grading is None else grading.name
-    set_digest = prompt_set_digest(
-        prompts,
-        model,
-        sampling,
+    return Rolling(
+        store=store,
+        model=model,
+        sampler=sampler,
+        scorer=scorer,
+        prompts=prompts,
+        sampling=sampling,
+        name=name,
         seed=seed,
         student_k=student_k,
         mc_draws=mc_draws,
-        grader=grader,
+        grading=grading,
+        unit_prompts=unit_prompts,
+        profile=profile,
+        first=first,
+        count=count,
+        versions=versions,
         run=run,
+        lineage_extra=lineage_extra,
     )
-    ranges = [
-        (at, min(unit_prompts, end - at))
-        for start, end in _stretches(first, count, len(prompts))
-        for at in range(start, end, unit_prompts)
-    ]
-    units = {
-        unit_key(set_digest, model, at, size): {
-            "version": model.version,
-            "first": at,
-            "count": size,
-        }
-        for at, size in ranges
-    }
-    lineage = {
-        "set": {
-            "digest": set_digest,
-            "prompts": len(prompts),
-            "units": len(units),
-            **asdict(sampling),
-            "seed": seed,
-            "student_k": student_k,
-            **({"mc_draws": mc_draws} if mc_draws else {}),
-            **({"grader": grader} if grader else {}),
-            "template": model.template_digest,
-        },
-        "student": model.lineage(),
-        "backend": sampler.describe(),
-        "scorer": scorer.describe(),
-        "logprob": LOGPROB,
-        **({"run": dict(run)} if run else {}),
-        **(lineage_extra or {}),
-    }
-    pin = store.head()
-    _check_name(pin, name, model, lineage["set"], units, versions)
+
+
+def plan_rollouts(asked: Rolling, pin: Pin) -> dict[str, Unit]:
+    """unit_key -> what is missing as of a pin, in order. Raises IdentityError as `rollout` does."""
+    ours = asked.lineage["set"]
+    _check_name(pin, asked.name, asked.model, ours, asked.units, asked.versions)
     there = pin.unit_keys()
-    missing = {key: unit for key, unit in units.items() if key not in there}
-    positions = sequences = stopped = 0
-    rewarded = 0.0
-    for done, (key, unit) in enumerate(missing.items()):
-        progress("rollout", len(units) - len(missing) + done, len(units))
-        part = prompts[unit["first"] : unit["first"] + unit["count"]]
-        rolled = sampler.generate(part, sampling, seed=seed, version=model.version, progress=silent)
-        if grading is not None:
-            # Before the student's own scores: what a grader refuses costs no more than sampling.
-            rewards = grading.rewards(rolled)
-            rolled = replace(rolled, reward=rewards.astype("float32"))
-            rewarded += float(rewards.sum())
-        own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
-        drawn = draw(scorer, rolled, mc_request(mc_draws, seed)) if mc_draws else None
-        rolled = replace(rolled, student=scorer.score(rolled, own), draws=drawn)
-        store.commit_rollouts(
-            rolled, name=name, unit_key=key, unit=unit, lineage=lineage, profile=profile
-        )
-        positions += rolled.positions
-        sequences += len(rolled.finish)
-        stopped += int((rolled.finish == STOP).sum())
-    progress("rollout", len(units), len(units))
-    return RolloutReport(
-        units_total=len(units),
-        units_done_before=len(units) - len(missing),
-        units_new=len(missing),
-        positions=positions,
-        sequences=sequences,
-        seconds=time.monotonic() - start_s,
-        mean_length=positions / max(1, sequences),
-        stopped_share=stopped / max(1, sequences),
-        mean_reward=rewarded / sequences if grading is not None and sequences else None,
-    )
-
-
-def default_unit(sampling: SamplingParams) -> int:
-    """As many prompts as can reach UNIT_POSITIONS, and at least one."""
-    return max(1, UNIT_POSITIONS // (sampling.n * sampling.max_new_tokens))
-
-
-def prompt_set_digest(
-    prompts: Sequence[Prompt],
-    model: ModelRef,
-    sampling: SamplingParams,
-    *,
-    seed: int,
-    student_k: int,
-    mc_draws: int = 0,
-    grader: str = "",
-    run: Mapping[str, Any] | None = None,
-) -> str:
-    """What a name of rollouts stands for, beside the root of its student."""
-    rows = [[p.id, list(p.token_ids), p.answer, dict(p.extra)] for p in prompts]
-    return digest(
-        {
-            "prompts": rows,
-            "template": model.template_digest,
-            "sampling": asdict(sampling),
-            "seed": seed,
-            "student_k": student_k,
-            # Only where there are any: sets that were made before there could be keep their digest.
-            **({"mc_draws": mc_draws} if mc_draws else {}),
-            **({"grader": grader} if grader else {}),
-            **({"run": dict(run)} if run else {}),
-        }
-    )
-
-
-def mc_request(draws: int, seed: int) -> ScoreRequest:
-    """What draws Monte Carlo ids of a student."""
-    # Not the numbers that a teacher of the same seed draws by: two draws are to be independent.
-    own_seed = int.from_bytes(hashlib.sha256(b"mc/%d" % seed).digest()[:7])
-    return ScoreRequest(entry_kind="sampled", draws=draws, seed=own_seed, at_student=False)
-
-
-def draw(scorer: Scorer, rollouts: Rollouts, request: ScoreRequest) -> Draws:
-    """Ids of every row, drawn by the student itself as `mc_request` says."""
-    found = scorer.score(rollouts, request)
-    assert found.mult is not None, "who draws counts"
-    return Draws(cnt=found.cnt, ids=found.ids, mult=found.mult, lp=found.entry_lp)
-
-
-def _stretches(first: int, count: int, total: int) -> list[tuple[int, int]]:
-    """[start, end) of so many of `total` prompts, which go on with 0 after the last."""
-    beyond = max(0, first + count - total)
-    return [(first, first + count - beyond), *([(0, beyond)] if beyond else [])]
-
-
-def unit_key(set_digest: str, model: ModelRef, first: int, count: int) -> str:
-    return digest(
-        {
-            "set": set_digest,
-            "student": model.digest,
-            "version": model.version,
-            "first": first,
-            "count": count,
-        }
-    )
+    return {key: unit for key, unit in asked.units.items() if key not in there}
 
 
 def _as_scorer(sampler: Any) -> Scorer:
@@ -261,7 +204,7 @@ def _check_name(
     name: str,
     model: ModelRef,
     ours: Mapping[str, Any],
-    units: Mapping[str, Mapping[str, int]],
+    units: Mapping[str, Unit],
     versions: bool,
 ) -> None:
     """Refuses before anything is sampled what the store would refuse, and what it cannot see."""
@@ -299,7 +242,7 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return "other prompts, or of another loop"
 
 
-def _check_grid(name: str, segment: Segment, units: Mapping[str, Mapping[str, int]]) -> None:
+def _check_grid(name: str, segment: Segment, units: Mapping[str, Unit]) -> None:
     """Two unit sizes would sample the same prompts twice, with the same random numbers."""
     first, end = segment.unit["first"], segment.unit["first"] + segment.unit["count"]
     for unit in units.values():

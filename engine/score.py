@@ -9,36 +9,24 @@ stored beside what is there; one that was asked for as much or more is not asked
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from logitcask.engine.asked import at_all_known, without_more
 from logitcask.engine.backends.base import Scorer
-from logitcask.engine.errors import IdentityError, IncompleteError, PromptError
+from logitcask.engine.errors import IdentityError, IncompleteError
 from logitcask.engine.given import GivenIds
-from logitcask.engine.identity import digest
+from logitcask.engine.score_unit import ScoreUnit, Scoring, score_unit, unit_key
 from logitcask.engine.store import Chain, Pin, Segment, Store
-from logitcask.engine.store.layout import ranked
 from logitcask.engine.store.schema import MC
-from logitcask.engine.store.widen import ask_at, union
-from logitcask.engine.teachers import check_identity, check_scorer, check_stops, other_dtypes
+from logitcask.engine.teachers import check_identity, check_scorer, other_dtypes
 from logitcask.engine.types import (
     MC_IDS,
-    IdLists,
     ModelRef,
     Progress,
     Prompt,
-    Rollouts,
     ScoreRequest,
-    Scores,
     silent,
 )
-
-EXACT = "raw32"
-"""Profile of log-probs at drawn ids: an estimator divides by few draws, and rounding stays in."""
-LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +37,18 @@ class ScoreReport:
     positions: int
     """Rows of the units that are new; so is the time."""
     seconds: float
+    notes: tuple[str, ...]
+    """What a person should know and nothing was refused for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScorePlan:
+    """The units of a scoring as of a pin."""
+
+    total: int
+    missing: Mapping[str, ScoreUnit]
+    """unit_key -> what is to be scored, by student version, then by first prompt."""
+    lineage: Mapping[str, Any]
     notes: tuple[str, ...]
     """What a person should know and nothing was refused for."""
 
@@ -83,164 +83,95 @@ def score(
     without a prompt of the rollouts, or given ids of other sequences than theirs.
     """
     start_s = time.monotonic()
+    asked = Scoring(
+        store=store,
+        model=model,
+        scorer=scorer,
+        teacher_name=teacher_name,
+        rollouts_name=rollouts_name,
+        request=request,
+        role=role,
+        context=context,
+        at=at,
+        profile=profile,
+        eos_rows=eos_rows,
+    )
     check_scorer(scorer, request)
-    pin = store.head()
-    segments = pin.rollouts(rollouts_name)
+    planned = plan_scores(asked, store.head())
+    done_before = planned.total - len(planned.missing)
+    positions = 0
+    for done_now, (key, unit) in enumerate(planned.missing.items()):
+        progress("score", done_before + done_now, planned.total)
+        positions += score_unit(asked, key, unit, planned.lineage)
+    progress("score", planned.total, planned.total)
+    return ScoreReport(
+        units_total=planned.total,
+        units_done_before=done_before,
+        units_new=len(planned.missing),
+        positions=positions,
+        seconds=time.monotonic() - start_s,
+        notes=planned.notes,
+    )
+
+
+def plan_scores(asked: Scoring, pin: Pin, *, growing: bool = False) -> ScorePlan:
+    """What is to be scored as of a pin, checked; raises as `score` does.
+
+    growing: rollouts without scores of `at` are left for a later plan, and not refused.
+    """
+    model, request, name = asked.model, asked.request, asked.teacher_name
+    segments = pin.rollouts(asked.rollouts_name)
     if not segments:
         known = ", ".join(pin.names("rollout")) or "none"
         raise IncompleteError(
-            f"{store.url} holds no rollouts named {rollouts_name!r}; it has: {known}",
+            f"{asked.store.url} holds no rollouts named {asked.rollouts_name!r}; it has: {known}",
             remedy="Run `logitcask rollout` first, or name the rollouts that are there.",
         )
     notes: list[str] = []
     for segment in segments:
         notes += [n for n in check_identity(segment.lineage["student"], model) if n not in notes]
-    notes += other_dtypes(pin, segments, teacher_name, scorer)
-    lineage = {
-        "teacher": model.lineage(),
-        "role": role,
-        "context": _context_digest(context),
-        "request": asdict(request),
-        "rollouts": rollouts_name,
-        "backend": scorer.describe(),
-        "logprob": LOGPROB,
-    }
-    label = at.label if isinstance(at, GivenIds) else at
+    notes += other_dtypes(pin, segments, name, asked.scorer)
+    lineage = asked.lineage()
     given, asked_at = None, None
-    if isinstance(at, GivenIds):
-        given = at.lists({each.seg_id: store.read_extent(each) for each in segments})
-    elif at == MC_IDS:
-        _check_draws(segments, rollouts_name)
-    elif at is not None:
-        asked_at = _scores_named(pin, at)
+    if isinstance(asked.at, GivenIds):
+        given = asked.at.lists({each.seg_id: asked.store.read_extent(each) for each in segments})
+    elif asked.at == MC_IDS:
+        _check_draws(segments, asked.rollouts_name)
+    elif asked.at is not None:
+        asked_at = pin.scores(asked.at) if growing else _scores_named(pin, asked.at)
     units = {
-        unit_key(segment, model, request, lineage, _asked(label, asked_at, segment)): segment
+        unit_key(segment, model, request, lineage, _asked(asked.label, asked_at, segment)): segment
         for segment in segments
+        if not growing or asked_at is None or segment.seg_id in asked_at
     }
-    _check_twice(pin, units, teacher_name)
+    _check_twice(pin, units, name)
     drawn = request.entry_kind == "sampled"
-    store.check_name("score", teacher_name, lineage, drawn=drawn)
+    asked.store.check_name("score", name, lineage, drawn=drawn)
     done = pin.unit_keys()
-    there = pin.scores(teacher_name)
+    there = pin.scores(name)
     if drawn and any(key not in done and s.seg_id in there for key, s in units.items()):
         raise IdentityError(
-            f"{teacher_name!r} holds draws of these rollouts of another number or seed",
+            f"{name!r} holds draws of these rollouts of another number or seed",
             remedy="Use another name for these: drawn ids are not added to.",
         )
-    others = {chain[0].profile for chain in there.values()} - {profile}
+    others = {chain[0].profile for chain in there.values()} - {asked.profile}
     if others:
         notes.append(
-            f"scores of {teacher_name!r} are there in profile {', '.join(sorted(others))}; "
-            f"{profile} is for what is added"
+            f"scores of {name!r} are there in profile {', '.join(sorted(others))}; "
+            f"{asked.profile} is for what is added"
         )
     missing = {
-        key: segment
-        for key, segment in units.items()
-        if key not in done and not (at is None and _serves(there.get(segment.seg_id), request))
-    }
-    positions = 0
-    for done_now, (key, segment) in enumerate(missing.items()):
-        progress("score", len(units) - len(missing) + done_now, len(units))
-        rollouts = store.read_rollouts(segment)
-        check_stops(segment, rollouts, model, eos_rows)
-        shown = rollouts if context is None else _shown(rollouts, context)
-        extra = None if asked_at is None else _ids_of(store, asked_at[segment.seg_id], rollouts)
-        if at == MC_IDS:
-            assert rollouts.draws is not None, "its layout says so"
-            extra = IdLists(cnt=rollouts.draws.cnt, ids=rollouts.draws.ids)
-        elif given is not None:
-            extra = given[segment.seg_id]
-        wanted: IdLists | None = None
-        told: dict[str, Any] = {"base": segment, "name": teacher_name, "unit": dict(segment.unit)}
-        if (chain := there.get(segment.seg_id)) is not None:
-            student = rollouts.student if request.at_student else None
-            if extra is None and student is not None:
-                extra = IdLists(cnt=student.cnt, ids=student.ids)
-            wanted = ask_at(store.read_scores(chain, base=rollouts), extra)
-            scores, took_s = _timed(scorer, shown, request, wanted)
-        elif extra is not None:
-            scores, wanted = _begun(
-                store,
-                scorer,
-                shown,
-                extra,
-                request,
-                **told,
-                unit_key=unit_key(segment, model, request, lineage),
-                lineage={**lineage, "at": "student" if request.at_student else ""},
-                profile=profile,
-            )
-            took_s = 0.0  # the first segment's seconds are of both
-        else:
-            scores, took_s = _timed(scorer, shown, request, None)
-        store.commit_scores(
-            scores,
-            **told,
-            unit_key=key,
-            lineage={**lineage, "at": label or ("student" if request.at_student else "")},
-            profile=EXACT if at == MC_IDS else profile,
-            at=wanted,
-            seconds=took_s,
+        key: ScoreUnit(
+            segment=segment,
+            chain=there.get(segment.seg_id),
+            given=None if given is None else given[segment.seg_id],
+            asked_at=None if asked_at is None else asked_at[segment.seg_id],
         )
-        positions += rollouts.positions
-    progress("score", len(units), len(units))
-    return ScoreReport(
-        units_total=len(units),
-        units_done_before=len(units) - len(missing),
-        units_new=len(missing),
-        positions=positions,
-        seconds=time.monotonic() - start_s,
-        notes=tuple(notes),
-    )
-
-
-def unit_key(
-    segment: Segment,
-    model: ModelRef,
-    request: ScoreRequest,
-    lineage: Mapping[str, Any],
-    at: Sequence[str] = (),
-) -> str:
-    return digest(
-        {
-            "rollouts": segment.seg_id,
-            "teacher": model.digest,
-            "role": lineage["role"],
-            "template": model.template_digest,
-            "context": lineage["context"],
-            "request": asdict(request),
-            "at": list(at),
-        }
-    )
-
-
-def _begun(
-    store: Store,
-    scorer: Scorer,
-    shown: Rollouts,
-    extra: IdLists,
-    request: ScoreRequest,
-    **told: Any,
-) -> tuple[Scores, IdLists]:
-    """One scoring at the student's list and `extra`; the first segment is committed as `told`.
-
-    -> the scores and where they were asked, to widen that segment by.
-    """
-    own = shown.student
-    student = None if own is None or not request.at_student else IdLists(cnt=own.cnt, ids=own.ids)
-    asked = extra if student is None else union(student, extra)
-    scores, took_s = _timed(scorer, shown, request, asked)
-    first = store.commit_scores(without_more(scores, asked, student), **told, seconds=took_s)
-    return at_all_known(scores, asked, store.read_scores((first,)))
-
-
-def _timed(
-    scorer: Scorer, shown: Rollouts, request: ScoreRequest, at: IdLists | None
-) -> tuple[Scores, float]:
-    """Scores, and the seconds that they took."""
-    begun_s = time.monotonic()
-    scores = scorer.score(shown, request) if at is None else scorer.score(shown, request, at)
-    return scores, time.monotonic() - begun_s
+        for key, segment in units.items()
+        if key not in done
+        and not (asked.at is None and _serves(there.get(segment.seg_id), request))
+    }
+    return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
 
 
 def _serves(chain: Chain | None, request: ScoreRequest) -> bool:
@@ -287,28 +218,6 @@ def _asked(at: str | None, scores: Mapping[str, Chain] | None, segment: Segment)
             remedy="Let that model score all of these rollouts first.",
         )
     return tuple(each.seg_id for each in scores[segment.seg_id])
-
-
-def _ids_of(store: Store, chain: Chain, rollouts: Rollouts) -> IdLists:
-    known = ranked(store.read_scores(chain, base=rollouts))
-    return IdLists(cnt=known.cnt.astype(np.uint16), ids=known.ids)
-
-
-def _context_digest(context: Mapping[str, Prompt] | None) -> str:
-    if context is None:
-        return ""
-    return digest({name: list(prompt.token_ids) for name, prompt in context.items()})
-
-
-def _shown(rollouts: Rollouts, context: Mapping[str, Prompt]) -> Rollouts:
-    """The same responses after other prompts."""
-    for prompt in rollouts.prompts:
-        if prompt.id not in context:
-            raise PromptError(
-                f"the context has no prompt {prompt.id!r}, which the rollouts answer",
-                remedy="Give a prompt for every id of the rollouts.",
-            )
-    return replace(rollouts, prompts=tuple(context[prompt.id] for prompt in rollouts.prompts))
 
 
 def _check_twice(pin: Pin, units: Mapping[str, Segment], teacher_name: str) -> None:

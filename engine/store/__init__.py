@@ -8,20 +8,21 @@
     seg/rollout/<32 hex>/     a plain Zarr v3 group: prompts, tokens, the student's own scores
     seg/score/<32 hex>/       a plain Zarr v3 group: one teacher over one rollout segment
     staging/                  work in progress on a disk; never read
+    claims/, failed/          what workers tell each other, where there were any; never data
 
 A commit encodes a group, decodes it again and compares, puts it durably where its content says, and
 makes the record with the next free number. A crash at any step leaves the log as it was: at worst a
 folder that no record names. Nothing is changed in place. A record can also retire units, sweep what
 nobody reaches (gc removes it then), and tag a number. The same on a disk and in an object store.
 
-medium -> files, objects (every effect outside) -> schema -> codecs -> shards, ragged (bytes and
-rows) -> layout, widen, rollouts (data <-> arrays) -> segment (arrays <-> Zarr group) -> record, pin
--> log, root -> publish -> commit -> store -> verify, keep, transfer, view, cache.
+medium -> files, objects (every effect outside) -> schema -> claims, codecs -> shards, ragged (bytes
+and rows) -> layout, widen, rollouts (data <-> arrays) -> segment (arrays <-> Zarr group) -> record,
+pin -> log, root -> publish -> commit -> store -> verify, keep, transfer, view, cache.
 """
 
 from logitcask.engine.store.pin import Chain, Pin
 from logitcask.engine.store.rollouts import Extent
 from logitcask.engine.store.segment import Segment
-from logitcask.engine.store.store import Store, open_store
+from logitcask.engine.store.store import Store, holds_store, open_store
 
-__all__ = ["Chain", "Extent", "Pin", "Segment", "Store", "open_store"]
+__all__ = ["Chain", "Extent", "Pin", "Segment", "Store", "holds_store", "open_store"]

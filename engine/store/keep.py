@@ -3,7 +3,7 @@
 Nothing is deleted in place. A unit is retired by a record, and from there on not visible; pins
 taken before still read it. gc then removes a segment when neither the newest state, nor a tag, nor
 any state of the last `keep_days` holds it, and what no record ever named when it is older than
-`lease_hours`.
+`lease_hours`. Claims of units go at that age too, and what workers left of units that are there.
 
 gc first publishes which folders it is going to remove, as a record like any other. So it decides on
 a log that nobody has moved meanwhile, a writer who is about to name such a folder learns of it and
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import logitcask.engine.store.claims as claims
 import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.store.medium import STAGING
@@ -38,7 +39,7 @@ class Swept:
     segments: int
     bytes: int
     leftovers: int
-    """Of writers that died, in staging."""
+    """Of writers that died, in staging, and of workers: claims, and failures that were overcome."""
     kept: int
     """Folders of segments that stay ..."""
     kept_retired: int
@@ -204,6 +205,7 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     going = [each for each in unreached() if dry_run or is_swept(each)]
     staged = [f"{STAGING}/{name}" for name in store.medium.names(STAGING)]
     left = [name for name in staged if store.medium.touched_s(name) < born_before]
+    left += claims.leftovers(store.medium, store.head().unit_keys(), born_before)
     size = sum(each.size for content in going for each in store.medium.files(folder_of(*content)))
     if not dry_run:
         for name in [*(folder_of(*content) for content in going), *left]:

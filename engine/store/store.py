@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import logitcask.engine.store.claims as claims
 import logitcask.engine.store.codecs as codecs
 import logitcask.engine.store.commit as commit
 import logitcask.engine.store.layout as layout
@@ -181,5 +182,10 @@ def open_on(medium: Medium, *, create: bool = False) -> Store:
                 remedy="check the path; `logitcask rollout` makes a store at a path that is free",
             )
         identity = root.create(medium)
-    medium.check(root.FOLDERS)
+    medium.check((*root.FOLDERS, *claims.FOLDERS))
     return Store(medium, identity)
+
+
+def holds_store(url: str | Path) -> bool:
+    """Whether there is a store at a path or URL yet; raises as `open_store` does for all else."""
+    return root.read(open_medium(url)) is not None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import logitcask.engine.store.claims as claims
 import logitcask.engine.store.log as log
 import logitcask.engine.store.record as record
 import logitcask.engine.store.schema as schema
@@ -107,6 +108,7 @@ def _bundle(store: Store, name: str, records: bytes) -> int:
 def _strays(store: Store, standing: dict[str, Segment]) -> tuple[str, ...]:
     medium = store.medium
     found = [f"{STAGING}/{name}" for name in medium.names(STAGING)]
+    found += claims.strays(medium)
     for name in medium.names("log"):
         number = record.number_of(name)
         if number is None:

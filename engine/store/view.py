@@ -7,6 +7,7 @@ import numpy as np
 
 import logitcask.engine.store.schema as schema
 from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.store.claims import failed_units
 from logitcask.engine.store.layout import kept_lists
 from logitcask.engine.store.pin import Pin
 from logitcask.engine.store.ragged import starts
@@ -30,6 +31,7 @@ def summary(store: Store) -> dict[str, Any]:
         "teachers": {name: _positions(pin, "score", name) for name in pin.names("score")},
         "tags": store.log.tags(),
         "unscored_segments": len(rollouts) - scored,
+        "failed_units": len(failed_units(store.medium).keys() - pin.unit_keys()),
         "sequences": sum(s.counts["N"] for s in rollouts),
         "mean_reward": _mean_rewards(store, rollouts),
         "positions": positions,

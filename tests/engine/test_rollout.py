@@ -13,12 +13,12 @@ from logitcask.engine import identity
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ConfigError, GraderError, IdentityError
 from logitcask.engine.grade import Grading
-from logitcask.engine.rollout import (
+from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import (
     UNIT_POSITIONS,
     draw,
     mc_request,
     prompt_set_digest,
-    rollout,
     unit_key,
 )
 from logitcask.engine.store import open_store

@@ -1,0 +1,198 @@
+"""One score unit: a rollout segment, read, scored as asked and committed."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from logitcask.engine.asked import at_all_known, without_more
+from logitcask.engine.backends.base import Scorer
+from logitcask.engine.errors import PromptError
+from logitcask.engine.given import GivenIds
+from logitcask.engine.identity import digest
+from logitcask.engine.store import Chain, Segment, Store
+from logitcask.engine.store.layout import ranked
+from logitcask.engine.store.widen import ask_at, union
+from logitcask.engine.teachers import check_stops
+from logitcask.engine.types import (
+    MC_IDS,
+    IdLists,
+    ModelRef,
+    Prompt,
+    Rollouts,
+    ScoreRequest,
+    Scores,
+)
+
+EXACT = "raw32"
+"""Profile of log-probs at drawn ids: an estimator divides by few draws, and rounding stays in."""
+LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scoring:
+    """Who scores what, and what is asked; `score` says what each means."""
+
+    store: Store
+    model: ModelRef
+    scorer: Scorer
+    teacher_name: str
+    rollouts_name: str
+    request: ScoreRequest
+    role: Literal["teacher", "base", "context"]
+    context: Mapping[str, Prompt] | None
+    at: str | GivenIds | None
+    profile: str
+    eos_rows: Literal["refuse", "keep"]
+
+    @property
+    def label(self) -> str | None:
+        """`at` in a word."""
+        return self.at.label if isinstance(self.at, GivenIds) else self.at
+
+    def lineage(self) -> dict[str, Any]:
+        """What every segment records, without where the teacher was asked."""
+        return {
+            "teacher": self.model.lineage(),
+            "role": self.role,
+            "context": _context_digest(self.context),
+            "request": asdict(self.request),
+            "rollouts": self.rollouts_name,
+            "backend": self.scorer.describe(),
+            "logprob": LOGPROB,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreUnit:
+    """A rollout segment, and what the store holds that its scoring builds on."""
+
+    segment: Segment
+    chain: Chain | None
+    """This teacher's scores of it; None where there are none."""
+    given: IdLists | None
+    """Ids of a file that it is asked at."""
+    asked_at: Chain | None
+    """Scores of another model whose ids it is asked at."""
+
+
+def score_unit(asked: Scoring, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]) -> int:
+    """Scores one unit and commits it under its key; its positions."""
+    store, scorer, request = asked.store, asked.scorer, asked.request
+    segment = unit.segment
+    rollouts = store.read_rollouts(segment)
+    check_stops(segment, rollouts, asked.model, asked.eos_rows)
+    shown = rollouts if asked.context is None else _shown(rollouts, asked.context)
+    extra = unit.given
+    if unit.asked_at is not None:
+        extra = _ids_of(store, unit.asked_at, rollouts)
+    elif asked.at == MC_IDS:
+        assert rollouts.draws is not None, "its layout says so"
+        extra = IdLists(cnt=rollouts.draws.cnt, ids=rollouts.draws.ids)
+    wanted: IdLists | None = None
+    told: dict[str, Any] = {"base": segment, "name": asked.teacher_name, "unit": dict(segment.unit)}
+    at_student = "student" if request.at_student else ""
+    if unit.chain is not None:
+        student = rollouts.student if request.at_student else None
+        if extra is None and student is not None:
+            extra = IdLists(cnt=student.cnt, ids=student.ids)
+        wanted = ask_at(store.read_scores(unit.chain, base=rollouts), extra)
+        scores, took_s = _timed(scorer, shown, request, wanted)
+    elif extra is not None:
+        scores, wanted = _begun(
+            store,
+            scorer,
+            shown,
+            extra,
+            request,
+            **told,
+            unit_key=unit_key(segment, asked.model, request, lineage),
+            lineage={**lineage, "at": at_student},
+            profile=asked.profile,
+        )
+        took_s = 0.0  # the first segment's seconds are of both
+    else:
+        scores, took_s = _timed(scorer, shown, request, None)
+    store.commit_scores(
+        scores,
+        **told,
+        unit_key=key,
+        lineage={**lineage, "at": asked.label or at_student},
+        profile=EXACT if asked.at == MC_IDS else asked.profile,
+        at=wanted,
+        seconds=took_s,
+    )
+    return rollouts.positions
+
+
+def unit_key(
+    segment: Segment,
+    model: ModelRef,
+    request: ScoreRequest,
+    lineage: Mapping[str, Any],
+    at: Sequence[str] = (),
+) -> str:
+    return digest(
+        {
+            "rollouts": segment.seg_id,
+            "teacher": model.digest,
+            "role": lineage["role"],
+            "template": model.template_digest,
+            "context": lineage["context"],
+            "request": asdict(request),
+            "at": list(at),
+        }
+    )
+
+
+def _begun(
+    store: Store,
+    scorer: Scorer,
+    shown: Rollouts,
+    extra: IdLists,
+    request: ScoreRequest,
+    **told: Any,
+) -> tuple[Scores, IdLists]:
+    """One scoring at the student's list and `extra`; the first segment is committed as `told`.
+
+    -> the scores and where they were asked, to widen that segment by.
+    """
+    own = shown.student
+    student = None if own is None or not request.at_student else IdLists(cnt=own.cnt, ids=own.ids)
+    asked = extra if student is None else union(student, extra)
+    scores, took_s = _timed(scorer, shown, request, asked)
+    first = store.commit_scores(without_more(scores, asked, student), **told, seconds=took_s)
+    return at_all_known(scores, asked, store.read_scores((first,)))
+
+
+def _timed(
+    scorer: Scorer, shown: Rollouts, request: ScoreRequest, at: IdLists | None
+) -> tuple[Scores, float]:
+    """Scores, and the seconds that they took."""
+    begun_s = time.monotonic()
+    scores = scorer.score(shown, request) if at is None else scorer.score(shown, request, at)
+    return scores, time.monotonic() - begun_s
+
+
+def _ids_of(store: Store, chain: Chain, rollouts: Rollouts) -> IdLists:
+    known = ranked(store.read_scores(chain, base=rollouts))
+    return IdLists(cnt=known.cnt.astype(np.uint16), ids=known.ids)
+
+
+def _context_digest(context: Mapping[str, Prompt] | None) -> str:
+    if context is None:
+        return ""
+    return digest({name: list(prompt.token_ids) for name, prompt in context.items()})
+
+
+def _shown(rollouts: Rollouts, context: Mapping[str, Prompt]) -> Rollouts:
+    """The same responses after other prompts."""
+    for prompt in rollouts.prompts:
+        if prompt.id not in context:
+            raise PromptError(
+                f"the context has no prompt {prompt.id!r}, which the rollouts answer",
+                remedy="Give a prompt for every id of the rollouts.",
+            )
+    return replace(rollouts, prompts=tuple(context[prompt.id] for prompt in rollouts.prompts))

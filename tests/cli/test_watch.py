@@ -1,0 +1,115 @@
+"""Workers on the command line: how they end, and what they leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import ROLL, SCORE, UNITS, World
+
+RUN = "from logitcask.cli.main import main; main()"
+TIMEOUT_S = 120.0
+FAILS = "LOGITCASK_TEST_GRADER_FAILS"
+
+
+def picky(prompt: Any, response: str) -> float:
+    """A grader that cannot grade one prompt while the environment says so."""
+    if os.environ.get(FAILS) and prompt.id == "p3":
+        raise ZeroDivisionError("no reward for p3")
+    return 1.0
+
+
+def segments(call: Any, store: str) -> set[str]:
+    return {row["segment"] for row in call(f"store ls {store} --format json").json}
+
+
+def test_a_watching_teacher_ends_when_idle_and_stores_what_a_plain_one_does(
+    world: World, call: Any
+) -> None:
+    store, plain = world.store(UNITS), world.store(UNITS)
+    answer = call(f"{SCORE} {store} --watch --idle-exit 0.01 --poll 0.01 --format json")
+    assert answer.code == 0
+    report = answer.json
+    assert (report["units"], report["failed"]) == (UNITS, 0)
+    assert report["positions"] == call(f"store info {store} --format json").json["positions"]
+    assert report["positions_per_second"] > 0
+    assert f"score: {UNITS}/{UNITS}" in answer.err
+    assert call(f"{SCORE} {plain}").code == 0
+    assert segments(call, store) == segments(call, plain)
+    assert call(f"store verify {store} --format json").json["strays"] == []
+
+
+def test_a_unit_that_fails_ends_with_3_and_is_tried_again_when_asked(
+    world: World, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = world.new("store")
+    command = (
+        f"{ROLL} {store} --grader tests.cli.test_watch:picky --watch --idle-exit 0.01 --poll 0.01 "
+        "--attempts 2 --format json"
+    )
+    monkeypatch.setenv(FAILS, "1")
+    answer = call(command)
+    assert (answer.code, answer.json["units"], answer.json["failed"]) == (3, UNITS - 1, 1)
+    assert "GraderError" in answer.err.splitlines()[-2]
+    assert f"logitcask store retry-failed {world.at(store)}" in answer.err.splitlines()[-1]
+    assert call(f"store info {store} --format json").json["failed_units"] == 1
+    # A worker that comes later leaves it alone, and says so too.
+    again = call(command)
+    assert (again.code, again.json["units"], again.json["failed"]) == (3, 0, 1)
+
+    monkeypatch.delenv(FAILS)
+    (removed,) = call(f"store retry-failed {store} --format json").json
+    assert (removed["failures"], removed["error"]) == (2, "GraderError")
+    assert call(f"store retry-failed {store}").out == "nothing\n"
+    done = call(command)
+    assert (done.code, done.json["units"], done.json["failed"]) == (0, 1, 0)
+    assert call(f"store info {store} --format json").json["failed_units"] == 0
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_worker_that_is_told_to_stop_leaves_no_claim(
+    world: World, call: Any, sent: signal.Signals, code: int
+) -> None:
+    store = world.new("store")
+    words = f"{ROLL} {store} --watch --format json".replace("@", f"{world.path}/").split()
+    ended, out, err = stopped(
+        words, sent, lambda: len(list((world.at(store) / "log").glob("*.json"))) == UNITS
+    )
+    assert ended == code, err
+    assert list((world.at(store) / "claims").iterdir()) == []
+    if code:
+        assert out == ""
+        assert err.splitlines()[-1].startswith("interrupted: committed units stay")
+    else:
+        assert json.loads(out)["units"] == UNITS
+    assert call(f"store verify {store} --format json").json["segments"] == UNITS
+
+
+def stopped(
+    words: list[str], sent: signal.Signals, begun: Callable[[], bool]
+) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command that is sent a signal as soon as it has `begun`."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", RUN, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        end = time.monotonic() + TIMEOUT_S
+        while not begun():
+            assert child.poll() is None, child.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        child.send_signal(sent)
+        out, err = child.communicate(timeout=TIMEOUT_S)
+    finally:
+        child.kill()
+    return child.returncode, out, err

@@ -1,0 +1,156 @@
+"""Claims and notes of failures, on every medium: who is at a unit, and what failed how."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from logitcask.engine.errors import IntegrityError
+from logitcask.engine.store import Store, holds_store, open_store
+from logitcask.engine.store.claims import (
+    MAX_NOTE_BYTES,
+    Claim,
+    Claims,
+    failed_units,
+    failures_of,
+    forget_failures,
+    note_failure,
+)
+from logitcask.engine.store.keep import gc
+from logitcask.engine.store.medium import Medium
+from logitcask.engine.store.store import open_on
+from logitcask.engine.store.verify import verify
+from logitcask.engine.store.view import summary
+from tests.engine.store.made import commit_rollouts, key
+
+UNIT = key("unit")
+LEASE_S = 10.0
+
+
+@pytest.fixture
+def medium(medium: Medium) -> Medium:
+    """With a store on it."""
+    open_on(medium, create=True)
+    return medium
+
+
+class Hands:
+    """A clock that is moved by hand."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def seen_by(medium: Medium, worker: str, clock: Hands) -> Claims:
+    return Claims(medium, worker=worker, lease_s=LEASE_S, clock=clock)
+
+
+def taken(claims: Claims) -> Claim | None:
+    claims.look()
+    return claims.take(UNIT)
+
+
+def test_of_many_who_want_a_unit_one_gets_it(medium: Medium) -> None:
+    workers = [seen_by(medium, f"w{i}", Hands()) for i in range(8)]
+    for number in range(10):
+        with ThreadPoolExecutor(8) as pool:
+            got = list(pool.map(lambda w, n=number: w.take(key("raced", n)), workers))
+        assert sum(claim is not None for claim in got) == 1
+
+
+def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(medium: Medium) -> None:
+    clock = Hands()
+    clock.now_s = 1e6  # nobody else's clock counts
+    ours = taken(seen_by(medium, "stopped", Hands()))
+    other = seen_by(medium, "other", clock)
+    assert ours is not None
+    assert taken(other) is None
+    clock.now_s += LEASE_S - 1
+    assert taken(other) is None
+    clock.now_s += 1
+    theirs = taken(other)
+    assert theirs is not None
+    # Who was only slow loses it, and leaves what is another's.
+    assert not ours.renew()
+    ours.release()
+    assert len(medium.names("claims")) == 1
+    assert theirs.renew()
+    theirs.release()
+    assert medium.names("claims") == []
+
+
+def test_a_claim_that_is_renewed_lives(medium: Medium) -> None:
+    clock = Hands()
+    ours = taken(seen_by(medium, "slow", Hands()))
+    other = seen_by(medium, "other", clock)
+    assert ours is not None
+    for _ in range(5):
+        assert taken(other) is None
+        clock.now_s += LEASE_S
+        assert ours.renew()
+    assert taken(other) is None
+    assert [n.partition(".")[2] for n in medium.names("claims")] == ["0000000005"]
+    body = medium.read(f"claims/{medium.names('claims')[0]}", 1000)
+    assert json.loads(body or b"") == {"worker": "slow", "beat": 5}
+
+
+def test_failures_are_noted_within_bounds_read_and_forgotten(medium: Medium) -> None:
+    for text in ("first", "\U0001f600" * 100_000):
+        note_failure(medium, UNIT, ValueError(text), "w")
+    assert failed_units(medium) == {UNIT: 2}
+    assert all(each.size < MAX_NOTE_BYTES for each in medium.files("failed"))
+    first, second = failures_of(medium, UNIT)
+    assert (first.error, first.message, first.worker) == ("ValueError", "first", "w")
+    assert "ValueError: first" in first.traceback
+    assert len(second.message) == 1000
+    forget_failures(medium, UNIT)
+    assert (failed_units(medium), failures_of(medium, UNIT)) == ({}, [])
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"time": 1}', b"\xff"])
+def test_a_note_that_is_none_is_named(medium: Medium, data: bytes) -> None:
+    name = f"failed/{UNIT.removeprefix('sha256:')}.0000000000"
+    medium.create(name, data)
+    with pytest.raises(IntegrityError, match="not a note of a failure") as caught:
+        failures_of(medium, UNIT)
+    assert medium.where(name) in caught.value.cause
+
+
+def test_verify_knows_them_info_counts_and_gc_removes_what_is_over(store: Store) -> None:
+    medium, clock = store.medium, Hands()
+    done, open_, dead = key("done"), key("open"), key("dead")
+    claims = seen_by(medium, "w", clock)
+    for unit in (done, open_, dead):
+        assert claims.take(unit) is not None
+        note_failure(medium, unit, ValueError("no"), "w")
+    commit_rollouts(store, 1, done)
+    assert verify(store).strays == ()
+    assert summary(store)["failed_units"] == 2
+    medium.create("claims/notes.txt", b"")
+    assert verify(store).strays == ("claims/notes.txt",)
+    # The unit that is there needs neither; other claims stay for a lease, other notes until asked.
+    assert gc(store, keep_days=0, lease_hours=1, dry_run=True).leftovers == 2
+    assert gc(store, keep_days=0, lease_hours=1).leftovers == 2
+    assert len(medium.names("claims")) == 3
+    assert gc(store, keep_days=0, lease_hours=0).leftovers == 2
+    assert medium.names("claims") == ["notes.txt"]
+    assert failed_units(medium) == {open_: 1, dead: 1}
+    assert store.head().unit_keys() == {done}
+
+
+def test_a_store_without_the_folders_opens_and_one_with_a_file_there_does_not(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "cask"
+    assert not holds_store(path)
+    store = open_store(path, create=True)
+    assert holds_store(path)
+    assert not (path / "claims").exists()
+    assert taken(seen_by(store.medium, "w", Hands())) is not None
+    assert (path / "claims").is_dir()
+    (path / "failed").write_text("")
+    with pytest.raises(IntegrityError, match="failed: file, where a store has a directory"):
+        open_store(path)
