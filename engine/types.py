@@ -151,7 +151,7 @@ class Scores:
     log_tail: Array
     """[P] float32, log of the mass outside the kept entries and the ids asked at, from logits;
     -inf where nothing is outside. Where `entropy_hi` is given, from 1 less the mass of what is
-    known, and no less than backends.answers.RESOLVED where something is not known."""
+    known; where that is below backends.answers.RESOLVED, the most that it can be."""
     cnt: Array
     """[P] uint16, kept entries of each row."""
     ids: Array
