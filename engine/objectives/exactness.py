@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from logitcask.engine.backends.answers import RESOLVED
 from logitcask.engine.errors import ObjectiveError
+from logitcask.engine.objectives.modifiers import Baseline, EntropyGate
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import WHOLE, Preset
 from logitcask.engine.objectives.supports import DRAWN
@@ -208,7 +209,11 @@ def _scores(objective: Objective, facts: Facts) -> str:
         return words
     if objective.outside == "tail":
         words += f"; the bucket is resolved to {RESOLVED:g}"
-    if any(modifier.name == "entropy_gate" for modifier in objective.modifiers):
+    if any(isinstance(each, Baseline) and each.on == "teacher" for each in objective.modifiers):
+        words += (
+            f"; the baseline's bucket is resolved to {RESOLVED:g}, which moves the variance alone"
+        )
+    if any(isinstance(each, EntropyGate) for each in objective.modifiers):
         words += (
             "; the gate opens where the least of the teacher's entropy is above its bound, and its "
             f"bucket is resolved to {RESOLVED:g}"
