@@ -12,7 +12,7 @@ from logitcask.cli.options import (
     job_options,
 )
 from logitcask.cli.output import print_report, progress_bar
-from logitcask.engine.config import Score, ScoreJob
+from logitcask.engine.config import Score, ScoreJob, Teacher
 from logitcask.engine.configfile import to_toml
 
 
@@ -20,7 +20,7 @@ from logitcask.engine.configfile import to_toml
 @job_options(
     ScoreJob,
     {
-        "teacher": ["model", "revision", "name"],
+        "teacher": list(Teacher.model_fields),
         "store": ["url", "rollouts", "profile"],
         "score": list(Score.model_fields),
         "run": MODEL_FLAGS,

@@ -28,10 +28,38 @@ class Student(Section):
 
 
 class Teacher(Section):
-    model: str = Field(description="Teacher: a Hugging Face model folder or hub id.")
-    revision: str = Field("", description="Commit or tag of a hub id; empty = its default branch.")
+    model: str = Field(
+        description="Teacher: a Hugging Face model folder or hub id; or the URL of a vLLM server, "
+        "http://HOST:PORT, several of one teacher divided by commas."
+    )
+    revision: str = Field(
+        "",
+        description="Commit or tag of a hub id; empty = its default branch. With a URL: what the "
+        "server is said to serve, part of the teacher's identity.",
+    )
     name: Name = Field(
         description="Name of this teacher's scores in the store; bound to its weights at first use."
+    )
+    tokenizer: str = Field(
+        "",
+        description="With a URL: folder or hub id that holds the teacher's tokenizer and "
+        "config.json; empty = what the server says that it serves, where that can be found here.",
+    )
+    served: str = Field(
+        "",
+        description="With a URL: the name that the server has for the teacher; empty = the only "
+        "one that it serves.",
+    )
+    api_key_file: Path | None = Field(
+        None,
+        description="With a URL: file that holds the server's API key; left out, the environment's "
+        "LOGITCASK_API_KEY, if any. The key is never printed or stored.",
+    )
+    server_wait: float = Field(
+        600.0,
+        ge=0,
+        description="With a URL: seconds that all servers may be away, restarting say, before the "
+        "run gives up.",
     )
 
 
@@ -267,7 +295,11 @@ class Run(Section):
     )
     overwrite: bool = Field(False, description="Empty the folder of an earlier run first.")
     seed: int = Field(0, ge=0, description="Seeds sampling, shuffling and initial adapters.")
-    backend: str = Field("hf", description="Who samples and scores: hf (transformers).")
+    backend: str = Field(
+        "auto",
+        description="Who samples and scores: hf (transformers), vllm (in this process), server (a "
+        "teacher at a URL); auto = server for a URL, else hf.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

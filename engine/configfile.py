@@ -117,7 +117,7 @@ def _resolved(config: Job, base: Path) -> Job:
 
     def folder(name: str) -> str:
         # A hub id and a relative folder look alike: it is a folder if there is one.
-        return str(base / name) if (base / name).is_dir() else name
+        return str(base / name) if name and (base / name).is_dir() else name
 
     def store(url: str) -> str:
         return url if "://" in url else str(under(Path(url)))
@@ -125,15 +125,17 @@ def _resolved(config: Job, base: Path) -> Job:
     places: dict[tuple[str, str], Callable[[Any], Any]] = {
         ("student", "model"): folder,
         ("teacher", "model"): folder,
+        ("teacher", "tokenizer"): folder,
+        ("teacher", "api_key_file"): under,
         ("prompts", "file"): under,
         ("store", "url"): store,
         ("eval", "prompts"): under,
         ("eval", "store"): store,
         ("run", "out"): under,
     }
-    update = {}
+    update: dict[str, Any] = {}
     for (name, key), place in places.items():
-        section = getattr(config, name, None)
+        section = update.get(name, getattr(config, name, None))
         if section is not None and getattr(section, key) is not None:
             update[name] = section.model_copy(update={key: place(getattr(section, key))})
     return config.model_copy(update=update)

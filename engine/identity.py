@@ -24,7 +24,8 @@ from logitcask.engine.types import ModelRef
 CARD = "logitcask.json"
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+WEIGHTS = "*.safetensors"
+HUB_FILES = ["*.json", WEIGHTS, "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 MAX_HEADER_BYTES = 100_000_000
 """The bound that the safetensors format itself sets."""
 RACY_NS = 2_000_000_000
@@ -76,10 +77,11 @@ def model_ref(
     )
 
 
-def resolve_model(name: str, revision: str = "") -> Path:
+def resolve_model(name: str, revision: str = "", *, weights: bool = True) -> Path:
     """The local folder of a model: `name` itself, or a snapshot of the hub id `name`.
 
-    Only safetensors, JSON and tokenizer files are downloaded; HF_HUB_OFFLINE is honoured.
+    Only safetensors, JSON and tokenizer files are downloaded, and without `weights` only the
+    latter; HF_HUB_OFFLINE is honoured.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -96,7 +98,7 @@ def resolve_model(name: str, revision: str = "") -> Path:
             huggingface_hub.snapshot_download(
                 name,
                 revision=revision or None,
-                allow_patterns=HUB_FILES,
+                allow_patterns=[each for each in HUB_FILES if weights or each != WEIGHTS],
                 ignore_patterns=["consolidated*"],  # Mistral's own copy of the same weights
             )
         )
@@ -145,7 +147,7 @@ def weights_digest(path: Path) -> str:
 
 def weight_files(path: Path) -> list[Path]:
     """Every *.safetensors of the folder, sorted; ModelError where there is none."""
-    files = sorted(path.resolve().glob("*.safetensors"))
+    files = sorted(path.resolve().glob(WEIGHTS))
     if files:
         return files
     pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])

@@ -198,13 +198,17 @@ def train_settings(settings: Train, run: Run) -> TrainSettings:
 
 def backend(model: ModelRef, run: Run) -> Any:
     """The sampler and scorer that [run] names, with this model loaded."""
-    return open_backend(run.backend)(
+    return open_backend(_embedded(run))(
         model, device=run.device, dtype=run.dtype, batch_tokens=run.batch_tokens
     )
 
 
 def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
     """The same over a student in training: it samples with the weights of the moment."""
-    return open_backend(run.backend)(
+    return open_backend(_embedded(run))(
         model, dtype=run.dtype, batch_tokens=run.batch_tokens, network=inner_model(student)
     )
+
+
+def _embedded(run: Run) -> str:
+    return "hf" if run.backend == "auto" else run.backend

@@ -12,6 +12,7 @@ reach a store. What such an engine does not say, the rest of the vocabulary, is 
 """
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -237,7 +238,8 @@ def _check_twins(answer: Answer, tokens: Array, asked: IdLists | None) -> None:
                 wrong(f"a log-prob at {name} above that of the last of the best ids")
 
 
-def wrong(what: str) -> None:
+def wrong(what: str) -> NoReturn:
+    """Refuses an answer."""
     raise AnswerError(
         f"the engine answered {what}",
         remedy="Nothing of it was stored. Check the engine's version and flags (`logitcask doctor "

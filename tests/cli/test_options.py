@@ -1,5 +1,7 @@
 """Flags are configuration fields: same name, same default, same rule."""
 
+from pathlib import Path
+
 import pytest
 
 from logitcask.cli.options import job_from_flags
@@ -70,6 +72,17 @@ def test_toml_round_trip_and_paths_relative_to_the_file(tmp_path) -> None:
     again = tmp_path / "again.toml"
     again.write_text(to_toml(config))
     assert read_toml(again) == config
+
+
+def test_every_path_of_a_section_is_relative_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    keys = ["eval.prompts=held.jsonl", "eval.store=other", "teacher.api_key_file=key"]
+    file.write_text(MINIMAL)
+    config = read_toml(file, keys)
+    assert config.eval.prompts == tmp_path / "held.jsonl"
+    assert config.eval.store == str(tmp_path / "other")
+    assert config.teacher.api_key_file == tmp_path / "key"
+    assert config.teacher.tokenizer == ""
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,205 @@
+"""Is a teacher the same one as before, or as another engine's? Asked by what it says.
+
+A served model has no weights to digest. What identifies it is how it behaves: its log-probs on a
+fixed probe, compared with those that were kept when its scores were begun. Engines do not repeat
+themselves to the bit (a batch of another size adds up in another order), so the tolerance is a
+control: the same rows scored twice by the same engine, in another order and in other batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from logitcask.engine.backends.base import Scorer
+from logitcask.engine.errors import IdentityError
+from logitcask.engine.store import ragged
+from logitcask.engine.types import LENGTH, Array, Prompt, Rollouts, ScoreRequest, Scores
+
+PROBE_ROWS = 16
+PROBE_K = 4
+"""Best ids of a row that the probe keeps: few enough for every record of a store."""
+LIKELY = 1e-4
+"""Probability: below it engines differ by much and nobody's loss by anything."""
+FLOOR = 1e-4
+"""Nats: the tolerance where an engine repeats itself exactly; float32 engines agree to it."""
+CEILING = 0.1
+"""Nats of spread: half precision has less. Behind more than that another model could hide."""
+CONTROL_TIMES = 3.0
+"""The tolerance is so many times the control's spread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Behaviour:
+    """What a model says on the rows of the probe: a fingerprint that is compared, not hashed."""
+
+    ids: Array
+    """[PROBE_ROWS, K] its best ids, best first."""
+    lp: Array
+    """[PROBE_ROWS, K] their log-probs, nats."""
+
+    def record(self) -> dict[str, Any]:
+        """For a segment's lineage."""
+        rounded = np.round(self.lp.astype(np.float64), 6)
+        return {"ids": self.ids.astype(int).tolist(), "lp": rounded.tolist()}
+
+
+def behaviour_of(record: Mapping[str, Any]) -> Behaviour:
+    """The inverse of `record`."""
+    return Behaviour(ids=np.array(record["ids"], np.int64), lp=np.array(record["lp"], np.float64))
+
+
+def probe_rollouts(n_vocab: int, sequences: int = 1, rows: int = PROBE_ROWS) -> Rollouts:
+    """Sequences that no tokenizer is needed for, the same whenever they are asked for; the first
+    is the probe. Each is a prompt of one token and a response of `rows`.
+    """
+    step = np.arange(1, rows + 2)
+    ids = (step * 7919 + np.arange(sequences)[:, None] * 104_729) % n_vocab
+    return Rollouts(
+        prompts=tuple(Prompt(id=f"probe-{i}", token_ids=(int(s[0]),)) for i, s in enumerate(ids)),
+        seq_prompt=np.arange(sequences, dtype=np.uint32),
+        seq_off=np.arange(sequences + 1, dtype=np.int64) * rows,
+        tokens=ids[:, 1:].reshape(-1).astype(np.uint32),
+        loss_mask=np.ones(sequences * rows, np.uint16),
+        b_lp=np.zeros(sequences * rows, np.float32),
+        finish=np.full(sequences, LENGTH, np.uint16),
+        version_start=np.zeros(sequences, np.int64),
+        version_end=np.zeros(sequences, np.int64),
+    )
+
+
+def probe_request(n_vocab: int, k: int = PROBE_K) -> ScoreRequest:
+    k = min(k, n_vocab)
+    return ScoreRequest(entry_kind="topk", top_p=1.0, k_min=k, k_max=k, at_student=False)
+
+
+def behaviour(scorer: Scorer, n_vocab: int) -> Behaviour:
+    """How a scorer behaves on the probe; one short sequence."""
+    scores = scorer.score(probe_rollouts(n_vocab), probe_request(n_vocab))
+    shape = (PROBE_ROWS, -1)
+    return Behaviour(ids=scores.ids.reshape(shape), lp=scores.entry_lp.reshape(shape))
+
+
+def distance(a: Behaviour, b: Behaviour) -> float:
+    """Nats that two behaviours differ by at least, at ids that one of them has above LIKELY.
+
+    An id that only one of them names is at most as likely to the other as the last that it names.
+    """
+    return max(_beyond(a, b), _beyond(b, a))
+
+
+def _beyond(a: Behaviour, b: Behaviour) -> float:
+    same = a.ids[:, :, None] == b.ids[:, None, :]  # [R, Ka, Kb]
+    there = same.any(2)
+    twin = np.take_along_axis(b.lp, same.argmax(2), 1)
+    missed = np.maximum(a.lp - b.lp[:, -1:], 0.0)
+    gap = np.where(there, np.abs(a.lp - twin), missed)[a.lp > np.log(LIKELY)]
+    return float(gap.max(initial=0.0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parity:
+    """Two scorings of the same rows, at ids above LIKELY that both name."""
+
+    largest: float
+    """Nats."""
+    mean: float
+    compared: int
+    """Log-probs."""
+    same_best: float
+    """Share of rows whose likeliest id is the same."""
+
+
+def compare(a: Scores, b: Scores) -> Parity:
+    """Scores of the same rollouts, by two engines or twice by one; entries are best ids."""
+    place = ragged.find(b.ids.astype(np.uint32), b.cnt, a.ids.astype(np.uint32), a.cnt)
+    there = place >= 0
+    twin = (np.repeat(ragged.starts(b.cnt)[:-1], a.cnt.astype(np.int64)) + place)[there]
+    likely = a.entry_lp[there] > np.log(LIKELY)
+    gap = np.abs(a.entry_lp[there].astype(np.float64) - b.entry_lp[twin])[likely]
+    sampled = a.lp > np.log(LIKELY)
+    gap = np.concatenate([gap, np.abs(a.lp.astype(np.float64) - b.lp)[sampled]])
+    first_a, first_b = ragged.starts(a.cnt)[:-1], ragged.starts(b.cnt)[:-1]
+    both = (a.cnt > 0) & (b.cnt > 0)
+    same = a.ids[first_a[both]] == b.ids[first_b[both]]
+    return Parity(
+        largest=float(gap.max(initial=0.0)),
+        mean=float(gap.mean()) if len(gap) else 0.0,
+        compared=len(gap),
+        same_best=float(same.mean()) if len(same) else 1.0,
+    )
+
+
+def control(scorer: Scorer, rollouts: Rollouts, request: ScoreRequest) -> Parity:
+    """The scorer against itself: all sequences at once, then backwards and in two batches."""
+    count = len(rollouts.finish)
+    once = scorer.score(rollouts, request)
+    halves = [each for each in np.array_split(np.arange(count)[::-1], 2) if len(each)]
+    again = [scorer.score(part_of(rollouts, half), request) for half in halves]
+    # Back in the order of the first, so that rows stand beside their own.
+    order = np.concatenate(halves)
+    return compare(once, _reordered(again, order, rollouts))
+
+
+def tolerance(spread: float) -> float:
+    """Nats that two scorings of one model may differ by, where it differs from itself by `spread`.
+
+    Raises IdentityError for an engine so unsteady that another model could hide behind it.
+    """
+    allowed = max(FLOOR, CONTROL_TIMES * spread)
+    if allowed > CONTROL_TIMES * CEILING:
+        raise IdentityError(
+            f"the engine differs from itself by {spread:.3g} nats when it scores the same rows in "
+            f"another order, and {CEILING} is the most that can be told from another model",
+            remedy="Serve it in float32 or bfloat16, without quantisation of the cache, or ask "
+            "for batch-invariant kernels (VLLM_BATCH_INVARIANT=1).",
+        )
+    return allowed
+
+
+def part_of(rollouts: Rollouts, sequences: Sequence[int] | Array) -> Rollouts:
+    """These sequences alone, in this order, without the student's own scores of them."""
+    rows = [np.arange(rollouts.seq_off[i], rollouts.seq_off[i + 1]) for i in np.asarray(sequences)]
+    flat = np.concatenate([np.zeros(0, np.int64), *rows])
+    index = np.asarray(sequences, np.int64)
+    return replace(
+        rollouts,
+        seq_prompt=rollouts.seq_prompt[index],
+        seq_off=ragged.starts(np.array([len(each) for each in rows], np.int64)),
+        tokens=rollouts.tokens[flat],
+        loss_mask=rollouts.loss_mask[flat],
+        b_lp=rollouts.b_lp[flat],
+        finish=rollouts.finish[index],
+        version_start=rollouts.version_start[index],
+        version_end=rollouts.version_end[index],
+        student=None,
+        draws=None,
+        reward=None,
+    )
+
+
+def _reordered(parts: Sequence[Scores], order: Array, rollouts: Rollouts) -> Scores:
+    """Scores of parts of some rollouts, put together in the rollouts' own order of sequences."""
+    lengths = rollouts.lengths()
+    start = ragged.starts(lengths[order])
+    back = np.argsort(order)
+    rows = np.concatenate(
+        [np.zeros(0, np.int64), *(np.arange(start[i], start[i] + lengths[order[i]]) for i in back)]
+    )
+    cnt = np.concatenate([each.cnt for each in parts]).astype(np.int64)
+    first = ragged.starts(cnt)[:-1]
+    entries = np.repeat(first[rows], cnt[rows]) + ragged.within(cnt[rows])
+
+    def of_rows(name: str) -> Array:
+        found: Array = np.concatenate([getattr(each, name) for each in parts])[rows]
+        return found
+
+    return Scores(
+        lp=of_rows("lp"),
+        entropy=of_rows("entropy"),
+        log_tail=of_rows("log_tail"),
+        cnt=cnt[rows],
+        ids=np.concatenate([each.ids for each in parts])[entries],
+        entry_lp=np.concatenate([each.entry_lp for each in parts])[entries],
+    )

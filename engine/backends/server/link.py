@@ -1,0 +1,204 @@
+"""One server: one HTTP exchange at a time, and what each of its faults means.
+
+A fault is Transient (asked again is likely to help) or it is raised as it is: what a server refuses
+for good is its operator's or the caller's to mend, and is never asked twice.
+"""
+
+import json
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from logitcask.engine.backends.server.budget import Limits
+from logitcask.engine.errors import ConfigError, ServerError
+
+KEEP_ALIVE_S = 4.0
+"""Uvicorn closes a connection that was idle for 5 s, and who then uses it loses the request."""
+BUSY = (429, 503)
+TRANSIENT = (408, 425, 500, 502, 504, *BUSY)
+MOST_MESSAGE = 400
+ERROR_BYTES = 1 << 16
+
+REMEDIES = {
+    401: "Give the server's key in LOGITCASK_API_KEY or with --api-key-file.",
+    403: "The key may not do this, or the server lacks a flag (--enable-scale-out for "
+    "/inference/v1/generate).",
+    404: "Check the URL and --served; vLLM older than 0.31 lacks endpoints that are needed.",
+}
+
+
+class Transient(Exception):
+    """A fault that asking again may mend."""
+
+    def __init__(
+        self, what: str, *, lost: bool = False, busy: bool = False, after_s: float = 0.0
+    ) -> None:
+        super().__init__(what)
+        self.lost = lost
+        """The connection is gone, and the server may be too."""
+        self.busy = busy
+        self.after_s = after_s
+        """The server asked for so long a pause."""
+
+
+class Link:
+    """A session with one server. Made and used within one event loop."""
+
+    def __init__(self, url: str, key: str | None, limits: Limits) -> None:
+        """Raises ConfigError for a URL that is none, or that holds a secret."""
+        self.url = checked(url)
+        self._key, self._limits = key, limits
+        self._session: aiohttp.ClientSession | None = None
+        self.in_flight = 0
+        self.up = True
+        self.losses = 0
+        """How often a connection to it was lost."""
+        self.looked_s = 0.0
+        """When it was last looked at while it was away, monotonic."""
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def post(self, path: str, body: Any, *, most: int, expected: int, tokens: int) -> bytes:
+        """The bytes of an answer. most, expected: bytes of it; tokens: that the server must read.
+
+        Raises Transient, or ServerError for what it refuses.
+        """
+        limits = self._limits
+        read_s = limits.read_s + expected / limits.bytes_per_s + tokens / limits.tokens_per_s
+        return await self._exchange("POST", path, body, most, read_s)
+
+    async def get(self, path: str) -> Any:
+        """A small JSON answer; None where it is empty."""
+        data = await self._exchange("GET", path, None, 1 << 20, self._limits.connect_s)
+        try:
+            return json.loads(data) if data.strip() else None
+        except (ValueError, RecursionError):
+            return None
+
+    async def healthy(self) -> bool:
+        try:
+            await self.get("/health")
+        except Transient:
+            return False
+        except ServerError:
+            # A hosted endpoint may have no such path; that it answers is what was asked.
+            return True
+        return True
+
+    async def _exchange(self, method: str, path: str, body: Any, most: int, read_s: float) -> bytes:
+        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        timeout = aiohttp.ClientTimeout(
+            total=read_s, sock_connect=self._limits.connect_s, connect=self._limits.connect_s
+        )
+        self.in_flight += 1
+        try:
+            async with self._open().request(
+                method,
+                self.url + path,
+                json=body,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
+            ) as response:
+                data = await bounded(response, most if response.status == 200 else ERROR_BYTES)
+                if response.status != 200:
+                    self._refused(response, path, data)
+                return data
+        except Refused:
+            raise  # an OSError, as those below are
+        except aiohttp.ConnectionTimeoutError as error:
+            self.losses += 1
+            raise Transient("no connection in time", lost=True) from error
+        except TimeoutError as error:
+            raise Transient(f"no answer within {read_s:.0f} s", busy=True) from error
+        except (aiohttp.ClientError, OSError) as error:
+            self.losses += 1
+            raise Transient(f"{type(error).__name__}: {error}", lost=True) from error
+        finally:
+            self.in_flight -= 1
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+                trust_env=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
+
+    def _refused(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> NoReturn:
+        said = message(data)
+        if self._key:
+            said = said.replace(self._key, "(key)")
+        what = f"{self.url}{path} answers {response.status}: {said}"
+        if response.status in TRANSIENT:
+            raise Transient(
+                what,
+                busy=response.status in BUSY,
+                after_s=seconds(response.headers.get("Retry-After", "")),
+            )
+        raise Refused(
+            what,
+            remedy=REMEDIES.get(
+                response.status,
+                "Check the server and what it is asked (`logitcask doctor teacher`).",
+            ),
+            status=response.status,
+        )
+
+
+class Refused(ServerError):
+    """A refusal, with its HTTP status."""
+
+    def __init__(self, cause: str, *, remedy: str, status: int = 0) -> None:
+        super().__init__(cause, remedy=remedy)
+        self.status = status
+
+
+async def bounded(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """The body, of which more than `most` bytes are not read."""
+    parts, size = [], 0
+    async for part in response.content.iter_chunked(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            response.close()
+            raise Transient(f"an answer of more than {most} bytes")
+    return b"".join(parts)
+
+
+def message(data: bytes) -> str:
+    """What an error's body says: vLLM's object, a plain string in its place, or any text."""
+    text = data.decode("utf-8", "replace")
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = text
+    if isinstance(said, dict):
+        said = said.get("error", said.get("message", said.get("detail", said)))
+    if isinstance(said, dict):
+        said = said.get("message", said)
+    return " ".join(str(said).split())[:MOST_MESSAGE]
+
+
+def seconds(text: str) -> float:
+    """Of a Retry-After header; 0 for a date or nonsense, which the back-off then covers."""
+    return float(text) if text.isascii() and text.isdecimal() else 0.0
+
+
+def checked(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            f"{parts.scheme}://... is no server's URL", remedy="Give http://HOST:PORT."
+        )
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(
+            f"the URL of {parts.hostname} holds more than scheme, host, port and path",
+            remedy="Give the key in LOGITCASK_API_KEY or with --api-key-file, never in a URL.",
+        )
+    # Who has the OpenAI form at hand gives /v1 with it.
+    return url.rstrip("/").removesuffix("/v1")

@@ -1,0 +1,154 @@
+"""What a server can do, judged by what its answers hold: unknown fields are ignored in silence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from logitcask.engine.backends.server.link import Link, Refused
+from logitcask.engine.backends.server.wire import COMPLETIONS, GENERATE, Question, parse
+from logitcask.engine.errors import AnswerError, IdentityError, ServerError
+from logitcask.engine.types import IdLists
+
+ABSENT = (403, 404, 405, 501)
+PROBE_IDS = (2, 1, 0)
+"""Any three ids that every model has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerFacts:
+    """Who a server is and what it offers; servers of one teacher agree, and one that comes back."""
+
+    served: str
+    """The name that it has for the model."""
+    root: str
+    """What it was loaded from; empty where it does not say."""
+    parent: str
+    """The base model, where an adapter is served."""
+    version: str
+    """Of vLLM; empty where it does not say."""
+    fingerprint: str
+    """system_fingerprint of its answers: a hash of its flags, or what its operator declares."""
+    max_model_len: int
+    """Tokens; a sequence may have one less. 0 where it does not say."""
+    path: str
+    """Where it is asked: GENERATE, or COMPLETIONS where that is absent."""
+    at_ids: bool
+    """It answers at chosen ids."""
+    why: str
+    """Why not, in the server's words; empty where it does."""
+
+
+async def facts_of(link: Link, served: str) -> ServerFacts:
+    """Asks a server. Raises Transient, ServerError for what it refuses, IdentityError where it does
+    not serve `served`."""
+    card = await _card(link, served)
+    name = str(card["id"])
+    version = await _optional(link, "/version")
+    path, at_ids, why = await _paths(link, name)
+    return ServerFacts(
+        served=name,
+        root=str(card.get("root") or ""),
+        parent=str(card.get("parent") or ""),
+        version=str(version.get("version", "")) if isinstance(version, dict) else "",
+        fingerprint=await _fingerprint(link, name),
+        max_model_len=_whole(card.get("max_model_len")),
+        path=path,
+        at_ids=at_ids,
+        why=why,
+    )
+
+
+def check_same(expected: ServerFacts, found: ServerFacts, url: str) -> None:
+    """IdentityError naming the first fact in which a server differs from what was known."""
+    for each in fields(ServerFacts):
+        theirs, ours = getattr(found, each.name), getattr(expected, each.name)
+        if each.name != "why" and theirs != ours:
+            raise IdentityError(
+                f"{url}: {each.name} is {theirs!r}, and was {ours!r}",
+                remedy="Serve what was served, with the same flags on all servers of a teacher; or "
+                "run the command again for the teacher that is there now.",
+            )
+
+
+async def _card(link: Link, served: str) -> dict[str, Any]:
+    """The entry of /v1/models that is asked for, or the only one that is no adapter."""
+    said = await link.get("/v1/models")
+    listed = said.get("data") if isinstance(said, dict) else None
+    cards = [c for c in listed or () if isinstance(c, dict) and isinstance(c.get("id"), str)]
+    names = [card["id"] for card in cards]
+    # An adapter is only ever scored with by name.
+    wanted = [c for c in cards if (c["id"] == served if served else not c.get("parent"))]
+    if len(wanted) != 1:
+        what = f"no model {served!r}" if served else f"{len(wanted)} models"
+        raise IdentityError(
+            f"{link.url} serves {what}; its models: {', '.join(names) or 'none'}",
+            remedy="Give one of these with --served.",
+        )
+    return wanted[0]
+
+
+async def _paths(link: Link, served: str) -> tuple[str, bool, str]:
+    """(path, at_ids, why not)."""
+    ids = list(PROBE_IDS)
+    at = IdLists(cnt=np.array([1, 1], np.uint16), ids=np.array([0, 1], np.uint32))
+    asked = Question(ids=ids, rows=2, k=1, at=at)
+    plain = Question(ids=ids, rows=2, k=1)
+    try:
+        await _put(link, asked, GENERATE, served)
+    except Refused as refusal:
+        if refusal.status in ABSENT:
+            await _put(link, plain, COMPLETIONS, served)
+            return COMPLETIONS, False, refusal.cause
+        why = refusal.cause
+    except AnswerError as error:
+        why = error.cause
+    else:
+        return GENERATE, True, ""
+    await _put(link, plain, GENERATE, served)
+    return GENERATE, False, why
+
+
+async def _put(link: Link, question: Question, path: str, served: str) -> None:
+    body = question.body(path, served)
+    data = await link.post(
+        path, body, most=question.most_bytes(), expected=question.expected_bytes(), tokens=3
+    )
+    question.read(path, served, data)
+
+
+async def _fingerprint(link: Link, served: str) -> str:
+    body = {"model": served, "prompt": list(PROBE_IDS), "max_tokens": 1, "temperature": 0.0}
+    try:
+        data = await link.post(COMPLETIONS, body, most=1 << 20, expected=1024, tokens=3)
+    except ServerError:
+        return ""
+    return str(parse(data).get("system_fingerprint") or "")
+
+
+async def tokens_of(link: Link, text: str, served: str) -> list[int] | None:
+    """A text's ids; None where the server does not tell."""
+    body = {"model": served, "prompt": text, "add_special_tokens": False}
+    try:
+        data = await link.post("/tokenize", body, most=1 << 20, expected=1024, tokens=100)
+    except ServerError:
+        return None
+    found = parse(data).get("tokens")
+    return found if isinstance(found, list) else None
+
+
+async def _optional(link: Link, path: str) -> Any:
+    try:
+        return await link.get(path)
+    except ServerError:
+        return None
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0
+
+
+def hosts(urls: Sequence[str]) -> str:
+    """For lineage: where a teacher was, without schemes."""
+    return ",".join(url.partition("://")[2] for url in urls)
