@@ -44,7 +44,8 @@ def ls(url: str, form: str) -> None:
     Layouts: rollouts with (student) or without (plain) the student's own scores; of a teacher's
     first scores those that name no id twice (once), a teacher's list alone (whole) or drawn ids
     (sampled); and what widens scores that were there (wider). Rollouts with ids that the student
-    drew are `mc`, and those of a grader's rewards end in `+reward`.
+    drew are `mc`, and those of a grader's rewards end in `+reward`; scores of a teacher that told
+    its best ids alone, whose entropies are intervals, in `+bounds`.
 
     Example: logitcask store ls ./store
     """
@@ -149,10 +150,13 @@ def _add_text(found: dict[str, Any], name: str) -> None:
 
 
 def _in_words(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `show` with the tokens' text beside their ids."""
-    told = {name: value for name, value in row.items() if name not in ("text", "teacher_top")}
+    """A row of `show` with the tokens' text beside their ids, and an interval as one."""
+    apart = ("text", "teacher_top", "teacher_entropy_hi")
+    told = {name: value for name, value in row.items() if name not in apart}
     if "text" in row:
         told["token"] = f"{row['token']} {visible(row['text'])!r}"
+    if (most := row.get("teacher_entropy_hi")) is not None:
+        told["teacher_entropy"] = f"{row['teacher_entropy']:.4g}-{most:.4g}"
     if "teacher_top" in row:
         told["teacher_top"] = [
             f"{visible(e['text'])!r}:{e['lp']:.3f}" if "text" in e else f"{e['id']}:{e['lp']:.3f}"

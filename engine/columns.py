@@ -72,7 +72,7 @@ def targets_of(flat: Mapping[str, Array]) -> Targets:
     column = np.arange(width)
     kept = flat["kept"].astype(np.int64)
     floats = ["weight", "q_log_tail", "q_entropy", "s_entropy", "s_lp", "b_lp", "q_token_lp"]
-    floats += [name for name in ("base_token_lp", "reward") if name in flat]
+    floats += [name for name in ("base_token_lp", "reward", "q_entropy_hi") if name in flat]
     return Targets(
         token=tensor(token),
         ids=tensor(ids[:, :width]),

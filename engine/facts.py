@@ -57,6 +57,7 @@ def facts_of(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts
             for each in requests
         ),
         base=source.base is not None,
+        entropy_bounds=source.bounded,
     )
 
 

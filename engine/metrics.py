@@ -120,13 +120,14 @@ def entropy_student(seen: Seen) -> Tensor:
 
 
 def entropy_teacher(seen: Seen) -> Tensor:
-    """H(q), full vocabulary, nats, as stored."""
+    """H(q), full vocabulary, nats, as stored; of an interval the least."""
     return seen.rows.q_entropy.to(seen.log_q.dtype)
 
 
 def entropy_gap(seen: Seen) -> Tensor:
-    """Eq.8: |H(q) - H(p)|."""
-    return (entropy_teacher(seen) - entropy_student(seen)).abs()
+    """Eq.8: |H(q) - H(p)|. Where H(q) is an interval, how far H(p) lies from it, 0 inside: a lower
+    bound."""
+    return _gap(entropy_student(seen), seen.rows)
 
 
 def coverage(seen: Seen) -> Tensor:
@@ -164,31 +165,49 @@ METRICS: dict[str, Callable[[Seen], Tensor]] = {
 }
 """name -> (rows) -> [C]: finite wherever the student's and the teacher's numbers are."""
 
+TEACHER_WIDTH = "entropy/teacher_width"
+"""Beside them where H(q) is an interval: the most that it can be less the least, nats."""
+
 
 def row_metrics(
     view: RowView, rows: Targets, *, k: int = METRIC_K, places: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Every metric of C rows, name -> [C]; arguments as of `see`."""
     seen = see(view, rows, k, places=places)
-    return {name: metric(seen) for name, metric in METRICS.items()}
+    return {name: metric(seen) for name, metric in METRICS.items()} | _width(rows, view)
 
 
 def summed_metrics(view: RowView, sums: OverlapSums, rows: Targets) -> dict[str, Tensor]:
     """The same, of rows whose overlap the kernels have summed up already."""
-    gap = (rows.q_entropy - view.entropy).abs()
     return {
         "overlap/ratio": sums.shared / sums.k,
         "overlap/mass_student": sums.mass_student,
         "overlap/mass_teacher": sums.mass_teacher,
         "overlap/advantage": sums.advantage,
         "overlap/empty_share": (sums.shared == 0).to(sums.k.dtype),
-        "entropy/gap": gap,
+        "entropy/gap": _gap(view.entropy, rows),
         "entropy/student": view.entropy,
         "entropy/teacher": rows.q_entropy.to(view.entropy.dtype),
         "cache/coverage": sums.coverage,
         "cache/miss_mass": sums.miss_mass,
         "cache/drift_k3": _drift(view, rows),
+        **_width(rows, view),
     }
+
+
+def _width(rows: Targets, view: RowView) -> dict[str, Tensor]:
+    if rows.q_entropy_hi is None:
+        return {}
+    return {TEACHER_WIDTH: (rows.q_entropy_hi - rows.q_entropy).to(view.entropy.dtype)}
+
+
+def _gap(entropy: Tensor, rows: Targets) -> Tensor:
+    """[C] nats: how far `entropy` [C] lies from what is known of the teacher's."""
+    least = rows.q_entropy.to(entropy.dtype)
+    if rows.q_entropy_hi is None:
+        return (least - entropy).abs()
+    most = rows.q_entropy_hi.to(entropy.dtype)
+    return (least - entropy).clamp(min=0) + (entropy - most).clamp(min=0)
 
 
 def _mass(log_x: Tensor, on: Tensor) -> Tensor:

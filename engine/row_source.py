@@ -23,7 +23,7 @@ from logitcask.engine.identity import digest
 from logitcask.engine.plan import WINDOW_BYTES, Lengths
 from logitcask.engine.store import Chain, Pin, Segment, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.unit import Unit, dtypes_of, size_of
+from logitcask.engine.store.unit import Unit, dtypes_of, is_bounded, size_of
 from logitcask.engine.targets import Targets
 from logitcask.engine.types import Array
 
@@ -87,6 +87,8 @@ class RowSource:
         )
         """(rollout segment, its scores): the ordinals of a plan."""
         self._bases: tuple[Chain, ...] = tuple(of_base.get(s.seg_id, ()) for s, _ in self.pairs)
+        self.bounded = any(is_bounded(chain) for _, chain in self.pairs)
+        """Whether entropies of the teacher are intervals, in some units at least."""
         if not self.pairs:
             raise StoreError(
                 f"{store.url} has no rollouts {rollouts_name!r} with scores of {teacher!r}"
@@ -130,8 +132,10 @@ class RowSource:
         no targets, whose loss is zero.
         """
         parts = [self._unit(int(o)).sequence(int(s)) for o, s in members]
-        # All units of one name have the same arrays.
+        # All units of one name have the same arrays, but that some may know an entropy exactly.
         parts = parts or [nothing(dtypes_of(*self.pairs[0], self._bases[0]))]
+        if self.bounded:
+            parts = [{"q_entropy_hi": part["q_entropy"], **part} for part in parts]
         flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         tokens = [len(part["input_ids"]) for part in parts]
         first = np.cumsum([0, *tokens[:-1]])

@@ -44,7 +44,7 @@ class Targets:
     q_log_tail: Tensor
     """[P] float32, log of the teacher's mass outside all cached ids."""
     q_entropy: Tensor
-    """[P] float32, the teacher's entropy, nats."""
+    """[P] float32, the teacher's entropy, nats; of an interval the least."""
     s_entropy: Tensor
     """[P] float32, the entropy of the student that sampled, nats."""
     s_lp: Tensor
@@ -74,6 +74,9 @@ class Targets:
     """[P] float32, of the sampled token."""
     reward: Tensor | None = None
     """[P] float32, the reward of the row's sequence, in [0, 1]. None where the store holds none."""
+    q_entropy_hi: Tensor | None = None
+    """[P] float32, the most that the teacher's entropy can be, nats, if it told its best ids alone;
+    where an entropy is exact, that. None where all are."""
 
     def __len__(self) -> int:
         return len(self.token)

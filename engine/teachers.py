@@ -91,7 +91,10 @@ def check_scorer(scorer: Scorer, request: ScoreRequest) -> None:
         )
     needs = {"entropy", "tail", "drawn" if drawn else "top"}
     needs |= {"at_ids"} if request.at_student else set()
-    if lacking := sorted(needs - scorer.capabilities):
+    # Bounds of an entropy, and a tail that is what the ids it tells leave, stand for both.
+    gives = scorer.capabilities
+    gives |= {"entropy", "tail"} if "bounds" in gives else set()
+    if lacking := sorted(needs - gives):
         raise ConfigError(
             f"{type(scorer).__name__} cannot give {', '.join(lacking)}",
             remedy="Use the backend hf, which gives all, or ask for less (at_student=False).",

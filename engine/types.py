@@ -151,7 +151,7 @@ class Scores:
     log_tail: Array
     """[P] float32, log of the mass outside the kept entries and the ids asked at, from logits;
     -inf where nothing is outside. Where `entropy_hi` is given, from 1 less the mass of what is
-    known, and no less than backends.answers.RESOLVED where something is not known."""
+    known; where that is below backends.answers.RESOLVED, the most that it can be."""
     cnt: Array
     """[P] uint16, kept entries of each row."""
     ids: Array
@@ -180,7 +180,7 @@ class CachedScores:
     lp: Array
     """[P] float32, log-prob of the sampled token."""
     entropy: Array
-    """[P] float32, full vocabulary, nats."""
+    """[P] float32, full vocabulary, nats; where `entropy_hi` is given, the least that it can be."""
     log_tail: Array
     """[P] float32, log of the mass outside all ids known of the row."""
     kept: Array
@@ -203,6 +203,9 @@ class CachedScores:
     """[E] uint16."""
     mult: Array | None = None
     """[E] uint16, how often each was drawn: then ids are draws and `kept` is 0 everywhere."""
+    entropy_hi: Array | None = None
+    """[P] float32, the most that the entropy can be, nats, of a model that told its best ids alone;
+    None where `entropy` is exact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,8 +4,9 @@ An engine such as vLLM answers for one sequence at a time: its best ids on every
 token, and ids that it was asked at. What no model can have computed is refused here, before it can
 reach a store. What such an engine does not say, the rest of the vocabulary, is bounded:
 
-  t        = 1 - sum of the masses of all known ids of the row, in float64
-  log_tail = log t, plus the known ids that are not kept; t counts as RESOLVED where it is less
+  t        = 1 - sum of the masses of all known ids of the row, in float64. Where that is less than
+             RESOLVED it is rounding, and t is from 0 to the lesser of RESOLVED and (V - n) m
+  log_tail = log of the largest t, plus the known ids that are not kept
   entropy  in [H + t max(-log t, -log m), H - t log t + t log(V - n)], H = - sum p log p over the n
              known ids, m the smallest of the best ids: what is not among them is not likelier
 """
@@ -78,7 +79,7 @@ class AnswerSheet:
         rows, asked = self.rows(sequence), self.asked(sequence)
         tokens = self.tokens[rows]
         check_answer(answer, tokens, asked, k=self.request.k_max, n_vocab=self.n_vocab)
-        # Ids of a padded head are nobody's: their mass is in the tail.
+        # Ids of a padded head are nobody's: their mass, where it is resolved, is in the tail.
         lp, own = np.minimum(answer.lp, 0.0), answer.ids < self.n_vocab
         ids, top_lp = best_first(answer.ids, np.minimum(answer.top_lp, 0.0), own)
         width = min(ids.shape[1], self.request.k_max)
@@ -142,10 +143,10 @@ def bounds(
     number = np.bincount(row, minlength=count)
     finite = np.where(np.isfinite(value), value, 0.0)
     entropy = -np.bincount(row, weights=mass * finite, minlength=count)
-    left = n_vocab - number
-    complete = left <= 0
-    most = np.where(complete, 0.0, np.maximum(unknown, RESOLVED))
-    least = np.where(complete | (unknown < RESOLVED), 0.0, unknown)
+    left = np.maximum(n_vocab - number, 0)
+    open_ = np.minimum(left * np.exp(smallest, dtype=np.float64), RESOLVED)
+    most = np.where(unknown < RESOLVED, open_, unknown)
+    least = np.where(unknown < RESOLVED, 0.0, unknown)
     outside = np.bincount(row, weights=mass * ~inside, minlength=count)
     with np.errstate(divide="ignore", invalid="ignore"):
         log_tail = np.log(most + outside)
@@ -227,8 +228,9 @@ def _check_twins(answer: Answer, tokens: Array, asked: IdLists | None) -> None:
             last = answer.top_lp[rows[part], -1]
             ours = lp[part]
             with np.errstate(invalid="ignore"):
-                off = np.abs(ours - twin) > AGREE + AGREE * np.abs(twin)
-                off &= np.isfinite(ours) | np.isfinite(twin)
+                # Two -inf are NaN apart, which is not off; one is, whatever the other is.
+                size = np.where(np.isfinite(twin), np.abs(twin), 0.0)
+                off = np.abs(ours - twin) > AGREE + AGREE * size
             if (listed & off).any():
                 i = int(np.flatnonzero(listed & off)[0])
                 wrong(f"two log-probs of one id, {twin[i]} among the best and {ours[i]} at {name}")

@@ -47,7 +47,8 @@ class Scorer(Protocol):
 
     capabilities: frozenset[str]
     """Of "top" (its own best ids), "at_ids" (log-probs at given ids), "drawn" (ids drawn from its
-    law), "entropy" and "tail"."""
+    law), "entropy" and "tail", or in their place "bounds" (of the entropy, and a tail that is what
+    the ids it tells leave)."""
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         """Row r of a sequence is the law of response token r given prompt + response[:r].

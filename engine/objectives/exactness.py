@@ -6,7 +6,9 @@ the set of those ids, and the estimator. The prefixes are always those of the ro
 
 from dataclasses import dataclass
 
+from logitcask.engine.backends.answers import RESOLVED
 from logitcask.engine.errors import ObjectiveError
+from logitcask.engine.objectives.modifiers import Baseline, EntropyGate
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import WHOLE, Preset
 from logitcask.engine.objectives.supports import DRAWN
@@ -50,6 +52,8 @@ class Facts:
     """Ids that the teacher drew a position; 0 where its best ids were kept."""
     base: bool = False
     """A base model's scores are at hand."""
+    entropy_bounds: bool = False
+    """The teacher told its best ids alone: its entropy is an interval, its tail what they leave."""
 
     @property
     def ages(self) -> tuple[int | None, ...]:
@@ -100,6 +104,12 @@ def verdict(what: Objective | Preset, facts: Facts) -> Verdict:
         notes.append(
             "The student's chat template renders prompts otherwise than these rollouts hold them; "
             "it is trained on the prompts as held."
+        )
+    if facts.entropy_bounds:
+        notes.append(
+            "The teacher told its best ids alone: its entropy is an interval, as wide as "
+            "entropy/teacher_width says, and entropy/gap a lower bound; the tail is 1 - their "
+            f"mass, resolved to {RESOLVED:g}."
         )
     return Verdict(
         scores=_scores(objective, facts),
@@ -194,6 +204,24 @@ def _check_student(objective: Objective, facts: Facts) -> None:
 
 
 def _scores(objective: Objective, facts: Facts) -> str:
+    words = _known(objective, facts)
+    if not facts.entropy_bounds:
+        return words
+    if objective.outside == "tail":
+        words += f"; the bucket is resolved to {RESOLVED:g}"
+    if any(isinstance(each, Baseline) and each.on == "teacher" for each in objective.modifiers):
+        words += (
+            f"; the baseline's bucket is resolved to {RESOLVED:g}, which moves the variance alone"
+        )
+    if any(isinstance(each, EntropyGate) for each in objective.modifiers):
+        words += (
+            "; the gate opens where the least of the teacher's entropy is above its bound, and its "
+            f"bucket is resolved to {RESOLVED:g}"
+        )
+    return words
+
+
+def _known(objective: Objective, facts: Facts) -> str:
     if objective.outside == "tail":
         first = f"first {objective.k} kept ids" if objective.support == "teacher" else "support"
         return f"exact for both models coarsened to the {first} and one bucket: a lower bound of KL"

@@ -214,7 +214,8 @@ class Clip(Modifier):
 @dataclass(frozen=True)
 class EntropyGate(Modifier):
     """Adds `coefficient` KL(q || p) on the teacher's top-k and one bucket where the teacher's
-    entropy is above `nats` (EOPD, arXiv 2603.07079: 0.8, k 16, coefficient 1).
+    entropy is above `nats` (EOPD, arXiv 2603.07079: 0.8, k 16, coefficient 1). Where the entropy is
+    an interval, its least must be above: a bound within it leaves the gate shut.
     """
 
     name: ClassVar[str] = "entropy_gate"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from logitcask.engine.batches import PlannedRows
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.heads import head_map
-from logitcask.engine.metrics import METRICS
+from logitcask.engine.metrics import METRICS, TEACHER_WIDTH
 from logitcask.engine.metrics_released import METRICS_RELEASED, Pair, released_metrics
 from logitcask.engine.objectives import Objective, live_k, row_objective
 from logitcask.engine.row_source import PackedRow
@@ -144,7 +144,9 @@ def _row(
             logit_map=head_map(inner_model(model).config),
         ).metrics
         one = torch.ones_like(metrics["loss"])
-        found |= {each: (metrics[each], one) for each in METRICS}
+        found |= {
+            each: (metrics[each], one) for each in (*METRICS, TEACHER_WIDTH) if each in metrics
+        }
         found |= {each: (metrics[f"{each} 0"], metrics[f"{each} 1"]) for each in METRICS_RELEASED}
         if name:
             found[f"loss/{name}"] = (metrics["loss"], one)

@@ -150,6 +150,8 @@ def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
         lengths["at_lp"] = len(at.ids)
     if scores.mult is not None:
         lengths["mult"] = entries
+    if scores.entropy_hi is not None:
+        lengths["entropy_hi"] = positions
     for name, length in lengths.items():
         array = getattr(scores, name)
         if array.shape != (length,):
@@ -159,6 +161,12 @@ def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
             )
         if name in _FAULTS and (fault := _FAULTS[name](array)):
             raise StoreError(f"scores.{name} holds {fault}", remedy=RESCORE)
+    if fault := _bounds_fault(scores.entropy, scores.entropy_hi):
+        raise StoreError(f"scores.entropy_hi: {fault}", remedy=RESCORE)
+    if scores.entropy_hi is not None and scores.mult is not None:
+        raise StoreError(
+            "drawn ids with bounds of the entropy: who draws knows the whole law", remedy=RESCORE
+        )
     if positions and int(scores.cnt.max()) > schema.MAX_K:
         raise StoreError(
             f"a row of {int(scores.cnt.max())} entries, at most {schema.MAX_K} are stored",
@@ -177,6 +185,8 @@ def check_known(known: CachedScores) -> None:
     for name in ("lp", "entropy", "log_tail", "s_lp", "entry_lp"):
         if fault := _FAULTS[name](getattr(known, name)):
             raise ValueError(fault)
+    if fault := _bounds_fault(known.entropy, known.entropy_hi):
+        raise ValueError(fault)
     every = ranked(known)
     if ragged.repeats(every.ids, every.cnt):
         raise ValueError("a row names an id twice")
@@ -223,6 +233,17 @@ def _entropy_fault(values: Array) -> str:
     lowest, highest = float(values.min(initial=0.0)), float(values.max(initial=0.0))
     fits = -_ROUNDING <= lowest <= highest < np.inf
     return "" if fits else f"entropies from {lowest} to {highest}"
+
+
+def _bounds_fault(least: Array, most: Array | None) -> str:
+    if most is None:
+        return ""
+    # NaN fails every comparison.
+    wrong = np.flatnonzero(~((least <= most) & (most < np.inf)))
+    if not len(wrong):
+        return ""
+    i = int(wrong[0])
+    return f"an entropy between {least[i]} and {most[i]}"
 
 
 _FAULTS = {

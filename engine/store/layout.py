@@ -20,7 +20,7 @@ Rows are ragged and flat throughout: E entries, P rows, S entries of the student
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,6 +70,8 @@ def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> 
         "ent": scores.entropy.astype(np.float32),
         "log_tail": scores.log_tail.astype(np.float32),
     }
+    if scores.entropy_hi is not None:
+        arrays["ent_hi"] = scores.entropy_hi.astype(np.float32)
     if scores.at_lp is None or student is None:
         arrays |= {
             "cnt": cnt,
@@ -118,9 +120,10 @@ def decode(
     """
     cnt = arrays["cnt"]
     ragged.check_counts(cnt, len(arrays["ids"]), schema.MAX_K)
-    every: dict[str, Array] = {
+    every: dict[str, Any] = {
         "lp": arrays["t_lp"],
         "entropy": arrays["ent"],
+        "entropy_hi": arrays.get("ent_hi"),
         "log_tail": arrays["log_tail"],
         "cnt": cnt,
         "ids": arrays["ids"],

@@ -147,7 +147,7 @@ class Reader:
                 known = widen.decode(known, self.read_arrays(which), codecs.profile(which.profile))
         except ValueError as error:
             raise self._contradiction(which, error) from error
-        if first.layout == schema.WHOLE and student is not None:
+        if first.layout in (schema.WHOLE, schema.WHOLE + schema.BOUNDS) and student is not None:
             known = layout.by_student(known, student)
         return known
 

@@ -28,10 +28,14 @@ ONCE, WHOLE, SAMPLED, WIDER = "once", "whole", "sampled", "wider"
 """Layouts of a score segment. `once` leaves out what the student's list already names, `whole`
 holds a teacher's list alone, `sampled` holds drawn ids with how often each was drawn, and `wider`
 holds what it adds to the segments of the same teacher on the same rollouts before it."""
+BOUNDS = "+bounds"
+"""Ends the name of the first two where the teacher told its best ids alone: every position then
+carries the least and the most that the entropy can be."""
 _ROLLED = (STUDENT, PLAIN, MC)
+_BOUNDED = (ONCE, WHOLE)
 LAYOUTS = {
     ROLLOUT: (*_ROLLED, *(layout + REWARD for layout in _ROLLED)),
-    SCORE: (ONCE, WHOLE, SAMPLED, WIDER),
+    SCORE: (ONCE, WHOLE, SAMPLED, WIDER, *(layout + BOUNDS for layout in _BOUNDED)),
 }
 
 POSITION_CHUNK = 32768
@@ -123,6 +127,7 @@ _ENTRIES = {
 }
 _WHOLE = {"t_lp": Spec("float32", "P"), "ent": Spec("float32", "P"), **_ENTRIES}
 _KEPT = {"kept": Spec("uint16", "P")}
+_BOUNDS = {"ent_hi": Spec("float32", "P")}
 _SPECS = {
     STUDENT: _ROLLOUT | _STUDENT,
     PLAIN: _ROLLOUT,
@@ -138,6 +143,7 @@ _SPECS = {
     WIDER: _ENTRIES | _KEPT | {"rank_fix": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
 }
 _SPECS |= {layout + REWARD: _SPECS[layout] | _REWARD for layout in _ROLLED}
+_SPECS |= {layout + BOUNDS: _SPECS[layout] | _BOUNDS for layout in _BOUNDED}
 COUNTS = {
     STUDENT: ("M", "N", "P", "T", "J", "E"),
     PLAIN: ("M", "N", "P", "T", "J"),
@@ -148,6 +154,7 @@ COUNTS = {
     WIDER: ("N", "P", "E"),
 }
 COUNTS |= {layout + REWARD: COUNTS[layout] for layout in _ROLLED}
+COUNTS |= {layout + BOUNDS: COUNTS[layout] for layout in _BOUNDED}
 """The counts that a record of each layout carries."""
 
 

@@ -124,6 +124,7 @@ class Store(Reader):
             check_scores(scores, positions, student)
             arrays = layout.encode(scores, codecs.profile(profile), student)
             which = schema.ONCE if "t_at_s" in arrays else which
+            which += schema.BOUNDS if "ent_hi" in arrays else ""
         elif at is None or scores.at_lp is None or scores.mult is not None:
             raise StoreError(
                 f"teacher {name!r} has scores of rollouts {found.seg_id} already",

@@ -24,6 +24,7 @@ ROW = {
     "s_entropy": "float32",
     "q_token_lp": "float32",
     "q_entropy": "float32",
+    "q_entropy_hi": "float32",
     "q_log_tail": "float32",
     "kept": "uint16",
     "s_cnt": "uint16",
@@ -67,9 +68,10 @@ DTYPES = {
 OF_DRAWS = {"mc_cnt", "mc_off", *DRAWN}
 OF_REWARD = {"reward"}
 OF_SAMPLED = {"t_mult"}
+OF_BOUNDS = {"q_entropy_hi"}
 OF_BASE = {"base_token_lp", "s_base", "t_base"}
 """Only where the student drew ids, where responses have rewards, where the teacher drew ids, where
-there is a base model."""
+it told its best ids alone, where there is a base model."""
 
 
 class Unit:
@@ -105,6 +107,11 @@ class Unit:
         }
 
 
+def is_bounded(chain: Chain) -> bool:
+    """Whether a teacher's entropies are intervals: it told its best ids alone."""
+    return "ent_hi" in schema.specs(chain[0].layout)
+
+
 def dtypes_of(rollout: Segment, chain: Chain, base: Chain = ()) -> dict[str, str]:
     """The arrays of a unit, name -> dtype, from what the log says alone."""
     absent: set[str] = set()
@@ -112,6 +119,7 @@ def dtypes_of(rollout: Segment, chain: Chain, base: Chain = ()) -> dict[str, str
     absent |= set() if "mc_cnt" in held else OF_DRAWS
     absent |= set() if "reward" in held else OF_REWARD
     absent |= set() if chain[0].layout == schema.SAMPLED else OF_SAMPLED
+    absent |= set() if is_bounded(chain) else OF_BOUNDS
     absent |= set() if base else OF_BASE
     return {name: dtype for name, dtype in DTYPES.items() if name not in absent}
 
@@ -164,6 +172,8 @@ def unit_of(
         arrays["reward"] = rollouts.reward
     if scores.mult is not None:
         arrays["t_mult"] = scores.mult
+    if scores.entropy_hi is not None:
+        arrays["q_entropy_hi"] = scores.entropy_hi
     if base is not None:
         known = ranked(base)
         arrays["base_token_lp"] = base.lp

@@ -151,7 +151,8 @@ def shown(
     store: Store, *, rollouts: str | None, teacher: str | None, sequence: int, top: int
 ) -> dict[str, Any]:
     """Sequence number `sequence` of a set, its `rows` one mapping each; log-probs and entropies in
-    nats.
+    nats. Where a teacher's entropy is an interval, `teacher_entropy` is its least and
+    `teacher_entropy_hi` its most.
 
     Raises ConfigError if a name is unknown or ambiguous, or the set has no such sequence, and
     IncompleteError if there are no rollouts.
@@ -167,7 +168,7 @@ def shown(
         if found is not None:
             scored = store.read_scores(found, base=data)
             ids, lp = kept_lists(scored)
-            first = starts(scored.kept)
+            first, most = starts(scored.kept), scored.entropy_hi
     start, end = int(data.seq_off[index]), int(data.seq_off[index + 1])
     table = []
     for r in range(start, end):
@@ -182,6 +183,7 @@ def shown(
             row |= {
                 "teacher_lp": float(scored.lp[r]),
                 "teacher_entropy": float(scored.entropy[r]),
+                **({} if most is None else {"teacher_entropy_hi": float(most[r])}),
                 "kept": int(scored.kept[r]),
                 "teacher_top": [{"id": int(ids[e]), "lp": float(lp[e])} for e in entries],
             }

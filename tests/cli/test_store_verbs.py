@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import NEW, SCORE, TRAIN, UNITS, N, World
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.score import score
+from logitcask.engine.store import open_store
+from logitcask.engine.types import ScoreRequest
+from tests.cli.conftest import NEW, ROLL, SCORE, TRAIN, UNITS, N, World
+from tests.engine.score.scored import ref
+from tests.engine.told import Told
 
 ALL = 2 * UNITS
 
@@ -152,3 +158,28 @@ def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> Non
     assert "forward_kl_missed" in text
     call(command.replace("--student @student ", "")).refused(2, "--student", "--help")
     call(command.replace("@teacher", "@other-tokenizer")).refused(1, "tokenizer", "no override")
+
+
+def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> None:
+    store = world.new("store")
+    assert call(f"{ROLL} {store}").code == 0
+    opened = open_store(world.at(store))
+    teacher = ref(world.at("@teacher"))
+    score(
+        opened,
+        model=teacher,
+        scorer=Told(HF(teacher), at_ids=False),
+        teacher_name="big",
+        request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+    )
+    rows = call(f"store show {store} --format json").json["rows"]
+    said = call(f"store show {store}").out
+    for row in rows:
+        low, high = row["teacher_entropy"], row["teacher_entropy_hi"]
+        assert low < high
+        assert f"{low:.4g}-{high:.4g}" in said
+    assert "teacher_entropy_hi" not in said
+    listed = call(f"store ls {store} --format json").json
+    assert {row["layout"] for row in listed if row["kind"] == "score"} == {"whole+bounds"}
+    assert "whole+bounds" in call(f"store ls {store}").out
+    assert "teacher_entropy_hi" not in call("store show @st --format json").json["rows"][0]

@@ -15,7 +15,7 @@ from logitcask.engine.identity import digest
 from logitcask.engine.plan import PlanKey, make_plan
 from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import Store
-from logitcask.engine.store.cache import UnitCache
+from logitcask.engine.store.cache import UnitCache, read_unit
 from logitcask.engine.store.unit import DTYPES
 from logitcask.engine.targets import BEYOND, Targets
 from logitcask.engine.types import Array
@@ -207,6 +207,38 @@ def test_a_row_has_the_reward_of_its_sequence(tmp_path: Path) -> None:
         empty = source.row(members[:0]).targets.reward
         assert empty is not None
         assert empty.shape == (0,)
+
+
+def told(unit: Unit) -> Unit:
+    """The same of a teacher that told its best ids alone."""
+    most = unit.scores.entropy + np.float32(0.25)
+    return replace(unit, scores=replace(unit.scores, entropy_hi=most))
+
+
+def test_an_exact_entropy_among_intervals_is_one_without_width(tmp_path: Path) -> None:
+    exact, other = (make_unit(seed, lengths=[3, 1, 4, 0, 5, 2]) for seed in (0, 1))
+    store = make_store(tmp_path / "s", [exact, told(other)])
+    members = np.asarray([[0, 0], [1, 2], [0, 4]])
+    for cache in (None, UnitCache(tmp_path / "c")):
+        source = RowSource(store, store.head(), "main", "big", cache=cache)
+        assert source.bounded
+        targets = source.row(members).targets
+        assert targets.q_entropy_hi is not None
+        width = targets.q_entropy_hi - targets.q_entropy
+        torch.testing.assert_close(width, torch.tensor([0.0] * 3 + [0.25] * 4 + [0.0] * 5))
+        part = targets.at(torch.tensor([4])).q_entropy_hi
+        assert part is not None
+        assert torch.equal(part, targets.q_entropy_hi[4:5])
+        empty = source.row(members[:0]).targets.q_entropy_hi
+        assert empty is not None
+        assert empty.shape == (0,)
+    for (segment, chain), size in zip(source.pairs, source.lengths(), strict=True):
+        unit = read_unit(store, segment, chain)
+        assert 0.7 * size.size_bytes <= unit.size_bytes <= size.size_bytes
+    first = source.pairs[0][0]
+    alone = RowSource(store, store.head(), "main", "big", only=lambda s: s == first, partial=True)
+    assert not alone.bounded
+    assert alone.row(members[:1]).targets.q_entropy_hi is None
 
 
 def test_a_row_without_sequences_has_the_fields_of_the_others(tmp_path: Path) -> None:

@@ -9,8 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitcask.engine.metrics import LOG_RATIO_BOUND, METRICS, row_metrics, see
+from logitcask.engine.metrics import (
+    LOG_RATIO_BOUND,
+    METRICS,
+    TEACHER_WIDTH,
+    row_metrics,
+    see,
+    summed_metrics,
+)
 from logitcask.engine.targets import Targets
+from logitcask.kernels.fused_objective import OverlapSums
 from logitcask.kernels.sparse_kl import RowView
 from tests.engine.objectives.full_rows import Full, make_full
 
@@ -174,6 +182,31 @@ def test_names_and_columns_of_ids_do_not_matter(full: Full, k: int, seed: int) -
     before, after = row_metrics(view, targets, k=k), row_metrics(other, moved, k=k)
     for name in METRICS:
         torch.testing.assert_close(after[name], before[name], rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "gap"), [(0.1, 0.2, 0.1), (0.0, 0.3, 0.0), (-0.5, -0.2, 0.2), (-0.1, 0.1, 0.0)]
+)
+def test_the_gap_to_an_interval_is_the_distance_to_it(low: float, high: float, gap: float) -> None:
+    """low and high are H(q)'s bounds less the student's entropy."""
+    full = by_hand()
+    view = view_of(full, 6)
+    least, most = view.entropy + low, view.entropy + high
+    rows = replace(full.targets, q_entropy=least, q_entropy_hi=most)
+    found = row_metrics(view, rows, k=3)
+    assert found["entropy/gap"].tolist() == pytest.approx([gap], abs=1e-12)
+    assert found["entropy/teacher"].tolist() == least.tolist()
+    assert found[TEACHER_WIDTH].tolist() == pytest.approx([high - low], abs=1e-12)
+    one = torch.zeros(1, dtype=torch.float64)
+    summed = summed_metrics(view, OverlapSums(*[one] * len(OverlapSums._fields)), rows)
+    for name in ("entropy/gap", "entropy/teacher", TEACHER_WIDTH):
+        assert torch.equal(summed[name], found[name])
+    # A lower bound of what it is, wherever in the interval H(q) is.
+    for share in (0.0, 0.5, 1.0):
+        exact = replace(full.targets, q_entropy=least + share * (most - least))
+        alone = row_metrics(view, exact, k=3)
+        assert TEACHER_WIDTH not in alone
+        assert alone["entropy/gap"].item() >= found["entropy/gap"].item() - 1e-12
 
 
 def test_swapping_student_and_teacher() -> None:

@@ -183,6 +183,23 @@ def test_prefixes_say_whose_rollouts_they_are() -> None:
     assert any("chat template" in note for note in verdict(PRESETS["overlap"], other).notes)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_teacher_that_told_its_best_ids_alone_is_no_exacter_than_that(name: str) -> None:
+    facts = replace(facts_for(name), entropy_bounds=True)
+    given = verdict(PRESETS[name], facts)
+    plain = verdict(PRESETS[name], facts_for(name))
+    (note,) = set(given.notes) - set(plain.notes)
+    assert "its entropy is an interval" in note
+    assert "resolved to 1e-06" in note
+    added = given.scores.removeprefix(plain.scores)
+    assert (given.support, given.estimator) == (plain.support, plain.estimator)
+    tail = PRESETS[name].objective.outside == "tail"
+    assert ("the bucket is resolved to 1e-06" in added) == tail
+    assert ("the gate opens where the least" in added) == (name == "eopd")
+    assert ("which moves the variance alone" in added) == (name == "vopd_cached")
+    assert bool(added) == (tail or name in ("eopd", "vopd_cached"))
+
+
 @pytest.mark.parametrize("name", ["overlap", "teacher_topk"])
 def test_a_k_beyond_what_every_row_keeps_is_refused(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:

@@ -337,6 +337,19 @@ def test_entropy_gate() -> None:
     check(what, full, added - a, added - a * at(log_p, full), leaf)
 
 
+def test_an_entropy_gate_on_an_interval_opens_where_both_ends_are_above() -> None:
+    full = rows(token=[0, 1, 2, 3, 4, 5])
+    what = objective("sampled_token+entropy_gate(nats=1,coefficient=0.7,k=8)")
+    bare, _ = run(objective("sampled_token"), full)
+    least = torch.tensor([0.5, 0.5, 0.9, 1.1, 1.1, 1.0], dtype=torch.float64)
+    most = torch.tensor([0.6, 1.5, 1.0, 1.1, 3.0, 1.0], dtype=torch.float64)
+    gated, _ = run(
+        what, replace(full, targets=replace(full.targets, q_entropy=least, q_entropy_hi=most))
+    )
+    acts = (gated.row_loss != bare.row_loss).tolist()
+    assert acts == [False, False, False, True, True, False]
+
+
 BONUSES = ("opd", "overlap", "opd_released", "sampled_token", "forward_kl", "eopd", "veto")
 
 

@@ -1,6 +1,6 @@
 """Makes golden_v1.tar.xz, a store of every layout and profile, and golden_v1_mc.tar.xz, of the
-layout that came later, golden_v1_reward.tar.xz of those with rewards, as the version of their day
-wrote them: files that are there stay.
+layout that came later, golden_v1_reward.tar.xz of those with rewards and golden_v1_bounds.tar.xz of
+those with intervals, as the version of their day wrote them: files that are there stay.
 
     python -m tests.engine.store.golden        (in the repository's root)
 
@@ -19,13 +19,20 @@ from logitcask.engine.store import Store, open_store, widen
 from logitcask.engine.store.codecs import PROFILES
 from logitcask.engine.store.keep import gc, retire, tag
 from logitcask.engine.store.layout import ranked
-from tests.engine.store.made import commit_rollouts, commit_scores, make_rollouts, make_scores
+from tests.engine.store.made import (
+    bounded,
+    commit_rollouts,
+    commit_scores,
+    make_rollouts,
+    make_scores,
+)
 from tests.engine.store.test_widen import teacher_of
 
 FILE = Path(__file__).with_name("golden_v1.tar.xz")
 FILE_MC = Path(__file__).with_name("golden_v1_mc.tar.xz")
 
 FILE_REWARD = Path(__file__).with_name("golden_v1_reward.tar.xz")
+FILE_BOUNDS = Path(__file__).with_name("golden_v1_bounds.tar.xz")
 
 
 def digests(store: Store) -> dict[str, str]:
@@ -55,6 +62,7 @@ def digests(store: Store) -> dict[str, str]:
                 u = ranked(s)
                 arrays = [s.lp, s.entropy, s.log_tail, s.kept, s.s_ids, u.cnt, u.ids, u.lp]
                 arrays += [] if s.mult is None else [s.mult]
+                arrays += [] if s.entropy_hi is None else [s.entropy_hi]
                 found[chain[end - 1].seg_id] = sha(*(a.tobytes() for a in arrays))
     return found
 
@@ -99,6 +107,24 @@ def fill_reward(path: Path) -> Store:
     return store
 
 
+def fill_bounds(path: Path) -> Store:
+    store = open_store(path, create=True)
+    for seed, profile in enumerate(PROFILES, 1):
+        base = commit_rollouts(store, seed, student=True, profile=profile)
+        scores = bounded(seed, make_scores(seed, make_rollouts(seed)))
+        commit_scores(store, base, seed, scores=scores, profile=profile)
+    plain = commit_rollouts(store, 11)
+    scores = bounded(11, make_scores(11, make_rollouts(11, student=False)))
+    commit_scores(store, plain, 11, scores=scores)
+    teacher, base, student = teacher_of(store, 13)
+    scores = bounded(13, teacher.score(4, student))
+    first = commit_scores(store, base, 13, name="wide", scores=scores)
+    at = widen.ask_at(store.read_scores((first,)), teacher.lists(5))
+    wider = bounded(14, teacher.score(20, at))
+    commit_scores(store, base, 14, name="wide", scores=wider, at=at)
+    return store
+
+
 def with_mult(scores: object, drawn: list[int]) -> object:
     from dataclasses import replace
 
@@ -108,7 +134,12 @@ def with_mult(scores: object, drawn: list[int]) -> object:
 
 
 def main() -> None:
-    for file, make in ((FILE, fill), (FILE_MC, fill_mc), (FILE_REWARD, fill_reward)):
+    for file, make in (
+        (FILE, fill),
+        (FILE_MC, fill_mc),
+        (FILE_REWARD, fill_reward),
+        (FILE_BOUNDS, fill_bounds),
+    ):
         if file.exists():
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -6,13 +6,14 @@ import pickle
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.store import Store, open_store, record
+from logitcask.engine.store import Store, open_store, record, widen
 from logitcask.engine.store.codecs import PROFILES, Profile, from_entry, profile, to_entry
 from logitcask.engine.store.keep import retire
 from logitcask.engine.store.layout import kept_lists
@@ -24,12 +25,14 @@ from logitcask.engine.types import CachedScores, Draws, Prompt, Rollouts, Scores
 from tests.engine.store.made import (
     ROLLOUT_LINEAGE,
     SCORE_LINEAGE,
+    bounded,
     commit_rollouts,
     commit_scores,
     key,
     make_rollouts,
     make_scores,
 )
+from tests.engine.store.test_widen import teacher_of
 
 
 def again(store: Store) -> Store:
@@ -146,6 +149,59 @@ def test_a_teacher_that_was_not_asked_is_known_where_its_list_names_the_students
     want = [[i for i in ours if i in kept] for ours, kept in zip(mine, theirs, strict=True)]
     assert [x.tolist() for x in np.split(read.s_ids, split[2])] == want
     assert sum(map(len, want)) > 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("student", [True, False])
+def test_an_interval_comes_back(store: Store, student: bool, asked: bool) -> None:
+    base = commit_rollouts(store, 3, student=student)
+    exact = make_scores(4, store.read_rollouts(base))
+    exact = exact if asked else replace(exact, at_lp=None)
+    plain = commit_scores(store, base, 4, name="exact", scores=exact)
+    told = bounded(4, exact)
+    held = commit_scores(store, base, 4, name="told", unit_key=key("told"), scores=told)
+    layout = "once" if student and asked else "whole"
+    assert (plain.layout, held.layout) == (layout, f"{layout}+bounds")
+    read = again(store).read_scores((held,))
+    assert np.array_equal(read.entropy_hi, told.entropy_hi)
+    assert store.read_scores((plain,)).entropy_hi is None
+    same_scores(read, told, profile("default"), store.read_rollouts(base).student)
+    # One array more, and the others to the byte as they are without it.
+    assert {f for f in held.files if not f.startswith("ent_hi/")} == set(plain.files)
+    differ = {name for name in plain.files if plain.files[name] != held.files[name]}
+    assert differ <= {"zarr.json"}
+
+
+def test_a_widening_leaves_the_interval(store: Store) -> None:
+    teacher, base, student = teacher_of(store, 13)
+    first = bounded(13, teacher.score(4, student))
+    held = commit_scores(store, base, 13, scores=first)
+    at = widen.ask_at(store.read_scores((held,)), teacher.lists(5))
+    wider = commit_scores(store, base, 14, scores=bounded(14, teacher.score(20, at)), at=at)
+    assert wider.layout == "wider"
+    read = store.read_scores((held, wider))
+    assert np.array_equal(read.entropy, first.entropy)
+    assert np.array_equal(read.entropy_hi, first.entropy_hi)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: replace(s, entropy_hi=s.entropy - 1e-3), "an entropy between"),
+        (lambda s: replace(s, entropy_hi=s.entropy * np.nan), "and nan"),
+        (lambda s: replace(s, entropy_hi=s.entropy + np.inf), "and inf"),
+        (lambda s: replace(s, entropy_hi=s.entropy[1:]), "has shape"),
+        (
+            lambda s: replace(s, entropy_hi=s.entropy, mult=np.ones(len(s.ids), np.uint16)),
+            "who draws knows the whole law",
+        ),
+    ],
+)
+def test_an_interval_that_is_none_is_refused(store: Store, change: Any, words: str) -> None:
+    base = commit_rollouts(store, 3)
+    with pytest.raises(StoreError, match=words):
+        commit_scores(store, base, 4, scores=change(make_scores(4, store.read_rollouts(base))))
+    assert store.head().names("score") == []
 
 
 def test_an_extent_is_read_without_tokens_and_scores(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from logitcask.engine.store import Store, open_store, schema
 from logitcask.engine.store.verify import verify
-from tests.engine.store.golden import FILE, FILE_MC, FILE_REWARD, digests
+from tests.engine.store.golden import FILE, FILE_BOUNDS, FILE_MC, FILE_REWARD, digests
 from tests.engine.store.made import commit_rollouts
 
 
@@ -29,8 +29,8 @@ def opened(golden: Path) -> Store:
 
 @pytest.mark.parametrize(
     ("file", "segments"),
-    [(FILE, 15), (FILE_MC, 4), (FILE_REWARD, 6)],
-    ids=["first", "mc", "reward"],
+    [(FILE, 15), (FILE_MC, 4), (FILE_REWARD, 6), (FILE_BOUNDS, 13)],
+    ids=["first", "mc", "reward", "bounds"],
 )
 def test_everything_decodes_to_what_it_was(tmp_path: Path, file: Path, segments: int) -> None:
     golden = unpacked(file, tmp_path)
@@ -49,7 +49,9 @@ def test_they_hold_every_layout_and_profile(golden: Path, tmp_path: Path) -> Non
     assert {s.profile for s in later} == {s.profile for s in held}
     rewarded = opened(unpacked(FILE_REWARD, tmp_path / "rewarded")).head().segments
     assert {s.profile for s in rewarded} == {s.profile for s in held}
-    held += later + rewarded
+    bounded = opened(unpacked(FILE_BOUNDS, tmp_path / "bounded")).head().segments
+    assert {s.profile for s in bounded} == {s.profile for s in held}
+    held += later + rewarded + bounded
     assert {s.layout for s in held} == {x for kind in schema.LAYOUTS.values() for x in kind}
     assert {s.profile for s in held} == {"default", "compact", "interop", "raw32"}
     assert {s.generation for s in held} == {0, 1}

@@ -208,6 +208,9 @@ UNSAID: list[Callable[[Any], Any]] = [
     lambda s: replace(s, lp=np.full_like(s.lp, np.nan)),
     lambda s: replace(s, log_tail=np.full_like(s.log_tail, 5.0)),
     lambda s: replace(s, entropy=np.full_like(s.entropy, np.inf)),
+    lambda s: replace(s, entropy_hi=s.entropy - 1),
+    lambda s: replace(s, entropy_hi=s.entropy + np.nan),
+    lambda s: replace(s, entropy_hi=s.entropy + np.inf),
     lambda s: replace(s, ids=np.zeros_like(s.ids)),
     lambda s: replace(s, entry_lp=np.full_like(s.entry_lp, 3.0), at_lp=None),
 ]

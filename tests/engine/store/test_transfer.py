@@ -21,7 +21,7 @@ from logitcask.engine.store.objects import Bucket
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.transfer import Brought, merge, pack, unpack
 from logitcask.engine.store.verify import verify
-from tests.engine.store.made import ROLLOUT_LINEAGE, commit_rollouts, commit_scores, key
+from tests.engine.store.made import ROLLOUT_LINEAGE, bounded, commit_rollouts, commit_scores, key
 from tests.engine.store.test_widen import teacher_of
 
 
@@ -31,7 +31,8 @@ def filled(store: Store) -> Store:
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = widen.ask_at(store.read_scores((first,)))
     commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
-    commit_scores(store, base, 2, scores=teacher.score(9, student), name="other", seconds=2.5)
+    other = bounded(2, teacher.score(9, student))
+    commit_scores(store, base, 2, scores=other, name="other", seconds=2.5)
     commit_rollouts(store, 5, reward=True)
     return store
 
@@ -46,7 +47,10 @@ def same(ours: Store, theirs: Store) -> None:
         assert np.array_equal(np.asarray(mine), np.asarray(other))
     for name in b.names("score"):
         for base, chain in b.scores(name).items():
-            x, y = ranked(ours.read_scores(a.scores(name)[base])), ranked(theirs.read_scores(chain))
+            mine, other = ours.read_scores(a.scores(name)[base]), theirs.read_scores(chain)
+            assert (mine.entropy_hi is None) == (other.entropy_hi is None) == (name != "other")
+            assert np.array_equal(np.asarray(mine.entropy_hi), np.asarray(other.entropy_hi))
+            x, y = ranked(mine), ranked(other)
             assert np.array_equal(x.ids, y.ids)
             assert np.array_equal(x.lp, y.lp)
     verify(ours, deep=True)
