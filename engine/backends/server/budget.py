@@ -1,6 +1,7 @@
 """What may be in flight at once: requests, tokens, and bytes of answers."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ class Limits:
     bytes: int = 256 << 20
     """In flight, of answers as they are expected."""
     attempts: int = 6
-    """At one sequence."""
+    """At one sequence; that a server takes no more now is no attempt."""
     connect_s: float = 10.0
     read_s: float = 60.0
     """Until an answer has come, and more for a large one: ..."""
@@ -29,7 +30,7 @@ class Limits:
     most_backoff_s: float = 30.0
     """... up to this."""
     wait_s: float = 600.0
-    """All servers may be away for so long."""
+    """All servers may be away, or take no more, for so long."""
     poll_s: float = 1.0
     """Between two looks at whether a server is back."""
 
@@ -47,6 +48,8 @@ class Budget:
         """In flight now."""
         self.most_requests = self.most_bytes = 0
         """In flight at the highest."""
+        self._slowed_s = -1.0
+        """When the window was last halved, monotonic."""
         self._changed = asyncio.Condition()
 
     @asynccontextmanager
@@ -66,8 +69,12 @@ class Budget:
     def faster(self) -> None:
         self._window = min(self._limits.requests, self._window + 1 / self._window)
 
-    def slower(self) -> None:
-        self._window = max(1.0, self._window / 2)
+    def slower(self, asked_s: float) -> None:
+        """asked_s: when what was refused had been asked, monotonic. What was under way when the
+        window was halved says nothing of the new one."""
+        if asked_s > self._slowed_s:
+            self._window = max(1.0, self._window / 2)
+            self._slowed_s = time.monotonic()
 
     @property
     def window(self) -> float:

@@ -1,6 +1,7 @@
 """Several servers of one teacher as one: the least busy answers, and who is away is waited for."""
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,6 +14,8 @@ from logitcask.engine.errors import AnswerError, ServerError
 
 WRONG_ANSWERS = 2
 """An answer that cannot be right is asked for once more, of another server if there is one."""
+READERS = 2
+"""Answers that are parsed at once: it holds Python's lock, and takes some ten times the bytes."""
 
 
 class Fleet:
@@ -32,6 +35,7 @@ class Fleet:
         self.budget = Budget(limits)
         self._rng = rng or random.Random()
         self._returning = asyncio.Lock()
+        self._reading = asyncio.Semaphore(READERS)
 
     @property
     def losses(self) -> int:
@@ -41,44 +45,63 @@ class Fleet:
         self, question: Question, path: str, served: str, *, check: Callable[[Answer], None]
     ) -> None:
         """Gives an answer to `check`, which keeps it, or raises AnswerError for one that no model
-        can have given: then it is asked for again. Raises ServerError for a refusal or servers that
-        stay away.
+        can have given: then it is asked for again. Called from another thread. Raises ServerError
+        for a refusal or servers that stay away.
         """
-        body = question.body(path, served)
         tokens, size = len(question.ids), question.expected_bytes()
-        wrong, avoid = 0, None
-        for attempt in range(self.limits.attempts):
+        wrong = faults = pauses = 0
+        avoid: Link | None = None
+        busy_s: float | None = None
+        while True:
             async with self.budget.take(tokens, size):
                 link = await self._pick(avoid)
+                avoid, asked_s = link, time.monotonic()
                 try:
+                    # Made only now: a unit's questions together would be larger than any cap.
+                    body = await asyncio.to_thread(_encoded, question, path, served)
                     data = await link.post(
                         path, body, most=question.most_bytes(), expected=size, tokens=tokens
                     )
-                    check(await asyncio.to_thread(question.read, path, served, data))
+                    async with self._reading:
+                        await asyncio.to_thread(_read, question, path, served, data, check)
                 except Transient as fault:
-                    last, avoid = fault, link
-                    if fault.lost:
-                        link.up = False
-                    if fault.busy:
-                        self.budget.slower()
+                    last = fault
+                    await self._note(link, fault, asked_s)
                 except AnswerError:
-                    wrong, avoid = wrong + 1, link
+                    wrong += 1
                     if wrong == WRONG_ANSWERS:
                         raise
                     continue
                 else:
                     self.budget.faster()
                     return
-            await asyncio.sleep(self._pause(attempt, last.after_s))
+            faults += not last.busy
+            busy_s = None if not last.busy else asked_s if busy_s is None else busy_s
+            if faults >= self.limits.attempts:
+                failed = f"{faults} attempts at one sequence failed"
+                break
+            if busy_s is not None and time.monotonic() - busy_s > self.limits.wait_s:
+                failed = f"no server took a sequence for {self.limits.wait_s:.0f} s"
+                break
+            await asyncio.sleep(self._pause(pauses, last.after_s))
+            pauses += 1
         raise ServerError(
-            f"{self.limits.attempts} attempts at one sequence failed, the last with: {last}",
+            f"{failed}, the last with: {last}",
             remedy="Nothing of the unit in hand was stored. Look at the server's log, and run the "
             "same command again.",
         )
 
-    def _pause(self, attempt: int, asked_s: float) -> float:
+    async def _note(self, link: Link, fault: Transient, asked_s: float) -> None:
+        """What a fault says of its server: that it is away, or is asked too much."""
+        if fault.busy or fault.late:
+            self.budget.slower(asked_s)
+        if fault.lost or (fault.ill and not await link.healthy()):
+            link.up = False
+
+    def _pause(self, count: int, asked_s: float) -> float:
         """Full jitter, and what the server asks for."""
-        most = min(self.limits.most_backoff_s, self.limits.backoff_s * 2**attempt)
+        # From some count on the power says nothing more.
+        most = min(self.limits.most_backoff_s, self.limits.backoff_s * 2.0 ** min(count, 30))
         return max(min(asked_s, self.limits.most_backoff_s), self._rng.uniform(0, most))
 
     async def _pick(self, avoid: Link | None) -> Link:
@@ -129,3 +152,13 @@ class Fleet:
                     "--server-wait sets how long it is waited for.",
                 )
             await asyncio.sleep(self.limits.poll_s)
+
+
+def _encoded(question: Question, path: str, served: str) -> bytes:
+    return json.dumps(question.body(path, served)).encode()
+
+
+def _read(
+    question: Question, path: str, served: str, data: bytes, check: Callable[[Answer], None]
+) -> None:
+    check(question.read(path, served, data))

@@ -16,7 +16,9 @@ from logitcask.engine.errors import ConfigError, ServerError
 KEEP_ALIVE_S = 4.0
 """Uvicorn closes a connection that was idle for 5 s, and who then uses it loses the request."""
 BUSY = (429, 503)
-TRANSIENT = (408, 425, 500, 502, 504, *BUSY)
+ILL = (500, 502, 503, 504)
+"""So a server, or a proxy before it, answers for an engine that is dead or still loads too."""
+TRANSIENT = (408, 425, 429, *ILL)
 MOST_MESSAGE = 400
 ERROR_BYTES = 1 << 16
 
@@ -32,12 +34,22 @@ class Transient(Exception):
     """A fault that asking again may mend."""
 
     def __init__(
-        self, what: str, *, lost: bool = False, busy: bool = False, after_s: float = 0.0
+        self,
+        what: str,
+        *,
+        lost: bool = False,
+        late: bool = False,
+        status: int = 0,
+        after_s: float = 0.0,
     ) -> None:
         super().__init__(what)
         self.lost = lost
         """The connection is gone, and the server may be too."""
-        self.busy = busy
+        self.late = late
+        """No answer came in time."""
+        self.busy = status in BUSY
+        """It takes no more now: nothing is wrong with the request."""
+        self.ill = status in ILL
         self.after_s = after_s
         """The server asked for so long a pause."""
 
@@ -46,8 +58,14 @@ class Link:
     """A session with one server. Made and used within one event loop."""
 
     def __init__(self, url: str, key: str | None, limits: Limits) -> None:
-        """Raises ConfigError for a URL that is none, or that holds a secret."""
+        """Raises ConfigError for a URL that is none, or that holds a secret, and for a key that no
+        header can hold."""
         self.url = checked(url)
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
+            raise ConfigError(
+                f"the API key of {self.url} has characters that no header can hold",
+                remedy="Give the key alone, without a line's end or spaces around it.",
+            )
         self._key, self._limits = key, limits
         self._session: aiohttp.ClientSession | None = None
         self.in_flight = 0
@@ -62,7 +80,8 @@ class Link:
             await self._session.close()
 
     async def post(self, path: str, body: Any, *, most: int, expected: int, tokens: int) -> bytes:
-        """The bytes of an answer. most, expected: bytes of it; tokens: that the server must read.
+        """The bytes of an answer. body: as JSON takes it, or already JSON; most, expected: bytes of
+        the answer; tokens: that the server must read.
 
         Raises Transient, or ServerError for what it refuses.
         """
@@ -90,6 +109,9 @@ class Link:
 
     async def _exchange(self, method: str, path: str, body: Any, most: int, read_s: float) -> bytes:
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
         timeout = aiohttp.ClientTimeout(
             total=read_s, sock_connect=self._limits.connect_s, connect=self._limits.connect_s
         )
@@ -98,7 +120,7 @@ class Link:
             async with self._open().request(
                 method,
                 self.url + path,
-                json=body,
+                data=body,
                 headers=headers,
                 timeout=timeout,
                 allow_redirects=False,
@@ -113,7 +135,12 @@ class Link:
             self.losses += 1
             raise Transient("no connection in time", lost=True) from error
         except TimeoutError as error:
-            raise Transient(f"no answer within {read_s:.0f} s", busy=True) from error
+            raise Transient(f"no answer within {read_s:.0f} s", late=True) from error
+        except aiohttp.ClientSSLError as error:
+            raise Refused(
+                f"{self.url}: no secure connection: {error}",
+                remedy="Give a URL whose certificate this machine trusts (SSL_CERT_FILE adds one).",
+            ) from error
         except (aiohttp.ClientError, OSError) as error:
             self.losses += 1
             raise Transient(f"{type(error).__name__}: {error}", lost=True) from error
@@ -130,14 +157,12 @@ class Link:
         return self._session
 
     def _refused(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> NoReturn:
-        said = message(data)
-        if self._key:
-            said = said.replace(self._key, "(key)")
+        said = message(data, self._key)
         what = f"{self.url}{path} answers {response.status}: {said}"
         if response.status in TRANSIENT:
             raise Transient(
                 what,
-                busy=response.status in BUSY,
+                status=response.status,
                 after_s=seconds(response.headers.get("Retry-After", "")),
             )
         raise Refused(
@@ -170,8 +195,9 @@ async def bounded(response: aiohttp.ClientResponse, most: int) -> bytes:
     return b"".join(parts)
 
 
-def message(data: bytes) -> str:
-    """What an error's body says: vLLM's object, a plain string in its place, or any text."""
+def message(data: bytes, secret: str | None = None) -> str:
+    """What an error's body says: vLLM's object, a plain string in its place, or any text; without
+    the secret, some of which could be left if the text were cut first."""
     text = data.decode("utf-8", "replace")
     try:
         said = json.loads(text)
@@ -181,7 +207,8 @@ def message(data: bytes) -> str:
         said = said.get("error", said.get("message", said.get("detail", said)))
     if isinstance(said, dict):
         said = said.get("message", said)
-    return " ".join(str(said).split())[:MOST_MESSAGE]
+    text = " ".join(str(said).split())
+    return (text.replace(secret, "(key)") if secret else text)[:MOST_MESSAGE]
 
 
 def seconds(text: str) -> float:
@@ -190,10 +217,15 @@ def seconds(text: str) -> float:
 
 
 def checked(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme.lower() in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number or too large
+        sound = False
+    if not sound:
+        # A part of it may be a password.
         raise ConfigError(
-            f"{parts.scheme}://... is no server's URL", remedy="Give http://HOST:PORT."
+            f"{url.partition(':')[0][:16]}:... is no server's URL", remedy="Give http://HOST:PORT."
         )
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ConfigError(
