@@ -1,8 +1,11 @@
 """One engine of vLLM, for one purpose: to sample, to tell log-probs, or to give hidden states.
 
 Purposes are never mixed in one engine: where log-probs of prompts are wanted, vLLM makes logits of
-everybody's tokens. Nothing is left to a model's generation_config, and a tokenizer is not loaded:
-ids go in and ids come out. vllm is imported when an engine is opened.
+everybody's tokens. Nothing is left to a model's generation_config; ids go in and ids come out, and
+a tokenizer is loaded only where vLLM insists, to pool. vllm is imported when an engine is opened.
+
+An engine is a process of its own, as vLLM has it by default. With VLLM_ENABLE_V1_MULTIPROCESSING=0
+it is in this one, and the first that is closed takes torch's process groups from the others.
 """
 
 import logging
@@ -64,7 +67,7 @@ class Engine:
                 dtype=str(dtype).removeprefix("torch."),
                 seed=0,
                 generation_config="vllm",
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=purpose != "hidden",
                 trust_remote_code=False,
                 use_tqdm_on_load=False,
                 **wanted,

@@ -79,6 +79,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def process_groups() -> Iterator[None]:
+    """Engines in one process share them, and the first that closes would take them from all."""
+    from vllm.v1.engine import core
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "cleanup_dist_env_and_memory", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def ref(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
     """A tied model; heads of 32, which vLLM's CPU attention takes."""

@@ -1,4 +1,4 @@
-"""What scoring tests score, and the second runner's part of it: a process of its own, with the shim.
+"""What scoring tests score, and the second runner's part of it, which is a process of its own.
 
 python -m tests.vllm.scored FOLDER OUT: the scores at the student's ids, as an npz.
 """
