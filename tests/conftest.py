@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
 # Digests of weights are cached in the user's folder; tests keep out of it.
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "logitcask-tests-cache")
 
+# vLLM pins torch and transformers and lives in an environment of its own: `make test-vllm`.
+collect_ignore = [] if find_spec("vllm") else ["vllm"]
+
 NEEDS = {
     "gpu": torch.cuda.is_available,
     "make": lambda: shutil.which("make") is not None,

@@ -61,7 +61,10 @@ class Scorer(Protocol):
         """As of a Sampler."""
 
 
-BACKENDS = {"hf": "logitcask.engine.backends.hf:HF"}
+BACKENDS = {
+    "hf": "logitcask.engine.backends.hf:HF",
+    "vllm": "logitcask.engine.backends.vllm:VLLM",
+}
 """Name -> module:class. A class takes (ModelRef, *, device, dtype, batch_tokens)."""
 
 

@@ -10,18 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
-from logitcask.engine.backends.sampling import Response, sample_batch, uniforms
-from logitcask.engine.backends.scoring import budget_batches, score_rollouts
-from logitcask.engine.errors import ConfigError, IdentityError, ModelError, PromptError
+from logitcask.engine.backends.sampling import Response, check_room, rolled, sample_batch, uniforms
+from logitcask.engine.backends.scoring import asked_ids, budget_batches, score_rollouts
+from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.heads import head_map, named_extras
 from logitcask.engine.types import (
-    LENGTH,
-    STOP,
     IdLists,
     ModelRef,
     Progress,
@@ -148,13 +145,7 @@ class HF:
         progress: Progress = silent,
     ) -> Rollouts:
         new = sampling.max_new_tokens
-        for prompt in prompts:
-            if len(prompt.token_ids) + new > self.context:
-                raise PromptError(
-                    f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, and with "
-                    f"max_new_tokens={new} that is more than the model's context of {self.context}",
-                    remedy="Lower max_new_tokens, or leave out the long prompts.",
-                )
+        check_room(prompts, new, self.context)
         of = [m for m in range(len(prompts)) for _ in range(sampling.n)]
         done: dict[int, Response] = {}
         room = [len(prompts[m].token_ids) + new for m in of]
@@ -168,20 +159,7 @@ class HF:
                 answers = sample_batch(self, asked, draws, sampling, self.stop_ids)
             done.update(zip(batch, answers, strict=True))
         progress("rollout", len(of), len(of))
-        responses = [done[i] for i in range(len(of))]
-        lengths = [len(r.ids) for r in responses]
-        positions = sum(lengths)
-        return Rollouts(
-            prompts=tuple(prompts),
-            seq_prompt=np.array(of, np.uint32),
-            seq_off=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            tokens=np.fromiter((t for r in responses for t in r.ids), np.uint32, positions),
-            loss_mask=np.ones(positions, np.uint16),
-            b_lp=np.fromiter((x for r in responses for x in r.b_lp), np.float32, positions),
-            finish=np.array([STOP if r.stopped else LENGTH for r in responses], np.uint16),
-            version_start=np.full(len(of), version, np.int64),
-            version_end=np.full(len(of), version, np.int64),
-        )
+        return rolled(prompts, of, [done[i] for i in range(len(of))], version)
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         """Asked at no ids, log_tail is what lies outside the kept entries alone.
@@ -189,29 +167,7 @@ class HF:
         Raises IdentityError for ids that this model does not have, ModelError for sequences
         beyond its context, ConfigError if the student's ids are asked for and not there.
         """
-        if request.at_student and at is None:
-            student = rollouts.student
-            if student is None:
-                raise ConfigError(
-                    "at_student=True, and these rollouts hold no ids of the student",
-                    remedy="Let the student score its rollouts first, or set at_student=False.",
-                )
-            at = IdLists(cnt=student.cnt, ids=student.ids)
-        of_prompts = [np.array(p.token_ids) for p in rollouts.prompts]
-        seen = [rollouts.tokens, *of_prompts, *([] if at is None else [at.ids])]
-        highest = max((int(ids.max()) for ids in seen if len(ids)), default=0)
-        if highest >= self.n_vocab:
-            raise IdentityError(
-                f"the rollouts hold the id {highest}, and the scorer has {self.n_vocab} ids",
-                remedy="Score with a teacher that has the student's tokenizer.",
-            )
-        of = rollouts.seq_prompt.astype(np.int64)
-        total = np.array([len(p) for p in of_prompts])[of] + rollouts.lengths()
-        if len(total) and total.max() > self.context:
-            raise ModelError(
-                f"a rollout has {total.max()} tokens, the scorer's context: {self.context}",
-                remedy="Score with a model of longer context, or roll out shorter responses.",
-            )
+        at = asked_ids(rollouts, request, at, n_vocab=self.n_vocab, context=self.context)
         with self.evaluating():
             return score_rollouts(self, rollouts, request, at, batch_tokens=self.batch_tokens)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -23,9 +24,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from logitcask.engine.errors import ModelError
+from logitcask.engine.errors import ModelError, PromptError
 from logitcask.engine.identity import canonical
-from logitcask.engine.types import SamplingParams
+from logitcask.engine.types import LENGTH, STOP, Prompt, Rollouts, SamplingParams
 
 
 class Network(Protocol):
@@ -51,10 +52,15 @@ class Response:
     stopped: bool
 
 
+def own_seed(seed: int, prompt: str, sample: int, version: int) -> int:
+    """64 bits, signed, of one sequence's own: whatever else is sampled beside it."""
+    key = hashlib.sha256(canonical([seed, prompt, sample, version])).digest()
+    return int.from_bytes(key[:8], "little", signed=True)
+
+
 def uniforms(seed: int, prompt: str, sample: int, version: int, count: int) -> Tensor:
     """[count] float64 in [0, 1): all the randomness of one sequence, on the CPU."""
-    key = hashlib.sha256(canonical([seed, prompt, sample, version])).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    generator = torch.Generator().manual_seed(own_seed(seed, prompt, sample, version))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
@@ -148,6 +154,36 @@ def sample_batch(
             tokens.tolist(), b_lp.tolist(), lengths.tolist(), stopped.tolist(), strict=True
         )
     ]
+
+
+def check_room(prompts: Sequence[Prompt], new: int, context: int) -> None:
+    """Raises PromptError for a prompt that leaves no room for `new` tokens."""
+    for prompt in prompts:
+        if len(prompt.token_ids) + new > context:
+            raise PromptError(
+                f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, and with "
+                f"max_new_tokens={new} that is more than the model's context of {context}",
+                remedy="Lower max_new_tokens, or leave out the long prompts.",
+            )
+
+
+def rolled(
+    prompts: Sequence[Prompt], of: Sequence[int], responses: Sequence[Response], version: int
+) -> Rollouts:
+    """of: [N] which prompt each of the N responses answers."""
+    lengths = [len(r.ids) for r in responses]
+    positions = sum(lengths)
+    return Rollouts(
+        prompts=tuple(prompts),
+        seq_prompt=np.array(of, np.uint32),
+        seq_off=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        tokens=np.fromiter((t for r in responses for t in r.ids), np.uint32, positions),
+        loss_mask=np.ones(positions, np.uint16),
+        b_lp=np.fromiter((x for r in responses for x in r.b_lp), np.float32, positions),
+        finish=np.array([STOP if r.stopped else LENGTH for r in responses], np.uint16),
+        version_start=np.full(len(of), version, np.int64),
+        version_end=np.full(len(of), version, np.int64),
+    )
 
 
 def check(logits: Tensor) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcask.engine.errors import ModelError
+from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.topk_select import topk_select
@@ -217,6 +217,40 @@ def response_rows(rollouts: Rollouts, batch: Sequence[int]) -> tuple[Tensor, Ten
         np.concatenate(hidden),
         np.concatenate(rows),
     )
+
+
+def asked_ids(
+    rollouts: Rollouts, request: ScoreRequest, at: IdLists | None, *, n_vocab: int, context: int
+) -> IdLists | None:
+    """Where a scorer of n_vocab ids and `context` tokens is asked: at, or the student's list.
+
+    Raises IdentityError for ids that it does not have, ModelError for sequences beyond its context,
+    ConfigError if the student's ids are asked for and not there.
+    """
+    if request.at_student and at is None:
+        student = rollouts.student
+        if student is None:
+            raise ConfigError(
+                "at_student=True, and these rollouts hold no ids of the student",
+                remedy="Let the student score its rollouts first, or set at_student=False.",
+            )
+        at = IdLists(cnt=student.cnt, ids=student.ids)
+    of_prompts = [np.array(p.token_ids) for p in rollouts.prompts]
+    seen = [rollouts.tokens, *of_prompts, *([] if at is None else [at.ids])]
+    highest = max((int(ids.max()) for ids in seen if len(ids)), default=0)
+    if highest >= n_vocab:
+        raise IdentityError(
+            f"the rollouts hold the id {highest}, and the scorer has {n_vocab} ids",
+            remedy="Score with a teacher that has the student's tokenizer.",
+        )
+    of = rollouts.seq_prompt.astype(np.int64)
+    total = np.array([len(p) for p in of_prompts])[of] + rollouts.lengths()
+    if len(total) and total.max() > context:
+        raise ModelError(
+            f"a rollout has {total.max()} tokens, the scorer's context: {context}",
+            remedy="Score with a model of longer context, or roll out shorter responses.",
+        )
+    return at
 
 
 def score_rollouts(

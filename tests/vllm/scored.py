@@ -1,0 +1,55 @@
+"""What scoring tests score, and the second runner's part of it, which is a process of its own.
+
+python -m tests.vllm.scored FOLDER OUT: the scores at the student's ids, as an npz.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.backends.vllm import VLLM
+from logitcask.engine.identity import model_ref
+from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
+
+OWN = ScoreRequest(top_p=1.0, k_min=7, k_max=7, at_student=False)
+TOP = ScoreRequest(top_p=0.9, k_min=3, k_max=12, at_student=False)
+ASK = ScoreRequest(top_p=0.9, k_min=3, k_max=12)
+PROMPTS = [
+    Prompt(id=str(i), token_ids=tuple(range(3, 3 + length))) for i, length in enumerate((1, 30, 8))
+]
+
+
+def rolled(folder: Path) -> Rollouts:
+    """Rollouts of at most 46 tokens, of a student that is not the teacher, and its own scores."""
+    hf = HF(save_folder(folder, make_model(seed=1)), n_vocab=N_VOCAB, stop_ids=(EOS, 20, 30, 40))
+    sampling = SamplingParams(n=2, max_new_tokens=16)
+    rollouts = hf.generate(PROMPTS, sampling, seed=0, version=0)
+    own = hf.score(rollouts, OWN)
+    # Rows are asked at 0 to 7 ids.
+    cnt = np.minimum(own.cnt, np.arange(len(own.cnt)) % 8).astype(np.uint16)
+    kept = np.arange(7) < cnt[:, None]
+    own = dataclasses.replace(
+        own, cnt=cnt, ids=own.ids.reshape(-1, 7)[kept], entry_lp=own.entry_lp.reshape(-1, 7)[kept]
+    )
+    return dataclasses.replace(rollouts, student=own)
+
+
+def teacher(folder: str) -> ModelRef:
+    return model_ref(folder, chat_template=True)
+
+
+def main(folder: str, out: str) -> None:
+    vllm = VLLM(teacher(folder))
+    assert "at_ids" in vllm.capabilities
+    scores: Scores = vllm.score(rolled(Path(out).parent / "student"), ASK)
+    told = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
+    np.savez(out, **{name: value for name, value in told.items() if value is not None})
+    vllm.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
