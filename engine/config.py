@@ -199,6 +199,12 @@ class Score(Section):
         description="Ids kept at most: bounds the bytes of unsure positions.",
         validate_default=True,
     )
+    exact: bool = Field(
+        False,
+        description="With --backend vllm: score from its hidden states, which gives entropy and "
+        "tail exactly, and answers at any ids; without, the teacher's own best log-probs are told, "
+        "and entropy is an interval.",
+    )
     at: str = Field(
         "student",
         pattern=rf"{NAME}|^{GIVEN}.",

@@ -5,14 +5,17 @@ everywhere. The stages themselves never see a configuration.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from logitcask.engine import identity
+from logitcask.engine.backends.base import close_backend
 from logitcask.engine.batches import planned
 from logitcask.engine.config import EstimateJob, ProbeJob, RolloutJob, ScoreJob, TrainJob
 from logitcask.engine.course import TrainReport
+from logitcask.engine.errors import ConfigError
 from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.given import read_ids
 from logitcask.engine.held_out import hold_out
@@ -22,11 +25,11 @@ from logitcask.engine.named import (
     find_objective,
     grading_of,
     held_out_set,
+    open_teacher,
     pin_of,
     rendered,
     student_and_prompts,
     student_of,
-    teacher_of,
     train_settings,
 )
 from logitcask.engine.objectives import find_preset, warnings
@@ -35,13 +38,14 @@ from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.score import ScoreReport, score
+from logitcask.engine.served import SameTeacher
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.view import choose
 from logitcask.engine.student import load_student, quiet
 from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice, check, train
-from logitcask.engine.types import ModelRef, Progress, Prompt, silent
+from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreRequest, silent
 
 
 def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutReport:
@@ -50,7 +54,10 @@ def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutRepor
     grading = grading_of(job.rollout, model, prompts)
     store = open_store(job.store.url, create=True)
     task = rollout_task(job, model, prompts, template)
-    return rollout(store, **task, grading=grading, progress=progress)
+    try:
+        return rollout(store, **task, grading=grading, progress=progress)
+    finally:
+        close_backend(task["sampler"])
 
 
 def rollout_task(
@@ -75,25 +82,60 @@ def rollout_task(
 def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
     """`logitcask score`."""
     store = open_store(job.store.url)
-    return score(store, **score_task(job, store, store.head()), progress=progress)
+    task = score_task(job, store, store.head())
+    try:
+        return score(store, **task, progress=progress)
+    finally:
+        close_backend(task["scorer"])
 
 
 def score_task(job: ScoreJob, store: Store, pin: Pin) -> dict[str, Any]:
-    """Who scores what, with the teacher loaded."""
-    model = teacher_of(job.teacher, pin, job.store.rollouts)
-    context = _context(job, store, model, pin) if job.score.role == "context" else None
-    ids = job.score.ids_file()
-    return {
-        "model": model,
-        "scorer": backend(model, job.run),
-        "teacher_name": job.teacher.name,
-        "rollouts_name": job.store.rollouts,
-        "request": job.score.request(job.run.seed),
-        "role": job.score.role,
-        "context": context,
-        "at": job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
-        "profile": job.store.profile,
-    }
+    """Who scores what, with the teacher loaded; its scorer is to be closed."""
+    model, scorer, notes = open_teacher(
+        job.teacher,
+        job.run,
+        template=rendered(pin, job.store.rollouts),
+        exact=job.score.exact,
+    )
+    try:
+        request, more = _asked_of(scorer, model, job)
+        if isinstance(scorer, SameTeacher):
+            scorer.check_name(pin, job.teacher.name)
+        context = _context(job, store, model, pin) if job.score.role == "context" else None
+        ids = job.score.ids_file()
+        return {
+            "model": model,
+            "scorer": scorer,
+            "teacher_name": job.teacher.name,
+            "rollouts_name": job.store.rollouts,
+            "request": request,
+            "role": job.score.role,
+            "context": context,
+            "at": job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
+            "profile": job.store.profile,
+            "notes": (*notes, *more),
+            "lineage_extra": scorer.lineage() if isinstance(scorer, SameTeacher) else {},
+        }
+    except BaseException:
+        close_backend(scorer)
+        raise
+
+
+def _asked_of(scorer: Any, model: ModelRef, job: ScoreJob) -> tuple[ScoreRequest, list[str]]:
+    """What this teacher is asked, and what a person should know of it."""
+    request = job.score.request(job.run.seed)
+    if "at_ids" in scorer.capabilities or not request.at_student:
+        return request, []
+    if job.score.at != "student":
+        raise ConfigError(
+            f"at = {job.score.at}, and {model.name} cannot be asked at chosen ids here",
+            remedy="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use the "
+            "backend hf",
+        )
+    return replace(request, at_student=False), [
+        f"{model.name} cannot be asked at chosen ids here, so its own best ids are all that is "
+        "kept: objectives on the student's ids will be refused"
+    ]
 
 
 def _context(job: ScoreJob, store: Store, model: ModelRef, pin: Pin) -> dict[str, Prompt]:

@@ -16,6 +16,14 @@ from logitcask.engine.held_out import HeldOutSet
 from logitcask.engine.learning import Eval, Train
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
+from logitcask.engine.served import (
+    SameTeacher,
+    check_declared,
+    check_tokenizer,
+    is_served,
+    served_ref,
+    urls_of,
+)
 from logitcask.engine.settings import TrainSettings
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.view import choose
@@ -131,13 +139,6 @@ def _read(
     )
 
 
-def teacher_of(teacher: Teacher, pin: Pin, rollouts: str) -> ModelRef:
-    """The teacher's reference; its template is judged in the way the rollouts were rendered."""
-    return identity.model_ref(
-        teacher.model, revision=teacher.revision, chat_template=rendered(pin, rollouts)
-    )
-
-
 def student_of(student: Student, pin: Pin, rollouts: str) -> ModelRef:
     """The reference of a student to be trained on these rollouts."""
     return identity.model_ref(
@@ -196,11 +197,60 @@ def train_settings(settings: Train, run: Run) -> TrainSettings:
     )
 
 
-def backend(model: ModelRef, run: Run) -> Any:
-    """The sampler and scorer that [run] names, with this model loaded."""
-    return open_backend(_embedded(run))(
-        model, device=run.device, dtype=run.dtype, batch_tokens=run.batch_tokens
+def backend(model: ModelRef, run: Run, *, exact: bool = True) -> Any:
+    """The sampler and scorer that [run] names, with this model loaded. exact: scores from all
+    logits, where the backend has a choice.
+    """
+    name = _embedded(run)
+    choice = {"exact": exact} if name == "vllm" else {}
+    return open_backend(name)(
+        model, device=run.device, dtype=run.dtype, batch_tokens=run.batch_tokens, **choice
     )
+
+
+def open_teacher(
+    teacher: Teacher, run: Run, *, template: bool, exact: bool
+) -> tuple[ModelRef, Any, tuple[str, ...]]:
+    """A teacher here or behind a URL: who it is, its scorer (to be closed), and notes on it.
+
+    template: prompts are rendered by the chat template. Raises IdentityError for a server that
+    serves another revision or reads text otherwise than the tokenizer that is given.
+    """
+    if not is_served(teacher.model):
+        model = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
+        return model, backend(model, run, exact=exact), ()
+    if run.backend not in ("auto", "server"):
+        raise ConfigError(
+            f"backend = {run.backend}, and the teacher is at a URL",
+            remedy="leave --backend out, or give a model folder or hub id",
+        )
+    open_backend("server")  # says which package is missing
+    from logitcask.engine.backends.server import Limits, Server, read_key
+
+    server = Server(
+        urls_of(teacher.model),
+        served=teacher.served,
+        key=read_key(teacher.api_key_file),
+        limits=Limits(wait_s=teacher.server_wait),
+    )
+    try:
+        check_declared(teacher.revision, server.facts.fingerprint)
+        model = served_ref(
+            server.facts.served,
+            server.facts.root,
+            tokenizer=teacher.tokenizer,
+            revision=teacher.revision,
+            chat_template=template,
+        )
+        server.n_vocab = model.n_vocab
+        notes = []
+        if not check_tokenizer(model, server.tokenize):
+            notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
+        same = SameTeacher(server, model.n_vocab, server.close)
+    except BaseException:
+        server.close()
+        raise
+    return model, same, tuple(notes)
 
 
 def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
@@ -211,4 +261,9 @@ def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
 
 
 def _embedded(run: Run) -> str:
+    if run.backend == "server":
+        raise ConfigError(
+            "backend = server, and the model is no URL",
+            remedy="give --model http://HOST:PORT, or use the backend hf",
+        )
     return "hf" if run.backend == "auto" else run.backend

@@ -66,6 +66,8 @@ def score(
     at: str | GivenIds | None = None,
     profile: str = "default",
     eos_rows: Literal["refuse", "keep"] = "refuse",
+    notes: tuple[str, ...] = (),
+    lineage_extra: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> ScoreReport:
     """Scores every rollout segment of `rollouts_name` that this teacher has not scored as asked.
@@ -76,7 +78,8 @@ def score(
     the response stays. at: also at the top ids of this other model's scores in the store, a later
     student's say, or at the ids that the student drew, for MC_IDS; those are stored in float32,
     whatever the profile; or at ids that a file gives. eos_rows: what to do with a stop token that
-    ends a response and that the teacher does not use.
+    ends a response and that the teacher does not use. notes: what is known of the teacher, for a
+    person; lineage_extra: more that each segment is to record.
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
     IncompleteError where there are no rollouts, no draws or no scores of `at`, ConfigError for a
     scorer that lacks a capability or a request that no row could meet, PromptError for a context
@@ -95,6 +98,8 @@ def score(
         at=at,
         profile=profile,
         eos_rows=eos_rows,
+        notes=notes,
+        lineage_extra=lineage_extra or {},
     )
     check_scorer(scorer, request)
     planned = plan_scores(asked, store.head())
@@ -127,7 +132,7 @@ def plan_scores(asked: Scoring, pin: Pin, *, growing: bool = False) -> ScorePlan
             f"{asked.store.url} holds no rollouts named {asked.rollouts_name!r}; it has: {known}",
             remedy="Run `logitcask rollout` first, or name the rollouts that are there.",
         )
-    notes: list[str] = []
+    notes = list(asked.notes)
     for segment in segments:
         notes += [n for n in check_identity(segment.lineage["student"], model) if n not in notes]
     notes += other_dtypes(pin, segments, name, asked.scorer)

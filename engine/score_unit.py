@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +46,10 @@ class Scoring:
     at: str | GivenIds | None
     profile: str
     eos_rows: Literal["refuse", "keep"]
+    notes: tuple[str, ...] = ()
+    """What is known of the teacher before it is asked, for a person."""
+    lineage_extra: Mapping[str, Any] = field(default_factory=dict)
+    """More that every segment records."""
 
     @property
     def label(self) -> str | None:
@@ -62,6 +66,7 @@ class Scoring:
             "rollouts": self.rollouts_name,
             "backend": self.scorer.describe(),
             "logprob": LOGPROB,
+            **self.lineage_extra,
         }
 
 

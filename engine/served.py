@@ -2,7 +2,7 @@
 
 A server has no weights to digest. Its teacher is what it says that it serves, the revision that is
 declared, and how it behaves: log-probs of a fixed probe, which are kept with the scores, and
-compared when scoring begins, after a lost connection, and every so many units.
+compared when scoring begins and after every unit.
 """
 
 import re
@@ -32,8 +32,6 @@ DECLARED = re.compile(r"(?:^|;)rev=([^;]*)")
 """Where an operator says the revision in a server's fingerprint (--fingerprint-mode custom)."""
 CONTROL_SEQUENCES = 8
 CONTROL_K = 16
-CHECK_UNITS = 16
-"""Units between two looks at whether a teacher is still the same."""
 PROBE_TEXT = "Ünïcode 你好 12345  two spaces\n\ttab <|im_start|>user a_b-c.d 0.5e-3"
 
 
@@ -123,28 +121,24 @@ def _at(ids: list[int], place: int) -> str:
 
 
 class SameTeacher:
-    """A scorer of a served teacher, which is asked for its behaviour again every CHECK_UNITS units
-    and after each lost connection, before what it said meanwhile is believed.
+    """A scorer of a served teacher, which is asked for its behaviour again after every unit, before
+    what it said is believed: one short sequence beside thousands.
     """
 
-    def __init__(self, scorer: Scorer, n_vocab: int, *, lost: Callable[[], int] = int) -> None:
-        """lost: how often connections were lost so far. Scores the probe three times."""
-        self._scorer, self._n_vocab, self._lost = scorer, n_vocab, lost
+    def __init__(self, scorer: Scorer, n_vocab: int, close: Callable[[], None]) -> None:
+        """close: ends the scorer. Scores the control and the probe."""
+        self._scorer, self._n_vocab, self.close = scorer, n_vocab, close
         self.capabilities = scorer.capabilities
         self.parity: Parity = control(
             scorer, probe_rollouts(n_vocab, CONTROL_SEQUENCES), probe_request(n_vocab, CONTROL_K)
         )
         self.tolerance = tolerance(self.parity.largest)
         self.behaviour: Behaviour = behaviour(scorer, n_vocab)
-        self._units, self._losses = 0, lost()
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         """Raises IdentityError, in place of scores, from a teacher that has changed."""
         scores = self._scorer.score(rollouts, request, at)
-        self._units += 1
-        if self._units % CHECK_UNITS == 0 or self._lost() != self._losses:
-            self._losses = self._lost()
-            self.check(self.behaviour, "this run")
+        self.check(self.behaviour, "this run")
         return scores
 
     def describe(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection
 
 from logitcask.engine import identity
+from logitcask.engine.backends.base import close_backend
 from logitcask.engine.config import RolloutJob, ScoreJob, StoreSection, Work
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.jobs import rollout_task, score_task
@@ -62,17 +63,19 @@ def watch_scores(
     def work(key: str, unit: ScoreUnit) -> int:
         return score_unit(asked, key, unit, lineage)
 
-    settings = _settings(job.work)
-    return follow(
-        store,
-        plan,
-        work,
-        settings=settings,
-        stage="score",
-        stop=stop,
-        progress=progress,
-        notice=notice,
-    )
+    try:
+        return follow(
+            store,
+            plan,
+            work,
+            settings=_settings(job.work),
+            stage="score",
+            stop=stop,
+            progress=progress,
+            notice=notice,
+        )
+    finally:
+        close_backend(asked.scorer)
 
 
 def watch_rollouts(
@@ -153,6 +156,8 @@ class _Students:
             if found is None:
                 return False
             # Two students need not fit side by side.
+            if self._asked is not None:
+                close_backend(self._asked.sampler)
             self._asked = None
             asked = self._load(found)
             whole = identity.weights_digest(path) == found.digest

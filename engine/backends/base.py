@@ -64,8 +64,9 @@ class Scorer(Protocol):
 BACKENDS = {
     "hf": "logitcask.engine.backends.hf:HF",
     "vllm": "logitcask.engine.backends.vllm:VLLM",
+    "server": "logitcask.engine.backends.server:Server",
 }
-"""Name -> module:class. A class takes (ModelRef, *, device, dtype, batch_tokens)."""
+"""Name -> module:class. A class takes (ModelRef, *, device, dtype, batch_tokens), a Server URLs."""
 
 
 def open_backend(name: str) -> Any:
@@ -78,4 +79,16 @@ def open_backend(name: str) -> Any:
             f"there is no backend {name!r}", remedy=f"Use one of: {', '.join(sorted(BACKENDS))}."
         )
     module, _, attribute = BACKENDS[name].partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the backend {name!r} needs the package {error.name}",
+            remedy=f'Install it: pip install -e ".[{name}]".',
+        ) from error
+
+
+def close_backend(backend: Any) -> None:
+    """Ends what a backend keeps open: engines, connections. The embedded one keeps nothing."""
+    if hasattr(backend, "close"):
+        backend.close()

@@ -36,7 +36,15 @@ USAGE = [
     Case("range", f"{ROLL} OUT --top-p 1.5", 2, "--top-p = 1.5", "Nucleus"),
     Case("name", f"{ROLL} OUT --rollouts Main", 2, "--rollouts = 'Main'", "Name of the set"),
     Case("too small", f"{ROLL} OUT --batch-tokens 0", 2, "--batch-tokens = 0", "Bounds memory"),
-    Case("backend", f"{ROLL} OUT --backend vllm", 2, "no backend 'vllm'", "hf"),
+    Case("backend", f"{ROLL} OUT --backend tgi", 2, "no backend 'tgi'", "hf, server, vllm"),
+    Case("backend of a folder", f"{ROLL} OUT --backend server", 2, "is no URL", "http://"),
+    Case(
+        "backend of a URL",
+        "score --model http://a:1 --teacher t --backend hf --store STORE",
+        2,
+        "teacher is at a URL",
+        "leave --backend out",
+    ),
     Case(
         "teacher's name",
         f"{SCORE} STORE --teacher ../x",

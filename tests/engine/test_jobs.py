@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from logitcask.engine.config import Student, Teacher
+from logitcask.engine.config import Run, Student, Teacher
 from logitcask.engine.identity import model_ref
-from logitcask.engine.named import student_of, teacher_of
+from logitcask.engine.named import open_teacher, rendered, student_of
 from tests.engine.cached import make_store, make_unit
 from tests.engine.tiny import save_folder
 
@@ -22,5 +22,8 @@ def test_rollouts_of_the_library_say_how_they_were_rendered(
     pin = make_store(tmp_path / "store", [unit], student=student).head()
     assert "chat_template" not in pin.rollouts("main")[0].lineage
     assert student_of(Student(model=folder), pin, "main") == student
-    teacher = teacher_of(Teacher(model=folder, name="big"), pin, "main")
+    teacher, _, notes = open_teacher(
+        Teacher(model=folder, name="big"), Run(), template=rendered(pin, "main"), exact=True
+    )
+    assert not notes
     assert teacher.template_digest == student.template_digest

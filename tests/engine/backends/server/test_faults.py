@@ -24,7 +24,6 @@ from logitcask.engine.errors import AnswerError, IdentityError, ServerError
 from logitcask.engine.types import Rollouts, ScoreRequest, Scores
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer, Fault, packed
-from tests.engine.tiny import N_VOCAB
 
 ASK = ScoreRequest(top_p=1.0, k_min=12, k_max=12)
 WIDE = ScoreRequest(top_p=1.0, k_min=64, k_max=64)

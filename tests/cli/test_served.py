@@ -1,0 +1,197 @@
+"""`logitcask score --model http://...`: scored, trained from, and the README's refusals, one test a
+row.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from logitcask.engine.store import open_store
+from tests.cli.conftest import KEPT, TRAIN, UNITS, Answer, World
+from tests.engine.backends.server.fake_server import FakeServer
+from tests.engine.backends.server.test_faults import WRONG
+from tests.engine.tiny import CHARACTERS, make_model, make_tokenizer
+
+Call = Callable[[str], Answer]
+SERVED = f"--tokenizer @teacher --teacher served {KEPT} --server-wait 1"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """As in @teacher."""
+    return make_model(seed=1)
+
+
+@pytest.fixture
+def fake(model: Any) -> Iterator[FakeServer]:
+    with FakeServer(model, tokenizer=make_tokenizer()) as server:
+        yield server
+
+
+def command(fake: FakeServer, store: str, more: str = "") -> str:
+    return f"score --model {fake.url} {SERVED} --store {store} {more}"
+
+
+def altered(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.copy_(change(weight))
+    return other
+
+
+def int8(weight: torch.Tensor) -> torch.Tensor:
+    scale = weight.abs().max() / 127
+    return (weight / scale).round() * scale
+
+
+def low_rank(weight: torch.Tensor) -> torch.Tensor:
+    """What an adapter of rank 1 does."""
+    if weight.dim() < 2:
+        return weight
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 1, generator=generator) for n in weight.shape)
+    return weight + 0.02 * a @ b.T
+
+
+def test_a_served_teacher_scores_and_a_student_learns_from_it(
+    call: Call, world: World, fake: FakeServer
+) -> None:
+    store = world.store(UNITS)
+    first = call(command(fake, store, "--format json"))
+    assert first.code == 0, first.err
+    assert first.json["units_new"] == UNITS
+    assert "nothing to do" in call(command(fake, store)).out
+    segments = open_store(world.at(store)).head().scores("served")
+    lineage = next(iter(segments.values()))[0].lineage
+    assert lineage["backend"]["name"] == "server"
+    assert len(lineage["behaviour"]["lp"]) == 16
+    for objective in ("overlap", "opd"):
+        out = world.new("run")
+        trained = call(f"{TRAIN} {store} --objective {objective} --out {out}")
+        assert trained.code == 0, trained.err
+        assert "entropy is an interval" in trained.err
+
+
+def test_a_key_from_the_environment_reaches_the_server_and_nothing_else(
+    call: Call, world: World, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, store = "sk-canary-77", world.store(UNITS)
+    with FakeServer(model, key=key, tokenizer=make_tokenizer()) as guarded:
+        refused = call(command(guarded, store))
+        refused.refused(1, "401: Unauthorized", "LOGITCASK_API_KEY")
+        monkeypatch.setenv("LOGITCASK_API_KEY", key)
+        done = call(command(guarded, store))
+        assert done.code == 0, done.err
+        assert key not in refused.err + done.err + done.out
+    for file in world.at(store).rglob("*"):
+        assert file.is_dir() or key.encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda w: w + 0.01 * torch.sign(w), int8, low_rank],
+    ids=["other weights", "quantised", "LoRA on"],
+)
+def test_a_name_is_refused_to_a_teacher_that_behaves_otherwise(
+    change: Callable[[torch.Tensor], torch.Tensor], call: Call, world: World, fake: FakeServer
+) -> None:
+    store = world.store(UNITS)
+    assert call(command(fake, store)).code == 0
+    fake.model = altered(fake.model, change)
+    call(command(fake, store)).refused(1, "not the one that began the scores", "--teacher name")
+
+
+def test_other_temperature_processing_is_refused(
+    call: Call, world: World, fake: FakeServer
+) -> None:
+    store = world.store(UNITS)
+    assert call(command(fake, store)).code == 0
+    fake.temperature = 1.1
+    call(command(fake, store)).refused(1, "not the one that began the scores", "temperature")
+
+
+def test_an_adapter_is_only_scored_with_by_its_name(
+    call: Call, world: World, fake: FakeServer
+) -> None:
+    fake.parent = "org/teacher"
+    store = world.store(UNITS)
+    call(command(fake, store)).refused(1, "serves 0 models", "--served")
+    assert call(command(fake, store, "--served teacher")).code == 0
+
+
+def test_another_revision_is_refused(call: Call, world: World, fake: FakeServer) -> None:
+    fake.fingerprint = "rev=abc;tok=1"
+    store = world.store(UNITS)
+    wrong = call(command(fake, store, "--revision abe"))
+    wrong.refused(1, "declares revision 'abc', and 'abe' was asked for", "--revision")
+    assert call(command(fake, store, "--revision abc")).code == 0
+    fake.fingerprint = "rev=abe;tok=1"
+    other = call(command(fake, store, "--revision abe"))
+    other.refused(1, "stands for teacher.weights", "another name")
+
+
+def test_another_tokenizer_map_is_refused(call: Call, world: World, fake: FakeServer) -> None:
+    fake.tokenizer = make_tokenizer(characters=CHARACTERS[::-1])
+    store = world.store(UNITS)
+    call(command(fake, store)).refused(1, "reads a text as other ids", "--tokenizer")
+    both = command(fake, store).replace("@teacher", "@other-tokenizer")
+    call(both).refused(1, "the student's tokenizer is", "student's tokenizer")
+
+
+def test_another_template_is_a_note(call: Call, world: World, fake: FakeServer) -> None:
+    """The rendered ids are what counts: the teacher is shown those."""
+    store = world.new("templated")
+    roll = f"rollout --model @student --prompts @p.jsonl --chat-template --n 1 {SMALL} --store"
+    assert call(f"{roll} {store}").code == 0
+    done = call(command(fake, store).replace("@teacher", "@other-template"))
+    assert done.code == 0, done.err
+    assert "renders prompts differently" in done.err
+
+
+SMALL = "--max-new-tokens 3 --student-k 4 --unit-prompts 4 --device cpu"
+
+
+def test_shifted_rows_are_refused(call: Call, world: World, fake: FakeServer) -> None:
+    store = world.store(UNITS)
+    assert call(command(fake, store, "--k-max 9")).code == 0
+    fake.faults = [WRONG["shifted"]] * 1000
+    call(command(fake, world.store(UNITS))).refused(1, "without the token", "doctor teacher")
+
+
+def test_text_that_was_tokenised_again_is_refused(
+    call: Call, world: World, fake: FakeServer
+) -> None:
+    fake.faults = [WRONG["shorter"]] * 1000
+    call(command(fake, world.store(UNITS))).refused(1, "tokens were sent", "doctor teacher")
+
+
+def test_a_context_that_is_too_short_is_refused(call: Call, world: World, fake: FakeServer) -> None:
+    fake.max_model_len = 10
+    long = call(command(fake, world.store(UNITS)))
+    long.refused(1, "the server scores at most 9", "--max-model-len")
+
+
+def test_too_few_log_probs_are_refused(call: Call, world: World, fake: FakeServer) -> None:
+    fake.max_logprobs = 16
+    few = call(command(fake, world.store(UNITS), "--k-max 20"))
+    few.refused(2, "k_max = 20 is more than the server allows", "--max-logprobs 20")
+
+
+def test_too_old_a_server_gives_its_own_best_ids_and_says_what_that_costs(
+    call: Call, world: World, fake: FakeServer
+) -> None:
+    fake.generate = False
+    store = world.store(UNITS)
+    done = call(command(fake, store))
+    assert done.code == 0, done.err
+    assert "objectives on the student's ids will be refused" in done.err
+    opd = call(f"{TRAIN} {store} --objective opd --out {world.new('run')}")
+    assert opd.code == 1
+    assert "was not asked at the student's ids" in opd.err
+    assert call(f"{TRAIN} {store} --objective overlap --out {world.new('run')}").code == 0
+    mc = call(command(fake, store, "--at mc"))
+    mc.refused(2, "at = mc, and teacher cannot be asked at chosen ids here", "--enable-scale-out")
