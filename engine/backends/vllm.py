@@ -98,15 +98,15 @@ class VLLM:
         return told | {"at_ids"} if self.at_ids else told
 
     def describe(self) -> dict[str, str]:
-        import vllm
-
+        """As of a Sampler; opens the engine that scores, whose runner it names."""
+        engine = self.engine("hidden" if self.exact else "score")
         return {
             "name": "vllm",
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
-            "vllm": str(vllm.__version__),
+            "vllm": engine.version,
             "torch": str(torch.__version__),
-            "runner": ", ".join(sorted({e.runner for e in self.engines.values()})) or "not open",
+            "runner": engine.runner,
             "scoring": "hidden states" if self.exact else "told log-probs",
         }
 

@@ -11,6 +11,7 @@ it is in this one, and the first that is closed takes torch's process groups fro
 import logging
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.answers import wrong
-from logitcask.engine.errors import ModelError
+from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.types import Array
 
 Purpose = Literal["sample", "score", "hidden"]
@@ -39,7 +40,15 @@ class Engine:
     def __init__(
         self, path: Path, purpose: Purpose, *, dtype: torch.dtype, on_cpu: bool, memory: float
     ) -> None:
-        """memory: share of a GPU that it may fill. Raises ModelError where it cannot start."""
+        """memory: share of a GPU that it may fill.
+
+        Raises ConfigError where there is no vLLM, ModelError where it cannot start.
+        """
+        if find_spec("vllm") is None:
+            raise ConfigError(
+                "the backend vllm needs the package vllm",
+                remedy="pip install 'logitcask[vllm]', in an environment of its own.",
+            )
         # vLLM logs to standard output, where our callers' answers go.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         import vllm

@@ -1,0 +1,52 @@
+"""The vllm backend where there is no vLLM: it has a name, says what it lacks, imports nothing."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from logitcask.engine.backends.base import open_backend
+from logitcask.engine.backends.vllm import check_law, inside, rectangle
+from logitcask.engine.backends.vllm_hidden import read_head
+from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.identity import model_ref
+from logitcask.engine.types import IdLists, Prompt, SamplingParams
+from tests.engine.tiny import make_model, save_folder
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is here")
+def test_without_vllm_its_name_is_known_and_its_use_is_refused(tmp_path: Path) -> None:
+    backend = open_backend("vllm")(model_ref(str(save_folder(tmp_path)), chat_template=True))
+    prompt = Prompt(id="0", token_ids=(3,))
+    with pytest.raises(ConfigError, match="needs the package vllm"):
+        backend.generate([prompt], SamplingParams(max_new_tokens=2), seed=0, version=0)
+    assert "vllm" not in sys.modules
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_head_of_a_folder_is_the_models(tmp_path: Path, tie: bool) -> None:
+    model = make_model(tie=tie)
+    weight, bias = read_head(save_folder(tmp_path, model))
+    assert torch.equal(weight, model.lm_head.weight)
+    assert bias is None
+    (tmp_path / "model.safetensors").rename(tmp_path / "lost")
+    with pytest.raises(ModelError):
+        read_head(tmp_path)
+
+
+def test_rows_of_other_lengths_make_a_rectangle_and_come_back() -> None:
+    lists = IdLists(cnt=np.array([2, 0, 3], np.uint16), ids=np.array([7, 5, 1, 2, 3], np.uint32))
+    assert rectangle(lists).tolist() == [[7, 5, -1], [-1, -1, -1], [1, 2, 3]]
+    assert rectangle(lists)[inside(lists)].tolist() == lists.ids.tolist()
+
+
+def test_laws_that_vllm_would_change_are_refused() -> None:
+    for law in ({}, {"min_p": 0.1}, {"top_p": 0.5}, {"temperature": 0.0}, {"temperature": 0.01}):
+        check_law(SamplingParams(**law))
+    with pytest.raises(ConfigError, match="vLLM takes min-p first"):
+        check_law(SamplingParams(min_p=0.1, top_p=0.9))
+    with pytest.raises(ConfigError, match="at 0.01 or more"):
+        check_law(SamplingParams(temperature=0.009))
