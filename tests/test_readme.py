@@ -81,7 +81,7 @@ def test_store_commands(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    before, *lines = commands(r"store|train(?=.* --pin)")
+    before, *lines = commands(r"store(?! retry)|train(?=.* --pin)")
     typed(before, "--max-new-tokens", "8")
     assert "missed" in capsys.readouterr().out
     assert len(lines) == 12
@@ -98,6 +98,20 @@ def test_what_a_teacher_can_be_asked_for(place: Path, monkeypatch: pytest.Monkey
     typed(rolling, "--max-new-tokens", "8")
     for line in scoring:
         typed(line)
+
+
+def test_watching_workers(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    rolling, scoring, retry = commands(r"(?:rollout|score)(?=.* --watch)|store retry-failed")
+    typed(rolling, "--max-new-tokens", "8", "--idle-exit", "0.01")
+    typed(scoring, "--idle-exit", "0.01")
+    typed(retry)
+    capsys.readouterr()
+    typed("logitcask store info ./watched --format json")
+    told = json.loads(capsys.readouterr().out)
+    assert (told["unscored_segments"], told["failed_units"]) == (0, 0)
 
 
 def test_examined_students(
