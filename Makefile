@@ -53,8 +53,9 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(MOVED) | diff $(VLLM)/before -
 	touch $@
 
-test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest tests/vllm
+# Scores and training of the whole way run in the environment of `make dev`.
+test-vllm: dev $(VLLM)/.installed
+	OMP_NUM_THREADS=1 LOGITCASK=$(abspath $(BIN))/logitcask $(VLLM)/bin/pytest tests/vllm
 
 # The long counts of the store's tests: an hour, and for one of them the right to mount a disk.
 soak: dev

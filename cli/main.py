@@ -20,6 +20,7 @@ VERBS = (
     "objectives",
     "store",
     "probe",
+    "doctor",
     "demo",
     "bench",
 )

@@ -78,7 +78,7 @@ ENGINE_LAYERS = [
     ["evaluate"],
     ["course"],
     ["train"],
-    ["named"],
+    ["named", "doctor"],
     ["jobs"],
     ["rounds", "ablate", "watch"],
     ["distill"],
@@ -132,7 +132,16 @@ HEAVY = (
 )
 VERBS = [
     *("", "rollout", "score", "train", "distill", "ablate", "objectives", "store", "probe"),
-    *("demo", "bench", "probe metrics", "store verify", "store gc", "store estimate"),
+    *(
+        "demo",
+        "bench",
+        "doctor",
+        "doctor teacher",
+        "probe metrics",
+        "store verify",
+        "store gc",
+        "store estimate",
+    ),
     "bench kernels",
 ]
 

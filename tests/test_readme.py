@@ -15,6 +15,7 @@ from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import PRESETS
 from logitcask.engine.objectives.modifiers import MODIFIERS
 from tests.engine import tiny
+from tests.engine.backends.server.fake_server import FakeServer
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 STANDS_FOR = {"Qwen/Qwen3-1.7B": "student", "Qwen/Qwen3-4B": "teacher"}
@@ -98,6 +99,16 @@ def test_what_a_teacher_can_be_asked_for(place: Path, monkeypatch: pytest.Monkey
     typed(rolling, "--max-new-tokens", "8")
     for line in scoring:
         typed(line)
+
+
+def test_a_served_teacher(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    lines = commands(r"doctor|score(?=.* http)")
+    assert len(lines) == 2
+    model, tokenizer = padded_model(2), tiny.make_tokenizer(chat_template=True)
+    with FakeServer(model, tokenizer=tokenizer, max_model_len=1024) as server:
+        for line in lines:
+            typed(line.replace("http://127.0.0.1:8000", server.url))
 
 
 def test_watching_workers(

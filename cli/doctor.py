@@ -1,0 +1,81 @@
+"""`logitcask doctor`: what works, and how to mend what does not."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import format_option
+from logitcask.cli.output import print_result, visible
+from logitcask.engine.errors import IdentityError
+
+
+@click.group("doctor")
+def doctor_command() -> None:
+    """Examine what a run depends on.
+
+    Example: logitcask doctor teacher http://127.0.0.1:8000
+    """
+
+
+@doctor_command.command("teacher")
+@click.argument("url")
+@click.option("--served", default="", help="The server's name for the teacher, if it has several.")
+@click.option(
+    "--tokenizer",
+    default="",
+    help="Folder or hub id with the teacher's tokenizer and config.json; default: what the server "
+    "says that it serves.",
+)
+@click.option("--revision", default="", help="The revision that it should declare, if any.")
+@click.option(
+    "--against",
+    default="",
+    help="Model folder or hub id whose weights it is said to serve: they are loaded here, and the "
+    "log-probs compared.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Compute type of --against.",
+)
+@click.option(
+    "--k-max",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Log-probs a position that scoring will ask for.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    help="File with the API key; default: the environment's LOGITCASK_API_KEY.",
+)
+@format_option
+def teacher_command(url: str, form: str, **asked: Any) -> None:
+    """Ask a server all that scoring depends on, and say which of its flags to change.
+
+    Exit 1 where a check found a fault: nothing should be scored then.
+
+    Example: logitcask doctor teacher http://127.0.0.1:8000
+    """
+    from logitcask.engine.doctor import Examination, examine
+
+    found = []
+    for each in examine(Examination(url=url, **asked)):
+        found.append(each)
+        if form == "text":
+            click.echo(f"{each.state:<5}  {each.check:<10}  {visible(each.said)}")
+            if each.remedy:
+                click.echo(f"{'':<19}try: {visible(each.remedy)}")
+    if form == "json":
+        print_result({"checks": [asdict(each) for each in found]}, form)
+    faults = [each for each in found if each.state == "fault"]
+    if faults:
+        raise IdentityError(
+            f"{len(faults)} of {len(found)} checks found a fault, the first: {faults[0].check}",
+            remedy=faults[0].remedy,
+        )

@@ -1,0 +1,59 @@
+"""`logitcask doctor teacher`: a sound server passes, and each fault is named with its way out."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.cli.conftest import Answer, World
+from tests.engine.backends.server.fake_server import FakeServer
+from tests.engine.tiny import make_model, make_tokenizer
+
+Call = Callable[[str], Answer]
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with FakeServer(make_model(seed=1), tokenizer=make_tokenizer()) as server:
+        yield server
+
+
+def states(answer: Answer) -> dict[str, str]:
+    return {each["check"]: each["state"] for each in answer.json["checks"]}
+
+
+def test_a_sound_server_passes_every_check(call: Call, world: World, fake: FakeServer) -> None:
+    done = call(f"doctor teacher {fake.url} --against @teacher --format json")
+    assert done.code == 0, done.err
+    checks = ["server", "model", "context", "chosen ids", "tokenizer", "log-probs", "repeats"]
+    assert states(done) == dict.fromkeys([*checks, "parity"], "ok")
+    text = call(f"doctor teacher {fake.url} --tokenizer @teacher")
+    assert text.code == 0
+    assert "vLLM 0.32.0" in text.out
+    assert text.err == ""
+
+
+def test_each_fault_is_named(call: Call, world: World, fake: FakeServer) -> None:
+    def faults(more: str = "") -> tuple[Answer, list[str]]:
+        done = call(f"doctor teacher {fake.url} --against @teacher --format json {more}")
+        return done, [name for name, state in states(done).items() if state == "fault"]
+
+    fake.model = make_model(seed=2)
+    assert faults()[1] == ["parity"]
+    fake.max_logprobs = 20
+    done, found = faults()
+    assert found == ["log-probs", "parity"]
+    assert done.code == 1
+    assert "2 of 8 checks found a fault, the first: log-probs" in done.err
+    assert "--max-logprobs 64" in done.err
+    assert faults("--k-max 20")[1] == ["parity"]
+    fake.fingerprint = "rev=b"
+    assert faults("--revision a")[1] == ["identity"]
+    fake.at_ids, fake.tokenizer = False, None
+    noted = states(call(f"doctor teacher {fake.url} --tokenizer @teacher --format json --k-max 9"))
+    assert noted["chosen ids"] == noted["tokenizer"] == "note"
+
+
+def test_a_server_that_is_not_there_is_one_fault(call: Call) -> None:
+    done = call("doctor teacher http://127.0.0.1:9 --format json")
+    assert states(done) == {"server": "fault"}
+    assert "does not answer" in done.json["checks"][0]["said"]
