@@ -143,7 +143,9 @@ class Link:
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             self.losses += 1
-            raise Transient(f"{type(error).__name__}: {error}", lost=True) from error
+            # What is no HTTP is quoted in it, the key too where a server repeats what it was sent.
+            said = self._redacted(f"{type(error).__name__}: {error}")
+            raise Transient(said, lost=True) from None
         finally:
             self.in_flight -= 1
 
@@ -156,9 +158,13 @@ class Link:
             )
         return self._session
 
+    def _redacted(self, said: str) -> str:
+        """One line, without the key, of which a part could be left if the line were cut first."""
+        line = " ".join(said.split())
+        return (line.replace(self._key, "(key)") if self._key else line)[:MOST_MESSAGE]
+
     def _refused(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> NoReturn:
-        said = message(data, self._key)
-        what = f"{self.url}{path} answers {response.status}: {said}"
+        what = f"{self.url}{path} answers {response.status}: {self._redacted(message(data))}"
         if response.status in TRANSIENT:
             raise Transient(
                 what,
@@ -195,9 +201,8 @@ async def bounded(response: aiohttp.ClientResponse, most: int) -> bytes:
     return b"".join(parts)
 
 
-def message(data: bytes, secret: str | None = None) -> str:
-    """What an error's body says: vLLM's object, a plain string in its place, or any text; without
-    the secret, some of which could be left if the text were cut first."""
+def message(data: bytes) -> str:
+    """What an error's body says: vLLM's object, a plain string in its place, or any text."""
     text = data.decode("utf-8", "replace")
     try:
         said = json.loads(text)
@@ -207,8 +212,7 @@ def message(data: bytes, secret: str | None = None) -> str:
         said = said.get("error", said.get("message", said.get("detail", said)))
     if isinstance(said, dict):
         said = said.get("message", said)
-    text = " ".join(str(said).split())
-    return (text.replace(secret, "(key)") if secret else text)[:MOST_MESSAGE]
+    return str(said)
 
 
 def seconds(text: str) -> float:
