@@ -22,6 +22,8 @@ from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Score
 
 RESOLVED = 1e-6
 """Mass: what float32 log-probs leave open in 1 - sum of their masses."""
+PADDING = 1e-6
+"""Mass of a row: more at ids of a padded head, and log-probs are of another law than they say."""
 ROUNDING = 1e-3
 """Of a mass, and nats of a log-prob above 0: what an engine's own arithmetic may be off by."""
 AGREE = 1e-3
@@ -79,9 +81,15 @@ class AnswerSheet:
         rows, asked = self.rows(sequence), self.asked(sequence)
         tokens = self.tokens[rows]
         check_answer(answer, tokens, asked, k=self.request.k_max, n_vocab=self.n_vocab)
-        # Ids of a padded head are nobody's: their mass, where it is resolved, is in the tail.
+        # Ids of a padded head are nobody's, and next to impossible to a model that was trained.
         lp, own = np.minimum(answer.lp, 0.0), answer.ids < self.n_vocab
         ids, top_lp = best_first(answer.ids, np.minimum(answer.top_lp, 0.0), own)
+        beyond = float(np.exp(answer.top_lp, dtype=np.float64)[~own].sum()) if len(own) else 0.0
+        if beyond > PADDING * max(len(own), 1):
+            wrong(
+                f"ids that no tokenizer has (from {self.n_vocab} on) with the mass "
+                f"{beyond / len(own):.2g} a row, so its log-probs are not of the {self.n_vocab}"
+            )
         width = min(ids.shape[1], self.request.k_max)
         valid = np.arange(ids.shape[1]) < own.sum(1)[:, None]
         mass = np.where(valid, np.exp(top_lp, dtype=np.float64), 0.0)

@@ -77,8 +77,11 @@ def probe_request(n_vocab: int, k: int = PROBE_K) -> ScoreRequest:
 def behaviour(scorer: Scorer, n_vocab: int) -> Behaviour:
     """How a scorer behaves on the probe; one short sequence."""
     scores = scorer.score(probe_rollouts(n_vocab), probe_request(n_vocab))
-    shape = (PROBE_ROWS, -1)
-    return Behaviour(ids=scores.ids.reshape(shape), lp=scores.entry_lp.reshape(shape))
+    # Where ids of a padded head were among the best, a row has fewer.
+    ids, valid = ragged.matrix(scores.ids, scores.cnt, 0)
+    lp, _ = ragged.matrix(scores.entry_lp, scores.cnt, -np.inf)
+    last = np.where(valid, lp, np.inf).min(1, keepdims=True)
+    return Behaviour(ids=np.where(valid, ids.astype(np.int64), -1), lp=np.where(valid, lp, last))
 
 
 def distance(a: Behaviour, b: Behaviour) -> float:

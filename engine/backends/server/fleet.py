@@ -56,6 +56,7 @@ class Fleet:
             async with self.budget.take(tokens, size):
                 link = await self._pick(avoid)
                 avoid, asked_s = link, time.monotonic()
+                link.in_flight += 1  # from here on: the next one picks before this one posts
                 try:
                     # Made only now: a unit's questions together would be larger than any cap.
                     body = await asyncio.to_thread(_encoded, question, path, served)
@@ -75,6 +76,8 @@ class Fleet:
                 else:
                     self.budget.faster()
                     return
+                finally:
+                    link.in_flight -= 1
             faults += not last.busy
             busy_s = None if not last.busy else asked_s if busy_s is None else busy_s
             if faults >= self.limits.attempts:

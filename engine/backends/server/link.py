@@ -69,6 +69,7 @@ class Link:
         self._key, self._limits = key, limits
         self._session: aiohttp.ClientSession | None = None
         self.in_flight = 0
+        """Questions that the fleet has for it."""
         self.up = True
         self.losses = 0
         """How often a connection to it was lost."""
@@ -115,7 +116,6 @@ class Link:
         timeout = aiohttp.ClientTimeout(
             total=read_s, sock_connect=self._limits.connect_s, connect=self._limits.connect_s
         )
-        self.in_flight += 1
         try:
             async with self._open().request(
                 method,
@@ -146,8 +146,6 @@ class Link:
             # What is no HTTP is quoted in it, the key too where a server repeats what it was sent.
             said = self._redacted(f"{type(error).__name__}: {error}")
             raise Transient(said, lost=True) from None
-        finally:
-            self.in_flight -= 1
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -236,7 +236,7 @@ class Server:
             return future.result()
         except BaseExceptionGroup as group:
             raise first_of(group) from None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             # Cancelled requests close their sockets, and the server drops what nobody waits for.
             future.cancel()
             raise

@@ -67,8 +67,7 @@ def laws(draw: st.DrawFn) -> Made:
     if draw(st.booleans()):
         logits[rng.random(logits.shape) < draw(st.sampled_from([0.2, 0.9]))] = -np.inf
         logits[np.arange(rows), rng.integers(0, vocab, rows)] = 0.0
-    if draw(st.booleans()):  # a head whose padding is next to impossible, as trained ones are
-        logits[:, vocab:] = -200.0
+    logits[:, vocab:] = -200.0  # padding is next to impossible, as in heads that were trained
     with np.errstate(divide="ignore"):
         shifted = logits - logits.max(1, initial=-np.inf, keepdims=True)
         log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -225,18 +224,21 @@ def test_an_unknown_mass_below_rounding_is_bounded_by_what_the_rest_can_hold() -
     assert found.entropy.tolist() == found.entropy_hi.tolist()
 
 
-def test_the_mass_of_a_padded_head_is_in_the_tail() -> None:
-    log_p = np.log(np.asarray([[0.5, 0.2, 0.1, 0.2]]))
-    made = Made(
-        log_p=log_p,
-        rollouts=rollouts_of(np.zeros(1, np.int64), [1]),
-        at=None,
-        request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
-        n_vocab=3,
-    )
-    found = made.scores()
-    assert found.ids.tolist() == [0, 1, 2]
-    assert found.log_tail.tolist() == pytest.approx([math.log(0.2)], rel=1e-6)
+def test_a_padded_head_with_mass_of_its_own_is_refused() -> None:
+    def made(padding: float) -> Made:
+        with np.errstate(divide="ignore"):
+            log_p = np.log(np.asarray([[0.6, 0.3, 0.1 - padding, padding]]))
+        return Made(
+            log_p=log_p,
+            rollouts=rollouts_of(np.zeros(1, np.int64), [1]),
+            at=None,
+            request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+            n_vocab=3,
+        )
+
+    assert made(1e-7).scores().ids.tolist() == [0, 1, 2]
+    with pytest.raises(AnswerError, match="ids that no tokenizer has .* mass 0.0001 a row"):
+        made(1e-4).scores()
 
 
 # What is refused.

@@ -63,7 +63,7 @@ class FakeServer:
         self.seen = Seen()
         self.port = port
         self._lock = threading.Lock()
-        self._transports: set[asyncio.Transport] = set()
+        self._transports: set[asyncio.BaseTransport] = set()
 
     @property
     def url(self) -> str:
@@ -78,6 +78,12 @@ class FakeServer:
             self._loop.run_until_complete(self._start())
             started.set()
             self._loop.run_forever()
+            # Connections whose client went away while they were accepted are tasks yet.
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(asyncio.sleep(0.02))
 
         self._thread = threading.Thread(target=serve, daemon=True)
         self._thread.start()
@@ -105,6 +111,11 @@ class FakeServer:
         self.port = self._runner.addresses[0][1]
 
     async def _stop(self) -> None:
+        await asyncio.sleep(0.02)  # what was just accepted gets its transport
+        assert self._runner.server is not None
+        for connection in self._runner.server.connections:
+            if connection.transport is not None:
+                self._transports.add(connection.transport)
         await self._runner.cleanup()
         for transport in self._transports:
             transport.abort()

@@ -200,7 +200,7 @@ async def _none(server: FakeServer, request: web.Request, said: Said) -> None:
 def test_a_fault_that_stays_is_a_refusal_with_its_reason(
     kind: str, fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
-    server = connect(fake, limits=replace(HARMLESS, attempts=3))
+    server = connect(fake, limits=replace(HARMLESS, attempts=3, wait_s=0.1))
     fake.faults = [TRANSIENT[kind]] * 1000
     with pytest.raises((ServerError, AnswerError)) as caught:
         server.score(rolled, WIDE)
