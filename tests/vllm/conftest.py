@@ -1,8 +1,4 @@
-"""vLLM on a CPU, in an environment of its own (`make test-vllm`): what it needs there, and models.
-
-The server's process is told to run vLLM's GPU kernels in Triton's interpreter, so that the second
-runner, the only one that answers at ids of every row's own, works without a GPU: right, and slow.
-"""
+"""vLLM on a CPU, in an environment of its own (`make test-vllm`): models, engines, a server."""
 
 import os
 import socket
@@ -16,16 +12,10 @@ from pathlib import Path
 
 import pytest
 
-# Before vllm is imported. The engine in this process starts in 2 s and not in 25; without a
-# compiler there is nothing to compile; a GiB is all the cache that a tiny model can fill.
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "TORCHDYNAMO_DISABLE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+from tests.vllm.shim import VLLM_ON_CPU, with_shim
+
+# Before vllm is imported. The engine in this process starts in 2 s and not in 25.
+os.environ |= {**VLLM_ON_CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.vllm import VLLM
@@ -35,41 +25,6 @@ from tests.engine.tiny import make_model, save_folder
 
 START = 180
 """Seconds that a server may take: 26 to 59 were seen."""
-
-SHIM = '''
-import importlib.util, os, sys
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-
-    class Finder:
-        """Adds a backend "cpu" to Triton's, which vLLM looks for before it uses Triton."""
-
-        def find_spec(self, name, path=None, target=None):
-            if name != "triton.backends":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            run = spec.loader.exec_module
-
-            def exec_module(module):
-                run(module)
-                driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
-                module.backends["cpu"] = type("Cpu", (), {"driver": driver, "compiler": None})
-
-            spec.loader.exec_module = exec_module
-            return spec
-
-    sys.meta_path.insert(0, Finder())
-'''
-
-
-def with_shim(folder: Path) -> dict[str, str]:
-    """An environment whose Python processes have the second runner."""
-    (folder / "sitecustomize.py").write_text(SHIM)
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"} | {
-        "PYTHONPATH": path
-    }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

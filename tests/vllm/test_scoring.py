@@ -17,7 +17,7 @@ from logitcask.engine.backends.vllm import VLLM
 from logitcask.engine.errors import AnswerError, ConfigError, IdentityError, ModelError
 from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
 from tests.engine.tiny import N_VOCAB, make_model, save_folder
-from tests.vllm.conftest import with_shim
+from tests.vllm.shim import with_shim
 from tests.vllm.scored import ASK, TOP, rolled, teacher
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -70,6 +70,8 @@ class Link:
         self._session: aiohttp.ClientSession | None = None
         self.in_flight = 0
         """Questions that the fleet has for it."""
+        self.received = 0
+        """Bytes of answers."""
         self.up = True
         self.losses = 0
         """How often a connection to it was lost."""
@@ -126,6 +128,7 @@ class Link:
                 allow_redirects=False,
             ) as response:
                 data = await bounded(response, most if response.status == 200 else ERROR_BYTES)
+                self.received += len(data)
                 if response.status != 200:
                     self._refused(response, path, data)
                 return data

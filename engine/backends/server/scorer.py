@@ -122,6 +122,11 @@ class Server:
         return self._fleet.losses
 
     @property
+    def received(self) -> int:
+        """Bytes of all answers so far."""
+        return sum(link.received for link in self._fleet.links)
+
+    @property
     def most_in_flight(self) -> tuple[int, int]:
         """(requests, bytes expected), the most that there were at once."""
         return self._fleet.budget.most_requests, self._fleet.budget.most_bytes
