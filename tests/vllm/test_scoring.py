@@ -17,8 +17,8 @@ from logitcask.engine.backends.vllm import VLLM
 from logitcask.engine.errors import AnswerError, ConfigError, IdentityError, ModelError
 from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
 from tests.engine.tiny import N_VOCAB, make_model, save_folder
-from tests.vllm.shim import with_shim
 from tests.vllm.scored import ASK, TOP, rolled, teacher
+from tests.vllm.shim import with_shim
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHORT = SamplingParams(n=1, max_new_tokens=1)
