@@ -89,7 +89,8 @@ def resolve_model(name: str, revision: str = "", *, weights: bool = True) -> Pat
     if not HUB_ID.fullmatch(name):
         raise ModelError(
             f"there is no folder {name}, and it is not a hub id",
-            remedy="Give a folder made by save_pretrained, or a hub id such as Qwen/Qwen3-0.6B.",
+            remedy="Give a folder made by save_pretrained, or a hub id such as Qwen/Qwen3-0.6B; "
+            "only `logitcask score` takes a teacher at a URL.",
         )
     import huggingface_hub
 

@@ -254,8 +254,10 @@ def open_teacher(
 
 
 def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
-    """The same over a student in training: it samples with the weights of the moment."""
-    return open_backend(_embedded(run))(
+    """The same over a student in training: it samples with the weights of the moment, and so in
+    transformers, where they are.
+    """
+    return open_backend("hf")(
         model, dtype=run.dtype, batch_tokens=run.batch_tokens, network=inner_model(student)
     )
 

@@ -6,9 +6,9 @@ import pytest
 
 from logitcask.engine.config import Run, Student, Teacher
 from logitcask.engine.identity import model_ref
-from logitcask.engine.named import open_teacher, rendered, student_of
+from logitcask.engine.named import live_backend, open_teacher, rendered, student_of
 from tests.engine.cached import make_store, make_unit
-from tests.engine.tiny import save_folder
+from tests.engine.tiny import make_model, save_folder
 
 
 @pytest.mark.parametrize("chat_template", [False, True])
@@ -27,3 +27,10 @@ def test_rollouts_of_the_library_say_how_they_were_rendered(
     )
     assert not notes
     assert teacher.template_digest == student.template_digest
+
+
+def test_a_student_in_training_samples_where_its_weights_are(tmp_path: Path) -> None:
+    """Whatever backend a teacher has: another engine would hold a copy of old weights."""
+    ref = model_ref(str(save_folder(tmp_path)), chat_template=False)
+    network = make_model()
+    assert live_backend(network, ref, Run(backend="vllm")).model is network
