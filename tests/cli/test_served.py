@@ -3,6 +3,8 @@ row.
 """
 
 import copy
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,6 +76,41 @@ def test_a_served_teacher_scores_and_a_student_learns_from_it(
         trained = call(f"{TRAIN} {store} --objective {objective} --out {out}")
         assert trained.code == 0, trained.err
         assert "entropy is an interval" in trained.err
+
+
+class Restart(threading.Thread):
+    """Ends a server in the middle of its work and starts it again, on the same port."""
+
+    def __init__(self, first: FakeServer) -> None:
+        super().__init__()
+        self.first = first
+        self.second = FakeServer(first.model, tokenizer=first.tokenizer, port=first.port)
+
+    def run(self) -> None:
+        while not any(len(body.get("token_ids", ())) > 3 for body in self.first.seen.bodies[12:]):
+            time.sleep(0.01)
+        self.first.__exit__()
+        time.sleep(0.3)
+        self.second.__enter__()
+
+
+def test_a_watching_teacher_goes_on_when_its_server_comes_back(
+    call: Call, world: World, model: Any
+) -> None:
+    store = world.store(UNITS)
+    restart = Restart(FakeServer(model, tokenizer=make_tokenizer()).__enter__())
+    restart.second.port = restart.first.port
+    restart.first.delay_s = 0.1
+    restart.start()
+    watch = "--watch --idle-exit 0.5 --poll 0.1 --format json --server-wait 30"
+    done = call(command(restart.first, store, watch))
+    restart.join()
+    restart.second.__exit__()
+    assert done.code == 0, done.err
+    assert (done.json["units"], done.json["failed"]) == (UNITS, 0)
+    assert restart.second.seen.requests
+    verify = call(f"store verify {store} --deep")
+    assert verify.code == 0, verify.err
 
 
 def test_a_key_from_the_environment_reaches_the_server_and_nothing_else(
