@@ -209,7 +209,7 @@ def test_text_that_was_tokenised_again_is_refused(
 def test_a_context_that_is_too_short_is_refused(call: Call, world: World, fake: FakeServer) -> None:
     fake.max_model_len = 10
     long = call(command(fake, world.store(UNITS)))
-    long.refused(1, "the server scores at most 9", "--max-model-len")
+    long.refused(1, "the scorer's context: 9", "--max-model-len")
 
 
 def test_too_few_log_probs_are_refused(call: Call, world: World, fake: FakeServer) -> None:

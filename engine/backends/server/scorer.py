@@ -7,9 +7,8 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from logitcask.engine.backends.answers import AnswerSheet
+from logitcask.engine.backends.scoring import asked_ids
 from logitcask.engine.backends.server.budget import Limits
 from logitcask.engine.backends.server.fleet import Fleet
 from logitcask.engine.backends.server.link import Link, Refused, Transient
@@ -25,9 +24,7 @@ from logitcask.engine.backends.server.wire import Question
 from logitcask.engine.errors import (
     AnswerError,
     ConfigError,
-    IdentityError,
     LogitcaskError,
-    ModelError,
     ServerError,
 )
 from logitcask.engine.types import IdLists, Rollouts, ScoreRequest, Scores
@@ -141,27 +138,16 @@ class Server:
         return self._run(tokens_of(self._fleet.links[0], text, self.facts.served))
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
-        """Raises ConfigError where more is asked than the servers can answer, ModelError for a
-        sequence beyond their context, ServerError and AnswerError as `Fleet.ask`.
+        """Raises as `asked_ids`, ConfigError where more is asked than the servers can answer,
+        ServerError and AnswerError as `Fleet.ask`.
         """
-        if request.at_student and at is None:
-            if rollouts.student is None:
-                raise ConfigError(
-                    "at_student=True, and these rollouts hold no ids of the student",
-                    remedy="Let the student score its rollouts first, or set at_student=False.",
-                )
-            at = IdLists(cnt=rollouts.student.cnt, ids=rollouts.student.ids)
-        self._check(rollouts, request, at)
-        self._run(self._recheck())
-        sheet = AnswerSheet(rollouts, request, at, n_vocab=self.n_vocab)
-        self._run(self._score(rollouts, sheet, min(request.k_max, self.n_vocab)))
-        return sheet.scores()
-
-    def _check(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None) -> None:
         if self.n_vocab < 1:
             raise ConfigError(
                 "n_vocab of a served teacher is not set", remedy="Set it from its tokenizer."
             )
+        # A server samples one token more than it is asked about.
+        context = self.facts.max_model_len - 1 if self.facts.max_model_len else 1 << 62
+        at = asked_ids(rollouts, request, at, n_vocab=self.n_vocab, context=context)
         if request.entry_kind == "sampled":
             raise ConfigError(
                 "a server cannot give ids drawn from the teacher's whole law",
@@ -173,22 +159,10 @@ class Server:
                 remedy="Serve with vLLM 0.31 or newer on a GPU with --enable-scale-out, use the "
                 "backend hf, or score without (at_student=False).",
             )
-        seen = [rollouts.tokens, *(np.array(p.token_ids) for p in rollouts.prompts)]
-        highest = max((int(ids.max()) for ids in seen if len(ids)), default=0)
-        if highest >= self.n_vocab:
-            raise IdentityError(
-                f"the rollouts hold the id {highest}, and the scorer has {self.n_vocab} ids",
-                remedy="Score with a teacher that has the student's tokenizer.",
-            )
-        prompts = np.array([len(p.token_ids) for p in rollouts.prompts], np.int64)
-        total = prompts[rollouts.seq_prompt.astype(np.int64)] + rollouts.lengths()
-        most = self.facts.max_model_len
-        if most and len(total) and int(total.max()) >= most:
-            raise ModelError(
-                f"a rollout has {int(total.max())} tokens, the server scores at most {most - 1}",
-                remedy=f"Start it with --max-model-len {int(total.max()) + 1} or more, or roll out "
-                "shorter responses.",
-            )
+        self._run(self._recheck())
+        sheet = AnswerSheet(rollouts, request, at, n_vocab=self.n_vocab)
+        self._run(self._score(rollouts, sheet, min(request.k_max, self.n_vocab)))
+        return sheet.scores()
 
     async def _score(self, rollouts: Rollouts, sheet: AnswerSheet, k: int) -> None:
         lengths = rollouts.lengths()

@@ -122,7 +122,7 @@ def test_a_sequence_beyond_the_context_is_refused_before_anything_is_sent(
     fake.max_model_len = 40
     server = connect(fake)
     before = len(fake.seen.requests)
-    with pytest.raises(ModelError, match="the server scores at most 39") as caught:
+    with pytest.raises(ModelError, match="the scorer's context: 39") as caught:
         server.score(rolled, ASK)
     assert "--max-model-len" in caught.value.remedy
     assert len(fake.seen.requests) == before
