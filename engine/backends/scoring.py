@@ -248,7 +248,7 @@ def asked_ids(
     if len(total) and total.max() > context:
         raise ModelError(
             f"a rollout has {total.max()} tokens, the scorer's context: {context}",
-            remedy="Score with a model of longer context (a server's --max-model-len, one more), or "
+            remedy="Score with a model of longer context (--max-model-len of a server), or "
             "roll out shorter responses.",
         )
     return at
