@@ -66,7 +66,9 @@ class Engine:
             wanted |= {"max_num_batched_tokens": SCORED_AT_ONCE, "max_logprobs": -1}
             wanted |= {"enable_prefix_caching": False}
         else:
-            pooler = vllm.config.PoolerConfig(task="token_embed", use_activation=False)
+            from vllm.config import PoolerConfig
+
+            pooler = PoolerConfig(task="token_embed", use_activation=False)
             wanted |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
             wanted |= {"enable_prefix_caching": False}
         self.purpose, self.version = purpose, str(vllm.__version__)
