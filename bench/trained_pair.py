@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from logitcask.engine.asking import Score as ScoreSection
+from logitcask.engine.asking import Teacher
 from logitcask.engine.config import (
     Prompts,
     Rollout,
@@ -24,9 +26,7 @@ from logitcask.engine.config import (
     ScoreJob,
     StoreSection,
     Student,
-    Teacher,
 )
-from logitcask.engine.config import Score as ScoreSection
 from logitcask.engine.jobs import run_rollout, run_score
 from logitcask.engine.store import Store, open_store
 

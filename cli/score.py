@@ -14,7 +14,8 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_report, progress_bar
 from logitcask.cli.watch import run_watch
-from logitcask.engine.config import Score, ScoreJob, Teacher
+from logitcask.engine.asking import Score, Teacher
+from logitcask.engine.config import ScoreJob
 from logitcask.engine.configfile import to_toml
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from logitcask.engine.config import RunConfig, Score
+from logitcask.engine.asking import Score
+from logitcask.engine.config import RunConfig
 from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.held_out import hold_out

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine import identity
+from logitcask.engine.asking import Teacher
 from logitcask.engine.backends.base import open_backend
-from logitcask.engine.config import Prompts, Rollout, Run, Student, Teacher
+from logitcask.engine.config import Prompts, Rollout, Run, Student
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.grade import Decode, Grading, open_grader

@@ -11,8 +11,9 @@ import time
 from collections.abc import Collection
 
 from logitcask.engine import identity
+from logitcask.engine.asking import Work
 from logitcask.engine.backends.base import close_backend
-from logitcask.engine.config import RolloutJob, ScoreJob, StoreSection, Work
+from logitcask.engine.config import RolloutJob, ScoreJob, StoreSection
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.jobs import rollout_task, score_task
 from logitcask.engine.named import grading_of, rendered, student_and_prompts

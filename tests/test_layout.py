@@ -20,7 +20,7 @@ ENGINE_LAYERS = [
     ["types", "errors", "heads"],
     ["prompts", "targets", "grade"],
     ["section"],
-    ["learning"],
+    ["learning", "asking"],
     ["identity", "config", "privileged"],
     ["configfile"],
     ["store.medium", "store.schema"],

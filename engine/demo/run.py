@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcask.engine import config, learning
+from logitcask.engine import asking, config, learning
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.demo.models import Size, accuracy, make_model, make_tokenizer, save
 from logitcask.engine.demo.pretrain import Pupil, learn_at_least, learn_between
@@ -156,9 +156,9 @@ class Demo:
             with self.record.making("score"):
                 for name in (MAIN, HELDOUT):
                     job = config.ScoreJob(
-                        teacher=config.Teacher(model=str(self.out / "teacher"), name=TEACHER),
+                        teacher=asking.Teacher(model=str(self.out / "teacher"), name=TEACHER),
                         store=self._store(name),
-                        score=config.Score(k_min=K),
+                        score=asking.Score(k_min=K),
                         run=self.run,
                     )
                     run_score(job, progress=self.progress)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from logitcask.engine.config import Run, Student, Teacher
+from logitcask.engine.asking import Teacher
+from logitcask.engine.config import Run, Student
 from logitcask.engine.identity import model_ref
 from logitcask.engine.named import live_backend, open_teacher, rendered, student_of
 from tests.engine.cached import make_store, make_unit
