@@ -37,10 +37,6 @@ class Fleet:
         self._returning = asyncio.Lock()
         self._reading = asyncio.Semaphore(READERS)
 
-    @property
-    def losses(self) -> int:
-        return sum(link.losses for link in self.links)
-
     async def ask(
         self, question: Question, path: str, served: str, *, check: Callable[[Answer], None]
     ) -> None:

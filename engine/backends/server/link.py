@@ -73,8 +73,6 @@ class Link:
         self.received = 0
         """Bytes of answers."""
         self.up = True
-        self.losses = 0
-        """How often a connection to it was lost."""
         self.looked_s = 0.0
         """When it was last looked at while it was away, monotonic."""
 
@@ -135,7 +133,6 @@ class Link:
         except Refused:
             raise  # an OSError, as those below are
         except aiohttp.ConnectionTimeoutError as error:
-            self.losses += 1
             raise Transient("no connection in time", lost=True) from error
         except TimeoutError as error:
             raise Transient(f"no answer within {read_s:.0f} s", late=True) from error
@@ -145,7 +142,6 @@ class Link:
                 remedy="Give a URL whose certificate this machine trusts (SSL_CERT_FILE adds one).",
             ) from error
         except (aiohttp.ClientError, OSError) as error:
-            self.losses += 1
             # What is no HTTP is quoted in it, the key too where a server repeats what it was sent.
             said = self._redacted(f"{type(error).__name__}: {error}")
             raise Transient(said, lost=True) from None

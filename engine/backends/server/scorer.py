@@ -114,11 +114,6 @@ class Server:
         }
 
     @property
-    def losses(self) -> int:
-        """How often a connection was lost."""
-        return self._fleet.losses
-
-    @property
     def received(self) -> int:
         """Bytes of all answers so far."""
         return sum(link.received for link in self._fleet.links)

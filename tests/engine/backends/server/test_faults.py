@@ -251,8 +251,8 @@ def test_the_run_goes_on_when_a_server_comes_back(
     again = FakeServer(teacher.model, port=first.port)
     timer = _later(0.3, again)
     same(server.score(rolled, WIDE), exact)
-    assert server.losses > 0
     timer.join()
+    assert len(again.seen.requests) >= len(rolled.finish)
     again.__exit__()
 
 
