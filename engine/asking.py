@@ -32,6 +32,12 @@ class Teacher(Section):
         description="With a URL: folder or hub id that holds the teacher's tokenizer and "
         "config.json; empty = what the server says that it serves, where that can be found here.",
     )
+    student_tokenizer: str = Field(
+        "",
+        description="For a teacher whose tokenizer is not the student's: folder or hub id with the "
+        "student's, and the two are compared id by id. Ids that are other tokens to the one than "
+        "to the other are listed, and refused where they occur.",
+    )
     served: str = Field(
         "",
         description="With a URL: the name that the server has for the teacher; empty = the only "

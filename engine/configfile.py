@@ -126,6 +126,7 @@ def _resolved(config: Job, base: Path) -> Job:
         ("student", "model"): folder,
         ("teacher", "model"): folder,
         ("teacher", "tokenizer"): folder,
+        ("teacher", "student_tokenizer"): folder,
         ("teacher", "api_key_file"): under,
         ("prompts", "file"): under,
         ("store", "url"): store,

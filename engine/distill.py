@@ -16,10 +16,9 @@ from logitcask.engine.config import RunConfig
 from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.held_out import hold_out
-from logitcask.engine.identity import digest, model_ref
+from logitcask.engine.identity import digest
 from logitcask.engine.learning import Train
 from logitcask.engine.named import (
-    backend,
     eval_plan,
     find_objective,
     grading_of,
@@ -27,7 +26,8 @@ from logitcask.engine.named import (
     student_and_prompts,
     train_settings,
 )
-from logitcask.engine.objectives import Facts, verdict
+from logitcask.engine.objectives import Facts, Preset, Verdict, verdict
+from logitcask.engine.opened import OpenedTeacher, open_teacher
 from logitcask.engine.plan import windows_at_most
 from logitcask.engine.rollout_unit import prompt_set_digest
 from logitcask.engine.rounds import Rounds
@@ -35,7 +35,7 @@ from logitcask.engine.rundir import check_same, read_run
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice
-from logitcask.engine.types import MC_IDS, Progress, Prompt, silent
+from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreRequest, silent
 
 
 def distill(
@@ -53,31 +53,39 @@ def distill(
         )
     preset = find_objective(config.train)
     model, prompts, template = student_and_prompts(config.student, config.prompts, config.rollout)
-    teacher = model_ref(
-        config.teacher.model, revision=config.teacher.revision, chat_template=template
-    )
-    for line in check_identity(model.lineage(), teacher):
-        notice(line)
     check_loop(config, prompts)
+    # What no teacher could serve is refused before the weights of one are read.
+    _verdict(config, preset, model, config.score.request(), bounds=False)
+    teacher = open_teacher(
+        config.teacher, config.run, model.lineage(), template=template, exact=config.score.exact
+    )
+    try:
+        return _distill(config, preset, model, prompts, template, teacher, progress, notice)
+    finally:
+        teacher.close()
+
+
+def _distill(
+    config: RunConfig,
+    preset: Preset,
+    model: ModelRef,
+    prompts: list[Prompt],
+    template: bool,
+    teacher: OpenedTeacher,
+    progress: Progress,
+    notice: Notice,
+) -> TrainReport:
+    """`distill`, with the teacher open."""
+    request, notes = teacher.asked(config.score, config.run.seed)
+    for line in (
+        *teacher.notes,
+        *notes,
+        *check_identity(model.lineage(), teacher.model, teacher.shared),
+    ):
+        notice(line)
     width = rows_per_update(config, prompts)
     sampling = config.rollout.sampling()
-    exactness = verdict(
-        preset,
-        Facts(
-            student_k=config.rollout.student_k,
-            k_min=config.score.k_min,
-            k_max=config.score.k_max,
-            n_vocab=model.n_vocab,
-            at_student=config.score.entry_kind != "sampled",
-            at_mc=config.score.at == MC_IDS,
-            q_draws=config.score.draws,
-            versions=(),  # renewed every round
-            student_version=model.version,
-            same_root=True,
-            same_template=True,
-            plain_sampling=sampling.is_plain(),
-        ),
-    )
+    exactness = _verdict(config, preset, model, request, "bounds" in teacher.scorer.capabilities)
     for line in exactness.lines():
         notice(line)
     grading = grading_of(config.rollout, model, prompts)
@@ -88,7 +96,7 @@ def distill(
         for line in held_out.exactness.lines():
             notice(f"held out: {line}")
     store = open_store(config.store.url, create=True)
-    scorer = backend(teacher, config.run)
+    teacher.check_name(store.head(), config.teacher.name)
     loop = config.loop
     settings = replace(
         train_settings(config.train, config.run),
@@ -108,9 +116,9 @@ def distill(
             grader=config.rollout.grader,
         ),
         "unit_prompts": config.rollout.unit_prompts,
-        "teacher": teacher.digest,
+        "teacher": teacher.model.digest,
         "teacher_name": config.teacher.name,
-        "request": asdict(config.score.request()),
+        "request": asdict(request),
         **({} if (at := config.score.asked_at()) is None else {"at": at}),
         "loop": loop.model_dump(),
     }
@@ -127,7 +135,7 @@ def distill(
     identity["store"] = store.uuid
     course = Course(
         rows=lambda student: Rounds(
-            student, config, store, model, prompts, template, teacher, scorer, width, run, grading
+            student, config, store, model, prompts, template, teacher, request, width, run, grading
         ),
         updates=loop.rounds * loop.updates_per_round,
         objective=preset,
@@ -145,6 +153,30 @@ def distill(
         settings=settings,
         config=config.model_dump(mode="json"),
         progress=progress,
+    )
+
+
+def _verdict(
+    config: RunConfig, preset: Preset, model: ModelRef, request: ScoreRequest, bounds: bool
+) -> Verdict:
+    """What rounds serve of the objective; bounds: the teacher's entropy is an interval."""
+    return verdict(
+        preset,
+        Facts(
+            student_k=config.rollout.student_k,
+            k_min=config.score.k_min,
+            k_max=config.score.k_max,
+            n_vocab=model.n_vocab,
+            at_student=request.at_student,
+            at_mc=config.score.at == MC_IDS,
+            q_draws=config.score.draws,
+            versions=(),  # renewed every round
+            student_version=model.version,
+            same_root=True,
+            same_template=True,
+            plain_sampling=config.rollout.sampling().is_plain(),
+            entropy_bounds=bounds,
+        ),
     )
 
 

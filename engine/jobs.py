@@ -5,7 +5,6 @@ everywhere. The stages themselves never see a configuration.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,17 +14,14 @@ from logitcask.engine.backends.base import close_backend
 from logitcask.engine.batches import planned
 from logitcask.engine.config import EstimateJob, ProbeJob, RolloutJob, ScoreJob, TrainJob
 from logitcask.engine.course import TrainReport
-from logitcask.engine.errors import ConfigError
 from logitcask.engine.estimate import Estimate, estimate
 from logitcask.engine.given import read_ids
 from logitcask.engine.held_out import hold_out
 from logitcask.engine.named import (
-    backend,
     eval_plan,
     find_objective,
     grading_of,
     held_out_set,
-    open_teacher,
     pin_of,
     rendered,
     student_and_prompts,
@@ -33,19 +29,19 @@ from logitcask.engine.named import (
     train_settings,
 )
 from logitcask.engine.objectives import find_preset, warnings
+from logitcask.engine.opened import backend, open_teacher
 from logitcask.engine.privileged import read_template, templated
 from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.score import ScoreReport, score
-from logitcask.engine.served import SameTeacher
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.view import choose
 from logitcask.engine.student import load_student, quiet
 from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice, check, train
-from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreRequest, silent
+from logitcask.engine.types import ModelRef, Progress, Prompt, silent
 
 
 def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutReport:
@@ -91,21 +87,18 @@ def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
 
 def score_task(job: ScoreJob, store: Store, pin: Pin) -> dict[str, Any]:
     """Who scores what, with the teacher loaded; its scorer is to be closed."""
-    model, scorer, notes = open_teacher(
-        job.teacher,
-        job.run,
-        template=rendered(pin, job.store.rollouts),
-        exact=job.score.exact,
-    )
+    template = rendered(pin, job.store.rollouts)
+    student = pin.rollouts(job.store.rollouts)[0].lineage["student"]
+    teacher = open_teacher(job.teacher, job.run, student, template=template, exact=job.score.exact)
     try:
-        request, more = _asked_of(scorer, model, job)
-        if isinstance(scorer, SameTeacher):
-            scorer.check_name(pin, job.teacher.name)
+        model = teacher.model
+        request, notes = teacher.asked(job.score, job.run.seed)
+        teacher.check_name(pin, job.teacher.name)
         context = _context(job, store, model, pin) if job.score.role == "context" else None
         ids = job.score.ids_file()
         return {
             "model": model,
-            "scorer": scorer,
+            "scorer": teacher.scorer,
             "teacher_name": job.teacher.name,
             "rollouts_name": job.store.rollouts,
             "request": request,
@@ -113,29 +106,13 @@ def score_task(job: ScoreJob, store: Store, pin: Pin) -> dict[str, Any]:
             "context": context,
             "at": job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
             "profile": job.store.profile,
-            "notes": (*notes, *more),
-            "lineage_extra": scorer.lineage() if isinstance(scorer, SameTeacher) else {},
+            "shared": teacher.shared,
+            "notes": (*teacher.notes, *notes),
+            "lineage_extra": teacher.lineage_extra,
         }
     except BaseException:
-        close_backend(scorer)
+        teacher.close()
         raise
-
-
-def _asked_of(scorer: Any, model: ModelRef, job: ScoreJob) -> tuple[ScoreRequest, list[str]]:
-    """What this teacher is asked, and what a person should know of it."""
-    request = job.score.request(job.run.seed)
-    if "at_ids" in scorer.capabilities or not request.at_student:
-        return request, []
-    if job.score.at != "student":
-        raise ConfigError(
-            f"at = {job.score.at}, and {model.name} cannot be asked at chosen ids here",
-            remedy="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use the "
-            "backend hf",
-        )
-    return replace(request, at_student=False), [
-        f"{model.name} cannot be asked at chosen ids here, so its own best ids are all that is "
-        "kept: objectives on the student's ids will be refused"
-    ]
 
 
 def _context(job: ScoreJob, store: Store, model: ModelRef, pin: Pin) -> dict[str, Prompt]:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine import identity
-from logitcask.engine.asking import Teacher
-from logitcask.engine.backends.base import open_backend
 from logitcask.engine.config import Prompts, Rollout, Run, Student
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.evaluate import EvalPlan
@@ -16,19 +14,11 @@ from logitcask.engine.grade import Decode, Grading, open_grader
 from logitcask.engine.held_out import HeldOutSet
 from logitcask.engine.learning import Eval, Train
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset
+from logitcask.engine.opened import live_backend
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
-from logitcask.engine.served import (
-    SameTeacher,
-    check_declared,
-    check_tokenizer,
-    is_served,
-    served_ref,
-    urls_of,
-)
 from logitcask.engine.settings import TrainSettings
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.view import choose
-from logitcask.engine.student import inner_model
 from logitcask.engine.types import ModelRef, Prompt
 
 
@@ -196,77 +186,3 @@ def train_settings(settings: Train, run: Run) -> TrainSettings:
         ),
         save_steps=settings.save_steps,
     )
-
-
-def backend(model: ModelRef, run: Run, *, exact: bool = True) -> Any:
-    """The sampler and scorer that [run] names, with this model loaded. exact: scores from all
-    logits, where the backend has a choice.
-    """
-    name = _embedded(run)
-    choice = {"exact": exact} if name == "vllm" else {}
-    return open_backend(name)(
-        model, device=run.device, dtype=run.dtype, batch_tokens=run.batch_tokens, **choice
-    )
-
-
-def open_teacher(
-    teacher: Teacher, run: Run, *, template: bool, exact: bool
-) -> tuple[ModelRef, Any, tuple[str, ...]]:
-    """A teacher here or behind a URL: who it is, its scorer (to be closed), and notes on it.
-
-    template: prompts are rendered by the chat template. Raises IdentityError for a server that
-    serves another revision or reads text otherwise than the tokenizer that is given.
-    """
-    if not is_served(teacher.model):
-        model = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
-        return model, backend(model, run, exact=exact), ()
-    if run.backend not in ("auto", "server"):
-        raise ConfigError(
-            f"backend = {run.backend}, and the teacher is at a URL",
-            remedy="leave --backend out, or give a model folder or hub id",
-        )
-    open_backend("server")  # says which package is missing
-    from logitcask.engine.backends.server import Limits, Server, read_key
-
-    server = Server(
-        urls_of(teacher.model),
-        served=teacher.served,
-        key=read_key(teacher.api_key_file),
-        limits=Limits(wait_s=teacher.server_wait),
-    )
-    try:
-        check_declared(teacher.revision, server.facts.fingerprint)
-        model = served_ref(
-            server.facts.served,
-            server.facts.root,
-            tokenizer=teacher.tokenizer,
-            revision=teacher.revision,
-            chat_template=template,
-        )
-        server.n_vocab = model.n_vocab
-        notes = []
-        if not check_tokenizer(model, server.tokenize):
-            notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
-        same = SameTeacher(server, model.n_vocab, server.close)
-    except BaseException:
-        server.close()
-        raise
-    return model, same, tuple(notes)
-
-
-def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
-    """The same over a student in training: it samples with the weights of the moment, and so in
-    transformers, where they are.
-    """
-    return open_backend("hf")(
-        model, dtype=run.dtype, batch_tokens=run.batch_tokens, network=inner_model(student)
-    )
-
-
-def _embedded(run: Run) -> str:
-    if run.backend == "server":
-        raise ConfigError(
-            "backend = server, and the model is no URL",
-            remedy="give --model http://HOST:PORT, or use the backend hf",
-        )
-    return "hf" if run.backend == "auto" else run.backend

@@ -14,14 +14,14 @@ from torch import nn
 from logitcask.engine.batches import Ahead
 from logitcask.engine.config import RunConfig
 from logitcask.engine.grade import Grading
-from logitcask.engine.named import live_backend
+from logitcask.engine.opened import OpenedTeacher, live_backend
 from logitcask.engine.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.rollout import rollout
 from logitcask.engine.row_source import PackedRow, RowSource
 from logitcask.engine.score import score
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.student import live_digest
-from logitcask.engine.types import ModelRef, Prompt
+from logitcask.engine.types import ModelRef, Prompt, ScoreRequest
 
 
 class Rounds:
@@ -35,14 +35,15 @@ class Rounds:
         model: ModelRef,
         prompts: list[Prompt],
         template: bool,
-        teacher: ModelRef,
-        scorer: Any,
+        teacher: OpenedTeacher,
+        request: ScoreRequest,
         width: int,
         run: Mapping[str, Any],
         grading: Grading | None = None,
     ) -> None:
-        """`student` is the model in training, on its device; `width` the packed rows of an update;
-        `run` what the name of the rollouts stands for; `grading` who gives responses rewards.
+        """`student` is the model in training, on its device; `request` what the teacher is asked;
+        `width` the packed rows of an update; `run` what the name of the rollouts stands for;
+        `grading` who gives responses rewards.
         """
         self._student = student
         self._config = config
@@ -51,7 +52,7 @@ class Rounds:
         self._prompts = prompts
         self._template = template
         self._teacher = teacher
-        self._scorer = scorer
+        self._request = request
         self._width = width
         self._run = run
         self._grading = grading
@@ -70,13 +71,15 @@ class Rounds:
         self._roll(live, step // updates)
         score(
             self._store,
-            model=self._teacher,
-            scorer=self._scorer,
+            model=self._teacher.model,
+            scorer=self._teacher.scorer,
             teacher_name=self._config.teacher.name,
             rollouts_name=self._config.store.rollouts,
-            request=self._config.score.request(),
+            request=self._request,
             at=self._config.score.asked_at(),
             profile=self._config.store.profile,
+            shared=self._teacher.shared,
+            lineage_extra=self._teacher.lineage_extra,
         )
         self._made = self._pack(live)
 

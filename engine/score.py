@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from logitcask.engine.backends.base import Scorer
-from logitcask.engine.errors import IdentityError, IncompleteError
+from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.given import GivenIds
 from logitcask.engine.score_unit import ScoreUnit, Scoring, score_unit, unit_key
 from logitcask.engine.store import Chain, Pin, Segment, Store
 from logitcask.engine.store.schema import MC
 from logitcask.engine.teachers import check_identity, check_scorer, other_dtypes
+from logitcask.engine.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     MC_IDS,
     ModelRef,
@@ -66,6 +67,7 @@ def score(
     at: str | GivenIds | None = None,
     profile: str = "default",
     eos_rows: Literal["refuse", "keep"] = "refuse",
+    shared: SharedVocabulary | None = None,
     notes: tuple[str, ...] = (),
     lineage_extra: Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -78,8 +80,9 @@ def score(
     the response stays. at: also at the top ids of this other model's scores in the store, a later
     student's say, or at the ids that the student drew, for MC_IDS; those are stored in float32,
     whatever the profile; or at ids that a file gives. eos_rows: what to do with a stop token that
-    ends a response and that the teacher does not use. notes: what is known of the teacher, for a
-    person; lineage_extra: more that each segment is to record.
+    ends a response and that the teacher does not use. shared: how a teacher's tokenizer differs
+    from the student's, where it does (`shared_vocabulary`). notes: what is known of the teacher,
+    for a person; lineage_extra: more that each segment is to record.
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
     IncompleteError where there are no rollouts, no draws or no scores of `at`, ConfigError for a
     scorer that lacks a capability or a request that no row could meet, PromptError for a context
@@ -98,10 +101,11 @@ def score(
         at=at,
         profile=profile,
         eos_rows=eos_rows,
+        shared=shared,
         notes=notes,
         lineage_extra=lineage_extra or {},
     )
-    check_scorer(scorer, request)
+    check_scorer(scorer, request, chosen=at is not None)
     planned = plan_scores(asked, store.head())
     done_before = planned.total - len(planned.missing)
     positions = 0
@@ -134,7 +138,8 @@ def plan_scores(asked: Scoring, pin: Pin, *, growing: bool = False) -> ScorePlan
         )
     notes = list(asked.notes)
     for segment in segments:
-        notes += [n for n in check_identity(segment.lineage["student"], model) if n not in notes]
+        found = check_identity(segment.lineage["student"], model, asked.shared)
+        notes += [each for each in found if each not in notes]
     notes += other_dtypes(pin, segments, name, asked.scorer)
     lineage = asked.lineage()
     given, asked_at = None, None
@@ -176,6 +181,12 @@ def plan_scores(asked: Scoring, pin: Pin, *, growing: bool = False) -> ScorePlan
         if key not in done
         and not (asked.at is None and _serves(there.get(segment.seg_id), request))
     }
+    if any(unit.chain for unit in missing.values()) and "at_ids" not in asked.scorer.capabilities:
+        raise ConfigError(
+            f"scores of {name!r} are there for less than is asked now, and this teacher cannot be "
+            "asked at chosen ids, so they cannot be added to",
+            remedy="Score under another name, or ask for as much as before.",
+        )
     return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
 
 

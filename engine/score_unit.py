@@ -16,6 +16,7 @@ from logitcask.engine.store import Chain, Segment, Store
 from logitcask.engine.store.layout import ranked
 from logitcask.engine.store.widen import ask_at, union
 from logitcask.engine.teachers import check_stops
+from logitcask.engine.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     MC_IDS,
     IdLists,
@@ -46,6 +47,7 @@ class Scoring:
     at: str | GivenIds | None
     profile: str
     eos_rows: Literal["refuse", "keep"]
+    shared: SharedVocabulary | None = None
     notes: tuple[str, ...] = ()
     """What is known of the teacher before it is asked, for a person."""
     lineage_extra: Mapping[str, Any] = field(default_factory=dict)
@@ -85,8 +87,7 @@ class ScoreUnit:
 
 def score_unit(asked: Scoring, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]) -> int:
     """Scores one unit and commits it under its key; its positions."""
-    store, scorer, request = asked.store, asked.scorer, asked.request
-    segment = unit.segment
+    store, request, segment = asked.store, asked.request, unit.segment
     rollouts = store.read_rollouts(segment)
     check_stops(segment, rollouts, asked.model, asked.eos_rows)
     shown = rollouts if asked.context is None else _shown(rollouts, asked.context)
@@ -104,14 +105,12 @@ def score_unit(asked: Scoring, key: str, unit: ScoreUnit, lineage: Mapping[str, 
         if extra is None and student is not None:
             extra = IdLists(cnt=student.cnt, ids=student.ids)
         wanted = ask_at(store.read_scores(unit.chain, base=rollouts), extra)
-        scores, took_s = _timed(scorer, shown, request, wanted)
+        scores, took_s = _timed(asked, shown, wanted)
     elif extra is not None:
         scores, wanted = _begun(
-            store,
-            scorer,
+            asked,
             shown,
             extra,
-            request,
             **told,
             unit_key=unit_key(segment, asked.model, request, lineage),
             lineage={**lineage, "at": at_student},
@@ -119,7 +118,7 @@ def score_unit(asked: Scoring, key: str, unit: ScoreUnit, lineage: Mapping[str, 
         )
         took_s = 0.0  # the first segment's seconds are of both
     else:
-        scores, took_s = _timed(scorer, shown, request, None)
+        scores, took_s = _timed(asked, shown, None)
     store.commit_scores(
         scores,
         **told,
@@ -152,33 +151,32 @@ def unit_key(
     )
 
 
-def _begun(
-    store: Store,
-    scorer: Scorer,
-    shown: Rollouts,
-    extra: IdLists,
-    request: ScoreRequest,
-    **told: Any,
-) -> tuple[Scores, IdLists]:
+def _begun(asked: Scoring, shown: Rollouts, extra: IdLists, **told: Any) -> tuple[Scores, IdLists]:
     """One scoring at the student's list and `extra`; the first segment is committed as `told`.
 
     -> the scores and where they were asked, to widen that segment by.
     """
-    own = shown.student
-    student = None if own is None or not request.at_student else IdLists(cnt=own.cnt, ids=own.ids)
-    asked = extra if student is None else union(student, extra)
-    scores, took_s = _timed(scorer, shown, request, asked)
-    first = store.commit_scores(without_more(scores, asked, student), **told, seconds=took_s)
-    return at_all_known(scores, asked, store.read_scores((first,)))
+    own, store = shown.student, asked.store
+    student = None
+    if own is not None and asked.request.at_student:
+        student = IdLists(cnt=own.cnt, ids=own.ids)
+    ids = extra if student is None else union(student, extra)
+    scores, took_s = _timed(asked, shown, ids)
+    first = store.commit_scores(without_more(scores, ids, student), **told, seconds=took_s)
+    return at_all_known(scores, ids, store.read_scores((first,)))
 
 
-def _timed(
-    scorer: Scorer, shown: Rollouts, request: ScoreRequest, at: IdLists | None
-) -> tuple[Scores, float]:
+def _timed(asked: Scoring, shown: Rollouts, at: IdLists | None) -> tuple[Scores, float]:
     """Scores, and the seconds that they took."""
+    scorer, request, shared = asked.scorer, asked.request, asked.shared
+    if shared is not None:
+        shared.check_asked(shown, request, at, asked.model.name)
     begun_s = time.monotonic()
     scores = scorer.score(shown, request) if at is None else scorer.score(shown, request, at)
-    return scores, time.monotonic() - begun_s
+    took_s = time.monotonic() - begun_s
+    if shared is not None:
+        shared.check_answered(scores, request, asked.model.name)
+    return scores, took_s
 
 
 def _ids_of(store: Store, chain: Chain, rollouts: Rollouts) -> IdLists:

@@ -17,6 +17,7 @@ from logitcask.engine.backends.parity import (
     behaviour,
     behaviour_of,
     control,
+    control_at_work,
     distance,
     probe_request,
     probe_rollouts,
@@ -32,6 +33,8 @@ DECLARED = re.compile(r"(?:^|;)rev=([^;]*)")
 """Where an operator says the revision in a server's fingerprint (--fingerprint-mode custom)."""
 CONTROL_SEQUENCES = 8
 CONTROL_K = 16
+CONTROL_ROWS = 2048
+"""Of a run's first unit that are scored twice; at least one sequence."""
 PROBE_TEXT = "Ünïcode 你好 12345  two spaces\n\ttab <|im_start|>user a_b-c.d 0.5e-3"
 
 
@@ -129,15 +132,25 @@ class SameTeacher:
         """close: ends the scorer. Scores the control and the probe."""
         self._scorer, self._n_vocab, self.close = scorer, n_vocab, close
         self.capabilities = scorer.capabilities
+        self._control = probe_request(n_vocab, CONTROL_K)
         self.parity: Parity = control(
-            scorer, probe_rollouts(n_vocab, CONTROL_SEQUENCES), probe_request(n_vocab, CONTROL_K)
+            scorer, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._control
         )
         self.tolerance = tolerance(self.parity.largest)
+        self.at_work: Parity | None = None
+        """The control on the first unit that is scored."""
         self.behaviour: Behaviour = behaviour(scorer, n_vocab)
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
-        """Raises IdentityError, in place of scores, from a teacher that has changed."""
+        """Raises IdentityError, in place of scores, from a teacher that has changed, or one so
+        unsteady on the first of these that it could not be told from another.
+        """
         scores = self._scorer.score(rollouts, request, at)
+        if self.at_work is None and rollouts.positions:
+            self.at_work = control_at_work(
+                self._scorer, rollouts, scores, self._control, CONTROL_ROWS
+            )
+            self.tolerance = max(self.tolerance, tolerance(self.at_work.largest))
         self.check(self.behaviour, "this run")
         return scores
 

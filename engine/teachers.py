@@ -8,33 +8,40 @@ import numpy as np
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.store import Pin, Segment
+from logitcask.engine.token_maps import SharedVocabulary
 from logitcask.engine.types import STOP, ModelRef, Rollouts, ScoreRequest
 
 
-def check_identity(student: Mapping[str, Any], model: ModelRef) -> list[str]:
+def check_identity(
+    student: Mapping[str, Any], model: ModelRef, shared: SharedVocabulary | None = None
+) -> list[str]:
     """Refuses a teacher that reads ids differently than the student whose lineage this is.
 
-    Answers notes on what differs and does no harm. Raises IdentityError.
+    shared: how their tokenizers differ, where that is known. Answers notes on what differs and does
+    no harm. Raises IdentityError.
     """
-    if student["tokenizer"] != model.tokenizer_digest:
+    notes = []
+    if shared is not None and shared.is_of(student["tokenizer"], model):
+        notes.append(shared.note(model.name))
+    elif student["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
             f"the student's tokenizer is {student['tokenizer']}, "
             f"that of {model.name} is {model.tokenizer_digest}",
-            remedy="Take a teacher with the student's tokenizer; there is no override, ids would "
-            "mean other tokens.",
+            remedy="Take a teacher with the student's tokenizer. If they differ in tokens that do "
+            "not occur, give the student's, a folder or hub id, with --student-tokenizer.",
         )
-    if student["n_vocab"] != model.n_vocab:
+    elif student["n_vocab"] != model.n_vocab:
         raise IdentityError(
             f"the student's vocabulary has {student['n_vocab']} ids, "
             f"that of {model.name} has {model.n_vocab}",
             remedy="Take a teacher with the student's vocabulary; there is no override.",
         )
     if student["template"] != model.template_digest:
-        return [
+        notes.append(
             f"{model.name} renders prompts differently from the student; it is shown the student's "
             "rendering, which may be foreign to it"
-        ]
-    return []
+        )
+    return notes
 
 
 def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows: str) -> None:
@@ -70,7 +77,11 @@ def other_dtypes(
     ]
 
 
-def check_scorer(scorer: Scorer, request: ScoreRequest) -> None:
+def check_scorer(scorer: Scorer, request: ScoreRequest, *, chosen: bool = False) -> None:
+    """ConfigError for a request that no row could meet, or that the scorer cannot.
+
+    chosen: it is asked at ids beside the student's list too.
+    """
     # No row could hold k_min ids, and training would take the request at its word.
     if request.k_min > request.k_max:
         raise ConfigError(
@@ -90,7 +101,7 @@ def check_scorer(scorer: Scorer, request: ScoreRequest) -> None:
             remedy="Give the same k twice, or entry_kind = 'topp'.",
         )
     needs = {"entropy", "tail", "drawn" if drawn else "top"}
-    needs |= {"at_ids"} if request.at_student else set()
+    needs |= {"at_ids"} if request.at_student or chosen else set()
     # Bounds of an entropy, and a tail that is what the ids it tells leave, stand for both.
     gives = scorer.capabilities
     gives |= {"entropy", "tail"} if "bounds" in gives else set()

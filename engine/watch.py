@@ -52,7 +52,7 @@ def watch_scores(
         return _NOTHING
     store, pin = opened
     asked = Scoring(store=store, **score_task(job, store, pin), eos_rows="refuse")
-    check_scorer(asked.scorer, asked.request)
+    check_scorer(asked.scorer, asked.request, chosen=asked.at is not None)
     lineage, said = asked.lineage(), _Once(notice)
 
     def plan(given_up: Collection[str]) -> Plan[ScoreUnit]:

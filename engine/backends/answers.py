@@ -81,13 +81,14 @@ class AnswerSheet:
         rows, asked = self.rows(sequence), self.asked(sequence)
         tokens = self.tokens[rows]
         check_answer(answer, tokens, asked, k=self.request.k_max, n_vocab=self.n_vocab)
-        # Ids of a padded head are nobody's, and next to impossible to a model that was trained.
+        # Ids of a padded head, or that the student does not know, are next to impossible to a model
+        # that does not use them.
         lp, own = np.minimum(answer.lp, 0.0), answer.ids < self.n_vocab
         ids, top_lp = best_first(answer.ids, np.minimum(answer.top_lp, 0.0), own)
         beyond = float(np.exp(answer.top_lp, dtype=np.float64)[~own].sum()) if len(own) else 0.0
         if beyond > PADDING * max(len(own), 1):
             wrong(
-                f"ids that no tokenizer has (from {self.n_vocab} on) with the mass "
+                f"ids from {self.n_vocab} on, which not both tokenizers have, with the mass "
                 f"{beyond / len(own):.2g} a row, so its log-probs are not of the {self.n_vocab}"
             )
         width = min(ids.shape[1], self.request.k_max)

@@ -142,7 +142,21 @@ def control(scorer: Scorer, rollouts: Rollouts, request: ScoreRequest) -> Parity
     again = [scorer.score(part_of(rollouts, half), request) for half in halves]
     # Back in the order of the first, so that rows stand beside their own.
     order = np.concatenate(halves)
-    return compare(once, _reordered(again, order, rollouts))
+    return compare(once, scores_of(joined(again), rollouts.lengths()[order], np.argsort(order)))
+
+
+def control_at_work(
+    scorer: Scorer, rollouts: Rollouts, scores: Scores, request: ScoreRequest, rows: int
+) -> Parity:
+    """The scorer against itself on what it is there for: of these rollouts the first sequences, up
+    to so many rows, once more, backwards and without the others.
+    """
+    lengths = rollouts.lengths()
+    first = np.arange(max(1, int((np.cumsum(lengths) <= rows).sum())))
+    again = scorer.score(part_of(rollouts, first[::-1]), request)
+    return compare(
+        scores_of(scores, lengths, first), scores_of(again, lengths[first[::-1]], first[::-1])
+    )
 
 
 def tolerance(spread: float) -> float:
@@ -182,27 +196,29 @@ def part_of(rollouts: Rollouts, sequences: Sequence[int] | Array) -> Rollouts:
     )
 
 
-def _reordered(parts: Sequence[Scores], order: Array, rollouts: Rollouts) -> Scores:
-    """Scores of parts of some rollouts, put together in the rollouts' own order of sequences."""
-    lengths = rollouts.lengths()
-    start = ragged.starts(lengths[order])
-    back = np.argsort(order)
-    rows = np.concatenate(
-        [np.zeros(0, np.int64), *(np.arange(start[i], start[i] + lengths[order[i]]) for i in back)]
-    )
-    cnt = np.concatenate([each.cnt for each in parts]).astype(np.int64)
-    first = ragged.starts(cnt)[:-1]
-    entries = np.repeat(first[rows], cnt[rows]) + ragged.within(cnt[rows])
-
-    def of_rows(name: str) -> Array:
-        found: Array = np.concatenate([getattr(each, name) for each in parts])[rows]
-        return found
-
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Scores of one part of some rollouts after another."""
     return Scores(
-        lp=of_rows("lp"),
-        entropy=of_rows("entropy"),
-        log_tail=of_rows("log_tail"),
-        cnt=cnt[rows],
-        ids=np.concatenate([each.ids for each in parts])[entries],
-        entry_lp=np.concatenate([each.entry_lp for each in parts])[entries],
+        **{
+            name: np.concatenate([getattr(each, name) for each in parts])
+            for name in ("lp", "entropy", "log_tail", "cnt", "ids", "entry_lp")
+        }
+    )
+
+
+def scores_of(scores: Scores, lengths: Array, sequences: Sequence[int] | Array) -> Scores:
+    """Scores of these sequences alone, in this order; lengths: [N] rows of all that are scored."""
+    start = ragged.starts(lengths)
+    rows = np.concatenate(
+        [np.zeros(0, np.int64), *(np.arange(start[i], start[i + 1]) for i in sequences)]
+    )
+    cnt = scores.cnt.astype(np.int64)
+    entries = np.repeat(ragged.starts(cnt)[:-1][rows], cnt[rows]) + ragged.within(cnt[rows])
+    return Scores(
+        lp=scores.lp[rows],
+        entropy=scores.entropy[rows],
+        log_tail=scores.log_tail[rows],
+        cnt=scores.cnt[rows],
+        ids=scores.ids[entries],
+        entry_lp=scores.entry_lp[entries],
     )

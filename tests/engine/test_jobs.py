@@ -7,7 +7,8 @@ import pytest
 from logitcask.engine.asking import Teacher
 from logitcask.engine.config import Run, Student
 from logitcask.engine.identity import model_ref
-from logitcask.engine.named import live_backend, open_teacher, rendered, student_of
+from logitcask.engine.named import rendered, student_of
+from logitcask.engine.opened import live_backend, open_teacher
 from tests.engine.cached import make_store, make_unit
 from tests.engine.tiny import make_model, save_folder
 
@@ -23,11 +24,15 @@ def test_rollouts_of_the_library_say_how_they_were_rendered(
     pin = make_store(tmp_path / "store", [unit], student=student).head()
     assert "chat_template" not in pin.rollouts("main")[0].lineage
     assert student_of(Student(model=folder), pin, "main") == student
-    teacher, _, notes = open_teacher(
-        Teacher(model=folder, name="big"), Run(), template=rendered(pin, "main"), exact=True
+    teacher = open_teacher(
+        Teacher(model=folder, name="big"),
+        Run(),
+        pin.rollouts("main")[0].lineage["student"],
+        template=rendered(pin, "main"),
+        exact=True,
     )
-    assert not notes
-    assert teacher.template_digest == student.template_digest
+    assert (teacher.notes, teacher.shared) == ((), None)
+    assert teacher.model.template_digest == student.template_digest
 
 
 def test_a_student_in_training_samples_where_its_weights_are(tmp_path: Path) -> None:

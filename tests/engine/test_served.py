@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.backends.parity import CONTROL_TIMES, FLOOR, PROBE_ROWS
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.prompts import load_tokenizer
 from logitcask.engine.served import (
@@ -126,6 +127,66 @@ def test_what_a_teacher_says_is_believed_only_if_it_is_still_the_same(
     changing.left = 1  # this unit's scores are still the first one's, and its probe is not
     with pytest.raises(IdentityError, match="not the one that began this run"):
         same.score(rolled, ASK)
+
+
+class Crowded:
+    """A teacher whose log-probs depend on how many sequences it is shown at once, on long ones."""
+
+    capabilities = frozenset({"top", "entropy", "tail"})
+
+    def __init__(self, inner: HF, by: float) -> None:
+        self.inner, self.by, self.rows = inner, by, 0
+
+    def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+        scores = self.inner.score(rollouts, request, at)
+        self.rows += rollouts.positions
+        crowd = len(rollouts.finish) > 4 and len(rollouts.prompts[0].token_ids) > 1
+        off = np.float32(self.by if crowd else 0.0)
+        return replace(scores, lp=scores.lp - off, entry_lp=scores.entry_lp - off)
+
+    def describe(self) -> dict[str, str]:
+        return {"name": "crowded"}
+
+
+def test_the_first_unit_is_scored_twice_and_the_tolerance_is_three_times_what_differs(
+    pair: tuple[HF, HF], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logitcask.engine.served.CONTROL_ROWS", 12)
+    prompts = [Prompt(id=str(i), token_ids=(5, 6, 7 + i)) for i in range(3)]
+    rolled = pair[0].generate(prompts, SamplingParams(n=2, max_new_tokens=6), seed=0, version=0)
+    crowded = Crowded(pair[0], 0.02)
+    same = SameTeacher(crowded, N_VOCAB, print)
+    assert same.tolerance == FLOOR
+    before = crowded.rows
+    same.score(rolled, ASK)
+    assert same.at_work is not None
+    assert same.at_work.largest == pytest.approx(0.02, rel=1e-3)
+    assert same.tolerance == pytest.approx(CONTROL_TIMES * 0.02, rel=1e-3)
+    # At most so many rows again, and the probe.
+    assert 0 < crowded.rows - before - rolled.positions - PROBE_ROWS <= 12
+    before = crowded.rows
+    same.score(rolled, ASK)
+    assert crowded.rows - before == rolled.positions + PROBE_ROWS
+
+
+class Uneven(Crowded):
+    """A teacher that answers otherwise when it is asked for as many ids as a unit is."""
+
+    def __init__(self, inner: HF) -> None:
+        super().__init__(inner, 0.5)
+
+    def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+        scores = self.inner.score(rollouts, request, at)
+        off = np.float32(self.by if request.k_max == ASK.k_max else 0.0)
+        return replace(scores, lp=scores.lp - off, entry_lp=scores.entry_lp - off)
+
+
+def test_a_teacher_that_is_unsteady_at_work_is_refused(pair: tuple[HF, HF]) -> None:
+    prompts = [Prompt(id=str(i), token_ids=(5, 6, 7 + i)) for i in range(3)]
+    rolled = pair[0].generate(prompts, SamplingParams(n=2, max_new_tokens=6), seed=0, version=0)
+    odd = SameTeacher(Uneven(pair[0]), N_VOCAB, print)
+    with pytest.raises(IdentityError, match="differs from itself by 0.5"):
+        odd.score(rolled, ASK)
 
 
 def test_a_name_is_bound_to_how_its_teacher_behaved(pair: tuple[HF, HF]) -> None:

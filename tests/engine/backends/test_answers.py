@@ -237,7 +237,7 @@ def test_a_padded_head_with_mass_of_its_own_is_refused() -> None:
         )
 
     assert made(1e-7).scores().ids.tolist() == [0, 1, 2]
-    with pytest.raises(AnswerError, match="ids that no tokenizer has .* mass 0.0001 a row"):
+    with pytest.raises(AnswerError, match="ids from 3 on, which not both .* mass 0.0001 a row"):
         made(1e-4).scores()
 
 

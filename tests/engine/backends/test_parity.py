@@ -19,6 +19,7 @@ from logitcask.engine.backends.parity import (
     behaviour_of,
     compare,
     control,
+    control_at_work,
     distance,
     part_of,
     probe_request,
@@ -126,6 +127,21 @@ def test_parts_are_scored_as_in_the_whole(teacher: HF, rolled: Rollouts) -> None
     part = teacher.score(part_of(rolled, order), ASK)
     rows = np.concatenate([np.arange(rolled.seq_off[i], rolled.seq_off[i + 1]) for i in order])
     np.testing.assert_allclose(part.lp, whole.lp[rows], atol=1e-5)
+
+
+def test_the_control_at_work_compares_the_first_sequences_with_themselves(
+    teacher: HF, rolled: Rollouts
+) -> None:
+    scores, rows = teacher.score(rolled, ASK), int(rolled.seq_off[3])
+    found = control_at_work(teacher, rolled, scores, ASK, rows)
+    assert found.largest < 1e-5
+    assert found.same_best == 1.0
+    assert rows < found.compared <= 9 * rows
+    # One sequence is compared where the first alone is longer.
+    one = control_at_work(teacher, rolled, scores, ASK, 1)
+    assert 0 < one.compared <= 9 * int(rolled.seq_off[1])
+    shifted = replace(scores, lp=np.roll(scores.lp, 1))
+    assert control_at_work(teacher, rolled, shifted, ASK, rows).largest > 0.1
 
 
 def test_compare_finds_rows_that_are_shifted(teacher: HF, rolled: Rollouts) -> None:

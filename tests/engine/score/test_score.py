@@ -80,7 +80,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(
         run(store, model, scorer)
     assert student.tokenizer_digest in caught.value.cause
     assert model.tokenizer_digest in caught.value.cause
-    assert "no override" in caught.value.remedy
+    assert "--student-tokenizer" in caught.value.remedy
     wide = dataclasses.replace(ref(folders / "teacher"), n_vocab=120)
     with pytest.raises(IdentityError, match=r"vocabulary has 99 ids, that of .* has 120"):
         run(store, wide, scorer)

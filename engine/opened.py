@@ -1,0 +1,165 @@
+"""Models of a configuration, opened as who samples and who scores."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from logitcask.engine import identity
+from logitcask.engine.asking import Score, Teacher
+from logitcask.engine.backends.base import close_backend, open_backend
+from logitcask.engine.config import Run
+from logitcask.engine.errors import ConfigError
+from logitcask.engine.served import (
+    SameTeacher,
+    check_declared,
+    check_tokenizer,
+    is_served,
+    served_ref,
+    urls_of,
+)
+from logitcask.engine.store import Pin
+from logitcask.engine.student import inner_model
+from logitcask.engine.teachers import check_identity
+from logitcask.engine.token_maps import SharedVocabulary, shared_vocabulary
+from logitcask.engine.types import ModelRef, ScoreRequest
+
+
+def backend(model: ModelRef, run: Run, *, exact: bool = True) -> Any:
+    """The sampler and scorer that [run] names, with this model loaded. exact: scores from all
+    logits, where the backend has a choice.
+    """
+    name = _embedded(run)
+    choice = {"exact": exact} if name == "vllm" else {}
+    return open_backend(name)(
+        model, device=run.device, dtype=run.dtype, batch_tokens=run.batch_tokens, **choice
+    )
+
+
+def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
+    """The same over a student in training: it samples with the weights of the moment, and so in
+    transformers, where they are.
+    """
+    return open_backend("hf")(
+        model, dtype=run.dtype, batch_tokens=run.batch_tokens, network=inner_model(student)
+    )
+
+
+def _embedded(run: Run) -> str:
+    if run.backend == "server":
+        raise ConfigError(
+            "backend = server, and the model is no URL",
+            remedy="give --model http://HOST:PORT, or use the backend hf",
+        )
+    return "hf" if run.backend == "auto" else run.backend
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedTeacher:
+    """Who scores, and what it is asked. To be closed."""
+
+    model: ModelRef
+    scorer: Any
+    shared: SharedVocabulary | None
+    """How its tokenizer differs from the student's; None = not at all."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it."""
+    lineage_extra: Mapping[str, Any] = field(default_factory=dict)
+    """More that every segment of its scores records."""
+
+    def close(self) -> None:
+        close_backend(self.scorer)
+
+    def asked(self, settings: Score, seed: int) -> tuple[ScoreRequest, tuple[str, ...]]:
+        """What [score] asks of it, and notes on what it cannot answer. Raises ConfigError where
+        nothing is left without that.
+        """
+        request = settings.request(seed)
+        if "at_ids" in self.scorer.capabilities or not request.at_student:
+            return request, ()
+        if settings.at != "student":
+            raise ConfigError(
+                f"at = {settings.at}, and {self.model.name} cannot be asked at chosen ids here",
+                remedy="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use "
+                "the backend hf",
+            )
+        return replace(request, at_student=False), (
+            f"{self.model.name} cannot be asked at chosen ids here, so its own best ids are all "
+            "that is kept: objectives on the student's ids will be refused",
+        )
+
+    def check_name(self, pin: Pin, name: str) -> None:
+        """IdentityError where the scores of this name are of a teacher that behaved otherwise."""
+        if isinstance(self.scorer, SameTeacher):
+            self.scorer.check_name(pin, name)
+
+
+def open_teacher(
+    teacher: Teacher, run: Run, student: Mapping[str, Any], *, template: bool, exact: bool
+) -> OpenedTeacher:
+    """A teacher here or behind a URL. student: the lineage of who sampled what it is to score;
+    template: prompts are rendered by the chat template.
+
+    Raises IdentityError for a tokenizer that is not the student's and cannot be compared with it,
+    and for a server that serves another revision or reads text otherwise than the tokenizer that is
+    given.
+    """
+    if is_served(teacher.model):
+        return _open_served(teacher, run, student, template)
+    model = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
+    model, shared = _shared(model, student, teacher.student_tokenizer)
+    return OpenedTeacher(model=model, scorer=backend(model, run, exact=exact), shared=shared)
+
+
+def _open_served(
+    teacher: Teacher, run: Run, student: Mapping[str, Any], template: bool
+) -> OpenedTeacher:
+    if run.backend not in ("auto", "server"):
+        raise ConfigError(
+            f"backend = {run.backend}, and the teacher is at a URL",
+            remedy="leave --backend out, or give a model folder or hub id",
+        )
+    open_backend("server")  # says which package is missing
+    from logitcask.engine.backends.server import Limits, Server, read_key
+
+    server = Server(
+        urls_of(teacher.model),
+        served=teacher.served,
+        key=read_key(teacher.api_key_file),
+        limits=Limits(wait_s=teacher.server_wait),
+    )
+    try:
+        check_declared(teacher.revision, server.facts.fingerprint)
+        model = served_ref(
+            server.facts.served,
+            server.facts.root,
+            tokenizer=teacher.tokenizer,
+            revision=teacher.revision,
+            chat_template=template,
+        )
+        notes = []
+        if not check_tokenizer(model, server.tokenize):
+            notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
+        model, shared = _shared(model, student, teacher.student_tokenizer)
+        server.n_vocab = model.n_vocab
+        same = SameTeacher(server, model.n_vocab, server.close)
+    except BaseException:
+        server.close()
+        raise
+    return OpenedTeacher(
+        model=model,
+        scorer=same,
+        shared=shared,
+        notes=tuple(notes),
+        lineage_extra=same.lineage(),
+    )
+
+
+def _shared(
+    model: ModelRef, student: Mapping[str, Any], source: str
+) -> tuple[ModelRef, SharedVocabulary | None]:
+    """The teacher over the ids that the student knows too; refused before its weights are read."""
+    shared = shared_vocabulary(student, model, source)
+    if shared is not None:
+        model = replace(model, n_vocab=shared.n_vocab)
+    check_identity(student, model, shared)
+    return model, shared
