@@ -6,8 +6,10 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from logitcask.engine.store import open_store
 from tests.cli.conftest import KEPT, TRAIN, UNITS, Answer, World
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.backends.server.test_faults import WRONG
-from tests.engine.tiny import CHARACTERS, make_model, make_tokenizer
+from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
 
 Call = Callable[[str], Answer]
 SERVED = f"--tokenizer @teacher --teacher served {KEPT} --server-wait 1"
@@ -76,6 +78,76 @@ def test_a_served_teacher_scores_and_a_student_learns_from_it(
         trained = call(f"{TRAIN} {store} --objective {objective} --out {out}")
         assert trained.code == 0, trained.err
         assert "entropy is an interval" in trained.err
+
+
+def test_a_loop_learns_from_a_served_teacher_and_goes_on(
+    call: Call, world: World, model: Any, tmp_path: Path
+) -> None:
+    places = f"--set store.url={tmp_path / 'store'} --set run.out={tmp_path / 'out'}"
+    asked = f"distill @d.toml --set teacher.tokenizer={world.at('@teacher')} {places}"
+    with FakeServer(model, tokenizer=make_tokenizer()) as fake:
+        done = call(f"{asked} --set teacher.model={fake.url} --format json")
+        assert done.code == 0, done.err
+        assert "entropy is an interval" in done.err
+        assert done.json["version"] == 2
+        segments = open_store(tmp_path / "store").head().scores("big")
+        assert {c[0].lineage["backend"]["name"] for c in segments.values()} == {"server"}
+        assert all("behaviour" in chain[0].lineage for chain in segments.values())
+        asked += f" --set teacher.model={fake.url}"
+        assert call(f"{asked} --format json").json["version"] == 2
+        fake.model = altered(model, int8)
+        call(asked).refused(1, "not the one that began the scores", "--teacher name")
+
+
+def test_a_loop_with_too_old_a_server_learns_from_the_teachers_own_ids(
+    call: Call, world: World, fake: FakeServer, tmp_path: Path
+) -> None:
+    fake.generate = False
+    asked = (
+        f"distill @d.toml --set teacher.tokenizer={world.at('@teacher')} "
+        f"--set teacher.model={fake.url} --set store.url={tmp_path / 'store'} --set run.out="
+    )
+    opd = call(f"{asked}{tmp_path / 'opd'}")
+    opd.refused(1, "was not asked at the student's ids", "")
+    assert not (tmp_path / "opd").exists()
+    done = call(f"{asked}{tmp_path / 'out'} --set train.objective=overlap")
+    assert done.code == 0, done.err
+    assert "objectives on the student's ids will be refused" in done.err
+
+
+def test_a_teacher_with_more_tokens_is_asked_over_those_of_the_student(
+    call: Call, world: World, model: Any, tmp_path: Path
+) -> None:
+    """As one of a family that thinks and one that does not: the teacher knows an id more."""
+    wider = copy.deepcopy(model)
+    wider.lm_head = torch.nn.Linear(model.config.hidden_size, N_VOCAB + 1)
+    bias = wider.lm_head.bias.data.zero_()
+    bias[N_VOCAB] = -60.0
+    wider.lm_head.weight.data[:N_VOCAB] = model.lm_head.weight
+    more = make_tokenizer(characters=CHARACTERS + "é")
+    folder = save_folder(tmp_path / "wider", make_model(vocab_size=N_VOCAB + 1), more)
+    plain, store = world.store(UNITS), world.store(UNITS)
+    with FakeServer(model, tokenizer=make_tokenizer()) as fake:
+        assert call(command(fake, plain)).code == 0
+    with FakeServer(wider, tokenizer=more) as fake:
+        asked = command(fake, store).replace("@teacher", str(folder))
+        call(asked).refused(1, "the student's tokenizer is", "--student-tokenizer")
+        done = call(f"{asked} --student-tokenizer @student")
+        assert done.code == 0, done.err
+        assert f"{N_VOCAB} (none to the student, 'é' to the teacher)" in done.err
+        bias[N_VOCAB] = 5.0
+        likely = command(fake, world.store(UNITS)).replace("@teacher", str(folder))
+        likely = f"{likely} --student-tokenizer @student"
+        call(likely).refused(1, f"ids from {N_VOCAB} on, which not both tokenizers have", "")
+    for one, other in zip(*(scored(world, each) for each in (plain, store)), strict=True):
+        np.testing.assert_allclose(one.lp, other.lp, atol=1e-5)
+        np.testing.assert_allclose(one.s_lp, other.s_lp, atol=2e-3)
+
+
+def scored(world: World, name: str) -> list[Any]:
+    store = open_store(world.at(name))
+    pin = store.head()
+    return [store.read_scores(pin.scores("served")[s.seg_id]) for s in pin.rollouts("main")]
 
 
 class Restart(threading.Thread):

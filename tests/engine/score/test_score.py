@@ -172,3 +172,22 @@ def test_missing_rollouts_and_capabilities_are_named(
         run(store, teacher, poor)
     whole = dataclasses.replace(REQUEST, at_student=False)
     assert run(store, teacher, poor, request=whole).units_new == 2
+
+
+def test_a_teacher_that_cannot_be_asked_at_ids_cannot_add_to_its_scores(
+    store: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    poor = Dies(scorer, 10**9)
+    poor.capabilities = scorer.capabilities - {"at_ids"}
+    own = dataclasses.replace(REQUEST, at_student=False)
+    with pytest.raises(ConfigError, match="cannot give at_ids"):
+        run(store, teacher, poor, request=own, at="mc")
+    run(store, teacher, poor, request=own)
+    assert run(store, teacher, poor, request=own).units_new == 0
+    begun = poor.begun
+    more = dataclasses.replace(own, k_max=20)
+    with pytest.raises(ConfigError, match="there for less than is asked") as caught:
+        run(store, teacher, poor, request=more)
+    assert "under another name" in caught.value.remedy
+    assert poor.begun == begun
+    assert run(store, teacher, scorer, request=more).units_new == 2
