@@ -218,7 +218,15 @@ def _print_brought(brought: "Brought", form: str) -> None:
     EstimateJob,
     {
         "prompts": ["chat_template"],
-        "estimate": ["sample"],
+        "estimate": ["sample", "k_max"],
+        "teacher": [
+            "revision",
+            "tokenizer",
+            "served",
+            "student_tokenizer",
+            "api_key_file",
+            "server_wait",
+        ],
         "rollout": ["n", "max_new_tokens", "student_k", "mc_draws", "grader"],
         "score": ["k_min"],
         "run": MODEL_FLAGS,
@@ -227,6 +235,8 @@ def _print_brought(brought: "Brought", form: str) -> None:
 @format_option
 def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None:
     """Score a sample with teacher MODEL, and say what scoring all PROMPTS would cost.
+
+    MODEL is a folder, a hub id or the URL of a server.
 
     For each profile, top-p and k-max: bytes a position, and the share of the KL between teacher and
     student that a loss on what is stored would miss (a little of it is rounding, either way).

@@ -111,6 +111,11 @@ class Estimate(Section):
     sample: Positive = Field(
         4096, description="Response tokens to sample and score, about; more takes longer."
     )
+    k_max: Positive = Field(
+        256,
+        description="The largest k-max of the table; a server must allow as many log-probs "
+        "(--max-logprobs), and 20 where it was not told otherwise.",
+    )
 
 
 class Gc(Section):

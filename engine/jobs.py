@@ -5,6 +5,7 @@ everywhere. The stages themselves never see a configuration.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,6 @@ from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.view import choose
 from logitcask.engine.student import load_student, quiet
-from logitcask.engine.teachers import check_identity
 from logitcask.engine.train import Notice, check, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
 
@@ -138,23 +138,32 @@ def _context(job: ScoreJob, store: Store, model: ModelRef, pin: Pin) -> dict[str
 def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
     """`logitcask store estimate`."""
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
-    teacher = identity.model_ref(
-        job.teacher.model, revision=job.teacher.revision, chat_template=template
-    )
-    check_identity(model.lineage(), teacher)
-    return estimate(
-        grading=grading_of(job.rollout, model, prompts),
-        teacher=backend(teacher, job.run),
-        student=backend(model, job.run),
-        prompts=prompts,
-        sampling=job.rollout.sampling(),
-        sample=job.estimate.sample,
-        student_k=job.rollout.student_k,
-        mc_draws=job.rollout.mc_draws,
-        k_min=job.score.k_min,
-        seed=job.run.seed,
-        progress=progress,
-    )
+    grading = grading_of(job.rollout, model, prompts)
+    teacher = open_teacher(job.teacher, job.run, model.lineage(), template=template, exact=True)
+    try:
+        # Both over the ids that both know.
+        model = replace(model, n_vocab=teacher.model.n_vocab)
+        student = backend(model, job.run)
+        try:
+            return estimate(
+                grading=grading,
+                teacher=teacher.scorer,
+                student=student,
+                prompts=prompts,
+                sampling=job.rollout.sampling(),
+                sample=job.estimate.sample,
+                student_k=job.rollout.student_k,
+                mc_draws=job.rollout.mc_draws,
+                k_min=job.score.k_min,
+                k_max=job.estimate.k_max,
+                shared=teacher.shared,
+                seed=job.run.seed,
+                progress=progress,
+            )
+        finally:
+            close_backend(student)
+    finally:
+        teacher.close()
 
 
 def run_train(

@@ -53,6 +53,7 @@ ENGINE_LAYERS = [
     ["score_unit"],
     ["score"],
     ["work"],
+    ["wide_rows"],
     ["estimate"],
     ["plan", "columns"],
     ["row_source"],

@@ -39,7 +39,7 @@ PROBE_TOLERANCE = 1e-3
 class HF:
     """A causal model of transformers as Sampler and Scorer. Not safe for use by several threads."""
 
-    capabilities = frozenset({"top", "at_ids", "drawn", "entropy", "tail"})
+    capabilities = frozenset({"top", "at_ids", "drawn", "entropy", "tail", "logits"})
 
     def __init__(
         self,

@@ -150,6 +150,39 @@ def scored(world: World, name: str) -> list[Any]:
     return [store.read_scores(pin.scores("served")[s.seg_id]) for s in pin.rollouts("main")]
 
 
+def test_an_estimate_of_a_served_teacher_is_that_of_its_weights(
+    call: Call, fake: FakeServer, model: Any, world: World
+) -> None:
+    """All but what is missed, which is a share of what the server shows."""
+    asked = (
+        "@p.jsonl --student @student --no-chat-template --n 2 --max-new-tokens 6 --k-min 4 "
+        "--student-k 4 --device cpu --sample 40 --format json --k-max"
+    )
+    url = f"store estimate {fake.url} --tokenizer @teacher {asked}"
+    there, here = (call(f"{each} 99") for each in (url, f"store estimate @teacher {asked}"))
+    assert there.code == 0, there.err
+    told, known = there.json, here.json
+    assert known["kl_over"] == "the whole vocabulary"
+    assert told["kl_over"] == "the teacher's 99 best ids and a tail: it shows no more"
+    for key in ("forward_kl", "reverse_kl", "overlap_ratio", "mean_length"):
+        assert told[key] == pytest.approx(known[key], rel=1e-4)
+    for one, other in zip(told["rows"], known["rows"], strict=True):
+        assert one["entries"] == pytest.approx(other["entries"], abs=0.1)
+        for key in ("forward_kl_missed", "reverse_kl_missed"):
+            assert one[key] == pytest.approx(other[key], abs=2e-3)
+        # Two ends of an entropy, where the other has one value.
+        assert one["bytes_score"] > other["bytes_score"]
+    # With fewer ids less is known of the KL, and less is missed of that.
+    few = call(f"{url} 12").json
+    assert few["forward_kl"] < told["forward_kl"]
+    assert [row["k_max"] for row in few["rows"]] == [12] * len(few["rows"])
+    fake.max_logprobs = 20
+    call(f"{url} 21").refused(2, "k_max = 21 is more than the server allows", "--k-max 20")
+    fake.generate = False
+    old = call(f"{url} 20").json
+    assert 0 < old["forward_kl"] < told["forward_kl"]
+
+
 class Restart(threading.Thread):
     """Ends a server in the middle of its work and starts it again, on the same port."""
 

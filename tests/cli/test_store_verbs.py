@@ -157,7 +157,9 @@ def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> Non
     assert "scoring_s_per_million" in text
     assert "forward_kl_missed" in text
     call(command.replace("--student @student ", "")).refused(2, "--student", "--help")
-    call(command.replace("@teacher", "@other-tokenizer")).refused(1, "tokenizer", "no override")
+    call(command.replace("@teacher", "@other-tokenizer")).refused(
+        1, "tokenizer", "--student-tokenizer"
+    )
 
 
 def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> None:

@@ -36,7 +36,7 @@ T = TypeVar("T")
 def read_key(file: Path | None = None) -> str | None:
     """The API key: the file's first line, else the environment's LOGITCASK_API_KEY, else none."""
     if file is None:
-        return os.environ.get(KEY) or None
+        return os.environ.get(KEY, "").strip() or None
     try:
         lines = file.read_text().split()
     except (OSError, UnicodeDecodeError) as error:
