@@ -30,6 +30,11 @@ def doctor_command() -> None:
 )
 @click.option("--revision", default="", help="The revision that it should declare, if any.")
 @click.option(
+    "--student",
+    default="",
+    help="Model folder or hub id of the student: tokens, stop ids and chat template are compared.",
+)
+@click.option(
     "--against",
     default="",
     help="Model folder or hub id whose weights it is said to serve: they are loaded here, and the "

@@ -121,6 +121,12 @@ class Score(Section):
         'JSONL file, {"prompt", "sample", "ids"} a response: a list of ids for each token.',
     )
 
+    eos_rows: Literal["refuse", "keep"] = Field(
+        "refuse",
+        description="Responses that end in a stop token that the teacher does not use: refuse; or "
+        "keep, though it has next to no probability, one huge KL row in every such response.",
+    )
+
     @field_validator("context")
     @classmethod
     def _has_role(cls, context: Path | None, info: ValidationInfo) -> Path | None:

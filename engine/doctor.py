@@ -17,6 +17,7 @@ from logitcask.engine.backends.parity import (
     tolerance,
 )
 from logitcask.engine.errors import LogitcaskError
+from logitcask.engine.prompts import load_tokenizer
 from logitcask.engine.served import (
     CONTROL_K,
     CONTROL_SEQUENCES,
@@ -25,6 +26,7 @@ from logitcask.engine.served import (
     served_ref,
     urls_of,
 )
+from logitcask.engine.token_maps import shared_vocabulary
 from logitcask.engine.types import ModelRef
 
 State = Literal["ok", "note", "fault"]
@@ -52,6 +54,8 @@ class Examination:
     tokenizer: str = ""
     revision: str = ""
     api_key_file: Path | None = None
+    student: str = ""
+    """A model folder or hub id of the student whose rollouts it is to score."""
     against: str = ""
     """A model folder or hub id whose weights the server is said to serve."""
     dtype: str = "auto"
@@ -91,6 +95,8 @@ def examine(asked: Examination) -> Iterator[Finding]:
             return
         server.n_vocab = model.n_vocab
         yield _tried("tokenizer", lambda: _tokenizer(model, server))
+        if asked.student:
+            yield from _student(model, asked.student)
         yield _tried("log-probs", lambda: _log_probs(server, model.n_vocab, asked.k_max))
         yield _tried("repeats", lambda: _repeats(server, model.n_vocab))
         if asked.against:
@@ -144,6 +150,58 @@ def _tokenizer(model: ModelRef, server: Any) -> Finding:
         state="note",
         said=f"the server does not tokenize, so that of {model.path} is taken on word",
     )
+
+
+def _student(model: ModelRef, name: str) -> Iterator[Finding]:
+    """What student and teacher are to each other, without the weights of either."""
+    try:
+        path = identity.resolve_model(name, weights=False)
+        ours, theirs = load_tokenizer(path), load_tokenizer(model.path)
+        n_vocab, stops = identity.vocabulary(path, identity.read_config(path), ours)
+    except LogitcaskError as error:
+        yield fault("ids", error)
+        return
+    told = {"tokenizer": identity.tokenizer_digest(ours), "n_vocab": n_vocab}
+    yield _tried("ids", lambda: _ids(told, model, name))
+    foreign = sorted(set(stops) - set(model.stop_ids))
+    yield Finding(
+        check="stop ids",
+        state="note" if foreign else "ok",
+        said=f"the student stops at {list(stops)}, the teacher at {list(model.stop_ids)}",
+        remedy="Responses that end in one of the others are refused, unless with --eos-rows keep."
+        if foreign
+        else "",
+    )
+    yield _tried("prompts", lambda: _prompts(ours, theirs))
+
+
+def _ids(student: dict[str, Any], model: ModelRef, name: str) -> Finding:
+    shared = shared_vocabulary(student, model, name)
+    if shared is None:
+        return Finding(check="ids", state="ok", said=f"{student['n_vocab']}, the student's own")
+    return Finding(
+        check="ids",
+        state="note",
+        said=shared.note(model.name),
+        remedy=f"Score with --student-tokenizer {name}.",
+    )
+
+
+def _prompts(ours: Any, theirs: Any) -> Finding:
+    if _template(ours) == _template(theirs):
+        return Finding(check="prompts", state="ok", said="rendered alike by both templates")
+    return Finding(
+        check="prompts",
+        state="note",
+        said="rendered differently by the teacher's template",
+        remedy="It is shown the student's rendering, which may be foreign to it.",
+    )
+
+
+def _template(tokenizer: Any) -> str | None:
+    if tokenizer.chat_template is None:
+        return None
+    return identity.template_digest(tokenizer, True)
 
 
 def _log_probs(server: Any, n_vocab: int, k_max: int) -> Finding:

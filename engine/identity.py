@@ -90,7 +90,7 @@ def resolve_model(name: str, revision: str = "", *, weights: bool = True) -> Pat
         raise ModelError(
             f"there is no folder {name}, and it is not a hub id",
             remedy="Give a folder made by save_pretrained, or a hub id such as Qwen/Qwen3-0.6B; "
-            "only `logitcask score` takes a teacher at a URL.",
+            "a URL can only stand for a teacher.",
         )
     import huggingface_hub
 

@@ -106,6 +106,7 @@ def score_task(job: ScoreJob, store: Store, pin: Pin) -> dict[str, Any]:
             "context": context,
             "at": job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
             "profile": job.store.profile,
+            "eos_rows": job.score.eos_rows,
             "shared": teacher.shared,
             "notes": (*teacher.notes, *notes),
             "lineage_extra": teacher.lineage_extra,

@@ -78,6 +78,7 @@ class Rounds:
             request=self._request,
             at=self._config.score.asked_at(),
             profile=self._config.store.profile,
+            eos_rows=self._config.score.eos_rows,
             shared=self._teacher.shared,
             lineage_extra=self._teacher.lineage_extra,
         )

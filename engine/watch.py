@@ -51,7 +51,7 @@ def watch_scores(
     if (opened := _awaited(job.store, job.work, stop, notice)) is None:
         return _NOTHING
     store, pin = opened
-    asked = Scoring(store=store, **score_task(job, store, pin), eos_rows="refuse")
+    asked = Scoring(store=store, **score_task(job, store, pin))
     check_scorer(asked.scorer, asked.request, chosen=asked.at is not None)
     lineage, said = asked.lineage(), _Once(notice)
 

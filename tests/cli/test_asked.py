@@ -13,6 +13,7 @@ from logitcask.engine.row_source import RowSource
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
 from tests.cli.conftest import KEPT, ROLL, SCORE, TRAIN, UNITS, N, World
+from tests.engine.tiny import make_model, save_folder
 
 
 def asked(store: str, more: str, teacher: str = "big") -> str:
@@ -221,3 +222,14 @@ def test_a_probe_of_what_is_no_objective(
     answer = call(probe)
     assert answer.code in (1, 2)
     answer.refused(answer.code, cause, remedy)
+
+
+def test_responses_that_end_in_the_students_own_stop_token_are_kept_when_asked(
+    world: World, call: Any
+) -> None:
+    """Half of all ids stop this student, one of them its teacher."""
+    save_folder(world.at("@talker"), make_model(eos=list(range(1, 50))))
+    store = world.new("talked")
+    assert call(f"{ROLL} {store}".replace("@student", "@talker")).code == 0
+    call(asked(store, "")).refused(1, "and", "--eos-rows keep")
+    assert call(asked(store, "--eos-rows keep --format json")).json["units_new"] == UNITS

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.conftest import Answer, World
 from tests.engine.backends.server.fake_server import FakeServer
-from tests.engine.tiny import make_model, make_tokenizer
+from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
 
 Call = Callable[[str], Answer]
 
@@ -51,6 +51,26 @@ def test_each_fault_is_named(call: Call, world: World, fake: FakeServer) -> None
     fake.at_ids, fake.tokenizer = False, None
     noted = states(call(f"doctor teacher {fake.url} --tokenizer @teacher --format json --k-max 9"))
     assert noted["chosen ids"] == noted["tokenizer"] == "note"
+
+
+def test_teacher_and_student_are_compared(call: Call, world: World, fake: FakeServer) -> None:
+    def found(student: str) -> dict[str, dict[str, str]]:
+        asked = f"doctor teacher {fake.url} --tokenizer @teacher --student {student} --format json"
+        return {each["check"]: each for each in call(asked).json["checks"]}
+
+    own = found("@student")
+    assert {own[each]["state"] for each in ("ids", "stop ids", "prompts")} == {"ok"}
+    assert found("@other-template")["prompts"]["state"] == "note"
+    assert found("@no-template")["prompts"]["state"] == "note"
+    assert found("@other-tokenizer")["ids"]["state"] == "fault"
+    assert found("@nobody")["ids"]["state"] == "fault"
+    renamed = make_tokenizer(characters=CHARACTERS[:-1] + "é")
+    save_folder(world.at("@renamed"), make_model(eos=[1, 7]), renamed)
+    other = found("@renamed")
+    assert f"{N_VOCAB - 1} ('é' to the student, '~' to the teacher)" in other["ids"]["said"]
+    assert f"--student-tokenizer {world.at('@renamed')}" in other["ids"]["remedy"]
+    assert other["stop ids"]["said"] == "the student stops at [1, 7], the teacher at [1]"
+    assert "--eos-rows keep" in other["stop ids"]["remedy"]
 
 
 def test_a_server_that_is_not_there_is_one_fault(call: Call) -> None:
