@@ -16,9 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from logitcask.engine.asking import Score as ScoreSection
-from logitcask.engine.asking import Teacher
-from logitcask.engine.config import (
+from logitcask.engine.config.jobs import (
     Prompts,
     Rollout,
     RolloutJob,
@@ -27,6 +25,8 @@ from logitcask.engine.config import (
     StoreSection,
     Student,
 )
+from logitcask.engine.config.teacher import Score as ScoreSection
+from logitcask.engine.config.teacher import Teacher
 from logitcask.engine.jobs import run_rollout, run_score
 from logitcask.engine.store import Store, open_store
 

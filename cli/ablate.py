@@ -7,9 +7,9 @@ import rich_click as click
 
 from logitcask.cli.options import format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, print_table, progress_bar
-from logitcask.engine.config import AblateJob, TrainJob
-from logitcask.engine.configfile import read_job
-from logitcask.engine.learning import Ablate
+from logitcask.engine.config.file import read_job
+from logitcask.engine.config.jobs import AblateJob, TrainJob
+from logitcask.engine.config.training import Ablate
 
 
 @click.command("ablate")

@@ -6,7 +6,7 @@ import rich_click as click
 
 from logitcask.cli.options import dry_run_option, format_option
 from logitcask.cli.output import print_result, progress_bar
-from logitcask.engine.configfile import read_toml, to_toml
+from logitcask.engine.config.file import read_toml, to_toml
 
 
 @click.command("distill")

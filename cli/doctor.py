@@ -67,7 +67,7 @@ def teacher_command(url: str, form: str, **asked: Any) -> None:
 
     Example: logitcask doctor teacher http://127.0.0.1:8000
     """
-    from logitcask.engine.doctor import Examination, examine
+    from logitcask.engine.teachers.doctor import Examination, examine
 
     found = []
     for each in examine(Examination(url=url, **asked)):

@@ -6,9 +6,9 @@ import rich_click as click
 
 from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_table, progress_bar
-from logitcask.engine.config import ProbeJob
-from logitcask.engine.configfile import to_toml
-from logitcask.engine.learning import Probe
+from logitcask.engine.config.file import to_toml
+from logitcask.engine.config.jobs import ProbeJob
+from logitcask.engine.config.training import Probe
 
 
 @click.group("probe", context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,8 +14,8 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_report, progress_bar
 from logitcask.cli.watch import run_watch
-from logitcask.engine.config import Rollout, RolloutJob
-from logitcask.engine.configfile import to_toml
+from logitcask.engine.config.file import to_toml
+from logitcask.engine.config.jobs import Rollout, RolloutJob
 
 
 @click.command("rollout")

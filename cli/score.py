@@ -14,9 +14,9 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_report, progress_bar
 from logitcask.cli.watch import run_watch
-from logitcask.engine.asking import Score, Teacher
-from logitcask.engine.config import ScoreJob
-from logitcask.engine.configfile import to_toml
+from logitcask.engine.config.file import to_toml
+from logitcask.engine.config.jobs import ScoreJob
+from logitcask.engine.config.teacher import Score, Teacher
 
 
 @click.command("score")

@@ -8,7 +8,7 @@ import rich_click as click
 
 from logitcask.cli.options import MODEL_FLAGS, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, print_table, progress_bar
-from logitcask.engine.config import EstimateJob, Gc, GcJob
+from logitcask.engine.config.jobs import EstimateJob, Gc, GcJob
 from logitcask.engine.errors import IncompleteError
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import rich_click as click
 
 from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, progress_bar
-from logitcask.engine.config import TrainJob
-from logitcask.engine.configfile import to_toml
-from logitcask.engine.learning import Eval, Train
+from logitcask.engine.config.file import to_toml
+from logitcask.engine.config.jobs import TrainJob
+from logitcask.engine.config.training import Eval, Train
 
 
 @click.command("train")

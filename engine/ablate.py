@@ -22,16 +22,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from logitcask.engine.config import TrainJob
-from logitcask.engine.configfile import keys_of, parse_value, validate
-from logitcask.engine.course import TrainReport
+from logitcask.engine.config.file import keys_of, parse_value, validate
+from logitcask.engine.config.jobs import TrainJob
+from logitcask.engine.config.training import Ablate
 from logitcask.engine.errors import ConfigError, LogitcaskError
 from logitcask.engine.jobs import check_train, run_train, scoring_seconds
-from logitcask.engine.learning import Ablate
 from logitcask.engine.named import held_out_set, pin_of
-from logitcask.engine.rundir import check_same, make_folder, replace_text, write_json
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
+from logitcask.engine.training.run import TrainReport
+from logitcask.engine.training.rundir import check_same, make_folder, replace_text, write_json
 from logitcask.engine.types import Progress, silent
 
 FIXED = ("store.url", "store.profile", "train.pin", "run.out", "run.overwrite", "run.seed")

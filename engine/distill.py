@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from logitcask.engine.asking import Score
-from logitcask.engine.config import RunConfig
-from logitcask.engine.course import Course, TrainReport, carry_out, open_desk
+from logitcask.engine.config.jobs import RunConfig
+from logitcask.engine.config.teacher import Score
+from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError, IdentityError
-from logitcask.engine.held_out import hold_out
 from logitcask.engine.identity import digest
-from logitcask.engine.learning import Train
 from logitcask.engine.named import (
     eval_plan,
     find_objective,
@@ -28,13 +26,15 @@ from logitcask.engine.named import (
 )
 from logitcask.engine.objectives import Facts, Preset, Verdict, verdict
 from logitcask.engine.opened import OpenedTeacher, open_teacher
-from logitcask.engine.plan import windows_at_most
 from logitcask.engine.rollout_unit import prompt_set_digest
 from logitcask.engine.rounds import Rounds
-from logitcask.engine.rundir import check_same, read_run
+from logitcask.engine.rows.plan import windows_at_most
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.teachers import check_identity
-from logitcask.engine.train import Notice
+from logitcask.engine.teachers.checks import check_identity
+from logitcask.engine.training.held_out import hold_out
+from logitcask.engine.training.run import Course, TrainReport, carry_out, open_desk
+from logitcask.engine.training.rundir import check_same, read_run
+from logitcask.engine.training.train import Notice
 from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreRequest, silent
 
 

@@ -25,7 +25,7 @@ import logitcask.engine.store.segment as segments
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.grade import Grading
 from logitcask.engine.rollout_unit import UNIT_POSITIONS, draw, mc_request
-from logitcask.engine.token_maps import SharedVocabulary
+from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     Array,
     IdLists,

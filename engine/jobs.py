@@ -12,12 +12,8 @@ import torch
 
 from logitcask.engine import identity
 from logitcask.engine.backends.base import close_backend
-from logitcask.engine.batches import planned
-from logitcask.engine.config import EstimateJob, ProbeJob, RolloutJob, ScoreJob, TrainJob
-from logitcask.engine.course import TrainReport
+from logitcask.engine.config.jobs import EstimateJob, ProbeJob, RolloutJob, ScoreJob, TrainJob
 from logitcask.engine.estimate import Estimate, estimate
-from logitcask.engine.given import read_ids
-from logitcask.engine.held_out import hold_out
 from logitcask.engine.named import (
     eval_plan,
     find_objective,
@@ -35,12 +31,16 @@ from logitcask.engine.privileged import read_template, templated
 from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
+from logitcask.engine.rows.batches import planned
 from logitcask.engine.score import ScoreReport, score
+from logitcask.engine.score_given import read_ids
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.view import choose
-from logitcask.engine.student import load_student, quiet
-from logitcask.engine.train import Notice, check, train
+from logitcask.engine.training.held_out import hold_out
+from logitcask.engine.training.run import TrainReport
+from logitcask.engine.training.student import load_student, quiet
+from logitcask.engine.training.train import Notice, check, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
 
 

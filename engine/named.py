@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine import identity
-from logitcask.engine.config import Prompts, Rollout, Run, Student
+from logitcask.engine.config.jobs import Prompts, Rollout, Run, Student
+from logitcask.engine.config.training import Eval, Train
 from logitcask.engine.errors import ConfigError, IncompleteError
-from logitcask.engine.evaluate import EvalPlan
 from logitcask.engine.grade import Decode, Grading, open_grader
-from logitcask.engine.held_out import HeldOutSet
-from logitcask.engine.learning import Eval, Train
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset
 from logitcask.engine.opened import live_backend
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
-from logitcask.engine.settings import TrainSettings
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.view import choose
+from logitcask.engine.training.evaluate import EvalPlan
+from logitcask.engine.training.held_out import HeldOutSet
+from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.types import ModelRef, Prompt
 
 

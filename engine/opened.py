@@ -5,11 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from logitcask.engine import identity
-from logitcask.engine.asking import Score, Teacher
 from logitcask.engine.backends.base import close_backend, open_backend
-from logitcask.engine.config import Run
+from logitcask.engine.config.jobs import Run
+from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.served import (
+from logitcask.engine.store import Pin
+from logitcask.engine.teachers.checks import check_identity
+from logitcask.engine.teachers.served import (
     SameTeacher,
     check_declared,
     check_tokenizer,
@@ -17,10 +19,8 @@ from logitcask.engine.served import (
     served_ref,
     urls_of,
 )
-from logitcask.engine.store import Pin
-from logitcask.engine.student import inner_model
-from logitcask.engine.teachers import check_identity
-from logitcask.engine.token_maps import SharedVocabulary, shared_vocabulary
+from logitcask.engine.teachers.token_maps import SharedVocabulary, shared_vocabulary
+from logitcask.engine.training.student import inner_model
 from logitcask.engine.types import ModelRef, ScoreRequest
 
 

@@ -15,7 +15,7 @@ from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.grade import Grading
 from logitcask.engine.rollout_unit import Rolling, Unit, default_unit, mc_request, roll_unit
 from logitcask.engine.store import Pin, Segment, Store
-from logitcask.engine.teachers import check_scorer
+from logitcask.engine.teachers.checks import check_scorer
 from logitcask.engine.types import (
     STOP,
     ModelRef,

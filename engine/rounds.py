@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from logitcask.engine.batches import Ahead
-from logitcask.engine.config import RunConfig
+from logitcask.engine.config.jobs import RunConfig
 from logitcask.engine.grade import Grading
 from logitcask.engine.opened import OpenedTeacher, live_backend
-from logitcask.engine.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.rollout import rollout
-from logitcask.engine.row_source import PackedRow, RowSource
+from logitcask.engine.rows.batches import Ahead
+from logitcask.engine.rows.plan import Lengths, Plan, PlanKey, make_plan
+from logitcask.engine.rows.source import PackedRow, RowSource
 from logitcask.engine.score import score
 from logitcask.engine.store import Segment, Store
-from logitcask.engine.student import live_digest
+from logitcask.engine.training.student import live_digest
 from logitcask.engine.types import ModelRef, Prompt, ScoreRequest
 
 

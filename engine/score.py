@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
-from logitcask.engine.given import GivenIds
+from logitcask.engine.score_given import GivenIds
 from logitcask.engine.score_unit import ScoreUnit, Scoring, score_unit, unit_key
 from logitcask.engine.store import Chain, Pin, Segment, Store
 from logitcask.engine.store.schema import MC
-from logitcask.engine.teachers import check_identity, check_scorer, other_dtypes
-from logitcask.engine.token_maps import SharedVocabulary
+from logitcask.engine.teachers.checks import check_identity, check_scorer, other_dtypes
+from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     MC_IDS,
     ModelRef,

@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from logitcask.engine.asked import at_all_known, without_more
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import PromptError
-from logitcask.engine.given import GivenIds
 from logitcask.engine.identity import digest
+from logitcask.engine.score_asked import at_all_known, without_more
+from logitcask.engine.score_given import GivenIds
 from logitcask.engine.store import Chain, Segment, Store
 from logitcask.engine.store.layout import ranked
 from logitcask.engine.store.widen import ask_at, union
-from logitcask.engine.teachers import check_stops
-from logitcask.engine.token_maps import SharedVocabulary
+from logitcask.engine.teachers.checks import check_stops
+from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     MC_IDS,
     IdLists,

@@ -11,9 +11,9 @@ import time
 from collections.abc import Collection
 
 from logitcask.engine import identity
-from logitcask.engine.asking import Work
 from logitcask.engine.backends.base import close_backend
-from logitcask.engine.config import RolloutJob, ScoreJob, StoreSection
+from logitcask.engine.config.jobs import RolloutJob, ScoreJob, StoreSection
+from logitcask.engine.config.teacher import Work
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.jobs import rollout_task, score_task
 from logitcask.engine.named import grading_of, rendered, student_and_prompts
@@ -22,7 +22,7 @@ from logitcask.engine.rollout_unit import Rolling, Unit, roll_unit
 from logitcask.engine.score import plan_scores
 from logitcask.engine.score_unit import ScoreUnit, Scoring, score_unit
 from logitcask.engine.store import Pin, Store, holds_store, open_store
-from logitcask.engine.teachers import check_scorer
+from logitcask.engine.teachers.checks import check_scorer
 from logitcask.engine.types import ModelRef, Progress, silent
 from logitcask.engine.work import Notice, Plan, WorkReport, WorkSettings, follow
 

@@ -20,8 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcask.engine import asking, config, learning
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.config.jobs import (
+    Prompts,
+    Rollout,
+    RolloutJob,
+    Run,
+    ScoreJob,
+    StoreSection,
+    Student,
+    TrainJob,
+)
+from logitcask.engine.config.teacher import Score, Teacher
+from logitcask.engine.config.training import Train
 from logitcask.engine.demo.models import Size, accuracy, make_model, make_tokenizer, save
 from logitcask.engine.demo.pretrain import Pupil, learn_at_least, learn_between
 from logitcask.engine.demo.record import DemoResult, Record
@@ -93,7 +104,7 @@ class Demo:
         self.record, self.progress = record, progress
         self.task = Task(scale.digits)
         self.tokenizer = make_tokenizer()
-        self.run = config.Run(seed=seed, device="cpu", dtype="float32")
+        self.run = Run(seed=seed, device="cpu", dtype="float32")
 
     def make_models(self) -> None:
         """A teacher that is sure of its task, and a student that is half way."""
@@ -155,10 +166,10 @@ class Demo:
         if self.record.lacks("score"):
             with self.record.making("score"):
                 for name in (MAIN, HELDOUT):
-                    job = config.ScoreJob(
-                        teacher=asking.Teacher(model=str(self.out / "teacher"), name=TEACHER),
+                    job = ScoreJob(
+                        teacher=Teacher(model=str(self.out / "teacher"), name=TEACHER),
                         store=self._store(name),
-                        score=asking.Score(k_min=K),
+                        score=Score(k_min=K),
                         run=self.run,
                     )
                     run_score(job, progress=self.progress)
@@ -166,11 +177,11 @@ class Demo:
     def _rollout(self, name: str, split: str, count: int) -> None:
         file = self.out / f"{name}.jsonl"
         write_prompts(file, self.task.draw(split, count, self.seed))
-        job = config.RolloutJob(
-            student=config.Student(model=str(self.out / "student")),
-            prompts=config.Prompts(file=file, chat_template=False),
+        job = RolloutJob(
+            student=Student(model=str(self.out / "student")),
+            prompts=Prompts(file=file, chat_template=False),
             store=self._store(name),
-            rollout=config.Rollout(
+            rollout=Rollout(
                 n=self.scale.n,
                 max_new_tokens=self.task.max_new_tokens,
                 student_k=K,
@@ -183,10 +194,10 @@ class Demo:
     def distill(self, objective: str) -> DemoResult:
         """The student after training by `objective`, beside what it was and the teacher."""
         folder = self.out / "runs" / objective
-        job = config.TrainJob(
-            student=config.Student(model=str(self.out / "student")),
+        job = TrainJob(
+            student=Student(model=str(self.out / "student")),
             store=self._store(MAIN),
-            train=learning.Train(
+            train=Train(
                 teacher=TEACHER,
                 objective=objective,
                 lr=1e-3,
@@ -246,8 +257,8 @@ class Demo:
         questions = self.task.draw("evaluation", self.scale.evaluation, self.seed)
         return accuracy(model, self.tokenizer, questions, self.task.max_new_tokens)
 
-    def _store(self, rollouts: str) -> config.StoreSection:
-        return config.StoreSection(url=str(self.out / "store"), rollouts=rollouts)
+    def _store(self, rollouts: str) -> StoreSection:
+        return StoreSection(url=str(self.out / "store"), rollouts=rollouts)
 
 
 def overlap(students: list[Top], teachers: list[Top]) -> tuple[float, float]:

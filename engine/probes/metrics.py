@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logitcask.engine.batches import PlannedRows
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.heads import head_map
 from logitcask.engine.metrics import METRICS, TEACHER_WIDTH
 from logitcask.engine.metrics_released import METRICS_RELEASED, Pair, released_metrics
 from logitcask.engine.objectives import Objective, live_k, row_objective
-from logitcask.engine.row_source import PackedRow
-from logitcask.engine.student import head_weight, hidden_states, inner_model
+from logitcask.engine.rows.batches import PlannedRows
+from logitcask.engine.rows.source import PackedRow
+from logitcask.engine.training.student import head_weight, hidden_states, inner_model
 from logitcask.engine.types import Array, Progress, silent
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.sparse_kl import RowGrad, RowView

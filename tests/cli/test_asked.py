@@ -9,7 +9,7 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.prompts import load_tokenizer
-from logitcask.engine.row_source import RowSource
+from logitcask.engine.rows.source import RowSource
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
 from tests.cli.conftest import KEPT, ROLL, SCORE, TRAIN, UNITS, N, World

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from logitcask.cli.options import job_from_flags
-from logitcask.engine.config import RolloutJob, RunConfig, ScoreJob, TrainJob
-from logitcask.engine.configfile import read_toml, to_toml, validate
+from logitcask.engine.config.file import read_toml, to_toml, validate
+from logitcask.engine.config.jobs import RolloutJob, RunConfig, ScoreJob, TrainJob
 from logitcask.engine.errors import ConfigError
 
 MINIMAL = """

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcask.engine.row_source import RowSource
+from logitcask.engine.rows.source import RowSource
 from logitcask.engine.store import open_store
 from tests.cli.conftest import ROLL, SCORE, UNITS, World
 

@@ -13,11 +13,11 @@ from logitcask.engine.identity import model_ref
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.objectives.modifiers import KeepEntropy, Prune, Stepwise
-from logitcask.engine.row_source import PackedRow, RowSource
-from logitcask.engine.rundir import METRICS, MetricsFile
-from logitcask.engine.settings import TrainSettings, training_arguments
+from logitcask.engine.rows.source import PackedRow, RowSource
 from logitcask.engine.store import Store
-from logitcask.engine.trainer import DistillTrainer
+from logitcask.engine.training.rundir import METRICS, MetricsFile
+from logitcask.engine.training.settings import TrainSettings, training_arguments
+from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, silent
 from tests.engine.cached import Unit, make_store
 from tests.engine.tiny import make_model, save_folder

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-import logitcask.engine.course as course
 import logitcask.engine.store.commit as commit
-import logitcask.engine.trainer as trainer
-from logitcask.engine.config import RunConfig
+import logitcask.engine.training.run as course
+import logitcask.engine.training.trainer as trainer
+from logitcask.engine.config.jobs import RunConfig
 from logitcask.engine.distill import distill
-from logitcask.engine.rundir import MetricsFile
 from logitcask.engine.store import Store
+from logitcask.engine.training.rundir import MetricsFile
 
 POINTS: dict[str, tuple[Any, str, bool]] = {
     # name -> (where the function is looked up, its name, after it and not before)

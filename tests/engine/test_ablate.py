@@ -21,11 +21,11 @@ from logitcask.engine.ablate import (
     row,
     saved_seconds,
 )
-from logitcask.engine.config import Run, StoreSection, Student, TrainJob
+from logitcask.engine.config.jobs import Run, StoreSection, Student, TrainJob
+from logitcask.engine.config.training import Ablate, Eval, Train
 from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
-from logitcask.engine.learning import Ablate, Eval, Train
-from logitcask.engine.rundir import MetricsFile
 from logitcask.engine.store import Store
+from logitcask.engine.training.rundir import MetricsFile
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case

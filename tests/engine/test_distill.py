@@ -16,19 +16,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import logitcask.engine.rounds as loop
-from logitcask.engine.config import RunConfig, Student, TrainJob
-from logitcask.engine.configfile import read_toml
-from logitcask.engine.course import TrainReport
+from logitcask.engine.config.file import read_toml
+from logitcask.engine.config.jobs import RunConfig, Student, TrainJob
 from logitcask.engine.distill import distill
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.identity import model_ref
 from logitcask.engine.jobs import run_train
-from logitcask.engine.plan import Lengths
 from logitcask.engine.rounds import Rounds, deal
-from logitcask.engine.row_source import RowSource
+from logitcask.engine.rows.plan import Lengths
+from logitcask.engine.rows.source import RowSource
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.verify import verify
-from logitcask.engine.student import live_digest, load_student
+from logitcask.engine.training.run import TrainReport
+from logitcask.engine.training.student import live_digest, load_student
 from tests.engine.tiny import CHARACTERS, make_model, make_tokenizer, save_folder
 
 WORKER = Path(__file__).with_name("kill_worker.py")

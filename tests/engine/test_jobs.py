@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from logitcask.engine.asking import Teacher
-from logitcask.engine.config import Run, Student
+from logitcask.engine.config.jobs import Run, Student
+from logitcask.engine.config.teacher import Teacher
 from logitcask.engine.identity import model_ref
 from logitcask.engine.named import rendered, student_of
 from logitcask.engine.opened import live_backend, open_teacher

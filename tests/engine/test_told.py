@@ -20,18 +20,18 @@ from torch import Tensor
 from logitcask.engine.backends.answers import RESOLVED
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ConfigError, ObjectiveError
-from logitcask.engine.facts import facts_of
 from logitcask.engine.metrics import TEACHER_WIDTH
 from logitcask.engine.objectives import PRESETS, find_preset, live_k, row_objective, verdict
 from logitcask.engine.rollout import rollout
-from logitcask.engine.row_source import RowSource
+from logitcask.engine.rows.source import RowSource
 from logitcask.engine.score import score
-from logitcask.engine.settings import TrainSettings
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.verify import verify
 from logitcask.engine.store.view import listing, shown
 from logitcask.engine.targets import Targets
-from logitcask.engine.train import train
+from logitcask.engine.training.facts import facts_of
+from logitcask.engine.training.settings import TrainSettings
+from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreRequest
 from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
 from tests.engine.score.scored import ref

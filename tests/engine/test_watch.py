@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from logitcask.engine.config import RolloutJob, ScoreJob
-from logitcask.engine.configfile import validate
+from logitcask.engine.config.file import validate
+from logitcask.engine.config.jobs import RolloutJob, ScoreJob
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, StoreError
 from logitcask.engine.identity import write_card
 from logitcask.engine.jobs import run_rollout, run_score

@@ -15,8 +15,8 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Limits, Server
-from logitcask.engine.doctor import Examination, examine
 from logitcask.engine.store import open_store
+from logitcask.engine.teachers.doctor import Examination, examine
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreRequest
 from tests.engine.tiny import make_model, save_folder
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcask.engine.batches import PlannedRows, planned
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import Objective, find_preset
 from logitcask.engine.probes.metrics import probe
-from logitcask.engine.row_source import PackedRow
+from logitcask.engine.rows.batches import PlannedRows, planned
+from logitcask.engine.rows.source import PackedRow
 from logitcask.engine.store import Store
-from logitcask.engine.student import load_student
+from logitcask.engine.training.student import load_student
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case, make_trainer

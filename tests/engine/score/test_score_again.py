@@ -17,12 +17,12 @@ from logitcask.engine.errors import (
     PromptError,
 )
 from logitcask.engine.objectives import find_preset
-from logitcask.engine.row_source import RowSource
+from logitcask.engine.rows.source import RowSource
 from logitcask.engine.store import open_store
 from logitcask.engine.store.layout import kept_lists, ranked
 from logitcask.engine.store.ragged import starts
 from logitcask.engine.store.verify import verify
-from logitcask.engine.train import train
+from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, ScoreRequest, Scores
 from tests.engine.score.scored import PROMPTS, REQUEST, Dies, ref, run
 from tests.engine.tiny import make_model, save_folder

@@ -1,0 +1,183 @@
+"""Sections of learning and measuring."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from logitcask.engine.config.section import Name, Positive, Section, Share
+from logitcask.engine.types import SamplingParams
+
+
+class Train(Section):
+    teacher: Name | None = Field(
+        None, description="Whose scores to train on; may be left out when the store has one."
+    )
+    base: Name | None = Field(
+        None,
+        description="Scores of the model that the teacher was made from (score --role base), for "
+        "objectives that look at them.",
+    )
+    pin: str | None = Field(
+        None,
+        description="Log number or tag of the store to train on; default: the newest when the run "
+        "begins. `logitcask store pin` shows it.",
+    )
+    objective: str = Field(
+        "overlap",
+        description="Preset of the loss, with fields or modifiers as in gkd(parameter=0.1) or "
+        "sampled_token+importance(cap=5); `logitcask objectives` shows all.",
+    )
+    k: Positive | None = Field(
+        None, description="Size of the objective's top-k support; default: the preset's own."
+    )
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="What the learning rate does after the warm-up."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Updates over which the rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    beta2: float = Field(0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    epochs: Positive = Field(1, description="Passes over the pinned rollouts.")
+    tokens_per_batch: Positive = Field(
+        16384,
+        description="Tokens of one packed row, prompts included: one forward pass. Bounds memory.",
+    )
+    accumulation: Positive = Field(
+        1, description="Packed rows per optimizer update and process; the loss is their token mean."
+    )
+    lora: int = Field(
+        0,
+        ge=0,
+        description="Rank of LoRA adapters that are trained instead of all weights; 0 = off. The "
+        "saved model has them merged.",
+    )
+    metric_share: float = Field(
+        1 / 16,
+        gt=0,
+        le=1,
+        description="Share of the positions that metrics are taken of, for objectives whose loss "
+        "does not need the whole vocabulary; others take them of all.",
+    )
+    save_steps: Positive = Field(100, description="Updates between checkpoints.")
+    aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = Field(
+        "token-mean",
+        description="Of an update's losses: over all tokens, or over sequences the mean of their "
+        "means or of their sums. With the last two long responses count less or more a token.",
+    )
+    hard_bound: Literal["off", "skip", "stop"] = Field(
+        "off",
+        description="Beyond --min-coverage or --max-drift, whichever the objective depends on: "
+        "only warn, give a position no gradient, or end the run (exit code 3) by an update's mean.",
+    )
+    min_coverage: float = Field(
+        0.80,
+        ge=0,
+        le=1,
+        description="Least share of the live student's mass that must have a score, for supports "
+        "in which the student has a say.",
+    )
+    max_drift: float = Field(
+        0.2, gt=0, description="Largest drift from the student that drew, nats of k3, for draws."
+    )
+    partial: bool = Field(False, description="Train on what is scored although units are missing.")
+    foreign_student: bool = Field(
+        False,
+        description="Allow a frozen student support although another model made the rollouts.",
+    )
+
+
+class Eval(Section):
+    prompts: Path | None = Field(
+        None,
+        description="Evaluate on this prompts file before the first update and after the last; "
+        "left out, no response is graded.",
+    )
+    store: str | None = Field(
+        None,
+        description="At the same moments, also take the objective's loss and all metrics of a "
+        "store that is not trained on: folder or URL. Left out with --eval-rollouts, the store "
+        "itself.",
+    )
+    rollouts: Name | None = Field(
+        None,
+        description="Set of rollouts that they are taken of; may be left out when there is one.",
+    )
+    teacher: Name | None = Field(
+        None, description="Whose scores they are taken by; may be left out when there is one."
+    )
+    pin: str | None = Field(
+        None,
+        description="Log number or tag of that store; default: the newest when the run begins.",
+    )
+    grader: str = Field(
+        "exact",
+        description="Who gives a response its reward in [0, 1]: exact = its last \\boxed{}, "
+        '"Answer:", "####" or line is the prompt\'s "answer"; or MODULE:FUNCTION, installed code '
+        "called with (prompt, response).",
+    )
+    n: Positive = Field(16, description="Responses per evaluation prompt.")
+    every: int = Field(
+        0, ge=0, description="Evaluate also every so many updates; 0 = at both ends only."
+    )
+    temperature: float = Field(
+        0.7, ge=0, description="Sampling temperature of evaluation; 0 = greedy."
+    )
+    top_p: Share = Field(0.95, description="Nucleus that evaluation samples from.")
+    max_new_tokens: Positive = Field(
+        512, description="Tokens of an evaluation response at most, stop token included."
+    )
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            n=self.n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+class Ablate(Section):
+    seeds: Positive = Field(
+        1, description="Runs of every combination, with run.seed and the numbers after it."
+    )
+    out: Path = Field(description="Folder of the runs, ablate.json and ablate.md.")
+    skip_refused: bool = Field(
+        False,
+        description="Go on without combinations that cannot be trained, and say why in the table; "
+        "otherwise one of them stops all before anything is trained.",
+    )
+    teacher_accuracy: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="The teacher's avg@n on the evaluation prompts, for the gap recovery (after - "
+        "before) / (teacher - before).",
+    )
+
+
+class Probe(Section):
+    teacher: Name | None = Field(
+        None, description="Whose scores to measure by; may be left out when the store has one."
+    )
+    pin: str | None = Field(
+        None, description="Log number or tag of the store to measure on; default: the newest."
+    )
+    bins: Positive = Field(
+        1, description="Ranges of positions in the response that are shown apart, equally wide."
+    )
+    tokens_per_batch: Positive = Field(
+        16384,
+        description="Tokens of one packed row, prompts included: one forward pass. Bounds memory.",
+    )
+
+
+class Loop(Section):
+    rounds: Positive = Field(description="Rounds of rollout, score, update.")
+    prompts_per_round: Positive = Field(
+        64, description="Prompts of one round, taken in order and from the start again at the end."
+    )
+    updates_per_round: Positive = Field(
+        1, description="Optimizer updates per round; 1 is strictly on policy."
+    )

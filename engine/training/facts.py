@@ -1,0 +1,64 @@
+"""What pinned rollouts, their scores and a student are to each other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from logitcask.engine.errors import IdentityError
+from logitcask.engine.objectives import Facts
+from logitcask.engine.rows.source import RowSource
+from logitcask.engine.store import Pin, Store
+from logitcask.engine.training.trainer import gathered
+from logitcask.engine.types import MC_IDS, ModelRef, SamplingParams
+
+
+def first_pin(store: Store, earlier: Mapping[str, Any] | None) -> Pin:
+    """That of the earlier call, else the newest that the first process sees."""
+    # A loop's run has none, and is refused as another run further on.
+    if earlier is not None and "pin" in earlier:
+        return store.pin(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
+    newest = store.head()
+    number, sha256 = gathered((newest.number, newest.sha256))[0]
+    return store.pin(number, sha256)
+
+
+def facts_of(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts:
+    """What the cache and the student are to each other. IdentityError for another tokenizer."""
+    rollouts = [segment for segment, _ in source.pairs]
+    asked = [[each.lineage["request"] for each in chain] for _, chain in source.pairs]
+    sampler = rollouts[0].lineage["student"]
+    if sampler["tokenizer"] != model.tokenizer_digest:
+        raise IdentityError(
+            f"the rollouts were sampled with tokenizer {sampler['tokenizer']}, the student "
+            f"{model.name} has {model.tokenizer_digest}",
+            remedy="train a student with the tokenizer of the rollouts, or sample with this one",
+        )
+    sampling = rollouts[0].lineage["set"]
+    return Facts(
+        student_k=int(sampling["student_k"]),
+        # Of the unit that was asked for least: a plan mixes all of them.
+        k_min=min(max(int(each["k_min"]) for each in requests) for requests in asked),
+        k_max=min(max(int(each["k_max"]) for each in requests) for requests in asked),
+        at_student=all(any(each["at_student"] for each in requests) for requests in asked),
+        versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
+        student_version=model.version,
+        same_root=sampler["root"] == model.root,
+        same_weights=all(s.lineage["student"]["weights"] == model.digest for s in rollouts),
+        same_template=sampler["template"] == model.template_digest,
+        plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
+        allow_foreign=foreign_student,
+        n_vocab=model.n_vocab,
+        mc_draws=int(sampling.get("mc_draws", 0)),
+        at_mc=all(
+            any(each.lineage.get("at") == MC_IDS for each in chain) for _, chain in source.pairs
+        ),
+        q_draws=min(
+            int(each.get("draws", 0)) if each.get("entry_kind") == "sampled" else 0
+            for requests in asked
+            for each in requests
+        ),
+        base=source.base is not None,
+        entropy_bounds=source.bounded,
+    )
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -1,0 +1,145 @@
+"""Train a student on a pinned store: one call, which resumes where it was interrupted."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from logitcask.engine.errors import IncompleteError
+from logitcask.engine.objectives import Objective, Preset, verdict
+from logitcask.engine.rows.batches import PlannedRows
+from logitcask.engine.rows.plan import Plan, PlanKey, make_plan
+from logitcask.engine.rows.source import RowSource
+from logitcask.engine.store import Pin, Store
+from logitcask.engine.store.cache import UnitCache
+from logitcask.engine.training.evaluate import EvalPlan
+from logitcask.engine.training.facts import facts_of, first_pin
+from logitcask.engine.training.held_out import HeldOutSet, hold_out
+from logitcask.engine.training.run import Course, TrainReport, carry_out, open_desk
+from logitcask.engine.training.settings import TrainSettings
+from logitcask.engine.types import ModelRef, Progress, silent
+
+Notice = Callable[[str], None]
+"""Called with a line that a person should read: labels and warnings."""
+
+
+def train(
+    store: Store,
+    *,
+    model: ModelRef,
+    out: Path,
+    teacher: str,
+    base: str | None = None,
+    rollouts: str = "main",
+    objective: Objective | Preset,
+    settings: TrainSettings | None = None,
+    pin: Pin | None = None,
+    partial: bool = False,
+    foreign_student: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    evaluation: EvalPlan | None = None,
+    held_out: HeldOutSet | None = None,
+    cache: UnitCache | None = None,
+    config: Mapping[str, Any] | None = None,
+    report_to: tuple[str, ...] = (),
+    notice: Notice = lambda line: None,
+    progress: Progress = silent,
+) -> TrainReport:
+    """Trains `model` on the scores of `teacher`, and saves it as the next version in `out`.
+
+    `base` names scores of the model that the teacher was made from, for objectives that look there.
+    Without a `pin` the store is pinned as it is at the first call. The same call on the same `out`
+    resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked before
+    the first update and after the last, as of the rows of `held_out`. `cache`: keeps decoded units
+    for other runs. `config`, the caller's resolved configuration, is only recorded, in run.json.
+    What the cache serves exactly for the objective goes to `notice` before the first update. Under
+    torchrun every process calls this.
+
+    Raises ConfigError, IdentityError (another run in `out`, another tokenizer than the rollouts'),
+    IncompleteError (units missing and not `partial`), ObjectiveError (the cache cannot serve the
+    objective) and ModelError.
+    """
+    settings = settings or TrainSettings()
+    desk = open_desk(
+        out,
+        model=model,
+        settings=settings,
+        overwrite=overwrite,
+        device=device,
+        report_to=report_to,
+    )
+    if pin is None:
+        pin = first_pin(store, desk.earlier)
+    source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial, cache=cache)
+    facts = facts_of(model, source, foreign_student)
+    exactness = verdict(objective, facts)
+    if desk.first:
+        for line in exactness.lines():
+            notice(line)
+    plan = _plan(source, pin, rollouts, teacher, settings)
+    held = None
+    if held_out is not None:
+        held = hold_out(held_out, model, objective, settings.tokens_per_batch, desk.earlier, cache)
+        if desk.first:
+            for line in held.exactness.lines():
+                notice(f"held out: {line}")
+    course = Course(
+        rows=lambda student: PlannedRows(plan, source),
+        updates=-(-len(plan) // desk.rows_per_update),
+        objective=objective,
+        same_root=facts.same_root,
+        identity={
+            "store": store.uuid,
+            "pin": {"number": pin.number, "sha256": pin.sha256},
+            "rollouts": rollouts,
+            "teacher": teacher,
+            "base": base,
+        },
+        plan=plan.digest,
+        exactness=exactness,
+        evaluation=evaluation,
+        held_out=held,
+    )
+    return carry_out(
+        course, desk, model=model, settings=settings, config=config or {}, progress=progress
+    )
+
+
+def check(
+    store: Store,
+    *,
+    model: ModelRef,
+    teacher: str,
+    rollouts: str,
+    objective: Objective | Preset,
+    settings: TrainSettings,
+    pin: Pin,
+    partial: bool,
+    foreign_student: bool,
+    base: str | None = None,
+) -> None:
+    """Raises what `train` would raise of these before its first update; decodes no unit."""
+    source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial)
+    verdict(objective, facts_of(model, source, foreign_student))
+    _plan(source, pin, rollouts, teacher, settings)
+
+
+def _plan(
+    source: RowSource, pin: Pin, rollouts: str, teacher: str, settings: TrainSettings
+) -> Plan:
+    key = PlanKey(
+        pin=pin.number,
+        pin_sha256=pin.sha256,
+        rollouts=rollouts,
+        teacher=teacher,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        tokens_per_batch=settings.tokens_per_batch,
+    )
+    plan = make_plan(key, source.lengths())
+    if not len(plan):
+        raise IncompleteError(
+            f"rollouts {rollouts!r} hold no response token",
+            remedy="sample again with a larger --max-new-tokens",
+        )
+    return plan

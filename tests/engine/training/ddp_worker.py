@@ -1,0 +1,85 @@
+"""One process of a training run over several: `python ddp_worker.py CASE OUT`, environment as of
+torchrun. It trains one update on fixed rows and saves the gradients, then a whole run by `train`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.identity import model_ref
+from logitcask.engine.rows.source import RowSource
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.training.evaluate import EvalPlan
+from logitcask.engine.training.held_out import HeldOutSet
+from logitcask.engine.training.settings import TrainSettings
+from logitcask.engine.training.student import inner_model
+from logitcask.engine.training.train import train
+from logitcask.engine.types import ModelRef, Prompt, SamplingParams
+from tests.engine.fitting import REVERSE, WEIGHED, ListRows, flat, make_trainer
+from tests.engine.tiny import make_model
+
+SEQUENCES = [[0, 1], [2], [3, 4]]
+"""Three rows of one update of four: the last process's last row is empty."""
+
+OBJECTIVES = {"plain": REVERSE, "weighed": WEIGHED}
+
+SETTINGS = TrainSettings(lr=1e-3, tokens_per_batch=24, accumulation=2, save_steps=2)
+
+
+def exam(ref: ModelRef) -> EvalPlan:
+    """Three prompts, two short responses each; a reward that depends on every token."""
+    return EvalPlan(
+        prompts=[Prompt(id=f"e{i}", token_ids=(5 + i, 6)) for i in range(3)],
+        sampling=SamplingParams(n=2, max_new_tokens=4),
+        grader=lambda prompt, text: sum(map(int, text.split())) % 101 / 101,
+        grader_name="sum",
+        decode=lambda ids: " ".join(map(str, ids)),
+        sampler=lambda student: HF(ref, dtype="float32", network=inner_model(student)),
+    )
+
+
+def held_out(store: Store) -> HeldOutSet:
+    """The very rows that are trained on."""
+    return HeldOutSet(store=store, rollouts="main", teacher="big")
+
+
+def main(case: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    store = open_store(case / "store")
+    source = RowSource(store, store.head(), "main", "big")
+    rows = [source.row(np.array([[0, s] for s in row])) for row in SEQUENCES]
+    rank = int(os.environ["RANK"])
+    for name, objective in OBJECTIVES.items():
+        trainer, gradients = make_trainer(
+            make_model().double(),
+            ListRows(rows, source),
+            out / f"{name}{rank}",
+            objective=objective,
+            accumulation=2,
+        )
+        trainer.train()
+        torch.save(
+            {"grad": flat(gradients.updates[0]), "log": trainer.state.log_history[0]},
+            out / f"{name}{rank}.pt",
+        )
+    ref = model_ref(str(case / "student"), chat_template=True)
+    # Of three prompts one process takes two and the other one.
+    train(
+        store,
+        model=ref,
+        out=out / "run",
+        teacher="big",
+        objective=REVERSE,
+        settings=SETTINGS,
+        device="cpu",
+        evaluation=exam(ref),
+        held_out=held_out(store),
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,381 @@
+"""A run's folder: resumed bit-exactly, never mixed with another run, and silent."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
+from logitcask.engine.identity import model_ref, read_card
+from logitcask.engine.metrics import METRICS
+from logitcask.engine.objectives import find_preset
+from logitcask.engine.store import Store
+from logitcask.engine.training.run import TrainReport
+from logitcask.engine.training.settings import TrainSettings
+from logitcask.engine.training.student import inner_model, load_student
+from logitcask.engine.training.train import train
+from logitcask.engine.types import ModelRef
+from tests.engine.cached import make_unit
+from tests.engine.fitting import DENSE, FORWARD, REVERSE, make_case
+
+SETTINGS = TrainSettings(
+    lr=1e-3, epochs=2, tokens_per_batch=96, accumulation=2, save_steps=2, schedule="cosine"
+)
+"""Six updates on the case below."""
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef]:
+    units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(4)]
+    return make_case(tmp_path_factory.mktemp("case"), units)
+
+
+def run(case: tuple[Store, ModelRef], out: Path, **change: Any) -> TrainReport:
+    store, model = case
+    fields: dict[str, Any] = {
+        "model": model,
+        "out": out,
+        "teacher": "big",
+        "objective": REVERSE,
+        "settings": SETTINGS,
+        "device": "cpu",
+    }
+    return train(store, **(fields | change))
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for line in found:
+        assert line.pop("progress/seconds") > 0
+        assert 0 <= line.pop("train/data_wait") <= 1
+    return found
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step: int) -> Any:
+    def progress(stage: str, done: int, total: int) -> None:
+        if done == step:
+            raise Stopped
+
+    return progress
+
+
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(2, marks=pytest.mark.needs("peft"))])
+def test_resume_is_bit_exact(case: tuple[Store, ModelRef], tmp_path: Path, lora_rank: int) -> None:
+    settings = replace(SETTINGS, lora_rank=lora_rank)
+    straight = run(case, tmp_path / "a", settings=settings)
+    out = tmp_path / "b"
+    with pytest.raises(Stopped):
+        run(case, out, settings=settings, progress=stop_at(3))
+    assert len(lines(out)) == 3, "one line beyond the checkpoint"
+    # What a kill leaves: a torn line, and a checkpoint that was being written.
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"progress/step": 4, "lo')
+    (out / "checkpoints" / "checkpoint-3").mkdir()
+    resumed = run(case, out, settings=settings)
+    assert (straight.resumed_at, resumed.resumed_at, resumed.updates) == (0, 2, straight.updates)
+    assert lines(out) == lines(tmp_path / "a")
+    assert [line["progress/step"] for line in lines(out)] == list(range(1, straight.updates + 1))
+    ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_result_is_a_model_with_a_card(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+    store, model = case
+    calls: list[tuple[str, int, int]] = []
+    report = run(case, tmp_path, config={"x": 1}, progress=lambda *call: calls.append(call))
+    n = report.updates
+    assert calls == [("train", i + 1, n) for i in range(n)]
+    assert report.positions == 2 * 4 * (30 + 24 + 17 + 36)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert next(student.parameters()).dtype == torch.float32
+    assert student.config.use_cache, "training without a cache is not a property of the student"
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    card = read_card(tmp_path)
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert card is not None
+    assert card["version"] == report.version == n
+    assert (card["root"], card["parent"]) == (model.digest, model.digest)
+    assert card["plan"] == found["plan"]
+    assert found["pin"] == card["pin"] == {"number": 7, "sha256": store.head().sha256}
+    assert found["config"] == {"x": 1}
+    assert found["exactness"]["estimator"] == "deterministic"
+    ref = model_ref(str(tmp_path), chat_template=True)
+    assert (ref.version, ref.root) == (n, model.digest)
+    again = run(case, tmp_path)
+    assert (again.resumed_at, again.last) == (n, report.last)
+    # No pickle that nothing reads, and weights as safetensors only.
+    files = [path.name for path in tmp_path.rglob("*")]
+    assert "training_args.bin" not in files
+    assert not any(name.endswith(".bin") for name in files)
+
+
+def test_the_second_generation_counts_on(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+    first = run(case, tmp_path / "one")
+    child = model_ref(str(tmp_path / "one"), chat_template=True)
+    second = run(case, tmp_path / "two", model=child)
+    assert second.version == first.updates + second.updates
+    ages = [line["cache/age"] for line in lines(tmp_path / "two")]
+    assert ages == [first.updates + i for i in range(second.updates)]
+
+
+def test_the_loss_falls_and_the_metrics_are_there(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, epochs=8, lr=3e-3)
+    report = run(case, tmp_path, settings=settings, objective=find_preset("forward_kl"))
+    found = lines(tmp_path)
+    assert found[-1]["loss"] < 0.9 * found[0]["loss"]
+    for name in ("overlap/ratio", "cache/coverage", "cache/drift_k3", "train/grad_norm"):
+        assert all(isinstance(line[name], float) for line in found), name
+    assert found[0]["train/lr"] == 3e-3
+    assert all(line["train/changed_share"] > 0.9 for line in found[:-1])
+    assert found[-1]["progress/positions"] == report.positions
+
+
+def test_metrics_of_a_share_estimate_those_of_all_and_change_no_update(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    found = {}
+    for share in (0.5, 1.0):
+        run(case, tmp_path / str(share), settings=replace(SETTINGS, metric_share=share))
+        found[share] = lines(tmp_path / str(share))
+    for some, every in zip(found[0.5], found[1.0], strict=True):
+        assert some["loss"] == every["loss"]
+        assert some["train/grad_norm"] == every["train/grad_norm"]
+        assert not any(name.endswith("_se") for name in every)
+        for name in ("overlap/ratio", "entropy/student", "cache/coverage"):
+            error = some[f"{name}_se"]
+            assert error > 0
+            assert abs(some[name] - every[name]) < 5 * error
+    first = [line["overlap/ratio"] for line in found[0.5]]
+    assert first != [line["overlap/ratio"] for line in found[1.0]], "not taken of the same rows"
+
+
+def test_an_update_without_a_measured_row_names_its_metrics_all_the_same(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, metric_share=1e-9)
+    run(case, tmp_path, settings=settings)
+    for line in lines(tmp_path):
+        assert {name: line[name] for name in METRICS} == dict.fromkeys(METRICS)
+        assert line["cache/age"] is not None
+        assert line["loss"] > 0
+
+
+def test_both_divergences_reach_the_loss_by_value(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    losses = {}
+    for objective in (REVERSE, FORWARD):
+        out = tmp_path / objective.divergence
+        run(case, out, objective=objective, settings=replace(SETTINGS, epochs=1))
+        losses[objective.divergence] = lines(out)[0]["loss"]
+    assert abs(losses["reverse_kl"] / losses["forward_kl"] - 1) > 0.05, losses
+
+
+def test_a_sibling_of_the_same_version_is_off_policy(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    """A version counts updates since the root: two runs of one root share the numbers."""
+    sibling = replace(case[1], digest="sha256:" + "2" * 64)
+    said = [
+        run(case, tmp_path / name, model=model, objective=find_preset("sampled_token")).exactness
+        for name, model in (("self", case[1]), ("sibling", sibling))
+    ]
+    assert "unbiased for KL(p || q) at age 0" in said[0].estimator
+    assert "biased: off policy (age 0, but of another run)" in said[1].estimator
+
+
+def test_a_finished_run_needs_no_checkpoints(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+    first = run(case, tmp_path)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    again = run(case, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+    assert (again.resumed_at, again.positions, again.last) == (
+        first.updates,
+        first.positions,
+        first.last,
+    )
+
+
+def test_the_folder_of_a_loop_is_refused(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+    """Its run.json has no pin: rounds are made as they come."""
+    run(case, tmp_path)
+    file = tmp_path / "run.json"
+    found = json.loads(file.read_text())
+    del found["pin"]
+    file.write_text(json.dumps({**found, "loop": {"rounds": 2}}))
+    with pytest.raises(IdentityError, match=r"holds a run with pin\.number = None, not 7"):
+        run(case, tmp_path)
+
+
+def test_what_is_added_to_the_store_later_changes_nothing(tmp_path: Path) -> None:
+    units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(3)]
+    store, model = make_case(tmp_path, units[:2])
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        run((store, model), out, progress=stop_at(1))
+    base = store.head().rollouts("main")[0]
+    store.commit_rollouts(
+        units[2].rollouts,
+        name="main",
+        unit_key="sha256:" + "7" * 64,
+        unit={"version": 0, "first": 90},
+        lineage=base.lineage,
+    )
+    report = run((store, model), out)
+    assert (
+        json.loads((report.out / "run.json").read_text())["pin"]["number"]
+        == 3
+        < store.head().number
+    )
+    with pytest.raises(IncompleteError):
+        run((store, model), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"settings": replace(SETTINGS, lr=2e-3)}, r"settings.lr = 0.001, not 0.002"),
+        ({"objective": FORWARD}, r"objective.divergence = 'reverse_kl', not 'forward_kl'"),
+        ({"settings": replace(SETTINGS, seed=1)}, r"settings.seed = 0, not 1"),
+    ],
+    ids=["lr", "objective", "seed"],
+)
+def test_another_configuration_is_refused_by_key(
+    case: tuple[Store, ModelRef], tmp_path: Path, change: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(Stopped):
+        run(case, tmp_path, progress=stop_at(1))
+    with pytest.raises(IdentityError, match=key + r"[\s\S]*--overwrite"):
+        run(case, tmp_path, **change)
+
+
+def test_overwrite_starts_anew_and_keeps_strangers(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    run(case, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    short = replace(SETTINGS, epochs=1)
+    report = run(case, tmp_path, settings=short, overwrite=True)
+    assert report.resumed_at == 0
+    assert len(lines(tmp_path)) == report.updates
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_of_another_plan_is_refused(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        run(case, tmp_path, progress=stop_at(3))
+    mark = tmp_path / "checkpoints" / "checkpoint-2" / "logitcask_checkpoint.json"
+    mark.write_text(mark.read_text().replace('"plan": "sha256:', '"plan": "sha256:0'))
+    with pytest.raises(IdentityError, match=r"checkpoint-2 holds a run with plan"):
+        run(case, tmp_path)
+
+
+def test_folders_that_are_not_a_run_are_left_alone(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"thesis\.tex"):
+            run(case, tmp_path, overwrite=overwrite)
+    with pytest.raises(ConfigError, match="is the student itself"):
+        run(case, case[1].path)
+
+
+def test_a_store_of_another_tokenizer_is_refused(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    other = replace(case[1], tokenizer_digest="sha256:" + "1" * 64)
+    with pytest.raises(IdentityError, match="tokenizer"):
+        run(case, tmp_path / "out", model=other)
+
+
+def test_a_foreign_student_has_no_age_and_no_frozen_support(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    foreign = replace(case[1], root="sha256:" + "1" * 64)
+    frozen = replace(REVERSE, support="student")
+    with pytest.raises(ObjectiveError, match="foreign"):
+        run(case, tmp_path / "a", model=foreign, objective=frozen)
+    run(case, tmp_path / "b", model=foreign, objective=frozen, foreign_student=True)
+    assert {line["cache/age"] for line in lines(tmp_path / "b")} == {None}
+
+
+def test_nothing_is_printed(
+    case: tuple[Store, ModelRef], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(case, tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_float32_weights_move_where_bfloat16_would_not(tmp_path: Path) -> None:
+    units = [make_unit(0, prompts=2, vocab=99, lengths=[30, 24, 17, 36])]
+    store, model = make_case(tmp_path, units, spread=0.02)
+    half = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    for file in [*model.path.glob("token*"), model.path / "chat_template.jinja"]:
+        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+    ref = replace(model_ref(str(tmp_path / "half"), chat_template=True), root=model.root)
+    settings = TrainSettings(lr=1e-6, tokens_per_batch=256)
+    report = run((store, ref), tmp_path / "out", settings=settings, objective=DENSE)
+    assert report.updates == 1
+    assert report.last["train/changed_share"] > 0.9
+    before, after = half.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
+    moved = sum(int((after[n] != before[n].float()).sum()) for n in after)
+    total = sum(after[n].numel() for n in after)
+    assert moved / total == pytest.approx(report.last["train/changed_share"], abs=1e-3)
+    # The same updates on weights kept in bfloat16: most are rounded away.
+    pure = sum(int((after[n].bfloat16() != before[n]).sum()) for n in after)
+    assert pure / total < 0.1
+
+
+def test_bfloat16_computes_and_never_holds_weights(
+    case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = set()
+
+    def spy(ref: ModelRef, **options: Any) -> Any:
+        student = load_student(ref, **options)
+        layer = inner_model(student).model.layers[0].mlp.up_proj
+        layer.register_forward_hook(lambda module, given, made: computed.add(made.dtype))
+        return student
+
+    monkeypatch.setattr("logitcask.engine.training.run.load_student", spy)
+    run(case, tmp_path, settings=replace(SETTINGS, dtype="bfloat16"))
+    assert computed == {torch.bfloat16}
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert all(line["train/changed_share"] > 0.9 for line in lines(tmp_path)[:-1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": 0.0}, {"epochs": 0}, {"schedule": "exponential"}, {"beta2": 1.0}, {"lora_rank": -1}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_settings_are_checked_when_made(wrong: dict[str, Any]) -> None:
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(ConfigError, match=f"{name} = {value!r}"):
+        TrainSettings(**wrong)
+
+
+def test_devices_that_are_not_there_are_refused(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        run(case, tmp_path / "out", device="cuda:3")
