@@ -272,6 +272,24 @@ def test_help_imports_nothing_heavy(verb: str) -> None:
     assert not [m for m in modules if m.split(".")[0] in HEAVY]
 
 
+def test_public_names_are_imported_when_they_are_used() -> None:
+    code = (
+        "import json, sys\n"
+        "import logitcask.engine as engine\n"
+        "before = sorted(sys.modules)\n"
+        "found = {name: getattr(engine, name).__module__ for name in engine.__all__}\n"
+        "print(json.dumps([before, found]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, found = json.loads(done.stdout)
+    assert not [m for m in before if m.split(".")[0] in HEAVY]
+    assert all(module.startswith("logitcask.engine.") for module in found.values())
+    import logitcask.engine
+
+    with pytest.raises(AttributeError, match="no attribute 'teach'"):
+        _ = logitcask.engine.teach
+
+
 def test_every_option_has_help_and_every_verb_an_example() -> None:
     from logitcask.cli.main import VERBS as NAMES
     from logitcask.cli.main import cli
