@@ -30,7 +30,7 @@ PROMPTS = [Prompt(id=str(i), token_ids=tuple(range(3, 3 + n))) for i, n in enume
 OTHER = os.environ.get("LOGITCASK", str(Path(sys.executable).with_name("logitcask")))
 """The command in the environment without vLLM, which `make test-vllm` names."""
 QUIET = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-UNITS, END_S = 8, 120
+UNITS, END_S = 5, 120
 
 
 @pytest.fixture(scope="module")
