@@ -282,6 +282,7 @@ def lives(store: Store, *arguments: object) -> tuple[list[str], dict[str, list[t
     return told.stdout.split(), happened
 
 
+@pytest.mark.timeout(600)
 def test_three_workers_that_are_killed_and_hang_do_all_units_once(
     counts: Callable[[int, int], int],
 ) -> None:
