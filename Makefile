@@ -57,7 +57,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 test-vllm: dev $(VLLM)/.installed
 	OMP_NUM_THREADS=1 LOGITCASK=$(abspath $(BIN))/logitcask $(VLLM)/bin/pytest tests/vllm
 
-# The long counts of the store's tests: an hour, and for one of them the right to mount a disk.
+# The long counts of the tests of the store and its workers: an hour, and for one of them the right to mount a disk.
 soak: dev
 	OMP_NUM_THREADS=1 PYTHONSAFEPATH= $(BIN)/python bench/bench_soak.py
 

@@ -1,4 +1,5 @@
-"""The store's tests with the long counts: what was done, how often, and how long it took.
+"""The tests of the store and its workers with the long counts: what was done, how often, and how
+long it took.
 
 Run: make soak      (or .venv/bin/python bench/bench_soak.py [pytest argument ...])
 
@@ -17,13 +18,15 @@ from pathlib import Path
 import results
 from results import ROOT
 
+TESTS = ["tests/engine/store", "tests/engine/test_work.py"]
+
 
 def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "counts.jsonl"
         start = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q"]
-        tests = arguments or ["tests/engine/store"]
+        tests = arguments or TESTS
         done = subprocess.run(
             [*command, *tests],
             cwd=ROOT,

@@ -52,8 +52,7 @@ def watch_scores(
         return _NOTHING
     store, pin = opened
     asked = Scoring(store=store, **score_task(job, store, pin))
-    check_scorer(asked.scorer, asked.request, chosen=asked.at is not None)
-    lineage, said = asked.lineage(), _Once(notice)
+    said = _Once(notice)
 
     def plan(given_up: Collection[str]) -> Plan[ScoreUnit]:
         found = plan_scores(asked, store.head(), growing=True)
@@ -65,6 +64,8 @@ def watch_scores(
         return score_unit(asked, key, unit, lineage)
 
     try:
+        check_scorer(asked.scorer, asked.request, chosen=asked.at is not None)
+        lineage = asked.lineage()
         return follow(
             store,
             plan,
@@ -97,17 +98,19 @@ def watch_rollouts(
     def work(key: str, unit: Unit) -> int:
         return roll_unit(students.now(), key, unit).positions
 
-    settings = _settings(job.work)
-    return follow(
-        store,
-        students.plan,
-        work,
-        settings=settings,
-        stage="rollout",
-        stop=stop,
-        progress=progress,
-        notice=notice,
-    )
+    try:
+        return follow(
+            store,
+            students.plan,
+            work,
+            settings=_settings(job.work),
+            stage="rollout",
+            stop=stop,
+            progress=progress,
+            notice=notice,
+        )
+    finally:
+        students.close()
 
 
 class _Students:
@@ -123,6 +126,12 @@ class _Students:
         self._asked: Rolling | None = self._load(self._model)
         self._odd = ""
         """What was wrong with the folder at the last look: it may be in the middle of a save."""
+
+    def close(self) -> None:
+        """Ends what the student that is loaded keeps open."""
+        if self._asked is not None:
+            close_backend(self._asked.sampler)
+        self._asked = None
 
     def now(self) -> Rolling:
         assert self._asked is not None, "a plan has units of a loaded student"
@@ -151,17 +160,13 @@ class _Students:
 
     def _moved(self) -> bool:
         """Whether the folder holds a later version, which is loaded then."""
-        path = self._model.path
         try:
             found = self._later()
             if found is None:
                 return False
             # Two students need not fit side by side.
-            if self._asked is not None:
-                close_backend(self._asked.sampler)
-            self._asked = None
-            asked = self._load(found)
-            whole = identity.weights_digest(path) == found.digest
+            self.close()
+            asked = self._loaded_whole(found)
         except (ModelError, IdentityError) as error:
             # A save moves file by file. What is wrong twice in a row is no save.
             if self._odd == error.cause:
@@ -169,11 +174,22 @@ class _Students:
             self._odd = error.cause
             return False
         self._odd = ""
-        if not whole:
-            return False  # saved again meanwhile
+        if asked is None:
+            return False
         self._model, self._asked = found, asked
         self._notice(f"student version {found.version} of {found.name}")
         return True
+
+    def _loaded_whole(self, found: ModelRef) -> Rolling | None:
+        """That version, loaded; None where the folder was saved again meanwhile."""
+        asked = self._load(found)
+        whole = False
+        try:
+            whole = identity.weights_digest(found.path) == found.digest
+        finally:
+            if not whole:
+                close_backend(asked.sampler)
+        return asked if whole else None
 
     def _later(self) -> ModelRef | None:
         """The student that the folder holds now, None where it is no later one than the last."""

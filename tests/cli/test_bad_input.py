@@ -80,7 +80,7 @@ CONFIGURATION = [
         "distill @d.toml --set teacher.model=other-tokenizer",
         1,
         "tokenizer",
-        "no override",
+        "--student-tokenizer",
     ),
 ]
 
@@ -168,7 +168,7 @@ IDENTITY = [
         f"score --model @other-tokenizer --teacher new --store STORE {KEPT}",
         1,
         "the student's tokenizer is sha256:",
-        "no override",
+        "--student-tokenizer",
     ),
     Case(
         "weights of a teacher",

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from tests.cli.conftest import ROLL, SCORE, UNITS, World
+from logitcask.engine.store import open_store
+from tests.cli.conftest import ROLL, SCORE, TRAIN, UNITS, World
 
 RUN = "from logitcask.cli.main import main; main()"
 TIMEOUT_S = 120.0
@@ -95,6 +97,16 @@ def stopped(
     words: list[str], sent: signal.Signals, begun: Callable[[], bool]
 ) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command that is sent a signal as soon as it has `begun`."""
+    with process(words) as child:
+        wait(child, begun)
+        child.send_signal(sent)
+        out, err = child.communicate(timeout=TIMEOUT_S)
+    return child.returncode, out, err
+
+
+@contextmanager
+def process(words: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A command as a process of its own, which does not outlive the test."""
     child = subprocess.Popen(
         [sys.executable, "-c", RUN, *words],
         stdout=subprocess.PIPE,
@@ -103,13 +115,57 @@ def stopped(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        end = time.monotonic() + TIMEOUT_S
-        while not begun():
-            assert child.poll() is None, child.communicate()[1]
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        child.send_signal(sent)
-        out, err = child.communicate(timeout=TIMEOUT_S)
+        yield child
     finally:
         child.kill()
-    return child.returncode, out, err
+        child.communicate()
+
+
+def wait(child: subprocess.Popen[str], until: Callable[[], bool]) -> None:
+    """Until something is so, which the child has to live to see."""
+    end = time.monotonic() + TIMEOUT_S
+    while not until():
+        assert child.poll() is None, child.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, call: Any) -> None:
+    store, beside, later, newest = world.store(2), *(world.new("run") for _ in range(3))
+    cask = open_store(world.at(store))
+
+    def scored(units: int) -> Callable[[], bool]:
+        return lambda: len(cask.head().scores("big")) == units
+
+    def words(command: str) -> list[str]:
+        return command.replace("@", f"{world.path}/").split()
+
+    # Record 2 is the first score: of this pin's two units of rollouts one has none.
+    train = f"{TRAIN} {store} --pin 2 --partial --objective opd --epochs 16 --format json --out"
+    with process(words(f"{SCORE} {store} --watch --poll 0.01 --format json")) as teacher:
+        wait(teacher, scored(2))
+        with process(words(f"{train} {beside}")) as student:
+            updates = world.at(beside) / "metrics.jsonl"
+            wait(student, lambda: updates.exists() and bool(updates.read_text()))
+            # It stands still in the middle of its course until the store has moved on.
+            student.send_signal(signal.SIGSTOP)
+            assert call(f"{ROLL} {store}").code == 0
+            done = updates.read_text().count("\n")
+            wait(teacher, scored(UNITS))
+            student.send_signal(signal.SIGCONT)
+            out, err = student.communicate(timeout=TIMEOUT_S)
+        assert student.returncode == 0, err
+        teacher.send_signal(signal.SIGTERM)
+        told, said = teacher.communicate(timeout=TIMEOUT_S)
+    assert teacher.returncode == 0, said
+    assert (json.loads(told)["units"], json.loads(told)["failed"]) == (UNITS, 0)
+    assert call(f"store verify {store} --deep --format json").json["segments"] == 2 * UNITS
+
+    report, again = json.loads(out), call(f"{train} {later}").json
+    assert 1 <= done < report["updates"] == again["updates"]
+    assert report["positions"] == again["positions"]
+    moved_on = call(f"{train.replace('--pin 2', '')} {newest}").json
+    assert moved_on["positions"] > report["positions"]
+    weights = [world.at(run) / "model.safetensors" for run in (beside, later, newest)]
+    as_beside, as_later, as_newest = (file.read_bytes() for file in weights)
+    assert as_beside == as_later != as_newest

@@ -5,9 +5,11 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from logitcask.engine.backends.hf import HF
 from logitcask.engine.config.file import validate
 from logitcask.engine.config.jobs import RolloutJob, ScoreJob
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, StoreError
@@ -174,6 +176,34 @@ def test_a_student_that_moves_on_is_sampled_again(here: Path) -> None:
     weights = {s.unit["version"]: s.lineage["student"]["weights"] for s in segments}
     assert weights == {0: root.digest, 5: ref(here / "student").digest}
     assert {s.lineage["student"]["root"] for s in segments} == {root.digest}
+
+
+def test_every_student_and_teacher_is_closed_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, opened, closed = ref(here / "student"), list[HF](), list[HF]()
+
+    def opens(self: HF, *model: Any, **more: Any) -> None:
+        begins(self, *model, **more)
+        opened.append(self)
+        if len(opened) == 2:
+            moved(here, 6, 8, root)  # saved again while it was being read
+
+    begins = HF.__init__
+    monkeypatch.setattr(HF, "__init__", opens)
+    monkeypatch.setattr(HF, "close", lambda self: closed.append(self), raising=False)
+    stop = Then(lambda: moved(here, 5, 7, root), lambda: None, lambda: None)
+    assert watch_rollouts(rolls(here), stop=stop).units == 2 * UNITS
+    segments = open_store(here / "s").head().rollouts("main")
+    assert [s.unit["version"] for s in segments] == [0, 0, 6, 6]
+    assert len(opened) == 3
+    assert closed == opened
+
+    monkeypatch.setattr(HF, "capabilities", frozenset())
+    with pytest.raises(ConfigError, match="HF cannot give entropy"):
+        watch_scores(scores(here), stop=Then())
+    assert len(opened) == 4
+    assert closed == opened
 
 
 def test_a_folder_that_comes_to_hold_another_model_ends_the_worker(here: Path) -> None:

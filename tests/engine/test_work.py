@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ from logitcask.engine.errors import (
 )
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.claims import Claims, failed_units, failures_of
+from logitcask.engine.store.verify import verify
 from logitcask.engine.work import Plan, WorkReport, WorkSettings, check_failed, follow, retry_failed
 from tests.engine import fleet
 from tests.engine.store.made import commit_rollouts, key
@@ -264,34 +265,61 @@ def test_a_long_unit_keeps_its_claim(store: Store) -> None:
     assert store.head().unit_keys() == set(UNITS[:1])
 
 
-def lives(store: Store, *arguments: object) -> tuple[list[str], Counter[str]]:
-    """How each life of the workers ended, and how often each unit was begun."""
-    log = Path(store.url).with_name("begun")
+def lives(store: Store, *arguments: object) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
+    """How each life of the workers ended; and (unit, worker) of each thing that happened."""
+    log = Path(store.url).with_name("happened")
     told = subprocess.run(
         [sys.executable, fleet.__file__, store.url, log, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
-        check=True,
     )
-    return told.stdout.split(), Counter(log.read_text().split())
+    assert told.returncode == 0, told.stderr
+    happened: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for line in log.read_text().splitlines():
+        what, unit, worker = line.split("\t")
+        happened[what].append((unit, worker))
+    return told.stdout.split(), happened
 
 
-def test_three_workers_that_are_killed_do_all_units_once(store: Store) -> None:
-    ends, begun = lives(store, "--workers", 3, "--units", 60, "--kill-share", 0.1)
+@pytest.mark.timeout(600)
+def test_three_workers_that_are_killed_and_hang_do_all_units_once(
+    counts: Callable[[int, int], int],
+) -> None:
+    for seed in range(counts(1, 10)):
+        with TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+            check_fleet(open_store(Path(folder) / "cask", create=True), seed)
+
+
+def check_fleet(store: Store, seed: int) -> None:
+    ends, happened = lives(
+        store, "--workers", 3, "--units", 60, "--kill-share", 0.1, "--hangs", 3, "--seed", seed
+    )
     assert set(ends) == {"0", "-9"}
     segments = store.head().segments
     assert {s.unit_key for s in segments} == {key("fleet", n) for n in range(60)}
     assert len(segments) == store.head().number + 1 == 60
-    assert 60 < begun.total() < 1.6 * 60
+    assert 60 < len(happened["begun"]) < 1.6 * 60
     assert failed_units(store.medium) == {}
+    assert verify(store, deep=True).strays == ()
+
+    stored = {(s.unit_key, s.unit["worker"]) for s in segments}
+    assert set(happened["committed"]) == stored, "whoever was told that it was first, was"
+    assert not stored & set(happened["suppressed"])
+    # Of the three that hung, two woke too late, and one before the unit was committed.
+    slept = [pair in stored for pair in happened["asleep"]]
+    assert slept == [False, False, True]
+    late = {unit for unit, _ in happened["suppressed"]}
+    assert late.issuperset(unit for unit, _ in happened["asleep"])
+    still = {unit for unit, _ in happened["claimed still"]}
+    assert still == {unit for unit, _ in happened["asleep"]}, "a sleeper took another's claim away"
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_worker_that_is_killed_ten_times_redoes_the_unit_in_hand_at_most(
     store: Store, when: str
 ) -> None:
-    ends, begun = lives(store, "--units", 25, "--kill-second", when, "--lives", 10)
+    ends, happened = lives(store, "--units", 25, "--kill-second", when, "--lives", 10)
     assert ends == ["-9"] * 10 + ["0"]
     assert {s.unit_key for s in store.head().segments} == {key("fleet", n) for n in range(25)}
-    assert begun.total() == (35 if when == "before" else 25)
+    assert len(happened["begun"]) == (35 if when == "before" else 25)

@@ -1,18 +1,12 @@
 """vLLM on a CPU, in an environment of its own (`make test-vllm`): models, engines, a server."""
 
 import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.vllm.shim import VLLM_ON_CPU, with_shim
+from tests.vllm.shim import VLLM_ON_CPU
 
 # Before vllm is imported. The engine in this process starts in 2 s and not in 25.
 os.environ |= {**VLLM_ON_CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -22,9 +16,7 @@ from logitcask.engine.backends.vllm import VLLM
 from logitcask.engine.identity import model_ref
 from logitcask.engine.types import ModelRef
 from tests.engine.tiny import make_model, save_folder
-
-START = 180
-"""Seconds that a server may take: 26 to 59 were seen."""
+from tests.vllm.real_server import RealServer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,44 +63,17 @@ def exact(ref: ModelRef) -> Iterator[VLLM]:
 
 
 @pytest.fixture(scope="session")
-def vllm_server(ref: ModelRef, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real server of `ref`, named teacher, which answers at ids of every row's own.
-    Sequences of at most 64 tokens: its kernels are interpreted."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(ref.path), "--served-model-name", "teacher"),
-        *("--dtype", "float32", "--max-model-len", "256", "--max-logprobs", "128"),
-        *("--enforce-eager", "--enable-scale-out", "--generation-config", "vllm"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
-    environment = with_shim(folder)
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
-    log = folder / "log"
-    with log.open("w") as out:
-        server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+def real_server(ref: ModelRef, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    """A server of `ref`, named teacher; who kills it starts it again."""
+    server = RealServer(ref.path, tmp_path_factory.mktemp("server"))
     try:
-        end = time.monotonic() + START
-        while not healthy(url):
-            if server.poll() is not None or time.monotonic() > end:
-                pytest.fail(log.read_text()[-4000:])
-            time.sleep(0.5)
-        yield url
+        server.start()
+        yield server
     finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
+        server.stop()
 
 
-def healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
-            return bool(answer.status == 200)
-    except urllib.error.URLError:
-        return False
+@pytest.fixture(scope="session")
+def vllm_server(real_server: RealServer) -> str:
+    """Its URL."""
+    return real_server.url

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,21 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Limits, Server
+from logitcask.engine.identity import model_ref
+from logitcask.engine.rollout import rollout
+from logitcask.engine.score import score
 from logitcask.engine.store import open_store
 from logitcask.engine.teachers.doctor import Examination, examine
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreRequest
 from tests.engine.tiny import make_model, save_folder
+from tests.vllm.real_server import RealServer
 
 OWN = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=6, k_max=6, at_student=False)
 PROMPTS = [Prompt(id=str(i), token_ids=tuple(range(3, 3 + n))) for i, n in enumerate((1, 12, 5))]
 OTHER = os.environ.get("LOGITCASK", str(Path(sys.executable).with_name("logitcask")))
 """The command in the environment without vLLM, which `make test-vllm` names."""
+QUIET = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+UNITS, END_S = 5, 120
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +71,10 @@ def test_three_environments_meet_in_a_store(
     (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
     store = tmp_path / "store"
     ours = str(Path(sys.executable).with_name("logitcask"))
-    quiet = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
 
     def call(command: str, line: str) -> None:
         done = subprocess.run(
-            [command, *line.split()], env=quiet, cwd=tmp_path, capture_output=True, text=True
+            [command, *line.split()], env=QUIET, cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -95,3 +101,56 @@ def test_three_environments_meet_in_a_store(
     )
     card = json.loads((tmp_path / "run" / "logitcask.json").read_text())
     assert card["version"] >= 1
+
+
+def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
+    real_server: RealServer, ref: ModelRef, hf: HF, tmp_path: Path
+) -> None:
+    folder = save_folder(tmp_path / "student", make_model(hidden=64, seed=5))
+    student = model_ref(str(folder), chat_template=True)
+    store = open_store(tmp_path / "store", create=True)
+    prompts = [Prompt(id=str(i), token_ids=tuple(range(3, 9 + i))) for i in range(UNITS)]
+    sampling = SamplingParams(n=4, max_new_tokens=32)
+    made = {"prompts": prompts, "sampling": sampling, "student_k": 4, "unit_prompts": 1}
+    rollout(store, model=student, sampler=HF(student), **made)
+
+    words = f"score --model {real_server.url} --tokenizer {ref.path} --store {store.url}"
+    asked = "--teacher served --entry-kind topk --k-min 12 --k-max 12 --profile raw32 --format json"
+    command = subprocess.Popen(
+        [OTHER, *words.split(), *asked.split()],
+        env=QUIET,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + END_S
+        while not store.head().scores("served"):
+            assert command.poll() is None, command.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        real_server.kill()
+        before = len(store.head().scores("served"))
+        assert 1 <= before < UNITS, "it was killed in the middle"
+        real_server.start()
+        out, err = command.communicate(timeout=END_S)
+    finally:
+        command.kill()
+    assert command.returncode == 0, err
+    assert json.loads(out)["units_new"] == UNITS
+
+    request = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=12, k_max=12)
+    score(store, model=ref, scorer=hf, teacher_name="near", request=request, profile="raw32")
+    pin = store.head()
+    assert len(pin.segments) == pin.number + 1 == 3 * UNITS
+    for segment in pin.rollouts("main"):
+        base = store.read_rollouts(segment)
+        found, exact = (
+            store.read_scores(pin.scores(name)[segment.seg_id], base=base)
+            for name in ("served", "near")
+        )
+        for name in ("lp", "s_lp", "entry_lp"):
+            values = getattr(found, name), getattr(exact, name)
+            np.testing.assert_allclose(*values, atol=1e-5, rtol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(found.s_ids, exact.s_ids)
+        assert (found.ids == exact.ids).mean() > 0.99

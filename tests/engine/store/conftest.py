@@ -3,9 +3,7 @@ offers that, and an object store that is a dictionary. Nothing here cuts the pow
 process loses no written page on a disk either.
 """
 
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,18 +43,3 @@ def medium(request: pytest.FixtureRequest, tmp_path: Path) -> Medium:
 @pytest.fixture
 def store(medium: Medium) -> Store:
     return open_on(medium, create=True)
-
-
-@pytest.fixture
-def counts(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """How often a test is repeated: in CI, and in `make soak`, which wants to know what it did."""
-
-    def count(ci: int, soak: int) -> int:
-        told = os.environ.get("LOGITCASK_SOAK")
-        if not told:
-            return ci
-        with open(told, "a") as file:
-            file.write(json.dumps({"test": request.node.nodeid, "count": soak}) + "\n")
-        return soak
-
-    return count

@@ -1,0 +1,80 @@
+"""A real vLLM server that is a process group of its own: started, killed, started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.shim import with_shim
+
+START_S = 180
+"""That a server may take: 26 to 59 were seen."""
+STOP_S = 30
+
+
+class RealServer:
+    """Serves a model folder as `teacher`, always on the same port, and answers at ids of every
+    row's own. Sequences of at most 64 tokens: its kernels are interpreted."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        """folder: for what it needs at its start, and its log."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = folder / "log"
+        self._environment = with_shim(folder)
+        self._environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
+        self._command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(model), "--served-model-name", "teacher"),
+            *("--dtype", "float32", "--max-model-len", "256", "--max-logprobs", "128"),
+            *("--enforce-eager", "--enable-scale-out", "--generation-config", "vllm"),
+            *("--host", "127.0.0.1", "--port", str(port)),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        with self._log.open("a") as out:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        end = time.monotonic() + START_S
+        while not self._healthy():
+            if self._process.poll() is not None or time.monotonic() > end:
+                pytest.fail(self._log.read_text()[-4000:])
+            time.sleep(0.5)
+
+    def kill(self) -> None:
+        """At once, with the engine, which is a process of its own."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(STOP_S)
+
+    def stop(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, ConnectionError):
+            return False
