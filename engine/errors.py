@@ -9,6 +9,7 @@ LogitcaskError            exit 1   the message says what is wrong, `remedy` what
 ├─ GraderError            exit 1   a grader failed, or its reward is no number in [0, 1]
 ├─ ServerError            exit 1   a server cannot be reached, or refuses what it is asked
 ├─ AnswerError            exit 1   an engine answered what no model can have computed
+├─ UnitError              exit 1   one unit of work cannot be done as asked; others can
 ├─ IncompleteError        exit 3   the store lacks units that the job needs
 └─ StoreError             exit 1   a store cannot be opened or written
    └─ IntegrityError      exit 4   stored bytes are not what was committed
@@ -70,6 +71,10 @@ class ServerError(LogitcaskError, OSError):
 
 
 class AnswerError(LogitcaskError, ValueError):
+    pass
+
+
+class UnitError(LogitcaskError, ValueError):
     pass
 
 

@@ -90,7 +90,7 @@ def estimate(
     """teacher: a scorer; student: an embedded backend; over one vocabulary. sample: positions
     wanted; k_max: the largest of the table; shared: how their tokenizers differ, where they do.
 
-    Raises IncompleteError where no response has a token, IdentityError where an id occurs that is
+    Raises IncompleteError where no response has a token, UnitError where an id occurs that is
     not one token to both.
     """
     name = "the teacher"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.errors import IdentityError
+from logitcask.engine.errors import IdentityError, UnitError
 from logitcask.engine.identity import resolve_model, tokenizer_digest
 from logitcask.engine.prompts import load_tokenizer
 from logitcask.engine.types import Array, IdLists, ModelRef, Rollouts, ScoreRequest, Scores
@@ -66,8 +66,8 @@ class SharedVocabulary:
     def check_asked(
         self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None, name: str
     ) -> None:
-        """IdentityError where one of the ids occurs in what the teacher, `name`, would be shown, or
-        would be asked at.
+        """UnitError where one of the ids occurs in what the teacher, `name`, would be shown, or would
+        be asked at.
         """
         for prompt in rollouts.prompts:
             self.check(np.array(prompt.token_ids, np.int64), f"prompt {prompt.id!r}", name)
@@ -78,17 +78,17 @@ class SharedVocabulary:
             self.check(rollouts.student.ids, "the student's best ids", name)
 
     def check_answered(self, scores: Scores, request: ScoreRequest, name: str) -> None:
-        """IdentityError where the teacher draws one of the ids, or holds it for likely."""
+        """UnitError where the teacher draws one of the ids, or holds it for likely."""
         told = scores.entry_lp > np.log(LIKELY)
         if request.entry_kind == "sampled":
             told[:] = True
         self.check(scores.ids[told], "the teacher's likely ids", name)
 
     def check(self, ids: Array, where: str, name: str) -> None:
-        """IdentityError where one of the ids is among these."""
+        """UnitError where one of the ids is among these."""
         found = np.intersect1d(ids.astype(np.int64), self.differing)
         if len(found):
-            raise IdentityError(
+            raise UnitError(
                 f"{where}: ids that are not one token to the student and to {name} "
                 f"({len(found)}): {self.words(found)}",
                 remedy="Take a teacher with the student's tokenizer, or sample where these ids do "

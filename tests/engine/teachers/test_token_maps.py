@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.errors import IdentityError, ModelError
+from logitcask.engine.errors import IdentityError, ModelError, UnitError
 from logitcask.engine.rollout import rollout
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.teachers.token_maps import LIKELY, compare_maps, shared_vocabulary
@@ -100,7 +100,7 @@ def test_an_id_that_occurs_is_one_token_to_both(
         "teacher's likely": min(set(best.ids.tolist()) - listed - sampled - {3, 4}),
     }[where]
     teacher = teacher_without(token, tmp_path / "t")
-    with pytest.raises(IdentityError, match=rf"{where}.*not one token .* {token} \("):
+    with pytest.raises(UnitError, match=rf"{where}.*not one token .* {token} \("):
         score(store, student, teacher)
     assert not store.head().scores("big")
 
@@ -173,5 +173,5 @@ def test_every_id_is_one_token_to_both_or_among_the_differing(
     assert found.n_vocab == max(ours.keys() & theirs.keys()) + 1
     found.check(np.array(sorted(same)), "here", "t")
     for token in found.differing:
-        with pytest.raises(IdentityError, match=rf"here: ids .* \(1\): {token} "):
+        with pytest.raises(UnitError, match=rf"here: ids .* \(1\): {token} "):
             found.check(np.array([*same, token]), "here", "t")
