@@ -66,8 +66,8 @@ class SharedVocabulary:
     def check_asked(
         self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None, name: str
     ) -> None:
-        """UnitError where one of the ids occurs in what the teacher, `name`, would be shown, or would
-        be asked at.
+        """UnitError where one of the ids occurs in what the teacher, `name`, would be shown or asked
+        at.
         """
         for prompt in rollouts.prompts:
             self.check(np.array(prompt.token_ids, np.int64), f"prompt {prompt.id!r}", name)
