@@ -89,7 +89,16 @@ class AnswerSheet:
         if beyond > PADDING * max(len(own), 1):
             wrong(
                 f"ids from {self.n_vocab} on, which not both tokenizers have, with the mass "
-                f"{beyond / len(own):.2g} a row, so its log-probs are not of the {self.n_vocab}"
+                f"{beyond / len(own):.2g} a row, so its log-probs are not of the {self.n_vocab}",
+                remedy="Take a teacher with the student's tokenizer and a trained head, or load it "
+                "here (--model FOLDER), where its law can be cut to these ids.",
+            )
+        least = min(self.request.k_min, self.n_vocab)
+        if len(own) and int(own.sum(1).min()) < least:
+            wrong(
+                f"{int(own.sum(1).min())} best ids of a row that both tokenizers have, and "
+                f"k_min = {least}: ids of its padded head take the other places",
+                remedy="Ask for a smaller --k-min than --k-max, so that enough are left.",
             )
         width = min(ids.shape[1], self.request.k_max)
         valid = np.arange(ids.shape[1]) < own.sum(1)[:, None]
@@ -115,6 +124,7 @@ class AnswerSheet:
         entry_lp, row, inside = (np.concatenate(each) for each in zip(*known, strict=True))
 
         smallest = np.where(valid, top_lp, np.inf).min(1, initial=0.0)
+        check_law(entry_lp, row, smallest, self.n_vocab)
         log_tail, low, high = bounds(entry_lp, row, inside, smallest, self.n_vocab)
         self.lp[rows], self.cnt[rows], self.log_tail[rows] = lp, cnt, log_tail
         self.entropy[rows], self.entropy_hi[rows] = low, high
@@ -167,6 +177,20 @@ def bounds(
         )
     low = np.minimum(low, high)
     return log_tail.astype(np.float32), low.astype(np.float32), high.astype(np.float32)
+
+
+def check_law(entry_lp: Array, row: Array, smallest: Array, n_vocab: int) -> None:
+    """Raises AnswerError where the ids that are not told could not hold what is left of a mass of
+    one, for none is likelier than the last of the best; arguments as of `bounds`.
+    """
+    known = np.bincount(row, np.exp(entry_lp, dtype=np.float64), minlength=len(smallest))
+    others = np.maximum(n_vocab - np.bincount(row, minlength=len(smallest)), 0)
+    most = known + others * np.exp(smallest, dtype=np.float64)
+    if len(most) and most.min() < 1 - ROUNDING:
+        wrong(
+            f"log-probs of a row that add up to {most.min():.3g} at most",
+            remedy="They are of no law: serve with --logprobs-mode raw_logprobs, vLLM's default.",
+        )
 
 
 def in_no_list(tokens: Array, *lists: IdLists | None) -> Array:
@@ -247,10 +271,11 @@ def _check_twins(answer: Answer, tokens: Array, asked: IdLists | None) -> None:
                 wrong(f"a log-prob at {name} above that of the last of the best ids")
 
 
-def wrong(what: str) -> NoReturn:
+def wrong(what: str, remedy: str = "") -> NoReturn:
     """Refuses an answer."""
     raise AnswerError(
         f"the engine answered {what}",
-        remedy="Nothing of it was stored. Check the engine's version and flags (`logitcask doctor "
-        "teacher`), and run the same command again.",
+        remedy=remedy
+        or "Nothing of it was stored. Check the engine's version and flags "
+        "(`logitcask doctor teacher`), and run the same command again.",
     )

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from logitcask.engine.backends.sampling import Response, check_room, rolled, sample_batch, uniforms
-from logitcask.engine.backends.scoring import asked_ids, budget_batches, score_rollouts
+from logitcask.engine.backends.scoring import asked_ids, budget_batches, of_shared, score_rollouts
 from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.heads import head_map, named_extras
 from logitcask.engine.types import (
@@ -50,9 +50,13 @@ class HF:
         batch_tokens: int = 16384,
         n_vocab: int | None = None,
         stop_ids: Iterable[int] | None = None,
+        known: int | None = None,
         network: Any = None,
     ) -> None:
         """n_vocab and stop_ids are a ModelRef's own; beside a plain folder they must be given.
+
+        known: ids that its tokenizer has, where a student has fewer, n_vocab: a row that holds one
+        of the others for likely is refused (`scoring.of_shared`).
 
         network: a loaded model, in training say, to be used as it is at each call, instead of the
         folder's weights; it goes back to the mode that it was in, and its device counts.
@@ -82,8 +86,9 @@ class HF:
         head = self.model.get_output_embeddings()
         prove_head(self.model, head, path, n_vocab)
         self.logit_map = head_map(self.model.config)
-        self.weight = head.weight.detach()[:n_vocab]
-        self.bias = None if head.bias is None else head.bias.detach()[:n_vocab].float()
+        rows = n_vocab if known is None else known
+        self.weight = head.weight.detach()[:rows]
+        self.bias = None if head.bias is None else head.bias.detach()[:rows].float()
         if self.device.type != "cuda":
             self.weight = self.weight.float()  # only CUDA multiplies bfloat16 into float32
 
@@ -131,7 +136,8 @@ class HF:
             logits = hidden.float() @ self.weight.T
         else:
             logits = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
-        return self.logit_map.apply(logits if self.bias is None else logits + self.bias)
+        logits = self.logit_map.apply(logits if self.bias is None else logits + self.bias)
+        return of_shared(logits, self.n_vocab)
 
     # The backend.
 

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.backends.base import Scorer
+from logitcask.engine.backends.scoring import LIKELY
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.store import ragged
 from logitcask.engine.types import LENGTH, Array, Prompt, Rollouts, ScoreRequest, Scores
 
 PROBE_ROWS = 16
+PROBE_IDS = 64
+"""The probe is of the first ids, which every vocabulary has: what it is over may differ."""
 PROBE_K = 4
 """Best ids of a row that the probe keeps: few enough for every record of a store."""
-LIKELY = 1e-4
-"""Probability: below it engines differ by much and nobody's loss by anything."""
 FLOOR = 1e-4
 """Nats: the tolerance where an engine repeats itself exactly; float32 engines agree to it."""
 CEILING = 0.1
@@ -55,7 +56,7 @@ def probe_rollouts(n_vocab: int, sequences: int = 1, rows: int = PROBE_ROWS) -> 
     is the probe. Each is a prompt of one token and a response of `rows`.
     """
     step = np.arange(1, rows + 2)
-    ids = (step * 7919 + np.arange(sequences)[:, None] * 104_729) % n_vocab
+    ids = (step * 7919 + np.arange(sequences)[:, None] * 104_729) % min(n_vocab, PROBE_IDS)
     return Rollouts(
         prompts=tuple(Prompt(id=f"probe-{i}", token_ids=(int(s[0]),)) for i, s in enumerate(ids)),
         seq_prompt=np.arange(sequences, dtype=np.uint32),

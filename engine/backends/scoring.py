@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcask.engine.errors import ConfigError, IdentityError, ModelError
+from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.topk_select import topk_select
 
 CHUNK_LOGITS = 1 << 26
 """Logits held at once: 256 MiB in float32."""
+LIKELY = 1e-4
+"""Probability: below it engines differ by much, and nobody's loss by anything."""
 
 
 def budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -252,6 +254,27 @@ def asked_ids(
             "roll out shorter responses.",
         )
     return at
+
+
+def of_shared(logits: Tensor, n_vocab: int) -> Tensor:
+    """[R, n_vocab] of [R, n_vocab or more] logits, whose other ids the student does not know.
+
+    Raises UnitError for a row that gives those more than LIKELY: what is left of it is not what the
+    teacher thinks.
+    """
+    if logits.shape[1] == n_vocab:
+        return logits
+    known, strange = logits[:, :n_vocab], logits[:, n_vocab:]
+    share = torch.sigmoid(strange.logsumexp(1) - known.logsumexp(1))
+    if len(share) and float(share.max()) > LIKELY:
+        row = int(share.argmax())
+        raise UnitError(
+            f"the teacher gives ids that the student does not know, from {n_vocab} on, the "
+            f"probability {float(share[row]):.3g}, most to {n_vocab + int(strange[row].argmax())}",
+            remedy="Take a teacher with the student's tokenizer, or sample where such ids are no "
+            "answer (another chat template, say); there is no override.",
+        )
+    return known
 
 
 def score_rollouts(

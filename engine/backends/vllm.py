@@ -66,9 +66,10 @@ class VLLM:
         dtype: str = "auto",
         batch_tokens: int = 16384,
         exact: bool = False,
+        known: int | None = None,
         memory: float = 0.8,
     ) -> None:
-        """batch_tokens: padded tokens that the scoring engine is handed at once.
+        """batch_tokens: padded tokens that the scoring engine is handed at once. known: as of HF.
         exact: score from hidden states, and say everything that hf says.
         memory: share of a GPU that the engines may fill: with exact=True half of it each, as a
         student's do that rolls out and scores; otherwise all of it the one that is opened.
@@ -81,6 +82,7 @@ class VLLM:
             )
         self.dtype = pick_dtype(dtype, self.device)
         self.path, self.n_vocab, self.stop_ids = model.path, model.n_vocab, model.stop_ids
+        self.known = known
         self.batch_tokens, self.exact = batch_tokens, exact
         self.memory = memory / 2 if exact else memory
         self.engines: dict[Purpose, Engine] = {}
@@ -246,6 +248,7 @@ class VLLM:
                 self.engine("hidden"),
                 self.path,
                 n_vocab=self.n_vocab,
+                known=self.known,
                 dtype=self.dtype,
                 device=self.device,
             )

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from logitcask.engine.backends.scoring import of_shared
 from logitcask.engine.backends.vllm_engine import TOLERANCE, Engine, best_gap
 from logitcask.engine.errors import ModelError
 from logitcask.engine.heads import head_map, named_extras
@@ -26,17 +27,26 @@ class Hidden:
     """A network as backends.scoring asks for one: tokens -> hidden states -> logits."""
 
     def __init__(
-        self, engine: Engine, path: Path, *, n_vocab: int, dtype: torch.dtype, device: torch.device
+        self,
+        engine: Engine,
+        path: Path,
+        *,
+        n_vocab: int,
+        known: int | None = None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """Raises ModelError where the folder's head is not found."""
+        """known: as of HF. Raises ModelError where the folder's head is not found."""
         self.engine, self.path, self.n_vocab = engine, path, n_vocab
+        self.known = n_vocab if known is None else known
         self.dtype, self.device = dtype, device
         self.config = engine.llm.llm_engine.model_config.hf_config
         self.logit_map = head_map(self.config)
         self.weight, self.bias = read_head(path)
-        if self.weight.shape[0] < n_vocab:
+        if self.weight.shape[0] < self.known:
             raise ModelError(
-                f"the head of {path} has {self.weight.shape[0]} rows, and {n_vocab} ids are known",
+                f"the head of {path} has {self.weight.shape[0]} rows, and {self.known} ids are "
+                "known",
                 remedy="Take weights and tokenizer from the same model.",
             )
         # Only CUDA multiplies bfloat16 into float32.
@@ -55,7 +65,7 @@ class Hidden:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, D] -> [R, n_vocab] float32."""
-        return self._over(hidden, self.n_vocab)
+        return of_shared(self._over(hidden, self.known), self.n_vocab)
 
     def _over(self, hidden: Tensor, ids: int) -> Tensor:
         weight = self.weight[:ids]

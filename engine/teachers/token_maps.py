@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcask.engine.backends.scoring import LIKELY
 from logitcask.engine.errors import IdentityError, UnitError
 from logitcask.engine.identity import resolve_model, tokenizer_digest
 from logitcask.engine.prompts import load_tokenizer
@@ -19,8 +20,6 @@ from logitcask.engine.types import Array, IdLists, ModelRef, Rollouts, ScoreRequ
 
 SHOWN = 6
 """Ids that a line names."""
-LIKELY = 1e-4
-"""Probability: a teacher's id below it moves nobody's loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +65,8 @@ class SharedVocabulary:
     def check_asked(
         self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None, name: str
     ) -> None:
-        """UnitError where one of the ids occurs in what the teacher, `name`, would be shown or asked
-        at.
+        """UnitError where one of the ids occurs in what the teacher, `name`, would be shown or
+        asked at.
         """
         for prompt in rollouts.prompts:
             self.check(np.array(prompt.token_ids, np.int64), f"prompt {prompt.id!r}", name)
