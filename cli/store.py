@@ -12,7 +12,8 @@ from logitcask.cli.output import (
     progress_bar,
     visible,
 )
-from logitcask.cli.store_keep import KEEP, estimate_command
+from logitcask.cli.store_estimate import estimate_command
+from logitcask.cli.store_keep import KEEP
 
 
 @click.group("store", context_settings={"help_option_names": ["-h", "--help"]})

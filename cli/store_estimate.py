@@ -1,0 +1,64 @@
+"""`logitcask store estimate`: what scoring would cost, before it is paid for."""
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import MODEL_FLAGS, format_option, job_from_flags, job_options
+from logitcask.cli.output import print_result, print_table, progress_bar
+from logitcask.engine.config.jobs import EstimateJob
+
+
+@click.command("estimate")
+@click.argument("model")
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.option(
+    "--student",
+    "student__model",
+    required=True,
+    help="Model folder or hub id of the student, whose responses are scored.",
+)
+@job_options(
+    EstimateJob,
+    {
+        "prompts": ["chat_template"],
+        "estimate": ["sample", "k_max"],
+        "teacher": [
+            "revision",
+            "tokenizer",
+            "served",
+            "student_tokenizer",
+            "api_key_file",
+            "server_wait",
+        ],
+        "rollout": ["n", "max_new_tokens", "student_k", "mc_draws", "grader"],
+        "score": ["k_min"],
+        "run": MODEL_FLAGS,
+    },
+)
+@format_option
+def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None:
+    """Score a sample with teacher MODEL, and say what scoring all PROMPTS would cost.
+
+    MODEL is a folder, a hub id or the URL of a server.
+
+    For each profile, top-p and k-max: bytes per position, and the share of the KL between teacher
+    and student that a loss on what is stored would miss (a little of it is rounding, either way).
+    Nothing is stored.
+
+    Example: logitcask store estimate ./teacher prompts.jsonl --student ./student
+    """
+    told = {"teacher__model": model, "teacher__name": "estimate", "prompts__file": prompts}
+    job = job_from_flags(EstimateJob, {**flags, **told})
+    from logitcask.engine.jobs import run_estimate
+
+    with progress_bar() as progress:
+        estimate = run_estimate(job, progress=progress)
+    if form == "json":
+        print_result(estimate, form)
+        return
+    print_result(estimate.summary(), form)
+    click.echo()
+    missed = ("forward_kl_missed", "reverse_kl_missed")
+    print_table([{**row, **{m: f"{row[m]:.2%}" for m in missed}} for row in estimate.rows], form)
