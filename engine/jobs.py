@@ -37,6 +37,7 @@ from logitcask.engine.score_given import read_ids
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.view import choose
+from logitcask.engine.teachers.served import is_served
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.student import load_student, quiet
@@ -89,11 +90,17 @@ def score_task(job: ScoreJob, store: Store, pin: Pin) -> dict[str, Any]:
     """Who scores what, with the teacher loaded; its scorer is to be closed."""
     template = rendered(pin, job.store.rollouts)
     student = pin.rollouts(job.store.rollouts)[0].lineage["student"]
-    teacher = open_teacher(job.teacher, job.run, student, template=template, exact=job.score.exact)
+    teacher = open_teacher(
+        job.teacher,
+        job.run,
+        student,
+        template=template,
+        exact=job.score.exact,
+        k_max=job.score.k_max,
+    )
     try:
         model = teacher.model
         request, notes = teacher.asked(job.score, job.run.seed)
-        teacher.check_name(pin, job.teacher.name)
         context = _context(job, store, model, pin) if job.score.role == "context" else None
         ids = job.score.ids_file()
         return {
@@ -140,11 +147,20 @@ def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
     """`logitcask store estimate`."""
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
     grading = grading_of(job.rollout, model, prompts)
-    teacher = open_teacher(job.teacher, job.run, model.lineage(), template=template, exact=True)
+    served = is_served(job.teacher.model)
+    teacher = open_teacher(
+        job.teacher,
+        job.run,
+        model.lineage(),
+        template=template,
+        exact=not served,
+        k_max=job.estimate.k_max,
+    )
     try:
-        # Both over the ids that both know.
+        # Both over the ids that both know, and the student here.
         model = replace(model, n_vocab=teacher.model.n_vocab)
-        student = backend(model, job.run)
+        run = job.run.model_copy(update={"backend": "auto"}) if served else job.run
+        student = backend(model, run)
         try:
             return estimate(
                 grading=grading,

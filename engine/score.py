@@ -141,6 +141,7 @@ def plan_scores(asked: Scoring, pin: Pin, *, growing: bool = False) -> ScorePlan
         found = check_identity(segment.lineage["student"], model, asked.shared)
         notes += [each for each in found if each not in notes]
     notes += other_dtypes(pin, segments, name, asked.scorer)
+    asked.check_teacher(pin)
     lineage = asked.lineage()
     given, asked_at = None, None
     if isinstance(asked.at, GivenIds):
@@ -241,5 +242,6 @@ def _check_twice(pin: Pin, units: Mapping[str, Segment], teacher_name: str) -> N
     for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
         raise IdentityError(
             f"this teacher's scores are in the store already, under the name {other!r}",
-            remedy=f"Use that name instead of {teacher_name!r}.",
+            remedy=f"Use that name instead of {teacher_name!r}. A served model that is another and "
+            "goes by the same path gets a --revision of its own.",
         )

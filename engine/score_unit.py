@@ -12,10 +12,11 @@ from logitcask.engine.errors import PromptError
 from logitcask.engine.identity import digest
 from logitcask.engine.score_asked import at_all_known, without_more
 from logitcask.engine.score_given import GivenIds
-from logitcask.engine.store import Chain, Segment, Store
+from logitcask.engine.store import Chain, Pin, Segment, Store
 from logitcask.engine.store.layout import ranked
 from logitcask.engine.store.widen import ask_at, union
 from logitcask.engine.teachers.checks import check_stops
+from logitcask.engine.teachers.served import SameTeacher
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     MC_IDS,
@@ -52,6 +53,11 @@ class Scoring:
     """What is known of the teacher before it is asked, for a person."""
     lineage_extra: Mapping[str, Any] = field(default_factory=dict)
     """More that every segment records."""
+
+    def check_teacher(self, pin: Pin) -> None:
+        """IdentityError where scores of this name are of a teacher that behaves otherwise."""
+        if isinstance(self.scorer, SameTeacher):
+            self.scorer.check_name(pin, self.teacher_name)
 
     @property
     def label(self) -> str | None:
@@ -176,6 +182,8 @@ def _timed(asked: Scoring, shown: Rollouts, at: IdLists | None) -> tuple[Scores,
     took_s = time.monotonic() - begun_s
     if shared is not None:
         shared.check_answered(scores, request, asked.model.name)
+    # Another worker may have begun the name meanwhile.
+    asked.check_teacher(asked.store.head())
     return scores, took_s
 
 
