@@ -42,6 +42,7 @@ ENGINE_LAYERS = [
     ["backends.hf", "backends.parity", "backends.server.wire", "backends.server.budget"],
     ["backends.server.link"],
     ["backends.server.fleet", "backends.server.probe"],
+    ["backends.server.asking"],
     ["backends.server.scorer"],
     ["backends.server"],
     ["backends.vllm_engine"],

@@ -31,6 +31,8 @@ class Limits:
     """... up to this."""
     wait_s: float = 600.0
     """All servers may be away, or take no more, for so long."""
+    alone_s: float = 10.0
+    """One of several may be away for so long when it is asked alone."""
     poll_s: float = 1.0
     """Between two looks at whether a server is back."""
 

@@ -33,6 +33,8 @@ class Fleet:
         where another teacher came back."""
         self.links, self.limits, self._back = list(links), limits, back
         self.budget = Budget(limits)
+        self.answered: set[str] = set()
+        """URLs of servers of which an answer was taken, until the owner empties it."""
         self._rng = rng or random.Random()
         self._returning = asyncio.Lock()
         self._reading = asyncio.Semaphore(READERS)
@@ -71,6 +73,7 @@ class Fleet:
                     continue
                 else:
                     self.budget.faster()
+                    self.answered.add(link.url)
                     return
                 finally:
                     link.in_flight -= 1

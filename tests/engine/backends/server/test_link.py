@@ -1,6 +1,7 @@
 """One server: what it may be given, and what of it reaches an error's text."""
 
 import asyncio
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,6 +60,14 @@ def test_an_address_that_nothing_can_be_at_is_refused_at_once(url: str) -> None:
     with pytest.raises(ConfigError, match="is no server's URL") as caught:
         Server([url])
     assert KEY not in str(caught.value)
+
+
+def test_an_address_that_is_refused_leaves_no_thread() -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(ConfigError):
+            Server(["http://127.0.0.1:1", f"http://me:{KEY}@host"])
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}", f"{KEY}\x00", f"{KEY}é"])

@@ -1,0 +1,90 @@
+"""A unit as questions to a fleet: every sequence is one request, many at once."""
+
+import asyncio
+
+from logitcask.engine.backends.answers import AnswerSheet
+from logitcask.engine.backends.scoring import asked_ids
+from logitcask.engine.backends.server.fleet import Fleet
+from logitcask.engine.backends.server.link import Refused
+from logitcask.engine.backends.server.probe import ServerFacts
+from logitcask.engine.backends.server.wire import Question
+from logitcask.engine.errors import ConfigError, LogitcaskError
+from logitcask.engine.types import IdLists, Rollouts, ScoreRequest
+
+
+def sheet_of(
+    facts: ServerFacts,
+    url: str,
+    n_vocab: int,
+    rollouts: Rollouts,
+    request: ScoreRequest,
+    at: IdLists | None,
+) -> AnswerSheet:
+    """What is to be filled. Raises as `asked_ids`, and ConfigError where more is asked than the
+    server at `url` can answer."""
+    if n_vocab < 1:
+        raise ConfigError(
+            "n_vocab of a served teacher is not set", remedy="Set it from its tokenizer."
+        )
+    # A server samples one token more than it is asked about.
+    context = facts.max_model_len - 1 if facts.max_model_len else 1 << 62
+    at = asked_ids(rollouts, request, at, n_vocab=n_vocab, context=context)
+    if request.entry_kind == "sampled":
+        raise ConfigError(
+            "a server cannot give ids drawn from the teacher's whole law",
+            remedy="Use the backend hf, or --entry-kind topp.",
+        )
+    if at is not None and not facts.at_ids:
+        raise ConfigError(
+            f"{url} cannot answer at chosen ids: {facts.why}",
+            remedy="Serve with vLLM 0.31 or newer on a GPU with --enable-scale-out, use the "
+            "backend hf, or score without (at_student=False).",
+        )
+    return AnswerSheet(rollouts, request, at, n_vocab=n_vocab)
+
+
+async def fill(fleet: Fleet, facts: ServerFacts, rollouts: Rollouts, sheet: AnswerSheet) -> None:
+    """Asks about every sequence. Raises ServerError and AnswerError as `Fleet.ask`, ConfigError for
+    more log-probs than the servers allow."""
+    lengths = rollouts.lengths()
+    k = min(sheet.request.k_max, sheet.n_vocab)
+
+    async def one(sequence: int) -> None:
+        prompt = rollouts.prompts[int(rollouts.seq_prompt[sequence])]
+        response = sheet.tokens[sheet.rows(sequence)].tolist()
+        question = Question(
+            ids=[*prompt.token_ids, *response],
+            rows=len(response),
+            k=k,
+            at=sheet.asked(sequence),
+        )
+        try:
+            await fleet.ask(
+                question,
+                facts.path,
+                facts.served,
+                check=lambda answer: sheet.write(sequence, answer),
+            )
+        except Refused as refusal:
+            raise too_much(refusal, k) from refusal
+        except LogitcaskError as error:
+            raise type(error)(
+                f"prompt {prompt.id!r}, sequence {sequence}: {error.cause}", remedy=error.remedy
+            ) from error
+
+    async with asyncio.TaskGroup() as group:
+        for sequence in range(len(lengths)):
+            if lengths[sequence] > 0:
+                group.create_task(one(sequence))
+
+
+def too_much(refusal: Refused, k: int) -> LogitcaskError:
+    """vLLM caps log-probs a position, at 20 unless told otherwise, and says so in words."""
+    said = refusal.cause.lower()
+    if refusal.status == 400 and "logprobs" in said and "max" in said:
+        return ConfigError(
+            f"k_max = {k} is more than the server allows: {refusal.cause}",
+            remedy=f"Start it with --max-logprobs {k} or more, or score with --k-max 20 (and "
+            "--k-min 16 or less) if that is its cap.",
+        )
+    return refusal
