@@ -36,7 +36,7 @@ from logitcask.engine.score import ScoreReport, score
 from logitcask.engine.score_given import read_ids
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.store.view import choose
+from logitcask.engine.store.view import choose, choose_teacher
 from logitcask.engine.teachers.served import is_served
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import TrainReport
@@ -49,9 +49,10 @@ def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutRepor
     """`logitcask rollout`. Prompts are read and checked before any weight is loaded."""
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
     grading = grading_of(job.rollout, model, prompts)
-    store = open_store(job.store.url, create=True)
     task = rollout_task(job, model, prompts, template)
     try:
+        # Only now: what is refused leaves no empty store behind.
+        store = open_store(job.store.url, create=True)
         return rollout(store, **task, grading=grading, progress=progress)
     finally:
         close_backend(task["sampler"])
@@ -240,11 +241,9 @@ def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
     pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
     where = "the store" if job.train.pin is None else f"the store at log number {pin.number}"
     bases = [n for n in pin.names("score") if pin.role(n) == "base"]
-    # Who is not asked for a base does not mean one.
-    teachers = [n for n in pin.names("score") if n not in bases or n == job.train.teacher]
     task = {
         "model": student_of(job.student, pin, job.store.rollouts),
-        "teacher": choose(teachers, job.train.teacher, what="teacher", where=where),
+        "teacher": choose_teacher(pin, job.train.teacher, where=where),
         "base": job.train.base and choose(bases, job.train.base, what="base", where=where),
         "rollouts": job.store.rollouts,
         "objective": preset,
@@ -262,8 +261,7 @@ def run_probe(
     found = {text: find_preset(text).objective for text in objectives}
     store = open_store(job.store.url)
     pin = store.head() if job.probe.pin is None else pin_of(store, job.probe.pin)
-    teachers = [n for n in pin.names("score") if pin.role(n) != "base" or n == job.probe.teacher]
-    teacher = choose(teachers, job.probe.teacher, what="teacher")
+    teacher = choose_teacher(pin, job.probe.teacher)
     model = student_of(job.student, pin, job.store.rollouts)
     rows = planned(
         store,

@@ -338,8 +338,10 @@ def test_what_a_server_cannot_show_is_refused(call: Call, world: World, fake: Fa
     call(f"{asked} --exact").refused(2, "does not show its hidden states", "--backend vllm")
     drawn = f"{asked} --entry-kind sampled --draws 3"
     call(drawn).refused(2, "the backend server cannot give drawn", "backend hf")
-    roll = f"rollout --model @student --prompts @p.jsonl --store {world.new('s')} --backend server"
+    store = world.new("store")
+    roll = f"rollout --model @student --prompts @p.jsonl --store {store} --backend server"
     call(f"{roll} --no-chat-template --max-new-tokens 4").refused(2, "not at a URL", "hf or vllm")
+    assert not world.at(store).exists()
 
 
 def test_a_server_that_tells_few_log_probs_is_asked_for_few(

@@ -9,7 +9,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.score import score
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
-from tests.cli.conftest import NEW, ROLL, SCORE, TRAIN, UNITS, N, World
+from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.score.scored import ref
 from tests.engine.told import Told
 
@@ -160,6 +160,15 @@ def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> Non
     call(command.replace("@teacher", "@other-tokenizer")).refused(
         1, "tokenizer", "--student-tokenizer"
     )
+
+
+def test_a_base_model_is_shown_only_to_who_names_it(world: World, call: Any) -> None:
+    store = world.store()
+    base = f"score --model @student --role base --teacher root {KEPT} --store {store}"
+    assert call(base).code == 0
+    shown = call(f"store show {store} --format json").json
+    named = [call(f"store show {store} --teacher {t} --format json").json for t in ("big", "root")]
+    assert shown == named[0] != named[1]
 
 
 def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> None:
