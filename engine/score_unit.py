@@ -12,7 +12,7 @@ from logitcask.engine.errors import PromptError
 from logitcask.engine.identity import digest
 from logitcask.engine.score_asked import at_all_known, without_more
 from logitcask.engine.score_given import GivenIds
-from logitcask.engine.store import Chain, Pin, Segment, Store
+from logitcask.engine.store import Chain, Segment, Store
 from logitcask.engine.store.layout import ranked
 from logitcask.engine.store.widen import ask_at, union
 from logitcask.engine.teachers.checks import check_stops
@@ -54,10 +54,10 @@ class Scoring:
     lineage_extra: Mapping[str, Any] = field(default_factory=dict)
     """More that every segment records."""
 
-    def check_teacher(self, pin: Pin) -> None:
+    def check_teacher(self) -> None:
         """IdentityError where scores of this name are of a teacher that behaves otherwise."""
         if isinstance(self.scorer, SameTeacher):
-            self.scorer.check_name(pin, self.teacher_name)
+            self.scorer.check_name(self.store.head(), self.teacher_name)
 
     @property
     def label(self) -> str | None:
@@ -183,7 +183,7 @@ def _timed(asked: Scoring, shown: Rollouts, at: IdLists | None) -> tuple[Scores,
     if shared is not None:
         shared.check_answered(scores, request, asked.model.name)
     # Another worker may have begun the name meanwhile.
-    asked.check_teacher(asked.store.head())
+    asked.check_teacher()
     return scores, took_s
 
 
