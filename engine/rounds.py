@@ -15,10 +15,12 @@ from logitcask.engine.config.jobs import RunConfig
 from logitcask.engine.grade import Grading
 from logitcask.engine.opened import OpenedTeacher, live_backend
 from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.rows.batches import Ahead
 from logitcask.engine.rows.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.rows.source import PackedRow, RowSource
 from logitcask.engine.score import score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.training.student import live_digest
 from logitcask.engine.types import ModelRef, Prompt, ScoreRequest
@@ -70,17 +72,19 @@ class Rounds:
         )
         self._roll(live, step // updates)
         score(
-            self._store,
-            model=self._teacher.model,
-            scorer=self._teacher.scorer,
-            teacher_name=self._config.teacher.name,
-            rollouts_name=self._config.store.rollouts,
-            request=self._request,
-            at=self._config.score.asked_at(),
-            profile=self._config.store.profile,
-            eos_rows=self._config.score.eos_rows,
-            shared=self._teacher.shared,
-            lineage_extra=self._teacher.lineage_extra,
+            Scoring(
+                store=self._store,
+                model=self._teacher.model,
+                scorer=self._teacher.scorer,
+                teacher_name=self._config.teacher.name,
+                rollouts_name=self._config.store.rollouts,
+                request=self._request,
+                at=self._config.score.asked_at(),
+                profile=self._config.store.profile,
+                eos_rows=self._config.score.eos_rows,
+                shared=self._teacher.shared,
+                lineage_extra=self._teacher.lineage_extra,
+            )
         )
         self._made = self._pack(live)
 
@@ -101,23 +105,25 @@ class Rounds:
     def _roll(self, live: ModelRef, round_number: int) -> None:
         config, count = self._config, self._config.loop.prompts_per_round
         rollout(
-            self._store,
-            model=live,
-            sampler=self._sampler,
-            prompts=self._prompts,
-            sampling=config.rollout.sampling(),
-            name=config.store.rollouts,
-            seed=config.run.seed,
-            student_k=config.rollout.student_k,
-            mc_draws=config.rollout.mc_draws,
-            grading=self._grading,
-            unit_prompts=config.rollout.unit_prompts or None,
-            profile=config.store.profile,
-            first=round_number * count % len(self._prompts),
-            count=count,
-            versions=True,
-            run=self._run,
-            lineage_extra={"chat_template": self._template},
+            Rolling(
+                store=self._store,
+                model=live,
+                sampler=self._sampler,
+                prompts=self._prompts,
+                sampling=config.rollout.sampling(),
+                name=config.store.rollouts,
+                seed=config.run.seed,
+                student_k=config.rollout.student_k,
+                mc_draws=config.rollout.mc_draws,
+                grading=self._grading,
+                unit_prompts=config.rollout.unit_prompts or None,
+                profile=config.store.profile,
+                first=round_number * count % len(self._prompts),
+                count=count,
+                versions=True,
+                run=self._run,
+                lineage_extra={"chat_template": self._template},
+            )
         )
 
     def _pack(self, live: ModelRef) -> tuple[RowSource, list[Plan]]:

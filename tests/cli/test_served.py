@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from logitcask.engine.backends.base import close_backend
 from logitcask.engine.config.file import validate
 from logitcask.engine.config.jobs import ScoreJob
 from logitcask.engine.errors import IdentityError
-from logitcask.engine.jobs import score_task
+from logitcask.engine.jobs import scoring
 from logitcask.engine.score import plan_scores
-from logitcask.engine.score_unit import Scoring, score_unit
+from logitcask.engine.score_unit import score_unit
 from logitcask.engine.store import open_store
 from tests.cli.conftest import KEPT, TRAIN, UNITS, Answer, World
 from tests.engine.backends.server.fake_server import FakeServer
@@ -285,9 +286,8 @@ def test_workers_that_begin_a_name_together_find_each_other(
     opened = open_store(world.at(store))
     with FakeServer(altered(model, int8), tokenizer=make_tokenizer()) as other:
         jobs = [job_of(world, each, store) for each in (fake, other)]
-        tasks = [score_task(job, opened, opened.head()) for job in jobs]
+        first, second = (scoring(job, opened, opened.head()) for job in jobs)
         try:
-            first, second = (Scoring(store=opened, **task) for task in tasks)
             planned = plan_scores(first, opened.head())
             (key, unit), *_ = planned.missing.items()
             score_unit(first, key, unit, planned.lineage)
@@ -298,8 +298,8 @@ def test_workers_that_begin_a_name_together_find_each_other(
                 score_unit(second, key, unit, planned.lineage)
             assert key not in opened.head().unit_keys()
         finally:
-            for task in tasks:
-                task["scorer"].close()
+            for each in (first, second):
+                close_backend(each.scorer)
 
 
 def job_of(world: World, fake: FakeServer, store: str) -> ScoreJob:

@@ -7,6 +7,7 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.score import score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
 from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
@@ -177,11 +178,13 @@ def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> N
     opened = open_store(world.at(store))
     teacher = ref(world.at("@teacher"))
     score(
-        opened,
-        model=teacher,
-        scorer=Told(HF(teacher), at_ids=False),
-        teacher_name="big",
-        request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+        Scoring(
+            store=opened,
+            model=teacher,
+            scorer=Told(HF(teacher), at_ids=False),
+            teacher_name="big",
+            request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+        )
     )
     rows = call(f"store show {store} --format json").json["rows"]
     said = call(f"store show {store}").out
