@@ -23,7 +23,8 @@ from logitcask.engine.score import score
 from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.training.student import live_digest
-from logitcask.engine.types import ModelRef, Prompt, ScoreRequest
+from logitcask.engine.training.train import Notice
+from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreRequest, silent
 
 
 class Rounds:
@@ -42,10 +43,13 @@ class Rounds:
         width: int,
         run: Mapping[str, Any],
         grading: Grading | None = None,
+        progress: Progress = silent,
+        notice: Notice = lambda line: None,
     ) -> None:
         """`student` is the model in training, on its device; `request` what the teacher is asked;
         `width` the packed rows of an update; `run` what the name of the rollouts stands for;
-        `grading` who gives responses rewards.
+        `grading` who gives responses rewards; `progress` is told of the prompts of all rounds,
+        `notice` every note of a scoring once.
         """
         self._student = student
         self._config = config
@@ -58,6 +62,9 @@ class Rounds:
         self._width = width
         self._run = run
         self._grading = grading
+        self._progress = progress
+        self._notice = notice
+        self._told: set[str] = set()
         self._sampler = live_backend(student, model, config.run)
         self._made: tuple[RowSource, list[Plan]]
         self._ahead = Ahead(self._make)
@@ -70,8 +77,9 @@ class Rounds:
         live = replace(
             self._model, digest=live_digest(self._student), version=self._model.version + step
         )
-        self._roll(live, step // updates)
-        score(
+        number = step // updates
+        units = self._roll(live, number)
+        scored = score(
             Scoring(
                 store=self._store,
                 model=self._teacher.model,
@@ -84,8 +92,16 @@ class Rounds:
                 eos_rows=self._config.score.eos_rows,
                 shared=self._teacher.shared,
                 lineage_extra=self._teacher.lineage_extra,
-            )
+            ),
+            # It counts the units of earlier rounds, too.
+            progress=lambda stage, done, all_: self._tell(
+                stage, number, max(0, done - all_ + units), units
+            ),
         )
+        for note in scored.notes:
+            if note not in self._told:
+                self._told.add(note)
+                self._notice(note)
         self._made = self._pack(live)
 
     def row(self, index: int) -> PackedRow:
@@ -102,9 +118,18 @@ class Rounds:
         source, plans = self._made
         return source.row(plans[update % len(plans)].row(slot))
 
-    def _roll(self, live: ModelRef, round_number: int) -> None:
+    def _tell(self, stage: str, round_number: int, done: int, units: int) -> None:
+        """In prompts, because a round that begins again with the first has a unit more."""
+        loop = self._config.loop
+        prompts = loop.prompts_per_round
+        self._progress(
+            stage, round_number * prompts + done * prompts // units, loop.rounds * prompts
+        )
+
+    def _roll(self, live: ModelRef, round_number: int) -> int:
+        """The units of the round."""
         config, count = self._config, self._config.loop.prompts_per_round
-        rollout(
+        return rollout(
             Rolling(
                 store=self._store,
                 model=live,
@@ -123,8 +148,9 @@ class Rounds:
                 versions=True,
                 run=self._run,
                 lineage_extra={"chat_template": self._template},
-            )
-        )
+            ),
+            progress=lambda stage, done, units: self._tell(stage, round_number, done, units),
+        ).units_total
 
     def _pack(self, live: ModelRef) -> tuple[RowSource, list[Plan]]:
         """The round's own segments, packed for each of its updates."""

@@ -217,7 +217,7 @@ def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the
         }.get(what.removeprefix("eval-"), ("scores", "score"))
         raise IncompleteError(
             f"{where} holds no {made}",
-            remedy=f"make some first: logitcask {verb}; a pin from before has none",
+            remedy=f"Run `logitcask {verb}` first; a pin taken earlier cannot see later {made}.",
         )
     listed = ", ".join(known)
     if wanted is None:

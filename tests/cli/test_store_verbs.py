@@ -50,7 +50,11 @@ def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> N
     retired = call(f"store retire {store} --teacher big --format json").json
     assert len(retired) == UNITS
     call(f"store retire {store} --teacher big").refused(2, "nothing of 'big'", "rollouts: main")
-    call(f"{TRAIN} {store} --out {world.new('out')}").refused(3, "no scores", "logitcask score")
+    call(f"{TRAIN} {store} --out {world.new('out')}").refused(
+        3,
+        "no scores",
+        "Run `logitcask score` first; a pin taken earlier cannot see later scores.",
+    )
     assert call(f"store gc {store} --format json").json["segments"] == 0, "a recent pin reads them"
     gone = call(f"store gc {store} --keep-days 0 --dry-run --format json").json
     assert (gone["segments"], gone["kept"]) == (UNITS, UNITS)
