@@ -61,15 +61,16 @@ class Fleet:
                     data = await link.post(
                         path, body, most=question.most_bytes(), expected=size, tokens=tokens
                     )
+                    names = link.names | {served}
                     async with self._reading:
-                        await asyncio.to_thread(_read, question, path, served, data, check)
+                        await asyncio.to_thread(_read, question, path, names, data, check)
                 except Transient as fault:
                     last = fault
                     await self._note(link, fault, asked_s)
-                except AnswerError:
+                except AnswerError as error:
                     wrong += 1
                     if wrong == WRONG_ANSWERS:
-                        raise
+                        raise AnswerError(link.hidden(error.cause), remedy=error.remedy) from None
                     continue
                 else:
                     self.budget.faster()
@@ -161,6 +162,6 @@ def _encoded(question: Question, path: str, served: str) -> bytes:
 
 
 def _read(
-    question: Question, path: str, served: str, data: bytes, check: Callable[[Answer], None]
+    question: Question, path: str, names: set[str], data: bytes, check: Callable[[Answer], None]
 ) -> None:
-    check(question.read(path, served, data))
+    check(question.read(path, names, data))

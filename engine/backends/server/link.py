@@ -70,6 +70,8 @@ class Link:
         self._session: aiohttp.ClientSession | None = None
         self.in_flight = 0
         """Questions that the fleet has for it."""
+        self.names: set[str] = set()
+        """What it may call the model in its answers, as it said when it was last looked at."""
         self.received = 0
         """Bytes of answers."""
         self.up = True
@@ -155,10 +157,15 @@ class Link:
             )
         return self._session
 
+    def hidden(self, said: str) -> str:
+        """Without the key, also as repr writes it."""
+        if self._key is None:
+            return said
+        return said.replace(self._key, "(key)").replace(repr(self._key)[1:-1], "(key)")
+
     def _redacted(self, said: str) -> str:
         """One line, without the key, of which a part could be left if the line were cut first."""
-        line = " ".join(said.split())
-        return (line.replace(self._key, "(key)") if self._key else line)[:MOST_MESSAGE]
+        return self.hidden(" ".join(said.split()))[:MOST_MESSAGE]
 
     def _refused(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> NoReturn:
         what = f"{self.url}{path} answers {response.status}: {self._redacted(message(data))}"

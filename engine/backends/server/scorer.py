@@ -196,7 +196,8 @@ class Server:
                         "long it is waited for.",
                     ) from fault
             except AnswerError as error:
-                raise ServerError(f"{link.url}: {error.cause}", remedy=error.remedy) from error
+                said = link.hidden(error.cause)
+                raise ServerError(f"{link.url}: {said}", remedy=error.remedy) from None
             await asyncio.sleep(self._limits.poll_s)
 
     async def _fill(self, fleet: Fleet, rollouts: Rollouts, sheet: AnswerSheet) -> None:
