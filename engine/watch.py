@@ -24,6 +24,7 @@ from logitcask.engine.score_unit import ScoreUnit, Scoring, score_unit
 from logitcask.engine.store import Pin, Store, holds_store, open_store
 from logitcask.engine.teachers.checks import check_scorer
 from logitcask.engine.types import ModelRef, Progress, silent
+from logitcask.engine.waiting import Stopped, worker_waits
 from logitcask.engine.work import Notice, Plan, WorkReport, WorkSettings, follow
 
 _NOTHING = WorkReport(
@@ -38,7 +39,8 @@ def watch_scores(
     progress: Progress = silent,
     notice: Notice = lambda line: None,
 ) -> WorkReport:
-    """`logitcask score --watch`: waits for the store and the rollouts where they are not there yet.
+    """`logitcask score --watch`: waits for the store and the rollouts where they are not there yet,
+    and for a teacher's servers.
 
     Raises as `run_score` does, and ConfigError for what has a meaning only when all rollouts are
     there.
@@ -51,7 +53,11 @@ def watch_scores(
     if (opened := _awaited(job.store, job.work, stop, notice)) is None:
         return _NOTHING
     store, pin = opened
-    asked = Scoring(store=store, **score_task(job, store, pin))
+    try:
+        with worker_waits(stop, notice):
+            asked = Scoring(store=store, **score_task(job, store, pin))
+    except Stopped:
+        return _NOTHING
     said = _Once(notice)
 
     def plan(given_up: Collection[str]) -> Plan[ScoreUnit]:

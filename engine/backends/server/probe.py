@@ -43,6 +43,7 @@ class ServerFacts:
 async def facts_of(link: Link, served: str) -> ServerFacts:
     """Asks a server. Raises Transient, ServerError for what it refuses, IdentityError where it does
     not serve `served`."""
+    await link.look()
     card = await _of_card(link, served)
     name = card["served"]
     version = await _optional(link, "/version")
@@ -161,14 +162,14 @@ async def _fingerprint(link: Link, served: str) -> str:
 
 
 async def tokens_of(link: Link, text: str, served: str) -> list[int] | None:
-    """A text's ids; None where the server does not tell."""
+    """A text's ids; None where the server does not tell. Raises Transient."""
     body = {"model": served, "prompt": text, "add_special_tokens": False}
     try:
         data = await link.post("/tokenize", body, most=1 << 20, expected=1024, tokens=100)
-    except ServerError:
+        found = parse(data).get("tokens")
+    except (ServerError, AnswerError):
         return None
-    found = parse(data).get("tokens")
-    return found if isinstance(found, list) else None
+    return found if isinstance(found, list) and all(type(id_) is int for id_ in found) else None
 
 
 async def _optional(link: Link, path: str) -> Any:

@@ -231,6 +231,13 @@ class FakeServer:
                 return {"status": 400, "error": {"message": "requires the V2 model runner"}}
             start = sampling["prompt_logprob_start"]
             wide = np.array(asked)
+            if (count := wide.shape[1]) > self.max_logprobs:
+                words = (
+                    f"Requested {count} token ids per row in prompt_logprob_token_ids, which is "
+                    f"greater than max allowed: {self.max_logprobs}. Set max_logprobs "
+                    f"(--max-logprobs) to at least {count}."
+                )
+                return {"status": 400, "error": {"message": words}}
             assert len(wide) == len(ids) - 1 - start
             rows = np.take_along_axis(lp[start:-1], np.maximum(wide, 0), 1)
             said["prompt_token_id_logprobs"] = packed(np.where(wide < 0, -np.inf, rows))
