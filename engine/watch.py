@@ -23,6 +23,7 @@ from logitcask.engine.score import plan_scores
 from logitcask.engine.score_unit import ScoreUnit, score_unit
 from logitcask.engine.store import Pin, Store, holds_store, open_store
 from logitcask.engine.types import ModelRef, Progress, silent
+from logitcask.engine.waiting import Stopped, worker_waits
 from logitcask.engine.work import Notice, Plan, WorkReport, WorkSettings, follow
 
 _NOTHING = WorkReport(
@@ -37,7 +38,8 @@ def watch_scores(
     progress: Progress = silent,
     notice: Notice = lambda line: None,
 ) -> WorkReport:
-    """`logitcask score --watch`: waits for the store and the rollouts where they are not there yet.
+    """`logitcask score --watch`: waits for the store and the rollouts where they are not there yet,
+    and for a teacher's servers.
 
     Raises as `run_score` does, and ConfigError for what has a meaning only when all rollouts are
     there.
@@ -50,7 +52,11 @@ def watch_scores(
     if (opened := _awaited(job.store, job.work, stop, notice)) is None:
         return _NOTHING
     store, pin = opened
-    asked = scoring(job, store, pin)
+    try:
+        with worker_waits(stop, notice):
+            asked = scoring(job, store, pin)
+    except Stopped:
+        return _NOTHING
     said = _Once(notice)
 
     def plan(given_up: Collection[str]) -> Plan[ScoreUnit]:

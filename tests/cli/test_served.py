@@ -184,7 +184,7 @@ def test_an_estimate_of_a_served_teacher_is_that_of_its_weights(
     assert few["forward_kl"] < told["forward_kl"]
     assert [row["k_max"] for row in few["rows"]] == [12] * len(few["rows"])
     fake.max_logprobs = 20
-    call(f"{url} 21").refused(2, "k_max = 21 is more than the server allows", "--k-max 20")
+    call(f"{url} 21").refused(2, "21 log-probs per position (k_max = 21", "smaller --k-max")
     fake.generate = False
     old = call(f"{url} 20").json
     assert 0 < old["forward_kl"] < told["forward_kl"]
@@ -424,7 +424,7 @@ def test_a_context_that_is_too_short_is_refused(call: Call, world: World, fake: 
 def test_too_few_log_probs_are_refused(call: Call, world: World, fake: FakeServer) -> None:
     fake.max_logprobs = 16
     few = call(command(fake, world.store(UNITS), "--k-max 20"))
-    few.refused(2, "k_max = 20 is more than the server allows", "--max-logprobs 20")
+    few.refused(2, "20 log-probs per position (k_max = 20 and 4 chosen", "--max-logprobs 20")
 
 
 def test_too_old_a_server_gives_its_own_best_ids_and_says_what_that_costs(

@@ -48,6 +48,7 @@ async def fill(fleet: Fleet, facts: ServerFacts, rollouts: Rollouts, sheet: Answ
     more log-probs than the servers allow."""
     lengths = rollouts.lengths()
     k = min(sheet.request.k_max, sheet.n_vocab)
+    widest = 0 if sheet.at_cnt is None else int(sheet.at_cnt.max(initial=0))
 
     async def one(sequence: int) -> None:
         prompt = rollouts.prompts[int(rollouts.seq_prompt[sequence])]
@@ -66,7 +67,7 @@ async def fill(fleet: Fleet, facts: ServerFacts, rollouts: Rollouts, sheet: Answ
                 check=lambda answer: sheet.write(sequence, answer),
             )
         except Refused as refusal:
-            raise too_much(refusal, k) from refusal
+            raise too_much(refusal, k, widest) from refusal
         except LogitcaskError as error:
             raise type(error)(
                 f"prompt {prompt.id!r}, sequence {sequence}: {error.cause}", remedy=error.remedy
@@ -78,13 +79,19 @@ async def fill(fleet: Fleet, facts: ServerFacts, rollouts: Rollouts, sheet: Answ
                 group.create_task(one(sequence))
 
 
-def too_much(refusal: Refused, k: int) -> LogitcaskError:
-    """vLLM caps log-probs a position, at 20 unless told otherwise, and says so in words."""
+def too_much(refusal: Refused, k: int, widest: int) -> LogitcaskError:
+    """vLLM caps log-probs a position, at 20 unless told otherwise, and says so in words. It counts
+    the best ids and those that are asked at each for themselves."""
     said = refusal.cause.lower()
-    if refusal.status == 400 and "logprobs" in said and "max" in said:
-        return ConfigError(
-            f"k_max = {k} is more than the server allows: {refusal.cause}",
-            remedy=f"Start it with --max-logprobs {k} or more, or score with --k-max 20 (and "
-            "--k-min 16 or less) if that is its cap.",
-        )
-    return refusal
+    if refusal.status != 400 or "logprob" not in said or "max" not in said:
+        return refusal
+    needed = max(k, widest)
+    lists = f" and {widest} chosen ids" if widest else ""
+    less = "ask with a smaller --k-max (and --k-min): 20 is the cap of a server that was told none"
+    if widest > k:
+        less = "ask at fewer ids (--at, the --k-max of the scores it names)"
+    return ConfigError(
+        f"{needed} log-probs per position (k_max = {k}{lists}) are more than the server allows: "
+        f"{refusal.cause}",
+        remedy=f"Start it with --max-logprobs {needed} or more, or {less}.",
+    )

@@ -20,6 +20,8 @@ class Limits:
     attempts: int = 6
     """At one sequence; that a server takes no more now is no attempt."""
     connect_s: float = 10.0
+    health_s: float = 5.0
+    """Whoever does not say within this that it is well is away."""
     read_s: float = 60.0
     """Until an answer has come, and more for a large one: ..."""
     bytes_per_s: float = 5e6

@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +24,11 @@ from logitcask.engine.backends.server.probe import (
 )
 from logitcask.engine.errors import AnswerError, ConfigError, ServerError
 from logitcask.engine.types import IdLists, Rollouts, ScoreRequest, Scores
+from logitcask.engine.waiting import Stopped, current_waits
 
 KEY = "LOGITCASK_API_KEY"
+STOP_S = 0.2
+"""Between two looks at whether who waits was told to stop."""
 T = TypeVar("T")
 
 
@@ -69,10 +73,14 @@ class Server:
         """
         # URLs are checked before there is a thread that would have to end; one twice is one server.
         links = {link.url: link for link in (Link(url, key, limits) for url in urls)}
-        self._fleet = Fleet([*links.values()], limits, self._back)
+        if not links:
+            raise ConfigError("a teacher without servers", remedy="Give a URL.")
+        self._waits = current_waits()
+        self._fleet = Fleet([*links.values()], limits, self._back, self._waits)
         alone = limits if len(links) == 1 else replace(limits, wait_s=limits.alone_s)
         self._members = {
-            url: Member(self, Fleet([Link(url, key, alone)], alone, self._back)) for url in links
+            url: Member(self, Fleet([Link(url, key, alone)], alone, self._back, self._waits))
+            for url in links
         }
         self._limits = limits
         self._loop = asyncio.new_event_loop()
@@ -98,7 +106,7 @@ class Server:
     def close(self) -> None:
         """Connections and the thread that keeps them; twice does no harm."""
         if not self._loop.is_closed():
-            self._run(self._end())
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -123,7 +131,17 @@ class Server:
 
     def tokenize(self, text: str) -> list[int] | None:
         """A text's ids without special tokens around them; None where the server does not tell."""
-        return self._run(tokens_of(self._fleet.links[0], text, self.facts.served))
+        try:
+            return self._run(
+                self._fleet.tell(lambda link: tokens_of(link, text, self.facts.served))
+            )
+        except Transient as fault:
+            if not (fault.lost or fault.late):
+                return None
+            raise ServerError(
+                f"a server does not answer when it is to tokenize: {fault}",
+                remedy="Look at the server's log, and run the same command again.",
+            ) from fault
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         """Raises as `asked_ids`, ConfigError where more is asked than the servers can answer,
@@ -135,6 +153,10 @@ class Server:
         """URL -> a Scorer that asks that server alone, whoever else is away. `answered` does not
         count it, and what it finds changes nothing for the others."""
         return dict(self._members)
+
+    def away(self) -> set[str]:
+        """URLs of the servers that did not answer when they were last asked."""
+        return {link.url for link in self._fleet.links if not link.up}
 
     def answered(self) -> set[str]:
         """URLs of the servers of which an answer was taken since this was last asked."""
@@ -163,41 +185,56 @@ class Server:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
+            while not wait([future], STOP_S).done:
+                if self._waits.ended:
+                    raise Stopped("the servers are away")
             return future.result()
         except BaseExceptionGroup as group:
             raise first_of(group) from None
-        except (KeyboardInterrupt, SystemExit):
+        except (Stopped, KeyboardInterrupt, SystemExit):
             # Cancelled requests close their sockets, and the server drops what nobody waits for.
             future.cancel()
             raise
 
     async def _begin(self, served: str) -> ServerFacts:
-        known: ServerFacts | None = None
-        for link in self._fleet.links:
-            found = await self._facts(link, served)
-            if known is not None:
-                check_same(known, found, link.url)
-            known = found
-        if known is None:
-            raise ConfigError("a teacher without servers", remedy="Give a URL.")
-        return known
+        """Of the first that answers within wait_s; who does not is away, and may come later."""
+        begun_s, links = self._loop.time(), self._fleet.links
+        with self._waits.open():
+            found = await self._facts(links, served)
+            if not (known := [each for each in found if isinstance(each, ServerFacts)]):
+                self._waits.tell([link.url for link in links])
+            while not known:
+                if self._loop.time() - begun_s >= self._limits.wait_s:
+                    raise ServerError(
+                        f"{links[0].url} does not answer: {found[0]}",
+                        remedy="Check the URL and that the server is up; --server-wait sets how "
+                        "long it is waited for.",
+                    )
+                await asyncio.sleep(self._limits.poll_s)
+                found = await self._facts(links, served)
+                known = [each for each in found if isinstance(each, ServerFacts)]
+        for link, each in zip(links, found, strict=True):
+            link.up = isinstance(each, ServerFacts)
+            if isinstance(each, ServerFacts):
+                check_same(known[0], each, link.url)
+        return known[0]
 
-    async def _facts(self, link: Link, served: str) -> ServerFacts:
-        """Waits for a server that is not up yet."""
-        deadline = self._loop.time() + self._limits.wait_s
-        while True:
+    @staticmethod
+    async def _facts(links: Sequence[Link], served: str) -> list[ServerFacts | Transient]:
+        """Of all at once, or why one does not answer. Raises the first refusal."""
+
+        async def one(link: Link) -> ServerFacts | Transient:
             try:
                 return await facts_of(link, served)
             except Transient as fault:
-                if self._loop.time() >= deadline:
-                    raise ServerError(
-                        f"{link.url} does not answer: {fault}",
-                        remedy="Check the URL and that the server is up; --server-wait sets how "
-                        "long it is waited for.",
-                    ) from fault
+                return fault
             except AnswerError as error:
-                raise ServerError(f"{link.url}: {error.cause}", remedy=error.remedy) from error
-            await asyncio.sleep(self._limits.poll_s)
+                said = link.hidden(error.cause)
+                raise ServerError(f"{link.url}: {said}", remedy=error.remedy) from None
+
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(one(link)) for link in links]
+        return [each.result() for each in asked]
 
     async def _fill(self, fleet: Fleet, rollouts: Rollouts, sheet: AnswerSheet) -> None:
         await self._recheck(fleet)
@@ -209,19 +246,25 @@ class Server:
 
     async def _recheck(self, fleet: Fleet) -> None:
         """A server that was started anew between two units lost no request."""
-        for link in fleet.links:
+
+        async def one(link: Link) -> None:
+            asked_s = self._loop.time()
             try:
                 await check_card(link, self.facts)
             except Transient as fault:
-                link.up = not fault.lost  # the fleet waits for it, and looks at it then
+                await fleet.note(link, fault, asked_s)
+
+        async with asyncio.TaskGroup() as group:
+            for link in fleet.links:
+                if link.up:  # who is away is looked at before it is used
+                    group.create_task(one(link))
 
     async def _back(self, link: Link) -> None:
         check_same(self.facts, await facts_of(link, self.facts.served), link.url)
 
     async def _end(self) -> None:
         for fleet in (self._fleet, *(member.fleet for member in self._members.values())):
-            for link in fleet.links:
-                await link.close()
+            await fleet.close()
         # Connections say goodbye in the loop's next turn.
         await asyncio.sleep(0)
 

@@ -142,3 +142,22 @@ def test_no_error_shows_the_key(
     with pytest.raises(LogitcaskError) as caught:
         server.score(rolled, ASK)
     assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("key", [KEY, "sk-it's\\5f3a"])
+def test_a_key_that_is_repeated_as_a_name_is_not_shown(
+    key: str, fake: FakeServer, connect: Connect, rolled: Rollouts
+) -> None:
+    server = connect(fake, key=key)
+    fake.called = key
+    fake.fingerprint = f"vllm-{key}"
+    for ask in (lambda: server.score(rolled, ASK), lambda: connect(fake, key=key)):
+        with pytest.raises(LogitcaskError, match="as model .*key.*, and 'teacher' was") as caught:
+            ask()
+        said = "".join(traceback.format_exception(caught.value))
+        assert key not in said
+        assert repr(key)[1:-1] not in said
+    fake.called = None
+    fake.root = f"org/{key}"
+    facts = connect(fake, key=key).facts
+    assert (facts.fingerprint, facts.root) == ("vllm-(key)", "org/(key)")
