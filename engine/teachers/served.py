@@ -21,13 +21,13 @@ from logitcask.engine.backends.parity import (
     behaviour,
     behaviour_of,
     control,
-    control_at_work,
     distance,
+    first_rows,
     probe_request,
     probe_rollouts,
     tolerance,
 )
-from logitcask.engine.errors import ConfigError, IdentityError, ModelError
+from logitcask.engine.errors import ConfigError, IdentityError, ModelError, ServerError
 from logitcask.engine.prompts import load_tokenizer
 from logitcask.engine.store import Pin
 from logitcask.engine.types import IdLists, ModelRef, Rollouts, ScoreRequest, Scores
@@ -37,10 +37,12 @@ DECLARED = re.compile(r"(?:^|;)rev=([^;]*)")
 """Where an operator says the revision in a server's fingerprint (--fingerprint-mode custom)."""
 CONTROL_SEQUENCES = 8
 CONTROL_K = 16
+TRIES = 3
+"""Of a unit whose servers are lost before what they said can be checked."""
 PADS = 16
 """Ids of a padded head that a row of the probe is asked at."""
 CONTROL_ROWS = 2048
-"""Of a run's first unit that are scored twice; at least one sequence."""
+"""Of a run's first unit that the control is of; at least one sequence."""
 PROBE_TEXT = "Ünïcode 你好 12345  two spaces\n\ttab <|im_start|>user a_b-c.d 0.5e-3"
 
 
@@ -136,7 +138,10 @@ class Served(Scorer, Protocol):
     """Ids that it is asked over."""
 
     def members(self) -> Mapping[str, Scorer]:
-        """Those that are up, by name; each asks one server alone."""
+        """By name; each asks one server alone."""
+
+    def away(self) -> set[str]:
+        """Names of those that did not answer when they were last asked."""
 
     def answered(self) -> set[str]:
         """Names of those whose answers were taken since this was last called."""
@@ -195,14 +200,16 @@ class SameTeacher:
         self._control = probe_request(n_vocab, min(CONTROL_K, k_max))
         self._bound: set[str] = set()
         """Names whose records were compared already."""
-        (first, one), *others = server.members().items()
+        away = server.away()
+        # Who is away is looked at when it has answered something.
+        (first, one), *others = ((n, m) for n, m in server.members().items() if n not in away)
         # Of one server: what two differ by is no measure of either.
         self.parity: Parity = control(
             one, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._control
         )
         self.tolerance = tolerance(self.parity.largest)
         self.at_work: Parity | None = None
-        """The control on the first unit that is scored."""
+        """The control on the first rows of the first unit."""
         self.behaviour: Behaviour = behaviour(one, n_vocab)
         for name, other in others:
             self._check(behaviour(other, n_vocab), f"{name} is not the teacher that {first} is")
@@ -211,21 +218,28 @@ class SameTeacher:
         """Raises IdentityError, in place of scores, from a teacher that has changed, or one so
         unsteady on the first of these that it could not be told from another.
         """
-        self._server.answered()
-        scores = self._server.score(rollouts, request, at)
-        told_by = self._server.answered()
-        if self.at_work is None and rollouts.positions:
-            self.at_work = control_at_work(
-                self._server, rollouts, scores, self._control, CONTROL_ROWS
-            )
-            self.tolerance = max(self.tolerance, tolerance(self.at_work.largest))
-        for name, member in self._server.members().items():
-            if name in told_by:
-                self._check(
-                    behaviour(member, self._n_vocab),
-                    f"{name} is not the teacher that began this run",
-                )
+        for left in reversed(range(TRIES)):
+            self._server.answered()
+            scores = self._server.score(rollouts, request, at)
+            try:
+                for name in sorted(self._server.answered()):
+                    self._check_member(name, rollouts)
+            except ServerError:
+                # Lost before it could be looked at: what it said cannot be believed.
+                if not left:
+                    raise
+                continue
+            break
         return scores
+
+    def _check_member(self, name: str, rollouts: Rollouts) -> None:
+        """rollouts: what it answered about."""
+        member = self._server.members()[name]
+        if self.at_work is None:
+            self.at_work = control(member, first_rows(rollouts, CONTROL_ROWS), self._control)
+            self.tolerance = max(self.tolerance, tolerance(self.at_work.largest))
+        found = behaviour(member, self._n_vocab)
+        self._check(found, f"{name} is not the teacher that began this run")
 
     def describe(self) -> dict[str, str]:
         return self._server.describe()
