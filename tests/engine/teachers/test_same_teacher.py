@@ -12,7 +12,10 @@ import torch
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.parity import CONTROL_TIMES, FLOOR, PROBE_ROWS
 from logitcask.engine.errors import IdentityError, ServerError
-from logitcask.engine.teachers.served import SameTeacher, check_padding
+from logitcask.engine.teachers.same_teacher import SameTeacher
+from logitcask.engine.teachers.served import (
+    check_padding,
+)
 from logitcask.engine.types import IdLists, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
@@ -176,7 +179,7 @@ def test_who_is_away_is_looked_at_when_it_has_answered(
 def test_the_first_unit_is_scored_twice_and_the_tolerance_is_three_times_what_differs(
     pair: tuple[HF, HF], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcask.engine.teachers.served.CONTROL_ROWS", 12)
+    monkeypatch.setattr("logitcask.engine.teachers.same_teacher.CONTROL_ROWS", 12)
     rolled = roll(pair[0], 3)
     # Alone it says otherwise than beside another, where prompts are long.
     crowd = Off(pair[0], 0.02, lambda r, _: len(r.finish) == 2 and len(r.prompts[0].token_ids) > 1)
