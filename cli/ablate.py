@@ -36,8 +36,8 @@ def ablate_command(
     """Train every combination of some settings from one pin of a store, and compare them.
 
     CONFIG is what `logitcask train --dry-run` prints. No rollout is sampled and no teacher is
-    asked. Means and spreads over the seeds go to stdout and to ablate.json and ablate.md. The same
-    command resumes; runs that are finished are not trained again.
+    asked. Means and spreads over the seeds go to stdout and to ablate.json and ablate.md. Rerun the
+    same command to resume; runs that are finished are not trained again.
 
     Example: logitcask ablate train.toml --vary objective=opd,overlap --seeds 3 --out ./ablation
     """

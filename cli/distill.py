@@ -24,7 +24,10 @@ def distill_command(config: Path, overrides: tuple[str, ...], form: str, dry_run
     """Run rounds of rollout, score and train from a TOML file.
 
     In every round the student of that moment samples, the teacher scores, and the student is
-    updated. Killed at any point, the same command finishes with the same student.
+    updated. Rerun the same command to resume: killed at any point, it ends with the same student.
+
+    The file takes the keys that are flags of rollout, score and train, and those of [loop]: rounds,
+    prompts_per_round, updates_per_round. --dry-run prints all of them with their values.
 
     Example: logitcask distill distill.toml --set train.lr=1e-5
     """

@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
         # rich_click exits by itself: a group without a verb shows its help, and a closed pipe.
         return end.code if isinstance(end.code, int) else 1
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: committed units stay; the same command goes on", err=True)
+        click.echo("interrupted: committed units stay. Rerun the same command to resume.", err=True)
         return 130
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None

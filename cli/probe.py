@@ -42,7 +42,7 @@ def probe_command() -> None:
 def metrics_command(form: str, dry_run: bool, objectives: tuple[str, ...], **flags: Any) -> None:
     """Every metric that training logs, of any checkpoint, on the rows of a pinned store.
 
-    One line a metric: its mean over all rows, then over each range of positions. What the paper's
+    One line per metric: its mean over all rows, then over each range of positions. What the paper's
     released code logs under similar names is there as *_released.
 
     Example: logitcask probe metrics --model ./run --store ./store --objective overlap --bins 4

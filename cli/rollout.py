@@ -36,9 +36,8 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     """Sample responses from the student into a store.
 
     The student's own top-k of every position is stored with them. What is committed is never
-    sampled again: the same command goes on where it was stopped. With --watch it stays, as one of
-    any number of workers on the store, and samples again when the folder holds a later version of
-    the student.
+    sampled again. Rerun the same command to resume. With --watch it stays, as one of any number of
+    workers on the store, and samples again when the folder holds a later version of the student.
 
     Example: logitcask rollout --model ./student --prompts prompts.jsonl --store ./store
     """

@@ -36,9 +36,9 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
     """Let a teacher score stored rollouts.
 
     The teacher's most likely ids, its log-probs at the student's stored ids, the tail and the
-    entropy of every position go into the store. Nothing is scored twice: the same command goes on
-    where it was stopped, and picks up rollouts that were added meanwhile. With --watch it stays, as
-    one of any number of workers on the store, and waits for rollouts.
+    entropy of every position go into the store. Nothing is scored twice. Rerun the same command to
+    resume, and to score rollouts that were added meanwhile. With --watch it stays, as one of any
+    number of workers on the store, and waits for rollouts.
 
     Example: logitcask score --model ./teacher --store ./store --teacher big
     """

@@ -238,8 +238,8 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
 
     MODEL is a folder, a hub id or the URL of a server.
 
-    For each profile, top-p and k-max: bytes a position, and the share of the KL between teacher and
-    student that a loss on what is stored would miss (a little of it is rounding, either way).
+    For each profile, top-p and k-max: bytes per position, and the share of the KL between teacher
+    and student that a loss on what is stored would miss (a little of it is rounding, either way).
     Nothing is stored.
 
     Example: logitcask store estimate ./teacher prompts.jsonl --student ./student

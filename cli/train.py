@@ -29,7 +29,7 @@ def train_command(form: str, dry_run: bool, **flags: Any) -> None:
 
     The store is pinned at its newest record, so what others add meanwhile changes nothing. What
     the cache serves exactly for this objective, and what not, is printed before the first update.
-    The same command resumes from the newest checkpoint.
+    Rerun the same command to resume from the newest checkpoint.
 
     Example: logitcask train --model ./student --store ./store --objective overlap --out ./run
     """

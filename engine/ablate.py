@@ -6,7 +6,7 @@
         ablate.json ablate.md    the table
 
 Nothing is sampled for training and nothing is scored: a teacher's seconds are spent once, by
-`score`. The same call goes on where it was stopped, because each run does.
+`score`. The same call resumes, because each run does.
 """
 
 import json

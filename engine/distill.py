@@ -57,7 +57,12 @@ def distill(
     # What no teacher could serve is refused before the weights of one are read.
     _verdict(config, preset, model, config.score.request(), bounds=False)
     teacher = open_teacher(
-        config.teacher, config.run, model.lineage(), template=template, exact=config.score.exact
+        config.teacher,
+        config.run,
+        model.lineage(),
+        template=template,
+        exact=config.score.exact,
+        k_max=config.score.k_max,
     )
     try:
         return _distill(config, preset, model, prompts, template, teacher, progress, notice)
@@ -77,12 +82,18 @@ def _distill(
 ) -> TrainReport:
     """`distill`, with the teacher open."""
     request, notes = teacher.asked(config.score, config.run.seed)
-    for line in (
+    said = (
         *teacher.notes,
         *notes,
         *check_identity(model.lineage(), teacher.model, teacher.shared),
-    ):
+    )
+    for line in said:
         notice(line)
+
+    def notice_new(line: str) -> None:
+        if line not in said:
+            notice(line)
+
     width = rows_per_update(config, prompts)
     sampling = config.rollout.sampling()
     exactness = _verdict(config, preset, model, request, "bounds" in teacher.scorer.capabilities)
@@ -135,7 +146,19 @@ def _distill(
     identity["store"] = store.uuid
     course = Course(
         rows=lambda student: Rounds(
-            student, config, store, model, prompts, template, teacher, request, width, run, grading
+            student,
+            config,
+            store,
+            model,
+            prompts,
+            template,
+            teacher,
+            request,
+            width,
+            run,
+            grading,
+            progress,
+            notice_new,
         ),
         updates=loop.rounds * loop.updates_per_round,
         objective=preset,

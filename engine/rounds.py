@@ -15,13 +15,16 @@ from logitcask.engine.config.jobs import RunConfig
 from logitcask.engine.grade import Grading
 from logitcask.engine.opened import OpenedTeacher, live_backend
 from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.rows.batches import Ahead
 from logitcask.engine.rows.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.rows.source import PackedRow, RowSource
 from logitcask.engine.score import score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.training.student import live_digest
-from logitcask.engine.types import ModelRef, Prompt, ScoreRequest
+from logitcask.engine.training.train import Notice
+from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreRequest, silent
 
 
 class Rounds:
@@ -40,10 +43,13 @@ class Rounds:
         width: int,
         run: Mapping[str, Any],
         grading: Grading | None = None,
+        progress: Progress = silent,
+        notice: Notice = lambda line: None,
     ) -> None:
         """`student` is the model in training, on its device; `request` what the teacher is asked;
         `width` the packed rows of an update; `run` what the name of the rollouts stands for;
-        `grading` who gives responses rewards.
+        `grading` who gives responses rewards; `progress` is told of the prompts of all rounds,
+        `notice` every note of a scoring once.
         """
         self._student = student
         self._config = config
@@ -56,6 +62,9 @@ class Rounds:
         self._width = width
         self._run = run
         self._grading = grading
+        self._progress = progress
+        self._notice = notice
+        self._told: set[str] = set()
         self._sampler = live_backend(student, model, config.run)
         self._made: tuple[RowSource, list[Plan]]
         self._ahead = Ahead(self._make)
@@ -68,20 +77,31 @@ class Rounds:
         live = replace(
             self._model, digest=live_digest(self._student), version=self._model.version + step
         )
-        self._roll(live, step // updates)
-        score(
-            self._store,
-            model=self._teacher.model,
-            scorer=self._teacher.scorer,
-            teacher_name=self._config.teacher.name,
-            rollouts_name=self._config.store.rollouts,
-            request=self._request,
-            at=self._config.score.asked_at(),
-            profile=self._config.store.profile,
-            eos_rows=self._config.score.eos_rows,
-            shared=self._teacher.shared,
-            lineage_extra=self._teacher.lineage_extra,
+        number = step // updates
+        units = self._roll(live, number)
+        scored = score(
+            Scoring(
+                store=self._store,
+                model=self._teacher.model,
+                scorer=self._teacher.scorer,
+                teacher_name=self._config.teacher.name,
+                rollouts_name=self._config.store.rollouts,
+                request=self._request,
+                at=self._config.score.asked_at(),
+                profile=self._config.store.profile,
+                eos_rows=self._config.score.eos_rows,
+                shared=self._teacher.shared,
+                lineage_extra=self._teacher.lineage_extra,
+            ),
+            # It counts the units of earlier rounds, too.
+            progress=lambda stage, done, all_: self._tell(
+                stage, number, max(0, done - all_ + units), units
+            ),
         )
+        for note in scored.notes:
+            if note not in self._told:
+                self._told.add(note)
+                self._notice(note)
         self._made = self._pack(live)
 
     def row(self, index: int) -> PackedRow:
@@ -98,27 +118,39 @@ class Rounds:
         source, plans = self._made
         return source.row(plans[update % len(plans)].row(slot))
 
-    def _roll(self, live: ModelRef, round_number: int) -> None:
-        config, count = self._config, self._config.loop.prompts_per_round
-        rollout(
-            self._store,
-            model=live,
-            sampler=self._sampler,
-            prompts=self._prompts,
-            sampling=config.rollout.sampling(),
-            name=config.store.rollouts,
-            seed=config.run.seed,
-            student_k=config.rollout.student_k,
-            mc_draws=config.rollout.mc_draws,
-            grading=self._grading,
-            unit_prompts=config.rollout.unit_prompts or None,
-            profile=config.store.profile,
-            first=round_number * count % len(self._prompts),
-            count=count,
-            versions=True,
-            run=self._run,
-            lineage_extra={"chat_template": self._template},
+    def _tell(self, stage: str, round_number: int, done: int, units: int) -> None:
+        """In prompts, because a round that begins again with the first has a unit more."""
+        loop = self._config.loop
+        prompts = loop.prompts_per_round
+        self._progress(
+            stage, round_number * prompts + done * prompts // units, loop.rounds * prompts
         )
+
+    def _roll(self, live: ModelRef, round_number: int) -> int:
+        """The units of the round."""
+        config, count = self._config, self._config.loop.prompts_per_round
+        return rollout(
+            Rolling(
+                store=self._store,
+                model=live,
+                sampler=self._sampler,
+                prompts=self._prompts,
+                sampling=config.rollout.sampling(),
+                name=config.store.rollouts,
+                seed=config.run.seed,
+                student_k=config.rollout.student_k,
+                mc_draws=config.rollout.mc_draws,
+                grading=self._grading,
+                unit_prompts=config.rollout.unit_prompts or None,
+                profile=config.store.profile,
+                first=round_number * count % len(self._prompts),
+                count=count,
+                versions=True,
+                run=self._run,
+                lineage_extra={"chat_template": self._template},
+            ),
+            progress=lambda stage, done, units: self._tell(stage, round_number, done, units),
+        ).units_total
 
     def _pack(self, live: ModelRef) -> tuple[RowSource, list[Plan]]:
         """The round's own segments, packed for each of its updates."""

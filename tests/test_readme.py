@@ -11,6 +11,8 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from logitcask.cli.main import run
+from logitcask.cli.options import FLAGS
+from logitcask.engine.config.training import Eval, Loop
 from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import PRESETS
 from logitcask.engine.objectives.modifiers import MODIFIERS
@@ -206,6 +208,15 @@ def test_loop_of_ones_own(place: Path, monkeypatch: pytest.MonkeyPatch, objectiv
     known = tiny.N_VOCAB
     assert (before != after)[:known].float().mean() > 0.9
     assert torch.equal(before[known:], after[known:]), "the padding takes part in the softmax"
+
+
+def test_keys_that_are_no_flag_of_their_name_are_listed() -> None:
+    for (section, key), flag in FLAGS.items():
+        told = f"`[{section}] {key}` is `--{flag}`" in README
+        assert told or flag == f"eval-{key.replace('_', '-')}", (section, key)
+    named = {key for section, key in FLAGS if section == "eval"}
+    assert {*Eval.model_fields} - named == {"grader"}, "README names the only one without --eval-"
+    assert all(f"`{key}`" in README for key in Loop.model_fields)
 
 
 def test_objectives_with_modifiers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,10 +45,12 @@ class Sampler(Protocol):
 class Scorer(Protocol):
     """Says what a model thinks of given responses."""
 
-    capabilities: frozenset[str]
-    """Of "top" (its own best ids), "at_ids" (log-probs at given ids), "drawn" (ids drawn from its
-    law), "entropy" and "tail", or in their place "bounds" (of the entropy, and a tail that is what
-    the ids it tells leave). "logits": all of a row can be seen (`scoring.row_logits`)."""
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Of "top" (its own best ids), "at_ids" (log-probs at given ids), "drawn" (ids drawn from
+        its law), "entropy" and "tail", or in their place "bounds" (of the entropy, and a tail that
+        is what the ids it tells leave). "logits": all of a row can be seen (`scoring.row_logits`).
+        """
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         """Row r of a sequence is the law of response token r given prompt + response[:r].

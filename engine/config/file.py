@@ -152,9 +152,7 @@ def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _describe(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    field = kind.model_fields.get(str(loc[0]))
-    if field is None:
-        return "see the README's configuration table"
+    field = kind.model_fields[str(loc[0])]
     inner = field.annotation
     if isinstance(inner, type) and issubclass(inner, BaseModel):
         if len(loc) > 1:

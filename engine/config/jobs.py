@@ -18,7 +18,8 @@ class Student(Section):
 
 class Prompts(Section):
     file: Path = Field(
-        description='JSONL file: {"id", "prompt"} or {"id", "messages"} a line, optional "answer".'
+        description='JSONL file, one {"id", "prompt"} or {"id", "messages"} per line, optional '
+        '"answer".'
     )
     chat_template: bool | None = Field(
         None,
@@ -66,16 +67,16 @@ class Rollout(Section):
     )
     student_k: Positive = Field(
         16,
-        description="Ids of the student's own top-k kept a position. The teacher is asked at "
+        description="Ids of the student's own top-k kept per position. The teacher is asked at "
         "these, so objectives with the student's support can use no larger k.",
     )
     mc_draws: int = Field(
         0,
         ge=0,
         le=4096,
-        description="Ids drawn a position from the student's whole softmax at temperature 1, with "
-        "replacement, and kept with its log-probs for objectives on Monte Carlo ids; 0 = none. "
-        "Costs a second pass of the student over its responses.",
+        description="Ids drawn per position from the student's whole softmax at temperature 1, "
+        "with replacement, and kept with its log-probs for objectives on Monte Carlo ids; 0 = "
+        "none. Costs a second pass of the student over its responses.",
     )
     grader: str = Field(
         "",

@@ -87,14 +87,14 @@ class Score(Section):
         0,
         ge=0,
         le=4096,
-        description="With --entry-kind sampled: ids drawn a position from the teacher's whole "
+        description="With --entry-kind sampled: ids drawn per position from the teacher's whole "
         "softmax at temperature 1, with replacement, seeded by --seed.",
         validate_default=True,
     )
     top_p: Share = Field(
         0.999,
-        description="Teacher's ids are kept a position until their mass reaches this, "
-        "between --k-min and --k-max.",
+        description="Of each position the teacher's best ids are kept until their mass reaches "
+        "this, between --k-min and --k-max.",
     )
     k_min: Positive = Field(
         16, description="Ids kept at least: the teacher's top-k is exact for every k up to this."
@@ -116,7 +116,7 @@ class Score(Section):
         description="Ids that the teacher is asked at: student = the student's stored top ids; mc "
         "= also those that it drew (rollout --mc-draws), kept in float32; NAME = also the top ids "
         "of these other scores in the store, a later student's say; ids:FILE = also those of a "
-        'JSONL file, {"prompt", "sample", "ids"} a response: a list of ids for each token.',
+        'JSONL file, one {"prompt", "sample", "ids"} per response: a list of ids for each token.',
     )
 
     eos_rows: Literal["refuse", "keep"] = Field(

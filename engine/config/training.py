@@ -64,7 +64,7 @@ class Train(Section):
     aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = Field(
         "token-mean",
         description="Of an update's losses: over all tokens, or over sequences the mean of their "
-        "means or of their sums. With the last two long responses count less or more a token.",
+        "means or of their sums. With the last two a token of a long response counts less or more.",
     )
     hard_bound: Literal["off", "skip", "stop"] = Field(
         "off",

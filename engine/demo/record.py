@@ -1,6 +1,7 @@
 """What a demo folder has made so far, and what a demo says at its end."""
 
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -103,10 +104,12 @@ class DemoResult:
     reused: tuple[str, ...]
     """Stages that an earlier call had made."""
     out: Path
+    fast: bool
+    seed: int
 
     def as_json(self) -> dict[str, Any]:
         """The measurements alone, seconds rounded to milliseconds."""
-        inner = ("objective", "segments", "reused", "out")
+        inner = ("objective", "segments", "reused", "out", "fast", "seed")
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inner}
         content["seconds"] = {stage: round(s, 3) for stage, s in self.seconds.items()}
         return content
@@ -148,10 +151,16 @@ class DemoResult:
         if {"rollout", "score"} <= set(self.reused):
             lines += ["nothing was sampled and nothing was scored in this call"]
         else:
-            other = "forward_kl" if self.objective != "forward_kl" else "overlap"
             lines += [
                 "",
                 "another objective from the same store, without sampling or scoring: "
-                f"logitcask demo --out {self.out} --objective {other}",
+                f"{shlex.join(self._next())}",
             ]
         return "\n".join(lines)
+
+    def _next(self) -> list[str]:
+        """The command of another objective: a folder takes no demo of another size or seed."""
+        other = "forward_kl" if self.objective != "forward_kl" else "overlap"
+        words = ["logitcask", "demo", "--out", str(self.out), "--objective", other]
+        words += ["--fast"] if self.fast else []
+        return words + (["--seed", str(self.seed)] if self.seed else [])

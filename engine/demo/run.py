@@ -74,7 +74,7 @@ def run_demo(
     find_preset(objective)  # before minutes go by
     scale = FAST if fast else FULL
     record = Record.open(out, {"seed": seed, "fast": fast, "scale": asdict(scale)})
-    demo = Demo(out, scale, seed, record, progress)
+    demo = Demo(out, scale, seed, fast, record, progress)
     demo.make_models()
     with one_thread():
         demo.fill_store()
@@ -98,9 +98,15 @@ class Demo:
     """The stages of one demo folder."""
 
     def __init__(
-        self, out: Path, scale: Scale, seed: int, record: Record, progress: Progress
+        self,
+        out: Path,
+        scale: Scale,
+        seed: int,
+        fast: bool,
+        record: Record,
+        progress: Progress,
     ) -> None:
-        self.out, self.scale, self.seed = out, scale, seed
+        self.out, self.scale, self.seed, self.fast = out, scale, seed, fast
         self.record, self.progress = record, progress
         self.task = Task(scale.digits)
         self.tokenizer = make_tokenizer()
@@ -234,6 +240,8 @@ class Demo:
             segments=len(pin.segments),
             reused=self.record.reused,
             out=self.out,
+            fast=self.fast,
+            seed=self.seed,
         )
 
     def _overlaps(self, trained: HF) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -17,9 +17,13 @@ and modifiers on it.
     bounds.py         how far the student may move from what was scored
 
 To add a preset, name a value in PRESETS. To add a divergence, write a few lines of torch on [C, S]
-log-probs and a line in DIVERGENCES; a support or a modifier likewise. Then allow its cells in
-CELLS: the tests check of every allowed cell that its expected gradient is zero at p = q and nowhere
-near, and that it descends. Nothing here is vocabulary-sized, so no kernel is ever needed.
+log-probs and a line in DIVERGENCES, and one in PARAMETERS if it has a parameter; CELLS allows it on
+every top-k support. A support is a mask in SUPPORTS, its cells in CELLS, LIVE or DRAWN if it is one
+of these, and its words in both dicts of exactness.py: what is exact of it, and which ids it is. A
+modifier is a class in MODIFIERS. The tests check of every allowed cell that its expected gradient
+is zero at p = q and nowhere near, that it descends, and that it is its formula, which they have
+once more in float64 (full_rows.py). Nothing here is vocabulary-sized, so no kernel is ever needed:
+what the fused kernels do not know runs as its torch.
 """
 
 from logitcask.engine.objectives.bounds import Bounds, exceeded, warnings

@@ -10,16 +10,19 @@ from logitcask.engine.metrics import summed_metrics
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.supports import SUPPORTS
 from logitcask.engine.targets import Targets
+from logitcask.kernels import fused_objective
 from logitcask.kernels.fused_objective import FusedObjective, OverlapSums
 from logitcask.kernels.row_view import RowObjective, RowView
 
 
 def is_fusable(objective: Objective) -> bool:
-    """Whether its loss is a divergence of columns that a mask, or a mask and the live top-k, pick;
-    modifiers that weigh whole rows are none of its business.
+    """Whether its loss is a divergence that the kernels know, of columns that a mask, or a mask and
+    the live top-k, pick; modifiers that weigh whole rows are none of its business.
     """
     return (
         objective.form == "divergence"
+        and objective.divergence in fused_objective.DIVERGENCES
+        and objective.outside in fused_objective.OUTSIDE
         and objective.support in ("teacher", "student", "overlap")
         and all(modifier.scope != "row" for modifier in objective.modifiers)
     )

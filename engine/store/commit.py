@@ -111,5 +111,5 @@ def _check_base(log: Log, new: Segment) -> None:
         raise StoreError(
             f"teacher {new.name!r} has {len(chain)} segments on rollouts {new.base}, and these "
             f"scores add to {new.widens or 'none'}",
-            remedy="another writer was faster; run the same command again, it goes on from there",
+            remedy="another writer was faster; rerun the same command to resume",
         )

@@ -167,7 +167,7 @@ def open_objects(url: str) -> Any:
     except ModuleNotFoundError as error:
         raise StoreError(
             f"{url}: object stores need the package obstore",
-            remedy="pip install 'logitcask[s3]'",
+            remedy='pip install -e ".[s3]"',
         ) from error
     try:
         return from_url(url)

@@ -7,11 +7,15 @@ compared when scoring begins and after every unit.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from logitcask.engine import identity
+from logitcask.engine.backends.answers import PADDING
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.backends.parity import (
+    PROBE_ROWS,
     Behaviour,
     Parity,
     behaviour,
@@ -33,6 +37,8 @@ DECLARED = re.compile(r"(?:^|;)rev=([^;]*)")
 """Where an operator says the revision in a server's fingerprint (--fingerprint-mode custom)."""
 CONTROL_SEQUENCES = 8
 CONTROL_K = 16
+PADS = 16
+"""Ids of a padded head that a row of the probe is asked at."""
 CONTROL_ROWS = 2048
 """Of a run's first unit that are scored twice; at least one sequence."""
 PROBE_TEXT = "Ünïcode 你好 12345  two spaces\n\ttab <|im_start|>user a_b-c.d 0.5e-3"
@@ -126,59 +132,138 @@ def _at(ids: list[int], place: int) -> str:
     return f"id {ids[place]}" if place < len(ids) else "none"
 
 
+class Served(Scorer, Protocol):
+    """A scorer of servers that each answer for one and the same teacher, so it is said."""
+
+    n_vocab: int
+    """Ids that it is asked over."""
+
+    def members(self) -> Mapping[str, Scorer]:
+        """Those that are up, by name; each asks one server alone."""
+
+    def answered(self) -> set[str]:
+        """Names of those whose answers were taken since this was last called."""
+
+
+def check_padding(server: Served, n_vocab: int, head: int) -> str:
+    """What is to be said of the ids [n_vocab, head), which its tokenizer has not; "" = nothing.
+
+    Raises IdentityError where they hold a mass that the log-probs of the others lack.
+    """
+    pads = np.arange(n_vocab, head)
+    if not len(pads):
+        return ""
+    if "at_ids" not in server.capabilities:
+        return f"{len(pads)} ids of its padded head cannot be looked at; a trained one's are nil"
+    rollouts = probe_rollouts(n_vocab)
+    each = min(PADS, len(pads))
+    spread = np.linspace(0, len(pads) - 1, each * PROBE_ROWS).astype(np.int64)
+    # Distinct in a row, and all over the padding in all rows.
+    asked = np.sort(pads[spread].reshape(each, PROBE_ROWS).T, axis=1)
+    distinct = [np.unique(row) for row in asked]
+    at = IdLists(
+        cnt=np.array([len(row) for row in distinct], np.uint16),
+        ids=np.concatenate(distinct).astype(np.uint32),
+    )
+    server.n_vocab = head
+    try:
+        found = server.score(rollouts, probe_request(head), at).at_lp
+    finally:
+        server.n_vocab = n_vocab
+    assert found is not None, "it was asked at ids"
+    mass = float(np.exp(found, dtype=np.float64).mean()) * len(pads)
+    if mass > PADDING:
+        raise IdentityError(
+            f"the {len(pads)} ids of its padded head hold a mass of {mass:.2g} a row, so its "
+            f"log-probs are not of the {n_vocab} ids that its tokenizer has",
+            remedy="Load it here (--model FOLDER), where its law is cut to its own ids, or train "
+            "the head so that padding is next to impossible.",
+        )
+    return ""
+
+
 class SameTeacher:
     """A scorer of a served teacher, which is asked for its behaviour again after every unit, before
-    what it said is believed: one short sequence beside thousands.
+    what it said is believed: one short sequence beside thousands, of every server that answered.
     """
 
-    def __init__(self, scorer: Scorer, n_vocab: int, close: Callable[[], None]) -> None:
-        """close: ends the scorer. Scores the control and the probe."""
-        self._scorer, self._n_vocab, self.close = scorer, n_vocab, close
-        self.capabilities = scorer.capabilities
-        self._control = probe_request(n_vocab, CONTROL_K)
+    def __init__(
+        self, server: Served, n_vocab: int, close: Callable[[], None], k_max: int = CONTROL_K
+    ) -> None:
+        """close: ends the scorer; k_max: what units will ask for at most. Scores the control and
+        the probe; raises IdentityError where servers are not one teacher.
+        """
+        self._server, self._n_vocab, self.close = server, n_vocab, close
+        self.capabilities = server.capabilities
+        self._control = probe_request(n_vocab, min(CONTROL_K, k_max))
+        self._bound: set[str] = set()
+        """Names whose records were compared already."""
+        (first, one), *others = server.members().items()
+        # Of one server: what two differ by is no measure of either.
         self.parity: Parity = control(
-            scorer, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._control
+            one, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._control
         )
         self.tolerance = tolerance(self.parity.largest)
         self.at_work: Parity | None = None
         """The control on the first unit that is scored."""
-        self.behaviour: Behaviour = behaviour(scorer, n_vocab)
+        self.behaviour: Behaviour = behaviour(one, n_vocab)
+        for name, other in others:
+            self._check(behaviour(other, n_vocab), f"{name} is not the teacher that {first} is")
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         """Raises IdentityError, in place of scores, from a teacher that has changed, or one so
         unsteady on the first of these that it could not be told from another.
         """
-        scores = self._scorer.score(rollouts, request, at)
+        self._server.answered()
+        scores = self._server.score(rollouts, request, at)
+        told_by = self._server.answered()
         if self.at_work is None and rollouts.positions:
             self.at_work = control_at_work(
-                self._scorer, rollouts, scores, self._control, CONTROL_ROWS
+                self._server, rollouts, scores, self._control, CONTROL_ROWS
             )
             self.tolerance = max(self.tolerance, tolerance(self.at_work.largest))
-        self.check(self.behaviour, "this run")
+        for name, member in self._server.members().items():
+            if name in told_by:
+                self._check(
+                    behaviour(member, self._n_vocab),
+                    f"{name} is not the teacher that began this run",
+                )
         return scores
 
     def describe(self) -> dict[str, str]:
-        return self._scorer.describe()
+        return self._server.describe()
 
     def lineage(self) -> dict[str, Any]:
         """What a segment records of how its teacher behaved."""
         return {"behaviour": {**self.behaviour.record(), "control_nats": self.parity.largest}}
 
     def check_name(self, pin: Pin, name: str) -> None:
-        """IdentityError where the scores of this name were begun by one that behaved otherwise."""
+        """IdentityError where scores of this name are of one that behaved otherwise. What begins a
+        name together with others sees them here as soon as they have committed.
+        """
+        if name in self._bound:
+            return
+        seen: list[Mapping[str, Any]] = []
         for chain in pin.scores(name).values():
-            record: Mapping[str, Any] = chain[0].lineage.get("behaviour", {})
-            if record:
-                self.check(behaviour_of(record), f"the scores named {name!r}")
-                return
+            for segment in chain:
+                record: Mapping[str, Any] = segment.lineage.get("behaviour", {})
+                if record and record not in seen:
+                    seen.append(record)
+                    self._check(
+                        behaviour_of(record),
+                        f"the teacher is not the one that began the scores named {name!r}",
+                    )
+        if seen:
+            self._bound.add(name)
 
-    def check(self, expected: Behaviour, what: str) -> None:
-        found = distance(expected, behaviour(self._scorer, self._n_vocab))
+    def _check(self, other: Behaviour, what: str) -> None:
+        found = distance(self.behaviour, other)
         if found > self.tolerance:
             raise IdentityError(
-                f"the teacher is not the one that began {what}: log-probs of a fixed probe differ "
-                f"by {found:.3g} nats, and {self.tolerance:.3g} is what one model may differ by "
-                f"(its own spread is {self.parity.largest:.2g})",
+                f"{what}: log-probs of a fixed probe differ by {found:.3g} nats, and "
+                f"{self.tolerance:.3g} is what one model may differ by (its own spread is "
+                f"{self.parity.largest:.2g})",
                 remedy="Other weights, another revision, an adapter, quantisation or a temperature "
-                "is served: serve what was served, or score under another --teacher name.",
+                "is served: serve what was served; or score it under another --teacher name, with "
+                "a --revision that tells it from the first.",
             )

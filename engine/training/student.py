@@ -86,7 +86,7 @@ def _with_adapters(model: Any, rank: int, seed: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError(
-            f"lora_rank = {rank} needs the package peft", remedy="pip install 'logitcask[lora]'"
+            f"lora_rank = {rank} needs the package peft", remedy='pip install -e ".[lora]"'
         ) from error
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft asks transformers by a name that is being retired.

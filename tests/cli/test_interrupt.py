@@ -12,6 +12,7 @@ from tests.cli.conftest import TRAIN, World
 
 TIMEOUT_S = 120.0
 PROMPTS = 400
+INTERRUPTED = "interrupted: committed units stay. Rerun the same command to resume."
 RUN = "from logitcask.cli.main import main; main()"
 
 
@@ -51,7 +52,7 @@ def test_a_rollout_goes_on_after_ctrl_c(world: World, call: Any) -> None:
     log = world.at(store) / "log"
     code, err = interrupted(world, command, lambda: len(list(log.glob("*.json"))) >= 2)
     assert code == 130
-    assert err.strip() == "interrupted: committed units stay; the same command goes on"
+    assert err.strip() == INTERRUPTED
     before = {file.name: file.read_bytes() for file in log.glob("*.json")}
     done = call(f"{command} --format json").json
     assert 2 <= done["units_done_before"] == len(before) < done["units_total"] == PROMPTS // 20
@@ -81,7 +82,7 @@ def test_training_goes_on_after_ctrl_c_and_ends_alike(world: World, call: Any) -
         lambda: bool(list(marks.glob("checkpoint-*/logitcask_checkpoint.json"))),
     )
     assert code == 130
-    assert err.splitlines()[-1] == "interrupted: committed units stay; the same command goes on"
+    assert err.splitlines()[-1] == INTERRUPTED
     resumed = call(f"{command} --out {out} --format json")
     assert 1 <= resumed.json["resumed_at"] < resumed.json["updates"]
     assert "[transformers]" not in err + resumed.err, "a library's advice on its own formats"

@@ -7,9 +7,10 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.score import score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
-from tests.cli.conftest import NEW, ROLL, SCORE, TRAIN, UNITS, N, World
+from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.score.scored import ref
 from tests.engine.told import Told
 
@@ -49,7 +50,11 @@ def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> N
     retired = call(f"store retire {store} --teacher big --format json").json
     assert len(retired) == UNITS
     call(f"store retire {store} --teacher big").refused(2, "nothing of 'big'", "rollouts: main")
-    call(f"{TRAIN} {store} --out {world.new('out')}").refused(3, "no scores", "logitcask score")
+    call(f"{TRAIN} {store} --out {world.new('out')}").refused(
+        3,
+        "no scores",
+        "Run `logitcask score` first; a pin taken earlier cannot see later scores.",
+    )
     assert call(f"store gc {store} --format json").json["segments"] == 0, "a recent pin reads them"
     gone = call(f"store gc {store} --keep-days 0 --dry-run --format json").json
     assert (gone["segments"], gone["kept"]) == (UNITS, UNITS)
@@ -162,17 +167,28 @@ def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> Non
     )
 
 
+def test_a_base_model_is_shown_only_to_who_names_it(world: World, call: Any) -> None:
+    store = world.store()
+    base = f"score --model @student --role base --teacher root {KEPT} --store {store}"
+    assert call(base).code == 0
+    shown = call(f"store show {store} --format json").json
+    named = [call(f"store show {store} --teacher {t} --format json").json for t in ("big", "root")]
+    assert shown == named[0] != named[1]
+
+
 def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> None:
     store = world.new("store")
     assert call(f"{ROLL} {store}").code == 0
     opened = open_store(world.at(store))
     teacher = ref(world.at("@teacher"))
     score(
-        opened,
-        model=teacher,
-        scorer=Told(HF(teacher), at_ids=False),
-        teacher_name="big",
-        request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+        Scoring(
+            store=opened,
+            model=teacher,
+            scorer=Told(HF(teacher), at_ids=False),
+            teacher_name="big",
+            request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+        )
     )
     rows = call(f"store show {store} --format json").json["rows"]
     said = call(f"store show {store}").out

@@ -1,5 +1,7 @@
 """The whole demo in its fast size: one run from nothing, then other objectives from its store."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from logitcask.cli.main import run
 from logitcask.engine.demo import DemoResult, run_demo
 from logitcask.engine.demo import run as demo_run
 from logitcask.engine.errors import ConfigError, ObjectiveError
@@ -62,7 +65,9 @@ def test_table_says_the_same(first: DemoResult):
     text = first.as_text()
     assert f"{first.student_after:.1%}" in text
     assert f"{first.positions:,}" in text
-    assert f"--out {first.out} --objective forward_kl" in text
+    assert f"--out {first.out} --objective forward_kl --fast" in text
+    full = replace(first, fast=False, seed=3, objective="forward_kl").as_text()
+    assert full.endswith(f"logitcask demo --out {first.out} --objective overlap --seed 3")
 
 
 def test_store_is_whole_and_of_many_segments(first: DemoResult):
@@ -85,7 +90,12 @@ def test_another_objective_only_trains(first: DemoResult, monkeypatch: pytest.Mo
         monkeypatch.setattr(demo_run, stage, never)
     made = {f: f.stat().st_mtime_ns for f in (first.out / "store").rglob("*") if f.is_file()}
 
+    shown = shlex.split(first.as_text().rpartition("scoring: ")[2])
+    assert shown.pop(0) == "logitcask"
+    assert run(shown) == 0
+    runs = {f: f.stat().st_mtime_ns for f in (first.out / "runs").rglob("*.safetensors")}
     again = run_demo(first.out, fast=True, objective="forward_kl")
+    assert runs == {f: f.stat().st_mtime_ns for f in (first.out / "runs").rglob("*.safetensors")}
     same = ("student_before", "teacher", "overlap_ratio_before", "overlap_mass_before", "positions")
     assert all(getattr(again, name) == getattr(first, name) for name in same)
     assert again.student_after > again.student_before + 0.15

@@ -198,6 +198,27 @@ def test_metrics_count_updates_and_ages(whole: Whole) -> None:
     assert card["version"] == n
 
 
+@pytest.mark.parametrize("stage", ["rollout", "score"])
+def test_progress_counts_the_prompts_of_all_rounds(whole: Whole, stage: str) -> None:
+    told = [call for call in whole.calls if call[0] == stage]
+    # Of the third round, which begins again with the first prompt, in two units.
+    done = [0, 3, 3, 6, 6, 7, 9, 9, 12, 12, 15]
+    assert told == [(stage, prompts, ROUNDS * PER_ROUND) for prompts in done]
+
+
+def test_notes_of_scorings_are_said_once(models: Path, tmp_path: Path) -> None:
+    config = configure(models, tmp_path, "loop.rounds=3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Rounds, "_pack", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distill(config)
+    said: list[str] = []
+    other = configure(models, tmp_path, "loop.rounds=3", "store.profile=raw32")
+    distill(other, notice=said.append)
+    (note,) = [line for line in said if "profile" in line]
+    assert note == "scores of 'big' are there in profile default; raw32 is for what is added"
+
+
 def test_the_student_comes_nearer_to_the_teacher(models: Path, tmp_path: Path) -> None:
     """KL(teacher | student) over the whole vocabulary on what the first student wrote."""
     config = configure(

@@ -18,6 +18,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Limits, Server
 from logitcask.engine.identity import model_ref
 from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.score import score
 from logitcask.engine.store import open_store
 from logitcask.engine.teachers.doctor import Examination, examine
@@ -112,7 +113,7 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     prompts = [Prompt(id=str(i), token_ids=tuple(range(3, 9 + i))) for i in range(UNITS)]
     sampling = SamplingParams(n=4, max_new_tokens=32)
     made = {"prompts": prompts, "sampling": sampling, "student_k": 4, "unit_prompts": 1}
-    rollout(store, model=student, sampler=HF(student), **made)
+    rollout(Rolling(store=store, model=student, sampler=HF(student), **made))
 
     words = f"score --model {real_server.url} --tokenizer {ref.path} --store {store.url}"
     asked = "--teacher served --entry-kind topk --k-min 12 --k-max 12 --profile raw32 --format json"

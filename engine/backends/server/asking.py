@@ -86,12 +86,12 @@ def too_much(refusal: Refused, k: int, widest: int) -> LogitcaskError:
     if refusal.status != 400 or "logprob" not in said or "max" not in said:
         return refusal
     needed = max(k, widest)
-    lists = f" and lists of up to {widest} ids" if widest else ""
-    less = "score with a smaller --k-max (and --k-min)"
+    lists = f" and {widest} chosen ids" if widest else ""
+    less = "ask with a smaller --k-max (and --k-min): 20 is the cap of a server that was told none"
     if widest > k:
         less = "ask at fewer ids (--at, the --k-max of the scores it names)"
     return ConfigError(
-        f"k_max = {k}{lists} need {needed} log-probs a position, more than the server allows: "
+        f"{needed} log-probs per position (k_max = {k}{lists}) are more than the server allows: "
         f"{refusal.cause}",
         remedy=f"Start it with --max-logprobs {needed} or more, or {less}.",
     )

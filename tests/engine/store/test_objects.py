@@ -166,7 +166,7 @@ def test_without_obstore_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(StoreError, match="need the package obstore") as caught:
         open_store("gs://bucket/cask")
-    assert caught.value.remedy == "pip install 'logitcask[s3]'"
+    assert caught.value.remedy == 'pip install -e ".[s3]"'
 
 
 def test_objects_are_listed_in_order_and_from_a_name_on() -> None:

@@ -12,6 +12,9 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GraniteConfig, Gra
 
 from logitcask.engine.errors import IncompleteError, ModelError
 from logitcask.engine.objectives import Bounds, Objective
+from logitcask.engine.objectives import objective as objective_module
+from logitcask.engine.objectives.divergences import DIVERGENCES, forward_kl, reverse_kl
+from logitcask.engine.objectives.objective import CELLS
 from logitcask.engine.rows.source import PackedRow, RowSource
 from logitcask.engine.targets import Targets
 from logitcask.engine.training.student import prove
@@ -74,6 +77,21 @@ def test_an_update_of_packed_rows_is_the_token_mean_of_separate_sequences(
     loss, grad = one_update(source, tmp_path, PACKED, objective=objective)
     assert loss == pytest.approx(want_loss, rel=1e-6)
     assert relative(grad, want) < 1e-6
+
+
+@pytest.mark.parametrize("same", [REVERSE, DENSE], ids=["renormalize", "tail"])
+def test_a_divergence_that_the_kernels_do_not_know_trains_as_its_torch(
+    source: RowSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: Objective
+) -> None:
+    known = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[same.divergence]
+    cell = (same.support, "new", same.outside, same.form)
+    monkeypatch.setitem(DIVERGENCES, "new", known)
+    monkeypatch.setattr(objective_module, "CELLS", CELLS | {cell})
+    want_loss, want = one_update(source, tmp_path / "known", PACKED, objective=same)
+    new = replace(same, divergence="new")
+    loss, grad = one_update(source, tmp_path / "new", PACKED, objective=new)
+    assert loss == want_loss
+    assert torch.equal(grad, want)
 
 
 HEADS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
