@@ -150,9 +150,12 @@ class Server:
         return self._scored(self._fleet, rollouts, request, at)
 
     def members(self) -> dict[str, "Member"]:
-        """URL -> a Scorer that asks that server alone, whoever else is away. `answered` does not
-        count it, and what it finds changes nothing for the others."""
-        return dict(self._members)
+        """URL -> a Scorer that asks that server alone, of those that are up (of all where none is).
+        `answered` does not count it, and what it finds changes nothing for the others."""
+        away = self.away()
+        return {url: each for url, each in self._members.items() if url not in away} or dict(
+            self._members
+        )
 
     def away(self) -> set[str]:
         """URLs of the servers that did not answer when they were last asked."""
