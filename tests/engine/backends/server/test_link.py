@@ -13,6 +13,7 @@ from aiohttp import web
 from logitcask.engine.backends.server import Server
 from logitcask.engine.backends.server.link import MOST_MESSAGE, message, pointed, seconds
 from logitcask.engine.errors import ConfigError, LogitcaskError, ServerError
+from logitcask.engine.teachers.served import urls_of
 from logitcask.engine.types import Rollouts, ScoreRequest
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
@@ -68,6 +69,14 @@ def test_an_address_that_is_refused_leaves_no_thread() -> None:
         with pytest.raises(ConfigError):
             Server(["http://127.0.0.1:1", f"http://me:{KEY}@host"])
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("password", [KEY, "sk,ca,nary"])
+def test_no_part_of_a_list_of_addresses_with_a_password_is_shown(password: str) -> None:
+    with pytest.raises(ConfigError, match="number 2 among the servers of a teacher") as caught:
+        urls_of(f"http://a:1,me:{password}@b:1")
+    assert "b:1" not in caught.value.cause
+    assert not any(part in caught.value.cause for part in password.split(","))
 
 
 @pytest.mark.parametrize("url", ["http://h:1?", "http://h:1/#", "http://:@h:1", "http://@h:1"])
