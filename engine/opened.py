@@ -11,8 +11,8 @@ from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.store import Pin
 from logitcask.engine.teachers.checks import check_identity
+from logitcask.engine.teachers.same_teacher import SameTeacher
 from logitcask.engine.teachers.served import (
-    SameTeacher,
     check_declared,
     check_padding,
     check_tokenizer,

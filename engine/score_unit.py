@@ -16,7 +16,7 @@ from logitcask.engine.store import Chain, Segment, Store
 from logitcask.engine.store.layout import ranked
 from logitcask.engine.store.widen import ask_at, union
 from logitcask.engine.teachers.checks import check_scorer, check_stops
-from logitcask.engine.teachers.served import SameTeacher
+from logitcask.engine.teachers.same_teacher import SameTeacher
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     MC_IDS,

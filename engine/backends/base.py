@@ -4,7 +4,7 @@ A student is a scorer like any other: its own top-k, entropy and temperature-1 l
 scoring its own rollouts, so a sampler never keeps [T, V].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -61,6 +61,22 @@ class Scorer(Protocol):
 
     def describe(self) -> dict[str, str]:
         """As of a Sampler."""
+
+
+class Served(Scorer, Protocol):
+    """A scorer of servers that each answer for one and the same teacher, so it is said."""
+
+    n_vocab: int
+    """Ids that it is asked over."""
+
+    def members(self) -> Mapping[str, Scorer]:
+        """By name; each asks one server alone."""
+
+    def away(self) -> set[str]:
+        """Names of those that did not answer when they were last asked."""
+
+    def answered(self) -> set[str]:
+        """Names of those whose answers were taken since this was last called."""
 
 
 BACKENDS = {

@@ -18,10 +18,8 @@ from logitcask.engine.backends.parity import (
 )
 from logitcask.engine.errors import LogitcaskError
 from logitcask.engine.prompts import load_tokenizer
+from logitcask.engine.teachers.same_teacher import CONTROL_K, CONTROL_SEQUENCES, SameTeacher
 from logitcask.engine.teachers.served import (
-    CONTROL_K,
-    CONTROL_SEQUENCES,
-    SameTeacher,
     check_declared,
     check_padding,
     check_tokenizer,

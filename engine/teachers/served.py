@@ -1,46 +1,28 @@
-"""A teacher that is served: who it is, as far as a server can say, and whether it stays the same.
+"""A teacher that is served: who it is, as far as a server can say.
 
 A server has no weights to digest. Its teacher is what it says that it serves, the revision that is
-declared, and how it behaves: log-probs of a fixed probe, which are kept with the scores, and
-compared when scoring begins and after every unit.
+declared, a tokenizer that reads text as the server does, a head whose padding is next to nothing;
+and how it behaves (`same_teacher`).
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import numpy as np
 
 from logitcask.engine import identity
 from logitcask.engine.backends.answers import PADDING
-from logitcask.engine.backends.base import Scorer
-from logitcask.engine.backends.parity import (
-    PROBE_ROWS,
-    Behaviour,
-    Parity,
-    behaviour,
-    behaviour_of,
-    control,
-    control_at_work,
-    distance,
-    probe_request,
-    probe_rollouts,
-    tolerance,
-)
+from logitcask.engine.backends.base import Served
+from logitcask.engine.backends.parity import PROBE_ROWS, probe_request, probe_rollouts
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.prompts import load_tokenizer
-from logitcask.engine.store import Pin
-from logitcask.engine.types import IdLists, ModelRef, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import IdLists, ModelRef
 
 URL = re.compile(r"https?://", re.IGNORECASE)
 DECLARED = re.compile(r"(?:^|;)rev=([^;]*)")
 """Where an operator says the revision in a server's fingerprint (--fingerprint-mode custom)."""
-CONTROL_SEQUENCES = 8
-CONTROL_K = 16
 PADS = 16
 """Ids of a padded head that a row of the probe is asked at."""
-CONTROL_ROWS = 2048
-"""Of a run's first unit that are scored twice; at least one sequence."""
 PROBE_TEXT = "Ünïcode 你好 12345  two spaces\n\ttab <|im_start|>user a_b-c.d 0.5e-3"
 
 
@@ -132,19 +114,6 @@ def _at(ids: list[int], place: int) -> str:
     return f"id {ids[place]}" if place < len(ids) else "none"
 
 
-class Served(Scorer, Protocol):
-    """A scorer of servers that each answer for one and the same teacher, so it is said."""
-
-    n_vocab: int
-    """Ids that it is asked over."""
-
-    def members(self) -> Mapping[str, Scorer]:
-        """Those that are up, by name; each asks one server alone."""
-
-    def answered(self) -> set[str]:
-        """Names of those whose answers were taken since this was last called."""
-
-
 def check_padding(server: Served, n_vocab: int, head: int) -> str:
     """What is to be said of the ids [n_vocab, head), which its tokenizer has not; "" = nothing.
 
@@ -180,90 +149,3 @@ def check_padding(server: Served, n_vocab: int, head: int) -> str:
             "the head so that padding is next to impossible.",
         )
     return ""
-
-
-class SameTeacher:
-    """A scorer of a served teacher, which is asked for its behaviour again after every unit, before
-    what it said is believed: one short sequence beside thousands, of every server that answered.
-    """
-
-    def __init__(
-        self, server: Served, n_vocab: int, close: Callable[[], None], k_max: int = CONTROL_K
-    ) -> None:
-        """close: ends the scorer; k_max: what units will ask for at most. Scores the control and
-        the probe; raises IdentityError where servers are not one teacher.
-        """
-        self._server, self._n_vocab, self.close = server, n_vocab, close
-        self.capabilities = server.capabilities
-        self._control = probe_request(n_vocab, min(CONTROL_K, k_max))
-        self._bound: set[str] = set()
-        """Names whose records were compared already."""
-        (first, one), *others = server.members().items()
-        # Of one server: what two differ by is no measure of either.
-        self.parity: Parity = control(
-            one, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._control
-        )
-        self.tolerance = tolerance(self.parity.largest)
-        self.at_work: Parity | None = None
-        """The control on the first unit that is scored."""
-        self.behaviour: Behaviour = behaviour(one, n_vocab)
-        for name, other in others:
-            self._check(behaviour(other, n_vocab), f"{name} is not the teacher that {first} is")
-
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
-        """Raises IdentityError, in place of scores, from a teacher that has changed, or one so
-        unsteady on the first of these that it could not be told from another.
-        """
-        self._server.answered()
-        scores = self._server.score(rollouts, request, at)
-        told_by = self._server.answered()
-        if self.at_work is None and rollouts.positions:
-            self.at_work = control_at_work(
-                self._server, rollouts, scores, self._control, CONTROL_ROWS
-            )
-            self.tolerance = max(self.tolerance, tolerance(self.at_work.largest))
-        for name, member in self._server.members().items():
-            if name in told_by:
-                self._check(
-                    behaviour(member, self._n_vocab),
-                    f"{name} is not the teacher that began this run",
-                )
-        return scores
-
-    def describe(self) -> dict[str, str]:
-        return self._server.describe()
-
-    def lineage(self) -> dict[str, Any]:
-        """What a segment records of how its teacher behaved."""
-        return {"behaviour": {**self.behaviour.record(), "control_nats": self.parity.largest}}
-
-    def check_name(self, pin: Pin, name: str) -> None:
-        """IdentityError where scores of this name are of one that behaved otherwise. What begins a
-        name together with others sees them here as soon as they have committed.
-        """
-        if name in self._bound:
-            return
-        seen: list[Mapping[str, Any]] = []
-        for chain in pin.scores(name).values():
-            for segment in chain:
-                record: Mapping[str, Any] = segment.lineage.get("behaviour", {})
-                if record and record not in seen:
-                    seen.append(record)
-                    self._check(
-                        behaviour_of(record),
-                        f"the teacher is not the one that began the scores named {name!r}",
-                    )
-        if seen:
-            self._bound.add(name)
-
-    def _check(self, other: Behaviour, what: str) -> None:
-        found = distance(self.behaviour, other)
-        if found > self.tolerance:
-            raise IdentityError(
-                f"{what}: log-probs of a fixed probe differ by {found:.3g} nats, and "
-                f"{self.tolerance:.3g} is what one model may differ by (its own spread is "
-                f"{self.parity.largest:.2g})",
-                remedy="Other weights, another revision, an adapter, quantisation or a temperature "
-                "is served: serve what was served; or score it under another --teacher name, with "
-                "a --revision that tells it from the first.",
-            )

@@ -279,6 +279,14 @@ def test_servers_beside_each_other_are_one_teacher_from_the_first_unit_to_the_la
         refused.refused(1, f"{second.url} is not the teacher that {fake.url} is", "--revision")
 
 
+def test_one_of_two_servers_is_enough(call: Call, world: World, fake: FakeServer) -> None:
+    store = world.store(UNITS)
+    both = command(fake, store).replace(fake.url, f"http://127.0.0.1:9,{fake.url}")
+    done = call(f"{both} --format json")
+    assert done.code == 0, done.err
+    assert done.json["units_new"] == UNITS
+
+
 def test_workers_that_begin_a_name_together_find_each_other(
     call: Call, world: World, fake: FakeServer, model: Any
 ) -> None:

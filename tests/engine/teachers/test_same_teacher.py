@@ -11,8 +11,11 @@ import torch
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.parity import CONTROL_TIMES, FLOOR, PROBE_ROWS
-from logitcask.engine.errors import IdentityError
-from logitcask.engine.teachers.served import SameTeacher, check_padding
+from logitcask.engine.errors import IdentityError, ServerError
+from logitcask.engine.teachers.same_teacher import SameTeacher
+from logitcask.engine.teachers.served import (
+    check_padding,
+)
 from logitcask.engine.types import IdLists, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
@@ -52,6 +55,9 @@ class Servers:
 
     def members(self) -> dict[str, Any]:
         return {f"server {i}": Counted(self, each) for i, each in enumerate(self.scorers)}
+
+    def away(self) -> set[str]:
+        return {f"server {i}" for i, each in enumerate(self.scorers) if each is None}
 
     def answered(self) -> set[str]:
         return {f"server {i}" for i in self.busy}
@@ -131,12 +137,52 @@ def test_every_server_that_answered_is_looked_at(pair: tuple[HF, HF], rolled: Ro
         same.score(rolled, ASK)
 
 
+class Lost:
+    """A server that is gone when it is asked alone, so many times."""
+
+    def __init__(self, inner: HF, times: int) -> None:
+        self.inner, self.times = inner, times
+
+    def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+        if rollouts.positions == PROBE_ROWS and self.times > 0:
+            self.times -= 1
+            raise ServerError("it is gone", remedy="wait")
+        return self.inner.score(rollouts, request, at)
+
+
+def test_what_a_server_said_that_is_gone_before_it_is_looked_at_is_not_believed(
+    pair: tuple[HF, HF], rolled: Rollouts
+) -> None:
+    lost = Lost(pair[0], 0)
+    servers = Servers(pair[0], lost)
+    same = SameTeacher(servers, N_VOCAB, print)
+    servers.busy, lost.times, servers.requests = [1], 2, []
+    same.score(rolled, ASK)
+    assert servers.requests.count(ASK) == 3
+    lost.times = 3
+    with pytest.raises(ServerError, match="gone"):
+        same.score(rolled, ASK)
+
+
+def test_who_is_away_is_looked_at_when_it_has_answered(
+    pair: tuple[HF, HF], rolled: Rollouts
+) -> None:
+    servers = Servers(pair[0], None)
+    same = SameTeacher(servers, N_VOCAB, print)
+    servers.busy = [0]
+    same.score(rolled, ASK)
+    servers.scorers[1], servers.busy = pair[1], [0, 1]
+    with pytest.raises(IdentityError, match="server 1 is not the teacher"):
+        same.score(rolled, ASK)
+
+
 def test_the_first_unit_is_scored_twice_and_the_tolerance_is_three_times_what_differs(
     pair: tuple[HF, HF], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcask.engine.teachers.served.CONTROL_ROWS", 12)
+    monkeypatch.setattr("logitcask.engine.teachers.same_teacher.CONTROL_ROWS", 12)
     rolled = roll(pair[0], 3)
-    crowd = Off(pair[0], 0.02, lambda rollouts, request: len(rollouts.finish) == 6)
+    # Alone it says otherwise than beside another, where prompts are long.
+    crowd = Off(pair[0], 0.02, lambda r, _: len(r.finish) == 2 and len(r.prompts[0].token_ids) > 1)
     servers = Servers(crowd)
     same = SameTeacher(servers, N_VOCAB, print)
     assert same.tolerance == FLOOR
@@ -145,15 +191,15 @@ def test_the_first_unit_is_scored_twice_and_the_tolerance_is_three_times_what_di
     assert same.at_work is not None
     assert same.at_work.largest == pytest.approx(0.02, rel=1e-3)
     assert same.tolerance == pytest.approx(CONTROL_TIMES * 0.02, rel=1e-3)
-    # At most so many rows again, and the probe.
-    assert 0 < servers.rows - rolled.positions - PROBE_ROWS <= 12
+    # At most so many rows twice again, and the probe.
+    assert 0 < servers.rows - rolled.positions - PROBE_ROWS <= 24
     servers.rows = 0
     same.score(rolled, ASK)
     assert servers.rows == rolled.positions + PROBE_ROWS
 
 
 def test_a_teacher_that_is_unsteady_at_work_is_refused(pair: tuple[HF, HF]) -> None:
-    uneven = Off(pair[0], 0.5, lambda rollouts, request: request.k_max == ASK.k_max)
+    uneven = Off(pair[0], 0.5, lambda r, _: len(r.finish) == 6 and len(r.prompts[0].token_ids) > 1)
     odd = SameTeacher(Servers(uneven), N_VOCAB, print)
     with pytest.raises(IdentityError, match=r"differs from itself by 0\.5"):
         odd.score(roll(pair[0], 3), ASK)
