@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from aiohttp import web
 
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.config.file import validate
@@ -462,16 +461,3 @@ def test_one_of_two_servers_that_is_not_there_keeps_nobody(
     done = call(f"score --model {urls} {SERVED} --store {store} --server-wait 600 --format json")
     assert done.code == 0, done.err
     assert done.json["units_new"] == UNITS
-
-
-def test_a_server_that_cannot_tokenize_is_taken_on_its_word(
-    call: Call, world: World, model: Any
-) -> None:
-    class Unwell(FakeServer):
-        async def _tokenize(self, request: web.Request) -> web.Response:
-            return web.json_response({"error": "not now"}, status=500)
-
-    with Unwell(model) as fake:
-        done = call(command(fake, world.store(UNITS)))
-    assert done.code == 0, done.err
-    assert "does not tokenize" in done.err

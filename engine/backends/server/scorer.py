@@ -136,7 +136,8 @@ class Server:
                 self._fleet.tell(lambda link: tokens_of(link, text, self.facts.served))
             )
         except Transient as fault:
-            if not (fault.lost or fault.late):
+            # A server that is well and cannot is one that does not.
+            if not (fault.lost or fault.late or len(self.away()) == len(self._members)):
                 return None
             raise ServerError(
                 f"a server does not answer when it is to tokenize: {fault}",
@@ -150,12 +151,9 @@ class Server:
         return self._scored(self._fleet, rollouts, request, at)
 
     def members(self) -> dict[str, "Member"]:
-        """URL -> a Scorer that asks that server alone, of those that are up (of all where none is).
-        `answered` does not count it, and what it finds changes nothing for the others."""
-        away = self.away()
-        return {url: each for url, each in self._members.items() if url not in away} or dict(
-            self._members
-        )
+        """URL -> a Scorer that asks that server alone, whoever else is away. `answered` does not
+        count it, and what it finds changes nothing for the others."""
+        return dict(self._members)
 
     def away(self) -> set[str]:
         """URLs of the servers that did not answer when they were last asked."""

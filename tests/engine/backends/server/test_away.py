@@ -240,6 +240,22 @@ def test_one_that_was_lost_is_never_used_before_it_was_looked_at(
         assert other.seen.requests == []
 
 
+def test_a_server_that_cannot_tokenize_because_it_is_ill_is_no_answer(
+    connect: Connect, teacher: HF
+) -> None:
+    class Dead(Spoiling):
+        dead = False
+
+        async def spoil(self, path: str) -> Spoilt:
+            return web.Response(status=503) if self.dead else None
+
+    with Dead(teacher.model) as fake:
+        server = connect(fake, limits=replace(QUICK, attempts=1, wait_s=0.05))
+        fake.dead = True
+        with pytest.raises(ServerError, match="503"):
+            server.tokenize("ab")
+
+
 @pytest.mark.parametrize("status", [429, 500, 503, "reset", "list", "words"])
 def test_a_text_that_is_not_tokenised_is_asked_for_again_and_then_let_be(
     status: Any, connect: Connect, teacher: HF

@@ -67,7 +67,8 @@ def test_a_member_answers_while_the_others_are_away_and_one_that_is_away_is_told
     assert members[fake.url].score(rolled, ASK).at_lp is not None
     assert server.away() == set(), "for all it is a server like any other"
     assert server.score(rolled, ASK).at_lp is not None
-    assert list(server.members()) == [fake.url]
+    assert server.away() == {dies.url}
+    assert list(server.members()) == [fake.url, dies.url]
 
 
 def test_what_a_server_answered_that_is_away_in_the_end_is_asked_again(
@@ -93,7 +94,7 @@ def test_what_a_server_answered_that_is_away_in_the_end_is_asked_again(
         found, exact = server.score(rolled, ASK), teacher.score(rolled, ASK)
         assert dies.told
         np.testing.assert_allclose(found.entry_lp, exact.entry_lp, atol=1e-5)
-        assert server.answered() == set(server.members()) == {fake.url}
+        assert (server.answered(), server.away()) == ({fake.url}, {dies.url})
 
 
 def test_one_server_that_is_named_twice_is_one(fake: FakeServer) -> None:
