@@ -34,9 +34,12 @@ def is_served(model: str) -> bool:
 def urls_of(model: str) -> list[str]:
     """The servers of one teacher. Raises ConfigError for what is no list of URLs."""
     urls = [each.strip().rstrip("/") for each in model.split(",") if each.strip()]
-    if strangers := [each for each in urls if not is_served(each)]:
+    strangers = [place for place, each in enumerate(urls, 1) if not is_served(each)]
+    if strangers:
+        # A comma in a password parts it, so that with an @ anywhere none of them is safe to show.
+        what = f"number {strangers[0]}" if "@" in model else repr(urls[strangers[0] - 1])
         raise ConfigError(
-            f"{strangers[0]!r} among the servers of a teacher is no URL",
+            f"{what} among the servers of a teacher is no URL",
             remedy="Give http://HOST:PORT, several divided by commas.",
         )
     return urls

@@ -449,3 +449,15 @@ def test_too_old_a_server_gives_its_own_best_ids_and_says_what_that_costs(
     assert call(f"{TRAIN} {store} --objective overlap --out {world.new('run')}").code == 0
     mc = call(command(fake, store, "--at mc"))
     mc.refused(2, "at = mc, and teacher cannot be asked at chosen ids here", "--enable-scale-out")
+
+
+def test_one_of_two_servers_that_is_not_there_keeps_nobody(
+    call: Call, world: World, fake: FakeServer, model: Any
+) -> None:
+    with FakeServer(model) as gone:
+        pass
+    store = world.store(UNITS)
+    urls = f"{gone.url},{fake.url}"
+    done = call(f"score --model {urls} {SERVED} --store {store} --server-wait 600 --format json")
+    assert done.code == 0, done.err
+    assert done.json["units_new"] == UNITS

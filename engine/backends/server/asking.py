@@ -5,7 +5,7 @@ import asyncio
 from logitcask.engine.backends.answers import AnswerSheet
 from logitcask.engine.backends.scoring import asked_ids
 from logitcask.engine.backends.server.fleet import Fleet
-from logitcask.engine.backends.server.link import Refused
+from logitcask.engine.backends.server.link import Link, Refused
 from logitcask.engine.backends.server.probe import ServerFacts
 from logitcask.engine.backends.server.wire import Question
 from logitcask.engine.errors import ConfigError, LogitcaskError
@@ -44,11 +44,14 @@ def sheet_of(
 
 
 async def fill(fleet: Fleet, facts: ServerFacts, rollouts: Rollouts, sheet: AnswerSheet) -> None:
-    """Asks about every sequence. Raises ServerError and AnswerError as `Fleet.ask`, ConfigError for
-    more log-probs than the servers allow."""
+    """Asks about every sequence, and again about those that a server answered which is away when
+    all are told: nobody can find out any more whether it was the teacher still. Raises ServerError
+    and AnswerError as `Fleet.ask`, ConfigError for more log-probs than the servers allow."""
     lengths = rollouts.lengths()
     k = min(sheet.request.k_max, sheet.n_vocab)
     widest = 0 if sheet.at_cnt is None else int(sheet.at_cnt.max(initial=0))
+
+    told: dict[int, Link] = {}
 
     async def one(sequence: int) -> None:
         prompt = rollouts.prompts[int(rollouts.seq_prompt[sequence])]
@@ -60,7 +63,7 @@ async def fill(fleet: Fleet, facts: ServerFacts, rollouts: Rollouts, sheet: Answ
             at=sheet.asked(sequence),
         )
         try:
-            await fleet.ask(
+            told[sequence] = await fleet.ask(
                 question,
                 facts.path,
                 facts.served,
@@ -73,10 +76,16 @@ async def fill(fleet: Fleet, facts: ServerFacts, rollouts: Rollouts, sheet: Answ
                 f"prompt {prompt.id!r}, sequence {sequence}: {error.cause}", remedy=error.remedy
             ) from error
 
-    async with asyncio.TaskGroup() as group:
-        for sequence in range(len(lengths)):
-            if lengths[sequence] > 0:
+    left = [sequence for sequence in range(len(lengths)) if lengths[sequence] > 0]
+    while left:
+        async with asyncio.TaskGroup() as group:
+            for sequence in left:
                 group.create_task(one(sequence))
+        if len(fleet.links) == 1:
+            break
+        await asyncio.gather(*map(fleet.check, set(told.values())))
+        left = [sequence for sequence, link in told.items() if not link.up]
+    fleet.answered |= {link.url for link in told.values()}
 
 
 def too_much(refusal: Refused, k: int, widest: int) -> LogitcaskError:

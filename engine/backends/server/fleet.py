@@ -50,10 +50,10 @@ class Fleet:
 
     async def ask(
         self, question: Question, path: str, served: str, *, check: Callable[[Answer], None]
-    ) -> None:
+    ) -> Link:
         """Gives an answer to `check`, which keeps it, or raises AnswerError for one that no model
-        can have given: then it is asked for again. Called from another thread. Raises ServerError
-        for a refusal or servers that stay away.
+        can have given: then it is asked for again. Called from another thread. Answers whose it
+        was; raises ServerError for a refusal or servers that stay away.
         """
         tokens, size = len(question.ids), question.expected_bytes()
         wrong = faults = pauses = 0
@@ -83,8 +83,7 @@ class Fleet:
                     continue
                 else:
                     self.budget.faster()
-                    self.answered.add(link.url)
-                    return
+                    return link
                 finally:
                     link.in_flight -= 1
             faults += not last.busy
@@ -128,6 +127,10 @@ class Fleet:
         # What one that is away did not answer says nothing of the others.
         if link.up and (fault.busy or fault.late):
             self.budget.slower(asked_s)
+
+    async def check(self, link: Link) -> None:
+        """Whether one that answered is still there."""
+        link.up = link.up and await link.healthy()
 
     async def close(self) -> None:
         if self._looking is not None:

@@ -136,7 +136,8 @@ class Server:
                 self._fleet.tell(lambda link: tokens_of(link, text, self.facts.served))
             )
         except Transient as fault:
-            if not (fault.lost or fault.late):
+            # A server that is well and cannot is one that does not.
+            if not (fault.lost or fault.late or len(self.away()) == len(self._members)):
                 return None
             raise ServerError(
                 f"a server does not answer when it is to tokenize: {fault}",

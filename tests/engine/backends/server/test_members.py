@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Server
@@ -64,7 +65,36 @@ def test_a_member_answers_while_the_others_are_away_and_one_that_is_away_is_told
     with pytest.raises(ServerError, match=f"{dies.url}: no server has answered for 0 s"):
         members[dies.url].score(rolled, ASK)
     assert members[fake.url].score(rolled, ASK).at_lp is not None
-    assert server.score(rolled, ASK).at_lp is not None, "for all it is a server like any other"
+    assert server.away() == set(), "for all it is a server like any other"
+    assert server.score(rolled, ASK).at_lp is not None
+    assert server.away() == {dies.url}
+    assert list(server.members()) == [fake.url, dies.url]
+
+
+def test_what_a_server_answered_that_is_away_in_the_end_is_asked_again(
+    fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
+) -> None:
+    """It may have been another teacher by then, and nobody can find out."""
+
+    class Dying(FakeServer):
+        """Answers a few with log-probs of its own, and is ill from then on."""
+
+        told = 0
+
+        def log_probs(self, ids: list[int]) -> np.ndarray:
+            self.told += len(ids) > 3
+            return super().log_probs(ids)
+
+        async def _health(self, request: web.Request) -> web.Response:
+            return web.Response(status=503 if self.told else 200)
+
+    with Dying(teacher.model, temperature=2.0) as dies:
+        server = connect(fake, dies)
+        fake.delay_s = 0.02
+        found, exact = server.score(rolled, ASK), teacher.score(rolled, ASK)
+        assert dies.told
+        np.testing.assert_allclose(found.entry_lp, exact.entry_lp, atol=1e-5)
+        assert (server.answered(), server.away()) == ({fake.url}, {dies.url})
 
 
 def test_one_server_that_is_named_twice_is_one(fake: FakeServer) -> None:
