@@ -48,6 +48,14 @@ def doctor_command() -> None:
     help="Compute type of --against.",
 )
 @click.option(
+    "--server-wait",
+    "wait_s",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    help="Seconds to wait for a server that does not answer.",
+)
+@click.option(
     "--k-max",
     type=click.IntRange(min=1),
     default=64,

@@ -57,7 +57,12 @@ def distill(
     # What no teacher could serve is refused before the weights of one are read.
     _verdict(config, preset, model, config.score.request(), bounds=False)
     teacher = open_teacher(
-        config.teacher, config.run, model.lineage(), template=template, exact=config.score.exact
+        config.teacher,
+        config.run,
+        model.lineage(),
+        template=template,
+        exact=config.score.exact,
+        k_max=config.score.k_max,
     )
     try:
         return _distill(config, preset, model, prompts, template, teacher, progress, notice)

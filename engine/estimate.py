@@ -22,6 +22,7 @@ import logitcask.engine.store.layout as layout
 import logitcask.engine.store.rollouts as rollout_arrays
 import logitcask.engine.store.schema as schema
 import logitcask.engine.store.segment as segments
+from logitcask.engine.backends.parity import part_of
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.grade import Grading
 from logitcask.engine.rollout_unit import UNIT_POSITIONS, draw, mc_request
@@ -106,6 +107,8 @@ def estimate(
     )
     if shared is not None:
         shared.check_asked(rolled, usual, None, name)
+    # What comes once, warming up or a control of a server, is no part of the rate.
+    teacher.score(part_of(rolled, [0]), replace(usual, at_student=False))
     start = time.monotonic()
     teacher.score(rolled, usual)
     scoring_s = time.monotonic() - start

@@ -14,6 +14,7 @@ from logitcask.engine import identity
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.config.jobs import EstimateJob, ProbeJob, RolloutJob, ScoreJob, TrainJob
 from logitcask.engine.estimate import Estimate, estimate
+from logitcask.engine.grade import Grading
 from logitcask.engine.named import (
     eval_plan,
     find_objective,
@@ -31,12 +32,15 @@ from logitcask.engine.privileged import read_template, templated
 from logitcask.engine.probes.metrics import Bin, probe
 from logitcask.engine.prompts import load_tokenizer, read_prompts
 from logitcask.engine.rollout import RolloutReport, rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.rows.batches import planned
 from logitcask.engine.score import ScoreReport, score
 from logitcask.engine.score_given import read_ids
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import Pin, Store, open_store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.store.view import choose
+from logitcask.engine.store.view import choose, choose_teacher
+from logitcask.engine.teachers.served import is_served
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.student import load_student, quiet
@@ -48,69 +52,89 @@ def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutRepor
     """`logitcask rollout`. Prompts are read and checked before any weight is loaded."""
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
     grading = grading_of(job.rollout, model, prompts)
-    store = open_store(job.store.url, create=True)
-    task = rollout_task(job, model, prompts, template)
+    asked = rolling(job, model, prompts, template, grading)
     try:
-        return rollout(store, **task, grading=grading, progress=progress)
+        return rollout(asked, progress=progress)
     finally:
-        close_backend(task["sampler"])
+        close_backend(asked.sampler)
 
 
-def rollout_task(
-    job: RolloutJob, model: ModelRef, prompts: Sequence[Prompt], template: bool
-) -> dict[str, Any]:
-    """Who samples what, with the student loaded; without the store and who grades."""
-    return {
-        "model": model,
-        "sampler": backend(model, job.run),
-        "prompts": prompts,
-        "sampling": job.rollout.sampling(),
-        "name": job.store.rollouts,
-        "seed": job.run.seed,
-        "student_k": job.rollout.student_k,
-        "mc_draws": job.rollout.mc_draws,
-        "unit_prompts": job.rollout.unit_prompts or None,
-        "profile": job.store.profile,
-        "lineage_extra": {"chat_template": template},
-    }
+def rolling(
+    job: RolloutJob,
+    model: ModelRef,
+    prompts: Sequence[Prompt],
+    template: bool,
+    grading: Grading | None,
+    *,
+    versions: bool = False,
+) -> Rolling:
+    """Who samples what, with the student loaded; its sampler is to be closed."""
+    sampler = backend(model, job.run)
+    try:
+        return Rolling(
+            # Only now: what is refused leaves no empty store behind.
+            store=open_store(job.store.url, create=True),
+            model=model,
+            sampler=sampler,
+            prompts=prompts,
+            sampling=job.rollout.sampling(),
+            name=job.store.rollouts,
+            seed=job.run.seed,
+            student_k=job.rollout.student_k,
+            mc_draws=job.rollout.mc_draws,
+            grading=grading,
+            unit_prompts=job.rollout.unit_prompts or None,
+            profile=job.store.profile,
+            versions=versions,
+            lineage_extra={"chat_template": template},
+        )
+    except BaseException:
+        close_backend(sampler)
+        raise
 
 
 def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
     """`logitcask score`."""
     store = open_store(job.store.url)
-    task = score_task(job, store, store.head())
+    asked = scoring(job, store, store.head())
     try:
-        return score(store, **task, progress=progress)
+        return score(asked, progress=progress)
     finally:
-        close_backend(task["scorer"])
+        close_backend(asked.scorer)
 
 
-def score_task(job: ScoreJob, store: Store, pin: Pin) -> dict[str, Any]:
+def scoring(job: ScoreJob, store: Store, pin: Pin) -> Scoring:
     """Who scores what, with the teacher loaded; its scorer is to be closed."""
     template = rendered(pin, job.store.rollouts)
     student = pin.rollouts(job.store.rollouts)[0].lineage["student"]
-    teacher = open_teacher(job.teacher, job.run, student, template=template, exact=job.score.exact)
+    teacher = open_teacher(
+        job.teacher,
+        job.run,
+        student,
+        template=template,
+        exact=job.score.exact,
+        k_max=job.score.k_max,
+    )
     try:
         model = teacher.model
         request, notes = teacher.asked(job.score, job.run.seed)
-        teacher.check_name(pin, job.teacher.name)
-        context = _context(job, store, model, pin) if job.score.role == "context" else None
         ids = job.score.ids_file()
-        return {
-            "model": model,
-            "scorer": teacher.scorer,
-            "teacher_name": job.teacher.name,
-            "rollouts_name": job.store.rollouts,
-            "request": request,
-            "role": job.score.role,
-            "context": context,
-            "at": job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
-            "profile": job.store.profile,
-            "eos_rows": job.score.eos_rows,
-            "shared": teacher.shared,
-            "notes": (*teacher.notes, *notes),
-            "lineage_extra": teacher.lineage_extra,
-        }
+        return Scoring(
+            store=store,
+            model=model,
+            scorer=teacher.scorer,
+            teacher_name=job.teacher.name,
+            rollouts_name=job.store.rollouts,
+            request=request,
+            role=job.score.role,
+            context=_context(job, store, model, pin) if job.score.role == "context" else None,
+            at=job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
+            profile=job.store.profile,
+            eos_rows=job.score.eos_rows,
+            shared=teacher.shared,
+            notes=(*teacher.notes, *notes),
+            lineage_extra=teacher.lineage_extra,
+        )
     except BaseException:
         teacher.close()
         raise
@@ -140,11 +164,20 @@ def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
     """`logitcask store estimate`."""
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
     grading = grading_of(job.rollout, model, prompts)
-    teacher = open_teacher(job.teacher, job.run, model.lineage(), template=template, exact=True)
+    served = is_served(job.teacher.model)
+    teacher = open_teacher(
+        job.teacher,
+        job.run,
+        model.lineage(),
+        template=template,
+        exact=not served,
+        k_max=job.estimate.k_max,
+    )
     try:
-        # Both over the ids that both know.
+        # Both over the ids that both know, and the student here.
         model = replace(model, n_vocab=teacher.model.n_vocab)
-        student = backend(model, job.run)
+        run = job.run.model_copy(update={"backend": "auto"}) if served else job.run
+        student = backend(model, run)
         try:
             return estimate(
                 grading=grading,
@@ -224,11 +257,9 @@ def _train_task(job: TrainJob) -> tuple[Store, Pin, dict[str, Any]]:
     pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
     where = "the store" if job.train.pin is None else f"the store at log number {pin.number}"
     bases = [n for n in pin.names("score") if pin.role(n) == "base"]
-    # Who is not asked for a base does not mean one.
-    teachers = [n for n in pin.names("score") if n not in bases or n == job.train.teacher]
     task = {
         "model": student_of(job.student, pin, job.store.rollouts),
-        "teacher": choose(teachers, job.train.teacher, what="teacher", where=where),
+        "teacher": choose_teacher(pin, job.train.teacher, where=where),
         "base": job.train.base and choose(bases, job.train.base, what="base", where=where),
         "rollouts": job.store.rollouts,
         "objective": preset,
@@ -246,8 +277,7 @@ def run_probe(
     found = {text: find_preset(text).objective for text in objectives}
     store = open_store(job.store.url)
     pin = store.head() if job.probe.pin is None else pin_of(store, job.probe.pin)
-    teachers = [n for n in pin.names("score") if pin.role(n) != "base" or n == job.probe.teacher]
-    teacher = choose(teachers, job.probe.teacher, what="teacher")
+    teacher = choose_teacher(pin, job.probe.teacher)
     model = student_of(job.student, pin, job.store.rollouts)
     rows = planned(
         store,

@@ -15,7 +15,7 @@ from logitcask.engine.objectives import PRESETS, Bounds, Preset, find_preset
 from logitcask.engine.opened import live_backend
 from logitcask.engine.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.store import Pin, Store, open_store
-from logitcask.engine.store.view import choose
+from logitcask.engine.store.view import choose, choose_teacher
 from logitcask.engine.training.evaluate import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet
 from logitcask.engine.training.settings import TrainSettings
@@ -78,15 +78,13 @@ def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSe
         return None
     store = open_store(settings.store or url)
     pin = store.head() if settings.pin is None else pin_of(store, settings.pin)
-    names = pin.names("score")
-    teachers = [n for n in names if pin.role(n) != "base" or n == settings.teacher]
     return HeldOutSet(
         store=store,
         rollouts=choose(
             pin.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
         ),
-        teacher=choose(teachers, settings.teacher, what="eval-teacher", where=store.url),
-        base=base if base in names else None,
+        teacher=choose_teacher(pin, settings.teacher, what="eval-teacher", where=store.url),
+        base=base if base in pin.names("score") else None,
         pin=None if settings.pin is None else pin,
         every=settings.every,
     )

@@ -11,9 +11,10 @@ from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.store import Pin
 from logitcask.engine.teachers.checks import check_identity
+from logitcask.engine.teachers.same_teacher import SameTeacher
 from logitcask.engine.teachers.served import (
-    SameTeacher,
     check_declared,
+    check_padding,
     check_tokenizer,
     is_served,
     served_ref,
@@ -24,14 +25,20 @@ from logitcask.engine.training.student import inner_model
 from logitcask.engine.types import ModelRef, ScoreRequest
 
 
-def backend(model: ModelRef, run: Run, *, exact: bool = True) -> Any:
+def backend(model: ModelRef, run: Run, *, exact: bool = True, known: int | None = None) -> Any:
     """The sampler and scorer that [run] names, with this model loaded. exact: scores from all
-    logits, where the backend has a choice.
+    logits, where the backend has a choice; known: ids that its tokenizer has, if more than
+    model.n_vocab.
     """
     name = _embedded(run)
     choice = {"exact": exact} if name == "vllm" else {}
     return open_backend(name)(
-        model, device=run.device, dtype=run.dtype, batch_tokens=run.batch_tokens, **choice
+        model,
+        device=run.device,
+        dtype=run.dtype,
+        batch_tokens=run.batch_tokens,
+        known=known,
+        **choice,
     )
 
 
@@ -47,8 +54,8 @@ def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
 def _embedded(run: Run) -> str:
     if run.backend == "server":
         raise ConfigError(
-            "backend = server, and the model is no URL",
-            remedy="give --model http://HOST:PORT, or use the backend hf",
+            "backend = server, and this model is not at a URL",
+            remedy="use the backend hf or vllm; only a teacher can be at a URL, http://HOST:PORT",
         )
     return "hf" if run.backend == "auto" else run.backend
 
@@ -94,24 +101,45 @@ class OpenedTeacher:
 
 
 def open_teacher(
-    teacher: Teacher, run: Run, student: Mapping[str, Any], *, template: bool, exact: bool
+    teacher: Teacher,
+    run: Run,
+    student: Mapping[str, Any],
+    *,
+    template: bool,
+    exact: bool,
+    k_max: int,
 ) -> OpenedTeacher:
     """A teacher here or behind a URL. student: the lineage of who sampled what it is to score;
-    template: prompts are rendered by the chat template.
+    template: prompts are rendered by the chat template; k_max: best ids a position that it will be
+    asked for at most.
 
-    Raises IdentityError for a tokenizer that is not the student's and cannot be compared with it,
-    and for a server that serves another revision or reads text otherwise than the tokenizer that is
-    given.
+    Raises ConfigError for settings that have no meaning for such a teacher; IdentityError for a
+    tokenizer that is not the student's and cannot be compared with it, and for a server that serves
+    another revision, reads text otherwise than the tokenizer that is given, or is not the teacher
+    that the servers beside it are.
     """
     if is_served(teacher.model):
-        return _open_served(teacher, run, student, template)
-    model = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
-    model, shared = _shared(model, student, teacher.student_tokenizer)
-    return OpenedTeacher(model=model, scorer=backend(model, run, exact=exact), shared=shared)
+        if exact:
+            raise ConfigError(
+                "exact, and the teacher is at a URL: a server does not show its hidden states",
+                remedy="leave --exact out, or give a model folder or hub id with --backend vllm",
+            )
+        return _open_served(teacher, run, student, template, k_max)
+    for key in ("served", "tokenizer", "api_key_file"):
+        if value := getattr(teacher, key):
+            raise ConfigError(
+                f"{key} = {value}, and the teacher is not at a URL",
+                remedy=f"leave --{key.replace('_', '-')} out, or give --model http://HOST:PORT",
+            )
+    own = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
+    model, shared = _shared(own, student, teacher.student_tokenizer)
+    return OpenedTeacher(
+        model=model, scorer=backend(model, run, exact=exact, known=own.n_vocab), shared=shared
+    )
 
 
 def _open_served(
-    teacher: Teacher, run: Run, student: Mapping[str, Any], template: bool
+    teacher: Teacher, run: Run, student: Mapping[str, Any], template: bool, k_max: int
 ) -> OpenedTeacher:
     if run.backend not in ("auto", "server"):
         raise ConfigError(
@@ -139,9 +167,13 @@ def _open_served(
         notes = []
         if not check_tokenizer(model, server.tokenize):
             notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
+        server.n_vocab = own = model.n_vocab
         model, shared = _shared(model, student, teacher.student_tokenizer)
+        head = identity.from_config(identity.read_config(model.path), "vocab_size")
+        if said := check_padding(server, own, head):
+            notes.append(f"{model.name}: {said}")
         server.n_vocab = model.n_vocab
-        same = SameTeacher(server, model.n_vocab, server.close)
+        same = SameTeacher(server, model.n_vocab, server.close, k_max)
     except BaseException:
         server.close()
         raise

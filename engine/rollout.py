@@ -6,22 +6,17 @@ and not committed is what a resumed run does.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from logitcask.engine.backends.base import Sampler, Scorer
-from logitcask.engine.errors import ConfigError, IdentityError
-from logitcask.engine.grade import Grading
-from logitcask.engine.rollout_unit import Rolling, Unit, default_unit, mc_request, roll_unit
-from logitcask.engine.store import Pin, Segment, Store
-from logitcask.engine.teachers.checks import check_scorer
+from logitcask.engine.errors import IdentityError
+from logitcask.engine.rollout_unit import Rolling, Unit, roll_unit
+from logitcask.engine.store import Pin, Segment
 from logitcask.engine.types import (
     STOP,
     ModelRef,
     Progress,
-    Prompt,
-    SamplingParams,
     silent,
 )
 
@@ -43,64 +38,14 @@ class RolloutReport:
     """Of a sequence; None where no grader is named or no unit was new."""
 
 
-def rollout(
-    store: Store,
-    *,
-    model: ModelRef,
-    sampler: Sampler,
-    scorer: Scorer | None = None,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    name: str = "main",
-    seed: int = 0,
-    student_k: int = 16,
-    mc_draws: int = 0,
-    grading: Grading | None = None,
-    unit_prompts: int | None = None,
-    profile: str = "default",
-    progress: Progress = silent,
-    first: int = 0,
-    count: int | None = None,
-    versions: bool = False,
-    run: Mapping[str, Any] | None = None,
-    lineage_extra: Mapping[str, Any] | None = None,
-) -> RolloutReport:
+def rollout(asked: Rolling, *, progress: Progress = silent) -> RolloutReport:
     """Samples every planned unit that the store does not hold yet, and commits it.
 
-    scorer: the student as a scorer; left out, the sampler is one too. student_k: how many of its
-    own best ids a row keeps. mc_draws: ids that it draws on every row beside the sampled token,
-    from its full softmax at temperature 1. grading: who gives each response its reward.
-    unit_prompts: prompts of a unit; left out, as many as can reach UNIT_POSITIONS. profile: how
-    entry log-probs are stored. first, count: only so many prompts, in order from `first` and on
-    with prompt 0 after the last; left out, from `first` to the last. versions: other versions of
-    the student may be under this name already, as in a distillation loop. run: the loop, recorded
-    and part of what the name stands for. lineage_extra: more that each segment is to record.
-    Raises IdentityError where `name` holds other prompts, sampling, students or units, ConfigError
-    for a scorer that cannot draw what mc_draws asks for, GraderError where the grader fails: of
-    that unit nothing is committed.
+    Raises IdentityError where the name holds other prompts, sampling, students or units,
+    GraderError where the grader fails: of that unit nothing is committed.
     """
     start_s = time.monotonic()
-    asked = rolling(
-        store,
-        model=model,
-        sampler=sampler,
-        scorer=scorer,
-        prompts=prompts,
-        sampling=sampling,
-        name=name,
-        seed=seed,
-        student_k=student_k,
-        mc_draws=mc_draws,
-        grading=grading,
-        unit_prompts=unit_prompts,
-        profile=profile,
-        first=first,
-        count=count,
-        versions=versions,
-        run=run,
-        lineage_extra=lineage_extra,
-    )
-    missing = plan_rollouts(asked, store.head())
+    missing = plan_rollouts(asked, asked.store.head())
     total, done_before = len(asked.units), len(asked.units) - len(missing)
     positions = sequences = stopped = 0
     rewarded = 0.0
@@ -121,63 +66,7 @@ def rollout(
         seconds=time.monotonic() - start_s,
         mean_length=positions / max(1, sequences),
         stopped_share=stopped / max(1, sequences),
-        mean_reward=rewarded / sequences if grading is not None and sequences else None,
-    )
-
-
-def rolling(
-    store: Store,
-    *,
-    model: ModelRef,
-    sampler: Sampler,
-    scorer: Scorer | None = None,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    name: str = "main",
-    seed: int = 0,
-    student_k: int = 16,
-    mc_draws: int = 0,
-    grading: Grading | None = None,
-    unit_prompts: int | None = None,
-    profile: str = "default",
-    first: int = 0,
-    count: int | None = None,
-    versions: bool = False,
-    run: Mapping[str, Any] | None = None,
-    lineage_extra: Mapping[str, Any] | None = None,
-) -> Rolling:
-    """What `rollout` is asked for, with what was left out filled in; raises its ConfigErrors."""
-    if scorer is None:
-        scorer = _as_scorer(sampler)
-    if mc_draws:
-        check_scorer(scorer, mc_request(mc_draws, seed))
-    if unit_prompts is None:
-        unit_prompts = default_unit(sampling)
-    count = len(prompts) - first if count is None else count
-    if unit_prompts < 1 or not 0 <= first < len(prompts) or not 1 <= count <= len(prompts):
-        raise ConfigError(
-            f"unit_prompts={unit_prompts}, first={first}, count={count} of {len(prompts)} prompts",
-            remedy="Take at least one prompt a unit, and a range that lies within the prompts.",
-        )
-    return Rolling(
-        store=store,
-        model=model,
-        sampler=sampler,
-        scorer=scorer,
-        prompts=prompts,
-        sampling=sampling,
-        name=name,
-        seed=seed,
-        student_k=student_k,
-        mc_draws=mc_draws,
-        grading=grading,
-        unit_prompts=unit_prompts,
-        profile=profile,
-        first=first,
-        count=count,
-        versions=versions,
-        run=run,
-        lineage_extra=lineage_extra,
+        mean_reward=rewarded / sequences if asked.grading is not None and sequences else None,
     )
 
 
@@ -187,16 +76,6 @@ def plan_rollouts(asked: Rolling, pin: Pin) -> dict[str, Unit]:
     _check_name(pin, asked.name, asked.model, ours, asked.units, asked.versions)
     there = pin.unit_keys()
     return {key: unit for key, unit in asked.units.items() if key not in there}
-
-
-def _as_scorer(sampler: Any) -> Scorer:
-    if not hasattr(sampler, "score"):
-        raise ConfigError(
-            f"{type(sampler).__name__} samples and cannot score, and no scorer is given",
-            remedy="Give a scorer with the student's weights.",
-        )
-    scorer: Scorer = sampler
-    return scorer
 
 
 def _check_name(

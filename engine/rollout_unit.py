@@ -7,9 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from logitcask.engine.backends.base import Sampler, Scorer
+from logitcask.engine.errors import ConfigError
 from logitcask.engine.grade import Grading
 from logitcask.engine.identity import digest
 from logitcask.engine.store import Store
+from logitcask.engine.teachers.checks import check_scorer
 from logitcask.engine.types import (
     Draws,
     ModelRef,
@@ -30,26 +32,79 @@ Unit = Mapping[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Rolling:
-    """Who samples what, and what is kept of it; `rollout` says what each means."""
+    """Who samples what, and what is kept of it.
+
+    Raises ConfigError for a range that does not lie within the prompts, and for a scorer that
+    cannot draw what mc_draws asks for.
+    """
 
     store: Store
     model: ModelRef
+    """The student."""
     sampler: Sampler
-    scorer: Scorer
+    scorer: Scorer | None = None
+    """The student as a scorer; None: the sampler is one too."""
     prompts: Sequence[Prompt]
     sampling: SamplingParams
-    name: str
-    seed: int
-    student_k: int
-    mc_draws: int
-    grading: Grading | None
-    unit_prompts: int
-    profile: str
-    first: int
-    count: int
-    versions: bool
-    run: Mapping[str, Any] | None
-    lineage_extra: Mapping[str, Any] | None
+    name: str = "main"
+    """Of the rollouts in the store."""
+    seed: int = 0
+    student_k: int = 16
+    """How many of its own best ids a row keeps."""
+    mc_draws: int = 0
+    """Ids that it draws on every row beside the sampled token, from its full softmax at
+    temperature 1."""
+    grading: Grading | None = None
+    """Who gives each response its reward."""
+    unit_prompts: int | None = None
+    """Prompts of a unit; None: as many as can reach UNIT_POSITIONS."""
+    profile: str = "default"
+    """How entry log-probs are stored."""
+    first: int = 0
+    count: int | None = None
+    """Only so many prompts, in order from `first` and on with prompt 0 after the last; None: from
+    `first` to the last."""
+    versions: bool = False
+    """Other versions of the student may be under this name already, as in a distillation loop."""
+    run: Mapping[str, Any] | None = None
+    """The loop, recorded and part of what the name stands for."""
+    lineage_extra: Mapping[str, Any] | None = None
+    """More that each segment is to record."""
+
+    def __post_init__(self) -> None:
+        if self.mc_draws:
+            check_scorer(self.student, mc_request(self.mc_draws, self.seed))
+        unit, first, count, prompts = self.unit_size, self.first, self.size, len(self.prompts)
+        if unit < 1 or not 0 <= first < prompts or not 1 <= count <= prompts:
+            raise ConfigError(
+                f"unit_prompts={unit}, first={first}, count={count} of {prompts} prompts",
+                remedy="Take at least one prompt per unit, and a range that lies within the "
+                "prompts.",
+            )
+
+    @property
+    def student(self) -> Scorer:
+        """Who says what the student thinks of its own rollouts."""
+        if self.scorer is not None:
+            return self.scorer
+        sampler: Any = self.sampler
+        if not hasattr(sampler, "score"):
+            raise ConfigError(
+                f"{type(sampler).__name__} samples and cannot score, and no scorer is given",
+                remedy="Give a scorer with the student's weights.",
+            )
+        scorer: Scorer = sampler
+        return scorer
+
+    @property
+    def unit_size(self) -> int:
+        """Prompts of a unit."""
+        return default_unit(self.sampling) if self.unit_prompts is None else self.unit_prompts
+
+    @property
+    def size(self) -> int:
+        """Prompts of all units."""
+        return len(self.prompts) - self.first if self.count is None else self.count
 
     @cached_property
     def set_digest(self) -> str:
@@ -68,9 +123,9 @@ class Rolling:
     def units(self) -> dict[str, Unit]:
         """unit_key -> unit, planned before anything is sampled."""
         ranges = [
-            (at, min(self.unit_prompts, end - at))
-            for start, end in _stretches(self.first, self.count, len(self.prompts))
-            for at in range(start, end, self.unit_prompts)
+            (at, min(self.unit_size, end - at))
+            for start, end in _stretches(self.first, self.size, len(self.prompts))
+            for at in range(start, end, self.unit_size)
         ]
         return {
             unit_key(self.set_digest, self.model, at, size): {
@@ -98,7 +153,7 @@ class Rolling:
             },
             "student": self.model.lineage(),
             "backend": self.sampler.describe(),
-            "scorer": self.scorer.describe(),
+            "scorer": self.student.describe(),
             "logprob": LOGPROB,
             **({"run": dict(self.run)} if self.run else {}),
             **(self.lineage_extra or {}),
@@ -111,7 +166,7 @@ class Rolling:
 
 def roll_unit(asked: Rolling, key: str, unit: Unit) -> Rollouts:
     """Samples one unit, lets the student score it, commits it under its key, and returns it."""
-    sampler, scorer, seed, k = asked.sampler, asked.scorer, asked.seed, asked.student_k
+    sampler, scorer, seed, k = asked.sampler, asked.student, asked.seed, asked.student_k
     part = asked.prompts[unit["first"] : unit["first"] + unit["count"]]
     rolled = sampler.generate(
         part, asked.sampling, seed=seed, version=asked.model.version, progress=silent

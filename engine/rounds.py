@@ -15,10 +15,12 @@ from logitcask.engine.config.jobs import RunConfig
 from logitcask.engine.grade import Grading
 from logitcask.engine.opened import OpenedTeacher, live_backend
 from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.rows.batches import Ahead
 from logitcask.engine.rows.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.rows.source import PackedRow, RowSource
 from logitcask.engine.score import score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.training.student import live_digest
 from logitcask.engine.training.train import Notice
@@ -78,17 +80,19 @@ class Rounds:
         number = step // updates
         units = self._roll(live, number)
         scored = score(
-            self._store,
-            model=self._teacher.model,
-            scorer=self._teacher.scorer,
-            teacher_name=self._config.teacher.name,
-            rollouts_name=self._config.store.rollouts,
-            request=self._request,
-            at=self._config.score.asked_at(),
-            profile=self._config.store.profile,
-            eos_rows=self._config.score.eos_rows,
-            shared=self._teacher.shared,
-            lineage_extra=self._teacher.lineage_extra,
+            Scoring(
+                store=self._store,
+                model=self._teacher.model,
+                scorer=self._teacher.scorer,
+                teacher_name=self._config.teacher.name,
+                rollouts_name=self._config.store.rollouts,
+                request=self._request,
+                at=self._config.score.asked_at(),
+                profile=self._config.store.profile,
+                eos_rows=self._config.score.eos_rows,
+                shared=self._teacher.shared,
+                lineage_extra=self._teacher.lineage_extra,
+            ),
             # It counts the units of earlier rounds, too.
             progress=lambda stage, done, all_: self._tell(
                 stage, number, max(0, done - all_ + units), units
@@ -126,23 +130,25 @@ class Rounds:
         """The units of the round."""
         config, count = self._config, self._config.loop.prompts_per_round
         return rollout(
-            self._store,
-            model=live,
-            sampler=self._sampler,
-            prompts=self._prompts,
-            sampling=config.rollout.sampling(),
-            name=config.store.rollouts,
-            seed=config.run.seed,
-            student_k=config.rollout.student_k,
-            mc_draws=config.rollout.mc_draws,
-            grading=self._grading,
-            unit_prompts=config.rollout.unit_prompts or None,
-            profile=config.store.profile,
-            first=round_number * count % len(self._prompts),
-            count=count,
-            versions=True,
-            run=self._run,
-            lineage_extra={"chat_template": self._template},
+            Rolling(
+                store=self._store,
+                model=live,
+                sampler=self._sampler,
+                prompts=self._prompts,
+                sampling=config.rollout.sampling(),
+                name=config.store.rollouts,
+                seed=config.run.seed,
+                student_k=config.rollout.student_k,
+                mc_draws=config.rollout.mc_draws,
+                grading=self._grading,
+                unit_prompts=config.rollout.unit_prompts or None,
+                profile=config.store.profile,
+                first=round_number * count % len(self._prompts),
+                count=count,
+                versions=True,
+                run=self._run,
+                lineage_extra={"chat_template": self._template},
+            ),
             progress=lambda stage, done, units: self._tell(stage, round_number, done, units),
         ).units_total
 

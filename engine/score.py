@@ -10,21 +10,17 @@ stored beside what is there; one that was asked for as much or more is not asked
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.score_given import GivenIds
 from logitcask.engine.score_unit import ScoreUnit, Scoring, score_unit, unit_key
-from logitcask.engine.store import Chain, Pin, Segment, Store
+from logitcask.engine.store import Chain, Pin, Segment
 from logitcask.engine.store.schema import MC
-from logitcask.engine.teachers.checks import check_identity, check_scorer, other_dtypes
-from logitcask.engine.teachers.token_maps import SharedVocabulary
+from logitcask.engine.teachers.checks import check_identity, other_dtypes
 from logitcask.engine.types import (
     MC_IDS,
-    ModelRef,
     Progress,
-    Prompt,
     ScoreRequest,
     silent,
 )
@@ -54,59 +50,15 @@ class ScorePlan:
     """What a person should know and nothing was refused for."""
 
 
-def score(
-    store: Store,
-    *,
-    model: ModelRef,
-    scorer: Scorer,
-    teacher_name: str,
-    rollouts_name: str = "main",
-    request: ScoreRequest = ScoreRequest(),  # noqa: B008 - frozen
-    role: Literal["teacher", "base", "context"] = "teacher",
-    context: Mapping[str, Prompt] | None = None,
-    at: str | GivenIds | None = None,
-    profile: str = "default",
-    eos_rows: Literal["refuse", "keep"] = "refuse",
-    shared: SharedVocabulary | None = None,
-    notes: tuple[str, ...] = (),
-    lineage_extra: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
-) -> ScoreReport:
-    """Scores every rollout segment of `rollouts_name` that this teacher has not scored as asked.
+def score(asked: Scoring, *, progress: Progress = silent) -> ScoreReport:
+    """Scores every rollout segment of the name that this teacher has not scored as asked.
 
-    role: what the scores are for; base = of the model that the teacher was made from (ExOPD),
-    context = of a teacher that is shown other prompts.
-    context: prompt id -> the prompt that the teacher is shown in its place (privileged context);
-    the response stays. at: also at the top ids of this other model's scores in the store, a later
-    student's say, or at the ids that the student drew, for MC_IDS; those are stored in float32,
-    whatever the profile; or at ids that a file gives. eos_rows: what to do with a stop token that
-    ends a response and that the teacher does not use. shared: how a teacher's tokenizer differs
-    from the student's, where it does (`shared_vocabulary`). notes: what is known of the teacher,
-    for a person; lineage_extra: more that each segment is to record.
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
-    IncompleteError where there are no rollouts, no draws or no scores of `at`, ConfigError for a
-    scorer that lacks a capability or a request that no row could meet, PromptError for a context
-    without a prompt of the rollouts, or given ids of other sequences than theirs.
+    IncompleteError where there are no rollouts, no draws or no scores of `at`, PromptError for a
+    context without a prompt of the rollouts, or given ids of other sequences than theirs.
     """
     start_s = time.monotonic()
-    asked = Scoring(
-        store=store,
-        model=model,
-        scorer=scorer,
-        teacher_name=teacher_name,
-        rollouts_name=rollouts_name,
-        request=request,
-        role=role,
-        context=context,
-        at=at,
-        profile=profile,
-        eos_rows=eos_rows,
-        shared=shared,
-        notes=notes,
-        lineage_extra=lineage_extra or {},
-    )
-    check_scorer(scorer, request, chosen=at is not None)
-    planned = plan_scores(asked, store.head())
+    planned = plan_scores(asked, asked.store.head())
     done_before = planned.total - len(planned.missing)
     positions = 0
     for done_now, (key, unit) in enumerate(planned.missing.items()):
@@ -141,6 +93,7 @@ def plan_scores(asked: Scoring, pin: Pin, *, growing: bool = False) -> ScorePlan
         found = check_identity(segment.lineage["student"], model, asked.shared)
         notes += [each for each in found if each not in notes]
     notes += other_dtypes(pin, segments, name, asked.scorer)
+    asked.check_teacher()
     lineage = asked.lineage()
     given, asked_at = None, None
     if isinstance(asked.at, GivenIds):
@@ -241,5 +194,6 @@ def _check_twice(pin: Pin, units: Mapping[str, Segment], teacher_name: str) -> N
     for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
         raise IdentityError(
             f"this teacher's scores are in the store already, under the name {other!r}",
-            remedy=f"Use that name instead of {teacher_name!r}.",
+            remedy=f"Use that name instead of {teacher_name!r}. A served model that is another and "
+            "goes by the same path gets a --revision of its own.",
         )

@@ -15,7 +15,8 @@ from logitcask.engine.score_given import GivenIds
 from logitcask.engine.store import Chain, Segment, Store
 from logitcask.engine.store.layout import ranked
 from logitcask.engine.store.widen import ask_at, union
-from logitcask.engine.teachers.checks import check_stops
+from logitcask.engine.teachers.checks import check_scorer, check_stops
+from logitcask.engine.teachers.same_teacher import SameTeacher
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     MC_IDS,
@@ -34,24 +35,46 @@ LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scoring:
-    """Who scores what, and what is asked; `score` says what each means."""
+    """Who scores what, and what is asked.
+
+    Raises ConfigError for a scorer that lacks a capability, or a request that no row could meet.
+    """
 
     store: Store
     model: ModelRef
+    """The teacher."""
     scorer: Scorer
     teacher_name: str
-    rollouts_name: str
-    request: ScoreRequest
-    role: Literal["teacher", "base", "context"]
-    context: Mapping[str, Prompt] | None
-    at: str | GivenIds | None
-    profile: str
-    eos_rows: Literal["refuse", "keep"]
+    """Of its scores in the store."""
+    rollouts_name: str = "main"
+    request: ScoreRequest = field(default_factory=ScoreRequest)
+    role: Literal["teacher", "base", "context"] = "teacher"
+    """What the scores are for; base = of the model that the teacher was made from (ExOPD), context
+    = of a teacher that is shown other prompts."""
+    context: Mapping[str, Prompt] | None = None
+    """Prompt id -> the prompt that the teacher is shown in its place (privileged context); the
+    response stays."""
+    at: str | GivenIds | None = None
+    """Also at the top ids of this other model's scores in the store, a later student's say; or at
+    the ids that the student drew, for MC_IDS, stored in float32 whatever the profile; or at ids
+    that a file gives."""
+    profile: str = "default"
+    eos_rows: Literal["refuse", "keep"] = "refuse"
+    """What to do with a stop token that ends a response and that the teacher does not use."""
     shared: SharedVocabulary | None = None
+    """How the teacher's tokenizer differs from the student's; None = not at all."""
     notes: tuple[str, ...] = ()
     """What is known of the teacher before it is asked, for a person."""
     lineage_extra: Mapping[str, Any] = field(default_factory=dict)
     """More that every segment records."""
+
+    def __post_init__(self) -> None:
+        check_scorer(self.scorer, self.request, chosen=self.at is not None)
+
+    def check_teacher(self) -> None:
+        """IdentityError where scores of this name are of a teacher that behaves otherwise."""
+        if isinstance(self.scorer, SameTeacher):
+            self.scorer.check_name(self.store.head(), self.teacher_name)
 
     @property
     def label(self) -> str | None:
@@ -176,6 +199,8 @@ def _timed(asked: Scoring, shown: Rollouts, at: IdLists | None) -> tuple[Scores,
     took_s = time.monotonic() - begun_s
     if shared is not None:
         shared.check_answered(scores, request, asked.model.name)
+    # Another worker may have begun the name meanwhile.
+    asked.check_teacher()
     return scores, took_s
 
 

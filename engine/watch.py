@@ -15,15 +15,15 @@ from logitcask.engine.backends.base import close_backend
 from logitcask.engine.config.jobs import RolloutJob, ScoreJob, StoreSection
 from logitcask.engine.config.teacher import Work
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
-from logitcask.engine.jobs import rollout_task, score_task
+from logitcask.engine.jobs import rolling, scoring
 from logitcask.engine.named import grading_of, rendered, student_and_prompts
-from logitcask.engine.rollout import plan_rollouts, rolling
+from logitcask.engine.rollout import plan_rollouts
 from logitcask.engine.rollout_unit import Rolling, Unit, roll_unit
 from logitcask.engine.score import plan_scores
-from logitcask.engine.score_unit import ScoreUnit, Scoring, score_unit
+from logitcask.engine.score_unit import ScoreUnit, score_unit
 from logitcask.engine.store import Pin, Store, holds_store, open_store
-from logitcask.engine.teachers.checks import check_scorer
 from logitcask.engine.types import ModelRef, Progress, silent
+from logitcask.engine.waiting import Stopped, worker_waits
 from logitcask.engine.work import Notice, Plan, WorkReport, WorkSettings, follow
 
 _NOTHING = WorkReport(
@@ -38,7 +38,8 @@ def watch_scores(
     progress: Progress = silent,
     notice: Notice = lambda line: None,
 ) -> WorkReport:
-    """`logitcask score --watch`: waits for the store and the rollouts where they are not there yet.
+    """`logitcask score --watch`: waits for the store and the rollouts where they are not there yet,
+    and for a teacher's servers.
 
     Raises as `run_score` does, and ConfigError for what has a meaning only when all rollouts are
     there.
@@ -51,7 +52,11 @@ def watch_scores(
     if (opened := _awaited(job.store, job.work, stop, notice)) is None:
         return _NOTHING
     store, pin = opened
-    asked = Scoring(store=store, **score_task(job, store, pin))
+    try:
+        with worker_waits(stop, notice):
+            asked = scoring(job, store, pin)
+    except Stopped:
+        return _NOTHING
     said = _Once(notice)
 
     def plan(given_up: Collection[str]) -> Plan[ScoreUnit]:
@@ -64,7 +69,6 @@ def watch_scores(
         return score_unit(asked, key, unit, lineage)
 
     try:
-        check_scorer(asked.scorer, asked.request, chosen=asked.at is not None)
         lineage = asked.lineage()
         return follow(
             store,
@@ -122,8 +126,8 @@ class _Students:
             job.student, job.prompts, job.rollout
         )
         self._grading = grading_of(job.rollout, self._model, self._prompts)
-        self.store = open_store(job.store.url, create=True)
         self._asked: Rolling | None = self._load(self._model)
+        self.store = self._asked.store
         self._odd = ""
         """What was wrong with the folder at the last look: it may be in the middle of a save."""
 
@@ -155,8 +159,9 @@ class _Students:
         return {} if self._asked is None else plan_rollouts(self._asked, pin)
 
     def _load(self, model: ModelRef) -> Rolling:
-        task = rollout_task(self._job, model, self._prompts, self._template)
-        return rolling(self.store, **task, grading=self._grading, versions=True)
+        return rolling(
+            self._job, model, self._prompts, self._template, self._grading, versions=True
+        )
 
     def _moved(self) -> bool:
         """Whether the folder holds a later version, which is loaded then."""

@@ -4,7 +4,7 @@ What is to be done is planned from the store alone, so a worker needs to know no
 unit that is missing, does it, commits it, and plans again. Starting a process joins, killing it
 leaves. The first commit of a unit wins, so two who do one unit are safe, and claims only keep that
 from happening often. A unit whose work raises is tried again, by whoever comes first, until it has
-failed so often that it is left alone.
+failed so often that it is left alone; one that raises UnitError would do so again, and is not.
 """
 
 import random
@@ -21,6 +21,7 @@ from logitcask.engine.errors import (
     IncompleteError,
     ServerError,
     StoreError,
+    UnitError,
 )
 from logitcask.engine.store import Store
 from logitcask.engine.store.claims import (
@@ -32,6 +33,7 @@ from logitcask.engine.store.claims import (
     note_failure,
 )
 from logitcask.engine.types import Progress, silent
+from logitcask.engine.waiting import Stopped
 
 Notice = Callable[[str], None]
 """Called with a line that a person may want to read."""
@@ -103,8 +105,9 @@ def follow(
     """Does what is missing, unit by unit, until `stop` is set or nothing was missing for a while.
 
     plan(given up) -> what is missing, where some units are left alone. work(key, what) commits a
-    unit and returns its positions. `stop` is looked at between units. Raises what STOPS lists, and
-    whatever is no Exception, with the claim removed; all else is the failure of a unit.
+    unit and returns its positions; it raises Stopped where it waited for others when `stop` was
+    set, which is otherwise looked at between units. Raises what STOPS lists, and whatever is no
+    Exception, with the claim removed; all else is the failure of a unit.
     """
     claims = Claims(store.medium, worker=settings.worker, lease_s=settings.lease_s, clock=clock)
     order = random.Random(settings.worker)
@@ -114,8 +117,9 @@ def follow(
     at_work_s = 0.0
     seen: set[str] = set()
     told = (-1, -1)
+    left_alone = _LeftAlone(store, settings.attempts)
     while not stop.is_set():
-        given_up = _given_up(store, settings.attempts)
+        given_up = left_alone.units()
         number = store.head().number
         planned = plan(given_up)
         seen |= planned.units.keys() & given_up
@@ -142,6 +146,8 @@ def follow(
             try:
                 positions += work(key, planned.units[key])
                 units += 1
+            except Stopped:
+                break
             except STOPS:
                 raise
             # A unit's data may bring any library to raise anything; its note holds all of it.
@@ -156,7 +162,7 @@ def follow(
             told_s = busy_s
             rate = positions / at_work_s if at_work_s else 0.0
             notice(f"{rate:.0f} positions/s{_left(planned, done_before, busy_s - begun_s)}")
-    failed = sorted(seen & _given_up(store, settings.attempts))
+    failed = sorted(seen & left_alone.units())
     return WorkReport(
         units=units,
         positions=positions,
@@ -203,8 +209,28 @@ def _brief(note: dict[str, Any]) -> dict[str, Any]:
     return {"error": note["error"], "message": lines[0], "worker": note["worker"]}
 
 
-def _given_up(store: Store, attempts: int) -> set[str]:
-    return {key for key, times in failed_units(store.medium).items() if times >= attempts}
+class _LeftAlone:
+    """Units that failed too often, or once with what they would raise again."""
+
+    def __init__(self, store: Store, attempts: int) -> None:
+        self._medium, self._attempts = store.medium, attempts
+        self._lasting: dict[str, tuple[int, bool]] = {}
+        """unit_key -> (how many notes, whether it is left alone): a note is read once."""
+
+    def units(self) -> set[str]:
+        failed = failed_units(self._medium)
+        # Notes that were removed say nothing of those that come after.
+        self._lasting = {key: self._look(key, times) for key, times in failed.items()}
+        return {key for key, (_, left) in self._lasting.items() if left}
+
+    def _look(self, key: str, times: int) -> tuple[int, bool]:
+        if times >= self._attempts:
+            return times, True
+        known = self._lasting.get(key)
+        if known is not None and known[0] == times:
+            return known
+        notes = failures_of(self._medium, key)
+        return times, any(note.error == UnitError.__name__ for note in notes)
 
 
 def _first_error(store: Store, failed: Collection[str]) -> str:

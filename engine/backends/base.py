@@ -4,7 +4,7 @@ A student is a scorer like any other: its own top-k, entropy and temperature-1 l
 scoring its own rollouts, so a sampler never keeps [T, V].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -45,10 +45,12 @@ class Sampler(Protocol):
 class Scorer(Protocol):
     """Says what a model thinks of given responses."""
 
-    capabilities: frozenset[str]
-    """Of "top" (its own best ids), "at_ids" (log-probs at given ids), "drawn" (ids drawn from its
-    law), "entropy" and "tail", or in their place "bounds" (of the entropy, and a tail that is what
-    the ids it tells leave). "logits": all of a row can be seen (`scoring.row_logits`)."""
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Of "top" (its own best ids), "at_ids" (log-probs at given ids), "drawn" (ids drawn from
+        its law), "entropy" and "tail", or in their place "bounds" (of the entropy, and a tail that
+        is what the ids it tells leave). "logits": all of a row can be seen (`scoring.row_logits`).
+        """
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         """Row r of a sequence is the law of response token r given prompt + response[:r].
@@ -59,6 +61,22 @@ class Scorer(Protocol):
 
     def describe(self) -> dict[str, str]:
         """As of a Sampler."""
+
+
+class Served(Scorer, Protocol):
+    """A scorer of servers that each answer for one and the same teacher, so it is said."""
+
+    n_vocab: int
+    """Ids that it is asked over."""
+
+    def members(self) -> Mapping[str, Scorer]:
+        """By name; each asks one server alone."""
+
+    def away(self) -> set[str]:
+        """Names of those that did not answer when they were last asked."""
+
+    def answered(self) -> set[str]:
+        """Names of those whose answers were taken since this was last called."""
 
 
 BACKENDS = {

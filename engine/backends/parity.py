@@ -146,18 +146,10 @@ def control(scorer: Scorer, rollouts: Rollouts, request: ScoreRequest) -> Parity
     return compare(once, scores_of(joined(again), rollouts.lengths()[order], np.argsort(order)))
 
 
-def control_at_work(
-    scorer: Scorer, rollouts: Rollouts, scores: Scores, request: ScoreRequest, rows: int
-) -> Parity:
-    """The scorer against itself on what it is there for: of these rollouts the first sequences, up
-    to so many rows, once more, backwards and without the others.
-    """
+def first_rows(rollouts: Rollouts, rows: int) -> Rollouts:
+    """The first sequences, of at most so many rows together, but one at least."""
     lengths = rollouts.lengths()
-    first = np.arange(max(1, int((np.cumsum(lengths) <= rows).sum())))
-    again = scorer.score(part_of(rollouts, first[::-1]), request)
-    return compare(
-        scores_of(scores, lengths, first), scores_of(again, lengths[first[::-1]], first[::-1])
-    )
+    return part_of(rollouts, np.arange(max(1, int((np.cumsum(lengths) <= rows).sum()))))
 
 
 def tolerance(spread: float) -> float:

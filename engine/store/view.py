@@ -163,8 +163,8 @@ def shown(
     data = store.read_rollouts(segment)
     student = data.student
     scored = None
-    if teachers := pin.names("score"):
-        found = pin.scores(choose(teachers, teacher, what="teacher")).get(segment.seg_id)
+    if pin.names("score"):
+        found = pin.scores(choose_teacher(pin, teacher)).get(segment.seg_id)
         if found is not None:
             scored = store.read_scores(found, base=data)
             ids, lp = kept_lists(scored)
@@ -226,6 +226,14 @@ def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the
             remedy=f"name one with --{what}",
         )
     raise ConfigError(f"--{what} {wanted}: {where} has {listed}", remedy="give one of these")
+
+
+def choose_teacher(
+    pin: Pin, wanted: str | None, *, what: str = "teacher", where: str = "the store"
+) -> str:
+    """The same of scores. Those of a base model are meant only by who names them."""
+    known = [n for n in pin.names("score") if pin.role(n) != "base" or n == wanted]
+    return choose(known, wanted, what=what, where=where)
 
 
 def _positions(pin: Pin, kind: str, name: str) -> int:

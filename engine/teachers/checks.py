@@ -107,6 +107,6 @@ def check_scorer(scorer: Scorer, request: ScoreRequest, *, chosen: bool = False)
     gives |= {"entropy", "tail"} if "bounds" in gives else set()
     if lacking := sorted(needs - gives):
         raise ConfigError(
-            f"{type(scorer).__name__} cannot give {', '.join(lacking)}",
-            remedy="Use the backend hf, which gives all, or ask for less (at_student=False).",
+            f"the backend {scorer.describe()['name']} cannot give {', '.join(lacking)} here",
+            remedy="Load the teacher with the backend hf, which gives all.",
         )

@@ -18,10 +18,10 @@ from logitcask.engine.backends.parity import (
 )
 from logitcask.engine.errors import LogitcaskError
 from logitcask.engine.prompts import load_tokenizer
+from logitcask.engine.teachers.same_teacher import CONTROL_K, CONTROL_SEQUENCES, SameTeacher
 from logitcask.engine.teachers.served import (
-    CONTROL_K,
-    CONTROL_SEQUENCES,
     check_declared,
+    check_padding,
     check_tokenizer,
     served_ref,
     urls_of,
@@ -95,10 +95,11 @@ def examine(asked: Examination) -> Iterator[Finding]:
             return
         server.n_vocab = model.n_vocab
         yield _tried("tokenizer", lambda: _tokenizer(model, server))
+        yield _tried("padding", lambda: _padding(server, model))
         if asked.student:
-            yield from _student(model, asked.student)
-        yield _tried("log-probs", lambda: _log_probs(server, model.n_vocab, asked.k_max))
-        yield _tried("repeats", lambda: _repeats(server, model.n_vocab))
+            yield from _student(model, asked.student, server)
+        yield _tried("log-probs", lambda: _log_probs(server, asked.k_max))
+        yield _tried("repeats", lambda: _repeats(server, asked.k_max))
         if asked.against:
             yield _tried("parity", lambda: _parity(server, model, asked))
 
@@ -152,8 +153,21 @@ def _tokenizer(model: ModelRef, server: Any) -> Finding:
     )
 
 
-def _student(model: ModelRef, name: str) -> Iterator[Finding]:
-    """What student and teacher are to each other, without the weights of either."""
+def _padding(server: Any, model: ModelRef) -> Finding:
+    head = identity.from_config(identity.read_config(model.path), "vocab_size")
+    said = check_padding(server, model.n_vocab, head)
+    return Finding(
+        check="padding",
+        state="note" if said else "ok",
+        said=said
+        or f"{head - model.n_vocab} ids of the head that no token has, next to impossible",
+    )
+
+
+def _student(model: ModelRef, name: str, server: Any) -> Iterator[Finding]:
+    """What student and teacher are to each other, without the weights of either. The server is then
+    asked over the ids that both know.
+    """
     try:
         path = identity.resolve_model(name, weights=False)
         ours, theirs = load_tokenizer(path), load_tokenizer(model.path)
@@ -162,7 +176,7 @@ def _student(model: ModelRef, name: str) -> Iterator[Finding]:
         yield fault("ids", error)
         return
     told = {"tokenizer": identity.tokenizer_digest(ours), "n_vocab": n_vocab}
-    yield _tried("ids", lambda: _ids(told, model, name))
+    yield _tried("ids", lambda: _ids(told, model, name, server))
     foreign = sorted(set(stops) - set(model.stop_ids))
     yield Finding(
         check="stop ids",
@@ -175,10 +189,11 @@ def _student(model: ModelRef, name: str) -> Iterator[Finding]:
     yield _tried("prompts", lambda: _prompts(ours, theirs))
 
 
-def _ids(student: dict[str, Any], model: ModelRef, name: str) -> Finding:
+def _ids(student: dict[str, Any], model: ModelRef, name: str, server: Any) -> Finding:
     shared = shared_vocabulary(student, model, name)
     if shared is None:
         return Finding(check="ids", state="ok", said=f"{student['n_vocab']}, the student's own")
+    server.n_vocab = shared.n_vocab
     return Finding(
         check="ids",
         state="note",
@@ -204,27 +219,29 @@ def _template(tokenizer: Any) -> str | None:
     return identity.template_digest(tokenizer, True)
 
 
-def _log_probs(server: Any, n_vocab: int, k_max: int) -> Finding:
-    k = min(k_max, n_vocab)
-    server.score(probe_rollouts(n_vocab), probe_request(n_vocab, k))
-    return Finding(check="log-probs", state="ok", said=f"{k} best ids of every position")
-
-
-def _repeats(server: Any, n_vocab: int) -> Finding:
-    found = control(
-        server, probe_rollouts(n_vocab, CONTROL_SEQUENCES), probe_request(n_vocab, CONTROL_K)
+def _log_probs(server: Any, k_max: int) -> Finding:
+    request = probe_request(server.n_vocab, k_max)
+    server.score(probe_rollouts(server.n_vocab), request)
+    return Finding(
+        check="log-probs", state="ok", said=f"{request.k_max} best ids of every position"
     )
+
+
+def _repeats(server: Any, k_max: int) -> Finding:
+    same = SameTeacher(server, server.n_vocab, server.close, k_max)
+    several = len(server.members())
     return Finding(
         check="repeats",
         state="ok",
-        said=f"to {found.largest:.2g} nats in another order and batch; "
-        f"{tolerance(found.largest):.2g} is allowed to another engine",
+        said=f"to {same.parity.largest:.2g} nats in another order and batch; "
+        f"{same.tolerance:.2g} is allowed to another engine"
+        + (f", and the {several} servers are within that" if several > 1 else ""),
     )
 
 
 def _parity(server: Any, model: ModelRef, asked: Examination) -> Finding:
     rollouts = probe_rollouts(model.n_vocab, CONTROL_SEQUENCES)
-    request = probe_request(model.n_vocab, CONTROL_K)
+    request = probe_request(model.n_vocab, min(CONTROL_K, asked.k_max))
     spread = control(server, rollouts, request).largest
     theirs = server.score(rollouts, request)
     here = open_backend("hf")(

@@ -1,40 +1,28 @@
-"""A teacher that is served: who it is, as far as a server can say, and whether it stays the same.
+"""A teacher that is served: who it is, as far as a server can say.
 
 A server has no weights to digest. Its teacher is what it says that it serves, the revision that is
-declared, and how it behaves: log-probs of a fixed probe, which are kept with the scores, and
-compared when scoring begins and after every unit.
+declared, a tokenizer that reads text as the server does, a head whose padding is next to nothing;
+and how it behaves (`same_teacher`).
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+
+import numpy as np
 
 from logitcask.engine import identity
-from logitcask.engine.backends.base import Scorer
-from logitcask.engine.backends.parity import (
-    Behaviour,
-    Parity,
-    behaviour,
-    behaviour_of,
-    control,
-    control_at_work,
-    distance,
-    probe_request,
-    probe_rollouts,
-    tolerance,
-)
+from logitcask.engine.backends.answers import PADDING
+from logitcask.engine.backends.base import Served
+from logitcask.engine.backends.parity import PROBE_ROWS, probe_request, probe_rollouts
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.prompts import load_tokenizer
-from logitcask.engine.store import Pin
-from logitcask.engine.types import IdLists, ModelRef, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import IdLists, ModelRef
 
 URL = re.compile(r"https?://", re.IGNORECASE)
 DECLARED = re.compile(r"(?:^|;)rev=([^;]*)")
 """Where an operator says the revision in a server's fingerprint (--fingerprint-mode custom)."""
-CONTROL_SEQUENCES = 8
-CONTROL_K = 16
-CONTROL_ROWS = 2048
-"""Of a run's first unit that are scored twice; at least one sequence."""
+PADS = 16
+"""Ids of a padded head that a row of the probe is asked at."""
 PROBE_TEXT = "Ünïcode 你好 12345  two spaces\n\ttab <|im_start|>user a_b-c.d 0.5e-3"
 
 
@@ -46,9 +34,12 @@ def is_served(model: str) -> bool:
 def urls_of(model: str) -> list[str]:
     """The servers of one teacher. Raises ConfigError for what is no list of URLs."""
     urls = [each.strip().rstrip("/") for each in model.split(",") if each.strip()]
-    if strangers := [each for each in urls if not is_served(each)]:
+    strangers = [place for place, each in enumerate(urls, 1) if not is_served(each)]
+    if strangers:
+        # A comma in a password parts it, so that with an @ anywhere none of them is safe to show.
+        what = f"number {strangers[0]}" if "@" in model else repr(urls[strangers[0] - 1])
         raise ConfigError(
-            f"{strangers[0]!r} among the servers of a teacher is no URL",
+            f"{what} among the servers of a teacher is no URL",
             remedy="Give http://HOST:PORT, several divided by commas.",
         )
     return urls
@@ -123,59 +114,38 @@ def _at(ids: list[int], place: int) -> str:
     return f"id {ids[place]}" if place < len(ids) else "none"
 
 
-class SameTeacher:
-    """A scorer of a served teacher, which is asked for its behaviour again after every unit, before
-    what it said is believed: one short sequence beside thousands.
+def check_padding(server: Served, n_vocab: int, head: int) -> str:
+    """What is to be said of the ids [n_vocab, head), which its tokenizer has not; "" = nothing.
+
+    Raises IdentityError where they hold a mass that the log-probs of the others lack.
     """
-
-    def __init__(self, scorer: Scorer, n_vocab: int, close: Callable[[], None]) -> None:
-        """close: ends the scorer. Scores the control and the probe."""
-        self._scorer, self._n_vocab, self.close = scorer, n_vocab, close
-        self.capabilities = scorer.capabilities
-        self._control = probe_request(n_vocab, CONTROL_K)
-        self.parity: Parity = control(
-            scorer, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._control
+    pads = np.arange(n_vocab, head)
+    if not len(pads):
+        return ""
+    if "at_ids" not in server.capabilities:
+        return f"{len(pads)} ids of its padded head cannot be looked at; a trained one's are nil"
+    rollouts = probe_rollouts(n_vocab)
+    each = min(PADS, len(pads))
+    spread = np.linspace(0, len(pads) - 1, each * PROBE_ROWS).astype(np.int64)
+    # Distinct in a row, and all over the padding in all rows.
+    asked = np.sort(pads[spread].reshape(each, PROBE_ROWS).T, axis=1)
+    distinct = [np.unique(row) for row in asked]
+    at = IdLists(
+        cnt=np.array([len(row) for row in distinct], np.uint16),
+        ids=np.concatenate(distinct).astype(np.uint32),
+    )
+    server.n_vocab = head
+    try:
+        found = server.score(rollouts, probe_request(head), at).at_lp
+    finally:
+        server.n_vocab = n_vocab
+    assert found is not None, "it was asked at ids"
+    mass = float(np.exp(found, dtype=np.float64).mean()) * len(pads)
+    if mass > PADDING:
+        raise IdentityError(
+            f"the {len(pads)} ids of its padded head hold a mass of {mass:.2g} a row, so its "
+            f"log-probs are not of the {n_vocab} ids that its tokenizer has",
+            remedy="Load it here (--model FOLDER), where its law is cut to its own ids, or train "
+            "the head so that padding is next to impossible.",
         )
-        self.tolerance = tolerance(self.parity.largest)
-        self.at_work: Parity | None = None
-        """The control on the first unit that is scored."""
-        self.behaviour: Behaviour = behaviour(scorer, n_vocab)
-
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
-        """Raises IdentityError, in place of scores, from a teacher that has changed, or one so
-        unsteady on the first of these that it could not be told from another.
-        """
-        scores = self._scorer.score(rollouts, request, at)
-        if self.at_work is None and rollouts.positions:
-            self.at_work = control_at_work(
-                self._scorer, rollouts, scores, self._control, CONTROL_ROWS
-            )
-            self.tolerance = max(self.tolerance, tolerance(self.at_work.largest))
-        self.check(self.behaviour, "this run")
-        return scores
-
-    def describe(self) -> dict[str, str]:
-        return self._scorer.describe()
-
-    def lineage(self) -> dict[str, Any]:
-        """What a segment records of how its teacher behaved."""
-        return {"behaviour": {**self.behaviour.record(), "control_nats": self.parity.largest}}
-
-    def check_name(self, pin: Pin, name: str) -> None:
-        """IdentityError where the scores of this name were begun by one that behaved otherwise."""
-        for chain in pin.scores(name).values():
-            record: Mapping[str, Any] = chain[0].lineage.get("behaviour", {})
-            if record:
-                self.check(behaviour_of(record), f"the scores named {name!r}")
-                return
-
-    def check(self, expected: Behaviour, what: str) -> None:
-        found = distance(expected, behaviour(self._scorer, self._n_vocab))
-        if found > self.tolerance:
-            raise IdentityError(
-                f"the teacher is not the one that began {what}: log-probs of a fixed probe differ "
-                f"by {found:.3g} nats, and {self.tolerance:.3g} is what one model may differ by "
-                f"(its own spread is {self.parity.largest:.2g})",
-                remedy="Other weights, another revision, an adapter, quantisation or a temperature "
-                "is served: serve what was served, or score under another --teacher name.",
-            )
+    return ""

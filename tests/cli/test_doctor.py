@@ -24,7 +24,8 @@ def states(answer: Answer) -> dict[str, str]:
 def test_a_sound_server_passes_every_check(call: Call, world: World, fake: FakeServer) -> None:
     done = call(f"doctor teacher {fake.url} --against @teacher --format json")
     assert done.code == 0, done.err
-    checks = ["server", "model", "context", "chosen ids", "tokenizer", "log-probs", "repeats"]
+    checks = ["server", "model", "context", "chosen ids", "tokenizer", "padding"]
+    checks += ["log-probs", "repeats"]
     assert states(done) == dict.fromkeys([*checks, "parity"], "ok")
     text = call(f"doctor teacher {fake.url} --tokenizer @teacher")
     assert text.code == 0
@@ -43,7 +44,7 @@ def test_each_fault_is_named(call: Call, world: World, fake: FakeServer) -> None
     done, found = faults()
     assert found == ["log-probs", "parity"]
     assert done.code == 1
-    assert "2 of 8 checks found a fault, the first: log-probs" in done.err
+    assert "2 of 9 checks found a fault, the first: log-probs" in done.err
     assert "--max-logprobs 64" in done.err
     assert faults("--k-max 20")[1] == ["parity"]
     fake.fingerprint = "rev=b"

@@ -13,6 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from logitcask.engine.backends.base import close_backend
+from logitcask.engine.config.file import validate
+from logitcask.engine.config.jobs import ScoreJob
+from logitcask.engine.errors import IdentityError
+from logitcask.engine.jobs import scoring
+from logitcask.engine.score import plan_scores
+from logitcask.engine.score_unit import score_unit
 from logitcask.engine.store import open_store
 from tests.cli.conftest import KEPT, TRAIN, UNITS, Answer, World
 from tests.engine.backends.server.fake_server import FakeServer
@@ -177,7 +184,7 @@ def test_an_estimate_of_a_served_teacher_is_that_of_its_weights(
     assert few["forward_kl"] < told["forward_kl"]
     assert [row["k_max"] for row in few["rows"]] == [12] * len(few["rows"])
     fake.max_logprobs = 20
-    call(f"{url} 21").refused(2, "k_max = 21 is more than the server allows", "--k-max 20")
+    call(f"{url} 21").refused(2, "21 log-probs per position (k_max = 21", "smaller --k-max")
     fake.generate = False
     old = call(f"{url} 20").json
     assert 0 < old["forward_kl"] < told["forward_kl"]
@@ -245,6 +252,111 @@ def test_a_name_is_refused_to_a_teacher_that_behaves_otherwise(
     assert call(command(fake, store)).code == 0
     fake.model = altered(fake.model, change)
     call(command(fake, store)).refused(1, "not the one that began the scores", "--teacher name")
+
+
+def test_other_weights_of_one_path_are_told_apart_by_a_revision(
+    call: Call, world: World, fake: FakeServer
+) -> None:
+    store = world.store(UNITS)
+    assert call(command(fake, store)).code == 0
+    fake.model = altered(fake.model, int8)
+    other = command(fake, store).replace("--teacher served", "--teacher newer")
+    call(other).refused(1, "already, under the name 'served'", "--revision")
+    assert call(f"{other} --revision second").code == 0
+
+
+def test_servers_beside_each_other_are_one_teacher_from_the_first_unit_to_the_last(
+    call: Call, world: World, fake: FakeServer, model: Any
+) -> None:
+    with FakeServer(model, tokenizer=make_tokenizer()) as second:
+        both = command(fake, world.store(UNITS)).replace(fake.url, f"{fake.url},{second.url}")
+        assert call(both).code == 0
+        assert second.seen.requests
+        second.model = altered(model, int8)
+        two = command(fake, world.store(UNITS)).replace(fake.url, f"{fake.url},{second.url}")
+        refused = call(two)
+        refused.refused(1, f"{second.url} is not the teacher that {fake.url} is", "--revision")
+
+
+def test_one_of_two_servers_is_enough(call: Call, world: World, fake: FakeServer) -> None:
+    store = world.store(UNITS)
+    both = command(fake, store).replace(fake.url, f"http://127.0.0.1:9,{fake.url}")
+    done = call(f"{both} --format json")
+    assert done.code == 0, done.err
+    assert done.json["units_new"] == UNITS
+
+
+def test_workers_that_begin_a_name_together_find_each_other(
+    call: Call, world: World, fake: FakeServer, model: Any
+) -> None:
+    """Both see an empty name when they open; one commits, and the other says something else."""
+    store = world.store(UNITS)
+    opened = open_store(world.at(store))
+    with FakeServer(altered(model, int8), tokenizer=make_tokenizer()) as other:
+        jobs = [job_of(world, each, store) for each in (fake, other)]
+        first, second = (scoring(job, opened, opened.head()) for job in jobs)
+        try:
+            planned = plan_scores(first, opened.head())
+            (key, unit), *_ = planned.missing.items()
+            score_unit(first, key, unit, planned.lineage)
+            with pytest.raises(IdentityError, match="began the scores named 'served'"):
+                plan_scores(second, opened.head())
+            (key, unit), *_ = plan_scores(first, opened.head()).missing.items()
+            with pytest.raises(IdentityError, match="began the scores named 'served'"):
+                score_unit(second, key, unit, planned.lineage)
+            assert key not in opened.head().unit_keys()
+        finally:
+            for each in (first, second):
+                close_backend(each.scorer)
+
+
+def job_of(world: World, fake: FakeServer, store: str) -> ScoreJob:
+    return validate(
+        ScoreJob,
+        {
+            "teacher": {
+                "model": fake.url,
+                "name": "served",
+                "tokenizer": str(world.at("@teacher")),
+            },
+            "store": {"url": str(world.at(store))},
+            "score": {"k_min": 4, "k_max": 8},
+        },
+        source="a test",
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "cause"),
+    [
+        ("--served x", "served = x, and the teacher is not at a URL"),
+        ("--tokenizer @teacher", "and the teacher is not at a URL"),
+        ("--api-key-file @key", "and the teacher is not at a URL"),
+    ],
+)
+def test_what_is_about_servers_is_refused_to_a_folder(
+    more: str, cause: str, call: Call, world: World
+) -> None:
+    asked = f"score --model @teacher --teacher big {KEPT} --store {world.store(UNITS)} {more}"
+    call(asked).refused(2, cause, "--model http://HOST:PORT")
+
+
+def test_what_a_server_cannot_show_is_refused(call: Call, world: World, fake: FakeServer) -> None:
+    asked = command(fake, world.store(UNITS))
+    call(f"{asked} --exact").refused(2, "does not show its hidden states", "--backend vllm")
+    drawn = f"{asked} --entry-kind sampled --draws 3"
+    call(drawn).refused(2, "the backend server cannot give drawn", "backend hf")
+    store = world.new("store")
+    roll = f"rollout --model @student --prompts @p.jsonl --store {store} --backend server"
+    call(f"{roll} --no-chat-template --max-new-tokens 4").refused(2, "not at a URL", "hf or vllm")
+    assert not world.at(store).exists()
+
+
+def test_a_server_that_tells_few_log_probs_is_asked_for_few(
+    call: Call, world: World, fake: FakeServer
+) -> None:
+    fake.max_logprobs = 8
+    assert call(command(fake, world.store(UNITS), "--k-max 8")).code == 0
 
 
 def test_other_temperature_processing_is_refused(
@@ -320,7 +432,7 @@ def test_a_context_that_is_too_short_is_refused(call: Call, world: World, fake: 
 def test_too_few_log_probs_are_refused(call: Call, world: World, fake: FakeServer) -> None:
     fake.max_logprobs = 16
     few = call(command(fake, world.store(UNITS), "--k-max 20"))
-    few.refused(2, "k_max = 20 is more than the server allows", "--max-logprobs 20")
+    few.refused(2, "20 log-probs per position (k_max = 20 and 4 chosen", "--max-logprobs 20")
 
 
 def test_too_old_a_server_gives_its_own_best_ids_and_says_what_that_costs(
@@ -337,3 +449,15 @@ def test_too_old_a_server_gives_its_own_best_ids_and_says_what_that_costs(
     assert call(f"{TRAIN} {store} --objective overlap --out {world.new('run')}").code == 0
     mc = call(command(fake, store, "--at mc"))
     mc.refused(2, "at = mc, and teacher cannot be asked at chosen ids here", "--enable-scale-out")
+
+
+def test_one_of_two_servers_that_is_not_there_keeps_nobody(
+    call: Call, world: World, fake: FakeServer, model: Any
+) -> None:
+    with FakeServer(model) as gone:
+        pass
+    store = world.store(UNITS)
+    urls = f"{gone.url},{fake.url}"
+    done = call(f"score --model {urls} {SERVED} --store {store} --server-wait 600 --format json")
+    assert done.code == 0, done.err
+    assert done.json["units_new"] == UNITS

@@ -7,9 +7,10 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.score import score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
-from tests.cli.conftest import NEW, ROLL, SCORE, TRAIN, UNITS, N, World
+from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.score.scored import ref
 from tests.engine.told import Told
 
@@ -166,17 +167,28 @@ def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> Non
     )
 
 
+def test_a_base_model_is_shown_only_to_who_names_it(world: World, call: Any) -> None:
+    store = world.store()
+    base = f"score --model @student --role base --teacher root {KEPT} --store {store}"
+    assert call(base).code == 0
+    shown = call(f"store show {store} --format json").json
+    named = [call(f"store show {store} --teacher {t} --format json").json for t in ("big", "root")]
+    assert shown == named[0] != named[1]
+
+
 def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> None:
     store = world.new("store")
     assert call(f"{ROLL} {store}").code == 0
     opened = open_store(world.at(store))
     teacher = ref(world.at("@teacher"))
     score(
-        opened,
-        model=teacher,
-        scorer=Told(HF(teacher), at_ids=False),
-        teacher_name="big",
-        request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+        Scoring(
+            store=opened,
+            model=teacher,
+            scorer=Told(HF(teacher), at_ids=False),
+            teacher_name="big",
+            request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+        )
     )
     rows = call(f"store show {store} --format json").json["rows"]
     said = call(f"store show {store}").out

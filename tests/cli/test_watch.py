@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 
 from logitcask.engine.store import open_store
-from tests.cli.conftest import ROLL, SCORE, TRAIN, UNITS, World
+from tests.cli.conftest import KEPT, ROLL, SCORE, TRAIN, UNITS, World
+from tests.engine.backends.server.fake_server import FakeServer
+from tests.engine.tiny import make_model, make_tokenizer
 
 RUN = "from logitcask.cli.main import main; main()"
 TIMEOUT_S = 120.0
@@ -169,3 +172,47 @@ def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, c
     weights = [world.at(run) / "model.safetensors" for run in (beside, later, newest)]
     as_beside, as_later, as_newest = (file.read_bytes() for file in weights)
     assert as_beside == as_later != as_newest
+
+
+def told(child: subprocess.Popen[str], words: str) -> str:
+    """The first line on stderr that begins with these words; what does not say them is ended."""
+    end = threading.Timer(TIMEOUT_S, child.kill)
+    end.start()
+    try:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith(words):
+                return line.strip()
+    finally:
+        end.cancel()
+    raise AssertionError(f"never said {words!r}")
+
+
+@pytest.mark.parametrize("scored", [0, 1])
+def test_a_worker_whose_servers_are_away_ends_when_it_is_told_to(world: World, scored: int) -> None:
+    """At the start, and in the middle of a unit, of which nothing is committed."""
+    store = world.store(UNITS)
+    cask = open_store(world.at(store))
+    fake = FakeServer(make_model(seed=1), tokenizer=make_tokenizer())
+    fake.__enter__()
+    fake.delay_s = 0.3
+    if not scored:
+        fake.__exit__()
+    words = (
+        f"score --model {fake.url} --tokenizer @teacher --teacher served {KEPT} --store {store} "
+        "--watch --server-wait 600 --format json"
+    )
+    with process(words.replace("@", f"{world.path}/").split()) as child:
+        if scored:
+            wait(child, lambda: len(cask.head().scores("served")) >= scored)
+            fake.__exit__()
+        assert told(child, "waiting for http") == f"waiting for {fake.url}"
+        before = set(cask.head().scores("served"))
+        child.send_signal(signal.SIGTERM)
+        out, err = child.communicate(timeout=TIMEOUT_S)
+    assert child.returncode == 0, err
+    assert set(cask.head().scores("served")) == before
+    assert json.loads(out)["units"] == len(before) >= scored
+    assert json.loads(out)["failed"] == 0
+    claims = world.at(store) / "claims"
+    assert not claims.exists() or list(claims.iterdir()) == []

@@ -30,6 +30,7 @@ def test_rollouts_of_the_library_say_how_they_were_rendered(
         pin.rollouts("main")[0].lineage["student"],
         template=rendered(pin, "main"),
         exact=True,
+        k_max=16,
     )
     assert (teacher.notes, teacher.shared) == ((), None)
     assert teacher.model.template_digest == student.template_digest

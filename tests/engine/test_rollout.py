@@ -13,9 +13,10 @@ from logitcask.engine import identity
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ConfigError, GraderError, IdentityError
 from logitcask.engine.grade import Grading
-from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout import RolloutReport, rollout
 from logitcask.engine.rollout_unit import (
     UNIT_POSITIONS,
+    Rolling,
     draw,
     mc_request,
     prompt_set_digest,
@@ -25,11 +26,13 @@ from logitcask.engine.store import open_store
 from logitcask.engine.types import (
     STOP,
     ModelRef,
+    Progress,
     Prompt,
     Rollouts,
     SamplingParams,
     ScoreRequest,
     Scores,
+    silent,
 )
 from tests.engine.tiny import save_folder
 
@@ -74,9 +77,14 @@ class Dies:
         return self.hf.generate(prompts, *args, **keys)
 
 
-def run(store: Path, hf: HF, model: ModelRef, **keys: Any) -> Any:
-    keys = {"sampler": hf, "unit_prompts": 2, "student_k": 5, "sampling": SAMPLING} | keys
-    return rollout(open_store(store, create=True), model=model, **({"prompts": PROMPTS} | keys))
+def run(
+    store: Path, hf: HF, model: ModelRef, progress: Progress = silent, **keys: Any
+) -> RolloutReport:
+    told = {"sampler": hf, "unit_prompts": 2, "student_k": 5, "sampling": SAMPLING} | keys
+    asked = Rolling(
+        store=open_store(store, create=True), model=model, **({"prompts": PROMPTS} | told)
+    )
+    return rollout(asked, progress=progress)
 
 
 def contents(store: Path, name: str = "main") -> list[tuple[str, str, dict[str, Any]]]:
@@ -278,7 +286,7 @@ def test_draws_of_a_sampler_that_cannot_are_refused_before_it_samples(
 ) -> None:
     scorer, sampler = Dies(hf), Dies(hf)
     scorer.capabilities = hf.capabilities - {"drawn"}  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="Dies cannot give drawn"):
+    with pytest.raises(ConfigError, match="the backend hf cannot give drawn"):
         run(tmp_path / "s", sampler, model, scorer=scorer, mc_draws=2)
     assert sampler.begun == 0
 

@@ -23,8 +23,10 @@ from logitcask.engine.errors import ConfigError, ObjectiveError
 from logitcask.engine.metrics import TEACHER_WIDTH
 from logitcask.engine.objectives import PRESETS, find_preset, live_k, row_objective, verdict
 from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.rows.source import RowSource
 from logitcask.engine.score import score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.verify import verify
 from logitcask.engine.store.view import listing, shown
@@ -74,14 +76,16 @@ def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory)
     `whole` by its best 64 alone; rollouts in units of two prompts."""
     store = open_store(tmp_path_factory.mktemp("store") / "s", create=True)
     rollout(
-        store,
-        model=models["student"],
-        sampler=HF(models["student"]),
-        prompts=PROMPTS,
-        sampling=SamplingParams(n=2, max_new_tokens=16),
-        student_k=16,
-        mc_draws=8,
-        unit_prompts=2,
+        Rolling(
+            store=store,
+            model=models["student"],
+            sampler=HF(models["student"]),
+            prompts=PROMPTS,
+            sampling=SamplingParams(n=2, max_new_tokens=16),
+            student_k=16,
+            mc_draws=8,
+            unit_prompts=2,
+        )
     )
     hf = HF(models["teacher"])
     asked: dict[str, Any] = {
@@ -92,7 +96,7 @@ def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory)
     }
     for name, keys in asked.items():
         model = models["base" if name == "base" else "teacher"]
-        score(store, model=model, teacher_name=name, profile="raw32", **keys)
+        score(Scoring(store=store, model=model, teacher_name=name, profile="raw32", **keys))
     return store
 
 
@@ -237,8 +241,8 @@ def test_a_scorer_that_answers_at_no_chosen_ids_is_asked_at_none(
     scorer = Told(HF(models["teacher"]), at_ids=False)
     told: dict[str, Any] = {"model": models["teacher"], "scorer": scorer}
     with pytest.raises(ConfigError, match="cannot give at_ids"):
-        score(store, teacher_name="asked", request=REQUEST, **told)
+        Scoring(store=store, teacher_name="asked", request=REQUEST, **told)
     drawn = ScoreRequest(entry_kind="sampled", draws=5, at_student=False)
     with pytest.raises(ConfigError, match="cannot give drawn"):
-        score(store, teacher_name="asked", request=drawn, **told)
+        Scoring(store=store, teacher_name="asked", request=drawn, **told)
     assert "asked" not in store.head().names("score")

@@ -200,7 +200,7 @@ def test_every_student_and_teacher_is_closed_once(
     assert closed == opened
 
     monkeypatch.setattr(HF, "capabilities", frozenset())
-    with pytest.raises(ConfigError, match="HF cannot give entropy"):
+    with pytest.raises(ConfigError, match="the backend hf cannot give entropy"):
         watch_scores(scores(here), stop=Then())
     assert len(opened) == 4
     assert closed == opened

@@ -20,10 +20,12 @@ from logitcask.engine.errors import (
     IntegrityError,
     ServerError,
     StoreError,
+    UnitError,
 )
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.claims import Claims, failed_units, failures_of
 from logitcask.engine.store.verify import verify
+from logitcask.engine.waiting import Stopped
 from logitcask.engine.work import Plan, WorkReport, WorkSettings, check_failed, follow, retry_failed
 from tests.engine import fleet
 from tests.engine.store.made import commit_rollouts, key
@@ -323,3 +325,43 @@ def test_a_worker_that_is_killed_ten_times_redoes_the_unit_in_hand_at_most(
     assert ends == ["-9"] * 10 + ["0"]
     assert {s.unit_key for s in store.head().segments} == {key("fleet", n) for n in range(25)}
     assert len(happened["begun"]) == (35 if when == "before" else 25)
+
+
+def test_a_unit_that_cannot_be_done_is_tried_once_by_all_workers(store: Store) -> None:
+    tried: Counter[str] = Counter()
+
+    def work(unit: str, seed: int) -> int:
+        tried[unit] += 1
+        if unit == UNITS[2]:
+            raise UnitError("id 7 is not one token to both", remedy="leave it out")
+        if unit == UNITS[3] and tried[unit] < 3:
+            raise ZeroDivisionError
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    report = run(store, work)
+    assert tried == Counter({unit: 3 if unit == UNITS[3] else 1 for unit in UNITS})
+    assert (report.units, report.failed) == (4, 1)
+    assert report.first_error == "UnitError: id 7 is not one token to both"
+    assert run(store, work, worker="later").failed == 1
+    assert tried[UNITS[2]] == 1
+    retry_failed(store)
+    run(store, work)
+    assert tried[UNITS[2]] == 2, "who is asked to try again does"
+
+
+def test_a_wait_that_was_ended_is_no_failure_and_leaves_no_claim(store: Store) -> None:
+    ticks = Ticks()
+    done: list[str] = []
+
+    def work(unit: str, seed: int) -> int:
+        if done:
+            ticks.set()
+            raise Stopped
+        done.append(unit)
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    report = run(store, work, ticks=ticks)
+    assert (report.units, report.failed) == (1, 0)
+    assert store.head().unit_keys() == set(done)
+    assert failed_units(store.medium) == {}
+    assert store.medium.names("claims") == []

@@ -18,7 +18,9 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Limits, Server
 from logitcask.engine.identity import model_ref
 from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.score import score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import open_store
 from logitcask.engine.teachers.doctor import Examination, examine
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreRequest
@@ -112,7 +114,7 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     prompts = [Prompt(id=str(i), token_ids=tuple(range(3, 9 + i))) for i in range(UNITS)]
     sampling = SamplingParams(n=4, max_new_tokens=32)
     made = {"prompts": prompts, "sampling": sampling, "student_k": 4, "unit_prompts": 1}
-    rollout(store, model=student, sampler=HF(student), **made)
+    rollout(Rolling(store=store, model=student, sampler=HF(student), **made))
 
     words = f"score --model {real_server.url} --tokenizer {ref.path} --store {store.url}"
     asked = "--teacher served --entry-kind topk --k-min 12 --k-max 12 --profile raw32 --format json"
@@ -140,7 +142,8 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     assert json.loads(out)["units_new"] == UNITS
 
     request = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=12, k_max=12)
-    score(store, model=ref, scorer=hf, teacher_name="near", request=request, profile="raw32")
+    near = {"model": ref, "scorer": hf, "teacher_name": "near", "profile": "raw32"}
+    score(Scoring(store=store, request=request, **near))
     pin = store.head()
     assert len(pin.segments) == pin.number + 1 == 3 * UNITS
     for segment in pin.rollouts("main"):

@@ -20,6 +20,8 @@ class Limits:
     attempts: int = 6
     """At one sequence; that a server takes no more now is no attempt."""
     connect_s: float = 10.0
+    health_s: float = 5.0
+    """Whoever does not say within this that it is well is away."""
     read_s: float = 60.0
     """Until an answer has come, and more for a large one: ..."""
     bytes_per_s: float = 5e6
@@ -31,6 +33,8 @@ class Limits:
     """... up to this."""
     wait_s: float = 600.0
     """All servers may be away, or take no more, for so long."""
+    alone_s: float = 10.0
+    """One of several may be away for so long when it is asked alone."""
     poll_s: float = 1.0
     """Between two looks at whether a server is back."""
 

@@ -5,12 +5,16 @@ import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from logitcask.engine.backends.answers import Answer
 from logitcask.engine.backends.server.budget import Budget, Limits
 from logitcask.engine.backends.server.link import Link, Transient
 from logitcask.engine.backends.server.wire import Question
 from logitcask.engine.errors import AnswerError, ServerError
+from logitcask.engine.waiting import Waits
+
+T = TypeVar("T")
 
 WRONG_ANSWERS = 2
 """An answer that cannot be right is asked for once more, of another server if there is one."""
@@ -26,23 +30,30 @@ class Fleet:
         links: Sequence[Link],
         limits: Limits,
         back: Callable[[Link], Awaitable[None]],
+        waits: Waits,
         *,
         rng: random.Random | None = None,
     ) -> None:
         """back: called with a link that was lost and answers again, before it is used; it raises
-        where another teacher came back."""
-        self.links, self.limits, self._back = list(links), limits, back
+        where another teacher came back. waits: told while no server answers."""
+        self.links, self.limits, self._back, self._waits = list(links), limits, back, waits
         self.budget = Budget(limits)
+        self.answered: set[str] = set()
+        """URLs of servers of which an answer was taken, until the owner empties it."""
         self._rng = rng or random.Random()
+        self._why = ""
+        """What was wrong with one that is away, at the last look."""
         self._returning = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
+        """The look at those that are away, while others answer."""
         self._reading = asyncio.Semaphore(READERS)
 
     async def ask(
         self, question: Question, path: str, served: str, *, check: Callable[[Answer], None]
-    ) -> None:
+    ) -> Link:
         """Gives an answer to `check`, which keeps it, or raises AnswerError for one that no model
-        can have given: then it is asked for again. Called from another thread. Raises ServerError
-        for a refusal or servers that stay away.
+        can have given: then it is asked for again. Called from another thread. Answers whose it
+        was; raises ServerError for a refusal or servers that stay away.
         """
         tokens, size = len(question.ids), question.expected_bytes()
         wrong = faults = pauses = 0
@@ -59,19 +70,20 @@ class Fleet:
                     data = await link.post(
                         path, body, most=question.most_bytes(), expected=size, tokens=tokens
                     )
+                    names = link.names | {served}
                     async with self._reading:
-                        await asyncio.to_thread(_read, question, path, served, data, check)
+                        await asyncio.to_thread(_read, question, path, names, data, check)
                 except Transient as fault:
                     last = fault
-                    await self._note(link, fault, asked_s)
-                except AnswerError:
+                    await self.note(link, fault, asked_s)
+                except AnswerError as error:
                     wrong += 1
                     if wrong == WRONG_ANSWERS:
-                        raise
+                        raise AnswerError(link.hidden(error.cause), remedy=error.remedy) from None
                     continue
                 else:
                     self.budget.faster()
-                    return
+                    return link
                 finally:
                     link.in_flight -= 1
             faults += not last.busy
@@ -90,12 +102,42 @@ class Fleet:
             "same command again.",
         )
 
-    async def _note(self, link: Link, fault: Transient, asked_s: float) -> None:
+    async def tell(self, ask: Callable[[Link], Awaitable[T]]) -> T:
+        """What any server says, asked again where that may help. Raises the last Transient, and
+        ServerError for servers that stay away."""
+        attempts = 0
+        while True:
+            link, asked_s = await self._pick(None), time.monotonic()
+            try:
+                return await ask(link)
+            except Transient as fault:
+                attempts += 1
+                await self.note(link, fault, asked_s)
+                if attempts >= self.limits.attempts:
+                    raise
+                after_s = fault.after_s
+            await asyncio.sleep(self._pause(attempts - 1, after_s))
+
+    async def note(self, link: Link, fault: Transient, asked_s: float) -> None:
         """What a fault says of its server: that it is away, or is asked too much."""
-        if fault.busy or fault.late:
-            self.budget.slower(asked_s)
-        if fault.lost or (fault.ill and not await link.healthy()):
+        if fault.lost:
             link.up = False
+        elif link.up and (fault.ill or fault.late):
+            link.up = await link.healthy()
+        # What one that is away did not answer says nothing of the others.
+        if link.up and (fault.busy or fault.late):
+            self.budget.slower(asked_s)
+
+    async def check(self, link: Link) -> None:
+        """Whether one that answered is still there."""
+        link.up = link.up and await link.healthy()
+
+    async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        for link in self.links:
+            await link.close()
 
     def _pause(self, count: int, asked_s: float) -> float:
         """Full jitter, and what the server asks for."""
@@ -105,52 +147,64 @@ class Fleet:
 
     async def _pick(self, avoid: Link | None) -> Link:
         """The least busy link that is up, another than `avoid` if there is one."""
-        up = [link for link in self.links if link.up]
-        if not up:
+        self._look_again()
+        if not (up := self._up()):
             async with self._returning:
                 await self._await_any()
-            up = [link for link in self.links if link.up]
-        else:
-            await self._look_again()
+            up = self._up()
         others = [link for link in up if link is not avoid] or up
         return min(others, key=lambda link: link.in_flight)
 
-    async def _look_again(self) -> None:
-        """One that is away is looked at by one request at a time, and the others need not wait."""
-        now = time.monotonic()
-        away = [k for k in self.links if not k.up and now - k.looked_s >= self.limits.poll_s]
-        if self._returning.locked() or not away:
-            return
-        async with self._returning:
-            for link in away:
-                await self._look(link)
+    def _up(self) -> list[Link]:
+        return [link for link in self.links if link.up]
 
-    async def _look(self, link: Link) -> None:
-        link.looked_s = time.monotonic()
-        if not await link.healthy():
-            return
+    def _look_again(self) -> None:
+        """Those that are away are looked at beside the work of the others, which need not wait for
+        one that hangs. Raises what the last look found: another teacher."""
+        if self._looking is not None and self._looking.done():
+            looking, self._looking = self._looking, None
+            looking.result()
+        since_s = time.monotonic() - self.limits.poll_s
+        away = [link for link in self.links if not link.up and link.looked_s <= since_s]
+        if away and len(away) < len(self.links) and self._looking is None:
+            self._looking = asyncio.create_task(self._look(away))
+
+    async def _look(self, away: Sequence[Link]) -> None:
+        """At all of them at once; the first that raises is heard."""
+        found = await asyncio.gather(*map(self._look_at, away), return_exceptions=True)
+        for fault in found:
+            if fault is not None:
+                raise fault
+
+    async def _look_at(self, link: Link) -> None:
         try:
             await self._back(link)
-        except Transient:
-            return
-        link.up = True
+        except Transient as fault:
+            link.up, self._why = False, f"{link.url}: {fault}"
+        else:
+            link.up = True
+        link.looked_s = time.monotonic()
 
     async def _await_any(self) -> None:
         """Until a server answers. Raises ServerError after wait_s."""
-        begun = time.monotonic()
-        while not any(link.up for link in self.links):
-            for link in self.links:
-                await self._look(link)
-            if any(link.up for link in self.links):
-                return
-            if time.monotonic() - begun > self.limits.wait_s:
-                raise ServerError(
-                    f"{', '.join(link.url for link in self.links)}: no server has answered for "
-                    f"{self.limits.wait_s:.0f} s",
-                    remedy="Start it again, and run the same command: it goes on where it was. "
-                    "--server-wait sets how long it is waited for.",
-                )
-            await asyncio.sleep(self.limits.poll_s)
+        if self._up():
+            return
+        begun_s = time.monotonic()
+        urls = [link.url for link in self.links]
+        with self._waits.open():
+            await self._look(self.links)
+            if not self._up():
+                self._waits.tell(urls)
+            while not self._up():
+                if time.monotonic() - begun_s > self.limits.wait_s:
+                    raise ServerError(
+                        f"{', '.join(urls)}: no server has answered for "
+                        f"{self.limits.wait_s:.0f} s; the last look: {self._why}",
+                        remedy="Start it again, and run the same command: it goes on where it was. "
+                        "--server-wait sets how long it is waited for.",
+                    )
+                await asyncio.sleep(self.limits.poll_s)
+                await self._look(self.links)
 
 
 def _encoded(question: Question, path: str, served: str) -> bytes:
@@ -158,6 +212,6 @@ def _encoded(question: Question, path: str, served: str) -> bytes:
 
 
 def _read(
-    question: Question, path: str, served: str, data: bytes, check: Callable[[Answer], None]
+    question: Question, path: str, names: set[str], data: bytes, check: Callable[[Answer], None]
 ) -> None:
-    check(question.read(path, served, data))
+    check(question.read(path, names, data))

@@ -70,8 +70,11 @@ class Link:
         self._session: aiohttp.ClientSession | None = None
         self.in_flight = 0
         """Questions that the fleet has for it."""
+        self.names: set[str] = set()
+        """What it may call the model in its answers, as it said when it was last looked at."""
         self.received = 0
         """Bytes of answers."""
+        self._has_health = False
         self.up = True
         self.looked_s = 0.0
         """When it was last looked at while it was away, monotonic."""
@@ -90,25 +93,44 @@ class Link:
         read_s = limits.read_s + expected / limits.bytes_per_s + tokens / limits.tokens_per_s
         return await self._exchange("POST", path, body, most, read_s)
 
-    async def get(self, path: str) -> Any:
-        """A small JSON answer; None where it is empty."""
-        data = await self._exchange("GET", path, None, 1 << 20, self._limits.connect_s)
+    async def get(self, path: str, within_s: float = 0.0) -> Any:
+        """A small JSON answer; None where it is empty. within_s: 0 = as long as a connection."""
+        limit_s = within_s or self._limits.connect_s
+        data = await self._exchange("GET", path, None, 1 << 20, limit_s)
         try:
             return json.loads(data) if data.strip() else None
         except (ValueError, RecursionError):
             return None
 
+    async def look(self) -> None:
+        """Raises Transient where it is not well."""
+        try:
+            await self.get("/health", self._limits.health_s)
+        except ServerError as refusal:
+            # A hosted endpoint may have no such path; that it answers is what was asked. Where it
+            # once had one, what answers now is a proxy.
+            if self._has_health:
+                raise Transient(refusal.cause, lost=True) from None
+            return
+        self._has_health = True
+
     async def healthy(self) -> bool:
         try:
-            await self.get("/health")
+            await self.look()
         except Transient:
             return False
-        except ServerError:
-            # A hosted endpoint may have no such path; that it answers is what was asked.
-            return True
         return True
 
     async def _exchange(self, method: str, path: str, body: Any, most: int, read_s: float) -> bytes:
+        try:
+            return await self._once(method, path, body, most, read_s)
+        except Refused as refusal:
+            # A proxy that has lost its server says that there is nothing here.
+            if refusal.status != 404 or path == "/health" or await self.healthy():
+                raise
+            raise Transient(refusal.cause, lost=True) from None
+
+    async def _once(self, method: str, path: str, body: Any, most: int, read_s: float) -> bytes:
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -155,27 +177,29 @@ class Link:
             )
         return self._session
 
+    def hidden(self, said: str) -> str:
+        """Without the key, also as repr writes it."""
+        if self._key is None:
+            return said
+        return said.replace(self._key, "(key)").replace(repr(self._key)[1:-1], "(key)")
+
     def _redacted(self, said: str) -> str:
         """One line, without the key, of which a part could be left if the line were cut first."""
-        line = " ".join(said.split())
-        return (line.replace(self._key, "(key)") if self._key else line)[:MOST_MESSAGE]
+        return self.hidden(" ".join(said.split()))[:MOST_MESSAGE]
 
     def _refused(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> NoReturn:
-        what = f"{self.url}{path} answers {response.status}: {self._redacted(message(data))}"
-        if response.status in TRANSIENT:
+        status = response.status
+        moved = 300 <= status < 400 and pointed(response.headers.get("Location", ""))
+        said = self._redacted(f"it has moved to {moved}" if moved else message(data))
+        what = f"{self.url}{path} answers {status}: {said}"
+        if status in TRANSIENT:
             raise Transient(
-                what,
-                status=response.status,
-                after_s=seconds(response.headers.get("Retry-After", "")),
+                what, status=status, after_s=seconds(response.headers.get("Retry-After", ""))
             )
-        raise Refused(
-            what,
-            remedy=REMEDIES.get(
-                response.status,
-                "Check the server and what it is asked (`logitcask doctor teacher`).",
-            ),
-            status=response.status,
-        )
+        remedy = "Check the server and what it is asked (`logitcask doctor teacher`)."
+        if moved:
+            remedy = "Give the address where it is: redirects are not followed with a key."
+        raise Refused(what, remedy=REMEDIES.get(status, remedy), status=status)
 
 
 class Refused(ServerError):
@@ -212,6 +236,16 @@ def message(data: bytes) -> str:
     return str(said)
 
 
+def pointed(location: str) -> str:
+    """Where a redirect points, without what may be a secret in it."""
+    try:
+        parts = urlsplit(location)
+    except ValueError:
+        return ""
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="", fragment="").geturl()
+
+
 def seconds(text: str) -> float:
     """Of a Retry-After header; 0 for a date or nonsense, which the back-off then covers."""
     return float(text) if text.isascii() and text.isdecimal() else 0.0
@@ -228,7 +262,8 @@ def checked(url: str) -> str:
         raise ConfigError(
             f"{url.partition(':')[0][:16]}:... is no server's URL", remedy="Give http://HOST:PORT."
         )
-    if parts.username or parts.password or parts.query or parts.fragment:
+    # An empty query or fragment, or an @ with nothing before it, is none to urlsplit.
+    if set(url) & set("@?#"):
         raise ConfigError(
             f"the URL of {parts.hostname} holds more than scheme, host, port and path",
             remedy="Give the key in LOGITCASK_API_KEY or with --api-key-file, never in a URL.",

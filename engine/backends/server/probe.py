@@ -43,13 +43,14 @@ class ServerFacts:
 async def facts_of(link: Link, served: str) -> ServerFacts:
     """Asks a server. Raises Transient, ServerError for what it refuses, IdentityError where it does
     not serve `served`."""
+    await link.look()
     card = await _of_card(link, served)
     name = card["served"]
     version = await _optional(link, "/version")
     path, at_ids, why = await _paths(link, name)
     return ServerFacts(
         **card,
-        version=str(version.get("version", "")) if isinstance(version, dict) else "",
+        version=link.hidden(str(version.get("version", ""))) if isinstance(version, dict) else "",
         fingerprint=await _fingerprint(link, name),
         path=path,
         at_ids=at_ids,
@@ -77,30 +78,49 @@ async def check_card(link: Link, known: ServerFacts) -> None:
 
 
 async def _of_card(link: Link, served: str) -> dict[str, Any]:
-    card = await _card(link, served)
+    cards = await _cards(link)
+    card = _chosen(cards, served, link)
+    # An adapter's own says nothing of its length.
+    longest = [each for each in cards if each["id"] == card.get("parent")] or [card]
+    source = _source(card)
+    link.names = {card["id"]}
+    if source:
+        link.names |= {each["id"] for each in cards if _source(each) == source}
     return {
-        "served": str(card["id"]),
-        "root": str(card.get("root") or ""),
-        "parent": str(card.get("parent") or ""),
-        "max_model_len": _whole(card.get("max_model_len")),
+        "served": card["id"],
+        "root": link.hidden(str(card.get("root") or "")),
+        "parent": link.hidden(str(card.get("parent") or "")),
+        "max_model_len": _whole(card.get("max_model_len") or longest[0].get("max_model_len")),
     }
 
 
-async def _card(link: Link, served: str) -> dict[str, Any]:
-    """The entry of /v1/models that is asked for, or the only one that is no adapter."""
+async def _cards(link: Link) -> list[dict[str, Any]]:
     said = await link.get("/v1/models")
     listed = said.get("data") if isinstance(said, dict) else None
-    cards = [c for c in listed or () if isinstance(c, dict) and isinstance(c.get("id"), str)]
-    names = [card["id"] for card in cards]
+    cards = listed if isinstance(listed, list) else []
+    return [c for c in cards if isinstance(c, dict) and isinstance(c.get("id"), str)]
+
+
+def _chosen(cards: list[dict[str, Any]], served: str, link: Link) -> dict[str, Any]:
+    """The entry of /v1/models that is asked for, or the only model that is no adapter: it may have
+    several names."""
     # An adapter is only ever scored with by name.
     wanted = [c for c in cards if (c["id"] == served if served else not c.get("parent"))]
-    if len(wanted) != 1:
-        what = f"no model {served!r}" if served else f"{len(wanted)} models"
+    models = {_source(card) or card["id"] for card in wanted}
+    if len(models) != 1:
+        what = f"no model {served!r}" if served else f"{len(models)} models"
+        names = link.hidden(", ".join(card["id"] for card in cards))
         raise IdentityError(
-            f"{link.url} serves {what}; its models: {', '.join(names) or 'none'}",
+            f"{link.url} serves {what}; its models: {names or 'none'}",
             remedy="Give one of these with --served.",
         )
     return wanted[0]
+
+
+def _source(card: dict[str, Any]) -> str:
+    """What a model was loaded from, which all its names share; empty for an adapter, and where it
+    is not said."""
+    return "" if card.get("parent") else str(card.get("root") or "")
 
 
 async def _paths(link: Link, served: str) -> tuple[str, bool, str]:
@@ -117,7 +137,7 @@ async def _paths(link: Link, served: str) -> tuple[str, bool, str]:
             return COMPLETIONS, False, refusal.cause
         why = refusal.cause
     except AnswerError as error:
-        why = error.cause
+        why = link.hidden(error.cause)
     else:
         return GENERATE, True, ""
     await _put(link, plain, GENERATE, served)
@@ -129,7 +149,7 @@ async def _put(link: Link, question: Question, path: str, served: str) -> None:
     data = await link.post(
         path, body, most=question.most_bytes(), expected=question.expected_bytes(), tokens=3
     )
-    question.read(path, served, data)
+    question.read(path, link.names, data)
 
 
 async def _fingerprint(link: Link, served: str) -> str:
@@ -138,18 +158,18 @@ async def _fingerprint(link: Link, served: str) -> str:
         data = await link.post(COMPLETIONS, body, most=1 << 20, expected=1024, tokens=3)
     except ServerError:
         return ""
-    return str(parse(data).get("system_fingerprint") or "")
+    return link.hidden(str(parse(data).get("system_fingerprint") or ""))
 
 
 async def tokens_of(link: Link, text: str, served: str) -> list[int] | None:
-    """A text's ids; None where the server does not tell."""
+    """A text's ids; None where the server does not tell. Raises Transient."""
     body = {"model": served, "prompt": text, "add_special_tokens": False}
     try:
         data = await link.post("/tokenize", body, most=1 << 20, expected=1024, tokens=100)
-    except ServerError:
+        found = parse(data).get("tokens")
+    except (ServerError, AnswerError):
         return None
-    found = parse(data).get("tokens")
-    return found if isinstance(found, list) else None
+    return found if isinstance(found, list) and all(type(id_) is int for id_ in found) else None
 
 
 async def _optional(link: Link, path: str) -> Any:

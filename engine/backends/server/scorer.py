@@ -1,17 +1,19 @@
-"""A teacher behind servers as a Scorer: every sequence of a unit is one request, many at once."""
+"""A teacher behind servers as a Scorer: all of them together, and each alone."""
 
 import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from logitcask.engine.backends.answers import AnswerSheet
-from logitcask.engine.backends.scoring import asked_ids
+from logitcask.engine.backends.server.asking import fill, sheet_of
 from logitcask.engine.backends.server.budget import Limits
 from logitcask.engine.backends.server.fleet import Fleet
-from logitcask.engine.backends.server.link import Link, Refused, Transient
+from logitcask.engine.backends.server.link import Link, Transient
 from logitcask.engine.backends.server.probe import (
     ServerFacts,
     check_card,
@@ -20,16 +22,13 @@ from logitcask.engine.backends.server.probe import (
     hosts,
     tokens_of,
 )
-from logitcask.engine.backends.server.wire import Question
-from logitcask.engine.errors import (
-    AnswerError,
-    ConfigError,
-    LogitcaskError,
-    ServerError,
-)
+from logitcask.engine.errors import AnswerError, ConfigError, ServerError
 from logitcask.engine.types import IdLists, Rollouts, ScoreRequest, Scores
+from logitcask.engine.waiting import Stopped, current_waits
 
 KEY = "LOGITCASK_API_KEY"
+STOP_S = 0.2
+"""Between two looks at whether who waits was told to stop."""
 T = TypeVar("T")
 
 
@@ -72,12 +71,21 @@ class Server:
         Raises ServerError where one cannot be reached within limits.wait_s or refuses, and
         IdentityError where they do not serve one and the same teacher.
         """
+        # URLs are checked before there is a thread that would have to end; one twice is one server.
+        links = {link.url: link for link in (Link(url, key, limits) for url in urls)}
+        if not links:
+            raise ConfigError("a teacher without servers", remedy="Give a URL.")
+        self._waits = current_waits()
+        self._fleet = Fleet([*links.values()], limits, self._back, self._waits)
+        alone = limits if len(links) == 1 else replace(limits, wait_s=limits.alone_s)
+        self._members = {
+            url: Member(self, Fleet([Link(url, key, alone)], alone, self._back, self._waits))
+            for url in links
+        }
+        self._limits = limits
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        links = [Link(url, key, limits) for url in urls]
-        self._fleet = Fleet(links, limits, self._back)
-        self._limits = limits
         self.n_vocab = 0
         """Ids that both tokenizers know: set before anything is scored."""
         try:
@@ -98,20 +106,13 @@ class Server:
     def close(self) -> None:
         """Connections and the thread that keeps them; twice does no harm."""
         if not self._loop.is_closed():
-            self._run(self._end())
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
 
     def describe(self) -> dict[str, str]:
-        return {
-            "name": "server",
-            "dtype": "unknown",
-            "engine": f"vllm {self.facts.version}" if self.facts.version else "unknown",
-            "fingerprint": self.facts.fingerprint,
-            "path": self.facts.path,
-            "hosts": hosts([link.url for link in self._fleet.links]),
-        }
+        return self._described(self._fleet)
 
     @property
     def received(self) -> int:
@@ -130,135 +131,161 @@ class Server:
 
     def tokenize(self, text: str) -> list[int] | None:
         """A text's ids without special tokens around them; None where the server does not tell."""
-        return self._run(tokens_of(self._fleet.links[0], text, self.facts.served))
+        try:
+            return self._run(
+                self._fleet.tell(lambda link: tokens_of(link, text, self.facts.served))
+            )
+        except Transient as fault:
+            # A server that is well and cannot is one that does not.
+            if not (fault.lost or fault.late or len(self.away()) == len(self._members)):
+                return None
+            raise ServerError(
+                f"a server does not answer when it is to tokenize: {fault}",
+                remedy="Look at the server's log, and run the same command again.",
+            ) from fault
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         """Raises as `asked_ids`, ConfigError where more is asked than the servers can answer,
         ServerError and AnswerError as `Fleet.ask`.
         """
-        if self.n_vocab < 1:
-            raise ConfigError(
-                "n_vocab of a served teacher is not set", remedy="Set it from its tokenizer."
-            )
-        # A server samples one token more than it is asked about.
-        context = self.facts.max_model_len - 1 if self.facts.max_model_len else 1 << 62
-        at = asked_ids(rollouts, request, at, n_vocab=self.n_vocab, context=context)
-        if request.entry_kind == "sampled":
-            raise ConfigError(
-                "a server cannot give ids drawn from the teacher's whole law",
-                remedy="Use the backend hf, or --entry-kind topp.",
-            )
-        if at is not None and not self.facts.at_ids:
-            raise ConfigError(
-                f"{self._fleet.links[0].url} cannot answer at chosen ids: {self.facts.why}",
-                remedy="Serve with vLLM 0.31 or newer on a GPU with --enable-scale-out, use the "
-                "backend hf, or score without (at_student=False).",
-            )
-        self._run(self._recheck())
-        sheet = AnswerSheet(rollouts, request, at, n_vocab=self.n_vocab)
-        self._run(self._score(rollouts, sheet, min(request.k_max, self.n_vocab)))
+        return self._scored(self._fleet, rollouts, request, at)
+
+    def members(self) -> dict[str, "Member"]:
+        """URL -> a Scorer that asks that server alone, whoever else is away. `answered` does not
+        count it, and what it finds changes nothing for the others."""
+        return dict(self._members)
+
+    def away(self) -> set[str]:
+        """URLs of the servers that did not answer when they were last asked."""
+        return {link.url for link in self._fleet.links if not link.up}
+
+    def answered(self) -> set[str]:
+        """URLs of the servers of which an answer was taken since this was last asked."""
+        return self._run(self._taken())
+
+    def _scored(
+        self, fleet: Fleet, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None
+    ) -> Scores:
+        url = fleet.links[0].url
+        sheet = sheet_of(self.facts, url, self.n_vocab, rollouts, request, at)
+        self._run(self._fill(fleet, rollouts, sheet))
         return sheet.scores()
 
-    async def _score(self, rollouts: Rollouts, sheet: AnswerSheet, k: int) -> None:
-        lengths = rollouts.lengths()
-
-        async def one(sequence: int) -> None:
-            prompt = rollouts.prompts[int(rollouts.seq_prompt[sequence])]
-            response = sheet.tokens[sheet.rows(sequence)].tolist()
-            question = Question(
-                ids=[*prompt.token_ids, *response],
-                rows=len(response),
-                k=k,
-                at=sheet.asked(sequence),
-            )
-            try:
-                await self._fleet.ask(
-                    question,
-                    self.facts.path,
-                    self.facts.served,
-                    check=lambda answer: sheet.write(sequence, answer),
-                )
-            except Refused as refusal:
-                raise self._too_much(refusal, k) from refusal
-            except LogitcaskError as error:
-                raise type(error)(
-                    f"prompt {prompt.id!r}, sequence {sequence}: {error.cause}", remedy=error.remedy
-                ) from error
-
-        async with asyncio.TaskGroup() as group:
-            for sequence in range(len(lengths)):
-                if lengths[sequence] > 0:
-                    group.create_task(one(sequence))
-
-    @staticmethod
-    def _too_much(refusal: Refused, k: int) -> LogitcaskError:
-        """vLLM caps log-probs a position, at 20 unless told otherwise, and says so in words."""
-        said = refusal.cause.lower()
-        if refusal.status == 400 and "logprobs" in said and "max" in said:
-            return ConfigError(
-                f"k_max = {k} is more than the server allows: {refusal.cause}",
-                remedy=f"Start it with --max-logprobs {k} or more, or score with --k-max 20 (and "
-                "--k-min 16 or less) if that is its cap.",
-            )
-        return refusal
+    def _described(self, fleet: Fleet) -> dict[str, str]:
+        return {
+            "name": "server",
+            "dtype": "unknown",
+            "engine": f"vllm {self.facts.version}" if self.facts.version else "unknown",
+            "fingerprint": self.facts.fingerprint,
+            "path": self.facts.path,
+            "hosts": hosts([link.url for link in fleet.links]),
+        }
 
     # The loop's thread.
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
+            while not wait([future], STOP_S).done:
+                if self._waits.ended:
+                    raise Stopped("the servers are away")
             return future.result()
         except BaseExceptionGroup as group:
             raise first_of(group) from None
-        except (KeyboardInterrupt, SystemExit):
+        except (Stopped, KeyboardInterrupt, SystemExit):
             # Cancelled requests close their sockets, and the server drops what nobody waits for.
             future.cancel()
             raise
 
     async def _begin(self, served: str) -> ServerFacts:
-        known: ServerFacts | None = None
-        for link in self._fleet.links:
-            found = await self._facts(link, served)
-            if known is not None:
-                check_same(known, found, link.url)
-            known = found
-        if known is None:
-            raise ConfigError("a teacher without servers", remedy="Give a URL.")
-        return known
+        """Of the first that answers within wait_s; who does not is away, and may come later."""
+        begun_s, links = self._loop.time(), self._fleet.links
+        with self._waits.open():
+            found = await self._facts(links, served)
+            if not (known := [each for each in found if isinstance(each, ServerFacts)]):
+                self._waits.tell([link.url for link in links])
+            while not known:
+                if self._loop.time() - begun_s >= self._limits.wait_s:
+                    raise ServerError(
+                        f"{links[0].url} does not answer: {found[0]}",
+                        remedy="Check the URL and that the server is up; --server-wait sets how "
+                        "long it is waited for.",
+                    )
+                await asyncio.sleep(self._limits.poll_s)
+                found = await self._facts(links, served)
+                known = [each for each in found if isinstance(each, ServerFacts)]
+        for link, each in zip(links, found, strict=True):
+            link.up = isinstance(each, ServerFacts)
+            if isinstance(each, ServerFacts):
+                check_same(known[0], each, link.url)
+        return known[0]
 
-    async def _facts(self, link: Link, served: str) -> ServerFacts:
-        """Waits for a server that is not up yet."""
-        deadline = self._loop.time() + self._limits.wait_s
-        while True:
+    @staticmethod
+    async def _facts(links: Sequence[Link], served: str) -> list[ServerFacts | Transient]:
+        """Of all at once, or why one does not answer. Raises the first refusal."""
+
+        async def one(link: Link) -> ServerFacts | Transient:
             try:
                 return await facts_of(link, served)
             except Transient as fault:
-                if self._loop.time() >= deadline:
-                    raise ServerError(
-                        f"{link.url} does not answer: {fault}",
-                        remedy="Check the URL and that the server is up; --server-wait sets how "
-                        "long it is waited for.",
-                    ) from fault
+                return fault
             except AnswerError as error:
-                raise ServerError(f"{link.url}: {error.cause}", remedy=error.remedy) from error
-            await asyncio.sleep(self._limits.poll_s)
+                said = link.hidden(error.cause)
+                raise ServerError(f"{link.url}: {said}", remedy=error.remedy) from None
 
-    async def _recheck(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(one(link)) for link in links]
+        return [each.result() for each in asked]
+
+    async def _fill(self, fleet: Fleet, rollouts: Rollouts, sheet: AnswerSheet) -> None:
+        await self._recheck(fleet)
+        await fill(fleet, self.facts, rollouts, sheet)
+
+    async def _taken(self) -> set[str]:
+        taken, self._fleet.answered = self._fleet.answered, set()
+        return taken
+
+    async def _recheck(self, fleet: Fleet) -> None:
         """A server that was started anew between two units lost no request."""
-        for link in self._fleet.links:
+
+        async def one(link: Link) -> None:
+            asked_s = self._loop.time()
             try:
                 await check_card(link, self.facts)
             except Transient as fault:
-                link.up = not fault.lost  # the fleet waits for it, and looks at it then
+                await fleet.note(link, fault, asked_s)
+
+        async with asyncio.TaskGroup() as group:
+            for link in fleet.links:
+                if link.up:  # who is away is looked at before it is used
+                    group.create_task(one(link))
 
     async def _back(self, link: Link) -> None:
         check_same(self.facts, await facts_of(link, self.facts.served), link.url)
 
     async def _end(self) -> None:
-        for link in self._fleet.links:
-            await link.close()
+        for fleet in (self._fleet, *(member.fleet for member in self._members.values())):
+            await fleet.close()
         # Connections say goodbye in the loop's next turn.
         await asyncio.sleep(0)
+
+
+class Member:
+    """One of a Server's servers as a Scorer: over a connection of its own."""
+
+    def __init__(self, server: Server, fleet: Fleet) -> None:
+        self._server, self.fleet = server, fleet
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        return self._server.capabilities
+
+    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+        """Raises as `Server.score`. One of several is waited for limits.alone_s and no longer."""
+        return self._server._scored(self.fleet, rollouts, request, at)
+
+    def describe(self) -> dict[str, str]:
+        return self._server._described(self.fleet)
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -6,10 +6,9 @@ all positions of prompt and response; the last R are ours.
 """
 
 import base64
-import binascii
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -27,6 +26,8 @@ MOST_ENTRY_BYTES = 512
 PACKED_BYTES = 8
 """Of one log-prob in the packed array, base64 and all."""
 REST_BYTES = 1 << 16
+MOST_SHOWN = 80
+"""Characters of what a server says in an error."""
 MINUS_INFINITY = -9999.0
 """What vLLM writes in JSON for it."""
 
@@ -91,22 +92,29 @@ class Question:
         found: list[list[int]] = lists.tolist()
         return found
 
-    def read(self, path: str, served: str, data: bytes) -> Answer:
-        """Raises AnswerError for anything but a whole answer to this question."""
+    def read(self, path: str, names: Collection[str], data: bytes) -> Answer:
+        """Raises AnswerError for anything but a whole answer to this question, of a model that has
+        one of the names."""
         said = parse(data)
         choices = said.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             wrong("without one choice")
         model = said.get("model")
-        if model is not None and model != served:
-            wrong(f"as model {model!r:.80}, and {served!r} was asked")
+        if model is not None and not (isinstance(model, str) and model in names):
+            wrong(
+                f"as model {_shown(model)}, and {' or '.join(map(repr, sorted(names)))} was asked"
+            )
         if choices[0].get("finish_reason") == "abort":
             wrong("that the request was aborted")
         used = said.get("usage")
         counted = used.get("prompt_tokens") if isinstance(used, dict) else None
         if counted is not None and counted != len(self.ids):
-            wrong(f"for {counted!r:.40} tokens, and {len(self.ids)} were sent")
-        best = (choices[0] if path == COMPLETIONS else said).get("prompt_logprobs")
+            wrong(f"for {_shown(counted)} tokens, and {len(self.ids)} were sent")
+        of_prompt = choices[0] if path == COMPLETIONS else said
+        echoed = of_prompt.get("prompt_token_ids")
+        if echoed is not None and echoed != self.ids:
+            wrong("for other tokens than were sent")
+        best = of_prompt.get("prompt_logprobs")
         packed = None if self.at is None else said.get("prompt_token_id_logprobs")
         return self._answer(best, packed)
 
@@ -117,6 +125,10 @@ class Question:
             wrong(f"{len(best)} positions, and {len(self.ids)} tokens were sent")
         if best[0]:
             wrong("log-probs of a first token, which nothing predicts")
+        for place in range(1, len(self.ids) - self.rows):
+            # A server may leave out what is not asked for; what it has says what it was given.
+            if best[place] and not _holds(best[place], self.ids[place]):
+                self._without(place)
         ids = np.empty((self.rows, self.k), np.int64)
         top_lp = np.empty((self.rows, self.k), np.float32)
         lp = np.empty(self.rows, np.float32)
@@ -138,12 +150,15 @@ class Question:
         lp = np.where(lp <= MINUS_INFINITY, -np.inf, lp)
         token = np.flatnonzero(ids == self.ids[place])
         if len(token) != 1:
-            wrong(f"position {place} without the token {self.ids[place]} that stands there")
+            self._without(place)
         own = float(lp[token[0]])
         if len(ids) > self.k:  # the token is not among the best, and was added to them
             ids, lp = np.delete(ids, token[0]), np.delete(lp, token[0])
         order = np.lexsort((ids, -lp))
         return own, ids[order], lp[order].astype(np.float32)
+
+    def _without(self, place: int) -> NoReturn:
+        wrong(f"position {place} without the token {self.ids[place]} that stands there")
 
     def _unpack(self, packed: Any) -> Array:
         """[A] float32, flat, from a base64 .npy of [R, A]."""
@@ -157,7 +172,8 @@ class Question:
             if np.lib.format.read_magic(stream) != (1, 0):
                 raise ValueError("another version of .npy")
             shape, columns, dtype = np.lib.format.read_array_header_1_0(stream)
-        except (binascii.Error, ValueError):
+        except (ValueError, TypeError, MemoryError, RecursionError):
+            # What numpy and ast.literal_eval raise for headers that are none.
             wrong("what is no array of log-probs")
         if shape != mask.shape or dtype != np.dtype("<f4") or columns:
             wrong(f"log-probs of shape {shape} ({dtype}), and {mask.shape} were asked for")
@@ -178,6 +194,16 @@ def parse(data: bytes) -> Mapping[str, Any]:
     if not isinstance(said, dict):
         wrong("JSON that is no object")
     return said
+
+
+def _holds(entries: Any, token: int) -> bool:
+    return isinstance(entries, dict) and str(token) in entries
+
+
+def _shown(value: Any) -> str:
+    """Whole or not at all: a part of a key could not be told from other text."""
+    said = repr(value)
+    return said if len(said) <= MOST_SHOWN else f"of {len(said)} characters"
 
 
 def _no_number(name: str) -> NoReturn:

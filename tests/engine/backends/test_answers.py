@@ -122,9 +122,15 @@ def term(log_p: float) -> float:
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(made=laws())
 def test_scores_against_the_whole_law(made: Made) -> None:
+    rows, head = made.log_p.shape
+    order = np.argsort(-made.log_p, 1, kind="stable")[:, : made.request.k_max]
+    least = min(made.request.k_min, made.n_vocab)
+    if rows and ((order < made.n_vocab).sum(1) < least).any():
+        with pytest.raises(AnswerError, match="padded head take the other places"):
+            made.scores()
+        return
     found, tokens = made.scores(), made.rollouts.tokens.astype(int)
     assert found.entropy_hi is not None
-    rows, head = made.log_p.shape
     every = np.arange(rows)
     assert np.array_equal(found.lp, made.log_p[every, tokens].astype(np.float32))
     ids = lists(found.cnt, found.ids) if rows else []
@@ -239,6 +245,47 @@ def test_a_padded_head_with_mass_of_its_own_is_refused() -> None:
     assert made(1e-7).scores().ids.tolist() == [0, 1, 2]
     with pytest.raises(AnswerError, match="ids from 3 on, which not both .* mass 0.0001 a row"):
         made(1e-4).scores()
+
+
+def test_padding_among_the_best_leaves_enough_or_is_refused() -> None:
+    """Else a row would hold fewer than k_min, and training would promise k_min of the best."""
+
+    def made(k_min: int) -> Made:
+        with np.errstate(divide="ignore"):
+            log_p = np.log(np.asarray([[1 - 5.5e-8, 1e-8, 5e-9, 2e-8, 2e-8]]))
+        return Made(
+            log_p=log_p,
+            rollouts=rollouts_of(np.zeros(1, np.int64), [1]),
+            at=None,
+            request=ScoreRequest(k_min=k_min, k_max=4, at_student=False, top_p=1.0),
+            n_vocab=3,
+        )
+
+    assert len(made(2).scores().ids) == 2
+    with pytest.raises(AnswerError, match="2 best ids of a row .* k_min = 3") as caught:
+        made(3).scores()
+    assert "--k-min" in caught.value.remedy
+
+
+@pytest.mark.parametrize("vocab", [40, 150_000])
+def test_log_probs_of_no_law_are_refused(vocab: int) -> None:
+    """Raw logits, say: all are lower by a constant."""
+    logits = np.random.default_rng(0).normal(0, 3, (2, vocab))
+    law = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    request = ScoreRequest(entry_kind="topk", k_min=20, k_max=20, at_student=False)
+    made = Made(
+        log_p=law,
+        rollouts=rollouts_of(np.array([3, 4]), [2]),
+        at=None,
+        request=request,
+        n_vocab=vocab,
+    )
+    made.scores()
+    with pytest.raises(AnswerError, match="add up to .* at most") as caught:
+        replace(made, log_p=law - 7.0).scores()
+    assert "--logprobs-mode" in caught.value.remedy
+    with pytest.raises(AnswerError, match="a log-prob of"):
+        replace(made, log_p=law + 7.0).scores()
 
 
 # What is refused.

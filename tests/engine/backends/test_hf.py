@@ -23,7 +23,7 @@ from logitcask.engine.backends import scoring
 from logitcask.engine.backends.base import BACKENDS, open_backend
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.scoring import budget_batches, score_rows
-from logitcask.engine.errors import ConfigError, IdentityError, ModelError
+from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
 from logitcask.engine.identity import model_ref
 from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, make_tokenizer, save_folder
@@ -178,6 +178,27 @@ def test_padded_columns_of_the_head_change_nothing(tmp_path: Path, rolled: Rollo
     for field in dataclasses.fields(Scores):
         a, b = (getattr(hf.score(rolled, ASK), field.name) for hf in (plain, loud))
         np.testing.assert_array_equal(a, b, err_msg=field.name)
+
+
+def test_a_row_that_gives_much_to_ids_of_the_teacher_alone_is_refused(
+    tmp_path: Path, rolled: Rollouts
+) -> None:
+    """The student's ids would be scored as if the teacher never thought of the others."""
+    model = make_model(seed=1, vocab_size=N_VOCAB + 2, tie=False)
+    folder = save_folder(tmp_path / "t", model)
+
+    def teacher(known: int | None) -> HF:
+        return HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), known=known)
+
+    cut = teacher(None).score(rolled, ASK)
+    with pytest.raises(UnitError, match=f"from {N_VOCAB} on, the probability 0"):
+        teacher(N_VOCAB + 2).score(rolled, ASK)
+    model.lm_head.weight.data[N_VOCAB:] = 0
+    model.lm_head.weight.data[: N_VOCAB - 1] *= 8
+    folder = save_folder(tmp_path / "u", model)
+    rare = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), known=N_VOCAB + 2)
+    cut = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,)).score(rolled, ASK)
+    np.testing.assert_array_equal(rare.score(rolled, ASK).lp, cut.lp)
 
 
 def test_a_head_with_a_bias_is_scored_with_it(tmp_path: Path, rolled: Rollouts) -> None:

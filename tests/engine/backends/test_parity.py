@@ -19,8 +19,8 @@ from logitcask.engine.backends.parity import (
     behaviour_of,
     compare,
     control,
-    control_at_work,
     distance,
+    first_rows,
     part_of,
     probe_request,
     probe_rollouts,
@@ -129,19 +129,13 @@ def test_parts_are_scored_as_in_the_whole(teacher: HF, rolled: Rollouts) -> None
     np.testing.assert_allclose(part.lp, whole.lp[rows], atol=1e-5)
 
 
-def test_the_control_at_work_compares_the_first_sequences_with_themselves(
-    teacher: HF, rolled: Rollouts
-) -> None:
-    scores, rows = teacher.score(rolled, ASK), int(rolled.seq_off[3])
-    found = control_at_work(teacher, rolled, scores, ASK, rows)
-    assert found.largest < 1e-5
-    assert found.same_best == 1.0
-    assert rows < found.compared <= 9 * rows
-    # One sequence is compared where the first alone is longer.
-    one = control_at_work(teacher, rolled, scores, ASK, 1)
-    assert 0 < one.compared <= 9 * int(rolled.seq_off[1])
-    shifted = replace(scores, lp=np.roll(scores.lp, 1))
-    assert control_at_work(teacher, rolled, shifted, ASK, rows).largest > 0.1
+def test_the_first_rows_are_whole_sequences(rolled: Rollouts) -> None:
+    assert first_rows(rolled, int(rolled.seq_off[3])).lengths().tolist() == list(
+        rolled.lengths()[:3]
+    )
+    assert len(first_rows(rolled, int(rolled.seq_off[3]) - 1).finish) == 2
+    assert len(first_rows(rolled, 1).finish) == 1
+    assert first_rows(rolled, 10**9).positions == rolled.positions
 
 
 def test_compare_finds_rows_that_are_shifted(teacher: HF, rolled: Rollouts) -> None:

@@ -8,16 +8,20 @@ import pytest
 from logitcask.engine import identity
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.score import ScoreReport, score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import open_store
 from logitcask.engine.types import (
     IdLists,
     ModelRef,
+    Progress,
     Prompt,
     Rollouts,
     SamplingParams,
     ScoreRequest,
     Scores,
+    silent,
 )
 
 REQUEST = ScoreRequest(top_p=0.9, k_min=4, k_max=10)
@@ -32,21 +36,26 @@ def ref(folder: Path, chat_template: bool = False) -> ModelRef:
 
 def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6, mc_draws: int = 0) -> Path:
     rollout(
-        open_store(path, create=True),
-        model=student,
-        sampler=HF(student),
-        prompts=PROMPTS,
-        sampling=SamplingParams(n=n, max_new_tokens=length),
-        unit_prompts=2,
-        student_k=5,
-        mc_draws=mc_draws,
+        Rolling(
+            store=open_store(path, create=True),
+            model=student,
+            sampler=HF(student),
+            prompts=PROMPTS,
+            sampling=SamplingParams(n=n, max_new_tokens=length),
+            unit_prompts=2,
+            student_k=5,
+            mc_draws=mc_draws,
+        )
     )
     return path
 
 
-def run(path: Path, model: ModelRef, scorer: Any, **keys: Any) -> ScoreReport:
+def run(
+    path: Path, model: ModelRef, scorer: Any, progress: Progress = silent, **keys: Any
+) -> ScoreReport:
     keys = {"teacher_name": "big", "request": REQUEST} | keys
-    return score(open_store(path), model=model, scorer=scorer, **keys)
+    asked = Scoring(store=open_store(path), model=model, scorer=scorer, **keys)
+    return score(asked, progress=progress)
 
 
 class Dies:

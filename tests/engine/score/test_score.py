@@ -168,7 +168,7 @@ def test_missing_rollouts_and_capabilities_are_named(
         run(store, teacher, scorer, rollouts_name="elsewhere")
     poor = Dies(scorer, 9)
     poor.capabilities = frozenset({"top", "entropy", "tail"})
-    with pytest.raises(ConfigError, match="Dies cannot give at_ids"):
+    with pytest.raises(ConfigError, match="the backend hf cannot give at_ids"):
         run(store, teacher, poor)
     whole = dataclasses.replace(REQUEST, at_student=False)
     assert run(store, teacher, poor, request=whole).units_new == 2

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import IdentityError, ModelError, UnitError
 from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.teachers.token_maps import LIKELY, compare_maps, shared_vocabulary
 from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest
@@ -34,12 +35,14 @@ def made(student: ModelRef, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One sequence of few rows, so that most ids do not occur."""
     path = tmp_path_factory.mktemp("stores") / "made"
     rollout(
-        open_store(path, create=True),
-        model=student,
-        sampler=HF(student),
-        prompts=[Prompt(id="p0", token_ids=(3, 4))],
-        sampling=SamplingParams(n=1, max_new_tokens=4),
-        student_k=3,
+        Rolling(
+            store=open_store(path, create=True),
+            model=student,
+            sampler=HF(student),
+            prompts=[Prompt(id="p0", token_ids=(3, 4))],
+            sampling=SamplingParams(n=1, max_new_tokens=4),
+            student_k=3,
+        )
     )
     return path
 

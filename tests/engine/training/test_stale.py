@@ -28,8 +28,10 @@ from logitcask.engine.objectives import (
 )
 from logitcask.engine.objectives.modifiers import Stepwise
 from logitcask.engine.rollout import rollout
+from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.rows.source import PackedRow, RowSource
 from logitcask.engine.score import score
+from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.targets import Targets
 from logitcask.engine.types import Prompt, SamplingParams, ScoreRequest
@@ -84,27 +86,31 @@ def filled(path: Path, root: Path, profile: str) -> Store:
     store, student = open_store(path, create=True), ref(root / "student")
     sampler = HF(student)
     rollout(
-        store,
-        model=student,
-        sampler=sampler,
-        prompts=PROMPTS,
-        sampling=SamplingParams(n=2, max_new_tokens=24),
-        student_k=16,
-        mc_draws=16,
-        profile=profile,
+        Rolling(
+            store=store,
+            model=student,
+            sampler=sampler,
+            prompts=PROMPTS,
+            sampling=SamplingParams(n=2, max_new_tokens=24),
+            student_k=16,
+            mc_draws=16,
+            profile=profile,
+        )
     )
     for name, request in REQUESTS.items():
         of = "base" if name == "base" else "teacher"
         model: Any = ref(root / of)
         score(
-            store,
-            model=model,
-            scorer=HF(model),
-            teacher_name=name,
-            request=request,
-            role="base" if name == "base" else "teacher",
-            at="mc" if name in ("topk", "base") else None,
-            profile=profile,
+            Scoring(
+                store=store,
+                model=model,
+                scorer=HF(model),
+                teacher_name=name,
+                request=request,
+                role="base" if name == "base" else "teacher",
+                at="mc" if name in ("topk", "base") else None,
+                profile=profile,
+            )
         )
     return store
 

@@ -56,6 +56,10 @@ class FakeServer:
         self.max_logprobs, self.max_model_len = max_logprobs, max_model_len
         self.key, self.tokenizer, self.temperature = key, tokenizer, temperature
         self.parent: str | None = None
+        self.cards: Any = None
+        """What /v1/models lists, if not the one model."""
+        self.called: str | None = None
+        """What its answers call the model, if not as it is asked for."""
         self.fingerprint = "vllm-0.32.0-0123abcd"
         self.delay_s = 0.0
         self.faults: list[Fault] = []
@@ -133,6 +137,8 @@ class FakeServer:
     async def _models(self, request: web.Request) -> web.StreamResponse:
         if (refused := self._refused(request)) is not None:
             return refused
+        if self.cards is not None:
+            return web.json_response({"data": self.cards})
         card = {"id": self.served, "root": self.root, "parent": self.parent}
         return web.json_response({"data": [card | {"max_model_len": self.max_model_len}]})
 
@@ -200,7 +206,8 @@ class FakeServer:
 
     def _said(self, body: dict[str, Any], ids: list[int], sampling: dict[str, Any]) -> Any:
         k = sampling.get("prompt_logprobs")
-        if body.get("model") not in (None, self.served):
+        listed = self.cards or [{"id": self.served}]
+        if body.get("model") not in (None, *(card["id"] for card in listed)):
             return {"status": 404, "error": {"message": f"no model {body['model']}"}}
         if k is not None and k > self.max_logprobs:
             words = f"prompt logprobs of {k}, which is greater than max allowed"
@@ -214,14 +221,23 @@ class FakeServer:
             best = [None, *(self._row(lp[i - 1], ids[i], k) for i in range(1, len(ids)))]
             (said if "token_ids" in body else choice)["prompt_logprobs"] = best
         if "prompt" in body:
-            said |= {"model": self.served, "system_fingerprint": self.fingerprint}
+            said |= {"model": body["model"], "system_fingerprint": self.fingerprint}
             said["usage"] = {"prompt_tokens": len(ids)}
+        if self.called is not None:
+            said["model"] = self.called
         asked = sampling.get("prompt_logprob_token_ids")
         if asked is not None:
             if not self.at_ids:
                 return {"status": 400, "error": {"message": "requires the V2 model runner"}}
             start = sampling["prompt_logprob_start"]
             wide = np.array(asked)
+            if (count := wide.shape[1]) > self.max_logprobs:
+                words = (
+                    f"Requested {count} token ids per row in prompt_logprob_token_ids, which is "
+                    f"greater than max allowed: {self.max_logprobs}. Set max_logprobs "
+                    f"(--max-logprobs) to at least {count}."
+                )
+                return {"status": 400, "error": {"message": words}}
             assert len(wide) == len(ids) - 1 - start
             rows = np.take_along_axis(lp[start:-1], np.maximum(wide, 0), 1)
             said["prompt_token_id_logprobs"] = packed(np.where(wide < 0, -np.inf, rows))

@@ -1,6 +1,7 @@
 """One server: what it may be given, and what of it reaches an error's text."""
 
 import asyncio
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +11,9 @@ import pytest
 from aiohttp import web
 
 from logitcask.engine.backends.server import Server
-from logitcask.engine.backends.server.link import MOST_MESSAGE, message, seconds
+from logitcask.engine.backends.server.link import MOST_MESSAGE, message, pointed, seconds
 from logitcask.engine.errors import ConfigError, LogitcaskError, ServerError
+from logitcask.engine.teachers.served import urls_of
 from logitcask.engine.types import Rollouts, ScoreRequest
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
@@ -61,6 +63,28 @@ def test_an_address_that_nothing_can_be_at_is_refused_at_once(url: str) -> None:
     assert KEY not in str(caught.value)
 
 
+def test_an_address_that_is_refused_leaves_no_thread() -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(ConfigError):
+            Server(["http://127.0.0.1:1", f"http://me:{KEY}@host"])
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("password", [KEY, "sk,ca,nary"])
+def test_no_part_of_a_list_of_addresses_with_a_password_is_shown(password: str) -> None:
+    with pytest.raises(ConfigError, match="number 2 among the servers of a teacher") as caught:
+        urls_of(f"http://a:1,me:{password}@b:1")
+    assert "b:1" not in caught.value.cause
+    assert not any(part in caught.value.cause for part in password.split(","))
+
+
+@pytest.mark.parametrize("url", ["http://h:1?", "http://h:1/#", "http://:@h:1", "http://@h:1"])
+def test_an_address_with_room_for_a_secret_is_refused_although_it_is_empty(url: str) -> None:
+    with pytest.raises(ConfigError, match="the URL of h holds more than scheme"):
+        Server([url])
+
+
 @pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}", f"{KEY}\x00", f"{KEY}é"])
 def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="no header can hold") as caught:
@@ -83,10 +107,16 @@ def test_redirects_are_not_followed_with_a_key(
 
         server = connect(fake, key=KEY)
         fake.faults = [away] * 100
-        with pytest.raises(ServerError, match="answers 307"):
+        with pytest.raises(ServerError, match=f"307: it has moved to {elsewhere.url}/inf") as told:
             server.score(rolled, ASK)
+        assert "Give the address where it is" in told.value.remedy
         assert not elsewhere.seen.auth
         assert not elsewhere.seen.bodies
+
+
+def test_where_a_redirect_points_is_told_without_its_secrets() -> None:
+    assert pointed(f"https://me:{KEY}@h:1/v1/models?token={KEY}#{KEY}") == "https://h:1/v1/models"
+    assert [pointed(each) for each in ("/login?next=%2F", "http://[::1", "")] == ["/login", "", ""]
 
 
 def test_proxies_of_the_environment_are_not_used(
@@ -133,3 +163,22 @@ def test_no_error_shows_the_key(
     with pytest.raises(LogitcaskError) as caught:
         server.score(rolled, ASK)
     assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("key", [KEY, "sk-it's\\5f3a"])
+def test_a_key_that_is_repeated_as_a_name_is_not_shown(
+    key: str, fake: FakeServer, connect: Connect, rolled: Rollouts
+) -> None:
+    server = connect(fake, key=key)
+    fake.called = key
+    fake.fingerprint = f"vllm-{key}"
+    for ask in (lambda: server.score(rolled, ASK), lambda: connect(fake, key=key)):
+        with pytest.raises(LogitcaskError, match="as model .*key.*, and 'teacher' was") as caught:
+            ask()
+        said = "".join(traceback.format_exception(caught.value))
+        assert key not in said
+        assert repr(key)[1:-1] not in said
+    fake.called = None
+    fake.root = f"org/{key}"
+    facts = connect(fake, key=key).facts
+    assert (facts.fingerprint, facts.root) == ("vllm-(key)", "org/(key)")

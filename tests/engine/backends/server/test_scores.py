@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ import pytest
 from logitcask.engine.backends.answers import RESOLVED
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Server, read_key
-from logitcask.engine.errors import ConfigError, IdentityError, LogitcaskError, ModelError
+from logitcask.engine.errors import (
+    AnswerError,
+    ConfigError,
+    IdentityError,
+    LogitcaskError,
+    ModelError,
+    ServerError,
+)
 from logitcask.engine.types import IdLists, Rollouts, ScoreRequest
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
@@ -111,9 +119,22 @@ def test_too_many_log_probs_name_both_ways_out(
     fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
     fake.max_logprobs = 8
-    with pytest.raises(ConfigError, match="k_max = 12 is more than the server allows") as caught:
+    with pytest.raises(ConfigError, match="k_max = 12 and lists of up to 7 ids need 12") as caught:
         connect(fake).score(rolled, ASK)
-    assert "--max-logprobs 12" in caught.value.remedy
+    assert "--max-logprobs 12 or more, or score with a smaller --k-max" in caught.value.remedy
+
+
+def test_too_many_chosen_ids_name_their_own_number(
+    fake: FakeServer, connect: Connect, rolled: Rollouts
+) -> None:
+    fake.max_logprobs = 12
+    wide = np.arange(20, dtype=np.uint32)
+    cnt = np.full(rolled.positions, 1, np.uint16)
+    cnt[-1] = 20
+    at = IdLists(cnt=cnt, ids=np.concatenate([np.zeros(rolled.positions - 1, np.uint32), wide]))
+    with pytest.raises(ConfigError, match="k_max = 12 and lists of up to 20 ids need 20") as caught:
+        connect(fake).score(rolled, ASK, at)
+    assert "--max-logprobs 20 or more, or ask at fewer ids (--at" in caught.value.remedy
 
 
 def test_a_sequence_beyond_the_context_is_refused_before_anything_is_sent(
@@ -147,6 +168,60 @@ def test_the_model_is_chosen_by_name_where_there_are_several(
     with pytest.raises(IdentityError, match="serves 0 models"):
         connect(fake)
     assert connect(fake, served="teacher").facts.parent == "base"
+
+
+def card(name: str, **more: Any) -> dict[str, Any]:
+    return {"id": name, "root": "org/teacher", "parent": None, "max_model_len": 256} | more
+
+
+def test_a_model_may_have_several_names_and_answers_with_its_first(
+    fake: FakeServer, connect: Connect, rolled: Rollouts
+) -> None:
+    fake.cards = [card("first"), card("second"), card("tuned", root="/lora", parent="first")]
+    fake.called = "first"
+    assert connect(fake).facts.served == "first"
+    server = connect(fake, served="second")
+    assert server.facts.served == "second"
+    assert server.score(rolled, ASK).at_lp is not None
+    assert fake.seen.bodies[-1]["model"] == "second"
+    fake.called = "tuned"
+    with pytest.raises(AnswerError, match="as model 'tuned', and 'first' or 'second' was asked"):
+        server.score(rolled, ASK)
+    fake.called, fake.cards = "first", [card("first", root=""), card("second", root="")]
+    with pytest.raises(IdentityError, match="serves 2 models"):
+        connect(fake)
+    with pytest.raises(ServerError, match="as model 'first', and 'second' was asked"):
+        connect(fake, served="second")
+
+
+def test_an_adapter_has_the_context_of_its_parent(fake: FakeServer, connect: Connect) -> None:
+    fake.cards = [card("base", root="org/base"), {"id": "tuned", "root": "/l", "parent": "base"}]
+    assert connect(fake, served="tuned").facts.max_model_len == 256
+
+
+@pytest.mark.parametrize("cards", [5, "teacher", {"id": "teacher"}, [5, {"id": 5}], [[]]])
+def test_what_lists_no_models_serves_none(cards: Any, fake: FakeServer, connect: Connect) -> None:
+    fake.cards = cards
+    with pytest.raises(IdentityError, match="serves 0 models; its models: none"):
+        connect(fake)
+
+
+class Elsewhere(FakeServer):
+    """Puts a text of its own before what it is asked, and takes as much away."""
+
+    def _said(self, body: dict[str, Any], ids: list[int], sampling: dict[str, Any]) -> Any:
+        kept = ids[:1] if len(ids) < 10 else [ids[0], *([60] * 5)]
+        return super()._said(body, [*kept, *ids[len(kept) :]], sampling)
+
+
+def test_a_prompt_that_was_replaced_on_the_way_is_noticed(
+    teacher: HF, connect: Connect, rolled: Rollouts
+) -> None:
+    for generate in (True, False):
+        with Elsewhere(teacher.model, generate=generate) as fake:
+            server = connect(fake)
+            with pytest.raises(AnswerError, match="position 1 without the token"):
+                server.score(rolled, replace(ASK, at_student=False))
 
 
 def test_servers_of_one_teacher_agree_or_are_refused(

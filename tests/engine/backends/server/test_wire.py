@@ -40,7 +40,7 @@ def answered(**changed: Any) -> dict[str, Any]:
 
 
 def read(said: Any, question: Question = ASKED) -> Any:
-    return question.read(GENERATE, "teacher", json.dumps(said).encode())
+    return question.read(GENERATE, {"teacher"}, json.dumps(said).encode())
 
 
 def test_both_questions_to_the_letter() -> None:
@@ -107,7 +107,7 @@ def test_a_packed_array_is_read_by_its_header() -> None:
         *(npy(header(shape="(2, -2)")), npy(header("'|O'"))),
         *(npy("{'descr': __import__('os').getcwd()}"), npy("(" * 5000)),
         *(npy(header(), data=b"\0" * 15), npy(header(), data=b"\0" * 17)),
-        *("", "!!!", "AAAA", "A" * 100_000),
+        *("", "!!!", "AAAA", "A" * 100_000, npy("{1: 2, 'a': 3}"), npy("{{}: 1}"), npy("-" * 900)),
     ],
 )
 def test_a_packed_array_of_another_make_is_refused(text: str) -> None:
@@ -138,6 +138,38 @@ def test_rows_that_are_none_are_refused(row: Any) -> None:
         read(answered(prompt_logprobs=[*rows, row]))
 
 
+LONG = Question(ids=[4, 5, 6, 7], rows=2, k=2)
+
+
+def long(prompt_row: Any, **changed: Any) -> dict[str, Any]:
+    rows = answered()["prompt_logprobs"]
+    return answered(prompt_logprobs=[None, prompt_row, *rows[1:]], **changed)
+
+
+@pytest.mark.parametrize("row", [{"9": entry(-1.0), "4": entry(-2.0)}, ["5"], "5", 5])
+def test_another_token_in_the_prompt_is_refused(row: Any) -> None:
+    with pytest.raises(AnswerError, match="position 1 without the token 5 that stands there"):
+        read(long(row), LONG)
+
+
+def test_the_prompts_rows_may_be_left_out_and_its_echo_then_tells() -> None:
+    for row in (None, {}, {"5": entry(-1.0), "4": entry(-2.0), "9": entry(-1.5)}):
+        np.testing.assert_allclose(read(long(row), LONG).lp, [-4.0, -0.1])
+    assert read(long(None, prompt_token_ids=LONG.ids), LONG).ids.tolist() == [[9, 4], [7, 2]]
+    with pytest.raises(AnswerError, match="other tokens than were sent"):
+        read(long(None, prompt_token_ids=[4, 9, 6, 7]), LONG)
+    choice = answered()["choices"][0] | long(None, prompt_token_ids=[9, 5, 6, 7])
+    with pytest.raises(AnswerError, match="other tokens than were sent"):
+        LONG.read(COMPLETIONS, {"teacher"}, json.dumps({"choices": [choice]}).encode())
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, ["teacher"], 7])
+def test_an_answer_of_another_model_is_refused_in_a_line(name: Any) -> None:
+    with pytest.raises(AnswerError, match="and 'teacher' was asked") as caught:
+        read(answered(model=name))
+    assert len(caught.value.cause) < 200
+
+
 def test_null_is_no_log_prob() -> None:
     rows = [*answered()["prompt_logprobs"][:2], {"7": entry(-1.0), "2": entry(None)}]
     with pytest.raises(AnswerError, match="a log-prob of nan at a best id"):
@@ -151,7 +183,7 @@ def test_null_is_no_log_prob() -> None:
 )
 def test_bytes_that_are_no_answer_are_refused(data: bytes) -> None:
     with pytest.raises(AnswerError):
-        ASKED.read(GENERATE, "teacher", data)
+        ASKED.read(GENERATE, {"teacher"}, data)
 
 
 @pytest.mark.parametrize("count", [2, 4, "3", -1])

@@ -1,0 +1,126 @@
+"""Does a served teacher stay the same? Asked by its behaviour: log-probs of a fixed probe, which
+are kept with the scores, and compared when scoring begins and after every unit.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from logitcask.engine.backends.base import Served
+from logitcask.engine.backends.parity import (
+    Behaviour,
+    Parity,
+    behaviour,
+    behaviour_of,
+    control,
+    distance,
+    first_rows,
+    probe_request,
+    probe_rollouts,
+    tolerance,
+)
+from logitcask.engine.errors import IdentityError, ServerError
+from logitcask.engine.store import Pin
+from logitcask.engine.types import IdLists, Rollouts, ScoreRequest, Scores
+
+CONTROL_SEQUENCES = 8
+CONTROL_K = 16
+CONTROL_ROWS = 2048
+"""Of a run's first unit that the control is of; at least one sequence."""
+TRIES = 3
+"""Of a unit whose servers are lost before what they said can be checked."""
+
+
+class SameTeacher:
+    """A scorer of a served teacher, which is asked for its behaviour again after every unit, before
+    what it said is believed: one short sequence beside thousands, of every server that answered.
+    """
+
+    def __init__(
+        self, server: Served, n_vocab: int, close: Callable[[], None], k_max: int = CONTROL_K
+    ) -> None:
+        """close: ends the scorer; k_max: what units will ask for at most. Scores the control and
+        the probe; raises IdentityError where servers are not one teacher.
+        """
+        self._server, self._n_vocab, self.close = server, n_vocab, close
+        self.capabilities = server.capabilities
+        self._control = probe_request(n_vocab, min(CONTROL_K, k_max))
+        self._bound: set[str] = set()
+        """Names whose records were compared already."""
+        away = server.away()
+        # Who is away is looked at when it has answered something.
+        (first, one), *others = ((n, m) for n, m in server.members().items() if n not in away)
+        # Of one server: what two differ by is no measure of either.
+        self.parity: Parity = control(
+            one, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._control
+        )
+        self.tolerance = tolerance(self.parity.largest)
+        self.at_work: Parity | None = None
+        """The control on the first rows of the first unit."""
+        self.behaviour: Behaviour = behaviour(one, n_vocab)
+        for name, other in others:
+            self._check(behaviour(other, n_vocab), f"{name} is not the teacher that {first} is")
+
+    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+        """Raises IdentityError, in place of scores, from a teacher that has changed, or one so
+        unsteady on the first of these that it could not be told from another.
+        """
+        for left in reversed(range(TRIES)):
+            self._server.answered()
+            scores = self._server.score(rollouts, request, at)
+            try:
+                for name in sorted(self._server.answered()):
+                    self._check_member(name, rollouts)
+            except ServerError:
+                # Lost before it could be looked at: what it said cannot be believed.
+                if not left:
+                    raise
+                continue
+            break
+        return scores
+
+    def _check_member(self, name: str, rollouts: Rollouts) -> None:
+        """rollouts: what it answered about."""
+        member = self._server.members()[name]
+        if self.at_work is None:
+            self.at_work = control(member, first_rows(rollouts, CONTROL_ROWS), self._control)
+            self.tolerance = max(self.tolerance, tolerance(self.at_work.largest))
+        found = behaviour(member, self._n_vocab)
+        self._check(found, f"{name} is not the teacher that began this run")
+
+    def describe(self) -> dict[str, str]:
+        return self._server.describe()
+
+    def lineage(self) -> dict[str, Any]:
+        """What a segment records of how its teacher behaved."""
+        return {"behaviour": {**self.behaviour.record(), "control_nats": self.parity.largest}}
+
+    def check_name(self, pin: Pin, name: str) -> None:
+        """IdentityError where scores of this name are of one that behaved otherwise. What begins a
+        name together with others sees them here as soon as they have committed.
+        """
+        if name in self._bound:
+            return
+        seen: list[Mapping[str, Any]] = []
+        for chain in pin.scores(name).values():
+            for segment in chain:
+                record: Mapping[str, Any] = segment.lineage.get("behaviour", {})
+                if record and record not in seen:
+                    seen.append(record)
+                    self._check(
+                        behaviour_of(record),
+                        f"the teacher is not the one that began the scores named {name!r}",
+                    )
+        if seen:
+            self._bound.add(name)
+
+    def _check(self, other: Behaviour, what: str) -> None:
+        found = distance(self.behaviour, other)
+        if found > self.tolerance:
+            raise IdentityError(
+                f"{what}: log-probs of a fixed probe differ by {found:.3g} nats, and "
+                f"{self.tolerance:.3g} is what one model may differ by (its own spread is "
+                f"{self.parity.largest:.2g})",
+                remedy="Other weights, another revision, an adapter, quantisation or a temperature "
+                "is served: serve what was served; or score it under another --teacher name, with "
+                "a --revision that tells it from the first.",
+            )
