@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitcask.engine.objectives import Objective, live_k, row_objective
+from logitcask.engine.objectives import Objective, live_k, row_objective, weigh
 from logitcask.engine.objectives.bounds import NO_BOUNDS, Bounds, skips
 from logitcask.engine.objectives.row_objective import (
     has_known_support,
@@ -54,14 +54,14 @@ def row_loss(
 ) -> RowLoss:
     """The loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
-    row_weight: [P], of each row's loss; left out, the loss is the mean over rows of targets.weight,
-    and 0 where that is 0 everywhere. logit_map: of a head with a scale or a soft cap, see
-    heads.head_map. metric_share: of the rows that metrics are taken of at least; where the loss
-    sees whole rows anyway they are taken of all. bounds: where they skip rows by a metric that this
-    objective watches, that is of all rows.
+    row_weight: [P], of each row's loss; left out, the loss is the token mean of an update of these
+    rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_map: of a
+    head with a scale or a soft cap, see heads.head_map. metric_share: of the rows that metrics are
+    taken of at least; where the loss sees whole rows anyway they are taken of all. bounds: where
+    they skip rows by a metric that this objective watches, that is of all rows.
     """
     if row_weight is None:
-        row_weight = targets.weight / targets.weight.sum().clamp(min=1e-9)
+        row_weight = token_mean(objective, targets)
     k = live_k(objective, n_vocab)
     alone = is_renormalised(objective) and has_known_support(objective)
     if not alone or skips(objective, bounds):
@@ -101,6 +101,14 @@ def row_loss(
             logit_map=logit_map,
         ).metrics
     return RowLoss(loss, metrics, measured)
+
+
+def token_mean(objective: Objective, targets: Targets) -> Tensor:
+    """[P] what rows weigh in an update of these alone."""
+    weight, total = targets.weight, targets.weight.sum().clamp(min=1e-9)
+    if any(modifier.scope != "row" for modifier in objective.modifiers):
+        ((weight,), _) = weigh(objective, [targets], "token-mean")
+    return weight / total
 
 
 def row_hash(targets: Targets) -> Tensor:

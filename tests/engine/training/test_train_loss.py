@@ -17,7 +17,8 @@ from logitcask.engine.objectives.divergences import DIVERGENCES, forward_kl, rev
 from logitcask.engine.objectives.objective import CELLS
 from logitcask.engine.rows.source import PackedRow, RowSource
 from logitcask.engine.targets import Targets
-from logitcask.engine.training.student import prove
+from logitcask.engine.training.row_loss import row_loss
+from logitcask.engine.training.student import head_weight, hidden_states, prove
 from logitcask.engine.training.trainer import DistillTrainer
 from tests.engine.cached import make_unit
 from tests.engine.fitting import (
@@ -92,6 +93,20 @@ def test_a_divergence_that_the_kernels_do_not_know_trains_as_its_torch(
     loss, grad = one_update(source, tmp_path / "new", PACKED, objective=new)
     assert loss == want_loss
     assert torch.equal(grad, want)
+
+
+def test_row_loss_by_itself_is_the_update_of_its_rows(source: RowSource, tmp_path: Path) -> None:
+    """With modifiers that weigh rows: a loop of one's own has no trainer to weigh them."""
+    members = [0, 2, 4, 6]
+    want_loss, want = one_update(source, tmp_path, [members], objective=WEIGHED)
+    row, model = pack(source, members), make_model().double()
+    states = hidden_states(model, row.input_ids, row.position_ids)[row.predict_at]
+    said = row_loss(WEIGHED, states, head_weight(model), row.targets, n_vocab=99)
+    said.loss.backward()
+    assert said.loss.item() == pytest.approx(want_loss, rel=1e-6)
+    assert relative(flat({name: p.grad for name, p in model.named_parameters()}), want) < 1e-6
+    plain = row_loss(REVERSE, states.detach(), head_weight(model), row.targets, n_vocab=99)
+    assert plain.loss.item() != pytest.approx(want_loss, rel=1e-2)
 
 
 HEADS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
