@@ -24,7 +24,7 @@ from logitcask.engine.named import (
     student_and_prompts,
     train_settings,
 )
-from logitcask.engine.objectives import Facts, Preset, Verdict, verdict
+from logitcask.engine.objectives import Facts, Preset, Verdict, verdict, warnings
 from logitcask.engine.opened import OpenedTeacher, open_teacher
 from logitcask.engine.rollout_unit import prompt_set_digest
 from logitcask.engine.rounds import Rounds
@@ -169,7 +169,7 @@ def _distill(
         evaluation=evaluation,
         held_out=held_out,
     )
-    return carry_out(
+    report = carry_out(
         course,
         desk,
         model=model,
@@ -177,6 +177,9 @@ def _distill(
         config=config.model_dump(mode="json"),
         progress=progress,
     )
+    for line in warnings(preset.objective, report.last):
+        notice(f"warning: {line}")
+    return report
 
 
 def _verdict(

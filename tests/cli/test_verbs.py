@@ -128,6 +128,7 @@ def test_distill_prints_one_json_object(world: World, call: Any) -> None:
     assert done.code == 0, done.err
     assert done.json["updates"] == done.json["version"] == 2
     assert "renewed every round" in done.err
+    assert f"warning: cache/coverage = {done.json['last']['cache/coverage']:.3f}" in done.err
 
 
 def test_no_verb_version_and_list(call: Any) -> None:
