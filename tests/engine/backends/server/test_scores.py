@@ -119,7 +119,9 @@ def test_too_many_log_probs_name_both_ways_out(
     fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
     fake.max_logprobs = 8
-    with pytest.raises(ConfigError, match="k_max = 12 and lists of up to 7 ids need 12") as caught:
+    with pytest.raises(
+        ConfigError, match=r"12 log-probs per position \(k_max = 12 and 7"
+    ) as caught:
         connect(fake).score(rolled, ASK)
     assert "--max-logprobs 12 or more, or score with a smaller --k-max" in caught.value.remedy
 
@@ -132,7 +134,9 @@ def test_too_many_chosen_ids_name_their_own_number(
     cnt = np.full(rolled.positions, 1, np.uint16)
     cnt[-1] = 20
     at = IdLists(cnt=cnt, ids=np.concatenate([np.zeros(rolled.positions - 1, np.uint32), wide]))
-    with pytest.raises(ConfigError, match="k_max = 12 and lists of up to 20 ids need 20") as caught:
+    with pytest.raises(
+        ConfigError, match=r"20 log-probs per position \(k_max = 12 and 20"
+    ) as caught:
         connect(fake).score(rolled, ASK, at)
     assert "--max-logprobs 20 or more, or ask at fewer ids (--at" in caught.value.remedy
 
