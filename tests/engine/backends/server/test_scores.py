@@ -123,7 +123,7 @@ def test_too_many_log_probs_name_both_ways_out(
         ConfigError, match=r"12 log-probs per position \(k_max = 12 and 7"
     ) as caught:
         connect(fake).score(rolled, ASK)
-    assert "--max-logprobs 12 or more, or score with a smaller --k-max" in caught.value.remedy
+    assert "--max-logprobs 12 or more, or ask with a smaller --k-max" in caught.value.remedy
 
 
 def test_too_many_chosen_ids_name_their_own_number(
