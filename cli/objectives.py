@@ -15,7 +15,8 @@ def objectives_command(name: str | None, form: str) -> None:
     """List the objectives that have a name, or explain one.
 
     p is the student, q the teacher, ~ renormalised on S, sg[] held fixed, A = log q - log p, y the
-    sampled id. NAME may have fields of its own and modifiers, as --objective takes it.
+    sampled id. With a NAME, also its source, what it needs and what ages; it may have fields of its
+    own and modifiers, as --objective takes it.
 
     Example: logitcask objectives "sampled_token+importance(cap=5)"
     """
@@ -28,7 +29,7 @@ def objectives_command(name: str | None, form: str) -> None:
                 "objective": p.name,
                 "formula": p.formula,
                 "served": served(p.objective),
-                "source": p.source,
+                **({"source": p.source} if form == "json" else {}),
             }
             for p in PRESETS.values()
         ]

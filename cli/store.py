@@ -5,7 +5,13 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import format_option
-from logitcask.cli.output import print_result, print_table, progress_bar, visible
+from logitcask.cli.output import (
+    print_result,
+    print_segments,
+    print_table,
+    progress_bar,
+    visible,
+)
 from logitcask.cli.store_keep import KEEP, estimate_command
 
 
@@ -39,7 +45,10 @@ def info(url: str, form: str) -> None:
 @click.argument("url")
 @format_option
 def ls(url: str, form: str) -> None:
-    """One line per segment, in the order of commits.
+    """One line per segment, by kind and name, in the order of commits.
+
+    What all segments of a name have in common is said once above them; --format json has it of each
+    segment, and ids as a whole.
 
     Layouts: rollouts with (student) or without (plain) the student's own scores; of a teacher's
     first scores those that name no id twice (once), a teacher's list alone (whole) or drawn ids
@@ -52,7 +61,7 @@ def ls(url: str, form: str) -> None:
     from logitcask.engine.store import open_store
     from logitcask.engine.store.view import listing
 
-    print_table([_narrow(row, form) for row in listing(open_store(url))], form)
+    print_segments(listing(open_store(url)), form)
 
 
 @store_command.command("verify")
@@ -163,9 +172,3 @@ def _in_words(row: dict[str, Any]) -> dict[str, Any]:
             for e in row["teacher_top"]
         ]
     return told
-
-
-def _narrow(row: dict[str, Any], form: str) -> dict[str, Any]:
-    """Ids as far as they tell segments apart, for a terminal."""
-    short = {"segment": row["segment"][:8], "base": row["base"][:8]}
-    return row if form == "json" else {**row, **short}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from logitcask.cli.options import MODEL_FLAGS, format_option, job_from_flags, job_options
-from logitcask.cli.output import print_result, print_table, progress_bar
+from logitcask.cli.output import print_result, print_segments, print_table, progress_bar
 from logitcask.engine.config.jobs import EstimateJob, Gc, GcJob
 from logitcask.engine.errors import IncompleteError
 
@@ -60,7 +60,10 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
     help="... only those that students of an older version sampled.",
 )
 @click.option("--teacher", help="Retire the scores of this name.")
-@click.option("--segment", help="Retire this segment (its 32 digits), and what rests on it.")
+@click.option(
+    "--segment",
+    help="Retire this segment (its 32 digits: `store ls --format json`), and what rests on it.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be retired, and retire nothing.")
 @format_option
 def retire_command(url: str, form: str, **which: Any) -> None:
@@ -76,7 +79,7 @@ def retire_command(url: str, form: str, **which: Any) -> None:
     from logitcask.engine.store.view import listing_of
 
     retired = retire(open_store(url), **which)
-    print_table(listing_of(retired), form)
+    print_segments(listing_of(retired), form)
     done = "would be retired" if which["dry_run"] else "retired"
     click.echo(f"note: {len(retired)} segments {done}", err=True)
 

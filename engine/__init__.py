@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from logitcask.engine.objectives import find_preset
     from logitcask.engine.rows.batches import batches, planned
     from logitcask.engine.store import open_store
+    from logitcask.engine.training.facts import check_objective
     from logitcask.engine.training.row_loss import row_loss
 
 __all__ = [
     "LogitcaskError",
     "batches",
+    "check_objective",
     "find_preset",
     "head_map",
     "open_store",
@@ -33,6 +35,7 @@ _HOME = {
     "head_map": "heads",
     "find_preset": "objectives",
     "batches": "rows.batches",
+    "check_objective": "training.facts",
     "planned": "rows.batches",
     "open_store": "store",
     "row_loss": "training.row_loss",

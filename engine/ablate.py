@@ -32,6 +32,7 @@ from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.rundir import check_same, make_folder, replace_text, write_json
+from logitcask.engine.training.train import Notice
 from logitcask.engine.types import Progress, silent
 
 FIXED = ("store.url", "store.profile", "train.pin", "run.out", "run.overwrite", "run.seed")
@@ -156,7 +157,7 @@ def ablate(
     settings: Ablate,
     *,
     progress: Progress = silent,
-    notice: Callable[[str], None] = lambda line: None,
+    notice: Notice = lambda line: None,
 ) -> AblateReport:
     """Trains what is not trained yet, and writes the table.
 
@@ -186,7 +187,11 @@ def ablate(
             out = settings.out / each.name / f"seed-{seed}"
             run = each.job.run.model_copy(update={"out": out, "seed": seed, "overwrite": False})
             start_s = time.monotonic()
-            report = run_train(each.job.model_copy(update={"run": run}), cache=cache, notice=notice)
+            report = run_train(
+                each.job.model_copy(update={"run": run}),
+                cache=cache,
+                notice=_of(f"{each.name}/seed-{seed}", notice),
+            )
             if report.resumed_at < report.updates:
                 trained += 1
                 # Of a resumed run its own seconds are those of an earlier call, too.
@@ -362,6 +367,11 @@ def _judged(each: Combination, skip: bool) -> Combination:
 def _evaluated(run: TrainReport, which: int, name: str) -> float | None:
     found = run.evaluations[which].get(f"eval/{name}") if run.evaluations else None
     return None if found is None else float(found)
+
+
+def _of(run: str, notice: Notice) -> Notice:
+    """Lines say which run they are of: its folder."""
+    return lambda line: notice(f"{run}: {line}")
 
 
 def _plain(value: Any) -> str:

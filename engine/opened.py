@@ -170,7 +170,7 @@ def _open_served(
         server.n_vocab = own = model.n_vocab
         model, shared = _shared(model, student, teacher.student_tokenizer)
         head = identity.from_config(identity.read_config(model.path), "vocab_size")
-        if said := check_padding(server, own, head):
+        if said := check_padding(server, own, head, k_max):
             notes.append(f"{model.name}: {said}")
         server.n_vocab = model.n_vocab
         same = SameTeacher(server, model.n_vocab, server.close, k_max)

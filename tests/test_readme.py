@@ -4,7 +4,10 @@ import glob
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from transformers import Qwen3ForCausalLM
 from logitcask.cli.main import run
 from logitcask.cli.options import FLAGS
 from logitcask.engine.config.training import Eval, Loop
+from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import PRESETS
 from logitcask.engine.objectives.modifiers import MODIFIERS
+from logitcask.engine.rows.batches import planned
 from tests.engine import tiny
 from tests.engine.backends.server.fake_server import FakeServer
 
@@ -217,6 +222,66 @@ def test_keys_that_are_no_flag_of_their_name_are_listed() -> None:
     named = {key for section, key in FLAGS if section == "eval"}
     assert {*Eval.model_fields} - named == {"grader"}, "README names the only one without --eval-"
     assert all(f"`{key}`" in README for key in Loop.model_fields)
+
+
+def test_a_loop_is_refused_what_the_store_cannot_serve(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    program = with_tiny_models(block("python loop"))
+    program = program.replace('find_preset("overlap")', 'find_preset("opd", k=64)')
+    with pytest.raises(ObjectiveError, match="k = 64 is more than student_k = 16"):
+        exec(compile(program, "README", "exec"), {})
+
+
+RANK_OF_TWO = """
+import sys
+RANK, MET = int(sys.argv[1]), sys.argv[2]
+{opening}
+torch.distributed.init_process_group("gloo", init_method=f"file://{{MET}}", rank=RANK, world_size=2)
+for row in {loop}
+torch.save(list(student.parameters()), f"{{MET}}-{{RANK}}.pt")
+"""
+
+
+def test_a_loop_in_two_processes_makes_the_updates_of_one(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    # Plain steps, so that rounding is not blown up.
+    program = with_tiny_models(block("python loop")).replace("AdamW", "SGD").replace("1e-6", "0.1")
+    opening, loop = program.split("for row in ")
+    alone: dict[str, Any] = {}
+    exec(compile(opening, "README", "exec"), alone)
+    # Of an odd number of rows the last one of the second process is empty.
+    for size in range(600, 4000, 20):
+        rows = planned(alone["store"], **alone["which"], tokens_per_batch=size)
+        if len(rows) % 2:
+            break
+    assert len(rows) % 2 == 1 < len(rows)
+    several = loop.replace("    loss.backward()\n", block("python several"))
+    several = several.replace("batch=4096", f"batch={size}, rank=RANK, world=2")
+    (tmp_path / "rank.py").write_text(RANK_OF_TWO.format(opening=opening, loop=several))
+    command = [sys.executable, str(tmp_path / "rank.py")]
+    ranks = [subprocess.Popen([*command, rank, str(tmp_path / "met")]) for rank in "01"]
+
+    student, optimizer = alone["student"], alone["optimizer"]
+    pair_sum = loop.partition("loss.backward()")[0] + "(loss * len(row.targets)).backward()\n"
+    for first in range(0, len(rows), 2):
+        pair = [rows[i] for i in range(first, min(first + 2, len(rows)))]
+        names = {**alone, "batches": lambda *_, of=pair, **__: of}
+        exec(compile(f"for row in {pair_sum}", "README", "exec"), names)
+        for parameter in student.parameters():
+            parameter.grad /= sum(len(row.targets) for row in pair)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    found = [torch.load(tmp_path / f"met-{rank}.pt") for rank in "01"]
+    before = padded_model(1).parameters()
+    for old, want, *ours in zip(before, student.parameters(), *found, strict=True):
+        assert torch.equal(*ours)
+        torch.testing.assert_close(ours[0], want, rtol=0, atol=1e-6)
+        assert (want - old).abs().max() > 1e-4, "the tolerance is small beside what was learned"
 
 
 def test_objectives_with_modifiers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

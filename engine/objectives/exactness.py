@@ -30,8 +30,8 @@ class Facts:
     """Versions of the students that sampled, each once; empty in a loop, where every round samples
     from the student as it then is.
     """
-    student_version: int
-    """Of the student that is to be trained."""
+    student_version: int | None
+    """Of the student that is to be trained; None where it is not known."""
     same_root: bool
     """It descends from the model that those students descend from; else it is foreign."""
     same_template: bool
@@ -57,12 +57,14 @@ class Facts:
 
     @property
     def ages(self) -> tuple[int | None, ...]:
-        """Updates between each version and the student; None for a foreign one."""
+        """Updates between each version and the student; None for a foreign one, and for one whose
+        version is not known.
+        """
         if not self.versions:
             return (0,)
-        if not self.same_root:
+        if not self.same_root or (now := self.student_version) is None:
             return (None,)
-        return tuple(self.student_version - version for version in self.versions)
+        return tuple(now - version for version in self.versions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -100,6 +100,8 @@ def planned(
     pin: Pin,
     rollouts: str,
     teacher: str,
+    base: str | None = None,
+    partial: bool = False,
     tokens_per_batch: int = 16384,
     seed: int = 0,
     epochs: int = 1,
@@ -109,14 +111,21 @@ def planned(
     """The packed rows of pinned data, `epochs` times through it in shuffled order: a dataset for a
     torch DataLoader (`batch_size=None`, workers by `spawn`), or a sequence to index.
 
-    The order depends on pin, names, seed, epochs, tokens_per_batch and window_bytes alone. cache: a
-    folder on a local disk for decoded units.
+    The order depends on pin, names, seed, epochs, tokens_per_batch and window_bytes alone. base:
+    scores of the model that the teacher was made from, for objectives that look there. partial:
+    what is scored, although units are missing. window_bytes: of units that are decoded together,
+    which bounds memory. cache: a folder on a local disk for decoded units.
+
+    Raises StoreError if the names hold nothing, IncompleteError if units are missing and `partial`
+    does not allow that, ConfigError for a sequence longer than tokens_per_batch.
     """
     source = RowSource(
         store,
         pin,
         rollouts,
         teacher,
+        base=base,
+        partial=partial,
         memory_bytes=window_bytes,
         cache=None if cache is None else UnitCache(Path(cache)),
     )
@@ -141,14 +150,32 @@ def batches(
     teacher: str,
     rank: int = 0,
     world: int = 1,
-    **plan: Any,
+    base: str | None = None,
+    partial: bool = False,
+    tokens_per_batch: int = 16384,
+    seed: int = 0,
+    epochs: int = 1,
+    window_bytes: int = WINDOW_BYTES,
+    cache: str | Path | None = None,
 ) -> Iterator[PackedRow]:
-    """Packed rows for a training loop of one's own; `plan` as of `planned`.
+    """Packed rows for a training loop of one's own; the rest is as of `planned`.
 
     Of several processes each takes its own (rank of world), all of them equally many: rows beyond
     the last are empty.
     """
-    rows = planned(store, pin=pin, rollouts=rollouts, teacher=teacher, **plan)
+    rows = planned(
+        store,
+        pin=pin,
+        rollouts=rollouts,
+        teacher=teacher,
+        base=base,
+        partial=partial,
+        tokens_per_batch=tokens_per_batch,
+        seed=seed,
+        epochs=epochs,
+        window_bytes=window_bytes,
+        cache=cache,
+    )
     indices = range(rank, -(-len(rows) // world) * world, world)
     for index in indices:
         row = rows.row(index)

@@ -95,7 +95,7 @@ def examine(asked: Examination) -> Iterator[Finding]:
             return
         server.n_vocab = model.n_vocab
         yield _tried("tokenizer", lambda: _tokenizer(model, server))
-        yield _tried("padding", lambda: _padding(server, model))
+        yield _tried("padding", lambda: _padding(server, model, asked.k_max))
         if asked.student:
             yield from _student(model, asked.student, server)
         yield _tried("log-probs", lambda: _log_probs(server, asked.k_max))
@@ -153,9 +153,9 @@ def _tokenizer(model: ModelRef, server: Any) -> Finding:
     )
 
 
-def _padding(server: Any, model: ModelRef) -> Finding:
+def _padding(server: Any, model: ModelRef, k_max: int) -> Finding:
     head = identity.from_config(identity.read_config(model.path), "vocab_size")
-    said = check_padding(server, model.n_vocab, head)
+    said = check_padding(server, model.n_vocab, head, k_max)
     return Finding(
         check="padding",
         state="note" if said else "ok",

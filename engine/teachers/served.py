@@ -14,7 +14,7 @@ from logitcask.engine import identity
 from logitcask.engine.backends.answers import PADDING
 from logitcask.engine.backends.base import Served
 from logitcask.engine.backends.parity import PROBE_ROWS, probe_request, probe_rollouts
-from logitcask.engine.errors import ConfigError, IdentityError, ModelError
+from logitcask.engine.errors import ConfigError, IdentityError, ModelError, ServerError
 from logitcask.engine.prompts import load_tokenizer
 from logitcask.engine.types import IdLists, ModelRef
 
@@ -114,9 +114,10 @@ def _at(ids: list[int], place: int) -> str:
     return f"id {ids[place]}" if place < len(ids) else "none"
 
 
-def check_padding(server: Served, n_vocab: int, head: int) -> str:
+def check_padding(server: Served, n_vocab: int, head: int, k_max: int = PADS) -> str:
     """What is to be said of the ids [n_vocab, head), which its tokenizer has not; "" = nothing.
 
+    k_max: log-probs per position that it can be asked for.
     Raises IdentityError where they hold a mass that the log-probs of the others lack.
     """
     pads = np.arange(n_vocab, head)
@@ -125,7 +126,7 @@ def check_padding(server: Served, n_vocab: int, head: int) -> str:
     if "at_ids" not in server.capabilities:
         return f"{len(pads)} ids of its padded head cannot be looked at; a trained one's are nil"
     rollouts = probe_rollouts(n_vocab)
-    each = min(PADS, len(pads))
+    each = min(PADS, k_max, len(pads))
     spread = np.linspace(0, len(pads) - 1, each * PROBE_ROWS).astype(np.int64)
     # Distinct in a row, and all over the padding in all rows.
     asked = np.sort(pads[spread].reshape(each, PROBE_ROWS).T, axis=1)
@@ -137,6 +138,9 @@ def check_padding(server: Served, n_vocab: int, head: int) -> str:
     server.n_vocab = head
     try:
         found = server.score(rollouts, probe_request(head), at).at_lp
+    except ServerError as error:
+        # Its head may end where another copy of its configuration says that it does not.
+        return f"{len(pads)} ids of its padded head could not be looked at: {error.cause}"
     finally:
         server.n_vocab = n_vocab
     assert found is not None, "it was asked at ids"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logitcask.engine.errors import IdentityError
-from logitcask.engine.objectives import Facts
+from logitcask.engine.objectives import Facts, Objective, Preset, Verdict, verdict
 from logitcask.engine.rows.source import RowSource
 from logitcask.engine.store import Pin, Store
 from logitcask.engine.training.trainer import gathered
@@ -21,12 +21,34 @@ def first_pin(store: Store, earlier: Mapping[str, Any] | None) -> Pin:
     return store.pin(number, sha256)
 
 
-def facts_of(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts:
-    """What the cache and the student are to each other. IdentityError for another tokenizer."""
+def check_objective(
+    objective: Objective | Preset,
+    store: Store,
+    *,
+    pin: Pin,
+    rollouts: str,
+    teacher: str,
+    base: str | None = None,
+    partial: bool = False,
+) -> Verdict:
+    """What these scores serve of the objective, for a training loop of one's own.
+
+    The student is taken to descend from the one that sampled, its age to be unknown. Raises
+    ObjectiveError where the scores cannot serve the objective, and what RowSource raises.
+    """
+    source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial)
+    return verdict(objective, facts_of(None, source, foreign_student=False))
+
+
+def facts_of(model: ModelRef | None, source: RowSource, foreign_student: bool) -> Facts:
+    """What the cache and the student are to each other; None for one that is not a folder yet.
+
+    Raises IdentityError for another tokenizer.
+    """
     rollouts = [segment for segment, _ in source.pairs]
     asked = [[each.lineage["request"] for each in chain] for _, chain in source.pairs]
     sampler = rollouts[0].lineage["student"]
-    if sampler["tokenizer"] != model.tokenizer_digest:
+    if model is not None and sampler["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
             f"the rollouts were sampled with tokenizer {sampler['tokenizer']}, the student "
             f"{model.name} has {model.tokenizer_digest}",
@@ -40,13 +62,14 @@ def facts_of(model: ModelRef, source: RowSource, foreign_student: bool) -> Facts
         k_max=min(max(int(each["k_max"]) for each in requests) for requests in asked),
         at_student=all(any(each["at_student"] for each in requests) for requests in asked),
         versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
-        student_version=model.version,
-        same_root=sampler["root"] == model.root,
-        same_weights=all(s.lineage["student"]["weights"] == model.digest for s in rollouts),
-        same_template=sampler["template"] == model.template_digest,
+        student_version=None if model is None else model.version,
+        same_root=model is None or sampler["root"] == model.root,
+        same_weights=model is None
+        or all(s.lineage["student"]["weights"] == model.digest for s in rollouts),
+        same_template=model is None or sampler["template"] == model.template_digest,
         plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
         allow_foreign=foreign_student,
-        n_vocab=model.n_vocab,
+        n_vocab=int(sampler["n_vocab"]) if model is None else model.n_vocab,
         mc_draws=int(sampling.get("mc_draws", 0)),
         at_mc=all(
             any(each.lineage.get("at") == MC_IDS for each in chain) for _, chain in source.pairs

@@ -114,12 +114,11 @@ def open_desk(
     settings: TrainSettings,
     overwrite: bool = False,
     device: str = "auto",
-    report_to: tuple[str, ...] = (),
 ) -> Desk:
     """Raises ConfigError for a folder or a device that a run cannot use."""
     if out.resolve() == model.path.resolve():
         raise ConfigError(f"--out {out} is the student itself", remedy="give another --out")
-    args = training_arguments(out, settings, device, report_to)
+    args = training_arguments(out, settings, device)
     desk = Desk(out=out, args=args, earlier=read_run(out))
     desk.wait()
     if overwrite and desk.earlier is not None:

@@ -73,7 +73,7 @@ _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": 
 
 
 def training_arguments(
-    out: Path, settings: TrainSettings, device: str = "auto", report_to: tuple[str, ...] = ()
+    out: Path, settings: TrainSettings, device: str = "auto"
 ) -> TrainingArguments:
     """What `DistillTrainer` needs of transformers' arguments, checkpoints below `out`.
 
@@ -115,7 +115,7 @@ def training_arguments(
         logging_strategy="steps",
         logging_steps=settings.log_steps,
         logging_nan_inf_filter=False,
-        report_to=list(report_to) or "none",
+        report_to="none",
         disable_tqdm=True,
         # Every micro-batch reaches every trainable parameter, the empty ones too.
         ddp_find_unused_parameters=False,

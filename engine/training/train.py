@@ -41,7 +41,6 @@ def train(
     held_out: HeldOutSet | None = None,
     cache: UnitCache | None = None,
     config: Mapping[str, Any] | None = None,
-    report_to: tuple[str, ...] = (),
     notice: Notice = lambda line: None,
     progress: Progress = silent,
 ) -> TrainReport:
@@ -60,14 +59,7 @@ def train(
     objective) and ModelError.
     """
     settings = settings or TrainSettings()
-    desk = open_desk(
-        out,
-        model=model,
-        settings=settings,
-        overwrite=overwrite,
-        device=device,
-        report_to=report_to,
-    )
+    desk = open_desk(out, model=model, settings=settings, overwrite=overwrite, device=device)
     if pin is None:
         pin = first_pin(store, desk.earlier)
     source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial, cache=cache)

@@ -37,7 +37,7 @@ USAGE = [
     Case("name", f"{ROLL} OUT --rollouts Main", 2, "--rollouts = 'Main'", "Name of the set"),
     Case("too small", f"{ROLL} OUT --batch-tokens 0", 2, "--batch-tokens = 0", "Bounds memory"),
     Case("backend", f"{ROLL} OUT --backend tgi", 2, "no backend 'tgi'", "hf, server, vllm"),
-    Case("backend of a folder", f"{ROLL} OUT --backend server", 2, "is no URL", "http://"),
+    Case("backend of a folder", f"{ROLL} OUT --backend server", 2, "not at a URL", "http://"),
     Case(
         "backend of a URL",
         "score --model http://a:1 --teacher t --backend hf --store STORE",

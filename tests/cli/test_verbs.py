@@ -66,8 +66,10 @@ def test_text_and_json_say_the_same(world: World, call: Any) -> None:
     values = call("store info @st --format json").json
     assert text.keys() == values.keys()
     assert int(text["bytes"]) == values["bytes"]
-    rows = call("store ls @st").out.splitlines()
-    assert len(rows) == 1 + len(call("store ls @st --format json").json) == 1 + ALL
+    told = call("store ls @st").out
+    listed = call("store ls @st --format json").json
+    assert len(listed) == ALL
+    assert all(f"\n{row['log']:<3}  {row['segment'][:8]}  " in told for row in listed)
 
 
 def test_what_is_done_is_not_done_again(world: World, call: Any) -> None:

@@ -113,6 +113,16 @@ def test_a_plain_key_is_that_of_the_training() -> None:
     )
 
 
+def test_every_notice_says_which_run_it_is_of(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = Ablate(out=tmp_path / "out", seeds=2)
+    ablate(job_of(case), ["objective=teacher_topk,overlap"], settings, notice=said.append)
+    runs = {f"objective={name}/seed-{i}" for name in ("teacher_topk", "overlap") for i in (0, 1)}
+    assert {line.partition(": ")[0] for line in said} == runs
+    assert all((tmp_path / "out" / each / "logitcask.json").exists() for each in runs)
+    assert "objective=teacher_topk/seed-1: support: fixed: the teacher's top-4" in said
+
+
 def test_a_kill_loses_nothing_and_nothing_is_sampled_or_scored(
     case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Columns of a row: every id that a list, a draw or the sample names has one, with its numbers."""
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.identity import digest
+from logitcask.engine.rows.batches import batches, planned
 from logitcask.engine.rows.columns import nothing, targets_of
 from logitcask.engine.rows.plan import PlanKey, make_plan
 from logitcask.engine.rows.source import RowSource
@@ -172,6 +174,27 @@ def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
         assert torch.equal(targets.base_token_lp, targets.s_lp)
         drawn += int((targets.mc_count > 0).sum())
     assert drawn == sum(len(u.rollouts.draws.ids) for u in units if u.rollouts.draws)
+
+
+def test_a_loop_of_ones_own_gets_the_base_and_what_is_there(tmp_path: Path) -> None:
+    units = [make_unit(seed) for seed in range(3)]
+    store = with_base(tmp_path / "s", units, 2)
+    which = {"pin": store.head(), "rollouts": "main", "teacher": "big", "base": "root"}
+    with pytest.raises(IncompleteError, match="have no scores of 'root'"):
+        list(batches(store, **which, tokens_per_batch=64))
+    rows = list(batches(store, **which, tokens_per_batch=64, partial=True))
+    assert all(row.targets.base_log_p is not None for row in rows)
+    assert sum(len(row.targets) for row in rows) == sum(u.rollouts.positions for u in units[:2])
+
+
+def test_batches_takes_what_planned_takes() -> None:
+    ours, theirs = (signature(each).parameters for each in (batches, planned))
+    assert list(ours.values()) == [
+        *list(theirs.values())[:4],
+        ours["rank"],
+        ours["world"],
+        *list(theirs.values())[4:],
+    ]
 
 
 def test_sequences_and_positions_count_from_zero(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from logitcask.engine.identity import model_ref, read_card
 from logitcask.engine.metrics import METRICS
 from logitcask.engine.objectives import find_preset
 from logitcask.engine.store import Store
+from logitcask.engine.training.facts import check_objective
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.training.student import inner_model, load_student
@@ -55,6 +56,27 @@ def lines(out: Path) -> list[dict[str, Any]]:
         assert line.pop("progress/seconds") > 0
         assert 0 <= line.pop("train/data_wait") <= 1
     return found
+
+
+@pytest.mark.parametrize("name", ["opd(k=64)", "rs_kd", "async_mc", "exopd", "full_vocab"])
+def test_a_loop_of_ones_own_is_refused_what_train_refuses(
+    case: tuple[Store, ModelRef], tmp_path: Path, name: str
+) -> None:
+    preset, store = find_preset(name), case[0]
+    with pytest.raises(ObjectiveError) as told:
+        run(case, tmp_path / "out", objective=preset)
+    with pytest.raises(ObjectiveError) as ours:
+        check_objective(preset, store, pin=store.head(), rollouts="main", teacher="big")
+    assert str(ours.value) == str(told.value)
+
+
+def test_a_loop_of_ones_own_is_told_what_is_exact(case: tuple[Store, ModelRef]) -> None:
+    store = case[0]
+    which = {"pin": store.head(), "rollouts": "main", "teacher": "big"}
+    told = check_objective(find_preset("opd", k=4), store, **which)
+    assert told.support.startswith("frozen: the top-4 of the student that sampled (version 0)")
+    drawn = check_objective(find_preset("sampled_token").objective, store, **which)
+    assert "off policy (age unknown" in drawn.estimator
 
 
 class Stopped(Exception):

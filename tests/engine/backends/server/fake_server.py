@@ -238,6 +238,9 @@ class FakeServer:
                     f"(--max-logprobs) to at least {count}."
                 )
                 return {"status": 400, "error": {"message": words}}
+            if (beyond := int(wide.max())) >= lp.shape[1]:
+                words = f"token id {beyond} is out of the vocabulary"
+                return {"status": 400, "error": {"message": words}}
             assert len(wide) == len(ids) - 1 - start
             rows = np.take_along_axis(lp[start:-1], np.maximum(wide, 0), 1)
             said["prompt_token_id_logprobs"] = packed(np.where(wide < 0, -np.inf, rows))
