@@ -211,10 +211,10 @@ def test_what_lists_no_models_serves_none(cards: Any, fake: FakeServer, connect:
 
 
 class Elsewhere(FakeServer):
-    """Puts a text of its own before what it is asked, and takes as much away."""
+    """Puts words of its own into the longest prompt, of 30 tokens, and takes as many away."""
 
     def _said(self, body: dict[str, Any], ids: list[int], sampling: dict[str, Any]) -> Any:
-        kept = ids[:1] if len(ids) < 10 else [ids[0], *([60] * 5)]
+        kept = ids[:1] if len(ids) <= 30 else [ids[0], *([60] * 5)]
         return super()._said(body, [*kept, *ids[len(kept) :]], sampling)
 
 
@@ -224,7 +224,7 @@ def test_a_prompt_that_was_replaced_on_the_way_is_noticed(
     for generate in (True, False):
         with Elsewhere(teacher.model, generate=generate) as fake:
             server = connect(fake)
-            with pytest.raises(AnswerError, match="position 1 without the token"):
+            with pytest.raises(AnswerError, match="prompt '1'.*position 1 without the token 4"):
                 server.score(rolled, replace(ASK, at_student=False))
 
 
