@@ -123,14 +123,16 @@ class Fleet:
         if fault.lost:
             link.up = False
         elif link.up and (fault.ill or fault.late):
-            link.up = await link.healthy()
+            await self.check(link)
         # What one that is away did not answer says nothing of the others.
         if link.up and (fault.busy or fault.late):
             self.budget.slower(asked_s)
 
     async def check(self, link: Link) -> None:
-        """Whether one that answered is still there."""
-        link.up = link.up and await link.healthy()
+        """Whether one that is up still is. Never the other way: it may have been lost meanwhile,
+        and who answers now has to be looked at first."""
+        if link.up and not await link.healthy():
+            link.up = False
 
     async def close(self) -> None:
         if self._looking is not None:

@@ -220,22 +220,26 @@ class Server:
                 check_same(known[0], each, link.url)
         return known[0]
 
-    @staticmethod
-    async def _facts(links: Sequence[Link], served: str) -> list[ServerFacts | Transient]:
+    async def _facts(self, links: Sequence[Link], served: str) -> list[ServerFacts | Transient]:
         """Of all at once, or why one does not answer. Raises the first refusal."""
 
         async def one(link: Link) -> ServerFacts | Transient:
             try:
-                return await facts_of(link, served)
+                return await self._look(link, served)
             except Transient as fault:
                 return fault
-            except AnswerError as error:
-                said = link.hidden(error.cause)
-                raise ServerError(f"{link.url}: {said}", remedy=error.remedy) from None
 
         async with asyncio.TaskGroup() as group:
             asked = [group.create_task(one(link)) for link in links]
         return [each.result() for each in asked]
+
+    @staticmethod
+    async def _look(link: Link, served: str) -> ServerFacts:
+        try:
+            return await facts_of(link, served)
+        except AnswerError as error:
+            said = link.hidden(error.cause)
+            raise ServerError(f"{link.url}: {said}", remedy=error.remedy) from None
 
     async def _fill(self, fleet: Fleet, rollouts: Rollouts, sheet: AnswerSheet) -> None:
         await self._recheck(fleet)
@@ -261,7 +265,7 @@ class Server:
                     group.create_task(one(link))
 
     async def _back(self, link: Link) -> None:
-        check_same(self.facts, await facts_of(link, self.facts.served), link.url)
+        check_same(self.facts, await self._look(link, self.facts.served), link.url)
 
     async def _end(self) -> None:
         for fleet in (self._fleet, *(member.fleet for member in self._members.values())):

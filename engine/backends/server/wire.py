@@ -202,6 +202,8 @@ def _holds(entries: Any, token: int) -> bool:
 
 def _shown(value: Any) -> str:
     """Whole or not at all: a part of a key could not be told from other text."""
+    if not isinstance(value, str | int | float):
+        return f"of the type {type(value).__name__}"
     said = repr(value)
     return said if len(said) <= MOST_SHOWN else f"of {len(said)} characters"
 

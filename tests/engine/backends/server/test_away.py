@@ -13,9 +13,11 @@ from aiohttp import web
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Server
+from logitcask.engine.backends.server.fleet import Fleet
+from logitcask.engine.backends.server.link import Link, Transient
 from logitcask.engine.errors import IdentityError, ServerError
 from logitcask.engine.types import Rollouts, ScoreRequest, Scores
-from logitcask.engine.waiting import Stopped, worker_waits
+from logitcask.engine.waiting import Stopped, current_waits, worker_waits
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB, make_tokenizer
@@ -254,6 +256,31 @@ def test_a_server_that_cannot_tokenize_because_it_is_ill_is_no_answer(
         fake.dead = True
         with pytest.raises(ServerError, match="503"):
             server.tokenize("ab")
+
+
+def test_one_that_is_lost_while_its_health_is_asked_for_stays_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What says that it is well may be another by then."""
+    link = Link("http://127.0.0.1:1", None, QUICK)
+
+    async def back(_: Link) -> None:
+        raise AssertionError("nobody asks it")
+
+    async def healthy() -> bool:
+        link.up = False
+        return True
+
+    monkeypatch.setattr(link, "healthy", healthy)
+    fleet = Fleet([link], QUICK, back, current_waits())
+    for look in (
+        lambda: fleet.note(link, Transient("no answer", late=True), 0.0),
+        lambda: fleet.check(link),
+    ):
+        link.up = True
+        asyncio.run(look())
+        assert not link.up
+        assert fleet.budget.window == QUICK.requests
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, "reset", "list", "words"])

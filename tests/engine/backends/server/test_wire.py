@@ -138,6 +138,13 @@ def test_rows_that_are_none_are_refused(row: Any) -> None:
         read(answered(prompt_logprobs=[*rows, row]))
 
 
+def nested(depth: int) -> Any:
+    said: Any = []
+    for _ in range(depth):
+        said = [said]
+    return said
+
+
 LONG = Question(ids=[4, 5, 6, 7], rows=2, k=2)
 
 
@@ -163,7 +170,7 @@ def test_the_prompts_rows_may_be_left_out_and_its_echo_then_tells() -> None:
         LONG.read(COMPLETIONS, {"teacher"}, json.dumps({"choices": [choice]}).encode())
 
 
-@pytest.mark.parametrize("name", ["x" * 10_000, ["teacher"], 7])
+@pytest.mark.parametrize("name", ["x" * 10_000, ["teacher"], nested(900), 7])
 def test_an_answer_of_another_model_is_refused_in_a_line(name: Any) -> None:
     with pytest.raises(AnswerError, match="and 'teacher' was asked") as caught:
         read(answered(model=name))
