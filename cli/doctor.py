@@ -60,7 +60,7 @@ def doctor_command() -> None:
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Log-probs a position that scoring will ask for.",
+    help="Log-probs per position that scoring will ask for.",
 )
 @click.option(
     "--api-key-file",

@@ -54,5 +54,5 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
     from logitcask.engine.jobs import run_score
 
     with progress_bar() as progress:
-        report = run_score(job, progress=progress)
+        report = run_score(job, progress=progress, notice=lambda line: click.echo(line, err=True))
     print_report(report, form)

@@ -54,7 +54,9 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
     from logitcask.engine.jobs import run_estimate
 
     with progress_bar() as progress:
-        estimate = run_estimate(job, progress=progress)
+        estimate = run_estimate(
+            job, progress=progress, notice=lambda line: click.echo(line, err=True)
+        )
     if form == "json":
         print_result(estimate, form)
         return

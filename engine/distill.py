@@ -36,6 +36,7 @@ from logitcask.engine.training.run import Course, TrainReport, carry_out, open_d
 from logitcask.engine.training.rundir import check_same, read_run
 from logitcask.engine.training.train import Notice
 from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreRequest, silent
+from logitcask.engine.waiting import Waits
 
 
 def distill(
@@ -63,6 +64,7 @@ def distill(
         template=template,
         exact=config.score.exact,
         k_max=config.score.k_max,
+        waits=Waits(notice),
     )
     try:
         return _distill(config, preset, model, prompts, template, teacher, progress, notice)

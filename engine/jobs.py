@@ -46,6 +46,7 @@ from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.student import load_student, quiet
 from logitcask.engine.training.train import Notice, check, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
+from logitcask.engine.waiting import Waits
 
 
 def run_rollout(job: RolloutJob, *, progress: Progress = silent) -> RolloutReport:
@@ -93,17 +94,19 @@ def rolling(
         raise
 
 
-def run_score(job: ScoreJob, *, progress: Progress = silent) -> ScoreReport:
+def run_score(
+    job: ScoreJob, *, progress: Progress = silent, notice: Notice = lambda line: None
+) -> ScoreReport:
     """`logitcask score`."""
     store = open_store(job.store.url)
-    asked = scoring(job, store, store.head())
+    asked = scoring(job, store, store.head(), Waits(notice))
     try:
         return score(asked, progress=progress)
     finally:
         close_backend(asked.scorer)
 
 
-def scoring(job: ScoreJob, store: Store, pin: Pin) -> Scoring:
+def scoring(job: ScoreJob, store: Store, pin: Pin, waits: Waits) -> Scoring:
     """Who scores what, with the teacher loaded; its scorer is to be closed."""
     template = rendered(pin, job.store.rollouts)
     student = pin.rollouts(job.store.rollouts)[0].lineage["student"]
@@ -114,6 +117,7 @@ def scoring(job: ScoreJob, store: Store, pin: Pin) -> Scoring:
         template=template,
         exact=job.score.exact,
         k_max=job.score.k_max,
+        waits=waits,
     )
     try:
         model = teacher.model
@@ -160,7 +164,9 @@ def _context(job: ScoreJob, store: Store, model: ModelRef, pin: Pin) -> dict[str
     return templated(job.score.prompts, template, stored, tokenizer, **told)
 
 
-def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
+def run_estimate(
+    job: EstimateJob, *, progress: Progress = silent, notice: Notice = lambda line: None
+) -> Estimate:
     """`logitcask store estimate`."""
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
     grading = grading_of(job.rollout, model, prompts)
@@ -172,6 +178,7 @@ def run_estimate(job: EstimateJob, *, progress: Progress = silent) -> Estimate:
         template=template,
         exact=not served,
         k_max=job.estimate.k_max,
+        waits=Waits(notice),
     )
     try:
         # Both over the ids that both know, and the student here.

@@ -23,6 +23,7 @@ from logitcask.engine.teachers.served import (
 from logitcask.engine.teachers.token_maps import SharedVocabulary, shared_vocabulary
 from logitcask.engine.training.student import inner_model
 from logitcask.engine.types import ModelRef, ScoreRequest
+from logitcask.engine.waiting import Waits
 
 
 def backend(model: ModelRef, run: Run, *, exact: bool = True, known: int | None = None) -> Any:
@@ -108,10 +109,11 @@ def open_teacher(
     template: bool,
     exact: bool,
     k_max: int,
+    waits: Waits,
 ) -> OpenedTeacher:
     """A teacher here or behind a URL. student: the lineage of who sampled what it is to score;
-    template: prompts are rendered by the chat template; k_max: best ids a position that it will be
-    asked for at most.
+    template: prompts are rendered by the chat template; k_max: best ids per position that it will
+    be asked for at most; waits: told while its servers are away.
 
     Raises ConfigError for settings that have no meaning for such a teacher; IdentityError for a
     tokenizer that is not the student's and cannot be compared with it, and for a server that serves
@@ -124,7 +126,7 @@ def open_teacher(
                 "exact, and the teacher is at a URL: a server does not show its hidden states",
                 remedy="leave --exact out, or give a model folder or hub id with --backend vllm",
             )
-        return _open_served(teacher, run, student, template, k_max)
+        return _open_served(teacher, run, student, template, k_max, waits)
     for key in ("served", "tokenizer", "api_key_file"):
         if value := getattr(teacher, key):
             raise ConfigError(
@@ -139,7 +141,12 @@ def open_teacher(
 
 
 def _open_served(
-    teacher: Teacher, run: Run, student: Mapping[str, Any], template: bool, k_max: int
+    teacher: Teacher,
+    run: Run,
+    student: Mapping[str, Any],
+    template: bool,
+    k_max: int,
+    waits: Waits,
 ) -> OpenedTeacher:
     if run.backend not in ("auto", "server"):
         raise ConfigError(
@@ -154,6 +161,7 @@ def _open_served(
         served=teacher.served,
         key=read_key(teacher.api_key_file),
         limits=Limits(wait_s=teacher.server_wait),
+        waits=waits,
     )
     try:
         check_declared(teacher.revision, server.facts.fingerprint)

@@ -1,16 +1,12 @@
 """Long waits for others: who is told that one begins, and who may end it.
 
-A worker that watches must end when it is told to, also while the servers that it asks are away. It
-says so around all that it does, and whoever may have to wait looks it up when it is made, so that
-nobody between the two needs to know.
+A worker that watches must end when it is told to, also while the servers that it asks are away; and
+nobody should look at a command that says nothing for minutes.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-
-_CURRENT: ContextVar["Waits"] = ContextVar("waits")
 
 
 class Stopped(Exception):
@@ -18,11 +14,15 @@ class Stopped(Exception):
 
 
 class Waits:
-    """The waits of one worker, of any of its threads."""
+    """The waits of one command or worker, of any of its threads."""
 
-    def __init__(self, stop: threading.Event, notice: Callable[[str], None]) -> None:
-        """stop: set when they are to end; notice: called with a line."""
-        self._stop, self._notice = stop, notice
+    def __init__(
+        self,
+        notice: Callable[[str], None] = lambda line: None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """notice: called with a line; stop: set when waits are to end, None where none is."""
+        self._notice, self._stop = notice, stop
         self._open = 0
         self._lock = threading.Lock()
 
@@ -42,23 +42,8 @@ class Waits:
     @property
     def ended(self) -> bool:
         """Whether something waits that should not any more."""
-        return self._open > 0 and self._stop.is_set()
+        return self._stop is not None and self._open > 0 and self._stop.is_set()
 
     def _add(self, count: int) -> None:
         with self._lock:
             self._open += count
-
-
-def current_waits() -> Waits:
-    """Those of the worker around; without one, of nobody, who is told nothing and ends nothing."""
-    return _CURRENT.get(None) or Waits(threading.Event(), lambda line: None)
-
-
-@contextmanager
-def worker_waits(stop: threading.Event, notice: Callable[[str], None]) -> Iterator[None]:
-    """Around the work of one who is told to stop by an event."""
-    token = _CURRENT.set(Waits(stop, notice))
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)

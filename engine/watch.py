@@ -23,7 +23,7 @@ from logitcask.engine.score import plan_scores
 from logitcask.engine.score_unit import ScoreUnit, score_unit
 from logitcask.engine.store import Pin, Store, holds_store, open_store
 from logitcask.engine.types import ModelRef, Progress, silent
-from logitcask.engine.waiting import Stopped, worker_waits
+from logitcask.engine.waiting import Stopped, Waits
 from logitcask.engine.work import Notice, Plan, WorkReport, WorkSettings, follow
 
 _NOTHING = WorkReport(
@@ -53,8 +53,7 @@ def watch_scores(
         return _NOTHING
     store, pin = opened
     try:
-        with worker_waits(stop, notice):
-            asked = scoring(job, store, pin)
+        asked = scoring(job, store, pin, Waits(notice, stop))
     except Stopped:
         return _NOTHING
     said = _Once(notice)

@@ -47,7 +47,7 @@ class Engine:
         if find_spec("vllm") is None:
             raise ConfigError(
                 "the backend vllm needs the package vllm",
-                remedy="pip install 'logitcask[vllm]', in an environment of its own.",
+                remedy='Install it in an environment of its own: pip install -e ".[vllm]".',
             )
         # vLLM logs to standard output, where our callers' answers go.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -30,7 +30,7 @@ from logitcask.engine.teachers.token_maps import shared_vocabulary
 from logitcask.engine.types import ModelRef
 
 State = Literal["ok", "note", "fault"]
-FLAGS = "--enable-scale-out --generation-config vllm --max-logprobs 128"
+FLAGS = "--enable-scale-out --generation-config vllm --max-logprobs 256"
 """Of `vllm serve`, for a teacher."""
 
 

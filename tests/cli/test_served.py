@@ -21,6 +21,7 @@ from logitcask.engine.jobs import scoring
 from logitcask.engine.score import plan_scores
 from logitcask.engine.score_unit import score_unit
 from logitcask.engine.store import open_store
+from logitcask.engine.waiting import Waits
 from tests.cli.conftest import KEPT, TRAIN, UNITS, Answer, World
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.backends.server.test_faults import WRONG
@@ -278,6 +279,13 @@ def test_servers_beside_each_other_are_one_teacher_from_the_first_unit_to_the_la
         refused.refused(1, f"{second.url} is not the teacher that {fake.url} is", "--revision")
 
 
+def test_a_server_that_is_not_there_is_waited_for_aloud(call: Call, world: World) -> None:
+    asked = f"score --model http://127.0.0.1:9 {SERVED} --store {world.store(UNITS)}"
+    gone = call(asked.replace("--server-wait 1", "--server-wait 0.3"))
+    gone.refused(1, "does not answer", "--server-wait")
+    assert "waiting for http://127.0.0.1:9" in gone.err
+
+
 def test_one_of_two_servers_is_enough(call: Call, world: World, fake: FakeServer) -> None:
     store = world.store(UNITS)
     both = command(fake, store).replace(fake.url, f"http://127.0.0.1:9,{fake.url}")
@@ -294,7 +302,7 @@ def test_workers_that_begin_a_name_together_find_each_other(
     opened = open_store(world.at(store))
     with FakeServer(altered(model, int8), tokenizer=make_tokenizer()) as other:
         jobs = [job_of(world, each, store) for each in (fake, other)]
-        first, second = (scoring(job, opened, opened.head()) for job in jobs)
+        first, second = (scoring(job, opened, opened.head(), Waits()) for job in jobs)
         try:
             planned = plan_scores(first, opened.head())
             (key, unit), *_ = planned.missing.items()

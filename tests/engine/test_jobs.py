@@ -9,6 +9,7 @@ from logitcask.engine.config.teacher import Teacher
 from logitcask.engine.identity import model_ref
 from logitcask.engine.named import rendered, student_of
 from logitcask.engine.opened import live_backend, open_teacher
+from logitcask.engine.waiting import Waits
 from tests.engine.cached import make_store, make_unit
 from tests.engine.tiny import make_model, save_folder
 
@@ -31,6 +32,7 @@ def test_rollouts_of_the_library_say_how_they_were_rendered(
         template=rendered(pin, "main"),
         exact=True,
         k_max=16,
+        waits=Waits(),
     )
     assert (teacher.notes, teacher.shared) == ((), None)
     assert teacher.model.template_digest == student.template_digest

@@ -24,7 +24,7 @@ from logitcask.engine.backends.server.probe import (
 )
 from logitcask.engine.errors import AnswerError, ConfigError, ServerError
 from logitcask.engine.types import IdLists, Rollouts, ScoreRequest, Scores
-from logitcask.engine.waiting import Stopped, current_waits
+from logitcask.engine.waiting import Stopped, Waits
 
 KEY = "LOGITCASK_API_KEY"
 STOP_S = 0.2
@@ -65,8 +65,10 @@ class Server:
         served: str = "",
         key: str | None = None,
         limits: Limits = Limits(),  # noqa: B008 - frozen
+        waits: Waits | None = None,
     ) -> None:
-        """served: the servers' name for the teacher; empty for the only one that they serve.
+        """served: the servers' name for the teacher; empty for the only one that they serve; waits:
+        told while none of them answers.
 
         Raises ServerError where one cannot be reached within limits.wait_s or refuses, and
         IdentityError where they do not serve one and the same teacher.
@@ -75,7 +77,7 @@ class Server:
         links = {link.url: link for link in (Link(url, key, limits) for url in urls)}
         if not links:
             raise ConfigError("a teacher without servers", remedy="Give a URL.")
-        self._waits = current_waits()
+        self._waits = waits or Waits()
         self._fleet = Fleet([*links.values()], limits, self._back, self._waits)
         alone = limits if len(links) == 1 else replace(limits, wait_s=limits.alone_s)
         self._members = {

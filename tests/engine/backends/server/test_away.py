@@ -17,7 +17,7 @@ from logitcask.engine.backends.server.fleet import Fleet
 from logitcask.engine.backends.server.link import Link, Transient
 from logitcask.engine.errors import IdentityError, ServerError
 from logitcask.engine.types import Rollouts, ScoreRequest, Scores
-from logitcask.engine.waiting import Stopped, current_waits, worker_waits
+from logitcask.engine.waiting import Stopped, Waits
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB, make_tokenizer
@@ -272,7 +272,7 @@ def test_one_that_is_lost_while_its_health_is_asked_for_stays_away(
         return True
 
     monkeypatch.setattr(link, "healthy", healthy)
-    fleet = Fleet([link], QUICK, back, current_waits())
+    fleet = Fleet([link], QUICK, back, Waits())
     for look in (
         lambda: fleet.note(link, Transient("no answer", late=True), 0.0),
         lambda: fleet.check(link),
@@ -321,8 +321,9 @@ def test_a_worker_that_is_told_to_stop_waits_no_longer(
 ) -> None:
     said: list[str] = []
     stop = threading.Event()
-    with FakeServer(teacher.model) as gone, worker_waits(stop, said.append):
-        server = connect(gone, limits=PATIENT)
+    waits = Waits(said.append, stop)
+    with FakeServer(teacher.model) as gone:
+        server = connect(gone, limits=PATIENT, waits=waits)
     assert said == [], "who answers at once is not waited for"
 
     def stopped(wait: Callable[[], object]) -> None:
@@ -336,8 +337,7 @@ def test_a_worker_that_is_told_to_stop_waits_no_longer(
         assert said == [f"waiting for {gone.url}"]
 
     stopped(lambda: server.score(rolled, ASK))
-    with worker_waits(stop, said.append):
-        stopped(lambda: Server([gone.url], limits=PATIENT))
+    stopped(lambda: Server([gone.url], limits=PATIENT, waits=waits))
     with FakeServer(teacher.model, port=gone.port):
         server.n_vocab = N_VOCAB
         stop.set()
