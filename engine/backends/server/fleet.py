@@ -202,7 +202,7 @@ class Fleet:
                     raise ServerError(
                         f"{', '.join(urls)}: no server has answered for "
                         f"{self.limits.wait_s:.0f} s; the last look: {self._why}",
-                        remedy="Start it again, and run the same command: it goes on where it was. "
+                        remedy="Start it again, and run the same command to resume. "
                         "--server-wait sets how long it is waited for.",
                     )
                 await asyncio.sleep(self.limits.poll_s)
