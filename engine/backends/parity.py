@@ -71,8 +71,8 @@ def probe_rollouts(n_vocab: int, sequences: int = 1, rows: int = PROBE_ROWS) -> 
 
 
 def probe_request(n_vocab: int, k: int = PROBE_K) -> ScoreRequest:
-    k = min(k, n_vocab)
-    return ScoreRequest(entry_kind="topk", top_p=1.0, k_min=k, k_max=k, at_student=False)
+    """Up to k best ids: where ids of a padded head are among them, a row has fewer."""
+    return ScoreRequest(top_p=1.0, k_min=1, k_max=min(k, n_vocab), at_student=False)
 
 
 def behaviour(scorer: Scorer, n_vocab: int) -> Behaviour:

@@ -1,6 +1,7 @@
 """`logitcask doctor teacher`: a sound server passes, and each fault is named with its way out."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,23 @@ def test_each_fault_is_named(call: Call, world: World, fake: FakeServer) -> None
     fake.at_ids, fake.tokenizer = False, None
     noted = states(call(f"doctor teacher {fake.url} --tokenizer @teacher --format json --k-max 9"))
     assert noted["chosen ids"] == noted["tokenizer"] == "note"
+
+
+def test_padding_among_the_best_of_a_sure_row_is_no_fault(
+    call: Call, tmp_path: Path, fake: FakeServer
+) -> None:
+    """It is next to impossible, and so are the ids behind it."""
+    model = make_model(seed=1, vocab_size=N_VOCAB + 30, tie=False)
+    model.lm_head.weight.data[N_VOCAB:] = 0
+    model.lm_head.weight.data[:N_VOCAB] *= 60
+    folder = save_folder(tmp_path / "padded", model)
+    fake.model = model
+    asked = f"doctor teacher {fake.url} --tokenizer {folder} --format json"
+    found = states(call(asked))
+    assert [name for name, state in found.items() if state != "ok"] == []
+    # What was not trained has a mass, and is a fault.
+    fake.model = make_model(seed=1, vocab_size=N_VOCAB + 30)
+    assert states(call(asked))["padding"] == "fault"
 
 
 def test_teacher_and_student_are_compared(call: Call, world: World, fake: FakeServer) -> None:
