@@ -63,4 +63,7 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
     print_result(estimate.summary(), form)
     click.echo()
     missed = ("forward_kl_missed", "reverse_kl_missed")
-    print_table([{**row, **{m: f"{row[m]:.2%}" for m in missed}} for row in estimate.rows], form)
+    print_table(
+        [{**row, **{m: f"{round(row[m], 4) + 0.0:.2%}" for m in missed}} for row in estimate.rows],
+        form,
+    )
