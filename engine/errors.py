@@ -67,7 +67,8 @@ class GraderError(LogitcaskError, ValueError):
 
 
 class ServerError(LogitcaskError, OSError):
-    pass
+    status = 0
+    """HTTP status of a refusal; 0 = no answer."""
 
 
 class AnswerError(LogitcaskError, ValueError):

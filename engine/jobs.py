@@ -182,9 +182,9 @@ def run_estimate(
     )
     try:
         # Both over the ids that both know, and the student here.
-        model = replace(model, n_vocab=teacher.model.n_vocab)
+        own, model = model.n_vocab, replace(model, n_vocab=teacher.model.n_vocab)
         run = job.run.model_copy(update={"backend": "auto"}) if served else job.run
-        student = backend(model, run)
+        student = backend(model, run, known=own)
         try:
             return estimate(
                 grading=grading,

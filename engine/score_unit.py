@@ -128,7 +128,8 @@ def score_unit(asked: Scoring, key: str, unit: ScoreUnit, lineage: Mapping[str, 
         if extra is None and student is not None:
             extra = IdLists(cnt=student.cnt, ids=student.ids)
         wanted = ask_at(store.read_scores(unit.chain, base=rollouts), extra)
-        scores, took_s = _timed(asked, shown, wanted)
+        # What is there already was accepted when it came.
+        scores, took_s = _timed(asked, shown, wanted, new=extra)
     elif extra is not None:
         scores, wanted = _begun(
             asked,
@@ -189,11 +190,15 @@ def _begun(asked: Scoring, shown: Rollouts, extra: IdLists, **told: Any) -> tupl
     return at_all_known(scores, ids, store.read_scores((first,)))
 
 
-def _timed(asked: Scoring, shown: Rollouts, at: IdLists | None) -> tuple[Scores, float]:
-    """Scores, and the seconds that they took."""
+def _timed(
+    asked: Scoring, shown: Rollouts, at: IdLists | None, new: IdLists | None = None
+) -> tuple[Scores, float]:
+    """Scores, and the seconds that they took. new: what of `at` was not known before; None: all."""
     scorer, request, shared = asked.scorer, asked.request, asked.shared
     if shared is not None:
-        shared.check_asked(shown, request, at, asked.model.name)
+        # A context is the teacher's own text, read by nobody else.
+        prompts = asked.context is None
+        shared.check_asked(shown, request, new or at, asked.model.name, prompts=prompts)
     begun_s = time.monotonic()
     scores = scorer.score(shown, request) if at is None else scorer.score(shown, request, at)
     took_s = time.monotonic() - begun_s

@@ -94,7 +94,11 @@ def look(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
     if "logits" in teacher.capabilities and "logits" in student.capabilities:
         return _by_logits(teacher, student, rolled, k_max)
     own = _own(rolled)
-    scores = teacher.score(rolled, _request(k_max, at_student="at_ids" in teacher.capabilities))
+    # Ids of a padded head may take places of its best.
+    asked = ScoreRequest(
+        top_p=1.0, k_min=1, k_max=k_max, at_student="at_ids" in teacher.capabilities
+    )
+    scores = teacher.score(rolled, asked)
     at = IdLists(cnt=scores.cnt, ids=scores.ids)
     one = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=1, k_max=1, at_student=False)
     at_lp = student.score(rolled, one, at).at_lp
@@ -113,7 +117,8 @@ def look(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
 def _by_logits(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
     own = _own(rolled)
     width = min(k_max, teacher.n_vocab)
-    sheet = Sheet(rolled, _request(width, at_student=True), IdLists(cnt=own.cnt, ids=own.ids))
+    asked = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=width, k_max=width)
+    sheet = Sheet(rolled, asked, IdLists(cnt=own.cnt, ids=own.ids))
     log_p = np.empty((rolled.positions, width))
     forward, reverse = np.empty((2, rolled.positions))
     tokens = min(teacher.batch_tokens, student.batch_tokens)
@@ -133,12 +138,6 @@ def _by_logits(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Look
         log_p[rows] = np.take_along_axis(p.cpu().numpy(), sheet.ids[rows].astype(np.int64), 1)
     return Looked(
         rows=_wide(sheet.scores(), own, log_p), forward=forward, reverse=reverse, over=WHOLE
-    )
-
-
-def _request(k_max: int, *, at_student: bool) -> ScoreRequest:
-    return ScoreRequest(
-        entry_kind="topk", top_p=1.0, k_min=k_max, k_max=k_max, at_student=at_student
     )
 
 

@@ -98,7 +98,8 @@ class AnswerSheet:
             wrong(
                 f"{int(own.sum(1).min())} best ids of a row that both tokenizers have, and "
                 f"k_min = {least}: ids of its padded head take the other places",
-                remedy="Ask for a smaller --k-min than --k-max, so that enough are left.",
+                remedy="Ask for a smaller --k-min than --k-max (with --entry-kind topp), so that "
+                "enough are left.",
             )
         width = min(ids.shape[1], self.request.k_max)
         valid = np.arange(ids.shape[1]) < own.sum(1)[:, None]

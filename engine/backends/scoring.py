@@ -257,10 +257,10 @@ def asked_ids(
 
 
 def of_shared(logits: Tensor, n_vocab: int) -> Tensor:
-    """[R, n_vocab] of [R, n_vocab or more] logits, whose other ids the student does not know.
+    """[R, n_vocab] of [R, n_vocab or more] logits, whose other ids not both tokenizers have.
 
     Raises UnitError for a row that gives those more than LIKELY: what is left of it is not what the
-    teacher thinks.
+    model thinks.
     """
     if logits.shape[1] == n_vocab:
         return logits
@@ -269,7 +269,7 @@ def of_shared(logits: Tensor, n_vocab: int) -> Tensor:
     if len(share) and float(share.max()) > LIKELY:
         row = int(share.argmax())
         raise UnitError(
-            f"the teacher gives ids that the student does not know, from {n_vocab} on, the "
+            f"a row gives ids that only one of student and teacher knows, from {n_vocab} on, the "
             f"probability {float(share[row]):.3g}, most to {n_vocab + int(strange[row].argmax())}",
             remedy="Take a teacher with the student's tokenizer, or sample where such ids are no "
             "answer (another chat template, say); there is no override.",

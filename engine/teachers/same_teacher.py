@@ -44,11 +44,12 @@ class SameTeacher:
         self._server, self._n_vocab, self.close = server, n_vocab, close
         self.capabilities = server.capabilities
         self._control = probe_request(n_vocab, min(CONTROL_K, k_max))
-        self._bound: set[str] = set()
-        """Names whose records were compared already."""
-        away = server.away()
-        # Who is away is looked at when it has answered something.
-        (first, one), *others = ((n, m) for n, m in server.members().items() if n not in away)
+        self._compared: set[str] = set()
+        """Segments whose records were."""
+        away, all_ = server.away(), server.members()
+        # Who is away is looked at when it has answered something; all are waited for.
+        up = {name: member for name, member in all_.items() if name not in away} or all_
+        (first, one), *others = up.items()
         # Of one server: what two differ by is no measure of either.
         self.parity: Parity = control(
             one, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._control
@@ -70,9 +71,10 @@ class SameTeacher:
             try:
                 for name in sorted(self._server.answered()):
                     self._check_member(name, rollouts)
-            except ServerError:
-                # Lost before it could be looked at: what it said cannot be believed.
-                if not left:
+            except ServerError as error:
+                # Lost before it could be looked at: what it said cannot be believed. A refusal
+                # would come again.
+                if not left or error.status:
                     raise
                 continue
             break
@@ -98,20 +100,15 @@ class SameTeacher:
         """IdentityError where scores of this name are of one that behaved otherwise. What begins a
         name together with others sees them here as soon as they have committed.
         """
-        if name in self._bound:
-            return
-        seen: list[Mapping[str, Any]] = []
         for chain in pin.scores(name).values():
             for segment in chain:
                 record: Mapping[str, Any] = segment.lineage.get("behaviour", {})
-                if record and record not in seen:
-                    seen.append(record)
+                if record and segment.seg_id not in self._compared:
                     self._check(
                         behaviour_of(record),
                         f"the teacher is not the one that began the scores named {name!r}",
                     )
-        if seen:
-            self._bound.add(name)
+                self._compared.add(segment.seg_id)
 
     def _check(self, other: Behaviour, what: str) -> None:
         found = distance(self.behaviour, other)

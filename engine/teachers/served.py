@@ -140,6 +140,8 @@ def check_padding(server: Served, n_vocab: int, head: int, k_max: int = PADS) ->
         found = server.score(rollouts, probe_request(head), at).at_lp
     except ServerError as error:
         # Its head may end where another copy of its configuration says that it does not.
+        if error.status != 400:
+            raise
         return f"{len(pads)} ids of its padded head could not be looked at: {error.cause}"
     finally:
         server.n_vocab = n_vocab

@@ -63,12 +63,18 @@ class SharedVocabulary:
         return ", ".join([*told, *more])
 
     def check_asked(
-        self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None, name: str
+        self,
+        rollouts: Rollouts,
+        request: ScoreRequest,
+        at: IdLists | None,
+        name: str,
+        *,
+        prompts: bool = True,
     ) -> None:
         """UnitError where one of the ids occurs in what the teacher, `name`, would be shown or
         asked at.
         """
-        for prompt in rollouts.prompts:
+        for prompt in rollouts.prompts if prompts else ():
             self.check(np.array(prompt.token_ids, np.int64), f"prompt {prompt.id!r}", name)
         self.check(rollouts.tokens, "the responses", name)
         if at is not None:

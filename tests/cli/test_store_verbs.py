@@ -12,6 +12,7 @@ from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
 from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.score.scored import ref
+from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
 from tests.engine.told import Told
 
 ALL = 2 * UNITS
@@ -165,6 +166,18 @@ def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> Non
     call(command.replace("@teacher", "@other-tokenizer")).refused(
         1, "tokenizer", "--student-tokenizer"
     )
+
+
+def test_an_estimate_is_of_what_the_student_would_say(world: World, call: Any) -> None:
+    """And not of a student that may not use the tokens that its teacher lacks."""
+    more = make_tokenizer(characters=CHARACTERS + "é")
+    model = make_model(seed=0, vocab_size=N_VOCAB + 1, eos=[1, N_VOCAB])
+    save_folder(world.at("@wider"), model, more)
+    asked = (
+        "store estimate @teacher @p.jsonl --student @wider --student-tokenizer @wider "
+        f"--no-chat-template --max-new-tokens {NEW} --n {N} --k-min 4 --student-k 4 --device cpu"
+    )
+    call(asked).refused(1, f"only one of student and teacher knows, from {N_VOCAB} on", "template")
 
 
 def test_a_base_model_is_shown_only_to_who_names_it(world: World, call: Any) -> None:

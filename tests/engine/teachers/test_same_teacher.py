@@ -164,6 +164,34 @@ def test_what_a_server_said_that_is_gone_before_it_is_looked_at_is_not_believed(
         same.score(rolled, ASK)
 
 
+def test_a_refusal_is_not_asked_for_again(pair: tuple[HF, HF], rolled: Rollouts) -> None:
+    class Refusal(ServerError):
+        status = 401
+
+    class Closed(Lost):
+        def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+            if rollouts.positions == PROBE_ROWS and self.times > 0:
+                raise Refusal("no key", remedy="give one")
+            return self.inner.score(rollouts, request, at)
+
+    servers = Servers(Closed(pair[0], 0))
+    same = SameTeacher(servers, N_VOCAB, print)
+    servers.scorers[0].times, servers.requests = 1, []
+    with pytest.raises(ServerError, match="no key"):
+        same.score(rolled, ASK)
+    assert servers.requests.count(ASK) == 1
+
+
+def test_when_all_are_away_all_are_waited_for(pair: tuple[HF, HF]) -> None:
+    class Gone(Servers):
+        def away(self) -> set[str]:
+            return set(self.members())
+
+    assert SameTeacher(Gone(pair[0], pair[0]), N_VOCAB, print).tolerance == FLOOR
+    with pytest.raises(ServerError, match="it is gone"):
+        SameTeacher(Gone(Lost(pair[0], 9)), N_VOCAB, print)
+
+
 def test_who_is_away_is_looked_at_when_it_has_answered(
     pair: tuple[HF, HF], rolled: Rollouts
 ) -> None:
@@ -213,8 +241,8 @@ def test_no_more_is_asked_for_than_units_will_be(pair: tuple[HF, HF], rolled: Ro
 
 
 class Chained:
-    def __init__(self, lineage: dict[str, Any]) -> None:
-        self.lineage = lineage
+    def __init__(self, lineage: dict[str, Any], seg_id: str) -> None:
+        self.lineage, self.seg_id = lineage, seg_id
 
 
 class OnePin:
@@ -224,7 +252,7 @@ class OnePin:
         self.teachers = teachers
 
     def scores(self, name: str) -> dict[str, Any]:
-        chains = {str(i): (Chained(t.lineage()),) for i, t in enumerate(self.teachers)}
+        chains = {str(i): (Chained(t.lineage(), str(i)),) for i, t in enumerate(self.teachers)}
         return chains if name == "big" else {}
 
 
@@ -243,6 +271,8 @@ def test_two_that_begin_a_name_together_see_each_other(pair: tuple[HF, HF]) -> N
     empty: Any = OnePin()
     first.check_name(empty, "big")
     other.check_name(empty, "big")
+    alone: Any = OnePin(first)
+    first.check_name(alone, "big")  # and is looked at again when more has come
     both: Any = OnePin(first, other)
     for each in (first, other):
         with pytest.raises(IdentityError, match="began the scores named 'big'"):
@@ -296,6 +326,23 @@ def test_mass_of_a_padded_head_is_seen_wherever_it_is(pads: int) -> None:
     with pytest.raises(IdentityError, match=f"the {pads} ids of its padded head hold a mass"):
         check_padding(untrained, 99, 99 + pads)
     assert untrained.n_vocab == 99
+
+
+@pytest.mark.parametrize("status", [0, 400, 500])
+def test_only_a_refusal_leaves_the_padding_unseen(status: int) -> None:
+    class Failing(Padded):
+        def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists) -> Scores:
+            error = ServerError("out of the vocabulary", remedy="none")
+            error.status = status
+            raise error
+
+    failing: Any = Failing(np.zeros(101), 99)
+    if status == 400:
+        assert "could not be looked at: out of the voc" in check_padding(failing, 99, 101)
+    else:
+        with pytest.raises(ServerError):
+            check_padding(failing, 99, 101)
+    assert failing.n_vocab == 99
 
 
 def test_a_padded_head_that_cannot_be_looked_at_is_a_note() -> None:

@@ -150,6 +150,29 @@ def test_tokenizers_that_have_little_in_common_are_refused(student: ModelRef) ->
         compare_maps(ours, theirs, "s", student)
 
 
+def test_what_is_known_already_is_not_asked_after_again(
+    store: Store, student: ModelRef, tmp_path: Path
+) -> None:
+    """An unlikely id of the teacher's own was accepted; more ids can still be asked at."""
+    everything = replace(ASK, k_min=N_VOCAB, k_max=N_VOCAB)
+    model = make_model(seed=1, spread=0.6)
+    found, plain = rolled(store), HF(ref(save_folder(tmp_path / "plain", model)))
+    best = plain.score(found, everything)
+    rare = {*best.ids[best.entry_lp < np.log(LIKELY) - 1].tolist()}
+    seen = {3, 4, *found.tokens.tolist(), *found.student.ids.tolist()}
+    seen |= {*best.ids[best.entry_lp > np.log(LIKELY) - 1].tolist()}
+    token = min(rare - seen)
+    renamed = CHARACTERS[: token - 3] + "é" + CHARACTERS[token - 2 :]
+    folder = save_folder(tmp_path / "t", model, make_tokenizer(characters=renamed))
+    teacher = ref(folder)
+    shared = shared_vocabulary(student.lineage(), teacher, str(student.path))
+    told: dict[str, Any] = {"shared": shared, "request": everything}
+    run(Path(store.url), teacher, HF(teacher), **told)
+    more = HF(student)
+    run(Path(store.url), student, more, teacher_name="self", request=ASK)
+    assert run(Path(store.url), teacher, HF(teacher), at="self", **told).units_new == 1
+
+
 @given(MAPS, MAPS)
 def test_every_id_is_one_token_to_both_or_among_the_differing(
     ours: dict[int, str], theirs: dict[int, str]
