@@ -28,11 +28,11 @@ from logitcask.engine.config.training import Ablate
 from logitcask.engine.errors import ConfigError, LogitcaskError
 from logitcask.engine.jobs import check_train, run_train, scoring_seconds
 from logitcask.engine.named import held_out_set, pin_of
+from logitcask.engine.notices import Notice
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.rundir import check_same, make_folder, replace_text, write_json
-from logitcask.engine.training.train import Notice
 from logitcask.engine.types import Progress, silent
 
 FIXED = ("store.url", "store.profile", "train.pin", "run.out", "run.overwrite", "run.seed")

@@ -24,17 +24,16 @@ from logitcask.engine.named import (
     student_and_prompts,
     train_settings,
 )
+from logitcask.engine.notices import Notice, Once
 from logitcask.engine.objectives import Facts, Preset, Verdict, verdict, warnings
 from logitcask.engine.opened import OpenedTeacher, open_teacher
 from logitcask.engine.rollout_unit import prompt_set_digest
 from logitcask.engine.rounds import Rounds
 from logitcask.engine.rows.plan import windows_at_most
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.teachers.checks import check_identity
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.training.rundir import check_same, read_run
-from logitcask.engine.training.train import Notice
 from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreRequest, silent
 from logitcask.engine.waiting import Waits
 
@@ -83,19 +82,10 @@ def _distill(
     notice: Notice,
 ) -> TrainReport:
     """`distill`, with the teacher open."""
+    notice = Once(notice)  # every round scores, and has the same notes
     request, notes = teacher.asked(config.score, config.run.seed)
-    said = (
-        *teacher.notes,
-        *notes,
-        *check_identity(model.lineage(), teacher.model, teacher.shared),
-    )
-    for line in said:
+    for line in (*teacher.notes, *notes):
         notice(line)
-
-    def notice_new(line: str) -> None:
-        if line not in said:
-            notice(line)
-
     width = rows_per_update(config, prompts)
     sampling = config.rollout.sampling()
     exactness = _verdict(config, preset, model, request, "bounds" in teacher.scorer.capabilities)
@@ -160,7 +150,7 @@ def _distill(
             run,
             grading,
             progress,
-            notice_new,
+            notice,
         ),
         updates=loop.rounds * loop.updates_per_round,
         objective=preset,

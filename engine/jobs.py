@@ -26,6 +26,7 @@ from logitcask.engine.named import (
     student_of,
     train_settings,
 )
+from logitcask.engine.notices import Notice
 from logitcask.engine.objectives import find_preset, warnings
 from logitcask.engine.opened import backend, open_teacher
 from logitcask.engine.privileged import read_template, templated
@@ -44,7 +45,7 @@ from logitcask.engine.teachers.served import is_served
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.student import load_student, quiet
-from logitcask.engine.training.train import Notice, check, train
+from logitcask.engine.training.train import check, train
 from logitcask.engine.types import ModelRef, Progress, Prompt, silent
 from logitcask.engine.waiting import Waits
 

@@ -134,10 +134,9 @@ def open_teacher(
                 remedy=f"leave --{key.replace('_', '-')} out, or give --model http://HOST:PORT",
             )
     own = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
-    model, shared = _shared(own, student, teacher.student_tokenizer)
-    return OpenedTeacher(
-        model=model, scorer=backend(model, run, exact=exact, known=own.n_vocab), shared=shared
-    )
+    model, shared, notes = _shared(own, student, teacher.student_tokenizer)
+    scorer = backend(model, run, exact=exact, known=own.n_vocab)
+    return OpenedTeacher(model=model, scorer=scorer, shared=shared, notes=tuple(notes))
 
 
 def _open_served(
@@ -172,11 +171,11 @@ def _open_served(
             revision=teacher.revision,
             chat_template=template,
         )
-        notes = []
-        if not check_tokenizer(model, server.tokenize):
-            notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
+        told = check_tokenizer(model, server.tokenize)
         server.n_vocab = own = model.n_vocab
-        model, shared = _shared(model, student, teacher.student_tokenizer)
+        model, shared, notes = _shared(model, student, teacher.student_tokenizer)
+        if not told:
+            notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
         head = identity.from_config(identity.read_config(model.path), "vocab_size")
         if said := check_padding(server, own, head, k_max):
             notes.append(f"{model.name}: {said}")
@@ -196,10 +195,11 @@ def _open_served(
 
 def _shared(
     model: ModelRef, student: Mapping[str, Any], source: str
-) -> tuple[ModelRef, SharedVocabulary | None]:
-    """The teacher over the ids that the student knows too; refused before its weights are read."""
+) -> tuple[ModelRef, SharedVocabulary | None, list[str]]:
+    """The teacher over the ids that the student knows too, and what is said of the two; refused
+    before its weights are read.
+    """
     shared = shared_vocabulary(student, model, source)
     if shared is not None:
         model = replace(model, n_vocab=shared.n_vocab)
-    check_identity(student, model, shared)
-    return model, shared
+    return model, shared, check_identity(student, model, shared)

@@ -13,6 +13,7 @@ from torch import nn
 
 from logitcask.engine.config.jobs import RunConfig
 from logitcask.engine.grade import Grading
+from logitcask.engine.notices import Notice
 from logitcask.engine.opened import OpenedTeacher, live_backend
 from logitcask.engine.rollout import rollout
 from logitcask.engine.rollout_unit import Rolling
@@ -23,7 +24,6 @@ from logitcask.engine.score import score
 from logitcask.engine.score_unit import Scoring
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.training.student import live_digest
-from logitcask.engine.training.train import Notice
 from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreRequest, silent
 
 
@@ -49,7 +49,7 @@ class Rounds:
         """`student` is the model in training, on its device; `request` what the teacher is asked;
         `width` the packed rows of an update; `run` what the name of the rollouts stands for;
         `grading` who gives responses rewards; `progress` is told of the prompts of all rounds,
-        `notice` every note of a scoring once.
+        `notice` the notes of every scoring.
         """
         self._student = student
         self._config = config
@@ -64,7 +64,6 @@ class Rounds:
         self._grading = grading
         self._progress = progress
         self._notice = notice
-        self._told: set[str] = set()
         self._sampler = live_backend(student, model, config.run)
         self._made: tuple[RowSource, list[Plan]]
         self._ahead = Ahead(self._make)
@@ -99,9 +98,7 @@ class Rounds:
             ),
         )
         for note in scored.notes:
-            if note not in self._told:
-                self._told.add(note)
-                self._notice(note)
+            self._notice(note)
         self._made = self._pack(live)
 
     def row(self, index: int) -> PackedRow:

@@ -5,8 +5,10 @@ nobody should look at a command that says nothing for minutes.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+from logitcask.engine.notices import Notice
 
 
 class Stopped(Exception):
@@ -18,10 +20,10 @@ class Waits:
 
     def __init__(
         self,
-        notice: Callable[[str], None] = lambda line: None,
+        notice: Notice = lambda line: None,
         stop: threading.Event | None = None,
     ) -> None:
-        """notice: called with a line; stop: set when waits are to end, None where none is."""
+        """notice: told that a wait begins; stop: set when waits are to end, None where none is."""
         self._notice, self._stop = notice, stop
         self._open = 0
         self._lock = threading.Lock()

@@ -17,6 +17,7 @@ from logitcask.engine.config.teacher import Work
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.jobs import rolling, scoring
 from logitcask.engine.named import grading_of, rendered, student_and_prompts
+from logitcask.engine.notices import Notice, Once
 from logitcask.engine.rollout import plan_rollouts
 from logitcask.engine.rollout_unit import Rolling, Unit, roll_unit
 from logitcask.engine.score import plan_scores
@@ -24,7 +25,7 @@ from logitcask.engine.score_unit import ScoreUnit, score_unit
 from logitcask.engine.store import Pin, Store, holds_store, open_store
 from logitcask.engine.types import ModelRef, Progress, silent
 from logitcask.engine.waiting import Stopped, Waits
-from logitcask.engine.work import Notice, Plan, WorkReport, WorkSettings, follow
+from logitcask.engine.work import Plan, WorkReport, WorkSettings, follow
 
 _NOTHING = WorkReport(
     units=0, positions=0, seconds=0.0, positions_per_second=0.0, failed=0, first_error=""
@@ -56,7 +57,7 @@ def watch_scores(
         asked = scoring(job, store, pin, Waits(notice, stop))
     except Stopped:
         return _NOTHING
-    said = _Once(notice)
+    said = Once(notice)
 
     def plan(given_up: Collection[str]) -> Plan[ScoreUnit]:
         found = plan_scores(asked, store.head(), growing=True)
@@ -120,7 +121,7 @@ class _Students:
     """The student's folder, version after version, and what is to be sampled from each."""
 
     def __init__(self, job: RolloutJob, notice: Notice) -> None:
-        self._job, self._notice, self._said = job, notice, _Once(notice)
+        self._job, self._notice, self._said = job, notice, Once(notice)
         self._model, self._prompts, self._template = student_and_prompts(
             job.student, job.prompts, job.rollout
         )
@@ -221,19 +222,6 @@ class _Students:
         )
 
 
-class _Once:
-    """A notice that says every line once."""
-
-    def __init__(self, notice: Notice) -> None:
-        self._notice = notice
-        self._said: set[str] = set()
-
-    def __call__(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            self._notice(line)
-
-
 def _awaited(
     where: StoreSection, work: Work, stop: threading.Event, notice: Notice
 ) -> tuple[Store, Pin] | None:
@@ -241,7 +229,7 @@ def _awaited(
 
     Raises what `score` would where nothing came within idle_exit.
     """
-    begun_s, said = time.monotonic(), _Once(notice)
+    begun_s, said = time.monotonic(), Once(notice)
     while not stop.is_set():
         late = work.idle_exit and time.monotonic() - begun_s >= work.idle_exit
         if late or holds_store(where.url):

@@ -23,6 +23,7 @@ from logitcask.engine.errors import (
     StoreError,
     UnitError,
 )
+from logitcask.engine.notices import Notice
 from logitcask.engine.store import Store
 from logitcask.engine.store.claims import (
     Claim,
@@ -34,9 +35,6 @@ from logitcask.engine.store.claims import (
 )
 from logitcask.engine.types import Progress, silent
 from logitcask.engine.waiting import Stopped
-
-Notice = Callable[[str], None]
-"""Called with a line that a person may want to read."""
 
 T = TypeVar("T")
 

@@ -18,6 +18,7 @@ PACKAGES = ("engine", "kernels", "cli")
 # A file imports only from lines above its own; files on one line do not import each other.
 ENGINE_LAYERS = [
     ["config", "rows", "teachers", "training"],
+    ["notices"],
     ["types", "errors", "heads", "waiting"],
     ["prompts", "targets", "grade"],
     ["config.section"],

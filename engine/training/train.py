@@ -1,10 +1,11 @@
 """Train a student on a pinned store: one call, which resumes where it was interrupted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import IncompleteError
+from logitcask.engine.notices import Notice
 from logitcask.engine.objectives import Objective, Preset, verdict
 from logitcask.engine.rows.batches import PlannedRows
 from logitcask.engine.rows.plan import Plan, PlanKey, make_plan
@@ -17,9 +18,6 @@ from logitcask.engine.training.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.run import Course, TrainReport, carry_out, open_desk
 from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.types import ModelRef, Progress, silent
-
-Notice = Callable[[str], None]
-"""Called with a line that a person should read: labels and warnings."""
 
 
 def train(

@@ -26,7 +26,8 @@ def start(tmp_path: Path, *, tie: bool) -> tuple[ModelRef, Path]:
 
 
 def roll(model: Any, version: int) -> Rollouts:
-    return model.generate(PROMPTS, GREEDY, seed=0, version=version)  # type: ignore[no-any-return]
+    rolled: Rollouts = model.generate(PROMPTS, GREEDY, seed=0, version=version)
+    return rolled
 
 
 def test_rollouts_and_scores_are_of_the_new_weights(tmp_path: Path) -> None:

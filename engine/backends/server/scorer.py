@@ -64,7 +64,7 @@ class Server:
         *,
         served: str = "",
         key: str | None = None,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits | None = None,
         waits: Waits | None = None,
     ) -> None:
         """served: the servers' name for the teacher; empty for the only one that they serve; waits:
@@ -73,6 +73,7 @@ class Server:
         Raises ServerError where one cannot be reached within limits.wait_s or refuses, and
         IdentityError where they do not serve one and the same teacher.
         """
+        limits = limits or Limits()
         # URLs are checked before there is a thread that would have to end; one twice is one server.
         links = {link.url: link for link in (Link(url, key, limits) for url in urls)}
         if not links:

@@ -347,7 +347,7 @@ REFUSED: dict[str, tuple[Callable[[Answer], Answer], str]] = {
         "inf at a best id",
     ),
     "all of them 0.1 too high": (
-        lambda a: replace(a, lp=a.lp + 0.1, top_lp=a.top_lp + 0.1, at=GOOD.at + 0.1),  # type: ignore[operator]
+        lambda a: replace(a, lp=a.lp + 0.1, top_lp=a.top_lp + 0.1, at=np.add(a.at, 0.1)),
         "with the mass 1.0",
     ),
     "a negative id": (lambda a: replace(a, ids=with_value(a.ids, (0, 2), -1)), "the id -1"),
