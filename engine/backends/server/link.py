@@ -5,6 +5,7 @@ for good is its operator's or the caller's to mend, and is never asked twice.
 """
 
 import json
+import time
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -75,6 +76,8 @@ class Link:
         self.received = 0
         """Bytes of answers."""
         self._has_health = False
+        self._ill_s = 0.0
+        """When it was last found to be so, monotonic."""
         self.up = True
         self.looked_s = 0.0
         """When it was last looked at while it was away, monotonic."""
@@ -118,15 +121,20 @@ class Link:
         try:
             await self.look()
         except Transient:
+            self._ill_s = time.monotonic()
             return False
         return True
 
     async def _exchange(self, method: str, path: str, body: Any, most: int, read_s: float) -> bytes:
+        asked_s = time.monotonic()
         try:
             return await self._once(method, path, body, most, read_s)
         except Refused as refusal:
-            # A proxy that has lost its server says that there is nothing here.
-            if refusal.status != 404 or path == "/health" or await self.healthy():
+            # A proxy that has lost its server says that there is nothing here; and may have it
+            # back by now, where another found it ill since this was asked.
+            if refusal.status != 404 or path == "/health":
+                raise
+            if await self.healthy() and self._ill_s < asked_s:
                 raise
             raise Transient(refusal.cause, lost=True) from None
 
