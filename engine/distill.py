@@ -99,7 +99,6 @@ def _distill(
         for line in held_out.exactness.lines():
             notice(f"held out: {line}")
     store = open_store(config.store.url, create=True)
-    teacher.check_name(store.head(), config.teacher.name)
     loop = config.loop
     settings = replace(
         train_settings(config.train, config.run),

@@ -9,7 +9,6 @@ from logitcask.engine.backends.base import close_backend, open_backend
 from logitcask.engine.config.jobs import Run
 from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.store import Pin
 from logitcask.engine.teachers.checks import check_identity
 from logitcask.engine.teachers.same_teacher import SameTeacher
 from logitcask.engine.teachers.served import (
@@ -94,11 +93,6 @@ class OpenedTeacher:
             f"{self.model.name} cannot be asked at chosen ids here, so its own best ids are all "
             "that is kept: objectives on the student's ids will be refused",
         )
-
-    def check_name(self, pin: Pin, name: str) -> None:
-        """IdentityError where the scores of this name are of a teacher that behaved otherwise."""
-        if isinstance(self.scorer, SameTeacher):
-            self.scorer.check_name(pin, name)
 
 
 def open_teacher(

@@ -93,7 +93,6 @@ def plan_scores(asked: Scoring, pin: Pin, *, growing: bool = False) -> ScorePlan
         found = check_identity(segment.lineage["student"], model, asked.shared)
         notes += [each for each in found if each not in notes]
     notes += other_dtypes(pin, segments, name, asked.scorer)
-    asked.check_teacher()
     lineage = asked.lineage()
     given, asked_at = None, None
     if isinstance(asked.at, GivenIds):

@@ -20,6 +20,7 @@ ENGINE_LAYERS = [
     ["config", "rows", "teachers", "training"],
     ["notices"],
     ["types", "errors", "heads", "waiting"],
+    ["behaviour"],
     ["prompts", "targets", "grade"],
     ["config.section"],
     ["config.training", "config.teacher"],

@@ -6,14 +6,13 @@ themselves to the bit (a batch of another size adds up in another order), so the
 control: the same rows scored twice by the same engine, in another order and in other batches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from logitcask.engine.backends.base import Scorer
-from logitcask.engine.backends.scoring import LIKELY
+from logitcask.engine.behaviour import CEILING, CONTROL_TIMES, FLOOR, LIKELY, Behaviour
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.store import ragged
 from logitcask.engine.types import LENGTH, Array, Prompt, Rollouts, ScoreRequest, Scores
@@ -23,32 +22,6 @@ PROBE_IDS = 64
 """The probe is of the first ids, which every vocabulary has: what it is over may differ."""
 PROBE_K = 4
 """Best ids of a row that the probe keeps: few enough for every record of a store."""
-FLOOR = 1e-4
-"""Nats: the tolerance where an engine repeats itself exactly; float32 engines agree to it."""
-CEILING = 0.1
-"""Nats of spread: half precision has less. Behind more than that another model could hide."""
-CONTROL_TIMES = 3.0
-"""The tolerance is so many times the control's spread."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Behaviour:
-    """What a model says on the rows of the probe: a fingerprint that is compared, not hashed."""
-
-    ids: Array
-    """[PROBE_ROWS, K] its best ids, best first."""
-    lp: Array
-    """[PROBE_ROWS, K] their log-probs, nats."""
-
-    def record(self) -> dict[str, Any]:
-        """For a segment's lineage."""
-        rounded = np.round(self.lp.astype(np.float64), 6)
-        return {"ids": self.ids.astype(int).tolist(), "lp": rounded.tolist()}
-
-
-def behaviour_of(record: Mapping[str, Any]) -> Behaviour:
-    """The inverse of `record`."""
-    return Behaviour(ids=np.array(record["ids"], np.int64), lp=np.array(record["lp"], np.float64))
 
 
 def probe_rollouts(n_vocab: int, sequences: int = 1, rows: int = PROBE_ROWS) -> Rollouts:
@@ -83,23 +56,6 @@ def behaviour(scorer: Scorer, n_vocab: int) -> Behaviour:
     lp, _ = ragged.matrix(scores.entry_lp, scores.cnt, -np.inf)
     last = np.where(valid, lp, np.inf).min(1, keepdims=True)
     return Behaviour(ids=np.where(valid, ids.astype(np.int64), -1), lp=np.where(valid, lp, last))
-
-
-def distance(a: Behaviour, b: Behaviour) -> float:
-    """Nats that two behaviours differ by at least, at ids that one of them has above LIKELY.
-
-    An id that only one of them names is at most as likely to the other as the last that it names.
-    """
-    return max(_beyond(a, b), _beyond(b, a))
-
-
-def _beyond(a: Behaviour, b: Behaviour) -> float:
-    same = a.ids[:, :, None] == b.ids[:, None, :]  # [R, Ka, Kb]
-    there = same.any(2)
-    twin = np.take_along_axis(b.lp, same.argmax(2), 1)
-    missed = np.maximum(a.lp - b.lp[:, -1:], 0.0)
-    gap = np.where(there, np.abs(a.lp - twin), missed)[a.lp > np.log(LIKELY)]
-    return float(gap.max(initial=0.0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logitcask.engine.behaviour import LIKELY
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
 from logitcask.kernels.row_stats import row_stats
@@ -20,8 +21,6 @@ from logitcask.kernels.topk_select import topk_select
 
 CHUNK_LOGITS = 1 << 26
 """Logits held at once: 256 MiB in float32."""
-LIKELY = 1e-4
-"""Probability: below it engines differ by much, and nobody's loss by anything."""
 
 
 def budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

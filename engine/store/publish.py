@@ -10,6 +10,7 @@ from typing import Any
 import logitcask.engine.store.record as record
 import logitcask.engine.store.root as root
 import logitcask.engine.store.schema as schema
+from logitcask.engine.behaviour import apart
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.identity import canonical
 from logitcask.engine.store.log import Log
@@ -99,12 +100,33 @@ def check_binding(log: Log, new: Segment) -> None:
                 f"{what} name {new.name!r} stands for {'.'.join(path)} = {theirs}, not {ours}",
                 remedy="use another name for this one, or a new store",
             )
+    if bound is not None:
+        _check_behaviour(bound, new)
     drawn = new.layout == schema.SAMPLED
     if bound is not None and (bound.layout == schema.SAMPLED) != drawn:
         kinds = ("drawn ids", "a teacher's best ids")
         raise IdentityError(
             f"{what} name {new.name!r} stands for {kinds[drawn]}, not {kinds[not drawn]}",
             remedy="use another name for this one",
+        )
+
+
+def _check_behaviour(bound: Segment, new: Segment) -> None:
+    """Weights that are elsewhere have no digest: what a served teacher said when its name was begun
+    stands for them.
+    """
+    theirs, ours = (each.lineage.get("behaviour") for each in (bound, new))
+    if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
+        return
+    found, allowed = apart(theirs, ours)
+    if found > allowed:
+        raise IdentityError(
+            f"the teacher is not the one that began the scores named {new.name!r}: log-probs of a "
+            f"fixed probe differ by {found:.3g} nats, and {allowed:.3g} is what one model may "
+            "differ by",
+            remedy="Other weights, another revision, an adapter, quantisation or a temperature is "
+            "served: serve what was served; or score it under another --teacher name, with a "
+            "--revision that tells it from the first.",
         )
 
 

@@ -9,12 +9,14 @@ from typing import Any, Literal
 from logitcask.engine import identity
 from logitcask.engine.backends.base import open_backend
 from logitcask.engine.backends.parity import (
-    CEILING,
     compare,
     control,
     probe_request,
     probe_rollouts,
     tolerance,
+)
+from logitcask.engine.behaviour import (
+    CEILING,
 )
 from logitcask.engine.errors import LogitcaskError
 from logitcask.engine.prompts import load_tokenizer
@@ -26,7 +28,9 @@ from logitcask.engine.teachers.served import (
     served_ref,
     urls_of,
 )
-from logitcask.engine.teachers.token_maps import shared_vocabulary
+from logitcask.engine.teachers.token_maps import (
+    shared_vocabulary,
+)
 from logitcask.engine.types import ModelRef
 
 State = Literal["ok", "note", "fault"]

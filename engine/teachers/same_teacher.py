@@ -1,25 +1,22 @@
-"""Does a served teacher stay the same? Asked by its behaviour: log-probs of a fixed probe, which
-are kept with the scores, and compared when scoring begins and after every unit.
+"""Does a served teacher stay the same? Asked by its behaviour: log-probs of a fixed probe, compared
+after every unit, and kept with the scores: the store compares them with what a name was begun by.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from logitcask.engine.backends.base import Served
 from logitcask.engine.backends.parity import (
-    Behaviour,
     Parity,
     behaviour,
-    behaviour_of,
     control,
-    distance,
     first_rows,
     probe_request,
     probe_rollouts,
     tolerance,
 )
+from logitcask.engine.behaviour import Behaviour, distance
 from logitcask.engine.errors import IdentityError, ServerError
-from logitcask.engine.store import Pin
 from logitcask.engine.types import IdLists, Rollouts, ScoreRequest, Scores
 
 CONTROL_SEQUENCES = 8
@@ -44,8 +41,6 @@ class SameTeacher:
         self._server, self._n_vocab, self.close = server, n_vocab, close
         self.capabilities = server.capabilities
         self._control = probe_request(n_vocab, min(CONTROL_K, k_max))
-        self._compared: set[str] = set()
-        """Segments whose records were."""
         away, all_ = server.away(), server.members()
         # Who is away is looked at when it has answered something; all are waited for.
         up = {name: member for name, member in all_.items() if name not in away} or all_
@@ -95,20 +90,6 @@ class SameTeacher:
     def lineage(self) -> dict[str, Any]:
         """What a segment records of how its teacher behaved."""
         return {"behaviour": {**self.behaviour.record(), "control_nats": self.parity.largest}}
-
-    def check_name(self, pin: Pin, name: str) -> None:
-        """IdentityError where scores of this name are of one that behaved otherwise. What begins a
-        name together with others sees them here as soon as they have committed.
-        """
-        for chain in pin.scores(name).values():
-            for segment in chain:
-                record: Mapping[str, Any] = segment.lineage.get("behaviour", {})
-                if record and segment.seg_id not in self._compared:
-                    self._check(
-                        behaviour_of(record),
-                        f"the teacher is not the one that began the scores named {name!r}",
-                    )
-                self._compared.add(segment.seg_id)
 
     def _check(self, other: Behaviour, what: str) -> None:
         found = distance(self.behaviour, other)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.backends.scoring import LIKELY
+from logitcask.engine.behaviour import LIKELY
 from logitcask.engine.errors import IdentityError, UnitError
 from logitcask.engine.identity import resolve_model, tokenizer_digest
 from logitcask.engine.prompts import load_tokenizer

@@ -3,6 +3,7 @@ row.
 """
 
 import copy
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +105,7 @@ def test_a_loop_learns_from_a_served_teacher_and_goes_on(
         asked += f" --set teacher.model={fake.url}"
         assert call(f"{asked} --format json").json["version"] == 2
         fake.model = altered(model, int8)
+        shutil.rmtree(tmp_path / "out")
         call(asked).refused(1, "not the one that began the scores", "--teacher name")
 
 
@@ -304,18 +306,33 @@ def test_workers_that_begin_a_name_together_find_each_other(
         jobs = [job_of(world, each, store) for each in (fake, other)]
         first, second = (scoring(job, opened, opened.head(), Waits()) for job in jobs)
         try:
-            planned = plan_scores(first, opened.head())
-            (key, unit), *_ = planned.missing.items()
-            score_unit(first, key, unit, planned.lineage)
+            planned = plan_scores(second, opened.head())
+            (key, unit), (later, more), *_ = planned.missing.items()
+            score_unit(first, key, unit, first.lineage())
+            with pytest.raises(IdentityError, match="began the scores named 'served'"):
+                score_unit(second, later, more, planned.lineage)
             with pytest.raises(IdentityError, match="began the scores named 'served'"):
                 plan_scores(second, opened.head())
-            (key, unit), *_ = plan_scores(first, opened.head()).missing.items()
-            with pytest.raises(IdentityError, match="began the scores named 'served'"):
-                score_unit(second, key, unit, planned.lineage)
-            assert key not in opened.head().unit_keys()
+            assert later not in opened.head().unit_keys()
         finally:
             for each in (first, second):
                 close_backend(each.scorer)
+
+
+def test_stores_of_two_teachers_under_one_name_are_not_merged(
+    call: Call, world: World, fake: FakeServer, model: Any
+) -> None:
+    """Which no digest tells apart: both are served from one path."""
+    store, other = world.store(UNITS), world.store(UNITS - 1)
+    assert call(command(fake, other)).code == 0
+    more = world.store(UNITS)
+    fake.model = altered(model, int8)
+    assert call(command(fake, store)).code == 0
+    merged = call(f"store merge {other} {store}")
+    merged.refused(1, "not the one that began the scores", "--revision")
+    fake.model = model
+    assert call(command(fake, more)).code == 0
+    assert call(f"store merge {other} {more}").code == 0
 
 
 def job_of(world: World, fake: FakeServer, store: str) -> ScoreJob:

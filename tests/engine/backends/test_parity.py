@@ -11,20 +11,22 @@ import torch
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.parity import (
-    CEILING,
-    CONTROL_TIMES,
-    FLOOR,
-    Behaviour,
     behaviour,
-    behaviour_of,
     compare,
     control,
-    distance,
     first_rows,
     part_of,
     probe_request,
     probe_rollouts,
     tolerance,
+)
+from logitcask.engine.behaviour import (
+    CEILING,
+    CONTROL_TIMES,
+    FLOOR,
+    Behaviour,
+    behaviour_of,
+    distance,
 )
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.identity import canonical

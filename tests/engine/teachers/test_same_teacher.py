@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.parity import CONTROL_TIMES, FLOOR, PROBE_ROWS
+from logitcask.engine.backends.parity import (
+    PROBE_ROWS,
+)
+from logitcask.engine.behaviour import (
+    CONTROL_TIMES,
+    FLOOR,
+    apart,
+)
 from logitcask.engine.errors import IdentityError, ServerError
 from logitcask.engine.teachers.same_teacher import SameTeacher
 from logitcask.engine.teachers.served import (
@@ -240,54 +247,15 @@ def test_no_more_is_asked_for_than_units_will_be(pair: tuple[HF, HF], rolled: Ro
     assert max(each.k_max for each in servers.requests) == 8
 
 
-class Chained:
-    def __init__(self, lineage: dict[str, Any], seg_id: str) -> None:
-        self.lineage, self.seg_id = lineage, seg_id
-
-
-class OnePin:
-    """A log with scores named big: a segment of each of these teachers."""
-
-    def __init__(self, *teachers: SameTeacher) -> None:
-        self.teachers = teachers
-
-    def scores(self, name: str) -> dict[str, Any]:
-        chains = {str(i): (Chained(t.lineage(), str(i)),) for i, t in enumerate(self.teachers)}
-        return chains if name == "big" else {}
-
-
-def test_a_name_is_bound_to_how_its_teacher_behaved(pair: tuple[HF, HF]) -> None:
-    first, other = (SameTeacher(Servers(each), N_VOCAB, print) for each in pair)
-    pin: Any = OnePin(first)
-    first.check_name(pin, "big")
-    other.check_name(pin, "new")
-    with pytest.raises(IdentityError, match="began the scores named 'big'") as caught:
-        other.check_name(pin, "big")
-    assert "--revision" in caught.value.remedy
-
-
-def test_two_that_begin_a_name_together_see_each_other(pair: tuple[HF, HF]) -> None:
-    first, other = (SameTeacher(Servers(each), N_VOCAB, print) for each in pair)
-    empty: Any = OnePin()
-    first.check_name(empty, "big")
-    other.check_name(empty, "big")
-    alone: Any = OnePin(first)
-    first.check_name(alone, "big")  # and is looked at again when more has come
-    both: Any = OnePin(first, other)
-    for each in (first, other):
-        with pytest.raises(IdentityError, match="began the scores named 'big'"):
-            each.check_name(both, "big")
-
-
 def test_a_fingerprint_does_not_depend_on_the_student(pair: tuple[HF, HF], tmp_path: Path) -> None:
     """Who has fewer ids is scored by the same teacher, over those that both know."""
     model = make_model(seed=1, vocab_size=N_VOCAB + 1, tie=False)
     model.lm_head.weight.data[N_VOCAB] = 0
-    folder = save_folder(tmp_path / "wider", model)
-    wide = SameTeacher(Servers(HF(folder, n_vocab=100, stop_ids=(EOS,))), N_VOCAB + 1, print)
-    pin: Any = OnePin(wide)
-    told = Servers(HF(folder, n_vocab=100, stop_ids=(EOS,)))
-    SameTeacher(told, N_VOCAB, print).check_name(pin, "big")
+    told = Servers(HF(save_folder(tmp_path / "wider", model), n_vocab=100, stop_ids=(EOS,)))
+    wide, narrow = (SameTeacher(told, n, print).lineage()["behaviour"] for n in (100, 99))
+    other = SameTeacher(Servers(pair[0]), N_VOCAB, print).lineage()["behaviour"]
+    assert apart(wide, narrow)[0] <= FLOOR == apart(wide, narrow)[1]
+    assert apart(wide, other)[0] > apart(wide, other)[1]
 
 
 class Padded:

@@ -12,11 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.behaviour import (
+    LIKELY,
+)
 from logitcask.engine.errors import IdentityError, ModelError, UnitError
 from logitcask.engine.rollout import rollout
 from logitcask.engine.rollout_unit import Rolling
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.teachers.token_maps import LIKELY, compare_maps, shared_vocabulary
+from logitcask.engine.teachers.token_maps import (
+    compare_maps,
+    shared_vocabulary,
+)
 from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest
 from tests.engine.score.scored import ref, run
 from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
