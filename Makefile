@@ -19,12 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-# Folders of links that static tools read, and that run us on a machine without an install.
-build/links/logitcask:
-	mkdir -p $@
-	for d in engine kernels cli; do ln -sfn ../../../$$d $@/$$d; done
-
-dev: $(VENV)/.installed build/links/logitcask
+dev: $(VENV)/.installed
 
 demo: dev
 	$(BIN)/logitcask demo --out $(OUT)

@@ -18,7 +18,7 @@ from pathlib import Path
 import results
 from results import ROOT
 
-TESTS = ["tests/engine/store", "tests/engine/test_work.py"]
+TESTS = ["tests/engine/store", "tests/engine/workers/test_worker.py"]
 
 
 def main(arguments: list[str]) -> int:

@@ -28,7 +28,7 @@ import results
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from logitcask.engine.backends.parity import probe_rollouts
+from logitcask.engine.backends.logprob_diff import probe_rollouts
 from logitcask.engine.backends.server import Limits, Server
 from logitcask.engine.types import Rollouts, ScoreRequest, Scores
 

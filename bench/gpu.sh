@@ -16,9 +16,7 @@ end=$((SECONDS + ${BUDGET_S:-540}))
 out=${OUT:-bench/results}/gpu.jsonl
 status=0
 
-mkdir -p build/links/logitcask
-for d in engine kernels cli; do ln -sfn ../../../$d build/links/logitcask/$d; done
-export PYTHONPATH="$PWD/build/links:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/.src:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
 interpreted() { # Triton reads its switch when it is imported; the benchmark itself is not for it.

@@ -8,7 +8,7 @@ from kernel_losses import LOSSES, Teacher
 from torch import Tensor
 
 from logitcask.kernels.fused_objective import FusedObjective, OverlapSums
-from logitcask.kernels.row_view import RowObjective, RowView
+from logitcask.kernels.row_view import ObjectiveFn, ObjectiveInput
 
 PARTS = {
     "forward_kl_tail": ("forward_kl", "tail"),
@@ -18,7 +18,7 @@ PARTS = {
 FORMS = ("fused", "one program", "plain")
 
 
-def told(loss: str, teacher: Teacher, k: int, form: str = "fused") -> RowObjective:
+def told(loss: str, teacher: Teacher, k: int, form: str = "fused") -> ObjectiveFn:
     """The loss with a live top-k of k ids; one of FORMS."""
     plain = LOSSES[loss].closed(teacher)
     if form == "plain":
@@ -42,7 +42,7 @@ def told(loss: str, teacher: Teacher, k: int, form: str = "fused") -> RowObjecti
     )
 
 
-def _named(view: RowView, sums: OverlapSums) -> dict[str, Tensor]:
+def _named(view: ObjectiveInput, sums: OverlapSums) -> dict[str, Tensor]:
     return {
         "entropy": view.entropy,
         "overlap_ratio": sums.shared / sums.k,

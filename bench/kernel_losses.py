@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitcask.kernels.sparse_kl import RowGrad, RowObjective, RowView
+from logitcask.kernels.sparse_kl import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 
 SMALLEST_TAIL = 1e-7
 """Of r, which is a difference of float32 numbers near 1."""
@@ -44,30 +44,30 @@ class Teacher:
         return Teacher(self.ids, self.log_q.double(), self.log_tail.double())
 
 
-def forward_kl_tail(teacher: Teacher) -> RowObjective:
-    def answer(view: RowView) -> RowGrad:
+def forward_kl_tail(teacher: Teacher) -> ObjectiveFn:
+    def answer(view: ObjectiveInput) -> ObjectiveGrad:
         told = teacher.rows(view.index)
         q, q_t = told.log_q.exp(), told.log_tail.exp()
         r = (1 - view.log_p.exp().sum(-1)).clamp(min=SMALLEST_TAIL)
         loss = (q * (told.log_q - view.log_p)).sum(-1) + q_t * (told.log_tail - r.log())
         # dz = p - q at the listed ids: the terms near 1/r have cancelled before they are rounded.
-        return RowGrad(loss, -q, 1 - q_t / r, torch.ones_like(q), _seen(view, told))
+        return ObjectiveGrad(loss, -q, 1 - q_t / r, torch.ones_like(q), _seen(view, told))
 
     return answer
 
 
-def reverse_kl(teacher: Teacher) -> RowObjective:
-    def answer(view: RowView) -> RowGrad:
+def reverse_kl(teacher: Teacher) -> ObjectiveFn:
+    def answer(view: ObjectiveInput) -> ObjectiveGrad:
         told = teacher.rows(view.index)
         loss, at_ids = _reverse_kl(view.log_p, told.log_q)
         known = _seen(view, told) if view.top_ids.shape[1] else {}
-        return RowGrad(loss, at_ids, torch.zeros_like(loss), torch.zeros_like(at_ids), known)
+        return ObjectiveGrad(loss, at_ids, torch.zeros_like(loss), torch.zeros_like(at_ids), known)
 
     return answer
 
 
-def overlap(teacher: Teacher) -> RowObjective:
-    def answer(view: RowView) -> RowGrad:
+def overlap(teacher: Teacher) -> ObjectiveFn:
+    def answer(view: ObjectiveInput) -> ObjectiveGrad:
         told = teacher.rows(view.index)
         off = ~_live(told.ids, view.top_ids)
         loss, at_ids = _reverse_kl(
@@ -75,7 +75,7 @@ def overlap(teacher: Teacher) -> RowObjective:
         )
         at_ids = at_ids.masked_fill(off, 0.0)
         zeros = torch.zeros_like(at_ids)
-        return RowGrad(loss, at_ids, torch.zeros_like(loss), zeros, _seen(view, told))
+        return ObjectiveGrad(loss, at_ids, torch.zeros_like(loss), zeros, _seen(view, told))
 
     return answer
 
@@ -88,7 +88,7 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return loss, p * (ratio - loss[:, None])
 
 
-def _seen(view: RowView, told: Teacher) -> dict[str, Tensor]:
+def _seen(view: ObjectiveInput, told: Teacher) -> dict[str, Tensor]:
     return metrics(view.log_p, view.entropy, view.top_ids, told)
 
 
@@ -150,7 +150,7 @@ def _plain_overlap(log_p: Tensor, told: Teacher, top_ids: Tensor) -> Tensor:
 
 
 class Loss(NamedTuple):
-    closed: Callable[[Teacher], RowObjective]
+    closed: Callable[[Teacher], ObjectiveFn]
     plain: Callable[[Tensor, Teacher, Tensor], Tensor]
     """(log_p [C, K], teacher, top_ids [C, k]) -> [C]"""
 

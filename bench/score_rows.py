@@ -23,7 +23,7 @@ PROMPT_TOKENS = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
+class Packs:
     """What a teacher says of P rows, wider than anything keeps."""
 
     ids: Array
@@ -48,10 +48,10 @@ class Rows:
         }
 
 
-def synthetic(positions: int, seed: int = 0) -> Rows:
+def synthetic(positions: int, seed: int = 0) -> Packs:
     rng = np.random.default_rng(seed)
     lp, log_tail, entropy = _laws(positions, rng)
-    return Rows(
+    return Packs(
         ids=_ids(positions, rng),
         lp=lp,
         log_tail=log_tail,
@@ -138,7 +138,7 @@ def _lengths(positions: int, rng: np.random.Generator) -> Array:
 # What a store is given.
 
 
-def kept(rows: Rows, top_p: float, k_min: int, k_max: int) -> Array:
+def kept(rows: Packs, top_p: float, k_min: int, k_max: int) -> Array:
     """[P, W] bool: what a request keeps."""
     mass = np.exp(rows.lp[:, :k_max], dtype=np.float64).cumsum(1)
     cnt = np.clip((mass < top_p).sum(1) + 1, k_min, k_max)
@@ -146,7 +146,7 @@ def kept(rows: Rows, top_p: float, k_min: int, k_max: int) -> Array:
     return mask
 
 
-def student_of(rows: Rows, noise: float, k: int = 16, seed: int = 1) -> tuple[Array, Array]:
+def student_of(rows: Packs, noise: float, k: int = 16, seed: int = 1) -> tuple[Array, Array]:
     """(order [P, k], log-probs [P, W]) of a student: the teacher's logits and Gaussian noise."""
     rng = np.random.default_rng(seed)
     lp = rows.lp + rng.normal(0, noise, rows.lp.shape).astype(np.float32)
@@ -156,7 +156,7 @@ def student_of(rows: Rows, noise: float, k: int = 16, seed: int = 1) -> tuple[Ar
     return np.argsort(-lp, 1, kind="stable")[:, :k], lp
 
 
-def scores_of(rows: Rows, mask: Array, listed: Array | None = None, seed: int = 2) -> Scores:
+def scores_of(rows: Packs, mask: Array, listed: Array | None = None, seed: int = 2) -> Scores:
     """What a scorer would say: entries in `mask`, and at places `listed` [P, k] of the rows."""
     p = len(rows.lp)
     outside = ~mask
@@ -176,7 +176,7 @@ def scores_of(rows: Rows, mask: Array, listed: Array | None = None, seed: int = 
     )
 
 
-def rollouts_of(rows: Rows, student: tuple[Array, Array] | None = None, seed: int = 2) -> Rollouts:
+def rollouts_of(rows: Packs, student: tuple[Array, Array] | None = None, seed: int = 2) -> Rollouts:
     """Sequences with tokens drawn from the rows, and a student's own scores if it is given."""
     p, n = len(rows.lp), len(rows.lengths)
     rng = np.random.default_rng(seed + 1)
@@ -216,7 +216,7 @@ def rollouts_of(rows: Rows, student: tuple[Array, Array] | None = None, seed: in
     )
 
 
-def first(rows: Rows, positions: int) -> Rows:
+def first(rows: Packs, positions: int) -> Packs:
     """Its first sequences, so many positions or a few less."""
     ends = rows.lengths.cumsum()
     n = int(np.searchsorted(ends, positions, side="right"))
@@ -228,7 +228,7 @@ def first(rows: Rows, positions: int) -> Rows:
     )
 
 
-def _sampled(rows: Rows, seed: int) -> Array:
+def _sampled(rows: Packs, seed: int) -> Array:
     """[P] place in the wide list of the token that was drawn."""
     mass = np.exp(rows.lp, dtype=np.float64).cumsum(1)
     u = np.random.default_rng(seed).random(len(mass)) * mass[:, -1]

@@ -20,7 +20,7 @@ import results
 from store_common import LINEAGE, RUNS, WORK, bar, fresh, key, seal_rollouts
 
 from logitcask.engine.store import open_store
-from logitcask.engine.store.keep import tag
+from logitcask.engine.store.retention import tag
 from logitcask.engine.types import Prompt, Rollouts
 
 
@@ -41,7 +41,7 @@ def commits() -> dict[str, Any]:
     )
     import boto3
 
-    boto3.client("s3").create_bucket(Bucket="cask")
+    boto3.client("s3").create_bucket(ObjectStorage="cask")
     found["S3 server"] = writers("s3://cask/commits")
     server.stop()
     for where, told in found.items():

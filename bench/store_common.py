@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from results import ROOT
-from score_rows import Rows, synthetic
+from score_rows import Packs, synthetic
 
 from logitcask.engine.store import Segment, Store
-from logitcask.engine.store import segment as segments
+from logitcask.engine.store.format import segment as segments
 from logitcask.engine.types import Rollouts, Scores
 
 WORK = ROOT / "build" / "bench_store"
@@ -26,15 +26,15 @@ def bar(text: str, value: float, holds: bool) -> dict[str, Any]:
     return {"bar": text, "value": value, "met": bool(holds)}
 
 
-def rows() -> Rows:
+def rows() -> Packs:
     """The made-up rows, made once."""
     file = WORK / "rows.npz"
     if not file.exists():
         made = synthetic(POSITIONS)
         WORK.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **{name: getattr(made, name) for name in Rows.__slots__})
+        np.savez(file, **{name: getattr(made, name) for name in Packs.__slots__})
     with np.load(file) as found:
-        return Rows(**{name: found[name] for name in Rows.__slots__})
+        return Packs(**{name: found[name] for name in Packs.__slots__})
 
 
 @contextmanager

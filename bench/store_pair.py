@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 from store_common import WORK, bar
 
-from logitcask.engine.store import Store, codecs, schema
-from logitcask.engine.store.layout import kept_lists
+from logitcask.engine.store import Store
+from logitcask.engine.store.format import codecs, schema
+from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.types import Array, Scores
 
 
 def pair() -> dict[str, Any]:
     from trained_pair import make_pair
 
-    from logitcask.engine.store.view import bytes_per_position
+    from logitcask.engine.store.inspect import bytes_per_position
 
     store = make_pair(WORK / "pair")
     pin = store.head()
@@ -91,8 +92,8 @@ def overlap(known: Any, own: Scores) -> float:
 def exactness(folder: Path, store: Store) -> dict[str, int]:
     """The teacher scores a unit again; is what was read its own list, to the last place?"""
     from logitcask.engine.backends.hf import HF
-    from logitcask.engine.identity import model_ref
-    from logitcask.engine.store.ragged import starts
+    from logitcask.engine.models.identity import model_ref
+    from logitcask.engine.store.format.ragged import starts
     from logitcask.engine.types import ScoreRequest
 
     teacher = HF(model_ref(str(folder / "teacher"), chat_template=False), device="cpu")

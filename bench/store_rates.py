@@ -13,8 +13,9 @@ import store_peers as peers
 from score_rows import kept, rollouts_of, scores_of, student_of
 from store_common import POSITIONS, RUNS, bar, fresh, rows, seal_rollouts, seal_scores
 
-from logitcask.engine.store import Chain, Segment, Store, codecs, open_store, schema
+from logitcask.engine.store import Chain, Segment, Store, open_store
 from logitcask.engine.store.cache import UnitCache
+from logitcask.engine.store.format import codecs, schema
 from logitcask.engine.types import Array
 
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import store_peers as peers
-from score_rows import Rows, first, kept, rollouts_of, scores_of, student_of
+from score_rows import Packs, first, kept, rollouts_of, scores_of, student_of
 from store_common import POSITIONS, bar, fresh, rows, seal_rollouts, seal_scores
 
-from logitcask.engine.store import codecs, layout, open_store, schema
-from logitcask.engine.store import segment as segments
+from logitcask.engine.store import open_store
+from logitcask.engine.store.format import codecs, schema
+from logitcask.engine.store.format import layouts as layout
+from logitcask.engine.store.format import segment as segments
 from logitcask.engine.types import Array
 
 
@@ -65,7 +67,7 @@ def sizes() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def value_errors(made: Rows, mask: Array, profile: codecs.Profile) -> dict[str, float]:
+def value_errors(made: Packs, mask: Array, profile: codecs.Profile) -> dict[str, float]:
     """Of stored log-probs, and of the KL, the forward-KL loss and its gradient made from them."""
     part = slice(0, 65_536)
     mask, lp = mask[part], made.lp[part].astype(np.float64)
@@ -101,7 +103,7 @@ def kl_nats(log_a: Array, log_b: Array) -> Array:
     return terms.sum(1)
 
 
-def missed_kl(made: Rows, mask: Array, values: Array | None = None) -> tuple[float, float]:
+def missed_kl(made: Packs, mask: Array, values: Array | None = None) -> tuple[float, float]:
     """Shares of forward and reverse KL that are missed when teacher and student, who is the teacher
     and noise, are coarsened to the mask and one bucket. `values`: log-probs as stored, [P, K].
     """
@@ -115,7 +117,7 @@ def missed_kl(made: Rows, mask: Array, values: Array | None = None) -> tuple[flo
     return share(0), share(1)
 
 
-def coarse(made: Rows, log_p: Array, mask: Array, values: Array | None, side: int) -> Array:
+def coarse(made: Packs, log_p: Array, mask: Array, values: Array | None, side: int) -> Array:
     lq = made.lp.astype(np.float64)
     if values is not None:
         lq = np.where(mask, np.pad(values, ((0, 0), (0, lq.shape[1] - values.shape[1]))), lq)
@@ -192,6 +194,6 @@ def frontier() -> dict[str, Any]:
     return {"rows": made.says(), "positions": positions, "table": table}
 
 
-def missed_stored(made: Rows, mask: Array, values: Array) -> tuple[float, float]:
+def missed_stored(made: Packs, mask: Array, values: Array) -> tuple[float, float]:
     """`missed_kl` with log-probs as a profile stores them; the tail is exact."""
     return missed_kl(replace(made, lp=values.astype(np.float32)), mask)

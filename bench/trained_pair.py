@@ -16,18 +16,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from logitcask.engine.config.jobs import (
+from logitcask.engine.commands.stages import run_rollout, run_score
+from logitcask.engine.config.sections import (
     Prompts,
     Rollout,
-    RolloutJob,
+    RolloutConfig,
     Run,
-    ScoreJob,
+    ScoreConfig,
     StoreSection,
     Student,
 )
 from logitcask.engine.config.teacher import Score as ScoreSection
 from logitcask.engine.config.teacher import Teacher
-from logitcask.engine.jobs import run_rollout, run_score
 from logitcask.engine.store import Store, open_store
 
 V, CONTEXT, BATCH = 8192, 128, 16
@@ -174,7 +174,7 @@ def _fill(folder: Path) -> Store:
     """The product's own defaults, but for the length of responses."""
     store, run = StoreSection(url=str(folder / "store")), Run(device="cpu")
     run_rollout(
-        RolloutJob(
+        RolloutConfig(
             student=Student(model=str(folder / "student")),
             prompts=Prompts(file=folder / "prompts.jsonl", chat_template=False),
             store=store,
@@ -183,7 +183,7 @@ def _fill(folder: Path) -> Store:
         )
     )
     run_score(
-        ScoreJob(
+        ScoreConfig(
             teacher=Teacher(model=str(folder / "teacher"), name="teacher"),
             store=store,
             score=ScoreSection(),

@@ -7,8 +7,8 @@ import rich_click as click
 
 from logitcask.cli.options import format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, print_table, progress_bar
-from logitcask.engine.config.file import read_job
-from logitcask.engine.config.jobs import AblateJob, TrainJob
+from logitcask.engine.config.sections import AblateConfig, TrainConfig
+from logitcask.engine.config.toml import read_job
 from logitcask.engine.config.training import Ablate
 
 
@@ -28,7 +28,7 @@ from logitcask.engine.config.training import Ablate
     metavar="SECTION.KEY=VALUE",
     help="Override a key of the file; may be given again.",
 )
-@job_options(AblateJob, {"ablate": list(Ablate.model_fields)})
+@job_options(AblateConfig, {"ablate": list(Ablate.model_fields)})
 @format_option
 def ablate_command(
     config: Path, vary: tuple[str, ...], overrides: tuple[str, ...], form: str, **flags: Any
@@ -41,8 +41,8 @@ def ablate_command(
 
     Example: logitcask ablate train.toml --vary objective=opd,overlap --seeds 3 --out ./ablation
     """
-    settings = job_from_flags(AblateJob, flags).ablate
-    job = read_job(TrainJob, config, overrides)
+    settings = job_from_flags(AblateConfig, flags).ablate
+    job = read_job(TrainConfig, config, overrides)
     from logitcask.engine.ablate import ablate, footnotes, table
 
     with progress_bar() as progress:
@@ -51,7 +51,7 @@ def ablate_command(
             vary,
             settings,
             progress=progress,
-            notice=lambda line: click.echo(line, err=True),
+            on_event=lambda line: click.echo(line, err=True),
         )
     if form == "json":
         print_result(report, form)

@@ -6,7 +6,7 @@ import rich_click as click
 
 from logitcask.cli.options import dry_run_option, format_option
 from logitcask.cli.output import print_result, progress_bar
-from logitcask.engine.config.file import read_toml, to_toml
+from logitcask.engine.config.toml import read_toml, to_toml
 
 
 @click.command("distill")
@@ -35,10 +35,10 @@ def distill_command(config: Path, overrides: tuple[str, ...], form: str, dry_run
     if dry_run:
         click.echo(to_toml(resolved))
         return
-    from logitcask.engine.distill import distill
+    from logitcask.engine.distill.loop import distill
 
     with progress_bar() as progress:
         report = distill(
-            resolved, progress=progress, notice=lambda line: click.echo(line, err=True)
+            resolved, progress=progress, on_event=lambda line: click.echo(line, err=True)
         )
     print_result(report, form)

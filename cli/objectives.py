@@ -20,7 +20,7 @@ def objectives_command(name: str | None, form: str) -> None:
 
     Example: logitcask objectives "sampled_token+importance(cap=5)"
     """
-    from logitcask.engine.objectives import PRESETS, find_preset, served
+    from logitcask.engine.objectives import PRESETS, parse_objective, served
     from logitcask.engine.objectives.supports import DRAWN
 
     if name is None:
@@ -35,7 +35,7 @@ def objectives_command(name: str | None, form: str) -> None:
         ]
         print_table(rows, form)
         return
-    preset = find_preset(name)
+    preset = parse_objective(name)
     objective = preset.objective.record()
     modifiers = objective.pop("modifiers")
     if objective["form"] != "advantage" or preset.objective.support in DRAWN:

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import rich_click as click
 from pydantic.fields import FieldInfo
 
-from logitcask.engine.config.file import Job, validate
 from logitcask.engine.config.section import Section
+from logitcask.engine.config.toml import Job, validate
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -14,13 +14,13 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_report, progress_bar
 from logitcask.cli.watch import run_watch
-from logitcask.engine.config.file import to_toml
-from logitcask.engine.config.jobs import Rollout, RolloutJob
+from logitcask.engine.config.sections import Rollout, RolloutConfig
+from logitcask.engine.config.toml import to_toml
 
 
 @click.command("rollout")
 @job_options(
-    RolloutJob,
+    RolloutConfig,
     {
         "student": ["model", "revision"],
         "prompts": ["file", "chat_template"],
@@ -41,16 +41,16 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
 
     Example: logitcask rollout --model ./student --prompts prompts.jsonl --store ./store
     """
-    job = job_from_flags(RolloutJob, flags)
+    job = job_from_flags(RolloutConfig, flags)
     if dry_run:
         click.echo(to_toml(job))
         return
     if job.work.watch:
-        from logitcask.engine.watch import watch_rollouts
+        from logitcask.engine.commands.worker import watch_rollouts
 
         run_watch(watch_rollouts, job, form)
         return
-    from logitcask.engine.jobs import run_rollout
+    from logitcask.engine.commands.stages import run_rollout
 
     with progress_bar() as progress:
         report = run_rollout(job, progress=progress)

@@ -14,14 +14,14 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_report, progress_bar
 from logitcask.cli.watch import run_watch
-from logitcask.engine.config.file import to_toml
-from logitcask.engine.config.jobs import ScoreJob
+from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.config.teacher import Score, Teacher
+from logitcask.engine.config.toml import to_toml
 
 
 @click.command("score")
 @job_options(
-    ScoreJob,
+    ScoreConfig,
     {
         "teacher": list(Teacher.model_fields),
         "store": ["url", "rollouts", "profile"],
@@ -42,17 +42,17 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
 
     Example: logitcask score --model ./teacher --store ./store --teacher big
     """
-    job = job_from_flags(ScoreJob, flags)
+    job = job_from_flags(ScoreConfig, flags)
     if dry_run:
         click.echo(to_toml(job))
         return
     if job.work.watch:
-        from logitcask.engine.watch import watch_scores
+        from logitcask.engine.commands.worker import watch_scores
 
         run_watch(watch_scores, job, form)
         return
-    from logitcask.engine.jobs import run_score
+    from logitcask.engine.commands.stages import run_score
 
     with progress_bar() as progress:
-        report = run_score(job, progress=progress, notice=lambda line: click.echo(line, err=True))
+        report = run_score(job, progress=progress, on_event=lambda line: click.echo(line, err=True))
     print_report(report, form)

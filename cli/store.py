@@ -37,7 +37,7 @@ def info(url: str, form: str) -> None:
     Example: logitcask store info ./store
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.view import summary
+    from logitcask.engine.store.inspect import summary
 
     print_result(summary(open_store(url)), form)
 
@@ -60,7 +60,7 @@ def ls(url: str, form: str) -> None:
     Example: logitcask store ls ./store
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.view import listing
+    from logitcask.engine.store.inspect import listing
 
     print_segments(listing(open_store(url)), form)
 
@@ -98,9 +98,9 @@ def pin(url: str, at: str | None, form: str) -> None:
 
     Example: logitcask store pin ./store
     """
-    from logitcask.engine.named import pin_of
+    from logitcask.engine.commands.resolve import pin_of
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.view import pinned
+    from logitcask.engine.store.inspect import pinned
 
     store = open_store(url)
     print_result(pinned(store, store.head() if at is None else pin_of(store, at)), form)
@@ -133,7 +133,7 @@ def show(
     Example: logitcask store show ./store --sequence 3
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.view import shown
+    from logitcask.engine.store.inspect import shown
 
     found = shown(open_store(url), rollouts=rollouts, teacher=teacher, sequence=sequence, top=top)
     if tokenizer is not None:
@@ -148,8 +148,8 @@ def show(
 
 
 def _add_text(found: dict[str, Any], name: str) -> None:
-    from logitcask.engine.identity import resolve_model
-    from logitcask.engine.prompts import load_tokenizer
+    from logitcask.engine.models.identity import resolve_model
+    from logitcask.engine.prompts.prompts import load_tokenizer
 
     decode = load_tokenizer(resolve_model(name)).decode
     found["prompt_text"] = decode(found["prompt_tokens"])

@@ -7,7 +7,7 @@ import rich_click as click
 
 from logitcask.cli.options import MODEL_FLAGS, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, print_table, progress_bar
-from logitcask.engine.config.jobs import EstimateJob
+from logitcask.engine.config.sections import EstimateConfig
 
 
 @click.command("estimate")
@@ -20,7 +20,7 @@ from logitcask.engine.config.jobs import EstimateJob
     help="Model folder or hub id of the student, whose responses are scored.",
 )
 @job_options(
-    EstimateJob,
+    EstimateConfig,
     {
         "prompts": ["chat_template"],
         "estimate": ["sample", "k_max"],
@@ -50,12 +50,12 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
     Example: logitcask store estimate ./teacher prompts.jsonl --student ./student
     """
     told = {"teacher__model": model, "teacher__name": "estimate", "prompts__file": prompts}
-    job = job_from_flags(EstimateJob, {**flags, **told})
-    from logitcask.engine.jobs import run_estimate
+    job = job_from_flags(EstimateConfig, {**flags, **told})
+    from logitcask.engine.commands.stages import run_estimate
 
     with progress_bar() as progress:
         estimate = run_estimate(
-            job, progress=progress, notice=lambda line: click.echo(line, err=True)
+            job, progress=progress, on_event=lambda line: click.echo(line, err=True)
         )
     if form == "json":
         print_result(estimate, form)

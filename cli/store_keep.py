@@ -8,11 +8,11 @@ import rich_click as click
 
 from logitcask.cli.options import format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, print_segments, print_table, progress_bar
-from logitcask.engine.config.jobs import Gc, GcJob
+from logitcask.engine.config.sections import Gc, GcConfig
 from logitcask.engine.errors import IncompleteError
 
 if TYPE_CHECKING:
-    from logitcask.engine.store.transfer import Brought
+    from logitcask.engine.store.merge import MergeReport
 
 
 heal_option = click.option(
@@ -36,8 +36,8 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
     Example: logitcask store tag ./store paper-run
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.keep import tag, untag
-    from logitcask.engine.store.view import tags
+    from logitcask.engine.store.inspect import tags
+    from logitcask.engine.store.retention import tag, untag
 
     store = open_store(url)
     if name is None and (remove or at is not None):
@@ -75,8 +75,8 @@ def retire_command(url: str, form: str, **which: Any) -> None:
     Example: logitcask store retire ./store --teacher big
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.keep import retire
-    from logitcask.engine.store.view import listing_of
+    from logitcask.engine.store.inspect import listing_of
+    from logitcask.engine.store.retention import retire
 
     retired = retire(open_store(url), **which)
     print_segments(listing_of(retired), form)
@@ -86,7 +86,7 @@ def retire_command(url: str, form: str, **which: Any) -> None:
 
 @click.command("gc")
 @click.argument("url")
-@job_options(GcJob, {"gc": list(Gc.model_fields)})
+@job_options(GcConfig, {"gc": list(Gc.model_fields)})
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @format_option
 def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
@@ -97,9 +97,9 @@ def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
 
     Example: logitcask store gc ./store --dry-run
     """
-    job = job_from_flags(GcJob, flags)
+    job = job_from_flags(GcConfig, flags)
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.keep import gc
+    from logitcask.engine.store.retention import gc
 
     swept = gc(
         open_store(url),
@@ -125,7 +125,7 @@ def retry_failed_command(url: str, form: str) -> None:
     Example: logitcask store retry-failed ./store
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.work import retry_failed
+    from logitcask.engine.workers.worker import retry_failed
 
     print_table(retry_failed(open_store(url)), form)
 
@@ -140,9 +140,9 @@ def pack_command(url: str, folder: Path, at: str | None, form: str) -> None:
 
     Example: logitcask store pack ./store ./packed
     """
-    from logitcask.engine.named import pin_of
+    from logitcask.engine.commands.resolve import pin_of
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.transfer import pack
+    from logitcask.engine.store.merge import pack
 
     store = open_store(url)
     with progress_bar() as progress:
@@ -168,7 +168,7 @@ def unpack_command(url: str, files: tuple[Path, ...], heal: bool, form: str) -> 
     Example: logitcask store unpack ./other packed/*.zip
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.transfer import unpack
+    from logitcask.engine.store.merge import unpack
 
     with progress_bar() as progress:
         brought = unpack(open_store(url, create=True), files, heal=heal, progress=progress)
@@ -189,7 +189,7 @@ def merge_command(url: str, other: str, heal: bool, form: str) -> None:
     Example: logitcask store merge ./store ./from-another-machine
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.transfer import merge
+    from logitcask.engine.store.merge import merge
 
     source = open_store(other)
     with progress_bar() as progress:
@@ -197,7 +197,7 @@ def merge_command(url: str, other: str, heal: bool, form: str) -> None:
     _print_brought(brought, form)
 
 
-def _print_brought(brought: "Brought", form: str) -> None:
+def _print_brought(brought: "MergeReport", form: str) -> None:
     if brought.left_out:
         raise IncompleteError(
             f"{brought.left_out} segments were left out ({brought.added} added, {brought.there} "

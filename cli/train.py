@@ -6,14 +6,14 @@ import rich_click as click
 
 from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
 from logitcask.cli.output import print_result, progress_bar
-from logitcask.engine.config.file import to_toml
-from logitcask.engine.config.jobs import TrainJob
+from logitcask.engine.config.sections import TrainConfig
+from logitcask.engine.config.toml import to_toml
 from logitcask.engine.config.training import Eval, Train
 
 
 @click.command("train")
 @job_options(
-    TrainJob,
+    TrainConfig,
     {
         "student": ["model", "revision"],
         "store": ["url", "rollouts"],
@@ -33,12 +33,12 @@ def train_command(form: str, dry_run: bool, **flags: Any) -> None:
 
     Example: logitcask train --model ./student --store ./store --objective overlap --out ./run
     """
-    job = job_from_flags(TrainJob, flags)
+    job = job_from_flags(TrainConfig, flags)
     if dry_run:
         click.echo(to_toml(job))
         return
-    from logitcask.engine.jobs import run_train
+    from logitcask.engine.commands.stages import run_train
 
     with progress_bar() as progress:
-        report = run_train(job, progress=progress, notice=lambda line: click.echo(line, err=True))
+        report = run_train(job, progress=progress, on_event=lambda line: click.echo(line, err=True))
     print_result(report, form)

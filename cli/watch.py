@@ -19,11 +19,11 @@ def run_watch(watch: Watch, job: Any, form: str) -> None:
 
     Raises IncompleteError where units failed.
     """
-    from logitcask.engine.work import check_failed
+    from logitcask.engine.workers.worker import check_failed
 
     with stop_at_sigterm() as stop, progress_bar() as progress:
         report = watch(
-            job, stop=stop, progress=progress, notice=lambda line: click.echo(line, err=True)
+            job, stop=stop, progress=progress, on_event=lambda line: click.echo(line, err=True)
         )
     print_result(report, form)
     check_failed(report, job.store.url)

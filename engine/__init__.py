@@ -12,33 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from logitcask.engine.errors import LogitcaskError
-    from logitcask.engine.heads import head_map
-    from logitcask.engine.objectives import find_preset
-    from logitcask.engine.rows.batches import batches, planned
+    from logitcask.engine.models.logit_transform import logit_transform
+    from logitcask.engine.objectives import parse_objective
+    from logitcask.engine.packing.batches import batches, planned
     from logitcask.engine.store import open_store
-    from logitcask.engine.training.facts import check_objective
-    from logitcask.engine.training.row_loss import row_loss
+    from logitcask.engine.training.cache_info import check_objective
+    from logitcask.engine.training.pack_loss import pack_loss
 
 __all__ = [
     "LogitcaskError",
     "batches",
     "check_objective",
-    "find_preset",
-    "head_map",
+    "logit_transform",
     "open_store",
+    "pack_loss",
+    "parse_objective",
     "planned",
-    "row_loss",
 ]
 
 _HOME = {
     "LogitcaskError": "errors",
-    "head_map": "heads",
-    "find_preset": "objectives",
-    "batches": "rows.batches",
-    "check_objective": "training.facts",
-    "planned": "rows.batches",
+    "logit_transform": "models.logit_transform",
+    "parse_objective": "objectives",
+    "batches": "packing.batches",
+    "check_objective": "training.cache_info",
+    "planned": "packing.batches",
     "open_store": "store",
-    "row_loss": "training.row_loss",
+    "pack_loss": "training.pack_loss",
 }
 
 

@@ -22,17 +22,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from logitcask.engine.config.file import keys_of, parse_value, validate
-from logitcask.engine.config.jobs import TrainJob
+from logitcask.engine.commands.resolve import held_out_set, pin_of
+from logitcask.engine.commands.stages import check_train, run_train, scoring_seconds
+from logitcask.engine.config.sections import TrainConfig
+from logitcask.engine.config.toml import keys_of, parse_value, validate
 from logitcask.engine.config.training import Ablate
 from logitcask.engine.errors import ConfigError, LogitcaskError
-from logitcask.engine.jobs import check_train, run_train, scoring_seconds
-from logitcask.engine.named import held_out_set, pin_of
-from logitcask.engine.notices import Notice
+from logitcask.engine.events import EventHandler
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.run import TrainReport
-from logitcask.engine.training.rundir import check_same, make_folder, replace_text, write_json
+from logitcask.engine.training.run_dir import check_same, make_folder, replace_text, write_json
 from logitcask.engine.types import Progress, silent
 
 FIXED = ("store.url", "store.profile", "train.pin", "run.out", "run.overwrite", "run.seed")
@@ -62,7 +62,7 @@ class Combination:
     name: str
     """Its folder: key=value,key=value."""
     values: Mapping[str, Any]
-    job: TrainJob
+    job: TrainConfig
     refused: str = ""
     """Why it cannot be trained."""
 
@@ -103,7 +103,7 @@ _LISTED = re.compile(r",(?![^(]*\))")
 """Between values: a comma that stands in no brackets, as those of `gkd(parameter=0.1,k=8)` do."""
 
 
-def combinations(job: TrainJob, vary: Sequence[str]) -> list[Combination]:
+def combinations(job: TrainConfig, vary: Sequence[str]) -> list[Combination]:
     """The cartesian product of `key=value,value` texts over a job. Raises ConfigError."""
     axes: dict[str, list[Any]] = {}
     for text in vary:
@@ -132,14 +132,14 @@ def combinations(job: TrainJob, vary: Sequence[str]) -> list[Combination]:
         for key, value in values.items():
             section, _, inner = key.partition(".")
             changed[section][inner] = value
-        made = validate(TrainJob, changed, source="--vary")
+        made = validate(TrainConfig, changed, source="--vary")
         found[name] = Combination(name=name, values=values, job=made)
     return list(found.values())
 
 
 def full_key(key: str) -> str:
     """section.key of a TrainJob; the section may be left out where one key alone has the name."""
-    known = [name for name in keys_of(TrainJob) if "." in name]
+    known = [name for name in keys_of(TrainConfig) if "." in name]
     named = [name for name in known if key in (name, name.partition(".")[2])]
     if len(named) == 1:
         return named[0]
@@ -152,12 +152,12 @@ def full_key(key: str) -> str:
 
 
 def ablate(
-    job: TrainJob,
+    job: TrainConfig,
     vary: Sequence[str],
     settings: Ablate,
     *,
     progress: Progress = silent,
-    notice: Notice = lambda line: None,
+    on_event: EventHandler = lambda line: None,
 ) -> AblateReport:
     """Trains what is not trained yet, and writes the table.
 
@@ -190,7 +190,7 @@ def ablate(
             report = run_train(
                 each.job.model_copy(update={"run": run}),
                 cache=cache,
-                notice=_of(f"{each.name}/seed-{seed}", notice),
+                on_event=_of(f"{each.name}/seed-{seed}", on_event),
             )
             if report.resumed_at < report.updates:
                 trained += 1
@@ -297,7 +297,7 @@ def _cell(value: Any, spread: float | None) -> str:
     return text if spread is None else f"{text} ± {spread:.2g}"
 
 
-def _plan(job: TrainJob, varied: set[str], out: Path) -> dict[str, Any]:
+def _plan(job: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
     """What DIR is bound to: plan.json of the first call, if this one agrees with it."""
     store = open_store(job.store.url)
     common = {
@@ -337,7 +337,7 @@ def _plan(job: TrainJob, varied: set[str], out: Path) -> dict[str, Any]:
     return plan
 
 
-def _held_out(job: TrainJob) -> dict[str, Any] | None:
+def _held_out(job: TrainConfig) -> dict[str, Any] | None:
     """Which state of which store all runs are measured on, if any."""
     if (asked := held_out_set(job.eval, job.store.url)) is None:
         return None
@@ -369,9 +369,9 @@ def _evaluated(run: TrainReport, which: int, name: str) -> float | None:
     return None if found is None else float(found)
 
 
-def _of(run: str, notice: Notice) -> Notice:
+def _of(run: str, on_event: EventHandler) -> EventHandler:
     """Lines say which run they are of: its folder."""
-    return lambda line: notice(f"{run}: {line}")
+    return lambda line: on_event(f"{run}: {line}")
 
 
 def _plain(value: Any) -> str:

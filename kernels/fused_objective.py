@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from logitcask.kernels.launch import check_device, runs_triton
-from logitcask.kernels.row_view import RowGrad, RowObjective, RowView
+from logitcask.kernels.row_view import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.topk_select import MAX_TRITON_K
 
 MAX_FUSED_IDS = 128
@@ -50,7 +50,7 @@ class OverlapSums(NamedTuple):
 class FusedObjective:
     """P rows, S listed ids. Natural logs; p is the student, q the teacher."""
 
-    plain: RowObjective
+    plain: ObjectiveFn
     """The same objective in torch."""
     divergence: str
     """One of DIVERGENCES; see fused_maths for their formulas."""
@@ -74,7 +74,7 @@ class FusedObjective:
     """[P] int64, length of that list."""
     metric_k: int
     """k of the overlap's sums."""
-    name_metrics: Callable[[RowView, OverlapSums], dict[str, Tensor]]
+    name_metrics: Callable[[ObjectiveInput, OverlapSums], dict[str, Tensor]]
     """What comes out as the objective's metrics, name -> [C]."""
     one_program: bool = False
     """Scan, selection and gradient of a row in one launch, the second read of the row from L2,
@@ -112,7 +112,7 @@ class FusedObjective:
                 raise TypeError(f"{name} is {tensor.dtype}, must be {dtype or 'floating'}")
             check_device(tensor, self.log_q, name)
 
-    def __call__(self, view: RowView) -> RowGrad:
+    def __call__(self, view: ObjectiveInput) -> ObjectiveGrad:
         return self.plain(view)
 
     def check(self, ids: Tensor) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from logitcask.kernels.fused_maths import objective_row
 from logitcask.kernels.fused_objective import WITH_PARAMETER, FusedObjective, OverlapSums
 from logitcask.kernels.launch import TILE, next_power_of_2, on_device
-from logitcask.kernels.logit_map import LogitMap
+from logitcask.kernels.logit_map import LogitTransform
 from logitcask.kernels.row_grad import grad_row, grad_rows
 from logitcask.kernels.row_stats import scan_row, scan_rows
-from logitcask.kernels.row_view import RowGrad, RowView
+from logitcask.kernels.row_view import ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.topk_select import ZERO_BITS, group_size, select_row
 
 WHOLE_WARPS = 8
@@ -178,9 +178,9 @@ def fused_rows(
     k: int,
     out: Tensor | None,
     n_vocab: int,
-    logit_map: LogitMap,
+    logit_map: LogitTransform,
     first: int,
-) -> RowGrad:
+) -> ObjectiveGrad:
     """The objective's answer for logits [C, V] at ids [C, S], without checks; rows of `objective`
     are these C, which are rows `first` and on of the call.
 
@@ -259,9 +259,9 @@ def fused_rows(
     if out is not None and not whole:
         grad_rows(logits, lse, final_dense, ids, final_at_ids, out, n_vocab, logit_map)
     index = torch.arange(first, first + n_rows, device=logits.device)
-    view = RowView(index, log_p, top_ids, top_log_p, entropy)
+    view = ObjectiveInput(index, log_p, top_ids, top_log_p, entropy)
     metrics = objective.name_metrics(view, OverlapSums(*sums.unbind(0)))
-    return RowGrad(loss, at_ids, dense, dense_at_ids, metrics)
+    return ObjectiveGrad(loss, at_ids, dense, dense_at_ids, metrics)
 
 
 def _told(objective: FusedObjective) -> dict[str, Any]:

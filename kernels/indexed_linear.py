@@ -36,8 +36,14 @@ from logitcask.kernels.launch import (
     looks_at_values,
 )
 from logitcask.kernels.linear_sparse_kl import check_head, head_product
-from logitcask.kernels.logit_map import PLAIN, LogitMap
-from logitcask.kernels.sparse_kl import RowGrad, RowLosses, RowObjective, RowView, SparseLoss
+from logitcask.kernels.logit_map import PLAIN, LogitTransform
+from logitcask.kernels.sparse_kl import (
+    ObjectiveFn,
+    ObjectiveGrad,
+    ObjectiveInput,
+    RowLosses,
+    SparseLoss,
+)
 
 ZERO_SUM = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-9, 1e-12)}
 """Relative to max |g| of a row, and absolute: what rounding may leave of a sum of 0. A row that
@@ -49,12 +55,12 @@ def indexed_linear(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    objective: RowObjective,
+    objective: ObjectiveFn,
     *,
     k: int | None = None,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
     sparse_weight_grad: bool = False,
 ) -> SparseLoss:
@@ -125,14 +131,14 @@ def indexed_linear(
     return result._replace(loss=loss)
 
 
-def _view(y: Tensor, ids: Tensor) -> RowView:
+def _view(y: Tensor, ids: Tensor) -> ObjectiveInput:
     """Of mapped logits y [P, S] at the ids alone."""
     n_rows = len(y)
     y = torch.where(ids < 0, -torch.inf, y)
     # A row without ids, or of -inf alone, has no largest.
     top = y.amax(-1, keepdim=True) if y.shape[1] else y.new_zeros(n_rows, 1)
     top = torch.where(top == -torch.inf, 0.0, top)
-    return RowView(
+    return ObjectiveInput(
         index=torch.arange(n_rows, device=y.device),
         log_p=y - top,
         top_ids=y.new_empty(n_rows, 0, dtype=torch.int64),
@@ -141,7 +147,7 @@ def _view(y: Tensor, ids: Tensor) -> RowView:
     )
 
 
-def _checked(answer: RowGrad, ids: Tensor) -> Tensor:
+def _checked(answer: ObjectiveGrad, ids: Tensor) -> Tensor:
     """at_ids [C, S] of an answer, 0 at padding; ValueError unless a renormalised loss says so."""
     if answer.dense_log is not None:
         raise ValueError(

@@ -22,11 +22,11 @@ from logitcask.kernels.launch import (
     compute_dtype,
     row_chunks,
 )
-from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.logit_map import PLAIN, LogitTransform
 from logitcask.kernels.made_ahead import attach_grads
 from logitcask.kernels.sparse_kl import (
+    ObjectiveFn,
     RowLosses,
-    RowObjective,
     SparseLoss,
     sparse_kl_reference,
 )
@@ -36,12 +36,12 @@ def linear_sparse_kl_reference(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    objective: RowObjective,
+    objective: ObjectiveFn,
     *,
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor, Tensor]:
     """The specification of linear_sparse_kl: its result, and d loss by hidden and by weight."""
     cast = weight.to(hidden.dtype)
@@ -135,12 +135,12 @@ def linear_sparse_kl(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    objective: RowObjective,
+    objective: ObjectiveFn,
     *,
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
     """sparse_kl(hidden @ weight.T, ...), without ever holding [P, V].

@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-class LogitMap(NamedTuple):
+class LogitTransform(NamedTuple):
     """Scale, soft cap and temperature; ValueError from `check` unless all are positive numbers."""
 
     scale: float = 1.0
@@ -65,7 +65,7 @@ class LogitMap(NamedTuple):
         return inner, self.softcap / self.temperature * LOG2E.value
 
 
-PLAIN = LogitMap()
+PLAIN = LogitTransform()
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from logitcask.kernels.launch import (
     row_chunks,
     runs_triton,
 )
-from logitcask.kernels.logit_map import LN2, LOG2E, PLAIN, LogitMap, mapped, squashed
+from logitcask.kernels.logit_map import LN2, LOG2E, PLAIN, LogitTransform, mapped, squashed
 
 
 def row_grad_reference(
@@ -44,7 +44,7 @@ def row_grad_reference(
     *,
     dense_log: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
 ) -> Tensor:
     """The specification of row_grad, in whole-tensor torch; float32, or the logits' float64."""
     z = logits.to(compute_dtype(logits.dtype))
@@ -194,7 +194,7 @@ def grad_rows(
     at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
     dense_log: Tensor | None = None,
 ) -> None:
     """row_grad without the checks: writes `out` [P, V]."""
@@ -210,7 +210,7 @@ def _grad_triton(
     at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
-    logit_map: LogitMap,
+    logit_map: LogitTransform,
     dense_log: Tensor | None,
 ) -> None:
     n_rows, n_columns = logits.shape
@@ -251,7 +251,7 @@ def _grad_torch(
     at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
-    logit_map: LogitMap,
+    logit_map: LogitTransform,
     dense_log: Tensor | None,
 ) -> None:
     dtype = compute_dtype(logits.dtype)
@@ -301,7 +301,7 @@ def row_grad(
     dense_log: Tensor | None = None,
     out: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
 ) -> Tensor:
     """out[r, v] = at_ids[r, j] if v = ids[r, j], else (dense[r] + dense_log[r] log p) p dy/dz,
     p = softmax(y[r])[v]; 0 where p is.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from logitcask.kernels.fused_objective import FusedObjective
 from logitcask.kernels.fused_rows import fused_rows
-from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.logit_map import PLAIN, LogitTransform
 from logitcask.kernels.row_grad import grad_rows, p_log_p
 from logitcask.kernels.row_stats import scan_rows
-from logitcask.kernels.row_view import RowGrad, RowObjective, RowView, SparseLoss
+from logitcask.kernels.row_view import ObjectiveFn, ObjectiveGrad, ObjectiveInput, SparseLoss
 from logitcask.kernels.topk_select import group_size, select_rows
 
 
@@ -35,7 +35,7 @@ class RowRead(NamedTuple):
 
 
 def read_rows(
-    logits: Tensor, ids: Tensor, k: int, n_vocab: int, logit_map: LogitMap = PLAIN
+    logits: Tensor, ids: Tensor, k: int, n_vocab: int, logit_map: LogitTransform = PLAIN
 ) -> RowRead:
     """RowRead of logits [C, V] at ids [C, S], without checks."""
     group = group_size(logits, k, n_vocab)
@@ -51,11 +51,11 @@ class RowLosses:
     def __init__(
         self,
         ids: Tensor,
-        objective: RowObjective,
+        objective: ObjectiveFn,
         k: int,
         row_weight: Tensor | None,
         dtype: torch.dtype,
-        logit_map: LogitMap = PLAIN,
+        logit_map: LogitTransform = PLAIN,
     ) -> None:
         """ids [P, S]; row_weight [P] or None for ones; dtype of statistics and losses.
 
@@ -76,7 +76,7 @@ class RowLosses:
         self.row_loss = torch.zeros_like(self.weight)
         self.metrics: dict[str, Tensor] = {}
 
-    def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> RowGrad:
+    def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> ObjectiveGrad:
         """One chunk: logits [C, V] of `rows`. Its weighted gradient goes to `out` [C, V], which may
         be logits."""
         ids = self.ids[rows]  # [C, S]
@@ -98,7 +98,7 @@ class RowLosses:
         columns: Tensor,
         out: Tensor | None,
         n_vocab: int,
-    ) -> RowGrad:
+    ) -> ObjectiveGrad:
         """The objective on what was read of `rows`, and the gradient by the logits [C, V] at hand.
 
         columns: [C, S], where in logits the listed ids lie; -1 where they lie elsewhere.
@@ -107,7 +107,7 @@ class RowLosses:
         log_p = torch.where(self.ids[rows] >= 0, y.apply(read.at_ids) - lse[:, None], -torch.inf)
         index = torch.arange(rows.start, rows.stop, device=lse.device)
         top_log_p = y.apply(read.top) - lse[:, None]
-        view = RowView(index, log_p, read.top_ids, top_log_p, read.entropy)
+        view = ObjectiveInput(index, log_p, read.top_ids, top_log_p, read.entropy)
         answer = self.ask(rows, view)
         if out is None:
             return answer
@@ -125,14 +125,14 @@ class RowLosses:
         grad_rows(logits, lse, dense, columns, final, out, n_vocab, y, dense_log)
         return answer
 
-    def ask(self, rows: slice, view: RowView) -> RowGrad:
+    def ask(self, rows: slice, view: ObjectiveInput) -> ObjectiveGrad:
         """What the objective says of `rows`, seen by this view; losses and metrics are kept."""
         answer = self.objective(view)
         _check_answer(answer, view.log_p)
         self._keep(rows, answer)
         return answer
 
-    def _keep(self, rows: slice, answer: RowGrad) -> None:
+    def _keep(self, rows: slice, answer: ObjectiveGrad) -> None:
         self.row_loss[rows] = answer.loss
         for name, value in answer.metrics.items():
             if name not in self.metrics:
@@ -144,7 +144,7 @@ class RowLosses:
         return SparseLoss(loss, self.row_loss, self.metrics)
 
 
-def _check_answer(answer: RowGrad, log_p: Tensor) -> None:
+def _check_answer(answer: ObjectiveGrad, log_p: Tensor) -> None:
     n_rows, n_ids = log_p.shape
     shapes = {
         "loss": (n_rows,),

@@ -31,7 +31,7 @@ from logitcask.kernels.launch import (
     row_chunks,
     runs_triton,
 )
-from logitcask.kernels.logit_map import LN2, PLAIN, LogitMap, mapped
+from logitcask.kernels.logit_map import LN2, PLAIN, LogitTransform, mapped
 
 
 class RowStats(NamedTuple):
@@ -49,7 +49,7 @@ class RowScan(NamedTuple):
 
 
 def row_stats_reference(
-    logits: Tensor, *, n_vocab: int | None = None, logit_map: LogitMap = PLAIN
+    logits: Tensor, *, n_vocab: int | None = None, logit_map: LogitTransform = PLAIN
 ) -> RowStats:
     """The specification of row_stats, in whole-tensor torch."""
     z = logit_map.apply(logits[:, :n_vocab].to(compute_dtype(logits.dtype)))  # [P, n_vocab]
@@ -166,14 +166,16 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     tl.store(entropy + row, h)
 
 
-def scan_rows(logits: Tensor, n_vocab: int, group: int, logit_map: LogitMap = PLAIN) -> RowScan:
+def scan_rows(
+    logits: Tensor, n_vocab: int, group: int, logit_map: LogitTransform = PLAIN
+) -> RowScan:
     """row_stats of [P, V] logits without the checks, and group maxima where group > 0."""
     if runs_triton(logits):
         return _scan_triton(logits, n_vocab, group, logit_map)
     return _scan_torch(logits[:, :n_vocab], group, logit_map)
 
 
-def _scan_triton(logits: Tensor, n_vocab: int, group: int, logit_map: LogitMap) -> RowScan:
+def _scan_triton(logits: Tensor, n_vocab: int, group: int, logit_map: LogitTransform) -> RowScan:
     n_rows = logits.shape[0]
     width = group or 64
     tile = min(TILE, max(next_power_of_2(n_vocab), width))
@@ -203,7 +205,7 @@ def _scan_triton(logits: Tensor, n_vocab: int, group: int, logit_map: LogitMap) 
     return RowScan(RowStats(lse, entropy), group_max)
 
 
-def _scan_torch(z: Tensor, group: int, logit_map: LogitMap) -> RowScan:
+def _scan_torch(z: Tensor, group: int, logit_map: LogitTransform) -> RowScan:
     n_rows, n_vocab = z.shape
     lse = z.new_empty(n_rows, dtype=compute_dtype(z.dtype))
     entropy = torch.empty_like(lse)
@@ -250,7 +252,7 @@ def _group_max_torch(z: Tensor, group: int, out: Tensor) -> None:
 
 
 def row_stats(
-    logits: Tensor, *, n_vocab: int | None = None, logit_map: LogitMap = PLAIN
+    logits: Tensor, *, n_vocab: int | None = None, logit_map: LogitTransform = PLAIN
 ) -> RowStats:
     """Log-sum-exp and entropy of each row of `logits` [P, V], in nats. Not differentiable.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class RowView(NamedTuple):
+class ObjectiveInput(NamedTuple):
     """What an objective sees of C rows. Float tensors are float32, or float64 for float64 logits;
     natural logs."""
 
@@ -22,7 +22,7 @@ class RowView(NamedTuple):
     """[C] nats: the student's entropy."""
 
 
-class RowGrad(NamedTuple):
+class ObjectiveGrad(NamedTuple):
     """What an objective answers for C rows.
 
     For a loss of {log p at S} alone, dense and dense_at_ids are both -sum(at_ids). With a tail
@@ -48,7 +48,7 @@ class RowGrad(NamedTuple):
     entropy H of p asks for: dH/dy_v = -p_v log p_v - H p_v. None: 0."""
 
 
-RowObjective = Callable[[RowView], RowGrad]
+ObjectiveFn = Callable[[ObjectiveInput], ObjectiveGrad]
 
 
 class SparseLoss(NamedTuple):

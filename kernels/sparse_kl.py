@@ -26,20 +26,20 @@ from logitcask.kernels.launch import (
     compute_dtype,
     row_chunks,
 )
-from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.logit_map import PLAIN, LogitTransform
 from logitcask.kernels.made_ahead import attach_grads
 from logitcask.kernels.row_grad import p_log_p, row_grad_reference
 from logitcask.kernels.row_losses import RowLosses, RowRead, read_rows
 from logitcask.kernels.row_stats import row_stats_reference
-from logitcask.kernels.row_view import RowGrad, RowObjective, RowView, SparseLoss
+from logitcask.kernels.row_view import ObjectiveFn, ObjectiveGrad, ObjectiveInput, SparseLoss
 from logitcask.kernels.topk_select import topk_select_reference
 
 __all__ = [
-    "RowGrad",
+    "ObjectiveFn",
+    "ObjectiveGrad",
+    "ObjectiveInput",
     "RowLosses",
-    "RowObjective",
     "RowRead",
-    "RowView",
     "SparseLoss",
     "read_rows",
     "sparse_kl",
@@ -50,12 +50,12 @@ __all__ = [
 def sparse_kl_reference(
     logits: Tensor,
     ids: Tensor,
-    objective: RowObjective,
+    objective: ObjectiveFn,
     *,
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor]:
     """The specification of sparse_kl: its result, and d loss / d logits [P, V]."""
     stats = row_stats_reference(logits, n_vocab=n_vocab, logit_map=logit_map)
@@ -64,7 +64,9 @@ def sparse_kl_reference(
     at = logits.gather(1, ids.clamp(min=0)).to(values.dtype)
     log_p = torch.where(ids < 0, -torch.inf, logit_map.apply(at) - lse)
     index = torch.arange(len(ids), device=ids.device)
-    grad = objective(RowView(index, log_p, top_ids, logit_map.apply(values) - lse, stats.entropy))
+    grad = objective(
+        ObjectiveInput(index, log_p, top_ids, logit_map.apply(values) - lse, stats.entropy)
+    )
     w = torch.ones_like(grad.loss) if row_weight is None else row_weight.to(grad.loss.dtype)
     used = w != 0  # a row of weight 0 adds exactly 0, whatever it holds
     loss = torch.where(used, w * grad.loss, 0.0).sum()
@@ -88,12 +90,12 @@ def sparse_kl_reference(
 def sparse_kl(
     logits: Tensor,
     ids: Tensor,
-    objective: RowObjective,
+    objective: ObjectiveFn,
     *,
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
     in_place: bool = False,
 ) -> SparseLoss:

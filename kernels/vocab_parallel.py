@@ -31,7 +31,7 @@ from logitcask.kernels.launch import (
     row_chunks,
 )
 from logitcask.kernels.linear_sparse_kl import check_head, default_chunk_rows, run_chunks
-from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.logit_map import PLAIN, LogitTransform
 from logitcask.kernels.made_ahead import attach_grads
 from logitcask.kernels.shard_group import (
     Shards,
@@ -43,9 +43,9 @@ from logitcask.kernels.shard_group import (
     refusals_told,
 )
 from logitcask.kernels.sparse_kl import (
-    RowGrad,
+    ObjectiveFn,
+    ObjectiveGrad,
     RowLosses,
-    RowObjective,
     RowRead,
     SparseLoss,
     read_rows,
@@ -69,7 +69,7 @@ def read_shard(
     k: int,
     first: int,
     n_own: int,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
 ) -> RowRead:
     """RowRead of C rows of a shard's logits [C, V_r], of which the first n_own columns count.
 
@@ -135,17 +135,17 @@ class _ShardLosses(RowLosses):
     def __init__(
         self,
         ids: Tensor,
-        objective: RowObjective,
+        objective: ObjectiveFn,
         k: int,
         row_weight: Tensor | None,
         dtype: torch.dtype,
-        logit_map: LogitMap,
+        logit_map: LogitTransform,
         shards: Shards,
     ) -> None:
         super().__init__(ids, objective, k, row_weight, dtype, logit_map)
         self.shards = shards
 
-    def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> RowGrad:
+    def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> ObjectiveGrad:
         """One chunk: logits [C, V_r] of `rows`, of which n_vocab columns count on this shard."""
         columns = own_columns(self.ids[rows], self.shards.first, n_vocab)
         first = self.shards.first
@@ -179,7 +179,7 @@ def _check_inputs(
     chunk_rows: int | None,
     first: int,
     n_vocab: int,
-    logit_map: LogitMap,
+    logit_map: LogitTransform,
 ) -> None:
     """What either function can refuse without asking other ranks; `rows` is [P, ...]."""
     if first < 0:
@@ -203,7 +203,7 @@ def _to_be_equal(
     k: int,
     chunk_rows: int,
     dtype: torch.dtype,
-    logit_map: LogitMap,
+    logit_map: LogitTransform,
     hidden_size: int = 0,
     sums_hidden: bool = False,
 ) -> dict[str, int]:
@@ -222,14 +222,14 @@ def _to_be_equal(
 def vocab_parallel_sparse_kl(
     logits: Tensor,
     ids: Tensor,
-    objective: RowObjective,
+    objective: ObjectiveFn,
     *,
     first: int,
     n_vocab: int,
     group: "ProcessGroup | None" = None,
     k: int = 16,
     row_weight: Tensor | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
     """sparse_kl of logits whose columns are spread over a process group; every rank calls it.
@@ -285,14 +285,14 @@ def vocab_parallel_linear_sparse_kl(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    objective: RowObjective,
+    objective: ObjectiveFn,
     *,
     first: int,
     n_vocab: int,
     group: "ProcessGroup | None" = None,
     k: int = 16,
     row_weight: Tensor | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
     """vocab_parallel_sparse_kl(hidden @ weight.T, ...), without ever holding [P, V_r].

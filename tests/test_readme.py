@@ -17,10 +17,10 @@ from logitcask.cli.main import run
 from logitcask.cli.options import FLAGS
 from logitcask.engine.config.training import Eval, Loop
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.metrics import METRICS
+from logitcask.engine.metrics.metrics import METRICS
 from logitcask.engine.objectives import PRESETS
 from logitcask.engine.objectives.modifiers import MODIFIERS
-from logitcask.engine.rows.batches import planned
+from logitcask.engine.packing.batches import planned
 from tests.engine import tiny
 from tests.engine.backends.server.fake_server import FakeServer
 

@@ -81,7 +81,7 @@ class Served(Scorer, Protocol):
 
 BACKENDS = {
     "hf": "logitcask.engine.backends.hf:HF",
-    "vllm": "logitcask.engine.backends.vllm:VLLM",
+    "vllm": "logitcask.engine.backends.vllm.backend:VLLM",
     "server": "logitcask.engine.backends.server:Server",
 }
 """Name -> module:class. A class takes (ModelRef, *, device, dtype, batch_tokens), a Server URLs."""

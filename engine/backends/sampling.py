@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from logitcask.engine.errors import ModelError, PromptError
-from logitcask.engine.identity import canonical
+from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import LENGTH, STOP, Prompt, Rollouts, SamplingParams
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcask.engine.behaviour import LIKELY
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
+from logitcask.engine.models.fingerprint import LIKELY
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.topk_select import topk_select

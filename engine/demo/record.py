@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.training.rundir import write_json
+from logitcask.engine.training.run_dir import write_json
 
 RECORD = "demo.json"
 STAGES = ("teacher", "student", "rollout", "score")

@@ -21,15 +21,16 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.config.jobs import (
+from logitcask.engine.commands.stages import run_rollout, run_score, run_train
+from logitcask.engine.config.sections import (
     Prompts,
     Rollout,
-    RolloutJob,
+    RolloutConfig,
     Run,
-    ScoreJob,
+    ScoreConfig,
     StoreSection,
     Student,
-    TrainJob,
+    TrainConfig,
 )
 from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.config.training import Train
@@ -38,13 +39,12 @@ from logitcask.engine.demo.pretrain import Pupil, learn_at_least, learn_between
 from logitcask.engine.demo.record import DemoResult, Record
 from logitcask.engine.demo.scale import FAST, FULL, Scale
 from logitcask.engine.demo.task import Task, write_prompts
-from logitcask.engine.identity import model_ref
-from logitcask.engine.jobs import run_rollout, run_score, run_train
-from logitcask.engine.objectives import find_preset
+from logitcask.engine.models.identity import model_ref
+from logitcask.engine.objectives import parse_objective
 from logitcask.engine.store import open_store
-from logitcask.engine.store.layout import kept_lists
-from logitcask.engine.store.ragged import starts
-from logitcask.engine.store.view import bytes_per_position
+from logitcask.engine.store.format.layouts import kept_lists
+from logitcask.engine.store.format.ragged import starts
+from logitcask.engine.store.inspect import bytes_per_position
 from logitcask.engine.types import Array, Progress, ScoreRequest, silent
 
 Top = tuple[Array, Array]
@@ -71,7 +71,7 @@ def run_demo(
     ConfigError for an `out` that holds something else or a demo of another seed or size,
     LogitcaskError where a model does not learn its task, and what the stages raise.
     """
-    find_preset(objective)  # before minutes go by
+    parse_objective(objective)  # before minutes go by
     scale = FAST if fast else FULL
     record = Record.open(out, {"seed": seed, "fast": fast, "scale": asdict(scale)})
     demo = Demo(out, scale, seed, fast, record, progress)
@@ -172,7 +172,7 @@ class Demo:
         if self.record.lacks("score"):
             with self.record.making("score"):
                 for name in (MAIN, HELDOUT):
-                    job = ScoreJob(
+                    job = ScoreConfig(
                         teacher=Teacher(model=str(self.out / "teacher"), name=TEACHER),
                         store=self._store(name),
                         score=Score(k_min=K),
@@ -183,7 +183,7 @@ class Demo:
     def _rollout(self, name: str, split: str, count: int) -> None:
         file = self.out / f"{name}.jsonl"
         write_prompts(file, self.task.draw(split, count, self.seed))
-        job = RolloutJob(
+        job = RolloutConfig(
             student=Student(model=str(self.out / "student")),
             prompts=Prompts(file=file, chat_template=False),
             store=self._store(name),
@@ -200,7 +200,7 @@ class Demo:
     def distill(self, objective: str) -> DemoResult:
         """The student after training by `objective`, beside what it was and the teacher."""
         folder = self.out / "runs" / objective
-        job = TrainJob(
+        job = TrainConfig(
             student=Student(model=str(self.out / "student")),
             store=self._store(MAIN),
             train=Train(

@@ -27,28 +27,33 @@ what the fused kernels do not know runs as its torch.
 """
 
 from logitcask.engine.objectives.bounds import Bounds, exceeded, warnings
-from logitcask.engine.objectives.exactness import Facts, Verdict, served, verdict
-from logitcask.engine.objectives.find import find_preset
+from logitcask.engine.objectives.evaluate import live_k, row_objective
+from logitcask.engine.objectives.exactness import (
+    CacheInfo,
+    ExactnessReport,
+    check_exactness,
+    served,
+)
 from logitcask.engine.objectives.objective import Objective
+from logitcask.engine.objectives.parse import parse_objective
 from logitcask.engine.objectives.presets import PRESETS, Preset
-from logitcask.engine.objectives.row_factors import AGGREGATIONS, Weighed, weigh
-from logitcask.engine.objectives.row_objective import live_k, row_objective
+from logitcask.engine.objectives.weights import AGGREGATIONS, Weighed, loss_weights
 
 __all__ = [
     "AGGREGATIONS",
     "PRESETS",
     "Bounds",
-    "Facts",
+    "CacheInfo",
+    "ExactnessReport",
     "Objective",
     "Preset",
-    "Verdict",
     "Weighed",
+    "check_exactness",
     "exceeded",
-    "find_preset",
     "live_k",
+    "loss_weights",
+    "parse_objective",
     "row_objective",
     "served",
-    "verdict",
     "warnings",
-    "weigh",
 ]

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from logitcask.engine.objectives.columns import Step
 from logitcask.engine.objectives.modifiers import Importance
 from logitcask.engine.objectives.objective import Objective
+from logitcask.engine.objectives.support_log_probs import LossTerms
 from logitcask.engine.objectives.supports import LIVE
 
 COVERAGE, DRIFT = "cache/coverage", "cache/drift_k3"
@@ -63,10 +63,12 @@ def beyond(objective: Objective, metrics: Mapping[str, Tensor], bounds: Bounds) 
     return value < bounds.min_coverage if name == COVERAGE else value > bounds.max_drift
 
 
-def left_out(skip: Tensor, step: Step) -> Step:
+def left_out(skip: Tensor, step: LossTerms) -> LossTerms:
     """Zero in the rows of `skip` [C]."""
     parts = (part for part in step if part is not None)
-    return Step(*(torch.where(skip.view(-1, *[1] * (part.dim() - 1)), 0.0, part) for part in parts))
+    return LossTerms(
+        *(torch.where(skip.view(-1, *[1] * (part.dim() - 1)), 0.0, part) for part in parts)
+    )
 
 
 def exceeded(

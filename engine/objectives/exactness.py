@@ -6,7 +6,7 @@ the set of those ids, and the estimator. The prefixes are always those of the ro
 
 from dataclasses import dataclass
 
-from logitcask.engine.backends.answers import RESOLVED
+from logitcask.engine.backends.returned import RESOLVED
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.modifiers import Baseline, EntropyGate
 from logitcask.engine.objectives.objective import Objective
@@ -15,7 +15,7 @@ from logitcask.engine.objectives.supports import DRAWN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Facts:
+class CacheInfo:
     """What the rollouts, the scores and the student at hand are."""
 
     student_k: int
@@ -68,7 +68,7 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class ExactnessReport:
     """Labels of a run; they are printed before it and stored with it."""
 
     scores: str
@@ -86,7 +86,7 @@ class Verdict:
         ]
 
 
-def verdict(what: Objective | Preset, facts: Facts) -> Verdict:
+def check_exactness(what: Objective | Preset, facts: CacheInfo) -> ExactnessReport:
     """Labels of this objective on this cache. Raises ObjectiveError where it cannot be served."""
     objective = what.objective if isinstance(what, Preset) else what
     _check_draws(objective, facts)
@@ -113,7 +113,7 @@ def verdict(what: Objective | Preset, facts: Facts) -> Verdict:
             "entropy/teacher_width says, and entropy/gap a lower bound; the tail is 1 - their "
             f"mass, resolved to {RESOLVED:g}."
         )
-    return Verdict(
+    return ExactnessReport(
         scores=_scores(objective, facts),
         support=_support(objective, facts),
         estimator=_estimator(objective, facts),
@@ -136,7 +136,7 @@ def served(objective: Objective) -> str:
     return "exact, coarsened" if objective.outside == "tail" else "exact"
 
 
-def _check_draws(objective: Objective, facts: Facts) -> None:
+def _check_draws(objective: Objective, facts: CacheInfo) -> None:
     if objective.support == "teacher_mc" and not facts.q_draws:
         raise ObjectiveError(
             "these scores are the teacher's best ids, and this objective averages over its draws",
@@ -157,7 +157,7 @@ def _check_draws(objective: Objective, facts: Facts) -> None:
         )
 
 
-def _check_k(objective: Objective, facts: Facts) -> None:
+def _check_k(objective: Objective, facts: CacheInfo) -> None:
     if objective.support in DRAWN:
         return
     # With a tail any kept list is exact for what it coarsens to; elsewhere S(q) must be known.
@@ -182,7 +182,7 @@ def _check_k(objective: Objective, facts: Facts) -> None:
         )
 
 
-def _check_student(objective: Objective, facts: Facts) -> None:
+def _check_student(objective: Objective, facts: CacheInfo) -> None:
     if not facts.at_student:
         raise ObjectiveError(
             "this teacher was not asked at the student's ids, and a student support needs its "
@@ -205,7 +205,7 @@ def _check_student(objective: Objective, facts: Facts) -> None:
         )
 
 
-def _scores(objective: Objective, facts: Facts) -> str:
+def _scores(objective: Objective, facts: CacheInfo) -> str:
     words = _known(objective, facts)
     if not facts.entropy_bounds:
         return words
@@ -223,7 +223,7 @@ def _scores(objective: Objective, facts: Facts) -> str:
     return words
 
 
-def _known(objective: Objective, facts: Facts) -> str:
+def _known(objective: Objective, facts: CacheInfo) -> str:
     if objective.outside == "tail":
         first = f"first {objective.k} kept ids" if objective.support == "teacher" else "support"
         return f"exact for both models coarsened to the {first} and one bucket: a lower bound of KL"
@@ -241,7 +241,7 @@ def _known(objective: Objective, facts: Facts) -> str:
     }[objective.support]
 
 
-def _support(objective: Objective, facts: Facts) -> str:
+def _support(objective: Objective, facts: CacheInfo) -> str:
     k = objective.k
     missing = "what was never scored of it is missing, see cache/miss_mass"
     return {
@@ -258,7 +258,7 @@ def _support(objective: Objective, facts: Facts) -> str:
     }[objective.support]
 
 
-def _estimator(objective: Objective, facts: Facts) -> str:
+def _estimator(objective: Objective, facts: CacheInfo) -> str:
     if objective.support not in DRAWN:
         if objective.form == "advantage":
             return "deterministic, though not the gradient of a divergence"
@@ -292,7 +292,7 @@ def _estimator(objective: Objective, facts: Facts) -> str:
     return f"{draws} per position, biased: off policy (age {ages}{how}) and {weighed}"
 
 
-def _prefixes(facts: Facts) -> str:
+def _prefixes(facts: CacheInfo) -> str:
     if not facts.versions:
         return "of the student itself, renewed every round"
     low, high = min(facts.versions), max(facts.versions)

@@ -6,13 +6,13 @@ The same numbers as row_objective's: `plain` is its answer, which runs everywher
 import torch
 from torch import Tensor
 
-from logitcask.engine.metrics import summed_metrics
+from logitcask.engine.metrics.metrics import summed_metrics
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.supports import SUPPORTS
-from logitcask.engine.targets import Targets
+from logitcask.engine.packing.targets import Targets
 from logitcask.kernels import fused_objective
 from logitcask.kernels.fused_objective import FusedObjective, OverlapSums
-from logitcask.kernels.row_view import RowObjective, RowView
+from logitcask.kernels.row_view import ObjectiveFn, ObjectiveInput
 
 
 def is_fusable(objective: Objective) -> bool:
@@ -29,11 +29,11 @@ def is_fusable(objective: Objective) -> bool:
 
 
 def fused(
-    objective: Objective, targets: Targets, plain: RowObjective, metric_k: int
+    objective: Objective, targets: Targets, plain: ObjectiveFn, metric_k: int
 ) -> FusedObjective:
     """`plain` with its fused form. The objective is_fusable."""
 
-    def named(view: RowView, sums: OverlapSums) -> dict[str, Tensor]:
+    def named(view: ObjectiveInput, sums: OverlapSums) -> dict[str, Tensor]:
         return summed_metrics(view, sums, targets.at(view.index))
 
     best = torch.zeros_like(targets.ids)  # as if every id led the live top-k

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives.columns import Columns, Step
+from logitcask.engine.objectives.support_log_probs import LossTerms, SupportLogProbs
 
 RATIO_BOUND = 20.0
 """Largest |log ratio|, as in the released code of arXiv 2604.13016."""
@@ -39,16 +39,16 @@ class Modifier:
     def check(self, objective: Parts) -> None:
         """Raises ObjectiveError where it has no meaning."""
 
-    def target(self, columns: Columns) -> Columns:
+    def target(self, columns: SupportLogProbs) -> SupportLogProbs:
         return columns
 
-    def advantage(self, a: Tensor, columns: Columns) -> Tensor:
+    def advantage(self, a: Tensor, columns: SupportLogProbs) -> Tensor:
         return a
 
-    def terms(self, loss: Tensor, g: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+    def terms(self, loss: Tensor, g: Tensor, columns: SupportLogProbs) -> tuple[Tensor, Tensor]:
         return loss, g
 
-    def step(self, step: Step, columns: Columns) -> Step:
+    def step(self, step: LossTerms, columns: SupportLogProbs) -> LossTerms:
         return step
 
 

@@ -18,8 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from logitcask.engine.metrics import renormalised
-from logitcask.engine.objectives.columns import Columns, Step
+from logitcask.engine.metrics.metrics import renormalised
 from logitcask.engine.objectives.divergences import forward_kl, reverse_kl
 from logitcask.engine.objectives.modifier import (
     Modifier,
@@ -29,7 +28,8 @@ from logitcask.engine.objectives.modifier import (
     refused,
     within,
 )
-from logitcask.engine.objectives.outside import tail
+from logitcask.engine.objectives.support_log_probs import LossTerms, SupportLogProbs
+from logitcask.engine.objectives.tail import tail
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Extrapolate(Modifier):
                 "use outside 'renormalize', or form 'advantage'",
             )
 
-    def target(self, columns: Columns) -> Columns:
+    def target(self, columns: SupportLogProbs) -> SupportLogProbs:
         log_b = columns.rows.held("base_log_p").to(columns.log_p.dtype)
         on = columns.on & log_b.isfinite()  # the base was not asked there, or excludes it
         log_q, log_b = (torch.where(on, x, 0.0) for x in (columns.log_q, log_b))
@@ -79,7 +79,7 @@ class AdaptiveTarget(Modifier):
                 "use form 'divergence'",
             )
 
-    def target(self, columns: Columns) -> Columns:
+    def target(self, columns: SupportLogProbs) -> SupportLogProbs:
         p = torch.where(columns.on, columns.log_p, 0.0)
         mass = torch.where(columns.on, columns.log_p.exp(), 0.0).sum(-1)
         left = torch.log((1 - mass).clamp(min=1e-30))
@@ -116,7 +116,7 @@ class Baseline(Modifier):
                 "use it with support 'sampled' or 'mc'",
             )
 
-    def advantage(self, a: Tensor, columns: Columns) -> Tensor:
+    def advantage(self, a: Tensor, columns: SupportLogProbs) -> Tensor:
         rows = columns.rows
         if self.on == "student":
             of = columns.only(rows.cached & (columns.places < self.k))
@@ -140,7 +140,7 @@ class Floor(Modifier):
         within(self.name, "nats", self.nats, -math.inf, 0.0)
         advantage_only(self.name, objective)
 
-    def advantage(self, a: Tensor, columns: Columns) -> Tensor:
+    def advantage(self, a: Tensor, columns: SupportLogProbs) -> Tensor:
         return a.clamp(min=self.nats)
 
 
@@ -165,7 +165,7 @@ class Importance(Modifier):
                 "use support 'sampled' or 'mc'",
             )
 
-    def terms(self, loss: Tensor, g: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+    def terms(self, loss: Tensor, g: Tensor, columns: SupportLogProbs) -> tuple[Tensor, Tensor]:
         ratio = ratio_of(columns.log_p, columns.log_p_drawn(), columns.on)
         ratio = ratio.clamp(max=self.cap) if self.cap else ratio
         return loss * ratio, g * ratio
@@ -195,10 +195,10 @@ class Clip(Modifier):
                 "use support 'sampled' or 'student'",
             )
 
-    def target(self, columns: Columns) -> Columns:
+    def target(self, columns: SupportLogProbs) -> SupportLogProbs:
         return replace(columns, log_p_then=columns.log_p_stored())
 
-    def terms(self, loss: Tensor, g: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+    def terms(self, loss: Tensor, g: Tensor, columns: SupportLogProbs) -> tuple[Tensor, Tensor]:
         assert columns.log_p_then is not None, "target comes first"
         ratio = ratio_of(columns.log_p, columns.log_p_then, columns.on)
         plain, low = loss * ratio, 1 - self.epsilon
@@ -229,7 +229,7 @@ class EntropyGate(Modifier):
         within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
         within(self.name, "k", self.k, 1, math.inf, closed_below=True)
 
-    def step(self, step: Step, columns: Columns) -> Step:
+    def step(self, step: LossTerms, columns: SupportLogProbs) -> LossTerms:
         rows = columns.rows
         open_ = (rows.q_entropy > self.nats).to(step.loss.dtype)
         added = tail(forward_kl, columns.only(rows.q_rank < self.k))
@@ -249,10 +249,10 @@ class EntropyBonus(Modifier):
     def check(self, objective: Parts) -> None:
         within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
 
-    def step(self, step: Step, columns: Columns) -> Step:
+    def step(self, step: LossTerms, columns: SupportLogProbs) -> LossTerms:
         h = columns.entropy
         zero, one = torch.zeros_like(step.at_ids), torch.ones_like(h)
-        added = Step(-h, zero, h, h[:, None].expand_as(zero), dense_log=one)
+        added = LossTerms(-h, zero, h, h[:, None].expand_as(zero), dense_log=one)
         return step.plus(added, self.coefficient * one)
 
 

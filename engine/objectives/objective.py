@@ -6,11 +6,11 @@ from itertools import product
 from typing import Any
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives.advantage import WEIGHTS
 from logitcask.engine.objectives.divergences import DIVERGENCES, PARAMETERS
 from logitcask.engine.objectives.modifier import Modifier
-from logitcask.engine.objectives.outside import OUTSIDE
+from logitcask.engine.objectives.policy_gradient import WEIGHTS
 from logitcask.engine.objectives.supports import DRAWN, LIVE, SUPPORTS
+from logitcask.engine.objectives.tail import OUTSIDE
 
 FORMS = ("divergence", "advantage")
 

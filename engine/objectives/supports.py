@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from logitcask.engine.targets import Targets
+from logitcask.engine.packing.targets import Targets
 
 Support = Callable[[Tensor, Targets, int], Tensor]
 """(places [C, S] of the columns in the live student's top ids, the rows, k) -> [C, S] bool."""

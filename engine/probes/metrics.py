@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.heads import head_map
-from logitcask.engine.metrics import METRICS, TEACHER_WIDTH
-from logitcask.engine.metrics_released import METRICS_RELEASED, Pair, released_metrics
+from logitcask.engine.metrics.metrics import METRICS, TEACHER_WIDTH
+from logitcask.engine.metrics.paper_code import METRICS_RELEASED, Pair, released_metrics
+from logitcask.engine.models.load import head_weight, hidden_states, inner_model
+from logitcask.engine.models.logit_transform import logit_transform
 from logitcask.engine.objectives import Objective, live_k, row_objective
-from logitcask.engine.rows.batches import PlannedRows
-from logitcask.engine.rows.source import PackedRow
-from logitcask.engine.training.student import head_weight, hidden_states, inner_model
+from logitcask.engine.packing.batches import PlannedPacks
+from logitcask.engine.packing.source import Pack
 from logitcask.engine.types import Array, Progress, silent
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.sparse_kl import RowGrad, RowView
+from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput
 
 ONLY_METRICS = Objective(
     support="teacher", divergence="forward_kl", outside="tail", form="divergence", k=1
@@ -46,7 +46,7 @@ class Bin:
 
 def probe(
     model: nn.Module,
-    rows: PlannedRows,
+    rows: PlannedPacks,
     *,
     objectives: Mapping[str, Objective],
     n_vocab: int,
@@ -83,7 +83,7 @@ def probe(
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    rows: PlannedRows,
+    rows: PlannedPacks,
     indices: range,
     *,
     objectives: Mapping[str, Objective],
@@ -118,7 +118,7 @@ def measure(
 
 
 def _row(
-    model: nn.Module, row: PackedRow, objectives: Mapping[str, Objective], n_vocab: int
+    model: nn.Module, row: Pack, objectives: Mapping[str, Objective], n_vocab: int
 ) -> dict[str, Pair]:
     """name -> [P] sum, [P] count: the metrics, and the losses as `loss/NAME`."""
     states = hidden_states(model, row.input_ids, row.position_ids)[row.predict_at]
@@ -126,8 +126,8 @@ def _row(
     for name, objective in (objectives or {"": ONLY_METRICS}).items():
         asked = row_objective(objective, row.targets)
 
-        def answer(view: RowView, asked: Any = asked) -> RowGrad:
-            made: RowGrad = asked(view)
+        def answer(view: ObjectiveInput, asked: Any = asked) -> ObjectiveGrad:
+            made: ObjectiveGrad = asked(view)
             pairs = released_metrics(view, row.targets.at(view.index))
             flat = {
                 f"{name} {i}": part for name, pair in pairs.items() for i, part in enumerate(pair)
@@ -141,7 +141,7 @@ def _row(
             answer,
             k=live_k(objective, n_vocab),
             n_vocab=n_vocab,
-            logit_map=head_map(inner_model(model).config),
+            logit_map=logit_transform(inner_model(model).config),
         ).metrics
         one = torch.ones_like(metrics["loss"])
         found |= {

@@ -20,9 +20,9 @@ and rows) -> layout, widen, rollouts (data <-> arrays) -> segment (arrays <-> Za
 pin -> log, root -> publish -> commit -> store -> verify, keep, transfer, view, cache.
 """
 
-from logitcask.engine.store.pin import Chain, Pin
-from logitcask.engine.store.rollouts import Extent
-from logitcask.engine.store.segment import Segment
+from logitcask.engine.store.format.rollouts import Extent
+from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.log.snapshot import Chain, Snapshot
 from logitcask.engine.store.store import Store, holds_store, open_store
 
-__all__ = ["Chain", "Extent", "Pin", "Segment", "Store", "holds_store", "open_store"]
+__all__ = ["Chain", "Extent", "Segment", "Snapshot", "Store", "holds_store", "open_store"]

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.identity import canonical, digest
-from logitcask.engine.store.pin import Chain
-from logitcask.engine.store.segment import Segment, sha256
+from logitcask.engine.models.identity import canonical, digest
+from logitcask.engine.store.format.segment import Segment, sha256
+from logitcask.engine.store.log.snapshot import Chain
 from logitcask.engine.store.store import Store
 from logitcask.engine.store.unit import DTYPES, Unit, dtypes_of, unit_of
 from logitcask.engine.types import Array

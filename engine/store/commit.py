@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import logitcask.engine.store.codecs as codecs
-import logitcask.engine.store.record as record
-import logitcask.engine.store.schema as schema
-import logitcask.engine.store.segment as segments
+import logitcask.engine.store.format.codecs as codecs
+import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.format.segment as segments
+import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store.log import Log
-from logitcask.engine.store.medium import Medium
-from logitcask.engine.store.publish import append, check_binding
-from logitcask.engine.store.segment import Segment
+from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.log.log import Log
+from logitcask.engine.store.log.publish import append, check_name_identity
+from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array
 
 _TOO_LARGE = "lower --unit-prompts: a unit is a segment"
@@ -37,11 +37,11 @@ def check_asked(log: Log, new: Segment) -> Segment | None:
     if not schema.DIGEST.fullmatch(new.unit_key):
         raise StoreError(f"unit_key {new.unit_key!r} is not a digest", remedy="use identity.digest")
     log.refresh()
-    check_binding(log, new)
+    check_name_identity(log, new)
     return log.winner(new.unit_key)
 
 
-def commit_arrays(medium: Medium, log: Log, arrays: Mapping[str, Array], new: Segment) -> Segment:
+def commit_arrays(medium: Storage, log: Log, arrays: Mapping[str, Array], new: Segment) -> Segment:
     """Publishes a draft with these arrays; returns the segment that holds its unit."""
     profile = codecs.profile(new.profile)
     counts = {**segments.counts_of(new.layout, arrays), **new.counts}
@@ -74,7 +74,7 @@ def commit_arrays(medium: Medium, log: Log, arrays: Mapping[str, Array], new: Se
 
 
 def publish_segment(
-    medium: Medium, log: Log, contents: Mapping[str, bytes], new: Segment
+    medium: Storage, log: Log, contents: Mapping[str, bytes], new: Segment
 ) -> Segment:
     """Puts the files of a segment in place and names them in the log; the first of a unit wins."""
     placed: set[str] = set()
@@ -82,7 +82,7 @@ def publish_segment(
     def say() -> dict[str, Any] | None:
         if log.winner(new.unit_key) is not None:
             return None
-        check_binding(log, new)
+        check_name_identity(log, new)
         _check_base(log, new)
         # Where gc has removed this content, it may still be at work on the folder of that time.
         here = replace(new, generation=log.generation(new.kind, new.seg_id))

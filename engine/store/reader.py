@@ -3,20 +3,20 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-import logitcask.engine.store.codecs as codecs
-import logitcask.engine.store.layout as layout
-import logitcask.engine.store.ragged as ragged
-import logitcask.engine.store.rollouts as rollouts
-import logitcask.engine.store.root as root
-import logitcask.engine.store.schema as schema
-import logitcask.engine.store.segment as segments
-import logitcask.engine.store.widen as widen
+import logitcask.engine.store.extend as widen
+import logitcask.engine.store.format.codecs as codecs
+import logitcask.engine.store.format.layouts as layout
+import logitcask.engine.store.format.ragged as ragged
+import logitcask.engine.store.format.rollouts as rollouts
+import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.format.segment as segments
+import logitcask.engine.store.log.root as root
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.checks import check_known, check_rollouts, vocabulary
-from logitcask.engine.store.log import Log
-from logitcask.engine.store.medium import Medium
-from logitcask.engine.store.pin import Chain, Pin
-from logitcask.engine.store.segment import Segment
+from logitcask.engine.store.format.checks import check_known, check_rollouts, vocabulary
+from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.log.log import Log
+from logitcask.engine.store.log.snapshot import Chain, Snapshot
+from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array, CachedScores, IdLists, Prompt, Rollouts
 
 
@@ -25,7 +25,7 @@ class Reader:
     its new records.
     """
 
-    def __init__(self, medium: Medium, identity: root.Identity) -> None:
+    def __init__(self, medium: Storage, identity: root.Identity) -> None:
         self.medium = medium
         self.uuid = identity.store_uuid
         self.log = Log(medium, identity.sha256)
@@ -35,12 +35,12 @@ class Reader:
         """What opens this store: a path, or a URL."""
         return self.medium.url
 
-    def head(self) -> Pin:
+    def head(self) -> Snapshot:
         """The store as of its last record. Raises IntegrityError for a damaged log."""
         self.log.refresh()
         return self.log.pin(len(self.log) - 1)
 
-    def pin(self, at: int | str, sha256: str | None = None) -> Pin:
+    def pin(self, at: int | str, sha256: str | None = None) -> Snapshot:
         """The store as of a record: its number, or a tag.
 
         Raises StoreError where there is no such record, IntegrityError where its sha256 is another.

@@ -5,21 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import logitcask.engine.store.claims as claims
-import logitcask.engine.store.codecs as codecs
 import logitcask.engine.store.commit as commit
-import logitcask.engine.store.layout as layout
-import logitcask.engine.store.rollouts as rollouts
-import logitcask.engine.store.root as root
-import logitcask.engine.store.schema as schema
-import logitcask.engine.store.segment as segments
-import logitcask.engine.store.widen as widen
+import logitcask.engine.store.extend as widen
+import logitcask.engine.store.format.codecs as codecs
+import logitcask.engine.store.format.layouts as layout
+import logitcask.engine.store.format.rollouts as rollouts
+import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.format.segment as segments
+import logitcask.engine.store.log.claims as claims
+import logitcask.engine.store.log.root as root
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store.checks import check_rollouts, check_scores, vocabulary
-from logitcask.engine.store.medium import Medium, open_medium
-from logitcask.engine.store.publish import check_binding
+from logitcask.engine.store.format.checks import check_rollouts, check_scores, vocabulary
+from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.log.publish import check_name_identity
 from logitcask.engine.store.reader import Reader
-from logitcask.engine.store.segment import Segment
+from logitcask.engine.store.storage.base import Storage, open_medium
 from logitcask.engine.types import Array, IdLists, Rollouts, Scores
 
 
@@ -38,7 +38,7 @@ class Store(Reader):
         self.log.refresh()
         told = {"name": name, "unit_key": "", "unit": {}, "lineage": lineage}
         new = commit.draft(kind, schema.SAMPLED if drawn else which, "default", **told)
-        check_binding(self.log, new)
+        check_name_identity(self.log, new)
 
     def commit_rollouts(
         self,
@@ -173,7 +173,7 @@ def open_store(url: str | Path, *, create: bool = False) -> Store:
     return open_on(open_medium(url), create=create)
 
 
-def open_on(medium: Medium, *, create: bool = False) -> Store:
+def open_on(medium: Storage, *, create: bool = False) -> Store:
     """`open_store` on a medium that is open already."""
     identity = root.read(medium)
     if identity is None:

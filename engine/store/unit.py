@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-import logitcask.engine.store.schema as schema
+import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.store.layout import ranked
-from logitcask.engine.store.pin import Chain
-from logitcask.engine.store.ragged import find, starts
-from logitcask.engine.store.segment import Segment
+from logitcask.engine.store.format.layouts import ranked
+from logitcask.engine.store.format.ragged import find, starts
+from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.log.snapshot import Chain
 from logitcask.engine.types import Array, CachedScores, Rollouts
 
 ROW = {

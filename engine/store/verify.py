@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import logitcask.engine.store.claims as claims
-import logitcask.engine.store.log as log
-import logitcask.engine.store.record as record
-import logitcask.engine.store.schema as schema
+import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.log.claims as claims
+import logitcask.engine.store.log.log as log
+import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.medium import STAGING
-from logitcask.engine.store.pin import Chain
-from logitcask.engine.store.segment import Segment
+from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.log.snapshot import Chain
+from logitcask.engine.store.storage.base import STAGING
 from logitcask.engine.store.store import Store
 from logitcask.engine.types import Progress, silent
 
@@ -85,7 +85,7 @@ def _records(store: Store, last: int) -> Iterator[int]:
         name = f"log/{record.file_name(number)}"
         data = store.medium.read(name, schema.MAX_RECORD_BYTES)
         where = store.medium.where(name)
-        if data is None or record.unseal(data, where)[1] != store.log.sha256(number):
+        if data is None or record.decode_record(data, where)[1] != store.log.sha256(number):
             raise IntegrityError(f"{where}: missing, or another record", remedy=record.BROKEN)
         yield len(data)
         together.append(data)

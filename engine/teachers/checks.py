@@ -7,7 +7,7 @@ import numpy as np
 
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import ConfigError, IdentityError
-from logitcask.engine.store import Pin, Segment
+from logitcask.engine.store import Segment, Snapshot
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import STOP, ModelRef, Rollouts, ScoreRequest
 
@@ -63,7 +63,7 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
 
 
 def other_dtypes(
-    pin: Pin, segments: Sequence[Segment], teacher_name: str, scorer: Scorer
+    pin: Snapshot, segments: Sequence[Segment], teacher_name: str, scorer: Scorer
 ) -> list[str]:
     """A note where some of these rollouts were scored in another dtype: bfloat16 moves log-probs
     by some 0.01 nats, which training cannot tell from what the teacher thinks."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.behaviour import LIKELY
 from logitcask.engine.errors import IdentityError, UnitError
-from logitcask.engine.identity import resolve_model, tokenizer_digest
-from logitcask.engine.prompts import load_tokenizer
+from logitcask.engine.models.fingerprint import LIKELY
+from logitcask.engine.models.identity import resolve_model, tokenizer_digest
+from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.types import Array, IdLists, ModelRef, Rollouts, ScoreRequest, Scores
 
 SHOWN = 6

@@ -16,15 +16,15 @@ from typing import Any
 from torch import nn
 
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.metrics_released import METRICS_RELEASED
-from logitcask.engine.objectives import Objective, Preset, Verdict, verdict
+from logitcask.engine.metrics.paper_code import METRICS_RELEASED
+from logitcask.engine.objectives import ExactnessReport, Objective, Preset, check_exactness
+from logitcask.engine.packing.batches import PlannedPacks
+from logitcask.engine.packing.plan import PlanKey, make_plan
+from logitcask.engine.packing.source import PackSource
 from logitcask.engine.probes.metrics import measure
-from logitcask.engine.rows.batches import PlannedRows
-from logitcask.engine.rows.plan import PlanKey, make_plan
-from logitcask.engine.rows.source import RowSource
-from logitcask.engine.store import Pin, Store
+from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.training.facts import facts_of, first_pin
+from logitcask.engine.training.cache_info import facts_of, first_pin
 from logitcask.engine.training.trainer import gathered, rank
 from logitcask.engine.types import ModelRef
 
@@ -37,7 +37,7 @@ class HeldOutSet:
     rollouts: str
     teacher: str
     base: str | None = None
-    pin: Pin | None = None
+    pin: Snapshot | None = None
     """Left out, the store as it is at the first call."""
     every: int = 0
     """Updates between measurements, beside those before the first and after the last; 0 = none."""
@@ -47,11 +47,11 @@ class HeldOutSet:
 class HeldOut:
     """Pinned rows that serve the objective of a run."""
 
-    rows: PlannedRows
+    rows: PlannedPacks
     objective: Objective
     n_vocab: int
     every: int
-    exactness: Verdict
+    exactness: ExactnessReport
     """Of the student before its first update on these rows."""
     identity: Mapping[str, Any]
     """Goes into run.json; the same folder takes no run in which any of it differs."""
@@ -120,9 +120,9 @@ def hold_out(
         # Another set is another run, and is refused as such further on.
         same = all(noted.get(key) == name for key, name in names.items())
         pin = first_pin(store, noted if same else None)
-    source = RowSource(store, pin, asked.rollouts, asked.teacher, base=asked.base, cache=cache)
+    source = PackSource(store, pin, asked.rollouts, asked.teacher, base=asked.base, cache=cache)
     # Nothing is trained here: a support that another student froze is said, and measured.
-    exactness = verdict(objective, facts_of(model, source, foreign_student=True))
+    exactness = check_exactness(objective, facts_of(model, source, foreign_student=True))
     key = PlanKey(
         pin=pin.number,
         pin_sha256=pin.sha256,
@@ -139,7 +139,7 @@ def hold_out(
             remedy="name others with --eval-rollouts",
         )
     return HeldOut(
-        rows=PlannedRows(plan, source),
+        rows=PlannedPacks(plan, source),
         objective=objective.objective if isinstance(objective, Preset) else objective,
         n_vocab=model.n_vocab,
         every=asked.every,

@@ -14,11 +14,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.objectives import Objective, Preset, Verdict
-from logitcask.engine.rows.batches import Rows
-from logitcask.engine.training.evaluate import EvalPlan, Evaluations
+from logitcask.engine.models.load import load_student, quiet, save_student
+from logitcask.engine.objectives import ExactnessReport, Objective, Preset
+from logitcask.engine.packing.batches import Packs
+from logitcask.engine.training.evaluation import EvalPlan, Evaluations
 from logitcask.engine.training.held_out import HeldOut
-from logitcask.engine.training.rundir import (
+from logitcask.engine.training.run_dir import (
     CARD,
     METRICS,
     RUN,
@@ -31,7 +32,6 @@ from logitcask.engine.training.rundir import (
     write_json,
 )
 from logitcask.engine.training.settings import TrainSettings, training_arguments
-from logitcask.engine.training.student import load_student, quiet, save_student
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, Progress, silent
 
@@ -49,7 +49,7 @@ class TrainReport:
     """Of the trained student."""
     positions: int
     """Response positions trained on, all epochs."""
-    exactness: Verdict
+    exactness: ExactnessReport
     last: Mapping[str, Any]
     """The last update's line of metrics.jsonl."""
     evaluations: tuple[Mapping[str, Any], ...] = ()
@@ -57,10 +57,10 @@ class TrainReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Course:
+class RunSpec:
     """What a run is, beside its student and its settings."""
 
-    rows: Callable[[nn.Module], Rows]
+    rows: Callable[[nn.Module], Packs]
     """Makes the rows, given the student in training."""
     updates: int
     objective: Objective | Preset
@@ -70,7 +70,7 @@ class Course:
     """Goes into run.json; the same folder takes no run in which any of it differs."""
     plan: str
     """Digest of the data and its order: a checkpoint of another is not resumed from."""
-    exactness: Verdict
+    exactness: ExactnessReport
     evaluation: EvalPlan | None = None
     held_out: HeldOut | None = None
 
@@ -83,7 +83,7 @@ class Course:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Desk:
+class RunDir:
     """A run's folder as found, and the arguments that all its processes agree on."""
 
     out: Path
@@ -107,31 +107,31 @@ class Desk:
             torch.distributed.barrier()
 
 
-def open_desk(
+def open_run_dir(
     out: Path,
     *,
     model: ModelRef,
     settings: TrainSettings,
     overwrite: bool = False,
     device: str = "auto",
-) -> Desk:
+) -> RunDir:
     """Raises ConfigError for a folder or a device that a run cannot use."""
     if out.resolve() == model.path.resolve():
         raise ConfigError(f"--out {out} is the student itself", remedy="give another --out")
     args = training_arguments(out, settings, device)
-    desk = Desk(out=out, args=args, earlier=read_run(out))
+    desk = RunDir(out=out, args=args, earlier=read_run(out))
     desk.wait()
     if overwrite and desk.earlier is not None:
         if desk.first:
             clear(out)
         desk.wait()
-        return Desk(out=out, args=args, earlier=None)
+        return RunDir(out=out, args=args, earlier=None)
     return desk
 
 
-def carry_out(
-    course: Course,
-    desk: Desk,
+def run_training(
+    course: RunSpec,
+    desk: RunDir,
     *,
     model: ModelRef,
     settings: TrainSettings,
@@ -204,7 +204,7 @@ def carry_out(
                     model.version,
                     desk.first,
                 )
-                trainer.add_callback(_Examiner(exams))
+                trainer.add_callback(EvalCallback(exams))
                 exams.at(0)
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
             if exams:
@@ -233,7 +233,7 @@ def carry_out(
     )
 
 
-class _Examiner(TrainerCallback):
+class EvalCallback(TrainerCallback):
     """Evaluates between updates, before the checkpoint of the same update is written."""
 
     def __init__(self, exams: Evaluations) -> None:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.objectives import AGGREGATIONS, Bounds
 from logitcask.engine.objectives.bounds import NO_BOUNDS
-from logitcask.engine.training.rundir import (
+from logitcask.engine.training.run_dir import (
     CHECKPOINTS,
 )
 

@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.notices import Notice
-from logitcask.engine.objectives import Objective, Preset, verdict
-from logitcask.engine.rows.batches import PlannedRows
-from logitcask.engine.rows.plan import Plan, PlanKey, make_plan
-from logitcask.engine.rows.source import RowSource
-from logitcask.engine.store import Pin, Store
+from logitcask.engine.events import EventHandler
+from logitcask.engine.objectives import Objective, Preset, check_exactness
+from logitcask.engine.packing.batches import PlannedPacks
+from logitcask.engine.packing.plan import Plan, PlanKey, make_plan
+from logitcask.engine.packing.source import PackSource
+from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.training.evaluate import EvalPlan
-from logitcask.engine.training.facts import facts_of, first_pin
+from logitcask.engine.training.cache_info import facts_of, first_pin
+from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet, hold_out
-from logitcask.engine.training.run import Course, TrainReport, carry_out, open_desk
+from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
 from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.types import ModelRef, Progress, silent
 
@@ -30,7 +30,7 @@ def train(
     rollouts: str = "main",
     objective: Objective | Preset,
     settings: TrainSettings | None = None,
-    pin: Pin | None = None,
+    pin: Snapshot | None = None,
     partial: bool = False,
     foreign_student: bool = False,
     overwrite: bool = False,
@@ -39,7 +39,7 @@ def train(
     held_out: HeldOutSet | None = None,
     cache: UnitCache | None = None,
     config: Mapping[str, Any] | None = None,
-    notice: Notice = lambda line: None,
+    on_event: EventHandler = lambda line: None,
     progress: Progress = silent,
 ) -> TrainReport:
     """Trains `model` on the scores of `teacher`, and saves it as the next version in `out`.
@@ -49,32 +49,32 @@ def train(
     resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked before
     the first update and after the last, as of the rows of `held_out`. `cache`: keeps decoded units
     for other runs. `config`, the caller's resolved configuration, is only recorded, in run.json.
-    What the cache serves exactly for the objective goes to `notice` before the first update. Under
-    torchrun every process calls this.
+    What the cache serves exactly for the objective goes to `on_event` before the first update.
+    Under torchrun every process calls this.
 
     Raises ConfigError, IdentityError (another run in `out`, another tokenizer than the rollouts'),
     IncompleteError (units missing and not `partial`), ObjectiveError (the cache cannot serve the
     objective) and ModelError.
     """
     settings = settings or TrainSettings()
-    desk = open_desk(out, model=model, settings=settings, overwrite=overwrite, device=device)
+    desk = open_run_dir(out, model=model, settings=settings, overwrite=overwrite, device=device)
     if pin is None:
         pin = first_pin(store, desk.earlier)
-    source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial, cache=cache)
+    source = PackSource(store, pin, rollouts, teacher, base=base, partial=partial, cache=cache)
     facts = facts_of(model, source, foreign_student)
-    exactness = verdict(objective, facts)
+    exactness = check_exactness(objective, facts)
     if desk.first:
         for line in exactness.lines():
-            notice(line)
+            on_event(line)
     plan = _plan(source, pin, rollouts, teacher, settings)
     held = None
     if held_out is not None:
         held = hold_out(held_out, model, objective, settings.tokens_per_batch, desk.earlier, cache)
         if desk.first:
             for line in held.exactness.lines():
-                notice(f"held out: {line}")
-    course = Course(
-        rows=lambda student: PlannedRows(plan, source),
+                on_event(f"held out: {line}")
+    course = RunSpec(
+        rows=lambda student: PlannedPacks(plan, source),
         updates=-(-len(plan) // desk.rows_per_update),
         objective=objective,
         same_root=facts.same_root,
@@ -90,7 +90,7 @@ def train(
         evaluation=evaluation,
         held_out=held,
     )
-    return carry_out(
+    return run_training(
         course, desk, model=model, settings=settings, config=config or {}, progress=progress
     )
 
@@ -103,19 +103,19 @@ def check(
     rollouts: str,
     objective: Objective | Preset,
     settings: TrainSettings,
-    pin: Pin,
+    pin: Snapshot,
     partial: bool,
     foreign_student: bool,
     base: str | None = None,
 ) -> None:
     """Raises what `train` would raise of these before its first update; decodes no unit."""
-    source = RowSource(store, pin, rollouts, teacher, base=base, partial=partial)
-    verdict(objective, facts_of(model, source, foreign_student))
+    source = PackSource(store, pin, rollouts, teacher, base=base, partial=partial)
+    check_exactness(objective, facts_of(model, source, foreign_student))
     _plan(source, pin, rollouts, teacher, settings)
 
 
 def _plan(
-    source: RowSource, pin: Pin, rollouts: str, teacher: str, settings: TrainSettings
+    source: PackSource, pin: Snapshot, rollouts: str, teacher: str, settings: TrainSettings
 ) -> Plan:
     key = PlanKey(
         pin=pin.number,

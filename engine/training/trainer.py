@@ -31,16 +31,16 @@ from transformers import (
 )
 
 from logitcask.engine.errors import IncompleteError, ModelError
-from logitcask.engine.heads import head_map
-from logitcask.engine.metrics import METRICS
-from logitcask.engine.objectives import Bounds, Objective, exceeded, weigh
+from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.models.load import head_weight, hidden_states, inner_model
+from logitcask.engine.models.logit_transform import logit_transform
+from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
 from logitcask.engine.objectives.bounds import SKIPPED, skips
-from logitcask.engine.rows.batches import Rows
-from logitcask.engine.rows.source import PackedRow
-from logitcask.engine.targets import Targets
-from logitcask.engine.training.row_loss import RowLoss, row_loss
-from logitcask.engine.training.rundir import MetricsFile, write_mark
-from logitcask.engine.training.student import head_weight, hidden_states, inner_model
+from logitcask.engine.packing.batches import Packs
+from logitcask.engine.packing.source import Pack
+from logitcask.engine.packing.targets import Targets
+from logitcask.engine.training.pack_loss import PackLoss, pack_loss
+from logitcask.engine.training.run_dir import MetricsFile, write_mark
 from logitcask.engine.types import Progress
 
 CHANGED_SAMPLE = 1 << 20
@@ -63,7 +63,7 @@ class DistillTrainer(Trainer):
         model: Any,
         args: TrainingArguments,
         *,
-        rows: Rows,
+        rows: Packs,
         updates: int,
         objective: Objective,
         n_vocab: int,
@@ -120,7 +120,7 @@ class DistillTrainer(Trainer):
         self._waited_s += time.monotonic() - begun_s
         # The next update's are made while this one is computed.
         self._rows.expect(index + self._width for index in indices)
-        weights, divisor = weigh(
+        weights, divisor = loss_weights(
             self._objective, [row.targets for row in rows], self._aggregation, gathered
         )
         total = self.accelerator.reduce(divisor.to(device, torch.float32), reduction="sum")
@@ -137,7 +137,7 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """[] loss of one packed row: its share of that of the whole update."""
         assert isinstance(num_items_in_batch, Tensor), "get_batch_samples counts"
-        row: PackedRow = inputs["row"].to(self.args.device)
+        row: Pack = inputs["row"].to(self.args.device)
         # Wrappers average gradients over processes; the divisor is already that of all of them.
         scale = self.accelerator.num_processes / num_items_in_batch.clamp(min=1.0)
         weight = inputs["weight"].to(self.args.device) * scale
@@ -149,7 +149,7 @@ class DistillTrainer(Trainer):
         )
         return (loss, None) if return_outputs else loss
 
-    def _row_loss(self, inner: nn.Module, row: PackedRow, weight: Tensor) -> Tensor:
+    def _row_loss(self, inner: nn.Module, row: Pack, weight: Tensor) -> Tensor:
         with self.accelerator.autocast():
             states = hidden_states(inner, row.input_ids, row.position_ids)
         head = head_weight(inner)
@@ -161,14 +161,14 @@ class DistillTrainer(Trainer):
             # A final norm with float32 weights answers in float32 even under autocast; the head's
             # product is then in bfloat16 all the same. On a CPU that would gain nothing.
             states = states.to(torch.bfloat16)
-        result = row_loss(
+        result = pack_loss(
             self._objective,
             states[row.predict_at],
             head,
             targets,
             row_weight=weight,
             n_vocab=self._n_vocab,
-            logit_map=head_map(inner_model(inner).config),
+            logit_map=logit_transform(inner_model(inner).config),
             metric_share=self._metric_share,
             bounds=self._bounds,
         )
@@ -176,7 +176,7 @@ class DistillTrainer(Trainer):
         return result.loss
 
     @torch.no_grad()
-    def _count(self, result: RowLoss, targets: Targets) -> None:
+    def _count(self, result: PackLoss, targets: Targets) -> None:
         weight = targets.weight
         for name, values in result.metrics.items():
             self._add(name, values, weight[result.measured])

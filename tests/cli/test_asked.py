@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.prompts import load_tokenizer
-from logitcask.engine.rows.source import RowSource
+from logitcask.engine.packing.source import PackSource
+from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
 from tests.cli.conftest import KEPT, ROLL, SCORE, TRAIN, UNITS, N, World
@@ -32,7 +32,7 @@ def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None
     opened = open_store(world.at(store))
     pin = opened.head()
     members = np.stack([np.zeros(2 * N, int), np.arange(2 * N)], 1)
-    targets = RowSource(opened, pin, "main", "big", base="root").row(members).targets
+    targets = PackSource(opened, pin, "main", "big", base="root").row(members).targets
     assert targets.mc_count is not None
     assert (targets.mc_count.sum(1) == 5).all()
     drawn = targets.mc_count > 0
@@ -40,7 +40,7 @@ def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None
     # The base is the teacher here, so both say the same wherever both were asked.
     assert targets.base_log_p is not None
     np.testing.assert_allclose(targets.base_log_p[drawn], targets.q_log_p[drawn], rtol=2e-3)
-    own = RowSource(opened, pin, "main", "draws").row(members).targets
+    own = PackSource(opened, pin, "main", "draws").row(members).targets
     assert own.q_draws is not None
     assert (own.q_draws.sum(1) == 7).all()
     # The same prompts as context are the same scores under another name and role.
@@ -182,7 +182,7 @@ def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
     loop = f"distill @d.toml {places} --set rollout.mc_draws=3"
     assert call(f"{loop} --set score.at=mc").code == 0
     opened = open_store(world.at(store))
-    source = RowSource(opened, opened.head(), "main", "big")
+    source = PackSource(opened, opened.head(), "main", "big")
     for ordinal, (segment, chain) in enumerate(source.pairs):
         assert [each.layout for each in (segment, *chain)] == ["mc", "once", "wider"]
         targets = source.row(np.asarray([[ordinal, 0]])).targets

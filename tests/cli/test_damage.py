@@ -77,10 +77,10 @@ def test_an_undamaged_copy_passes_and_strays_are_named(world: World, call: Any) 
 
 
 def test_a_store_of_a_newer_format_asks_for_an_upgrade(world: World, call: Any) -> None:
-    from logitcask.engine.store.record import seal, unseal
+    from logitcask.engine.store.log.record import decode_record, encode_record
 
     store = world.store()
     file = world.at(store) / "format.json"
-    body, _ = unseal(file.read_bytes(), str(file))
-    file.write_bytes(seal(body | {"version": 99}))
+    body, _ = decode_record(file.read_bytes(), str(file))
+    file.write_bytes(encode_record(body | {"version": 99}))
     call(f"store info {store}").refused(1, "format version 99", "upgrade")

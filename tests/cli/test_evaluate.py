@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from logitcask.engine.metrics import METRICS
+from logitcask.engine.metrics.metrics import METRICS
 from tests.cli.conftest import ROLL, SCORE, TRAIN, UNITS, World
 
 EVAL = "--eval-prompts @e.jsonl --eval-n 2 --eval-max-new-tokens 4"

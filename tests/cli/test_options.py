@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from logitcask.cli.options import job_from_flags
-from logitcask.engine.config.file import read_toml, to_toml, validate
-from logitcask.engine.config.jobs import RolloutJob, RunConfig, ScoreJob, TrainJob
+from logitcask.engine.config.sections import RolloutConfig, RunConfig, ScoreConfig, TrainConfig
+from logitcask.engine.config.toml import read_toml, to_toml, validate
 from logitcask.engine.errors import ConfigError
 
 MINIMAL = """
@@ -32,7 +32,7 @@ def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> No
         "rollout__n": None,
         "rollout__sample_top_k": 7,
     }
-    job = job_from_flags(RolloutJob, flags)
+    job = job_from_flags(RolloutConfig, flags)
     assert (job.rollout.n, job.rollout.sample_top_k, job.rollout.student_k) == (4, 7, 16)
     assert job.rollout.sampling().top_k == 7
 
@@ -40,10 +40,10 @@ def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> No
 @pytest.mark.parametrize(
     ("kind", "flags", "words"),
     [
-        (RolloutJob, {"rollout__top_p": 1.5}, ["--top-p = 1.5", "less than or equal to 1"]),
-        (ScoreJob, {"teacher__name": "../x"}, ["--teacher = '../x'"]),
-        (TrainJob, {"train__lr": -1.0}, ["--lr = -1.0", "greater than 0"]),
-        (ScoreJob, {"score__k_min": 65}, ["--k-max = 64: must be k_min = 65 or more"]),
+        (RolloutConfig, {"rollout__top_p": 1.5}, ["--top-p = 1.5", "less than or equal to 1"]),
+        (ScoreConfig, {"teacher__name": "../x"}, ["--teacher = '../x'"]),
+        (TrainConfig, {"train__lr": -1.0}, ["--lr = -1.0", "greater than 0"]),
+        (ScoreConfig, {"score__k_min": 65}, ["--k-max = 64: must be k_min = 65 or more"]),
     ],
 )
 def test_a_forbidden_value_is_named_with_its_rule(
@@ -121,7 +121,7 @@ def test_a_missing_file_is_named(tmp_path) -> None:
 
 
 def test_configuration_is_frozen() -> None:
-    config = validate(TrainJob, {"student": {"model": "m"}, "store": {"url": "s"}}, source="t")
+    config = validate(TrainConfig, {"student": {"model": "m"}, "store": {"url": "s"}}, source="t")
     with pytest.raises(ValueError, match="frozen"):
         config.train.lr = 1.0  # type: ignore[misc]
-    assert set(RunConfig.model_fields) > set(TrainJob.model_fields)
+    assert set(RunConfig.model_fields) > set(TrainConfig.model_fields)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcask.engine.rows.source import RowSource
+from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import open_store
 from tests.cli.conftest import ROLL, SCORE, UNITS, World
 
@@ -57,7 +57,7 @@ def test_a_loop_grades_its_rounds(world: World, call: Any) -> None:
     loop = f"distill @d.toml --set store.url={world.at(store)} --set run.out={world.at(out)}"
     assert call(f"{loop} --set rollout.grader=our_grading:even").code == 0
     opened = open_store(world.at(store))
-    source = RowSource(opened, opened.head(), "main", "big")
+    source = PackSource(opened, opened.head(), "main", "big")
     assert len(source.pairs) == 2
     for ordinal, (segment, _) in enumerate(source.pairs):
         reward = np.asarray(opened.read_rollouts(segment).reward)

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from logitcask.engine.backends.base import close_backend
-from logitcask.engine.config.file import validate
-from logitcask.engine.config.jobs import ScoreJob
+from logitcask.engine.commands.stages import scoring
+from logitcask.engine.config.sections import ScoreConfig
+from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import IdentityError
-from logitcask.engine.jobs import scoring
-from logitcask.engine.score import plan_scores
-from logitcask.engine.score_unit import score_unit
+from logitcask.engine.events import CancelToken
+from logitcask.engine.score.plan import plan_scores
+from logitcask.engine.score.unit import score_unit
 from logitcask.engine.store import open_store
-from logitcask.engine.waiting import Waits
 from tests.cli.conftest import KEPT, TRAIN, UNITS, Answer, World
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.backends.server.test_faults import WRONG
@@ -304,7 +304,7 @@ def test_workers_that_begin_a_name_together_find_each_other(
     opened = open_store(world.at(store))
     with FakeServer(altered(model, int8), tokenizer=make_tokenizer()) as other:
         jobs = [job_of(world, each, store) for each in (fake, other)]
-        first, second = (scoring(job, opened, opened.head(), Waits()) for job in jobs)
+        first, second = (scoring(job, opened, opened.head(), CancelToken()) for job in jobs)
         try:
             planned = plan_scores(second, opened.head())
             (key, unit), (later, more), *_ = planned.missing.items()
@@ -335,9 +335,9 @@ def test_stores_of_two_teachers_under_one_name_are_not_merged(
     assert call(f"store merge {other} {more}").code == 0
 
 
-def job_of(world: World, fake: FakeServer, store: str) -> ScoreJob:
+def job_of(world: World, fake: FakeServer, store: str) -> ScoreConfig:
     return validate(
-        ScoreJob,
+        ScoreConfig,
         {
             "teacher": {
                 "model": fake.url,

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.score import score
-from logitcask.engine.score_unit import Scoring
+from logitcask.engine.score.plan import score
+from logitcask.engine.score.unit import Scoring
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ScoreRequest
 from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.score.scored import ref
 from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
-from tests.engine.told import Told
+from tests.engine.training.returned_topk import Told
 
 ALL = 2 * UNITS
 

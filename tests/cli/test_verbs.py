@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from logitcask.engine.config.file import read_toml
+from logitcask.engine.config.toml import read_toml
 from logitcask.engine.objectives import PRESETS
 from tests.cli.conftest import NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 

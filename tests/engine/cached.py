@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from logitcask.engine.identity import digest
+from logitcask.engine.models.identity import digest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.types import (
     LENGTH,

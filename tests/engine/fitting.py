@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from logitcask.engine.identity import model_ref
+from logitcask.engine.models.identity import model_ref
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.objectives.modifiers import KeepEntropy, Prune, Stepwise
-from logitcask.engine.rows.source import PackedRow, RowSource
+from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Store
-from logitcask.engine.training.rundir import METRICS, MetricsFile
+from logitcask.engine.training.run_dir import METRICS, MetricsFile
 from logitcask.engine.training.settings import TrainSettings, training_arguments
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, silent
@@ -56,9 +56,9 @@ class Gradients(TrainerCallback):
 
 
 class ListRows:
-    """`Rows` from a list, empty ones beyond its end."""
+    """`Packs` from a list, empty ones beyond its end."""
 
-    def __init__(self, rows: Sequence[PackedRow], source: RowSource) -> None:
+    def __init__(self, rows: Sequence[Pack], source: PackSource) -> None:
         self._rows = rows
         self._source = source
         self.prepared: list[int] = []
@@ -70,7 +70,7 @@ class ListRows:
     def expect(self, indices: Iterable[int]) -> None:
         self.expected = list(indices)
 
-    def row(self, index: int) -> PackedRow:
+    def row(self, index: int) -> Pack:
         if index < len(self._rows):
             return self._rows[index]
         return self._source.row(torch.zeros(0, 2).long().numpy())
@@ -115,7 +115,7 @@ def make_trainer(
     return trainer, gradients
 
 
-def token_mean(model: Any, rows: Sequence[PackedRow], objective: Objective = REVERSE) -> Tensor:
+def token_mean(model: Any, rows: Sequence[Pack], objective: Objective = REVERSE) -> Tensor:
     """The loss of single-sequence rows by plain torch: a forward each, full softmax, token mean."""
     total, weight = torch.zeros(()), torch.zeros(())
     for row in rows:

@@ -21,11 +21,11 @@ from logitcask.engine.ablate import (
     row,
     saved_seconds,
 )
-from logitcask.engine.config.jobs import Run, StoreSection, Student, TrainJob
+from logitcask.engine.config.sections import Run, StoreSection, Student, TrainConfig
 from logitcask.engine.config.training import Ablate, Eval, Train
 from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
 from logitcask.engine.store import Store
-from logitcask.engine.training.rundir import MetricsFile
+from logitcask.engine.training.run_dir import MetricsFile
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case
@@ -39,9 +39,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef]:
     return make_case(tmp_path_factory.mktemp("case"), units)
 
 
-def job_of(case: tuple[Store, ModelRef], **change: Any) -> TrainJob:
+def job_of(case: tuple[Store, ModelRef], **change: Any) -> TrainConfig:
     store, model = case
-    return TrainJob(
+    return TrainConfig(
         student=Student(model=str(model.path)),
         store=StoreSection(url=str(store.url)),
         train=Train(**({"k": 4, "lr": 1e-3, "tokens_per_batch": 96, "save_steps": 2} | change)),
@@ -54,7 +54,7 @@ def run(
     out: Path,
     vary: list[str],
     *,
-    job: TrainJob | None = None,
+    job: TrainConfig | None = None,
     **change: Any,
 ) -> AblateReport:
     progress = change.pop("progress", lambda *_: None)
@@ -116,7 +116,7 @@ def test_a_plain_key_is_that_of_the_training() -> None:
 def test_every_notice_says_which_run_it_is_of(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
     said: list[str] = []
     settings = Ablate(out=tmp_path / "out", seeds=2)
-    ablate(job_of(case), ["objective=teacher_topk,overlap"], settings, notice=said.append)
+    ablate(job_of(case), ["objective=teacher_topk,overlap"], settings, on_event=said.append)
     runs = {f"objective={name}/seed-{i}" for name in ("teacher_topk", "overlap") for i in (0, 1)}
     assert {line.partition(": ")[0] for line in said} == runs
     assert all((tmp_path / "out" / each / "logitcask.json").exists() for each in runs)
@@ -130,7 +130,7 @@ def test_a_kill_loses_nothing_and_nothing_is_sampled_or_scored(
     trained: list[str] = []
     train = ablations.run_train
 
-    def counted(job: TrainJob, **rest: Any) -> Any:
+    def counted(job: TrainConfig, **rest: Any) -> Any:
         report = train(job, **rest)
         if report.resumed_at < report.updates:
             trained.append(job.run.out.parent.name)

@@ -12,11 +12,11 @@ from kernel_cases import list_top, make_ids
 from kernel_objectives import Loss, objective
 from torch import Tensor
 
-from logitcask.engine.metrics import METRICS, row_metrics
-from logitcask.engine.targets import BEYOND, Targets
+from logitcask.engine.metrics.metrics import METRICS, row_metrics
+from logitcask.engine.packing.targets import BEYOND, Targets
 from logitcask.kernels.fused_maths import TAIL_FLOOR
 from logitcask.kernels.fused_objective import DIVERGENCES, OUTSIDE, FusedObjective, OverlapSums
-from logitcask.kernels.row_view import RowGrad, RowView
+from logitcask.kernels.row_view import ObjectiveGrad, ObjectiveInput
 
 SUPPORTS = ("fixed", "overlap", "frozen", "union", "non_overlap", "sampled")
 KINDS = [(d, o) for d in DIVERGENCES for o in OUTSIDE]
@@ -155,13 +155,13 @@ def targets_of(told: Told) -> Targets:
     )
 
 
-def plain_metrics(told: Told, view: RowView) -> dict[str, Tensor]:
+def plain_metrics(told: Told, view: ObjectiveInput) -> dict[str, Tensor]:
     """By the engine's own functions of its Targets."""
     made = row_metrics(view, targets_of(told).at(view.index), k=METRIC_K)
     return {name: made[name] for name in ENGINE} | {"entropy": view.entropy}
 
 
-def named(view: RowView, sums: OverlapSums) -> dict[str, Tensor]:
+def named(view: ObjectiveInput, sums: OverlapSums) -> dict[str, Tensor]:
     return {name: f(sums) for name, f in ENGINE.items()} | {"entropy": view.entropy}
 
 
@@ -169,7 +169,7 @@ def fused(told: Told, divergence: str, outside: str, parameter: float = 0.3, **m
     """(the FusedObjective, its plain RowObjective)"""
     answer = objective(plain_loss(told, divergence, outside, parameter))
 
-    def plain(view: RowView) -> RowGrad:
+    def plain(view: ObjectiveInput) -> ObjectiveGrad:
         return answer(view)._replace(metrics=plain_metrics(told, view))
 
     given = {name: value for name, value in vars(told).items() if name != "ids"}

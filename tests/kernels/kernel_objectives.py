@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logitcask.kernels.sparse_kl import RowGrad, RowObjective, RowView
+from logitcask.kernels.sparse_kl import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(log_p [C, S], index [C], top_ids [C, K]) -> loss [C]"""
@@ -87,40 +87,40 @@ LOSSES: dict[str, Callable[[Teacher], Loss]] = {
 }
 
 
-def objective(loss: Loss) -> RowObjective:
+def objective(loss: Loss) -> ObjectiveFn:
     """The loss as a RowObjective: a function of log p at S has both dense coefficients
     -sum(at_ids)."""
 
-    def answer(view: RowView) -> RowGrad:
+    def answer(view: ObjectiveInput) -> ObjectiveGrad:
         with torch.enable_grad():
             log_p = view.log_p.detach().requires_grad_()
             value = loss(log_p, view.index, view.top_ids)
             (g,) = torch.autograd.grad(value.sum(), log_p)
         dense = -g.sum(-1)
         metrics = {"entropy": view.entropy, "listed_mass": view.log_p.exp().sum(-1)}
-        return RowGrad(value.detach(), g, dense, dense[:, None].expand_as(g), metrics)
+        return ObjectiveGrad(value.detach(), g, dense, dense[:, None].expand_as(g), metrics)
 
     return answer
 
 
-def forward_kl_tail_closed(teacher: Teacher) -> RowObjective:
+def forward_kl_tail_closed(teacher: Teacher) -> ObjectiveFn:
     """forward_kl_tail in closed form, where the dense coefficient differs at the listed ids: dz = p
     - q there."""
 
-    def answer(view: RowView) -> RowGrad:
+    def answer(view: ObjectiveInput) -> ObjectiveGrad:
         q = teacher.log_q[view.index].exp()
         rest = 1 - view.log_p.exp().sum(-1)
         dense = 1 - teacher.log_tail[view.index].exp() / rest
         value = forward_kl_tail(teacher)(view.log_p, view.index, view.top_ids)
-        return RowGrad(value, -q, dense, torch.ones_like(q), {})
+        return ObjectiveGrad(value, -q, dense, torch.ones_like(q), {})
 
     return answer
 
 
-def plus_entropy(plain: RowObjective, factor: Tensor) -> RowObjective:
+def plus_entropy(plain: ObjectiveFn, factor: Tensor) -> ObjectiveFn:
     """Its loss plus factor [P] times H(p): dH/dy_v = -p_v log p_v - H p_v, at every id."""
 
-    def answer(view: RowView) -> RowGrad:
+    def answer(view: ObjectiveInput) -> ObjectiveGrad:
         made, f = plain(view), factor[view.index].to(view.entropy.dtype)
         h = f * view.entropy
         return made._replace(

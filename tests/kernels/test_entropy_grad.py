@@ -15,10 +15,10 @@ from kernel_objectives import (
 from torch import Tensor
 
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.logit_map import PLAIN, LogitTransform
 from logitcask.kernels.row_grad import row_grad, row_grad_reference
 from logitcask.kernels.row_stats import row_stats, row_stats_reference
-from logitcask.kernels.sparse_kl import RowObjective, sparse_kl, sparse_kl_reference
+from logitcask.kernels.sparse_kl import ObjectiveFn, sparse_kl, sparse_kl_reference
 
 P, V, S, K = 5, 700, 12, 6
 LOSS = LOSSES["reverse_kl_renormalised"]
@@ -26,15 +26,15 @@ FACTOR = torch.tensor([0.3, -1.0, 0.5, 0.0, 2.0])
 WEIGHT = torch.tensor([1.0, 0.5, 0.0, 2.0, 0.1])
 MAPS = {
     "plain": PLAIN,
-    "temperature": LogitMap(temperature=2.0),
-    "all": LogitMap(scale=1.7, softcap=6.0, temperature=0.8),
+    "temperature": LogitTransform(temperature=2.0),
+    "all": LogitTransform(scale=1.7, softcap=6.0, temperature=0.8),
 }
 every_map = pytest.mark.parametrize("y", MAPS.values(), ids=MAPS)
 
 
 def problem(
     device: str, kind: str = "iid", dtype: torch.dtype = torch.float32, n_vocab: int = V
-) -> tuple[Tensor, Tensor, Teacher, RowObjective]:
+) -> tuple[Tensor, Tensor, Teacher, ObjectiveFn]:
     logits = make_logits(kind, P, V, dtype)
     ids = make_ids(P, n_vocab, S)
     ids = ids.masked_fill(logits.gather(1, ids.clamp(min=0)).isinf(), -1).to(device)
@@ -46,7 +46,7 @@ def problem(
 
 
 def full_vocab(
-    logits: Tensor, teacher: Teacher, n_vocab: int = V, y: LogitMap = PLAIN
+    logits: Tensor, teacher: Teacher, n_vocab: int = V, y: LogitTransform = PLAIN
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss [] and gradient [P, V] by autograd, in the logits' dtype."""
     z = logits.detach().requires_grad_()
@@ -78,7 +78,7 @@ def test_equals_full_vocabulary_autograd(
 
 @every_map
 @pytest.mark.parametrize("kind", ["iid", "thirds -inf", "ramp down"])
-def test_float64_is_exact_through_every_map(kind: str, y: LogitMap) -> None:
+def test_float64_is_exact_through_every_map(kind: str, y: LogitTransform) -> None:
     logits, ids, teacher, answer = problem("cpu", kind, torch.float64)
     if y.softcap is not None:  # it makes a finite logit of -inf, at which its slope is 0
         logits = logits.detach().nan_to_num(neginf=-9.0).requires_grad_()
@@ -93,7 +93,7 @@ def test_float64_is_exact_through_every_map(kind: str, y: LogitMap) -> None:
 
 
 @every_map
-def test_hidden_states(y: LogitMap, device: str) -> None:
+def test_hidden_states(y: LogitTransform, device: str) -> None:
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(P, 16, generator=generator).to(device).requires_grad_()
     head = torch.randn(V, 16, generator=generator).to(device).requires_grad_()
@@ -127,7 +127,7 @@ def test_row_grad_against_float64(
 
 
 @pytest.mark.parametrize("y", [PLAIN, MAPS["all"]], ids=["plain", "all"])
-def test_a_row_rests_only_where_both_coefficients_are_zero(y: LogitMap, device: str) -> None:
+def test_a_row_rests_only_where_both_coefficients_are_zero(y: LogitTransform, device: str) -> None:
     logits = make_logits("iid", 4, 1000, torch.float32).to(device)
     logits[[1, 3]] = torch.nan
     ids = torch.zeros(4, 1, dtype=torch.int64, device=device)

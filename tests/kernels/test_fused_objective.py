@@ -11,11 +11,11 @@ from kernel_cases import HALF, assert_close, make_logits, ulp
 from kernel_objectives import full_vocab_loss, make_teacher
 from torch import Tensor
 
+from logitcask.engine.objectives.evaluate import row_objective
 from logitcask.engine.objectives.objective import Objective
-from logitcask.engine.objectives.row_objective import row_objective
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import LogitMap
-from logitcask.kernels.sparse_kl import RowGrad, RowView, SparseLoss, sparse_kl
+from logitcask.kernels.logit_map import LogitTransform
+from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput, SparseLoss, sparse_kl
 
 P, V, S, K = 4, 300, 12, 6
 MIXED = [(*kind, SUPPORTS[i % len(SUPPORTS)]) for i, kind in enumerate(KINDS)]
@@ -31,7 +31,7 @@ def run(logits: Tensor, told, objective, **options) -> tuple[SparseLoss, Tensor]
     return result, z.grad
 
 
-def no_call(view: RowView) -> RowGrad:
+def no_call(view: ObjectiveInput) -> ObjectiveGrad:
     raise AssertionError("the plain objective was called")
 
 
@@ -120,13 +120,17 @@ def test_hard_logits(kind: str, dtype: torch.dtype, one_program: bool, triton_de
 
 @pytest.mark.parametrize(
     "logit_map",
-    [LogitMap(temperature=0.7), LogitMap(scale=0.5), LogitMap(softcap=5.0, temperature=1.3)],
+    [
+        LogitTransform(temperature=0.7),
+        LogitTransform(scale=0.5),
+        LogitTransform(softcap=5.0, temperature=1.3),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("one_program", [False, True])
 @pytest.mark.parametrize("outside", ["renormalize", "tail"])
 def test_scale_cap_and_temperature(
-    outside: str, one_program: bool, logit_map: LogitMap, triton_device: str
+    outside: str, one_program: bool, logit_map: LogitTransform, triton_device: str
 ) -> None:
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
     told = tell(logits, S)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from logitcask.kernels import indexed_rows
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.sparse_kl import RowGrad, RowView
+from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput
 
 P, V, D, S, K = 7, 301, 40, 10, 6
 RENORMALISED = {"reverse_kl_renormalised": None, "reverse_kl_overlap": K}
@@ -304,7 +304,7 @@ def test_what_an_objective_says_of_padding_counts_nowhere(
     hidden, weight, ids = problem(device)
     plain = objective(LOSSES[name](make_teacher(ids)))
 
-    def careless(view: RowView) -> RowGrad:
+    def careless(view: ObjectiveInput) -> ObjectiveGrad:
         answer = plain(view)
         at_padding = ids[view.index] < 0
         return answer._replace(
@@ -340,23 +340,23 @@ def test_a_head_whose_rows_are_not_rows_of_memory_is_refused(device: str) -> Non
         indexed_linear(hidden, weight.detach().T.contiguous().T, ids, answer)
 
 
-def tail(view: RowView) -> RowGrad:
+def tail(view: ObjectiveInput) -> ObjectiveGrad:
     """What a tail bucket answers: dense coefficients."""
     zero = torch.zeros_like(view.log_p)
     at = zero.index_fill(1, torch.tensor([0, 1]), 1.0) * torch.tensor([1.0, -1.0] * (S // 2))
-    return RowGrad(zero.sum(-1), at, zero[:, 0] + 1, zero, {})
+    return ObjectiveGrad(zero.sum(-1), at, zero[:, 0] + 1, zero, {})
 
 
-def released(view: RowView) -> RowGrad:
+def released(view: ObjectiveInput) -> ObjectiveGrad:
     """What opd_released answers: at_ids that do not sum to zero, for its weights do not."""
     zero = torch.zeros_like(view.log_p)
-    return RowGrad(zero.sum(-1), zero + 0.5, zero[:, 0], zero, {})
+    return ObjectiveGrad(zero.sum(-1), zero + 0.5, zero[:, 0], zero, {})
 
 
-def bonus(view: RowView) -> RowGrad:
+def bonus(view: ObjectiveInput) -> ObjectiveGrad:
     """What an entropy of the whole vocabulary answers, though it rests here."""
     zero = torch.zeros_like(view.log_p)
-    return RowGrad(zero.sum(-1), zero, zero[:, 0], zero, {}, dense_log=zero[:, 0])
+    return ObjectiveGrad(zero.sum(-1), zero, zero[:, 0], zero, {}, dense_log=zero[:, 0])
 
 
 REFUSED = {

@@ -11,27 +11,27 @@ from logitcask.kernels import launch
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.row_grad import row_grad
 from logitcask.kernels.row_stats import row_stats
-from logitcask.kernels.sparse_kl import RowGrad, RowView, sparse_kl
+from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput, sparse_kl
 from logitcask.kernels.topk_select import topk_select
 
 Z = torch.zeros(2, 10)
 IDS = torch.tensor([[0, 3, -1], [1, 2, 9]])
 
 
-def zeros(view: RowView) -> RowGrad:
+def zeros(view: ObjectiveInput) -> ObjectiveGrad:
     nothing = torch.zeros_like(view.log_p)
-    return RowGrad(nothing.sum(-1), nothing, nothing.sum(-1), nothing, {})
+    return ObjectiveGrad(nothing.sum(-1), nothing, nothing.sum(-1), nothing, {})
 
 
-def scalar_loss(view: RowView) -> RowGrad:
+def scalar_loss(view: ObjectiveInput) -> ObjectiveGrad:
     return zeros(view)._replace(loss=torch.zeros(()))
 
 
-def scalar_metric(view: RowView) -> RowGrad:
+def scalar_metric(view: ObjectiveInput) -> ObjectiveGrad:
     return zeros(view)._replace(metrics={"gap": torch.zeros(())})
 
 
-def log_per_id(view: RowView) -> RowGrad:
+def log_per_id(view: ObjectiveInput) -> ObjectiveGrad:
     return zeros(view)._replace(dense_log=torch.zeros_like(view.log_p))
 
 

@@ -8,21 +8,21 @@ from torch import Tensor
 
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl, linear_sparse_kl_reference
-from logitcask.kernels.logit_map import LogitMap
+from logitcask.kernels.logit_map import LogitTransform
 from logitcask.kernels.row_grad import row_grad, row_grad_reference
 from logitcask.kernels.row_stats import row_stats, row_stats_reference
 from logitcask.kernels.sparse_kl import sparse_kl, sparse_kl_reference
 
 MAPS = {
-    "scale": LogitMap(scale=0.0625),
-    "temperature": LogitMap(temperature=2.0),
-    "soft cap": LogitMap(softcap=4.0),
-    "all": LogitMap(scale=1.7, softcap=6.0, temperature=0.8),
+    "scale": LogitTransform(scale=0.0625),
+    "temperature": LogitTransform(temperature=2.0),
+    "soft cap": LogitTransform(softcap=4.0),
+    "all": LogitTransform(scale=1.7, softcap=6.0, temperature=0.8),
 }
 every_map = pytest.mark.parametrize("y", MAPS.values(), ids=MAPS)
 
 
-def mapped(z: Tensor, y: LogitMap) -> Tensor:
+def mapped(z: Tensor, y: LogitTransform) -> Tensor:
     """The formula once more."""
     z = z * y.scale
     if y.softcap is not None:
@@ -31,7 +31,7 @@ def mapped(z: Tensor, y: LogitMap) -> Tensor:
 
 
 @every_map
-def test_apply_and_slope_are_the_formula_and_its_derivative(y: LogitMap) -> None:
+def test_apply_and_slope_are_the_formula_and_its_derivative(y: LogitTransform) -> None:
     z = torch.linspace(-40, 40, 81, dtype=torch.float64, requires_grad=True)
     want = mapped(z, y)
     (slope,) = torch.autograd.grad(want.sum(), z)
@@ -43,7 +43,7 @@ def test_apply_and_slope_are_the_formula_and_its_derivative(y: LogitMap) -> None
 @pytest.mark.parametrize("kind", ["iid", "ties", "thirds -inf", "ramp up", "ramp down"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_statistics_are_those_of_mapped_logits(
-    y: LogitMap, kind: str, dtype: torch.dtype, device: str
+    y: LogitTransform, kind: str, dtype: torch.dtype, device: str
 ) -> None:
     logits = make_logits(kind, 3, 4801, dtype)
     n_vocab = 4777  # a tail that is cut, in which a soft cap would find mass
@@ -56,7 +56,7 @@ def test_statistics_are_those_of_mapped_logits(
 
 @every_map
 @pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
-def test_gradient_has_the_slope(y: LogitMap, in_place: bool, device: str) -> None:
+def test_gradient_has_the_slope(y: LogitTransform, in_place: bool, device: str) -> None:
     logits = make_logits("iid", 4, 4801, torch.float32)
     ids, n_vocab = make_ids(4, 4700, 9), 4777
     lse = row_stats_reference(logits, n_vocab=n_vocab, logit_map=y).log_sum_exp
@@ -75,7 +75,7 @@ def test_gradient_has_the_slope(y: LogitMap, in_place: bool, device: str) -> Non
 
 @every_map
 @pytest.mark.parametrize("name", LOSSES)
-def test_float64_equals_autograd_through_the_map(name: str, y: LogitMap) -> None:
+def test_float64_equals_autograd_through_the_map(name: str, y: LogitTransform) -> None:
     logits = make_logits("iid", 5, 60, torch.float64).requires_grad_()
     ids = make_ids(5, 60, 8)
     teacher = make_teacher(ids).to(torch.float64)
@@ -93,7 +93,7 @@ def test_float64_equals_autograd_through_the_map(name: str, y: LogitMap) -> None
 
 @every_map
 @pytest.mark.parametrize("name", LOSSES)
-def test_hidden_states_on_both_paths(name: str, y: LogitMap, device: str) -> None:
+def test_hidden_states_on_both_paths(name: str, y: LogitTransform, device: str) -> None:
     generator = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(5, 24, generator=generator), torch.randn(301, 24)
     ids = make_ids(5, 290, 8)
@@ -116,8 +116,8 @@ def test_hidden_states_on_both_paths(name: str, y: LogitMap, device: str) -> Non
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("field", LogitMap._fields)
+@pytest.mark.parametrize("field", LogitTransform._fields)
 def test_what_is_no_positive_number_is_refused(field: str, wrong: float) -> None:
-    y = LogitMap(**{field: wrong})
+    y = LogitTransform(**{field: wrong})
     with pytest.raises(ValueError, match=rf"logit_map\.{field}={wrong} must be a positive number"):
         row_stats(torch.zeros(2, 5), logit_map=y)

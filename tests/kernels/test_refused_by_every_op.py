@@ -15,10 +15,10 @@ from torch import Tensor
 
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import LogitMap
+from logitcask.kernels.logit_map import LogitTransform
 from logitcask.kernels.row_grad import row_grad
 from logitcask.kernels.row_stats import row_stats
-from logitcask.kernels.sparse_kl import RowGrad, RowView, SparseLoss, sparse_kl
+from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput, SparseLoss, sparse_kl
 from logitcask.kernels.topk_select import topk_select
 from logitcask.kernels.vocab_parallel import (
     vocab_parallel_linear_sparse_kl,
@@ -30,7 +30,7 @@ IDS = torch.tensor([[0, 3, -1], [1, 2, 9]])
 META = {"device": "meta"}
 
 
-def never(view: RowView) -> RowGrad:
+def never(view: ObjectiveInput) -> ObjectiveGrad:
     raise AssertionError("the objective was asked")
 
 
@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "chunk_rows 0": ({"chunk_rows": 0}, ValueError, "chunk_rows=0 must be at least 1"),
     "temperature 0": (
-        {"logit_map": LogitMap(temperature=0.0)},
+        {"logit_map": LogitTransform(temperature=0.0)},
         ValueError,
         "logit_map.temperature=0.0 must be a positive number",
     ),
@@ -142,7 +142,7 @@ SINGLE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "topk_select, n_vocab": (lambda: topk_select(Z, 2, n_vocab=11), ValueError, "1..10"),
     "row_stats, softcap": (
-        lambda: row_stats(Z, logit_map=LogitMap(softcap=-1.0)),
+        lambda: row_stats(Z, logit_map=LogitTransform(softcap=-1.0)),
         ValueError,
         "logit_map.softcap=-1.0 must be a positive number",
     ),

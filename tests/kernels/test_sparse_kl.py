@@ -14,7 +14,12 @@ from kernel_objectives import (
 from torch import Tensor
 
 from logitcask.kernels import launch
-from logitcask.kernels.sparse_kl import RowGrad, RowView, sparse_kl, sparse_kl_reference
+from logitcask.kernels.sparse_kl import (
+    ObjectiveGrad,
+    ObjectiveInput,
+    sparse_kl,
+    sparse_kl_reference,
+)
 
 P, V, S, K = 5, 700, 12, 6
 
@@ -170,12 +175,12 @@ def test_without_gradient_the_logits_stay_and_no_gradient_is_made(device: str) -
 
 
 def test_the_objective_sees_rows_by_position(device: str) -> None:
-    seen: list[RowView] = []
+    seen: list[ObjectiveInput] = []
 
-    def answer(view: RowView) -> RowGrad:
+    def answer(view: ObjectiveInput) -> ObjectiveGrad:
         seen.append(view)
         zero = torch.zeros_like(view.log_p)
-        return RowGrad(zero.sum(-1), zero, zero.sum(-1), zero, {})
+        return ObjectiveGrad(zero.sum(-1), zero, zero.sum(-1), zero, {})
 
     logits, ids, _ = problem(device)
     sparse_kl(logits, ids, answer, k=K, chunk_rows=2)

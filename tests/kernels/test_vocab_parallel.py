@@ -26,10 +26,10 @@ from torch import Tensor
 from vocab_parallel_rank import N_VOCAB, outcome, own, problem
 
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import PLAIN, LogitMap
+from logitcask.kernels.logit_map import PLAIN, LogitTransform
 from logitcask.kernels.row_stats import row_stats, row_stats_reference
 from logitcask.kernels.shard_group import fingerprint
-from logitcask.kernels.sparse_kl import RowLosses, RowObjective, RowRead, SparseLoss, sparse_kl
+from logitcask.kernels.sparse_kl import ObjectiveFn, RowLosses, RowRead, SparseLoss, sparse_kl
 from logitcask.kernels.topk_select import topk_select
 from logitcask.kernels.vocab_parallel import (
     merge_reads,
@@ -61,7 +61,7 @@ def merged(
     widths: Sequence[int],
     k: int,
     n_vocab: int,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
 ) -> RowRead:
     """What every rank would know of whole rows."""
     parts = []
@@ -74,12 +74,12 @@ def merged(
 def on_shards(
     logits: Tensor,
     ids: Tensor,
-    answer: RowObjective,
+    answer: ObjectiveFn,
     widths: Sequence[int],
     n_vocab: int,
     k: int = K,
     row_weight: Tensor | None = None,
-    logit_map: LogitMap = PLAIN,
+    logit_map: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor]:
     """Every rank's result, the same to the bit, and the gradients of their columns side by side."""
     logits = logits.detach()
@@ -202,9 +202,11 @@ def test_loss_and_gradient_equal_full_vocabulary_autograd(
 
 
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("y", [PLAIN, LogitMap(scale=0.7, softcap=9.0)], ids=["plain", "capped"])
+@pytest.mark.parametrize(
+    "y", [PLAIN, LogitTransform(scale=0.7, softcap=9.0)], ids=["plain", "capped"]
+)
 def test_an_entropy_in_the_loss_is_that_of_whole_rows_on_every_shard(
-    widths: list[int], y: LogitMap, device: str
+    widths: list[int], y: LogitTransform, device: str
 ) -> None:
     """Every shard has the same coefficients, also where one has no mass at all."""
     logits = make_logits("iid", 3, V, torch.float32)

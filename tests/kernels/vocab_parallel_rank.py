@@ -18,7 +18,7 @@ from kernel_cases import list_top, make_ids
 from kernel_objectives import LOSSES, Teacher, make_teacher, objective
 from torch import Tensor
 
-from logitcask.kernels.sparse_kl import RowGrad, RowObjective, RowView
+from logitcask.kernels.sparse_kl import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.vocab_parallel import (
     vocab_parallel_linear_sparse_kl,
     vocab_parallel_sparse_kl,
@@ -31,11 +31,11 @@ FIRST = {"even": (0, 350), "narrow": (0, 697), "upper first": (400, 0), "beyond"
 """Case -> first column of rank 0 and of rank 1."""
 
 
-def seen(loss: str, teacher: Teacher) -> RowObjective:
+def seen(loss: str, teacher: Teacher) -> ObjectiveFn:
     """The loss as an objective whose metrics tell the live top-k too."""
     plain = objective(LOSSES[loss](teacher))
 
-    def answer(view: RowView) -> RowGrad:
+    def answer(view: ObjectiveInput) -> ObjectiveGrad:
         grad = plain(view)
         tops = {f"top {j}": view.top_ids[:, j].float() for j in range(K)}
         return grad._replace(metrics={**grad.metrics, **tops})

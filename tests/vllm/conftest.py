@@ -12,8 +12,8 @@ from tests.vllm.shim import VLLM_ON_CPU
 os.environ |= {**VLLM_ON_CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.vllm import VLLM
-from logitcask.engine.identity import model_ref
+from logitcask.engine.backends.vllm.backend import VLLM
+from logitcask.engine.models.identity import model_ref
 from logitcask.engine.types import ModelRef
 from tests.engine.tiny import make_model, save_folder
 from tests.vllm.real_server import RealServer

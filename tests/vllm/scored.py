@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.vllm import VLLM
-from logitcask.engine.identity import model_ref
+from logitcask.engine.backends.vllm.backend import VLLM
+from logitcask.engine.models.identity import model_ref
 from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 

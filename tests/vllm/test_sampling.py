@@ -11,9 +11,9 @@ import torch
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.sampling import law
 from logitcask.engine.backends.scoring import row_logits
-from logitcask.engine.backends.vllm import VLLM
+from logitcask.engine.backends.vllm.backend import VLLM
 from logitcask.engine.errors import ConfigError, ModelError, PromptError
-from logitcask.engine.identity import model_ref
+from logitcask.engine.models.identity import model_ref
 from logitcask.engine.types import LENGTH, STOP, Array, ModelRef, Prompt, Rollouts, SamplingParams
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 

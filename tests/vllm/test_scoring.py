@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from logitcask.engine.backends.answers import RESOLVED
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.vllm import VLLM
+from logitcask.engine.backends.returned import RESOLVED
+from logitcask.engine.backends.vllm.backend import VLLM
 from logitcask.engine.errors import AnswerError, ConfigError, IdentityError, ModelError
 from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
 from tests.engine.tiny import N_VOCAB, make_model, save_folder

@@ -16,13 +16,13 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Limits, Server
-from logitcask.engine.identity import model_ref
-from logitcask.engine.rollout import rollout
-from logitcask.engine.rollout_unit import Rolling
-from logitcask.engine.score import score
-from logitcask.engine.score_unit import Scoring
+from logitcask.engine.models.identity import model_ref
+from logitcask.engine.rollout.plan import rollout
+from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.score.plan import score
+from logitcask.engine.score.unit import Scoring
 from logitcask.engine.store import open_store
-from logitcask.engine.teachers.doctor import Examination, examine
+from logitcask.engine.teachers.server_check import ServerCheck, examine
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreRequest
 from tests.engine.tiny import make_model, save_folder
 from tests.vllm.real_server import RealServer
@@ -60,7 +60,7 @@ def test_scores_of_a_real_server_are_those_of_the_model(server: Server, hf: HF, 
 
 
 def test_the_doctor_finds_nothing(vllm_server: str, ref: ModelRef) -> None:
-    found = list(examine(Examination(url=vllm_server, against=str(ref.path))))
+    found = list(examine(ServerCheck(url=vllm_server, against=str(ref.path))))
     assert {each.check: (each.state, each.said) for each in found if each.state != "ok"} == {}
     assert [each.check for each in found][-1] == "parity"
 

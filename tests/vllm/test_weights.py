@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcask.engine.backends import vllm as backend
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.vllm import VLLM
+from logitcask.engine.backends.vllm import backend
+from logitcask.engine.backends.vllm.backend import VLLM
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.types import ModelRef, Rollouts, SamplingParams
 from tests.engine.tiny import make_model, save_folder

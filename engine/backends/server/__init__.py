@@ -6,7 +6,7 @@ scorer is what others see.
 """
 
 from logitcask.engine.backends.server.budget import Limits
-from logitcask.engine.backends.server.probe import ServerFacts
+from logitcask.engine.backends.server.capabilities import ServerFacts
 from logitcask.engine.backends.server.scorer import Server, read_key
 
 __all__ = ["Limits", "Server", "ServerFacts", "read_key"]

@@ -9,12 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from logitcask.engine.backends.answers import AnswerSheet
-from logitcask.engine.backends.server.asking import fill, sheet_of
+from logitcask.engine.backends.returned import ResponseAssembler
 from logitcask.engine.backends.server.budget import Limits
-from logitcask.engine.backends.server.fleet import Fleet
-from logitcask.engine.backends.server.link import Link, Transient
-from logitcask.engine.backends.server.probe import (
+from logitcask.engine.backends.server.capabilities import (
     ServerFacts,
     check_card,
     check_same,
@@ -22,9 +19,12 @@ from logitcask.engine.backends.server.probe import (
     hosts,
     tokens_of,
 )
+from logitcask.engine.backends.server.client import ServerClient, Transient
+from logitcask.engine.backends.server.pool import ServerPool
+from logitcask.engine.backends.server.requests import fill, sheet_of
 from logitcask.engine.errors import AnswerError, ConfigError, ServerError
+from logitcask.engine.events import Cancelled, CancelToken
 from logitcask.engine.types import IdLists, Rollouts, ScoreRequest, Scores
-from logitcask.engine.waiting import Stopped, Waits
 
 KEY = "LOGITCASK_API_KEY"
 STOP_S = 0.2
@@ -65,7 +65,7 @@ class Server:
         served: str = "",
         key: str | None = None,
         limits: Limits | None = None,
-        waits: Waits | None = None,
+        cancel: CancelToken | None = None,
     ) -> None:
         """served: the servers' name for the teacher; empty for the only one that they serve; waits:
         told while none of them answers.
@@ -75,14 +75,16 @@ class Server:
         """
         limits = limits or Limits()
         # URLs are checked before there is a thread that would have to end; one twice is one server.
-        links = {link.url: link for link in (Link(url, key, limits) for url in urls)}
+        links = {link.url: link for link in (ServerClient(url, key, limits) for url in urls)}
         if not links:
             raise ConfigError("a teacher without servers", remedy="Give a URL.")
-        self._waits = waits or Waits()
-        self._fleet = Fleet([*links.values()], limits, self._back, self._waits)
+        self._cancel = cancel or CancelToken()
+        self._fleet = ServerPool([*links.values()], limits, self._back, self._cancel)
         alone = limits if len(links) == 1 else replace(limits, wait_s=limits.alone_s)
         self._members = {
-            url: Member(self, Fleet([Link(url, key, alone)], alone, self._back, self._waits))
+            url: Replica(
+                self, ServerPool([ServerClient(url, key, alone)], alone, self._back, self._cancel)
+            )
             for url in links
         }
         self._limits = limits
@@ -149,11 +151,11 @@ class Server:
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
         """Raises as `asked_ids`, ConfigError where more is asked than the servers can answer,
-        ServerError and AnswerError as `Fleet.ask`.
+        ServerError and AnswerError as `ServerPool.ask`.
         """
         return self._scored(self._fleet, rollouts, request, at)
 
-    def members(self) -> dict[str, "Member"]:
+    def members(self) -> dict[str, "Replica"]:
         """URL -> a Scorer that asks that server alone, whoever else is away. `answered` does not
         count it, and what it finds changes nothing for the others."""
         return dict(self._members)
@@ -167,14 +169,14 @@ class Server:
         return self._run(self._taken())
 
     def _scored(
-        self, fleet: Fleet, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None
+        self, fleet: ServerPool, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None
     ) -> Scores:
         url = fleet.links[0].url
         sheet = sheet_of(self.facts, url, self.n_vocab, rollouts, request, at)
         self._run(self._fill(fleet, rollouts, sheet))
         return sheet.scores()
 
-    def _described(self, fleet: Fleet) -> dict[str, str]:
+    def _described(self, fleet: ServerPool) -> dict[str, str]:
         return {
             "name": "server",
             "dtype": "unknown",
@@ -190,12 +192,12 @@ class Server:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             while not wait([future], STOP_S).done:
-                if self._waits.ended:
-                    raise Stopped("the servers are away")
+                if self._cancel.cancelled:
+                    raise Cancelled("the servers are away")
             return future.result()
         except BaseExceptionGroup as group:
             raise first_of(group) from None
-        except (Stopped, KeyboardInterrupt, SystemExit):
+        except (Cancelled, KeyboardInterrupt, SystemExit):
             # Cancelled requests close their sockets, and the server drops what nobody waits for.
             future.cancel()
             raise
@@ -203,10 +205,10 @@ class Server:
     async def _begin(self, served: str) -> ServerFacts:
         """Of the first that answers within wait_s; who does not is away, and may come later."""
         begun_s, links = self._loop.time(), self._fleet.links
-        with self._waits.open():
+        with self._cancel.waiting():
             found = await self._facts(links, served)
             if not (known := [each for each in found if isinstance(each, ServerFacts)]):
-                self._waits.tell([link.url for link in links])
+                self._cancel.report([link.url for link in links])
             while not known:
                 if self._loop.time() - begun_s >= self._limits.wait_s:
                     raise ServerError(
@@ -223,10 +225,12 @@ class Server:
                 check_same(known[0], each, link.url)
         return known[0]
 
-    async def _facts(self, links: Sequence[Link], served: str) -> list[ServerFacts | Transient]:
+    async def _facts(
+        self, links: Sequence[ServerClient], served: str
+    ) -> list[ServerFacts | Transient]:
         """Of all at once, or why one does not answer. Raises the first refusal."""
 
-        async def one(link: Link) -> ServerFacts | Transient:
+        async def one(link: ServerClient) -> ServerFacts | Transient:
             try:
                 return await self._look(link, served)
             except Transient as fault:
@@ -237,14 +241,14 @@ class Server:
         return [each.result() for each in asked]
 
     @staticmethod
-    async def _look(link: Link, served: str) -> ServerFacts:
+    async def _look(link: ServerClient, served: str) -> ServerFacts:
         try:
             return await facts_of(link, served)
         except AnswerError as error:
             said = link.hidden(error.cause)
             raise ServerError(f"{link.url}: {said}", remedy=error.remedy) from None
 
-    async def _fill(self, fleet: Fleet, rollouts: Rollouts, sheet: AnswerSheet) -> None:
+    async def _fill(self, fleet: ServerPool, rollouts: Rollouts, sheet: ResponseAssembler) -> None:
         await self._recheck(fleet)
         await fill(fleet, self.facts, rollouts, sheet)
 
@@ -252,10 +256,10 @@ class Server:
         taken, self._fleet.answered = self._fleet.answered, set()
         return taken
 
-    async def _recheck(self, fleet: Fleet) -> None:
+    async def _recheck(self, fleet: ServerPool) -> None:
         """A server that was started anew between two units lost no request."""
 
-        async def one(link: Link) -> None:
+        async def one(link: ServerClient) -> None:
             asked_s = self._loop.time()
             try:
                 await check_card(link, self.facts)
@@ -267,7 +271,7 @@ class Server:
                 if link.up:  # who is away is looked at before it is used
                     group.create_task(one(link))
 
-    async def _back(self, link: Link) -> None:
+    async def _back(self, link: ServerClient) -> None:
         check_same(self.facts, await self._look(link, self.facts.served), link.url)
 
     async def _end(self) -> None:
@@ -277,10 +281,10 @@ class Server:
         await asyncio.sleep(0)
 
 
-class Member:
+class Replica:
     """One of a Server's servers as a Scorer: over a connection of its own."""
 
-    def __init__(self, server: Server, fleet: Fleet) -> None:
+    def __init__(self, server: Server, fleet: ServerPool) -> None:
         self._server, self.fleet = server, fleet
 
     @property

@@ -24,7 +24,7 @@ from logitcask.engine.backends.base import BACKENDS, open_backend
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.scoring import budget_batches, score_rows
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
-from logitcask.engine.identity import model_ref
+from logitcask.engine.models.identity import model_ref
 from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, make_tokenizer, save_folder
 

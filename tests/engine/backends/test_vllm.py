@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from logitcask.engine.backends.base import open_backend
-from logitcask.engine.backends.vllm import check_law, inside, rectangle
-from logitcask.engine.backends.vllm_hidden import read_head
+from logitcask.engine.backends.vllm.backend import check_law, inside, rectangle
+from logitcask.engine.backends.vllm.hidden import read_head
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.identity import model_ref
+from logitcask.engine.models.identity import model_ref
 from logitcask.engine.types import IdLists, Prompt, SamplingParams
 from tests.engine.tiny import make_model, save_folder
 
@@ -19,7 +19,7 @@ from tests.engine.tiny import make_model, save_folder
 def test_without_vllm_its_name_is_known_and_its_use_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcask.engine.backends.vllm_engine.find_spec", lambda name: None)
+    monkeypatch.setattr("logitcask.engine.backends.vllm.engine.find_spec", lambda name: None)
     imported = "vllm" in sys.modules
     backend = open_backend("vllm")(model_ref(str(save_folder(tmp_path)), chat_template=True))
     prompt = Prompt(id="0", token_ids=(3,))

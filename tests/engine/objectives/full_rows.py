@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.objectives import Objective, live_k, row_objective
-from logitcask.engine.targets import BEYOND, Targets
+from logitcask.engine.packing.targets import BEYOND, Targets
 from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl_reference
 
 

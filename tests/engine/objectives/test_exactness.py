@@ -10,20 +10,20 @@ from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives import (
     PRESETS,
     Bounds,
-    Facts,
+    CacheInfo,
     Objective,
+    check_exactness,
     exceeded,
-    find_preset,
+    parse_objective,
     row_objective,
     served,
-    verdict,
     warnings,
 )
 from logitcask.engine.objectives.bounds import beyond, watched
 from logitcask.kernels.sparse_kl import sparse_kl_reference
 from tests.engine.objectives.full_rows import make_full, run
 
-FACTS = Facts(
+FACTS = CacheInfo(
     student_k=16,
     k_min=16,
     k_max=64,
@@ -41,7 +41,7 @@ DRAWN = replace(FACTS, q_draws=50)
 """Scores that are ids which the teacher drew."""
 
 
-def facts_for(name: str) -> Facts:
+def facts_for(name: str) -> CacheInfo:
     if name == "full_vocab":
         return replace(FACTS, n_vocab=16)
     return DRAWN if name == "rs_kd" else FACTS
@@ -119,7 +119,7 @@ LABELS |= {"prune_opd": LABELS["opd_released"]}
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_labels_of_a_one_shot_store(name: str) -> None:
-    given = verdict(PRESETS[name], facts_for(name))
+    given = check_exactness(PRESETS[name], facts_for(name))
     assert (given.scores, given.support, given.estimator) == LABELS[name]
     assert given.prefixes == "version 0"
     assert given.lines()[0] == f"scores: {LABELS[name][0]}"
@@ -129,8 +129,8 @@ def test_labels_of_a_one_shot_store(name: str) -> None:
 def test_what_is_served_in_a_few_words_is_what_the_labels_say() -> None:
     words = {name: served(preset.objective) for name, preset in PRESETS.items()}
     for name, word in words.items():
-        given = verdict(PRESETS[name], facts_for(name))
-        old = verdict(PRESETS[name], replace(facts_for(name), student_version=9))
+        given = check_exactness(PRESETS[name], facts_for(name))
+        old = check_exactness(PRESETS[name], replace(facts_for(name), student_version=9))
         assert ("frozen" in word) == given.support.startswith("frozen"), name
         assert ("missing" in word) == ("never scored" in given.support), name
         assert ("coarsened" in word) == ("coarsened" in given.scores), name
@@ -144,9 +144,12 @@ def test_what_is_served_in_a_few_words_is_what_the_labels_say() -> None:
 
 def test_a_bare_objective_has_the_labels_without_the_presets_note() -> None:
     preset = PRESETS["lightning"]
-    assert "Teacher consistency" in verdict(preset, FACTS).notes[0]
-    assert verdict(preset.objective, FACTS).notes == ()
-    assert verdict(preset.objective, FACTS).estimator == verdict(preset, FACTS).estimator
+    assert "Teacher consistency" in check_exactness(preset, FACTS).notes[0]
+    assert check_exactness(preset.objective, FACTS).notes == ()
+    assert (
+        check_exactness(preset.objective, FACTS).estimator
+        == check_exactness(preset, FACTS).estimator
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,28 +169,33 @@ def test_a_sampled_token_is_unbiased_on_policy_only(
     change: dict[str, object], estimator: str
 ) -> None:
     facts = replace(FACTS, **change)  # type: ignore[arg-type]
-    assert estimator in verdict(PRESETS["sampled_token"], facts).estimator
+    assert estimator in check_exactness(PRESETS["sampled_token"], facts).estimator
     # Deterministic forms do not care.
-    assert verdict(PRESETS["teacher_topk"], facts).estimator == "deterministic"
+    assert check_exactness(PRESETS["teacher_topk"], facts).estimator == "deterministic"
 
 
 def test_prefixes_say_whose_rollouts_they_are() -> None:
     mixed = replace(FACTS, versions=(3, 0, 8))
-    assert verdict(PRESETS["overlap"], mixed).prefixes == "versions 0 to 8"
+    assert check_exactness(PRESETS["overlap"], mixed).prefixes == "versions 0 to 8"
     foreign = replace(FACTS, same_root=False)
-    assert verdict(PRESETS["overlap"], foreign).prefixes == "version 0 of another root"
-    assert any("Foreign student" in note for note in verdict(PRESETS["overlap"], foreign).notes)
+    assert check_exactness(PRESETS["overlap"], foreign).prefixes == "version 0 of another root"
+    assert any(
+        "Foreign student" in note for note in check_exactness(PRESETS["overlap"], foreign).notes
+    )
     loop = replace(FACTS, versions=())
-    assert verdict(PRESETS["opd"], loop).prefixes == "of the student itself, renewed every round"
+    assert (
+        check_exactness(PRESETS["opd"], loop).prefixes
+        == "of the student itself, renewed every round"
+    )
     other = replace(FACTS, same_template=False)
-    assert any("chat template" in note for note in verdict(PRESETS["overlap"], other).notes)
+    assert any("chat template" in note for note in check_exactness(PRESETS["overlap"], other).notes)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_teacher_that_told_its_best_ids_alone_is_no_exacter_than_that(name: str) -> None:
     facts = replace(facts_for(name), entropy_bounds=True)
-    given = verdict(PRESETS[name], facts)
-    plain = verdict(PRESETS[name], facts_for(name))
+    given = check_exactness(PRESETS[name], facts)
+    plain = check_exactness(PRESETS[name], facts_for(name))
     (note,) = set(given.notes) - set(plain.notes)
     assert "its entropy is an interval" in note
     assert "resolved to 1e-06" in note
@@ -203,13 +211,13 @@ def test_a_teacher_that_told_its_best_ids_alone_is_no_exacter_than_that(name: st
 @pytest.mark.parametrize("name", ["overlap", "teacher_topk"])
 def test_a_k_beyond_what_every_row_keeps_is_refused(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
-        verdict(find_preset(name, k=32), FACTS)
+        check_exactness(parse_objective(name, k=32), FACTS)
     assert "k = 32 is more than k_min = 16" in caught.value.cause
     assert caught.value.remedy == "score again with --k-min 32, or train with --k 16"
     with pytest.raises(ObjectiveError) as caught:
-        verdict(find_preset(name, k=100), FACTS)
+        check_exactness(parse_objective(name, k=100), FACTS)
     assert "--k-min 100 --k-max 100" in caught.value.remedy
-    assert verdict(find_preset(name, k=32), replace(FACTS, k_min=32))
+    assert check_exactness(parse_objective(name, k=32), replace(FACTS, k_min=32))
 
 
 def test_an_advantage_on_the_teachers_ids_needs_them_too() -> None:
@@ -217,22 +225,22 @@ def test_an_advantage_on_the_teachers_ids_needs_them_too() -> None:
         support="teacher", divergence="reverse_kl", outside="ignore", form="advantage", k=17
     )
     with pytest.raises(ObjectiveError, match="k = 17 is more than k_min = 16"):
-        verdict(objective, FACTS)
+        check_exactness(objective, FACTS)
 
 
 def test_with_a_tail_fewer_kept_ids_are_fine() -> None:
-    assert verdict(find_preset("forward_kl", k=500), FACTS)
+    assert check_exactness(parse_objective("forward_kl", k=500), FACTS)
 
 
 @pytest.mark.parametrize("name", ["opd", "opd_released", "prune_opd"])
 def test_student_supports_are_refused_where_they_are_not_served(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
-        verdict(find_preset(name, k=17), FACTS)
+        check_exactness(parse_objective(name, k=17), FACTS)
     assert "k = 17 is more than student_k = 16" in caught.value.cause
     assert "--student-k 17" in caught.value.remedy
     assert "--k 16" in caught.value.remedy
     with pytest.raises(ObjectiveError) as caught:
-        verdict(PRESETS[name], replace(FACTS, at_student=False))
+        check_exactness(PRESETS[name], replace(FACTS, at_student=False))
     assert "not asked at the student's ids" in caught.value.cause
     assert "--objective overlap" in caught.value.remedy
 
@@ -241,14 +249,14 @@ def test_student_supports_are_refused_where_they_are_not_served(name: str) -> No
 def test_a_foreign_student_needs_a_word_for_a_frozen_support_only(name: str) -> None:
     foreign = replace(FACTS, same_root=False)
     if PRESETS[name].objective.support != "student":
-        assert verdict(PRESETS[name], replace(facts_for(name), same_root=False))
+        assert check_exactness(PRESETS[name], replace(facts_for(name), same_root=False))
         return
     with pytest.raises(ObjectiveError) as caught:
-        verdict(PRESETS[name], foreign)
+        check_exactness(PRESETS[name], foreign)
     assert "foreign student" in caught.value.cause
     assert "version 0 of another root" in caught.value.cause
     assert "--foreign-student" in caught.value.remedy
-    allowed = verdict(PRESETS[name], replace(foreign, allow_foreign=True))
+    allowed = check_exactness(PRESETS[name], replace(foreign, allow_foreign=True))
     assert any("Foreign student" in note for note in allowed.notes)
 
 
@@ -257,7 +265,7 @@ def test_whole_scores_serve_everything_else() -> None:
     assert len(served) == len(PRESETS) - 3
     for name in served:
         whole = replace(facts_for(name), at_student=False)
-        assert verdict(PRESETS[name], whole).scores == LABELS[name][0]
+        assert check_exactness(PRESETS[name], whole).scores == LABELS[name][0]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +285,7 @@ def test_what_a_cache_does_not_hold_is_refused_with_the_way_out(
     name: str, change: dict[str, object], cause: str, way_out: str
 ) -> None:
     with pytest.raises(ObjectiveError) as caught:
-        verdict(PRESETS[name], replace(FACTS, **change))  # type: ignore[arg-type]
+        check_exactness(PRESETS[name], replace(FACTS, **change))  # type: ignore[arg-type]
     assert cause in caught.value.cause
     assert way_out in caught.value.remedy
 
@@ -299,7 +307,7 @@ def test_importance_mends_the_draw_if_it_could_have_been_any(
     name: str, change: dict[str, object], estimator: str
 ) -> None:
     facts = replace(FACTS, **change)  # type: ignore[arg-type]
-    assert estimator in verdict(find_preset(name), facts).estimator
+    assert estimator in check_exactness(parse_objective(name), facts).estimator
 
 
 @pytest.mark.parametrize(
@@ -340,7 +348,7 @@ def test_skipped_rows_have_no_loss_and_no_gradient_and_are_counted() -> None:
     generator = torch.Generator().manual_seed(0)
     live, old = torch.randn(2, 40, 30, generator=generator, dtype=torch.float64) * 2
     full = make_full(live, old, old=old, student_k=4, kept=4)
-    objective = find_preset("opd", k=4).objective
+    objective = parse_objective("opd", k=4).objective
     plain = run(objective, full)
     bounds = Bounds(action="skip", min_coverage=0.15)
     made = row_objective(objective, full.targets, bounds=bounds)

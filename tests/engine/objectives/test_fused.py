@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from logitcask.engine.metrics import METRICS
+from logitcask.engine.metrics.metrics import METRICS
 from logitcask.engine.objectives import (
     PRESETS,
     Bounds,
     Objective,
-    find_preset,
     live_k,
+    parse_objective,
     row_objective,
 )
 from logitcask.engine.objectives.fused import is_fusable
@@ -71,9 +71,9 @@ def test_what_the_kernels_do_not_know_stays_torch() -> None:
     full = make_full(torch.randn(2, 30), torch.randn(2, 30), student_k=16, kept=16)
     fusable = [name for name, preset in PRESETS.items() if is_fusable(preset.objective)]
     assert fusable == ["overlap", "opd", "teacher_topk", "forward_kl", "gkd", "full_vocab"]
-    rows = find_preset("opd+prune+keep_entropy").objective
+    rows = parse_objective("opd+prune+keep_entropy").objective
     assert is_fusable(rows), "whole rows are weighed outside"
     for added in ("entropy_gate", "entropy_bonus"):
-        assert not is_fusable(find_preset(f"opd+{added}").objective)
+        assert not is_fusable(parse_objective(f"opd+{added}").objective)
     skipping = row_objective(rows, full.targets, bounds=Bounds(action="skip"))
     assert not isinstance(skipping, FusedObjective)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives import PRESETS, Objective, find_preset, live_k, row_objective
+from logitcask.engine.objectives import PRESETS, Objective, live_k, parse_objective, row_objective
 from logitcask.engine.objectives.objective import CELLS
 from logitcask.engine.objectives.supports import DRAWN
-from logitcask.kernels.sparse_kl import RowView, sparse_kl
+from logitcask.kernels.sparse_kl import ObjectiveInput, sparse_kl
 from tests.engine.objectives.full_rows import Full, make_full, run, support, truth
 
 CASES = sorted(CELLS)
@@ -281,7 +281,7 @@ def test_rounded_log_probs_with_their_tail_are_a_law_again(name: str) -> None:
 
 def test_renormalised_objectives_leave_other_logits_exactly_alone() -> None:
     full = make_full(logits(12, 4, 12), logits(13, 4, 12), kept=3)
-    _, dz = run(find_preset("teacher_topk", k=3).objective, full)
+    _, dz = run(parse_objective("teacher_topk", k=3).objective, full)
     for r in range(4):
         touched = set(dz[r].nonzero()[:, 0].tolist())
         assert touched == set(full.teacher[r].topk(3).indices.tolist())
@@ -294,7 +294,7 @@ def test_a_tail_below_the_floor_keeps_loss_and_gradient_bounded() -> None:
     q = torch.full((1, 200), 0.01 / 198)
     q[0, :2] = torch.tensor([0.7, 0.29])
     full = make_full(live, q.log(), student_k=2, kept=2, token=5)
-    objective = find_preset("forward_kl", k=2).objective
+    objective = parse_objective("forward_kl", k=2).objective
     with torch.no_grad():
         made = row_objective(objective, full.targets)
     z = live.clone().requires_grad_()
@@ -319,7 +319,7 @@ def test_rounding_of_a_small_tail_does_not_blow_up_the_pull_outside() -> None:
     q = torch.full_like(z, 0.1 / 984).scatter(1, top, 0.9 / 16)
     full = make_full(z, q.log(), student_k=1, kept=16)
     leaf = z.clone().requires_grad_()
-    objective = find_preset("forward_kl", k=16).objective
+    objective = parse_objective("forward_kl", k=16).objective
     sparse_kl(leaf, full.targets.ids, row_objective(objective, full.targets)).loss.backward()
     assert leaf.grad is not None
     pull = leaf.grad.scatter(1, top, 0.0).sum(-1)
@@ -349,13 +349,13 @@ def test_float32_is_as_good_as_plain_torch(name: str) -> None:
 
 def test_a_kernel_that_selects_too_few_live_ids_is_refused() -> None:
     full = make_full(logits(14, 2, 9), logits(15, 2, 9), kept=6)
-    objective = find_preset("overlap", k=6).objective
+    objective = parse_objective("overlap", k=6).objective
     made = row_objective(objective, full.targets)
     with pytest.raises(ObjectiveError, match=r"selects 3 live ids.*needs 6"):
         sparse_kl(full.live, full.targets.ids, made, k=3)
     assert live_k(objective, n_vocab=9) == 9
     assert live_k(objective, n_vocab=1000) == 16
-    assert live_k(find_preset("overlap", k=32).objective, n_vocab=1000) == 32
+    assert live_k(parse_objective("overlap", k=32).objective, n_vocab=1000) == 32
     assert live_k(PRESETS["forward_kl"].objective, n_vocab=1000) == 16
 
 
@@ -371,10 +371,10 @@ def test_a_broken_student_shows_in_its_loss() -> None:
 
 def test_rows_of_any_chunk_find_their_targets() -> None:
     full = make_full(logits(18, 7, 11), logits(19, 7, 11), token=[0, 1, 2, 3, 4, 5, 6])
-    made = row_objective(find_preset("overlap", k=4).objective, full.targets)
+    made = row_objective(parse_objective("overlap", k=4).objective, full.targets)
     seen: list[Tensor] = []
 
-    def watched(view: RowView) -> object:
+    def watched(view: ObjectiveInput) -> object:
         seen.append(view.index)
         return made(view)
 

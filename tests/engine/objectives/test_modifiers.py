@@ -18,11 +18,11 @@ from logitcask.engine.objectives import (
     PRESETS,
     Bounds,
     Objective,
-    find_preset,
     live_k,
+    parse_objective,
     row_objective,
 )
-from logitcask.engine.objectives.row_objective import is_renormalised
+from logitcask.engine.objectives.evaluate import is_renormalised
 from logitcask.kernels.sparse_kl import sparse_kl_reference
 from tests.engine.objectives.full_rows import Full, entropy, make_full, run
 
@@ -48,7 +48,7 @@ def rows(seed: int = 0, **options: object) -> Full:
 
 
 def objective(name: str) -> Objective:
-    return find_preset(name).objective
+    return parse_objective(name).objective
 
 
 def close(a: Tensor, b: Tensor, atol: float = 1e-11) -> None:
@@ -401,7 +401,7 @@ def test_entropy_bonus_refuses_what_is_no_bonus(coefficient: float) -> None:
 def test_a_gradient_is_never_dense_where_it_says_it_sums_to_zero(name: str) -> None:
     """What lets indexed_linear leave the vocabulary out."""
     full = rows(q_draws=[{1: 2, 3: 1}] * P) if name == "rs_kd" else rows(mc=[{1: 2, 3: 1}] * P)
-    _, dz = run(find_preset(name).objective, full)
+    _, dz = run(parse_objective(name).objective, full)
     assert is_renormalised(PRESETS[name].objective) == (
         PRESETS[name].objective.outside == "renormalize"
     )

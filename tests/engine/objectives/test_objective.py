@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives import PRESETS, Objective, find_preset
+from logitcask.engine.objectives import PRESETS, Objective, parse_objective
 from logitcask.engine.objectives.divergences import DIVERGENCES, PARAMETERS
 from logitcask.engine.objectives.modifiers import (
     AdaptiveTarget,
@@ -21,8 +21,8 @@ from logitcask.engine.objectives.modifiers import (
     Stepwise,
 )
 from logitcask.engine.objectives.objective import CELLS, FORMS
-from logitcask.engine.objectives.outside import OUTSIDE
 from logitcask.engine.objectives.supports import DRAWN, SUPPORTS
+from logitcask.engine.objectives.tail import OUTSIDE
 
 EQ5 = PRESETS["opd"].objective
 
@@ -158,31 +158,31 @@ def test_presets_are_what_their_papers_say() -> None:
 
 
 def test_a_preset_is_found_by_name_and_k() -> None:
-    assert find_preset("opd") is PRESETS["opd"]
-    assert find_preset("opd", k=32).objective == replace(EQ5, k=32)
-    assert find_preset("opd", k=32).source == PRESETS["opd"].source
+    assert parse_objective("opd") is PRESETS["opd"]
+    assert parse_objective("opd", k=32).objective == replace(EQ5, k=32)
+    assert parse_objective("opd", k=32).source == PRESETS["opd"].source
     with pytest.raises(ObjectiveError) as caught:
-        find_preset("opdx")
+        parse_objective("opdx")
     assert "unknown objective 'opdx'" in caught.value.cause
     assert "the nearest is opd" in caught.value.remedy
     assert "overlap, opd, opd_released" in caught.value.remedy
     with pytest.raises(ObjectiveError, match="k = 8 with support 'sampled'"):
-        find_preset("lightning", k=8)
+        parse_objective("lightning", k=8)
 
 
 def test_a_person_writes_fields_and_modifiers_behind_a_name() -> None:
-    gkd = find_preset("gkd(parameter=0.1, k=8)")
+    gkd = parse_objective("gkd(parameter=0.1, k=8)")
     assert (gkd.objective.parameter, gkd.objective.k) == (0.1, 8)
     assert gkd.name == "gkd(parameter=0.1,k=8)"
     assert gkd.source == PRESETS["gkd"].source
-    capped = find_preset("sampled_token + importance(cap=5) + keep_entropy").objective
+    capped = parse_objective("sampled_token + importance(cap=5) + keep_entropy").objective
     assert capped.modifiers == (Importance(5.0), KeepEntropy())
-    assert find_preset("reopold+floor(nats=-2)").objective.modifiers == (
+    assert parse_objective("reopold+floor(nats=-2)").objective.modifiers == (
         Floor(-2.0),
         KeepEntropy(0.5),
     ), "a modifier that is there is replaced, at its place"
-    assert find_preset("opd_released(weights=teacher_p)").objective.weights == "teacher_p"
-    assert find_preset("opd(k=4)", k=8).objective.k == 8
+    assert parse_objective("opd_released(weights=teacher_p)").objective.weights == "teacher_p"
+    assert parse_objective("opd(k=4)", k=8).objective.k == 8
 
 
 @pytest.mark.parametrize(
@@ -199,12 +199,14 @@ def test_a_person_writes_fields_and_modifiers_behind_a_name() -> None:
 )
 def test_what_is_written_wrongly_is_said(text: str, says: str, way_out: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
-        find_preset(text)
+        parse_objective(text)
     assert says in caught.value.cause
     assert way_out in caught.value.remedy
 
 
 def test_a_record_tells_two_objectives_apart() -> None:
-    one, other = (find_preset(f"sampled_token+importance(cap={cap})").objective for cap in (2, 3))
+    one, other = (
+        parse_objective(f"sampled_token+importance(cap={cap})").objective for cap in (2, 3)
+    )
     assert one.record() != other.record()
     assert json.loads(json.dumps(one.record())) == one.record()

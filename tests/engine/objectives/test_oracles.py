@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives import PRESETS, Objective, find_preset, row_objective
+from logitcask.engine.objectives import PRESETS, Objective, parse_objective, row_objective
 from logitcask.kernels.sparse_kl import sparse_kl
 from tests.engine.objectives.full_rows import Full, make_full, run
 
@@ -66,26 +66,26 @@ def test_oracle_01_nothing_to_learn_from_an_equal_teacher(name: str) -> None:
 def test_oracle_02_at_k_equal_to_the_vocabulary_supports_coincide(name: str) -> None:
     z, teacher = logits(1), logits(2)
     full = make_full(z, teacher, old=logits(3), student_k=V, kept=V)
-    ours, dz = run(find_preset(name, k=V).objective, full)
+    ours, dz = run(parse_objective(name, k=V).objective, full)
     kl, grad = full_kl(z, teacher)
     close(ours.row_loss, kl)
     close(dz, grad)  # of opd_released too: grad log m_p = 0
-    empty, none = run(find_preset("non_overlap", k=V).objective, full)
+    empty, none = run(parse_objective("non_overlap", k=V).objective, full)
     assert empty.row_loss.abs().max() == none.abs().max() == 0.0
 
 
 def test_oracle_03_at_k_1_only_the_released_form_has_a_gradient() -> None:
     with pytest.raises(ObjectiveError, match="k = 1 with outside 'renormalize'"):
-        find_preset("opd", k=1)
+        parse_objective("opd", k=1)
     # Eq.5 on one id all the same: an overlap of exactly one.
     z = torch.tensor([[3.0, 2.0, 0.0, 0.0]], dtype=torch.float64)
     teacher = torch.tensor([[3.0, 0.0, 2.0, 0.0]], dtype=torch.float64)
-    ours, dz = run(find_preset("overlap", k=2).objective, make_full(z, teacher, kept=2))
+    ours, dz = run(parse_objective("overlap", k=2).objective, make_full(z, teacher, kept=2))
     assert ours.row_loss.item() == 0.0
     assert dz.abs().max() == 0.0
 
     z, teacher = logits(4), logits(5)
-    _, dz = run(find_preset("opd_released", k=1).objective, make_full(z, teacher, student_k=1))
+    _, dz = run(parse_objective("opd_released", k=1).objective, make_full(z, teacher, student_k=1))
     p, best = z.softmax(-1), z.argmax(-1)
     ratio = (z.log_softmax(-1) - teacher.log_softmax(-1)).gather(1, best[:, None])
     one_hot = torch.nn.functional.one_hot(best, V).double()
@@ -94,8 +94,8 @@ def test_oracle_03_at_k_1_only_the_released_form_has_a_gradient() -> None:
 
 def released_minus_paper(full: Full, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of opd_released and opd, and [KL~ + log(m_p / m_q)] grad log m_p by autograd."""
-    _, released = run(find_preset("opd_released", k=k).objective, full)
-    ours, paper = run(find_preset("opd", k=k).objective, full)
+    _, released = run(parse_objective("opd_released", k=k).objective, full)
+    ours, paper = run(parse_objective("opd", k=k).objective, full)
     top = full.old.topk(k).indices
     leaf = full.live.clone().requires_grad_()
     log_mp = leaf.log_softmax(-1).gather(1, top).logsumexp(-1)
@@ -118,7 +118,7 @@ def test_oracle_04_by_finite_differences() -> None:
     top = full.old.topk(4).indices
     log_q = full.teacher.log_softmax(-1).gather(1, top)
     fixed = full.live.log_softmax(-1).gather(1, top)
-    ours, _ = run(find_preset("opd", k=4).objective, full)
+    ours, _ = run(parse_objective("opd", k=4).objective, full)
     factor = ours.row_loss + fixed.logsumexp(-1) - log_q.logsumexp(-1)
 
     def paper_and_mass(z: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def test_oracle_13_bfloat16_logits_round_to_an_eighth_of_a_nat() -> None:
 def test_oracle_15_a_gradient_per_id_not_one_advantage_per_position() -> None:
     """sum_S A times grad log p(y) has zero mean over y ~ p: it would silently learn nothing."""
     full = make_full(logits(17), logits(18), student_k=4)
-    ours, dz = run(find_preset("opd_released", k=4).objective, full)
+    ours, dz = run(parse_objective("opd_released", k=4).objective, full)
     p = full.live.softmax(-1)
     eye = torch.eye(V, dtype=torch.float64)
     collapsed = sum((p[:, y] * ours.row_loss)[:, None] * (eye[y] - p) for y in range(V))
@@ -249,7 +249,7 @@ def test_oracle_15_a_gradient_per_id_not_one_advantage_per_position() -> None:
 def test_oracle_16_an_empty_overlap_gives_exactly_zero() -> None:
     z = logits(19)
     full = make_full(z, -z, student_k=4, kept=4)
-    ours, dz = run(find_preset("overlap", k=4).objective, full)
+    ours, dz = run(parse_objective("overlap", k=4).objective, full)
     assert ours.metrics["overlap/ratio"].sum() == 0.0
     assert ours.row_loss.abs().max() == 0.0
     assert dz.abs().max() == 0.0

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.metrics import METRICS
-from logitcask.engine.objectives import Objective, find_preset
+from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.models.load import load_student
+from logitcask.engine.objectives import Objective, parse_objective
+from logitcask.engine.packing.batches import PlannedPacks, planned
+from logitcask.engine.packing.source import Pack
 from logitcask.engine.probes.metrics import probe
-from logitcask.engine.rows.batches import PlannedRows, planned
-from logitcask.engine.rows.source import PackedRow
 from logitcask.engine.store import Store
-from logitcask.engine.training.student import load_student
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case, make_trainer
@@ -28,7 +28,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef]:
     return make_case(tmp_path_factory.mktemp("case"), units)
 
 
-def rows_of(store: Store) -> PlannedRows:
+def rows_of(store: Store) -> PlannedPacks:
     return planned(store, pin=store.head(), rollouts="main", teacher="big", tokens_per_batch=40)
 
 
@@ -38,7 +38,10 @@ def test_numbers_are_those_of_a_training_step(
 ) -> None:
     """One update over all rows logs loss and metrics at the weights before it."""
     store, model = case
-    rows, objective = rows_of(store), find_preset(name, k=None if name == "sampled_token" else 4)
+    rows, objective = (
+        rows_of(store),
+        parse_objective(name, k=None if name == "sampled_token" else 4),
+    )
     trainer, _ = make_trainer(
         load_student(model),
         rows,
@@ -63,7 +66,7 @@ def test_numbers_are_those_of_a_training_step(
 def test_metrics_do_not_depend_on_which_losses_are_shown(case: tuple[Store, ModelRef]) -> None:
     store, model = case
     objectives: dict[str, Objective] = {
-        name: find_preset(name, k=4).objective for name in ("teacher_topk", "forward_kl")
+        name: parse_objective(name, k=4).objective for name in ("teacher_topk", "forward_kl")
     }
     bare, both = (
         probe(load_student(model), rows_of(store), objectives=each, n_vocab=99)[0].means
@@ -95,13 +98,13 @@ def test_bins_are_means_of_their_rows_and_together_all(
 class Masked:
     """Rows of which none is counted."""
 
-    def __init__(self, rows: PlannedRows) -> None:
+    def __init__(self, rows: PlannedPacks) -> None:
         self.rows, self.expect = rows, rows.expect
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def row(self, index: int) -> PackedRow:
+    def row(self, index: int) -> Pack:
         row = self.rows.row(index)
         row.targets.weight.zero_()
         return row

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from logitcask.engine import identity
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.rollout import rollout
-from logitcask.engine.rollout_unit import Rolling
-from logitcask.engine.score import ScoreReport, score
-from logitcask.engine.score_unit import Scoring
+from logitcask.engine.models import identity
+from logitcask.engine.rollout.plan import rollout
+from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.score.plan import ScoreReport, score
+from logitcask.engine.score.unit import Scoring
 from logitcask.engine.store import open_store
 from logitcask.engine.types import (
     IdLists,

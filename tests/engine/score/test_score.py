@@ -9,9 +9,9 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
-from logitcask.engine.score_unit import unit_key
+from logitcask.engine.score.unit import unit_key
 from logitcask.engine.store import open_store
-from logitcask.engine.store.layout import kept_lists
+from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.types import (
     ModelRef,
     ScoreRequest,

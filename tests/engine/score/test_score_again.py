@@ -16,11 +16,11 @@ from logitcask.engine.errors import (
     ObjectiveError,
     PromptError,
 )
-from logitcask.engine.objectives import find_preset
-from logitcask.engine.rows.source import RowSource
+from logitcask.engine.objectives import parse_objective
+from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import open_store
-from logitcask.engine.store.layout import kept_lists, ranked
-from logitcask.engine.store.ragged import starts
+from logitcask.engine.store.format.layouts import kept_lists, ranked
+from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.verify import verify
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, ScoreRequest, Scores
@@ -135,7 +135,7 @@ def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
     assert run(drawn, teacher, Dies(scorer, 0)).units_new == 0
     opened = open_store(drawn)
     chains = opened.head().scores("big")
-    source = RowSource(opened, opened.head(), "main", "big")
+    source = PackSource(opened, opened.head(), "main", "big")
     for ordinal, (segment, chain) in enumerate(source.pairs):
         assert [(s.layout, s.profile) for s in chain] == [("once", "default"), ("wider", "raw32")]
         rollouts = opened.read_rollouts(segment)
@@ -290,7 +290,7 @@ def test_training_refuses_what_it_cannot_use(
             model=student,
             out=tmp_path / f"run-{name}",
             teacher=name,
-            objective=find_preset(objective, k=k),
+            objective=parse_objective(objective, k=k),
         )
 
     run(store, teacher, scorer, teacher_name="drawn", request=DRAWN)

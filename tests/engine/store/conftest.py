@@ -11,9 +11,9 @@ import pytest
 from obstore.store import MemoryStore
 
 from logitcask.engine.store import Store
-from logitcask.engine.store.files import Folder
-from logitcask.engine.store.medium import Medium
-from logitcask.engine.store.objects import Bucket
+from logitcask.engine.store.storage.base import Storage
+from logitcask.engine.store.storage.local import LocalStorage
+from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 
 MEMORY = Path("/dev/shm")
@@ -33,13 +33,13 @@ def disk_path() -> Iterator[Path]:
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def medium(request: pytest.FixtureRequest, tmp_path: Path) -> Medium:
+def medium(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """Every medium that a store can lie on; what is promised, each has to keep."""
     if request.param == "folder":
-        return Folder(str(tmp_path / "cask"))
-    return Bucket("memory://cask", MemoryStore())
+        return LocalStorage(str(tmp_path / "cask"))
+    return ObjectStorage("memory://cask", MemoryStore())
 
 
 @pytest.fixture
-def store(medium: Medium) -> Store:
+def store(medium: Storage) -> Store:
     return open_on(medium, create=True)

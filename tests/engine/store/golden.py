@@ -15,10 +15,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from logitcask.engine.store import Store, open_store, widen
-from logitcask.engine.store.codecs import PROFILES
-from logitcask.engine.store.keep import gc, retire, tag
-from logitcask.engine.store.layout import ranked
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.store import extend as widen
+from logitcask.engine.store.format.codecs import PROFILES
+from logitcask.engine.store.format.layouts import ranked
+from logitcask.engine.store.retention import gc, retire, tag
 from tests.engine.store.made import (
     bounded,
     commit_rollouts,
@@ -26,7 +27,7 @@ from tests.engine.store.made import (
     make_rollouts,
     make_scores,
 )
-from tests.engine.store.test_widen import teacher_of
+from tests.engine.store.test_extend import teacher_of
 
 FILE = Path(__file__).with_name("golden_v1.tar.xz")
 FILE_MC = Path(__file__).with_name("golden_v1_mc.tar.xz")

@@ -8,7 +8,8 @@ import pytest
 
 from logitcask.engine.errors import IntegrityError
 from logitcask.engine.store import Store, holds_store, open_store
-from logitcask.engine.store.claims import (
+from logitcask.engine.store.inspect import summary
+from logitcask.engine.store.log.claims import (
     MAX_NOTE_BYTES,
     Claim,
     Claims,
@@ -17,11 +18,10 @@ from logitcask.engine.store.claims import (
     forget_failures,
     note_failure,
 )
-from logitcask.engine.store.keep import gc
-from logitcask.engine.store.medium import Medium
+from logitcask.engine.store.retention import gc
+from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
-from logitcask.engine.store.view import summary
 from tests.engine.store.made import commit_rollouts, key
 
 UNIT = key("unit")
@@ -29,7 +29,7 @@ LEASE_S = 10.0
 
 
 @pytest.fixture
-def medium(medium: Medium) -> Medium:
+def medium(medium: Storage) -> Storage:
     """With a store on it."""
     open_on(medium, create=True)
     return medium
@@ -44,7 +44,7 @@ class Hands:
         return self.now_s
 
 
-def seen_by(medium: Medium, worker: str, clock: Hands) -> Claims:
+def seen_by(medium: Storage, worker: str, clock: Hands) -> Claims:
     return Claims(medium, worker=worker, lease_s=LEASE_S, clock=clock)
 
 
@@ -53,7 +53,7 @@ def taken(claims: Claims) -> Claim | None:
     return claims.take(UNIT)
 
 
-def test_of_many_who_want_a_unit_one_gets_it(medium: Medium) -> None:
+def test_of_many_who_want_a_unit_one_gets_it(medium: Storage) -> None:
     workers = [seen_by(medium, f"w{i}", Hands()) for i in range(8)]
     for number in range(10):
         with ThreadPoolExecutor(8) as pool:
@@ -61,7 +61,7 @@ def test_of_many_who_want_a_unit_one_gets_it(medium: Medium) -> None:
         assert sum(claim is not None for claim in got) == 1
 
 
-def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(medium: Medium) -> None:
+def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(medium: Storage) -> None:
     clock = Hands()
     clock.now_s = 1e6  # nobody else's clock counts
     ours = taken(seen_by(medium, "stopped", Hands()))
@@ -82,7 +82,7 @@ def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(medium: Medium
     assert medium.names("claims") == []
 
 
-def test_a_claim_that_is_renewed_lives(medium: Medium) -> None:
+def test_a_claim_that_is_renewed_lives(medium: Storage) -> None:
     clock = Hands()
     ours = taken(seen_by(medium, "slow", Hands()))
     other = seen_by(medium, "other", clock)
@@ -97,7 +97,7 @@ def test_a_claim_that_is_renewed_lives(medium: Medium) -> None:
     assert json.loads(body or b"") == {"worker": "slow", "beat": 5}
 
 
-def test_failures_are_noted_within_bounds_read_and_forgotten(medium: Medium) -> None:
+def test_failures_are_noted_within_bounds_read_and_forgotten(medium: Storage) -> None:
     for text in ("first", "\U0001f600" * 100_000):
         note_failure(medium, UNIT, ValueError(text), "w")
     assert failed_units(medium) == {UNIT: 2}
@@ -111,7 +111,7 @@ def test_failures_are_noted_within_bounds_read_and_forgotten(medium: Medium) -> 
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"time": 1}', b"\xff"])
-def test_a_note_that_is_none_is_named(medium: Medium, data: bytes) -> None:
+def test_a_note_that_is_none_is_named(medium: Storage, data: bytes) -> None:
     name = f"failed/{UNIT.removeprefix('sha256:')}.0000000000"
     medium.create(name, data)
     with pytest.raises(IntegrityError, match="not a note of a failure") as caught:

@@ -16,9 +16,10 @@ from numcodecs import Blosc
 from pcodec import ChunkConfig, standalone
 
 from logitcask.engine.errors import ConfigError, IntegrityError
-from logitcask.engine.store import codecs, open_store, schema, shards
-from logitcask.engine.store import segment as segments
-from logitcask.engine.store.codecs import PROFILES, SUBNORMAL, from_entry, to_entry
+from logitcask.engine.store import open_store
+from logitcask.engine.store.format import codecs, schema, shards
+from logitcask.engine.store.format import segment as segments
+from logitcask.engine.store.format.codecs import PROFILES, SUBNORMAL, from_entry, to_entry
 from tests.engine.store.made import commit_rollouts
 
 EVERY = pytest.mark.parametrize("name", PROFILES)
@@ -282,7 +283,7 @@ def test_bombs_stay_small(tmp_path: Path) -> None:
 
 def test_a_record_that_asks_for_too_much_memory_is_not_read(tmp_path: Path) -> None:
     """A few hundred kilobytes of equal chunks could ask for all the memory there is."""
-    from logitcask.engine.store import record
+    from logitcask.engine.store.log import record
     from tests.engine.store.made import commit_scores
 
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:

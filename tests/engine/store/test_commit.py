@@ -13,12 +13,14 @@ import pytest
 import zarr
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.store import Store, open_store, record, widen
-from logitcask.engine.store.codecs import PROFILES, Profile, from_entry, profile, to_entry
-from logitcask.engine.store.keep import retire
-from logitcask.engine.store.layout import kept_lists
-from logitcask.engine.store.medium import Medium
-from logitcask.engine.store.schema import specs
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.store import extend as widen
+from logitcask.engine.store.format.codecs import PROFILES, Profile, from_entry, profile, to_entry
+from logitcask.engine.store.format.layouts import kept_lists
+from logitcask.engine.store.format.schema import specs
+from logitcask.engine.store.log import record
+from logitcask.engine.store.retention import retire
+from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
 from logitcask.engine.types import CachedScores, Draws, Prompt, Rollouts, Scores
@@ -32,7 +34,7 @@ from tests.engine.store.made import (
     make_rollouts,
     make_scores,
 )
-from tests.engine.store.test_widen import teacher_of
+from tests.engine.store.test_extend import teacher_of
 
 
 def again(store: Store) -> Store:
@@ -377,7 +379,7 @@ def test_a_unit_that_is_retired_at_once_is_not_published_again(
 
 
 def test_two_creators_at_once_get_one_store(
-    medium: Medium, monkeypatch: pytest.MonkeyPatch
+    medium: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare, theirs = medium.prepare, []
 
@@ -456,7 +458,7 @@ def test_rollouts_that_do_not_fit_are_refused(store: Store, broken: dict[str, ob
 def test_a_unit_beyond_the_bounds_is_refused_before_it_is_encoded(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from logitcask.engine.store import schema
+    from logitcask.engine.store.format import schema
 
     monkeypatch.setattr(schema, "MAX_SEGMENT_BYTES", 100)
     with pytest.raises(StoreError, match=r"a unit of \d+ bytes decoded, at most 100") as caught:
@@ -489,7 +491,7 @@ def test_reopening_reads_only_what_is_new(store: Store, monkeypatch: pytest.Monk
 
 
 def test_lists_of_a_row_are_found_whatever_their_lengths() -> None:
-    from logitcask.engine.store import ragged
+    from logitcask.engine.store.format import ragged
 
     rng = np.random.default_rng(0)
     a_cnt, b_cnt = rng.integers(0, 9, 500), rng.integers(0, 5, 500)

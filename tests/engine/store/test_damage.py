@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-import logitcask.engine.store.files as files
+import logitcask.engine.store.storage.local as files
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store import codecs, open_store, record, schema
-from logitcask.engine.store import segment as segments
-from logitcask.engine.store.segment import Segment
+from logitcask.engine.store import open_store
+from logitcask.engine.store.format import codecs, schema
+from logitcask.engine.store.format import segment as segments
+from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.log import record
 from logitcask.engine.store.verify import verify
 from tests.engine.store.made import commit_rollouts, commit_scores
 
@@ -83,7 +85,7 @@ def test_bit_flips_are_found_by_decoding(cask: Path, counts: Any) -> None:
 
 
 def read_all(cask: Path, held: Segment) -> dict[str, bytes]:
-    return segments.read_files(files.Folder(str(cask)), held.folder, held.files, held.files)
+    return segments.read_files(files.LocalStorage(str(cask)), held.folder, held.files, held.files)
 
 
 def decode(held: Segment, contents: dict[str, bytes], names: list[str] | None = None) -> None:
@@ -239,9 +241,9 @@ def test_a_pipe_in_a_files_place_does_not_hang(cask: Path) -> None:
 def forge(cask: Path, number: int, change: Callable[[dict[str, Any]], None]) -> None:
     """Rewrites a record with a right sha256 of its own: a stranger's store, not an accident."""
     path = cask / "log" / record.file_name(number)
-    body, _ = record.unseal(path.read_bytes(), str(path))
+    body, _ = record.decode_record(path.read_bytes(), str(path))
     change(body)
-    path.write_bytes(record.seal(body))
+    path.write_bytes(record.encode_record(body))
 
 
 @pytest.mark.parametrize(
@@ -378,8 +380,8 @@ def test_what_is_not_a_store(tmp_path: Path) -> None:
 def test_other_formats_are_refused(
     cask: Path, change: dict[str, Any], words: str, error: type[Exception]
 ) -> None:
-    body, _ = record.unseal((cask / "format.json").read_bytes(), "")
-    (cask / "format.json").write_bytes(record.seal(body | change))
+    body, _ = record.decode_record((cask / "format.json").read_bytes(), "")
+    (cask / "format.json").write_bytes(record.encode_record(body | change))
     with pytest.raises(error, match=words):
         open_store(cask)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-import logitcask.engine.store.files as files
+import logitcask.engine.store.storage.local as files
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Store, commit, open_store
-from logitcask.engine.store import segment as segments
-from logitcask.engine.store.keep import gc, retire
+from logitcask.engine.store.format import segment as segments
+from logitcask.engine.store.retention import gc, retire
 from logitcask.engine.store.verify import verify
 from tests.engine.store.faulty import CRASHES, Crash, FaultyOS
 from tests.engine.store.made import commit_rollouts, key
@@ -233,11 +233,11 @@ def test_a_medium_on_which_two_writers_could_both_win_is_refused(
 ) -> None:
     """As s3fs did with small objects until 2025: exclusive, and it overwrote."""
 
-    def overwrite(self: files.Folder, name: str, data: bytes) -> bool:
+    def overwrite(self: files.LocalStorage, name: str, data: bytes) -> bool:
         Path(self.where(name)).write_bytes(data)
         return True
 
-    monkeypatch.setattr(files.Folder, "create", overwrite)
+    monkeypatch.setattr(files.LocalStorage, "create", overwrite)
     with pytest.raises(StoreError, match="lets a writer overwrite") as caught:
         open_store(tmp_path / "cask", create=True)
     assert "conditional puts" in caught.value.remedy

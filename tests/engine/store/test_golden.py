@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from logitcask.engine.store import Store, open_store, schema
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.store.format import schema
 from logitcask.engine.store.verify import verify
 from tests.engine.store.golden import FILE, FILE_BOUNDS, FILE_MC, FILE_REWARD, digests
 from tests.engine.store.made import commit_rollouts

@@ -17,11 +17,11 @@ from obstore.store import MemoryStore
 
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.store import Store, commit
-from logitcask.engine.store import segment as segments
-from logitcask.engine.store.keep import gc, retire, tag, untag
-from logitcask.engine.store.objects import Bucket
+from logitcask.engine.store.format import segment as segments
+from logitcask.engine.store.merge import merge
+from logitcask.engine.store.retention import gc, retire, tag, untag
+from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
-from logitcask.engine.store.transfer import merge
 from logitcask.engine.store.verify import verify
 from tests.engine.store.made import commit_rollouts, commit_scores, key
 
@@ -40,7 +40,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.medium = Bucket("memory://cask", MemoryStore())
+        self.medium = ObjectStorage("memory://cask", MemoryStore())
         self.store = open_on(self.medium, create=True)
         self.model: dict[tuple[Any, ...], str] = {}
         self.pins: list[tuple[int, dict[tuple[Any, ...], str]]] = []
@@ -124,7 +124,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=forks)
     def fork(self) -> tuple[Store, dict[tuple[Any, ...], str]]:
-        other = open_on(Bucket("memory://fork", MemoryStore()), create=True)
+        other = open_on(ObjectStorage("memory://fork", MemoryStore()), create=True)
         merge(other, self.store)
         assert shown(other) == set(self.model.values())
         return other, dict(self.model)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store import checks, codecs, layout
-from logitcask.engine.store.ragged import starts
+from logitcask.engine.store.format import checks, codecs
+from logitcask.engine.store.format import layouts as layout
+from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.types import CachedScores, IdLists, Scores
 from tests.engine.store.made import ragged
 

@@ -15,7 +15,7 @@ import pytest
 
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.keep import gc
+from logitcask.engine.store.retention import gc
 from logitcask.engine.store.verify import verify
 from tests.engine.store import worker
 from tests.engine.store.made import commit_rollouts, key

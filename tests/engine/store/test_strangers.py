@@ -12,8 +12,10 @@ from numcodecs import blosc
 
 import logitcask.engine.store.store as opened
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store import checks, codecs, layout, open_store, ragged, rollouts, schema
-from logitcask.engine.store.transfer import pack, unpack
+from logitcask.engine.store import open_store
+from logitcask.engine.store.format import checks, codecs, ragged, rollouts, schema
+from logitcask.engine.store.format import layouts as layout
+from logitcask.engine.store.merge import pack, unpack
 from logitcask.engine.store.verify import verify
 from tests.engine.store.made import (
     ROLLOUT_LINEAGE,

@@ -15,7 +15,7 @@ import time
 
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.keep import gc, retire
+from logitcask.engine.store.retention import gc, retire
 from tests.engine.store.made import commit_rollouts, commit_scores, key
 
 

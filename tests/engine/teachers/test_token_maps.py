@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.behaviour import (
+from logitcask.engine.errors import IdentityError, ModelError, UnitError
+from logitcask.engine.models.fingerprint import (
     LIKELY,
 )
-from logitcask.engine.errors import IdentityError, ModelError, UnitError
-from logitcask.engine.rollout import rollout
-from logitcask.engine.rollout_unit import Rolling
+from logitcask.engine.rollout.plan import rollout
+from logitcask.engine.rollout.unit import Rolling
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.teachers.token_maps import (
     compare_maps,

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.identity import model_ref
-from logitcask.engine.rows.source import RowSource
+from logitcask.engine.models.identity import model_ref
+from logitcask.engine.models.load import inner_model
+from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.training.evaluate import EvalPlan
+from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet
 from logitcask.engine.training.settings import TrainSettings
-from logitcask.engine.training.student import inner_model
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams
 from tests.engine.fitting import REVERSE, WEIGHED, ListRows, flat, make_trainer
@@ -50,7 +50,7 @@ def held_out(store: Store) -> HeldOutSet:
 def main(case: Path, out: Path) -> None:
     torch.set_num_threads(1)
     store = open_store(case / "store")
-    source = RowSource(store, store.head(), "main", "big")
+    source = PackSource(store, store.head(), "main", "big")
     rows = [source.row(np.array([[0, s] for s in row])) for row in SEQUENCES]
     rank = int(os.environ["RANK"])
     for name, objective in OBJECTIVES.items():

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from logitcask.engine.errors import IdentityError, IncompleteError
-from logitcask.engine.metrics import METRICS
-from logitcask.engine.rows.source import RowSource
+from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.models.load import load_student
+from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Store
 from logitcask.engine.training.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.settings import TrainSettings
-from logitcask.engine.training.student import load_student
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_store, make_unit
@@ -44,7 +44,7 @@ def test_the_loss_is_the_token_mean_of_plain_torch(
     held = hold_out(asked(other), model, REVERSE, 48)
     student = load_student(model).train()
     line = held.line(student)
-    source = RowSource(other, other.head(), "main", "big")
+    source = PackSource(other, other.head(), "main", "big")
     singles = [source.row(np.array([[o, s]])) for o in range(2) for s, n in enumerate(LENGTHS) if n]
     want = float(token_mean(student, singles).detach())
     assert line["eval/loss"] == pytest.approx(want, rel=1e-5)

@@ -19,21 +19,21 @@ from transformers import Qwen3ForCausalLM
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.objectives import (
     PRESETS,
-    Facts,
-    find_preset,
+    CacheInfo,
+    check_exactness,
     live_k,
+    loss_weights,
+    parse_objective,
     row_objective,
-    verdict,
-    weigh,
 )
 from logitcask.engine.objectives.modifiers import Stepwise
-from logitcask.engine.rollout import rollout
-from logitcask.engine.rollout_unit import Rolling
-from logitcask.engine.rows.source import PackedRow, RowSource
-from logitcask.engine.score import score
-from logitcask.engine.score_unit import Scoring
+from logitcask.engine.packing.source import Pack, PackSource
+from logitcask.engine.packing.targets import Targets
+from logitcask.engine.rollout.plan import rollout
+from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.score.plan import score
+from logitcask.engine.score.unit import Scoring
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.targets import Targets
 from logitcask.engine.types import Prompt, SamplingParams, ScoreRequest
 from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
 from tests.engine.objectives.full_rows import Full, make_full, ranking, truth
@@ -61,7 +61,7 @@ LIVE = ("union", "non_overlap")
 class Case:
     """The same P rows of both stores, and every model's own logits [P, V] on them, float64."""
 
-    rows: dict[tuple[str, str], PackedRow]
+    rows: dict[tuple[str, str], Pack]
     """(profile, name of the scores) -> all rows; of `topk` with the base model's."""
     live: Tensor
     old: Tensor
@@ -74,7 +74,7 @@ class Case:
         return Full(live=self.live, old=self.old, teacher=self.teacher, targets=targets)
 
 
-def logits(model: Qwen3ForCausalLM, row: PackedRow) -> Tensor:
+def logits(model: Qwen3ForCausalLM, row: Pack) -> Tensor:
     """[P, V] on a packed row of which each sequence is a forward of its own."""
     starts = (row.position_ids[0] == 0).nonzero()[:, 0].tolist()
     parts = torch.tensor_split(row.input_ids[0], starts[1:])
@@ -115,9 +115,9 @@ def filled(path: Path, root: Path, profile: str) -> Store:
     return store
 
 
-def read(store: Store, name: str) -> PackedRow:
+def read(store: Store, name: str) -> Pack:
     base = "base" if name == "topk" else None
-    source = RowSource(store, store.head(), "main", name, base=base)
+    source = PackSource(store, store.head(), "main", name, base=base)
     units = source.lengths()
     members = [(u, s) for u, each in enumerate(units) for s in range(len(each.response))]
     return source.row(np.array(members))
@@ -195,8 +195,8 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def facts(age: int) -> Facts:
-    return Facts(
+def facts(age: int) -> CacheInfo:
+    return CacheInfo(
         student_k=16,
         k_min=N_VOCAB,
         k_max=N_VOCAB,
@@ -225,7 +225,7 @@ def test_what_is_called_exact_is_the_live_teachers(case: Case, name: str) -> Non
     those of the student that sampled."""
     asked = facts(UPDATES)
     asked = replace(asked, q_draws=50) if name == "rs_kd" else asked
-    assert verdict(PRESETS[name], asked).scores.startswith("exact")
+    assert check_exactness(PRESETS[name], asked).scores.startswith("exact")
     want, want_grad = expected(case, name)
     ours, grad = cached(case, "raw32", name)
     # A teacher's forward alone and in a padded batch differ by float32 rounding, here and there.
@@ -255,7 +255,7 @@ def test_row_weights_are_those_of_the_student_that_sampled(
     objective = PRESETS[name].objective
     if name == "sod":  # responses are shorter than its step
         objective = replace(objective, modifiers=(Stepwise(tokens=6),))
-    ours, theirs = (weigh(objective, [rows], "token-mean") for rows in (stored, live))
+    ours, theirs = (loss_weights(objective, [rows], "token-mean") for rows in (stored, live))
     assert ours.weights[0].unique().numel() > 1, "it weighs"
     torch.testing.assert_close(ours.weights[0].double(), theirs.weights[0], rtol=1e-4, atol=1e-6)
     assert ours.divisor == theirs.divisor
@@ -282,7 +282,7 @@ def test_coverage_and_miss_mass_are_masses_of_todays_student(case: Case) -> None
 @pytest.mark.parametrize("name", LIVE)
 def test_a_live_support_lacks_what_miss_mass_says(case: Case, name: str) -> None:
     """Against the support that a teacher asked today would serve."""
-    assert "miss_mass" in verdict(PRESETS[name], facts(UPDATES)).support
+    assert "miss_mass" in check_exactness(PRESETS[name], facts(UPDATES)).support
     full, every = case.full("raw32", name), case.full("raw32", "full_vocab").targets
     asked = replace(full, targets=replace(every, kept=full.targets.kept))
     want, want_grad = truth(PRESETS[name].objective, asked)
@@ -300,8 +300,8 @@ def test_a_live_support_lacks_what_miss_mass_says(case: Case, name: str) -> None
 
 @pytest.mark.parametrize("name", ["opd", "opd_released"])
 def test_a_frozen_support_is_todays_where_the_top_k_has_not_changed(case: Case, name: str) -> None:
-    assert verdict(PRESETS[name], facts(UPDATES)).support.startswith("frozen")
-    objective, full = find_preset(name, k=2).objective, case.full("raw32", name)
+    assert check_exactness(PRESETS[name], facts(UPDATES)).support.startswith("frozen")
+    objective, full = parse_objective(name, k=2).objective, case.full("raw32", name)
     today, today_grad = truth(objective, replace(full, old=full.live))
     z = case.live.float().requires_grad_()
     ours = sparse_kl(z, full.targets.ids, row_objective(objective, full.targets), k=16)
@@ -323,7 +323,7 @@ def overlap_of(a: Tensor, b: Tensor, k: int) -> Tensor:
 @pytest.mark.parametrize("name", ["forward_kl", "gkd"])
 def test_a_coarsened_divergence_is_a_lower_bound_at_any_age(case: Case, name: str) -> None:
     """And of lists that hold every id it is the divergence itself: nothing else is missed."""
-    assert "a lower bound" in verdict(PRESETS[name], facts(UPDATES)).scores
+    assert "a lower bound" in check_exactness(PRESETS[name], facts(UPDATES)).scores
     log_p, log_q = case.live.log_softmax(-1), case.teacher.log_softmax(-1)
     m = log_q if name == "forward_kl" else torch.logaddexp(log_p, log_q) - math.log(2)
     if name == "forward_kl":
@@ -334,7 +334,7 @@ def test_a_coarsened_divergence_is_a_lower_bound_at_any_age(case: Case, name: st
     missed = whole - ours.row_loss.double()
     assert (missed > -1e-5).all()
     assert missed.mean() > 1e-4, "a bucket hides something here"
-    objective = find_preset(name, k=N_VOCAB).objective
+    objective = parse_objective(name, k=N_VOCAB).objective
     targets = case.rows["raw32", "every"].targets
     made = row_objective(objective, targets)
     all_ids = sparse_kl(case.live.float(), targets.ids, made, k=live_k(objective, N_VOCAB))

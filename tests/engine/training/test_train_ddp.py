@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from logitcask.engine.errors import IdentityError
-from logitcask.engine.rows.source import RowSource
+from logitcask.engine.packing.source import PackSource
 from logitcask.engine.training.train import train
 from tests.engine.cached import make_unit
 from tests.engine.fitting import REVERSE, ListRows, flat, make_case, make_trainer, relative
@@ -79,7 +79,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     out.mkdir()
     on_two_processes(out, tmp_path / "case")
 
-    source = RowSource(store, store.head(), "main", "big")
+    source = PackSource(store, store.head(), "main", "big")
     rows = [source.row(np.array([[0, s] for s in row])) for row in SEQUENCES]
     for which, objective in OBJECTIVES.items():
         trainer, gradients = make_trainer(

@@ -11,14 +11,14 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GraniteConfig, GraniteForCausalLM
 
 from logitcask.engine.errors import IncompleteError, ModelError
+from logitcask.engine.models.load import head_weight, hidden_states, prove
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives import objective as objective_module
 from logitcask.engine.objectives.divergences import DIVERGENCES, forward_kl, reverse_kl
 from logitcask.engine.objectives.objective import CELLS
-from logitcask.engine.rows.source import PackedRow, RowSource
-from logitcask.engine.targets import Targets
-from logitcask.engine.training.row_loss import row_loss
-from logitcask.engine.training.student import head_weight, hidden_states, prove
+from logitcask.engine.packing.source import Pack, PackSource
+from logitcask.engine.packing.targets import Targets
+from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.trainer import DistillTrainer
 from tests.engine.cached import make_unit
 from tests.engine.fitting import (
@@ -41,17 +41,17 @@ PACKED = [[0, 1], [2], [3, 4], [6, 7]]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> RowSource:
+def source(tmp_path_factory: pytest.TempPathFactory) -> PackSource:
     units = [make_unit(0, prompts=4, vocab=99, lengths=UNEVEN)]
     store, _ = make_case(tmp_path_factory.mktemp("case"), units)
-    return RowSource(store, store.head(), "main", "big")
+    return PackSource(store, store.head(), "main", "big")
 
 
-def pack(source: RowSource, sequences: list[int]) -> PackedRow:
+def pack(source: PackSource, sequences: list[int]) -> Pack:
     return source.row(np.array([[0, s] for s in sequences]).reshape(-1, 2))
 
 
-def reference(source: RowSource, objective: Objective = REVERSE) -> tuple[float, torch.Tensor]:
+def reference(source: PackSource, objective: Objective = REVERSE) -> tuple[float, torch.Tensor]:
     model = make_model().double()
     alone = [pack(source, [s]) for row in PACKED for s in row]
     loss = token_mean(model, alone, objective)
@@ -60,7 +60,7 @@ def reference(source: RowSource, objective: Objective = REVERSE) -> tuple[float,
 
 
 def one_update(
-    source: RowSource, folder: Path, packed: list[list[int]], **change: Any
+    source: PackSource, folder: Path, packed: list[list[int]], **change: Any
 ) -> tuple[float, torch.Tensor]:
     rows = ListRows([pack(source, row) for row in packed], source)
     trainer, gradients = make_trainer(
@@ -72,7 +72,7 @@ def one_update(
 
 @pytest.mark.parametrize("objective", [REVERSE, FORWARD], ids=["reverse", "forward"])
 def test_an_update_of_packed_rows_is_the_token_mean_of_separate_sequences(
-    source: RowSource, tmp_path: Path, objective: Objective
+    source: PackSource, tmp_path: Path, objective: Objective
 ) -> None:
     want_loss, want = reference(source, objective)
     loss, grad = one_update(source, tmp_path, PACKED, objective=objective)
@@ -82,7 +82,7 @@ def test_an_update_of_packed_rows_is_the_token_mean_of_separate_sequences(
 
 @pytest.mark.parametrize("same", [REVERSE, DENSE], ids=["renormalize", "tail"])
 def test_a_divergence_that_the_kernels_do_not_know_trains_as_its_torch(
-    source: RowSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: Objective
+    source: PackSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: Objective
 ) -> None:
     known = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[same.divergence]
     cell = (same.support, "new", same.outside, same.form)
@@ -95,17 +95,17 @@ def test_a_divergence_that_the_kernels_do_not_know_trains_as_its_torch(
     assert torch.equal(grad, want)
 
 
-def test_row_loss_by_itself_is_the_update_of_its_rows(source: RowSource, tmp_path: Path) -> None:
+def test_row_loss_by_itself_is_the_update_of_its_rows(source: PackSource, tmp_path: Path) -> None:
     """With modifiers that weigh rows: a loop of one's own has no trainer to weigh them."""
     members = [0, 2, 4, 6]
     want_loss, want = one_update(source, tmp_path, [members], objective=WEIGHED)
     row, model = pack(source, members), make_model().double()
     states = hidden_states(model, row.input_ids, row.position_ids)[row.predict_at]
-    said = row_loss(WEIGHED, states, head_weight(model), row.targets, n_vocab=99)
+    said = pack_loss(WEIGHED, states, head_weight(model), row.targets, n_vocab=99)
     said.loss.backward()
     assert said.loss.item() == pytest.approx(want_loss, rel=1e-6)
     assert relative(flat({name: p.grad for name, p in model.named_parameters()}), want) < 1e-6
-    plain = row_loss(REVERSE, states.detach(), head_weight(model), row.targets, n_vocab=99)
+    plain = pack_loss(REVERSE, states.detach(), head_weight(model), row.targets, n_vocab=99)
     assert plain.loss.item() != pytest.approx(want_loss, rel=1e-2)
 
 
@@ -121,7 +121,7 @@ HEADS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("kind", "config", "keys"), HEADS.values(), ids=HEADS)
 def test_a_head_with_a_scale_or_a_soft_cap_is_trained_through_it(
-    source: RowSource, tmp_path: Path, kind: Any, config: Any, keys: dict[str, Any]
+    source: PackSource, tmp_path: Path, kind: Any, config: Any, keys: dict[str, Any]
 ) -> None:
     def made() -> Any:
         torch.manual_seed(0)
@@ -149,7 +149,7 @@ def test_a_head_with_a_scale_or_a_soft_cap_is_trained_through_it(
     assert relative(flat(gradients.updates[0]), want) < 1e-6
 
 
-def test_accumulation_equals_one_big_row(source: RowSource, tmp_path: Path) -> None:
+def test_accumulation_equals_one_big_row(source: PackSource, tmp_path: Path) -> None:
     loss, grad = one_update(source, tmp_path / "four", PACKED)
     whole, big = one_update(source, tmp_path / "one", [[s for row in PACKED for s in row]])
     assert loss == pytest.approx(whole, rel=1e-6)
@@ -158,7 +158,7 @@ def test_accumulation_equals_one_big_row(source: RowSource, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "sequence-sum"])
 def test_sequences_count_alike_however_they_are_packed(
-    source: RowSource, tmp_path: Path, aggregation: str
+    source: PackSource, tmp_path: Path, aggregation: str
 ) -> None:
     model = make_model().double()
     sequences = [s for row in PACKED for s in row]
@@ -174,7 +174,7 @@ def test_sequences_count_alike_however_they_are_packed(
 
 
 def test_modifiers_of_sequences_and_batches_do_not_see_the_packing(
-    source: RowSource, tmp_path: Path
+    source: PackSource, tmp_path: Path
 ) -> None:
     big = [[s for row in PACKED for s in row]]
     loss, grad = one_update(source, tmp_path / "four", PACKED, objective=WEIGHED)
@@ -184,7 +184,7 @@ def test_modifiers_of_sequences_and_batches_do_not_see_the_packing(
     assert relative(grad, reference(source)[1]) > 0.1, "and they do something"
 
 
-def test_a_run_ends_or_leaves_rows_out_at_a_hard_bound(source: RowSource, tmp_path: Path) -> None:
+def test_a_run_ends_or_leaves_rows_out_at_a_hard_bound(source: PackSource, tmp_path: Path) -> None:
     live = replace(REVERSE, support="overlap")
 
     def rows() -> ListRows:
@@ -207,7 +207,7 @@ def test_a_run_ends_or_leaves_rows_out_at_a_hard_bound(source: RowSource, tmp_pa
 
 
 def test_a_loss_that_trainer_believes_unscaled_would_be_a_quarter(
-    source: RowSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: PackSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, want = reference(source)
     monkeypatch.setattr(DistillTrainer, "loss_is_scaled_for_ga", False)
@@ -215,14 +215,14 @@ def test_a_loss_that_trainer_believes_unscaled_would_be_a_quarter(
     assert float(grad.norm() / want.norm()) == pytest.approx(1 / 4, rel=1e-5)
 
 
-def test_empty_rows_change_nothing(source: RowSource, tmp_path: Path) -> None:
+def test_empty_rows_change_nothing(source: PackSource, tmp_path: Path) -> None:
     _, want = reference(source)
     loss, grad = one_update(source, tmp_path, [[], *PACKED, [], []])
     assert relative(grad, want) < 1e-6
     assert loss > 0
 
 
-def test_an_update_of_nothing_has_gradients_of_zero(source: RowSource, tmp_path: Path) -> None:
+def test_an_update_of_nothing_has_gradients_of_zero(source: PackSource, tmp_path: Path) -> None:
     rows = ListRows([], source)
     trainer, gradients = make_trainer(make_model(tie=False), rows, tmp_path, accumulation=2)
     trainer.train()
@@ -232,8 +232,8 @@ def test_an_update_of_nothing_has_gradients_of_zero(source: RowSource, tmp_path:
     assert trainer.state.log_history[0]["loss"] == 0
 
 
-def test_rows_of_weight_zero_leave_loss_and_divisor(source: RowSource, tmp_path: Path) -> None:
-    def masked(row: PackedRow) -> PackedRow:
+def test_rows_of_weight_zero_leave_loss_and_divisor(source: PackSource, tmp_path: Path) -> None:
+    def masked(row: Pack) -> Pack:
         weight = (torch.arange(len(row.targets)) % 3 != 0).float()
         fields = {n: getattr(row.targets, n) for n in Targets.__dataclass_fields__}
         return replace(row, targets=Targets(**{**fields, "weight": weight}))
@@ -251,7 +251,7 @@ def test_rows_of_weight_zero_leave_loss_and_divisor(source: RowSource, tmp_path:
     assert trainer.state.log_history[0]["progress/positions"] == kept < sum(UNEVEN)
 
 
-def test_prompts_get_no_loss_rows(source: RowSource) -> None:
+def test_prompts_get_no_loss_rows(source: PackSource) -> None:
     row = pack(source, [0, 3])
     lengths = source.lengths()[0]
     prompts = [int(lengths.prompt[s]) for s in (0, 3)]
@@ -266,7 +266,7 @@ class Shifted(ListRows):
 
     by = 0
 
-    def row(self, index: int) -> PackedRow:
+    def row(self, index: int) -> Pack:
         row = super().row(index)
         last = row.input_ids.shape[1] - 1
         return replace(row, predict_at=(row.predict_at + self.by).clamp(0, last))
@@ -279,7 +279,7 @@ def test_a_row_reads_the_state_before_its_token(tmp_path: Path, by: int, learns:
     rng = np.random.default_rng(0)
     unit = make_unit(1, prompts=6, vocab=99, lengths=[48] * 12)
     store, _ = make_case(tmp_path, [unit])
-    source = RowSource(store, store.head(), "main", "big")
+    source = PackSource(store, store.head(), "main", "big")
     row = source.row(np.array([[0, s] for s in range(12)]))
     table = torch.log_softmax(3 * torch.from_numpy(rng.normal(size=(99, 4))).float(), -1)
     before = row.input_ids[0, row.predict_at]
@@ -306,7 +306,7 @@ def test_a_row_reads_the_state_before_its_token(tmp_path: Path, by: int, learns:
 
 
 def test_rows_are_prepared_once_an_update_after_the_one_before(
-    source: RowSource, tmp_path: Path
+    source: PackSource, tmp_path: Path
 ) -> None:
     model = make_model()
     seen: list[tuple[str, int, float]] = []
@@ -315,7 +315,7 @@ def test_rows_are_prepared_once_an_update_after_the_one_before(
         def prepare(self, step: int) -> None:
             seen.append(("prepare", step, float(next(model.parameters()).detach().sum())))
 
-        def row(self, index: int) -> PackedRow:
+        def row(self, index: int) -> Pack:
             seen.append(("row", index, 0.0))
             return super().row(index)
 
@@ -333,7 +333,7 @@ def test_rows_are_prepared_once_an_update_after_the_one_before(
     assert seen[0][2] != seen[3][2], "the first update came before the second round was prepared"
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(source: RowSource, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(source: PackSource, tmp_path: Path) -> None:
     model = make_model()
     with torch.no_grad():
         next(model.parameters())[:] = math.inf
@@ -342,6 +342,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(source: RowSource, tmp_path: Pat
         trainer.train()
 
 
-def test_a_dense_objective_trains_the_whole_head(source: RowSource, tmp_path: Path) -> None:
+def test_a_dense_objective_trains_the_whole_head(source: PackSource, tmp_path: Path) -> None:
     _, grad = one_update(source, tmp_path, PACKED, objective=DENSE)
     assert float((grad != 0).float().mean()) > 0.99

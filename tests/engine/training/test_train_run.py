@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
-from logitcask.engine.identity import model_ref, read_card
-from logitcask.engine.metrics import METRICS
-from logitcask.engine.objectives import find_preset
+from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.models.identity import model_ref, read_card
+from logitcask.engine.models.load import inner_model, load_student
+from logitcask.engine.objectives import parse_objective
 from logitcask.engine.store import Store
-from logitcask.engine.training.facts import check_objective
+from logitcask.engine.training.cache_info import check_objective
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.settings import TrainSettings
-from logitcask.engine.training.student import inner_model, load_student
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
@@ -62,7 +62,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 def test_a_loop_of_ones_own_is_refused_what_train_refuses(
     case: tuple[Store, ModelRef], tmp_path: Path, name: str
 ) -> None:
-    preset, store = find_preset(name), case[0]
+    preset, store = parse_objective(name), case[0]
     with pytest.raises(ObjectiveError) as told:
         run(case, tmp_path / "out", objective=preset)
     with pytest.raises(ObjectiveError) as ours:
@@ -73,20 +73,20 @@ def test_a_loop_of_ones_own_is_refused_what_train_refuses(
 def test_a_loop_of_ones_own_is_told_what_is_exact(case: tuple[Store, ModelRef]) -> None:
     store = case[0]
     which = {"pin": store.head(), "rollouts": "main", "teacher": "big"}
-    told = check_objective(find_preset("opd", k=4), store, **which)
+    told = check_objective(parse_objective("opd", k=4), store, **which)
     assert told.support.startswith("frozen: the top-4 of the student that sampled (version 0)")
-    drawn = check_objective(find_preset("sampled_token").objective, store, **which)
+    drawn = check_objective(parse_objective("sampled_token").objective, store, **which)
     assert "off policy (age unknown" in drawn.estimator
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     pass
 
 
 def stop_at(step: int) -> Any:
     def progress(stage: str, done: int, total: int) -> None:
         if done == step:
-            raise Stopped
+            raise Cancelled
 
     return progress
 
@@ -96,7 +96,7 @@ def test_resume_is_bit_exact(case: tuple[Store, ModelRef], tmp_path: Path, lora_
     settings = replace(SETTINGS, lora_rank=lora_rank)
     straight = run(case, tmp_path / "a", settings=settings)
     out = tmp_path / "b"
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(case, out, settings=settings, progress=stop_at(3))
     assert len(lines(out)) == 3, "one line beyond the checkpoint"
     # What a kill leaves: a torn line, and a checkpoint that was being written.
@@ -155,7 +155,7 @@ def test_the_loss_falls_and_the_metrics_are_there(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
     settings = replace(SETTINGS, epochs=8, lr=3e-3)
-    report = run(case, tmp_path, settings=settings, objective=find_preset("forward_kl"))
+    report = run(case, tmp_path, settings=settings, objective=parse_objective("forward_kl"))
     found = lines(tmp_path)
     assert found[-1]["loss"] < 0.9 * found[0]["loss"]
     for name in ("overlap/ratio", "cache/coverage", "cache/drift_k3", "train/grad_norm"):
@@ -212,7 +212,9 @@ def test_a_sibling_of_the_same_version_is_off_policy(
     """A version counts updates since the root: two runs of one root share the numbers."""
     sibling = replace(case[1], digest="sha256:" + "2" * 64)
     said = [
-        run(case, tmp_path / name, model=model, objective=find_preset("sampled_token")).exactness
+        run(
+            case, tmp_path / name, model=model, objective=parse_objective("sampled_token")
+        ).exactness
         for name, model in (("self", case[1]), ("sibling", sibling))
     ]
     assert "unbiased for KL(p || q) at age 0" in said[0].estimator
@@ -247,7 +249,7 @@ def test_what_is_added_to_the_store_later_changes_nothing(tmp_path: Path) -> Non
     units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(3)]
     store, model = make_case(tmp_path, units[:2])
     out = tmp_path / "out"
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run((store, model), out, progress=stop_at(1))
     base = store.head().rollouts("main")[0]
     store.commit_rollouts(
@@ -279,7 +281,7 @@ def test_what_is_added_to_the_store_later_changes_nothing(tmp_path: Path) -> Non
 def test_another_configuration_is_refused_by_key(
     case: tuple[Store, ModelRef], tmp_path: Path, change: dict[str, Any], key: str
 ) -> None:
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(case, tmp_path, progress=stop_at(1))
     with pytest.raises(IdentityError, match=key + r"[\s\S]*--overwrite"):
         run(case, tmp_path, **change)
@@ -300,7 +302,7 @@ def test_overwrite_starts_anew_and_keeps_strangers(
 def test_a_checkpoint_of_another_plan_is_refused(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         run(case, tmp_path, progress=stop_at(3))
     mark = tmp_path / "checkpoints" / "checkpoint-2" / "logitcask_checkpoint.json"
     mark.write_text(mark.read_text().replace('"plan": "sha256:', '"plan": "sha256:0'))

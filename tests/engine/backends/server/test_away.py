@@ -13,11 +13,11 @@ from aiohttp import web
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Server
-from logitcask.engine.backends.server.fleet import Fleet
-from logitcask.engine.backends.server.link import Link, Transient
+from logitcask.engine.backends.server.client import ServerClient, Transient
+from logitcask.engine.backends.server.pool import ServerPool
 from logitcask.engine.errors import IdentityError, ServerError
+from logitcask.engine.events import Cancelled, CancelToken
 from logitcask.engine.types import Rollouts, ScoreRequest, Scores
-from logitcask.engine.waiting import Stopped, Waits
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB, make_tokenizer
@@ -262,9 +262,9 @@ def test_one_that_is_lost_while_its_health_is_asked_for_stays_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What says that it is well may be another by then."""
-    link = Link("http://127.0.0.1:1", None, QUICK)
+    link = ServerClient("http://127.0.0.1:1", None, QUICK)
 
-    async def back(_: Link) -> None:
+    async def back(_: ServerClient) -> None:
         raise AssertionError("nobody asks it")
 
     async def healthy() -> bool:
@@ -272,7 +272,7 @@ def test_one_that_is_lost_while_its_health_is_asked_for_stays_away(
         return True
 
     monkeypatch.setattr(link, "healthy", healthy)
-    fleet = Fleet([link], QUICK, back, Waits())
+    fleet = ServerPool([link], QUICK, back, CancelToken())
     for look in (
         lambda: fleet.note(link, Transient("no answer", late=True), 0.0),
         lambda: fleet.check(link),
@@ -321,9 +321,9 @@ def test_a_worker_that_is_told_to_stop_waits_no_longer(
 ) -> None:
     said: list[str] = []
     stop = threading.Event()
-    waits = Waits(said.append, stop)
+    cancel = CancelToken(said.append, stop)
     with FakeServer(teacher.model) as gone:
-        server = connect(gone, limits=PATIENT, waits=waits)
+        server = connect(gone, limits=PATIENT, cancel=cancel)
     assert said == [], "who answers at once is not waited for"
 
     def stopped(wait: Callable[[], object]) -> None:
@@ -331,13 +331,13 @@ def test_a_worker_that_is_told_to_stop_waits_no_longer(
         said.clear()
         ends = threading.Thread(target=lambda: (until(lambda: bool(said)), stop.set()))
         ends.start()
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             wait()
         ends.join()
         assert said == [f"waiting for {gone.url}"]
 
     stopped(lambda: server.score(rolled, ASK))
-    stopped(lambda: Server([gone.url], limits=PATIENT, waits=waits))
+    stopped(lambda: Server([gone.url], limits=PATIENT, cancel=cancel))
     with FakeServer(teacher.model, port=gone.port):
         server.n_vocab = N_VOCAB
         stop.set()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcask.engine.backends.answers import RESOLVED
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.backends.returned import RESOLVED
 from logitcask.engine.backends.server import Server, read_key
 from logitcask.engine.errors import (
     AnswerError,

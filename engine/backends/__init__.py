@@ -1,0 +1,1 @@
+"""Samplers and scorers: transformers, vLLM in this process, vLLM servers."""

@@ -1,0 +1,199 @@
+"""Models of a configuration, opened as who samples and who scores."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from logitcask.engine.backends.base import close_backend, open_backend
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.teacher import Score, Teacher
+from logitcask.engine.errors import ConfigError
+from logitcask.engine.events import CancelToken
+from logitcask.engine.models import identity
+from logitcask.engine.models.load import inner_model
+from logitcask.engine.teachers.checks import check_identity
+from logitcask.engine.teachers.remote import (
+    check_declared,
+    check_padding,
+    check_tokenizer,
+    is_remote,
+    served_ref,
+    urls_of,
+)
+from logitcask.engine.teachers.token_maps import SharedVocabulary, shared_vocabulary
+from logitcask.engine.teachers.verified import VerifiedTeacher
+from logitcask.engine.types import ModelRef, ScoreRequest
+
+
+def backend(model: ModelRef, run: Run, *, exact: bool = True, known: int | None = None) -> Any:
+    """The sampler and scorer that [run] names, with this model loaded. exact: scores from all
+    logits, where the backend has a choice; known: ids that its tokenizer has, if more than
+    model.n_vocab.
+    """
+    name = _embedded(run)
+    choice = {"exact": exact} if name == "vllm" else {}
+    return open_backend(name)(
+        model,
+        device=run.device,
+        dtype=run.dtype,
+        batch_tokens=run.batch_tokens,
+        known=known,
+        **choice,
+    )
+
+
+def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
+    """The same over a student in training: it samples with the weights of the moment, and so in
+    transformers, where they are.
+    """
+    return open_backend("hf")(
+        model, dtype=run.dtype, batch_tokens=run.batch_tokens, network=inner_model(student)
+    )
+
+
+def _embedded(run: Run) -> str:
+    if run.backend == "server":
+        raise ConfigError(
+            "backend = server, and this model is not at a URL",
+            remedy="use the backend hf or vllm; only a teacher can be at a URL, http://HOST:PORT",
+        )
+    return "hf" if run.backend == "auto" else run.backend
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedTeacher:
+    """Who scores, and what it is asked. To be closed."""
+
+    model: ModelRef
+    scorer: Any
+    shared: SharedVocabulary | None
+    """How its tokenizer differs from the student's; None = not at all."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it."""
+    lineage_extra: Mapping[str, Any] = field(default_factory=dict)
+    """More that every segment of its scores records."""
+
+    def close(self) -> None:
+        close_backend(self.scorer)
+
+    def asked(self, settings: Score, seed: int) -> tuple[ScoreRequest, tuple[str, ...]]:
+        """What [score] asks of it, and notes on what it cannot answer. Raises ConfigError where
+        nothing is left without that.
+        """
+        request = settings.request(seed)
+        if "at_ids" in self.scorer.capabilities or not request.at_student:
+            return request, ()
+        if settings.at != "student":
+            raise ConfigError(
+                f"at = {settings.at}, and {self.model.name} cannot be asked at chosen ids here",
+                remedy="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use "
+                "the backend hf",
+            )
+        return replace(request, at_student=False), (
+            f"{self.model.name} cannot be asked at chosen ids here, so its own best ids are all "
+            "that is kept: objectives on the student's ids will be refused",
+        )
+
+
+def open_teacher(
+    teacher: Teacher,
+    run: Run,
+    student: Mapping[str, Any],
+    *,
+    template: bool,
+    exact: bool,
+    k_max: int,
+    cancel: CancelToken,
+) -> LoadedTeacher:
+    """A teacher here or behind a URL. student: the lineage of who sampled what it is to score;
+    template: prompts are rendered by the chat template; k_max: best ids per position that it will
+    be asked for at most; waits: told while its servers are away.
+
+    Raises ConfigError for settings that have no meaning for such a teacher; IdentityError for a
+    tokenizer that is not the student's and cannot be compared with it, and for a server that serves
+    another revision, reads text otherwise than the tokenizer that is given, or is not the teacher
+    that the servers beside it are.
+    """
+    if is_remote(teacher.model):
+        if exact:
+            raise ConfigError(
+                "exact, and the teacher is at a URL: a server does not show its hidden states",
+                remedy="leave --exact out, or give a model folder or hub id with --backend vllm",
+            )
+        return _open_served(teacher, run, student, template, k_max, cancel)
+    for key in ("served", "tokenizer", "api_key_file"):
+        if value := getattr(teacher, key):
+            raise ConfigError(
+                f"{key} = {value}, and the teacher is not at a URL",
+                remedy=f"leave --{key.replace('_', '-')} out, or give --model http://HOST:PORT",
+            )
+    own = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
+    model, shared, notes = _shared(own, student, teacher.student_tokenizer)
+    scorer = backend(model, run, exact=exact, known=own.n_vocab)
+    return LoadedTeacher(model=model, scorer=scorer, shared=shared, notes=tuple(notes))
+
+
+def _open_served(
+    teacher: Teacher,
+    run: Run,
+    student: Mapping[str, Any],
+    template: bool,
+    k_max: int,
+    cancel: CancelToken,
+) -> LoadedTeacher:
+    if run.backend not in ("auto", "server"):
+        raise ConfigError(
+            f"backend = {run.backend}, and the teacher is at a URL",
+            remedy="leave --backend out, or give a model folder or hub id",
+        )
+    open_backend("server")  # says which package is missing
+    from logitcask.engine.backends.server import Limits, Server, read_key
+
+    server = Server(
+        urls_of(teacher.model),
+        served=teacher.served,
+        key=read_key(teacher.api_key_file),
+        limits=Limits(wait_s=teacher.server_wait),
+        cancel=cancel,
+    )
+    try:
+        check_declared(teacher.revision, server.facts.fingerprint)
+        model = served_ref(
+            server.facts.served,
+            server.facts.root,
+            tokenizer=teacher.tokenizer,
+            revision=teacher.revision,
+            chat_template=template,
+        )
+        told = check_tokenizer(model, server.tokenize)
+        server.n_vocab = own = model.n_vocab
+        model, shared, notes = _shared(model, student, teacher.student_tokenizer)
+        if not told:
+            notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
+        head = identity.from_config(identity.read_config(model.path), "vocab_size")
+        if said := check_padding(server, own, head, k_max):
+            notes.append(f"{model.name}: {said}")
+        server.n_vocab = model.n_vocab
+        same = VerifiedTeacher(server, model.n_vocab, server.close, k_max)
+    except BaseException:
+        server.close()
+        raise
+    return LoadedTeacher(
+        model=model,
+        scorer=same,
+        shared=shared,
+        notes=tuple(notes),
+        lineage_extra=same.lineage(),
+    )
+
+
+def _shared(
+    model: ModelRef, student: Mapping[str, Any], source: str
+) -> tuple[ModelRef, SharedVocabulary | None, list[str]]:
+    """The teacher over the ids that the student knows too, and what is said of the two; refused
+    before its weights are read.
+    """
+    shared = shared_vocabulary(student, model, source)
+    if shared is not None:
+        model = replace(model, n_vocab=shared.n_vocab)
+    return model, shared, check_identity(student, model, shared)

@@ -1,0 +1,186 @@
+"""From the names in a configuration to the objects that a stage works on."""
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from logitcask.engine.commands.load_teacher import live_backend
+from logitcask.engine.config.sections import Prompts, Rollout, Run, Student
+from logitcask.engine.config.training import Eval, Train
+from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.models import identity
+from logitcask.engine.objectives import PRESETS, Bounds, Preset, parse_objective
+from logitcask.engine.prompts.graders import Decode, Grading, open_grader
+from logitcask.engine.prompts.prompts import chat_template_for, load_tokenizer, read_prompts
+from logitcask.engine.store import Snapshot, Store, open_store
+from logitcask.engine.store.inspect import choose, choose_teacher
+from logitcask.engine.training.evaluation import EvalPlan
+from logitcask.engine.training.held_out import HeldOutSet
+from logitcask.engine.training.settings import TrainSettings
+from logitcask.engine.types import ModelRef, Prompt
+
+
+def pin_of(store: Store, text: str) -> Snapshot:
+    """The pin that a person names: a log number, or a tag."""
+    return store.pin(int(text) if text.isdecimal() else text)
+
+
+def student_and_prompts(
+    student: Student, prompts: Prompts, rollout: Rollout
+) -> tuple[ModelRef, list[Prompt], bool]:
+    """The student's reference, its prompts, and whether the chat template rendered them.
+
+    Every prompt leaves room for max_new_tokens in the student's context.
+    """
+    path = identity.resolve_model(student.model, student.revision)
+    tokenizer = load_tokenizer(path)
+    template = chat_template_for(prompts.file, tokenizer, prompts.chat_template)
+    model = identity.model_ref(
+        student.model, revision=student.revision, chat_template=template, tokenizer=tokenizer
+    )
+    read = _read(prompts.file, tokenizer, path, template, rollout.max_new_tokens)
+    return model, read, template
+
+
+def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> EvalPlan | None:
+    """What [eval] asks of students with the tokenizer of `model`; None where it names no prompts.
+
+    Raises PromptError, and ConfigError for a grader that is not there.
+    """
+    if settings.prompts is None:
+        return None
+    tokenizer = load_tokenizer(model.path)
+    prompts = _read(
+        settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval."
+    )
+    return EvalPlan(
+        prompts=prompts,
+        sampling=settings.sampling(),
+        grader=open_grader(settings.grader, prompts),
+        grader_name=settings.grader,
+        decode=_decoder(tokenizer),
+        sampler=lambda student: live_backend(student, model, run),
+        seed=run.seed,
+        every=settings.every,
+    )
+
+
+def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSet | None:
+    """The rows that [eval] names; None where it names none. `url` is the store that is trained on,
+    `base` the scores of a base model that are looked at there, and here where they have that name.
+
+    Raises ConfigError where the choice is not clear, IncompleteError where there is none.
+    """
+    named = (settings.store, settings.rollouts, settings.teacher, settings.pin)
+    if all(each is None for each in named):
+        return None
+    store = open_store(settings.store or url)
+    pin = store.head() if settings.pin is None else pin_of(store, settings.pin)
+    return HeldOutSet(
+        store=store,
+        rollouts=choose(
+            pin.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
+        ),
+        teacher=choose_teacher(pin, settings.teacher, what="eval-teacher", where=store.url),
+        base=base if base in pin.names("score") else None,
+        pin=None if settings.pin is None else pin,
+        every=settings.every,
+    )
+
+
+def grading_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> Grading | None:
+    """Who gives responses their rewards, as [rollout] says; None where it names nobody.
+
+    Raises as open_grader does.
+    """
+    if not rollout.grader:
+        return None
+    grader = open_grader(rollout.grader, prompts)
+    decode = _decoder(load_tokenizer(model.path))
+    return Grading(name=rollout.grader, grader=grader, decode=decode)
+
+
+def _decoder(tokenizer: Any) -> Decode:
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    return decode
+
+
+def _read(
+    file: Path, tokenizer: Any, folder: Path, template: bool, max_new_tokens: int, of: str = ""
+) -> list[Prompt]:
+    """Prompts that leave room for the response in the context of the model in `folder`; `of` is the
+    prefix of the key that says how long it gets.
+    """
+    context = identity.context_length(folder)
+    if max_new_tokens >= context:
+        raise ConfigError(
+            f"{of}max_new_tokens = {max_new_tokens}: the student's context of {context} tokens "
+            "leaves no room for a prompt",
+            remedy=f"give --{of.replace('.', '-')}max-new-tokens less than {context}",
+        )
+    return read_prompts(
+        file, tokenizer, chat_template=template, max_prompt_tokens=context - max_new_tokens
+    )
+
+
+def student_of(student: Student, pin: Snapshot, rollouts: str) -> ModelRef:
+    """The reference of a student to be trained on these rollouts."""
+    return identity.model_ref(
+        student.model, revision=student.revision, chat_template=rendered(pin, rollouts)
+    )
+
+
+def rendered(pin: Snapshot, rollouts: str) -> bool:
+    segments = pin.rollouts(rollouts)
+    if not segments:
+        known = ", ".join(pin.names("rollout")) or "none"
+        raise IncompleteError(
+            f"the store holds no rollouts named {rollouts!r}; it has: {known}",
+            remedy="run `logitcask rollout` first, or give --rollouts one of these",
+        )
+    # The digest says it of every sampler's rollouts; the plain word is only in those of our verbs.
+    template: str = segments[0].lineage["student"]["template"]
+    return template != identity.template_digest(None, False)
+
+
+def find_objective(settings: Train) -> Preset:
+    """The preset that [train] names; ConfigError names the nearest known one."""
+    name = re.split(r"[(+]", settings.objective)[0].strip()
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"--objective {settings.objective}: no preset of this name",
+            remedy=f"the nearest is {near}; known: {', '.join(PRESETS)}",
+        )
+    return parse_objective(settings.objective, k=settings.k)
+
+
+def train_settings(settings: Train, run: Run) -> TrainSettings:
+    """[train] and [run] as the trainer takes them."""
+    return TrainSettings(
+        lr=settings.lr,
+        epochs=settings.epochs,
+        tokens_per_batch=settings.tokens_per_batch,
+        accumulation=settings.accumulation,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        beta2=settings.beta2,
+        max_grad_norm=settings.max_grad_norm,
+        seed=run.seed,
+        dtype=run.dtype,
+        lora_rank=settings.lora,
+        metric_share=settings.metric_share,
+        aggregation=settings.aggregation,
+        bounds=Bounds(
+            action=settings.hard_bound,
+            min_coverage=settings.min_coverage,
+            max_drift=settings.max_drift,
+        ),
+        save_steps=settings.save_steps,
+    )

@@ -1,0 +1,315 @@
+"""One configured stage.
+
+The command line and the loop start their stages here, so that one configuration means the same
+everywhere. The stages themselves never see a configuration.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from logitcask.engine.backends.base import close_backend
+from logitcask.engine.commands.load_teacher import backend, open_teacher
+from logitcask.engine.commands.resolve import (
+    eval_plan,
+    find_objective,
+    grading_of,
+    held_out_set,
+    pin_of,
+    rendered,
+    student_and_prompts,
+    student_of,
+    train_settings,
+)
+from logitcask.engine.config.sections import (
+    EstimateConfig,
+    ProbeConfig,
+    RolloutConfig,
+    ScoreConfig,
+    TrainConfig,
+)
+from logitcask.engine.events import CancelToken, EventHandler
+from logitcask.engine.models import identity
+from logitcask.engine.models.load import load_student, quiet
+from logitcask.engine.objectives import parse_objective, warnings
+from logitcask.engine.packing.batches import planned
+from logitcask.engine.probes.estimate import Estimate, estimate
+from logitcask.engine.probes.metrics import Bin, probe
+from logitcask.engine.prompts.graders import Grading
+from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
+from logitcask.engine.prompts.teacher_context import read_template, templated
+from logitcask.engine.rollout.plan import RolloutReport, rollout
+from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.score.ids_file import read_ids
+from logitcask.engine.score.plan import ScoreReport, score
+from logitcask.engine.score.unit import Scoring
+from logitcask.engine.store import Snapshot, Store, open_store
+from logitcask.engine.store.cache import UnitCache
+from logitcask.engine.store.inspect import choose, choose_teacher
+from logitcask.engine.teachers.remote import is_remote
+from logitcask.engine.training.held_out import hold_out
+from logitcask.engine.training.run import TrainReport
+from logitcask.engine.training.train import check, train
+from logitcask.engine.types import ModelRef, Progress, Prompt, silent
+
+
+def run_rollout(job: RolloutConfig, *, progress: Progress = silent) -> RolloutReport:
+    """`logitcask rollout`. Prompts are read and checked before any weight is loaded."""
+    model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
+    grading = grading_of(job.rollout, model, prompts)
+    asked = rolling(job, model, prompts, template, grading)
+    try:
+        return rollout(asked, progress=progress)
+    finally:
+        close_backend(asked.sampler)
+
+
+def rolling(
+    job: RolloutConfig,
+    model: ModelRef,
+    prompts: Sequence[Prompt],
+    template: bool,
+    grading: Grading | None,
+    *,
+    versions: bool = False,
+) -> Rolling:
+    """Who samples what, with the student loaded; its sampler is to be closed."""
+    sampler = backend(model, job.run)
+    try:
+        return Rolling(
+            # Only now: what is refused leaves no empty store behind.
+            store=open_store(job.store.url, create=True),
+            model=model,
+            sampler=sampler,
+            prompts=prompts,
+            sampling=job.rollout.sampling(),
+            name=job.store.rollouts,
+            seed=job.run.seed,
+            student_k=job.rollout.student_k,
+            mc_draws=job.rollout.mc_draws,
+            grading=grading,
+            unit_prompts=job.rollout.unit_prompts or None,
+            profile=job.store.profile,
+            versions=versions,
+            lineage_extra={"chat_template": template},
+        )
+    except BaseException:
+        close_backend(sampler)
+        raise
+
+
+def run_score(
+    job: ScoreConfig, *, progress: Progress = silent, on_event: EventHandler = lambda line: None
+) -> ScoreReport:
+    """`logitcask score`."""
+    store = open_store(job.store.url)
+    asked = scoring(job, store, store.head(), CancelToken(on_event))
+    try:
+        return score(asked, progress=progress)
+    finally:
+        close_backend(asked.scorer)
+
+
+def scoring(job: ScoreConfig, store: Store, pin: Snapshot, cancel: CancelToken) -> Scoring:
+    """Who scores what, with the teacher loaded; its scorer is to be closed."""
+    template = rendered(pin, job.store.rollouts)
+    student = pin.rollouts(job.store.rollouts)[0].lineage["student"]
+    teacher = open_teacher(
+        job.teacher,
+        job.run,
+        student,
+        template=template,
+        exact=job.score.exact,
+        k_max=job.score.k_max,
+        cancel=cancel,
+    )
+    try:
+        model = teacher.model
+        request, notes = teacher.asked(job.score, job.run.seed)
+        ids = job.score.ids_file()
+        return Scoring(
+            store=store,
+            model=model,
+            scorer=teacher.scorer,
+            teacher_name=job.teacher.name,
+            rollouts_name=job.store.rollouts,
+            request=request,
+            role=job.score.role,
+            context=_context(job, store, model, pin) if job.score.role == "context" else None,
+            at=job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
+            profile=job.store.profile,
+            eos_rows=job.score.eos_rows,
+            shared=teacher.shared,
+            notes=(*teacher.notes, *notes),
+            lineage_extra=teacher.lineage_extra,
+        )
+    except BaseException:
+        teacher.close()
+        raise
+
+
+def _context(job: ScoreConfig, store: Store, model: ModelRef, pin: Snapshot) -> dict[str, Prompt]:
+    """The other prompts by id, rendered as those of the rollouts were; each leaves room for the
+    longest response.
+    """
+    segments = pin.rollouts(job.store.rollouts)
+    longest = int(segments[0].lineage["set"]["max_new_tokens"])
+    tokenizer = load_tokenizer(model.path)
+    told: dict[str, Any] = {
+        "chat_template": rendered(pin, job.store.rollouts),
+        "max_prompt_tokens": identity.context_length(model.path) - longest,
+    }
+    if job.score.context is not None:
+        return {each.id: each for each in read_prompts(job.score.context, tokenizer, **told)}
+    assert job.score.prompt_template is not None, "role = context has one of them"
+    assert job.score.prompts is not None, "a template has prompts"
+    template = read_template(job.score.prompt_template)
+    stored = (prompt for segment in segments for prompt in store.read_prompts(segment))
+    return templated(job.score.prompts, template, stored, tokenizer, **told)
+
+
+def run_estimate(
+    job: EstimateConfig, *, progress: Progress = silent, on_event: EventHandler = lambda line: None
+) -> Estimate:
+    """`logitcask store estimate`."""
+    model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
+    grading = grading_of(job.rollout, model, prompts)
+    served = is_remote(job.teacher.model)
+    teacher = open_teacher(
+        job.teacher,
+        job.run,
+        model.lineage(),
+        template=template,
+        exact=not served,
+        k_max=job.estimate.k_max,
+        cancel=CancelToken(on_event),
+    )
+    try:
+        # Both over the ids that both know, and the student here.
+        own, model = model.n_vocab, replace(model, n_vocab=teacher.model.n_vocab)
+        run = job.run.model_copy(update={"backend": "auto"}) if served else job.run
+        student = backend(model, run, known=own)
+        try:
+            return estimate(
+                grading=grading,
+                teacher=teacher.scorer,
+                student=student,
+                prompts=prompts,
+                sampling=job.rollout.sampling(),
+                sample=job.estimate.sample,
+                student_k=job.rollout.student_k,
+                mc_draws=job.rollout.mc_draws,
+                k_min=job.score.k_min,
+                k_max=job.estimate.k_max,
+                shared=teacher.shared,
+                seed=job.run.seed,
+                progress=progress,
+            )
+        finally:
+            close_backend(student)
+    finally:
+        teacher.close()
+
+
+def run_train(
+    job: TrainConfig,
+    *,
+    cache: UnitCache | None = None,
+    progress: Progress = silent,
+    on_event: EventHandler = lambda line: None,
+) -> TrainReport:
+    """`logitcask train`. What the cache serves of the objective is given to `on_event` first."""
+    store, pin, task = _train_task(job)
+    report = train(
+        store,
+        **task,
+        out=job.run.out,
+        pin=None if job.train.pin is None else pin,
+        overwrite=job.run.overwrite,
+        device=job.run.device,
+        evaluation=eval_plan(job.eval, job.run, task["model"], rendered(pin, job.store.rollouts)),
+        held_out=held_out_set(job.eval, job.store.url, job.train.base),
+        cache=cache,
+        config=job.model_dump(mode="json"),
+        on_event=on_event,
+        progress=progress,
+    )
+    for line in warnings(task["objective"].objective, report.last):
+        on_event(f"warning: {line}")
+    return report
+
+
+def check_train(job: TrainConfig) -> None:
+    """Raises what would stop `run_train` before its first update."""
+    store, pin, task = _train_task(job)
+    check(store, **task, pin=pin)
+    eval_plan(job.eval, job.run, task["model"], rendered(pin, job.store.rollouts))
+    held = held_out_set(job.eval, job.store.url, job.train.base)
+    if held is not None:
+        hold_out(held, task["model"], task["objective"], job.train.tokens_per_batch)
+
+
+def scoring_seconds(job: TrainConfig) -> float | None:
+    """What the teacher took for one pass over what `run_train` reads; None where the store does not
+    say so of every unit.
+    """
+    _, pin, task = _train_task(job)
+    chains = pin.scores(task["teacher"])
+    read = [chains[s.seg_id] for s in pin.rollouts(task["rollouts"]) if s.seg_id in chains]
+    took = [segment.seconds for chain in read for segment in chain]
+    known = [each for each in took if each is not None]
+    return sum(known) if len(known) == len(took) else None
+
+
+def _train_task(job: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
+    """The store, its state, and what is to be learned by whom."""
+    preset = find_objective(job.train)
+    store = open_store(job.store.url)
+    pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
+    where = "the store" if job.train.pin is None else f"the store at log number {pin.number}"
+    bases = [n for n in pin.names("score") if pin.role(n) == "base"]
+    task = {
+        "model": student_of(job.student, pin, job.store.rollouts),
+        "teacher": choose_teacher(pin, job.train.teacher, where=where),
+        "base": job.train.base and choose(bases, job.train.base, what="base", where=where),
+        "rollouts": job.store.rollouts,
+        "objective": preset,
+        "settings": train_settings(job.train, job.run),
+        "partial": job.train.partial,
+        "foreign_student": job.train.foreign_student,
+    }
+    return store, pin, task
+
+
+def run_probe(
+    job: ProbeConfig, objectives: Sequence[str] = (), *, progress: Progress = silent
+) -> list[Bin]:
+    """`logitcask probe metrics`; `objectives` as --objective takes them; bin 0 is all rows."""
+    found = {text: parse_objective(text).objective for text in objectives}
+    store = open_store(job.store.url)
+    pin = store.head() if job.probe.pin is None else pin_of(store, job.probe.pin)
+    teacher = choose_teacher(pin, job.probe.teacher)
+    model = student_of(job.student, pin, job.store.rollouts)
+    rows = planned(
+        store,
+        pin=pin,
+        rollouts=job.store.rollouts,
+        teacher=teacher,
+        tokens_per_batch=job.probe.tokens_per_batch,
+    )
+    device = job.run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with quiet():
+        student = load_student(model)
+    return probe(
+        student,
+        rows,
+        objectives=found,
+        n_vocab=model.n_vocab,
+        bins=job.probe.bins,
+        device=device,
+        progress=progress,
+    )

@@ -1,0 +1,260 @@
+"""Workers that stay: `rollout --watch` and `score --watch`.
+
+They do the same units as the commands without --watch, by claims, and look again when nothing is
+left: for rollouts that appeared meanwhile, or for a new version of the student.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Collection
+
+from logitcask.engine.backends.base import close_backend
+from logitcask.engine.commands.resolve import grading_of, rendered, student_and_prompts
+from logitcask.engine.commands.stages import rolling, scoring
+from logitcask.engine.config.sections import RolloutConfig, ScoreConfig, StoreSection
+from logitcask.engine.config.teacher import Work
+from logitcask.engine.errors import ConfigError, IdentityError, ModelError
+from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
+from logitcask.engine.models import identity
+from logitcask.engine.rollout.plan import plan_rollouts
+from logitcask.engine.rollout.unit import Rolling, Unit, run_rollout_unit
+from logitcask.engine.score.plan import plan_scores
+from logitcask.engine.score.unit import ScoreUnit, score_unit
+from logitcask.engine.store import Snapshot, Store, holds_store, open_store
+from logitcask.engine.types import ModelRef, Progress, silent
+from logitcask.engine.workers.worker import Plan, WorkReport, WorkSettings, run_worker
+
+_NOTHING = WorkReport(
+    units=0, positions=0, seconds=0.0, positions_per_second=0.0, failed=0, first_error=""
+)
+
+
+def watch_scores(
+    job: ScoreConfig,
+    *,
+    stop: threading.Event,
+    progress: Progress = silent,
+    on_event: EventHandler = lambda line: None,
+) -> WorkReport:
+    """`logitcask score --watch`: waits for the store and the rollouts where they are not there yet,
+    and for a teacher's servers.
+
+    Raises as `run_score` does, and ConfigError for what has a meaning only when all rollouts are
+    there.
+    """
+    if job.score.prompt_template is not None or job.score.ids_file() is not None:
+        raise ConfigError(
+            "watch with prompt_template or at = ids:FILE, which are about all rollouts at once",
+            remedy="leave --watch out and score when they are all there; --context FILE can watch",
+        )
+    if (opened := _awaited(job.store, job.work, stop, on_event)) is None:
+        return _NOTHING
+    store, pin = opened
+    try:
+        asked = scoring(job, store, pin, CancelToken(on_event, stop))
+    except Cancelled:
+        return _NOTHING
+    said = warn_once(on_event)
+
+    def plan(given_up: Collection[str]) -> Plan[ScoreUnit]:
+        found = plan_scores(asked, store.head(), growing=True)
+        for note in found.notes:
+            said(note)
+        return Plan(units=found.missing, done=found.total - len(found.missing), total=found.total)
+
+    def work(key: str, unit: ScoreUnit) -> int:
+        return score_unit(asked, key, unit, lineage)
+
+    try:
+        lineage = asked.lineage()
+        return run_worker(
+            store,
+            plan,
+            work,
+            settings=_settings(job.work),
+            stage="score",
+            stop=stop,
+            progress=progress,
+            on_event=on_event,
+        )
+    finally:
+        close_backend(asked.scorer)
+
+
+def watch_rollouts(
+    job: RolloutConfig,
+    *,
+    stop: threading.Event,
+    progress: Progress = silent,
+    on_event: EventHandler = lambda line: None,
+) -> WorkReport:
+    """`logitcask rollout --watch`. Prompts are read and checked before any weight is loaded.
+
+    Raises as `run_rollout` does, and IdentityError where the student's folder comes to hold another
+    model than a later version of the same.
+    """
+    students = _Students(job, on_event)
+    store = students.store
+
+    def work(key: str, unit: Unit) -> int:
+        return run_rollout_unit(students.now(), key, unit).positions
+
+    try:
+        return run_worker(
+            store,
+            students.plan,
+            work,
+            settings=_settings(job.work),
+            stage="rollout",
+            stop=stop,
+            progress=progress,
+            on_event=on_event,
+        )
+    finally:
+        students.close()
+
+
+class _Students:
+    """The student's folder, version after version, and what is to be sampled from each."""
+
+    def __init__(self, job: RolloutConfig, on_event: EventHandler) -> None:
+        self._job, self._on_event, self._said = job, on_event, warn_once(on_event)
+        self._model, self._prompts, self._template = student_and_prompts(
+            job.student, job.prompts, job.rollout
+        )
+        self._grading = grading_of(job.rollout, self._model, self._prompts)
+        self._asked: Rolling | None = self._load(self._model)
+        self.store = self._asked.store
+        self._odd = ""
+        """What was wrong with the folder at the last look: it may be in the middle of a save."""
+
+    def close(self) -> None:
+        """Ends what the student that is loaded keeps open."""
+        if self._asked is not None:
+            close_backend(self._asked.sampler)
+        self._asked = None
+
+    def now(self) -> Rolling:
+        assert self._asked is not None, "a plan has units of a loaded student"
+        return self._asked
+
+    def plan(self, given_up: Collection[str]) -> Plan[Unit]:
+        """What is missing of this version; of the next one as soon as nothing is."""
+        pin = self.store.head()
+        missing = self._missing(pin)
+        if not missing.keys() - given_up and self._moved():
+            missing = self._missing(pin)
+        total = 0 if self._asked is None else len(self._asked.units)
+        done = total - len(missing)
+        most = self._job.work.max_unscored
+        if most and (waiting := _unscored(pin, self._job.store.rollouts)) > most:
+            self._said(f"{waiting} units wait for scores, more than {most}: none is begun")
+            return Plan(units={}, done=done, total=total)
+        return Plan(units=missing, done=done, total=total)
+
+    def _missing(self, pin: Snapshot) -> dict[str, Unit]:
+        return {} if self._asked is None else plan_rollouts(self._asked, pin)
+
+    def _load(self, model: ModelRef) -> Rolling:
+        return rolling(
+            self._job, model, self._prompts, self._template, self._grading, versions=True
+        )
+
+    def _moved(self) -> bool:
+        """Whether the folder holds a later version, which is loaded then."""
+        try:
+            found = self._later()
+            if found is None:
+                return False
+            # Two students need not fit side by side.
+            self.close()
+            asked = self._loaded_whole(found)
+        except (ModelError, IdentityError) as error:
+            # A save moves file by file. What is wrong twice in a row is no save.
+            if self._odd == error.cause:
+                raise
+            self._odd = error.cause
+            return False
+        self._odd = ""
+        if asked is None:
+            return False
+        self._model, self._asked = found, asked
+        self._on_event(f"student version {found.version} of {found.name}")
+        return True
+
+    def _loaded_whole(self, found: ModelRef) -> Rolling | None:
+        """That version, loaded; None where the folder was saved again meanwhile."""
+        asked = self._load(found)
+        whole = False
+        try:
+            whole = identity.weights_digest(found.path) == found.digest
+        finally:
+            if not whole:
+                close_backend(asked.sampler)
+        return asked if whole else None
+
+    def _later(self) -> ModelRef | None:
+        """The student that the folder holds now, None where it is no later one than the last."""
+        was, path = self._model, self._model.path
+        card, weights = identity.read_card(path), identity.weights_digest(path)
+        version, root = (0, weights) if card is None else (card["version"], card["root"])
+        if self._asked is not None and (version, weights) == (was.version, was.digest):
+            self._odd = ""
+            return None
+        if root != was.root or version < was.version:
+            raise IdentityError(
+                f"{path} held version {was.version} of {was.root}, and now holds version {version} "
+                f"of {root}",
+                remedy="give that student's rollouts a name of their own: --rollouts NAME",
+            )
+        if version == was.version and weights != was.digest:
+            raise IdentityError(
+                f"{path} holds other weights than before under the same version {version}",
+                remedy="let training finish its save, or remove what is no version of this student",
+            )
+        return identity.model_ref(
+            self._job.student.model,
+            revision=self._job.student.revision,
+            chat_template=self._template,
+        )
+
+
+def _awaited(
+    where: StoreSection, work: Work, stop: threading.Event, on_event: EventHandler
+) -> tuple[Store, Snapshot] | None:
+    """The store, once it holds rollouts of the name; None where `stop` was set before.
+
+    Raises what `score` would where nothing came within idle_exit.
+    """
+    begun_s, said = time.monotonic(), warn_once(on_event)
+    while not stop.is_set():
+        late = work.idle_exit and time.monotonic() - begun_s >= work.idle_exit
+        if late or holds_store(where.url):
+            store = open_store(where.url)
+            pin = store.head()
+            if pin.rollouts(where.rollouts):
+                return store, pin
+            if late:
+                rendered(pin, where.rollouts)
+            said(f"waiting for rollouts named {where.rollouts!r} in {where.url}")
+        else:
+            said(f"waiting for a store at {where.url}")
+        stop.wait(work.poll)
+    return None
+
+
+def _unscored(pin: Snapshot, name: str) -> int:
+    scored = {each.base for each in pin.segments if each.base}
+    return sum(each.seg_id not in scored for each in pin.rollouts(name))
+
+
+def _settings(work: Work) -> WorkSettings:
+    return WorkSettings(
+        worker=work.worker or f"{socket.gethostname()}-{os.getpid()}",
+        lease_s=work.lease,
+        poll_s=work.poll,
+        attempts=work.attempts,
+        idle_s=work.idle_exit,
+    )

@@ -1,0 +1,227 @@
+"""All sections but those of teachers and training, and what each command needs of all."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from logitcask.engine.config.section import Name, Positive, Section, Share
+from logitcask.engine.config.teacher import Score, Teacher, Work
+from logitcask.engine.config.training import Ablate, Eval, Loop, Probe, Train
+from logitcask.engine.types import SamplingParams
+
+
+class Student(Section):
+    model: str = Field(description="Student: a Hugging Face model folder or hub id.")
+    revision: str = Field("", description="Commit or tag of a hub id; empty = its default branch.")
+
+
+class Prompts(Section):
+    file: Path = Field(
+        description='JSONL file, one {"id", "prompt"} or {"id", "messages"} per line, optional '
+        '"answer".'
+    )
+    chat_template: bool | None = Field(
+        None,
+        description="Render prompts through the tokenizer's chat template, or take their text as "
+        "it is. Needed where both make sense: plain prompts and a tokenizer with a template.",
+    )
+
+
+class StoreSection(Section):
+    url: str = Field(
+        description="The store: a folder, or s3://, gs:// or az:// with bucket and prefix. "
+        "`rollout` makes it if it is absent."
+    )
+    rollouts: Name = Field("main", description="Name of the set of rollouts in the store.")
+    profile: Literal["default", "compact", "interop", "raw32"] = Field(
+        "default",
+        description="How entry log-probs are stored: default = float16; compact = bfloat16, "
+        "smaller and 8 times coarser; interop = float16 in codecs that every Zarr reader has; "
+        "raw32 = exact, much larger.",
+    )
+
+
+class Rollout(Section):
+    n: Positive = Field(4, description="Responses per prompt.")
+    temperature: float = Field(
+        1.0, ge=0, description="Sampling temperature; 0 = greedy, for evaluation."
+    )
+    top_p: Share = Field(
+        1.0, description="Nucleus that is sampled from. Below 1 the student sees fewer states."
+    )
+    sample_top_k: int = Field(
+        0, ge=0, description="Sample from so many most likely ids; 0 = all. Not --student-k."
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Drop ids under this share of the most likely id's probability.",
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Divides the logits of ids already seen; 1 = off."
+    )
+    max_new_tokens: Positive = Field(
+        512, description="Response tokens at most, stop token included."
+    )
+    student_k: Positive = Field(
+        16,
+        description="Ids of the student's own top-k kept per position. The teacher is asked at "
+        "these, so objectives with the student's support can use no larger k.",
+    )
+    mc_draws: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Ids drawn per position from the student's whole softmax at temperature 1, "
+        "with replacement, and kept with its log-probs for objectives on Monte Carlo ids; 0 = "
+        "none. Costs a second pass of the student over its responses.",
+    )
+    grader: str = Field(
+        "",
+        description="Who gives each response a reward in [0, 1] that is stored with it: exact = "
+        'its last \\boxed{}, "Answer:", "####" or line is the prompt\'s "answer"; or '
+        "MODULE:FUNCTION, installed code called with (prompt, response). Empty = no rewards.",
+    )
+    unit_prompts: int = Field(
+        0,
+        ge=0,
+        description="Prompts per segment, the unit of work and of commit; 0 = about 262,144 "
+        "positions. Smaller loses less work when killed and makes more files.",
+    )
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            n=self.n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.sample_top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+
+class Estimate(Section):
+    sample: Positive = Field(
+        4096, description="Response tokens to sample and score, about; more takes longer."
+    )
+    k_max: Positive = Field(
+        256,
+        description="The largest k-max of the table; a server must allow as many log-probs "
+        "(--max-logprobs), and 20 where it was not told otherwise.",
+    )
+
+
+class Gc(Section):
+    keep_days: float = Field(
+        30.0, ge=0, description="Every pin that was the newest within so many days stays readable."
+    )
+    lease_hours: float = Field(
+        24.0,
+        ge=0,
+        description="What no record names is left to its writer for so long; 0 only when nobody "
+        "writes.",
+    )
+
+
+class Run(Section):
+    out: Path = Field(
+        Path("run"), description="Folder of the trained model, metrics and checkpoints."
+    )
+    overwrite: bool = Field(False, description="Empty the folder of an earlier run first.")
+    seed: int = Field(0, ge=0, description="Seeds sampling, shuffling and initial adapters.")
+    backend: str = Field(
+        "auto",
+        description="Who samples and scores: hf (transformers), vllm (in this process), server (a "
+        "teacher at a URL); auto = server for a URL, else hf.",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Compute type; auto = bfloat16 on a GPU, float32 on a CPU. Trained weights are "
+        "float32 in any case.",
+    )
+    batch_tokens: Positive = Field(
+        16384, description="Tokens of one batch when sampling or scoring. Bounds memory."
+    )
+
+
+class RolloutConfig(Section):
+    """What `logitcask rollout` needs."""
+
+    student: Student
+    prompts: Prompts
+    store: StoreSection
+    rollout: Rollout = Rollout()
+    work: Work = Work()
+    run: Run = Run()
+
+
+class ScoreConfig(Section):
+    """What `logitcask score` needs."""
+
+    teacher: Teacher
+    store: StoreSection
+    score: Score = Score()
+    work: Work = Work()
+    run: Run = Run()
+
+
+class EstimateConfig(Section):
+    """What `logitcask store estimate` needs."""
+
+    student: Student
+    teacher: Teacher
+    prompts: Prompts
+    rollout: Rollout = Rollout()
+    score: Score = Score()
+    estimate: Estimate = Estimate()
+    run: Run = Run()
+
+
+class AblateConfig(Section):
+    """What `logitcask ablate` needs beside a TrainJob."""
+
+    ablate: Ablate
+
+
+class GcConfig(Section):
+    """What `logitcask store gc` needs."""
+
+    gc: Gc = Gc()
+
+
+class TrainConfig(Section):
+    """What `logitcask train` needs."""
+
+    student: Student
+    store: StoreSection
+    train: Train = Train()
+    eval: Eval = Eval()
+    run: Run = Run()
+
+
+class ProbeConfig(Section):
+    """What `logitcask probe metrics` needs."""
+
+    student: Student
+    store: StoreSection
+    probe: Probe = Probe()
+    run: Run = Run()
+
+
+class RunConfig(Section):
+    """A whole distillation: the file that `logitcask distill` reads."""
+
+    student: Student
+    teacher: Teacher
+    prompts: Prompts
+    store: StoreSection
+    rollout: Rollout = Rollout()
+    score: Score = Score()
+    train: Train = Train()
+    eval: Eval = Eval()
+    loop: Loop
+    run: Run = Run()

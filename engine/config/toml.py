@@ -1,0 +1,161 @@
+"""Configuration from TOML and from flags, and back. An unknown key is an error that names the
+nearest known one.
+"""
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from logitcask.engine.config.section import Section
+from logitcask.engine.config.sections import RunConfig
+from logitcask.engine.errors import ConfigError
+
+Job = TypeVar("Job", bound=Section)
+
+
+def validate(
+    kind: type[Job],
+    values: Mapping[str, Any],
+    *,
+    source: str,
+    spell: Callable[[str], str] = str,
+) -> Job:
+    """`values` ({section: {key: value}}) as a frozen `kind`; ConfigError names key, value, rule.
+
+    source: where the values are from; spell: section.key -> how it is written there.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = list(keys_of(kind))
+            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"{source}: unknown key {key}", remedy=f"the nearest known key is {near}"
+            ) from None
+        if first["type"] == "missing":
+            raise ConfigError(
+                f"{source}: {key} is missing", remedy=f"give {key}: {_describe(kind, first['loc'])}"
+            ) from None
+        rule = _RULES.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{source}: {spell(key)} = {first['input']!r}: {rule}",
+            remedy=f"{spell(key)}: {_describe(kind, first['loc'])}",
+        ) from None
+
+
+_RULES = {
+    "string_pattern_mismatch": "names have 1 to 128 of a-z 0-9 . _ -, the first a letter or digit, "
+    "as qwen3-4b",
+}
+"""Kinds of errors whose own words are for programmers."""
+
+
+def read_toml(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """A RunConfig from a TOML file and `section.key=value` overrides; paths are relative to it."""
+    return read_job(RunConfig, path, overrides)
+
+
+def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
+    """The same of any job."""
+    try:
+        with path.open("rb") as file:
+            values: dict[str, Any] = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror}", remedy="give the path of a TOML file"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}", remedy="mend the file there") from error
+    for text in overrides:
+        _override(values, text)
+    return _resolved(validate(kind, values, source=str(path)), path.parent)
+
+
+def to_toml(config: Section) -> str:
+    """The resolved configuration as TOML that `read_toml` reads back to the same."""
+    lines: list[str] = []
+    for section, content in config.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        # JSON's strings, numbers and booleans are TOML's too; a key without a value is left out.
+        lines += [f"{k} = {json.dumps(v)}" for k, v in content.items() if v is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"--set {text}: not section.key=value", remedy="e.g. --set train.lr=1e-5")
+    content = values.setdefault(section, {})
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"--set {text}: {section} is not a section", remedy=f"write [{section}] in the file"
+        )
+    content[name] = parse_value(value)
+
+
+def parse_value(text: str) -> Any:
+    """As TOML reads it; a bare word or path is text."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _resolved(config: Job, base: Path) -> Job:
+    def under(path: Path) -> Path:
+        return path if path.is_absolute() else base / path
+
+    def folder(name: str) -> str:
+        # A hub id and a relative folder look alike: it is a folder if there is one.
+        return str(base / name) if name and (base / name).is_dir() else name
+
+    def store(url: str) -> str:
+        return url if "://" in url else str(under(Path(url)))
+
+    places: dict[tuple[str, str], Callable[[Any], Any]] = {
+        ("student", "model"): folder,
+        ("teacher", "model"): folder,
+        ("teacher", "tokenizer"): folder,
+        ("teacher", "student_tokenizer"): folder,
+        ("teacher", "api_key_file"): under,
+        ("prompts", "file"): under,
+        ("store", "url"): store,
+        ("eval", "prompts"): under,
+        ("eval", "store"): store,
+        ("run", "out"): under,
+    }
+    update: dict[str, Any] = {}
+    for (name, key), place in places.items():
+        section = update.get(name, getattr(config, name, None))
+        if section is not None and getattr(section, key) is not None:
+            update[name] = section.model_copy(update={key: place(getattr(section, key))})
+    return config.model_copy(update=update)
+
+
+def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Its sections, and section.key of each."""
+    for name, field in kind.model_fields.items():
+        yield prefix + name
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from keys_of(inner, f"{prefix}{name}.")
+
+
+def _describe(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    field = kind.model_fields[str(loc[0])]
+    inner = field.annotation
+    if isinstance(inner, type) and issubclass(inner, BaseModel):
+        if len(loc) > 1:
+            return _describe(inner, loc[1:])
+        return "a section with " + ", ".join(inner.model_fields)
+    return field.description or str(loc[0])

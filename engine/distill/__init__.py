@@ -1,0 +1,1 @@
+"""The on-policy loop: rollout, score and update, round by round."""

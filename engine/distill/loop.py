@@ -1,0 +1,288 @@
+"""The on-policy loop: every round the student of that moment samples, the teacher scores, and the
+student is updated. Everything goes through the store, so nothing that was done is done again.
+
+One call of the trainer spans all rounds, and optimizer, schedule and metrics live on. A round is
+made right before its first update. Its rollouts bear the digest of the student that sampled, so a
+loop that was killed meets its own rollouts again and, on a CPU, ends with the same student.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from logitcask.engine.commands.load_teacher import LoadedTeacher, open_teacher
+from logitcask.engine.commands.resolve import (
+    eval_plan,
+    find_objective,
+    grading_of,
+    held_out_set,
+    student_and_prompts,
+    train_settings,
+)
+from logitcask.engine.config.sections import RunConfig
+from logitcask.engine.config.teacher import Score
+from logitcask.engine.config.training import Train
+from logitcask.engine.distill.on_policy_rows import OnPolicyRows
+from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.events import CancelToken, EventHandler, warn_once
+from logitcask.engine.models.identity import digest
+from logitcask.engine.objectives import (
+    CacheInfo,
+    ExactnessReport,
+    Preset,
+    check_exactness,
+    warnings,
+)
+from logitcask.engine.packing.plan import windows_at_most
+from logitcask.engine.rollout.unit import prompt_set_digest
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.training.held_out import hold_out
+from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
+from logitcask.engine.training.run_dir import check_same, read_run
+from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreRequest, silent
+
+
+def distill(
+    config: RunConfig, *, progress: Progress = silent, on_event: EventHandler = lambda line: None
+) -> TrainReport:
+    """Runs the rounds that `config` describes; the same call resumes.
+
+    Raises ConfigError, IdentityError (another tokenizer; another run in the folder or under the
+    name of the rollouts) and whatever the stages raise.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: distill runs in one process",
+            remedy="start it without torchrun; `logitcask train` takes several processes",
+        )
+    preset = find_objective(config.train)
+    model, prompts, template = student_and_prompts(config.student, config.prompts, config.rollout)
+    check_loop(config, prompts)
+    # What no teacher could serve is refused before the weights of one are read.
+    _verdict(config, preset, model, config.score.request(), bounds=False)
+    teacher = open_teacher(
+        config.teacher,
+        config.run,
+        model.lineage(),
+        template=template,
+        exact=config.score.exact,
+        k_max=config.score.k_max,
+        cancel=CancelToken(on_event),
+    )
+    try:
+        return _distill(config, preset, model, prompts, template, teacher, progress, on_event)
+    finally:
+        teacher.close()
+
+
+def _distill(
+    config: RunConfig,
+    preset: Preset,
+    model: ModelRef,
+    prompts: list[Prompt],
+    template: bool,
+    teacher: LoadedTeacher,
+    progress: Progress,
+    on_event: EventHandler,
+) -> TrainReport:
+    """`distill`, with the teacher open."""
+    on_event = warn_once(on_event)  # every round scores, and has the same notes
+    request, notes = teacher.asked(config.score, config.run.seed)
+    for line in (*teacher.notes, *notes):
+        on_event(line)
+    width = rows_per_update(config, prompts)
+    sampling = config.rollout.sampling()
+    exactness = _verdict(config, preset, model, request, "bounds" in teacher.scorer.capabilities)
+    for line in exactness.lines():
+        on_event(line)
+    grading = grading_of(config.rollout, model, prompts)
+    evaluation = eval_plan(config.eval, config.run, model, template)
+    held_out = None
+    if (asked := held_out_set(config.eval, config.store.url)) is not None:
+        held_out = hold_out(asked, model, preset, config.train.tokens_per_batch, _earlier(config))
+        for line in held_out.exactness.lines():
+            on_event(f"held out: {line}")
+    store = open_store(config.store.url, create=True)
+    loop = config.loop
+    settings = replace(
+        train_settings(config.train, config.run),
+        accumulation=width,
+        # A checkpoint inside a round would not know the student that sampled the round.
+        save_steps=-(-config.train.save_steps // loop.updates_per_round) * loop.updates_per_round,
+    )
+    identity = {
+        "rollouts": config.store.rollouts,
+        "prompts": prompt_set_digest(
+            prompts,
+            model,
+            sampling,
+            seed=config.run.seed,
+            student_k=config.rollout.student_k,
+            mc_draws=config.rollout.mc_draws,
+            grader=config.rollout.grader,
+        ),
+        "unit_prompts": config.rollout.unit_prompts,
+        "teacher": teacher.model.digest,
+        "teacher_name": config.teacher.name,
+        "request": asdict(request),
+        **({} if (at := config.score.asked_at()) is None else {"at": at}),
+        "loop": loop.model_dump(),
+    }
+    # Rounds of two runs under one name would mix students that only share their version numbers.
+    run = {"settings": asdict(settings), "objective": preset.objective.record(), **identity}
+    check_name(store, config.store.rollouts, run)
+    desk = open_run_dir(
+        config.run.out,
+        model=model,
+        settings=settings,
+        overwrite=config.run.overwrite,
+        device=config.run.device,
+    )
+    identity["store"] = store.uuid
+    course = RunSpec(
+        rows=lambda student: OnPolicyRows(
+            student,
+            config,
+            store,
+            model,
+            prompts,
+            template,
+            teacher,
+            request,
+            width,
+            run,
+            grading,
+            progress,
+            on_event,
+        ),
+        updates=loop.rounds * loop.updates_per_round,
+        objective=preset,
+        same_root=True,
+        identity=identity,
+        plan=digest(identity),
+        exactness=exactness,
+        evaluation=evaluation,
+        held_out=held_out,
+    )
+    report = run_training(
+        course,
+        desk,
+        model=model,
+        settings=settings,
+        config=config.model_dump(mode="json"),
+        progress=progress,
+    )
+    for line in warnings(preset.objective, report.last):
+        on_event(f"warning: {line}")
+    return report
+
+
+def _verdict(
+    config: RunConfig, preset: Preset, model: ModelRef, request: ScoreRequest, bounds: bool
+) -> ExactnessReport:
+    """What rounds serve of the objective; bounds: the teacher's entropy is an interval."""
+    return check_exactness(
+        preset,
+        CacheInfo(
+            student_k=config.rollout.student_k,
+            k_min=config.score.k_min,
+            k_max=config.score.k_max,
+            n_vocab=model.n_vocab,
+            at_student=request.at_student,
+            at_mc=config.score.at == MC_IDS,
+            q_draws=config.score.draws,
+            versions=(),  # renewed every round
+            student_version=model.version,
+            same_root=True,
+            same_template=True,
+            plain_sampling=config.rollout.sampling().is_plain(),
+            entropy_bounds=bounds,
+        ),
+    )
+
+
+def _earlier(config: RunConfig) -> dict[str, Any] | None:
+    """run.json of the run that this call goes on with."""
+    return None if config.run.overwrite else read_run(config.run.out)
+
+
+def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
+    """ConfigError for a loop that could not run as it is written."""
+    longest, budget = _longest(config, prompts), config.train.tokens_per_batch
+    sequences = config.loop.prompts_per_round * config.rollout.n
+    if config.loop.prompts_per_round > len(prompts):
+        raise ConfigError(
+            f"loop.prompts_per_round = {config.loop.prompts_per_round}: the file has "
+            f"{len(prompts)} prompts",
+            remedy=f"set loop.prompts_per_round to {len(prompts)} or less",
+        )
+    if longest > budget:
+        raise ConfigError(
+            f"train.tokens_per_batch = {budget} is less than the longest prompt with its response, "
+            f"{longest} tokens, and a sequence never spans rows",
+            remedy=f"set train.tokens_per_batch to {longest} or more, or lower "
+            "rollout.max_new_tokens",
+        )
+    if config.loop.updates_per_round > sequences:
+        raise ConfigError(
+            f"loop.updates_per_round = {config.loop.updates_per_round}: a round has {sequences} "
+            "responses, so some updates would have none",
+            remedy=f"set loop.updates_per_round to {sequences} or less",
+        )
+    if config.score.at not in ("student", MC_IDS):
+        raise ConfigError(
+            f"score.at = {config.score.at}: distill does not take it",
+            remedy="leave it out, or give mc; every round is scored once, at the student's own ids",
+        )
+    for key in ("role", "entry_kind"):
+        if (value := getattr(config.score, key)) != Score.model_fields[key].default:
+            raise ConfigError(
+                f"score.{key} = {value}: distill does not take it",
+                remedy="leave it out; a loop trains on the best ids of one teacher",
+            )
+    for key in ("accumulation", "epochs", "teacher", "base", "pin", "partial", "foreign_student"):
+        if (value := getattr(config.train, key)) != Train.model_fields[key].default:
+            raise ConfigError(
+                f"train.{key} = {value}: distill does not take it",
+                remedy="leave it out; [loop] says how much an update sees, and [teacher] whose "
+                "scores",
+            )
+
+
+def rows_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
+    """Packed rows that an update can need at most: how long responses get is not known before.
+
+    First-fit-decreasing leaves at most one row of a window half empty, so twice the tokens and a
+    row per window are enough; rows that are not needed are empty and cost next to nothing.
+    """
+    sequences = -(
+        -config.loop.prompts_per_round * config.rollout.n // config.loop.updates_per_round
+    )
+    tokens = sequences * _longest(config, prompts)
+    # A row of 60 bytes of scalars and tokens, and 10 for each entry of the two lists.
+    most = 60 + 10 * (config.rollout.student_k + config.score.k_max)
+    windows = windows_at_most(tokens * most)
+    return min(sequences, 2 * tokens // config.train.tokens_per_batch + windows)
+
+
+def _longest(config: RunConfig, prompts: list[Prompt]) -> int:
+    """Tokens that a prompt and its response can reach."""
+    return max(len(p.token_ids) for p in prompts) + config.rollout.max_new_tokens
+
+
+def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
+    """IdentityError if `name` holds anything but rounds of this very run."""
+    for segment in store.head().rollouts(name)[:1]:
+        if "run" not in segment.lineage:
+            raise IdentityError(
+                f"rollouts {name!r} in {store.url} were not made by distill",
+                remedy="set store.rollouts and run.out to names of this run's own",
+            )
+        check_same(
+            f"rollouts {name!r} in {store.url}",
+            segment.lineage["run"],
+            run,
+            remedy="go on as they were begun, or set store.rollouts and run.out to names of this "
+            "run's own",
+        )

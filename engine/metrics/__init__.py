@@ -1,0 +1,1 @@
+"""Metrics of student and teacher on cached scores."""

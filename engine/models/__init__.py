@@ -1,0 +1,1 @@
+"""Identity and properties of a model folder."""

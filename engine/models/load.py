@@ -1,0 +1,246 @@
+"""The model that is trained: load it, prove it, read hidden states, save it as the next version.
+
+Trainable weights are float32 whatever the folder holds: at a learning rate of 1e-6 a bfloat16
+weight is too coarse to take most updates. Rows are packed without an attention mask: the model
+tells sequences apart by position ids that start again, which only works while neither a mask nor a
+cache is passed. Not every architecture can do that, and not every head is a matrix with a scale or
+a soft cap behind it, so both are proved on a few tokens before training.
+"""
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.models.identity import digest, write_card
+from logitcask.engine.models.logit_transform import logit_transform
+from logitcask.engine.types import ModelRef
+
+PROBE_TOKENS = 32
+TOLERANCE = 1e-4
+"""Largest difference in a probe, relative to the largest value: float32 noise is some 1e-6."""
+
+
+def load_student(ref: ModelRef, *, lora_rank: int = 0, seed: int = 0) -> nn.Module:
+    """The student with float32 weights on the CPU, proved fit for packed training.
+
+    With `lora_rank` > 0 float32 adapters of all linear layers train, with alpha twice the rank;
+    `seed` draws them. Raises ModelError if it cannot be loaded or trained packed.
+    """
+    model = _load(ref.path)
+    prove(model, ref.n_vocab)
+    return _with_adapters(model, lora_rank, seed) if lora_rank else model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' own progress bars and advice are off inside: the engine never prints.
+
+    Its advice on checkpoints (a tied head that is not stored twice, say) is about its own formats.
+    """
+    from transformers.utils import logging as module
+
+    logging: Any = module
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path} cannot be loaded as a causal language model: {error}".replace("\n", " "),
+            remedy="give a folder with config.json and safetensors weights of an architecture that "
+            "transformers itself knows",
+        ) from error
+
+
+def _with_adapters(model: Any, rank: int, seed: int) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(
+            f"lora_rank = {rank} needs the package peft", remedy='pip install -e ".[lora]"'
+        ) from error
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft asks transformers by a name that is being retired.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        torch.manual_seed(seed)
+        adapted: nn.Module = get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        )
+    return adapted
+
+
+def inner_model(model: nn.Module) -> Any:
+    """The transformers model, below LoRA's wrapper if there is one; adapters stay in its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """[L, D] last hidden states of one packed row, input_ids and position_ids [1, L]."""
+    # base_model, not get_decoder(): on multimodal models the latter would skip the embedding step.
+    outputs = inner_model(model).base_model(
+        input_ids=input_ids, position_ids=position_ids, use_cache=False
+    )
+    states: Tensor = outputs.last_hidden_state
+    return states[0]
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """[V, D] weight of the head; V may be padded beyond n_vocab."""
+    weight: Tensor = inner_model(model).get_output_embeddings().weight
+    return weight
+
+
+@torch.no_grad()
+def prove(model: nn.Module, n_vocab: int) -> None:
+    """ModelError unless logits are head_map of hidden @ head^T and packed sequences do not see each
+    other.
+    """
+    inner = inner_model(model)
+    name = type(inner).__name__
+    head = inner.get_output_embeddings()
+    if head is None or head.weight.dim() != 2 or head.weight.shape[0] < n_vocab:
+        raise ModelError(
+            f"{name} has no output matrix of at least {n_vocab} rows, one per id of its tokenizer",
+            remedy="train a causal language model whose head is a linear layer",
+        )
+    if "position_ids" not in signature(inner.base_model.forward).parameters:
+        raise ModelError(
+            f"{name} takes no position ids: sequences of one packed row would see each other",
+            remedy="train a model with rotary or learnt positions",
+        )
+    if getattr(head, "bias", None) is not None:  # one of zeros hides until it is trained
+        raise ModelError(
+            f"{name} has a bias of the output matrix, which is not supported",
+            remedy="train a model whose logits are hidden states times the output matrix",
+        )
+    training = inner.training
+    inner.eval()
+    ids = (torch.arange(PROBE_TOKENS, device=head.weight.device) * 7 + 1) % n_vocab
+    ids = ids[None]
+    positions = torch.arange(PROBE_TOKENS, device=ids.device)[None]
+    whole = hidden_states(inner, ids, positions)
+    logits = inner(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+    if _differ(logit_transform(inner.config).apply(whole @ head.weight.T), logits):
+        raise ModelError(
+            f"{name} does something to logits after its output matrix that is not supported",
+            remedy="train a model whose logits are hidden states times that matrix, with a scale "
+            "or a soft cap at most",
+        )
+    cut = PROBE_TOKENS // 3
+    halves = [ids[:, :cut], ids[:, cut:]]
+    alone = [hidden_states(inner, half, positions[:, : half.shape[1]]) for half in halves]
+    restarting = torch.cat([positions[:, : half.shape[1]] for half in halves], 1)
+    packed = hidden_states(inner, ids, restarting)
+    inner.train(training)
+    if _differ(packed, torch.cat(alone)):
+        raise ModelError(
+            f"{name} lets sequences of one packed row see each other: it ignores that position ids "
+            "start again",
+            remedy="train a model whose layers all use softmax attention, with sdpa",
+        )
+
+
+def _differ(ours: Tensor, theirs: Tensor) -> bool:
+    return bool((ours - theirs).abs().max() > TOLERANCE * theirs.abs().max().clamp(min=1e-6))
+
+
+def live_digest(model: nn.Module) -> str:
+    """Digest of the weights as they are: what a sampler of this moment is known by.
+
+    sha256 over the sorted (name, dtype, shape, sha256 of the bytes) of all parameters, shared ones
+    once. Not the digest of the saved folder, which may hold them under other names.
+    """
+    rows = []
+    for name, tensor in model.named_parameters():
+        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        sha = hashlib.sha256(data.tobytes()).hexdigest()
+        rows.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), sha])
+    return digest(sorted(rows))
+
+
+def save_student(
+    model: nn.Module, folder: Path, *, parent: ModelRef, updates: int, card: Mapping[str, Any]
+) -> None:
+    """`folder` becomes a loadable model: safetensors in float32, tokenizer, card.
+
+    LoRA adapters are merged into the saved weights (the model in memory keeps them apart), so the
+    folder loads without peft. `card` holds pin, plan and objective; the version is the parent's
+    plus `updates`. Everything is written beside and then moved; the card (logitcask.json) comes
+    last, so a folder that has it is whole.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    inside = folder.is_dir()
+    aside = folder / ".saving" if inside else folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    _merged(model).save_pretrained(aside)
+    for file in _tokenizer_files(parent.path):
+        shutil.copyfile(file, aside / file.name)
+    write_card(
+        aside, root=parent.root, parent=parent.digest, version=parent.version + updates, **card
+    )
+    if not inside:
+        aside.rename(folder)
+        return
+    for file in sorted(aside.iterdir(), key=lambda f: f.name == "logitcask.json"):
+        os.replace(file, folder / file.name)
+    aside.rmdir()
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    """What a folder holds beside weights, model configuration and our own files."""
+    known = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+    return [f for f in sorted(path.iterdir()) if f.is_file() and f.name.startswith(known)]
+
+
+def _merged(model: nn.Module) -> Any:
+    inner = inner_model(model)
+    if inner is model:
+        return inner
+    from peft.tuners.lora import Linear
+    from transformers import AutoModelForCausalLM
+
+    state = {}
+    for name, tensor in inner.state_dict().items():
+        if ".lora_" not in name:
+            state[name.replace(".base_layer.", ".")] = tensor
+    layers: Any = inner.named_modules()
+    for name, layer in layers:
+        if isinstance(layer, Linear):
+            key = f"{name}.weight"
+            state[key] = state[key] + layer.get_delta_weight("default")
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        plain = build(inner.config, attn_implementation="sdpa")
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    return plain

@@ -1,0 +1,82 @@
+"""From what a person writes to a preset: `NAME`, `NAME(k=32)`, `NAME+modifier(key=value)+...`."""
+
+import re
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from logitcask.engine.errors import ObjectiveError
+from logitcask.engine.objectives.modifier import Modifier
+from logitcask.engine.objectives.modifiers import MODIFIERS
+from logitcask.engine.objectives.objective import Objective
+from logitcask.engine.objectives.presets import PRESETS, Preset
+
+_TERM = re.compile(r"(?P<name>[a-z0-9_]+)(?:\((?P<arguments>[^()]*)\))?")
+
+
+def parse_objective(text: str, *, k: int | None = None) -> Preset:
+    """The preset that `text` names, with another k if one is given. Raises ObjectiveError.
+
+    In brackets stand fields of the objective (k, parameter, weights) or of a modifier:
+    `gkd(parameter=0.1)`, `opd_released(weights=teacher_p)+clip`, `sampled_token+importance(cap=5)`.
+    A modifier that the preset has already is replaced.
+    """
+    head, *terms = text.replace(" ", "").split("+")
+    name, given = _split(head, text)
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise ObjectiveError(
+            f"unknown objective {name!r}",
+            remedy=f"the nearest is {near}; known: {', '.join(PRESETS)}",
+        )
+    preset = PRESETS[name]
+    kinds = {"k": int, "parameter": float, "weights": str}
+    changes = {key: _value(key, value, kinds, text) for key, value in given.items()}
+    if k is not None:
+        changes["k"] = k
+    modifiers = {each.name: each for each in preset.objective.modifiers}
+    for term in terms:
+        each = _modifier(*_split(term, text), text)
+        modifiers[each.name] = each
+    if not changes and not terms:
+        return preset
+    objective: Objective = replace(preset.objective, **changes, modifiers=tuple(modifiers.values()))
+    return replace(preset, name=text.replace(" ", ""), objective=objective)
+
+
+def _split(term: str, text: str) -> tuple[str, dict[str, str]]:
+    found = _TERM.fullmatch(term)
+    if found is None:
+        raise ObjectiveError(
+            f"objective {text!r}: {term!r} is no NAME or NAME(key=value)",
+            remedy="write e.g. opd, opd(k=32) or sampled_token+importance(cap=5)",
+        )
+    pairs = [part.partition("=") for part in (found["arguments"] or "").split(",") if part]
+    return found["name"], {key: value for key, _, value in pairs}
+
+
+def _modifier(name: str, given: dict[str, str], text: str) -> Modifier:
+    if name not in MODIFIERS:
+        near = get_close_matches(name, MODIFIERS, n=1, cutoff=0.0)[0]
+        raise ObjectiveError(
+            f"objective {text!r}: unknown modifier {name!r}",
+            remedy=f"the nearest is {near}; known: {', '.join(MODIFIERS)}",
+        )
+    kind = MODIFIERS[name]
+    kinds = {f.name: type(f.default) for f in fields(kind)}
+    return kind(**{key: _value(key, value, kinds, text) for key, value in given.items()})
+
+
+def _value(key: str, value: str, kinds: dict[str, Any], text: str) -> Any:
+    if key not in kinds:
+        raise ObjectiveError(
+            f"objective {text!r}: unknown key {key!r}",
+            remedy=f"known here: {', '.join(kinds) or 'none'}",
+        )
+    try:
+        return kinds[key](value)
+    except ValueError:
+        raise ObjectiveError(
+            f"objective {text!r}: {key} = {value!r} is not of type {kinds[key].__name__}",
+            remedy=f"give {key} such a value",
+        ) from None

@@ -1,0 +1,210 @@
+"""One planned row -> tensors.
+
+A row source decodes whole units and keeps them in memory up to a number of bytes: reading single
+samples from compressed chunks would decode each many times. Units that are named beforehand are
+decoded in a thread while others are read.
+
+It may be sent to another process (`spawn`): there it opens the store anew, with the same pairs.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+
+from logitcask.engine.errors import IncompleteError, StoreError
+from logitcask.engine.models.identity import digest
+from logitcask.engine.packing.assemble import nothing, targets_of, tensor
+from logitcask.engine.packing.plan import WINDOW_BYTES, Lengths
+from logitcask.engine.packing.targets import Targets
+from logitcask.engine.store import Chain, Segment, Snapshot, Store
+from logitcask.engine.store.cache import UnitCache, read_unit
+from logitcask.engine.store.unit import Unit, dtypes_of, is_bounded, size_of
+from logitcask.engine.types import Array
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """Whole sequences laid end to end in one forward pass of L tokens, and their P rows."""
+
+    input_ids: torch.Tensor
+    """[1, L] int64."""
+    position_ids: torch.Tensor
+    """[1, L] int64, from 0 in every sequence: that is what keeps packed sequences apart."""
+    predict_at: torch.Tensor
+    """[P] int64, index into L of the hidden state that predicts each row: prompt_len + r - 1."""
+    targets: Targets
+
+    def to(self, device: torch.device | str) -> "Pack":
+        return Pack(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+class PackSource:
+    """Reads planned rows of one set of rollouts and one teacher's scores of it."""
+
+    def __init__(
+        self,
+        store: Store,
+        pin: Snapshot,
+        rollouts_name: str,
+        teacher: str,
+        *,
+        base: str | None = None,
+        partial: bool = False,
+        only: Callable[[Segment], bool] | None = None,
+        memory_bytes: int = WINDOW_BYTES,
+        cache: UnitCache | None = None,
+    ) -> None:
+        """`base` names scores of the model that the teacher was made from. `only` picks among the
+        rollout segments of the name. `memory_bytes` bounds the decoded units that are kept, beside
+        those that are being decoded ahead; with a `cache` they are files, and memory is the
+        system's affair.
+
+        Raises StoreError if the names hold nothing, IncompleteError if units are missing and
+        `partial` does not allow that.
+        """
+        self._store = store
+        self._cache = cache
+        self._memory_bytes = memory_bytes
+        self._start()
+        scores = pin.scores(teacher)
+        self.base = base
+        of_base = {} if base is None else pin.scores(base)
+        segments = tuple(s for s in pin.rollouts(rollouts_name) if only is None or only(s))
+        if not partial:
+            check_complete(store, segments, scores, rollouts_name, teacher)
+            if base is not None:
+                check_complete(store, segments, of_base, rollouts_name, base, role=" --role base")
+        self.pairs: tuple[tuple[Segment, Chain], ...] = tuple(
+            (segment, scores[segment.seg_id])
+            for segment in segments
+            if segment.seg_id in scores and (base is None or segment.seg_id in of_base)
+        )
+        """(rollout segment, its scores): the ordinals of a plan."""
+        self._bases: tuple[Chain, ...] = tuple(of_base.get(s.seg_id, ()) for s, _ in self.pairs)
+        self.bounded = any(is_bounded(chain) for _, chain in self.pairs)
+        """Whether entropies of the teacher are intervals, in some units at least."""
+        if not self.pairs:
+            raise StoreError(
+                f"{store.url} has no rollouts {rollouts_name!r} with scores of {teacher!r}"
+                f"{'' if base is None else f' and {base!r}'} at log number {pin.number}",
+                remedy=f"it has rollouts {pin.names('rollout')} and scores {pin.names('score')}",
+            )
+
+    def _start(self) -> None:
+        self._lock = Lock()
+        self._held: OrderedDict[int, Unit] = OrderedDict()
+        self._coming: dict[int, Future[Unit]] = {}
+        self._decoder: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_lock", "_held", "_coming", "_decoder")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+
+    def lengths(self) -> list[Lengths]:
+        """Of every unit, in the ordinals of a plan."""
+        found = []
+        for (segment, chain), base in zip(self.pairs, self._bases, strict=True):
+            extent = self._store.read_extent(segment)
+            found.append(
+                Lengths(
+                    seg_id=segment.seg_id,
+                    prompt_ids=extent.prompt_ids,
+                    seq_prompt=extent.seq_prompt,
+                    prompt=extent.prompt[extent.seq_prompt],
+                    response=extent.response,
+                    size_bytes=size_of(segment, chain, base),
+                )
+            )
+        return found
+
+    def row(self, members: Array) -> Pack:
+        """The packed row of [n, 2] (unit ordinal, sequence); no members give a row of one token and
+        no targets, whose loss is zero.
+        """
+        parts = [self._unit(int(o)).sequence(int(s)) for o, s in members]
+        # All units of one name have the same arrays, but that some may know an entropy exactly.
+        parts = parts or [nothing(dtypes_of(*self.pairs[0], self._bases[0]))]
+        if self.bounded:
+            parts = [{"q_entropy_hi": part["q_entropy"], **part} for part in parts]
+        flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        tokens = [len(part["input_ids"]) for part in parts]
+        first = np.cumsum([0, *tokens[:-1]])
+        rows = [len(part["token"]) for part in parts]
+        flat["sequence"] = np.repeat(np.arange(len(parts)), rows)
+        predict_at = [part["predict_at"] + at for part, at in zip(parts, first, strict=True)]
+        return Pack(
+            input_ids=tensor(flat["input_ids"])[None],
+            position_ids=tensor(np.concatenate([np.arange(n) for n in tokens]))[None],
+            predict_at=tensor(np.concatenate(predict_at)),
+            targets=targets_of(flat),
+        )
+
+    def decode_ahead(self, ordinals: Iterable[int]) -> None:
+        """Decodes units in a thread, in this order, while others are read."""
+        if self._decoder is None:
+            self._decoder = ThreadPoolExecutor(1, "logitcask-decode")
+        with self._lock:
+            for ordinal in ordinals:
+                if ordinal not in self._held and ordinal not in self._coming:
+                    self._coming[ordinal] = self._decoder.submit(self._read, ordinal)
+
+    def _unit(self, ordinal: int) -> Unit:
+        with self._lock:
+            if ordinal in self._held:
+                self._held.move_to_end(ordinal)
+                return self._held[ordinal]
+            coming = self._coming.pop(ordinal, None)
+        unit = self._read(ordinal) if coming is None else coming.result()
+        with self._lock:
+            self._held[ordinal] = unit
+            held = sum(each.size_bytes for each in self._held.values())
+            while self._cache is None and held > self._memory_bytes and len(self._held) > 1:
+                held -= self._held.popitem(last=False)[1].size_bytes
+        return unit
+
+    def _read(self, ordinal: int) -> Unit:
+        read = read_unit if self._cache is None else self._cache.unit
+        return read(self._store, *self.pairs[ordinal], self._bases[ordinal])
+
+
+def check_complete(
+    store: Store,
+    segments: Sequence[Segment],
+    scores: Mapping[str, Chain],
+    rollouts_name: str,
+    teacher: str,
+    *,
+    role: str = "",
+) -> None:
+    """IncompleteError if planned rollout units or scores of committed ones are missing; `role` is
+    the flag that makes such scores.
+    """
+    # One sampler's units: what it left out is no other's.
+    of = {(s.unit["version"], digest(s.lineage["student"])): s.lineage for s in segments}
+    planned_units = sum(int(lineage["set"]["units"]) for lineage in of.values())
+    if planned_units > len(segments):
+        raise IncompleteError(
+            f"{planned_units - len(segments)} of {planned_units} units of rollouts "
+            f"{rollouts_name!r} are missing",
+            remedy=f"go on with `logitcask rollout --store {store.url} --rollouts {rollouts_name}`"
+            " as it was called first, or train on what is there with --partial",
+        )
+    missing = sum(segment.seg_id not in scores for segment in segments)
+    if missing:
+        raise IncompleteError(
+            f"{missing} of {len(segments)} units of rollouts {rollouts_name!r} have no scores of "
+            f"{teacher!r}",
+            remedy=f"run `logitcask score --model TEACHER --store {store.url} "
+            f"--rollouts {rollouts_name} --teacher {teacher}{role}`, or train on what is scored "
+            "with --partial",
+        )

@@ -1,0 +1,1 @@
+"""Sample responses and commit them as rollout segments."""

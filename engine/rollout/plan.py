@@ -1,0 +1,133 @@
+"""Prompts + a sampler -> rollout segments.
+
+Work is planned in units, fixed ranges of consecutive prompts, before anything is sampled. A unit is
+sampled, scored by the student itself (whose top-k the store keeps), and committed. What is planned
+and not committed is what a resumed run does.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from logitcask.engine.errors import IdentityError
+from logitcask.engine.rollout.unit import Rolling, Unit, run_rollout_unit
+from logitcask.engine.store import Segment, Snapshot
+from logitcask.engine.types import (
+    STOP,
+    ModelRef,
+    Progress,
+    silent,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutReport:
+    units_total: int
+    units_done_before: int
+    units_new: int
+    positions: int
+    """Response tokens of the units that are new; so are the figures below."""
+    sequences: int
+    seconds: float
+    mean_length: float
+    """Response tokens of a sequence; 0 where no unit was new."""
+    stopped_share: float
+    """Share of sequences that ended in a stop token."""
+    mean_reward: float | None = None
+    """Of a sequence; None where no grader is named or no unit was new."""
+
+
+def rollout(asked: Rolling, *, progress: Progress = silent) -> RolloutReport:
+    """Samples every planned unit that the store does not hold yet, and commits it.
+
+    Raises IdentityError where the name holds other prompts, sampling, students or units,
+    GraderError where the grader fails: of that unit nothing is committed.
+    """
+    start_s = time.monotonic()
+    missing = plan_rollouts(asked, asked.store.head())
+    total, done_before = len(asked.units), len(asked.units) - len(missing)
+    positions = sequences = stopped = 0
+    rewarded = 0.0
+    for done, (key, unit) in enumerate(missing.items()):
+        progress("rollout", done_before + done, total)
+        rolled = run_rollout_unit(asked, key, unit)
+        positions += rolled.positions
+        sequences += len(rolled.finish)
+        stopped += int((rolled.finish == STOP).sum())
+        rewarded += 0.0 if rolled.reward is None else float(rolled.reward.sum(dtype=float))
+    progress("rollout", total, total)
+    return RolloutReport(
+        units_total=total,
+        units_done_before=done_before,
+        units_new=len(missing),
+        positions=positions,
+        sequences=sequences,
+        seconds=time.monotonic() - start_s,
+        mean_length=positions / max(1, sequences),
+        stopped_share=stopped / max(1, sequences),
+        mean_reward=rewarded / sequences if asked.grading is not None and sequences else None,
+    )
+
+
+def plan_rollouts(asked: Rolling, pin: Snapshot) -> dict[str, Unit]:
+    """unit_key -> what is missing as of a pin, in order. Raises IdentityError as `rollout` does."""
+    ours = asked.lineage["set"]
+    _check_name(pin, asked.name, asked.model, ours, asked.units, asked.versions)
+    there = pin.unit_keys()
+    return {key: unit for key, unit in asked.units.items() if key not in there}
+
+
+def _check_name(
+    pin: Snapshot,
+    name: str,
+    model: ModelRef,
+    ours: Mapping[str, Any],
+    units: Mapping[str, Unit],
+    versions: bool,
+) -> None:
+    """Refuses before anything is sampled what the store would refuse, and what it cannot see."""
+    for segment in pin.segments:
+        if segment.unit_key in units and segment.name != name:
+            raise IdentityError(
+                f"these rollouts are in the store already, under the name {segment.name!r}",
+                remedy=f"Use that name instead of {name!r}, or another seed.",
+            )
+    for segment in pin.rollouts(name):
+        theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
+        if theirs != ours["digest"]:
+            raise IdentityError(
+                f"rollouts {name!r} were made with {_difference(segment.lineage['set'], ours)} "
+                f"(set {theirs}, this one is {ours['digest']})",
+                remedy="Give these rollouts a name of their own, or use what they were made with.",
+            )
+        if student["weights"] != model.digest and not versions:
+            raise IdentityError(
+                f"rollouts {name!r} are of student {student['weights']}, version "
+                f"{student['version']}; this one is {model.digest}, version {model.version}",
+                remedy="Give these rollouts a name of their own; only distill mixes versions.",
+            )
+        # A loop's first updates may leave the weights as they are: a version has its own numbers.
+        same = (student["weights"], student["version"]) == (model.digest, model.version)
+        if same and segment.unit_key not in units:
+            _check_grid(name, segment, units)
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The first setting in which two sets differ, with both values."""
+    for key in {**ours, **theirs}:
+        if key not in ("digest", "prompts", "units") and theirs.get(key) != ours.get(key):
+            return f"{key} = {theirs.get(key)!r}, not {ours.get(key)!r}"
+    return "other prompts, or of another loop"
+
+
+def _check_grid(name: str, segment: Segment, units: Mapping[str, Unit]) -> None:
+    """Two unit sizes would sample the same prompts twice, with the same random numbers."""
+    first, end = segment.unit["first"], segment.unit["first"] + segment.unit["count"]
+    for unit in units.values():
+        if unit["first"] < end and first < unit["first"] + unit["count"]:
+            raise IdentityError(
+                f"rollouts {name!r} hold prompts {first}..{end - 1} as one unit, and the plan has "
+                f"{unit['first']}..{unit['first'] + unit['count'] - 1}",
+                remedy="Resume with the unit_prompts, first and count that they were begun with.",
+            )

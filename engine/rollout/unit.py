@@ -1,0 +1,254 @@
+"""One rollout unit: a range of prompts, sampled, scored by the student itself and committed."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from logitcask.engine.backends.base import Sampler, Scorer
+from logitcask.engine.errors import ConfigError
+from logitcask.engine.models.identity import digest
+from logitcask.engine.prompts.graders import Grading
+from logitcask.engine.store import Store
+from logitcask.engine.teachers.checks import check_scorer
+from logitcask.engine.types import (
+    Draws,
+    ModelRef,
+    Prompt,
+    Rollouts,
+    SamplingParams,
+    ScoreRequest,
+    silent,
+)
+
+UNIT_POSITIONS = 262_144
+"""Response tokens that a unit of the default size can reach."""
+LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
+
+Unit = Mapping[str, int]
+"""version of the student, first prompt, count of prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rolling:
+    """Who samples what, and what is kept of it.
+
+    Raises ConfigError for a range that does not lie within the prompts, and for a scorer that
+    cannot draw what mc_draws asks for.
+    """
+
+    store: Store
+    model: ModelRef
+    """The student."""
+    sampler: Sampler
+    scorer: Scorer | None = None
+    """The student as a scorer; None: the sampler is one too."""
+    prompts: Sequence[Prompt]
+    sampling: SamplingParams
+    name: str = "main"
+    """Of the rollouts in the store."""
+    seed: int = 0
+    student_k: int = 16
+    """How many of its own best ids a row keeps."""
+    mc_draws: int = 0
+    """Ids that it draws on every row beside the sampled token, from its full softmax at
+    temperature 1."""
+    grading: Grading | None = None
+    """Who gives each response its reward."""
+    unit_prompts: int | None = None
+    """Prompts of a unit; None: as many as can reach UNIT_POSITIONS."""
+    profile: str = "default"
+    """How entry log-probs are stored."""
+    first: int = 0
+    count: int | None = None
+    """Only so many prompts, in order from `first` and on with prompt 0 after the last; None: from
+    `first` to the last."""
+    versions: bool = False
+    """Other versions of the student may be under this name already, as in a distillation loop."""
+    run: Mapping[str, Any] | None = None
+    """The loop, recorded and part of what the name stands for."""
+    lineage_extra: Mapping[str, Any] | None = None
+    """More that each segment is to record."""
+
+    def __post_init__(self) -> None:
+        if self.mc_draws:
+            check_scorer(self.student, mc_request(self.mc_draws, self.seed))
+        unit, first, count, prompts = self.unit_size, self.first, self.size, len(self.prompts)
+        if unit < 1 or not 0 <= first < prompts or not 1 <= count <= prompts:
+            raise ConfigError(
+                f"unit_prompts={unit}, first={first}, count={count} of {prompts} prompts",
+                remedy="Take at least one prompt per unit, and a range that lies within the "
+                "prompts.",
+            )
+
+    @property
+    def student(self) -> Scorer:
+        """Who says what the student thinks of its own rollouts."""
+        if self.scorer is not None:
+            return self.scorer
+        sampler: Any = self.sampler
+        if not hasattr(sampler, "score"):
+            raise ConfigError(
+                f"{type(sampler).__name__} samples and cannot score, and no scorer is given",
+                remedy="Give a scorer with the student's weights.",
+            )
+        scorer: Scorer = sampler
+        return scorer
+
+    @property
+    def unit_size(self) -> int:
+        """Prompts of a unit."""
+        return default_unit(self.sampling) if self.unit_prompts is None else self.unit_prompts
+
+    @property
+    def size(self) -> int:
+        """Prompts of all units."""
+        return len(self.prompts) - self.first if self.count is None else self.count
+
+    @cached_property
+    def set_digest(self) -> str:
+        return prompt_set_digest(
+            self.prompts,
+            self.model,
+            self.sampling,
+            seed=self.seed,
+            student_k=self.student_k,
+            mc_draws=self.mc_draws,
+            grader=self._grader,
+            run=self.run,
+        )
+
+    @cached_property
+    def units(self) -> dict[str, Unit]:
+        """unit_key -> unit, planned before anything is sampled."""
+        ranges = [
+            (at, min(self.unit_size, end - at))
+            for start, end in _stretches(self.first, self.size, len(self.prompts))
+            for at in range(start, end, self.unit_size)
+        ]
+        return {
+            unit_key(self.set_digest, self.model, at, size): {
+                "version": self.model.version,
+                "first": at,
+                "count": size,
+            }
+            for at, size in ranges
+        }
+
+    @cached_property
+    def lineage(self) -> dict[str, Any]:
+        """What every segment records."""
+        return {
+            "set": {
+                "digest": self.set_digest,
+                "prompts": len(self.prompts),
+                "units": len(self.units),
+                **asdict(self.sampling),
+                "seed": self.seed,
+                "student_k": self.student_k,
+                **({"mc_draws": self.mc_draws} if self.mc_draws else {}),
+                **({"grader": self._grader} if self._grader else {}),
+                "template": self.model.template_digest,
+            },
+            "student": self.model.lineage(),
+            "backend": self.sampler.describe(),
+            "scorer": self.student.describe(),
+            "logprob": LOGPROB,
+            **({"run": dict(self.run)} if self.run else {}),
+            **(self.lineage_extra or {}),
+        }
+
+    @property
+    def _grader(self) -> str:
+        return "" if self.grading is None else self.grading.name
+
+
+def run_rollout_unit(asked: Rolling, key: str, unit: Unit) -> Rollouts:
+    """Samples one unit, lets the student score it, commits it under its key, and returns it."""
+    sampler, scorer, seed, k = asked.sampler, asked.student, asked.seed, asked.student_k
+    part = asked.prompts[unit["first"] : unit["first"] + unit["count"]]
+    rolled = sampler.generate(
+        part, asked.sampling, seed=seed, version=asked.model.version, progress=silent
+    )
+    if asked.grading is not None:
+        # Before the student's own scores: what a grader refuses costs no more than sampling.
+        rolled = replace(rolled, reward=asked.grading.rewards(rolled).astype("float32"))
+    own = ScoreRequest(top_p=1.0, k_min=k, k_max=k, at_student=False)
+    request = mc_request(asked.mc_draws, seed)
+    drawn = draw(scorer, rolled, request) if asked.mc_draws else None
+    rolled = replace(rolled, student=scorer.score(rolled, own), draws=drawn)
+    asked.store.commit_rollouts(
+        rolled,
+        name=asked.name,
+        unit_key=key,
+        unit=unit,
+        lineage=asked.lineage,
+        profile=asked.profile,
+    )
+    return rolled
+
+
+def default_unit(sampling: SamplingParams) -> int:
+    """As many prompts as can reach UNIT_POSITIONS, and at least one."""
+    return max(1, UNIT_POSITIONS // (sampling.n * sampling.max_new_tokens))
+
+
+def prompt_set_digest(
+    prompts: Sequence[Prompt],
+    model: ModelRef,
+    sampling: SamplingParams,
+    *,
+    seed: int,
+    student_k: int,
+    mc_draws: int = 0,
+    grader: str = "",
+    run: Mapping[str, Any] | None = None,
+) -> str:
+    """What a name of rollouts stands for, beside the root of its student."""
+    rows = [[p.id, list(p.token_ids), p.answer, dict(p.extra)] for p in prompts]
+    return digest(
+        {
+            "prompts": rows,
+            "template": model.template_digest,
+            "sampling": asdict(sampling),
+            "seed": seed,
+            "student_k": student_k,
+            # Only where there are any: sets that were made before there could be keep their digest.
+            **({"mc_draws": mc_draws} if mc_draws else {}),
+            **({"grader": grader} if grader else {}),
+            **({"run": dict(run)} if run else {}),
+        }
+    )
+
+
+def mc_request(draws: int, seed: int) -> ScoreRequest:
+    """What draws Monte Carlo ids of a student."""
+    # Not the numbers that a teacher of the same seed draws by: two draws are to be independent.
+    own_seed = int.from_bytes(hashlib.sha256(b"mc/%d" % seed).digest()[:7])
+    return ScoreRequest(entry_kind="sampled", draws=draws, seed=own_seed, at_student=False)
+
+
+def draw(scorer: Scorer, rollouts: Rollouts, request: ScoreRequest) -> Draws:
+    """Ids of every row, drawn by the student itself as `mc_request` says."""
+    found = scorer.score(rollouts, request)
+    assert found.mult is not None, "who draws counts"
+    return Draws(cnt=found.cnt, ids=found.ids, mult=found.mult, lp=found.entry_lp)
+
+
+def unit_key(set_digest: str, model: ModelRef, first: int, count: int) -> str:
+    return digest(
+        {
+            "set": set_digest,
+            "student": model.digest,
+            "version": model.version,
+            "first": first,
+            "count": count,
+        }
+    )
+
+
+def _stretches(first: int, count: int, total: int) -> list[tuple[int, int]]:
+    """[start, end) of so many of `total` prompts, which go on with 0 after the last."""
+    beyond = max(0, first + count - total)
+    return [(first, first + count - beyond), *([(0, beyond)] if beyond else [])]

@@ -1,0 +1,1 @@
+"""Score rollout segments and commit score segments."""

@@ -1,0 +1,182 @@
+"""More of the same teacher on the same rollouts: what a second scoring adds to the first.
+
+A larger k_max, or other ids (a later student's top-k, say): layout `wider` stores the entries
+that the segments before it lack, and how they fall in with those. Let U be what is known of a row,
+in its order, and X what is new, in the new order. X is stored in that order; the reader needs for
+each of X how many of U stand before it:
+
+  implied  = members of U whose *stored* value stands before its own,
+  rank_fix = the true number - the implied one   (modulo 2^16),
+
+so that the rank of the j-th of X in U and X together is j + implied + rank_fix, and U, whose own
+order is known, takes the places that remain.
+
+The new list of a teacher is its old one and, behind it, what the new one names beside. Where both
+scorings computed alike that is the new list; where numbers moved in their last bits, the old order
+stands. A scoring whose numbers moved further is refused: it is another teacher, or another dtype.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+import logitcask.engine.store.format.codecs as codecs
+import logitcask.engine.store.format.ragged as ragged
+import logitcask.engine.store.format.schema as schema
+from logitcask.engine.errors import IdentityError, StoreError
+from logitcask.engine.store.format.checks import check_lists
+from logitcask.engine.store.format.layouts import RESCORE, Ranked, exact_order, ranked, stored_order
+from logitcask.engine.types import Array, CachedScores, IdLists, Scores
+
+NOISE = {"float32": 1e-3}
+"""dtype of a scorer -> nats by which its log-probs may differ from one run to another ..."""
+COARSE_NOISE = 0.25
+"""... and in any other dtype."""
+UNLIKELY = -30.0
+"""Log-probs below count as this."""
+
+
+def ask_at(known: CachedScores, more: IdLists | None = None) -> IdLists:
+    """Every id known of a row, then those of `more` that are not: where a widening is asked.
+
+    The tail of a widened row is what lies outside all of them, so the scorer has to see them.
+    """
+    u = ranked(known)
+    every = IdLists(cnt=u.cnt.astype(np.uint16), ids=u.ids)
+    return every if more is None else union(every, more)
+
+
+def union(first: IdLists, more: IdLists) -> IdLists:
+    """In every row the ids of `first`, then those of `more` that are not among them."""
+    new = ragged.find(first.ids.astype(np.uint32), first.cnt, more.ids.astype(np.uint32), more.cnt)
+    added = ragged.marked(new < 0, more.cnt)
+    return IdLists(
+        cnt=(first.cnt.astype(np.int64) + added).astype(np.uint16),
+        ids=_interleaved(first.cnt, first.ids, added, more.ids[new < 0]),
+    )
+
+
+def encode(
+    known: CachedScores,
+    scores: Scores,
+    at: IdLists,
+    profile: codecs.Profile,
+    *,
+    noise: float,
+    rounding: float,
+) -> dict[str, Array]:
+    """Arrays of a widening of `known` by scores that were asked at `at`, as made by `ask_at`.
+
+    noise: nats by which a log-prob may have moved since; rounding: of the profile in which the
+    known ones are stored. Raises IdentityError for numbers that moved further, StoreError where
+    `at` lacks a known id, or a row becomes too long.
+    """
+    assert scores.at_lp is not None, "a widening asks at what is known"
+    check_lists(at, len(known.cnt), schema.MAX_ROW, "the ids asked at", RESCORE)
+    u = ranked(known)
+    at_cnt, at_ids = at.cnt, at.ids.astype(np.uint32)
+    l_cnt, l_ids = scores.cnt.astype(np.uint16), scores.ids.astype(np.uint32)
+    place = ragged.find(at_ids, at_cnt, u.ids, u.cnt)
+    if (place < 0).any():
+        raise StoreError("a widening was not asked at all ids that are known", remedy=RESCORE)
+    u_lp = scores.at_lp[np.repeat(ragged.starts(at_cnt)[:-1], u.cnt) + place]
+    _check_agrees(u, u_lp, noise, rounding)
+
+    # In the new order a row has the old list, then what the new list adds, then everything else.
+    in_list = ragged.find(l_ids, l_cnt, u.ids, u.cnt)
+    old = ragged.within(u.cnt) < np.repeat(known.kept, u.cnt)
+    u_added, u_rest = ~old & (in_list >= 0), ~old & (in_list < 0)
+    u_added_cnt, u_rest_cnt = ragged.marked(u_added, u.cnt), ragged.marked(u_rest, u.cnt)
+    x_added = ragged.find(u.ids, u.cnt, l_ids, l_cnt) < 0
+    x_rest = ragged.find(u.ids, u.cnt, at_ids, at_cnt) < 0
+    x_rest &= ragged.find(l_ids, l_cnt, at_ids, at_cnt) < 0
+    added_cnt, rest_cnt = ragged.marked(x_added, l_cnt), ragged.marked(x_rest, at_cnt)
+
+    u_place, x_place = in_list[u_added], ragged.within(l_cnt)[x_added]
+    added_before = ragged.above(u_place, u_added_cnt, x_place, added_cnt)
+    added_before += np.repeat(known.kept, added_cnt)
+    order = exact_order(scores.at_lp[x_rest], at_ids[x_rest])
+    best_first = np.lexsort((order, ragged.rows(rest_cnt)))
+    u_order = exact_order(u_lp[u_rest], u.ids[u_rest])
+    rest_before = ragged.above(u_order, u_rest_cnt, order[best_first], rest_cnt)
+    rest_before += np.repeat(known.kept + u_added_cnt, rest_cnt)
+
+    def together(added: Array, rest: Array) -> Array:
+        return _interleaved(added_cnt, added, rest_cnt, rest)
+
+    exact = together(scores.entry_lp[x_added], scores.at_lp[x_rest][best_first])
+    cnt, lp = added_cnt + rest_cnt, codecs.to_entry(exact, profile)
+    longest = int((u.cnt + cnt).max(initial=0))
+    if longest > schema.MAX_ROW or int(cnt.max(initial=0)) > schema.MAX_K:
+        raise StoreError(
+            f"a row of {longest} known ids, at most {schema.MAX_ROW}, {schema.MAX_K} of them at a "
+            "time",
+            remedy="ask at fewer ids, or give these scores a name of their own",
+        )
+    return {
+        "log_tail": scores.log_tail.astype(np.float32),
+        "kept": known.kept + u_added_cnt + added_cnt,
+        "cnt": cnt,
+        "ids": together(l_ids[x_added], at_ids[x_rest][best_first]),
+        "lp": lp,
+        "rank_fix": together(added_before, rest_before) - _implied(u, lp, cnt, profile),
+    }
+
+
+def decode(known: CachedScores, arrays: dict[str, Array], profile: codecs.Profile) -> CachedScores:
+    """`known` widened by the arrays of a `wider` segment. ValueError where they do not fit."""
+    cnt, ids = arrays["cnt"], arrays["ids"]
+    if len(cnt) != len(known.cnt):
+        raise ValueError(f"{len(cnt)} rows widen {len(known.cnt)}")
+    ragged.check_counts(cnt, len(ids), schema.MAX_K)
+    u = ranked(known)
+    if int((u.cnt + cnt).max(initial=0)) > schema.MAX_ROW:
+        raise ValueError(f"a row of more than {schema.MAX_ROW} known ids")
+    if (arrays["kept"] > u.cnt + cnt).any():
+        raise ValueError("more entries are kept than there are")
+    implied = _implied(u, arrays["lp"], cnt, profile)
+    x_rank = ragged.within(cnt).astype(np.uint16) + implied + arrays["rank_fix"]
+    u_rank = ragged.remaining(x_rank, cnt, u.cnt)
+    first = ragged.starts(u.cnt)[:-1]
+    s_rank = u_rank[np.repeat(first, known.s_cnt) + known.s_rank]
+    others = u_rank[np.repeat(first, known.cnt) + known.rank]
+    rank = _interleaved(known.cnt, others, cnt, x_rank)
+    both = (known.cnt + cnt).astype(np.uint16)
+    best_first = np.lexsort((rank, ragged.rows(both)))
+    lp = codecs.from_entry(arrays["lp"], profile)
+    return replace(
+        known,
+        log_tail=arrays["log_tail"],
+        kept=arrays["kept"],
+        s_rank=s_rank,
+        cnt=both,
+        ids=_interleaved(known.cnt, known.ids, cnt, ids)[best_first],
+        entry_lp=_interleaved(known.cnt, known.entry_lp, cnt, lp)[best_first],
+        rank=rank[best_first],
+    )
+
+
+def _check_agrees(u: Ranked, again: Array, noise: float, rounding: float) -> None:
+    apart = np.abs(again.clip(UNLIKELY) - u.lp.clip(UNLIKELY))
+    allowed = noise + 2 * rounding * np.abs(u.lp.clip(UNLIKELY))
+    if (apart > allowed).any():
+        worst = int(np.argmax(apart - allowed))
+        raise IdentityError(
+            f"id {u.ids[worst]} has log-prob {again[worst]:.4f} now, and {u.lp[worst]:.4f} is "
+            "stored: not the numbers that these scores were begun with",
+            remedy="score with the weights, dtype and engine of the first time, or give these "
+            "scores a name of their own",
+        )
+
+
+def _implied(u: Ranked, lp: Array, cnt: Array, profile: codecs.Profile) -> Array:
+    """[X] uint16: members of U whose stored value stands before that of each new entry."""
+    stored = codecs.from_entry(lp, profile)
+    return ragged.above(stored_order(u.lp), u.cnt, stored_order(stored), cnt)
+
+
+def _interleaved(a_cnt: Array, a: Array, b_cnt: Array, b: Array) -> Array:
+    """In every row the entries of A, then those of B."""
+    row = np.concatenate([ragged.rows(a_cnt), ragged.rows(b_cnt)])
+    flat: Array = np.concatenate([a, b.astype(a.dtype)])[np.argsort(row, kind="stable")]
+    return flat

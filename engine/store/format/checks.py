@@ -1,0 +1,253 @@
+"""What a sampler or a scorer can have said: anything else is refused before it is committed, and
+found where it comes ready-made.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+import logitcask.engine.store.format.ragged as ragged
+import logitcask.engine.store.format.schema as schema
+from logitcask.engine.errors import StoreError
+from logitcask.engine.store.format.layouts import RESCORE, ranked
+from logitcask.engine.types import Array, CachedScores, Draws, IdLists, Prompt, Rollouts, Scores
+
+RESAMPLE = "this is a fault of the sampler: correct it and roll the unit out again"
+_ROUNDING = 1e-2
+"""Nats by which a log-prob may be above 0, or an entropy below."""
+
+
+def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
+    """Refuses rollouts whose arrays do not fit together, and draws of ids from n_vocab on. Raises
+    StoreError.
+    """
+    sequences, positions = len(rollouts.seq_prompt), len(rollouts.tokens)
+    lengths = {
+        "seq_prompt": sequences,
+        "seq_off": sequences + 1,
+        "tokens": positions,
+        "loss_mask": positions,
+        "b_lp": positions,
+        "finish": sequences,
+        "version_start": sequences,
+        "version_end": sequences,
+    }
+    for name, length in lengths.items():
+        shape = getattr(rollouts, name).shape
+        if shape != (length,):
+            raise StoreError(f"rollouts.{name} has shape {shape}, not ({length},)", remedy=RESAMPLE)
+    try:
+        ragged.check_offsets(rollouts.seq_off, positions)
+    except ValueError as error:
+        raise StoreError(f"rollouts.seq_off: {error}", remedy=RESAMPLE) from error
+    for name, most in (
+        ("seq_prompt", len(rollouts.prompts) - 1),
+        ("loss_mask", 1),
+        ("finish", 0xFFFF),
+        ("version_start", 2**63 - 1),
+        ("version_end", 2**63 - 1),
+    ):
+        check_range(getattr(rollouts, name), 0, most, f"rollouts.{name}", RESAMPLE)
+    check_ids(rollouts.tokens, "rollouts.tokens", RESAMPLE)
+    for prompt in rollouts.prompts:
+        _check_prompt(prompt)
+    if fault := _log_prob_fault(rollouts.b_lp):
+        raise StoreError(f"rollouts.b_lp holds {fault}", remedy=RESAMPLE)
+    if rollouts.reward is not None:
+        _check_reward(rollouts.reward, sequences)
+    if rollouts.student is not None:
+        if rollouts.student.at_lp is not None or rollouts.student.mult is not None:
+            raise StoreError(
+                "the student's own scores are of given or of drawn ids: a rollout segment has no "
+                "place for those",
+                remedy="score the student with at_student = False and its best ids",
+            )
+        check_scores(rollouts.student, positions, None)
+    if rollouts.draws is not None:
+        if rollouts.student is None:
+            raise StoreError(
+                "rollouts hold ids that the student drew, and no scores of its own",
+                remedy="score the student too: `logitcask rollout` does",
+            )
+        _check_draws(rollouts.draws, positions, n_vocab)
+
+
+def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:
+    entries = len(draws.ids)
+    lists = IdLists(cnt=draws.cnt, ids=draws.ids)
+    check_lists(lists, positions, schema.MAX_K, "rollouts.draws.ids", RESAMPLE)
+    for name in ("mult", "lp"):
+        if (shape := getattr(draws, name).shape) != (entries,):
+            raise StoreError(
+                f"rollouts.draws.{name} has shape {shape}, not ({entries},)", remedy=RESAMPLE
+            )
+    check_range(draws.mult, 1, schema.MAX_K, "rollouts.draws.mult", RESAMPLE)
+    check_range(draws.ids, 0, n_vocab - 1, "rollouts.draws.ids", RESAMPLE)
+    total = np.concatenate([np.zeros(1, np.int64), np.cumsum(draws.mult, dtype=np.int64)])
+    drawn = np.diff(total[ragged.starts(draws.cnt)])
+    if positions and (drawn != drawn[0]).any():
+        raise StoreError(
+            f"rollouts.draws.mult adds up to {drawn.min()} on one row and to {drawn.max()} on "
+            "another, and every row draws as often",
+            remedy=RESAMPLE,
+        )
+    if fault := _log_prob_fault(draws.lp):
+        raise StoreError(f"rollouts.draws.lp holds {fault}", remedy=RESAMPLE)
+
+
+def _check_reward(reward: Array, sequences: int) -> None:
+    if reward.shape != (sequences,):
+        raise StoreError(
+            f"rollouts.reward has shape {reward.shape}, not ({sequences},)", remedy=RESAMPLE
+        )
+    # NaN is in no interval.
+    wrong = reward[~((reward >= 0) & (reward <= 1))]
+    if len(wrong):
+        raise StoreError(
+            f"rollouts.reward holds {wrong[0]}, and a reward is a number in [0, 1]",
+            remedy="this is a fault of the grader: correct it and roll the unit out again",
+        )
+
+
+def vocabulary(lineage: Mapping[str, Any]) -> int:
+    """Ids that the student of a rollout segment has, as its lineage says; else all of uint32."""
+    student = lineage.get("student")
+    found = student.get("n_vocab") if isinstance(student, Mapping) else None
+    return found if type(found) is int else 2**32
+
+
+def _check_prompt(prompt: Prompt) -> None:
+    ids = prompt.token_ids
+    if not all(type(each) is int and 0 <= each < 2**32 for each in ids):
+        raise StoreError(f"prompt {prompt.id!r} holds what is no token id", remedy=RESAMPLE)
+    texts = (prompt.id, "" if prompt.answer is None else prompt.answer)
+    if not all(isinstance(each, str) for each in texts) or not isinstance(prompt.extra, Mapping):
+        raise StoreError(
+            f"prompt {prompt.id!r}: an id or an answer that is no text, or extra keys that are no "
+            "object",
+            remedy="correct the prompts file, which says so of each line",
+        )
+
+
+def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
+    """Refuses scores whose arrays do not fit together, or not what was asked. Raises StoreError."""
+    entries = int(scores.cnt.sum(dtype=np.int64)) if scores.cnt.ndim == 1 else -1
+    lengths = {
+        "lp": positions,
+        "entropy": positions,
+        "log_tail": positions,
+        "cnt": positions,
+        "ids": entries,
+        "entry_lp": entries,
+    }
+    if scores.at_lp is not None:
+        if at is None:
+            raise StoreError(
+                "scores at the student's ids, but the rollouts hold no student's list",
+                remedy="score with at_student = False, or roll out with a student's top-k",
+            )
+        lengths["at_lp"] = len(at.ids)
+    if scores.mult is not None:
+        lengths["mult"] = entries
+    if scores.entropy_hi is not None:
+        lengths["entropy_hi"] = positions
+    for name, length in lengths.items():
+        array = getattr(scores, name)
+        if array.shape != (length,):
+            raise StoreError(
+                f"scores.{name} has shape {array.shape}, the rollouts ask for ({length},)",
+                remedy=RESCORE,
+            )
+        if name in _FAULTS and (fault := _FAULTS[name](array)):
+            raise StoreError(f"scores.{name} holds {fault}", remedy=RESCORE)
+    if fault := _bounds_fault(scores.entropy, scores.entropy_hi):
+        raise StoreError(f"scores.entropy_hi: {fault}", remedy=RESCORE)
+    if scores.entropy_hi is not None and scores.mult is not None:
+        raise StoreError(
+            "drawn ids with bounds of the entropy: who draws knows the whole law", remedy=RESCORE
+        )
+    if positions and int(scores.cnt.max()) > schema.MAX_K:
+        raise StoreError(
+            f"a row of {int(scores.cnt.max())} entries, at most {schema.MAX_K} are stored",
+            remedy="lower k_max",
+        )
+    lists = IdLists(cnt=scores.cnt, ids=scores.ids)
+    check_lists(lists, positions, schema.MAX_K, "scores.ids", RESCORE)
+    if scores.mult is not None:
+        check_range(scores.mult, 1, 0xFFFF, "scores.mult", RESCORE)
+
+
+def check_known(known: CachedScores) -> None:
+    """ValueError where decoded scores say what no scorer can have said: what comes from elsewhere
+    has not been through `check_scores`.
+    """
+    for name in ("lp", "entropy", "log_tail", "s_lp", "entry_lp"):
+        if fault := _FAULTS[name](getattr(known, name)):
+            raise ValueError(fault)
+    if fault := _bounds_fault(known.entropy, known.entropy_hi):
+        raise ValueError(fault)
+    every = ranked(known)
+    if ragged.repeats(every.ids, every.cnt):
+        raise ValueError("a row names an id twice")
+
+
+def check_lists(lists: IdLists, positions: int, most: int, name: str, remedy: str) -> None:
+    """Refuses lists of ids that are not lists of `positions` rows. Raises StoreError."""
+    check_ids(lists.ids, name, remedy)
+    try:
+        if lists.cnt.shape != (positions,) or lists.cnt.dtype.kind not in "iu":
+            raise ValueError(f"counts of shape {lists.cnt.shape}, not ({positions},)")
+        ragged.check_counts(lists.cnt, len(lists.ids), most)
+    except ValueError as error:
+        raise StoreError(f"{name}: {error}", remedy=remedy) from error
+    if ragged.repeats(lists.ids, lists.cnt):
+        raise StoreError(f"{name}: a row names an id twice", remedy=remedy)
+
+
+def check_ids(ids: Array, name: str, remedy: str) -> None:
+    """Refuses ids that uint32 cannot hold, which a cast would silently change: StoreError."""
+    fits = len(ids) == 0 or 0 <= int(ids.min()) <= int(ids.max()) < 2**32
+    if ids.dtype.kind not in "iu" or not fits:
+        raise StoreError(f"{name} ({ids.dtype}) holds what is no token id", remedy=remedy)
+
+
+def check_range(values: Array, least: int, most: int, name: str, remedy: str) -> None:
+    """Refuses integers that a cast would change. Raises StoreError."""
+    if values.dtype.kind not in "iu" or (
+        len(values) and not least <= int(values.min()) <= int(values.max()) <= most
+    ):
+        raise StoreError(
+            f"{name} ({values.dtype}) holds other than integers from {least} to {most}",
+            remedy=remedy,
+        )
+
+
+def _log_prob_fault(values: Array) -> str:
+    """What is no log-prob among these, or ''; -inf is one, NaN fails every comparison."""
+    highest = float(values.max(initial=-np.inf))
+    return "" if highest <= _ROUNDING else f"a log-prob of {highest}"
+
+
+def _entropy_fault(values: Array) -> str:
+    lowest, highest = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+    fits = -_ROUNDING <= lowest <= highest < np.inf
+    return "" if fits else f"entropies from {lowest} to {highest}"
+
+
+def _bounds_fault(least: Array, most: Array | None) -> str:
+    if most is None:
+        return ""
+    # NaN fails every comparison.
+    wrong = np.flatnonzero(~((least <= most) & (most < np.inf)))
+    if not len(wrong):
+        return ""
+    i = int(wrong[0])
+    return f"an entropy between {least[i]} and {most[i]}"
+
+
+_FAULTS = {
+    "entropy": _entropy_fault,
+    **dict.fromkeys(("lp", "log_tail", "entry_lp", "at_lp", "s_lp"), _log_prob_fault),
+}
+"""Name of an array -> what finds values in it that no model can have."""

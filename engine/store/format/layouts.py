@@ -1,0 +1,207 @@
+"""Scores <-> the arrays of a score segment, so that no entry is stored twice and no order is lost.
+
+Where the teacher answered at the student's stored ids, most of its own top entries are among them
+already. Layout `once` stores the teacher's log-prob at every student id, and of its own kept
+entries only the extras: those that are not in the student's list.
+
+The order needs care, because rounded log-probs make ties. In each row let U be the extras and the
+student's ids together, in the teacher's exact order: its kept entries as given, then the rest by
+float32 log-prob, the lower id first. Then
+
+  implied rank of a student id = members of U whose *stored* value stands before its own,
+  t_rank_fix                   = its true place in U - its implied rank   (modulo 2^16).
+
+The reader computes the implied rank from the same stored values, adds the correction, and lets the
+extras, which are stored in rank order, take the places that remain. The first `kept` of U are the
+teacher's list. The correction is never negative when the kept entries descend, and mostly 0; it is
+taken modulo 2^16 so that the order survives even where a scorer's values do not descend.
+
+Rows are ragged and flat throughout: E entries, P rows, S entries of the student's lists.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import logitcask.engine.store.format.codecs as codecs
+import logitcask.engine.store.format.ragged as ragged
+import logitcask.engine.store.format.schema as schema
+from logitcask.engine.errors import StoreError
+from logitcask.engine.types import Array, CachedScores, IdLists, Scores
+
+RESCORE = "this is a fault of the scorer: correct it and score the unit again"
+AGREE = 1e-4
+"""Nats, beside a thousandth: how far apart a scorer's two values of one id may be."""
+
+
+class Ranked(NamedTuple):
+    """Entries of P rows, flat, best first."""
+
+    cnt: Array
+    """[P] int64."""
+    ids: Array
+    """[E] uint32."""
+    lp: Array
+    """[E] float32."""
+
+
+def stored_order(stored: Array) -> Array:
+    """Stored log-probs -> unsigned numbers that ascend as they descend: their bits, sign first."""
+    return stored.view(np.uint32 if stored.dtype.itemsize == 4 else np.uint16)
+
+
+def exact_order(log_probs: Array, ids: Array) -> Array:
+    """uint64 that ascend as float32 log-probs descend, the lower id first among equals."""
+    # A log-prob that rounding put above 0 is 0; + 0.0 makes -0.0 and 0.0 one value.
+    bits = (np.minimum(log_probs.astype(np.float32), 0.0) + np.float32(0.0)).view(np.uint32)
+    order: Array = (bits.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
+    return order
+
+
+def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> dict[str, Array]:
+    """Arrays of the first score segment of a teacher on some rollouts, whose lists are `student`.
+
+    `check_scores` has passed. Raises StoreError where two values of one id contradict each other.
+    """
+    cnt = scores.cnt.astype(np.uint16)
+    arrays: dict[str, Array] = {
+        "t_lp": scores.lp.astype(np.float32),
+        "ent": scores.entropy.astype(np.float32),
+        "log_tail": scores.log_tail.astype(np.float32),
+    }
+    if scores.entropy_hi is not None:
+        arrays["ent_hi"] = scores.entropy_hi.astype(np.float32)
+    if scores.at_lp is None or student is None:
+        arrays |= {
+            "cnt": cnt,
+            "ids": scores.ids.astype(np.uint32),
+            "lp": codecs.to_entry(scores.entry_lp, profile),
+        }
+        return arrays | ({} if scores.mult is None else {"mult": scores.mult.astype(np.uint16)})
+
+    s_cnt, s_ids = student.cnt, student.ids.astype(np.uint32)
+    place = ragged.find(scores.ids.astype(np.uint32), cnt, s_ids, s_cnt)
+    shared = place >= 0
+    twin = np.repeat(ragged.starts(cnt)[:-1], s_cnt)[shared] + place[shared]
+    """For each shared student id, where the teacher's list names it."""
+    if not np.allclose(scores.entry_lp[twin], scores.at_lp[shared], rtol=1e-3, atol=AGREE):
+        raise StoreError(
+            "the teacher gives one id two log-probs, in its own list and at the student's ids",
+            remedy=RESCORE,
+        )
+    extra = np.ones(len(scores.ids), bool)
+    extra[twin] = False
+    shared_cnt = ragged.marked(shared, s_cnt)
+    extra_cnt = cnt - shared_cnt
+    # Student ids that the teacher did not keep stand behind its list, by exact value, then by id.
+    rest_cnt = (s_cnt - shared_cnt).astype(np.uint16)
+    rest = exact_order(scores.at_lp[~shared], s_ids[~shared])
+    true = place.astype(np.int64)
+    true[~shared] = ragged.place(rest, rest_cnt) + np.repeat(cnt, rest_cnt)
+
+    lp_x = codecs.to_entry(scores.entry_lp[extra], profile)
+    lp_s = codecs.to_entry(scores.at_lp, profile)
+    return arrays | {
+        "kept": cnt,
+        "cnt": extra_cnt,
+        "ids": scores.ids[extra].astype(np.uint32),
+        "lp": lp_x,
+        "t_at_s": lp_s,
+        "t_rank_fix": true.astype(np.uint16) - _implied(lp_x, extra_cnt, lp_s, s_cnt),
+    }
+
+
+def decode(
+    arrays: dict[str, Array], profile: codecs.Profile, student: IdLists | None
+) -> CachedScores:
+    """The inverse of `encode`. Raises ValueError where the arrays contradict each other (the caller
+    names the segment).
+    """
+    cnt = arrays["cnt"]
+    ragged.check_counts(cnt, len(arrays["ids"]), schema.MAX_K)
+    every: dict[str, Any] = {
+        "lp": arrays["t_lp"],
+        "entropy": arrays["ent"],
+        "entropy_hi": arrays.get("ent_hi"),
+        "log_tail": arrays["log_tail"],
+        "cnt": cnt,
+        "ids": arrays["ids"],
+        "entry_lp": codecs.from_entry(arrays["lp"], profile),
+    }
+    if "t_at_s" not in arrays:
+        return CachedScores(
+            **every,
+            kept=np.zeros_like(cnt) if "mult" in arrays else cnt,
+            s_cnt=np.zeros_like(cnt),
+            s_ids=np.zeros(0, np.uint32),
+            s_lp=np.zeros(0, np.float32),
+            s_rank=np.zeros(0, np.uint16),
+            rank=ragged.within(cnt).astype(np.uint16),
+            mult=arrays.get("mult"),
+        )
+    if student is None or len(student.cnt) != len(cnt) or len(arrays["t_at_s"]) != len(student.ids):
+        raise ValueError("the base's student lists have another length")
+    s_cnt = student.cnt
+    if (arrays["kept"] > cnt.astype(np.int64) + s_cnt).any():
+        raise ValueError("more entries are kept than there are")
+    s_rank = arrays["t_rank_fix"] + _implied(arrays["lp"], cnt, arrays["t_at_s"], s_cnt)
+    return CachedScores(
+        **every,
+        kept=arrays["kept"],
+        s_cnt=s_cnt,
+        s_ids=student.ids,
+        s_lp=codecs.from_entry(arrays["t_at_s"], profile),
+        s_rank=s_rank,
+        rank=ragged.remaining(s_rank, s_cnt, cnt),
+    )
+
+
+def by_student(known: CachedScores, student: IdLists) -> CachedScores:
+    """`known` of a teacher that was not asked at the student's list: ids that the list names all
+    the same move to where it has them.
+    """
+    place = ragged.find(known.ids, known.cnt, student.ids, student.cnt)
+    listed = place >= 0
+    at = np.repeat(ragged.starts(known.cnt)[:-1], student.cnt)[listed] + place[listed]
+    others = np.ones(len(known.ids), bool)
+    others[at] = False
+    s_cnt = ragged.marked(listed, student.cnt)
+    return replace(
+        known,
+        s_cnt=s_cnt,
+        s_ids=known.ids[at],
+        s_lp=known.entry_lp[at],
+        s_rank=known.rank[at],
+        cnt=known.cnt - s_cnt,
+        ids=known.ids[others],
+        entry_lp=known.entry_lp[others],
+        rank=known.rank[others],
+    )
+
+
+def ranked(known: CachedScores) -> Ranked:
+    """Everything known of every row, best first."""
+    cnt = known.s_cnt.astype(np.int64) + known.cnt
+    offset = ragged.starts(cnt)[:-1]
+    ids = np.empty(int(cnt.sum()), np.uint32)
+    lp = np.empty(len(ids), np.float32)
+    s_at = np.repeat(offset, known.s_cnt) + known.s_rank
+    at = np.repeat(offset, known.cnt) + known.rank
+    ids[s_at], lp[s_at] = known.s_ids, known.s_lp
+    ids[at], lp[at] = known.ids, known.entry_lp
+    return Ranked(cnt, ids, lp)
+
+
+def kept_lists(known: CachedScores) -> tuple[Array, Array]:
+    """(ids, log-probs) of the model's own top lists, flat, best first, `known.kept` in each row."""
+    cnt, ids, lp = ranked(known)
+    kept = ragged.within(cnt) < np.repeat(known.kept, cnt)
+    return ids[kept], lp[kept]
+
+
+def _implied(lp_x: Array, cnt_x: Array, lp_s: Array, cnt_s: Array) -> Array:
+    """[S] uint16: members of the row's U whose stored value stands before that of a student id."""
+    x, s = stored_order(lp_x), stored_order(lp_s)
+    implied: Array = ragged.above(x, cnt_x, s, cnt_s) + ragged.place(s, cnt_s)
+    return implied

@@ -1,0 +1,204 @@
+"""Rollouts <-> the arrays of a rollout segment: prompts once, sequences and positions flat."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import logitcask.engine.store.format.codecs as codecs
+import logitcask.engine.store.format.ragged as ragged
+import logitcask.engine.store.format.schema as schema
+from logitcask.engine.errors import StoreError
+from logitcask.engine.models.identity import canonical
+from logitcask.engine.types import Array, Draws, Prompt, Rollouts, Scores
+
+
+def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
+    """Arrays of a rollout segment; `check_rollouts` has passed.
+
+    Raises StoreError where the prompts are beyond JSON.
+    """
+    prompts = rollouts.prompts
+    told = [{"id": p.id, "answer": p.answer, "extra": dict(p.extra)} for p in prompts]
+    try:
+        text = canonical(told)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StoreError(
+            f"the extra keys of a prompt are not JSON ({error})",
+            remedy="use strings, finite numbers, lists and objects in the prompts file",
+        ) from error
+    if _values(text) > schema.MAX_JSON_VALUES:
+        raise StoreError(
+            f"the prompts of a unit describe {_values(text)} values, at most "
+            f"{schema.MAX_JSON_VALUES}",
+            remedy="lower --unit-prompts, or shorten what the prompts file says beside the prompt",
+        )
+    ids = [np.asarray(p.token_ids, np.uint32) for p in prompts]
+    lengths = np.asarray([len(x) for x in ids], np.int64)
+    arrays = {
+        "prompt_off": ragged.starts(lengths),
+        "prompt_tokens": np.concatenate([np.zeros(0, np.uint32), *ids]),
+        "prompt_json": np.frombuffer(text, np.uint8),
+        "seq_prompt": rollouts.seq_prompt.astype(np.uint32),
+        "seq_off": rollouts.seq_off.astype(np.int64),
+        "tokens": rollouts.tokens.astype(np.uint32),
+        "loss_mask": rollouts.loss_mask.astype(np.uint16),
+        "b_lp": rollouts.b_lp.astype(np.float32),
+        "finish": rollouts.finish.astype(np.uint16),
+        "version_start": rollouts.version_start.astype(np.int64),
+        "version_end": rollouts.version_end.astype(np.int64),
+    }
+    if (reward := rollouts.reward) is not None:
+        arrays["reward"] = reward.astype(np.float32)
+    student = rollouts.student
+    if student is None:
+        return arrays
+    arrays |= {
+        "s_lp": student.lp.astype(np.float32),
+        "s_ent": student.entropy.astype(np.float32),
+        "s_tail": student.log_tail.astype(np.float32),
+        "s_cnt": student.cnt.astype(np.uint16),
+        "s_ids": student.ids.astype(np.uint32),
+        "s_topk_lp": codecs.to_entry(student.entry_lp, profile),
+    }
+    if (draws := rollouts.draws) is None:
+        return arrays
+    return arrays | {
+        "mc_cnt": draws.cnt.astype(np.uint16),
+        "mc_ids": draws.ids.astype(np.uint32),
+        "mc_mult": draws.mult.astype(np.uint16),
+        "mc_lp": draws.lp.astype(np.float32),
+    }
+
+
+def layout_of(rollouts: Rollouts) -> str:
+    """Of the segment that holds them."""
+    if rollouts.student is None:
+        layout = schema.PLAIN
+    else:
+        layout = schema.STUDENT if rollouts.draws is None else schema.MC
+    return layout + ("" if rollouts.reward is None else schema.REWARD)
+
+
+EXTENT = ("prompt_json", "prompt_off", "seq_prompt", "seq_off")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extent:
+    """How long everything in a rollout segment is, without what it holds."""
+
+    prompt_ids: tuple[str, ...]
+    """[M]"""
+    prompt: Array
+    """[M] tokens of each prompt."""
+    seq_prompt: Array
+    """[N] index into both."""
+    response: Array
+    """[N] response tokens."""
+
+
+def extent(arrays: dict[str, Array], counts: Mapping[str, int]) -> Extent:
+    """From the arrays EXTENT and the counts of the record.
+
+    Raises ValueError where they contradict each other.
+    """
+    told = _told(arrays, counts["T"])
+    _check_sequences(arrays, len(told), counts["P"])
+    return Extent(
+        prompt_ids=tuple(str(each["id"]) for each in told),
+        prompt=np.diff(arrays["prompt_off"]),
+        seq_prompt=arrays["seq_prompt"].astype(np.int64),
+        response=np.diff(arrays["seq_off"]),
+    )
+
+
+def _told(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[str, Any]]:
+    """What prompt_json says of each prompt; the offsets of their tokens are sound then."""
+    text = arrays["prompt_json"].tobytes()
+    if (values := _values(text)) > schema.MAX_JSON_VALUES:
+        raise ValueError(f"prompt_json of {values} values, at most {schema.MAX_JSON_VALUES}")
+    try:
+        told = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("prompt_json is nested too deeply") from error
+    off = arrays["prompt_off"]
+    if not isinstance(told, list) or len(told) != len(off) - 1:
+        raise ValueError(f"prompt_json does not describe {len(off) - 1} prompts")
+    ragged.check_offsets(off, prompt_tokens)
+    return told
+
+
+def _check_sequences(arrays: dict[str, Array], prompts: int, positions: int) -> None:
+    ragged.check_offsets(arrays["seq_off"], positions)
+    if int(arrays["seq_prompt"].max(initial=0)) >= max(prompts, 1):
+        raise ValueError(f"a sequence of prompt {arrays['seq_prompt'].max()}, of {prompts}")
+
+
+def _values(text: bytes) -> int:
+    """At least as many values as JSON text can hold."""
+    return sum(text.count(mark) for mark in (b",", b"[", b"{")) + 1
+
+
+PROMPTS = ("prompt_json", "prompt_off", "prompt_tokens")
+
+
+def prompts_of(arrays: dict[str, Array]) -> tuple[Prompt, ...]:
+    """The prompts of a rollout segment, from the arrays PROMPTS. ValueError where they contradict
+    each other.
+    """
+    told, off = _told(arrays, len(arrays["prompt_tokens"])), arrays["prompt_off"]
+    return tuple(
+        Prompt(
+            id=each["id"],
+            token_ids=tuple(arrays["prompt_tokens"][off[i] : off[i + 1]].tolist()),
+            answer=each["answer"],
+            extra=each["extra"],
+        )
+        for i, each in enumerate(told)
+    )
+
+
+def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "") -> Rollouts:
+    """The inverse of `encode`, entry log-probs widened to float32; `segment` is where they lie.
+
+    Raises ValueError where the arrays contradict each other (the caller names the segment).
+    """
+    prompts = prompts_of(arrays)
+    _check_sequences(arrays, len(prompts), len(arrays["tokens"]))
+    student = None
+    if "s_lp" in arrays:
+        ragged.check_counts(arrays["s_cnt"], len(arrays["s_ids"]), schema.MAX_K)
+        student = Scores(
+            lp=arrays["s_lp"],
+            entropy=arrays["s_ent"],
+            log_tail=arrays["s_tail"],
+            cnt=arrays["s_cnt"],
+            ids=arrays["s_ids"],
+            entry_lp=codecs.from_entry(arrays["s_topk_lp"], profile),
+        )
+    draws = None
+    if "mc_cnt" in arrays:
+        ragged.check_counts(arrays["mc_cnt"], len(arrays["mc_ids"]), schema.MAX_K)
+        draws = Draws(
+            cnt=arrays["mc_cnt"],
+            ids=arrays["mc_ids"],
+            mult=arrays["mc_mult"],
+            lp=arrays["mc_lp"],
+        )
+    return Rollouts(
+        prompts=prompts,
+        seq_prompt=arrays["seq_prompt"],
+        seq_off=arrays["seq_off"],
+        tokens=arrays["tokens"],
+        loss_mask=arrays["loss_mask"],
+        b_lp=arrays["b_lp"],
+        finish=arrays["finish"],
+        version_start=arrays["version_start"],
+        version_end=arrays["version_end"],
+        student=student,
+        draws=draws,
+        reward=arrays.get("reward"),
+        segment=segment,
+    )

@@ -1,0 +1,256 @@
+"""One segment: a plain Zarr v3 group, immutable, named by its content.
+
+Writing: Zarr encodes the group in memory, so that sizes, digests and fsync are of the same bytes.
+Reading: the files that the record lists are read whole, compared with their digests, their metadata
+compared with the schema, and only then decoded, each array into memory of its own size.
+"""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import logitcask.engine.store.format.codecs as codecs
+import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.format.shards as shards
+from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.models.identity import canonical
+from logitcask.engine.store.storage.base import Storage
+from logitcask.engine.types import Array
+
+RESTORE = (
+    "restore it from a copy: `logitcask store merge STORE COPY --heal`; without one `logitcask "
+    "store retire STORE --segment ID`, then make it again"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """What the log says of one segment."""
+
+    kind: str
+    """'rollout' or 'score'."""
+    seg_id: str
+    """32 hex digits of the digest over its files' digests."""
+    generation: int
+    """How often gc had removed this content when it was put here; 0 = never."""
+    unit_key: str
+    name: str
+    """The rollouts' name, or the teacher's."""
+    base: str
+    """seg_id of the rollouts that were scored; empty for rollouts."""
+    widens: str
+    """seg_id of the scores that these add to; empty for rollouts and for a teacher's first."""
+    unit: Mapping[str, Any]
+    counts: Mapping[str, int]
+    profile: str
+    layout: str
+    files: Mapping[str, tuple[int, str]]
+    """Relative name -> (bytes, sha256)."""
+    lineage: Mapping[str, Any]
+    token_digest: str
+    """sha256 over tokens and seq_off: what a score segment shares with its base."""
+    number: int
+    """Of the log record that published it."""
+    seconds: float | None = None
+    """What the models took to make it, by the writer's clock; None where that was not noted. No
+    content address covers it."""
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.seg_id, self.number))
+
+    @property
+    def folder(self) -> str:
+        """Relative to the store."""
+        return folder_of(self.kind, self.seg_id, self.generation)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(size for size, _ in self.files.values())
+
+
+def folder_of(kind: str, seg_id: str, generation: int) -> str:
+    return f"seg/{kind}/{seg_id}" + (f".{generation}" if generation else "")
+
+
+def sha256(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def token_digest(tokens: Array, seq_off: Array) -> str:
+    """sha256 over the little-endian bytes of tokens (uint32), then of seq_off (int64)."""
+    return sha256(tokens.astype("<u4").tobytes() + seq_off.astype("<i8").tobytes())
+
+
+def manifest_of(contents: Mapping[str, bytes]) -> dict[str, tuple[int, str]]:
+    """Relative name -> (bytes, sha256)."""
+    return {name: (len(data), sha256(data)) for name, data in contents.items()}
+
+
+def content_address(manifest: Mapping[str, tuple[int, str]]) -> str:
+    """Same bytes, same name."""
+    return sha256(canonical({name: digest for name, (_, digest) in manifest.items()}))[7:39]
+
+
+def dtype_of(spec: schema.Spec, profile: codecs.Profile) -> str:
+    return profile.stored if spec.dtype == schema.ENTRY else spec.dtype
+
+
+def counts_of(layout: str, arrays: Mapping[str, Array]) -> dict[str, int]:
+    """The counts that follow from the lengths of the arrays."""
+    specs = schema.specs(layout)
+    return {spec.count: len(arrays[name]) - spec.plus for name, spec in specs.items()}
+
+
+def decoded_bytes(layout: str, profile: codecs.Profile, counts: Mapping[str, int]) -> int:
+    """Memory of all arrays of a segment."""
+    total = 0
+    for spec in schema.specs(layout).values():
+        _, shard = schema.chunk_shape(spec, spec.length(counts))
+        total += shard * np.dtype(dtype_of(spec, profile)).itemsize
+    return total
+
+
+def encode(
+    arrays: Mapping[str, Array],
+    *,
+    layout: str,
+    profile: codecs.Profile,
+    attributes: Mapping[str, Any],
+) -> dict[str, bytes]:
+    """Arrays -> the files of a Zarr v3 group, relative name -> bytes."""
+    import zarr
+    from zarr.core.buffer import Buffer
+    from zarr.storage import MemoryStore
+
+    objects: dict[str, Buffer] = {}
+    with codecs.quiet():
+        group = zarr.create_group(MemoryStore(objects), zarr_format=3, attributes=dict(attributes))
+        for name, spec in schema.specs(layout).items():
+            dtype = dtype_of(spec, profile)
+            data = arrays[name]
+            if data.dtype != np.dtype(dtype) or data.ndim != 1:
+                raise TypeError(
+                    f"{name}: {data.dtype} of {data.ndim} dimensions, schema says {dtype}"
+                )
+            chunk, shard = schema.chunk_shape(spec, len(data))
+            target = group.create_array(
+                name,
+                shape=data.shape,
+                dtype=dtype,
+                chunks=(chunk,),
+                shards=(shard,),
+                fill_value=0,
+                # An all-zero chunk that is left out cannot be told from one that was lost.
+                config={"write_empty_chunks": True},
+                **codecs.pipeline(dtype, codecs.packing_of(dtype, profile)),
+            )
+            if len(data):
+                target[:] = data
+    return {name: buffer.to_bytes() for name, buffer in objects.items()}
+
+
+def check_decodes(
+    contents: Mapping[str, bytes],
+    arrays: Mapping[str, Array],
+    *,
+    layout: str,
+    profile: codecs.Profile,
+    counts: Mapping[str, int],
+) -> None:
+    """Decodes what was encoded and compares every value: no fault of a codec is published.
+
+    Raises StoreError.
+    """
+    back = decode("", contents, layout=layout, profile=profile, counts=counts, names=list(arrays))
+    for name, data in arrays.items():
+        if data.tobytes() != back[name].tobytes():
+            raise StoreError(
+                f"{name}: does not decode to what was encoded",
+                remedy="check memory, and the versions of zarr, numcodecs and pcodec",
+            )
+
+
+def read_files(
+    medium: Storage, folder: str, manifest: Mapping[str, tuple[int, str]], names: Collection[str]
+) -> dict[str, bytes]:
+    """The named files of a segment, each of the size and digest that the manifest gives.
+
+    Raises IntegrityError with the file's path.
+    """
+    found = medium.read_all({f"{folder}/{name}": manifest[name][0] for name in sorted(names)})
+    contents = {}
+    for path, data in found.items():
+        name = path[len(folder) + 1 :]
+        length, digest = manifest[name]
+        where = medium.where(path)
+        if data is None:
+            raise IntegrityError(f"{where}: committed, and missing", remedy=RESTORE)
+        if len(data) != length:
+            raise IntegrityError(
+                f"{where}: {len(data)} bytes where {length} were committed", remedy=RESTORE
+            )
+        if sha256(data) != digest:
+            raise IntegrityError(f"{where}: not the bytes that were committed", remedy=RESTORE)
+        contents[name] = data
+    return contents
+
+
+def decode(
+    where: str,
+    contents: Mapping[str, bytes],
+    *,
+    layout: str,
+    profile: codecs.Profile,
+    counts: Mapping[str, int],
+    names: Collection[str],
+) -> dict[str, Array]:
+    """Arrays of the given names from the files of a group. Raises IntegrityError.
+
+    where: path or URL of the group, for messages.
+    """
+    arrays = {}
+    for name in names:
+        spec = schema.specs(layout)[name]
+        dtype, length = dtype_of(spec, profile), spec.length(counts)
+        chunk, shard = schema.chunk_shape(spec, length)
+        shape: Any = {
+            "dtype": dtype,
+            "packing": codecs.packing_of(dtype, profile),
+            "length": length,
+            "chunk": chunk,
+            "shard": shard,
+        }
+        fault = shards.metadata_fault(contents[f"{name}/zarr.json"], **shape)
+        if fault:
+            raise IntegrityError(f"{where}/{name}/zarr.json: {fault}", remedy=RESTORE)
+        try:
+            arrays[name] = shards.decode(contents.get(f"{name}/c/0", b""), **shape)
+        except Exception as error:  # A decoder that is given strange bytes may raise anything.
+            raise IntegrityError(
+                f"{where}/{name}/c/0: does not decode ({error})", remedy=RESTORE
+            ) from error
+    return arrays
+
+
+def read(
+    medium: Storage, segment: Segment, names: Collection[str] | None = None
+) -> dict[str, Array]:
+    """Arrays of a committed segment, whole; all of them, or those named. Raises IntegrityError."""
+    wanted = list(schema.specs(segment.layout)) if names is None else list(names)
+    needed = (
+        segment.files
+        if names is None
+        else [file for file in segment.files if file.split("/")[0] in wanted]
+    )
+    return decode(
+        medium.where(segment.folder),
+        read_files(medium, segment.folder, segment.files, needed),
+        layout=segment.layout,
+        profile=codecs.profile(segment.profile),
+        counts=segment.counts,
+        names=wanted,
+    )

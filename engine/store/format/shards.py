@@ -1,0 +1,88 @@
+"""Reading an array: one shard of Zarr v3, decoded into memory of the size that the schema gives.
+
+Zarr writes these files and can read them. Ours is read here for three reasons: no chunk can make
+more than its place (Zarr gives a crafted kilobyte all the memory that it asks for), a chunk that is
+not there is an error (Zarr answers zeros), and it is several times faster.
+
+A shard is its inner chunks, in any order, then an index at the end: for every chunk offset and
+length as little-endian uint64, then the crc32c of the index. A chunk ends in its own crc32c. The
+last chunk is padded to full length.
+
+Source: Zarr v3 specification, codecs/sharding-indexed and codecs/crc32c.
+"""
+
+import json
+
+import google_crc32c
+import numpy as np
+
+import logitcask.engine.store.format.codecs as codecs
+from logitcask.engine.types import Array
+
+
+def metadata_fault(
+    raw: bytes, *, dtype: str, packing: str, length: int, chunk: int, shard: int
+) -> str:
+    """What is wrong with an array's zarr.json, or ''. The shape must be the one of the record."""
+    try:
+        meta = json.loads(raw)
+        grid = meta["chunk_grid"]["configuration"]["chunk_shape"]
+        (sharding,) = meta["codecs"]
+        inner = sharding["configuration"]
+        found = {
+            "zarr_format": meta["zarr_format"],
+            "node_type": meta["node_type"],
+            "data_type": meta["data_type"],
+            "shape": meta["shape"],
+            "chunk_grid": [meta["chunk_grid"]["name"], grid],
+            "chunk_shape": inner["chunk_shape"],
+            "codecs": [
+                sharding["name"],
+                [codec["name"] for codec in inner["codecs"]],
+                [codec["name"] for codec in inner["index_codecs"]],
+            ],
+            "index_location": inner.get("index_location", "end"),
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"not the metadata of a sharded array ({type(error).__name__}: {error})"
+    want = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "data_type": dtype,
+        "shape": [length],
+        "chunk_grid": ["regular", [shard]],
+        "chunk_shape": [chunk],
+        "codecs": ["sharding_indexed", codecs.CODEC_NAMES[packing], ["bytes", "crc32c"]],
+        "index_location": "end",
+    }
+    for key, value in want.items():
+        if found[key] != value:
+            return f"{key} is {found[key]!r}, expected {value!r}"
+    return ""
+
+
+def decode(data: bytes, *, dtype: str, packing: str, length: int, chunk: int, shard: int) -> Array:
+    """The array of a shard. Raises ValueError, or whatever a decoder raises on strange bytes."""
+    if not length:
+        return np.zeros(0, dtype)
+    view, count = memoryview(data), shard // chunk
+    index = _checked(view[max(0, len(view) - 16 * count - 4) :])
+    if len(index) != 16 * count:
+        raise ValueError("the index is cut off")
+    end = len(view) - 16 * count - 4
+    out = np.zeros(shard, dtype)
+    for i, (offset, size) in enumerate(np.frombuffer(index, "<u8").reshape(count, 2).tolist()):
+        if offset + size > end:
+            raise ValueError(f"chunk {i} is missing or reaches beyond the shard")
+        payload = _checked(view[offset : offset + size])
+        codecs.unpack(packing, payload, out[i * chunk : (i + 1) * chunk])
+    return out[:length]
+
+
+def _checked(part: memoryview) -> memoryview:
+    """`part` without the crc32c at its end. Raises ValueError where that is another's."""
+    if len(part) < 4:
+        raise ValueError("too short for a checksum")
+    if google_crc32c.value(bytes(part[:-4])) != int.from_bytes(part[-4:], "little"):
+        raise ValueError("the checksum is another's")
+    return part[:-4]

@@ -1,0 +1,94 @@
+"""What a store is: format.json, which says so, and the folders beside it."""
+
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.log.record as record
+from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.store.storage.base import STAGING, Storage
+
+_NAME = "format.json"
+_RESTORE = "restore it from a copy of the store"
+FOLDERS = ("log", "bundles", "seg", "seg/rollout", "seg/score", STAGING)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Which store this is."""
+
+    store_uuid: str
+    sha256: str
+    """Of format.json; what the first log record follows."""
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read(medium: Storage) -> Identity | None:
+    """The store that a medium holds, None where there is none.
+
+    Raises StoreError for another or a newer format, IntegrityError for a damaged format.json.
+    """
+    where = medium.where(_NAME)
+    data = medium.read(_NAME, schema.MAX_FORMAT_BYTES)
+    if data is None:
+        if medium.read(f"log/{record.file_name(0)}", schema.MAX_RECORD_BYTES) is not None:
+            raise IntegrityError(f"{where}: missing, though the store has a log", remedy=_RESTORE)
+        return None
+    body, digest = record.decode_record(data, where)
+    if not isinstance(body.get("format"), str):
+        raise IntegrityError(f"{where}: names no format", remedy=_RESTORE)
+    if body["format"] != schema.FORMAT:
+        raise StoreError(
+            f"{where}: format {body['format']!r}, not {schema.FORMAT!r}",
+            remedy="check the path",
+        )
+    number = body.get("version")
+    if type(number) is not int or number > schema.FORMAT_VERSION:
+        raise StoreError(
+            f"{where}: format version {number!r}, newest known here: {schema.FORMAT_VERSION}",
+            remedy="upgrade logitcask: the store was made by a newer one",
+        )
+    if not isinstance(body.get("store_uuid"), str):
+        raise IntegrityError(f"{where}: no store_uuid", remedy=_RESTORE)
+    return Identity(store_uuid=body["store_uuid"], sha256=digest)
+
+
+def create(medium: Storage) -> Identity:
+    """Makes the folders, then format.json; two creators at once get one store.
+
+    Raises StoreError where other things are in the way, or where two writers could both win.
+    """
+    medium.prepare(FOLDERS, _NAME)
+    _probe(medium)
+    body = {
+        "format": schema.FORMAT,
+        "version": schema.FORMAT_VERSION,
+        "store_uuid": str(uuid.uuid4()),
+        "created": now(),
+    }
+    medium.create(_NAME, record.encode_record(body))
+    identity = read(medium)
+    if identity is None:
+        raise StoreError(
+            f"{medium.where(_NAME)}: gone as soon as written", remedy="check who deletes there"
+        )
+    return identity
+
+
+def _probe(medium: Storage) -> None:
+    """Commits rest on one promise: a name that is taken is refused."""
+    name = f"{STAGING}/probe-{uuid.uuid4().hex}"
+    medium.create(name, b"first")
+    second = medium.create(name, b"second")
+    kept = medium.read(name, 16)
+    medium.remove(name)
+    if second or kept != b"first":
+        raise StoreError(
+            f"{medium.url} lets a writer overwrite what another has written: commits would be lost",
+            remedy="use a disk with hard links, or an object store with conditional puts",
+        )

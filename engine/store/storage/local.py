@@ -1,0 +1,360 @@
+"""A store in a folder: every effect on a disk, and nothing else.
+
+Three rules hold everywhere: nothing is overwritten (`O_EXCL`, `link`, `rename` to a free name),
+nothing gets its name before it is on the disk (`fsync` of files and of directories), and reading
+below the store's root never follows a symbolic link. The root itself is the caller's choice and may
+be one.
+
+Operating system errors come out as StoreError with the system's own words; what a caller has to
+tell apart (absent, taken) is a return value.
+"""
+
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import unquote
+
+from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.store.storage.base import STAGING, Found
+
+_SAFE = "then run the same command again; what was committed is safe"
+_REMEDIES = {
+    errno.ENOSPC: f"make room on that disk, {_SAFE}",
+    errno.EDQUOT: f"raise the disk quota, {_SAFE}",
+    errno.EMFILE: f"allow more open files (ulimit -n), {_SAFE}",
+    errno.ENFILE: f"close programs that hold many files open, {_SAFE}",
+    errno.EACCES: "give this user the right to read and write there",
+    errno.EPERM: "give this user the right to read and write there",
+    errno.EROFS: "that file system is read-only; use a store elsewhere",
+    errno.EOPNOTSUPP: "that file system has no hard links, which commits need; use another disk",
+}
+_RESTORE = "restore it from a copy of the store"
+
+
+@contextmanager
+def _disk(action: str, path: Path) -> Iterator[None]:
+    """Turns an OSError into a StoreError that says what was being done to which file."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        words = os.strerror(error.errno) if error.errno else str(error)
+        raise StoreError(
+            f"cannot {action} {path}: {words}",
+            remedy=_REMEDIES.get(error.errno or 0, f"check the disk, {_SAFE}"),
+        ) from error
+
+
+class LocalStorage:
+    """The medium of a path or of a file:// URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = os.path.abspath(_path_of(url))
+        self._root = Path(self.url)
+
+    def where(self, name: str) -> str:
+        return str(self._root / name)
+
+    def prepare(self, folders: Iterable[str], file: str) -> None:
+        if _kind(self._root) == "file":
+            raise StoreError(
+                f"{self.url} is a file, not a store's folder", remedy="give a new folder"
+            )
+        wanted = list(folders)
+        known = {*wanted, file}
+        strangers = [n for n in self.names("") if n not in known and not n.startswith(".")]
+        if strangers:
+            raise StoreError(
+                f"{self.url} is not a logitcask store and not empty: it holds {strangers[0]!r}",
+                remedy="give a new or an empty folder",
+            )
+        absent = [p for p in (self._root, *self._root.parents) if _kind(p) == "absent"]
+        for each in reversed(absent):
+            _make_dir(each)
+            _fsync_dir(each.parent)
+        if not absent:
+            # Whoever made it may have come no further.
+            _fsync_dir(self._root.parent)
+        self._make(*wanted)
+
+    def check(self, folders: Iterable[str]) -> None:
+        for folder in folders:
+            found = _kind(self._root / folder)
+            # Copies lose empty folders; one that is needed is made then. No store is without a log.
+            if found != "dir" and (found != "absent" or folder == "log"):
+                raise IntegrityError(
+                    f"{self._root / folder}: {found}, where a store has a directory",
+                    remedy=_RESTORE,
+                )
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        path = self._root / name
+        with _disk("read", path):
+            try:
+                handle = self._open_below(name)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                    raise
+                raise IntegrityError(
+                    f"{path}: a symbolic link or a file stands where the store keeps its own files",
+                    remedy="restore that path from a copy of the store; a store has no links",
+                ) from error
+            try:
+                status = os.fstat(handle)
+                if not stat.S_ISREG(status.st_mode):
+                    raise IntegrityError(f"{path}: not a plain file", remedy=_RESTORE)
+                if status.st_size > limit:
+                    raise IntegrityError(
+                        f"{path}: {status.st_size} bytes where at most {limit} are allowed",
+                        remedy=_RESTORE,
+                    )
+                parts: list[bytes] = []
+                left = limit + 1
+                while left and (part := os.read(handle, min(left, 1 << 24))):
+                    parts.append(part)
+                    left -= len(part)
+            finally:
+                os.close(handle)
+        return b"".join(parts)
+
+    def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
+        return {name: self.read(name, limit) for name, limit in limits.items()}
+
+    def create(self, name: str, data: bytes) -> bool:
+        temporary = self._root / STAGING / uuid.uuid4().hex
+        target = self._root / name
+        self._make(STAGING, str(Path(name).parent))
+        try:
+            _write_new(temporary, data)
+            with _disk("publish", target):
+                try:
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return False
+                except PermissionError as error:
+                    if error.errno != errno.EPERM:
+                        raise
+                    # What Linux says where a file system has no hard links.
+                    raise OSError(errno.EOPNOTSUPP, "no hard links") from error
+            _fsync_dir(target.parent)
+        finally:
+            # What failed first is what the caller has to know; staging may stay behind.
+            with suppress(OSError):
+                os.unlink(temporary)
+        return True
+
+    def place(self, folder: str, contents: Mapping[str, bytes]) -> None:
+        stage = f"{STAGING}/{uuid.uuid4().hex}"
+        target = self._root / folder
+        self._make(STAGING, str(Path(folder).parent))
+        try:
+            self._stage(stage, contents)
+            with _disk("rename to", target):
+                try:
+                    os.rename(self._root / stage, target)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                        raise
+                    self._mend(folder, contents)
+        except BaseException:
+            with suppress(StoreError):
+                self.remove(stage)
+            raise
+        self.remove(stage)
+        _fsync_dir(target.parent)
+
+    def settle(self, folder: str) -> None:
+        _fsync_dir(self._root / folder)
+
+    def names(self, folder: str, after: str = "") -> list[str]:
+        with _disk("list", self._root / folder):
+            try:
+                return sorted(n for n in os.listdir(self._root / folder) if n > after)
+            except FileNotFoundError:
+                return []
+
+    def files(self, folder: str) -> list[Found]:
+        found = []
+        for name in self.names(folder):
+            below = f"{folder}/{name}" if folder else name
+            with _disk("look at", self._root / below):
+                try:
+                    status = os.lstat(self._root / below)
+                except FileNotFoundError:
+                    continue  # removed meanwhile
+            if stat.S_ISDIR(status.st_mode):
+                found += self.files(below)
+            else:
+                found.append(Found(name=below, size=status.st_size))
+        return found
+
+    def touched_s(self, name: str) -> float:
+        with _disk("look at", self._root / name):
+            try:
+                status = os.lstat(self._root / name)
+            except FileNotFoundError:
+                return 0.0
+        below = self.names(name) if stat.S_ISDIR(status.st_mode) else []
+        return max([status.st_mtime, *(self.touched_s(f"{name}/{each}") for each in below)])
+
+    def remove(self, name: str) -> None:
+        """A folder is renamed first, so that nobody sees half of it, and a writer who was away for
+        long cannot publish half of it.
+        """
+        path, aside = self._root / name, self._root / STAGING / uuid.uuid4().hex
+        self._make(STAGING)
+        with _disk("remove", path):
+            try:
+                if not stat.S_ISDIR(os.lstat(path).st_mode):
+                    os.unlink(path)
+                    return
+                os.rename(path, aside)
+                _remove_tree(aside)
+            except FileNotFoundError:
+                return
+
+    def _make(self, *folders: str) -> None:
+        """These folders and those that they are in, durably, where they are absent."""
+        for folder in folders:
+            here = self._root
+            for part in Path(folder).parts:
+                if _make_dir(here / part):
+                    _fsync_dir(here)
+                here /= part
+
+    def _stage(self, stage: str, contents: Mapping[str, bytes]) -> None:
+        """A new folder of these files, all on the disk and read back."""
+        folders = {stage}
+        for name in contents:
+            parts = name.split("/")[:-1]
+            folders |= {"/".join([stage, *parts[: i + 1]]) for i in range(len(parts))}
+        for each in sorted(folders):
+            _make_dir(self._root / each)
+        for name, data in sorted(contents.items()):
+            _write_new(self._root / stage / name, data)
+        for each in sorted(folders, reverse=True):
+            _fsync_dir(self._root / each)
+        self._compare(stage, contents)
+
+    def _mend(self, folder: str, contents: Mapping[str, bytes]) -> None:
+        """File by file, each at once, so that nobody ever finds less than there was."""
+        for name, data in sorted(contents.items()):
+            path = self._root / folder / name
+            if self._holds(f"{folder}/{name}", data):
+                continue
+            temporary = self._root / STAGING / uuid.uuid4().hex
+            self._make(str(Path(folder, name).parent))
+            _write_new(temporary, data)
+            with _disk("mend", path):
+                os.rename(temporary, path)
+            _fsync_dir(path.parent)
+
+    def _holds(self, name: str, data: bytes) -> bool:
+        try:
+            return self.read(name, len(data)) == data
+        except IntegrityError:
+            # A link, or a larger file: other bytes too.
+            return False
+
+    def _compare(self, folder: str, contents: Mapping[str, bytes]) -> None:
+        for name, data in sorted(contents.items()):
+            if self.read(f"{folder}/{name}", len(data)) != data:
+                raise IntegrityError(
+                    f"{self._root / folder / name}: not the bytes that were written",
+                    remedy=f"check the disk, {_SAFE}",
+                )
+
+    def _open_below(self, name: str) -> int:
+        """Opens a name one part at a time, so that no part of it can be a symbolic link."""
+        *folders, last = name.split("/")
+        try:
+            here = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
+        except NotADirectoryError as error:
+            raise FileNotFoundError(errno.ENOENT, "the root is no directory") from error
+        try:
+            for folder in folders:
+                below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+                os.close(here)
+                here = below
+            # O_NONBLOCK: a named pipe put in a file's place must not hang the reader.
+            return os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=here)
+        finally:
+            os.close(here)
+
+
+def _path_of(url: str) -> str:
+    """The path that a file:// URL names; any other text is a path."""
+    rest = url.removeprefix("file://")
+    if rest == url:
+        return url
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise StoreError(
+            f"{url}: a path on the host {host!r}", remedy="give a path, or file:///ABSOLUTE/PATH"
+        )
+    return unquote(f"/{path}")
+
+
+def _kind(path: Path) -> str:
+    """'dir', 'file', 'link', 'other' or 'absent': of the name itself, not of a link's target."""
+    with _disk("look at", path):
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return "absent"
+    for name, test in (("dir", stat.S_ISDIR), ("file", stat.S_ISREG), ("link", stat.S_ISLNK)):
+        if test(mode):
+            return name
+    return "other"
+
+
+def _make_dir(path: Path) -> bool:
+    """Makes one directory, whose parent must be there; False where it is there already."""
+    with _disk("make directory", path):
+        try:
+            os.mkdir(path, 0o777)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, "not a directory") from None
+            return False
+    return True
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Writes a file that must not exist yet; it is on the disk when this returns."""
+    with _disk("write", path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(handle, view) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _fsync_dir(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    with _disk("flush directory", path):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_tree(path: Path) -> None:
+    for name in os.listdir(path):
+        below = path / name
+        if stat.S_ISDIR(os.lstat(below).st_mode):
+            _remove_tree(below)
+        else:
+            os.unlink(below)
+    os.rmdir(path)

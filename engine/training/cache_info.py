@@ -1,0 +1,93 @@
+"""What pinned rollouts, their scores and a student are to each other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from logitcask.engine.errors import IdentityError
+from logitcask.engine.objectives import (
+    CacheInfo,
+    ExactnessReport,
+    Objective,
+    Preset,
+    check_exactness,
+)
+from logitcask.engine.packing.source import PackSource
+from logitcask.engine.store import Snapshot, Store
+from logitcask.engine.training.trainer import gathered
+from logitcask.engine.types import MC_IDS, ModelRef, SamplingParams
+
+
+def first_pin(store: Store, earlier: Mapping[str, Any] | None) -> Snapshot:
+    """That of the earlier call, else the newest that the first process sees."""
+    # A loop's run has none, and is refused as another run further on.
+    if earlier is not None and "pin" in earlier:
+        return store.pin(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
+    newest = store.head()
+    number, sha256 = gathered((newest.number, newest.sha256))[0]
+    return store.pin(number, sha256)
+
+
+def check_objective(
+    objective: Objective | Preset,
+    store: Store,
+    *,
+    pin: Snapshot,
+    rollouts: str,
+    teacher: str,
+    base: str | None = None,
+    partial: bool = False,
+) -> ExactnessReport:
+    """What these scores serve of the objective, for a training loop of one's own.
+
+    The student is taken to descend from the one that sampled, its age to be unknown. Raises
+    ObjectiveError where the scores cannot serve the objective, and what RowSource raises.
+    """
+    source = PackSource(store, pin, rollouts, teacher, base=base, partial=partial)
+    return check_exactness(objective, facts_of(None, source, foreign_student=False))
+
+
+def facts_of(model: ModelRef | None, source: PackSource, foreign_student: bool) -> CacheInfo:
+    """What the cache and the student are to each other; None for one that is not a folder yet.
+
+    Raises IdentityError for another tokenizer.
+    """
+    rollouts = [segment for segment, _ in source.pairs]
+    asked = [[each.lineage["request"] for each in chain] for _, chain in source.pairs]
+    sampler = rollouts[0].lineage["student"]
+    if model is not None and sampler["tokenizer"] != model.tokenizer_digest:
+        raise IdentityError(
+            f"the rollouts were sampled with tokenizer {sampler['tokenizer']}, the student "
+            f"{model.name} has {model.tokenizer_digest}",
+            remedy="train a student with the tokenizer of the rollouts, or sample with this one",
+        )
+    sampling = rollouts[0].lineage["set"]
+    return CacheInfo(
+        student_k=int(sampling["student_k"]),
+        # Of the unit that was asked for least: a plan mixes all of them.
+        k_min=min(max(int(each["k_min"]) for each in requests) for requests in asked),
+        k_max=min(max(int(each["k_max"]) for each in requests) for requests in asked),
+        at_student=all(any(each["at_student"] for each in requests) for requests in asked),
+        versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
+        student_version=None if model is None else model.version,
+        same_root=model is None or sampler["root"] == model.root,
+        same_weights=model is None
+        or all(s.lineage["student"]["weights"] == model.digest for s in rollouts),
+        same_template=model is None or sampler["template"] == model.template_digest,
+        plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
+        allow_foreign=foreign_student,
+        n_vocab=int(sampler["n_vocab"]) if model is None else model.n_vocab,
+        mc_draws=int(sampling.get("mc_draws", 0)),
+        at_mc=all(
+            any(each.lineage.get("at") == MC_IDS for each in chain) for _, chain in source.pairs
+        ),
+        q_draws=min(
+            int(each.get("draws", 0)) if each.get("entry_kind") == "sampled" else 0
+            for requests in asked
+            for each in requests
+        ),
+        base=source.base is not None,
+        entropy_bounds=source.bounded,
+    )
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -1,0 +1,1 @@
+"""Work units that several processes share."""

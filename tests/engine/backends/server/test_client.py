@@ -1,0 +1,184 @@
+"""One server: what it may be given, and what of it reaches an error's text."""
+
+import asyncio
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from logitcask.engine.backends.server import Server
+from logitcask.engine.backends.server.client import MOST_MESSAGE, message, pointed, seconds
+from logitcask.engine.errors import ConfigError, LogitcaskError, ServerError
+from logitcask.engine.teachers.remote import urls_of
+from logitcask.engine.types import Rollouts, ScoreRequest
+from tests.engine.backends.server.conftest import QUICK
+from tests.engine.backends.server.fake_server import FakeServer
+
+ASK = ScoreRequest(k_min=3, k_max=12)
+KEY = "sk-canary-5f3a"
+Connect = Callable[..., Server]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"error": {"message": "too long", "code": 400}}', "too long"),
+        (b'{"error": "Unauthorized"}', "Unauthorized"),
+        (b'{"object": "error", "message": "old"}', "old"),
+        (b'{"detail": "Not Found"}', "Not Found"),
+        (b"<html>bad gateway</html>", "<html>bad gateway</html>"),
+        (b"\xff[[", "�[["),
+        (b"", ""),
+    ],
+)
+def test_errors_are_read_in_every_form(body: bytes, said: str) -> None:
+    assert message(body) == said
+
+
+def test_a_key_at_the_end_of_a_cut_text_leaves_no_part_of_it(
+    fake: FakeServer, connect: Connect, rolled: Rollouts
+) -> None:
+    server = connect(fake, key=KEY)
+    for cut in range(3, len(KEY) + 1):
+        fake.faults = [text(400, "x" * (MOST_MESSAGE - cut) + KEY)] * 100
+        with pytest.raises(ServerError, match="answers 400: xxx") as caught:
+            server.score(rolled, ASK)
+        assert KEY[:3] not in caught.value.cause
+
+
+def test_retry_after_is_seconds_or_nothing() -> None:
+    assert [seconds(t) for t in ("7", "", "-1", "Wed, 21 Oct 2026 07:28:00 GMT")] == [7, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host:99999", "http://host:port", f"http://me:{KEY}@[::1", f"me:{KEY}@host"]
+)
+def test_an_address_that_nothing_can_be_at_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ConfigError, match="is no server's URL") as caught:
+        Server([url])
+    assert KEY not in str(caught.value)
+
+
+def test_an_address_that_is_refused_leaves_no_thread() -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(ConfigError):
+            Server(["http://127.0.0.1:1", f"http://me:{KEY}@host"])
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("password", [KEY, "sk,ca,nary"])
+def test_no_part_of_a_list_of_addresses_with_a_password_is_shown(password: str) -> None:
+    with pytest.raises(ConfigError, match="number 2 among the servers of a teacher") as caught:
+        urls_of(f"http://a:1,me:{password}@b:1")
+    assert "b:1" not in caught.value.cause
+    assert not any(part in caught.value.cause for part in password.split(","))
+
+
+@pytest.mark.parametrize("url", ["http://h:1?", "http://h:1/#", "http://:@h:1", "http://@h:1"])
+def test_an_address_with_room_for_a_secret_is_refused_although_it_is_empty(url: str) -> None:
+    with pytest.raises(ConfigError, match="the URL of h holds more than scheme"):
+        Server([url])
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}", f"{KEY}\x00", f"{KEY}é"])
+def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="no header can hold") as caught:
+        Server(["http://127.0.0.1:1"], key=key)
+    assert KEY not in str(caught.value)
+
+
+def test_a_server_without_tls_is_not_waited_for(fake: FakeServer) -> None:
+    with pytest.raises(ServerError, match="no secure connection"):
+        Server([fake.url.replace("http", "https")], limits=replace(QUICK, wait_s=600))
+
+
+def test_redirects_are_not_followed_with_a_key(
+    fake: FakeServer, connect: Connect, rolled: Rollouts
+) -> None:
+    with FakeServer(fake.model) as elsewhere:
+
+        async def away(_: FakeServer, request: web.Request, said: Any) -> web.Response:
+            return web.Response(status=307, headers={"Location": elsewhere.url + request.path})
+
+        server = connect(fake, key=KEY)
+        fake.faults = [away] * 100
+        with pytest.raises(ServerError, match=f"307: it has moved to {elsewhere.url}/inf") as told:
+            server.score(rolled, ASK)
+        assert "Give the address where it is" in told.value.remedy
+        assert not elsewhere.seen.auth
+        assert not elsewhere.seen.bodies
+
+
+def test_where_a_redirect_points_is_told_without_its_secrets() -> None:
+    assert pointed(f"https://me:{KEY}@h:1/v1/models?token={KEY}#{KEY}") == "https://h:1/v1/models"
+    assert [pointed(each) for each in ("/login?next=%2F", "http://[::1", "")] == ["/login", "", ""]
+
+
+def test_proxies_of_the_environment_are_not_used(
+    fake: FakeServer, connect: Connect, rolled: Rollouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert connect(fake).score(rolled, ASK).at_lp is not None
+
+
+def text(status: int, words: str) -> Any:
+    async def answer(_: FakeServer, request: web.Request, said: Any) -> web.Response:
+        return web.Response(status=status, text=words)
+
+    return answer
+
+
+def echo(status: int) -> Any:
+    """An error that repeats the headers that it was sent."""
+
+    async def answer(_: FakeServer, request: web.Request, said: Any) -> web.Response:
+        return web.Response(status=status, text=str(dict(request.headers)), reason="no")
+
+    return answer
+
+
+async def raw(_: FakeServer, request: web.Request, said: Any) -> web.Response:
+    """No HTTP, with the key in it."""
+    assert request.transport is not None
+    request.transport.write(f"HTTP/1.1 {request.headers['Authorization']}\r\n\r\n".encode())
+    await asyncio.sleep(0.05)
+    request.transport.abort()
+    return web.Response()
+
+
+@pytest.mark.parametrize("fault", [*map(echo, (400, 401, 403, 404, 418, 422, 429, 500, 503)), raw])
+def test_no_error_shows_the_key(
+    fault: Any, fake: FakeServer, connect: Connect, rolled: Rollouts
+) -> None:
+    server = connect(fake, key=KEY, limits=replace(QUICK, attempts=2, wait_s=0.05))
+    fake.faults = [fault] * 1000
+    with pytest.raises(LogitcaskError) as caught:
+        server.score(rolled, ASK)
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("key", [KEY, "sk-it's\\5f3a"])
+def test_a_key_that_is_repeated_as_a_name_is_not_shown(
+    key: str, fake: FakeServer, connect: Connect, rolled: Rollouts
+) -> None:
+    server = connect(fake, key=key)
+    fake.called = key
+    fake.fingerprint = f"vllm-{key}"
+    for ask in (lambda: server.score(rolled, ASK), lambda: connect(fake, key=key)):
+        with pytest.raises(LogitcaskError, match="as model .*key.*, and 'teacher' was") as caught:
+            ask()
+        said = "".join(traceback.format_exception(caught.value))
+        assert key not in said
+        assert repr(key)[1:-1] not in said
+    fake.called = None
+    fake.root = f"org/{key}"
+    facts = connect(fake, key=key).facts
+    assert (facts.fingerprint, facts.root) == ("vllm-(key)", "org/(key)")

@@ -1,0 +1,234 @@
+"""Watching workers on real models: rollouts that appear meanwhile, and students that move on."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.commands.stages import run_rollout, run_score
+from logitcask.engine.commands.worker import watch_rollouts, watch_scores
+from logitcask.engine.config.sections import RolloutConfig, ScoreConfig
+from logitcask.engine.config.toml import validate
+from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, StoreError
+from logitcask.engine.models.identity import write_card
+from logitcask.engine.store import open_store
+from logitcask.engine.store.retention import retire
+from logitcask.engine.types import ModelRef
+from tests.engine.score.scored import ref
+from tests.engine.tiny import make_model, save_folder
+
+UNITS = 2
+
+
+class Then(threading.Event):
+    """Each wait of a worker is the next thing that happens; after the last it is told to stop."""
+
+    def __init__(self, *then: Callable[[], object]) -> None:
+        super().__init__()
+        self.then = list(then)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.then:
+            self.then.pop(0)()
+        else:
+            self.set()
+        return self.is_set()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_folder(tmp_path / "student")
+    save_folder(tmp_path / "teacher", make_model(seed=1))
+    lines = [json.dumps({"id": f"p{n}", "prompt": f"{n} ="}) for n in range(2 * UNITS)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def rolls(
+    here: Path, store: str = "s", name: str = "main", seed: int = 0, **work: object
+) -> RolloutConfig:
+    values = {
+        "student": {"model": str(here / "student")},
+        "prompts": {"file": here / "p.jsonl", "chat_template": False},
+        "store": {"url": str(here / store), "rollouts": name},
+        "rollout": {"n": 2, "max_new_tokens": 4, "student_k": 4, "unit_prompts": 2},
+        "work": {"watch": True, "worker": "w", **work},
+        "run": {"device": "cpu", "seed": seed},
+    }
+    return validate(RolloutConfig, values, source="test")
+
+
+def scores(
+    here: Path, store: str = "s", model: str = "teacher", at: str = "student", idle: float = 0.0
+) -> ScoreConfig:
+    values = {
+        "teacher": {"model": str(here / model), "name": model},
+        "store": {"url": str(here / store)},
+        "score": {"k_min": 4, "k_max": 8, "at": at},
+        "work": {"watch": True, "worker": "w", "idle_exit": idle},
+        "run": {"device": "cpu"},
+    }
+    return validate(ScoreConfig, values, source="test")
+
+
+def moved(here: Path, version: int, seed: int, root: ModelRef, card: bool = True) -> None:
+    """The student's folder comes to hold other weights, as a save does: its card last."""
+    save_folder(here / "new", make_model(seed=seed))
+    shutil.copyfile(here / "new/model.safetensors", here / "student/model.safetensors")
+    if card:
+        write_card(
+            here / "student",
+            root=root.root,
+            parent=root.digest,
+            version=version,
+            pin=None,
+            plan="",
+            objective="",
+        )
+
+
+def test_a_teacher_that_waits_scores_what_appears_as_one_that_comes_later(here: Path) -> None:
+    said: list[str] = []
+    told: list[tuple[str, int, int]] = []
+    root = ref(here / "student")
+
+    def later_version() -> None:
+        moved(here, 5, 7, root)
+        watch_rollouts(rolls(here), stop=Then())
+
+    stop = Then(
+        lambda: None,
+        lambda: run_rollout(rolls(here, name="other", seed=1)),
+        lambda: None,
+        lambda: run_rollout(rolls(here)),
+        later_version,
+    )
+    report = watch_scores(
+        scores(here), stop=stop, on_event=said.append, progress=lambda *each: told.append(each)
+    )
+    assert said == [
+        f"waiting for a store at {here / 's'}",
+        f"waiting for rollouts named 'main' in {here / 's'}",
+    ]
+    assert [each[1:] for each in told] == [(0, 2), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]
+    assert (report.units, report.failed) == (2 * UNITS, 0)
+
+    copy = here / "later"
+    store = open_store(shutil.copytree(here / "s", copy))
+    watched = {(s.unit_key, s.seg_id) for s in store.head().segments if s.base}
+    retire(store, teacher="teacher")
+    inline = run_score(scores(here, "later"))
+    assert (inline.units_new, inline.positions) == (2 * UNITS, report.positions)
+    assert {(s.unit_key, s.seg_id) for s in store.head().segments if s.base} == watched
+
+
+def test_scores_at_another_models_ids_wait_for_those(here: Path) -> None:
+    run_rollout(rolls(here))
+    run_score(scores(here))
+    store = open_store(here / "s")
+    retire(store, segment=store.head().segments[-1].seg_id)
+    begun: list[int] = []
+
+    def the_rest() -> None:
+        begun.append(len(store.head().scores("student")))
+        run_score(scores(here))
+
+    other = scores(here, model="student", at="teacher")
+    assert watch_scores(other, stop=Then(the_rest)).units == UNITS
+    assert begun == [1]
+
+
+def test_a_teacher_does_not_wait_for_ever_where_it_is_told_not_to(here: Path) -> None:
+    job = scores(here, idle=1e-9)
+    with pytest.raises(StoreError, match="is not a logitcask store"):
+        watch_scores(job, stop=Then())
+    open_store(here / "s", create=True)
+    with pytest.raises(IncompleteError, match="no rollouts named 'main'"):
+        watch_scores(job, stop=Then())
+    assert watch_scores(scores(here), stop=Then()).units == 0
+
+
+def test_what_is_about_all_rollouts_at_once_cannot_watch(here: Path) -> None:
+    with pytest.raises(ConfigError, match="about all rollouts at once"):
+        watch_scores(scores(here, at="ids:some.jsonl"), stop=Then())
+
+
+def test_a_student_that_moves_on_is_sampled_again(here: Path) -> None:
+    root, said = ref(here / "student"), list[str]()
+    stop = Then(
+        lambda: None,
+        # Its weights are moved and its card is not: nothing to sample yet.
+        lambda: moved(here, 5, 7, root, card=False),
+        lambda: moved(here, 5, 7, root),
+        lambda: None,
+    )
+    report = watch_rollouts(rolls(here), stop=stop, on_event=said.append)
+    assert report.units == 2 * UNITS
+    assert said == [f"student version 5 of {here / 'student'}"]
+    segments = open_store(here / "s").head().rollouts("main")
+    assert [s.unit["version"] for s in segments] == [0, 0, 5, 5]
+    weights = {s.unit["version"]: s.lineage["student"]["weights"] for s in segments}
+    assert weights == {0: root.digest, 5: ref(here / "student").digest}
+    assert {s.lineage["student"]["root"] for s in segments} == {root.digest}
+
+
+def test_every_student_and_teacher_is_closed_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, opened, closed = ref(here / "student"), list[HF](), list[HF]()
+
+    def opens(self: HF, *model: Any, **more: Any) -> None:
+        begins(self, *model, **more)
+        opened.append(self)
+        if len(opened) == 2:
+            moved(here, 6, 8, root)  # saved again while it was being read
+
+    begins = HF.__init__
+    monkeypatch.setattr(HF, "__init__", opens)
+    monkeypatch.setattr(HF, "close", lambda self: closed.append(self), raising=False)
+    stop = Then(lambda: moved(here, 5, 7, root), lambda: None, lambda: None)
+    assert watch_rollouts(rolls(here), stop=stop).units == 2 * UNITS
+    segments = open_store(here / "s").head().rollouts("main")
+    assert [s.unit["version"] for s in segments] == [0, 0, 6, 6]
+    assert len(opened) == 3
+    assert closed == opened
+
+    monkeypatch.setattr(HF, "capabilities", frozenset())
+    with pytest.raises(ConfigError, match="the backend hf cannot give entropy"):
+        watch_scores(scores(here), stop=Then())
+    assert len(opened) == 4
+    assert closed == opened
+
+
+def test_a_folder_that_comes_to_hold_another_model_ends_the_worker(here: Path) -> None:
+    root = ref(here / "student")
+    stop = Then(lambda: moved(here, 5, 7, root, card=False), lambda: None)
+    with pytest.raises(IdentityError, match="held version 0 of .* and now holds version 0 of"):
+        watch_rollouts(rolls(here), stop=stop)
+    assert len(open_store(here / "s").head().segments) == UNITS
+
+
+def test_rollouts_wait_for_scores(here: Path) -> None:
+    said: list[str] = []
+    stop = Then(lambda: None, lambda: run_score(scores(here)))
+    report = watch_rollouts(rolls(here, max_unscored=1), stop=stop, on_event=said.append)
+    # The last two unscored units are one more than may wait; what is missing then is nothing.
+    assert report.units == UNITS
+    assert said == ["2 units wait for scores, more than 1: none is begun"]
+
+    root = ref(here / "student")
+    moved(here, 5, 7, root)
+    begun: list[int] = []
+
+    def count() -> None:
+        begun.append(len(open_store(here / "s").head().rollouts("main")))
+
+    stop = Then(count, lambda: run_score(scores(here)))
+    assert watch_rollouts(rolls(here, max_unscored=1), stop=stop).units == UNITS
+    assert begun == [2 * UNITS]

@@ -1,0 +1,225 @@
+"""Every metric: a value worked by hand, its range, and that the order of ids does not matter."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from logitcask.engine.metrics.metrics import (
+    LOG_RATIO_BOUND,
+    METRICS,
+    TEACHER_WIDTH,
+    row_metrics,
+    see,
+    summed_metrics,
+)
+from logitcask.engine.packing.targets import Targets
+from logitcask.kernels.fused_objective import OverlapSums
+from logitcask.kernels.sparse_kl import ObjectiveInput
+from tests.engine.objectives.full_rows import Full, make_full
+
+# Ids 0..5. The live student's top-3 is {0, 1, 2}, the teacher's {1, 0, 3}; they share {0, 1}.
+P = [0.4, 0.3, 0.15, 0.05, 0.06, 0.04]
+Q = [0.2, 0.5, 0.05, 0.15, 0.06, 0.04]
+OLD = [0.5, 0.1, 0.05, 0.05, 0.2, 0.1]
+# Stored: the old student's top-2 {0, 4}, the teacher's top-3, and the sampled token 5.
+BY_HAND = {
+    "overlap/ratio": 2 / 3,
+    "overlap/mass_student": 0.7,
+    "overlap/mass_teacher": 0.7,
+    # p- = (4/7, 3/7), q- = (2/7, 5/7): -(1/2) [4/7 log 2 + 3/7 log(3/5)]
+    "overlap/advantage": -0.5 * (4 / 7 * math.log(2) + 3 / 7 * math.log(0.6)),
+    "overlap/empty_share": 0.0,
+    "entropy/student": -sum(p * math.log(p) for p in P),
+    "entropy/teacher": -sum(q * math.log(q) for q in Q),
+    "entropy/gap": abs(sum(p * math.log(p) for p in P) - sum(q * math.log(q) for q in Q)),
+    "cache/coverage": 0.4 + 0.06 + 0.3 + 0.05,
+    "cache/miss_mass": 0.15,
+    "cache/drift_k3": 0.04 / 0.1 - 1 - math.log(0.04 / 0.1),
+}
+
+
+def row(probs: list[float]) -> Tensor:
+    return torch.tensor([probs], dtype=torch.float64).log()
+
+
+def view_of(full: Full, k: int) -> ObjectiveInput:
+    log_p = full.live.log_softmax(-1)
+    ids = full.targets.ids
+    at = torch.where(ids < 0, -math.inf, log_p.gather(1, ids.clamp(min=0)))
+    top, top_ids = log_p.sort(dim=-1, descending=True, stable=True)
+    entropy = -torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p).sum(-1)
+    return ObjectiveInput(torch.arange(len(ids)), at, top_ids[:, :k], top[:, :k], entropy)
+
+
+def by_hand(kept: int = 3) -> Full:
+    return make_full(row(P), row(Q), old=row(OLD), student_k=2, kept=kept, token=5)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_by_hand(name: str) -> None:
+    full = by_hand()
+    value = row_metrics(view_of(full, 6), full.targets, k=3)[name]
+    assert value.tolist() == pytest.approx([BY_HAND[name]], abs=1e-12)
+
+
+def test_every_metric_has_a_value_by_hand() -> None:
+    assert set(BY_HAND) == set(METRICS)
+
+
+def test_a_row_with_fewer_kept_ids_is_judged_at_what_it_keeps() -> None:
+    """The teacher kept {1, 0} only: both top-2 are {0, 1}, and the ratio is 1, not 2/3."""
+    full = by_hand(kept=2)
+    seen = see(view_of(full, 6), full.targets, 3)
+    assert seen.k.tolist() == [2]
+    assert METRICS["overlap/ratio"](seen).tolist() == [1.0]
+    # Kept {1} only: p's best is 0. Nothing in common.
+    full = by_hand(kept=1)
+    values = row_metrics(view_of(full, 6), full.targets, k=3)
+    assert values["overlap/ratio"].tolist() == [0.0]
+    assert values["overlap/empty_share"].tolist() == [1.0]
+    assert values["overlap/advantage"].tolist() == [0.0]
+
+
+def test_a_sampled_token_in_neither_list_counts_as_not_stored() -> None:
+    """Its one log-prob is known, but that is luck of the draw, not what the cache covers."""
+    full = make_full(row(P), row(Q), old=row(OLD), student_k=2, kept=3, token=2)
+    values = row_metrics(view_of(full, 6), full.targets, k=3)
+    assert values["cache/miss_mass"].tolist() == pytest.approx([0.15])
+    assert values["cache/coverage"].tolist() == pytest.approx([BY_HAND["cache/coverage"]])
+
+
+def test_drift_is_bounded_and_its_mean_is_the_kl_of_the_two_students() -> None:
+    live, old = row(P), row(OLD)
+    mean = 0.0
+    for y in range(6):
+        full = make_full(live, row(Q), old=old, token=y)
+        mean += OLD[y] * row_metrics(view_of(full, 6), full.targets)["cache/drift_k3"].item()
+    assert mean == pytest.approx(sum(o * math.log(o / p) for o, p in zip(OLD, P, strict=True)))
+    full = by_hand()
+    far = replace(full.targets, s_lp=torch.tensor([-1e4], dtype=torch.float64))
+    drift = row_metrics(view_of(full, 6), far)["cache/drift_k3"].item()
+    assert drift == pytest.approx(math.exp(LOG_RATIO_BOUND) - 1 - LOG_RATIO_BOUND)
+
+
+@st.composite
+def fulls(draw: st.DrawFn) -> Full:
+    rows, vocab = draw(st.integers(1, 4)), draw(st.integers(3, 24))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 20)))
+    sides = []
+    for _ in range(3):
+        z = torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * 3
+        if draw(st.booleans()):
+            z = z.round()
+        if draw(st.booleans()):
+            z[:, draw(st.integers(1, vocab - 1))] = -math.inf
+        sides.append(z)
+    live, old, teacher = sides
+    if draw(st.booleans()):
+        teacher = torch.where(live == -math.inf, live, -live)
+    each = {"min_size": rows, "max_size": rows}
+    # A sampled token was possible for the student that sampled it.
+    token = old.argmax(-1).tolist()
+    kept = draw(st.lists(st.integers(1, vocab), **each))  # type: ignore[arg-type]
+    return make_full(
+        live, teacher, old=old, student_k=draw(st.integers(1, 18)), kept=kept, token=token
+    )
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(full=fulls(), k=st.integers(1, 20))
+def test_ranges(full: Full, k: int) -> None:
+    v = row_metrics(view_of(full, k), full.targets, k=k)
+    assert all(value.isfinite().all() for value in v.values())
+    assert all(value.shape == (len(full.live),) for value in v.values())
+    slack = 1e-12
+    for name in (
+        "overlap/ratio",
+        "overlap/mass_student",
+        "overlap/mass_teacher",
+        "overlap/empty_share",
+        "cache/coverage",
+        "cache/miss_mass",
+    ):
+        assert ((v[name] >= 0) & (v[name] <= 1 + slack)).all(), name
+    assert (v["overlap/advantage"] <= slack).all()
+    assert (v["cache/drift_k3"] >= 0).all()
+    top = math.log(full.live.shape[1]) + slack
+    assert (v["entropy/gap"] <= top).all()
+    # What is in the overlap is stored; what of the top-k is missing is not.
+    assert (v["overlap/mass_student"] <= v["cache/coverage"] + slack).all()
+    assert (v["cache/miss_mass"] + v["cache/coverage"] <= 1 + slack).all()
+    empty = v["overlap/empty_share"] == 1
+    assert ((v["overlap/ratio"] == 0) == empty).all()
+    assert (v["overlap/advantage"][empty] == 0).all()
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(full=fulls(), k=st.integers(1, 20), seed=st.integers(0, 1000))
+def test_names_and_columns_of_ids_do_not_matter(full: Full, k: int, seed: int) -> None:
+    """Renaming ids and shuffling columns leaves every metric as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    view, targets = view_of(full, k), full.targets
+    vocab, width = full.live.shape[1], targets.ids.shape[1]
+    renamed = torch.randperm(vocab, generator=generator)
+    column = torch.randperm(width, generator=generator)
+
+    def rename(ids: Tensor) -> Tensor:
+        return torch.where(ids < 0, ids, renamed[ids.clamp(min=0)])
+
+    changed = {
+        f.name: getattr(targets, f.name)[:, column]
+        for f in fields(Targets)
+        if getattr(targets, f.name) is not None and getattr(targets, f.name).dim() == 2
+    }
+    changed["ids"] = rename(changed["ids"])
+    moved = replace(targets, **changed, token_col=column.argsort()[targets.token_col])
+    other = view._replace(log_p=view.log_p[:, column], top_ids=rename(view.top_ids))
+    before, after = row_metrics(view, targets, k=k), row_metrics(other, moved, k=k)
+    for name in METRICS:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "gap"), [(0.1, 0.2, 0.1), (0.0, 0.3, 0.0), (-0.5, -0.2, 0.2), (-0.1, 0.1, 0.0)]
+)
+def test_the_gap_to_an_interval_is_the_distance_to_it(low: float, high: float, gap: float) -> None:
+    """low and high are H(q)'s bounds less the student's entropy."""
+    full = by_hand()
+    view = view_of(full, 6)
+    least, most = view.entropy + low, view.entropy + high
+    rows = replace(full.targets, q_entropy=least, q_entropy_hi=most)
+    found = row_metrics(view, rows, k=3)
+    assert found["entropy/gap"].tolist() == pytest.approx([gap], abs=1e-12)
+    assert found["entropy/teacher"].tolist() == least.tolist()
+    assert found[TEACHER_WIDTH].tolist() == pytest.approx([high - low], abs=1e-12)
+    one = torch.zeros(1, dtype=torch.float64)
+    summed = summed_metrics(view, OverlapSums(*[one] * len(OverlapSums._fields)), rows)
+    for name in ("entropy/gap", "entropy/teacher", TEACHER_WIDTH):
+        assert torch.equal(summed[name], found[name])
+    # A lower bound of what it is, wherever in the interval H(q) is.
+    for share in (0.0, 0.5, 1.0):
+        exact = replace(full.targets, q_entropy=least + share * (most - least))
+        alone = row_metrics(view, exact, k=3)
+        assert TEACHER_WIDTH not in alone
+        assert alone["entropy/gap"].item() >= found["entropy/gap"].item() - 1e-12
+
+
+def test_swapping_student_and_teacher() -> None:
+    """Overlap and gap are symmetric, and the masses change places."""
+    one = make_full(row(P), row(Q), student_k=6, kept=6)
+    two = make_full(row(Q), row(P), student_k=6, kept=6)
+    a = row_metrics(view_of(one, 6), one.targets, k=3)
+    b = row_metrics(view_of(two, 6), two.targets, k=3)
+    for first, second in (
+        ("overlap/ratio", "overlap/ratio"),
+        ("entropy/gap", "entropy/gap"),
+        ("overlap/mass_student", "overlap/mass_teacher"),
+        ("entropy/student", "entropy/teacher"),
+    ):
+        torch.testing.assert_close(a[first], b[second], rtol=1e-12, atol=0)
+    assert a["overlap/advantage"].item() != pytest.approx(b["overlap/advantage"].item())

@@ -1,0 +1,80 @@
+"""Records of how a teacher behaved: compared by what one model may differ by, never believed."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.engine.errors import IdentityError, StoreError
+from logitcask.engine.models.fingerprint import (
+    CEILING,
+    CONTROL_TIMES,
+    FLOOR,
+    ModelFingerprint,
+    apart,
+    behaviour_of,
+)
+from logitcask.engine.store import Store, open_store
+from tests.engine.store.made import SCORE_LINEAGE as LINEAGE
+from tests.engine.store.made import commit_rollouts, commit_scores, key
+
+IDS = np.array([[3, 1], [2, 7]])
+
+
+def record(off: float = 0.0, control: Any = 0.0) -> dict[str, Any]:
+    told = ModelFingerprint(ids=IDS, lp=np.log([[0.6, 0.3], [0.5, 0.2]]) - off)
+    return {**told.record(), "control_nats": control}
+
+
+def test_what_one_model_may_differ_by_is_three_times_the_larger_control() -> None:
+    assert apart(record(), record()) == (0.0, FLOOR)
+    found, allowed = apart(record(), record(0.02, control=0.01))
+    assert found == pytest.approx(0.02, abs=1e-5)
+    assert allowed == pytest.approx(CONTROL_TIMES * 0.01)
+    assert apart(record(control=0.01), record())[1] == allowed
+    # A record that claims to be unsteady is no cover for another model.
+    assert apart(record(), record(control=1e9))[1] == CONTROL_TIMES * CEILING
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ids": None},
+        {"ids": [[1, 2], [3]]},
+        {"ids": [1, 2]},
+        {"ids": [], "lp": []},
+        {"lp": [["a", "b"], ["c", "d"]]},
+        {"lp": [[-1.0, math.nan], [-1.0, -2.0]]},
+        {"lp": [[-1.0], [-1.0]]},
+        {"ids": [[1, 2**70], [3, 4]]},
+        {"control_nats": "0.1"},
+        {"control_nats": math.nan},
+        {"ids": [[1, 2]], "lp": [[-1.0, -2.0]]},
+    ],
+)
+def test_what_is_no_record_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(StoreError, match="no record of how a teacher behaved"):
+        apart(record(), {**record(), **change})
+    with pytest.raises(StoreError, match="KeyError"):
+        behaviour_of({"ids": [[1]]})
+
+
+@pytest.fixture
+def store(tmp_path: Any) -> Store:
+    return open_store(tmp_path / "s", create=True)
+
+
+def test_a_name_is_bound_to_how_its_teacher_behaved(store: Store) -> None:
+    bases = [commit_rollouts(store, seed, key("r", seed)) for seed in range(3)]
+
+    def commit(n: int, told: dict[str, Any]) -> Any:
+        lineage = {**LINEAGE, "behaviour": told}
+        return commit_scores(store, bases[n], n, lineage=lineage, unit_key=key("s", n))
+
+    commit(0, record())
+    commit(1, record(FLOOR / 2))
+    with pytest.raises(IdentityError, match="not the one that began the scores named") as caught:
+        commit(2, record(0.01))
+    assert "--revision" in caught.value.remedy
+    commit(2, record(0.01, control=0.005))

@@ -1,0 +1,231 @@
+"""Reading for training: windows, threads, processes and caches change nothing about the rows."""
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.packing import source as row_source
+from logitcask.engine.packing.batches import Ahead, PlannedPacks, batches, planned
+from logitcask.engine.packing.plan import windows_at_most
+from logitcask.engine.packing.source import Pack
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.store.cache import UnitCache, read_unit
+from logitcask.engine.store.unit import dtypes_of, size_of
+from tests.engine.cached import make_store, make_unit
+
+UNITS = 6
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reading") / "store"
+    make_store(path, [make_unit(seed, lengths=[5, 0, 9, 2, 7, 1]) for seed in range(UNITS)])
+    return path
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Store:
+    return open_store(shutil.copytree(made, tmp_path / "store"))
+
+
+def small_windows(store: Store, units: int = 2, **change: object) -> PlannedPacks:
+    """Rows in windows of so many units."""
+    pin = store.head()
+    chains = pin.scores("big")
+    largest = max(size_of(s, chains[s.seg_id]) for s in pin.rollouts("main"))
+    arguments = {"tokens_per_batch": 40, "epochs": 2, "window_bytes": units * largest} | change
+    return planned(store, pin=pin, rollouts="main", teacher="big", **arguments)
+
+
+def same(a: Pack, b: Pack) -> None:
+    for field in fields(Pack):
+        if field.name != "targets":
+            assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+    for field in fields(type(a.targets)):
+        x, y = getattr(a.targets, field.name), getattr(b.targets, field.name)
+        assert (x is None and y is None) or torch.equal(x, y), field.name
+
+
+def test_sizes_from_the_log_are_those_of_the_units(store: Store) -> None:
+    pin = store.head()
+    for segment in pin.rollouts("main"):
+        chain = pin.scores("big")[segment.seg_id]
+        unit = read_unit(store, segment, chain)
+        assert 0.7 * size_of(segment, chain) <= unit.size_bytes <= size_of(segment, chain)
+
+
+@pytest.mark.parametrize("units", [1, 2, 4])
+def test_windows_hold_as_many_bytes_as_they_may(store: Store, units: int) -> None:
+    rows = small_windows(store, units)
+    assert len(rows.plan.windows) <= 2 * windows_at_most(UNITS * 10**6, units * 10**6)
+    for index in range(len(rows)):
+        window = rows.plan.windows[rows.plan.window(index)]
+        assert set(rows.plan.row(index)[:, 0].tolist()) <= set(window.ordinals)
+        assert len(window.ordinals) <= units + 1
+    assert rows.plan.window(len(rows)) == len(rows.plan.windows)
+
+
+def test_two_windows_are_in_memory_and_the_next_is_decoded_ahead(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    read = row_source.read_unit
+    monkeypatch.setattr(
+        row_source, "read_unit", lambda s, r, *c: (decoded.append(r.seg_id), read(s, r, *c))[1]
+    )
+    rows = small_windows(store, 1, epochs=1)
+    source = rows._source
+    for index in range(len(rows)):
+        rows.row(index)
+        held = list(source._held) + list(source._coming)
+        assert len(held) <= 2
+    assert len(decoded) == UNITS, "no unit is decoded twice in an epoch"
+
+
+def test_threads_and_pins_change_nothing(store: Store) -> None:
+    alone = small_windows(store)
+    want = [alone.row(i) for i in range(len(alone))]
+    ahead = small_windows(store)
+    for index in range(len(ahead)):
+        row = ahead.row(index)
+        ahead.expect(range(index + 1, min(index + 4, len(ahead))))
+        same(row, want[index])
+    # Whatever is added meanwhile.
+    pin = store.head()
+    base = pin.rollouts("main")[0]
+    unit = make_unit(99, lengths=[5, 0, 9, 2, 7, 1])
+    store.commit_rollouts(
+        unit.rollouts,
+        name="main",
+        unit_key="sha256:" + "9" * 64,
+        unit={"version": 0, "first": 99},
+        lineage=base.lineage,
+    )
+    pinned = open_store(store.url).pin(pin.number)
+    again = batches(
+        store,
+        pin=pinned,
+        rollouts="main",
+        teacher="big",
+        tokens_per_batch=40,
+        epochs=2,
+        window_bytes=alone.plan.key.window_bytes,
+    )
+    for ours, theirs in zip(again, want, strict=True):
+        same(ours, theirs)
+
+
+def test_ranks_take_turns_and_are_equally_many(store: Store) -> None:
+    arguments = {"pin": store.head(), "rollouts": "main", "teacher": "big", "tokens_per_batch": 40}
+    want = list(batches(store, **arguments))
+    parts = [list(batches(store, **arguments, rank=rank, world=4)) for rank in range(4)]
+    assert {len(part) for part in parts} == {-(-len(want) // 4)}
+    for index in range(4 * len(parts[0])):
+        row = parts[index % 4][index // 4]
+        if index < len(want):
+            same(row, want[index])
+        else:
+            assert len(row.targets) == 0
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_workers_of_their_own_processes_read_the_same(
+    store: Store, tmp_path: Path, cached: bool
+) -> None:
+    rows = small_windows(store, cache=tmp_path / "cache" if cached else None)
+    want = [rows.row(i) for i in range(len(rows))]
+    loader = DataLoader(rows, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    for ours, theirs in zip(loader, want, strict=True):
+        same(ours, theirs)
+
+
+def test_an_index_beyond_the_rows_ends_a_loop(store: Store) -> None:
+    rows = small_windows(store)
+    assert len(list(rows)) == len(rows)
+    with pytest.raises(IndexError):
+        rows[-1]
+
+
+def test_an_error_in_the_thread_is_raised_where_the_row_is_asked_for(store: Store) -> None:
+    segment = store.head().rollouts("main")[0]
+    file = Path(store.url) / segment.folder / "tokens/c/0"
+    rows = small_windows(store, UNITS)
+    file.write_bytes(file.read_bytes()[:-1])
+    rows.expect(range(len(rows)))
+    with pytest.raises(IntegrityError, match="tokens/c/0"):
+        list(rows)
+
+
+def test_what_is_expected_and_not_asked_for_is_forgotten() -> None:
+    made: list[int] = []
+    ahead = Ahead(lambda index: made.append(index))  # type: ignore[arg-type, return-value]
+    ahead.expect([1, 2])
+    ahead.expect([3])
+    ahead.row(3)
+    ahead.row(1)
+    assert made.count(3) == 1
+    assert made[-1] == 1
+
+
+# Caches of decoded units.
+
+
+def test_a_cache_holds_what_the_store_says(store: Store, tmp_path: Path) -> None:
+    cache = UnitCache(tmp_path / "cache", verify=True)
+    pin = store.head()
+    for segment in pin.rollouts("main"):
+        chain = pin.scores("big")[segment.seg_id]
+        direct, kept = read_unit(store, segment, chain), cache.unit(store, segment, chain)
+        for name, dtype in dtypes_of(segment, chain).items():
+            assert kept.arrays[name].dtype == np.dtype(dtype)
+            assert np.array_equal(kept.arrays[name], direct.arrays[name]), name
+            assert isinstance(kept.arrays[name], np.memmap) or not len(kept.arrays[name])
+        one, other = kept.sequence(2), direct.sequence(2)
+        assert all(np.array_equal(one[name], other[name]) for name in other)
+    # The store is not asked again.
+    shutil.rmtree(Path(store.url) / "seg")
+    again = UnitCache(tmp_path / "cache").unit(store, segment, chain)
+    assert np.array_equal(again.arrays["token"], direct.arrays["token"])
+
+
+def damage(file: Path, how: str) -> None:
+    data = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(data[:-1])
+    elif how == "pickled":
+        with file.open("wb") as out:
+            np.save(out, np.asarray([{"x": 1}], object), allow_pickle=True)
+    else:
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "pickled", "flip"])
+@pytest.mark.parametrize("name", ["t_ids.npy", "sizes.json"])
+def test_a_damaged_cache_is_told(store: Store, tmp_path: Path, how: str, name: str) -> None:
+    pin = store.head()
+    segment = pin.rollouts("main")[0]
+    pair = segment, pin.scores("big")[segment.seg_id]
+    UnitCache(tmp_path / "cache").unit(store, *pair)
+    (folder,) = (tmp_path / "cache").iterdir()
+    damage(folder / name, how)
+    with pytest.raises(IntegrityError, match="a damaged cache") as caught:
+        UnitCache(tmp_path / "cache", verify=True).unit(store, *pair)
+    assert f"remove {folder}" in caught.value.remedy
+    shutil.rmtree(folder)
+    UnitCache(tmp_path / "cache", verify=True).unit(store, *pair)
+
+
+def test_a_cache_that_cannot_be_written_is_told(store: Store, tmp_path: Path) -> None:
+    pin = store.head()
+    segment = pin.rollouts("main")[0]
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot write the cache"):
+        UnitCache(tmp_path / "file").unit(store, segment, pin.scores("big")[segment.seg_id])

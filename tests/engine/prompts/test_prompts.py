@@ -1,0 +1,190 @@
+"""Prompt files: what is read, and that every refusal names file, line, field, value and way out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcask.engine.errors import ModelError, PromptError
+from logitcask.engine.prompts.prompts import (
+    MAX_LINE_BYTES,
+    chat_template_for,
+    load_tokenizer,
+    read_prompts,
+)
+from tests.engine.tiny import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+
+
+def write(folder: Path, *lines: Any) -> Path:
+    file = folder / "prompts.jsonl"
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    file.write_text("\n".join(text) + "\n")
+    return file
+
+
+def read(file: Path, chat_template: bool = False, most: int = 100) -> list[Any]:
+    return read_prompts(file, TOKENIZER, chat_template=chat_template, max_prompt_tokens=most)
+
+
+def test_a_plain_prompt_is_its_characters_and_unknown_keys_travel(tmp_path: Path) -> None:
+    file = write(tmp_path, {"id": "a", "prompt": "2+3=", "answer": "5", "level": 1, "tags": ["x"]})
+    (prompt,) = read(file)
+    assert TOKENIZER.decode(prompt.token_ids) == "2+3="
+    assert len(prompt.token_ids) == 4
+    assert (prompt.id, prompt.answer) == ("a", "5")
+    assert prompt.extra == {"level": 1, "tags": ["x"]}
+
+
+def test_with_the_template_a_prompt_is_one_user_turn(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}]
+    file = write(tmp_path, {"id": "a", "prompt": "hi"}, {"id": "b", "messages": turns})
+    plain, chat = read(file, chat_template=True)
+    assert plain.token_ids == chat.token_ids
+    assert TOKENIZER.decode(plain.token_ids) == "user: hi\nassistant: "
+
+
+def test_the_date_of_a_template_is_fixed(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "\n{{ strftime_now('%Y-%m-%d, %B %-d') }} {{ date_string }}"
+    (prompt,) = read_prompts(
+        write(tmp_path, {"id": "a", "prompt": "x"}),
+        tokenizer,
+        chat_template=True,
+        max_prompt_tokens=99,
+    )
+    assert tokenizer.decode(prompt.token_ids) == "\n2026-01-01, January 1 01 Jan 2026"
+
+
+def test_byte_order_mark_crlf_and_blank_lines_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(
+        b'\xef\xbb\xbf{"id": "a", "prompt": "x"}\r\n\r\n{"id": "b", "prompt": "y"}\r\n'
+    )
+    assert [p.id for p in read(file)] == ["a", "b"]
+
+
+def test_special_tokens_are_not_added_but_read_where_they_are_written(tmp_path: Path) -> None:
+    (prompt,) = read(write(tmp_path, {"id": "a", "prompt": "a<eos>"}))
+    assert prompt.token_ids[1] == TOKENIZER.eos_token_id
+
+
+USER = {"role": "user", "content": "hi"}
+BAD = {
+    "not JSON": ('{"id": ', "not valid JSON", False),
+    "NaN": ('{"id": "a", "prompt": "x", "score": NaN}', "not valid JSON", False),
+    "a list": ("[1]", "a list, not an object", False),
+    "too deep": ("[" * 200_000, "nested too deeply", False),
+    "no id": ({"prompt": "x"}, 'field "id" is missing', False),
+    "number as id": ({"id": 7, "prompt": "x"}, 'field "id": 7 is a number', False),
+    "same id twice": ({"id": "ok", "prompt": "x"}, "already the id of line 1", False),
+    "no prompt": ({"id": "a"}, "neither is there", False),
+    "both": ({"id": "a", "prompt": "x", "messages": [USER]}, "both are there", True),
+    "empty prompt": ({"id": "a", "prompt": " \n"}, "field \"prompt\": ' \\n' is empty", False),
+    "null prompt": ({"id": "a", "prompt": None}, 'field "prompt": None is null', False),
+    "answer of a wrong type": ({"id": "a", "prompt": "x", "answer": 5}, 'field "answer": 5', False),
+    "half a surrogate": ('{"id": "a", "prompt": "\\ud800"}', "surrogate", False),
+    "too long": ({"id": "a", "prompt": "x" * 101}, "101 tokens, at most 100", False),
+    "messages, no template": ({"id": "a", "messages": [USER]}, "needs the chat template", False),
+    "no turns": ({"id": "a", "messages": []}, "is not a list of turns", True),
+    "turn of text": ({"id": "a", "messages": ["hi"]}, 'field "messages[0]"', True),
+    "strange role": (
+        {"id": "a", "messages": [USER, {"role": "robot", "content": "x"}]},
+        "messages[1].role\": 'robot' is none of",
+        True,
+    ),
+    "picture": (
+        {"id": "a", "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        'messages[0].content": [{',
+        True,
+    ),
+    "ends in the assistant": (
+        {"id": "a", "messages": [USER, {"role": "assistant", "content": "x"}]},
+        "may not end with 'assistant'",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "says", "chat"), BAD.values(), ids=BAD.keys())
+def test_a_bad_line_is_named(tmp_path: Path, line: Any, says: str, chat: bool) -> None:
+    file = write(tmp_path, {"id": "ok", "prompt": "fine"}, line)
+    with pytest.raises(PromptError) as caught:
+        read(file, chat_template=chat)
+    assert caught.value.cause.startswith(f"{file}, line 2: ")
+    assert says in caught.value.cause
+    assert len(caught.value.cause) < 400 + len(str(file))
+    assert caught.value.remedy
+
+
+def test_a_line_is_bounded_before_it_is_parsed(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'{"id": "a", "prompt": "' + b"x" * MAX_LINE_BYTES + b'"}\n')
+    with pytest.raises(PromptError, match="line 1: the line is longer than 1048576 bytes"):
+        read(file)
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'{"id": "a", "prompt": "\xff"}\n')
+    with pytest.raises(PromptError, match="line 1: byte 23 is not UTF-8"):
+        read(file)
+
+
+def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="there is no prompts file"):
+        read(tmp_path / "nowhere.jsonl")
+    with pytest.raises(PromptError, match="holds no prompt"):
+        read(write(tmp_path, "", " "))
+    with pytest.raises(PromptError, match="cannot be read"):
+        read(tmp_path)
+
+
+def test_a_template_is_needed_and_may_refuse(tmp_path: Path) -> None:
+    file = write(tmp_path, {"id": "a", "prompt": "x"})
+    bare = make_tokenizer(chat_template=False)
+    with pytest.raises(ModelError, match="has no chat template"):
+        read_prompts(file, bare, chat_template=True, max_prompt_tokens=9)
+    bare.chat_template = "{{ raise_exception('one turn is too few') }}"
+    with pytest.raises(PromptError, match=r"line 1: .*refuses it: .*one turn is too few"):
+        read_prompts(file, bare, chat_template=True, max_prompt_tokens=9)
+
+
+def test_a_tokenizer_comes_back_from_its_folder_or_is_named(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.get_vocab() == TOKENIZER.get_vocab()
+    assert again.chat_template == TOKENIZER.chat_template
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_code_in_a_tokenizer_folder_is_not_run(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_whether_the_template_is_meant_is_said_where_it_is_not_clear(tmp_path: Path) -> None:
+    plain = write(tmp_path, {"id": "a", "prompt": "x"})
+    bare = make_tokenizer(chat_template=False)
+    assert chat_template_for(plain, bare, None) is False
+    assert chat_template_for(plain, TOKENIZER, True) is True
+    assert chat_template_for(plain, TOKENIZER, False) is False
+    with pytest.raises(PromptError, match="either could be meant"):
+        chat_template_for(plain, TOKENIZER, None)
+    chat = write(tmp_path, {"id": "a", "messages": [USER]})
+    assert chat_template_for(chat, TOKENIZER, None) is True
+    with pytest.raises(PromptError, match="there is no prompts file"):
+        chat_template_for(tmp_path / "nowhere.jsonl", TOKENIZER, None)

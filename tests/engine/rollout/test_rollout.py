@@ -1,0 +1,359 @@
+"""Units: planned once, resumed exactly, and refused where two plans or identities would mix."""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.errors import ConfigError, GraderError, IdentityError
+from logitcask.engine.models import identity
+from logitcask.engine.prompts.graders import Grading
+from logitcask.engine.rollout.plan import RolloutReport, rollout
+from logitcask.engine.rollout.unit import (
+    UNIT_POSITIONS,
+    Rolling,
+    draw,
+    mc_request,
+    prompt_set_digest,
+    unit_key,
+)
+from logitcask.engine.store import open_store
+from logitcask.engine.types import (
+    STOP,
+    ModelRef,
+    Progress,
+    Prompt,
+    Rollouts,
+    SamplingParams,
+    ScoreRequest,
+    Scores,
+    silent,
+)
+from tests.engine.tiny import save_folder
+
+SAMPLING = SamplingParams(n=2, max_new_tokens=6)
+PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3, 5 + i)), answer=str(i)) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        folder = save_folder(tmp_path_factory.mktemp("student"))
+        return identity.model_ref(str(folder), chat_template=False)
+
+
+@pytest.fixture(scope="module")
+def hf(model: ModelRef) -> HF:
+    return HF(model)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, hf: HF, model: ModelRef) -> Path:
+    """A store with all three units: commits cost most of a test's time."""
+    path = tmp_path_factory.mktemp("stores") / "whole"
+    report = run(path, hf, model, lineage_extra={"chat_template": False})
+    assert (report.units_total, report.units_done_before, report.units_new) == (3, 0, 3)
+    return path
+
+
+class Dies:
+    """A sampler that fails in unit `at`, and counts the units it has begun."""
+
+    def __init__(self, hf: HF, at: int = 1 << 30) -> None:
+        self.hf, self.at, self.begun = hf, at, 0
+        self.describe = hf.describe
+
+    def generate(self, prompts: Sequence[Prompt], *args: Any, **keys: Any) -> Rollouts:
+        self.begun += 1
+        if self.begun > self.at:
+            raise KeyboardInterrupt
+        return self.hf.generate(prompts, *args, **keys)
+
+
+def run(
+    store: Path, hf: HF, model: ModelRef, progress: Progress = silent, **keys: Any
+) -> RolloutReport:
+    told = {"sampler": hf, "unit_prompts": 2, "student_k": 5, "sampling": SAMPLING} | keys
+    asked = Rolling(
+        store=open_store(store, create=True), model=model, **({"prompts": PROMPTS} | told)
+    )
+    return rollout(asked, progress=progress)
+
+
+def contents(store: Path, name: str = "main") -> list[tuple[str, str, dict[str, Any]]]:
+    pin = open_store(store).head()
+    return [(s.unit_key, s.seg_id, dict(s.unit)) for s in pin.rollouts(name)]
+
+
+def later(model: ModelRef, version: int) -> ModelRef:
+    """A student of the same root, trained for some updates."""
+    return dataclasses.replace(model, digest=identity.digest(version), version=version)
+
+
+def test_units_are_fixed_ranges_and_hold_what_was_sampled(
+    whole: Path, hf: HF, model: ModelRef
+) -> None:
+    store = open_store(whole)
+    segments = store.head().rollouts("main")
+    ranges = [(s.unit["first"], s.unit["count"]) for s in segments]
+    assert ranges == [(0, 2), (2, 2), (4, 1)]
+    direct = hf.generate(PROMPTS, SAMPLING, seed=0, version=0)
+    units = [store.read_rollouts(s) for s in segments]
+    np.testing.assert_array_equal(np.concatenate([u.tokens for u in units]), direct.tokens)
+    np.testing.assert_allclose(np.concatenate([u.b_lp for u in units]), direct.b_lp, atol=2e-5)
+    assert [p.answer for u in units for p in u.prompts] == [p.answer for p in PROMPTS]
+    for unit in units:
+        assert unit.student is not None
+        assert (unit.student.cnt == 5).all()
+        np.testing.assert_allclose(unit.student.lp, unit.b_lp, atol=1e-5)
+
+
+def test_lineage_names_what_was_used_and_no_path(whole: Path, model: ModelRef) -> None:
+    lineage = open_store(whole).head().segments[0].lineage
+    assert lineage["set"]["units"] == 3
+    assert lineage["set"]["prompts"] == 5
+    assert (lineage["set"]["n"], lineage["set"]["student_k"]) == (2, 5)
+    assert lineage["student"] == model.lineage() | {"stop_ids": [1]}
+    assert lineage["backend"]["name"] == "hf"
+    assert lineage["chat_template"] is False
+    assert lineage["logprob"] == "natural, temperature 1, ids [0, n_vocab)"
+
+
+def test_a_run_that_died_is_resumed_to_the_same_store(
+    tmp_path: Path, whole: Path, hf: HF, model: ModelRef
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "died", hf, model, sampler=Dies(hf, 1), scorer=hf)
+    assert len(contents(tmp_path / "died")) == 1
+    seen: list[tuple[str, int, int]] = []
+    report = run(tmp_path / "died", hf, model, progress=lambda *x: seen.append(x))
+    assert (report.units_done_before, report.units_new) == (1, 2)
+    assert seen == [("rollout", i, 3) for i in (1, 2, 3)]
+    assert contents(tmp_path / "died") == contents(whole)
+
+
+def test_a_run_that_is_done_samples_nothing(whole: Path, hf: HF, model: ModelRef) -> None:
+    before, idle = contents(whole), Dies(hf)
+    report = run(whole, hf, model, sampler=idle, scorer=hf)
+    assert (report.units_done_before, report.units_new, idle.begun) == (3, 0, 0)
+    assert (report.positions, report.mean_length) == (0, 0.0)
+    assert contents(whole) == before
+
+
+def test_the_report_counts_what_is_new(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+    report = run(tmp_path / "s", hf, model, first=1, count=3, unit_prompts=3)
+    direct = hf.generate(PROMPTS[1:4], SAMPLING, seed=0, version=0)
+    assert (report.sequences, report.positions) == (6, len(direct.tokens))
+    assert report.mean_length == pytest.approx(len(direct.tokens) / 6)
+    assert report.stopped_share == pytest.approx(float((direct.finish == STOP).mean()))
+
+
+def test_the_content_of_a_unit_does_not_depend_on_the_unit_size(
+    tmp_path: Path, whole: Path, hf: HF, model: ModelRef
+) -> None:
+    """The default unit can reach UNIT_POSITIONS, so it holds all of these prompts."""
+    assert UNIT_POSITIONS // (SAMPLING.n * SAMPLING.max_new_tokens) > len(PROMPTS)
+    assert run(tmp_path / "one", hf, model, unit_prompts=None).units_total == 1
+    tokens = []
+    for path in (tmp_path / "one", whole):
+        store = open_store(path)
+        units = [store.read_rollouts(s) for s in store.head().rollouts("main")]
+        tokens.append(np.concatenate([u.tokens for u in units]).tolist())
+    assert tokens[0] == tokens[1]
+
+
+def test_keys_change_with_whatever_changes_the_data(model: ModelRef) -> None:
+    def key(prompts: Any = PROMPTS, sampling: Any = SAMPLING, model: Any = model, **k: Any) -> str:
+        keys = {"seed": 0, "student_k": 5} | k
+        return unit_key(prompt_set_digest(prompts, model, sampling, **keys), model, 0, 2)
+
+    base = key()
+    assert base == key()
+    assert base == key(model=dataclasses.replace(model, name="elsewhere", path=Path("/else")))
+    others = [
+        key(PROMPTS[:-1]),
+        key([dataclasses.replace(PROMPTS[0], answer="x"), *PROMPTS[1:]]),
+        key(sampling=dataclasses.replace(SAMPLING, top_p=0.9)),
+        key(model=later(model, 1)),
+        key(model=dataclasses.replace(model, template_digest="t")),
+        key(seed=1),
+        key(student_k=6),
+        key(mc_draws=8),
+        key(grader="exact"),
+        unit_key("s", model, 0, 2),
+    ]
+    assert len({base, *others}) == 11
+    assert key(mc_draws=0, grader="") == base, "sets from before there were any keep their digest"
+
+
+def test_draws_are_of_the_students_law_and_stored_with_its_log_probs(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    """4096 draws of each of 12 rows: no share is off by more than 5 standard errors."""
+    draws, seed = 4096, 3
+    run(tmp_path / "s", hf, model, prompts=PROMPTS[:1], mc_draws=draws, seed=seed)
+    store = open_store(tmp_path / "s")
+    (segment,) = store.head().rollouts("main")
+    found = store.read_rollouts(segment)
+    vocab = model.n_vocab
+    every = ScoreRequest(entry_kind="topk", k_min=vocab, k_max=vocab, at_student=False)
+    law = hf.score(found, every)
+    exact = np.zeros((found.positions, vocab))
+    exact[np.repeat(np.arange(found.positions), law.cnt), law.ids] = law.entry_lp
+    assert found.draws is not None
+    row = np.repeat(np.arange(found.positions), found.draws.cnt)
+    assert np.array_equal(found.draws.lp, exact[row, found.draws.ids].astype(np.float32))
+    assert np.bincount(row, found.draws.mult).tolist() == [draws] * found.positions
+    counts = np.zeros_like(exact)
+    counts[row, found.draws.ids] = found.draws.mult
+    p = np.exp(exact)
+    assert (np.abs(counts / draws - p) <= 5 * np.sqrt(p * (1 - p) / draws) + 1 / draws).all()
+    # The same seed draws the same, and a teacher of that seed draws others.
+    again = draw(hf, found, mc_request(draws, seed))
+    assert np.array_equal(again.mult, found.draws.mult)
+    of_teacher = dataclasses.replace(mc_request(draws, seed), seed=seed)
+    assert not np.array_equal(hf.score(found, of_teacher).mult, found.draws.mult)
+
+
+class Thirds:
+    """Rewards the share of ids that three divides, fails at prompt `bad`, and counts its calls."""
+
+    def __init__(self, bad: str = "") -> None:
+        self.bad, self.calls = bad, 0
+
+    def __call__(self, prompt: Prompt, text: str) -> float:
+        self.calls += 1
+        if prompt.id == self.bad:
+            raise GraderError(f"grader thirds on prompt {prompt.id!r}", remedy="mend it")
+        return thirds([int(word) for word in text.split()])
+
+    def grading(self) -> Grading:
+        return Grading(
+            name="thirds", grader=self, decode=lambda ids: " ".join(str(each) for each in ids)
+        )
+
+
+def thirds(ids: list[int]) -> float:
+    return sum(each % 3 == 0 for each in ids) / max(1, len(ids))
+
+
+def test_every_response_is_graded_once(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+    grader = Thirds()
+    report = run(tmp_path / "s", hf, model, grading=grader.grading())
+    store = open_store(tmp_path / "s")
+    want, got = [], []
+    for segment in store.head().rollouts("main"):
+        unit = store.read_rollouts(segment)
+        assert segment.layout == "student+reward"
+        assert segment.lineage["set"]["grader"] == "thirds"
+        assert unit.reward is not None
+        got += unit.reward.tolist()
+        cuts = np.split(unit.tokens, unit.seq_off[1:-1])
+        want += [np.float32(thirds(ids.tolist())) for ids in cuts]
+    assert got == want
+    assert len(set(got)) > 1
+    assert grader.calls == len(got) == 2 * len(PROMPTS)
+    assert report.mean_reward == pytest.approx(np.mean(want))
+    again = run(tmp_path / "s", hf, model, grading=grader.grading())
+    assert (again.units_new, again.mean_reward, grader.calls) == (0, None, len(got))
+
+
+def test_a_unit_whose_grader_fails_is_not_committed(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    with pytest.raises(GraderError, match="on prompt 'p3'"):
+        run(tmp_path / "s", hf, model, grading=Thirds("p3").grading())
+    assert [unit["first"] for _, _, unit in contents(tmp_path / "s")] == [0]
+    assert run(tmp_path / "s", hf, model, grading=Thirds().grading()).units_new == 2
+
+
+def test_rollouts_with_and_without_rewards_do_not_mix(whole: Path, hf: HF, model: ModelRef) -> None:
+    grader = Thirds()
+    with pytest.raises(IdentityError, match="grader = None, not 'thirds'"):
+        run(whole, hf, model, grading=grader.grading())
+    assert grader.calls == 0
+
+
+def test_draws_of_a_sampler_that_cannot_are_refused_before_it_samples(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    scorer, sampler = Dies(hf), Dies(hf)
+    scorer.capabilities = hf.capabilities - {"drawn"}  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="the backend hf cannot give drawn"):
+        run(tmp_path / "s", sampler, model, scorer=scorer, mc_draws=2)
+    assert sampler.begun == 0
+
+
+def test_rollouts_with_and_without_draws_do_not_mix(whole: Path, hf: HF, model: ModelRef) -> None:
+    with pytest.raises(IdentityError, match="mc_draws = None, not 2"):
+        run(whole, hf, model, mc_draws=2)
+
+
+def test_rounds_of_a_loop_share_a_name(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+    """As distill calls it: another version and another range of the prompts each round."""
+    for version in range(3):
+        student = model if version == 0 else later(model, version)
+        report = run(
+            tmp_path / "s", hf, student, first=version, count=1, unit_prompts=2, versions=True
+        )
+        assert report.units_new == 1
+    units = [unit for _, _, unit in contents(tmp_path / "s")]
+    assert units == [{"version": i, "first": i, "count": 1} for i in range(3)]
+
+
+def test_what_a_name_holds_already_is_not_mixed_with_another(
+    tmp_path: Path, whole: Path, hf: HF, model: ModelRef
+) -> None:
+    store = shutil.copytree(whole, tmp_path / "s")
+    before = contents(store)
+    unused = {"sampler": Dies(hf, 0), "scorer": hf}
+    with pytest.raises(IdentityError, match=r"are of student .*, version 0; this one is .* 3"):
+        run(store, hf, later(model, 3), **unused)
+    with pytest.raises(IdentityError, match="were made with"):
+        run(store, hf, model, seed=1, **unused)
+    with pytest.raises(IdentityError, match="were made with"):
+        run(store, hf, model, sampling=dataclasses.replace(SAMPLING, top_k=3), **unused)
+    with pytest.raises(IdentityError, match=r"prompts 0\.\.1 as one unit, and the plan has 0\.\.2"):
+        run(store, hf, model, unit_prompts=3, **unused)
+    with pytest.raises(IdentityError, match="already, under the name 'main'"):
+        run(store, hf, model, name="other", **unused)
+    other_root = dataclasses.replace(model, digest=identity.digest(1), root=identity.digest(1))
+    with pytest.raises(IdentityError, match=r"stands for student\.root"):
+        run(store, hf, other_root, versions=True)
+    assert contents(store) == before
+    assert run(store, hf, model, name="other", seed=1, unit_prompts=5).units_new == 1
+
+
+def test_a_plan_outside_the_prompts_is_refused(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+    for keys in ({"first": 5}, {"count": 6}, {"first": -1}, {"count": 0}, {"unit_prompts": 0}):
+        with pytest.raises(ConfigError, match="of 5 prompts"):
+            run(tmp_path / "s", hf, model, **keys)
+
+
+def test_a_sampler_that_cannot_score_needs_a_scorer(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    with pytest.raises(ConfigError, match="Dies samples and cannot score"):
+        run(tmp_path / "s", hf, model, sampler=Dies(hf))
+
+
+def test_scores_that_were_never_made_are_not_committed(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    class Forgetful:
+        capabilities = hf.capabilities
+        describe = hf.describe
+
+        def score(self, *_: Any) -> Scores:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(tmp_path / "s", hf, model, sampler=Dies(hf), scorer=Forgetful())
+    assert contents(tmp_path / "s") == []

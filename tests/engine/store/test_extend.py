@@ -1,0 +1,265 @@
+"""More of the same teacher: many scorings read as one large one would."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from logitcask.engine.errors import IdentityError, StoreError
+from logitcask.engine.store import Store
+from logitcask.engine.store import extend as widen
+from logitcask.engine.store.format import codecs
+from logitcask.engine.store.format import layouts as layout
+from logitcask.engine.store.format.ragged import starts
+from logitcask.engine.store.retention import retire
+from logitcask.engine.store.verify import verify
+from logitcask.engine.types import Array, CachedScores, IdLists, Scores
+from tests.engine.store.made import SCORE_LINEAGE, commit_rollouts, commit_scores, key
+
+VOCAB = 60
+
+
+class Teacher:
+    """Full distributions of P rows; says of them what a scorer would, and nothing rounds."""
+
+    def __init__(self, seed: int, rows: int, levels: int) -> None:
+        rng = np.random.default_rng(seed)
+        # Few levels make ties, and differences that float32 keeps and float16 does not.
+        values = -np.round(rng.exponential(3.0, (rows, VOCAB)) * levels) / levels - 5
+        self.lp = (values - rng.integers(0, 3, values.shape) * 1e-5).astype(np.float32)
+        self.rng = rng
+        ids = np.broadcast_to(np.arange(VOCAB), self.lp.shape)
+        self.order = np.lexsort((ids, -self.lp), axis=1)
+
+    def lists(self, most: int) -> IdLists:
+        """Random ids of every row, up to so many."""
+        rows = [self.rng.permutation(VOCAB)[: self.rng.integers(0, most + 1)] for _ in self.lp]
+        return IdLists(
+            cnt=np.asarray([len(r) for r in rows], np.uint16),
+            ids=np.concatenate([np.zeros(0, np.uint32), *rows]).astype(np.uint32),
+        )
+
+    def score(self, kept: int, at: IdLists | None) -> Scores:
+        """Its best ids, up to `kept` of a row (fewer in some), and what it says at `at`."""
+        rows = len(self.lp)
+        cnt = np.asarray([min(kept, 1 + (r * 7) % (kept + 1)) for r in range(rows)], np.int64)
+        cnt = np.minimum(cnt, kept)
+        chosen = [self.order[r, : cnt[r]] for r in range(rows)]
+        asked = [] if at is None else np.split(at.ids, np.cumsum(at.cnt)[:-1])
+        tail = []
+        for r in range(rows):
+            outside = np.ones(VOCAB, bool)
+            outside[chosen[r]] = False
+            if at is not None:
+                outside[asked[r]] = False
+            with np.errstate(divide="ignore"):
+                tail.append(np.logaddexp.reduce(self.lp[r, outside]) if outside.any() else -np.inf)
+        none = np.zeros(0, np.float32)
+        return Scores(
+            lp=self.lp[:, 0],
+            entropy=-self.lp[:, 1],
+            log_tail=np.asarray(tail, np.float32),
+            cnt=cnt.astype(np.uint16),
+            ids=np.concatenate([none, *chosen]).astype(np.uint32),
+            entry_lp=np.concatenate([none, *(self.lp[r, c] for r, c in enumerate(chosen))]),
+            at_lp=None
+            if at is None
+            else np.concatenate([none, *(self.lp[r, asked[r]] for r in range(rows))]),
+        )
+
+
+def check(known: CachedScores, teacher: Teacher, expected: list[set[int]], kept: Array) -> None:
+    """Everything expected is known once, in the teacher's exact order, at its rounded values."""
+    ranked = layout.ranked(known)
+    assert np.array_equal(known.kept, kept)
+    offset = starts(ranked.cnt)
+    for r, want in enumerate(expected):
+        row = slice(offset[r], offset[r + 1])
+        ids = ranked.ids[row].tolist()
+        assert sorted(ids) == sorted(want)
+        # The kept ones are the teacher's own top, whatever else is known; the rest follow in order.
+        assert ids[: kept[r]] == teacher.order[r, : kept[r]].tolist()
+        rest = [i for i in teacher.order[r].tolist() if i in want - set(ids[: kept[r]])]
+        assert ids[kept[r] :] == rest
+        exact = teacher.lp[r, ids]
+        np.testing.assert_allclose(ranked.lp[row], exact, rtol=2**-8)
+        outside = np.ones(VOCAB, bool)
+        outside[ids] = False
+        tail = np.logaddexp.reduce(teacher.lp[r, outside]) if outside.any() else -np.inf
+        np.testing.assert_allclose(known.log_tail[r], tail, rtol=1e-5)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(0, 9),
+    levels=st.sampled_from([1, 4, 1000]),
+    first=st.integers(0, 12),
+    asked=st.booleans(),
+    steps=st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=3),
+    names=st.lists(st.sampled_from(list(codecs.PROFILES)), min_size=4, max_size=4),
+)
+def test_a_chain_of_scorings_reads_as_one(
+    seed: int,
+    rows: int,
+    levels: int,
+    first: int,
+    asked: bool,
+    steps: list[tuple[int, bool]],
+    names: list[str],
+) -> None:
+    teacher = Teacher(seed, rows, levels)
+    student = teacher.lists(10)
+    profiles = [codecs.profile(name) for name in names]
+    said = teacher.score(first, student if asked else None)
+    known = layout.decode(layout.encode(said, profiles[0], student), profiles[0], student)
+    lists = [set(x.tolist()) for x in np.split(said.ids, np.cumsum(said.cnt)[:-1])]
+    if asked:
+        theirs = np.split(student.ids, np.cumsum(student.cnt)[:-1])
+        lists = [a | set(b.tolist()) for a, b in zip(lists, theirs, strict=True)]
+    kept = said.cnt.astype(np.int64)
+    lists = lists[:rows]
+    for (more, other_ids), profile in zip(steps, profiles[1:], strict=False):
+        extra = teacher.lists(8) if other_ids else None
+        at = widen.ask_at(known, extra)
+        said = teacher.score(more, at)
+        arrays = widen.encode(known, said, at, profile, noise=1e-3, rounding=2**-8)
+        # Nothing that is known is stored again.
+        new = np.split(arrays["ids"], np.cumsum(arrays["cnt"])[:-1])
+        assert all(not set(a.tolist()) & b for a, b in zip(new, lists, strict=False))
+        known = widen.decode(known, arrays, profile)
+        every = (said.ids, said.cnt), (at.ids, at.cnt)
+        for ids, cnt in every:
+            split = np.split(ids, np.cumsum(cnt)[:-1])
+            lists = [a | set(b.tolist()) for a, b in zip(lists, split, strict=False)]
+        kept = np.maximum(kept, said.cnt)
+        check(known, teacher, lists, kept)
+    if not asked:
+        split_known = layout.by_student(known, student)
+        check(split_known, teacher, lists, kept)
+        assert set(split_known.s_ids.tolist()) <= set(student.ids.tolist())
+
+
+def teacher_of(store: Store, seed: int) -> tuple[Teacher, object, IdLists]:
+    base = commit_rollouts(store, seed, student=True)
+    rollouts = store.read_rollouts(base)
+    assert rollouts.student is not None
+    student = IdLists(cnt=rollouts.student.cnt, ids=rollouts.student.ids)
+    return Teacher(seed, rollouts.positions, 4), base, student
+
+
+def test_the_store_widens_and_reads_the_chain(store: Store) -> None:
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    wide = commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
+    assert wide.layout == "wider"
+    later = teacher.lists(6)
+    chain = store.head().scores("teacher")[base.seg_id]
+    at = widen.ask_at(store.read_scores(chain), later)
+    commit_scores(store, base, 2, scores=teacher.score(4, at), at=at, profile="raw32")
+    chain = store.head().scores("teacher")[base.seg_id]
+    assert [each.layout for each in chain] == ["once", "wider", "wider"]
+    assert [each.widens for each in chain] == ["", chain[0].seg_id, chain[1].seg_id]
+    known = store.read_scores(chain)
+    longest = np.maximum(teacher.score(20, None).cnt, teacher.score(4, None).cnt)
+    assert np.array_equal(known.kept, longest)
+    ids = layout.ranked(known)
+    rows = np.split(ids.ids, np.cumsum(ids.cnt)[:-1])
+    asked = np.split(later.ids, np.cumsum(later.cnt)[:-1])
+    assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(asked, rows, strict=True))
+    # A pin from before reads what there was.
+    assert np.array_equal(store.read_scores(chain[:1]).kept, teacher.score(4, None).cnt)
+    assert verify(store, deep=True).segments == 4
+
+
+def test_scores_again_without_asking_at_what_is_known_are_refused(store: Store) -> None:
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    with pytest.raises(StoreError, match="has scores of rollouts .* already"):
+        commit_scores(store, base, 1, scores=teacher.score(20, student))
+    with pytest.raises(StoreError, match="not asked at all ids that are known"):
+        commit_scores(store, base, 1, scores=teacher.score(20, student), at=student)
+
+
+def test_a_widening_of_what_was_retired_meanwhile_is_refused(store: Store) -> None:
+    """Its values are in the order that it was asked in, which is not that of the student."""
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    retire(store, teacher="teacher")
+    with pytest.raises(StoreError, match="no scores of rollouts .* that these add to"):
+        commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
+
+
+def test_lists_that_are_no_lists_do_not_widen(store: Store) -> None:
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    ids = at.ids.copy()
+    ids[1] = ids[0]
+    for bad, words in (
+        (replace(at, ids=ids), "names an id twice"),
+        (replace(at, cnt=at.cnt[:-1]), "counts of shape"),
+        (replace(at, cnt=at.cnt + 1), "do not add up"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            commit_scores(store, base, 1, scores=teacher.score(20, at), at=bad)
+
+
+def test_an_id_that_became_impossible_does_not_widen(store: Store) -> None:
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    said = teacher.score(20, at)
+    never = replace(said, at_lp=np.full_like(said.at_lp, -np.inf))
+    with pytest.raises(IdentityError, match=r"has log-prob -inf now"):
+        commit_scores(store, base, 1, scores=never, at=at)
+
+
+def test_numbers_of_another_teacher_do_not_widen(store: Store) -> None:
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    said = teacher.score(20, at)
+    assert said.at_lp is not None
+    moved = replace(said, at_lp=said.at_lp - np.float32(0.1))
+    with pytest.raises(IdentityError, match=r"id \d+ has log-prob .* now, and .* is stored"):
+        commit_scores(store, base, 1, scores=moved, at=at)
+    # bfloat16 computes that coarsely.
+    coarse = SCORE_LINEAGE | {"backend": {"dtype": "bfloat16"}}
+    assert commit_scores(store, base, 1, scores=moved, at=at, lineage=coarse).layout == "wider"
+
+
+def test_the_slower_of_two_who_widen_is_told_to_begin_again(store: Store) -> None:
+    from logitcask.engine.store.store import open_on
+
+    teacher, base, student = teacher_of(store, 3)
+    commit_scores(store, base, 0, scores=teacher.score(4, student))
+    chain = store.head().scores("teacher")[base.seg_id]
+    at = widen.ask_at(store.read_scores(chain))
+    other = open_on(store.medium)
+    commit_scores(other, base, 1, scores=teacher.score(20, at), at=at)
+    with pytest.raises(StoreError, match="not asked at all ids that are known"):
+        commit_scores(store, base, 2, scores=teacher.score(30, at), at=at)
+    assert len(store.head().scores("teacher")[base.seg_id]) == 2
+
+
+def test_a_widening_without_what_it_widens_is_no_valid_log(store: Store) -> None:
+    from logitcask.engine.errors import IntegrityError
+    from logitcask.engine.store.log.publish import append
+
+    teacher, base, student = teacher_of(store, 3)
+    first = commit_scores(store, base, 0, scores=teacher.score(4, student))
+    at = widen.ask_at(store.read_scores((first,)))
+    commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
+    said: list[object] = []
+
+    def say() -> dict[str, list[str]] | None:
+        said.append(1)
+        return {"retires": [key("score", base.seg_id, 0)]} if len(said) == 1 else None
+
+    with pytest.raises(IntegrityError, match="does not follow from those before it"):
+        append(store.medium, store.log, say)

@@ -1,0 +1,186 @@
+"""A store in an object store: the same promises, against a real S3 server on loopback."""
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from obstore.store import MemoryStore
+
+from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.store import open_store
+from logitcask.engine.store.merge import merge
+from logitcask.engine.store.retention import gc, retire
+from logitcask.engine.store.storage.base import open_medium
+from logitcask.engine.store.storage.object_store import ObjectStorage
+from logitcask.engine.store.store import open_on
+from logitcask.engine.store.verify import verify
+from tests.engine.store import worker
+from tests.engine.store.made import commit_rollouts, commit_scores, key
+from tests.engine.store.server import BUCKET, Losing, s3_server
+from tests.engine.store.test_processes import ROOT
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Losing]:
+    with s3_server() as (_, app):
+        yield app
+
+
+@pytest.fixture
+def url(server: Losing) -> Iterator[str]:
+    """A prefix of its own."""
+    yield f"s3://{BUCKET}/{uuid.uuid4().hex}/cask"
+    server.every = 0
+
+
+def test_a_store_on_s3_and_a_copy_on_a_disk(url: str, tmp_path: Path) -> None:
+    store = open_store(url, create=True)
+    base = commit_rollouts(store, 1, student=True)
+    commit_scores(store, base, 1)
+    commit_rollouts(store, 2)
+    again = open_store(url)
+    assert again.head() == store.head()
+    report = verify(again, deep=True)
+    assert (report.segments, report.strays) == (3, ())
+    local = open_store(tmp_path / "cask", create=True)
+    assert merge(local, again).added == 3
+    assert [s.seg_id for s in local.head().segments] == [s.seg_id for s in again.head().segments]
+    retire(store, rollouts="main")
+    assert gc(store, keep_days=0, lease_hours=0).segments == 3
+    assert merge(store, local).added == 3
+    assert verify(store, deep=True).strays == ()
+
+
+@pytest.mark.timeout(900)
+def test_writers_on_s3_lose_no_commit(url: str, server: Losing, counts: Any) -> None:
+    """Every seventh answer is lost: a retried put finds its own name taken."""
+    open_store(url, create=True)
+    server.every, lost = 7, server.lost
+    writers, each = counts(3, 4), counts(6, 200)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker.__file__, "write", url, str(n), str(each)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for n in range(writers)
+    ]
+    told: list[str] = []
+    for process in processes:
+        out, _ = process.communicate(timeout=800)
+        assert process.returncode == 0
+        told += [line.split()[0] for line in out.splitlines() if line != "ready"]
+    server.every = 0
+    assert server.lost - lost > writers
+    every = {key(n, i) for n in range(writers) for i in range(each)}
+    assert len(told) == len(every)
+    assert set(told) == every
+    store = open_store(url)
+    assert store.head().unit_keys() == every
+    assert store.head().number == len(every) - 1, "none doubled"
+    assert verify(store).strays == ()
+
+
+def test_a_lost_answer_is_recognised_by_what_is_there(url: str, server: Losing) -> None:
+    server.every = 1
+    store = open_store(url, create=True)
+    held = commit_rollouts(store, 1)
+    assert store.head().segments == (held,)
+    assert store.head().number == 0
+    assert server.lost > 20
+
+
+def test_damage_in_an_object_store_is_found(url: str) -> None:
+    import obstore
+    from obstore.store import from_url
+
+    store = open_store(url, create=True)
+    held = commit_rollouts(store, 1)
+    name = f"{held.folder}/tokens/c/0"
+    data = bytearray(store.medium.read(name, 1 << 20) or b"")
+    data[0] ^= 1
+    obstore.put(from_url(url), name, bytes(data))
+    with pytest.raises(IntegrityError, match=f"{url}/{name}: not the bytes"):
+        verify(open_store(url))
+    obstore.delete(from_url(url), name)
+    with pytest.raises(IntegrityError, match=f"{url}/{name}: committed, and missing"):
+        verify(open_store(url))
+    obstore.put(from_url(url), name, bytes(1 << 20))
+    with pytest.raises(IntegrityError, match="bytes where at most"):
+        verify(open_store(url))
+
+
+def test_a_prefix_that_holds_other_things_is_refused(url: str) -> None:
+    medium = open_medium(url)
+    medium.create("notes.txt", b"x")
+    with pytest.raises(StoreError, match=r"not empty: it holds 'notes\.txt'"):
+        open_store(url, create=True)
+    with pytest.raises(StoreError, match="is not a logitcask store"):
+        open_store(url)
+
+
+def test_no_secret_is_repeated(url: str) -> None:
+    texts = []
+    for bad in (
+        "s3://key:canary-secret@bucket/x",
+        "s3://canary-secret:x/y",
+        "s3:///x",
+        "s3a://key:canary-secret@bucket/x",
+        "https://host/x?sig=canary-secret",
+        "S3://key:canary-secret@bucket/x",
+        f"{url}?token=canary-secret",
+        f"s3://no-such-bucket-{uuid.uuid4().hex}/x",
+    ):
+        with pytest.raises(StoreError) as caught:
+            open_store(bad, create=True)
+        texts.append(str(caught.value))
+    assert not [text for text in texts if "canary-secret" in text]
+    assert "cannot list" in texts[-1]
+
+
+def test_an_endpoint_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from obstore.store import S3Store
+
+    nowhere = S3Store(
+        "bucket",
+        endpoint="http://127.0.0.1:1",
+        access_key_id="x",
+        secret_access_key="y",
+        region="us-east-1",
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 0},
+    )
+    with pytest.raises(StoreError, match=r"cannot read s3://bucket/format\.json") as caught:
+        open_on(ObjectStorage("s3://bucket", nowhere))
+    assert "endpoint" in caught.value.remedy
+    assert "Debug source" not in caught.value.cause
+
+
+def test_without_obstore_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(StoreError, match="need the package obstore") as caught:
+        open_store("gs://bucket/cask")
+    assert caught.value.remedy == 'pip install -e ".[s3]"'
+
+
+def test_objects_are_listed_in_order_and_from_a_name_on() -> None:
+    bucket = ObjectStorage("memory://x", MemoryStore())
+    for name in ("log/3", "log/1", "log/2", "seg/a/b", "seg/a/c", "seg/d"):
+        assert bucket.create(name, b"x")
+    assert bucket.names("log") == ["1", "2", "3"]
+    assert bucket.names("log", after="1") == ["2", "3"]
+    assert bucket.names("") == ["log", "seg"]
+    assert bucket.names("seg") == ["a", "d"]
+    assert [each.name for each in bucket.files("seg")] == ["seg/a/b", "seg/a/c", "seg/d"]
+    assert bucket.touched_s("seg") > 0
+    assert bucket.touched_s("nothing") == 0
+    bucket.remove("seg/a")
+    bucket.remove("log/1")
+    bucket.remove("nothing")
+    assert [each.name for each in bucket.files("")] == ["log/2", "log/3", "seg/d"]

@@ -1,0 +1,254 @@
+"""A teacher that tells its best ids alone, from its answers to a trained student, beside the same
+one that tells everything.
+
+Both score one store. What an objective makes of the second's scores is what it makes of the
+first's wherever the ids it looks at are told, and differs by the unresolved mass where it reads
+the tail.
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.backends.returned import RESOLVED
+from logitcask.engine.errors import ConfigError, ObjectiveError
+from logitcask.engine.metrics.metrics import TEACHER_WIDTH
+from logitcask.engine.objectives import (
+    PRESETS,
+    check_exactness,
+    live_k,
+    parse_objective,
+    row_objective,
+)
+from logitcask.engine.packing.source import PackSource
+from logitcask.engine.packing.targets import Targets
+from logitcask.engine.rollout.plan import rollout
+from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.score.plan import score
+from logitcask.engine.score.unit import Scoring
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.store.inspect import listing, shown
+from logitcask.engine.store.verify import verify
+from logitcask.engine.training.cache_info import facts_of
+from logitcask.engine.training.settings import TrainSettings
+from logitcask.engine.training.train import train
+from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreRequest
+from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
+from tests.engine.score.scored import ref
+from tests.engine.tiny import N_VOCAB, make_model, save_folder
+from tests.engine.training.returned_topk import Told
+
+PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3 + 5 * i, 8 + 6 * i))) for i in range(4)]
+REQUEST = ScoreRequest(entry_kind="topk", k_min=64, k_max=64)
+"""64 of 99 ids."""
+TOLD = replace(REQUEST, entry_kind="topp", top_p=1.0)
+"""Asks for the same: one request is one unit of a teacher's, whatever its name."""
+ALONE = replace(REQUEST, at_student=False)
+NOT_FOR_IT = {"rs_kd": "drawn ids", "full_vocab": "every id"}
+"""Presets that no such teacher can serve."""
+
+
+SPREAD = {"flat": 0.3, "sure": 1.0}
+"""Of the teacher's weights: of the flat one every tail is resolved, of the sure one not every."""
+
+
+@pytest.fixture(scope="module", params=SPREAD)
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, ModelRef]:
+    root = tmp_path_factory.mktemp(request.param)
+    spread = SPREAD[request.param]
+    made = {"student": make_model(seed=0), "teacher": make_model(seed=1, hidden=48, spread=spread)}
+    made["base"] = make_model(seed=2)
+    return {name: ref(save_folder(root / name, model)) for name, model in made.items()}
+
+
+@pytest.fixture(scope="module")
+def sure(models: dict[str, ModelRef]) -> bool:
+    return models["teacher"].path.parent.name.startswith("sure")
+
+
+@pytest.fixture(scope="module")
+def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Scores `all` of the teacher, `told` of the same by its best 64 and what it is asked at,
+    `whole` by its best 64 alone; rollouts in units of two prompts."""
+    store = open_store(tmp_path_factory.mktemp("store") / "s", create=True)
+    rollout(
+        Rolling(
+            store=store,
+            model=models["student"],
+            sampler=HF(models["student"]),
+            prompts=PROMPTS,
+            sampling=SamplingParams(n=2, max_new_tokens=16),
+            student_k=16,
+            mc_draws=8,
+            unit_prompts=2,
+        )
+    )
+    hf = HF(models["teacher"])
+    asked: dict[str, Any] = {
+        "all": {"scorer": hf, "request": REQUEST, "at": "mc"},
+        "told": {"scorer": Told(hf), "request": TOLD, "at": "mc"},
+        "whole": {"scorer": Told(hf, at_ids=False), "request": ALONE},
+        "base": {"scorer": HF(models["base"]), "request": REQUEST, "at": "mc", "role": "base"},
+    }
+    for name, keys in asked.items():
+        model = models["base" if name == "base" else "teacher"]
+        score(Scoring(store=store, model=model, teacher_name=name, profile="raw32", **keys))
+    return store
+
+
+def targets_of(store: Store, name: str) -> Targets:
+    source = PackSource(store, store.head(), "main", name, base="base")
+    units = source.lengths()
+    members = [(u, s) for u, each in enumerate(units) for s in range(len(each.response))]
+    return source.row(np.array(members)).targets
+
+
+def logits_of(rows: Targets) -> Tensor:
+    """[P, V] float64, of a student that is none of these models."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(len(rows), N_VOCAB, generator=generator).double() * 2
+
+
+def lost(store: Store, name: str, objective: str) -> tuple[SparseLoss, Tensor]:
+    """Losses and metrics, and the gradient by the student's logits [P, V]."""
+    rows = targets_of(store, name)
+    what = parse_objective(objective).objective
+    z = logits_of(rows).requires_grad_()
+    made = sparse_kl(z, rows.ids, row_objective(what, rows), k=live_k(what, N_VOCAB))
+    made.loss.backward()
+    assert z.grad is not None
+    return made, z.grad
+
+
+def test_a_store_of_both_holds_what_each_says(store: Store, sure: bool) -> None:
+    layouts = {(row["name"], row["layout"]) for row in listing(store) if row["kind"] == "score"}
+    assert {("all", "once"), ("told", "once+bounds"), ("whole", "whole+bounds")} <= layouts
+    verify(store, deep=True)
+    exact, told, whole = (targets_of(store, name) for name in ("all", "told", "whole"))
+    assert exact.q_entropy_hi is None
+    for rows in (told, whole):
+        assert rows.q_entropy_hi is not None
+        assert (rows.q_entropy <= exact.q_entropy + 1e-5).all()
+        assert (exact.q_entropy <= rows.q_entropy_hi + 1e-5).all()
+    assert torch.equal(exact.ids, told.ids)
+    assert torch.equal(exact.q_rank, told.q_rank)
+    torch.testing.assert_close(told.q_log_p, exact.q_log_p, rtol=1e-5, atol=1e-5)
+    off = (told.q_log_tail.double().exp() - exact.q_log_tail.double().exp()).abs()
+    assert off.max() < 2 * RESOLVED
+    # More is known where it was asked at more.
+    assert told.q_entropy_hi is not None
+    assert whole.q_entropy_hi is not None
+    width, wider = told.q_entropy_hi - told.q_entropy, whole.q_entropy_hi - whole.q_entropy
+    assert width.mean() <= wider.mean()
+    resolved = exact.q_log_tail.exp() > RESOLVED
+    if sure:
+        assert resolved.float().mean() < 0.1
+        assert wider.max() < 1e-4
+    else:
+        assert resolved.all()
+        assert wider.mean() > 1e-3
+
+
+def test_an_interval_is_shown_as_one(store: Store) -> None:
+    told: dict[str, Any] = {"rollouts": "main", "sequence": 0, "top": 3}
+    for row in shown(store, teacher="whole", **told)["rows"]:
+        assert row["teacher_entropy"] <= row["teacher_entropy_hi"]
+    assert "teacher_entropy_hi" not in shown(store, teacher="all", **told)["rows"][0]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - NOT_FOR_IT.keys()))
+def test_every_objective_makes_the_same_of_both(store: Store, name: str) -> None:
+    (ours, grad), (exact, want) = lost(store, "told", name), lost(store, "all", name)
+    scale = want.norm()
+    if name == "vopd_cached":
+        # Its baseline is no part of the mean: what the tail moves is a multiple of d log p(y).
+        rows = targets_of(store, "all")
+        score = -logits_of(rows).softmax(-1)
+        score[torch.arange(len(rows)), rows.token] += 1
+        off = grad - want
+        share = (off * score).sum(-1, keepdim=True) / (score * score).sum(-1, keepdim=True)
+        assert (off - share * score).norm() < 1e-6 * scale
+    else:
+        tail = PRESETS[name].objective.outside == "tail" or name == "eopd"
+        # q log(q / p) of a bucket that is anywhere below RESOLVED, p above e^-10; else float32.
+        unresolved = RESOLVED * (10 - math.log(RESOLVED)) if tail else 0.0
+        torch.testing.assert_close(ours.row_loss, exact.row_loss, rtol=1e-6, atol=1e-5 + unresolved)
+        assert (grad - want).norm() < (5e-6 if tail else 5e-7) * scale
+    for each in exact.metrics:
+        if each.startswith(("overlap/", "cache/")):
+            torch.testing.assert_close(
+                ours.metrics[each], exact.metrics[each], rtol=1e-5, atol=1e-5, msg=each
+            )
+    low, high = ours.metrics["entropy/gap"], exact.metrics["entropy/gap"]
+    assert (low <= high + 1e-5).all()
+    assert (ours.metrics[TEACHER_WIDTH] >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["overlap", "teacher_topk", "forward_kl"])
+def test_a_teacher_that_answers_at_no_chosen_ids_trains(
+    store: Store, models: dict[str, ModelRef], tmp_path: Path, name: str
+) -> None:
+    settings = TrainSettings(lr=1e-3, tokens_per_batch=96, accumulation=2)
+    report = train(
+        store,
+        model=models["student"],
+        out=tmp_path / "out",
+        teacher="whole",
+        objective=parse_objective(name),
+        settings=settings,
+        device="cpu",
+    )
+    assert report.updates > 0
+    lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines
+    assert all(line[TEACHER_WIDTH] > 0 for line in lines)
+    labels = json.loads((tmp_path / "out" / "run.json").read_text())["exactness"]
+    assert any("its entropy is an interval" in note for note in labels["notes"])
+
+
+def test_what_needs_the_students_ids_is_refused_with_the_way_out(
+    store: Store, models: dict[str, ModelRef], tmp_path: Path
+) -> None:
+    source = PackSource(store, store.head(), "main", "whole")
+    facts = facts_of(models["student"], source, False)
+    assert facts.entropy_bounds
+    assert not facts.at_student
+    for name in ("opd", "opd_released"):
+        with pytest.raises(ObjectiveError, match="not asked at the student's ids") as caught:
+            check_exactness(PRESETS[name], facts)
+        assert "--objective overlap" in caught.value.remedy
+    with pytest.raises(ObjectiveError, match="not asked at the student's ids"):
+        train(
+            store,
+            model=models["student"],
+            out=tmp_path,
+            teacher="whole",
+            objective=PRESETS["opd"],
+            settings=TrainSettings(lr=1e-3),
+            device="cpu",
+        )
+    exact = PackSource(store, store.head(), "main", "all")
+    assert not facts_of(models["student"], exact, False).entropy_bounds
+
+
+def test_a_scorer_that_answers_at_no_chosen_ids_is_asked_at_none(
+    store: Store, models: dict[str, ModelRef]
+) -> None:
+    scorer = Told(HF(models["teacher"]), at_ids=False)
+    told: dict[str, Any] = {"model": models["teacher"], "scorer": scorer}
+    with pytest.raises(ConfigError, match="cannot give at_ids"):
+        Scoring(store=store, teacher_name="asked", request=REQUEST, **told)
+    drawn = ScoreRequest(entry_kind="sampled", draws=5, at_student=False)
+    with pytest.raises(ConfigError, match="cannot give drawn"):
+        Scoring(store=store, teacher_name="asked", request=drawn, **told)
+    assert "asked" not in store.head().names("score")

@@ -1,0 +1,374 @@
+"""Workers that share a store: every unit once, whatever happens to whom."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from logitcask.engine.errors import (
+    AnswerError,
+    ConfigError,
+    IdentityError,
+    IncompleteError,
+    IntegrityError,
+    ServerError,
+    StoreError,
+    UnitError,
+)
+from logitcask.engine.events import Cancelled
+from logitcask.engine.store import Store, open_store
+from logitcask.engine.store.log.claims import Claims, failed_units, failures_of
+from logitcask.engine.store.verify import verify
+from logitcask.engine.workers.worker import (
+    Plan,
+    WorkReport,
+    WorkSettings,
+    check_failed,
+    retry_failed,
+    run_worker,
+)
+from tests.engine.store.made import commit_rollouts, key
+from tests.engine.workers import fleet
+
+MEMORY = Path("/dev/shm")
+ROOT = Path(__file__).resolve().parents[3]
+UNITS = [key("unit", n) for n in range(5)]
+
+
+class Ticks(threading.Event):
+    """Waiting moves a clock and takes no time; `then` says what happens meanwhile, in order."""
+
+    def __init__(self, *then: Callable[[], object]) -> None:
+        super().__init__()
+        self.now_s, self.cancel, self.then = 0.0, 0, list(then)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.now_s += timeout or 0.0
+        self.cancel += 1
+        assert self.cancel < 1000, "nobody would ever come"
+        if self.then:
+            self.then.pop(0)()
+        return self.is_set()
+
+    def clock(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        yield open_store(Path(folder) / "cask", create=True)
+
+
+def missing(store: Store, units: Collection[str] = UNITS) -> Plan[int]:
+    there = store.head().unit_keys()
+    left = {unit: n for n, unit in enumerate(units) if unit not in there}
+    return Plan(units=left, done=len(units) - len(left), total=len(units))
+
+
+def run(
+    store: Store,
+    work: Callable[[str, int], int] | None = None,
+    *,
+    ticks: Ticks | None = None,
+    plan: Callable[[Collection[str]], Plan[int]] | None = None,
+    worker: str = "w",
+    **options: Any,
+) -> WorkReport:
+    def commit(unit: str, seed: int) -> int:
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    ticks = Ticks() if ticks is None else ticks
+    return run_worker(
+        store,
+        plan or (lambda given_up: missing(store)),
+        work or commit,
+        settings=WorkSettings(worker=worker, idle_s=1.0, poll_s=1.0),
+        stage="sum",
+        stop=ticks,
+        clock=ticks.clock,
+        **options,
+    )
+
+
+def test_all_units_are_done_once_and_no_claim_stays(store: Store) -> None:
+    told: list[tuple[str, int, int]] = []
+    report = run(store, progress=lambda *each: told.append(each))
+    assert store.head().unit_keys() == set(UNITS)
+    assert (report.units, report.failed, store.head().number) == (5, 0, 4)
+    assert report.positions == sum(s.counts["P"] for s in store.head().segments)
+    assert told == [("sum", n, 5) for n in range(6)], "each number once, however long it waits"
+    assert store.medium.names("claims") == []
+
+
+def test_workers_begin_at_different_units(store: Store) -> None:
+    def first(worker: str) -> int:
+        begun: list[int] = []
+
+        def work(unit: str, number: int) -> int:
+            begun.append(number)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(store, work, worker=worker)
+        return begun[0]
+
+    assert first("a") == first("a")
+    assert len({first(f"worker-{n}") for n in range(12)}) >= 3
+
+
+def test_units_that_appear_meanwhile_are_done_until_it_is_told_to_stop(store: Store) -> None:
+    later = [*UNITS, key("late")]
+    known = list(UNITS)
+    ticks = Ticks(lambda: known.append(later[-1]), lambda: None)
+    report = run(store, ticks=ticks, plan=lambda given_up: missing(store, known))
+    assert store.head().unit_keys() == set(later)
+    assert report.units == 6
+
+
+def test_a_stop_is_heeded_after_the_unit_in_hand(store: Store) -> None:
+    ticks = Ticks()
+
+    def work(unit: str, seed: int) -> int:
+        ticks.set()
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    assert run(store, work, ticks=ticks).units == 1
+    assert len(store.head().unit_keys()) == 1
+    assert store.medium.names("claims") == []
+
+
+def test_a_unit_that_fails_is_given_up_after_three_times_by_all_workers(store: Store) -> None:
+    tried: Counter[str] = Counter()
+
+    def work(unit: str, seed: int) -> int:
+        tried[unit] += 1
+        if unit == UNITS[2]:
+            raise AnswerError("q > 1\nand more", remedy="look")
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    def one(worker: str) -> WorkReport:
+        ticks = Ticks()
+
+        def until_failed(unit: str, seed: int) -> int:
+            if unit == UNITS[2]:
+                ticks.set()
+            return work(unit, seed)
+
+        return run(store, until_failed, ticks=ticks, worker=worker)
+
+    reports = [one("first"), one("second"), run(store, work, worker="third")]
+    assert [each.failed for each in reports] == [0, 0, 1]
+    assert tried == {unit: 3 if unit == UNITS[2] else 1 for unit in UNITS}
+    notes = failures_of(store.medium, UNITS[2])
+    assert [each.worker for each in notes] == ["first", "second", "third"]
+    assert "in work" in notes[0].traceback
+    with pytest.raises(IncompleteError) as caught:
+        check_failed(reports[2], store.url)
+    assert caught.value.cause == (
+        "1 units failed too often and are left out; one with AnswerError: q > 1"
+    )
+    assert f"store retry-failed {store.url}" in caught.value.remedy
+    check_failed(reports[0], store.url)
+
+    (removed,) = retry_failed(store)
+    assert (removed["unit"], removed["failures"], removed["worker"]) == (UNITS[2], 3, "third")
+    assert retry_failed(store) == []
+    again = run(store)
+    assert (again.units, again.failed) == (1, 0)
+    assert store.head().unit_keys() == set(UNITS)
+
+
+def test_a_unit_that_succeeds_at_last_leaves_no_note(store: Store) -> None:
+    failures = iter([RuntimeError("out of memory")] * 2)
+
+    def work(unit: str, seed: int) -> int:
+        for error in failures:
+            raise error
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    report = run(store, work)
+    assert (report.units, report.failed, failed_units(store.medium)) == (5, 0, {})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(k("x", remedy="y") for k in (ConfigError, IdentityError, StoreError, IntegrityError)),
+        ServerError("away", remedy="start it"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_would_meet_every_unit_ends_the_worker(store: Store, error: BaseException) -> None:
+    def work(unit: str, seed: int) -> int:
+        raise error
+
+    with pytest.raises(type(error)):
+        run(store, work)
+    assert store.medium.names("claims") == []
+    assert failed_units(store.medium) == {}
+
+
+def test_the_unit_of_a_stopped_worker_is_taken_over(store: Store) -> None:
+    stopped = Claims(store.medium, worker="stopped", lease_s=600.0)
+    assert stopped.take(UNITS[3]) is not None
+    ticks = Ticks()
+    report = run(store, ticks=ticks)
+    assert (report.units, report.failed) == (5, 0), "it waits for a unit that another has"
+    assert 600 <= ticks.now_s < 605
+    assert store.medium.names("claims") == []
+
+
+def test_a_unit_that_was_committed_before_the_claim_is_not_done_again(store: Store) -> None:
+    def plan(given_up: Collection[str]) -> Plan[int]:
+        found = missing(store)
+        if len(found.units) == 5:
+            commit_rollouts(store, 0, UNITS[0])  # another's, just after the look
+        return found
+
+    done: list[str] = []
+
+    def work(unit: str, seed: int) -> int:
+        done.append(unit)
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    for _ in range(3):
+        run(store, work, plan=plan)
+    assert sorted(done) == sorted(UNITS[1:])
+
+
+def test_a_long_unit_keeps_its_claim(store: Store) -> None:
+    now_s = 0.0
+    other = Claims(store.medium, worker="other", lease_s=0.2, clock=lambda: now_s)
+    beats: list[str] = []
+
+    def work(unit: str, seed: int) -> int:
+        nonlocal now_s
+        while len(beats) < 4:
+            names = store.medium.names("claims")
+            if names != beats[-1:]:
+                beats.extend(names[-1:])
+                other.look()
+                now_s += 0.2
+        other.look()
+        assert other.take(unit) is None
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    run_worker(
+        store,
+        lambda given_up: missing(store, UNITS[:1]),
+        work,
+        settings=WorkSettings(worker="w", lease_s=0.2, idle_s=0.01, poll_s=0.01),
+        stage="sum",
+        stop=threading.Event(),
+    )
+    assert failed_units(store.medium) == {}
+    assert store.head().unit_keys() == set(UNITS[:1])
+
+
+def lives(store: Store, *arguments: object) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
+    """How each life of the workers ended; and (unit, worker) of each thing that happened."""
+    log = Path(store.url).with_name("happened")
+    told = subprocess.run(
+        [sys.executable, fleet.__file__, store.url, log, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    happened: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for line in log.read_text().splitlines():
+        what, unit, worker = line.split("\t")
+        happened[what].append((unit, worker))
+    return told.stdout.split(), happened
+
+
+@pytest.mark.timeout(600)
+def test_three_workers_that_are_killed_and_hang_do_all_units_once(
+    counts: Callable[[int, int], int],
+) -> None:
+    for seed in range(counts(1, 10)):
+        with TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+            check_fleet(open_store(Path(folder) / "cask", create=True), seed)
+
+
+def check_fleet(store: Store, seed: int) -> None:
+    ends, happened = lives(
+        store, "--workers", 3, "--units", 60, "--kill-share", 0.1, "--hangs", 3, "--seed", seed
+    )
+    assert set(ends) == {"0", "-9"}
+    segments = store.head().segments
+    assert {s.unit_key for s in segments} == {key("fleet", n) for n in range(60)}
+    assert len(segments) == store.head().number + 1 == 60
+    assert 60 < len(happened["begun"]) < 1.6 * 60
+    assert failed_units(store.medium) == {}
+    assert verify(store, deep=True).strays == ()
+
+    stored = {(s.unit_key, s.unit["worker"]) for s in segments}
+    assert set(happened["committed"]) == stored, "whoever was told that it was first, was"
+    assert not stored & set(happened["suppressed"])
+    # Of the three that hung, two woke too late, and one before the unit was committed.
+    slept = [pair in stored for pair in happened["asleep"]]
+    assert slept == [False, False, True]
+    late = {unit for unit, _ in happened["suppressed"]}
+    assert late.issuperset(unit for unit, _ in happened["asleep"])
+    still = {unit for unit, _ in happened["claimed still"]}
+    assert still == {unit for unit, _ in happened["asleep"]}, "a sleeper took another's claim away"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_worker_that_is_killed_ten_times_redoes_the_unit_in_hand_at_most(
+    store: Store, when: str
+) -> None:
+    ends, happened = lives(store, "--units", 25, "--kill-second", when, "--lives", 10)
+    assert ends == ["-9"] * 10 + ["0"]
+    assert {s.unit_key for s in store.head().segments} == {key("fleet", n) for n in range(25)}
+    assert len(happened["begun"]) == (35 if when == "before" else 25)
+
+
+def test_a_unit_that_cannot_be_done_is_tried_once_by_all_workers(store: Store) -> None:
+    tried: Counter[str] = Counter()
+
+    def work(unit: str, seed: int) -> int:
+        tried[unit] += 1
+        if unit == UNITS[2]:
+            raise UnitError("id 7 is not one token to both", remedy="leave it out")
+        if unit == UNITS[3] and tried[unit] < 3:
+            raise ZeroDivisionError
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    report = run(store, work)
+    assert tried == Counter({unit: 3 if unit == UNITS[3] else 1 for unit in UNITS})
+    assert (report.units, report.failed) == (4, 1)
+    assert report.first_error == "UnitError: id 7 is not one token to both"
+    assert run(store, work, worker="later").failed == 1
+    assert tried[UNITS[2]] == 1
+    retry_failed(store)
+    run(store, work)
+    assert tried[UNITS[2]] == 2, "who is asked to try again does"
+
+
+def test_a_wait_that_was_ended_is_no_failure_and_leaves_no_claim(store: Store) -> None:
+    ticks = Ticks()
+    done: list[str] = []
+
+    def work(unit: str, seed: int) -> int:
+        if done:
+            ticks.set()
+            raise Cancelled
+        done.append(unit)
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    report = run(store, work, ticks=ticks)
+    assert (report.units, report.failed) == (1, 0)
+    assert store.head().unit_keys() == set(done)
+    assert failed_units(store.medium) == {}
+    assert store.medium.names("claims") == []
