@@ -76,7 +76,7 @@ def kernels(**options: Any) -> None:
     if not SCRIPT.exists():
         raise LogitcaskError(
             f"there is no {SCRIPT.name} beside this installation: benchmarks are not installed",
-            remedy="clone the repository and run `python bench/bench_kernels.py` in it",
+            hint="clone the repository and run `python bench/bench_kernels.py` in it",
         )
     # A script finds what stands beside it, which the variable would forbid.
     environment = {**os.environ, "PYTHONSAFEPATH": ""}

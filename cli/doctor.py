@@ -82,13 +82,13 @@ def teacher_command(url: str, form: str, **asked: Any) -> None:
         found.append(each)
         if form == "text":
             click.echo(f"{each.state:<5}  {each.check:<10}  {visible(each.said)}")
-            if each.remedy:
-                click.echo(f"{'':<19}try: {visible(each.remedy)}")
+            if each.hint:
+                click.echo(f"{'':<19}hint: {visible(each.hint)}")
     if form == "json":
         print_result({"checks": [asdict(each) for each in found]}, form)
     faults = [each for each in found if each.state == "fault"]
     if faults:
         raise IdentityError(
             f"{len(faults)} of {len(found)} checks found a fault, the first: {faults[0].check}",
-            remedy=faults[0].remedy,
+            hint=faults[0].hint,
         )

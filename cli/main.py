@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
     except LogitcaskError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        _say(error.cause, error.remedy)
+        _say(error.cause, error.hint)
         return error.exit_code
     except Exit as end:
         return end.exit_code
@@ -89,7 +89,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _say(cause: str, remedy: str) -> None:
+def _say(cause: str, hint: str) -> None:
     """One line each, whatever a library's message or a file's name holds."""
-    cause, remedy = (visible(" ".join(text.splitlines())) for text in (cause, remedy))
-    click.echo(f"error: {cause}\n  try: {remedy}", err=True)
+    cause, hint = (visible(" ".join(text.splitlines())) for text in (cause, hint))
+    click.echo(f"error: {cause}\nhint: {hint}", err=True)

@@ -203,7 +203,7 @@ def _print_brought(brought: "MergeReport", form: str) -> None:
             f"{brought.left_out} segments were left out ({brought.added} added, {brought.there} "
             "there): scores whose rollouts, or first scores, the store holds with other bytes or "
             "not at all",
-            remedy="bring these in too; where others stand for the same units, retire those first",
+            hint="bring these in too; where others stand for the same units, retire those first",
         )
     print_result(brought, form)
 

@@ -109,25 +109,25 @@ def combinations(job: TrainConfig, vary: Sequence[str]) -> list[Combination]:
     for text in vary:
         key, equals, listed = text.partition("=")
         if not (equals and key.strip() and listed.strip()):
-            raise ConfigError(f"--vary {text}: not key=value,value", remedy="e.g. --vary k=1,4,16")
+            raise ConfigError(f"--vary {text}: not key=value,value", hint="e.g. --vary k=1,4,16")
         name = full_key(key.strip())
         if name in FIXED or name.startswith("eval."):
             raise ConfigError(
                 f"--vary {text}: {name} is the same in all runs of an ablation",
-                remedy="vary another key; --seeds says how many seeds, [eval] is common to all",
+                hint="vary another key; --seeds says how many seeds, [eval] is common to all",
             )
         if name in axes:
-            raise ConfigError(f"--vary {text}: {name} is varied twice", remedy="give it once")
+            raise ConfigError(f"--vary {text}: {name} is varied twice", hint="give it once")
         axes[name] = [parse_value(value) for value in _LISTED.split(listed)]
     if not axes:
-        raise ConfigError("nothing is varied", remedy="e.g. --vary objective=overlap,opd")
+        raise ConfigError("nothing is varied", hint="e.g. --vary objective=overlap,opd")
     common = job.model_dump(mode="json")
     found: dict[str, Combination] = {}
     for chosen in product(*axes.values()):
         values = dict(zip(axes, chosen, strict=True))
         name = ",".join(f"{key.partition('.')[2]}={_plain(v)}" for key, v in values.items())
         if name in found:
-            raise ConfigError(f"--vary: {name} comes twice", remedy="give every value once")
+            raise ConfigError(f"--vary: {name} comes twice", hint="give every value once")
         changed = {section: dict(content) for section, content in common.items()}
         for key, value in values.items():
             section, _, inner = key.partition(".")
@@ -147,7 +147,7 @@ def full_key(key: str) -> str:
     near = get_close_matches(key, spelled, n=1, cutoff=0.0)[0]
     raise ConfigError(
         f"--vary {key}: names no key of a training, or several",
-        remedy=f"did you mean {spelled[near]}?",
+        hint=f"did you mean {spelled[near]}?",
     )
 
 
@@ -169,7 +169,7 @@ def ablate(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: ablate runs in one process",
-            remedy="start it without torchrun",
+            hint="start it without torchrun",
         )
     planned = combinations(job, vary)
     varied = set(planned[0].values)
@@ -311,7 +311,7 @@ def _plan(job: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
         if out.is_dir() and any(out.iterdir()):
             raise ConfigError(
                 f"{out} is not empty and holds no plan.json: it is no folder of an ablation",
-                remedy="give a new or an empty folder with --out",
+                hint="give a new or an empty folder with --out",
             )
         pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
         return {
@@ -330,7 +330,7 @@ def _plan(job: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
         earlier["pin"], ours["pin"] = plan["pin"], pin_of(store, job.train.pin).number
     if job.eval.pin is not None:
         earlier["held_out"], ours["held_out"] = plan.get("held_out"), _held_out(job)
-    check_same(out, earlier, ours, remedy="give another --out, or what this one was begun with")
+    check_same(out, earlier, ours, hint="give another --out, or what this one was begun with")
     store.pin(int(plan["pin"]), plan["sha256"])
     if (held := plan.get("held_out")) is not None:
         open_store(job.eval.store or job.store.url).pin(int(held["pin"]), held["sha256"])
@@ -359,7 +359,7 @@ def _judged(each: Combination, skip: bool) -> Combination:
         check_train(each.job)
     except LogitcaskError as error:
         if not skip:
-            raise type(error)(f"{each.name}: {error.cause}", remedy=error.remedy) from error
+            raise type(error)(f"{each.name}: {error.cause}", hint=error.hint) from error
         return Combination(name=each.name, values=each.values, job=each.job, refused=error.cause)
     return each
 

@@ -1,6 +1,6 @@
 """Every error that a caller may want to tell apart, under one root.
 
-LogitcaskError            exit 1   the message says what is wrong, `remedy` what to do
+LogitcaskError            exit 1   the message says what is wrong, `hint` what to do
 ├─ ConfigError            exit 2   a key, flag or argument has a value that the rules forbid
 ├─ PromptError            exit 1   a file of prompts or ids holds what cannot be used
 ├─ ModelError             exit 1   a model folder or hub id cannot be used
@@ -23,23 +23,23 @@ class LogitcaskError(Exception):
 
     exit_code = 1
 
-    def __init__(self, cause: str, *, remedy: str) -> None:
-        super().__init__(cause, remedy)
+    def __init__(self, cause: str, *, hint: str) -> None:
+        super().__init__(cause, hint)
         self.cause = cause
         """One line: the offending value and the rule that it breaks."""
-        self.remedy = remedy
+        self.hint = hint
         """One line: what the reader can do about it."""
 
     def __str__(self) -> str:
-        return f"{self.cause}\n{self.remedy}"
+        return f"{self.cause}\n{self.hint}"
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process boundaries; the default rebuild would lose the keyword.
-        return _rebuild, (type(self), self.cause, self.remedy)
+        return _rebuild, (type(self), self.cause, self.hint)
 
 
-def _rebuild(kind: type[LogitcaskError], cause: str, remedy: str) -> LogitcaskError:
-    return kind(cause, remedy=remedy)
+def _rebuild(kind: type[LogitcaskError], cause: str, hint: str) -> LogitcaskError:
+    return kind(cause, hint=hint)
 
 
 class ConfigError(LogitcaskError, ValueError):

@@ -94,7 +94,7 @@ def open_backend(name: str) -> Any:
     """
     if name not in BACKENDS:
         raise ConfigError(
-            f"there is no backend {name!r}", remedy=f"Use one of: {', '.join(sorted(BACKENDS))}."
+            f"there is no backend {name!r}", hint=f"Use one of: {', '.join(sorted(BACKENDS))}."
         )
     module, _, attribute = BACKENDS[name].partition(":")
     try:
@@ -102,7 +102,7 @@ def open_backend(name: str) -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the backend {name!r} needs the package {error.name}",
-            remedy=f'Install it: pip install -e ".[{name}]".',
+            hint=f'Install it: pip install -e ".[{name}]".',
         ) from error
 
 

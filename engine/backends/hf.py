@@ -72,7 +72,7 @@ class HF:
         if n_vocab is None or stop_ids is None:
             raise ConfigError(
                 f"n_vocab={n_vocab} and stop_ids={stop_ids} of {model} are not known",
-                remedy="Give both, or a ModelRef, which holds them.",
+                hint="Give both, or a ModelRef, which holds them.",
             )
         path = model.path if isinstance(model, ModelRef) else Path(model)
         self.n_vocab, self.stop_ids = n_vocab, tuple(sorted(stop_ids))
@@ -185,11 +185,11 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(
-            f"device={device!r} is no device", remedy="Use auto, cpu, cuda or cuda:N."
+            f"device={device!r} is no device", hint="Use auto, cpu, cuda or cuda:N."
         ) from error
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"device={device!r}, and this machine has no CUDA device", remedy="Use auto or cpu."
+            f"device={device!r}, and this machine has no CUDA device", hint="Use auto or cpu."
         )
     return picked
 
@@ -198,7 +198,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}", remedy=f"Use one of: auto, {', '.join(DTYPES)}.")
+        raise ConfigError(f"dtype={dtype!r}", hint=f"Use one of: auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
 
 
@@ -221,7 +221,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     except Exception as error:
         raise ModelError(
             f"the model in {path} cannot be loaded: {type(error).__name__}: {error}",
-            remedy="Give a folder of a causal language model, made by save_pretrained.",
+            hint="Give a folder of a causal language model, made by save_pretrained.",
         ) from error
     finally:
         if bars:
@@ -230,7 +230,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     if missing:
         raise ModelError(
             f"the weights in {path} lack {len(missing)} tensors of its config: {missing[0]} ...",
-            remedy="Take weights and config.json from the same model.",
+            hint="Take weights and config.json from the same model.",
         )
     return model.requires_grad_(False).eval().to(device)
 
@@ -245,7 +245,7 @@ def prove_head(model: Any, head: Any, path: Path, n_vocab: int) -> None:
     if not isinstance(head, nn.Linear) or head.weight.shape[0] < n_vocab:
         raise ModelError(
             f"the head of {path} is {head}, not a linear map onto at least {n_vocab} ids",
-            remedy="Use a model with a plain language-model head.",
+            hint="Use a model with a plain language-model head.",
         )
     ids = (torch.arange(PROBE_TOKENS, device=model.device) * 7919 % n_vocab)[None]
     theirs = model(input_ids=ids, use_cache=False).logits.float()
@@ -256,5 +256,5 @@ def prove_head(model: Any, head: Any, path: Path, n_vocab: int) -> None:
         raise ModelError(
             f"the head of {path} does more than a product, a bias, a scale and a soft cap: its "
             f"logits differ from that by {gap:.1e} of the largest{why}",
-            remedy="Such heads are not supported; use a model with a plain language-model head.",
+            hint="Such heads are not supported; use a model with a plain language-model head.",
         )

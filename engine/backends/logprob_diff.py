@@ -126,7 +126,7 @@ def tolerance(spread: float) -> float:
         raise IdentityError(
             f"the engine differs from itself by {spread:.3g} nats when it scores the same rows in "
             f"another order, and {CEILING} is the most that can be told from another model",
-            remedy="Serve it in float32 or bfloat16, without quantisation of the cache, or ask "
+            hint="Serve it in float32 or bfloat16, without quantisation of the cache, or ask "
             "for batch-invariant kernels (VLLM_BATCH_INVARIANT=1).",
         )
     return allowed

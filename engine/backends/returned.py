@@ -90,7 +90,7 @@ class ResponseAssembler:
             wrong(
                 f"ids from {self.n_vocab} on, which not both tokenizers have, with the mass "
                 f"{beyond / len(own):.2g} a row, so its log-probs are not of the {self.n_vocab}",
-                remedy="Take a teacher with the student's tokenizer and a trained head, or load it "
+                hint="Take a teacher with the student's tokenizer and a trained head, or load it "
                 "here (--model FOLDER), where its law can be cut to these ids.",
             )
         least = min(self.request.k_min, self.n_vocab)
@@ -98,7 +98,7 @@ class ResponseAssembler:
             wrong(
                 f"{int(own.sum(1).min())} best ids of a row that both tokenizers have, and "
                 f"k_min = {least}: ids of its padded head take the other places",
-                remedy="Ask for a smaller --k-min than --k-max (with --entry-kind topp), so that "
+                hint="Ask for a smaller --k-min than --k-max (with --entry-kind topp), so that "
                 "enough are left.",
             )
         width = min(ids.shape[1], self.request.k_max)
@@ -190,7 +190,7 @@ def check_law(entry_lp: Array, row: Array, smallest: Array, n_vocab: int) -> Non
     if len(most) and most.min() < 1 - ROUNDING:
         wrong(
             f"log-probs of a row that add up to {most.min():.3g} at most",
-            remedy="They are of no law: serve with --logprobs-mode raw_logprobs, vLLM's default.",
+            hint="They are of no law: serve with --logprobs-mode raw_logprobs, vLLM's default.",
         )
 
 
@@ -272,11 +272,11 @@ def _check_twins(answer: Answer, tokens: Array, asked: IdLists | None) -> None:
                 wrong(f"a log-prob at {name} above that of the last of the best ids")
 
 
-def wrong(what: str, remedy: str = "") -> NoReturn:
+def wrong(what: str, hint: str = "") -> NoReturn:
     """Refuses an answer."""
     raise AnswerError(
         f"the engine answered {what}",
-        remedy=remedy
+        hint=hint
         or "Nothing of it was stored. Check the engine's version and flags "
         "(`logitcask doctor teacher`), and run the same command again.",
     )

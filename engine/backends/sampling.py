@@ -163,7 +163,7 @@ def check_room(prompts: Sequence[Prompt], new: int, context: int) -> None:
             raise PromptError(
                 f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, and with "
                 f"max_new_tokens={new} that is more than the model's context of {context}",
-                remedy="Lower max_new_tokens, or leave out the long prompts.",
+                hint="Lower max_new_tokens, or leave out the long prompts.",
             )
 
 
@@ -191,5 +191,5 @@ def check(logits: Tensor) -> None:
     if not logits.amax(-1).isfinite().all():
         raise ModelError(
             "the model's logits hold NaN or infinity",
-            remedy="Its weights are damaged, or its dtype is too narrow for it: try float32.",
+            hint="Its weights are damaged, or its dtype is too narrow for it: try float32.",
         )

@@ -161,7 +161,7 @@ class Sheet:
         if not found.entropy.isfinite().all():
             raise ModelError(
                 "the model's logits hold NaN or infinity",
-                remedy="Its weights are damaged, or its dtype is too narrow for it: try float32.",
+                hint="Its weights are damaged, or its dtype is too narrow for it: try float32.",
             )
         k = found.ids.shape[1]
         self.lp[rows], self.entropy[rows] = found.lp.cpu(), found.entropy.cpu()
@@ -233,7 +233,7 @@ def asked_ids(
         if student is None:
             raise ConfigError(
                 "at_student=True, and these rollouts hold no ids of the student",
-                remedy="Let the student score its rollouts first, or set at_student=False.",
+                hint="Let the student score its rollouts first, or set at_student=False.",
             )
         at = IdLists(cnt=student.cnt, ids=student.ids)
     of_prompts = [np.array(p.token_ids) for p in rollouts.prompts]
@@ -242,14 +242,14 @@ def asked_ids(
     if highest >= n_vocab:
         raise IdentityError(
             f"the rollouts hold the id {highest}, and the scorer has {n_vocab} ids",
-            remedy="Score with a teacher that has the student's tokenizer.",
+            hint="Score with a teacher that has the student's tokenizer.",
         )
     of = rollouts.seq_prompt.astype(np.int64)
     total = np.array([len(p) for p in of_prompts])[of] + rollouts.lengths()
     if len(total) and total.max() > context:
         raise ModelError(
             f"a rollout has {total.max()} tokens, the scorer's context: {context}",
-            remedy="Score with a model of longer context (--max-model-len of a server), or "
+            hint="Score with a model of longer context (--max-model-len of a server), or "
             "roll out shorter responses.",
         )
     return at
@@ -270,7 +270,7 @@ def of_shared(logits: Tensor, n_vocab: int) -> Tensor:
         raise UnitError(
             f"a row gives ids that only one of student and teacher knows, from {n_vocab} on, the "
             f"probability {float(share[row]):.3g}, most to {n_vocab + int(strange[row].argmax())}",
-            remedy="Take a teacher with the student's tokenizer, or sample where such ids are no "
+            hint="Take a teacher with the student's tokenizer, or sample where such ids are no "
             "answer (another chat template, say); there is no override.",
         )
     return known

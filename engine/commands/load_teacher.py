@@ -55,7 +55,7 @@ def _embedded(run: Run) -> str:
     if run.backend == "server":
         raise ConfigError(
             "backend = server, and this model is not at a URL",
-            remedy="use the backend hf or vllm; only a teacher can be at a URL, http://HOST:PORT",
+            hint="use the backend hf or vllm; only a teacher can be at a URL, http://HOST:PORT",
         )
     return "hf" if run.backend == "auto" else run.backend
 
@@ -86,7 +86,7 @@ class LoadedTeacher:
         if settings.at != "student":
             raise ConfigError(
                 f"at = {settings.at}, and {self.model.name} cannot be asked at chosen ids here",
-                remedy="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use "
+                hint="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use "
                 "the backend hf",
             )
         return replace(request, at_student=False), (
@@ -118,14 +118,14 @@ def open_teacher(
         if exact:
             raise ConfigError(
                 "exact, and the teacher is at a URL: a server does not show its hidden states",
-                remedy="leave --exact out, or give a model folder or hub id with --backend vllm",
+                hint="leave --exact out, or give a model folder or hub id with --backend vllm",
             )
         return _open_served(teacher, run, student, template, k_max, cancel)
     for key in ("served", "tokenizer", "api_key_file"):
         if value := getattr(teacher, key):
             raise ConfigError(
                 f"{key} = {value}, and the teacher is not at a URL",
-                remedy=f"leave --{key.replace('_', '-')} out, or give --model http://HOST:PORT",
+                hint=f"leave --{key.replace('_', '-')} out, or give --model http://HOST:PORT",
             )
     own = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
     model, shared, notes = _shared(own, student, teacher.student_tokenizer)
@@ -144,7 +144,7 @@ def _open_served(
     if run.backend not in ("auto", "server"):
         raise ConfigError(
             f"backend = {run.backend}, and the teacher is at a URL",
-            remedy="leave --backend out, or give a model folder or hub id",
+            hint="leave --backend out, or give a model folder or hub id",
         )
     open_backend("server")  # says which package is missing
     from logitcask.engine.backends.server import Limits, Server, read_key

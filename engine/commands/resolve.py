@@ -121,7 +121,7 @@ def _read(
         raise ConfigError(
             f"{of}max_new_tokens = {max_new_tokens}: the student's context of {context} tokens "
             "leaves no room for a prompt",
-            remedy=f"give --{of.replace('.', '-')}max-new-tokens less than {context}",
+            hint=f"give --{of.replace('.', '-')}max-new-tokens less than {context}",
         )
     return read_prompts(
         file, tokenizer, chat_template=template, max_prompt_tokens=context - max_new_tokens
@@ -141,7 +141,7 @@ def rendered(pin: Snapshot, rollouts: str) -> bool:
         known = ", ".join(pin.names("rollout")) or "none"
         raise IncompleteError(
             f"the store holds no rollouts named {rollouts!r}; it has: {known}",
-            remedy="run `logitcask rollout` first, or give --rollouts one of these",
+            hint="run `logitcask rollout` first, or give --rollouts one of these",
         )
     # The digest says it of every sampler's rollouts; the plain word is only in those of our verbs.
     template: str = segments[0].lineage["student"]["template"]
@@ -155,7 +155,7 @@ def find_objective(settings: Train) -> Preset:
         near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ConfigError(
             f"--objective {settings.objective}: no preset of this name",
-            remedy=f"the nearest is {near}; known: {', '.join(PRESETS)}",
+            hint=f"the nearest is {near}; known: {', '.join(PRESETS)}",
         )
     return parse_objective(settings.objective, k=settings.k)
 

@@ -47,7 +47,7 @@ def watch_scores(
     if job.score.prompt_template is not None or job.score.ids_file() is not None:
         raise ConfigError(
             "watch with prompt_template or at = ids:FILE, which are about all rollouts at once",
-            remedy="leave --watch out and score when they are all there; --context FILE can watch",
+            hint="leave --watch out and score when they are all there; --context FILE can watch",
         )
     if (opened := _awaited(job.store, job.work, stop, on_event)) is None:
         return _NOTHING
@@ -207,12 +207,12 @@ class _Students:
             raise IdentityError(
                 f"{path} held version {was.version} of {was.root}, and now holds version {version} "
                 f"of {root}",
-                remedy="give that student's rollouts a name of their own: --rollouts NAME",
+                hint="give that student's rollouts a name of their own: --rollouts NAME",
             )
         if version == was.version and weights != was.digest:
             raise IdentityError(
                 f"{path} holds other weights than before under the same version {version}",
-                remedy="let training finish its save, or remove what is no version of this student",
+                hint="let training finish its save, or remove what is no version of this student",
             )
         return identity.model_ref(
             self._job.student.model,

@@ -38,16 +38,16 @@ def validate(
             known = list(keys_of(kind))
             near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ConfigError(
-                f"{source}: unknown key {key}", remedy=f"the nearest known key is {near}"
+                f"{source}: unknown key {key}", hint=f"the nearest known key is {near}"
             ) from None
         if first["type"] == "missing":
             raise ConfigError(
-                f"{source}: {key} is missing", remedy=f"give {key}: {_describe(kind, first['loc'])}"
+                f"{source}: {key} is missing", hint=f"give {key}: {_describe(kind, first['loc'])}"
             ) from None
         rule = _RULES.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         raise ConfigError(
             f"{source}: {spell(key)} = {first['input']!r}: {rule}",
-            remedy=f"{spell(key)}: {_describe(kind, first['loc'])}",
+            hint=f"{spell(key)}: {_describe(kind, first['loc'])}",
         ) from None
 
 
@@ -70,10 +70,10 @@ def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
             values: dict[str, Any] = tomllib.load(file)
     except OSError as error:
         raise ConfigError(
-            f"{path}: {error.strerror}", remedy="give the path of a TOML file"
+            f"{path}: {error.strerror}", hint="give the path of a TOML file"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}", remedy="mend the file there") from error
+        raise ConfigError(f"{path}: not TOML: {error}", hint="mend the file there") from error
     for text in overrides:
         _override(values, text)
     return _resolved(validate(kind, values, source=str(path)), path.parent)
@@ -94,11 +94,11 @@ def _override(values: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
-        raise ConfigError(f"--set {text}: not section.key=value", remedy="e.g. --set train.lr=1e-5")
+        raise ConfigError(f"--set {text}: not section.key=value", hint="e.g. --set train.lr=1e-5")
     content = values.setdefault(section, {})
     if not isinstance(content, dict):
         raise ConfigError(
-            f"--set {text}: {section} is not a section", remedy=f"write [{section}] in the file"
+            f"--set {text}: {section} is not a section", hint=f"write [{section}] in the file"
         )
     content[name] = parse_value(value)
 

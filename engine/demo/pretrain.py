@@ -77,7 +77,7 @@ def learn_at_least(
         learner.rewind(before)
     raise LogitcaskError(
         f"{stage}: accuracy {reached:.1%} after {spent} steps, {target:.0%} is needed",
-        remedy="another --seed",
+        hint="another --seed",
     )
 
 
@@ -117,7 +117,7 @@ def learn_between(
             learner.lr /= 2
     raise LogitcaskError(
         f"{stage}: accuracy {reached:.1%} after {spent} steps, {low:.0%} to {high:.0%} is needed",
-        remedy="another --seed",
+        hint="another --seed",
     )
 
 

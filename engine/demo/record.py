@@ -43,13 +43,13 @@ class Record:
                     raise ConfigError(
                         f"{out} holds a demo with {key} = {content['settings'].get(key)}, "
                         f"not {value}",
-                        remedy="give another --out, or remove that folder",
+                        hint="give another --out, or remove that folder",
                     )
             return cls(out, content)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(
                 f"{out} is there and holds no {RECORD}: it is not the folder of a demo",
-                remedy="give a new or an empty folder with --out",
+                hint="give a new or an empty folder with --out",
             )
         out.mkdir(parents=True, exist_ok=True)
         record = cls(out, {"settings": dict(settings), "accuracy": {}, "seconds": {}})

@@ -93,7 +93,7 @@ class Task:
             raise ConfigError(
                 f"{count} problems of the split {split}: it has about {expected}, of which half "
                 "can be drawn",
-                remedy="draw fewer, or take a task with more digits",
+                hint="draw fewer, or take a task with more digits",
             )
         found: dict[Problem, None] = {}
         problems = self.stream(split, seed)

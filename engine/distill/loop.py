@@ -54,7 +54,7 @@ def distill(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: distill runs in one process",
-            remedy="start it without torchrun; `logitcask train` takes several processes",
+            hint="start it without torchrun; `logitcask train` takes several processes",
         )
     preset = find_objective(config.train)
     model, prompts, template = student_and_prompts(config.student, config.prompts, config.rollout)
@@ -215,37 +215,37 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
         raise ConfigError(
             f"loop.prompts_per_round = {config.loop.prompts_per_round}: the file has "
             f"{len(prompts)} prompts",
-            remedy=f"set loop.prompts_per_round to {len(prompts)} or less",
+            hint=f"set loop.prompts_per_round to {len(prompts)} or less",
         )
     if longest > budget:
         raise ConfigError(
             f"train.tokens_per_batch = {budget} is less than the longest prompt with its response, "
             f"{longest} tokens, and a sequence never spans rows",
-            remedy=f"set train.tokens_per_batch to {longest} or more, or lower "
+            hint=f"set train.tokens_per_batch to {longest} or more, or lower "
             "rollout.max_new_tokens",
         )
     if config.loop.updates_per_round > sequences:
         raise ConfigError(
             f"loop.updates_per_round = {config.loop.updates_per_round}: a round has {sequences} "
             "responses, so some updates would have none",
-            remedy=f"set loop.updates_per_round to {sequences} or less",
+            hint=f"set loop.updates_per_round to {sequences} or less",
         )
     if config.score.at not in ("student", MC_IDS):
         raise ConfigError(
             f"score.at = {config.score.at}: distill does not take it",
-            remedy="leave it out, or give mc; every round is scored once, at the student's own ids",
+            hint="leave it out, or give mc; every round is scored once, at the student's own ids",
         )
     for key in ("role", "entry_kind"):
         if (value := getattr(config.score, key)) != Score.model_fields[key].default:
             raise ConfigError(
                 f"score.{key} = {value}: distill does not take it",
-                remedy="leave it out; a loop trains on the best ids of one teacher",
+                hint="leave it out; a loop trains on the best ids of one teacher",
             )
     for key in ("accumulation", "epochs", "teacher", "base", "pin", "partial", "foreign_student"):
         if (value := getattr(config.train, key)) != Train.model_fields[key].default:
             raise ConfigError(
                 f"train.{key} = {value}: distill does not take it",
-                remedy="leave it out; [loop] says how much an update sees, and [teacher] whose "
+                hint="leave it out; [loop] says how much an update sees, and [teacher] whose "
                 "scores",
             )
 
@@ -277,12 +277,12 @@ def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
         if "run" not in segment.lineage:
             raise IdentityError(
                 f"rollouts {name!r} in {store.url} were not made by distill",
-                remedy="set store.rollouts and run.out to names of this run's own",
+                hint="set store.rollouts and run.out to names of this run's own",
             )
         check_same(
             f"rollouts {name!r} in {store.url}",
             segment.lineage["run"],
             run,
-            remedy="go on as they were begun, or set store.rollouts and run.out to names of this "
+            hint="go on as they were begun, or set store.rollouts and run.out to names of this "
             "run's own",
         )

@@ -71,7 +71,7 @@ def _spread(record: Mapping[str, Any]) -> float:
 def _unreadable(what: str) -> StoreError:
     return StoreError(
         f"lineage.behaviour is no record of how a teacher behaved: {what}",
-        remedy="record what `ModelFingerprint.record` gives, and control_nats",
+        hint="record what `ModelFingerprint.record` gives, and control_nats",
     )
 
 

@@ -89,7 +89,7 @@ def resolve_model(name: str, revision: str = "", *, weights: bool = True) -> Pat
     if not HUB_ID.fullmatch(name):
         raise ModelError(
             f"there is no folder {name}, and it is not a hub id",
-            remedy="Give a folder made by save_pretrained, or a hub id such as Qwen/Qwen3-0.6B; "
+            hint="Give a folder made by save_pretrained, or a hub id such as Qwen/Qwen3-0.6B; "
             "a URL can only stand for a teacher.",
         )
     import huggingface_hub
@@ -109,7 +109,7 @@ def resolve_model(name: str, revision: str = "", *, weights: bool = True) -> Pat
         raise ModelError(
             f"there is no folder {name}, and the hub id {name!r} cannot be fetched: "
             f"{type(error).__name__}: {why}",
-            remedy="Check spelling, revision and network, or download it to a folder first.",
+            hint="Check spelling, revision and network, or download it to a folder first.",
         ) from error
 
 
@@ -138,7 +138,7 @@ def weights_digest(path: Path) -> str:
             if tensor_name in tensors:
                 raise ModelError(
                     f"{path} holds the tensor {tensor_name} twice, again in {file.name}",
-                    remedy="Remove the weight files that do not belong to this model.",
+                    hint="Remove the weight files that do not belong to this model.",
                 )
             tensors[tensor_name] = rest
     if fresh:
@@ -155,12 +155,12 @@ def weight_files(path: Path) -> list[Path]:
     if pickles:
         raise ModelError(
             f"{path} holds no *.safetensors, only {pickles[0]}, a pickle: reading it can run code",
-            remedy="Convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder)"
+            hint="Convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(folder) writes safetensors.",
         )
     raise ModelError(
         f"{path} holds no *.safetensors",
-        remedy="Give a folder made by save_pretrained: weights, config.json and tokenizer.",
+        hint="Give a folder made by save_pretrained: weights, config.json and tokenizer.",
     )
 
 
@@ -207,7 +207,7 @@ def tensor_digests(file: Path) -> list[list[Any]]:
 
 def broken(file: Path, what: str) -> ModelError:
     return ModelError(
-        f"{file} is not a whole safetensors file: {what}", remedy="Copy or download it again."
+        f"{file} is not a whole safetensors file: {what}", hint="Copy or download it again."
     )
 
 
@@ -271,7 +271,7 @@ def template_digest(tokenizer: Any, chat_template: bool) -> str:
         raise ModelError(
             f"the chat template of {tokenizer.name_or_path or 'this model'} fails on a plain "
             f"conversation: {type(error).__name__}: {error}",
-            remedy="Repair the template, or turn the chat template off.",
+            hint="Repair the template, or turn the chat template off.",
         ) from error
 
 
@@ -285,13 +285,11 @@ def vocabulary(
     n_vocab = max(tokenizer.get_vocab().values()) + 1
     head = from_config(config, "vocab_size")
     if not isinstance(head, int):
-        raise ModelError(
-            f"{path / 'config.json'} has no vocab_size", remedy="Save the model again."
-        )
+        raise ModelError(f"{path / 'config.json'} has no vocab_size", hint="Save the model again.")
     if head < n_vocab:
         raise ModelError(
             f"the model in {path} has {head} ids (vocab_size), its tokenizer {n_vocab}",
-            remedy="Use the tokenizer that belongs to the model, or resize its embeddings"
+            hint="Use the tokenizer that belongs to the model, or resize its embeddings"
             " (resize_token_embeddings).",
         )
     eos = from_config(config, "eos_token_id")
@@ -301,7 +299,7 @@ def vocabulary(
         raise ModelError(
             f"the model in {path} has the stop ids {sorted(map(str, stops))}; "
             f"at least one is needed, and all in [0, {n_vocab})",
-            remedy="Set eos_token_id in config.json, or the tokenizer's eos_token.",
+            hint="Set eos_token_id in config.json, or the tokenizer's eos_token.",
         )
     return n_vocab, tuple(sorted(stops))
 
@@ -319,10 +317,10 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{file} cannot be read: {error}",
-            remedy="Give a folder made by save_pretrained: weights, config.json and tokenizer.",
+            hint="Give a folder made by save_pretrained: weights, config.json and tokenizer.",
         ) from error
     if not isinstance(config, dict):
-        raise ModelError(f"{file} holds no object", remedy="Save the model again.")
+        raise ModelError(f"{file} holds no object", hint="Save the model again.")
     return config
 
 
@@ -360,7 +358,7 @@ def read_card(path: Path) -> dict[str, Any] | None:
 def unsound(file: Path, what: str) -> ModelError:
     return ModelError(
         f"{file} is not the card of a trained student: {what}",
-        remedy="Restore the file; removed, the folder counts as version 0 of its own root.",
+        hint="Restore the file; removed, the folder counts as version 0 of its own root.",
     )
 
 

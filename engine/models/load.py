@@ -76,7 +76,7 @@ def _load(path: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{path} cannot be loaded as a causal language model: {error}".replace("\n", " "),
-            remedy="give a folder with config.json and safetensors weights of an architecture that "
+            hint="give a folder with config.json and safetensors weights of an architecture that "
             "transformers itself knows",
         ) from error
 
@@ -86,7 +86,7 @@ def _with_adapters(model: Any, rank: int, seed: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError(
-            f"lora_rank = {rank} needs the package peft", remedy='pip install -e ".[lora]"'
+            f"lora_rank = {rank} needs the package peft", hint='pip install -e ".[lora]"'
         ) from error
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft asks transformers by a name that is being retired.
@@ -130,17 +130,17 @@ def prove(model: nn.Module, n_vocab: int) -> None:
     if head is None or head.weight.dim() != 2 or head.weight.shape[0] < n_vocab:
         raise ModelError(
             f"{name} has no output matrix of at least {n_vocab} rows, one per id of its tokenizer",
-            remedy="train a causal language model whose head is a linear layer",
+            hint="train a causal language model whose head is a linear layer",
         )
     if "position_ids" not in signature(inner.base_model.forward).parameters:
         raise ModelError(
             f"{name} takes no position ids: sequences of one packed row would see each other",
-            remedy="train a model with rotary or learnt positions",
+            hint="train a model with rotary or learnt positions",
         )
     if getattr(head, "bias", None) is not None:  # one of zeros hides until it is trained
         raise ModelError(
             f"{name} has a bias of the output matrix, which is not supported",
-            remedy="train a model whose logits are hidden states times the output matrix",
+            hint="train a model whose logits are hidden states times the output matrix",
         )
     training = inner.training
     inner.eval()
@@ -152,7 +152,7 @@ def prove(model: nn.Module, n_vocab: int) -> None:
     if _differ(logit_transform(inner.config).apply(whole @ head.weight.T), logits):
         raise ModelError(
             f"{name} does something to logits after its output matrix that is not supported",
-            remedy="train a model whose logits are hidden states times that matrix, with a scale "
+            hint="train a model whose logits are hidden states times that matrix, with a scale "
             "or a soft cap at most",
         )
     cut = PROBE_TOKENS // 3
@@ -165,7 +165,7 @@ def prove(model: nn.Module, n_vocab: int) -> None:
         raise ModelError(
             f"{name} lets sequences of one packed row see each other: it ignores that position ids "
             "start again",
-            remedy="train a model whose layers all use softmax attention, with sdpa",
+            hint="train a model whose layers all use softmax attention, with sdpa",
         )
 
 

@@ -120,5 +120,5 @@ def _check_live(objective: Objective, view: ObjectiveInput, rows: Targets) -> No
     if have < objective.live_k and bool((rows.kept > have).any()):
         raise ObjectiveError(
             f"the kernel selects {have} live ids, and the objective needs {objective.live_k}",
-            remedy="pass k = live_k(objective, n_vocab) to the kernel",
+            hint="pass k = live_k(objective, n_vocab) to the kernel",
         )

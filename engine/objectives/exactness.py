@@ -96,8 +96,7 @@ def check_exactness(what: Objective | Preset, facts: CacheInfo) -> ExactnessRepo
     if objective.needs_base and not facts.base:
         raise ObjectiveError(
             "this objective compares with a base model, and none was named",
-            remedy="score the rollouts with it (score --role base), and name its scores with "
-            "--base",
+            hint="score the rollouts with it (score --role base), and name its scores with --base",
         )
     notes = [what.note] if isinstance(what, Preset) and what.note else []
     if not facts.same_root:
@@ -140,19 +139,19 @@ def _check_draws(objective: Objective, facts: CacheInfo) -> None:
     if objective.support == "teacher_mc" and not facts.q_draws:
         raise ObjectiveError(
             "these scores are the teacher's best ids, and this objective averages over its draws",
-            remedy="score again, under another name, with --entry-kind sampled --draws 50",
+            hint="score again, under another name, with --entry-kind sampled --draws 50",
         )
     if objective.support not in DRAWN and facts.q_draws:
         raise ObjectiveError(
             f"these scores are {facts.q_draws} ids drawn from the teacher, and support "
             f"{objective.support!r} is made of best ids",
-            remedy="train with --objective rs_kd, or on scores that were made without --draws",
+            hint="train with --objective rs_kd, or on scores that were made without --draws",
         )
     if objective.support == "mc" and not (facts.mc_draws and facts.at_mc):
         had = "were not asked of this teacher" if facts.mc_draws else "are not in these rollouts"
         raise ObjectiveError(
             f"this objective averages over ids that the student drew, and they {had}",
-            remedy="sample with --mc-draws 16 and score with --at mc, or train with --objective "
+            hint="sample with --mc-draws 16 and score with --at mc, or train with --objective "
             "sampled_token",
         )
 
@@ -170,7 +169,7 @@ def _check_k(objective: Objective, facts: CacheInfo) -> None:
         raise ObjectiveError(
             f"this objective looks at the whole vocabulary, {facts.n_vocab} ids, and k_min = "
             f"{facts.k_min} of these scores",
-            remedy=f"score again with --k-min {facts.n_vocab} --k-max {facts.n_vocab} where that "
+            hint=f"score again with --k-min {facts.n_vocab} --k-max {facts.n_vocab} where that "
             "is affordable, or train with --objective gkd or forward_kl",
         )
     if objective.k > facts.k_min:
@@ -178,7 +177,7 @@ def _check_k(objective: Objective, facts: CacheInfo) -> None:
         raise ObjectiveError(
             f"k = {objective.k} is more than k_min = {facts.k_min} of these scores: some rows hold "
             f"fewer than {objective.k} of the teacher's ids",
-            remedy=f"score again with --k-min {objective.k}{also}, or train with --k {facts.k_min}",
+            hint=f"score again with --k-min {objective.k}{also}, or train with --k {facts.k_min}",
         )
 
 
@@ -187,20 +186,20 @@ def _check_student(objective: Objective, facts: CacheInfo) -> None:
         raise ObjectiveError(
             "this teacher was not asked at the student's ids, and a student support needs its "
             "log-probs there",
-            remedy="score with a teacher that answers at chosen ids, or train with "
+            hint="score with a teacher that answers at chosen ids, or train with "
             "--objective overlap",
         )
     if objective.k > facts.student_k:
         raise ObjectiveError(
             f"k = {objective.k} is more than student_k = {facts.student_k} of these rollouts",
-            remedy=f"sample and score again with --student-k {objective.k}, or train with "
+            hint=f"sample and score again with --student-k {objective.k}, or train with "
             f"--k {facts.student_k}",
         )
     if not facts.same_root and not facts.allow_foreign:
         raise ObjectiveError(
             "foreign student: S(p) is frozen where the rollouts were sampled "
             f"({_prefixes(facts)}), and the student to be trained is not of that root",
-            remedy="train with --objective overlap, whose S(p) is live, or allow it with "
+            hint="train with --objective overlap, whose S(p) is live, or allow it with "
             "--foreign-student",
         )
 

@@ -58,8 +58,8 @@ def ratio_of(log_p: Tensor, log_old: Tensor, on: Tensor) -> Tensor:
     return torch.where(on, log_ratio.exp(), 0.0)
 
 
-def refused(name: str, what: str, why: str, remedy: str) -> ObjectiveError:
-    return ObjectiveError(f"modifier {name!r} with {what}: {why}", remedy=remedy)
+def refused(name: str, what: str, why: str, hint: str) -> ObjectiveError:
+    return ObjectiveError(f"modifier {name!r} with {what}: {why}", hint=hint)
 
 
 def advantage_only(name: str, objective: Parts) -> None:
@@ -84,5 +84,5 @@ def within(
     ends = "[" if closed_below else "(", "]" if closed_above else ")"
     raise ObjectiveError(
         f"modifier {name!r}: {key} = {value} is not in {ends[0]}{low:g}, {high:g}{ends[1]}",
-        remedy=f"give {key} a value in it",
+        hint=f"give {key} a value in it",
     )

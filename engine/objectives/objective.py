@@ -91,7 +91,7 @@ class Objective:
             raise ObjectiveError(
                 f"support {self.support!r} with form {self.form!r}: one id is no distribution, and "
                 "draws of p are no sum over p",
-                remedy="use form 'advantage'",
+                hint="use form 'advantage'",
             )
         if self.support == "teacher_mc" and (
             (self.divergence, self.outside, self.form) != ("forward_kl", "ignore", "divergence")
@@ -99,41 +99,41 @@ class Objective:
             raise ObjectiveError(
                 f"support 'teacher_mc' with {self.divergence!r}, {self.outside!r}, {self.form!r}: "
                 "the teacher's draws estimate an average over q",
-                remedy="use divergence 'forward_kl', outside 'ignore', form 'divergence'",
+                hint="use divergence 'forward_kl', outside 'ignore', form 'divergence'",
             )
         if self.form == "divergence" and self.outside == "ignore" and self.support != "teacher_mc":
             raise ObjectiveError(
                 "form 'divergence' with outside 'ignore': the loss would fall when mass leaves the "
                 "support",
-                remedy="use outside 'renormalize' or 'tail', or form 'advantage'",
+                hint="use outside 'renormalize' or 'tail', or form 'advantage'",
             )
         if (self.support, self.divergence, self.outside, self.form) not in CELLS:
             raise ObjectiveError(
                 f"form 'advantage' with divergence {self.divergence!r} and outside "
                 f"{self.outside!r}: it is defined by the raw log-ratio of reverse KL",
-                remedy="use divergence 'reverse_kl' and outside 'ignore', or form 'divergence'",
+                hint="use divergence 'reverse_kl' and outside 'ignore', or form 'divergence'",
             )
         if self.weights != "student_p" and (self.form != "advantage" or self.support in DRAWN):
             raise ObjectiveError(
                 f"weights {self.weights!r} with form {self.form!r} and support {self.support!r}: "
                 "only an advantage on a top-k weighs its ids",
-                remedy="leave weights out",
+                hint="leave weights out",
             )
 
     def _check_k(self) -> None:
         if self.support in DRAWN and self.k != 1:
             raise ObjectiveError(
                 f"k = {self.k} with support {self.support!r}, which is no top-k",
-                remedy="leave --k out",
+                hint="leave --k out",
             )
         if self.outside == "renormalize" and self.k < 2:
             raise ObjectiveError(
                 f"k = {self.k} with outside 'renormalize', which needs 2 or more: one id "
                 "renormalises to 1 on both sides and the gradient is zero",
-                remedy="use --k 2 or more, or outside 'tail', or form 'advantage'",
+                hint="use --k 2 or more, or outside 'tail', or form 'advantage'",
             )
         if self.k < 1:
-            raise ObjectiveError(f"k = {self.k} must be 1 or more", remedy="use --k 1 or more")
+            raise ObjectiveError(f"k = {self.k} must be 1 or more", hint="use --k 1 or more")
 
     def _check_parameter(self) -> None:
         if self.divergence not in PARAMETERS:
@@ -141,19 +141,18 @@ class Objective:
                 raise ObjectiveError(
                     f"parameter = {self.parameter} with divergence {self.divergence!r}, which has "
                     "none",
-                    remedy=f"leave it out, or use one of {', '.join(PARAMETERS)}",
+                    hint=f"leave it out, or use one of {', '.join(PARAMETERS)}",
                 )
             return
         name, usual = PARAMETERS[self.divergence]
         if self.parameter is None or not 0 < self.parameter < 1:
             raise ObjectiveError(
                 f"{name} = {self.parameter} of divergence {self.divergence!r} is not in (0, 1)",
-                remedy=f"give one in it; {usual} is usual. At the ends use forward_kl or "
-                "reverse_kl",
+                hint=f"give one in it; {usual} is usual. At the ends use forward_kl or reverse_kl",
             )
 
 
 def _check_known(key: str, value: str, known: Iterable[str]) -> None:
     names = ", ".join(known)
     if value not in names.split(", "):
-        raise ObjectiveError(f"unknown {key} {value!r}", remedy=f"known: {names}")
+        raise ObjectiveError(f"unknown {key} {value!r}", hint=f"known: {names}")

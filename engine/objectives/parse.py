@@ -27,7 +27,7 @@ def parse_objective(text: str, *, k: int | None = None) -> Preset:
         near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ObjectiveError(
             f"unknown objective {name!r}",
-            remedy=f"the nearest is {near}; known: {', '.join(PRESETS)}",
+            hint=f"the nearest is {near}; known: {', '.join(PRESETS)}",
         )
     preset = PRESETS[name]
     kinds = {"k": int, "parameter": float, "weights": str}
@@ -49,7 +49,7 @@ def _split(term: str, text: str) -> tuple[str, dict[str, str]]:
     if found is None:
         raise ObjectiveError(
             f"objective {text!r}: {term!r} is no NAME or NAME(key=value)",
-            remedy="write e.g. opd, opd(k=32) or sampled_token+importance(cap=5)",
+            hint="write e.g. opd, opd(k=32) or sampled_token+importance(cap=5)",
         )
     pairs = [part.partition("=") for part in (found["arguments"] or "").split(",") if part]
     return found["name"], {key: value for key, _, value in pairs}
@@ -60,7 +60,7 @@ def _modifier(name: str, given: dict[str, str], text: str) -> Modifier:
         near = get_close_matches(name, MODIFIERS, n=1, cutoff=0.0)[0]
         raise ObjectiveError(
             f"objective {text!r}: unknown modifier {name!r}",
-            remedy=f"the nearest is {near}; known: {', '.join(MODIFIERS)}",
+            hint=f"the nearest is {near}; known: {', '.join(MODIFIERS)}",
         )
     kind = MODIFIERS[name]
     kinds = {f.name: type(f.default) for f in fields(kind)}
@@ -71,12 +71,12 @@ def _value(key: str, value: str, kinds: dict[str, Any], text: str) -> Any:
     if key not in kinds:
         raise ObjectiveError(
             f"objective {text!r}: unknown key {key!r}",
-            remedy=f"known here: {', '.join(kinds) or 'none'}",
+            hint=f"known here: {', '.join(kinds) or 'none'}",
         )
     try:
         return kinds[key](value)
     except ValueError:
         raise ObjectiveError(
             f"objective {text!r}: {key} = {value!r} is not of type {kinds[key].__name__}",
-            remedy=f"give {key} such a value",
+            hint=f"give {key} such a value",
         ) from None

@@ -93,7 +93,7 @@ class PackSource:
             raise StoreError(
                 f"{store.url} has no rollouts {rollouts_name!r} with scores of {teacher!r}"
                 f"{'' if base is None else f' and {base!r}'} at log number {pin.number}",
-                remedy=f"it has rollouts {pin.names('rollout')} and scores {pin.names('score')}",
+                hint=f"it has rollouts {pin.names('rollout')} and scores {pin.names('score')}",
             )
 
     def _start(self) -> None:
@@ -196,7 +196,7 @@ def check_complete(
         raise IncompleteError(
             f"{planned_units - len(segments)} of {planned_units} units of rollouts "
             f"{rollouts_name!r} are missing",
-            remedy=f"go on with `logitcask rollout --store {store.url} --rollouts {rollouts_name}`"
+            hint=f"go on with `logitcask rollout --store {store.url} --rollouts {rollouts_name}`"
             " as it was called first, or train on what is there with --partial",
         )
     missing = sum(segment.seg_id not in scores for segment in segments)
@@ -204,7 +204,7 @@ def check_complete(
         raise IncompleteError(
             f"{missing} of {len(segments)} units of rollouts {rollouts_name!r} have no scores of "
             f"{teacher!r}",
-            remedy=f"run `logitcask score --model TEACHER --store {store.url} "
+            hint=f"run `logitcask score --model TEACHER --store {store.url} "
             f"--rollouts {rollouts_name} --teacher {teacher}{role}`, or train on what is scored "
             "with --partial",
         )

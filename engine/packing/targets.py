@@ -94,7 +94,7 @@ class Targets:
         """The optional field of this name. Raises ObjectiveError where the store has none."""
         value: Tensor | None = getattr(self, name)
         if value is None:
-            raise ObjectiveError(f"these rows hold no {name}", remedy=_REMEDIES[name])
+            raise ObjectiveError(f"these rows hold no {name}", hint=_REMEDIES[name])
         return value
 
     def at(self, index: Tensor) -> "Targets":

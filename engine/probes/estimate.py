@@ -167,7 +167,7 @@ def _roll(
     rolled = generate(min(len(drawn), max(len(first.prompts), int(np.ceil(sample / each)))))
     if not rolled.positions:
         raise IncompleteError(
-            "no response of the sample has a token", remedy="give other prompts or another student"
+            "no response of the sample has a token", hint="give other prompts or another student"
         )
     own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
     own_draws = draw(student, rolled, mc_request(mc_draws, seed)) if mc_draws else None

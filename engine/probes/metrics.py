@@ -72,7 +72,7 @@ def probe(
     if not (w > 0).any():
         raise IncompleteError(
             "no row of these rollouts is counted: the loss mask is 0 everywhere",
-            remedy="probe rollouts that hold sampled tokens",
+            hint="probe rollouts that hold sampled tokens",
         )
     end = int(at.max()) + 1
     cuts = np.linspace(0, end, bins + 1).round().astype(np.int64)

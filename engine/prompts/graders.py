@@ -55,7 +55,7 @@ def open_grader(name: str, prompts: Sequence[Prompt]) -> Grader:
             if prompt.answer is None:
                 raise PromptError(
                     f"prompt {prompt.id!r} has no answer, and grader {EXACT!r} compares with it",
-                    remedy='give every line an "answer", or name a MODULE:FUNCTION as grader',
+                    hint='give every line an "answer", or name a MODULE:FUNCTION as grader',
                 )
         return exact
     return _checked(name, _imported(name))
@@ -102,26 +102,26 @@ def _imported(name: str) -> Callable[..., Any]:
     if not (module and colon and attribute):
         raise ConfigError(
             f"grader {name!r} is neither {EXACT!r} nor MODULE:FUNCTION",
-            remedy=f"give --grader {EXACT}, or say mypackage.grading:grade",
+            hint=f"give --grader {EXACT}, or say mypackage.grading:grade",
         )
     try:
         function = getattr(import_module(module), attribute)
     except ImportError as error:
         raise ConfigError(
             f"grader {name!r}: module {module} cannot be imported: {error}",
-            remedy="install it where logitcask runs, or put its folder on PYTHONPATH",
+            hint="install it where logitcask runs, or put its folder on PYTHONPATH",
         ) from error
     except AttributeError as error:
         raise ConfigError(
             f"grader {name!r}: module {module} has no {attribute}",
-            remedy="name a function of that module, as MODULE:FUNCTION",
+            hint="name a function of that module, as MODULE:FUNCTION",
         ) from error
     try:
         signature(function).bind(None, "")
     except TypeError as error:
         raise ConfigError(
             f"grader {name!r} cannot be called with (prompt, response): {error}",
-            remedy="write it as def grade(prompt: Prompt, response: str) -> float",
+            hint="write it as def grade(prompt: Prompt, response: str) -> float",
         ) from error
     except ValueError:
         pass  # some built-in functions do not say what they take; the first call will
@@ -136,13 +136,13 @@ def _checked(name: str, function: Callable[..., Any]) -> Grader:
         except Exception as error:
             raise GraderError(
                 f"grader {name} on prompt {prompt.id!r}: {type(error).__name__}: {error}",
-                remedy="mend the grader; `logitcask --debug` shows where it was",
+                hint="mend the grader; `logitcask --debug` shows where it was",
             ) from error
         # NaN is in no interval.
         if not isinstance(reward, Real) or not 0 <= float(reward) <= 1:
             raise GraderError(
                 f"grader {name} on prompt {prompt.id!r}: {reward!r} is no number in [0, 1]",
-                remedy="let it return a reward from 0 to 1",
+                hint="let it return a reward from 0 to 1",
             )
         return float(reward)
 

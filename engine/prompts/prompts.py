@@ -33,7 +33,7 @@ def load_tokenizer(path: Path) -> Any:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
             f"{path} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there",
-            remedy="Save the tokenizer beside the weights: tokenizer.save_pretrained(folder).",
+            hint="Save the tokenizer beside the weights: tokenizer.save_pretrained(folder).",
         )
     from transformers import AutoTokenizer
 
@@ -45,7 +45,7 @@ def load_tokenizer(path: Path) -> Any:
     except Exception as error:
         raise ModelError(
             f"the tokenizer in {path} cannot be loaded: {type(error).__name__}: {error}",
-            remedy="Save it again with tokenizer.save_pretrained(folder), without code of its own.",
+            hint="Save it again with tokenizer.save_pretrained(folder), without code of its own.",
         ) from error
 
 
@@ -58,7 +58,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
         raise ModelError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, "
             "and prompts are to be rendered with one",
-            remedy="Turn the chat template off (prompts are then literal), or take a chat model.",
+            hint="Turn the chat template off (prompts are then literal), or take a chat model.",
         )
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
@@ -103,18 +103,18 @@ def chat_template_for(file: Path | str, tokenizer: Any, wanted: bool | None) -> 
         return True
     raise PromptError(
         f"{file} holds plain prompts, and the tokenizer has a chat template: either could be meant",
-        remedy="say --chat-template (each prompt becomes a user turn) or --no-chat-template",
+        hint="say --chat-template (each prompt becomes a user turn) or --no-chat-template",
     )
 
 
 def no_file(file: Path, error: OSError) -> PromptError:
     if isinstance(error, FileNotFoundError):
         return PromptError(
-            f"there is no prompts file {file}", remedy="Give the path of a JSONL file."
+            f"there is no prompts file {file}", hint="Give the path of a JSONL file."
         )
     return PromptError(
         f"{file} cannot be read: {error.strerror or error}",
-        remedy="Give the path of a JSONL file that this user may read.",
+        hint="Give the path of a JSONL file that this user may read.",
     )
 
 
@@ -159,7 +159,7 @@ def read_prompts(
     if not prompts:
         raise PromptError(
             f"{file} holds no prompt",
-            remedy=Line.FORM,
+            hint=Line.FORM,
         )
     return prompts
 
@@ -186,8 +186,8 @@ def read_lines(
             yield number, text
 
 
-def refuse(file: Path, number: int, what: str, remedy: str) -> NoReturn:
-    raise PromptError(f"{file}, line {number}: {what}", remedy=remedy)
+def refuse(file: Path, number: int, what: str, hint: str) -> NoReturn:
+    raise PromptError(f"{file}, line {number}: {what}", hint=hint)
 
 
 class Line:
@@ -199,8 +199,8 @@ class Line:
         self.file, self.number = file, number
         self.keys = self.parse(text)
 
-    def refuse(self, what: str, remedy: str) -> NoReturn:
-        refuse(self.file, self.number, what, remedy)
+    def refuse(self, what: str, hint: str) -> NoReturn:
+        refuse(self.file, self.number, what, hint)
 
     def parse(self, text: str) -> dict[str, Any]:
         def no_constant(name: str) -> NoReturn:

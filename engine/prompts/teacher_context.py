@@ -60,20 +60,20 @@ def read_template(file: Path) -> Template:
     except OSError as error:
         raise PromptError(
             f"{file} cannot be read: {error.strerror or error}",
-            remedy="Give the path of a text file: --prompt-template FILE.",
+            hint="Give the path of a text file: --prompt-template FILE.",
         ) from error
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"{file}: byte {error.start} is not UTF-8", remedy="Save the file as UTF-8."
+            f"{file}: byte {error.start} is not UTF-8", hint="Save the file as UTF-8."
         ) from error
     except ValueError as error:
-        raise PromptError(f"{file}: {error}", remedy="Write {{ and }} for braces.") from error
+        raise PromptError(f"{file}: {error}", hint="Write {{ and }} for braces.") from error
     for _, field, spec, conversion in parts:
         if field is not None and (field not in FIELDS or spec or conversion):
             shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise PromptError(
                 f"{file}: {{{shown}}} is none of the fields {{prompt}} and {{answer}}",
-                remedy="Write these alone, and {{ and }} for braces.",
+                hint="Write these alone, and {{ and }} for braces.",
             )
     return Template(tuple((literal, field) for literal, field, _, _ in parts))
 
@@ -98,13 +98,13 @@ def templated(
         if prompt.id not in plain:
             raise PromptError(
                 f"{file} has no prompt {prompt.id!r}, which the rollouts answer",
-                remedy="Give the prompts file that `logitcask rollout` read.",
+                hint="Give the prompts file that `logitcask rollout` read.",
             )
         if plain[prompt.id].token_ids != prompt.token_ids:
             raise IdentityError(
                 f"{file}: prompt {prompt.id!r} is not the one that the rollouts answer: rendered "
                 "for this teacher it has other tokens",
-                remedy="Give the prompts file that `logitcask rollout` read, and a teacher with "
+                hint="Give the prompts file that `logitcask rollout` read, and a teacher with "
                 "the student's chat template; else write the prompts out, for --context.",
             )
     changed = read_prompts(file, tokenizer, **told, change=template.of)

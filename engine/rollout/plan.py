@@ -91,7 +91,7 @@ def _check_name(
         if segment.unit_key in units and segment.name != name:
             raise IdentityError(
                 f"these rollouts are in the store already, under the name {segment.name!r}",
-                remedy=f"Use that name instead of {name!r}, or another seed.",
+                hint=f"Use that name instead of {name!r}, or another seed.",
             )
     for segment in pin.rollouts(name):
         theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
@@ -99,13 +99,13 @@ def _check_name(
             raise IdentityError(
                 f"rollouts {name!r} were made with {_difference(segment.lineage['set'], ours)} "
                 f"(set {theirs}, this one is {ours['digest']})",
-                remedy="Give these rollouts a name of their own, or use what they were made with.",
+                hint="Give these rollouts a name of their own, or use what they were made with.",
             )
         if student["weights"] != model.digest and not versions:
             raise IdentityError(
                 f"rollouts {name!r} are of student {student['weights']}, version "
                 f"{student['version']}; this one is {model.digest}, version {model.version}",
-                remedy="Give these rollouts a name of their own; only distill mixes versions.",
+                hint="Give these rollouts a name of their own; only distill mixes versions.",
             )
         # A loop's first updates may leave the weights as they are: a version has its own numbers.
         same = (student["weights"], student["version"]) == (model.digest, model.version)
@@ -129,5 +129,5 @@ def _check_grid(name: str, segment: Segment, units: Mapping[str, Unit]) -> None:
             raise IdentityError(
                 f"rollouts {name!r} hold prompts {first}..{end - 1} as one unit, and the plan has "
                 f"{unit['first']}..{unit['first'] + unit['count'] - 1}",
-                remedy="Resume with the unit_prompts, first and count that they were begun with.",
+                hint="Resume with the unit_prompts, first and count that they were begun with.",
             )

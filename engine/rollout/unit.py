@@ -78,8 +78,7 @@ class Rolling:
         if unit < 1 or not 0 <= first < prompts or not 1 <= count <= prompts:
             raise ConfigError(
                 f"unit_prompts={unit}, first={first}, count={count} of {prompts} prompts",
-                remedy="Take at least one prompt per unit, and a range that lies within the "
-                "prompts.",
+                hint="Take at least one prompt per unit, and a range that lies within the prompts.",
             )
 
     @property
@@ -91,7 +90,7 @@ class Rolling:
         if not hasattr(sampler, "score"):
             raise ConfigError(
                 f"{type(sampler).__name__} samples and cannot score, and no scorer is given",
-                remedy="Give a scorer with the student's weights.",
+                hint="Give a scorer with the student's weights.",
             )
         scorer: Scorer = sampler
         return scorer

@@ -84,7 +84,7 @@ class IdsFile:
             raise PromptError(
                 f"{self.file} has no line for sample {sample} of prompt {prompt!r}, which the "
                 "rollouts hold",
-                remedy="Give every sequence a line; its lists may be empty.",
+                hint="Give every sequence a line; its lists may be empty.",
             )
         if len(given.cnt) != length:
             refuse(
@@ -117,7 +117,7 @@ def read_ids(file: Path, n_vocab: int) -> IdsFile:
     except OSError as error:
         raise PromptError(
             f"{file} cannot be read: {error.strerror or error}",
-            remedy="Give the path of a JSONL file of ids: --at ids:FILE.",
+            hint="Give the path of a JSONL file of ids: --at ids:FILE.",
         ) from error
     return IdsFile(file, digest, sequences)
 

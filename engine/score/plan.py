@@ -86,7 +86,7 @@ def plan_scores(asked: Scoring, pin: Snapshot, *, growing: bool = False) -> Scor
         known = ", ".join(pin.names("rollout")) or "none"
         raise IncompleteError(
             f"{asked.store.url} holds no rollouts named {asked.rollouts_name!r}; it has: {known}",
-            remedy="Run `logitcask rollout` first, or name the rollouts that are there.",
+            hint="Run `logitcask rollout` first, or name the rollouts that are there.",
         )
     notes = list(asked.notes)
     for segment in segments:
@@ -114,7 +114,7 @@ def plan_scores(asked: Scoring, pin: Snapshot, *, growing: bool = False) -> Scor
     if drawn and any(key not in done and s.seg_id in there for key, s in units.items()):
         raise IdentityError(
             f"{name!r} holds draws of these rollouts of another number or seed",
-            remedy="Use another name for these: drawn ids are not added to.",
+            hint="Use another name for these: drawn ids are not added to.",
         )
     others = {chain[0].profile for chain in there.values()} - {asked.profile}
     if others:
@@ -137,7 +137,7 @@ def plan_scores(asked: Scoring, pin: Snapshot, *, growing: bool = False) -> Scor
         raise ConfigError(
             f"scores of {name!r} are there for less than is asked now, and this teacher cannot be "
             "asked at chosen ids, so they cannot be added to",
-            remedy="Score under another name, or ask for as much as before.",
+            hint="Score under another name, or ask for as much as before.",
         )
     return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
 
@@ -163,7 +163,7 @@ def _scores_named(pin: Snapshot, name: str) -> dict[str, Chain]:
     if not found:
         raise IncompleteError(
             f"the store holds no scores of {name!r}; it has: {', '.join(pin.names('score'))}",
-            remedy="Score with that model first, or name one of these.",
+            hint="Score with that model first, or name one of these.",
         )
     return found
 
@@ -172,7 +172,7 @@ def _check_draws(segments: Sequence[Segment], name: str) -> None:
     if any(segment.layout != MC for segment in segments):
         raise IncompleteError(
             f"rollouts {name!r} hold no ids that the student drew",
-            remedy="Sample with `logitcask rollout --mc-draws M`, under a name of its own.",
+            hint="Sample with `logitcask rollout --mc-draws M`, under a name of its own.",
         )
 
 
@@ -183,7 +183,7 @@ def _asked(at: str | None, scores: Mapping[str, Chain] | None, segment: Segment)
     if segment.seg_id not in scores:
         raise IncompleteError(
             f"rollout segment {segment.seg_id} has no scores of the model whose ids are wanted",
-            remedy="Let that model score all of these rollouts first.",
+            hint="Let that model score all of these rollouts first.",
         )
     return tuple(each.seg_id for each in scores[segment.seg_id])
 
@@ -193,6 +193,6 @@ def _check_twice(pin: Snapshot, units: Mapping[str, Segment], teacher_name: str)
     for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
         raise IdentityError(
             f"this teacher's scores are in the store already, under the name {other!r}",
-            remedy=f"Use that name instead of {teacher_name!r}. A served model that is another and "
+            hint=f"Use that name instead of {teacher_name!r}. A served model that is another and "
             "goes by the same path gets a --revision of its own.",
         )

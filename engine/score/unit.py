@@ -218,6 +218,6 @@ def _shown(rollouts: Rollouts, context: Mapping[str, Prompt]) -> Rollouts:
         if prompt.id not in context:
             raise PromptError(
                 f"the context has no prompt {prompt.id!r}, which the rollouts answer",
-                remedy="Give a prompt for every id of the rollouts.",
+                hint="Give a prompt for every id of the rollouts.",
             )
     return replace(rollouts, prompts=tuple(context[prompt.id] for prompt in rollouts.prompts))

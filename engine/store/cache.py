@@ -65,7 +65,7 @@ class UnitCache:
                 return
             raise StoreError(
                 f"cannot write the cache {self._folder}: {error.strerror or error}",
-                remedy="make room there, give another folder, or train without a cache",
+                hint="make room there, give another folder, or train without a cache",
             ) from error
 
     def _mapped(self, place: Path, name: str) -> Array:
@@ -85,7 +85,7 @@ class UnitCache:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
                 f"{path}: a damaged cache ({error})",
-                remedy=f"remove {place}; it is made again from the store",
+                hint=f"remove {place}; it is made again from the store",
             ) from error
 
 

@@ -32,10 +32,10 @@ def check_asked(log: Log, new: Segment) -> Segment | None:
     if not schema.NAME.fullmatch(new.name):
         raise StoreError(
             f"name {new.name!r} is not allowed",
-            remedy="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit",
+            hint="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit",
         )
     if not schema.DIGEST.fullmatch(new.unit_key):
-        raise StoreError(f"unit_key {new.unit_key!r} is not a digest", remedy="use identity.digest")
+        raise StoreError(f"unit_key {new.unit_key!r} is not a digest", hint="use identity.digest")
     log.refresh()
     check_name_identity(log, new)
     return log.winner(new.unit_key)
@@ -47,12 +47,12 @@ def commit_arrays(medium: Storage, log: Log, arrays: Mapping[str, Array], new: S
     counts = {**segments.counts_of(new.layout, arrays), **new.counts}
     for key, most in schema.MAX_COUNT.items():
         if counts.get(key, 0) > most:
-            raise StoreError(f"{counts[key]} {key} in one unit, at most {most}", remedy=_TOO_LARGE)
+            raise StoreError(f"{counts[key]} {key} in one unit, at most {most}", hint=_TOO_LARGE)
     size = segments.decoded_bytes(new.layout, profile, counts)
     if size > schema.MAX_SEGMENT_BYTES:
         raise StoreError(
             f"a unit of {size} bytes decoded, at most {schema.MAX_SEGMENT_BYTES}",
-            remedy=_TOO_LARGE,
+            hint=_TOO_LARGE,
         )
     shape: Any = {"layout": new.layout, "profile": profile}
     attributes = {
@@ -105,11 +105,11 @@ def _check_base(log: Log, new: Segment) -> None:
     if base is None or base.token_digest != new.token_digest:
         raise StoreError(
             f"no rollout segment {new.base} with these tokens",
-            remedy="score the rollouts of this store; they may have been retired meanwhile",
+            hint="score the rollouts of this store; they may have been retired meanwhile",
         )
     if new.widens != (chain[-1].seg_id if chain else ""):
         raise StoreError(
             f"teacher {new.name!r} has {len(chain)} segments on rollouts {new.base}, and these "
             f"scores add to {new.widens or 'none'}",
-            remedy="another writer was faster; rerun the same command to resume",
+            hint="another writer was faster; rerun the same command to resume",
         )

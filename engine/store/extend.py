@@ -78,7 +78,7 @@ def encode(
     l_cnt, l_ids = scores.cnt.astype(np.uint16), scores.ids.astype(np.uint32)
     place = ragged.find(at_ids, at_cnt, u.ids, u.cnt)
     if (place < 0).any():
-        raise StoreError("a widening was not asked at all ids that are known", remedy=RESCORE)
+        raise StoreError("a widening was not asked at all ids that are known", hint=RESCORE)
     u_lp = scores.at_lp[np.repeat(ragged.starts(at_cnt)[:-1], u.cnt) + place]
     _check_agrees(u, u_lp, noise, rounding)
 
@@ -111,7 +111,7 @@ def encode(
         raise StoreError(
             f"a row of {longest} known ids, at most {schema.MAX_ROW}, {schema.MAX_K} of them at a "
             "time",
-            remedy="ask at fewer ids, or give these scores a name of their own",
+            hint="ask at fewer ids, or give these scores a name of their own",
         )
     return {
         "log_tail": scores.log_tail.astype(np.float32),
@@ -164,7 +164,7 @@ def _check_agrees(u: Ranked, again: Array, noise: float, rounding: float) -> Non
         raise IdentityError(
             f"id {u.ids[worst]} has log-prob {again[worst]:.4f} now, and {u.lp[worst]:.4f} is "
             "stored: not the numbers that these scores were begun with",
-            remedy="score with the weights, dtype and engine of the first time, or give these "
+            hint="score with the weights, dtype and engine of the first time, or give these "
             "scores a name of their own",
         )
 

@@ -217,15 +217,15 @@ def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the
         }.get(what.removeprefix("eval-"), ("scores", "score"))
         raise IncompleteError(
             f"{where} holds no {made}",
-            remedy=f"Run `logitcask {verb}` first; a pin taken earlier cannot see later {made}.",
+            hint=f"Run `logitcask {verb}` first; a pin taken earlier cannot see later {made}.",
         )
     listed = ", ".join(known)
     if wanted is None:
         raise ConfigError(
             f"--{what} is not given and {where} has {len(known)}: {listed}",
-            remedy=f"name one with --{what}",
+            hint=f"name one with --{what}",
         )
-    raise ConfigError(f"--{what} {wanted}: {where} has {listed}", remedy="give one of these")
+    raise ConfigError(f"--{what} {wanted}: {where} has {listed}", hint="give one of these")
 
 
 def choose_teacher(
@@ -249,5 +249,5 @@ def _locate(pin: Snapshot, name: str, sequence: int) -> tuple[Segment, int]:
         left -= segment.counts["N"]
     raise ConfigError(
         f"--sequence {sequence}: {name} has {sequence - left} sequences",
-        remedy="they count from 0",
+        hint="they count from 0",
     )

@@ -62,7 +62,7 @@ def pack(
                 temporary.unlink()
             raise StoreError(
                 f"cannot write {target}: {error.strerror or error}",
-                remedy="make room or give another folder, then pack again",
+                hint="make room or give another folder, then pack again",
             ) from error
         written.append(target)
     progress("pack", len(visible), len(visible))
@@ -175,9 +175,7 @@ def _told(path: Path) -> Segment:
 def _contents(told: Segment, path: Path) -> dict[str, bytes]:
     contents = _read_zip(path, {name: size for name, (size, _) in told.files.items()})
     if segments.manifest_of(contents) != dict(told.files):
-        raise IntegrityError(
-            f"{path}: not the files that it says", remedy="pack that segment again"
-        )
+        raise IntegrityError(f"{path}: not the files that it says", hint="pack that segment again")
     return contents
 
 
@@ -194,10 +192,10 @@ def _read_zip(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
             return contents
     except OSError as error:
         raise StoreError(
-            f"cannot read {path}: {error.strerror or error}", remedy="give files made by pack"
+            f"cannot read {path}: {error.strerror or error}", hint="give files made by pack"
         ) from error
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, RuntimeError) as error:
         raise IntegrityError(
             f"{path}: not a packed segment ({error})",
-            remedy="give what `logitcask store pack` has made, or pack that segment again",
+            hint="give what `logitcask store pack` has made, or pack that segment again",
         ) from error

@@ -51,7 +51,7 @@ class Reader:
             if at not in tags:
                 raise StoreError(
                     f"{self.url} has no tag {at!r}; it has: {', '.join(sorted(tags)) or 'none'}",
-                    remedy="give one of these or a log number, or make one with `logitcask store "
+                    hint="give one of these or a log number, or make one with `logitcask store "
                     "tag`",
                 )
             at = tags[at]
@@ -59,7 +59,7 @@ class Reader:
         if sha256 is not None and pin.sha256 != sha256:
             raise IntegrityError(
                 f"{self.url}: log record {at} is {pin.sha256}, the pin says {sha256}",
-                remedy="open the store that the pin was taken from, or take a new pin",
+                hint="open the store that the pin was taken from, or take a new pin",
             )
         return pin
 
@@ -158,7 +158,7 @@ class Reader:
                 raise StoreError(
                     f"{self.medium.where(which.folder)}: scores of rollouts {which.base}, not of "
                     f"{base.segment or 'rollouts that are in no store'}",
-                    remedy="give the rollouts that were scored, as read from their segment",
+                    hint="give the rollouts that were scored, as read from their segment",
                 )
             student = base.student
             return None if student is None else IdLists(cnt=student.cnt, ids=student.ids)
@@ -168,7 +168,7 @@ class Reader:
         if found is None:
             raise StoreError(
                 f"{self.url}: no rollout segment {which.base}",
-                remedy="read scores with the store that they were pinned from",
+                hint="read scores with the store that they were pinned from",
             )
         return self._student_lists(found)
 
@@ -193,11 +193,11 @@ class Reader:
                 raise
             raise StoreError(
                 f"{self.medium.where(which.folder)} was retired, and gc has removed it",
-                remedy="take a newer pin; a tag keeps what an old one reaches",
+                hint="take a newer pin; a tag keeps what an old one reaches",
             ) from error
 
     def _contradiction(self, which: Segment, error: object) -> IntegrityError:
         return IntegrityError(
             f"{self.medium.where(which.folder)}: its arrays contradict each other ({error})",
-            remedy=segments.RESTORE,
+            hint=segments.RESTORE,
         )

@@ -54,12 +54,12 @@ def tag(store: Store, name: str, number: int | None = None) -> int:
     if not schema.NAME.fullmatch(name) or name.isdecimal():
         raise ConfigError(
             f"tag {name!r} is not allowed",
-            remedy="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit, not digits "
+            hint="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit, not digits "
             "alone",
         )
     pin = store.head() if number is None else store.pin(number)
     if pin.number < 0:
-        raise StoreError(f"{store.url} has no log record yet", remedy="tag a store with data")
+        raise StoreError(f"{store.url} has no log record yet", hint="tag a store with data")
 
     def say() -> dict[str, Any] | None:
         marked = store.log.tags().get(name)
@@ -68,14 +68,14 @@ def tag(store: Store, name: str, number: int | None = None) -> int:
         if marked is not None:
             raise StoreError(
                 f"tag {name!r} marks log number {marked} already",
-                remedy="use another name, or remove that tag first",
+                hint="use another name, or remove that tag first",
             )
         standing = {each.folder for each in store.log.standing()}
         gone = [each for each in pin.segments if each.folder not in standing]
         if gone:
             raise StoreError(
                 f"log number {pin.number} reaches {len(gone)} segments that gc has removed",
-                remedy="tag a newer number",
+                hint="tag a newer number",
             )
         return {"tags": {name: pin.number}}
 
@@ -112,7 +112,7 @@ def retire(
     if len(given) != 1 or (before_version is not None and rollouts is None):
         raise ConfigError(
             "retire takes one of rollouts, teacher and segment",
-            remedy="give --rollouts, --teacher or --segment; --before-version goes with --rollouts",
+            hint="give --rollouts, --teacher or --segment; --before-version goes with --rollouts",
         )
 
     def wanted() -> list[Segment]:
@@ -147,7 +147,7 @@ def retire(
         names = [", ".join(pin.names(kind)) or "none" for kind in schema.KINDS]
         raise ConfigError(
             f"the store holds nothing of {given[0]!r} to retire",
-            remedy=f"it has rollouts: {names[0]}; scores: {names[1]}; `logitcask store ls` shows "
+            hint=f"it has rollouts: {names[0]}; scores: {names[1]}; `logitcask store ls` shows "
             "segments",
         )
     return retired

@@ -69,7 +69,7 @@ class Store(Reader):
             return winner
         if not all(type(unit.get(key)) is int and unit[key] >= 0 for key in ("version", "first")):
             raise StoreError(
-                f"unit {dict(unit)} lacks version or first", remedy="give both as integers from 0"
+                f"unit {dict(unit)} lacks version or first", hint="give both as integers from 0"
             )
         check_rollouts(unit_rollouts, n_vocab=vocabulary(lineage))
         arrays = rollouts.encode(unit_rollouts, codecs.profile(profile))
@@ -111,13 +111,13 @@ class Store(Reader):
         if found is None or found.token_digest != base.token_digest:
             raise StoreError(
                 f"{self.url}: no rollout segment {base.seg_id} with these tokens",
-                remedy="score the rollouts of this store",
+                hint="score the rollouts of this store",
             )
         chain, positions = self.log.chain(name, found.seg_id), found.counts["P"]
         if not chain and at is not None:
             raise StoreError(
                 f"teacher {name!r} has no scores of rollouts {found.seg_id} that these add to",
-                remedy="they may have been retired meanwhile; run the same command again",
+                hint="they may have been retired meanwhile; run the same command again",
             )
         if not chain:
             student = self._student_lists(found)
@@ -128,7 +128,7 @@ class Store(Reader):
         elif at is None or scores.at_lp is None or scores.mult is not None:
             raise StoreError(
                 f"teacher {name!r} has scores of rollouts {found.seg_id} already",
-                remedy="ask it at what is known of them to widen these, or use another name; drawn "
+                hint="ask it at what is known of them to widen these, or use another name; drawn "
                 "ids are not added to",
             )
         else:
@@ -180,7 +180,7 @@ def open_on(medium: Storage, *, create: bool = False) -> Store:
         if not create:
             raise StoreError(
                 f"{medium.url} is not a logitcask store: it has no format.json",
-                remedy="check the path; `logitcask rollout` makes a store at a path that is free",
+                hint="check the path; `logitcask rollout` makes a store at a path that is free",
             )
         identity = root.create(medium)
     medium.check((*root.FOLDERS, *claims.FOLDERS))

@@ -135,7 +135,7 @@ def unit_of(
     if student is None:
         raise IncompleteError(
             f"rollout segment {seg_id} has no scores by its own student",
-            remedy="sample again with `logitcask rollout`: every sampler of ours scores itself",
+            hint="sample again with `logitcask rollout`: every sampler of ours scores itself",
         )
     prompts = [np.asarray(p.token_ids, np.uint32) for p in rollouts.prompts]
     arrays = {

@@ -86,7 +86,7 @@ def _records(store: Store, last: int) -> Iterator[int]:
         data = store.medium.read(name, schema.MAX_RECORD_BYTES)
         where = store.medium.where(name)
         if data is None or record.decode_record(data, where)[1] != store.log.sha256(number):
-            raise IntegrityError(f"{where}: missing, or another record", remedy=record.BROKEN)
+            raise IntegrityError(f"{where}: missing, or another record", hint=record.BROKEN)
         yield len(data)
         together.append(data)
         if len(together) == log.BUNDLE:
@@ -100,7 +100,7 @@ def _bundle(store: Store, name: str, records: bytes) -> int:
     if data not in (None, records):
         raise IntegrityError(
             f"{store.medium.where(name)}: not the records that are in log/",
-            remedy="remove this file: the records in log/ hold all",
+            hint="remove this file: the records in log/ hold all",
         )
     return len(data or b"")
 

@@ -27,14 +27,14 @@ def check_identity(
         raise IdentityError(
             f"the student's tokenizer is {student['tokenizer']}, "
             f"that of {model.name} is {model.tokenizer_digest}",
-            remedy="Take a teacher with the student's tokenizer. If they differ in tokens that do "
+            hint="Take a teacher with the student's tokenizer. If they differ in tokens that do "
             "not occur, give the student's, a folder or hub id, with --student-tokenizer.",
         )
     elif student["n_vocab"] != model.n_vocab:
         raise IdentityError(
             f"the student's vocabulary has {student['n_vocab']} ids, "
             f"that of {model.name} has {model.n_vocab}",
-            remedy="Take a teacher with the student's vocabulary; there is no override.",
+            hint="Take a teacher with the student's vocabulary; there is no override.",
         )
     if student["template"] != model.template_digest:
         notes.append(
@@ -57,7 +57,7 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
         raise IdentityError(
             f"{share:.0%} of the stopped responses of {segment.name!r} end in the stop ids "
             f"{found.tolist()}, and {model.name} stops at {list(model.stop_ids)} only",
-            remedy="Keep these rows with --eos-rows keep, or give the teacher's config.json these "
+            hint="Keep these rows with --eos-rows keep, or give the teacher's config.json these "
             "eos_token_id.",
         )
 
@@ -86,19 +86,19 @@ def check_scorer(scorer: Scorer, request: ScoreRequest, *, chosen: bool = False)
     if request.k_min > request.k_max:
         raise ConfigError(
             f"k_min = {request.k_min} is more than k_max = {request.k_max}",
-            remedy=f"Give k_max = {request.k_min} or more.",
+            hint=f"Give k_max = {request.k_min} or more.",
         )
     drawn = request.entry_kind == "sampled"
     if drawn != (request.draws > 0) or (drawn and request.at_student):
         raise ConfigError(
             f"entry_kind = {request.entry_kind!r} with draws = {request.draws} and "
             f"at_student = {request.at_student}",
-            remedy="Give draws to entry_kind = 'sampled' and to no other, without at_student.",
+            hint="Give draws to entry_kind = 'sampled' and to no other, without at_student.",
         )
     if request.entry_kind == "topk" and request.k_min < request.k_max:
         raise ConfigError(
             f"entry_kind = 'topk' with k_min = {request.k_min} and k_max = {request.k_max}",
-            remedy="Give the same k twice, or entry_kind = 'topp'.",
+            hint="Give the same k twice, or entry_kind = 'topp'.",
         )
     needs = {"entropy", "tail", "drawn" if drawn else "top"}
     needs |= {"at_ids"} if request.at_student or chosen else set()
@@ -108,5 +108,5 @@ def check_scorer(scorer: Scorer, request: ScoreRequest, *, chosen: bool = False)
     if lacking := sorted(needs - gives):
         raise ConfigError(
             f"the backend {scorer.describe()['name']} cannot give {', '.join(lacking)} here",
-            remedy="Load the teacher with the backend hf, which gives all.",
+            hint="Load the teacher with the backend hf, which gives all.",
         )

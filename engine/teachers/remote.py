@@ -40,7 +40,7 @@ def urls_of(model: str) -> list[str]:
         what = f"number {strangers[0]}" if "@" in model else repr(urls[strangers[0] - 1])
         raise ConfigError(
             f"{what} among the servers of a teacher is no URL",
-            remedy="Give http://HOST:PORT, several divided by commas.",
+            hint="Give http://HOST:PORT, several divided by commas.",
         )
     return urls
 
@@ -59,7 +59,7 @@ def served_ref(
     except ModelError as error:
         raise ModelError(
             f"the tokenizer of {served!r}, {source}: {error.cause}",
-            remedy="Give --tokenizer: a folder or hub id that holds the teacher's tokenizer and "
+            hint="Give --tokenizer: a folder or hub id that holds the teacher's tokenizer and "
             "config.json.",
         ) from error
     loaded = load_tokenizer(path)
@@ -85,7 +85,7 @@ def check_declared(revision: str, fingerprint: str) -> None:
     if revision and declared is not None and declared[1] != revision:
         raise IdentityError(
             f"the server declares revision {declared[1]!r}, and {revision!r} was asked for",
-            remedy="Serve that revision, or give the one that is served with --revision.",
+            hint="Serve that revision, or give the one that is served with --revision.",
         )
 
 
@@ -105,7 +105,7 @@ def check_tokenizer(model: ModelRef, tokenize: Callable[[str], list[int] | None]
         raise IdentityError(
             f"the server reads a text as other ids than the tokenizer in {model.path}: token {at} "
             f"is {_at(theirs, at)} there and {_at(ours, at)} here",
-            remedy="Give the served model's own tokenizer with --tokenizer.",
+            hint="Give the served model's own tokenizer with --tokenizer.",
         )
     return True
 
@@ -151,7 +151,7 @@ def check_padding(server: Served, n_vocab: int, head: int, k_max: int = PADS) ->
         raise IdentityError(
             f"the {len(pads)} ids of its padded head hold a mass of {mass:.2g} a row, so its "
             f"log-probs are not of the {n_vocab} ids that its tokenizer has",
-            remedy="Load it here (--model FOLDER), where its law is cut to its own ids, or train "
+            hint="Load it here (--model FOLDER), where its law is cut to its own ids, or train "
             "the head so that padding is next to impossible.",
         )
     return ""

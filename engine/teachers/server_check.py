@@ -46,7 +46,7 @@ class Finding:
     state: State
     """note: it works, and something is missing; fault: nothing should be scored."""
     said: str
-    remedy: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +109,7 @@ def examine(asked: ServerCheck) -> Iterator[Finding]:
 
 
 def fault(check: str, error: LogitcaskError) -> Finding:
-    return Finding(check=check, state="fault", said=error.cause, remedy=error.remedy)
+    return Finding(check=check, state="fault", said=error.cause, hint=error.hint)
 
 
 def _tried(check: str, look: Callable[[], Finding]) -> Finding:
@@ -127,7 +127,7 @@ def _facts(facts: Any) -> Iterator[Finding]:
         check="model",
         state="note" if adapter or not facts.root else "ok",
         said=f"{facts.served}, loaded from {facts.root or 'it does not say where'}{adapter}",
-        remedy="Its scores are those of the adapter." if adapter else "",
+        hint="Its scores are those of the adapter." if adapter else "",
     )
     most = facts.max_model_len
     yield Finding(
@@ -142,7 +142,7 @@ def _facts(facts: Any) -> Iterator[Finding]:
             check="chosen ids",
             state="note",
             said=facts.why,
-            remedy="Objectives on the student's ids need them: vLLM 0.31 or newer on a GPU, with "
+            hint="Objectives on the student's ids need them: vLLM 0.31 or newer on a GPU, with "
             f"{FLAGS}.",
         )
 
@@ -188,7 +188,7 @@ def _student(model: ModelRef, name: str, server: Any) -> Iterator[Finding]:
         check="stop ids",
         state="note" if foreign else "ok",
         said=f"the student stops at {list(stops)}, the teacher at {list(model.stop_ids)}",
-        remedy="Responses that end in one of the others are refused, unless with --eos-rows keep."
+        hint="Responses that end in one of the others are refused, unless with --eos-rows keep."
         if foreign
         else "",
     )
@@ -204,7 +204,7 @@ def _ids(student: dict[str, Any], model: ModelRef, name: str, server: Any) -> Fi
         check="ids",
         state="note",
         said=shared.note(model.name),
-        remedy=f"Score with --student-tokenizer {name}.",
+        hint=f"Score with --student-tokenizer {name}.",
     )
 
 
@@ -215,7 +215,7 @@ def _prompts(ours: Any, theirs: Any) -> Finding:
         check="prompts",
         state="note",
         said="rendered differently by the teacher's template",
-        remedy="It is shown the student's rendering, which may be foreign to it.",
+        hint="It is shown the student's rendering, which may be foreign to it.",
     )
 
 
@@ -263,7 +263,7 @@ def _parity(server: Any, model: ModelRef, asked: ServerCheck) -> Finding:
         state="ok" if same else "fault",
         said=f"log-probs differ from those of {asked.against} by {found.largest:.2g} nats at most, "
         f"{found.mean:.2g} on the mean of {found.compared}; {allowed:.2g} is allowed",
-        remedy=""
+        hint=""
         if same
         else "Other weights, a revision, an adapter, quantisation or a temperature is served. If "
         "the server computes in bfloat16, give --dtype bfloat16 here too.",

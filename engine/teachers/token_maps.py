@@ -96,7 +96,7 @@ class SharedVocabulary:
             raise UnitError(
                 f"{where}: ids that are not one token to the student and to {name} "
                 f"({len(found)}): {self.words(found)}",
-                remedy="Take a teacher with the student's tokenizer, or sample where these ids do "
+                hint="Take a teacher with the student's tokenizer, or sample where these ids do "
                 "not occur; there is no override, log-probs of two tokens would be compared.",
             )
 
@@ -117,7 +117,7 @@ def shared_vocabulary(
         raise IdentityError(
             f"the tokenizer in {source} is {tokenizer_digest(ours)}, and that of the student is "
             f"{student['tokenizer']}",
-            remedy="Give the folder or hub id of the student that sampled, or its tokenizer's.",
+            hint="Give the folder or hub id of the student that sampled, or its tokenizer's.",
         )
     theirs = load_tokenizer(teacher.path)
     return compare_maps(_by_id(ours), _by_id(theirs), student["tokenizer"], teacher)
@@ -134,7 +134,7 @@ def compare_maps(
         raise IdentityError(
             f"the student's tokenizer and that of {teacher.name} agree on {len(same)} of "
             f"{len(every)} ids",
-            remedy="Take a teacher with the student's tokenizer; there is no override, ids would "
+            hint="Take a teacher with the student's tokenizer; there is no override, ids would "
             "mean other tokens.",
         )
     differing = sorted(every - set(same))

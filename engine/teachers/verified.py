@@ -98,7 +98,7 @@ class VerifiedTeacher:
                 f"{what}: log-probs of a fixed probe differ by {found:.3g} nats, and "
                 f"{self.tolerance:.3g} is what one model may differ by (its own spread is "
                 f"{self.parity.largest:.2g})",
-                remedy="Other weights, another revision, an adapter, quantisation or a temperature "
+                hint="Other weights, another revision, an adapter, quantisation or a temperature "
                 "is served: serve what was served; or score it under another --teacher name, with "
                 "a --revision that tells it from the first.",
             )

@@ -58,7 +58,7 @@ def facts_of(model: ModelRef | None, source: PackSource, foreign_student: bool) 
         raise IdentityError(
             f"the rollouts were sampled with tokenizer {sampler['tokenizer']}, the student "
             f"{model.name} has {model.tokenizer_digest}",
-            remedy="train a student with the tokenizer of the rollouts, or sample with this one",
+            hint="train a student with the tokenizer of the rollouts, or sample with this one",
         )
     sampling = rollouts[0].lineage["set"]
     return CacheInfo(

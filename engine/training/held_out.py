@@ -67,7 +67,7 @@ class HeldOut:
         if not counted:
             raise IncompleteError(
                 "no held-out row is counted: the loss mask is 0 everywhere",
-                remedy="name rollouts with sampled tokens by --eval-rollouts",
+                hint="name rollouts with sampled tokens by --eval-rollouts",
             )
         # A process without rows has no names.
         names = dict.fromkeys(name for _, sums in everyone for name in sums)
@@ -136,7 +136,7 @@ def hold_out(
     if not len(plan):
         raise IncompleteError(
             f"held-out rollouts {asked.rollouts!r} hold no response token",
-            remedy="name others with --eval-rollouts",
+            hint="name others with --eval-rollouts",
         )
     return HeldOut(
         rows=PlannedPacks(plan, source),

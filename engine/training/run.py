@@ -117,7 +117,7 @@ def open_run_dir(
 ) -> RunDir:
     """Raises ConfigError for a folder or a device that a run cannot use."""
     if out.resolve() == model.path.resolve():
-        raise ConfigError(f"--out {out} is the student itself", remedy="give another --out")
+        raise ConfigError(f"--out {out} is the student itself", hint="give another --out")
     args = training_arguments(out, settings, device)
     desk = RunDir(out=out, args=args, earlier=read_run(out))
     desk.wait()

@@ -30,7 +30,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
     if strangers:
         raise ConfigError(
             f"{out} holds {sorted(strangers)[0]!r} and no {RUN}: it is not the folder of a run",
-            remedy="give a new or an empty folder with --out",
+            hint="give a new or an empty folder with --out",
         )
     return None
 
@@ -40,7 +40,7 @@ def check_same(
     earlier: Mapping[str, Any],
     ours: Mapping[str, Any],
     *,
-    remedy: str = "give another --out (run.out), or --overwrite (run.overwrite) to lose that run",
+    hint: str = "give another --out (run.out), or --overwrite (run.overwrite) to lose that run",
 ) -> None:
     """IdentityError that names the first key in which the run that `place` holds is another."""
     theirs = dict(_leaves(earlier))
@@ -49,7 +49,7 @@ def check_same(
         if mine.get(key) != theirs.get(key):
             raise IdentityError(
                 f"{place} holds a run with {key} = {theirs.get(key)!r}, not {mine.get(key)!r}",
-                remedy=remedy,
+                hint=hint,
             )
 
 
@@ -67,7 +67,7 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"--out {out}: {error.strerror}", remedy="give another --out, a folder of the run's own"
+            f"--out {out}: {error.strerror}", hint="give another --out, a folder of the run's own"
         ) from error
 
 

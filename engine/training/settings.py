@@ -64,7 +64,7 @@ class TrainSettings:
             if not holds:
                 raise ConfigError(
                     f"{name} = {getattr(self, name)!r} is not allowed",
-                    remedy="see what `logitcask train --help` says it takes",
+                    hint="see what `logitcask train --help` says it takes",
                 )
 
 
@@ -82,10 +82,10 @@ def training_arguments(
     if device not in ("auto", "cpu", "cuda", "cuda:0"):
         raise ConfigError(
             f"--device {device}: training takes auto, cpu or cuda",
-            remedy="choose a GPU with CUDA_VISIBLE_DEVICES, several with torchrun",
+            hint="choose a GPU with CUDA_VISIBLE_DEVICES, several with torchrun",
         )
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: this machine shows no GPU", remedy="--device cpu")
+        raise ConfigError(f"--device {device}: this machine shows no GPU", hint="--device cpu")
     cpu = device == "cpu" or not torch.cuda.is_available()
     bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and not cpu)
     args = TrainingArguments(

@@ -130,6 +130,6 @@ def _plan(
     if not len(plan):
         raise IncompleteError(
             f"rollouts {rollouts!r} hold no response token",
-            remedy="sample again with a larger --max-new-tokens",
+            hint="sample again with a larger --max-new-tokens",
         )
     return plan

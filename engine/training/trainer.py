@@ -215,14 +215,14 @@ class DistillTrainer(Trainer):
         if not all(math.isfinite(line[name] or 0.0) for name in ("loss", "train/grad_norm")):
             raise ModelError(
                 f"update {step}: loss {line['loss']}, gradient norm {line['train/grad_norm']}",
-                remedy="lower --lr; the checkpoints before this update are kept",
+                hint="lower --lr; the checkpoints before this update are kept",
             )
         if self.is_world_process_zero():
             self._metrics.append(line)
         if (reason := exceeded(self._objective, means, self._bounds)) is not None:
             raise IncompleteError(
                 f"update {step}: {reason}: the student has moved beyond what was scored",
-                remedy="sample and score again with the newest checkpoint, and train on that; or "
+                hint="sample and score again with the newest checkpoint, and train on that; or "
                 "loosen the bound, or leave --hard-bound out",
             )
         super().log({name: value for name, value in line.items() if value is not None})

@@ -176,7 +176,7 @@ def check_failed(report: WorkReport, url: str) -> None:
         raise IncompleteError(
             f"{report.failed} units failed too often and are left out; one with "
             f"{report.first_error}",
-            remedy=f"remove the cause, then: logitcask store retry-failed {url}",
+            hint=f"remove the cause, then: logitcask store retry-failed {url}",
         )
 
 

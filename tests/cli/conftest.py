@@ -75,13 +75,13 @@ class Answer:
         """Of stdout, which holds nothing else; NaN and infinities are not JSON."""
         return json.loads(self.out, parse_constant=pytest.fail)
 
-    def refused(self, code: int, cause: str, remedy: str) -> None:
+    def refused(self, code: int, cause: str, hint: str) -> None:
         """The last two lines say what is wrong and what to do; stdout stays empty."""
         assert self.out == ""
         error, way_out = self.err.splitlines()[-2:]
         assert error.startswith("error: "), self.err
-        assert way_out.startswith("  try: "), self.err
-        assert (self.code, cause in error, remedy in way_out) == (code, True, True), self.err
+        assert way_out.startswith("hint: "), self.err
+        assert (self.code, cause in error, hint in way_out) == (code, True, True), self.err
 
 
 @dataclass(frozen=True)

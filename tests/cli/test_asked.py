@@ -216,12 +216,12 @@ def test_an_estimate_counts_the_bytes_of_draws(call: Any) -> None:
     ],
 )
 def test_a_probe_of_what_is_no_objective(
-    world: World, call: Any, objective: str, cause: str, remedy: str
+    world: World, call: Any, objective: str, cause: str, hint: str
 ) -> None:
     probe = f"probe metrics --model @student --store @st --objective {objective}"
     answer = call(probe)
     assert answer.code in (1, 2)
-    answer.refused(answer.code, cause, remedy)
+    answer.refused(answer.code, cause, hint)
 
 
 def test_responses_that_end_in_the_students_own_stop_token_are_kept_when_asked(

@@ -21,7 +21,7 @@ class Case:
     command: str
     code: int
     cause: str
-    remedy: str
+    hint: str
     commits: int = ALL
 
 
@@ -238,8 +238,8 @@ INCOMPLETE = [
 ]
 
 NO_STORE = [
-    Case(f"{verb} {what}", command.replace("@x", place), 1, cause, remedy)
-    for verb, command, cause, remedy in (
+    Case(f"{verb} {what}", command.replace("@x", place), 1, cause, hint)
+    for verb, command, cause, hint in (
         ("info", "store info @x", "is not a logitcask store", "check the path"),
         ("verify", "store verify @x", "is not a logitcask store", "check the path"),
         ("score", f"{SCORE} @x", "is not a logitcask store", "check the path"),
@@ -298,7 +298,7 @@ def test_refused_with_value_rule_and_way_out(files: World, call: Any, name: str)
     command = case.command.replace("OUT", files.new("out"))
     if "STORE" in command:
         command = command.replace("STORE", files.store(case.commits))
-    call(command).refused(case.code, case.cause, case.remedy)
+    call(command).refused(case.code, case.cause, case.hint)
 
 
 @pytest.mark.parametrize(

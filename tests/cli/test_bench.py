@@ -54,4 +54,4 @@ def test_an_installation_without_the_folder_says_where_to_get_it(
     assert run(["bench", "kernels"]) == 1
     error = capfd.readouterr().err
     assert "benchmarks are not installed" in error
-    assert "try: clone the repository" in error
+    assert "hint: clone the repository" in error

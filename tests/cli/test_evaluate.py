@@ -123,11 +123,11 @@ def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str
     ],
 )
 def test_what_cannot_be_measured_on(
-    world: World, call: Any, held: str, flags: str, code: int, cause: str, remedy: str
+    world: World, call: Any, held: str, flags: str, code: int, cause: str, hint: str
 ) -> None:
     out = world.new("out")
     command = f"{TRAIN} @st --out {out} {flags.replace('HELD', held)}"
-    call(command).refused(code, cause, remedy)
+    call(command).refused(code, cause, hint)
     assert not (world.at(out) / "run.json").exists()
 
 
@@ -155,9 +155,9 @@ def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: 
     ],
 )
 def test_what_cannot_be_examined(
-    world: World, call: Any, flags: str, code: int, cause: str, remedy: str
+    world: World, call: Any, flags: str, code: int, cause: str, hint: str
 ) -> None:
-    call(f"{TRAIN} @st --out {world.new('out')} {flags}").refused(code, cause, remedy)
+    call(f"{TRAIN} @st --out {world.new('out')} {flags}").refused(code, cause, hint)
 
 
 def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
@@ -184,8 +184,8 @@ def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
     ],
 )
 def test_what_cannot_be_ablated(
-    world: World, call: Any, flags: str, code: int, cause: str, remedy: str
+    world: World, call: Any, flags: str, code: int, cause: str, hint: str
 ) -> None:
     out = world.new("ablation")
-    call(f"ablate @t.toml {flags} --out {out}").refused(code, cause, remedy)
+    call(f"ablate @t.toml {flags} --out {out}").refused(code, cause, hint)
     assert not world.at(out).exists()

@@ -56,7 +56,7 @@ def test_a_forbidden_value_is_named_with_its_rule(
     with pytest.raises(ConfigError) as caught:
         job_from_flags(kind, given | flags)
     assert all(word in caught.value.cause for word in words)
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 def test_toml_round_trip_and_paths_relative_to_the_file(tmp_path) -> None:
@@ -95,7 +95,7 @@ def test_every_path_of_a_section_is_relative_to_the_file(tmp_path: Path) -> None
     ],
 )
 def test_a_wrong_file_names_the_key_and_the_nearest_known_one(
-    tmp_path, text: str, cause: str, remedy: str
+    tmp_path, text: str, cause: str, hint: str
 ) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
@@ -104,7 +104,7 @@ def test_a_wrong_file_names_the_key_and_the_nearest_known_one(
     with pytest.raises(ConfigError) as caught:
         read_toml(file)
     assert cause in caught.value.cause
-    assert remedy in caught.value.remedy
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["lr=1", "train.lr", "=3"])

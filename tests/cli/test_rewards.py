@@ -84,9 +84,9 @@ def test_an_estimate_counts_the_bytes_of_rewards(call: Any) -> None:
     ],
 )
 def test_graders_that_cannot_grade(
-    world: World, call: Any, flags: str, code: int, cause: str, remedy: str
+    world: World, call: Any, flags: str, code: int, cause: str, hint: str
 ) -> None:
     store = world.new("store")
-    call(f"{ROLL} {store} {flags}").refused(code, cause, remedy)
+    call(f"{ROLL} {store} {flags}").refused(code, cause, hint)
     if world.at(store).exists():
         assert not open_store(world.at(store)).head().segments

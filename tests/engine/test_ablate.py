@@ -89,12 +89,12 @@ def test_every_combination_has_a_folder_and_a_job_of_its_own(
     ],
 )
 def test_what_cannot_be_varied(
-    case: tuple[Store, ModelRef], vary: list[str], cause: str, remedy: str
+    case: tuple[Store, ModelRef], vary: list[str], cause: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         combinations(job_of(case), vary)
     assert cause in caught.value.cause
-    assert remedy in caught.value.remedy
+    assert hint in caught.value.hint
 
 
 def test_commas_in_brackets_are_the_objectives_own(case: tuple[Store, ModelRef]) -> None:

@@ -65,7 +65,7 @@ def check_same(expected: ServerFacts, found: ServerFacts, url: str) -> None:
         if each.name != "why" and theirs != ours:
             raise IdentityError(
                 f"{url}: {each.name} is {theirs!r}, and was {ours!r}",
-                remedy="Serve what was served, with the same flags on all servers of a teacher; or "
+                hint="Serve what was served, with the same flags on all servers of a teacher; or "
                 "run the command again for the teacher that is there now.",
             )
 
@@ -112,7 +112,7 @@ def _chosen(cards: list[dict[str, Any]], served: str, link: ServerClient) -> dic
         names = link.hidden(", ".join(card["id"] for card in cards))
         raise IdentityError(
             f"{link.url} serves {what}; its models: {names or 'none'}",
-            remedy="Give one of these with --served.",
+            hint="Give one of these with --served.",
         )
     return wanted[0]
 

@@ -23,7 +23,7 @@ TRANSIENT = (408, 425, 429, *ILL)
 MOST_MESSAGE = 400
 ERROR_BYTES = 1 << 16
 
-REMEDIES = {
+HINTS = {
     401: "Give the server's key in LOGITCASK_API_KEY or with --api-key-file.",
     403: "The key may not do this, or the server lacks a flag (--enable-scale-out for "
     "/inference/v1/generate).",
@@ -65,7 +65,7 @@ class ServerClient:
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
             raise ConfigError(
                 f"the API key of {self.url} has characters that no header can hold",
-                remedy="Give the key alone, without a line's end or spaces around it.",
+                hint="Give the key alone, without a line's end or spaces around it.",
             )
         self._key, self._limits = key, limits
         self._session: aiohttp.ClientSession | None = None
@@ -169,7 +169,7 @@ class ServerClient:
         except aiohttp.ClientSSLError as error:
             raise Refused(
                 f"{self.url}: no secure connection: {error}",
-                remedy="Give a URL whose certificate this machine trusts (SSL_CERT_FILE adds one).",
+                hint="Give a URL whose certificate this machine trusts (SSL_CERT_FILE adds one).",
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             # What is no HTTP is quoted in it, the key too where a server repeats what it was sent.
@@ -204,17 +204,17 @@ class ServerClient:
             raise Transient(
                 what, status=status, after_s=seconds(response.headers.get("Retry-After", ""))
             )
-        remedy = "Check the server and what it is asked (`logitcask doctor teacher`)."
+        hint = "Check the server and what it is asked (`logitcask doctor teacher`)."
         if moved:
-            remedy = "Give the address where it is: redirects are not followed with a key."
-        raise Refused(what, remedy=REMEDIES.get(status, remedy), status=status)
+            hint = "Give the address where it is: redirects are not followed with a key."
+        raise Refused(what, hint=HINTS.get(status, hint), status=status)
 
 
 class Refused(ServerError):
     """A refusal, with its HTTP status."""
 
-    def __init__(self, cause: str, *, remedy: str, status: int = 0) -> None:
-        super().__init__(cause, remedy=remedy)
+    def __init__(self, cause: str, *, hint: str, status: int = 0) -> None:
+        super().__init__(cause, hint=hint)
         self.status = status
 
 
@@ -268,13 +268,13 @@ def checked(url: str) -> str:
     if not sound:
         # A part of it may be a password.
         raise ConfigError(
-            f"{url.partition(':')[0][:16]}:... is no server's URL", remedy="Give http://HOST:PORT."
+            f"{url.partition(':')[0][:16]}:... is no server's URL", hint="Give http://HOST:PORT."
         )
     # An empty query or fragment, or an @ with nothing before it, is none to urlsplit.
     if set(url) & set("@?#"):
         raise ConfigError(
             f"the URL of {parts.hostname} holds more than scheme, host, port and path",
-            remedy="Give the key in LOGITCASK_API_KEY or with --api-key-file, never in a URL.",
+            hint="Give the key in LOGITCASK_API_KEY or with --api-key-file, never in a URL.",
         )
     # Who has the OpenAI form at hand gives /v1 with it.
     return url.rstrip("/").removesuffix("/v1")

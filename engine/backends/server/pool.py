@@ -79,7 +79,7 @@ class ServerPool:
                 except AnswerError as error:
                     wrong += 1
                     if wrong == WRONG_ANSWERS:
-                        raise AnswerError(link.hidden(error.cause), remedy=error.remedy) from None
+                        raise AnswerError(link.hidden(error.cause), hint=error.hint) from None
                     continue
                 else:
                     self.budget.faster()
@@ -98,7 +98,7 @@ class ServerPool:
             pauses += 1
         raise ServerError(
             f"{failed}, the last with: {last}",
-            remedy="Nothing of the unit in hand was stored. Look at the server's log, and run the "
+            hint="Nothing of the unit in hand was stored. Look at the server's log, and run the "
             "same command again.",
         )
 
@@ -202,7 +202,7 @@ class ServerPool:
                     raise ServerError(
                         f"{', '.join(urls)}: no server has answered for "
                         f"{self.limits.wait_s:.0f} s; the last look: {self._why}",
-                        remedy="Start it again, and run the same command to resume. "
+                        hint="Start it again, and run the same command to resume. "
                         "--server-wait sets how long it is waited for.",
                     )
                 await asyncio.sleep(self.limits.poll_s)

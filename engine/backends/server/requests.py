@@ -24,7 +24,7 @@ def sheet_of(
     server at `url` can answer."""
     if n_vocab < 1:
         raise ConfigError(
-            "n_vocab of a served teacher is not set", remedy="Set it from its tokenizer."
+            "n_vocab of a served teacher is not set", hint="Set it from its tokenizer."
         )
     # A server samples one token more than it is asked about.
     context = facts.max_model_len - 1 if facts.max_model_len else 1 << 62
@@ -32,12 +32,12 @@ def sheet_of(
     if request.entry_kind == "sampled":
         raise ConfigError(
             "a server cannot give ids drawn from the teacher's whole law",
-            remedy="Use the backend hf, or --entry-kind topp.",
+            hint="Use the backend hf, or --entry-kind topp.",
         )
     if at is not None and not facts.at_ids:
         raise ConfigError(
             f"{url} cannot answer at chosen ids: {facts.why}",
-            remedy="Serve with vLLM 0.31 or newer on a GPU with --enable-scale-out, use the "
+            hint="Serve with vLLM 0.31 or newer on a GPU with --enable-scale-out, use the "
             "backend hf, or score without (at_student=False).",
         )
     return ResponseAssembler(rollouts, request, at, n_vocab=n_vocab)
@@ -75,7 +75,7 @@ async def fill(
             raise too_much(refusal, k, widest) from refusal
         except LogitcaskError as error:
             raise type(error)(
-                f"prompt {prompt.id!r}, sequence {sequence}: {error.cause}", remedy=error.remedy
+                f"prompt {prompt.id!r}, sequence {sequence}: {error.cause}", hint=error.hint
             ) from error
 
     left = [sequence for sequence in range(len(lengths)) if lengths[sequence] > 0]
@@ -104,5 +104,5 @@ def too_much(refusal: Refused, k: int, widest: int) -> LogitcaskError:
     return ConfigError(
         f"{needed} log-probs per position (k_max = {k}{lists}) are more than the server allows: "
         f"{refusal.cause}",
-        remedy=f"Start it with --max-logprobs {needed} or more, or {less}.",
+        hint=f"Start it with --max-logprobs {needed} or more, or {less}.",
     )

@@ -41,12 +41,12 @@ def read_key(file: Path | None = None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"the API key's file {file} cannot be read: {type(error).__name__}",
-            remedy="Give a file that holds the key alone.",
+            hint="Give a file that holds the key alone.",
         ) from error
     if len(lines) != 1:
         raise ConfigError(
             f"the API key's file {file} holds {len(lines)} words",
-            remedy="Give a file that holds the key alone.",
+            hint="Give a file that holds the key alone.",
         )
     return lines[0]
 
@@ -77,7 +77,7 @@ class Server:
         # URLs are checked before there is a thread that would have to end; one twice is one server.
         links = {link.url: link for link in (ServerClient(url, key, limits) for url in urls)}
         if not links:
-            raise ConfigError("a teacher without servers", remedy="Give a URL.")
+            raise ConfigError("a teacher without servers", hint="Give a URL.")
         self._cancel = cancel or CancelToken()
         self._fleet = ServerPool([*links.values()], limits, self._back, self._cancel)
         alone = limits if len(links) == 1 else replace(limits, wait_s=limits.alone_s)
@@ -146,7 +146,7 @@ class Server:
                 return None
             raise ServerError(
                 f"a server does not answer when it is to tokenize: {fault}",
-                remedy="Look at the server's log, and run the same command again.",
+                hint="Look at the server's log, and run the same command again.",
             ) from fault
 
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
@@ -213,7 +213,7 @@ class Server:
                 if self._loop.time() - begun_s >= self._limits.wait_s:
                     raise ServerError(
                         f"{links[0].url} does not answer: {found[0]}",
-                        remedy="Check the URL and that the server is up; --server-wait sets how "
+                        hint="Check the URL and that the server is up; --server-wait sets how "
                         "long it is waited for.",
                     )
                 await asyncio.sleep(self._limits.poll_s)
@@ -246,7 +246,7 @@ class Server:
             return await facts_of(link, served)
         except AnswerError as error:
             said = link.hidden(error.cause)
-            raise ServerError(f"{link.url}: {said}", remedy=error.remedy) from None
+            raise ServerError(f"{link.url}: {said}", hint=error.hint) from None
 
     async def _fill(self, fleet: ServerPool, rollouts: Rollouts, sheet: ResponseAssembler) -> None:
         await self._recheck(fleet)

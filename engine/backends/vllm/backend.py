@@ -78,7 +78,7 @@ class VLLM:
         if self.device.index:
             raise ConfigError(
                 f"device={device!r}, and vLLM takes the first GPU that it sees",
-                remedy="Set CUDA_VISIBLE_DEVICES, and device to cuda.",
+                hint="Set CUDA_VISIBLE_DEVICES, and device to cuda.",
             )
         self.dtype = pick_dtype(dtype, self.device)
         self.path, self.n_vocab, self.stop_ids = model.path, model.n_vocab, model.stop_ids
@@ -179,7 +179,7 @@ class VLLM:
             raise ConfigError(
                 f"the head of {self.path} has {len(banned)} ids that its tokenizer has not, and "
                 f"vLLM can keep away {MOST_BANNED}",
-                remedy="Roll out with the backend hf, or cut the head to the tokenizer's ids.",
+                hint="Roll out with the backend hf, or cut the head to the tokenizer's ids.",
             )
         return wanted | ({"logit_bias": dict.fromkeys(banned, float("-inf"))} if banned else {})
 
@@ -208,8 +208,7 @@ class VLLM:
             raise ConfigError(
                 f"vLLM {self.engine('score').version} with its {self.engine('score').runner} "
                 f"runner gives no {', '.join(sorted(lacking))}",
-                remedy="Score with exact=True or the backend hf, or ask for less "
-                "(at_student=False).",
+                hint="Score with exact=True or the backend hf, or ask for less (at_student=False).",
             )
         return self._told(rollouts, request, at)
 
@@ -292,7 +291,7 @@ class VLLM:
                 raise IdentityError(
                     f"after an update of its weights vLLM differs from {folder} by {gap:.1e} nats "
                     f"on a probe, {TOLERANCE[self.dtype]:.1e} are allowed",
-                    remedy="Open the backend anew from the folder, or use the backend hf.",
+                    hint="Open the backend anew from the folder, or use the backend hf.",
                 )
 
 
@@ -307,13 +306,13 @@ def check_law(sampling: SamplingParams) -> None:
     if 0.0 < sampling.temperature < COLDEST:
         raise ConfigError(
             f"temperature={sampling.temperature}, and vLLM samples at {COLDEST} or more, or at 0",
-            remedy=f"Set it to 0 or to at least {COLDEST}, or use the backend hf.",
+            hint=f"Set it to 0 or to at least {COLDEST}, or use the backend hf.",
         )
     if sampling.temperature > 0.0 and sampling.min_p > 0.0 and sampling.top_p < 1.0:
         raise ConfigError(
             f"min_p={sampling.min_p} and top_p={sampling.top_p}: vLLM takes min-p first, and we "
             "top-p",
-            remedy="Set one of them, or use the backend hf.",
+            hint="Set one of them, or use the backend hf.",
         )
 
 

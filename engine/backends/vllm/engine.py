@@ -47,7 +47,7 @@ class Engine:
         if find_spec("vllm") is None:
             raise ConfigError(
                 "the backend vllm needs the package vllm",
-                remedy='Install it in an environment of its own: pip install -e ".[vllm]".',
+                hint='Install it in an environment of its own: pip install -e ".[vllm]".',
             )
         # vLLM logs to standard output, where our callers' answers go.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -87,7 +87,7 @@ class Engine:
         except Exception as error:
             raise ModelError(
                 f"vLLM cannot open {path} to {purpose}: {type(error).__name__}: {error}",
-                remedy="Give a model that this vLLM runs, or less or more memory of the GPU "
+                hint="Give a model that this vLLM runs, or less or more memory of the GPU "
                 "(memory=), or use the backend hf.",
             ) from error
         config = self.llm.llm_engine.vllm_config

@@ -47,7 +47,7 @@ class Hidden:
             raise ModelError(
                 f"the head of {path} has {self.weight.shape[0]} rows, and {self.known} ids are "
                 "known",
-                remedy="Take weights and tokenizer from the same model.",
+                hint="Take weights and tokenizer from the same model.",
             )
         # Only CUDA multiplies bfloat16 into float32.
         kept = dtype if device.type == "cuda" else torch.float32
@@ -95,7 +95,7 @@ class Hidden:
             raise ModelError(
                 f"hidden states of {self.path} times its head differ by {gap:.1e} nats from what "
                 f"vLLM tells{why}",
-                remedy="Score without exact=True, or with the backend hf.",
+                hint="Score without exact=True, or with the backend hf.",
             )
 
 
@@ -114,7 +114,7 @@ def read_head(path: Path) -> tuple[Tensor, Tensor | None]:
     if len(heads) != 1:
         raise ModelError(
             f"{path} holds {len(heads)} tensors that could be its head{named(heads)}",
-            remedy="Score without exact=True, or with the backend hf.",
+            hint="Score without exact=True, or with the backend hf.",
         )
     biases = [n for n in found if n.endswith("bias")]
     return read(*found[heads[0]]), read(*found[biases[0]]) if biases else None

@@ -36,11 +36,11 @@ def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
     for name, length in lengths.items():
         shape = getattr(rollouts, name).shape
         if shape != (length,):
-            raise StoreError(f"rollouts.{name} has shape {shape}, not ({length},)", remedy=RESAMPLE)
+            raise StoreError(f"rollouts.{name} has shape {shape}, not ({length},)", hint=RESAMPLE)
     try:
         ragged.check_offsets(rollouts.seq_off, positions)
     except ValueError as error:
-        raise StoreError(f"rollouts.seq_off: {error}", remedy=RESAMPLE) from error
+        raise StoreError(f"rollouts.seq_off: {error}", hint=RESAMPLE) from error
     for name, most in (
         ("seq_prompt", len(rollouts.prompts) - 1),
         ("loss_mask", 1),
@@ -53,7 +53,7 @@ def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
     for prompt in rollouts.prompts:
         _check_prompt(prompt)
     if fault := _log_prob_fault(rollouts.b_lp):
-        raise StoreError(f"rollouts.b_lp holds {fault}", remedy=RESAMPLE)
+        raise StoreError(f"rollouts.b_lp holds {fault}", hint=RESAMPLE)
     if rollouts.reward is not None:
         _check_reward(rollouts.reward, sequences)
     if rollouts.student is not None:
@@ -61,14 +61,14 @@ def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
             raise StoreError(
                 "the student's own scores are of given or of drawn ids: a rollout segment has no "
                 "place for those",
-                remedy="score the student with at_student = False and its best ids",
+                hint="score the student with at_student = False and its best ids",
             )
         check_scores(rollouts.student, positions, None)
     if rollouts.draws is not None:
         if rollouts.student is None:
             raise StoreError(
                 "rollouts hold ids that the student drew, and no scores of its own",
-                remedy="score the student too: `logitcask rollout` does",
+                hint="score the student too: `logitcask rollout` does",
             )
         _check_draws(rollouts.draws, positions, n_vocab)
 
@@ -80,7 +80,7 @@ def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:
     for name in ("mult", "lp"):
         if (shape := getattr(draws, name).shape) != (entries,):
             raise StoreError(
-                f"rollouts.draws.{name} has shape {shape}, not ({entries},)", remedy=RESAMPLE
+                f"rollouts.draws.{name} has shape {shape}, not ({entries},)", hint=RESAMPLE
             )
     check_range(draws.mult, 1, schema.MAX_K, "rollouts.draws.mult", RESAMPLE)
     check_range(draws.ids, 0, n_vocab - 1, "rollouts.draws.ids", RESAMPLE)
@@ -90,23 +90,23 @@ def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:
         raise StoreError(
             f"rollouts.draws.mult adds up to {drawn.min()} on one row and to {drawn.max()} on "
             "another, and every row draws as often",
-            remedy=RESAMPLE,
+            hint=RESAMPLE,
         )
     if fault := _log_prob_fault(draws.lp):
-        raise StoreError(f"rollouts.draws.lp holds {fault}", remedy=RESAMPLE)
+        raise StoreError(f"rollouts.draws.lp holds {fault}", hint=RESAMPLE)
 
 
 def _check_reward(reward: Array, sequences: int) -> None:
     if reward.shape != (sequences,):
         raise StoreError(
-            f"rollouts.reward has shape {reward.shape}, not ({sequences},)", remedy=RESAMPLE
+            f"rollouts.reward has shape {reward.shape}, not ({sequences},)", hint=RESAMPLE
         )
     # NaN is in no interval.
     wrong = reward[~((reward >= 0) & (reward <= 1))]
     if len(wrong):
         raise StoreError(
             f"rollouts.reward holds {wrong[0]}, and a reward is a number in [0, 1]",
-            remedy="this is a fault of the grader: correct it and roll the unit out again",
+            hint="this is a fault of the grader: correct it and roll the unit out again",
         )
 
 
@@ -120,13 +120,13 @@ def vocabulary(lineage: Mapping[str, Any]) -> int:
 def _check_prompt(prompt: Prompt) -> None:
     ids = prompt.token_ids
     if not all(type(each) is int and 0 <= each < 2**32 for each in ids):
-        raise StoreError(f"prompt {prompt.id!r} holds what is no token id", remedy=RESAMPLE)
+        raise StoreError(f"prompt {prompt.id!r} holds what is no token id", hint=RESAMPLE)
     texts = (prompt.id, "" if prompt.answer is None else prompt.answer)
     if not all(isinstance(each, str) for each in texts) or not isinstance(prompt.extra, Mapping):
         raise StoreError(
             f"prompt {prompt.id!r}: an id or an answer that is no text, or extra keys that are no "
             "object",
-            remedy="correct the prompts file, which says so of each line",
+            hint="correct the prompts file, which says so of each line",
         )
 
 
@@ -145,7 +145,7 @@ def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
         if at is None:
             raise StoreError(
                 "scores at the student's ids, but the rollouts hold no student's list",
-                remedy="score with at_student = False, or roll out with a student's top-k",
+                hint="score with at_student = False, or roll out with a student's top-k",
             )
         lengths["at_lp"] = len(at.ids)
     if scores.mult is not None:
@@ -157,20 +157,20 @@ def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
         if array.shape != (length,):
             raise StoreError(
                 f"scores.{name} has shape {array.shape}, the rollouts ask for ({length},)",
-                remedy=RESCORE,
+                hint=RESCORE,
             )
         if name in _FAULTS and (fault := _FAULTS[name](array)):
-            raise StoreError(f"scores.{name} holds {fault}", remedy=RESCORE)
+            raise StoreError(f"scores.{name} holds {fault}", hint=RESCORE)
     if fault := _bounds_fault(scores.entropy, scores.entropy_hi):
-        raise StoreError(f"scores.entropy_hi: {fault}", remedy=RESCORE)
+        raise StoreError(f"scores.entropy_hi: {fault}", hint=RESCORE)
     if scores.entropy_hi is not None and scores.mult is not None:
         raise StoreError(
-            "drawn ids with bounds of the entropy: who draws knows the whole law", remedy=RESCORE
+            "drawn ids with bounds of the entropy: who draws knows the whole law", hint=RESCORE
         )
     if positions and int(scores.cnt.max()) > schema.MAX_K:
         raise StoreError(
             f"a row of {int(scores.cnt.max())} entries, at most {schema.MAX_K} are stored",
-            remedy="lower k_max",
+            hint="lower k_max",
         )
     lists = IdLists(cnt=scores.cnt, ids=scores.ids)
     check_lists(lists, positions, schema.MAX_K, "scores.ids", RESCORE)
@@ -192,34 +192,34 @@ def check_known(known: CachedScores) -> None:
         raise ValueError("a row names an id twice")
 
 
-def check_lists(lists: IdLists, positions: int, most: int, name: str, remedy: str) -> None:
+def check_lists(lists: IdLists, positions: int, most: int, name: str, hint: str) -> None:
     """Refuses lists of ids that are not lists of `positions` rows. Raises StoreError."""
-    check_ids(lists.ids, name, remedy)
+    check_ids(lists.ids, name, hint)
     try:
         if lists.cnt.shape != (positions,) or lists.cnt.dtype.kind not in "iu":
             raise ValueError(f"counts of shape {lists.cnt.shape}, not ({positions},)")
         ragged.check_counts(lists.cnt, len(lists.ids), most)
     except ValueError as error:
-        raise StoreError(f"{name}: {error}", remedy=remedy) from error
+        raise StoreError(f"{name}: {error}", hint=hint) from error
     if ragged.repeats(lists.ids, lists.cnt):
-        raise StoreError(f"{name}: a row names an id twice", remedy=remedy)
+        raise StoreError(f"{name}: a row names an id twice", hint=hint)
 
 
-def check_ids(ids: Array, name: str, remedy: str) -> None:
+def check_ids(ids: Array, name: str, hint: str) -> None:
     """Refuses ids that uint32 cannot hold, which a cast would silently change: StoreError."""
     fits = len(ids) == 0 or 0 <= int(ids.min()) <= int(ids.max()) < 2**32
     if ids.dtype.kind not in "iu" or not fits:
-        raise StoreError(f"{name} ({ids.dtype}) holds what is no token id", remedy=remedy)
+        raise StoreError(f"{name} ({ids.dtype}) holds what is no token id", hint=hint)
 
 
-def check_range(values: Array, least: int, most: int, name: str, remedy: str) -> None:
+def check_range(values: Array, least: int, most: int, name: str, hint: str) -> None:
     """Refuses integers that a cast would change. Raises StoreError."""
     if values.dtype.kind not in "iu" or (
         len(values) and not least <= int(values.min()) <= int(values.max()) <= most
     ):
         raise StoreError(
             f"{name} ({values.dtype}) holds other than integers from {least} to {most}",
-            remedy=remedy,
+            hint=hint,
         )
 
 

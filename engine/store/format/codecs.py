@@ -66,7 +66,7 @@ def profile(name: str) -> Profile:
     """The profile of that name; ConfigError lists the known ones."""
     if name not in PROFILES:
         raise ConfigError(
-            f"unknown codec profile {name!r}", remedy=f"use one of: {', '.join(PROFILES)}"
+            f"unknown codec profile {name!r}", hint=f"use one of: {', '.join(PROFILES)}"
         )
     return PROFILES[name]
 

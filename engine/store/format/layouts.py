@@ -88,7 +88,7 @@ def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> 
     if not np.allclose(scores.entry_lp[twin], scores.at_lp[shared], rtol=1e-3, atol=AGREE):
         raise StoreError(
             "the teacher gives one id two log-probs, in its own list and at the student's ids",
-            remedy=RESCORE,
+            hint=RESCORE,
         )
     extra = np.ones(len(scores.ids), bool)
     extra[twin] = False

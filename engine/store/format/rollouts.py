@@ -27,13 +27,13 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
     except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(
             f"the extra keys of a prompt are not JSON ({error})",
-            remedy="use strings, finite numbers, lists and objects in the prompts file",
+            hint="use strings, finite numbers, lists and objects in the prompts file",
         ) from error
     if _values(text) > schema.MAX_JSON_VALUES:
         raise StoreError(
             f"the prompts of a unit describe {_values(text)} values, at most "
             f"{schema.MAX_JSON_VALUES}",
-            remedy="lower --unit-prompts, or shorten what the prompts file says beside the prompt",
+            hint="lower --unit-prompts, or shorten what the prompts file says beside the prompt",
         )
     ids = [np.asarray(p.token_ids, np.uint32) for p in prompts]
     lengths = np.asarray([len(x) for x in ids], np.int64)

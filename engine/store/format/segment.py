@@ -170,7 +170,7 @@ def check_decodes(
         if data.tobytes() != back[name].tobytes():
             raise StoreError(
                 f"{name}: does not decode to what was encoded",
-                remedy="check memory, and the versions of zarr, numcodecs and pcodec",
+                hint="check memory, and the versions of zarr, numcodecs and pcodec",
             )
 
 
@@ -188,13 +188,13 @@ def read_files(
         length, digest = manifest[name]
         where = medium.where(path)
         if data is None:
-            raise IntegrityError(f"{where}: committed, and missing", remedy=RESTORE)
+            raise IntegrityError(f"{where}: committed, and missing", hint=RESTORE)
         if len(data) != length:
             raise IntegrityError(
-                f"{where}: {len(data)} bytes where {length} were committed", remedy=RESTORE
+                f"{where}: {len(data)} bytes where {length} were committed", hint=RESTORE
             )
         if sha256(data) != digest:
-            raise IntegrityError(f"{where}: not the bytes that were committed", remedy=RESTORE)
+            raise IntegrityError(f"{where}: not the bytes that were committed", hint=RESTORE)
         contents[name] = data
     return contents
 
@@ -226,12 +226,12 @@ def decode(
         }
         fault = shards.metadata_fault(contents[f"{name}/zarr.json"], **shape)
         if fault:
-            raise IntegrityError(f"{where}/{name}/zarr.json: {fault}", remedy=RESTORE)
+            raise IntegrityError(f"{where}/{name}/zarr.json: {fault}", hint=RESTORE)
         try:
             arrays[name] = shards.decode(contents.get(f"{name}/c/0", b""), **shape)
         except Exception as error:  # A decoder that is given strange bytes may raise anything.
             raise IntegrityError(
-                f"{where}/{name}/c/0: does not decode ({error})", remedy=RESTORE
+                f"{where}/{name}/c/0: does not decode ({error})", hint=RESTORE
             ) from error
     return arrays
 

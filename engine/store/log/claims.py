@@ -148,7 +148,7 @@ def failures_of(medium: Storage, unit_key: str) -> list[Failure]:
         except (ValueError, TypeError, RecursionError) as error:
             raise IntegrityError(
                 f"{medium.where(name)}: not a note of a failure",
-                remedy="remove this file: the unit is then tried again",
+                hint="remove this file: the unit is then tried again",
             ) from error
     return found
 

@@ -119,7 +119,7 @@ class Log:
     def _gone(self, number: int) -> IntegrityError:
         return IntegrityError(
             f"{self.where(number)}: this log record was published, and is missing",
-            remedy=record.BROKEN,
+            hint=record.BROKEN,
         )
 
     # Folding.
@@ -257,7 +257,7 @@ class Log:
         if not -1 <= number < len(self):
             raise StoreError(
                 f"{self._medium.url} has no log record {number}: its last is {len(self) - 1}",
-                remedy="open the store that the pin was taken from, or pin a number that exists",
+                hint="open the store that the pin was taken from, or pin a number that exists",
             )
         if self._pin is None or self._pin.number != number:
             visible = tuple(

@@ -52,12 +52,12 @@ def append(medium: Storage, log: Log, say: Callable[[], Mapping[str, Any] | None
         except (TypeError, ValueError) as error:
             raise StoreError(
                 f"a record that is not JSON ({error})",
-                remedy="use strings, finite numbers, lists and objects in unit and lineage",
+                hint="use strings, finite numbers, lists and objects in unit and lineage",
             ) from error
         if len(data) > schema.MAX_RECORD_BYTES:
             raise StoreError(
                 f"a log record of {len(data)} bytes, at most {schema.MAX_RECORD_BYTES}",
-                remedy="put less into one record: into a unit's lineage, or retire in parts",
+                hint="put less into one record: into a unit's lineage, or retire in parts",
             )
         # What the reader would refuse is not published.
         ours = record.parse(data, log.where(number), number=number, prev=log.prev())
@@ -69,7 +69,7 @@ def append(medium: Storage, log: Log, say: Callable[[], Mapping[str, Any] | None
         if refused > _TRIES:
             raise StoreError(
                 f"{log.where(number)} is refused as taken, and is not there",
-                remedy="check the file system or the object store, then run the same again",
+                hint="check the file system or the object store, then run the same again",
             )
     # Our own record, or the one that left nothing to say; durable before it is acknowledged.
     medium.settle("log")
@@ -98,7 +98,7 @@ def check_name_identity(log: Log, new: Segment) -> None:
         if bound is not None and (theirs := _look_up(bound.lineage, path)) != ours:
             raise IdentityError(
                 f"{what} name {new.name!r} stands for {'.'.join(path)} = {theirs}, not {ours}",
-                remedy="use another name for this one, or a new store",
+                hint="use another name for this one, or a new store",
             )
     if bound is not None:
         _check_behaviour(bound, new)
@@ -107,7 +107,7 @@ def check_name_identity(log: Log, new: Segment) -> None:
         kinds = ("drawn ids", "a teacher's best ids")
         raise IdentityError(
             f"{what} name {new.name!r} stands for {kinds[drawn]}, not {kinds[not drawn]}",
-            remedy="use another name for this one",
+            hint="use another name for this one",
         )
 
 
@@ -124,7 +124,7 @@ def _check_behaviour(bound: Segment, new: Segment) -> None:
             f"the teacher is not the one that began the scores named {new.name!r}: log-probs of a "
             f"fixed probe differ by {found:.3g} nats, and {allowed:.3g} is what one model may "
             "differ by",
-            remedy="Other weights, another revision, an adapter, quantisation or a temperature is "
+            hint="Other weights, another revision, an adapter, quantisation or a temperature is "
             "served: serve what was served; or score it under another --teacher name, with a "
             "--revision that tells it from the first.",
         )
@@ -135,7 +135,7 @@ def _look_up(lineage: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     for key in path:
         if not isinstance(found, Mapping) or key not in found:
             raise StoreError(
-                f"lineage lacks {'.'.join(path)}", remedy="record what the segment was made from"
+                f"lineage lacks {'.'.join(path)}", hint="record what the segment was made from"
             )
         found = found[key]
     # Compared as JSON: a tuple and the list that it becomes in the log are one value.

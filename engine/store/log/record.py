@@ -70,13 +70,13 @@ def decode_record(data: bytes, where: str) -> tuple[dict[str, Any], str]:
     line = data.partition(b"\n")[0]
     digest = sha256(line)
     if data[len(line) :] != b"\n" + canonical({"sha256": digest}) + b"\n":
-        raise IntegrityError(f"{where}: does not match its own sha256", remedy=BROKEN)
+        raise IntegrityError(f"{where}: does not match its own sha256", hint=BROKEN)
     try:
         body = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{where}: not JSON ({error})", remedy=BROKEN) from error
+        raise IntegrityError(f"{where}: not JSON ({error})", hint=BROKEN) from error
     if not isinstance(body, dict):
-        raise IntegrityError(f"{where}: not a JSON object", remedy=BROKEN)
+        raise IntegrityError(f"{where}: not a JSON object", hint=BROKEN)
     return body, digest
 
 
@@ -107,11 +107,11 @@ def parse(data: bytes, where: str, *, number: int, prev: str) -> Record:
     """A record's bytes -> Record. Raises IntegrityError naming the file."""
     body, digest = decode_record(data, where)
     if body.get("n") != number:
-        raise IntegrityError(f"{where}: says that it is number {body.get('n')!r}", remedy=BROKEN)
+        raise IntegrityError(f"{where}: says that it is number {body.get('n')!r}", hint=BROKEN)
     if body.get("prev") != prev:
         raise IntegrityError(
             f"{where}: follows {body.get('prev')!r}, but the record before it is {prev!r}",
-            remedy=BROKEN,
+            hint=BROKEN,
         )
 
     def record() -> Record:
@@ -143,7 +143,7 @@ def valid(make: Callable[[], T], what: str) -> T:
     try:
         return make()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{what} ({error})", remedy=BROKEN) from error
+        raise IntegrityError(f"{what} ({error})", hint=BROKEN) from error
 
 
 def _need(holds: bool, rule: str) -> None:

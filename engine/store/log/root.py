@@ -37,24 +37,24 @@ def read(medium: Storage) -> Identity | None:
     data = medium.read(_NAME, schema.MAX_FORMAT_BYTES)
     if data is None:
         if medium.read(f"log/{record.file_name(0)}", schema.MAX_RECORD_BYTES) is not None:
-            raise IntegrityError(f"{where}: missing, though the store has a log", remedy=_RESTORE)
+            raise IntegrityError(f"{where}: missing, though the store has a log", hint=_RESTORE)
         return None
     body, digest = record.decode_record(data, where)
     if not isinstance(body.get("format"), str):
-        raise IntegrityError(f"{where}: names no format", remedy=_RESTORE)
+        raise IntegrityError(f"{where}: names no format", hint=_RESTORE)
     if body["format"] != schema.FORMAT:
         raise StoreError(
             f"{where}: format {body['format']!r}, not {schema.FORMAT!r}",
-            remedy="check the path",
+            hint="check the path",
         )
     number = body.get("version")
     if type(number) is not int or number > schema.FORMAT_VERSION:
         raise StoreError(
             f"{where}: format version {number!r}, newest known here: {schema.FORMAT_VERSION}",
-            remedy="upgrade logitcask: the store was made by a newer one",
+            hint="upgrade logitcask: the store was made by a newer one",
         )
     if not isinstance(body.get("store_uuid"), str):
-        raise IntegrityError(f"{where}: no store_uuid", remedy=_RESTORE)
+        raise IntegrityError(f"{where}: no store_uuid", hint=_RESTORE)
     return Identity(store_uuid=body["store_uuid"], sha256=digest)
 
 
@@ -75,7 +75,7 @@ def create(medium: Storage) -> Identity:
     identity = read(medium)
     if identity is None:
         raise StoreError(
-            f"{medium.where(_NAME)}: gone as soon as written", remedy="check who deletes there"
+            f"{medium.where(_NAME)}: gone as soon as written", hint="check who deletes there"
         )
     return identity
 
@@ -90,5 +90,5 @@ def _probe(medium: Storage) -> None:
     if second or kept != b"first":
         raise StoreError(
             f"{medium.url} lets a writer overwrite what another has written: commits would be lost",
-            remedy="use a disk with hard links, or an object store with conditional puts",
+            hint="use a disk with hard links, or an object store with conditional puts",
         )

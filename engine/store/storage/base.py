@@ -102,13 +102,13 @@ def open_medium(url: str | Path) -> Storage:
     if isinstance(url, Path) and url.parts[:1] in [(f"{each}:",) for each in SCHEMES]:
         raise StoreError(
             f"a URL of {url.parts[0]}// as a Path, which keeps one of its slashes",
-            remedy="give it as text",
+            hint="give it as text",
         )
     if scheme not in SCHEMES:
         # The rest is not repeated, for it may hold a secret.
         raise StoreError(
             f"no store is kept by {scheme}://",
-            remedy=f"give a folder, or a URL that begins with one of: {', '.join(SCHEMES)}",
+            hint=f"give a folder, or a URL that begins with one of: {', '.join(SCHEMES)}",
         )
     module, _, name = SCHEMES[scheme].partition(":")
     kind: Any = getattr(import_module(module), name)

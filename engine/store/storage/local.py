@@ -46,7 +46,7 @@ def _disk(action: str, path: Path) -> Iterator[None]:
         words = os.strerror(error.errno) if error.errno else str(error)
         raise StoreError(
             f"cannot {action} {path}: {words}",
-            remedy=_REMEDIES.get(error.errno or 0, f"check the disk, {_SAFE}"),
+            hint=_REMEDIES.get(error.errno or 0, f"check the disk, {_SAFE}"),
         ) from error
 
 
@@ -63,7 +63,7 @@ class LocalStorage:
     def prepare(self, folders: Iterable[str], file: str) -> None:
         if _kind(self._root) == "file":
             raise StoreError(
-                f"{self.url} is a file, not a store's folder", remedy="give a new folder"
+                f"{self.url} is a file, not a store's folder", hint="give a new folder"
             )
         wanted = list(folders)
         known = {*wanted, file}
@@ -71,7 +71,7 @@ class LocalStorage:
         if strangers:
             raise StoreError(
                 f"{self.url} is not a logitcask store and not empty: it holds {strangers[0]!r}",
-                remedy="give a new or an empty folder",
+                hint="give a new or an empty folder",
             )
         absent = [p for p in (self._root, *self._root.parents) if _kind(p) == "absent"]
         for each in reversed(absent):
@@ -89,7 +89,7 @@ class LocalStorage:
             if found != "dir" and (found != "absent" or folder == "log"):
                 raise IntegrityError(
                     f"{self._root / folder}: {found}, where a store has a directory",
-                    remedy=_RESTORE,
+                    hint=_RESTORE,
                 )
 
     def read(self, name: str, limit: int) -> bytes | None:
@@ -104,16 +104,16 @@ class LocalStorage:
                     raise
                 raise IntegrityError(
                     f"{path}: a symbolic link or a file stands where the store keeps its own files",
-                    remedy="restore that path from a copy of the store; a store has no links",
+                    hint="restore that path from a copy of the store; a store has no links",
                 ) from error
             try:
                 status = os.fstat(handle)
                 if not stat.S_ISREG(status.st_mode):
-                    raise IntegrityError(f"{path}: not a plain file", remedy=_RESTORE)
+                    raise IntegrityError(f"{path}: not a plain file", hint=_RESTORE)
                 if status.st_size > limit:
                     raise IntegrityError(
                         f"{path}: {status.st_size} bytes where at most {limit} are allowed",
-                        remedy=_RESTORE,
+                        hint=_RESTORE,
                     )
                 parts: list[bytes] = []
                 left = limit + 1
@@ -268,7 +268,7 @@ class LocalStorage:
             if self.read(f"{folder}/{name}", len(data)) != data:
                 raise IntegrityError(
                     f"{self._root / folder / name}: not the bytes that were written",
-                    remedy=f"check the disk, {_SAFE}",
+                    hint=f"check the disk, {_SAFE}",
                 )
 
     def _open_below(self, name: str) -> int:
@@ -297,7 +297,7 @@ def _path_of(url: str) -> str:
     host, slash, path = rest.partition("/")
     if host not in ("", "localhost") or not slash:
         raise StoreError(
-            f"{url}: a path on the host {host!r}", remedy="give a path, or file:///ABSOLUTE/PATH"
+            f"{url}: a path on the host {host!r}", hint="give a path, or file:///ABSOLUTE/PATH"
         )
     return unquote(f"/{path}")
 

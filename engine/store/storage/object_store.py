@@ -37,7 +37,7 @@ class ObjectStorage:
         if strangers:
             raise StoreError(
                 f"{self.url} is not a logitcask store and not empty: it holds {strangers[0]!r}",
-                remedy="give a new prefix",
+                hint="give a new prefix",
             )
 
     def check(self, folders: Iterable[str]) -> None:
@@ -55,7 +55,7 @@ class ObjectStorage:
                 raise IntegrityError(
                     f"{self.where(name)}: {found.meta['size']} bytes where at most {limit} are "
                     "allowed",
-                    remedy="restore it from a copy of the store",
+                    hint="restore it from a copy of the store",
                 )
             return bytes(found.bytes())
 
@@ -141,13 +141,13 @@ class ObjectStorage:
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StoreError(
                 f"cannot {action} {self.where(name)}: {_short(error)}",
-                remedy="check the credentials in the environment, and what they may do there",
+                hint="check the credentials in the environment, and what they may do there",
             ) from error
         except (BaseError, OSError, ValueError) as error:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(
-                f"cannot {action} {self.where(name)}: {_short(error)}", remedy=_remedy(error)
+                f"cannot {action} {self.where(name)}: {_short(error)}", hint=_hint(error)
             ) from error
 
 
@@ -159,7 +159,7 @@ def open_objects(url: str) -> Any:
         # Not repeated, for it may hold a secret.
         raise StoreError(
             f"a URL of {parts.scheme}:// with more or less than a bucket and a prefix",
-            remedy=f"give {parts.scheme}://BUCKET/PREFIX; credentials come from the environment",
+            hint=f"give {parts.scheme}://BUCKET/PREFIX; credentials come from the environment",
         )
     try:
         from obstore.exceptions import BaseError
@@ -167,13 +167,13 @@ def open_objects(url: str) -> Any:
     except ModuleNotFoundError as error:
         raise StoreError(
             f"{url}: object stores need the package obstore",
-            remedy='pip install -e ".[s3]"',
+            hint='pip install -e ".[s3]"',
         ) from error
     try:
         return from_url(url)
     except (BaseError, ValueError) as error:
         raise StoreError(
-            f"cannot open {url}: {_short(error)}", remedy="check the URL and the environment"
+            f"cannot open {url}: {_short(error)}", hint="check the URL and the environment"
         ) from error
 
 
@@ -183,7 +183,7 @@ def _at_once(call: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> 
         return list(pool.map(lambda each: call(*each), arguments))
 
 
-def _remedy(error: Exception) -> str:
+def _hint(error: Exception) -> str:
     text = str(error)
     if "169.254.169.254" in text:
         # The address at which a cloud machine would ask who it is.

@@ -370,8 +370,8 @@ def test_devices_dtypes_and_backends_have_names(folder: Path) -> None:
         HF(folder, device="warp", **keys)
     with pytest.raises(ConfigError, match="dtype='int8'") as caught:
         HF(folder, dtype="int8", **keys)
-    assert "bfloat16" in caught.value.remedy
+    assert "bfloat16" in caught.value.hint
     assert open_backend("hf") is HF
     with pytest.raises(ConfigError, match="no backend 'vlm'") as caught:
         open_backend("vlm")
-    assert all(name in caught.value.remedy for name in BACKENDS)
+    assert all(name in caught.value.hint for name in BACKENDS)

@@ -264,7 +264,7 @@ def test_padding_among_the_best_leaves_enough_or_is_refused() -> None:
     assert len(made(2).scores().ids) == 2
     with pytest.raises(AnswerError, match="2 best ids of a row .* k_min = 3") as caught:
         made(3).scores()
-    assert "--k-min" in caught.value.remedy
+    assert "--k-min" in caught.value.hint
 
 
 @pytest.mark.parametrize("vocab", [40, 150_000])
@@ -283,7 +283,7 @@ def test_log_probs_of_no_law_are_refused(vocab: int) -> None:
     made.scores()
     with pytest.raises(AnswerError, match="add up to .* at most") as caught:
         replace(made, log_p=law - 7.0).scores()
-    assert "--logprobs-mode" in caught.value.remedy
+    assert "--logprobs-mode" in caught.value.hint
     with pytest.raises(AnswerError, match="a log-prob of"):
         replace(made, log_p=law + 7.0).scores()
 
@@ -388,7 +388,7 @@ def test_what_no_model_can_have_said_is_refused(name: str) -> None:
     change, words = REFUSED[name]
     with pytest.raises(AnswerError, match=words) as caught:
         check(change(GOOD))
-    assert "Nothing of it was stored" in caught.value.remedy
+    assert "Nothing of it was stored" in caught.value.hint
 
 
 @pytest.mark.parametrize("ours", [-math.inf, -3.0])

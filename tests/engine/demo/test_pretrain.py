@@ -71,7 +71,7 @@ def test_a_jump_shorter_than_a_step_is_met_with_a_lower_rate():
 def test_a_learner_that_does_not_learn_is_an_error():
     with pytest.raises(LogitcaskError, match=r"student: accuracy 10.0% after 200 steps") as error:
         between(Scripted(lambda skill: 0.1), limit=200)
-    assert error.value.remedy == "another --seed"
+    assert error.value.hint == "another --seed"
 
 
 def at_least(learner: Scripted, limit: int = 1000) -> float:

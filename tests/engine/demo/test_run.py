@@ -117,7 +117,7 @@ def test_another_objective_only_trains(first: DemoResult, monkeypatch: pytest.Mo
 def test_another_seed_or_size_in_the_same_folder_is_refused(first: DemoResult):
     with pytest.raises(ConfigError, match="holds a demo with seed = 0, not 1") as error:
         run_demo(first.out, fast=True, seed=1)
-    assert "another --out" in error.value.remedy
+    assert "another --out" in error.value.hint
     with pytest.raises(ConfigError, match="holds a demo with fast = True, not False"):
         run_demo(first.out)
 

@@ -239,7 +239,7 @@ def test_a_folder_without_safetensors_or_tokenizer_is_refused(tmp_path: Path) ->
     (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
     with pytest.raises(ModelError, match=r"only pytorch_model\.bin, a pickle") as caught:
         identity.weights_digest(tmp_path)
-    assert "save_pretrained" in caught.value.remedy
+    assert "save_pretrained" in caught.value.hint
     folder = save_folder(tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="holds no tokenizer"):

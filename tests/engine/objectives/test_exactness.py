@@ -213,10 +213,10 @@ def test_a_k_beyond_what_every_row_keeps_is_refused(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=32), FACTS)
     assert "k = 32 is more than k_min = 16" in caught.value.cause
-    assert caught.value.remedy == "score again with --k-min 32, or train with --k 16"
+    assert caught.value.hint == "score again with --k-min 32, or train with --k 16"
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=100), FACTS)
-    assert "--k-min 100 --k-max 100" in caught.value.remedy
+    assert "--k-min 100 --k-max 100" in caught.value.hint
     assert check_exactness(parse_objective(name, k=32), replace(FACTS, k_min=32))
 
 
@@ -237,12 +237,12 @@ def test_student_supports_are_refused_where_they_are_not_served(name: str) -> No
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=17), FACTS)
     assert "k = 17 is more than student_k = 16" in caught.value.cause
-    assert "--student-k 17" in caught.value.remedy
-    assert "--k 16" in caught.value.remedy
+    assert "--student-k 17" in caught.value.hint
+    assert "--k 16" in caught.value.hint
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(PRESETS[name], replace(FACTS, at_student=False))
     assert "not asked at the student's ids" in caught.value.cause
-    assert "--objective overlap" in caught.value.remedy
+    assert "--objective overlap" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -255,7 +255,7 @@ def test_a_foreign_student_needs_a_word_for_a_frozen_support_only(name: str) -> 
         check_exactness(PRESETS[name], foreign)
     assert "foreign student" in caught.value.cause
     assert "version 0 of another root" in caught.value.cause
-    assert "--foreign-student" in caught.value.remedy
+    assert "--foreign-student" in caught.value.hint
     allowed = check_exactness(PRESETS[name], replace(foreign, allow_foreign=True))
     assert any("Foreign student" in note for note in allowed.notes)
 
@@ -287,7 +287,7 @@ def test_what_a_cache_does_not_hold_is_refused_with_the_way_out(
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(PRESETS[name], replace(FACTS, **change))  # type: ignore[arg-type]
     assert cause in caught.value.cause
-    assert way_out in caught.value.remedy
+    assert way_out in caught.value.hint
 
 
 @pytest.mark.parametrize(

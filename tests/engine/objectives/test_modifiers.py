@@ -423,4 +423,4 @@ def test_rows_without_what_an_objective_needs_are_refused(
     with pytest.raises(ObjectiveError) as caught:
         run(PRESETS[name].objective, rows(base=None))
     assert f"hold no {field}" in caught.value.cause
-    assert way_out in caught.value.remedy
+    assert way_out in caught.value.hint

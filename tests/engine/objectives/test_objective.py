@@ -111,7 +111,7 @@ def test_a_refusal_gives_value_rule_and_way_out(
     with pytest.raises(ObjectiveError) as caught:
         replace(EQ5, **change)  # type: ignore[arg-type]
     assert says in caught.value.cause
-    assert way_out in caught.value.remedy
+    assert way_out in caught.value.hint
 
 
 def test_presets_are_what_their_papers_say() -> None:
@@ -164,8 +164,8 @@ def test_a_preset_is_found_by_name_and_k() -> None:
     with pytest.raises(ObjectiveError) as caught:
         parse_objective("opdx")
     assert "unknown objective 'opdx'" in caught.value.cause
-    assert "the nearest is opd" in caught.value.remedy
-    assert "overlap, opd, opd_released" in caught.value.remedy
+    assert "the nearest is opd" in caught.value.hint
+    assert "overlap, opd, opd_released" in caught.value.hint
     with pytest.raises(ObjectiveError, match="k = 8 with support 'sampled'"):
         parse_objective("lightning", k=8)
 
@@ -201,7 +201,7 @@ def test_what_is_written_wrongly_is_said(text: str, says: str, way_out: str) -> 
     with pytest.raises(ObjectiveError) as caught:
         parse_objective(text)
     assert says in caught.value.cause
-    assert way_out in caught.value.remedy
+    assert way_out in caught.value.hint
 
 
 def test_a_record_tells_two_objectives_apart() -> None:

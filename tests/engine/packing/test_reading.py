@@ -218,7 +218,7 @@ def test_a_damaged_cache_is_told(store: Store, tmp_path: Path, how: str, name: s
     damage(folder / name, how)
     with pytest.raises(IntegrityError, match="a damaged cache") as caught:
         UnitCache(tmp_path / "cache", verify=True).unit(store, *pair)
-    assert f"remove {folder}" in caught.value.remedy
+    assert f"remove {folder}" in caught.value.hint
     shutil.rmtree(folder)
     UnitCache(tmp_path / "cache", verify=True).unit(store, *pair)
 

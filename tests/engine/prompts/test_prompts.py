@@ -116,7 +116,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: Any, says: str, chat: bool) -
     assert caught.value.cause.startswith(f"{file}, line 2: ")
     assert says in caught.value.cause
     assert len(caught.value.cause) < 400 + len(str(file))
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 def test_a_line_is_bounded_before_it_is_parsed(tmp_path: Path) -> None:

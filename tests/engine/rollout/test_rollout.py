@@ -231,7 +231,7 @@ class Thirds:
     def __call__(self, prompt: Prompt, text: str) -> float:
         self.calls += 1
         if prompt.id == self.bad:
-            raise GraderError(f"grader thirds on prompt {prompt.id!r}", remedy="mend it")
+            raise GraderError(f"grader thirds on prompt {prompt.id!r}", hint="mend it")
         return thirds([int(word) for word in text.split()])
 
     def grading(self) -> Grading:

@@ -80,7 +80,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(
         run(store, model, scorer)
     assert student.tokenizer_digest in caught.value.cause
     assert model.tokenizer_digest in caught.value.cause
-    assert "--student-tokenizer" in caught.value.remedy
+    assert "--student-tokenizer" in caught.value.hint
     wide = dataclasses.replace(ref(folders / "teacher"), n_vocab=120)
     with pytest.raises(IdentityError, match=r"vocabulary has 99 ids, that of .* has 120"):
         run(store, wide, scorer)
@@ -188,6 +188,6 @@ def test_a_teacher_that_cannot_be_asked_at_ids_cannot_add_to_its_scores(
     more = dataclasses.replace(own, k_max=20)
     with pytest.raises(ConfigError, match="there for less than is asked") as caught:
         run(store, teacher, poor, request=more)
-    assert "under another name" in caught.value.remedy
+    assert "under another name" in caught.value.hint
     assert poor.begun == begun
     assert run(store, teacher, scorer, request=more).units_new == 2

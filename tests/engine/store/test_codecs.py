@@ -116,7 +116,7 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
 def test_unknown_profile_lists_the_known() -> None:
     with pytest.raises(ConfigError) as caught:
         codecs.profile("tiny")
-    assert "default, compact, interop, raw32" in caught.value.remedy
+    assert "default, compact, interop, raw32" in caught.value.hint
 
 
 def test_every_profile_has_entry_arrays_of_its_dtype() -> None:

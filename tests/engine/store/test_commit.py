@@ -463,7 +463,7 @@ def test_a_unit_beyond_the_bounds_is_refused_before_it_is_encoded(
     monkeypatch.setattr(schema, "MAX_SEGMENT_BYTES", 100)
     with pytest.raises(StoreError, match=r"a unit of \d+ bytes decoded, at most 100") as caught:
         commit_rollouts(store, 1)
-    assert "--unit-prompts" in caught.value.remedy
+    assert "--unit-prompts" in caught.value.hint
 
 
 def test_a_store_is_sent_to_another_process_by_its_url(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def refused(path: Path, damaged: str, *, deep: bool = False) -> None:
     with pytest.raises(IntegrityError) as caught:
         verify(open_store(path), deep=deep)
     assert damaged in caught.value.cause, caught.value.cause
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 def test_bit_flips_are_found_by_digest(cask: Path, counts: Any) -> None:
@@ -349,7 +349,7 @@ def test_what_is_not_a_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a logitcask store: it has no") as caught:
         open_store(tmp_path / "absent")
     assert str(tmp_path / "absent") in caught.value.cause
-    assert "logitcask rollout" in caught.value.remedy
+    assert "logitcask rollout" in caught.value.hint
     (tmp_path / "notes.txt").touch()
     for create in (False, True):
         with pytest.raises(StoreError, match="is not a logitcask store"):
@@ -363,7 +363,7 @@ def test_what_is_not_a_store(tmp_path: Path) -> None:
             open_store(odd, create=True)
     with pytest.raises(StoreError, match="no store is kept by ftp:") as caught:
         open_store("ftp://bucket/cask", create=True)
-    assert "s3" in caught.value.remedy
+    assert "s3" in caught.value.hint
     assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
     assert open_store(f"file://localhost{tmp_path}/a%20b", create=True).url == f"{tmp_path}/a b"
 
@@ -398,7 +398,7 @@ def test_a_disk_that_refuses_to_read_is_an_error_with_its_words(
     ) as caught:
         open_store(cask)
     assert not isinstance(caught.value, IntegrityError)
-    assert "give this user the right" in caught.value.remedy
+    assert "give this user the right" in caught.value.hint
 
 
 def damage(path: Path, how: str, elsewhere: Path) -> None:

@@ -167,7 +167,7 @@ def test_an_error_at_any_call_is_told_and_undone(
             told += 1
             assert words in error.cause
             assert str(path) in error.cause
-            assert WAYS_OUT.get(number, "check the disk") in error.remedy
+            assert WAYS_OUT.get(number, "check the disk") in error.hint
         # Else it was the removal of a temporary file, which nobody has to know of.
         assert visible(path) >= {1}
         job(path)
@@ -225,7 +225,7 @@ def test_a_disk_without_hard_links_is_refused_at_creation(
     monkeypatch.setattr(files, "os", NoLinks())
     with pytest.raises(StoreError, match="cannot publish") as caught:
         open_store(tmp_path / "cask", create=True)
-    assert "no hard links" in caught.value.remedy
+    assert "no hard links" in caught.value.hint
 
 
 def test_a_medium_on_which_two_writers_could_both_win_is_refused(
@@ -240,4 +240,4 @@ def test_a_medium_on_which_two_writers_could_both_win_is_refused(
     monkeypatch.setattr(files.LocalStorage, "create", overwrite)
     with pytest.raises(StoreError, match="lets a writer overwrite") as caught:
         open_store(tmp_path / "cask", create=True)
-    assert "conditional puts" in caught.value.remedy
+    assert "conditional puts" in caught.value.hint

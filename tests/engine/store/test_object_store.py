@@ -158,7 +158,7 @@ def test_an_endpoint_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> No
     )
     with pytest.raises(StoreError, match=r"cannot read s3://bucket/format\.json") as caught:
         open_on(ObjectStorage("s3://bucket", nowhere))
-    assert "endpoint" in caught.value.remedy
+    assert "endpoint" in caught.value.hint
     assert "Debug source" not in caught.value.cause
 
 
@@ -166,7 +166,7 @@ def test_without_obstore_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(StoreError, match="need the package obstore") as caught:
         open_store("gs://bucket/cask")
-    assert caught.value.remedy == 'pip install -e ".[s3]"'
+    assert caught.value.hint == 'pip install -e ".[s3]"'
 
 
 def test_objects_are_listed_in_order_and_from_a_name_on() -> None:

@@ -138,7 +138,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
         acknowledged = {1}
         with pytest.raises(StoreError, match="No space left on device") as caught:
             fill_up(store, acknowledged)
-        assert "make room" in caught.value.remedy
+        assert "make room" in caught.value.hint
         assert {s.unit["first"] for s in open_store(path).head().segments} == acknowledged
         fill.unlink()
         verify(open_store(path))

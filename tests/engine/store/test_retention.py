@@ -112,7 +112,7 @@ def test_what_cannot_be_retired(store: Store, wrong: dict[str, Any], words: str)
     commit_rollouts(store, 1)
     with pytest.raises(ConfigError) as caught:
         retire(store, **wrong)
-    assert words in caught.value.remedy
+    assert words in caught.value.hint
 
 
 def test_one_segment_retires_with_what_rests_on_it(store: Store) -> None:

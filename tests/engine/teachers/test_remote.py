@@ -45,7 +45,7 @@ def test_a_root_that_is_a_folder_here_needs_no_tokenizer_and_another_does(tmp_pa
     assert served_ref("big", str(folder), chat_template=False).path == folder
     with pytest.raises(ModelError, match="the tokenizer of 'big'") as caught:
         served_ref("big", "/models/on another machine", chat_template=False)
-    assert "--tokenizer" in caught.value.remedy
+    assert "--tokenizer" in caught.value.hint
 
 
 def test_a_declared_revision_is_compared_where_one_is_declared() -> None:

@@ -138,7 +138,7 @@ def test_without_the_students_tokenizer_there_is_nothing_to_compare(
     assert shared_vocabulary(student.lineage(), teacher) is None
     with pytest.raises(IdentityError, match="the student's tokenizer is") as caught:
         run(Path(store.url), teacher, HF(teacher), request=ASK)
-    assert "--student-tokenizer" in caught.value.remedy
+    assert "--student-tokenizer" in caught.value.hint
     with pytest.raises(IdentityError, match="and that of the student is"):
         shared_vocabulary(student.lineage(), teacher, str(teacher.path))
     with pytest.raises(ModelError, match="no folder"):

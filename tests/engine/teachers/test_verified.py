@@ -153,7 +153,7 @@ class Lost:
     def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
         if rollouts.positions == PROBE_ROWS and self.times > 0:
             self.times -= 1
-            raise ServerError("it is gone", remedy="wait")
+            raise ServerError("it is gone", hint="wait")
         return self.inner.score(rollouts, request, at)
 
 
@@ -178,7 +178,7 @@ def test_a_refusal_is_not_asked_for_again(pair: tuple[HF, HF], rolled: Rollouts)
     class Closed(Lost):
         def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
             if rollouts.positions == PROBE_ROWS and self.times > 0:
-                raise Refusal("no key", remedy="give one")
+                raise Refusal("no key", hint="give one")
             return self.inner.score(rollouts, request, at)
 
     servers = Servers(Closed(pair[0], 0))
@@ -300,7 +300,7 @@ def test_mass_of_a_padded_head_is_seen_wherever_it_is(pads: int) -> None:
 def test_only_a_refusal_leaves_the_padding_unseen(status: int) -> None:
     class Failing(Padded):
         def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists) -> Scores:
-            error = ServerError("out of the vocabulary", remedy="none")
+            error = ServerError("out of the vocabulary", hint="none")
             error.status = status
             raise error
 

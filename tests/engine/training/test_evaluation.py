@@ -199,7 +199,7 @@ def test_a_grader_that_fails_stops_the_run_before_its_first_update(
     _, model = case
 
     def broken(prompt: Prompt, text: str) -> float:
-        raise GraderError("on prompt 'e0'", remedy="mend it")
+        raise GraderError("on prompt 'e0'", hint="mend it")
 
     with pytest.raises(GraderError):
         run(case, tmp_path, evaluation=replace(plan_of(model), grader=broken))

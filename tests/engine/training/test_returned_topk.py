@@ -226,7 +226,7 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
     for name in ("opd", "opd_released"):
         with pytest.raises(ObjectiveError, match="not asked at the student's ids") as caught:
             check_exactness(PRESETS[name], facts)
-        assert "--objective overlap" in caught.value.remedy
+        assert "--objective overlap" in caught.value.hint
     with pytest.raises(ObjectiveError, match="not asked at the student's ids"):
         train(
             store,

@@ -151,7 +151,7 @@ def test_a_unit_that_fails_is_given_up_after_three_times_by_all_workers(store: S
     def work(unit: str, seed: int) -> int:
         tried[unit] += 1
         if unit == UNITS[2]:
-            raise AnswerError("q > 1\nand more", remedy="look")
+            raise AnswerError("q > 1\nand more", hint="look")
         return commit_rollouts(store, seed, unit).counts["P"]
 
     def one(worker: str) -> WorkReport:
@@ -175,7 +175,7 @@ def test_a_unit_that_fails_is_given_up_after_three_times_by_all_workers(store: S
     assert caught.value.cause == (
         "1 units failed too often and are left out; one with AnswerError: q > 1"
     )
-    assert f"store retry-failed {store.url}" in caught.value.remedy
+    assert f"store retry-failed {store.url}" in caught.value.hint
     check_failed(reports[0], store.url)
 
     (removed,) = retry_failed(store)
@@ -201,8 +201,8 @@ def test_a_unit_that_succeeds_at_last_leaves_no_note(store: Store) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        *(k("x", remedy="y") for k in (ConfigError, IdentityError, StoreError, IntegrityError)),
-        ServerError("away", remedy="start it"),
+        *(k("x", hint="y") for k in (ConfigError, IdentityError, StoreError, IntegrityError)),
+        ServerError("away", hint="start it"),
         KeyboardInterrupt(),
     ],
     ids=lambda error: type(error).__name__,
@@ -340,7 +340,7 @@ def test_a_unit_that_cannot_be_done_is_tried_once_by_all_workers(store: Store) -
     def work(unit: str, seed: int) -> int:
         tried[unit] += 1
         if unit == UNITS[2]:
-            raise UnitError("id 7 is not one token to both", remedy="leave it out")
+            raise UnitError("id 7 is not one token to both", hint="leave it out")
         if unit == UNITS[3] and tried[unit] < 3:
             raise ZeroDivisionError
         return commit_rollouts(store, seed, unit).counts["P"]

@@ -109,7 +109,7 @@ def test_redirects_are_not_followed_with_a_key(
         fake.faults = [away] * 100
         with pytest.raises(ServerError, match=f"307: it has moved to {elsewhere.url}/inf") as told:
             server.score(rolled, ASK)
-        assert "Give the address where it is" in told.value.remedy
+        assert "Give the address where it is" in told.value.hint
         assert not elsewhere.seen.auth
         assert not elsewhere.seen.bodies
 

@@ -205,7 +205,7 @@ def test_a_fault_that_stays_is_a_refusal_with_its_reason(
     with pytest.raises((ServerError, AnswerError)) as caught:
         server.score(rolled, WIDE)
     assert "prompt " in caught.value.cause
-    assert caught.value.remedy
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("kind", list(WRONG))

@@ -61,7 +61,7 @@ def test_a_server_without_chosen_ids_gives_its_own_best(
     assert found.at_lp is None
     with pytest.raises(ConfigError, match="cannot answer at chosen ids") as caught:
         server.score(rolled, ASK)
-    assert "--enable-scale-out" in caught.value.remedy
+    assert "--enable-scale-out" in caught.value.hint
 
 
 def test_ragged_lists_and_rows_without_any_come_back_in_their_places(
@@ -123,7 +123,7 @@ def test_too_many_log_probs_name_both_ways_out(
         ConfigError, match=r"12 log-probs per position \(k_max = 12 and 7"
     ) as caught:
         connect(fake).score(rolled, ASK)
-    assert "--max-logprobs 12 or more, or ask with a smaller --k-max" in caught.value.remedy
+    assert "--max-logprobs 12 or more, or ask with a smaller --k-max" in caught.value.hint
 
 
 def test_too_many_chosen_ids_name_their_own_number(
@@ -138,7 +138,7 @@ def test_too_many_chosen_ids_name_their_own_number(
         ConfigError, match=r"20 log-probs per position \(k_max = 12 and 20"
     ) as caught:
         connect(fake).score(rolled, ASK, at)
-    assert "--max-logprobs 20 or more, or ask at fewer ids (--at" in caught.value.remedy
+    assert "--max-logprobs 20 or more, or ask at fewer ids (--at" in caught.value.hint
 
 
 def test_a_sequence_beyond_the_context_is_refused_before_anything_is_sent(
@@ -149,7 +149,7 @@ def test_a_sequence_beyond_the_context_is_refused_before_anything_is_sent(
     before = len(fake.seen.requests)
     with pytest.raises(ModelError, match="the scorer's context: 39") as caught:
         server.score(rolled, ASK)
-    assert "--max-model-len" in caught.value.remedy
+    assert "--max-model-len" in caught.value.hint
     assert len(fake.seen.requests) == before
 
 
@@ -263,7 +263,7 @@ def test_a_key_is_sent_and_never_shown(
         for wrong in ("sk-other", None):
             with pytest.raises(LogitcaskError, match="401: Unauthorized") as caught:
                 connect(guarded, key=wrong)
-            assert "LOGITCASK_API_KEY" in caught.value.remedy
+            assert "LOGITCASK_API_KEY" in caught.value.hint
             assert "sk-other" not in str(caught.value)
     with pytest.raises(ConfigError, match="holds more than scheme") as caught_url:
         Server([f"http://user:{key}@host:1"])

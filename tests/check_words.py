@@ -1,0 +1,207 @@
+"""Check that the words which WORDS lists do not come back: `python tests/check_words.py [PATH ...]`.
+
+It reads identifiers, docstrings, comments and messages of Python files, and the text of Markdown files,
+and prints one line for each finding, then their count. Exit code 1 if there is one.
+"""
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+IDENTIFIERS = set(
+    [
+        "told",
+        "asked",
+        "asking",
+        "law",
+        "laws",
+        "rolling",
+        "course",
+        "desk",
+        "pupil",
+        "learner",
+        "behaviour",
+        "notice",
+        "notices",
+        "waits",
+        "apart",
+        "heal",
+        "retire",
+        "strays",
+        "leftovers",
+        "unseal",
+        "fleet",
+        "swept",
+        "brought",
+        "examined",
+        "examiner",
+        "exams",
+        "verdict",
+        "remedy",
+        "privileged",
+        "weigh",
+        "medium",
+        "wanted",
+        "anew",
+        "look",
+        "looked",
+        "whoever",
+        "foreign",
+        "miss",
+    ]
+)
+"""Parts of a name between underscores or capitals."""
+
+PHRASES = [
+    *(r"\b(who|whom|whose|whoever|whatever|nobody|somebody|anybody)\b", r"\blaws?\b"),
+    *(r"\b(told|anew|beside)\b", r"\ball the same\b", r"\basked (at|of|for)\b", r"\bremedy\b"),
+    *(r"\bis asked\b", r"\bwas asked\b", r"\bare asked\b", r"\bis away\b", r"\bare away\b"),
+    *(r"\bpupils?\b", r"\bnotices?\b", r"\b(retire|retires|retired|heals?)\b", r"\bstrays\b"),
+    *(r"\bmiss_mass\b", r"\bdrift_k3\b", r"\bforeign student\b", r"\bprivileged\b"),
+    *(r"\b(said|says) (that|so|what|it|of|which)\b", r"\bof one's own\b", r"\bare both of\b"),
+]
+"""In docstrings, comments, messages and Markdown."""
+
+NO_FIRST_WORD = set(
+    [
+        "what",
+        "who",
+        "whether",
+        "whose",
+        "how",
+        "when",
+        "where",
+        "which",
+        "of",
+        "in",
+        "on",
+        "as",
+        "by",
+        "with",
+        "for",
+        "the",
+        "a",
+        "an",
+        "this",
+        "that",
+        "these",
+        "those",
+        "all",
+        "every",
+        "each",
+        "both",
+        "none",
+        "true",
+        "false",
+        "one",
+        "two",
+        "so",
+        "and",
+        "but",
+        "its",
+        "their",
+        "from",
+        "at",
+        "to",
+        "is",
+        "are",
+        "if",
+        "no",
+        "not",
+        "as",
+        "unless",
+        "rows",
+        "ids",
+        "same",
+        "whatever",
+        "before",
+        "after",
+        "until",
+        "only",
+        "also",
+        "here",
+        "there",
+    ]
+)
+"""A docstring of a function begins with an imperative verb, so with none of these."""
+
+VERBS_IN_S = {"pass", "process", "compress", "decompress", "express", "address", "access", "press"}
+
+
+def python(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, finding) of a Python file."""
+    text = path.read_text()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.NAME:
+            parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", token.string)
+            for part in {each.lower() for each in parts} & IDENTIFIERS:
+                yield token.start[0], f"identifier {token.string}: {part}"
+        elif token.type == tokenize.COMMENT:
+            yield from phrases(token.start[0], token.string)
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from phrases(node.lineno, node.value)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = ast.get_docstring(node)
+            word = re.match(r"[A-Za-z_]+", doc or "")
+            if doc and word is None:
+                yield node.lineno, f"docstring of {node.name} begins with no verb: {doc[:40]}"
+            elif word:
+                first = word.group().lower()
+                if first in NO_FIRST_WORD or (first.endswith("s") and first not in VERBS_IN_S):
+                    yield (
+                        node.lineno,
+                        f"docstring of {node.name} begins with no imperative: {first}",
+                    )
+        if isinstance(node, ast.ClassDef | ast.Module):
+            doc = ast.get_docstring(node)
+            if doc and re.match(r"(what|who|whether|whose|how)\b", doc.lower()):
+                yield (
+                    getattr(node, "lineno", 1),
+                    f"docstring begins with a relative clause: {doc[:40]}",
+                )
+
+
+def phrases(line: int, text: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, finding) of a text that begins at `line`."""
+    for number, part in enumerate(text.splitlines()):
+        for phrase in PHRASES:
+            if found := re.search(phrase, part, re.IGNORECASE):
+                yield line + number, f"words: {found.group()!r} in {part.strip()[:70]!r}"
+
+
+def findings(paths: list[str]) -> Iterator[str]:
+    """Yield one line for each finding in the tracked files below `paths`."""
+    listed = subprocess.run(
+        ["git", "ls-files", *paths], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in listed:
+        path = ROOT / name
+        if not path.is_file() or path.is_symlink() or path.resolve() == Path(__file__).resolve():
+            continue
+        if name.endswith(".py"):
+            found = python(path)
+        elif name.endswith(".md"):
+            found = phrases(1, path.read_text())
+        else:
+            continue
+        yield from (f"{name}:{line}: {what}" for line, what in found)
+
+
+def main() -> int:
+    """Print the findings and their count."""
+    lines = list(findings(sys.argv[1:] or ["engine", "kernels", "cli", "bench", "*.md"]))
+    print(*lines, len(lines), sep="\n")
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
