@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from logitcask.engine.backends.logprob_diff import probe_rollouts
 from logitcask.engine.backends.server import Limits, Server
-from logitcask.engine.types import Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import Rollouts, ScoreParams, Scores
 
 sys.path.insert(0, str(results.ROOT))
 from tests.engine.backends.server.fake_server import FakeServer
@@ -139,7 +139,7 @@ def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
 def rates(python: str, folder: Path) -> dict[str, Any]:
     """Positions per second and bytes a candidate of both paths, on one server in turns."""
     rollouts = probe_rollouts(VOCAB, SEQUENCES, TOKENS - 1)
-    request = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=K, k_max=K, at_student=False)
+    request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=K, k_max=K, at_student=False)
     took: dict[str, list[float]] = {"ours": [], "trl": []}
     size: dict[str, int] = {}
     with serving(python, folder, ENVIRONMENT) as url, Server([url]) as server:
@@ -166,7 +166,7 @@ def rates(python: str, folder: Path) -> dict[str, Any]:
 def chosen(python: str, folder: Path) -> dict[str, Any]:
     """Bytes of an answer at chosen ids, a log-prob: the second runner, in Triton's interpreter."""
     rollouts = probe_rollouts(VOCAB, 2, 32)
-    own = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=1, k_max=1, at_student=False)
+    own = ScoreParams(entry_kind="topk", top_p=1.0, k_min=1, k_max=1, at_student=False)
     with serving(python, folder, with_shim(folder)) as url, Server([url]) as server:
         server.n_vocab = VOCAB
         alone = received(server, rollouts, own)
@@ -179,7 +179,7 @@ def chosen(python: str, folder: Path) -> dict[str, Any]:
     return {"bytes_per_chosen_id": round((asked - alone) / (rollouts.positions * K), 2)}
 
 
-def received(server: Server, rollouts: Rollouts, request: ScoreRequest) -> int:
+def received(server: Server, rollouts: Rollouts, request: ScoreParams) -> int:
     before = server.received
     server.score(rollouts, request)
     return server.received - before
@@ -188,7 +188,7 @@ def received(server: Server, rollouts: Rollouts, request: ScoreRequest) -> int:
 def overlap() -> dict[str, Any]:
     """A server that answers in 200 ms: one request at a time, and 32 at once."""
     rollouts = probe_rollouts(N_VOCAB, ANSWERS, 4)
-    request = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
+    request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
     took = {}
     with FakeServer(make_model()) as fake:
         for count in (1, AT_ONCE):

@@ -94,13 +94,13 @@ def exactness(folder: Path, store: Store) -> dict[str, int]:
     from logitcask.engine.backends.hf import HF
     from logitcask.engine.models.identity import model_ref
     from logitcask.engine.store.format.ragged import starts
-    from logitcask.engine.types import ScoreRequest
+    from logitcask.engine.types import ScoreParams
 
     teacher = HF(model_ref(str(folder / "teacher"), chat_template=False), device="cpu")
     pin = store.head()
     base = pin.rollouts("main")[0]
     rollouts = store.read_rollouts(base)
-    said = teacher.score(rollouts, ScoreRequest())
+    said = teacher.score(rollouts, ScoreParams())
     known = store.read_scores(pin.scores("teacher")[base.seg_id], base=rollouts)
     ids, lp = kept_lists(known)
     off = starts(known.kept)

@@ -110,7 +110,7 @@ class ModelRef:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreRequest:
+class ScoreParams:
     """What a scorer is asked for, per position."""
 
     entry_kind: Literal["topp", "topk", "sampled"] = "topp"

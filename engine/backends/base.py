@@ -15,7 +15,7 @@ from logitcask.engine.types import (
     Prompt,
     Rollouts,
     SamplingParams,
-    ScoreRequest,
+    ScoreParams,
     Scores,
 )
 
@@ -52,7 +52,7 @@ class Scorer(Protocol):
         is what the ids it tells leave). "logits": all of a row can be seen (`scoring.row_logits`).
         """
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
         """Row r of a sequence is the law of response token r given prompt + response[:r].
 
         at: ids of every row whose log-probs are wanted too; left out, those of the student's list

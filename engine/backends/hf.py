@@ -25,7 +25,7 @@ from logitcask.engine.types import (
     Prompt,
     Rollouts,
     SamplingParams,
-    ScoreRequest,
+    ScoreParams,
     Scores,
     silent,
 )
@@ -167,7 +167,7 @@ class HF:
         progress("rollout", len(of), len(of))
         return rolled(prompts, of, [done[i] for i in range(len(of))], version)
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
         """Asked at no ids, log_tail is what lies outside the kept entries alone.
 
         Raises IdentityError for ids that this model does not have, ModelError for sequences

@@ -21,7 +21,7 @@ from logitcask.engine.models.fingerprint import (
     ModelFingerprint,
 )
 from logitcask.engine.store.format import ragged
-from logitcask.engine.types import LENGTH, Array, Prompt, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import LENGTH, Array, Prompt, Rollouts, ScoreParams, Scores
 
 PROBE_ROWS = 16
 PROBE_IDS = 64
@@ -49,9 +49,9 @@ def probe_rollouts(n_vocab: int, sequences: int = 1, rows: int = PROBE_ROWS) -> 
     )
 
 
-def probe_request(n_vocab: int, k: int = PROBE_K) -> ScoreRequest:
+def probe_request(n_vocab: int, k: int = PROBE_K) -> ScoreParams:
     """Up to k best ids: where ids of a padded head are among them, a row has fewer."""
-    return ScoreRequest(top_p=1.0, k_min=1, k_max=min(k, n_vocab), at_student=False)
+    return ScoreParams(top_p=1.0, k_min=1, k_max=min(k, n_vocab), at_student=False)
 
 
 def behaviour(scorer: Scorer, n_vocab: int) -> ModelFingerprint:
@@ -99,7 +99,7 @@ def compare(a: Scores, b: Scores) -> LogprobDiff:
     )
 
 
-def control(scorer: Scorer, rollouts: Rollouts, request: ScoreRequest) -> LogprobDiff:
+def control(scorer: Scorer, rollouts: Rollouts, request: ScoreParams) -> LogprobDiff:
     """The scorer against itself: all sequences at once, then backwards and in two batches."""
     count = len(rollouts.finish)
     once = scorer.score(rollouts, request)

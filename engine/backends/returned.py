@@ -18,7 +18,7 @@ import numpy as np
 
 from logitcask.engine.errors import AnswerError
 from logitcask.engine.store.format import ragged
-from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 
 RESOLVED = 1e-6
 """Mass: what float32 log-probs leave open in 1 - sum of their masses."""
@@ -48,7 +48,7 @@ class ResponseAssembler:
     """The scores of P rows, filled one sequence after another, in any order."""
 
     def __init__(
-        self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None, *, n_vocab: int
+        self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None, *, n_vocab: int
     ) -> None:
         assert request.entry_kind != "sampled", "who draws needs all logits"
         rows = rollouts.positions

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
 from logitcask.engine.models.fingerprint import LIKELY
-from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.topk_select import topk_select
 
@@ -66,7 +66,7 @@ def score_rows(
     token: Tensor,
     at_row: Tensor,
     at_ids: Tensor,
-    request: ScoreRequest,
+    request: ScoreParams,
     uniforms: Tensor | None = None,
 ) -> RowScores:
     """logits [R, n_vocab] float32, overwritten; token [R]; at_row, at_ids [A]: where it is asked;
@@ -90,7 +90,7 @@ def score_rows(
 
 
 def _best(
-    logits: Tensor, log_sum_exp: Tensor, request: ScoreRequest
+    logits: Tensor, log_sum_exp: Tensor, request: ScoreParams
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(cnt, ids, mult) of the best ids up to the mass top_p, between k_min and k_max."""
     k = min(request.k_max, logits.shape[1])
@@ -124,7 +124,7 @@ def _drawn(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Sheet:
     """The scores of P rows, filled in any order."""
 
-    def __init__(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None) -> None:
+    def __init__(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None) -> None:
         rows = rollouts.positions
         self.request = request
         self.tokens = rollouts.tokens.astype(np.int64)
@@ -185,7 +185,7 @@ class Sheet:
         )
 
 
-def _uniforms(rollouts: Rollouts, request: ScoreRequest) -> Array:
+def _uniforms(rollouts: Rollouts, request: ScoreParams) -> Array:
     """[P, draws] float64: a function of the seed and the sampled tokens, whatever the batches."""
     seed = hashlib.sha256(b"%d/" % request.seed + rollouts.tokens.astype("<u4").tobytes()).digest()
     rng = np.random.default_rng(list(seed))
@@ -221,7 +221,7 @@ def response_rows(rollouts: Rollouts, batch: Sequence[int]) -> tuple[Tensor, Ten
 
 
 def asked_ids(
-    rollouts: Rollouts, request: ScoreRequest, at: IdLists | None, *, n_vocab: int, context: int
+    rollouts: Rollouts, request: ScoreParams, at: IdLists | None, *, n_vocab: int, context: int
 ) -> IdLists | None:
     """Where a scorer of n_vocab ids and `context` tokens is asked: at, or the student's list.
 
@@ -277,7 +277,7 @@ def of_shared(logits: Tensor, n_vocab: int) -> Tensor:
 
 
 def score_rollouts(
-    net: Any, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None, *, batch_tokens: int
+    net: Any, rollouts: Rollouts, request: ScoreParams, at: IdLists | None, *, batch_tokens: int
 ) -> Scores:
     """net: as of sampling.Network."""
     sheet = Sheet(rollouts, request, at)

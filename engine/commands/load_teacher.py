@@ -22,7 +22,7 @@ from logitcask.engine.teachers.remote import (
 )
 from logitcask.engine.teachers.token_maps import SharedVocabulary, shared_vocabulary
 from logitcask.engine.teachers.verified import VerifiedTeacher
-from logitcask.engine.types import ModelRef, ScoreRequest
+from logitcask.engine.types import ModelRef, ScoreParams
 
 
 def backend(model: ModelRef, run: Run, *, exact: bool = True, known: int | None = None) -> Any:
@@ -76,7 +76,7 @@ class LoadedTeacher:
     def close(self) -> None:
         close_backend(self.scorer)
 
-    def asked(self, settings: Score, seed: int) -> tuple[ScoreRequest, tuple[str, ...]]:
+    def asked(self, settings: Score, seed: int) -> tuple[ScoreParams, tuple[str, ...]]:
         """What [score] asks of it, and notes on what it cannot answer. Raises ConfigError where
         nothing is left without that.
         """

@@ -41,10 +41,10 @@ from logitcask.engine.prompts.graders import Grading
 from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
 from logitcask.engine.prompts.teacher_context import read_template, templated
 from logitcask.engine.rollout.plan import RolloutReport, rollout
-from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.ids_file import read_ids
 from logitcask.engine.score.plan import ScoreReport, score
-from logitcask.engine.score.unit import Scoring
+from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.inspect import choose, choose_teacher
@@ -74,11 +74,11 @@ def rolling(
     grading: Grading | None,
     *,
     versions: bool = False,
-) -> Rolling:
+) -> RolloutRequest:
     """Who samples what, with the student loaded; its sampler is to be closed."""
     sampler = backend(model, job.run)
     try:
-        return Rolling(
+        return RolloutRequest(
             # Only now: what is refused leaves no empty store behind.
             store=open_store(job.store.url, create=True),
             model=model,
@@ -112,7 +112,7 @@ def run_score(
         close_backend(asked.scorer)
 
 
-def scoring(job: ScoreConfig, store: Store, pin: Snapshot, cancel: CancelToken) -> Scoring:
+def scoring(job: ScoreConfig, store: Store, pin: Snapshot, cancel: CancelToken) -> ScoreRequest:
     """Who scores what, with the teacher loaded; its scorer is to be closed."""
     template = rendered(pin, job.store.rollouts)
     student = pin.rollouts(job.store.rollouts)[0].lineage["student"]
@@ -129,7 +129,7 @@ def scoring(job: ScoreConfig, store: Store, pin: Snapshot, cancel: CancelToken) 
         model = teacher.model
         request, notes = teacher.asked(job.score, job.run.seed)
         ids = job.score.ids_file()
-        return Scoring(
+        return ScoreRequest(
             store=store,
             model=model,
             scorer=teacher.scorer,

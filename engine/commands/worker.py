@@ -19,7 +19,7 @@ from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
 from logitcask.engine.models import identity
 from logitcask.engine.rollout.plan import plan_rollouts
-from logitcask.engine.rollout.unit import Rolling, Unit, run_rollout_unit
+from logitcask.engine.rollout.unit import RolloutRequest, Unit, run_rollout_unit
 from logitcask.engine.score.plan import plan_scores
 from logitcask.engine.score.unit import ScoreUnit, score_unit
 from logitcask.engine.store import Snapshot, Store, holds_store, open_store
@@ -125,7 +125,7 @@ class _Students:
             job.student, job.prompts, job.rollout
         )
         self._grading = grading_of(job.rollout, self._model, self._prompts)
-        self._asked: Rolling | None = self._load(self._model)
+        self._asked: RolloutRequest | None = self._load(self._model)
         self.store = self._asked.store
         self._odd = ""
         """What was wrong with the folder at the last look: it may be in the middle of a save."""
@@ -136,7 +136,7 @@ class _Students:
             close_backend(self._asked.sampler)
         self._asked = None
 
-    def now(self) -> Rolling:
+    def now(self) -> RolloutRequest:
         assert self._asked is not None, "a plan has units of a loaded student"
         return self._asked
 
@@ -157,7 +157,7 @@ class _Students:
     def _missing(self, pin: Snapshot) -> dict[str, Unit]:
         return {} if self._asked is None else plan_rollouts(self._asked, pin)
 
-    def _load(self, model: ModelRef) -> Rolling:
+    def _load(self, model: ModelRef) -> RolloutRequest:
         return rolling(
             self._job, model, self._prompts, self._template, self._grading, versions=True
         )
@@ -184,7 +184,7 @@ class _Students:
         self._on_event(f"student version {found.version} of {found.name}")
         return True
 
-    def _loaded_whole(self, found: ModelRef) -> Rolling | None:
+    def _loaded_whole(self, found: ModelRef) -> RolloutRequest | None:
         """That version, loaded; None where the folder was saved again meanwhile."""
         asked = self._load(found)
         whole = False

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from logitcask.engine.config.section import NAME, Name, Positive, Section, Share
-from logitcask.engine.types import ScoreRequest
+from logitcask.engine.types import ScoreParams
 
 GIVEN = "ids:"
 """What stands before the name of a file of ids that a teacher is asked at."""
@@ -171,13 +171,13 @@ class Score(Section):
             raise ValueError(f"must be k_min = {info.data['k_min']} or more")
         return k_max
 
-    def request(self, seed: int = 0) -> ScoreRequest:
+    def request(self, seed: int = 0) -> ScoreParams:
         """seed: of ids that are drawn."""
         if self.entry_kind == "sampled":
-            return ScoreRequest(entry_kind="sampled", draws=self.draws, seed=seed, at_student=False)
+            return ScoreParams(entry_kind="sampled", draws=self.draws, seed=seed, at_student=False)
         if self.entry_kind == "topk":
-            return ScoreRequest(entry_kind="topk", top_p=1.0, k_min=self.k_max, k_max=self.k_max)
-        return ScoreRequest(top_p=self.top_p, k_min=self.k_min, k_max=self.k_max)
+            return ScoreParams(entry_kind="topk", top_p=1.0, k_min=self.k_max, k_max=self.k_max)
+        return ScoreParams(top_p=self.top_p, k_min=self.k_min, k_max=self.k_max)
 
     def asked_at(self) -> str | None:
         """`at` of the scoring stage, where it is a name."""

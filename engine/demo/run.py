@@ -45,7 +45,7 @@ from logitcask.engine.store import open_store
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.inspect import bytes_per_position
-from logitcask.engine.types import Array, Progress, ScoreRequest, silent
+from logitcask.engine.types import Array, Progress, ScoreParams, silent
 
 Top = tuple[Array, Array]
 """([P, K] ids, [P, K] log-probs), best first."""
@@ -249,7 +249,7 @@ class Demo:
         store = open_store(self.out / "store")
         pin = store.head()
         scored = pin.scores(TEACHER)
-        own_top = ScoreRequest(top_p=1.0, k_min=K, k_max=K, at_student=False)
+        own_top = ScoreParams(top_p=1.0, k_min=K, k_max=K, at_student=False)
         before, after, teacher = [], [], []
         for segment in pin.rollouts(HELDOUT):
             rollouts = store.read_rollouts(segment)

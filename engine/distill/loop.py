@@ -40,7 +40,7 @@ from logitcask.engine.store import Store, open_store
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
 from logitcask.engine.training.run_dir import check_same, read_run
-from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreRequest, silent
+from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreParams, silent
 
 
 def distill(
@@ -179,7 +179,7 @@ def _distill(
 
 
 def _verdict(
-    config: RunConfig, preset: Preset, model: ModelRef, request: ScoreRequest, bounds: bool
+    config: RunConfig, preset: Preset, model: ModelRef, request: ScoreParams, bounds: bool
 ) -> ExactnessReport:
     """What rounds serve of the objective; bounds: the teacher's entropy is an interval."""
     return check_exactness(

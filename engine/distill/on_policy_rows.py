@@ -20,11 +20,11 @@ from logitcask.engine.packing.plan import Lengths, Plan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.prompts.graders import Grading
 from logitcask.engine.rollout.plan import rollout
-from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
-from logitcask.engine.score.unit import Scoring
+from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Segment, Store
-from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreRequest, silent
+from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreParams, silent
 
 
 class OnPolicyRows:
@@ -39,7 +39,7 @@ class OnPolicyRows:
         prompts: list[Prompt],
         template: bool,
         teacher: LoadedTeacher,
-        request: ScoreRequest,
+        request: ScoreParams,
         width: int,
         run: Mapping[str, Any],
         grading: Grading | None = None,
@@ -79,7 +79,7 @@ class OnPolicyRows:
         number = step // updates
         units = self._roll(live, number)
         scored = score(
-            Scoring(
+            ScoreRequest(
                 store=self._store,
                 model=self._teacher.model,
                 scorer=self._teacher.scorer,
@@ -127,7 +127,7 @@ class OnPolicyRows:
         """The units of the round."""
         config, count = self._config, self._config.loop.prompts_per_round
         return rollout(
-            Rolling(
+            RolloutRequest(
                 store=self._store,
                 model=live,
                 sampler=self._sampler,

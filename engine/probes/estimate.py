@@ -35,13 +35,13 @@ from logitcask.engine.types import (
     Prompt,
     Rollouts,
     SamplingParams,
-    ScoreRequest,
+    ScoreParams,
     Scores,
     silent,
 )
 
 TOP_P = (0.99, 0.999, 0.9999)
-USUAL = ScoreRequest().k_max
+USUAL = ScoreParams().k_max
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +100,7 @@ def estimate(
         student, prompts, sampling, sample, student_k, mc_draws, grading, seed
     )
     progress("estimate", 1, 3)
-    usual = ScoreRequest(
+    usual = ScoreParams(
         k_min=min(k_min, k_max, USUAL),
         k_max=min(k_max, USUAL),
         at_student="at_ids" in teacher.capabilities,
@@ -169,7 +169,7 @@ def _roll(
         raise IncompleteError(
             "no response of the sample has a token", hint="give other prompts or another student"
         )
-    own = ScoreRequest(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
+    own = ScoreParams(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
     own_draws = draw(student, rolled, mc_request(mc_draws, seed)) if mc_draws else None
     rolled = replace(rolled, student=student.score(rolled, own), draws=own_draws)
     if grading is not None:

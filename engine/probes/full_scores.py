@@ -14,7 +14,7 @@ import numpy as np
 
 from logitcask.engine.backends.scoring import Sheet, row_logits
 from logitcask.engine.store.format import ragged
-from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 
 WHOLE = "the whole vocabulary"
 
@@ -95,12 +95,12 @@ def look(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
         return _by_logits(teacher, student, rolled, k_max)
     own = _own(rolled)
     # Ids of a padded head may take places of its best.
-    asked = ScoreRequest(
+    asked = ScoreParams(
         top_p=1.0, k_min=1, k_max=k_max, at_student="at_ids" in teacher.capabilities
     )
     scores = teacher.score(rolled, asked)
     at = IdLists(cnt=scores.cnt, ids=scores.ids)
-    one = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=1, k_max=1, at_student=False)
+    one = ScoreParams(entry_kind="topk", top_p=1.0, k_min=1, k_max=1, at_student=False)
     at_lp = student.score(rolled, one, at).at_lp
     rows = _wide(scores, own, ragged.matrix(at_lp, scores.cnt, -np.inf)[0].astype(np.float64))
     everything = np.isfinite(rows.log_q)
@@ -117,7 +117,7 @@ def look(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
 def _by_logits(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
     own = _own(rolled)
     width = min(k_max, teacher.n_vocab)
-    asked = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=width, k_max=width)
+    asked = ScoreParams(entry_kind="topk", top_p=1.0, k_min=width, k_max=width)
     sheet = Sheet(rolled, asked, IdLists(cnt=own.cnt, ids=own.ids))
     log_p = np.empty((rolled.positions, width))
     forward, reverse = np.empty((2, rolled.positions))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcask.engine.errors import IdentityError
-from logitcask.engine.rollout.unit import Rolling, Unit, run_rollout_unit
+from logitcask.engine.rollout.unit import RolloutRequest, Unit, run_rollout_unit
 from logitcask.engine.store import Segment, Snapshot
 from logitcask.engine.types import (
     STOP,
@@ -38,7 +38,7 @@ class RolloutReport:
     """Of a sequence; None where no grader is named or no unit was new."""
 
 
-def rollout(asked: Rolling, *, progress: Progress = silent) -> RolloutReport:
+def rollout(asked: RolloutRequest, *, progress: Progress = silent) -> RolloutReport:
     """Samples every planned unit that the store does not hold yet, and commits it.
 
     Raises IdentityError where the name holds other prompts, sampling, students or units,
@@ -70,7 +70,7 @@ def rollout(asked: Rolling, *, progress: Progress = silent) -> RolloutReport:
     )
 
 
-def plan_rollouts(asked: Rolling, pin: Snapshot) -> dict[str, Unit]:
+def plan_rollouts(asked: RolloutRequest, pin: Snapshot) -> dict[str, Unit]:
     """unit_key -> what is missing as of a pin, in order. Raises IdentityError as `rollout` does."""
     ours = asked.lineage["set"]
     _check_name(pin, asked.name, asked.model, ours, asked.units, asked.versions)

@@ -18,7 +18,7 @@ from logitcask.engine.types import (
     Prompt,
     Rollouts,
     SamplingParams,
-    ScoreRequest,
+    ScoreParams,
     silent,
 )
 
@@ -31,7 +31,7 @@ Unit = Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rolling:
+class RolloutRequest:
     """Who samples what, and what is kept of it.
 
     Raises ConfigError for a range that does not lie within the prompts, and for a scorer that
@@ -163,7 +163,7 @@ class Rolling:
         return "" if self.grading is None else self.grading.name
 
 
-def run_rollout_unit(asked: Rolling, key: str, unit: Unit) -> Rollouts:
+def run_rollout_unit(asked: RolloutRequest, key: str, unit: Unit) -> Rollouts:
     """Samples one unit, lets the student score it, commits it under its key, and returns it."""
     sampler, scorer, seed, k = asked.sampler, asked.student, asked.seed, asked.student_k
     part = asked.prompts[unit["first"] : unit["first"] + unit["count"]]
@@ -173,7 +173,7 @@ def run_rollout_unit(asked: Rolling, key: str, unit: Unit) -> Rollouts:
     if asked.grading is not None:
         # Before the student's own scores: what a grader refuses costs no more than sampling.
         rolled = replace(rolled, reward=asked.grading.rewards(rolled).astype("float32"))
-    own = ScoreRequest(top_p=1.0, k_min=k, k_max=k, at_student=False)
+    own = ScoreParams(top_p=1.0, k_min=k, k_max=k, at_student=False)
     request = mc_request(asked.mc_draws, seed)
     drawn = draw(scorer, rolled, request) if asked.mc_draws else None
     rolled = replace(rolled, student=scorer.score(rolled, own), draws=drawn)
@@ -221,14 +221,14 @@ def prompt_set_digest(
     )
 
 
-def mc_request(draws: int, seed: int) -> ScoreRequest:
+def mc_request(draws: int, seed: int) -> ScoreParams:
     """What draws Monte Carlo ids of a student."""
     # Not the numbers that a teacher of the same seed draws by: two draws are to be independent.
     own_seed = int.from_bytes(hashlib.sha256(b"mc/%d" % seed).digest()[:7])
-    return ScoreRequest(entry_kind="sampled", draws=draws, seed=own_seed, at_student=False)
+    return ScoreParams(entry_kind="sampled", draws=draws, seed=own_seed, at_student=False)
 
 
-def draw(scorer: Scorer, rollouts: Rollouts, request: ScoreRequest) -> Draws:
+def draw(scorer: Scorer, rollouts: Rollouts, request: ScoreParams) -> Draws:
     """Ids of every row, drawn by the student itself as `mc_request` says."""
     found = scorer.score(rollouts, request)
     assert found.mult is not None, "who draws counts"

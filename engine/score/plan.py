@@ -14,14 +14,14 @@ from typing import Any
 
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.score.ids_file import IdsFile
-from logitcask.engine.score.unit import ScoreUnit, Scoring, score_unit, unit_key
+from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, score_unit, unit_key
 from logitcask.engine.store import Chain, Segment, Snapshot
 from logitcask.engine.store.format.schema import MC
 from logitcask.engine.teachers.checks import check_identity, other_dtypes
 from logitcask.engine.types import (
     MC_IDS,
     Progress,
-    ScoreRequest,
+    ScoreParams,
     silent,
 )
 
@@ -50,7 +50,7 @@ class ScorePlan:
     """What a person should know and nothing was refused for."""
 
 
-def score(asked: Scoring, *, progress: Progress = silent) -> ScoreReport:
+def score(asked: ScoreRequest, *, progress: Progress = silent) -> ScoreReport:
     """Scores every rollout segment of the name that this teacher has not scored as asked.
 
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
@@ -75,7 +75,7 @@ def score(asked: Scoring, *, progress: Progress = silent) -> ScoreReport:
     )
 
 
-def plan_scores(asked: Scoring, pin: Snapshot, *, growing: bool = False) -> ScorePlan:
+def plan_scores(asked: ScoreRequest, pin: Snapshot, *, growing: bool = False) -> ScorePlan:
     """What is to be scored as of a pin, checked; raises as `score` does.
 
     growing: rollouts without scores of `at` are left for a later plan, and not refused.
@@ -142,13 +142,13 @@ def plan_scores(asked: Scoring, pin: Snapshot, *, growing: bool = False) -> Scor
     return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
 
 
-def _serves(chain: Chain | None, request: ScoreRequest) -> bool:
+def _serves(chain: Chain | None, request: ScoreParams) -> bool:
     """Whether one of these segments was asked for as much: what is read can be cut shorter."""
-    asked = [ScoreRequest(**each.lineage["request"]) for each in chain or ()]
+    asked = [ScoreParams(**each.lineage["request"]) for each in chain or ()]
     if any(each.entry_kind == "sampled" for each in (request, *asked)):
         return False
 
-    def at_least(each: ScoreRequest) -> bool:
+    def at_least(each: ScoreParams) -> bool:
         ours, theirs = (
             (1.0 if r.entry_kind == "topk" else r.top_p, r.k_min, r.k_max) for r in (request, each)
         )

@@ -23,7 +23,7 @@ from logitcask.engine.types import (
     ModelRef,
     Prompt,
     Rollouts,
-    ScoreRequest,
+    ScoreParams,
     Scores,
 )
 
@@ -33,7 +33,7 @@ LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scoring:
+class ScoreRequest:
     """Who scores what, and what is asked.
 
     Raises ConfigError for a scorer that lacks a capability, or a request that no row could meet.
@@ -46,7 +46,7 @@ class Scoring:
     teacher_name: str
     """Of its scores in the store."""
     rollouts_name: str = "main"
-    request: ScoreRequest = field(default_factory=ScoreRequest)
+    request: ScoreParams = field(default_factory=ScoreParams)
     role: Literal["teacher", "base", "context"] = "teacher"
     """What the scores are for; base = of the model that the teacher was made from (ExOPD), context
     = of a teacher that is shown other prompts."""
@@ -102,7 +102,7 @@ class ScoreUnit:
     """Scores of another model whose ids it is asked at."""
 
 
-def score_unit(asked: Scoring, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]) -> int:
+def score_unit(asked: ScoreRequest, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]) -> int:
     """Scores one unit and commits it under its key; its positions."""
     store, request, segment = asked.store, asked.request, unit.segment
     rollouts = store.read_rollouts(segment)
@@ -152,7 +152,7 @@ def score_unit(asked: Scoring, key: str, unit: ScoreUnit, lineage: Mapping[str, 
 def unit_key(
     segment: Segment,
     model: ModelRef,
-    request: ScoreRequest,
+    request: ScoreParams,
     lineage: Mapping[str, Any],
     at: Sequence[str] = (),
 ) -> str:
@@ -169,7 +169,9 @@ def unit_key(
     )
 
 
-def _begun(asked: Scoring, shown: Rollouts, extra: IdLists, **told: Any) -> tuple[Scores, IdLists]:
+def _begun(
+    asked: ScoreRequest, shown: Rollouts, extra: IdLists, **told: Any
+) -> tuple[Scores, IdLists]:
     """One scoring at the student's list and `extra`; the first segment is committed as `told`.
 
     -> the scores and where they were asked, to widen that segment by.
@@ -185,7 +187,7 @@ def _begun(asked: Scoring, shown: Rollouts, extra: IdLists, **told: Any) -> tupl
 
 
 def _timed(
-    asked: Scoring, shown: Rollouts, at: IdLists | None, new: IdLists | None = None
+    asked: ScoreRequest, shown: Rollouts, at: IdLists | None, new: IdLists | None = None
 ) -> tuple[Scores, float]:
     """Scores, and the seconds that they took. new: what of `at` was not known before; None: all."""
     scorer, request, shared = asked.scorer, asked.request, asked.shared

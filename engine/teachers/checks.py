@@ -9,7 +9,7 @@ from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.store import Segment, Snapshot
 from logitcask.engine.teachers.token_maps import SharedVocabulary
-from logitcask.engine.types import STOP, ModelRef, Rollouts, ScoreRequest
+from logitcask.engine.types import STOP, ModelRef, Rollouts, ScoreParams
 
 
 def check_identity(
@@ -77,7 +77,7 @@ def other_dtypes(
     ]
 
 
-def check_scorer(scorer: Scorer, request: ScoreRequest, *, chosen: bool = False) -> None:
+def check_scorer(scorer: Scorer, request: ScoreParams, *, chosen: bool = False) -> None:
     """ConfigError for a request that no row could meet, or that the scorer cannot.
 
     chosen: it is asked at ids beside the student's list too.

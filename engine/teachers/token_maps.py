@@ -16,7 +16,7 @@ from logitcask.engine.errors import IdentityError, UnitError
 from logitcask.engine.models.fingerprint import LIKELY
 from logitcask.engine.models.identity import resolve_model, tokenizer_digest
 from logitcask.engine.prompts.prompts import load_tokenizer
-from logitcask.engine.types import Array, IdLists, ModelRef, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import Array, IdLists, ModelRef, Rollouts, ScoreParams, Scores
 
 SHOWN = 6
 """Ids that a line names."""
@@ -65,7 +65,7 @@ class SharedVocabulary:
     def check_asked(
         self,
         rollouts: Rollouts,
-        request: ScoreRequest,
+        request: ScoreParams,
         at: IdLists | None,
         name: str,
         *,
@@ -82,7 +82,7 @@ class SharedVocabulary:
         elif request.at_student and rollouts.student is not None:
             self.check(rollouts.student.ids, "the student's best ids", name)
 
-    def check_answered(self, scores: Scores, request: ScoreRequest, name: str) -> None:
+    def check_answered(self, scores: Scores, request: ScoreParams, name: str) -> None:
         """UnitError where the teacher draws one of the ids, or holds it for likely."""
         told = scores.entry_lp > np.log(LIKELY)
         if request.entry_kind == "sampled":

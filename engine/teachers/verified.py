@@ -17,7 +17,7 @@ from logitcask.engine.backends.logprob_diff import (
 )
 from logitcask.engine.errors import IdentityError, ServerError
 from logitcask.engine.models.fingerprint import ModelFingerprint, distance
-from logitcask.engine.types import IdLists, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import IdLists, Rollouts, ScoreParams, Scores
 
 CONTROL_SEQUENCES = 8
 CONTROL_K = 16
@@ -56,7 +56,7 @@ class VerifiedTeacher:
         for name, other in others:
             self._check(behaviour(other, n_vocab), f"{name} is not the teacher that {first} is")
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
         """Raises IdentityError, in place of scores, from a teacher that has changed, or one so
         unsteady on the first of these that it could not be told from another.
         """

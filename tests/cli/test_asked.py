@@ -11,7 +11,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.store import open_store
-from logitcask.engine.types import ScoreRequest
+from logitcask.engine.types import ScoreParams
 from tests.cli.conftest import KEPT, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.tiny import make_model, save_folder
 
@@ -111,7 +111,7 @@ def test_a_context_by_a_template(world: World, call: Any) -> None:
         rollouts = opened.read_rollouts(each)
         ids = load_tokenizer(world.at("@teacher"))("Hint. ", add_special_tokens=False)["input_ids"]
         prompts = tuple(replace(p, token_ids=(*ids, *p.token_ids)) for p in rollouts.prompts)
-        exact = scorer.score(replace(rollouts, prompts=prompts), ScoreRequest())
+        exact = scorer.score(replace(rollouts, prompts=prompts), ScoreParams())
         found = opened.read_scores(opened.head().scores("hinted")[each.seg_id], base=rollouts)
         np.testing.assert_allclose(found.lp, exact.lp, atol=1e-5)
     # The template would be about other prompts.
@@ -145,7 +145,7 @@ def test_ids_of_a_file_are_scored(world: World, call: Any, first: bool) -> None:
     for new in (UNITS, 0):
         assert call(f"{SCORE} {store} --at ids:{file} --format json").json["units_new"] == new
     assert call(f"store verify {store} --deep").code == 0
-    everything = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=99, k_max=99)
+    everything = ScoreParams(entry_kind="topk", top_p=1.0, k_min=99, k_max=99)
     scorer = HF(world.at("@teacher"), n_vocab=99, stop_ids=(1,))
     chains = opened.head().scores("big")
     for each, rows in zip(rollouts, wanted, strict=True):

@@ -7,9 +7,9 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.score.plan import score
-from logitcask.engine.score.unit import Scoring
+from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
-from logitcask.engine.types import ScoreRequest
+from logitcask.engine.types import ScoreParams
 from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.score.scored import ref
 from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
@@ -195,12 +195,12 @@ def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> N
     opened = open_store(world.at(store))
     teacher = ref(world.at("@teacher"))
     score(
-        Scoring(
+        ScoreRequest(
             store=opened,
             model=teacher,
             scorer=Told(HF(teacher), at_ids=False),
             teacher_name="big",
-            request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+            request=ScoreParams(entry_kind="topk", k_min=4, k_max=4, at_student=False),
         )
     )
     rows = call(f"store show {store} --format json").json["rows"]

@@ -12,12 +12,12 @@ import numpy as np
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.vllm.backend import VLLM
 from logitcask.engine.models.identity import model_ref
-from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreParams, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
-OWN = ScoreRequest(top_p=1.0, k_min=7, k_max=7, at_student=False)
-TOP = ScoreRequest(top_p=0.9, k_min=3, k_max=12, at_student=False)
-ASK = ScoreRequest(top_p=0.9, k_min=3, k_max=12)
+OWN = ScoreParams(top_p=1.0, k_min=7, k_max=7, at_student=False)
+TOP = ScoreParams(top_p=0.9, k_min=3, k_max=12, at_student=False)
+ASK = ScoreParams(top_p=0.9, k_min=3, k_max=12)
 PROMPTS = [
     Prompt(id=str(i), token_ids=tuple(range(3, 3 + length))) for i, length in enumerate((1, 30, 8))
 ]

@@ -15,7 +15,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.returned import RESOLVED
 from logitcask.engine.backends.vllm.backend import VLLM
 from logitcask.engine.errors import AnswerError, ConfigError, IdentityError, ModelError
-from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreParams, Scores
 from tests.engine.tiny import N_VOCAB, make_model, save_folder
 from tests.vllm.scored import ASK, TOP, rolled, teacher
 from tests.vllm.shim import with_shim
@@ -63,7 +63,7 @@ def test_its_own_top_is_that_of_hf(
 
 
 def test_all_ids_leave_nothing_open(vllm: VLLM, hf: HF, rollouts: Rollouts) -> None:
-    all_ids = ScoreRequest(top_p=1.0, k_min=N_VOCAB, k_max=N_VOCAB, at_student=False)
+    all_ids = ScoreParams(top_p=1.0, k_min=N_VOCAB, k_max=N_VOCAB, at_student=False)
     told, true = vllm.score(rollouts, all_ids), hf.score(rollouts, all_ids)
     np.testing.assert_allclose(told.entropy, true.entropy, **CLOSE)
     np.testing.assert_allclose(told.entropy_hi, true.entropy, **CLOSE)
@@ -74,7 +74,7 @@ def test_the_older_runner_is_not_asked_at_ids(vllm: VLLM, rollouts: Rollouts) ->
     assert vllm.capabilities == {"top", "entropy", "tail", "bounds"}
     with pytest.raises(ConfigError, match=r"V1 runner gives no at_ids"):
         vllm.score(rollouts, ASK)
-    drawn = ScoreRequest(entry_kind="sampled", draws=4, at_student=False)
+    drawn = ScoreParams(entry_kind="sampled", draws=4, at_student=False)
     with pytest.raises(ConfigError, match="no drawn"):
         vllm.score(rollouts, drawn)
 
@@ -98,10 +98,10 @@ def test_the_newer_runner_answers_at_ids(
 
 
 @pytest.mark.parametrize(
-    "request_", [TOP, ASK, ScoreRequest(entry_kind="sampled", draws=5, seed=3, at_student=False)]
+    "request_", [TOP, ASK, ScoreParams(entry_kind="sampled", draws=5, seed=3, at_student=False)]
 )
 def test_exact_scores_are_those_of_hf(
-    exact: VLLM, hf: HF, rollouts: Rollouts, request_: ScoreRequest
+    exact: VLLM, hf: HF, rollouts: Rollouts, request_: ScoreParams
 ) -> None:
     assert exact.capabilities == hf.capabilities - {"logits"}
     same(exact.score(rollouts, request_), hf.score(rollouts, request_))

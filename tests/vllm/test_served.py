@@ -18,16 +18,16 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Limits, Server
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.rollout.plan import rollout
-from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
-from logitcask.engine.score.unit import Scoring
+from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
 from logitcask.engine.teachers.server_check import ServerCheck, examine
-from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreRequest
+from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
 from tests.engine.tiny import make_model, save_folder
 from tests.vllm.real_server import RealServer
 
-OWN = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=6, k_max=6, at_student=False)
+OWN = ScoreParams(entry_kind="topk", top_p=1.0, k_min=6, k_max=6, at_student=False)
 PROMPTS = [Prompt(id=str(i), token_ids=tuple(range(3, 3 + n))) for i, n in enumerate((1, 12, 5))]
 OTHER = os.environ.get("LOGITCASK", str(Path(sys.executable).with_name("logitcask")))
 """The command in the environment without vLLM, which `make test-vllm` names."""
@@ -47,7 +47,7 @@ def test_scores_of_a_real_server_are_those_of_the_model(server: Server, hf: HF, 
     assert "at_ids" in server.capabilities
     rolled = hf.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=8), seed=0, version=0)
     rolled = replace(rolled, student=hf.score(rolled, OWN))
-    asked = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=k, k_max=k)
+    asked = ScoreParams(entry_kind="topk", top_p=1.0, k_min=k, k_max=k)
     found, exact = server.score(rolled, asked), hf.score(rolled, asked)
     np.testing.assert_allclose(found.lp, exact.lp, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(found.at_lp, exact.at_lp, atol=1e-5, rtol=1e-5)
@@ -114,7 +114,7 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     prompts = [Prompt(id=str(i), token_ids=tuple(range(3, 9 + i))) for i in range(UNITS)]
     sampling = SamplingParams(n=4, max_new_tokens=32)
     made = {"prompts": prompts, "sampling": sampling, "student_k": 4, "unit_prompts": 1}
-    rollout(Rolling(store=store, model=student, sampler=HF(student), **made))
+    rollout(RolloutRequest(store=store, model=student, sampler=HF(student), **made))
 
     words = f"score --model {real_server.url} --tokenizer {ref.path} --store {store.url}"
     asked = "--teacher served --entry-kind topk --k-min 12 --k-max 12 --profile raw32 --format json"
@@ -141,9 +141,9 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     assert command.returncode == 0, err
     assert json.loads(out)["units_new"] == UNITS
 
-    request = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=12, k_max=12)
+    request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=12, k_max=12)
     near = {"model": ref, "scorer": hf, "teacher_name": "near", "profile": "raw32"}
-    score(Scoring(store=store, request=request, **near))
+    score(ScoreRequest(store=store, request=request, **near))
     pin = store.head()
     assert len(pin.segments) == pin.number + 1 == 3 * UNITS
     for segment in pin.rollouts("main"):

@@ -9,7 +9,7 @@ from logitcask.engine.backends.server.client import Refused, ServerClient
 from logitcask.engine.backends.server.pool import ServerPool
 from logitcask.engine.backends.server.protocol import RequestBody
 from logitcask.engine.errors import ConfigError, LogitcaskError
-from logitcask.engine.types import IdLists, Rollouts, ScoreRequest
+from logitcask.engine.types import IdLists, Rollouts, ScoreParams
 
 
 def sheet_of(
@@ -17,7 +17,7 @@ def sheet_of(
     url: str,
     n_vocab: int,
     rollouts: Rollouts,
-    request: ScoreRequest,
+    request: ScoreParams,
     at: IdLists | None,
 ) -> ResponseAssembler:
     """What is to be filled. Raises as `asked_ids`, and ConfigError where more is asked than the

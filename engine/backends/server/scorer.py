@@ -24,7 +24,7 @@ from logitcask.engine.backends.server.pool import ServerPool
 from logitcask.engine.backends.server.requests import fill, sheet_of
 from logitcask.engine.errors import AnswerError, ConfigError, ServerError
 from logitcask.engine.events import Cancelled, CancelToken
-from logitcask.engine.types import IdLists, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import IdLists, Rollouts, ScoreParams, Scores
 
 KEY = "LOGITCASK_API_KEY"
 STOP_S = 0.2
@@ -149,7 +149,7 @@ class Server:
                 hint="Look at the server's log, and run the same command again.",
             ) from fault
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
         """Raises as `asked_ids`, ConfigError where more is asked than the servers can answer,
         ServerError and AnswerError as `ServerPool.ask`.
         """
@@ -169,7 +169,7 @@ class Server:
         return self._run(self._taken())
 
     def _scored(
-        self, fleet: ServerPool, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None
+        self, fleet: ServerPool, rollouts: Rollouts, request: ScoreParams, at: IdLists | None
     ) -> Scores:
         url = fleet.links[0].url
         sheet = sheet_of(self.facts, url, self.n_vocab, rollouts, request, at)
@@ -291,7 +291,7 @@ class Replica:
     def capabilities(self) -> frozenset[str]:
         return self._server.capabilities
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
         """Raises as `Server.score`. One of several is waited for limits.alone_s and no longer."""
         return self._server._scored(self.fleet, rollouts, request, at)
 

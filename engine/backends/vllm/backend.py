@@ -40,7 +40,7 @@ from logitcask.engine.types import (
     Prompt,
     Rollouts,
     SamplingParams,
-    ScoreRequest,
+    ScoreParams,
     Scores,
     silent,
 )
@@ -194,7 +194,7 @@ class VLLM:
             wrong(f"a sampled id of {max(ids)} and log-probs from {min(lp)} to {max(lp)}")
         return Response(ids, [min(x, 0.0) for x in lp], stopped)
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
         """As hf scores, with exact=True; else with bounds. Raises what `asked_ids` does,
         ConfigError for what this engine cannot be asked, AnswerError for what it cannot mean."""
         context = context_length(self.path)
@@ -212,7 +212,7 @@ class VLLM:
             )
         return self._told(rollouts, request, at)
 
-    def _told(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None) -> Scores:
+    def _told(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None) -> Scores:
         # vLLM scores no sequence without making one token more.
         engine = self.engine("score")
         asked_ids(rollouts, request, at, n_vocab=self.n_vocab, context=engine.context - 1)

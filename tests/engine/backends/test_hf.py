@@ -25,11 +25,11 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.scoring import budget_batches, score_rows
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
 from logitcask.engine.models.identity import model_ref
-from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreParams, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, make_tokenizer, save_folder
 
-OWN = ScoreRequest(top_p=1.0, k_min=7, k_max=7, at_student=False)
-ASK = ScoreRequest(top_p=0.9, k_min=3, k_max=12)
+OWN = ScoreParams(top_p=1.0, k_min=7, k_max=7, at_student=False)
+ASK = ScoreParams(top_p=0.9, k_min=3, k_max=12)
 PROMPTS = [
     Prompt(id=str(i), token_ids=tuple(range(3, 3 + length))) for i, length in enumerate((1, 30, 8))
 ]
@@ -70,7 +70,7 @@ def student_lists(rolled: Rollouts) -> list[list[int]]:
     return [x.tolist() for x in np.split(rolled.student.ids, np.cumsum(rolled.student.cnt)[:-1])]
 
 
-def check_scores(scores: Scores, log_p: Tensor, rolled: Rollouts, request: ScoreRequest) -> None:
+def check_scores(scores: Scores, log_p: Tensor, rolled: Rollouts, request: ScoreParams) -> None:
     rows = torch.arange(len(log_p))
     token = torch.from_numpy(rolled.tokens.astype(np.int64))
     close = {"atol": 2e-5, "rtol": 1e-5}
@@ -139,7 +139,7 @@ def test_ties_go_to_the_lower_id_and_the_tail_is_exact() -> None:
     """Uniform over 8 with one id at twice the mass: log-probs ln(2/9) and ln(1/9)."""
     logits = torch.zeros(1, 8)
     logits[0, 5] = np.log(2)
-    request = ScoreRequest(top_p=0.5, k_min=1, k_max=6)
+    request = ScoreParams(top_p=0.5, k_min=1, k_max=6)
     at_row, at_ids = torch.tensor([0, 0]), torch.tensor([7, 5])
     found = score_rows(logits, torch.tensor([2]), at_row, at_ids, request)
     assert found.cnt.tolist() == [4]  # 2/9 + 1/9 + 1/9 = 4/9 < 1/2
@@ -153,13 +153,13 @@ def test_a_tail_far_below_float32s_one_minus_sum_is_exact() -> None:
     logits = torch.tensor([[0.0, -50.0, -60.0]])
     none = torch.zeros(0, dtype=torch.int64)
     found = score_rows(
-        logits, torch.tensor([0]), none, none, ScoreRequest(top_p=0.9, k_min=1, k_max=1)
+        logits, torch.tensor([0]), none, none, ScoreParams(top_p=0.9, k_min=1, k_max=1)
     )
     assert found.log_tail.item() == pytest.approx(-50.0 + np.log1p(np.exp(-10.0)), abs=1e-5)
 
 
 def test_nothing_outside_is_minus_infinity(teacher: HF, rolled: Rollouts) -> None:
-    whole = ScoreRequest(top_p=1.0, k_min=1, k_max=200)
+    whole = ScoreParams(top_p=1.0, k_min=1, k_max=200)
     scores = teacher.score(rolled, whole)
     assert (scores.cnt == N_VOCAB).all()
     assert np.isneginf(scores.log_tail).all()

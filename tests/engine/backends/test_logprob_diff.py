@@ -30,10 +30,10 @@ from logitcask.engine.models.fingerprint import (
     distance,
 )
 from logitcask.engine.models.identity import canonical
-from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreParams, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
-ASK = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
+ASK = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
 
 
 def load(folder: Path, model: Any = None, dtype: str = "float32") -> HF:
@@ -59,7 +59,7 @@ class Shaky:
     def __init__(self, inner: HF, by: float) -> None:
         self.inner, self.by = inner, by
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
         scores = self.inner.score(rollouts, request, at)
         off = np.float32(self.by if len(rollouts.finish) > 5 else 0.0)
         return replace(scores, lp=scores.lp - off, entry_lp=scores.entry_lp - off)

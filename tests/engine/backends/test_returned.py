@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from logitcask.engine.backends.returned import RESOLVED, Answer, ResponseAssembler, check_answer
 from logitcask.engine.errors import AnswerError
 from logitcask.engine.store.format import ragged
-from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 from tests.engine.training.returned_topk import answer_of
 
 ULP = 2.0**-24
@@ -27,7 +27,7 @@ class Made:
     """[P, V'] float64 over the head; ids from n_vocab on are padding."""
     rollouts: Rollouts
     at: IdLists | None
-    request: ScoreRequest
+    request: ScoreParams
     n_vocab: int
 
     def scores(self) -> Scores:
@@ -81,7 +81,7 @@ def laws(draw: st.DrawFn) -> Made:
         flat = np.concatenate([np.zeros(0, np.int64), *ids])
         at = IdLists(cnt=cnt.astype(np.uint16), ids=flat.astype(np.uint32))
     k = draw(st.integers(1, 220))
-    request = ScoreRequest(
+    request = ScoreParams(
         entry_kind=draw(st.sampled_from(["topp", "topk"])),
         top_p=draw(st.sampled_from([0.5, 0.9, 1.0])),
         k_min=draw(st.integers(1, k)),
@@ -101,7 +101,7 @@ def lists(cnt: Array, flat: Array) -> list[list[float]]:
     return [part.tolist() for part in np.split(flat, np.cumsum(cnt.astype(np.int64))[:-1])]
 
 
-def kept_of(row: Array, request: ScoreRequest, n_vocab: int) -> list[int]:
+def kept_of(row: Array, request: ScoreParams, n_vocab: int) -> list[int]:
     """What the row must keep, from the whole law: of the engine's k best those that are ids."""
     best = sorted(range(len(row)), key=lambda v: (-row[v], v))[: request.k_max]
     own = [v for v in best if v < n_vocab]
@@ -192,7 +192,7 @@ def of_row(probs: list[float], k: int, **request: int) -> Scores:
         log_p=log_p,
         rollouts=rollouts_of(np.zeros(1, np.int64), [1]),
         at=None,
-        request=ScoreRequest(entry_kind="topk", k_min=k, k_max=k, at_student=False, **request),
+        request=ScoreParams(entry_kind="topk", k_min=k, k_max=k, at_student=False, **request),
         n_vocab=len(probs),
     )
     return made.scores()
@@ -238,7 +238,7 @@ def test_a_padded_head_with_mass_of_its_own_is_refused() -> None:
             log_p=log_p,
             rollouts=rollouts_of(np.zeros(1, np.int64), [1]),
             at=None,
-            request=ScoreRequest(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+            request=ScoreParams(entry_kind="topk", k_min=4, k_max=4, at_student=False),
             n_vocab=3,
         )
 
@@ -257,7 +257,7 @@ def test_padding_among_the_best_leaves_enough_or_is_refused() -> None:
             log_p=log_p,
             rollouts=rollouts_of(np.zeros(1, np.int64), [1]),
             at=None,
-            request=ScoreRequest(k_min=k_min, k_max=4, at_student=False, top_p=1.0),
+            request=ScoreParams(k_min=k_min, k_max=4, at_student=False, top_p=1.0),
             n_vocab=3,
         )
 
@@ -272,7 +272,7 @@ def test_log_probs_of_no_law_are_refused(vocab: int) -> None:
     """Raw logits, say: all are lower by a constant."""
     logits = np.random.default_rng(0).normal(0, 3, (2, vocab))
     law = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    request = ScoreRequest(entry_kind="topk", k_min=20, k_max=20, at_student=False)
+    request = ScoreParams(entry_kind="topk", k_min=20, k_max=20, at_student=False)
     made = Made(
         log_p=law,
         rollouts=rollouts_of(np.array([3, 4]), [2]),
@@ -407,7 +407,7 @@ def test_an_impossible_id_is_impossible_in_both_places(ours: float) -> None:
 
 
 def test_a_sheet_takes_nothing_of_a_refused_answer() -> None:
-    request = ScoreRequest(entry_kind="topk", k_min=4, k_max=4)
+    request = ScoreParams(entry_kind="topk", k_min=4, k_max=4)
     sheet = ResponseAssembler(rollouts_of(TOKENS, [2]), request, ASKED, n_vocab=8)
     sheet.write(0, GOOD)
     before = sheet.scores()

@@ -16,7 +16,7 @@ from logitcask.engine.prompts.graders import Grading
 from logitcask.engine.rollout.plan import RolloutReport, rollout
 from logitcask.engine.rollout.unit import (
     UNIT_POSITIONS,
-    Rolling,
+    RolloutRequest,
     draw,
     mc_request,
     prompt_set_digest,
@@ -30,7 +30,7 @@ from logitcask.engine.types import (
     Prompt,
     Rollouts,
     SamplingParams,
-    ScoreRequest,
+    ScoreParams,
     Scores,
     silent,
 )
@@ -81,7 +81,7 @@ def run(
     store: Path, hf: HF, model: ModelRef, progress: Progress = silent, **keys: Any
 ) -> RolloutReport:
     told = {"sampler": hf, "unit_prompts": 2, "student_k": 5, "sampling": SAMPLING} | keys
-    asked = Rolling(
+    asked = RolloutRequest(
         store=open_store(store, create=True), model=model, **({"prompts": PROMPTS} | told)
     )
     return rollout(asked, progress=progress)
@@ -203,7 +203,7 @@ def test_draws_are_of_the_students_law_and_stored_with_its_log_probs(
     (segment,) = store.head().rollouts("main")
     found = store.read_rollouts(segment)
     vocab = model.n_vocab
-    every = ScoreRequest(entry_kind="topk", k_min=vocab, k_max=vocab, at_student=False)
+    every = ScoreParams(entry_kind="topk", k_min=vocab, k_max=vocab, at_student=False)
     law = hf.score(found, every)
     exact = np.zeros((found.positions, vocab))
     exact[np.repeat(np.arange(found.positions), law.cnt), law.ids] = law.entry_lp

@@ -8,9 +8,9 @@ import pytest
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.models import identity
 from logitcask.engine.rollout.plan import rollout
-from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import ScoreReport, score
-from logitcask.engine.score.unit import Scoring
+from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
 from logitcask.engine.types import (
     IdLists,
@@ -19,12 +19,12 @@ from logitcask.engine.types import (
     Prompt,
     Rollouts,
     SamplingParams,
-    ScoreRequest,
+    ScoreParams,
     Scores,
     silent,
 )
 
-REQUEST = ScoreRequest(top_p=0.9, k_min=4, k_max=10)
+REQUEST = ScoreParams(top_p=0.9, k_min=4, k_max=10)
 PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3, 5 + i))) for i in range(4)]
 
 
@@ -36,7 +36,7 @@ def ref(folder: Path, chat_template: bool = False) -> ModelRef:
 
 def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6, mc_draws: int = 0) -> Path:
     rollout(
-        Rolling(
+        RolloutRequest(
             store=open_store(path, create=True),
             model=student,
             sampler=HF(student),
@@ -54,7 +54,7 @@ def run(
     path: Path, model: ModelRef, scorer: Any, progress: Progress = silent, **keys: Any
 ) -> ScoreReport:
     keys = {"teacher_name": "big", "request": REQUEST} | keys
-    asked = Scoring(store=open_store(path), model=model, scorer=scorer, **keys)
+    asked = ScoreRequest(store=open_store(path), model=model, scorer=scorer, **keys)
     return score(asked, progress=progress)
 
 
@@ -63,7 +63,7 @@ class Dies:
         self.hf, self.at, self.begun = hf, at, 0
         self.capabilities, self.describe = hf.capabilities, hf.describe
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
         self.begun += 1
         if self.begun > self.at:
             raise KeyboardInterrupt

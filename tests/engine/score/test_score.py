@@ -14,7 +14,7 @@ from logitcask.engine.store import open_store
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.types import (
     ModelRef,
-    ScoreRequest,
+    ScoreParams,
 )
 from tests.engine.score.scored import REQUEST, Dies, ref, rolled, run
 from tests.engine.tiny import EOS, make_model, make_tokenizer, save_folder
@@ -100,7 +100,7 @@ def test_another_template_is_a_note_and_another_unit(
         unit_key(segment, chat, REQUEST, plain),
         unit_key(segment, ref(folders / "teacher"), REQUEST, plain),
         unit_key(segment, ref(folders / "student"), REQUEST, plain),
-        unit_key(segment, chat, ScoreRequest(), plain),
+        unit_key(segment, chat, ScoreParams(), plain),
         unit_key(segment, chat, REQUEST, base),
         unit_key(segment, chat, REQUEST, plain | {"context": "sha256:other"}),
     }
@@ -134,7 +134,7 @@ def test_a_name_stands_for_one_teacher(
         run(store, student, Dies(HF(student), 0))
     with pytest.raises(IdentityError, match="'big' stands for role"):
         run(store, teacher, Dies(scorer, 0), role="base")
-    drawn = ScoreRequest(entry_kind="sampled", draws=3, at_student=False)
+    drawn = ScoreParams(entry_kind="sampled", draws=3, at_student=False)
     with pytest.raises(IdentityError, match="'big' stands for a teacher's best ids, not drawn ids"):
         run(store, teacher, Dies(scorer, 0), request=drawn)
     with pytest.raises(IdentityError, match="already, under the name 'big'"):

@@ -23,7 +23,7 @@ from logitcask.engine.store.format.layouts import kept_lists, ranked
 from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.verify import verify
 from logitcask.engine.training.train import train
-from logitcask.engine.types import ModelRef, Prompt, ScoreRequest, Scores
+from logitcask.engine.types import ModelRef, Prompt, ScoreParams, Scores
 from tests.engine.score.scored import PROMPTS, REQUEST, Dies, ref, run
 from tests.engine.tiny import make_model, save_folder
 
@@ -87,7 +87,7 @@ def test_a_teacher_is_asked_at_a_later_students_ids(
     later = ref(save_folder(tmp_path / "later", make_model(seed=7)))
     with pytest.raises(IncompleteError, match="no scores of 'later'"):
         run(store, teacher, scorer, at="later")
-    own = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
+    own = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
     run(store, later, HF(later), teacher_name="later", request=own)
     run(store, teacher, scorer)
     assert run(store, teacher, scorer, at="later").units_new == 2
@@ -168,7 +168,7 @@ def test_ids_that_nobody_drew_are_told(store: Path, teacher: ModelRef, scorer: H
         run(store, teacher, Dies(scorer, 0), at="mc")
 
 
-ALL = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=99, k_max=99, at_student=False)
+ALL = ScoreParams(entry_kind="topk", top_p=1.0, k_min=99, k_max=99, at_student=False)
 
 
 def test_another_dtype_does_not_widen(store: Path, teacher: ModelRef, scorer: HF) -> None:
@@ -219,7 +219,7 @@ def test_base_models_and_contexts_are_scores_of_their_own(
         run(store, teacher, Dies(scorer, 0), teacher_name="third", context=hints)
 
 
-DRAWN = ScoreRequest(entry_kind="sampled", draws=400, at_student=False, seed=3)
+DRAWN = ScoreParams(entry_kind="sampled", draws=400, at_student=False, seed=3)
 
 
 def test_ids_are_drawn_from_the_teachers_law(store: Path, teacher: ModelRef, scorer: HF) -> None:
@@ -278,7 +278,7 @@ def test_requests_that_contradict_themselves(
     store: Path, teacher: ModelRef, scorer: HF, wrong: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigError, match="entry_kind = "):
-        run(store, teacher, Dies(scorer, 0), request=replace(ScoreRequest(), **wrong))
+        run(store, teacher, Dies(scorer, 0), request=replace(ScoreParams(), **wrong))
 
 
 def test_training_refuses_what_it_cannot_use(

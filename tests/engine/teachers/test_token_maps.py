@@ -17,17 +17,17 @@ from logitcask.engine.models.fingerprint import (
     LIKELY,
 )
 from logitcask.engine.rollout.plan import rollout
-from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.teachers.token_maps import (
     compare_maps,
     shared_vocabulary,
 )
-from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreRequest
+from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreParams
 from tests.engine.score.scored import ref, run
 from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
 
-ASK = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=2, k_max=2)
+ASK = ScoreParams(entry_kind="topk", top_p=1.0, k_min=2, k_max=2)
 MAPS = st.dictionaries(st.integers(0, 30), st.sampled_from("abc"), min_size=1)
 
 
@@ -41,7 +41,7 @@ def made(student: ModelRef, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One sequence of few rows, so that most ids do not occur."""
     path = tmp_path_factory.mktemp("stores") / "made"
     rollout(
-        Rolling(
+        RolloutRequest(
             store=open_store(path, create=True),
             model=student,
             sampler=HF(student),

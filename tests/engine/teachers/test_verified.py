@@ -23,10 +23,10 @@ from logitcask.engine.teachers.remote import (
     check_padding,
 )
 from logitcask.engine.teachers.verified import VerifiedTeacher
-from logitcask.engine.types import IdLists, Prompt, Rollouts, SamplingParams, ScoreRequest, Scores
+from logitcask.engine.types import IdLists, Prompt, Rollouts, SamplingParams, ScoreParams, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
-ASK = ScoreRequest(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
+ASK = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
 
 
 def hf(folder: Path, seed: int) -> HF:
@@ -57,7 +57,7 @@ class Servers:
         self.scorers = list(scorers)
         self.n_vocab = N_VOCAB
         self.busy: Sequence[int] = range(len(scorers))
-        self.requests: list[ScoreRequest] = []
+        self.requests: list[ScoreParams] = []
         self.rows = 0
 
     def members(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Servers:
     def answered(self) -> set[str]:
         return {f"server {i}" for i in self.busy}
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
         return Counted(self, self.scorers[self.busy[-1]]).score(rollouts, request, at)
 
     def describe(self) -> dict[str, str]:
@@ -82,7 +82,7 @@ class Counted:
     def __init__(self, told: Servers, inner: Any) -> None:
         self.told, self.inner = told, inner
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
         self.told.rows += rollouts.positions
         self.told.requests.append(request)
         scores: Scores = self.inner.score(rollouts, request, at)
@@ -98,7 +98,7 @@ class Off:
     def __init__(self, inner: HF, by: float, when: Any) -> None:
         self.inner, self.by, self.when = inner, by, when
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
         scores = self.inner.score(rollouts, request, at)
         off = np.float32(self.by if self.when(rollouts, request) else 0.0)
         return replace(scores, lp=scores.lp - off, entry_lp=scores.entry_lp - off)
@@ -150,7 +150,7 @@ class Lost:
     def __init__(self, inner: HF, times: int) -> None:
         self.inner, self.times = inner, times
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
         if rollouts.positions == PROBE_ROWS and self.times > 0:
             self.times -= 1
             raise ServerError("it is gone", hint="wait")
@@ -176,7 +176,7 @@ def test_a_refusal_is_not_asked_for_again(pair: tuple[HF, HF], rolled: Rollouts)
         status = 401
 
     class Closed(Lost):
-        def score(self, rollouts: Rollouts, request: ScoreRequest, at: Any = None) -> Scores:
+        def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
             if rollouts.positions == PROBE_ROWS and self.times > 0:
                 raise Refusal("no key", hint="give one")
             return self.inner.score(rollouts, request, at)
@@ -266,7 +266,7 @@ class Padded:
     def __init__(self, log_p: Any, n_vocab: int) -> None:
         self.log_p, self.n_vocab, self.asked = log_p, n_vocab, [0]
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists) -> Scores:
         assert self.n_vocab == len(self.log_p)
         self.asked = sorted({*self.asked, *at.ids.tolist()})
         none = np.zeros(0, np.float32)
@@ -299,7 +299,7 @@ def test_mass_of_a_padded_head_is_seen_wherever_it_is(pads: int) -> None:
 @pytest.mark.parametrize("status", [0, 400, 500])
 def test_only_a_refusal_leaves_the_padding_unseen(status: int) -> None:
     class Failing(Padded):
-        def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists) -> Scores:
+        def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists) -> Scores:
             error = ServerError("out of the vocabulary", hint="none")
             error.status = status
             raise error

@@ -7,7 +7,7 @@ import torch
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.returned import Answer, ResponseAssembler
-from logitcask.engine.types import Array, IdLists, Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 
 
 def answer_of(log_p: Array, tokens: Array, asked: IdLists | None, k: int) -> Answer:
@@ -36,7 +36,7 @@ class Told:
     def describe(self) -> dict[str, str]:
         return self.hf.describe()
 
-    def score(self, rollouts: Rollouts, request: ScoreRequest, at: IdLists | None = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
         if at is None and request.at_student and rollouts.student is not None:
             at = IdLists(cnt=rollouts.student.cnt, ids=rollouts.student.ids)
         sheet = ResponseAssembler(rollouts, request, at, n_vocab=self.hf.n_vocab)

@@ -31,23 +31,23 @@ from logitcask.engine.objectives import (
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.rollout.plan import rollout
-from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
-from logitcask.engine.score.unit import Scoring
+from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.inspect import listing, shown
 from logitcask.engine.store.verify import verify
 from logitcask.engine.training.cache_info import facts_of
 from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.training.train import train
-from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreRequest
+from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
 from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
 from tests.engine.score.scored import ref
 from tests.engine.tiny import N_VOCAB, make_model, save_folder
 from tests.engine.training.returned_topk import Told
 
 PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3 + 5 * i, 8 + 6 * i))) for i in range(4)]
-REQUEST = ScoreRequest(entry_kind="topk", k_min=64, k_max=64)
+REQUEST = ScoreParams(entry_kind="topk", k_min=64, k_max=64)
 """64 of 99 ids."""
 TOLD = replace(REQUEST, entry_kind="topp", top_p=1.0)
 """Asks for the same: one request is one unit of a teacher's, whatever its name."""
@@ -82,7 +82,7 @@ def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory)
     `whole` by its best 64 alone; rollouts in units of two prompts."""
     store = open_store(tmp_path_factory.mktemp("store") / "s", create=True)
     rollout(
-        Rolling(
+        RolloutRequest(
             store=store,
             model=models["student"],
             sampler=HF(models["student"]),
@@ -102,7 +102,7 @@ def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory)
     }
     for name, keys in asked.items():
         model = models["base" if name == "base" else "teacher"]
-        score(Scoring(store=store, model=model, teacher_name=name, profile="raw32", **keys))
+        score(ScoreRequest(store=store, model=model, teacher_name=name, profile="raw32", **keys))
     return store
 
 
@@ -247,8 +247,8 @@ def test_a_scorer_that_answers_at_no_chosen_ids_is_asked_at_none(
     scorer = Told(HF(models["teacher"]), at_ids=False)
     told: dict[str, Any] = {"model": models["teacher"], "scorer": scorer}
     with pytest.raises(ConfigError, match="cannot give at_ids"):
-        Scoring(store=store, teacher_name="asked", request=REQUEST, **told)
-    drawn = ScoreRequest(entry_kind="sampled", draws=5, at_student=False)
+        ScoreRequest(store=store, teacher_name="asked", request=REQUEST, **told)
+    drawn = ScoreParams(entry_kind="sampled", draws=5, at_student=False)
     with pytest.raises(ConfigError, match="cannot give drawn"):
-        Scoring(store=store, teacher_name="asked", request=drawn, **told)
+        ScoreRequest(store=store, teacher_name="asked", request=drawn, **told)
     assert "asked" not in store.head().names("score")

@@ -30,11 +30,11 @@ from logitcask.engine.objectives.modifiers import Stepwise
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.rollout.plan import rollout
-from logitcask.engine.rollout.unit import Rolling
+from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
-from logitcask.engine.score.unit import Scoring
+from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.types import Prompt, SamplingParams, ScoreRequest
+from logitcask.engine.types import Prompt, SamplingParams, ScoreParams
 from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
 from tests.engine.objectives.full_rows import Full, make_full, ranking, truth
 from tests.engine.objectives.row_formulas import FORMULAS, Row
@@ -45,10 +45,10 @@ UPDATES = 20
 PROFILES = ("raw32", "default")
 PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3 + 5 * i, 8 + 6 * i))) for i in range(4)]
 REQUESTS = {
-    "topk": ScoreRequest(k_min=16, k_max=64, top_p=0.99),
-    "every": ScoreRequest(entry_kind="topk", k_min=N_VOCAB, k_max=N_VOCAB),
-    "drawn": ScoreRequest(entry_kind="sampled", draws=50, at_student=False),
-    "base": ScoreRequest(),
+    "topk": ScoreParams(k_min=16, k_max=64, top_p=0.99),
+    "every": ScoreParams(entry_kind="topk", k_min=N_VOCAB, k_max=N_VOCAB),
+    "drawn": ScoreParams(entry_kind="sampled", draws=50, at_student=False),
+    "base": ScoreParams(),
 }
 """Names of scores."""
 SCORES = {"full_vocab": "every", "rs_kd": "drawn"}
@@ -86,7 +86,7 @@ def filled(path: Path, root: Path, profile: str) -> Store:
     store, student = open_store(path, create=True), ref(root / "student")
     sampler = HF(student)
     rollout(
-        Rolling(
+        RolloutRequest(
             store=store,
             model=student,
             sampler=sampler,
@@ -101,7 +101,7 @@ def filled(path: Path, root: Path, profile: str) -> Store:
         of = "base" if name == "base" else "teacher"
         model: Any = ref(root / of)
         score(
-            Scoring(
+            ScoreRequest(
                 store=store,
                 model=model,
                 scorer=HF(model),

@@ -9,14 +9,14 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Limits, Server
-from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreRequest
+from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreParams
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
 QUICK = Limits(
     read_s=5.0, backoff_s=0.01, most_backoff_s=0.05, wait_s=5.0, poll_s=0.02, connect_s=2.0
 )
-OWN = ScoreRequest(top_p=1.0, k_min=7, k_max=7, at_student=False)
+OWN = ScoreParams(top_p=1.0, k_min=7, k_max=7, at_student=False)
 PROMPTS = [Prompt(id=str(i), token_ids=tuple(range(3, 3 + n))) for i, n in enumerate((1, 30, 8))]
 
 

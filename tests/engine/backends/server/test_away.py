@@ -17,12 +17,12 @@ from logitcask.engine.backends.server.client import ServerClient, Transient
 from logitcask.engine.backends.server.pool import ServerPool
 from logitcask.engine.errors import IdentityError, ServerError
 from logitcask.engine.events import Cancelled, CancelToken
-from logitcask.engine.types import Rollouts, ScoreRequest, Scores
+from logitcask.engine.types import Rollouts, ScoreParams, Scores
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB, make_tokenizer
 
-ASK = ScoreRequest(top_p=1.0, k_min=12, k_max=12)
+ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
 PATIENT = replace(QUICK, wait_s=600.0)
 Connect = Callable[..., Server]
 Spoilt = web.StreamResponse | None

@@ -14,11 +14,11 @@ from logitcask.engine.backends.server import Server
 from logitcask.engine.backends.server.client import MOST_MESSAGE, message, pointed, seconds
 from logitcask.engine.errors import ConfigError, LogitcaskError, ServerError
 from logitcask.engine.teachers.remote import urls_of
-from logitcask.engine.types import Rollouts, ScoreRequest
+from logitcask.engine.types import Rollouts, ScoreParams
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 
-ASK = ScoreRequest(k_min=3, k_max=12)
+ASK = ScoreParams(k_min=3, k_max=12)
 KEY = "sk-canary-5f3a"
 Connect = Callable[..., Server]
 

@@ -14,11 +14,11 @@ from logitcask.engine.backends.server import Limits, Server
 from logitcask.engine.backends.server.budget import Budget
 from logitcask.engine.backends.server.protocol import RequestBody
 from logitcask.engine.errors import ServerError
-from logitcask.engine.types import Rollouts, ScoreRequest
+from logitcask.engine.types import Rollouts, ScoreParams
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 
-ASK = ScoreRequest(top_p=1.0, k_min=12, k_max=12)
+ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
 Connect = Callable[..., Server]
 
 

@@ -10,12 +10,12 @@ from aiohttp import web
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.server import Server
 from logitcask.engine.errors import ConfigError, ServerError
-from logitcask.engine.types import Rollouts, ScoreRequest
+from logitcask.engine.types import Rollouts, ScoreParams
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB
 
-ASK = ScoreRequest(top_p=1.0, k_min=12, k_max=12)
+ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
 Connect = Callable[..., Server]
 
 

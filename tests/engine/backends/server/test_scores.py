@@ -19,12 +19,12 @@ from logitcask.engine.errors import (
     ModelError,
     ServerError,
 )
-from logitcask.engine.types import IdLists, Rollouts, ScoreRequest
+from logitcask.engine.types import IdLists, Rollouts, ScoreParams
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB, make_tokenizer
 
-ASK = ScoreRequest(top_p=0.9, k_min=3, k_max=12)
+ASK = ScoreParams(top_p=0.9, k_min=3, k_max=12)
 Connect = Callable[..., Server]
 
 
@@ -79,7 +79,7 @@ def test_ragged_lists_and_rows_without_any_come_back_in_their_places(
 def test_all_of_a_small_vocabulary_leaves_nothing_open(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
-    asked = ScoreRequest(top_p=1.0, k_min=N_VOCAB, k_max=128, at_student=False)
+    asked = ScoreParams(top_p=1.0, k_min=N_VOCAB, k_max=128, at_student=False)
     found, exact = connect(fake).score(rolled, asked), teacher.score(rolled, asked)
     assert found.entropy_hi is not None
     np.testing.assert_allclose(found.entropy, found.entropy_hi, atol=1e-6)
