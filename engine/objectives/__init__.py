@@ -1,18 +1,15 @@
 """What a student learns from cached scores: an objective is support x divergence x outside x form,
 and modifiers on it.
 
-    supports.py       which ids of a row the loss looks at            SUPPORTS
+    supports.py       which ids of a row the loss looks at, and its log-probs there   SUPPORTS
     divergences.py    how it compares two distributions on them       DIVERGENCES
-    columns.py        C rows as a loss sees them
-    outside.py        what it does with the mass elsewhere            OUTSIDE
-    advantage.py      the other form, and how it weighs ids           WEIGHTS
+    tail.py           what it does with the mass elsewhere            OUTSIDE
     modifiers.py      small changes, any number of them               MODIFIERS
-    objective.py      an objective, and which combinations mean something   CELLS
-    row_objective.py  its loss and gradient, as the kernels call it
-    fused.py          the same as the kernels compute it themselves
-    row_factors.py    what a whole row weighs in an update            AGGREGATIONS
+    objective.py      an objective, and which combinations mean something   CELLS, WEIGHTS
+    evaluate.py       its loss and gradient, as the kernels call it or compute it themselves
+    weights.py        what a whole row weighs in an update            AGGREGATIONS
     presets.py        the named ones, with their sources              PRESETS
-    find.py           a preset from what a person writes
+    parse.py          a preset from its text
     exactness.py      what a cache can serve of it, in words, or a refusal
     bounds.py         how far the student may move from what was scored
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from logitcask.engine.objectives.modifiers import Importance
 from logitcask.engine.objectives.objective import Objective
-from logitcask.engine.objectives.support_log_probs import LossTerms
-from logitcask.engine.objectives.supports import LIVE
+from logitcask.engine.objectives.supports import LIVE, LossTerms
 
 COVERAGE, DRIFT = "cache/coverage", "cache/drift_k3"
 SKIPPED = "cache/skipped_share"

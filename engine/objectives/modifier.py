@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives.support_log_probs import LossTerms, SupportLogProbs
+from logitcask.engine.objectives.supports import LossTerms, SupportLogProbs
 
 RATIO_BOUND = 20.0
 """Largest |log ratio|, as in the released code of arXiv 2604.13016."""

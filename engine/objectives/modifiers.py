@@ -28,7 +28,7 @@ from logitcask.engine.objectives.modifier import (
     refused,
     within,
 )
-from logitcask.engine.objectives.support_log_probs import LossTerms, SupportLogProbs
+from logitcask.engine.objectives.supports import LossTerms, SupportLogProbs
 from logitcask.engine.objectives.tail import tail
 
 

@@ -1,16 +1,60 @@
 """An objective is data, checked when it is made: only combinations with a meaning exist."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from logitcask.engine.errors import ObjectiveError
+from logitcask.engine.metrics.metrics import renormalised
 from logitcask.engine.objectives.divergences import DIVERGENCES, PARAMETERS
 from logitcask.engine.objectives.modifier import Modifier
-from logitcask.engine.objectives.policy_gradient import WEIGHTS
-from logitcask.engine.objectives.supports import DRAWN, LIVE, SUPPORTS
+from logitcask.engine.objectives.supports import DRAWN, LIVE, SUPPORTS, LossTerms, SupportLogProbs
 from logitcask.engine.objectives.tail import OUTSIDE
+
+
+def student_p(columns: SupportLogProbs, log_p: Tensor) -> Tensor:
+    """p renormalised on S."""
+    return renormalised(log_p, columns.on).exp()
+
+
+def teacher_p(columns: SupportLogProbs, log_p: Tensor) -> Tensor:
+    """q renormalised on S."""
+    return renormalised(columns.log_q, columns.on).exp()
+
+
+def none(columns: SupportLogProbs, log_p: Tensor) -> Tensor:
+    """1 / |S|."""
+    return columns.on.to(log_p.dtype) / columns.on.sum(-1, keepdim=True).clamp(min=1)
+
+
+WEIGHTS: dict[str, Callable[[SupportLogProbs, Tensor], Tensor]] = {
+    "student_p": student_p,
+    "teacher_p": teacher_p,
+    "none": none,
+}
+"""The released code's REWARD_WEIGHT_MODE."""
+
+
+def advantage(weights: str, modifiers: Sequence[Modifier], columns: SupportLogProbs) -> LossTerms:
+    on = columns.on
+    log_p = columns.log_p if columns.log_p_then is None else columns.log_p_then
+    if columns.support == "mc":
+        count = columns.rows.held("mc_count").to(log_p.dtype)
+        w = count / count.sum(-1, keepdim=True).clamp(min=1)
+    else:
+        w = WEIGHTS[weights](columns, log_p)
+    a = torch.where(on, columns.log_q, 0.0) - torch.where(on, log_p, 0.0)
+    for modifier in modifiers:
+        a = modifier.advantage(a, columns)
+    loss = g = torch.where(on, -w * a, 0.0)
+    for modifier in modifiers:
+        loss, g = modifier.terms(loss, g, columns)
+    return LossTerms.of_log_p(loss.sum(-1), g)
+
 
 FORMS = ("divergence", "advantage")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.metrics.metrics import renormalised
-from logitcask.engine.objectives.support_log_probs import LossTerms, SupportLogProbs
+from logitcask.engine.objectives.supports import LossTerms, SupportLogProbs
 from logitcask.kernels import fused_maths
 
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]

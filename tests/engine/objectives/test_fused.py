@@ -12,7 +12,7 @@ from logitcask.engine.objectives import (
     parse_objective,
     row_objective,
 )
-from logitcask.engine.objectives.fused import is_fusable
+from logitcask.engine.objectives.evaluate import is_fusable
 from logitcask.engine.objectives.objective import CELLS
 from logitcask.kernels.fused_objective import DIVERGENCES, FusedObjective
 from logitcask.kernels.launch import triton_on_cpu
