@@ -87,9 +87,9 @@ def test_teacher_and_student_are_compared(call: Call, world: World, fake: FakeSe
     save_folder(world.at("@renamed"), make_model(eos=[1, 7]), renamed)
     other = found("@renamed")
     assert f"{N_VOCAB - 1} ('é' to the student, '~' to the teacher)" in other["ids"]["said"]
-    assert f"--student-tokenizer {world.at('@renamed')}" in other["ids"]["remedy"]
+    assert f"--student-tokenizer {world.at('@renamed')}" in other["ids"]["hint"]
     assert other["stop ids"]["said"] == "the student stops at [1, 7], the teacher at [1]"
-    assert "--eos-rows keep" in other["stop ids"]["remedy"]
+    assert "--eos-rows keep" in other["stop ids"]["hint"]
 
 
 def test_a_server_that_is_not_there_is_one_fault(call: Call) -> None:

@@ -113,7 +113,7 @@ def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         ("--eval-store @nowhere", 1, "not a logitcask store", "check the path"),
         ("--eval-teacher tiny", 2, "--eval-teacher tiny", "give one of these"),
@@ -143,7 +143,7 @@ def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         (f"{EVAL} --eval-prompts @p.jsonl", 1, "'p0' has no answer", "MODULE:FUNCTION"),
         (f"{EVAL} --eval-prompts @no.jsonl", 1, "no.jsonl", ""),
@@ -175,7 +175,7 @@ def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         ("--vary objectve=opd", 2, "objectve", "did you mean train.objective?"),
         ("--vary objective=opd,olap", 2, "objective=olap: --objective olap", "overlap"),

@@ -86,7 +86,7 @@ def test_every_path_of_a_section_is_relative_to_the_file(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "cause", "remedy"),
+    ("text", "cause", "hint"),
     [
         ("[trian]\nlr = 1", "unknown key trian", "train"),
         ("[train]\nepoch = 1", "unknown key train.epoch", "train.epochs"),

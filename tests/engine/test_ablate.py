@@ -75,7 +75,7 @@ def test_every_combination_has_a_folder_and_a_job_of_its_own(
 
 
 @pytest.mark.parametrize(
-    ("vary", "cause", "remedy"),
+    ("vary", "cause", "hint"),
     [
         ([], "nothing is varied", "--vary"),
         (["k"], "not key=value", "--vary k=1,4,16"),
