@@ -1,4 +1,4 @@
-"""`logitcask ablate`: every combination of some settings, from one pin, in one table."""
+"""`logitcask ablate`: every combination of some settings, from one snapshot, in one table."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from logitcask.engine.config.training import Ablate
 def ablate_command(
     config: Path, vary: tuple[str, ...], overrides: tuple[str, ...], form: str, **flags: Any
 ) -> None:
-    """Train every combination of some settings from one pin of a store, and compare them.
+    """Train every combination of some settings from one snapshot of a store, and compare them.
 
     CONFIG is what `logitcask train --dry-run` prints. No rollout is sampled and no teacher is
     asked. Means and spreads over the seeds go to stdout and to ablate.json and ablate.md. Rerun the

@@ -26,7 +26,7 @@ FLAGS = {
     ("eval", "store"): "eval-store",
     ("eval", "rollouts"): "eval-rollouts",
     ("eval", "teacher"): "eval-teacher",
-    ("eval", "pin"): "eval-pin",
+    ("eval", "snapshot"): "eval-snapshot",
     ("eval", "n"): "eval-n",
     ("eval", "every"): "eval-every",
     ("eval", "temperature"): "eval-temperature",

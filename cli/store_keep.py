@@ -29,7 +29,7 @@ heal_option = click.option(
 @click.option("--remove", is_flag=True, help="Take the tag away.")
 @format_option
 def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: str) -> None:
-    """Give a log number a name that `train --pin` takes; what it reaches, gc keeps.
+    """Give a log number a name that `train --snapshot` takes; what it reaches, gc keeps.
 
     Without a NAME, the tags that there are.
 
@@ -67,10 +67,10 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
 @click.option("--dry-run", is_flag=True, help="Show what would be retired, and retire nothing.")
 @format_option
 def retire_command(url: str, form: str, **which: Any) -> None:
-    """Make rollouts or scores invisible from here on; gc removes them when no pin reaches them.
+    """Make rollouts or scores invisible from here on; gc removes them when no snapshot has them.
 
-    What is retired can be made again by the command that made it. Until gc removes it, pins and
-    tags from before still read it.
+    What is retired can be made again by the command that made it. Until gc removes it, snapshots
+    and tags from before still read it.
 
     Example: logitcask store retire ./store --teacher big
     """
@@ -90,7 +90,7 @@ def retire_command(url: str, form: str, **which: Any) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @format_option
 def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
-    """Remove what neither the newest state, nor a tag, nor a recent pin reaches.
+    """Remove what neither the newest state, nor a tag, nor a recent snapshot reaches.
 
     What `verify` calls strays and this leaves alone is no leftover of ours: look at it, and remove
     it by hand.
@@ -110,8 +110,8 @@ def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
     print_result({"dry_run": dry_run, **asdict(swept)}, form)
     if swept.kept_retired and job.gc.keep_days:
         click.echo(
-            f"note: {swept.kept_retired} retired segments stay for a tag, or for pins of the last "
-            f"{job.gc.keep_days:g} days (--keep-days 0: for tags alone)",
+            f"note: {swept.kept_retired} retired segments stay for a tag, or for snapshots of the "
+            f"last {job.gc.keep_days:g} days (--keep-days 0: for tags alone)",
             err=True,
         )
 
@@ -140,14 +140,17 @@ def pack_command(url: str, folder: Path, at: str | None, form: str) -> None:
 
     Example: logitcask store pack ./store ./packed
     """
-    from logitcask.engine.commands.resolve import pin_of
+    from logitcask.engine.commands.resolve import snapshot_of
     from logitcask.engine.store import open_store
     from logitcask.engine.store.merge import pack
 
     store = open_store(url)
     with progress_bar() as progress:
         files = pack(
-            store, folder, pin=None if at is None else pin_of(store, at), progress=progress
+            store,
+            folder,
+            snapshot=None if at is None else snapshot_of(store, at),
+            progress=progress,
         )
     size = sum(file.stat().st_size for file in files)
     print_result({"folder": str(folder), "files": len(files), "bytes": size}, form)

@@ -89,7 +89,7 @@ def test_store_commands(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    before, *lines = commands(r"store(?! retry)|train(?=.* --pin)")
+    before, *lines = commands(r"store(?! retry)|train(?=.* --snapshot)")
     typed(before, "--max-new-tokens", "8")
     assert "missed" in capsys.readouterr().out
     assert len(lines) == 12

@@ -22,9 +22,9 @@ from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.types import ModelRef, Prompt
 
 
-def pin_of(store: Store, text: str) -> Snapshot:
-    """The pin that a person names: a log number, or a tag."""
-    return store.pin(int(text) if text.isdecimal() else text)
+def snapshot_of(store: Store, text: str) -> Snapshot:
+    """The snapshot that a person names: a log number, or a tag."""
+    return store.snapshot(int(text) if text.isdecimal() else text)
 
 
 def student_and_prompts(
@@ -73,19 +73,19 @@ def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSe
 
     Raises ConfigError where the choice is not clear, IncompleteError where there is none.
     """
-    named = (settings.store, settings.rollouts, settings.teacher, settings.pin)
+    named = (settings.store, settings.rollouts, settings.teacher, settings.snapshot)
     if all(each is None for each in named):
         return None
     store = open_store(settings.store or url)
-    pin = store.head() if settings.pin is None else pin_of(store, settings.pin)
+    snapshot = store.head() if settings.snapshot is None else snapshot_of(store, settings.snapshot)
     return HeldOutSet(
         store=store,
         rollouts=choose(
-            pin.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
+            snapshot.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
         ),
-        teacher=choose_teacher(pin, settings.teacher, what="eval-teacher", where=store.url),
-        base=base if base in pin.names("score") else None,
-        pin=None if settings.pin is None else pin,
+        teacher=choose_teacher(snapshot, settings.teacher, what="eval-teacher", where=store.url),
+        base=base if base in snapshot.names("score") else None,
+        snapshot=None if settings.snapshot is None else snapshot,
         every=settings.every,
     )
 
@@ -128,17 +128,17 @@ def _read(
     )
 
 
-def student_of(student: Student, pin: Snapshot, rollouts: str) -> ModelRef:
+def student_of(student: Student, snapshot: Snapshot, rollouts: str) -> ModelRef:
     """The reference of a student to be trained on these rollouts."""
     return identity.model_ref(
-        student.model, revision=student.revision, chat_template=rendered(pin, rollouts)
+        student.model, revision=student.revision, chat_template=rendered(snapshot, rollouts)
     )
 
 
-def rendered(pin: Snapshot, rollouts: str) -> bool:
-    segments = pin.rollouts(rollouts)
+def rendered(snapshot: Snapshot, rollouts: str) -> bool:
+    segments = snapshot.rollouts(rollouts)
     if not segments:
-        known = ", ".join(pin.names("rollout")) or "none"
+        known = ", ".join(snapshot.names("rollout")) or "none"
         raise IncompleteError(
             f"the store holds no rollouts named {rollouts!r}; it has: {known}",
             hint="run `logitcask rollout` first, or give --rollouts one of these",

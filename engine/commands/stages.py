@@ -17,8 +17,8 @@ from logitcask.engine.commands.resolve import (
     find_objective,
     grading_of,
     held_out_set,
-    pin_of,
     rendered,
+    snapshot_of,
     student_and_prompts,
     student_of,
     train_settings,
@@ -112,10 +112,12 @@ def run_score(
         close_backend(asked.scorer)
 
 
-def scoring(job: ScoreConfig, store: Store, pin: Snapshot, cancel: CancelToken) -> ScoreRequest:
+def scoring(
+    job: ScoreConfig, store: Store, snapshot: Snapshot, cancel: CancelToken
+) -> ScoreRequest:
     """Who scores what, with the teacher loaded; its scorer is to be closed."""
-    template = rendered(pin, job.store.rollouts)
-    student = pin.rollouts(job.store.rollouts)[0].lineage["student"]
+    template = rendered(snapshot, job.store.rollouts)
+    student = snapshot.rollouts(job.store.rollouts)[0].lineage["student"]
     teacher = open_teacher(
         job.teacher,
         job.run,
@@ -137,7 +139,7 @@ def scoring(job: ScoreConfig, store: Store, pin: Snapshot, cancel: CancelToken) 
             rollouts_name=job.store.rollouts,
             request=request,
             role=job.score.role,
-            context=_context(job, store, model, pin) if job.score.role == "context" else None,
+            context=_context(job, store, model, snapshot) if job.score.role == "context" else None,
             at=job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
             profile=job.store.profile,
             eos_rows=job.score.eos_rows,
@@ -150,15 +152,17 @@ def scoring(job: ScoreConfig, store: Store, pin: Snapshot, cancel: CancelToken) 
         raise
 
 
-def _context(job: ScoreConfig, store: Store, model: ModelRef, pin: Snapshot) -> dict[str, Prompt]:
+def _context(
+    job: ScoreConfig, store: Store, model: ModelRef, snapshot: Snapshot
+) -> dict[str, Prompt]:
     """The other prompts by id, rendered as those of the rollouts were; each leaves room for the
     longest response.
     """
-    segments = pin.rollouts(job.store.rollouts)
+    segments = snapshot.rollouts(job.store.rollouts)
     longest = int(segments[0].lineage["set"]["max_new_tokens"])
     tokenizer = load_tokenizer(model.path)
     told: dict[str, Any] = {
-        "chat_template": rendered(pin, job.store.rollouts),
+        "chat_template": rendered(snapshot, job.store.rollouts),
         "max_prompt_tokens": identity.context_length(model.path) - longest,
     }
     if job.score.context is not None:
@@ -221,15 +225,17 @@ def run_train(
     on_event: EventHandler = lambda line: None,
 ) -> TrainReport:
     """`logitcask train`. What the cache serves of the objective is given to `on_event` first."""
-    store, pin, task = _train_task(job)
+    store, snapshot, task = _train_task(job)
     report = train(
         store,
         **task,
         out=job.run.out,
-        pin=None if job.train.pin is None else pin,
+        snapshot=None if job.train.snapshot is None else snapshot,
         overwrite=job.run.overwrite,
         device=job.run.device,
-        evaluation=eval_plan(job.eval, job.run, task["model"], rendered(pin, job.store.rollouts)),
+        evaluation=eval_plan(
+            job.eval, job.run, task["model"], rendered(snapshot, job.store.rollouts)
+        ),
         held_out=held_out_set(job.eval, job.store.url, job.train.base),
         cache=cache,
         config=job.model_dump(mode="json"),
@@ -243,9 +249,9 @@ def run_train(
 
 def check_train(job: TrainConfig) -> None:
     """Raises what would stop `run_train` before its first update."""
-    store, pin, task = _train_task(job)
-    check(store, **task, pin=pin)
-    eval_plan(job.eval, job.run, task["model"], rendered(pin, job.store.rollouts))
+    store, snapshot, task = _train_task(job)
+    check(store, **task, snapshot=snapshot)
+    eval_plan(job.eval, job.run, task["model"], rendered(snapshot, job.store.rollouts))
     held = held_out_set(job.eval, job.store.url, job.train.base)
     if held is not None:
         hold_out(held, task["model"], task["objective"], job.train.tokens_per_batch)
@@ -255,9 +261,9 @@ def scoring_seconds(job: TrainConfig) -> float | None:
     """What the teacher took for one pass over what `run_train` reads; None where the store does not
     say so of every unit.
     """
-    _, pin, task = _train_task(job)
-    chains = pin.scores(task["teacher"])
-    read = [chains[s.seg_id] for s in pin.rollouts(task["rollouts"]) if s.seg_id in chains]
+    _, snapshot, task = _train_task(job)
+    chains = snapshot.scores(task["teacher"])
+    read = [chains[s.seg_id] for s in snapshot.rollouts(task["rollouts"]) if s.seg_id in chains]
     took = [segment.seconds for chain in read for segment in chain]
     known = [each for each in took if each is not None]
     return sum(known) if len(known) == len(took) else None
@@ -267,12 +273,16 @@ def _train_task(job: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
     """The store, its state, and what is to be learned by whom."""
     preset = find_objective(job.train)
     store = open_store(job.store.url)
-    pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
-    where = "the store" if job.train.pin is None else f"the store at log number {pin.number}"
-    bases = [n for n in pin.names("score") if pin.role(n) == "base"]
+    snapshot = (
+        store.head() if job.train.snapshot is None else snapshot_of(store, job.train.snapshot)
+    )
+    where = (
+        "the store" if job.train.snapshot is None else f"the store at log number {snapshot.number}"
+    )
+    bases = [n for n in snapshot.names("score") if snapshot.role(n) == "base"]
     task = {
-        "model": student_of(job.student, pin, job.store.rollouts),
-        "teacher": choose_teacher(pin, job.train.teacher, where=where),
+        "model": student_of(job.student, snapshot, job.store.rollouts),
+        "teacher": choose_teacher(snapshot, job.train.teacher, where=where),
         "base": job.train.base and choose(bases, job.train.base, what="base", where=where),
         "rollouts": job.store.rollouts,
         "objective": preset,
@@ -280,7 +290,7 @@ def _train_task(job: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
         "partial": job.train.partial,
         "foreign_student": job.train.foreign_student,
     }
-    return store, pin, task
+    return store, snapshot, task
 
 
 def run_probe(
@@ -289,12 +299,14 @@ def run_probe(
     """`logitcask probe metrics`; `objectives` as --objective takes them; bin 0 is all rows."""
     found = {text: parse_objective(text).objective for text in objectives}
     store = open_store(job.store.url)
-    pin = store.head() if job.probe.pin is None else pin_of(store, job.probe.pin)
-    teacher = choose_teacher(pin, job.probe.teacher)
-    model = student_of(job.student, pin, job.store.rollouts)
+    snapshot = (
+        store.head() if job.probe.snapshot is None else snapshot_of(store, job.probe.snapshot)
+    )
+    teacher = choose_teacher(snapshot, job.probe.teacher)
+    model = student_of(job.student, snapshot, job.store.rollouts)
     rows = planned(
         store,
-        pin=pin,
+        snapshot=snapshot,
         rollouts=job.store.rollouts,
         teacher=teacher,
         tokens_per_batch=job.probe.tokens_per_batch,

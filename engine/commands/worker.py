@@ -51,9 +51,9 @@ def watch_scores(
         )
     if (opened := _awaited(job.store, job.work, stop, on_event)) is None:
         return _NOTHING
-    store, pin = opened
+    store, snapshot = opened
     try:
-        asked = scoring(job, store, pin, CancelToken(on_event, stop))
+        asked = scoring(job, store, snapshot, CancelToken(on_event, stop))
     except Cancelled:
         return _NOTHING
     said = warn_once(on_event)
@@ -142,20 +142,20 @@ class _Students:
 
     def plan(self, given_up: Collection[str]) -> Plan[Unit]:
         """What is missing of this version; of the next one as soon as nothing is."""
-        pin = self.store.head()
-        missing = self._missing(pin)
+        snapshot = self.store.head()
+        missing = self._missing(snapshot)
         if not missing.keys() - given_up and self._moved():
-            missing = self._missing(pin)
+            missing = self._missing(snapshot)
         total = 0 if self._asked is None else len(self._asked.units)
         done = total - len(missing)
         most = self._job.work.max_unscored
-        if most and (waiting := _unscored(pin, self._job.store.rollouts)) > most:
+        if most and (waiting := _unscored(snapshot, self._job.store.rollouts)) > most:
             self._said(f"{waiting} units wait for scores, more than {most}: none is begun")
             return Plan(units={}, done=done, total=total)
         return Plan(units=missing, done=done, total=total)
 
-    def _missing(self, pin: Snapshot) -> dict[str, Unit]:
-        return {} if self._asked is None else plan_rollouts(self._asked, pin)
+    def _missing(self, snapshot: Snapshot) -> dict[str, Unit]:
+        return {} if self._asked is None else plan_rollouts(self._asked, snapshot)
 
     def _load(self, model: ModelRef) -> RolloutRequest:
         return rolling(
@@ -233,11 +233,11 @@ def _awaited(
         late = work.idle_exit and time.monotonic() - begun_s >= work.idle_exit
         if late or holds_store(where.url):
             store = open_store(where.url)
-            pin = store.head()
-            if pin.rollouts(where.rollouts):
-                return store, pin
+            snapshot = store.head()
+            if snapshot.rollouts(where.rollouts):
+                return store, snapshot
             if late:
-                rendered(pin, where.rollouts)
+                rendered(snapshot, where.rollouts)
             said(f"waiting for rollouts named {where.rollouts!r} in {where.url}")
         else:
             said(f"waiting for a store at {where.url}")
@@ -245,9 +245,9 @@ def _awaited(
     return None
 
 
-def _unscored(pin: Snapshot, name: str) -> int:
-    scored = {each.base for each in pin.segments if each.base}
-    return sum(each.seg_id not in scored for each in pin.rollouts(name))
+def _unscored(snapshot: Snapshot, name: str) -> int:
+    scored = {each.base for each in snapshot.segments if each.base}
+    return sum(each.seg_id not in scored for each in snapshot.rollouts(name))
 
 
 def _settings(work: Work) -> WorkSettings:

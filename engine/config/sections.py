@@ -116,7 +116,9 @@ class Estimate(Section):
 
 class Gc(Section):
     keep_days: float = Field(
-        30.0, ge=0, description="Every pin that was the newest within so many days stays readable."
+        30.0,
+        ge=0,
+        description="Every snapshot that was the newest within so many days stays readable.",
     )
     lease_hours: float = Field(
         24.0,

@@ -18,10 +18,10 @@ class Train(Section):
         description="Scores of the model that the teacher was made from (score --role base), for "
         "objectives that look at them.",
     )
-    pin: str | None = Field(
+    snapshot: str | None = Field(
         None,
         description="Log number or tag of the store to train on; default: the newest when the run "
-        "begins. `logitcask store pin` shows it.",
+        "begins. `logitcask store snapshot` shows it.",
     )
     objective: str = Field(
         "overlap",
@@ -107,7 +107,7 @@ class Eval(Section):
     teacher: Name | None = Field(
         None, description="Whose scores they are taken by; may be left out when there is one."
     )
-    pin: str | None = Field(
+    snapshot: str | None = Field(
         None,
         description="Log number or tag of that store; default: the newest when the run begins.",
     )
@@ -161,7 +161,7 @@ class Probe(Section):
     teacher: Name | None = Field(
         None, description="Whose scores to measure by; may be left out when the store has one."
     )
-    pin: str | None = Field(
+    snapshot: str | None = Field(
         None, description="Log number or tag of the store to measure on; default: the newest."
     )
     bins: Positive = Field(

@@ -221,7 +221,7 @@ class Demo:
         with self.record.timing("evaluate"):
             trained = HF(model_ref(str(folder), chat_template=False), device="cpu", dtype="float32")
             after = self._accuracy(trained.model)
-            pin = open_store(self.out / "store").head()
+            snapshot = open_store(self.out / "store").head()
             (ratio_before, mass_before), (ratio_after, mass_after) = self._overlaps(trained)
         before, teacher = self.record.accuracy["student"], self.record.accuracy["teacher"]
         return DemoResult(
@@ -233,11 +233,11 @@ class Demo:
             overlap_ratio_after=ratio_after,
             overlap_mass_before=mass_before,
             overlap_mass_after=mass_after,
-            positions=sum(s.counts["P"] for s in pin.rollouts(MAIN)),
-            bytes_per_position=bytes_per_position(pin)["total"],
+            positions=sum(s.counts["P"] for s in snapshot.rollouts(MAIN)),
+            bytes_per_position=bytes_per_position(snapshot)["total"],
             seconds=self.record.seconds,
             objective=objective,
-            segments=len(pin.segments),
+            segments=len(snapshot.segments),
             reused=self.record.reused,
             out=self.out,
             fast=self.fast,
@@ -247,11 +247,11 @@ class Demo:
     def _overlaps(self, trained: HF) -> tuple[tuple[float, float], tuple[float, float]]:
         """(ratio, mass) before and after, on rollouts of `heldout`: the same rows for both."""
         store = open_store(self.out / "store")
-        pin = store.head()
-        scored = pin.scores(TEACHER)
+        snapshot = store.head()
+        scored = snapshot.scores(TEACHER)
         own_top = ScoreParams(top_p=1.0, k_min=K, k_max=K, at_student=False)
         before, after, teacher = [], [], []
-        for segment in pin.rollouts(HELDOUT):
+        for segment in snapshot.rollouts(HELDOUT):
             rollouts = store.read_rollouts(segment)
             assert rollouts.student is not None, "a committed rollout unit holds these"
             own, trained_now = rollouts.student, trained.score(rollouts, own_top)

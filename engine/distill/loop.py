@@ -241,7 +241,15 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
                 f"score.{key} = {value}: distill does not take it",
                 hint="leave it out; a loop trains on the best ids of one teacher",
             )
-    for key in ("accumulation", "epochs", "teacher", "base", "pin", "partial", "foreign_student"):
+    for key in (
+        "accumulation",
+        "epochs",
+        "teacher",
+        "base",
+        "snapshot",
+        "partial",
+        "foreign_student",
+    ):
         if (value := getattr(config.train, key)) != Train.model_fields[key].default:
             raise ConfigError(
                 f"train.{key} = {value}: distill does not take it",

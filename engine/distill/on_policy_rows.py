@@ -158,14 +158,19 @@ class OnPolicyRows:
             student = segment.lineage["student"]
             return bool((student["weights"], student["version"]) == (live.digest, live.version))
 
-        pin = self._store.head()
+        snapshot = self._store.head()
         source = PackSource(
-            self._store, pin, config.store.rollouts, config.teacher.name, partial=True, only=ours
+            self._store,
+            snapshot,
+            config.store.rollouts,
+            config.teacher.name,
+            partial=True,
+            only=ours,
         )
         # The pin's number may differ between runs that share a store; the round may not.
         key = PlanKey(
-            pin=live.version,
-            pin_sha256=live.digest,
+            snapshot=live.version,
+            snapshot_sha256=live.digest,
             rollouts=config.store.rollouts,
             teacher=config.teacher.name,
             seed=config.run.seed,

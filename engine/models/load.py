@@ -193,9 +193,9 @@ def save_student(
     """`folder` becomes a loadable model: safetensors in float32, tokenizer, card.
 
     LoRA adapters are merged into the saved weights (the model in memory keeps them apart), so the
-    folder loads without peft. `card` holds pin, plan and objective; the version is the parent's
-    plus `updates`. Everything is written beside and then moved; the card (logitcask.json) comes
-    last, so a folder that has it is whole.
+    folder loads without peft. `card` holds snapshot, plan and objective; the version is
+    the parent's plus `updates`. Everything is written beside and then moved; the card
+    (logitcask.json) comes last, so a folder that has it is whole.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     inside = folder.is_dir()

@@ -1,8 +1,8 @@
 """Which sequences share a packed row, and in which order rows come: fixed before training starts.
 
-A plan is a pure function of the pin, the names, the seed, the epochs and the token budget. So the
-same call gives the same rows on any number of processes, whatever was added to the store since, and
-a resumed run can prove by one digest that it goes on with the same data.
+A plan is a pure function of the snapshot, the names, the seed, the epochs and the token budget. So
+the same call gives the same rows on any number of processes, whatever was added to the store since,
+and a resumed run can prove by one digest that it goes on with the same data.
 """
 
 import bisect
@@ -42,8 +42,8 @@ class Lengths:
 class PlanKey:
     """Everything that a plan depends on beside the segments themselves."""
 
-    pin: int
-    pin_sha256: str
+    snapshot: int
+    snapshot_sha256: str
     rollouts: str
     teacher: str
     seed: int
@@ -110,9 +110,12 @@ def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> Plan:
     flat = np.concatenate([np.zeros((0, 2), np.int64), *rows])
     row_off = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     content = hashlib.sha256(flat.astype("<i8").tobytes() + row_off.astype("<i8").tobytes())
+    inputs = asdict(key)
+    # The keys under which the digests of earlier runs were taken.
+    inputs["pin"], inputs["pin_sha256"] = inputs.pop("snapshot"), inputs.pop("snapshot_sha256")
     name = digest(
         {
-            "key": asdict(key),
+            "key": inputs,
             "segments": [segment.seg_id for segment in lengths],
             "rows": content.hexdigest(),
         }

@@ -50,7 +50,7 @@ class PackSource:
     def __init__(
         self,
         store: Store,
-        pin: Snapshot,
+        snapshot: Snapshot,
         rollouts_name: str,
         teacher: str,
         *,
@@ -72,10 +72,10 @@ class PackSource:
         self._cache = cache
         self._memory_bytes = memory_bytes
         self._start()
-        scores = pin.scores(teacher)
+        scores = snapshot.scores(teacher)
         self.base = base
-        of_base = {} if base is None else pin.scores(base)
-        segments = tuple(s for s in pin.rollouts(rollouts_name) if only is None or only(s))
+        of_base = {} if base is None else snapshot.scores(base)
+        segments = tuple(s for s in snapshot.rollouts(rollouts_name) if only is None or only(s))
         if not partial:
             check_complete(store, segments, scores, rollouts_name, teacher)
             if base is not None:
@@ -92,8 +92,9 @@ class PackSource:
         if not self.pairs:
             raise StoreError(
                 f"{store.url} has no rollouts {rollouts_name!r} with scores of {teacher!r}"
-                f"{'' if base is None else f' and {base!r}'} at log number {pin.number}",
-                hint=f"it has rollouts {pin.names('rollout')} and scores {pin.names('score')}",
+                f"{'' if base is None else f' and {base!r}'} at log number {snapshot.number}",
+                hint=f"it has rollouts {snapshot.names('rollout')} and scores "
+                f"{snapshot.names('score')}",
             )
 
     def _start(self) -> None:

@@ -70,16 +70,16 @@ def rollout(asked: RolloutRequest, *, progress: Progress = silent) -> RolloutRep
     )
 
 
-def plan_rollouts(asked: RolloutRequest, pin: Snapshot) -> dict[str, Unit]:
-    """unit_key -> what is missing as of a pin, in order. Raises IdentityError as `rollout` does."""
+def plan_rollouts(asked: RolloutRequest, snapshot: Snapshot) -> dict[str, Unit]:
+    """Return unit_key -> unit missing in a snapshot, in order; raises as `rollout` does."""
     ours = asked.lineage["set"]
-    _check_name(pin, asked.name, asked.model, ours, asked.units, asked.versions)
-    there = pin.unit_keys()
+    _check_name(snapshot, asked.name, asked.model, ours, asked.units, asked.versions)
+    there = snapshot.unit_keys()
     return {key: unit for key, unit in asked.units.items() if key not in there}
 
 
 def _check_name(
-    pin: Snapshot,
+    snapshot: Snapshot,
     name: str,
     model: ModelRef,
     ours: Mapping[str, Any],
@@ -87,13 +87,13 @@ def _check_name(
     versions: bool,
 ) -> None:
     """Refuses before anything is sampled what the store would refuse, and what it cannot see."""
-    for segment in pin.segments:
+    for segment in snapshot.segments:
         if segment.unit_key in units and segment.name != name:
             raise IdentityError(
                 f"these rollouts are in the store already, under the name {segment.name!r}",
                 hint=f"Use that name instead of {name!r}, or another seed.",
             )
-    for segment in pin.rollouts(name):
+    for segment in snapshot.rollouts(name):
         theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
         if theirs != ours["digest"]:
             raise IdentityError(

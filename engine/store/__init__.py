@@ -17,7 +17,7 @@ nobody reaches (gc removes it then), and tag a number. The same on a disk and in
 
 medium -> files, objects (every effect outside) -> schema -> claims, codecs -> shards, ragged (bytes
 and rows) -> layout, widen, rollouts (data <-> arrays) -> segment (arrays <-> Zarr group) -> record,
-pin -> log, root -> publish -> commit -> store -> verify, keep, transfer, view, cache.
+snapshot -> log, root -> publish -> commit -> store -> verify, keep, transfer, view, cache.
 """
 
 from logitcask.engine.store.format.rollouts import Extent

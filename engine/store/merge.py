@@ -43,10 +43,10 @@ class MergeReport:
 
 
 def pack(
-    store: Store, folder: Path, *, pin: Snapshot | None = None, progress: Progress = silent
+    store: Store, folder: Path, *, snapshot: Snapshot | None = None, progress: Progress = silent
 ) -> list[Path]:
-    """One file a segment into a folder, which is made if absent; those of a pin, or the newest."""
-    visible = (store.head() if pin is None else pin).segments
+    """One file a segment into a folder, made if absent; those of a snapshot, or the newest."""
+    visible = (store.head() if snapshot is None else snapshot).segments
     written = []
     for done, each in enumerate(visible):
         progress("pack", done, len(visible))

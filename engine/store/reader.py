@@ -1,4 +1,4 @@
-"""Pinning and reading: what a pin holds, as rollouts and as scores."""
+"""Pinning and reading: what a snapshot holds, as rollouts and as scores."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -38,9 +38,9 @@ class Reader:
     def head(self) -> Snapshot:
         """The store as of its last record. Raises IntegrityError for a damaged log."""
         self.log.refresh()
-        return self.log.pin(len(self.log) - 1)
+        return self.log.snapshot(len(self.log) - 1)
 
-    def pin(self, at: int | str, sha256: str | None = None) -> Snapshot:
+    def snapshot(self, at: int | str, sha256: str | None = None) -> Snapshot:
         """The store as of a record: its number, or a tag.
 
         Raises StoreError where there is no such record, IntegrityError where its sha256 is another.
@@ -55,13 +55,13 @@ class Reader:
                     "tag`",
                 )
             at = tags[at]
-        pin = self.log.pin(at)
-        if sha256 is not None and pin.sha256 != sha256:
+        snapshot = self.log.snapshot(at)
+        if sha256 is not None and snapshot.sha256 != sha256:
             raise IntegrityError(
-                f"{self.url}: log record {at} is {pin.sha256}, the pin says {sha256}",
-                hint="open the store that the pin was taken from, or take a new pin",
+                f"{self.url}: log record {at} is {snapshot.sha256}, the snapshot says {sha256}",
+                hint="open the store that the snapshot was taken from, or take a new one",
             )
-        return pin
+        return snapshot
 
     def read_rollouts(self, which: Segment) -> Rollouts:
         """A whole rollout segment. Raises IntegrityError naming what is not as committed."""
@@ -193,7 +193,7 @@ class Reader:
                 raise
             raise StoreError(
                 f"{self.medium.where(which.folder)} was retired, and gc has removed it",
-                hint="take a newer pin; a tag keeps what an old one reaches",
+                hint="take a newer snapshot; a tag keeps what an old one reaches",
             ) from error
 
     def _contradiction(self, which: Segment, error: object) -> IntegrityError:

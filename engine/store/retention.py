@@ -1,14 +1,14 @@
 """What a store keeps: tags, retired units, and the removal of what nobody can reach any more.
 
-Nothing is deleted in place. A unit is retired by a record, and from there on not visible; pins
+Nothing is deleted in place. A unit is retired by a record, and from there on not visible; snapshots
 taken before still read it. gc then removes a segment when neither the newest state, nor a tag, nor
 any state of the last `keep_days` holds it, and what no record ever named when it is older than
 `lease_hours`. Claims of units go at that age too, and what workers left of units that are there.
 
 gc first publishes which folders it is going to remove, as a record like any other. So it decides on
 a log that nobody has moved meanwhile, a writer who is about to name such a folder learns of it and
-puts its files under another generation, and a reader of an old pin is told what happened. A crash
-in between leaves folders that the next gc removes.
+puts its files under another generation, and a reader of an old snapshot is told what happened. A
+crash in between leaves folders that the next gc removes.
 """
 
 import re
@@ -43,7 +43,7 @@ class GCReport:
     kept: int
     """Folders of segments that stay ..."""
     kept_retired: int
-    """... of which so many are retired, and stay for a tag or for pins of the last days."""
+    """... of which so many are retired, and stay for a tag or for snapshots of the last days."""
 
 
 def tag(store: Store, name: str, number: int | None = None) -> int:
@@ -57,13 +57,13 @@ def tag(store: Store, name: str, number: int | None = None) -> int:
             hint="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit, not digits "
             "alone",
         )
-    pin = store.head() if number is None else store.pin(number)
-    if pin.number < 0:
+    snapshot = store.head() if number is None else store.snapshot(number)
+    if snapshot.number < 0:
         raise StoreError(f"{store.url} has no log record yet", hint="tag a store with data")
 
     def say() -> dict[str, Any] | None:
         marked = store.log.tags().get(name)
-        if marked == pin.number:
+        if marked == snapshot.number:
             return None
         if marked is not None:
             raise StoreError(
@@ -71,21 +71,21 @@ def tag(store: Store, name: str, number: int | None = None) -> int:
                 hint="use another name, or remove that tag first",
             )
         standing = {each.folder for each in store.log.standing()}
-        gone = [each for each in pin.segments if each.folder not in standing]
+        gone = [each for each in snapshot.segments if each.folder not in standing]
         if gone:
             raise StoreError(
-                f"log number {pin.number} reaches {len(gone)} segments that gc has removed",
+                f"log number {snapshot.number} reaches {len(gone)} segments that gc has removed",
                 hint="tag a newer number",
             )
-        return {"tags": {name: pin.number}}
+        return {"tags": {name: snapshot.number}}
 
     append(store.medium, store.log, say)
-    return pin.number
+    return snapshot.number
 
 
 def untag(store: Store, name: str) -> None:
     """Takes a tag away. Raises StoreError where there is none."""
-    store.pin(name)
+    store.snapshot(name)
     append(
         store.medium,
         store.log,
@@ -143,8 +143,8 @@ def retire(
     else:
         append(store.medium, store.log, say)
     if not retired:
-        pin = store.head()
-        names = [", ".join(pin.names(kind)) or "none" for kind in schema.KINDS]
+        snapshot = store.head()
+        names = [", ".join(snapshot.names(kind)) or "none" for kind in schema.KINDS]
         raise ConfigError(
             f"the store holds nothing of {given[0]!r} to retire",
             hint=f"it has rollouts: {names[0]}; scores: {names[1]}; `logitcask store ls` shows "
@@ -223,9 +223,9 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
 def _reached(store: Store, since: str) -> set[str]:
     """Folders that the newest state, a tag, or a state that was the newest since then holds."""
     log = store.log
-    held = [*log.pin(len(log) - 1).segments, *log.retired_after(log.at_time(since))]
+    held = [*log.snapshot(len(log) - 1).segments, *log.retired_after(log.at_time(since))]
     for number in log.tags().values():
-        held += log.pin(number).segments
+        held += log.snapshot(number).segments
     return {each.folder for each in held}
 
 

@@ -43,7 +43,7 @@ def verify(
     `tell` hears of every damaged segment; the first is raised in the end. Raises IntegrityError.
     """
     damaged: list[IntegrityError] = []
-    pin = store.head()
+    snapshot = store.head()
     chains: dict[tuple[str, str, str], Chain] = {}
     every = store.log.standing()
     standing = {each.folder: each for each in every}
@@ -67,7 +67,7 @@ def verify(
     progress("verify", len(every), len(every))
     if damaged:
         raise damaged[0]
-    records = list(_records(store, pin.number))
+    records = list(_records(store, snapshot.number))
     return Report(
         segments=len(standing),
         positions=sum(s.counts["P"] for s in standing.values() if s.kind == schema.ROLLOUT),

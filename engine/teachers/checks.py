@@ -63,11 +63,11 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
 
 
 def other_dtypes(
-    pin: Snapshot, segments: Sequence[Segment], teacher_name: str, scorer: Scorer
+    snapshot: Snapshot, segments: Sequence[Segment], teacher_name: str, scorer: Scorer
 ) -> list[str]:
     """A note where some of these rollouts were scored in another dtype: bfloat16 moves log-probs
     by some 0.01 nats, which training cannot tell from what the teacher thinks."""
-    ours, there = scorer.describe().get("dtype"), pin.scores(teacher_name)
+    ours, there = scorer.describe().get("dtype"), snapshot.scores(teacher_name)
     found = {
         each.lineage["backend"].get("dtype") for s in segments for each in there.get(s.seg_id, ())
     }

@@ -17,21 +17,21 @@ from logitcask.engine.training.trainer import gathered
 from logitcask.engine.types import MC_IDS, ModelRef, SamplingParams
 
 
-def first_pin(store: Store, earlier: Mapping[str, Any] | None) -> Snapshot:
+def first_snapshot(store: Store, earlier: Mapping[str, Any] | None) -> Snapshot:
     """That of the earlier call, else the newest that the first process sees."""
     # A loop's run has none, and is refused as another run further on.
     if earlier is not None and "pin" in earlier:
-        return store.pin(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
+        return store.snapshot(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
     newest = store.head()
     number, sha256 = gathered((newest.number, newest.sha256))[0]
-    return store.pin(number, sha256)
+    return store.snapshot(number, sha256)
 
 
 def check_objective(
     objective: Objective | Preset,
     store: Store,
     *,
-    pin: Snapshot,
+    snapshot: Snapshot,
     rollouts: str,
     teacher: str,
     base: str | None = None,
@@ -42,7 +42,7 @@ def check_objective(
     The student is taken to descend from the one that sampled, its age to be unknown. Raises
     ObjectiveError where the scores cannot serve the objective, and what RowSource raises.
     """
-    source = PackSource(store, pin, rollouts, teacher, base=base, partial=partial)
+    source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial)
     return check_exactness(objective, facts_of(None, source, foreign_student=False))
 
 

@@ -12,7 +12,7 @@ from logitcask.engine.packing.plan import Plan, PlanKey, make_plan
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.training.cache_info import facts_of, first_pin
+from logitcask.engine.training.cache_info import facts_of, first_snapshot
 from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
@@ -30,7 +30,7 @@ def train(
     rollouts: str = "main",
     objective: Objective | Preset,
     settings: TrainSettings | None = None,
-    pin: Snapshot | None = None,
+    snapshot: Snapshot | None = None,
     partial: bool = False,
     foreign_student: bool = False,
     overwrite: bool = False,
@@ -45,9 +45,9 @@ def train(
     """Trains `model` on the scores of `teacher`, and saves it as the next version in `out`.
 
     `base` names scores of the model that the teacher was made from, for objectives that look there.
-    Without a `pin` the store is pinned as it is at the first call. The same call on the same `out`
-    resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked before
-    the first update and after the last, as of the rows of `held_out`. `cache`: keeps decoded units
+    Without a `snapshot` the store as it is at the first call is used. The same call on the same
+    `out` resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked
+    before the first update and after the last, as of the rows of `held_out`. `cache`: keeps decoded units
     for other runs. `config`, the caller's resolved configuration, is only recorded, in run.json.
     What the cache serves exactly for the objective goes to `on_event` before the first update.
     Under torchrun every process calls this.
@@ -58,15 +58,15 @@ def train(
     """
     settings = settings or TrainSettings()
     desk = open_run_dir(out, model=model, settings=settings, overwrite=overwrite, device=device)
-    if pin is None:
-        pin = first_pin(store, desk.earlier)
-    source = PackSource(store, pin, rollouts, teacher, base=base, partial=partial, cache=cache)
+    if snapshot is None:
+        snapshot = first_snapshot(store, desk.earlier)
+    source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial, cache=cache)
     facts = facts_of(model, source, foreign_student)
     exactness = check_exactness(objective, facts)
     if desk.first:
         for line in exactness.lines():
             on_event(line)
-    plan = _plan(source, pin, rollouts, teacher, settings)
+    plan = _plan(source, snapshot, rollouts, teacher, settings)
     held = None
     if held_out is not None:
         held = hold_out(held_out, model, objective, settings.tokens_per_batch, desk.earlier, cache)
@@ -80,7 +80,7 @@ def train(
         same_root=facts.same_root,
         identity={
             "store": store.uuid,
-            "pin": {"number": pin.number, "sha256": pin.sha256},
+            "pin": {"number": snapshot.number, "sha256": snapshot.sha256},
             "rollouts": rollouts,
             "teacher": teacher,
             "base": base,
@@ -103,23 +103,23 @@ def check(
     rollouts: str,
     objective: Objective | Preset,
     settings: TrainSettings,
-    pin: Snapshot,
+    snapshot: Snapshot,
     partial: bool,
     foreign_student: bool,
     base: str | None = None,
 ) -> None:
     """Raises what `train` would raise of these before its first update; decodes no unit."""
-    source = PackSource(store, pin, rollouts, teacher, base=base, partial=partial)
+    source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial)
     check_exactness(objective, facts_of(model, source, foreign_student))
-    _plan(source, pin, rollouts, teacher, settings)
+    _plan(source, snapshot, rollouts, teacher, settings)
 
 
 def _plan(
-    source: PackSource, pin: Snapshot, rollouts: str, teacher: str, settings: TrainSettings
+    source: PackSource, snapshot: Snapshot, rollouts: str, teacher: str, settings: TrainSettings
 ) -> Plan:
     key = PlanKey(
-        pin=pin.number,
-        pin_sha256=pin.sha256,
+        snapshot=snapshot.number,
+        snapshot_sha256=snapshot.sha256,
         rollouts=rollouts,
         teacher=teacher,
         seed=settings.seed,

@@ -30,9 +30,9 @@ def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None
     assert call(asked(store, "--role context --context @p.jsonl", "hinted")).code == 0
     assert call(f"store verify {store} --deep").code == 0
     opened = open_store(world.at(store))
-    pin = opened.head()
+    snapshot = opened.head()
     members = np.stack([np.zeros(2 * N, int), np.arange(2 * N)], 1)
-    targets = PackSource(opened, pin, "main", "big", base="root").row(members).targets
+    targets = PackSource(opened, snapshot, "main", "big", base="root").row(members).targets
     assert targets.mc_count is not None
     assert (targets.mc_count.sum(1) == 5).all()
     drawn = targets.mc_count > 0
@@ -40,15 +40,15 @@ def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None
     # The base is the teacher here, so both say the same wherever both were asked.
     assert targets.base_log_p is not None
     np.testing.assert_allclose(targets.base_log_p[drawn], targets.q_log_p[drawn], rtol=2e-3)
-    own = PackSource(opened, pin, "main", "draws").row(members).targets
+    own = PackSource(opened, snapshot, "main", "draws").row(members).targets
     assert own.q_draws is not None
     assert (own.q_draws.sum(1) == 7).all()
     # The same prompts as context are the same scores under another name and role.
     plain, hinted = (
-        opened.read_scores(next(iter(pin.scores(n).values()))) for n in ("big", "hinted")
+        opened.read_scores(next(iter(snapshot.scores(n).values()))) for n in ("big", "hinted")
     )
     np.testing.assert_array_equal(plain.lp, hinted.lp)
-    assert [pin.role(n) for n in ("big", "root", "hinted")] == ["teacher", "base", "context"]
+    assert [snapshot.role(n) for n in ("big", "root", "hinted")] == ["teacher", "base", "context"]
 
 
 def test_training_takes_a_base_by_name(world: World, call: Any) -> None:

@@ -105,11 +105,11 @@ def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str
     assert call(f"store tag {copy} later").code == 0
     rows = call(f"{command} --vary objective=overlap,teacher_topk").json["rows"]
     assert rows[0]["eval_loss"] == row["eval_loss"]
-    pins = {
+    snapshots = {
         json.loads(file.read_text())["eval"]["held_out"]["pin"]["number"]
         for file in world.at(out).glob("*/seed-*/run.json")
     }
-    assert pins == {2 * UNITS - 1}
+    assert snapshots == {2 * UNITS - 1}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str
         ("--eval-store @nowhere", 1, "not a logitcask store", "check the path"),
         ("--eval-teacher tiny", 2, "--eval-teacher tiny", "give one of these"),
         ("--eval-store HELD --eval-rollouts no", 2, "--eval-rollouts no", "give one of these"),
-        ("--eval-store HELD --eval-pin 99", 1, "99", ""),
+        ("--eval-store HELD --eval-snapshot 99", 1, "99", ""),
         ("--eval-store HELD --objective opd --k 6", 1, "k = 6", ""),
     ],
 )

@@ -156,8 +156,10 @@ def test_a_teacher_with_more_tokens_is_asked_over_those_of_the_student(
 
 def scored(world: World, name: str) -> list[Any]:
     store = open_store(world.at(name))
-    pin = store.head()
-    return [store.read_scores(pin.scores("served")[s.seg_id]) for s in pin.rollouts("main")]
+    snapshot = store.head()
+    return [
+        store.read_scores(snapshot.scores("served")[s.seg_id]) for s in snapshot.rollouts("main")
+    ]
 
 
 def test_an_estimate_of_a_served_teacher_is_that_of_its_weights(

@@ -20,30 +20,38 @@ ALL = 2 * UNITS
 
 def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
     store = world.store(ALL)
-    pin = call(f"store pin {store} --format json").json
-    assert pin["log_number"] == ALL - 1
-    assert pin["rollouts"].keys() == {"main"}
+    snapshot = call(f"store snapshot {store} --format json").json
+    assert snapshot["log_number"] == ALL - 1
+    assert snapshot["rollouts"].keys() == {"main"}
     assert call(f"store tag {store} paper --at {ALL - 2}").code == 0
-    assert call(f"store pin {store} --at paper --format json").json["tags"] == ["paper"]
+    assert call(f"store snapshot {store} --at paper --format json").json["tags"] == ["paper"]
     assert call(f"store tag {store} --format json").json[0]["tag"] == "paper"
     assert call(f"store info {store} --format json").json["tags"] == {"paper": ALL - 2}
     # At the tag one unit has no scores yet.
-    call(f"{TRAIN} {store} --out {world.new('out')} --pin paper").refused(
+    call(f"{TRAIN} {store} --out {world.new('out')} --snapshot paper").refused(
         3, "1 of 4 units", "--partial"
     )
     out = world.new("out")
-    done = call(f"{TRAIN} {store} --out {out} --pin paper --partial --format json")
+    done = call(f"{TRAIN} {store} --out {out} --snapshot paper --partial --format json")
     assert done.code == 0, done.err
     run = json.loads((world.at(out) / "run.json").read_text())
     assert run["pin"]["number"] == ALL - 2
-    by_number = call(f"{TRAIN} {store} --out {out} --pin {ALL - 2} --partial --format json")
-    assert by_number.json["resumed_at"] == done.json["updates"], "the same pin by its number"
-    call(f"{TRAIN} {store} --out {out} --pin {ALL - 1} --partial").refused(1, "pin", "--overwrite")
-    call(f"{TRAIN} {store} --out {out} --pin nothing").refused(1, "no tag 'nothing'", "store tag")
-    call(f"store pin {store} --at 99").refused(1, "no log record 99", "pin a number that exists")
+    by_number = call(f"{TRAIN} {store} --out {out} --snapshot {ALL - 2} --partial --format json")
+    assert by_number.json["resumed_at"] == done.json["updates"], "the same snapshot by its number"
+    call(f"{TRAIN} {store} --out {out} --snapshot {ALL - 1} --partial").refused(
+        1, "pin", "--overwrite"
+    )
+    call(f"{TRAIN} {store} --out {out} --snapshot nothing").refused(
+        1, "no tag 'nothing'", "store tag"
+    )
+    call(f"store snapshot {store} --at 99").refused(
+        1, "no log record 99", "give a number that exists"
+    )
     call(f"store tag {store} --remove").refused(2, "need the NAME", "--help")
     assert call(f"store tag {store} paper --remove").code == 0
-    call(f"store pin {store} --at paper").refused(1, "no tag 'paper'; it has: none", "store tag")
+    call(f"store snapshot {store} --at paper").refused(
+        1, "no tag 'paper'; it has: none", "store tag"
+    )
 
 
 def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> None:
@@ -54,9 +62,11 @@ def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> N
     call(f"{TRAIN} {store} --out {world.new('out')}").refused(
         3,
         "no scores",
-        "Run `logitcask score` first; a pin taken earlier cannot see later scores.",
+        "Run `logitcask score` first; a snapshot taken earlier cannot see later scores.",
     )
-    assert call(f"store gc {store} --format json").json["segments"] == 0, "a recent pin reads them"
+    assert call(f"store gc {store} --format json").json["segments"] == 0, (
+        "a recent snapshot reads them"
+    )
     gone = call(f"store gc {store} --keep-days 0 --dry-run --format json").json
     assert (gone["segments"], gone["kept"]) == (UNITS, UNITS)
     swept = call(f"store gc {store} --keep-days 0 --format json").json

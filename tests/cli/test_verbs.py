@@ -27,7 +27,7 @@ def reads(name: str) -> list[tuple[str, int, str]]:
         (f"store show {name} --tokenizer @student", ALL, "rows"),
         (f"store verify {name}", ALL, "strays"),
         (f"store verify {name} --deep", ALL, "decoded"),
-        (f"store pin {name}", ALL, "sha256"),
+        (f"store snapshot {name}", ALL, "sha256"),
         (f"store tag {name} first", ALL, "log_number"),
         (f"store retire {name} --teacher big", ALL, "segment"),
         (f"store gc {name}", ALL, "kept"),

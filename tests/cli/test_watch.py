@@ -144,7 +144,9 @@ def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, c
         return command.replace("@", f"{world.path}/").split()
 
     # Record 2 is the first score: of this pin's two units of rollouts one has none.
-    train = f"{TRAIN} {store} --pin 2 --partial --objective opd --epochs 16 --format json --out"
+    train = (
+        f"{TRAIN} {store} --snapshot 2 --partial --objective opd --epochs 16 --format json --out"
+    )
     with process(words(f"{SCORE} {store} --watch --poll 0.01 --format json")) as teacher:
         wait(teacher, scored(2))
         with process(words(f"{train} {beside}")) as student:
@@ -167,7 +169,7 @@ def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, c
     report, again = json.loads(out), call(f"{train} {later}").json
     assert 1 <= done < report["updates"] == again["updates"]
     assert report["positions"] == again["positions"]
-    moved_on = call(f"{train.replace('--pin 2', '')} {newest}").json
+    moved_on = call(f"{train.replace('--snapshot 2', '')} {newest}").json
     assert moved_on["positions"] > report["positions"]
     weights = [world.at(run) / "model.safetensors" for run in (beside, later, newest)]
     as_beside, as_later, as_newest = (file.read_bytes() for file in weights)

@@ -75,7 +75,7 @@ def test_every_combination_has_a_folder_and_a_job_of_its_own(
 
 
 @pytest.mark.parametrize(
-    ("vary", "cause", "remedy"),
+    ("vary", "cause", "hint"),
     [
         ([], "nothing is varied", "--vary"),
         (["k"], "not key=value", "--vary k=1,4,16"),
@@ -279,7 +279,7 @@ def test_mean_spread_and_gap_recovery_worked_by_hand(case: tuple[Store, ModelRef
     passes = (Passes(seconds=1.5, runs=3, epochs=2), Passes(seconds=4.0, runs=1, epochs=1))
     report = AblateReport(
         out=Path("x"),
-        pin=3,
+        snapshot=3,
         rows=(found,),
         runs_trained=3,
         seconds=1.0,

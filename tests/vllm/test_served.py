@@ -90,10 +90,10 @@ def test_three_environments_meet_in_a_store(
         f"score --model {vllm_server} --tokenizer {ref.path} --store store --teacher served "
         "--k-min 4 --k-max 12",
     )
-    pin = open_store(store).head()
-    segment = pin.rollouts("main")[0]
+    snapshot = open_store(store).head()
+    segment = snapshot.rollouts("main")[0]
     assert segment.lineage["backend"]["name"] == "vllm"
-    (score,) = pin.scores("served")[segment.seg_id]
+    (score,) = snapshot.scores("served")[segment.seg_id]
     assert score.lineage["backend"]["name"] == "server"
     assert score.lineage["request"]["at_student"]
     call(
@@ -144,12 +144,12 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=12, k_max=12)
     near = {"model": ref, "scorer": hf, "teacher_name": "near", "profile": "raw32"}
     score(ScoreRequest(store=store, request=request, **near))
-    pin = store.head()
-    assert len(pin.segments) == pin.number + 1 == 3 * UNITS
-    for segment in pin.rollouts("main"):
+    snapshot = store.head()
+    assert len(snapshot.segments) == snapshot.number + 1 == 3 * UNITS
+    for segment in snapshot.rollouts("main"):
         base = store.read_rollouts(segment)
         found, exact = (
-            store.read_scores(pin.scores(name)[segment.seg_id], base=base)
+            store.read_scores(snapshot.scores(name)[segment.seg_id], base=base)
             for name in ("served", "near")
         )
         for name in ("lp", "s_lp", "entry_lp"):

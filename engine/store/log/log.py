@@ -50,7 +50,7 @@ class Log:
         self._tags: dict[str, int] = {}
         self._single: list[bytes] = []
         """The newest records that no bundle holds yet, as far as they follow a full one."""
-        self._pin: Snapshot | None = None
+        self._snapshot: Snapshot | None = None
 
     def __len__(self) -> int:
         return len(self._sums) - 1
@@ -130,7 +130,7 @@ class Log:
         self._sums.append(new.sha256)
         self._times.append(new.time)
         self._ends.append(len(self._segments))
-        self._pin = None
+        self._snapshot = None
 
     def _apply(self, new: Record) -> None:
         """Raises KeyError or ValueError for what no writer publishes."""
@@ -215,7 +215,7 @@ class Log:
         return self._segments[found[0]] if found else None
 
     def rollouts(self, seg_id: str) -> Segment | None:
-        """A rollout segment by its id, retired or not: what an old pin reads."""
+        """A rollout segment by its id, retired or not: what an old snapshot reads."""
         return self._rollouts.get(seg_id)
 
     def standing(self) -> list[Segment]:
@@ -252,21 +252,23 @@ class Log:
             latest.append(max(each, latest[-1]) if latest else each)
         return bisect.bisect_right(latest, time) - 1
 
-    def pin(self, number: int) -> Snapshot:
+    def snapshot(self, number: int) -> Snapshot:
         """The fold of records 0..number. Raises StoreError where there are fewer."""
         if not -1 <= number < len(self):
             raise StoreError(
                 f"{self._medium.url} has no log record {number}: its last is {len(self) - 1}",
-                hint="open the store that the pin was taken from, or pin a number that exists",
+                hint="open the store of the snapshot, or give a number that exists",
             )
-        if self._pin is None or self._pin.number != number:
+        if self._snapshot is None or self._snapshot.number != number:
             visible = tuple(
                 segment
                 for index, segment in enumerate(self._segments[: self._ends[number + 1]])
                 if self._retired.get(index, len(self)) > number
             )
-            self._pin = Snapshot(number=number, sha256=self._sums[number + 1], segments=visible)
-        return self._pin
+            self._snapshot = Snapshot(
+                number=number, sha256=self._sums[number + 1], segments=visible
+            )
+        return self._snapshot
 
 
 def bundle_name(first: int) -> str:

@@ -1,4 +1,4 @@
-"""A pin: what a store holds as of one log record, whatever is added or retired later."""
+"""A snapshot: what a store holds as of one log record, whatever is added or retired later."""
 
 from dataclasses import dataclass
 

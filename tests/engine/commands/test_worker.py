@@ -87,7 +87,7 @@ def moved(here: Path, version: int, seed: int, root: ModelRef, card: bool = True
             root=root.root,
             parent=root.digest,
             version=version,
-            pin=None,
+            snapshot=None,
             plan="",
             objective="",
         )

@@ -72,12 +72,12 @@ def test_table_says_the_same(first: DemoResult):
 
 def test_store_is_whole_and_of_many_segments(first: DemoResult):
     store = open_store(first.out / "store")
-    pin = store.head()
+    snapshot = store.head()
     report = verify(store)
-    assert len(pin.rollouts("main")) == 10
+    assert len(snapshot.rollouts("main")) == 10
     assert report.segments == first.segments == 22
-    assert first.positions == sum(s.counts["P"] for s in pin.rollouts("main"))
-    held = sum(s.counts["P"] for s in pin.rollouts("heldout"))
+    assert first.positions == sum(s.counts["P"] for s in snapshot.rollouts("main"))
+    held = sum(s.counts["P"] for s in snapshot.rollouts("heldout"))
     files = sum(f.stat().st_size for f in (first.out / "store" / "seg").rglob("*") if f.is_file())
     assert first.bytes_per_position == pytest.approx(files / (first.positions + held))
 

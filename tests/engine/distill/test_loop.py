@@ -157,10 +157,10 @@ def test_every_round_is_sampled_by_the_student_of_its_start(whole: Whole) -> Non
 
 
 def test_an_update_trains_on_its_share_of_its_own_round(whole: Whole) -> None:
-    pin = whole.store.head()
+    snapshot = whole.store.head()
     for number in range(ROUNDS):
         expected: Counter[tuple[int, ...]] = Counter()
-        for segment in pin.rollouts("main"):
+        for segment in snapshot.rollouts("main"):
             if segment.unit["version"] == number * UPDATES:
                 rolled = whole.store.read_rollouts(segment)
                 ends = rolled.seq_off
@@ -544,4 +544,4 @@ def test_train_misses_the_unit_that_a_kill_left_out(whole: Whole) -> None:
     kinds = [segment.kind for segment in whole.store.head().segments]
     assert kinds[:8] == ["rollout", "score"] * 2 + ["rollout"] * 2 + ["score"] * 2
     with pytest.raises(IncompleteError, match="1 of 4 units"):
-        PackSource(whole.store, whole.store.pin(4), "main", "big")
+        PackSource(whole.store, whole.store.snapshot(4), "main", "big")

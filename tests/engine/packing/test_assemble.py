@@ -112,7 +112,7 @@ def test_no_id_is_lost_and_each_has_its_numbers(
 
 def key(tokens: int = 48) -> PlanKey:
     return PlanKey(
-        pin=0, pin_sha256="", rollouts="main", teacher="big", seed=1, epochs=1,
+        snapshot=0, snapshot_sha256="", rollouts="main", teacher="big", seed=1, epochs=1,
         tokens_per_batch=tokens,
     )  # fmt: skip
 
@@ -179,7 +179,7 @@ def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
 def test_a_loop_of_ones_own_gets_the_base_and_what_is_there(tmp_path: Path) -> None:
     units = [make_unit(seed) for seed in range(3)]
     store = with_base(tmp_path / "s", units, 2)
-    which = {"pin": store.head(), "rollouts": "main", "teacher": "big", "base": "root"}
+    which = {"snapshot": store.head(), "rollouts": "main", "teacher": "big", "base": "root"}
     with pytest.raises(IncompleteError, match="have no scores of 'root'"):
         list(batches(store, **which, tokens_per_batch=64))
     rows = list(batches(store, **which, tokens_per_batch=64, partial=True))

@@ -20,8 +20,8 @@ from tests.engine.cached import Unit, make_store, make_unit
 
 def key(**change: object) -> PlanKey:
     fields: dict[str, object] = {
-        "pin": 3,
-        "pin_sha256": "0" * 64,
+        "snapshot": 3,
+        "snapshot_sha256": "0" * 64,
         "rollouts": "main",
         "teacher": "big",
         "seed": 1,
@@ -80,7 +80,13 @@ def test_plan_digest_is_stable_over_releases() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 2}, {"pin": 4}, {"pin_sha256": "1" * 64}, {"teacher": "t"}, {"rollouts": "r"}],
+    [
+        {"seed": 2},
+        {"snapshot": 4},
+        {"snapshot_sha256": "1" * 64},
+        {"teacher": "t"},
+        {"rollouts": "r"},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_plan_digest_names_everything_it_depends_on(change: dict[str, object]) -> None:
@@ -223,7 +229,12 @@ def test_batches_is_every_position_once_per_epoch(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", units)
     rows = list(
         batches(
-            store, pin=store.head(), rollouts="main", teacher="big", tokens_per_batch=32, epochs=2
+            store,
+            snapshot=store.head(),
+            rollouts="main",
+            teacher="big",
+            tokens_per_batch=32,
+            epochs=2,
         )
     )
     total = sum(unit.rollouts.positions for unit in units)

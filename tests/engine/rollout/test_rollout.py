@@ -88,8 +88,8 @@ def run(
 
 
 def contents(store: Path, name: str = "main") -> list[tuple[str, str, dict[str, Any]]]:
-    pin = open_store(store).head()
-    return [(s.unit_key, s.seg_id, dict(s.unit)) for s in pin.rollouts(name)]
+    snapshot = open_store(store).head()
+    return [(s.unit_key, s.seg_id, dict(s.unit)) for s in snapshot.rollouts(name)]
 
 
 def later(model: ModelRef, version: int) -> ModelRef:

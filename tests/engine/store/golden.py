@@ -45,8 +45,8 @@ def digests(store: Store) -> dict[str, str]:
             found.update(part if isinstance(part, bytes) else repr(part).encode())
         return found.hexdigest()
 
-    pin, found = store.head(), {}
-    for segment in pin.segments:
+    snapshot, found = store.head(), {}
+    for segment in snapshot.segments:
         if segment.kind == "rollout":
             r = store.read_rollouts(segment)
             own = [] if r.student is None else [r.student.ids, r.student.entry_lp, r.student.lp]
@@ -56,8 +56,8 @@ def digests(store: Store) -> dict[str, str]:
             arrays += [] if r.reward is None else [r.reward]
             prompts = [(p.id, p.token_ids, p.answer, dict(p.extra)) for p in r.prompts]
             found[segment.seg_id] = sha(prompts, *(a.tobytes() for a in arrays))
-    for name in pin.names("score"):
-        for chain in pin.scores(name).values():
+    for name in snapshot.names("score"):
+        for chain in snapshot.scores(name).values():
             for end in range(1, len(chain) + 1):
                 s = store.read_scores(chain[:end])
                 u = ranked(s)

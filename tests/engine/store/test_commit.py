@@ -107,9 +107,9 @@ def test_round_trip(store: Store, name: str, student: bool, sequences: int, rewa
     same_scores(store.read_scores((held,)), scores, profile(name), rollouts.student)
     # Somebody else, and a reader that has the rollouts already, read the same.
     other = again(store)
-    pin = other.head()
-    assert pin.scores("teacher") == {base.seg_id: (held,)}
-    assert pin.rollouts("main") == (base,)
+    snapshot = other.head()
+    assert snapshot.scores("teacher") == {base.seg_id: (held,)}
+    assert snapshot.rollouts("main") == (base,)
     read = other.read_scores((held,), base=other.read_rollouts(base))
     same_scores(read, scores, profile(name), rollouts.student)
     assert base.counts["P"] == rollouts.positions
@@ -257,18 +257,18 @@ def test_same_bytes_same_name(tmp_path: Path) -> None:
 def test_a_pin_reads_the_same_whatever_is_added(store: Store) -> None:
     base = commit_rollouts(store, 1, student=True)
     commit_scores(store, base, 1)
-    pin = store.head()
+    snapshot = store.head()
     for seed in range(2, 5):
         commit_rollouts(store, seed)
     fresh = again(store)
-    assert fresh.pin(pin.number, pin.sha256) == pin
+    assert fresh.snapshot(snapshot.number, snapshot.sha256) == snapshot
     assert len(fresh.head().segments) == 5
     assert [s.unit["first"] for s in fresh.head().rollouts("main")] == [1, 2, 3, 4]
-    assert fresh.pin(-1).segments == ()
+    assert fresh.snapshot(-1).segments == ()
     with pytest.raises(StoreError, match="no log record 5"):
-        fresh.pin(5)
-    with pytest.raises(IntegrityError, match="the pin says"):
-        fresh.pin(0, pin.sha256)
+        fresh.snapshot(5)
+    with pytest.raises(IntegrityError, match="the snapshot says"):
+        fresh.snapshot(0, snapshot.sha256)
 
 
 def test_segments_come_in_the_order_of_version_and_prompt(store: Store) -> None:

@@ -101,7 +101,7 @@ def decode(held: Segment, contents: dict[str, bytes], names: list[str] | None = 
 
 def test_every_file_emptied_deleted_grown_zeroed_or_swapped(cask: Path) -> None:
     names = every_file(cask)
-    pin = open_store(cask).head()
+    snapshot = open_store(cask).head()
     trials = 0
     for name, next_name in zip(names, names[1:] + names[:1], strict=True):
         file = cask / name
@@ -112,10 +112,10 @@ def test_every_file_emptied_deleted_grown_zeroed_or_swapped(cask: Path) -> None:
             file.unlink()
             if bad is not None:
                 file.write_bytes(bad)
-            if bad is None and name == f"log/{record.file_name(pin.number)}":
+            if bad is None and name == f"log/{record.file_name(snapshot.number)}":
                 # Nobody can see that the newest record is gone, except who has pinned it.
                 with pytest.raises(StoreError, match="no log record"):
-                    open_store(cask).pin(pin.number, pin.sha256)
+                    open_store(cask).snapshot(snapshot.number, snapshot.sha256)
             else:
                 refused(cask, name)
             file.write_bytes(sound)

@@ -170,7 +170,7 @@ def test_the_store_widens_and_reads_the_chain(store: Store) -> None:
     rows = np.split(ids.ids, np.cumsum(ids.cnt)[:-1])
     asked = np.split(later.ids, np.cumsum(later.cnt)[:-1])
     assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(asked, rows, strict=True))
-    # A pin from before reads what there was.
+    # A snapshot from before reads what there was.
     assert np.array_equal(store.read_scores(chain[:1]).kept, teacher.score(4, None).cnt)
     assert verify(store, deep=True).segments == 4
 

@@ -60,7 +60,7 @@ def test_they_hold_every_layout_and_profile(golden: Path, tmp_path: Path) -> Non
 
 def test_its_tag_reaches_what_was_retired(golden: Path) -> None:
     store = opened(golden)
-    tagged = store.pin("golden")
+    tagged = store.snapshot("golden")
     (old,) = tagged.rollouts("old")
     assert store.read_rollouts(old).positions
     assert store.head().rollouts("old") == ()

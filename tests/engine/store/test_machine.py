@@ -43,7 +43,7 @@ class Machine(RuleBasedStateMachine):
         self.medium = ObjectStorage("memory://cask", MemoryStore())
         self.store = open_on(self.medium, create=True)
         self.model: dict[tuple[Any, ...], str] = {}
-        self.pins: list[tuple[int, dict[tuple[Any, ...], str]]] = []
+        self.snapshots: list[tuple[int, dict[tuple[Any, ...], str]]] = []
         """Pins that gc was never allowed to forget, with what they showed."""
         self.tags: dict[str, tuple[int, dict[tuple[Any, ...], str]]] = {}
 
@@ -91,9 +91,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=TAGS)
     def mark(self, name: str) -> None:
-        pin = self.store.head()
-        taken = name in self.tags and self.tags[name][0] != pin.number
-        if pin.number < 0 or taken:
+        snapshot = self.store.head()
+        taken = name in self.tags and self.tags[name][0] != snapshot.number
+        if snapshot.number < 0 or taken:
             with pytest.raises(StoreError):
                 tag(self.store, name)
             return
@@ -106,8 +106,8 @@ class Machine(RuleBasedStateMachine):
             del self.tags[name]
 
     @rule()
-    def take_a_pin(self) -> None:
-        self.pins.append((self.store.head().number, dict(self.model)))
+    def take_a_snapshot(self) -> None:
+        self.snapshots.append((self.store.head().number, dict(self.model)))
 
     @rule()
     def collect_and_keep_recent_pins(self) -> None:
@@ -115,7 +115,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def collect_all(self) -> None:
-        self.pins.clear()
+        self.snapshots.clear()
         gc(self.store, keep_days=0, lease_hours=0)
 
     @rule()
@@ -148,10 +148,10 @@ class Machine(RuleBasedStateMachine):
         assert shown(self.store) == set(self.model.values())
         units = {s.unit_key for s in self.store.head().segments}
         assert units == {key(*k) for k in self.model}
-        for number, model in [*self.pins, *self.tags.values()]:
-            pin = self.store.pin(number)
-            assert {s.unit_key for s in pin.segments} == {key(*k) for k in model}
-            for segment in pin.segments:
+        for number, model in [*self.snapshots, *self.tags.values()]:
+            snapshot = self.store.snapshot(number)
+            assert {s.unit_key for s in snapshot.segments} == {key(*k) for k in model}
+            for segment in snapshot.segments:
                 segments.read_files(self.medium, segment.folder, segment.files, ["zarr.json"])
 
     def teardown(self) -> None:

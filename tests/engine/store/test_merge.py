@@ -42,7 +42,9 @@ def filled(store: Store) -> Store:
 def same(ours: Store, theirs: Store) -> None:
     """Units, content and order of reading."""
     a, b = ours.head(), theirs.head()
-    told, want = ({s.unit_key: (s.seg_id, s.seconds) for s in pin.segments} for pin in (a, b))
+    told, want = (
+        {s.unit_key: (s.seg_id, s.seconds) for s in snapshot.segments} for snapshot in (a, b)
+    )
     assert told == want
     for x, y in zip(a.rollouts("main"), b.rollouts("main"), strict=True):
         mine, other = ours.read_rollouts(x).reward, theirs.read_rollouts(y).reward
@@ -86,9 +88,9 @@ def test_a_packed_segment_is_a_zarr_group(tmp_path: Path) -> None:
 def test_a_pin_is_packed_as_it_was(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cask", create=True)
     commit_rollouts(store, 1)
-    pin = store.head()
+    snapshot = store.head()
     commit_rollouts(store, 2)
-    assert len(pack(store, tmp_path / "packed", pin=pin)) == 1
+    assert len(pack(store, tmp_path / "packed", snapshot=snapshot)) == 1
 
 
 def test_scores_without_their_rollouts_are_left_out(tmp_path: Path) -> None:
@@ -251,11 +253,11 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_what_gc_has_removed_is_not_called_damage(tmp_path: Path) -> None:
     store = filled(open_store(tmp_path / "ours", create=True))
-    pin = store.head()
+    snapshot = store.head()
     retire(store, teacher="teacher")
     gc(store, keep_days=0, lease_hours=0)
     with pytest.raises(StoreError, match="was retired, and gc has removed it") as caught:
-        pack(store, tmp_path / "packed", pin=pin)
+        pack(store, tmp_path / "packed", snapshot=snapshot)
     assert not isinstance(caught.value, IntegrityError)
 
 

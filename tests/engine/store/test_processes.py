@@ -102,8 +102,8 @@ def test_readers_see_whole_states_while_gc_removes_others(tmp_path: Path, counts
     assert int(written) > 10
     assert int(removed) > 5
     for reader in readers:
-        ((pins, _),) = finish(reader)
-        assert int(pins) > 10
+        ((snapshots, _),) = finish(reader)
+        assert int(snapshots) > 10
     store = open_store(path)
     assert verify(store, deep=True).strays == ()
     assert len(store.head().rollouts("main")) == int(written) + 1

@@ -22,7 +22,7 @@ from tests.engine.store.test_extend import teacher_of
 
 
 def sweep(store: Store, **options: Any) -> int:
-    """Segments that gc removes when nobody holds a pin and no writer is at work."""
+    """Segments that gc removes when nobody holds a snapshot and no writer is at work."""
     return gc(store, **({"keep_days": 0, "lease_hours": 0} | options)).segments
 
 
@@ -40,20 +40,20 @@ def test_a_tag_names_a_number(store: Store) -> None:
     assert tag(store, "first") == 0
     commit_rollouts(store, 2)
     assert tag(store, "first", 0) == 0, "the same again"
-    assert store.pin("first").number == 0
-    assert len(store.pin("first").segments) == 1
+    assert store.snapshot("first").number == 0
+    assert len(store.snapshot("first").segments) == 1
     with pytest.raises(StoreError, match="tag 'first' marks log number 0 already"):
         tag(store, "first", 1)
     with pytest.raises(StoreError, match=r"no tag 'second'; it has: first"):
-        store.pin("second")
+        store.snapshot("second")
     for name in ("", "../x", "A", "12"):
         with pytest.raises(ConfigError, match="is not allowed"):
             tag(store, name)
     # Somebody else sees it.
-    assert open_on(store.medium).pin("first").number == 0
+    assert open_on(store.medium).snapshot("first").number == 0
     untag(store, "first")
     with pytest.raises(StoreError, match="no tag 'first'"):
-        open_on(store.medium).pin("first")
+        open_on(store.medium).snapshot("first")
     with pytest.raises(StoreError, match="no tag 'first'"):
         untag(store, "first")
 
@@ -64,7 +64,7 @@ def test_what_is_retired_is_not_visible_and_can_be_made_again(store: Store) -> N
     before = store.head()
     assert retire(store, teacher="teacher") == [held]
     assert store.head().segments == (base,)
-    assert store.pin(before.number).segments == before.segments, "an old pin reads on"
+    assert store.snapshot(before.number).segments == before.segments, "an old snapshot reads on"
     again = commit_scores(store, base, 1)
     assert again.seg_id == held.seg_id
     assert again.number > before.number
@@ -138,7 +138,7 @@ def test_gc_removes_what_nobody_reaches(store: Store) -> None:
     gone = commit_rollouts(store, 2, name="old")
     old = store.head()
     retire(store, rollouts="old")
-    # A pin of the last 30 days may be in use somewhere.
+    # A snapshot of the last 30 days may be in use somewhere.
     assert sweep(store, keep_days=30) == 0
     assert store.read_rollouts(gone).positions
     dry = gc(store, keep_days=0, lease_hours=0, dry_run=True)
@@ -164,7 +164,7 @@ def test_gc_spares_what_a_tag_reaches(store: Store) -> None:
     held = store.head().segments[0]
     retire(store, rollouts="main")
     assert sweep(store) == 0
-    assert store.read_rollouts(store.pin("paper").segments[0]).positions
+    assert store.read_rollouts(store.snapshot("paper").segments[0]).positions
     untag(store, "paper")
     assert sweep(store) == 1
     with pytest.raises(StoreError, match="gc has removed"):

@@ -4,7 +4,7 @@
                               resumed job does; prints unit_key and seg_id of each when it returns
   race STORE COUNT            fights for COUNT units with others of its kind, from one moment on
   churn STORE SECONDS         commits, retires and sweeps all the time
-  read STORE SECONDS          pins, reads all of the pin, and reads it again: it must be the same
+  read STORE SECONDS          reads all of a snapshot, and reads it again: it must be the same
 
 It prints `ready` when its imports are done.
 """
@@ -49,18 +49,18 @@ def churn(store: Store, seconds: int) -> None:
 
 
 def read(store: Store, seconds: int) -> None:
-    end, pins, gone = time.monotonic() + seconds, 0, 0
+    end, snapshots, gone = time.monotonic() + seconds, 0, 0
     while time.monotonic() < end:
-        pin = store.head()
-        first = content(store, pin.number)
+        snapshot = store.head()
+        first = content(store, snapshot.number)
         if first is None:
             gone += 1
             continue
         kept = {s.seg_id for s in store.head().segments}
-        again = content(store, pin.number, only=kept) or {}
+        again = content(store, snapshot.number, only=kept) or {}
         assert all(first[name] == digest for name, digest in again.items())
-        pins += 1
-    print(pins, gone, flush=True)
+        snapshots += 1
+    print(snapshots, gone, flush=True)
 
 
 def content(store: Store, number: int, only: set[str] | None = None) -> dict[str, str] | None:
@@ -69,7 +69,7 @@ def content(store: Store, number: int, only: set[str] | None = None) -> dict[str
     None where a retired one was removed under us: that is said, and no other error is raised.
     """
     found = {}
-    for segment in store.pin(number).segments[-12:]:
+    for segment in store.snapshot(number).segments[-12:]:
         if only is not None and segment.seg_id not in only:
             continue
         try:

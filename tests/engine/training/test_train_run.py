@@ -66,13 +66,13 @@ def test_a_loop_of_ones_own_is_refused_what_train_refuses(
     with pytest.raises(ObjectiveError) as told:
         run(case, tmp_path / "out", objective=preset)
     with pytest.raises(ObjectiveError) as ours:
-        check_objective(preset, store, pin=store.head(), rollouts="main", teacher="big")
+        check_objective(preset, store, snapshot=store.head(), rollouts="main", teacher="big")
     assert str(ours.value) == str(told.value)
 
 
 def test_a_loop_of_ones_own_is_told_what_is_exact(case: tuple[Store, ModelRef]) -> None:
     store = case[0]
-    which = {"pin": store.head(), "rollouts": "main", "teacher": "big"}
+    which = {"snapshot": store.head(), "rollouts": "main", "teacher": "big"}
     told = check_objective(parse_objective("opd", k=4), store, **which)
     assert told.support.startswith("frozen: the top-4 of the student that sampled (version 0)")
     drawn = check_objective(parse_objective("sampled_token").objective, store, **which)
@@ -235,7 +235,7 @@ def test_a_finished_run_needs_no_checkpoints(case: tuple[Store, ModelRef], tmp_p
 
 
 def test_the_folder_of_a_loop_is_refused(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
-    """Its run.json has no pin: rounds are made as they come."""
+    """Its run.json has no snapshot: rounds are made as they come."""
     run(case, tmp_path)
     file = tmp_path / "run.json"
     found = json.loads(file.read_text())
