@@ -363,14 +363,14 @@ def unsound(file: Path, what: str) -> ModelError:
 
 
 def write_card(
-    path: Path, *, root: str, parent: str, version: int, snapshot: Any, plan: str, objective: Any
+    path: Path, *, root: str, parent: str, version: int, pin: Any, plan: str, objective: Any
 ) -> None:
     """root, parent: weights digests; version: updates since the root; the rest: what taught it."""
     card = {
         "root": root,
         "parent": parent,
         "version": version,
-        "pin": snapshot,
+        "pin": pin,
         "plan": plan,
         "objective": objective,
     }

@@ -47,8 +47,8 @@ def train(
     `base` names scores of the model that the teacher was made from, for objectives that look there.
     Without a `snapshot` the store as it is at the first call is used. The same call on the same
     `out` resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked
-    before the first update and after the last, as of the rows of `held_out`. `cache`: keeps decoded units
-    for other runs. `config`, the caller's resolved configuration, is only recorded, in run.json.
+    before the first update and after the last, as of the rows of `held_out`. `cache`: keeps units
+    for other runs. `config`, the resolved configuration, is only recorded, in run.json.
     What the cache serves exactly for the objective goes to `on_event` before the first update.
     Under torchrun every process calls this.
 

@@ -178,7 +178,7 @@ def test_a_plain_folder_is_version_0_of_its_own_root(folder: Path) -> None:
 def test_a_trained_student_knows_its_root(folder: Path) -> None:
     root, parent = identity.digest("root"), identity.digest("parent")
     identity.write_card(
-        folder, root=root, parent=parent, version=7, snapshot={"number": 3}, plan="p", objective={}
+        folder, root=root, parent=parent, version=7, pin={"number": 3}, plan="p", objective={}
     )
     card = identity.read_card(folder)
     assert card is not None
@@ -193,7 +193,7 @@ def test_a_trained_student_knows_its_root(folder: Path) -> None:
 )
 def test_an_unsound_card_is_refused(folder: Path, keys: dict[str, Any]) -> None:
     d = identity.digest(0)
-    identity.write_card(folder, root=d, parent=d, version=1, snapshot=None, plan=d, objective=None)
+    identity.write_card(folder, root=d, parent=d, version=1, pin=None, plan=d, objective=None)
     edit(folder / identity.CARD, **keys)
     with pytest.raises(ModelError, match=r"logitcask\.json is not the card"):
         identity.read_card(folder)
