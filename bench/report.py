@@ -3,8 +3,8 @@
 Run: .venv/bin/python bench/report.py [--no-frontier]
 
 The newest row of each section counts. Only the text between `<!-- NAME -->` and `<!-- end -->` is
-replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The kernels' tables
-come from report_kernels.py, those of the demo and the ablation from report_ablate.py.
+replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The kernels'
+tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py.
 """
 
 import sys
@@ -232,7 +232,7 @@ TABLES: dict[str, Callable[[dict[str, Row]], str]] = {
 
 
 def draw(row: Row) -> None:
-    """Bytes against forward KL missed, both logarithmic: down and left is better."""
+    """Plot bytes against forward KL missed, both logarithmic: down and left is better."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -254,8 +254,8 @@ def draw(row: Row) -> None:
         best.sort(key=lambda r: r["bytes"])
         axes.plot(*points(mine), ".", color=colour, alpha=0.35)
         axes.plot(*points(best), "-", color=colour, label=f"logitcask, {name}")
-    # Values read back by a peer's own reader can be further off than what is missed: the table
-    # says so, a logarithm cannot.
+    # Values that a peer's own reader returns can be further off than the missed KL: the table
+    # shows that, a logarithm cannot.
     peers = [
         r for r in row["table"] if not r["who"].startswith("logitcask") and r["values"] == "exact"
     ]

@@ -35,15 +35,17 @@ def objectives(row: Row) -> str:
         for a, b in combinations(row["rows"], 2)
         if not separate(a, b, "accuracy")
     ]
-    apart = f"Accuracy does not separate {', '.join(alike)}" if alike else "Accuracy separates all"
+    separation = (
+        f"Accuracy does not separate {', '.join(alike)}" if alike else "Accuracy separates all"
+    )
     if row["rows"][0]["n"] < 2:
-        apart = "One seed has no spread, so no two can be separated"
+        separation = "One seed has no spread, so no two can be separated"
     return (
         f"{_table(row['rows'])}\n\nMean ± sample standard deviation over seeds; two separate where "
-        f"their means are further apart than both spreads together. {apart}. The teacher's accuracy "
-        f"is {row['teacher']:.1%}. `{row['command']}`, {row['wall_s']:.0f} s, {row['machine']}, "
-        f"threads {row['threads']}, Python {row['python']}, torch {row['torch']}, commit "
-        f"{row['commit']}."
+        f"their means are further apart than both spreads together. {separation}. The teacher's "
+        f"accuracy is {row['teacher']:.1%}. `{row['command']}`, {row['wall_s']:.0f} s, "
+        f"{row['machine']}, threads {row['threads']}, Python {row['python']}, "
+        f"torch {row['torch']}, commit {row['commit']}."
     )
 
 
@@ -52,9 +54,9 @@ def summary(row: Row) -> str:
     rows = sorted(row["rows"], key=lambda each: each["accuracy"])
     return (
         f"{_table(rows)}\n\nThe teacher's accuracy is {row['teacher']:.1%}. {row['runs_trained']} "
-        f"trainings took {row['trainings_seconds']:.0f} s; a teacher in every pass would have added "
-        f"{row['teacher_seconds_saved']:.0f} s. {row['machine']}, threads {row['threads']}, torch "
-        f"{row['torch']}, commit {row['commit']}."
+        f"trainings took {row['trainings_seconds']:.0f} s; a teacher in every pass would have "
+        f"added {row['teacher_seconds_saved']:.0f} s. {row['machine']}, threads "
+        f"{row['threads']}, torch {row['torch']}, commit {row['commit']}."
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from logitcask.cli.options import format_option, job_from_flags, job_options
+from logitcask.cli.options import config_from_flags, config_options, format_option
 from logitcask.cli.output import print_result, print_segments, print_table, progress_bar
 from logitcask.engine.config.sections import Gc, GcConfig
 from logitcask.engine.errors import IncompleteError
@@ -86,7 +86,7 @@ def retire_command(url: str, form: str, **which: Any) -> None:
 
 @click.command("gc")
 @click.argument("url")
-@job_options(GcConfig, {"gc": list(Gc.model_fields)})
+@config_options(GcConfig, {"gc": list(Gc.model_fields)})
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @format_option
 def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
@@ -97,7 +97,7 @@ def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
 
     Example: logitcask store gc ./store --dry-run
     """
-    job = job_from_flags(GcConfig, flags)
+    job = config_from_flags(GcConfig, flags)
     from logitcask.engine.store import open_store
     from logitcask.engine.store.retention import gc
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from logitcask.cli.options import job_from_flags
+from logitcask.cli.options import config_from_flags
 from logitcask.engine.config.sections import RolloutConfig, RunConfig, ScoreConfig, TrainConfig
 from logitcask.engine.config.toml import read_toml, to_toml, validate
 from logitcask.engine.errors import ConfigError
@@ -32,7 +32,7 @@ def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> No
         "rollout__n": None,
         "rollout__sample_top_k": 7,
     }
-    job = job_from_flags(RolloutConfig, flags)
+    job = config_from_flags(RolloutConfig, flags)
     assert (job.rollout.n, job.rollout.sample_top_k, job.rollout.student_k) == (4, 7, 16)
     assert job.rollout.sampling().top_k == 7
 
@@ -54,7 +54,7 @@ def test_a_forbidden_value_is_named_with_its_rule(
     fields = {f"{s}__" for s in kind.model_fields}
     given = {k: v for k, v in needed.items() if any(k.startswith(f) for f in fields)}
     with pytest.raises(ConfigError) as caught:
-        job_from_flags(kind, given | flags)
+        config_from_flags(kind, given | flags)
     assert all(word in caught.value.cause for word in words)
     assert caught.value.hint
 
