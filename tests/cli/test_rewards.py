@@ -76,7 +76,7 @@ def test_an_estimate_counts_the_bytes_of_rewards(call: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         ("--grader exact", 1, "'p0' has no answer", "MODULE:FUNCTION"),
         ("--grader nearly", 2, "grader 'nearly'", "--grader exact"),
