@@ -66,7 +66,7 @@ class Engine:
             wanted |= {"max_num_batched_tokens": SCORED_AT_ONCE, "max_logprobs": -1}
             wanted |= {"enable_prefix_caching": False}
         else:
-            from vllm.config import PoolerConfig
+            from vllm.config import PoolerConfig  # pyright: ignore[reportMissingImports]
 
             pooler = PoolerConfig(task="token_embed", use_activation=False)
             wanted |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
@@ -136,7 +136,7 @@ class Engine:
 
     def answers_at_ids(self) -> bool:
         """Whether it can be asked at ids of every row's own: only vLLM's second runner can."""
-        from vllm.exceptions import VLLMValidationError
+        from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 
         try:
             self.tell([[0, 1, 2]], 1, [np.array([[0], [1]])])
