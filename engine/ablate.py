@@ -33,7 +33,7 @@ from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.run_dir import check_same, make_folder, replace_text, write_json
-from logitcask.engine.types import Progress, silent
+from logitcask.engine.types import Progress, no_progress
 
 FIXED = ("store.url", "store.profile", "train.snapshot", "run.out", "run.overwrite", "run.seed")
 """Keys that cannot be varied, beside those of [eval]."""
@@ -156,7 +156,7 @@ def ablate(
     vary: Sequence[str],
     settings: Ablate,
     *,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
 ) -> AblateReport:
     """Trains what is not trained yet, and writes the table.

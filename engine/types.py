@@ -32,7 +32,7 @@ MC_IDS = "mc"
 """What a teacher is asked at when it is also asked at the ids that the student drew."""
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def no_progress(stage: str, done: int, total: int) -> None:
     """The progress callable of a caller who does not want any."""
 
 

@@ -27,7 +27,7 @@ from logitcask.engine.types import (
     SamplingParams,
     ScoreParams,
     Scores,
-    silent,
+    no_progress,
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -148,7 +148,7 @@ class HF:
         *,
         seed: int,
         version: int,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> Rollouts:
         new = sampling.max_new_tokens
         check_room(prompts, new, self.context)

@@ -14,10 +14,10 @@ import numpy as np
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.models.fingerprint import (
-    CEILING,
-    CONTROL_TIMES,
-    FLOOR,
-    LIKELY,
+    MAX_SPREAD,
+    MIN_PROB,
+    MIN_TOLERANCE,
+    SPREAD_FACTOR,
     ModelFingerprint,
 )
 from logitcask.engine.store.format import ragged
@@ -84,9 +84,9 @@ def compare(a: Scores, b: Scores) -> LogprobDiff:
     place = ragged.find(b.ids.astype(np.uint32), b.cnt, a.ids.astype(np.uint32), a.cnt)
     there = place >= 0
     twin = (np.repeat(ragged.starts(b.cnt)[:-1], a.cnt.astype(np.int64)) + place)[there]
-    likely = a.entry_lp[there] > np.log(LIKELY)
+    likely = a.entry_lp[there] > np.log(MIN_PROB)
     gap = np.abs(a.entry_lp[there].astype(np.float64) - b.entry_lp[twin])[likely]
-    sampled = a.lp > np.log(LIKELY)
+    sampled = a.lp > np.log(MIN_PROB)
     gap = np.concatenate([gap, np.abs(a.lp.astype(np.float64) - b.lp)[sampled]])
     first_a, first_b = ragged.starts(a.cnt)[:-1], ragged.starts(b.cnt)[:-1]
     both = (a.cnt > 0) & (b.cnt > 0)
@@ -121,11 +121,11 @@ def tolerance(spread: float) -> float:
 
     Raises IdentityError for an engine so unsteady that another model could hide behind it.
     """
-    allowed = max(FLOOR, CONTROL_TIMES * spread)
-    if allowed > CONTROL_TIMES * CEILING:
+    allowed = max(MIN_TOLERANCE, SPREAD_FACTOR * spread)
+    if allowed > SPREAD_FACTOR * MAX_SPREAD:
         raise IdentityError(
             f"the engine differs from itself by {spread:.3g} nats when it scores the same rows in "
-            f"another order, and {CEILING} is the most that can be told from another model",
+            f"another order, and {MAX_SPREAD} is the most that can be told from another model",
             hint="Serve it in float32 or bfloat16, without quantisation of the cache, or ask "
             "for batch-invariant kernels (VLLM_BATCH_INVARIANT=1).",
         )

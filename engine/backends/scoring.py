@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
-from logitcask.engine.models.fingerprint import LIKELY
+from logitcask.engine.models.fingerprint import MIN_PROB
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.topk_select import topk_select
@@ -265,7 +265,7 @@ def of_shared(logits: Tensor, n_vocab: int) -> Tensor:
         return logits
     known, strange = logits[:, :n_vocab], logits[:, n_vocab:]
     share = torch.sigmoid(strange.logsumexp(1) - known.logsumexp(1))
-    if len(share) and float(share.max()) > LIKELY:
+    if len(share) and float(share.max()) > MIN_PROB:
         row = int(share.argmax())
         raise UnitError(
             f"a row gives ids that only one of student and teacher knows, from {n_vocab} on, the "

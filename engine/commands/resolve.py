@@ -12,7 +12,7 @@ from logitcask.engine.config.training import Eval, Train
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.models import identity
 from logitcask.engine.objectives import PRESETS, Bounds, Preset, parse_objective
-from logitcask.engine.prompts.graders import Decode, Grading, open_grader
+from logitcask.engine.prompts.graders import Decode, Grader, open_grader
 from logitcask.engine.prompts.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.inspect import choose, choose_teacher
@@ -90,7 +90,7 @@ def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSe
     )
 
 
-def grading_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> Grading | None:
+def grader_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> Grader | None:
     """Who gives responses their rewards, as [rollout] says; None where it names nobody.
 
     Raises as open_grader does.
@@ -99,7 +99,7 @@ def grading_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> 
         return None
     grader = open_grader(rollout.grader, prompts)
     decode = _decoder(load_tokenizer(model.path))
-    return Grading(name=rollout.grader, grader=grader, decode=decode)
+    return Grader(name=rollout.grader, grader=grader, decode=decode)
 
 
 def _decoder(tokenizer: Any) -> Decode:

@@ -15,7 +15,7 @@ from logitcask.engine.commands.load_teacher import backend, open_teacher
 from logitcask.engine.commands.resolve import (
     eval_plan,
     find_objective,
-    grading_of,
+    grader_of,
     held_out_set,
     rendered,
     snapshot_of,
@@ -37,12 +37,12 @@ from logitcask.engine.objectives import parse_objective, warnings
 from logitcask.engine.packing.batches import planned
 from logitcask.engine.probes.estimate import Estimate, estimate
 from logitcask.engine.probes.metrics import Bin, probe
-from logitcask.engine.prompts.graders import Grading
+from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
 from logitcask.engine.prompts.teacher_context import read_template, templated
 from logitcask.engine.rollout.plan import RolloutReport, rollout
 from logitcask.engine.rollout.unit import RolloutRequest
-from logitcask.engine.score.ids_file import read_ids
+from logitcask.engine.score.ids_file import read_ids_file
 from logitcask.engine.score.plan import ScoreReport, score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Snapshot, Store, open_store
@@ -52,14 +52,14 @@ from logitcask.engine.teachers.remote import is_remote
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.train import check, train
-from logitcask.engine.types import ModelRef, Progress, Prompt, silent
+from logitcask.engine.types import ModelRef, Progress, Prompt, no_progress
 
 
-def run_rollout(job: RolloutConfig, *, progress: Progress = silent) -> RolloutReport:
+def run_rollout(job: RolloutConfig, *, progress: Progress = no_progress) -> RolloutReport:
     """`logitcask rollout`. Prompts are read and checked before any weight is loaded."""
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
-    grading = grading_of(job.rollout, model, prompts)
-    asked = rolling(job, model, prompts, template, grading)
+    grader = grader_of(job.rollout, model, prompts)
+    asked = rolling(job, model, prompts, template, grader)
     try:
         return rollout(asked, progress=progress)
     finally:
@@ -71,7 +71,7 @@ def rolling(
     model: ModelRef,
     prompts: Sequence[Prompt],
     template: bool,
-    grading: Grading | None,
+    grader: Grader | None,
     *,
     versions: bool = False,
 ) -> RolloutRequest:
@@ -89,7 +89,7 @@ def rolling(
             seed=job.run.seed,
             student_k=job.rollout.student_k,
             mc_draws=job.rollout.mc_draws,
-            grading=grading,
+            grader=grader,
             unit_prompts=job.rollout.unit_prompts or None,
             profile=job.store.profile,
             versions=versions,
@@ -101,7 +101,10 @@ def rolling(
 
 
 def run_score(
-    job: ScoreConfig, *, progress: Progress = silent, on_event: EventHandler = lambda line: None
+    job: ScoreConfig,
+    *,
+    progress: Progress = no_progress,
+    on_event: EventHandler = lambda line: None,
 ) -> ScoreReport:
     """`logitcask score`."""
     store = open_store(job.store.url)
@@ -140,7 +143,7 @@ def scoring(
             request=request,
             role=job.score.role,
             context=_context(job, store, model, snapshot) if job.score.role == "context" else None,
-            at=job.score.asked_at() if ids is None else read_ids(ids, model.n_vocab),
+            at=job.score.asked_at() if ids is None else read_ids_file(ids, model.n_vocab),
             profile=job.store.profile,
             eos_rows=job.score.eos_rows,
             shared=teacher.shared,
@@ -175,11 +178,14 @@ def _context(
 
 
 def run_estimate(
-    job: EstimateConfig, *, progress: Progress = silent, on_event: EventHandler = lambda line: None
+    job: EstimateConfig,
+    *,
+    progress: Progress = no_progress,
+    on_event: EventHandler = lambda line: None,
 ) -> Estimate:
     """`logitcask store estimate`."""
     model, prompts, template = student_and_prompts(job.student, job.prompts, job.rollout)
-    grading = grading_of(job.rollout, model, prompts)
+    grader = grader_of(job.rollout, model, prompts)
     served = is_remote(job.teacher.model)
     teacher = open_teacher(
         job.teacher,
@@ -197,7 +203,7 @@ def run_estimate(
         student = backend(model, run, known=own)
         try:
             return estimate(
-                grading=grading,
+                grader=grader,
                 teacher=teacher.scorer,
                 student=student,
                 prompts=prompts,
@@ -221,7 +227,7 @@ def run_train(
     job: TrainConfig,
     *,
     cache: UnitCache | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
 ) -> TrainReport:
     """`logitcask train`. What the cache serves of the objective is given to `on_event` first."""
@@ -294,7 +300,7 @@ def _train_task(job: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
 
 
 def run_probe(
-    job: ProbeConfig, objectives: Sequence[str] = (), *, progress: Progress = silent
+    job: ProbeConfig, objectives: Sequence[str] = (), *, progress: Progress = no_progress
 ) -> list[Bin]:
     """`logitcask probe metrics`; `objectives` as --objective takes them; bin 0 is all rows."""
     found = {text: parse_objective(text).objective for text in objectives}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection
 
 from logitcask.engine.backends.base import close_backend
-from logitcask.engine.commands.resolve import grading_of, rendered, student_and_prompts
+from logitcask.engine.commands.resolve import grader_of, rendered, student_and_prompts
 from logitcask.engine.commands.stages import rolling, scoring
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig, StoreSection
 from logitcask.engine.config.teacher import Work
@@ -19,12 +19,12 @@ from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
 from logitcask.engine.models import identity
 from logitcask.engine.rollout.plan import plan_rollouts
-from logitcask.engine.rollout.unit import RolloutRequest, Unit, run_rollout_unit
+from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
 from logitcask.engine.score.plan import plan_scores
-from logitcask.engine.score.unit import ScoreUnit, score_unit
+from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import Snapshot, Store, holds_store, open_store
-from logitcask.engine.types import ModelRef, Progress, silent
-from logitcask.engine.workers.worker import Plan, WorkReport, WorkSettings, run_worker
+from logitcask.engine.types import ModelRef, Progress, no_progress
+from logitcask.engine.workers.worker import WorkPlan, WorkReport, WorkSettings, run_worker
 
 _NOTHING = WorkReport(
     units=0, positions=0, seconds=0.0, positions_per_second=0.0, failed=0, first_error=""
@@ -35,7 +35,7 @@ def watch_scores(
     job: ScoreConfig,
     *,
     stop: threading.Event,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
 ) -> WorkReport:
     """`logitcask score --watch`: waits for the store and the rollouts where they are not there yet,
@@ -58,14 +58,16 @@ def watch_scores(
         return _NOTHING
     said = warn_once(on_event)
 
-    def plan(given_up: Collection[str]) -> Plan[ScoreUnit]:
+    def plan(given_up: Collection[str]) -> WorkPlan[ScoreUnit]:
         found = plan_scores(asked, store.head(), growing=True)
         for note in found.notes:
             said(note)
-        return Plan(units=found.missing, done=found.total - len(found.missing), total=found.total)
+        return WorkPlan(
+            units=found.missing, done=found.total - len(found.missing), total=found.total
+        )
 
     def work(key: str, unit: ScoreUnit) -> int:
-        return score_unit(asked, key, unit, lineage)
+        return run_score_unit(asked, key, unit, lineage)
 
     try:
         lineage = asked.lineage()
@@ -87,7 +89,7 @@ def watch_rollouts(
     job: RolloutConfig,
     *,
     stop: threading.Event,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
 ) -> WorkReport:
     """`logitcask rollout --watch`. Prompts are read and checked before any weight is loaded.
@@ -98,7 +100,7 @@ def watch_rollouts(
     students = _Students(job, on_event)
     store = students.store
 
-    def work(key: str, unit: Unit) -> int:
+    def work(key: str, unit: RolloutUnit) -> int:
         return run_rollout_unit(students.now(), key, unit).positions
 
     try:
@@ -124,7 +126,7 @@ class _Students:
         self._model, self._prompts, self._template = student_and_prompts(
             job.student, job.prompts, job.rollout
         )
-        self._grading = grading_of(job.rollout, self._model, self._prompts)
+        self._grading = grader_of(job.rollout, self._model, self._prompts)
         self._asked: RolloutRequest | None = self._load(self._model)
         self.store = self._asked.store
         self._odd = ""
@@ -140,7 +142,7 @@ class _Students:
         assert self._asked is not None, "a plan has units of a loaded student"
         return self._asked
 
-    def plan(self, given_up: Collection[str]) -> Plan[Unit]:
+    def plan(self, given_up: Collection[str]) -> WorkPlan[RolloutUnit]:
         """What is missing of this version; of the next one as soon as nothing is."""
         snapshot = self.store.head()
         missing = self._missing(snapshot)
@@ -151,10 +153,10 @@ class _Students:
         most = self._job.work.max_unscored
         if most and (waiting := _unscored(snapshot, self._job.store.rollouts)) > most:
             self._said(f"{waiting} units wait for scores, more than {most}: none is begun")
-            return Plan(units={}, done=done, total=total)
-        return Plan(units=missing, done=done, total=total)
+            return WorkPlan(units={}, done=done, total=total)
+        return WorkPlan(units=missing, done=done, total=total)
 
-    def _missing(self, snapshot: Snapshot) -> dict[str, Unit]:
+    def _missing(self, snapshot: Snapshot) -> dict[str, RolloutUnit]:
         return {} if self._asked is None else plan_rollouts(self._asked, snapshot)
 
     def _load(self, model: ModelRef) -> RolloutRequest:
@@ -198,7 +200,7 @@ class _Students:
     def _later(self) -> ModelRef | None:
         """The student that the folder holds now, None where it is no later one than the last."""
         was, path = self._model, self._model.path
-        card, weights = identity.read_card(path), identity.weights_digest(path)
+        card, weights = identity.read_metadata(path), identity.weights_digest(path)
         version, root = (0, weights) if card is None else (card["version"], card["root"])
         if self._asked is not None and (version, weights) == (was.version, was.digest):
             self._odd = ""

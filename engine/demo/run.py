@@ -35,7 +35,7 @@ from logitcask.engine.config.sections import (
 from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.config.training import Train
 from logitcask.engine.demo.models import Size, accuracy, make_model, make_tokenizer, save
-from logitcask.engine.demo.pretrain import Pupil, learn_at_least, learn_between
+from logitcask.engine.demo.pretrain import TaskPretrainer, pretrain_between, pretrain_to_at_least
 from logitcask.engine.demo.record import DemoResult, Record
 from logitcask.engine.demo.scale import FAST, FULL, Scale
 from logitcask.engine.demo.task import Task, write_prompts
@@ -45,7 +45,7 @@ from logitcask.engine.store import open_store
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.inspect import bytes_per_position
-from logitcask.engine.types import Array, Progress, ScoreParams, silent
+from logitcask.engine.types import Array, Progress, ScoreParams, no_progress
 
 Top = tuple[Array, Array]
 """([P, K] ids, [P, K] log-probs), best first."""
@@ -63,7 +63,7 @@ def run_demo(
     objective: str = "overlap",
     fast: bool = False,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> DemoResult:
     """Makes what `out` lacks, trains the student by `objective`, and measures it.
 
@@ -116,9 +116,9 @@ class Demo:
         """A teacher that is sure of its task, and a student that is half way."""
         scale = self.scale
 
-        def learn(pupil: Pupil) -> None:
-            learn_at_least(
-                pupil,
+        def learn(pretrainer: TaskPretrainer) -> None:
+            pretrain_to_at_least(
+                pretrainer,
                 TEACHER_AT_LEAST,
                 ready=0.8,
                 stride=25,
@@ -128,9 +128,9 @@ class Demo:
                 progress=self.progress,
             )
 
-        def half_learn(pupil: Pupil) -> None:
-            learn_between(
-                pupil,
+        def half_learn(pretrainer: TaskPretrainer) -> None:
+            pretrain_between(
+                pretrainer,
                 *STUDENT_BETWEEN,
                 stride=20,
                 limit=2000,
@@ -148,9 +148,9 @@ class Demo:
                 )
 
     def _make(
-        self, name: str, size: Size, batch: int, lr: float, learn: Callable[[Pupil], None]
+        self, name: str, size: Size, batch: int, lr: float, learn: Callable[[TaskPretrainer], None]
     ) -> None:
-        pupil = Pupil(
+        pretrainer = TaskPretrainer(
             make_model(size, self.seed),
             self.tokenizer,
             self.task.stream(name, self.seed),
@@ -159,9 +159,9 @@ class Demo:
             lr=lr,
             max_new_tokens=self.task.max_new_tokens,
         )
-        learn(pupil)
-        save(pupil.model, self.tokenizer, self.out / name)
-        self.record.accuracy[name] = self._accuracy(pupil.model)
+        learn(pretrainer)
+        save(pretrainer.model, self.tokenizer, self.out / name)
+        self.record.accuracy[name] = self._accuracy(pretrainer.model)
 
     def fill_store(self) -> None:
         """The student's rollouts of both sets of prompts, and the teacher's scores of them."""

@@ -15,7 +15,7 @@ from logitcask.engine.commands.load_teacher import LoadedTeacher, open_teacher
 from logitcask.engine.commands.resolve import (
     eval_plan,
     find_objective,
-    grading_of,
+    grader_of,
     held_out_set,
     student_and_prompts,
     train_settings,
@@ -40,11 +40,14 @@ from logitcask.engine.store import Store, open_store
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
 from logitcask.engine.training.run_dir import check_same, read_run
-from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreParams, silent
+from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreParams, no_progress
 
 
 def distill(
-    config: RunConfig, *, progress: Progress = silent, on_event: EventHandler = lambda line: None
+    config: RunConfig,
+    *,
+    progress: Progress = no_progress,
+    on_event: EventHandler = lambda line: None,
 ) -> TrainReport:
     """Runs the rounds that `config` describes; the same call resumes.
 
@@ -96,7 +99,7 @@ def _distill(
     exactness = _verdict(config, preset, model, request, "bounds" in teacher.scorer.capabilities)
     for line in exactness.lines():
         on_event(line)
-    grading = grading_of(config.rollout, model, prompts)
+    grader = grader_of(config.rollout, model, prompts)
     evaluation = eval_plan(config.eval, config.run, model, template)
     held_out = None
     if (asked := held_out_set(config.eval, config.store.url)) is not None:
@@ -152,7 +155,7 @@ def _distill(
             request,
             width,
             run,
-            grading,
+            grader,
             progress,
             on_event,
         ),

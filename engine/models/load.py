@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.models.identity import digest, write_card
+from logitcask.engine.models.identity import digest, write_metadata
 from logitcask.engine.models.logit_transform import logit_transform
 from logitcask.engine.types import ModelRef
 
@@ -205,7 +205,7 @@ def save_student(
     _merged(model).save_pretrained(aside)
     for file in _tokenizer_files(parent.path):
         shutil.copyfile(file, aside / file.name)
-    write_card(
+    write_metadata(
         aside, root=parent.root, parent=parent.digest, version=parent.version + updates, **card
     )
     if not inside:

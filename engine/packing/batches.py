@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from logitcask.engine.packing.plan import WINDOW_BYTES, Plan, PlanKey, make_plan
+from logitcask.engine.packing.plan import WINDOW_BYTES, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
@@ -31,7 +31,7 @@ class Packs(Protocol):
 class PlannedPacks:
     """`Packs` of a plan: everything is in the store. Also a map-style dataset of PackedRow."""
 
-    def __init__(self, plan: Plan, source: PackSource) -> None:
+    def __init__(self, plan: PackPlan, source: PackSource) -> None:
         self.plan = plan
         self._source = source
         self._window = -1

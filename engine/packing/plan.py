@@ -64,7 +64,7 @@ class Window:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class PackPlan:
     """Rows of all epochs, in training order."""
 
     key: PlanKey
@@ -90,7 +90,7 @@ class Plan:
         return bisect.bisect_left(self.windows, index, key=lambda window: window.end - 1)
 
 
-def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> Plan:
+def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> PackPlan:
     """Segments in a drawn order; in each window of them the sequences are shuffled and packed.
 
     Packing is first-fit-decreasing, and equal lengths keep their drawn order; rows of a window are
@@ -120,7 +120,7 @@ def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> Plan:
             "rows": content.hexdigest(),
         }
     )
-    return Plan(key=key, members=flat, row_off=row_off, windows=tuple(windows), digest=name)
+    return PackPlan(key=key, members=flat, row_off=row_off, windows=tuple(windows), digest=name)
 
 
 def windows_at_most(total_bytes: int, window_bytes: int = WINDOW_BYTES) -> int:

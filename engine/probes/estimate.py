@@ -25,7 +25,7 @@ import logitcask.engine.store.format.segment as segments
 from logitcask.engine.backends.logprob_diff import part_of
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.probes.full_scores import Looked, WideRows, look
-from logitcask.engine.prompts.graders import Grading
+from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.rollout.unit import UNIT_POSITIONS, draw, mc_request
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
@@ -37,7 +37,7 @@ from logitcask.engine.types import (
     SamplingParams,
     ScoreParams,
     Scores,
-    silent,
+    no_progress,
 )
 
 TOP_P = (0.99, 0.999, 0.9999)
@@ -81,12 +81,12 @@ def estimate(
     sample: int = 4096,
     student_k: int = 16,
     mc_draws: int = 0,
-    grading: Grading | None = None,
+    grader: Grader | None = None,
     k_min: int = 16,
     k_max: int = 256,
     shared: SharedVocabulary | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Estimate:
     """teacher: a scorer; student: an embedded backend; over one vocabulary. sample: positions
     wanted; k_max: the largest of the table; shared: how their tokenizers differ, where they do.
@@ -97,7 +97,7 @@ def estimate(
     name = "the teacher"
     progress("estimate", 0, 3)
     rolled, sampling_s = _roll(
-        student, prompts, sampling, sample, student_k, mc_draws, grading, seed
+        student, prompts, sampling, sample, student_k, mc_draws, grader, seed
     )
     progress("estimate", 1, 3)
     usual = ScoreParams(
@@ -151,7 +151,7 @@ def _roll(
     sample: int,
     student_k: int,
     mc_draws: int,
-    grading: Grading | None,
+    grader: Grader | None,
     seed: int,
 ) -> tuple[Rollouts, float]:
     """(rollouts of about so many positions with the student's lists, seconds they took)."""
@@ -172,8 +172,8 @@ def _roll(
     own = ScoreParams(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
     own_draws = draw(student, rolled, mc_request(mc_draws, seed)) if mc_draws else None
     rolled = replace(rolled, student=student.score(rolled, own), draws=own_draws)
-    if grading is not None:
-        rolled = replace(rolled, reward=grading.rewards(rolled).astype(np.float32))
+    if grader is not None:
+        rolled = replace(rolled, reward=grader.rewards(rolled).astype(np.float32))
     return rolled, time.monotonic() - start
 
 

@@ -22,7 +22,7 @@ from logitcask.engine.models.logit_transform import logit_transform
 from logitcask.engine.objectives import Objective, live_k, row_objective
 from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.source import Pack
-from logitcask.engine.types import Array, Progress, silent
+from logitcask.engine.types import Array, Progress, no_progress
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput
 
@@ -52,7 +52,7 @@ def probe(
     n_vocab: int,
     bins: int = 1,
     device: torch.device | str = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> list[Bin]:
     """The means over all rows, then over `bins` equally wide ranges of positions.
 
@@ -89,7 +89,7 @@ def measure(
     objectives: Mapping[str, Objective],
     n_vocab: int,
     device: torch.device | str,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> tuple[dict[str, tuple[Array, ...]], Array, Array]:
     """(name -> [P] sums and [P] counts, [P] loss mask, [P] positions) of these packed rows' rows,
     float64; the model is in evaluation mode, on its device.

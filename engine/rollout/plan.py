@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcask.engine.errors import IdentityError
-from logitcask.engine.rollout.unit import RolloutRequest, Unit, run_rollout_unit
+from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
 from logitcask.engine.store import Segment, Snapshot
 from logitcask.engine.types import (
     STOP,
     ModelRef,
     Progress,
-    silent,
+    no_progress,
 )
 
 
@@ -38,7 +38,7 @@ class RolloutReport:
     """Of a sequence; None where no grader is named or no unit was new."""
 
 
-def rollout(asked: RolloutRequest, *, progress: Progress = silent) -> RolloutReport:
+def rollout(asked: RolloutRequest, *, progress: Progress = no_progress) -> RolloutReport:
     """Samples every planned unit that the store does not hold yet, and commits it.
 
     Raises IdentityError where the name holds other prompts, sampling, students or units,
@@ -66,11 +66,11 @@ def rollout(asked: RolloutRequest, *, progress: Progress = silent) -> RolloutRep
         seconds=time.monotonic() - start_s,
         mean_length=positions / max(1, sequences),
         stopped_share=stopped / max(1, sequences),
-        mean_reward=rewarded / sequences if asked.grading is not None and sequences else None,
+        mean_reward=rewarded / sequences if asked.grader is not None and sequences else None,
     )
 
 
-def plan_rollouts(asked: RolloutRequest, snapshot: Snapshot) -> dict[str, Unit]:
+def plan_rollouts(asked: RolloutRequest, snapshot: Snapshot) -> dict[str, RolloutUnit]:
     """Return unit_key -> unit missing in a snapshot, in order; raises as `rollout` does."""
     ours = asked.lineage["set"]
     _check_name(snapshot, asked.name, asked.model, ours, asked.units, asked.versions)
@@ -83,7 +83,7 @@ def _check_name(
     name: str,
     model: ModelRef,
     ours: Mapping[str, Any],
-    units: Mapping[str, Unit],
+    units: Mapping[str, RolloutUnit],
     versions: bool,
 ) -> None:
     """Refuses before anything is sampled what the store would refuse, and what it cannot see."""
@@ -121,7 +121,7 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return "other prompts, or of another loop"
 
 
-def _check_grid(name: str, segment: Segment, units: Mapping[str, Unit]) -> None:
+def _check_grid(name: str, segment: Segment, units: Mapping[str, RolloutUnit]) -> None:
     """Two unit sizes would sample the same prompts twice, with the same random numbers."""
     first, end = segment.unit["first"], segment.unit["first"] + segment.unit["count"]
     for unit in units.values():

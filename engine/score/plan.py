@@ -14,7 +14,7 @@ from typing import Any
 
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.score.ids_file import IdsFile
-from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, score_unit, unit_key
+from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, run_score_unit, unit_key
 from logitcask.engine.store import Chain, Segment, Snapshot
 from logitcask.engine.store.format.schema import MC
 from logitcask.engine.teachers.checks import check_identity, other_dtypes
@@ -22,7 +22,7 @@ from logitcask.engine.types import (
     MC_IDS,
     Progress,
     ScoreParams,
-    silent,
+    no_progress,
 )
 
 
@@ -50,7 +50,7 @@ class ScorePlan:
     """What a person should know and nothing was refused for."""
 
 
-def score(asked: ScoreRequest, *, progress: Progress = silent) -> ScoreReport:
+def score(asked: ScoreRequest, *, progress: Progress = no_progress) -> ScoreReport:
     """Scores every rollout segment of the name that this teacher has not scored as asked.
 
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
@@ -63,7 +63,7 @@ def score(asked: ScoreRequest, *, progress: Progress = silent) -> ScoreReport:
     positions = 0
     for done_now, (key, unit) in enumerate(planned.missing.items()):
         progress("score", done_before + done_now, planned.total)
-        positions += score_unit(asked, key, unit, planned.lineage)
+        positions += run_score_unit(asked, key, unit, planned.lineage)
     progress("score", planned.total, planned.total)
     return ScoreReport(
         units_total=planned.total,

@@ -102,7 +102,9 @@ class ScoreUnit:
     """Scores of another model whose ids it is asked at."""
 
 
-def score_unit(asked: ScoreRequest, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]) -> int:
+def run_score_unit(
+    asked: ScoreRequest, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]
+) -> int:
     """Scores one unit and commits it under its key; its positions."""
     store, request, segment = asked.store, asked.request, unit.segment
     rollouts = store.read_rollouts(segment)

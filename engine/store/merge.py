@@ -23,7 +23,7 @@ from logitcask.engine.store.commit import check_asked, publish_segment
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.store import Store
-from logitcask.engine.types import Progress, silent
+from logitcask.engine.types import Progress, no_progress
 
 _TOLD = "logitcask.json"
 
@@ -43,7 +43,11 @@ class MergeReport:
 
 
 def pack(
-    store: Store, folder: Path, *, snapshot: Snapshot | None = None, progress: Progress = silent
+    store: Store,
+    folder: Path,
+    *,
+    snapshot: Snapshot | None = None,
+    progress: Progress = no_progress,
 ) -> list[Path]:
     """One file a segment into a folder, made if absent; those of a snapshot, or the newest."""
     visible = (store.head() if snapshot is None else snapshot).segments
@@ -70,7 +74,7 @@ def pack(
 
 
 def unpack(
-    store: Store, files: Iterable[Path], *, heal: bool = False, progress: Progress = silent
+    store: Store, files: Iterable[Path], *, heal: bool = False, progress: Progress = no_progress
 ) -> MergeReport:
     """Brings packed segments in, in whatever order the files are given; heal: as for `merge`.
 
@@ -94,7 +98,7 @@ def unpack(
 
 
 def merge(
-    store: Store, other: Store, *, heal: bool = False, progress: Progress = silent
+    store: Store, other: Store, *, heal: bool = False, progress: Progress = no_progress
 ) -> MergeReport:
     """Brings all that another store holds now into this one, what was retired here among it.
 

@@ -12,7 +12,7 @@ from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.snapshot import Chain
 from logitcask.engine.store.storage.base import STAGING
 from logitcask.engine.store.store import Store
-from logitcask.engine.types import Progress, silent
+from logitcask.engine.types import Progress, no_progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ def verify(
     *,
     deep: bool = False,
     tell: Callable[[IntegrityError], None] = lambda _: None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Report:
     """Compares every file of every segment with its digest, retired ones too; deep: decodes it too.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.errors import IdentityError, UnitError
-from logitcask.engine.models.fingerprint import LIKELY
+from logitcask.engine.models.fingerprint import MIN_PROB
 from logitcask.engine.models.identity import resolve_model, tokenizer_digest
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.types import Array, IdLists, ModelRef, Rollouts, ScoreParams, Scores
@@ -84,7 +84,7 @@ class SharedVocabulary:
 
     def check_answered(self, scores: Scores, request: ScoreParams, name: str) -> None:
         """UnitError where the teacher draws one of the ids, or holds it for likely."""
-        told = scores.entry_lp > np.log(LIKELY)
+        told = scores.entry_lp > np.log(MIN_PROB)
         if request.entry_kind == "sampled":
             told[:] = True
         self.check(scores.ids[told], "the teacher's likely ids", name)

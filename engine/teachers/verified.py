@@ -16,7 +16,7 @@ from logitcask.engine.backends.logprob_diff import (
     tolerance,
 )
 from logitcask.engine.errors import IdentityError, ServerError
-from logitcask.engine.models.fingerprint import ModelFingerprint, distance
+from logitcask.engine.models.fingerprint import ModelFingerprint, fingerprint_distance
 from logitcask.engine.types import IdLists, Rollouts, ScoreParams, Scores
 
 CONTROL_SEQUENCES = 8
@@ -92,7 +92,7 @@ class VerifiedTeacher:
         return {"behaviour": {**self.behaviour.record(), "control_nats": self.parity.largest}}
 
     def _check(self, other: ModelFingerprint, what: str) -> None:
-        found = distance(self.behaviour, other)
+        found = fingerprint_distance(self.behaviour, other)
         if found > self.tolerance:
             raise IdentityError(
                 f"{what}: log-probs of a fixed probe differ by {found:.3g} nats, and "

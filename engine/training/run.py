@@ -20,7 +20,7 @@ from logitcask.engine.packing.batches import Packs
 from logitcask.engine.training.evaluation import EvalPlan, Evaluations
 from logitcask.engine.training.held_out import HeldOut
 from logitcask.engine.training.run_dir import (
-    CARD,
+    METADATA,
     METRICS,
     RUN,
     MetricsFile,
@@ -33,7 +33,7 @@ from logitcask.engine.training.run_dir import (
 )
 from logitcask.engine.training.settings import TrainSettings, training_arguments
 from logitcask.engine.training.trainer import DistillTrainer
-from logitcask.engine.types import ModelRef, Progress, silent
+from logitcask.engine.types import ModelRef, Progress, no_progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +136,7 @@ def run_training(
     model: ModelRef,
     settings: TrainSettings,
     config: Mapping[str, Any],
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> TrainReport:
     """Trains from the newest checkpoint on, if there is one, and saves the next version.
 
@@ -158,7 +158,7 @@ def run_training(
     if desk.earlier is not None:
         check_same(desk.out, {key: desk.earlier.get(key) for key in run}, run)
     folder, step = newest_checkpoint(desk.out, mark) or (None, 0)
-    finished = (desk.out / CARD).exists()
+    finished = (desk.out / METADATA).exists()
     if finished:
         # Checkpoints are large, and of no more use: without them the metrics are still all true.
         step = course.updates

@@ -16,7 +16,8 @@ from typing import Any
 
 from logitcask.engine.errors import ConfigError, IdentityError
 
-RUN, METRICS, CHECKPOINTS, CARD = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
+RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+METADATA = "logitcask.json"
 MARK = "logitcask_checkpoint.json"
 """The last file of a checkpoint: one without it is not whole."""
 
@@ -73,7 +74,7 @@ def make_folder(out: Path) -> None:
 
 def clear(out: Path) -> None:
     """Removes an earlier run but its run.json, which the next one replaces; strange files stay."""
-    (out / CARD).unlink(missing_ok=True)
+    (out / METADATA).unlink(missing_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS):
         for file in out.glob(pattern):

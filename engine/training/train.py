@@ -8,7 +8,7 @@ from logitcask.engine.errors import IncompleteError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.objectives import Objective, Preset, check_exactness
 from logitcask.engine.packing.batches import PlannedPacks
-from logitcask.engine.packing.plan import Plan, PlanKey, make_plan
+from logitcask.engine.packing.plan import PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
@@ -17,7 +17,7 @@ from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
 from logitcask.engine.training.settings import TrainSettings
-from logitcask.engine.types import ModelRef, Progress, silent
+from logitcask.engine.types import ModelRef, Progress, no_progress
 
 
 def train(
@@ -40,7 +40,7 @@ def train(
     cache: UnitCache | None = None,
     config: Mapping[str, Any] | None = None,
     on_event: EventHandler = lambda line: None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> TrainReport:
     """Trains `model` on the scores of `teacher`, and saves it as the next version in `out`.
 
@@ -116,7 +116,7 @@ def check(
 
 def _plan(
     source: PackSource, snapshot: Snapshot, rollouts: str, teacher: str, settings: TrainSettings
-) -> Plan:
+) -> PackPlan:
     key = PlanKey(
         snapshot=snapshot.number,
         snapshot_sha256=snapshot.sha256,

@@ -33,7 +33,7 @@ from logitcask.engine.store.log.claims import (
     forget_failures,
     note_failure,
 )
-from logitcask.engine.types import Progress, silent
+from logitcask.engine.types import Progress, no_progress
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ TELL_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan(Generic[T]):
+class WorkPlan(Generic[T]):
     """What is missing now."""
 
     units: Mapping[str, T]
@@ -89,13 +89,13 @@ class WorkReport:
 
 def run_worker(
     store: Store,
-    plan: Callable[[Collection[str]], Plan[T]],
+    plan: Callable[[Collection[str]], WorkPlan[T]],
     work: Callable[[str, T], int],
     *,
     settings: WorkSettings,
     stage: str,
     stop: threading.Event,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> WorkReport:
@@ -192,7 +192,7 @@ def retry_failed(store: Store) -> list[dict[str, Any]]:
     return removed
 
 
-def _left(planned: Plan[Any], done_before: int, took_s: float) -> str:
+def _left(planned: WorkPlan[Any], done_before: int, took_s: float) -> str:
     """What is left at the pace of all workers together; empty where none has done a unit."""
     done = planned.done - done_before
     if done < 1:

@@ -20,7 +20,7 @@ def never(prompt, response):
 
 
 @pytest.fixture(autouse=True)
-def grading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "our_grading.py").write_text(GRADER)
     monkeypatch.syspath_prepend(tmp_path)
 

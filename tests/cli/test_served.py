@@ -21,7 +21,7 @@ from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.events import CancelToken
 from logitcask.engine.score.plan import plan_scores
-from logitcask.engine.score.unit import score_unit
+from logitcask.engine.score.unit import run_score_unit
 from logitcask.engine.store import open_store
 from tests.cli.conftest import KEPT, TRAIN, UNITS, Answer, World
 from tests.engine.backends.server.fake_server import FakeServer
@@ -310,9 +310,9 @@ def test_workers_that_begin_a_name_together_find_each_other(
         try:
             planned = plan_scores(second, opened.head())
             (key, unit), (later, more), *_ = planned.missing.items()
-            score_unit(first, key, unit, first.lineage())
+            run_score_unit(first, key, unit, first.lineage())
             with pytest.raises(IdentityError, match="began the scores named 'served'"):
-                score_unit(second, later, more, planned.lineage)
+                run_score_unit(second, later, more, planned.lineage)
             with pytest.raises(IdentityError, match="began the scores named 'served'"):
                 plan_scores(second, opened.head())
             assert later not in opened.head().unit_keys()

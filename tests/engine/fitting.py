@@ -18,7 +18,7 @@ from logitcask.engine.store import Store
 from logitcask.engine.training.run_dir import METRICS, MetricsFile
 from logitcask.engine.training.settings import TrainSettings, training_arguments
 from logitcask.engine.training.trainer import DistillTrainer
-from logitcask.engine.types import ModelRef, silent
+from logitcask.engine.types import ModelRef, no_progress
 from tests.engine.cached import Unit, make_store
 from tests.engine.tiny import make_model, save_folder
 
@@ -108,7 +108,7 @@ def make_trainer(
         same_root=True,
         metrics=MetricsFile(folder / METRICS, 0),
         mark={},
-        progress=silent,
+        progress=no_progress,
     )
     gradients = Gradients()
     trainer.add_callback(gradients)

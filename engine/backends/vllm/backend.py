@@ -42,7 +42,7 @@ from logitcask.engine.types import (
     SamplingParams,
     ScoreParams,
     Scores,
-    silent,
+    no_progress,
 )
 
 COLDEST = 0.01
@@ -135,7 +135,7 @@ class VLLM:
         *,
         seed: int,
         version: int,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> Rollouts:
         """Raises ConfigError for a law that vLLM does not sample from."""
         check_law(sampling)

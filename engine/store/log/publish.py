@@ -11,7 +11,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.record as record
 import logitcask.engine.store.log.root as root
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.models.fingerprint import apart
+from logitcask.engine.models.fingerprint import compare_records
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.log import Log
@@ -118,7 +118,7 @@ def _check_behaviour(bound: Segment, new: Segment) -> None:
     theirs, ours = (each.lineage.get("behaviour") for each in (bound, new))
     if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
         return
-    found, allowed = apart(theirs, ours)
+    found, allowed = compare_records(theirs, ours)
     if found > allowed:
         raise IdentityError(
             f"the teacher is not the one that began the scores named {new.name!r}: log-probs of a "

@@ -15,7 +15,7 @@ from logitcask.engine.commands.worker import watch_rollouts, watch_scores
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig
 from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, StoreError
-from logitcask.engine.models.identity import write_card
+from logitcask.engine.models.identity import write_metadata
 from logitcask.engine.store import open_store
 from logitcask.engine.store.retention import retire
 from logitcask.engine.types import ModelRef
@@ -82,7 +82,7 @@ def moved(here: Path, version: int, seed: int, root: ModelRef, card: bool = True
     save_folder(here / "new", make_model(seed=seed))
     shutil.copyfile(here / "new/model.safetensors", here / "student/model.safetensors")
     if card:
-        write_card(
+        write_metadata(
             here / "student",
             root=root.root,
             parent=root.digest,

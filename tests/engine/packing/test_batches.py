@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.packing.batches import batches
-from logitcask.engine.packing.plan import Lengths, Plan, PlanKey, make_plan
+from logitcask.engine.packing.plan import Lengths, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.packing.targets import BEYOND
 from logitcask.engine.types import Array
@@ -116,7 +116,7 @@ def test_a_sequence_too_long_names_prompt_length_and_flag() -> None:
         make_plan(key(), [segment("a", [2, 10, 3], [5, 60, 7])])
 
 
-def rows_of(plan: Plan, source: PackSource) -> list[tuple[Array, Pack]]:
+def rows_of(plan: PackPlan, source: PackSource) -> list[tuple[Array, Pack]]:
     return [(plan.row(i), source.row(plan.row(i))) for i in range(len(plan))]
 
 

@@ -98,6 +98,8 @@ def test_rows_that_are_masked_are_not_measured(
     store = make_store(tmp_path / "s", [masked], student=model)
     with pytest.raises(IncompleteError, match="no held-out row is counted"):
         hold_out(asked(store), model, REVERSE, 48).line(load_student(model))
-    silent = make_store(tmp_path / "t", [make_unit(4, vocab=99, lengths=[0] * 6)], student=model)
+    no_response = make_store(
+        tmp_path / "t", [make_unit(4, vocab=99, lengths=[0] * 6)], student=model
+    )
     with pytest.raises(IncompleteError, match="hold no response token"):
-        hold_out(asked(silent), model, REVERSE, 48)
+        hold_out(asked(no_response), model, REVERSE, 48)

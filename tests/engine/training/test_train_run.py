@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
 from logitcask.engine.metrics.metrics import METRICS
-from logitcask.engine.models.identity import model_ref, read_card
+from logitcask.engine.models.identity import model_ref, read_metadata
 from logitcask.engine.models.load import inner_model, load_student
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.store import Store
@@ -123,7 +123,7 @@ def test_the_result_is_a_model_with_a_card(case: tuple[Store, ModelRef], tmp_pat
     assert next(student.parameters()).dtype == torch.float32
     assert student.config.use_cache, "training without a cache is not a property of the student"
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab()
-    card = read_card(tmp_path)
+    card = read_metadata(tmp_path)
     found = json.loads((tmp_path / "run.json").read_text())
     assert card is not None
     assert card["version"] == report.version == n

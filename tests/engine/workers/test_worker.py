@@ -27,7 +27,7 @@ from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.log.claims import Claims, failed_units, failures_of
 from logitcask.engine.store.verify import verify
 from logitcask.engine.workers.worker import (
-    Plan,
+    WorkPlan,
     WorkReport,
     WorkSettings,
     check_failed,
@@ -67,10 +67,10 @@ def store() -> Iterator[Store]:
         yield open_store(Path(folder) / "cask", create=True)
 
 
-def missing(store: Store, units: Collection[str] = UNITS) -> Plan[int]:
+def missing(store: Store, units: Collection[str] = UNITS) -> WorkPlan[int]:
     there = store.head().unit_keys()
     left = {unit: n for n, unit in enumerate(units) if unit not in there}
-    return Plan(units=left, done=len(units) - len(left), total=len(units))
+    return WorkPlan(units=left, done=len(units) - len(left), total=len(units))
 
 
 def run(
@@ -78,7 +78,7 @@ def run(
     work: Callable[[str, int], int] | None = None,
     *,
     ticks: Ticks | None = None,
-    plan: Callable[[Collection[str]], Plan[int]] | None = None,
+    plan: Callable[[Collection[str]], WorkPlan[int]] | None = None,
     worker: str = "w",
     **options: Any,
 ) -> WorkReport:
@@ -228,7 +228,7 @@ def test_the_unit_of_a_stopped_worker_is_taken_over(store: Store) -> None:
 
 
 def test_a_unit_that_was_committed_before_the_claim_is_not_done_again(store: Store) -> None:
-    def plan(given_up: Collection[str]) -> Plan[int]:
+    def plan(given_up: Collection[str]) -> WorkPlan[int]:
         found = missing(store)
         if len(found.units) == 5:
             commit_rollouts(store, 0, UNITS[0])  # another's, just after the look
