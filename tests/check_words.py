@@ -90,13 +90,13 @@ def phrases(line: int, text: str) -> Iterator[tuple[int, str]]:
                 yield line + number, f"words: {found.group()!r} in {part.strip()[:70]!r}"
 
 
-def findings(paths: list[str]) -> Iterator[str]:
-    """Yield one line for each finding in the tracked files below `paths`."""
+def findings(paths: list[str], root: Path = ROOT) -> Iterator[str]:
+    """Yield one line for each finding in the tracked files of `root` below `paths`."""
     listed = subprocess.run(
-        ["git", "ls-files", *paths], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", *paths], cwd=root, capture_output=True, text=True, check=True
     ).stdout.split()
     for name in listed:
-        path = ROOT / name
+        path = root / name
         if not path.is_file() or path.is_symlink() or path.resolve() == Path(__file__).resolve():
             continue
         if name.endswith(".py"):
