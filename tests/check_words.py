@@ -59,7 +59,8 @@ def python(path: Path) -> Iterator[tuple[int, str]]:
             yield from phrases(token.start[0], token.string)
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        # A string of one word is a key or a value, which may lie on a disk already.
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield from phrases(node.lineno, node.value)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             doc = ast.get_docstring(node)
