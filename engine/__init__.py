@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from logitcask.engine.errors import LogitcaskError
-    from logitcask.engine.models.logit_transform import logit_transform
+    from logitcask.engine.models.logit_transform import logit_transform_of
     from logitcask.engine.objectives import parse_objective
     from logitcask.engine.packing.batches import batches, planned
     from logitcask.engine.store import open_store
@@ -23,7 +23,7 @@ __all__ = [
     "LogitcaskError",
     "batches",
     "check_objective",
-    "logit_transform",
+    "logit_transform_of",
     "open_store",
     "pack_loss",
     "parse_objective",
@@ -32,7 +32,7 @@ __all__ = [
 
 _HOME = {
     "LogitcaskError": "errors",
-    "logit_transform": "models.logit_transform",
+    "logit_transform_of": "models.logit_transform",
     "parse_objective": "objectives",
     "batches": "packing.batches",
     "check_objective": "training.cache_info",

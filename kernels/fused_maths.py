@@ -21,7 +21,7 @@ arXiv 2402.03898, whose KL(p, a p + (1 - a) q_theta) has p for the teacher; the 
 import triton
 import triton.language as tl
 
-from logitcask.kernels.logit_map import LN2, squashed
+from logitcask.kernels.logit_transform import LN2, softcapped
 
 TAIL_FLOOR = tl.constexpr(2.0**-18)
 """Least r that a tail is given: float32's spacing between 32 and 64, so about the error of
@@ -155,7 +155,7 @@ def objective_row(  # type: ignore[no-untyped-def]
     SOFTCAP: tl.constexpr,
 ):
     # Returns final_dense of the row.
-    y_k = squashed(x_k, inner) * (outer * LN2) if SOFTCAP else x_k * slope
+    y_k = softcapped(x_k, inner) * (outer * LN2) if SOFTCAP else x_k * slope
     lp_k = y_k - lse
     is_top = rank < k
     tl.store(top_log_p + row * k + rank, lp_k, mask=is_top)
@@ -167,7 +167,7 @@ def objective_row(  # type: ignore[no-untyped-def]
     v = tl.load(ids + at, mask=here, other=-1)
     x = tl.load(logits + v, mask=(v >= 0) & (v < n_vocab), other=-float("inf")).to(tl.float32)
     if SOFTCAP:
-        t = squashed(x, inner)
+        t = softcapped(x, inner)
         lp = t * (outer * LN2) - lse
         slope_at = (1.0 - t * t) * slope
     else:

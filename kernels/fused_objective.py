@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from logitcask.kernels.launch import check_device, runs_triton
-from logitcask.kernels.row_view import ObjectiveFn, ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.topk_select import MAX_TRITON_K
 
 MAX_FUSED_IDS = 128

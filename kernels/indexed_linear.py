@@ -5,7 +5,7 @@ any other id matters, and the coefficients of its gradient sum to zero over the 
 
     dL/dy_v = g_v [v in S],   sum_S g = 0,
 
-so no softmax is left over (see sparse_kl; y is logit_map of the product z). What remains are
+so no softmax is left over (see sparse_kl; y is logit_transform of the product z). What remains are
 products with the listed rows of the head, of which a position has some 16 and not V: see
 indexed_rows. Where the support depends on the live student's top-k, one product with the whole head
 finds it, forward only.
@@ -36,7 +36,7 @@ from logitcask.kernels.launch import (
     looks_at_values,
 )
 from logitcask.kernels.linear_sparse_kl import check_head, head_product
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
 from logitcask.kernels.sparse_kl import (
     ObjectiveFn,
     ObjectiveGrad,
@@ -60,7 +60,7 @@ def indexed_linear(
     k: int | None = None,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
     sparse_weight_grad: bool = False,
 ) -> SparseLoss:
@@ -76,7 +76,7 @@ def indexed_linear(
     holds log_p up to a constant of the row (0 for the largest listed id), no top ids ([P, 0]), and
     NaN for the entropy. A number: one forward product in chunks, and the whole view, as in
     linear_sparse_kl; with gradients off, and where metrics are wanted, that is all there is to do.
-    row_weight, n_vocab, logit_map: as in linear_sparse_kl. chunk_rows: likewise; without k it means
+    row_weight, n_vocab, logit_transform: as in linear_sparse_kl. chunk_rows: likewise; without k it means
     nothing.
     sparse_weight_grad: the gradient of weight is a sparse tensor with the rows that any position
     lists, as of nn.Embedding(sparse=True), for optimizers that take one. Otherwise dense, which a
@@ -86,7 +86,7 @@ def indexed_linear(
     are summed in that dtype from operands as they are. Gradients come in the inputs' dtypes, and
     two runs give the same bits.
 
-    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or logit_map that does
+    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or logit_transform that does
     not fit, and ValueError for an objective whose answer is not that of a renormalised loss.
     """
     n_vocab = check_head(hidden, weight, n_vocab)
@@ -95,7 +95,7 @@ def indexed_linear(
             f"weight must be contiguous along D, got strides {weight.stride()} of shape "
             f"{tuple(weight.shape)}; pass nn.Linear's weight as it is, or call .contiguous()"
         )
-    logit_map.check()
+    logit_transform.check()
     check_ids(ids, hidden, n_vocab)
     check_chunk_rows(chunk_rows)
     if k is not None:
@@ -106,19 +106,19 @@ def indexed_linear(
     needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         dtype = compute_dtype(hidden.dtype)
-        losses = RowLosses(ids, objective, k or 0, row_weight, dtype, logit_map)
+        losses = RowLosses(ids, objective, k or 0, row_weight, dtype, logit_transform)
         hidden_rows = hidden.contiguous()
         if k is None:
             z = logits_at(hidden_rows, weight, ids)
-            g = _checked(losses.ask(slice(None), _view(logit_map.apply(z), ids)), ids)
+            g = _checked(losses.ask(slice(None), _view(logit_transform.apply(z), ids)), ids)
         else:
             z, g = losses.weight.new_empty(2, *ids.shape)
             head = weight[:n_vocab].to(hidden.dtype)
             for rows, logits in head_product(hidden_rows, head, chunk_rows):
                 g[rows] = _checked(losses.run(rows, logits, None, n_vocab), ids[rows])
                 z[rows] = logits.gather(1, ids[rows].clamp(min=0)).to(dtype)
-        if not logit_map.is_plain:
-            g = g * logit_map.slope(z)
+        if not logit_transform.is_plain:
+            g = g * logit_transform.slope(z)
         result = losses.result()
         if not (needs_hidden or needs_weight):
             return result

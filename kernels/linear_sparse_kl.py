@@ -22,8 +22,8 @@ from logitcask.kernels.launch import (
     compute_dtype,
     row_chunks,
 )
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
-from logitcask.kernels.made_ahead import attach_grads
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
+from logitcask.kernels.precomputed_grad import attach_grads
 from logitcask.kernels.sparse_kl import (
     ObjectiveFn,
     RowLosses,
@@ -41,7 +41,7 @@ def linear_sparse_kl_reference(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor, Tensor]:
     """The specification of linear_sparse_kl: its result, and d loss by hidden and by weight."""
     cast = weight.to(hidden.dtype)
@@ -53,7 +53,7 @@ def linear_sparse_kl_reference(
         k=k,
         row_weight=row_weight,
         n_vocab=n_vocab,
-        logit_map=logit_map,
+        logit_transform=logit_transform,
     )
     return result, d_logits @ cast.to(d_logits.dtype), d_logits.T @ hidden.to(d_logits.dtype)
 
@@ -140,7 +140,7 @@ def linear_sparse_kl(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
     """sparse_kl(hidden @ weight.T, ...), without ever holding [P, V].
@@ -150,18 +150,18 @@ def linear_sparse_kl(
     weight: [V, D], the layout of nn.Linear; differentiable; cast once per call to hidden's dtype.
     ids, objective, k, row_weight: as in sparse_kl.
     n_vocab: only the first n_vocab rows of weight are used; the gradient of the others is 0.
-    logit_map: as in sparse_kl.
+    logit_transform: as in sparse_kl.
     chunk_rows: rows of logits that exist at a time; see default_chunk_rows.
 
     An input that needs no gradient (a frozen head, say) costs no product for it. P = 0 gives loss 0
     with zero gradients. The loss is in hidden's statistics dtype: float32, or float64 for float64.
     Gradients come in the inputs' dtypes.
 
-    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or logit_map that does
+    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or logit_transform that does
     not fit.
     """
     n_vocab = check_head(hidden, weight, n_vocab)
-    logit_map.check()
+    logit_transform.check()
     check_k(k, n_vocab)
     check_ids(ids, hidden, n_vocab)
     check_chunk_rows(chunk_rows)
@@ -171,7 +171,7 @@ def linear_sparse_kl(
     needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         dtype = compute_dtype(hidden.dtype)
-        losses = RowLosses(ids, objective, k, row_weight, dtype, logit_map)
+        losses = RowLosses(ids, objective, k, row_weight, dtype, logit_transform)
         needs = (needs_hidden, needs_weight)
         grads = run_chunks(losses, hidden, weight, n_vocab, chunk_rows, needs)
         result = losses.result()

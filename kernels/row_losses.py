@@ -11,10 +11,10 @@ from torch import Tensor
 
 from logitcask.kernels.fused_objective import FusedObjective
 from logitcask.kernels.fused_rows import fused_rows
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput, SparseLoss
 from logitcask.kernels.row_grad import grad_rows, p_log_p
 from logitcask.kernels.row_stats import scan_rows
-from logitcask.kernels.row_view import ObjectiveFn, ObjectiveGrad, ObjectiveInput, SparseLoss
 from logitcask.kernels.topk_select import group_size, select_rows
 
 
@@ -35,11 +35,11 @@ class RowRead(NamedTuple):
 
 
 def read_rows(
-    logits: Tensor, ids: Tensor, k: int, n_vocab: int, logit_map: LogitTransform = PLAIN
+    logits: Tensor, ids: Tensor, k: int, n_vocab: int, logit_transform: LogitTransform = PLAIN
 ) -> RowRead:
     """RowRead of logits [C, V] at ids [C, S], without checks."""
     group = group_size(logits, k, n_vocab)
-    (lse, entropy), group_max = scan_rows(logits, n_vocab, group, logit_map)
+    (lse, entropy), group_max = scan_rows(logits, n_vocab, group, logit_transform)
     top, top_ids = select_rows(logits, group_max, k, n_vocab, group)
     return RowRead(lse, entropy, top, top_ids, logits.gather(1, ids.clamp(min=0)).to(lse.dtype))
 
@@ -55,7 +55,7 @@ class RowLosses:
         k: int,
         row_weight: Tensor | None,
         dtype: torch.dtype,
-        logit_map: LogitTransform = PLAIN,
+        logit_transform: LogitTransform = PLAIN,
     ) -> None:
         """ids [P, S]; row_weight [P] or None for ones; dtype of statistics and losses.
 
@@ -66,7 +66,7 @@ class RowLosses:
         self.ids = ids
         self.objective = objective
         self.k = k
-        self.logit_map = logit_map
+        self.logit_transform = logit_transform
         self.weighted = row_weight is not None  # else every row is used
         self.weight = (
             torch.ones(len(ids), dtype=dtype, device=ids.device)
@@ -82,12 +82,12 @@ class RowLosses:
         ids = self.ids[rows]  # [C, S]
         if isinstance(self.objective, FusedObjective) and self.objective.fits(logits, self.k):
             fused = self.objective.of(rows)
-            weight, y = self.weight[rows], self.logit_map
+            weight, y = self.weight[rows], self.logit_transform
             answer = fused_rows(fused, logits, ids, weight, self.k, out, n_vocab, y, rows.start)
             _check_answer(answer, answer.at_ids)
             self._keep(rows, answer)
             return answer
-        read = read_rows(logits, ids, self.k, n_vocab, self.logit_map)
+        read = read_rows(logits, ids, self.k, n_vocab, self.logit_transform)
         return self.finish(rows, read, logits, ids, out, n_vocab)
 
     def finish(
@@ -103,7 +103,7 @@ class RowLosses:
 
         columns: [C, S], where in logits the listed ids lie; -1 where they lie elsewhere.
         """
-        lse, y = read.log_sum_exp, self.logit_map
+        lse, y = read.log_sum_exp, self.logit_transform
         log_p = torch.where(self.ids[rows] >= 0, y.apply(read.at_ids) - lse[:, None], -torch.inf)
         index = torch.arange(rows.start, rows.stop, device=lse.device)
         top_log_p = y.apply(read.top) - lse[:, None]

@@ -25,7 +25,7 @@ IDENTIFIERS = {
 """Parts of a name between underscores or capitals."""
 
 PHRASES = [
-    *(r"\b(who|whom|whose|whoever|whatever|nobody|somebody|anybody)\b", r"\blaws?\b"),
+    *(r"\b(who|whom|whoever|nobody|somebody|anybody)\b", r"\blaws?\b"),
     *(r"\b(told|anew|beside)\b", r"\ball the same\b", r"\basked (at|of|for)\b", r"\bremedy\b"),
     *(r"\bis asked\b", r"\bwas asked\b", r"\bare asked\b", r"\bis away\b", r"\bare away\b"),
     *(r"\bpupils?\b", r"\bnotices?\b", r"\b(retire|retires|retired|heals?)\b", r"\bstrays\b"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from logitcask.engine.backends.sampling import Response, check_room, rolled, sample_batch, uniforms
 from logitcask.engine.backends.scoring import asked_ids, budget_batches, of_shared, score_rollouts
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.models.logit_transform import logit_transform, named_extras
+from logitcask.engine.models.logit_transform import logit_transform_of, named_extras
 from logitcask.engine.types import (
     IdLists,
     ModelRef,
@@ -85,7 +85,7 @@ class HF:
         """Tokens that the model can attend to; unlimited where its config does not say."""
         head = self.model.get_output_embeddings()
         prove_head(self.model, head, path, n_vocab)
-        self.logit_map = logit_transform(self.model.config)
+        self.logit_transform = logit_transform_of(self.model.config)
         rows = n_vocab if known is None else known
         self.weight = head.weight.detach()[:rows]
         self.bias = None if head.bias is None else head.bias.detach()[:rows].float()
@@ -136,7 +136,7 @@ class HF:
             logits = hidden.float() @ self.weight.T
         else:
             logits = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
-        logits = self.logit_map.apply(logits if self.bias is None else logits + self.bias)
+        logits = self.logit_transform.apply(logits if self.bias is None else logits + self.bias)
         return of_shared(logits, self.n_vocab)
 
     # The backend.
@@ -250,7 +250,7 @@ def prove_head(model: Any, head: Any, path: Path, n_vocab: int) -> None:
     ids = (torch.arange(PROBE_TOKENS, device=model.device) * 7919 % n_vocab)[None]
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     product = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-    ours = logit_transform(model.config).apply(product)
+    ours = logit_transform_of(model.config).apply(product)
     gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
     if not gap <= PROBE_TOLERANCE:
         raise ModelError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels.fused_objective import OverlapSums
-from logitcask.kernels.row_view import ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveInput
 
 METRIC_K = 16
 """The paper's k."""

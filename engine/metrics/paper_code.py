@@ -24,7 +24,7 @@ from logitcask.engine.metrics.metrics import (
     see,
 )
 from logitcask.engine.packing.targets import Targets
-from logitcask.kernels.row_view import ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveInput
 
 Pair = tuple[Tensor, Tensor]
 """([C] sum, [C] count) of each row."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.identity import digest, write_metadata
-from logitcask.engine.models.logit_transform import logit_transform
+from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.types import ModelRef
 
 PROBE_TOKENS = 32
@@ -149,7 +149,7 @@ def prove(model: nn.Module, n_vocab: int) -> None:
     positions = torch.arange(PROBE_TOKENS, device=ids.device)[None]
     whole = hidden_states(inner, ids, positions)
     logits = inner(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-    if _differ(logit_transform(inner.config).apply(whole @ head.weight.T), logits):
+    if _differ(logit_transform_of(inner.config).apply(whole @ head.weight.T), logits):
         raise ModelError(
             f"{name} does something to logits after its output matrix that is not supported",
             hint="train a model whose logits are hidden states times that matrix, with a scale "

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from logitcask.kernels.logit_map import LogitTransform
+from logitcask.kernels.logit_transform import LogitTransform
 
 TIMES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """Logits are multiplied by these fields: Cohere's and others'."""
@@ -12,7 +12,7 @@ SOFTCAP = "final_logit_softcapping"
 """Gemma's."""
 
 
-def logit_transform(config: Any) -> LogitTransform:
+def logit_transform_of(config: Any) -> LogitTransform:
     """From the head's product to logits, as a transformers configuration names it. Whether the
     model does so is for a probe to show: see `prove` of a student and of a backend.
     """

@@ -24,7 +24,7 @@ from logitcask.engine.objectives.support_log_probs import LossTerms, SupportLogP
 from logitcask.engine.objectives.supports import LIVE, SUPPORTS
 from logitcask.engine.objectives.tail import OUTSIDE
 from logitcask.engine.packing.targets import BEYOND, Targets
-from logitcask.kernels.row_view import ObjectiveFn, ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 
 
 def live_k(objective: Objective, n_vocab: int, *, metric_k: int = METRIC_K) -> int:

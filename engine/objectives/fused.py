@@ -12,7 +12,7 @@ from logitcask.engine.objectives.supports import SUPPORTS
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels import fused_objective
 from logitcask.kernels.fused_objective import FusedObjective, OverlapSums
-from logitcask.kernels.row_view import ObjectiveFn, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveInput
 
 
 def is_fusable(objective: Objective) -> bool:

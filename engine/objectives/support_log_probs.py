@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.packing.targets import Targets
-from logitcask.kernels.row_view import ObjectiveGrad
+from logitcask.kernels.objective_input import ObjectiveGrad
 
 
 class LossTerms(NamedTuple):

@@ -18,7 +18,7 @@ from logitcask.engine.errors import IncompleteError
 from logitcask.engine.metrics.metrics import METRICS, TEACHER_WIDTH
 from logitcask.engine.metrics.paper_code import METRICS_RELEASED, Pair, released_metrics
 from logitcask.engine.models.load import head_weight, hidden_states, inner_model
-from logitcask.engine.models.logit_transform import logit_transform
+from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Objective, live_k, row_objective
 from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.source import Pack
@@ -141,7 +141,7 @@ def _row(
             answer,
             k=live_k(objective, n_vocab),
             n_vocab=n_vocab,
-            logit_map=logit_transform(inner_model(model).config),
+            logit_transform=logit_transform_of(inner_model(model).config),
         ).metrics
         one = torch.ones_like(metrics["loss"])
         found |= {

@@ -25,7 +25,7 @@ from logitcask.engine.objectives.evaluate import (
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 """The odd number next to 2^64 over the golden ratio, signed."""
@@ -48,14 +48,14 @@ def pack_loss(
     *,
     n_vocab: int,
     row_weight: Tensor | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     metric_share: float = 1.0,
     bounds: Bounds = NO_BOUNDS,
 ) -> PackLoss:
     """The loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
     row_weight: [P], of each row's loss; left out, the loss is the token mean of an update of these
-    rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_map: of a
+    rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_transform: of a
     head with a scale or a soft cap, see heads.head_map. metric_share: of the rows that metrics are
     taken of at least; where the loss sees whole rows anyway they are taken of all. bounds: where
     they skip rows by a metric that this objective watches, that is of all rows.
@@ -74,7 +74,7 @@ def pack_loss(
             k=k,
             row_weight=row_weight,
             n_vocab=n_vocab,
-            logit_map=logit_map,
+            logit_transform=logit_transform,
         )
         every = torch.arange(len(targets), device=states.device)
         return PackLoss(result.loss, result.metrics, every)
@@ -86,7 +86,7 @@ def pack_loss(
         known,
         row_weight=row_weight,
         n_vocab=n_vocab,
-        logit_map=logit_map,
+        logit_transform=logit_transform,
     ).loss
     measured = (row_hash(targets) < int(metric_share * 2**32)).nonzero()[:, 0]
     seen = targets.at(measured)
@@ -98,7 +98,7 @@ def pack_loss(
             row_objective(objective, seen),
             k=k,
             n_vocab=n_vocab,
-            logit_map=logit_map,
+            logit_transform=logit_transform,
         ).metrics
     return PackLoss(loss, metrics, measured)
 

@@ -33,7 +33,7 @@ from transformers import (
 from logitcask.engine.errors import IncompleteError, ModelError
 from logitcask.engine.metrics.metrics import METRICS
 from logitcask.engine.models.load import head_weight, hidden_states, inner_model
-from logitcask.engine.models.logit_transform import logit_transform
+from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
 from logitcask.engine.objectives.bounds import SKIPPED, skips
 from logitcask.engine.packing.batches import Packs
@@ -168,7 +168,7 @@ class DistillTrainer(Trainer):
             targets,
             row_weight=weight,
             n_vocab=self._n_vocab,
-            logit_map=logit_transform(inner_model(inner).config),
+            logit_transform=logit_transform_of(inner_model(inner).config),
             metric_share=self._metric_share,
             bounds=self._bounds,
         )

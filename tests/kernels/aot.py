@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from logitcask.kernels.fused_rows import objective_kernel
 from logitcask.kernels.indexed_rows import dot_kernel, segment_kernel, weigh_kernel
-from logitcask.kernels.made_ahead import scale_kernel
+from logitcask.kernels.precomputed_grad import scale_kernel
 from logitcask.kernels.row_grad import grad_kernel
 from logitcask.kernels.row_stats import scan_kernel
 from logitcask.kernels.topk_select import select_kernel

@@ -16,7 +16,7 @@ from logitcask.engine.metrics.metrics import METRICS, row_metrics
 from logitcask.engine.packing.targets import BEYOND, Targets
 from logitcask.kernels.fused_maths import TAIL_FLOOR
 from logitcask.kernels.fused_objective import DIVERGENCES, OUTSIDE, FusedObjective, OverlapSums
-from logitcask.kernels.row_view import ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 
 SUPPORTS = ("fixed", "overlap", "frozen", "union", "non_overlap", "sampled")
 KINDS = [(d, o) for d in DIVERGENCES for o in OUTSIDE]

@@ -15,7 +15,7 @@ from logitcask.engine.backends.scoring import of_shared
 from logitcask.engine.backends.vllm.engine import TOLERANCE, Engine, best_gap
 from logitcask.engine.errors import ModelError
 from logitcask.engine.models.identity import from_config, read_config, weight_files
-from logitcask.engine.models.logit_transform import logit_transform, named_extras
+from logitcask.engine.models.logit_transform import logit_transform_of, named_extras
 from logitcask.engine.types import Array
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -41,7 +41,7 @@ class Hidden:
         self.known = n_vocab if known is None else known
         self.dtype, self.device = dtype, device
         self.config = engine.llm.llm_engine.model_config.hf_config
-        self.logit_map = logit_transform(self.config)
+        self.logit_transform = logit_transform_of(self.config)
         self.weight, self.bias = read_head(path)
         if self.weight.shape[0] < self.known:
             raise ModelError(
@@ -76,7 +76,7 @@ class Hidden:
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         if self.bias is not None:
             logits = logits + self.bias[:ids].to(logits)
-        return self.logit_map.apply(logits)
+        return self.logit_transform.apply(logits)
 
     def log_probs(self, ids: list[int]) -> Array:
         """[L - 1, rows of the head] float32: over all that the engine's own logits are over."""

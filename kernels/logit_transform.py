@@ -42,7 +42,7 @@ class LogitTransform(NamedTuple):
         for name, value in self._asdict().items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(
-                    f"logit_map.{name}={value} must be a positive number; leave it out for none"
+                    f"logit_transform.{name}={value} must be a positive number; leave it out for none"
                 )
 
     def apply(self, z: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ PLAIN = LogitTransform()
 
 
 @triton.jit
-def squashed(x, inner):  # type: ignore[no-untyped-def]
+def softcapped(x, inner):  # type: ignore[no-untyped-def]
     # tanh(u), inner = 2 u log2(e) / x. Exact to an absolute 1e-7, which is what a logit needs.
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * inner))
 
@@ -78,5 +78,5 @@ def squashed(x, inner):  # type: ignore[no-untyped-def]
 def mapped(x, inner, outer, shift, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
     # (y of x) - shift in units of log2.
     if SOFTCAP:
-        return tl.fma(squashed(x, inner), outer, -shift)
+        return tl.fma(softcapped(x, inner), outer, -shift)
     return tl.fma(x, inner, -shift)

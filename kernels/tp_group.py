@@ -73,7 +73,7 @@ def check_group(group: "dist.ProcessGroup | None") -> None:
 
 
 @contextmanager
-def refusals_told(group: "dist.ProcessGroup | None", device: torch.device) -> Iterator[None]:
+def gather_errors(group: "dist.ProcessGroup | None", device: torch.device) -> Iterator[None]:
     """Inside, a rank checks its own input. What that raises, the others learn in `join`."""
     try:
         yield
