@@ -105,7 +105,8 @@ def kl_nats(log_a: Array, log_b: Array) -> Array:
 
 def missed_kl(made: Packs, mask: Array, values: Array | None = None) -> tuple[float, float]:
     """Return the shares of forward and reverse KL that are missed when teacher and student (the
-    teacher and noise) are coarsened to the mask and one bucket. `values`: log-probs as stored, [P, K].
+    teacher and noise) are coarsened to the mask and one bucket. `values`: log-probs as
+    stored, [P, K].
     """
     _, log_p = student_of(made, 0.8)
     wide = np.ones_like(mask)

@@ -94,7 +94,7 @@ def tail_loss(log_p, log_q, log_tail, on, left, log_b, log_1b, DIVERGENCE: tl.co
     log_q_tail = log_add(log_tail, log_total(log_q, left))
     # The bucket is left out where the teacher has no mass outside the support at all.
     has_tail = log_q_tail != -float("inf")
-    # Stored log-probs are rounded: their mass with the tail is 1 to some 1e-4, and a law's is 1.
+    # Stored log-probs are rounded, so their mass with the tail is 1 to some 1e-4; divide by it.
     log_all = log_add(log_total(log_q, on), log_q_tail)
     term, g = compared(log_p, log_q - log_all, on, log_b, log_1b, DIVERGENCE)
     term_r, g_r = compared(tl.log(r), log_q_tail - log_all, has_tail, log_b, log_1b, DIVERGENCE)
@@ -206,7 +206,7 @@ def objective_row(  # type: ignore[no-untyped-def]
     weighted = tl.where(w != 0.0, w * outside, 0.0)
     tl.store(final_dense + row, weighted)
 
-    # S(p) and S(q) at k' = min(k, kept): what a teacher kept is all that it says of its top-k.
+    # S(p) and S(q) at k' = min(k, kept): the teacher's top-k is known for its kept entries only.
     k_seen = tl.minimum(metric_k, k)
     k_row = tl.minimum(tl.maximum(tl.load(kept + row).to(tl.int32), 1), k_seen)
     rank_q = tl.load(q_rank + at, mask=here, other=BEYOND)

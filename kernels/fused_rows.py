@@ -181,8 +181,8 @@ def fused_rows(
     logit_transform: LogitTransform,
     first: int,
 ) -> ObjectiveGrad:
-    """The objective's answer for logits [C, V] at ids [C, S], without checks; rows of `objective`
-    are these C, which are rows `first` and on of the call.
+    """Evaluate `objective` on logits [C, V] at ids [C, S], without checks. Its rows are these C,
+    rows `first` and on of the call.
 
     The gradient, weighted by weight [C], goes to `out` [C, V], which may be logits.
     """
@@ -221,7 +221,7 @@ def fused_rows(
                 kept_value,
                 kept_id,
                 ids,
-                **_told(objective),
+                **_kernel_arguments(objective),
                 row_weight=weight,
                 top_log_p=top_log_p,
                 top_ids=top_ids,
@@ -264,8 +264,8 @@ def fused_rows(
     return ObjectiveGrad(loss, at_ids, dense, dense_at_ids, metrics)
 
 
-def _told(objective: FusedObjective) -> dict[str, Any]:
-    """What the kernel takes of an objective."""
+def _kernel_arguments(objective: FusedObjective) -> dict[str, Any]:
+    """Return the kernel's arguments of an objective."""
     mixed = objective.divergence in WITH_PARAMETER
     return {
         "log_q": objective.log_q.float().contiguous(),

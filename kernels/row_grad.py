@@ -7,8 +7,8 @@ numbers.
 One that looks at the entropy of p, too, has a second number per row, times p_v log p_v: dH/dz_v =
 -p_v (log p_v + H).
 
-z stands for the mapped logits: see logit_transform, whose slope is the last factor by the raw ones. The
-entries at S are final values that overwrite, never terms that are added: with a tail bucket g_v
+z stands for the mapped logits: see logit_transform, whose slope is the last factor by the raw ones.
+The entries at S are final values that overwrite, never terms that are added: with a tail bucket g_v
 and its dense term are both near 1/r for a tail mass r near 0, and cancel. A sum in the output's
 precision would lose the result.
 """
@@ -46,7 +46,7 @@ def row_grad_reference(
     n_vocab: int | None = None,
     logit_transform: LogitTransform = PLAIN,
 ) -> Tensor:
-    """The specification of row_grad, in whole-tensor torch; float32, or the logits' float64."""
+    """Compute row_grad in whole-tensor torch, float32 or the logits' float64: its specification."""
     z = logits.to(compute_dtype(logits.dtype))
     log_p = logit_transform.apply(z) - log_sum_exp[:, None]
     log = torch.zeros_like(dense) if dense_log is None else dense_log
@@ -313,8 +313,8 @@ def row_grad(
     out: [P, V] floating to write into, of any row stride; logits itself is allowed. Left out: a new
     tensor in the logits' dtype. Not differentiable.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id or logit_transform that does not
-    fit.
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id or logit_transform that
+    does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)
     logit_transform.check()

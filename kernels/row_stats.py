@@ -1,8 +1,8 @@
 """K1, row statistics: log-sum-exp and entropy of each row of logits, in one read.
 
 With l = z - logsumexp(z) and p = exp(l):  H = -sum_v p_v l_v, where z stands for the mapped logits
-(see logit_transform). Written with a shift c near the row's maximum, so that nothing overflows and one
-exponential per logit is enough:
+(see logit_transform). Written with a shift c near the row's maximum, so that nothing overflows
+and one exponential per logit is enough:
 
     y_v = z_v - c,   d = sum exp(y_v),   s = sum y_v exp(y_v)
     logsumexp = c + log d,   H = log d - s / d
@@ -51,7 +51,7 @@ class RowScan(NamedTuple):
 def row_stats_reference(
     logits: Tensor, *, n_vocab: int | None = None, logit_transform: LogitTransform = PLAIN
 ) -> RowStats:
-    """The specification of row_stats, in whole-tensor torch."""
+    """Compute row_stats in whole-tensor torch: its specification."""
     z = logit_transform.apply(logits[:, :n_vocab].to(compute_dtype(logits.dtype)))  # [P, n_vocab]
     log_p = z.log_softmax(-1)
     p = log_p.exp()
@@ -169,7 +169,7 @@ def scan_kernel(  # type: ignore[no-untyped-def]
 def scan_rows(
     logits: Tensor, n_vocab: int, group: int, logit_transform: LogitTransform = PLAIN
 ) -> RowScan:
-    """row_stats of [P, V] logits without the checks, and group maxima where group > 0."""
+    """Compute row_stats of [P, V] logits without checks, and group maxima where group > 0."""
     if runs_triton(logits):
         return _scan_triton(logits, n_vocab, group, logit_transform)
     return _scan_torch(logits[:, :n_vocab], group, logit_transform)
@@ -236,7 +236,7 @@ def _scan_torch(z: Tensor, group: int, logit_transform: LogitTransform) -> RowSc
 
 
 def group_maxima(logits: Tensor, n_vocab: int, group: int) -> Tensor:
-    """[P, n_groups (or more)]: RowScan.group_max alone, for those who need no statistics."""
+    """Return RowScan.group_max alone, [P, n_groups (or more)], without statistics."""
     if runs_triton(logits):
         group_max = _scan_triton(logits, n_vocab, group, PLAIN).group_max
         assert group_max is not None
@@ -264,8 +264,8 @@ def row_stats(
     are never read.
     logit_transform: scale, soft cap and temperature of the logits.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, n_vocab or logit_transform that does not
-    fit.
+    Raises ValueError or TypeError on a shape, layout, dtype, n_vocab or logit_transform that
+    does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)
     logit_transform.check()

@@ -57,7 +57,7 @@ def sparse_kl_reference(
     n_vocab: int | None = None,
     logit_transform: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor]:
-    """The specification of sparse_kl: its result, and d loss / d logits [P, V]."""
+    """Compute sparse_kl and d loss / d logits [P, V] in plain torch: its specification."""
     stats = row_stats_reference(logits, n_vocab=n_vocab, logit_transform=logit_transform)
     values, top_ids = topk_select_reference(logits, k, n_vocab=n_vocab)
     lse = stats.log_sum_exp[:, None]
@@ -99,7 +99,7 @@ def sparse_kl(
     chunk_rows: int | None = None,
     in_place: bool = False,
 ) -> SparseLoss:
-    """Loss, metrics and gradient of an objective from logits [P, V].
+    """Compute loss, metrics and gradient of an objective from logits [P, V].
 
     logits: as in row_stats; differentiable. Where they need no gradient, or gradients are off,
     row_grad is skipped.
@@ -110,13 +110,13 @@ def sparse_kl(
     row_weight: [P] float, default ones. A row of weight 0 has metrics, and adds exactly 0, also if
     it holds NaN.
     n_vocab: rows are normalised over columns [0, n_vocab); the gradient of the others is 0.
-    logit_transform: scale, soft cap and temperature between the logits and the student's law p.
+    logit_transform: scale, soft cap and temperature between the logits and p.
     chunk_rows: rows per call of the objective; default all on a GPU, about 16 Mi logits on a CPU.
-    in_place: the gradient is written over the logits, so that nothing of their size is made; nobody
-    may need them afterwards. They must be contiguous. Otherwise they are not modified.
+    in_place: the gradient is written over the logits, so that nothing of their size is made;
+    their values are lost. They must be contiguous. Otherwise they are not modified.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab or logit_transform
-    that does not fit.
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab or
+    logit_transform that does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)
     logit_transform.check()

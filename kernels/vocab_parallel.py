@@ -59,7 +59,7 @@ _ODD_CHUNK = 1 << 24
 
 
 def own_columns(ids: Tensor, first: int, n_own: int) -> Tensor:
-    """[C, S]: the shard's column of each listed id; -1 for another shard's, and for padding."""
+    """Return [C, S]: the shard's column of each id; -1 for other shards and padding."""
     return torch.where((ids >= first) & (ids < first + n_own), ids - first, -1)
 
 
@@ -94,7 +94,7 @@ def read_shard(
 
 
 def _empty_rows(logits: Tensor, log_sum_exp: Tensor) -> Tensor:
-    """[C] bool: which rows of logits [C, n_own] are nothing but -inf.
+    """Return [C] bool: rows of logits [C, n_own] that hold only -inf.
 
     row_stats answers NaN for them, as it does for a NaN or +inf logit, which must stay one. So rows
     with NaN, most often none, are read again; on a GPU the host waits to know them.
@@ -146,7 +146,7 @@ class _ShardLosses(RowLosses):
         self.shards = shards
 
     def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> ObjectiveGrad:
-        """One chunk: logits [C, V_r] of `rows`, of which n_vocab columns count on this shard."""
+        """Compute one chunk: logits [C, V_r] of `rows`, n_vocab columns of which count here."""
         columns = own_columns(self.ids[rows], self.shards.first, n_vocab)
         first = self.shards.first
         part = read_shard(logits, columns, self.k, first, n_vocab, self.logit_transform)
@@ -156,7 +156,7 @@ class _ShardLosses(RowLosses):
         return self.finish(rows, read, logits, columns, out if n_vocab else None, n_vocab)
 
     def _gather(self, part: RowRead) -> list[RowRead]:
-        """Every shard's RowRead, in the order of their columns."""
+        """Gather the RowRead of all shards in the order of their columns."""
         fill = (0, self.k - part.top.shape[1])  # messages of one size, also from a narrow shard
         stats = torch.stack([part.log_sum_exp, part.entropy], 1)
         floats = torch.cat([stats, F.pad(part.top, fill), part.at_ids], 1)
@@ -181,7 +181,7 @@ def _check_inputs(
     n_vocab: int,
     logit_transform: LogitTransform,
 ) -> None:
-    """What either function can refuse without asking other ranks; `rows` is [P, ...]."""
+    """Check this rank's input without the other ranks; `rows` is [P, ...]."""
     if first < 0:
         raise ValueError(
             f"first={first} must be at least 0, the id of this shard's first column; "
@@ -207,7 +207,7 @@ def _to_be_equal(
     hidden_size: int = 0,
     sums_hidden: bool = False,
 ) -> dict[str, int]:
-    """What else must be equal on all ranks, or they would wait for messages that never come."""
+    """Return the other numbers that must be equal on all ranks, or messages would not match."""
     factors = torch.tensor(
         [logit_transform.slope_at_0, *logit_transform.factors()], dtype=torch.float64
     )
@@ -247,14 +247,15 @@ def vocab_parallel_sparse_kl(
     Every rank gets the same loss, row_loss and metrics, to the bit where devices are alike, and the
     gradient of its own columns. The backward pass sends nothing.
 
-    Rows, ids, row_weight, n_vocab, k, logit_transform and chunk_rows must be equal on all ranks: where
-    they are not, or one rank refuses its input, all ranks raise. The objective must be equal too,
+    Rows, ids, row_weight, n_vocab, k, logit_transform and chunk_rows must be equal on all ranks:
+    where they are not, or one rank rejects its input, all ranks raise. The objective must be
+    equal too,
     which is not checked: with another on one rank, losses differ, and the gradients do not belong
     together. An objective that raises on one rank alone leaves the others waiting until the group's
     timeout.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab, logit_transform,
-    first or group that does not fit, before any logit is read.
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab,
+    logit_transform, first or group that does not fit, before any logit is read.
     """
     with gather_errors(group, logits.device):
         check_logits(logits, None)
