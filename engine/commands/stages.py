@@ -294,7 +294,7 @@ def _train_task(job: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
         "objective": preset,
         "settings": train_settings(job.train, job.run),
         "partial": job.train.partial,
-        "foreign_student": job.train.foreign_student,
+        "allow_off_lineage": job.train.foreign_student,
     }
     return store, snapshot, task
 

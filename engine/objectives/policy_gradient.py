@@ -1,8 +1,8 @@
-"""The advantage form: -sum_S w A grad log p, A = log q - log p and w held fixed, as the released
-code of arXiv 2604.13016 has it (compute_distillation_reward). The loss shown is -sum_S w A.
+"""The policy-gradient estimator: -sum_S w A grad log p, A = log q - log p and w held fixed.
 
-On the sampled token w = 1, and the mean over draws is the gradient of KL(p || q) (Eq.3). On ids
-drawn m times in all w is an id's share of the draws (arXiv 2606.24143).
+It follows the released code of arXiv 2604.13016 (compute_distillation_reward). The loss shown is
+-sum_S w A. For the sampled token w = 1, and the mean over draws is the gradient of KL(p || q)
+(Eq.3). For ids that were drawn several times w is an id's share of the draws (arXiv 2606.24143).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.metrics.metrics import renormalised
-from logitcask.engine.objectives.modifier import Modifier
-from logitcask.engine.objectives.support_log_probs import LossTerms, SupportLogProbs
+from logitcask.engine.objectives.modifiers import Modifier
+from logitcask.engine.objectives.supports import LossTerms, SupportLogProbs
 
 
-def student_p(columns: SupportLogProbs, log_p: Tensor) -> Tensor:
-    """p renormalised on S."""
-    return renormalised(log_p, columns.on).exp()
+def student_p(inputs: SupportLogProbs, log_p: Tensor) -> Tensor:
+    """Return p renormalised on S."""
+    return renormalised(log_p, inputs.mask).exp()
 
 
-def teacher_p(columns: SupportLogProbs, log_p: Tensor) -> Tensor:
-    """q renormalised on S."""
-    return renormalised(columns.log_q, columns.on).exp()
+def teacher_p(inputs: SupportLogProbs, log_p: Tensor) -> Tensor:
+    """Return q renormalised on S."""
+    return renormalised(inputs.log_q, inputs.mask).exp()
 
 
-def none(columns: SupportLogProbs, log_p: Tensor) -> Tensor:
-    """1 / |S|."""
-    return columns.on.to(log_p.dtype) / columns.on.sum(-1, keepdim=True).clamp(min=1)
+def none(inputs: SupportLogProbs, log_p: Tensor) -> Tensor:
+    """Return 1 / |S|."""
+    return inputs.mask.to(log_p.dtype) / inputs.mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 WEIGHTS: dict[str, Callable[[SupportLogProbs, Tensor], Tensor]] = {
@@ -38,18 +38,21 @@ WEIGHTS: dict[str, Callable[[SupportLogProbs, Tensor], Tensor]] = {
 """The released code's REWARD_WEIGHT_MODE."""
 
 
-def advantage(weights: str, modifiers: Sequence[Modifier], columns: SupportLogProbs) -> LossTerms:
-    on = columns.on
-    log_p = columns.log_p if columns.log_p_then is None else columns.log_p_then
-    if columns.support == "mc":
-        count = columns.rows.held("mc_count").to(log_p.dtype)
-        w = count / count.sum(-1, keepdim=True).clamp(min=1)
+def policy_gradient(
+    weights: str, modifiers: Sequence[Modifier], inputs: SupportLogProbs
+) -> LossTerms:
+    """Return the loss and gradient of C rows; `weights` is a key of WEIGHTS."""
+    mask = inputs.mask
+    log_p = inputs.log_p if inputs.log_p_old is None else inputs.log_p_old
+    if inputs.support == "mc":
+        counts = inputs.rows.require("mc_count").to(log_p.dtype)
+        w = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     else:
-        w = WEIGHTS[weights](columns, log_p)
-    a = torch.where(on, columns.log_q, 0.0) - torch.where(on, log_p, 0.0)
+        w = WEIGHTS[weights](inputs, log_p)
+    a = torch.where(mask, inputs.log_q, 0.0) - torch.where(mask, log_p, 0.0)
     for modifier in modifiers:
-        a = modifier.advantage(a, columns)
-    loss = g = torch.where(on, -w * a, 0.0)
+        a = modifier.adjust_advantage(a, inputs)
+    loss = g = torch.where(mask, -w * a, 0.0)
     for modifier in modifiers:
-        loss, g = modifier.terms(loss, g, columns)
+        loss, g = modifier.adjust_gradient(loss, g, inputs)
     return LossTerms.of_log_p(loss.sum(-1), g)

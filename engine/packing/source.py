@@ -19,9 +19,8 @@ import torch
 
 from logitcask.engine.errors import IncompleteError, StoreError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.packing.assemble import nothing, targets_of, tensor
 from logitcask.engine.packing.plan import WINDOW_BYTES, Lengths
-from logitcask.engine.packing.targets import Targets
+from logitcask.engine.packing.targets import Targets, empty_sequence, make_targets, tensor
 from logitcask.engine.store import Chain, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
 from logitcask.engine.store.unit import Unit, dtypes_of, is_bounded, size_of
@@ -134,7 +133,7 @@ class PackSource:
         """
         parts = [self._unit(int(o)).sequence(int(s)) for o, s in members]
         # All units of one name have the same arrays, but that some may know an entropy exactly.
-        parts = parts or [nothing(dtypes_of(*self.pairs[0], self._bases[0]))]
+        parts = parts or [empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))]
         if self.bounded:
             parts = [{"q_entropy_hi": part["q_entropy"], **part} for part in parts]
         flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -147,7 +146,7 @@ class PackSource:
             input_ids=tensor(flat["input_ids"])[None],
             position_ids=tensor(np.concatenate([np.arange(n) for n in tokens]))[None],
             predict_at=tensor(np.concatenate(predict_at)),
-            targets=targets_of(flat),
+            targets=make_targets(flat),
         )
 
     def decode_ahead(self, ordinals: Iterable[int]) -> None:

@@ -24,7 +24,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 from logitcask.engine.backends.logprob_diff import part_of
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.probes.full_scores import Looked, WideRows, look
+from logitcask.engine.probes.full_scores import FullScores, WideScores, full_scores
 from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.rollout.unit import UNIT_POSITIONS, draw, mc_request
 from logitcask.engine.teachers.token_maps import SharedVocabulary
@@ -113,7 +113,7 @@ def estimate(
     teacher.score(rolled, usual)
     scoring_s = time.monotonic() - start
     progress("estimate", 2, 3)
-    looked = look(teacher, student, rolled, k_max)
+    looked = full_scores(teacher, student, rolled, k_max)
     if shared is not None:
         shared.check_answered(looked.rows.scores, usual, name)
     each_s, mean_length = 1 / rolled.positions, rolled.positions / len(rolled.finish)
@@ -178,7 +178,7 @@ def _roll(
 
 
 def _rows(
-    rolled: Rollouts, looked: Looked, k_min: int, most: int, total: float
+    rolled: Rollouts, looked: FullScores, k_min: int, most: int, total: float
 ) -> Iterator[dict[str, Any]]:
     seen = looked.rows
     student = IdLists(cnt=seen.own.cnt, ids=seen.own.ids)
@@ -206,7 +206,7 @@ def _rows(
                 }
 
 
-def _kept(seen: WideRows, top_p: float, k_min: int, k_max: int) -> Array:
+def _kept(seen: WideScores, top_p: float, k_min: int, k_max: int) -> Array:
     """[P, W] bool: what a request would keep."""
     mass = np.exp(seen.log_q, dtype=np.float64).cumsum(1)
     cnt = np.clip((mass < top_p).sum(1) + 1, k_min, k_max)
@@ -214,7 +214,7 @@ def _kept(seen: WideRows, top_p: float, k_min: int, k_max: int) -> Array:
     return kept
 
 
-def _cut(seen: WideRows, kept: Array) -> Scores:
+def _cut(seen: WideScores, kept: Array) -> Scores:
     """The wide scores as a smaller request would have made them."""
     return replace(
         seen.scores,
@@ -225,7 +225,7 @@ def _cut(seen: WideRows, kept: Array) -> Scores:
     )
 
 
-def _missed(looked: Looked, kept: Array, profile: codecs.Profile) -> tuple[float, float]:
+def _missed(looked: FullScores, kept: Array, profile: codecs.Profile) -> tuple[float, float]:
     """Shares of KL(q || p) and KL(p || q) that are lost by coarsening both to what is stored."""
 
     def stored(values: Array) -> Array:

@@ -43,10 +43,10 @@ def check_objective(
     ObjectiveError where the scores cannot serve the objective, and what RowSource raises.
     """
     source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial)
-    return check_exactness(objective, facts_of(None, source, foreign_student=False))
+    return check_exactness(objective, facts_of(None, source, allow_off_lineage=False))
 
 
-def facts_of(model: ModelRef | None, source: PackSource, foreign_student: bool) -> CacheInfo:
+def facts_of(model: ModelRef | None, source: PackSource, allow_off_lineage: bool) -> CacheInfo:
     """What the cache and the student are to each other; None for one that is not a folder yet.
 
     Raises IdentityError for another tokenizer.
@@ -74,7 +74,7 @@ def facts_of(model: ModelRef | None, source: PackSource, foreign_student: bool) 
         or all(s.lineage["student"]["weights"] == model.digest for s in rollouts),
         same_template=model is None or sampler["template"] == model.template_digest,
         plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
-        allow_foreign=foreign_student,
+        allow_off_lineage=allow_off_lineage,
         n_vocab=int(sampler["n_vocab"]) if model is None else model.n_vocab,
         mc_draws=int(sampling.get("mc_draws", 0)),
         at_mc=all(

@@ -124,7 +124,7 @@ def hold_out(
         store, snapshot, asked.rollouts, asked.teacher, base=asked.base, cache=cache
     )
     # Nothing is trained here: a support that another student froze is said, and measured.
-    exactness = check_exactness(objective, facts_of(model, source, foreign_student=True))
+    exactness = check_exactness(objective, facts_of(model, source, allow_off_lineage=True))
     key = PlanKey(
         snapshot=snapshot.number,
         snapshot_sha256=snapshot.sha256,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitcask.engine.objectives import Objective, live_k, loss_weights, row_objective
+from logitcask.engine.objectives import Objective, current_topk, loss_weights, row_objective
 from logitcask.engine.objectives.bounds import NO_BOUNDS, Bounds, skips
 from logitcask.engine.objectives.evaluate import (
     has_known_support,
@@ -63,7 +63,7 @@ def pack_loss(
     """
     if row_weight is None:
         row_weight = token_mean(objective, targets)
-    k = live_k(objective, n_vocab)
+    k = current_topk(objective, n_vocab)
     alone = is_renormalised(objective) and has_known_support(objective)
     if not alone or skips(objective, bounds):
         op = indexed_linear if is_renormalised(objective) else linear_sparse_kl
@@ -117,7 +117,12 @@ def row_hash(targets: Targets) -> Tensor:
 
     The finalizer is that of SplitMix64 (Steele, Lea, Flood 2014), on integers that wrap around.
     """
-    fields = (targets.s_lp, targets.q_token_lp, targets.s_entropy, targets.q_entropy)
+    fields = (
+        targets.student_logprobs,
+        targets.teacher_logprobs,
+        targets.student_entropy,
+        targets.q_entropy,
+    )
     x = targets.token
     for field in fields:
         x = _mixed(x + GAMMA) ^ field.float().view(torch.int32).long()

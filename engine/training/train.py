@@ -32,7 +32,7 @@ def train(
     settings: TrainSettings | None = None,
     snapshot: Snapshot | None = None,
     partial: bool = False,
-    foreign_student: bool = False,
+    allow_off_lineage: bool = False,
     overwrite: bool = False,
     device: str = "auto",
     evaluation: EvalPlan | None = None,
@@ -61,7 +61,7 @@ def train(
     if snapshot is None:
         snapshot = first_snapshot(store, desk.earlier)
     source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial, cache=cache)
-    facts = facts_of(model, source, foreign_student)
+    facts = facts_of(model, source, allow_off_lineage)
     exactness = check_exactness(objective, facts)
     if desk.first:
         for line in exactness.lines():
@@ -105,12 +105,12 @@ def check(
     settings: TrainSettings,
     snapshot: Snapshot,
     partial: bool,
-    foreign_student: bool,
+    allow_off_lineage: bool,
     base: str | None = None,
 ) -> None:
     """Raises what `train` would raise of these before its first update; decodes no unit."""
     source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial)
-    check_exactness(objective, facts_of(model, source, foreign_student))
+    check_exactness(objective, facts_of(model, source, allow_off_lineage))
     _plan(source, snapshot, rollouts, teacher, settings)
 
 

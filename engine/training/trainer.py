@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from logitcask.engine.errors import IncompleteError, ModelError
-from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.models.load import head_weight, hidden_states, inner_model
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
@@ -249,7 +249,7 @@ class DistillTrainer(Trainer):
         }
         rows = totals.pop("cache/age", [0.0, 0.0, 0.0])
         # A line names every metric, also where an update had no row to take it of.
-        means: dict[str, float | None] = dict.fromkeys(METRICS)
+        means: dict[str, float | None] = dict.fromkeys(COMMON_METRICS)
         if skips(self._objective, self._bounds):
             means[SKIPPED] = None
         means["cache/age"] = finite(rows[1] / rows[0]) if self._same_root and rows[0] else None

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.metrics.metrics import COMMON_METRICS
 from tests.cli.conftest import ROLL, SCORE, TRAIN, UNITS, World
 
 EVAL = "--eval-prompts @e.jsonl --eval-n 2 --eval-max-new-tokens 4"
@@ -57,7 +57,7 @@ def test_a_run_is_measured_on_another_store(world: World, call: Any, held: str) 
         want = {row["metric"]: row["all"] for row in table}
         assert line["eval/rows"] == want["rows"]
         assert line["eval/loss"] == pytest.approx(want[f"loss/{objective}"], rel=1e-6)
-        for name in METRICS:
+        for name in COMMON_METRICS:
             assert line[f"eval/{name}"] == pytest.approx(want[name], rel=1e-6, abs=1e-9), name
     assert first["eval/loss"] != last["eval/loss"]
     noted = json.loads((world.at(out) / "run.json").read_text())["eval"]["held_out"]

@@ -23,10 +23,10 @@ from tests.engine.cached import Unit, make_store
 from tests.engine.tiny import make_model, save_folder
 
 REVERSE = Objective(
-    support="teacher", divergence="reverse_kl", outside="renormalize", form="divergence", k=4
+    support="teacher", divergence="reverse_kl", tail="renormalize", estimator="divergence", k=4
 )
 FORWARD = replace(REVERSE, divergence="forward_kl")
-DENSE = replace(FORWARD, outside="tail")
+DENSE = replace(FORWARD, tail="bucket")
 WEIGHED = replace(
     REVERSE, modifiers=(Prune(overlap=0.9, drop=0.1, k=4), Stepwise(tokens=3), KeepEntropy(0.4))
 )

@@ -12,8 +12,8 @@ from kernel_cases import list_top, make_ids
 from kernel_objectives import Loss, objective
 from torch import Tensor
 
-from logitcask.engine.metrics.metrics import METRICS, row_metrics
-from logitcask.engine.packing.targets import BEYOND, Targets
+from logitcask.engine.metrics.metrics import METRICS, compute_metrics
+from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets
 from logitcask.kernels.fused_maths import TAIL_FLOOR
 from logitcask.kernels.fused_objective import DIVERGENCES, OUTSIDE, FusedObjective, OverlapSums
 from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
@@ -34,7 +34,7 @@ class Told:
     known: Tensor
     q_rank: Tensor
     kept: Tensor
-    live_k: int
+    current_topk: int
 
     def to(self, dtype: torch.dtype) -> "Told":
         return replace(self, log_q=self.log_q.to(dtype), log_tail=self.log_tail.to(dtype))
@@ -55,9 +55,9 @@ def tell(
     kept = torch.randint(1, n_ids + 1, (n_rows,), generator=generator)
     real = ids >= 0
     kept = torch.minimum(kept, real.sum(1))
-    q_rank = torch.where(real & (order < kept[:, None]), order, BEYOND)
+    q_rank = torch.where(real & (order < kept[:, None]), order, NOT_IN_TOPK)
     column = torch.arange(n_ids)
-    known = real & ((q_rank < BEYOND) | (column < n_ids // 2))
+    known = real & ((q_rank < NOT_IN_TOPK) | (column < n_ids // 2))
     student = real & (column < n_ids // 2)
     teacher = real & (q_rank < max(1, n_ids // 2))
     on = {
@@ -68,9 +68,9 @@ def tell(
         "non_overlap": teacher ^ student,
         "sampled": column.expand_as(ids) == 0,
     }[support]
-    live_k = 3 if support == "overlap" else 0
+    current_topk = 3 if support == "overlap" else 0
     made = (ids, log_q, log_tail, on, known, q_rank, kept)
-    return Told(*(t.to(logits.device) for t in made), live_k)
+    return Told(*(t.to(logits.device) for t in made), current_topk)
 
 
 def plain_loss(told: Told, divergence: str, outside: str, parameter: float = 0.3) -> Loss:
@@ -78,8 +78,8 @@ def plain_loss(told: Told, divergence: str, outside: str, parameter: float = 0.3
 
     def loss(log_p: Tensor, index: Tensor, top_ids: Tensor) -> Tensor:
         log_q, on = told.log_q[index].to(log_p.dtype), told.on[index]
-        if told.live_k:
-            top = top_ids[:, : told.live_k]
+        if told.current_topk:
+            top = top_ids[:, : told.current_topk]
             on = on & (told.ids[index][:, :, None] == top[:, None, :]).any(-1)
         on = on & (log_p != -torch.inf) & (log_q != -torch.inf)
         left = torch.where(told.known[index] & ~on, log_q, -torch.inf)
@@ -123,7 +123,7 @@ ENGINE = {
     "overlap/advantage": lambda sums: sums.advantage,
     "overlap/empty_share": lambda sums: (sums.shared == 0).float(),
     "cache/coverage": lambda sums: sums.coverage,
-    "cache/miss_mass": lambda sums: sums.miss_mass,
+    "cache/uncached_mass": lambda sums: sums.miss_mass,
 }
 """The engine's metrics that the fused sums give."""
 assert METRICS.keys() >= ENGINE.keys()
@@ -141,23 +141,23 @@ def targets_of(told: Told) -> Targets:
         in_student=told.known,
         cached=told.known,
         token_col=none,
-        kept=told.kept,
+        n_kept=told.kept,
         q_log_tail=told.log_tail,
         q_entropy=row,
-        s_entropy=row,
-        s_lp=row,
-        b_lp=row,
-        q_token_lp=row,
+        student_entropy=row,
+        student_logprobs=row,
+        behavior_logprobs=row,
+        teacher_logprobs=row,
         version=none,
         sequence=none,
         position=none,
-        s_log_p=told.log_q,
+        student_topk_logprobs=told.log_q,
     )
 
 
 def plain_metrics(told: Told, view: ObjectiveInput) -> dict[str, Tensor]:
     """By the engine's own functions of its Targets."""
-    made = row_metrics(view, targets_of(told).at(view.index), k=METRIC_K)
+    made = compute_metrics(view, targets_of(told).at(view.index), k=METRIC_K)
     return {name: made[name] for name in ENGINE} | {"entropy": view.entropy}
 
 

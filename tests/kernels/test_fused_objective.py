@@ -200,10 +200,14 @@ def test_equals_the_engines_objective(
 ) -> None:
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
     k, told = 3, tell(logits, S)
-    told = replace(told, on=told.q_rank < k, live_k=k if support == "overlap" else 0)
-    form = {"support": support, "divergence": divergence, "outside": outside}
+    told = replace(told, on=told.q_rank < k, current_topk=k if support == "overlap" else 0)
+    form = {
+        "support": support,
+        "divergence": divergence,
+        "tail": {"tail": "bucket"}.get(outside, outside),
+    }
     plain = row_objective(
-        Objective(**form, form="divergence", k=k), targets_of(told), metric_k=METRIC_K
+        Objective(**form, estimator="divergence", k=k), targets_of(told), metric_k=METRIC_K
     )
     (want, want_grad), (ours, grad) = (
         run(logits, told, answer) for answer in (plain, bare(fused(told, divergence, outside)[0]))

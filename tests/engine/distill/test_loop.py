@@ -187,7 +187,7 @@ def test_metrics_count_updates_and_ages(whole: Whole) -> None:
     found = lines(whole.out)
     assert [line["progress/step"] for line in found] == list(range(1, n + 1))
     assert [line["cache/age"] for line in found] == [i % UPDATES for i in range(n)]
-    drift = [line["cache/drift_k3"] for line in found]
+    drift = [line["cache/approx_kl"] for line in found]
     assert max(drift[::UPDATES]) < 1e-9 < 1e-6 < min(drift[1::UPDATES]), "on policy only at first"
     assert found[-1]["progress/positions"] == whole.report.positions
     assert (whole.report.updates, whole.report.version, whole.report.resumed_at) == (n, n, 0)

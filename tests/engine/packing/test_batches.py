@@ -13,7 +13,7 @@ from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.packing.batches import batches
 from logitcask.engine.packing.plan import Lengths, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
-from logitcask.engine.packing.targets import BEYOND
+from logitcask.engine.packing.targets import NOT_IN_TOPK
 from logitcask.engine.types import Array
 from tests.engine.cached import Unit, make_store, make_unit
 
@@ -166,23 +166,23 @@ def check_row(packed: Pack, row: int, unit: Unit, position: int, at_student: boo
     assert t.ids[row].tolist() == ids + [-1] * (t.ids.shape[1] - width)
     assert t.cached[row].tolist() == [i in cached for i in t.ids[row].tolist()]
     assert t.in_student[row].nonzero().flatten().tolist() == list(range(len(listed)))
-    ranks = [by_teacher.index(i) if i in by_teacher else BEYOND for i in ids]
+    ranks = [by_teacher.index(i) if i in by_teacher else NOT_IN_TOPK for i in ids]
     assert t.q_rank[row, :width].tolist() == ranks
-    assert (t.q_rank[row, width:] == BEYOND).all()
+    assert (t.q_rank[row, width:] == NOT_IN_TOPK).all()
     assert torch.isneginf(t.q_log_p[row, width:]).all()
     # float16 entries: half a unit in the last place is 2^-11 of the value.
     np.testing.assert_allclose(t.q_log_p[row, :width], log_q[ids], rtol=2**-11)
     assert int(t.token_col[row]) == ids.index(token)
-    assert t.q_log_p[row, t.token_col[row]] == t.q_token_lp[row] == np.float32(log_q[token])
+    assert t.q_log_p[row, t.token_col[row]] == t.teacher_logprobs[row] == np.float32(log_q[token])
     tail = 1 - np.exp(log_q[cached]).sum()
     assert math.exp(float(t.q_log_tail[row])) == pytest.approx(tail, abs=1e-6)
-    assert int(t.kept[row]) == len(by_teacher)
+    assert int(t.n_kept[row]) == len(by_teacher)
     assert int(t.token[row]) == token
     for name, theirs in (
         ("q_entropy", -(np.exp(log_q) * log_q).sum()),
-        ("s_entropy", -(np.exp(log_p) * log_p).sum()),
-        ("s_lp", log_p[token]),
-        ("b_lp", log_p[token] - 0.25),
+        ("student_entropy", -(np.exp(log_p) * log_p).sum()),
+        ("student_logprobs", log_p[token]),
+        ("behavior_logprobs", log_p[token] - 0.25),
     ):
         assert float(getattr(t, name)[row]) == pytest.approx(theirs, rel=1e-5), name
 

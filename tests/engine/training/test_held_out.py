@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from logitcask.engine.errors import IdentityError, IncompleteError
-from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.models.load import load_student
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Store
@@ -49,7 +49,7 @@ def test_the_loss_is_the_token_mean_of_plain_torch(
     want = float(token_mean(student, singles).detach())
     assert line["eval/loss"] == pytest.approx(want, rel=1e-5)
     assert line["eval/rows"] == 2 * sum(LENGTHS)
-    assert {name.removeprefix("eval/") for name in line} == {"loss", "rows", *METRICS}
+    assert {name.removeprefix("eval/") for name in line} == {"loss", "rows", *COMMON_METRICS}
     assert student.training, "as it was"
     assert all(p.grad is None for p in student.parameters())
 

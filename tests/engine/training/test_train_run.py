@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
-from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.models.identity import model_ref, read_metadata
 from logitcask.engine.models.load import inner_model, load_student
 from logitcask.engine.objectives import parse_objective
@@ -158,7 +158,7 @@ def test_the_loss_falls_and_the_metrics_are_there(
     report = run(case, tmp_path, settings=settings, objective=parse_objective("forward_kl"))
     found = lines(tmp_path)
     assert found[-1]["loss"] < 0.9 * found[0]["loss"]
-    for name in ("overlap/ratio", "cache/coverage", "cache/drift_k3", "train/grad_norm"):
+    for name in ("overlap/ratio", "cache/coverage", "cache/approx_kl", "train/grad_norm"):
         assert all(isinstance(line[name], float) for line in found), name
     assert found[0]["train/lr"] == 3e-3
     assert all(line["train/changed_share"] > 0.9 for line in found[:-1])
@@ -190,7 +190,7 @@ def test_an_update_without_a_measured_row_names_its_metrics_all_the_same(
     settings = replace(SETTINGS, metric_share=1e-9)
     run(case, tmp_path, settings=settings)
     for line in lines(tmp_path):
-        assert {name: line[name] for name in METRICS} == dict.fromkeys(METRICS)
+        assert {name: line[name] for name in COMMON_METRICS} == dict.fromkeys(COMMON_METRICS)
         assert line["cache/age"] is not None
         assert line["loss"] > 0
 
@@ -336,7 +336,7 @@ def test_a_foreign_student_has_no_age_and_no_frozen_support(
     frozen = replace(REVERSE, support="student")
     with pytest.raises(ObjectiveError, match="foreign"):
         run(case, tmp_path / "a", model=foreign, objective=frozen)
-    run(case, tmp_path / "b", model=foreign, objective=frozen, foreign_student=True)
+    run(case, tmp_path / "b", model=foreign, objective=frozen, allow_off_lineage=True)
     assert {line["cache/age"] for line in lines(tmp_path / "b")} == {None}
 
 
