@@ -344,10 +344,11 @@ class Prune(Modifier):
 
 @dataclass(frozen=True)
 class Stepwise(Modifier):
-    """Rows of step j get the weight min((d_1 + e) / (d_j + e), 1 + delta), d the mean
-    |log b - log q| of a step's sampled ids, b the behaviour policy, e = 1e-6 (SOD, arXiv 2605.07725; its product of
-    ratios telescopes). A store has no step boundaries: a step is `tokens` response tokens. The
-    advantage of the outcome reward is left out.
+    """Rows of step j get the weight min((d_1 + e) / (d_j + e), 1 + delta), e = 1e-6.
+
+    d is the mean |log b - log q| of a step's sampled ids, b the behaviour policy (SOD, arXiv
+    2605.07725; its product of ratios telescopes). A store has no step boundaries: a step is
+    `tokens` response tokens. The advantage of the outcome reward is left out.
     """
 
     name: ClassVar[str] = "stepwise"

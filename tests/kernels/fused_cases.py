@@ -34,7 +34,7 @@ class Told:
     known: Tensor
     q_rank: Tensor
     kept: Tensor
-    current_topk: int
+    live_k: int
 
     def to(self, dtype: torch.dtype) -> "Told":
         return replace(self, log_q=self.log_q.to(dtype), log_tail=self.log_tail.to(dtype))
@@ -68,9 +68,9 @@ def tell(
         "non_overlap": teacher ^ student,
         "sampled": column.expand_as(ids) == 0,
     }[support]
-    current_topk = 3 if support == "overlap" else 0
+    live_k = 3 if support == "overlap" else 0
     made = (ids, log_q, log_tail, on, known, q_rank, kept)
-    return Told(*(t.to(logits.device) for t in made), current_topk)
+    return Told(*(t.to(logits.device) for t in made), live_k)
 
 
 def plain_loss(told: Told, divergence: str, outside: str, parameter: float = 0.3) -> Loss:
@@ -78,8 +78,8 @@ def plain_loss(told: Told, divergence: str, outside: str, parameter: float = 0.3
 
     def loss(log_p: Tensor, index: Tensor, top_ids: Tensor) -> Tensor:
         log_q, on = told.log_q[index].to(log_p.dtype), told.on[index]
-        if told.current_topk:
-            top = top_ids[:, : told.current_topk]
+        if told.live_k:
+            top = top_ids[:, : told.live_k]
             on = on & (told.ids[index][:, :, None] == top[:, None, :]).any(-1)
         on = on & (log_p != -torch.inf) & (log_q != -torch.inf)
         left = torch.where(told.known[index] & ~on, log_q, -torch.inf)

@@ -200,7 +200,7 @@ def test_equals_the_engines_objective(
 ) -> None:
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
     k, told = 3, tell(logits, S)
-    told = replace(told, on=told.q_rank < k, current_topk=k if support == "overlap" else 0)
+    told = replace(told, on=told.q_rank < k, live_k=k if support == "overlap" else 0)
     form = {
         "support": support,
         "divergence": divergence,

@@ -135,13 +135,13 @@ def test_veto_rests_where_its_paper_says() -> None:
 
 
 @pytest.mark.parametrize("on", ["student", "teacher"])
-def test_baseline(mask: str) -> None:
+def test_baseline(on: str) -> None:
     full = rows()
     leaf, log_p, log_q, _ = sides(full)
     fixed, value = log_p.detach(), []
     for r in range(P):
         known = full.targets.ids[r][full.targets.cached[r]].tolist()
-        if mask == "student":
+        if on == "student":
             ids = [v for v in fixed[r].topk(16).indices.tolist() if v in known]
             p, q = fixed[r, ids].log_softmax(-1), log_q[r, ids].log_softmax(-1)
         else:
@@ -150,7 +150,7 @@ def test_baseline(mask: str) -> None:
             p, q = (torch.cat([x[r, ids], x[r, rest].logsumexp(-1)[None]]) for x in (fixed, log_q))
         value.append((p.exp() * (p - q)).sum())
     a = (at(log_q - log_p, full) + torch.stack(value)).detach()
-    name = "vopd" if mask == "student" else "vopd_cached"
+    name = "vopd" if on == "student" else "vopd_cached"
     check(PRESETS[name].objective, full, -a, -a * at(log_p, full), leaf)
 
 
