@@ -98,7 +98,7 @@ METRIC = Row(
             before=True,
         ),
         Edit("engine/metrics/metrics.py", "from typing import Any\n", r"(?=^import torch$)"),
-        entry("engine/metrics/metrics.py", "METRICS", '"overlap/twice": overlap_twice,'),
+        entry("engine/metrics/metrics.py", "METRICS", '"overlap/twice": Metric(overlap_twice),'),
         entry("tests/engine/metrics/test_metrics.py", "BY_HAND", '"overlap/twice": 4 / 3,'),
     ),
     "by_hand",
