@@ -75,10 +75,10 @@ def teacher_command(url: str, form: str, **asked: Any) -> None:
 
     Example: logitcask doctor teacher http://127.0.0.1:8000
     """
-    from logitcask.engine.teachers.server_check import ServerCheck, examine
+    from logitcask.engine.teachers.server_check import ServerCheck, check_server
 
     found = []
-    for each in examine(ServerCheck(url=url, **asked)):
+    for each in check_server(ServerCheck(url=url, **asked)):
         found.append(each)
         if form == "text":
             click.echo(f"{each.state:<5}  {each.check:<10}  {visible(each.said)}")

@@ -17,7 +17,7 @@ from logitcask.engine.teachers.remote import (
     check_padding,
     check_tokenizer,
     is_remote,
-    served_ref,
+    remote_model_ref,
     urls_of,
 )
 from logitcask.engine.teachers.token_maps import SharedVocabulary, shared_vocabulary
@@ -25,9 +25,11 @@ from logitcask.engine.teachers.verified import VerifiedTeacher
 from logitcask.engine.types import ModelRef, ScoreParams
 
 
-def backend(model: ModelRef, run: Run, *, exact: bool = True, known: int | None = None) -> Any:
+def backend(
+    model: ModelRef, run: Run, *, exact: bool = True, tokenizer_vocab: int | None = None
+) -> Any:
     """The sampler and scorer that [run] names, with this model loaded. exact: scores from all
-    logits, where the backend has a choice; known: ids that its tokenizer has, if more than
+    logits, where the backend has a choice; tokenizer_vocab: ids that its tokenizer has, if more than
     model.n_vocab.
     """
     name = _embedded(run)
@@ -37,7 +39,7 @@ def backend(model: ModelRef, run: Run, *, exact: bool = True, known: int | None 
         device=run.device,
         dtype=run.dtype,
         batch_tokens=run.batch_tokens,
-        known=known,
+        tokenizer_vocab=tokenizer_vocab,
         **choice,
     )
 
@@ -129,7 +131,7 @@ def open_teacher(
             )
     own = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
     model, shared, notes = _shared(own, student, teacher.student_tokenizer)
-    scorer = backend(model, run, exact=exact, known=own.n_vocab)
+    scorer = backend(model, run, exact=exact, tokenizer_vocab=own.n_vocab)
     return LoadedTeacher(model=model, scorer=scorer, shared=shared, notes=tuple(notes))
 
 
@@ -147,9 +149,9 @@ def _open_served(
             hint="leave --backend out, or give a model folder or hub id",
         )
     open_backend("server")  # says which package is missing
-    from logitcask.engine.backends.server import Limits, Server, read_key
+    from logitcask.engine.backends.server import Limits, ServerScorer, read_key
 
-    server = Server(
+    server = ServerScorer(
         urls_of(teacher.model),
         served=teacher.served,
         key=read_key(teacher.api_key_file),
@@ -157,10 +159,10 @@ def _open_served(
         cancel=cancel,
     )
     try:
-        check_declared(teacher.revision, server.facts.fingerprint)
-        model = served_ref(
-            server.facts.served,
-            server.facts.root,
+        check_declared(teacher.revision, server.info.fingerprint)
+        model = remote_model_ref(
+            server.info.served,
+            server.info.root,
             tokenizer=teacher.tokenizer,
             revision=teacher.revision,
             chat_template=template,

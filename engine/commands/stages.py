@@ -200,7 +200,7 @@ def run_estimate(
         # Both over the ids that both know, and the student here.
         own, model = model.n_vocab, replace(model, n_vocab=teacher.model.n_vocab)
         run = job.run.model_copy(update={"backend": "auto"}) if served else job.run
-        student = backend(model, run, known=own)
+        student = backend(model, run, tokenizer_vocab=own)
         try:
             return estimate(
                 grader=grader,

@@ -22,7 +22,7 @@ import logitcask.engine.store.format.layouts as layout
 import logitcask.engine.store.format.rollouts as rollout_arrays
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
-from logitcask.engine.backends.logprob_diff import part_of
+from logitcask.engine.backends.logprob_diff import select_sequences
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.probes.full_scores import FullScores, WideScores, full_scores
 from logitcask.engine.prompts.graders import Grader
@@ -106,16 +106,16 @@ def estimate(
         at_student="at_ids" in teacher.capabilities,
     )
     if shared is not None:
-        shared.check_asked(rolled, usual, None, name)
+        shared.check_request(rolled, usual, None, name)
     # What comes once, warming up or a control of a server, is no part of the rate.
-    teacher.score(part_of(rolled, [0]), replace(usual, at_student=False))
+    teacher.score(select_sequences(rolled, [0]), replace(usual, at_student=False))
     start = time.monotonic()
     teacher.score(rolled, usual)
     scoring_s = time.monotonic() - start
     progress("estimate", 2, 3)
     looked = full_scores(teacher, student, rolled, k_max)
     if shared is not None:
-        shared.check_answered(looked.rows.scores, usual, name)
+        shared.check_scores(looked.rows.scores, usual, name)
     each_s, mean_length = 1 / rolled.positions, rolled.positions / len(rolled.finish)
     total = mean_length * len(prompts) * sampling.n
     table = tuple(_rows(rolled, looked, k_min, k_max, total))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.backends.scoring import Sheet, row_logits
+from logitcask.engine.backends.scoring import ScoreBuilder, row_logits
 from logitcask.engine.store.format import ragged
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 
@@ -118,7 +118,7 @@ def _by_logits(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Full
     own = _own(rolled)
     width = min(k_max, teacher.n_vocab)
     asked = ScoreParams(entry_kind="topk", top_p=1.0, k_min=width, k_max=width)
-    sheet = Sheet(rolled, asked, IdLists(cnt=own.cnt, ids=own.ids))
+    sheet = ScoreBuilder(rolled, asked, IdLists(cnt=own.cnt, ids=own.ids))
     log_p = np.empty((rolled.positions, width))
     forward, reverse = np.empty((2, rolled.positions))
     tokens = min(teacher.batch_tokens, student.batch_tokens)

@@ -196,12 +196,12 @@ def _timed(
     if shared is not None:
         # A context is the teacher's own text, read by nobody else.
         prompts = asked.context is None
-        shared.check_asked(shown, request, new or at, asked.model.name, prompts=prompts)
+        shared.check_request(shown, request, new or at, asked.model.name, prompts=prompts)
     begun_s = time.monotonic()
     scores = scorer.score(shown, request) if at is None else scorer.score(shown, request, at)
     took_s = time.monotonic() - begun_s
     if shared is not None:
-        shared.check_answered(scores, request, asked.model.name)
+        shared.check_scores(scores, request, asked.model.name)
     return scores, took_s
 
 

@@ -27,7 +27,7 @@ def draft(kind: str, layout: str, profile: str, **told: Any) -> Segment:
     return Segment(kind=kind, layout=layout, profile=profile, **{**empty, **blank, **told})
 
 
-def check_asked(log: Log, new: Segment) -> Segment | None:
+def check_request(log: Log, new: Segment) -> Segment | None:
     """Refuses what cannot be committed, and answers for a unit that is there, before any work."""
     if not schema.NAME.fullmatch(new.name):
         raise StoreError(

@@ -19,7 +19,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.commit import check_asked, publish_segment
+from logitcask.engine.store.commit import check_request, publish_segment
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.store import Store
@@ -135,7 +135,7 @@ def _bring(
     count: MergeReport,
     heal: bool,
 ) -> MergeReport:
-    if (held := check_asked(store.log, told)) is not None:
+    if (held := check_request(store.log, told)) is not None:
         healed = heal and held.seg_id == told.seg_id and _is_damaged(store, held)
         if healed:
             store.medium.place(held.folder, read())

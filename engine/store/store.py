@@ -154,7 +154,7 @@ class Store(Reader):
         )
 
     def _there(self, new: Segment) -> Segment | None:
-        winner = commit.check_asked(self.log, new)
+        winner = commit.check_request(self.log, new)
         if winner is not None:
             # Its writer may not have come so far; what is acknowledged here is durable.
             self.medium.settle("log")

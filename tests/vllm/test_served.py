@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.server import Limits, Server
+from logitcask.engine.backends.server import Limits, ServerScorer
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.rollout.plan import rollout
 from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
-from logitcask.engine.teachers.server_check import ServerCheck, examine
+from logitcask.engine.teachers.server_check import ServerCheck, check_server
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
 from tests.engine.tiny import make_model, save_folder
 from tests.vllm.real_server import RealServer
@@ -36,14 +36,16 @@ UNITS, END_S = 5, 120
 
 
 @pytest.fixture(scope="module")
-def server(vllm_server: str, ref: ModelRef) -> Iterator[Server]:
-    with Server([vllm_server], limits=Limits(read_s=120)) as server:
+def server(vllm_server: str, ref: ModelRef) -> Iterator[ServerScorer]:
+    with ServerScorer([vllm_server], limits=Limits(read_s=120)) as server:
         server.n_vocab = ref.n_vocab
         yield server
 
 
 @pytest.mark.parametrize("k", [12, 64])
-def test_scores_of_a_real_server_are_those_of_the_model(server: Server, hf: HF, k: int) -> None:
+def test_scores_of_a_real_server_are_those_of_the_model(
+    server: ServerScorer, hf: HF, k: int
+) -> None:
     assert "at_ids" in server.capabilities
     rolled = hf.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=8), seed=0, version=0)
     rolled = replace(rolled, student=hf.score(rolled, OWN))
@@ -60,7 +62,7 @@ def test_scores_of_a_real_server_are_those_of_the_model(server: Server, hf: HF, 
 
 
 def test_the_doctor_finds_nothing(vllm_server: str, ref: ModelRef) -> None:
-    found = list(examine(ServerCheck(url=vllm_server, against=str(ref.path))))
+    found = list(check_server(ServerCheck(url=vllm_server, against=str(ref.path))))
     assert {each.check: (each.state, each.said) for each in found if each.state != "ok"} == {}
     assert [each.check for each in found][-1] == "parity"
 

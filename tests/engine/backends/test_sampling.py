@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.sampling import draw, law, sample_batch, uniforms
+from logitcask.engine.backends.sampling import distribution, draw, sample_batch, uniforms
 from logitcask.engine.errors import ModelError, PromptError
 from logitcask.engine.types import LENGTH, STOP, Prompt, Rollouts, SamplingParams
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
@@ -111,7 +111,7 @@ def test_frequencies_are_those_of_the_exact_law(params: dict[str, Any]) -> None:
     n = 40_000
     u = torch.rand(n, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     ids = torch.tensor([seen])
-    scores: Any = law(sampling)(ids, logits[None].clone())
+    scores: Any = distribution(sampling)(ids, logits[None].clone())
     token, lp = draw(scores.expand(n, -1), u)
     p = exact_law(logits, seen, sampling)
     counts = torch.bincount(token, minlength=12).double()

@@ -37,7 +37,7 @@ from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.inspect import listing, shown
 from logitcask.engine.store.verify import verify
-from logitcask.engine.training.cache_info import facts_of
+from logitcask.engine.training.cache_info import fetch_info
 from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
@@ -109,8 +109,8 @@ def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory)
 def targets_of(store: Store, name: str) -> Targets:
     source = PackSource(store, store.head(), "main", name, base="base")
     units = source.lengths()
-    members = [(u, s) for u, each in enumerate(units) for s in range(len(each.response))]
-    return source.row(np.array(members)).targets
+    replicas = [(u, s) for u, each in enumerate(units) for s in range(len(each.response))]
+    return source.row(np.array(replicas)).targets
 
 
 def logits_of(rows: Targets) -> Tensor:
@@ -220,12 +220,12 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
     store: Store, models: dict[str, ModelRef], tmp_path: Path
 ) -> None:
     source = PackSource(store, store.head(), "main", "whole")
-    facts = facts_of(models["student"], source, False)
-    assert facts.entropy_bounds
-    assert not facts.at_student
+    info = fetch_info(models["student"], source, False)
+    assert info.entropy_bounds
+    assert not info.at_student
     for name in ("opd", "opd_released"):
         with pytest.raises(ObjectiveError, match="not asked at the student's ids") as caught:
-            check_exactness(PRESETS[name], facts)
+            check_exactness(PRESETS[name], info)
         assert "--objective overlap" in caught.value.hint
     with pytest.raises(ObjectiveError, match="not asked at the student's ids"):
         train(
@@ -238,7 +238,7 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
             device="cpu",
         )
     exact = PackSource(store, store.head(), "main", "all")
-    assert not facts_of(models["student"], exact, False).entropy_bounds
+    assert not fetch_info(models["student"], exact, False).entropy_bounds
 
 
 def test_a_scorer_that_answers_at_no_chosen_ids_is_asked_at_none(

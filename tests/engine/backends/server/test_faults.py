@@ -19,7 +19,7 @@ import pytest
 from aiohttp import web
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.server import Server
+from logitcask.engine.backends.server import ServerScorer
 from logitcask.engine.errors import AnswerError, IdentityError, ServerError
 from logitcask.engine.types import Rollouts, ScoreParams, Scores
 from tests.engine.backends.server.conftest import QUICK
@@ -27,7 +27,7 @@ from tests.engine.backends.server.fake_server import FakeServer, Fault, packed
 
 ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
 WIDE = ScoreParams(top_p=1.0, k_min=64, k_max=64)
-Connect = Callable[..., Server]
+Connect = Callable[..., ServerScorer]
 Said = dict[str, Any]
 HARMLESS = replace(QUICK, read_s=0.25)
 

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.server import Limits, Server
+from logitcask.engine.backends.server import Limits, ServerScorer
 from logitcask.engine.backends.server.budget import Budget
 from logitcask.engine.backends.server.protocol import RequestBody
 from logitcask.engine.errors import ServerError
@@ -19,7 +19,7 @@ from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 
 ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
-Connect = Callable[..., Server]
+Connect = Callable[..., ServerScorer]
 
 
 async def busy(server: FakeServer, request: web.Request, said: Any) -> web.Response:
@@ -73,9 +73,9 @@ def test_an_engine_that_still_loads_is_waited_for(
 
 def test_refusals_of_one_window_halve_it_once() -> None:
     budget = Budget(Limits(requests=64))
-    asked_s = time.monotonic()
+    sent_s = time.monotonic()
     for _ in range(64):
-        budget.slower(asked_s)
+        budget.slower(sent_s)
     assert budget.window == 32
     budget.slower(time.monotonic() + 1)
     assert budget.window == 16

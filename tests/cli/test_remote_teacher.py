@@ -407,8 +407,8 @@ def test_an_adapter_is_only_scored_with_by_its_name(
 def test_another_revision_is_refused(call: Call, world: World, fake: FakeServer) -> None:
     fake.fingerprint = "rev=abc;tok=1"
     store = world.store(UNITS)
-    wrong = call(command(fake, store, "--revision abe"))
-    wrong.refused(1, "declares revision 'abc', and 'abe' was asked for", "--revision")
+    reject_answer = call(command(fake, store, "--revision abe"))
+    reject_answer.refused(1, "declares revision 'abc', and 'abe' was asked for", "--revision")
     assert call(command(fake, store, "--revision abc")).code == 0
     fake.fingerprint = "rev=abe;tok=1"
     other = call(command(fake, store, "--revision abe"))
