@@ -145,7 +145,7 @@ class ScoreBuilder:
         self.extra_lp = np.empty(len(self.extra_ids), np.float32)
 
     def write(self, rows: Array, logits: Tensor) -> None:
-        """Write the scores of the rows [R] from their logits [R, n_vocab], which are overwritten."""
+        """Write the scores of the rows [R]; their logits [R, n_vocab] are overwritten."""
 
         def to_device(array: Array) -> Tensor:
             return torch.from_numpy(array).to(logits.device)

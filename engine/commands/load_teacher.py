@@ -29,8 +29,8 @@ def backend(
     model: ModelRef, run: Run, *, exact: bool = True, tokenizer_vocab: int | None = None
 ) -> Any:
     """The sampler and scorer that [run] names, with this model loaded. exact: scores from all
-    logits, where the backend has a choice; tokenizer_vocab: ids that its tokenizer has, if more than
-    model.n_vocab.
+    logits, where the backend has a choice; tokenizer_vocab: number of ids of its tokenizer, if
+    more than model.n_vocab.
     """
     name = _embedded(run)
     choice = {"exact": exact} if name == "vllm" else {}

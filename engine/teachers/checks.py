@@ -27,8 +27,8 @@ def check_identity(
         raise IdentityError(
             f"the student's tokenizer is {student['tokenizer']}, "
             f"that of {model.name} is {model.tokenizer_digest}",
-            hint="take a teacher with the student's tokenizer; if they differ only in tokens that do "
-            "not occur, give the student's, a folder or hub id, with --student-tokenizer",
+            hint="take a teacher with the student's tokenizer; if they differ only in tokens "
+            "that do not occur, give the student's, a folder or hub id, with --student-tokenizer",
         )
     elif student["n_vocab"] != model.n_vocab:
         raise IdentityError(

@@ -59,7 +59,7 @@ def remote_model_ref(
     except ModelError as error:
         raise ModelError(
             f"the tokenizer of {served!r}, {source}: {error.cause}",
-            hint="give --tokenizer: a folder or hub id with the teacher's tokenizer and config.json",
+            hint="give --tokenizer: a folder or hub id with its tokenizer and config.json",
         ) from error
     loaded = load_tokenizer(path)
     n_vocab, stop_ids = identity.vocabulary(path, identity.read_config(path), loaded)
@@ -124,7 +124,7 @@ def check_padding(server: RemoteScorer, n_vocab: int, head: int, k_max: int = PA
     if not len(pads):
         return ""
     if "at_ids" not in server.capabilities:
-        return f"{len(pads)} ids of its padded head cannot be checked; a trained head gives them no mass"
+        return f"{len(pads)} ids of its padded head cannot be checked (a trained head: no mass)"
     rollouts = probe_rollouts(n_vocab)
     each = min(PADS, k_max, len(pads))
     spread = np.linspace(0, len(pads) - 1, each * PROBE_ROWS).astype(np.int64)

@@ -90,8 +90,8 @@ class SharedVocabulary:
             raise UnitError(
                 f"{where}: ids of different tokens to the student and to {name} "
                 f"({len(found)}): {self.format_ids(found)}",
-                hint="take a teacher with the student's tokenizer, or use prompts where these ids do "
-                "not occur; there is no override: log-probs of two tokens would be compared",
+                hint="take a teacher with the student's tokenizer, or use prompts where these ids "
+                "do not occur; there is no override: log-probs of two tokens would be compared",
             )
 
 

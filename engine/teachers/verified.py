@@ -45,7 +45,7 @@ class VerifiedTeacher:
         self.capabilities = server.capabilities
         self._request = probe_request(n_vocab, min(CONTROL_K, k_max))
         unavailable, replicas = server.unavailable(), server.replicas()
-        # Unavailable servers are checked after their first scores; if all are, the first is awaited.
+        # Unavailable servers are checked after their first scores. If all are, they are awaited.
         healthy = {k: v for k, v in replicas.items() if k not in unavailable} or replicas
         (first, one), *others = healthy.items()
         # Of one server: the difference between two servers measures neither.

@@ -63,7 +63,7 @@ def test_scores_of_a_real_server_are_those_of_the_model(
 
 def test_the_doctor_finds_nothing(vllm_server: str, ref: ModelRef) -> None:
     found = list(check_server(ServerCheck(url=vllm_server, against=str(ref.path))))
-    assert {each.check: (each.state, each.said) for each in found if each.state != "ok"} == {}
+    assert {each.check: (each.state, each.message) for each in found if each.state != "ok"} == {}
     assert [each.check for each in found][-1] == "parity"
 
 

@@ -175,7 +175,8 @@ class ServerClient:
         except aiohttp.ClientSSLError as error:
             raise RequestRejected(
                 f"{self.url}: no secure connection: {error}",
-                hint="give a URL with a certificate that this machine trusts (SSL_CERT_FILE adds one)",
+                hint="give a URL with a certificate that this machine trusts "
+                "(SSL_CERT_FILE adds one)",
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             # An HTTP parse error quotes the answer, with the key if the server repeats it.

@@ -103,7 +103,8 @@ class RequestBody:
         model = found.get("model")
         if model is not None and not (isinstance(model, str) and model in names):
             reject_answer(
-                f"as model {_shown(model)}, and {' or '.join(map(repr, sorted(names)))} was requested"
+                f"as model {_shown(model)}, and {' or '.join(map(repr, sorted(names)))} was "
+                "requested"
             )
         if choices[0].get("finish_reason") == "abort":
             reject_answer("that the request was aborted")

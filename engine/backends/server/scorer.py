@@ -219,7 +219,7 @@ class ServerScorer:
             raise
 
     async def _connect(self, served: str) -> ServerInfo:
-        """Return the info of the first server that answers within wait_s; others are unavailable."""
+        """Return the info of the first server that answers within wait_s."""
         begun_s, clients = self._loop.time(), self._pool.clients
         with self._cancel.waiting():
             found = await self._fetch_infos(clients, served)
@@ -229,8 +229,8 @@ class ServerScorer:
                 if self._loop.time() - begun_s >= self._limits.wait_s:
                     raise ServerError(
                         f"{clients[0].url} does not answer: {found[0]}",
-                        hint="check the URL and that the server runs; --server-wait sets the maximum "
-                        "waiting time",
+                        hint="check the URL and that the server runs; --server-wait sets the "
+                        "maximum waiting time",
                     )
                 await asyncio.sleep(self._limits.poll_s)
                 found = await self._fetch_infos(clients, served)

@@ -196,7 +196,8 @@ class VLLM:
         complete = stopped or len(ids) == sampling.max_new_tokens
         if not complete or out.logprobs is None or list(out.logprobs.token_ids[: len(ids)]) != ids:
             reject_answer(
-                f"{len(ids)} tokens with finish reason {out.finish_reason!r}, or no log-probs of them"
+                f"{len(ids)} tokens with finish reason {out.finish_reason!r}, "
+                "or no log-probs of them"
             )
         lp = [0.0] * len(ids) if greedy else list(out.logprobs.logprobs)
         if max(ids) >= self.n_vocab or not all(-np.inf < x <= 1e-3 for x in lp):

@@ -1,11 +1,11 @@
 """One vLLM engine for one purpose: sampling, prompt log-probs, or hidden states.
 
 Purposes are never mixed in one engine: for prompt log-probs vLLM computes logits of all tokens of a
-batch. A model's generation_config is not used; inputs and outputs are ids, and a tokenizer is loaded
-only for pooling, which requires one. vllm is imported when an engine is opened.
+batch. A model's generation_config is not used; inputs and outputs are ids, and a tokenizer is
+loaded only for pooling, which requires one. vllm is imported when an engine is opened.
 
-An engine runs in its own process, the default of vLLM. With VLLM_ENABLE_V1_MULTIPROCESSING=0 it runs
-in this one, and the first engine that is closed destroys torch's process groups for the others.
+An engine runs in its own process, the default of vLLM. With VLLM_ENABLE_V1_MULTIPROCESSING=0 it
+runs in this one, and closing the first engine destroys torch's process groups for the others.
 """
 
 import logging

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from logitcask.engine.backends.base import open_backend
-from logitcask.engine.backends.vllm.backend import check_mass, inside, rectangle
+from logitcask.engine.backends.vllm.backend import check_supported, inside, rectangle
 from logitcask.engine.backends.vllm.hidden import read_head
 from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.identity import model_ref
@@ -45,16 +45,16 @@ def test_rows_of_other_lengths_make_a_rectangle_and_come_back() -> None:
     assert rectangle(lists)[inside(lists)].tolist() == lists.ids.tolist()
 
 
-def test_laws_that_vllm_would_change_are_refused() -> None:
-    for distribution in (
+def test_distributions_that_vllm_would_change_are_rejected() -> None:
+    for params in (
         {},
         {"min_p": 0.1},
         {"top_p": 0.5},
         {"temperature": 0.0},
         {"temperature": 0.01},
     ):
-        check_mass(SamplingParams(**distribution))
-    with pytest.raises(ConfigError, match="vLLM takes min-p first"):
-        check_mass(SamplingParams(min_p=0.1, top_p=0.9))
+        check_supported(SamplingParams(**params))
+    with pytest.raises(ConfigError, match="vLLM applies min-p first"):
+        check_supported(SamplingParams(min_p=0.1, top_p=0.9))
     with pytest.raises(ConfigError, match="at 0.01 or more"):
-        check_mass(SamplingParams(temperature=0.009))
+        check_supported(SamplingParams(temperature=0.009))

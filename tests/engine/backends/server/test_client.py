@@ -11,7 +11,12 @@ import pytest
 from aiohttp import web
 
 from logitcask.engine.backends.server import ServerScorer
-from logitcask.engine.backends.server.client import MOST_MESSAGE, message, redirect_target, seconds
+from logitcask.engine.backends.server.client import (
+    MOST_MESSAGE,
+    error_message,
+    redirect_target,
+    retry_after_s,
+)
 from logitcask.engine.errors import ConfigError, LogitcaskError, ServerError
 from logitcask.engine.teachers.remote import urls_of
 from logitcask.engine.types import Rollouts, ScoreParams
@@ -36,7 +41,7 @@ Connect = Callable[..., ServerScorer]
     ],
 )
 def test_errors_are_read_in_every_form(body: bytes, said: str) -> None:
-    assert message(body) == said
+    assert error_message(body) == said
 
 
 def test_a_key_at_the_end_of_a_cut_text_leaves_no_part_of_it(
@@ -51,14 +56,19 @@ def test_a_key_at_the_end_of_a_cut_text_leaves_no_part_of_it(
 
 
 def test_retry_after_is_seconds_or_nothing() -> None:
-    assert [seconds(t) for t in ("7", "", "-1", "Wed, 21 Oct 2026 07:28:00 GMT")] == [7, 0, 0, 0]
+    assert [retry_after_s(t) for t in ("7", "", "-1", "Wed, 21 Oct 2026 07:28:00 GMT")] == [
+        7,
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
     "url", ["http://host:99999", "http://host:port", f"http://me:{KEY}@[::1", f"me:{KEY}@host"]
 )
 def test_an_address_that_nothing_can_be_at_is_refused_at_once(url: str) -> None:
-    with pytest.raises(ConfigError, match="is no server's URL") as caught:
+    with pytest.raises(ConfigError, match="is not a server's URL") as caught:
         ServerScorer([url])
     assert KEY not in str(caught.value)
 
@@ -87,7 +97,7 @@ def test_an_address_with_room_for_a_secret_is_refused_although_it_is_empty(url: 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}", f"{KEY}\x00", f"{KEY}é"])
 def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
-    with pytest.raises(ConfigError, match="no header can hold") as caught:
+    with pytest.raises(ConfigError, match="not valid in a header") as caught:
         ServerScorer(["http://127.0.0.1:1"], key=key)
     assert KEY not in str(caught.value)
 
@@ -109,7 +119,7 @@ def test_redirects_are_not_followed_with_a_key(
         fake.faults = [away] * 100
         with pytest.raises(ServerError, match=f"307: it has moved to {elsewhere.url}/inf") as told:
             server.score(rolled, ASK)
-        assert "Give the address where it is" in told.value.hint
+        assert "give the new address" in told.value.hint
         assert not elsewhere.seen.auth
         assert not elsewhere.seen.bodies
 

@@ -123,7 +123,7 @@ def test_too_many_log_probs_name_both_ways_out(
         ConfigError, match=r"12 log-probs per position \(k_max = 12 and 7"
     ) as caught:
         connect(fake).score(rolled, ASK)
-    assert "--max-logprobs 12 or more, or ask with a smaller --k-max" in caught.value.hint
+    assert "--max-logprobs 12 or more, or give a smaller --k-max" in caught.value.hint
 
 
 def test_too_many_chosen_ids_name_their_own_number(
@@ -138,7 +138,7 @@ def test_too_many_chosen_ids_name_their_own_number(
         ConfigError, match=r"20 log-probs per position \(k_max = 12 and 20"
     ) as caught:
         connect(fake).score(rolled, ASK, at)
-    assert "--max-logprobs 20 or more, or ask at fewer ids (--at" in caught.value.hint
+    assert "--max-logprobs 20 or more, or give fewer ids (--at" in caught.value.hint
 
 
 def test_a_sequence_beyond_the_context_is_refused_before_anything_is_sent(
@@ -189,12 +189,14 @@ def test_a_model_may_have_several_names_and_answers_with_its_first(
     assert server.score(rolled, ASK).at_lp is not None
     assert fake.seen.bodies[-1]["model"] == "second"
     fake.called = "tuned"
-    with pytest.raises(AnswerError, match="as model 'tuned', and 'first' or 'second' was asked"):
+    with pytest.raises(
+        AnswerError, match="as model 'tuned', and 'first' or 'second' was req"
+    ):
         server.score(rolled, ASK)
     fake.called, fake.cards = "first", [card("first", root=""), card("second", root="")]
     with pytest.raises(IdentityError, match="serves 2 models"):
         connect(fake)
-    with pytest.raises(ServerError, match="as model 'first', and 'second' was asked"):
+    with pytest.raises(ServerError, match="as model 'first', and 'second' was requested"):
         connect(fake, served="second")
 
 
@@ -276,5 +278,5 @@ def test_a_key_is_sent_and_never_shown(
 
 def test_addresses_that_are_no_servers() -> None:
     for url in ("ftp://host", "file:///etc/passwd", "http://"):
-        with pytest.raises(ConfigError, match="no server's URL"):
+        with pytest.raises(ConfigError, match="not a server's URL"):
             ServerScorer([url])

@@ -267,19 +267,19 @@ def test_one_that_is_lost_while_its_health_is_asked_for_stays_away(
     async def back(_: ServerClient) -> None:
         raise AssertionError("nobody asks it")
 
-    async def healthy() -> bool:
-        client.up = False
+    async def is_healthy() -> bool:
+        client.healthy = False
         return True
 
-    monkeypatch.setattr(client, "healthy", healthy)
+    monkeypatch.setattr(client, "is_healthy", is_healthy)
     pool = ServerPool([client], QUICK, back, CancelToken())
     for look in (
-        lambda: pool.note(client, Transient("no answer", late=True), 0.0),
-        lambda: pool.check(client),
+        lambda: pool.record_fault(client, Transient("no answer", late=True), 0.0),
+        lambda: pool.recheck(client),
     ):
-        client.up = True
+        client.healthy = True
         asyncio.run(look())
-        assert not client.up
+        assert not client.healthy
         assert pool.budget.window == QUICK.requests
 
 
