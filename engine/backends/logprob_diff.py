@@ -14,10 +14,10 @@ import numpy as np
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.models.fingerprint import (
-    CEILING,
-    CONTROL_TIMES,
-    FLOOR,
-    LIKELY,
+    MAX_SPREAD,
+    MIN_PROB,
+    MIN_TOLERANCE,
+    SPREAD_FACTOR,
     ModelFingerprint,
 )
 from logitcask.engine.store.format import ragged
@@ -68,7 +68,7 @@ def fingerprint(scorer: Scorer, n_vocab: int) -> ModelFingerprint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogprobDiff:
-    """Log-prob differences of two scorings of the same rows, at shared ids above LIKELY."""
+    """Log-prob differences of two scorings of the same rows, at shared ids above MIN_PROB."""
 
     largest: float
     """Nats."""
@@ -84,9 +84,9 @@ def compare_scores(a: Scores, b: Scores) -> LogprobDiff:
     place = ragged.find(b.ids.astype(np.uint32), b.cnt, a.ids.astype(np.uint32), a.cnt)
     shared = place >= 0
     in_b = (np.repeat(ragged.starts(b.cnt)[:-1], a.cnt.astype(np.int64)) + place)[shared]
-    likely = a.entry_lp[shared] > np.log(LIKELY)
+    likely = a.entry_lp[shared] > np.log(MIN_PROB)
     gap = np.abs(a.entry_lp[shared].astype(np.float64) - b.entry_lp[in_b])[likely]
-    sampled = a.lp > np.log(LIKELY)
+    sampled = a.lp > np.log(MIN_PROB)
     gap = np.concatenate([gap, np.abs(a.lp.astype(np.float64) - b.lp)[sampled]])
     first_a, first_b = ragged.starts(a.cnt)[:-1], ragged.starts(b.cnt)[:-1]
     both = (a.cnt > 0) & (b.cnt > 0)
@@ -122,11 +122,11 @@ def tolerance(spread: float) -> float:
     spread: the largest difference of the engine from itself. Raises IdentityError for a spread
     that could hide another model.
     """
-    allowed = max(FLOOR, CONTROL_TIMES * spread)
-    if allowed > CONTROL_TIMES * CEILING:
+    allowed = max(MIN_TOLERANCE, SPREAD_FACTOR * spread)
+    if allowed > SPREAD_FACTOR * MAX_SPREAD:
         raise IdentityError(
             f"the engine differs from itself by {spread:.3g} nats when it scores the same rows in "
-            f"another order, and above {CEILING} another model cannot be detected",
+            f"another order, and above {MAX_SPREAD} another model cannot be detected",
             hint="serve it in float32 or bfloat16, without a quantised cache, or with "
             "batch-invariant kernels (VLLM_BATCH_INVARIANT=1)",
         )

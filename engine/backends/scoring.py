@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
-from logitcask.engine.models.fingerprint import LIKELY
+from logitcask.engine.models.fingerprint import MIN_PROB
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.topk_select import topk_select
@@ -266,14 +266,14 @@ def resolve_extra_ids(
 def restrict_to_shared(logits: Tensor, n_vocab: int) -> Tensor:
     """Return logits [R, n_vocab] of [R, n_vocab or more], without ids that one tokenizer lacks.
 
-    Raises UnitError for a row with a mass above LIKELY at the other ids: the remaining logits would
+    Raises UnitError for a row with a mass above MIN_PROB at the other ids: the other logits would
     not give the model's distribution.
     """
     if logits.shape[1] == n_vocab:
         return logits
     shared, others = logits[:, :n_vocab], logits[:, n_vocab:]
     share = torch.sigmoid(others.logsumexp(1) - shared.logsumexp(1))
-    if len(share) and float(share.max()) > LIKELY:
+    if len(share) and float(share.max()) > MIN_PROB:
         row = int(share.argmax())
         raise UnitError(
             f"a row gives ids that only one of student and teacher has, from {n_vocab} on, the "

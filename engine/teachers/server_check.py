@@ -17,7 +17,7 @@ from logitcask.engine.backends.logprob_diff import (
 from logitcask.engine.errors import LogitcaskError
 from logitcask.engine.models import identity
 from logitcask.engine.models.fingerprint import (
-    CEILING,
+    MAX_SPREAD,
 )
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.teachers.remote import (
@@ -258,7 +258,7 @@ def _parity(server: Any, model: ModelRef, settings: ServerCheck) -> Finding:
     )
     ours = local.score(rollouts, request)
     half = local.describe()["dtype"] != "float32"
-    allowed = max(tolerance(spread), CEILING if half else 0.0)
+    allowed = max(tolerance(spread), MAX_SPREAD if half else 0.0)
     found = compare_scores(theirs, ours)
     same = found.largest <= allowed
     return Finding(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.errors import IdentityError, UnitError
-from logitcask.engine.models.fingerprint import LIKELY
+from logitcask.engine.models.fingerprint import MIN_PROB
 from logitcask.engine.models.identity import resolve_model, tokenizer_digest
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.types import Array, IdLists, ModelRef, Rollouts, ScoreParams, Scores
@@ -78,7 +78,7 @@ class SharedVocabulary:
 
     def check_scores(self, scores: Scores, request: ScoreParams, name: str) -> None:
         """Raise UnitError if a differing id is likely to the teacher, or drawn from it."""
-        likely = scores.entry_lp > np.log(LIKELY)
+        likely = scores.entry_lp > np.log(MIN_PROB)
         if request.entry_kind == "sampled":
             likely[:] = True
         self.check(scores.ids[likely], "the teacher's likely ids", name)

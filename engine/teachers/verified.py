@@ -18,7 +18,7 @@ from logitcask.engine.backends.logprob_diff import (
     tolerance,
 )
 from logitcask.engine.errors import IdentityError, ServerError
-from logitcask.engine.models.fingerprint import ModelFingerprint, distance
+from logitcask.engine.models.fingerprint import ModelFingerprint, fingerprint_distance
 from logitcask.engine.types import IdLists, Rollouts, ScoreParams, Scores
 
 CONTROL_SEQUENCES = 8
@@ -102,7 +102,7 @@ class VerifiedTeacher:
         return {"behaviour": record}
 
     def _check(self, other: ModelFingerprint, what: str) -> None:
-        found = distance(self.fingerprint, other)
+        found = fingerprint_distance(self.fingerprint, other)
         if found > self.tolerance:
             raise IdentityError(
                 f"{what}: log-probs of a fixed probe differ by {found:.3g} nats, and "

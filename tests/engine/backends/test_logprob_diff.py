@@ -22,12 +22,12 @@ from logitcask.engine.backends.logprob_diff import (
 )
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.models.fingerprint import (
-    CEILING,
-    CONTROL_TIMES,
-    FLOOR,
+    MAX_SPREAD,
+    MIN_TOLERANCE,
+    SPREAD_FACTOR,
     ModelFingerprint,
-    behaviour_of,
-    distance,
+    fingerprint_distance,
+    fingerprint_of,
 )
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreParams, Scores
@@ -85,10 +85,10 @@ def test_a_fingerprint_survives_its_record_and_is_the_models_own(
 ) -> None:
     ours = fingerprint(teacher, N_VOCAB)
     canonical(ours.record())
-    assert distance(ours, behaviour_of(ours.record())) < 1e-6
+    assert fingerprint_distance(ours, fingerprint_of(ours.record())) < 1e-6
     again = load(tmp_path / "again")
     again.batch_tokens = 8
-    assert distance(ours, fingerprint(again, N_VOCAB)) < 1e-6
+    assert fingerprint_distance(ours, fingerprint(again, N_VOCAB)) < 1e-6
 
 
 @pytest.mark.parametrize("make", [lambda: make_model(seed=1), with_noise(0.003), with_noise(0.05)])
@@ -96,22 +96,22 @@ def test_other_weights_differ_by_more_than_the_floor(
     make: Callable[[], Any], teacher: HF, tmp_path: Path
 ) -> None:
     other = fingerprint(load(tmp_path, make()), N_VOCAB)
-    assert distance(fingerprint(teacher, N_VOCAB), other) > 10 * FLOOR
+    assert fingerprint_distance(fingerprint(teacher, N_VOCAB), other) > 10 * MIN_TOLERANCE
 
 
 def test_a_temperature_is_another_behaviour(teacher: HF) -> None:
     ours = fingerprint(teacher, N_VOCAB)
     hot = replace(ours, lp=ours.lp * 0.9)
-    assert distance(ours, hot) > 10 * FLOOR
+    assert fingerprint_distance(ours, hot) > 10 * MIN_TOLERANCE
 
 
 def test_an_id_that_only_one_names_counts_by_the_last_that_the_other_names() -> None:
     a = ModelFingerprint(ids=np.array([[1, 2]]), lp=np.log([[0.5, 0.3]]))
     b = ModelFingerprint(ids=np.array([[1, 3]]), lp=np.log([[0.5, 0.1]]))
-    assert distance(a, b) == pytest.approx(np.log(3))
+    assert fingerprint_distance(a, b) == pytest.approx(np.log(3))
     rare = ModelFingerprint(ids=np.array([[1, 2]]), lp=np.log([[0.5, 5e-5]]))
     other = ModelFingerprint(ids=np.array([[1, 9]]), lp=np.log([[0.5, 1e-6]]))
-    assert distance(rare, other) == 0.0
+    assert fingerprint_distance(rare, other) == 0.0
 
 
 def test_the_control_compares_every_row_with_itself(teacher: HF, rolled: Rollouts) -> None:
@@ -148,10 +148,10 @@ def test_compare_finds_rows_that_are_shifted(teacher: HF, rolled: Rollouts) -> N
 
 
 def test_the_tolerance_follows_the_control_and_has_an_end() -> None:
-    assert tolerance(0.0) == FLOOR
-    assert tolerance(0.02) == pytest.approx(CONTROL_TIMES * 0.02)
+    assert tolerance(0.0) == MIN_TOLERANCE
+    assert tolerance(0.02) == pytest.approx(SPREAD_FACTOR * 0.02)
     with pytest.raises(IdentityError, match="differs from itself by 0.2 nats"):
-        tolerance(2 * CEILING)
+        tolerance(2 * MAX_SPREAD)
 
 
 def test_the_probe_fits_any_vocabulary() -> None:

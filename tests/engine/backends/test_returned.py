@@ -133,7 +133,7 @@ def test_scores_against_the_whole_law(made: Made) -> None:
     order = np.argsort(-made.log_p, 1, kind="stable")[:, : made.request.k_max]
     least = min(made.request.k_min, made.n_vocab)
     if rows and ((order < made.n_vocab).sum(1) < least).any():
-        with pytest.raises(AnswerError, match="padded head take the other places"):
+        with pytest.raises(AnswerError, match="the other places hold ids of its padded head"):
             made.scores()
         return
     found, tokens = made.scores(), made.rollouts.tokens.astype(int)
@@ -320,7 +320,7 @@ def with_value(values: Array | None, at: int | tuple[int, int], value: float) ->
 
 
 REFUSED: dict[str, tuple[Callable[[ReturnedTopK], ReturnedTopK], str]] = {
-    "fewer tokens": (lambda a: replace(a, lp=a.lp[1:]), r"\(1,\) tokens, and 2 were asked"),
+    "fewer tokens": (lambda a: replace(a, lp=a.lp[1:]), r"\(1,\) tokens, and 2 were requested"),
     "ids without log-probs": (lambda a: replace(a, top_lp=a.top_lp[:, 1:]), "log-probs of"),
     "fewer rows of ids": (
         lambda a: replace(a, ids=a.ids[1:], top_lp=a.top_lp[1:]),
@@ -334,8 +334,8 @@ REFUSED: dict[str, tuple[Callable[[ReturnedTopK], ReturnedTopK], str]] = {
         lambda a: replace(a, ids=a.ids.ravel(), top_lp=a.top_lp.ravel()),
         r"shape \(8,\), and \[2, 4\]",
     ),
-    "nothing at asked ids": (lambda a: replace(a, at=None), "None log-probs at 3 ids"),
-    "too few at asked ids": (lambda a: replace(a, at=GOOD.lp), r"\(2,\) log-probs at 3 ids"),
+    "nothing at asked ids": (lambda a: replace(a, at=None), "None log-probs at 3 chosen ids"),
+    "too few at asked ids": (lambda a: replace(a, at=GOOD.lp), r"\(2,\) log-probs at 3 chosen ids"),
     "a token of NaN": (
         lambda a: replace(a, lp=with_value(a.lp, 0, np.nan)),
         "nan at the sampled token",
@@ -346,7 +346,7 @@ REFUSED: dict[str, tuple[Callable[[ReturnedTopK], ReturnedTopK], str]] = {
     ),
     "an asked id of NaN": (
         lambda a: replace(a, at=with_value(a.at, 2, np.nan)),
-        "nan at an id that was asked",
+        "nan at a chosen id",
     ),
     "+inf": (lambda a: replace(a, lp=with_value(a.lp, 1, np.inf)), "inf at the sampled token"),
     "a best id of +inf": (
@@ -369,7 +369,7 @@ REFUSED: dict[str, tuple[Callable[[ReturnedTopK], ReturnedTopK], str]] = {
     ),
     "another value of an asked id": (
         lambda a: replace(a, at=with_value(a.at, 0, math.log(0.41))),
-        "two log-probs of one id, .* at an id that was asked",
+        "two log-probs of one id, .* at a chosen id",
     ),
     "an impossible best id that is possible": (
         lambda a: replace(a, top_lp=with_value(a.top_lp, (0, 1), -np.inf), ids=a.ids),
@@ -381,7 +381,7 @@ REFUSED: dict[str, tuple[Callable[[ReturnedTopK], ReturnedTopK], str]] = {
     ),
     "an asked id that is better than the last": (
         lambda a: replace(a, at=with_value(a.at, 1, math.log(0.2))),
-        "at an id that was asked above that of the last",
+        "at a chosen id above that of the last",
     ),
 }
 

@@ -109,7 +109,7 @@ def test_an_id_that_occurs_is_one_token_to_both(
         "teacher's likely": min(set(best.ids.tolist()) - listed - sampled - {3, 4}),
     }[where]
     teacher = teacher_without(token, tmp_path / "t")
-    with pytest.raises(UnitError, match=rf"{where}.*not one token .* {token} \("):
+    with pytest.raises(UnitError, match=rf"{where}.*of different tokens .* {token} \("):
         score(store, student, teacher)
     assert not store.head().scores("big")
 

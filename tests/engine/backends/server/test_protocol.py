@@ -155,7 +155,7 @@ def long(prompt_row: Any, **changed: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row", [{"9": entry(-1.0), "4": entry(-2.0)}, ["5"], "5", 5])
 def test_another_token_in_the_prompt_is_refused(row: Any) -> None:
-    with pytest.raises(AnswerError, match="position 1 without the token 5 that stands there"):
+    with pytest.raises(AnswerError, match="position 1 without the token 5 that was sent"):
         read(long(row), LONG)
 
 
@@ -172,7 +172,7 @@ def test_the_prompts_rows_may_be_left_out_and_its_echo_then_tells() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 10_000, ["teacher"], nested(900), 7])
 def test_an_answer_of_another_model_is_refused_in_a_line(name: Any) -> None:
-    with pytest.raises(AnswerError, match="and 'teacher' was asked") as caught:
+    with pytest.raises(AnswerError, match="and 'teacher' was requested") as caught:
         read(answered(model=name))
     assert len(caught.value.cause) < 200
 

@@ -189,9 +189,7 @@ def test_a_model_may_have_several_names_and_answers_with_its_first(
     assert server.score(rolled, ASK).at_lp is not None
     assert fake.seen.bodies[-1]["model"] == "second"
     fake.called = "tuned"
-    with pytest.raises(
-        AnswerError, match="as model 'tuned', and 'first' or 'second' was req"
-    ):
+    with pytest.raises(AnswerError, match="as model 'tuned', and 'first' or 'second' was req"):
         server.score(rolled, ASK)
     fake.called, fake.cards = "first", [card("first", root=""), card("second", root="")]
     with pytest.raises(IdentityError, match="serves 2 models"):

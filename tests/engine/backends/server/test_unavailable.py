@@ -309,7 +309,7 @@ def test_a_text_that_is_not_tokenised_is_asked_for_again_and_then_let_be(
         asked.clear()
         well_after = 1 << 30
         if status == "reset":
-            with pytest.raises(ServerError, match="does not answer when it is to tokenize"):
+            with pytest.raises(ServerError, match="does not answer a tokenize request"):
                 server.tokenize("ab")
         else:
             assert server.tokenize("ab") is None
