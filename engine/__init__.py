@@ -1,10 +1,9 @@
-"""What happens, in the data's order:
+"""Public names of the engine, in the order of the data:
 
-    prompts -> rollout -> store -> score -> store -> rows -> objective -> student -> next version
+    prompts -> rollout -> store -> score -> store -> packs -> objective -> student -> next version
 
-Read the files in that order. `rollout`, `score` and `training` never import each other: they meet
-in the store. The names below are for a training loop of one's own; each is imported when it is
-first used.
+`rollout`, `score` and `training` never import each other: they exchange data through the store.
+Each name below is imported at its first use.
 """
 
 from importlib import import_module
