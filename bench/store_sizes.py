@@ -153,7 +153,7 @@ def frontier() -> dict[str, Any]:
                     mask = kept(made, top_p, k_min, k_max)
                     arrays = layout.encode(scores_of(made, mask), profile, None)
                     contents = segments.encode(
-                        arrays, layout=schema.WHOLE, profile=profile, attributes={}
+                        arrays, layout=schema.FULL, profile=profile, attributes={}
                     )
                     size = sum(len(d) for n, d in contents.items() if n.endswith("/c/0"))
                     values = codecs.from_entry(codecs.to_entry(made.lp, profile), profile)

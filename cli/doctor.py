@@ -1,4 +1,4 @@
-"""`logitcask doctor`: checks of what a run depends on, with hints."""
+"""`logitcask doctor`: what works, and how to repair what does not."""
 
 from dataclasses import asdict
 from pathlib import Path

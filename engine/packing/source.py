@@ -21,9 +21,9 @@ from logitcask.engine.errors import IncompleteError, StoreError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.packing.plan import WINDOW_BYTES, Lengths
 from logitcask.engine.packing.targets import Targets, empty_sequence, make_targets, tensor
-from logitcask.engine.store import Chain, Segment, Snapshot, Store
+from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.unit import Unit, dtypes_of, is_bounded, size_of
+from logitcask.engine.store.decoded_unit import DecodedUnit, dtypes_of, is_bounded, size_of
 from logitcask.engine.types import Array
 
 
@@ -79,13 +79,15 @@ class PackSource:
             check_complete(store, segments, scores, rollouts_name, teacher)
             if base is not None:
                 check_complete(store, segments, of_base, rollouts_name, base, role=" --role base")
-        self.pairs: tuple[tuple[Segment, Chain], ...] = tuple(
+        self.pairs: tuple[tuple[Segment, ScoreSegments], ...] = tuple(
             (segment, scores[segment.seg_id])
             for segment in segments
             if segment.seg_id in scores and (base is None or segment.seg_id in of_base)
         )
         """(rollout segment, its scores): the ordinals of a plan."""
-        self._bases: tuple[Chain, ...] = tuple(of_base.get(s.seg_id, ()) for s, _ in self.pairs)
+        self._bases: tuple[ScoreSegments, ...] = tuple(
+            of_base.get(s.seg_id, ()) for s, _ in self.pairs
+        )
         self.bounded = any(is_bounded(chain) for _, chain in self.pairs)
         """Whether entropies of the teacher are intervals, in some units at least."""
         if not self.pairs:
@@ -98,8 +100,8 @@ class PackSource:
 
     def _start(self) -> None:
         self._lock = Lock()
-        self._held: OrderedDict[int, Unit] = OrderedDict()
-        self._coming: dict[int, Future[Unit]] = {}
+        self._held: OrderedDict[int, DecodedUnit] = OrderedDict()
+        self._coming: dict[int, Future[DecodedUnit]] = {}
         self._decoder: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,7 +160,7 @@ class PackSource:
                 if ordinal not in self._held and ordinal not in self._coming:
                     self._coming[ordinal] = self._decoder.submit(self._read, ordinal)
 
-    def _unit(self, ordinal: int) -> Unit:
+    def _unit(self, ordinal: int) -> DecodedUnit:
         with self._lock:
             if ordinal in self._held:
                 self._held.move_to_end(ordinal)
@@ -172,7 +174,7 @@ class PackSource:
                 held -= self._held.popitem(last=False)[1].size_bytes
         return unit
 
-    def _read(self, ordinal: int) -> Unit:
+    def _read(self, ordinal: int) -> DecodedUnit:
         read = read_unit if self._cache is None else self._cache.unit
         return read(self._store, *self.pairs[ordinal], self._bases[ordinal])
 
@@ -180,7 +182,7 @@ class PackSource:
 def check_complete(
     store: Store,
     segments: Sequence[Segment],
-    scores: Mapping[str, Chain],
+    scores: Mapping[str, ScoreSegments],
     rollouts_name: str,
     teacher: str,
     *,

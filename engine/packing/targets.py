@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
+from logitcask.engine.store.decoded_unit import DRAWN, LISTED, OTHERS, ROW, SEQUENCE
 from logitcask.engine.store.format.ragged import marked, rows, within
-from logitcask.engine.store.unit import DRAWN, LISTED, OTHERS, ROW, SEQUENCE
 from logitcask.engine.types import Array
 
 NOT_IN_TOPK = 1 << 30

@@ -182,7 +182,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     seen = looked.rows
     student = IdLists(cnt=seen.own.cnt, ids=seen.own.ids)
-    which = schema.ONCE if seen.asked else schema.WHOLE
+    which = schema.DEDUP if seen.asked else schema.FULL
     which += "" if seen.scores.entropy_hi is None else schema.BOUNDS
     for name, profile in codecs.PROFILES.items():
         arrays = rollout_arrays.encode(rolled, profile)

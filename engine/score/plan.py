@@ -15,7 +15,7 @@ from typing import Any
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.score.ids_file import IdsFile
 from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, run_score_unit, unit_key
-from logitcask.engine.store import Chain, Segment, Snapshot
+from logitcask.engine.store import ScoreSegments, Segment, Snapshot
 from logitcask.engine.store.format.schema import MC
 from logitcask.engine.teachers.checks import check_identity, other_dtypes
 from logitcask.engine.types import (
@@ -142,7 +142,7 @@ def plan_scores(asked: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fals
     return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
 
 
-def _serves(chain: Chain | None, request: ScoreParams) -> bool:
+def _serves(chain: ScoreSegments | None, request: ScoreParams) -> bool:
     """Whether one of these segments was asked for as much: what is read can be cut shorter."""
     asked = [ScoreParams(**each.lineage["request"]) for each in chain or ()]
     if any(each.entry_kind == "sampled" for each in (request, *asked)):
@@ -158,7 +158,7 @@ def _serves(chain: Chain | None, request: ScoreParams) -> bool:
     return any(map(at_least, asked)) and at_student
 
 
-def _scores_named(snapshot: Snapshot, name: str) -> dict[str, Chain]:
+def _scores_named(snapshot: Snapshot, name: str) -> dict[str, ScoreSegments]:
     found = snapshot.scores(name)
     if not found:
         raise IncompleteError(
@@ -176,7 +176,9 @@ def _check_draws(segments: Sequence[Segment], name: str) -> None:
         )
 
 
-def _asked(at: str | None, scores: Mapping[str, Chain] | None, segment: Segment) -> tuple[str, ...]:
+def _asked(
+    at: str | None, scores: Mapping[str, ScoreSegments] | None, segment: Segment
+) -> tuple[str, ...]:
     """What a unit's key says of the ids that are asked at beside the student's list."""
     if scores is None:
         return () if at is None else (at,)

@@ -12,8 +12,8 @@ from logitcask.engine.errors import PromptError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.score.extra_ids import at_all_known, without_more
 from logitcask.engine.score.ids_file import IdsFile
-from logitcask.engine.store import Chain, Segment, Store
-from logitcask.engine.store.extend import ask_at, union
+from logitcask.engine.store import ScoreSegments, Segment, Store
+from logitcask.engine.store.extend import request_ids, union
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.teachers.checks import check_scorer, check_stops
 from logitcask.engine.teachers.token_maps import SharedVocabulary
@@ -94,11 +94,11 @@ class ScoreUnit:
     """A rollout segment, and what the store holds that its scoring builds on."""
 
     segment: Segment
-    chain: Chain | None
+    chain: ScoreSegments | None
     """This teacher's scores of it; None where there are none."""
     given: IdLists | None
     """Ids of a file that it is asked at."""
-    asked_at: Chain | None
+    asked_at: ScoreSegments | None
     """Scores of another model whose ids it is asked at."""
 
 
@@ -123,7 +123,7 @@ def run_score_unit(
         student = rollouts.student if request.at_student else None
         if extra is None and student is not None:
             extra = IdLists(cnt=student.cnt, ids=student.ids)
-        wanted = ask_at(store.read_scores(unit.chain, base=rollouts), extra)
+        wanted = request_ids(store.read_scores(unit.chain, base=rollouts), extra)
         # What is there already was accepted when it came.
         scores, took_s = _timed(asked, shown, wanted, new=extra)
     elif extra is not None:
@@ -205,7 +205,7 @@ def _timed(
     return scores, took_s
 
 
-def _ids_of(store: Store, chain: Chain, rollouts: Rollouts) -> IdLists:
+def _ids_of(store: Store, chain: ScoreSegments, rollouts: Rollouts) -> IdLists:
     known = ranked(store.read_scores(chain, base=rollouts))
     return IdLists(cnt=known.cnt.astype(np.uint16), ids=known.ids)
 

@@ -33,7 +33,7 @@ def summary(store: Store) -> dict[str, Any]:
         "teachers": {name: _positions(snapshot, "score", name) for name in snapshot.names("score")},
         "tags": store.log.tags(),
         "unscored_segments": len(rollouts) - scored,
-        "failed_units": len(failed_units(store.medium).keys() - snapshot.unit_keys()),
+        "failed_units": len(failed_units(store.storage).keys() - snapshot.unit_keys()),
         "sequences": sum(s.counts["N"] for s in rollouts),
         "mean_reward": _mean_rewards(store, rollouts),
         "positions": positions,
@@ -70,7 +70,7 @@ def bytes_per_position(snapshot: Snapshot) -> dict[str, float]:
     rollouts = [s for s in snapshot.segments if s.kind == "rollout"]
     scores = [s for s in snapshot.segments if s.kind == "score"]
     rolled = max(1, sum(s.counts["P"] for s in rollouts))
-    scored = max(1, sum(s.counts["P"] for s in scores if not s.widens))
+    scored = max(1, sum(s.counts["P"] for s in scores if not s.extends))
     rollout, score = committed_bytes(rollouts) / rolled, committed_bytes(scores) / scored
     return {"total": rollout + score, "rollout": rollout, "score": score}
 
@@ -111,20 +111,20 @@ def asked(segment: Segment) -> str:
     lineage = segment.lineage
     if segment.kind == "rollout":
         of = lineage.get("set", {})
-        told = [f"version {segment.unit['version']}"]
-        told += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
-        told += [f"grader {of['grader']}"] if "grader" in of else []
-        return ", ".join(told)
+        fields = [f"version {segment.unit['version']}"]
+        fields += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
+        fields += [f"grader {of['grader']}"] if "grader" in of else []
+        return ", ".join(fields)
     request = lineage.get("request", {})
     if not request:
         return ""
     k = f"k {request['k_min']}-{request['k_max']}"
-    told = {
+    fields = {
         "topp": [f"p {request['top_p']:g}", k],
         "topk": [k],
         "sampled": [f"{request['draws']} draws, seed {request['seed']}"],
     }[request["entry_kind"]]
-    return ", ".join([*told, *([f"at {at}"] if (at := lineage.get("at")) else [])])
+    return ", ".join([*fields, *([f"at {at}"] if (at := lineage.get("at")) else [])])
 
 
 def snapshot_summary(store: Store, snapshot: Snapshot) -> dict[str, Any]:
@@ -205,16 +205,16 @@ def shown(
     }
 
 
-def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the store") -> str:
+def choose(cached: list[str], wanted: str | None, *, what: str, where: str = "the store") -> str:
     """The wanted name, or the only one there is.
 
     Raises ConfigError with the list if the choice is not clear, IncompleteError if there is none.
     """
-    if wanted is None and len(known) == 1:
-        return known[0]
-    if wanted in known:
+    if wanted is None and len(cached) == 1:
+        return cached[0]
+    if wanted in cached:
         return str(wanted)
-    if not known:
+    if not cached:
         made, verb = {
             "rollouts": ("rollouts", "rollout"),
             "base": ("scores of a base model", "score --role base"),
@@ -223,10 +223,10 @@ def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the
             f"{where} holds no {made}",
             hint=f"Run `logitcask {verb}` first; a snapshot taken earlier cannot see later {made}.",
         )
-    listed = ", ".join(known)
+    listed = ", ".join(cached)
     if wanted is None:
         raise ConfigError(
-            f"--{what} is not given and {where} has {len(known)}: {listed}",
+            f"--{what} is not given and {where} has {len(cached)}: {listed}",
             hint=f"name one with --{what}",
         )
     raise ConfigError(f"--{what} {wanted}: {where} has {listed}", hint="give one of these")
@@ -236,13 +236,13 @@ def choose_teacher(
     snapshot: Snapshot, wanted: str | None, *, what: str = "teacher", where: str = "the store"
 ) -> str:
     """The same of scores. Those of a base model are meant only by who names them."""
-    known = [n for n in snapshot.names("score") if snapshot.role(n) != "base" or n == wanted]
-    return choose(known, wanted, what=what, where=where)
+    cached = [n for n in snapshot.names("score") if snapshot.role(n) != "base" or n == wanted]
+    return choose(cached, wanted, what=what, where=where)
 
 
 def _positions(snapshot: Snapshot, kind: str, name: str) -> int:
     mine = [s for s in snapshot.segments if s.kind == kind and s.name == name]
-    return sum(s.counts["P"] for s in mine if not s.widens)
+    return sum(s.counts["P"] for s in mine if not s.extends)
 
 
 def _locate(snapshot: Snapshot, name: str, sequence: int) -> tuple[Segment, int]:

@@ -56,7 +56,7 @@ USAGE = [
 
 CONFIGURATION = [
     Case("no file", "distill @no.toml", 2, "no.toml: No such file", "path of a TOML file"),
-    Case("not TOML", "distill @p.jsonl", 2, "p.jsonl: not TOML", "mend"),
+    Case("not TOML", "distill @p.jsonl", 2, "p.jsonl: not TOML", "repair"),
     Case("unknown key", "distill @d.toml --set train.epoch=1", 2, "train.epoch", "train.epochs"),
     Case("section", "distill @d.toml --set trian.lr=1", 2, "unknown key trian", "train"),
     Case("rule", "distill @d.toml --set loop.rounds=0", 2, "loop.rounds = 0", "Rounds"),

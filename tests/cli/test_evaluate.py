@@ -149,7 +149,7 @@ def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: 
         (f"{EVAL} --eval-prompts @no.jsonl", 1, "no.jsonl", ""),
         (f"{EVAL} --grader nearly", 2, "grader 'nearly'", "--grader exact"),
         (f"{EVAL} --grader no_module:f", 2, "no_module cannot be imported", "PYTHONPATH"),
-        (f"{EVAL} --grader builtins:max", 1, "TypeError", "mend the grader"),
+        (f"{EVAL} --grader builtins:max", 1, "TypeError", "repair the grader"),
         (f"{EVAL} --eval-n 0", 2, "--eval-n = 0", "Responses per evaluation prompt"),
         ("--eval-prompts @e.jsonl", 2, "eval.max_new_tokens = 512", "--eval-max-new-tokens"),
     ],

@@ -65,7 +65,7 @@ def test_a_rollout_goes_on_after_ctrl_c(world: World, call: Any) -> None:
         done["units_total"],
         _positions(call, store),
     )
-    assert len(report["strays"]) <= 1, "at most the unit that was under way"
+    assert len(report["orphans"]) <= 1, "at most the unit that was under way"
 
 
 def _positions(call: Any, store: str) -> int:

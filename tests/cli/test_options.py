@@ -91,7 +91,7 @@ def test_every_path_of_a_section_is_relative_to_the_file(tmp_path: Path) -> None
         ("[trian]\nlr = 1", "unknown key trian", "train"),
         ("[train]\nepoch = 1", "unknown key train.epoch", "train.epochs"),
         ("[loop]\nrounds = 0", "loop.rounds = 0", "Rounds"),
-        ("[loop", "not TOML", "mend"),
+        ("[loop", "not TOML", "repair"),
     ],
 )
 def test_a_wrong_file_names_the_key_and_the_nearest_known_one(

@@ -80,7 +80,7 @@ def test_an_estimate_counts_the_bytes_of_rewards(call: Any) -> None:
     [
         ("--grader exact", 1, "'p0' has no answer", "MODULE:FUNCTION"),
         ("--grader nearly", 2, "grader 'nearly'", "--grader exact"),
-        ("--grader our_grading:never", 1, "on prompt 'p0': KeyError", "mend the grader"),
+        ("--grader our_grading:never", 1, "on prompt 'p0': KeyError", "repair the grader"),
     ],
 )
 def test_graders_that_cannot_grade(

@@ -54,11 +54,11 @@ def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
     )
 
 
-def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> None:
+def test_what_is_deleted_is_scored_again_and_swept(world: World, call: Any) -> None:
     store = world.store(ALL)
-    retired = call(f"store retire {store} --teacher big --format json").json
-    assert len(retired) == UNITS
-    call(f"store retire {store} --teacher big").refused(2, "nothing of 'big'", "rollouts: main")
+    deleted = call(f"store delete {store} --teacher big --format json").json
+    assert len(deleted) == UNITS
+    call(f"store delete {store} --teacher big").refused(2, "nothing of 'big'", "rollouts: main")
     call(f"{TRAIN} {store} --out {world.new('out')}").refused(
         3,
         "no scores",
@@ -69,11 +69,11 @@ def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> N
     )
     gone = call(f"store gc {store} --keep-days 0 --dry-run --format json").json
     assert (gone["segments"], gone["kept"]) == (UNITS, UNITS)
-    swept = call(f"store gc {store} --keep-days 0 --format json").json
-    assert swept == gone | {"dry_run": False}
+    report = call(f"store gc {store} --keep-days 0 --format json").json
+    assert report == gone | {"dry_run": False}
     assert call(f"{SCORE} {store} --format json").json["units_new"] == UNITS
     report = call(f"store verify {store} --deep --format json").json
-    assert (report["segments"], report["strays"], report["decoded"]) == (ALL, [], True)
+    assert (report["segments"], report["orphans"], report["decoded"]) == (ALL, [], True)
     call(f"store gc {store} --keep-days -1").refused(2, "--keep-days = -1", "readable")
 
 
@@ -94,7 +94,7 @@ def test_a_store_travels_as_files(world: World, call: Any) -> None:
     assert not world.at("@nowhere").exists()
 
 
-def test_damage_is_mended_from_a_copy_or_made_again(world: World, call: Any) -> None:
+def test_damage_is_repaired_from_a_copy_or_made_again(world: World, call: Any) -> None:
     store, copy = world.store(ALL), world.new("copy")
     assert call(f"store merge {copy} {store}").code == 0
     scores = [r for r in call(f"store ls {store} --format json").json if r["kind"] == "score"]
@@ -102,16 +102,16 @@ def test_damage_is_mended_from_a_copy_or_made_again(world: World, call: Any) -> 
     sound = file.read_bytes()
     file.write_bytes(sound[:-1])
     broken = call(f"store verify {store}")
-    broken.refused(4, "ent/zarr.json", "merge STORE COPY --heal")
+    broken.refused(4, "ent/zarr.json", "merge STORE COPY --repair")
     assert "damaged: " in broken.err
-    assert call(f"store merge {store} {copy} --format json").json["healed"] == 0
-    assert call(f"store merge {store} {copy} --heal --format json").json["healed"] == 1
+    assert call(f"store merge {store} {copy} --format json").json["repaired"] == 0
+    assert call(f"store merge {store} {copy} --repair --format json").json["repaired"] == 1
     assert file.read_bytes() == sound
-    # Without a copy: the unit is retired and made again.
+    # Without a copy: the unit is deleted and made again.
     file.write_bytes(sound[:-1])
     segment = scores[0]["segment"]
-    assert len(call(f"store retire {store} --segment {segment} --dry-run --format json").json) == 1
-    assert call(f"store retire {store} --segment {segment}").code == 0
+    assert len(call(f"store delete {store} --segment {segment} --dry-run --format json").json) == 1
+    assert call(f"store delete {store} --segment {segment}").code == 0
     assert call(f"{SCORE} {store} --format json").json["units_new"] == 1
     assert call(f"store verify {store} --deep").code == 0
 

@@ -47,7 +47,7 @@ def test_a_watching_teacher_ends_when_idle_and_stores_what_a_plain_one_does(
     assert f"score: {UNITS}/{UNITS}" in answer.err
     assert call(f"{SCORE} {plain}").code == 0
     assert segments(call, store) == segments(call, plain)
-    assert call(f"store verify {store} --format json").json["strays"] == []
+    assert call(f"store verify {store} --format json").json["orphans"] == []
 
 
 def test_a_unit_that_fails_ends_with_3_and_is_tried_again_when_asked(

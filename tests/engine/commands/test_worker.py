@@ -17,7 +17,7 @@ from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, StoreError
 from logitcask.engine.models.identity import write_metadata
 from logitcask.engine.store import open_store
-from logitcask.engine.store.retention import retire
+from logitcask.engine.store.retention import delete
 from logitcask.engine.types import ModelRef
 from tests.engine.score.scored import ref
 from tests.engine.tiny import make_model, save_folder
@@ -122,7 +122,7 @@ def test_a_teacher_that_waits_scores_what_appears_as_one_that_comes_later(here: 
     copy = here / "later"
     store = open_store(shutil.copytree(here / "s", copy))
     watched = {(s.unit_key, s.seg_id) for s in store.head().segments if s.base}
-    retire(store, teacher="teacher")
+    delete(store, teacher="teacher")
     inline = run_score(scores(here, "later"))
     assert (inline.units_new, inline.positions) == (2 * UNITS, report.positions)
     assert {(s.unit_key, s.seg_id) for s in store.head().segments if s.base} == watched
@@ -132,7 +132,7 @@ def test_scores_at_another_models_ids_wait_for_those(here: Path) -> None:
     run_rollout(rolls(here))
     run_score(scores(here))
     store = open_store(here / "s")
-    retire(store, segment=store.head().segments[-1].seg_id)
+    delete(store, segment=store.head().segments[-1].seg_id)
     begun: list[int] = []
 
     def the_rest() -> None:

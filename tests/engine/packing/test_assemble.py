@@ -18,7 +18,7 @@ from logitcask.engine.packing.source import PackSource
 from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets, empty_sequence, make_targets
 from logitcask.engine.store import Store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.unit import DTYPES
+from logitcask.engine.store.decoded_unit import DTYPES
 from logitcask.engine.types import Array
 from tests.engine.cached import Unit, make_store, make_unit
 

@@ -16,7 +16,7 @@ from logitcask.engine.packing.plan import windows_at_most
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.unit import dtypes_of, size_of
+from logitcask.engine.store.decoded_unit import dtypes_of, size_of
 from tests.engine.cached import make_store, make_unit
 
 UNITS = 6

@@ -113,7 +113,7 @@ class Worker:
         while not self.at(unit, "gone on").exists():
             os.kill(int(self.at(unit, "asleep").read_text()), signal.SIGCONT)
             time.sleep(0.01)
-        claims = self.store.medium.names("claims")
+        claims = self.store.storage.names("claims")
         if any(name.startswith(unit.removeprefix("sha256:")) for name in claims):
             self.say("claimed still", unit)
 
