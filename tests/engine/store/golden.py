@@ -15,8 +15,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from logitcask.engine.store import Store, open_store
-from logitcask.engine.store import extend as extend
+from logitcask.engine.store import Store, extend, open_store
 from logitcask.engine.store.format.codecs import PROFILES
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.retention import delete, gc, tag

@@ -13,8 +13,7 @@ import pytest
 import zarr
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.store import Store, open_store
-from logitcask.engine.store import extend as extend
+from logitcask.engine.store import Store, extend, open_store
 from logitcask.engine.store.format.codecs import PROFILES, Profile, from_entry, profile, to_entry
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.schema import specs

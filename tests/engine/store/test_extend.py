@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitcask.engine.errors import IdentityError, StoreError
-from logitcask.engine.store import Store
-from logitcask.engine.store import extend as extend
+from logitcask.engine.store import Store, extend
 from logitcask.engine.store.format import codecs
 from logitcask.engine.store.format import layouts as layout
 from logitcask.engine.store.format.ragged import starts

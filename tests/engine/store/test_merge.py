@@ -14,8 +14,7 @@ import zarr
 from obstore.store import MemoryStore
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.store import Store, open_store
-from logitcask.engine.store import extend as extend
+from logitcask.engine.store import Store, extend, open_store
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.log import record
 from logitcask.engine.store.merge import MergeReport, merge, pack, unpack

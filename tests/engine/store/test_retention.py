@@ -8,9 +8,7 @@ import pytest
 
 import logitcask.engine.store.storage.local as files
 from logitcask.engine.errors import ConfigError, IntegrityError, StoreError
-from logitcask.engine.store import Store, open_store
-from logitcask.engine.store import extend as extend
-from logitcask.engine.store import retention as keep
+from logitcask.engine.store import Store, extend, open_store, retention
 from logitcask.engine.store.log import root
 from logitcask.engine.store.log.publish import append
 from logitcask.engine.store.retention import delete, gc, tag, untag
@@ -296,7 +294,7 @@ def test_what_appears_while_gc_is_at_work_is_left_to_its_writer(
             store.storage.place(late, {"x": b"x"})
         return number
 
-    monkeypatch.setattr(keep, "append", then_placed)
+    monkeypatch.setattr(retention, "append", then_placed)
     assert sweep(store, lease_hours=-1) == 1
     assert store.storage.read(f"{late}/x", 1) == b"x"
 
@@ -336,7 +334,7 @@ def test_retiring_takes_what_was_there_and_nothing_later(
 
 
 def test_many_sweeps_are_several_records(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keep, "_AT_ONCE", 2)
+    monkeypatch.setattr(retention, "_AT_ONCE", 2)
     for n in range(5):
         commit_rollouts(store, n)
     delete(store, rollouts="main")
