@@ -113,7 +113,7 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
     if objective.needs_base and not cache.base:
         raise ObjectiveError(
             "this objective needs scores of a base model, and --base names none",
-            hint="score the rollouts with it (score --role base), and name its scores with --base",
+            hint="score the rollouts with it (score --teacher-kind base), and name its scores with --base",
         )
     if not cache.same_root:
         notes.append(
@@ -158,7 +158,7 @@ def _check_draws(objective: Objective, cache: CacheInfo) -> None:
     if objective.support == "teacher_mc" and not cache.q_draws:
         raise ObjectiveError(
             "these scores are the teacher's top ids, and this objective averages over its draws",
-            hint="score again, under another name, with --entry-kind sampled --draws 50",
+            hint="score again, under another name, with --selection sampled --draws 50",
         )
     if objective.support not in SAMPLED_SUPPORTS and cache.q_draws:
         raise ObjectiveError(
@@ -170,7 +170,7 @@ def _check_draws(objective: Objective, cache: CacheInfo) -> None:
         lack = "have no score" if cache.mc_draws else "are not in these rollouts"
         raise ObjectiveError(
             f"this objective averages over ids that the student drew, and they {lack}",
-            hint="sample with --mc-draws 16 and score with --at mc, or train with --objective "
+            hint="sample with --mc-draws 16 and score with --extra-ids mc, or train with --objective "
             "sampled_token",
         )
 
@@ -188,15 +188,15 @@ def _check_k(objective: Objective, cache: CacheInfo) -> None:
         raise ObjectiveError(
             f"this objective needs the whole vocabulary, {cache.n_vocab} ids, and these scores "
             f"have k_min = {cache.k_min}",
-            hint=f"score again with --k-min {cache.n_vocab} --k-max {cache.n_vocab} if that is "
+            hint=f"score again with --teacher-topk-min {cache.n_vocab} --teacher-topk-max {cache.n_vocab} if that is "
             "affordable, or train with --objective gkd or forward_kl",
         )
     if objective.k > cache.k_min:
-        also = f" --k-max {objective.k}" if objective.k > cache.k_max else ""
+        also = f" --teacher-topk-max {objective.k}" if objective.k > cache.k_max else ""
         raise ObjectiveError(
             f"k = {objective.k} is more than k_min = {cache.k_min} of these scores: some rows "
             f"have fewer than {objective.k} of the teacher's ids",
-            hint=f"score again with --k-min {objective.k}{also}, or train with --k {cache.k_min}",
+            hint=f"score again with --teacher-topk-min {objective.k}{also}, or train with --k {cache.k_min}",
         )
 
 
@@ -211,7 +211,7 @@ def _check_student(objective: Objective, cache: CacheInfo) -> None:
     if objective.k > cache.student_k:
         raise ObjectiveError(
             f"k = {objective.k} is more than student_k = {cache.student_k} of these rollouts",
-            hint=f"sample and score again with --student-k {objective.k}, or train with "
+            hint=f"sample and score again with --student-topk {objective.k}, or train with "
             f"--k {cache.student_k}",
         )
     if not cache.same_root and not cache.allow_off_lineage:

@@ -138,7 +138,7 @@ class Objective:
         if self.support in SAMPLED_SUPPORTS and self.k != 1:
             raise ObjectiveError(
                 f"k = {self.k} with support {self.support!r}, which is no top-k",
-                hint="leave --k out",
+                hint="leave --loss-topk out",
             )
         if self.tail == "renormalize" and self.k < 2:
             raise ObjectiveError(
@@ -147,7 +147,9 @@ class Objective:
                 hint="use --k 2 or more, or tail 'bucket', or estimator 'policy_gradient'",
             )
         if self.k < 1:
-            raise ObjectiveError(f"k = {self.k} must be 1 or more", hint="use --k 1 or more")
+            raise ObjectiveError(
+                f"k = {self.k} must be 1 or more", hint="use --loss-topk 1 or more"
+            )
 
     def _check_parameter(self) -> None:
         if self.divergence not in PARAMETERS:

@@ -217,7 +217,7 @@ def choose(cached: list[str], wanted: str | None, *, what: str, where: str = "th
     if not cached:
         made, verb = {
             "rollouts": ("rollouts", "rollout"),
-            "base": ("scores of a base model", "score --role base"),
+            "base": ("scores of a base model", "score --teacher-kind base"),
         }.get(what.removeprefix("eval-"), ("scores", "score"))
         raise IncompleteError(
             f"{where} holds no {made}",

@@ -35,7 +35,7 @@ def new_assembler(
     if request.entry_kind == "sampled":
         raise ConfigError(
             "a server cannot give ids drawn from the teacher's whole distribution",
-            hint="use the backend hf, or --entry-kind topp",
+            hint="use the backend hf, or --selection top-p",
         )
     if extra_ids is not None and not info.at_ids:
         raise ConfigError(
@@ -105,9 +105,9 @@ def explain_cap(rejection: RequestRejected, k: int, widest: int) -> LogitcaskErr
         return rejection
     needed = max(k, widest)
     lists = f" and {widest} chosen ids" if widest else ""
-    less = "give a smaller --k-max (and --k-min): 20 is the default cap of a server"
+    less = "give a smaller --teacher-topk-max (and --teacher-topk-min): 20 is the default cap of a server"
     if widest > k:
-        less = "give fewer ids (--at, the --k-max of the scores that it names)"
+        less = "give fewer ids (--extra-ids, the --teacher-topk-max of the scores that it names)"
     return ConfigError(
         f"{needed} log-probs per position (k_max = {k}{lists}) are more than the server allows: "
         f"{rejection.cause}",

@@ -76,7 +76,7 @@ def test_every_combination_is_a_cell_or_refused() -> None:
         (
             {"support": "sampled", "estimator": "policy_gradient", "tail": "ignore"},
             "k = 16 with support 'sampled'",
-            "leave --k out",
+            "leave --loss-topk out",
         ),
         ({"support": "mc", "k": 1}, "draws of p give no sum over p", "estimator 'policy_gradient'"),
         ({"support": "teacher_mc", "k": 1}, "an average over q", "tail 'ignore'"),
