@@ -10,8 +10,9 @@ and topk_select before, row_grad after. A FusedObjective is computed inside them
 each plus dense_log_r p_v log p_v where an objective looks at the entropy of p. dy/dz is
 logit_transform's, 1 for most models.
 
-Gradients are made in the forward pass and handed over in the backward pass (see made_ahead), so
-nothing vocabulary-sized is kept but the gradient itself. There is no second and no double backward.
+Gradients are made in the forward pass and handed over in the backward pass (see precomputed_grad),
+so nothing vocabulary-sized is kept but the gradient itself. There is no second and no double
+backward.
 """
 
 import torch
