@@ -422,5 +422,5 @@ def test_rows_without_what_an_objective_needs_are_refused(
 ) -> None:
     with pytest.raises(ObjectiveError) as caught:
         run(PRESETS[name].objective, rows(base=None))
-    assert f"hold no {field}" in caught.value.cause
+    assert f"have no {field}" in caught.value.cause
     assert way_out in caught.value.hint
