@@ -132,7 +132,7 @@ def scoring(
     )
     try:
         model = teacher.model
-        request, notes = teacher.asked(job.score, job.run.seed)
+        params, notes = teacher.asked(job.score, job.run.seed)
         ids = job.score.ids_file()
         return ScoreRequest(
             store=store,
@@ -140,7 +140,7 @@ def scoring(
             scorer=teacher.scorer,
             teacher_name=job.teacher.name,
             rollouts_name=job.store.rollouts,
-            request=request,
+            params=params,
             role=job.score.role,
             context=_context(job, store, model, snapshot) if job.score.role == "context" else None,
             at=job.score.asked_at() if ids is None else read_ids_file(ids, model.n_vocab),

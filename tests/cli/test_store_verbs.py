@@ -131,7 +131,7 @@ def test_a_larger_request_widens_from_the_command_line(world: World, call: Any) 
     own = f"score --model @student --teacher self --k-min 4 --k-max 4 --device cpu --store {store}"
     assert call(own).code == 0
     assert call(f"{SCORE} {store} --at self --format json").json["units_new"] == UNITS
-    call(f"{SCORE} {store} --at nobody").refused(3, "no scores of 'nobody'", "Score with that")
+    call(f"{SCORE} {store} --at nobody").refused(3, "no scores of 'nobody'", "score with that")
 
 
 @pytest.mark.parametrize("profile", ["compact", "interop", "raw32"])
@@ -210,7 +210,7 @@ def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> N
             model=teacher,
             scorer=Told(HF(teacher), at_ids=False),
             teacher_name="big",
-            request=ScoreParams(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+            params=ScoreParams(entry_kind="topk", k_min=4, k_max=4, at_student=False),
         )
     )
     rows = call(f"store show {store} --format json").json["rows"]
