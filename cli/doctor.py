@@ -56,7 +56,8 @@ def doctor_command() -> None:
     help="Seconds to wait for a server that does not answer.",
 )
 @click.option(
-    "--k-max",
+    "--teacher-topk-max",
+    "k_max",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,

@@ -21,6 +21,7 @@ FLAGS = {
     ("prompts", "file"): "prompts",
     ("store", "url"): "store",
     ("teacher", "name"): "teacher",
+    **{("lora", key): f"lora-{key}" for key in ("r", "alpha", "dropout", "target_modules")},
     ("ablate", "teacher_accuracy"): "eval-teacher-accuracy",
 }
 """Flags that are neither their key with dashes nor `--eval-` and the key of [eval]."""
@@ -49,7 +50,7 @@ PANELS = {
 
 MODEL_KEYS = ["backend", "device", "dtype", "batch_tokens", "seed"]
 """Keys of [run] that every verb with a model shares."""
-WORKER_KEYS = ["watch", "worker", "lease", "poll", "attempts", "idle_exit"]
+WORKER_KEYS = ["worker", "worker_name", "lease_seconds", "poll", "max_attempts", "idle_exit"]
 """Keys of [work] that every verb with workers shares."""
 
 

@@ -51,7 +51,7 @@ def metrics_command(form: str, dry_run: bool, objectives: tuple[str, ...], **fla
     if dry_run:
         click.echo(to_toml(job))
         return
-    from logitcask.engine.commands.stages import run_probe
+    from logitcask.engine.commands.probe import run_probe
 
     with progress_bar() as progress:
         bins = run_probe(job, objectives, progress=progress)

@@ -36,7 +36,7 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     """Sample responses from the student into a store.
 
     The student's own top-k of every position is stored with them. Committed units are never sampled
-    again: rerun the same command to resume. With --watch it stays, as one of any number of workers
+    again: rerun the same command to resume. With --worker it stays, as one of any number of workers
     on the store, and samples again when the folder holds a later version of the student.
 
     Example: logitcask rollout --model ./student --prompts prompts.jsonl --store ./store
@@ -45,12 +45,12 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     if dry_run:
         click.echo(to_toml(config))
         return
-    if config.work.watch:
+    if config.work.worker:
         from logitcask.engine.commands.worker import watch_rollouts
 
         run_until_stopped(watch_rollouts, config, form)
         return
-    from logitcask.engine.commands.stages import run_rollout
+    from logitcask.engine.commands.rollout import run_rollout
 
     with progress_bar() as progress:
         report = run_rollout(config, progress=progress)

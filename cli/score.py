@@ -37,7 +37,7 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
 
     For every position the teacher's most likely ids, its log-probs at the student's stored ids, the
     tail and the entropy go into the store. Nothing is scored twice: rerun the same command to
-    resume, and to score rollouts that were added since. With --watch it stays, as one of any
+    resume, and to score rollouts that were added since. With --worker it stays, as one of any
     number of workers on the store, and waits for rollouts.
 
     Example: logitcask score --model ./teacher --store ./store --teacher big
@@ -46,12 +46,12 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
     if dry_run:
         click.echo(to_toml(config))
         return
-    if config.work.watch:
+    if config.work.worker:
         from logitcask.engine.commands.worker import watch_scores
 
         run_until_stopped(watch_scores, config, form)
         return
-    from logitcask.engine.commands.stages import run_score
+    from logitcask.engine.commands.score import run_score
 
     with progress_bar() as progress:
         report = run_score(config, progress=progress, on_event=print_event)

@@ -23,7 +23,7 @@ from logitcask.engine.config.sections import EstimateConfig
     EstimateConfig,
     {
         "prompts": ["chat_template"],
-        "estimate": ["sample", "k_max"],
+        "estimate": ["sample", "teacher_topk_max"],
         "teacher": [
             "revision",
             "tokenizer",
@@ -51,7 +51,7 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
     """
     told = {"teacher__model": model, "teacher__name": "estimate", "prompts__file": prompts}
     job = config_from_flags(EstimateConfig, {**flags, **told})
-    from logitcask.engine.commands.stages import run_estimate
+    from logitcask.engine.commands.estimate import run_estimate
 
     with progress_bar() as progress:
         estimate = run_estimate(job, progress=progress, on_event=print_event)

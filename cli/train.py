@@ -13,7 +13,7 @@ from logitcask.cli.options import (
 from logitcask.cli.output import print_event, print_result, progress_bar
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import to_toml
-from logitcask.engine.config.training import Eval, Train
+from logitcask.engine.config.training import Eval, Lora, Train
 
 
 @click.command("train")
@@ -23,6 +23,7 @@ from logitcask.engine.config.training import Eval, Train
         "student": ["model", "revision"],
         "store": ["url", "rollouts"],
         "train": list(Train.model_fields),
+        "lora": list(Lora.model_fields),
         "eval": list(Eval.model_fields),
         "run": ["out", "overwrite", "device", "dtype", "batch_tokens", "seed"],
     },
@@ -42,7 +43,7 @@ def train_command(form: str, dry_run: bool, **flags: Any) -> None:
     if dry_run:
         click.echo(to_toml(config))
         return
-    from logitcask.engine.commands.stages import run_train
+    from logitcask.engine.commands.train import run_train
 
     with progress_bar() as progress:
         report = run_train(config, progress=progress, on_event=print_event)

@@ -23,7 +23,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from logitcask.engine.commands.resolve import held_out_set, snapshot_of
-from logitcask.engine.commands.stages import check_train, run_train, scoring_seconds
+from logitcask.engine.commands.train import check_train, run_train, scoring_seconds
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import keys_of, parse_value, validate
 from logitcask.engine.config.training import Ablate
@@ -109,7 +109,9 @@ def combinations(job: TrainConfig, vary: Sequence[str]) -> list[Combination]:
     for text in vary:
         key, equals, listed = text.partition("=")
         if not (equals and key.strip() and listed.strip()):
-            raise ConfigError(f"--vary {text}: not key=value,value", hint="e.g. --vary k=1,4,16")
+            raise ConfigError(
+                f"--vary {text}: not key=value,value", hint="e.g. --vary loss_topk=1,4,16"
+            )
         name = full_key(key.strip())
         if name in FIXED or name.startswith("eval."):
             raise ConfigError(
@@ -201,7 +203,7 @@ def ablate(
             progress("ablate", done, total)
         rows.append(row(each, runs, settings.teacher_accuracy))
         if runs:
-            took_s, epochs = scoring_seconds(each.job), each.job.train.epochs
+            took_s, epochs = scoring_seconds(each.job), each.job.train.num_train_epochs
             passes.append(Passes(seconds=took_s, runs=len(runs), epochs=epochs))
     result = AblateReport(
         out=settings.out,

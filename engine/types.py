@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from pydantic import Field
+
+from logitcask.engine.config.section import Positive, Section, Share
+
 if TYPE_CHECKING:  # `--help` reads this file, and would wait for numpy
     import numpy.typing as npt
 
@@ -47,19 +51,37 @@ class Prompt:
     """Keys of the JSONL line that we do not know; they travel with the prompt."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How responses are sampled, every field explicit: generation_config is never used."""
+class SamplingParams(Section):
+    """How responses are sampled: every field is explicit, generation_config is never used."""
 
-    n: int = 4
-    """Responses per prompt."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 = no truncation."""
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 512
+    n: Positive = Field(4, description="Responses per prompt.")
+    temperature: float = Field(
+        1.0, ge=0, description="Sampling temperature; 0 = greedy, for evaluation."
+    )
+    top_p: Share = Field(
+        1.0, description="Nucleus that is sampled from. Below 1 the student sees fewer states."
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="Sample from so many most likely ids; 0 = all. Not --student-topk.",
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Drop ids under this share of the most likely id's probability.",
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Divides the logits of ids already seen; 1 = off."
+    )
+    max_new_tokens: Positive = Field(
+        512, description="Response tokens at most, stop token included."
+    )
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields of SamplingParams alone, as a store and a digest hold them."""
+        return {name: getattr(self, name) for name in SamplingParams.model_fields}
 
     def is_plain(self) -> bool:
         """Whether this samples the student's own distribution, neither tempered nor truncated."""

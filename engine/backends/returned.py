@@ -98,7 +98,8 @@ class ResponseAssembler:
             wrong(
                 f"{int(own.sum(1).min())} best ids of a row that both tokenizers have, and "
                 f"k_min = {least}: ids of its padded head take the other places",
-                hint="Ask for a smaller --k-min than --k-max (with --entry-kind topp), so that "
+                hint="Ask for a smaller --teacher-topk-min than --teacher-topk-max (with "
+                "--selection top-p), so that "
                 "enough are left.",
             )
         width = min(ids.shape[1], self.request.k_max)

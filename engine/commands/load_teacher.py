@@ -76,16 +76,17 @@ class LoadedTeacher:
     def close(self) -> None:
         close_backend(self.scorer)
 
-    def asked(self, settings: Score, seed: int) -> tuple[ScoreParams, tuple[str, ...]]:
+    def score_params(self, settings: Score, seed: int) -> tuple[ScoreParams, tuple[str, ...]]:
         """What [score] asks of it, and notes on what it cannot answer. Raises ConfigError where
         nothing is left without that.
         """
-        request = settings.request(seed)
+        request = settings.params(seed)
         if "at_ids" in self.scorer.capabilities or not request.at_student:
             return request, ()
-        if settings.at != "student":
+        if settings.extra_ids:
             raise ConfigError(
-                f"at = {settings.at}, and {self.model.name} cannot be asked at chosen ids here",
+                f"extra_ids = {settings.extra_ids}, and {self.model.name} cannot be "
+                f"asked at chosen ids here",
                 hint="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use "
                 "the backend hf",
             )

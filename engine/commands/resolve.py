@@ -11,14 +11,13 @@ from logitcask.engine.config.sections import Prompts, Rollout, Run, Student
 from logitcask.engine.config.training import Eval, Train
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.models import identity
-from logitcask.engine.objectives import PRESETS, Bounds, Preset, parse_objective
+from logitcask.engine.objectives import PRESETS, Preset, parse_objective
 from logitcask.engine.prompts.graders import Decode, Grader, open_grader
 from logitcask.engine.prompts.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.inspect import choose, choose_teacher
 from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet
-from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.types import ModelRef, Prompt
 
 
@@ -57,7 +56,7 @@ def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> Eval
     )
     return EvalPlan(
         prompts=prompts,
-        sampling=settings.sampling(),
+        sampling=settings,
         grader=open_grader(settings.grader, prompts),
         grader_name=settings.grader,
         decode=_decoder(tokenizer),
@@ -157,30 +156,4 @@ def find_objective(settings: Train) -> Preset:
             f"--objective {settings.objective}: no preset of this name",
             hint=f"the nearest is {near}; known: {', '.join(PRESETS)}",
         )
-    return parse_objective(settings.objective, k=settings.k)
-
-
-def train_settings(settings: Train, run: Run) -> TrainSettings:
-    """[train] and [run] as the trainer takes them."""
-    return TrainSettings(
-        lr=settings.lr,
-        epochs=settings.epochs,
-        tokens_per_batch=settings.tokens_per_batch,
-        accumulation=settings.accumulation,
-        schedule=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        beta2=settings.beta2,
-        max_grad_norm=settings.max_grad_norm,
-        seed=run.seed,
-        dtype=run.dtype,
-        lora_rank=settings.lora,
-        metric_share=settings.metric_share,
-        aggregation=settings.aggregation,
-        bounds=Bounds(
-            action=settings.hard_bound,
-            min_coverage=settings.min_coverage,
-            max_drift=settings.max_drift,
-        ),
-        save_steps=settings.save_steps,
-    )
+    return parse_objective(settings.objective, k=settings.loss_topk)

@@ -94,7 +94,9 @@ def _override(values: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
-        raise ConfigError(f"--set {text}: not section.key=value", hint="e.g. --set train.lr=1e-5")
+        raise ConfigError(
+            f"--set {text}: not section.key=value", hint="e.g. --set train.learning_rate=1e-5"
+        )
     content = values.setdefault(section, {})
     if not isinstance(content, dict):
         raise ConfigError(

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.commands.stages import run_rollout, run_score, run_train
+from logitcask.engine.commands.rollout import run_rollout
+from logitcask.engine.commands.score import run_score
+from logitcask.engine.commands.train import run_train
 from logitcask.engine.config.sections import (
     Prompts,
     Rollout,
@@ -175,7 +177,7 @@ class Demo:
                     job = ScoreConfig(
                         teacher=Teacher(model=str(self.out / "teacher"), name=TEACHER),
                         store=self._store(name),
-                        score=Score(k_min=K),
+                        score=Score(teacher_topk_min=K),
                         run=self.run,
                     )
                     run_score(job, progress=self.progress)
@@ -190,7 +192,7 @@ class Demo:
             rollout=Rollout(
                 n=self.scale.n,
                 max_new_tokens=self.task.max_new_tokens,
-                student_k=K,
+                student_topk=K,
                 unit_prompts=self.scale.unit_prompts,
             ),
             run=self.run,
@@ -206,12 +208,12 @@ class Demo:
             train=Train(
                 teacher=TEACHER,
                 objective=objective,
-                lr=1e-3,
-                schedule="cosine",
+                learning_rate=1e-3,
+                lr_scheduler_type="cosine",
                 warmup_steps=20,
-                beta2=0.98,
-                tokens_per_batch=self.scale.tokens_per_batch,
-                accumulation=self.scale.accumulation,
+                adam_beta2=0.98,
+                pack_length=self.scale.tokens_per_batch,
+                gradient_accumulation_steps=self.scale.accumulation,
                 save_steps=1000,
             ),
             run=self.run.model_copy(update={"out": folder}),

@@ -86,9 +86,9 @@ class OnPolicyRows:
                 teacher_name=self._config.teacher.name,
                 rollouts_name=self._config.store.rollouts,
                 request=self._request,
-                at=self._config.score.asked_at(),
+                at=self._config.score.extra_name(),
                 profile=self._config.store.profile,
-                eos_rows=self._config.score.eos_rows,
+                eos_rows=self._config.score.foreign_eos,
                 shared=self._teacher.shared,
                 lineage_extra=self._teacher.lineage_extra,
             ),
@@ -132,10 +132,10 @@ class OnPolicyRows:
                 model=live,
                 sampler=self._sampler,
                 prompts=self._prompts,
-                sampling=config.rollout.sampling(),
+                sampling=config.rollout,
                 name=config.store.rollouts,
                 seed=config.run.seed,
-                student_k=config.rollout.student_k,
+                student_k=config.rollout.student_topk,
                 mc_draws=config.rollout.mc_draws,
                 grader=self._grading,
                 unit_prompts=config.rollout.unit_prompts or None,
@@ -175,7 +175,7 @@ class OnPolicyRows:
             teacher=config.teacher.name,
             seed=config.run.seed,
             epochs=1,
-            tokens_per_batch=config.train.tokens_per_batch,
+            tokens_per_batch=config.train.pack_length,
         )
         rng = np.random.default_rng([config.run.seed, live.version])
         parts = deal(source.lengths(), config.loop.updates_per_round, rng)

@@ -41,7 +41,7 @@ class CacheInfo:
     same_weights: bool = True
     """The student has the digest that sampled: two runs of one root may reach one version."""
     allow_foreign: bool = False
-    """`--foreign-student`."""
+    """`--allow-off-lineage`."""
     n_vocab: int = 0
     """Ids that both tokenizers know."""
     mc_draws: int = 0
@@ -96,7 +96,8 @@ def check_exactness(what: Objective | Preset, facts: CacheInfo) -> ExactnessRepo
     if objective.needs_base and not facts.base:
         raise ObjectiveError(
             "this objective compares with a base model, and none was named",
-            hint="score the rollouts with it (score --role base), and name its scores with --base",
+            hint="score the rollouts with it (score --teacher-kind base), and name its "
+            "scores with --base",
         )
     notes = [what.note] if isinstance(what, Preset) and what.note else []
     if not facts.same_root:
@@ -139,7 +140,7 @@ def _check_draws(objective: Objective, facts: CacheInfo) -> None:
     if objective.support == "teacher_mc" and not facts.q_draws:
         raise ObjectiveError(
             "these scores are the teacher's best ids, and this objective averages over its draws",
-            hint="score again, under another name, with --entry-kind sampled --draws 50",
+            hint="score again, under another name, with --selection sampled --draws 50",
         )
     if objective.support not in DRAWN and facts.q_draws:
         raise ObjectiveError(
@@ -151,7 +152,8 @@ def _check_draws(objective: Objective, facts: CacheInfo) -> None:
         had = "were not asked of this teacher" if facts.mc_draws else "are not in these rollouts"
         raise ObjectiveError(
             f"this objective averages over ids that the student drew, and they {had}",
-            hint="sample with --mc-draws 16 and score with --at mc, or train with --objective "
+            hint="sample with --mc-draws 16 and score with --extra-ids mc, or train with "
+            "--objective "
             "sampled_token",
         )
 
@@ -169,15 +171,17 @@ def _check_k(objective: Objective, facts: CacheInfo) -> None:
         raise ObjectiveError(
             f"this objective looks at the whole vocabulary, {facts.n_vocab} ids, and k_min = "
             f"{facts.k_min} of these scores",
-            hint=f"score again with --k-min {facts.n_vocab} --k-max {facts.n_vocab} where that "
+            hint=f"score again with --teacher-topk-min {facts.n_vocab} --teacher-topk-max "
+            f"{facts.n_vocab} where that "
             "is affordable, or train with --objective gkd or forward_kl",
         )
     if objective.k > facts.k_min:
-        also = f" --k-max {objective.k}" if objective.k > facts.k_max else ""
+        also = f" --teacher-topk-max {objective.k}" if objective.k > facts.k_max else ""
         raise ObjectiveError(
             f"k = {objective.k} is more than k_min = {facts.k_min} of these scores: some rows hold "
             f"fewer than {objective.k} of the teacher's ids",
-            hint=f"score again with --k-min {objective.k}{also}, or train with --k {facts.k_min}",
+            hint=f"score again with --teacher-topk-min {objective.k}{also}, or train with "
+            f"--loss-topk {facts.k_min}",
         )
 
 
@@ -192,15 +196,15 @@ def _check_student(objective: Objective, facts: CacheInfo) -> None:
     if objective.k > facts.student_k:
         raise ObjectiveError(
             f"k = {objective.k} is more than student_k = {facts.student_k} of these rollouts",
-            hint=f"sample and score again with --student-k {objective.k}, or train with "
-            f"--k {facts.student_k}",
+            hint=f"sample and score again with --student-topk {objective.k}, or train with "
+            f"--loss-topk {facts.student_k}",
         )
     if not facts.same_root and not facts.allow_foreign:
         raise ObjectiveError(
             "foreign student: S(p) is frozen where the rollouts were sampled "
             f"({_prefixes(facts)}), and the student to be trained is not of that root",
             hint="train with --objective overlap, whose S(p) is live, or allow it with "
-            "--foreign-student",
+            "--allow-off-lineage",
         )
 
 

@@ -124,16 +124,18 @@ class Objective:
         if self.support in DRAWN and self.k != 1:
             raise ObjectiveError(
                 f"k = {self.k} with support {self.support!r}, which is no top-k",
-                hint="leave --k out",
+                hint="leave --loss-topk out",
             )
         if self.outside == "renormalize" and self.k < 2:
             raise ObjectiveError(
                 f"k = {self.k} with outside 'renormalize', which needs 2 or more: one id "
                 "renormalises to 1 on both sides and the gradient is zero",
-                hint="use --k 2 or more, or outside 'tail', or form 'advantage'",
+                hint="use --loss-topk 2 or more, or outside 'tail', or form 'advantage'",
             )
         if self.k < 1:
-            raise ObjectiveError(f"k = {self.k} must be 1 or more", hint="use --k 1 or more")
+            raise ObjectiveError(
+                f"k = {self.k} must be 1 or more", hint="use --loss-topk 1 or more"
+            )
 
     def _check_parameter(self) -> None:
         if self.divergence not in PARAMETERS:

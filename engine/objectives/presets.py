@@ -141,7 +141,8 @@ _ALL = (
         formula="KL(p~ || q~) on S = S(q)",
         needs=_KEPT,
         staleness=_FIXED,
-        note="The paper uses K = 32 (--k-min 32 when scoring, --k 32 here), rollouts at top-p 0.9, "
+        note="The paper uses K = 32 (--teacher-topk-min 32 when scoring, --loss-topk "
+        "32 here), rollouts at top-p 0.9, "
         "and masks special tokens; there is no mask here.",
     ),
     Preset(
@@ -197,7 +198,7 @@ _ALL = (
         objective=_drawn(Extrapolate(1.25)),
         source="arXiv 2602.12125, ExOPD, lambda 1.25",
         formula="-sg[lambda log q + (1 - lambda) log b - log p] log p(y), b the base model",
-        needs=f"{_TOKEN}, and the base model's (score --role base, train --base)",
+        needs=f"{_TOKEN}, and the base model's (score --teacher-kind base, train --base)",
         staleness=_ON_POLICY,
         note="The paper caps importance ratios at 5: exopd+importance(cap=5) does.",
     ),
@@ -285,7 +286,7 @@ _ALL = (
         objective=_drawn(Importance(), support="mc"),
         source="arXiv 2606.24143, AsyncOPD",
         formula="-(1 / m) sum_i sg[rho A](v_i) log p(v_i), v_i drawn by p_then, rho = p / p_then",
-        needs="m ids drawn by the student (rollout --mc-draws), scored (score --at mc)",
+        needs="m ids drawn by the student (rollout --mc-draws), scored (score --extra-ids mc)",
         staleness="unbiased at any age for the token, not for its prefix; its variance grows with "
         "cache/drift_k3",
     ),
@@ -300,7 +301,7 @@ _ALL = (
         ),
         source="arXiv 2503.16870, random sampling KD",
         formula="-(1 / N) sum_i log(p / q)(v_i), v_i drawn from the teacher",
-        needs="N ids drawn by the teacher (score --entry-kind sampled --draws N)",
+        needs="N ids drawn by the teacher (score --selection sampled --draws N)",
         staleness="unbiased at any age for KL(q || p)",
         note="Draws say nothing of S(q): overlap metrics are of no worth with them.",
     ),

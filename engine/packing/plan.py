@@ -150,7 +150,7 @@ def _check_fits(segment: Lengths, budget: int) -> None:
         raise ConfigError(
             f"a response to prompt {prompt_id!r} has {total[worst]} tokens with its prompt, over "
             f"tokens_per_batch = {budget}, and a sequence never spans rows",
-            hint=f"--tokens-per-batch {total[worst]} or more",
+            hint=f"--pack-length {total[worst]} or more",
         )
 
 

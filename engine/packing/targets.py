@@ -123,10 +123,12 @@ class Targets:
 
 
 _REMEDIES = {
-    "mc_count": "sample with --mc-draws, and score at them with --at mc",
-    "mc_log_p": "sample with --mc-draws, and score at them with --at mc",
-    "q_draws": "score with --entry-kind sampled and --draws",
-    "base_log_p": "score the rollouts with the base model (--role base), and name it with --base",
-    "base_token_lp": "score the rollouts with the base model (--role base), name it with --base",
+    "mc_count": "sample with --mc-draws, and score at them with --extra-ids mc",
+    "mc_log_p": "sample with --mc-draws, and score at them with --extra-ids mc",
+    "q_draws": "score with --selection sampled and --draws",
+    "base_log_p": "score the rollouts with the base model (--teacher-kind base), and name "
+    "it with --base",
+    "base_token_lp": "score the rollouts with the base model (--teacher-kind base), name it "
+    "with --base",
     "reward": "sample with --grader",
 }

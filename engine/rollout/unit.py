@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -143,7 +143,7 @@ class RolloutRequest:
                 "digest": self.set_digest,
                 "prompts": len(self.prompts),
                 "units": len(self.units),
-                **asdict(self.sampling),
+                **self.sampling.record(),
                 "seed": self.seed,
                 "student_k": self.student_k,
                 **({"mc_draws": self.mc_draws} if self.mc_draws else {}),
@@ -210,7 +210,7 @@ def prompt_set_digest(
         {
             "prompts": rows,
             "template": model.template_digest,
-            "sampling": asdict(sampling),
+            "sampling": sampling.record(),
             "seed": seed,
             "student_k": student_k,
             # Only where there are any: sets that were made before there could be keep their digest.

@@ -117,7 +117,7 @@ def read_ids_file(file: Path, n_vocab: int) -> IdsFile:
     except OSError as error:
         raise PromptError(
             f"{file} cannot be read: {error.strerror or error}",
-            hint="Give the path of a JSONL file of ids: --at ids:FILE.",
+            hint="Give the path of a JSONL file of ids: --extra-ids FILE.",
         ) from error
     return IdsFile(file, digest, sequences)
 

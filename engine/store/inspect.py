@@ -217,7 +217,7 @@ def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the
     if not known:
         made, verb = {
             "rollouts": ("rollouts", "rollout"),
-            "base": ("scores of a base model", "score --role base"),
+            "base": ("scores of a base model", "score --teacher-kind base"),
         }.get(what.removeprefix("eval-"), ("scores", "score"))
         raise IncompleteError(
             f"{where} holds no {made}",

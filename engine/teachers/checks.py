@@ -57,7 +57,7 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
         raise IdentityError(
             f"{share:.0%} of the stopped responses of {segment.name!r} end in the stop ids "
             f"{found.tolist()}, and {model.name} stops at {list(model.stop_ids)} only",
-            hint="Keep these rows with --eos-rows keep, or give the teacher's config.json these "
+            hint="Keep these rows with --foreign-eos keep, or give the teacher's config.json these "
             "eos_token_id.",
         )
 

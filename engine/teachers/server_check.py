@@ -188,7 +188,7 @@ def _student(model: ModelRef, name: str, server: Any) -> Iterator[Finding]:
         check="stop ids",
         state="note" if foreign else "ok",
         said=f"the student stops at {list(stops)}, the teacher at {list(model.stop_ids)}",
-        hint="Responses that end in one of the others are refused, unless with --eos-rows keep."
+        hint="Responses that end in one of the others are refused, unless with --foreign-eos keep."
         if foreign
         else "",
     )

@@ -66,7 +66,7 @@ class EvalPlan:
             "prompts": digest(rows),
             "grader": self.grader_name,
             "every": self.every,
-            **asdict(self.sampling),
+            **self.sampling.record(),
         }
 
 

@@ -104,7 +104,7 @@ def hold_out(
     asked: HeldOutSet,
     model: ModelRef,
     objective: Objective | Preset,
-    tokens_per_batch: int,
+    pack_length: int,
     earlier: Mapping[str, Any] | None = None,
     cache: UnitCache | None = None,
 ) -> HeldOut:
@@ -132,7 +132,7 @@ def hold_out(
         teacher=asked.teacher,
         seed=0,
         epochs=1,
-        tokens_per_batch=tokens_per_batch,
+        tokens_per_batch=pack_length,
     )
     plan = make_plan(key, source.lengths())
     if not len(plan):

@@ -49,16 +49,16 @@ def pack_loss(
     n_vocab: int,
     row_weight: Tensor | None = None,
     logit_transform: LogitTransform = PLAIN,
-    metric_share: float = 1.0,
+    metrics_fraction: float = 1.0,
     bounds: Bounds = NO_BOUNDS,
 ) -> PackLoss:
     """The loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
     row_weight: [P], of each row's loss; left out, the loss is the token mean of an update of these
     rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_transform: of a
-    head with a scale or a soft cap, see heads.head_map. metric_share: of the rows that metrics are
-    taken of at least; where the loss sees whole rows anyway they are taken of all. bounds: where
-    they skip rows by a metric that this objective watches, that is of all rows.
+    head with a scale or a soft cap, see models.logit_transform. metrics_fraction: of the rows that
+    metrics are taken of at least; where the loss sees whole rows anyway they are taken of all.
+    bounds: where they skip rows by a metric that this objective watches, that is of all rows.
     """
     if row_weight is None:
         row_weight = token_mean(objective, targets)
@@ -88,7 +88,7 @@ def pack_loss(
         n_vocab=n_vocab,
         logit_transform=logit_transform,
     ).loss
-    measured = (row_hash(targets) < int(metric_share * 2**32)).nonzero()[:, 0]
+    measured = (row_hash(targets) < int(metrics_fraction * 2**32)).nonzero()[:, 0]
     seen = targets.at(measured)
     with torch.no_grad():
         metrics = linear_sparse_kl(

@@ -49,9 +49,9 @@ def test_a_run_is_measured_on_another_store(world: World, call: Any, held: str) 
     """At both ends the numbers of `probe metrics`, of the student before and after."""
     out, objective = world.new("out"), "overlap(k=4)"
     flags = f"--eval-store {held} --objective {objective} --out {out}"
-    done = call(f"{TRAIN.replace('--k 4 ', '')} @st {flags} --format json").json
+    done = call(f"{TRAIN.replace('--loss-topk 4 ', '')} @st {flags} --format json").json
     first, last = done["evaluations"]
-    place = f"--store {held} --objective {objective} --tokens-per-batch 64 --device cpu"
+    place = f"--store {held} --objective {objective} --pack-length 64 --device cpu"
     for model, line in (("@student", first), (out, last)):
         table = call(f"probe metrics --model {model} {place} --format json").json
         want = {row["metric"]: row["all"] for row in table}
@@ -113,13 +113,13 @@ def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         ("--eval-store @nowhere", 1, "not a logitcask store", "check the path"),
         ("--eval-teacher tiny", 2, "--eval-teacher tiny", "give one of these"),
         ("--eval-store HELD --eval-rollouts no", 2, "--eval-rollouts no", "give one of these"),
         ("--eval-store HELD --eval-snapshot 99", 1, "99", ""),
-        ("--eval-store HELD --objective opd --k 6", 1, "k = 6", ""),
+        ("--eval-store HELD --objective opd --loss-topk 6", 1, "k = 6", ""),
     ],
 )
 def test_what_cannot_be_measured_on(
@@ -134,7 +134,7 @@ def test_what_cannot_be_measured_on(
 def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: Any) -> None:
     """Its responses hold the student's top 2 alone."""
     few, out = world.new("few"), world.new("out")
-    assert call(f"{ROLL} {few} --student-k 2").code == 0
+    assert call(f"{ROLL} {few} --student-topk 2").code == 0
     assert call(f"{SCORE} {few}").code == 0
     command = f"{TRAIN} @st --objective opd --out {out}"
     call(f"{command} --eval-store {few}").refused(1, "k = 4", "")
@@ -143,7 +143,7 @@ def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         (f"{EVAL} --eval-prompts @p.jsonl", 1, "'p0' has no answer", "MODULE:FUNCTION"),
         (f"{EVAL} --eval-prompts @no.jsonl", 1, "no.jsonl", ""),
@@ -175,11 +175,11 @@ def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         ("--vary objectve=opd", 2, "objectve", "did you mean train.objective?"),
         ("--vary objective=opd,olap", 2, "objective=olap: --objective olap", "overlap"),
-        ("--vary k=2,64", 1, "k=64: k = 64 is more", "--k"),
+        ("--vary k=2,64", 1, "k=64: k = 64 is more", "--loss-topk"),
         ("", 2, "--vary", "ablate --help"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from logitcask.engine.backends.base import close_backend
-from logitcask.engine.commands.stages import scoring
+from logitcask.engine.commands.score import score_request
 from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import IdentityError
@@ -167,8 +167,9 @@ def test_an_estimate_of_a_served_teacher_is_that_of_its_weights(
 ) -> None:
     """All but what is missed, which is a share of what the server shows."""
     asked = (
-        "@p.jsonl --student @student --no-chat-template --n 2 --max-new-tokens 6 --k-min 4 "
-        "--student-k 4 --device cpu --sample 40 --format json --k-max"
+        "@p.jsonl --student @student --no-chat-template --n 2 --max-new-tokens 6 "
+        "--teacher-topk-min 4 "
+        "--student-topk 4 --device cpu --sample 40 --format json --teacher-topk-max"
     )
     url = f"store estimate {fake.url} --tokenizer @teacher {asked}"
     there, here = (call(f"{each} 99") for each in (url, f"store estimate @teacher {asked}"))
@@ -189,7 +190,9 @@ def test_an_estimate_of_a_served_teacher_is_that_of_its_weights(
     assert few["forward_kl"] < told["forward_kl"]
     assert [row["k_max"] for row in few["rows"]] == [12] * len(few["rows"])
     fake.max_logprobs = 20
-    call(f"{url} 21").refused(2, "21 log-probs per position (k_max = 21", "smaller --k-max")
+    call(f"{url} 21").refused(
+        2, "21 log-probs per position (k_max = 21", "smaller --teacher-topk-max"
+    )
     fake.generate = False
     old = call(f"{url} 20").json
     assert 0 < old["forward_kl"] < told["forward_kl"]
@@ -219,7 +222,7 @@ def test_a_watching_teacher_goes_on_when_its_server_comes_back(
     restart.second.port = restart.first.port
     restart.first.delay_s = 0.1
     restart.start()
-    watch = "--watch --idle-exit 0.5 --poll 0.1 --format json --server-wait 30"
+    watch = "--worker --idle-exit 0.5 --poll 0.1 --format json --server-wait 30"
     done = call(command(restart.first, store, watch))
     restart.join()
     restart.second.__exit__()
@@ -306,7 +309,7 @@ def test_workers_that_begin_a_name_together_find_each_other(
     opened = open_store(world.at(store))
     with FakeServer(altered(model, int8), tokenizer=make_tokenizer()) as other:
         jobs = [job_of(world, each, store) for each in (fake, other)]
-        first, second = (scoring(job, opened, opened.head(), CancelToken()) for job in jobs)
+        first, second = (score_request(job, opened, opened.head(), CancelToken()) for job in jobs)
         try:
             planned = plan_scores(second, opened.head())
             (key, unit), (later, more), *_ = planned.missing.items()
@@ -371,7 +374,7 @@ def test_what_is_about_servers_is_refused_to_a_folder(
 def test_what_a_server_cannot_show_is_refused(call: Call, world: World, fake: FakeServer) -> None:
     asked = command(fake, world.store(UNITS))
     call(f"{asked} --exact").refused(2, "does not show its hidden states", "--backend vllm")
-    drawn = f"{asked} --entry-kind sampled --draws 3"
+    drawn = f"{asked} --selection sampled --draws 3"
     call(drawn).refused(2, "the backend server cannot give drawn", "backend hf")
     store = world.new("store")
     roll = f"rollout --model @student --prompts @p.jsonl --store {store} --backend server"
@@ -383,7 +386,7 @@ def test_a_server_that_tells_few_log_probs_is_asked_for_few(
     call: Call, world: World, fake: FakeServer
 ) -> None:
     fake.max_logprobs = 8
-    assert call(command(fake, world.store(UNITS), "--k-max 8")).code == 0
+    assert call(command(fake, world.store(UNITS), "--teacher-topk-max 8")).code == 0
 
 
 def test_other_temperature_processing_is_refused(
@@ -433,12 +436,12 @@ def test_another_template_is_a_note(call: Call, world: World, fake: FakeServer) 
     assert "renders prompts differently" in done.err
 
 
-SMALL = "--max-new-tokens 3 --student-k 4 --unit-prompts 4 --device cpu"
+SMALL = "--max-new-tokens 3 --student-topk 4 --unit-prompts 4 --device cpu"
 
 
 def test_shifted_rows_are_refused(call: Call, world: World, fake: FakeServer) -> None:
     store = world.store(UNITS)
-    assert call(command(fake, store, "--k-max 9")).code == 0
+    assert call(command(fake, store, "--teacher-topk-max 9")).code == 0
     fake.faults = [WRONG["shifted"]] * 1000
     call(command(fake, world.store(UNITS))).refused(1, "without the token", "doctor teacher")
 
@@ -458,7 +461,7 @@ def test_a_context_that_is_too_short_is_refused(call: Call, world: World, fake: 
 
 def test_too_few_log_probs_are_refused(call: Call, world: World, fake: FakeServer) -> None:
     fake.max_logprobs = 16
-    few = call(command(fake, world.store(UNITS), "--k-max 20"))
+    few = call(command(fake, world.store(UNITS), "--teacher-topk-max 20"))
     few.refused(2, "20 log-probs per position (k_max = 20 and 4 chosen", "--max-logprobs 20")
 
 
@@ -474,7 +477,7 @@ def test_too_old_a_server_gives_its_own_best_ids_and_says_what_that_costs(
     assert opd.code == 1
     assert "was not asked at the student's ids" in opd.err
     assert call(f"{TRAIN} {store} --objective overlap --out {world.new('run')}").code == 0
-    mc = call(command(fake, store, "--at mc"))
+    mc = call(command(fake, store, "--extra-ids mc"))
     mc.refused(2, "at = mc, and teacher cannot be asked at chosen ids here", "--enable-scale-out")
 
 

@@ -118,20 +118,28 @@ def test_damage_is_mended_from_a_copy_or_made_again(world: World, call: Any) -> 
 
 def test_a_larger_request_widens_from_the_command_line(world: World, call: Any) -> None:
     store = world.store(ALL)
-    wider = call(f"{SCORE} {store} --k-min 6 --k-max 20 --top-p 0.9999 --format json").json
+    wider = call(
+        f"{SCORE} {store} --teacher-topk-min 6 --teacher-topk-max 20 --teacher-top-p "
+        f"0.9999 --format json"
+    ).json
     assert wider["units_new"] == UNITS
     layouts = [row["layout"] for row in call(f"store ls {store} --format json").json]
     assert layouts.count("wider") == UNITS
     (first, *_) = call(f"store show {store} --top 20 --format json").json["rows"]
     assert len(first["teacher_top"]) >= 6
-    again = call(f"{SCORE} {store} --k-min 5 --format json").json
+    again = call(f"{SCORE} {store} --teacher-topk-min 5 --format json").json
     assert (again["units_new"], again["units_done_before"]) == (0, UNITS)
-    done = call(f"{TRAIN} {store} --objective teacher_topk --k 6 --out {world.new('out')}")
+    done = call(f"{TRAIN} {store} --objective teacher_topk --loss-topk 6 --out {world.new('out')}")
     assert done.code == 0, done.err
-    own = f"score --model @student --teacher self --k-min 4 --k-max 4 --device cpu --store {store}"
+    own = (
+        f"score --model @student --teacher self --teacher-topk-min 4 "
+        f"--teacher-topk-max 4 --device cpu --store {store}"
+    )
     assert call(own).code == 0
-    assert call(f"{SCORE} {store} --at self --format json").json["units_new"] == UNITS
-    call(f"{SCORE} {store} --at nobody").refused(3, "no scores of 'nobody'", "Score with that")
+    assert call(f"{SCORE} {store} --extra-ids self --format json").json["units_new"] == UNITS
+    call(f"{SCORE} {store} --extra-ids nobody").refused(
+        3, "no scores of 'nobody'", "Score with that"
+    )
 
 
 @pytest.mark.parametrize("profile", ["compact", "interop", "raw32"])
@@ -149,7 +157,8 @@ def test_profiles_from_the_command_line(world: World, call: Any, profile: str) -
 def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> None:
     command = (
         "store estimate @teacher @p.jsonl --student @student --no-chat-template "
-        f"--max-new-tokens {NEW} --n {N} --k-min 4 --student-k 4 --device cpu --sample 40"
+        f"--max-new-tokens {NEW} --n {N} --teacher-topk-min 4 --student-topk 4 "
+        f"--device cpu --sample 40"
     )
     found = call(f"{command} --format json").json
     assert found["positions"] >= 40
@@ -185,14 +194,15 @@ def test_an_estimate_is_of_what_the_student_would_say(world: World, call: Any) -
     save_folder(world.at("@wider"), model, more)
     asked = (
         "store estimate @teacher @p.jsonl --student @wider --student-tokenizer @wider "
-        f"--no-chat-template --max-new-tokens {NEW} --n {N} --k-min 4 --student-k 4 --device cpu"
+        f"--no-chat-template --max-new-tokens {NEW} --n {N} --teacher-topk-min 4 "
+        f"--student-topk 4 --device cpu"
     )
     call(asked).refused(1, f"only one of student and teacher knows, from {N_VOCAB} on", "template")
 
 
 def test_a_base_model_is_shown_only_to_who_names_it(world: World, call: Any) -> None:
     store = world.store()
-    base = f"score --model @student --role base --teacher root {KEPT} --store {store}"
+    base = f"score --model @student --teacher-kind base --teacher root {KEPT} --store {store}"
     assert call(base).code == 0
     shown = call(f"store show {store} --format json").json
     named = [call(f"store show {store} --teacher {t} --format json").json for t in ("big", "root")]

@@ -35,7 +35,7 @@ def reads(name: str) -> list[tuple[str, int, str]]:
         (f"store merge OUT {name}", ALL, "added"),
         (
             "store estimate @teacher @p.jsonl --student @student --no-chat-template "
-            "--max-new-tokens 6 --sample 50 --k-min 4 --student-k 4 --device cpu",
+            "--max-new-tokens 6 --sample 50 --teacher-topk-min 4 --student-topk 4 --device cpu",
             ALL,
             "rows",
         ),
@@ -115,10 +115,12 @@ def test_dry_run_prints_toml_and_touches_nothing(world: World, call: Any, comman
 
 
 def test_dry_run_of_distill_reads_back_equal(world: World, call: Any) -> None:
-    done = call("distill @d.toml --set train.lr=1e-5 --dry-run")
+    done = call("distill @d.toml --set train.learning_rate=1e-5 --dry-run")
     assert done.code == 0
     world.at("@again.toml").write_text(done.out)
-    assert read_toml(world.at("@again.toml")) == read_toml(world.at("@d.toml"), ["train.lr=1e-5"])
+    assert read_toml(world.at("@again.toml")) == read_toml(
+        world.at("@d.toml"), ["train.learning_rate=1e-5"]
+    )
     assert call("distill @again.toml --dry-run").out == done.out
     assert not world.at("@loop-store").exists()
 

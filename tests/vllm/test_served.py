@@ -83,12 +83,12 @@ def test_three_environments_meet_in_a_store(
     call(
         ours,
         f"rollout --model {student} --prompts p.jsonl --no-chat-template --store store --n 2 "
-        "--max-new-tokens 8 --student-k 4 --unit-prompts 2 --backend vllm --device cpu",
+        "--max-new-tokens 8 --student-topk 4 --unit-prompts 2 --backend vllm --device cpu",
     )
     call(
         OTHER,
         f"score --model {vllm_server} --tokenizer {ref.path} --store store --teacher served "
-        "--k-min 4 --k-max 12",
+        "--teacher-topk-min 4 --teacher-topk-max 12",
     )
     snapshot = open_store(store).head()
     segment = snapshot.rollouts("main")[0]
@@ -98,8 +98,8 @@ def test_three_environments_meet_in_a_store(
     assert score.lineage["request"]["at_student"]
     call(
         OTHER,
-        f"train --model {student} --store store --objective opd --k 4 --lr 1e-3 --out run "
-        "--tokens-per-batch 64 --device cpu",
+        f"train --model {student} --store store --objective opd --loss-topk 4 --lr 1e-3 --out run "
+        "--pack-length 64 --device cpu",
     )
     card = json.loads((tmp_path / "run" / "logitcask.json").read_text())
     assert card["version"] >= 1
@@ -117,7 +117,10 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     rollout(RolloutRequest(store=store, model=student, sampler=HF(student), **made))
 
     words = f"score --model {real_server.url} --tokenizer {ref.path} --store {store.url}"
-    asked = "--teacher served --entry-kind topk --k-min 12 --k-max 12 --profile raw32 --format json"
+    asked = (
+        "--teacher served --selection top-k --teacher-topk-min 12 "
+        "--teacher-topk-max 12 --profile raw32 --format json"
+    )
     command = subprocess.Popen(
         [OTHER, *words.split(), *asked.split()],
         env=QUIET,

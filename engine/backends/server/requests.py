@@ -32,7 +32,7 @@ def sheet_of(
     if request.entry_kind == "sampled":
         raise ConfigError(
             "a server cannot give ids drawn from the teacher's whole law",
-            hint="Use the backend hf, or --entry-kind topp.",
+            hint="Use the backend hf, or --selection top-p.",
         )
     if at is not None and not facts.at_ids:
         raise ConfigError(
@@ -98,9 +98,12 @@ def too_much(refusal: Refused, k: int, widest: int) -> LogitcaskError:
         return refusal
     needed = max(k, widest)
     lists = f" and {widest} chosen ids" if widest else ""
-    less = "ask with a smaller --k-max (and --k-min): 20 is the cap of a server that was told none"
+    less = (
+        "ask with a smaller --teacher-topk-max (and --teacher-topk-min): 20 is "
+        "the cap of a server that was told none"
+    )
     if widest > k:
-        less = "ask at fewer ids (--at, the --k-max of the scores it names)"
+        less = "ask at fewer ids (--extra-ids, the --teacher-topk-max of the scores it names)"
     return ConfigError(
         f"{needed} log-probs per position (k_max = {k}{lists}) are more than the server allows: "
         f"{refusal.cause}",

@@ -264,7 +264,7 @@ def test_padding_among_the_best_leaves_enough_or_is_refused() -> None:
     assert len(made(2).scores().ids) == 2
     with pytest.raises(AnswerError, match="2 best ids of a row .* k_min = 3") as caught:
         made(3).scores()
-    assert "--k-min" in caught.value.hint
+    assert "--teacher-topk-min" in caught.value.hint
 
 
 @pytest.mark.parametrize("vocab", [40, 150_000])

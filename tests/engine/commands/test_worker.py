@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.commands.stages import run_rollout, run_score
+from logitcask.engine.commands.rollout import run_rollout
+from logitcask.engine.commands.score import run_score
 from logitcask.engine.commands.worker import watch_rollouts, watch_scores
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig
 from logitcask.engine.config.toml import validate
@@ -156,7 +157,7 @@ def test_a_teacher_does_not_wait_for_ever_where_it_is_told_not_to(here: Path) ->
 
 def test_what_is_about_all_rollouts_at_once_cannot_watch(here: Path) -> None:
     with pytest.raises(ConfigError, match="about all rollouts at once"):
-        watch_scores(scores(here, at="ids:some.jsonl"), stop=Then())
+        watch_scores(scores(here, extra_ids="some.jsonl"), stop=Then())
 
 
 def test_a_student_that_moves_on_is_sampled_again(here: Path) -> None:

@@ -213,10 +213,12 @@ def test_a_k_beyond_what_every_row_keeps_is_refused(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=32), FACTS)
     assert "k = 32 is more than k_min = 16" in caught.value.cause
-    assert caught.value.hint == "score again with --k-min 32, or train with --k 16"
+    assert (
+        caught.value.hint == "score again with --teacher-topk-min 32, or train with --loss-topk 16"
+    )
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=100), FACTS)
-    assert "--k-min 100 --k-max 100" in caught.value.hint
+    assert "--teacher-topk-min 100 --teacher-topk-max 100" in caught.value.hint
     assert check_exactness(parse_objective(name, k=32), replace(FACTS, k_min=32))
 
 
@@ -237,8 +239,8 @@ def test_student_supports_are_refused_where_they_are_not_served(name: str) -> No
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=17), FACTS)
     assert "k = 17 is more than student_k = 16" in caught.value.cause
-    assert "--student-k 17" in caught.value.hint
-    assert "--k 16" in caught.value.hint
+    assert "--student-topk 17" in caught.value.hint
+    assert "--loss-topk 16" in caught.value.hint
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(PRESETS[name], replace(FACTS, at_student=False))
     assert "not asked at the student's ids" in caught.value.cause
@@ -255,7 +257,7 @@ def test_a_foreign_student_needs_a_word_for_a_frozen_support_only(name: str) -> 
         check_exactness(PRESETS[name], foreign)
     assert "foreign student" in caught.value.cause
     assert "version 0 of another root" in caught.value.cause
-    assert "--foreign-student" in caught.value.hint
+    assert "--allow-off-lineage" in caught.value.hint
     allowed = check_exactness(PRESETS[name], replace(foreign, allow_foreign=True))
     assert any("Foreign student" in note for note in allowed.notes)
 
@@ -271,14 +273,14 @@ def test_whole_scores_serve_everything_else() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "cause", "way_out"),
     [
-        ("rs_kd", {}, "the teacher's best ids", "--entry-kind sampled"),
+        ("rs_kd", {}, "the teacher's best ids", "--selection sampled"),
         ("opd", {"q_draws": 50}, "50 ids drawn from the teacher", "--objective rs_kd"),
         ("async_mc", {"mc_draws": 0}, "are not in these rollouts", "--mc-draws 16"),
-        ("async_mc", {"at_mc": False}, "were not asked of this teacher", "--at mc"),
+        ("async_mc", {"at_mc": False}, "were not asked of this teacher", "--extra-ids mc"),
         ("exopd", {"base": False}, "compares with a base model", "--base"),
         ("full_vocab", {}, "the whole vocabulary, 151669 ids", "--objective gkd"),
-        ("union", {"k_min": 8}, "k = 16 is more than k_min = 8", "--k 8"),
-        ("non_overlap", {"k_min": 8}, "k = 16 is more than k_min = 8", "--k-min 16"),
+        ("union", {"k_min": 8}, "k = 16 is more than k_min = 8", "--loss-topk 8"),
+        ("non_overlap", {"k_min": 8}, "k = 16 is more than k_min = 8", "--teacher-topk-min 16"),
     ],
 )
 def test_what_a_cache_does_not_hold_is_refused_with_the_way_out(

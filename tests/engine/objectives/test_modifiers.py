@@ -412,9 +412,9 @@ def test_a_gradient_is_never_dense_where_it_says_it_sums_to_zero(name: str) -> N
 @pytest.mark.parametrize(
     ("name", "field", "way_out"),
     [
-        ("exopd", "base_log_p", "--role base"),
+        ("exopd", "base_log_p", "--teacher-kind base"),
         ("async_mc", "mc_count", "--mc-draws"),
-        ("rs_kd", "q_draws", "--entry-kind sampled"),
+        ("rs_kd", "q_draws", "--selection sampled"),
     ],
 )
 def test_rows_without_what_an_objective_needs_are_refused(

@@ -275,5 +275,5 @@ def test_a_base_that_lacks_units_is_told(tmp_path: Path) -> None:
     store = with_base(tmp_path / "s", [make_unit(0), make_unit(1)], 1)
     with pytest.raises(IncompleteError, match="1 of 2 units of rollouts 'main' have no") as error:
         PackSource(store, store.head(), "main", "big", base="root")
-    assert "--teacher root --role base" in error.value.hint
+    assert "--teacher root --teacher-kind base" in error.value.hint
     assert len(PackSource(store, store.head(), "main", "big", base="root", partial=True).pairs) == 1

@@ -112,7 +112,7 @@ def test_packing_fills_rows() -> None:
 
 
 def test_a_sequence_too_long_names_prompt_length_and_flag() -> None:
-    with pytest.raises(ConfigError, match=r"'a-1' has 70 tokens.*64[\s\S]*--tokens-per-batch 70"):
+    with pytest.raises(ConfigError, match=r"'a-1' has 70 tokens.*64[\s\S]*--pack-length 70"):
         make_plan(key(), [segment("a", [2, 10, 3], [5, 60, 7])])
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.returned import RESOLVED
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError, ObjectiveError
 from logitcask.engine.metrics.metrics import TEACHER_WIDTH
 from logitcask.engine.objectives import (
@@ -38,7 +40,6 @@ from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.inspect import listing, shown
 from logitcask.engine.store.verify import verify
 from logitcask.engine.training.cache_info import facts_of
-from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
 from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
@@ -198,15 +199,14 @@ def test_every_objective_makes_the_same_of_both(store: Store, name: str) -> None
 def test_a_teacher_that_answers_at_no_chosen_ids_trains(
     store: Store, models: dict[str, ModelRef], tmp_path: Path, name: str
 ) -> None:
-    settings = TrainSettings(lr=1e-3, tokens_per_batch=96, accumulation=2)
+    settings = Train(learning_rate=1e-3, pack_length=96, gradient_accumulation_steps=2)
     report = train(
         store,
         model=models["student"],
-        out=tmp_path / "out",
+        run=Run(out=tmp_path / "out", device="cpu"),
         teacher="whole",
         objective=parse_objective(name),
         settings=settings,
-        device="cpu",
     )
     assert report.updates > 0
     lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -231,11 +231,10 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
         train(
             store,
             model=models["student"],
-            out=tmp_path,
+            run=Run(out=tmp_path, device="cpu"),
             teacher="whole",
             objective=PRESETS["opd"],
-            settings=TrainSettings(lr=1e-3),
-            device="cpu",
+            settings=Train(learning_rate=1e-3),
         )
     exact = PackSource(store, store.head(), "main", "all")
     assert not facts_of(models["student"], exact, False).entropy_bounds

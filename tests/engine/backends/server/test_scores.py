@@ -123,7 +123,9 @@ def test_too_many_log_probs_name_both_ways_out(
         ConfigError, match=r"12 log-probs per position \(k_max = 12 and 7"
     ) as caught:
         connect(fake).score(rolled, ASK)
-    assert "--max-logprobs 12 or more, or ask with a smaller --k-max" in caught.value.hint
+    assert (
+        "--max-logprobs 12 or more, or ask with a smaller --teacher-topk-max" in caught.value.hint
+    )
 
 
 def test_too_many_chosen_ids_name_their_own_number(
@@ -138,7 +140,7 @@ def test_too_many_chosen_ids_name_their_own_number(
         ConfigError, match=r"20 log-probs per position \(k_max = 12 and 20"
     ) as caught:
         connect(fake).score(rolled, ASK, at)
-    assert "--max-logprobs 20 or more, or ask at fewer ids (--at" in caught.value.hint
+    assert "--max-logprobs 20 or more, or ask at fewer ids (--extra-ids" in caught.value.hint
 
 
 def test_a_sequence_beyond_the_context_is_refused_before_anything_is_sent(
