@@ -55,8 +55,8 @@ def pack_loss(
     """The loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
     row_weight: [P], of each row's loss; left out, the loss is the token mean of an update of these
-    rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_transform: of a
-    head with a scale or a soft cap, see models.logit_transform. metrics_fraction: of the rows that
+    rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_transform:
+    of a head with a scale or a soft cap, see models.logit_transform. metrics_fraction: of rows that
     metrics are taken of at least; where the loss sees whole rows anyway they are taken of all.
     bounds: where they skip rows by a metric that this objective watches, that is of all rows.
     """
