@@ -229,7 +229,7 @@ def test_a_loop_is_refused_what_the_store_cannot_serve(
 ) -> None:
     monkeypatch.chdir(place)
     program = with_tiny_models(block("python loop"))
-    program = program.replace('find_preset("overlap")', 'find_preset("opd", k=64)')
+    program = program.replace('parse_objective("overlap")', 'parse_objective("opd", k=64)')
     with pytest.raises(ObjectiveError, match="k = 64 is more than student_k = 16"):
         exec(compile(program, "README", "exec"), {})
 

@@ -232,7 +232,7 @@ BOMB = """
 import resource, sys
 import numpy as np
 from pathlib import Path
-from logitcask.engine.store import shards
+from logitcask.engine.store.format import shards
 data = Path(sys.argv[1]).read_bytes()
 shape = {"dtype": "uint32", "length": 8, "chunk": 4, "shard": 8}
 shards.codecs.unpack  # what decodes is imported before memory is counted
