@@ -62,7 +62,7 @@ def s3_server() -> Iterator[tuple[dict[str, str], Losing]]:
     try:
         import boto3
 
-        boto3.client("s3").create_bucket(ObjectStorage=BUCKET)
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield environment, app
     finally:
         os.environ.clear()
