@@ -32,8 +32,8 @@ from logitcask.engine.config.sections import EstimateConfig
             "api_key_file",
             "server_wait",
         ],
-        "rollout": ["n", "max_new_tokens", "student_k", "mc_draws", "grader"],
-        "score": ["k_min"],
+        "rollout": ["n", "max_new_tokens", "student_topk", "mc_draws", "grader"],
+        "score": ["teacher_topk_min"],
         "run": MODEL_KEYS,
     },
 )

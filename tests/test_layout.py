@@ -17,7 +17,7 @@ PACKAGES = ("engine", "kernels", "cli")
 
 # A folder of engine/ imports only from folders to the left of its own, and from itself.
 LAYERS = [
-    *("types", "errors", "events", "config", "prompts", "models"),
+    *("config/section", "types", "errors", "events", "config", "prompts", "models"),
     *("store/storage", "store/format", "store/log", "store"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives", "probes", "training"),

@@ -68,7 +68,7 @@ def test_every_combination_has_a_folder_and_a_job_of_its_own(
 ) -> None:
     found = combinations(job_of(case), VARY)
     assert [each.name for each in found] == [
-        f"objective={objective},k={k}"
+        f"objective={objective},loss_topk={k}"
         for objective in ("teacher_topk", "forward_kl")
         for k in (2, 4)
     ]
@@ -80,7 +80,7 @@ def test_every_combination_has_a_folder_and_a_job_of_its_own(
     ("vary", "cause", "hint"),
     [
         ([], "nothing is varied", "--vary"),
-        (["k"], "not key=value", "--vary k=1,4,16"),
+        (["k"], "not key=value", "--vary loss_topk=1,4,16"),
         (["objectiv=opd"], "objectiv: names no key", "did you mean train.objective?"),
         (["train.rl=1"], "train.rl: names no key", "did you mean train.learning_rate?"),
         (["model=a,b", "seed=1,2"], "run.seed is the same in all runs", "--seeds"),
@@ -108,7 +108,7 @@ def test_commas_in_brackets_are_the_objectives_own(case: tuple[Store, ModelRef])
 
 
 def test_a_plain_key_is_that_of_the_training() -> None:
-    assert (full_key("k"), full_key("lr"), full_key("run.dtype")) == (
+    assert (full_key("loss_topk"), full_key("learning_rate"), full_key("run.dtype")) == (
         "train.loss_topk",
         "train.learning_rate",
         "run.dtype",
@@ -215,8 +215,8 @@ def test_another_configuration_is_refused_by_the_name_of_its_key(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
     run(case, tmp_path, ["loss_topk=2"])
-    with pytest.raises(IdentityError, match=r"train\.lr = 0.001, not 0.002"):
-        run(case, tmp_path, ["loss_topk=2"], job=job_of(case, lr=2e-3))
+    with pytest.raises(IdentityError, match=r"train\.learning_rate = 0.001, not 0.002"):
+        run(case, tmp_path, ["loss_topk=2"], job=job_of(case, learning_rate=2e-3))
     # More of the same is welcome.
     more = run(case, tmp_path, ["loss_topk=2,4"])
     assert (more.runs_trained, len(more.rows)) == (1, 2)
@@ -246,7 +246,7 @@ def test_the_teachers_seconds_saved_are_those_of_its_scores_in_every_pass(
     """Units of 2 and 3 s, two runs of two epochs: 20 s. A store of before says nothing."""
     units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(2)]
     store, model = make_case(tmp_path / "case", units, seconds=[2.0, 3.0] if noted else None)
-    job = job_of((store, model), epochs=2)
+    job = job_of((store, model), num_train_epochs=2)
     report = run((store, model), tmp_path / "out", ["loss_topk=2"], job=job, seeds=2)
     assert report.teacher_seconds_saved == (20.0 if noted else None)
     told = json.loads((tmp_path / "out" / "ablate.json").read_text())
@@ -269,7 +269,7 @@ def test_mean_spread_and_gap_recovery_worked_by_hand(case: tuple[Store, ModelRef
     each = Combination(name="loss_topk=2", values={"train.loss_topk": 2}, job=job_of(case))
     runs = [a_run(1.0, 0.2, 0.4), a_run(2.0, 0.2, 0.6), a_run(6.0, 0.2, 0.2)]
     found = row(each, runs, teacher=0.6)
-    assert (found["k"], found["n"], found["loss"]) == (2, 3, 3.0)
+    assert (found["loss_topk"], found["n"], found["loss"]) == (2, 3, 3.0)
     assert found["loss_sd"] == pytest.approx(7**0.5)
     assert found["gap_recovery"] == pytest.approx(0.5)
     assert found["gap_recovery_sd"] == pytest.approx(0.5)

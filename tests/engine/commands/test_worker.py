@@ -58,21 +58,21 @@ def rolls(
         "student": {"model": str(here / "student")},
         "prompts": {"file": here / "p.jsonl", "chat_template": False},
         "store": {"url": str(here / store), "rollouts": name},
-        "rollout": {"n": 2, "max_new_tokens": 4, "student_k": 4, "unit_prompts": 2},
-        "work": {"watch": True, "worker": "w", **work},
+        "rollout": {"n": 2, "max_new_tokens": 4, "student_topk": 4, "unit_prompts": 2},
+        "work": {"worker": True, "worker_name": "w", **work},
         "run": {"device": "cpu", "seed": seed},
     }
     return validate(RolloutConfig, values, source="test")
 
 
 def scores(
-    here: Path, store: str = "s", model: str = "teacher", at: str = "student", idle: float = 0.0
+    here: Path, store: str = "s", model: str = "teacher", extra_ids: str = "", idle: float = 0.0
 ) -> ScoreConfig:
     values = {
         "teacher": {"model": str(here / model), "name": model},
         "store": {"url": str(here / store)},
-        "score": {"k_min": 4, "k_max": 8, "at": at},
-        "work": {"watch": True, "worker": "w", "idle_exit": idle},
+        "score": {"teacher_topk_min": 4, "teacher_topk_max": 8, "extra_ids": extra_ids},
+        "work": {"worker": True, "worker_name": "w", "idle_exit": idle},
         "run": {"device": "cpu"},
     }
     return validate(ScoreConfig, values, source="test")
@@ -140,7 +140,7 @@ def test_scores_at_another_models_ids_wait_for_those(here: Path) -> None:
         begun.append(len(store.head().scores("student")))
         run_score(scores(here))
 
-    other = scores(here, model="student", at="teacher")
+    other = scores(here, model="student", extra_ids="teacher")
     assert watch_scores(other, stop=Then(the_rest)).units == UNITS
     assert begun == [1]
 

@@ -51,7 +51,7 @@ def test_numbers_are_those_of_a_training_step(
         objective=objective.objective,
         accumulation=len(rows),
     )
-    trainer._metric_share = 1.0
+    trainer._metrics_fraction = 1.0
     trainer.train()
     logged: dict[str, Any] = trainer.state.log_history[0]
     (every, alone) = probe(

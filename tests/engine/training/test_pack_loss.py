@@ -146,8 +146,8 @@ def test_an_entropy_bonus_reaches_states_and_head(name: str) -> None:
 @pytest.mark.parametrize("name", ["opd", "teacher_topk"])
 def test_metrics_of_a_share_are_those_of_its_rows(name: str) -> None:
     objective, full = parse_objective(name, k=4).objective, made(400)
-    said, *grads = loss_of(objective, full, metric_share=0.25)
-    every, *same = loss_of(objective, full, metric_share=1.0)
+    said, *grads = loss_of(objective, full, metrics_fraction=0.25)
+    every, *same = loss_of(objective, full, metrics_fraction=1.0)
     assert all(map(torch.equal, grads, same)), "the share is for metrics only"
     assert every.measured.tolist() == list(range(400))
     assert 60 < len(said.measured) < 140
