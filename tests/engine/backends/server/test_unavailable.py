@@ -143,7 +143,7 @@ def test_without_any_the_reason_is_told(teacher: HF) -> None:
 def test_one_that_hangs_is_away_and_takes_no_room_of_the_others(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
-    limits = replace(PATIENT, read_s=0.3, health_s=0.1, connect_s=0.3, poll_s=0.05)
+    limits = replace(PATIENT, read_s=3.0, health_s=2.0, poll_s=0.05)
     with Hanging(teacher.model) as hangs:
         server = connect(fake, hangs, limits=limits)
         fake.delay_s = hangs.delay_s = 0.02
@@ -161,7 +161,7 @@ def test_one_that_hangs_is_away_and_takes_no_room_of_the_others(
 def test_one_that_hangs_in_mid_unit_shrinks_no_window(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
-    limits = replace(PATIENT, read_s=0.3, health_s=0.1, connect_s=0.3)
+    limits = replace(PATIENT, read_s=3.0, health_s=2.0)
     with Hanging(teacher.model) as hangs:
         server = connect(fake, hangs, limits=limits)
         fake.delay_s = 0.05
