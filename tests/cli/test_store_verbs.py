@@ -197,7 +197,7 @@ def test_an_estimate_is_of_what_the_student_would_say(world: World, call: Any) -
         f"--no-chat-template --max-new-tokens {NEW} --n {N} --teacher-topk-min 4 "
         f"--student-topk 4 --device cpu"
     )
-    call(asked).refused(1, f"only one of student and teacher knows, from {N_VOCAB} on", "template")
+    call(asked).refused(1, f"only one of student and teacher has, from {N_VOCAB} on", "template")
 
 
 def test_a_base_model_is_shown_only_to_who_names_it(world: World, call: Any) -> None:

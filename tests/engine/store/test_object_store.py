@@ -67,7 +67,7 @@ def test_writers_on_s3_lose_no_commit(url: str, server: Losing, counts: Any) -> 
             [sys.executable, worker.__file__, "write", url, str(n), str(each)],
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/.src"},
         )
         for n in range(writers)
     ]

@@ -37,7 +37,7 @@ def start() -> Iterator[Start]:
                 [sys.executable, worker.__file__, *map(str, arguments)],
                 stdout=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/.src"},
             )
         )
         return started[-1]
