@@ -118,7 +118,7 @@ def test_a_loop_with_too_old_a_server_learns_from_the_teachers_own_ids(
         f"--set teacher.model={fake.url} --set store.url={tmp_path / 'store'} --set run.out="
     )
     opd = call(f"{asked}{tmp_path / 'opd'}")
-    opd.refused(1, "was not asked at the student's ids", "")
+    opd.refused(1, "lack the teacher's log-probs at the student's ids", "")
     assert not (tmp_path / "opd").exists()
     done = call(f"{asked}{tmp_path / 'out'} --set train.objective=overlap")
     assert done.code == 0, done.err
@@ -410,8 +410,8 @@ def test_an_adapter_is_only_scored_with_by_its_name(
 def test_another_revision_is_refused(call: Call, world: World, fake: FakeServer) -> None:
     fake.fingerprint = "rev=abc;tok=1"
     store = world.store(UNITS)
-    reject_answer = call(command(fake, store, "--revision abe"))
-    reject_answer.refused(1, "declares revision 'abc', and 'abe' was asked for", "--revision")
+    wrong = call(command(fake, store, "--revision abe"))
+    wrong.refused(1, "declares revision 'abc', and 'abe' is expected", "--revision")
     assert call(command(fake, store, "--revision abc")).code == 0
     fake.fingerprint = "rev=abe;tok=1"
     other = call(command(fake, store, "--revision abe"))
@@ -421,7 +421,7 @@ def test_another_revision_is_refused(call: Call, world: World, fake: FakeServer)
 def test_another_tokenizer_map_is_refused(call: Call, world: World, fake: FakeServer) -> None:
     fake.tokenizer = make_tokenizer(characters=CHARACTERS[::-1])
     store = world.store(UNITS)
-    call(command(fake, store)).refused(1, "reads a text as other ids", "--tokenizer")
+    call(command(fake, store)).refused(1, "gives other ids for a text", "--tokenizer")
     both = command(fake, store).replace("@teacher", "@other-tokenizer")
     call(both).refused(1, "the student's tokenizer is", "student's tokenizer")
 
@@ -475,7 +475,7 @@ def test_too_old_a_server_gives_its_own_best_ids_and_says_what_that_costs(
     assert "objectives on the student's ids will be refused" in done.err
     opd = call(f"{TRAIN} {store} --objective opd --out {world.new('run')}")
     assert opd.code == 1
-    assert "was not asked at the student's ids" in opd.err
+    assert "lack the teacher's log-probs at the student's ids" in opd.err
     assert call(f"{TRAIN} {store} --objective overlap --out {world.new('run')}").code == 0
     mc = call(command(fake, store, "--extra-ids mc"))
     mc.refused(2, "at = mc, and teacher cannot be asked at chosen ids here", "--enable-scale-out")

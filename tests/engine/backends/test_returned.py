@@ -395,7 +395,7 @@ def test_what_no_model_can_have_said_is_refused(name: str) -> None:
     change, words = REFUSED[name]
     with pytest.raises(AnswerError, match=words) as caught:
         check(change(GOOD))
-    assert "Nothing of it was stored" in caught.value.hint
+    assert "nothing of this answer was stored" in caught.value.hint
 
 
 @pytest.mark.parametrize("ours", [-math.inf, -3.0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from logitcask.engine.backends.base import open_backend
-from logitcask.engine.backends.vllm.backend import check_supported, inside, rectangle
+from logitcask.engine.backends.vllm.backend import check_supported, to_matrix, valid_mask
 from logitcask.engine.backends.vllm.hidden import read_head
 from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.identity import model_ref
@@ -41,8 +41,8 @@ def test_the_head_of_a_folder_is_the_models(tmp_path: Path, tie: bool) -> None:
 
 def test_rows_of_other_lengths_make_a_rectangle_and_come_back() -> None:
     lists = IdLists(cnt=np.array([2, 0, 3], np.uint16), ids=np.array([7, 5, 1, 2, 3], np.uint32))
-    assert rectangle(lists).tolist() == [[7, 5, -1], [-1, -1, -1], [1, 2, 3]]
-    assert rectangle(lists)[inside(lists)].tolist() == lists.ids.tolist()
+    assert to_matrix(lists).tolist() == [[7, 5, -1], [-1, -1, -1], [1, 2, 3]]
+    assert to_matrix(lists)[valid_mask(lists)].tolist() == lists.ids.tolist()
 
 
 def test_distributions_that_vllm_would_change_are_rejected() -> None:

@@ -86,7 +86,7 @@ def test_an_id_that_does_not_occur_may_be_another_token(
     report = score(store, student, teacher_without(free, tmp_path / "t"))
     (note,) = report.notes
     word = repr(CHARACTERS[free - 3])
-    assert "read ids otherwise (1), which" in note
+    assert "differ in 1 ids, which is harmless" in note
     assert f"{free} ({word} to the student, 'é' to the teacher)" in note
     (chain,) = store.head().scores("big").values()
     known = store.read_scores(chain, base=found)

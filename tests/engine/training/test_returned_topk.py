@@ -39,6 +39,7 @@ from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.inspect import listing, shown
 from logitcask.engine.store.verify import verify
+from logitcask.engine.training.cache_info import facts_of
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
 from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
@@ -219,14 +220,16 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
     store: Store, models: dict[str, ModelRef], tmp_path: Path
 ) -> None:
     source = PackSource(store, store.head(), "main", "whole")
-    info = fetch_info(models["student"], source, False)
+    info = facts_of(models["student"], source, False)
     assert info.entropy_bounds
     assert not info.at_student
     for name in ("opd", "opd_released"):
-        with pytest.raises(ObjectiveError, match="not asked at the student's ids") as caught:
+        with pytest.raises(
+            ObjectiveError, match="lack the teacher's log-probs at the student's ids"
+        ) as caught:
             check_exactness(PRESETS[name], info)
         assert "--objective overlap" in caught.value.hint
-    with pytest.raises(ObjectiveError, match="not asked at the student's ids"):
+    with pytest.raises(ObjectiveError, match="lack the teacher's log-probs at the student's ids"):
         train(
             store,
             model=models["student"],
@@ -236,7 +239,7 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
             settings=Train(learning_rate=1e-3),
         )
     exact = PackSource(store, store.head(), "main", "all")
-    assert not fetch_info(models["student"], exact, False).entropy_bounds
+    assert not facts_of(models["student"], exact, False).entropy_bounds
 
 
 def test_a_scorer_that_answers_at_no_chosen_ids_is_asked_at_none(

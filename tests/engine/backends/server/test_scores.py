@@ -260,9 +260,9 @@ def test_a_key_is_sent_and_never_shown(
         server = connect(guarded, key=key)
         assert f"Bearer {key}" in guarded.seen.auth
         assert key not in str(server.describe()) + repr(server) + repr(vars(server))
-        for reject_answer in ("sk-other", None):
+        for wrong in ("sk-other", None):
             with pytest.raises(LogitcaskError, match="401: Unauthorized") as caught:
-                connect(guarded, key=reject_answer)
+                connect(guarded, key=wrong)
             assert "LOGITCASK_API_KEY" in caught.value.hint
             assert "sk-other" not in str(caught.value)
     with pytest.raises(ConfigError, match="holds more than scheme") as caught_url:
