@@ -82,7 +82,11 @@ def test_every_combination_has_a_folder_and_a_job_of_its_own(
         ([], "nothing is varied", "--vary"),
         (["k"], "not key=value", "--vary loss_topk=1,4,16"),
         (["objectiv=opd"], "objectiv: names no key", "did you mean train.objective?"),
-        (["train.rl=1"], "train.rl: names no key", "did you mean train.learning_rate?"),
+        (
+            ["train.learning_rat=1"],
+            "train.learning_rat: names no key",
+            "did you mean train.learning_rate?",
+        ),
         (["model=a,b", "seed=1,2"], "run.seed is the same in all runs", "--seeds"),
         (["eval.n=1,2"], "eval.n is the same in all runs", "another key"),
         (["loss_topk=2", "train.loss_topk=4"], "train.loss_topk is varied twice", "once"),

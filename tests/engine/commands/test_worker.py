@@ -88,7 +88,7 @@ def moved(here: Path, version: int, seed: int, root: ModelRef, card: bool = True
             root=root.root,
             parent=root.digest,
             version=version,
-            snapshot=None,
+            pin=None,
             plan="",
             objective="",
         )
