@@ -41,7 +41,7 @@ def commits() -> dict[str, Any]:
     )
     import boto3
 
-    boto3.client("s3").create_bucket(ObjectStorage="cask")
+    boto3.client("s3").create_bucket(Bucket="cask")
     found["S3 server"] = writers("s3://cask/commits")
     server.stop()
     for where, told in found.items():

@@ -157,7 +157,7 @@ def shorter(line: str) -> list[str]:
         more += ["--max-new-tokens", "8"]
     if "--eval-prompts" in words:
         more += ["--eval-max-new-tokens", "4"]
-    if words[1] in ("rollout", "score") and {"--worker", "--worker"} & {*words}:
+    if words[1] in ("rollout", "score") and {"--worker"} & {*words}:
         more += ["--idle-exit", "0.01"]
     return more
 

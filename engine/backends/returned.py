@@ -141,7 +141,8 @@ class ResponseAssembler:
             reject_answer(
                 f"{int(own.sum(1).min())} best ids of a row that both tokenizers have, and "
                 f"k_min = {least}: the other places hold ids of its padded head",
-                hint="give a smaller --teacher-topk-min than --teacher-topk-max (with --selection top-p), so that "
+                hint="give a smaller --teacher-topk-min than "
+                "--teacher-topk-max (with --selection top-p), so that "
                 "enough are left",
             )
 

@@ -15,7 +15,8 @@ class Train(Section):
     )
     base: Name | None = Field(
         None,
-        description="Scores of the model that the teacher was made from (score --teacher-kind base), for "
+        description="Scores of the model that the teacher was made "
+        "from (score --teacher-kind base), for "
         "objectives that look at them.",
     )
     snapshot: str | None = Field(

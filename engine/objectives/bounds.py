@@ -95,7 +95,8 @@ def warnings(objective: Objective, metrics: Mapping[str, float | None]) -> list[
     if name == COVERAGE and value is not None and value < COVERAGE_WARN:
         found.append(
             f"{COVERAGE} = {value:.3f}: only that share of the student's mass has a score, and "
-            f"under {COVERAGE_WARN} the loss lacks too much of it; score with a larger --teacher-topk-max, "
+            f"under {COVERAGE_WARN} the loss lacks too much of it; "
+            "score with a larger --teacher-topk-max, "
             "or sample and score again"
         )
     if name == DRIFT and value is not None and value > DRIFT_WARN:

@@ -113,7 +113,8 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
     if objective.needs_base and not cache.base:
         raise ObjectiveError(
             "this objective needs scores of a base model, and --base names none",
-            hint="score the rollouts with it (score --teacher-kind base), and name its scores with --base",
+            hint="score the rollouts with it (score --teacher-kind "
+            "base), and name its scores with --base",
         )
     if not cache.same_root:
         notes.append(
@@ -170,7 +171,8 @@ def _check_draws(objective: Objective, cache: CacheInfo) -> None:
         lack = "have no score" if cache.mc_draws else "are not in these rollouts"
         raise ObjectiveError(
             f"this objective averages over ids that the student drew, and they {lack}",
-            hint="sample with --mc-draws 16 and score with --extra-ids mc, or train with --objective "
+            hint="sample with --mc-draws 16 and score with "
+            "--extra-ids mc, or train with --objective "
             "sampled_token",
         )
 
@@ -188,7 +190,8 @@ def _check_k(objective: Objective, cache: CacheInfo) -> None:
         raise ObjectiveError(
             f"this objective needs the whole vocabulary, {cache.n_vocab} ids, and these scores "
             f"have k_min = {cache.k_min}",
-            hint=f"score again with --teacher-topk-min {cache.n_vocab} --teacher-topk-max {cache.n_vocab} if that is "
+            hint=f"score again with --teacher-topk-min {cache.n_vocab} "
+            f"--teacher-topk-max {cache.n_vocab} if that is "
             "affordable, or train with --objective gkd or forward_kl",
         )
     if objective.k > cache.k_min:
@@ -196,7 +199,8 @@ def _check_k(objective: Objective, cache: CacheInfo) -> None:
         raise ObjectiveError(
             f"k = {objective.k} is more than k_min = {cache.k_min} of these scores: some rows "
             f"have fewer than {objective.k} of the teacher's ids",
-            hint=f"score again with --teacher-topk-min {objective.k}{also}, or train with --k {cache.k_min}",
+            hint="score again with --teacher-topk-min "
+            f"{objective.k}{also}, or train with --loss-topk {cache.k_min}",
         )
 
 
@@ -212,7 +216,7 @@ def _check_student(objective: Objective, cache: CacheInfo) -> None:
         raise ObjectiveError(
             f"k = {objective.k} is more than student_k = {cache.student_k} of these rollouts",
             hint=f"sample and score again with --student-topk {objective.k}, or train with "
-            f"--k {cache.student_k}",
+            f"--loss-topk {cache.student_k}",
         )
     if not cache.same_root and not cache.allow_off_lineage:
         raise ObjectiveError(

@@ -144,7 +144,7 @@ class Objective:
             raise ObjectiveError(
                 f"k = {self.k} with tail 'renormalize', which needs 2 or more: one id "
                 "renormalises to 1 on both sides and the gradient is zero",
-                hint="use --k 2 or more, or tail 'bucket', or estimator 'policy_gradient'",
+                hint="use --loss-topk 2 or more, or tail 'bucket', or estimator 'policy_gradient'",
             )
         if self.k < 1:
             raise ObjectiveError(

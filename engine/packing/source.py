@@ -78,7 +78,9 @@ class PackSource:
         if not partial:
             check_complete(store, segments, scores, rollouts_name, teacher)
             if base is not None:
-                check_complete(store, segments, of_base, rollouts_name, base, role=" --teacher-kind base")
+                check_complete(
+                    store, segments, of_base, rollouts_name, base, role=" --teacher-kind base"
+                )
         self.pairs: tuple[tuple[Segment, ScoreSegments], ...] = tuple(
             (segment, scores[segment.seg_id])
             for segment in segments

@@ -60,7 +60,8 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
         raise IdentityError(
             f"{share:.0%} of the stopped responses of {segment.name!r} end in the stop ids "
             f"{found.tolist()}, and {model.name} stops at {list(model.stop_ids)} only",
-            hint="keep these rows with --foreign-eos keep, or add these eos_token_id to the teacher's "
+            hint="keep these rows with --foreign-eos keep, or add "
+            "these eos_token_id to the teacher's "
             "config.json",
         )
 

@@ -193,7 +193,9 @@ def _student(model: ModelRef, name: str, server: Any) -> Iterator[Finding]:
         check="stop ids",
         state="note" if others else "ok",
         message=f"the student stops at {list(stops)}, the teacher at {list(model.stop_ids)}",
-        hint="give --foreign-eos keep for responses that end in one of the others" if others else "",
+        hint="give --foreign-eos keep for responses that end in one of the others"
+        if others
+        else "",
     )
     yield _try("prompts", lambda: _prompts(ours, theirs))
 

@@ -213,7 +213,7 @@ def test_an_estimate_counts_the_bytes_of_draws(call: Any) -> None:
 @pytest.mark.parametrize(
     ("objective", "cause", "hint"),
     [
-        ("overlap(k=0)", "k = 0 with tail", "--k 2 or more"),
+        ("overlap(k=0)", "k = 0 with tail", "--loss-topk 2 or more"),
         ("overlap(k=x)", "k = 'x' is not of type int", "give k"),
         ("kl", "kl", "overlap"),
     ],

@@ -20,7 +20,7 @@ from logitcask.engine.store import Store
 from logitcask.engine.training.run_dir import METRICS, MetricsFile
 from logitcask.engine.training.settings import training_arguments
 from logitcask.engine.training.trainer import DistillTrainer
-from logitcask.engine.types import ModelRef
+from logitcask.engine.types import ModelRef, no_progress
 from tests.engine.cached import Unit, make_store
 from tests.engine.tiny import make_model, save_folder
 

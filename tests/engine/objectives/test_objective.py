@@ -71,8 +71,8 @@ def test_every_combination_is_a_cell_or_refused() -> None:
             "divergence 'forward_kl'",
             "'reverse_kl'",
         ),
-        ({"k": 1}, "k = 1 with tail 'renormalize'", "--k 2 or more"),
-        ({"k": 0, "tail": "bucket"}, "k = 0 must be 1 or more", "--k 1 or more"),
+        ({"k": 1}, "k = 1 with tail 'renormalize'", "--loss-topk 2 or more"),
+        ({"k": 0, "tail": "bucket"}, "k = 0 must be 1 or more", "--loss-topk 1 or more"),
         (
             {"support": "sampled", "estimator": "policy_gradient", "tail": "ignore"},
             "k = 16 with support 'sampled'",
