@@ -283,34 +283,6 @@ def readme() -> str:
     return (ROOT / "README.md").read_text()
 
 
-def test_readme_commands_exist() -> None:
-    """Every `logitcask VERB --flag` in README and CONTRIBUTING is one that `--help` knows."""
-    import click
-
-    from logitcask.cli.main import VERBS as NAMES
-    from logitcask.cli.main import cli
-
-    text = readme() + (ROOT / "CONTRIBUTING.md").read_text()
-    commands = re.findall(
-        r"^\s*(?:\$ )?(?:\.venv/bin/)?logitcask (.+?)$", text.replace("\\\n", " "), re.M
-    )
-    assert len(commands) >= 8
-    for line in commands:
-        words = line.split("#")[0].split()
-        command: click.Command = cli
-        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
-            name = words.pop(0)
-            assert command is not cli or name in NAMES, f"logitcask {line}: no verb {name}"
-            found = command.get_command(click.Context(command), name)
-            assert found is not None, f"logitcask {line}"
-            command = found
-        known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
-        unknown = [
-            w.split("=")[0] for w in words if w.startswith("--") and w.split("=")[0] not in known
-        ]
-        assert not unknown, f"logitcask {line}: {unknown}"
-
-
 def test_make_targets_of_the_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"`?make ([a-z]+)", readme()))

@@ -73,7 +73,7 @@ def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
             f"{path}: {error.strerror}", hint="give the path of a TOML file"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}", hint="mend the file there") from error
+        raise ConfigError(f"{path}: not TOML: {error}", hint="repair the file there") from error
     for text in overrides:
         _override(values, text)
     return _resolved(validate(kind, values, source=str(path)), path.parent)

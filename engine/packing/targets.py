@@ -139,10 +139,10 @@ _HINTS = {
     "mc_count": "sample with --mc-draws, and score those ids with --extra-ids mc",
     "mc_log_p": "sample with --mc-draws, and score those ids with --extra-ids mc",
     "q_draws": "score with --selection sampled and --draws",
-    ""
-    "base_log_p": "score the rollouts with the base model (--teacher-kind base), and name it with --base",
-    ""
-    "base_token_lp": "score the rollouts with the base model (--teacher-kind base), name it with --base",
+    "base_log_p": "score the rollouts with the base model (--teacher-kind base), and name it with "
+    "--base",
+    "base_token_lp": "score the rollouts with the base model (--teacher-kind base), and name it "
+    "with --base",
     "reward": "sample with --grader",
     "q_entropy_hi": "score with a teacher that returns only top-k log-probs",
 }

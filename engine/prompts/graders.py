@@ -136,7 +136,7 @@ def _checked(name: str, function: Callable[..., Any]) -> RewardFn:
         except Exception as error:
             raise GraderError(
                 f"grader {name} on prompt {prompt.id!r}: {type(error).__name__}: {error}",
-                hint="mend the grader; `logitcask --debug` shows where it was",
+                hint="repair the grader; `logitcask --debug` shows where it was",
             ) from error
         # NaN is in no interval.
         if not isinstance(reward, Real) or not 0 <= float(reward) <= 1:

@@ -44,15 +44,15 @@ url = "loop-store"
 [rollout]
 n = {N}
 max_new_tokens = {NEW}
-student_k = 4
+student_topk = 4
 [score]
-k_min = 4
-k_max = 8
+teacher_topk_min = 4
+teacher_topk_max = 8
 [train]
 objective = "opd"
-k = 4
-lr = 1e-3
-tokens_per_batch = 64
+loss_topk = 4
+learning_rate = 1e-3
+pack_length = 64
 [loop]
 rounds = 2
 prompts_per_round = 4

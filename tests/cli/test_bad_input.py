@@ -227,7 +227,7 @@ OBJECTIVES = [
         "foreign",
         f"train --model @stranger --store STORE --out OUT --objective opd {TRAINING}",
         1,
-        "foreign student",
+        "off-lineage student",
         "--allow-off-lineage",
     ),
     Case("row", f"{TRAIN} STORE --out OUT --pack-length 4", 2, "= 4", "--pack-length 1"),
@@ -357,9 +357,9 @@ def test_a_foreign_student_is_named_and_may_be_allowed(world: World, call: Any) 
     live = call(f"{command} --out {world.new('out')} --objective overlap")
     for done in (allowed, live):
         assert done.code == 0
-        assert "note: Foreign student" in done.err
+        assert "note: Off-lineage student" in done.err
     assert "support: frozen" in allowed.err
-    assert "support: live" in live.err
+    assert "support: current" in live.err
 
 
 def test_partial_trains_on_what_is_scored(world: World, call: Any) -> None:

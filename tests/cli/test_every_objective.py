@@ -48,7 +48,7 @@ def test_a_bound_leaves_out_what_must_be_scored_again(world: World, call: Any) -
         f"{train} --loss-topk 4 --staleness-action skip --min-coverage 1 --lr 1e-3 --device cpu"
     )
     assert done.code == 0
-    assert "gave no gradient; rescore" in done.err
+    assert "gave no gradient; sample and score again" in done.err
     kept = json.loads((world.at(out) / "run.json").read_text())["rescore"]
     assert 0 < kept["skipped"] <= kept["positions"]
     stopped = call(

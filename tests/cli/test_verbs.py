@@ -129,7 +129,7 @@ def test_distill_prints_one_json_object(world: World, call: Any) -> None:
     done = call("distill @d.toml --set store.url=loop-1 --set run.out=loop-1-out --format json")
     assert done.code == 0, done.err
     assert done.json["updates"] == done.json["version"] == 2
-    assert "renewed every round" in done.err
+    assert "of the current student" in done.err
     assert f"warning: cache/coverage = {done.json['last']['cache/coverage']:.3f}" in done.err
 
 

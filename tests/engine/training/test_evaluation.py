@@ -62,7 +62,7 @@ class Told:
             seq_off=np.array([0, 1, 3, 4, 4]),
             tokens=np.array([2, 2, 3, 5], np.uint32),
             loss_mask=np.ones(4, np.uint16),
-            behavior_logprobs=np.zeros(4, np.float32),
+            b_lp=np.zeros(4, np.float32),
             finish=np.array([STOP, LENGTH, STOP, STOP], np.uint16),
             version_start=np.zeros(4, np.int64),
             version_end=np.zeros(4, np.int64),

@@ -80,7 +80,7 @@ def test_a_loop_of_ones_own_is_told_what_is_exact(case: tuple[Store, ModelRef]) 
     store = case[0]
     which = {"snapshot": store.head(), "rollouts": "main", "teacher": "big"}
     told = check_objective(parse_objective("opd", k=4), store, **which)
-    assert told.support.startswith("frozen: the top-4 of the student that sampled (version 0)")
+    assert told.support.startswith("frozen: the top-4 of the behaviour policy (version 0)")
     drawn = check_objective(parse_objective("sampled_token").objective, store, **which)
     assert "off policy (age unknown" in drawn.estimator
 
@@ -353,7 +353,7 @@ def test_a_foreign_student_has_no_age_and_no_frozen_support(
     foreign = replace(case[1], root="sha256:" + "1" * 64)
     frozen = replace(REVERSE, support="student")
     allowed = SETTINGS.model_copy(update={"allow_off_lineage": True})
-    with pytest.raises(ObjectiveError, match="foreign"):
+    with pytest.raises(ObjectiveError, match="off-lineage"):
         run(case, tmp_path / "a", model=foreign, objective=frozen)
     run(case, tmp_path / "b", model=foreign, objective=frozen, settings=allowed)
     assert {line["cache/age"] for line in lines(tmp_path / "b")} == {None}
