@@ -91,7 +91,7 @@ def _damaged(error: Exception) -> None:
 
 @store_command.command("snapshot")
 @click.argument("url")
-@click.option("--extra-ids", help="Log number or tag; default: the newest.")
+@click.option("--at", help="Log number or tag; default: the newest.")
 @format_option
 def snapshot(url: str, at: str | None, form: str) -> None:
     """What `train --snapshot` takes: a log number that reads the same whatever is added.

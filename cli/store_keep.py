@@ -25,7 +25,7 @@ repair_option = click.option(
 @click.command("tag")
 @click.argument("url")
 @click.argument("name", required=False)
-@click.option("--extra-ids", type=click.IntRange(min=0), help="Log number; default: the newest.")
+@click.option("--at", type=click.IntRange(min=0), help="Log number; default: the newest.")
 @click.option("--remove", is_flag=True, help="Take the tag away.")
 @format_option
 def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: str) -> None:
@@ -41,7 +41,7 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
 
     store = open_store(url)
     if name is None and (remove or at is not None):
-        raise click.UsageError("--remove and --extra-ids need the NAME of a tag.")
+        raise click.UsageError("--remove and --at need the NAME of a tag.")
     if name is None:
         print_table(tags(store), form)
     elif remove:
@@ -133,7 +133,7 @@ def retry_failed_command(url: str, form: str) -> None:
 @click.command("pack")
 @click.argument("url")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--extra-ids", help="Log number or tag; default: the newest.")
+@click.option("--at", help="Log number or tag; default: the newest.")
 @format_option
 def pack_command(url: str, folder: Path, at: str | None, form: str) -> None:
     """Write one file per segment into FOLDER, for transport; `unpack` brings them in elsewhere.

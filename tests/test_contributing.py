@@ -122,7 +122,7 @@ CONFIGURATION_KEY = Row(
         Edit(
             SECTIONS,
             '    echo: Positive = Field(5, description="How often it is echoed.")\n',
-            r"^class Rollout\(Section\):\n(    \"\"\"(.|\n)*?\"\"\"\n\n?)?",
+            r"^class Rollout\(SamplingParams\):\n(    \"\"\"(.|\n)*?\"\"\"\n\n?)?",
         ),
     ),
     "every_option_has_help",

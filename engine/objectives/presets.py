@@ -290,7 +290,7 @@ _ALL = (
         name="async_mc",
         objective=_drawn(Importance(), support="mc"),
         source="arXiv 2606.24143, AsyncOPD",
-        formula="-(1 / m) sum_i sg[rho A](v_i) log p(v_i), v_i drawn from b, rho = p / b",
+        formula="-(1 / m) sum_i sg[(rho A)(v_i)] log p(v_i), v_i drawn from b, rho = p / b",
         needs="m ids drawn by the student (rollout --mc-draws), scored (score --extra-ids mc)",
         staleness="unbiased at any age for the token, not for its prefix; its variance grows with "
         "cache/approx_kl",

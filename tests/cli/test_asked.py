@@ -127,7 +127,7 @@ def test_mc_needs_draws(world: World, call: Any) -> None:
 @pytest.mark.parametrize("first", [False, True], ids=["at-once", "later"])
 def test_ids_of_a_file_are_scored(world: World, call: Any, first: bool) -> None:
     """Scores in the store equal what the teacher's whole softmax says of the ids asked for."""
-    store, file = world.store(UNITS), world.new("ids.jsonl")
+    store, file = world.store(UNITS), f"{world.new('ids')}.jsonl"
     opened = open_store(world.at(store))
     rollouts = [opened.read_rollouts(each) for each in opened.head().rollouts("main")]
     if first:
@@ -166,7 +166,7 @@ def test_ids_of_a_file_are_scored(world: World, call: Any, first: bool) -> None:
 
 
 def test_ids_of_a_file_that_does_not_fit(world: World, call: Any) -> None:
-    store, file = world.store(UNITS), world.new("ids.jsonl")
+    store, file = world.store(UNITS), f"{world.new('ids')}.jsonl"
     world.at(file).write_text(json.dumps({"prompt": "p0", "sample": 0, "ids": [[99]]}) + "\n")
     at = f"{SCORE} {store} --extra-ids {file}"
     call(at).refused(1, 'line 1: field "ids[0]": 99 is no id in [0, 99)', "tokenizer")
@@ -181,7 +181,7 @@ def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
     store, out = world.new("store"), world.new("out")
     places = f"--set store.url={world.at(store)} --set run.out={world.at(out)}"
     loop = f"distill @d.toml {places} --set rollout.mc_draws=3"
-    assert call(f"{loop} --set score.at=mc").code == 0
+    assert call(f"{loop} --set score.extra_ids=mc").code == 0
     opened = open_store(world.at(store))
     source = PackSource(opened, opened.head(), "main", "big")
     for ordinal, (segment, chain) in enumerate(source.pairs):

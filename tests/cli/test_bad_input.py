@@ -57,10 +57,16 @@ USAGE = [
 CONFIGURATION = [
     Case("no file", "distill @no.toml", 2, "no.toml: No such file", "path of a TOML file"),
     Case("not TOML", "distill @p.jsonl", 2, "p.jsonl: not TOML", "repair"),
-    Case("unknown key", "distill @d.toml --set train.epoch=1", 2, "train.epoch", "train.epochs"),
+    Case(
+        "unknown key",
+        "distill @d.toml --set train.num_train_epoch=1",
+        2,
+        "num_train_epoch",
+        "num_train_epochs",
+    ),
     Case("section", "distill @d.toml --set trian.lr=1", 2, "unknown key trian", "train"),
     Case("rule", "distill @d.toml --set loop.rounds=0", 2, "loop.rounds = 0", "Rounds"),
-    Case("no key", "distill @d.toml --set lr=1", 2, "--set lr=1", "--set train.lr=1e-5"),
+    Case("no key", "distill @d.toml --set lr=1", 2, "--set lr=1", "--set train.learning_rate=1e-5"),
     Case(
         "prompts of a round",
         "distill @d.toml --set loop.prompts_per_round=99",
@@ -70,7 +76,7 @@ CONFIGURATION = [
     ),
     Case(
         "row of a round",
-        "distill @d.toml --set train.tokens_per_batch=9",
+        "distill @d.toml --set train.pack_length=9",
         2,
         "train.pack_length = 9",
         "or more",

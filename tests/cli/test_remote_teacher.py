@@ -350,7 +350,7 @@ def job_of(world: World, fake: FakeServer, store: str) -> ScoreConfig:
                 "tokenizer": str(world.at("@teacher")),
             },
             "store": {"url": str(world.at(store))},
-            "score": {"k_min": 4, "k_max": 8},
+            "score": {"teacher_topk_min": 4, "teacher_topk_max": 8},
         },
         source="a test",
     )

@@ -23,8 +23,8 @@ def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
     snapshot = call(f"store snapshot {store} --format json").json
     assert snapshot["log_number"] == ALL - 1
     assert snapshot["rollouts"].keys() == {"main"}
-    assert call(f"store tag {store} paper --extra-ids {ALL - 2}").code == 0
-    assert call(f"store snapshot {store} --extra-ids paper --format json").json["tags"] == ["paper"]
+    assert call(f"store tag {store} paper --at {ALL - 2}").code == 0
+    assert call(f"store snapshot {store} --at paper --format json").json["tags"] == ["paper"]
     assert call(f"store tag {store} --format json").json[0]["tag"] == "paper"
     assert call(f"store info {store} --format json").json["tags"] == {"paper": ALL - 2}
     # At the tag one unit has no scores yet.
@@ -44,12 +44,12 @@ def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
     call(f"{TRAIN} {store} --out {out} --snapshot nothing").refused(
         1, "no tag 'nothing'", "store tag"
     )
-    call(f"store snapshot {store} --extra-ids 99").refused(
+    call(f"store snapshot {store} --at 99").refused(
         1, "no log record 99", "give a number that exists"
     )
     call(f"store tag {store} --remove").refused(2, "need the NAME", "--help")
     assert call(f"store tag {store} paper --remove").code == 0
-    call(f"store snapshot {store} --extra-ids paper").refused(
+    call(f"store snapshot {store} --at paper").refused(
         1, "no tag 'paper'; it has: none", "store tag"
     )
 

@@ -1,6 +1,5 @@
 """The law that is sampled from, against the exact softmax: on the tiny model, on made-up logits."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -243,7 +242,7 @@ def test_a_response_that_could_leave_the_context_is_refused_before_sampling(hf: 
 
 def test_progress_counts_sequences(hf: HF) -> None:
     seen: list[tuple[str, int, int]] = []
-    small = dataclasses.replace(SamplingParams(), n=2, max_new_tokens=4)
+    small = SamplingParams(n=2, max_new_tokens=4)
     hf.generate(PROMPTS, small, seed=0, version=0, progress=lambda *x: seen.append(x))
     assert seen[0] == ("rollout", 0, 10)
     assert seen[-1] == ("rollout", 10, 10)

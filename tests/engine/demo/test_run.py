@@ -86,7 +86,7 @@ def test_another_objective_only_trains(first: DemoResult, monkeypatch: pytest.Mo
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("made again")
 
-    for stage in ("run_rollout", "run_score", "learn_at_least", "learn_between"):
+    for stage in ("run_rollout", "run_score", "pretrain_to_at_least", "pretrain_between"):
         monkeypatch.setattr(demo_run, stage, never)
     made = {f: f.stat().st_mtime_ns for f in (first.out / "store").rglob("*") if f.is_file()}
 

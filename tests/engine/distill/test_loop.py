@@ -47,16 +47,16 @@ url = "store"
 [rollout]
 n = 2
 max_new_tokens = 12
-student_k = 4
+student_topk = 4
 unit_prompts = 3
 [score]
-k_min = 8
-k_max = 16
+teacher_topk_min = 8
+teacher_topk_max = 16
 [train]
 objective = "forward_kl"
-k = 8
-lr = 5e-3
-tokens_per_batch = 48
+loss_topk = 8
+learning_rate = 5e-3
+pack_length = 48
 save_steps = 3
 [loop]
 rounds = {ROUNDS}

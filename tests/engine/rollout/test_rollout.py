@@ -180,7 +180,7 @@ def test_keys_change_with_whatever_changes_the_data(model: ModelRef) -> None:
     others = [
         key(PROMPTS[:-1]),
         key([dataclasses.replace(PROMPTS[0], answer="x"), *PROMPTS[1:]]),
-        key(sampling=dataclasses.replace(SAMPLING, top_p=0.9)),
+        key(sampling=SAMPLING.model_copy(update={"top_p": 0.9})),
         key(model=later(model, 1)),
         key(model=dataclasses.replace(model, template_digest="t")),
         key(seed=1),
@@ -319,7 +319,7 @@ def test_what_a_name_holds_already_is_not_mixed_with_another(
     with pytest.raises(IdentityError, match="were made with"):
         run(store, hf, model, seed=1, **unused)
     with pytest.raises(IdentityError, match="were made with"):
-        run(store, hf, model, sampling=dataclasses.replace(SAMPLING, top_k=3), **unused)
+        run(store, hf, model, sampling=SAMPLING.model_copy(update={"top_k": 3}), **unused)
     with pytest.raises(IdentityError, match=r"prompts 0\.\.1 as one unit, and the plan has 0\.\.2"):
         run(store, hf, model, unit_prompts=3, **unused)
     with pytest.raises(IdentityError, match="already, under the name 'main'"):

@@ -148,7 +148,7 @@ def test_scores_of_two_dtypes_are_a_note(store: Path, teacher: ModelRef, scorer:
     report = run(store, teacher, HF(teacher, dtype="bfloat16"))
     assert report.units_new == 1
     assert report.notes == (
-        "scores of 'big' in float32 are there already, and this run computes in bfloat16",
+        "scores of 'big' in float32 exist already, and this run computes in bfloat16",
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.config.sections import Run
 from logitcask.engine.errors import (
     ConfigError,
     IdentityError,
@@ -288,7 +289,7 @@ def test_training_refuses_what_it_cannot_use(
         train(
             open_store(store),
             model=student,
-            out=tmp_path / f"run-{name}",
+            run=Run(out=tmp_path / f"run-{name}"),
             teacher=name,
             objective=parse_objective(objective, k=k),
         )

@@ -60,7 +60,7 @@ def main(case: Path, out: Path) -> None:
             ListRows(rows, source),
             out / f"{name}{rank}",
             objective=objective,
-            gradient_accumulation_steps=2,
+            accumulation=2,
         )
         trainer.train()
         torch.save(

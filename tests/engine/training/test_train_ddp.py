@@ -87,7 +87,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             ListRows(rows, source),
             tmp_path / which,
             objective=objective,
-            gradient_accumulation_steps=4,
+            accumulation=4,
         )
         trainer.train()
         want, log = flat(gradients.updates[0]), trainer.state.log_history[0]
