@@ -68,7 +68,7 @@ class Engine:
             options |= {"max_num_batched_tokens": SCORED_AT_ONCE, "max_logprobs": -1}
             options |= {"enable_prefix_caching": False}
         else:
-            from vllm.config import PoolerConfig
+            from vllm.config import PoolerConfig  # pyright: ignore[reportMissingImports]
 
             pooler = PoolerConfig(task="token_embed", use_activation=False)
             options |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
@@ -142,7 +142,7 @@ class Engine:
 
     def answers_at_ids(self) -> bool:
         """Return True if it returns log-probs at chosen ids, as only vLLM's V2 runner does."""
-        from vllm.exceptions import VLLMValidationError
+        from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 
         try:
             self.prompt_logprobs([[0, 1, 2]], 1, [np.array([[0], [1]])])
