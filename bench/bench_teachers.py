@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from logitcask.engine.backends.logprob_diff import probe_rollouts
-from logitcask.engine.backends.server import Limits, Server
+from logitcask.engine.backends.server import Limits, ServerScorer
 from logitcask.engine.types import Rollouts, ScoreParams, Scores
 
 sys.path.insert(0, str(results.ROOT))
@@ -142,7 +142,7 @@ def rates(python: str, folder: Path) -> dict[str, Any]:
     request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=K, k_max=K, at_student=False)
     took: dict[str, list[float]] = {"ours": [], "trl": []}
     size: dict[str, int] = {}
-    with serving(python, folder, ENVIRONMENT) as url, Server([url]) as server:
+    with serving(python, folder, ENVIRONMENT) as url, ServerScorer([url]) as server:
         server.n_vocab = VOCAB
         for _ in range(ROUNDS + 1):  # the first warms up
             before = server.received
@@ -167,7 +167,7 @@ def chosen(python: str, folder: Path) -> dict[str, Any]:
     """Bytes of an answer at chosen ids, a log-prob: the second runner, in Triton's interpreter."""
     rollouts = probe_rollouts(VOCAB, 2, 32)
     own = ScoreParams(entry_kind="topk", top_p=1.0, k_min=1, k_max=1, at_student=False)
-    with serving(python, folder, with_shim(folder)) as url, Server([url]) as server:
+    with serving(python, folder, with_shim(folder)) as url, ServerScorer([url]) as server:
         server.n_vocab = VOCAB
         alone = received(server, rollouts, own)
         lists = Scores(
@@ -179,7 +179,7 @@ def chosen(python: str, folder: Path) -> dict[str, Any]:
     return {"bytes_per_chosen_id": round((asked - alone) / (rollouts.positions * K), 2)}
 
 
-def received(server: Server, rollouts: Rollouts, request: ScoreParams) -> int:
+def received(server: ServerScorer, rollouts: Rollouts, request: ScoreParams) -> int:
     before = server.received
     server.score(rollouts, request)
     return server.received - before
@@ -192,7 +192,7 @@ def overlap() -> dict[str, Any]:
     took = {}
     with FakeServer(make_model()) as fake:
         for count in (1, AT_ONCE):
-            with Server([fake.url], limits=Limits(requests=count)) as server:
+            with ServerScorer([fake.url], limits=Limits(requests=count)) as server:
                 server.n_vocab = N_VOCAB
                 server.score(probe_rollouts(N_VOCAB, 1, 4), request)
                 fake.delay_s = DELAY_S

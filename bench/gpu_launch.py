@@ -17,7 +17,7 @@ from torch import Tensor
 
 from logitcask.kernels import fused_rows
 from logitcask.kernels.launch import next_power_of_2, on_device
-from logitcask.kernels.logit_map import PLAIN
+from logitcask.kernels.logit_transform import PLAIN
 from logitcask.kernels.row_grad import grad_kernel
 from logitcask.kernels.row_stats import scan_kernel
 from logitcask.kernels.topk_select import select_kernel

@@ -8,7 +8,7 @@ from kernel_losses import LOSSES, Teacher
 from torch import Tensor
 
 from logitcask.kernels.fused_objective import FusedObjective, OverlapSums
-from logitcask.kernels.row_view import ObjectiveFn, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveInput
 
 PARTS = {
     "forward_kl_tail": ("forward_kl", "tail"),

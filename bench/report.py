@@ -1,34 +1,38 @@
-"""The tables and the picture of bench/README.md, and the tables of README.md, from results.
+"""Write the measured tables of all READMEs, and the two pictures, from bench/results.
 
-Run: .venv/bin/python bench/report.py        (after bench_store.py; needs matplotlib)
+Run: .venv/bin/python bench/report.py [--no-frontier]
 
-The newest row of each section counts. What stands between `<!-- NAME -->` and `<!-- end -->` is
-written anew, the rest of a page is left alone. The kernels' tables are made by report_kernels.py,
-that of the ablation by report_ablate.py.
+The newest row of each section counts. Only the text between `<!-- NAME -->` and `<!-- end -->` is
+replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The kernels'
+tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import report_ablate
 import report_kernels
 import results
-from report_pages import filled, markdown
-from results import RESULTS, ROOT
+from report_pages import fill_pages, markdown
+from results import RESULTS
 
 PICTURE = RESULTS / "frontier.svg"
 Row = dict[str, Any]
 
 
 def main() -> None:
+    """Write every table and picture."""
     newest: dict[str, Row] = {}
     for row in results.read("store"):
         newest[row["section"]] = row
     made = {name: table(newest) for name, table in TABLES.items()}
     made |= report_kernels.tables() | report_ablate.tables()
-    for page in (ROOT / "bench" / "README.md", ROOT / "README.md"):
-        page.write_text(filled(page.read_text(), made))
-    draw(newest["frontier"])
+    fill_pages(made)
+    if ablations := results.read("ablate"):
+        report_ablate.draw(ablations[-1])
+    if "--no-frontier" not in sys.argv:
+        draw(newest["frontier"])
 
 
 def where(row: Row) -> str:
@@ -187,7 +191,7 @@ def bars(newest: dict[str, Row]) -> str:
 
 
 def numbers(newest: dict[str, Row]) -> str:
-    """For README.md."""
+    """Return the store's figures in short."""
     size = {(r["profile"], r["k_max"]): r for r in newest["sizes"]["table"]}
     rate, wait = newest["rates"], newest["wait"]
     disk = newest["commits"]["media"]["disk"]
@@ -228,7 +232,7 @@ TABLES: dict[str, Callable[[dict[str, Row]], str]] = {
 
 
 def draw(row: Row) -> None:
-    """Bytes against forward KL missed, both logarithmic: down and left is better."""
+    """Plot bytes against forward KL missed, both logarithmic: down and left is better."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -250,8 +254,8 @@ def draw(row: Row) -> None:
         best.sort(key=lambda r: r["bytes"])
         axes.plot(*points(mine), ".", color=colour, alpha=0.35)
         axes.plot(*points(best), "-", color=colour, label=f"logitcask, {name}")
-    # Values read back by a peer's own reader can be further off than what is missed: the table
-    # says so, a logarithm cannot.
+    # Values that a peer's own reader returns can be further off than the missed KL: the table
+    # shows that, a logarithm cannot.
     peers = [
         r for r in row["table"] if not r["who"].startswith("logitcask") and r["values"] == "exact"
     ]

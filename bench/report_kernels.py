@@ -1,4 +1,4 @@
-"""The kernels' tables of bench/README.md and README.md, from rows.
+"""The kernels' tables of the READMEs, from rows.
 
 Run: .venv/bin/python bench/report_kernels.py [FILE.jsonl]
 
@@ -15,10 +15,9 @@ from pathlib import Path
 import results
 from kernel_bars import Row, bars, newest
 from kernel_machine import short
-from report_pages import filled, markdown
+from report_pages import fill_pages, markdown
 
 FILES = ("kernels", "gpu")
-PAGES = ("bench/README.md", "README.md")
 NONE = {
     "cpu": "No row yet: `python bench/bench_kernels.py --device cpu` makes them.",
     "cuda": "No GPU has run this yet, and nothing is claimed of one: `bash bench/gpu.sh` makes the "
@@ -31,9 +30,7 @@ def main(arguments: list[str]) -> None:
         lines = Path(arguments[0]).read_text().splitlines()
         print(inshort([json.loads(line) for line in lines]))
         return
-    made = tables()
-    for page in (results.ROOT / name for name in PAGES):
-        page.write_text(filled(page.read_text(), made))
+    fill_pages(tables())
 
 
 def tables() -> dict[str, str]:

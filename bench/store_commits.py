@@ -72,10 +72,10 @@ def writers(url: str) -> dict[str, float]:
         out, _ = process.communicate()
         assert process.returncode == 0, "a writer failed"
         seconds += json.loads(out)
-    pin = open_store(url).head()
+    snapshot = open_store(url).head()
     return {
-        "present": len(pin.unit_keys()),
-        "records": pin.number + 1,
+        "present": len(snapshot.unit_keys()),
+        "records": snapshot.number + 1,
         "commits_per_second": 800 / (time.monotonic() - start),
         "p50_ms": 1e3 * statistics.median(seconds),
         "p99_ms": 1e3 * sorted(seconds)[int(0.99 * len(seconds))],

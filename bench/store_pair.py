@@ -18,8 +18,8 @@ def pair() -> dict[str, Any]:
     from logitcask.engine.store.inspect import bytes_per_position
 
     store = make_pair(WORK / "pair")
-    pin = store.head()
-    held = [(base, pin.scores("teacher")[base.seg_id]) for base in pin.rollouts("main")]
+    snapshot = store.head()
+    held = [(base, snapshot.scores("teacher")[base.seg_id]) for base in snapshot.rollouts("main")]
     once = entries = both = both_whole = positions = common = entropy = 0.0
     for base, chain in held:
         rollouts = store.read_rollouts(base)
@@ -47,7 +47,7 @@ def pair() -> dict[str, Any]:
         entropy += float(known.entropy.sum())
         common += overlap(known, own)
     exact = exactness(WORK / "pair", store)
-    total = bytes_per_position(pin)
+    total = bytes_per_position(snapshot)
     return {
         "positions": int(positions),
         "entropy_nats": entropy / positions,
@@ -97,11 +97,11 @@ def exactness(folder: Path, store: Store) -> dict[str, int]:
     from logitcask.engine.types import ScoreParams
 
     teacher = HF(model_ref(str(folder / "teacher"), chat_template=False), device="cpu")
-    pin = store.head()
-    base = pin.rollouts("main")[0]
+    snapshot = store.head()
+    base = snapshot.rollouts("main")[0]
     rollouts = store.read_rollouts(base)
     said = teacher.score(rollouts, ScoreParams())
-    known = store.read_scores(pin.scores("teacher")[base.seg_id], base=rollouts)
+    known = store.read_scores(snapshot.scores("teacher")[base.seg_id], base=rollouts)
     ids, lp = kept_lists(known)
     off = starts(known.kept)
     wrong = np.zeros(rollouts.positions, bool)

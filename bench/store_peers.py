@@ -162,7 +162,7 @@ def distillkit_bytes(k: int, exact: int, terms: int, vocabulary: int = V) -> flo
 
 
 FIXED = [
-    FixedRow(name="DistillKit recommended", k=128, bytes=distillkit_bytes(128, 16, 6)),
+    FixedRow(name="DistillKit recomrepaired", k=128, bytes=distillkit_bytes(128, 16, 6)),
     FixedRow(name="DistillKit budget", k=50, bytes=distillkit_bytes(50, 1, 3)),
     FixedRow(name="Megatron-LM K=128", k=128, bytes=5 * 128, note="ids below 131,072 only"),
     FixedRow(name="MaxText K=128", k=128, bytes=7 * 128),
@@ -171,7 +171,7 @@ FIXED = [
 """Values of the first two are a fit of the log-probs, those of the others rounded."""
 
 DISTILLKIT = {
-    "DistillKit recommended": {
+    "DistillKit recomrepaired": {
         "k": 128,
         "exact_k": 16,
         "exact_dtype": "bfloat16",

@@ -13,7 +13,7 @@ import store_peers as peers
 from score_rows import kept, rollouts_of, scores_of, student_of
 from store_common import POSITIONS, RUNS, bar, fresh, rows, seal_rollouts, seal_scores
 
-from logitcask.engine.store import Chain, Segment, Store, open_store
+from logitcask.engine.store import ScoreSegments, Segment, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.format import codecs, schema
 from logitcask.engine.types import Array
@@ -107,7 +107,7 @@ def read_by_zarr(store: Store, held: Segment, timed: Callable[..., Any]) -> list
         pipelines["zarrs"] = "zarrs.ZarrsCodecPipeline"
     for name, path in pipelines.items():
         with codecs.quiet(), zarr.config.set({"codec_pipeline.path": path}):
-            group = zarr.open_group(store.medium.where(held.folder), mode="r")
+            group = zarr.open_group(store.storage.where(held.folder), mode="r")
             arrays = [group[each] for each in schema.specs(held.layout)]
             timed(f"read {name}", read_arrays, arrays)
     return list(pipelines)
@@ -133,7 +133,7 @@ def random() -> dict[str, Any]:
         store = open_store(folder / "ours", create=True)
         base = seal_rollouts(store, rollouts_of(made, student), "default")
         masked = scores_of(made, kept(made, 0.999, 16, 64), student[0])
-        chain: Chain = (seal_scores(store, masked, base, "default"),)
+        chain: ScoreSegments = (seal_scores(store, masked, base, "default"),)
         cache = UnitCache(folder / "cache")
         made_s = time.perf_counter()
         cache.unit(store, base, chain)

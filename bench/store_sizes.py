@@ -68,13 +68,13 @@ def sizes() -> dict[str, Any]:
 
 
 def value_errors(made: Packs, mask: Array, profile: codecs.Profile) -> dict[str, float]:
-    """Of stored log-probs, and of the KL, the forward-KL loss and its gradient made from them."""
+    """Return the errors of stored log-probs, and of KL, forward-KL loss and gradient from them."""
     part = slice(0, 65_536)
     mask, lp = mask[part], made.lp[part].astype(np.float64)
     stored = codecs.from_entry(codecs.to_entry(made.lp[part], profile), profile).astype(np.float64)
     on = mask & (lp > -20)
-    q, off = (law(x, mask) for x in (lp, stored))
-    p = law(student_of(made, 0.8)[1][part].astype(np.float64), mask)
+    q, off = (renormalize(x, mask) for x in (lp, stored))
+    p = renormalize(student_of(made, 0.8)[1][part].astype(np.float64), mask)
     kl = kl_nats(q, off)
     gap = np.exp(p) - np.exp(q)
     moved = np.exp(q) - np.exp(off)
@@ -89,14 +89,14 @@ def value_errors(made: Packs, mask: Array, profile: codecs.Profile) -> dict[str,
     }  # fmt: skip
 
 
-def law(lp: Array, mask: Array) -> Array:
-    """[P, W] log-probs renormalised on the mask; -inf elsewhere."""
+def renormalize(lp: Array, mask: Array) -> Array:
+    """Return log-probs [P, W] renormalized on the mask; -inf elsewhere."""
     on: Array = np.where(mask, lp, -np.inf)
     return on - np.logaddexp.reduce(on, axis=1, keepdims=True)
 
 
 def kl_nats(log_a: Array, log_b: Array) -> Array:
-    """[P] KL(a || b)."""
+    """Return KL(a || b) of each row [P], nats."""
     there = np.isfinite(log_a)
     gap = np.where(there, log_a, 0) - np.where(there, log_b, 0)
     terms: Array = np.where(there, np.exp(log_a) * gap, 0)
@@ -104,8 +104,9 @@ def kl_nats(log_a: Array, log_b: Array) -> Array:
 
 
 def missed_kl(made: Packs, mask: Array, values: Array | None = None) -> tuple[float, float]:
-    """Shares of forward and reverse KL that are missed when teacher and student, who is the teacher
-    and noise, are coarsened to the mask and one bucket. `values`: log-probs as stored, [P, K].
+    """Return the shares of forward and reverse KL that are missed when teacher and student (the
+    teacher and noise) are coarsened to the mask and one bucket. `values`: log-probs as
+    stored, [P, K].
     """
     _, log_p = student_of(made, 0.8)
     wide = np.ones_like(mask)
@@ -152,7 +153,7 @@ def frontier() -> dict[str, Any]:
                     mask = kept(made, top_p, k_min, k_max)
                     arrays = layout.encode(scores_of(made, mask), profile, None)
                     contents = segments.encode(
-                        arrays, layout=schema.WHOLE, profile=profile, attributes={}
+                        arrays, layout=schema.FULL, profile=profile, attributes={}
                     )
                     size = sum(len(d) for n, d in contents.items() if n.endswith("/c/0"))
                     values = codecs.from_entry(codecs.to_entry(made.lp, profile), profile)
@@ -195,5 +196,5 @@ def frontier() -> dict[str, Any]:
 
 
 def missed_stored(made: Packs, mask: Array, values: Array) -> tuple[float, float]:
-    """`missed_kl` with log-probs as a profile stores them; the tail is exact."""
+    """Return `missed_kl` with log-probs as a profile stores them; the tail is exact."""
     return missed_kl(replace(made, lp=values.astype(np.float32)), mask)

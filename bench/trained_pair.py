@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from logitcask.engine.commands.stages import run_rollout, run_score
+from logitcask.engine.commands.rollout import run_rollout
+from logitcask.engine.commands.score import run_score
 from logitcask.engine.config.sections import (
     Prompts,
     Rollout,

@@ -1,4 +1,4 @@
-"""`logitcask bench`: measurements of this machine, from a checkout."""
+"""`logitcask bench`: time the kernels on this machine, from a checkout."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "bench_kernels.py"
 
 @click.group("bench", context_settings={"help_option_names": ["-h", "--help"]})
 def bench_command() -> None:
-    """Measure on this machine; from a checkout of the repository.
+    """Time the kernels on this machine, from a checkout of the repository.
 
     Example: logitcask bench kernels --quick
     """
@@ -26,66 +26,68 @@ def bench_command() -> None:
     "--shape",
     multiple=True,
     metavar="T,V,H,K,k",
-    help="Rows, vocabulary, hidden size, teacher's ids, live ids; repeatable. Instead of the "
+    help="Positions, vocabulary, hidden size, teacher ids, student ids; repeatable. Replaces the "
     "preset's shapes.",
 )
 @click.option(
     "--preset",
     type=click.Choice(["qwen3", "llama3", "gemma"]),
-    help="Model family whose vocabulary and hidden sizes are taken. [default: qwen3]",
+    help="Model family that gives vocabulary and hidden sizes. [default: qwen3]",
 )
 @click.option(
     "--section",
     multiple=True,
     type=click.Choice(["logits", "hidden", "indexed", "topk"]),
-    help="What is measured; repeatable. [default: all]",
+    help="Section to measure; repeatable. [default: all]",
 )
 @click.option(
     "--providers",
     metavar="NAME,NAME",
-    help="Who is measured; a wrong name lists all. [default: all that can run]",
+    help="Implementations to measure; a wrong name lists all. [default: all that can run]",
 )
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]"
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Device to measure. [default: cuda if present]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="[default: float32 on a CPU, bfloat16 on a GPU]",
+    help="Type of the logits. [default: float32 on a CPU, bfloat16 on a GPU]",
 )
 @click.option("--quick", is_flag=True, help="Fewer shapes, and fewer rows on a CPU.")
 @click.option(
     "--budget",
     type=float,
     metavar="SECONDS",
-    help="Start nothing more after so many seconds, and say what was left out. [default: none]",
+    help="Start no measurement after this time, and list those left out. [default: none]",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Rows are added to it. [default: bench/results/kernels.jsonl of the checkout]",
+    help="File to append rows to. [default: bench/results/kernels.jsonl of the checkout]",
 )
 def kernels(**options: Any) -> None:
-    """Time, memory and error of the kernels, beside plain torch and others' kernels.
+    """Measure time, memory and error of the kernels against torch and other libraries.
 
-    About five minutes on two cores without a GPU. bench/README.md says how to read it.
+    Takes about five minutes on two cores without a GPU. bench/README.md explains the output.
 
     Example: logitcask bench kernels --device cpu --section logits
     """
     if not SCRIPT.exists():
         raise LogitcaskError(
-            f"there is no {SCRIPT.name} beside this installation: benchmarks are not installed",
+            f"{SCRIPT.name} is not part of this installation: benchmarks are not installed",
             hint="clone the repository and run `python bench/bench_kernels.py` in it",
         )
-    # A script finds what stands beside it, which the variable would forbid.
+    # The script imports files of its own folder, which the variable would forbid.
     environment = {**os.environ, "PYTHONSAFEPATH": ""}
     done = subprocess.run([sys.executable, str(SCRIPT), *_words(options)], env=environment)
     sys.exit(done.returncode)
 
 
 def _words(options: dict[str, Any]) -> list[str]:
-    """The options that were given, as the script takes them."""
+    """Return the options as arguments of the script."""
     words = []
     for name, value in options.items():
         if value is True:

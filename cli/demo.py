@@ -1,4 +1,4 @@
-"""`logitcask demo`: the whole way on a task of our own, from scratch."""
+"""`logitcask demo`: every stage on a built-in task, from scratch."""
 
 import json
 from pathlib import Path
@@ -15,23 +15,23 @@ from logitcask.cli.output import progress_bar
     type=click.Path(path_type=Path),
     default=Path("demo-out"),
     show_default=True,
-    help="Folder of the models, the store and the runs; kept, so that a second run reuses them.",
+    help="Folder of the models, the store and the runs; a second run reuses it.",
 )
 @click.option(
     "--objective",
     default="overlap",
     show_default=True,
-    help="Preset of the loss. Another one retrains from the same store: nothing is sampled or "
-    "scored again.",
+    help="Named objective of the loss. Another one trains from the same store: nothing is sampled "
+    "or scored again.",
 )
 @click.option("--fast", is_flag=True, help="Smaller task and models: under two minutes.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seeds everything.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random draw.")
 @format_option
 def demo_command(out: Path, objective: str, fast: bool, seed: int, form: str) -> None:
-    """From nothing to a better student on this machine, in minutes.
+    """Run every stage on a toy task on this machine, in minutes.
 
-    Makes sums of integers, trains a tiny teacher and a weaker student on them, samples from the
-    student, lets the teacher score that once, and trains the student from the store.
+    Creates sums of integers, trains a tiny teacher and a weaker student on them, samples from the
+    student, scores the samples once with the teacher, and trains the student from the store.
 
     Example: logitcask demo --out demo-out
     """
@@ -39,7 +39,4 @@ def demo_command(out: Path, objective: str, fast: bool, seed: int, form: str) ->
 
     with progress_bar() as progress:
         result = run_demo(out, objective=objective, fast=fast, seed=seed, progress=progress)
-    if form == "json":
-        click.echo(json.dumps(result.as_json()))
-        return
-    click.echo(result.as_text())
+    click.echo(json.dumps(result.as_json()) if form == "json" else result.as_text())

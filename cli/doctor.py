@@ -1,4 +1,4 @@
-"""`logitcask doctor`: what works, and how to mend what does not."""
+"""`logitcask doctor`: what works, and how to repair what does not."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ from logitcask.engine.errors import IdentityError
 
 @click.group("doctor")
 def doctor_command() -> None:
-    """Examine what a run depends on.
+    """Check what a run depends on.
 
     Example: logitcask doctor teacher http://127.0.0.1:8000
     """
@@ -21,14 +21,16 @@ def doctor_command() -> None:
 
 @doctor_command.command("teacher")
 @click.argument("url")
-@click.option("--served", default="", help="The server's name for the teacher, if it has several.")
+@click.option(
+    "--served", default="", help="The server's name of the teacher, if it serves several."
+)
 @click.option(
     "--tokenizer",
     default="",
-    help="Folder or hub id with the teacher's tokenizer and config.json; default: what the server "
-    "says that it serves.",
+    help="Folder or hub id with the teacher's tokenizer and config.json; default: the source that "
+    "the server names.",
 )
-@click.option("--revision", default="", help="The revision that it should declare, if any.")
+@click.option("--revision", default="", help="The revision that the server should declare.")
 @click.option(
     "--student",
     default="",
@@ -37,8 +39,8 @@ def doctor_command() -> None:
 @click.option(
     "--against",
     default="",
-    help="Model folder or hub id whose weights it is said to serve: they are loaded here, and the "
-    "log-probs compared.",
+    help="Model folder or hub id of the weights that it should serve: they are loaded here, and "
+    "the log-probs compared.",
 )
 @click.option(
     "--dtype",
@@ -56,11 +58,12 @@ def doctor_command() -> None:
     help="Seconds to wait for a server that does not answer.",
 )
 @click.option(
-    "--k-max",
+    "--teacher-topk-max",
+    "k_max",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Log-probs per position that scoring will ask for.",
+    help="Log-probs per position that scoring will request.",
 )
 @click.option(
     "--api-key-file",
@@ -68,20 +71,20 @@ def doctor_command() -> None:
     help="File with the API key; default: the environment's LOGITCASK_API_KEY.",
 )
 @format_option
-def teacher_command(url: str, form: str, **asked: Any) -> None:
-    """Ask a server all that scoring depends on, and say which of its flags to change.
+def teacher_command(url: str, form: str, **settings: Any) -> None:
+    """Check a server as a teacher, with hints on its flags.
 
-    Exit 1 where a check found a fault: nothing should be scored then.
+    Exit code 1 if a check finds a fault: nothing should be scored then.
 
     Example: logitcask doctor teacher http://127.0.0.1:8000
     """
-    from logitcask.engine.teachers.server_check import ServerCheck, examine
+    from logitcask.engine.teachers.server_check import ServerCheck, check_server
 
     found = []
-    for each in examine(ServerCheck(url=url, **asked)):
+    for each in check_server(ServerCheck(url=url, **settings)):
         found.append(each)
         if form == "text":
-            click.echo(f"{each.state:<5}  {each.check:<10}  {visible(each.said)}")
+            click.echo(f"{each.state:<5}  {each.check:<10}  {visible(each.message)}")
             if each.hint:
                 click.echo(f"{'':<19}hint: {visible(each.hint)}")
     if form == "json":

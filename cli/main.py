@@ -1,4 +1,4 @@
-"""The command `logitcask`: its verbs, and how every one of them ends."""
+"""The command `logitcask`: its verbs, its error messages and its exit codes."""
 
 import importlib
 import sys
@@ -12,28 +12,30 @@ from logitcask.cli.output import visible
 from logitcask.engine.errors import LogitcaskError
 
 VERBS = (
-    "rollout",
-    "score",
-    "train",
-    "distill",
-    "ablate",
-    "objectives",
-    "store",
-    "probe",
-    "doctor",
-    "demo",
-    "bench",
+    *("rollout", "score", "train", "distill", "ablate", "objectives"),
+    *("store", "probe", "doctor", "demo", "bench"),
 )
-"""In the data's order. The module of a verb is cli/VERB.py, imported only when it is used."""
+"""In the order of the data. The module of a verb is cli/VERB.py, imported when it is used."""
+
+EXIT_CODES = {
+    0: "ok",
+    1: "error",
+    2: "usage",
+    3: "incomplete",
+    4: "damaged data",
+    130: "interrupted",
+}
 
 
 class Verbs(click.RichGroup):
-    """Imports a verb when it is used: `--help` must not load torch."""
+    """A group that imports a verb when it is used: `--help` must not load torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all verbs."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a verb and return its command."""
         if name not in VERBS:
             return None
         module = importlib.import_module(f"logitcask.cli.{name}")
@@ -43,53 +45,56 @@ class Verbs(click.RichGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb of `args`; raise UsageError with the nearest name."""
         if args[0] not in VERBS and args[0][0] != "-":
             near = get_close_matches(args[0], VERBS, n=1, cutoff=0.0)[0]
             raise click.UsageError(f"no verb {args[0]!r}; the nearest is {near!r}", ctx)
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Score once, train many: distillation of language models from a store of teacher scores."
+    f"\n\nExit codes: {', '.join(f'{code} {name}' for code, name in EXIT_CODES.items())}.",
+)
 @click.version_option(package_name="logitcask", prog_name="logitcask")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """Score once, train many: distillation of language models from a store of teacher scores.
-
-    Exit codes: 0 ok, 1 error, 2 usage, 3 incomplete, 4 damaged data, 130 interrupted.
-    """
+    """Hold the verbs; `run` reads --debug itself."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: runs a verb and turns its end into an exit code and at most two lines."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(run(arguments))
+    """Run a verb as the process's entry point, and exit with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
-    """Exit code of `logitcask ARGUMENTS`; messages go to stderr."""
+    """Run `logitcask ARGUMENTS` and return its exit code; messages go to stderr."""
     try:
         cli.main(args=arguments, prog_name="logitcask", standalone_mode=False)
     except LogitcaskError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        _say(error.cause, error.hint)
+        _print_error(error.cause, error.hint)
         return error.exit_code
     except Exit as end:
         return end.exit_code
     except SystemExit as end:
-        # rich_click exits by itself: a group without a verb shows its help, and a closed pipe.
+        # rich_click exits by itself: for a group without a verb, and for a closed pipe.
         return end.code if isinstance(end.code, int) else 1
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: committed units stay. Rerun the same command to resume.", err=True)
         return 130
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
-        _say(error.format_message(), f"{context.command_path if context else 'logitcask'} --help")
+        path = context.command_path if context else "logitcask"
+        _print_error(error.format_message(), f"{path} --help")
         return error.exit_code
     return 0
 
 
-def _say(cause: str, hint: str) -> None:
-    """One line each, whatever a library's message or a file's name holds."""
+def _print_error(cause: str, hint: str) -> None:
+    """Print one line each, for any text of a library's message or a file's name."""
     cause, hint = (visible(" ".join(text.splitlines())) for text in (cause, hint))
     click.echo(f"error: {cause}\nhint: {hint}", err=True)

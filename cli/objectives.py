@@ -21,7 +21,7 @@ def objectives_command(name: str | None, form: str) -> None:
     Example: logitcask objectives "sampled_token+importance(cap=5)"
     """
     from logitcask.engine.objectives import PRESETS, parse_objective, served
-    from logitcask.engine.objectives.supports import DRAWN
+    from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
 
     if name is None:
         rows = [
@@ -38,7 +38,7 @@ def objectives_command(name: str | None, form: str) -> None:
     preset = parse_objective(name)
     objective = preset.objective.record()
     modifiers = objective.pop("modifiers")
-    if objective["form"] != "advantage" or preset.objective.support in DRAWN:
+    if objective["form"] != "advantage" or preset.objective.support in SAMPLED_SUPPORTS:
         del objective["weights"]
     values: dict[str, Any] = {
         "objective": preset.name,

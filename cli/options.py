@@ -1,10 +1,10 @@
-"""Flags made from configuration fields: one default, one description, one name.
+"""Flags made from configuration fields: one name, one default and one description for both.
 
-`--max-new-tokens` is `[rollout] max_new_tokens`; its help is the field's description. A flag that
-is not given is not passed on, so the default lives in the sections alone.
+`--max-new-tokens` is `[rollout] max_new_tokens`, and its help is the field's description. A flag
+that is absent is not passed on, so the default lives in the sections alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -21,19 +21,13 @@ FLAGS = {
     ("prompts", "file"): "prompts",
     ("store", "url"): "store",
     ("teacher", "name"): "teacher",
+    **{("lora", key): f"lora-{key}" for key in ("r", "alpha", "dropout", "target_modules")},
     ("ablate", "teacher_accuracy"): "eval-teacher-accuracy",
-    ("eval", "prompts"): "eval-prompts",
-    ("eval", "store"): "eval-store",
-    ("eval", "rollouts"): "eval-rollouts",
-    ("eval", "teacher"): "eval-teacher",
-    ("eval", "pin"): "eval-pin",
-    ("eval", "n"): "eval-n",
-    ("eval", "every"): "eval-every",
-    ("eval", "temperature"): "eval-temperature",
-    ("eval", "top_p"): "eval-top-p",
-    ("eval", "max_new_tokens"): "eval-max-new-tokens",
 }
-"""Where a flag is not its key with dashes: the field is named by its section."""
+"""Flags that are neither their key with dashes nor `--eval-` and the key of [eval]."""
+
+ALIASES = {"learning-rate": "lr"}
+"""A second, shorter spelling of a flag."""
 
 PANELS = {
     "student": "Student",
@@ -41,10 +35,11 @@ PANELS = {
     "prompts": "Prompts",
     "store": "Store",
     "rollout": "Sampling",
-    "score": "What is kept",
+    "score": "Stored scores",
     "estimate": "Sample",
-    "gc": "What stays",
+    "gc": "Retention",
     "train": "Training",
+    "lora": "LoRA",
     "eval": "Evaluation",
     "ablate": "Ablation",
     "probe": "Measurement",
@@ -53,14 +48,14 @@ PANELS = {
 }
 """Section -> heading of its flags in `--help`."""
 
-MODEL_FLAGS = ["backend", "device", "dtype", "batch_tokens", "seed"]
+MODEL_KEYS = ["backend", "device", "dtype", "batch_tokens", "seed"]
 """Keys of [run] that every verb with a model shares."""
-WORK_FLAGS = ["watch", "worker", "lease", "poll", "attempts", "idle_exit"]
+WORKER_KEYS = ["worker", "worker_name", "lease_seconds", "poll", "max_attempts", "idle_exit"]
 """Keys of [work] that every verb with workers shares."""
 
 
-def job_options(kind: type[Section], keys: Mapping[str, list[str]]) -> Callable[[F], F]:
-    """Adds a flag for each {section: [key]} of `kind`, in that order, grouped by section."""
+def config_options(kind: type[Section], keys: Mapping[str, list[str]]) -> Callable[[F], F]:
+    """Add a flag for each {section: [key]} of `kind`, in that order, grouped by section."""
 
     def decorate(function: F) -> F:
         for section, names in reversed(list(keys.items())):
@@ -74,8 +69,8 @@ def job_options(kind: type[Section], keys: Mapping[str, list[str]]) -> Callable[
     return decorate
 
 
-def job_from_flags(kind: type[Job], flags: Mapping[str, Any]) -> Job:
-    """The job that the given flags describe; ConfigError names key, value and rule."""
+def config_from_flags(kind: type[Job], flags: Mapping[str, Any]) -> Job:
+    """Build the configuration from the flags; ConfigError names key, value and rule."""
     values: dict[str, dict[str, Any]] = {}
     for dest, value in flags.items():
         section, _, name = dest.partition("__")
@@ -85,40 +80,53 @@ def job_from_flags(kind: type[Job], flags: Mapping[str, Any]) -> Job:
 
 
 def _flag_of(key: str) -> str:
-    """'gc.keep_days' -> '--keep-days'."""
+    """Return the flag of a key: 'gc.keep_days' -> '--keep-days'."""
     section, _, name = key.partition(".")
-    return "--" + FLAGS.get((section, name), name).replace("_", "-")
+    # `rollout` has a flag --grader too, and both mean the same function.
+    prefix = "eval-" if section == "eval" and name != "grader" else ""
+    return "--" + FLAGS.get((section, name), prefix + name).replace("_", "-")
 
 
-def format_option(function: F) -> F:
-    """`--format`: how the result is printed on stdout."""
-    return click.option(
-        "--format",
-        "form",
-        type=click.Choice(["text", "json"]),
-        default="text",
-        show_default=True,
-        help="How the result is printed; progress and messages go to stderr.",
-    )(function)
+format_option = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Format of the result on stdout; progress and messages go to stderr.",
+)
+
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Print the resolved configuration as TOML and stop."
+)
 
 
-def dry_run_option(function: F) -> F:
-    return click.option(
-        "--dry-run", is_flag=True, help="Print the resolved configuration as TOML and stop."
-    )(function)
+def config_file_arguments(function: F) -> F:
+    """Add the argument CONFIG, a TOML file, and `--set` to override its keys."""
+    overrides = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Override a key of the file; repeatable.",
+    )
+    return click.argument("config", type=click.Path(path_type=Path))(overrides(function))
 
 
 def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
     flag = _flag_of(f"{section}.{name}").removeprefix("--")
-    kind = _plain(field.annotation)
+    kind = _base_type(field.annotation)
     text = field.description or ""
     if not field.is_required() and field.default not in (None, ""):
-        text += f" [default: {str(field.default).lower()}]"
-    # Said, because a pair of flags that is not given would be False, and None asks the engine; not
-    # said of a required one, because click would take it as given.
+        text += f" [default: {_default(field.default)}]"
+    # A pair of flags that is absent would be False without this, and None leaves it to the section.
+    # click takes a required flag with a default for a flag that is present.
     absent: dict[str, Any] = {"required": True} if field.is_required() else {"default": None}
+    spellings = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"]
+    if flag in ALIASES:
+        spellings.append(f"--{ALIASES[flag]}")
     return click.option(
-        f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
+        *spellings,
         f"{section}__{name}",
         type=_click_type(kind),
         **absent,
@@ -128,12 +136,18 @@ def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
     )
 
 
-def _plain(annotation: Any) -> Any:
-    """int of `int | None`, of `Annotated[int, ...]`, and so on."""
+def _default(value: Any) -> str:
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return ",".join(map(str, value))
+    return str(value).lower()
+
+
+def _base_type(annotation: Any) -> Any:
+    """Return int for `int | None`, `Annotated[int, ...]`, and so on."""
     options = [a for a in get_args(annotation) if a is not NoneType]
     if get_origin(annotation) is Literal or not options:
         return annotation
-    return _plain(options[0])
+    return _base_type(options[0])
 
 
 def _click_type(kind: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a verb shows: progress on stderr while it runs, its result on stdout at the end."""
+"""Output of a verb: progress on stderr while it runs, its result on stdout at the end."""
 
 import json
 import shutil
@@ -17,16 +17,21 @@ from logitcask.engine.types import Progress
 
 PLAIN_EVERY_S = 30.0
 SIDE_BY_SIDE = 4
-"""Evaluations, say, that a text result shows of many: the first and the newest."""
+"""Columns of a text result with many rows, such as evaluations: the first and the newest."""
 LEAST_WIDTH = 20
-"""Of what is wrapped, in characters."""
+"""Characters of a wrapped column."""
 REPEATED = ("layout", "asked", "profile", "mean_reward")
-"""What segments of a name often have in common."""
+"""Keys that often have one value for all segments of a name."""
+
+
+def print_event(line: str) -> None:
+    """Print a line of a running stage to stderr."""
+    click.echo(line, err=True)
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A progress callable: bars with remaining time on a terminal, else a line per 30 s."""
+    """Yield a progress callable: bars with remaining time on a terminal, else a line per 30 s."""
     if sys.stderr.isatty():
         with _bars() as report:
             yield report
@@ -36,7 +41,7 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
-    # rich takes a while to import, and most runs of the tests never draw a bar.
+    # rich is slow to import, and only a terminal needs it.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
@@ -66,14 +71,15 @@ def _plain_lines() -> Progress:
         now = time.monotonic()
         if done >= total or now - last.setdefault(stage, now) >= PLAIN_EVERY_S:
             last[stage] = now
-            click.echo(f"{stage}: {done}/{total}", err=True)
+            print_event(f"{stage}: {done}/{total}")
 
     return report
 
 
 def print_result(result: Any, form: str) -> None:
-    """A report (a dataclass or a mapping) as `name  value` lines, or as one JSON object. Rows of
-    numbers inside, as of evaluations, stand side by side.
+    """Print a report (a dataclass or a mapping) as `name  value` lines, or as one JSON object.
+
+    Rows of numbers inside it, such as evaluations, become columns.
     """
     values = result if isinstance(result, Mapping) else asdict(result)
     if form == "json":
@@ -87,11 +93,11 @@ def print_result(result: Any, form: str) -> None:
 
 
 def print_report(report: Any, form: str) -> None:
-    """A stage's report; in text, notes and a run that had nothing to do are said in words."""
+    """Print a stage's report; as text, with its notes, or one line if there was nothing to do."""
     values = asdict(report)
     if form == "text":
         for note in values.pop("notes", ()):
-            click.echo(f"note: {note}", err=True)
+            print_event(f"note: {note}")
         if not values["units_new"]:
             click.echo(f"nothing to do: all {values['units_total']} units are there")
             return
@@ -99,8 +105,9 @@ def print_report(report: Any, form: str) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], form: str) -> None:
-    """Rows with the same keys as an aligned table, or as one JSON list. On a terminal that is too
-    narrow the widest column is wrapped.
+    """Print rows with the same keys as an aligned table, or as one JSON list.
+
+    The widest column is wrapped where the terminal is too narrow.
     """
     if form == "json":
         click.echo(json.dumps(list(rows)))
@@ -120,8 +127,9 @@ def print_table(rows: Sequence[Mapping[str, Any]], form: str) -> None:
 
 
 def print_segments(rows: Sequence[Mapping[str, Any]], form: str) -> None:
-    """Segments of a store as a table for each kind and name, above it once what all its rows have
-    in common, and ids as far as they tell segments apart; or as one JSON list of all.
+    """Print segments as a table for each kind and name with short ids, or as one JSON list.
+
+    Values that all segments of a name share stand once above its table.
     """
     if form == "json" or not rows:
         print_table(rows, form)
@@ -132,12 +140,12 @@ def print_segments(rows: Sequence[Mapping[str, Any]], form: str) -> None:
     for number, (name, group) in enumerate(named.items()):
         values = {key: {_shown(row[key]) for row in group} for key in group[0]}
         common = {key: values[key].pop() for key in REPEATED if len(values.get(key, ())) == 1}
-        told = ", ".join(f"{key} {value}" for key, value in common.items() if value != "-")
+        shared = ", ".join(f"{key} {value}" for key, value in common.items() if value != "-")
         empty = {key for key, shown in values.items() if shown == {"-"}}
         left_out = {"kind", "name", *common, *empty}
         if number:
             click.echo()
-        click.echo("\n".join(_wrapped(f"{name}: {told}", _columns())))
+        click.echo("\n".join(_wrapped(f"{name}: {shared}", _columns())))
         print_table(
             [{k: _short(k, v) for k, v in row.items() if k not in left_out} for row in group], form
         )
@@ -148,12 +156,12 @@ def _short(key: str, value: Any) -> Any:
 
 
 def visible(text: str) -> str:
-    """Text of a model or a file with control characters shown as symbols, safe for a terminal."""
+    """Return the text with control characters as escapes, safe for a terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, value) with large inner mappings spread out below their name."""
+    """Yield (name, value), large inner mappings below their name."""
     for name, value in values.items():
         if isinstance(value, Mapping) and len(value) > 3:
             yield name, ""
@@ -166,7 +174,7 @@ def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _is_table(value: Any) -> bool:
-    """Mappings of the same keys, more than a line holds."""
+    """Return True for mappings of the same keys, more than a line holds."""
     return (
         isinstance(value, list | tuple)
         and bool(value)
@@ -176,7 +184,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """(name, its values in all rows): a column for each row."""
+    """Yield (name, its values in all rows): a column for each row."""
     if len(rows) > SIDE_BY_SIDE:
         rows = [rows[0], *rows[1 - SIDE_BY_SIDE :]]
     widths = [max(len(_shown(value)) for value in row.values()) for row in rows]
@@ -186,12 +194,12 @@ def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]
 
 
 def _columns() -> int:
-    """Of the terminal; what is read by a program is never wrapped."""
+    """Return the terminal's width; output for a program is never wrapped."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most so many characters, as far as words and the least width allow."""
+    """Split into lines of at most `width` characters, where words and LEAST_WIDTH allow it."""
     width = max(LEAST_WIDTH, width)
     if len(text) <= width:
         return [text]

@@ -4,7 +4,7 @@ from typing import Any
 
 import rich_click as click
 
-from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
+from logitcask.cli.options import config_from_flags, config_options, dry_run_option, format_option
 from logitcask.cli.output import print_table, progress_bar
 from logitcask.engine.config.sections import ProbeConfig
 from logitcask.engine.config.toml import to_toml
@@ -20,7 +20,7 @@ def probe_command() -> None:
 
 
 @probe_command.command("metrics")
-@job_options(
+@config_options(
     ProbeConfig,
     {
         "student": ["model", "revision"],
@@ -47,11 +47,11 @@ def metrics_command(form: str, dry_run: bool, objectives: tuple[str, ...], **fla
 
     Example: logitcask probe metrics --model ./run --store ./store --objective overlap --bins 4
     """
-    job = job_from_flags(ProbeConfig, flags)
+    job = config_from_flags(ProbeConfig, flags)
     if dry_run:
         click.echo(to_toml(job))
         return
-    from logitcask.engine.commands.stages import run_probe
+    from logitcask.engine.commands.probe import run_probe
 
     with progress_bar() as progress:
         bins = run_probe(job, objectives, progress=progress)

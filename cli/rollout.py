@@ -1,33 +1,33 @@
-"""`logitcask rollout`: the student samples responses."""
+"""`logitcask rollout`: sample responses from the student."""
 
 from typing import Any
 
 import rich_click as click
 
 from logitcask.cli.options import (
-    MODEL_FLAGS,
-    WORK_FLAGS,
+    MODEL_KEYS,
+    WORKER_KEYS,
+    config_from_flags,
+    config_options,
     dry_run_option,
     format_option,
-    job_from_flags,
-    job_options,
 )
 from logitcask.cli.output import print_report, progress_bar
-from logitcask.cli.watch import run_watch
+from logitcask.cli.worker import run_until_stopped
 from logitcask.engine.config.sections import Rollout, RolloutConfig
 from logitcask.engine.config.toml import to_toml
 
 
 @click.command("rollout")
-@job_options(
+@config_options(
     RolloutConfig,
     {
         "student": ["model", "revision"],
         "prompts": ["file", "chat_template"],
         "store": ["url", "rollouts", "profile"],
         "rollout": list(Rollout.model_fields),
-        "work": [*WORK_FLAGS, "max_unscored"],
-        "run": MODEL_FLAGS,
+        "work": [*WORKER_KEYS, "max_unscored"],
+        "run": MODEL_KEYS,
     },
 )
 @format_option
@@ -35,23 +35,23 @@ from logitcask.engine.config.toml import to_toml
 def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     """Sample responses from the student into a store.
 
-    The student's own top-k of every position is stored with them. What is committed is never
-    sampled again. Rerun the same command to resume. With --watch it stays, as one of any number of
-    workers on the store, and samples again when the folder holds a later version of the student.
+    The student's own top-k of every position is stored with them. Committed units are never sampled
+    again: rerun the same command to resume. With --worker it stays, as one of any number of workers
+    on the store, and samples again when the folder holds a later version of the student.
 
     Example: logitcask rollout --model ./student --prompts prompts.jsonl --store ./store
     """
-    job = job_from_flags(RolloutConfig, flags)
+    config = config_from_flags(RolloutConfig, flags)
     if dry_run:
-        click.echo(to_toml(job))
+        click.echo(to_toml(config))
         return
-    if job.work.watch:
+    if config.work.worker:
         from logitcask.engine.commands.worker import watch_rollouts
 
-        run_watch(watch_rollouts, job, form)
+        run_until_stopped(watch_rollouts, config, form)
         return
-    from logitcask.engine.commands.stages import run_rollout
+    from logitcask.engine.commands.rollout import run_rollout
 
     with progress_bar() as progress:
-        report = run_rollout(job, progress=progress)
+        report = run_rollout(config, progress=progress)
     print_report(report, form)

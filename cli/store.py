@@ -89,21 +89,23 @@ def _damaged(error: Exception) -> None:
     click.echo(f"damaged: {str(error).splitlines()[0]}", err=True)
 
 
-@store_command.command("pin")
+@store_command.command("snapshot")
 @click.argument("url")
 @click.option("--at", help="Log number or tag; default: the newest.")
 @format_option
-def pin(url: str, at: str | None, form: str) -> None:
-    """What `train --pin` takes: a log number that reads the same whatever is added.
+def snapshot(url: str, at: str | None, form: str) -> None:
+    """What `train --snapshot` takes: a log number that reads the same whatever is added.
 
-    Example: logitcask store pin ./store
+    Example: logitcask store snapshot ./store
     """
-    from logitcask.engine.commands.resolve import pin_of
+    from logitcask.engine.commands.resolve import snapshot_of
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.inspect import pinned
+    from logitcask.engine.store.inspect import snapshot_summary
 
     store = open_store(url)
-    print_result(pinned(store, store.head() if at is None else pin_of(store, at)), form)
+    print_result(
+        snapshot_summary(store, store.head() if at is None else snapshot_of(store, at)), form
+    )
 
 
 @store_command.command("show")

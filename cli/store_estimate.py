@@ -5,8 +5,8 @@ from typing import Any
 
 import rich_click as click
 
-from logitcask.cli.options import MODEL_FLAGS, format_option, job_from_flags, job_options
-from logitcask.cli.output import print_result, print_table, progress_bar
+from logitcask.cli.options import MODEL_KEYS, config_from_flags, config_options, format_option
+from logitcask.cli.output import print_event, print_result, print_table, progress_bar
 from logitcask.engine.config.sections import EstimateConfig
 
 
@@ -19,11 +19,11 @@ from logitcask.engine.config.sections import EstimateConfig
     required=True,
     help="Model folder or hub id of the student, whose responses are scored.",
 )
-@job_options(
+@config_options(
     EstimateConfig,
     {
         "prompts": ["chat_template"],
-        "estimate": ["sample", "k_max"],
+        "estimate": ["sample", "teacher_topk_max"],
         "teacher": [
             "revision",
             "tokenizer",
@@ -32,9 +32,9 @@ from logitcask.engine.config.sections import EstimateConfig
             "api_key_file",
             "server_wait",
         ],
-        "rollout": ["n", "max_new_tokens", "student_k", "mc_draws", "grader"],
-        "score": ["k_min"],
-        "run": MODEL_FLAGS,
+        "rollout": ["n", "max_new_tokens", "student_topk", "mc_draws", "grader"],
+        "score": ["teacher_topk_min"],
+        "run": MODEL_KEYS,
     },
 )
 @format_option
@@ -50,13 +50,11 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
     Example: logitcask store estimate ./teacher prompts.jsonl --student ./student
     """
     told = {"teacher__model": model, "teacher__name": "estimate", "prompts__file": prompts}
-    job = job_from_flags(EstimateConfig, {**flags, **told})
-    from logitcask.engine.commands.stages import run_estimate
+    job = config_from_flags(EstimateConfig, {**flags, **told})
+    from logitcask.engine.commands.estimate import run_estimate
 
     with progress_bar() as progress:
-        estimate = run_estimate(
-            job, progress=progress, on_event=lambda line: click.echo(line, err=True)
-        )
+        estimate = run_estimate(job, progress=progress, on_event=print_event)
     if form == "json":
         print_result(estimate, form)
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from logitcask.cli.options import format_option, job_from_flags, job_options
+from logitcask.cli.options import config_from_flags, config_options, format_option
 from logitcask.cli.output import print_result, print_segments, print_table, progress_bar
 from logitcask.engine.config.sections import Gc, GcConfig
 from logitcask.engine.errors import IncompleteError
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from logitcask.engine.store.merge import MergeReport
 
 
-heal_option = click.option(
-    "--heal",
+repair_option = click.option(
+    "--repair",
     is_flag=True,
-    help="Also read what the store holds already, and mend what is damaged there.",
+    help="Also read what the store holds already, and repair what is damaged there.",
 )
 
 
@@ -29,7 +29,7 @@ heal_option = click.option(
 @click.option("--remove", is_flag=True, help="Take the tag away.")
 @format_option
 def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: str) -> None:
-    """Give a log number a name that `train --pin` takes; what it reaches, gc keeps.
+    """Give a log number a name that `train --snapshot` takes; what it reaches, gc keeps.
 
     Without a NAME, the tags that there are.
 
@@ -51,7 +51,7 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
         print_result({"tag": name, "log_number": tag(store, name, at)}, form)
 
 
-@click.command("retire")
+@click.command("delete")
 @click.argument("url")
 @click.option("--rollouts", help="Retire the rollouts of this name, and all scores of them ...")
 @click.option(
@@ -64,54 +64,54 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
     "--segment",
     help="Retire this segment (its 32 digits: `store ls --format json`), and what rests on it.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be retired, and retire nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
 @format_option
-def retire_command(url: str, form: str, **which: Any) -> None:
-    """Make rollouts or scores invisible from here on; gc removes them when no pin reaches them.
+def delete_command(url: str, form: str, **which: Any) -> None:
+    """Make rollouts or scores invisible from here on; gc removes them when no snapshot has them.
 
-    What is retired can be made again by the command that made it. Until gc removes it, pins and
-    tags from before still read it.
+    What is deleted can be made again by the command that made it. Until gc removes it, snapshots
+    and tags from before still read it.
 
-    Example: logitcask store retire ./store --teacher big
+    Example: logitcask store delete ./store --teacher big
     """
     from logitcask.engine.store import open_store
     from logitcask.engine.store.inspect import listing_of
-    from logitcask.engine.store.retention import retire
+    from logitcask.engine.store.retention import delete
 
-    retired = retire(open_store(url), **which)
-    print_segments(listing_of(retired), form)
-    done = "would be retired" if which["dry_run"] else "retired"
-    click.echo(f"note: {len(retired)} segments {done}", err=True)
+    deleted = delete(open_store(url), **which)
+    print_segments(listing_of(deleted), form)
+    done = "would be deleted" if which["dry_run"] else "deleted"
+    click.echo(f"note: {len(deleted)} segments {done}", err=True)
 
 
 @click.command("gc")
 @click.argument("url")
-@job_options(GcConfig, {"gc": list(Gc.model_fields)})
+@config_options(GcConfig, {"gc": list(Gc.model_fields)})
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 @format_option
 def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
-    """Remove what neither the newest state, nor a tag, nor a recent pin reaches.
+    """Remove what neither the newest state, nor a tag, nor a recent snapshot reaches.
 
-    What `verify` calls strays and this leaves alone is no leftover of ours: look at it, and remove
+    What `verify` calls orphans and this leaves alone is no orphan of ours: look at it, and remove
     it by hand.
 
     Example: logitcask store gc ./store --dry-run
     """
-    job = job_from_flags(GcConfig, flags)
+    job = config_from_flags(GcConfig, flags)
     from logitcask.engine.store import open_store
     from logitcask.engine.store.retention import gc
 
-    swept = gc(
+    report = gc(
         open_store(url),
         keep_days=job.gc.keep_days,
         lease_hours=job.gc.lease_hours,
         dry_run=dry_run,
     )
-    print_result({"dry_run": dry_run, **asdict(swept)}, form)
-    if swept.kept_retired and job.gc.keep_days:
+    print_result({"dry_run": dry_run, **asdict(report)}, form)
+    if report.kept_deleted and job.gc.keep_days:
         click.echo(
-            f"note: {swept.kept_retired} retired segments stay for a tag, or for pins of the last "
-            f"{job.gc.keep_days:g} days (--keep-days 0: for tags alone)",
+            f"note: {report.kept_deleted} deleted segments stay for a tag, or for snapshots of the "
+            f"last {job.gc.keep_days:g} days (--keep-days 0: for tags alone)",
             err=True,
         )
 
@@ -140,14 +140,17 @@ def pack_command(url: str, folder: Path, at: str | None, form: str) -> None:
 
     Example: logitcask store pack ./store ./packed
     """
-    from logitcask.engine.commands.resolve import pin_of
+    from logitcask.engine.commands.resolve import snapshot_of
     from logitcask.engine.store import open_store
     from logitcask.engine.store.merge import pack
 
     store = open_store(url)
     with progress_bar() as progress:
         files = pack(
-            store, folder, pin=None if at is None else pin_of(store, at), progress=progress
+            store,
+            folder,
+            snapshot=None if at is None else snapshot_of(store, at),
+            progress=progress,
         )
     size = sum(file.stat().st_size for file in files)
     print_result({"folder": str(folder), "files": len(files), "bytes": size}, form)
@@ -158,9 +161,9 @@ def pack_command(url: str, folder: Path, at: str | None, form: str) -> None:
 @click.argument(
     "files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
 )
-@heal_option
+@repair_option
 @format_option
-def unpack_command(url: str, files: tuple[Path, ...], heal: bool, form: str) -> None:
+def unpack_command(url: str, files: tuple[Path, ...], repair: bool, form: str) -> None:
     """Bring packed segments into a store, which is made if absent; twice does no harm.
 
     Exit 3 where some were left out: scores need the rollouts that they are of.
@@ -171,19 +174,19 @@ def unpack_command(url: str, files: tuple[Path, ...], heal: bool, form: str) -> 
     from logitcask.engine.store.merge import unpack
 
     with progress_bar() as progress:
-        brought = unpack(open_store(url, create=True), files, heal=heal, progress=progress)
-    _print_brought(brought, form)
+        report = unpack(open_store(url, create=True), files, repair=repair, progress=progress)
+    _print_brought(report, form)
 
 
 @click.command("merge")
 @click.argument("url")
 @click.argument("other")
-@heal_option
+@repair_option
 @format_option
-def merge_command(url: str, other: str, heal: bool, form: str) -> None:
+def merge_command(url: str, other: str, repair: bool, form: str) -> None:
     """Bring all that store OTHER holds into store URL, which is made if absent.
 
-    Either may be a folder or in an object store; twice does no harm. What was retired in URL and is
+    Either may be a folder or in an object store; twice does no harm. What was deleted in URL and is
     not in OTHER comes back. Exit 3 where scores were left out.
 
     Example: logitcask store merge ./store ./from-another-machine
@@ -193,24 +196,24 @@ def merge_command(url: str, other: str, heal: bool, form: str) -> None:
 
     source = open_store(other)
     with progress_bar() as progress:
-        brought = merge(open_store(url, create=True), source, heal=heal, progress=progress)
-    _print_brought(brought, form)
+        report = merge(open_store(url, create=True), source, repair=repair, progress=progress)
+    _print_brought(report, form)
 
 
-def _print_brought(brought: "MergeReport", form: str) -> None:
-    if brought.left_out:
+def _print_brought(report: "MergeReport", form: str) -> None:
+    if report.left_out:
         raise IncompleteError(
-            f"{brought.left_out} segments were left out ({brought.added} added, {brought.there} "
+            f"{report.left_out} segments were left out ({report.added} added, {report.there} "
             "there): scores whose rollouts, or first scores, the store holds with other bytes or "
             "not at all",
-            hint="bring these in too; where others stand for the same units, retire those first",
+            hint="bring these in too; where others stand for the same units, delete those first",
         )
-    print_result(brought, form)
+    print_result(report, form)
 
 
 KEEP = (
     tag_command,
-    retire_command,
+    delete_command,
     gc_command,
     retry_failed_command,
     pack_command,

@@ -1,23 +1,29 @@
-"""`logitcask train`: a student learns from stored scores."""
+"""`logitcask train`: train a student from stored scores."""
 
 from typing import Any
 
 import rich_click as click
 
-from logitcask.cli.options import dry_run_option, format_option, job_from_flags, job_options
-from logitcask.cli.output import print_result, progress_bar
+from logitcask.cli.options import (
+    config_from_flags,
+    config_options,
+    dry_run_option,
+    format_option,
+)
+from logitcask.cli.output import print_event, print_result, progress_bar
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import to_toml
-from logitcask.engine.config.training import Eval, Train
+from logitcask.engine.config.training import Eval, Lora, Train
 
 
 @click.command("train")
-@job_options(
+@config_options(
     TrainConfig,
     {
         "student": ["model", "revision"],
         "store": ["url", "rollouts"],
         "train": list(Train.model_fields),
+        "lora": list(Lora.model_fields),
         "eval": list(Eval.model_fields),
         "run": ["out", "overwrite", "device", "dtype", "batch_tokens", "seed"],
     },
@@ -27,18 +33,18 @@ from logitcask.engine.config.training import Eval, Train
 def train_command(form: str, dry_run: bool, **flags: Any) -> None:
     """Train a student from stored scores, without a teacher.
 
-    The store is pinned at its newest record, so what others add meanwhile changes nothing. What
-    the cache serves exactly for this objective, and what not, is printed before the first update.
-    Rerun the same command to resume from the newest checkpoint.
+    The run reads one snapshot of the store, so records that are added later change nothing. It
+    prints what the store serves exactly for this objective, and what it does not, before the first
+    update. Rerun the same command to resume from the newest checkpoint.
 
     Example: logitcask train --model ./student --store ./store --objective overlap --out ./run
     """
-    job = job_from_flags(TrainConfig, flags)
+    config = config_from_flags(TrainConfig, flags)
     if dry_run:
-        click.echo(to_toml(job))
+        click.echo(to_toml(config))
         return
-    from logitcask.engine.commands.stages import run_train
+    from logitcask.engine.commands.train import run_train
 
     with progress_bar() as progress:
-        report = run_train(job, progress=progress, on_event=lambda line: click.echo(line, err=True))
+        report = run_train(config, progress=progress, on_event=print_event)
     print_result(report, form)

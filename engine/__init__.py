@@ -1,10 +1,9 @@
-"""What happens, in the data's order:
+"""Public names of the engine, in the order of the data:
 
-    prompts -> rollout -> store -> score -> store -> rows -> objective -> student -> next version
+    prompts -> rollout -> store -> score -> store -> packs -> objective -> student -> next version
 
-Read the files in that order. `rollout`, `score` and `training` never import each other: they meet
-in the store. The names below are for a training loop of one's own; each is imported when it is
-first used.
+`rollout`, `score` and `training` never import each other: they exchange data through the store.
+Each name below is imported at its first use.
 """
 
 from importlib import import_module
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from logitcask.engine.errors import LogitcaskError
-    from logitcask.engine.models.logit_transform import logit_transform
+    from logitcask.engine.models.logit_transform import logit_transform_of
     from logitcask.engine.objectives import parse_objective
     from logitcask.engine.packing.batches import batches, planned
     from logitcask.engine.store import open_store
@@ -23,7 +22,7 @@ __all__ = [
     "LogitcaskError",
     "batches",
     "check_objective",
-    "logit_transform",
+    "logit_transform_of",
     "open_store",
     "pack_loss",
     "parse_objective",
@@ -32,7 +31,7 @@ __all__ = [
 
 _HOME = {
     "LogitcaskError": "errors",
-    "logit_transform": "models.logit_transform",
+    "logit_transform_of": "models.logit_transform",
     "parse_objective": "objectives",
     "batches": "packing.batches",
     "check_objective": "training.cache_info",

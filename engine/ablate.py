@@ -1,6 +1,6 @@
 """Ablations: every combination of some settings, trained from one state of a store.
 
-    DIR/plan.json                what was fixed at the first call: store, pin, common configuration
+    DIR/plan.json                fixed at the first call: store, snapshot, common configuration
         COMBINATION/seed-N       a run each, as `logitcask train` makes it
         cache                    units of the store, decoded once for all runs
         ablate.json ablate.md    the table
@@ -22,8 +22,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from logitcask.engine.commands.resolve import held_out_set, pin_of
-from logitcask.engine.commands.stages import check_train, run_train, scoring_seconds
+from logitcask.engine.commands.resolve import held_out_set, snapshot_of
+from logitcask.engine.commands.train import check_train, run_train, scoring_seconds
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import keys_of, parse_value, validate
 from logitcask.engine.config.training import Ablate
@@ -33,12 +33,12 @@ from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.run_dir import check_same, make_folder, replace_text, write_json
-from logitcask.engine.types import Progress, silent
+from logitcask.engine.types import Progress, no_progress
 
-FIXED = ("store.url", "store.profile", "train.pin", "run.out", "run.overwrite", "run.seed")
+FIXED = ("store.url", "store.profile", "train.snapshot", "run.out", "run.overwrite", "run.seed")
 """Keys that cannot be varied, beside those of [eval]."""
 
-_PINS = ("train.pin", "eval.pin")
+_SNAPSHOTS = ("train.snapshot", "eval.snapshot")
 """What plan.json says with a digest."""
 
 FIGURES: dict[str, Callable[[TrainReport, float | None], float | None]] = {
@@ -80,7 +80,7 @@ class Passes:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AblateReport:
     out: Path
-    pin: int
+    snapshot: int
     """Log number that all runs are trained from."""
     rows: tuple[Mapping[str, Any], ...]
     """Of each combination: its values, n, and mean and spread (sample standard deviation over
@@ -92,7 +92,7 @@ class AblateReport:
     """Of `seconds`, what the trainings and their evaluations took themselves."""
     teacher_seconds_spent: float
     teacher_passes: tuple[Passes, ...]
-    """Over the scores of the pin, by all runs of the table."""
+    """Over the scores of the snapshot, by all runs of the table."""
     teacher_seconds_saved: float | None
     """What a teacher that scores as it did, but anew in every pass, would have added; None where
     scores do not say what they took.
@@ -109,7 +109,9 @@ def combinations(job: TrainConfig, vary: Sequence[str]) -> list[Combination]:
     for text in vary:
         key, equals, listed = text.partition("=")
         if not (equals and key.strip() and listed.strip()):
-            raise ConfigError(f"--vary {text}: not key=value,value", hint="e.g. --vary k=1,4,16")
+            raise ConfigError(
+                f"--vary {text}: not key=value,value", hint="e.g. --vary loss_topk=1,4,16"
+            )
         name = full_key(key.strip())
         if name in FIXED or name.startswith("eval."):
             raise ConfigError(
@@ -156,7 +158,7 @@ def ablate(
     vary: Sequence[str],
     settings: Ablate,
     *,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
 ) -> AblateReport:
     """Trains what is not trained yet, and writes the table.
@@ -175,7 +177,7 @@ def ablate(
     varied = set(planned[0].values)
     plan = _plan(job, varied, settings.out)
     number = int(plan["pin"])
-    judged = [_judged(_pinned(each, plan), settings.skip_refused) for each in planned]
+    judged = [_judged(_at_snapshot(each, plan), settings.skip_refused) for each in planned]
     make_folder(settings.out)
     write_json(settings.out / "plan.json", plan)
     cache = UnitCache(settings.out / "cache")
@@ -201,11 +203,11 @@ def ablate(
             progress("ablate", done, total)
         rows.append(row(each, runs, settings.teacher_accuracy))
         if runs:
-            took_s, epochs = scoring_seconds(each.job), each.job.train.epochs
+            took_s, epochs = scoring_seconds(each.job), each.job.train.num_train_epochs
             passes.append(Passes(seconds=took_s, runs=len(runs), epochs=epochs))
     result = AblateReport(
         out=settings.out,
-        pin=number,
+        snapshot=number,
         rows=tuple(rows),
         runs_trained=trained,
         seconds=time.monotonic() - begun_s,
@@ -214,7 +216,8 @@ def ablate(
         teacher_passes=tuple(passes),
         teacher_seconds_saved=saved_seconds(passes),
     )
-    write_json(settings.out / "ablate.json", {**asdict(result), "out": str(settings.out)})
+    written = {**asdict(result), "out": str(settings.out)}
+    write_json(settings.out / "ablate.json", {**written, "pin": written.pop("snapshot")})
     replace_text(settings.out / "ablate.md", markdown(result))
     return result
 
@@ -276,8 +279,8 @@ def footnotes(report: AblateReport) -> list[str]:
     if saved is not None:
         known = f"a live teacher would have added {saved:.3g} s ({' + '.join(sums)})"
     return [
-        f"pin {report.pin}; mean ± sample standard deviation over n seeds; losses of different "
-        "objectives do not compare",
+        f"snapshot {report.snapshot}; mean ± sample standard deviation over n seeds; losses of "
+        "different objectives do not compare",
         f"teacher seconds spent: {report.teacher_seconds_spent:.0f}; saved: {known}",
     ]
 
@@ -304,7 +307,7 @@ def _plan(job: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
         f"{section}.{key}": value
         for section, content in job.model_dump(mode="json").items()
         for key, value in content.items()
-        if f"{section}.{key}" not in {*varied, "store.url", "run.out", "run.overwrite", *_PINS}
+        if f"{section}.{key}" not in {*varied, "store.url", "run.out", "run.overwrite", *_SNAPSHOTS}
     }
     file = out / "plan.json"
     if not file.exists():
@@ -313,11 +316,13 @@ def _plan(job: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
                 f"{out} is not empty and holds no plan.json: it is no folder of an ablation",
                 hint="give a new or an empty folder with --out",
             )
-        pin = store.head() if job.train.pin is None else pin_of(store, job.train.pin)
+        snapshot = (
+            store.head() if job.train.snapshot is None else snapshot_of(store, job.train.snapshot)
+        )
         return {
             "store": store.uuid,
-            "pin": pin.number,
-            "sha256": pin.sha256,
+            "pin": snapshot.number,
+            "sha256": snapshot.sha256,
             "held_out": _held_out(job),
             "common": common,
         }
@@ -326,14 +331,14 @@ def _plan(job: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
     both = plan["common"].keys() & common.keys()
     earlier = {"store": plan["store"], "common": {key: plan["common"][key] for key in both}}
     ours: dict[str, Any] = {"store": store.uuid, "common": {key: common[key] for key in both}}
-    if job.train.pin is not None:
-        earlier["pin"], ours["pin"] = plan["pin"], pin_of(store, job.train.pin).number
-    if job.eval.pin is not None:
+    if job.train.snapshot is not None:
+        earlier["pin"], ours["pin"] = plan["pin"], snapshot_of(store, job.train.snapshot).number
+    if job.eval.snapshot is not None:
         earlier["held_out"], ours["held_out"] = plan.get("held_out"), _held_out(job)
     check_same(out, earlier, ours, hint="give another --out, or what this one was begun with")
-    store.pin(int(plan["pin"]), plan["sha256"])
+    store.snapshot(int(plan["pin"]), plan["sha256"])
     if (held := plan.get("held_out")) is not None:
-        open_store(job.eval.store or job.store.url).pin(int(held["pin"]), held["sha256"])
+        open_store(job.eval.store or job.store.url).snapshot(int(held["pin"]), held["sha256"])
     return plan
 
 
@@ -341,16 +346,16 @@ def _held_out(job: TrainConfig) -> dict[str, Any] | None:
     """Which state of which store all runs are measured on, if any."""
     if (asked := held_out_set(job.eval, job.store.url)) is None:
         return None
-    pin = asked.pin or asked.store.head()
-    return {"store": asked.store.uuid, "pin": pin.number, "sha256": pin.sha256}
+    snapshot = asked.snapshot or asked.store.head()
+    return {"store": asked.store.uuid, "pin": snapshot.number, "sha256": snapshot.sha256}
 
 
-def _pinned(each: Combination, plan: Mapping[str, Any]) -> Combination:
-    train = each.job.train.model_copy(update={"pin": str(plan["pin"])})
+def _at_snapshot(each: Combination, plan: Mapping[str, Any]) -> Combination:
+    train = each.job.train.model_copy(update={"snapshot": str(plan["pin"])})
     job = each.job.model_copy(update={"train": train})
     if (held := plan.get("held_out")) is not None:
-        pinned = each.job.eval.model_copy(update={"pin": str(held["pin"])})
-        job = job.model_copy(update={"eval": pinned})
+        held_out = each.job.eval.model_copy(update={"snapshot": str(held["pin"])})
+        job = job.model_copy(update={"eval": held_out})
     return Combination(name=each.name, values=each.values, job=job)
 
 

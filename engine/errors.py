@@ -1,25 +1,25 @@
-"""Every error that a caller may want to tell apart, under one root.
+"""Errors that callers can distinguish, with one base class.
 
 LogitcaskError            exit 1   the message says what is wrong, `hint` what to do
 ├─ ConfigError            exit 2   a key, flag or argument has a value that the rules forbid
-├─ PromptError            exit 1   a file of prompts or ids holds what cannot be used
+├─ PromptError            exit 1   a line of a file of prompts or ids is invalid
 ├─ ModelError             exit 1   a model folder or hub id cannot be used
-├─ IdentityError          exit 1   two things that must be the same are not (tokenizer, run)
-├─ ObjectiveError         exit 1   the cache cannot serve this objective, or it has no meaning
-├─ GraderError            exit 1   a grader failed, or its reward is no number in [0, 1]
-├─ ServerError            exit 1   a server cannot be reached, or refuses what it is asked
-├─ AnswerError            exit 1   an engine answered what no model can have computed
-├─ UnitError              exit 1   one unit of work cannot be done as asked; others can
-├─ IncompleteError        exit 3   the store lacks units that the job needs
+├─ IdentityError          exit 1   two things that must be equal differ (tokenizer, run)
+├─ ObjectiveError         exit 1   the stored scores cannot serve this objective
+├─ GraderError            exit 1   a grader failed, or its reward is not in [0, 1]
+├─ ServerError            exit 1   a server cannot be reached, or rejects a request
+├─ AnswerError            exit 1   a response holds values that no model can compute
+├─ UnitError              exit 1   one work unit cannot be done as requested
+├─ IncompleteError        exit 3   the store lacks units that the command needs
 └─ StoreError             exit 1   a store cannot be opened or written
-   └─ IntegrityError      exit 4   stored bytes are not what was committed
+   └─ IntegrityError      exit 4   stored bytes differ from the committed ones
 
-A message gives the value and the rule in one line; the remedy gives the way out in another.
+The message names the value and the rule in one line; the hint names the solution in another.
 """
 
 
 class LogitcaskError(Exception):
-    """Root of all errors raised on purpose. `exit_code` is what the command line returns for it."""
+    """Base class of all intended errors; the command line exits with `exit_code`."""
 
     exit_code = 1
 
@@ -28,7 +28,7 @@ class LogitcaskError(Exception):
         self.cause = cause
         """One line: the offending value and the rule that it breaks."""
         self.hint = hint
-        """One line: what the reader can do about it."""
+        """One line: how to solve it."""
 
     def __str__(self) -> str:
         return f"{self.cause}\n{self.hint}"
@@ -68,7 +68,7 @@ class GraderError(LogitcaskError, ValueError):
 
 class ServerError(LogitcaskError, OSError):
     status = 0
-    """HTTP status of a refusal; 0 = no answer."""
+    """HTTP status of a rejected request; 0 = no response."""
 
 
 class AnswerError(LogitcaskError, ValueError):

@@ -1,10 +1,10 @@
-"""The nouns that pass between stages, and the one position convention.
+"""Data classes that pass between stages, and the position convention.
 
 Shape letters, everywhere: `M` prompts, `N` sequences, `P` packed positions (rows), `E` entries,
 `K` cached or live top-k entries, `C` columns of a padded row, `S` support, `V` vocabulary,
-`D` hidden, `L` tokens of a packed row (prompt and response).
+`D` hidden, `L` tokens of a pack (prompts and responses).
 
-Position convention: row r of a sequence is about *predicting response token r* from
+Position convention: row r of a sequence predicts response token r from
 prompt + response[:r], so it reads the hidden state at prompt_len + r - 1. There is one row per
 response token, the end-of-sequence token included; prompts have none. Log-probs are natural,
 normalised at temperature 1 over the ids [0, n_vocab), in nats. `p` is the student, `q` the teacher.
@@ -14,6 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from pydantic import Field
+
+from logitcask.engine.config.section import Positive, Section, Share
 
 if TYPE_CHECKING:  # `--help` reads this file, and would wait for numpy
     import numpy.typing as npt
@@ -29,11 +33,11 @@ STOP, LENGTH = 0, 1
 """Finish reasons of a sequence: a stop token was sampled (and kept), or the length was reached."""
 
 MC_IDS = "mc"
-"""What a teacher is asked at when it is also asked at the ids that the student drew."""
+"""Name of the Monte Carlo ids of the student, as extra ids of a scoring."""
 
 
-def silent(stage: str, done: int, total: int) -> None:
-    """The progress callable of a caller who does not want any."""
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Ignore progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,25 +48,43 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of the JSONL line that we do not know; they travel with the prompt."""
+    """Other keys of the JSONL line, kept with the prompt."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How responses are sampled, every field explicit: generation_config is never used."""
+class SamplingParams(Section):
+    """How responses are sampled: every field is explicit, generation_config is never used."""
 
-    n: int = 4
-    """Responses per prompt."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 = no truncation."""
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 512
+    n: Positive = Field(4, description="Responses per prompt.")
+    temperature: float = Field(
+        1.0, ge=0, description="Sampling temperature; 0 = greedy, for evaluation."
+    )
+    top_p: Share = Field(
+        1.0, description="Nucleus that is sampled from. Below 1 the student sees fewer states."
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="Sample from so many most likely ids; 0 = all. Not --student-topk.",
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Drop ids under this share of the most likely id's probability.",
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="Divides the logits of ids already seen; 1 = off."
+    )
+    max_new_tokens: Positive = Field(
+        512, description="Response tokens at most, stop token included."
+    )
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields of SamplingParams alone, as a store and a digest hold them."""
+        return {name: getattr(self, name) for name in SamplingParams.model_fields}
 
     def is_plain(self) -> bool:
-        """Whether this samples the student's own distribution, neither tempered nor truncated."""
+        """Return True if samples come from the full distribution at temperature 1."""
         return (self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (
             1.0,
             1.0,
@@ -74,7 +96,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRef:
-    """Which weights, tokenizer and template: everything that must match when data is mixed."""
+    """Identity of a model: weights, tokenizer and chat template."""
 
     name: str
     """As the user gave it: a folder or a hub id."""
@@ -95,7 +117,7 @@ class ModelRef:
     """Weights digest of version 0 of this lineage."""
 
     def lineage(self) -> dict[str, Any]:
-        """What a segment records of a model, without paths of this machine."""
+        """Return the record of this model in a segment, without local paths."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -132,7 +154,7 @@ class ScoreParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdLists:
-    """Ids of every row that a scorer is to be asked at; distinct within a row."""
+    """Requested ids of every row, distinct within a row."""
 
     cnt: Array
     """[P] uint16."""
@@ -142,16 +164,16 @@ class IdLists:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What one model says about the P rows of some rollouts; arrays are flat, rows ragged."""
+    """Scores of one model at the P rows of some rollouts; arrays are flat, rows ragged."""
 
     lp: Array
     """[P] float32, log-prob of the sampled token."""
     entropy: Array
-    """[P] float32, full vocabulary, nats; where `entropy_hi` is given, the least that it can be."""
+    """[P] float32, full vocabulary, nats; a lower bound where `entropy_hi` is not None."""
     log_tail: Array
-    """[P] float32, log of the mass outside the kept entries and the ids asked at, from logits;
-    -inf where nothing is outside. Where `entropy_hi` is given, from 1 less the mass of what is
-    known; where that is below backends.answers.RESOLVED, the most that it can be."""
+    """[P] float32, log of the mass outside the kept entries and the requested ids, from logits;
+    -inf where nothing is outside. With `entropy_hi`, computed as 1 - (mass of all returned ids); an
+    upper bound where that difference is below the resolution of the returned log-probs."""
     cnt: Array
     """[P] uint16, kept entries of each row."""
     ids: Array
@@ -159,34 +181,34 @@ class Scores:
     entry_lp: Array
     """[E] float32, their log-probs."""
     at_lp: Array | None = None
-    """[A] float32, log-probs at the ids asked at; None where it was asked at none."""
+    """[A] float32, log-probs at the requested ids; None without such ids."""
     mult: Array | None = None
-    """[E] uint16, how often each entry was drawn; None where entries are the best ones."""
+    """[E] uint16, how often each entry was drawn; None for top-k or top-p entries."""
     entropy_hi: Array | None = None
-    """[P] float32, the most that the entropy can be, nats, of a model that told its best ids alone;
+    """[P] float32, upper bound of the entropy, nats, for a server that returns top-k ids only;
     None where `entropy` is exact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachedScores:
-    """What a store knows of a model on the P rows of some rollouts. Every id of a row stands once:
-    among those that the student's stored list names too, in the order of that list, or among the
-    others, best first.
+    """Stored scores of a model at the P rows of some rollouts. Each id of a row occurs once: either
+    among the ids of the student's stored list, in the order of that list, or among the other ids,
+    best first.
 
-    A rank is the place of an id among all that are known of its row, best first. The first `kept`
-    of them are the model's own top: TopK(q, k) is exact for every k up to that.
+    The rank of an id is its index among all stored ids of its row, best first. The first `kept` ids
+    are the model's own top ids: TopK(q, k) is exact for every k <= kept.
     """
 
     lp: Array
     """[P] float32, log-prob of the sampled token."""
     entropy: Array
-    """[P] float32, full vocabulary, nats; where `entropy_hi` is given, the least that it can be."""
+    """[P] float32, full vocabulary, nats; a lower bound where `entropy_hi` is not None."""
     log_tail: Array
-    """[P] float32, log of the mass outside all ids known of the row."""
+    """[P] float32, log of the mass outside all stored ids of the row."""
     kept: Array
     """[P] uint16."""
     s_cnt: Array
-    """[P] uint16, ids of the student's list that are known: all, if the model was asked there."""
+    """[P] uint16, ids of the student's list with a stored log-prob: all, if they were requested."""
     s_ids: Array
     """[S] uint32."""
     s_lp: Array
@@ -202,16 +224,16 @@ class CachedScores:
     rank: Array
     """[E] uint16."""
     mult: Array | None = None
-    """[E] uint16, how often each was drawn: then ids are draws and `kept` is 0 everywhere."""
+    """[E] uint16, how often each id was drawn; then `kept` is 0 everywhere."""
     entropy_hi: Array | None = None
-    """[P] float32, the most that the entropy can be, nats, of a model that told its best ids alone;
+    """[P] float32, upper bound of the entropy, nats, for a server that returns top-k ids only;
     None where `entropy` is exact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draws:
-    """Ids that the student drew on P rows, with replacement, from its full softmax at temperature
-    1: flat, rows ragged, distinct within a row, best first.
+    """Monte Carlo ids of P rows, drawn by the student with replacement from its full softmax at
+    temperature 1: flat, rows ragged, distinct within a row, best first.
     """
 
     cnt: Array
@@ -226,7 +248,7 @@ class Draws:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
-    """One rollout unit: M prompts, N sequences, P positions, the student's own scores of them."""
+    """One rollout unit: M prompts, N sequences, P positions, and the student's scores."""
 
     prompts: tuple[Prompt, ...]
     seq_prompt: Array
@@ -238,7 +260,7 @@ class Rollouts:
     loss_mask: Array
     """[P] uint16, 1 = sampled by the student and trained on."""
     b_lp: Array
-    """[P] float32, log-prob under the law sampled from (temperature, truncation applied)."""
+    """[P] float32, log-prob under the sampling distribution (tempered, truncated)."""
     finish: Array
     """[N] uint16, STOP or LENGTH."""
     version_start: Array
@@ -246,18 +268,18 @@ class Rollouts:
     version_end: Array
     """[N] int64, ... and at the last."""
     student: Scores | None = None
-    """The student's scores of its own rollouts (temperature 1, unfiltered); None before."""
+    """The student's scores of its own rollouts (temperature 1, unfiltered); None before scoring."""
     draws: Draws | None = None
-    """What else it drew on every row (Monte Carlo ids); None where it was not asked to."""
+    """Monte Carlo ids of every row; None without them."""
     reward: Array | None = None
-    """[N] float32 in [0, 1], what a grader gave each response; None where none was asked."""
+    """[N] float32 in [0, 1], reward of each response; None without a grader."""
     segment: str = ""
-    """seg_id of the segment that they were read from; empty for new ones."""
+    """seg_id of the source segment; empty for new rollouts."""
 
     @property
     def positions(self) -> int:
         return len(self.tokens)
 
     def lengths(self) -> Array:
-        """[N] response tokens of each sequence."""
+        """Return [N], the response tokens of each sequence."""
         return self.seq_off[1:] - self.seq_off[:-1]

@@ -21,7 +21,7 @@ arXiv 2402.03898, whose KL(p, a p + (1 - a) q_theta) has p for the teacher; the 
 import triton
 import triton.language as tl
 
-from logitcask.kernels.logit_map import LN2, squashed
+from logitcask.kernels.logit_transform import LN2, softcapped
 
 TAIL_FLOOR = tl.constexpr(2.0**-18)
 """Least r that a tail is given: float32's spacing between 32 and 64, so about the error of
@@ -94,7 +94,7 @@ def tail_loss(log_p, log_q, log_tail, on, left, log_b, log_1b, DIVERGENCE: tl.co
     log_q_tail = log_add(log_tail, log_total(log_q, left))
     # The bucket is left out where the teacher has no mass outside the support at all.
     has_tail = log_q_tail != -float("inf")
-    # Stored log-probs are rounded: their mass with the tail is 1 to some 1e-4, and a law's is 1.
+    # Stored log-probs are rounded, so their mass with the tail is 1 to some 1e-4; divide by it.
     log_all = log_add(log_total(log_q, on), log_q_tail)
     term, g = compared(log_p, log_q - log_all, on, log_b, log_1b, DIVERGENCE)
     term_r, g_r = compared(tl.log(r), log_q_tail - log_all, has_tail, log_b, log_1b, DIVERGENCE)
@@ -155,7 +155,7 @@ def objective_row(  # type: ignore[no-untyped-def]
     SOFTCAP: tl.constexpr,
 ):
     # Returns final_dense of the row.
-    y_k = squashed(x_k, inner) * (outer * LN2) if SOFTCAP else x_k * slope
+    y_k = softcapped(x_k, inner) * (outer * LN2) if SOFTCAP else x_k * slope
     lp_k = y_k - lse
     is_top = rank < k
     tl.store(top_log_p + row * k + rank, lp_k, mask=is_top)
@@ -167,7 +167,7 @@ def objective_row(  # type: ignore[no-untyped-def]
     v = tl.load(ids + at, mask=here, other=-1)
     x = tl.load(logits + v, mask=(v >= 0) & (v < n_vocab), other=-float("inf")).to(tl.float32)
     if SOFTCAP:
-        t = squashed(x, inner)
+        t = softcapped(x, inner)
         lp = t * (outer * LN2) - lse
         slope_at = (1.0 - t * t) * slope
     else:
@@ -206,7 +206,7 @@ def objective_row(  # type: ignore[no-untyped-def]
     weighted = tl.where(w != 0.0, w * outside, 0.0)
     tl.store(final_dense + row, weighted)
 
-    # S(p) and S(q) at k' = min(k, kept): what a teacher kept is all that it says of its top-k.
+    # S(p) and S(q) at k' = min(k, kept): the teacher's top-k is known for its kept entries only.
     k_seen = tl.minimum(metric_k, k)
     k_row = tl.minimum(tl.maximum(tl.load(kept + row).to(tl.int32), 1), k_seen)
     rank_q = tl.load(q_rank + at, mask=here, other=BEYOND)

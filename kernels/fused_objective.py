@@ -1,8 +1,8 @@
 """An objective that the kernels can compute themselves, in the launch that selects the top-k.
 
 As plain torch an objective is some 60 to 150 small operations for every chunk of rows, whose
-launches a GPU waits for. The form here is the same objective told by its parts: what is compared,
-what happens outside the support, and the teacher's numbers. It stays a RowObjective: `plain` is its
+launches a GPU waits for. The form here is the same objective as data: the divergence, the
+tail, and the teacher's numbers. It stays an ObjectiveFn: `plain` is its
 specification, and runs wherever the fused form does not.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from logitcask.kernels.launch import check_device, runs_triton
-from logitcask.kernels.row_view import ObjectiveFn, ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.topk_select import MAX_TRITON_K
 
 MAX_FUSED_IDS = 128
@@ -81,7 +81,7 @@ class FusedObjective:
     instead of three. The result is the same; which is faster only a GPU says."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError or TypeError on a name, number, shape or dtype that does not fit."""
+        """Validate names, numbers, shapes and dtypes. Raises ValueError or TypeError."""
         for name, value, known in (
             ("divergence", self.divergence, DIVERGENCES),
             ("outside", self.outside, OUTSIDE),
@@ -125,12 +125,12 @@ class FusedObjective:
         check_device(self.log_q, ids, "the objective's log_q")
 
     def fits(self, logits: Tensor, k: int) -> bool:
-        """Whether the kernels compute it on these logits [C, V]; else `plain` does."""
+        """Return True if the kernels compute it on these logits [C, V]; else `plain` does."""
         n_ids = self.log_q.shape[1]
         return runs_triton(logits) and 1 <= n_ids <= MAX_FUSED_IDS and k <= MAX_TRITON_K
 
     def of(self, rows: slice) -> "FusedObjective":
-        """Those rows, as the kernels take them; `plain` is left as it is."""
+        """Return the objective of these rows as the kernels take it; `plain` stays as it is."""
         if rows == slice(0, len(self.log_q)):
             return self
         return replace(self, **{name: getattr(self, name)[rows] for name in _DTYPES})

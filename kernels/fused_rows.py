@@ -15,10 +15,10 @@ from torch import Tensor
 from logitcask.kernels.fused_maths import objective_row
 from logitcask.kernels.fused_objective import WITH_PARAMETER, FusedObjective, OverlapSums
 from logitcask.kernels.launch import TILE, next_power_of_2, on_device
-from logitcask.kernels.logit_map import LogitTransform
+from logitcask.kernels.logit_transform import LogitTransform
+from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.row_grad import grad_row, grad_rows
 from logitcask.kernels.row_stats import scan_row, scan_rows
-from logitcask.kernels.row_view import ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.topk_select import ZERO_BITS, group_size, select_row
 
 WHOLE_WARPS = 8
@@ -178,11 +178,11 @@ def fused_rows(
     k: int,
     out: Tensor | None,
     n_vocab: int,
-    logit_map: LogitTransform,
+    logit_transform: LogitTransform,
     first: int,
 ) -> ObjectiveGrad:
-    """The objective's answer for logits [C, V] at ids [C, S], without checks; rows of `objective`
-    are these C, which are rows `first` and on of the call.
+    """Evaluate `objective` on logits [C, V] at ids [C, S], without checks. Its rows are these C,
+    rows `first` and on of the call.
 
     The gradient, weighted by weight [C], goes to `out` [C, V], which may be logits.
     """
@@ -205,7 +205,7 @@ def fused_rows(
         lse, entropy = log_p.new_empty(2, n_rows)
         group_max = log_p.new_empty(n_rows, -(-n_vocab // (16 * group)) * 16)
     else:
-        (lse, entropy), maxima = scan_rows(logits, n_vocab, group, logit_map)
+        (lse, entropy), maxima = scan_rows(logits, n_vocab, group, logit_transform)
         assert maxima is not None
         group_max = maxima
     grad_tile = min(TILE, next_power_of_2(logits.shape[1])) if whole and out is not None else 0
@@ -221,7 +221,7 @@ def fused_rows(
                 kept_value,
                 kept_id,
                 ids,
-                **_told(objective),
+                **_kernel_arguments(objective),
                 row_weight=weight,
                 top_log_p=top_log_p,
                 top_ids=top_ids,
@@ -241,15 +241,15 @@ def fused_rows(
                 n_slots=group_max.shape[1],
                 n_ids=n_ids,
                 k=k,
-                inner=logit_map.factors()[0],
-                outer=logit_map.factors()[1],
-                slope=logit_map.slope_at_0,
+                inner=logit_transform.factors()[0],
+                outer=logit_transform.factors()[1],
+                slope=logit_transform.slope_at_0,
                 K=k_padded,
                 GROUPS=max(next_power_of_2(n_groups), k_padded),
                 GROUP=group,
                 ZERO_BITS=ZERO_BITS[logits.dtype],
                 SLOTS=next_power_of_2(n_ids),
-                SOFTCAP=logit_map.softcap is not None,
+                SOFTCAP=logit_transform.softcap is not None,
                 SCAN_ROWS=tile // group,
                 GRAD_TILE=grad_tile,
                 WHOLE=whole,
@@ -257,15 +257,15 @@ def fused_rows(
                 enable_fp_fusion=True,  # the default differs between versions of Triton
             )
     if out is not None and not whole:
-        grad_rows(logits, lse, final_dense, ids, final_at_ids, out, n_vocab, logit_map)
+        grad_rows(logits, lse, final_dense, ids, final_at_ids, out, n_vocab, logit_transform)
     index = torch.arange(first, first + n_rows, device=logits.device)
     view = ObjectiveInput(index, log_p, top_ids, top_log_p, entropy)
     metrics = objective.name_metrics(view, OverlapSums(*sums.unbind(0)))
     return ObjectiveGrad(loss, at_ids, dense, dense_at_ids, metrics)
 
 
-def _told(objective: FusedObjective) -> dict[str, Any]:
-    """What the kernel takes of an objective."""
+def _kernel_arguments(objective: FusedObjective) -> dict[str, Any]:
+    """Return the kernel's arguments of an objective."""
     mixed = objective.divergence in WITH_PARAMETER
     return {
         "log_q": objective.log_q.float().contiguous(),

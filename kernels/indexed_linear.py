@@ -5,13 +5,13 @@ any other id matters, and the coefficients of its gradient sum to zero over the 
 
     dL/dy_v = g_v [v in S],   sum_S g = 0,
 
-so no softmax is left over (see sparse_kl; y is logit_map of the product z). What remains are
+so no softmax is left over (see sparse_kl; y is logit_transform of the product z). What remains are
 products with the listed rows of the head, of which a position has some 16 and not V: see
 indexed_rows. Where the support depends on the live student's top-k, one product with the whole head
 finds it, forward only.
 
-An objective for which sum g = 0 does not hold takes linear_sparse_kl. Whoever calls must know it
-from the objective's form; answers are checked on a CPU, and on a GPU under LOGITCASK_DEBUG=1.
+An objective for which sum g = 0 does not hold takes linear_sparse_kl. The caller must know it
+from the objective's form; its output is checked on a CPU, and on a GPU under LOGITCASK_DEBUG=1.
 """
 
 from typing import Any
@@ -33,10 +33,10 @@ from logitcask.kernels.launch import (
     check_k,
     check_row_vector,
     compute_dtype,
-    looks_at_values,
+    reads_values,
 )
 from logitcask.kernels.linear_sparse_kl import check_head, head_product
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
 from logitcask.kernels.sparse_kl import (
     ObjectiveFn,
     ObjectiveGrad,
@@ -60,7 +60,7 @@ def indexed_linear(
     k: int | None = None,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
     sparse_weight_grad: bool = False,
 ) -> SparseLoss:
@@ -76,8 +76,8 @@ def indexed_linear(
     holds log_p up to a constant of the row (0 for the largest listed id), no top ids ([P, 0]), and
     NaN for the entropy. A number: one forward product in chunks, and the whole view, as in
     linear_sparse_kl; with gradients off, and where metrics are wanted, that is all there is to do.
-    row_weight, n_vocab, logit_map: as in linear_sparse_kl. chunk_rows: likewise; without k it means
-    nothing.
+    row_weight, n_vocab, logit_transform, chunk_rows: as in linear_sparse_kl;
+    chunk_rows has no effect without k.
     sparse_weight_grad: the gradient of weight is a sparse tensor with the rows that any position
     lists, as of nn.Embedding(sparse=True), for optimizers that take one. Otherwise dense, which a
     weight tied to the embedding needs; filling it with zeros is then most of the work.
@@ -86,8 +86,9 @@ def indexed_linear(
     are summed in that dtype from operands as they are. Gradients come in the inputs' dtypes, and
     two runs give the same bits.
 
-    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or logit_map that does
-    not fit, and ValueError for an objective whose answer is not that of a renormalised loss.
+    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or
+    logit_transform that does not fit, and ValueError for an output that is not of a renormalised
+    loss.
     """
     n_vocab = check_head(hidden, weight, n_vocab)
     if weight.shape[1] > 1 and weight.stride(1) != 1:
@@ -95,7 +96,7 @@ def indexed_linear(
             f"weight must be contiguous along D, got strides {weight.stride()} of shape "
             f"{tuple(weight.shape)}; pass nn.Linear's weight as it is, or call .contiguous()"
         )
-    logit_map.check()
+    logit_transform.check()
     check_ids(ids, hidden, n_vocab)
     check_chunk_rows(chunk_rows)
     if k is not None:
@@ -106,19 +107,19 @@ def indexed_linear(
     needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         dtype = compute_dtype(hidden.dtype)
-        losses = RowLosses(ids, objective, k or 0, row_weight, dtype, logit_map)
+        losses = RowLosses(ids, objective, k or 0, row_weight, dtype, logit_transform)
         hidden_rows = hidden.contiguous()
         if k is None:
             z = logits_at(hidden_rows, weight, ids)
-            g = _checked(losses.ask(slice(None), _view(logit_map.apply(z), ids)), ids)
+            g = _checked(losses.evaluate(slice(None), _view(logit_transform.apply(z), ids)), ids)
         else:
             z, g = losses.weight.new_empty(2, *ids.shape)
             head = weight[:n_vocab].to(hidden.dtype)
             for rows, logits in head_product(hidden_rows, head, chunk_rows):
                 g[rows] = _checked(losses.run(rows, logits, None, n_vocab), ids[rows])
                 z[rows] = logits.gather(1, ids[rows].clamp(min=0)).to(dtype)
-        if not logit_map.is_plain:
-            g = g * logit_map.slope(z)
+        if not logit_transform.is_plain:
+            g = g * logit_transform.slope(z)
         result = losses.result()
         if not (needs_hidden or needs_weight):
             return result
@@ -132,7 +133,7 @@ def indexed_linear(
 
 
 def _view(y: Tensor, ids: Tensor) -> ObjectiveInput:
-    """Of mapped logits y [P, S] at the ids alone."""
+    """Build the input from transformed logits y [P, S] at the ids alone."""
     n_rows = len(y)
     y = torch.where(ids < 0, -torch.inf, y)
     # A row without ids, or of -inf alone, has no largest.
@@ -148,14 +149,14 @@ def _view(y: Tensor, ids: Tensor) -> ObjectiveInput:
 
 
 def _checked(answer: ObjectiveGrad, ids: Tensor) -> Tensor:
-    """at_ids [C, S] of an answer, 0 at padding; ValueError unless a renormalised loss says so."""
+    """Return at_ids [C, S], 0 at padding. Raises ValueError unless each row sums to 0."""
     if answer.dense_log is not None:
         raise ValueError(
             "the objective's dense_log must be None, for it reaches ids outside the support: it is "
             "not renormalised on its support; use linear_sparse_kl"
         )
-    g = torch.where(ids < 0, 0.0, answer.at_ids)  # what is said of padding counts nowhere
-    if g.numel() == 0 or not looks_at_values(g):
+    g = torch.where(ids < 0, 0.0, answer.at_ids)  # values at padding count nowhere
+    if g.numel() == 0 or not reads_values(g):
         return g
     relative, absolute = ZERO_SUM[compute_dtype(g.dtype)]
     allowed = relative * g.abs().amax(-1) + absolute

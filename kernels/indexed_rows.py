@@ -69,7 +69,7 @@ def dot_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def weigh_kernel(  # type: ignore[no-untyped-def]
+def weighted_sum_kernel(  # type: ignore[no-untyped-def]
     coefficients,  # [P, S] float32
     weight,  # [V, D], row stride `weight_stride`
     ids,  # [P, S] int64
@@ -151,8 +151,8 @@ class Terms(NamedTuple):
 
 
 def sorted_terms(coefficients: Tensor, ids: Tensor) -> Terms:
-    """Terms of coefficients [P, S] at ids [P, S]. A coefficient of 0 is left out, as padding is:
-    it would make NaN of a hidden state that holds one.
+    """Sort the terms of coefficients [P, S] at ids [P, S] by id. Padding and coefficients of 0 are
+    left out: 0 times a NaN in a hidden state would be NaN.
     """
     flat = torch.where(coefficients == 0, -1, ids).flatten()
     by_id, order = flat.sort(stable=True)
@@ -160,7 +160,7 @@ def sorted_terms(coefficients: Tensor, ids: Tensor) -> Terms:
 
 
 def logits_at(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """[P, S] logits of hidden [P, D] at ids [P, S] of the head weight [V, D]; -inf at -1."""
+    """Return logits [P, S] of hidden [P, D] at ids [P, S] of the head weight [V, D]; -inf at -1."""
     dtype = compute_dtype(hidden.dtype)
     z = torch.empty(ids.shape, dtype=dtype, device=hidden.device)
     if z.numel() == 0:
@@ -191,7 +191,7 @@ def logits_at(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def weighted_rows(coefficients: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """[P, D] in `dtype`: the listed rows of weight [V, D], weighted by coefficients [P, S]."""
+    """Return [P, D] in `dtype`: rows of weight [V, D] at ids, weighted by coefficients [P, S]."""
     n_rows, n_ids = ids.shape
     out = torch.zeros(n_rows, weight.shape[1], dtype=dtype, device=weight.device)
     if ids.numel() == 0:
@@ -200,7 +200,7 @@ def weighted_rows(coefficients: Tensor, weight: Tensor, ids: Tensor, dtype: torc
     if runs_triton(weight):
         tile = min(TILE_D, next_power_of_2(n_columns))
         with on_device(weight):
-            weigh_kernel[(n_rows, -(-n_columns // tile))](
+            weighted_sum_kernel[(n_rows, -(-n_columns // tile))](
                 coefficients.contiguous(),
                 weight,
                 ids.contiguous(),
@@ -227,7 +227,7 @@ def weighted_rows(coefficients: Tensor, weight: Tensor, ids: Tensor, dtype: torc
 
 
 def summed_by_id(terms: Terms, hidden: Tensor, n_vocab: int, dtype: torch.dtype) -> Tensor:
-    """[n_vocab, D] in `dtype`: per id the sum of its terms, coefficient x hidden row; else 0."""
+    """Return [n_vocab, D] in `dtype`: per id the sum of coefficient x hidden row, or 0."""
     out = torch.zeros(n_vocab, hidden.shape[1], dtype=dtype, device=hidden.device)
     if runs_triton(hidden):
         _sum_segments(terms, terms.by_id, hidden, out)
@@ -290,7 +290,7 @@ def _bag(terms: Terms, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_terms(terms: Terms) -> Tensor:
-    """[n] bool: the first term of each id, padding's -1 included."""
+    """Return [n] bool, true at the first term of each id, the padding's -1 included."""
     first = torch.ones_like(terms.by_id, dtype=torch.bool)
     torch.ne(terms.by_id[1:], terms.by_id[:-1], out=first[1:])
     return first

@@ -1,4 +1,4 @@
-"""What every kernel file shares: which path runs, input checks, chunk and tile sizes.
+"""Dispatch, input checks, chunk and tile sizes of all kernel files.
 
 Which path runs is decided by the tensor, never by a global switch:
 - CUDA tensors run the Triton kernels, without autotuning: sizes are chosen by the functions here.
@@ -59,7 +59,7 @@ def triton_on_cpu() -> Iterator[None]:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether operations on this tensor launch Triton kernels (see the module's docstring)."""
+    """Return True if operations on this tensor launch Triton kernels (see the module docstring)."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and _TRITON_ON_CPU.get())
 
 
@@ -69,7 +69,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are float32, also for half-precision logits; float64 logits keep float64."""
+    """Return the dtype of statistics: float64 for float64 logits, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -78,19 +78,19 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def looks_at_values(tensor: Tensor) -> bool:
-    """Whether checks may read what a tensor holds: on a GPU the host would have to wait for it."""
+def reads_values(tensor: Tensor) -> bool:
+    """Return True if checks may read the values; on a GPU that would make the host wait."""
     return tensor.device.type == "cpu" or os.environ.get("LOGITCASK_DEBUG") == "1"
 
 
 def row_chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
-    """Slices of at most chunk_rows rows that cover [0, n_rows) in order."""
+    """Yield slices of at most chunk_rows rows that cover [0, n_rows) in order."""
     for start in range(0, n_rows, chunk_rows):
         yield slice(start, min(start + chunk_rows, n_rows))
 
 
 def cpu_chunk_rows(n_columns: int) -> int:
-    """Rows per torch chunk on a CPU, so that a chunk holds about CPU_CHUNK logits."""
+    """Return the rows of a torch chunk on a CPU that holds about CPU_CHUNK logits."""
     return max(1, CPU_CHUNK // n_columns)
 
 
@@ -149,9 +149,9 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
 
 
 def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
-    """Raise unless ids are [P, S] int64 beside `rows` [P, ...], distinct in [0, n_vocab), or -1.
+    """Raise unless ids are [P, S] int64 for rows [P, ...], distinct in [0, n_vocab), or -1.
 
-    The values are looked at on a CPU, or under LOGITCASK_DEBUG=1.
+    The values are read on a CPU, or under LOGITCASK_DEBUG=1.
     """
     if ids.dtype != torch.int64:
         raise TypeError(f"ids is {ids.dtype}, must be int64; call ids.long()")
@@ -160,7 +160,7 @@ def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
             f"ids has shape {tuple(ids.shape)}, must be [{rows.shape[0]}, S]: one line per row"
         )
     check_device(ids, rows, "ids")
-    if ids.numel() == 0 or not looks_at_values(ids):
+    if ids.numel() == 0 or not reads_values(ids):
         return
     low, high = int(ids.min()), int(ids.max())
     if low < -1 or high >= n_vocab:
@@ -179,7 +179,7 @@ def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
 
 
 def check_row_vector(vector: Tensor, rows: Tensor, name: str) -> None:
-    """Raise unless vector is a floating [P] beside `rows` [P, ...]."""
+    """Raise unless vector is a floating [P] for rows [P, ...]."""
     if vector.shape != (rows.shape[0],):
         raise ValueError(
             f"{name} has shape {tuple(vector.shape)}, must be [{rows.shape[0]}]: one number per row"

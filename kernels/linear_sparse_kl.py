@@ -22,8 +22,8 @@ from logitcask.kernels.launch import (
     compute_dtype,
     row_chunks,
 )
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
-from logitcask.kernels.made_ahead import attach_grads
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
+from logitcask.kernels.precomputed_grad import attach_grads
 from logitcask.kernels.sparse_kl import (
     ObjectiveFn,
     RowLosses,
@@ -41,9 +41,9 @@ def linear_sparse_kl_reference(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor, Tensor]:
-    """The specification of linear_sparse_kl: its result, and d loss by hidden and by weight."""
+    """Compute linear_sparse_kl and its gradients in plain torch: its specification."""
     cast = weight.to(hidden.dtype)
     logits = hidden @ cast.T  # [P, V]
     result, d_logits = sparse_kl_reference(
@@ -53,13 +53,13 @@ def linear_sparse_kl_reference(
         k=k,
         row_weight=row_weight,
         n_vocab=n_vocab,
-        logit_map=logit_map,
+        logit_transform=logit_transform,
     )
     return result, d_logits @ cast.to(d_logits.dtype), d_logits.T @ hidden.to(d_logits.dtype)
 
 
 def default_chunk_rows(n_vocab: int, hidden: Tensor) -> int:
-    """Rows per chunk for hidden [P, D] in its dtype on its device; chunks are about of one size.
+    """Return the rows per chunk for hidden [P, D]; chunks are about of one size.
 
     d_weight is read and written once per chunk, so few are better. On a GPU products are
     compute-bound from about 700 rows, and 4096 bf16 rows of 152k logits take 1.2 GB. A CPU gets at
@@ -86,10 +86,10 @@ def _add_weight_grad(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None
 def head_product(
     hidden: Tensor, head: Tensor, chunk_rows: int | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their logits hidden[rows] head^T), chunk after chunk in one buffer.
+    """Yield (rows, logits hidden[rows] head^T) chunk by chunk from one buffer.
 
-    hidden [P, D], head [V, D] in its dtype. A chunk's logits [C, V] are gone when the next is asked
-    for.
+    hidden [P, D], head [V, D] in its dtype. The next chunk overwrites the logits
+    [C, V].
     """
     n_rows, n_vocab = len(hidden), len(head)
     chunk_rows = max(1, min(n_rows, chunk_rows or default_chunk_rows(n_vocab, hidden)))
@@ -109,7 +109,7 @@ def run_chunks(
     chunk_rows: int | None,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gives `losses` the logits hidden [P, D] weight[:n_vocab]^T, chunk_rows rows at a time.
+    """Pass the logits hidden [P, D] weight[:n_vocab]^T to `losses`, chunk_rows rows at a time.
 
     Returns the gradients by hidden and by weight [V, D], in their dtypes; None where `needs` says
     that one is not needed.
@@ -140,7 +140,7 @@ def linear_sparse_kl(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
     """sparse_kl(hidden @ weight.T, ...), without ever holding [P, V].
@@ -150,18 +150,18 @@ def linear_sparse_kl(
     weight: [V, D], the layout of nn.Linear; differentiable; cast once per call to hidden's dtype.
     ids, objective, k, row_weight: as in sparse_kl.
     n_vocab: only the first n_vocab rows of weight are used; the gradient of the others is 0.
-    logit_map: as in sparse_kl.
+    logit_transform: as in sparse_kl.
     chunk_rows: rows of logits that exist at a time; see default_chunk_rows.
 
     An input that needs no gradient (a frozen head, say) costs no product for it. P = 0 gives loss 0
     with zero gradients. The loss is in hidden's statistics dtype: float32, or float64 for float64.
     Gradients come in the inputs' dtypes.
 
-    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or logit_map that does
-    not fit.
+    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or
+    logit_transform that does not fit.
     """
     n_vocab = check_head(hidden, weight, n_vocab)
-    logit_map.check()
+    logit_transform.check()
     check_k(k, n_vocab)
     check_ids(ids, hidden, n_vocab)
     check_chunk_rows(chunk_rows)
@@ -171,7 +171,7 @@ def linear_sparse_kl(
     needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         dtype = compute_dtype(hidden.dtype)
-        losses = RowLosses(ids, objective, k, row_weight, dtype, logit_map)
+        losses = RowLosses(ids, objective, k, row_weight, dtype, logit_transform)
         needs = (needs_hidden, needs_weight)
         grads = run_chunks(losses, hidden, weight, n_vocab, chunk_rows, needs)
         result = losses.result()
@@ -181,7 +181,7 @@ def linear_sparse_kl(
 
 
 def check_head(hidden: Tensor, weight: Tensor, n_vocab: int | None) -> int:
-    """Raise unless hidden is [P, D] beside weight [V, D]; return n_vocab, default V."""
+    """Raise unless hidden is [P, D] and weight [V, D]; return n_vocab, default V."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}, must be "

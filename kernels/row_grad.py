@@ -7,8 +7,8 @@ numbers.
 One that looks at the entropy of p, too, has a second number per row, times p_v log p_v: dH/dz_v =
 -p_v (log p_v + H).
 
-z stands for the mapped logits: see logit_map, whose slope is the last factor by the raw ones. The
-entries at S are final values that overwrite, never terms that are added: with a tail bucket g_v
+z stands for the mapped logits: see logit_transform, whose slope is the last factor by the raw ones.
+The entries at S are final values that overwrite, never terms that are added: with a tail bucket g_v
 and its dense term are both near 1/r for a tail mass r near 0, and cancel. A sum in the output's
 precision would lose the result.
 """
@@ -32,7 +32,7 @@ from logitcask.kernels.launch import (
     row_chunks,
     runs_triton,
 )
-from logitcask.kernels.logit_map import LN2, LOG2E, PLAIN, LogitTransform, mapped, squashed
+from logitcask.kernels.logit_transform import LN2, LOG2E, PLAIN, LogitTransform, mapped, softcapped
 
 
 def row_grad_reference(
@@ -44,15 +44,15 @@ def row_grad_reference(
     *,
     dense_log: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> Tensor:
-    """The specification of row_grad, in whole-tensor torch; float32, or the logits' float64."""
+    """Compute row_grad in whole-tensor torch, float32 or the logits' float64: its specification."""
     z = logits.to(compute_dtype(logits.dtype))
-    log_p = logit_map.apply(z) - log_sum_exp[:, None]
+    log_p = logit_transform.apply(z) - log_sum_exp[:, None]
     log = torch.zeros_like(dense) if dense_log is None else dense_log
     dy = dense[:, None] * log_p.exp() + log[:, None] * p_log_p(log_p)
     rests = (dense == 0) & (log == 0)
-    out = torch.where(rests[:, None], 0.0, dy * logit_map.slope(z))
+    out = torch.where(rests[:, None], 0.0, dy * logit_transform.slope(z))
     if n_vocab is not None:
         out[:, n_vocab:] = 0
     rows, slots = (ids >= 0).nonzero().unbind(1)
@@ -117,7 +117,7 @@ def grad_row(  # type: ignore[no-untyped-def]
             y = mapped(x, inner, outer, shift, SOFTCAP)
             dz = scaled_softmax(y, scale, log_scale, DENSE_LOG)
             if SOFTCAP:
-                t = squashed(x, inner)
+                t = softcapped(x, inner)
                 dz *= 1.0 - t * t
             tl.store(out + start + offsets, dz.to(out.dtype.element_ty))
         for start in range(n_whole, n_columns, TILE):
@@ -126,7 +126,7 @@ def grad_row(  # type: ignore[no-untyped-def]
             y = mapped(x, inner, outer, shift, SOFTCAP)
             dz = scaled_softmax(y, scale, log_scale, DENSE_LOG)
             if SOFTCAP:
-                t = squashed(x, inner)
+                t = softcapped(x, inner)
                 dz *= 1.0 - t * t
             dz = tl.where(o < n_vocab, dz, 0.0)
             tl.store(out + o, dz.to(out.dtype.element_ty), mask=o < n_columns)
@@ -194,12 +194,12 @@ def grad_rows(
     at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     dense_log: Tensor | None = None,
 ) -> None:
     """row_grad without the checks: writes `out` [P, V]."""
     run = _grad_triton if runs_triton(logits) else _grad_torch
-    run(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_map, dense_log)
+    run(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_transform, dense_log)
 
 
 def _grad_triton(
@@ -210,7 +210,7 @@ def _grad_triton(
     at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
-    logit_map: LogitTransform,
+    logit_transform: LogitTransform,
     dense_log: Tensor | None,
 ) -> None:
     n_rows, n_columns = logits.shape
@@ -232,11 +232,11 @@ def _grad_triton(
             n_vocab,
             n_columns,
             n_ids,
-            *logit_map.factors(),
-            logit_map.slope_at_0,
+            *logit_transform.factors(),
+            logit_transform.slope_at_0,
             TILE=tile,
             IDS=min(1024, next_power_of_2(n_ids)),
-            SOFTCAP=logit_map.softcap is not None,
+            SOFTCAP=logit_transform.softcap is not None,
             DENSE_LOG=dense_log is not None,
             num_warps=8 if tile == TILE else 4,
             enable_fp_fusion=True,  # the default differs between versions of Triton
@@ -251,7 +251,7 @@ def _grad_torch(
     at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
-    logit_map: LogitTransform,
+    logit_transform: LogitTransform,
     dense_log: Tensor | None,
 ) -> None:
     dtype = compute_dtype(logits.dtype)
@@ -264,7 +264,7 @@ def _grad_torch(
     )
     for rows in row_chunks(len(out), chunk_rows):
         out_c = out[rows, :n_vocab]
-        by = 1.0 if logit_map.softcap is not None else logit_map.slope_at_0
+        by = 1.0 if logit_transform.softcap is not None else logit_transform.slope_at_0
         scale = dense[rows].to(dtype) * by
         log_scale = None if dense_log is None else dense_log[rows].to(dtype) * by
         rests = scale == 0 if log_scale is None else (scale == 0) & (log_scale == 0)
@@ -274,9 +274,9 @@ def _grad_torch(
         dz = out_c if scratch is None else scratch[: out_c.shape[0]]
         z = logits[rows, :n_vocab]
         # Before dz is written, which may be the logits themselves.
-        slope = None if logit_map.softcap is None else logit_map.slope(z.to(dtype))
-        if not logit_map.is_plain:
-            z = logit_map.apply(z.to(dtype))
+        slope = None if logit_transform.softcap is None else logit_transform.slope(z.to(dtype))
+        if not logit_transform.is_plain:
+            z = logit_transform.apply(z.to(dtype))
         torch.sub(z, log_sum_exp[rows, None].to(dtype), out=dz)
         factor = scale[:, None]
         if log_scale is not None:
@@ -301,23 +301,23 @@ def row_grad(
     dense_log: Tensor | None = None,
     out: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> Tensor:
     """out[r, v] = at_ids[r, j] if v = ids[r, j], else (dense[r] + dense_log[r] log p) p dy/dz,
     p = softmax(y[r])[v]; 0 where p is.
 
-    y is logit_map of the logits z. Columns v >= n_vocab are 0. logits [P, V] as in row_stats;
+    y is logit_transform of the logits z. Columns v >= n_vocab are 0. logits [P, V] as in row_stats;
     log_sum_exp [P] from it; dense [P]; dense_log [P] or None for zeros; ids [P, S] int64, distinct
     in a row, -1 is padding; at_ids [P, S], final values. A row whose dense and dense_log are 0 is
     exactly 0 outside ids, whatever its logits hold.
     out: [P, V] floating to write into, of any row stride; logits itself is allowed. Left out: a new
     tensor in the logits' dtype. Not differentiable.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id or logit_map that does not
-    fit.
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id or logit_transform that
+    does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)
-    logit_map.check()
+    logit_transform.check()
     check_row_vector(log_sum_exp, logits, "log_sum_exp")
     check_row_vector(dense, logits, "dense")
     if dense_log is not None:
@@ -339,5 +339,5 @@ def row_grad(
         check_logits(out, None, name="out")
         check_device(out, logits, "out")
     with torch.no_grad():
-        grad_rows(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_map, dense_log)
+        grad_rows(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_transform, dense_log)
     return out

@@ -1,8 +1,8 @@
 """K1, row statistics: log-sum-exp and entropy of each row of logits, in one read.
 
 With l = z - logsumexp(z) and p = exp(l):  H = -sum_v p_v l_v, where z stands for the mapped logits
-(see logit_map). Written with a shift c near the row's maximum, so that nothing overflows and one
-exponential per logit is enough:
+(see logit_transform). Written with a shift c near the row's maximum, so that nothing overflows
+and one exponential per logit is enough:
 
     y_v = z_v - c,   d = sum exp(y_v),   s = sum y_v exp(y_v)
     logsumexp = c + log d,   H = log d - s / d
@@ -31,7 +31,7 @@ from logitcask.kernels.launch import (
     row_chunks,
     runs_triton,
 )
-from logitcask.kernels.logit_map import LN2, PLAIN, LogitTransform, mapped
+from logitcask.kernels.logit_transform import LN2, PLAIN, LogitTransform, mapped
 
 
 class RowStats(NamedTuple):
@@ -49,10 +49,10 @@ class RowScan(NamedTuple):
 
 
 def row_stats_reference(
-    logits: Tensor, *, n_vocab: int | None = None, logit_map: LogitTransform = PLAIN
+    logits: Tensor, *, n_vocab: int | None = None, logit_transform: LogitTransform = PLAIN
 ) -> RowStats:
-    """The specification of row_stats, in whole-tensor torch."""
-    z = logit_map.apply(logits[:, :n_vocab].to(compute_dtype(logits.dtype)))  # [P, n_vocab]
+    """Compute row_stats in whole-tensor torch: its specification."""
+    z = logit_transform.apply(logits[:, :n_vocab].to(compute_dtype(logits.dtype)))  # [P, n_vocab]
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)  # 0 log 0 = 0
@@ -167,15 +167,17 @@ def scan_kernel(  # type: ignore[no-untyped-def]
 
 
 def scan_rows(
-    logits: Tensor, n_vocab: int, group: int, logit_map: LogitTransform = PLAIN
+    logits: Tensor, n_vocab: int, group: int, logit_transform: LogitTransform = PLAIN
 ) -> RowScan:
-    """row_stats of [P, V] logits without the checks, and group maxima where group > 0."""
+    """Compute row_stats of [P, V] logits without checks, and group maxima where group > 0."""
     if runs_triton(logits):
-        return _scan_triton(logits, n_vocab, group, logit_map)
-    return _scan_torch(logits[:, :n_vocab], group, logit_map)
+        return _scan_triton(logits, n_vocab, group, logit_transform)
+    return _scan_torch(logits[:, :n_vocab], group, logit_transform)
 
 
-def _scan_triton(logits: Tensor, n_vocab: int, group: int, logit_map: LogitTransform) -> RowScan:
+def _scan_triton(
+    logits: Tensor, n_vocab: int, group: int, logit_transform: LogitTransform
+) -> RowScan:
     n_rows = logits.shape[0]
     width = group or 64
     tile = min(TILE, max(next_power_of_2(n_vocab), width))
@@ -194,18 +196,18 @@ def _scan_triton(logits: Tensor, n_vocab: int, group: int, logit_map: LogitTrans
                 logits.stride(0),
                 n_vocab,
                 n_slots,
-                *logit_map.factors(),
+                *logit_transform.factors(),
                 ROWS=tile // width,
                 GROUP=width,
                 GROUPS=group_max is not None,
-                SOFTCAP=logit_map.softcap is not None,
+                SOFTCAP=logit_transform.softcap is not None,
                 num_warps=8 if tile == TILE else 4,
                 enable_fp_fusion=True,  # the default differs between versions of Triton
             )
     return RowScan(RowStats(lse, entropy), group_max)
 
 
-def _scan_torch(z: Tensor, group: int, logit_map: LogitTransform) -> RowScan:
+def _scan_torch(z: Tensor, group: int, logit_transform: LogitTransform) -> RowScan:
     n_rows, n_vocab = z.shape
     lse = z.new_empty(n_rows, dtype=compute_dtype(z.dtype))
     entropy = torch.empty_like(lse)
@@ -220,9 +222,9 @@ def _scan_torch(z: Tensor, group: int, logit_map: LogitTransform) -> RowScan:
         else:
             _group_max_torch(z_c, group, out=group_max[rows])
             top = group_max[rows].amax(-1)
-        top = logit_map.apply(top.to(lse.dtype))
-        if not logit_map.is_plain:
-            z_c = logit_map.apply(z_c.to(lse.dtype))
+        top = logit_transform.apply(top.to(lse.dtype))
+        if not logit_transform.is_plain:
+            z_c = logit_transform.apply(z_c.to(lse.dtype))
         y = torch.sub(z_c, top[:, None], out=shifted[: z_c.shape[0]])
         y.clamp_(min=-1e4)  # -inf adds exp(-1e4) = 0, and 0 * -1e4 = 0 instead of NaN
         e = torch.exp(y, out=exp[: z_c.shape[0]])
@@ -234,7 +236,7 @@ def _scan_torch(z: Tensor, group: int, logit_map: LogitTransform) -> RowScan:
 
 
 def group_maxima(logits: Tensor, n_vocab: int, group: int) -> Tensor:
-    """[P, n_groups (or more)]: RowScan.group_max alone, for those who need no statistics."""
+    """Return RowScan.group_max alone, [P, n_groups (or more)], without statistics."""
     if runs_triton(logits):
         group_max = _scan_triton(logits, n_vocab, group, PLAIN).group_max
         assert group_max is not None
@@ -252,7 +254,7 @@ def _group_max_torch(z: Tensor, group: int, out: Tensor) -> None:
 
 
 def row_stats(
-    logits: Tensor, *, n_vocab: int | None = None, logit_map: LogitTransform = PLAIN
+    logits: Tensor, *, n_vocab: int | None = None, logit_transform: LogitTransform = PLAIN
 ) -> RowStats:
     """Log-sum-exp and entropy of each row of `logits` [P, V], in nats. Not differentiable.
 
@@ -260,12 +262,12 @@ def row_stats(
     exceed V.
     n_vocab: rows are normalised over columns [0, n_vocab); the columns after it, a padded head's,
     are never read.
-    logit_map: scale, soft cap and temperature of the logits.
+    logit_transform: scale, soft cap and temperature of the logits.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, n_vocab or logit_map that does not
-    fit.
+    Raises ValueError or TypeError on a shape, layout, dtype, n_vocab or logit_transform that
+    does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)
-    logit_map.check()
+    logit_transform.check()
     with torch.no_grad():
-        return scan_rows(logits, n_vocab, group=0, logit_map=logit_map).stats
+        return scan_rows(logits, n_vocab, group=0, logit_transform=logit_transform).stats

@@ -8,10 +8,11 @@ and topk_select before, row_grad after. A FusedObjective is computed inside them
               = at_ids_v + dense_at_ids_v p_v    v listed
 
 each plus dense_log_r p_v log p_v where an objective looks at the entropy of p. dy/dz is
-logit_map's, 1 for most models.
+logit_transform's, 1 for most models.
 
-Gradients are made in the forward pass and handed over in the backward pass (see made_ahead), so
-nothing vocabulary-sized is kept but the gradient itself. There is no second and no double backward.
+Gradients are made in the forward pass and handed over in the backward pass (see precomputed_grad),
+so nothing vocabulary-sized is kept but the gradient itself. There is no second and no double
+backward.
 """
 
 import torch
@@ -26,12 +27,12 @@ from logitcask.kernels.launch import (
     compute_dtype,
     row_chunks,
 )
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
-from logitcask.kernels.made_ahead import attach_grads
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput, SparseLoss
+from logitcask.kernels.precomputed_grad import attach_grads
 from logitcask.kernels.row_grad import p_log_p, row_grad_reference
 from logitcask.kernels.row_losses import RowLosses, RowRead, read_rows
 from logitcask.kernels.row_stats import row_stats_reference
-from logitcask.kernels.row_view import ObjectiveFn, ObjectiveGrad, ObjectiveInput, SparseLoss
 from logitcask.kernels.topk_select import topk_select_reference
 
 __all__ = [
@@ -55,24 +56,24 @@ def sparse_kl_reference(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor]:
-    """The specification of sparse_kl: its result, and d loss / d logits [P, V]."""
-    stats = row_stats_reference(logits, n_vocab=n_vocab, logit_map=logit_map)
+    """Compute sparse_kl and d loss / d logits [P, V] in plain torch: its specification."""
+    stats = row_stats_reference(logits, n_vocab=n_vocab, logit_transform=logit_transform)
     values, top_ids = topk_select_reference(logits, k, n_vocab=n_vocab)
     lse = stats.log_sum_exp[:, None]
     at = logits.gather(1, ids.clamp(min=0)).to(values.dtype)
-    log_p = torch.where(ids < 0, -torch.inf, logit_map.apply(at) - lse)
+    log_p = torch.where(ids < 0, -torch.inf, logit_transform.apply(at) - lse)
     index = torch.arange(len(ids), device=ids.device)
     grad = objective(
-        ObjectiveInput(index, log_p, top_ids, logit_map.apply(values) - lse, stats.entropy)
+        ObjectiveInput(index, log_p, top_ids, logit_transform.apply(values) - lse, stats.entropy)
     )
     w = torch.ones_like(grad.loss) if row_weight is None else row_weight.to(grad.loss.dtype)
     used = w != 0  # a row of weight 0 adds exactly 0, whatever it holds
     loss = torch.where(used, w * grad.loss, 0.0).sum()
     log = torch.zeros_like(grad.dense) if grad.dense_log is None else grad.dense_log
     final = grad.at_ids + grad.dense_at_ids * log_p.exp() + log[:, None] * p_log_p(log_p)
-    final = torch.where(used[:, None], w[:, None] * final * logit_map.slope(at), 0.0)
+    final = torch.where(used[:, None], w[:, None] * final * logit_transform.slope(at), 0.0)
     dense, log = (torch.where(used, w * each, 0.0) for each in (grad.dense, log))
     d_logits = row_grad_reference(
         logits,
@@ -82,7 +83,7 @@ def sparse_kl_reference(
         final,
         dense_log=log,
         n_vocab=n_vocab,
-        logit_map=logit_map,
+        logit_transform=logit_transform,
     )
     return SparseLoss(loss, grad.loss, grad.metrics), d_logits
 
@@ -95,11 +96,11 @@ def sparse_kl(
     k: int = 16,
     row_weight: Tensor | None = None,
     n_vocab: int | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
     in_place: bool = False,
 ) -> SparseLoss:
-    """Loss, metrics and gradient of an objective from logits [P, V].
+    """Compute loss, metrics and gradient of an objective from logits [P, V].
 
     logits: as in row_stats; differentiable. Where they need no gradient, or gradients are off,
     row_grad is skipped.
@@ -110,16 +111,16 @@ def sparse_kl(
     row_weight: [P] float, default ones. A row of weight 0 has metrics, and adds exactly 0, also if
     it holds NaN.
     n_vocab: rows are normalised over columns [0, n_vocab); the gradient of the others is 0.
-    logit_map: scale, soft cap and temperature between the logits and the student's law p.
+    logit_transform: scale, soft cap and temperature between the logits and p.
     chunk_rows: rows per call of the objective; default all on a GPU, about 16 Mi logits on a CPU.
-    in_place: the gradient is written over the logits, so that nothing of their size is made; nobody
-    may need them afterwards. They must be contiguous. Otherwise they are not modified.
+    in_place: the gradient is written over the logits, so that nothing of their size is made;
+    their values are lost. They must be contiguous. Otherwise they are not modified.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab or logit_map
-    that does not fit.
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab or
+    logit_transform that does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)
-    logit_map.check()
+    logit_transform.check()
     check_k(k, n_vocab)
     check_ids(ids, logits, n_vocab)
     check_chunk_rows(chunk_rows)
@@ -136,7 +137,7 @@ def sparse_kl(
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         dtype = compute_dtype(logits.dtype)
-        losses = RowLosses(ids, objective, k, row_weight, dtype, logit_map)
+        losses = RowLosses(ids, objective, k, row_weight, dtype, logit_transform)
         d_logits = None
         if wants_grad and in_place:
             d_logits = logits.detach()

@@ -40,7 +40,7 @@ ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 def topk_select_reference(
     logits: Tensor, k: int, *, n_vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The specification of topk_select: a full stable sort."""
+    """Select by a full stable sort: the specification of topk_select."""
     z = logits[:, :n_vocab].to(compute_dtype(logits.dtype))
     values, ids = z.sort(dim=-1, descending=True, stable=True)
     return values[:, :k], ids[:, :k]
@@ -165,8 +165,7 @@ def select_kernel(  # type: ignore[no-untyped-def]
 
 
 def group_size(logits: Tensor, k: int, n_vocab: int) -> int:
-    """Logits per group in which scan_rows must leave maxima for a top-k; 0: none, select from the
-    row itself.
+    """Return the logits per group of scan_rows' maxima for a top-k; 0: select from the row itself.
 
     Near sqrt(n_vocab / k) both stages have equal work; at most 4096 groups keep the kernel's first
     stage in registers.
@@ -265,8 +264,9 @@ def _topk_lowest_id(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def topk_select(logits: Tensor, k: int, *, n_vocab: int | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest of the first n_vocab logits of each row: (values [P, k], ids [P, k] int64),
-    best first.
+    """Select the k largest of the first n_vocab logits of each row, best first.
+
+    Returns (values [P, k], ids [P, k] int64).
 
     Exact. Among equal logits the lowest id comes first, also where the k-th and the next are equal.
     values are the raw logits in float32 (float64 for float64 logits). A row with a NaN gets k

@@ -31,17 +31,8 @@ from logitcask.kernels.launch import (
     row_chunks,
 )
 from logitcask.kernels.linear_sparse_kl import check_head, default_chunk_rows, run_chunks
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
-from logitcask.kernels.made_ahead import attach_grads
-from logitcask.kernels.shard_group import (
-    Shards,
-    all_gather,
-    all_sum,
-    check_group,
-    fingerprint,
-    join,
-    refusals_told,
-)
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
+from logitcask.kernels.precomputed_grad import attach_grads
 from logitcask.kernels.sparse_kl import (
     ObjectiveFn,
     ObjectiveGrad,
@@ -49,6 +40,15 @@ from logitcask.kernels.sparse_kl import (
     RowRead,
     SparseLoss,
     read_rows,
+)
+from logitcask.kernels.tp_group import (
+    Shards,
+    all_gather,
+    all_sum,
+    check_group,
+    fingerprint,
+    gather_errors,
+    join,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ _ODD_CHUNK = 1 << 24
 
 
 def own_columns(ids: Tensor, first: int, n_own: int) -> Tensor:
-    """[C, S]: the shard's column of each listed id; -1 for another shard's, and for padding."""
+    """Return [C, S]: the shard's column of each id; -1 for other shards and padding."""
     return torch.where((ids >= first) & (ids < first + n_own), ids - first, -1)
 
 
@@ -69,7 +69,7 @@ def read_shard(
     k: int,
     first: int,
     n_own: int,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> RowRead:
     """RowRead of C rows of a shard's logits [C, V_r], of which the first n_own columns count.
 
@@ -82,7 +82,7 @@ def read_shard(
         none = lse.new_empty(len(lse), 0)
         at_ids = lse[:, None].expand(columns.shape)
         return RowRead(lse, torch.zeros_like(lse), none, none.long(), at_ids)
-    read = read_rows(logits, columns, min(k, n_own), n_own, logit_map)
+    read = read_rows(logits, columns, min(k, n_own), n_own, logit_transform)
     empty = _empty_rows(logits[:, :n_own], read.log_sum_exp)
     return RowRead(
         read.log_sum_exp.masked_fill(empty, -torch.inf),
@@ -94,7 +94,7 @@ def read_shard(
 
 
 def _empty_rows(logits: Tensor, log_sum_exp: Tensor) -> Tensor:
-    """[C] bool: which rows of logits [C, n_own] are nothing but -inf.
+    """Return [C] bool: rows of logits [C, n_own] that hold only -inf.
 
     row_stats answers NaN for them, as it does for a NaN or +inf logit, which must stay one. So rows
     with NaN, most often none, are read again; on a GPU the host waits to know them.
@@ -139,24 +139,24 @@ class _ShardLosses(RowLosses):
         k: int,
         row_weight: Tensor | None,
         dtype: torch.dtype,
-        logit_map: LogitTransform,
+        logit_transform: LogitTransform,
         shards: Shards,
     ) -> None:
-        super().__init__(ids, objective, k, row_weight, dtype, logit_map)
+        super().__init__(ids, objective, k, row_weight, dtype, logit_transform)
         self.shards = shards
 
     def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> ObjectiveGrad:
-        """One chunk: logits [C, V_r] of `rows`, of which n_vocab columns count on this shard."""
+        """Compute one chunk: logits [C, V_r] of `rows`, n_vocab columns of which count here."""
         columns = own_columns(self.ids[rows], self.shards.first, n_vocab)
         first = self.shards.first
-        part = read_shard(logits, columns, self.k, first, n_vocab, self.logit_map)
+        part = read_shard(logits, columns, self.k, first, n_vocab, self.logit_transform)
         read = merge_reads(self._gather(part), self.k)
         if out is not None and n_vocab == 0:
             out.zero_()
         return self.finish(rows, read, logits, columns, out if n_vocab else None, n_vocab)
 
     def _gather(self, part: RowRead) -> list[RowRead]:
-        """Every shard's RowRead, in the order of their columns."""
+        """Gather the RowRead of all shards in the order of their columns."""
         fill = (0, self.k - part.top.shape[1])  # messages of one size, also from a narrow shard
         stats = torch.stack([part.log_sum_exp, part.entropy], 1)
         floats = torch.cat([stats, F.pad(part.top, fill), part.at_ids], 1)
@@ -179,9 +179,9 @@ def _check_inputs(
     chunk_rows: int | None,
     first: int,
     n_vocab: int,
-    logit_map: LogitTransform,
+    logit_transform: LogitTransform,
 ) -> None:
-    """What either function can refuse without asking other ranks; `rows` is [P, ...]."""
+    """Check this rank's input without the other ranks; `rows` is [P, ...]."""
     if first < 0:
         raise ValueError(
             f"first={first} must be at least 0, the id of this shard's first column; "
@@ -192,7 +192,7 @@ def _check_inputs(
             f"n_vocab={n_vocab} must be at least 1; pass how many ids the whole head knows"
         )
     check_k(k, n_vocab)
-    logit_map.check()
+    logit_transform.check()
     check_ids(ids, rows, n_vocab)
     check_chunk_rows(chunk_rows)
     if row_weight is not None:
@@ -203,15 +203,17 @@ def _to_be_equal(
     k: int,
     chunk_rows: int,
     dtype: torch.dtype,
-    logit_map: LogitTransform,
+    logit_transform: LogitTransform,
     hidden_size: int = 0,
     sums_hidden: bool = False,
 ) -> dict[str, int]:
-    """What else must be equal on all ranks, or they would wait for messages that never come."""
-    factors = torch.tensor([logit_map.slope_at_0, *logit_map.factors()], dtype=torch.float64)
+    """Return the other numbers that must be equal on all ranks, or messages would not match."""
+    factors = torch.tensor(
+        [logit_transform.slope_at_0, *logit_transform.factors()], dtype=torch.float64
+    )
     return {
         "k": k,
-        "fingerprint of logit_map": int(fingerprint(factors)),
+        "fingerprint of logit_transform": int(fingerprint(factors)),
         "hidden size (0: logits)": hidden_size,
         "hidden needs a gradient": int(sums_hidden),
         "chunk_rows": chunk_rows,
@@ -229,7 +231,7 @@ def vocab_parallel_sparse_kl(
     group: "ProcessGroup | None" = None,
     k: int = 16,
     row_weight: Tensor | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
     """sparse_kl of logits whose columns are spread over a process group; every rank calls it.
@@ -240,23 +242,24 @@ def vocab_parallel_sparse_kl(
     is 0. A shard may lie beyond it altogether.
     group: None for the group of all processes.
     ids: [P, S] as in sparse_kl: ids of the whole vocabulary, all of them on every rank.
-    objective, k, row_weight, logit_map, chunk_rows: as in sparse_kl.
+    objective, k, row_weight, logit_transform, chunk_rows: as in sparse_kl.
 
     Every rank gets the same loss, row_loss and metrics, to the bit where devices are alike, and the
     gradient of its own columns. The backward pass sends nothing.
 
-    Rows, ids, row_weight, n_vocab, k, logit_map and chunk_rows must be equal on all ranks: where
-    they are not, or one rank refuses its input, all ranks raise. The objective must be equal too,
+    Rows, ids, row_weight, n_vocab, k, logit_transform and chunk_rows must be equal on all ranks:
+    where they are not, or one rank rejects its input, all ranks raise. The objective must be
+    equal too,
     which is not checked: with another on one rank, losses differ, and the gradients do not belong
     together. An objective that raises on one rank alone leaves the others waiting until the group's
     timeout.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab, logit_map,
-    first or group that does not fit, before any logit is read.
+    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab,
+    logit_transform, first or group that does not fit, before any logit is read.
     """
-    with refusals_told(group, logits.device):
+    with gather_errors(group, logits.device):
         check_logits(logits, None)
-        _check_inputs(logits, ids, k, row_weight, chunk_rows, first, n_vocab, logit_map)
+        _check_inputs(logits, ids, k, row_weight, chunk_rows, first, n_vocab, logit_transform)
         check_group(group)
     n_rows, n_columns = logits.shape
     dtype = compute_dtype(logits.dtype)
@@ -264,9 +267,9 @@ def vocab_parallel_sparse_kl(
         chunk_rows = max(1, n_rows if logits.is_cuda else (1 << 24) // n_vocab)
     wants_grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        equal = _to_be_equal(k, chunk_rows, dtype, logit_map)
+        equal = _to_be_equal(k, chunk_rows, dtype, logit_transform)
         shards = join(group, first, n_columns, n_vocab, ids, row_weight, equal)
-        losses = _ShardLosses(ids, objective, k, row_weight, dtype, logit_map, shards)
+        losses = _ShardLosses(ids, objective, k, row_weight, dtype, logit_transform, shards)
         d_logits = (
             torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             if wants_grad
@@ -292,7 +295,7 @@ def vocab_parallel_linear_sparse_kl(
     group: "ProcessGroup | None" = None,
     k: int = 16,
     row_weight: Tensor | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
     """vocab_parallel_sparse_kl(hidden @ weight.T, ...), without ever holding [P, V_r].
@@ -304,18 +307,18 @@ def vocab_parallel_linear_sparse_kl(
     chunk_rows: as in linear_sparse_kl.
     All else as in vocab_parallel_sparse_kl.
     """
-    with refusals_told(group, hidden.device):
+    with gather_errors(group, hidden.device):
         n_columns = check_head(hidden, weight, None)
-        _check_inputs(hidden, ids, k, row_weight, chunk_rows, first, n_vocab, logit_map)
+        _check_inputs(hidden, ids, k, row_weight, chunk_rows, first, n_vocab, logit_transform)
         check_group(group)
     dtype = compute_dtype(hidden.dtype)
     chunk_rows = chunk_rows or default_chunk_rows(n_vocab, hidden)
     grad_on = torch.is_grad_enabled()
     needs = (grad_on and hidden.requires_grad, grad_on and weight.requires_grad)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        equal = _to_be_equal(k, chunk_rows, dtype, logit_map, hidden.shape[1], needs[0])
+        equal = _to_be_equal(k, chunk_rows, dtype, logit_transform, hidden.shape[1], needs[0])
         shards = join(group, first, n_columns, n_vocab, ids, row_weight, equal)
-        losses = _ShardLosses(ids, objective, k, row_weight, dtype, logit_map, shards)
+        losses = _ShardLosses(ids, objective, k, row_weight, dtype, logit_transform, shards)
         d_hidden, d_weight = run_chunks(losses, hidden, weight, shards.n_own, chunk_rows, needs)
         if d_hidden is not None:
             d_hidden = all_sum(d_hidden.to(dtype), group).to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""One thread a test process, what a test needs from the machine, and how often tests repeat."""
+"""Set one thread per test process, the needs of tests, and their repetitions."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
 
@@ -19,6 +20,11 @@ if not torch.cuda.is_available():
 # Digests of weights are cached in the user's folder; tests keep out of it.
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "logitcask-tests-cache")
 
+# Tests that name no number of examples get few of them, and more in `make soak`; none is timed.
+settings.register_profile("default_run", max_examples=25, derandomize=True, deadline=None)
+settings.register_profile("soak", max_examples=1000, deadline=None)
+settings.load_profile("soak" if os.environ.get("LOGITCASK_SOAK") else "default_run")
+
 # vLLM pins torch and transformers and lives in an environment of its own: `make test-vllm`.
 collect_ignore = [] if find_spec("vllm") else ["vllm"]
 
@@ -28,13 +34,13 @@ NEEDS = {
     "peft": lambda: find_spec("peft") is not None,
     "soak": lambda: bool(os.environ.get("LOGITCASK_SOAK")),
 }
-"""What `@pytest.mark.needs(name)` may ask for."""
+"""The arguments of `@pytest.mark.needs(name)`."""
 OPTIONAL = ("gpu", "soak")
 """Needs that CI need not have: a GPU, and the hours and the root of `make soak`."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A missing need skips a test at home; under CI it fails it, but for those of OPTIONAL."""
+    """Skip a test whose need is missing; under CI fail it, unless the need is in OPTIONAL."""
     for mark in item.iter_markers("needs"):
         for need in mark.args:
             if NEEDS[need]():
@@ -46,13 +52,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def counts(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """How often a test is repeated: in CI, and in `make soak`, which wants to know what it did."""
+    """Return how often a test repeats: a small count in CI, a large one, logged, in `make soak`."""
 
     def count(ci: int, soak: int) -> int:
-        told = os.environ.get("LOGITCASK_SOAK")
-        if not told:
+        log = os.environ.get("LOGITCASK_SOAK")
+        if not log:
             return ci
-        with open(told, "a") as file:
+        with open(log, "a") as file:
             file.write(json.dumps({"test": request.node.nodeid, "count": soak}) + "\n")
         return soak
 

@@ -1,4 +1,4 @@
-"""Who samples and who scores: what a backend must offer, and the table of those there are.
+"""Protocols of samplers and scorers, and the table of the backends.
 
 A student is a scorer like any other: its own top-k, entropy and temperature-1 log-probs come from
 scoring its own rollouts, so a sampler never keeps [T, V].
@@ -21,7 +21,7 @@ from logitcask.engine.types import (
 
 
 class Sampler(Protocol):
-    """Answers prompts."""
+    """A model that responds to prompts."""
 
     def generate(
         self,
@@ -32,69 +32,77 @@ class Sampler(Protocol):
         version: int,
         progress: Progress,
     ) -> Rollouts:
-        """`sampling.n` responses to each prompt, in the order of the prompts; `student` is None.
+        """Sample `sampling.n` responses to each prompt, in the order of the prompts.
 
-        Sequence s of a prompt depends on (seed, prompt id, s, version) and on the weights, not on
-        its neighbours. Raises PromptError for a prompt that leaves no room for the response.
+        `student` of the rollouts is None. Sequence s of a prompt depends on (seed, prompt id, s,
+        version) and on the weights, not on its batch. Raises PromptError for a prompt that leaves
+        no room for the response.
         """
 
     def describe(self) -> dict[str, str]:
-        """What lineage records: name, dtype, device and the versions of the packages at work."""
+        """Return name, dtype, device and package versions, for the lineage of a segment."""
 
 
 class Scorer(Protocol):
-    """Says what a model thinks of given responses."""
+    """A model that returns log-probs of existing responses."""
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Of "top" (its own best ids), "at_ids" (log-probs at given ids), "drawn" (ids drawn from
-        its law), "entropy" and "tail", or in their place "bounds" (of the entropy, and a tail that
-        is what the ids it tells leave). "logits": all of a row can be seen (`scoring.row_logits`).
+        """Return the set of the scorer's capabilities.
+
+        "top": its best ids; "at_ids": log-probs at chosen ids; "drawn": ids drawn from its
+        distribution; "entropy" and "tail": exact; "bounds": bounds of the entropy, and a tail that
+        is 1 - the returned mass, in place of both; "logits": all logits of a row
+        (`scoring.row_logits`).
         """
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
-        """Row r of a sequence is the law of response token r given prompt + response[:r].
+    def score(
+        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+    ) -> Scores:
+        """Score the rollouts: row r is the distribution of response token r given prompt +
+        response[:r].
 
-        at: ids of every row whose log-probs are wanted too; left out, those of the student's list
-        if the request says so.
+        extra_ids: chosen ids of every row; None = the ids of the student's list, if the request
+        has at_student.
         """
 
     def describe(self) -> dict[str, str]:
-        """As of a Sampler."""
+        """Return the same as `Sampler.describe`."""
 
 
-class Served(Scorer, Protocol):
-    """A scorer of servers that each answer for one and the same teacher, so it is said."""
+class RemoteScorer(Scorer, Protocol):
+    """A scorer over one or more servers of one teacher."""
 
     n_vocab: int
-    """Ids that it is asked over."""
+    """Scores are over the ids [0, n_vocab)."""
 
-    def members(self) -> Mapping[str, Scorer]:
-        """By name; each asks one server alone."""
+    def replicas(self) -> Mapping[str, Scorer]:
+        """Return a scorer for each single server, by its name."""
 
-    def away(self) -> set[str]:
-        """Names of those that did not answer when they were last asked."""
+    def unavailable(self) -> set[str]:
+        """Return the names of the servers that did not respond to the last request."""
 
-    def answered(self) -> set[str]:
-        """Names of those whose answers were taken since this was last called."""
+    def take_answered(self) -> set[str]:
+        """Return the names of the servers that gave scores since the last call of this method."""
 
 
 BACKENDS = {
     "hf": "logitcask.engine.backends.hf:HF",
     "vllm": "logitcask.engine.backends.vllm.backend:VLLM",
-    "server": "logitcask.engine.backends.server:Server",
+    "server": "logitcask.engine.backends.server:ServerScorer",
 }
-"""Name -> module:class. A class takes (ModelRef, *, device, dtype, batch_tokens), a Server URLs."""
+"""Name -> module:class. A class takes (ModelRef, *, device, dtype, batch_tokens), a ServerScorer
+URLs."""
 
 
 def open_backend(name: str) -> Any:
-    """The class of a backend; its libraries are imported here and not before.
+    """Import and return the class of a backend, with its libraries.
 
-    Raises ConfigError for a name that is not in the table.
+    Raises ConfigError for a name that is not in the table, or a package that is not installed.
     """
     if name not in BACKENDS:
         raise ConfigError(
-            f"there is no backend {name!r}", hint=f"Use one of: {', '.join(sorted(BACKENDS))}."
+            f"there is no backend {name!r}", hint=f"use one of: {', '.join(sorted(BACKENDS))}"
         )
     module, _, attribute = BACKENDS[name].partition(":")
     try:
@@ -102,11 +110,11 @@ def open_backend(name: str) -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the backend {name!r} needs the package {error.name}",
-            hint=f'Install it: pip install -e ".[{name}]".',
+            hint=f'install it: pip install -e ".[{name}]"',
         ) from error
 
 
 def close_backend(backend: Any) -> None:
-    """Ends what a backend keeps open: engines, connections. The embedded one keeps nothing."""
+    """Close engines and connections of a backend; hf has nothing to close."""
     if hasattr(backend, "close"):
         backend.close()

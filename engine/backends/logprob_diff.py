@@ -1,9 +1,9 @@
-"""Is a teacher the same one as before, or as another engine's? Asked by what it says.
+"""Fingerprint of a model by its log-probs on a fixed probe, and log-prob differences of scorings.
 
-A served model has no weights to digest. What identifies it is how it behaves: its log-probs on a
-fixed probe, compared with those that were kept when its scores were begun. Engines do not repeat
-themselves to the bit (a batch of another size adds up in another order), so the tolerance is a
-control: the same rows scored twice by the same engine, in another order and in other batches.
+The weights of a remote model cannot be hashed. Its identity is its fingerprint, compared with the
+one that was stored when its scores were begun. Engines are not reproducible bit by bit (another
+batch size changes the order of a sum), so the tolerance is measured: the engine scores the same
+rows twice, in another order and in other batches.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ import numpy as np
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.models.fingerprint import (
-    CEILING,
-    CONTROL_TIMES,
-    FLOOR,
-    LIKELY,
+    MAX_SPREAD,
+    MIN_PROB,
+    MIN_TOLERANCE,
+    SPREAD_FACTOR,
     ModelFingerprint,
 )
 from logitcask.engine.store.format import ragged
@@ -25,14 +25,15 @@ from logitcask.engine.types import LENGTH, Array, Prompt, Rollouts, ScoreParams,
 
 PROBE_ROWS = 16
 PROBE_IDS = 64
-"""The probe is of the first ids, which every vocabulary has: what it is over may differ."""
+"""The probe has only ids below this, which every vocabulary has."""
 PROBE_K = 4
-"""Best ids of a row that the probe keeps: few enough for every record of a store."""
+"""Top-k of a probe row: small enough to store with every segment."""
 
 
 def probe_rollouts(n_vocab: int, sequences: int = 1, rows: int = PROBE_ROWS) -> Rollouts:
-    """Sequences that no tokenizer is needed for, the same whenever they are asked for; the first
-    is the probe. Each is a prompt of one token and a response of `rows`.
+    """Build deterministic sequences of one prompt token and `rows` response tokens.
+
+    They need no tokenizer. The first sequence is the probe of the fingerprint.
     """
     step = np.arange(1, rows + 2)
     ids = (step * 7919 + np.arange(sequences)[:, None] * 104_729) % min(n_vocab, PROBE_IDS)
@@ -50,14 +51,13 @@ def probe_rollouts(n_vocab: int, sequences: int = 1, rows: int = PROBE_ROWS) -> 
 
 
 def probe_request(n_vocab: int, k: int = PROBE_K) -> ScoreParams:
-    """Up to k best ids: where ids of a padded head are among them, a row has fewer."""
+    """Return a request for up to k best ids a row; ids of a padded head reduce their number."""
     return ScoreParams(top_p=1.0, k_min=1, k_max=min(k, n_vocab), at_student=False)
 
 
-def behaviour(scorer: Scorer, n_vocab: int) -> ModelFingerprint:
-    """How a scorer behaves on the probe; one short sequence."""
+def fingerprint(scorer: Scorer, n_vocab: int) -> ModelFingerprint:
+    """Score the probe, one short sequence, and return the fingerprint."""
     scores = scorer.score(probe_rollouts(n_vocab), probe_request(n_vocab))
-    # Where ids of a padded head were among the best, a row has fewer.
     ids, valid = ragged.matrix(scores.ids, scores.cnt, 0)
     lp, _ = ragged.matrix(scores.entry_lp, scores.cnt, -np.inf)
     last = np.where(valid, lp, np.inf).min(1, keepdims=True)
@@ -68,25 +68,25 @@ def behaviour(scorer: Scorer, n_vocab: int) -> ModelFingerprint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogprobDiff:
-    """Two scorings of the same rows, at ids above LIKELY that both name."""
+    """Log-prob differences of two scorings of the same rows, at shared ids above MIN_PROB."""
 
     largest: float
     """Nats."""
     mean: float
     compared: int
-    """Log-probs."""
+    """Number of log-probs."""
     same_best: float
-    """Share of rows whose likeliest id is the same."""
+    """Share of rows with the same best id."""
 
 
-def compare(a: Scores, b: Scores) -> LogprobDiff:
-    """Scores of the same rollouts, by two engines or twice by one; entries are best ids."""
+def compare_scores(a: Scores, b: Scores) -> LogprobDiff:
+    """Compare two scorings of the same rollouts; their entries are top-k ids."""
     place = ragged.find(b.ids.astype(np.uint32), b.cnt, a.ids.astype(np.uint32), a.cnt)
-    there = place >= 0
-    twin = (np.repeat(ragged.starts(b.cnt)[:-1], a.cnt.astype(np.int64)) + place)[there]
-    likely = a.entry_lp[there] > np.log(LIKELY)
-    gap = np.abs(a.entry_lp[there].astype(np.float64) - b.entry_lp[twin])[likely]
-    sampled = a.lp > np.log(LIKELY)
+    shared = place >= 0
+    in_b = (np.repeat(ragged.starts(b.cnt)[:-1], a.cnt.astype(np.int64)) + place)[shared]
+    likely = a.entry_lp[shared] > np.log(MIN_PROB)
+    gap = np.abs(a.entry_lp[shared].astype(np.float64) - b.entry_lp[in_b])[likely]
+    sampled = a.lp > np.log(MIN_PROB)
     gap = np.concatenate([gap, np.abs(a.lp.astype(np.float64) - b.lp)[sampled]])
     first_a, first_b = ragged.starts(a.cnt)[:-1], ragged.starts(b.cnt)[:-1]
     both = (a.cnt > 0) & (b.cnt > 0)
@@ -99,41 +99,42 @@ def compare(a: Scores, b: Scores) -> LogprobDiff:
     )
 
 
-def control(scorer: Scorer, rollouts: Rollouts, request: ScoreParams) -> LogprobDiff:
-    """The scorer against itself: all sequences at once, then backwards and in two batches."""
+def self_consistency(scorer: Scorer, rollouts: Rollouts, request: ScoreParams) -> LogprobDiff:
+    """Compare a scorer with itself: all sequences at once, then reversed and in two batches."""
     count = len(rollouts.finish)
     once = scorer.score(rollouts, request)
     halves = [each for each in np.array_split(np.arange(count)[::-1], 2) if len(each)]
-    again = [scorer.score(part_of(rollouts, half), request) for half in halves]
-    # Back in the order of the first, so that rows stand beside their own.
+    again = [scorer.score(select_sequences(rollouts, half), request) for half in halves]
     order = np.concatenate(halves)
-    return compare(once, scores_of(joined(again), rollouts.lengths()[order], np.argsort(order)))
+    restored = select_scores(concat_scores(again), rollouts.lengths()[order], np.argsort(order))
+    return compare_scores(once, restored)
 
 
-def first_rows(rollouts: Rollouts, rows: int) -> Rollouts:
-    """The first sequences, of at most so many rows together, but one at least."""
+def take_rows(rollouts: Rollouts, rows: int) -> Rollouts:
+    """Return the first sequences with at most `rows` rows together, but at least one sequence."""
     lengths = rollouts.lengths()
-    return part_of(rollouts, np.arange(max(1, int((np.cumsum(lengths) <= rows).sum()))))
+    return select_sequences(rollouts, np.arange(max(1, int((np.cumsum(lengths) <= rows).sum()))))
 
 
 def tolerance(spread: float) -> float:
-    """Nats that two scorings of one model may differ by, where it differs from itself by `spread`.
+    """Return the nats that two scorings of one model may differ by.
 
-    Raises IdentityError for an engine so unsteady that another model could hide behind it.
+    spread: the largest difference of the engine from itself. Raises IdentityError for a spread
+    that could hide another model.
     """
-    allowed = max(FLOOR, CONTROL_TIMES * spread)
-    if allowed > CONTROL_TIMES * CEILING:
+    allowed = max(MIN_TOLERANCE, SPREAD_FACTOR * spread)
+    if allowed > SPREAD_FACTOR * MAX_SPREAD:
         raise IdentityError(
             f"the engine differs from itself by {spread:.3g} nats when it scores the same rows in "
-            f"another order, and {CEILING} is the most that can be told from another model",
-            hint="Serve it in float32 or bfloat16, without quantisation of the cache, or ask "
-            "for batch-invariant kernels (VLLM_BATCH_INVARIANT=1).",
+            f"another order, and above {MAX_SPREAD} another model cannot be detected",
+            hint="serve it in float32 or bfloat16, without a quantised cache, or with "
+            "batch-invariant kernels (VLLM_BATCH_INVARIANT=1)",
         )
     return allowed
 
 
-def part_of(rollouts: Rollouts, sequences: Sequence[int] | Array) -> Rollouts:
-    """These sequences alone, in this order, without the student's own scores of them."""
+def select_sequences(rollouts: Rollouts, sequences: Sequence[int] | Array) -> Rollouts:
+    """Return these sequences in this order, without the student's scores."""
     rows = [np.arange(rollouts.seq_off[i], rollouts.seq_off[i + 1]) for i in np.asarray(sequences)]
     flat = np.concatenate([np.zeros(0, np.int64), *rows])
     index = np.asarray(sequences, np.int64)
@@ -153,8 +154,8 @@ def part_of(rollouts: Rollouts, sequences: Sequence[int] | Array) -> Rollouts:
     )
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
-    """Scores of one part of some rollouts after another."""
+def concat_scores(parts: Sequence[Scores]) -> Scores:
+    """Concatenate scores of consecutive parts of some rollouts."""
     return Scores(
         **{
             name: np.concatenate([getattr(each, name) for each in parts])
@@ -163,8 +164,8 @@ def joined(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def scores_of(scores: Scores, lengths: Array, sequences: Sequence[int] | Array) -> Scores:
-    """Scores of these sequences alone, in this order; lengths: [N] rows of all that are scored."""
+def select_scores(scores: Scores, lengths: Array, sequences: Sequence[int] | Array) -> Scores:
+    """Return the scores of these sequences in this order; lengths: [N] rows of each sequence."""
     start = ragged.starts(lengths)
     rows = np.concatenate(
         [np.zeros(0, np.int64), *(np.arange(start[i], start[i + 1]) for i in sequences)]

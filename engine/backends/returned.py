@@ -1,14 +1,14 @@
-"""Engines that tell log-probs of some ids and never all logits: from their answers to scores.
+"""Scores from returned top-k log-probs: engines such as vLLM never return all logits.
 
-An engine such as vLLM answers for one sequence at a time: its best ids on every row, the sampled
-token, and ids that it was asked at. What no model can have computed is refused here, before it can
-reach a store. What such an engine does not say, the rest of the vocabulary, is bounded:
+Such an engine returns, for each row of a sequence, its best ids, the sampled token and chosen ids.
+An answer that no model can have computed is rejected here, before it reaches a store. The mass of
+the other ids is unknown, so it is bounded:
 
-  t        = 1 - sum of the masses of all known ids of the row, in float64. Where that is less than
+  t        = 1 - sum of the masses of all known ids of the row, in float64. If that is less than
              RESOLVED it is rounding, and t is from 0 to the lesser of RESOLVED and (V - n) m
   log_tail = log of the largest t, plus the known ids that are not kept
   entropy  in [H + t max(-log t, -log m), H - t log t + t log(V - n)], H = - sum p log p over the n
-             known ids, m the smallest of the best ids: what is not among them is not likelier
+             known ids, m the smallest of the best ids: no other id is likelier
 """
 
 from dataclasses import dataclass
@@ -21,36 +21,36 @@ from logitcask.engine.store.format import ragged
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 
 RESOLVED = 1e-6
-"""Mass: what float32 log-probs leave open in 1 - sum of their masses."""
+"""Mass: resolution of 1 - sum of the masses of float32 log-probs."""
 PADDING = 1e-6
-"""Mass of a row: more at ids of a padded head, and log-probs are of another law than they say."""
+"""Mass of a row at ids of a padded head; above it the log-probs are not of this vocabulary."""
 ROUNDING = 1e-3
-"""Of a mass, and nats of a log-prob above 0: what an engine's own arithmetic may be off by."""
+"""Rounding of the engine: of a mass, and nats of a log-prob above 0."""
 AGREE = 1e-3
-"""Nats, beside as much of the value: how far apart two log-probs of one id in one answer may be."""
+"""Nats, plus as much of the value: tolerance between two log-probs of one id in one answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What an engine says of one sequence's R response rows."""
+class ReturnedTopK:
+    """Log-probs that an engine returned for the R response rows of one sequence."""
 
     lp: Array
     """[R] float32, log-prob of the sampled token."""
     ids: Array
-    """[R, K] integers, its best ids, best first."""
+    """[R, K] integers, best ids, best first."""
     top_lp: Array
     """[R, K] float32, their log-probs."""
     at: Array | None = None
-    """[A] float32, flat, at the ids of `ResponseAssembler.asked`; None where there are none."""
+    """[A] float32, flat, at `ResponseAssembler.extra_ids`; None without extra ids."""
 
 
 class ResponseAssembler:
-    """The scores of P rows, filled one sequence after another, in any order."""
+    """The scores of P rows, written sequence by sequence in any order."""
 
     def __init__(
-        self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None, *, n_vocab: int
+        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None, *, n_vocab: int
     ) -> None:
-        assert request.entry_kind != "sampled", "who draws needs all logits"
+        assert request.entry_kind != "sampled", "drawing needs all logits"
         rows = rollouts.positions
         self.request, self.n_vocab = request, n_vocab
         self.tokens = rollouts.tokens.astype(np.int64)
@@ -60,81 +60,94 @@ class ResponseAssembler:
         self.cnt = np.zeros(rows, np.uint16)
         self.ids = np.zeros((rows, request.k_max), np.uint32)
         self.entry_lp = np.zeros((rows, request.k_max), np.float32)
-        self.at_cnt = None if at is None else at.cnt.astype(np.int64)
-        self.at_off = None if at is None else ragged.starts(at.cnt)
-        self.at_ids = None if at is None else at.ids.astype(np.uint32)
-        self.at = None if at is None else np.empty(len(at.ids), np.float32)
+        self.extra: IdLists | None = None
+        if extra_ids is not None:
+            self.extra = IdLists(
+                cnt=extra_ids.cnt.astype(np.int64), ids=extra_ids.ids.astype(np.uint32)
+            )
+            self.extra_off = ragged.starts(extra_ids.cnt)
+            self.extra_lp = np.empty(len(extra_ids.ids), np.float32)
 
     def rows(self, sequence: int) -> slice:
+        """Return the rows of a sequence."""
         return slice(int(self.seq_off[sequence]), int(self.seq_off[sequence + 1]))
 
-    def asked(self, sequence: int) -> IdLists | None:
-        """The ids that this sequence's rows are asked at."""
-        if self.at_cnt is None or self.at_off is None or self.at_ids is None:
+    def extra_ids(self, sequence: int) -> IdLists | None:
+        """Return the chosen ids of a sequence's rows."""
+        if self.extra is None:
             return None
-        rows = self.rows(sequence)
-        flat = slice(int(self.at_off[rows.start]), int(self.at_off[rows.stop]))
-        return IdLists(cnt=self.at_cnt[rows], ids=self.at_ids[flat])
+        return IdLists(
+            cnt=self.extra.cnt[self.rows(sequence)], ids=self.extra.ids[self._flat(sequence)]
+        )
 
-    def write(self, sequence: int, answer: Answer) -> None:
-        """Raises AnswerError, saying what is wrong, and writes nothing then."""
-        rows, asked = self.rows(sequence), self.asked(sequence)
+    def _flat(self, sequence: int) -> slice:
+        rows = self.rows(sequence)
+        return slice(int(self.extra_off[rows.start]), int(self.extra_off[rows.stop]))
+
+    def write(self, sequence: int, answer: ReturnedTopK) -> None:
+        """Check and write the answer of one sequence; AnswerError writes nothing."""
+        rows, extra = self.rows(sequence), self.extra_ids(sequence)
         tokens = self.tokens[rows]
-        check_answer(answer, tokens, asked, k=self.request.k_max, n_vocab=self.n_vocab)
-        # Ids of a padded head, or that the student does not know, are next to impossible to a model
-        # that does not use them.
+        check_answer(answer, tokens, extra, k=self.request.k_max, n_vocab=self.n_vocab)
+        # Ids of a padded head, or outside the student's vocabulary, must have next to no mass.
         lp, own = np.minimum(answer.lp, 0.0), answer.ids < self.n_vocab
-        ids, top_lp = best_first(answer.ids, np.minimum(answer.top_lp, 0.0), own)
-        beyond = float(np.exp(answer.top_lp, dtype=np.float64)[~own].sum()) if len(own) else 0.0
-        if beyond > PADDING * max(len(own), 1):
-            wrong(
-                f"ids from {self.n_vocab} on, which not both tokenizers have, with the mass "
-                f"{beyond / len(own):.2g} a row, so its log-probs are not of the {self.n_vocab}",
-                hint="Take a teacher with the student's tokenizer and a trained head, or load it "
-                "here (--model FOLDER), where its law can be cut to these ids.",
-            )
-        least = min(self.request.k_min, self.n_vocab)
-        if len(own) and int(own.sum(1).min()) < least:
-            wrong(
-                f"{int(own.sum(1).min())} best ids of a row that both tokenizers have, and "
-                f"k_min = {least}: ids of its padded head take the other places",
-                hint="Ask for a smaller --k-min than --k-max (with --entry-kind topp), so that "
-                "enough are left.",
-            )
+        ids, top_lp = sort_best_first(answer.ids, np.minimum(answer.top_lp, 0.0), own)
+        self._check_padding(answer, own)
         width = min(ids.shape[1], self.request.k_max)
         valid = np.arange(ids.shape[1]) < own.sum(1)[:, None]
         mass = np.where(valid, np.exp(top_lp, dtype=np.float64), 0.0)
         cnt = valid[:, :width].sum(1)
         if self.request.entry_kind == "topp" and self.request.top_p < 1.0:
-            wanted = (np.cumsum(mass, 1) < self.request.top_p).sum(1) + 1
-            cnt = np.minimum(cnt, np.maximum(wanted, self.request.k_min))
+            top_p_cnt = (np.cumsum(mass, 1) < self.request.top_p).sum(1) + 1
+            cnt = np.minimum(cnt, np.maximum(top_p_cnt, self.request.k_min))
         kept = np.arange(ids.shape[1]) < cnt[:, None]
 
         known = [(top_lp[valid], np.nonzero(valid)[0], kept[valid])]
         top = IdLists(cnt=valid.sum(1), ids=ids[valid].astype(np.uint32))
-        if asked is not None and answer.at is not None:
-            at_lp = np.minimum(answer.at, 0.0)
-            new = ragged.find(top.ids, top.cnt, asked.ids, asked.cnt) < 0
-            at_row = ragged.rows(asked.cnt)
-            known.append((at_lp[new], at_row[new], np.ones(int(new.sum()), bool)))
-            # An id that was asked at is inside, whether the row keeps it or not.
-            again = ragged.find(asked.ids, asked.cnt, top.ids, top.cnt) >= 0
-            known[0] = (known[0][0], known[0][1], known[0][2] | again)
-        alone = in_no_list(tokens, top, asked)
+        if extra is not None and answer.at is not None:
+            extra_lp = np.minimum(answer.at, 0.0)
+            new = ragged.find(top.ids, top.cnt, extra.ids, extra.cnt) < 0
+            extra_row = ragged.rows(extra.cnt)
+            known.append((extra_lp[new], extra_row[new], np.ones(int(new.sum()), bool)))
+            # A chosen id never counts for the tail, kept or not.
+            chosen = ragged.find(extra.ids, extra.cnt, top.ids, top.cnt) >= 0
+            known[0] = (known[0][0], known[0][1], known[0][2] | chosen)
+        alone = in_no_list(tokens, top, extra)
         known.append((lp[alone], np.nonzero(alone)[0], np.zeros(int(alone.sum()), bool)))
         entry_lp, row, inside = (np.concatenate(each) for each in zip(*known, strict=True))
 
         smallest = np.where(valid, top_lp, np.inf).min(1, initial=0.0)
-        check_law(entry_lp, row, smallest, self.n_vocab)
+        check_mass(entry_lp, row, smallest, self.n_vocab)
         log_tail, low, high = bounds(entry_lp, row, inside, smallest, self.n_vocab)
         self.lp[rows], self.cnt[rows], self.log_tail[rows] = lp, cnt, log_tail
         self.entropy[rows], self.entropy_hi[rows] = low, high
         self.ids[rows, :width], self.entry_lp[rows, :width] = ids[:, :width], top_lp[:, :width]
-        if self.at is not None and self.at_off is not None and answer.at is not None:
-            flat = slice(int(self.at_off[rows.start]), int(self.at_off[rows.stop]))
-            self.at[flat] = np.minimum(answer.at, 0.0)
+        if answer.at is not None:
+            self.extra_lp[self._flat(sequence)] = np.minimum(answer.at, 0.0)
+
+    def _check_padding(self, answer: ReturnedTopK, own: Array) -> None:
+        """Reject mass outside n_vocab, and rows with fewer than k_min ids inside."""
+        rows = len(own)
+        beyond = float(np.exp(answer.top_lp, dtype=np.float64)[~own].sum()) if rows else 0.0
+        if beyond > PADDING * max(rows, 1):
+            reject_answer(
+                f"ids from {self.n_vocab} on, which not both tokenizers have, with the mass "
+                f"{beyond / rows:.2g} a row, so its log-probs are not of the {self.n_vocab} ids",
+                hint="take a teacher with the student's tokenizer and a trained head, or load it "
+                "here (--model FOLDER), where its distribution can be restricted to these ids",
+            )
+        least = min(self.request.k_min, self.n_vocab)
+        if rows and int(own.sum(1).min()) < least:
+            reject_answer(
+                f"{int(own.sum(1).min())} best ids of a row that both tokenizers have, and "
+                f"k_min = {least}: the other places hold ids of its padded head",
+                hint="give a smaller --teacher-topk-min than "
+                "--teacher-topk-max (with --selection top-p), so that "
+                "enough are left",
+            )
 
     def scores(self) -> Scores:
+        """Return the scores of all rows."""
         kept = np.arange(self.ids.shape[1]) < self.cnt[:, None]
         return Scores(
             lp=self.lp,
@@ -144,17 +157,17 @@ class ResponseAssembler:
             cnt=self.cnt,
             ids=self.ids[kept],
             entry_lp=self.entry_lp[kept],
-            at_lp=self.at,
+            at_lp=None if self.extra is None else self.extra_lp,
         )
 
 
 def bounds(
     entry_lp: Array, row: Array, inside: Array, smallest: Array, n_vocab: int
 ) -> tuple[Array, Array, Array]:
-    """(log_tail, least entropy, most entropy), [R] each, as the file's head says.
+    """Return (log_tail, lower, upper bound of the entropy), [R] each; see the module's docstring.
 
-    entry_lp, row, inside: [n] log-probs of distinct known ids, whose row, and whether they belong
-    to what the tail is outside of; smallest: [R] the least log-prob of the best ids.
+    entry_lp, row, inside: [n] log-probs of distinct known ids, their rows, and False for ids that
+    belong to the tail; smallest: [R] smallest log-prob of the best ids.
     """
     count = len(smallest)
     value = entry_lp.astype(np.float64)
@@ -164,8 +177,8 @@ def bounds(
     finite = np.where(np.isfinite(value), value, 0.0)
     entropy = -np.bincount(row, weights=mass * finite, minlength=count)
     left = np.maximum(n_vocab - number, 0)
-    open_ = np.minimum(left * np.exp(smallest, dtype=np.float64), RESOLVED)
-    most = np.where(unknown < RESOLVED, open_, unknown)
+    unresolved = np.minimum(left * np.exp(smallest, dtype=np.float64), RESOLVED)
+    most = np.where(unknown < RESOLVED, unresolved, unknown)
     least = np.where(unknown < RESOLVED, 0.0, unknown)
     outside = np.bincount(row, weights=mass * ~inside, minlength=count)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -180,22 +193,23 @@ def bounds(
     return log_tail.astype(np.float32), low.astype(np.float32), high.astype(np.float32)
 
 
-def check_law(entry_lp: Array, row: Array, smallest: Array, n_vocab: int) -> None:
-    """Raises AnswerError where the ids that are not told could not hold what is left of a mass of
-    one, for none is likelier than the last of the best; arguments as of `bounds`.
+def check_mass(entry_lp: Array, row: Array, smallest: Array, n_vocab: int) -> None:
+    """Reject rows with a total mass below one, even if each unknown id had the smallest log-prob
+    of the best ids; arguments as of `bounds`.
     """
     known = np.bincount(row, np.exp(entry_lp, dtype=np.float64), minlength=len(smallest))
     others = np.maximum(n_vocab - np.bincount(row, minlength=len(smallest)), 0)
     most = known + others * np.exp(smallest, dtype=np.float64)
     if len(most) and most.min() < 1 - ROUNDING:
-        wrong(
+        reject_answer(
             f"log-probs of a row that add up to {most.min():.3g} at most",
-            hint="They are of no law: serve with --logprobs-mode raw_logprobs, vLLM's default.",
+            hint="serve with --logprobs-mode raw_logprobs, the default of vLLM: these are not "
+            "log-probs of a distribution",
         )
 
 
 def in_no_list(tokens: Array, *lists: IdLists | None) -> Array:
-    """[R] bool: rows whose sampled token stands in none of the lists."""
+    """Return [R] bool: True for rows with a sampled token that is in none of the lists."""
     alone = np.ones(len(tokens), bool)
     for each in lists:
         if each is not None:
@@ -204,79 +218,82 @@ def in_no_list(tokens: Array, *lists: IdLists | None) -> Array:
     return alone
 
 
-def best_first(ids: Array, lp: Array, own: Array) -> tuple[Array, Array]:
-    """[R, K] each: ids of `own` before others, the likelier first, the lower id among equals."""
+def sort_best_first(ids: Array, lp: Array, own: Array) -> tuple[Array, Array]:
+    """Sort [R, K] ids and log-probs: `own` first, likelier first, then the lower id."""
     order = np.lexsort((ids, -lp, ~own), axis=1)
     return np.take_along_axis(ids, order, 1), np.take_along_axis(lp, order, 1)
 
 
 def check_answer(
-    answer: Answer, tokens: Array, asked: IdLists | None, *, k: int, n_vocab: int
+    answer: ReturnedTopK, tokens: Array, extra_ids: IdLists | None, *, k: int, n_vocab: int
 ) -> None:
-    """Raises AnswerError unless a model can have said this of rows that sampled `tokens`."""
+    """Raise AnswerError for an answer that no model can give for rows with these tokens."""
     rows, width = len(tokens), min(k, n_vocab)
     if answer.lp.shape != (rows,) or answer.ids.shape != answer.top_lp.shape:
-        wrong(f"log-probs of {answer.lp.shape} tokens, and {rows} were asked for")
+        reject_answer(f"log-probs of {answer.lp.shape} tokens, and {rows} were requested")
     if answer.ids.ndim != 2 or answer.ids.shape[0] != rows or answer.ids.shape[1] < width:
-        wrong(f"best ids of shape {answer.ids.shape}, and [{rows}, {width}] were asked for")
-    if (answer.at is None) != (asked is None) or (
-        answer.at is not None and asked is not None and answer.at.shape != asked.ids.shape
+        reject_answer(f"best ids of shape {answer.ids.shape}, and [{rows}, {width}] was requested")
+    if (answer.at is None) != (extra_ids is None) or (
+        answer.at is not None and extra_ids is not None and answer.at.shape != extra_ids.ids.shape
     ):
-        said = None if answer.at is None else answer.at.shape
-        wrong(f"{said} log-probs at {0 if asked is None else len(asked.ids)} ids that were asked")
-    for name, values in (("the sampled token", answer.lp), ("a best id", answer.top_lp)):
+        shape = None if answer.at is None else answer.at.shape
+        count = 0 if extra_ids is None else len(extra_ids.ids)
+        reject_answer(f"{shape} log-probs at {count} chosen ids")
+    named = [("the sampled token", answer.lp), ("a best id", answer.top_lp)]
+    if answer.at is not None:
+        named.append(("a chosen id", answer.at))
+    for name, values in named:
         # NaN fails every comparison.
         if not (values <= ROUNDING).all():
-            wrong(f"a log-prob of {values[~(values <= ROUNDING)][0]} at {name}")
-    if answer.at is not None and not (answer.at <= ROUNDING).all():
-        wrong(f"a log-prob of {answer.at[~(answer.at <= ROUNDING)][0]} at an id that was asked")
+            reject_answer(f"a log-prob of {values[~(values <= ROUNDING)][0]} at {name}")
     if rows == 0:
         return
     if int(answer.ids.min()) < 0:
-        wrong(f"the id {int(answer.ids.min())}")
+        reject_answer(f"the id {int(answer.ids.min())}")
     if (np.diff(np.sort(answer.ids, 1), axis=1) == 0).any():
-        wrong("one id twice among the best of a row")
+        reject_answer("one id twice among the best of a row")
     with np.errstate(invalid="ignore"):  # from -inf to -inf
         if (np.diff(answer.top_lp, axis=1) > ROUNDING).any():
-            wrong("best ids that are not in the order of their log-probs")
+            reject_answer("best ids that are not in the order of their log-probs")
     mass = np.exp(answer.top_lp, dtype=np.float64).sum(1)
     if not (mass <= 1 + ROUNDING).all():
-        wrong(f"best ids of a row with the mass {float(mass.max()):.6f}")
-    _check_twins(answer, tokens, asked)
+        reject_answer(f"best ids of a row with the mass {float(mass.max()):.6f}")
+    _check_duplicates(answer, tokens, extra_ids)
 
 
-def _check_twins(answer: Answer, tokens: Array, asked: IdLists | None) -> None:
-    """An id that an answer names twice has one log-prob, and one that it leaves out is no better
-    than those that it names."""
+def _check_duplicates(answer: ReturnedTopK, tokens: Array, extra_ids: IdLists | None) -> None:
+    """Reject two log-probs of one id, and an id outside the best ids that is likelier than them."""
     pairs = [("the sampled token", tokens, np.arange(len(tokens)), answer.lp)]
-    if asked is not None and answer.at is not None:
-        rows = ragged.rows(asked.cnt)
-        pairs.append(("an id that was asked", asked.ids.astype(np.int64), rows, answer.at))
+    if extra_ids is not None and answer.at is not None:
+        rows = ragged.rows(extra_ids.cnt)
+        pairs.append(("a chosen id", extra_ids.ids.astype(np.int64), rows, answer.at))
     for name, ids, rows, lp in pairs:
         for block in range(0, len(ids), 1 << 14):
             part = slice(block, block + (1 << 14))
-            top = answer.ids[rows[part]]
-            there = top == ids[part][:, None]
-            listed = there.any(1)
-            twin = answer.top_lp[rows[part], there.argmax(1)]
+            equal = answer.ids[rows[part]] == ids[part][:, None]
+            listed = equal.any(1)
+            listed_lp = answer.top_lp[rows[part], equal.argmax(1)]
             last = answer.top_lp[rows[part], -1]
             ours = lp[part]
             with np.errstate(invalid="ignore"):
-                # Two -inf are NaN apart, which is not off; one is, whatever the other is.
-                size = np.where(np.isfinite(twin), np.abs(twin), 0.0)
-                off = np.abs(ours - twin) > AGREE + AGREE * size
+                # The difference of two -inf is NaN, which does not count as off.
+                size = np.where(np.isfinite(listed_lp), np.abs(listed_lp), 0.0)
+                off = np.abs(ours - listed_lp) > AGREE + AGREE * size
             if (listed & off).any():
                 i = int(np.flatnonzero(listed & off)[0])
-                wrong(f"two log-probs of one id, {twin[i]} among the best and {ours[i]} at {name}")
+                reject_answer(
+                    f"two log-probs of one id, {listed_lp[i]} among the best and {ours[i]} "
+                    f"at {name}"
+                )
             if (~listed & (ours > last + AGREE)).any():
-                wrong(f"a log-prob at {name} above that of the last of the best ids")
+                reject_answer(f"a log-prob at {name} above that of the last of the best ids")
 
 
-def wrong(what: str, hint: str = "") -> NoReturn:
-    """Refuses an answer."""
+def reject_answer(what: str, hint: str = "") -> NoReturn:
+    """Raise AnswerError for an answer with `what` in it."""
     raise AnswerError(
         f"the engine answered {what}",
         hint=hint
-        or "Nothing of it was stored. Check the engine's version and flags "
-        "(`logitcask doctor teacher`), and run the same command again.",
+        or "check the engine's version and flags (`logitcask doctor teacher`), and run the same "
+        "command again; nothing of this answer was stored",
     )

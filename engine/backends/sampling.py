@@ -1,10 +1,10 @@
 """Sampling from a causal model: our own batched loop over its KV cache.
 
-The law of a token is the model's softmax over [0, n_vocab) after the steps that `SamplingParams`
-names, in the order of transformers' generate: repetition penalty, temperature, top-k, top-p, min-p.
-Nothing else takes part; a model's generation_config is not read. A token is the inverse of that
-law's distribution function at a uniform number of the sequence's own, so a sequence does not depend
-on who shares its batch (up to the rounding of the forward pass).
+The distribution of a token is the model's softmax over [0, n_vocab) after the steps of
+`SamplingParams`, in the order of transformers' generate: repetition penalty, temperature, top-k,
+top-p, min-p. There are no other steps, and a model's generation_config is not read. A token is
+drawn by the inverse of its cumulative distribution at a uniform number. Each sequence has its own
+uniform numbers, so it does not depend on its batch (up to the rounding of the forward pass).
 """
 
 import hashlib
@@ -30,42 +30,45 @@ from logitcask.engine.types import LENGTH, STOP, Prompt, Rollouts, SamplingParam
 
 
 class Network(Protocol):
-    """What sampling needs of a loaded model. Shapes: B sequences, L tokens, R rows."""
+    """A loaded model, as sampling and scoring use it. B sequences, L tokens, R rows."""
 
     device: torch.device
 
-    def new_cache(self) -> Any: ...
+    def new_cache(self) -> Any:
+        """Return an empty KV cache."""
 
     def hidden(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """[B, L] tokens, [B, past + L] mask, [B, L] positions -> [B, L, D]."""
+        """Return hidden states [B, L, D]; ids, positions: [B, L]; mask: [B, past + L]."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, D] -> [R, n_vocab] float32, a tensor of the caller's own."""
+        """Return logits [R, n_vocab] float32 of [R, D]; the caller may overwrite them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
+    """One sampled sequence."""
+
     ids: list[int]
     """As sampled, the stop token included."""
     b_lp: list[float]
-    """Log-probs under the law sampled from, nats; 0 where decoding is greedy."""
+    """Log-probs under the distribution sampled from, nats; 0 for greedy decoding."""
     stopped: bool
 
 
-def own_seed(seed: int, prompt: str, sample: int, version: int) -> int:
-    """64 bits, signed, of one sequence's own: whatever else is sampled beside it."""
+def sequence_seed(seed: int, prompt: str, sample: int, version: int) -> int:
+    """Return the seed of one sequence: 64 bits, signed, independent of other sequences."""
     key = hashlib.sha256(canonical([seed, prompt, sample, version])).digest()
     return int.from_bytes(key[:8], "little", signed=True)
 
 
 def uniforms(seed: int, prompt: str, sample: int, version: int, count: int) -> Tensor:
-    """[count] float64 in [0, 1): all the randomness of one sequence, on the CPU."""
-    generator = torch.Generator().manual_seed(own_seed(seed, prompt, sample, version))
+    """Return [count] float64 in [0, 1): all random numbers of one sequence, on the CPU."""
+    generator = torch.Generator().manual_seed(sequence_seed(seed, prompt, sample, version))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
-def law(sampling: SamplingParams) -> LogitsProcessorList:
-    """Logits -> logits of the law that is sampled from; of greedy decoding: that is maximised."""
+def distribution(sampling: SamplingParams) -> LogitsProcessorList:
+    """Return the steps from logits to those that are sampled from, or maximised if greedy."""
     steps: list[Any] = []
     if sampling.repetition_penalty != 1.0:
         steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -81,14 +84,14 @@ def law(sampling: SamplingParams) -> LogitsProcessorList:
     return LogitsProcessorList(steps)
 
 
-def draw(scores: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling. scores [B, V], u [B] in [0, 1) -> ids [B], log-probs [B] float64."""
-    log_p = scores.double().log_softmax(-1)
+def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw by the inverse CDF: logits [B, V], u [B] in [0, 1) -> ids [B], log-probs [B] float64."""
+    log_p = logits.double().log_softmax(-1)
     p = log_p.exp()
-    # A parallel prefix sum may rise by an ulp where p is zero; such an id must never be drawn.
+    # A parallel prefix sum may rise by an ulp where p is zero; such an id must not be drawn.
     cdf = torch.where(p > 0, p.cumsum(-1), 0.0).cummax(-1).values
     ids = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)
-    ids = ids.clamp(max=scores.shape[1] - 1)  # only NaN gets there; the caller finds it
+    ids = ids.clamp(max=logits.shape[1] - 1)  # only for NaN, which the caller has rejected
     return ids[:, 0], log_p.gather(1, ids)[:, 0]
 
 
@@ -100,14 +103,14 @@ def sample_batch(
     sampling: SamplingParams,
     stop_ids: Sequence[int],
 ) -> list[Response]:
-    """One response to each prompt. draws: [B, max_new_tokens] uniform numbers.
+    """Sample one response to each prompt. draws: [B, max_new_tokens] uniform numbers.
 
-    Raises ModelError where the model's logits are not numbers.
+    Raises ModelError for logits that are not finite.
     """
     new = sampling.max_new_tokens
     length = max(map(len, prompts))
-    # Padding on the left repeats the prompt's first token: attention does not see it, and a
-    # repetition penalty, which looks at ids alone, meets no id that the prompt does not hold.
+    # Padding on the left repeats the prompt's first token: the mask hides it from attention, and
+    # a repetition penalty, which reads all ids, sees no id that is not in the prompt.
     ids = torch.tensor([[p[0]] * (length - len(p)) + list(p) for p in prompts])
     ids = torch.cat([ids, ids.new_zeros(len(prompts), new)], 1).to(net.device)  # [B, L + new]
     pad = torch.tensor([length - len(p) for p in prompts], device=net.device)
@@ -115,29 +118,29 @@ def sample_batch(
     mask = (column >= pad[:, None]).long()
     positions = (column - pad[:, None]).clamp(min=0)
     draws, stops = draws.to(net.device), torch.tensor(stop_ids, device=net.device)
-    steps, greedy = law(sampling), sampling.temperature == 0.0
+    steps, greedy = distribution(sampling), sampling.temperature == 0.0
 
     b_lp = torch.zeros(len(prompts), new, device=net.device)
     tokens = torch.zeros(len(prompts), new, dtype=torch.int64, device=net.device)
     lengths = torch.full((len(prompts),), new, device=net.device)
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=net.device)
-    # Rows of the running batch: which sequence each is, and whether it has finished.
+    # Per row of the running batch: the index of its sequence, and True if it has finished.
     row = torch.arange(len(prompts), device=net.device)
     done = torch.zeros_like(stopped)
     cache, past = net.new_cache(), 0
     for t in range(new):
         end = length + t
         last = net.hidden(ids[:, past:end], mask[:, :end], positions[:, past:end], cache)[:, -1]
-        scores = net.logits(last)
-        check(scores)
-        scores = steps(cast(torch.LongTensor, ids[:, :end]), scores)
+        logits = net.logits(last)
+        check_finite(logits)
+        logits = steps(cast(torch.LongTensor, ids[:, :end]), logits)
         if greedy:
-            token, lp = scores.argmax(-1), torch.zeros(len(row), device=net.device)
+            token, lp = logits.argmax(-1), torch.zeros(len(row), device=net.device)
         else:
-            token, lp = draw(scores, draws[row, t])
+            token, lp = draw(logits, draws[row, t])
         ids[:, end], past = token, end
-        live = row[~done]
-        tokens[live, t], b_lp[live, t] = token[~done], lp[~done].float()
+        running = row[~done]
+        tokens[running, t], b_lp[running, t] = token[~done], lp[~done].float()
         ended = torch.isin(token, stops) & ~done
         lengths[row[ended]], stopped[row[ended]] = t + 1, True
         done |= ended
@@ -157,20 +160,20 @@ def sample_batch(
 
 
 def check_room(prompts: Sequence[Prompt], new: int, context: int) -> None:
-    """Raises PromptError for a prompt that leaves no room for `new` tokens."""
+    """Raise PromptError for a prompt that leaves no room for `new` tokens."""
     for prompt in prompts:
         if len(prompt.token_ids) + new > context:
             raise PromptError(
                 f"prompt {prompt.id!r} has {len(prompt.token_ids)} tokens, and with "
-                f"max_new_tokens={new} that is more than the model's context of {context}",
-                hint="Lower max_new_tokens, or leave out the long prompts.",
+                f"max_new_tokens={new} this is more than the model's context of {context}",
+                hint="lower max_new_tokens, or leave out the long prompts",
             )
 
 
-def rolled(
+def build_rollouts(
     prompts: Sequence[Prompt], of: Sequence[int], responses: Sequence[Response], version: int
 ) -> Rollouts:
-    """of: [N] which prompt each of the N responses answers."""
+    """Build rollouts of N responses; of: [N] index of each response's prompt."""
     lengths = [len(r.ids) for r in responses]
     positions = sum(lengths)
     return Rollouts(
@@ -186,10 +189,10 @@ def rolled(
     )
 
 
-def check(logits: Tensor) -> None:
-    """Raises ModelError where a row of logits has no finite maximum."""
+def check_finite(logits: Tensor) -> None:
+    """Raise ModelError for a row of logits without a finite maximum."""
     if not logits.amax(-1).isfinite().all():
         raise ModelError(
             "the model's logits hold NaN or infinity",
-            hint="Its weights are damaged, or its dtype is too narrow for it: try float32.",
+            hint="try float32, or load the weights again: they may be damaged",
         )

@@ -17,7 +17,7 @@ from logitcask.engine.teachers.remote import (
     check_padding,
     check_tokenizer,
     is_remote,
-    served_ref,
+    remote_model_ref,
     urls_of,
 )
 from logitcask.engine.teachers.token_maps import SharedVocabulary, shared_vocabulary
@@ -25,10 +25,12 @@ from logitcask.engine.teachers.verified import VerifiedTeacher
 from logitcask.engine.types import ModelRef, ScoreParams
 
 
-def backend(model: ModelRef, run: Run, *, exact: bool = True, known: int | None = None) -> Any:
+def backend(
+    model: ModelRef, run: Run, *, exact: bool = True, tokenizer_vocab: int | None = None
+) -> Any:
     """The sampler and scorer that [run] names, with this model loaded. exact: scores from all
-    logits, where the backend has a choice; known: ids that its tokenizer has, if more than
-    model.n_vocab.
+    logits, where the backend has a choice; tokenizer_vocab: number of ids of its tokenizer, if
+    more than model.n_vocab.
     """
     name = _embedded(run)
     choice = {"exact": exact} if name == "vllm" else {}
@@ -37,7 +39,7 @@ def backend(model: ModelRef, run: Run, *, exact: bool = True, known: int | None 
         device=run.device,
         dtype=run.dtype,
         batch_tokens=run.batch_tokens,
-        known=known,
+        tokenizer_vocab=tokenizer_vocab,
         **choice,
     )
 
@@ -76,16 +78,17 @@ class LoadedTeacher:
     def close(self) -> None:
         close_backend(self.scorer)
 
-    def asked(self, settings: Score, seed: int) -> tuple[ScoreParams, tuple[str, ...]]:
+    def score_params(self, settings: Score, seed: int) -> tuple[ScoreParams, tuple[str, ...]]:
         """What [score] asks of it, and notes on what it cannot answer. Raises ConfigError where
         nothing is left without that.
         """
-        request = settings.request(seed)
+        request = settings.params(seed)
         if "at_ids" in self.scorer.capabilities or not request.at_student:
             return request, ()
-        if settings.at != "student":
+        if settings.extra_ids:
             raise ConfigError(
-                f"at = {settings.at}, and {self.model.name} cannot be asked at chosen ids here",
+                f"extra_ids = {settings.extra_ids}, and {self.model.name} cannot be "
+                f"asked at chosen ids here",
                 hint="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use "
                 "the backend hf",
             )
@@ -129,7 +132,7 @@ def open_teacher(
             )
     own = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
     model, shared, notes = _shared(own, student, teacher.student_tokenizer)
-    scorer = backend(model, run, exact=exact, known=own.n_vocab)
+    scorer = backend(model, run, exact=exact, tokenizer_vocab=own.n_vocab)
     return LoadedTeacher(model=model, scorer=scorer, shared=shared, notes=tuple(notes))
 
 
@@ -147,9 +150,9 @@ def _open_served(
             hint="leave --backend out, or give a model folder or hub id",
         )
     open_backend("server")  # says which package is missing
-    from logitcask.engine.backends.server import Limits, Server, read_key
+    from logitcask.engine.backends.server import Limits, ServerScorer, read_key
 
-    server = Server(
+    server = ServerScorer(
         urls_of(teacher.model),
         served=teacher.served,
         key=read_key(teacher.api_key_file),
@@ -157,10 +160,10 @@ def _open_served(
         cancel=cancel,
     )
     try:
-        check_declared(teacher.revision, server.facts.fingerprint)
-        model = served_ref(
-            server.facts.served,
-            server.facts.root,
+        check_declared(teacher.revision, server.info.fingerprint)
+        model = remote_model_ref(
+            server.info.served,
+            server.info.root,
             tokenizer=teacher.tokenizer,
             revision=teacher.revision,
             chat_template=template,

@@ -11,20 +11,19 @@ from logitcask.engine.config.sections import Prompts, Rollout, Run, Student
 from logitcask.engine.config.training import Eval, Train
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.models import identity
-from logitcask.engine.objectives import PRESETS, Bounds, Preset, parse_objective
-from logitcask.engine.prompts.graders import Decode, Grading, open_grader
+from logitcask.engine.objectives import PRESETS, Preset, parse_objective
+from logitcask.engine.prompts.graders import Decode, Grader, open_grader
 from logitcask.engine.prompts.prompts import chat_template_for, load_tokenizer, read_prompts
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.inspect import choose, choose_teacher
 from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet
-from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.types import ModelRef, Prompt
 
 
-def pin_of(store: Store, text: str) -> Snapshot:
-    """The pin that a person names: a log number, or a tag."""
-    return store.pin(int(text) if text.isdecimal() else text)
+def snapshot_of(store: Store, text: str) -> Snapshot:
+    """The snapshot that a person names: a log number, or a tag."""
+    return store.snapshot(int(text) if text.isdecimal() else text)
 
 
 def student_and_prompts(
@@ -57,7 +56,7 @@ def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> Eval
     )
     return EvalPlan(
         prompts=prompts,
-        sampling=settings.sampling(),
+        sampling=settings,
         grader=open_grader(settings.grader, prompts),
         grader_name=settings.grader,
         decode=_decoder(tokenizer),
@@ -73,24 +72,24 @@ def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSe
 
     Raises ConfigError where the choice is not clear, IncompleteError where there is none.
     """
-    named = (settings.store, settings.rollouts, settings.teacher, settings.pin)
+    named = (settings.store, settings.rollouts, settings.teacher, settings.snapshot)
     if all(each is None for each in named):
         return None
     store = open_store(settings.store or url)
-    pin = store.head() if settings.pin is None else pin_of(store, settings.pin)
+    snapshot = store.head() if settings.snapshot is None else snapshot_of(store, settings.snapshot)
     return HeldOutSet(
         store=store,
         rollouts=choose(
-            pin.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
+            snapshot.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
         ),
-        teacher=choose_teacher(pin, settings.teacher, what="eval-teacher", where=store.url),
-        base=base if base in pin.names("score") else None,
-        pin=None if settings.pin is None else pin,
+        teacher=choose_teacher(snapshot, settings.teacher, what="eval-teacher", where=store.url),
+        base=base if base in snapshot.names("score") else None,
+        snapshot=None if settings.snapshot is None else snapshot,
         every=settings.every,
     )
 
 
-def grading_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> Grading | None:
+def grader_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> Grader | None:
     """Who gives responses their rewards, as [rollout] says; None where it names nobody.
 
     Raises as open_grader does.
@@ -99,7 +98,7 @@ def grading_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> 
         return None
     grader = open_grader(rollout.grader, prompts)
     decode = _decoder(load_tokenizer(model.path))
-    return Grading(name=rollout.grader, grader=grader, decode=decode)
+    return Grader(name=rollout.grader, grader=grader, decode=decode)
 
 
 def _decoder(tokenizer: Any) -> Decode:
@@ -128,17 +127,17 @@ def _read(
     )
 
 
-def student_of(student: Student, pin: Snapshot, rollouts: str) -> ModelRef:
+def student_of(student: Student, snapshot: Snapshot, rollouts: str) -> ModelRef:
     """The reference of a student to be trained on these rollouts."""
     return identity.model_ref(
-        student.model, revision=student.revision, chat_template=rendered(pin, rollouts)
+        student.model, revision=student.revision, chat_template=rendered(snapshot, rollouts)
     )
 
 
-def rendered(pin: Snapshot, rollouts: str) -> bool:
-    segments = pin.rollouts(rollouts)
+def rendered(snapshot: Snapshot, rollouts: str) -> bool:
+    segments = snapshot.rollouts(rollouts)
     if not segments:
-        known = ", ".join(pin.names("rollout")) or "none"
+        known = ", ".join(snapshot.names("rollout")) or "none"
         raise IncompleteError(
             f"the store holds no rollouts named {rollouts!r}; it has: {known}",
             hint="run `logitcask rollout` first, or give --rollouts one of these",
@@ -157,30 +156,4 @@ def find_objective(settings: Train) -> Preset:
             f"--objective {settings.objective}: no preset of this name",
             hint=f"the nearest is {near}; known: {', '.join(PRESETS)}",
         )
-    return parse_objective(settings.objective, k=settings.k)
-
-
-def train_settings(settings: Train, run: Run) -> TrainSettings:
-    """[train] and [run] as the trainer takes them."""
-    return TrainSettings(
-        lr=settings.lr,
-        epochs=settings.epochs,
-        tokens_per_batch=settings.tokens_per_batch,
-        accumulation=settings.accumulation,
-        schedule=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        beta2=settings.beta2,
-        max_grad_norm=settings.max_grad_norm,
-        seed=run.seed,
-        dtype=run.dtype,
-        lora_rank=settings.lora,
-        metric_share=settings.metric_share,
-        aggregation=settings.aggregation,
-        bounds=Bounds(
-            action=settings.hard_bound,
-            min_coverage=settings.min_coverage,
-            max_drift=settings.max_drift,
-        ),
-        save_steps=settings.save_steps,
-    )
+    return parse_objective(settings.objective, k=settings.loss_topk)

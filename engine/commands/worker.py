@@ -1,6 +1,6 @@
-"""Workers that stay: `rollout --watch` and `score --watch`.
+"""Workers that stay: `rollout --worker` and `score --worker`.
 
-They do the same units as the commands without --watch, by claims, and look again when nothing is
+They do the same units as the commands without --worker, by claims, and look again when nothing is
 left: for rollouts that appeared meanwhile, or for a new version of the student.
 """
 
@@ -11,20 +11,21 @@ import time
 from collections.abc import Collection
 
 from logitcask.engine.backends.base import close_backend
-from logitcask.engine.commands.resolve import grading_of, rendered, student_and_prompts
-from logitcask.engine.commands.stages import rolling, scoring
+from logitcask.engine.commands.resolve import grader_of, rendered, student_and_prompts
+from logitcask.engine.commands.rollout import rollout_request
+from logitcask.engine.commands.score import score_request
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig, StoreSection
 from logitcask.engine.config.teacher import Work
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
 from logitcask.engine.models import identity
 from logitcask.engine.rollout.plan import plan_rollouts
-from logitcask.engine.rollout.unit import RolloutRequest, Unit, run_rollout_unit
+from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
 from logitcask.engine.score.plan import plan_scores
-from logitcask.engine.score.unit import ScoreUnit, score_unit
+from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import Snapshot, Store, holds_store, open_store
-from logitcask.engine.types import ModelRef, Progress, silent
-from logitcask.engine.workers.worker import Plan, WorkReport, WorkSettings, run_worker
+from logitcask.engine.types import ModelRef, Progress, no_progress
+from logitcask.engine.workers.worker import WorkPlan, WorkReport, WorkSettings, run_worker
 
 _NOTHING = WorkReport(
     units=0, positions=0, seconds=0.0, positions_per_second=0.0, failed=0, first_error=""
@@ -32,73 +33,75 @@ _NOTHING = WorkReport(
 
 
 def watch_scores(
-    job: ScoreConfig,
+    config: ScoreConfig,
     *,
     stop: threading.Event,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
 ) -> WorkReport:
-    """`logitcask score --watch`: waits for the store and the rollouts where they are not there yet,
-    and for a teacher's servers.
+    """Score what appears; wait for the store, for rollouts and for the teacher's servers.
 
     Raises as `run_score` does, and ConfigError for what has a meaning only when all rollouts are
     there.
     """
-    if job.score.prompt_template is not None or job.score.ids_file() is not None:
+    if config.score.prompt_template is not None or config.score.ids_file() is not None:
         raise ConfigError(
-            "watch with prompt_template or at = ids:FILE, which are about all rollouts at once",
-            hint="leave --watch out and score when they are all there; --context FILE can watch",
+            "watch with prompt_template or a file of extra_ids, which are about all "
+            "rollouts at once",
+            hint="leave --worker out and score when they are all there; --context FILE can watch",
         )
-    if (opened := _awaited(job.store, job.work, stop, on_event)) is None:
+    if (opened := _awaited(config.store, config.work, stop, on_event)) is None:
         return _NOTHING
-    store, pin = opened
+    store, snapshot = opened
     try:
-        asked = scoring(job, store, pin, CancelToken(on_event, stop))
+        request = score_request(config, store, snapshot, CancelToken(on_event, stop))
     except Cancelled:
         return _NOTHING
     said = warn_once(on_event)
 
-    def plan(given_up: Collection[str]) -> Plan[ScoreUnit]:
-        found = plan_scores(asked, store.head(), growing=True)
+    def plan(given_up: Collection[str]) -> WorkPlan[ScoreUnit]:
+        found = plan_scores(request, store.head(), growing=True)
         for note in found.notes:
             said(note)
-        return Plan(units=found.missing, done=found.total - len(found.missing), total=found.total)
+        return WorkPlan(
+            units=found.missing, done=found.total - len(found.missing), total=found.total
+        )
 
     def work(key: str, unit: ScoreUnit) -> int:
-        return score_unit(asked, key, unit, lineage)
+        return run_score_unit(request, key, unit, lineage)
 
     try:
-        lineage = asked.lineage()
+        lineage = request.lineage()
         return run_worker(
             store,
             plan,
             work,
-            settings=_settings(job.work),
+            settings=_settings(config.work),
             stage="score",
             stop=stop,
             progress=progress,
             on_event=on_event,
         )
     finally:
-        close_backend(asked.scorer)
+        close_backend(request.scorer)
 
 
 def watch_rollouts(
-    job: RolloutConfig,
+    config: RolloutConfig,
     *,
     stop: threading.Event,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
 ) -> WorkReport:
-    """`logitcask rollout --watch`. Prompts are read and checked before any weight is loaded.
+    """Sample what is missing, version after version; prompts are checked before weights load.
 
     Raises as `run_rollout` does, and IdentityError where the student's folder comes to hold another
     model than a later version of the same.
     """
-    students = _Students(job, on_event)
+    students = _Students(config, on_event)
     store = students.store
 
-    def work(key: str, unit: Unit) -> int:
+    def work(key: str, unit: RolloutUnit) -> int:
         return run_rollout_unit(students.now(), key, unit).positions
 
     try:
@@ -106,7 +109,7 @@ def watch_rollouts(
             store,
             students.plan,
             work,
-            settings=_settings(job.work),
+            settings=_settings(config.work),
             stage="rollout",
             stop=stop,
             progress=progress,
@@ -119,47 +122,47 @@ def watch_rollouts(
 class _Students:
     """The student's folder, version after version, and what is to be sampled from each."""
 
-    def __init__(self, job: RolloutConfig, on_event: EventHandler) -> None:
-        self._job, self._on_event, self._said = job, on_event, warn_once(on_event)
+    def __init__(self, config: RolloutConfig, on_event: EventHandler) -> None:
+        self._config, self._on_event, self._said = config, on_event, warn_once(on_event)
         self._model, self._prompts, self._template = student_and_prompts(
-            job.student, job.prompts, job.rollout
+            config.student, config.prompts, config.rollout
         )
-        self._grading = grading_of(job.rollout, self._model, self._prompts)
-        self._asked: RolloutRequest | None = self._load(self._model)
-        self.store = self._asked.store
+        self._grading = grader_of(config.rollout, self._model, self._prompts)
+        self._request: RolloutRequest | None = self._load(self._model)
+        self.store = self._request.store
         self._odd = ""
         """What was wrong with the folder at the last look: it may be in the middle of a save."""
 
     def close(self) -> None:
         """Ends what the student that is loaded keeps open."""
-        if self._asked is not None:
-            close_backend(self._asked.sampler)
-        self._asked = None
+        if self._request is not None:
+            close_backend(self._request.sampler)
+        self._request = None
 
     def now(self) -> RolloutRequest:
-        assert self._asked is not None, "a plan has units of a loaded student"
-        return self._asked
+        assert self._request is not None, "a plan has units of a loaded student"
+        return self._request
 
-    def plan(self, given_up: Collection[str]) -> Plan[Unit]:
+    def plan(self, given_up: Collection[str]) -> WorkPlan[RolloutUnit]:
         """What is missing of this version; of the next one as soon as nothing is."""
-        pin = self.store.head()
-        missing = self._missing(pin)
+        snapshot = self.store.head()
+        missing = self._missing(snapshot)
         if not missing.keys() - given_up and self._moved():
-            missing = self._missing(pin)
-        total = 0 if self._asked is None else len(self._asked.units)
+            missing = self._missing(snapshot)
+        total = 0 if self._request is None else len(self._request.units)
         done = total - len(missing)
-        most = self._job.work.max_unscored
-        if most and (waiting := _unscored(pin, self._job.store.rollouts)) > most:
+        most = self._config.work.max_unscored
+        if most and (waiting := _unscored(snapshot, self._config.store.rollouts)) > most:
             self._said(f"{waiting} units wait for scores, more than {most}: none is begun")
-            return Plan(units={}, done=done, total=total)
-        return Plan(units=missing, done=done, total=total)
+            return WorkPlan(units={}, done=done, total=total)
+        return WorkPlan(units=missing, done=done, total=total)
 
-    def _missing(self, pin: Snapshot) -> dict[str, Unit]:
-        return {} if self._asked is None else plan_rollouts(self._asked, pin)
+    def _missing(self, snapshot: Snapshot) -> dict[str, RolloutUnit]:
+        return {} if self._request is None else plan_rollouts(self._request, snapshot)
 
     def _load(self, model: ModelRef) -> RolloutRequest:
-        return rolling(
-            self._job, model, self._prompts, self._template, self._grading, versions=True
+        return rollout_request(
+            self._config, model, self._prompts, self._template, self._grading, versions=True
         )
 
     def _moved(self) -> bool:
@@ -170,7 +173,7 @@ class _Students:
                 return False
             # Two students need not fit side by side.
             self.close()
-            asked = self._loaded_whole(found)
+            request = self._loaded_whole(found)
         except (ModelError, IdentityError) as error:
             # A save moves file by file. What is wrong twice in a row is no save.
             if self._odd == error.cause:
@@ -178,29 +181,29 @@ class _Students:
             self._odd = error.cause
             return False
         self._odd = ""
-        if asked is None:
+        if request is None:
             return False
-        self._model, self._asked = found, asked
+        self._model, self._request = found, request
         self._on_event(f"student version {found.version} of {found.name}")
         return True
 
     def _loaded_whole(self, found: ModelRef) -> RolloutRequest | None:
         """That version, loaded; None where the folder was saved again meanwhile."""
-        asked = self._load(found)
+        request = self._load(found)
         whole = False
         try:
             whole = identity.weights_digest(found.path) == found.digest
         finally:
             if not whole:
-                close_backend(asked.sampler)
-        return asked if whole else None
+                close_backend(request.sampler)
+        return request if whole else None
 
     def _later(self) -> ModelRef | None:
         """The student that the folder holds now, None where it is no later one than the last."""
         was, path = self._model, self._model.path
-        card, weights = identity.read_card(path), identity.weights_digest(path)
+        card, weights = identity.read_metadata(path), identity.weights_digest(path)
         version, root = (0, weights) if card is None else (card["version"], card["root"])
-        if self._asked is not None and (version, weights) == (was.version, was.digest):
+        if self._request is not None and (version, weights) == (was.version, was.digest):
             self._odd = ""
             return None
         if root != was.root or version < was.version:
@@ -215,8 +218,8 @@ class _Students:
                 hint="let training finish its save, or remove what is no version of this student",
             )
         return identity.model_ref(
-            self._job.student.model,
-            revision=self._job.student.revision,
+            self._config.student.model,
+            revision=self._config.student.revision,
             chat_template=self._template,
         )
 
@@ -233,11 +236,11 @@ def _awaited(
         late = work.idle_exit and time.monotonic() - begun_s >= work.idle_exit
         if late or holds_store(where.url):
             store = open_store(where.url)
-            pin = store.head()
-            if pin.rollouts(where.rollouts):
-                return store, pin
+            snapshot = store.head()
+            if snapshot.rollouts(where.rollouts):
+                return store, snapshot
             if late:
-                rendered(pin, where.rollouts)
+                rendered(snapshot, where.rollouts)
             said(f"waiting for rollouts named {where.rollouts!r} in {where.url}")
         else:
             said(f"waiting for a store at {where.url}")
@@ -245,16 +248,16 @@ def _awaited(
     return None
 
 
-def _unscored(pin: Snapshot, name: str) -> int:
-    scored = {each.base for each in pin.segments if each.base}
-    return sum(each.seg_id not in scored for each in pin.rollouts(name))
+def _unscored(snapshot: Snapshot, name: str) -> int:
+    scored = {each.base for each in snapshot.segments if each.base}
+    return sum(each.seg_id not in scored for each in snapshot.rollouts(name))
 
 
 def _settings(work: Work) -> WorkSettings:
     return WorkSettings(
-        worker=work.worker or f"{socket.gethostname()}-{os.getpid()}",
-        lease_s=work.lease,
+        worker=work.worker_name or f"{socket.gethostname()}-{os.getpid()}",
+        lease_s=work.lease_seconds,
         poll_s=work.poll,
-        attempts=work.attempts,
+        attempts=work.max_attempts,
         idle_s=work.idle_exit,
     )

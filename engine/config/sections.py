@@ -5,9 +5,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from logitcask.engine.config.section import Name, Positive, Section, Share
+from logitcask.engine.config.section import Name, Positive, Section
 from logitcask.engine.config.teacher import Score, Teacher, Work
-from logitcask.engine.config.training import Ablate, Eval, Loop, Probe, Train
+from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Probe, Train
 from logitcask.engine.types import SamplingParams
 
 
@@ -42,30 +42,8 @@ class StoreSection(Section):
     )
 
 
-class Rollout(Section):
-    n: Positive = Field(4, description="Responses per prompt.")
-    temperature: float = Field(
-        1.0, ge=0, description="Sampling temperature; 0 = greedy, for evaluation."
-    )
-    top_p: Share = Field(
-        1.0, description="Nucleus that is sampled from. Below 1 the student sees fewer states."
-    )
-    sample_top_k: int = Field(
-        0, ge=0, description="Sample from so many most likely ids; 0 = all. Not --student-k."
-    )
-    min_p: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Drop ids under this share of the most likely id's probability.",
-    )
-    repetition_penalty: float = Field(
-        1.0, gt=0, description="Divides the logits of ids already seen; 1 = off."
-    )
-    max_new_tokens: Positive = Field(
-        512, description="Response tokens at most, stop token included."
-    )
-    student_k: Positive = Field(
+class Rollout(SamplingParams):
+    student_topk: Positive = Field(
         16,
         description="Ids of the student's own top-k kept per position. The teacher is asked at "
         "these, so objectives with the student's support can use no larger k.",
@@ -91,32 +69,24 @@ class Rollout(Section):
         "positions. Smaller loses less work when killed and makes more files.",
     )
 
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            n=self.n,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.sample_top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            max_new_tokens=self.max_new_tokens,
-        )
-
 
 class Estimate(Section):
     sample: Positive = Field(
         4096, description="Response tokens to sample and score, about; more takes longer."
     )
-    k_max: Positive = Field(
+    teacher_topk_max: Positive = Field(
         256,
-        description="The largest k-max of the table; a server must allow as many log-probs "
+        description="The largest --teacher-topk-max of the table; a server must allow as "
+        "many log-probs "
         "(--max-logprobs), and 20 where it was not told otherwise.",
     )
 
 
 class Gc(Section):
     keep_days: float = Field(
-        30.0, ge=0, description="Every pin that was the newest within so many days stays readable."
+        30.0,
+        ge=0,
+        description="Every snapshot that was the newest within so many days stays readable.",
     )
     lease_hours: float = Field(
         24.0,
@@ -199,6 +169,7 @@ class TrainConfig(Section):
     student: Student
     store: StoreSection
     train: Train = Train()
+    lora: Lora = Lora()
     eval: Eval = Eval()
     run: Run = Run()
 
@@ -222,6 +193,7 @@ class RunConfig(Section):
     rollout: Rollout = Rollout()
     score: Score = Score()
     train: Train = Train()
+    lora: Lora = Lora()
     eval: Eval = Eval()
     loop: Loop
     run: Run = Run()

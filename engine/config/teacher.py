@@ -8,8 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from logitcask.engine.config.section import NAME, Name, Positive, Section, Share
 from logitcask.engine.types import ScoreParams
 
-GIVEN = "ids:"
-"""What stands before the name of a file of ids that a teacher is asked at."""
+IDS_FILE = r"\.jsonl"
+"""End of a file name with ids for the teacher; any other value of `extra_ids` is a name."""
 
 
 class Teacher(Section):
@@ -55,7 +55,7 @@ class Teacher(Section):
 
 
 class Score(Section):
-    role: Literal["teacher", "base", "context"] = Field(
+    teacher_kind: Literal["teacher", "base", "context"] = Field(
         "teacher",
         description="What the scores are for: of a teacher; of the model that a teacher was made "
         "from, for objectives that extrapolate; or of a teacher that is shown other prompts, "
@@ -63,12 +63,13 @@ class Score(Section):
     )
     context: Path | None = Field(
         None,
-        description="With --role context: JSONL file of prompts as for `rollout`, one for every id "
+        description="With --teacher-kind context: JSONL file of prompts as for `rollout`, "
+        "one for every id "
         "of the rollouts. The teacher scores the same responses after these.",
     )
     prompt_template: Path | None = Field(
         None,
-        description="With --role context, in place of --context: text file with the fields "
+        description="With --teacher-kind context, in place of --context: text file with the fields "
         "{prompt} and {answer} ({{ }} for braces), filled in from --prompts. It replaces a "
         "prompt's text, or that of its last user turn.",
         validate_default=True,
@@ -78,29 +79,31 @@ class Score(Section):
         description="With --prompt-template: the prompts file that `rollout` read.",
         validate_default=True,
     )
-    entry_kind: Literal["topp", "topk", "sampled"] = Field(
-        "topp",
-        description="Which of the teacher's ids are kept: its best up to --top-p, its best "
-        "--k-max, or --draws of its own. Drawn ones need a name of their own.",
+    selection: Literal["top-p", "top-k", "sampled"] = Field(
+        "top-p",
+        description="Which of the teacher's ids are kept: its best up to --teacher-top-p, its "
+        "best --teacher-topk-max, or --draws of its own. Drawn ones need a name of their own.",
     )
     draws: int = Field(
         0,
         ge=0,
         le=4096,
-        description="With --entry-kind sampled: ids drawn per position from the teacher's whole "
+        description="With --selection sampled: ids drawn per position from the teacher's whole "
         "softmax at temperature 1, with replacement, seeded by --seed.",
         validate_default=True,
     )
-    top_p: Share = Field(
-        0.999,
+    teacher_top_p: Share = Field(
+        ScoreParams().top_p,
         description="Of each position the teacher's best ids are kept until their mass reaches "
-        "this, between --k-min and --k-max.",
+        "this, between --teacher-topk-min and "
+        "--teacher-topk-max.",
     )
-    k_min: Positive = Field(
-        16, description="Ids kept at least: the teacher's top-k is exact for every k up to this."
+    teacher_topk_min: Positive = Field(
+        ScoreParams().k_min,
+        description="Ids kept at least: the teacher's top-k is exact for every k up to this.",
     )
-    k_max: Positive = Field(
-        64,
+    teacher_topk_max: Positive = Field(
+        ScoreParams().k_max,
         description="Ids kept at most: bounds the bytes of unsure positions.",
         validate_default=True,
     )
@@ -110,16 +113,15 @@ class Score(Section):
         "tail exactly, and answers at any ids; without, the teacher's own best log-probs are told, "
         "and entropy is an interval.",
     )
-    at: str = Field(
-        "student",
-        pattern=rf"{NAME}|^{GIVEN}.",
-        description="Ids that the teacher is asked at: student = the student's stored top ids; mc "
-        "= also those that it drew (rollout --mc-draws), kept in float32; NAME = also the top ids "
-        "of these other scores in the store, a later student's say; ids:FILE = also those of a "
-        'JSONL file, one {"prompt", "sample", "ids"} per response: a list of ids for each token.',
+    extra_ids: str = Field(
+        "",
+        pattern=rf"{NAME}|^$|{IDS_FILE}$",
+        description="Ids that the teacher scores besides the student's stored top ids: mc = those "
+        "that the student drew (rollout --mc-draws), kept in float32; NAME = the top ids of these "
+        "other scores in the store, for example of a later student; a file that ends in .jsonl = "
+        'its ids, one {"prompt", "sample", "ids"} per response: a list of ids for each token.',
     )
-
-    eos_rows: Literal["refuse", "keep"] = Field(
+    foreign_eos: Literal["refuse", "keep"] = Field(
         "refuse",
         description="Responses that end in a stop token that the teacher does not use: refuse; or "
         "keep, though it has next to no probability, one huge KL row in every such response.",
@@ -128,18 +130,20 @@ class Score(Section):
     @field_validator("context")
     @classmethod
     def _has_role(cls, context: Path | None, info: ValidationInfo) -> Path | None:
-        if context is not None and info.data.get("role") != "context":
-            raise ValueError("must be given with role = context, and with no other")
+        if context is not None and info.data.get("teacher_kind") != "context":
+            raise ValueError("must be given with teacher_kind = context, and with no other")
         return context
 
     @field_validator("prompt_template")
     @classmethod
     def _is_the_context(cls, template: Path | None, info: ValidationInfo) -> Path | None:
-        has_context = info.data.get("role") == "context"
+        has_context = info.data.get("teacher_kind") == "context"
         if has_context and (template is None) == (info.data.get("context") is None):
-            raise ValueError("role = context needs --context or --prompt-template, one of them")
+            raise ValueError(
+                "teacher_kind = context needs --context or --prompt-template, one of them"
+            )
         if template is not None and not has_context:
-            raise ValueError("must be given with role = context, and with no other")
+            raise ValueError("must be given with teacher_kind = context, and with no other")
         return template
 
     @field_validator("prompts")
@@ -152,80 +156,83 @@ class Score(Section):
     @field_validator("draws")
     @classmethod
     def _has_kind(cls, draws: int, info: ValidationInfo) -> int:
-        if (draws > 0) != (info.data.get("entry_kind") == "sampled"):
-            raise ValueError("must be 1 or more with entry_kind = sampled, and 0 with any other")
+        if (draws > 0) != (info.data.get("selection") == "sampled"):
+            raise ValueError("must be 1 or more with selection = sampled, and 0 with any other")
         return draws
 
-    @field_validator("at")
+    @field_validator("extra_ids")
     @classmethod
-    def _adds_to_best(cls, at: str, info: ValidationInfo) -> str:
-        if at != "student" and info.data.get("entry_kind") == "sampled":
-            raise ValueError("must be left out with entry_kind = sampled: draws are not added to")
-        return at
+    def _adds_to_best(cls, extra_ids: str, info: ValidationInfo) -> str:
+        if extra_ids and info.data.get("selection") == "sampled":
+            raise ValueError("must be left out with selection = sampled: draws are not added to")
+        return extra_ids
 
-    @field_validator("k_max")
+    @field_validator("teacher_topk_max")
     @classmethod
-    def _holds_k_min(cls, k_max: int, info: ValidationInfo) -> int:
-        # Training takes k_min at its word: every row must be able to hold so many.
-        if k_max < info.data.get("k_min", 0):
-            raise ValueError(f"must be k_min = {info.data['k_min']} or more")
-        return k_max
+    def _holds_k_min(cls, most: int, info: ValidationInfo) -> int:
+        # Training relies on teacher_topk_min: every row must be able to hold so many.
+        least = info.data.get("teacher_topk_min", 0)
+        if most < least:
+            raise ValueError(f"must be teacher_topk_min = {least} or more")
+        return most
 
-    def request(self, seed: int = 0) -> ScoreParams:
-        """seed: of ids that are drawn."""
-        if self.entry_kind == "sampled":
+    def params(self, seed: int) -> ScoreParams:
+        """Return the parameters of a scoring; `seed` is for drawn ids."""
+        if self.selection == "sampled":
             return ScoreParams(entry_kind="sampled", draws=self.draws, seed=seed, at_student=False)
-        if self.entry_kind == "topk":
-            return ScoreParams(entry_kind="topk", top_p=1.0, k_min=self.k_max, k_max=self.k_max)
-        return ScoreParams(top_p=self.top_p, k_min=self.k_min, k_max=self.k_max)
+        most = self.teacher_topk_max
+        if self.selection == "top-k":
+            return ScoreParams(entry_kind="topk", top_p=1.0, k_min=most, k_max=most)
+        return ScoreParams(top_p=self.teacher_top_p, k_min=self.teacher_topk_min, k_max=most)
 
-    def asked_at(self) -> str | None:
-        """`at` of the scoring stage, where it is a name."""
-        return None if self.at == "student" or self.ids_file() else self.at
+    def extra_name(self) -> str | None:
+        """Return `extra_ids` where it is a name in the store, None otherwise."""
+        return None if self.ids_file() else self.extra_ids or None
 
     def ids_file(self) -> Path | None:
-        """The file of `at`, where it is one."""
-        return Path(self.at.removeprefix(GIVEN)) if self.at.startswith(GIVEN) else None
+        """Return `extra_ids` where it is a file, None otherwise."""
+        return Path(self.extra_ids) if self.extra_ids.endswith(".jsonl") else None
 
 
 class Work(Section):
     """How a worker that watches a store behaves among others."""
 
-    watch: bool = Field(
+    worker: bool = Field(
         False,
         description="Stay, and do what is missing as it appears, beside any number of workers on "
         "the same store. SIGTERM ends it after the unit in hand, Ctrl-C at once.",
     )
-    worker: str = Field(
+    worker_name: str = Field(
         "",
         max_length=128,
-        description="With --watch: name of this worker in claims and failures; empty = host-pid.",
+        description="With --worker: name of this worker in claims and failures; empty = host-pid.",
     )
-    lease: float = Field(
+    lease_seconds: float = Field(
         600.0,
         gt=0,
-        description="With --watch: seconds after which the unit of a worker that shows no life is "
+        description="With --worker: seconds after which the unit of a worker that shows no life is "
         "taken over. Less than a stall of the store, and units are done twice.",
     )
     poll: float = Field(
         2.0,
         gt=0,
-        description="With --watch: seconds between two looks at a store with nothing to do.",
+        description="With --worker: seconds between two looks at a store with nothing to do.",
     )
-    attempts: Positive = Field(
+    max_attempts: Positive = Field(
         3,
-        description="With --watch: failures of a unit, of all workers together, after which it is "
+        description="With --worker: failures of a unit, of all workers together, after which it is "
         "left alone until `store retry-failed`; the command then ends with exit code 3.",
     )
     idle_exit: float = Field(
         0.0,
         ge=0,
-        description="With --watch: seconds with nothing to do after which the command ends; "
+        description="With --worker: seconds with nothing to do after which the command ends; "
         "0 = never.",
     )
     max_unscored: int = Field(
         0,
         ge=0,
-        description="With --watch: begin no unit while more than so many units of the name have no "
+        description="With --worker: begin no unit while more than so many units of the name "
+        "have no "
         "scores by any teacher; 0 = sample on. Bounds how far rollouts run ahead.",
     )

@@ -73,7 +73,7 @@ def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
             f"{path}: {error.strerror}", hint="give the path of a TOML file"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}", hint="mend the file there") from error
+        raise ConfigError(f"{path}: not TOML: {error}", hint="repair the file there") from error
     for text in overrides:
         _override(values, text)
     return _resolved(validate(kind, values, source=str(path)), path.parent)
@@ -94,7 +94,9 @@ def _override(values: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
-        raise ConfigError(f"--set {text}: not section.key=value", hint="e.g. --set train.lr=1e-5")
+        raise ConfigError(
+            f"--set {text}: not section.key=value", hint="e.g. --set train.learning_rate=1e-5"
+        )
     content = values.setdefault(section, {})
     if not isinstance(content, dict):
         raise ConfigError(

@@ -15,58 +15,53 @@ class Train(Section):
     )
     base: Name | None = Field(
         None,
-        description="Scores of the model that the teacher was made from (score --role base), for "
+        description="Scores of the model that the teacher was made "
+        "from (score --teacher-kind base), for "
         "objectives that look at them.",
     )
-    pin: str | None = Field(
+    snapshot: str | None = Field(
         None,
         description="Log number or tag of the store to train on; default: the newest when the run "
-        "begins. `logitcask store pin` shows it.",
+        "begins. `logitcask store snapshot` shows it.",
     )
     objective: str = Field(
         "overlap",
         description="Preset of the loss, with fields or modifiers as in gkd(parameter=0.1) or "
         "sampled_token+importance(cap=5); `logitcask objectives` shows all.",
     )
-    k: Positive | None = Field(
+    loss_topk: Positive | None = Field(
         None, description="Size of the objective's top-k support; default: the preset's own."
     )
-    lr: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
-    schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="What the learning rate does after the warm-up."
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="Learning rate after the warm-up."
     )
     warmup_steps: int = Field(0, ge=0, description="Updates over which the rate rises from 0.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    beta2: float = Field(0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    epochs: Positive = Field(1, description="Passes over the pinned rollouts.")
-    tokens_per_batch: Positive = Field(
+    num_train_epochs: Positive = Field(1, description="Passes over the rollouts of the snapshot.")
+    pack_length: Positive = Field(
         16384,
-        description="Tokens of one packed row, prompts included: one forward pass. Bounds memory.",
+        description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",
     )
-    accumulation: Positive = Field(
-        1, description="Packed rows per optimizer update and process; the loss is their token mean."
+    gradient_accumulation_steps: Positive = Field(
+        1, description="Packs per optimizer update and process; the loss is their token mean."
     )
-    lora: int = Field(
-        0,
-        ge=0,
-        description="Rank of LoRA adapters that are trained instead of all weights; 0 = off. The "
-        "saved model has them merged.",
-    )
-    metric_share: float = Field(
+    metrics_fraction: Share = Field(
         1 / 16,
-        gt=0,
-        le=1,
         description="Share of the positions that metrics are taken of, for objectives whose loss "
         "does not need the whole vocabulary; others take them of all.",
     )
     save_steps: Positive = Field(100, description="Updates between checkpoints.")
+    logging_steps: Positive = Field(1, description="Updates per line of metrics.jsonl.")
     aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = Field(
         "token-mean",
         description="Of an update's losses: over all tokens, or over sequences the mean of their "
         "means or of their sums. With the last two a token of a long response counts less or more.",
     )
-    hard_bound: Literal["off", "skip", "stop"] = Field(
+    staleness_action: Literal["off", "skip", "stop"] = Field(
         "off",
         description="Beyond --min-coverage or --max-drift, whichever the objective depends on: "
         "only warn, give a position no gradient, or end the run (exit code 3) by an update's mean.",
@@ -75,67 +70,80 @@ class Train(Section):
         0.80,
         ge=0,
         le=1,
-        description="Least share of the live student's mass that must have a score, for supports "
-        "in which the student has a say.",
+        description="Least share of the current student's mass that must have a score, for "
+        "supports that depend on the student.",
     )
     max_drift: float = Field(
-        0.2, gt=0, description="Largest drift from the student that drew, nats of k3, for draws."
+        0.2,
+        gt=0,
+        description="Largest approximate KL (k3, nats) between the student that sampled and the "
+        "current one, for objectives on sampled ids.",
     )
-    partial: bool = Field(False, description="Train on what is scored although units are missing.")
-    foreign_student: bool = Field(
+    partial: bool = Field(False, description="Train although some units have no scores yet.")
+    allow_off_lineage: bool = Field(
         False,
-        description="Allow a frozen student support although another model made the rollouts.",
+        description="Allow a stored student support although another model made the rollouts.",
     )
 
 
-class Eval(Section):
+class Lora(Section):
+    """Low-rank adapters, in the names of `peft.LoraConfig`."""
+
+    r: int = Field(
+        0,
+        ge=0,
+        description="Rank of LoRA adapters that are trained in place of all weights; 0 = off. The "
+        "saved model has them merged.",
+    )
+    alpha: Positive | None = Field(
+        None, description="LoRA scale times the rank; default: twice the rank."
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of the adapters' input in training."
+    )
+    target_modules: str = Field(
+        "all-linear",
+        description="Layers with adapters: all-linear = every linear layer but the head, or a "
+        "regular expression of their names.",
+    )
+
+
+class Eval(SamplingParams):
     prompts: Path | None = Field(
         None,
         description="Evaluate on this prompts file before the first update and after the last; "
-        "left out, no response is graded.",
+        "without it no response is graded.",
     )
     store: str | None = Field(
         None,
-        description="At the same moments, also take the objective's loss and all metrics of a "
-        "store that is not trained on: folder or URL. Left out with --eval-rollouts, the store "
-        "itself.",
+        description="At the same moments, also compute the objective's loss and all metrics on a "
+        "store that is not trained on: folder or URL. Without it, with --eval-rollouts: the "
+        "training store.",
     )
     rollouts: Name | None = Field(
-        None,
-        description="Set of rollouts that they are taken of; may be left out when there is one.",
+        None, description="Set of rollouts for that; optional when the store has one."
     )
     teacher: Name | None = Field(
-        None, description="Whose scores they are taken by; may be left out when there is one."
+        None, description="Teacher whose scores are used for that; optional when there is one."
     )
-    pin: str | None = Field(
+    snapshot: str | None = Field(
         None,
         description="Log number or tag of that store; default: the newest when the run begins.",
     )
     grader: str = Field(
         "exact",
-        description="Who gives a response its reward in [0, 1]: exact = its last \\boxed{}, "
-        '"Answer:", "####" or line is the prompt\'s "answer"; or MODULE:FUNCTION, installed code '
-        "called with (prompt, response).",
+        description="Grader of the responses, rewards in [0, 1]: exact = the response's last "
+        '\\boxed{}, "Answer:", "####" or line is the prompt\'s "answer"; or MODULE:FUNCTION, '
+        "installed code called with (prompt, response).",
     )
-    n: Positive = Field(16, description="Responses per evaluation prompt.")
     every: int = Field(
         0, ge=0, description="Evaluate also every so many updates; 0 = at both ends only."
     )
+    n: Positive = Field(16, description="Responses per evaluation prompt.")
     temperature: float = Field(
         0.7, ge=0, description="Sampling temperature of evaluation; 0 = greedy."
     )
     top_p: Share = Field(0.95, description="Nucleus that evaluation samples from.")
-    max_new_tokens: Positive = Field(
-        512, description="Tokens of an evaluation response at most, stop token included."
-    )
-
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            n=self.n,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens,
-        )
 
 
 class Ablate(Section):
@@ -161,15 +169,15 @@ class Probe(Section):
     teacher: Name | None = Field(
         None, description="Whose scores to measure by; may be left out when the store has one."
     )
-    pin: str | None = Field(
+    snapshot: str | None = Field(
         None, description="Log number or tag of the store to measure on; default: the newest."
     )
     bins: Positive = Field(
         1, description="Ranges of positions in the response that are shown apart, equally wide."
     )
-    tokens_per_batch: Positive = Field(
+    pack_length: Positive = Field(
         16384,
-        description="Tokens of one packed row, prompts included: one forward pass. Bounds memory.",
+        description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",
     )
 
 

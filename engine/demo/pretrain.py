@@ -24,7 +24,7 @@ NEAR_NATS = 0.4
 """No problem is solved while the loss per token is above this: an examination would be wasted."""
 
 
-class Learner(Protocol):
+class Pretrainer(Protocol):
     """What learns, can be examined, and can be taken back in time."""
 
     lr: float
@@ -43,8 +43,8 @@ class Learner(Protocol):
     def rewind(self, snapshot: Any) -> None: ...
 
 
-def learn_at_least(
-    learner: Learner,
+def pretrain_to_at_least(
+    pretrainer: Pretrainer,
     target: float,
     *,
     ready: float,
@@ -62,27 +62,27 @@ def learn_at_least(
     """
     spent, reached = 0, 0.0
     while spent < limit:
-        loss = learner.train(stride)
+        loss = pretrainer.train(stride)
         spent += stride
         progress(stage, spent, limit)
-        if loss > NEAR_NATS or learner.accuracy() < ready:
+        if loss > NEAR_NATS or pretrainer.accuracy() < ready:
             continue
-        before = learner.snapshot()
-        learner.train(slide, end=0.02)
+        before = pretrainer.snapshot()
+        pretrainer.train(slide, end=0.02)
         spent += slide
-        reached = learner.accuracy()
+        reached = pretrainer.accuracy()
         if reached >= target:
             progress(stage, limit, limit)
             return reached
-        learner.rewind(before)
+        pretrainer.rewind(before)
     raise LogitcaskError(
         f"{stage}: accuracy {reached:.1%} after {spent} steps, {target:.0%} is needed",
         hint="another --seed",
     )
 
 
-def learn_between(
-    learner: Learner,
+def pretrain_between(
+    pretrainer: Pretrainer,
     low: float,
     high: float,
     *,
@@ -98,30 +98,30 @@ def learn_between(
     after `limit` steps, those taken back included.
     """
     spent, reached = 0, 0.0
-    below = learner.snapshot()
+    below = pretrainer.snapshot()
     while spent < limit:
-        loss = learner.train(stride)
+        loss = pretrainer.train(stride)
         spent += stride
         progress(stage, spent, limit)
-        reached = learner.accuracy() if loss <= NEAR_NATS else 0.0
+        reached = pretrainer.accuracy() if loss <= NEAR_NATS else 0.0
         if low <= reached <= high:
             progress(stage, limit, limit)
             return reached
         if reached < low:
-            below = learner.snapshot()
+            below = pretrainer.snapshot()
             continue
-        learner.rewind(below)
+        pretrainer.rewind(below)
         if stride > 1:
             stride //= 2
         else:
-            learner.lr /= 2
+            pretrainer.lr /= 2
     raise LogitcaskError(
         f"{stage}: accuracy {reached:.1%} after {spent} steps, {low:.0%} to {high:.0%} is needed",
         hint="another --seed",
     )
 
 
-class Pupil:
+class TaskPretrainer:
     """A model that learns to write solutions from a stream of problems.
 
     Shapes: B problems of a batch, L tokens of a padded row.

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.commands.stages import run_rollout, run_score, run_train
+from logitcask.engine.commands.rollout import run_rollout
+from logitcask.engine.commands.score import run_score
+from logitcask.engine.commands.train import run_train
 from logitcask.engine.config.sections import (
     Prompts,
     Rollout,
@@ -35,7 +37,7 @@ from logitcask.engine.config.sections import (
 from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.config.training import Train
 from logitcask.engine.demo.models import Size, accuracy, make_model, make_tokenizer, save
-from logitcask.engine.demo.pretrain import Pupil, learn_at_least, learn_between
+from logitcask.engine.demo.pretrain import TaskPretrainer, pretrain_between, pretrain_to_at_least
 from logitcask.engine.demo.record import DemoResult, Record
 from logitcask.engine.demo.scale import FAST, FULL, Scale
 from logitcask.engine.demo.task import Task, write_prompts
@@ -45,7 +47,7 @@ from logitcask.engine.store import open_store
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.inspect import bytes_per_position
-from logitcask.engine.types import Array, Progress, ScoreParams, silent
+from logitcask.engine.types import Array, Progress, ScoreParams, no_progress
 
 Top = tuple[Array, Array]
 """([P, K] ids, [P, K] log-probs), best first."""
@@ -63,7 +65,7 @@ def run_demo(
     objective: str = "overlap",
     fast: bool = False,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> DemoResult:
     """Makes what `out` lacks, trains the student by `objective`, and measures it.
 
@@ -116,9 +118,9 @@ class Demo:
         """A teacher that is sure of its task, and a student that is half way."""
         scale = self.scale
 
-        def learn(pupil: Pupil) -> None:
-            learn_at_least(
-                pupil,
+        def learn(pretrainer: TaskPretrainer) -> None:
+            pretrain_to_at_least(
+                pretrainer,
                 TEACHER_AT_LEAST,
                 ready=0.8,
                 stride=25,
@@ -128,9 +130,9 @@ class Demo:
                 progress=self.progress,
             )
 
-        def half_learn(pupil: Pupil) -> None:
-            learn_between(
-                pupil,
+        def half_learn(pretrainer: TaskPretrainer) -> None:
+            pretrain_between(
+                pretrainer,
                 *STUDENT_BETWEEN,
                 stride=20,
                 limit=2000,
@@ -148,9 +150,9 @@ class Demo:
                 )
 
     def _make(
-        self, name: str, size: Size, batch: int, lr: float, learn: Callable[[Pupil], None]
+        self, name: str, size: Size, batch: int, lr: float, learn: Callable[[TaskPretrainer], None]
     ) -> None:
-        pupil = Pupil(
+        pretrainer = TaskPretrainer(
             make_model(size, self.seed),
             self.tokenizer,
             self.task.stream(name, self.seed),
@@ -159,9 +161,9 @@ class Demo:
             lr=lr,
             max_new_tokens=self.task.max_new_tokens,
         )
-        learn(pupil)
-        save(pupil.model, self.tokenizer, self.out / name)
-        self.record.accuracy[name] = self._accuracy(pupil.model)
+        learn(pretrainer)
+        save(pretrainer.model, self.tokenizer, self.out / name)
+        self.record.accuracy[name] = self._accuracy(pretrainer.model)
 
     def fill_store(self) -> None:
         """The student's rollouts of both sets of prompts, and the teacher's scores of them."""
@@ -175,7 +177,7 @@ class Demo:
                     job = ScoreConfig(
                         teacher=Teacher(model=str(self.out / "teacher"), name=TEACHER),
                         store=self._store(name),
-                        score=Score(k_min=K),
+                        score=Score(teacher_topk_min=K),
                         run=self.run,
                     )
                     run_score(job, progress=self.progress)
@@ -190,7 +192,7 @@ class Demo:
             rollout=Rollout(
                 n=self.scale.n,
                 max_new_tokens=self.task.max_new_tokens,
-                student_k=K,
+                student_topk=K,
                 unit_prompts=self.scale.unit_prompts,
             ),
             run=self.run,
@@ -206,12 +208,12 @@ class Demo:
             train=Train(
                 teacher=TEACHER,
                 objective=objective,
-                lr=1e-3,
-                schedule="cosine",
+                learning_rate=1e-3,
+                lr_scheduler_type="cosine",
                 warmup_steps=20,
-                beta2=0.98,
-                tokens_per_batch=self.scale.tokens_per_batch,
-                accumulation=self.scale.accumulation,
+                adam_beta2=0.98,
+                pack_length=self.scale.tokens_per_batch,
+                gradient_accumulation_steps=self.scale.accumulation,
                 save_steps=1000,
             ),
             run=self.run.model_copy(update={"out": folder}),
@@ -221,7 +223,7 @@ class Demo:
         with self.record.timing("evaluate"):
             trained = HF(model_ref(str(folder), chat_template=False), device="cpu", dtype="float32")
             after = self._accuracy(trained.model)
-            pin = open_store(self.out / "store").head()
+            snapshot = open_store(self.out / "store").head()
             (ratio_before, mass_before), (ratio_after, mass_after) = self._overlaps(trained)
         before, teacher = self.record.accuracy["student"], self.record.accuracy["teacher"]
         return DemoResult(
@@ -233,11 +235,11 @@ class Demo:
             overlap_ratio_after=ratio_after,
             overlap_mass_before=mass_before,
             overlap_mass_after=mass_after,
-            positions=sum(s.counts["P"] for s in pin.rollouts(MAIN)),
-            bytes_per_position=bytes_per_position(pin)["total"],
+            positions=sum(s.counts["P"] for s in snapshot.rollouts(MAIN)),
+            bytes_per_position=bytes_per_position(snapshot)["total"],
             seconds=self.record.seconds,
             objective=objective,
-            segments=len(pin.segments),
+            segments=len(snapshot.segments),
             reused=self.record.reused,
             out=self.out,
             fast=self.fast,
@@ -247,11 +249,11 @@ class Demo:
     def _overlaps(self, trained: HF) -> tuple[tuple[float, float], tuple[float, float]]:
         """(ratio, mass) before and after, on rollouts of `heldout`: the same rows for both."""
         store = open_store(self.out / "store")
-        pin = store.head()
-        scored = pin.scores(TEACHER)
+        snapshot = store.head()
+        scored = snapshot.scores(TEACHER)
         own_top = ScoreParams(top_p=1.0, k_min=K, k_max=K, at_student=False)
         before, after, teacher = [], [], []
-        for segment in pin.rollouts(HELDOUT):
+        for segment in snapshot.rollouts(HELDOUT):
             rollouts = store.read_rollouts(segment)
             assert rollouts.student is not None, "a committed rollout unit holds these"
             own, trained_now = rollouts.student, trained.score(rollouts, own_top)

@@ -8,17 +8,16 @@ loop that was killed meets its own rollouts again and, on a CPU, ends with the s
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from logitcask.engine.commands.load_teacher import LoadedTeacher, open_teacher
 from logitcask.engine.commands.resolve import (
     eval_plan,
     find_objective,
-    grading_of,
+    grader_of,
     held_out_set,
     student_and_prompts,
-    train_settings,
 )
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.config.teacher import Score
@@ -40,11 +39,15 @@ from logitcask.engine.store import Store, open_store
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
 from logitcask.engine.training.run_dir import check_same, read_run
-from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreParams, silent
+from logitcask.engine.training.settings import settings_record
+from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreParams, no_progress
 
 
 def distill(
-    config: RunConfig, *, progress: Progress = silent, on_event: EventHandler = lambda line: None
+    config: RunConfig,
+    *,
+    progress: Progress = no_progress,
+    on_event: EventHandler = lambda line: None,
 ) -> TrainReport:
     """Runs the rounds that `config` describes; the same call resumes.
 
@@ -60,14 +63,14 @@ def distill(
     model, prompts, template = student_and_prompts(config.student, config.prompts, config.rollout)
     check_loop(config, prompts)
     # What no teacher could serve is refused before the weights of one are read.
-    _verdict(config, preset, model, config.score.request(), bounds=False)
+    _verdict(config, preset, model, config.score.params(config.run.seed), bounds=False)
     teacher = open_teacher(
         config.teacher,
         config.run,
         model.lineage(),
         template=template,
         exact=config.score.exact,
-        k_max=config.score.k_max,
+        k_max=config.score.teacher_topk_max,
         cancel=CancelToken(on_event),
     )
     try:
@@ -88,28 +91,27 @@ def _distill(
 ) -> TrainReport:
     """`distill`, with the teacher open."""
     on_event = warn_once(on_event)  # every round scores, and has the same notes
-    request, notes = teacher.asked(config.score, config.run.seed)
+    request, notes = teacher.score_params(config.score, config.run.seed)
     for line in (*teacher.notes, *notes):
         on_event(line)
     width = rows_per_update(config, prompts)
-    sampling = config.rollout.sampling()
+    sampling = config.rollout
     exactness = _verdict(config, preset, model, request, "bounds" in teacher.scorer.capabilities)
     for line in exactness.lines():
         on_event(line)
-    grading = grading_of(config.rollout, model, prompts)
+    grader = grader_of(config.rollout, model, prompts)
     evaluation = eval_plan(config.eval, config.run, model, template)
     held_out = None
     if (asked := held_out_set(config.eval, config.store.url)) is not None:
-        held_out = hold_out(asked, model, preset, config.train.tokens_per_batch, _earlier(config))
+        held_out = hold_out(asked, model, preset, config.train.pack_length, _earlier(config))
         for line in held_out.exactness.lines():
             on_event(f"held out: {line}")
     store = open_store(config.store.url, create=True)
     loop = config.loop
-    settings = replace(
-        train_settings(config.train, config.run),
-        accumulation=width,
-        # A checkpoint inside a round would not know the student that sampled the round.
-        save_steps=-(-config.train.save_steps // loop.updates_per_round) * loop.updates_per_round,
+    # A checkpoint inside a round would not know the student that sampled the round.
+    save_steps = -(-config.train.save_steps // loop.updates_per_round) * loop.updates_per_round
+    settings = config.train.model_copy(
+        update={"gradient_accumulation_steps": width, "save_steps": save_steps}
     )
     identity = {
         "rollouts": config.store.rollouts,
@@ -118,7 +120,7 @@ def _distill(
             model,
             sampling,
             seed=config.run.seed,
-            student_k=config.rollout.student_k,
+            student_k=config.rollout.student_topk,
             mc_draws=config.rollout.mc_draws,
             grader=config.rollout.grader,
         ),
@@ -126,19 +128,14 @@ def _distill(
         "teacher": teacher.model.digest,
         "teacher_name": config.teacher.name,
         "request": asdict(request),
-        **({} if (at := config.score.asked_at()) is None else {"at": at}),
+        **({} if (at := config.score.extra_name()) is None else {"at": at}),
         "loop": loop.model_dump(),
     }
     # Rounds of two runs under one name would mix students that only share their version numbers.
-    run = {"settings": asdict(settings), "objective": preset.objective.record(), **identity}
+    record = settings_record(settings, config.lora, config.run)
+    run = {"settings": record, "objective": preset.objective.record(), **identity}
     check_name(store, config.store.rollouts, run)
-    desk = open_run_dir(
-        config.run.out,
-        model=model,
-        settings=settings,
-        overwrite=config.run.overwrite,
-        device=config.run.device,
-    )
+    desk = open_run_dir(model, settings, config.run)
     identity["store"] = store.uuid
     course = RunSpec(
         rows=lambda student: OnPolicyRows(
@@ -152,7 +149,7 @@ def _distill(
             request,
             width,
             run,
-            grading,
+            grader,
             progress,
             on_event,
         ),
@@ -170,6 +167,8 @@ def _distill(
         desk,
         model=model,
         settings=settings,
+        lora=config.lora,
+        run=config.run,
         config=config.model_dump(mode="json"),
         progress=progress,
     )
@@ -185,18 +184,18 @@ def _verdict(
     return check_exactness(
         preset,
         CacheInfo(
-            student_k=config.rollout.student_k,
-            k_min=config.score.k_min,
-            k_max=config.score.k_max,
+            student_k=config.rollout.student_topk,
+            k_min=config.score.teacher_topk_min,
+            k_max=config.score.teacher_topk_max,
             n_vocab=model.n_vocab,
             at_student=request.at_student,
-            at_mc=config.score.at == MC_IDS,
+            at_mc=config.score.extra_ids == MC_IDS,
             q_draws=config.score.draws,
             versions=(),  # renewed every round
             student_version=model.version,
             same_root=True,
             same_template=True,
-            plain_sampling=config.rollout.sampling().is_plain(),
+            plain_sampling=config.rollout.is_plain(),
             entropy_bounds=bounds,
         ),
     )
@@ -207,9 +206,16 @@ def _earlier(config: RunConfig) -> dict[str, Any] | None:
     return None if config.run.overwrite else read_run(config.run.out)
 
 
+_LOOP_DECIDES = (
+    *("gradient_accumulation_steps", "num_train_epochs", "teacher", "base", "snapshot"),
+    *("partial", "allow_off_lineage"),
+)
+"""Keys of [train] that a loop sets itself."""
+
+
 def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
     """ConfigError for a loop that could not run as it is written."""
-    longest, budget = _longest(config, prompts), config.train.tokens_per_batch
+    longest, budget = _longest(config, prompts), config.train.pack_length
     sequences = config.loop.prompts_per_round * config.rollout.n
     if config.loop.prompts_per_round > len(prompts):
         raise ConfigError(
@@ -219,10 +225,9 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
         )
     if longest > budget:
         raise ConfigError(
-            f"train.tokens_per_batch = {budget} is less than the longest prompt with its response, "
+            f"train.pack_length = {budget} is less than the longest prompt with its response, "
             f"{longest} tokens, and a sequence never spans rows",
-            hint=f"set train.tokens_per_batch to {longest} or more, or lower "
-            "rollout.max_new_tokens",
+            hint=f"set train.pack_length to {longest} or more, or lower rollout.max_new_tokens",
         )
     if config.loop.updates_per_round > sequences:
         raise ConfigError(
@@ -230,18 +235,18 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
             "responses, so some updates would have none",
             hint=f"set loop.updates_per_round to {sequences} or less",
         )
-    if config.score.at not in ("student", MC_IDS):
+    if config.score.extra_ids not in ("", MC_IDS):
         raise ConfigError(
-            f"score.at = {config.score.at}: distill does not take it",
+            f"score.extra_ids = {config.score.extra_ids}: distill does not take it",
             hint="leave it out, or give mc; every round is scored once, at the student's own ids",
         )
-    for key in ("role", "entry_kind"):
+    for key in ("teacher_kind", "selection"):
         if (value := getattr(config.score, key)) != Score.model_fields[key].default:
             raise ConfigError(
                 f"score.{key} = {value}: distill does not take it",
                 hint="leave it out; a loop trains on the best ids of one teacher",
             )
-    for key in ("accumulation", "epochs", "teacher", "base", "pin", "partial", "foreign_student"):
+    for key in _LOOP_DECIDES:
         if (value := getattr(config.train, key)) != Train.model_fields[key].default:
             raise ConfigError(
                 f"train.{key} = {value}: distill does not take it",
@@ -261,9 +266,9 @@ def rows_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
     )
     tokens = sequences * _longest(config, prompts)
     # A row of 60 bytes of scalars and tokens, and 10 for each entry of the two lists.
-    most = 60 + 10 * (config.rollout.student_k + config.score.k_max)
+    most = 60 + 10 * (config.rollout.student_topk + config.score.teacher_topk_max)
     windows = windows_at_most(tokens * most)
-    return min(sequences, 2 * tokens // config.train.tokens_per_batch + windows)
+    return min(sequences, 2 * tokens // config.train.pack_length + windows)
 
 
 def _longest(config: RunConfig, prompts: list[Prompt]) -> int:

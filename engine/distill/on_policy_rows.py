@@ -16,15 +16,15 @@ from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.events import EventHandler
 from logitcask.engine.models.load import live_digest
 from logitcask.engine.packing.batches import Ahead
-from logitcask.engine.packing.plan import Lengths, Plan, PlanKey, make_plan
+from logitcask.engine.packing.plan import Lengths, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
-from logitcask.engine.prompts.graders import Grading
+from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.rollout.plan import rollout
 from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Segment, Store
-from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreParams, silent
+from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreParams, no_progress
 
 
 class OnPolicyRows:
@@ -42,13 +42,13 @@ class OnPolicyRows:
         request: ScoreParams,
         width: int,
         run: Mapping[str, Any],
-        grading: Grading | None = None,
-        progress: Progress = silent,
+        grader: Grader | None = None,
+        progress: Progress = no_progress,
         on_event: EventHandler = lambda line: None,
     ) -> None:
         """`student` is the model in training, on its device; `request` what the teacher is asked;
         `width` the packed rows of an update; `run` what the name of the rollouts stands for;
-        `grading` who gives responses rewards; `progress` is told of the prompts of all rounds,
+        `grader` who gives responses rewards; `progress` is told of the prompts of all rounds,
         `on_event` the notes of every scoring.
         """
         self._student = student
@@ -61,11 +61,11 @@ class OnPolicyRows:
         self._request = request
         self._width = width
         self._run = run
-        self._grading = grading
+        self._grading = grader
         self._progress = progress
         self._on_event = on_event
         self._sampler = live_backend(student, model, config.run)
-        self._made: tuple[PackSource, list[Plan]]
+        self._made: tuple[PackSource, list[PackPlan]]
         self._ahead = Ahead(self._make)
 
     def prepare(self, step: int) -> None:
@@ -86,9 +86,9 @@ class OnPolicyRows:
                 teacher_name=self._config.teacher.name,
                 rollouts_name=self._config.store.rollouts,
                 request=self._request,
-                at=self._config.score.asked_at(),
+                at=self._config.score.extra_name(),
                 profile=self._config.store.profile,
-                eos_rows=self._config.score.eos_rows,
+                eos_rows=self._config.score.foreign_eos,
                 shared=self._teacher.shared,
                 lineage_extra=self._teacher.lineage_extra,
             ),
@@ -132,12 +132,12 @@ class OnPolicyRows:
                 model=live,
                 sampler=self._sampler,
                 prompts=self._prompts,
-                sampling=config.rollout.sampling(),
+                sampling=config.rollout,
                 name=config.store.rollouts,
                 seed=config.run.seed,
-                student_k=config.rollout.student_k,
+                student_k=config.rollout.student_topk,
                 mc_draws=config.rollout.mc_draws,
-                grading=self._grading,
+                grader=self._grading,
                 unit_prompts=config.rollout.unit_prompts or None,
                 profile=config.store.profile,
                 first=round_number * count % len(self._prompts),
@@ -149,7 +149,7 @@ class OnPolicyRows:
             progress=lambda stage, done, units: self._tell(stage, round_number, done, units),
         ).units_total
 
-    def _pack(self, live: ModelRef) -> tuple[PackSource, list[Plan]]:
+    def _pack(self, live: ModelRef) -> tuple[PackSource, list[PackPlan]]:
         """The round's own segments, packed for each of its updates."""
         config = self._config
 
@@ -158,19 +158,24 @@ class OnPolicyRows:
             student = segment.lineage["student"]
             return bool((student["weights"], student["version"]) == (live.digest, live.version))
 
-        pin = self._store.head()
+        snapshot = self._store.head()
         source = PackSource(
-            self._store, pin, config.store.rollouts, config.teacher.name, partial=True, only=ours
+            self._store,
+            snapshot,
+            config.store.rollouts,
+            config.teacher.name,
+            partial=True,
+            only=ours,
         )
         # The pin's number may differ between runs that share a store; the round may not.
         key = PlanKey(
-            pin=live.version,
-            pin_sha256=live.digest,
+            snapshot=live.version,
+            snapshot_sha256=live.digest,
             rollouts=config.store.rollouts,
             teacher=config.teacher.name,
             seed=config.run.seed,
             epochs=1,
-            tokens_per_batch=config.train.tokens_per_batch,
+            tokens_per_batch=config.train.pack_length,
         )
         rng = np.random.default_rng([config.run.seed, live.version])
         parts = deal(source.lengths(), config.loop.updates_per_round, rng)

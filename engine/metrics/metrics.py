@@ -1,222 +1,239 @@
-"""Numbers that say whether distillation works and what the cache knows of today's student.
+"""Metrics of a distillation: agreement of student and teacher, and coverage by the cache.
 
-Each is a function of [C, S] columns and the live top-k, and gives one value per row; the paper's
-E_t is the mean over positions, which the trainer takes. S(p) and S(q) are the top-k of the live
-student and of the teacher. A new metric is a function here and a line in METRICS.
+Each gives one value per row; the paper's E_t is the mean over rows, which the trainer takes. p is
+the current student, q the teacher; S(p) and S(q) are their top-k. Source: Rethinking On-Policy
+Distillation, arXiv 2604.13016, Eq.6-10. Its released code logs other quantities under similar
+names, see paper_code.py.
 
-Source: Rethinking On-Policy Distillation, arXiv 2604.13016, Eq.6-10. Its released code logs other
-quantities under similar names: there the advantage has the training weights, and masses are
-averaged over the rows with an overlap only.
+The k of a row: a teacher that kept fewer than k ids of a row leaves S(q) at k unknown. Both top-k
+are then taken at k' = min(k, n_kept), which is exact. With k <= k_min of the score request k' = k.
 
-The k of a row. A teacher that kept fewer than k ids of a row has not told us its S(q) at k. Both
-top-k are then taken at what it kept, k' = min(k, kept): that is exact, where padding S(q) would
-not be. With k <= k_min of the score request k' = k everywhere.
+To add a metric, write a function of MetricInput, an entry in METRICS and a worked example in the
+tests. Both paths read the table. The plain path calls every function. Fused kernels have summed
+over the overlap already: after them `from_sums` is used where an entry has it, and else the
+function. So a new metric needs no kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels.fused_objective import OverlapSums
-from logitcask.kernels.row_view import ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveInput
 
 METRIC_K = 16
 """The paper's k."""
 
 LOG_RATIO_BOUND = 20.0
-"""Largest |log ratio| that drift looks at: one mad row must not drown the mean (e^20 is 5e8)."""
+"""Bound of |log ratio| in approx_kl: one extreme row must not dominate the mean (e^20 is 5e8)."""
 
-OFF = -1e9
-"""Stands for log 0 where -inf would turn an empty support into NaN."""
-
-
-def renormalised(log_x: Tensor, on: Tensor) -> Tensor:
-    """log_x [C, S] normalised over the ids in `on`; about OFF elsewhere, never NaN by masking."""
-    return torch.where(on, log_x, OFF).log_softmax(-1)
+LOG_ZERO = -1e9
+"""Used for log 0 where -inf would turn an empty support into NaN."""
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """C rows seen from both sides; what the metrics share."""
+def renormalised(log_x: Tensor, mask: Tensor) -> Tensor:
+    """Normalise log_x [C, S] over the ids in `mask`; about LOG_ZERO elsewhere, never NaN by it."""
+    return torch.where(mask, log_x, LOG_ZERO).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class MetricInput:
+    """C rows of both models; the derived tensors are computed on first use."""
 
     view: ObjectiveInput
     rows: Targets
     """The same C rows."""
-    log_q: Tensor
-    """[C, S] rows.q_log_p in the dtype of the view."""
-    k: Tensor
-    """[C] int64, the k' of each row."""
-    both: Tensor
-    """[C, S] bool: I = S(p) & S(q) at k'."""
-    top_cached: Tensor
-    """[C, K] bool: the live top-k id is one whose teacher log-prob is stored."""
+    max_k: int
+    """The metrics' k, at most the number of the view's top ids."""
+    known_index: Tensor | None = None
+    """rows.topk_index(view.top_ids), if it is known already."""
+
+    @cached_property
+    def log_q(self) -> Tensor:
+        """[C, S] rows.q_log_p in the dtype of the view."""
+        return self.rows.q_log_p.to(self.view.log_p.dtype)
+
+    @cached_property
+    def topk_index(self) -> Tensor:
+        """[C, S] index of each id in the current top-k."""
+        index = self.known_index
+        return self.rows.topk_index(self.view.top_ids) if index is None else index
+
+    @cached_property
+    def k(self) -> Tensor:
+        """[C] int64, the k' of each row."""
+        return self.rows.n_kept.clamp(1, self.max_k)
+
+    @cached_property
+    def overlap(self) -> Tensor:
+        """[C, S] bool: I = S(p) & S(q) at k'."""
+        return (self.topk_index < self.k[:, None]) & (self.rows.q_rank < self.k[:, None])
+
+    @cached_property
+    def top_cached(self) -> Tensor:
+        """[C, K] bool: the id of the current top-k has a stored score."""
+        k = self.max_k
+        # One more slot, for ids outside the current top-k or without a score.
+        slot = torch.where(self.rows.cached, self.topk_index, k).clamp(max=k)
+        found = torch.zeros_like(self.view.top_ids[:, :1], dtype=torch.bool).repeat(1, k + 1)
+        found.scatter_(1, slot, True)
+        return found[:, :k]
 
     @property
-    def count(self) -> Tensor:
+    def n_shared(self) -> Tensor:
         """[C] int64, |I|."""
-        return self.both.sum(-1)
+        return self.overlap.sum(-1)
 
 
-def see(
-    view: ObjectiveInput, rows: Targets, k: int = METRIC_K, *, places: Tensor | None = None
-) -> Seen:
-    """`rows` are the rows of `view`; `places` is rows.places(view.top_ids), if it is known. Where
-    the view holds fewer than k live ids, those are used.
+def metric_input(
+    view: ObjectiveInput, rows: Targets, k: int = METRIC_K, *, topk_index: Tensor | None = None
+) -> MetricInput:
+    """Return the input of the metrics; `rows` are the rows of `view`.
+
+    A view with fewer than k top ids lowers k. topk_index: rows.topk_index(view.top_ids), if known.
     """
-    if places is None:
-        places = rows.places(view.top_ids)
-    k = min(k, view.top_ids.shape[1])
-    row_k = rows.kept.clamp(1, k)
-    # One more slot, for what is not in the live top-k or has no score.
-    slot = torch.where(rows.cached, places, k).clamp(max=k)
-    top_cached = torch.zeros_like(view.top_ids[:, :1], dtype=torch.bool).repeat(1, k + 1)
-    top_cached.scatter_(1, slot, True)
-    return Seen(
-        view=view,
-        rows=rows,
-        log_q=rows.q_log_p.to(view.log_p.dtype),
-        k=row_k,
-        both=(places < row_k[:, None]) & (rows.q_rank < row_k[:, None]),
-        top_cached=top_cached[:, :k],
-    )
+    return MetricInput(view, rows, min(k, view.top_ids.shape[1]), topk_index)
 
 
-def overlap_ratio(seen: Seen) -> Tensor:
+def overlap_ratio(x: MetricInput) -> Tensor:
     """Eq.6: |S(p) & S(q)| / k."""
-    return seen.count.to(seen.log_q.dtype) / seen.k
+    return x.n_shared.to(x.log_q.dtype) / x.k
 
 
-def overlap_mass_student(seen: Seen) -> Tensor:
-    """Eq.9: the student's raw mass on the overlap."""
-    return _mass(seen.view.log_p, seen.both)
+def overlap_mass_student(x: MetricInput) -> Tensor:
+    """Eq.9: the student's mass on the overlap, not renormalised."""
+    return _mass(x.view.log_p, x.overlap)
 
 
-def overlap_mass_teacher(seen: Seen) -> Tensor:
-    """Eq.10: the teacher's raw mass on the overlap."""
-    return _mass(seen.log_q, seen.both)
+def overlap_mass_teacher(x: MetricInput) -> Tensor:
+    """Eq.10: the teacher's mass on the overlap, not renormalised."""
+    return _mass(x.log_q, x.overlap)
 
 
-def overlap_advantage(seen: Seen) -> Tensor:
+def overlap_advantage(x: MetricInput) -> Tensor:
     """Eq.7: (1 / |I|) sum_I p-(v) [log q-(v) - log p-(v)], p- and q- renormalised on I; <= 0.
 
-    It is 0 in rows with |I| <= 1, which stay in the mean as the paper's E_t has them: read it
-    beside overlap/empty_share and the masses. Ids that one side excludes (-inf) are not in I.
+    It is 0 in rows with |I| <= 1, which stay in the mean as in the paper's E_t: read it together
+    with overlap/empty_share and the masses. Ids that one side excludes (-inf) are not in I.
     """
-    on = seen.both & (seen.view.log_p != -torch.inf) & (seen.log_q != -torch.inf)
-    log_p, log_q = renormalised(seen.view.log_p, on), renormalised(seen.log_q, on)
-    terms = torch.where(on, log_p.exp() * (log_q - log_p), 0.0)
-    return terms.sum(-1) / on.sum(-1).clamp(min=1)
+    mask = x.overlap & (x.view.log_p != -torch.inf) & (x.log_q != -torch.inf)
+    log_p, log_q = renormalised(x.view.log_p, mask), renormalised(x.log_q, mask)
+    terms = torch.where(mask, log_p.exp() * (log_q - log_p), 0.0)
+    return terms.sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def overlap_empty(seen: Seen) -> Tensor:
-    """1 where S(p) and S(q) are disjoint; its mean is the share of rows that Eq.7 cannot judge."""
-    return (seen.count == 0).to(seen.log_q.dtype)
+def overlap_empty(x: MetricInput) -> Tensor:
+    """Return 1 where S(p) and S(q) are disjoint; the mean is the share of rows without an Eq.7."""
+    return (x.n_shared == 0).to(x.log_q.dtype)
 
 
-def entropy_student(seen: Seen) -> Tensor:
-    """H(p) of the live student, full vocabulary, nats."""
-    return seen.view.entropy
+def entropy_student(x: MetricInput) -> Tensor:
+    """H(p), full vocabulary, nats."""
+    return x.view.entropy
 
 
-def entropy_teacher(seen: Seen) -> Tensor:
-    """H(q), full vocabulary, nats, as stored; of an interval the least."""
-    return seen.rows.q_entropy.to(seen.log_q.dtype)
+def entropy_teacher(x: MetricInput) -> Tensor:
+    """H(q), full vocabulary, nats, as stored; of an interval the lower end."""
+    return x.rows.q_entropy.to(x.view.entropy.dtype)
 
 
-def entropy_gap(seen: Seen) -> Tensor:
-    """Eq.8: |H(q) - H(p)|. Where H(q) is an interval, how far H(p) lies from it, 0 inside: a lower
-    bound."""
-    return _gap(entropy_student(seen), seen.rows)
+def entropy_teacher_width(x: MetricInput) -> Tensor:
+    """Width of the interval of H(q), nats, for a teacher that returned only top-k log-probs."""
+    upper = x.rows.require("q_entropy_hi")
+    return (upper - x.rows.q_entropy).to(x.view.entropy.dtype)
 
 
-def coverage(seen: Seen) -> Tensor:
-    """The live student's mass on ids whose teacher log-prob is stored."""
-    return _mass(seen.view.log_p, seen.rows.cached)
+def entropy_gap(x: MetricInput) -> Tensor:
+    """Eq.8: |H(q) - H(p)|. For an interval of H(q) the distance from it, a lower bound."""
+    entropy, lower = x.view.entropy, entropy_teacher(x)
+    if x.rows.q_entropy_hi is None:
+        return (lower - entropy).abs()
+    upper = x.rows.q_entropy_hi.to(entropy.dtype)
+    return (lower - entropy).clamp(min=0) + (entropy - upper).clamp(min=0)
 
 
-def miss_mass(seen: Seen) -> Tensor:
-    """The live student's mass on ids of its top-k whose teacher log-prob is not stored."""
-    top_log_p = seen.view.top_log_p[:, : seen.top_cached.shape[1]]
-    return _mass(top_log_p, ~seen.top_cached)
+def coverage(x: MetricInput) -> Tensor:
+    """Sum the student's mass on ids with a stored score."""
+    return _mass(x.view.log_p, x.rows.cached)
 
 
-def drift_k3(seen: Seen) -> Tensor:
-    """r - 1 - log r >= 0, r = p(y) today / p(y) of the student that sampled y.
+def uncached_mass(x: MetricInput) -> Tensor:
+    """Sum the student's mass on ids of its top-k without a stored score."""
+    top_log_p = x.view.top_log_p[:, : x.top_cached.shape[1]]
+    return _mass(top_log_p, ~x.top_cached)
 
-    Its mean over y of that student is KL(that student || today's), with less variance than -log r
-    (J. Schulman, "Approximating KL divergence", k3). log r is clamped to +-LOG_RATIO_BOUND.
+
+def approx_kl(x: MetricInput) -> Tensor:
+    """k3: r - 1 - log r >= 0, r = p(y) / b(y), b the behaviour policy at temperature 1.
+
+    Its mean over draws y of b is KL(b || p), with less variance than -log r (J. Schulman,
+    "Approximating KL divergence", k3). log r is clamped to +-LOG_RATIO_BOUND.
     """
-    return _drift(seen.view, seen.rows)
+    log_p = x.view.log_p.gather(1, x.rows.token_col[:, None])[:, 0]
+    log_r = log_p - x.rows.student_logprobs.to(log_p.dtype)
+    log_r = log_r.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return torch.expm1(log_r) - log_r
 
 
-METRICS: dict[str, Callable[[Seen], Tensor]] = {
-    "overlap/ratio": overlap_ratio,
-    "overlap/mass_student": overlap_mass_student,
-    "overlap/mass_teacher": overlap_mass_teacher,
-    "overlap/advantage": overlap_advantage,
-    "overlap/empty_share": overlap_empty,
-    "entropy/gap": entropy_gap,
-    "entropy/student": entropy_student,
-    "entropy/teacher": entropy_teacher,
-    "cache/coverage": coverage,
-    "cache/miss_mass": miss_mass,
-    "cache/drift_k3": drift_k3,
-}
-"""name -> (rows) -> [C]: finite wherever the student's and the teacher's numbers are."""
+@dataclass(frozen=True)
+class Metric:
+    """An entry of METRICS."""
+
+    compute: Callable[[MetricInput], Tensor]
+    """-> [C], finite wherever the numbers of student and teacher are."""
+    from_sums: Callable[[OverlapSums], Tensor] | None = None
+    """The same from the sums of fused kernels; None: `compute` runs there too."""
+    needs: str | None = None
+    """An optional field of Targets; the metric is left out where the store lacks it."""
+
 
 TEACHER_WIDTH = "entropy/teacher_width"
-"""Beside them where H(q) is an interval: the most that it can be less the least, nats."""
+
+METRICS: dict[str, Metric] = {
+    "overlap/ratio": Metric(overlap_ratio, lambda sums: sums.shared / sums.k),
+    "overlap/mass_student": Metric(overlap_mass_student, lambda sums: sums.mass_student),
+    "overlap/mass_teacher": Metric(overlap_mass_teacher, lambda sums: sums.mass_teacher),
+    "overlap/advantage": Metric(overlap_advantage, lambda sums: sums.advantage),
+    "overlap/empty_share": Metric(overlap_empty, lambda sums: (sums.shared == 0).to(sums.k.dtype)),
+    "entropy/gap": Metric(entropy_gap),
+    "entropy/student": Metric(entropy_student),
+    "entropy/teacher": Metric(entropy_teacher),
+    "cache/coverage": Metric(coverage, lambda sums: sums.coverage),
+    "cache/uncached_mass": Metric(uncached_mass, lambda sums: sums.miss_mass),
+    "cache/approx_kl": Metric(approx_kl),
+    TEACHER_WIDTH: Metric(entropy_teacher_width, needs="q_entropy_hi"),
+}
+
+COMMON_METRICS = tuple(name for name, metric in METRICS.items() if metric.needs is None)
+"""Names of the metrics that every store gives."""
 
 
-def row_metrics(
-    view: ObjectiveInput, rows: Targets, *, k: int = METRIC_K, places: Tensor | None = None
+def compute_metrics(
+    view: ObjectiveInput,
+    rows: Targets,
+    *,
+    k: int = METRIC_K,
+    topk_index: Tensor | None = None,
+    sums: OverlapSums | None = None,
+    table: Mapping[str, Metric] = METRICS,
 ) -> dict[str, Tensor]:
-    """Every metric of C rows, name -> [C]; arguments as of `see`."""
-    seen = see(view, rows, k, places=places)
-    return {name: metric(seen) for name, metric in METRICS.items()} | _width(rows, view)
+    """Return every metric of C rows, name -> [C]; arguments as of `metric_input`.
 
-
-def summed_metrics(view: ObjectiveInput, sums: OverlapSums, rows: Targets) -> dict[str, Tensor]:
-    """The same, of rows whose overlap the kernels have summed up already."""
+    sums: those of fused kernels, if they ran.
+    """
+    x = metric_input(view, rows, k, topk_index=topk_index)
     return {
-        "overlap/ratio": sums.shared / sums.k,
-        "overlap/mass_student": sums.mass_student,
-        "overlap/mass_teacher": sums.mass_teacher,
-        "overlap/advantage": sums.advantage,
-        "overlap/empty_share": (sums.shared == 0).to(sums.k.dtype),
-        "entropy/gap": _gap(view.entropy, rows),
-        "entropy/student": view.entropy,
-        "entropy/teacher": rows.q_entropy.to(view.entropy.dtype),
-        "cache/coverage": sums.coverage,
-        "cache/miss_mass": sums.miss_mass,
-        "cache/drift_k3": _drift(view, rows),
-        **_width(rows, view),
+        name: metric.compute(x)
+        if sums is None or metric.from_sums is None
+        else metric.from_sums(sums)
+        for name, metric in table.items()
+        if metric.needs is None or getattr(rows, metric.needs) is not None
     }
 
 
-def _width(rows: Targets, view: ObjectiveInput) -> dict[str, Tensor]:
-    if rows.q_entropy_hi is None:
-        return {}
-    return {TEACHER_WIDTH: (rows.q_entropy_hi - rows.q_entropy).to(view.entropy.dtype)}
-
-
-def _gap(entropy: Tensor, rows: Targets) -> Tensor:
-    """[C] nats: how far `entropy` [C] lies from what is known of the teacher's."""
-    least = rows.q_entropy.to(entropy.dtype)
-    if rows.q_entropy_hi is None:
-        return (least - entropy).abs()
-    most = rows.q_entropy_hi.to(entropy.dtype)
-    return (least - entropy).clamp(min=0) + (entropy - most).clamp(min=0)
-
-
-def _mass(log_x: Tensor, on: Tensor) -> Tensor:
-    return torch.where(on, log_x.exp(), 0.0).sum(-1)
-
-
-def _drift(view: ObjectiveInput, rows: Targets) -> Tensor:
-    live = view.log_p.gather(1, rows.token_col[:, None])[:, 0]
-    log_r = (live - rows.s_lp.to(live.dtype)).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return torch.expm1(log_r) - log_r
+def _mass(log_x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, log_x.exp(), 0.0).sum(-1)

@@ -21,7 +21,7 @@ from logitcask.engine.errors import ModelError
 from logitcask.engine.prompts.prompts import load_tokenizer, render
 from logitcask.engine.types import ModelRef
 
-CARD = "logitcask.json"
+METADATA_FILE = "logitcask.json"
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 WEIGHTS = "*.safetensors"
@@ -58,7 +58,7 @@ def model_ref(
     """
     path = resolve_model(name, revision)
     weights = weights_digest(path)
-    card = read_card(path)
+    card = read_metadata(path)
     config = read_config(path)
     if tokenizer is None:
         tokenizer = load_tokenizer(path)
@@ -335,9 +335,9 @@ def from_config(config: Mapping[str, Any], key: str) -> Any:
 # --- lineage of a trained student ---
 
 
-def read_card(path: Path) -> dict[str, Any] | None:
+def read_metadata(path: Path) -> dict[str, Any] | None:
     """root, parent, version, pin, plan, objective of a trained student; None for a plain folder."""
-    file = path / CARD
+    file = path / METADATA_FILE
     if not file.exists():
         return None
     try:
@@ -362,7 +362,7 @@ def unsound(file: Path, what: str) -> ModelError:
     )
 
 
-def write_card(
+def write_metadata(
     path: Path, *, root: str, parent: str, version: int, pin: Any, plan: str, objective: Any
 ) -> None:
     """root, parent: weights digests; version: updates since the root; the rest: what taught it."""
@@ -374,4 +374,6 @@ def write_card(
         "plan": plan,
         "objective": objective,
     }
-    (path / CARD).write_text(json.dumps(card, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    (path / METADATA_FILE).write_text(
+        json.dumps(card, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    )

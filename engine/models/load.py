@@ -20,25 +20,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.models.identity import digest, write_card
-from logitcask.engine.models.logit_transform import logit_transform
+from logitcask.engine.models.identity import digest, write_metadata
+from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.types import ModelRef
 
+NO_LORA = Lora()
 PROBE_TOKENS = 32
 TOLERANCE = 1e-4
 """Largest difference in a probe, relative to the largest value: float32 noise is some 1e-6."""
 
 
-def load_student(ref: ModelRef, *, lora_rank: int = 0, seed: int = 0) -> nn.Module:
+def load_student(ref: ModelRef, *, lora: Lora = NO_LORA, seed: int = 0) -> nn.Module:
     """The student with float32 weights on the CPU, proved fit for packed training.
 
-    With `lora_rank` > 0 float32 adapters of all linear layers train, with alpha twice the rank;
-    `seed` draws them. Raises ModelError if it cannot be loaded or trained packed.
+    With `lora.r` > 0 float32 adapters are trained in place of the weights; `seed` draws
+    them. Raises ModelError if it cannot be loaded or trained packed.
     """
     model = _load(ref.path)
     prove(model, ref.n_vocab)
-    return _with_adapters(model, lora_rank, seed) if lora_rank else model
+    return _with_adapters(model, lora, seed) if lora.r else model
 
 
 @contextmanager
@@ -81,19 +83,25 @@ def _load(path: Path) -> Any:
         ) from error
 
 
-def _with_adapters(model: Any, rank: int, seed: int) -> nn.Module:
+def _with_adapters(model: Any, lora: Lora, seed: int) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError(
-            f"lora_rank = {rank} needs the package peft", hint='pip install -e ".[lora]"'
+            f"lora r = {lora.r} needs the package peft", hint='pip install -e ".[lora]"'
         ) from error
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft asks transformers by a name that is being retired.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         torch.manual_seed(seed)
         adapted: nn.Module = get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+            model,
+            LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha or 2 * lora.r,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+            ),
         )
     return adapted
 
@@ -149,7 +157,7 @@ def prove(model: nn.Module, n_vocab: int) -> None:
     positions = torch.arange(PROBE_TOKENS, device=ids.device)[None]
     whole = hidden_states(inner, ids, positions)
     logits = inner(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-    if _differ(logit_transform(inner.config).apply(whole @ head.weight.T), logits):
+    if _differ(logit_transform_of(inner.config).apply(whole @ head.weight.T), logits):
         raise ModelError(
             f"{name} does something to logits after its output matrix that is not supported",
             hint="train a model whose logits are hidden states times that matrix, with a scale "
@@ -188,14 +196,14 @@ def live_digest(model: nn.Module) -> str:
 
 
 def save_student(
-    model: nn.Module, folder: Path, *, parent: ModelRef, updates: int, card: Mapping[str, Any]
+    model: nn.Module, folder: Path, *, parent: ModelRef, updates: int, metadata: Mapping[str, Any]
 ) -> None:
-    """`folder` becomes a loadable model: safetensors in float32, tokenizer, card.
+    """`folder` becomes a loadable model: safetensors in float32, tokenizer, metadata.
 
     LoRA adapters are merged into the saved weights (the model in memory keeps them apart), so the
-    folder loads without peft. `card` holds pin, plan and objective; the version is the parent's
-    plus `updates`. Everything is written beside and then moved; the card (logitcask.json) comes
-    last, so a folder that has it is whole.
+    folder loads without peft. `metadata` holds pin, plan and objective; the version is the parent's
+    plus `updates`. Everything is written beside and then moved; logitcask.json comes last, so a
+    folder that has it is whole.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     inside = folder.is_dir()
@@ -205,8 +213,8 @@ def save_student(
     _merged(model).save_pretrained(aside)
     for file in _tokenizer_files(parent.path):
         shutil.copyfile(file, aside / file.name)
-    write_card(
-        aside, root=parent.root, parent=parent.digest, version=parent.version + updates, **card
+    write_metadata(
+        aside, root=parent.root, parent=parent.digest, version=parent.version + updates, **metadata
     )
     if not inside:
         aside.rename(folder)

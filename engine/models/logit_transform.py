@@ -1,20 +1,21 @@
-"""What known models do to logits after the head's product, by the names in their configuration."""
+"""Scale and soft cap of logits, read from the configuration of a transformers model."""
 
 from typing import Any
 
-from logitcask.kernels.logit_map import LogitTransform
+from logitcask.kernels.logit_transform import LogitTransform
 
 TIMES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-"""Logits are multiplied by these fields: Cohere's and others'."""
+"""Fields that multiply logits (Cohere and others)."""
 OVER = ("logits_scaling",)
-"""Logits are divided by these: Granite's."""
+"""Fields that divide logits (Granite)."""
 SOFTCAP = "final_logit_softcapping"
-"""Gemma's."""
+"""Field of the soft cap (Gemma)."""
 
 
-def logit_transform(config: Any) -> LogitTransform:
-    """From the head's product to logits, as a transformers configuration names it. Whether the
-    model does so is for a probe to show: see `prove` of a student and of a backend.
+def logit_transform_of(config: Any) -> LogitTransform:
+    """Return the transform from the head's output to logits that a configuration names.
+
+    A probe checks that the model applies it: see `prove` of a student and of a backend.
     """
     text = config.get_text_config()
     scale = 1.0
@@ -26,7 +27,7 @@ def logit_transform(config: Any) -> LogitTransform:
 
 
 def named_extras(config: Any) -> list[str]:
-    """`field = value` of everything that makes head_map more than nothing."""
+    """Return `field = value` of each field that changes the logits."""
     text = config.get_text_config()
     values = {field: getattr(text, field, None) for field in (*TIMES, *OVER, SOFTCAP)}
     neutral = {SOFTCAP: None}

@@ -1,8 +1,8 @@
-"""How far the student may move from what was scored: said as a warning, or enforced.
+"""Staleness bounds: a warning or an action when the student moved far from the scored data.
 
-Supports in which a student has a say watch how much of the live student's mass has a score; draws
-of a student watch its drift. Fixed supports watch nothing: they are exact at any age. The numbers
-are starting values, not yet calibrated.
+Supports that depend on a student are judged by the coverage, the share of the current student's
+mass that has a score; draws of a student by the drift. Fixed supports have no bound: they are exact
+at any age. The thresholds are starting values, not yet calibrated.
 """
 
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ from torch import Tensor
 
 from logitcask.engine.objectives.modifiers import Importance
 from logitcask.engine.objectives.objective import Objective
-from logitcask.engine.objectives.supports import LIVE, LossTerms
+from logitcask.engine.objectives.supports import CURRENT_SUPPORTS, LossTerms
 
-COVERAGE, DRIFT = "cache/coverage", "cache/drift_k3"
+COVERAGE, DRIFT = "cache/coverage", "cache/approx_kl"
 SKIPPED = "cache/skipped_share"
-"""Share of the positions whose loss was left out."""
+"""Share of the positions without a loss."""
 COVERAGE_WARN = 0.95
 DRIFT_WARN = 0.05
-"""Nats of k3."""
+"""Nats of approx_kl."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bounds:
-    """Hard bounds, of single rows or of an update's mean."""
+    """Bounds of single rows (`skip`) or of an update's mean (`stop`)."""
 
     action: Literal["off", "skip", "stop"] = "off"
-    """Beyond them: nothing, leave a row's loss out (it stays in the divisor), or end the run."""
+    """Beyond them: nothing, give a row no loss (it stays in the divisor), or end the run."""
     min_coverage: float = 0.80
     max_drift: float = 0.2
 
@@ -37,9 +37,9 @@ class Bounds:
 NO_BOUNDS = Bounds()
 
 
-def watched(objective: Objective) -> str | None:
-    """The metric that says whether this objective still sees what it should."""
-    if objective.support in LIVE or objective.support == "student":
+def bounded_metric(objective: Objective) -> str | None:
+    """Return the metric that shows the staleness of this objective, None if it has none."""
+    if objective.support in CURRENT_SUPPORTS or objective.support == "student":
         return COVERAGE
     corrected = any(isinstance(modifier, Importance) for modifier in objective.modifiers)
     if objective.support in ("sampled", "mc") and not corrected:
@@ -48,13 +48,15 @@ def watched(objective: Objective) -> str | None:
 
 
 def skips(objective: Objective, bounds: Bounds) -> bool:
-    """Whether rows of this objective may be left out."""
-    return bounds.action == "skip" and watched(objective) is not None
+    """Return whether the bounds may skip rows of this objective."""
+    return bounds.action == "skip" and bounded_metric(objective) is not None
 
 
-def beyond(objective: Objective, metrics: Mapping[str, Tensor], bounds: Bounds) -> Tensor | None:
-    """[C] bool, the rows to be left out; None where no row is ever."""
-    name = watched(objective)
+def rows_to_skip(
+    objective: Objective, metrics: Mapping[str, Tensor], bounds: Bounds
+) -> Tensor | None:
+    """Return [C] bool, the rows beyond the bounds; None if the bounds skip no rows."""
+    name = bounded_metric(objective)
     if name is None or not skips(objective, bounds):
         return None
     value = metrics[name]
@@ -62,9 +64,9 @@ def beyond(objective: Objective, metrics: Mapping[str, Tensor], bounds: Bounds) 
     return value < bounds.min_coverage if name == COVERAGE else value > bounds.max_drift
 
 
-def left_out(skip: Tensor, step: LossTerms) -> LossTerms:
-    """Zero in the rows of `skip` [C]."""
-    parts = (part for part in step if part is not None)
+def zero_rows(skip: Tensor, terms: LossTerms) -> LossTerms:
+    """Set loss and gradient to zero in the rows of `skip` [C]."""
+    parts = (part for part in terms if part is not None)
     return LossTerms(
         *(torch.where(skip.view(-1, *[1] * (part.dim() - 1)), 0.0, part) for part in parts)
     )
@@ -73,8 +75,8 @@ def left_out(skip: Tensor, step: LossTerms) -> LossTerms:
 def exceeded(
     objective: Objective, metrics: Mapping[str, float | None], bounds: Bounds
 ) -> str | None:
-    """What ends a run that stops at a bound; for a person."""
-    name = watched(objective)
+    """Return the reason that ends a run of action `stop`, None within the bounds."""
+    name = bounded_metric(objective)
     value = metrics.get(name) if name else None
     if bounds.action != "stop" or value is None:
         return None
@@ -86,14 +88,15 @@ def exceeded(
 
 
 def warnings(objective: Objective, metrics: Mapping[str, float | None]) -> list[str]:
-    """What the metrics of an update say against this objective on this cache; for a person."""
-    name = watched(objective)
+    """Return warnings about the metrics of an update with this objective."""
+    name = bounded_metric(objective)
     value = metrics.get(name) if name else None
     found = []
     if name == COVERAGE and value is not None and value < COVERAGE_WARN:
         found.append(
             f"{COVERAGE} = {value:.3f}: only that share of the student's mass has a score, and "
-            f"under {COVERAGE_WARN} the loss sees too little of it; score with a larger --k-max, "
+            f"under {COVERAGE_WARN} the loss lacks too much of it; "
+            "score with a larger --teacher-topk-max, "
             "or sample and score again"
         )
     if name == DRIFT and value is not None and value > DRIFT_WARN:
@@ -104,6 +107,6 @@ def warnings(objective: Objective, metrics: Mapping[str, float | None]) -> list[
     if skipped := metrics.get(SKIPPED):
         found.append(
             f"{SKIPPED} = {skipped:.3f}: that share of the positions was beyond its bound and gave "
-            "no gradient; rescore: sample and score again"
+            "no gradient; sample and score again"
         )
     return found

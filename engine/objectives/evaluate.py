@@ -1,4 +1,4 @@
-"""An objective at work: from what is seen of C rows to their loss and its gradient.
+"""Evaluation of an objective: from the input of C rows to their loss, gradient and metrics.
 
 NaN stays NaN, so a broken student shows in its loss.
 """
@@ -7,73 +7,38 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.metrics.metrics import METRIC_K, row_metrics, summed_metrics
+from logitcask.engine.metrics.metrics import METRIC_K, compute_metrics
 from logitcask.engine.objectives.bounds import (
     NO_BOUNDS,
     SKIPPED,
     Bounds,
-    beyond,
-    left_out,
+    rows_to_skip,
     skips,
+    zero_rows,
 )
 from logitcask.engine.objectives.divergences import DIVERGENCES
-from logitcask.engine.objectives.objective import Objective, advantage
+from logitcask.engine.objectives.objective import Objective
+from logitcask.engine.objectives.policy_gradient import policy_gradient
 from logitcask.engine.objectives.supports import (
-    LIVE,
+    CURRENT_SUPPORTS,
     SUPPORTS,
     LossTerms,
     SupportLogProbs,
-    columns_on,
+    support_log_probs,
 )
-from logitcask.engine.objectives.tail import OUTSIDE
-from logitcask.engine.packing.targets import BEYOND, Targets
+from logitcask.engine.objectives.tail import TAILS
+from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets
 from logitcask.kernels import fused_objective
 from logitcask.kernels.fused_objective import FusedObjective, OverlapSums
-from logitcask.kernels.row_view import ObjectiveFn, ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput
+
+KERNEL_TAILS = {"renormalize": "renormalize", "bucket": "tail"}
+"""Names of the kernels for the tails that they know."""
 
 
-def is_fusable(objective: Objective) -> bool:
-    """Whether its loss is a divergence that the kernels know, of columns that a mask, or a mask and
-    the live top-k, pick; modifiers that weigh whole rows are none of its business.
-    """
-    return (
-        objective.form == "divergence"
-        and objective.divergence in fused_objective.DIVERGENCES
-        and objective.outside in fused_objective.OUTSIDE
-        and objective.support in ("teacher", "student", "overlap")
-        and all(modifier.scope != "row" for modifier in objective.modifiers)
-    )
-
-
-def fused(
-    objective: Objective, targets: Targets, plain: ObjectiveFn, metric_k: int
-) -> FusedObjective:
-    """`plain` with its fused form. The objective is_fusable."""
-
-    def named(view: ObjectiveInput, sums: OverlapSums) -> dict[str, Tensor]:
-        return summed_metrics(view, sums, targets.at(view.index))
-
-    best = torch.zeros_like(targets.ids)  # as if every id led the live top-k
-    return FusedObjective(
-        plain=plain,
-        divergence=objective.divergence,
-        parameter=objective.parameter or 0.5,
-        outside=objective.outside,
-        log_q=targets.q_log_p,
-        log_tail=targets.q_log_tail,
-        on=SUPPORTS[objective.support](best, targets, objective.k),
-        known=targets.cached,
-        live_k=objective.live_k,
-        q_rank=targets.q_rank,
-        kept=targets.kept,
-        metric_k=metric_k,
-        name_metrics=named,
-    )
-
-
-def live_k(objective: Objective, n_vocab: int, *, metric_k: int = METRIC_K) -> int:
-    """How many live top ids a RowView must hold for this objective and the metrics."""
-    return min(max(objective.live_k, metric_k), n_vocab)
+def current_topk(objective: Objective, n_vocab: int, *, metric_k: int = METRIC_K) -> int:
+    """Return how many top ids of the current student the objective and the metrics need."""
+    return min(max(objective.current_topk, metric_k), n_vocab)
 
 
 def row_objective(
@@ -83,86 +48,135 @@ def row_objective(
     metric_k: int = METRIC_K,
     bounds: Bounds = NO_BOUNDS,
 ) -> ObjectiveFn:
-    """`objective` on the rows of `targets`, as the kernels call it; `view.index` picks the rows.
+    """Return `objective` on the rows of `targets` for the kernels; `view.index` selects the rows.
 
-    With bounds that skip, a row beyond them has loss and gradient 0, and a metric counts it. The
-    kernels' k must be `live_k(objective, n_vocab)`; a smaller one raises ObjectiveError.
+    With bounds of action `skip`, a row beyond them has loss and gradient 0 and is counted in a
+    metric. The kernels' k must be `current_topk(objective, n_vocab)`; the function raises
+    ObjectiveError for a smaller one.
     """
 
-    def answer(view: ObjectiveInput) -> ObjectiveGrad:
+    def evaluate(view: ObjectiveInput) -> ObjectiveGrad:
         rows = targets.at(view.index)
-        _check_live(objective, view, rows)
-        places = rows.places(view.top_ids)
-        on = SUPPORTS[objective.support](places, rows, objective.k)
-        columns = columns_on(rows, view.log_p, places, view.entropy, on, objective.support)
-        made = step_of(objective, columns)
-        metrics = row_metrics(view, rows, k=metric_k, places=places)
-        if (skip := beyond(objective, metrics, bounds)) is not None:
-            metrics[SKIPPED] = skip.to(made.loss.dtype)
-            made = left_out(skip, made)
-        return made.answer(metrics)
+        _check_topk(objective, view, rows)
+        topk_index = rows.topk_index(view.top_ids)
+        mask = SUPPORTS[objective.support](topk_index, rows, objective.k)
+        inputs = support_log_probs(
+            rows, view.log_p, topk_index, view.entropy, mask, objective.support
+        )
+        terms = loss_terms(objective, inputs)
+        metrics = compute_metrics(view, rows, k=metric_k, topk_index=topk_index)
+        if (skip := rows_to_skip(objective, metrics, bounds)) is not None:
+            metrics[SKIPPED] = skip.to(terms.loss.dtype)
+            terms = zero_rows(skip, terms)
+        return terms.with_metrics(metrics)
 
     if is_fusable(objective) and not skips(objective, bounds):
-        return fused(objective, targets, answer, metric_k)
-    return answer
+        return _fused(objective, targets, evaluate, metric_k)
+    return evaluate
 
 
-def step_of(objective: Objective, columns: SupportLogProbs) -> LossTerms:
-    """The loss of C rows and its coefficients, modifiers of scope `row` included."""
-    seen = columns
+def loss_terms(objective: Objective, inputs: SupportLogProbs) -> LossTerms:
+    """Return loss and gradient of C rows, modifiers of scope `row` included."""
+    unmodified = inputs
     for modifier in objective.modifiers:
-        columns = modifier.target(columns)
-    if objective.form == "advantage":
-        step = advantage(objective.weights, objective.modifiers, columns)
+        inputs = modifier.adjust_target(inputs)
+    if objective.estimator == "policy_gradient":
+        terms = policy_gradient(objective.weights, objective.modifiers, inputs)
     else:
         divergence, parameter = DIVERGENCES[objective.divergence], objective.parameter or 0.0
-        step = OUTSIDE[objective.outside](
-            lambda log_p, log_q, on: divergence(log_p, log_q, on, parameter), columns
+        terms = TAILS[objective.tail](
+            lambda log_p, log_q, mask: divergence(log_p, log_q, mask, parameter), inputs
         )
     for modifier in objective.modifiers:
-        step = modifier.step(step, seen)
-    return step
+        terms = modifier.adjust_terms(terms, unmodified)
+    return terms
 
 
 def is_renormalised(objective: Objective) -> bool:
-    """Whether it sees log p up to a constant of the row, so that its gradient sums to zero over the
-    support. Its form proves it: no advantage does so, that of `opd_released` included.
+    """Return whether the gradient of every row provably sums to zero over the support.
+
+    It does where log p enters up to a constant of the row: a renormalised divergence. No policy
+    gradient does, that of `opd_released` included.
     """
     return (
-        objective.form == "divergence"
-        and objective.outside == "renormalize"
+        objective.estimator == "divergence"
+        and objective.tail == "renormalize"
         and all(modifier.keeps_sum for modifier in objective.modifiers)
     )
 
 
 def has_known_support(objective: Objective) -> bool:
-    """Whether the store alone says which ids it looks at; else the live student has a say."""
-    return objective.support not in LIVE
+    """Return whether the store alone decides the support, without the current student."""
+    return objective.support not in CURRENT_SUPPORTS
 
 
 def support_objective(objective: Objective, targets: Targets) -> tuple[Tensor, ObjectiveFn]:
-    """A renormalised objective on a known support: the support's ids [P, S], -1 where a row has
-    fewer, and the objective on them, without metrics, as indexed_linear calls it.
+    """Return a renormalised objective on a known support as indexed_linear takes it.
+
+    First the support's ids [P, S], -1 where a row has fewer; then the objective on them, without
+    metrics.
     """
-    nowhere = torch.full_like(targets.ids, BEYOND)
-    on = SUPPORTS[objective.support](nowhere, targets, objective.k) & (targets.ids >= 0)
-    first = on.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : objective.k]
-    narrow = targets.columns(first, on)
+    no_index = torch.full_like(targets.ids, NOT_IN_TOPK)
+    mask = SUPPORTS[objective.support](no_index, targets, objective.k) & (targets.ids >= 0)
+    first = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : objective.k]
+    narrow = targets.columns(first, mask)
 
-    def answer(view: ObjectiveInput) -> ObjectiveGrad:
+    def evaluate(view: ObjectiveInput) -> ObjectiveGrad:
         rows = narrow.at(view.index)
-        places = torch.full_like(rows.ids, BEYOND)
-        columns = columns_on(rows, view.log_p, places, view.entropy, rows.ids >= 0)
-        return step_of(objective, columns).answer({})
+        no_index = torch.full_like(rows.ids, NOT_IN_TOPK)
+        inputs = support_log_probs(rows, view.log_p, no_index, view.entropy, rows.ids >= 0)
+        return loss_terms(objective, inputs).with_metrics({})
 
-    return narrow.ids, answer
+    return narrow.ids, evaluate
 
 
-def _check_live(objective: Objective, view: ObjectiveInput, rows: Targets) -> None:
-    have = view.top_ids.shape[1]
-    # A vocabulary smaller than k is no mistake; there no teacher keeps more than `have` ids.
-    if have < objective.live_k and bool((rows.kept > have).any()):
+def is_fusable(objective: Objective) -> bool:
+    """Return whether a kernel of its own can compute the loss.
+
+    It can for a divergence and a support that it knows, fixed or cut by the current top-k.
+    Modifiers that weight whole rows do not matter here.
+    """
+    return (
+        objective.estimator == "divergence"
+        and objective.divergence in fused_objective.DIVERGENCES
+        and objective.tail in KERNEL_TAILS
+        and objective.support in ("teacher", "student", "overlap")
+        and all(modifier.scope != "row" for modifier in objective.modifiers)
+    )
+
+
+def _fused(
+    objective: Objective, targets: Targets, plain: ObjectiveFn, metric_k: int
+) -> FusedObjective:
+    """Return `plain` with its fused form, which gives the same numbers."""
+
+    def name_metrics(view: ObjectiveInput, sums: OverlapSums) -> dict[str, Tensor]:
+        return compute_metrics(view, targets.at(view.index), k=metric_k, sums=sums)
+
+    first = torch.zeros_like(targets.ids)  # as if every id led the current top-k
+    return FusedObjective(
+        plain=plain,
+        divergence=objective.divergence,
+        parameter=objective.parameter or 0.5,
+        outside=KERNEL_TAILS[objective.tail],
+        log_q=targets.q_log_p,
+        log_tail=targets.q_log_tail,
+        on=SUPPORTS[objective.support](first, targets, objective.k),
+        known=targets.cached,
+        live_k=objective.current_topk,
+        q_rank=targets.q_rank,
+        kept=targets.n_kept,
+        metric_k=metric_k,
+        name_metrics=name_metrics,
+    )
+
+
+def _check_topk(objective: Objective, view: ObjectiveInput, rows: Targets) -> None:
+    found = view.top_ids.shape[1]
+    # In a vocabulary smaller than k no teacher keeps more than `found` ids, so that is no mistake.
+    if found < objective.current_topk and bool((rows.n_kept > found).any()):
         raise ObjectiveError(
-            f"the kernel selects {have} live ids, and the objective needs {objective.live_k}",
-            hint="pass k = live_k(objective, n_vocab) to the kernel",
+            f"the kernel selects the top {found} ids of the student, and the objective needs "
+            f"{objective.current_topk}",
+            hint="pass k = current_topk(objective, n_vocab) to the kernel",
         )

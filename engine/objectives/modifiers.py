@@ -1,35 +1,106 @@
-"""Small changes to an objective, which any number of can be put together; p student, q teacher.
+"""Modifiers: small changes to an objective, any number of which can be combined.
 
-Each acts at one of four places, in the order in which a row's loss is made:
+p is the student, q the teacher. Each modifier acts at one of four places, in the order in which the
+loss of a row is made:
 
-    target      what the student is held against
-    advantage   A [C, S] of the advantage form, per id
-    terms       -w A [C, S], as a loss and as a derivative by log p
-    step        the finished loss of a row and its coefficients
+    adjust_target      the target that the student is compared with
+    adjust_advantage   A [C, S] of the policy gradient, per id
+    adjust_gradient    -w A [C, S], as a loss and as a derivative by log p
+    adjust_terms       the finished loss of a row and its coefficients
 
-or, with scope `sequence` or `batch`, weighs whole rows by what the store holds of them and their
-neighbours: see row_factors.py. Add one as a class here and a line in MODIFIERS.
+or, with scope `sequence` or `batch`, weights whole rows by the stored values of them and their
+neighbours: see loss_weights.py. Add one as a class here and a line in MODIFIERS.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.metrics.metrics import renormalised
 from logitcask.engine.objectives.divergences import forward_kl, reverse_kl
-from logitcask.engine.objectives.modifier import (
-    Modifier,
-    Parts,
-    advantage_only,
-    ratio_of,
-    refused,
-    within,
-)
 from logitcask.engine.objectives.supports import LossTerms, SupportLogProbs
-from logitcask.engine.objectives.tail import tail
+from logitcask.engine.objectives.tail import bucket
+
+RATIO_BOUND = 20.0
+"""Largest |log ratio|, as in the released code of arXiv 2604.13016."""
+
+
+class Combination(Protocol):
+    """The parts of an objective that decide if a modifier has a meaning in it."""
+
+    @property
+    def support(self) -> str: ...
+    @property
+    def tail(self) -> str: ...
+    @property
+    def estimator(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Modifier:
+    """The base class: it changes nothing."""
+
+    name: ClassVar[str]
+    scope: ClassVar[str] = "row"
+    current_topk: ClassVar[int] = 0
+    """Ids of the current student's top-k that it reads."""
+    needs_base: ClassVar[bool] = False
+    keeps_sum: ClassVar[bool] = True
+    """A renormalised objective stays one: its derivatives by log p still sum to zero."""
+
+    def check(self, objective: Combination) -> None:
+        """Raise ObjectiveError if it has no meaning in the objective."""
+
+    def adjust_target(self, inputs: SupportLogProbs) -> SupportLogProbs:
+        return inputs
+
+    def adjust_advantage(self, a: Tensor, inputs: SupportLogProbs) -> Tensor:
+        return a
+
+    def adjust_gradient(
+        self, loss: Tensor, g: Tensor, inputs: SupportLogProbs
+    ) -> tuple[Tensor, Tensor]:
+        return loss, g
+
+    def adjust_terms(self, terms: LossTerms, inputs: SupportLogProbs) -> LossTerms:
+        return terms
+
+    def reject(self, what: str, why: str, hint: str) -> ObjectiveError:
+        return ObjectiveError(f"modifier {self.name!r} with {what}: {why}", hint=hint)
+
+    def require_policy_gradient(self, objective: Combination) -> None:
+        if objective.estimator != "policy_gradient":
+            raise self.reject(
+                "estimator 'divergence'",
+                "there is no advantage to change",
+                "use estimator 'policy_gradient'",
+            )
+
+    def require_support(self, objective: Combination, why: str, *supports: str) -> None:
+        if objective.support not in supports:
+            known = " or ".join(map(repr, supports))
+            raise self.reject(f"support {objective.support!r}", why, f"use support {known}")
+
+    def require_range(self, key: str, low: float, high: float, ends: str = "()") -> None:
+        """Raise ObjectiveError unless `key` lies between; a bracket of `ends` closes its side."""
+        value = getattr(self, key)
+        closed = (value == low and ends[0] == "[") or (value == high and ends[1] == "]")
+        if not (low < value < high or closed):
+            raise ObjectiveError(
+                f"modifier {self.name!r}: {key} = {value} is not in "
+                f"{ends[0]}{low:g}, {high:g}{ends[1]}",
+                hint=f"give {key} a value in it",
+            )
+
+
+def policy_ratio(log_p: Tensor, log_old: Tensor, mask: Tensor) -> Tensor:
+    """Return [C, S] p / p_old on the support, 0 elsewhere."""
+    log_ratio = torch.where(mask, log_p - log_old, 0.0).clamp(-RATIO_BOUND, RATIO_BOUND)
+    return torch.where(mask, log_ratio.exp(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -42,22 +113,21 @@ class Extrapolate(Modifier):
     needs_base: ClassVar[bool] = True
     factor: float = 1.25
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "factor", self.factor, 0.0, math.inf)
-        if objective.outside == "tail":
-            raise refused(
-                self.name,
-                "outside 'tail'",
-                "the base model's mass outside is not known",
-                "use outside 'renormalize', or form 'advantage'",
+    def check(self, objective: Combination) -> None:
+        self.require_range("factor", 0.0, math.inf)
+        if objective.tail == "bucket":
+            raise self.reject(
+                "tail 'bucket'",
+                "the base model's mass outside the support is not known",
+                "use tail 'renormalize', or estimator 'policy_gradient'",
             )
 
-    def target(self, columns: SupportLogProbs) -> SupportLogProbs:
-        log_b = columns.rows.held("base_log_p").to(columns.log_p.dtype)
-        on = columns.on & log_b.isfinite()  # the base was not asked there, or excludes it
-        log_q, log_b = (torch.where(on, x, 0.0) for x in (columns.log_q, log_b))
+    def adjust_target(self, inputs: SupportLogProbs) -> SupportLogProbs:
+        log_b = inputs.rows.require("base_log_p").to(inputs.log_p.dtype)
+        mask = inputs.mask & log_b.isfinite()  # no base score there, or it excludes the id
+        log_q, log_b = (torch.where(mask, x, 0.0) for x in (inputs.log_q, log_b))
         mixed = self.factor * log_q + (1 - self.factor) * log_b
-        return replace(columns, on=on).with_target(torch.where(on, mixed, columns.log_q))
+        return replace(inputs, mask=mask).with_target(torch.where(mask, mixed, inputs.log_q))
 
 
 @dataclass(frozen=True)
@@ -69,31 +139,30 @@ class AdaptiveTarget(Modifier):
     name: ClassVar[str] = "adaptive_target"
     beta: float = 0.3
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "beta", self.beta, 0.0, 1.0, closed_below=True)
-        if objective.form != "divergence":
-            raise refused(
-                self.name,
-                "form 'advantage'",
-                "a target that follows the student needs a law",
-                "use form 'divergence'",
+    def check(self, objective: Combination) -> None:
+        self.require_range("beta", 0.0, 1.0, "[)")
+        if objective.estimator != "divergence":
+            raise self.reject(
+                "estimator 'policy_gradient'",
+                "a target that follows the student must be a distribution",
+                "use estimator 'divergence'",
             )
 
-    def target(self, columns: SupportLogProbs) -> SupportLogProbs:
-        p = torch.where(columns.on, columns.log_p, 0.0)
-        mass = torch.where(columns.on, columns.log_p.exp(), 0.0).sum(-1)
+    def adjust_target(self, inputs: SupportLogProbs) -> SupportLogProbs:
+        p = torch.where(inputs.mask, inputs.log_p, 0.0)
+        mass = torch.where(inputs.mask, inputs.log_p.exp(), 0.0).sum(-1)
         left = torch.log((1 - mass).clamp(min=1e-30))
-        # What is outside moves with its own mass. Both forms normalise what comes of it.
-        return columns.with_target(
-            columns.log_q + self.beta * p, columns.log_q_outside + self.beta * left
+        # The tail moves with its own mass. Every tail that a divergence allows normalises later.
+        return inputs.with_target(
+            inputs.log_q + self.beta * p, inputs.log_q_tail + self.beta * left
         )
 
 
 @dataclass(frozen=True)
 class Baseline(Modifier):
     """A gets + KL(p || q) of the row, which does not depend on the drawn id: the same mean with
-    less variance (vOPD, arXiv 2605.07865). The KL is that on k ids of the live student which were
-    scored, renormalised (`on = student`), or of the teacher's ids and a tail (`on = teacher`).
+    less variance (vOPD, arXiv 2605.07865). The KL is over the scored ids of the current student's
+    top-k, renormalised (`on = student`), or over the teacher's ids and a bucket (`on = teacher`).
     """
 
     name: ClassVar[str] = "baseline"
@@ -101,29 +170,29 @@ class Baseline(Modifier):
     k: int = 16
 
     @property
-    def live_k(self) -> int:  # type: ignore[override]
+    def current_topk(self) -> int:  # type: ignore[override]
         return self.k if self.on == "student" else 0
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "k", self.k, 1, math.inf, closed_below=True)
+    def check(self, objective: Combination) -> None:
+        self.require_range("k", 1, math.inf, "[)")
         if self.on not in ("student", "teacher"):
-            raise refused(self.name, f"on = {self.on!r}", "it is 'student' or 'teacher'", "say so")
-        if objective.support not in ("sampled", "mc"):
-            raise refused(
-                self.name,
-                f"support {objective.support!r}",
-                "it has no effect in the mean over draws, and a top-k is not drawn",
-                "use it with support 'sampled' or 'mc'",
+            raise self.reject(
+                f"on = {self.on!r}", "it is 'student' or 'teacher'", "give one of them"
             )
+        self.require_support(
+            objective,
+            "it has no effect in the mean over draws, and a top-k is not drawn",
+            *("sampled", "mc"),
+        )
 
-    def advantage(self, a: Tensor, columns: SupportLogProbs) -> Tensor:
-        rows = columns.rows
+    def adjust_advantage(self, a: Tensor, inputs: SupportLogProbs) -> Tensor:
+        rows = inputs.rows
         if self.on == "student":
-            of = columns.only(rows.cached & (columns.places < self.k))
-            log_p, log_q = renormalised(of.log_p, of.on), renormalised(of.log_q, of.on)
-            value = reverse_kl(log_p, log_q, of.on)
+            top = inputs.on(rows.cached & (inputs.topk_index < self.k))
+            log_p, log_q = renormalised(top.log_p, top.mask), renormalised(top.log_q, top.mask)
+            value = reverse_kl(log_p, log_q, top.mask)
         else:
-            value = tail(reverse_kl, columns.only(rows.q_rank < rows.kept[:, None])).loss
+            value = bucket(reverse_kl, inputs.on(rows.q_rank < rows.n_kept[:, None])).loss
         return a + value[:, None]
 
 
@@ -136,71 +205,66 @@ class Floor(Modifier):
     name: ClassVar[str] = "floor"
     nats: float = math.log(0.25)
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "nats", self.nats, -math.inf, 0.0)
-        advantage_only(self.name, objective)
+    def check(self, objective: Combination) -> None:
+        self.require_range("nats", -math.inf, 0.0)
+        self.require_policy_gradient(objective)
 
-    def advantage(self, a: Tensor, columns: SupportLogProbs) -> Tensor:
+    def adjust_advantage(self, a: Tensor, inputs: SupportLogProbs) -> Tensor:
         return a.clamp(min=self.nats)
 
 
 @dataclass(frozen=True)
 class Importance(Modifier):
-    """Terms get the ratio of the live student to the one that drew, at most `cap` where that is
-    above 0 (AsyncOPD, arXiv 2606.24143, has no cap). It mends which id was drawn, not which prefix.
-    The ratio is of the law that was really drawn from: tempered or truncated for the sampled token,
-    the whole one for mc.
+    """Terms get the ratio of the current policy to the behaviour policy, at most `cap` if that is
+    above 0 (AsyncOPD, arXiv 2606.24143, has no cap). It corrects the draw of an id, not of its
+    prefix. The behaviour policy is the distribution that was drawn from: tempered or truncated for
+    the sampled token, the whole one for mc.
     """
 
     name: ClassVar[str] = "importance"
     cap: float = 0.0
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "cap", self.cap, 0.0, math.inf, closed_below=True)
-        if objective.support not in ("sampled", "mc"):
-            raise refused(
-                self.name,
-                f"support {objective.support!r}",
-                "nothing was drawn from the student",
-                "use support 'sampled' or 'mc'",
-            )
+    def check(self, objective: Combination) -> None:
+        self.require_range("cap", 0.0, math.inf, "[)")
+        self.require_support(objective, "its ids are not drawn from the student", "sampled", "mc")
 
-    def terms(self, loss: Tensor, g: Tensor, columns: SupportLogProbs) -> tuple[Tensor, Tensor]:
-        ratio = ratio_of(columns.log_p, columns.log_p_drawn(), columns.on)
+    def adjust_gradient(
+        self, loss: Tensor, g: Tensor, inputs: SupportLogProbs
+    ) -> tuple[Tensor, Tensor]:
+        ratio = policy_ratio(inputs.log_p, inputs.behavior_log_p(), inputs.mask)
         ratio = ratio.clamp(max=self.cap) if self.cap else ratio
         return loss * ratio, g * ratio
 
 
 @dataclass(frozen=True)
 class Clip(Modifier):
-    """The clipped surrogate of PPO as the released code of arXiv 2604.13016 has it, per id: A and w
-    come from the student that sampled, r = p / p_then, and the loss is max(-A r, -A clip(r, 1 -
-    epsilon, 1 + epsilon)), where A < 0 at most -A dual. At r = 1, one update per rollout, it does
-    nothing.
+    """The clipped surrogate of PPO per id, as in the released code of arXiv 2604.13016: A and w are
+    those of the behaviour policy b, r = p / b, and the loss is max(-A r, -A clip(r, 1 - epsilon,
+    1 + epsilon)), at most -A dual if A < 0. At r = 1, one update per rollout, it does nothing.
     """
 
     name: ClassVar[str] = "clip"
     epsilon: float = 0.2
     dual: float = 3.0
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "epsilon", self.epsilon, 0.0, 1.0)
-        within(self.name, "dual", self.dual, 1.0, math.inf)
-        advantage_only(self.name, objective)
-        if objective.support not in ("sampled", "student"):
-            raise refused(
-                self.name,
-                f"support {objective.support!r}",
-                "the log-probs of the student that sampled are stored at its own ids",
-                "use support 'sampled' or 'student'",
-            )
+    def check(self, objective: Combination) -> None:
+        self.require_range("epsilon", 0.0, 1.0)
+        self.require_range("dual", 1.0, math.inf)
+        self.require_policy_gradient(objective)
+        self.require_support(
+            objective,
+            "the log-probs of the behaviour policy are stored at its own ids",
+            *("sampled", "student"),
+        )
 
-    def target(self, columns: SupportLogProbs) -> SupportLogProbs:
-        return replace(columns, log_p_then=columns.log_p_stored())
+    def adjust_target(self, inputs: SupportLogProbs) -> SupportLogProbs:
+        return replace(inputs, log_p_old=inputs.old_log_p())
 
-    def terms(self, loss: Tensor, g: Tensor, columns: SupportLogProbs) -> tuple[Tensor, Tensor]:
-        assert columns.log_p_then is not None, "target comes first"
-        ratio = ratio_of(columns.log_p, columns.log_p_then, columns.on)
+    def adjust_gradient(
+        self, loss: Tensor, g: Tensor, inputs: SupportLogProbs
+    ) -> tuple[Tensor, Tensor]:
+        assert inputs.log_p_old is not None, "adjust_target comes first"
+        ratio = policy_ratio(inputs.log_p, inputs.log_p_old, inputs.mask)
         plain, low = loss * ratio, 1 - self.epsilon
         clipped = loss * ratio.clamp(low, 1 + self.epsilon)
         value = torch.maximum(plain, clipped)
@@ -214,8 +278,8 @@ class Clip(Modifier):
 @dataclass(frozen=True)
 class EntropyGate(Modifier):
     """Adds `coefficient` KL(q || p) on the teacher's top-k and one bucket where the teacher's
-    entropy is above `nats` (EOPD, arXiv 2603.07079: 0.8, k 16, coefficient 1). Where the entropy is
-    an interval, its least must be above: a bound within it leaves the gate shut.
+    entropy is above `nats` (EOPD, arXiv 2603.07079: 0.8, k 16, coefficient 1). Of an interval, the
+    lower end must be above it.
     """
 
     name: ClassVar[str] = "entropy_gate"
@@ -224,43 +288,44 @@ class EntropyGate(Modifier):
     coefficient: float = 1.0
     k: int = 16
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "nats", self.nats, 0.0, math.inf, closed_below=True)
-        within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
-        within(self.name, "k", self.k, 1, math.inf, closed_below=True)
+    def check(self, objective: Combination) -> None:
+        self.require_range("nats", 0.0, math.inf, "[)")
+        self.require_range("coefficient", 0.0, math.inf)
+        self.require_range("k", 1, math.inf, "[)")
 
-    def step(self, step: LossTerms, columns: SupportLogProbs) -> LossTerms:
-        rows = columns.rows
-        open_ = (rows.q_entropy > self.nats).to(step.loss.dtype)
-        added = tail(forward_kl, columns.only(rows.q_rank < self.k))
-        return step.plus(added, self.coefficient * open_)
+    def adjust_terms(self, terms: LossTerms, inputs: SupportLogProbs) -> LossTerms:
+        rows = inputs.rows
+        is_open = (rows.q_entropy > self.nats).to(terms.loss.dtype)
+        added = bucket(forward_kl, inputs.on(rows.q_rank < self.k))
+        return terms.plus(added, self.coefficient * is_open)
 
 
 @dataclass(frozen=True)
 class EntropyBonus(Modifier):
-    """Adds -`coefficient` H(p), the live student's entropy over the whole vocabulary, so that it is
-    not pulled to a point. dH/dz_v = -p_v (log p_v + H): a gradient at every id.
+    """Adds -`coefficient` H(p), the current student's entropy over the whole vocabulary.
+
+    dH/dz_v = -p_v (log p_v + H): a gradient at every id.
     """
 
     name: ClassVar[str] = "entropy_bonus"
     keeps_sum: ClassVar[bool] = False
     coefficient: float = 0.01
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "coefficient", self.coefficient, 0.0, math.inf)
+    def check(self, objective: Combination) -> None:
+        self.require_range("coefficient", 0.0, math.inf)
 
-    def step(self, step: LossTerms, columns: SupportLogProbs) -> LossTerms:
-        h = columns.entropy
-        zero, one = torch.zeros_like(step.at_ids), torch.ones_like(h)
+    def adjust_terms(self, terms: LossTerms, inputs: SupportLogProbs) -> LossTerms:
+        h = inputs.entropy
+        zero, one = torch.zeros_like(terms.at_ids), torch.ones_like(h)
         added = LossTerms(-h, zero, h, h[:, None].expand_as(zero), dense_log=one)
-        return step.plus(added, self.coefficient * one)
+        return terms.plus(added, self.coefficient * one)
 
 
 @dataclass(frozen=True)
 class Prune(Modifier):
-    """Rows weigh clip(1 - drop n, 0, 1) + floor, n the rows so far in their response in which the
-    stored top-k of student and teacher share less than `overlap` (Prune-OPD, arXiv 2605.07804, its
-    code's defaults). What it shortens rollouts by is left out: these are made already.
+    """Rows get the weight clip(1 - drop n, 0, 1) + floor, n the rows so far in their response in
+    which the stored top-k of student and teacher share less than `overlap` (Prune-OPD, arXiv
+    2605.07804, its code's defaults). It shortens no rollouts, as these are stored already.
     """
 
     name: ClassVar[str] = "prune"
@@ -270,19 +335,20 @@ class Prune(Modifier):
     floor: float = 0.0
     k: int = 16
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "overlap", self.overlap, 0.0, 1.0, closed_above=True)
-        within(self.name, "drop", self.drop, 0.0, 1.0, closed_above=True)
-        within(self.name, "floor", self.floor, 0.0, math.inf, closed_below=True)
-        within(self.name, "k", self.k, 1, math.inf, closed_below=True)
+    def check(self, objective: Combination) -> None:
+        self.require_range("overlap", 0.0, 1.0, "(]")
+        self.require_range("drop", 0.0, 1.0, "(]")
+        self.require_range("floor", 0.0, math.inf, "[)")
+        self.require_range("k", 1, math.inf, "[)")
 
 
 @dataclass(frozen=True)
 class Stepwise(Modifier):
-    """Rows of step j weigh min((d_1 + e) / (d_j + e), 1 + delta), d the mean |log p - log q| of the
-    sampled ids of a step when they were sampled, e = 1e-6 (SOD, arXiv 2605.07725; its product of
-    ratios telescopes). A store has no step boundaries: a step is `tokens` response tokens. The
-    outcome reward's own advantage is left out.
+    """Rows of step j get the weight min((d_1 + e) / (d_j + e), 1 + delta), e = 1e-6.
+
+    d is the mean |log b - log q| of a step's sampled ids, b the behaviour policy (SOD, arXiv
+    2605.07725; its product of ratios telescopes). A store has no step boundaries: a step is
+    `tokens` response tokens. The advantage of the outcome reward is left out.
     """
 
     name: ClassVar[str] = "stepwise"
@@ -290,23 +356,23 @@ class Stepwise(Modifier):
     tokens: int = 64
     delta: float = 0.5
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "tokens", self.tokens, 1, math.inf, closed_below=True)
-        within(self.name, "delta", self.delta, 0.0, math.inf, closed_below=True)
+    def check(self, objective: Combination) -> None:
+        self.require_range("tokens", 1, math.inf, "[)")
+        self.require_range("delta", 0.0, math.inf, "[)")
 
 
 @dataclass(frozen=True)
 class KeepEntropy(Modifier):
-    """Only the `share` of an update's rows in which the student that sampled was least sure is
-    trained on (REOPOLD's second stage, arXiv 2603.11137; TIP, arXiv 2604.14084, by its entropy).
+    """Only the `share` of an update's rows with the largest stored entropy of the student has a
+    weight (REOPOLD's second stage, arXiv 2603.11137; TIP, arXiv 2604.14084).
     """
 
     name: ClassVar[str] = "keep_entropy"
     scope: ClassVar[str] = "batch"
     share: float = 0.5
 
-    def check(self, objective: Parts) -> None:
-        within(self.name, "share", self.share, 0.0, 1.0, closed_above=True)
+    def check(self, objective: Combination) -> None:
+        self.require_range("share", 0.0, 1.0, "(]")
 
 
 MODIFIERS: dict[str, type[Modifier]] = {

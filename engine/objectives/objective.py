@@ -1,110 +1,72 @@
-"""An objective is data, checked when it is made: only combinations with a meaning exist."""
+"""Objective: support x divergence x tail x estimator, and modifiers, checked when it is made."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.metrics.metrics import renormalised
 from logitcask.engine.objectives.divergences import DIVERGENCES, PARAMETERS
-from logitcask.engine.objectives.modifier import Modifier
-from logitcask.engine.objectives.supports import DRAWN, LIVE, SUPPORTS, LossTerms, SupportLogProbs
-from logitcask.engine.objectives.tail import OUTSIDE
+from logitcask.engine.objectives.modifiers import Modifier
+from logitcask.engine.objectives.policy_gradient import WEIGHTS
+from logitcask.engine.objectives.supports import CURRENT_SUPPORTS, SAMPLED_SUPPORTS, SUPPORTS
+from logitcask.engine.objectives.tail import TAILS
 
+ESTIMATORS = ("divergence", "policy_gradient")
 
-def student_p(columns: SupportLogProbs, log_p: Tensor) -> Tensor:
-    """p renormalised on S."""
-    return renormalised(log_p, columns.on).exp()
-
-
-def teacher_p(columns: SupportLogProbs, log_p: Tensor) -> Tensor:
-    """q renormalised on S."""
-    return renormalised(columns.log_q, columns.on).exp()
-
-
-def none(columns: SupportLogProbs, log_p: Tensor) -> Tensor:
-    """1 / |S|."""
-    return columns.on.to(log_p.dtype) / columns.on.sum(-1, keepdim=True).clamp(min=1)
-
-
-WEIGHTS: dict[str, Callable[[SupportLogProbs, Tensor], Tensor]] = {
-    "student_p": student_p,
-    "teacher_p": teacher_p,
-    "none": none,
-}
-"""The released code's REWARD_WEIGHT_MODE."""
-
-
-def advantage(weights: str, modifiers: Sequence[Modifier], columns: SupportLogProbs) -> LossTerms:
-    on = columns.on
-    log_p = columns.log_p if columns.log_p_then is None else columns.log_p_then
-    if columns.support == "mc":
-        count = columns.rows.held("mc_count").to(log_p.dtype)
-        w = count / count.sum(-1, keepdim=True).clamp(min=1)
-    else:
-        w = WEIGHTS[weights](columns, log_p)
-    a = torch.where(on, columns.log_q, 0.0) - torch.where(on, log_p, 0.0)
-    for modifier in modifiers:
-        a = modifier.advantage(a, columns)
-    loss = g = torch.where(on, -w * a, 0.0)
-    for modifier in modifiers:
-        loss, g = modifier.terms(loss, g, columns)
-    return LossTerms.of_log_p(loss.sum(-1), g)
-
-
-FORMS = ("divergence", "advantage")
-
-CELLS: frozenset[tuple[str, str, str, str]] = frozenset(
+ALLOWED_COMBINATIONS: frozenset[tuple[str, str, str, str]] = frozenset(
     [
-        # A divergence must know what to do with the mass outside the support: on its own,
+        # A divergence needs a rule for the mass outside the support: without one,
         # sum_S p log(p / q) falls when mass leaves S.
         *product(
             ("teacher", "student", "overlap", "union", "non_overlap"),
             DIVERGENCES,
-            ("renormalize", "tail"),
+            ("renormalize", "bucket"),
             ("divergence",),
         ),
-        # The teacher's draws are a law of their own.
+        # The teacher's draws are a distribution of their own.
         ("teacher_mc", "forward_kl", "ignore", "divergence"),
-        # The advantage compares raw log-probs, so nothing is done outside. It estimates the
-        # gradient of reverse KL; its forward form is reported as very poor (thunlp/OPD #21).
-        *product(sorted({*SUPPORTS} - {"teacher_mc"}), ["reverse_kl"], ["ignore"], ["advantage"]),
+        # An advantage compares raw log-probs, so it ignores the tail. It estimates the gradient of
+        # reverse KL; its forward variant is reported as very poor (thunlp/OPD #21).
+        *product(
+            sorted({*SUPPORTS} - {"teacher_mc"}), ["reverse_kl"], ["ignore"], ["policy_gradient"]
+        ),
     ]
 )
-"""Allowed (support, divergence, outside, form)."""
+"""(support, divergence, tail, estimator)."""
+
+STORED_KEYS = {"tail": "outside", "estimator": "form"}
+STORED_VALUES = {"bucket": "tail", "policy_gradient": "advantage"}
+"""Names in run.json that differ from those of the code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """Raises ObjectiveError for an unknown name or a combination without meaning."""
+    """One loss. Raises ObjectiveError for an unknown name or a combination without meaning."""
 
     support: str
-    """Which ids the loss looks at: a key of SUPPORTS."""
+    """The ids that the loss compares: a key of SUPPORTS."""
     divergence: str
-    """What it compares there: a key of DIVERGENCES."""
-    outside: str
-    """The mass elsewhere: `renormalize` both sides on the support, one `tail` bucket, `ignore`."""
-    form: str
-    """`divergence`: the gradient of the divergence. `advantage`: -A grad log p, A held fixed."""
+    """A key of DIVERGENCES."""
+    tail: str
+    """The mass outside: `renormalize` both sides on the support, one `bucket`, `ignore`."""
+    estimator: str
+    """`divergence`: its exact gradient. `policy_gradient`: -A grad log p, A held fixed."""
     k: int
-    """Ids in a top-k support at most; 1 for supports that are draws."""
+    """Largest number of ids in a top-k support; 1 for supports that are draws."""
     parameter: float | None = None
-    """Of a divergence that has one; None elsewhere. See divergences.PARAMETERS."""
+    """Parameter of the divergence, None if it has none. See divergences.PARAMETERS."""
     weights: str = "student_p"
-    """Of the ids in an advantage on a top-k: a key of WEIGHTS."""
+    """Weights of the ids in a policy gradient on a top-k: a key of WEIGHTS."""
     modifiers: tuple[Modifier, ...] = ()
-    """In the order in which they act."""
+    """In the order in which they are applied."""
 
     def __post_init__(self) -> None:
         for key, value, known in (
             ("support", self.support, SUPPORTS),
             ("divergence", self.divergence, DIVERGENCES),
-            ("outside", self.outside, OUTSIDE),
-            ("form", self.form, FORMS),
+            ("tail", self.tail, TAILS),
+            ("estimator", self.estimator, ESTIMATORS),
             ("weights", self.weights, WEIGHTS),
         ):
             _check_known(key, value, known)
@@ -115,69 +77,79 @@ class Objective:
             modifier.check(self)
 
     @property
-    def live_k(self) -> int:
-        """Ids of the live student's top-k that its loss looks at."""
-        own = self.k if self.support in LIVE else 0
-        return max([own, *(modifier.live_k for modifier in self.modifiers)])
+    def current_topk(self) -> int:
+        """Ids of the current student's top-k that the loss needs."""
+        own = self.k if self.support in CURRENT_SUPPORTS else 0
+        return max([own, *(modifier.current_topk for modifier in self.modifiers)])
 
     @property
     def needs_base(self) -> bool:
         return any(modifier.needs_base for modifier in self.modifiers)
 
     def record(self) -> dict[str, Any]:
-        """What a run's folder holds of it."""
-        held = asdict(self)
-        held["modifiers"] = [{"name": m.name, **asdict(m)} for m in self.modifiers]
-        return held
+        """Return the objective as run.json stores it."""
+        stored = {
+            STORED_KEYS.get(key, key): STORED_VALUES.get(value, value)
+            if key in STORED_KEYS
+            else value
+            for key, value in asdict(self).items()
+        }
+        stored["modifiers"] = [{"name": m.name, **asdict(m)} for m in self.modifiers]
+        return stored
 
     def _check_meaning(self) -> None:
-        if self.support in DRAWN - {"teacher_mc"} and self.form != "advantage":
+        if self.support in SAMPLED_SUPPORTS - {"teacher_mc"} and self.estimator == "divergence":
             raise ObjectiveError(
-                f"support {self.support!r} with form {self.form!r}: one id is no distribution, and "
-                "draws of p are no sum over p",
-                hint="use form 'advantage'",
+                f"support {self.support!r} with estimator 'divergence': a drawn id is no "
+                "distribution, and draws of p give no sum over p",
+                hint="use estimator 'policy_gradient'",
             )
         if self.support == "teacher_mc" and (
-            (self.divergence, self.outside, self.form) != ("forward_kl", "ignore", "divergence")
+            (self.divergence, self.tail, self.estimator) != ("forward_kl", "ignore", "divergence")
         ):
             raise ObjectiveError(
-                f"support 'teacher_mc' with {self.divergence!r}, {self.outside!r}, {self.form!r}: "
-                "the teacher's draws estimate an average over q",
-                hint="use divergence 'forward_kl', outside 'ignore', form 'divergence'",
+                f"support 'teacher_mc' with {self.divergence!r}, {self.tail!r}, "
+                f"{self.estimator!r}: the teacher's draws estimate an average over q",
+                hint="use divergence 'forward_kl', tail 'ignore', estimator 'divergence'",
             )
-        if self.form == "divergence" and self.outside == "ignore" and self.support != "teacher_mc":
+        ignores = self.tail == "ignore" and self.support != "teacher_mc"
+        if self.estimator == "divergence" and ignores:
             raise ObjectiveError(
-                "form 'divergence' with outside 'ignore': the loss would fall when mass leaves the "
-                "support",
-                hint="use outside 'renormalize' or 'tail', or form 'advantage'",
+                "estimator 'divergence' with tail 'ignore': the loss would fall when mass leaves "
+                "the support",
+                hint="use tail 'renormalize' or 'bucket', or estimator 'policy_gradient'",
             )
-        if (self.support, self.divergence, self.outside, self.form) not in CELLS:
+        combination = (self.support, self.divergence, self.tail, self.estimator)
+        if combination not in ALLOWED_COMBINATIONS:
             raise ObjectiveError(
-                f"form 'advantage' with divergence {self.divergence!r} and outside "
-                f"{self.outside!r}: it is defined by the raw log-ratio of reverse KL",
-                hint="use divergence 'reverse_kl' and outside 'ignore', or form 'divergence'",
+                f"estimator 'policy_gradient' with divergence {self.divergence!r} and tail "
+                f"{self.tail!r}: it is defined by the raw log-ratio of reverse KL",
+                hint="use divergence 'reverse_kl' and tail 'ignore', or estimator 'divergence'",
             )
-        if self.weights != "student_p" and (self.form != "advantage" or self.support in DRAWN):
+        of_topk = self.estimator == "policy_gradient" and self.support not in SAMPLED_SUPPORTS
+        if self.weights != "student_p" and not of_topk:
             raise ObjectiveError(
-                f"weights {self.weights!r} with form {self.form!r} and support {self.support!r}: "
-                "only an advantage on a top-k weighs its ids",
+                f"weights {self.weights!r} with estimator {self.estimator!r} and support "
+                f"{self.support!r}: only a policy gradient on a top-k has weights of ids",
                 hint="leave weights out",
             )
 
     def _check_k(self) -> None:
-        if self.support in DRAWN and self.k != 1:
+        if self.support in SAMPLED_SUPPORTS and self.k != 1:
             raise ObjectiveError(
                 f"k = {self.k} with support {self.support!r}, which is no top-k",
-                hint="leave --k out",
+                hint="leave --loss-topk out",
             )
-        if self.outside == "renormalize" and self.k < 2:
+        if self.tail == "renormalize" and self.k < 2:
             raise ObjectiveError(
-                f"k = {self.k} with outside 'renormalize', which needs 2 or more: one id "
+                f"k = {self.k} with tail 'renormalize', which needs 2 or more: one id "
                 "renormalises to 1 on both sides and the gradient is zero",
-                hint="use --k 2 or more, or outside 'tail', or form 'advantage'",
+                hint="use --loss-topk 2 or more, or tail 'bucket', or estimator 'policy_gradient'",
             )
         if self.k < 1:
-            raise ObjectiveError(f"k = {self.k} must be 1 or more", hint="use --k 1 or more")
+            raise ObjectiveError(
+                f"k = {self.k} must be 1 or more", hint="use --loss-topk 1 or more"
+            )
 
     def _check_parameter(self) -> None:
         if self.divergence not in PARAMETERS:
@@ -192,7 +164,7 @@ class Objective:
         if self.parameter is None or not 0 < self.parameter < 1:
             raise ObjectiveError(
                 f"{name} = {self.parameter} of divergence {self.divergence!r} is not in (0, 1)",
-                hint=f"give one in it; {usual} is usual. At the ends use forward_kl or reverse_kl",
+                hint=f"give a value in it, e.g. {usual}; at the ends use forward_kl or reverse_kl",
             )
 
 

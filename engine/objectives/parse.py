@@ -1,4 +1,4 @@
-"""From what a person writes to a preset: `NAME`, `NAME(k=32)`, `NAME+modifier(key=value)+...`."""
+"""Parser of objectives: `NAME`, `NAME(k=32)`, `NAME+modifier(key=value)+...`."""
 
 import re
 from dataclasses import fields, replace
@@ -6,8 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives.modifier import Modifier
-from logitcask.engine.objectives.modifiers import MODIFIERS
+from logitcask.engine.objectives.modifiers import MODIFIERS, Modifier
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import PRESETS, Preset
 
@@ -15,14 +14,14 @@ _TERM = re.compile(r"(?P<name>[a-z0-9_]+)(?:\((?P<arguments>[^()]*)\))?")
 
 
 def parse_objective(text: str, *, k: int | None = None) -> Preset:
-    """The preset that `text` names, with another k if one is given. Raises ObjectiveError.
+    """Return the preset that `text` names, with another k if there is one.
 
-    In brackets stand fields of the objective (k, parameter, weights) or of a modifier:
+    The brackets hold fields of the objective (k, parameter, weights) or of a modifier:
     `gkd(parameter=0.1)`, `opd_released(weights=teacher_p)+clip`, `sampled_token+importance(cap=5)`.
-    A modifier that the preset has already is replaced.
+    A modifier replaces one of the same name in the preset. Raises ObjectiveError.
     """
     head, *terms = text.replace(" ", "").split("+")
-    name, given = _split(head, text)
+    name, values = _split(head, text)
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ObjectiveError(
@@ -31,7 +30,7 @@ def parse_objective(text: str, *, k: int | None = None) -> Preset:
         )
     preset = PRESETS[name]
     kinds = {"k": int, "parameter": float, "weights": str}
-    changes = {key: _value(key, value, kinds, text) for key, value in given.items()}
+    changes = {key: _value(key, value, kinds, text) for key, value in values.items()}
     if k is not None:
         changes["k"] = k
     modifiers = {each.name: each for each in preset.objective.modifiers}
@@ -55,7 +54,7 @@ def _split(term: str, text: str) -> tuple[str, dict[str, str]]:
     return found["name"], {key: value for key, _, value in pairs}
 
 
-def _modifier(name: str, given: dict[str, str], text: str) -> Modifier:
+def _modifier(name: str, values: dict[str, str], text: str) -> Modifier:
     if name not in MODIFIERS:
         near = get_close_matches(name, MODIFIERS, n=1, cutoff=0.0)[0]
         raise ObjectiveError(
@@ -64,7 +63,7 @@ def _modifier(name: str, given: dict[str, str], text: str) -> Modifier:
         )
     kind = MODIFIERS[name]
     kinds = {f.name: type(f.default) for f in fields(kind)}
-    return kind(**{key: _value(key, value, kinds, text) for key, value in given.items()})
+    return kind(**{key: _value(key, value, kinds, text) for key, value in values.items()})
 
 
 def _value(key: str, value: str, kinds: dict[str, Any], text: str) -> Any:

@@ -1,4 +1,8 @@
-"""Which ids of a row a loss looks at. A support is a mask over the columns of Targets."""
+"""Supports: the ids of a row that a loss compares, and the log-probs on them.
+
+A support is a mask over the columns of Targets. p is the student, q the teacher; S(p) and S(q) are
+their top-k.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,159 +12,52 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.packing.targets import Targets
-from logitcask.kernels.row_view import ObjectiveGrad
-
-
-class LossTerms(NamedTuple):
-    """A RowGrad without metrics."""
-
-    loss: Tensor
-    at_ids: Tensor
-    dense: Tensor
-    dense_at_ids: Tensor
-    dense_log: Tensor | None = None
-
-    @classmethod
-    def of_log_p(cls, loss: Tensor, at_ids: Tensor) -> "LossTerms":
-        """Of a loss [C] of {log p at S} alone, by its derivative [C, S]."""
-        dense = -at_ids.sum(-1)
-        return cls(loss, at_ids, dense, dense[:, None].expand_as(at_ids))
-
-    def plus(self, other: "LossTerms", factor: Tensor) -> "LossTerms":
-        """This and `factor` [C] times the other."""
-        by, dense_log = factor[:, None], self.dense_log
-        if other.dense_log is not None:
-            added = factor * other.dense_log
-            dense_log = added if dense_log is None else dense_log + added
-        return LossTerms(
-            self.loss + factor * other.loss,
-            self.at_ids + by * other.at_ids,
-            self.dense + factor * other.dense,
-            self.dense_at_ids + by * other.dense_at_ids,
-            dense_log,
-        )
-
-    def answer(self, metrics: dict[str, Tensor]) -> ObjectiveGrad:
-        return ObjectiveGrad(**self._asdict(), metrics=metrics)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SupportLogProbs:
-    """C rows, S columns."""
-
-    log_p: Tensor
-    """[C, S] of the live student."""
-    log_q: Tensor
-    """[C, S] what it is held against: the teacher's, or what a modifier made of it."""
-    on: Tensor
-    """[C, S] bool, the support; both log-probs are above -inf there."""
-    log_q_outside: Tensor
-    """[C], log of the teacher's mass outside the support."""
-    places: Tensor
-    """[C, S] int64: where the ids stand in the live top-k; BEYOND where not at all."""
-    entropy: Tensor
-    """[C] nats, of the live student; NaN where the op has not seen the whole vocabulary."""
-    rows: Targets
-    """The same rows and columns."""
-    support: str
-    """Its name."""
-    log_p_then: Tensor | None = None
-    """[C, S] what an advantage takes for log p, if not the live one: see modifiers.Clip."""
-
-    def only(self, on: Tensor) -> "SupportLogProbs":
-        """On another support; what is known of the teacher and not on it is outside."""
-        return columns_on(self.rows, self.log_p, self.places, self.entropy, on)
-
-    def log_p_drawn(self) -> Tensor:
-        """[C, S] log-prob of the drawn ids under the law that they were drawn from."""
-        rows = self.rows
-        drawn = rows.held("mc_log_p") if self.support == "mc" else self._at_token(rows.b_lp)
-        return drawn.to(self.log_p.dtype)
-
-    def log_p_stored(self) -> Tensor:
-        """[C, S] of the student that sampled, at temperature 1: at the sampled token, else at its
-        stored list."""
-        rows = self.rows
-        stored = self._at_token(rows.s_lp) if self.support == "sampled" else rows.s_log_p
-        return stored.to(self.log_p.dtype)
-
-    def _at_token(self, of_rows: Tensor) -> Tensor:
-        column = torch.arange(self.log_p.shape[1], device=self.log_p.device)
-        return torch.where(column == self.rows.token_col[:, None], of_rows[:, None], -torch.inf)
-
-    def with_target(self, log_q: Tensor, log_q_outside: Tensor | None = None) -> "SupportLogProbs":
-        outside = self.log_q_outside if log_q_outside is None else log_q_outside
-        return replace(self, log_q=log_q, log_q_outside=outside)
-
-
-def columns_on(
-    rows: Targets, log_p: Tensor, places: Tensor, entropy: Tensor, on: Tensor, support: str = ""
-) -> SupportLogProbs:
-    """`rows` against log_p [C, S] of a student of this entropy [C] on the ids in `on`.
-
-    An id whose log-prob is -inf on either side leaves the support: no finite step of the student
-    brings it closer. With a tail its mass goes there.
-    """
-    log_q = rows.q_log_p.to(log_p.dtype)
-    on = on & (log_p != -torch.inf) & (log_q != -torch.inf)
-    left = torch.where(rows.cached & ~on, log_q, -torch.inf)
-    tail = rows.q_log_tail.to(log_p.dtype)[:, None]
-    return SupportLogProbs(
-        log_p=log_p,
-        log_q=log_q,
-        on=on,
-        log_q_outside=torch.cat([tail, left], -1).logsumexp(-1),
-        places=places,
-        entropy=entropy,
-        rows=rows,
-        support=support,
-    )
-
+from logitcask.kernels.objective_input import ObjectiveGrad
 
 Support = Callable[[Tensor, Targets, int], Tensor]
-"""(places [C, S] of the columns in the live student's top ids, the rows, k) -> [C, S] bool."""
+"""(topk_index [C, S] of the columns in the current student's top ids, rows, k) -> [C, S] bool."""
 
 
-def teacher(places: Tensor, rows: Targets, k: int) -> Tensor:
-    """S(q): the teacher's top-k. Fixed: the student cannot move it."""
+def teacher(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
+    """Return S(q). It is fixed: no update of the student changes it."""
     return rows.q_rank < k
 
 
-def student(places: Tensor, rows: Targets, k: int) -> Tensor:
-    """S(p) of the student that sampled: frozen at its version. Its ids are the first columns."""
+def student(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
+    """Return S(p) of the behaviour policy, frozen at its version. Its ids are the first columns."""
     column = torch.arange(rows.ids.shape[1], device=rows.ids.device)
     return rows.in_student & (column < k)
 
 
-def overlap(places: Tensor, rows: Targets, k: int) -> Tensor:
-    """S(p) & S(q), S(p) of the live student: the intersection never leaves what was scored."""
-    return teacher(places, rows, k) & (places < k)
+def overlap(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
+    """Return S(p) & S(q) of the current student: all of its ids have a score."""
+    return teacher(topk_index, rows, k) & (topk_index < k)
 
 
-def union(places: Tensor, rows: Targets, k: int) -> Tensor:
-    """S(p) | S(q), S(p) live, as far as it was scored: see cache/miss_mass."""
-    return rows.cached & (teacher(places, rows, k) | (places < k))
+def union(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
+    """Return the scored ids of S(p) | S(q) of the current student: see cache/uncached_mass."""
+    return rows.cached & (teacher(topk_index, rows, k) | (topk_index < k))
 
 
-def non_overlap(places: Tensor, rows: Targets, k: int) -> Tensor:
-    """What one of S(p) and S(q) has and the other has not, S(p) live, as far as it was scored."""
-    return rows.cached & (teacher(places, rows, k) ^ (places < k))
+def non_overlap(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
+    """Return the scored ids that are in one of S(p) and S(q) alone, of the current student."""
+    return rows.cached & (teacher(topk_index, rows, k) ^ (topk_index < k))
 
 
-def sampled(places: Tensor, rows: Targets, k: int) -> Tensor:
-    """The sampled token alone; k is 1."""
+def sampled(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
+    """Return the sampled token alone; k is 1."""
     column = torch.arange(rows.ids.shape[1], device=rows.ids.device)
     return column == rows.token_col[:, None]
 
 
-def mc(places: Tensor, rows: Targets, k: int) -> Tensor:
-    """Ids that the student drew when it sampled, beside the token that it went on with; k is 1."""
-    return rows.held("mc_count") > 0
+def mc(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
+    """Return the ids that the behaviour policy drew in addition to its token; k is 1."""
+    return rows.require("mc_count") > 0
 
 
-def teacher_mc(places: Tensor, rows: Targets, k: int) -> Tensor:
-    """Ids that the teacher drew; k is 1."""
-    return rows.held("q_draws") > 0
+def teacher_mc(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
+    """Return the ids that were drawn from the teacher; k is 1."""
+    return rows.require("q_draws") > 0
 
 
 SUPPORTS: dict[str, Support] = {
@@ -174,8 +71,130 @@ SUPPORTS: dict[str, Support] = {
     "teacher_mc": teacher_mc,
 }
 
-LIVE = frozenset({"overlap", "union", "non_overlap"})
-"""Supports in which the student of today has a say."""
+CURRENT_SUPPORTS = frozenset({"overlap", "union", "non_overlap"})
+"""Supports that depend on the top-k of the current student."""
 
-DRAWN = frozenset({"sampled", "mc", "teacher_mc"})
-"""Supports that are draws and no top-k."""
+SAMPLED_SUPPORTS = frozenset({"sampled", "mc", "teacher_mc"})
+"""Supports that are draws, not a top-k."""
+
+
+class LossTerms(NamedTuple):
+    """Loss and gradient of C rows: an ObjectiveGrad without metrics."""
+
+    loss: Tensor
+    at_ids: Tensor
+    dense: Tensor
+    dense_at_ids: Tensor
+    dense_log: Tensor | None = None
+
+    @classmethod
+    def of_log_p(cls, loss: Tensor, at_ids: Tensor) -> "LossTerms":
+        """Return the terms of a loss [C] that depends on log p at S alone.
+
+        at_ids: [C, S] its derivative by log p.
+        """
+        dense = -at_ids.sum(-1)
+        return cls(loss, at_ids, dense, dense[:, None].expand_as(at_ids))
+
+    def plus(self, other: "LossTerms", factor: Tensor) -> "LossTerms":
+        """Add `factor` [C] times `other`."""
+        by, dense_log = factor[:, None], self.dense_log
+        if other.dense_log is not None:
+            added = factor * other.dense_log
+            dense_log = added if dense_log is None else dense_log + added
+        return LossTerms(
+            self.loss + factor * other.loss,
+            self.at_ids + by * other.at_ids,
+            self.dense + factor * other.dense,
+            self.dense_at_ids + by * other.dense_at_ids,
+            dense_log,
+        )
+
+    def with_metrics(self, metrics: dict[str, Tensor]) -> ObjectiveGrad:
+        return ObjectiveGrad(**self._asdict(), metrics=metrics)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupportLogProbs:
+    """Log-probs of C rows at S columns: the input of every loss."""
+
+    log_p: Tensor
+    """[C, S] of the current student."""
+    log_q: Tensor
+    """[C, S] of the target: the teacher's, or those that a modifier made from them."""
+    mask: Tensor
+    """[C, S] bool, the support; both log-probs are above -inf there."""
+    log_q_tail: Tensor
+    """[C], log of the teacher's mass outside the support."""
+    topk_index: Tensor
+    """[C, S] int64: index of each id in the current student's top-k, or NOT_IN_TOPK."""
+    entropy: Tensor
+    """[C] nats, of the current student; NaN if the kernel did not read the whole vocabulary."""
+    rows: Targets
+    """The same rows and columns."""
+    support: str
+    """Its name."""
+    log_p_old: Tensor | None = None
+    """[C, S] log p in a policy gradient's advantage, if not the current one: see modifiers.Clip."""
+
+    def on(self, mask: Tensor) -> "SupportLogProbs":
+        """Return the log-probs on another support; other scored ids are part of its tail."""
+        return support_log_probs(self.rows, self.log_p, self.topk_index, self.entropy, mask)
+
+    def behavior_log_p(self) -> Tensor:
+        """Return [C, S] log-probs of the drawn ids under the distribution they were drawn from."""
+        rows = self.rows
+        if self.support == "mc":
+            drawn = rows.require("mc_log_p")
+        else:
+            drawn = self._at_token(rows.behavior_logprobs)
+        return drawn.to(self.log_p.dtype)
+
+    def old_log_p(self) -> Tensor:
+        """Return [C, S] log-probs of the behaviour policy at temperature 1.
+
+        They are at the sampled token for support `sampled`, else at its stored top-k.
+        """
+        rows = self.rows
+        if self.support == "sampled":
+            stored = self._at_token(rows.student_logprobs)
+        else:
+            stored = rows.student_topk_logprobs
+        return stored.to(self.log_p.dtype)
+
+    def _at_token(self, per_row: Tensor) -> Tensor:
+        column = torch.arange(self.log_p.shape[1], device=self.log_p.device)
+        return torch.where(column == self.rows.token_col[:, None], per_row[:, None], -torch.inf)
+
+    def with_target(self, log_q: Tensor, log_q_tail: Tensor | None = None) -> "SupportLogProbs":
+        tail = self.log_q_tail if log_q_tail is None else log_q_tail
+        return replace(self, log_q=log_q, log_q_tail=tail)
+
+
+def support_log_probs(
+    rows: Targets,
+    log_p: Tensor,
+    topk_index: Tensor,
+    entropy: Tensor,
+    mask: Tensor,
+    support: str = "",
+) -> SupportLogProbs:
+    """Gather both models' log-probs of `rows` on the ids in `mask`.
+
+    log_p: [C, S] of the current student; entropy: [C] of it. An id of log-prob -inf on either side
+    leaves the support, because no finite update brings it closer; a tail bucket gets its mass.
+    """
+    log_q = rows.q_log_p.to(log_p.dtype)
+    mask = mask & (log_p != -torch.inf) & (log_q != -torch.inf)
+    left = torch.where(rows.cached & ~mask, log_q, -torch.inf)
+    tail = rows.q_log_tail.to(log_p.dtype)[:, None]
+    return SupportLogProbs(
+        log_p=log_p,
+        log_q=log_q,
+        mask=mask,
+        log_q_tail=torch.cat([tail, left], -1).logsumexp(-1),
+        topk_index=topk_index,
+        entropy=entropy,
+        rows=rows,
+        support=support,
+    )

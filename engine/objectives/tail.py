@@ -1,9 +1,9 @@
-"""What a loss does with the mass outside its support decides its gradient.
+"""The teacher's and the student's mass outside the support: it decides a loss's gradient.
 
 With g_v = dL / d log p_v, and a tail bucket r = 1 - sum_S p with g_r = dL / d log r:
 
-    no tail    dL/dz_v = g_v [v in S] - (sum g) p_v
-    tail       dL/dz_v = g_v - (sum g + g_r) p_v              v in S
+    no bucket  dL/dz_v = g_v [v in S] - (sum g) p_v
+    bucket     dL/dz_v = g_v - (sum g + g_r) p_v              v in S
                        = (g_r / r - sum g - g_r) p_v          elsewhere
 
 The terms near 1/r are only where they belong: for forward KL dL/dz_v is exactly p_v - q_v on S.
@@ -20,68 +20,70 @@ from logitcask.engine.objectives.supports import LossTerms, SupportLogProbs
 from logitcask.kernels import fused_maths
 
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A divergence with its parameter given: (log_p, log_q, on) -> [C]."""
+"""A divergence whose parameter is bound: (log_p, log_q, mask) -> [C]."""
 
 TAIL_FLOOR = {torch.float32: float(fused_maths.TAIL_FLOOR.value), torch.float64: 1e-14}
-"""Least r that a tail is given, about the error of 1 - sum p: log p = z - log-sum-exp is rounded at
-the size of z, and 2^-18 is float32's spacing between 32 and 64.
+"""Least r of a bucket, about the error of 1 - sum p: log p = z - log-sum-exp is rounded at the size
+of z, and 2^-18 is float32's spacing between 32 and 64.
 
-Below it the loss sees log r no further down, on S the gradient stays as it is, and the pull on the
-ids outside, p_v (g_r / r - ...), is weaker than the true one. A lower floor would let rounding make
-it many times stronger: g_r is the teacher's tail, and r may be 10 times what is left of it.
+Below it log r is clamped, the gradient on S does not change, and the pull on the ids outside,
+p_v (g_r / r - ...), is weaker than the true one. With a lower floor, rounding could make it many
+times stronger: g_r is the teacher's tail, and r may be 10 times smaller than its rounding error.
 """
 
 
-def renormalize(divergence: Measure, columns: SupportLogProbs) -> LossTerms:
-    """D(p~, q~), both renormalised on S. It does not see the mass on S, so sum g = 0 exactly."""
-    log_q = renormalised(columns.log_q, columns.on)
+def renormalize(divergence: Measure, inputs: SupportLogProbs) -> LossTerms:
+    """Return D(p~, q~), both renormalised on S, so sum g = 0 exactly."""
+    log_q = renormalised(inputs.log_q, inputs.mask)
     loss, g = _derive(
-        lambda log_p: divergence(renormalised(log_p, columns.on), log_q, columns.on), columns.log_p
+        lambda log_p: divergence(renormalised(log_p, inputs.mask), log_q, inputs.mask), inputs.log_p
     )
     return LossTerms(loss, g, torch.zeros_like(loss), torch.zeros_like(g))
 
 
-def tail(divergence: Measure, columns: SupportLogProbs) -> LossTerms:
-    """D of the two distributions coarsened to S and one bucket; a lower bound of the full D.
+def bucket(divergence: Measure, inputs: SupportLogProbs) -> LossTerms:
+    """Return D of both distributions coarsened to S and one bucket: a lower bound of the full D.
 
     The bucket is one more column. It is left out where the teacher has no mass outside S at all.
     """
-    on = columns.on
-    p = torch.where(on, columns.log_p.exp(), 0.0)
+    mask = inputs.mask
+    p = torch.where(mask, inputs.log_p.exp(), 0.0)
     r = (1 - p.sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR[p.dtype])
-    log_q_tail = columns.log_q_outside[:, None]
-    on_all = torch.cat([on, log_q_tail != -torch.inf], -1)
-    log_p_all = torch.where(on_all, torch.cat([columns.log_p, r.log()], -1), 0.0)
-    log_q_all = torch.where(on_all, torch.cat([columns.log_q, log_q_tail], -1), -torch.inf)
-    # Stored log-probs are rounded: their mass with the tail is 1 to some 1e-4, and a law's is 1.
-    log_q_all = torch.where(on_all, log_q_all - log_q_all.logsumexp(-1, keepdim=True), 0.0)
-    loss, g_all = _derive(lambda log_p: divergence(log_p, log_q_all, on_all), log_p_all)
+    log_q_tail = inputs.log_q_tail[:, None]
+    mask_all = torch.cat([mask, log_q_tail != -torch.inf], -1)
+    log_p_all = torch.where(mask_all, torch.cat([inputs.log_p, r.log()], -1), 0.0)
+    log_q_all = torch.where(mask_all, torch.cat([inputs.log_q, log_q_tail], -1), -torch.inf)
+    # Stored log-probs are rounded, so their mass with the tail is 1 within 1e-4: normalise it.
+    log_q_all = torch.where(mask_all, log_q_all - log_q_all.logsumexp(-1, keepdim=True), 0.0)
+    loss, g_all = _derive(lambda log_p: divergence(log_p, log_q_all, mask_all), log_p_all)
     at_ids, g_r = g_all[:, :-1], g_all[:, -1:]
     inside = -g_all.sum(-1, keepdim=True)
     outside = g_r / r + inside
-    return LossTerms(loss, at_ids, outside[:, 0], torch.where(on, inside, outside))
+    return LossTerms(loss, at_ids, outside[:, 0], torch.where(mask, inside, outside))
 
 
-def ignore(_: Measure, columns: SupportLogProbs) -> LossTerms:
-    """Mean of log q - log p over the teacher's draws: unbiased for KL(q || p) (RS-KD, arXiv
-    2503.16870). Other supports are no law without what is outside, see CELLS.
+def ignore(_: Measure, inputs: SupportLogProbs) -> LossTerms:
+    """Return the mean of log q - log p over the teacher's draws.
+
+    It is unbiased for KL(q || p) (RS-KD, arXiv 2503.16870). Other supports need the mass outside to
+    be a distribution, see ALLOWED_COMBINATIONS.
     """
-    on = columns.on
-    count = columns.rows.held("q_draws").to(columns.log_p.dtype)
-    w = torch.where(on, count / count.sum(-1, keepdim=True).clamp(min=1), 0.0)
-    loss = torch.where(on, w * (columns.log_q - columns.log_p), 0.0).sum(-1)
+    mask = inputs.mask
+    counts = inputs.rows.require("q_draws").to(inputs.log_p.dtype)
+    w = torch.where(mask, counts / counts.sum(-1, keepdim=True).clamp(min=1), 0.0)
+    loss = torch.where(mask, w * (inputs.log_q - inputs.log_p), 0.0).sum(-1)
     return LossTerms.of_log_p(loss, -w)
 
 
-OUTSIDE: dict[str, Callable[[Measure, SupportLogProbs], LossTerms]] = {
+TAILS: dict[str, Callable[[Measure, SupportLogProbs], LossTerms]] = {
     "renormalize": renormalize,
-    "tail": tail,
+    "bucket": bucket,
     "ignore": ignore,
 }
 
 
 def _derive(loss_of: Callable[[Tensor], Tensor], log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """loss [C] and its derivative by log_p [C, S]; the kernels call with gradients off."""
+    """Return loss [C] and its derivative by log_p [C, S]; kernels call it with gradients off."""
     with torch.enable_grad():
         leaf = log_p.detach().requires_grad_()
         loss = loss_of(leaf)

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from logitcask.engine.packing.plan import WINDOW_BYTES, Plan, PlanKey, make_plan
+from logitcask.engine.packing.plan import WINDOW_BYTES, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
@@ -31,7 +31,7 @@ class Packs(Protocol):
 class PlannedPacks:
     """`Packs` of a plan: everything is in the store. Also a map-style dataset of PackedRow."""
 
-    def __init__(self, plan: Plan, source: PackSource) -> None:
+    def __init__(self, plan: PackPlan, source: PackSource) -> None:
         self.plan = plan
         self._source = source
         self._window = -1
@@ -97,7 +97,7 @@ class Ahead:
 def planned(
     store: Store,
     *,
-    pin: Snapshot,
+    snapshot: Snapshot,
     rollouts: str,
     teacher: str,
     base: str | None = None,
@@ -111,17 +111,17 @@ def planned(
     """The packed rows of pinned data, `epochs` times through it in shuffled order: a dataset for a
     torch DataLoader (`batch_size=None`, workers by `spawn`), or a sequence to index.
 
-    The order depends on pin, names, seed, epochs, tokens_per_batch and window_bytes alone. base:
-    scores of the model that the teacher was made from, for objectives that look there. partial:
-    what is scored, although units are missing. window_bytes: of units that are decoded together,
-    which bounds memory. cache: a folder on a local disk for decoded units.
+    The order depends on snapshot, names, seed, epochs, tokens_per_batch and window_bytes alone.
+    base: scores of the model that the teacher was made from, for objectives that look there.
+    partial: what is scored, although units are missing. window_bytes: of units that are decoded
+    together, which bounds memory. cache: a folder on a local disk for decoded units.
 
     Raises StoreError if the names hold nothing, IncompleteError if units are missing and `partial`
     does not allow that, ConfigError for a sequence longer than tokens_per_batch.
     """
     source = PackSource(
         store,
-        pin,
+        snapshot,
         rollouts,
         teacher,
         base=base,
@@ -130,8 +130,8 @@ def planned(
         cache=None if cache is None else UnitCache(Path(cache)),
     )
     key = PlanKey(
-        pin=pin.number,
-        pin_sha256=pin.sha256,
+        snapshot=snapshot.number,
+        snapshot_sha256=snapshot.sha256,
         rollouts=rollouts,
         teacher=teacher,
         seed=seed,
@@ -145,7 +145,7 @@ def planned(
 def batches(
     store: Store,
     *,
-    pin: Snapshot,
+    snapshot: Snapshot,
     rollouts: str,
     teacher: str,
     rank: int = 0,
@@ -165,7 +165,7 @@ def batches(
     """
     rows = planned(
         store,
-        pin=pin,
+        snapshot=snapshot,
         rollouts=rollouts,
         teacher=teacher,
         base=base,

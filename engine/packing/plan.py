@@ -1,8 +1,8 @@
 """Which sequences share a packed row, and in which order rows come: fixed before training starts.
 
-A plan is a pure function of the pin, the names, the seed, the epochs and the token budget. So the
-same call gives the same rows on any number of processes, whatever was added to the store since, and
-a resumed run can prove by one digest that it goes on with the same data.
+A plan is a pure function of the snapshot, the names, the seed, the epochs and the token budget. So
+the same call gives the same rows on any number of processes, whatever was added to the store since,
+and a resumed run can prove by one digest that it goes on with the same data.
 """
 
 import bisect
@@ -42,8 +42,8 @@ class Lengths:
 class PlanKey:
     """Everything that a plan depends on beside the segments themselves."""
 
-    pin: int
-    pin_sha256: str
+    snapshot: int
+    snapshot_sha256: str
     rollouts: str
     teacher: str
     seed: int
@@ -64,7 +64,7 @@ class Window:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class PackPlan:
     """Rows of all epochs, in training order."""
 
     key: PlanKey
@@ -90,7 +90,7 @@ class Plan:
         return bisect.bisect_left(self.windows, index, key=lambda window: window.end - 1)
 
 
-def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> Plan:
+def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> PackPlan:
     """Segments in a drawn order; in each window of them the sequences are shuffled and packed.
 
     Packing is first-fit-decreasing, and equal lengths keep their drawn order; rows of a window are
@@ -110,14 +110,17 @@ def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> Plan:
     flat = np.concatenate([np.zeros((0, 2), np.int64), *rows])
     row_off = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     content = hashlib.sha256(flat.astype("<i8").tobytes() + row_off.astype("<i8").tobytes())
+    inputs = asdict(key)
+    # The keys under which the digests of earlier runs were taken.
+    inputs["pin"], inputs["pin_sha256"] = inputs.pop("snapshot"), inputs.pop("snapshot_sha256")
     name = digest(
         {
-            "key": asdict(key),
+            "key": inputs,
             "segments": [segment.seg_id for segment in lengths],
             "rows": content.hexdigest(),
         }
     )
-    return Plan(key=key, members=flat, row_off=row_off, windows=tuple(windows), digest=name)
+    return PackPlan(key=key, members=flat, row_off=row_off, windows=tuple(windows), digest=name)
 
 
 def windows_at_most(total_bytes: int, window_bytes: int = WINDOW_BYTES) -> int:
@@ -147,7 +150,7 @@ def _check_fits(segment: Lengths, budget: int) -> None:
         raise ConfigError(
             f"a response to prompt {prompt_id!r} has {total[worst]} tokens with its prompt, over "
             f"tokens_per_batch = {budget}, and a sequence never spans rows",
-            hint=f"--tokens-per-batch {total[worst]} or more",
+            hint=f"--pack-length {total[worst]} or more",
         )
 
 

@@ -19,12 +19,11 @@ import torch
 
 from logitcask.engine.errors import IncompleteError, StoreError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.packing.assemble import nothing, targets_of, tensor
 from logitcask.engine.packing.plan import WINDOW_BYTES, Lengths
-from logitcask.engine.packing.targets import Targets
-from logitcask.engine.store import Chain, Segment, Snapshot, Store
+from logitcask.engine.packing.targets import Targets, empty_sequence, make_targets, tensor
+from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.unit import Unit, dtypes_of, is_bounded, size_of
+from logitcask.engine.store.decoded_unit import DecodedUnit, dtypes_of, is_bounded, size_of
 from logitcask.engine.types import Array
 
 
@@ -50,7 +49,7 @@ class PackSource:
     def __init__(
         self,
         store: Store,
-        pin: Snapshot,
+        snapshot: Snapshot,
         rollouts_name: str,
         teacher: str,
         *,
@@ -72,34 +71,39 @@ class PackSource:
         self._cache = cache
         self._memory_bytes = memory_bytes
         self._start()
-        scores = pin.scores(teacher)
+        scores = snapshot.scores(teacher)
         self.base = base
-        of_base = {} if base is None else pin.scores(base)
-        segments = tuple(s for s in pin.rollouts(rollouts_name) if only is None or only(s))
+        of_base = {} if base is None else snapshot.scores(base)
+        segments = tuple(s for s in snapshot.rollouts(rollouts_name) if only is None or only(s))
         if not partial:
             check_complete(store, segments, scores, rollouts_name, teacher)
             if base is not None:
-                check_complete(store, segments, of_base, rollouts_name, base, role=" --role base")
-        self.pairs: tuple[tuple[Segment, Chain], ...] = tuple(
+                check_complete(
+                    store, segments, of_base, rollouts_name, base, role=" --teacher-kind base"
+                )
+        self.pairs: tuple[tuple[Segment, ScoreSegments], ...] = tuple(
             (segment, scores[segment.seg_id])
             for segment in segments
             if segment.seg_id in scores and (base is None or segment.seg_id in of_base)
         )
         """(rollout segment, its scores): the ordinals of a plan."""
-        self._bases: tuple[Chain, ...] = tuple(of_base.get(s.seg_id, ()) for s, _ in self.pairs)
+        self._bases: tuple[ScoreSegments, ...] = tuple(
+            of_base.get(s.seg_id, ()) for s, _ in self.pairs
+        )
         self.bounded = any(is_bounded(chain) for _, chain in self.pairs)
         """Whether entropies of the teacher are intervals, in some units at least."""
         if not self.pairs:
             raise StoreError(
                 f"{store.url} has no rollouts {rollouts_name!r} with scores of {teacher!r}"
-                f"{'' if base is None else f' and {base!r}'} at log number {pin.number}",
-                hint=f"it has rollouts {pin.names('rollout')} and scores {pin.names('score')}",
+                f"{'' if base is None else f' and {base!r}'} at log number {snapshot.number}",
+                hint=f"it has rollouts {snapshot.names('rollout')} and scores "
+                f"{snapshot.names('score')}",
             )
 
     def _start(self) -> None:
         self._lock = Lock()
-        self._held: OrderedDict[int, Unit] = OrderedDict()
-        self._coming: dict[int, Future[Unit]] = {}
+        self._held: OrderedDict[int, DecodedUnit] = OrderedDict()
+        self._coming: dict[int, Future[DecodedUnit]] = {}
         self._decoder: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,7 +137,7 @@ class PackSource:
         """
         parts = [self._unit(int(o)).sequence(int(s)) for o, s in members]
         # All units of one name have the same arrays, but that some may know an entropy exactly.
-        parts = parts or [nothing(dtypes_of(*self.pairs[0], self._bases[0]))]
+        parts = parts or [empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))]
         if self.bounded:
             parts = [{"q_entropy_hi": part["q_entropy"], **part} for part in parts]
         flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -146,7 +150,7 @@ class PackSource:
             input_ids=tensor(flat["input_ids"])[None],
             position_ids=tensor(np.concatenate([np.arange(n) for n in tokens]))[None],
             predict_at=tensor(np.concatenate(predict_at)),
-            targets=targets_of(flat),
+            targets=make_targets(flat),
         )
 
     def decode_ahead(self, ordinals: Iterable[int]) -> None:
@@ -158,7 +162,7 @@ class PackSource:
                 if ordinal not in self._held and ordinal not in self._coming:
                     self._coming[ordinal] = self._decoder.submit(self._read, ordinal)
 
-    def _unit(self, ordinal: int) -> Unit:
+    def _unit(self, ordinal: int) -> DecodedUnit:
         with self._lock:
             if ordinal in self._held:
                 self._held.move_to_end(ordinal)
@@ -172,7 +176,7 @@ class PackSource:
                 held -= self._held.popitem(last=False)[1].size_bytes
         return unit
 
-    def _read(self, ordinal: int) -> Unit:
+    def _read(self, ordinal: int) -> DecodedUnit:
         read = read_unit if self._cache is None else self._cache.unit
         return read(self._store, *self.pairs[ordinal], self._bases[ordinal])
 
@@ -180,7 +184,7 @@ class PackSource:
 def check_complete(
     store: Store,
     segments: Sequence[Segment],
-    scores: Mapping[str, Chain],
+    scores: Mapping[str, ScoreSegments],
     rollouts_name: str,
     teacher: str,
     *,

@@ -22,10 +22,10 @@ import logitcask.engine.store.format.layouts as layout
 import logitcask.engine.store.format.rollouts as rollout_arrays
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
-from logitcask.engine.backends.logprob_diff import part_of
+from logitcask.engine.backends.logprob_diff import select_sequences
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.probes.full_scores import Looked, WideRows, look
-from logitcask.engine.prompts.graders import Grading
+from logitcask.engine.probes.full_scores import FullScores, WideScores, full_scores
+from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.rollout.unit import UNIT_POSITIONS, draw, mc_request
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
@@ -37,7 +37,7 @@ from logitcask.engine.types import (
     SamplingParams,
     ScoreParams,
     Scores,
-    silent,
+    no_progress,
 )
 
 TOP_P = (0.99, 0.999, 0.9999)
@@ -81,12 +81,12 @@ def estimate(
     sample: int = 4096,
     student_k: int = 16,
     mc_draws: int = 0,
-    grading: Grading | None = None,
+    grader: Grader | None = None,
     k_min: int = 16,
     k_max: int = 256,
     shared: SharedVocabulary | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Estimate:
     """teacher: a scorer; student: an embedded backend; over one vocabulary. sample: positions
     wanted; k_max: the largest of the table; shared: how their tokenizers differ, where they do.
@@ -97,7 +97,7 @@ def estimate(
     name = "the teacher"
     progress("estimate", 0, 3)
     rolled, sampling_s = _roll(
-        student, prompts, sampling, sample, student_k, mc_draws, grading, seed
+        student, prompts, sampling, sample, student_k, mc_draws, grader, seed
     )
     progress("estimate", 1, 3)
     usual = ScoreParams(
@@ -106,16 +106,16 @@ def estimate(
         at_student="at_ids" in teacher.capabilities,
     )
     if shared is not None:
-        shared.check_asked(rolled, usual, None, name)
+        shared.check_request(rolled, usual, None, name)
     # What comes once, warming up or a control of a server, is no part of the rate.
-    teacher.score(part_of(rolled, [0]), replace(usual, at_student=False))
+    teacher.score(select_sequences(rolled, [0]), replace(usual, at_student=False))
     start = time.monotonic()
     teacher.score(rolled, usual)
     scoring_s = time.monotonic() - start
     progress("estimate", 2, 3)
-    looked = look(teacher, student, rolled, k_max)
+    looked = full_scores(teacher, student, rolled, k_max)
     if shared is not None:
-        shared.check_answered(looked.rows.scores, usual, name)
+        shared.check_scores(looked.rows.scores, usual, name)
     each_s, mean_length = 1 / rolled.positions, rolled.positions / len(rolled.finish)
     total = mean_length * len(prompts) * sampling.n
     table = tuple(_rows(rolled, looked, k_min, k_max, total))
@@ -151,7 +151,7 @@ def _roll(
     sample: int,
     student_k: int,
     mc_draws: int,
-    grading: Grading | None,
+    grader: Grader | None,
     seed: int,
 ) -> tuple[Rollouts, float]:
     """(rollouts of about so many positions with the student's lists, seconds they took)."""
@@ -172,17 +172,17 @@ def _roll(
     own = ScoreParams(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
     own_draws = draw(student, rolled, mc_request(mc_draws, seed)) if mc_draws else None
     rolled = replace(rolled, student=student.score(rolled, own), draws=own_draws)
-    if grading is not None:
-        rolled = replace(rolled, reward=grading.rewards(rolled).astype(np.float32))
+    if grader is not None:
+        rolled = replace(rolled, reward=grader.rewards(rolled).astype(np.float32))
     return rolled, time.monotonic() - start
 
 
 def _rows(
-    rolled: Rollouts, looked: Looked, k_min: int, most: int, total: float
+    rolled: Rollouts, looked: FullScores, k_min: int, most: int, total: float
 ) -> Iterator[dict[str, Any]]:
     seen = looked.rows
     student = IdLists(cnt=seen.own.cnt, ids=seen.own.ids)
-    which = schema.ONCE if seen.asked else schema.WHOLE
+    which = schema.DEDUP if seen.asked else schema.FULL
     which += "" if seen.scores.entropy_hi is None else schema.BOUNDS
     for name, profile in codecs.PROFILES.items():
         arrays = rollout_arrays.encode(rolled, profile)
@@ -206,7 +206,7 @@ def _rows(
                 }
 
 
-def _kept(seen: WideRows, top_p: float, k_min: int, k_max: int) -> Array:
+def _kept(seen: WideScores, top_p: float, k_min: int, k_max: int) -> Array:
     """[P, W] bool: what a request would keep."""
     mass = np.exp(seen.log_q, dtype=np.float64).cumsum(1)
     cnt = np.clip((mass < top_p).sum(1) + 1, k_min, k_max)
@@ -214,7 +214,7 @@ def _kept(seen: WideRows, top_p: float, k_min: int, k_max: int) -> Array:
     return kept
 
 
-def _cut(seen: WideRows, kept: Array) -> Scores:
+def _cut(seen: WideScores, kept: Array) -> Scores:
     """The wide scores as a smaller request would have made them."""
     return replace(
         seen.scores,
@@ -225,7 +225,7 @@ def _cut(seen: WideRows, kept: Array) -> Scores:
     )
 
 
-def _missed(looked: Looked, kept: Array, profile: codecs.Profile) -> tuple[float, float]:
+def _missed(looked: FullScores, kept: Array, profile: codecs.Profile) -> tuple[float, float]:
     """Shares of KL(q || p) and KL(p || q) that are lost by coarsening both to what is stored."""
 
     def stored(values: Array) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.backends.scoring import Sheet, row_logits
+from logitcask.engine.backends.scoring import ScoreBuilder, row_logits
 from logitcask.engine.store.format import ragged
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 
@@ -20,7 +20,7 @@ WHOLE = "the whole vocabulary"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WideRows:
+class WideScores:
     scores: Scores
     """The teacher's, as it was asked: at most W entries in every row, and the student's ids where
     it answers at chosen ones."""
@@ -77,10 +77,10 @@ class WideRows:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Looked:
+class FullScores:
     """The rows, and what a setting's loss is compared with."""
 
-    rows: WideRows
+    rows: WideScores
     forward: Array
     """[P] float64, KL(q || p), nats."""
     reverse: Array
@@ -89,7 +89,7 @@ class Looked:
     """What these are over."""
 
 
-def look(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
+def full_scores(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> FullScores:
     """teacher, student: backends over one vocabulary, the student with "at_ids"; k_max: W."""
     if "logits" in teacher.capabilities and "logits" in student.capabilities:
         return _by_logits(teacher, student, rolled, k_max)
@@ -106,7 +106,7 @@ def look(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
     everything = np.isfinite(rows.log_q)
     forward, reverse = rows.coarse(everything, rows.log_q, scores.at_lp)
     width = rows.ids.shape[1]
-    return Looked(
+    return FullScores(
         rows=rows,
         forward=forward,
         reverse=reverse,
@@ -114,11 +114,11 @@ def look(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
     )
 
 
-def _by_logits(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Looked:
+def _by_logits(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> FullScores:
     own = _own(rolled)
     width = min(k_max, teacher.n_vocab)
     asked = ScoreParams(entry_kind="topk", top_p=1.0, k_min=width, k_max=width)
-    sheet = Sheet(rolled, asked, IdLists(cnt=own.cnt, ids=own.ids))
+    sheet = ScoreBuilder(rolled, asked, IdLists(cnt=own.cnt, ids=own.ids))
     log_p = np.empty((rolled.positions, width))
     forward, reverse = np.empty((2, rolled.positions))
     tokens = min(teacher.batch_tokens, student.batch_tokens)
@@ -136,7 +136,7 @@ def _by_logits(teacher: Any, student: Any, rolled: Rollouts, k_max: int) -> Look
         reverse[rows] = (p.exp() * (p - q)).sum(1).cpu()
         sheet.write(rows, q_logits)
         log_p[rows] = np.take_along_axis(p.cpu().numpy(), sheet.ids[rows].astype(np.int64), 1)
-    return Looked(
+    return FullScores(
         rows=_wide(sheet.scores(), own, log_p), forward=forward, reverse=reverse, over=WHOLE
     )
 
@@ -146,11 +146,11 @@ def _own(rolled: Rollouts) -> Scores:
     return rolled.student
 
 
-def _wide(scores: Scores, own: Scores, log_p: Array) -> WideRows:
+def _wide(scores: Scores, own: Scores, log_p: Array) -> WideScores:
     """log_p: [P, W], the student's at the teacher's entries."""
     ids, valid = ragged.matrix(scores.ids.astype(np.uint32), scores.cnt, 0)
     log_q, _ = ragged.matrix(scores.entry_lp, scores.cnt, -np.inf)
     listed = np.zeros(valid.shape, bool)
     for column in own.ids.reshape(len(valid), -1).T:
         listed |= valid & (ids == column[:, None])
-    return WideRows(scores=scores, ids=ids, log_q=log_q, log_p=log_p, listed=listed, own=own)
+    return WideScores(scores=scores, ids=ids, log_q=log_q, log_p=log_p, listed=listed, own=own)

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.metrics.metrics import METRICS, TEACHER_WIDTH
+from logitcask.engine.metrics.metrics import METRICS
 from logitcask.engine.metrics.paper_code import METRICS_RELEASED, Pair, released_metrics
 from logitcask.engine.models.load import head_weight, hidden_states, inner_model
-from logitcask.engine.models.logit_transform import logit_transform
-from logitcask.engine.objectives import Objective, live_k, row_objective
+from logitcask.engine.models.logit_transform import logit_transform_of
+from logitcask.engine.objectives import Objective, current_topk, row_objective
 from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.source import Pack
-from logitcask.engine.types import Array, Progress, silent
+from logitcask.engine.types import Array, Progress, no_progress
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput
 
 ONLY_METRICS = Objective(
-    support="teacher", divergence="forward_kl", outside="tail", form="divergence", k=1
+    support="teacher", divergence="forward_kl", tail="bucket", estimator="divergence", k=1
 )
 """An objective must be there for its metrics to be seen; this one's loss is not looked at."""
 
@@ -52,7 +52,7 @@ def probe(
     n_vocab: int,
     bins: int = 1,
     device: torch.device | str = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> list[Bin]:
     """The means over all rows, then over `bins` equally wide ranges of positions.
 
@@ -89,7 +89,7 @@ def measure(
     objectives: Mapping[str, Objective],
     n_vocab: int,
     device: torch.device | str,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> tuple[dict[str, tuple[Array, ...]], Array, Array]:
     """(name -> [P] sums and [P] counts, [P] loss mask, [P] positions) of these packed rows' rows,
     float64; the model is in evaluation mode, on its device.
@@ -139,14 +139,12 @@ def _row(
             head_weight(model),
             row.targets.ids,
             answer,
-            k=live_k(objective, n_vocab),
+            k=current_topk(objective, n_vocab),
             n_vocab=n_vocab,
-            logit_map=logit_transform(inner_model(model).config),
+            logit_transform=logit_transform_of(inner_model(model).config),
         ).metrics
         one = torch.ones_like(metrics["loss"])
-        found |= {
-            each: (metrics[each], one) for each in (*METRICS, TEACHER_WIDTH) if each in metrics
-        }
+        found |= {each: (metrics[each], one) for each in METRICS if each in metrics}
         found |= {each: (metrics[f"{each} 0"], metrics[f"{each} 1"]) for each in METRICS_RELEASED}
         if name:
             found[f"loss/{name}"] = (metrics["loss"], one)

@@ -17,7 +17,7 @@ import numpy as np
 from logitcask.engine.errors import ConfigError, GraderError, PromptError
 from logitcask.engine.types import Array, Prompt, Rollouts
 
-Grader = Callable[[Prompt, str], float]
+RewardFn = Callable[[Prompt, str], float]
 """(prompt, response text without special tokens) -> reward in [0, 1]."""
 
 Decode = Callable[[list[int]], str]
@@ -27,11 +27,11 @@ EXACT = "exact"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Grading:
+class Grader:
     """Who gives sampled responses their rewards, and how it reads them."""
 
     name: str
-    grader: Grader
+    grader: RewardFn
     decode: Decode
 
     def rewards(self, rollouts: Rollouts) -> Array:
@@ -44,7 +44,7 @@ class Grading:
         return np.asarray(rewards, np.float64)
 
 
-def open_grader(name: str, prompts: Sequence[Prompt]) -> Grader:
+def open_grader(name: str, prompts: Sequence[Prompt]) -> RewardFn:
     """The grader of that name, fit for these prompts; its rewards are checked.
 
     Raises ConfigError for code that is not there or takes other arguments, PromptError where
@@ -128,7 +128,7 @@ def _imported(name: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _checked(name: str, function: Callable[..., Any]) -> Grader:
+def _checked(name: str, function: Callable[..., Any]) -> RewardFn:
     def grade(prompt: Prompt, response: str) -> float:
         try:
             reward = function(prompt, response)
@@ -136,7 +136,7 @@ def _checked(name: str, function: Callable[..., Any]) -> Grader:
         except Exception as error:
             raise GraderError(
                 f"grader {name} on prompt {prompt.id!r}: {type(error).__name__}: {error}",
-                hint="mend the grader; `logitcask --debug` shows where it was",
+                hint="repair the grader; `logitcask --debug` shows where it was",
             ) from error
         # NaN is in no interval.
         if not isinstance(reward, Real) or not 0 <= float(reward) <= 1:

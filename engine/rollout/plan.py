@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcask.engine.errors import IdentityError
-from logitcask.engine.rollout.unit import RolloutRequest, Unit, run_rollout_unit
+from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
 from logitcask.engine.store import Segment, Snapshot
 from logitcask.engine.types import (
     STOP,
     ModelRef,
     Progress,
-    silent,
+    no_progress,
 )
 
 
@@ -38,7 +38,7 @@ class RolloutReport:
     """Of a sequence; None where no grader is named or no unit was new."""
 
 
-def rollout(asked: RolloutRequest, *, progress: Progress = silent) -> RolloutReport:
+def rollout(asked: RolloutRequest, *, progress: Progress = no_progress) -> RolloutReport:
     """Samples every planned unit that the store does not hold yet, and commits it.
 
     Raises IdentityError where the name holds other prompts, sampling, students or units,
@@ -66,34 +66,34 @@ def rollout(asked: RolloutRequest, *, progress: Progress = silent) -> RolloutRep
         seconds=time.monotonic() - start_s,
         mean_length=positions / max(1, sequences),
         stopped_share=stopped / max(1, sequences),
-        mean_reward=rewarded / sequences if asked.grading is not None and sequences else None,
+        mean_reward=rewarded / sequences if asked.grader is not None and sequences else None,
     )
 
 
-def plan_rollouts(asked: RolloutRequest, pin: Snapshot) -> dict[str, Unit]:
-    """unit_key -> what is missing as of a pin, in order. Raises IdentityError as `rollout` does."""
+def plan_rollouts(asked: RolloutRequest, snapshot: Snapshot) -> dict[str, RolloutUnit]:
+    """Return unit_key -> unit missing in a snapshot, in order; raises as `rollout` does."""
     ours = asked.lineage["set"]
-    _check_name(pin, asked.name, asked.model, ours, asked.units, asked.versions)
-    there = pin.unit_keys()
+    _check_name(snapshot, asked.name, asked.model, ours, asked.units, asked.versions)
+    there = snapshot.unit_keys()
     return {key: unit for key, unit in asked.units.items() if key not in there}
 
 
 def _check_name(
-    pin: Snapshot,
+    snapshot: Snapshot,
     name: str,
     model: ModelRef,
     ours: Mapping[str, Any],
-    units: Mapping[str, Unit],
+    units: Mapping[str, RolloutUnit],
     versions: bool,
 ) -> None:
     """Refuses before anything is sampled what the store would refuse, and what it cannot see."""
-    for segment in pin.segments:
+    for segment in snapshot.segments:
         if segment.unit_key in units and segment.name != name:
             raise IdentityError(
                 f"these rollouts are in the store already, under the name {segment.name!r}",
                 hint=f"Use that name instead of {name!r}, or another seed.",
             )
-    for segment in pin.rollouts(name):
+    for segment in snapshot.rollouts(name):
         theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
         if theirs != ours["digest"]:
             raise IdentityError(
@@ -121,7 +121,7 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return "other prompts, or of another loop"
 
 
-def _check_grid(name: str, segment: Segment, units: Mapping[str, Unit]) -> None:
+def _check_grid(name: str, segment: Segment, units: Mapping[str, RolloutUnit]) -> None:
     """Two unit sizes would sample the same prompts twice, with the same random numbers."""
     first, end = segment.unit["first"], segment.unit["first"] + segment.unit["count"]
     for unit in units.values():

@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from logitcask.engine.backends.base import Sampler, Scorer
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.prompts.graders import Grading
+from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.store import Store
 from logitcask.engine.teachers.checks import check_scorer
 from logitcask.engine.types import (
@@ -19,14 +19,14 @@ from logitcask.engine.types import (
     Rollouts,
     SamplingParams,
     ScoreParams,
-    silent,
+    no_progress,
 )
 
 UNIT_POSITIONS = 262_144
 """Response tokens that a unit of the default size can reach."""
 LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
 
-Unit = Mapping[str, int]
+RolloutUnit = Mapping[str, int]
 """version of the student, first prompt, count of prompts."""
 
 
@@ -54,7 +54,7 @@ class RolloutRequest:
     mc_draws: int = 0
     """Ids that it draws on every row beside the sampled token, from its full softmax at
     temperature 1."""
-    grading: Grading | None = None
+    grader: Grader | None = None
     """Who gives each response its reward."""
     unit_prompts: int | None = None
     """Prompts of a unit; None: as many as can reach UNIT_POSITIONS."""
@@ -119,7 +119,7 @@ class RolloutRequest:
         )
 
     @cached_property
-    def units(self) -> dict[str, Unit]:
+    def units(self) -> dict[str, RolloutUnit]:
         """unit_key -> unit, planned before anything is sampled."""
         ranges = [
             (at, min(self.unit_size, end - at))
@@ -143,7 +143,7 @@ class RolloutRequest:
                 "digest": self.set_digest,
                 "prompts": len(self.prompts),
                 "units": len(self.units),
-                **asdict(self.sampling),
+                **self.sampling.record(),
                 "seed": self.seed,
                 "student_k": self.student_k,
                 **({"mc_draws": self.mc_draws} if self.mc_draws else {}),
@@ -160,19 +160,19 @@ class RolloutRequest:
 
     @property
     def _grader(self) -> str:
-        return "" if self.grading is None else self.grading.name
+        return "" if self.grader is None else self.grader.name
 
 
-def run_rollout_unit(asked: RolloutRequest, key: str, unit: Unit) -> Rollouts:
+def run_rollout_unit(asked: RolloutRequest, key: str, unit: RolloutUnit) -> Rollouts:
     """Samples one unit, lets the student score it, commits it under its key, and returns it."""
     sampler, scorer, seed, k = asked.sampler, asked.student, asked.seed, asked.student_k
     part = asked.prompts[unit["first"] : unit["first"] + unit["count"]]
     rolled = sampler.generate(
-        part, asked.sampling, seed=seed, version=asked.model.version, progress=silent
+        part, asked.sampling, seed=seed, version=asked.model.version, progress=no_progress
     )
-    if asked.grading is not None:
+    if asked.grader is not None:
         # Before the student's own scores: what a grader refuses costs no more than sampling.
-        rolled = replace(rolled, reward=asked.grading.rewards(rolled).astype("float32"))
+        rolled = replace(rolled, reward=asked.grader.rewards(rolled).astype("float32"))
     own = ScoreParams(top_p=1.0, k_min=k, k_max=k, at_student=False)
     request = mc_request(asked.mc_draws, seed)
     drawn = draw(scorer, rolled, request) if asked.mc_draws else None
@@ -210,7 +210,7 @@ def prompt_set_digest(
         {
             "prompts": rows,
             "template": model.template_digest,
-            "sampling": asdict(sampling),
+            "sampling": sampling.record(),
             "seed": seed,
             "student_k": student_k,
             # Only where there are any: sets that were made before there could be keep their digest.

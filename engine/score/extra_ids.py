@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from logitcask.engine.store.extend import ask_at
+from logitcask.engine.store.extend import request_ids
 from logitcask.engine.store.format import ragged
 from logitcask.engine.types import CachedScores, IdLists, Scores
 
@@ -38,7 +38,7 @@ def at_all_known(scores: Scores, asked: IdLists, known: CachedScores) -> tuple[S
     and then at the rest of `asked`: what a widening wants.
     """
     assert scores.at_lp is not None, "it was asked at some ids"
-    at = ask_at(known, asked)
+    at = request_ids(known, asked)
     in_asked = ragged.find(asked.ids, asked.cnt, at.ids, at.cnt)
     own = in_asked < 0
     in_kept = ragged.find(scores.ids.astype(np.uint32), scores.cnt, at.ids, at.cnt)

@@ -20,7 +20,7 @@ from logitcask.engine.prompts.prompts import Line, kind, read_lines, refuse
 from logitcask.engine.store.format.rollouts import Extent
 from logitcask.engine.types import Array, IdLists
 
-MAX_GIVEN = 1024
+MAX_IDS = 1024
 """Ids of a position at most."""
 MAX_LINE_BYTES = 1 << 28
 """16k positions of 1024 ids are half of it."""
@@ -28,7 +28,7 @@ FORM = 'Write one JSON object per line: {"prompt": "...", "sample": 0, "ids": [[
 
 
 @dataclass(frozen=True, slots=True)
-class GivenSequence:
+class SequenceIds:
     line: int
     cnt: Array
     """[L] uint16, ids of each position."""
@@ -43,7 +43,7 @@ class IdsFile:
     file: Path
     digest: str
     """sha256 of the file's bytes."""
-    sequences: Mapping[tuple[str, int], GivenSequence]
+    sequences: Mapping[tuple[str, int], SequenceIds]
     """(id of the prompt, sample) -> what is asked there."""
 
     @property
@@ -58,7 +58,7 @@ class IdsFile:
         seen: Counter[str] = Counter()
         found: dict[str, IdLists] = {}
         for segment, extent in extents.items():
-            parts: list[GivenSequence] = []
+            parts: list[SequenceIds] = []
             for index, length in zip(extent.seq_prompt, extent.response, strict=True):
                 prompt = extent.prompt_ids[index]
                 parts.append(self._of(prompt, seen[prompt], int(length)))
@@ -78,7 +78,7 @@ class IdsFile:
                 )
         return found
 
-    def _of(self, prompt: str, sample: int, length: int) -> GivenSequence:
+    def _of(self, prompt: str, sample: int, length: int) -> SequenceIds:
         given = self.sequences.get((prompt, sample))
         if given is None:
             raise PromptError(
@@ -97,9 +97,9 @@ class IdsFile:
         return given
 
 
-def read_ids(file: Path, n_vocab: int) -> IdsFile:
+def read_ids_file(file: Path, n_vocab: int) -> IdsFile:
     """The file's lines, of ids in [0, n_vocab). Raises PromptError at the first that is wrong."""
-    sequences: dict[tuple[str, int], GivenSequence] = {}
+    sequences: dict[tuple[str, int], SequenceIds] = {}
     try:
         with file.open("rb") as stream:
             digest = "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
@@ -117,7 +117,7 @@ def read_ids(file: Path, n_vocab: int) -> IdsFile:
     except OSError as error:
         raise PromptError(
             f"{file} cannot be read: {error.strerror or error}",
-            hint="Give the path of a JSONL file of ids: --at ids:FILE.",
+            hint="Give the path of a JSONL file of ids: --extra-ids FILE.",
         ) from error
     return IdsFile(file, digest, sequences)
 
@@ -141,7 +141,7 @@ class IdLine(Line):
             )
         return value
 
-    def sequence(self, n_vocab: int) -> GivenSequence:
+    def sequence(self, n_vocab: int) -> SequenceIds:
         if unknown := sorted(self.keys.keys() - {"prompt", "sample", "ids"}):
             self.refuse(f'field "{unknown[0]}" is not known', FORM)
         rows = self.field("ids")
@@ -149,7 +149,7 @@ class IdLine(Line):
             self.refuse(f'field "ids": {rows!r:.80} is {kind(rows)}, not a list of lists', FORM)
         for position, row in enumerate(rows):
             self._check(f'field "ids[{position}]"', row, n_vocab)
-        return GivenSequence(
+        return SequenceIds(
             self.number,
             np.asarray([len(row) for row in rows], np.uint16),
             np.asarray([token for row in rows for token in row], np.uint32),
@@ -158,8 +158,8 @@ class IdLine(Line):
     def _check(self, where: str, row: Any, n_vocab: int) -> None:
         if not isinstance(row, list):
             self.refuse(f"{where}: {row!r:.80} is {kind(row)}, not a list of ids", FORM)
-        if len(row) > MAX_GIVEN:
-            self.refuse(f"{where}: {len(row)} ids, at most {MAX_GIVEN} may be", "Give fewer.")
+        if len(row) > MAX_IDS:
+            self.refuse(f"{where}: {len(row)} ids, at most {MAX_IDS} may be", "Give fewer.")
         for token in row:
             # True is a number to Python, and no id.
             if type(token) is not int or not 0 <= token < n_vocab:

@@ -14,15 +14,15 @@ from typing import Any
 
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.score.ids_file import IdsFile
-from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, score_unit, unit_key
-from logitcask.engine.store import Chain, Segment, Snapshot
+from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, run_score_unit, unit_key
+from logitcask.engine.store import ScoreSegments, Segment, Snapshot
 from logitcask.engine.store.format.schema import MC
 from logitcask.engine.teachers.checks import check_identity, other_dtypes
 from logitcask.engine.types import (
     MC_IDS,
     Progress,
     ScoreParams,
-    silent,
+    no_progress,
 )
 
 
@@ -40,7 +40,7 @@ class ScoreReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorePlan:
-    """The units of a scoring as of a pin."""
+    """The units of a scoring as of a snapshot."""
 
     total: int
     missing: Mapping[str, ScoreUnit]
@@ -50,7 +50,7 @@ class ScorePlan:
     """What a person should know and nothing was refused for."""
 
 
-def score(asked: ScoreRequest, *, progress: Progress = silent) -> ScoreReport:
+def score(asked: ScoreRequest, *, progress: Progress = no_progress) -> ScoreReport:
     """Scores every rollout segment of the name that this teacher has not scored as asked.
 
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
@@ -63,7 +63,7 @@ def score(asked: ScoreRequest, *, progress: Progress = silent) -> ScoreReport:
     positions = 0
     for done_now, (key, unit) in enumerate(planned.missing.items()):
         progress("score", done_before + done_now, planned.total)
-        positions += score_unit(asked, key, unit, planned.lineage)
+        positions += run_score_unit(asked, key, unit, planned.lineage)
     progress("score", planned.total, planned.total)
     return ScoreReport(
         units_total=planned.total,
@@ -75,15 +75,15 @@ def score(asked: ScoreRequest, *, progress: Progress = silent) -> ScoreReport:
     )
 
 
-def plan_scores(asked: ScoreRequest, pin: Snapshot, *, growing: bool = False) -> ScorePlan:
-    """What is to be scored as of a pin, checked; raises as `score` does.
+def plan_scores(asked: ScoreRequest, snapshot: Snapshot, *, growing: bool = False) -> ScorePlan:
+    """What is to be scored as of a snapshot, checked; raises as `score` does.
 
     growing: rollouts without scores of `at` are left for a later plan, and not refused.
     """
     model, request, name = asked.model, asked.request, asked.teacher_name
-    segments = pin.rollouts(asked.rollouts_name)
+    segments = snapshot.rollouts(asked.rollouts_name)
     if not segments:
-        known = ", ".join(pin.names("rollout")) or "none"
+        known = ", ".join(snapshot.names("rollout")) or "none"
         raise IncompleteError(
             f"{asked.store.url} holds no rollouts named {asked.rollouts_name!r}; it has: {known}",
             hint="Run `logitcask rollout` first, or name the rollouts that are there.",
@@ -92,7 +92,7 @@ def plan_scores(asked: ScoreRequest, pin: Snapshot, *, growing: bool = False) ->
     for segment in segments:
         found = check_identity(segment.lineage["student"], model, asked.shared)
         notes += [each for each in found if each not in notes]
-    notes += other_dtypes(pin, segments, name, asked.scorer)
+    notes += other_dtypes(snapshot, segments, name, asked.scorer)
     lineage = asked.lineage()
     given, asked_at = None, None
     if isinstance(asked.at, IdsFile):
@@ -100,17 +100,17 @@ def plan_scores(asked: ScoreRequest, pin: Snapshot, *, growing: bool = False) ->
     elif asked.at == MC_IDS:
         _check_draws(segments, asked.rollouts_name)
     elif asked.at is not None:
-        asked_at = pin.scores(asked.at) if growing else _scores_named(pin, asked.at)
+        asked_at = snapshot.scores(asked.at) if growing else _scores_named(snapshot, asked.at)
     units = {
         unit_key(segment, model, request, lineage, _asked(asked.label, asked_at, segment)): segment
         for segment in segments
         if not growing or asked_at is None or segment.seg_id in asked_at
     }
-    _check_twice(pin, units, name)
+    _check_twice(snapshot, units, name)
     drawn = request.entry_kind == "sampled"
     asked.store.check_name("score", name, lineage, drawn=drawn)
-    done = pin.unit_keys()
-    there = pin.scores(name)
+    done = snapshot.unit_keys()
+    there = snapshot.scores(name)
     if drawn and any(key not in done and s.seg_id in there for key, s in units.items()):
         raise IdentityError(
             f"{name!r} holds draws of these rollouts of another number or seed",
@@ -142,7 +142,7 @@ def plan_scores(asked: ScoreRequest, pin: Snapshot, *, growing: bool = False) ->
     return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
 
 
-def _serves(chain: Chain | None, request: ScoreParams) -> bool:
+def _serves(chain: ScoreSegments | None, request: ScoreParams) -> bool:
     """Whether one of these segments was asked for as much: what is read can be cut shorter."""
     asked = [ScoreParams(**each.lineage["request"]) for each in chain or ()]
     if any(each.entry_kind == "sampled" for each in (request, *asked)):
@@ -158,11 +158,11 @@ def _serves(chain: Chain | None, request: ScoreParams) -> bool:
     return any(map(at_least, asked)) and at_student
 
 
-def _scores_named(pin: Snapshot, name: str) -> dict[str, Chain]:
-    found = pin.scores(name)
+def _scores_named(snapshot: Snapshot, name: str) -> dict[str, ScoreSegments]:
+    found = snapshot.scores(name)
     if not found:
         raise IncompleteError(
-            f"the store holds no scores of {name!r}; it has: {', '.join(pin.names('score'))}",
+            f"the store holds no scores of {name!r}; it has: {', '.join(snapshot.names('score'))}",
             hint="Score with that model first, or name one of these.",
         )
     return found
@@ -176,7 +176,9 @@ def _check_draws(segments: Sequence[Segment], name: str) -> None:
         )
 
 
-def _asked(at: str | None, scores: Mapping[str, Chain] | None, segment: Segment) -> tuple[str, ...]:
+def _asked(
+    at: str | None, scores: Mapping[str, ScoreSegments] | None, segment: Segment
+) -> tuple[str, ...]:
     """What a unit's key says of the ids that are asked at beside the student's list."""
     if scores is None:
         return () if at is None else (at,)
@@ -188,8 +190,8 @@ def _asked(at: str | None, scores: Mapping[str, Chain] | None, segment: Segment)
     return tuple(each.seg_id for each in scores[segment.seg_id])
 
 
-def _check_twice(pin: Snapshot, units: Mapping[str, Segment], teacher_name: str) -> None:
-    done_as = {s.unit_key: s.name for s in pin.segments}
+def _check_twice(snapshot: Snapshot, units: Mapping[str, Segment], teacher_name: str) -> None:
+    done_as = {s.unit_key: s.name for s in snapshot.segments}
     for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
         raise IdentityError(
             f"this teacher's scores are in the store already, under the name {other!r}",

@@ -12,8 +12,8 @@ from logitcask.engine.errors import PromptError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.score.extra_ids import at_all_known, without_more
 from logitcask.engine.score.ids_file import IdsFile
-from logitcask.engine.store import Chain, Segment, Store
-from logitcask.engine.store.extend import ask_at, union
+from logitcask.engine.store import ScoreSegments, Segment, Store
+from logitcask.engine.store.extend import request_ids, union
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.teachers.checks import check_scorer, check_stops
 from logitcask.engine.teachers.token_maps import SharedVocabulary
@@ -94,15 +94,17 @@ class ScoreUnit:
     """A rollout segment, and what the store holds that its scoring builds on."""
 
     segment: Segment
-    chain: Chain | None
+    chain: ScoreSegments | None
     """This teacher's scores of it; None where there are none."""
     given: IdLists | None
     """Ids of a file that it is asked at."""
-    asked_at: Chain | None
+    asked_at: ScoreSegments | None
     """Scores of another model whose ids it is asked at."""
 
 
-def score_unit(asked: ScoreRequest, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]) -> int:
+def run_score_unit(
+    asked: ScoreRequest, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]
+) -> int:
     """Scores one unit and commits it under its key; its positions."""
     store, request, segment = asked.store, asked.request, unit.segment
     rollouts = store.read_rollouts(segment)
@@ -121,7 +123,7 @@ def score_unit(asked: ScoreRequest, key: str, unit: ScoreUnit, lineage: Mapping[
         student = rollouts.student if request.at_student else None
         if extra is None and student is not None:
             extra = IdLists(cnt=student.cnt, ids=student.ids)
-        wanted = ask_at(store.read_scores(unit.chain, base=rollouts), extra)
+        wanted = request_ids(store.read_scores(unit.chain, base=rollouts), extra)
         # What is there already was accepted when it came.
         scores, took_s = _timed(asked, shown, wanted, new=extra)
     elif extra is not None:
@@ -194,16 +196,16 @@ def _timed(
     if shared is not None:
         # A context is the teacher's own text, read by nobody else.
         prompts = asked.context is None
-        shared.check_asked(shown, request, new or at, asked.model.name, prompts=prompts)
+        shared.check_request(shown, request, new or at, asked.model.name, prompts=prompts)
     begun_s = time.monotonic()
     scores = scorer.score(shown, request) if at is None else scorer.score(shown, request, at)
     took_s = time.monotonic() - begun_s
     if shared is not None:
-        shared.check_answered(scores, request, asked.model.name)
+        shared.check_scores(scores, request, asked.model.name)
     return scores, took_s
 
 
-def _ids_of(store: Store, chain: Chain, rollouts: Rollouts) -> IdLists:
+def _ids_of(store: Store, chain: ScoreSegments, rollouts: Rollouts) -> IdLists:
     known = ranked(store.read_scores(chain, base=rollouts))
     return IdLists(cnt=known.cnt.astype(np.uint16), ids=known.ids)
 

@@ -12,17 +12,17 @@
 
 A commit encodes a group, decodes it again and compares, puts it durably where its content says, and
 makes the record with the next free number. A crash at any step leaves the log as it was: at worst a
-folder that no record names. Nothing is changed in place. A record can also retire units, sweep what
+folder that no record names. Nothing is changed in place. A record can also delete units, sweep what
 nobody reaches (gc removes it then), and tag a number. The same on a disk and in an object store.
 
 medium -> files, objects (every effect outside) -> schema -> claims, codecs -> shards, ragged (bytes
 and rows) -> layout, widen, rollouts (data <-> arrays) -> segment (arrays <-> Zarr group) -> record,
-pin -> log, root -> publish -> commit -> store -> verify, keep, transfer, view, cache.
+snapshot -> log, root -> publish -> commit -> store -> verify, keep, transfer, view, cache.
 """
 
 from logitcask.engine.store.format.rollouts import Extent
 from logitcask.engine.store.format.segment import Segment
-from logitcask.engine.store.log.snapshot import Chain, Snapshot
+from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot
 from logitcask.engine.store.store import Store, holds_store, open_store
 
-__all__ = ["Chain", "Extent", "Segment", "Snapshot", "Store", "holds_store", "open_store"]
+__all__ = ["Extent", "ScoreSegments", "Segment", "Snapshot", "Store", "holds_store", "open_store"]

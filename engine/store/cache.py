@@ -20,10 +20,10 @@ import numpy as np
 
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.models.identity import canonical, digest
+from logitcask.engine.store.decoded_unit import DTYPES, DecodedUnit, decode_unit, dtypes_of
 from logitcask.engine.store.format.segment import Segment, sha256
-from logitcask.engine.store.log.snapshot import Chain
+from logitcask.engine.store.log.snapshot import ScoreSegments
 from logitcask.engine.store.store import Store
-from logitcask.engine.store.unit import DTYPES, Unit, dtypes_of, unit_of
 from logitcask.engine.types import Array
 
 _LAYOUT = 2
@@ -37,18 +37,24 @@ class UnitCache:
         self._folder = folder
         self._verify = verify
 
-    def unit(self, store: Store, rollout: Segment, chain: Chain, base: Chain = ()) -> Unit:
+    def unit(
+        self,
+        store: Store,
+        rollout: Segment,
+        score_segments: ScoreSegments,
+        base: ScoreSegments = (),
+    ) -> DecodedUnit:
         """The unit, mapped; it is decoded and written first if the cache has not got it.
 
         Raises IntegrityError for a damaged cache, StoreError where it cannot be written.
         """
-        place = self._folder / _name(rollout, chain, base)
+        place = self._folder / _name(rollout, score_segments, base)
         if not place.is_dir():
-            self._write(place, read_unit(store, rollout, chain, base))
-        names = dtypes_of(rollout, chain, base)
-        return Unit({name: self._mapped(place, name) for name in names})
+            self._write(place, read_unit(store, rollout, score_segments, base))
+        names = dtypes_of(rollout, score_segments, base)
+        return DecodedUnit({name: self._mapped(place, name) for name in names})
 
-    def _write(self, place: Path, unit: Unit) -> None:
+    def _write(self, place: Path, unit: DecodedUnit) -> None:
         temporary = place.with_name(f".{uuid.uuid4().hex}")
         try:
             temporary.mkdir(parents=True)
@@ -89,16 +95,20 @@ class UnitCache:
             ) from error
 
 
-def read_unit(store: Store, rollout: Segment, chain: Chain, base: Chain = ()) -> Unit:
+def read_unit(
+    store: Store, rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()
+) -> DecodedUnit:
     """The unit, decoded into memory, with the scores of a `base` model if there are any. Raises
     IntegrityError.
     """
     rollouts = store.read_rollouts(rollout)
     of_base = store.read_scores(base, base=rollouts) if base else None
-    return unit_of(rollout.seg_id, rollouts, store.read_scores(chain, base=rollouts), of_base)
+    return decode_unit(
+        rollout.seg_id, rollouts, store.read_scores(score_segments, base=rollouts), of_base
+    )
 
 
-def _name(rollout: Segment, chain: Chain, base: Chain) -> str:
-    made_from = [rollout.seg_id, *(each.seg_id for each in chain)]
+def _name(rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments) -> str:
+    made_from = [rollout.seg_id, *(each.seg_id for each in score_segments)]
     of_base = [each.seg_id for each in base]
     return digest({"layout": _LAYOUT, "segments": made_from, "base": of_base})[7:39]

@@ -20,14 +20,14 @@ from logitcask.engine.types import Array
 _TOO_LARGE = "lower --unit-prompts: a unit is a segment"
 
 
-def draft(kind: str, layout: str, profile: str, **told: Any) -> Segment:
+def new_segment(kind: str, layout: str, profile: str, **fields: Any) -> Segment:
     """A segment of which is known what it is to be, and not yet what it holds."""
-    empty: dict[str, Any] = {"base": "", "widens": "", "counts": {}, "token_digest": ""}
+    empty: dict[str, Any] = {"base": "", "extends": "", "counts": {}, "tokens_sha256": ""}
     blank: dict[str, Any] = {"seg_id": "", "generation": 0, "files": {}, "number": -1}
-    return Segment(kind=kind, layout=layout, profile=profile, **{**empty, **blank, **told})
+    return Segment(kind=kind, layout=layout, profile=profile, **{**empty, **blank, **fields})
 
 
-def check_asked(log: Log, new: Segment) -> Segment | None:
+def find_committed(log: Log, new: Segment) -> Segment | None:
     """Refuses what cannot be committed, and answers for a unit that is there, before any work."""
     if not schema.NAME.fullmatch(new.name):
         raise StoreError(
@@ -41,7 +41,7 @@ def check_asked(log: Log, new: Segment) -> Segment | None:
     return log.winner(new.unit_key)
 
 
-def commit_arrays(medium: Storage, log: Log, arrays: Mapping[str, Array], new: Segment) -> Segment:
+def commit_arrays(storage: Storage, log: Log, arrays: Mapping[str, Array], new: Segment) -> Segment:
     """Publishes a draft with these arrays; returns the segment that holds its unit."""
     profile = codecs.profile(new.profile)
     counts = {**segments.counts_of(new.layout, arrays), **new.counts}
@@ -63,23 +63,23 @@ def commit_arrays(medium: Storage, log: Log, arrays: Mapping[str, Array], new: S
         "profile": new.profile,
         "counts": counts,
         "base": new.base,
-        "widens": new.widens,
-        "token_digest": new.token_digest,
+        "widens": new.extends,
+        "token_digest": new.tokens_sha256,
     }
     contents = segments.encode(arrays, attributes=attributes, **shape)
     segments.check_decodes(contents, arrays, counts=counts, **shape)
     manifest = segments.manifest_of(contents)
     made = replace(new, counts=counts, files=manifest, seg_id=segments.content_address(manifest))
-    return publish_segment(medium, log, contents, made)
+    return publish_segment(storage, log, contents, made)
 
 
 def publish_segment(
-    medium: Storage, log: Log, contents: Mapping[str, bytes], new: Segment
+    storage: Storage, log: Log, contents: Mapping[str, bytes], new: Segment
 ) -> Segment:
     """Puts the files of a segment in place and names them in the log; the first of a unit wins."""
     placed: set[str] = set()
 
-    def say() -> dict[str, Any] | None:
+    def build_record() -> dict[str, Any] | None:
         if log.winner(new.unit_key) is not None:
             return None
         check_name_identity(log, new)
@@ -87,12 +87,12 @@ def publish_segment(
         # Where gc has removed this content, it may still be at work on the folder of that time.
         here = replace(new, generation=log.generation(new.kind, new.seg_id))
         if here.folder not in placed:
-            medium.place(here.folder, contents)
+            storage.place(here.folder, contents)
             placed.add(here.folder)
-        return {"adds": [record.describe(here)]}
+        return {"adds": [record.encode_segment(here)]}
 
-    number = append(medium, log, say)
-    # Ours may be retired again by now; what it said was so.
+    number = append(storage, log, build_record)
+    # Ours may be deleted again by now; what it said was so.
     winner = log.winner(new.unit_key) if number is None else log.added(number)[0]
     assert winner is not None, "there was nothing left to say"
     return winner
@@ -101,15 +101,15 @@ def publish_segment(
 def _check_base(log: Log, new: Segment) -> None:
     if new.kind == schema.ROLLOUT:
         return
-    base, chain = log.base(new.base), log.chain(new.name, new.base)
-    if base is None or base.token_digest != new.token_digest:
+    base, score_segments = log.base(new.base), log.score_segments(new.name, new.base)
+    if base is None or base.tokens_sha256 != new.tokens_sha256:
         raise StoreError(
             f"no rollout segment {new.base} with these tokens",
-            hint="score the rollouts of this store; they may have been retired meanwhile",
+            hint="score the rollouts of this store; they may have been deleted meanwhile",
         )
-    if new.widens != (chain[-1].seg_id if chain else ""):
+    if new.extends != (score_segments[-1].seg_id if score_segments else ""):
         raise StoreError(
-            f"teacher {new.name!r} has {len(chain)} segments on rollouts {new.base}, and these "
-            f"scores add to {new.widens or 'none'}",
+            f"teacher {new.name!r} has {len(score_segments)} segments on rollouts {new.base}, and "
+            f"these scores add to {new.extends or 'none'}",
             hint="another writer was faster; rerun the same command to resume",
         )

@@ -36,12 +36,12 @@ UNLIKELY = -30.0
 """Log-probs below count as this."""
 
 
-def ask_at(known: CachedScores, more: IdLists | None = None) -> IdLists:
+def request_ids(cached: CachedScores, more: IdLists | None = None) -> IdLists:
     """Every id known of a row, then those of `more` that are not: where a widening is asked.
 
     The tail of a widened row is what lies outside all of them, so the scorer has to see them.
     """
-    u = ranked(known)
+    u = ranked(cached)
     every = IdLists(cnt=u.cnt.astype(np.uint16), ids=u.ids)
     return every if more is None else union(every, more)
 
@@ -57,7 +57,7 @@ def union(first: IdLists, more: IdLists) -> IdLists:
 
 
 def encode(
-    known: CachedScores,
+    cached: CachedScores,
     scores: Scores,
     at: IdLists,
     profile: codecs.Profile,
@@ -65,15 +65,15 @@ def encode(
     noise: float,
     rounding: float,
 ) -> dict[str, Array]:
-    """Arrays of a widening of `known` by scores that were asked at `at`, as made by `ask_at`.
+    """Arrays of a widening of `cached` by scores that were asked at `at`, as made by `request_ids`.
 
     noise: nats by which a log-prob may have moved since; rounding: of the profile in which the
     known ones are stored. Raises IdentityError for numbers that moved further, StoreError where
     `at` lacks a known id, or a row becomes too long.
     """
     assert scores.at_lp is not None, "a widening asks at what is known"
-    check_lists(at, len(known.cnt), schema.MAX_ROW, "the ids asked at", RESCORE)
-    u = ranked(known)
+    check_lists(at, len(cached.cnt), schema.MAX_ROW, "the ids asked at", RESCORE)
+    u = ranked(cached)
     at_cnt, at_ids = at.cnt, at.ids.astype(np.uint32)
     l_cnt, l_ids = scores.cnt.astype(np.uint16), scores.ids.astype(np.uint32)
     place = ragged.find(at_ids, at_cnt, u.ids, u.cnt)
@@ -84,7 +84,7 @@ def encode(
 
     # In the new order a row has the old list, then what the new list adds, then everything else.
     in_list = ragged.find(l_ids, l_cnt, u.ids, u.cnt)
-    old = ragged.within(u.cnt) < np.repeat(known.kept, u.cnt)
+    old = ragged.within(u.cnt) < np.repeat(cached.kept, u.cnt)
     u_added, u_rest = ~old & (in_list >= 0), ~old & (in_list < 0)
     u_added_cnt, u_rest_cnt = ragged.marked(u_added, u.cnt), ragged.marked(u_rest, u.cnt)
     x_added = ragged.find(u.ids, u.cnt, l_ids, l_cnt) < 0
@@ -94,12 +94,12 @@ def encode(
 
     u_place, x_place = in_list[u_added], ragged.within(l_cnt)[x_added]
     added_before = ragged.above(u_place, u_added_cnt, x_place, added_cnt)
-    added_before += np.repeat(known.kept, added_cnt)
+    added_before += np.repeat(cached.kept, added_cnt)
     order = exact_order(scores.at_lp[x_rest], at_ids[x_rest])
     best_first = np.lexsort((order, ragged.rows(rest_cnt)))
     u_order = exact_order(u_lp[u_rest], u.ids[u_rest])
     rest_before = ragged.above(u_order, u_rest_cnt, order[best_first], rest_cnt)
-    rest_before += np.repeat(known.kept + u_added_cnt, rest_cnt)
+    rest_before += np.repeat(cached.kept + u_added_cnt, rest_cnt)
 
     def together(added: Array, rest: Array) -> Array:
         return _interleaved(added_cnt, added, rest_cnt, rest)
@@ -115,7 +115,7 @@ def encode(
         )
     return {
         "log_tail": scores.log_tail.astype(np.float32),
-        "kept": known.kept + u_added_cnt + added_cnt,
+        "kept": cached.kept + u_added_cnt + added_cnt,
         "cnt": cnt,
         "ids": together(l_ids[x_added], at_ids[x_rest][best_first]),
         "lp": lp,
@@ -123,13 +123,13 @@ def encode(
     }
 
 
-def decode(known: CachedScores, arrays: dict[str, Array], profile: codecs.Profile) -> CachedScores:
-    """`known` widened by the arrays of a `wider` segment. ValueError where they do not fit."""
+def decode(cached: CachedScores, arrays: dict[str, Array], profile: codecs.Profile) -> CachedScores:
+    """`cached` widened by the arrays of a `wider` segment. ValueError where they do not fit."""
     cnt, ids = arrays["cnt"], arrays["ids"]
-    if len(cnt) != len(known.cnt):
-        raise ValueError(f"{len(cnt)} rows widen {len(known.cnt)}")
+    if len(cnt) != len(cached.cnt):
+        raise ValueError(f"{len(cnt)} rows widen {len(cached.cnt)}")
     ragged.check_counts(cnt, len(ids), schema.MAX_K)
-    u = ranked(known)
+    u = ranked(cached)
     if int((u.cnt + cnt).max(initial=0)) > schema.MAX_ROW:
         raise ValueError(f"a row of more than {schema.MAX_ROW} known ids")
     if (arrays["kept"] > u.cnt + cnt).any():
@@ -138,20 +138,20 @@ def decode(known: CachedScores, arrays: dict[str, Array], profile: codecs.Profil
     x_rank = ragged.within(cnt).astype(np.uint16) + implied + arrays["rank_fix"]
     u_rank = ragged.remaining(x_rank, cnt, u.cnt)
     first = ragged.starts(u.cnt)[:-1]
-    s_rank = u_rank[np.repeat(first, known.s_cnt) + known.s_rank]
-    others = u_rank[np.repeat(first, known.cnt) + known.rank]
-    rank = _interleaved(known.cnt, others, cnt, x_rank)
-    both = (known.cnt + cnt).astype(np.uint16)
+    s_rank = u_rank[np.repeat(first, cached.s_cnt) + cached.s_rank]
+    others = u_rank[np.repeat(first, cached.cnt) + cached.rank]
+    rank = _interleaved(cached.cnt, others, cnt, x_rank)
+    both = (cached.cnt + cnt).astype(np.uint16)
     best_first = np.lexsort((rank, ragged.rows(both)))
     lp = codecs.from_entry(arrays["lp"], profile)
     return replace(
-        known,
+        cached,
         log_tail=arrays["log_tail"],
         kept=arrays["kept"],
         s_rank=s_rank,
         cnt=both,
-        ids=_interleaved(known.cnt, known.ids, cnt, ids)[best_first],
-        entry_lp=_interleaved(known.cnt, known.entry_lp, cnt, lp)[best_first],
+        ids=_interleaved(cached.cnt, cached.ids, cnt, ids)[best_first],
+        entry_lp=_interleaved(cached.cnt, cached.entry_lp, cnt, lp)[best_first],
         rank=rank[best_first],
     )
 

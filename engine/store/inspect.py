@@ -18,25 +18,27 @@ from logitcask.engine.types import LENGTH, STOP, Array
 
 def summary(store: Store) -> dict[str, Any]:
     """Totals of the newest state; bytes are those of committed segments and the log."""
-    pin = store.head()
-    rollouts = [s for s in pin.segments if s.kind == "rollout"]
-    scores = [s for s in pin.segments if s.kind == "score"]
+    snapshot = store.head()
+    rollouts = [s for s in snapshot.segments if s.kind == "rollout"]
+    scores = [s for s in snapshot.segments if s.kind == "score"]
     positions = sum(s.counts["P"] for s in rollouts)
     scored = len({s.base for s in scores})
     return {
         "store": store.uuid,
-        "log_number": pin.number,
-        "segments": len(pin.segments),
-        "rollouts": {name: _positions(pin, "rollout", name) for name in pin.names("rollout")},
-        "teachers": {name: _positions(pin, "score", name) for name in pin.names("score")},
+        "log_number": snapshot.number,
+        "segments": len(snapshot.segments),
+        "rollouts": {
+            name: _positions(snapshot, "rollout", name) for name in snapshot.names("rollout")
+        },
+        "teachers": {name: _positions(snapshot, "score", name) for name in snapshot.names("score")},
         "tags": store.log.tags(),
         "unscored_segments": len(rollouts) - scored,
-        "failed_units": len(failed_units(store.medium).keys() - pin.unit_keys()),
+        "failed_units": len(failed_units(store.storage).keys() - snapshot.unit_keys()),
         "sequences": sum(s.counts["N"] for s in rollouts),
         "mean_reward": _mean_rewards(store, rollouts),
         "positions": positions,
-        "bytes": committed_bytes(pin.segments),
-        "bytes_per_position": bytes_per_position(pin),
+        "bytes": committed_bytes(snapshot.segments),
+        "bytes_per_position": bytes_per_position(snapshot),
     }
 
 
@@ -61,14 +63,14 @@ def committed_bytes(segments: Iterable[Segment]) -> int:
     return sum(s.size for s in segments)
 
 
-def bytes_per_position(pin: Snapshot) -> dict[str, float]:
+def bytes_per_position(snapshot: Snapshot) -> dict[str, float]:
     """All committed files over response positions, in all and split by kind; scores over what each
     teacher scored, once however often it was widened.
     """
-    rollouts = [s for s in pin.segments if s.kind == "rollout"]
-    scores = [s for s in pin.segments if s.kind == "score"]
+    rollouts = [s for s in snapshot.segments if s.kind == "rollout"]
+    scores = [s for s in snapshot.segments if s.kind == "score"]
     rolled = max(1, sum(s.counts["P"] for s in rollouts))
-    scored = max(1, sum(s.counts["P"] for s in scores if not s.widens))
+    scored = max(1, sum(s.counts["P"] for s in scores if not s.extends))
     rollout, score = committed_bytes(rollouts) / rolled, committed_bytes(scores) / scored
     return {"total": rollout + score, "rollout": rollout, "score": score}
 
@@ -109,32 +111,34 @@ def asked(segment: Segment) -> str:
     lineage = segment.lineage
     if segment.kind == "rollout":
         of = lineage.get("set", {})
-        told = [f"version {segment.unit['version']}"]
-        told += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
-        told += [f"grader {of['grader']}"] if "grader" in of else []
-        return ", ".join(told)
+        fields = [f"version {segment.unit['version']}"]
+        fields += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
+        fields += [f"grader {of['grader']}"] if "grader" in of else []
+        return ", ".join(fields)
     request = lineage.get("request", {})
     if not request:
         return ""
     k = f"k {request['k_min']}-{request['k_max']}"
-    told = {
+    fields = {
         "topp": [f"p {request['top_p']:g}", k],
         "topk": [k],
         "sampled": [f"{request['draws']} draws, seed {request['seed']}"],
     }[request["entry_kind"]]
-    return ", ".join([*told, *([f"at {at}"] if (at := lineage.get("at")) else [])])
+    return ", ".join([*fields, *([f"at {at}"] if (at := lineage.get("at")) else [])])
 
 
-def pinned(store: Store, pin: Snapshot) -> dict[str, Any]:
-    """What a pin is, and what it reaches."""
+def snapshot_summary(store: Store, snapshot: Snapshot) -> dict[str, Any]:
+    """What a snapshot is, and what it reaches."""
     return {
-        "log_number": pin.number,
-        "sha256": pin.sha256,
-        "time": store.log.time(pin.number) if pin.number >= 0 else "",
-        "tags": [name for name, number in store.log.tags().items() if number == pin.number],
-        "rollouts": {name: _positions(pin, "rollout", name) for name in pin.names("rollout")},
-        "teachers": {name: _positions(pin, "score", name) for name in pin.names("score")},
-        "bytes": committed_bytes(pin.segments),
+        "log_number": snapshot.number,
+        "sha256": snapshot.sha256,
+        "time": store.log.time(snapshot.number) if snapshot.number >= 0 else "",
+        "tags": [name for name, number in store.log.tags().items() if number == snapshot.number],
+        "rollouts": {
+            name: _positions(snapshot, "rollout", name) for name in snapshot.names("rollout")
+        },
+        "teachers": {name: _positions(snapshot, "score", name) for name in snapshot.names("score")},
+        "bytes": committed_bytes(snapshot.segments),
     }
 
 
@@ -157,14 +161,14 @@ def shown(
     Raises ConfigError if a name is unknown or ambiguous, or the set has no such sequence, and
     IncompleteError if there are no rollouts.
     """
-    pin = store.head()
-    name = choose(pin.names("rollout"), rollouts, what="rollouts")
-    segment, index = _locate(pin, name, sequence)
+    snapshot = store.head()
+    name = choose(snapshot.names("rollout"), rollouts, what="rollouts")
+    segment, index = _locate(snapshot, name, sequence)
     data = store.read_rollouts(segment)
     student = data.student
     scored = None
-    if pin.names("score"):
-        found = pin.scores(choose_teacher(pin, teacher)).get(segment.seg_id)
+    if snapshot.names("score"):
+        found = snapshot.scores(choose_teacher(snapshot, teacher)).get(segment.seg_id)
         if found is not None:
             scored = store.read_scores(found, base=data)
             ids, lp = kept_lists(scored)
@@ -201,49 +205,49 @@ def shown(
     }
 
 
-def choose(known: list[str], wanted: str | None, *, what: str, where: str = "the store") -> str:
+def choose(cached: list[str], wanted: str | None, *, what: str, where: str = "the store") -> str:
     """The wanted name, or the only one there is.
 
     Raises ConfigError with the list if the choice is not clear, IncompleteError if there is none.
     """
-    if wanted is None and len(known) == 1:
-        return known[0]
-    if wanted in known:
+    if wanted is None and len(cached) == 1:
+        return cached[0]
+    if wanted in cached:
         return str(wanted)
-    if not known:
+    if not cached:
         made, verb = {
             "rollouts": ("rollouts", "rollout"),
-            "base": ("scores of a base model", "score --role base"),
+            "base": ("scores of a base model", "score --teacher-kind base"),
         }.get(what.removeprefix("eval-"), ("scores", "score"))
         raise IncompleteError(
             f"{where} holds no {made}",
-            hint=f"Run `logitcask {verb}` first; a pin taken earlier cannot see later {made}.",
+            hint=f"Run `logitcask {verb}` first; a snapshot taken earlier cannot see later {made}.",
         )
-    listed = ", ".join(known)
+    listed = ", ".join(cached)
     if wanted is None:
         raise ConfigError(
-            f"--{what} is not given and {where} has {len(known)}: {listed}",
+            f"--{what} is not given and {where} has {len(cached)}: {listed}",
             hint=f"name one with --{what}",
         )
     raise ConfigError(f"--{what} {wanted}: {where} has {listed}", hint="give one of these")
 
 
 def choose_teacher(
-    pin: Snapshot, wanted: str | None, *, what: str = "teacher", where: str = "the store"
+    snapshot: Snapshot, wanted: str | None, *, what: str = "teacher", where: str = "the store"
 ) -> str:
     """The same of scores. Those of a base model are meant only by who names them."""
-    known = [n for n in pin.names("score") if pin.role(n) != "base" or n == wanted]
-    return choose(known, wanted, what=what, where=where)
+    cached = [n for n in snapshot.names("score") if snapshot.role(n) != "base" or n == wanted]
+    return choose(cached, wanted, what=what, where=where)
 
 
-def _positions(pin: Snapshot, kind: str, name: str) -> int:
-    mine = [s for s in pin.segments if s.kind == kind and s.name == name]
-    return sum(s.counts["P"] for s in mine if not s.widens)
+def _positions(snapshot: Snapshot, kind: str, name: str) -> int:
+    mine = [s for s in snapshot.segments if s.kind == kind and s.name == name]
+    return sum(s.counts["P"] for s in mine if not s.extends)
 
 
-def _locate(pin: Snapshot, name: str, sequence: int) -> tuple[Segment, int]:
+def _locate(snapshot: Snapshot, name: str, sequence: int) -> tuple[Segment, int]:
     left = sequence
-    for segment in pin.rollouts(name):
+    for segment in snapshot.rollouts(name):
         if left < segment.counts["N"]:
             return segment, left
         left -= segment.counts["N"]

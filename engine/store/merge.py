@@ -19,11 +19,11 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.commit import check_asked, publish_segment
+from logitcask.engine.store.commit import find_committed, publish_segment
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.store import Store
-from logitcask.engine.types import Progress, silent
+from logitcask.engine.types import Progress, no_progress
 
 _TOLD = "logitcask.json"
 
@@ -35,7 +35,7 @@ class MergeReport:
     added: int
     there: int
     """Of units that the store held already ..."""
-    healed: int = 0
+    repaired: int = 0
     """... of which so many were damaged there, and are whole now."""
     left_out: int
     """Scores of rollouts, or widenings of scores, that this store has not got, or with other
@@ -43,10 +43,14 @@ class MergeReport:
 
 
 def pack(
-    store: Store, folder: Path, *, pin: Snapshot | None = None, progress: Progress = silent
+    store: Store,
+    folder: Path,
+    *,
+    snapshot: Snapshot | None = None,
+    progress: Progress = no_progress,
 ) -> list[Path]:
-    """One file a segment into a folder, which is made if absent; those of a pin, or the newest."""
-    visible = (store.head() if pin is None else pin).segments
+    """One file a segment into a folder, made if absent; those of a snapshot, or the newest."""
+    visible = (store.head() if snapshot is None else snapshot).segments
     written = []
     for done, each in enumerate(visible):
         progress("pack", done, len(visible))
@@ -55,7 +59,9 @@ def pack(
         temporary = target.with_name(f".{uuid.uuid4().hex}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_zip(temporary, {_TOLD: record.encode_record(record.describe(each)), **contents})
+            _write_zip(
+                temporary, {_TOLD: record.encode_record(record.encode_segment(each)), **contents}
+            )
             os.replace(temporary, target)
         except OSError as error:
             with suppress(OSError):
@@ -70,9 +76,9 @@ def pack(
 
 
 def unpack(
-    store: Store, files: Iterable[Path], *, heal: bool = False, progress: Progress = silent
+    store: Store, files: Iterable[Path], *, repair: bool = False, progress: Progress = no_progress
 ) -> MergeReport:
-    """Brings packed segments in, in whatever order the files are given; heal: as for `merge`.
+    """Brings packed segments in, in whatever order the files are given; repair: as for `merge`.
 
     Raises IntegrityError for a file that is not what `pack` writes, IdentityError where a name
     stands for something else here.
@@ -82,23 +88,23 @@ def unpack(
     while waiting:
         progress("unpack", total - len(waiting), total)
         # Rollouts before their scores, and a teacher's first scores before what widens them.
-        ready = [(told, path) for told, path in waiting if _fits(store, told)]
+        ready = [(fields, path) for fields, path in waiting if _fits(store, fields)]
         if not ready:
             break
-        for told, path in ready:
-            count = _bring(store, told, partial(_contents, told, path), count, heal)
+        for fields, path in ready:
+            count = _bring(store, fields, partial(_contents, fields, path), count, repair)
         done = {path for _, path in ready}
-        waiting = [(told, path) for told, path in waiting if path not in done]
+        waiting = [(fields, path) for fields, path in waiting if path not in done]
     progress("unpack", total, total)
     return replace(count, left_out=len(waiting))
 
 
 def merge(
-    store: Store, other: Store, *, heal: bool = False, progress: Progress = silent
+    store: Store, other: Store, *, repair: bool = False, progress: Progress = no_progress
 ) -> MergeReport:
-    """Brings all that another store holds now into this one, what was retired here among it.
+    """Brings all that another store holds now into this one, what was deleted here among it.
 
-    heal: also reads what this store holds already, and mends from the other what is damaged.
+    repair: also reads what this store holds already, and repairs from the other what is damaged.
 
     Raises IntegrityError for damage there, IdentityError where a name stands for something else.
     """
@@ -109,45 +115,45 @@ def merge(
         if not _fits(store, each):
             count = replace(count, left_out=count.left_out + 1)
         else:
-            count = _bring(store, each, partial(other.read_files, each), count, heal)
+            count = _bring(store, each, partial(other.read_files, each), count, repair)
     progress("merge", len(visible), len(visible))
     return count
 
 
-def _fits(store: Store, told: Segment) -> bool:
+def _fits(store: Store, fields: Segment) -> bool:
     """Whether the store holds what this segment builds on, or the segment's unit itself."""
     store.log.refresh()
-    if told.kind == schema.ROLLOUT or store.log.winner(told.unit_key) is not None:
+    if fields.kind == schema.ROLLOUT or store.log.winner(fields.unit_key) is not None:
         return True
-    chain = store.log.chain(told.name, told.base)
-    last = chain[-1].seg_id if chain else ""
-    return store.log.base(told.base) is not None and told.widens == last
+    score_segments = store.log.score_segments(fields.name, fields.base)
+    last = score_segments[-1].seg_id if score_segments else ""
+    return store.log.base(fields.base) is not None and fields.extends == last
 
 
 def _bring(
     store: Store,
-    told: Segment,
+    fields: Segment,
     read: Callable[[], Mapping[str, bytes]],
     count: MergeReport,
-    heal: bool,
+    repair: bool,
 ) -> MergeReport:
-    if (held := check_asked(store.log, told)) is not None:
-        healed = heal and held.seg_id == told.seg_id and _is_damaged(store, held)
-        if healed:
-            store.medium.place(held.folder, read())
-        return replace(count, there=count.there + 1, healed=count.healed + healed)
+    if (held := find_committed(store.log, fields)) is not None:
+        repaired = repair and held.seg_id == fields.seg_id and _is_damaged(store, held)
+        if repaired:
+            store.storage.place(held.folder, read())
+        return replace(count, there=count.there + 1, repaired=count.repaired + repaired)
     contents = read()
     arrays = segments.decode(
-        store.medium.where(told.folder),
+        store.storage.where(fields.folder),
         contents,
-        layout=told.layout,
-        profile=codecs.profile(told.profile),
-        counts=told.counts,
-        names=list(schema.specs(told.layout)),
+        layout=fields.layout,
+        profile=codecs.profile(fields.profile),
+        counts=fields.counts,
+        names=list(schema.specs(fields.layout)),
     )
-    before = store.log.chain(told.name, told.base) if told.widens else ()
-    store.check_arrays(told, arrays, before)
-    publish_segment(store.medium, store.log, contents, replace(told, number=-1))
+    before = store.log.score_segments(fields.name, fields.base) if fields.extends else ()
+    store.check_arrays(fields, arrays, before)
+    publish_segment(store.storage, store.log, contents, replace(fields, number=-1))
     return replace(count, added=count.added + 1)
 
 
@@ -169,12 +175,12 @@ def _write_zip(path: Path, contents: Mapping[str, bytes]) -> None:
 def _told(path: Path) -> Segment:
     data = _read_zip(path, {_TOLD: schema.MAX_RECORD_BYTES})[_TOLD]
     body, _ = record.decode_record(data, f"{path}:{_TOLD}")
-    return record.parse_segment(body, f"{path}:{_TOLD}")
+    return record.decode_segment(body, f"{path}:{_TOLD}")
 
 
-def _contents(told: Segment, path: Path) -> dict[str, bytes]:
-    contents = _read_zip(path, {name: size for name, (size, _) in told.files.items()})
-    if segments.manifest_of(contents) != dict(told.files):
+def _contents(fields: Segment, path: Path) -> dict[str, bytes]:
+    contents = _read_zip(path, {name: size for name, (size, _) in fields.files.items()})
+    if segments.manifest_of(contents) != dict(fields.files):
         raise IntegrityError(f"{path}: not the files that it says", hint="pack that segment again")
     return contents
 

@@ -1,9 +1,9 @@
-"""Pinning and reading: what a pin holds, as rollouts and as scores."""
+"""Pinning and reading: what a snapshot holds, as rollouts and as scores."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-import logitcask.engine.store.extend as widen
+import logitcask.engine.store.extend as extend
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.layouts as layout
 import logitcask.engine.store.format.ragged as ragged
@@ -12,10 +12,10 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.root as root
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.format.checks import check_known, check_rollouts, vocabulary
+from logitcask.engine.store.format.checks import check_cached, check_rollouts, vocabulary
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.log import Log
-from logitcask.engine.store.log.snapshot import Chain, Snapshot
+from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array, CachedScores, IdLists, Prompt, Rollouts
 
@@ -25,22 +25,22 @@ class Reader:
     its new records.
     """
 
-    def __init__(self, medium: Storage, identity: root.Identity) -> None:
-        self.medium = medium
+    def __init__(self, storage: Storage, identity: root.Identity) -> None:
+        self.storage = storage
         self.uuid = identity.store_uuid
-        self.log = Log(medium, identity.sha256)
+        self.log = Log(storage, identity.sha256)
 
     @property
     def url(self) -> str:
         """What opens this store: a path, or a URL."""
-        return self.medium.url
+        return self.storage.url
 
     def head(self) -> Snapshot:
         """The store as of its last record. Raises IntegrityError for a damaged log."""
         self.log.refresh()
-        return self.log.pin(len(self.log) - 1)
+        return self.log.snapshot(len(self.log) - 1)
 
-    def pin(self, at: int | str, sha256: str | None = None) -> Snapshot:
+    def snapshot(self, at: int | str, sha256: str | None = None) -> Snapshot:
         """The store as of a record: its number, or a tag.
 
         Raises StoreError where there is no such record, IntegrityError where its sha256 is another.
@@ -55,19 +55,19 @@ class Reader:
                     "tag`",
                 )
             at = tags[at]
-        pin = self.log.pin(at)
-        if sha256 is not None and pin.sha256 != sha256:
+        snapshot = self.log.snapshot(at)
+        if sha256 is not None and snapshot.sha256 != sha256:
             raise IntegrityError(
-                f"{self.url}: log record {at} is {pin.sha256}, the pin says {sha256}",
-                hint="open the store that the pin was taken from, or take a new pin",
+                f"{self.url}: log record {at} is {snapshot.sha256}, the snapshot says {sha256}",
+                hint="open the store that the snapshot was taken from, or take a new one",
             )
-        return pin
+        return snapshot
 
     def read_rollouts(self, which: Segment) -> Rollouts:
         """A whole rollout segment. Raises IntegrityError naming what is not as committed."""
         return self._rollouts_of(which, self.read_arrays(which))
 
-    def check_arrays(self, which: Segment, arrays: dict[str, Array], before: Chain) -> None:
+    def check_arrays(self, which: Segment, arrays: dict[str, Array], before: ScoreSegments) -> None:
         """Looks at the decoded arrays of a segment as a commit does. Raises IntegrityError where
         they contradict each other, their tokens or what they add to, which is `before`, or say what
         no model can have said.
@@ -83,11 +83,11 @@ class Reader:
             return
         profile = codecs.profile(which.profile)
         try:
-            if which.widens:
-                known = widen.decode(self.read_scores(before), arrays, profile)
+            if which.extends:
+                cached = extend.decode(self.read_scores(before), arrays, profile)
             else:
-                known = layout.decode(arrays, profile, self._lists_of(which, None))
-            check_known(known)
+                cached = layout.decode(arrays, profile, self._lists_of(which, None))
+            check_cached(cached)
         except ValueError as error:
             raise self._contradiction(which, error) from error
 
@@ -95,15 +95,15 @@ class Reader:
         """The files of a segment, relative name -> bytes, as committed. Raises IntegrityError,
         StoreError where gc has removed it.
         """
-        with self._unless_swept(which):
-            return segments.read_files(self.medium, which.folder, which.files, which.files)
+        with self._removed_or_damaged(which):
+            return segments.read_files(self.storage, which.folder, which.files, which.files)
 
     def read_arrays(self, which: Segment, names: Collection[str] | None = None) -> dict[str, Array]:
         """All arrays of a segment, or those named; raises as `read_files` does."""
-        with self._unless_swept(which):
-            return segments.read(self.medium, which, names)
+        with self._removed_or_damaged(which):
+            return segments.read(self.storage, which, names)
 
-    def is_swept(self, which: Segment) -> bool:
+    def is_removed(self, which: Segment) -> bool:
         """Whether gc has removed a segment, as far as the log has been read."""
         return which.generation < self.log.generation(which.kind, which.seg_id)
 
@@ -112,7 +112,7 @@ class Reader:
             found = rollouts.decode(arrays, codecs.profile(which.profile), which.seg_id)
         except (ValueError, KeyError, TypeError) as error:
             raise self._contradiction(which, error) from error
-        if segments.token_digest(found.tokens, found.seq_off) != which.token_digest:
+        if segments.tokens_sha256(found.tokens, found.seq_off) != which.tokens_sha256:
             raise self._contradiction(which, "tokens are not those of the record")
         return found
 
@@ -132,31 +132,35 @@ class Reader:
         except (ValueError, KeyError, TypeError) as error:
             raise self._contradiction(which, error) from error
 
-    def read_scores(self, chain: Chain, *, base: Rollouts | None = None) -> CachedScores:
+    def read_scores(
+        self, score_segments: ScoreSegments, *, base: Rollouts | None = None
+    ) -> CachedScores:
         """All that a teacher's score segments say of one rollout segment, merged.
 
         Most need the student's lists of their base: they are read from the store, or taken from
         `base`, the rollouts of that segment, where the caller has them. Raises IntegrityError.
         """
-        first = chain[0]
+        first = score_segments[0]
         student = self._lists_of(first, base)
         which = first
         try:
-            known = layout.decode(self.read_arrays(first), codecs.profile(first.profile), student)
-            for which in chain[1:]:
-                known = widen.decode(known, self.read_arrays(which), codecs.profile(which.profile))
+            cached = layout.decode(self.read_arrays(first), codecs.profile(first.profile), student)
+            for which in score_segments[1:]:
+                cached = extend.decode(
+                    cached, self.read_arrays(which), codecs.profile(which.profile)
+                )
         except ValueError as error:
             raise self._contradiction(which, error) from error
-        if first.layout in (schema.WHOLE, schema.WHOLE + schema.BOUNDS) and student is not None:
-            known = layout.by_student(known, student)
-        return known
+        if first.layout in (schema.FULL, schema.FULL + schema.BOUNDS) and student is not None:
+            cached = layout.by_student(cached, student)
+        return cached
 
     def _lists_of(self, which: Segment, base: Rollouts | None) -> IdLists | None:
         """The student's lists that scores are of."""
         if base is not None:
             if base.segment != which.base:
                 raise StoreError(
-                    f"{self.medium.where(which.folder)}: scores of rollouts {which.base}, not of "
+                    f"{self.storage.where(which.folder)}: scores of rollouts {which.base}, not of "
                     f"{base.segment or 'rollouts that are in no store'}",
                     hint="give the rollouts that were scored, as read from their segment",
                 )
@@ -183,21 +187,21 @@ class Reader:
         return IdLists(cnt=lists["s_cnt"], ids=lists["s_ids"])
 
     @contextmanager
-    def _unless_swept(self, which: Segment) -> Iterator[None]:
+    def _removed_or_damaged(self, which: Segment) -> Iterator[None]:
         """Tells damage from what gc has removed meanwhile."""
         try:
             yield
         except IntegrityError as error:
             self.log.refresh()
-            if not self.is_swept(which):
+            if not self.is_removed(which):
                 raise
             raise StoreError(
-                f"{self.medium.where(which.folder)} was retired, and gc has removed it",
-                hint="take a newer pin; a tag keeps what an old one reaches",
+                f"{self.storage.where(which.folder)} was deleted, and gc has removed it",
+                hint="take a newer snapshot; a tag keeps what an old one reaches",
             ) from error
 
     def _contradiction(self, which: Segment, error: object) -> IntegrityError:
         return IntegrityError(
-            f"{self.medium.where(which.folder)}: its arrays contradict each other ({error})",
+            f"{self.storage.where(which.folder)}: its arrays contradict each other ({error})",
             hint=segments.RESTORE,
         )

@@ -1,14 +1,14 @@
-"""What a store keeps: tags, retired units, and the removal of what nobody can reach any more.
+"""What a store keeps: tags, deleted units, and the removal of what nobody can reach any more.
 
-Nothing is deleted in place. A unit is retired by a record, and from there on not visible; pins
+Nothing is deleted in place. A unit is deleted by a record, and from there on not visible; snapshots
 taken before still read it. gc then removes a segment when neither the newest state, nor a tag, nor
 any state of the last `keep_days` holds it, and what no record ever named when it is older than
 `lease_hours`. Claims of units go at that age too, and what workers left of units that are there.
 
 gc first publishes which folders it is going to remove, as a record like any other. So it decides on
 a log that nobody has moved meanwhile, a writer who is about to name such a folder learns of it and
-puts its files under another generation, and a reader of an old pin is told what happened. A crash
-in between leaves folders that the next gc removes.
+puts its files under another generation, and a reader of an old snapshot is told what happened. A
+crash in between leaves folders that the next gc removes.
 """
 
 import re
@@ -38,12 +38,12 @@ class GCReport:
 
     segments: int
     bytes: int
-    leftovers: int
+    orphans: int
     """Of writers that died, in staging, and of workers: claims, and failures that were overcome."""
     kept: int
     """Folders of segments that stay ..."""
-    kept_retired: int
-    """... of which so many are retired, and stay for a tag or for pins of the last days."""
+    kept_deleted: int
+    """... of which so many are deleted, and stay for a tag or for snapshots of the last days."""
 
 
 def tag(store: Store, name: str, number: int | None = None) -> int:
@@ -57,13 +57,13 @@ def tag(store: Store, name: str, number: int | None = None) -> int:
             hint="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit, not digits "
             "alone",
         )
-    pin = store.head() if number is None else store.pin(number)
-    if pin.number < 0:
+    snapshot = store.head() if number is None else store.snapshot(number)
+    if snapshot.number < 0:
         raise StoreError(f"{store.url} has no log record yet", hint="tag a store with data")
 
-    def say() -> dict[str, Any] | None:
+    def build_record() -> dict[str, Any] | None:
         marked = store.log.tags().get(name)
-        if marked == pin.number:
+        if marked == snapshot.number:
             return None
         if marked is not None:
             raise StoreError(
@@ -71,29 +71,29 @@ def tag(store: Store, name: str, number: int | None = None) -> int:
                 hint="use another name, or remove that tag first",
             )
         standing = {each.folder for each in store.log.standing()}
-        gone = [each for each in pin.segments if each.folder not in standing]
+        gone = [each for each in snapshot.segments if each.folder not in standing]
         if gone:
             raise StoreError(
-                f"log number {pin.number} reaches {len(gone)} segments that gc has removed",
+                f"log number {snapshot.number} reaches {len(gone)} segments that gc has removed",
                 hint="tag a newer number",
             )
-        return {"tags": {name: pin.number}}
+        return {"tags": {name: snapshot.number}}
 
-    append(store.medium, store.log, say)
-    return pin.number
+    append(store.storage, store.log, build_record)
+    return snapshot.number
 
 
 def untag(store: Store, name: str) -> None:
     """Takes a tag away. Raises StoreError where there is none."""
-    store.pin(name)
+    store.snapshot(name)
     append(
-        store.medium,
+        store.storage,
         store.log,
         lambda: {"tags": {name: None}} if name in store.log.tags() else None,
     )
 
 
-def retire(
+def delete(
     store: Store,
     *,
     rollouts: str | None = None,
@@ -111,7 +111,7 @@ def retire(
     given = [each for each in (rollouts, teacher, segment) if each is not None]
     if len(given) != 1 or (before_version is not None and rollouts is None):
         raise ConfigError(
-            "retire takes one of rollouts, teacher and segment",
+            "delete takes one of rollouts, teacher and segment",
             hint="give --rollouts, --teacher or --segment; --before-version goes with --rollouts",
         )
 
@@ -132,25 +132,25 @@ def retire(
         others = {s.seg_id for s in visible if s.kind == schema.ROLLOUT and s not in old}
         return old + [s for s in visible if s.base in ids - others]
 
-    retired: list[Segment] = []
+    deleted: list[Segment] = []
 
-    def say() -> dict[str, Any] | None:
-        retired[:] = wanted()
-        return {"retires": [each.unit_key for each in retired]} if retired else None
+    def build_record() -> dict[str, Any] | None:
+        deleted[:] = wanted()
+        return {"retires": [each.unit_key for each in deleted]} if deleted else None
 
     if dry_run:
-        retired = wanted()
+        deleted = wanted()
     else:
-        append(store.medium, store.log, say)
-    if not retired:
-        pin = store.head()
-        names = [", ".join(pin.names(kind)) or "none" for kind in schema.KINDS]
+        append(store.storage, store.log, build_record)
+    if not deleted:
+        snapshot = store.head()
+        names = [", ".join(snapshot.names(kind)) or "none" for kind in schema.KINDS]
         raise ConfigError(
-            f"the store holds nothing of {given[0]!r} to retire",
+            f"the store holds nothing of {given[0]!r} to delete",
             hint=f"it has rollouts: {names[0]}; scores: {names[1]}; `logitcask store ls` shows "
             "segments",
         )
-    return retired
+    return deleted
 
 
 def _resting_on(seg_id: str, visible: Sequence[Segment]) -> list[Segment]:
@@ -158,7 +158,7 @@ def _resting_on(seg_id: str, visible: Sequence[Segment]) -> list[Segment]:
     found: list[Segment] = []
     for each in visible:
         under = [s.seg_id for s in found if s.kind == schema.ROLLOUT or s.name == each.name]
-        if each.seg_id == seg_id or each.base in under or each.widens in under:
+        if each.seg_id == seg_id or each.base in under or each.extends in under:
             found.append(each)
     return found
 
@@ -186,46 +186,46 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
             and (
                 folder_of(*content) in named
                 or content[2] < log.generation(*content[:2])
-                or store.medium.touched_s(folder_of(*content)) < born_before
+                or store.storage.touched_s(folder_of(*content)) < born_before
             )
         ]
 
-    def is_swept(content: Content) -> bool:
+    def is_removed(content: Content) -> bool:
         return content[2] < store.log.generation(*content[:2])
 
-    def say() -> dict[str, Any] | None:
-        fresh = [each for each in unreached() if not is_swept(each)][:_AT_ONCE]
+    def build_record() -> dict[str, Any] | None:
+        fresh = [each for each in unreached() if not is_removed(each)][:_AT_ONCE]
         return {"sweeps": [list(each) for each in fresh]} if fresh else None
 
     store.head()
     if not dry_run:
-        while append(store.medium, store.log, say) is not None:
+        while append(store.storage, store.log, build_record) is not None:
             pass
     # A folder that was put there since is not in a record: its writer may be about to name it.
-    going = [each for each in unreached() if dry_run or is_swept(each)]
-    staged = [f"{STAGING}/{name}" for name in store.medium.names(STAGING)]
-    left = [name for name in staged if store.medium.touched_s(name) < born_before]
-    left += claims.leftovers(store.medium, store.head().unit_keys(), born_before)
-    size = sum(each.size for content in going for each in store.medium.files(folder_of(*content)))
+    going = [each for each in unreached() if dry_run or is_removed(each)]
+    staged = [f"{STAGING}/{name}" for name in store.storage.names(STAGING)]
+    left = [name for name in staged if store.storage.touched_s(name) < born_before]
+    left += claims.orphans(store.storage, store.head().unit_keys(), born_before)
+    size = sum(each.size for content in going for each in store.storage.files(folder_of(*content)))
     if not dry_run:
         for name in [*(folder_of(*content) for content in going), *left]:
-            store.medium.remove(name)
+            store.storage.remove(name)
     kept = _reached(store, since.isoformat(timespec="seconds"))
     return GCReport(
         segments=len(going),
         bytes=size,
-        leftovers=len(left),
+        orphans=len(left),
         kept=len(kept),
-        kept_retired=len(kept - {each.folder for each in store.head().segments}),
+        kept_deleted=len(kept - {each.folder for each in store.head().segments}),
     )
 
 
 def _reached(store: Store, since: str) -> set[str]:
     """Folders that the newest state, a tag, or a state that was the newest since then holds."""
     log = store.log
-    held = [*log.pin(len(log) - 1).segments, *log.retired_after(log.at_time(since))]
+    held = [*log.snapshot(len(log) - 1).segments, *log.deleted_after(log.at_time(since))]
     for number in log.tags().values():
-        held += log.pin(number).segments
+        held += log.snapshot(number).segments
     return {each.folder for each in held}
 
 
@@ -233,7 +233,7 @@ def _folders(store: Store) -> list[Content]:
     """Every folder of a segment that is there; others are strange, and left alone."""
     found = []
     for kind in schema.KINDS:
-        for name in store.medium.names(f"seg/{kind}"):
+        for name in store.storage.names(f"seg/{kind}"):
             if match := re.fullmatch(r"([0-9a-f]{32})(?:\.([1-9][0-9]*))?", name):
                 found.append((kind, match[1], int(match[2] or 0)))
     return found

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import logitcask.engine.store.commit as commit
-import logitcask.engine.store.extend as widen
+import logitcask.engine.store.extend as extend
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.layouts as layout
 import logitcask.engine.store.format.rollouts as rollouts
@@ -19,7 +19,7 @@ from logitcask.engine.store.format.checks import check_rollouts, check_scores, v
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.publish import check_name_identity
 from logitcask.engine.store.reader import Reader
-from logitcask.engine.store.storage.base import Storage, open_medium
+from logitcask.engine.store.storage.base import Storage, open_storage
 from logitcask.engine.types import Array, IdLists, Rollouts, Scores
 
 
@@ -34,10 +34,10 @@ class Store(Reader):
 
         drawn: of ids that were drawn. A commit asks the same, but what it commits is made by then.
         """
-        which = {schema.ROLLOUT: schema.STUDENT, schema.SCORE: schema.WHOLE}[kind]
+        which = {schema.ROLLOUT: schema.STUDENT, schema.SCORE: schema.FULL}[kind]
         self.log.refresh()
-        told = {"name": name, "unit_key": "", "unit": {}, "lineage": lineage}
-        new = commit.draft(kind, schema.SAMPLED if drawn else which, "default", **told)
+        fields = {"name": name, "unit_key": "", "unit": {}, "lineage": lineage}
+        new = commit.new_segment(kind, schema.SAMPLED if drawn else which, "default", **fields)
         check_name_identity(self.log, new)
 
     def commit_rollouts(
@@ -56,7 +56,7 @@ class Store(Reader):
         IdentityError where `name` stands for another prompt set or student, StoreError where
         nothing could be written.
         """
-        new = commit.draft(
+        new = commit.new_segment(
             schema.ROLLOUT,
             rollouts.layout_of(unit_rollouts),
             profile,
@@ -73,8 +73,8 @@ class Store(Reader):
             )
         check_rollouts(unit_rollouts, n_vocab=vocabulary(lineage))
         arrays = rollouts.encode(unit_rollouts, codecs.profile(profile))
-        digest = segments.token_digest(arrays["tokens"], arrays["seq_off"])
-        return self._commit(arrays, new, token_digest=digest)
+        digest = segments.tokens_sha256(arrays["tokens"], arrays["seq_off"])
+        return self._commit(arrays, new, tokens_sha256=digest)
 
     def commit_scores(
         self,
@@ -94,36 +94,38 @@ class Store(Reader):
         seconds: what the teacher took for them, a note beside the segment.
 
         Where the teacher has scores of these rollouts already, they are widened: `at` is then
-        where it was asked, as `widen.ask_at` says. Raises IdentityError where `name` stands for
+        where it was asked, as `extend.ask_at` says. Raises IdentityError where `name` stands for
         another teacher or the numbers are another's, StoreError where the scores do not fit the
         rollouts or nothing could be written.
         """
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "name": name,
             "unit_key": unit_key,
             "unit": dict(unit),
             "lineage": dict(lineage),
         }
-        which = schema.SAMPLED if scores.mult is not None else schema.WHOLE
-        if (winner := self._there(commit.draft(schema.SCORE, which, profile, **told))) is not None:
+        which = schema.SAMPLED if scores.mult is not None else schema.FULL
+        if (
+            winner := self._there(commit.new_segment(schema.SCORE, which, profile, **fields))
+        ) is not None:
             return winner
         found = self.log.base(base.seg_id)
-        if found is None or found.token_digest != base.token_digest:
+        if found is None or found.tokens_sha256 != base.tokens_sha256:
             raise StoreError(
                 f"{self.url}: no rollout segment {base.seg_id} with these tokens",
                 hint="score the rollouts of this store",
             )
-        chain, positions = self.log.chain(name, found.seg_id), found.counts["P"]
-        if not chain and at is not None:
+        score_segments, positions = self.log.score_segments(name, found.seg_id), found.counts["P"]
+        if not score_segments and at is not None:
             raise StoreError(
                 f"teacher {name!r} has no scores of rollouts {found.seg_id} that these add to",
-                hint="they may have been retired meanwhile; run the same command again",
+                hint="they may have been deleted meanwhile; run the same command again",
             )
-        if not chain:
+        if not score_segments:
             student = self._student_lists(found)
             check_scores(scores, positions, student)
             arrays = layout.encode(scores, codecs.profile(profile), student)
-            which = schema.ONCE if "t_at_s" in arrays else which
+            which = schema.DEDUP if "t_at_s" in arrays else which
             which += schema.BOUNDS if "ent_hi" in arrays else ""
         elif at is None or scores.at_lp is None or scores.mult is not None:
             raise StoreError(
@@ -134,34 +136,34 @@ class Store(Reader):
         else:
             check_scores(scores, positions, at)
             dtype = str(lineage.get("backend", {}).get("dtype", "float32"))
-            arrays = widen.encode(
-                self.read_scores(chain),
+            arrays = extend.encode(
+                self.read_scores(score_segments),
                 scores,
                 at,
                 codecs.profile(profile),
-                noise=widen.NOISE.get(dtype, widen.COARSE_NOISE),
-                rounding=max(codecs.profile(each.profile).rounding for each in chain),
+                noise=extend.NOISE.get(dtype, extend.COARSE_NOISE),
+                rounding=max(codecs.profile(each.profile).rounding for each in score_segments),
             )
-            which = schema.WIDER
-        new = commit.draft(schema.SCORE, which, profile, **told, seconds=seconds)
+            which = schema.EXTENSION
+        new = commit.new_segment(schema.SCORE, which, profile, **fields, seconds=seconds)
         return self._commit(
             arrays,
             new,
             base=found.seg_id,
-            widens=chain[-1].seg_id if chain else "",
-            token_digest=found.token_digest,
+            extends=score_segments[-1].seg_id if score_segments else "",
+            tokens_sha256=found.tokens_sha256,
             counts={"N": found.counts["N"]},
         )
 
     def _there(self, new: Segment) -> Segment | None:
-        winner = commit.check_asked(self.log, new)
+        winner = commit.find_committed(self.log, new)
         if winner is not None:
             # Its writer may not have come so far; what is acknowledged here is durable.
-            self.medium.settle("log")
+            self.storage.settle("log")
         return winner
 
     def _commit(self, arrays: Mapping[str, Array], new: Segment, **found: Any) -> Segment:
-        return commit.commit_arrays(self.medium, self.log, arrays, replace(new, **found))
+        return commit.commit_arrays(self.storage, self.log, arrays, replace(new, **found))
 
 
 def open_store(url: str | Path, *, create: bool = False) -> Store:
@@ -170,23 +172,23 @@ def open_store(url: str | Path, *, create: bool = False) -> Store:
     Raises StoreError where there is no store, where other things are in the way, or where the
     format is newer than this program; IntegrityError where format.json is damaged.
     """
-    return open_on(open_medium(url), create=create)
+    return open_on(open_storage(url), create=create)
 
 
-def open_on(medium: Storage, *, create: bool = False) -> Store:
+def open_on(storage: Storage, *, create: bool = False) -> Store:
     """`open_store` on a medium that is open already."""
-    identity = root.read(medium)
+    identity = root.read(storage)
     if identity is None:
         if not create:
             raise StoreError(
-                f"{medium.url} is not a logitcask store: it has no format.json",
+                f"{storage.url} is not a logitcask store: it has no format.json",
                 hint="check the path; `logitcask rollout` makes a store at a path that is free",
             )
-        identity = root.create(medium)
-    medium.check((*root.FOLDERS, *claims.FOLDERS))
-    return Store(medium, identity)
+        identity = root.create(storage)
+    storage.check((*root.FOLDERS, *claims.FOLDERS))
+    return Store(storage, identity)
 
 
 def holds_store(url: str | Path) -> bool:
     """Whether there is a store at a path or URL yet; raises as `open_store` does for all else."""
-    return root.read(open_medium(url)) is not None
+    return root.read(open_storage(url)) is not None

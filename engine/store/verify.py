@@ -9,10 +9,10 @@ import logitcask.engine.store.log.log as log
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.segment import Segment
-from logitcask.engine.store.log.snapshot import Chain
+from logitcask.engine.store.log.snapshot import ScoreSegments
 from logitcask.engine.store.storage.base import STAGING
 from logitcask.engine.store.store import Store
-from logitcask.engine.types import Progress, silent
+from logitcask.engine.types import Progress, no_progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +27,7 @@ class Report:
     """Of all files that a commit made: segments, log records, bundles."""
     decoded: bool
     """Whether every array was decoded, beside being what was committed to the bit."""
-    strays: tuple[str, ...]
+    orphans: tuple[str, ...]
     """Paths relative to the store that no record names: left by a writer that died, or strange."""
 
 
@@ -36,23 +36,25 @@ def verify(
     *,
     deep: bool = False,
     tell: Callable[[IntegrityError], None] = lambda _: None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Report:
-    """Compares every file of every segment with its digest, retired ones too; deep: decodes it too.
+    """Compares every file of every segment with its digest, deleted ones too; deep: decodes it too.
 
     `tell` hears of every damaged segment; the first is raised in the end. Raises IntegrityError.
     """
     damaged: list[IntegrityError] = []
-    pin = store.head()
-    chains: dict[tuple[str, str, str], Chain] = {}
+    snapshot = store.head()
+    all_score_segments: dict[tuple[str, str, str], ScoreSegments] = {}
     every = store.log.standing()
     standing = {each.folder: each for each in every}
     for done, each in enumerate(every if deep else list(standing.values())):
         progress("verify", done, len(every))
         try:
             if deep:
-                before = chains[each.name, each.base, each.widens] if each.widens else ()
-                chains[each.name, each.base, each.seg_id] = (*before, each)
+                before = (
+                    all_score_segments[each.name, each.base, each.extends] if each.extends else ()
+                )
+                all_score_segments[each.name, each.base, each.seg_id] = (*before, each)
                 store.check_arrays(each, store.read_arrays(each), before)
             else:
                 store.read_files(each)
@@ -60,21 +62,21 @@ def verify(
             tell(error)
             damaged.append(error)
         except StoreError:
-            if not store.is_swept(each):
+            if not store.is_removed(each):
                 raise
             # gc is at work meanwhile.
             standing.pop(each.folder, None)
     progress("verify", len(every), len(every))
     if damaged:
         raise damaged[0]
-    records = list(_records(store, pin.number))
+    records = list(_records(store, snapshot.number))
     return Report(
         segments=len(standing),
         positions=sum(s.counts["P"] for s in standing.values() if s.kind == schema.ROLLOUT),
         files=len(records) + sum(len(each.files) for each in standing.values()),
         bytes=sum(records) + sum(each.size for each in standing.values()),
         decoded=deep,
-        strays=_strays(store, standing),
+        orphans=_orphans(store, standing),
     )
 
 
@@ -83,8 +85,8 @@ def _records(store: Store, last: int) -> Iterator[int]:
     together: list[bytes] = []
     for number in range(last + 1):
         name = f"log/{record.file_name(number)}"
-        data = store.medium.read(name, schema.MAX_RECORD_BYTES)
-        where = store.medium.where(name)
+        data = store.storage.read(name, schema.MAX_RECORD_BYTES)
+        where = store.storage.where(name)
         if data is None or record.decode_record(data, where)[1] != store.log.sha256(number):
             raise IntegrityError(f"{where}: missing, or another record", hint=record.BROKEN)
         yield len(data)
@@ -96,29 +98,29 @@ def _records(store: Store, last: int) -> Iterator[int]:
 
 def _bundle(store: Store, name: str, records: bytes) -> int:
     """Bytes of a bundle that holds these records; 0 where it is not there, as it may be."""
-    data = store.medium.read(name, schema.MAX_BUNDLE_BYTES)
+    data = store.storage.read(name, schema.MAX_BUNDLE_BYTES)
     if data not in (None, records):
         raise IntegrityError(
-            f"{store.medium.where(name)}: not the records that are in log/",
+            f"{store.storage.where(name)}: not the records that are in log/",
             hint="remove this file: the records in log/ hold all",
         )
     return len(data or b"")
 
 
-def _strays(store: Store, standing: dict[str, Segment]) -> tuple[str, ...]:
-    medium = store.medium
-    found = [f"{STAGING}/{name}" for name in medium.names(STAGING)]
-    found += claims.strays(medium)
-    for name in medium.names("log"):
+def _orphans(store: Store, standing: dict[str, Segment]) -> tuple[str, ...]:
+    storage = store.storage
+    found = [f"{STAGING}/{name}" for name in storage.names(STAGING)]
+    found += claims.unknown_files(storage)
+    for name in storage.names("log"):
         number = record.number_of(name)
         if number is None:
             found.append(f"log/{name}")
     for kind in schema.KINDS:
-        for name in medium.names(f"seg/{kind}"):
+        for name in storage.names(f"seg/{kind}"):
             folder = f"seg/{kind}/{name}"
             if folder not in standing:
                 found.append(folder)
                 continue
             inside = {f"{folder}/{file}" for file in standing[folder].files}
-            found += [each.name for each in medium.files(folder) if each.name not in inside]
+            found += [each.name for each in storage.files(folder) if each.name not in inside]
     return tuple(found)

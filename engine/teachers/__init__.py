@@ -1,8 +1,8 @@
-"""Who may score: a teacher in this process or behind a URL, who it is, and whether it stays so.
+"""Teachers: their identity, the checks before and during scoring, and remote teachers.
 
-token_maps.py    what two tokenizers share, and ids that are not one token to both
-checks.py        may this teacher score these rollouts, and is it asked what it can answer?
-served.py        a teacher behind a URL: who it is, as far as a server can say
-same_teacher.py  ... and whether it stays the same
-doctor.py        is a server fit to be a teacher?
+token_maps.py    comparison of two tokenizers, and ids that are different tokens to them
+checks.py        checks of teacher, rollouts and request before scoring
+remote.py        identity of a teacher behind a URL
+verified.py      a remote scorer that checks its teacher's fingerprint after every unit
+server_check.py  `logitcask doctor teacher`
 """

@@ -1,4 +1,4 @@
-"""May this teacher score these rollouts, and is it asked what it can answer?"""
+"""Checks before scoring: teacher and student, stop ids, dtypes, and the scorer's capabilities."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,98 +15,104 @@ from logitcask.engine.types import STOP, ModelRef, Rollouts, ScoreParams
 def check_identity(
     student: Mapping[str, Any], model: ModelRef, shared: SharedVocabulary | None = None
 ) -> list[str]:
-    """Refuses a teacher that reads ids differently than the student whose lineage this is.
+    """Compare tokenizer and template of teacher and student, and return notes on differences.
 
-    shared: how their tokenizers differ, where that is known. Answers notes on what differs and does
-    no harm. Raises IdentityError.
+    student: its lineage; shared: the shared vocabulary, if their tokenizers differ. Raises
+    IdentityError for a tokenizer that differs otherwise.
     """
     notes = []
-    if shared is not None and shared.is_of(student["tokenizer"], model):
+    if shared is not None and shared.matches(student["tokenizer"], model):
         notes.append(shared.note(model.name))
     elif student["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
             f"the student's tokenizer is {student['tokenizer']}, "
             f"that of {model.name} is {model.tokenizer_digest}",
-            hint="Take a teacher with the student's tokenizer. If they differ in tokens that do "
-            "not occur, give the student's, a folder or hub id, with --student-tokenizer.",
+            hint="take a teacher with the student's tokenizer; if they differ only in tokens "
+            "that do not occur, give the student's, a folder or hub id, with --student-tokenizer",
         )
     elif student["n_vocab"] != model.n_vocab:
         raise IdentityError(
             f"the student's vocabulary has {student['n_vocab']} ids, "
             f"that of {model.name} has {model.n_vocab}",
-            hint="Take a teacher with the student's vocabulary; there is no override.",
+            hint="take a teacher with the student's vocabulary; there is no override",
         )
     if student["template"] != model.template_digest:
         notes.append(
-            f"{model.name} renders prompts differently from the student; it is shown the student's "
-            "rendering, which may be foreign to it"
+            f"{model.name} renders prompts differently from the student; it scores the "
+            "student's rendering, which may be unusual for it"
         )
     return notes
 
 
 def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows: str) -> None:
-    """A stop token that the teacher does not use has next to no probability under it: one huge
-    KL row in every sequence. Raises IdentityError unless such rows are to be kept."""
-    foreign = sorted(set(segment.lineage["student"]["stop_ids"]) - set(model.stop_ids))
-    if eos_rows == "keep" or not foreign:
+    """Raise IdentityError for responses that end in a stop id that the teacher does not use.
+
+    Its probability under the teacher is next to 0: one huge KL row in every sequence. With
+    eos_rows = "keep" such rows are allowed.
+    """
+    others = sorted(set(segment.lineage["student"]["stop_ids"]) - set(model.stop_ids))
+    if eos_rows == "keep" or not others:
         return
     ends = rollouts.tokens[rollouts.seq_off[1:][rollouts.finish == STOP] - 1]
-    found = np.intersect1d(ends, foreign)
+    found = np.intersect1d(ends, others)
     if len(found):
         share = float(np.isin(ends, found).mean())
         raise IdentityError(
             f"{share:.0%} of the stopped responses of {segment.name!r} end in the stop ids "
             f"{found.tolist()}, and {model.name} stops at {list(model.stop_ids)} only",
-            hint="Keep these rows with --eos-rows keep, or give the teacher's config.json these "
-            "eos_token_id.",
+            hint="keep these rows with --foreign-eos keep, or add "
+            "these eos_token_id to the teacher's "
+            "config.json",
         )
 
 
 def other_dtypes(
-    pin: Snapshot, segments: Sequence[Segment], teacher_name: str, scorer: Scorer
+    snapshot: Snapshot, segments: Sequence[Segment], teacher_name: str, scorer: Scorer
 ) -> list[str]:
-    """A note where some of these rollouts were scored in another dtype: bfloat16 moves log-probs
-    by some 0.01 nats, which training cannot tell from what the teacher thinks."""
-    ours, there = scorer.describe().get("dtype"), pin.scores(teacher_name)
+    """Return notes on stored scores of these rollouts in another dtype.
+
+    bfloat16 changes log-probs by about 0.01 nats.
+    """
+    ours, stored = scorer.describe().get("dtype"), snapshot.scores(teacher_name)
     found = {
-        each.lineage["backend"].get("dtype") for s in segments for each in there.get(s.seg_id, ())
+        each.lineage["backend"].get("dtype") for s in segments for each in stored.get(s.seg_id, ())
     }
     return [
-        f"scores of {teacher_name!r} in {other} are there already, and this run computes in {ours}"
+        f"scores of {teacher_name!r} in {other} exist already, and this run computes in {ours}"
         for other in sorted(map(str, found - {ours}))
     ]
 
 
 def check_scorer(scorer: Scorer, request: ScoreParams, *, chosen: bool = False) -> None:
-    """ConfigError for a request that no row could meet, or that the scorer cannot.
+    """Raise ConfigError for a request that no row can meet, or that the scorer does not support.
 
-    chosen: it is asked at ids beside the student's list too.
+    chosen: the request has extra ids too.
     """
-    # No row could hold k_min ids, and training would take the request at its word.
+    # Training relies on the request, so one that no row can meet is rejected.
     if request.k_min > request.k_max:
         raise ConfigError(
             f"k_min = {request.k_min} is more than k_max = {request.k_max}",
-            hint=f"Give k_max = {request.k_min} or more.",
+            hint=f"give k_max = {request.k_min} or more",
         )
     drawn = request.entry_kind == "sampled"
     if drawn != (request.draws > 0) or (drawn and request.at_student):
         raise ConfigError(
             f"entry_kind = {request.entry_kind!r} with draws = {request.draws} and "
             f"at_student = {request.at_student}",
-            hint="Give draws to entry_kind = 'sampled' and to no other, without at_student.",
+            hint="give draws with entry_kind = 'sampled' only, and without at_student",
         )
     if request.entry_kind == "topk" and request.k_min < request.k_max:
         raise ConfigError(
             f"entry_kind = 'topk' with k_min = {request.k_min} and k_max = {request.k_max}",
-            hint="Give the same k twice, or entry_kind = 'topp'.",
+            hint="give the same k twice, or entry_kind = 'topp'",
         )
     needs = {"entropy", "tail", "drawn" if drawn else "top"}
     needs |= {"at_ids"} if request.at_student or chosen else set()
-    # Bounds of an entropy, and a tail that is what the ids it tells leave, stand for both.
+    # "bounds" is accepted in place of both.
     gives = scorer.capabilities
     gives |= {"entropy", "tail"} if "bounds" in gives else set()
     if lacking := sorted(needs - gives):
         raise ConfigError(
             f"the backend {scorer.describe()['name']} cannot give {', '.join(lacking)} here",
-            hint="Load the teacher with the backend hf, which gives all.",
+            hint="load the teacher with the backend hf, which has all capabilities",
         )

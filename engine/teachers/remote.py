@@ -1,8 +1,8 @@
-"""A teacher that is served: who it is, as far as a server can say.
+"""Identity of a remote teacher.
 
-A server has no weights to digest. Its teacher is what it says that it serves, the revision that is
-declared, a tokenizer that reads text as the server does, a head whose padding is next to nothing;
-and how it behaves (`same_teacher`).
+The weights of a server cannot be hashed. Its teacher is identified by the served name and source,
+the declared revision, a tokenizer that gives the same ids as the server's, a head with next to no
+mass at padded ids, and its fingerprint (`teachers.verified`).
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from logitcask.engine.backends.base import Served
+from logitcask.engine.backends.base import RemoteScorer
 from logitcask.engine.backends.logprob_diff import PROBE_ROWS, probe_request, probe_rollouts
 from logitcask.engine.backends.returned import PADDING
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, ServerError
@@ -20,38 +20,38 @@ from logitcask.engine.types import IdLists, ModelRef
 
 URL = re.compile(r"https?://", re.IGNORECASE)
 DECLARED = re.compile(r"(?:^|;)rev=([^;]*)")
-"""Where an operator says the revision in a server's fingerprint (--fingerprint-mode custom)."""
+"""The revision in a server's custom fingerprint (--fingerprint-mode custom)."""
 PADS = 16
-"""Ids of a padded head that a row of the probe is asked at."""
+"""Padded ids that a row of the probe requests."""
 PROBE_TEXT = "Ünïcode 你好 12345  two spaces\n\ttab <|im_start|>user a_b-c.d 0.5e-3"
 
 
 def is_remote(model: str) -> bool:
-    """Whether a model's name is the URL of a server."""
+    """Return True if a model's name is the URL of a server."""
     return URL.match(model) is not None
 
 
 def urls_of(model: str) -> list[str]:
-    """The servers of one teacher. Raises ConfigError for what is no list of URLs."""
+    """Split the comma-separated URLs of one teacher; ConfigError for other text."""
     urls = [each.strip().rstrip("/") for each in model.split(",") if each.strip()]
-    strangers = [place for place, each in enumerate(urls, 1) if not is_remote(each)]
-    if strangers:
-        # A comma in a password parts it, so that with an @ anywhere none of them is safe to show.
-        what = f"number {strangers[0]}" if "@" in model else repr(urls[strangers[0] - 1])
+    invalid = [place for place, each in enumerate(urls, 1) if not is_remote(each)]
+    if invalid:
+        # A password may hold a comma, so with an @ anywhere no part is safe to show.
+        what = f"number {invalid[0]}" if "@" in model else repr(urls[invalid[0] - 1])
         raise ConfigError(
-            f"{what} among the servers of a teacher is no URL",
-            hint="Give http://HOST:PORT, several divided by commas.",
+            f"{what} among the servers of a teacher is not a URL",
+            hint="give http://HOST:PORT, several separated by commas",
         )
     return urls
 
 
-def served_ref(
+def remote_model_ref(
     served: str, root: str, *, tokenizer: str = "", revision: str = "", chat_template: bool
 ) -> ModelRef:
-    """Who a served teacher is. served, root: its name and what it was loaded from, as the server
-    says; tokenizer: a folder or hub id with its tokenizer and config.json, if not root.
+    """Build the identity of a remote teacher.
 
-    Raises ModelError where those cannot be found or read.
+    served, root: its name and source from the server; tokenizer: a folder or hub id with its
+    tokenizer and config.json, if not root. Raises ModelError if those are not found or unreadable.
     """
     source = tokenizer or root
     try:
@@ -59,8 +59,7 @@ def served_ref(
     except ModelError as error:
         raise ModelError(
             f"the tokenizer of {served!r}, {source}: {error.cause}",
-            hint="Give --tokenizer: a folder or hub id that holds the teacher's tokenizer and "
-            "config.json.",
+            hint="give --tokenizer: a folder or hub id with its tokenizer and config.json",
         ) from error
     loaded = load_tokenizer(path)
     n_vocab, stop_ids = identity.vocabulary(path, identity.read_config(path), loaded)
@@ -80,78 +79,79 @@ def served_ref(
 
 
 def check_declared(revision: str, fingerprint: str) -> None:
-    """IdentityError where a server declares another revision than is expected of it."""
+    """Raise IdentityError if a server declares another revision than the expected one."""
     declared = DECLARED.search(fingerprint)
     if revision and declared is not None and declared[1] != revision:
         raise IdentityError(
-            f"the server declares revision {declared[1]!r}, and {revision!r} was asked for",
-            hint="Serve that revision, or give the one that is served with --revision.",
+            f"the server declares revision {declared[1]!r}, and {revision!r} is expected",
+            hint="serve that revision, or give the served one with --revision",
         )
 
 
 def check_tokenizer(model: ModelRef, tokenize: Callable[[str], list[int] | None]) -> bool:
-    """Whether the server could be asked. Raises IdentityError where it reads a fixed text otherwise
-    than the tokenizer in `model.path`.
+    """Compare the server's ids of a fixed text with those of the tokenizer in `model.path`.
+
+    Returns False if the server cannot tokenize. Raises IdentityError for other ids.
     """
     theirs = tokenize(PROBE_TEXT)
     if theirs is None:
         return False
     ours = load_tokenizer(model.path)(PROBE_TEXT, add_special_tokens=False)["input_ids"]
     if ours != theirs:
-        at = next(
+        place = next(
             (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
             min(len(ours), len(theirs)),
         )
         raise IdentityError(
-            f"the server reads a text as other ids than the tokenizer in {model.path}: token {at} "
-            f"is {_at(theirs, at)} there and {_at(ours, at)} here",
-            hint="Give the served model's own tokenizer with --tokenizer.",
+            f"the server gives other ids for a text than the tokenizer in {model.path}: token "
+            f"{place} is {_id_at(theirs, place)} there and {_id_at(ours, place)} here",
+            hint="give the tokenizer of the served model with --tokenizer",
         )
     return True
 
 
-def _at(ids: list[int], place: int) -> str:
+def _id_at(ids: list[int], place: int) -> str:
     return f"id {ids[place]}" if place < len(ids) else "none"
 
 
-def check_padding(server: Served, n_vocab: int, head: int, k_max: int = PADS) -> str:
-    """What is to be said of the ids [n_vocab, head), which its tokenizer has not; "" = nothing.
+def check_padding(server: RemoteScorer, n_vocab: int, head: int, k_max: int = PADS) -> str:
+    """Check the mass of the ids [n_vocab, head), which its tokenizer lacks; return a note or "".
 
-    k_max: log-probs per position that it can be asked for.
-    Raises IdentityError where they hold a mass that the log-probs of the others lack.
+    k_max: maximum number of log-probs per position. Raises IdentityError for a mass that the
+    log-probs of the other ids lack.
     """
     pads = np.arange(n_vocab, head)
     if not len(pads):
         return ""
     if "at_ids" not in server.capabilities:
-        return f"{len(pads)} ids of its padded head cannot be looked at; a trained one's are nil"
+        return f"{len(pads)} ids of its padded head cannot be checked (a trained head: no mass)"
     rollouts = probe_rollouts(n_vocab)
     each = min(PADS, k_max, len(pads))
     spread = np.linspace(0, len(pads) - 1, each * PROBE_ROWS).astype(np.int64)
-    # Distinct in a row, and all over the padding in all rows.
-    asked = np.sort(pads[spread].reshape(each, PROBE_ROWS).T, axis=1)
-    distinct = [np.unique(row) for row in asked]
-    at = IdLists(
+    # Distinct in a row, and spread over all padded ids.
+    chosen = np.sort(pads[spread].reshape(each, PROBE_ROWS).T, axis=1)
+    distinct = [np.unique(row) for row in chosen]
+    extra_ids = IdLists(
         cnt=np.array([len(row) for row in distinct], np.uint16),
         ids=np.concatenate(distinct).astype(np.uint32),
     )
     server.n_vocab = head
     try:
-        found = server.score(rollouts, probe_request(head), at).at_lp
+        found = server.score(rollouts, probe_request(head), extra_ids).at_lp
     except ServerError as error:
-        # Its head may end where another copy of its configuration says that it does not.
+        # The served head may be smaller than the one of this config.json.
         if error.status != 400:
             raise
-        return f"{len(pads)} ids of its padded head could not be looked at: {error.cause}"
+        return f"{len(pads)} ids of its padded head could not be checked: {error.cause}"
     finally:
         server.n_vocab = n_vocab
-    assert found is not None, "it was asked at ids"
+    assert found is not None, "the request had extra ids"
     mass = float(np.exp(found, dtype=np.float64).mean()) * len(pads)
     if mass > PADDING:
         raise IdentityError(
             f"the {len(pads)} ids of its padded head hold a mass of {mass:.2g} a row, so its "
-            f"log-probs are not of the {n_vocab} ids that its tokenizer has",
-            hint="Load it here (--model FOLDER), where its law is cut to its own ids, or train "
-            "the head so that padding is next to impossible.",
+            f"log-probs are not of the {n_vocab} ids of its tokenizer",
+            hint="load it here (--model FOLDER), where its distribution is restricted to these "
+            "ids, or train the head so that padded ids have next to no mass",
         )
     return ""

@@ -1,4 +1,4 @@
-"""Is a server fit to be a teacher? Every check by what it answers, each with what to change."""
+"""Checks of a server as a teacher, each by its answers and with a hint."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -8,23 +8,23 @@ from typing import Any, Literal
 
 from logitcask.engine.backends.base import open_backend
 from logitcask.engine.backends.logprob_diff import (
-    compare,
-    control,
+    compare_scores,
     probe_request,
     probe_rollouts,
+    self_consistency,
     tolerance,
 )
 from logitcask.engine.errors import LogitcaskError
 from logitcask.engine.models import identity
 from logitcask.engine.models.fingerprint import (
-    CEILING,
+    MAX_SPREAD,
 )
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.teachers.remote import (
     check_declared,
     check_padding,
     check_tokenizer,
-    served_ref,
+    remote_model_ref,
     urls_of,
 )
 from logitcask.engine.teachers.token_maps import (
@@ -44,14 +44,14 @@ class Finding:
 
     check: str
     state: State
-    """note: it works, and something is missing; fault: nothing should be scored."""
-    said: str
+    """note: scoring works with a limitation; fault: nothing should be scored."""
+    message: str
     hint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerCheck:
-    """What is asked about a server."""
+    """Settings of `logitcask doctor teacher`."""
 
     url: str
     served: str = ""
@@ -59,121 +59,126 @@ class ServerCheck:
     revision: str = ""
     api_key_file: Path | None = None
     student: str = ""
-    """A model folder or hub id of the student whose rollouts it is to score."""
+    """Model folder or hub id of the student."""
     against: str = ""
-    """A model folder or hub id whose weights the server is said to serve."""
+    """Model folder or hub id of the weights that the server should serve."""
     dtype: str = "auto"
-    """... in which they are computed with here."""
+    """Compute type of `against`."""
     k_max: int = 64
     wait_s: float = 10.0
 
 
-def examine(asked: ServerCheck) -> Iterator[Finding]:
-    """Findings one by one; after a fault that hides the rest, none follows."""
-    open_backend("server")  # says which package is missing
-    from logitcask.engine.backends.server import Limits, Server, read_key
+def check_server(settings: ServerCheck) -> Iterator[Finding]:
+    """Yield findings; a fault that prevents the other checks is the last one."""
+    open_backend("server")  # raises for a missing package
+    from logitcask.engine.backends.server import Limits, ServerScorer, read_key
 
     try:
-        server = Server(
-            urls_of(asked.url),
-            served=asked.served,
-            key=read_key(asked.api_key_file),
-            limits=Limits(wait_s=asked.wait_s),
+        server = ServerScorer(
+            urls_of(settings.url),
+            served=settings.served,
+            key=read_key(settings.api_key_file),
+            limits=Limits(wait_s=settings.wait_s),
         )
     except LogitcaskError as error:
         yield fault("server", error)
         return
     with closing(server):
-        yield from _facts(server.facts)
+        yield from _server_info(server.info)
         try:
-            check_declared(asked.revision, server.facts.fingerprint)
-            model = served_ref(
-                server.facts.served,
-                server.facts.root,
-                tokenizer=asked.tokenizer or asked.against,
-                revision=asked.revision,
+            check_declared(settings.revision, server.info.fingerprint)
+            model = remote_model_ref(
+                server.info.served,
+                server.info.root,
+                tokenizer=settings.tokenizer or settings.against,
+                revision=settings.revision,
                 chat_template=False,
             )
         except LogitcaskError as error:
             yield fault("identity", error)
             return
         server.n_vocab = model.n_vocab
-        yield _tried("tokenizer", lambda: _tokenizer(model, server))
-        yield _tried("padding", lambda: _padding(server, model, asked.k_max))
-        if asked.student:
-            yield from _student(model, asked.student, server)
-        yield _tried("log-probs", lambda: _log_probs(server, asked.k_max))
-        yield _tried("repeats", lambda: _repeats(server, asked.k_max))
-        if asked.against:
-            yield _tried("parity", lambda: _parity(server, model, asked))
+        yield _try("tokenizer", lambda: _tokenizer(model, server))
+        yield _try("padding", lambda: _padding(server, model, settings.k_max))
+        if settings.student:
+            yield from _student(model, settings.student, server)
+        yield _try("log-probs", lambda: _log_probs(server, settings.k_max))
+        yield _try("repeats", lambda: _repeats(server, settings.k_max))
+        if settings.against:
+            yield _try("parity", lambda: _parity(server, model, settings))
 
 
 def fault(check: str, error: LogitcaskError) -> Finding:
-    return Finding(check=check, state="fault", said=error.cause, hint=error.hint)
+    """Return the finding of an error."""
+    return Finding(check=check, state="fault", message=error.cause, hint=error.hint)
 
 
-def _tried(check: str, look: Callable[[], Finding]) -> Finding:
+def _try(check: str, run: Callable[[], Finding]) -> Finding:
+    """Run a check; an error is a fault."""
     try:
-        return look()
+        return run()
     except LogitcaskError as error:
         return fault(check, error)
 
 
-def _facts(facts: Any) -> Iterator[Finding]:
-    version = f"vLLM {facts.version}" if facts.version else "does not say its version"
-    yield Finding(check="server", state="ok", said=f"{version}, {facts.fingerprint or 'unnamed'}")
-    adapter = f", an adapter of {facts.parent}" if facts.parent else ""
+def _server_info(info: Any) -> Iterator[Finding]:
+    version = f"vLLM {info.version}" if info.version else "unknown version"
+    yield Finding(
+        check="server", state="ok", message=f"{version}, {info.fingerprint or 'no fingerprint'}"
+    )
+    adapter = f", an adapter of {info.parent}" if info.parent else ""
     yield Finding(
         check="model",
-        state="note" if adapter or not facts.root else "ok",
-        said=f"{facts.served}, loaded from {facts.root or 'it does not say where'}{adapter}",
-        hint="Its scores are those of the adapter." if adapter else "",
+        state="note" if adapter or not info.root else "ok",
+        message=f"{info.served}, loaded from {info.root or 'an unknown source'}{adapter}",
+        hint="its scores are those of the adapter" if adapter else "",
     )
-    most = facts.max_model_len
+    most = info.max_model_len
     yield Finding(
         check="context",
         state="ok" if most else "note",
-        said=f"prompt and response of {most - 1} tokens at most" if most else "it does not say",
+        message=f"prompt and response of {most - 1} tokens at most" if most else "unknown",
     )
-    if facts.at_ids:
-        yield Finding(check="chosen ids", state="ok", said="answered, at every row its own")
+    if info.at_ids:
+        yield Finding(check="chosen ids", state="ok", message="supported, different in every row")
     else:
         yield Finding(
             check="chosen ids",
             state="note",
-            said=facts.why,
-            hint="Objectives on the student's ids need them: vLLM 0.31 or newer on a GPU, with "
-            f"{FLAGS}.",
+            message=info.why,
+            hint="serve with vLLM 0.31 or newer on a GPU, with "
+            f"{FLAGS}, for objectives on the student's ids",
         )
 
 
 def _tokenizer(model: ModelRef, server: Any) -> Finding:
     if check_tokenizer(model, server.tokenize):
-        return Finding(check="tokenizer", state="ok", said=f"reads text as {model.path} does")
+        return Finding(
+            check="tokenizer", state="ok", message=f"gives the ids of the one in {model.path}"
+        )
     return Finding(
         check="tokenizer",
         state="note",
-        said=f"the server does not tokenize, so that of {model.path} is taken on word",
+        message=f"the server does not tokenize, so the one in {model.path} could not be checked",
     )
 
 
 def _padding(server: Any, model: ModelRef, k_max: int) -> Finding:
     head = identity.from_config(identity.read_config(model.path), "vocab_size")
     if head == model.n_vocab:
-        return Finding(check="padding", state="ok", said="none: the head ends with the tokenizer")
-    said = check_padding(server, model.n_vocab, head, k_max)
+        return Finding(
+            check="padding", state="ok", message="none: the head ends with the tokenizer"
+        )
+    note = check_padding(server, model.n_vocab, head, k_max)
     return Finding(
         check="padding",
-        state="note" if said else "ok",
-        said=said
-        or f"{head - model.n_vocab} ids of the head that no token has, next to impossible",
+        state="note" if note else "ok",
+        message=note or f"{head - model.n_vocab} padded ids of the head, with next to no mass",
     )
 
 
 def _student(model: ModelRef, name: str, server: Any) -> Iterator[Finding]:
-    """What student and teacher are to each other, without the weights of either. The server is then
-    asked over the ids that both know.
-    """
+    """Compare student and teacher without their weights; restrict the server to shared ids."""
     try:
         path = identity.resolve_model(name, weights=False)
         ours, theirs = load_tokenizer(path), load_tokenizer(model.path)
@@ -181,41 +186,41 @@ def _student(model: ModelRef, name: str, server: Any) -> Iterator[Finding]:
     except LogitcaskError as error:
         yield fault("ids", error)
         return
-    told = {"tokenizer": identity.tokenizer_digest(ours), "n_vocab": n_vocab}
-    yield _tried("ids", lambda: _ids(told, model, name, server))
-    foreign = sorted(set(stops) - set(model.stop_ids))
+    student = {"tokenizer": identity.tokenizer_digest(ours), "n_vocab": n_vocab}
+    yield _try("ids", lambda: _ids(student, model, name, server))
+    others = sorted(set(stops) - set(model.stop_ids))
     yield Finding(
         check="stop ids",
-        state="note" if foreign else "ok",
-        said=f"the student stops at {list(stops)}, the teacher at {list(model.stop_ids)}",
-        hint="Responses that end in one of the others are refused, unless with --eos-rows keep."
-        if foreign
+        state="note" if others else "ok",
+        message=f"the student stops at {list(stops)}, the teacher at {list(model.stop_ids)}",
+        hint="give --foreign-eos keep for responses that end in one of the others"
+        if others
         else "",
     )
-    yield _tried("prompts", lambda: _prompts(ours, theirs))
+    yield _try("prompts", lambda: _prompts(ours, theirs))
 
 
 def _ids(student: dict[str, Any], model: ModelRef, name: str, server: Any) -> Finding:
     shared = shared_vocabulary(student, model, name)
     if shared is None:
-        return Finding(check="ids", state="ok", said=f"{student['n_vocab']}, the student's own")
+        return Finding(check="ids", state="ok", message=f"{student['n_vocab']}, the student's own")
     server.n_vocab = shared.n_vocab
     return Finding(
         check="ids",
         state="note",
-        said=shared.note(model.name),
-        hint=f"Score with --student-tokenizer {name}.",
+        message=shared.note(model.name),
+        hint=f"score with --student-tokenizer {name}",
     )
 
 
 def _prompts(ours: Any, theirs: Any) -> Finding:
     if _template(ours) == _template(theirs):
-        return Finding(check="prompts", state="ok", said="rendered alike by both templates")
+        return Finding(check="prompts", state="ok", message="the same in both templates")
     return Finding(
         check="prompts",
         state="note",
-        said="rendered differently by the teacher's template",
-        hint="It is shown the student's rendering, which may be foreign to it.",
+        message="different in the teacher's template",
+        hint="check that the teacher understands the student's rendering, which it will score",
     )
 
 
@@ -229,42 +234,42 @@ def _log_probs(server: Any, k_max: int) -> Finding:
     request = probe_request(server.n_vocab, k_max)
     server.score(probe_rollouts(server.n_vocab), request)
     return Finding(
-        check="log-probs", state="ok", said=f"{request.k_max} best ids of every position"
+        check="log-probs", state="ok", message=f"{request.k_max} best ids of every position"
     )
 
 
 def _repeats(server: Any, k_max: int) -> Finding:
-    same = VerifiedTeacher(server, server.n_vocab, server.close, k_max)
-    several = len(server.members())
+    verified = VerifiedTeacher(server, server.n_vocab, server.close, k_max)
+    several = len(server.replicas())
     return Finding(
         check="repeats",
         state="ok",
-        said=f"to {same.parity.largest:.2g} nats in another order and batch; "
-        f"{same.tolerance:.2g} is allowed to another engine"
+        message=f"to {verified.self_diff.largest:.2g} nats in another order and batch; "
+        f"{verified.tolerance:.2g} is allowed to another engine"
         + (f", and the {several} servers are within that" if several > 1 else ""),
     )
 
 
-def _parity(server: Any, model: ModelRef, asked: ServerCheck) -> Finding:
+def _parity(server: Any, model: ModelRef, settings: ServerCheck) -> Finding:
     rollouts = probe_rollouts(model.n_vocab, CONTROL_SEQUENCES)
-    request = probe_request(model.n_vocab, min(CONTROL_K, asked.k_max))
-    spread = control(server, rollouts, request).largest
+    request = probe_request(model.n_vocab, min(CONTROL_K, settings.k_max))
+    spread = self_consistency(server, rollouts, request).largest
     theirs = server.score(rollouts, request)
-    here = open_backend("hf")(
-        identity.model_ref(asked.against, chat_template=False), dtype=asked.dtype
+    local = open_backend("hf")(
+        identity.model_ref(settings.against, chat_template=False), dtype=settings.dtype
     )
-    ours = here.score(rollouts, request)
-    half = here.describe()["dtype"] != "float32"
-    allowed = max(tolerance(spread), CEILING if half else 0.0)
-    found = compare(theirs, ours)
+    ours = local.score(rollouts, request)
+    half = local.describe()["dtype"] != "float32"
+    allowed = max(tolerance(spread), MAX_SPREAD if half else 0.0)
+    found = compare_scores(theirs, ours)
     same = found.largest <= allowed
     return Finding(
         check="parity",
         state="ok" if same else "fault",
-        said=f"log-probs differ from those of {asked.against} by {found.largest:.2g} nats at most, "
-        f"{found.mean:.2g} on the mean of {found.compared}; {allowed:.2g} is allowed",
+        message=f"log-probs differ from those of {settings.against} by {found.largest:.2g} nats at "
+        f"most, {found.mean:.2g} on the mean of {found.compared}; {allowed:.2g} is allowed",
         hint=""
         if same
-        else "Other weights, a revision, an adapter, quantisation or a temperature is served. If "
-        "the server computes in bfloat16, give --dtype bfloat16 here too.",
+        else "serve the same weights, revision and dtype, without adapter, quantisation or "
+        "temperature; if the server computes in bfloat16, give --dtype bfloat16 here too",
     )

@@ -1,9 +1,8 @@
-"""Two tokenizers over one vocabulary: what they share, and the ids that are not one token to both.
+"""Comparison of two tokenizers over one vocabulary: shared ids, and ids of different tokens.
 
-Log-probs are compared by id, so an id must be the same token to student and teacher. Members of one
-family differ in tokens that were added or renamed, which does no harm where those ids do not occur:
-not in a prompt or a response, not among the ids that a teacher is asked at, and not among its own
-likely ones.
+Log-probs are compared by id, so an id must be the same token to student and teacher. Models of one
+family differ in added or renamed tokens. That is harmless if those ids do not occur: in a prompt, a
+response, the chosen ids, or the teacher's likely ids.
 """
 
 from collections.abc import Mapping
@@ -13,102 +12,97 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.errors import IdentityError, UnitError
-from logitcask.engine.models.fingerprint import LIKELY
+from logitcask.engine.models.fingerprint import MIN_PROB
 from logitcask.engine.models.identity import resolve_model, tokenizer_digest
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.types import Array, IdLists, ModelRef, Rollouts, ScoreParams, Scores
 
 SHOWN = 6
-"""Ids that a line names."""
+"""Maximum number of ids in a message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedVocabulary:
-    """How a teacher's tokenizer differs from the student's."""
+    """Differences between a teacher's tokenizer and the student's."""
 
     n_vocab: int
-    """Highest id that both know + 1."""
+    """Highest id of both tokenizers + 1."""
     differing: Array
-    """[D] int64, in order: ids that are another token to the teacher than to the student, or to one
-    of them none."""
+    """[D] int64, sorted: ids of different tokens, or of a token in only one of the tokenizers."""
     theirs: Mapping[int, str]
-    """What these are to the teacher; "" = none."""
+    """Tokens of the differing ids in the teacher's tokenizer; "" = none."""
     ours: Mapping[int, str]
-    """... and to the student."""
+    """... and in the student's."""
     student: str
     """Digest of the student's tokenizer."""
     teacher: str
 
-    def is_of(self, student: str, teacher: ModelRef) -> bool:
-        """Whether it is about these: a digest of the student's tokenizer, and a teacher that is
-        asked over the ids that both know.
-        """
-        asked = (teacher.tokenizer_digest, teacher.n_vocab)
-        return (student, *asked) == (self.student, self.teacher, self.n_vocab)
+    def matches(self, student: str, teacher: ModelRef) -> bool:
+        """Return True for this digest of a student's tokenizer, and a teacher over shared ids."""
+        found = (student, teacher.tokenizer_digest, teacher.n_vocab)
+        return found == (self.student, self.teacher, self.n_vocab)
 
     def note(self, name: str) -> str:
-        """What differs, for a person; `name` of the teacher."""
+        """Format the differences; name: of the teacher."""
         return (
-            f"{name} and the student read ids otherwise ({len(self.differing)}), which does no "
-            f"harm as long as they do not occur: {self.words(self.differing)}"
+            f"{name} and the student differ in {len(self.differing)} ids, which is harmless as "
+            f"long as they do not occur: {self.format_ids(self.differing)}"
         )
 
-    def words(self, ids: Array) -> str:
-        """What ids are to both, the first of them."""
-        told = [
+    def format_ids(self, ids: Array) -> str:
+        """Format the first ids with their tokens in both tokenizers."""
+        shown = [
             f"{i} ({_word(self.ours[i])} to the student, {_word(self.theirs[i])} to the teacher)"
             for i in ids[:SHOWN].tolist()
         ]
         more = [f"and {len(ids) - SHOWN} more"] if len(ids) > SHOWN else []
-        return ", ".join([*told, *more])
+        return ", ".join([*shown, *more])
 
-    def check_asked(
+    def check_request(
         self,
         rollouts: Rollouts,
         request: ScoreParams,
-        at: IdLists | None,
+        extra_ids: IdLists | None,
         name: str,
         *,
         prompts: bool = True,
     ) -> None:
-        """UnitError where one of the ids occurs in what the teacher, `name`, would be shown or
-        asked at.
-        """
+        """Raise UnitError if a differing id is in the prompts, the responses or the chosen ids."""
         for prompt in rollouts.prompts if prompts else ():
             self.check(np.array(prompt.token_ids, np.int64), f"prompt {prompt.id!r}", name)
         self.check(rollouts.tokens, "the responses", name)
-        if at is not None:
-            self.check(at.ids, "the ids that are asked at", name)
+        if extra_ids is not None:
+            self.check(extra_ids.ids, "the chosen ids", name)
         elif request.at_student and rollouts.student is not None:
             self.check(rollouts.student.ids, "the student's best ids", name)
 
-    def check_answered(self, scores: Scores, request: ScoreParams, name: str) -> None:
-        """UnitError where the teacher draws one of the ids, or holds it for likely."""
-        told = scores.entry_lp > np.log(LIKELY)
+    def check_scores(self, scores: Scores, request: ScoreParams, name: str) -> None:
+        """Raise UnitError if a differing id is likely to the teacher, or drawn from it."""
+        likely = scores.entry_lp > np.log(MIN_PROB)
         if request.entry_kind == "sampled":
-            told[:] = True
-        self.check(scores.ids[told], "the teacher's likely ids", name)
+            likely[:] = True
+        self.check(scores.ids[likely], "the teacher's likely ids", name)
 
     def check(self, ids: Array, where: str, name: str) -> None:
-        """UnitError where one of the ids is among these."""
+        """Raise UnitError if a differing id is among these."""
         found = np.intersect1d(ids.astype(np.int64), self.differing)
         if len(found):
             raise UnitError(
-                f"{where}: ids that are not one token to the student and to {name} "
-                f"({len(found)}): {self.words(found)}",
-                hint="Take a teacher with the student's tokenizer, or sample where these ids do "
-                "not occur; there is no override, log-probs of two tokens would be compared.",
+                f"{where}: ids of different tokens to the student and to {name} "
+                f"({len(found)}): {self.format_ids(found)}",
+                hint="take a teacher with the student's tokenizer, or use prompts where these ids "
+                "do not occur; there is no override: log-probs of two tokens would be compared",
             )
 
 
 def shared_vocabulary(
     student: Mapping[str, Any], teacher: ModelRef, source: str = ""
 ) -> SharedVocabulary | None:
-    """What the two tokenizers share; None where they are the same, or `source` is not given.
+    """Compare two tokenizers; None if they are the same, or without `source`.
 
-    student: its lineage; source: a folder or hub id with its tokenizer, which the lineage names by
-    a digest alone. Raises IdentityError where that holds another tokenizer, or where the two agree
-    on less than half of all ids; ModelError where it cannot be found.
+    student: its lineage, with a digest of its tokenizer; source: a folder or hub id with that
+    tokenizer. Raises IdentityError if source has another tokenizer, or if the two agree on less
+    than half of all ids; ModelError if it is not found.
     """
     if student["tokenizer"] == teacher.tokenizer_digest or not source:
         return None
@@ -117,7 +111,7 @@ def shared_vocabulary(
         raise IdentityError(
             f"the tokenizer in {source} is {tokenizer_digest(ours)}, and that of the student is "
             f"{student['tokenizer']}",
-            hint="Give the folder or hub id of the student that sampled, or its tokenizer's.",
+            hint="give the folder or hub id of the student that sampled, or of its tokenizer",
         )
     theirs = load_tokenizer(teacher.path)
     return compare_maps(_by_id(ours), _by_id(theirs), student["tokenizer"], teacher)
@@ -126,7 +120,7 @@ def shared_vocabulary(
 def compare_maps(
     ours: Mapping[int, str], theirs: Mapping[int, str], student: str, teacher: ModelRef
 ) -> SharedVocabulary:
-    """ours, theirs: {id: token}; student: digest of the student's tokenizer."""
+    """Compare {id: token} of student and teacher; student: digest of its tokenizer."""
     both = ours.keys() & theirs.keys()
     same = [i for i in both if ours[i] == theirs[i]]
     every = ours.keys() | theirs.keys()
@@ -134,8 +128,8 @@ def compare_maps(
         raise IdentityError(
             f"the student's tokenizer and that of {teacher.name} agree on {len(same)} of "
             f"{len(every)} ids",
-            hint="Take a teacher with the student's tokenizer; there is no override, ids would "
-            "mean other tokens.",
+            hint="take a teacher with the student's tokenizer; there is no override: ids would "
+            "mean other tokens",
         )
     differing = sorted(every - set(same))
     return SharedVocabulary(

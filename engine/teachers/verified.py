@@ -1,104 +1,114 @@
-"""Does a served teacher stay the same? Asked by its behaviour: log-probs of a fixed probe, compared
-after every unit, and kept with the scores: the store compares them with what a name was begun by.
+"""A remote scorer that checks its teacher's fingerprint after every unit.
+
+The fingerprint, log-probs of a fixed probe, is stored with the scores. The store compares it with
+the fingerprint of the first scores under the same teacher name.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from logitcask.engine.backends.base import Served
+from logitcask.engine.backends.base import RemoteScorer
 from logitcask.engine.backends.logprob_diff import (
     LogprobDiff,
-    behaviour,
-    control,
-    first_rows,
+    fingerprint,
     probe_request,
     probe_rollouts,
+    self_consistency,
+    take_rows,
     tolerance,
 )
 from logitcask.engine.errors import IdentityError, ServerError
-from logitcask.engine.models.fingerprint import ModelFingerprint, distance
+from logitcask.engine.models.fingerprint import ModelFingerprint, fingerprint_distance
 from logitcask.engine.types import IdLists, Rollouts, ScoreParams, Scores
 
 CONTROL_SEQUENCES = 8
 CONTROL_K = 16
 CONTROL_ROWS = 2048
-"""Of a run's first unit that the control is of; at least one sequence."""
+"""Rows of a run's first unit that measure self-consistency; at least one sequence."""
 TRIES = 3
-"""Of a unit whose servers are lost before what they said can be checked."""
+"""Attempts at a unit with servers that are lost before the check of their fingerprint."""
 
 
 class VerifiedTeacher:
-    """A scorer of a served teacher, which is asked for its behaviour again after every unit, before
-    what it said is believed: one short sequence beside thousands, of every server that answered.
+    """A scorer of a remote teacher that compares the fingerprint of every server that answered,
+    after every unit and before its scores are used: one short sequence for thousands.
     """
 
     def __init__(
-        self, server: Served, n_vocab: int, close: Callable[[], None], k_max: int = CONTROL_K
+        self, server: RemoteScorer, n_vocab: int, close: Callable[[], None], k_max: int = CONTROL_K
     ) -> None:
-        """close: ends the scorer; k_max: what units will ask for at most. Scores the control and
-        the probe; raises IdentityError where servers are not one teacher.
+        """Measure self-consistency and fingerprint; IdentityError for servers of two teachers.
+
+        close: closes the scorer; k_max: maximum number of best ids of a unit.
         """
         self._server, self._n_vocab, self.close = server, n_vocab, close
         self.capabilities = server.capabilities
-        self._control = probe_request(n_vocab, min(CONTROL_K, k_max))
-        away, all_ = server.away(), server.members()
-        # Who is away is looked at when it has answered something; all are waited for.
-        up = {name: member for name, member in all_.items() if name not in away} or all_
-        (first, one), *others = up.items()
-        # Of one server: what two differ by is no measure of either.
-        self.parity: LogprobDiff = control(
-            one, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._control
+        self._request = probe_request(n_vocab, min(CONTROL_K, k_max))
+        unavailable, replicas = server.unavailable(), server.replicas()
+        # Unavailable servers are checked after their first scores. If all are, they are awaited.
+        healthy = {k: v for k, v in replicas.items() if k not in unavailable} or replicas
+        (first, one), *others = healthy.items()
+        # Of one server: the difference between two servers measures neither.
+        self.self_diff: LogprobDiff = self_consistency(
+            one, probe_rollouts(n_vocab, CONTROL_SEQUENCES), self._request
         )
-        self.tolerance = tolerance(self.parity.largest)
-        self.at_work: LogprobDiff | None = None
-        """The control on the first rows of the first unit."""
-        self.behaviour: ModelFingerprint = behaviour(one, n_vocab)
+        self.tolerance = tolerance(self.self_diff.largest)
+        self.workload_diff: LogprobDiff | None = None
+        """Self-consistency on the first rows of the first unit."""
+        self.fingerprint: ModelFingerprint = fingerprint(one, n_vocab)
         for name, other in others:
-            self._check(behaviour(other, n_vocab), f"{name} is not the teacher that {first} is")
+            self._check(fingerprint(other, n_vocab), f"{name} is not the teacher that {first} is")
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
-        """Raises IdentityError, in place of scores, from a teacher that has changed, or one so
-        unsteady on the first of these that it could not be told from another.
+    def score(
+        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+    ) -> Scores:
+        """Score the rollouts, then check the servers that answered.
+
+        Raises IdentityError for a teacher that has changed, or that differs from itself on the
+        first rollouts so much that another teacher could not be detected.
         """
         for left in reversed(range(TRIES)):
-            self._server.answered()
-            scores = self._server.score(rollouts, request, at)
+            self._server.take_answered()
+            scores = self._server.score(rollouts, request, extra_ids)
             try:
-                for name in sorted(self._server.answered()):
-                    self._check_member(name, rollouts)
+                for name in sorted(self._server.take_answered()):
+                    self._check_replica(name, rollouts)
             except ServerError as error:
-                # Lost before it could be looked at: what it said cannot be believed. A refusal
-                # would come again.
+                # A server lost before its check: its scores are discarded. A rejected request
+                # would be rejected again.
                 if not left or error.status:
                     raise
                 continue
             break
         return scores
 
-    def _check_member(self, name: str, rollouts: Rollouts) -> None:
-        """rollouts: what it answered about."""
-        member = self._server.members()[name]
-        if self.at_work is None:
-            self.at_work = control(member, first_rows(rollouts, CONTROL_ROWS), self._control)
-            self.tolerance = max(self.tolerance, tolerance(self.at_work.largest))
-        found = behaviour(member, self._n_vocab)
+    def _check_replica(self, name: str, rollouts: Rollouts) -> None:
+        """Check the fingerprint of a server that answered these rollouts."""
+        replica = self._server.replicas()[name]
+        if self.workload_diff is None:
+            part = take_rows(rollouts, CONTROL_ROWS)
+            self.workload_diff = self_consistency(replica, part, self._request)
+            self.tolerance = max(self.tolerance, tolerance(self.workload_diff.largest))
+        found = fingerprint(replica, self._n_vocab)
         self._check(found, f"{name} is not the teacher that began this run")
 
     def describe(self) -> dict[str, str]:
+        """Return the description of the remote scorer."""
         return self._server.describe()
 
     def lineage(self) -> dict[str, Any]:
-        """What a segment records of how its teacher behaved."""
-        return {"behaviour": {**self.behaviour.record(), "control_nats": self.parity.largest}}
+        """Return the record of the fingerprint for the lineage of a segment."""
+        record = {**self.fingerprint.record(), "control_nats": self.self_diff.largest}
+        return {"behaviour": record}
 
     def _check(self, other: ModelFingerprint, what: str) -> None:
-        found = distance(self.behaviour, other)
+        found = fingerprint_distance(self.fingerprint, other)
         if found > self.tolerance:
             raise IdentityError(
                 f"{what}: log-probs of a fixed probe differ by {found:.3g} nats, and "
-                f"{self.tolerance:.3g} is what one model may differ by (its own spread is "
-                f"{self.parity.largest:.2g})",
-                hint="Other weights, another revision, an adapter, quantisation or a temperature "
-                "is served: serve what was served; or score it under another --teacher name, with "
-                "a --revision that tells it from the first.",
+                f"{self.tolerance:.3g} is allowed (it differs from itself by "
+                f"{self.self_diff.largest:.2g})",
+                hint="serve the first teacher again: now other weights, another revision, an "
+                "adapter, quantisation or a temperature is served; or score under another "
+                "--teacher name with another --revision",
             )

@@ -17,21 +17,21 @@ from logitcask.engine.training.trainer import gathered
 from logitcask.engine.types import MC_IDS, ModelRef, SamplingParams
 
 
-def first_pin(store: Store, earlier: Mapping[str, Any] | None) -> Snapshot:
+def first_snapshot(store: Store, earlier: Mapping[str, Any] | None) -> Snapshot:
     """That of the earlier call, else the newest that the first process sees."""
     # A loop's run has none, and is refused as another run further on.
     if earlier is not None and "pin" in earlier:
-        return store.pin(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
+        return store.snapshot(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
     newest = store.head()
     number, sha256 = gathered((newest.number, newest.sha256))[0]
-    return store.pin(number, sha256)
+    return store.snapshot(number, sha256)
 
 
 def check_objective(
     objective: Objective | Preset,
     store: Store,
     *,
-    pin: Snapshot,
+    snapshot: Snapshot,
     rollouts: str,
     teacher: str,
     base: str | None = None,
@@ -42,11 +42,11 @@ def check_objective(
     The student is taken to descend from the one that sampled, its age to be unknown. Raises
     ObjectiveError where the scores cannot serve the objective, and what RowSource raises.
     """
-    source = PackSource(store, pin, rollouts, teacher, base=base, partial=partial)
-    return check_exactness(objective, facts_of(None, source, foreign_student=False))
+    source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial)
+    return check_exactness(objective, facts_of(None, source, allow_off_lineage=False))
 
 
-def facts_of(model: ModelRef | None, source: PackSource, foreign_student: bool) -> CacheInfo:
+def facts_of(model: ModelRef | None, source: PackSource, allow_off_lineage: bool) -> CacheInfo:
     """What the cache and the student are to each other; None for one that is not a folder yet.
 
     Raises IdentityError for another tokenizer.
@@ -74,7 +74,7 @@ def facts_of(model: ModelRef | None, source: PackSource, foreign_student: bool) 
         or all(s.lineage["student"]["weights"] == model.digest for s in rollouts),
         same_template=model is None or sampler["template"] == model.template_digest,
         plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
-        allow_foreign=foreign_student,
+        allow_off_lineage=allow_off_lineage,
         n_vocab=int(sampler["n_vocab"]) if model is None else model.n_vocab,
         mc_draws=int(sampling.get("mc_draws", 0)),
         at_mc=all(

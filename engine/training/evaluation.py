@@ -18,11 +18,11 @@ from torch import nn
 
 from logitcask.engine.backends.base import Sampler
 from logitcask.engine.models.identity import digest
-from logitcask.engine.prompts.graders import Decode, Grader, Grading
+from logitcask.engine.prompts.graders import Decode, Grader, RewardFn
 from logitcask.engine.training.held_out import HeldOut
 from logitcask.engine.training.run_dir import MetricsFile
 from logitcask.engine.training.trainer import gathered, rank
-from logitcask.engine.types import STOP, Array, Prompt, SamplingParams, silent
+from logitcask.engine.types import STOP, Array, Prompt, SamplingParams, no_progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class EvalPlan:
 
     prompts: Sequence[Prompt]
     sampling: SamplingParams
-    grader: Grader
+    grader: RewardFn
     grader_name: str
     decode: Decode
     sampler: Callable[[nn.Module], Sampler]
@@ -66,7 +66,7 @@ class EvalPlan:
             "prompts": digest(rows),
             "grader": self.grader_name,
             "every": self.every,
-            **asdict(self.sampling),
+            **self.sampling.record(),
         }
 
 
@@ -103,11 +103,11 @@ def _graded(
     if not prompts:
         return np.empty((0, n)), 0, 0
     rolled = sampler.generate(
-        prompts, plan.sampling, seed=plan.seed, version=version, progress=silent
+        prompts, plan.sampling, seed=plan.seed, version=version, progress=no_progress
     )
-    grading = Grading(name=plan.grader_name, grader=plan.grader, decode=plan.decode)
+    grader = Grader(name=plan.grader_name, grader=plan.grader, decode=plan.decode)
     stopped = int((rolled.finish == STOP).sum())
-    return grading.rewards(rolled).reshape(-1, n), rolled.positions, stopped
+    return grader.rewards(rolled).reshape(-1, n), rolled.positions, stopped
 
 
 def standard_error(values: Array) -> float | None:

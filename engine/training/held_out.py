@@ -24,7 +24,7 @@ from logitcask.engine.packing.source import PackSource
 from logitcask.engine.probes.metrics import measure
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.training.cache_info import facts_of, first_pin
+from logitcask.engine.training.cache_info import facts_of, first_snapshot
 from logitcask.engine.training.trainer import gathered, rank
 from logitcask.engine.types import ModelRef
 
@@ -37,7 +37,7 @@ class HeldOutSet:
     rollouts: str
     teacher: str
     base: str | None = None
-    pin: Snapshot | None = None
+    snapshot: Snapshot | None = None
     """Left out, the store as it is at the first call."""
     every: int = 0
     """Updates between measurements, beside those before the first and after the last; 0 = none."""
@@ -104,7 +104,7 @@ def hold_out(
     asked: HeldOutSet,
     model: ModelRef,
     objective: Objective | Preset,
-    tokens_per_batch: int,
+    pack_length: int,
     earlier: Mapping[str, Any] | None = None,
     cache: UnitCache | None = None,
 ) -> HeldOut:
@@ -113,24 +113,26 @@ def hold_out(
     Raises IdentityError for rollouts of another tokenizer, IncompleteError where units are missing
     or nothing is there, ObjectiveError where these scores cannot serve the objective.
     """
-    store, pin = asked.store, asked.pin
+    store, snapshot = asked.store, asked.snapshot
     names = {"store": store.uuid, "rollouts": asked.rollouts, "teacher": asked.teacher}
-    if pin is None:
+    if snapshot is None:
         noted = ((earlier or {}).get("eval") or {}).get("held_out") or {}
         # Another set is another run, and is refused as such further on.
         same = all(noted.get(key) == name for key, name in names.items())
-        pin = first_pin(store, noted if same else None)
-    source = PackSource(store, pin, asked.rollouts, asked.teacher, base=asked.base, cache=cache)
+        snapshot = first_snapshot(store, noted if same else None)
+    source = PackSource(
+        store, snapshot, asked.rollouts, asked.teacher, base=asked.base, cache=cache
+    )
     # Nothing is trained here: a support that another student froze is said, and measured.
-    exactness = check_exactness(objective, facts_of(model, source, foreign_student=True))
+    exactness = check_exactness(objective, facts_of(model, source, allow_off_lineage=True))
     key = PlanKey(
-        pin=pin.number,
-        pin_sha256=pin.sha256,
+        snapshot=snapshot.number,
+        snapshot_sha256=snapshot.sha256,
         rollouts=asked.rollouts,
         teacher=asked.teacher,
         seed=0,
         epochs=1,
-        tokens_per_batch=tokens_per_batch,
+        tokens_per_batch=pack_length,
     )
     plan = make_plan(key, source.lengths())
     if not len(plan):
@@ -147,7 +149,7 @@ def hold_out(
         identity={
             **names,
             "base": asked.base,
-            "pin": {"number": pin.number, "sha256": pin.sha256},
+            "pin": {"number": snapshot.number, "sha256": snapshot.sha256},
             "every": asked.every,
             "exactness": asdict(exactness),
         },

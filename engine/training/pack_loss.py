@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitcask.engine.objectives import Objective, live_k, loss_weights, row_objective
+from logitcask.engine.objectives import Objective, current_topk, loss_weights, row_objective
 from logitcask.engine.objectives.bounds import NO_BOUNDS, Bounds, skips
 from logitcask.engine.objectives.evaluate import (
     has_known_support,
@@ -25,7 +25,7 @@ from logitcask.engine.objectives.evaluate import (
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 """The odd number next to 2^64 over the golden ratio, signed."""
@@ -48,21 +48,21 @@ def pack_loss(
     *,
     n_vocab: int,
     row_weight: Tensor | None = None,
-    logit_map: LogitTransform = PLAIN,
-    metric_share: float = 1.0,
+    logit_transform: LogitTransform = PLAIN,
+    metrics_fraction: float = 1.0,
     bounds: Bounds = NO_BOUNDS,
 ) -> PackLoss:
     """The loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
     row_weight: [P], of each row's loss; left out, the loss is the token mean of an update of these
-    rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_map: of a
-    head with a scale or a soft cap, see heads.head_map. metric_share: of the rows that metrics are
-    taken of at least; where the loss sees whole rows anyway they are taken of all. bounds: where
-    they skip rows by a metric that this objective watches, that is of all rows.
+    rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_transform:
+    of a head with a scale or a soft cap, see logit_transform_of. metrics_fraction: of the rows that
+    metrics are taken of at least; where the loss sees whole rows anyway they are taken of all.
+    bounds: where they skip rows by a metric that this objective watches, that is of all rows.
     """
     if row_weight is None:
         row_weight = token_mean(objective, targets)
-    k = live_k(objective, n_vocab)
+    k = current_topk(objective, n_vocab)
     alone = is_renormalised(objective) and has_known_support(objective)
     if not alone or skips(objective, bounds):
         op = indexed_linear if is_renormalised(objective) else linear_sparse_kl
@@ -74,21 +74,21 @@ def pack_loss(
             k=k,
             row_weight=row_weight,
             n_vocab=n_vocab,
-            logit_map=logit_map,
+            logit_transform=logit_transform,
         )
         every = torch.arange(len(targets), device=states.device)
         return PackLoss(result.loss, result.metrics, every)
-    ids, known = support_objective(objective, targets)
+    ids, tokenizer_vocab = support_objective(objective, targets)
     loss = indexed_linear(
         states,
         head,
         ids,
-        known,
+        tokenizer_vocab,
         row_weight=row_weight,
         n_vocab=n_vocab,
-        logit_map=logit_map,
+        logit_transform=logit_transform,
     ).loss
-    measured = (row_hash(targets) < int(metric_share * 2**32)).nonzero()[:, 0]
+    measured = (row_hash(targets) < int(metrics_fraction * 2**32)).nonzero()[:, 0]
     seen = targets.at(measured)
     with torch.no_grad():
         metrics = linear_sparse_kl(
@@ -98,7 +98,7 @@ def pack_loss(
             row_objective(objective, seen),
             k=k,
             n_vocab=n_vocab,
-            logit_map=logit_map,
+            logit_transform=logit_transform,
         ).metrics
     return PackLoss(loss, metrics, measured)
 
@@ -116,7 +116,12 @@ def row_hash(targets: Targets) -> Tensor:
 
     The finalizer is that of SplitMix64 (Steele, Lea, Flood 2014), on integers that wrap around.
     """
-    fields = (targets.s_lp, targets.q_token_lp, targets.s_entropy, targets.q_entropy)
+    fields = (
+        targets.student_logprobs,
+        targets.teacher_logprobs,
+        targets.student_entropy,
+        targets.q_entropy,
+    )
     x = targets.token
     for field in fields:
         x = _mixed(x + GAMMA) ^ field.float().view(torch.int32).long()

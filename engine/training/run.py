@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.load import load_student, quiet, save_student
 from logitcask.engine.objectives import ExactnessReport, Objective, Preset
@@ -20,7 +22,7 @@ from logitcask.engine.packing.batches import Packs
 from logitcask.engine.training.evaluation import EvalPlan, Evaluations
 from logitcask.engine.training.held_out import HeldOut
 from logitcask.engine.training.run_dir import (
-    CARD,
+    METADATA,
     METRICS,
     RUN,
     MetricsFile,
@@ -31,9 +33,13 @@ from logitcask.engine.training.run_dir import (
     read_run,
     write_json,
 )
-from logitcask.engine.training.settings import TrainSettings, training_arguments
+from logitcask.engine.training.settings import (
+    settings_record,
+    staleness_bounds,
+    training_arguments,
+)
 from logitcask.engine.training.trainer import DistillTrainer
-from logitcask.engine.types import ModelRef, Progress, silent
+from logitcask.engine.types import ModelRef, Progress, no_progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +80,7 @@ class RunSpec:
     evaluation: EvalPlan | None = None
     held_out: HeldOut | None = None
 
-    def examined(self) -> dict[str, Any]:
+    def evaluation_identity(self) -> dict[str, Any]:
         """What must be the same for numbers of one run to be compared."""
         return {
             **(self.evaluation.identity() if self.evaluation else {}),
@@ -107,127 +113,128 @@ class RunDir:
             torch.distributed.barrier()
 
 
-def open_run_dir(
-    out: Path,
-    *,
-    model: ModelRef,
-    settings: TrainSettings,
-    overwrite: bool = False,
-    device: str = "auto",
-) -> RunDir:
-    """Raises ConfigError for a folder or a device that a run cannot use."""
+def open_run_dir(model: ModelRef, settings: Train, run: Run) -> RunDir:
+    """Open the folder `run.out`; ConfigError for a folder or a device that a run cannot use."""
+    out = run.out
     if out.resolve() == model.path.resolve():
         raise ConfigError(f"--out {out} is the student itself", hint="give another --out")
-    args = training_arguments(out, settings, device)
-    desk = RunDir(out=out, args=args, earlier=read_run(out))
-    desk.wait()
-    if overwrite and desk.earlier is not None:
-        if desk.first:
+    args = training_arguments(settings, run)
+    run_dir = RunDir(out=out, args=args, earlier=read_run(out))
+    run_dir.wait()
+    if run.overwrite and run_dir.earlier is not None:
+        if run_dir.first:
             clear(out)
-        desk.wait()
+        run_dir.wait()
         return RunDir(out=out, args=args, earlier=None)
-    return desk
+    return run_dir
 
 
 def run_training(
-    course: RunSpec,
-    desk: RunDir,
+    spec: RunSpec,
+    run_dir: RunDir,
     *,
     model: ModelRef,
-    settings: TrainSettings,
+    settings: Train,
+    lora: Lora,
+    run: Run,
     config: Mapping[str, Any],
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> TrainReport:
     """Trains from the newest checkpoint on, if there is one, and saves the next version.
 
     Raises IdentityError if the folder holds another run, and what training raises.
     """
-    preset = course.objective if isinstance(course.objective, Preset) else None
-    objective = preset.objective if preset else course.objective
+    preset = spec.objective if isinstance(spec.objective, Preset) else None
+    objective = preset.objective if preset else spec.objective
     assert isinstance(objective, Objective)
-    mark = {"plan": course.plan, "rows_per_update": desk.rows_per_update}
-    run = {
+    resume_metadata = {"plan": spec.plan, "rows_per_update": run_dir.rows_per_update}
+    record = {
         "student": {k: v for k, v in model.lineage().items() if k not in ("name", "revision")},
         # A digest says less than a setting, so settings are compared before what follows from them.
-        "settings": {**asdict(settings), "dtype": "bfloat16" if desk.args.bf16 else "float32"},
+        "settings": {
+            **settings_record(settings, lora, run),
+            "dtype": "bfloat16" if run_dir.args.bf16 else "float32",
+        },
         "objective": objective.record(),
-        **course.identity,
-        "eval": course.examined(),
-        **mark,
+        **spec.identity,
+        "eval": spec.evaluation_identity(),
+        **resume_metadata,
     }
-    if desk.earlier is not None:
-        check_same(desk.out, {key: desk.earlier.get(key) for key in run}, run)
-    folder, step = newest_checkpoint(desk.out, mark) or (None, 0)
-    finished = (desk.out / CARD).exists()
+    if run_dir.earlier is not None:
+        check_same(run_dir.out, {key: run_dir.earlier.get(key) for key in record}, record)
+    folder, step = newest_checkpoint(run_dir.out, resume_metadata) or (None, 0)
+    finished = (run_dir.out / METADATA).exists()
     if finished:
         # Checkpoints are large, and of no more use: without them the metrics are still all true.
-        step = course.updates
-    desk.wait()
-    if desk.first and desk.earlier is None:
-        make_folder(desk.out)
+        step = spec.updates
+    run_dir.wait()
+    if run_dir.first and run_dir.earlier is None:
+        make_folder(run_dir.out)
         notes = {
             "preset": preset.name if preset else "",
-            "updates": course.updates,
+            "updates": spec.updates,
             "config": dict(config),
-            "exactness": asdict(course.exactness),
+            "exactness": asdict(spec.exactness),
         }
-        write_json(desk.out / RUN, {**run, **notes})
-    metrics = MetricsFile(desk.out / METRICS, step, first=desk.first)
+        write_json(run_dir.out / RUN, {**record, **notes})
+    metrics = MetricsFile(run_dir.out / METRICS, step, first=run_dir.first)
     if not finished:
         with quiet():
-            student = load_student(model, lora_rank=settings.lora_rank, seed=settings.seed)
+            student = load_student(model, lora=lora, seed=run.seed)
             # Before a sampler takes views of the weights: moving them makes new ones.
-            student.to(desk.args.device)
+            student.to(run_dir.args.device)
             trainer = DistillTrainer(
                 student,
-                desk.args,
-                rows=course.rows(student),
-                updates=course.updates,
+                run_dir.args,
+                rows=spec.rows(student),
+                updates=spec.updates,
                 objective=objective,
                 n_vocab=model.n_vocab,
-                metric_share=settings.metric_share,
+                metrics_fraction=settings.metrics_fraction,
                 aggregation=settings.aggregation,
-                bounds=settings.bounds,
+                bounds=staleness_bounds(settings),
                 version=model.version,
-                same_root=course.same_root,
+                same_root=spec.same_root,
                 metrics=metrics,
-                mark=mark,
+                resume_metadata=resume_metadata,
                 progress=progress,
             )
-            exams = None
-            if course.evaluation or course.held_out:
-                exams = Evaluations(
-                    course.evaluation,
-                    course.held_out,
+            evaluations = None
+            if spec.evaluation or spec.held_out:
+                evaluations = Evaluations(
+                    spec.evaluation,
+                    spec.held_out,
                     student,
                     metrics,
                     model.version,
-                    desk.first,
+                    run_dir.first,
                 )
-                trainer.add_callback(EvalCallback(exams))
-                exams.at(0)
+                trainer.add_callback(EvalCallback(evaluations))
+                evaluations.at(0)
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
-            if exams:
-                exams.at(course.updates)
-            if desk.first:
-                card = {
-                    "pin": run.get("pin"),
-                    "plan": course.plan,
-                    "objective": run["objective"],
+            if evaluations:
+                evaluations.at(spec.updates)
+            if run_dir.first:
+                metadata = {
+                    "pin": record.get("pin"),
+                    "plan": spec.plan,
+                    "objective": record["objective"],
                 }
-                noted: dict[str, Any] = {"evaluations": metrics.evaluations} if exams else {}
+                noted: dict[str, Any] = {"evaluations": metrics.evaluations} if evaluations else {}
                 if metrics.skipped:
                     noted["rescore"] = {"skipped": metrics.skipped, "positions": metrics.positions}
-                write_json(desk.out / RUN, {**(read_run(desk.out) or {}), **noted})
-                save_student(student, desk.out, parent=model, updates=course.updates, card=card)
-            desk.wait()
+                write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **noted})
+                save_student(
+                    student, run_dir.out, parent=model, updates=spec.updates, metadata=metadata
+                )
+            run_dir.wait()
     return TrainReport(
-        out=desk.out,
-        updates=course.updates,
+        out=run_dir.out,
+        updates=spec.updates,
         resumed_at=step,
-        version=model.version + course.updates,
+        version=model.version + spec.updates,
         positions=metrics.positions,
-        exactness=course.exactness,
+        exactness=spec.exactness,
         last=metrics.last,
         evaluations=tuple(metrics.evaluations),
     )
@@ -236,11 +243,11 @@ def run_training(
 class EvalCallback(TrainerCallback):
     """Evaluates between updates, before the checkpoint of the same update is written."""
 
-    def __init__(self, exams: Evaluations) -> None:
-        self._exams = exams
+    def __init__(self, evaluations: Evaluations) -> None:
+        self._evaluations = evaluations
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._exams.due(state.global_step):
-            self._exams.at(state.global_step)
+        if self._evaluations.due(state.global_step):
+            self._evaluations.at(state.global_step)

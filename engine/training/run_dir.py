@@ -16,8 +16,8 @@ from typing import Any
 
 from logitcask.engine.errors import ConfigError, IdentityError
 
-RUN, METRICS, CHECKPOINTS, CARD = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
-MARK = "logitcask_checkpoint.json"
+RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
+RESUME_METADATA = "logitcask_checkpoint.json"
 """The last file of a checkpoint: one without it is not whole."""
 
 
@@ -73,32 +73,32 @@ def make_folder(out: Path) -> None:
 
 def clear(out: Path) -> None:
     """Removes an earlier run but its run.json, which the next one replaces; strange files stay."""
-    (out / CARD).unlink(missing_ok=True)
+    (out / METADATA).unlink(missing_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS):
         for file in out.glob(pattern):
             file.unlink()
 
 
-def newest_checkpoint(out: Path, mark: Mapping[str, Any]) -> tuple[Path, int] | None:
+def newest_checkpoint(out: Path, resume_metadata: Mapping[str, Any]) -> tuple[Path, int] | None:
     """(folder, updates done) of the newest whole checkpoint, None if there is none.
 
-    Raises IdentityError if it was made from other data than `mark` says.
+    Raises IdentityError if it was made from other data than `resume_metadata` says.
     """
-    marks = [
+    whole = [
         (json.loads(file.read_text()), file.parent)
-        for file in (out / CHECKPOINTS).glob(f"checkpoint-*/{MARK}")
+        for file in (out / CHECKPOINTS).glob(f"checkpoint-*/{RESUME_METADATA}")
     ]
-    if not marks:
+    if not whole:
         return None
-    found, folder = max(marks, key=lambda pair: int(pair[0]["step"]))
+    found, folder = max(whole, key=lambda pair: int(pair[0]["step"]))
     step = int(found.pop("step"))
-    check_same(folder, found, mark)
+    check_same(folder, found, resume_metadata)
     return folder, step
 
 
-def write_mark(folder: Path, content: Mapping[str, Any]) -> None:
-    write_json(folder / MARK, content)
+def write_resume_metadata(folder: Path, content: Mapping[str, Any]) -> None:
+    write_json(folder / RESUME_METADATA, content)
 
 
 class MetricsFile:

@@ -1,54 +1,53 @@
 """Train a student on a pinned store: one call, which resumes where it was interrupted."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.objectives import Objective, Preset, check_exactness
 from logitcask.engine.packing.batches import PlannedPacks
-from logitcask.engine.packing.plan import Plan, PlanKey, make_plan
+from logitcask.engine.packing.plan import PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.training.cache_info import facts_of, first_pin
+from logitcask.engine.training.cache_info import facts_of, first_snapshot
 from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
-from logitcask.engine.training.settings import TrainSettings
-from logitcask.engine.types import ModelRef, Progress, silent
+from logitcask.engine.types import ModelRef, Progress, no_progress
+
+DEFAULTS, NO_LORA = Train(), Lora()
 
 
 def train(
     store: Store,
     *,
     model: ModelRef,
-    out: Path,
     teacher: str,
     base: str | None = None,
     rollouts: str = "main",
     objective: Objective | Preset,
-    settings: TrainSettings | None = None,
-    pin: Snapshot | None = None,
-    partial: bool = False,
-    foreign_student: bool = False,
-    overwrite: bool = False,
-    device: str = "auto",
+    settings: Train = DEFAULTS,
+    lora: Lora = NO_LORA,
+    run: Run,
+    snapshot: Snapshot | None = None,
     evaluation: EvalPlan | None = None,
     held_out: HeldOutSet | None = None,
     cache: UnitCache | None = None,
     config: Mapping[str, Any] | None = None,
     on_event: EventHandler = lambda line: None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> TrainReport:
     """Trains `model` on the scores of `teacher`, and saves it as the next version in `out`.
 
     `base` names scores of the model that the teacher was made from, for objectives that look there.
-    Without a `pin` the store is pinned as it is at the first call. The same call on the same `out`
-    resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked before
-    the first update and after the last, as of the rows of `held_out`. `cache`: keeps decoded units
-    for other runs. `config`, the caller's resolved configuration, is only recorded, in run.json.
+    Without a `snapshot` the store as it is at the first call is used. The same call on the same
+    `out` resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked
+    before the first update and after the last, as of the rows of `held_out`. `cache`: keeps units
+    for other runs. `config`, the resolved configuration, is only recorded, in run.json.
     What the cache serves exactly for the objective goes to `on_event` before the first update.
     Under torchrun every process calls this.
 
@@ -56,31 +55,32 @@ def train(
     IncompleteError (units missing and not `partial`), ObjectiveError (the cache cannot serve the
     objective) and ModelError.
     """
-    settings = settings or TrainSettings()
-    desk = open_run_dir(out, model=model, settings=settings, overwrite=overwrite, device=device)
-    if pin is None:
-        pin = first_pin(store, desk.earlier)
-    source = PackSource(store, pin, rollouts, teacher, base=base, partial=partial, cache=cache)
-    facts = facts_of(model, source, foreign_student)
+    run_dir = open_run_dir(model, settings, run)
+    if snapshot is None:
+        snapshot = first_snapshot(store, run_dir.earlier)
+    source = PackSource(
+        store, snapshot, rollouts, teacher, base=base, partial=settings.partial, cache=cache
+    )
+    facts = facts_of(model, source, settings.allow_off_lineage)
     exactness = check_exactness(objective, facts)
-    if desk.first:
+    if run_dir.first:
         for line in exactness.lines():
             on_event(line)
-    plan = _plan(source, pin, rollouts, teacher, settings)
+    plan = _plan(source, snapshot, rollouts, teacher, settings, run.seed)
     held = None
     if held_out is not None:
-        held = hold_out(held_out, model, objective, settings.tokens_per_batch, desk.earlier, cache)
-        if desk.first:
+        held = hold_out(held_out, model, objective, settings.pack_length, run_dir.earlier, cache)
+        if run_dir.first:
             for line in held.exactness.lines():
                 on_event(f"held out: {line}")
-    course = RunSpec(
+    spec = RunSpec(
         rows=lambda student: PlannedPacks(plan, source),
-        updates=-(-len(plan) // desk.rows_per_update),
+        updates=-(-len(plan) // run_dir.rows_per_update),
         objective=objective,
         same_root=facts.same_root,
         identity={
             "store": store.uuid,
-            "pin": {"number": pin.number, "sha256": pin.sha256},
+            "pin": {"number": snapshot.number, "sha256": snapshot.sha256},
             "rollouts": rollouts,
             "teacher": teacher,
             "base": base,
@@ -91,7 +91,14 @@ def train(
         held_out=held,
     )
     return run_training(
-        course, desk, model=model, settings=settings, config=config or {}, progress=progress
+        spec,
+        run_dir,
+        model=model,
+        settings=settings,
+        lora=lora,
+        run=run,
+        config=config or {},
+        progress=progress,
     )
 
 
@@ -102,29 +109,28 @@ def check(
     teacher: str,
     rollouts: str,
     objective: Objective | Preset,
-    settings: TrainSettings,
-    pin: Snapshot,
-    partial: bool,
-    foreign_student: bool,
+    settings: Train,
+    seed: int,
+    snapshot: Snapshot,
     base: str | None = None,
 ) -> None:
     """Raises what `train` would raise of these before its first update; decodes no unit."""
-    source = PackSource(store, pin, rollouts, teacher, base=base, partial=partial)
-    check_exactness(objective, facts_of(model, source, foreign_student))
-    _plan(source, pin, rollouts, teacher, settings)
+    source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=settings.partial)
+    check_exactness(objective, facts_of(model, source, settings.allow_off_lineage))
+    _plan(source, snapshot, rollouts, teacher, settings, seed)
 
 
 def _plan(
-    source: PackSource, pin: Snapshot, rollouts: str, teacher: str, settings: TrainSettings
-) -> Plan:
+    source: PackSource, snapshot: Snapshot, rollouts: str, teacher: str, settings: Train, seed: int
+) -> PackPlan:
     key = PlanKey(
-        pin=pin.number,
-        pin_sha256=pin.sha256,
+        snapshot=snapshot.number,
+        snapshot_sha256=snapshot.sha256,
         rollouts=rollouts,
         teacher=teacher,
-        seed=settings.seed,
-        epochs=settings.epochs,
-        tokens_per_batch=settings.tokens_per_batch,
+        seed=seed,
+        epochs=settings.num_train_epochs,
+        tokens_per_batch=settings.pack_length,
     )
     plan = make_plan(key, source.lengths())
     if not len(plan):

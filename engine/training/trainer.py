@@ -31,16 +31,16 @@ from transformers import (
 )
 
 from logitcask.engine.errors import IncompleteError, ModelError
-from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.models.load import head_weight, hidden_states, inner_model
-from logitcask.engine.models.logit_transform import logit_transform
+from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
 from logitcask.engine.objectives.bounds import SKIPPED, skips
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.training.pack_loss import PackLoss, pack_loss
-from logitcask.engine.training.run_dir import MetricsFile, write_mark
+from logitcask.engine.training.run_dir import MetricsFile, write_resume_metadata
 from logitcask.engine.types import Progress
 
 CHANGED_SAMPLE = 1 << 20
@@ -67,18 +67,19 @@ class DistillTrainer(Trainer):
         updates: int,
         objective: Objective,
         n_vocab: int,
-        metric_share: float,
+        metrics_fraction: float,
         aggregation: str,
         bounds: Bounds,
         version: int,
         same_root: bool,
         metrics: MetricsFile,
-        mark: dict[str, Any],
+        resume_metadata: dict[str, Any],
         progress: Progress,
     ) -> None:
         """`version` is the student's before update 0, and ages are counted from it if it is of the
-        lineage that sampled (`same_root`). `metric_share`, `bounds`: see row_loss; `aggregation`:
-        see objectives.weigh. `mark`: what a checkpoint must agree on to be resumed.
+        lineage that sampled (`same_root`). `metrics_fraction`, `bounds`: see pack_loss;
+        `aggregation`: see objectives.loss_weights. `resume_metadata`: what a
+        checkpoint must agree on to be resumed.
         """
         self._width = width = args.gradient_accumulation_steps * args.world_size
         use_cache = model.config.use_cache
@@ -98,13 +99,13 @@ class DistillTrainer(Trainer):
         self._rows = rows
         self._objective = objective
         self._n_vocab = n_vocab
-        self._metric_share = metric_share
+        self._metrics_fraction = metrics_fraction
         self._aggregation = aggregation
         self._bounds = bounds
         self._version = version
         self._same_root = same_root
         self._metrics = metrics
-        self._mark = mark
+        self._resume_metadata = resume_metadata
         self._progress = progress
         self._sums: dict[str, Tensor] = {}
         self._waited_s, self._since_s = 0.0, time.monotonic()
@@ -168,8 +169,8 @@ class DistillTrainer(Trainer):
             targets,
             row_weight=weight,
             n_vocab=self._n_vocab,
-            logit_map=logit_transform(inner_model(inner).config),
-            metric_share=self._metric_share,
+            logit_transform=logit_transform_of(inner_model(inner).config),
+            metrics_fraction=self._metrics_fraction,
             bounds=self._bounds,
         )
         self._count(result, targets)
@@ -215,7 +216,7 @@ class DistillTrainer(Trainer):
         if not all(math.isfinite(line[name] or 0.0) for name in ("loss", "train/grad_norm")):
             raise ModelError(
                 f"update {step}: loss {line['loss']}, gradient norm {line['train/grad_norm']}",
-                hint="lower --lr; the checkpoints before this update are kept",
+                hint="lower --learning-rate; the checkpoints before this update are kept",
             )
         if self.is_world_process_zero():
             self._metrics.append(line)
@@ -223,7 +224,7 @@ class DistillTrainer(Trainer):
             raise IncompleteError(
                 f"update {step}: {reason}: the student has moved beyond what was scored",
                 hint="sample and score again with the newest checkpoint, and train on that; or "
-                "loosen the bound, or leave --hard-bound out",
+                "loosen the bound, or leave --staleness-action out",
             )
         super().log({name: value for name, value in line.items() if value is not None})
         self._progress("train", step, self.state.max_steps)
@@ -249,7 +250,7 @@ class DistillTrainer(Trainer):
         }
         rows = totals.pop("cache/age", [0.0, 0.0, 0.0])
         # A line names every metric, also where an update had no row to take it of.
-        means: dict[str, float | None] = dict.fromkeys(METRICS)
+        means: dict[str, float | None] = dict.fromkeys(COMMON_METRICS)
         if skips(self._objective, self._bounds):
             means[SKIPPED] = None
         means["cache/age"] = finite(rows[1] / rows[0]) if self._same_root and rows[0] else None
@@ -268,7 +269,9 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             folder = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
-            write_mark(Path(folder), {**self._mark, "step": self.state.global_step})
+            write_resume_metadata(
+                Path(folder), {**self._resume_metadata, "step": self.state.global_step}
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -33,7 +33,7 @@ from logitcask.engine.store.log.claims import (
     forget_failures,
     note_failure,
 )
-from logitcask.engine.types import Progress, silent
+from logitcask.engine.types import Progress, no_progress
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ TELL_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan(Generic[T]):
+class WorkPlan(Generic[T]):
     """What is missing now."""
 
     units: Mapping[str, T]
@@ -89,13 +89,13 @@ class WorkReport:
 
 def run_worker(
     store: Store,
-    plan: Callable[[Collection[str]], Plan[T]],
+    plan: Callable[[Collection[str]], WorkPlan[T]],
     work: Callable[[str, T], int],
     *,
     settings: WorkSettings,
     stage: str,
     stop: threading.Event,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> WorkReport:
@@ -106,7 +106,7 @@ def run_worker(
     set, which is otherwise looked at between units. Raises what STOPS lists, and whatever is no
     Exception, with the claim removed; all else is the failure of a unit.
     """
-    claims = Claims(store.medium, worker=settings.worker, lease_s=settings.lease_s, clock=clock)
+    claims = Claims(store.storage, worker=settings.worker, lease_s=settings.lease_s, clock=clock)
     order = random.Random(settings.worker)
     begun_s = busy_s = told_s = clock()
     done_before: int | None = None
@@ -149,9 +149,9 @@ def run_worker(
                 raise
             # A unit's data may bring any library to raise anything; its note holds all of it.
             except Exception as error:
-                note_failure(store.medium, key, error, settings.worker)
+                note_failure(store.storage, key, error, settings.worker)
             else:
-                forget_failures(store.medium, key)
+                forget_failures(store.storage, key)
             at_work_s += clock() - start_s
         busy_s = clock()
         done_before = planned.done if done_before is None else done_before
@@ -185,14 +185,14 @@ def retry_failed(store: Store) -> list[dict[str, Any]]:
     unit, and how many there were.
     """
     removed: list[dict[str, Any]] = []
-    for key, times in failed_units(store.medium).items():
-        last = failures_of(store.medium, key)[-1:]
-        forget_failures(store.medium, key)
+    for key, times in failed_units(store.storage).items():
+        last = failures_of(store.storage, key)[-1:]
+        forget_failures(store.storage, key)
         removed += [{"unit": key, "failures": times, **_brief(asdict(each))} for each in last]
     return removed
 
 
-def _left(planned: Plan[Any], done_before: int, took_s: float) -> str:
+def _left(planned: WorkPlan[Any], done_before: int, took_s: float) -> str:
     """What is left at the pace of all workers together; empty where none has done a unit."""
     done = planned.done - done_before
     if done < 1:
@@ -210,12 +210,12 @@ class _LeftAlone:
     """Units that failed too often, or once with what they would raise again."""
 
     def __init__(self, store: Store, attempts: int) -> None:
-        self._medium, self._attempts = store.medium, attempts
+        self._storage, self._attempts = store.storage, attempts
         self._lasting: dict[str, tuple[int, bool]] = {}
         """unit_key -> (how many notes, whether it is left alone): a note is read once."""
 
     def units(self) -> set[str]:
-        failed = failed_units(self._medium)
+        failed = failed_units(self._storage)
         # Notes that were removed say nothing of those that come after.
         self._lasting = {key: self._look(key, times) for key, times in failed.items()}
         return {key for key, (_, left) in self._lasting.items() if left}
@@ -226,13 +226,13 @@ class _LeftAlone:
         known = self._lasting.get(key)
         if known is not None and known[0] == times:
             return known
-        notes = failures_of(self._medium, key)
+        notes = failures_of(self._storage, key)
         return times, any(note.error == UnitError.__name__ for note in notes)
 
 
 def _first_error(store: Store, failed: Collection[str]) -> str:
     for key in failed:
-        for note in failures_of(store.medium, key):
+        for note in failures_of(store.storage, key):
             return f"{note.error}: {(note.message.splitlines() or [''])[0]}"
     return ""
 

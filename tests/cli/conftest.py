@@ -21,9 +21,9 @@ MEMORY = Path("/dev/shm")
 UNITS, N, NEW = 4, 2, 6
 """Units of two prompts, responses a prompt, response tokens at most."""
 
-SAMPLING = f"--n {N} --max-new-tokens {NEW} --student-k 4 --unit-prompts 2 --seed 3 --device cpu"
-KEPT = "--k-min 4 --k-max 8 --device cpu"
-TRAINING = "--tokens-per-batch 64 --lr 1e-3 --k 4 --save-steps 1 --device cpu"
+SAMPLING = f"--n {N} --max-new-tokens {NEW} --student-topk 4 --unit-prompts 2 --seed 3 --device cpu"
+KEPT = "--teacher-topk-min 4 --teacher-topk-max 8 --device cpu"
+TRAINING = "--pack-length 64 --lr 1e-3 --loss-topk 4 --save-steps 1 --device cpu"
 
 PLAIN = f"--no-chat-template {SAMPLING}"
 ROLL = f"rollout --model @student --prompts @p.jsonl {PLAIN} --store"
@@ -44,15 +44,15 @@ url = "loop-store"
 [rollout]
 n = {N}
 max_new_tokens = {NEW}
-student_k = 4
+student_topk = 4
 [score]
-k_min = 4
-k_max = 8
+teacher_topk_min = 4
+teacher_topk_max = 8
 [train]
 objective = "opd"
-k = 4
-lr = 1e-3
-tokens_per_batch = 64
+loss_topk = 4
+learning_rate = 1e-3
+pack_length = 64
 [loop]
 rounds = 2
 prompts_per_round = 4

@@ -23,16 +23,16 @@ def asked(store: str, more: str, teacher: str = "big") -> str:
 def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None:
     store = world.new("mc")
     assert call(f"{ROLL} {store} --mc-draws 5").code == 0
-    assert call(asked(store, "--at mc --format json")).json["units_new"] == UNITS
-    assert call(asked(store, "--at mc --format json")).json["units_new"] == 0
-    assert call(asked(store, "--role base --at mc", "root")).code == 0
-    assert call(asked(store, "--entry-kind sampled --draws 7", "draws")).code == 0
-    assert call(asked(store, "--role context --context @p.jsonl", "hinted")).code == 0
+    assert call(asked(store, "--extra-ids mc --format json")).json["units_new"] == UNITS
+    assert call(asked(store, "--extra-ids mc --format json")).json["units_new"] == 0
+    assert call(asked(store, "--teacher-kind base --extra-ids mc", "root")).code == 0
+    assert call(asked(store, "--selection sampled --draws 7", "draws")).code == 0
+    assert call(asked(store, "--teacher-kind context --context @p.jsonl", "hinted")).code == 0
     assert call(f"store verify {store} --deep").code == 0
     opened = open_store(world.at(store))
-    pin = opened.head()
+    snapshot = opened.head()
     members = np.stack([np.zeros(2 * N, int), np.arange(2 * N)], 1)
-    targets = PackSource(opened, pin, "main", "big", base="root").row(members).targets
+    targets = PackSource(opened, snapshot, "main", "big", base="root").row(members).targets
     assert targets.mc_count is not None
     assert (targets.mc_count.sum(1) == 5).all()
     drawn = targets.mc_count > 0
@@ -40,20 +40,20 @@ def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None
     # The base is the teacher here, so both say the same wherever both were asked.
     assert targets.base_log_p is not None
     np.testing.assert_allclose(targets.base_log_p[drawn], targets.q_log_p[drawn], rtol=2e-3)
-    own = PackSource(opened, pin, "main", "draws").row(members).targets
+    own = PackSource(opened, snapshot, "main", "draws").row(members).targets
     assert own.q_draws is not None
     assert (own.q_draws.sum(1) == 7).all()
     # The same prompts as context are the same scores under another name and role.
     plain, hinted = (
-        opened.read_scores(next(iter(pin.scores(n).values()))) for n in ("big", "hinted")
+        opened.read_scores(next(iter(snapshot.scores(n).values()))) for n in ("big", "hinted")
     )
     np.testing.assert_array_equal(plain.lp, hinted.lp)
-    assert [pin.role(n) for n in ("big", "root", "hinted")] == ["teacher", "base", "context"]
+    assert [snapshot.role(n) for n in ("big", "root", "hinted")] == ["teacher", "base", "context"]
 
 
 def test_training_takes_a_base_by_name(world: World, call: Any) -> None:
     store, out = world.store(), world.new("out")
-    assert call(asked(store, "--role base", "root")).code == 0
+    assert call(asked(store, "--teacher-kind base", "root")).code == 0
     train = f"{TRAIN} {store} --out {out}"
     call(f"{train} --base big").refused(2, "--base big: the store has root", "give one of these")
     # One teacher and one base: the teacher need not be named.
@@ -64,21 +64,21 @@ def test_training_takes_a_base_by_name(world: World, call: Any) -> None:
 
 def test_a_base_that_is_not_there(world: World, call: Any) -> None:
     train = f"{TRAIN} {world.store()} --out {world.new('out')} --base root"
-    call(train).refused(3, "no scores of a base model", "score --role base")
+    call(train).refused(3, "no scores of a base model", "score --teacher-kind base")
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         ("--draws 4", "--draws"),
-        ("--entry-kind sampled", "--draws"),
-        ("--entry-kind sampled --draws 4 --at mc", "--at"),
-        ("--role context", "--context"),
+        ("--selection sampled", "--draws"),
+        ("--selection sampled --draws 4 --extra-ids mc", "--extra-ids"),
+        ("--teacher-kind context", "--context"),
         ("--context @p.jsonl", "--context"),
         ("--prompt-template @t --prompts @p.jsonl", "--prompt-template"),
-        ("--role context --prompt-template @t", "--prompts"),
-        ("--role context --context @p.jsonl --prompts @p.jsonl", "--prompts"),
-        ("--role context --context @p.jsonl --prompt-template @t", "--prompt-template"),
+        ("--teacher-kind context --prompt-template @t", "--prompts"),
+        ("--teacher-kind context --context @p.jsonl --prompts @p.jsonl", "--prompts"),
+        ("--teacher-kind context --context @p.jsonl --prompt-template @t", "--prompt-template"),
     ],
 )
 def test_flags_that_contradict_each_other(world: World, call: Any, more: str, words: str) -> None:
@@ -88,7 +88,7 @@ def test_flags_that_contradict_each_other(world: World, call: Any, more: str, wo
 def test_a_context_without_every_prompt(world: World, call: Any) -> None:
     store, file = world.store(UNITS), world.at("@short.jsonl")
     file.write_text(json.dumps({"id": "p0", "prompt": "1 + 1 ="}) + "\n")
-    more = "--role context --context @short.jsonl"
+    more = "--teacher-kind context --context @short.jsonl"
     call(f"{SCORE} {store} {more}").refused(1, "no prompt 'p1'", "for every id")
 
 
@@ -99,10 +99,10 @@ def test_a_context_by_a_template(world: World, call: Any) -> None:
     lines = [json.loads(line) for line in world.at("@p.jsonl").read_text().splitlines()]
     shown = [{**line, "prompt": f"Hint. {line['prompt']}"} for line in lines]
     world.at(out).write_text("".join(json.dumps(line) + "\n" for line in shown))
-    by_template = f"--role context --prompt-template {template} --prompts @p.jsonl"
+    by_template = f"--teacher-kind context --prompt-template {template} --prompts @p.jsonl"
     hinted = asked(store, f"{by_template} --format json", "hinted")
     assert call(hinted).json["units_new"] == UNITS
-    written = asked(store, f"--role context --context {out} --format json", "hinted")
+    written = asked(store, f"--teacher-kind context --context {out} --format json", "hinted")
     assert call(written).json["units_new"] == 0
     opened = open_store(world.at(store))
     assert opened.head().role("hinted") == "context"
@@ -121,13 +121,13 @@ def test_a_context_by_a_template(world: World, call: Any) -> None:
 
 
 def test_mc_needs_draws(world: World, call: Any) -> None:
-    call(f"{SCORE} {world.store(UNITS)} --at mc").refused(3, "hold no ids", "--mc-draws")
+    call(f"{SCORE} {world.store(UNITS)} --extra-ids mc").refused(3, "hold no ids", "--mc-draws")
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["at-once", "later"])
 def test_ids_of_a_file_are_scored(world: World, call: Any, first: bool) -> None:
     """Scores in the store equal what the teacher's whole softmax says of the ids asked for."""
-    store, file = world.store(UNITS), world.new("ids.jsonl")
+    store, file = world.store(UNITS), f"{world.new('ids')}.jsonl"
     opened = open_store(world.at(store))
     rollouts = [opened.read_rollouts(each) for each in opened.head().rollouts("main")]
     if first:
@@ -143,7 +143,7 @@ def test_ids_of_a_file_are_scored(world: World, call: Any, first: bool) -> None:
                 line = {"prompt": each.prompts[prompt].id, "sample": i % N, "ids": ids}
                 out.write(json.dumps(line) + "\n")
     for new in (UNITS, 0):
-        assert call(f"{SCORE} {store} --at ids:{file} --format json").json["units_new"] == new
+        assert call(f"{SCORE} {store} --extra-ids {file} --format json").json["units_new"] == new
     assert call(f"store verify {store} --deep").code == 0
     everything = ScoreParams(entry_kind="topk", top_p=1.0, k_min=99, k_max=99)
     scorer = HF(world.at("@teacher"), n_vocab=99, stop_ids=(1,))
@@ -166,21 +166,22 @@ def test_ids_of_a_file_are_scored(world: World, call: Any, first: bool) -> None:
 
 
 def test_ids_of_a_file_that_does_not_fit(world: World, call: Any) -> None:
-    store, file = world.store(UNITS), world.new("ids.jsonl")
+    store, file = world.store(UNITS), f"{world.new('ids')}.jsonl"
     world.at(file).write_text(json.dumps({"prompt": "p0", "sample": 0, "ids": [[99]]}) + "\n")
-    at = f"{SCORE} {store} --at ids:{file}"
+    at = f"{SCORE} {store} --extra-ids {file}"
     call(at).refused(1, 'line 1: field "ids[0]": 99 is no id in [0, 99)', "tokenizer")
     world.at(file).write_text(json.dumps({"prompt": "p0", "sample": 0, "ids": []}) + "\n")
     call(at).refused(1, 'line 1: field "ids": 0 lists', "one list for each token")
-    call(f"{SCORE} {store} --at ids:").refused(2, "--at", "ids:FILE")
-    call(f"{SCORE} {store} --at ids:@nowhere").refused(1, "No such file", "--at ids:FILE")
+    call(f"{SCORE} {store} --extra-ids @nowhere.jsonl").refused(
+        1, "No such file", "--extra-ids FILE"
+    )
 
 
 def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
     store, out = world.new("store"), world.new("out")
     places = f"--set store.url={world.at(store)} --set run.out={world.at(out)}"
     loop = f"distill @d.toml {places} --set rollout.mc_draws=3"
-    assert call(f"{loop} --set score.at=mc").code == 0
+    assert call(f"{loop} --set score.extra_ids=mc").code == 0
     opened = open_store(world.at(store))
     source = PackSource(opened, opened.head(), "main", "big")
     for ordinal, (segment, chain) in enumerate(source.pairs):
@@ -192,7 +193,9 @@ def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
     call(loop).refused(1, "at = 'mc', not None", "of this run's own")
 
 
-@pytest.mark.parametrize("key", ["score.role=base", "score.at=self", "train.base=root"])
+@pytest.mark.parametrize(
+    "key", ["score.teacher_kind=base", "score.extra_ids=self", "train.base=root"]
+)
 def test_what_a_loop_does_not_take(world: World, call: Any, key: str) -> None:
     call(f"distill @d.toml --set {key}").refused(2, "distill does not take it", "leave it out")
 
@@ -210,7 +213,7 @@ def test_an_estimate_counts_the_bytes_of_draws(call: Any) -> None:
 @pytest.mark.parametrize(
     ("objective", "cause", "hint"),
     [
-        ("overlap(k=0)", "k = 0 with outside", "--k 2 or more"),
+        ("overlap(k=0)", "k = 0 with tail", "--loss-topk 2 or more"),
         ("overlap(k=x)", "k = 'x' is not of type int", "give k"),
         ("kl", "kl", "overlap"),
     ],
@@ -231,5 +234,5 @@ def test_responses_that_end_in_the_students_own_stop_token_are_kept_when_asked(
     save_folder(world.at("@talker"), make_model(eos=list(range(1, 50))))
     store = world.new("talked")
     assert call(f"{ROLL} {store}".replace("@student", "@talker")).code == 0
-    call(asked(store, "")).refused(1, "and", "--eos-rows keep")
-    assert call(asked(store, "--eos-rows keep --format json")).json["units_new"] == UNITS
+    call(asked(store, "")).refused(1, "and", "--foreign-eos keep")
+    assert call(asked(store, "--foreign-eos keep --format json")).json["units_new"] == UNITS

@@ -56,11 +56,17 @@ USAGE = [
 
 CONFIGURATION = [
     Case("no file", "distill @no.toml", 2, "no.toml: No such file", "path of a TOML file"),
-    Case("not TOML", "distill @p.jsonl", 2, "p.jsonl: not TOML", "mend"),
-    Case("unknown key", "distill @d.toml --set train.epoch=1", 2, "train.epoch", "train.epochs"),
+    Case("not TOML", "distill @p.jsonl", 2, "p.jsonl: not TOML", "repair"),
+    Case(
+        "unknown key",
+        "distill @d.toml --set train.num_train_epoch=1",
+        2,
+        "num_train_epoch",
+        "num_train_epochs",
+    ),
     Case("section", "distill @d.toml --set trian.lr=1", 2, "unknown key trian", "train"),
     Case("rule", "distill @d.toml --set loop.rounds=0", 2, "loop.rounds = 0", "Rounds"),
-    Case("no key", "distill @d.toml --set lr=1", 2, "--set lr=1", "--set train.lr=1e-5"),
+    Case("no key", "distill @d.toml --set lr=1", 2, "--set lr=1", "--set train.learning_rate=1e-5"),
     Case(
         "prompts of a round",
         "distill @d.toml --set loop.prompts_per_round=99",
@@ -70,9 +76,9 @@ CONFIGURATION = [
     ),
     Case(
         "row of a round",
-        "distill @d.toml --set train.tokens_per_batch=9",
+        "distill @d.toml --set train.pack_length=9",
         2,
-        "train.tokens_per_batch = 9",
+        "train.pack_length = 9",
         "or more",
     ),
     Case(
@@ -195,36 +201,42 @@ IDENTITY = [
 
 OBJECTIVES = [
     Case("unknown", f"{TRAIN} STORE --objective overlapp", 2, "overlapp", "nearest is overlap"),
-    Case("k", f"{TRAIN} STORE --out OUT --k 5", 1, "k = 5 is more than k_min = 4", "--k-min 5"),
+    Case(
+        "k",
+        f"{TRAIN} STORE --out OUT --loss-topk 5",
+        1,
+        "k = 5 is more than k_min = 4",
+        "--teacher-topk-min 5",
+    ),
     Case(
         "k beyond both",
-        f"{TRAIN} STORE --out OUT --k 9",
+        f"{TRAIN} STORE --out OUT --loss-topk 9",
         1,
         "k = 9 is more than k_min = 4",
-        "--k-min 9 --k-max 9",
+        "--teacher-topk-min 9 --teacher-topk-max 9",
     ),
     Case(
         "k of the student",
-        f"{TRAIN} STORE --out OUT --objective opd --k 5",
+        f"{TRAIN} STORE --out OUT --objective opd --loss-topk 5",
         1,
         "k = 5 is more than student_k = 4",
-        "--student-k 5",
+        "--student-topk 5",
     ),
     Case(
         "k of the preset",
         "train --model @student --store STORE --out OUT --device cpu",
         1,
         "k = 16 is more than k_min = 4",
-        "--k 4",
+        "--loss-topk 4",
     ),
     Case(
         "foreign",
         f"train --model @stranger --store STORE --out OUT --objective opd {TRAINING}",
         1,
-        "foreign student",
-        "--foreign-student",
+        "off-lineage student",
+        "--allow-off-lineage",
     ),
-    Case("row", f"{TRAIN} STORE --out OUT --tokens-per-batch 4", 2, "= 4", "--tokens-per-batch 1"),
+    Case("row", f"{TRAIN} STORE --out OUT --pack-length 4", 2, "= 4", "--pack-length 1"),
 ]
 
 INCOMPLETE = [
@@ -335,7 +347,7 @@ def test_a_broken_line_is_named_by_file_line_and_field(
 def test_rollouts_go_on_with_their_own_template_alone(
     world: World, call: Any, first: str, model: str, second: str
 ) -> None:
-    store, rest = world.new("store"), "--prompts @p.jsonl --n 1 --max-new-tokens 2 --student-k 2"
+    store, rest = world.new("store"), "--prompts @p.jsonl --n 1 --max-new-tokens 2 --student-topk 2"
     assert call(f"rollout --model @student --store {store} {first} {rest}").code == 0
     done = call(f"rollout --model {model} --store {store} {second} {rest}")
     done.refused(1, "template = 'sha256:", "a name of their own")
@@ -347,13 +359,13 @@ def test_rollouts_go_on_with_their_own_template_alone(
 
 def test_a_foreign_student_is_named_and_may_be_allowed(world: World, call: Any) -> None:
     command = f"train --model @stranger {TRAINING} --store @st"
-    allowed = call(f"{command} --out {world.new('out')} --objective opd --foreign-student")
+    allowed = call(f"{command} --out {world.new('out')} --objective opd --allow-off-lineage")
     live = call(f"{command} --out {world.new('out')} --objective overlap")
     for done in (allowed, live):
         assert done.code == 0
-        assert "note: Foreign student" in done.err
+        assert "note: Off-lineage student" in done.err
     assert "support: frozen" in allowed.err
-    assert "support: live" in live.err
+    assert "support: current" in live.err
 
 
 def test_partial_trains_on_what_is_scored(world: World, call: Any) -> None:

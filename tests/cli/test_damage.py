@@ -73,7 +73,7 @@ def test_an_undamaged_copy_passes_and_strays_are_named(world: World, call: Any) 
     (world.at(store) / "staging" / "left-over").mkdir()
     report = call(f"store verify {store} --format json").json
     assert report["segments"] == 6
-    assert len(report["strays"]) == 3, "two segments without a record, one folder in staging"
+    assert len(report["orphans"]) == 3, "two segments without a record, one folder in staging"
 
 
 def test_a_store_of_a_newer_format_asks_for_an_upgrade(world: World, call: Any) -> None:

@@ -47,11 +47,13 @@ def test_each_fault_is_named(call: Call, world: World, fake: FakeServer) -> None
     assert done.code == 1
     assert "2 of 9 checks found a fault, the first: log-probs" in done.err
     assert "--max-logprobs 64" in done.err
-    assert faults("--k-max 20")[1] == ["parity"]
+    assert faults("--teacher-topk-max 20")[1] == ["parity"]
     fake.fingerprint = "rev=b"
     assert faults("--revision a")[1] == ["identity"]
     fake.at_ids, fake.tokenizer = False, None
-    noted = states(call(f"doctor teacher {fake.url} --tokenizer @teacher --format json --k-max 9"))
+    noted = states(
+        call(f"doctor teacher {fake.url} --tokenizer @teacher --format json --teacher-topk-max 9")
+    )
     assert noted["chosen ids"] == noted["tokenizer"] == "note"
 
 
@@ -86,13 +88,13 @@ def test_teacher_and_student_are_compared(call: Call, world: World, fake: FakeSe
     renamed = make_tokenizer(characters=CHARACTERS[:-1] + "é")
     save_folder(world.at("@renamed"), make_model(eos=[1, 7]), renamed)
     other = found("@renamed")
-    assert f"{N_VOCAB - 1} ('é' to the student, '~' to the teacher)" in other["ids"]["said"]
+    assert f"{N_VOCAB - 1} ('é' to the student, '~' to the teacher)" in other["ids"]["message"]
     assert f"--student-tokenizer {world.at('@renamed')}" in other["ids"]["hint"]
-    assert other["stop ids"]["said"] == "the student stops at [1, 7], the teacher at [1]"
-    assert "--eos-rows keep" in other["stop ids"]["hint"]
+    assert other["stop ids"]["message"] == "the student stops at [1, 7], the teacher at [1]"
+    assert "--foreign-eos keep" in other["stop ids"]["hint"]
 
 
 def test_a_server_that_is_not_there_is_one_fault(call: Call) -> None:
     done = call("doctor teacher http://127.0.0.1:9 --format json")
     assert states(done) == {"server": "fault"}
-    assert "does not answer" in done.json["checks"][0]["said"]
+    assert "does not answer" in done.json["checks"][0]["message"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.metrics.metrics import COMMON_METRICS
 from tests.cli.conftest import ROLL, SCORE, TRAIN, UNITS, World
 
 EVAL = "--eval-prompts @e.jsonl --eval-n 2 --eval-max-new-tokens 4"
@@ -49,15 +49,15 @@ def test_a_run_is_measured_on_another_store(world: World, call: Any, held: str) 
     """At both ends the numbers of `probe metrics`, of the student before and after."""
     out, objective = world.new("out"), "overlap(k=4)"
     flags = f"--eval-store {held} --objective {objective} --out {out}"
-    done = call(f"{TRAIN.replace('--k 4 ', '')} @st {flags} --format json").json
+    done = call(f"{TRAIN.replace('--loss-topk 4 ', '')} @st {flags} --format json").json
     first, last = done["evaluations"]
-    place = f"--store {held} --objective {objective} --tokens-per-batch 64 --device cpu"
+    place = f"--store {held} --objective {objective} --pack-length 64 --device cpu"
     for model, line in (("@student", first), (out, last)):
         table = call(f"probe metrics --model {model} {place} --format json").json
         want = {row["metric"]: row["all"] for row in table}
         assert line["eval/rows"] == want["rows"]
         assert line["eval/loss"] == pytest.approx(want[f"loss/{objective}"], rel=1e-6)
-        for name in METRICS:
+        for name in COMMON_METRICS:
             assert line[f"eval/{name}"] == pytest.approx(want[name], rel=1e-6, abs=1e-9), name
     assert first["eval/loss"] != last["eval/loss"]
     noted = json.loads((world.at(out) / "run.json").read_text())["eval"]["held_out"]
@@ -105,21 +105,21 @@ def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str
     assert call(f"store tag {copy} later").code == 0
     rows = call(f"{command} --vary objective=overlap,teacher_topk").json["rows"]
     assert rows[0]["eval_loss"] == row["eval_loss"]
-    pins = {
+    snapshots = {
         json.loads(file.read_text())["eval"]["held_out"]["pin"]["number"]
         for file in world.at(out).glob("*/seed-*/run.json")
     }
-    assert pins == {2 * UNITS - 1}
+    assert snapshots == {2 * UNITS - 1}
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "hint"),
+    ("flags", "code", "cause", "remedy"),
     [
         ("--eval-store @nowhere", 1, "not a logitcask store", "check the path"),
         ("--eval-teacher tiny", 2, "--eval-teacher tiny", "give one of these"),
         ("--eval-store HELD --eval-rollouts no", 2, "--eval-rollouts no", "give one of these"),
-        ("--eval-store HELD --eval-pin 99", 1, "99", ""),
-        ("--eval-store HELD --objective opd --k 6", 1, "k = 6", ""),
+        ("--eval-store HELD --eval-snapshot 99", 1, "99", ""),
+        ("--eval-store HELD --objective opd --loss-topk 6", 1, "k = 6", ""),
     ],
 )
 def test_what_cannot_be_measured_on(
@@ -134,7 +134,7 @@ def test_what_cannot_be_measured_on(
 def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: Any) -> None:
     """Its responses hold the student's top 2 alone."""
     few, out = world.new("few"), world.new("out")
-    assert call(f"{ROLL} {few} --student-k 2").code == 0
+    assert call(f"{ROLL} {few} --student-topk 2").code == 0
     assert call(f"{SCORE} {few}").code == 0
     command = f"{TRAIN} @st --objective opd --out {out}"
     call(f"{command} --eval-store {few}").refused(1, "k = 4", "")
@@ -143,13 +143,13 @@ def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "hint"),
+    ("flags", "code", "cause", "remedy"),
     [
         (f"{EVAL} --eval-prompts @p.jsonl", 1, "'p0' has no answer", "MODULE:FUNCTION"),
         (f"{EVAL} --eval-prompts @no.jsonl", 1, "no.jsonl", ""),
         (f"{EVAL} --grader nearly", 2, "grader 'nearly'", "--grader exact"),
         (f"{EVAL} --grader no_module:f", 2, "no_module cannot be imported", "PYTHONPATH"),
-        (f"{EVAL} --grader builtins:max", 1, "TypeError", "mend the grader"),
+        (f"{EVAL} --grader builtins:max", 1, "TypeError", "repair the grader"),
         (f"{EVAL} --eval-n 0", 2, "--eval-n = 0", "Responses per evaluation prompt"),
         ("--eval-prompts @e.jsonl", 2, "eval.max_new_tokens = 512", "--eval-max-new-tokens"),
     ],
@@ -175,11 +175,11 @@ def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "hint"),
+    ("flags", "code", "cause", "remedy"),
     [
         ("--vary objectve=opd", 2, "objectve", "did you mean train.objective?"),
         ("--vary objective=opd,olap", 2, "objective=olap: --objective olap", "overlap"),
-        ("--vary k=2,64", 1, "k=64: k = 64 is more", "--k"),
+        ("--vary k=2,64", 1, "k=64: k = 64 is more", "--loss-topk"),
         ("", 2, "--vary", "ablate --help"),
     ],
 )

@@ -26,11 +26,17 @@ OTHERS = {name: f"sampled_token+{name}" for name in MODIFIERS}
 def store(world: World) -> str:
     """Rollouts with draws; a teacher's every id, at the draws too; a base; a teacher's draws."""
     name = world.new("all")
-    every = f"--k-min {N_VOCAB} --k-max {N_VOCAB} --device cpu --store {name}"
-    assert world(f"{ROLL} {name} --student-k 16 --mc-draws 4") == 0
-    assert world(f"score --model @teacher --teacher big --at mc {every}") == 0
-    assert world(f"score --model @other-teacher --teacher base --role base --at mc {every}") == 0
-    drawn = "--entry-kind sampled --draws 8 --device cpu"
+    every = f"--teacher-topk-min {N_VOCAB} --teacher-topk-max {N_VOCAB} --device cpu --store {name}"
+    assert world(f"{ROLL} {name} --student-topk 16 --mc-draws 4") == 0
+    assert world(f"score --model @teacher --teacher big --extra-ids mc {every}") == 0
+    assert (
+        world(
+            f"score --model @other-teacher --teacher base --teacher-kind base "
+            f"--extra-ids mc {every}"
+        )
+        == 0
+    )
+    drawn = "--selection sampled --draws 8 --device cpu"
     assert world(f"score --model @teacher --teacher drawn {drawn} --store {name}") == 0
     return name
 
@@ -38,12 +44,16 @@ def store(world: World) -> str:
 def test_a_bound_leaves_out_what_must_be_scored_again(world: World, call: Any) -> None:
     out = world.new("out")
     train = f"train --model @student --store {world.store()} --out {out} --objective overlap"
-    done = call(f"{train} --k 4 --hard-bound skip --min-coverage 1 --lr 1e-3 --device cpu")
+    done = call(
+        f"{train} --loss-topk 4 --staleness-action skip --min-coverage 1 --lr 1e-3 --device cpu"
+    )
     assert done.code == 0
-    assert "gave no gradient; rescore" in done.err
+    assert "gave no gradient; sample and score again" in done.err
     kept = json.loads((world.at(out) / "run.json").read_text())["rescore"]
     assert 0 < kept["skipped"] <= kept["positions"]
-    stopped = call(f"{train} --k 4 --hard-bound stop --min-coverage 1 --device cpu --overwrite")
+    stopped = call(
+        f"{train} --loss-topk 4 --staleness-action stop --min-coverage 1 --device cpu --overwrite"
+    )
     stopped.refused(3, "is under --min-coverage 1.0", "sample and score again")
 
 
@@ -56,7 +66,7 @@ def test_every_objective_trains_from_one_store(
     base = "--base base" if "exopd" in objective or "extrapolate" in objective else ""
     done = call(
         f"train --model @student --store {store} --teacher {teacher} {base} --out {out} "
-        f"--objective {objective} --tokens-per-batch 64 --lr 1e-3 --device cpu --format json"
+        f"--objective {objective} --pack-length 64 --lr 1e-3 --device cpu --format json"
     )
     assert done.code == 0, done.err
     assert done.json["updates"] >= 1

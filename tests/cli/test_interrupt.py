@@ -47,7 +47,7 @@ def test_a_rollout_goes_on_after_ctrl_c(world: World, call: Any) -> None:
     )
     command = (
         "rollout --model @student --prompts @many.jsonl --no-chat-template --n 1 --device cpu "
-        f"--max-new-tokens 2 --student-k 2 --unit-prompts 20 --store {store}"
+        f"--max-new-tokens 2 --student-topk 2 --unit-prompts 20 --store {store}"
     )
     log = world.at(store) / "log"
     code, err = interrupted(world, command, lambda: len(list(log.glob("*.json"))) >= 2)
@@ -65,7 +65,7 @@ def test_a_rollout_goes_on_after_ctrl_c(world: World, call: Any) -> None:
         done["units_total"],
         _positions(call, store),
     )
-    assert len(report["strays"]) <= 1, "at most the unit that was under way"
+    assert len(report["orphans"]) <= 1, "at most the unit that was under way"
 
 
 def _positions(call: Any, store: str) -> int:
@@ -74,7 +74,7 @@ def _positions(call: Any, store: str) -> int:
 
 def test_training_goes_on_after_ctrl_c_and_ends_alike(world: World, call: Any) -> None:
     out, whole = world.new("out"), world.new("out")
-    command = f"{TRAIN} @st --objective opd --epochs 10"
+    command = f"{TRAIN} @st --objective opd --num-train-epochs 10"
     marks = world.at(out) / "checkpoints"
     code, err = interrupted(
         world,

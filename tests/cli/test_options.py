@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from logitcask.cli.options import job_from_flags
+from logitcask.cli.options import config_from_flags
 from logitcask.engine.config.sections import RolloutConfig, RunConfig, ScoreConfig, TrainConfig
 from logitcask.engine.config.toml import read_toml, to_toml, validate
 from logitcask.engine.errors import ConfigError
@@ -30,11 +30,11 @@ def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> No
         "prompts__file": "p.jsonl",
         "store__url": "s",
         "rollout__n": None,
-        "rollout__sample_top_k": 7,
+        "rollout__top_k": 7,
     }
-    job = job_from_flags(RolloutConfig, flags)
-    assert (job.rollout.n, job.rollout.sample_top_k, job.rollout.student_k) == (4, 7, 16)
-    assert job.rollout.sampling().top_k == 7
+    job = config_from_flags(RolloutConfig, flags)
+    assert (job.rollout.n, job.rollout.top_k, job.rollout.student_topk) == (4, 7, 16)
+    assert job.rollout.record()["top_k"] == 7
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,12 @@ def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> No
     [
         (RolloutConfig, {"rollout__top_p": 1.5}, ["--top-p = 1.5", "less than or equal to 1"]),
         (ScoreConfig, {"teacher__name": "../x"}, ["--teacher = '../x'"]),
-        (TrainConfig, {"train__lr": -1.0}, ["--lr = -1.0", "greater than 0"]),
-        (ScoreConfig, {"score__k_min": 65}, ["--k-max = 64: must be k_min = 65 or more"]),
+        (TrainConfig, {"train__learning_rate": -1.0}, ["--learning-rate = -1.0", "greater than 0"]),
+        (
+            ScoreConfig,
+            {"score__teacher_topk_min": 65},
+            ["--teacher-topk-max = 64: must be teacher_topk_min = 65 or more"],
+        ),
     ],
 )
 def test_a_forbidden_value_is_named_with_its_rule(
@@ -54,7 +58,7 @@ def test_a_forbidden_value_is_named_with_its_rule(
     fields = {f"{s}__" for s in kind.model_fields}
     given = {k: v for k, v in needed.items() if any(k.startswith(f) for f in fields)}
     with pytest.raises(ConfigError) as caught:
-        job_from_flags(kind, given | flags)
+        config_from_flags(kind, given | flags)
     assert all(word in caught.value.cause for word in words)
     assert caught.value.hint
 
@@ -63,9 +67,9 @@ def test_toml_round_trip_and_paths_relative_to_the_file(tmp_path) -> None:
     (tmp_path / "student").mkdir()
     file = tmp_path / "run.toml"
     file.write_text(MINIMAL)
-    config = read_toml(file, ["train.lr=1e-5", "run.out=other", "train.k=4"])
-    assert config.train.lr == 1e-5
-    assert config.train.k == 4
+    config = read_toml(file, ["train.learning_rate=1e-5", "run.out=other", "train.loss_topk=4"])
+    assert config.train.learning_rate == 1e-5
+    assert config.train.loss_topk == 4
     assert config.run.out == tmp_path / "other"
     assert config.student.model == str(tmp_path / "student")
     assert config.teacher.model == "org/teacher"
@@ -89,9 +93,9 @@ def test_every_path_of_a_section_is_relative_to_the_file(tmp_path: Path) -> None
     ("text", "cause", "hint"),
     [
         ("[trian]\nlr = 1", "unknown key trian", "train"),
-        ("[train]\nepoch = 1", "unknown key train.epoch", "train.epochs"),
+        ("[train]\nnum_epochs = 1", "unknown key train.num_epochs", "train.num_train_epochs"),
         ("[loop]\nrounds = 0", "loop.rounds = 0", "Rounds"),
-        ("[loop", "not TOML", "mend"),
+        ("[loop", "not TOML", "repair"),
     ],
 )
 def test_a_wrong_file_names_the_key_and_the_nearest_known_one(
@@ -107,7 +111,7 @@ def test_a_wrong_file_names_the_key_and_the_nearest_known_one(
     assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["lr=1", "train.lr", "=3"])
+@pytest.mark.parametrize("text", ["lr=1", "train.learning_rate", "=3"])
 def test_a_malformed_override_shows_the_form(tmp_path, text: str) -> None:
     file = tmp_path / "run.toml"
     file.write_text(MINIMAL)
@@ -123,5 +127,5 @@ def test_a_missing_file_is_named(tmp_path) -> None:
 def test_configuration_is_frozen() -> None:
     config = validate(TrainConfig, {"student": {"model": "m"}, "store": {"url": "s"}}, source="t")
     with pytest.raises(ValueError, match="frozen"):
-        config.train.lr = 1.0  # type: ignore[misc]
+        config.train.learning_rate = 1.0  # type: ignore[misc]
     assert set(RunConfig.model_fields) > set(TrainConfig.model_fields)

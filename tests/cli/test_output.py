@@ -26,7 +26,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
         "objectives eopd",
         "store info @st",
         "store ls @st",
-        "store retire @st --teacher big --dry-run",
+        "store delete @st --teacher big --dry-run",
         f"{TRAIN} @st --out OUT",
     ],
 )
@@ -54,12 +54,12 @@ def test_what_segments_of_a_name_have_in_common_is_said_once(call: Any) -> None:
     assert all(row["segment"] not in out and row["segment"][:8] in out for row in listed)
 
 
-def test_what_is_retired_is_told_by_short_ids(call: Any) -> None:
-    command = "store retire @st --teacher big --dry-run"
-    retired = call(f"{command} --format json").json
-    assert len(retired) == UNITS
+def test_what_is_deleted_is_told_by_short_ids(call: Any) -> None:
+    command = "store delete @st --teacher big --dry-run"
+    deleted = call(f"{command} --format json").json
+    assert len(deleted) == UNITS
     out = call(command).out
-    assert all(row["segment"] not in out and row["segment"][:8] in out for row in retired)
+    assert all(row["segment"] not in out and row["segment"][:8] in out for row in deleted)
 
 
 def test_evaluations_stand_side_by_side(world: World, call: Any) -> None:

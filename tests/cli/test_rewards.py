@@ -20,7 +20,7 @@ def never(prompt, response):
 
 
 @pytest.fixture(autouse=True)
-def grading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "our_grading.py").write_text(GRADER)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -80,7 +80,7 @@ def test_an_estimate_counts_the_bytes_of_rewards(call: Any) -> None:
     [
         ("--grader exact", 1, "'p0' has no answer", "MODULE:FUNCTION"),
         ("--grader nearly", 2, "grader 'nearly'", "--grader exact"),
-        ("--grader our_grading:never", 1, "on prompt 'p0': KeyError", "mend the grader"),
+        ("--grader our_grading:never", 1, "on prompt 'p0': KeyError", "repair the grader"),
     ],
 )
 def test_graders_that_cannot_grade(

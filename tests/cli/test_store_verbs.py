@@ -20,50 +20,60 @@ ALL = 2 * UNITS
 
 def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
     store = world.store(ALL)
-    pin = call(f"store pin {store} --format json").json
-    assert pin["log_number"] == ALL - 1
-    assert pin["rollouts"].keys() == {"main"}
+    snapshot = call(f"store snapshot {store} --format json").json
+    assert snapshot["log_number"] == ALL - 1
+    assert snapshot["rollouts"].keys() == {"main"}
     assert call(f"store tag {store} paper --at {ALL - 2}").code == 0
-    assert call(f"store pin {store} --at paper --format json").json["tags"] == ["paper"]
+    assert call(f"store snapshot {store} --at paper --format json").json["tags"] == ["paper"]
     assert call(f"store tag {store} --format json").json[0]["tag"] == "paper"
     assert call(f"store info {store} --format json").json["tags"] == {"paper": ALL - 2}
     # At the tag one unit has no scores yet.
-    call(f"{TRAIN} {store} --out {world.new('out')} --pin paper").refused(
+    call(f"{TRAIN} {store} --out {world.new('out')} --snapshot paper").refused(
         3, "1 of 4 units", "--partial"
     )
     out = world.new("out")
-    done = call(f"{TRAIN} {store} --out {out} --pin paper --partial --format json")
+    done = call(f"{TRAIN} {store} --out {out} --snapshot paper --partial --format json")
     assert done.code == 0, done.err
     run = json.loads((world.at(out) / "run.json").read_text())
     assert run["pin"]["number"] == ALL - 2
-    by_number = call(f"{TRAIN} {store} --out {out} --pin {ALL - 2} --partial --format json")
-    assert by_number.json["resumed_at"] == done.json["updates"], "the same pin by its number"
-    call(f"{TRAIN} {store} --out {out} --pin {ALL - 1} --partial").refused(1, "pin", "--overwrite")
-    call(f"{TRAIN} {store} --out {out} --pin nothing").refused(1, "no tag 'nothing'", "store tag")
-    call(f"store pin {store} --at 99").refused(1, "no log record 99", "pin a number that exists")
+    by_number = call(f"{TRAIN} {store} --out {out} --snapshot {ALL - 2} --partial --format json")
+    assert by_number.json["resumed_at"] == done.json["updates"], "the same snapshot by its number"
+    call(f"{TRAIN} {store} --out {out} --snapshot {ALL - 1} --partial").refused(
+        1, "pin", "--overwrite"
+    )
+    call(f"{TRAIN} {store} --out {out} --snapshot nothing").refused(
+        1, "no tag 'nothing'", "store tag"
+    )
+    call(f"store snapshot {store} --at 99").refused(
+        1, "no log record 99", "give a number that exists"
+    )
     call(f"store tag {store} --remove").refused(2, "need the NAME", "--help")
     assert call(f"store tag {store} paper --remove").code == 0
-    call(f"store pin {store} --at paper").refused(1, "no tag 'paper'; it has: none", "store tag")
+    call(f"store snapshot {store} --at paper").refused(
+        1, "no tag 'paper'; it has: none", "store tag"
+    )
 
 
-def test_what_is_retired_is_scored_again_and_swept(world: World, call: Any) -> None:
+def test_what_is_deleted_is_scored_again_and_swept(world: World, call: Any) -> None:
     store = world.store(ALL)
-    retired = call(f"store retire {store} --teacher big --format json").json
-    assert len(retired) == UNITS
-    call(f"store retire {store} --teacher big").refused(2, "nothing of 'big'", "rollouts: main")
+    deleted = call(f"store delete {store} --teacher big --format json").json
+    assert len(deleted) == UNITS
+    call(f"store delete {store} --teacher big").refused(2, "nothing of 'big'", "rollouts: main")
     call(f"{TRAIN} {store} --out {world.new('out')}").refused(
         3,
         "no scores",
-        "Run `logitcask score` first; a pin taken earlier cannot see later scores.",
+        "Run `logitcask score` first; a snapshot taken earlier cannot see later scores.",
     )
-    assert call(f"store gc {store} --format json").json["segments"] == 0, "a recent pin reads them"
+    assert call(f"store gc {store} --format json").json["segments"] == 0, (
+        "a recent snapshot reads them"
+    )
     gone = call(f"store gc {store} --keep-days 0 --dry-run --format json").json
     assert (gone["segments"], gone["kept"]) == (UNITS, UNITS)
-    swept = call(f"store gc {store} --keep-days 0 --format json").json
-    assert swept == gone | {"dry_run": False}
+    report = call(f"store gc {store} --keep-days 0 --format json").json
+    assert report == gone | {"dry_run": False}
     assert call(f"{SCORE} {store} --format json").json["units_new"] == UNITS
     report = call(f"store verify {store} --deep --format json").json
-    assert (report["segments"], report["strays"], report["decoded"]) == (ALL, [], True)
+    assert (report["segments"], report["orphans"], report["decoded"]) == (ALL, [], True)
     call(f"store gc {store} --keep-days -1").refused(2, "--keep-days = -1", "readable")
 
 
@@ -84,7 +94,7 @@ def test_a_store_travels_as_files(world: World, call: Any) -> None:
     assert not world.at("@nowhere").exists()
 
 
-def test_damage_is_mended_from_a_copy_or_made_again(world: World, call: Any) -> None:
+def test_damage_is_repaired_from_a_copy_or_made_again(world: World, call: Any) -> None:
     store, copy = world.store(ALL), world.new("copy")
     assert call(f"store merge {copy} {store}").code == 0
     scores = [r for r in call(f"store ls {store} --format json").json if r["kind"] == "score"]
@@ -92,36 +102,44 @@ def test_damage_is_mended_from_a_copy_or_made_again(world: World, call: Any) -> 
     sound = file.read_bytes()
     file.write_bytes(sound[:-1])
     broken = call(f"store verify {store}")
-    broken.refused(4, "ent/zarr.json", "merge STORE COPY --heal")
+    broken.refused(4, "ent/zarr.json", "merge STORE COPY --repair")
     assert "damaged: " in broken.err
-    assert call(f"store merge {store} {copy} --format json").json["healed"] == 0
-    assert call(f"store merge {store} {copy} --heal --format json").json["healed"] == 1
+    assert call(f"store merge {store} {copy} --format json").json["repaired"] == 0
+    assert call(f"store merge {store} {copy} --repair --format json").json["repaired"] == 1
     assert file.read_bytes() == sound
-    # Without a copy: the unit is retired and made again.
+    # Without a copy: the unit is deleted and made again.
     file.write_bytes(sound[:-1])
     segment = scores[0]["segment"]
-    assert len(call(f"store retire {store} --segment {segment} --dry-run --format json").json) == 1
-    assert call(f"store retire {store} --segment {segment}").code == 0
+    assert len(call(f"store delete {store} --segment {segment} --dry-run --format json").json) == 1
+    assert call(f"store delete {store} --segment {segment}").code == 0
     assert call(f"{SCORE} {store} --format json").json["units_new"] == 1
     assert call(f"store verify {store} --deep").code == 0
 
 
 def test_a_larger_request_widens_from_the_command_line(world: World, call: Any) -> None:
     store = world.store(ALL)
-    wider = call(f"{SCORE} {store} --k-min 6 --k-max 20 --top-p 0.9999 --format json").json
+    wider = call(
+        f"{SCORE} {store} --teacher-topk-min 6 --teacher-topk-max 20 --teacher-top-p "
+        f"0.9999 --format json"
+    ).json
     assert wider["units_new"] == UNITS
     layouts = [row["layout"] for row in call(f"store ls {store} --format json").json]
     assert layouts.count("wider") == UNITS
     (first, *_) = call(f"store show {store} --top 20 --format json").json["rows"]
     assert len(first["teacher_top"]) >= 6
-    again = call(f"{SCORE} {store} --k-min 5 --format json").json
+    again = call(f"{SCORE} {store} --teacher-topk-min 5 --format json").json
     assert (again["units_new"], again["units_done_before"]) == (0, UNITS)
-    done = call(f"{TRAIN} {store} --objective teacher_topk --k 6 --out {world.new('out')}")
+    done = call(f"{TRAIN} {store} --objective teacher_topk --loss-topk 6 --out {world.new('out')}")
     assert done.code == 0, done.err
-    own = f"score --model @student --teacher self --k-min 4 --k-max 4 --device cpu --store {store}"
+    own = (
+        f"score --model @student --teacher self --teacher-topk-min 4 "
+        f"--teacher-topk-max 4 --device cpu --store {store}"
+    )
     assert call(own).code == 0
-    assert call(f"{SCORE} {store} --at self --format json").json["units_new"] == UNITS
-    call(f"{SCORE} {store} --at nobody").refused(3, "no scores of 'nobody'", "Score with that")
+    assert call(f"{SCORE} {store} --extra-ids self --format json").json["units_new"] == UNITS
+    call(f"{SCORE} {store} --extra-ids nobody").refused(
+        3, "no scores of 'nobody'", "Score with that"
+    )
 
 
 @pytest.mark.parametrize("profile", ["compact", "interop", "raw32"])
@@ -139,7 +157,8 @@ def test_profiles_from_the_command_line(world: World, call: Any, profile: str) -
 def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> None:
     command = (
         "store estimate @teacher @p.jsonl --student @student --no-chat-template "
-        f"--max-new-tokens {NEW} --n {N} --k-min 4 --student-k 4 --device cpu --sample 40"
+        f"--max-new-tokens {NEW} --n {N} --teacher-topk-min 4 --student-topk 4 "
+        f"--device cpu --sample 40"
     )
     found = call(f"{command} --format json").json
     assert found["positions"] >= 40
@@ -175,14 +194,15 @@ def test_an_estimate_is_of_what_the_student_would_say(world: World, call: Any) -
     save_folder(world.at("@wider"), model, more)
     asked = (
         "store estimate @teacher @p.jsonl --student @wider --student-tokenizer @wider "
-        f"--no-chat-template --max-new-tokens {NEW} --n {N} --k-min 4 --student-k 4 --device cpu"
+        f"--no-chat-template --max-new-tokens {NEW} --n {N} --teacher-topk-min 4 "
+        f"--student-topk 4 --device cpu"
     )
-    call(asked).refused(1, f"only one of student and teacher knows, from {N_VOCAB} on", "template")
+    call(asked).refused(1, f"only one of student and teacher has, from {N_VOCAB} on", "template")
 
 
 def test_a_base_model_is_shown_only_to_who_names_it(world: World, call: Any) -> None:
     store = world.store()
-    base = f"score --model @student --role base --teacher root {KEPT} --store {store}"
+    base = f"score --model @student --teacher-kind base --teacher root {KEPT} --store {store}"
     assert call(base).code == 0
     shown = call(f"store show {store} --format json").json
     named = [call(f"store show {store} --teacher {t} --format json").json for t in ("big", "root")]

@@ -25,17 +25,17 @@ def reads(name: str) -> list[tuple[str, int, str]]:
         (f"store ls {name}", ALL, "segment"),
         (f"store show {name}", ALL, "rows"),
         (f"store show {name} --tokenizer @student", ALL, "rows"),
-        (f"store verify {name}", ALL, "strays"),
+        (f"store verify {name}", ALL, "orphans"),
         (f"store verify {name} --deep", ALL, "decoded"),
-        (f"store pin {name}", ALL, "sha256"),
+        (f"store snapshot {name}", ALL, "sha256"),
         (f"store tag {name} first", ALL, "log_number"),
-        (f"store retire {name} --teacher big", ALL, "segment"),
+        (f"store delete {name} --teacher big", ALL, "segment"),
         (f"store gc {name}", ALL, "kept"),
         (f"store pack {name} OUT", ALL, "files"),
         (f"store merge OUT {name}", ALL, "added"),
         (
             "store estimate @teacher @p.jsonl --student @student --no-chat-template "
-            "--max-new-tokens 6 --sample 50 --k-min 4 --student-k 4 --device cpu",
+            "--max-new-tokens 6 --sample 50 --teacher-topk-min 4 --student-topk 4 --device cpu",
             ALL,
             "rows",
         ),
@@ -115,10 +115,12 @@ def test_dry_run_prints_toml_and_touches_nothing(world: World, call: Any, comman
 
 
 def test_dry_run_of_distill_reads_back_equal(world: World, call: Any) -> None:
-    done = call("distill @d.toml --set train.lr=1e-5 --dry-run")
+    done = call("distill @d.toml --set train.learning_rate=1e-5 --dry-run")
     assert done.code == 0
     world.at("@again.toml").write_text(done.out)
-    assert read_toml(world.at("@again.toml")) == read_toml(world.at("@d.toml"), ["train.lr=1e-5"])
+    assert read_toml(world.at("@again.toml")) == read_toml(
+        world.at("@d.toml"), ["train.learning_rate=1e-5"]
+    )
     assert call("distill @again.toml --dry-run").out == done.out
     assert not world.at("@loop-store").exists()
 
@@ -127,7 +129,7 @@ def test_distill_prints_one_json_object(world: World, call: Any) -> None:
     done = call("distill @d.toml --set store.url=loop-1 --set run.out=loop-1-out --format json")
     assert done.code == 0, done.err
     assert done.json["updates"] == done.json["version"] == 2
-    assert "renewed every round" in done.err
+    assert "of the current student" in done.err
     assert f"warning: cache/coverage = {done.json['last']['cache/coverage']:.3f}" in done.err
 
 

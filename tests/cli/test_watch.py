@@ -38,7 +38,7 @@ def test_a_watching_teacher_ends_when_idle_and_stores_what_a_plain_one_does(
     world: World, call: Any
 ) -> None:
     store, plain = world.store(UNITS), world.store(UNITS)
-    answer = call(f"{SCORE} {store} --watch --idle-exit 0.01 --poll 0.01 --format json")
+    answer = call(f"{SCORE} {store} --worker --idle-exit 0.01 --poll 0.01 --format json")
     assert answer.code == 0
     report = answer.json
     assert (report["units"], report["failed"]) == (UNITS, 0)
@@ -47,7 +47,7 @@ def test_a_watching_teacher_ends_when_idle_and_stores_what_a_plain_one_does(
     assert f"score: {UNITS}/{UNITS}" in answer.err
     assert call(f"{SCORE} {plain}").code == 0
     assert segments(call, store) == segments(call, plain)
-    assert call(f"store verify {store} --format json").json["strays"] == []
+    assert call(f"store verify {store} --format json").json["orphans"] == []
 
 
 def test_a_unit_that_fails_ends_with_3_and_is_tried_again_when_asked(
@@ -55,8 +55,8 @@ def test_a_unit_that_fails_ends_with_3_and_is_tried_again_when_asked(
 ) -> None:
     store = world.new("store")
     command = (
-        f"{ROLL} {store} --grader tests.cli.test_watch:picky --watch --idle-exit 0.01 --poll 0.01 "
-        "--attempts 2 --format json"
+        f"{ROLL} {store} --grader tests.cli.test_watch:picky --worker --idle-exit 0.01 --poll 0.01 "
+        "--max-attempts 2 --format json"
     )
     monkeypatch.setenv(FAILS, "1")
     answer = call(command)
@@ -82,7 +82,7 @@ def test_a_worker_that_is_told_to_stop_leaves_no_claim(
     world: World, call: Any, sent: signal.Signals, code: int
 ) -> None:
     store = world.new("store")
-    words = f"{ROLL} {store} --watch --format json".replace("@", f"{world.path}/").split()
+    words = f"{ROLL} {store} --worker --format json".replace("@", f"{world.path}/").split()
     ended, out, err = stopped(
         words, sent, lambda: len(list((world.at(store) / "log").glob("*.json"))) == UNITS
     )
@@ -144,8 +144,11 @@ def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, c
         return command.replace("@", f"{world.path}/").split()
 
     # Record 2 is the first score: of this pin's two units of rollouts one has none.
-    train = f"{TRAIN} {store} --pin 2 --partial --objective opd --epochs 16 --format json --out"
-    with process(words(f"{SCORE} {store} --watch --poll 0.01 --format json")) as teacher:
+    train = (
+        f"{TRAIN} {store} --snapshot 2 --partial --objective opd --num-train-epochs "
+        f"16 --format json --out"
+    )
+    with process(words(f"{SCORE} {store} --worker --poll 0.01 --format json")) as teacher:
         wait(teacher, scored(2))
         with process(words(f"{train} {beside}")) as student:
             updates = world.at(beside) / "metrics.jsonl"
@@ -167,7 +170,7 @@ def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, c
     report, again = json.loads(out), call(f"{train} {later}").json
     assert 1 <= done < report["updates"] == again["updates"]
     assert report["positions"] == again["positions"]
-    moved_on = call(f"{train.replace('--pin 2', '')} {newest}").json
+    moved_on = call(f"{train.replace('--snapshot 2', '')} {newest}").json
     assert moved_on["positions"] > report["positions"]
     weights = [world.at(run) / "model.safetensors" for run in (beside, later, newest)]
     as_beside, as_later, as_newest = (file.read_bytes() for file in weights)
@@ -200,7 +203,7 @@ def test_a_worker_whose_servers_are_away_ends_when_it_is_told_to(world: World, s
         fake.__exit__()
     words = (
         f"score --model {fake.url} --tokenizer @teacher --teacher served {KEPT} --store {store} "
-        "--watch --server-wait 600 --format json"
+        "--worker --server-wait 600 --format json"
     )
     with process(words.replace("@", f"{world.path}/").split()) as child:
         if scored:

@@ -1,6 +1,6 @@
 """A store made from nothing, whose every stored number follows from known distributions."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,7 @@ def make_store(
         "set": {
             "digest": digest("set"),
             "units": len(units) if planned is None else planned,
-            **asdict(SamplingParams()),
+            **SamplingParams().record(),
             "student_k": 4,
         },
         "student": made_by,

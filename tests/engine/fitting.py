@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Train
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives.bounds import NO_BOUNDS
@@ -16,17 +18,17 @@ from logitcask.engine.objectives.modifiers import KeepEntropy, Prune, Stepwise
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Store
 from logitcask.engine.training.run_dir import METRICS, MetricsFile
-from logitcask.engine.training.settings import TrainSettings, training_arguments
+from logitcask.engine.training.settings import training_arguments
 from logitcask.engine.training.trainer import DistillTrainer
-from logitcask.engine.types import ModelRef, silent
+from logitcask.engine.types import ModelRef, no_progress
 from tests.engine.cached import Unit, make_store
 from tests.engine.tiny import make_model, save_folder
 
 REVERSE = Objective(
-    support="teacher", divergence="reverse_kl", outside="renormalize", form="divergence", k=4
+    support="teacher", divergence="reverse_kl", tail="renormalize", estimator="divergence", k=4
 )
 FORWARD = replace(REVERSE, divergence="forward_kl")
-DENSE = replace(FORWARD, outside="tail")
+DENSE = replace(FORWARD, tail="bucket")
 WEIGHED = replace(
     REVERSE, modifiers=(Prune(overlap=0.9, drop=0.1, k=4), Stepwise(tokens=3), KeepEntropy(0.4))
 )
@@ -90,8 +92,13 @@ def make_trainer(
     bounds: Bounds = NO_BOUNDS,
 ) -> tuple[DistillTrainer, Gradients]:
     """A trainer whose gradients are not clipped."""
-    settings = TrainSettings(lr=lr, accumulation=accumulation, max_grad_norm=1e9, save_steps=10**6)
-    args = training_arguments(folder, settings, "cpu")
+    settings = Train(
+        learning_rate=lr,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=1e9,
+        save_steps=10**6,
+    )
+    args = training_arguments(settings, Run(out=folder, device="cpu"))
     args.save_strategy = "no"  # type: ignore[assignment]
     folder.mkdir(parents=True, exist_ok=True)
     trainer = DistillTrainer(
@@ -101,14 +108,14 @@ def make_trainer(
         updates=updates,
         objective=objective,
         n_vocab=n_vocab,
-        metric_share=settings.metric_share,
+        metrics_fraction=settings.metrics_fraction,
         aggregation=aggregation,
         bounds=bounds,
         version=0,
         same_root=True,
         metrics=MetricsFile(folder / METRICS, 0),
-        mark={},
-        progress=silent,
+        resume_metadata={},
+        progress=no_progress,
     )
     gradients = Gradients()
     trainer.add_callback(gradients)

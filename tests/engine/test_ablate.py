@@ -30,7 +30,7 @@ from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case
 
-VARY = ["objective=teacher_topk,forward_kl", "train.k=2,4"]
+VARY = ["objective=teacher_topk,forward_kl", "train.loss_topk=2,4"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,9 @@ def job_of(case: tuple[Store, ModelRef], **change: Any) -> TrainConfig:
     return TrainConfig(
         student=Student(model=str(model.path)),
         store=StoreSection(url=str(store.url)),
-        train=Train(**({"k": 4, "lr": 1e-3, "tokens_per_batch": 96, "save_steps": 2} | change)),
+        train=Train(
+            **({"loss_topk": 4, "learning_rate": 1e-3, "pack_length": 96, "save_steps": 2} | change)
+        ),
         run=Run(device="cpu"),
     )
 
@@ -66,26 +68,30 @@ def test_every_combination_has_a_folder_and_a_job_of_its_own(
 ) -> None:
     found = combinations(job_of(case), VARY)
     assert [each.name for each in found] == [
-        f"objective={objective},k={k}"
+        f"objective={objective},loss_topk={k}"
         for objective in ("teacher_topk", "forward_kl")
         for k in (2, 4)
     ]
-    assert [(e.job.train.objective, e.job.train.k) for e in found][1] == ("teacher_topk", 4)
-    assert {each.job.train.lr for each in found} == {1e-3}
+    assert [(e.job.train.objective, e.job.train.loss_topk) for e in found][1] == ("teacher_topk", 4)
+    assert {each.job.train.learning_rate for each in found} == {1e-3}
 
 
 @pytest.mark.parametrize(
     ("vary", "cause", "hint"),
     [
         ([], "nothing is varied", "--vary"),
-        (["k"], "not key=value", "--vary k=1,4,16"),
+        (["k"], "not key=value", "--vary loss_topk=1,4,16"),
         (["objectiv=opd"], "objectiv: names no key", "did you mean train.objective?"),
-        (["train.rl=1"], "train.rl: names no key", "did you mean train.lr?"),
+        (
+            ["train.learning_rat=1"],
+            "train.learning_rat: names no key",
+            "did you mean train.learning_rate?",
+        ),
         (["model=a,b", "seed=1,2"], "run.seed is the same in all runs", "--seeds"),
         (["eval.n=1,2"], "eval.n is the same in all runs", "another key"),
-        (["k=2", "train.k=4"], "train.k is varied twice", "once"),
-        (["k=2,2"], "k=2 comes twice", "once"),
-        (["lr=1e-3,-1"], "train.lr = -1", "learning rate"),
+        (["loss_topk=2", "train.loss_topk=4"], "train.loss_topk is varied twice", "once"),
+        (["loss_topk=2,2"], "loss_topk=2 comes twice", "once"),
+        (["learning_rate=1e-3,-1"], "train.learning_rate = -1", "learning rate"),
     ],
 )
 def test_what_cannot_be_varied(
@@ -106,9 +112,9 @@ def test_commas_in_brackets_are_the_objectives_own(case: tuple[Store, ModelRef])
 
 
 def test_a_plain_key_is_that_of_the_training() -> None:
-    assert (full_key("k"), full_key("lr"), full_key("run.dtype")) == (
-        "train.k",
-        "train.lr",
+    assert (full_key("loss_topk"), full_key("learning_rate"), full_key("run.dtype")) == (
+        "train.loss_topk",
+        "train.learning_rate",
         "run.dtype",
     )
 
@@ -175,7 +181,7 @@ def test_a_kill_loses_nothing_and_nothing_is_sampled_or_scored(
 def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(
     case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = run(case, tmp_path / "a", ["k=2"]).rows[0]["loss"]
+    straight = run(case, tmp_path / "a", ["loss_topk=2"]).rows[0]["loss"]
     append, written = MetricsFile.append, []
 
     def stopping(self: MetricsFile, line: dict[str, float | None]) -> None:
@@ -186,8 +192,8 @@ def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(
 
     monkeypatch.setattr(MetricsFile, "append", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(case, tmp_path / "b", ["k=2"])
-    resumed = run(case, tmp_path / "b", ["k=2"])
+        run(case, tmp_path / "b", ["loss_topk=2"])
+    resumed = run(case, tmp_path / "b", ["loss_topk=2"])
     assert written == [1, 2, 3, 3], "update 2 had a checkpoint"
     assert (resumed.runs_trained, resumed.rows[0]["loss"]) == (1, straight)
 
@@ -212,25 +218,25 @@ def test_units_are_decoded_for_the_first_run_only(
 def test_another_configuration_is_refused_by_the_name_of_its_key(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
-    run(case, tmp_path, ["k=2"])
-    with pytest.raises(IdentityError, match=r"train\.lr = 0.001, not 0.002"):
-        run(case, tmp_path, ["k=2"], job=job_of(case, lr=2e-3))
+    run(case, tmp_path, ["loss_topk=2"])
+    with pytest.raises(IdentityError, match=r"train\.learning_rate = 0.001, not 0.002"):
+        run(case, tmp_path, ["loss_topk=2"], job=job_of(case, learning_rate=2e-3))
     # More of the same is welcome.
-    more = run(case, tmp_path, ["k=2,4"])
+    more = run(case, tmp_path, ["loss_topk=2,4"])
     assert (more.runs_trained, len(more.rows)) == (1, 2)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="holds no plan.json"):
-        run(case, tmp_path / "other", ["k=2"])
+        run(case, tmp_path / "other", ["loss_topk=2"])
 
 
 def test_what_cannot_be_trained_stops_all_before_the_first(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
-    with pytest.raises(ObjectiveError, match="k=99: "):
-        run(case, tmp_path / "a", ["k=2,99"])
+    with pytest.raises(ObjectiveError, match="loss_topk=99: "):
+        run(case, tmp_path / "a", ["loss_topk=2,99"])
     assert not (tmp_path / "a").exists()
-    skipped = run(case, tmp_path / "a", ["k=2,99"], skip_refused=True)
+    skipped = run(case, tmp_path / "a", ["loss_topk=2,99"], skip_refused=True)
     good, bad = skipped.rows
     assert (good["n"], good["refused"], bad["n"], bad["loss"]) == (1, "", 0, None)
     assert "99" in bad["refused"]
@@ -244,8 +250,8 @@ def test_the_teachers_seconds_saved_are_those_of_its_scores_in_every_pass(
     """Units of 2 and 3 s, two runs of two epochs: 20 s. A store of before says nothing."""
     units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(2)]
     store, model = make_case(tmp_path / "case", units, seconds=[2.0, 3.0] if noted else None)
-    job = job_of((store, model), epochs=2)
-    report = run((store, model), tmp_path / "out", ["k=2"], job=job, seeds=2)
+    job = job_of((store, model), num_train_epochs=2)
+    report = run((store, model), tmp_path / "out", ["loss_topk=2"], job=job, seeds=2)
     assert report.teacher_seconds_saved == (20.0 if noted else None)
     told = json.loads((tmp_path / "out" / "ablate.json").read_text())
     assert told["teacher_seconds_saved"] == report.teacher_seconds_saved
@@ -264,10 +270,10 @@ def a_run(loss: float, before: float, after: float) -> Any:
 
 def test_mean_spread_and_gap_recovery_worked_by_hand(case: tuple[Store, ModelRef]) -> None:
     """Losses 1, 2, 6: mean 3, variance (4 + 1 + 9) / 2. Recoveries 0.5, 1, 0 of a gap of 0.4."""
-    each = Combination(name="k=2", values={"train.k": 2}, job=job_of(case))
+    each = Combination(name="loss_topk=2", values={"train.loss_topk": 2}, job=job_of(case))
     runs = [a_run(1.0, 0.2, 0.4), a_run(2.0, 0.2, 0.6), a_run(6.0, 0.2, 0.2)]
     found = row(each, runs, teacher=0.6)
-    assert (found["k"], found["n"], found["loss"]) == (2, 3, 3.0)
+    assert (found["loss_topk"], found["n"], found["loss"]) == (2, 3, 3.0)
     assert found["loss_sd"] == pytest.approx(7**0.5)
     assert found["gap_recovery"] == pytest.approx(0.5)
     assert found["gap_recovery_sd"] == pytest.approx(0.5)
@@ -279,7 +285,7 @@ def test_mean_spread_and_gap_recovery_worked_by_hand(case: tuple[Store, ModelRef
     passes = (Passes(seconds=1.5, runs=3, epochs=2), Passes(seconds=4.0, runs=1, epochs=1))
     report = AblateReport(
         out=Path("x"),
-        pin=3,
+        snapshot=3,
         rows=(found,),
         runs_trained=3,
         seconds=1.0,
@@ -304,8 +310,8 @@ def test_combinations_are_evaluated_where_prompts_are_named(
     file.write_text("".join(json.dumps(each) + "\n" for each in rows))
     asked = Eval(prompts=file, n=2, max_new_tokens=4)
     job = job_of(case).model_copy(update={"eval": asked})
-    (found,) = run(case, tmp_path / "a", ["k=2"], job=job, teacher_accuracy=1.0).rows
-    (noted,) = (tmp_path / "a").glob("k=2/seed-0/run.json")
+    (found,) = run(case, tmp_path / "a", ["loss_topk=2"], job=job, teacher_accuracy=1.0).rows
+    (noted,) = (tmp_path / "a").glob("loss_topk=2/seed-0/run.json")
     first, last = json.loads(noted.read_text())["evaluations"]
     assert found["avg_at_n"] == last["eval/avg_at_n"]
     gap = 1.0 - first["eval/avg_at_n"]

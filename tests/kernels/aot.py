@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from logitcask.kernels.fused_rows import objective_kernel
-from logitcask.kernels.indexed_rows import dot_kernel, segment_kernel, weigh_kernel
-from logitcask.kernels.made_ahead import scale_kernel
+from logitcask.kernels.indexed_rows import dot_kernel, segment_kernel, weighted_sum_kernel
+from logitcask.kernels.precomputed_grad import scale_kernel
 from logitcask.kernels.row_grad import grad_kernel
 from logitcask.kernels.row_stats import scan_kernel
 from logitcask.kernels.topk_select import select_kernel
@@ -84,7 +84,7 @@ CASES = [
     ("scale bf16", scale_kernel, {"TILE": 4096}, 8, {"x": "*bf16"}),
     ("dot bf16", dot_kernel, LISTED, 4, {"out": "*fp32"}),
     ("dot fp32", dot_kernel, LISTED, 4, {"hidden": "*fp32", "weight": "*fp32", "out": "*fp32"}),
-    ("weigh bf16", weigh_kernel, LISTED, 4, {}),
+    ("weigh bf16", weighted_sum_kernel, LISTED, 4, {}),
     ("segment bf16", segment_kernel, SEGMENT, 4, {}),
 ]
 OTHERS = ("scan bf16", "select k=16 bf16", "grad bf16", "dot bf16", "weigh bf16", "segment bf16")

@@ -12,11 +12,11 @@ from kernel_cases import list_top, make_ids
 from kernel_objectives import Loss, objective
 from torch import Tensor
 
-from logitcask.engine.metrics.metrics import METRICS, row_metrics
-from logitcask.engine.packing.targets import BEYOND, Targets
+from logitcask.engine.metrics.metrics import METRICS, compute_metrics
+from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets
 from logitcask.kernels.fused_maths import TAIL_FLOOR
 from logitcask.kernels.fused_objective import DIVERGENCES, OUTSIDE, FusedObjective, OverlapSums
-from logitcask.kernels.row_view import ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 
 SUPPORTS = ("fixed", "overlap", "frozen", "union", "non_overlap", "sampled")
 KINDS = [(d, o) for d in DIVERGENCES for o in OUTSIDE]
@@ -55,9 +55,9 @@ def tell(
     kept = torch.randint(1, n_ids + 1, (n_rows,), generator=generator)
     real = ids >= 0
     kept = torch.minimum(kept, real.sum(1))
-    q_rank = torch.where(real & (order < kept[:, None]), order, BEYOND)
+    q_rank = torch.where(real & (order < kept[:, None]), order, NOT_IN_TOPK)
     column = torch.arange(n_ids)
-    known = real & ((q_rank < BEYOND) | (column < n_ids // 2))
+    known = real & ((q_rank < NOT_IN_TOPK) | (column < n_ids // 2))
     student = real & (column < n_ids // 2)
     teacher = real & (q_rank < max(1, n_ids // 2))
     on = {
@@ -123,7 +123,7 @@ ENGINE = {
     "overlap/advantage": lambda sums: sums.advantage,
     "overlap/empty_share": lambda sums: (sums.shared == 0).float(),
     "cache/coverage": lambda sums: sums.coverage,
-    "cache/miss_mass": lambda sums: sums.miss_mass,
+    "cache/uncached_mass": lambda sums: sums.miss_mass,
 }
 """The engine's metrics that the fused sums give."""
 assert METRICS.keys() >= ENGINE.keys()
@@ -141,23 +141,23 @@ def targets_of(told: Told) -> Targets:
         in_student=told.known,
         cached=told.known,
         token_col=none,
-        kept=told.kept,
+        n_kept=told.kept,
         q_log_tail=told.log_tail,
         q_entropy=row,
-        s_entropy=row,
-        s_lp=row,
-        b_lp=row,
-        q_token_lp=row,
+        student_entropy=row,
+        student_logprobs=row,
+        behavior_logprobs=row,
+        teacher_logprobs=row,
         version=none,
         sequence=none,
         position=none,
-        s_log_p=told.log_q,
+        student_topk_logprobs=told.log_q,
     )
 
 
 def plain_metrics(told: Told, view: ObjectiveInput) -> dict[str, Tensor]:
     """By the engine's own functions of its Targets."""
-    made = row_metrics(view, targets_of(told).at(view.index), k=METRIC_K)
+    made = compute_metrics(view, targets_of(told).at(view.index), k=METRIC_K)
     return {name: made[name] for name in ENGINE} | {"entropy": view.entropy}
 
 

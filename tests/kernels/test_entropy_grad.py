@@ -15,7 +15,7 @@ from kernel_objectives import (
 from torch import Tensor
 
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
 from logitcask.kernels.row_grad import row_grad, row_grad_reference
 from logitcask.kernels.row_stats import row_stats, row_stats_reference
 from logitcask.kernels.sparse_kl import ObjectiveFn, sparse_kl, sparse_kl_reference
@@ -82,7 +82,7 @@ def test_float64_is_exact_through_every_map(kind: str, y: LogitTransform) -> Non
     logits, ids, teacher, answer = problem("cpu", kind, torch.float64)
     if y.softcap is not None:  # it makes a finite logit of -inf, at which its slope is 0
         logits = logits.detach().nan_to_num(neginf=-9.0).requires_grad_()
-    options = {"k": K, "row_weight": WEIGHT, "logit_map": y}
+    options = {"k": K, "row_weight": WEIGHT, "logit_transform": y}
     exact, want = full_vocab(logits, teacher, y=y)
     ours = sparse_kl(logits, ids, answer, **options)
     torch.testing.assert_close(ours.loss.detach(), exact, rtol=1e-12, atol=1e-13)
@@ -98,7 +98,7 @@ def test_hidden_states(y: LogitTransform, device: str) -> None:
     hidden = torch.randn(P, 16, generator=generator).to(device).requires_grad_()
     head = torch.randn(V, 16, generator=generator).to(device).requires_grad_()
     _, ids, teacher, answer = problem(device)
-    options = {"k": K, "row_weight": WEIGHT.to(device), "logit_map": y}
+    options = {"k": K, "row_weight": WEIGHT.to(device), "logit_transform": y}
     ours = linear_sparse_kl(hidden, head, ids, answer, chunk_rows=2, **options)
     grads = torch.autograd.grad(ours.loss, (hidden, head))
     _, dz = full_vocab(hidden.double() @ head.double().T, teacher.to(torch.float64), y=y)
@@ -132,14 +132,14 @@ def test_a_row_rests_only_where_both_coefficients_are_zero(y: LogitTransform, de
     logits[[1, 3]] = torch.nan
     ids = torch.zeros(4, 1, dtype=torch.int64, device=device)
     dense, log = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.5, 0.0, 0.0, 0.5]], device=device)
-    lse = row_stats(logits, logit_map=y).log_sum_exp
+    lse = row_stats(logits, logit_transform=y).log_sum_exp
     given = (logits, lse, dense, ids, dense[:, None])
-    apart = row_grad(*given, dense_log=log, logit_map=y)
+    apart = row_grad(*given, dense_log=log, logit_transform=y)
     assert (apart[0, 1:] < 0).all(), "p log p"
     assert (apart[1, 1:] == 0).all(), "whatever it holds"
-    assert torch.allclose(apart[2], row_grad(*given, logit_map=y)[2], rtol=1e-6)
+    assert torch.allclose(apart[2], row_grad(*given, logit_transform=y)[2], rtol=1e-6)
     assert apart[3, 1:].isnan().all(), "a broken student must show"
-    inside = row_grad(*given, dense_log=log, logit_map=y, out=logits)
+    inside = row_grad(*given, dense_log=log, logit_transform=y, out=logits)
     assert torch.equal(inside.nan_to_num(nan=7.0), apart.nan_to_num(nan=7.0))
 
 

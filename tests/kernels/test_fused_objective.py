@@ -14,7 +14,7 @@ from torch import Tensor
 from logitcask.engine.objectives.evaluate import row_objective
 from logitcask.engine.objectives.objective import Objective
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import LogitTransform
+from logitcask.kernels.logit_transform import LogitTransform
 from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput, SparseLoss, sparse_kl
 
 P, V, S, K = 4, 300, 12, 6
@@ -119,7 +119,7 @@ def test_hard_logits(kind: str, dtype: torch.dtype, one_program: bool, triton_de
 
 
 @pytest.mark.parametrize(
-    "logit_map",
+    "logit_transform",
     [
         LogitTransform(temperature=0.7),
         LogitTransform(scale=0.5),
@@ -130,12 +130,12 @@ def test_hard_logits(kind: str, dtype: torch.dtype, one_program: bool, triton_de
 @pytest.mark.parametrize("one_program", [False, True])
 @pytest.mark.parametrize("outside", ["renormalize", "tail"])
 def test_scale_cap_and_temperature(
-    outside: str, one_program: bool, logit_map: LogitTransform, triton_device: str
+    outside: str, one_program: bool, logit_transform: LogitTransform, triton_device: str
 ) -> None:
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
     told = tell(logits, S)
     objective, plain = fused(told, "skew", outside, one_program=one_program)
-    options = {"logit_map": logit_map, "row_weight": WEIGHT.to(triton_device)}
+    options = {"logit_transform": logit_transform, "row_weight": WEIGHT.to(triton_device)}
     assert_same(
         run(logits, told, bare(objective), **options), run(logits, told, plain, **options), 5e-6
     )
@@ -201,9 +201,13 @@ def test_equals_the_engines_objective(
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
     k, told = 3, tell(logits, S)
     told = replace(told, on=told.q_rank < k, live_k=k if support == "overlap" else 0)
-    form = {"support": support, "divergence": divergence, "outside": outside}
+    form = {
+        "support": support,
+        "divergence": divergence,
+        "tail": {"tail": "bucket"}.get(outside, outside),
+    }
     plain = row_objective(
-        Objective(**form, form="divergence", k=k), targets_of(told), metric_k=METRIC_K
+        Objective(**form, estimator="divergence", k=k), targets_of(told), metric_k=METRIC_K
     )
     (want, want_grad), (ours, grad) = (
         run(logits, told, answer) for answer in (plain, bare(fused(told, divergence, outside)[0]))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import LogitTransform
+from logitcask.kernels.logit_transform import LogitTransform
 from logitcask.kernels.row_grad import row_grad
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput, SparseLoss, sparse_kl
@@ -94,9 +94,9 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "chunk_rows 0": ({"chunk_rows": 0}, ValueError, "chunk_rows=0 must be at least 1"),
     "temperature 0": (
-        {"logit_map": LogitTransform(temperature=0.0)},
+        {"logit_transform": LogitTransform(temperature=0.0)},
         ValueError,
-        "logit_map.temperature=0.0 must be a positive number",
+        "logit_transform.temperature=0.0 must be a positive number",
     ),
 }
 
@@ -142,9 +142,9 @@ SINGLE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "topk_select, n_vocab": (lambda: topk_select(Z, 2, n_vocab=11), ValueError, "1..10"),
     "row_stats, softcap": (
-        lambda: row_stats(Z, logit_map=LogitTransform(softcap=-1.0)),
+        lambda: row_stats(Z, logit_transform=LogitTransform(softcap=-1.0)),
         ValueError,
-        "logit_map.softcap=-1.0 must be a positive number",
+        "logit_transform.softcap=-1.0 must be a positive number",
     ),
     "row_grad, integers": (
         lambda: row_grad(Z.long(), ROW, ROW, IDS, AT),

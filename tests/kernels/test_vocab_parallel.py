@@ -26,11 +26,11 @@ from torch import Tensor
 from vocab_parallel_rank import N_VOCAB, outcome, own, problem
 
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.logit_map import PLAIN, LogitTransform
+from logitcask.kernels.logit_transform import PLAIN, LogitTransform
 from logitcask.kernels.row_stats import row_stats, row_stats_reference
-from logitcask.kernels.shard_group import fingerprint
 from logitcask.kernels.sparse_kl import ObjectiveFn, RowLosses, RowRead, SparseLoss, sparse_kl
 from logitcask.kernels.topk_select import topk_select
+from logitcask.kernels.tp_group import fingerprint
 from logitcask.kernels.vocab_parallel import (
     merge_reads,
     own_columns,
@@ -61,13 +61,13 @@ def merged(
     widths: Sequence[int],
     k: int,
     n_vocab: int,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> RowRead:
     """What every rank would know of whole rows."""
     parts = []
     for columns, n_own in spread(widths, n_vocab):
         at = own_columns(ids, columns.start, n_own)
-        parts.append(read_shard(logits[:, columns], at, k, columns.start, n_own, logit_map))
+        parts.append(read_shard(logits[:, columns], at, k, columns.start, n_own, logit_transform))
     return merge_reads(parts, k)
 
 
@@ -79,15 +79,15 @@ def on_shards(
     n_vocab: int,
     k: int = K,
     row_weight: Tensor | None = None,
-    logit_map: LogitTransform = PLAIN,
+    logit_transform: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor]:
     """Every rank's result, the same to the bit, and the gradients of their columns side by side."""
     logits = logits.detach()
-    read = merged(logits, ids, widths, k, n_vocab, logit_map)
+    read = merged(logits, ids, widths, k, n_vocab, logit_transform)
     grad = torch.full_like(logits, torch.nan)
     results = []
     for columns, n_own in spread(widths, n_vocab):
-        losses = RowLosses(ids, answer, k, row_weight, read.entropy.dtype, logit_map)
+        losses = RowLosses(ids, answer, k, row_weight, read.entropy.dtype, logit_transform)
         at, out = own_columns(ids, columns.start, n_own), grad[:, columns]
         if n_own == 0:
             out.zero_()
@@ -225,7 +225,7 @@ def test_an_entropy_in_the_loss_is_that_of_whole_rows_on_every_shard(
         return torch.autograd.grad((weight * rows).sum(), z)[0]
 
     answer = plus_entropy(objective(loss(teacher)), factor)
-    _, grad = on_shards(logits, ids, answer, widths, N_OWN, row_weight=weight, logit_map=y)
+    _, grad = on_shards(logits, ids, answer, widths, N_OWN, row_weight=weight, logit_transform=y)
     naive, exact = autograd(logits, teacher), autograd(logits.double(), teacher.to(torch.float64))
     assert_close(grad, naive, exact, 8 * ulp(logits, torch.float32), "gradient")
     assert (grad[:, N_OWN:] == 0).all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.sampling import law
+from logitcask.engine.backends.sampling import distribution
 from logitcask.engine.backends.scoring import row_logits
 from logitcask.engine.backends.vllm.backend import VLLM
 from logitcask.engine.errors import ConfigError, ModelError, PromptError
@@ -37,7 +37,7 @@ def our_law(hf: HF, rolled: Rollouts, sampling: SamplingParams) -> Array:
             i, token = int(of[row]), int(rolled.tokens[row])
             prompt = rolled.prompts[int(rolled.seq_prompt[i])].token_ids
             seen = [*prompt, *rolled.tokens[rolled.seq_off[i] : row].tolist()]
-            made = law(sampling)(torch.tensor([seen]), scores[None].clone())
+            made = distribution(sampling)(torch.tensor([seen]), scores[None].clone())
             lp[row] = made[0].double().log_softmax(-1)[token]
     return lp
 

@@ -72,7 +72,7 @@ def test_all_ids_leave_nothing_open(vllm: VLLM, hf: HF, rollouts: Rollouts) -> N
 
 def test_the_older_runner_is_not_asked_at_ids(vllm: VLLM, rollouts: Rollouts) -> None:
     assert vllm.capabilities == {"top", "entropy", "tail", "bounds"}
-    with pytest.raises(ConfigError, match=r"V1 runner gives no at_ids"):
+    with pytest.raises(ConfigError, match=r"V1 runner does not support at_ids"):
         vllm.score(rollouts, ASK)
     drawn = ScoreParams(entry_kind="sampled", draws=4, at_student=False)
     with pytest.raises(ConfigError, match="no drawn"):
@@ -116,7 +116,7 @@ def test_an_untied_head_is_found_and_a_wrong_one_is_caught(
     net = backend.net
     assert net is not None
     ids = backend._probe()
-    told = backend._tell(backend.engine("score"), ids)
+    told = backend._probe_logprobs(backend.engine("score"), ids)
     net.prove(ids, told)
     net.weight = net.weight + 1e-3 * torch.randn(net.weight.shape, generator=torch.manual_seed(0))
     with pytest.raises(ModelError, match="nats from what vLLM tells"):
@@ -129,7 +129,7 @@ def test_an_answer_that_no_model_can_give_is_refused(
 ) -> None:
     vllm.score(rollouts, TOP)
     engine = vllm.engine("score")
-    true = engine._ask
+    true = engine._generate
 
     def lying(change: Any) -> Any:
         def ask(*args: Any, **same: Any) -> Any:
@@ -149,7 +149,7 @@ def test_an_answer_that_no_model_can_give_is_refused(
         flat.logprobs[-1] = 0.5
 
     for change, what in ((short, "log-probs for"), (other, "other tokens"), (likely, "0.5")):
-        monkeypatch.setattr(engine, "_ask", lying(change))
+        monkeypatch.setattr(engine, "_generate", lying(change))
         with pytest.raises(AnswerError, match=what):
             vllm.score(rollouts, TOP)
 

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.server import Limits, Server
+from logitcask.engine.backends.server import Limits, ServerScorer
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.rollout.plan import rollout
 from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
-from logitcask.engine.teachers.server_check import ServerCheck, examine
+from logitcask.engine.teachers.server_check import ServerCheck, check_server
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
 from tests.engine.tiny import make_model, save_folder
 from tests.vllm.real_server import RealServer
@@ -36,14 +36,16 @@ UNITS, END_S = 5, 120
 
 
 @pytest.fixture(scope="module")
-def server(vllm_server: str, ref: ModelRef) -> Iterator[Server]:
-    with Server([vllm_server], limits=Limits(read_s=120)) as server:
+def server(vllm_server: str, ref: ModelRef) -> Iterator[ServerScorer]:
+    with ServerScorer([vllm_server], limits=Limits(read_s=120)) as server:
         server.n_vocab = ref.n_vocab
         yield server
 
 
 @pytest.mark.parametrize("k", [12, 64])
-def test_scores_of_a_real_server_are_those_of_the_model(server: Server, hf: HF, k: int) -> None:
+def test_scores_of_a_real_server_are_those_of_the_model(
+    server: ServerScorer, hf: HF, k: int
+) -> None:
     assert "at_ids" in server.capabilities
     rolled = hf.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=8), seed=0, version=0)
     rolled = replace(rolled, student=hf.score(rolled, OWN))
@@ -60,8 +62,8 @@ def test_scores_of_a_real_server_are_those_of_the_model(server: Server, hf: HF, 
 
 
 def test_the_doctor_finds_nothing(vllm_server: str, ref: ModelRef) -> None:
-    found = list(examine(ServerCheck(url=vllm_server, against=str(ref.path))))
-    assert {each.check: (each.state, each.said) for each in found if each.state != "ok"} == {}
+    found = list(check_server(ServerCheck(url=vllm_server, against=str(ref.path))))
+    assert {each.check: (each.state, each.message) for each in found if each.state != "ok"} == {}
     assert [each.check for each in found][-1] == "parity"
 
 
@@ -83,23 +85,23 @@ def test_three_environments_meet_in_a_store(
     call(
         ours,
         f"rollout --model {student} --prompts p.jsonl --no-chat-template --store store --n 2 "
-        "--max-new-tokens 8 --student-k 4 --unit-prompts 2 --backend vllm --device cpu",
+        "--max-new-tokens 8 --student-topk 4 --unit-prompts 2 --backend vllm --device cpu",
     )
     call(
         OTHER,
         f"score --model {vllm_server} --tokenizer {ref.path} --store store --teacher served "
-        "--k-min 4 --k-max 12",
+        "--teacher-topk-min 4 --teacher-topk-max 12",
     )
-    pin = open_store(store).head()
-    segment = pin.rollouts("main")[0]
+    snapshot = open_store(store).head()
+    segment = snapshot.rollouts("main")[0]
     assert segment.lineage["backend"]["name"] == "vllm"
-    (score,) = pin.scores("served")[segment.seg_id]
+    (score,) = snapshot.scores("served")[segment.seg_id]
     assert score.lineage["backend"]["name"] == "server"
     assert score.lineage["request"]["at_student"]
     call(
         OTHER,
-        f"train --model {student} --store store --objective opd --k 4 --lr 1e-3 --out run "
-        "--tokens-per-batch 64 --device cpu",
+        f"train --model {student} --store store --objective opd --loss-topk 4 --lr 1e-3 --out run "
+        "--pack-length 64 --device cpu",
     )
     card = json.loads((tmp_path / "run" / "logitcask.json").read_text())
     assert card["version"] >= 1
@@ -117,7 +119,10 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     rollout(RolloutRequest(store=store, model=student, sampler=HF(student), **made))
 
     words = f"score --model {real_server.url} --tokenizer {ref.path} --store {store.url}"
-    asked = "--teacher served --entry-kind topk --k-min 12 --k-max 12 --profile raw32 --format json"
+    asked = (
+        "--teacher served --selection top-k --teacher-topk-min 12 "
+        "--teacher-topk-max 12 --profile raw32 --format json"
+    )
     command = subprocess.Popen(
         [OTHER, *words.split(), *asked.split()],
         env=QUIET,
@@ -144,12 +149,12 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=12, k_max=12)
     near = {"model": ref, "scorer": hf, "teacher_name": "near", "profile": "raw32"}
     score(ScoreRequest(store=store, request=request, **near))
-    pin = store.head()
-    assert len(pin.segments) == pin.number + 1 == 3 * UNITS
-    for segment in pin.rollouts("main"):
+    snapshot = store.head()
+    assert len(snapshot.segments) == snapshot.number + 1 == 3 * UNITS
+    for segment in snapshot.rollouts("main"):
         base = store.read_rollouts(segment)
         found, exact = (
-            store.read_scores(pin.scores(name)[segment.seg_id], base=base)
+            store.read_scores(snapshot.scores(name)[segment.seg_id], base=base)
             for name in ("served", "near")
         )
         for name in ("lp", "s_lp", "entry_lp"):

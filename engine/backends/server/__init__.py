@@ -1,12 +1,16 @@
-"""A teacher behind HTTP: any vLLM server, or several of one teacher. Nothing here imports vllm.
+"""A remote teacher: one or more vLLM servers over HTTP. Nothing here imports vllm.
 
-wire says what is asked and reads what is answered, budget bounds what is in flight, link talks to
-one server, fleet to all of them, probe finds out what they can do, asking puts a unit to them, and
-scorer is what others see.
+protocol.py      request bodies and checked answers of one sequence
+budget.py        limits of requests, tokens and bytes in flight
+client.py        HTTP requests to one server, and the meaning of its faults
+pool.py          several servers of one teacher: choice, retries, availability
+capabilities.py  identity and capabilities of a server
+requests.py      the requests of one work unit
+scorer.py        the scorer
 """
 
 from logitcask.engine.backends.server.budget import Limits
-from logitcask.engine.backends.server.capabilities import ServerFacts
-from logitcask.engine.backends.server.scorer import Server, read_key
+from logitcask.engine.backends.server.capabilities import ServerInfo
+from logitcask.engine.backends.server.scorer import ServerScorer, read_key
 
-__all__ = ["Limits", "Server", "ServerFacts", "read_key"]
+__all__ = ["Limits", "ServerInfo", "ServerScorer", "read_key"]

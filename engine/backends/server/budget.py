@@ -1,4 +1,4 @@
-"""What may be in flight at once: requests, tokens, and bytes of answers."""
+"""Limits of what is in flight at once: requests, tokens, and bytes of answers."""
 
 import asyncio
 import time
@@ -9,40 +9,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """How much is asked of servers at once, and how long they are waited for."""
+    """Limits of the load on servers, and of waiting for them."""
 
     requests: int = 64
-    """In flight, to all servers; fewer while they say that they are busy."""
+    """In flight, to all servers; fewer while they answer that they are busy."""
     tokens: int = 1 << 17
     """In flight, of prompts and responses together."""
     bytes: int = 256 << 20
-    """In flight, of answers as they are expected."""
+    """In flight, expected bytes of answers."""
     attempts: int = 6
-    """At one sequence; that a server takes no more now is no attempt."""
+    """Per sequence; an answer that the server is busy does not count."""
     connect_s: float = 10.0
     health_s: float = 5.0
-    """Whoever does not say within this that it is well is away."""
+    """Timeout of /health; after it a server counts as unavailable."""
     read_s: float = 60.0
-    """Until an answer has come, and more for a large one: ..."""
+    """Timeout of an answer, plus the time that its size needs at these rates:"""
     bytes_per_s: float = 5e6
     tokens_per_s: float = 1000.0
-    """... so much slower than this no server is, counting those before it in the queue."""
+    """Lower bound of a server's speed, with its queue."""
     backoff_s: float = 0.5
-    """Pause after a first fault, at most; it doubles with each, ..."""
+    """Maximum pause after a first fault; it doubles with each fault, ..."""
     most_backoff_s: float = 30.0
     """... up to this."""
     wait_s: float = 600.0
-    """All servers may be away, or take no more, for so long."""
+    """Maximum time with all servers unavailable or busy."""
     alone_s: float = 10.0
-    """One of several may be away for so long when it is asked alone."""
+    """Maximum time that a single one of several servers is waited for."""
     poll_s: float = 1.0
-    """Between two looks at whether a server is back."""
+    """Interval between two health checks of an unavailable server."""
 
 
 class Budget:
     """Additive increase, multiplicative decrease of the requests; fixed caps on tokens and bytes.
 
-    What is larger than a cap by itself goes alone.
+    A request that is larger than a cap is sent alone.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -51,37 +51,38 @@ class Budget:
         self.requests = self.tokens = self.bytes = 0
         """In flight now."""
         self.most_requests = self.most_bytes = 0
-        """In flight at the highest."""
+        """Maxima so far."""
         self._slowed_s = -1.0
-        """When the window was last halved, monotonic."""
+        """Monotonic time of the last halving of the window."""
         self._changed = asyncio.Condition()
 
     @asynccontextmanager
-    async def take(self, tokens: int, size: int) -> AsyncIterator[None]:
-        """Waits until this fits in."""
+    async def reserve(self, tokens: int, size: int) -> AsyncIterator[None]:
+        """Wait until this fits, and count it as in flight for the async with block."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._fits(tokens, size))
             self._add(1, tokens, size)
         try:
             yield
         finally:
-            # Before anything is awaited: a cancelled request must give back what it took.
+            # Before the first await: a cancelled request must release its share.
             self._add(-1, -tokens, -size)
             async with self._changed:
                 self._changed.notify_all()
 
-    def faster(self) -> None:
+    def increase(self) -> None:
+        """Widen the window by 1 / window, after a success."""
         self._window = min(self._limits.requests, self._window + 1 / self._window)
 
-    def slower(self, asked_s: float) -> None:
-        """asked_s: when what was refused had been asked, monotonic. What was under way when the
-        window was halved says nothing of the new one."""
-        if asked_s > self._slowed_s:
+    def decrease(self, sent_s: float) -> None:
+        """Halve the window, unless the request was sent (monotonic) before the last halving."""
+        if sent_s > self._slowed_s:
             self._window = max(1.0, self._window / 2)
             self._slowed_s = time.monotonic()
 
     @property
     def window(self) -> float:
+        """Return the number of requests that may be in flight now."""
         return self._window
 
     def _fits(self, tokens: int, size: int) -> bool:

@@ -1,7 +1,7 @@
-"""One server: one HTTP exchange at a time, and what each of its faults means.
+"""HTTP requests to one server, and the meaning of each fault.
 
-A fault is Transient (asked again is likely to help) or it is raised as it is: what a server refuses
-for good is its operator's or the caller's to mend, and is never asked twice.
+A fault is Transient if a retry is likely to help. Every other fault is raised as it is and never
+retried: the operator or the caller must change something.
 """
 
 import json
@@ -15,24 +15,24 @@ from logitcask.engine.backends.server.budget import Limits
 from logitcask.engine.errors import ConfigError, ServerError
 
 KEEP_ALIVE_S = 4.0
-"""Uvicorn closes a connection that was idle for 5 s, and who then uses it loses the request."""
+"""Uvicorn closes a connection that was idle for 5 s; a request sent on it would be lost."""
 BUSY = (429, 503)
-ILL = (500, 502, 503, 504)
-"""So a server, or a proxy before it, answers for an engine that is dead or still loads too."""
-TRANSIENT = (408, 425, 429, *ILL)
+UNHEALTHY = (500, 502, 503, 504)
+"""Also the answers of a server, or a proxy, for an engine that is dead or still loads."""
+TRANSIENT = (408, 425, 429, *UNHEALTHY)
 MOST_MESSAGE = 400
 ERROR_BYTES = 1 << 16
 
 HINTS = {
-    401: "Give the server's key in LOGITCASK_API_KEY or with --api-key-file.",
-    403: "The key may not do this, or the server lacks a flag (--enable-scale-out for "
-    "/inference/v1/generate).",
-    404: "Check the URL and --served; vLLM older than 0.31 lacks endpoints that are needed.",
+    401: "give the server's key in LOGITCASK_API_KEY or with --api-key-file",
+    403: "check the permissions of the key, and the server's flags (--enable-scale-out for "
+    "/inference/v1/generate)",
+    404: "check the URL and --served; vLLM before 0.31 lacks required endpoints",
 }
 
 
 class Transient(Exception):
-    """A fault that asking again may mend."""
+    """A fault that a retry may solve."""
 
     def __init__(
         self,
@@ -45,59 +45,64 @@ class Transient(Exception):
     ) -> None:
         super().__init__(what)
         self.lost = lost
-        """The connection is gone, and the server may be too."""
+        """The connection is lost, and the server may be too."""
         self.late = late
-        """No answer came in time."""
+        """Timeout."""
         self.busy = status in BUSY
-        """It takes no more now: nothing is wrong with the request."""
-        self.ill = status in ILL
+        """The server accepts no more requests now; the request itself is correct."""
+        self.unhealthy = status in UNHEALTHY
         self.after_s = after_s
-        """The server asked for so long a pause."""
+        """Pause in the server's Retry-After."""
 
 
 class ServerClient:
     """A session with one server. Made and used within one event loop."""
 
     def __init__(self, url: str, key: str | None, limits: Limits) -> None:
-        """Raises ConfigError for a URL that is none, or that holds a secret, and for a key that no
-        header can hold."""
-        self.url = checked(url)
+        """Check URL and key.
+
+        Raises ConfigError for an invalid URL, a URL with a secret, or a key that is not valid in
+        an HTTP header.
+        """
+        self.url = normalize_url(url)
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
             raise ConfigError(
-                f"the API key of {self.url} has characters that no header can hold",
-                hint="Give the key alone, without a line's end or spaces around it.",
+                f"the API key of {self.url} has characters that are not valid in a header",
+                hint="give the key only, without newline or spaces around it",
             )
         self._key, self._limits = key, limits
         self._session: aiohttp.ClientSession | None = None
         self.in_flight = 0
-        """Questions that the fleet has for it."""
+        """Requests of the pool to this server."""
         self.names: set[str] = set()
-        """What it may call the model in its answers, as it said when it was last looked at."""
+        """Valid model names in its answers, from its last /v1/models."""
         self.received = 0
-        """Bytes of answers."""
+        """Bytes of all answers."""
         self._has_health = False
-        self._ill_s = 0.0
-        """When it was last found to be so, monotonic."""
-        self.up = True
-        self.looked_s = 0.0
-        """When it was last looked at while it was away, monotonic."""
+        self._unhealthy_s = 0.0
+        """Monotonic time of the last failed health check."""
+        self.healthy = True
+        self.checked_s = 0.0
+        """Monotonic time of the last check while it was unavailable."""
 
     async def close(self) -> None:
+        """Close the session."""
         if self._session is not None:
             await self._session.close()
 
     async def post(self, path: str, body: Any, *, most: int, expected: int, tokens: int) -> bytes:
-        """The bytes of an answer. body: as JSON takes it, or already JSON; most, expected: bytes of
-        the answer; tokens: that the server must read.
+        """Send a POST request and return the bytes of the answer.
 
-        Raises Transient, or ServerError for what it refuses.
+        body: an object for JSON, or JSON bytes; most, expected: bytes of the answer; tokens:
+        number of tokens that the server must process. Raises Transient, or ServerError for a
+        rejected request.
         """
         limits = self._limits
         read_s = limits.read_s + expected / limits.bytes_per_s + tokens / limits.tokens_per_s
         return await self._exchange("POST", path, body, most, read_s)
 
     async def get(self, path: str, within_s: float = 0.0) -> Any:
-        """A small JSON answer; None where it is empty. within_s: 0 = as long as a connection."""
+        """Return a small JSON answer; None if it is empty. within_s: 0 = the connect timeout."""
         limit_s = within_s or self._limits.connect_s
         data = await self._exchange("GET", path, None, 1 << 20, limit_s)
         try:
@@ -105,38 +110,39 @@ class ServerClient:
         except (ValueError, RecursionError):
             return None
 
-    async def look(self) -> None:
-        """Raises Transient where it is not well."""
+    async def check_health(self) -> None:
+        """Raise Transient for a server that is not healthy."""
         try:
             await self.get("/health", self._limits.health_s)
-        except ServerError as refusal:
-            # A hosted endpoint may have no such path; that it answers is what was asked. Where it
-            # once had one, what answers now is a proxy.
+        except ServerError as rejection:
+            # A hosted endpoint may have no /health: any answer is enough. If it had one before,
+            # the answer comes from a proxy that lost its server.
             if self._has_health:
-                raise Transient(refusal.cause, lost=True) from None
+                raise Transient(rejection.cause, lost=True) from None
             return
         self._has_health = True
 
-    async def healthy(self) -> bool:
+    async def is_healthy(self) -> bool:
+        """Return the result of a health check."""
         try:
-            await self.look()
+            await self.check_health()
         except Transient:
-            self._ill_s = time.monotonic()
+            self._unhealthy_s = time.monotonic()
             return False
         return True
 
     async def _exchange(self, method: str, path: str, body: Any, most: int, read_s: float) -> bytes:
-        asked_s = time.monotonic()
+        sent_s = time.monotonic()
         try:
             return await self._once(method, path, body, most, read_s)
-        except Refused as refusal:
-            # A proxy that has lost its server says that there is nothing here; and may have it
-            # back by now, where another found it ill since this was asked.
-            if refusal.status != 404 or path == "/health":
+        except RequestRejected as rejection:
+            # A proxy that has lost its server answers 404. The server may be back by now, so a
+            # failed health check of another request since then counts too.
+            if rejection.status != 404 or path == "/health":
                 raise
-            if await self.healthy() and self._ill_s < asked_s:
+            if await self.is_healthy() and self._unhealthy_s < sent_s:
                 raise
-            raise Transient(refusal.cause, lost=True) from None
+            raise Transient(rejection.cause, lost=True) from None
 
     async def _once(self, method: str, path: str, body: Any, most: int, read_s: float) -> bytes:
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
@@ -155,26 +161,27 @@ class ServerClient:
                 timeout=timeout,
                 allow_redirects=False,
             ) as response:
-                data = await bounded(response, most if response.status == 200 else ERROR_BYTES)
+                data = await read_bounded(response, most if response.status == 200 else ERROR_BYTES)
                 self.received += len(data)
                 if response.status != 200:
-                    self._refused(response, path, data)
+                    self._raise_rejected(response, path, data)
                 return data
-        except Refused:
-            raise  # an OSError, as those below are
+        except RequestRejected:
+            raise  # it is an OSError, like the errors below
         except aiohttp.ConnectionTimeoutError as error:
             raise Transient("no connection in time", lost=True) from error
         except TimeoutError as error:
             raise Transient(f"no answer within {read_s:.0f} s", late=True) from error
         except aiohttp.ClientSSLError as error:
-            raise Refused(
+            raise RequestRejected(
                 f"{self.url}: no secure connection: {error}",
-                hint="Give a URL whose certificate this machine trusts (SSL_CERT_FILE adds one).",
+                hint="give a URL with a certificate that this machine trusts "
+                "(SSL_CERT_FILE adds one)",
             ) from error
         except (aiohttp.ClientError, OSError) as error:
-            # What is no HTTP is quoted in it, the key too where a server repeats what it was sent.
-            said = self._redacted(f"{type(error).__name__}: {error}")
-            raise Transient(said, lost=True) from None
+            # An HTTP parse error quotes the answer, with the key if the server repeats it.
+            text = self._one_line(f"{type(error).__name__}: {error}")
+            raise Transient(text, lost=True) from None
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -185,41 +192,41 @@ class ServerClient:
             )
         return self._session
 
-    def hidden(self, said: str) -> str:
-        """Without the key, also as repr writes it."""
+    def redact(self, text: str) -> str:
+        """Remove the key from a text, also in its repr form."""
         if self._key is None:
-            return said
-        return said.replace(self._key, "(key)").replace(repr(self._key)[1:-1], "(key)")
+            return text
+        return text.replace(self._key, "(key)").replace(repr(self._key)[1:-1], "(key)")
 
-    def _redacted(self, said: str) -> str:
-        """One line, without the key, of which a part could be left if the line were cut first."""
-        return self.hidden(" ".join(said.split()))[:MOST_MESSAGE]
+    def _one_line(self, text: str) -> str:
+        """Redact a text, then shorten it: the other order could leave a part of the key."""
+        return self.redact(" ".join(text.split()))[:MOST_MESSAGE]
 
-    def _refused(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> NoReturn:
+    def _raise_rejected(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> NoReturn:
         status = response.status
-        moved = 300 <= status < 400 and pointed(response.headers.get("Location", ""))
-        said = self._redacted(f"it has moved to {moved}" if moved else message(data))
-        what = f"{self.url}{path} answers {status}: {said}"
+        moved = 300 <= status < 400 and redirect_target(response.headers.get("Location", ""))
+        text = self._one_line(f"it has moved to {moved}" if moved else error_message(data))
+        what = f"{self.url}{path} answers {status}: {text}"
         if status in TRANSIENT:
             raise Transient(
-                what, status=status, after_s=seconds(response.headers.get("Retry-After", ""))
+                what, status=status, after_s=retry_after_s(response.headers.get("Retry-After", ""))
             )
-        hint = "Check the server and what it is asked (`logitcask doctor teacher`)."
+        hint = "check the server and the request (`logitcask doctor teacher`)"
         if moved:
-            hint = "Give the address where it is: redirects are not followed with a key."
-        raise Refused(what, hint=HINTS.get(status, hint), status=status)
+            hint = "give the new address: redirects are not followed with a key"
+        raise RequestRejected(what, hint=HINTS.get(status, hint), status=status)
 
 
-class Refused(ServerError):
-    """A refusal, with its HTTP status."""
+class RequestRejected(ServerError):
+    """A rejected request, with its HTTP status."""
 
     def __init__(self, cause: str, *, hint: str, status: int = 0) -> None:
         super().__init__(cause, hint=hint)
         self.status = status
 
 
-async def bounded(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """The body, of which more than `most` bytes are not read."""
+async def read_bounded(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """Read the body; Transient for more than `most` bytes."""
     parts, size = [], 0
     async for part in response.content.iter_chunked(1 << 16):
         parts.append(part)
@@ -230,22 +237,22 @@ async def bounded(response: aiohttp.ClientResponse, most: int) -> bytes:
     return b"".join(parts)
 
 
-def message(data: bytes) -> str:
-    """What an error's body says: vLLM's object, a plain string in its place, or any text."""
+def error_message(data: bytes) -> str:
+    """Return the message in an error's body: vLLM's object, a plain string, or any text."""
     text = data.decode("utf-8", "replace")
     try:
-        said = json.loads(text)
+        found = json.loads(text)
     except (ValueError, RecursionError):
-        said = text
-    if isinstance(said, dict):
-        said = said.get("error", said.get("message", said.get("detail", said)))
-    if isinstance(said, dict):
-        said = said.get("message", said)
-    return str(said)
+        found = text
+    if isinstance(found, dict):
+        found = found.get("error", found.get("message", found.get("detail", found)))
+    if isinstance(found, dict):
+        found = found.get("message", found)
+    return str(found)
 
 
-def pointed(location: str) -> str:
-    """Where a redirect points, without what may be a secret in it."""
+def redirect_target(location: str) -> str:
+    """Return the target of a redirect without parts that may hold a secret."""
     try:
         parts = urlsplit(location)
     except ValueError:
@@ -254,27 +261,28 @@ def pointed(location: str) -> str:
     return parts._replace(netloc=host, query="", fragment="").geturl()
 
 
-def seconds(text: str) -> float:
-    """Of a Retry-After header; 0 for a date or nonsense, which the back-off then covers."""
+def retry_after_s(text: str) -> float:
+    """Return the seconds of a Retry-After header; 0 for a date or an invalid text."""
     return float(text) if text.isascii() and text.isdecimal() else 0.0
 
 
-def checked(url: str) -> str:
+def normalize_url(url: str) -> str:
+    """Return the URL without a trailing / or /v1; ConfigError for an invalid one."""
     try:
         parts = urlsplit(url)
         sound = parts.scheme.lower() in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets that do not close, a port that is no number or too large
+    except ValueError:  # unclosed brackets, an invalid port
         sound = False
     if not sound:
-        # A part of it may be a password.
+        # A part of the URL may be a password, so only the scheme is shown.
         raise ConfigError(
-            f"{url.partition(':')[0][:16]}:... is no server's URL", hint="Give http://HOST:PORT."
+            f"{url.partition(':')[0][:16]}:... is not a server's URL", hint="give http://HOST:PORT"
         )
-    # An empty query or fragment, or an @ with nothing before it, is none to urlsplit.
+    # urlsplit reports no query, fragment or user for an empty one, hence the search.
     if set(url) & set("@?#"):
         raise ConfigError(
             f"the URL of {parts.hostname} holds more than scheme, host, port and path",
-            hint="Give the key in LOGITCASK_API_KEY or with --api-key-file, never in a URL.",
+            hint="give the key in LOGITCASK_API_KEY or with --api-key-file, never in a URL",
         )
-    # Who has the OpenAI form at hand gives /v1 with it.
+    # The base URL of OpenAI clients ends in /v1.
     return url.rstrip("/").removesuffix("/v1")

@@ -1,4 +1,4 @@
-"""Several servers of one teacher as one: the least busy answers, and who is away is waited for."""
+"""Several servers of one teacher: the least busy server answers, unavailable ones are awaited."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from logitcask.engine.backends.returned import Answer
+from logitcask.engine.backends.returned import ReturnedTopK
 from logitcask.engine.backends.server.budget import Budget, Limits
 from logitcask.engine.backends.server.client import ServerClient, Transient
 from logitcask.engine.backends.server.protocol import RequestBody
@@ -17,203 +17,218 @@ from logitcask.engine.events import CancelToken
 T = TypeVar("T")
 
 WRONG_ANSWERS = 2
-"""An answer that cannot be right is asked for once more, of another server if there is one."""
+"""A wrong answer is requested once more, from another server if there is one."""
 READERS = 2
-"""Answers that are parsed at once: it holds Python's lock, and takes some ten times the bytes."""
+"""Answers parsed at once: parsing holds the GIL and takes about ten times the answer's memory."""
 
 
 class ServerPool:
-    """Asks questions of links, again where that may help, within the budget."""
+    """Sends requests to clients within the budget, with retries."""
 
     def __init__(
         self,
-        links: Sequence[ServerClient],
+        clients: Sequence[ServerClient],
         limits: Limits,
-        back: Callable[[ServerClient], Awaitable[None]],
+        check_returned: Callable[[ServerClient], Awaitable[None]],
         cancel: CancelToken,
         *,
         rng: random.Random | None = None,
     ) -> None:
-        """back: called with a link that was lost and answers again, before it is used; it raises
-        where another teacher came back. waits: told while no server answers."""
-        self.links, self.limits, self._back, self._cancel = list(links), limits, back, cancel
+        """check_returned: called with a server that was unavailable, before it is used again; it
+        raises for another teacher. cancel: gets a report while no server is available.
+        """
+        self.clients, self.limits = list(clients), limits
+        self._check_returned, self._cancel = check_returned, cancel
         self.budget = Budget(limits)
         self.answered: set[str] = set()
-        """URLs of servers of which an answer was taken, until the owner empties it."""
+        """URLs of servers that gave scores, until the owner clears it."""
         self._rng = rng or random.Random()
-        self._why = ""
-        """What was wrong with one that is away, at the last look."""
+        self._last_fault = ""
+        """Fault of an unavailable server at its last check."""
         self._returning = asyncio.Lock()
-        self._looking: asyncio.Task[None] | None = None
-        """The look at those that are away, while others answer."""
+        self._checking: asyncio.Task[None] | None = None
+        """The check of unavailable servers in the background."""
         self._reading = asyncio.Semaphore(READERS)
 
-    async def ask(
-        self, question: RequestBody, path: str, served: str, *, check: Callable[[Answer], None]
+    async def send(
+        self, body: RequestBody, path: str, served: str, *, check: Callable[[ReturnedTopK], None]
     ) -> ServerClient:
-        """Gives an answer to `check`, which keeps it, or raises AnswerError for one that no model
-        can have given: then it is asked for again. Called from another thread. Answers whose it
-        was; raises ServerError for a refusal or servers that stay away.
+        """Send a request, pass the answer to `check`, and return the client that answered.
+
+        `check` runs in another thread; it stores the answer, or raises AnswerError for a wrong
+        one, which is requested again. Raises ServerError for a rejected request or servers that
+        stay unavailable.
         """
-        tokens, size = len(question.ids), question.expected_bytes()
+        tokens, size = len(body.ids), body.expected_bytes()
         wrong = faults = pauses = 0
         avoid: ServerClient | None = None
         busy_s: float | None = None
         while True:
-            async with self.budget.take(tokens, size):
-                link = await self._pick(avoid)
-                avoid, asked_s = link, time.monotonic()
-                link.in_flight += 1  # from here on: the next one picks before this one posts
+            async with self.budget.reserve(tokens, size):
+                client = await self._pick(avoid)
+                avoid, sent_s = client, time.monotonic()
+                client.in_flight += 1  # before the first await, so that the next _pick counts it
                 try:
-                    # Made only now: a unit's questions together would be larger than any cap.
-                    body = await asyncio.to_thread(_encoded, question, path, served)
-                    data = await link.post(
-                        path, body, most=question.most_bytes(), expected=size, tokens=tokens
+                    # Encoded only now: all bodies of a unit together could exceed every cap.
+                    data = await asyncio.to_thread(_encode, body, path, served)
+                    data = await client.post(
+                        path, data, most=body.most_bytes(), expected=size, tokens=tokens
                     )
-                    names = link.names | {served}
+                    names = client.names | {served}
                     async with self._reading:
-                        await asyncio.to_thread(_read, question, path, names, data, check)
+                        await asyncio.to_thread(_read, body, path, names, data, check)
                 except Transient as fault:
                     last = fault
-                    await self.note(link, fault, asked_s)
+                    await self.record_fault(client, fault, sent_s)
                 except AnswerError as error:
                     wrong += 1
                     if wrong == WRONG_ANSWERS:
-                        raise AnswerError(link.hidden(error.cause), hint=error.hint) from None
+                        raise AnswerError(client.redact(error.cause), hint=error.hint) from None
                     continue
                 else:
-                    self.budget.faster()
-                    return link
+                    self.budget.increase()
+                    return client
                 finally:
-                    link.in_flight -= 1
+                    client.in_flight -= 1
             faults += not last.busy
-            busy_s = None if not last.busy else asked_s if busy_s is None else busy_s
+            busy_s = None if not last.busy else sent_s if busy_s is None else busy_s
             if faults >= self.limits.attempts:
                 failed = f"{faults} attempts at one sequence failed"
                 break
             if busy_s is not None and time.monotonic() - busy_s > self.limits.wait_s:
-                failed = f"no server took a sequence for {self.limits.wait_s:.0f} s"
+                failed = f"no server accepted a sequence for {self.limits.wait_s:.0f} s"
                 break
             await asyncio.sleep(self._pause(pauses, last.after_s))
             pauses += 1
         raise ServerError(
             f"{failed}, the last with: {last}",
-            hint="Nothing of the unit in hand was stored. Look at the server's log, and run the "
-            "same command again.",
+            hint="look at the server's log, and run the same command again; nothing of the "
+            "current unit was stored",
         )
 
-    async def tell(self, ask: Callable[[ServerClient], Awaitable[T]]) -> T:
-        """What any server says, asked again where that may help. Raises the last Transient, and
-        ServerError for servers that stay away."""
+    async def call_any(self, call: Callable[[ServerClient], Awaitable[T]]) -> T:
+        """Return the result of a call to any server, with retries.
+
+        Raises the last Transient, and ServerError for servers that stay unavailable.
+        """
         attempts = 0
         while True:
-            link, asked_s = await self._pick(None), time.monotonic()
+            client, sent_s = await self._pick(None), time.monotonic()
             try:
-                return await ask(link)
+                return await call(client)
             except Transient as fault:
                 attempts += 1
-                await self.note(link, fault, asked_s)
+                await self.record_fault(client, fault, sent_s)
                 if attempts >= self.limits.attempts:
                     raise
                 after_s = fault.after_s
             await asyncio.sleep(self._pause(attempts - 1, after_s))
 
-    async def note(self, link: ServerClient, fault: Transient, asked_s: float) -> None:
-        """What a fault says of its server: that it is away, or is asked too much."""
+    async def record_fault(self, client: ServerClient, fault: Transient, sent_s: float) -> None:
+        """Mark the server unavailable, or narrow the window of requests, as the fault requires."""
         if fault.lost:
-            link.up = False
-        elif link.up and (fault.ill or fault.late):
-            await self.check(link)
-        # What one that is away did not answer says nothing of the others.
-        if link.up and (fault.busy or fault.late):
-            self.budget.slower(asked_s)
+            client.healthy = False
+        elif client.healthy and (fault.unhealthy or fault.late):
+            await self.recheck(client)
+        # A timeout of an unavailable server does not narrow the window of the others.
+        if client.healthy and (fault.busy or fault.late):
+            self.budget.decrease(sent_s)
 
-    async def check(self, link: ServerClient) -> None:
-        """Whether one that is up still is. Never the other way: it may have been lost meanwhile,
-        and who answers now has to be looked at first."""
-        if link.up and not await link.healthy():
-            link.up = False
+    async def recheck(self, client: ServerClient) -> None:
+        """Mark a healthy server unavailable if its health check fails.
+
+        Never the reverse: it may have been lost meanwhile, and then its identity must be checked.
+        """
+        if client.healthy and not await client.is_healthy():
+            client.healthy = False
 
     async def close(self) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
-        for link in self.links:
-            await link.close()
+        """Close all clients."""
+        if self._checking is not None:
+            self._checking.cancel()
+            await asyncio.gather(self._checking, return_exceptions=True)
+        for client in self.clients:
+            await client.close()
 
-    def _pause(self, count: int, asked_s: float) -> float:
-        """Full jitter, and what the server asks for."""
-        # From some count on the power says nothing more.
+    def _pause(self, count: int, after_s: float) -> float:
+        """Return a pause with full jitter, at least the server's Retry-After."""
+        # The exponent is capped so that the power does not overflow.
         most = min(self.limits.most_backoff_s, self.limits.backoff_s * 2.0 ** min(count, 30))
-        return max(min(asked_s, self.limits.most_backoff_s), self._rng.uniform(0, most))
+        return max(min(after_s, self.limits.most_backoff_s), self._rng.uniform(0, most))
 
     async def _pick(self, avoid: ServerClient | None) -> ServerClient:
-        """The least busy link that is up, another than `avoid` if there is one."""
-        self._look_again()
-        if not (up := self._up()):
+        """Return the least busy healthy client, another than `avoid` if there is one."""
+        self._check_in_background()
+        if not (healthy := self._healthy()):
             async with self._returning:
                 await self._await_any()
-            up = self._up()
-        others = [link for link in up if link is not avoid] or up
-        return min(others, key=lambda link: link.in_flight)
+            healthy = self._healthy()
+        others = [client for client in healthy if client is not avoid] or healthy
+        return min(others, key=lambda client: client.in_flight)
 
-    def _up(self) -> list[ServerClient]:
-        return [link for link in self.links if link.up]
+    def _healthy(self) -> list[ServerClient]:
+        return [client for client in self.clients if client.healthy]
 
-    def _look_again(self) -> None:
-        """Those that are away are looked at beside the work of the others, which need not wait for
-        one that hangs. Raises what the last look found: another teacher."""
-        if self._looking is not None and self._looking.done():
-            looking, self._looking = self._looking, None
-            looking.result()
+    def _check_in_background(self) -> None:
+        """Start a check of unavailable servers while others work.
+
+        Raises the error of the last check: another teacher.
+        """
+        if self._checking is not None and self._checking.done():
+            checking, self._checking = self._checking, None
+            checking.result()
         since_s = time.monotonic() - self.limits.poll_s
-        away = [link for link in self.links if not link.up and link.looked_s <= since_s]
-        if away and len(away) < len(self.links) and self._looking is None:
-            self._looking = asyncio.create_task(self._look(away))
+        due = [each for each in self.clients if not each.healthy and each.checked_s <= since_s]
+        if due and len(due) < len(self.clients) and self._checking is None:
+            self._checking = asyncio.create_task(self._check_all(due))
 
-    async def _look(self, away: Sequence[ServerClient]) -> None:
-        """At all of them at once; the first that raises is heard."""
-        found = await asyncio.gather(*map(self._look_at, away), return_exceptions=True)
-        for fault in found:
-            if fault is not None:
-                raise fault
+    async def _check_all(self, clients: Sequence[ServerClient]) -> None:
+        """Check clients concurrently, and raise the first error."""
+        found = await asyncio.gather(*map(self._check_one, clients), return_exceptions=True)
+        for error in found:
+            if error is not None:
+                raise error
 
-    async def _look_at(self, link: ServerClient) -> None:
+    async def _check_one(self, client: ServerClient) -> None:
         try:
-            await self._back(link)
+            await self._check_returned(client)
         except Transient as fault:
-            link.up, self._why = False, f"{link.url}: {fault}"
+            client.healthy, self._last_fault = False, f"{client.url}: {fault}"
         else:
-            link.up = True
-        link.looked_s = time.monotonic()
+            client.healthy = True
+        client.checked_s = time.monotonic()
 
     async def _await_any(self) -> None:
-        """Until a server answers. Raises ServerError after wait_s."""
-        if self._up():
+        """Wait for any server; ServerError after wait_s."""
+        if self._healthy():
             return
         begun_s = time.monotonic()
-        urls = [link.url for link in self.links]
+        urls = [client.url for client in self.clients]
         with self._cancel.waiting():
-            await self._look(self.links)
-            if not self._up():
+            await self._check_all(self.clients)
+            if not self._healthy():
                 self._cancel.report(urls)
-            while not self._up():
+            while not self._healthy():
                 if time.monotonic() - begun_s > self.limits.wait_s:
                     raise ServerError(
                         f"{', '.join(urls)}: no server has answered for "
-                        f"{self.limits.wait_s:.0f} s; the last look: {self._why}",
-                        hint="Start it again, and run the same command to resume. "
-                        "--server-wait sets how long it is waited for.",
+                        f"{self.limits.wait_s:.0f} s; the last check: {self._last_fault}",
+                        hint="start it again, and run the same command to resume; --server-wait "
+                        "sets the maximum waiting time",
                     )
                 await asyncio.sleep(self.limits.poll_s)
-                await self._look(self.links)
+                await self._check_all(self.clients)
 
 
-def _encoded(question: RequestBody, path: str, served: str) -> bytes:
-    return json.dumps(question.body(path, served)).encode()
+def _encode(body: RequestBody, path: str, served: str) -> bytes:
+    return json.dumps(body.to_json(path, served)).encode()
 
 
 def _read(
-    question: RequestBody, path: str, names: set[str], data: bytes, check: Callable[[Answer], None]
+    body: RequestBody,
+    path: str,
+    names: set[str],
+    data: bytes,
+    check: Callable[[ReturnedTopK], None],
 ) -> None:
-    check(question.read(path, names, data))
+    check(body.read(path, names, data))

@@ -1,4 +1,4 @@
-"""A teacher behind servers as a Scorer: all of them together, and each alone."""
+"""The scorer of a remote teacher: over all its servers, and over each one alone."""
 
 import asyncio
 import os
@@ -12,28 +12,28 @@ from typing import Any, TypeVar
 from logitcask.engine.backends.returned import ResponseAssembler
 from logitcask.engine.backends.server.budget import Limits
 from logitcask.engine.backends.server.capabilities import (
-    ServerFacts,
+    ServerInfo,
     check_card,
     check_same,
-    facts_of,
+    fetch_info,
     hosts,
-    tokens_of,
+    tokenize,
 )
 from logitcask.engine.backends.server.client import ServerClient, Transient
 from logitcask.engine.backends.server.pool import ServerPool
-from logitcask.engine.backends.server.requests import fill, sheet_of
+from logitcask.engine.backends.server.requests import new_assembler, score_sequences
 from logitcask.engine.errors import AnswerError, ConfigError, ServerError
 from logitcask.engine.events import Cancelled, CancelToken
 from logitcask.engine.types import IdLists, Rollouts, ScoreParams, Scores
 
 KEY = "LOGITCASK_API_KEY"
 STOP_S = 0.2
-"""Between two looks at whether who waits was told to stop."""
+"""Interval between two checks of the cancel token."""
 T = TypeVar("T")
 
 
 def read_key(file: Path | None = None) -> str | None:
-    """The API key: the file's first line, else the environment's LOGITCASK_API_KEY, else none."""
+    """Return the API key of the file, else of LOGITCASK_API_KEY, else None."""
     if file is None:
         return os.environ.get(KEY, "").strip() or None
     try:
@@ -41,21 +41,21 @@ def read_key(file: Path | None = None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"the API key's file {file} cannot be read: {type(error).__name__}",
-            hint="Give a file that holds the key alone.",
+            hint="give a file with the key only",
         ) from error
     if len(lines) != 1:
         raise ConfigError(
             f"the API key's file {file} holds {len(lines)} words",
-            hint="Give a file that holds the key alone.",
+            hint="give a file with the key only",
         )
     return lines[0]
 
 
-class Server:
-    """Scorer over vLLM servers of one teacher. `close` it, or use it as a context.
+class ServerScorer:
+    """Scorer over vLLM servers of one teacher. Call `close`, or use it in a with statement.
 
-    Scores are of the best ids that the servers tell: entropy is an interval, and the tail is one
-    less their mass (`backends.answers`).
+    Scores are of returned top-k log-probs: entropy is an interval, and the tail is 1 - their mass
+    (`backends.returned`).
     """
 
     def __init__(
@@ -67,49 +67,54 @@ class Server:
         limits: Limits | None = None,
         cancel: CancelToken | None = None,
     ) -> None:
-        """served: the servers' name for the teacher; empty for the only one that they serve; waits:
-        told while none of them answers.
+        """Connect to the servers.
 
-        Raises ServerError where one cannot be reached within limits.wait_s or refuses, and
-        IdentityError where they do not serve one and the same teacher.
+        served: the servers' name of the teacher; empty for their only model. cancel: gets a report
+        while no server is available. Raises ServerError if none answers within limits.wait_s or
+        one rejects the requests, and IdentityError if they do not serve one teacher.
         """
         limits = limits or Limits()
-        # URLs are checked before there is a thread that would have to end; one twice is one server.
-        links = {link.url: link for link in (ServerClient(url, key, limits) for url in urls)}
-        if not links:
-            raise ConfigError("a teacher without servers", hint="Give a URL.")
+        # URLs are checked before the thread starts; a repeated URL is one server.
+        clients = {
+            client.url: client for client in (ServerClient(url, key, limits) for url in urls)
+        }
+        if not clients:
+            raise ConfigError("a teacher without servers", hint="give a URL")
         self._cancel = cancel or CancelToken()
-        self._fleet = ServerPool([*links.values()], limits, self._back, self._cancel)
-        alone = limits if len(links) == 1 else replace(limits, wait_s=limits.alone_s)
-        self._members = {
+        self._pool = ServerPool([*clients.values()], limits, self._check_returned, self._cancel)
+        alone = limits if len(clients) == 1 else replace(limits, wait_s=limits.alone_s)
+        self._replicas = {
             url: Replica(
-                self, ServerPool([ServerClient(url, key, alone)], alone, self._back, self._cancel)
+                self,
+                ServerPool(
+                    [ServerClient(url, key, alone)], alone, self._check_returned, self._cancel
+                ),
             )
-            for url in links
+            for url in clients
         }
         self._limits = limits
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.n_vocab = 0
-        """Ids that both tokenizers know: set before anything is scored."""
+        """Scores are over the ids [0, n_vocab) of both tokenizers; set it before scoring."""
         try:
-            self.facts: ServerFacts = self._run(self._begin(served))
+            self.info: ServerInfo = self._run(self._connect(served))
         except BaseException:
             self.close()
             raise
         self.capabilities = frozenset(
-            {"top", "entropy", "tail", "bounds", *(["at_ids"] if self.facts.at_ids else [])}
+            {"top", "entropy", "tail", "bounds", *(["at_ids"] if self.info.at_ids else [])}
         )
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> "ServerScorer":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Connections and the thread that keeps them; twice does no harm."""
+        """Close the connections and their thread; a second call does nothing."""
         if not self._loop.is_closed():
             asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -117,189 +122,205 @@ class Server:
             self._loop.close()
 
     def describe(self) -> dict[str, str]:
-        return self._described(self._fleet)
+        """Return engine, fingerprint, path and hosts."""
+        return self._describe(self._pool)
 
     @property
     def received(self) -> int:
-        """Bytes of all answers so far."""
-        return sum(link.received for link in self._fleet.links)
+        """Return the bytes of all answers so far."""
+        return sum(client.received for client in self._pool.clients)
 
     @property
     def most_in_flight(self) -> tuple[int, int]:
-        """(requests, bytes expected), the most that there were at once."""
-        return self._fleet.budget.most_requests, self._fleet.budget.most_bytes
+        """Return the maxima in flight so far: (requests, expected bytes)."""
+        return self._pool.budget.most_requests, self._pool.budget.most_bytes
 
     @property
     def window(self) -> float:
-        """Requests that may be in flight now: fewer after servers said that they are busy."""
-        return self._fleet.budget.window
+        """Return the number of requests that may be in flight; fewer after busy answers."""
+        return self._pool.budget.window
 
     def tokenize(self, text: str) -> list[int] | None:
-        """A text's ids without special tokens around them; None where the server does not tell."""
+        """Return the ids of a text without special tokens; None if the server cannot tokenize."""
         try:
             return self._run(
-                self._fleet.tell(lambda link: tokens_of(link, text, self.facts.served))
+                self._pool.call_any(lambda client: tokenize(client, text, self.info.served))
             )
         except Transient as fault:
-            # A server that is well and cannot is one that does not.
-            if not (fault.lost or fault.late or len(self.away()) == len(self._members)):
+            # A healthy server that fails does not support it.
+            if not (fault.lost or fault.late or len(self.unavailable()) == len(self._replicas)):
                 return None
             raise ServerError(
-                f"a server does not answer when it is to tokenize: {fault}",
-                hint="Look at the server's log, and run the same command again.",
+                f"a server does not answer a tokenize request: {fault}",
+                hint="look at the server's log, and run the same command again",
             ) from fault
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
-        """Raises as `asked_ids`, ConfigError where more is asked than the servers can answer,
-        ServerError and AnswerError as `ServerPool.ask`.
-        """
-        return self._scored(self._fleet, rollouts, request, at)
-
-    def members(self) -> dict[str, "Replica"]:
-        """URL -> a Scorer that asks that server alone, whoever else is away. `answered` does not
-        count it, and what it finds changes nothing for the others."""
-        return dict(self._members)
-
-    def away(self) -> set[str]:
-        """URLs of the servers that did not answer when they were last asked."""
-        return {link.url for link in self._fleet.links if not link.up}
-
-    def answered(self) -> set[str]:
-        """URLs of the servers of which an answer was taken since this was last asked."""
-        return self._run(self._taken())
-
-    def _scored(
-        self, fleet: ServerPool, rollouts: Rollouts, request: ScoreParams, at: IdLists | None
+    def score(
+        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
     ) -> Scores:
-        url = fleet.links[0].url
-        sheet = sheet_of(self.facts, url, self.n_vocab, rollouts, request, at)
-        self._run(self._fill(fleet, rollouts, sheet))
-        return sheet.scores()
+        """Score rollouts as `base.Scorer.score`.
 
-    def _described(self, fleet: ServerPool) -> dict[str, str]:
+        Raises as `resolve_extra_ids`, ConfigError for a request that the servers cannot answer,
+        ServerError and AnswerError as `ServerPool.send`.
+        """
+        return self._score(self._pool, rollouts, request, extra_ids)
+
+    def replicas(self) -> dict[str, "Replica"]:
+        """Return {URL: a scorer over that server alone}.
+
+        Its requests do not count for `take_answered`, nor for the availability of the servers.
+        """
+        return dict(self._replicas)
+
+    def unavailable(self) -> set[str]:
+        """Return the URLs of the servers that did not respond to the last request."""
+        return {client.url for client in self._pool.clients if not client.healthy}
+
+    def take_answered(self) -> set[str]:
+        """Return the URLs of the servers that gave scores since the last call."""
+        return self._run(self._take_answered())
+
+    def _score(
+        self,
+        pool: ServerPool,
+        rollouts: Rollouts,
+        request: ScoreParams,
+        extra_ids: IdLists | None,
+    ) -> Scores:
+        url = pool.clients[0].url
+        assembler = new_assembler(self.info, url, self.n_vocab, rollouts, request, extra_ids)
+        self._run(self._fill(pool, rollouts, assembler))
+        return assembler.scores()
+
+    def _describe(self, pool: ServerPool) -> dict[str, str]:
         return {
             "name": "server",
             "dtype": "unknown",
-            "engine": f"vllm {self.facts.version}" if self.facts.version else "unknown",
-            "fingerprint": self.facts.fingerprint,
-            "path": self.facts.path,
-            "hosts": hosts([link.url for link in fleet.links]),
+            "engine": f"vllm {self.info.version}" if self.info.version else "unknown",
+            "fingerprint": self.info.fingerprint,
+            "path": self.info.path,
+            "hosts": hosts([client.url for client in pool.clients]),
         }
 
-    # The loop's thread.
+    # In the thread of the event loop.
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             while not wait([future], STOP_S).done:
                 if self._cancel.cancelled:
-                    raise Cancelled("the servers are away")
+                    raise Cancelled("the servers are unavailable")
             return future.result()
         except BaseExceptionGroup as group:
-            raise first_of(group) from None
+            raise first_error(group) from None
         except (Cancelled, KeyboardInterrupt, SystemExit):
-            # Cancelled requests close their sockets, and the server drops what nobody waits for.
+            # Cancelled requests close their sockets, and the server then drops them.
             future.cancel()
             raise
 
-    async def _begin(self, served: str) -> ServerFacts:
-        """Of the first that answers within wait_s; who does not is away, and may come later."""
-        begun_s, links = self._loop.time(), self._fleet.links
+    async def _connect(self, served: str) -> ServerInfo:
+        """Return the info of the first server that answers within wait_s."""
+        begun_s, clients = self._loop.time(), self._pool.clients
         with self._cancel.waiting():
-            found = await self._facts(links, served)
-            if not (known := [each for each in found if isinstance(each, ServerFacts)]):
-                self._cancel.report([link.url for link in links])
+            found = await self._fetch_infos(clients, served)
+            if not (known := [each for each in found if isinstance(each, ServerInfo)]):
+                self._cancel.report([client.url for client in clients])
             while not known:
                 if self._loop.time() - begun_s >= self._limits.wait_s:
                     raise ServerError(
-                        f"{links[0].url} does not answer: {found[0]}",
-                        hint="Check the URL and that the server is up; --server-wait sets how "
-                        "long it is waited for.",
+                        f"{clients[0].url} does not answer: {found[0]}",
+                        hint="check the URL and that the server runs; --server-wait sets the "
+                        "maximum waiting time",
                     )
                 await asyncio.sleep(self._limits.poll_s)
-                found = await self._facts(links, served)
-                known = [each for each in found if isinstance(each, ServerFacts)]
-        for link, each in zip(links, found, strict=True):
-            link.up = isinstance(each, ServerFacts)
-            if isinstance(each, ServerFacts):
-                check_same(known[0], each, link.url)
+                found = await self._fetch_infos(clients, served)
+                known = [each for each in found if isinstance(each, ServerInfo)]
+        for client, each in zip(clients, found, strict=True):
+            client.healthy = isinstance(each, ServerInfo)
+            if isinstance(each, ServerInfo):
+                check_same(known[0], each, client.url)
         return known[0]
 
-    async def _facts(
-        self, links: Sequence[ServerClient], served: str
-    ) -> list[ServerFacts | Transient]:
-        """Of all at once, or why one does not answer. Raises the first refusal."""
+    async def _fetch_infos(
+        self, clients: Sequence[ServerClient], served: str
+    ) -> list[ServerInfo | Transient]:
+        """Fetch the infos concurrently, or the fault of each. Raises the first other error."""
 
-        async def one(link: ServerClient) -> ServerFacts | Transient:
+        async def one(client: ServerClient) -> ServerInfo | Transient:
             try:
-                return await self._look(link, served)
+                return await self._fetch_info(client, served)
             except Transient as fault:
                 return fault
 
         async with asyncio.TaskGroup() as group:
-            asked = [group.create_task(one(link)) for link in links]
-        return [each.result() for each in asked]
+            tasks = [group.create_task(one(client)) for client in clients]
+        return [each.result() for each in tasks]
 
     @staticmethod
-    async def _look(link: ServerClient, served: str) -> ServerFacts:
+    async def _fetch_info(client: ServerClient, served: str) -> ServerInfo:
         try:
-            return await facts_of(link, served)
+            return await fetch_info(client, served)
         except AnswerError as error:
-            said = link.hidden(error.cause)
-            raise ServerError(f"{link.url}: {said}", hint=error.hint) from None
+            cause = client.redact(error.cause)
+            raise ServerError(f"{client.url}: {cause}", hint=error.hint) from None
 
-    async def _fill(self, fleet: ServerPool, rollouts: Rollouts, sheet: ResponseAssembler) -> None:
-        await self._recheck(fleet)
-        await fill(fleet, self.facts, rollouts, sheet)
+    async def _fill(
+        self, pool: ServerPool, rollouts: Rollouts, assembler: ResponseAssembler
+    ) -> None:
+        await self._recheck(pool)
+        await score_sequences(pool, self.info, rollouts, assembler)
 
-    async def _taken(self) -> set[str]:
-        taken, self._fleet.answered = self._fleet.answered, set()
+    async def _take_answered(self) -> set[str]:
+        taken, self._pool.answered = self._pool.answered, set()
         return taken
 
-    async def _recheck(self, fleet: ServerPool) -> None:
-        """A server that was started anew between two units lost no request."""
+    async def _recheck(self, pool: ServerPool) -> None:
+        """Compare the model of each server: a restart between two units loses no request."""
 
-        async def one(link: ServerClient) -> None:
-            asked_s = self._loop.time()
+        async def one(client: ServerClient) -> None:
+            sent_s = self._loop.time()
             try:
-                await check_card(link, self.facts)
+                await check_card(client, self.info)
             except Transient as fault:
-                await fleet.note(link, fault, asked_s)
+                await pool.record_fault(client, fault, sent_s)
 
         async with asyncio.TaskGroup() as group:
-            for link in fleet.links:
-                if link.up:  # who is away is looked at before it is used
-                    group.create_task(one(link))
+            for client in pool.clients:
+                if client.healthy:  # others are checked before their next use
+                    group.create_task(one(client))
 
-    async def _back(self, link: ServerClient) -> None:
-        check_same(self.facts, await self._look(link, self.facts.served), link.url)
+    async def _check_returned(self, client: ServerClient) -> None:
+        check_same(self.info, await self._fetch_info(client, self.info.served), client.url)
 
     async def _end(self) -> None:
-        for fleet in (self._fleet, *(member.fleet for member in self._members.values())):
-            await fleet.close()
-        # Connections say goodbye in the loop's next turn.
+        for pool in (self._pool, *(replica.pool for replica in self._replicas.values())):
+            await pool.close()
+        # Connections close in the next iteration of the loop.
         await asyncio.sleep(0)
 
 
 class Replica:
-    """One of a Server's servers as a Scorer: over a connection of its own."""
+    """Scorer over one server, with its own connection."""
 
-    def __init__(self, server: Server, fleet: ServerPool) -> None:
-        self._server, self.fleet = server, fleet
+    def __init__(self, server: ServerScorer, pool: ServerPool) -> None:
+        self._server, self.pool = server, pool
 
     @property
     def capabilities(self) -> frozenset[str]:
+        """Return those of all servers."""
         return self._server.capabilities
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
-        """Raises as `Server.score`. One of several is waited for limits.alone_s and no longer."""
-        return self._server._scored(self.fleet, rollouts, request, at)
+    def score(
+        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+    ) -> Scores:
+        """Score as `ServerScorer.score`; one of several servers is awaited for limits.alone_s."""
+        return self._server._score(self.pool, rollouts, request, extra_ids)
 
     def describe(self) -> dict[str, str]:
-        return self._server._described(self.fleet)
+        return self._server._describe(self.pool)
 
 
-def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first of several faults at once; that the others were cancelled says nothing."""
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first error of a group."""
     first = group.exceptions[0]
-    return first_of(first) if isinstance(first, BaseExceptionGroup) else first
+    return first_error(first) if isinstance(first, BaseExceptionGroup) else first

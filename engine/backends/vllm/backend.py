@@ -1,12 +1,11 @@
-"""vLLM in this process: rollouts, and scores from the log-probs that it tells or, exactly, from its
-hidden states.
+"""vLLM in this process: rollouts, and scores from returned top-k log-probs or hidden states.
 
-vLLM samples by its own random numbers, of one seed a sequence, and takes min-p before top-p, so
-both at once are refused: everywhere else the law is that of backends.sampling, to rounding.
+vLLM samples with its own random numbers, one seed a sequence, and applies min-p before top-p, so
+both together are rejected. Otherwise the distribution is that of backends.sampling, to rounding.
 
-What it tells of a prompt is the K best ids of every row and, by its second runner, the log-probs at
-ids that it was asked at: tail and entropy are then bounds (backends.answers). With exact=True
-everything comes from hidden states (backends.vllm_hidden): what a student's own scores need.
+vLLM returns the K best ids of every row of a prompt and, with its V2 runner, log-probs at chosen
+ids; tail and entropy are then bounds (backends.returned). With exact=True all scores are computed
+from hidden states (backends.vllm.hidden), as a student's own scores require.
 """
 
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import load, pick_device, pick_dtype
-from logitcask.engine.backends.returned import Answer, ResponseAssembler, wrong
-from logitcask.engine.backends.sampling import Response, check_room, own_seed, rolled
-from logitcask.engine.backends.scoring import asked_ids, budget_batches, score_rollouts
+from logitcask.engine.backends.returned import ResponseAssembler, ReturnedTopK, reject_answer
+from logitcask.engine.backends.sampling import Response, build_rollouts, check_room, sequence_seed
+from logitcask.engine.backends.scoring import budget_batches, resolve_extra_ids, score_rollouts
 from logitcask.engine.backends.vllm.engine import (
     NO_ID,
     PROBE_BEST,
@@ -42,20 +41,22 @@ from logitcask.engine.types import (
     SamplingParams,
     ScoreParams,
     Scores,
-    silent,
+    no_progress,
 )
 
 COLDEST = 0.01
-"""The least temperature above 0 that vLLM samples at; it raises lower ones to this."""
+"""The lowest temperature above 0 of vLLM; it raises lower ones to this."""
+RETURNED = "told log-probs"
+"""Scoring by returned log-probs, as written in the lineage of stored segments."""
 MOST_BANNED = 1024
-"""Ids of a padded head that vLLM can keep a request from sampling."""
+"""Maximum number of ids that vLLM can exclude from sampling."""
 
 
 class VLLM:
     """A causal model in vLLM as Sampler and Scorer. Not safe for use by several threads.
 
-    An engine to sample and one to score are opened when they are first needed, and closed by
-    close(). Each is a copy of the weights.
+    Engines for sampling and scoring are opened at their first use and closed by close(). Each has a
+    copy of the weights.
     """
 
     def __init__(
@@ -66,23 +67,25 @@ class VLLM:
         dtype: str = "auto",
         batch_tokens: int = 16384,
         exact: bool = False,
-        known: int | None = None,
+        tokenizer_vocab: int | None = None,
         memory: float = 0.8,
     ) -> None:
-        """batch_tokens: padded tokens that the scoring engine is handed at once. known: as of HF.
-        exact: score from hidden states, and say everything that hf says.
-        memory: share of a GPU that the engines may fill: with exact=True half of it each, as a
-        student's do that rolls out and scores; otherwise all of it the one that is opened.
+        """Check the device and dtype; engines are opened later.
+
+        batch_tokens: padded tokens of one scoring batch. tokenizer_vocab: as of HF.
+        exact: score from hidden states, with all capabilities of hf except "logits".
+        memory: share of a GPU for the engines: with exact=True half of it for each, because a
+        student samples and scores; otherwise all of it for the one engine.
         """
         self.device = pick_device(device)
         if self.device.index:
             raise ConfigError(
-                f"device={device!r}, and vLLM takes the first GPU that it sees",
-                hint="Set CUDA_VISIBLE_DEVICES, and device to cuda.",
+                f"device={device!r}, and vLLM takes the first visible GPU",
+                hint="set CUDA_VISIBLE_DEVICES, and device to cuda",
             )
         self.dtype = pick_dtype(dtype, self.device)
         self.path, self.n_vocab, self.stop_ids = model.path, model.n_vocab, model.stop_ids
-        self.known = known
+        self.tokenizer_vocab = tokenizer_vocab
         self.batch_tokens, self.exact = batch_tokens, exact
         self.memory = memory / 2 if exact else memory
         self.engines: dict[Purpose, Engine] = {}
@@ -91,16 +94,16 @@ class VLLM:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """As of a Scorer; whether it can be asked at ids is found out by asking."""
+        """Return those of `base.Scorer`; a first request shows if chosen ids are supported."""
         if self.exact:
             return frozenset({"top", "at_ids", "drawn", "entropy", "tail"})
-        told = frozenset({"top", "entropy", "tail", "bounds"})
+        found = frozenset({"top", "entropy", "tail", "bounds"})
         if self.at_ids is None:
             self.at_ids = self.engine("score").answers_at_ids()
-        return told | {"at_ids"} if self.at_ids else told
+        return found | {"at_ids"} if self.at_ids else found
 
     def describe(self) -> dict[str, str]:
-        """As of a Sampler; opens the engine that scores, whose runner it names."""
+        """Return the same as `base.Sampler.describe`, with the runner of the scoring engine."""
         engine = self.engine("hidden" if self.exact else "score")
         return {
             "name": "vllm",
@@ -109,10 +112,11 @@ class VLLM:
             "vllm": engine.version,
             "torch": str(torch.__version__),
             "runner": engine.runner,
-            "scoring": "hidden states" if self.exact else "told log-probs",
+            "scoring": "hidden states" if self.exact else RETURNED,
         }
 
     def engine(self, purpose: Purpose) -> Engine:
+        """Return the engine for a purpose, opened at its first use."""
         if purpose not in self.engines:
             self.engines[purpose] = Engine(
                 self.path,
@@ -124,6 +128,7 @@ class VLLM:
         return self.engines[purpose]
 
     def close(self) -> None:
+        """Close all engines."""
         while self.engines:
             self.engines.popitem()[1].close()
         self.net = None
@@ -135,30 +140,33 @@ class VLLM:
         *,
         seed: int,
         version: int,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> Rollouts:
-        """Raises ConfigError for a law that vLLM does not sample from."""
-        check_law(sampling)
+        """Sample as `base.Sampler.generate`; ConfigError for an unsupported distribution."""
+        check_supported(sampling)
         check_room(prompts, sampling.max_new_tokens, context_length(self.path))
         engine = self.engine("sample")
         check_room(prompts, sampling.max_new_tokens, engine.context)
         of = [m for m in range(len(prompts)) for _ in range(sampling.n)]
-        same = self._sampling(sampling)
-        wanted = [
-            same
-            | {"seed": own_seed(seed, prompts[m].id, i % sampling.n, version) & ((1 << 63) - 1)}
+        common = self._sampling(sampling)
+        params = [
+            common
+            | {
+                "seed": sequence_seed(seed, prompts[m].id, i % sampling.n, version)
+                & ((1 << 63) - 1)
+            }
             for i, m in enumerate(of)
         ]
         progress("rollout", 0, len(of))
-        outs = engine.sample([prompts[m].token_ids for m in of], wanted)
+        outs = engine.sample([prompts[m].token_ids for m in of], params)
         progress("rollout", len(of), len(of))
         greedy = sampling.temperature == 0.0
         responses = [self._response(out.outputs[0], sampling, greedy) for out in outs]
-        return rolled(prompts, of, responses, version)
+        return build_rollouts(prompts, of, responses, version)
 
     def _sampling(self, sampling: SamplingParams) -> dict[str, Any]:
-        """Every field that has a say in the law; none is left to a default."""
-        wanted: dict[str, Any] = {
+        """Return every sampling field explicitly, so that no default of vLLM applies."""
+        params: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -171,101 +179,120 @@ class VLLM:
             "stop_token_ids": list(self.stop_ids),
             "ignore_eos": True,
         }
-        # A padded head knows ids that nobody has; a bias a padded id is what keeping them away
-        # costs, one addition of them all a step.
+        # The ids of a padded head are excluded by a logit bias of -inf.
         rows = from_config(read_config(self.path), "vocab_size")
         banned = range(self.n_vocab, rows if isinstance(rows, int) else self.n_vocab)
         if len(banned) > MOST_BANNED:
             raise ConfigError(
-                f"the head of {self.path} has {len(banned)} ids that its tokenizer has not, and "
-                f"vLLM can keep away {MOST_BANNED}",
-                hint="Roll out with the backend hf, or cut the head to the tokenizer's ids.",
+                f"the head of {self.path} has {len(banned)} ids that its tokenizer lacks, and "
+                f"vLLM can exclude {MOST_BANNED}",
+                hint="roll out with the backend hf, or cut the head to the tokenizer's ids",
             )
-        return wanted | ({"logit_bias": dict.fromkeys(banned, float("-inf"))} if banned else {})
+        return params | ({"logit_bias": dict.fromkeys(banned, float("-inf"))} if banned else {})
 
     def _response(self, out: Any, sampling: SamplingParams, greedy: bool) -> Response:
         ids = list(out.token_ids)
         stopped = bool(ids) and ids[-1] in self.stop_ids
-        whole = stopped or len(ids) == sampling.max_new_tokens
-        if not whole or out.logprobs is None or list(out.logprobs.token_ids[: len(ids)]) != ids:
-            wrong(f"{len(ids)} tokens that end by {out.finish_reason!r}, or no log-probs of them")
+        complete = stopped or len(ids) == sampling.max_new_tokens
+        if not complete or out.logprobs is None or list(out.logprobs.token_ids[: len(ids)]) != ids:
+            reject_answer(
+                f"{len(ids)} tokens with finish reason {out.finish_reason!r}, "
+                "or no log-probs of them"
+            )
         lp = [0.0] * len(ids) if greedy else list(out.logprobs.logprobs)
         if max(ids) >= self.n_vocab or not all(-np.inf < x <= 1e-3 for x in lp):
-            wrong(f"a sampled id of {max(ids)} and log-probs from {min(lp)} to {max(lp)}")
+            reject_answer(f"a sampled id of {max(ids)} and log-probs from {min(lp)} to {max(lp)}")
         return Response(ids, [min(x, 0.0) for x in lp], stopped)
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
-        """As hf scores, with exact=True; else with bounds. Raises what `asked_ids` does,
-        ConfigError for what this engine cannot be asked, AnswerError for what it cannot mean."""
+    def score(
+        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+    ) -> Scores:
+        """Score as hf with exact=True; else with bounds.
+
+        Raises as `resolve_extra_ids`, ConfigError for a request that this engine does not support,
+        AnswerError for an invalid answer.
+        """
         context = context_length(self.path)
-        at = asked_ids(rollouts, request, at, n_vocab=self.n_vocab, context=context)
+        extra_ids = resolve_extra_ids(
+            rollouts, request, extra_ids, n_vocab=self.n_vocab, context=context
+        )
         if self.exact:
             net = self._network()
-            return score_rollouts(net, rollouts, request, at, batch_tokens=self.batch_tokens)
+            return score_rollouts(net, rollouts, request, extra_ids, batch_tokens=self.batch_tokens)
         lacking = {"drawn"} if request.entry_kind == "sampled" else set()
-        lacking |= {"at_ids"} - self.capabilities if at is not None else set()
+        lacking |= {"at_ids"} - self.capabilities if extra_ids is not None else set()
         if lacking:
             raise ConfigError(
                 f"vLLM {self.engine('score').version} with its {self.engine('score').runner} "
-                f"runner gives no {', '.join(sorted(lacking))}",
-                hint="Score with exact=True or the backend hf, or ask for less (at_student=False).",
+                f"runner does not support {', '.join(sorted(lacking))}",
+                hint="score with exact=True or the backend hf, or request less (at_student=False)",
             )
-        return self._told(rollouts, request, at)
+        return self._score_returned(rollouts, request, extra_ids)
 
-    def _told(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None) -> Scores:
-        # vLLM scores no sequence without making one token more.
+    def _score_returned(
+        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None
+    ) -> Scores:
+        """Score from returned top-k log-probs."""
+        # vLLM samples one token more than it is sent.
         engine = self.engine("score")
-        asked_ids(rollouts, request, at, n_vocab=self.n_vocab, context=engine.context - 1)
-        sheet = ResponseAssembler(rollouts, request, at, n_vocab=self.n_vocab)
+        resolve_extra_ids(
+            rollouts, request, extra_ids, n_vocab=self.n_vocab, context=engine.context - 1
+        )
+        assembler = ResponseAssembler(rollouts, request, extra_ids, n_vocab=self.n_vocab)
         lengths = rollouts.lengths()
         of_prompts = [rollouts.prompts[int(p)].token_ids for p in rollouts.seq_prompt]
-        answered = [i for i in range(len(lengths)) if lengths[i] > 0]
-        fed = [len(of_prompts[i]) + int(lengths[i]) for i in answered]
+        nonempty = [i for i in range(len(lengths)) if lengths[i] > 0]
+        input_lengths = [len(of_prompts[i]) + int(lengths[i]) for i in nonempty]
         k = min(request.k_max, self.n_vocab)
-        for batch in budget_batches(fed, self.batch_tokens):
-            which = [answered[b] for b in batch]
-            sequences = [[*of_prompts[i], *rollouts.tokens[sheet.rows(i)].tolist()] for i in which]
-            lists = [sheet.asked(i) for i in which]
-            told = engine.tell(sequences, k, [None if x is None else rectangle(x) for x in lists])
-            for i, asked, (ids, lp, at_lp) in zip(which, lists, told, strict=True):
+        for batch in budget_batches(input_lengths, self.batch_tokens):
+            indices = [nonempty[b] for b in batch]
+            sequences = [
+                [*of_prompts[i], *rollouts.tokens[assembler.rows(i)].tolist()] for i in indices
+            ]
+            chosen = [assembler.extra_ids(i) for i in indices]
+            returned = engine.prompt_logprobs(
+                sequences, k, [None if x is None else to_matrix(x) for x in chosen]
+            )
+            for i, extra, (ids, lp, extra_lp) in zip(indices, chosen, returned, strict=True):
                 own = slice(-int(lengths[i]), None)
-                flat = None if asked is None or at_lp is None else at_lp[inside(asked)]
-                sheet.write(i, Answer(lp=lp[own, 0], ids=ids[own, 1:], top_lp=lp[own, 1:], at=flat))
-        return sheet.scores()
+                flat = None if extra is None or extra_lp is None else extra_lp[valid_mask(extra)]
+                assembler.write(
+                    i, ReturnedTopK(lp=lp[own, 0], ids=ids[own, 1:], top_lp=lp[own, 1:], at=flat)
+                )
+        return assembler.scores()
 
     def _network(self) -> Hidden:
-        """Proved when it is opened: by the sampling engine, or by one that is there for the proof
-        alone."""
+        """Return the network of hidden states, checked at opening against another engine."""
         if self.net is None:
             other: Purpose = "sample" if "sample" in self.engines else "score"
-            kept = other in self.engines
+            keep = other in self.engines
             ids = self._probe()
-            told = self._tell(self.engine(other), ids)
-            if not kept:
+            returned = self._probe_logprobs(self.engine(other), ids)
+            if not keep:
                 self.engines.pop(other).close()
             net = Hidden(
                 self.engine("hidden"),
                 self.path,
                 n_vocab=self.n_vocab,
-                known=self.known,
+                tokenizer_vocab=self.tokenizer_vocab,
                 dtype=self.dtype,
                 device=self.device,
             )
-            net.prove(ids, told)
+            net.check(ids, returned)
             self.net = net
         return self.net
 
     def _probe(self) -> list[int]:
         return probe_ids(self.n_vocab, context_length(self.path))
 
-    def _tell(self, engine: Engine, ids: list[int]) -> tuple[Array, Array]:
-        told, lp, _ = engine.tell([ids], min(PROBE_BEST, self.n_vocab), [None])[0]
-        return told, lp
+    def _probe_logprobs(self, engine: Engine, ids: list[int]) -> tuple[Array, Array]:
+        found, lp, _ = engine.prompt_logprobs([ids], min(PROBE_BEST, self.n_vocab), [None])[0]
+        return found, lp
 
     def update_weights(self, folder: Path) -> None:
-        """Other weights of the same model, a student's after a round, for all that is open.
+        """Load other weights of the same model into all open engines.
 
-        Raises IdentityError where an engine does not say of a probe what the folder's model says.
+        Raises IdentityError for an engine with other log-probs on a probe than the folder's model.
         """
         purposes = list(self.engines)
         self.path = folder
@@ -283,46 +310,47 @@ class VLLM:
         for purpose in purposes:
             if purpose == "hidden":
                 exact = self._network().log_probs(ids)
-                told = np.argsort(-exact, axis=1)[:, : PROBE_BEST + 1]
-                gap = best_gap((told, np.take_along_axis(exact, told, 1)), reference)
+                top = np.argsort(-exact, axis=1)[:, : PROBE_BEST + 1]
+                gap = best_gap((top, np.take_along_axis(exact, top, 1)), reference)
             else:
-                gap = best_gap(self._tell(self.engine(purpose), ids), reference)
+                gap = best_gap(self._probe_logprobs(self.engine(purpose), ids), reference)
             if not gap <= TOLERANCE[self.dtype]:
                 raise IdentityError(
                     f"after an update of its weights vLLM differs from {folder} by {gap:.1e} nats "
                     f"on a probe, {TOLERANCE[self.dtype]:.1e} are allowed",
-                    hint="Open the backend anew from the folder, or use the backend hf.",
+                    hint="open the backend again from the folder, or use the backend hf",
                 )
 
 
 def reloads_in_place(device: torch.device) -> bool:
-    """Not on a CPU: there vLLM keeps a packed copy of the head, and of a tied one only the
-    embedding would be new. A new engine takes two seconds."""
+    """Return False on a CPU: vLLM has a packed copy of the head there, so a tied head would stay
+    old. A new engine takes two seconds.
+    """
     return device.type != "cpu"
 
 
-def check_law(sampling: SamplingParams) -> None:
-    """Raises ConfigError for what vLLM would do otherwise than it is written in SamplingParams."""
+def check_supported(sampling: SamplingParams) -> None:
+    """Raise ConfigError for parameters that vLLM applies differently from SamplingParams."""
     if 0.0 < sampling.temperature < COLDEST:
         raise ConfigError(
             f"temperature={sampling.temperature}, and vLLM samples at {COLDEST} or more, or at 0",
-            hint=f"Set it to 0 or to at least {COLDEST}, or use the backend hf.",
+            hint=f"set it to 0 or to at least {COLDEST}, or use the backend hf",
         )
     if sampling.temperature > 0.0 and sampling.min_p > 0.0 and sampling.top_p < 1.0:
         raise ConfigError(
-            f"min_p={sampling.min_p} and top_p={sampling.top_p}: vLLM takes min-p first, and we "
-            "top-p",
-            hint="Set one of them, or use the backend hf.",
+            f"min_p={sampling.min_p} and top_p={sampling.top_p}: vLLM applies min-p first, and "
+            "the other backends top-p",
+            hint="set one of them, or use the backend hf",
         )
 
 
-def rectangle(lists: IdLists) -> Array:
-    """[R, A] int32, the ids of R rows, NO_ID behind those of shorter rows."""
+def to_matrix(lists: IdLists) -> Array:
+    """Return the ids as [R, A] int32, padded with NO_ID."""
     wide = np.full((len(lists.cnt), max(int(lists.cnt.max()), 1)), NO_ID, np.int32)
-    wide[inside(lists)] = lists.ids
+    wide[valid_mask(lists)] = lists.ids
     return wide
 
 
-def inside(lists: IdLists) -> Array:
-    """[R, A] bool: where `rectangle` holds ids."""
+def valid_mask(lists: IdLists) -> Array:
+    """Return [R, A] bool: True at the ids of `to_matrix`."""
     return np.arange(max(int(lists.cnt.max()), 1)) < lists.cnt[:, None]

@@ -178,16 +178,16 @@ def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
         check_range(scores.mult, 1, 0xFFFF, "scores.mult", RESCORE)
 
 
-def check_known(known: CachedScores) -> None:
+def check_cached(cached: CachedScores) -> None:
     """ValueError where decoded scores say what no scorer can have said: what comes from elsewhere
     has not been through `check_scores`.
     """
     for name in ("lp", "entropy", "log_tail", "s_lp", "entry_lp"):
-        if fault := _FAULTS[name](getattr(known, name)):
+        if fault := _FAULTS[name](getattr(cached, name)):
             raise ValueError(fault)
-    if fault := _bounds_fault(known.entropy, known.entropy_hi):
+    if fault := _bounds_fault(cached.entropy, cached.entropy_hi):
         raise ValueError(fault)
-    every = ranked(known)
+    every = ranked(cached)
     if ragged.repeats(every.ids, every.cnt):
         raise ValueError("a row names an id twice")
 

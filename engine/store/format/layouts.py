@@ -157,46 +157,46 @@ def decode(
     )
 
 
-def by_student(known: CachedScores, student: IdLists) -> CachedScores:
-    """`known` of a teacher that was not asked at the student's list: ids that the list names all
+def by_student(cached: CachedScores, student: IdLists) -> CachedScores:
+    """`cached` of a teacher that was not asked at the student's list: ids that the list names all
     the same move to where it has them.
     """
-    place = ragged.find(known.ids, known.cnt, student.ids, student.cnt)
+    place = ragged.find(cached.ids, cached.cnt, student.ids, student.cnt)
     listed = place >= 0
-    at = np.repeat(ragged.starts(known.cnt)[:-1], student.cnt)[listed] + place[listed]
-    others = np.ones(len(known.ids), bool)
+    at = np.repeat(ragged.starts(cached.cnt)[:-1], student.cnt)[listed] + place[listed]
+    others = np.ones(len(cached.ids), bool)
     others[at] = False
     s_cnt = ragged.marked(listed, student.cnt)
     return replace(
-        known,
+        cached,
         s_cnt=s_cnt,
-        s_ids=known.ids[at],
-        s_lp=known.entry_lp[at],
-        s_rank=known.rank[at],
-        cnt=known.cnt - s_cnt,
-        ids=known.ids[others],
-        entry_lp=known.entry_lp[others],
-        rank=known.rank[others],
+        s_ids=cached.ids[at],
+        s_lp=cached.entry_lp[at],
+        s_rank=cached.rank[at],
+        cnt=cached.cnt - s_cnt,
+        ids=cached.ids[others],
+        entry_lp=cached.entry_lp[others],
+        rank=cached.rank[others],
     )
 
 
-def ranked(known: CachedScores) -> Ranked:
+def ranked(cached: CachedScores) -> Ranked:
     """Everything known of every row, best first."""
-    cnt = known.s_cnt.astype(np.int64) + known.cnt
+    cnt = cached.s_cnt.astype(np.int64) + cached.cnt
     offset = ragged.starts(cnt)[:-1]
     ids = np.empty(int(cnt.sum()), np.uint32)
     lp = np.empty(len(ids), np.float32)
-    s_at = np.repeat(offset, known.s_cnt) + known.s_rank
-    at = np.repeat(offset, known.cnt) + known.rank
-    ids[s_at], lp[s_at] = known.s_ids, known.s_lp
-    ids[at], lp[at] = known.ids, known.entry_lp
+    s_at = np.repeat(offset, cached.s_cnt) + cached.s_rank
+    at = np.repeat(offset, cached.cnt) + cached.rank
+    ids[s_at], lp[s_at] = cached.s_ids, cached.s_lp
+    ids[at], lp[at] = cached.ids, cached.entry_lp
     return Ranked(cnt, ids, lp)
 
 
-def kept_lists(known: CachedScores) -> tuple[Array, Array]:
-    """(ids, log-probs) of the model's own top lists, flat, best first, `known.kept` in each row."""
-    cnt, ids, lp = ranked(known)
-    kept = ragged.within(cnt) < np.repeat(known.kept, cnt)
+def kept_lists(cached: CachedScores) -> tuple[Array, Array]:
+    """Return (ids, log-probs) of the teacher's lists, flat, best first, `kept` in each row."""
+    cnt, ids, lp = ranked(cached)
+    kept = ragged.within(cnt) < np.repeat(cached.kept, cnt)
     return ids[kept], lp[kept]
 
 

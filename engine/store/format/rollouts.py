@@ -21,9 +21,9 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
     Raises StoreError where the prompts are beyond JSON.
     """
     prompts = rollouts.prompts
-    told = [{"id": p.id, "answer": p.answer, "extra": dict(p.extra)} for p in prompts]
+    fields = [{"id": p.id, "answer": p.answer, "extra": dict(p.extra)} for p in prompts]
     try:
-        text = canonical(told)
+        text = canonical(fields)
     except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(
             f"the extra keys of a prompt are not JSON ({error})",
@@ -104,10 +104,10 @@ def extent(arrays: dict[str, Array], counts: Mapping[str, int]) -> Extent:
 
     Raises ValueError where they contradict each other.
     """
-    told = _told(arrays, counts["T"])
-    _check_sequences(arrays, len(told), counts["P"])
+    fields = _told(arrays, counts["T"])
+    _check_sequences(arrays, len(fields), counts["P"])
     return Extent(
-        prompt_ids=tuple(str(each["id"]) for each in told),
+        prompt_ids=tuple(str(each["id"]) for each in fields),
         prompt=np.diff(arrays["prompt_off"]),
         seq_prompt=arrays["seq_prompt"].astype(np.int64),
         response=np.diff(arrays["seq_off"]),
@@ -120,14 +120,14 @@ def _told(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[str, Any]]:
     if (values := _values(text)) > schema.MAX_JSON_VALUES:
         raise ValueError(f"prompt_json of {values} values, at most {schema.MAX_JSON_VALUES}")
     try:
-        told = json.loads(text)
+        fields = json.loads(text)
     except RecursionError as error:
         raise ValueError("prompt_json is nested too deeply") from error
     off = arrays["prompt_off"]
-    if not isinstance(told, list) or len(told) != len(off) - 1:
+    if not isinstance(fields, list) or len(fields) != len(off) - 1:
         raise ValueError(f"prompt_json does not describe {len(off) - 1} prompts")
     ragged.check_offsets(off, prompt_tokens)
-    return told
+    return fields
 
 
 def _check_sequences(arrays: dict[str, Array], prompts: int, positions: int) -> None:
@@ -148,7 +148,7 @@ def prompts_of(arrays: dict[str, Array]) -> tuple[Prompt, ...]:
     """The prompts of a rollout segment, from the arrays PROMPTS. ValueError where they contradict
     each other.
     """
-    told, off = _told(arrays, len(arrays["prompt_tokens"])), arrays["prompt_off"]
+    fields, off = _told(arrays, len(arrays["prompt_tokens"])), arrays["prompt_off"]
     return tuple(
         Prompt(
             id=each["id"],
@@ -156,7 +156,7 @@ def prompts_of(arrays: dict[str, Array]) -> tuple[Prompt, ...]:
             answer=each["answer"],
             extra=each["extra"],
         )
-        for i, each in enumerate(told)
+        for i, each in enumerate(fields)
     )
 
 

@@ -24,7 +24,7 @@ STUDENT, PLAIN, MC = "student", "plain", "mc"
 that it drew."""
 REWARD = "+reward"
 """Ends the name of each of them where every sequence carries its reward."""
-ONCE, WHOLE, SAMPLED, WIDER = "once", "whole", "sampled", "wider"
+DEDUP, FULL, SAMPLED, EXTENSION = "once", "whole", "sampled", "wider"
 """Layouts of a score segment. `once` leaves out what the student's list already names, `whole`
 holds a teacher's list alone, `sampled` holds drawn ids with how often each was drawn, and `wider`
 holds what it adds to the segments of the same teacher on the same rollouts before it."""
@@ -32,10 +32,10 @@ BOUNDS = "+bounds"
 """Ends the name of the first two where the teacher told its best ids alone: every position then
 carries the least and the most that the entropy can be."""
 _ROLLED = (STUDENT, PLAIN, MC)
-_BOUNDED = (ONCE, WHOLE)
+_BOUNDED = (DEDUP, FULL)
 LAYOUTS = {
     ROLLOUT: (*_ROLLED, *(layout + REWARD for layout in _ROLLED)),
-    SCORE: (ONCE, WHOLE, SAMPLED, WIDER, *(layout + BOUNDS for layout in _BOUNDED)),
+    SCORE: (DEDUP, FULL, SAMPLED, EXTENSION, *(layout + BOUNDS for layout in _BOUNDED)),
 }
 
 POSITION_CHUNK = 32768
@@ -132,15 +132,15 @@ _SPECS = {
     STUDENT: _ROLLOUT | _STUDENT,
     PLAIN: _ROLLOUT,
     MC: _ROLLOUT | _STUDENT | _MC,
-    WHOLE: _WHOLE,
+    FULL: _WHOLE,
     SAMPLED: _WHOLE | {"mult": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
-    ONCE: _WHOLE
+    DEDUP: _WHOLE
     | _KEPT
     | {
         "t_at_s": Spec(ENTRY, "S", chunk=ENTRY_CHUNK),
         "t_rank_fix": Spec("uint16", "S", chunk=ENTRY_CHUNK),
     },
-    WIDER: _ENTRIES | _KEPT | {"rank_fix": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
+    EXTENSION: _ENTRIES | _KEPT | {"rank_fix": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
 }
 _SPECS |= {layout + REWARD: _SPECS[layout] | _REWARD for layout in _ROLLED}
 _SPECS |= {layout + BOUNDS: _SPECS[layout] | _BOUNDS for layout in _BOUNDED}
@@ -148,10 +148,10 @@ COUNTS = {
     STUDENT: ("M", "N", "P", "T", "J", "E"),
     PLAIN: ("M", "N", "P", "T", "J"),
     MC: ("M", "N", "P", "T", "J", "E", "D"),
-    ONCE: ("N", "P", "E", "S"),
-    WHOLE: ("N", "P", "E"),
+    DEDUP: ("N", "P", "E", "S"),
+    FULL: ("N", "P", "E"),
     SAMPLED: ("N", "P", "E"),
-    WIDER: ("N", "P", "E"),
+    EXTENSION: ("N", "P", "E"),
 }
 COUNTS |= {layout + REWARD: COUNTS[layout] for layout in _ROLLED}
 COUNTS |= {layout + BOUNDS: COUNTS[layout] for layout in _BOUNDED}

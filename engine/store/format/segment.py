@@ -21,8 +21,8 @@ from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array
 
 RESTORE = (
-    "restore it from a copy: `logitcask store merge STORE COPY --heal`; without one `logitcask "
-    "store retire STORE --segment ID`, then make it again"
+    "restore it from a copy: `logitcask store merge STORE COPY --repair`; without one `logitcask "
+    "store delete STORE --segment ID`, then make it again"
 )
 
 
@@ -41,7 +41,7 @@ class Segment:
     """The rollouts' name, or the teacher's."""
     base: str
     """seg_id of the rollouts that were scored; empty for rollouts."""
-    widens: str
+    extends: str
     """seg_id of the scores that these add to; empty for rollouts and for a teacher's first."""
     unit: Mapping[str, Any]
     counts: Mapping[str, int]
@@ -50,7 +50,7 @@ class Segment:
     files: Mapping[str, tuple[int, str]]
     """Relative name -> (bytes, sha256)."""
     lineage: Mapping[str, Any]
-    token_digest: str
+    tokens_sha256: str
     """sha256 over tokens and seq_off: what a score segment shares with its base."""
     number: int
     """Of the log record that published it."""
@@ -80,7 +80,7 @@ def sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def token_digest(tokens: Array, seq_off: Array) -> str:
+def tokens_sha256(tokens: Array, seq_off: Array) -> str:
     """sha256 over the little-endian bytes of tokens (uint32), then of seq_off (int64)."""
     return sha256(tokens.astype("<u4").tobytes() + seq_off.astype("<i8").tobytes())
 
@@ -175,18 +175,18 @@ def check_decodes(
 
 
 def read_files(
-    medium: Storage, folder: str, manifest: Mapping[str, tuple[int, str]], names: Collection[str]
+    storage: Storage, folder: str, manifest: Mapping[str, tuple[int, str]], names: Collection[str]
 ) -> dict[str, bytes]:
     """The named files of a segment, each of the size and digest that the manifest gives.
 
     Raises IntegrityError with the file's path.
     """
-    found = medium.read_all({f"{folder}/{name}": manifest[name][0] for name in sorted(names)})
+    found = storage.read_all({f"{folder}/{name}": manifest[name][0] for name in sorted(names)})
     contents = {}
     for path, data in found.items():
         name = path[len(folder) + 1 :]
         length, digest = manifest[name]
-        where = medium.where(path)
+        where = storage.where(path)
         if data is None:
             raise IntegrityError(f"{where}: committed, and missing", hint=RESTORE)
         if len(data) != length:
@@ -237,7 +237,7 @@ def decode(
 
 
 def read(
-    medium: Storage, segment: Segment, names: Collection[str] | None = None
+    storage: Storage, segment: Segment, names: Collection[str] | None = None
 ) -> dict[str, Array]:
     """Arrays of a committed segment, whole; all of them, or those named. Raises IntegrityError."""
     wanted = list(schema.specs(segment.layout)) if names is None else list(names)
@@ -247,8 +247,8 @@ def read(
         else [file for file in segment.files if file.split("/")[0] in wanted]
     )
     return decode(
-        medium.where(segment.folder),
-        read_files(medium, segment.folder, segment.files, needed),
+        storage.where(segment.folder),
+        read_files(storage, segment.folder, segment.files, needed),
         layout=segment.layout,
         profile=codecs.profile(segment.profile),
         counts=segment.counts,

@@ -56,13 +56,13 @@ class Claims:
 
     def __init__(
         self,
-        medium: Storage,
+        storage: Storage,
         *,
         worker: str,
         lease_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._medium, self._worker = medium, worker
+        self._storage, self._worker = storage, worker
         self._lease_s, self._clock = lease_s, clock
         self._seen: dict[str, tuple[int, float]] = {}
         """Unit -> its newest fence, and since when that was the newest."""
@@ -70,7 +70,7 @@ class Claims:
     def look(self) -> None:
         """Sees which claims are there, and which have moved."""
         now = self._clock()
-        newest = {unit: max(fences) for unit, fences in _listed(self._medium, CLAIMS).items()}
+        newest = {unit: max(fences) for unit, fences in _listed(self._storage, CLAIMS).items()}
         for unit, fence in newest.items():
             if self._seen.get(unit, (-1, 0.0))[0] != fence:
                 self._seen[unit] = (fence, now)
@@ -84,34 +84,34 @@ class Claims:
         fence, since = self._seen.get(unit, (-1, 0.0))
         if fence >= 0 and self._clock() - since < self._lease_s:
             return None
-        claim = Claim(self._medium, unit, fence, self._worker)
+        claim = Claim(self._storage, unit, fence, self._worker)
         return claim if claim.renew() else None
 
 
 class Claim:
     """A claim that a worker has, by the fence that it made last."""
 
-    def __init__(self, medium: Storage, unit: str, fence: int, worker: str) -> None:
-        self._medium, self._unit, self._fence, self._worker = medium, unit, fence, worker
+    def __init__(self, storage: Storage, unit: str, fence: int, worker: str) -> None:
+        self._storage, self._unit, self._fence, self._worker = storage, unit, fence, worker
 
     def renew(self) -> bool:
         """Makes the next fence; False where another has made it and has the unit from there on."""
         body = canonical({"worker": self._worker, "beat": self._fence + 1})
-        if not self._medium.create(_name(CLAIMS, self._unit, self._fence + 1), body):
+        if not self._storage.create(_name(CLAIMS, self._unit, self._fence + 1), body):
             return False
         self._fence += 1
         if self._fence:
-            self._medium.remove(_name(CLAIMS, self._unit, self._fence - 1))
+            self._storage.remove(_name(CLAIMS, self._unit, self._fence - 1))
         return True
 
     def release(self) -> None:
         """Removes the claim; what another has made since stays."""
-        for fence in _listed(self._medium, CLAIMS).get(self._unit, ()):
+        for fence in _listed(self._storage, CLAIMS).get(self._unit, ()):
             if fence <= self._fence:
-                self._medium.remove(_name(CLAIMS, self._unit, fence))
+                self._storage.remove(_name(CLAIMS, self._unit, fence))
 
 
-def note_failure(medium: Storage, unit_key: str, error: Exception, worker: str) -> None:
+def note_failure(storage: Storage, unit_key: str, error: Exception, worker: str) -> None:
     """Leaves a note of what the work of a unit raised, beside those that are there."""
     unit = _unit_of(unit_key)
     body = {
@@ -123,23 +123,23 @@ def note_failure(medium: Storage, unit_key: str, error: Exception, worker: str) 
         "message": str(error)[:_MESSAGE],
         "traceback": "".join(traceback.format_exception(error))[-_TRACEBACK:],
     }
-    number = max(_listed(medium, FAILED).get(unit, [-1])) + 1
-    while not medium.create(_name(FAILED, unit, number), canonical(body)):
+    number = max(_listed(storage, FAILED).get(unit, [-1])) + 1
+    while not storage.create(_name(FAILED, unit, number), canonical(body)):
         number += 1
 
 
-def failed_units(medium: Storage) -> dict[str, int]:
+def failed_units(storage: Storage) -> dict[str, int]:
     """unit_key -> how often its work raised, of every unit that has a note."""
-    return {f"sha256:{u}": len(numbers) for u, numbers in _listed(medium, FAILED).items()}
+    return {f"sha256:{u}": len(numbers) for u, numbers in _listed(storage, FAILED).items()}
 
 
-def failures_of(medium: Storage, unit_key: str) -> list[Failure]:
+def failures_of(storage: Storage, unit_key: str) -> list[Failure]:
     """The notes of a unit, oldest first. Raises IntegrityError for one that is none."""
     unit = _unit_of(unit_key)
     found = []
-    for number in _listed(medium, FAILED).get(unit, ()):
+    for number in _listed(storage, FAILED).get(unit, ()):
         name = _name(FAILED, unit, number)
-        data = medium.read(name, MAX_NOTE_BYTES)
+        data = storage.read(name, MAX_NOTE_BYTES)
         if data is None:
             continue  # removed meanwhile
         try:
@@ -147,49 +147,49 @@ def failures_of(medium: Storage, unit_key: str) -> list[Failure]:
             found.append(Failure(unit_key=unit_key, **note))
         except (ValueError, TypeError, RecursionError) as error:
             raise IntegrityError(
-                f"{medium.where(name)}: not a note of a failure",
+                f"{storage.where(name)}: not a note of a failure",
                 hint="remove this file: the unit is then tried again",
             ) from error
     return found
 
 
-def forget_failures(medium: Storage, unit_key: str) -> None:
+def forget_failures(storage: Storage, unit_key: str) -> None:
     """Removes the notes of a unit, so that it is tried again."""
     unit = _unit_of(unit_key)
-    for number in _listed(medium, FAILED).get(unit, ()):
-        medium.remove(_name(FAILED, unit, number))
+    for number in _listed(storage, FAILED).get(unit, ()):
+        storage.remove(_name(FAILED, unit, number))
 
 
-def leftovers(medium: Storage, committed: Iterable[str], born_before: float) -> list[str]:
+def orphans(storage: Storage, committed: Iterable[str], born_before: float) -> list[str]:
     """Names of claims that nobody has renewed since then (seconds since 1970), and of notes and
     claims of units that are committed.
     """
     done = {_unit_of(key) for key in committed}
     found = []
     for folder in FOLDERS:
-        for unit, numbers in _listed(medium, folder).items():
+        for unit, numbers in _listed(storage, folder).items():
             names = [_name(folder, unit, number) for number in numbers]
             old = folder == CLAIMS
             found += [
-                n for n in names if unit in done or (old and medium.touched_s(n) < born_before)
+                n for n in names if unit in done or (old and storage.touched_s(n) < born_before)
             ]
     return found
 
 
-def strays(medium: Storage) -> list[str]:
+def unknown_files(storage: Storage) -> list[str]:
     """What lies in the folders and is neither a claim nor a note."""
     return [
         f"{folder}/{name}"
         for folder in FOLDERS
-        for name in medium.names(folder)
+        for name in storage.names(folder)
         if not _FILE.fullmatch(name)
     ]
 
 
-def _listed(medium: Storage, folder: str) -> dict[str, list[int]]:
+def _listed(storage: Storage, folder: str) -> dict[str, list[int]]:
     """Unit -> its numbers in a folder, ascending."""
     found: dict[str, list[int]] = {}
-    for name in medium.names(folder):
+    for name in storage.names(folder):
         if match := _FILE.fullmatch(name):
             found.setdefault(match[1], []).append(int(match[2]))
     return found

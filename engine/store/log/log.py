@@ -1,7 +1,7 @@
 """The log: numbered, hash-chained records, the only source of truth, and their fold.
 
 Record n is made by a create that at most one writer can win. A store's state is the fold of records
-0..n. The first commit of a unit_key wins; a retired unit is not visible from its record on, and its
+0..n. The first commit of a unit_key wins; a deleted unit is not visible from its record on, and its
 key is free again. What was read once is kept, so a refresh reads the records that are new and lists
 one folder.
 
@@ -16,7 +16,7 @@ import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.record import Content, Record
-from logitcask.engine.store.log.snapshot import Chain, Snapshot
+from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot
 from logitcask.engine.store.storage.base import Storage
 
 BUNDLE = 256
@@ -26,46 +26,46 @@ BUNDLE = 256
 class Log:
     """The records of one store, read as far as they have been asked for."""
 
-    def __init__(self, medium: Storage, genesis: str) -> None:
-        self._medium = medium
+    def __init__(self, storage: Storage, genesis: str) -> None:
+        self._storage = storage
         self._sums = [genesis]
         """sha256 of format.json, then of each record: entry n is the `prev` of record n."""
         self._times: list[str] = []
         self._segments: list[Segment] = []
         self._ends = [0]
         """Entry n: how many segments records 0..n-1 hold."""
-        self._retired: dict[int, int] = {}
-        """Index of a segment -> the record that retired it."""
+        self._deleted: dict[int, int] = {}
+        """Index of a segment -> the record that deleted it."""
         self._by_key: dict[str, int] = {}
         """unit_key -> index of the segment that is visible."""
         self._rollouts: dict[str, Segment] = {}
-        """seg_id -> the newest rollout segment with this content, visible or retired."""
+        """seg_id -> the newest rollout segment with this content, visible or deleted."""
         self._bases: dict[str, list[int]] = {}
         """seg_id -> indices of the visible rollout segments with this content."""
-        self._chains: dict[tuple[str, str], list[int]] = {}
+        self._score_segments: dict[tuple[str, str], list[int]] = {}
         """(teacher, base) -> indices of its visible score segments."""
         self._names: dict[tuple[str, str], Segment] = {}
-        self._swept: dict[tuple[str, str], int] = {}
+        self._removals: dict[tuple[str, str], int] = {}
         """(kind, seg_id) -> how often gc has removed this content."""
         self._tags: dict[str, int] = {}
         self._single: list[bytes] = []
         """The newest records that no bundle holds yet, as far as they follow a full one."""
-        self._pin: Snapshot | None = None
+        self._snapshot: Snapshot | None = None
 
     def __len__(self) -> int:
         return len(self._sums) - 1
 
     def where(self, number: int) -> str:
         """Path or URL of a record."""
-        return self._medium.where(f"log/{record.file_name(number)}")
+        return self._storage.where(f"log/{record.file_name(number)}")
 
     # Reading.
 
     def refresh(self) -> None:
         """Folds the records published since. Raises IntegrityError: a gap, a bad record."""
         # Listed before reading: a record published meanwhile is not mistaken for one beyond a gap.
-        known = record.file_name(len(self) - 2) if len(self) > 1 else ""
-        names = self._medium.names("log", after=known)
+        cached = record.file_name(len(self) - 2) if len(self) > 1 else ""
+        names = self._storage.names("log", after=cached)
         numbers = [number for name in names if (number := record.number_of(name)) is not None]
         last = max(numbers, default=max(-1, len(self) - 2))
         if last + 1 < len(self):
@@ -75,7 +75,7 @@ class Log:
             if number % BUNDLE == 0 and last >= number + BUNDLE - 1 and self._read_bundle(number):
                 continue
             name = f"log/{record.file_name(number)}"
-            data = self._medium.read(name, schema.MAX_RECORD_BYTES)
+            data = self._storage.read(name, schema.MAX_RECORD_BYTES)
             if data is None:
                 # A listing may miss a name that is being added, but opening it cannot.
                 if number <= last:
@@ -89,13 +89,13 @@ class Log:
         name = bundle_name(first)
         records: list[Record] = []
         try:
-            data = self._medium.read(name, schema.MAX_BUNDLE_BYTES)
+            data = self._storage.read(name, schema.MAX_BUNDLE_BYTES)
             lines = (data or b"").splitlines(keepends=True)
             if len(lines) != 2 * BUNDLE:
                 return False
             prev = self.prev()
             for i in range(BUNDLE):
-                line, where = b"".join(lines[2 * i : 2 * i + 2]), self._medium.where(name)
+                line, where = b"".join(lines[2 * i : 2 * i + 2]), self._storage.where(name)
                 records.append(record.parse(line, where, number=first + i, prev=prev))
                 prev = records[-1].sha256
         except IntegrityError:
@@ -112,7 +112,7 @@ class Log:
         while start % BUNDLE == 0 and len(self._single) >= BUNDLE:
             together = b"".join(self._single[:BUNDLE])
             if len(together) <= schema.MAX_BUNDLE_BYTES:
-                self._medium.create(bundle_name(start), together)
+                self._storage.create(bundle_name(start), together)
             del self._single[:BUNDLE]
             start += BUNDLE
 
@@ -130,17 +130,17 @@ class Log:
         self._sums.append(new.sha256)
         self._times.append(new.time)
         self._ends.append(len(self._segments))
-        self._pin = None
+        self._snapshot = None
 
     def _apply(self, new: Record) -> None:
         """Raises KeyError or ValueError for what no writer publishes."""
-        touched = [self._retire(unit_key, new.number) for unit_key in new.retires]
+        touched = [self._delete(unit_key, new.number) for unit_key in new.deletes]
         for segment in touched:
-            self._check_chain(segment.name, segment.base)
-        for kind, seg_id, generation in new.sweeps:
+            self._check_extensions(segment.name, segment.base)
+        for kind, seg_id, generation in new.removes:
             if generation != self.generation(kind, seg_id):
                 raise ValueError(f"sweeps {seg_id} of generation {generation}")
-            self._swept[kind, seg_id] = generation + 1
+            self._removals[kind, seg_id] = generation + 1
         for segment in new.adds:
             if segment.unit_key not in self._by_key:
                 self._add(segment)
@@ -158,32 +158,35 @@ class Log:
             self._bases.setdefault(segment.seg_id, []).append(index)
             self._rollouts[segment.seg_id] = segment
         else:
-            base, chain = self.base(segment.base), self.chain(segment.name, segment.base)
-            if base is None or base.token_digest != segment.token_digest:
+            base, score_segments = (
+                self.base(segment.base),
+                self.score_segments(segment.name, segment.base),
+            )
+            if base is None or base.tokens_sha256 != segment.tokens_sha256:
                 raise ValueError(f"scores of other rollouts than {segment.base}")
-            if segment.widens != (chain[-1].seg_id if chain else ""):
-                raise ValueError(f"widens {segment.widens!r} of {len(chain)} segments")
-            self._chains.setdefault((segment.name, segment.base), []).append(index)
+            if segment.extends != (score_segments[-1].seg_id if score_segments else ""):
+                raise ValueError(f"widens {segment.extends!r} of {len(score_segments)} segments")
+            self._score_segments.setdefault((segment.name, segment.base), []).append(index)
         self._segments.append(segment)
         self._by_key[segment.unit_key] = index
         self._names.setdefault((segment.kind, segment.name), segment)
 
-    def _retire(self, unit_key: str, number: int) -> Segment:
+    def _delete(self, unit_key: str, number: int) -> Segment:
         index = self._by_key.pop(unit_key)
         segment = self._segments[index]
-        self._retired[index] = number
+        self._deleted[index] = number
         if segment.kind == schema.ROLLOUT:
             self._bases[segment.seg_id].remove(index)
         else:
-            self._chains[segment.name, segment.base].remove(index)
+            self._score_segments[segment.name, segment.base].remove(index)
         return segment
 
-    def _check_chain(self, name: str, base: str) -> None:
+    def _check_extensions(self, name: str, base: str) -> None:
         """What widens a segment says nothing without it."""
         before = ""
-        for segment in self.chain(name, base):
-            if segment.widens != before:
-                raise ValueError(f"retires {segment.widens}, and {segment.seg_id} widens it")
+        for segment in self.score_segments(name, base):
+            if segment.extends != before:
+                raise ValueError(f"deletes {segment.extends}, and {segment.seg_id} widens it")
             before = segment.seg_id
 
     # Asking. All answers are as far as the log has been read.
@@ -215,16 +218,16 @@ class Log:
         return self._segments[found[0]] if found else None
 
     def rollouts(self, seg_id: str) -> Segment | None:
-        """A rollout segment by its id, retired or not: what an old pin reads."""
+        """A rollout segment by its id, deleted or not: what an old snapshot reads."""
         return self._rollouts.get(seg_id)
 
     def standing(self) -> list[Segment]:
-        """Every segment that gc has not removed, retired ones too."""
+        """Every segment that gc has not removed, deleted ones too."""
         return [s for s in self._segments if s.generation == self.generation(s.kind, s.seg_id)]
 
-    def chain(self, name: str, base: str) -> Chain:
+    def score_segments(self, name: str, base: str) -> ScoreSegments:
         """The visible scores of one teacher on one rollout segment."""
-        return tuple(self._segments[index] for index in self._chains.get((name, base), ()))
+        return tuple(self._segments[index] for index in self._score_segments.get((name, base), ()))
 
     def first(self, kind: str, name: str) -> Segment | None:
         """The segment that bound a name."""
@@ -232,15 +235,15 @@ class Log:
 
     def generation(self, kind: str, seg_id: str) -> int:
         """How often gc has removed this content."""
-        return self._swept.get((kind, seg_id), 0)
+        return self._removals.get((kind, seg_id), 0)
 
     def tags(self) -> dict[str, int]:
         """Name -> the log number that it marks."""
         return dict(self._tags)
 
-    def retired_after(self, number: int) -> list[Segment]:
-        """Segments that were visible at record `number`, or came later, and are retired by now."""
-        return [self._segments[i] for i, by in self._retired.items() if by > number]
+    def deleted_after(self, number: int) -> list[Segment]:
+        """Segments that were visible at record `number`, or came later, and are deleted by now."""
+        return [self._segments[i] for i, by in self._deleted.items() if by > number]
 
     def at_time(self, time: str) -> int:
         """The newest record that was written at `time` or before; -1 = none. ISO 8601, UTC.
@@ -252,21 +255,23 @@ class Log:
             latest.append(max(each, latest[-1]) if latest else each)
         return bisect.bisect_right(latest, time) - 1
 
-    def pin(self, number: int) -> Snapshot:
+    def snapshot(self, number: int) -> Snapshot:
         """The fold of records 0..number. Raises StoreError where there are fewer."""
         if not -1 <= number < len(self):
             raise StoreError(
-                f"{self._medium.url} has no log record {number}: its last is {len(self) - 1}",
-                hint="open the store that the pin was taken from, or pin a number that exists",
+                f"{self._storage.url} has no log record {number}: its last is {len(self) - 1}",
+                hint="open the store of the snapshot, or give a number that exists",
             )
-        if self._pin is None or self._pin.number != number:
+        if self._snapshot is None or self._snapshot.number != number:
             visible = tuple(
                 segment
                 for index, segment in enumerate(self._segments[: self._ends[number + 1]])
-                if self._retired.get(index, len(self)) > number
+                if self._deleted.get(index, len(self)) > number
             )
-            self._pin = Snapshot(number=number, sha256=self._sums[number + 1], segments=visible)
-        return self._pin
+            self._snapshot = Snapshot(
+                number=number, sha256=self._sums[number + 1], segments=visible
+            )
+        return self._snapshot
 
 
 def bundle_name(first: int) -> str:

@@ -11,7 +11,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.record as record
 import logitcask.engine.store.log.root as root
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.models.fingerprint import apart
+from logitcask.engine.models.fingerprint import compare_records
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.log import Log
@@ -26,17 +26,20 @@ _TRIES = 50
 """Refusals in a row by a medium that then shows nothing."""
 
 
-def append(medium: Storage, log: Log, say: Callable[[], Mapping[str, Any] | None]) -> int | None:
-    """Publishes what `say` wants to say of the log as it then is; the record's number, or None.
+def append(
+    storage: Storage, log: Log, build_record: Callable[[], Mapping[str, Any] | None]
+) -> int | None:
+    """Publish the record that `build_record` makes for the newest log; return its number, or None.
 
-    `say` gives `adds`, `retires`, `sweeps` or `tags` of a record, or None for nothing to say. It is
-    asked again when another writer was faster, so every record is decided on the state that it
-    follows. A record whose answer was lost is recognised by its digest, and not doubled.
+    `build_record` returns the keys `adds`, `retires`, `sweeps` or `tags`, or None for no record.
+    It is called again when another writer was faster, so every record is decided on the
+    state that it follows. A record whose response was lost is recognised by its digest, and is not
+    written twice.
     """
     writer = {"host": socket.gethostname(), "pid": os.getpid(), "versions": _versions()}
     ticket, refused = uuid.uuid4().hex, 0
     log.refresh()
-    while (content := _said(log, say)) is not None:
+    while (content := _build(log, build_record)) is not None:
         number = len(log)
         body = {
             "n": number,
@@ -57,11 +60,11 @@ def append(medium: Storage, log: Log, say: Callable[[], Mapping[str, Any] | None
         if len(data) > schema.MAX_RECORD_BYTES:
             raise StoreError(
                 f"a log record of {len(data)} bytes, at most {schema.MAX_RECORD_BYTES}",
-                hint="put less into one record: into a unit's lineage, or retire in parts",
+                hint="put less into one record: into a unit's lineage, or delete in parts",
             )
         # What the reader would refuse is not published.
         ours = record.parse(data, log.where(number), number=number, prev=log.prev())
-        medium.create(f"log/{record.file_name(number)}", data)
+        storage.create(f"log/{record.file_name(number)}", data)
         log.refresh()
         if len(log) > number and log.sha256(number) == ours.sha256:
             break
@@ -72,21 +75,23 @@ def append(medium: Storage, log: Log, say: Callable[[], Mapping[str, Any] | None
                 hint="check the file system or the object store, then run the same again",
             )
     # Our own record, or the one that left nothing to say; durable before it is acknowledged.
-    medium.settle("log")
+    storage.settle("log")
     log.write_bundles()
     return None if content is None else number
 
 
-def _said(log: Log, say: Callable[[], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+def _build(
+    log: Log, build_record: Callable[[], Mapping[str, Any] | None]
+) -> Mapping[str, Any] | None:
     """say(), once more where gc has removed meanwhile what it was just looking at."""
     number = len(log)
     try:
-        return say()
+        return build_record()
     except IntegrityError:
         log.refresh()
         if len(log) == number:
             raise
-        return say()
+        return build_record()
 
 
 def check_name_identity(log: Log, new: Segment) -> None:
@@ -118,7 +123,7 @@ def _check_behaviour(bound: Segment, new: Segment) -> None:
     theirs, ours = (each.lineage.get("behaviour") for each in (bound, new))
     if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
         return
-    found, allowed = apart(theirs, ours)
+    found, allowed = compare_records(theirs, ours)
     if found > allowed:
         raise IdentityError(
             f"the teacher is not the one that began the scores named {new.name!r}: log-probs of a "

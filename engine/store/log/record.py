@@ -42,9 +42,9 @@ class Record:
     time: str
     """UTC, ISO 8601, by the writer's clock."""
     adds: tuple[Segment, ...]
-    retires: tuple[str, ...]
+    deletes: tuple[str, ...]
     """unit_keys that are not visible from here on."""
-    sweeps: tuple[Content, ...]
+    removes: tuple[Content, ...]
     """Folders that gc removes after this record."""
     tags: Mapping[str, int | None]
     """Name -> the log number that it marks, None where the mark is taken away."""
@@ -55,7 +55,7 @@ def file_name(number: int) -> str:
 
 
 def number_of(name: str) -> int | None:
-    """The number that a file name in log/ stands for, None for a stray."""
+    """The number that a file name in log/ stands for, None for an orphan."""
     return int(name[:10]) if re.fullmatch(r"[0-9]{10}\.json", name) else None
 
 
@@ -80,7 +80,7 @@ def decode_record(data: bytes, where: str) -> tuple[dict[str, Any], str]:
     return body, digest
 
 
-def describe(segment: Segment) -> dict[str, Any]:
+def encode_segment(segment: Segment) -> dict[str, Any]:
     """What a record says of one segment."""
     # Records of before have no seconds, and readers of before pass over them.
     noted = {} if segment.seconds is None else {"seconds": segment.seconds}
@@ -91,10 +91,10 @@ def describe(segment: Segment) -> dict[str, Any]:
         "unit_key": segment.unit_key,
         "name": segment.name,
         "base": segment.base,
-        "widens": segment.widens,
+        "widens": segment.extends,
         "unit": dict(segment.unit),
         "counts": dict(segment.counts),
-        "token_digest": segment.token_digest,
+        "token_digest": segment.tokens_sha256,
         "profile": segment.profile,
         "layout": segment.layout,
         "files": {name: list(entry) for name, entry in segment.files.items()},
@@ -122,16 +122,16 @@ def parse(data: bytes, where: str, *, number: int, prev: str) -> Record:
             sha256=digest,
             time=body["time"],
             adds=tuple(_segment(add, number) for add in body["adds"]),
-            retires=tuple(_matching(schema.DIGEST, key) for key in body["retires"]),
-            sweeps=tuple(_content(*content) for content in body["sweeps"]),
+            deletes=tuple(_matching(schema.DIGEST, key) for key in body["retires"]),
+            removes=tuple(_content(*content) for content in body["sweeps"]),
             tags=_tags(body["tags"], number),
         )
 
     return valid(record, f"{where}: not a valid record")
 
 
-def parse_segment(add: Any, where: str) -> Segment:
-    """A segment as `describe` tells of it. Raises IntegrityError naming the file."""
+def decode_segment(add: Any, where: str) -> Segment:
+    """A segment as `encode_segment` tells of it. Raises IntegrityError naming the file."""
     return valid(lambda: _segment(add, -1), f"{where}: not a valid segment")
 
 
@@ -179,7 +179,7 @@ def _tags(tags: Mapping[Any, Any], number: int) -> dict[str, int | None]:
 
 def _segment(add: Mapping[str, Any], number: int) -> Segment:
     """Raises ValueError, KeyError, TypeError or AttributeError for what no commit writes."""
-    layout, base, widens = add["layout"], add["base"], add["widens"]
+    layout, base, extends = add["layout"], add["base"], add["widens"]
     kind, seg_id, generation = _content(add["kind"], add["seg_id"], add["generation"])
     _need(layout in schema.LAYOUTS[kind], f"layout {layout!r} of a {kind} segment")
     for key, pattern in (
@@ -190,8 +190,10 @@ def _segment(add: Mapping[str, Any], number: int) -> Segment:
         _need(bool(pattern.fullmatch(add[key])), f"{key} {add[key]!r}")
     of_base = bool(schema.SEG_ID.fullmatch(base)) if kind == schema.SCORE else base == ""
     _need(of_base, f"base {base!r}")
-    of_first = bool(schema.SEG_ID.fullmatch(widens)) if layout == schema.WIDER else widens == ""
-    _need(of_first, f"widens {widens!r}")
+    of_first = (
+        bool(schema.SEG_ID.fullmatch(extends)) if layout == schema.EXTENSION else extends == ""
+    )
+    _need(of_first, f"widens {extends!r}")
     try:
         profile = codecs.profile(add["profile"])
     except ConfigError as error:
@@ -213,14 +215,14 @@ def _segment(add: Mapping[str, Any], number: int) -> Segment:
         unit_key=add["unit_key"],
         name=add["name"],
         base=base,
-        widens=widens,
+        extends=extends,
         unit=unit,
         counts=counts,
         profile=add["profile"],
         layout=layout,
         files=manifest,
         lineage=lineage,
-        token_digest=add["token_digest"],
+        tokens_sha256=add["token_digest"],
         number=number,
         seconds=seconds,
     )

@@ -28,15 +28,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read(medium: Storage) -> Identity | None:
+def read(storage: Storage) -> Identity | None:
     """The store that a medium holds, None where there is none.
 
     Raises StoreError for another or a newer format, IntegrityError for a damaged format.json.
     """
-    where = medium.where(_NAME)
-    data = medium.read(_NAME, schema.MAX_FORMAT_BYTES)
+    where = storage.where(_NAME)
+    data = storage.read(_NAME, schema.MAX_FORMAT_BYTES)
     if data is None:
-        if medium.read(f"log/{record.file_name(0)}", schema.MAX_RECORD_BYTES) is not None:
+        if storage.read(f"log/{record.file_name(0)}", schema.MAX_RECORD_BYTES) is not None:
             raise IntegrityError(f"{where}: missing, though the store has a log", hint=_RESTORE)
         return None
     body, digest = record.decode_record(data, where)
@@ -58,37 +58,37 @@ def read(medium: Storage) -> Identity | None:
     return Identity(store_uuid=body["store_uuid"], sha256=digest)
 
 
-def create(medium: Storage) -> Identity:
+def create(storage: Storage) -> Identity:
     """Makes the folders, then format.json; two creators at once get one store.
 
     Raises StoreError where other things are in the way, or where two writers could both win.
     """
-    medium.prepare(FOLDERS, _NAME)
-    _probe(medium)
+    storage.prepare(FOLDERS, _NAME)
+    _probe(storage)
     body = {
         "format": schema.FORMAT,
         "version": schema.FORMAT_VERSION,
         "store_uuid": str(uuid.uuid4()),
         "created": now(),
     }
-    medium.create(_NAME, record.encode_record(body))
-    identity = read(medium)
+    storage.create(_NAME, record.encode_record(body))
+    identity = read(storage)
     if identity is None:
         raise StoreError(
-            f"{medium.where(_NAME)}: gone as soon as written", hint="check who deletes there"
+            f"{storage.where(_NAME)}: gone as soon as written", hint="check who deletes there"
         )
     return identity
 
 
-def _probe(medium: Storage) -> None:
+def _probe(storage: Storage) -> None:
     """Commits rest on one promise: a name that is taken is refused."""
     name = f"{STAGING}/probe-{uuid.uuid4().hex}"
-    medium.create(name, b"first")
-    second = medium.create(name, b"second")
-    kept = medium.read(name, 16)
-    medium.remove(name)
+    storage.create(name, b"first")
+    second = storage.create(name, b"second")
+    kept = storage.read(name, 16)
+    storage.remove(name)
     if second or kept != b"first":
         raise StoreError(
-            f"{medium.url} lets a writer overwrite what another has written: commits would be lost",
+            f"{storage.url} lets a writer overwrite the files of another: commits would be lost",
             hint="use a disk with hard links, or an object store with conditional puts",
         )

@@ -1,11 +1,11 @@
-"""A pin: what a store holds as of one log record, whatever is added or retired later."""
+"""A snapshot: what a store holds as of one log record, whatever is added or deleted later."""
 
 from dataclasses import dataclass
 
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.store.format.segment import Segment
 
-Chain = tuple[Segment, ...]
+ScoreSegments = tuple[Segment, ...]
 """The score segments of one teacher on one rollout segment: its first, then what widens it."""
 
 
@@ -18,7 +18,7 @@ class Snapshot:
     sha256: str
     """Of that record."""
     segments: tuple[Segment, ...]
-    """In log order, without those that had been retired."""
+    """In log order, without those that had been deleted."""
 
     def rollouts(self, name: str) -> tuple[Segment, ...]:
         """The rollout segments of a name, by student version, then by first prompt."""
@@ -34,9 +34,9 @@ class Snapshot:
         found = (s for s in self.segments if s.kind == schema.SCORE and s.name == teacher)
         return next((str(s.lineage.get("role", "")) for s in found), "")
 
-    def scores(self, teacher: str) -> dict[str, Chain]:
+    def scores(self, teacher: str) -> dict[str, ScoreSegments]:
         """seg_id of the rollouts -> what the teacher says of them."""
-        found: dict[str, Chain] = {}
+        found: dict[str, ScoreSegments] = {}
         for segment in self.segments:
             if segment.kind == schema.SCORE and segment.name == teacher:
                 found[segment.base] = (*found.get(segment.base, ()), segment)

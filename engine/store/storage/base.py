@@ -65,7 +65,7 @@ class Storage(Protocol):
         """Makes a folder of files, durably, and compares what is there with what was meant.
 
         The folder may be there already, from a race or a crash. A folder is named by its content,
-        so what is there and is not `contents` is damage, and is mended.
+        so what is there and is not `contents` is damage, and is repaired.
         """
 
     def settle(self, folder: str) -> None:
@@ -95,7 +95,7 @@ SCHEMES = {
 """Scheme of a URL -> module:class; a class takes the URL. A text without a scheme is a path."""
 
 
-def open_medium(url: str | Path) -> Storage:
+def open_storage(url: str | Path) -> Storage:
     """The medium that a path or URL names. Raises StoreError for a scheme that is not known."""
     before, divider, behind = str(url).partition("://")
     scheme = before.lower() if divider else "file"
@@ -112,5 +112,5 @@ def open_medium(url: str | Path) -> Storage:
         )
     module, _, name = SCHEMES[scheme].partition(":")
     kind: Any = getattr(import_module(module), name)
-    medium: Storage = kind(f"{scheme}://{behind}" if divider else str(url))
-    return medium
+    storage: Storage = kind(f"{scheme}://{behind}" if divider else str(url))
+    return storage

@@ -66,8 +66,8 @@ class LocalStorage:
                 f"{self.url} is a file, not a store's folder", hint="give a new folder"
             )
         wanted = list(folders)
-        known = {*wanted, file}
-        strangers = [n for n in self.names("") if n not in known and not n.startswith(".")]
+        cached = {*wanted, file}
+        strangers = [n for n in self.names("") if n not in cached and not n.startswith(".")]
         if strangers:
             raise StoreError(
                 f"{self.url} is not a logitcask store and not empty: it holds {strangers[0]!r}",
@@ -162,7 +162,7 @@ class LocalStorage:
                 except OSError as error:
                     if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                         raise
-                    self._mend(folder, contents)
+                    self._repair(folder, contents)
         except BaseException:
             with suppress(StoreError):
                 self.remove(stage)
@@ -243,7 +243,7 @@ class LocalStorage:
             _fsync_dir(self._root / each)
         self._compare(stage, contents)
 
-    def _mend(self, folder: str, contents: Mapping[str, bytes]) -> None:
+    def _repair(self, folder: str, contents: Mapping[str, bytes]) -> None:
         """File by file, each at once, so that nobody ever finds less than there was."""
         for name, data in sorted(contents.items()):
             path = self._root / folder / name
@@ -252,7 +252,7 @@ class LocalStorage:
             temporary = self._root / STAGING / uuid.uuid4().hex
             self._make(str(Path(folder, name).parent))
             _write_new(temporary, data)
-            with _disk("mend", path):
+            with _disk("repair", path):
                 os.rename(temporary, path)
             _fsync_dir(path.parent)
 

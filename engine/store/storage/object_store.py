@@ -89,7 +89,7 @@ class ObjectStorage:
         except IntegrityError:
             there = None
         if there != data:
-            with self._asked("mend", name):
+            with self._asked("repair", name):
                 obstore.put(self._objects, name, data, mode="overwrite", use_multipart=False)
 
     def settle(self, folder: str) -> None:

@@ -187,8 +187,8 @@ def test_a_row_that_gives_much_to_ids_of_the_teacher_alone_is_refused(
     model = make_model(seed=1, vocab_size=N_VOCAB + 2, tie=False)
     folder = save_folder(tmp_path / "t", model)
 
-    def teacher(known: int | None) -> HF:
-        return HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), known=known)
+    def teacher(tokenizer_vocab: int | None) -> HF:
+        return HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), tokenizer_vocab=tokenizer_vocab)
 
     cut = teacher(None).score(rolled, ASK)
     with pytest.raises(UnitError, match=f"from {N_VOCAB} on, the probability 0"):
@@ -196,7 +196,7 @@ def test_a_row_that_gives_much_to_ids_of_the_teacher_alone_is_refused(
     model.lm_head.weight.data[N_VOCAB:] = 0
     model.lm_head.weight.data[: N_VOCAB - 1] *= 8
     folder = save_folder(tmp_path / "u", model)
-    rare = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), known=N_VOCAB + 2)
+    rare = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), tokenizer_vocab=N_VOCAB + 2)
     cut = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,)).score(rolled, ASK)
     np.testing.assert_array_equal(rare.score(rolled, ASK).lp, cut.lp)
 

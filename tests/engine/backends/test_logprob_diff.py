@@ -11,23 +11,23 @@ import torch
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.logprob_diff import (
-    behaviour,
-    compare,
-    control,
-    first_rows,
-    part_of,
+    compare_scores,
+    fingerprint,
     probe_request,
     probe_rollouts,
+    select_sequences,
+    self_consistency,
+    take_rows,
     tolerance,
 )
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.models.fingerprint import (
-    CEILING,
-    CONTROL_TIMES,
-    FLOOR,
+    MAX_SPREAD,
+    MIN_TOLERANCE,
+    SPREAD_FACTOR,
     ModelFingerprint,
-    behaviour_of,
-    distance,
+    fingerprint_distance,
+    fingerprint_of,
 )
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreParams, Scores
@@ -83,75 +83,75 @@ def with_noise(sigma: float) -> Callable[[], Any]:
 def test_a_fingerprint_survives_its_record_and_is_the_models_own(
     teacher: HF, tmp_path: Path
 ) -> None:
-    ours = behaviour(teacher, N_VOCAB)
+    ours = fingerprint(teacher, N_VOCAB)
     canonical(ours.record())
-    assert distance(ours, behaviour_of(ours.record())) < 1e-6
+    assert fingerprint_distance(ours, fingerprint_of(ours.record())) < 1e-6
     again = load(tmp_path / "again")
     again.batch_tokens = 8
-    assert distance(ours, behaviour(again, N_VOCAB)) < 1e-6
+    assert fingerprint_distance(ours, fingerprint(again, N_VOCAB)) < 1e-6
 
 
 @pytest.mark.parametrize("make", [lambda: make_model(seed=1), with_noise(0.003), with_noise(0.05)])
 def test_other_weights_differ_by_more_than_the_floor(
     make: Callable[[], Any], teacher: HF, tmp_path: Path
 ) -> None:
-    other = behaviour(load(tmp_path, make()), N_VOCAB)
-    assert distance(behaviour(teacher, N_VOCAB), other) > 10 * FLOOR
+    other = fingerprint(load(tmp_path, make()), N_VOCAB)
+    assert fingerprint_distance(fingerprint(teacher, N_VOCAB), other) > 10 * MIN_TOLERANCE
 
 
 def test_a_temperature_is_another_behaviour(teacher: HF) -> None:
-    ours = behaviour(teacher, N_VOCAB)
+    ours = fingerprint(teacher, N_VOCAB)
     hot = replace(ours, lp=ours.lp * 0.9)
-    assert distance(ours, hot) > 10 * FLOOR
+    assert fingerprint_distance(ours, hot) > 10 * MIN_TOLERANCE
 
 
 def test_an_id_that_only_one_names_counts_by_the_last_that_the_other_names() -> None:
     a = ModelFingerprint(ids=np.array([[1, 2]]), lp=np.log([[0.5, 0.3]]))
     b = ModelFingerprint(ids=np.array([[1, 3]]), lp=np.log([[0.5, 0.1]]))
-    assert distance(a, b) == pytest.approx(np.log(3))
+    assert fingerprint_distance(a, b) == pytest.approx(np.log(3))
     rare = ModelFingerprint(ids=np.array([[1, 2]]), lp=np.log([[0.5, 5e-5]]))
     other = ModelFingerprint(ids=np.array([[1, 9]]), lp=np.log([[0.5, 1e-6]]))
-    assert distance(rare, other) == 0.0
+    assert fingerprint_distance(rare, other) == 0.0
 
 
 def test_the_control_compares_every_row_with_itself(teacher: HF, rolled: Rollouts) -> None:
-    found = control(teacher, rolled, ASK)
+    found = self_consistency(teacher, rolled, ASK)
     assert found.largest < 1e-5
     assert found.same_best == 1.0
     assert found.compared > 8 * rolled.positions / 2
-    shaky = control(Shaky(teacher, 0.02), rolled, ASK)
+    shaky = self_consistency(Shaky(teacher, 0.02), rolled, ASK)
     assert shaky.largest == pytest.approx(0.02, rel=1e-3)
 
 
 def test_parts_are_scored_as_in_the_whole(teacher: HF, rolled: Rollouts) -> None:
     whole = teacher.score(rolled, ASK)
     order = [7, 0, 3]
-    part = teacher.score(part_of(rolled, order), ASK)
+    part = teacher.score(select_sequences(rolled, order), ASK)
     rows = np.concatenate([np.arange(rolled.seq_off[i], rolled.seq_off[i + 1]) for i in order])
     np.testing.assert_allclose(part.lp, whole.lp[rows], atol=1e-5)
 
 
 def test_the_first_rows_are_whole_sequences(rolled: Rollouts) -> None:
-    assert first_rows(rolled, int(rolled.seq_off[3])).lengths().tolist() == list(
+    assert take_rows(rolled, int(rolled.seq_off[3])).lengths().tolist() == list(
         rolled.lengths()[:3]
     )
-    assert len(first_rows(rolled, int(rolled.seq_off[3]) - 1).finish) == 2
-    assert len(first_rows(rolled, 1).finish) == 1
-    assert first_rows(rolled, 10**9).positions == rolled.positions
+    assert len(take_rows(rolled, int(rolled.seq_off[3]) - 1).finish) == 2
+    assert len(take_rows(rolled, 1).finish) == 1
+    assert take_rows(rolled, 10**9).positions == rolled.positions
 
 
 def test_compare_finds_rows_that_are_shifted(teacher: HF, rolled: Rollouts) -> None:
     once = teacher.score(rolled, ASK)
     shifted = replace(once, ids=np.roll(once.ids, 8), entry_lp=np.roll(once.entry_lp, 8))
-    assert compare(once, shifted).largest > 0.1
-    assert compare(once, shifted).same_best < 0.9
+    assert compare_scores(once, shifted).largest > 0.1
+    assert compare_scores(once, shifted).same_best < 0.9
 
 
 def test_the_tolerance_follows_the_control_and_has_an_end() -> None:
-    assert tolerance(0.0) == FLOOR
-    assert tolerance(0.02) == pytest.approx(CONTROL_TIMES * 0.02)
+    assert tolerance(0.0) == MIN_TOLERANCE
+    assert tolerance(0.02) == pytest.approx(SPREAD_FACTOR * 0.02)
     with pytest.raises(IdentityError, match="differs from itself by 0.2 nats"):
-        tolerance(2 * CEILING)
+        tolerance(2 * MAX_SPREAD)
 
 
 def test_the_probe_fits_any_vocabulary() -> None:

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitcask.engine.backends.returned import RESOLVED, Answer, ResponseAssembler, check_answer
+from logitcask.engine.backends.returned import (
+    RESOLVED,
+    ResponseAssembler,
+    ReturnedTopK,
+    check_answer,
+)
 from logitcask.engine.errors import AnswerError
 from logitcask.engine.store.format import ragged
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
@@ -31,12 +36,14 @@ class Made:
     n_vocab: int
 
     def scores(self) -> Scores:
-        sheet = ResponseAssembler(self.rollouts, self.request, self.at, n_vocab=self.n_vocab)
+        assembler = ResponseAssembler(self.rollouts, self.request, self.at, n_vocab=self.n_vocab)
         for sequence in reversed(range(len(self.rollouts.seq_prompt))):
-            rows = sheet.rows(sequence)
-            tokens, asked = self.rollouts.tokens[rows], sheet.asked(sequence)
-            sheet.write(sequence, answer_of(self.log_p[rows], tokens, asked, self.request.k_max))
-        return sheet.scores()
+            rows = assembler.rows(sequence)
+            tokens, asked = self.rollouts.tokens[rows], assembler.extra_ids(sequence)
+            assembler.write(
+                sequence, answer_of(self.log_p[rows], tokens, asked, self.request.k_max)
+            )
+        return assembler.scores()
 
 
 def rollouts_of(tokens: Array, lengths: list[int]) -> Rollouts:
@@ -126,7 +133,7 @@ def test_scores_against_the_whole_law(made: Made) -> None:
     order = np.argsort(-made.log_p, 1, kind="stable")[:, : made.request.k_max]
     least = min(made.request.k_min, made.n_vocab)
     if rows and ((order < made.n_vocab).sum(1) < least).any():
-        with pytest.raises(AnswerError, match="padded head take the other places"):
+        with pytest.raises(AnswerError, match="the other places hold ids of its padded head"):
             made.scores()
         return
     found, tokens = made.scores(), made.rollouts.tokens.astype(int)
@@ -142,21 +149,21 @@ def test_scores_against_the_whole_law(made: Made) -> None:
         assert found.at_lp is not None
         assert np.array_equal(found.at_lp, made.log_p[at, made.at.ids].astype(np.float32))
     for r in range(rows):
-        law = made.log_p[r]
-        kept = kept_of(law, made.request, made.n_vocab)
+        distribution = made.log_p[r]
+        kept = kept_of(distribution, made.request, made.n_vocab)
         assert ids[r] == kept
-        assert values[r] == law[kept].tolist()
-        best = sorted(range(head), key=lambda v: (-law[v], v))[: made.request.k_max]
+        assert values[r] == distribution[kept].tolist()
+        best = sorted(range(head), key=lambda v: (-distribution[v], v))[: made.request.k_max]
         known = {v for v in best if v < made.n_vocab} | {*map(int, asked[r]), int(tokens[r])}
         inside = {*kept, *map(int, asked[r])}
         unknown = [v for v in range(head) if v not in known]
-        t = math.fsum(np.exp(law[unknown]))
+        t = math.fsum(np.exp(distribution[unknown]))
         # A float32 law does not add up to 1: what that is off by is the engine's.
-        off = abs(1.0 - math.fsum(np.exp(law))) + 1e-12
-        outside = t + math.fsum(np.exp(law[[v for v in known if v not in inside]]))
+        off = abs(1.0 - math.fsum(np.exp(distribution))) + 1e-12
+        outside = t + math.fsum(np.exp(distribution[[v for v in known if v not in inside]]))
         tail = math.exp(float(found.log_tail[r]))
         slack = off + outside * 8 * ULP * (1 + abs(math.log(outside or 1.0)))
-        padded = math.fsum(np.exp(law[[v for v in unknown if v >= made.n_vocab]]))
+        padded = math.fsum(np.exp(distribution[[v for v in unknown if v >= made.n_vocab]]))
         # Of padding, which is nobody's, what rounding hides is not counted.
         assert tail >= outside - slack - (padded if t < RESOLVED + off else 0.0)
         # Ids of a padded head beyond the best are not counted, and are nowhere likelier.
@@ -171,14 +178,14 @@ def test_scores_against_the_whole_law(made: Made) -> None:
         rounding = off * (3 + math.log(head / max(t, RESOLVED))) + 1e-12
         rounding += 4 * ULP * (1 + high)
         assert low <= high
-        exact = math.fsum(map(term, law))
+        exact = math.fsum(map(term, distribution))
         if padded < 1e-30:  # its law is over the ids alone
             assert low - rounding <= exact <= high + rounding
             if left == 0:
                 assert high - low <= rounding
         # Section 6's interval, of the best ids alone.
         of_best = [v for v in best if v < made.n_vocab]
-        rest = max(1.0 - math.fsum(np.exp(law[of_best])), 0.0)
+        rest = max(1.0 - math.fsum(np.exp(distribution[of_best])), 0.0)
         wide = rest * math.log(max(made.n_vocab - len(of_best), 1))
         unresolved = RESOLVED * (1 + math.log(made.n_vocab / RESOLVED))
         assert high - low <= wide + unresolved + rounding
@@ -264,17 +271,17 @@ def test_padding_among_the_best_leaves_enough_or_is_refused() -> None:
     assert len(made(2).scores().ids) == 2
     with pytest.raises(AnswerError, match="2 best ids of a row .* k_min = 3") as caught:
         made(3).scores()
-    assert "--k-min" in caught.value.hint
+    assert "--teacher-topk-min" in caught.value.hint
 
 
 @pytest.mark.parametrize("vocab", [40, 150_000])
 def test_log_probs_of_no_law_are_refused(vocab: int) -> None:
     """Raw logits, say: all are lower by a constant."""
     logits = np.random.default_rng(0).normal(0, 3, (2, vocab))
-    law = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    distribution = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     request = ScoreParams(entry_kind="topk", k_min=20, k_max=20, at_student=False)
     made = Made(
-        log_p=law,
+        log_p=distribution,
         rollouts=rollouts_of(np.array([3, 4]), [2]),
         at=None,
         request=request,
@@ -282,10 +289,10 @@ def test_log_probs_of_no_law_are_refused(vocab: int) -> None:
     )
     made.scores()
     with pytest.raises(AnswerError, match="add up to .* at most") as caught:
-        replace(made, log_p=law - 7.0).scores()
+        replace(made, log_p=distribution - 7.0).scores()
     assert "--logprobs-mode" in caught.value.hint
     with pytest.raises(AnswerError, match="a log-prob of"):
-        replace(made, log_p=law + 7.0).scores()
+        replace(made, log_p=distribution + 7.0).scores()
 
 
 # What is refused.
@@ -301,7 +308,7 @@ PROBS = np.asarray(
 GOOD = answer_of(np.log(PROBS), TOKENS, ASKED, 4)
 
 
-def check(answer: Answer) -> None:
+def check(answer: ReturnedTopK) -> None:
     check_answer(answer, TOKENS, ASKED, k=4, n_vocab=8)
 
 
@@ -312,8 +319,8 @@ def with_value(values: Array | None, at: int | tuple[int, int], value: float) ->
     return changed
 
 
-REFUSED: dict[str, tuple[Callable[[Answer], Answer], str]] = {
-    "fewer tokens": (lambda a: replace(a, lp=a.lp[1:]), r"\(1,\) tokens, and 2 were asked"),
+REFUSED: dict[str, tuple[Callable[[ReturnedTopK], ReturnedTopK], str]] = {
+    "fewer tokens": (lambda a: replace(a, lp=a.lp[1:]), r"\(1,\) tokens, and 2 were requested"),
     "ids without log-probs": (lambda a: replace(a, top_lp=a.top_lp[:, 1:]), "log-probs of"),
     "fewer rows of ids": (
         lambda a: replace(a, ids=a.ids[1:], top_lp=a.top_lp[1:]),
@@ -327,8 +334,8 @@ REFUSED: dict[str, tuple[Callable[[Answer], Answer], str]] = {
         lambda a: replace(a, ids=a.ids.ravel(), top_lp=a.top_lp.ravel()),
         r"shape \(8,\), and \[2, 4\]",
     ),
-    "nothing at asked ids": (lambda a: replace(a, at=None), "None log-probs at 3 ids"),
-    "too few at asked ids": (lambda a: replace(a, at=GOOD.lp), r"\(2,\) log-probs at 3 ids"),
+    "nothing at asked ids": (lambda a: replace(a, at=None), "None log-probs at 3 chosen ids"),
+    "too few at asked ids": (lambda a: replace(a, at=GOOD.lp), r"\(2,\) log-probs at 3 chosen ids"),
     "a token of NaN": (
         lambda a: replace(a, lp=with_value(a.lp, 0, np.nan)),
         "nan at the sampled token",
@@ -339,7 +346,7 @@ REFUSED: dict[str, tuple[Callable[[Answer], Answer], str]] = {
     ),
     "an asked id of NaN": (
         lambda a: replace(a, at=with_value(a.at, 2, np.nan)),
-        "nan at an id that was asked",
+        "nan at a chosen id",
     ),
     "+inf": (lambda a: replace(a, lp=with_value(a.lp, 1, np.inf)), "inf at the sampled token"),
     "a best id of +inf": (
@@ -362,7 +369,7 @@ REFUSED: dict[str, tuple[Callable[[Answer], Answer], str]] = {
     ),
     "another value of an asked id": (
         lambda a: replace(a, at=with_value(a.at, 0, math.log(0.41))),
-        "two log-probs of one id, .* at an id that was asked",
+        "two log-probs of one id, .* at a chosen id",
     ),
     "an impossible best id that is possible": (
         lambda a: replace(a, top_lp=with_value(a.top_lp, (0, 1), -np.inf), ids=a.ids),
@@ -374,7 +381,7 @@ REFUSED: dict[str, tuple[Callable[[Answer], Answer], str]] = {
     ),
     "an asked id that is better than the last": (
         lambda a: replace(a, at=with_value(a.at, 1, math.log(0.2))),
-        "at an id that was asked above that of the last",
+        "at a chosen id above that of the last",
     ),
 }
 
@@ -388,13 +395,13 @@ def test_what_no_model_can_have_said_is_refused(name: str) -> None:
     change, words = REFUSED[name]
     with pytest.raises(AnswerError, match=words) as caught:
         check(change(GOOD))
-    assert "Nothing of it was stored" in caught.value.hint
+    assert "nothing of this answer was stored" in caught.value.hint
 
 
 @pytest.mark.parametrize("ours", [-math.inf, -3.0])
 def test_an_impossible_id_is_impossible_in_both_places(ours: float) -> None:
     """The last best id is -inf; the token, which is the same id, is or is not."""
-    answer = Answer(
+    answer = ReturnedTopK(
         lp=np.asarray([ours], np.float32),
         ids=np.asarray([[0, 1]]),
         top_lp=np.asarray([[0.0, -np.inf]], np.float32),
@@ -408,16 +415,16 @@ def test_an_impossible_id_is_impossible_in_both_places(ours: float) -> None:
 
 def test_a_sheet_takes_nothing_of_a_refused_answer() -> None:
     request = ScoreParams(entry_kind="topk", k_min=4, k_max=4)
-    sheet = ResponseAssembler(rollouts_of(TOKENS, [2]), request, ASKED, n_vocab=8)
-    sheet.write(0, GOOD)
-    before = sheet.scores()
+    assembler = ResponseAssembler(rollouts_of(TOKENS, [2]), request, ASKED, n_vocab=8)
+    assembler.write(0, GOOD)
+    before = assembler.scores()
     with pytest.raises(AnswerError):
-        sheet.write(0, replace(GOOD, lp=GOOD.lp + 0.1))
-    after = sheet.scores()
+        assembler.write(0, replace(GOOD, lp=GOOD.lp + 0.1))
+    after = assembler.scores()
     for name in ("lp", "entropy", "entropy_hi", "log_tail", "ids", "entry_lp", "at_lp"):
         assert np.array_equal(getattr(before, name), getattr(after, name)), name
 
 
 def test_an_answer_to_no_rows_is_an_answer() -> None:
-    none = Answer(lp=np.zeros(0), ids=np.zeros((0, 4), np.int64), top_lp=np.zeros((0, 4)))
+    none = ReturnedTopK(lp=np.zeros(0), ids=np.zeros((0, 4), np.int64), top_lp=np.zeros((0, 4)))
     check_answer(none, np.zeros(0, np.int64), None, k=4, n_vocab=8)

@@ -1,6 +1,5 @@
 """The law that is sampled from, against the exact softmax: on the tiny model, on made-up logits."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.sampling import draw, law, sample_batch, uniforms
+from logitcask.engine.backends.sampling import distribution, draw, sample_batch, uniforms
 from logitcask.engine.errors import ModelError, PromptError
 from logitcask.engine.types import LENGTH, STOP, Prompt, Rollouts, SamplingParams
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
@@ -111,7 +110,7 @@ def test_frequencies_are_those_of_the_exact_law(params: dict[str, Any]) -> None:
     n = 40_000
     u = torch.rand(n, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     ids = torch.tensor([seen])
-    scores: Any = law(sampling)(ids, logits[None].clone())
+    scores: Any = distribution(sampling)(ids, logits[None].clone())
     token, lp = draw(scores.expand(n, -1), u)
     p = exact_law(logits, seen, sampling)
     counts = torch.bincount(token, minlength=12).double()
@@ -243,7 +242,7 @@ def test_a_response_that_could_leave_the_context_is_refused_before_sampling(hf: 
 
 def test_progress_counts_sequences(hf: HF) -> None:
     seen: list[tuple[str, int, int]] = []
-    small = dataclasses.replace(SamplingParams(), n=2, max_new_tokens=4)
+    small = SamplingParams(n=2, max_new_tokens=4)
     hf.generate(PROMPTS, small, seed=0, version=0, progress=lambda *x: seen.append(x))
     assert seen[0] == ("rollout", 0, 10)
     assert seen[-1] == ("rollout", 10, 10)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from logitcask.engine.backends.base import open_backend
-from logitcask.engine.backends.vllm.backend import check_law, inside, rectangle
+from logitcask.engine.backends.vllm.backend import check_supported, to_matrix, valid_mask
 from logitcask.engine.backends.vllm.hidden import read_head
 from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.identity import model_ref
@@ -41,14 +41,20 @@ def test_the_head_of_a_folder_is_the_models(tmp_path: Path, tie: bool) -> None:
 
 def test_rows_of_other_lengths_make_a_rectangle_and_come_back() -> None:
     lists = IdLists(cnt=np.array([2, 0, 3], np.uint16), ids=np.array([7, 5, 1, 2, 3], np.uint32))
-    assert rectangle(lists).tolist() == [[7, 5, -1], [-1, -1, -1], [1, 2, 3]]
-    assert rectangle(lists)[inside(lists)].tolist() == lists.ids.tolist()
+    assert to_matrix(lists).tolist() == [[7, 5, -1], [-1, -1, -1], [1, 2, 3]]
+    assert to_matrix(lists)[valid_mask(lists)].tolist() == lists.ids.tolist()
 
 
-def test_laws_that_vllm_would_change_are_refused() -> None:
-    for law in ({}, {"min_p": 0.1}, {"top_p": 0.5}, {"temperature": 0.0}, {"temperature": 0.01}):
-        check_law(SamplingParams(**law))
-    with pytest.raises(ConfigError, match="vLLM takes min-p first"):
-        check_law(SamplingParams(min_p=0.1, top_p=0.9))
+def test_distributions_that_vllm_would_change_are_rejected() -> None:
+    for params in (
+        {},
+        {"min_p": 0.1},
+        {"top_p": 0.5},
+        {"temperature": 0.0},
+        {"temperature": 0.01},
+    ):
+        check_supported(SamplingParams(**params))
+    with pytest.raises(ConfigError, match="vLLM applies min-p first"):
+        check_supported(SamplingParams(min_p=0.1, top_p=0.9))
     with pytest.raises(ConfigError, match="at 0.01 or more"):
-        check_law(SamplingParams(temperature=0.009))
+        check_supported(SamplingParams(temperature=0.009))

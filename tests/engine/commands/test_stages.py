@@ -22,14 +22,14 @@ def test_rollouts_of_the_library_say_how_they_were_rendered(
     folder = str(save_folder(tmp_path / "student"))
     student = model_ref(folder, chat_template=chat_template)
     unit = make_unit(0, prompts=1, vocab=99, lengths=[3, 2])
-    pin = make_store(tmp_path / "store", [unit], student=student).head()
-    assert "chat_template" not in pin.rollouts("main")[0].lineage
-    assert student_of(Student(model=folder), pin, "main") == student
+    snapshot = make_store(tmp_path / "store", [unit], student=student).head()
+    assert "chat_template" not in snapshot.rollouts("main")[0].lineage
+    assert student_of(Student(model=folder), snapshot, "main") == student
     teacher = open_teacher(
         Teacher(model=folder, name="big"),
         Run(),
-        pin.rollouts("main")[0].lineage["student"],
-        template=rendered(pin, "main"),
+        snapshot.rollouts("main")[0].lineage["student"],
+        template=rendered(snapshot, "main"),
         exact=True,
         k_max=16,
         cancel=CancelToken(),

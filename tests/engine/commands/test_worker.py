@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.commands.stages import run_rollout, run_score
+from logitcask.engine.commands.rollout import run_rollout
+from logitcask.engine.commands.score import run_score
 from logitcask.engine.commands.worker import watch_rollouts, watch_scores
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig
 from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, StoreError
-from logitcask.engine.models.identity import write_card
+from logitcask.engine.models.identity import write_metadata
 from logitcask.engine.store import open_store
-from logitcask.engine.store.retention import retire
+from logitcask.engine.store.retention import delete
 from logitcask.engine.types import ModelRef
 from tests.engine.score.scored import ref
 from tests.engine.tiny import make_model, save_folder
@@ -57,21 +58,21 @@ def rolls(
         "student": {"model": str(here / "student")},
         "prompts": {"file": here / "p.jsonl", "chat_template": False},
         "store": {"url": str(here / store), "rollouts": name},
-        "rollout": {"n": 2, "max_new_tokens": 4, "student_k": 4, "unit_prompts": 2},
-        "work": {"watch": True, "worker": "w", **work},
+        "rollout": {"n": 2, "max_new_tokens": 4, "student_topk": 4, "unit_prompts": 2},
+        "work": {"worker": True, "worker_name": "w", **work},
         "run": {"device": "cpu", "seed": seed},
     }
     return validate(RolloutConfig, values, source="test")
 
 
 def scores(
-    here: Path, store: str = "s", model: str = "teacher", at: str = "student", idle: float = 0.0
+    here: Path, store: str = "s", model: str = "teacher", extra_ids: str = "", idle: float = 0.0
 ) -> ScoreConfig:
     values = {
         "teacher": {"model": str(here / model), "name": model},
         "store": {"url": str(here / store)},
-        "score": {"k_min": 4, "k_max": 8, "at": at},
-        "work": {"watch": True, "worker": "w", "idle_exit": idle},
+        "score": {"teacher_topk_min": 4, "teacher_topk_max": 8, "extra_ids": extra_ids},
+        "work": {"worker": True, "worker_name": "w", "idle_exit": idle},
         "run": {"device": "cpu"},
     }
     return validate(ScoreConfig, values, source="test")
@@ -82,7 +83,7 @@ def moved(here: Path, version: int, seed: int, root: ModelRef, card: bool = True
     save_folder(here / "new", make_model(seed=seed))
     shutil.copyfile(here / "new/model.safetensors", here / "student/model.safetensors")
     if card:
-        write_card(
+        write_metadata(
             here / "student",
             root=root.root,
             parent=root.digest,
@@ -122,7 +123,7 @@ def test_a_teacher_that_waits_scores_what_appears_as_one_that_comes_later(here: 
     copy = here / "later"
     store = open_store(shutil.copytree(here / "s", copy))
     watched = {(s.unit_key, s.seg_id) for s in store.head().segments if s.base}
-    retire(store, teacher="teacher")
+    delete(store, teacher="teacher")
     inline = run_score(scores(here, "later"))
     assert (inline.units_new, inline.positions) == (2 * UNITS, report.positions)
     assert {(s.unit_key, s.seg_id) for s in store.head().segments if s.base} == watched
@@ -132,14 +133,14 @@ def test_scores_at_another_models_ids_wait_for_those(here: Path) -> None:
     run_rollout(rolls(here))
     run_score(scores(here))
     store = open_store(here / "s")
-    retire(store, segment=store.head().segments[-1].seg_id)
+    delete(store, segment=store.head().segments[-1].seg_id)
     begun: list[int] = []
 
     def the_rest() -> None:
         begun.append(len(store.head().scores("student")))
         run_score(scores(here))
 
-    other = scores(here, model="student", at="teacher")
+    other = scores(here, model="student", extra_ids="teacher")
     assert watch_scores(other, stop=Then(the_rest)).units == UNITS
     assert begun == [1]
 
@@ -156,7 +157,7 @@ def test_a_teacher_does_not_wait_for_ever_where_it_is_told_not_to(here: Path) ->
 
 def test_what_is_about_all_rollouts_at_once_cannot_watch(here: Path) -> None:
     with pytest.raises(ConfigError, match="about all rollouts at once"):
-        watch_scores(scores(here, at="ids:some.jsonl"), stop=Then())
+        watch_scores(scores(here, extra_ids="some.jsonl"), stop=Then())
 
 
 def test_a_student_that_moves_on_is_sampled_again(here: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from logitcask.engine.demo.models import STOP, Size, make_model, make_tokenizer
-from logitcask.engine.demo.pretrain import Pupil, learn_at_least, learn_between
+from logitcask.engine.demo.pretrain import TaskPretrainer, pretrain_between, pretrain_to_at_least
 from logitcask.engine.demo.task import Task
 from logitcask.engine.errors import LogitcaskError
-from logitcask.engine.types import silent
+from logitcask.engine.types import no_progress
 
 
 class Scripted:
@@ -42,8 +42,8 @@ class Scripted:
 
 
 def between(learner: Scripted, limit: int = 1000) -> float:
-    return learn_between(
-        learner, 0.45, 0.65, stride=20, limit=limit, stage="student", progress=silent
+    return pretrain_between(
+        learner, 0.45, 0.65, stride=20, limit=limit, stage="student", progress=no_progress
     )
 
 
@@ -75,7 +75,7 @@ def test_a_learner_that_does_not_learn_is_an_error():
 
 
 def at_least(learner: Scripted, limit: int = 1000) -> float:
-    return learn_at_least(
+    return pretrain_to_at_least(
         learner,
         0.95,
         ready=0.75,
@@ -83,7 +83,7 @@ def at_least(learner: Scripted, limit: int = 1000) -> float:
         slide=40,
         limit=limit,
         stage="teacher",
-        progress=silent,
+        progress=no_progress,
     )
 
 
@@ -109,9 +109,9 @@ def test_teacher_that_never_gets_there_is_an_error():
         at_least(Scripted(lambda skill: 0.8, gain=0.1))
 
 
-def pupil(seed: int = 0) -> Pupil:
+def pupil(seed: int = 0) -> TaskPretrainer:
     task = Task(2)
-    return Pupil(
+    return TaskPretrainer(
         make_model(Size(hidden=16, layers=1, intermediate=32, heads=1), seed),
         make_tokenizer(),
         task.stream("student", 0),

@@ -72,12 +72,12 @@ def test_table_says_the_same(first: DemoResult):
 
 def test_store_is_whole_and_of_many_segments(first: DemoResult):
     store = open_store(first.out / "store")
-    pin = store.head()
+    snapshot = store.head()
     report = verify(store)
-    assert len(pin.rollouts("main")) == 10
+    assert len(snapshot.rollouts("main")) == 10
     assert report.segments == first.segments == 22
-    assert first.positions == sum(s.counts["P"] for s in pin.rollouts("main"))
-    held = sum(s.counts["P"] for s in pin.rollouts("heldout"))
+    assert first.positions == sum(s.counts["P"] for s in snapshot.rollouts("main"))
+    held = sum(s.counts["P"] for s in snapshot.rollouts("heldout"))
     files = sum(f.stat().st_size for f in (first.out / "store" / "seg").rglob("*") if f.is_file())
     assert first.bytes_per_position == pytest.approx(files / (first.positions + held))
 
@@ -86,7 +86,7 @@ def test_another_objective_only_trains(first: DemoResult, monkeypatch: pytest.Mo
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("made again")
 
-    for stage in ("run_rollout", "run_score", "learn_at_least", "learn_between"):
+    for stage in ("run_rollout", "run_score", "pretrain_to_at_least", "pretrain_between"):
         monkeypatch.setattr(demo_run, stage, never)
     made = {f: f.stat().st_mtime_ns for f in (first.out / "store").rglob("*") if f.is_file()}
 

@@ -31,8 +31,8 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
     "micro_batch": (trainer.DistillTrainer, "_row_loss", True),
     "update": (MetricsFile, "append", True),
     "weights": (trainer.DistillTrainer, "_save", True),
-    "mark": (trainer, "write_mark", False),
-    "marked": (trainer, "write_mark", True),
+    "mark": (trainer, "write_resume_metadata", False),
+    "marked": (trainer, "write_resume_metadata", True),
     "saving": (course, "save_student", False),
     "moving": (os, "replace", True),
 }

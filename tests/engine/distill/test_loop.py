@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import logitcask.engine.distill.on_policy_rows as loop
-from logitcask.engine.commands.stages import run_train
+from logitcask.engine.commands.train import run_train
 from logitcask.engine.config.sections import RunConfig, Student, TrainConfig
 from logitcask.engine.config.toml import read_toml
 from logitcask.engine.distill.loop import distill
@@ -47,16 +47,16 @@ url = "store"
 [rollout]
 n = 2
 max_new_tokens = 12
-student_k = 4
+student_topk = 4
 unit_prompts = 3
 [score]
-k_min = 8
-k_max = 16
+teacher_topk_min = 8
+teacher_topk_max = 16
 [train]
 objective = "forward_kl"
-k = 8
-lr = 5e-3
-tokens_per_batch = 48
+loss_topk = 8
+learning_rate = 5e-3
+pack_length = 48
 save_steps = 3
 [loop]
 rounds = {ROUNDS}
@@ -157,10 +157,10 @@ def test_every_round_is_sampled_by_the_student_of_its_start(whole: Whole) -> Non
 
 
 def test_an_update_trains_on_its_share_of_its_own_round(whole: Whole) -> None:
-    pin = whole.store.head()
+    snapshot = whole.store.head()
     for number in range(ROUNDS):
         expected: Counter[tuple[int, ...]] = Counter()
-        for segment in pin.rollouts("main"):
+        for segment in snapshot.rollouts("main"):
             if segment.unit["version"] == number * UPDATES:
                 rolled = whole.store.read_rollouts(segment)
                 ends = rolled.seq_off
@@ -187,7 +187,7 @@ def test_metrics_count_updates_and_ages(whole: Whole) -> None:
     found = lines(whole.out)
     assert [line["progress/step"] for line in found] == list(range(1, n + 1))
     assert [line["cache/age"] for line in found] == [i % UPDATES for i in range(n)]
-    drift = [line["cache/drift_k3"] for line in found]
+    drift = [line["cache/approx_kl"] for line in found]
     assert max(drift[::UPDATES]) < 1e-9 < 1e-6 < min(drift[1::UPDATES]), "on policy only at first"
     assert found[-1]["progress/positions"] == whole.report.positions
     assert (whole.report.updates, whole.report.version, whole.report.resumed_at) == (n, n, 0)
@@ -229,11 +229,11 @@ def test_the_student_comes_nearer_to_the_teacher(models: Path, tmp_path: Path) -
         "loop.updates_per_round=4",
         "rollout.unit_prompts=8",
         "rollout.n=8",
-        "train.lr=1e-2",
-        "train.k=64",
-        "score.k_min=64",
-        "score.k_max=99",
-        "train.tokens_per_batch=512",
+        "train.learning_rate=1e-2",
+        "train.loss_topk=64",
+        "score.teacher_topk_min=64",
+        "score.teacher_topk_max=99",
+        "train.pack_length=512",
     )
     distill(config)
     store = open_store(tmp_path / "store")
@@ -372,9 +372,9 @@ def test_the_same_call_after_the_end_does_nothing(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("train.tokens_per_batch=19", r"tokens_per_batch = 19 is less .* 20 tokens"),
-        ("train.accumulation=2", "train.accumulation = 2"),
-        ("train.epochs=3", "train.epochs = 3"),
+        ("train.pack_length=19", r"pack_length = 19 is less .* 20 tokens"),
+        ("train.gradient_accumulation_steps=2", "train.gradient_accumulation_steps = 2"),
+        ("train.num_train_epochs=3", "train.num_train_epochs = 3"),
         ("train.teacher=other", "train.teacher = other"),
         ("loop.prompts_per_round=9", r"prompts_per_round = 9: the file has 8 prompts"),
         ("loop.updates_per_round=7", r"updates_per_round = 7: a round has 6 responses"),
@@ -411,10 +411,10 @@ def test_several_processes_are_refused(
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ("train.lr=1e-4", r"settings\.lr = 0.005, not 0.0001"),
+        ("train.learning_rate=1e-4", r"settings\.lr = 0.005, not 0.0001"),
         ("run.seed=1", r"settings\.seed = 0, not 1"),
         ("loop.rounds=6", r"loop\.rounds = 5, not 6"),
-        ("score.k_max=17", r"request\.k_max = 16, not 17"),
+        ("score.teacher_topk_max=17", r"request\.k_max = 16, not 17"),
         ("train.objective=overlap", r"objective\.support = 'teacher', not 'overlap'"),
     ],
     ids=["lr", "seed", "rounds", "k_max", "objective"],
@@ -443,7 +443,11 @@ def test_runs_share_a_store_under_names_of_their_own(
     models: Path, whole: Whole, tmp_path: Path
 ) -> None:
     shutil.copytree(whole.store.url, tmp_path / "store")
-    distill(configure(models, tmp_path, "train.lr=1e-4", "loop.rounds=2", "store.rollouts=other"))
+    distill(
+        configure(
+            models, tmp_path, "train.learning_rate=1e-4", "loop.rounds=2", "store.rollouts=other"
+        )
+    )
     store = open_store(tmp_path / "store")
     verify(store)
     ours, theirs = (store.head().rollouts(name) for name in ("other", "main"))
@@ -496,7 +500,7 @@ def test_many_small_units_and_long_rows_lose_nothing(models: Path, tmp_path: Pat
         tmp_path,
         "rollout.unit_prompts=1",
         "rollout.n=1",
-        "train.tokens_per_batch=2048",
+        "train.pack_length=2048",
         "loop.prompts_per_round=8",
         "loop.rounds=1",
     )
@@ -544,4 +548,4 @@ def test_train_misses_the_unit_that_a_kill_left_out(whole: Whole) -> None:
     kinds = [segment.kind for segment in whole.store.head().segments]
     assert kinds[:8] == ["rollout", "score"] * 2 + ["rollout"] * 2 + ["score"] * 2
     with pytest.raises(IncompleteError, match="1 of 4 units"):
-        PackSource(whole.store, whole.store.pin(4), "main", "big")
+        PackSource(whole.store, whole.store.snapshot(4), "main", "big")

@@ -1,6 +1,7 @@
 """Every metric: a value worked by hand, its range, and that the order of ids does not matter."""
 
 import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcask.engine.metrics.metrics import (
+    COMMON_METRICS,
     LOG_RATIO_BOUND,
     METRICS,
     TEACHER_WIDTH,
-    row_metrics,
-    see,
-    summed_metrics,
+    Metric,
+    MetricInput,
+    compute_metrics,
+    metric_input,
 )
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels.fused_objective import OverlapSums
@@ -38,8 +41,8 @@ BY_HAND = {
     "entropy/teacher": -sum(q * math.log(q) for q in Q),
     "entropy/gap": abs(sum(p * math.log(p) for p in P) - sum(q * math.log(q) for q in Q)),
     "cache/coverage": 0.4 + 0.06 + 0.3 + 0.05,
-    "cache/miss_mass": 0.15,
-    "cache/drift_k3": 0.04 / 0.1 - 1 - math.log(0.04 / 0.1),
+    "cache/uncached_mass": 0.15,
+    "cache/approx_kl": 0.04 / 0.1 - 1 - math.log(0.04 / 0.1),
 }
 
 
@@ -60,26 +63,26 @@ def by_hand(kept: int = 3) -> Full:
     return make_full(row(P), row(Q), old=row(OLD), student_k=2, kept=kept, token=5)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", COMMON_METRICS)
 def test_by_hand(name: str) -> None:
     full = by_hand()
-    value = row_metrics(view_of(full, 6), full.targets, k=3)[name]
+    value = compute_metrics(view_of(full, 6), full.targets, k=3)[name]
     assert value.tolist() == pytest.approx([BY_HAND[name]], abs=1e-12)
 
 
 def test_every_metric_has_a_value_by_hand() -> None:
-    assert set(BY_HAND) == set(METRICS)
+    assert {*BY_HAND, TEACHER_WIDTH} == {*METRICS}
 
 
 def test_a_row_with_fewer_kept_ids_is_judged_at_what_it_keeps() -> None:
     """The teacher kept {1, 0} only: both top-2 are {0, 1}, and the ratio is 1, not 2/3."""
     full = by_hand(kept=2)
-    seen = see(view_of(full, 6), full.targets, 3)
-    assert seen.k.tolist() == [2]
-    assert METRICS["overlap/ratio"](seen).tolist() == [1.0]
+    x = metric_input(view_of(full, 6), full.targets, 3)
+    assert x.k.tolist() == [2]
+    assert METRICS["overlap/ratio"].compute(x).tolist() == [1.0]
     # Kept {1} only: p's best is 0. Nothing in common.
     full = by_hand(kept=1)
-    values = row_metrics(view_of(full, 6), full.targets, k=3)
+    values = compute_metrics(view_of(full, 6), full.targets, k=3)
     assert values["overlap/ratio"].tolist() == [0.0]
     assert values["overlap/empty_share"].tolist() == [1.0]
     assert values["overlap/advantage"].tolist() == [0.0]
@@ -88,8 +91,8 @@ def test_a_row_with_fewer_kept_ids_is_judged_at_what_it_keeps() -> None:
 def test_a_sampled_token_in_neither_list_counts_as_not_stored() -> None:
     """Its one log-prob is known, but that is luck of the draw, not what the cache covers."""
     full = make_full(row(P), row(Q), old=row(OLD), student_k=2, kept=3, token=2)
-    values = row_metrics(view_of(full, 6), full.targets, k=3)
-    assert values["cache/miss_mass"].tolist() == pytest.approx([0.15])
+    values = compute_metrics(view_of(full, 6), full.targets, k=3)
+    assert values["cache/uncached_mass"].tolist() == pytest.approx([0.15])
     assert values["cache/coverage"].tolist() == pytest.approx([BY_HAND["cache/coverage"]])
 
 
@@ -98,11 +101,11 @@ def test_drift_is_bounded_and_its_mean_is_the_kl_of_the_two_students() -> None:
     mean = 0.0
     for y in range(6):
         full = make_full(live, row(Q), old=old, token=y)
-        mean += OLD[y] * row_metrics(view_of(full, 6), full.targets)["cache/drift_k3"].item()
+        mean += OLD[y] * compute_metrics(view_of(full, 6), full.targets)["cache/approx_kl"].item()
     assert mean == pytest.approx(sum(o * math.log(o / p) for o, p in zip(OLD, P, strict=True)))
     full = by_hand()
-    far = replace(full.targets, s_lp=torch.tensor([-1e4], dtype=torch.float64))
-    drift = row_metrics(view_of(full, 6), far)["cache/drift_k3"].item()
+    far = replace(full.targets, student_logprobs=torch.tensor([-1e4], dtype=torch.float64))
+    drift = compute_metrics(view_of(full, 6), far)["cache/approx_kl"].item()
     assert drift == pytest.approx(math.exp(LOG_RATIO_BOUND) - 1 - LOG_RATIO_BOUND)
 
 
@@ -133,7 +136,7 @@ def fulls(draw: st.DrawFn) -> Full:
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(full=fulls(), k=st.integers(1, 20))
 def test_ranges(full: Full, k: int) -> None:
-    v = row_metrics(view_of(full, k), full.targets, k=k)
+    v = compute_metrics(view_of(full, k), full.targets, k=k)
     assert all(value.isfinite().all() for value in v.values())
     assert all(value.shape == (len(full.live),) for value in v.values())
     slack = 1e-12
@@ -143,16 +146,16 @@ def test_ranges(full: Full, k: int) -> None:
         "overlap/mass_teacher",
         "overlap/empty_share",
         "cache/coverage",
-        "cache/miss_mass",
+        "cache/uncached_mass",
     ):
         assert ((v[name] >= 0) & (v[name] <= 1 + slack)).all(), name
     assert (v["overlap/advantage"] <= slack).all()
-    assert (v["cache/drift_k3"] >= 0).all()
+    assert (v["cache/approx_kl"] >= 0).all()
     top = math.log(full.live.shape[1]) + slack
     assert (v["entropy/gap"] <= top).all()
     # What is in the overlap is stored; what of the top-k is missing is not.
     assert (v["overlap/mass_student"] <= v["cache/coverage"] + slack).all()
-    assert (v["cache/miss_mass"] + v["cache/coverage"] <= 1 + slack).all()
+    assert (v["cache/uncached_mass"] + v["cache/coverage"] <= 1 + slack).all()
     empty = v["overlap/empty_share"] == 1
     assert ((v["overlap/ratio"] == 0) == empty).all()
     assert (v["overlap/advantage"][empty] == 0).all()
@@ -179,8 +182,8 @@ def test_names_and_columns_of_ids_do_not_matter(full: Full, k: int, seed: int) -
     changed["ids"] = rename(changed["ids"])
     moved = replace(targets, **changed, token_col=column.argsort()[targets.token_col])
     other = view._replace(log_p=view.log_p[:, column], top_ids=rename(view.top_ids))
-    before, after = row_metrics(view, targets, k=k), row_metrics(other, moved, k=k)
-    for name in METRICS:
+    before, after = compute_metrics(view, targets, k=k), compute_metrics(other, moved, k=k)
+    for name in COMMON_METRICS:
         torch.testing.assert_close(after[name], before[name], rtol=1e-12, atol=1e-14, msg=name)
 
 
@@ -193,18 +196,18 @@ def test_the_gap_to_an_interval_is_the_distance_to_it(low: float, high: float, g
     view = view_of(full, 6)
     least, most = view.entropy + low, view.entropy + high
     rows = replace(full.targets, q_entropy=least, q_entropy_hi=most)
-    found = row_metrics(view, rows, k=3)
+    found = compute_metrics(view, rows, k=3)
     assert found["entropy/gap"].tolist() == pytest.approx([gap], abs=1e-12)
     assert found["entropy/teacher"].tolist() == least.tolist()
     assert found[TEACHER_WIDTH].tolist() == pytest.approx([high - low], abs=1e-12)
     one = torch.zeros(1, dtype=torch.float64)
-    summed = summed_metrics(view, OverlapSums(*[one] * len(OverlapSums._fields)), rows)
+    summed = compute_metrics(view, rows, k=3, sums=OverlapSums(*[one] * len(OverlapSums._fields)))
     for name in ("entropy/gap", "entropy/teacher", TEACHER_WIDTH):
         assert torch.equal(summed[name], found[name])
     # A lower bound of what it is, wherever in the interval H(q) is.
     for share in (0.0, 0.5, 1.0):
         exact = replace(full.targets, q_entropy=least + share * (most - least))
-        alone = row_metrics(view, exact, k=3)
+        alone = compute_metrics(view, exact, k=3)
         assert TEACHER_WIDTH not in alone
         assert alone["entropy/gap"].item() >= found["entropy/gap"].item() - 1e-12
 
@@ -213,8 +216,8 @@ def test_swapping_student_and_teacher() -> None:
     """Overlap and gap are symmetric, and the masses change places."""
     one = make_full(row(P), row(Q), student_k=6, kept=6)
     two = make_full(row(Q), row(P), student_k=6, kept=6)
-    a = row_metrics(view_of(one, 6), one.targets, k=3)
-    b = row_metrics(view_of(two, 6), two.targets, k=3)
+    a = compute_metrics(view_of(one, 6), one.targets, k=3)
+    b = compute_metrics(view_of(two, 6), two.targets, k=3)
     for first, second in (
         ("overlap/ratio", "overlap/ratio"),
         ("entropy/gap", "entropy/gap"),
@@ -223,3 +226,32 @@ def test_swapping_student_and_teacher() -> None:
     ):
         torch.testing.assert_close(a[first], b[second], rtol=1e-12, atol=0)
     assert a["overlap/advantage"].item() != pytest.approx(b["overlap/advantage"].item())
+
+
+def test_a_new_metric_is_an_entry_of_the_table_alone() -> None:
+    """After fused kernels it comes from their sums if it can, and else from its function."""
+    calls: list[str] = []
+
+    def plain(name: str) -> Callable[[MetricInput], Tensor]:
+        def shared(x: MetricInput) -> Tensor:
+            calls.append(name)
+            return x.n_shared.to(x.log_q.dtype)
+
+        return shared
+
+    table = {
+        "scratch/summed": Metric(plain("summed"), lambda sums: sums.shared),
+        "scratch/plain": Metric(plain("plain")),
+        "scratch/absent": Metric(plain("absent"), needs="reward"),
+    }
+    full = by_hand()
+    view = view_of(full, 6)
+    first = compute_metrics(view, full.targets, k=3, table=table)
+    assert calls == ["summed", "plain"]
+    shared = torch.tensor([2.0], dtype=torch.float64)
+    sums = OverlapSums(*[shared] * len(OverlapSums._fields))
+    second = compute_metrics(view, full.targets, k=3, sums=sums, table=table)
+    assert calls == ["summed", "plain", "plain"]
+    assert list(first) == list(second) == ["scratch/summed", "scratch/plain"]
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

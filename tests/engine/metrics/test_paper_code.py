@@ -66,7 +66,7 @@ def by_lists(full: Full, k: int) -> dict[str, list[tuple[float, int]]]:
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in METRICS_RELEASED}
     for r in range(len(log_p)):
         p, q = log_p[r].exp().tolist(), log_q[r].exp().tolist()
-        at = max(1, min(k, int(full.targets.kept[r])))
+        at = max(1, min(k, int(full.targets.n_kept[r])))
         ours, theirs = ranking(full.live[r])[:at], ranking(full.teacher[r])[:at]
         stored = full.targets.ids[r][full.targets.cached[r]].tolist()
         top = math.fsum(p[v] for v in ours)

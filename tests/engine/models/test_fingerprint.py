@@ -8,12 +8,12 @@ import pytest
 
 from logitcask.engine.errors import IdentityError, StoreError
 from logitcask.engine.models.fingerprint import (
-    CEILING,
-    CONTROL_TIMES,
-    FLOOR,
+    MAX_SPREAD,
+    MIN_TOLERANCE,
+    SPREAD_FACTOR,
     ModelFingerprint,
-    apart,
-    behaviour_of,
+    compare_records,
+    fingerprint_of,
 )
 from logitcask.engine.store import Store, open_store
 from tests.engine.store.made import SCORE_LINEAGE as LINEAGE
@@ -28,13 +28,13 @@ def record(off: float = 0.0, control: Any = 0.0) -> dict[str, Any]:
 
 
 def test_what_one_model_may_differ_by_is_three_times_the_larger_control() -> None:
-    assert apart(record(), record()) == (0.0, FLOOR)
-    found, allowed = apart(record(), record(0.02, control=0.01))
+    assert compare_records(record(), record()) == (0.0, MIN_TOLERANCE)
+    found, allowed = compare_records(record(), record(0.02, control=0.01))
     assert found == pytest.approx(0.02, abs=1e-5)
-    assert allowed == pytest.approx(CONTROL_TIMES * 0.01)
-    assert apart(record(control=0.01), record())[1] == allowed
+    assert allowed == pytest.approx(SPREAD_FACTOR * 0.01)
+    assert compare_records(record(control=0.01), record())[1] == allowed
     # A record that claims to be unsteady is no cover for another model.
-    assert apart(record(), record(control=1e9))[1] == CONTROL_TIMES * CEILING
+    assert compare_records(record(), record(control=1e9))[1] == SPREAD_FACTOR * MAX_SPREAD
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,10 @@ def test_what_one_model_may_differ_by_is_three_times_the_larger_control() -> Non
     ],
 )
 def test_what_is_no_record_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(StoreError, match="no record of how a teacher behaved"):
-        apart(record(), {**record(), **change})
+    with pytest.raises(StoreError, match="not a valid fingerprint"):
+        compare_records(record(), {**record(), **change})
     with pytest.raises(StoreError, match="KeyError"):
-        behaviour_of({"ids": [[1]]})
+        fingerprint_of({"ids": [[1]]})
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_name_is_bound_to_how_its_teacher_behaved(store: Store) -> None:
         return commit_scores(store, bases[n], n, lineage=lineage, unit_key=key("s", n))
 
     commit(0, record())
-    commit(1, record(FLOOR / 2))
+    commit(1, record(MIN_TOLERANCE / 2))
     with pytest.raises(IdentityError, match="not the one that began the scores named") as caught:
         commit(2, record(0.01))
     assert "--revision" in caught.value.hint

@@ -177,10 +177,10 @@ def test_a_plain_folder_is_version_0_of_its_own_root(folder: Path) -> None:
 
 def test_a_trained_student_knows_its_root(folder: Path) -> None:
     root, parent = identity.digest("root"), identity.digest("parent")
-    identity.write_card(
+    identity.write_metadata(
         folder, root=root, parent=parent, version=7, pin={"number": 3}, plan="p", objective={}
     )
-    card = identity.read_card(folder)
+    card = identity.read_metadata(folder)
     assert card is not None
     assert card["parent"] == parent
     ref = identity.model_ref(str(folder), chat_template=False)
@@ -193,10 +193,10 @@ def test_a_trained_student_knows_its_root(folder: Path) -> None:
 )
 def test_an_unsound_card_is_refused(folder: Path, keys: dict[str, Any]) -> None:
     d = identity.digest(0)
-    identity.write_card(folder, root=d, parent=d, version=1, pin=None, plan=d, objective=None)
-    edit(folder / identity.CARD, **keys)
+    identity.write_metadata(folder, root=d, parent=d, version=1, pin=None, plan=d, objective=None)
+    edit(folder / identity.METADATA_FILE, **keys)
     with pytest.raises(ModelError, match=r"logitcask\.json is not the card"):
-        identity.read_card(folder)
+        identity.read_metadata(folder)
 
 
 def test_stop_ids_are_those_of_tokenizer_and_config_and_not_of_generation_config(

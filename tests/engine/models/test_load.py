@@ -16,8 +16,9 @@ from transformers import (
     MptForCausalLM,
 )
 
+from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ModelError
-from logitcask.engine.models.identity import model_ref, read_card
+from logitcask.engine.models.identity import model_ref, read_metadata
 from logitcask.engine.models.load import (
     head_weight,
     hidden_states,
@@ -29,7 +30,11 @@ from logitcask.engine.models.load import (
 from logitcask.engine.types import ModelRef
 from tests.engine.tiny import make_model, save_folder
 
-CARD = {"pin": {"number": 1, "sha256": "0" * 64}, "plan": "sha256:1", "objective": {"k": 4}}
+METADATA = {
+    "pin": {"number": 1, "sha256": "0" * 64},
+    "plan": "sha256:1",
+    "objective": {"k": 4},
+}
 SMALL = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -183,11 +188,11 @@ def test_saved_students_load_and_count_versions(ref: ModelRef, tmp_path: Path) -
             folder.mkdir()
             (folder / "metrics.jsonl").write_text("kept")
         with quiet():
-            save_student(model, folder, parent=ref, updates=7, card=CARD)
+            save_student(model, folder, parent=ref, updates=7, metadata=METADATA)
         child = model_ref(str(folder), chat_template=True)
         assert (child.version, child.root) == (7, ref.root)
         assert child.tokenizer_digest == ref.tokenizer_digest
-        card = read_card(folder)
+        card = read_metadata(folder)
         assert card is not None
         assert card["parent"] == ref.digest
         assert torch.equal(head_weight(load_student(child)), head_weight(model))
@@ -198,7 +203,7 @@ def test_saved_students_load_and_count_versions(ref: ModelRef, tmp_path: Path) -
 
 @pytest.mark.needs("peft")
 def test_lora_trains_adapters_only_and_saves_base_plus_delta(ref: ModelRef, tmp_path: Path) -> None:
-    model: Any = load_student(ref, lora_rank=2, seed=3)
+    model: Any = load_student(ref, lora=Lora(r=2), seed=3)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained
     assert all(".lora_" in name for name in trained)
@@ -211,7 +216,7 @@ def test_lora_trains_adapters_only_and_saves_base_plus_delta(ref: ModelRef, tmp_
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     before = {name: p.clone() for name, p in model.state_dict().items()}
     with quiet():
-        save_student(model, tmp_path / "out", parent=ref, updates=1, card=CARD)
+        save_student(model, tmp_path / "out", parent=ref, updates=1, metadata=METADATA)
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     base, merged = (load_file(p / "model.safetensors") for p in (ref.path, tmp_path / "out"))
     assert base.keys() == merged.keys()
@@ -231,7 +236,7 @@ def test_lora_trains_adapters_only_and_saves_base_plus_delta(ref: ModelRef, tmp_
 @pytest.mark.needs("peft")
 def test_adapters_are_drawn_by_the_seed(ref: ModelRef) -> None:
     def drawn(seed: int) -> torch.Tensor:
-        model = load_student(ref, lora_rank=2, seed=seed)
+        model = load_student(ref, lora=Lora(r=2), seed=seed)
         return torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n])
 
     assert torch.equal(drawn(0), drawn(0))

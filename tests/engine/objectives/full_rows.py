@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logitcask.engine.objectives import Objective, live_k, row_objective
-from logitcask.engine.packing.targets import BEYOND, Targets
+from logitcask.engine.objectives import Objective, current_topk, row_objective
+from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets
 from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl_reference
 
 
@@ -72,12 +72,12 @@ def make_full(
     width = max(map(len, lists))
     ids_of = torch.full((rows, width), -1, dtype=torch.int64)
     q = torch.full((rows, width), -math.inf, dtype=live.dtype)
-    rank = torch.full((rows, width), BEYOND, dtype=torch.int64)
+    rank = torch.full((rows, width), NOT_IN_TOPK, dtype=torch.int64)
     tail = torch.full((rows,), -math.inf, dtype=live.dtype)
     for r, ids in enumerate(lists):
         ids_of[r, : len(ids)] = torch.tensor(ids)
         q[r, : len(ids)] = log_q[r, ids]
-        rank[r, : len(ids)] = torch.tensor([rank_of[r].get(v, BEYOND) for v in ids])
+        rank[r, : len(ids)] = torch.tensor([rank_of[r].get(v, NOT_IN_TOPK) for v in ids])
         rest = [v for v in range(vocab) if v not in ids[: cached_of[r]]]
         tail[r] = log_q[r, rest].logsumexp(-1)
     column = torch.arange(width)
@@ -107,17 +107,19 @@ def make_full(
         in_student=column < torch.tensor(student_of)[:, None],
         cached=column < torch.tensor(cached_of)[:, None],
         token_col=torch.tensor([ids.index(t) for ids, t in zip(lists, token_of, strict=True)]),
-        kept=torch.tensor(kept_of),
+        n_kept=torch.tensor(kept_of),
         q_log_tail=tail,
         q_entropy=entropy(log_q),
-        s_entropy=entropy(log_old),
-        s_lp=log_old[row, at_token],
-        b_lp=log_old[row, at_token],
-        q_token_lp=log_q[row, at_token],
+        student_entropy=entropy(log_old),
+        student_logprobs=log_old[row, at_token],
+        behavior_logprobs=log_old[row, at_token],
+        teacher_logprobs=log_q[row, at_token],
         version=torch.zeros(rows, dtype=torch.int64),
         sequence=torch.zeros(rows, dtype=torch.int64),
         position=row,
-        s_log_p=torch.where(column < torch.tensor(student_of)[:, None], old_at, -math.inf),
+        student_topk_logprobs=torch.where(
+            column < torch.tensor(student_of)[:, None], old_at, -math.inf
+        ),
         mc_count=mc_count,
         mc_log_p=None if mc_count is None else torch.where(mc_count > 0, old_at, -math.inf),
         q_draws=counts(q_draws),
@@ -133,7 +135,7 @@ def entropy(log_x: Tensor) -> Tensor:
 
 def run(objective: Objective, full: Full) -> tuple[SparseLoss, Tensor]:
     """The engine's loss and metrics, and d loss / d logits [P, V], summed over rows."""
-    k = live_k(objective, full.live.shape[1])
+    k = current_topk(objective, full.live.shape[1])
     made = row_objective(objective, full.targets)
     return sparse_kl_reference(full.live, full.targets.ids, made, k=k)
 
@@ -141,7 +143,7 @@ def run(objective: Objective, full: Full) -> tuple[SparseLoss, Tensor]:
 def support(objective: Objective, full: Full, r: int) -> list[int]:
     """The ids of row r, from the full distributions."""
     k = objective.k
-    teacher = ranking(full.teacher[r])[: min(k, int(full.targets.kept[r]))]
+    teacher = ranking(full.teacher[r])[: min(k, int(full.targets.n_kept[r]))]
     today = ranking(full.live[r])[:k]
     known = full.targets.ids[r][full.targets.cached[r]].tolist()
     ids = {
@@ -192,10 +194,10 @@ def _row(
 ) -> tuple[Tensor, Tensor]:
     """(loss, what autograd descends) of one row."""
     nothing = log_p.nan_to_num(0, 0, 0).sum() * 0
-    if not ids and objective.outside != "tail":
+    if not ids and objective.tail != "bucket":
         return nothing, nothing
     p, q = log_p[ids], log_q[ids]
-    if objective.form == "advantage":
+    if objective.estimator == "policy_gradient":
         weight = {
             "student_p": p.softmax(-1).detach(),
             "teacher_p": q.softmax(-1),
@@ -207,7 +209,7 @@ def _row(
     if draws is not None:
         loss = (draws * (q - p)).sum()
         return loss, loss
-    if objective.outside == "renormalize":
+    if objective.tail == "renormalize":
         p, q = p - p.logsumexp(-1), q - q.logsumexp(-1)
     elif log_q[rest].exp().sum() > 0:
         tail_p, tail_q = log_p[rest].logsumexp(-1), log_q[rest].logsumexp(-1)

@@ -1,4 +1,4 @@
-"""What a cache serves of each preset, in its words, and what it refuses."""
+"""Exactness of each preset on a cache, and combinations that a cache cannot serve."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,8 @@ from logitcask.engine.objectives import (
     served,
     warnings,
 )
-from logitcask.engine.objectives.bounds import beyond, watched
+from logitcask.engine.objectives.bounds import bounded_metric, rows_to_skip
+from logitcask.engine.objectives.exactness import Served
 from logitcask.kernels.sparse_kl import sparse_kl_reference
 from tests.engine.objectives.full_rows import make_full, run
 
@@ -37,109 +38,48 @@ FACTS = CacheInfo(
     at_mc=True,
     base=True,
 )
-DRAWN = replace(FACTS, q_draws=50)
+SAMPLED = replace(FACTS, q_draws=50)
 """Scores that are ids which the teacher drew."""
 
 
 def facts_for(name: str) -> CacheInfo:
     if name == "full_vocab":
         return replace(FACTS, n_vocab=16)
-    return DRAWN if name == "rs_kd" else FACTS
-
-
-ONE_DRAW = (
-    "one draw per position, unbiased for KL(p || q) at age 0, off policy after the first update"
-)
-TOKEN = ("exact: the teacher's log-prob of the sampled id", "fixed: the sampled id", ONE_DRAW)
-MISSING = "what was never scored of it is missing, see cache/miss_mass"
-LIVE = (
-    "exact where there are any: the teacher's top-16, and what else of today's student was scored"
-)
-
-LABELS = {
-    "overlap": (
-        "exact: every row holds the teacher's top-16",
-        "live: the student's top-16 of today within the teacher's, which never leaves what was "
-        "scored",
-        "deterministic",
-    ),
-    "opd": (
-        "exact: the teacher was asked at the student's ids",
-        "frozen: the top-16 of the student that sampled (version 0); today's may differ, see "
-        "cache/miss_mass",
-        "deterministic",
-    ),
-    "opd_released": (
-        "exact: the teacher was asked at the student's ids",
-        "frozen: the top-16 of the student that sampled (version 0); today's may differ, see "
-        "cache/miss_mass",
-        "deterministic, though not the gradient of a divergence",
-    ),
-    "teacher_topk": (
-        "exact: every row holds the teacher's top-16",
-        "fixed: the teacher's top-16",
-        "deterministic",
-    ),
-    "forward_kl": (
-        "exact for both models coarsened to the first 64 kept ids and one bucket: a lower bound of "
-        "KL",
-        "fixed: the teacher's top-64",
-        "deterministic",
-    ),
-    **dict.fromkeys(
-        ("sampled_token", "lightning", "exopd", "vopd", "vopd_cached", "eopd", "sod"), TOKEN
-    ),
-    "reopold": (*TOKEN[:2], "one draw per position, biased by the floor"),
-    "union": (
-        LIVE,
-        f"live: the student's top-16 of today and the teacher's; {MISSING}",
-        "deterministic",
-    ),
-    "non_overlap": (
-        LIVE,
-        f"live: what only one of the two top-16 of today holds; {MISSING}",
-        "deterministic",
-    ),
-    "full_vocab": ("exact: every row holds every id", "fixed: the vocabulary", "deterministic"),
-    "async_mc": (
-        "exact: the teacher was asked at the drawn ids",
-        "fixed: 8 ids that the student drew when it sampled",
-        "8 draws per position, importance-weighted: unbiased for KL(p || q) at any age, though not "
-        "for the prefixes",
-    ),
-    "rs_kd": (
-        "exact: the teacher's log-prob of the ids it drew",
-        "fixed: 50 ids that the teacher drew",
-        "50 draws per position, unbiased for KL(q || p) at any age",
-    ),
-}
-LABELS |= {"gkd": LABELS["forward_kl"], "veto": LABELS["teacher_topk"]}
-LABELS |= {"prune_opd": LABELS["opd_released"]}
+    return SAMPLED if name == "rs_kd" else FACTS
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_labels_of_a_one_shot_store(name: str) -> None:
-    given = check_exactness(PRESETS[name], facts_for(name))
-    assert (given.scores, given.support, given.estimator) == LABELS[name]
-    assert given.prefixes == "version 0"
-    assert given.lines()[0] == f"scores: {LABELS[name][0]}"
-    assert given.lines()[3] == "prefixes: version 0"
+def test_exactness_of_every_preset(name: str) -> None:
+    kinds = {
+        **dict.fromkeys(("overlap", "teacher_topk", "full_vocab", "veto"), Served.EXACT),
+        **dict.fromkeys(("forward_kl", "gkd"), Served.COARSENED),
+        **dict.fromkeys(("union", "non_overlap"), Served.UNCACHED),
+        **dict.fromkeys(("opd", "opd_released", "prune_opd"), Served.FROZEN),
+        **dict.fromkeys(("async_mc", "rs_kd"), Served.ANY_AGE),
+        "reopold": Served.FLOOR,
+    }
+    kind = served(PRESETS[name].objective)
+    assert kind is kinds.get(name, Served.ON_POLICY)
+    new = check_exactness(PRESETS[name], facts_for(name))
+    old = check_exactness(PRESETS[name], replace(facts_for(name), student_version=9))
+    assert ("coarsened" in new.scores) == (kind is Served.COARSENED)
+    assert ("left out" in new.support) == (kind is Served.UNCACHED)
+    assert new.support.startswith("frozen") == (kind is Served.FROZEN)
+    assert ("by the floor" in new.estimator) == (kind is Served.FLOOR)
+    assert ("unbiased" in new.estimator) == (kind in (Served.ON_POLICY, Served.ANY_AGE))
+    assert ("unbiased" in old.estimator) == (kind is Served.ANY_AGE)
+    deterministic = PRESETS[name].objective.support not in ("sampled", "mc", "teacher_mc")
+    assert new.estimator.startswith("deterministic") == deterministic
 
 
-def test_what_is_served_in_a_few_words_is_what_the_labels_say() -> None:
-    words = {name: served(preset.objective) for name, preset in PRESETS.items()}
-    for name, word in words.items():
-        given = check_exactness(PRESETS[name], facts_for(name))
-        old = check_exactness(PRESETS[name], replace(facts_for(name), student_version=9))
-        assert ("frozen" in word) == given.support.startswith("frozen"), name
-        assert ("missing" in word) == ("never scored" in given.support), name
-        assert ("coarsened" in word) == ("coarsened" in given.scores), name
-        assert ("unbiased" in word) == ("unbiased" in given.estimator), name
-        assert (word == "unbiased on policy") == (
-            "unbiased" in given.estimator and "unbiased" not in old.estimator
-        ), name
-        assert (word == "biased by its floor") == ("by the floor" in given.estimator), name
-    assert words["overlap"] == words["teacher_topk"] == words["veto"] == "exact"
+def test_lines_of_a_report() -> None:
+    assert check_exactness(PRESETS["opd"], FACTS).lines() == [
+        "scores: exact: the teacher scored the student's ids",
+        "support: frozen: the top-16 of the behaviour policy (version 0); the current one may "
+        "differ, see cache/uncached_mass",
+        "estimator: deterministic",
+        "prefixes: version 0",
+    ]
 
 
 def test_a_bare_objective_has_the_labels_without_the_presets_note() -> None:
@@ -177,22 +117,26 @@ def test_a_sampled_token_is_unbiased_on_policy_only(
 def test_prefixes_say_whose_rollouts_they_are() -> None:
     mixed = replace(FACTS, versions=(3, 0, 8))
     assert check_exactness(PRESETS["overlap"], mixed).prefixes == "versions 0 to 8"
-    foreign = replace(FACTS, same_root=False)
-    assert check_exactness(PRESETS["overlap"], foreign).prefixes == "version 0 of another root"
+    off_lineage = replace(FACTS, same_root=False)
+    assert (
+        check_exactness(PRESETS["overlap"], off_lineage).prefixes
+        == "version 0 of other base weights"
+    )
     assert any(
-        "Foreign student" in note for note in check_exactness(PRESETS["overlap"], foreign).notes
+        "Off-lineage student" in note
+        for note in check_exactness(PRESETS["overlap"], off_lineage).notes
     )
     loop = replace(FACTS, versions=())
     assert (
         check_exactness(PRESETS["opd"], loop).prefixes
-        == "of the student itself, renewed every round"
+        == "of the current student, new in every round"
     )
     other = replace(FACTS, same_template=False)
     assert any("chat template" in note for note in check_exactness(PRESETS["overlap"], other).notes)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_teacher_that_told_its_best_ids_alone_is_no_exacter_than_that(name: str) -> None:
+def test_a_teacher_of_returned_topk_alone_is_labelled(name: str) -> None:
     facts = replace(facts_for(name), entropy_bounds=True)
     given = check_exactness(PRESETS[name], facts)
     plain = check_exactness(PRESETS[name], facts_for(name))
@@ -201,10 +145,10 @@ def test_a_teacher_that_told_its_best_ids_alone_is_no_exacter_than_that(name: st
     assert "resolved to 1e-06" in note
     added = given.scores.removeprefix(plain.scores)
     assert (given.support, given.estimator) == (plain.support, plain.estimator)
-    tail = PRESETS[name].objective.outside == "tail"
+    tail = PRESETS[name].objective.tail == "bucket"
     assert ("the bucket is resolved to 1e-06" in added) == tail
-    assert ("the gate opens where the least" in added) == (name == "eopd")
-    assert ("which moves the variance alone" in added) == (name == "vopd_cached")
+    assert ("the gate opens where the lower end" in added) == (name == "eopd")
+    assert ("which affects only the variance" in added) == (name == "vopd_cached")
     assert bool(added) == (tail or name in ("eopd", "vopd_cached"))
 
 
@@ -213,16 +157,18 @@ def test_a_k_beyond_what_every_row_keeps_is_refused(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=32), FACTS)
     assert "k = 32 is more than k_min = 16" in caught.value.cause
-    assert caught.value.hint == "score again with --k-min 32, or train with --k 16"
+    assert (
+        caught.value.hint == "score again with --teacher-topk-min 32, or train with --loss-topk 16"
+    )
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=100), FACTS)
-    assert "--k-min 100 --k-max 100" in caught.value.hint
+    assert "--teacher-topk-min 100 --teacher-topk-max 100" in caught.value.hint
     assert check_exactness(parse_objective(name, k=32), replace(FACTS, k_min=32))
 
 
 def test_an_advantage_on_the_teachers_ids_needs_them_too() -> None:
     objective = Objective(
-        support="teacher", divergence="reverse_kl", outside="ignore", form="advantage", k=17
+        support="teacher", divergence="reverse_kl", tail="ignore", estimator="policy_gradient", k=17
     )
     with pytest.raises(ObjectiveError, match="k = 17 is more than k_min = 16"):
         check_exactness(objective, FACTS)
@@ -237,27 +183,27 @@ def test_student_supports_are_refused_where_they_are_not_served(name: str) -> No
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=17), FACTS)
     assert "k = 17 is more than student_k = 16" in caught.value.cause
-    assert "--student-k 17" in caught.value.hint
-    assert "--k 16" in caught.value.hint
+    assert "--student-topk 17" in caught.value.hint
+    assert "--loss-topk 16" in caught.value.hint
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(PRESETS[name], replace(FACTS, at_student=False))
-    assert "not asked at the student's ids" in caught.value.cause
+    assert "lack the teacher's log-probs at the student's ids" in caught.value.cause
     assert "--objective overlap" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_foreign_student_needs_a_word_for_a_frozen_support_only(name: str) -> None:
-    foreign = replace(FACTS, same_root=False)
+def test_a_off_lineage_student_needs_a_word_for_a_frozen_support_only(name: str) -> None:
+    off_lineage = replace(FACTS, same_root=False)
     if PRESETS[name].objective.support != "student":
         assert check_exactness(PRESETS[name], replace(facts_for(name), same_root=False))
         return
     with pytest.raises(ObjectiveError) as caught:
-        check_exactness(PRESETS[name], foreign)
-    assert "foreign student" in caught.value.cause
-    assert "version 0 of another root" in caught.value.cause
-    assert "--foreign-student" in caught.value.hint
-    allowed = check_exactness(PRESETS[name], replace(foreign, allow_foreign=True))
-    assert any("Foreign student" in note for note in allowed.notes)
+        check_exactness(PRESETS[name], off_lineage)
+    assert "off-lineage student" in caught.value.cause
+    assert "version 0 of other base weights" in caught.value.cause
+    assert "--allow-off-lineage" in caught.value.hint
+    allowed = check_exactness(PRESETS[name], replace(off_lineage, allow_off_lineage=True))
+    assert any("Off-lineage student" in note for note in allowed.notes)
 
 
 def test_whole_scores_serve_everything_else() -> None:
@@ -265,20 +211,20 @@ def test_whole_scores_serve_everything_else() -> None:
     assert len(served) == len(PRESETS) - 3
     for name in served:
         whole = replace(facts_for(name), at_student=False)
-        assert check_exactness(PRESETS[name], whole).scores == LABELS[name][0]
+        assert check_exactness(PRESETS[name], whole).scores.startswith("exact")
 
 
 @pytest.mark.parametrize(
     ("name", "change", "cause", "way_out"),
     [
-        ("rs_kd", {}, "the teacher's best ids", "--entry-kind sampled"),
+        ("rs_kd", {}, "the teacher's top ids", "--selection sampled"),
         ("opd", {"q_draws": 50}, "50 ids drawn from the teacher", "--objective rs_kd"),
         ("async_mc", {"mc_draws": 0}, "are not in these rollouts", "--mc-draws 16"),
-        ("async_mc", {"at_mc": False}, "were not asked of this teacher", "--at mc"),
-        ("exopd", {"base": False}, "compares with a base model", "--base"),
+        ("async_mc", {"at_mc": False}, "have no score", "--extra-ids mc"),
+        ("exopd", {"base": False}, "needs scores of a base model", "--base"),
         ("full_vocab", {}, "the whole vocabulary, 151669 ids", "--objective gkd"),
-        ("union", {"k_min": 8}, "k = 16 is more than k_min = 8", "--k 8"),
-        ("non_overlap", {"k_min": 8}, "k = 16 is more than k_min = 8", "--k-min 16"),
+        ("union", {"k_min": 8}, "k = 16 is more than k_min = 8", "--loss-topk 8"),
+        ("non_overlap", {"k_min": 8}, "k = 16 is more than k_min = 8", "--teacher-topk-min 16"),
     ],
 )
 def test_what_a_cache_does_not_hold_is_refused_with_the_way_out(
@@ -298,7 +244,7 @@ def test_what_a_cache_does_not_hold_is_refused_with_the_way_out(
             "sampled_token+importance",
             {"plain_sampling": False},
             "biased: off policy (age 0, from a tempered or truncated distribution) and "
-            "importance-weighted all the same",
+            "importance-weighted",
         ),
         ("async_mc", {"plain_sampling": False, "student_version": 9}, "unbiased for KL(p || q)"),
     ],
@@ -315,18 +261,18 @@ def test_importance_mends_the_draw_if_it_could_have_been_any(
     [
         ("opd", "cache/coverage", 0.81, 0.79),
         ("union", "cache/coverage", 0.81, 0.79),
-        ("sampled_token", "cache/drift_k3", 0.19, 0.21),
-        ("vopd", "cache/drift_k3", 0.19, 0.21),
+        ("sampled_token", "cache/approx_kl", 0.19, 0.21),
+        ("vopd", "cache/approx_kl", 0.19, 0.21),
     ],
 )
 def test_a_bound_skips_rows_or_stops_a_run(name: str, metric: str, good: float, bad: float) -> None:
     objective = PRESETS[name].objective
     rows = {metric: torch.tensor([good, bad, math.nan])}
-    skip = beyond(objective, rows, Bounds(action="skip"))
+    skip = rows_to_skip(objective, rows, Bounds(action="skip"))
     assert skip is not None
     assert skip.tolist() == [False, True, False]
-    assert beyond(objective, rows, Bounds(action="stop")) is None
-    assert beyond(objective, rows, Bounds()) is None
+    assert rows_to_skip(objective, rows, Bounds(action="stop")) is None
+    assert rows_to_skip(objective, rows, Bounds()) is None
     assert exceeded(objective, {metric: good}, Bounds(action="stop")) is None
     assert f"{metric} = {bad:.3f}" in (
         exceeded(objective, {metric: bad}, Bounds(action="stop")) or ""
@@ -337,9 +283,9 @@ def test_a_bound_skips_rows_or_stops_a_run(name: str, metric: str, good: float, 
 @pytest.mark.parametrize("name", ["teacher_topk", "forward_kl", "gkd", "rs_kd", "async_mc", "veto"])
 def test_what_is_exact_at_any_age_has_no_bound(name: str) -> None:
     objective = PRESETS[name].objective
-    assert watched(objective) is None
+    assert bounded_metric(objective) is None
     assert (
-        exceeded(objective, {"cache/coverage": 0.0, "cache/drift_k3": 9.0}, Bounds(action="stop"))
+        exceeded(objective, {"cache/coverage": 0.0, "cache/approx_kl": 9.0}, Bounds(action="stop"))
         is None
     )
 
@@ -364,9 +310,9 @@ def test_skipped_rows_have_no_loss_and_no_gradient_and_are_counted() -> None:
 @pytest.mark.parametrize(
     ("name", "metrics", "words"),
     [
-        ("overlap", {"cache/coverage": 0.94, "cache/drift_k3": 9.0}, "cache/coverage = 0.940"),
+        ("overlap", {"cache/coverage": 0.94, "cache/approx_kl": 9.0}, "cache/coverage = 0.940"),
         ("opd", {"cache/coverage": 0.5}, "cache/coverage = 0.500"),
-        ("sampled_token", {"cache/drift_k3": 0.06}, "cache/drift_k3 = 0.060 nats"),
+        ("sampled_token", {"cache/approx_kl": 0.06}, "cache/approx_kl = 0.060 nats"),
         ("teacher_topk", {"cache/skipped_share": 0.25}, "cache/skipped_share = 0.250"),
     ],
 )
@@ -379,9 +325,9 @@ def test_a_moved_student_is_warned_of(name: str, metrics: dict[str, float], word
 @pytest.mark.parametrize(
     ("name", "metrics"),
     [
-        ("overlap", {"cache/coverage": 0.96, "cache/drift_k3": 9.0}),
-        ("forward_kl", {"cache/coverage": 0.1, "cache/drift_k3": 9.0}),
-        ("lightning", {"cache/coverage": 0.1, "cache/drift_k3": 0.04}),
+        ("overlap", {"cache/coverage": 0.96, "cache/approx_kl": 9.0}),
+        ("forward_kl", {"cache/coverage": 0.1, "cache/approx_kl": 9.0}),
+        ("lightning", {"cache/coverage": 0.1, "cache/approx_kl": 0.04}),
         ("overlap", {}),
     ],
 )

@@ -3,30 +3,32 @@
 import pytest
 import torch
 
-from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.objectives import (
     PRESETS,
     Bounds,
     Objective,
-    live_k,
+    current_topk,
     parse_objective,
     row_objective,
 )
 from logitcask.engine.objectives.evaluate import is_fusable
-from logitcask.engine.objectives.objective import CELLS
+from logitcask.engine.objectives.objective import ALLOWED_COMBINATIONS
 from logitcask.kernels.fused_objective import DIVERGENCES, FusedObjective
 from logitcask.kernels.launch import triton_on_cpu
 from logitcask.kernels.sparse_kl import sparse_kl
 from tests.engine.objectives.full_rows import make_full
 
-FUSED = [cell for cell in sorted(CELLS) if cell[0] in ("teacher", "student", "overlap")]
+FUSED = [
+    cell for cell in sorted(ALLOWED_COMBINATIONS) if cell[0] in ("teacher", "student", "overlap")
+]
 FUSED = [cell for cell in FUSED if cell[1] in DIVERGENCES and cell[3] == "divergence"]
 
 
 @pytest.mark.parametrize("cell", FUSED, ids="-".join)
 def test_the_fused_form_is_the_plain_one(cell: tuple[str, str, str, str]) -> None:
     objective = Objective(
-        **dict(zip(("support", "divergence", "outside", "form"), cell, strict=True)),
+        **dict(zip(("support", "divergence", "tail", "estimator"), cell, strict=True)),
         k=4,
         parameter={"jsd": 0.3, "skew": 0.2}.get(cell[1]),
     )
@@ -50,14 +52,16 @@ def test_the_fused_form_is_the_plain_one(cell: tuple[str, str, str, str]) -> Non
         z = live.clone().requires_grad_()
         with triton_on_cpu():
             results.append(
-                sparse_kl(z, full.targets.ids, each, k=live_k(objective, 90), row_weight=weight)
+                sparse_kl(
+                    z, full.targets.ids, each, k=current_topk(objective, 90), row_weight=weight
+                )
             )
         (grad,) = torch.autograd.grad(results[-1].loss, z)
         grads.append(grad)
-    assert list(results[0].metrics) == list(METRICS)
+    assert list(results[0].metrics) == list(COMMON_METRICS)
     torch.testing.assert_close(results[0].row_loss, results[1].row_loss, rtol=2e-5, atol=2e-6)
     torch.testing.assert_close(*grads, rtol=2e-5, atol=2e-6)
-    for name in METRICS:
+    for name in COMMON_METRICS:
         torch.testing.assert_close(
             results[0].metrics[name],
             results[1].metrics[name],

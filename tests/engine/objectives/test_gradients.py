@@ -10,13 +10,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives import PRESETS, Objective, live_k, parse_objective, row_objective
-from logitcask.engine.objectives.objective import CELLS
-from logitcask.engine.objectives.supports import DRAWN
+from logitcask.engine.objectives import (
+    PRESETS,
+    Objective,
+    current_topk,
+    parse_objective,
+    row_objective,
+)
+from logitcask.engine.objectives.objective import ALLOWED_COMBINATIONS
+from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
 from logitcask.kernels.sparse_kl import ObjectiveInput, sparse_kl
 from tests.engine.objectives.full_rows import Full, make_full, run, support, truth
 
-CASES = sorted(CELLS)
+CASES = sorted(ALLOWED_COMBINATIONS)
 
 
 def cell_id(cell: tuple[str, ...]) -> str:
@@ -24,13 +30,13 @@ def cell_id(cell: tuple[str, ...]) -> str:
 
 
 def objective_of(cell: tuple[str, str, str, str], k: int = 3) -> Objective:
-    support, divergence, outside, form = cell
+    support, divergence, tail, estimator = cell
     return Objective(
         support=support,
         divergence=divergence,
-        outside=outside,
-        form=form,
-        k=1 if support in DRAWN else k,
+        tail=tail,
+        estimator=estimator,
+        k=1 if support in SAMPLED_SUPPORTS else k,
         parameter={"jsd": 0.3, "skew": 0.2}.get(divergence),
     )
 
@@ -140,7 +146,7 @@ def test_gradient_is_that_of_the_loss_by_finite_differences(
 def expected_gradient(objective: Objective, live: Tensor, teacher: Tensor) -> Tensor:
     """[P, V] mean of the gradient over the drawn id, of the live student or of the teacher."""
     rows, vocab = live.shape
-    if objective.support not in DRAWN:
+    if objective.support not in SAMPLED_SUPPORTS:
         return run(objective, make_full(live, teacher, student_k=objective.k, kept=4))[1]
     law = (teacher if objective.support == "teacher_mc" else live).softmax(-1)
     parts = []
@@ -194,7 +200,7 @@ def expected_loss(objective: Objective, live: Tensor, teacher: Tensor) -> Tensor
         return (log_p.exp() * (log_p - log_q)).sum(-1)
     if objective.support == "teacher_mc":
         return (log_q.exp() * (log_q - log_p)).sum(-1)
-    if objective.form == "divergence":
+    if objective.estimator == "divergence":
         return run(objective, make_full(live, teacher, student_k=3, kept=4))[0].row_loss
     top = {
         "teacher": log_q.topk(3).indices,
@@ -218,7 +224,7 @@ def test_a_small_step_on_what_is_not_shared_descends(cell: tuple[str, str, str, 
 
     def lowered(z: Tensor) -> Tensor:
         full = make_full(z, teacher, student_k=3, kept=4)
-        if objective.form == "divergence":
+        if objective.estimator == "divergence":
             return run(objective, full)[0].row_loss
         log_p, log_q = z.log_softmax(-1), teacher.log_softmax(-1)
         values = []
@@ -238,8 +244,8 @@ def test_forward_and_reverse_kl_are_held_apart_by_value() -> None:
     p = torch.tensor([[0.5, 0.125, 0.375]], dtype=torch.float64).log()
     q = torch.tensor([[0.25, 0.625, 0.125]], dtype=torch.float64).log()
     full = make_full(p, q, student_k=2, kept=2)
-    reverse, _ = run(objective_of(("teacher", "reverse_kl", "tail", "divergence"), 2), full)
-    forward, _ = run(objective_of(("teacher", "forward_kl", "tail", "divergence"), 2), full)
+    reverse, _ = run(objective_of(("teacher", "reverse_kl", "bucket", "divergence"), 2), full)
+    forward, _ = run(objective_of(("teacher", "forward_kl", "bucket", "divergence"), 2), full)
     # 1/2 log 2 + 1/8 log(1/5) + 3/8 log 3 and 1/4 log(1/2) + 5/8 log 5 + 1/8 log(1/3)
     assert reverse.loss.item() == pytest.approx(
         0.5 * math.log(2) - 0.125 * math.log(5) + 0.375 * math.log(3)
@@ -258,13 +264,13 @@ def test_forward_kl_gradient_on_the_support_is_p_minus_q() -> None:
         torch.testing.assert_close(dz[r, ids], (p - q)[r, ids], rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ["teacher-forward_kl-tail", "student-reverse_kl-tail"])
-def test_rounded_log_probs_with_their_tail_are_a_law_again(name: str) -> None:
+@pytest.mark.parametrize("name", ["teacher-forward_kl-bucket", "student-reverse_kl-bucket"])
+def test_rounded_log_probs_with_their_tail_are_a_distribution_again(name: str) -> None:
     """As float16 stores them their mass is not 1; a KL to such a thing is negative at p = q."""
     teacher = logits(14, 50, 40)
-    support, divergence, outside = name.split("-")
+    support, divergence, tail = name.split("-")
     objective = Objective(
-        support=support, divergence=divergence, outside=outside, form="divergence", k=8
+        support=support, divergence=divergence, tail=tail, estimator="divergence", k=8
     )
     for live in (teacher, logits(15, 50, 40)):
         full = make_full(live, teacher, student_k=8, kept=8)
@@ -347,16 +353,16 @@ def test_float32_is_as_good_as_plain_torch(name: str) -> None:
         assert (got.double() - want).abs().max() <= worst
 
 
-def test_a_kernel_that_selects_too_few_live_ids_is_refused() -> None:
+def test_a_kernel_that_selects_too_few_ids_is_rejected() -> None:
     full = make_full(logits(14, 2, 9), logits(15, 2, 9), kept=6)
     objective = parse_objective("overlap", k=6).objective
     made = row_objective(objective, full.targets)
-    with pytest.raises(ObjectiveError, match=r"selects 3 live ids.*needs 6"):
+    with pytest.raises(ObjectiveError, match=r"top 3 ids.*needs 6"):
         sparse_kl(full.live, full.targets.ids, made, k=3)
-    assert live_k(objective, n_vocab=9) == 9
-    assert live_k(objective, n_vocab=1000) == 16
-    assert live_k(parse_objective("overlap", k=32).objective, n_vocab=1000) == 32
-    assert live_k(PRESETS["forward_kl"].objective, n_vocab=1000) == 16
+    assert current_topk(objective, n_vocab=9) == 9
+    assert current_topk(objective, n_vocab=1000) == 16
+    assert current_topk(parse_objective("overlap", k=32).objective, n_vocab=1000) == 32
+    assert current_topk(PRESETS["forward_kl"].objective, n_vocab=1000) == 16
 
 
 def test_a_broken_student_shows_in_its_loss() -> None:

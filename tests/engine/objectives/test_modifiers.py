@@ -18,7 +18,7 @@ from logitcask.engine.objectives import (
     PRESETS,
     Bounds,
     Objective,
-    live_k,
+    current_topk,
     parse_objective,
     row_objective,
 )
@@ -102,17 +102,17 @@ def test_extrapolate_in_a_divergence_rests_at_the_papers_optimum() -> None:
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
-@pytest.mark.parametrize("outside", ["renormalize", "tail"])
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
 @pytest.mark.parametrize("beta", [0.0, 0.4])
-def test_adaptive_target(beta: float, outside: str, divergence: str) -> None:
+def test_adaptive_target(beta: float, tail: str, divergence: str) -> None:
     full = rows()
     what = replace(
-        objective(f"veto(k=6)+adaptive_target(beta={beta})"), outside=outside, divergence=divergence
+        objective(f"veto(k=6)+adaptive_target(beta={beta})"), tail=tail, divergence=divergence
     )
     leaf, log_p, log_q, _ = sides(full)
     top = log_q.topk(6).indices
     p, q = log_p.gather(1, top), log_q.gather(1, top)
-    if outside == "renormalize":
+    if tail == "renormalize":
         p, target = p.log_softmax(-1), (q + beta * p.detach()).log_softmax(-1)
     else:
         p = torch.cat([p, torch.log1p(-p.exp().sum(-1, keepdim=True))], -1)
@@ -195,7 +195,7 @@ def test_importance_of_the_sampled_token_is_of_the_law_it_was_drawn_from(cap: fl
     full = rows()
     # As a sampler at temperature 0.7 would say.
     drawn = at((full.old / 0.7).log_softmax(-1), full)
-    full = replace(full, targets=replace(full.targets, b_lp=drawn))
+    full = replace(full, targets=replace(full.targets, behavior_logprobs=drawn))
     leaf, log_p, log_q, _ = sides(full)
     ratio = (at(log_p, full) - drawn).exp().clamp(max=cap or math.inf).detach()
     a = at(log_q - log_p, full).detach()
@@ -273,8 +273,8 @@ def test_rs_kd_is_unbiased_and_a_top_k_is_not() -> None:
         Objective(
             support="teacher",
             divergence="forward_kl",
-            outside="renormalize",
-            form="divergence",
+            tail="renormalize",
+            estimator="divergence",
             k=4,
         ),
         make_full(live, teacher, kept=4),
@@ -384,7 +384,7 @@ def test_entropy_bonus_keeps_its_gradient_whatever_stands_beside_it() -> None:
     metric = run(what, full)[0].metrics["cache/coverage"]
     bounds = Bounds(action="skip", min_coverage=metric.median().item())
     made = row_objective(what, full.targets, bounds=bounds)
-    _, dz = sparse_kl_reference(full.live, full.targets.ids, made, k=live_k(what, V))
+    _, dz = sparse_kl_reference(full.live, full.targets.ids, made, k=current_topk(what, V))
     out = metric < bounds.min_coverage
     assert 0 < out.sum() < P
     assert (dz[out] == 0).all()
@@ -403,7 +403,7 @@ def test_a_gradient_is_never_dense_where_it_says_it_sums_to_zero(name: str) -> N
     full = rows(q_draws=[{1: 2, 3: 1}] * P) if name == "rs_kd" else rows(mc=[{1: 2, 3: 1}] * P)
     _, dz = run(parse_objective(name).objective, full)
     assert is_renormalised(PRESETS[name].objective) == (
-        PRESETS[name].objective.outside == "renormalize"
+        PRESETS[name].objective.tail == "renormalize"
     )
     # Any loss of softmax outputs has this sum; only a renormalised one leaves other ids alone.
     close(dz.sum(-1), torch.zeros(P, dtype=torch.float64))
@@ -412,9 +412,9 @@ def test_a_gradient_is_never_dense_where_it_says_it_sums_to_zero(name: str) -> N
 @pytest.mark.parametrize(
     ("name", "field", "way_out"),
     [
-        ("exopd", "base_log_p", "--role base"),
+        ("exopd", "base_log_p", "--teacher-kind base"),
         ("async_mc", "mc_count", "--mc-draws"),
-        ("rs_kd", "q_draws", "--entry-kind sampled"),
+        ("rs_kd", "q_draws", "--selection sampled"),
     ],
 )
 def test_rows_without_what_an_objective_needs_are_refused(
@@ -422,5 +422,5 @@ def test_rows_without_what_an_objective_needs_are_refused(
 ) -> None:
     with pytest.raises(ObjectiveError) as caught:
         run(PRESETS[name].objective, rows(base=None))
-    assert f"hold no {field}" in caught.value.cause
+    assert f"have no {field}" in caught.value.cause
     assert way_out in caught.value.hint

@@ -20,30 +20,30 @@ from logitcask.engine.objectives.modifiers import (
     Prune,
     Stepwise,
 )
-from logitcask.engine.objectives.objective import CELLS, FORMS
-from logitcask.engine.objectives.supports import DRAWN, SUPPORTS
-from logitcask.engine.objectives.tail import OUTSIDE
+from logitcask.engine.objectives.objective import ALLOWED_COMBINATIONS, ESTIMATORS
+from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS, SUPPORTS
+from logitcask.engine.objectives.tail import TAILS
 
 EQ5 = PRESETS["opd"].objective
 
 
 def test_every_combination_is_a_cell_or_refused() -> None:
     made, refused = set(), set()
-    for cell in product(SUPPORTS, DIVERGENCES, OUTSIDE, FORMS):
-        support, divergence, outside, form = cell
+    for cell in product(SUPPORTS, DIVERGENCES, TAILS, ESTIMATORS):
+        support, divergence, tail, estimator = cell
         try:
             Objective(
                 support=support,
                 divergence=divergence,
-                outside=outside,
-                form=form,
-                k=1 if support in DRAWN else 4,
+                tail=tail,
+                estimator=estimator,
+                k=1 if support in SAMPLED_SUPPORTS else 4,
                 parameter=0.5 if divergence in PARAMETERS else None,
             )
             made.add(cell)
         except ObjectiveError:
             refused.add(cell)
-    assert made == CELLS
+    assert made == ALLOWED_COMBINATIONS
     assert (len(made), len(refused)) == (48, 144)
 
 
@@ -56,47 +56,60 @@ def test_every_combination_is_a_cell_or_refused() -> None:
             "teacher, student, overlap, union, non_overlap, sampled, mc, teacher_mc",
         ),
         ({"divergence": "kl"}, "unknown divergence 'kl'", "reverse_kl, forward_kl, jsd, skew"),
-        ({"outside": "drop"}, "unknown outside 'drop'", "renormalize, tail, ignore"),
-        ({"form": "reward"}, "unknown form 'reward'", "divergence, advantage"),
+        ({"tail": "drop"}, "unknown tail 'drop'", "renormalize, bucket, ignore"),
+        ({"estimator": "reward"}, "unknown estimator 'reward'", "divergence, policy_gradient"),
         ({"support": ""}, "unknown support ''", "known:"),
-        ({"support": "sampled", "k": 1}, "one id is no distribution", "form 'advantage'"),
-        ({"outside": "ignore"}, "loss would fall", "'renormalize' or 'tail'"),
-        ({"form": "advantage"}, "raw log-ratio", "outside 'ignore'"),
         (
-            {"form": "advantage", "outside": "ignore", "divergence": "forward_kl"},
+            {"support": "sampled", "k": 1},
+            "a drawn id is no distribution",
+            "estimator 'policy_gradient'",
+        ),
+        ({"tail": "ignore"}, "loss would fall", "'renormalize' or 'bucket'"),
+        ({"estimator": "policy_gradient"}, "raw log-ratio", "tail 'ignore'"),
+        (
+            {"estimator": "policy_gradient", "tail": "ignore", "divergence": "forward_kl"},
             "divergence 'forward_kl'",
             "'reverse_kl'",
         ),
-        ({"k": 1}, "k = 1 with outside 'renormalize'", "--k 2 or more"),
-        ({"k": 0, "outside": "tail"}, "k = 0 must be 1 or more", "--k 1 or more"),
+        ({"k": 1}, "k = 1 with tail 'renormalize'", "--loss-topk 2 or more"),
+        ({"k": 0, "tail": "bucket"}, "k = 0 must be 1 or more", "--loss-topk 1 or more"),
         (
-            {"support": "sampled", "form": "advantage", "outside": "ignore"},
+            {"support": "sampled", "estimator": "policy_gradient", "tail": "ignore"},
             "k = 16 with support 'sampled'",
-            "leave --k out",
+            "leave --loss-topk out",
         ),
-        ({"support": "mc", "k": 1}, "draws of p are no sum over p", "form 'advantage'"),
-        ({"support": "teacher_mc", "k": 1}, "an average over q", "outside 'ignore'"),
-        ({"divergence": "jsd"}, "beta = None of divergence 'jsd'", "0.5 is usual"),
+        ({"support": "mc", "k": 1}, "draws of p give no sum over p", "estimator 'policy_gradient'"),
+        ({"support": "teacher_mc", "k": 1}, "an average over q", "tail 'ignore'"),
+        ({"divergence": "jsd"}, "beta = None of divergence 'jsd'", "e.g. 0.5"),
         ({"divergence": "skew", "parameter": 1.0}, "alpha = 1.0", "in it"),
         ({"parameter": 0.5}, "parameter = 0.5 with divergence 'reverse_kl'", "jsd, skew"),
         ({"weights": "mine"}, "unknown weights 'mine'", "student_p, teacher_p, none"),
-        ({"weights": "none"}, "only an advantage on a top-k", "leave weights out"),
-        ({"modifiers": (Floor(),)}, "'floor' with form 'divergence'", "form 'advantage'"),
-        ({"modifiers": (Importance(),)}, "nothing was drawn", "'sampled' or 'mc'"),
+        ({"weights": "none"}, "only a policy gradient on a top-k", "leave weights out"),
+        (
+            {"modifiers": (Floor(),)},
+            "'floor' with estimator 'divergence'",
+            "estimator 'policy_gradient'",
+        ),
+        ({"modifiers": (Importance(),)}, "not drawn from the student", "'sampled' or 'mc'"),
         ({"modifiers": (Baseline(),)}, "a top-k is not drawn", "'sampled' or 'mc'"),
-        ({"modifiers": (Clip(),)}, "no advantage", "form 'advantage'"),
+        ({"modifiers": (Clip(),)}, "no advantage", "estimator 'policy_gradient'"),
         (
-            {"modifiers": (AdaptiveTarget(),), "form": "advantage", "outside": "ignore"},
-            "needs a law",
-            "form 'divergence'",
+            {"modifiers": (AdaptiveTarget(),), "estimator": "policy_gradient", "tail": "ignore"},
+            "must be a distribution",
+            "estimator 'divergence'",
         ),
         (
-            {"modifiers": (Extrapolate(),), "outside": "tail"},
-            "outside is not known",
-            "outside 'renormalize'",
+            {"modifiers": (Extrapolate(),), "tail": "bucket"},
+            "outside the support is not known",
+            "tail 'renormalize'",
         ),
         (
-            {"modifiers": (Clip(),), "form": "advantage", "outside": "ignore", "support": "union"},
+            {
+                "modifiers": (Clip(),),
+                "estimator": "policy_gradient",
+                "tail": "ignore",
+                "support": "union",
+            },
             "stored at its own ids",
             "'sampled' or 'student'",
         ),
@@ -116,25 +129,25 @@ def test_a_refusal_gives_value_rule_and_way_out(
 
 def test_presets_are_what_their_papers_say() -> None:
     rows = {
-        name: (o.support, o.divergence, o.outside, o.form, o.k)
+        name: (o.support, o.divergence, o.tail, o.estimator, o.k)
         for name, o in ((name, preset.objective) for name, preset in PRESETS.items())
     }
-    sampled = ("sampled", "reverse_kl", "ignore", "advantage", 1)
+    sampled = ("sampled", "reverse_kl", "ignore", "policy_gradient", 1)
     drawn = ("sampled_token", "lightning", "exopd", "vopd", "vopd_cached", "eopd", "reopold", "sod")
     assert rows == {
         **dict.fromkeys(drawn, sampled),
         "overlap": ("overlap", "reverse_kl", "renormalize", "divergence", 16),
         "opd": ("student", "reverse_kl", "renormalize", "divergence", 16),
-        "opd_released": ("student", "reverse_kl", "ignore", "advantage", 16),
+        "opd_released": ("student", "reverse_kl", "ignore", "policy_gradient", 16),
         "teacher_topk": ("teacher", "reverse_kl", "renormalize", "divergence", 16),
-        "forward_kl": ("teacher", "forward_kl", "tail", "divergence", 64),
+        "forward_kl": ("teacher", "forward_kl", "bucket", "divergence", 64),
         "non_overlap": ("non_overlap", "reverse_kl", "renormalize", "divergence", 16),
         "union": ("union", "reverse_kl", "renormalize", "divergence", 16),
-        "gkd": ("teacher", "jsd", "tail", "divergence", 64),
+        "gkd": ("teacher", "jsd", "bucket", "divergence", 64),
         "full_vocab": ("teacher", "reverse_kl", "renormalize", "divergence", 65535),
         "veto": ("teacher", "reverse_kl", "renormalize", "divergence", 16),
-        "prune_opd": ("student", "reverse_kl", "ignore", "advantage", 16),
-        "async_mc": ("mc", "reverse_kl", "ignore", "advantage", 1),
+        "prune_opd": ("student", "reverse_kl", "ignore", "policy_gradient", 16),
+        "async_mc": ("mc", "reverse_kl", "ignore", "policy_gradient", 1),
         "rs_kd": ("teacher_mc", "forward_kl", "ignore", "divergence", 1),
     }
     assert {

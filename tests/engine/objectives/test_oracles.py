@@ -75,7 +75,7 @@ def test_oracle_02_at_k_equal_to_the_vocabulary_supports_coincide(name: str) -> 
 
 
 def test_oracle_03_at_k_1_only_the_released_form_has_a_gradient() -> None:
-    with pytest.raises(ObjectiveError, match="k = 1 with outside 'renormalize'"):
+    with pytest.raises(ObjectiveError, match="k = 1 with tail 'renormalize'"):
         parse_objective("opd", k=1)
     # Eq.5 on one id all the same: an overlap of exactly one.
     z = torch.tensor([[3.0, 2.0, 0.0, 0.0]], dtype=torch.float64)
@@ -150,16 +150,16 @@ def test_oracle_05_the_mean_over_sampled_tokens_is_reverse_kl(name: str) -> None
     close(grad, exact)
 
 
-@pytest.mark.parametrize("outside", ["renormalize", "tail"])
-def test_oracle_08_jsd_over_its_beta_tends_to_the_two_kls(outside: str) -> None:
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_oracle_08_jsd_over_its_beta_tends_to_the_two_kls(tail: str) -> None:
     full = make_full(logits(22), logits(23), kept=6)
 
     def at(divergence: str, parameter: float | None = None) -> tuple[Tensor, Tensor]:
         objective = Objective(
             support="teacher",
             divergence=divergence,
-            outside=outside,
-            form="divergence",
+            tail=tail,
+            estimator="divergence",
             k=6,
             parameter=parameter,
         )
@@ -186,7 +186,7 @@ def test_oracle_11_a_tail_bucket_bounds_the_full_kl_from_below(divergence: str) 
     before = torch.zeros_like(exact)
     for k in range(1, V + 1):
         objective = Objective(
-            support="teacher", divergence=divergence, outside="tail", form="divergence", k=k
+            support="teacher", divergence=divergence, tail="bucket", estimator="divergence", k=k
         )
         ours, _ = run(objective, make_full(z, teacher, kept=V))
         assert (ours.row_loss <= exact + 1e-12).all()

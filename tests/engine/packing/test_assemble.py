@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.packing.assemble import nothing, targets_of
 from logitcask.engine.packing.batches import batches, planned
 from logitcask.engine.packing.plan import PlanKey, make_plan
 from logitcask.engine.packing.source import PackSource
-from logitcask.engine.packing.targets import BEYOND, Targets
+from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets, empty_sequence, make_targets
 from logitcask.engine.store import Store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.unit import DTYPES
+from logitcask.engine.store.decoded_unit import DTYPES
 from logitcask.engine.types import Array
 from tests.engine.cached import Unit, make_store, make_unit
 
@@ -43,7 +42,7 @@ def rows(draw: st.DrawFn) -> list[dict[str, list[int]]]:
 
 def flat_of(made: list[dict[str, list[int]]], rng: np.random.Generator) -> dict[str, Array]:
     """What `Unit.sequence` would give of these rows, every value another number."""
-    flat = nothing(DTYPES)
+    flat = empty_sequence(DTYPES)
     count = {"row": len(made)} | {g: sum(len(row[g]) for row in made) for g in GROUPS}
     for name, array in flat.items():
         group = {"s": "s", "t": "t", "mc": "mc"}.get(name.split("_")[0], "row")
@@ -66,11 +65,11 @@ def test_no_id_is_lost_and_each_has_its_numbers(
     made: list[dict[str, list[int]]], seed: int
 ) -> None:
     flat = flat_of(made, np.random.default_rng(seed))
-    targets = targets_of(flat)
+    targets = make_targets(flat)
     assert len(targets) == len(made)
     assert targets.mc_count is not None
     assert targets.mc_log_p is not None
-    assert targets.s_log_p is not None
+    assert targets.student_topk_logprobs is not None
     assert targets.q_draws is not None
     assert targets.base_log_p is not None
     at = dict.fromkeys(GROUPS, 0)
@@ -83,7 +82,7 @@ def test_no_id_is_lost_and_each_has_its_numbers(
         known = row["s"] + row["t"]
         assert targets.cached[r].tolist() == [i in known for i in named] + [False] * ids.count(-1)
         for c, i in enumerate(ids):
-            want_q, want_base, want_rank = -np.inf, np.nan, BEYOND
+            want_q, want_base, want_rank = -np.inf, np.nan, NOT_IN_TOPK
             want_s, want_mc, want_count, want_draws = -np.inf, -np.inf, 0, 0
             if i in row["s"]:
                 e = at["s"] + row["s"].index(i)
@@ -101,18 +100,20 @@ def test_no_id_is_lost_and_each_has_its_numbers(
                 assert targets.token_col[r] == c
             assert targets.q_log_p[r, c] == want_q
             assert np.array_equal(targets.base_log_p[r, c].numpy(), want_base, equal_nan=True)
-            assert targets.s_log_p[r, c] == want_s
+            assert targets.student_topk_logprobs[r, c] == want_s
             assert targets.mc_log_p[r, c] == want_mc
             assert targets.mc_count[r, c] == want_count
             assert targets.q_draws[r, c] == want_draws
-            assert targets.q_rank[r, c] == (want_rank if want_rank < flat["kept"][r] else BEYOND)
+            assert targets.q_rank[r, c] == (
+                want_rank if want_rank < flat["kept"][r] else NOT_IN_TOPK
+            )
         at = {group: n + len(row[group]) for group, n in at.items()}
     assert targets.ids.shape[1] == widest
 
 
 def key(tokens: int = 48) -> PlanKey:
     return PlanKey(
-        pin=0, pin_sha256="", rollouts="main", teacher="big", seed=1, epochs=1,
+        snapshot=0, snapshot_sha256="", rollouts="main", teacher="big", seed=1, epochs=1,
         tokens_per_batch=tokens,
     )  # fmt: skip
 
@@ -152,7 +153,7 @@ def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
         assert targets.mc_count is not None
         assert targets.mc_log_p is not None
         assert targets.base_log_p is not None
-        assert targets.s_log_p is not None
+        assert targets.student_topk_logprobs is not None
         assert again.mc_log_p is not None
         assert again.base_log_p is not None
         assert torch.equal(again.mc_log_p, targets.mc_log_p)
@@ -163,15 +164,15 @@ def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
         # Where both are told, the student's list, its draws and the base agree: one law.
         both = (targets.mc_count > 0) & targets.in_student
         torch.testing.assert_close(
-            targets.mc_log_p[both], targets.s_log_p[both], rtol=1e-3, atol=1e-3
+            targets.mc_log_p[both], targets.student_topk_logprobs[both], rtol=1e-3, atol=1e-3
         )
         asked = targets.in_student
         torch.testing.assert_close(
-            targets.base_log_p[asked], targets.s_log_p[asked], rtol=1e-3, atol=1e-3
+            targets.base_log_p[asked], targets.student_topk_logprobs[asked], rtol=1e-3, atol=1e-3
         )
-        assert torch.equal(targets.s_log_p > -torch.inf, targets.in_student)
+        assert torch.equal(targets.student_topk_logprobs > -torch.inf, targets.in_student)
         assert targets.base_token_lp is not None
-        assert torch.equal(targets.base_token_lp, targets.s_lp)
+        assert torch.equal(targets.base_token_lp, targets.student_logprobs)
         drawn += int((targets.mc_count > 0).sum())
     assert drawn == sum(len(u.rollouts.draws.ids) for u in units if u.rollouts.draws)
 
@@ -179,7 +180,7 @@ def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
 def test_a_loop_of_ones_own_gets_the_base_and_what_is_there(tmp_path: Path) -> None:
     units = [make_unit(seed) for seed in range(3)]
     store = with_base(tmp_path / "s", units, 2)
-    which = {"pin": store.head(), "rollouts": "main", "teacher": "big", "base": "root"}
+    which = {"snapshot": store.head(), "rollouts": "main", "teacher": "big", "base": "root"}
     with pytest.raises(IncompleteError, match="have no scores of 'root'"):
         list(batches(store, **which, tokens_per_batch=64))
     rows = list(batches(store, **which, tokens_per_batch=64, partial=True))
@@ -267,7 +268,7 @@ def test_an_exact_entropy_among_intervals_is_one_without_width(tmp_path: Path) -
 def test_a_row_without_sequences_has_the_fields_of_the_others(tmp_path: Path) -> None:
     store = with_base(tmp_path / "s", [make_unit(0, mc_draws=3)], 1)
     empty = PackSource(store, store.head(), "main", "big", base="root").row(np.zeros((0, 2), int))
-    for name in ("mc_count", "mc_log_p", "s_log_p", "base_log_p"):
+    for name in ("mc_count", "mc_log_p", "student_topk_logprobs", "base_log_p"):
         assert getattr(empty.targets, name).shape == empty.targets.ids.shape == (0, 0)
 
 
@@ -275,5 +276,5 @@ def test_a_base_that_lacks_units_is_told(tmp_path: Path) -> None:
     store = with_base(tmp_path / "s", [make_unit(0), make_unit(1)], 1)
     with pytest.raises(IncompleteError, match="1 of 2 units of rollouts 'main' have no") as error:
         PackSource(store, store.head(), "main", "big", base="root")
-    assert "--teacher root --role base" in error.value.hint
+    assert "--teacher root --teacher-kind base" in error.value.hint
     assert len(PackSource(store, store.head(), "main", "big", base="root", partial=True).pairs) == 1

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.packing.batches import batches
-from logitcask.engine.packing.plan import Lengths, Plan, PlanKey, make_plan
+from logitcask.engine.packing.plan import Lengths, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
-from logitcask.engine.packing.targets import BEYOND
+from logitcask.engine.packing.targets import NOT_IN_TOPK
 from logitcask.engine.types import Array
 from tests.engine.cached import Unit, make_store, make_unit
 
 
 def key(**change: object) -> PlanKey:
     fields: dict[str, object] = {
-        "pin": 3,
-        "pin_sha256": "0" * 64,
+        "snapshot": 3,
+        "snapshot_sha256": "0" * 64,
         "rollouts": "main",
         "teacher": "big",
         "seed": 1,
@@ -80,7 +80,13 @@ def test_plan_digest_is_stable_over_releases() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 2}, {"pin": 4}, {"pin_sha256": "1" * 64}, {"teacher": "t"}, {"rollouts": "r"}],
+    [
+        {"seed": 2},
+        {"snapshot": 4},
+        {"snapshot_sha256": "1" * 64},
+        {"teacher": "t"},
+        {"rollouts": "r"},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_plan_digest_names_everything_it_depends_on(change: dict[str, object]) -> None:
@@ -106,11 +112,11 @@ def test_packing_fills_rows() -> None:
 
 
 def test_a_sequence_too_long_names_prompt_length_and_flag() -> None:
-    with pytest.raises(ConfigError, match=r"'a-1' has 70 tokens.*64[\s\S]*--tokens-per-batch 70"):
+    with pytest.raises(ConfigError, match=r"'a-1' has 70 tokens.*64[\s\S]*--pack-length 70"):
         make_plan(key(), [segment("a", [2, 10, 3], [5, 60, 7])])
 
 
-def rows_of(plan: Plan, source: PackSource) -> list[tuple[Array, Pack]]:
+def rows_of(plan: PackPlan, source: PackSource) -> list[tuple[Array, Pack]]:
     return [(plan.row(i), source.row(plan.row(i))) for i in range(len(plan))]
 
 
@@ -160,23 +166,23 @@ def check_row(packed: Pack, row: int, unit: Unit, position: int, at_student: boo
     assert t.ids[row].tolist() == ids + [-1] * (t.ids.shape[1] - width)
     assert t.cached[row].tolist() == [i in cached for i in t.ids[row].tolist()]
     assert t.in_student[row].nonzero().flatten().tolist() == list(range(len(listed)))
-    ranks = [by_teacher.index(i) if i in by_teacher else BEYOND for i in ids]
+    ranks = [by_teacher.index(i) if i in by_teacher else NOT_IN_TOPK for i in ids]
     assert t.q_rank[row, :width].tolist() == ranks
-    assert (t.q_rank[row, width:] == BEYOND).all()
+    assert (t.q_rank[row, width:] == NOT_IN_TOPK).all()
     assert torch.isneginf(t.q_log_p[row, width:]).all()
     # float16 entries: half a unit in the last place is 2^-11 of the value.
     np.testing.assert_allclose(t.q_log_p[row, :width], log_q[ids], rtol=2**-11)
     assert int(t.token_col[row]) == ids.index(token)
-    assert t.q_log_p[row, t.token_col[row]] == t.q_token_lp[row] == np.float32(log_q[token])
+    assert t.q_log_p[row, t.token_col[row]] == t.teacher_logprobs[row] == np.float32(log_q[token])
     tail = 1 - np.exp(log_q[cached]).sum()
     assert math.exp(float(t.q_log_tail[row])) == pytest.approx(tail, abs=1e-6)
-    assert int(t.kept[row]) == len(by_teacher)
+    assert int(t.n_kept[row]) == len(by_teacher)
     assert int(t.token[row]) == token
     for name, theirs in (
         ("q_entropy", -(np.exp(log_q) * log_q).sum()),
-        ("s_entropy", -(np.exp(log_p) * log_p).sum()),
-        ("s_lp", log_p[token]),
-        ("b_lp", log_p[token] - 0.25),
+        ("student_entropy", -(np.exp(log_p) * log_p).sum()),
+        ("student_logprobs", log_p[token]),
+        ("behavior_logprobs", log_p[token] - 0.25),
     ):
         assert float(getattr(t, name)[row]) == pytest.approx(theirs, rel=1e-5), name
 
@@ -223,7 +229,12 @@ def test_batches_is_every_position_once_per_epoch(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", units)
     rows = list(
         batches(
-            store, pin=store.head(), rollouts="main", teacher="big", tokens_per_batch=32, epochs=2
+            store,
+            snapshot=store.head(),
+            rollouts="main",
+            teacher="big",
+            tokens_per_batch=32,
+            epochs=2,
         )
     )
     total = sum(unit.rollouts.positions for unit in units)

@@ -16,7 +16,7 @@ from logitcask.engine.packing.plan import windows_at_most
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.unit import dtypes_of, size_of
+from logitcask.engine.store.decoded_unit import dtypes_of, size_of
 from tests.engine.cached import make_store, make_unit
 
 UNITS = 6
@@ -36,11 +36,11 @@ def store(made: Path, tmp_path: Path) -> Store:
 
 def small_windows(store: Store, units: int = 2, **change: object) -> PlannedPacks:
     """Rows in windows of so many units."""
-    pin = store.head()
-    chains = pin.scores("big")
-    largest = max(size_of(s, chains[s.seg_id]) for s in pin.rollouts("main"))
+    snapshot = store.head()
+    chains = snapshot.scores("big")
+    largest = max(size_of(s, chains[s.seg_id]) for s in snapshot.rollouts("main"))
     arguments = {"tokens_per_batch": 40, "epochs": 2, "window_bytes": units * largest} | change
-    return planned(store, pin=pin, rollouts="main", teacher="big", **arguments)
+    return planned(store, snapshot=snapshot, rollouts="main", teacher="big", **arguments)
 
 
 def same(a: Pack, b: Pack) -> None:
@@ -53,9 +53,9 @@ def same(a: Pack, b: Pack) -> None:
 
 
 def test_sizes_from_the_log_are_those_of_the_units(store: Store) -> None:
-    pin = store.head()
-    for segment in pin.rollouts("main"):
-        chain = pin.scores("big")[segment.seg_id]
+    snapshot = store.head()
+    for segment in snapshot.rollouts("main"):
+        chain = snapshot.scores("big")[segment.seg_id]
         unit = read_unit(store, segment, chain)
         assert 0.7 * size_of(segment, chain) <= unit.size_bytes <= size_of(segment, chain)
 
@@ -97,8 +97,8 @@ def test_threads_and_pins_change_nothing(store: Store) -> None:
         ahead.expect(range(index + 1, min(index + 4, len(ahead))))
         same(row, want[index])
     # Whatever is added meanwhile.
-    pin = store.head()
-    base = pin.rollouts("main")[0]
+    snapshot = store.head()
+    base = snapshot.rollouts("main")[0]
     unit = make_unit(99, lengths=[5, 0, 9, 2, 7, 1])
     store.commit_rollouts(
         unit.rollouts,
@@ -107,10 +107,10 @@ def test_threads_and_pins_change_nothing(store: Store) -> None:
         unit={"version": 0, "first": 99},
         lineage=base.lineage,
     )
-    pinned = open_store(store.url).pin(pin.number)
+    snapshot_summary = open_store(store.url).snapshot(snapshot.number)
     again = batches(
         store,
-        pin=pinned,
+        snapshot=snapshot_summary,
         rollouts="main",
         teacher="big",
         tokens_per_batch=40,
@@ -122,7 +122,12 @@ def test_threads_and_pins_change_nothing(store: Store) -> None:
 
 
 def test_ranks_take_turns_and_are_equally_many(store: Store) -> None:
-    arguments = {"pin": store.head(), "rollouts": "main", "teacher": "big", "tokens_per_batch": 40}
+    arguments = {
+        "snapshot": store.head(),
+        "rollouts": "main",
+        "teacher": "big",
+        "tokens_per_batch": 40,
+    }
     want = list(batches(store, **arguments))
     parts = [list(batches(store, **arguments, rank=rank, world=4)) for rank in range(4)]
     assert {len(part) for part in parts} == {-(-len(want) // 4)}
@@ -178,9 +183,9 @@ def test_what_is_expected_and_not_asked_for_is_forgotten() -> None:
 
 def test_a_cache_holds_what_the_store_says(store: Store, tmp_path: Path) -> None:
     cache = UnitCache(tmp_path / "cache", verify=True)
-    pin = store.head()
-    for segment in pin.rollouts("main"):
-        chain = pin.scores("big")[segment.seg_id]
+    snapshot = store.head()
+    for segment in snapshot.rollouts("main"):
+        chain = snapshot.scores("big")[segment.seg_id]
         direct, kept = read_unit(store, segment, chain), cache.unit(store, segment, chain)
         for name, dtype in dtypes_of(segment, chain).items():
             assert kept.arrays[name].dtype == np.dtype(dtype)
@@ -210,9 +215,9 @@ def damage(file: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["gone", "cut", "pickled", "flip"])
 @pytest.mark.parametrize("name", ["t_ids.npy", "sizes.json"])
 def test_a_damaged_cache_is_told(store: Store, tmp_path: Path, how: str, name: str) -> None:
-    pin = store.head()
-    segment = pin.rollouts("main")[0]
-    pair = segment, pin.scores("big")[segment.seg_id]
+    snapshot = store.head()
+    segment = snapshot.rollouts("main")[0]
+    pair = segment, snapshot.scores("big")[segment.seg_id]
     UnitCache(tmp_path / "cache").unit(store, *pair)
     (folder,) = (tmp_path / "cache").iterdir()
     damage(folder / name, how)
@@ -224,8 +229,8 @@ def test_a_damaged_cache_is_told(store: Store, tmp_path: Path, how: str, name: s
 
 
 def test_a_cache_that_cannot_be_written_is_told(store: Store, tmp_path: Path) -> None:
-    pin = store.head()
-    segment = pin.rollouts("main")[0]
+    snapshot = store.head()
+    segment = snapshot.rollouts("main")[0]
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot write the cache"):
-        UnitCache(tmp_path / "file").unit(store, segment, pin.scores("big")[segment.seg_id])
+        UnitCache(tmp_path / "file").unit(store, segment, snapshot.scores("big")[segment.seg_id])

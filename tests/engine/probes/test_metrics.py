@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.models.load import load_student
 from logitcask.engine.objectives import Objective, parse_objective
 from logitcask.engine.packing.batches import PlannedPacks, planned
@@ -29,7 +29,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef]:
 
 
 def rows_of(store: Store) -> PlannedPacks:
-    return planned(store, pin=store.head(), rollouts="main", teacher="big", tokens_per_batch=40)
+    return planned(
+        store, snapshot=store.head(), rollouts="main", teacher="big", tokens_per_batch=40
+    )
 
 
 @pytest.mark.parametrize("name", ["overlap", "forward_kl", "sampled_token", "opd", "opd_released"])
@@ -49,7 +51,7 @@ def test_numbers_are_those_of_a_training_step(
         objective=objective.objective,
         accumulation=len(rows),
     )
-    trainer._metric_share = 1.0
+    trainer._metrics_fraction = 1.0
     trainer.train()
     logged: dict[str, Any] = trainer.state.log_history[0]
     (every, alone) = probe(
@@ -59,7 +61,7 @@ def test_numbers_are_those_of_a_training_step(
     assert alone == every
     # The Trainer rounds what it prints of a loss; the metrics are sums of the same numbers.
     assert every.means[f"loss/{name}"] == pytest.approx(logged["loss"], abs=1e-4)
-    for metric in METRICS:
+    for metric in COMMON_METRICS:
         assert every.means[metric] == pytest.approx(logged[metric], rel=1e-5, abs=1e-7), metric
 
 
@@ -73,7 +75,7 @@ def test_metrics_do_not_depend_on_which_losses_are_shown(case: tuple[Store, Mode
         for each in ({}, objectives)
     )
     assert set(both) - set(bare) == {"loss/teacher_topk", "loss/forward_kl"}
-    assert all(bare[name] == pytest.approx(both[name], rel=1e-6) for name in METRICS)
+    assert all(bare[name] == pytest.approx(both[name], rel=1e-6) for name in COMMON_METRICS)
 
 
 @pytest.mark.parametrize("bins", [1, 3, 12])
@@ -88,7 +90,7 @@ def test_bins_are_means_of_their_rows_and_together_all(
     assert [p.rows for p in parts] == [
         int(((p.start <= per_row) & (per_row < p.end)).sum()) for p in parts
     ]
-    for name in METRICS:
+    for name in COMMON_METRICS:
         pairs = [(p.rows, p.means[name]) for p in parts if p.rows]
         total = math.fsum(n * mean for n, mean in pairs if mean is not None)
         assert total / every.rows == pytest.approx(every.means[name], rel=1e-9, abs=1e-12)

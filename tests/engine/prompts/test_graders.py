@@ -61,15 +61,15 @@ def lonely(prompt): return 1.0
 
 
 @pytest.fixture
-def grading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "grading_of_test.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     yield "grading_of_test"
     sys.modules.pop("grading_of_test", None)
 
 
-def test_a_function_of_ones_own(grading: str) -> None:
-    assert open_grader(f"{grading}:half", [prompt(None)])(prompt(None), "x") == 0.5
+def test_a_function_of_ones_own(grader: str) -> None:
+    assert open_grader(f"{grader}:half", [prompt(None)])(prompt(None), "x") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -84,20 +84,20 @@ def test_a_function_of_ones_own(grading: str) -> None:
     ],
 )
 def test_what_is_no_grader_is_refused_before_anything_runs(
-    grading: str, name: str, cause: str
+    grader: str, name: str, cause: str
 ) -> None:
     with pytest.raises(ConfigError, match=cause):
-        open_grader(name.replace("GRADING", grading), [])
+        open_grader(name.replace("GRADING", grader), [])
 
 
 @pytest.mark.parametrize("name", ["length", "word", "nan"])
-def test_a_reward_is_a_number_from_0_to_1(grading: str, name: str) -> None:
-    grade = open_grader(f"{grading}:{name}", [])
+def test_a_reward_is_a_number_from_0_to_1(grader: str, name: str) -> None:
+    grade = open_grader(f"{grader}:{name}", [])
     with pytest.raises(GraderError, match=r"on prompt 'p3': .* is no number in \[0, 1\]"):
         grade(prompt(), "abc")
 
 
-def test_what_a_grader_raises_stays_the_cause(grading: str) -> None:
+def test_what_a_grader_raises_stays_the_cause(grader: str) -> None:
     with pytest.raises(GraderError, match="on prompt 'p3': KeyError") as caught:
-        open_grader(f"{grading}:broken", [])(prompt(), "abc")
+        open_grader(f"{grader}:broken", [])(prompt(), "abc")
     assert isinstance(caught.value.__cause__, KeyError)

@@ -12,7 +12,7 @@ import pytest
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ConfigError, GraderError, IdentityError
 from logitcask.engine.models import identity
-from logitcask.engine.prompts.graders import Grading
+from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.rollout.plan import RolloutReport, rollout
 from logitcask.engine.rollout.unit import (
     UNIT_POSITIONS,
@@ -32,7 +32,7 @@ from logitcask.engine.types import (
     SamplingParams,
     ScoreParams,
     Scores,
-    silent,
+    no_progress,
 )
 from tests.engine.tiny import save_folder
 
@@ -78,7 +78,7 @@ class Dies:
 
 
 def run(
-    store: Path, hf: HF, model: ModelRef, progress: Progress = silent, **keys: Any
+    store: Path, hf: HF, model: ModelRef, progress: Progress = no_progress, **keys: Any
 ) -> RolloutReport:
     told = {"sampler": hf, "unit_prompts": 2, "student_k": 5, "sampling": SAMPLING} | keys
     asked = RolloutRequest(
@@ -88,8 +88,8 @@ def run(
 
 
 def contents(store: Path, name: str = "main") -> list[tuple[str, str, dict[str, Any]]]:
-    pin = open_store(store).head()
-    return [(s.unit_key, s.seg_id, dict(s.unit)) for s in pin.rollouts(name)]
+    snapshot = open_store(store).head()
+    return [(s.unit_key, s.seg_id, dict(s.unit)) for s in snapshot.rollouts(name)]
 
 
 def later(model: ModelRef, version: int) -> ModelRef:
@@ -180,7 +180,7 @@ def test_keys_change_with_whatever_changes_the_data(model: ModelRef) -> None:
     others = [
         key(PROMPTS[:-1]),
         key([dataclasses.replace(PROMPTS[0], answer="x"), *PROMPTS[1:]]),
-        key(sampling=dataclasses.replace(SAMPLING, top_p=0.9)),
+        key(sampling=SAMPLING.model_copy(update={"top_p": 0.9})),
         key(model=later(model, 1)),
         key(model=dataclasses.replace(model, template_digest="t")),
         key(seed=1),
@@ -234,8 +234,8 @@ class Thirds:
             raise GraderError(f"grader thirds on prompt {prompt.id!r}", hint="mend it")
         return thirds([int(word) for word in text.split()])
 
-    def grading(self) -> Grading:
-        return Grading(
+    def grader(self) -> Grader:
+        return Grader(
             name="thirds", grader=self, decode=lambda ids: " ".join(str(each) for each in ids)
         )
 
@@ -246,7 +246,7 @@ def thirds(ids: list[int]) -> float:
 
 def test_every_response_is_graded_once(tmp_path: Path, hf: HF, model: ModelRef) -> None:
     grader = Thirds()
-    report = run(tmp_path / "s", hf, model, grading=grader.grading())
+    report = run(tmp_path / "s", hf, model, grader=grader.grader())
     store = open_store(tmp_path / "s")
     want, got = [], []
     for segment in store.head().rollouts("main"):
@@ -261,7 +261,7 @@ def test_every_response_is_graded_once(tmp_path: Path, hf: HF, model: ModelRef) 
     assert len(set(got)) > 1
     assert grader.calls == len(got) == 2 * len(PROMPTS)
     assert report.mean_reward == pytest.approx(np.mean(want))
-    again = run(tmp_path / "s", hf, model, grading=grader.grading())
+    again = run(tmp_path / "s", hf, model, grader=grader.grader())
     assert (again.units_new, again.mean_reward, grader.calls) == (0, None, len(got))
 
 
@@ -269,15 +269,15 @@ def test_a_unit_whose_grader_fails_is_not_committed(
     tmp_path: Path, hf: HF, model: ModelRef
 ) -> None:
     with pytest.raises(GraderError, match="on prompt 'p3'"):
-        run(tmp_path / "s", hf, model, grading=Thirds("p3").grading())
+        run(tmp_path / "s", hf, model, grader=Thirds("p3").grader())
     assert [unit["first"] for _, _, unit in contents(tmp_path / "s")] == [0]
-    assert run(tmp_path / "s", hf, model, grading=Thirds().grading()).units_new == 2
+    assert run(tmp_path / "s", hf, model, grader=Thirds().grader()).units_new == 2
 
 
 def test_rollouts_with_and_without_rewards_do_not_mix(whole: Path, hf: HF, model: ModelRef) -> None:
     grader = Thirds()
     with pytest.raises(IdentityError, match="grader = None, not 'thirds'"):
-        run(whole, hf, model, grading=grader.grading())
+        run(whole, hf, model, grader=grader.grader())
     assert grader.calls == 0
 
 
@@ -319,7 +319,7 @@ def test_what_a_name_holds_already_is_not_mixed_with_another(
     with pytest.raises(IdentityError, match="were made with"):
         run(store, hf, model, seed=1, **unused)
     with pytest.raises(IdentityError, match="were made with"):
-        run(store, hf, model, sampling=dataclasses.replace(SAMPLING, top_k=3), **unused)
+        run(store, hf, model, sampling=SAMPLING.model_copy(update={"top_k": 3}), **unused)
     with pytest.raises(IdentityError, match=r"prompts 0\.\.1 as one unit, and the plan has 0\.\.2"):
         run(store, hf, model, unit_prompts=3, **unused)
     with pytest.raises(IdentityError, match="already, under the name 'main'"):

@@ -21,7 +21,7 @@ from logitcask.engine.types import (
     SamplingParams,
     ScoreParams,
     Scores,
-    silent,
+    no_progress,
 )
 
 REQUEST = ScoreParams(top_p=0.9, k_min=4, k_max=10)
@@ -51,7 +51,7 @@ def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6, mc_draws:
 
 
 def run(
-    path: Path, model: ModelRef, scorer: Any, progress: Progress = silent, **keys: Any
+    path: Path, model: ModelRef, scorer: Any, progress: Progress = no_progress, **keys: Any
 ) -> ScoreReport:
     keys = {"teacher_name": "big", "request": REQUEST} | keys
     asked = ScoreRequest(store=open_store(path), model=model, scorer=scorer, **keys)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitcask.engine.errors import PromptError
-from logitcask.engine.score.ids_file import MAX_GIVEN, read_ids
+from logitcask.engine.score.ids_file import MAX_IDS, read_ids_file
 from logitcask.engine.store.format.rollouts import Extent
 
 V = 1100
@@ -50,7 +50,7 @@ def test_lists_come_in_the_order_of_the_rollouts(
     prompts: dict[str, list[int]] = {}
     for (prompt, _), rows in zip(keys, sequences, strict=True):
         prompts.setdefault(prompt, []).append(len(rows))
-    found = read_ids(file, V).lists({"s": extent(prompts)})["s"]
+    found = read_ids_file(file, V).lists({"s": extent(prompts)})["s"]
     rows = [row for sequence in sequences for row in sequence]
     assert found.cnt.tolist() == [len(row) for row in rows]
     assert found.ids.tolist() == [token for row in rows for token in row]
@@ -58,7 +58,9 @@ def test_lists_come_in_the_order_of_the_rollouts(
 
 def test_samples_of_a_prompt_are_counted_on_from_one_segment_to_the_next(tmp_path: Path) -> None:
     file = written(tmp_path / "ids", line([[5]], sample=1), line([[3], [4]]))
-    found = read_ids(file, V).lists({"first": extent({"a": [2]}), "second": extent({"a": [1]})})
+    found = read_ids_file(file, V).lists(
+        {"first": extent({"a": [2]}), "second": extent({"a": [1]})}
+    )
     assert {name: lists.ids.tolist() for name, lists in found.items()} == {
         "first": [3, 4],
         "second": [5],
@@ -67,7 +69,7 @@ def test_samples_of_a_prompt_are_counted_on_from_one_segment_to_the_next(tmp_pat
 
 def test_the_digest_is_of_the_bytes(tmp_path: Path) -> None:
     one, two, other = (
-        read_ids(written(tmp_path / name, line([[token]])), V).label
+        read_ids_file(written(tmp_path / name, line([[token]])), V).label
         for name, token in (("one", 1), ("two", 1), ("other", 2))
     )
     assert one == two != other
@@ -82,7 +84,7 @@ def test_the_digest_is_of_the_bytes(tmp_path: Path) -> None:
         (line([[True]]), "True is no id"),
         (line([[1.0]]), "1.0 is no id"),
         (line([[7, 8, 7]]), "7 is there twice"),
-        (line([list(range(MAX_GIVEN + 1))]), "1025 ids, at most 1024"),
+        (line([list(range(MAX_IDS + 1))]), "1025 ids, at most 1024"),
         (line([3]), 'field "ids\\[0\\]": 3 is a number, not a list'),
         (line({}), 'field "ids": {} is an object, not a list'),
         (line([], sample=-1), 'field "sample": -1'),
@@ -97,12 +99,12 @@ def test_the_digest_is_of_the_bytes(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_line(tmp_path: Path, bad: Any, words: str) -> None:
     file = written(tmp_path / "ids", line([], prompt="first"), bad)
     with pytest.raises(PromptError, match=f"ids, line 2: .*{words}"):
-        read_ids(file, V)
+        read_ids_file(file, V)
 
 
 def test_the_most_ids_of_a_position_are_read(tmp_path: Path) -> None:
-    found = read_ids(written(tmp_path / "ids", line([list(range(MAX_GIVEN))])), V)
-    assert found.sequences["a", 0].cnt.tolist() == [MAX_GIVEN]
+    found = read_ids_file(written(tmp_path / "ids", line([list(range(MAX_IDS))])), V)
+    assert found.sequences["a", 0].cnt.tolist() == [MAX_IDS]
 
 
 @pytest.mark.parametrize(
@@ -117,11 +119,11 @@ def test_the_most_ids_of_a_position_are_read(tmp_path: Path) -> None:
 def test_lines_and_sequences_are_one_to_one(
     tmp_path: Path, prompts: dict[str, list[int]], words: str
 ) -> None:
-    found = read_ids(written(tmp_path / "ids", line([[1]])), V)
+    found = read_ids_file(written(tmp_path / "ids", line([[1]])), V)
     with pytest.raises(PromptError, match=words):
         found.lists({"s": extent(prompts)})
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="No such file"):
-        read_ids(tmp_path / "absent", V)
+        read_ids_file(tmp_path / "absent", V)

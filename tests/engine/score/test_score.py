@@ -25,12 +25,12 @@ def test_every_rollout_segment_is_scored_as_the_scorer_says(
 ) -> None:
     report = run(store, teacher, scorer)
     opened = open_store(store)
-    pin = opened.head()
-    by_base = pin.scores("big")
+    snapshot = opened.head()
+    by_base = snapshot.scores("big")
     assert (report.units_total, report.units_done_before, report.units_new) == (2, 0, 2)
-    assert set(by_base) == {s.seg_id for s in pin.rollouts("main")}
+    assert set(by_base) == {s.seg_id for s in snapshot.rollouts("main")}
     positions = 0
-    for segment in pin.rollouts("main"):
+    for segment in snapshot.rollouts("main"):
         direct = scorer.score(opened.read_rollouts(segment), REQUEST)
         stored = opened.read_scores(by_base[segment.seg_id])
         ids, log_probs = kept_lists(stored)
@@ -148,7 +148,7 @@ def test_scores_of_two_dtypes_are_a_note(store: Path, teacher: ModelRef, scorer:
     report = run(store, teacher, HF(teacher, dtype="bfloat16"))
     assert report.units_new == 1
     assert report.notes == (
-        "scores of 'big' in float32 are there already, and this run computes in bfloat16",
+        "scores of 'big' in float32 exist already, and this run computes in bfloat16",
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.config.sections import Run
 from logitcask.engine.errors import (
     ConfigError,
     IdentityError,
@@ -93,10 +94,10 @@ def test_a_teacher_is_asked_at_a_later_students_ids(
     assert run(store, teacher, scorer, at="later").units_new == 2
     assert run(store, teacher, Dies(scorer, 0), at="later").units_new == 0
     opened = open_store(store)
-    pin = opened.head()
-    for base, chain in pin.scores("big").items():
+    snapshot = opened.head()
+    for base, chain in snapshot.scores("big").items():
         known = ranked(opened.read_scores(chain))
-        wanted = ranked(opened.read_scores(pin.scores("later")[base]))
+        wanted = ranked(opened.read_scores(snapshot.scores("later")[base]))
         rows = np.split(known.ids, np.cumsum(known.cnt)[:-1])
         asked = np.split(wanted.ids, np.cumsum(wanted.cnt)[:-1])
         assert all(set(a) <= set(b) for a, b in zip(asked, rows, strict=True))
@@ -198,10 +199,10 @@ def test_base_models_and_contexts_are_scores_of_their_own(
     assert run(store, teacher, scorer, teacher_name="hinted", context=hints).units_new == 2
     assert run(store, teacher, scorer, teacher_name="base", role="base").units_new == 2
     opened = open_store(store)
-    pin = opened.head()
-    for segment in pin.rollouts("main"):
+    snapshot = opened.head()
+    for segment in snapshot.rollouts("main"):
         plain, hinted, base = (
-            opened.read_scores(pin.scores(name)[segment.seg_id])
+            opened.read_scores(snapshot.scores(name)[segment.seg_id])
             for name in ("big", "hinted", "base")
         )
         rollouts = opened.read_rollouts(segment)
@@ -209,8 +210,8 @@ def test_base_models_and_contexts_are_scores_of_their_own(
         np.testing.assert_allclose(hinted.lp, scorer.score(shown, REQUEST).lp, atol=1e-6)
         assert np.abs(hinted.lp - plain.lp).max() > 0.01
         np.testing.assert_array_equal(base.lp, plain.lp)
-    assert pin.scores("hinted")[segment.seg_id][0].lineage["context"].startswith("sha256:")
-    assert pin.scores("base")[segment.seg_id][0].lineage["role"] == "base"
+    assert snapshot.scores("hinted")[segment.seg_id][0].lineage["context"].startswith("sha256:")
+    assert snapshot.scores("base")[segment.seg_id][0].lineage["role"] == "base"
     other = {p.id: Prompt(id=p.id, token_ids=(7, *p.token_ids)) for p in PROMPTS}
     with pytest.raises(IdentityError, match="'hinted' stands for context"):
         run(store, teacher, Dies(scorer, 0), teacher_name="hinted", context=other)
@@ -226,10 +227,10 @@ def test_ids_are_drawn_from_the_teachers_law(store: Path, teacher: ModelRef, sco
     """RS-KD: counts / draws is an unbiased estimate of q, and what is not drawn is in the tail."""
     run(store, teacher, scorer, teacher_name="drawn", request=DRAWN)
     opened = open_store(store)
-    pin = opened.head()
-    for segment in pin.rollouts("main"):
+    snapshot = opened.head()
+    for segment in snapshot.rollouts("main"):
         rollouts = opened.read_rollouts(segment)
-        (held,) = pin.scores("drawn")[segment.seg_id]
+        (held,) = snapshot.scores("drawn")[segment.seg_id]
         assert held.layout == "sampled"
         known = opened.read_scores((held,))
         exact = scorer.score(rollouts, ALL)
@@ -288,7 +289,7 @@ def test_training_refuses_what_it_cannot_use(
         train(
             open_store(store),
             model=student,
-            out=tmp_path / f"run-{name}",
+            run=Run(out=tmp_path / f"run-{name}"),
             teacher=name,
             objective=parse_objective(objective, k=k),
         )

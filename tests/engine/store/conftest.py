@@ -33,7 +33,7 @@ def disk_path() -> Iterator[Path]:
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def medium(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """Every medium that a store can lie on; what is promised, each has to keep."""
     if request.param == "folder":
         return LocalStorage(str(tmp_path / "cask"))
@@ -41,5 +41,5 @@ def medium(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 @pytest.fixture
-def store(medium: Storage) -> Store:
-    return open_on(medium, create=True)
+def store(storage: Storage) -> Store:
+    return open_on(storage, create=True)

@@ -15,11 +15,10 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from logitcask.engine.store import Store, open_store
-from logitcask.engine.store import extend as widen
+from logitcask.engine.store import Store, extend, open_store
 from logitcask.engine.store.format.codecs import PROFILES
 from logitcask.engine.store.format.layouts import ranked
-from logitcask.engine.store.retention import gc, retire, tag
+from logitcask.engine.store.retention import delete, gc, tag
 from tests.engine.store.made import (
     bounded,
     commit_rollouts,
@@ -45,8 +44,8 @@ def digests(store: Store) -> dict[str, str]:
             found.update(part if isinstance(part, bytes) else repr(part).encode())
         return found.hexdigest()
 
-    pin, found = store.head(), {}
-    for segment in pin.segments:
+    snapshot, found = store.head(), {}
+    for segment in snapshot.segments:
         if segment.kind == "rollout":
             r = store.read_rollouts(segment)
             own = [] if r.student is None else [r.student.ids, r.student.entry_lp, r.student.lp]
@@ -56,15 +55,15 @@ def digests(store: Store) -> dict[str, str]:
             arrays += [] if r.reward is None else [r.reward]
             prompts = [(p.id, p.token_ids, p.answer, dict(p.extra)) for p in r.prompts]
             found[segment.seg_id] = sha(prompts, *(a.tobytes() for a in arrays))
-    for name in pin.names("score"):
-        for chain in pin.scores(name).values():
-            for end in range(1, len(chain) + 1):
-                s = store.read_scores(chain[:end])
+    for name in snapshot.names("score"):
+        for score_segments in snapshot.scores(name).values():
+            for end in range(1, len(score_segments) + 1):
+                s = store.read_scores(score_segments[:end])
                 u = ranked(s)
                 arrays = [s.lp, s.entropy, s.log_tail, s.kept, s.s_ids, u.cnt, u.ids, u.lp]
                 arrays += [] if s.mult is None else [s.mult]
                 arrays += [] if s.entropy_hi is None else [s.entropy_hi]
-                found[chain[end - 1].seg_id] = sha(*(a.tobytes() for a in arrays))
+                found[score_segments[end - 1].seg_id] = sha(*(a.tobytes() for a in arrays))
     return found
 
 
@@ -80,13 +79,13 @@ def fill(path: Path) -> Store:
     commit_scores(store, plain, 12, name="drawn", scores=with_mult(scores, drawn))
     teacher, base, student = teacher_of(store, 13)
     first = commit_scores(store, base, 13, name="wide", scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores((first,)), teacher.lists(5))
+    at = extend.request_ids(store.read_scores((first,)), teacher.lists(5))
     commit_scores(store, base, 14, name="wide", scores=teacher.score(20, at), at=at)
     commit_rollouts(store, 15, name="old")
     tag(store, "golden")
-    retire(store, rollouts="old")
+    delete(store, rollouts="old")
     commit_rollouts(store, 16, name="older")
-    retire(store, rollouts="older")
+    delete(store, rollouts="older")
     gc(store, keep_days=0, lease_hours=0)
     commit_rollouts(store, 16, name="older")
     return store
@@ -120,7 +119,7 @@ def fill_bounds(path: Path) -> Store:
     teacher, base, student = teacher_of(store, 13)
     scores = bounded(13, teacher.score(4, student))
     first = commit_scores(store, base, 13, name="wide", scores=scores)
-    at = widen.ask_at(store.read_scores((first,)), teacher.lists(5))
+    at = extend.request_ids(store.read_scores((first,)), teacher.lists(5))
     wider = bounded(14, teacher.score(20, at))
     commit_scores(store, base, 14, name="wide", scores=wider, at=at)
     return store

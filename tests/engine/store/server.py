@@ -30,7 +30,7 @@ class Losing:
         if not (environ["REQUEST_METHOD"] == "PUT" and "HTTP_IF_NONE_MATCH" in environ):
             return self._app(environ, start_response)
         answer: list[Any] = []
-        body = b"".join(self._app(environ, lambda *told: answer.extend(told)))
+        body = b"".join(self._app(environ, lambda *fields: answer.extend(fields)))
         with self._lock:
             self.done += answer[0].startswith("200")
             lose = self.every and answer[0].startswith("200") and self.done % self.every == 0

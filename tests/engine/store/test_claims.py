@@ -29,10 +29,10 @@ LEASE_S = 10.0
 
 
 @pytest.fixture
-def medium(medium: Storage) -> Storage:
+def storage(storage: Storage) -> Storage:
     """With a store on it."""
-    open_on(medium, create=True)
-    return medium
+    open_on(storage, create=True)
+    return storage
 
 
 class Hands:
@@ -44,8 +44,8 @@ class Hands:
         return self.now_s
 
 
-def seen_by(medium: Storage, worker: str, clock: Hands) -> Claims:
-    return Claims(medium, worker=worker, lease_s=LEASE_S, clock=clock)
+def seen_by(storage: Storage, worker: str, clock: Hands) -> Claims:
+    return Claims(storage, worker=worker, lease_s=LEASE_S, clock=clock)
 
 
 def taken(claims: Claims) -> Claim | None:
@@ -53,19 +53,19 @@ def taken(claims: Claims) -> Claim | None:
     return claims.take(UNIT)
 
 
-def test_of_many_who_want_a_unit_one_gets_it(medium: Storage) -> None:
-    workers = [seen_by(medium, f"w{i}", Hands()) for i in range(8)]
+def test_of_many_who_want_a_unit_one_gets_it(storage: Storage) -> None:
+    workers = [seen_by(storage, f"w{i}", Hands()) for i in range(8)]
     for number in range(10):
         with ThreadPoolExecutor(8) as pool:
             got = list(pool.map(lambda w, n=number: w.take(key("raced", n)), workers))
         assert sum(claim is not None for claim in got) == 1
 
 
-def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(medium: Storage) -> None:
+def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(storage: Storage) -> None:
     clock = Hands()
     clock.now_s = 1e6  # nobody else's clock counts
-    ours = taken(seen_by(medium, "stopped", Hands()))
-    other = seen_by(medium, "other", clock)
+    ours = taken(seen_by(storage, "stopped", Hands()))
+    other = seen_by(storage, "other", clock)
     assert ours is not None
     assert taken(other) is None
     clock.now_s += LEASE_S - 1
@@ -76,68 +76,68 @@ def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(medium: Storag
     # Who was only slow loses it, and leaves what is another's.
     assert not ours.renew()
     ours.release()
-    assert len(medium.names("claims")) == 1
+    assert len(storage.names("claims")) == 1
     assert theirs.renew()
     theirs.release()
-    assert medium.names("claims") == []
+    assert storage.names("claims") == []
 
 
-def test_a_claim_that_is_renewed_lives(medium: Storage) -> None:
+def test_a_claim_that_is_renewed_lives(storage: Storage) -> None:
     clock = Hands()
-    ours = taken(seen_by(medium, "slow", Hands()))
-    other = seen_by(medium, "other", clock)
+    ours = taken(seen_by(storage, "slow", Hands()))
+    other = seen_by(storage, "other", clock)
     assert ours is not None
     for _ in range(5):
         assert taken(other) is None
         clock.now_s += LEASE_S
         assert ours.renew()
     assert taken(other) is None
-    assert [n.partition(".")[2] for n in medium.names("claims")] == ["0000000005"]
-    body = medium.read(f"claims/{medium.names('claims')[0]}", 1000)
+    assert [n.partition(".")[2] for n in storage.names("claims")] == ["0000000005"]
+    body = storage.read(f"claims/{storage.names('claims')[0]}", 1000)
     assert json.loads(body or b"") == {"worker": "slow", "beat": 5}
 
 
-def test_failures_are_noted_within_bounds_read_and_forgotten(medium: Storage) -> None:
+def test_failures_are_noted_within_bounds_read_and_forgotten(storage: Storage) -> None:
     for text in ("first", "\U0001f600" * 100_000):
-        note_failure(medium, UNIT, ValueError(text), "w")
-    assert failed_units(medium) == {UNIT: 2}
-    assert all(each.size < MAX_NOTE_BYTES for each in medium.files("failed"))
-    first, second = failures_of(medium, UNIT)
+        note_failure(storage, UNIT, ValueError(text), "w")
+    assert failed_units(storage) == {UNIT: 2}
+    assert all(each.size < MAX_NOTE_BYTES for each in storage.files("failed"))
+    first, second = failures_of(storage, UNIT)
     assert (first.error, first.message, first.worker) == ("ValueError", "first", "w")
     assert "ValueError: first" in first.traceback
     assert len(second.message) == 1000
-    forget_failures(medium, UNIT)
-    assert (failed_units(medium), failures_of(medium, UNIT)) == ({}, [])
+    forget_failures(storage, UNIT)
+    assert (failed_units(storage), failures_of(storage, UNIT)) == ({}, [])
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"time": 1}', b"\xff"])
-def test_a_note_that_is_none_is_named(medium: Storage, data: bytes) -> None:
+def test_a_note_that_is_none_is_named(storage: Storage, data: bytes) -> None:
     name = f"failed/{UNIT.removeprefix('sha256:')}.0000000000"
-    medium.create(name, data)
+    storage.create(name, data)
     with pytest.raises(IntegrityError, match="not a note of a failure") as caught:
-        failures_of(medium, UNIT)
-    assert medium.where(name) in caught.value.cause
+        failures_of(storage, UNIT)
+    assert storage.where(name) in caught.value.cause
 
 
 def test_verify_knows_them_info_counts_and_gc_removes_what_is_over(store: Store) -> None:
-    medium, clock = store.medium, Hands()
+    storage, clock = store.storage, Hands()
     done, open_, dead = key("done"), key("open"), key("dead")
-    claims = seen_by(medium, "w", clock)
+    claims = seen_by(storage, "w", clock)
     for unit in (done, open_, dead):
         assert claims.take(unit) is not None
-        note_failure(medium, unit, ValueError("no"), "w")
+        note_failure(storage, unit, ValueError("no"), "w")
     commit_rollouts(store, 1, done)
-    assert verify(store).strays == ()
+    assert verify(store).orphans == ()
     assert summary(store)["failed_units"] == 2
-    medium.create("claims/notes.txt", b"")
-    assert verify(store).strays == ("claims/notes.txt",)
+    storage.create("claims/notes.txt", b"")
+    assert verify(store).orphans == ("claims/notes.txt",)
     # The unit that is there needs neither; other claims stay for a lease, other notes until asked.
-    assert gc(store, keep_days=0, lease_hours=1, dry_run=True).leftovers == 2
-    assert gc(store, keep_days=0, lease_hours=1).leftovers == 2
-    assert len(medium.names("claims")) == 3
-    assert gc(store, keep_days=0, lease_hours=0).leftovers == 2
-    assert medium.names("claims") == ["notes.txt"]
-    assert failed_units(medium) == {open_: 1, dead: 1}
+    assert gc(store, keep_days=0, lease_hours=1, dry_run=True).orphans == 2
+    assert gc(store, keep_days=0, lease_hours=1).orphans == 2
+    assert len(storage.names("claims")) == 3
+    assert gc(store, keep_days=0, lease_hours=0).orphans == 2
+    assert storage.names("claims") == ["notes.txt"]
+    assert failed_units(storage) == {open_: 1, dead: 1}
     assert store.head().unit_keys() == {done}
 
 
@@ -149,7 +149,7 @@ def test_a_store_without_the_folders_opens_and_one_with_a_file_there_does_not(
     store = open_store(path, create=True)
     assert holds_store(path)
     assert not (path / "claims").exists()
-    assert taken(seen_by(store.medium, "w", Hands())) is not None
+    assert taken(seen_by(store.storage, "w", Hands())) is not None
     assert (path / "claims").is_dir()
     (path / "failed").write_text("")
     with pytest.raises(IntegrityError, match="failed: file, where a store has a directory"):

@@ -289,11 +289,11 @@ def test_a_record_that_asks_for_too_much_memory_is_not_read(tmp_path: Path) -> N
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
         store = open_store(Path(folder) / "cask", create=True)
         held = commit_scores(store, commit_rollouts(store, 3, student=True), 3)
-        told = record.describe(held)
-    huge = told | {"counts": told["counts"] | {"P": 1 << 20, "E": 1 << 30}}
+        fields = record.encode_segment(held)
+    huge = fields | {"counts": fields["counts"] | {"P": 1 << 20, "E": 1 << 30}}
     with pytest.raises(IntegrityError, match=r"bytes decoded"):
-        record.parse_segment(huge, "here")
-    assert record.parse_segment(told, "here").seg_id == held.seg_id
+        record.decode_segment(huge, "here")
+    assert record.decode_segment(fields, "here").seg_id == held.seg_id
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -13,13 +13,12 @@ import pytest
 import zarr
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.store import Store, open_store
-from logitcask.engine.store import extend as widen
+from logitcask.engine.store import Store, extend, open_store
 from logitcask.engine.store.format.codecs import PROFILES, Profile, from_entry, profile, to_entry
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.schema import specs
 from logitcask.engine.store.log import record
-from logitcask.engine.store.retention import retire
+from logitcask.engine.store.retention import delete
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
@@ -39,7 +38,7 @@ from tests.engine.store.test_extend import teacher_of
 
 def again(store: Store) -> Store:
     """The same store, opened by somebody else."""
-    return open_on(store.medium)
+    return open_on(store.storage)
 
 
 def rounded(values: np.ndarray, how: Profile) -> np.ndarray:
@@ -107,9 +106,9 @@ def test_round_trip(store: Store, name: str, student: bool, sequences: int, rewa
     same_scores(store.read_scores((held,)), scores, profile(name), rollouts.student)
     # Somebody else, and a reader that has the rollouts already, read the same.
     other = again(store)
-    pin = other.head()
-    assert pin.scores("teacher") == {base.seg_id: (held,)}
-    assert pin.rollouts("main") == (base,)
+    snapshot = other.head()
+    assert snapshot.scores("teacher") == {base.seg_id: (held,)}
+    assert snapshot.rollouts("main") == (base,)
     read = other.read_scores((held,), base=other.read_rollouts(base))
     same_scores(read, scores, profile(name), rollouts.student)
     assert base.counts["P"] == rollouts.positions
@@ -160,14 +159,14 @@ def test_an_interval_comes_back(store: Store, student: bool, asked: bool) -> Non
     exact = make_scores(4, store.read_rollouts(base))
     exact = exact if asked else replace(exact, at_lp=None)
     plain = commit_scores(store, base, 4, name="exact", scores=exact)
-    told = bounded(4, exact)
-    held = commit_scores(store, base, 4, name="told", unit_key=key("told"), scores=told)
+    fields = bounded(4, exact)
+    held = commit_scores(store, base, 4, name="told", unit_key=key("told"), scores=fields)
     layout = "once" if student and asked else "whole"
     assert (plain.layout, held.layout) == (layout, f"{layout}+bounds")
     read = again(store).read_scores((held,))
-    assert np.array_equal(read.entropy_hi, told.entropy_hi)
+    assert np.array_equal(read.entropy_hi, fields.entropy_hi)
     assert store.read_scores((plain,)).entropy_hi is None
-    same_scores(read, told, profile("default"), store.read_rollouts(base).student)
+    same_scores(read, fields, profile("default"), store.read_rollouts(base).student)
     # One array more, and the others to the byte as they are without it.
     assert {f for f in held.files if not f.startswith("ent_hi/")} == set(plain.files)
     differ = {name for name in plain.files if plain.files[name] != held.files[name]}
@@ -178,7 +177,7 @@ def test_a_widening_leaves_the_interval(store: Store) -> None:
     teacher, base, student = teacher_of(store, 13)
     first = bounded(13, teacher.score(4, student))
     held = commit_scores(store, base, 13, scores=first)
-    at = widen.ask_at(store.read_scores((held,)), teacher.lists(5))
+    at = extend.request_ids(store.read_scores((held,)), teacher.lists(5))
     wider = commit_scores(store, base, 14, scores=bounded(14, teacher.score(20, at)), at=at)
     assert wider.layout == "wider"
     read = store.read_scores((held, wider))
@@ -239,8 +238,8 @@ def test_a_segment_is_a_plain_zarr_group(tmp_path: Path, name: str) -> None:
         assert np.array_equal(group["s_ids"][:], want.student.ids)
         entries = to_entry(want.student.entry_lp, profile(name))
         assert np.array_equal(group["s_topk_lp"][:], entries)
-        told = json.loads(group["prompt_json"][:].tobytes())
-        assert [each["id"] for each in told] == [p.id for p in want.prompts]
+        fields = json.loads(group["prompt_json"][:].tobytes())
+        assert [each["id"] for each in fields] == [p.id for p in want.prompts]
         assert sorted(group.array_keys()) == sorted(specs("student"))
     on_disk = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
     assert on_disk == set(base.files)
@@ -257,18 +256,18 @@ def test_same_bytes_same_name(tmp_path: Path) -> None:
 def test_a_pin_reads_the_same_whatever_is_added(store: Store) -> None:
     base = commit_rollouts(store, 1, student=True)
     commit_scores(store, base, 1)
-    pin = store.head()
+    snapshot = store.head()
     for seed in range(2, 5):
         commit_rollouts(store, seed)
     fresh = again(store)
-    assert fresh.pin(pin.number, pin.sha256) == pin
+    assert fresh.snapshot(snapshot.number, snapshot.sha256) == snapshot
     assert len(fresh.head().segments) == 5
     assert [s.unit["first"] for s in fresh.head().rollouts("main")] == [1, 2, 3, 4]
-    assert fresh.pin(-1).segments == ()
+    assert fresh.snapshot(-1).segments == ()
     with pytest.raises(StoreError, match="no log record 5"):
-        fresh.pin(5)
-    with pytest.raises(IntegrityError, match="the pin says"):
-        fresh.pin(0, pin.sha256)
+        fresh.snapshot(5)
+    with pytest.raises(IntegrityError, match="the snapshot says"):
+        fresh.snapshot(0, snapshot.sha256)
 
 
 def test_segments_come_in_the_order_of_version_and_prompt(store: Store) -> None:
@@ -283,7 +282,7 @@ def test_a_unit_is_stored_once(store: Store) -> None:
     second = commit_rollouts(again(store), 2, unit_key=first.unit_key)
     assert second == first
     assert store.head().number == 0
-    assert verify(store).strays == ()
+    assert verify(store).orphans == ()
 
 
 def test_a_name_means_one_thing(store: Store) -> None:
@@ -311,17 +310,17 @@ def overtake(
     store: Store, monkeypatch: pytest.MonkeyPatch, rival: object, *, mute: bool = False
 ) -> None:
     """At the first record of `store`, `rival()` comes first; mute: our answer is lost."""
-    create = store.medium.create
+    create = store.storage.create
 
     def overtaken(name: str, data: bytes) -> bool:
         if not name.startswith("log/"):
             return create(name, data)
-        monkeypatch.setattr(store.medium, "create", create)
+        monkeypatch.setattr(store.storage, "create", create)
         if callable(rival):
             rival()
         return create(name, data) and not mute
 
-    monkeypatch.setattr(store.medium, "create", overtaken)
+    monkeypatch.setattr(store.storage, "create", overtaken)
 
 
 def test_the_loser_of_a_name_is_told_after_the_race(
@@ -333,7 +332,7 @@ def test_the_loser_of_a_name_is_told_after_the_race(
     with pytest.raises(IdentityError, match="sha256:other"):
         commit_rollouts(store, 1)
     assert len(store.head().segments) == 1
-    assert len(verify(store).strays) == 1  # The loser's group, which no record names.
+    assert len(verify(store).orphans) == 1  # The loser's group, which no record names.
 
 
 @pytest.mark.parametrize("same_unit", [True, False])
@@ -358,20 +357,20 @@ def test_an_answer_that_was_lost_is_not_doubled(
     assert store.head().number == 0
 
 
-def test_a_unit_that_is_retired_at_once_is_not_published_again(
+def test_a_unit_that_is_deleted_at_once_is_not_published_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its commit was acknowledged, and so was the retirement that came before our next look."""
-    create = store.medium.create
+    """Its commit was acknowledged, and so was the deletion that came before our next look."""
+    create = store.storage.create
 
-    def then_retired(name: str, data: bytes) -> bool:
+    def then_deleted(name: str, data: bytes) -> bool:
         made = create(name, data)
         if name.startswith("log/"):
-            monkeypatch.setattr(store.medium, "create", create)
-            retire(again(store), rollouts="main")
+            monkeypatch.setattr(store.storage, "create", create)
+            delete(again(store), rollouts="main")
         return made
 
-    monkeypatch.setattr(store.medium, "create", then_retired)
+    monkeypatch.setattr(store.storage, "create", then_deleted)
     held = commit_rollouts(store, 1)
     assert held.number == 0
     assert store.head().number == 1
@@ -379,24 +378,24 @@ def test_a_unit_that_is_retired_at_once_is_not_published_again(
 
 
 def test_two_creators_at_once_get_one_store(
-    medium: Storage, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare, theirs = medium.prepare, []
+    prepare, theirs = storage.prepare, []
 
     def overtaken(folders: object, file: str) -> None:
-        monkeypatch.setattr(medium, "prepare", prepare)
-        theirs.append(open_on(medium, create=True))
+        monkeypatch.setattr(storage, "prepare", prepare)
+        theirs.append(open_on(storage, create=True))
         prepare(folders, file)
 
-    monkeypatch.setattr(medium, "prepare", overtaken)
-    assert open_on(medium, create=True).uuid == theirs[0].uuid
+    monkeypatch.setattr(storage, "prepare", overtaken)
+    assert open_on(storage, create=True).uuid == theirs[0].uuid
 
 
 def test_a_medium_that_refuses_for_ever_is_an_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.medium, "create", lambda name, data: False)
-    monkeypatch.setattr(store.medium, "place", lambda folder, contents: None)
+    monkeypatch.setattr(store.storage, "create", lambda name, data: False)
+    monkeypatch.setattr(store.storage, "place", lambda folder, contents: None)
     with pytest.raises(StoreError, match=r"0000000000\.json is refused as taken, and is not there"):
         commit_rollouts(store, 1)
 
@@ -452,7 +451,7 @@ def test_rollouts_that_do_not_fit_are_refused(store: Store, broken: dict[str, ob
             unit={"version": 0, "first": 0},
             lineage=ROLLOUT_LINEAGE,
         )
-    assert store.medium.names("staging") == []
+    assert store.storage.names("staging") == []
 
 
 def test_a_unit_beyond_the_bounds_is_refused_before_it_is_encoded(
@@ -479,13 +478,13 @@ def test_reopening_reads_only_what_is_new(store: Store, monkeypatch: pytest.Monk
     reader = again(store)
     reader.head()
     opened: list[str] = []
-    read = store.medium.read
+    read = store.storage.read
 
     def counted(name: str, limit: int) -> bytes | None:
         opened.append(name)
         return read(name, limit)
 
-    monkeypatch.setattr(store.medium, "read", counted)
+    monkeypatch.setattr(store.storage, "read", counted)
     reader.head()
     assert opened == ["log/0000000003.json"]  # One look whether there is more.
 
@@ -514,10 +513,10 @@ def test_seconds_are_a_note_beside_a_segment(tmp_path: Path, seconds: float | No
     held = commit_scores(store, commit_rollouts(store, 0), 0, seconds=seconds)
     plain = open_store(tmp_path / "plain", create=True)
     assert commit_scores(plain, commit_rollouts(plain, 0), 0).seg_id == held.seg_id
-    told = record.describe(held)
-    assert ("seconds" in told) == (seconds is not None)
-    assert record.parse_segment(told, "here").seconds == seconds
+    fields = record.encode_segment(held)
+    assert ("seconds" in fields) == (seconds is not None)
+    assert record.decode_segment(fields, "here").seconds == seconds
     assert open_store(store.url).head().segments[-1].seconds == seconds
     for wrong in (-1.0, "1", True, math.inf):
         with pytest.raises(IntegrityError, match="seconds"):
-            record.parse_segment({**told, "seconds": wrong}, "here")
+            record.decode_segment({**fields, "seconds": wrong}, "here")

@@ -101,7 +101,7 @@ def decode(held: Segment, contents: dict[str, bytes], names: list[str] | None = 
 
 def test_every_file_emptied_deleted_grown_zeroed_or_swapped(cask: Path) -> None:
     names = every_file(cask)
-    pin = open_store(cask).head()
+    snapshot = open_store(cask).head()
     trials = 0
     for name, next_name in zip(names, names[1:] + names[:1], strict=True):
         file = cask / name
@@ -112,10 +112,10 @@ def test_every_file_emptied_deleted_grown_zeroed_or_swapped(cask: Path) -> None:
             file.unlink()
             if bad is not None:
                 file.write_bytes(bad)
-            if bad is None and name == f"log/{record.file_name(pin.number)}":
+            if bad is None and name == f"log/{record.file_name(snapshot.number)}":
                 # Nobody can see that the newest record is gone, except who has pinned it.
                 with pytest.raises(StoreError, match="no log record"):
-                    open_store(cask).pin(pin.number, pin.sha256)
+                    open_store(cask).snapshot(snapshot.number, snapshot.sha256)
             else:
                 refused(cask, name)
             file.write_bytes(sound)
@@ -133,7 +133,7 @@ def test_log_and_manifests_truncated_at_every_byte(cask: Path) -> None:
             open_store(cask).head()
             return
         of = next(each for folder, each in held.items() if name.startswith(folder))
-        segments.read_files(store.medium, of.folder, of.files, [name[len(of.folder) + 1 :]])
+        segments.read_files(store.storage, of.folder, of.files, [name[len(of.folder) + 1 :]])
 
     for name in every_file(cask):
         if name.endswith("/c/0"):
@@ -163,7 +163,7 @@ def test_data_truncated_at_many_places(cask: Path, counts: Any) -> None:
         sound = file.read_bytes()
         os.truncate(file, rng.randrange(len(sound)))
         with pytest.raises(IntegrityError, match=rf"{name}: \d+ bytes where {len(sound)} were"):
-            segments.read_files(store.medium, each.folder, each.files, [name])
+            segments.read_files(store.storage, each.folder, each.files, [name])
         # Nor does it decode, if its digest were made to fit.
         with pytest.raises(IntegrityError, match="does not decode"):
             decode(each, contents_with(cask, each, name), [name.split("/")[0]])
@@ -191,7 +191,7 @@ def test_copies_that_lose_empty_folders_are_whole(cask: Path) -> None:
     store = open_store(cask)
     verify(store, deep=True)
     commit_rollouts(store, 9)
-    assert verify(open_store(cask)).strays == ()
+    assert verify(open_store(cask)).orphans == ()
     shutil.rmtree(cask / "log")
     with pytest.raises(IntegrityError, match="log: absent, where a store has a directory"):
         open_store(cask)
@@ -210,7 +210,7 @@ def test_strays_are_told_and_harmless(cask: Path) -> None:
     (cask / "seg/rollout" / ("0" * 32)).mkdir()
     held = open_store(cask).head().segments[0]
     (cask / held.folder / "notes").touch()
-    assert set(verify(open_store(cask)).strays) == {
+    assert set(verify(open_store(cask)).orphans) == {
         "staging/left",
         "log/.tmp",
         f"seg/rollout/{'0' * 32}",
@@ -414,7 +414,7 @@ def damage(path: Path, how: str, elsewhere: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["changed", "grown", "linked", "gone"])
-def test_a_damaged_segment_of_the_same_name_is_mended(tmp_path: Path, how: str) -> None:
+def test_a_damaged_segment_of_the_same_name_is_repaired(tmp_path: Path, how: str) -> None:
     """A group that a crash left behind, and that rotted since, must not become a commit as it is;
     its name says what belongs there.
     """
@@ -424,7 +424,7 @@ def test_a_damaged_segment_of_the_same_name_is_mended(tmp_path: Path, how: str) 
     shutil.copytree(Path(donor.url) / held.folder, Path(store.url) / held.folder)
     damage(Path(store.url) / held.folder / "tokens/c/0", how, tmp_path / "elsewhere")
     assert commit_rollouts(store, 1).seg_id == held.seg_id
-    assert verify(store, deep=True).strays == ()
+    assert verify(store, deep=True).orphans == ()
 
 
 def test_every_damaged_segment_is_told(cask: Path) -> None:
@@ -432,10 +432,10 @@ def test_every_damaged_segment_is_told(cask: Path) -> None:
     assert len(names) == 2
     for name in names:
         damage(cask / name, "changed", cask)
-    told: list[str] = []
+    fields: list[str] = []
     with pytest.raises(IntegrityError):
-        verify(open_store(cask), tell=lambda error: told.append(error.cause))
-    assert all(name in text for name, text in zip(sorted(names), sorted(told), strict=True))
+        verify(open_store(cask), tell=lambda error: fields.append(error.cause))
+    assert all(name in text for name, text in zip(sorted(names), sorted(fields), strict=True))
 
 
 def test_a_codec_that_changes_values_is_caught_before_publishing(
@@ -453,4 +453,4 @@ def test_a_codec_that_changes_values_is_caught_before_publishing(
     with pytest.raises(StoreError, match="tokens: does not decode to what was encoded"):
         commit_rollouts(store, 1)
     assert store.head().segments == ()
-    assert store.medium.names("seg/rollout") == []
+    assert store.storage.names("seg/rollout") == []

@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitcask.engine.errors import IdentityError, StoreError
-from logitcask.engine.store import Store
-from logitcask.engine.store import extend as widen
+from logitcask.engine.store import Store, extend
 from logitcask.engine.store.format import codecs
 from logitcask.engine.store.format import layouts as layout
 from logitcask.engine.store.format.ragged import starts
-from logitcask.engine.store.retention import retire
+from logitcask.engine.store.retention import delete
 from logitcask.engine.store.verify import verify
 from logitcask.engine.types import Array, CachedScores, IdLists, Scores
 from tests.engine.store.made import SCORE_LINEAGE, commit_rollouts, commit_scores, key
@@ -70,10 +69,10 @@ class Teacher:
         )
 
 
-def check(known: CachedScores, teacher: Teacher, expected: list[set[int]], kept: Array) -> None:
+def check(cached: CachedScores, teacher: Teacher, expected: list[set[int]], kept: Array) -> None:
     """Everything expected is known once, in the teacher's exact order, at its rounded values."""
-    ranked = layout.ranked(known)
-    assert np.array_equal(known.kept, kept)
+    ranked = layout.ranked(cached)
+    assert np.array_equal(cached.kept, kept)
     offset = starts(ranked.cnt)
     for r, want in enumerate(expected):
         row = slice(offset[r], offset[r + 1])
@@ -88,7 +87,7 @@ def check(known: CachedScores, teacher: Teacher, expected: list[set[int]], kept:
         outside = np.ones(VOCAB, bool)
         outside[ids] = False
         tail = np.logaddexp.reduce(teacher.lp[r, outside]) if outside.any() else -np.inf
-        np.testing.assert_allclose(known.log_tail[r], tail, rtol=1e-5)
+        np.testing.assert_allclose(cached.log_tail[r], tail, rtol=1e-5)
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
@@ -114,7 +113,7 @@ def test_a_chain_of_scorings_reads_as_one(
     student = teacher.lists(10)
     profiles = [codecs.profile(name) for name in names]
     said = teacher.score(first, student if asked else None)
-    known = layout.decode(layout.encode(said, profiles[0], student), profiles[0], student)
+    cached = layout.decode(layout.encode(said, profiles[0], student), profiles[0], student)
     lists = [set(x.tolist()) for x in np.split(said.ids, np.cumsum(said.cnt)[:-1])]
     if asked:
         theirs = np.split(student.ids, np.cumsum(student.cnt)[:-1])
@@ -123,21 +122,21 @@ def test_a_chain_of_scorings_reads_as_one(
     lists = lists[:rows]
     for (more, other_ids), profile in zip(steps, profiles[1:], strict=False):
         extra = teacher.lists(8) if other_ids else None
-        at = widen.ask_at(known, extra)
+        at = extend.request_ids(cached, extra)
         said = teacher.score(more, at)
-        arrays = widen.encode(known, said, at, profile, noise=1e-3, rounding=2**-8)
+        arrays = extend.encode(cached, said, at, profile, noise=1e-3, rounding=2**-8)
         # Nothing that is known is stored again.
         new = np.split(arrays["ids"], np.cumsum(arrays["cnt"])[:-1])
         assert all(not set(a.tolist()) & b for a, b in zip(new, lists, strict=False))
-        known = widen.decode(known, arrays, profile)
+        cached = extend.decode(cached, arrays, profile)
         every = (said.ids, said.cnt), (at.ids, at.cnt)
         for ids, cnt in every:
             split = np.split(ids, np.cumsum(cnt)[:-1])
             lists = [a | set(b.tolist()) for a, b in zip(lists, split, strict=False)]
         kept = np.maximum(kept, said.cnt)
-        check(known, teacher, lists, kept)
+        check(cached, teacher, lists, kept)
     if not asked:
-        split_known = layout.by_student(known, student)
+        split_known = layout.by_student(cached, student)
         check(split_known, teacher, lists, kept)
         assert set(split_known.s_ids.tolist()) <= set(student.ids.tolist())
 
@@ -153,25 +152,29 @@ def teacher_of(store: Store, seed: int) -> tuple[Teacher, object, IdLists]:
 def test_the_store_widens_and_reads_the_chain(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
     wide = commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
     assert wide.layout == "wider"
     later = teacher.lists(6)
-    chain = store.head().scores("teacher")[base.seg_id]
-    at = widen.ask_at(store.read_scores(chain), later)
+    score_segments = store.head().scores("teacher")[base.seg_id]
+    at = extend.request_ids(store.read_scores(score_segments), later)
     commit_scores(store, base, 2, scores=teacher.score(4, at), at=at, profile="raw32")
-    chain = store.head().scores("teacher")[base.seg_id]
-    assert [each.layout for each in chain] == ["once", "wider", "wider"]
-    assert [each.widens for each in chain] == ["", chain[0].seg_id, chain[1].seg_id]
-    known = store.read_scores(chain)
+    score_segments = store.head().scores("teacher")[base.seg_id]
+    assert [each.layout for each in score_segments] == ["once", "wider", "wider"]
+    assert [each.extends for each in score_segments] == [
+        "",
+        score_segments[0].seg_id,
+        score_segments[1].seg_id,
+    ]
+    cached = store.read_scores(score_segments)
     longest = np.maximum(teacher.score(20, None).cnt, teacher.score(4, None).cnt)
-    assert np.array_equal(known.kept, longest)
-    ids = layout.ranked(known)
+    assert np.array_equal(cached.kept, longest)
+    ids = layout.ranked(cached)
     rows = np.split(ids.ids, np.cumsum(ids.cnt)[:-1])
     asked = np.split(later.ids, np.cumsum(later.cnt)[:-1])
     assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(asked, rows, strict=True))
-    # A pin from before reads what there was.
-    assert np.array_equal(store.read_scores(chain[:1]).kept, teacher.score(4, None).cnt)
+    # A snapshot from before reads what there was.
+    assert np.array_equal(store.read_scores(score_segments[:1]).kept, teacher.score(4, None).cnt)
     assert verify(store, deep=True).segments == 4
 
 
@@ -184,12 +187,12 @@ def test_scores_again_without_asking_at_what_is_known_are_refused(store: Store) 
         commit_scores(store, base, 1, scores=teacher.score(20, student), at=student)
 
 
-def test_a_widening_of_what_was_retired_meanwhile_is_refused(store: Store) -> None:
+def test_a_widening_of_what_was_deleted_meanwhile_is_refused(store: Store) -> None:
     """Its values are in the order that it was asked in, which is not that of the student."""
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
-    retire(store, teacher="teacher")
+    at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    delete(store, teacher="teacher")
     with pytest.raises(StoreError, match="no scores of rollouts .* that these add to"):
         commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
 
@@ -197,7 +200,7 @@ def test_a_widening_of_what_was_retired_meanwhile_is_refused(store: Store) -> No
 def test_lists_that_are_no_lists_do_not_widen(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
     ids = at.ids.copy()
     ids[1] = ids[0]
     for bad, words in (
@@ -212,7 +215,7 @@ def test_lists_that_are_no_lists_do_not_widen(store: Store) -> None:
 def test_an_id_that_became_impossible_does_not_widen(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
     said = teacher.score(20, at)
     never = replace(said, at_lp=np.full_like(said.at_lp, -np.inf))
     with pytest.raises(IdentityError, match=r"has log-prob -inf now"):
@@ -222,7 +225,7 @@ def test_an_id_that_became_impossible_does_not_widen(store: Store) -> None:
 def test_numbers_of_another_teacher_do_not_widen(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores(store.head().scores("teacher")[base.seg_id]))
+    at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
     said = teacher.score(20, at)
     assert said.at_lp is not None
     moved = replace(said, at_lp=said.at_lp - np.float32(0.1))
@@ -238,9 +241,9 @@ def test_the_slower_of_two_who_widen_is_told_to_begin_again(store: Store) -> Non
 
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
-    chain = store.head().scores("teacher")[base.seg_id]
-    at = widen.ask_at(store.read_scores(chain))
-    other = open_on(store.medium)
+    score_segments = store.head().scores("teacher")[base.seg_id]
+    at = extend.request_ids(store.read_scores(score_segments))
+    other = open_on(store.storage)
     commit_scores(other, base, 1, scores=teacher.score(20, at), at=at)
     with pytest.raises(StoreError, match="not asked at all ids that are known"):
         commit_scores(store, base, 2, scores=teacher.score(30, at), at=at)
@@ -253,13 +256,13 @@ def test_a_widening_without_what_it_widens_is_no_valid_log(store: Store) -> None
 
     teacher, base, student = teacher_of(store, 3)
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores((first,)))
+    at = extend.request_ids(store.read_scores((first,)))
     commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
     said: list[object] = []
 
-    def say() -> dict[str, list[str]] | None:
+    def build_record() -> dict[str, list[str]] | None:
         said.append(1)
         return {"retires": [key("score", base.seg_id, 0)]} if len(said) == 1 else None
 
     with pytest.raises(IntegrityError, match="does not follow from those before it"):
-        append(store.medium, store.log, say)
+        append(store.storage, store.log, build_record)

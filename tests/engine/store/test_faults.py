@@ -14,7 +14,7 @@ import logitcask.engine.store.storage.local as files
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Store, commit, open_store
 from logitcask.engine.store.format import segment as segments
-from logitcask.engine.store.retention import gc, retire
+from logitcask.engine.store.retention import delete, gc
 from logitcask.engine.store.verify import verify
 from tests.engine.store.faulty import CRASHES, Crash, FaultyOS
 from tests.engine.store.made import commit_rollouts, key
@@ -53,11 +53,11 @@ def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(path: Path) -> Store:
-    """A store with a unit, a retired unit and a leftover of a writer that died."""
+    """A store with a unit, a deleted unit and an orphan of a writer that died."""
     store = open_store(path, create=True)
     commit_rollouts(store, 1)
     commit_rollouts(store, 2, name="old")
-    retire(store, rollouts="old")
+    delete(store, rollouts="old")
     (path / "staging" / "left").mkdir()
     (path / "staging" / "left" / "half").write_bytes(b"x")
     return store
@@ -145,7 +145,7 @@ def test_a_crash_at_any_call_loses_nothing(
         job(path)
         assert visible(path) == EXPECTED[name]
         gc(open_store(path), keep_days=0, lease_hours=0)
-        assert verify(open_store(path)).strays == (), f"call {at} of {total}"
+        assert verify(open_store(path)).orphans == (), f"call {at} of {total}"
         shutil.rmtree(path)
         shutil.rmtree(graves)
 
@@ -157,14 +157,14 @@ def test_an_error_at_any_call_is_told_and_undone(
 ) -> None:
     job, words = JOBS[name], os.strerror(number)
     total = calls_of(job, Path(shutil.copytree(sound, tmp_path / "count")), monkeypatch)
-    told = 0
+    fields = 0
     for at in range(1, total + 1):
         path = Path(shutil.copytree(sound, tmp_path / "cask"))
         disk = FaultyOS(at, OSError(number, words))
         with failing(disk, monkeypatch):
             error = refusal(job, path)
         if error is not None:
-            told += 1
+            fields += 1
             assert words in error.cause
             assert str(path) in error.cause
             assert WAYS_OUT.get(number, "check the disk") in error.hint
@@ -173,7 +173,7 @@ def test_an_error_at_any_call_is_told_and_undone(
         job(path)
         assert visible(path) == EXPECTED[name]
         shutil.rmtree(path)
-    assert total - 12 <= told <= total
+    assert total - 12 <= fields <= total
 
 
 def test_creation_can_fail_anywhere_and_be_repeated(

@@ -40,7 +40,7 @@ def test_everything_decodes_to_what_it_was(tmp_path: Path, file: Path, segments:
     assert digests(store) == want
     assert len(want) == segments
     assert {s.seconds for s in store.head().segments} == {None}, "a note that came later"
-    assert verify(store, deep=True).strays == ()
+    assert verify(store, deep=True).orphans == ()
 
 
 def test_they_hold_every_layout_and_profile(golden: Path, tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_they_hold_every_layout_and_profile(golden: Path, tmp_path: Path) -> Non
     assert {s.generation for s in held} == {0, 1}
 
 
-def test_its_tag_reaches_what_was_retired(golden: Path) -> None:
+def test_its_tag_reaches_what_was_deleted(golden: Path) -> None:
     store = opened(golden)
-    tagged = store.pin("golden")
+    tagged = store.snapshot("golden")
     (old,) = tagged.rollouts("old")
     assert store.read_rollouts(old).positions
     assert store.head().rollouts("old") == ()

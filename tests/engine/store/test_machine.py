@@ -19,7 +19,7 @@ from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.store import Store, commit
 from logitcask.engine.store.format import segment as segments
 from logitcask.engine.store.merge import merge
-from logitcask.engine.store.retention import gc, retire, tag, untag
+from logitcask.engine.store.retention import delete, gc, tag, untag
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
@@ -40,10 +40,10 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.medium = ObjectStorage("memory://cask", MemoryStore())
-        self.store = open_on(self.medium, create=True)
+        self.storage = ObjectStorage("memory://cask", MemoryStore())
+        self.store = open_on(self.storage, create=True)
         self.model: dict[tuple[Any, ...], str] = {}
-        self.pins: list[tuple[int, dict[tuple[Any, ...], str]]] = []
+        self.snapshots: list[tuple[int, dict[tuple[Any, ...], str]]] = []
         """Pins that gc was never allowed to forget, with what they showed."""
         self.tags: dict[str, tuple[int, dict[tuple[Any, ...], str]]] = {}
 
@@ -68,13 +68,13 @@ class Machine(RuleBasedStateMachine):
         assert self.model.setdefault(unit, held) == held
 
     @rule(name=NAMES)
-    def retire_rollouts(self, name: str) -> None:
+    def delete_rollouts(self, name: str) -> None:
         mine = [k for k in self.model if len(k) == 2 and k[0] == name]
         if not mine:
             with pytest.raises(ConfigError):
-                retire(self.store, rollouts=name)
+                delete(self.store, rollouts=name)
             return
-        retire(self.store, rollouts=name)
+        delete(self.store, rollouts=name)
         left = {k[1] for k in self.model if len(k) == 2 and k not in mine}
         gone = {k[1] for k in mine} - left
         # Content that another name still shows keeps its scores.
@@ -82,18 +82,18 @@ class Machine(RuleBasedStateMachine):
             del self.model[k]
 
     @rule(teacher=NAMES)
-    def retire_teacher(self, teacher: str) -> None:
+    def delete_teacher(self, teacher: str) -> None:
         mine = [k for k in self.model if len(k) == 3 and k[0] == teacher]
         if mine:
-            retire(self.store, teacher=teacher)
+            delete(self.store, teacher=teacher)
         for k in mine:
             del self.model[k]
 
     @rule(name=TAGS)
     def mark(self, name: str) -> None:
-        pin = self.store.head()
-        taken = name in self.tags and self.tags[name][0] != pin.number
-        if pin.number < 0 or taken:
+        snapshot = self.store.head()
+        taken = name in self.tags and self.tags[name][0] != snapshot.number
+        if snapshot.number < 0 or taken:
             with pytest.raises(StoreError):
                 tag(self.store, name)
             return
@@ -106,8 +106,8 @@ class Machine(RuleBasedStateMachine):
             del self.tags[name]
 
     @rule()
-    def take_a_pin(self) -> None:
-        self.pins.append((self.store.head().number, dict(self.model)))
+    def take_a_snapshot(self) -> None:
+        self.snapshots.append((self.store.head().number, dict(self.model)))
 
     @rule()
     def collect_and_keep_recent_pins(self) -> None:
@@ -115,12 +115,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def collect_all(self) -> None:
-        self.pins.clear()
+        self.snapshots.clear()
         gc(self.store, keep_days=0, lease_hours=0)
 
     @rule()
     def reopen(self) -> None:
-        self.store = open_on(self.medium)
+        self.store = open_on(self.storage)
 
     @rule(target=forks)
     def fork(self) -> tuple[Store, dict[tuple[Any, ...], str]]:
@@ -148,15 +148,15 @@ class Machine(RuleBasedStateMachine):
         assert shown(self.store) == set(self.model.values())
         units = {s.unit_key for s in self.store.head().segments}
         assert units == {key(*k) for k in self.model}
-        for number, model in [*self.pins, *self.tags.values()]:
-            pin = self.store.pin(number)
-            assert {s.unit_key for s in pin.segments} == {key(*k) for k in model}
-            for segment in pin.segments:
-                segments.read_files(self.medium, segment.folder, segment.files, ["zarr.json"])
+        for number, model in [*self.snapshots, *self.tags.values()]:
+            snapshot = self.store.snapshot(number)
+            assert {s.unit_key for s in snapshot.segments} == {key(*k) for k in model}
+            for segment in snapshot.segments:
+                segments.read_files(self.storage, segment.folder, segment.files, ["zarr.json"])
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
-            verify(open_on(self.medium))
+            verify(open_on(self.storage))
 
 
 def shown(store: Store) -> set[str]:

@@ -14,12 +14,11 @@ import zarr
 from obstore.store import MemoryStore
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
-from logitcask.engine.store import Store, open_store
-from logitcask.engine.store import extend as widen
+from logitcask.engine.store import Store, extend, open_store
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.log import record
 from logitcask.engine.store.merge import MergeReport, merge, pack, unpack
-from logitcask.engine.store.retention import gc, retire
+from logitcask.engine.store.retention import delete, gc
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
@@ -31,7 +30,7 @@ def filled(store: Store) -> Store:
     """Rollouts, two teachers, one of them widened."""
     teacher, base, student = teacher_of(store, 3)
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores((first,)))
+    at = extend.request_ids(store.read_scores((first,)))
     commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
     other = bounded(2, teacher.score(9, student))
     commit_scores(store, base, 2, scores=other, name="other", seconds=2.5)
@@ -42,14 +41,16 @@ def filled(store: Store) -> Store:
 def same(ours: Store, theirs: Store) -> None:
     """Units, content and order of reading."""
     a, b = ours.head(), theirs.head()
-    told, want = ({s.unit_key: (s.seg_id, s.seconds) for s in pin.segments} for pin in (a, b))
-    assert told == want
+    fields, want = (
+        {s.unit_key: (s.seg_id, s.seconds) for s in snapshot.segments} for snapshot in (a, b)
+    )
+    assert fields == want
     for x, y in zip(a.rollouts("main"), b.rollouts("main"), strict=True):
         mine, other = ours.read_rollouts(x).reward, theirs.read_rollouts(y).reward
         assert np.array_equal(np.asarray(mine), np.asarray(other))
     for name in b.names("score"):
-        for base, chain in b.scores(name).items():
-            mine, other = ours.read_scores(a.scores(name)[base]), theirs.read_scores(chain)
+        for base, score_segments in b.scores(name).items():
+            mine, other = ours.read_scores(a.scores(name)[base]), theirs.read_scores(score_segments)
             assert (mine.entropy_hi is None) == (other.entropy_hi is None) == (name != "other")
             assert np.array_equal(np.asarray(mine.entropy_hi), np.asarray(other.entropy_hi))
             x, y = ranked(mine), ranked(other)
@@ -86,9 +87,9 @@ def test_a_packed_segment_is_a_zarr_group(tmp_path: Path) -> None:
 def test_a_pin_is_packed_as_it_was(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cask", create=True)
     commit_rollouts(store, 1)
-    pin = store.head()
+    snapshot = store.head()
     commit_rollouts(store, 2)
-    assert len(pack(store, tmp_path / "packed", pin=pin)) == 1
+    assert len(pack(store, tmp_path / "packed", snapshot=snapshot)) == 1
 
 
 def test_scores_without_their_rollouts_are_left_out(tmp_path: Path) -> None:
@@ -186,14 +187,14 @@ def test_stores_merge_both_ways(store: Store, tmp_path: Path) -> None:
     assert merge(store, other) == MergeReport(added=1, there=5, left_out=0)
     same(store, other)
     number = store.head().number
-    assert merge(store, open_on(store.medium)).added == 0
+    assert merge(store, open_on(store.storage)).added == 0
     assert store.head().number == number
 
 
 def test_a_merge_that_died_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled(open_store(tmp_path / "cask", create=True))
     other = open_store(tmp_path / "other", create=True)
-    place, count = other.medium.place, 0
+    place, count = other.storage.place, 0
 
     def dies(folder: str, contents: object) -> None:
         nonlocal count
@@ -203,7 +204,7 @@ def test_a_merge_that_died_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         place(folder, contents)
 
     with monkeypatch.context() as patch:
-        patch.setattr(other.medium, "place", dies)
+        patch.setattr(other.storage, "place", dies)
         with pytest.raises(KeyboardInterrupt):
             merge(other, store)
     assert merge(other, store) == MergeReport(added=3, there=2, left_out=0)
@@ -251,26 +252,26 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_what_gc_has_removed_is_not_called_damage(tmp_path: Path) -> None:
     store = filled(open_store(tmp_path / "ours", create=True))
-    pin = store.head()
-    retire(store, teacher="teacher")
+    snapshot = store.head()
+    delete(store, teacher="teacher")
     gc(store, keep_days=0, lease_hours=0)
-    with pytest.raises(StoreError, match="was retired, and gc has removed it") as caught:
-        pack(store, tmp_path / "packed", pin=pin)
+    with pytest.raises(StoreError, match="was deleted, and gc has removed it") as caught:
+        pack(store, tmp_path / "packed", snapshot=snapshot)
     assert not isinstance(caught.value, IntegrityError)
 
 
 def test_verifying_while_gc_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for deep in (False, True):
         store = filled(open_store(tmp_path / f"ours-{deep}", create=True))
-        read, other = store.medium.read_all, open_store(store.url)
+        read, other = store.storage.read_all, open_store(store.url)
 
         def meanwhile(limits: Any, store: Any = store, read: Any = read, other: Any = other) -> Any:
-            monkeypatch.setattr(store.medium, "read_all", read)
-            retire(other, teacher="teacher")
+            monkeypatch.setattr(store.storage, "read_all", read)
+            delete(other, teacher="teacher")
             gc(other, keep_days=0, lease_hours=0)
             return read(limits)
 
-        monkeypatch.setattr(store.medium, "read_all", meanwhile)
+        monkeypatch.setattr(store.storage, "read_all", meanwhile)
         before = len(store.head().segments)
         assert 0 < verify(store, deep=deep).segments < before
 
@@ -288,12 +289,12 @@ def test_a_copy_mends_what_is_damaged(store: Store, tmp_path: Path, way: str) ->
     assert bring() == MergeReport(added=0, there=5, left_out=0), "what is there is not looked at"
     with pytest.raises(IntegrityError):
         verify(copy)
-    assert bring(heal=True) == MergeReport(added=0, there=5, healed=2, left_out=0)
+    assert bring(repair=True) == MergeReport(added=0, there=5, repaired=2, left_out=0)
     same(copy, store)
     verify(copy, deep=True)
 
 
-def test_an_object_store_is_mended(tmp_path: Path) -> None:
+def test_an_object_store_is_repaired(tmp_path: Path) -> None:
     sound = filled(open_store(tmp_path / "sound", create=True))
     objects = MemoryStore()
     store = open_on(ObjectStorage("memory://cask", objects), create=True)
@@ -302,5 +303,5 @@ def test_an_object_store_is_mended(tmp_path: Path) -> None:
     obstore.put(objects, name, b"x" * 5000)
     with pytest.raises(IntegrityError, match=name):
         verify(store)
-    assert merge(store, sound, heal=True).healed == 1
+    assert merge(store, sound, repair=True).repaired == 1
     verify(store, deep=True)

@@ -14,8 +14,8 @@ from obstore.store import MemoryStore
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store import open_store
 from logitcask.engine.store.merge import merge
-from logitcask.engine.store.retention import gc, retire
-from logitcask.engine.store.storage.base import open_medium
+from logitcask.engine.store.retention import delete, gc
+from logitcask.engine.store.storage.base import open_storage
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
@@ -46,14 +46,14 @@ def test_a_store_on_s3_and_a_copy_on_a_disk(url: str, tmp_path: Path) -> None:
     again = open_store(url)
     assert again.head() == store.head()
     report = verify(again, deep=True)
-    assert (report.segments, report.strays) == (3, ())
+    assert (report.segments, report.orphans) == (3, ())
     local = open_store(tmp_path / "cask", create=True)
     assert merge(local, again).added == 3
     assert [s.seg_id for s in local.head().segments] == [s.seg_id for s in again.head().segments]
-    retire(store, rollouts="main")
+    delete(store, rollouts="main")
     assert gc(store, keep_days=0, lease_hours=0).segments == 3
     assert merge(store, local).added == 3
-    assert verify(store, deep=True).strays == ()
+    assert verify(store, deep=True).orphans == ()
 
 
 @pytest.mark.timeout(900)
@@ -67,24 +67,24 @@ def test_writers_on_s3_lose_no_commit(url: str, server: Losing, counts: Any) -> 
             [sys.executable, worker.__file__, "write", url, str(n), str(each)],
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/.src"},
         )
         for n in range(writers)
     ]
-    told: list[str] = []
+    fields: list[str] = []
     for process in processes:
         out, _ = process.communicate(timeout=800)
         assert process.returncode == 0
-        told += [line.split()[0] for line in out.splitlines() if line != "ready"]
+        fields += [line.split()[0] for line in out.splitlines() if line != "ready"]
     server.every = 0
     assert server.lost - lost > writers
     every = {key(n, i) for n in range(writers) for i in range(each)}
-    assert len(told) == len(every)
-    assert set(told) == every
+    assert len(fields) == len(every)
+    assert set(fields) == every
     store = open_store(url)
     assert store.head().unit_keys() == every
     assert store.head().number == len(every) - 1, "none doubled"
-    assert verify(store).strays == ()
+    assert verify(store).orphans == ()
 
 
 def test_a_lost_answer_is_recognised_by_what_is_there(url: str, server: Losing) -> None:
@@ -103,7 +103,7 @@ def test_damage_in_an_object_store_is_found(url: str) -> None:
     store = open_store(url, create=True)
     held = commit_rollouts(store, 1)
     name = f"{held.folder}/tokens/c/0"
-    data = bytearray(store.medium.read(name, 1 << 20) or b"")
+    data = bytearray(store.storage.read(name, 1 << 20) or b"")
     data[0] ^= 1
     obstore.put(from_url(url), name, bytes(data))
     with pytest.raises(IntegrityError, match=f"{url}/{name}: not the bytes"):
@@ -117,8 +117,8 @@ def test_damage_in_an_object_store_is_found(url: str) -> None:
 
 
 def test_a_prefix_that_holds_other_things_is_refused(url: str) -> None:
-    medium = open_medium(url)
-    medium.create("notes.txt", b"x")
+    storage = open_storage(url)
+    storage.create("notes.txt", b"x")
     with pytest.raises(StoreError, match=r"not empty: it holds 'notes\.txt'"):
         open_store(url, create=True)
     with pytest.raises(StoreError, match="is not a logitcask store"):

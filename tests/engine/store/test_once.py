@@ -67,10 +67,10 @@ def same(got: CachedScores, want: Scores, student: IdLists, profile: codecs.Prof
     assert np.array_equal(got.s_ids, student.ids)
     assert np.array_equal(got.s_lp, stored(want.at_lp))
     # Every id once, and ranks that are each a place of the row.
-    known = layout.ranked(got)
-    assert len(known.ids) == len(got.s_ids) + len(got.ids)
-    for a, b in zip(starts(known.cnt)[:-1], starts(known.cnt)[1:], strict=True):
-        assert len(set(known.ids[a:b].tolist())) == b - a
+    cached = layout.ranked(got)
+    assert len(cached.ids) == len(got.s_ids) + len(got.ids)
+    for a, b in zip(starts(cached.cnt)[:-1], starts(cached.cnt)[1:], strict=True):
+        assert len(set(cached.ids[a:b].tolist())) == b - a
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
@@ -112,10 +112,10 @@ def test_rank_correction_of_a_row_worked_by_hand() -> None:
     assert arrays["cnt"].tolist() == [2]
     assert arrays["kept"].tolist() == [4]
     assert arrays["t_rank_fix"].tolist() == [2, 1, 1]
-    known = layout.decode(arrays, HALF, student)
-    assert layout.kept_lists(known)[0].tolist() == [7, 3, 9, 5]
-    assert known.s_rank.tolist() == [2, 4, 1]
-    assert known.rank.tolist() == [0, 3]
+    cached = layout.decode(arrays, HALF, student)
+    assert layout.kept_lists(cached)[0].tolist() == [7, 3, 9, 5]
+    assert cached.s_rank.tolist() == [2, 4, 1]
+    assert cached.rank.tolist() == [0, 3]
 
 
 def test_every_top_k_is_the_teachers_own_for_every_k_up_to_the_kept_count() -> None:

@@ -8,12 +8,10 @@ import pytest
 
 import logitcask.engine.store.storage.local as files
 from logitcask.engine.errors import ConfigError, IntegrityError, StoreError
-from logitcask.engine.store import Store, open_store
-from logitcask.engine.store import extend as widen
-from logitcask.engine.store import retention as keep
+from logitcask.engine.store import Store, extend, open_store, retention
 from logitcask.engine.store.log import root
 from logitcask.engine.store.log.publish import append
-from logitcask.engine.store.retention import gc, retire, tag, untag
+from logitcask.engine.store.retention import delete, gc, tag, untag
 from logitcask.engine.store.storage.local import LocalStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
@@ -22,7 +20,7 @@ from tests.engine.store.test_extend import teacher_of
 
 
 def sweep(store: Store, **options: Any) -> int:
-    """Segments that gc removes when nobody holds a pin and no writer is at work."""
+    """Segments that gc removes when nobody holds a snapshot and no writer is at work."""
     return gc(store, **({"keep_days": 0, "lease_hours": 0} | options)).segments
 
 
@@ -40,31 +38,31 @@ def test_a_tag_names_a_number(store: Store) -> None:
     assert tag(store, "first") == 0
     commit_rollouts(store, 2)
     assert tag(store, "first", 0) == 0, "the same again"
-    assert store.pin("first").number == 0
-    assert len(store.pin("first").segments) == 1
+    assert store.snapshot("first").number == 0
+    assert len(store.snapshot("first").segments) == 1
     with pytest.raises(StoreError, match="tag 'first' marks log number 0 already"):
         tag(store, "first", 1)
     with pytest.raises(StoreError, match=r"no tag 'second'; it has: first"):
-        store.pin("second")
+        store.snapshot("second")
     for name in ("", "../x", "A", "12"):
         with pytest.raises(ConfigError, match="is not allowed"):
             tag(store, name)
     # Somebody else sees it.
-    assert open_on(store.medium).pin("first").number == 0
+    assert open_on(store.storage).snapshot("first").number == 0
     untag(store, "first")
     with pytest.raises(StoreError, match="no tag 'first'"):
-        open_on(store.medium).pin("first")
+        open_on(store.storage).snapshot("first")
     with pytest.raises(StoreError, match="no tag 'first'"):
         untag(store, "first")
 
 
-def test_what_is_retired_is_not_visible_and_can_be_made_again(store: Store) -> None:
+def test_what_is_deleted_is_not_visible_and_can_be_made_again(store: Store) -> None:
     base = commit_rollouts(store, 1, student=True)
     held = commit_scores(store, base, 1)
     before = store.head()
-    assert retire(store, teacher="teacher") == [held]
+    assert delete(store, teacher="teacher") == [held]
     assert store.head().segments == (base,)
-    assert store.pin(before.number).segments == before.segments, "an old pin reads on"
+    assert store.snapshot(before.number).segments == before.segments, "an old snapshot reads on"
     again = commit_scores(store, base, 1)
     assert again.seg_id == held.seg_id
     assert again.number > before.number
@@ -72,15 +70,15 @@ def test_what_is_retired_is_not_visible_and_can_be_made_again(store: Store) -> N
     readable(store)
 
 
-def test_rollouts_retire_with_their_scores(store: Store) -> None:
+def test_rollouts_delete_with_their_scores(store: Store) -> None:
     bases = [
         commit_rollouts(store, n, student=True, unit={"version": n, "first": 0}) for n in range(4)
     ]
     for base in bases:
         commit_scores(store, base, 1)
-    retired = retire(store, rollouts="main", before_version=2)
-    assert {s.seg_id for s in retired if s.kind == "rollout"} == {b.seg_id for b in bases[:2]}
-    assert len(retired) == 4
+    deleted = delete(store, rollouts="main", before_version=2)
+    assert {s.seg_id for s in deleted if s.kind == "rollout"} == {b.seg_id for b in bases[:2]}
+    assert len(deleted) == 4
     assert [s.unit["version"] for s in store.head().rollouts("main")] == [2, 3]
     assert set(store.head().scores("teacher")) == {b.seg_id for b in bases[2:]}
     with pytest.raises(StoreError, match="no rollout segment"):
@@ -88,12 +86,12 @@ def test_rollouts_retire_with_their_scores(store: Store) -> None:
     readable(store)
 
 
-def test_a_widened_chain_retires_as_a_whole(store: Store) -> None:
+def test_a_widened_chain_deletes_as_a_whole(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores((first,)))
+    at = extend.request_ids(store.read_scores((first,)))
     commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
-    assert len(retire(store, teacher="teacher")) == 2
+    assert len(delete(store, teacher="teacher")) == 2
     assert sweep(store) == 2
     commit_scores(store, base, 2, scores=teacher.score(9, student))
     readable(store)
@@ -108,63 +106,63 @@ def test_a_widened_chain_retires_as_a_whole(store: Store) -> None:
         ({"teacher": "nobody"}, "it has rollouts: main; scores: none"),
     ],
 )
-def test_what_cannot_be_retired(store: Store, wrong: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_deleted(store: Store, wrong: dict[str, Any], words: str) -> None:
     commit_rollouts(store, 1)
     with pytest.raises(ConfigError) as caught:
-        retire(store, **wrong)
+        delete(store, **wrong)
     assert words in caught.value.hint
 
 
-def test_one_segment_retires_with_what_rests_on_it(store: Store) -> None:
+def test_one_segment_deletes_with_what_rests_on_it(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
-    at = widen.ask_at(store.read_scores((first,)))
+    at = extend.request_ids(store.read_scores((first,)))
     wide = commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
     other = commit_scores(store, base, 2, scores=teacher.score(9, student), name="other")
     more = commit_rollouts(store, 5)
     for which, gone in ((wide, 1), (first, 2), (other, 1), (base, 4)):
-        would = retire(store, segment=which.seg_id, dry_run=True)
+        would = delete(store, segment=which.seg_id, dry_run=True)
         assert len(would) == gone
         assert set(store.head().segments) == {base, first, wide, other, more}
-    assert retire(store, segment=first.seg_id) == [first, wide]
-    assert retire(store, segment=base.seg_id) == [base, other]
+    assert delete(store, segment=first.seg_id) == [first, wide]
+    assert delete(store, segment=base.seg_id) == [base, other]
     assert store.head().segments == (more,)
     with pytest.raises(ConfigError, match="nothing of 'f"):
-        retire(store, segment="f" * 32)
+        delete(store, segment="f" * 32)
 
 
 def test_gc_removes_what_nobody_reaches(store: Store) -> None:
     kept = commit_rollouts(store, 1)
     gone = commit_rollouts(store, 2, name="old")
     old = store.head()
-    retire(store, rollouts="old")
-    # A pin of the last 30 days may be in use somewhere.
+    delete(store, rollouts="old")
+    # A snapshot of the last 30 days may be in use somewhere.
     assert sweep(store, keep_days=30) == 0
     assert store.read_rollouts(gone).positions
     dry = gc(store, keep_days=0, lease_hours=0, dry_run=True)
     assert (dry.segments, dry.kept) == (1, 1)
     assert dry.bytes == gone.size
     assert store.read_rollouts(gone).positions, "a dry run removes nothing"
-    swept = gc(store, keep_days=0, lease_hours=0)
-    assert (swept.segments, swept.bytes, swept.kept) == (1, gone.size, 1)
+    report = gc(store, keep_days=0, lease_hours=0)
+    assert (report.segments, report.bytes, report.kept) == (1, gone.size, 1)
     assert store.head().segments == (kept,)
-    with pytest.raises(StoreError, match="was retired, and gc has removed it") as caught:
+    with pytest.raises(StoreError, match="was deleted, and gc has removed it") as caught:
         store.read_rollouts(old.segments[1])
     assert not isinstance(caught.value, IntegrityError)
     with pytest.raises(StoreError, match="reaches 1 segments that gc has removed"):
         tag(store, "late", old.number)
     assert sweep(store) == 0
-    report = verify(open_on(store.medium), deep=True)
-    assert (report.segments, report.strays) == (1, ())
+    report = verify(open_on(store.storage), deep=True)
+    assert (report.segments, report.orphans) == (1, ())
 
 
 def test_gc_spares_what_a_tag_reaches(store: Store) -> None:
     commit_rollouts(store, 1)
     tag(store, "paper")
     held = store.head().segments[0]
-    retire(store, rollouts="main")
+    delete(store, rollouts="main")
     assert sweep(store) == 0
-    assert store.read_rollouts(store.pin("paper").segments[0]).positions
+    assert store.read_rollouts(store.snapshot("paper").segments[0]).positions
     untag(store, "paper")
     assert sweep(store) == 1
     with pytest.raises(StoreError, match="gc has removed"):
@@ -174,14 +172,14 @@ def test_gc_spares_what_a_tag_reaches(store: Store) -> None:
 def test_a_recent_pin_is_one_that_was_the_newest_within_the_days(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven days, a unit a day, each retired on the day after."""
+    """Seven days, a unit a day, each deleted on the day after."""
     clock = {"now": time.time() - 7 * 86400}
     stamp = lambda: time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(clock["now"]))  # noqa: E731
     monkeypatch.setattr(root, "now", stamp)
     for day in range(7):
         commit_rollouts(store, day, name=f"day{day}")
         if day:
-            retire(store, rollouts=f"day{day - 1}")
+            delete(store, rollouts=f"day{day - 1}")
         clock["now"] += 86400
     # At the moment three and a half days ago, the unit of day 3 was visible.
     assert sweep(store, keep_days=3.5) == 3
@@ -195,7 +193,7 @@ def test_a_clock_that_jumps_back_frees_nothing_early(
 ) -> None:
     commit_rollouts(store, 1, name="old")
     monkeypatch.setattr(root, "now", lambda: "1970-01-01T00:00:00+00:00")
-    retire(store, rollouts="old")
+    delete(store, rollouts="old")
     commit_rollouts(store, 2)
     # Those records count as no older than the one before them.
     assert sweep(store, keep_days=1) == 0
@@ -204,19 +202,19 @@ def test_a_clock_that_jumps_back_frees_nothing_early(
 
 def test_what_no_record_names_is_left_to_its_writer_for_a_lease(store: Store) -> None:
     held = commit_rollouts(store, 1)
-    contents = {name: store.medium.read(f"{held.folder}/{name}", 1 << 20) for name in held.files}
+    contents = {name: store.storage.read(f"{held.folder}/{name}", 1 << 20) for name in held.files}
     orphan = f"seg/rollout/{'0' * 31}1"
-    store.medium.place(orphan, contents)
+    store.storage.place(orphan, contents)
     assert sweep(store, lease_hours=1) == 0
     assert store.head().number == 0, "nothing to say, no record"
     assert sweep(store) == 1
-    assert store.medium.names("seg/rollout") == [held.seg_id]
+    assert store.storage.names("seg/rollout") == [held.seg_id]
 
 
 def test_a_content_that_gc_removed_comes_back_under_another_generation(store: Store) -> None:
     first = commit_rollouts(store, 1)
     for generation in (1, 2):
-        retire(store, rollouts="main")
+        delete(store, rollouts="main")
         assert sweep(store) == 1
         again = commit_rollouts(store, 1)
         assert again.seg_id == first.seg_id
@@ -227,37 +225,37 @@ def test_a_content_that_gc_removed_comes_back_under_another_generation(store: St
 def test_a_writer_that_gc_overtakes_puts_its_files_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its folder looks like an old leftover to gc, which removes it before the record is made."""
-    create = store.medium.create
+    """Its folder looks like an old orphan to gc, which removes it before the record is made."""
+    create = store.storage.create
 
     def overtaken(name: str, data: bytes) -> bool:
         if name.startswith("log/"):
-            monkeypatch.setattr(store.medium, "create", create)
-            assert sweep(open_on(store.medium)) == 1
+            monkeypatch.setattr(store.storage, "create", create)
+            assert sweep(open_on(store.storage)) == 1
         return create(name, data)
 
-    monkeypatch.setattr(store.medium, "create", overtaken)
+    monkeypatch.setattr(store.storage, "create", overtaken)
     held = commit_rollouts(store, 1)
     assert held.generation == 1
     readable(store)
-    assert verify(store).strays == ()
+    assert verify(store).orphans == ()
 
 
 def test_a_gc_that_a_writer_overtakes_decides_anew(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It saw a leftover, and a record names it before gc's own record is made."""
+    """It saw an orphan, and a record names it before gc's own record is made."""
     held = commit_rollouts(store, 1)
-    retire(store, rollouts="main")
-    create = store.medium.create
+    delete(store, rollouts="main")
+    create = store.storage.create
 
     def overtaken(name: str, data: bytes) -> bool:
         if name.startswith("log/"):
-            monkeypatch.setattr(store.medium, "create", create)
-            assert commit_rollouts(open_on(store.medium), 1).folder == held.folder
+            monkeypatch.setattr(store.storage, "create", create)
+            assert commit_rollouts(open_on(store.storage), 1).folder == held.folder
         return create(name, data)
 
-    monkeypatch.setattr(store.medium, "create", overtaken)
+    monkeypatch.setattr(store.storage, "create", overtaken)
     assert sweep(store) == 0
     readable(store)
 
@@ -266,20 +264,20 @@ def test_a_gc_that_died_after_its_record_is_finished_by_the_next(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = commit_rollouts(store, 1)
-    retire(store, rollouts="main")
+    delete(store, rollouts="main")
 
     def dies(name: str) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.medium, "remove", dies)
+        patch.setattr(store.storage, "remove", dies)
         with pytest.raises(KeyboardInterrupt):
             sweep(store)
     again = commit_rollouts(store, 1)
     assert again.generation == 1
-    assert verify(store).strays == (held.folder,)
+    assert verify(store).orphans == (held.folder,)
     assert sweep(store) == 1
-    assert verify(store, deep=True).strays == ()
+    assert verify(store, deep=True).orphans == ()
 
 
 def test_what_appears_while_gc_is_at_work_is_left_to_its_writer(
@@ -287,18 +285,18 @@ def test_what_appears_while_gc_is_at_work_is_left_to_its_writer(
 ) -> None:
     """gc removes what its record names; a folder put there since may be named any moment."""
     commit_rollouts(store, 1)
-    retire(store, rollouts="main")
+    delete(store, rollouts="main")
     late = f"seg/rollout/{'a' * 32}"
 
     def then_placed(*arguments: Any) -> Any:
         number = append(*arguments)
         if number is None:
-            store.medium.place(late, {"x": b"x"})
+            store.storage.place(late, {"x": b"x"})
         return number
 
-    monkeypatch.setattr(keep, "append", then_placed)
+    monkeypatch.setattr(retention, "append", then_placed)
     assert sweep(store, lease_hours=-1) == 1
-    assert store.medium.read(f"{late}/x", 1) == b"x"
+    assert store.storage.read(f"{late}/x", 1) == b"x"
 
 
 def test_a_stage_is_never_half_removed(disk_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,25 +319,25 @@ def test_retiring_takes_what_was_there_and_nothing_later(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit_rollouts(store, 1)
-    create = store.medium.create
+    create = store.storage.create
 
     def then_more(name: str, data: bytes) -> bool:
         made = create(name, data)
         if name.startswith("log/"):
-            monkeypatch.setattr(store.medium, "create", create)
-            commit_rollouts(open_on(store.medium), 2)
+            monkeypatch.setattr(store.storage, "create", create)
+            commit_rollouts(open_on(store.storage), 2)
         return made
 
-    monkeypatch.setattr(store.medium, "create", then_more)
-    assert len(retire(store, rollouts="main")) == 1
+    monkeypatch.setattr(store.storage, "create", then_more)
+    assert len(delete(store, rollouts="main")) == 1
     assert len(store.head().segments) == 1
 
 
 def test_many_sweeps_are_several_records(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keep, "_AT_ONCE", 2)
+    monkeypatch.setattr(retention, "_AT_ONCE", 2)
     for n in range(5):
         commit_rollouts(store, n)
-    retire(store, rollouts="main")
+    delete(store, rollouts="main")
     before = store.head().number
     assert sweep(store) == 5
     assert store.head().number == before + 3
@@ -348,7 +346,7 @@ def test_many_sweeps_are_several_records(store: Store, monkeypatch: pytest.Monke
 def test_a_copy_without_its_empty_folders_is_swept(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cask", create=True)
     held = commit_rollouts(store, 1)
-    retire(store, rollouts="main")
+    delete(store, rollouts="main")
     (tmp_path / "cask" / "staging").rmdir()
     assert sweep(store) == 1
     assert not (tmp_path / "cask" / held.folder).exists()
@@ -356,25 +354,25 @@ def test_a_copy_without_its_empty_folders_is_swept(tmp_path: Path) -> None:
 
 def test_days_without_end(store: Store) -> None:
     commit_rollouts(store, 1)
-    retire(store, rollouts="main")
+    delete(store, rollouts="main")
     assert sweep(store, keep_days=1e9) == 0
 
 
 def test_strange_names_are_left_alone(store: Store) -> None:
     commit_rollouts(store, 1)
-    store.medium.place("seg/rollout/notes", {"mine.txt": b"x"})
+    store.storage.place("seg/rollout/notes", {"mine.txt": b"x"})
     assert sweep(store) == 0
-    assert verify(store).strays == ("seg/rollout/notes",)
+    assert verify(store).orphans == ("seg/rollout/notes",)
 
 
 def test_content_that_two_names_share_stays_while_one_is_visible(store: Store) -> None:
     one = commit_rollouts(store, 1)
     two = commit_rollouts(store, 1, key("other"), name="second")
     assert one.folder == two.folder
-    retire(store, rollouts="main")
+    delete(store, rollouts="main")
     assert sweep(store) == 0
     readable(store)
-    retire(store, rollouts="second")
+    delete(store, rollouts="second")
     assert sweep(store) == 1
 
 
@@ -385,24 +383,24 @@ def test_many_records_are_read_in_bundles(store: Store, monkeypatch: pytest.Monk
     commit_rollouts(store, 0)
     for n in range(10):
         tag(store, f"t{n}", 0)
-    assert store.medium.names("bundles") == ["0000000000.jsonl", "0000000004.jsonl"]
-    reader, opened = open_on(store.medium), []
-    read = store.medium.read
+    assert store.storage.names("bundles") == ["0000000000.jsonl", "0000000004.jsonl"]
+    reader, opened = open_on(store.storage), []
+    read = store.storage.read
     monkeypatch.setattr(
-        store.medium, "read", lambda name, limit: (opened.append(name), read(name, limit))[1]
+        store.storage, "read", lambda name, limit: (opened.append(name), read(name, limit))[1]
     )
     assert reader.head() == store.head()
     records = [name for name in opened if name.startswith("log/")]
     assert records[:3] == [f"log/{n:010d}.json" for n in (8, 9, 10)]
     assert [n for n in opened if n.startswith("bundles/")] == store_bundles(store)
-    monkeypatch.setattr(store.medium, "read", read)
+    monkeypatch.setattr(store.storage, "read", read)
     # A bundle is a copy: without it everything is there, and the next writer makes it again.
     for name in store_bundles(store):
-        store.medium.remove(name)
-    late = open_on(store.medium)
+        store.storage.remove(name)
+    late = open_on(store.storage)
     assert late.head() == store.head()
     tag(late, "t10", 0)
-    assert store.medium.names("bundles") == [
+    assert store.storage.names("bundles") == [
         "0000000000.jsonl",
         "0000000004.jsonl",
         "0000000008.jsonl",
@@ -410,7 +408,7 @@ def test_many_records_are_read_in_bundles(store: Store, monkeypatch: pytest.Monk
 
 
 def store_bundles(store: Store) -> list[str]:
-    return [f"bundles/{name}" for name in store.medium.names("bundles")]
+    return [f"bundles/{name}" for name in store.storage.names("bundles")]
 
 
 def test_a_bundle_that_is_not_the_log_is_found(
@@ -421,7 +419,7 @@ def test_a_bundle_that_is_not_the_log_is_found(
     monkeypatch.setattr(log, "BUNDLE", 2)
     for n in range(4):
         commit_rollouts(store, n)
-    sound = {name: store.medium.read(name, 1 << 20) for name in store_bundles(store)}
+    sound = {name: store.storage.read(name, 1 << 20) for name in store_bundles(store)}
     for name, data in sound.items():
         assert data is not None
         for bad in (
@@ -430,24 +428,24 @@ def test_a_bundle_that_is_not_the_log_is_found(
             data[: len(data) // 2],
             data.replace(b"main", b"niam"),
         ):
-            store.medium.remove(name)
-            store.medium.create(name, bad)
+            store.storage.remove(name)
+            store.storage.create(name, bad)
             with pytest.raises(IntegrityError, match=name):
-                verify(open_on(store.medium))
-        store.medium.remove(name)
-        store.medium.create(name, data)
+                verify(open_on(store.storage))
+        store.storage.remove(name)
+        store.storage.create(name, data)
     # Reading goes on without a bundle that is damaged: the records themselves are there.
     name = store_bundles(store)[0]
-    store.medium.remove(name)
-    store.medium.create(name, sound[name].replace(b"main", b"niam"))
-    assert open_on(store.medium).head() == store.head()
-    store.medium.remove(name)
-    store.medium.create(name, sound[name])
+    store.storage.remove(name)
+    store.storage.create(name, sound[name].replace(b"main", b"niam"))
+    assert open_on(store.storage).head() == store.head()
+    store.storage.remove(name)
+    store.storage.create(name, sound[name])
     # A record that differs from its bundle is found too, though the log is folded from the bundle.
     record = "log/0000000001.json"
-    data = store.medium.read(record, 1 << 20)
-    store.medium.remove(record)
-    store.medium.create(record, data.replace(b"main", b"niam"))
-    assert len(open_on(store.medium).head().segments) == 4
+    data = store.storage.read(record, 1 << 20)
+    store.storage.remove(record)
+    store.storage.create(record, data.replace(b"main", b"niam"))
+    assert len(open_on(store.storage).head().segments) == 4
     with pytest.raises(IntegrityError, match=record):
-        verify(open_on(store.medium))
+        verify(open_on(store.storage))

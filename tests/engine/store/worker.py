@@ -1,21 +1,23 @@
-"""A process of its own on a store that others use too: `python worker.py KIND STORE NUMBER...`.
+"""A process that shares a store with others: `python worker.py KIND STORE NUMBER...`.
 
-  write STORE WRITER COUNT    commits COUNT units of its own, skipping what the log holds, as a
-                              resumed job does; prints unit_key and seg_id of each when it returns
-  race STORE COUNT            fights for COUNT units with others of its kind, from one moment on
-  churn STORE SECONDS         commits, retires and sweeps all the time
-  read STORE SECONDS          pins, reads all of the pin, and reads it again: it must be the same
+  write STORE WRITER COUNT    commit COUNT units, skipping those in the log, as a resumed job does;
+                              print unit_key and seg_id of each after its commit
+  race STORE COUNT            compete with other processes for COUNT units, from one moment on
+  churn STORE ROUNDS          commit, delete and collect for ROUNDS rounds, and on until the file
+                              `stop` is next to the store
+  read STORE COUNT            read COUNT snapshots twice: both must be the same
 
-It prints `ready` when its imports are done.
+It prints `ready` after its imports.
 """
 
 import hashlib
 import sys
 import time
+from pathlib import Path
 
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.retention import gc, retire
+from logitcask.engine.store.retention import delete, gc
 from tests.engine.store.made import commit_rollouts, commit_scores, key
 
 
@@ -29,47 +31,47 @@ def write(store: Store, writer: int, count: int) -> None:
 
 
 def race(store: Store, count: int) -> None:
-    time.sleep(2 - time.time() % 2)  # all begin at the same even second
+    time.sleep(2 - time.time() % 2)  # all processes begin at the same even second
     for number in range(count):
         held = commit_rollouts(store, time.time_ns() % 100_000, key("race", number))
         print(key("race", number), held.seg_id, flush=True)
 
 
-def churn(store: Store, seconds: int) -> None:
-    end, seed, removed = time.monotonic() + seconds, 0, 0
-    while time.monotonic() < end:
+def churn(store: Store, rounds: int) -> None:
+    stop, seed, removed = Path(store.url).with_name("stop"), 0, 0
+    while seed < rounds or not stop.exists():
         seed += 1
         base = commit_rollouts(store, seed, student=True)
         commit_scores(store, base, seed)
         commit_rollouts(store, seed + 500_000, key("old", seed), name="old")
         if seed % 3 == 0:
-            retire(store, rollouts="old")
+            delete(store, rollouts="old")
             removed += gc(store, keep_days=0, lease_hours=1).segments
     print(seed, removed, flush=True)
 
 
-def read(store: Store, seconds: int) -> None:
-    end, pins, gone = time.monotonic() + seconds, 0, 0
-    while time.monotonic() < end:
-        pin = store.head()
-        first = content(store, pin.number)
+def read(store: Store, count: int) -> None:
+    snapshots, gone = 0, 0
+    while snapshots < count:
+        snapshot = store.head()
+        first = content(store, snapshot.number)
         if first is None:
             gone += 1
             continue
         kept = {s.seg_id for s in store.head().segments}
-        again = content(store, pin.number, only=kept) or {}
+        again = content(store, snapshot.number, only=kept) or {}
         assert all(first[name] == digest for name, digest in again.items())
-        pins += 1
-    print(pins, gone, flush=True)
+        snapshots += 1
+    print(snapshots, gone, flush=True)
 
 
 def content(store: Store, number: int, only: set[str] | None = None) -> dict[str, str] | None:
-    """seg_id -> digest of what it decodes to, of the pin's newest few segments.
+    """Return seg_id -> digest of the decoded data, of the newest few segments of a snapshot.
 
-    None where a retired one was removed under us: that is said, and no other error is raised.
+    None where gc removed a deleted segment meanwhile; no other error is hidden.
     """
     found = {}
-    for segment in store.pin(number).segments[-12:]:
+    for segment in store.snapshot(number).segments[-12:]:
         if only is not None and segment.seg_id not in only:
             continue
         try:
@@ -78,7 +80,7 @@ def content(store: Store, number: int, only: set[str] | None = None) -> dict[str
             else:
                 array = store.read_scores((segment,)).entry_lp
         except StoreError as error:
-            if "was retired, and gc has removed it" in error.cause:
+            if "was deleted, and gc has removed it" in error.cause:
                 return None
             raise
         found[segment.seg_id] = hashlib.sha256(array.tobytes()).hexdigest()

@@ -11,7 +11,7 @@ from logitcask.engine.teachers.remote import (
     check_declared,
     check_tokenizer,
     is_remote,
-    served_ref,
+    remote_model_ref,
     urls_of,
 )
 from tests.engine.tiny import CHARACTERS, EOS, N_VOCAB, make_tokenizer, save_folder
@@ -28,23 +28,23 @@ def test_a_url_is_a_server_and_a_folder_is_none() -> None:
 def test_who_is_served_is_its_source_and_its_revision(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "teacher")
     told: dict[str, Any] = {"tokenizer": str(folder), "chat_template": True}
-    ref = served_ref("big", "org/big", revision="abc", **told)
+    ref = remote_model_ref("big", "org/big", revision="abc", **told)
     assert ref.name == "big"
     assert ref.n_vocab == N_VOCAB
     assert ref.stop_ids == (EOS,)
     # The name that an operator gave it is no part of it; what is loaded is.
-    assert served_ref("other", "org/big", revision="abc", **told).digest == ref.digest
-    assert served_ref("big", "org/big", revision="abe", **told).digest != ref.digest
-    assert served_ref("big", "org/huge", revision="abc", **told).digest != ref.digest
+    assert remote_model_ref("other", "org/big", revision="abc", **told).digest == ref.digest
+    assert remote_model_ref("big", "org/big", revision="abe", **told).digest != ref.digest
+    assert remote_model_ref("big", "org/huge", revision="abc", **told).digest != ref.digest
 
 
 def test_a_root_that_is_a_folder_here_needs_no_tokenizer_and_another_does(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "teacher")
     for weights in folder.glob("*.safetensors"):
         weights.unlink()  # a server's weights are elsewhere
-    assert served_ref("big", str(folder), chat_template=False).path == folder
+    assert remote_model_ref("big", str(folder), chat_template=False).path == folder
     with pytest.raises(ModelError, match="the tokenizer of 'big'") as caught:
-        served_ref("big", "/models/on another machine", chat_template=False)
+        remote_model_ref("big", "/models/on another machine", chat_template=False)
     assert "--tokenizer" in caught.value.hint
 
 
@@ -57,7 +57,7 @@ def test_a_declared_revision_is_compared_where_one_is_declared() -> None:
 
 
 def test_another_tokenizer_map_is_refused_at_the_first_id_that_differs(tmp_path: Path) -> None:
-    ref = served_ref("big", str(save_folder(tmp_path / "a")), chat_template=False)
+    ref = remote_model_ref("big", str(save_folder(tmp_path / "a")), chat_template=False)
 
     def of(tokenizer: Any) -> Any:
         return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]

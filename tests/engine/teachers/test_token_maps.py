@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import IdentityError, ModelError, UnitError
 from logitcask.engine.models.fingerprint import (
-    LIKELY,
+    MIN_PROB,
 )
 from logitcask.engine.rollout.plan import rollout
 from logitcask.engine.rollout.unit import RolloutRequest
@@ -86,7 +86,7 @@ def test_an_id_that_does_not_occur_may_be_another_token(
     report = score(store, student, teacher_without(free, tmp_path / "t"))
     (note,) = report.notes
     word = repr(CHARACTERS[free - 3])
-    assert "read ids otherwise (1), which" in note
+    assert "differ in 1 ids, which is harmless" in note
     assert f"{free} ({word} to the student, 'é' to the teacher)" in note
     (chain,) = store.head().scores("big").values()
     known = store.read_scores(chain, base=found)
@@ -101,7 +101,7 @@ def test_an_id_that_occurs_is_one_token_to_both(
     found = rolled(store)
     listed, sampled = set(found.student.ids.tolist()), set(found.tokens.tolist())
     best = HF(ref(save_folder(tmp_path / "plain", make_model(seed=1)))).score(found, ASK)
-    assert (best.entry_lp > np.log(LIKELY)).all()
+    assert (best.entry_lp > np.log(MIN_PROB)).all()
     token = {
         "prompt": 4,
         "responses": min(sampled - {1}),
@@ -109,7 +109,7 @@ def test_an_id_that_occurs_is_one_token_to_both(
         "teacher's likely": min(set(best.ids.tolist()) - listed - sampled - {3, 4}),
     }[where]
     teacher = teacher_without(token, tmp_path / "t")
-    with pytest.raises(UnitError, match=rf"{where}.*not one token .* {token} \("):
+    with pytest.raises(UnitError, match=rf"{where}.*of different tokens .* {token} \("):
         score(store, student, teacher)
     assert not store.head().scores("big")
 
@@ -164,9 +164,9 @@ def test_what_is_known_already_is_not_asked_after_again(
     model = make_model(seed=1, spread=0.6)
     found, plain = rolled(store), HF(ref(save_folder(tmp_path / "plain", model)))
     best = plain.score(found, everything)
-    rare = {*best.ids[best.entry_lp < np.log(LIKELY) - 1].tolist()}
+    rare = {*best.ids[best.entry_lp < np.log(MIN_PROB) - 1].tolist()}
     seen = {3, 4, *found.tokens.tolist(), *found.student.ids.tolist()}
-    seen |= {*best.ids[best.entry_lp > np.log(LIKELY) - 1].tolist()}
+    seen |= {*best.ids[best.entry_lp > np.log(MIN_PROB) - 1].tolist()}
     token = min(rare - seen)
     renamed = CHARACTERS[: token - 3] + "é" + CHARACTERS[token - 2 :]
     folder = save_folder(tmp_path / "t", model, make_tokenizer(characters=renamed))

@@ -15,9 +15,9 @@ from logitcask.engine.backends.logprob_diff import (
 )
 from logitcask.engine.errors import IdentityError, ServerError
 from logitcask.engine.models.fingerprint import (
-    CONTROL_TIMES,
-    FLOOR,
-    apart,
+    MIN_TOLERANCE,
+    SPREAD_FACTOR,
+    compare_records,
 )
 from logitcask.engine.teachers.remote import (
     check_padding,
@@ -60,13 +60,13 @@ class Servers:
         self.requests: list[ScoreParams] = []
         self.rows = 0
 
-    def members(self) -> dict[str, Any]:
+    def replicas(self) -> dict[str, Any]:
         return {f"server {i}": Counted(self, each) for i, each in enumerate(self.scorers)}
 
-    def away(self) -> set[str]:
+    def unavailable(self) -> set[str]:
         return {f"server {i}" for i, each in enumerate(self.scorers) if each is None}
 
-    def answered(self) -> set[str]:
+    def take_answered(self) -> set[str]:
         return {f"server {i}" for i in self.busy}
 
     def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
@@ -130,7 +130,7 @@ def test_servers_beside_each_other_are_one_teacher(pair: tuple[HF, HF]) -> None:
     hot = Off(pair[0], 0.05, lambda rollouts, request: True)
     with pytest.raises(IdentityError, match=r"server 1 is not .* 0\.05"):
         VerifiedTeacher(Servers(pair[0], hot), N_VOCAB, print)
-    assert VerifiedTeacher(Servers(pair[0], pair[0]), N_VOCAB, print).tolerance == FLOOR
+    assert VerifiedTeacher(Servers(pair[0], pair[0]), N_VOCAB, print).tolerance == MIN_TOLERANCE
 
 
 def test_every_server_that_answered_is_looked_at(pair: tuple[HF, HF], rolled: Rollouts) -> None:
@@ -191,10 +191,10 @@ def test_a_refusal_is_not_asked_for_again(pair: tuple[HF, HF], rolled: Rollouts)
 
 def test_when_all_are_away_all_are_waited_for(pair: tuple[HF, HF]) -> None:
     class Gone(Servers):
-        def away(self) -> set[str]:
-            return set(self.members())
+        def unavailable(self) -> set[str]:
+            return set(self.replicas())
 
-    assert VerifiedTeacher(Gone(pair[0], pair[0]), N_VOCAB, print).tolerance == FLOOR
+    assert VerifiedTeacher(Gone(pair[0], pair[0]), N_VOCAB, print).tolerance == MIN_TOLERANCE
     with pytest.raises(ServerError, match="it is gone"):
         VerifiedTeacher(Gone(Lost(pair[0], 9)), N_VOCAB, print)
 
@@ -220,12 +220,12 @@ def test_the_first_unit_is_scored_twice_and_the_tolerance_is_three_times_what_di
     crowd = Off(pair[0], 0.02, lambda r, _: len(r.finish) == 2 and len(r.prompts[0].token_ids) > 1)
     servers = Servers(crowd)
     same = VerifiedTeacher(servers, N_VOCAB, print)
-    assert same.tolerance == FLOOR
+    assert same.tolerance == MIN_TOLERANCE
     servers.rows = 0
     same.score(rolled, ASK)
-    assert same.at_work is not None
-    assert same.at_work.largest == pytest.approx(0.02, rel=1e-3)
-    assert same.tolerance == pytest.approx(CONTROL_TIMES * 0.02, rel=1e-3)
+    assert same.workload_diff is not None
+    assert same.workload_diff.largest == pytest.approx(0.02, rel=1e-3)
+    assert same.tolerance == pytest.approx(SPREAD_FACTOR * 0.02, rel=1e-3)
     # At most so many rows twice again, and the probe.
     assert 0 < servers.rows - rolled.positions - PROBE_ROWS <= 24
     servers.rows = 0
@@ -254,8 +254,8 @@ def test_a_fingerprint_does_not_depend_on_the_student(pair: tuple[HF, HF], tmp_p
     told = Servers(HF(save_folder(tmp_path / "wider", model), n_vocab=100, stop_ids=(EOS,)))
     wide, narrow = (VerifiedTeacher(told, n, print).lineage()["behaviour"] for n in (100, 99))
     other = VerifiedTeacher(Servers(pair[0]), N_VOCAB, print).lineage()["behaviour"]
-    assert apart(wide, narrow)[0] <= FLOOR == apart(wide, narrow)[1]
-    assert apart(wide, other)[0] > apart(wide, other)[1]
+    assert compare_records(wide, narrow)[0] <= MIN_TOLERANCE == compare_records(wide, narrow)[1]
+    assert compare_records(wide, other)[0] > compare_records(wide, other)[1]
 
 
 class Padded:
@@ -306,7 +306,7 @@ def test_only_a_refusal_leaves_the_padding_unseen(status: int) -> None:
 
     failing: Any = Failing(np.zeros(101), 99)
     if status == 400:
-        assert "could not be looked at: out of the voc" in check_padding(failing, 99, 101)
+        assert "could not be checked: out of the voc" in check_padding(failing, 99, 101)
     else:
         with pytest.raises(ServerError):
             check_padding(failing, 99, 101)
@@ -316,5 +316,5 @@ def test_only_a_refusal_leaves_the_padding_unseen(status: int) -> None:
 def test_a_padded_head_that_cannot_be_looked_at_is_a_note() -> None:
     blind: Any = Padded(np.zeros(101), 99)
     blind.capabilities = frozenset({"top"})
-    assert "2 ids of its padded head cannot be looked at" in check_padding(blind, 99, 101)
+    assert "2 ids of its padded head cannot be checked" in check_padding(blind, 99, 101)
     assert check_padding(blind, 99, 99) == ""

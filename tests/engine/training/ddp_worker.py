@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Train
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.models.load import inner_model
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet
-from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams
 from tests.engine.fitting import REVERSE, WEIGHED, ListRows, flat, make_trainer
@@ -27,7 +28,7 @@ SEQUENCES = [[0, 1], [2], [3, 4]]
 
 OBJECTIVES = {"plain": REVERSE, "weighed": WEIGHED}
 
-SETTINGS = TrainSettings(lr=1e-3, tokens_per_batch=24, accumulation=2, save_steps=2)
+SETTINGS = Train(learning_rate=1e-3, pack_length=24, gradient_accumulation_steps=2, save_steps=2)
 
 
 def exam(ref: ModelRef) -> EvalPlan:
@@ -71,11 +72,10 @@ def main(case: Path, out: Path) -> None:
     train(
         store,
         model=ref,
-        out=out / "run",
+        run=Run(out=out / "run", device="cpu"),
         teacher="big",
         objective=REVERSE,
         settings=SETTINGS,
-        device="cpu",
         evaluation=exam(ref),
         held_out=held_out(store),
     )

@@ -6,18 +6,18 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.returned import Answer, ResponseAssembler
+from logitcask.engine.backends.returned import ResponseAssembler, ReturnedTopK
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 
 
-def answer_of(log_p: Array, tokens: Array, asked: IdLists | None, k: int) -> Answer:
+def answer_of(log_p: Array, tokens: Array, asked: IdLists | None, k: int) -> ReturnedTopK:
     """What an engine says of laws [R, V'] (V' ids of its head) when it is asked for its k best."""
     order = np.argsort(-log_p, 1, kind="stable")[:, :k]
     rows = np.arange(len(tokens))
     at = None
     if asked is not None:
         at = log_p[np.repeat(rows, asked.cnt), asked.ids.astype(np.int64)].astype(np.float32)
-    return Answer(
+    return ReturnedTopK(
         lp=log_p[rows, tokens.astype(np.int64)].astype(np.float32),
         ids=order.astype(np.int64),
         top_lp=np.take_along_axis(log_p, order, 1).astype(np.float32),
@@ -39,15 +39,15 @@ class Told:
     def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
         if at is None and request.at_student and rollouts.student is not None:
             at = IdLists(cnt=rollouts.student.cnt, ids=rollouts.student.ids)
-        sheet = ResponseAssembler(rollouts, request, at, n_vocab=self.hf.n_vocab)
+        assembler = ResponseAssembler(rollouts, request, at, n_vocab=self.hf.n_vocab)
         # In any order.
         for sequence in reversed(range(len(rollouts.seq_prompt))):
-            rows = sheet.rows(sequence)
+            rows = assembler.rows(sequence)
             log_p = laws(self.hf.model, rollouts, sequence)
             tokens = rollouts.tokens[rows]
-            asked = sheet.asked(sequence)
-            sheet.write(sequence, answer_of(log_p, tokens, asked, request.k_max))
-        return sheet.scores()
+            asked = assembler.extra_ids(sequence)
+            assembler.write(sequence, answer_of(log_p, tokens, asked, request.k_max))
+        return assembler.scores()
 
 
 def laws(model: Any, rollouts: Rollouts, sequence: int) -> Array:

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Train
 from logitcask.engine.errors import GraderError, IdentityError
 from logitcask.engine.models.load import inner_model
 from logitcask.engine.store import Store
 from logitcask.engine.training.evaluation import EvalPlan, evaluate, standard_error
 from logitcask.engine.training.run import TrainReport
-from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.training.train import train
 from logitcask.engine.types import (
     LENGTH,
@@ -30,7 +31,7 @@ from logitcask.engine.types import (
 from tests.engine.cached import make_unit
 from tests.engine.fitting import REVERSE, make_case
 
-SETTINGS = TrainSettings(lr=1e-3, tokens_per_batch=96, save_steps=2)
+SETTINGS = Train(learning_rate=1e-3, pack_length=96, save_steps=2)
 PROMPTS = [Prompt(id=f"e{i}", token_ids=(5 + i, 6, 7)) for i in range(5)]
 
 
@@ -98,11 +99,10 @@ def run(case: tuple[Store, ModelRef], out: Path, **change: Any) -> TrainReport:
     store, model = case
     fields: dict[str, Any] = {
         "model": model,
-        "out": out,
+        "run": Run(out=out, device="cpu"),
         "teacher": "big",
         "objective": REVERSE,
         "settings": SETTINGS,
-        "device": "cpu",
         "evaluation": plan_of(model, every=2),
     }
     return train(store, **(fields | change))

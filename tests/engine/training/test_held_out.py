@@ -8,20 +8,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Train
 from logitcask.engine.errors import IdentityError, IncompleteError
-from logitcask.engine.metrics.metrics import METRICS
+from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.models.load import load_student
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Store
 from logitcask.engine.training.held_out import HeldOutSet, hold_out
-from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_store, make_unit
 from tests.engine.fitting import REVERSE, make_case, token_mean
 
 LENGTHS = [9, 4, 0, 7, 2, 8]
-SETTINGS = TrainSettings(lr=1e-3, tokens_per_batch=48, save_steps=2)
+SETTINGS = Train(learning_rate=1e-3, pack_length=48, save_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_loss_is_the_token_mean_of_plain_torch(
     want = float(token_mean(student, singles).detach())
     assert line["eval/loss"] == pytest.approx(want, rel=1e-5)
     assert line["eval/rows"] == 2 * sum(LENGTHS)
-    assert {name.removeprefix("eval/") for name in line} == {"loss", "rows", *METRICS}
+    assert {name.removeprefix("eval/") for name in line} == {"loss", "rows", *COMMON_METRICS}
     assert student.training, "as it was"
     assert all(p.grad is None for p in student.parameters())
 
@@ -60,11 +61,10 @@ def test_measuring_changes_no_update(case: tuple[Store, ModelRef, Store], tmp_pa
         name: train(
             store,
             model=model,
-            out=tmp_path / name,
+            run=Run(out=tmp_path / name, device="cpu"),
             teacher="big",
             objective=REVERSE,
             settings=SETTINGS,
-            device="cpu",
             held_out=held,
         )
         for name, held in (("a", None), ("b", asked(other, every=1)))
@@ -79,11 +79,10 @@ def test_measuring_changes_no_update(case: tuple[Store, ModelRef, Store], tmp_pa
         train(
             store,
             model=model,
-            out=tmp_path / "b",
+            run=Run(out=tmp_path / "b", device="cpu"),
             teacher="big",
             objective=REVERSE,
             settings=SETTINGS,
-            device="cpu",
             held_out=asked(other, every=2),
         )
 
@@ -98,6 +97,8 @@ def test_rows_that_are_masked_are_not_measured(
     store = make_store(tmp_path / "s", [masked], student=model)
     with pytest.raises(IncompleteError, match="no held-out row is counted"):
         hold_out(asked(store), model, REVERSE, 48).line(load_student(model))
-    silent = make_store(tmp_path / "t", [make_unit(4, vocab=99, lengths=[0] * 6)], student=model)
+    no_response = make_store(
+        tmp_path / "t", [make_unit(4, vocab=99, lengths=[0] * 6)], student=model
+    )
     with pytest.raises(IncompleteError, match="hold no response token"):
-        hold_out(asked(silent), model, REVERSE, 48)
+        hold_out(asked(no_response), model, REVERSE, 48)

@@ -12,13 +12,13 @@ from logitcask.engine.objectives import (
     PRESETS,
     Bounds,
     Objective,
-    live_k,
+    current_topk,
     parse_objective,
     row_objective,
 )
 from logitcask.engine.objectives.evaluate import is_renormalised
-from logitcask.engine.objectives.objective import CELLS
-from logitcask.engine.objectives.supports import DRAWN
+from logitcask.engine.objectives.objective import ALLOWED_COMBINATIONS
+from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
 from logitcask.engine.training import pack_loss as module
 from logitcask.engine.training.pack_loss import pack_loss, row_hash
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
@@ -58,12 +58,12 @@ def loss_of(objective: Objective, full: Full, **options: Any) -> tuple[Any, Tens
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["smooth", "ties"])
-@pytest.mark.parametrize("cell", sorted(CELLS), ids="-".join)
+@pytest.mark.parametrize("cell", sorted(ALLOWED_COMBINATIONS), ids="-".join)
 def test_every_cell_is_its_formula(cell: tuple[str, str, str, str], ties: bool) -> None:
-    names = ("support", "divergence", "outside", "form")
+    names = ("support", "divergence", "tail", "estimator")
     objective = Objective(
         **dict(zip(names, cell, strict=True)),
-        k=1 if cell[0] in DRAWN else 4,
+        k=1 if cell[0] in SAMPLED_SUPPORTS else 4,
         parameter={"jsd": 0.3, "skew": 0.2}.get(cell[1]),
     )
     full = made(ties=ties, teacher_draws=cell[0] == "teacher_mc")
@@ -146,8 +146,8 @@ def test_an_entropy_bonus_reaches_states_and_head(name: str) -> None:
 @pytest.mark.parametrize("name", ["opd", "teacher_topk"])
 def test_metrics_of_a_share_are_those_of_its_rows(name: str) -> None:
     objective, full = parse_objective(name, k=4).objective, made(400)
-    said, *grads = loss_of(objective, full, metric_share=0.25)
-    every, *same = loss_of(objective, full, metric_share=1.0)
+    said, *grads = loss_of(objective, full, metrics_fraction=0.25)
+    every, *same = loss_of(objective, full, metrics_fraction=1.0)
     assert all(map(torch.equal, grads, same)), "the share is for metrics only"
     assert every.measured.tolist() == list(range(400))
     assert 60 < len(said.measured) < 140
@@ -156,7 +156,7 @@ def test_metrics_of_a_share_are_those_of_its_rows(name: str) -> None:
         torch.eye(V, dtype=torch.float64),
         full.targets.ids,
         row_objective(objective, full.targets),
-        k=live_k(objective, V),
+        k=current_topk(objective, V),
     )
     for metric, values in want.metrics.items():
         torch.testing.assert_close(every.metrics[metric], values)

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.returned import RESOLVED
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError, ObjectiveError
 from logitcask.engine.metrics.metrics import TEACHER_WIDTH
 from logitcask.engine.objectives import (
     PRESETS,
     check_exactness,
-    live_k,
+    current_topk,
     parse_objective,
     row_objective,
 )
@@ -38,7 +40,6 @@ from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.inspect import listing, shown
 from logitcask.engine.store.verify import verify
 from logitcask.engine.training.cache_info import facts_of
-from logitcask.engine.training.settings import TrainSettings
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
 from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
@@ -109,8 +110,8 @@ def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory)
 def targets_of(store: Store, name: str) -> Targets:
     source = PackSource(store, store.head(), "main", name, base="base")
     units = source.lengths()
-    members = [(u, s) for u, each in enumerate(units) for s in range(len(each.response))]
-    return source.row(np.array(members)).targets
+    replicas = [(u, s) for u, each in enumerate(units) for s in range(len(each.response))]
+    return source.row(np.array(replicas)).targets
 
 
 def logits_of(rows: Targets) -> Tensor:
@@ -124,7 +125,7 @@ def lost(store: Store, name: str, objective: str) -> tuple[SparseLoss, Tensor]:
     rows = targets_of(store, name)
     what = parse_objective(objective).objective
     z = logits_of(rows).requires_grad_()
-    made = sparse_kl(z, rows.ids, row_objective(what, rows), k=live_k(what, N_VOCAB))
+    made = sparse_kl(z, rows.ids, row_objective(what, rows), k=current_topk(what, N_VOCAB))
     made.loss.backward()
     assert z.grad is not None
     return made, z.grad
@@ -179,7 +180,7 @@ def test_every_objective_makes_the_same_of_both(store: Store, name: str) -> None
         share = (off * score).sum(-1, keepdim=True) / (score * score).sum(-1, keepdim=True)
         assert (off - share * score).norm() < 1e-6 * scale
     else:
-        tail = PRESETS[name].objective.outside == "tail" or name == "eopd"
+        tail = PRESETS[name].objective.tail == "bucket" or name == "eopd"
         # q log(q / p) of a bucket that is anywhere below RESOLVED, p above e^-10; else float32.
         unresolved = RESOLVED * (10 - math.log(RESOLVED)) if tail else 0.0
         torch.testing.assert_close(ours.row_loss, exact.row_loss, rtol=1e-6, atol=1e-5 + unresolved)
@@ -198,15 +199,14 @@ def test_every_objective_makes_the_same_of_both(store: Store, name: str) -> None
 def test_a_teacher_that_answers_at_no_chosen_ids_trains(
     store: Store, models: dict[str, ModelRef], tmp_path: Path, name: str
 ) -> None:
-    settings = TrainSettings(lr=1e-3, tokens_per_batch=96, accumulation=2)
+    settings = Train(learning_rate=1e-3, pack_length=96, gradient_accumulation_steps=2)
     report = train(
         store,
         model=models["student"],
-        out=tmp_path / "out",
+        run=Run(out=tmp_path / "out", device="cpu"),
         teacher="whole",
         objective=parse_objective(name),
         settings=settings,
-        device="cpu",
     )
     assert report.updates > 0
     lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -220,22 +220,23 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
     store: Store, models: dict[str, ModelRef], tmp_path: Path
 ) -> None:
     source = PackSource(store, store.head(), "main", "whole")
-    facts = facts_of(models["student"], source, False)
-    assert facts.entropy_bounds
-    assert not facts.at_student
+    info = facts_of(models["student"], source, False)
+    assert info.entropy_bounds
+    assert not info.at_student
     for name in ("opd", "opd_released"):
-        with pytest.raises(ObjectiveError, match="not asked at the student's ids") as caught:
-            check_exactness(PRESETS[name], facts)
+        with pytest.raises(
+            ObjectiveError, match="lack the teacher's log-probs at the student's ids"
+        ) as caught:
+            check_exactness(PRESETS[name], info)
         assert "--objective overlap" in caught.value.hint
-    with pytest.raises(ObjectiveError, match="not asked at the student's ids"):
+    with pytest.raises(ObjectiveError, match="lack the teacher's log-probs at the student's ids"):
         train(
             store,
             model=models["student"],
-            out=tmp_path,
+            run=Run(out=tmp_path, device="cpu"),
             teacher="whole",
             objective=PRESETS["opd"],
-            settings=TrainSettings(lr=1e-3),
-            device="cpu",
+            settings=Train(learning_rate=1e-3),
         )
     exact = PackSource(store, store.head(), "main", "all")
     assert not facts_of(models["student"], exact, False).entropy_bounds

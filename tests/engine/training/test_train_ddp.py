@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from logitcask.engine.config.sections import Run
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.training.train import train
@@ -98,9 +98,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert found[0]["log"][name] == pytest.approx(log[name], rel=1e-6), name
 
     # A whole run: 2 processes x accumulation 2 is the run of one process with accumulation 4.
-    run = partial(train, store, model=model, teacher="big", objective=REVERSE, device="cpu")
+    run = partial(train, store, model=model, teacher="big", objective=REVERSE, settings=SETTINGS)
     run = partial(run, evaluation=exam(model), held_out=held_out(store))
-    report = run(out=tmp_path / "alone", settings=replace(SETTINGS, accumulation=4))
+    alone = SETTINGS.model_copy(update={"gradient_accumulation_steps": 4})
+    report = run(run=Run(out=tmp_path / "alone", device="cpu"), settings=alone)
     ours, theirs = (load_file(p / "model.safetensors") for p in (out / "run", tmp_path / "alone"))
     assert all(torch.allclose(ours[n], theirs[n], rtol=0, atol=1e-5) for n in theirs)
     both = zip(lines(out / "run"), lines(tmp_path / "alone"), strict=True)
@@ -117,4 +118,4 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert mine[name] == pytest.approx(other[name], rel=1e-3), name
     assert len(evaluated[0]) == 2
     with pytest.raises(IdentityError, match="rows_per_update = 4, not 2"):
-        run(out=out / "run", settings=SETTINGS)
+        run(run=Run(out=out / "run", device="cpu"))

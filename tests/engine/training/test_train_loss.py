@@ -15,7 +15,7 @@ from logitcask.engine.models.load import head_weight, hidden_states, prove
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives import objective as objective_module
 from logitcask.engine.objectives.divergences import DIVERGENCES, forward_kl, reverse_kl
-from logitcask.engine.objectives.objective import CELLS
+from logitcask.engine.objectives.objective import ALLOWED_COMBINATIONS
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.training.pack_loss import pack_loss
@@ -85,9 +85,9 @@ def test_a_divergence_that_the_kernels_do_not_know_trains_as_its_torch(
     source: PackSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: Objective
 ) -> None:
     known = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[same.divergence]
-    cell = (same.support, "new", same.outside, same.form)
+    cell = (same.support, "new", same.tail, same.estimator)
     monkeypatch.setitem(DIVERGENCES, "new", known)
-    monkeypatch.setattr(objective_module, "CELLS", CELLS | {cell})
+    monkeypatch.setattr(objective_module, "ALLOWED_COMBINATIONS", ALLOWED_COMBINATIONS | {cell})
     want_loss, want = one_update(source, tmp_path / "known", PACKED, objective=same)
     new = replace(same, divergence="new")
     loss, grad = one_update(source, tmp_path / "new", PACKED, objective=new)

@@ -24,7 +24,7 @@ from typing import Any
 
 import logitcask.engine.store.commit as commit
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.workers.worker import Plan, WorkSettings, run_worker
+from logitcask.engine.workers.worker import WorkPlan, WorkSettings, run_worker
 from tests.engine.store.made import commit_rollouts, key
 
 LIFE_S = 120
@@ -57,14 +57,14 @@ class Worker:
         never = threading.Event()
         run_worker(self.store, self.plan, self.work, settings=settings, stage="fleet", stop=never)
 
-    def plan(self, given_up: Collection[str]) -> Plan[int]:
+    def plan(self, given_up: Collection[str]) -> WorkPlan[int]:
         if self.slept:
             self.at(self.slept, "gone on").touch()
             self.slept = ""
         there = self.store.head().unit_keys()
         left = next((lot for lot in self.lots if not there.issuperset(lot)), [])
         units = {unit: self.units.index(unit) for unit in left if unit not in there}
-        return Plan(units=units, done=len(there), total=len(self.units))
+        return WorkPlan(units=units, done=len(there), total=len(self.units))
 
     def work(self, unit: str, seed: int) -> int:
         self.done += 1
@@ -113,7 +113,7 @@ class Worker:
         while not self.at(unit, "gone on").exists():
             os.kill(int(self.at(unit, "asleep").read_text()), signal.SIGCONT)
             time.sleep(0.01)
-        claims = self.store.medium.names("claims")
+        claims = self.store.storage.names("claims")
         if any(name.startswith(unit.removeprefix("sha256:")) for name in claims):
             self.say("claimed still", unit)
 

@@ -27,7 +27,7 @@ from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.log.claims import Claims, failed_units, failures_of
 from logitcask.engine.store.verify import verify
 from logitcask.engine.workers.worker import (
-    Plan,
+    WorkPlan,
     WorkReport,
     WorkSettings,
     check_failed,
@@ -67,10 +67,10 @@ def store() -> Iterator[Store]:
         yield open_store(Path(folder) / "cask", create=True)
 
 
-def missing(store: Store, units: Collection[str] = UNITS) -> Plan[int]:
+def missing(store: Store, units: Collection[str] = UNITS) -> WorkPlan[int]:
     there = store.head().unit_keys()
     left = {unit: n for n, unit in enumerate(units) if unit not in there}
-    return Plan(units=left, done=len(units) - len(left), total=len(units))
+    return WorkPlan(units=left, done=len(units) - len(left), total=len(units))
 
 
 def run(
@@ -78,7 +78,7 @@ def run(
     work: Callable[[str, int], int] | None = None,
     *,
     ticks: Ticks | None = None,
-    plan: Callable[[Collection[str]], Plan[int]] | None = None,
+    plan: Callable[[Collection[str]], WorkPlan[int]] | None = None,
     worker: str = "w",
     **options: Any,
 ) -> WorkReport:
@@ -105,7 +105,7 @@ def test_all_units_are_done_once_and_no_claim_stays(store: Store) -> None:
     assert (report.units, report.failed, store.head().number) == (5, 0, 4)
     assert report.positions == sum(s.counts["P"] for s in store.head().segments)
     assert told == [("sum", n, 5) for n in range(6)], "each number once, however long it waits"
-    assert store.medium.names("claims") == []
+    assert store.storage.names("claims") == []
 
 
 def test_workers_begin_at_different_units(store: Store) -> None:
@@ -142,7 +142,7 @@ def test_a_stop_is_heeded_after_the_unit_in_hand(store: Store) -> None:
 
     assert run(store, work, ticks=ticks).units == 1
     assert len(store.head().unit_keys()) == 1
-    assert store.medium.names("claims") == []
+    assert store.storage.names("claims") == []
 
 
 def test_a_unit_that_fails_is_given_up_after_three_times_by_all_workers(store: Store) -> None:
@@ -167,7 +167,7 @@ def test_a_unit_that_fails_is_given_up_after_three_times_by_all_workers(store: S
     reports = [one("first"), one("second"), run(store, work, worker="third")]
     assert [each.failed for each in reports] == [0, 0, 1]
     assert tried == {unit: 3 if unit == UNITS[2] else 1 for unit in UNITS}
-    notes = failures_of(store.medium, UNITS[2])
+    notes = failures_of(store.storage, UNITS[2])
     assert [each.worker for each in notes] == ["first", "second", "third"]
     assert "in work" in notes[0].traceback
     with pytest.raises(IncompleteError) as caught:
@@ -195,7 +195,7 @@ def test_a_unit_that_succeeds_at_last_leaves_no_note(store: Store) -> None:
         return commit_rollouts(store, seed, unit).counts["P"]
 
     report = run(store, work)
-    assert (report.units, report.failed, failed_units(store.medium)) == (5, 0, {})
+    assert (report.units, report.failed, failed_units(store.storage)) == (5, 0, {})
 
 
 @pytest.mark.parametrize(
@@ -213,22 +213,22 @@ def test_what_would_meet_every_unit_ends_the_worker(store: Store, error: BaseExc
 
     with pytest.raises(type(error)):
         run(store, work)
-    assert store.medium.names("claims") == []
-    assert failed_units(store.medium) == {}
+    assert store.storage.names("claims") == []
+    assert failed_units(store.storage) == {}
 
 
 def test_the_unit_of_a_stopped_worker_is_taken_over(store: Store) -> None:
-    stopped = Claims(store.medium, worker="stopped", lease_s=600.0)
+    stopped = Claims(store.storage, worker="stopped", lease_s=600.0)
     assert stopped.take(UNITS[3]) is not None
     ticks = Ticks()
     report = run(store, ticks=ticks)
     assert (report.units, report.failed) == (5, 0), "it waits for a unit that another has"
     assert 600 <= ticks.now_s < 605
-    assert store.medium.names("claims") == []
+    assert store.storage.names("claims") == []
 
 
 def test_a_unit_that_was_committed_before_the_claim_is_not_done_again(store: Store) -> None:
-    def plan(given_up: Collection[str]) -> Plan[int]:
+    def plan(given_up: Collection[str]) -> WorkPlan[int]:
         found = missing(store)
         if len(found.units) == 5:
             commit_rollouts(store, 0, UNITS[0])  # another's, just after the look
@@ -247,13 +247,13 @@ def test_a_unit_that_was_committed_before_the_claim_is_not_done_again(store: Sto
 
 def test_a_long_unit_keeps_its_claim(store: Store) -> None:
     now_s = 0.0
-    other = Claims(store.medium, worker="other", lease_s=0.2, clock=lambda: now_s)
+    other = Claims(store.storage, worker="other", lease_s=0.2, clock=lambda: now_s)
     beats: list[str] = []
 
     def work(unit: str, seed: int) -> int:
         nonlocal now_s
         while len(beats) < 4:
-            names = store.medium.names("claims")
+            names = store.storage.names("claims")
             if names != beats[-1:]:
                 beats.extend(names[-1:])
                 other.look()
@@ -270,7 +270,7 @@ def test_a_long_unit_keeps_its_claim(store: Store) -> None:
         stage="sum",
         stop=threading.Event(),
     )
-    assert failed_units(store.medium) == {}
+    assert failed_units(store.storage) == {}
     assert store.head().unit_keys() == set(UNITS[:1])
 
 
@@ -309,8 +309,8 @@ def check_fleet(store: Store, seed: int) -> None:
     assert {s.unit_key for s in segments} == {key("fleet", n) for n in range(60)}
     assert len(segments) == store.head().number + 1 == 60
     assert 60 < len(happened["begun"]) < 1.6 * 60
-    assert failed_units(store.medium) == {}
-    assert verify(store, deep=True).strays == ()
+    assert failed_units(store.storage) == {}
+    assert verify(store, deep=True).orphans == ()
 
     stored = {(s.unit_key, s.unit["worker"]) for s in segments}
     assert set(happened["committed"]) == stored, "whoever was told that it was first, was"
@@ -370,5 +370,5 @@ def test_a_wait_that_was_ended_is_no_failure_and_leaves_no_claim(store: Store) -
     report = run(store, work, ticks=ticks)
     assert (report.units, report.failed) == (1, 0)
     assert store.head().unit_keys() == set(done)
-    assert failed_units(store.medium) == {}
-    assert store.medium.names("claims") == []
+    assert failed_units(store.storage) == {}
+    assert store.storage.names("claims") == []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.server import Limits, Server
+from logitcask.engine.backends.server import Limits, ServerScorer
 from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreParams
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
@@ -42,12 +42,12 @@ def fake(teacher: HF) -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[..., Server]]:
+def connect() -> Iterator[Callable[..., ServerScorer]]:
     """Server(*fakes, ...), closed at the end."""
-    opened: list[Server] = []
+    opened: list[ServerScorer] = []
 
-    def to(*fakes: FakeServer, limits: Limits = QUICK, **told: Any) -> Server:
-        server = Server([each.url for each in fakes], limits=limits, **told)
+    def to(*fakes: FakeServer, limits: Limits = QUICK, **told: Any) -> ServerScorer:
+        server = ServerScorer([each.url for each in fakes], limits=limits, **told)
         server.n_vocab = N_VOCAB
         opened.append(server)
         return server

@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from logitcask.engine.backends.server import Server
-from logitcask.engine.backends.server.client import MOST_MESSAGE, message, pointed, seconds
+from logitcask.engine.backends.server import ServerScorer
+from logitcask.engine.backends.server.client import (
+    MOST_MESSAGE,
+    error_message,
+    redirect_target,
+    retry_after_s,
+)
 from logitcask.engine.errors import ConfigError, LogitcaskError, ServerError
 from logitcask.engine.teachers.remote import urls_of
 from logitcask.engine.types import Rollouts, ScoreParams
@@ -20,7 +25,7 @@ from tests.engine.backends.server.fake_server import FakeServer
 
 ASK = ScoreParams(k_min=3, k_max=12)
 KEY = "sk-canary-5f3a"
-Connect = Callable[..., Server]
+Connect = Callable[..., ServerScorer]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +41,7 @@ Connect = Callable[..., Server]
     ],
 )
 def test_errors_are_read_in_every_form(body: bytes, said: str) -> None:
-    assert message(body) == said
+    assert error_message(body) == said
 
 
 def test_a_key_at_the_end_of_a_cut_text_leaves_no_part_of_it(
@@ -51,15 +56,20 @@ def test_a_key_at_the_end_of_a_cut_text_leaves_no_part_of_it(
 
 
 def test_retry_after_is_seconds_or_nothing() -> None:
-    assert [seconds(t) for t in ("7", "", "-1", "Wed, 21 Oct 2026 07:28:00 GMT")] == [7, 0, 0, 0]
+    assert [retry_after_s(t) for t in ("7", "", "-1", "Wed, 21 Oct 2026 07:28:00 GMT")] == [
+        7,
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
     "url", ["http://host:99999", "http://host:port", f"http://me:{KEY}@[::1", f"me:{KEY}@host"]
 )
 def test_an_address_that_nothing_can_be_at_is_refused_at_once(url: str) -> None:
-    with pytest.raises(ConfigError, match="is no server's URL") as caught:
-        Server([url])
+    with pytest.raises(ConfigError, match="is not a server's URL") as caught:
+        ServerScorer([url])
     assert KEY not in str(caught.value)
 
 
@@ -67,7 +77,7 @@ def test_an_address_that_is_refused_leaves_no_thread() -> None:
     before = threading.active_count()
     for _ in range(3):
         with pytest.raises(ConfigError):
-            Server(["http://127.0.0.1:1", f"http://me:{KEY}@host"])
+            ServerScorer(["http://127.0.0.1:1", f"http://me:{KEY}@host"])
     assert threading.active_count() == before
 
 
@@ -82,19 +92,19 @@ def test_no_part_of_a_list_of_addresses_with_a_password_is_shown(password: str) 
 @pytest.mark.parametrize("url", ["http://h:1?", "http://h:1/#", "http://:@h:1", "http://@h:1"])
 def test_an_address_with_room_for_a_secret_is_refused_although_it_is_empty(url: str) -> None:
     with pytest.raises(ConfigError, match="the URL of h holds more than scheme"):
-        Server([url])
+        ServerScorer([url])
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}", f"{KEY}\x00", f"{KEY}é"])
 def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
-    with pytest.raises(ConfigError, match="no header can hold") as caught:
-        Server(["http://127.0.0.1:1"], key=key)
+    with pytest.raises(ConfigError, match="not valid in a header") as caught:
+        ServerScorer(["http://127.0.0.1:1"], key=key)
     assert KEY not in str(caught.value)
 
 
 def test_a_server_without_tls_is_not_waited_for(fake: FakeServer) -> None:
     with pytest.raises(ServerError, match="no secure connection"):
-        Server([fake.url.replace("http", "https")], limits=replace(QUICK, wait_s=600))
+        ServerScorer([fake.url.replace("http", "https")], limits=replace(QUICK, wait_s=600))
 
 
 def test_redirects_are_not_followed_with_a_key(
@@ -109,14 +119,21 @@ def test_redirects_are_not_followed_with_a_key(
         fake.faults = [away] * 100
         with pytest.raises(ServerError, match=f"307: it has moved to {elsewhere.url}/inf") as told:
             server.score(rolled, ASK)
-        assert "Give the address where it is" in told.value.hint
+        assert "give the new address" in told.value.hint
         assert not elsewhere.seen.auth
         assert not elsewhere.seen.bodies
 
 
 def test_where_a_redirect_points_is_told_without_its_secrets() -> None:
-    assert pointed(f"https://me:{KEY}@h:1/v1/models?token={KEY}#{KEY}") == "https://h:1/v1/models"
-    assert [pointed(each) for each in ("/login?next=%2F", "http://[::1", "")] == ["/login", "", ""]
+    assert (
+        redirect_target(f"https://me:{KEY}@h:1/v1/models?token={KEY}#{KEY}")
+        == "https://h:1/v1/models"
+    )
+    assert [redirect_target(each) for each in ("/login?next=%2F", "http://[::1", "")] == [
+        "/login",
+        "",
+        "",
+    ]
 
 
 def test_proxies_of_the_environment_are_not_used(
@@ -180,5 +197,5 @@ def test_a_key_that_is_repeated_as_a_name_is_not_shown(
         assert repr(key)[1:-1] not in said
     fake.called = None
     fake.root = f"org/{key}"
-    facts = connect(fake, key=key).facts
-    assert (facts.fingerprint, facts.root) == ("vllm-(key)", "org/(key)")
+    info = connect(fake, key=key).info
+    assert (info.fingerprint, info.root) == ("vllm-(key)", "org/(key)")

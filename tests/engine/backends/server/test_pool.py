@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.server import Limits, Server
+from logitcask.engine.backends.server import Limits, ServerScorer
 from logitcask.engine.backends.server.budget import Budget
 from logitcask.engine.backends.server.protocol import RequestBody
 from logitcask.engine.errors import ServerError
@@ -19,14 +19,14 @@ from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 
 ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
-Connect = Callable[..., Server]
+Connect = Callable[..., ServerScorer]
 
 
 async def busy(server: FakeServer, request: web.Request, said: Any) -> web.Response:
     return web.json_response({"error": {"message": "queue is full"}}, status=503)
 
 
-class Ill(FakeServer):
+class Unhealthy(FakeServer):
     """Its engine loads: a proxy says 502 until it was asked for its health `looks` times."""
 
     looks = 0
@@ -37,7 +37,7 @@ class Ill(FakeServer):
 
 
 async def loading(server: FakeServer, request: web.Request, said: Any) -> web.Response | None:
-    assert isinstance(server, Ill)
+    assert isinstance(server, Unhealthy)
     return web.Response(status=502, text="bad gateway") if server.looks else None
 
 
@@ -57,14 +57,14 @@ def test_one_that_never_takes_any_ends_the_run(
 ) -> None:
     server = connect(fake, limits=replace(QUICK, wait_s=0.1))
     fake.faults = [busy] * 100_000
-    with pytest.raises(ServerError, match="no server took a sequence for 0 s.*queue is full"):
+    with pytest.raises(ServerError, match="no server accepted a sequence for 0 s.*queue is full"):
         server.score(rolled, ASK)
 
 
 def test_an_engine_that_still_loads_is_waited_for(
     teacher: HF, connect: Connect, rolled: Rollouts
 ) -> None:
-    with Ill(teacher.model) as fake:
+    with Unhealthy(teacher.model) as fake:
         server = connect(fake, limits=replace(QUICK, attempts=2))
         fake.looks, fake.faults = 30, [loading] * 1000
         found, exact = server.score(rolled, ASK), teacher.score(rolled, ASK)
@@ -73,14 +73,14 @@ def test_an_engine_that_still_loads_is_waited_for(
 
 def test_refusals_of_one_window_halve_it_once() -> None:
     budget = Budget(Limits(requests=64))
-    asked_s = time.monotonic()
+    sent_s = time.monotonic()
     for _ in range(64):
-        budget.slower(asked_s)
+        budget.decrease(sent_s)
     assert budget.window == 32
-    budget.slower(time.monotonic() + 1)
+    budget.decrease(time.monotonic() + 1)
     assert budget.window == 16
     for _ in range(16):
-        budget.faster()
+        budget.increase()
     assert 16.9 < budget.window <= 17
 
 
@@ -91,16 +91,16 @@ def test_questions_are_made_when_there_is_room_for_them(
     server = connect(fake, limits=replace(QUICK, requests=2))
     made: list[int] = []
     ahead: list[int] = []
-    body = RequestBody.body
+    body = RequestBody.to_json
 
-    def counted(question: RequestBody, path: str, served: str) -> dict[str, Any]:
+    def counted(request: RequestBody, path: str, served: str) -> dict[str, Any]:
         made.append(1)
-        return body(question, path, served)
+        return body(request, path, served)
 
     async def look(server: FakeServer, request: web.Request, said: Any) -> None:
         ahead.append(len(made) - len(ahead))
 
-    monkeypatch.setattr(RequestBody, "body", counted)
+    monkeypatch.setattr(RequestBody, "to_json", counted)
     fake.faults = [look] * len(rolled.finish)
     server.score(rolled, ASK)
     assert len(made) == len(ahead) == len(rolled.finish)

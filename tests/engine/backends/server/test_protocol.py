@@ -15,7 +15,7 @@ from logitcask.engine.types import IdLists
 from tests.engine.backends.server.fake_server import packed
 
 AT = IdLists(cnt=np.array([2, 1], np.uint16), ids=np.array([3, 8, 5], np.uint32))
-ASKED = RequestBody(ids=[5, 6, 7], rows=2, k=2, at=AT)
+ASKED = RequestBody(ids=[5, 6, 7], rows=2, k=2, extra_ids=AT)
 PLAIN = RequestBody(ids=[5, 6, 7], rows=2, k=2)
 VALUES = np.array([[-1.5, -2.5], [-3.5, -np.inf]])
 
@@ -44,7 +44,7 @@ def read(said: Any, question: RequestBody = ASKED) -> Any:
 
 
 def test_both_questions_to_the_letter() -> None:
-    assert ASKED.body(GENERATE, "teacher") == {
+    assert ASKED.to_json(GENERATE, "teacher") == {
         "model": "teacher",
         "token_ids": [5, 6, 7],
         "sampling_params": {
@@ -56,7 +56,7 @@ def test_both_questions_to_the_letter() -> None:
             "prompt_logprob_start": 0,
         },
     }
-    assert PLAIN.body(COMPLETIONS, "teacher") == {
+    assert PLAIN.to_json(COMPLETIONS, "teacher") == {
         "model": "teacher",
         "prompt": [5, 6, 7],
         "max_tokens": 1,
@@ -155,7 +155,7 @@ def long(prompt_row: Any, **changed: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row", [{"9": entry(-1.0), "4": entry(-2.0)}, ["5"], "5", 5])
 def test_another_token_in_the_prompt_is_refused(row: Any) -> None:
-    with pytest.raises(AnswerError, match="position 1 without the token 5 that stands there"):
+    with pytest.raises(AnswerError, match="position 1 without the token 5 that was sent"):
         read(long(row), LONG)
 
 
@@ -172,7 +172,7 @@ def test_the_prompts_rows_may_be_left_out_and_its_echo_then_tells() -> None:
 
 @pytest.mark.parametrize("name", ["x" * 10_000, ["teacher"], nested(900), 7])
 def test_an_answer_of_another_model_is_refused_in_a_line(name: Any) -> None:
-    with pytest.raises(AnswerError, match="and 'teacher' was asked") as caught:
+    with pytest.raises(AnswerError, match="and 'teacher' was requested") as caught:
         read(answered(model=name))
     assert len(caught.value.cause) < 200
 

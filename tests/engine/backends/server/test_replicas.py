@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.server import Server
+from logitcask.engine.backends.server import ServerScorer
 from logitcask.engine.errors import ConfigError, ServerError
 from logitcask.engine.types import Rollouts, ScoreParams
 from tests.engine.backends.server.conftest import QUICK
@@ -16,7 +16,7 @@ from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB
 
 ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
-Connect = Callable[..., Server]
+Connect = Callable[..., ServerScorer]
 
 
 def test_a_member_asks_its_own_server_and_counts_for_nobody(
@@ -24,20 +24,20 @@ def test_a_member_asks_its_own_server_and_counts_for_nobody(
 ) -> None:
     with FakeServer(teacher.model) as second:
         server = connect(fake, second)
-        members = server.members()
-        assert list(members) == [fake.url, second.url]
+        replicas = server.replicas()
+        assert list(replicas) == [fake.url, second.url]
         server.n_vocab = 0
         with pytest.raises(ConfigError, match="n_vocab"):
-            members[second.url].score(rolled, ASK)
+            replicas[second.url].score(rolled, ASK)
         server.n_vocab = N_VOCAB
         before = len(fake.seen.requests), len(second.seen.requests)
-        found, exact = members[second.url].score(rolled, ASK), teacher.score(rolled, ASK)
+        found, exact = replicas[second.url].score(rolled, ASK), teacher.score(rolled, ASK)
         np.testing.assert_allclose(found.entry_lp, exact.entry_lp, atol=1e-5)
         assert len(fake.seen.requests) == before[0]
         assert len(second.seen.requests) == before[1] + len(rolled.finish)
-        assert server.answered() == set()
-        assert members[second.url].capabilities == server.capabilities
-        assert members[second.url].describe() == server.describe() | {
+        assert server.take_answered() == set()
+        assert replicas[second.url].capabilities == server.capabilities
+        assert replicas[second.url].describe() == server.describe() | {
             "hosts": second.url.removeprefix("http://")
         }
 
@@ -47,13 +47,13 @@ def test_who_answered_is_told_once(
 ) -> None:
     with FakeServer(teacher.model) as second:
         server = connect(fake, second)
-        assert server.answered() == set(), "that a server was looked at is no answer to a unit"
+        assert server.take_answered() == set(), "that a server was looked at is no answer to a unit"
         fake.delay_s = second.delay_s = 0.05
         server.score(rolled, ASK)
-        assert server.answered() == {fake.url, second.url}
-        assert server.answered() == set()
+        assert server.take_answered() == {fake.url, second.url}
+        assert server.take_answered() == set()
     server.score(rolled, ASK)
-    assert server.answered() == {fake.url}
+    assert server.take_answered() == {fake.url}
 
 
 def test_a_member_answers_while_the_others_are_away_and_one_that_is_away_is_told_so(
@@ -61,14 +61,14 @@ def test_a_member_answers_while_the_others_are_away_and_one_that_is_away_is_told
 ) -> None:
     with FakeServer(teacher.model) as dies:
         server = connect(fake, dies, limits=replace(QUICK, alone_s=0.1, wait_s=600))
-    members = server.members()
+    replicas = server.replicas()
     with pytest.raises(ServerError, match=f"{dies.url}: no server has answered for 0 s"):
-        members[dies.url].score(rolled, ASK)
-    assert members[fake.url].score(rolled, ASK).at_lp is not None
-    assert server.away() == set(), "for all it is a server like any other"
+        replicas[dies.url].score(rolled, ASK)
+    assert replicas[fake.url].score(rolled, ASK).at_lp is not None
+    assert server.unavailable() == set(), "for all it is a server like any other"
     assert server.score(rolled, ASK).at_lp is not None
-    assert server.away() == {dies.url}
-    assert list(server.members()) == [fake.url, dies.url]
+    assert server.unavailable() == {dies.url}
+    assert list(server.replicas()) == [fake.url, dies.url]
 
 
 def test_what_a_server_answered_that_is_away_in_the_end_is_asked_again(
@@ -94,12 +94,12 @@ def test_what_a_server_answered_that_is_away_in_the_end_is_asked_again(
         found, exact = server.score(rolled, ASK), teacher.score(rolled, ASK)
         assert dies.told
         np.testing.assert_allclose(found.entry_lp, exact.entry_lp, atol=1e-5)
-        assert (server.answered(), server.away()) == ({fake.url}, {dies.url})
+        assert (server.take_answered(), server.unavailable()) == ({fake.url}, {dies.url})
 
 
 def test_one_server_that_is_named_twice_is_one(fake: FakeServer) -> None:
-    server = Server([fake.url, f"{fake.url}/v1/"], limits=QUICK)
+    server = ServerScorer([fake.url, f"{fake.url}/v1/"], limits=QUICK)
     try:
-        assert list(server.members()) == [fake.url]
+        assert list(server.replicas()) == [fake.url]
     finally:
         server.close()

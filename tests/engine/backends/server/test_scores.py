@@ -10,7 +10,7 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.returned import RESOLVED
-from logitcask.engine.backends.server import Server, read_key
+from logitcask.engine.backends.server import ServerScorer, read_key
 from logitcask.engine.errors import (
     AnswerError,
     ConfigError,
@@ -25,7 +25,7 @@ from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB, make_tokenizer
 
 ASK = ScoreParams(top_p=0.9, k_min=3, k_max=12)
-Connect = Callable[..., Server]
+Connect = Callable[..., ServerScorer]
 
 
 def test_scores_over_http_are_those_of_the_model(
@@ -53,7 +53,7 @@ def test_a_server_without_chosen_ids_gives_its_own_best(
     fake.generate, fake.at_ids = generate, False
     server = connect(fake)
     assert "at_ids" not in server.capabilities
-    assert server.facts.path == ("/inference/v1/generate" if generate else "/v1/completions")
+    assert server.info.path == ("/inference/v1/generate" if generate else "/v1/completions")
     asked = replace(ASK, at_student=False)
     found, exact = server.score(rolled, asked), teacher.score(rolled, asked)
     np.testing.assert_array_equal(found.ids, exact.ids)
@@ -123,7 +123,7 @@ def test_too_many_log_probs_name_both_ways_out(
         ConfigError, match=r"12 log-probs per position \(k_max = 12 and 7"
     ) as caught:
         connect(fake).score(rolled, ASK)
-    assert "--max-logprobs 12 or more, or ask with a smaller --k-max" in caught.value.hint
+    assert "--max-logprobs 12 or more, or give a smaller --teacher-topk-max" in caught.value.hint
 
 
 def test_too_many_chosen_ids_name_their_own_number(
@@ -138,7 +138,7 @@ def test_too_many_chosen_ids_name_their_own_number(
         ConfigError, match=r"20 log-probs per position \(k_max = 12 and 20"
     ) as caught:
         connect(fake).score(rolled, ASK, at)
-    assert "--max-logprobs 20 or more, or ask at fewer ids (--at" in caught.value.hint
+    assert "--max-logprobs 20 or more, or give fewer ids (--extra-ids" in caught.value.hint
 
 
 def test_a_sequence_beyond_the_context_is_refused_before_anything_is_sent(
@@ -165,13 +165,13 @@ def test_ids_of_another_vocabulary_are_refused(
 def test_the_model_is_chosen_by_name_where_there_are_several(
     fake: FakeServer, connect: Connect
 ) -> None:
-    assert connect(fake, served="teacher").facts.root == "org/teacher"
+    assert connect(fake, served="teacher").info.root == "org/teacher"
     with pytest.raises(IdentityError, match="serves no model 'big'; its models: teacher"):
         connect(fake, served="big")
     fake.parent = "base"
     with pytest.raises(IdentityError, match="serves 0 models"):
         connect(fake)
-    assert connect(fake, served="teacher").facts.parent == "base"
+    assert connect(fake, served="teacher").info.parent == "base"
 
 
 def card(name: str, **more: Any) -> dict[str, Any]:
@@ -183,24 +183,24 @@ def test_a_model_may_have_several_names_and_answers_with_its_first(
 ) -> None:
     fake.cards = [card("first"), card("second"), card("tuned", root="/lora", parent="first")]
     fake.called = "first"
-    assert connect(fake).facts.served == "first"
+    assert connect(fake).info.served == "first"
     server = connect(fake, served="second")
-    assert server.facts.served == "second"
+    assert server.info.served == "second"
     assert server.score(rolled, ASK).at_lp is not None
     assert fake.seen.bodies[-1]["model"] == "second"
     fake.called = "tuned"
-    with pytest.raises(AnswerError, match="as model 'tuned', and 'first' or 'second' was asked"):
+    with pytest.raises(AnswerError, match="as model 'tuned', and 'first' or 'second' was req"):
         server.score(rolled, ASK)
     fake.called, fake.cards = "first", [card("first", root=""), card("second", root="")]
     with pytest.raises(IdentityError, match="serves 2 models"):
         connect(fake)
-    with pytest.raises(ServerError, match="as model 'first', and 'second' was asked"):
+    with pytest.raises(ServerError, match="as model 'first', and 'second' was requested"):
         connect(fake, served="second")
 
 
 def test_an_adapter_has_the_context_of_its_parent(fake: FakeServer, connect: Connect) -> None:
     fake.cards = [card("base", root="org/base"), {"id": "tuned", "root": "/l", "parent": "base"}]
-    assert connect(fake, served="tuned").facts.max_model_len == 256
+    assert connect(fake, served="tuned").info.max_model_len == 256
 
 
 @pytest.mark.parametrize("cards", [5, "teacher", {"id": "teacher"}, [5, {"id": 5}], [[]]])
@@ -266,7 +266,7 @@ def test_a_key_is_sent_and_never_shown(
             assert "LOGITCASK_API_KEY" in caught.value.hint
             assert "sk-other" not in str(caught.value)
     with pytest.raises(ConfigError, match="holds more than scheme") as caught_url:
-        Server([f"http://user:{key}@host:1"])
+        ServerScorer([f"http://user:{key}@host:1"])
     assert key not in str(caught_url.value)
     file.write_text(f"{key} {key}")
     with pytest.raises(ConfigError, match="holds 2 words") as caught_file:
@@ -276,5 +276,5 @@ def test_a_key_is_sent_and_never_shown(
 
 def test_addresses_that_are_no_servers() -> None:
     for url in ("ftp://host", "file:///etc/passwd", "http://"):
-        with pytest.raises(ConfigError, match="no server's URL"):
-            Server([url])
+        with pytest.raises(ConfigError, match="not a server's URL"):
+            ServerScorer([url])

@@ -1,4 +1,4 @@
-"""What whole rows weigh: by hand, and whatever way an update is packed."""
+"""Weights of rows, by hand, and the same for every packing of an update."""
 
 from dataclasses import replace
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.objectives import loss_weights, parse_objective
+from logitcask.engine.objectives.loss_weights import prune_weights, stepwise_weights
 from logitcask.engine.objectives.modifiers import Prune, Stepwise
-from logitcask.engine.objectives.weights import pruned, stepwise
 from logitcask.engine.packing.targets import Targets
 from tests.engine.objectives.full_rows import make_full
 
@@ -16,7 +16,7 @@ PLAIN = parse_objective("sampled_token").objective
 
 
 def rows_of(lengths: list[int], seed: int = 0) -> Targets:
-    """Sequences of these lengths, of random laws."""
+    """Sequences of these lengths, with random distributions."""
     generator = torch.Generator().manual_seed(seed)
     live, teacher = torch.randn(2, sum(lengths), 20, generator=generator, dtype=torch.float64)
     targets = make_full(live * 2, live + teacher, student_k=8, kept=8).targets
@@ -55,20 +55,22 @@ def test_prune_by_hand() -> None:
     for r, is_bad in enumerate(bad):
         rank[r, : 1 if is_bad else 2] = torch.arange(1 if is_bad else 2)
     mask = torch.tensor([1, 1, 1, 1, 1, 0, 1.0], dtype=torch.float64)
-    rows = replace(rows, q_rank=rank, kept=torch.full((7,), 4), weight=mask)
+    rows = replace(rows, q_rank=rank, n_kept=torch.full((7,), 4), weight=mask)
     want = [0.8, 0.8, 0.5, 0.2, 1.1, 1.1, 0.8]
-    torch.testing.assert_close(pruned(rows, how), torch.tensor(want, dtype=torch.float64))
+    torch.testing.assert_close(prune_weights(rows, how), torch.tensor(want, dtype=torch.float64))
     # 1 of k' = 1 is a whole overlap: a teacher that kept fewer is not held against the student.
-    few = replace(rows, kept=torch.ones(7, dtype=torch.int64))
-    assert pruned(few, how).tolist() == pytest.approx([1.1] * 7)
+    few = replace(rows, n_kept=torch.ones(7, dtype=torch.int64))
+    assert prune_weights(few, how).tolist() == pytest.approx([1.1] * 7)
 
 
 def test_stepwise_by_hand() -> None:
     """Steps of two tokens; |log p - log q| of 1, 3 | 1, 1 | 4 in one response, 2 | in the next."""
     rows = rows_of([5, 1])
     gap = torch.tensor([1.0, 3, 1, 1, 4, 2], dtype=torch.float64)
-    rows = replace(rows, s_lp=-gap, q_token_lp=torch.zeros(6, dtype=torch.float64))
-    weights = stepwise(rows, Stepwise(tokens=2, delta=0.5))
+    rows = replace(
+        rows, student_logprobs=-gap, teacher_logprobs=torch.zeros(6, dtype=torch.float64)
+    )
+    weights = stepwise_weights(rows, Stepwise(tokens=2, delta=0.5))
     want = torch.tensor([1, 1, 1.5, 1.5, 0.5, 1], dtype=torch.float64)
     torch.testing.assert_close(weights, want, rtol=1e-5, atol=0)
 
@@ -78,7 +80,7 @@ def test_the_least_sure_share_of_an_update_is_kept() -> None:
     entropy = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10], dtype=torch.float64)
     mask = torch.ones(10, dtype=torch.float64)
     mask[9] = 0  # the largest is not trained on, so it takes nobody's place
-    rows = replace(rows, s_entropy=entropy, weight=mask)
+    rows = replace(rows, student_entropy=entropy, weight=mask)
     what = parse_objective("sampled_token+keep_entropy(share=0.34)").objective
     (weights,), divisor = loss_weights(what, [rows], "token-mean")
     assert weights.tolist() == [0.0] * 6 + [1.0] * 3 + [0.0]
@@ -105,7 +107,7 @@ def test_packing_accumulation_and_processes_change_nothing(name: str, aggregatio
 
     def of(packed: list[Targets], other: list[Targets]) -> tuple[list[Tensor], Tensor]:
         def both(value: object) -> list[object]:
-            said = [rows.s_entropy[rows.weight > 0].tolist() for rows in other]
+            said = [rows.student_entropy[rows.weight > 0].tolist() for rows in other]
             heard.append(said)
             return [value, said]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl, linear_sparse_kl_reference
-from logitcask.kernels.logit_map import LogitTransform
+from logitcask.kernels.logit_transform import LogitTransform
 from logitcask.kernels.row_grad import row_grad, row_grad_reference
 from logitcask.kernels.row_stats import row_stats, row_stats_reference
 from logitcask.kernels.sparse_kl import sparse_kl, sparse_kl_reference
@@ -47,8 +47,8 @@ def test_statistics_are_those_of_mapped_logits(
 ) -> None:
     logits = make_logits(kind, 3, 4801, dtype)
     n_vocab = 4777  # a tail that is cut, in which a soft cap would find mass
-    ours = row_stats(logits.to(device), n_vocab=n_vocab, logit_map=y)
-    naive = row_stats_reference(logits, n_vocab=n_vocab, logit_map=y)
+    ours = row_stats(logits.to(device), n_vocab=n_vocab, logit_transform=y)
+    naive = row_stats_reference(logits, n_vocab=n_vocab, logit_transform=y)
     exact = row_stats_reference(mapped(logits.double(), y), n_vocab=n_vocab)
     for name, mine, plain, want in zip(exact._fields, ours, naive, exact, strict=True):
         assert_close(mine, plain, want, 4e-6 * max(1.0, float(want.abs().max())), name)
@@ -59,17 +59,17 @@ def test_statistics_are_those_of_mapped_logits(
 def test_gradient_has_the_slope(y: LogitTransform, in_place: bool, device: str) -> None:
     logits = make_logits("iid", 4, 4801, torch.float32)
     ids, n_vocab = make_ids(4, 4700, 9), 4777
-    lse = row_stats_reference(logits, n_vocab=n_vocab, logit_map=y).log_sum_exp
+    lse = row_stats_reference(logits, n_vocab=n_vocab, logit_transform=y).log_sum_exp
     dense = torch.tensor([1.0, -0.3, 0.0, 2.0])
     at = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
     given = (lse.to(device), dense.to(device), ids.to(device), at.to(device))
     z = logits.clone().to(device)
     out = z if in_place else None
-    ours = row_grad(z, *given, out=out, n_vocab=n_vocab, logit_map=y)
+    ours = row_grad(z, *given, out=out, n_vocab=n_vocab, logit_transform=y)
     exact = row_grad_reference(
-        logits.double(), lse.double(), dense.double(), ids, at, n_vocab=n_vocab, logit_map=y
+        logits.double(), lse.double(), dense.double(), ids, at, n_vocab=n_vocab, logit_transform=y
     )
-    naive = row_grad_reference(logits, lse, dense, ids, at, n_vocab=n_vocab, logit_map=y)
+    naive = row_grad_reference(logits, lse, dense, ids, at, n_vocab=n_vocab, logit_transform=y)
     assert_close(ours, naive, exact, 1e-6, "gradient")
 
 
@@ -82,11 +82,11 @@ def test_float64_equals_autograd_through_the_map(name: str, y: LogitTransform) -
     answer = objective(LOSSES[name](teacher))
     rows = full_vocab_loss(LOSSES[name](teacher), mapped(logits, y), teacher, 6)
     (want,) = torch.autograd.grad(rows.sum(), logits)
-    ours = sparse_kl(logits, ids, answer, k=6, logit_map=y)
+    ours = sparse_kl(logits, ids, answer, k=6, logit_transform=y)
     (grad,) = torch.autograd.grad(ours.loss, logits)
     torch.testing.assert_close(ours.row_loss, rows.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-12)
-    reference, d_logits = sparse_kl_reference(logits.detach(), ids, answer, k=6, logit_map=y)
+    reference, d_logits = sparse_kl_reference(logits.detach(), ids, answer, k=6, logit_transform=y)
     torch.testing.assert_close(reference.row_loss, rows.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(d_logits, want, rtol=1e-9, atol=1e-12)
 
@@ -99,7 +99,7 @@ def test_hidden_states_on_both_paths(name: str, y: LogitTransform, device: str) 
     ids = make_ids(5, 290, 8)
     answer = objective(LOSSES[name](make_teacher(ids.to(device))))
     given = [t.to(device).requires_grad_() for t in (hidden, weight)]
-    options = {"k": 6, "n_vocab": 290, "logit_map": y}
+    options = {"k": 6, "n_vocab": 290, "logit_transform": y}
     want, *want_grads = linear_sparse_kl_reference(
         hidden, weight, ids, objective(LOSSES[name](make_teacher(ids))), **options
     )
@@ -119,5 +119,7 @@ def test_hidden_states_on_both_paths(name: str, y: LogitTransform, device: str) 
 @pytest.mark.parametrize("field", LogitTransform._fields)
 def test_what_is_no_positive_number_is_refused(field: str, wrong: float) -> None:
     y = LogitTransform(**{field: wrong})
-    with pytest.raises(ValueError, match=rf"logit_map\.{field}={wrong} must be a positive number"):
-        row_stats(torch.zeros(2, 5), logit_map=y)
+    with pytest.raises(
+        ValueError, match=rf"logit_transform\.{field}={wrong} must be a positive number"
+    ):
+        row_stats(torch.zeros(2, 5), logit_transform=y)

@@ -13,7 +13,7 @@ from logitcask.engine.errors import IncompleteError
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.format.ragged import find, starts
 from logitcask.engine.store.format.segment import Segment
-from logitcask.engine.store.log.snapshot import Chain
+from logitcask.engine.store.log.snapshot import ScoreSegments
 from logitcask.engine.types import Array, CachedScores, Rollouts
 
 ROW = {
@@ -74,7 +74,7 @@ OF_BASE = {"base_token_lp", "s_base", "t_base"}
 it told its best ids alone, where there is a base model."""
 
 
-class Unit:
+class DecodedUnit:
     """Arrays of DTYPES, by name: those of `dtypes_of`."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
@@ -107,26 +107,28 @@ class Unit:
         }
 
 
-def is_bounded(chain: Chain) -> bool:
+def is_bounded(score_segments: ScoreSegments) -> bool:
     """Whether a teacher's entropies are intervals: it told its best ids alone."""
-    return "ent_hi" in schema.specs(chain[0].layout)
+    return "ent_hi" in schema.specs(score_segments[0].layout)
 
 
-def dtypes_of(rollout: Segment, chain: Chain, base: Chain = ()) -> dict[str, str]:
+def dtypes_of(
+    rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()
+) -> dict[str, str]:
     """The arrays of a unit, name -> dtype, from what the log says alone."""
     absent: set[str] = set()
     held = schema.specs(rollout.layout)
     absent |= set() if "mc_cnt" in held else OF_DRAWS
     absent |= set() if "reward" in held else OF_REWARD
-    absent |= set() if chain[0].layout == schema.SAMPLED else OF_SAMPLED
-    absent |= set() if is_bounded(chain) else OF_BOUNDS
+    absent |= set() if score_segments[0].layout == schema.SAMPLED else OF_SAMPLED
+    absent |= set() if is_bounded(score_segments) else OF_BOUNDS
     absent |= set() if base else OF_BASE
     return {name: dtype for name, dtype in DTYPES.items() if name not in absent}
 
 
-def unit_of(
+def decode_unit(
     seg_id: str, rollouts: Rollouts, scores: CachedScores, base: CachedScores | None = None
-) -> Unit:
+) -> DecodedUnit:
     """`base` is what the model that the teacher was made from says of the same rollouts.
 
     Raises IncompleteError for rollouts that their own student has not scored.
@@ -175,11 +177,11 @@ def unit_of(
     if scores.entropy_hi is not None:
         arrays["q_entropy_hi"] = scores.entropy_hi
     if base is not None:
-        known = ranked(base)
+        cached = ranked(base)
         arrays["base_token_lp"] = base.lp
-        arrays["s_base"] = _at(*known, scores.s_cnt, scores.s_ids)
-        arrays["t_base"] = _at(*known, scores.cnt, scores.ids)
-    return Unit({name: np.ascontiguousarray(a, DTYPES[name]) for name, a in arrays.items()})
+        arrays["s_base"] = _at(*cached, scores.s_cnt, scores.s_ids)
+        arrays["t_base"] = _at(*cached, scores.cnt, scores.ids)
+    return DecodedUnit({name: np.ascontiguousarray(a, DTYPES[name]) for name, a in arrays.items()})
 
 
 def _at(cnt: Array, ids: Array, lp: Array, wanted_cnt: Array, wanted: Array) -> Array:
@@ -193,11 +195,13 @@ def _at(cnt: Array, ids: Array, lp: Array, wanted_cnt: Array, wanted: Array) -> 
     return out
 
 
-def lengths_of(rollout: Segment, chain: Chain, base: Chain = ()) -> dict[str, int]:
+def lengths_of(
+    rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()
+) -> dict[str, int]:
     """Name -> elements at most, from what the log says alone."""
     counts = rollout.counts
-    listed = chain[0].counts.get("S", counts.get("E", 0))
-    others = sum(each.counts["E"] for each in chain)
+    listed = score_segments[0].counts.get("S", counts.get("E", 0))
+    others = sum(each.counts["E"] for each in score_segments)
     lengths = {
         **dict.fromkeys(ROW, counts["P"]),
         **dict.fromkeys(LISTED, listed),
@@ -207,10 +211,10 @@ def lengths_of(rollout: Segment, chain: Chain, base: Chain = ()) -> dict[str, in
         **{name: counts[of] + 1 for name, of in OFFSETS.items()},
         "prompt_tokens": counts["T"],
     }
-    return {name: lengths[name] for name in dtypes_of(rollout, chain, base)}
+    return {name: lengths[name] for name in dtypes_of(rollout, score_segments, base)}
 
 
-def size_of(rollout: Segment, chain: Chain, base: Chain = ()) -> int:
+def size_of(rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()) -> int:
     """Bytes at most of a unit in memory, from what the log says alone."""
-    lengths = lengths_of(rollout, chain, base)
+    lengths = lengths_of(rollout, score_segments, base)
     return sum(length * np.dtype(DTYPES[name]).itemsize for name, length in lengths.items())

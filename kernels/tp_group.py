@@ -1,9 +1,9 @@
-"""What the processes of a vocabulary-parallel call tell each other.
+"""Messages between the processes of a vocabulary-parallel call.
 
 First one line of whole numbers each, before any logit is read: where its columns lie, and what must
-be equal on all ranks. A rank that refuses its own input says so in its line. So a call that cannot
-work raises on every rank, and none waits for one that has raised. The host waits for the lines, on
-a GPU too.
+be equal on all ranks. A rank that rejects its own input sends that in its line. So a call that
+cannot work raises on every rank, and none waits for one that has raised. The host waits for the
+lines, on a GPU too.
 
 Ranks are those of the group, and everything is gathered in their order, so every rank computes from
 the same bits.
@@ -22,7 +22,7 @@ LINE = 16
 
 
 class Shards(NamedTuple):
-    """How the columns are spread over a group. A column counts if its id is below n_vocab."""
+    """The columns of each rank of a group. A column counts if its id is below n_vocab."""
 
     group: "dist.ProcessGroup | None"
     first: int
@@ -36,7 +36,7 @@ class Shards(NamedTuple):
 
 
 def all_gather(tensor: Tensor, group: "dist.ProcessGroup | None") -> list[Tensor]:
-    """Every rank's tensor; all are of one shape and dtype."""
+    """Return the tensors of all ranks; all have one shape and dtype."""
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)
@@ -44,15 +44,15 @@ def all_gather(tensor: Tensor, group: "dist.ProcessGroup | None") -> list[Tensor
 
 
 def all_sum(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """The sum of every rank's tensor, in the memory of this one's."""
+    """Sum the tensors of all ranks in place."""
     if tensor.numel():
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """[] int64 that differs where an int64 or floating tensor does, but for unlikely chance: the
-    sum modulo 2^64 of its numbers' 64 bits, each times an odd number of its own."""
+    """Return an int64 [] that differs where the tensor differs, up to chance: the sum modulo 2^64
+    of the 64 bits of its numbers, each times its own odd number."""
     bits = tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor
     odd = torch.arange(bits.numel(), device=bits.device) * 0x1E3779B97F4A7C15
     odd = (odd ^ (odd >> 29)) * 0x3F58476D1CE4E5B9 | 1
@@ -73,7 +73,7 @@ def check_group(group: "dist.ProcessGroup | None") -> None:
 
 
 @contextmanager
-def refusals_told(group: "dist.ProcessGroup | None", device: torch.device) -> Iterator[None]:
+def gather_errors(group: "dist.ProcessGroup | None", device: torch.device) -> Iterator[None]:
     """Inside, a rank checks its own input. What that raises, the others learn in `join`."""
     try:
         yield
@@ -92,7 +92,7 @@ def join(
     row_weight: Tensor | None,
     equal: Mapping[str, int],
 ) -> Shards:
-    """Agrees with the other ranks on a call, in which this one has n_columns columns from `first`.
+    """Agree with the other ranks on a call, in which this one has n_columns columns from `first`.
 
     ids [P, S], row_weight [P], n_vocab and the numbers `equal` (by name) must be equal on all
     ranks; `equal` holds the same names on all.
@@ -102,8 +102,8 @@ def join(
     """
     numbers = {"rows": ids.shape[0], "ids per row": ids.shape[1], "n_vocab": n_vocab, **equal}
     data = {"ids": ids, "row_weight": ids.new_zeros(0) if row_weight is None else row_weight}
-    told = torch.tensor([1, first, n_columns, *numbers.values()], device=ids.device)
-    line = torch.cat([told, *(fingerprint(tensor)[None] for tensor in data.values())])
+    head = torch.tensor([1, first, n_columns, *numbers.values()], device=ids.device)
+    line = torch.cat([head, *(fingerprint(tensor)[None] for tensor in data.values())])
     line = torch.cat([line, line.new_zeros(LINE - len(line))])
     lines = torch.stack(all_gather(line, group)).tolist()
     _check_equal(lines, [*numbers, *(f"fingerprint of {name}" for name in data)])

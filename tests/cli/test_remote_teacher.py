@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from logitcask.engine.backends.base import close_backend
-from logitcask.engine.commands.stages import scoring
+from logitcask.engine.commands.score import score_request
 from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.events import CancelToken
 from logitcask.engine.score.plan import plan_scores
-from logitcask.engine.score.unit import score_unit
+from logitcask.engine.score.unit import run_score_unit
 from logitcask.engine.store import open_store
 from tests.cli.conftest import KEPT, TRAIN, UNITS, Answer, World
 from tests.engine.backends.server.fake_server import FakeServer
@@ -118,7 +118,7 @@ def test_a_loop_with_too_old_a_server_learns_from_the_teachers_own_ids(
         f"--set teacher.model={fake.url} --set store.url={tmp_path / 'store'} --set run.out="
     )
     opd = call(f"{asked}{tmp_path / 'opd'}")
-    opd.refused(1, "was not asked at the student's ids", "")
+    opd.refused(1, "lack the teacher's log-probs at the student's ids", "")
     assert not (tmp_path / "opd").exists()
     done = call(f"{asked}{tmp_path / 'out'} --set train.objective=overlap")
     assert done.code == 0, done.err
@@ -156,8 +156,10 @@ def test_a_teacher_with_more_tokens_is_asked_over_those_of_the_student(
 
 def scored(world: World, name: str) -> list[Any]:
     store = open_store(world.at(name))
-    pin = store.head()
-    return [store.read_scores(pin.scores("served")[s.seg_id]) for s in pin.rollouts("main")]
+    snapshot = store.head()
+    return [
+        store.read_scores(snapshot.scores("served")[s.seg_id]) for s in snapshot.rollouts("main")
+    ]
 
 
 def test_an_estimate_of_a_served_teacher_is_that_of_its_weights(
@@ -165,8 +167,9 @@ def test_an_estimate_of_a_served_teacher_is_that_of_its_weights(
 ) -> None:
     """All but what is missed, which is a share of what the server shows."""
     asked = (
-        "@p.jsonl --student @student --no-chat-template --n 2 --max-new-tokens 6 --k-min 4 "
-        "--student-k 4 --device cpu --sample 40 --format json --k-max"
+        "@p.jsonl --student @student --no-chat-template --n 2 --max-new-tokens 6 "
+        "--teacher-topk-min 4 "
+        "--student-topk 4 --device cpu --sample 40 --format json --teacher-topk-max"
     )
     url = f"store estimate {fake.url} --tokenizer @teacher {asked}"
     there, here = (call(f"{each} 99") for each in (url, f"store estimate @teacher {asked}"))
@@ -187,7 +190,9 @@ def test_an_estimate_of_a_served_teacher_is_that_of_its_weights(
     assert few["forward_kl"] < told["forward_kl"]
     assert [row["k_max"] for row in few["rows"]] == [12] * len(few["rows"])
     fake.max_logprobs = 20
-    call(f"{url} 21").refused(2, "21 log-probs per position (k_max = 21", "smaller --k-max")
+    call(f"{url} 21").refused(
+        2, "21 log-probs per position (k_max = 21", "smaller --teacher-topk-max"
+    )
     fake.generate = False
     old = call(f"{url} 20").json
     assert 0 < old["forward_kl"] < told["forward_kl"]
@@ -217,7 +222,7 @@ def test_a_watching_teacher_goes_on_when_its_server_comes_back(
     restart.second.port = restart.first.port
     restart.first.delay_s = 0.1
     restart.start()
-    watch = "--watch --idle-exit 0.5 --poll 0.1 --format json --server-wait 30"
+    watch = "--worker --idle-exit 0.5 --poll 0.1 --format json --server-wait 30"
     done = call(command(restart.first, store, watch))
     restart.join()
     restart.second.__exit__()
@@ -304,13 +309,13 @@ def test_workers_that_begin_a_name_together_find_each_other(
     opened = open_store(world.at(store))
     with FakeServer(altered(model, int8), tokenizer=make_tokenizer()) as other:
         jobs = [job_of(world, each, store) for each in (fake, other)]
-        first, second = (scoring(job, opened, opened.head(), CancelToken()) for job in jobs)
+        first, second = (score_request(job, opened, opened.head(), CancelToken()) for job in jobs)
         try:
             planned = plan_scores(second, opened.head())
             (key, unit), (later, more), *_ = planned.missing.items()
-            score_unit(first, key, unit, first.lineage())
+            run_score_unit(first, key, unit, first.lineage())
             with pytest.raises(IdentityError, match="began the scores named 'served'"):
-                score_unit(second, later, more, planned.lineage)
+                run_score_unit(second, later, more, planned.lineage)
             with pytest.raises(IdentityError, match="began the scores named 'served'"):
                 plan_scores(second, opened.head())
             assert later not in opened.head().unit_keys()
@@ -345,7 +350,7 @@ def job_of(world: World, fake: FakeServer, store: str) -> ScoreConfig:
                 "tokenizer": str(world.at("@teacher")),
             },
             "store": {"url": str(world.at(store))},
-            "score": {"k_min": 4, "k_max": 8},
+            "score": {"teacher_topk_min": 4, "teacher_topk_max": 8},
         },
         source="a test",
     )
@@ -369,7 +374,7 @@ def test_what_is_about_servers_is_refused_to_a_folder(
 def test_what_a_server_cannot_show_is_refused(call: Call, world: World, fake: FakeServer) -> None:
     asked = command(fake, world.store(UNITS))
     call(f"{asked} --exact").refused(2, "does not show its hidden states", "--backend vllm")
-    drawn = f"{asked} --entry-kind sampled --draws 3"
+    drawn = f"{asked} --selection sampled --draws 3"
     call(drawn).refused(2, "the backend server cannot give drawn", "backend hf")
     store = world.new("store")
     roll = f"rollout --model @student --prompts @p.jsonl --store {store} --backend server"
@@ -381,7 +386,7 @@ def test_a_server_that_tells_few_log_probs_is_asked_for_few(
     call: Call, world: World, fake: FakeServer
 ) -> None:
     fake.max_logprobs = 8
-    assert call(command(fake, world.store(UNITS), "--k-max 8")).code == 0
+    assert call(command(fake, world.store(UNITS), "--teacher-topk-max 8")).code == 0
 
 
 def test_other_temperature_processing_is_refused(
@@ -406,7 +411,7 @@ def test_another_revision_is_refused(call: Call, world: World, fake: FakeServer)
     fake.fingerprint = "rev=abc;tok=1"
     store = world.store(UNITS)
     wrong = call(command(fake, store, "--revision abe"))
-    wrong.refused(1, "declares revision 'abc', and 'abe' was asked for", "--revision")
+    wrong.refused(1, "declares revision 'abc', and 'abe' is expected", "--revision")
     assert call(command(fake, store, "--revision abc")).code == 0
     fake.fingerprint = "rev=abe;tok=1"
     other = call(command(fake, store, "--revision abe"))
@@ -416,7 +421,7 @@ def test_another_revision_is_refused(call: Call, world: World, fake: FakeServer)
 def test_another_tokenizer_map_is_refused(call: Call, world: World, fake: FakeServer) -> None:
     fake.tokenizer = make_tokenizer(characters=CHARACTERS[::-1])
     store = world.store(UNITS)
-    call(command(fake, store)).refused(1, "reads a text as other ids", "--tokenizer")
+    call(command(fake, store)).refused(1, "gives other ids for a text", "--tokenizer")
     both = command(fake, store).replace("@teacher", "@other-tokenizer")
     call(both).refused(1, "the student's tokenizer is", "student's tokenizer")
 
@@ -431,12 +436,12 @@ def test_another_template_is_a_note(call: Call, world: World, fake: FakeServer) 
     assert "renders prompts differently" in done.err
 
 
-SMALL = "--max-new-tokens 3 --student-k 4 --unit-prompts 4 --device cpu"
+SMALL = "--max-new-tokens 3 --student-topk 4 --unit-prompts 4 --device cpu"
 
 
 def test_shifted_rows_are_refused(call: Call, world: World, fake: FakeServer) -> None:
     store = world.store(UNITS)
-    assert call(command(fake, store, "--k-max 9")).code == 0
+    assert call(command(fake, store, "--teacher-topk-max 9")).code == 0
     fake.faults = [WRONG["shifted"]] * 1000
     call(command(fake, world.store(UNITS))).refused(1, "without the token", "doctor teacher")
 
@@ -456,7 +461,7 @@ def test_a_context_that_is_too_short_is_refused(call: Call, world: World, fake: 
 
 def test_too_few_log_probs_are_refused(call: Call, world: World, fake: FakeServer) -> None:
     fake.max_logprobs = 16
-    few = call(command(fake, world.store(UNITS), "--k-max 20"))
+    few = call(command(fake, world.store(UNITS), "--teacher-topk-max 20"))
     few.refused(2, "20 log-probs per position (k_max = 20 and 4 chosen", "--max-logprobs 20")
 
 
@@ -470,10 +475,10 @@ def test_too_old_a_server_gives_its_own_best_ids_and_says_what_that_costs(
     assert "objectives on the student's ids will be refused" in done.err
     opd = call(f"{TRAIN} {store} --objective opd --out {world.new('run')}")
     assert opd.code == 1
-    assert "was not asked at the student's ids" in opd.err
+    assert "lack the teacher's log-probs at the student's ids" in opd.err
     assert call(f"{TRAIN} {store} --objective overlap --out {world.new('run')}").code == 0
-    mc = call(command(fake, store, "--at mc"))
-    mc.refused(2, "at = mc, and teacher cannot be asked at chosen ids here", "--enable-scale-out")
+    mc = call(command(fake, store, "--extra-ids mc"))
+    mc.refused(2, "extra_ids = mc, and teacher cannot be asked at chosen ids", "--enable-scale-out")
 
 
 def test_one_of_two_servers_that_is_not_there_keeps_nobody(

@@ -1,4 +1,4 @@
-"""What stands between the head's product z and the logits y that the softmax is of.
+"""The map from the head's product z to the logits y of the softmax.
 
     y = a z / T                     a scale, T temperature
     y = c tanh(a z / c) / T         with a soft cap c
@@ -28,7 +28,7 @@ class LogitTransform(NamedTuple):
     softcap: float | None = None
     """c: Gemma's final_logit_softcapping."""
     temperature: float = 1.0
-    """T of the student's law; cached log-probs are those at T = 1."""
+    """T of the student's distribution; cached log-probs are those at T = 1."""
 
     @property
     def slope_at_0(self) -> float:
@@ -42,23 +42,24 @@ class LogitTransform(NamedTuple):
         for name, value in self._asdict().items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(
-                    f"logit_map.{name}={value} must be a positive number; leave it out for none"
+                    f"logit_transform.{name}={value} must be a positive number; "
+                    "leave it out for none"
                 )
 
     def apply(self, z: Tensor) -> Tensor:
-        """y of z, any shape, in its dtype."""
+        """Return y of z, any shape, in its dtype."""
         if self.softcap is None:
             return z if self.is_plain else z * self.slope_at_0
         return torch.tanh(z * (self.scale / self.softcap)) * (self.softcap / self.temperature)
 
     def slope(self, z: Tensor) -> Tensor:
-        """dy/dz at z, any shape, in its dtype."""
+        """Return dy/dz at z, any shape, in its dtype."""
         if self.softcap is None:
             return torch.full_like(z, self.slope_at_0)
         return (1 - torch.tanh(z * (self.scale / self.softcap)) ** 2) * self.slope_at_0
 
     def factors(self) -> tuple[float, float]:
-        """(inner, outer) of `mapped`."""
+        """Return (inner, outer) of `mapped`."""
         if self.softcap is None:
             return self.slope_at_0 * LOG2E.value, 1.0
         inner = 2 * self.scale / self.softcap * LOG2E.value
@@ -69,7 +70,7 @@ PLAIN = LogitTransform()
 
 
 @triton.jit
-def squashed(x, inner):  # type: ignore[no-untyped-def]
+def softcapped(x, inner):  # type: ignore[no-untyped-def]
     # tanh(u), inner = 2 u log2(e) / x. Exact to an absolute 1e-7, which is what a logit needs.
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * inner))
 
@@ -78,5 +79,5 @@ def squashed(x, inner):  # type: ignore[no-untyped-def]
 def mapped(x, inner, outer, shift, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
     # (y of x) - shift in units of log2.
     if SOFTCAP:
-        return tl.fma(squashed(x, inner), outer, -shift)
+        return tl.fma(softcapped(x, inner), outer, -shift)
     return tl.fma(x, inner, -shift)

@@ -1,4 +1,4 @@
-"""What an objective is: a function from what is seen of C rows to their loss and its gradient."""
+"""An objective: a function of C rows' student log-probs that returns their loss and gradient."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 class ObjectiveInput(NamedTuple):
-    """What an objective sees of C rows. Float tensors are float32, or float64 for float64 logits;
-    natural logs."""
+    """The student on C rows, the input of an objective.
 
-    index: Tensor  # type: ignore[assignment]  # it hides tuple.index, which nobody needs here
+    Float tensors are float32, or float64 for float64 logits; natural logs.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # it hides tuple.index, which is not needed
     """[C] int64: positions of these rows in the call."""
     log_p: Tensor
     """[C, S]: the student's log-prob at the listed ids; -inf where the id is -1."""
@@ -23,13 +25,13 @@ class ObjectiveInput(NamedTuple):
 
 
 class ObjectiveGrad(NamedTuple):
-    """What an objective answers for C rows.
+    """Loss of C rows and its derivatives, the output of an objective.
 
     For a loss of {log p at S} alone, dense and dense_at_ids are both -sum(at_ids). With a tail
     bucket of mass r = 1 - sum p
     and target t they differ at the listed ids, because r depends on p there as well: see the
-    formulas of the objective. They are asked for separately so that terms near 1/r can cancel
-    before they are rounded.
+    formulas of the objective. They are separate so that terms near 1/r can cancel before they
+    are rounded.
     """
 
     loss: Tensor
@@ -44,8 +46,8 @@ class ObjectiveGrad(NamedTuple):
     metrics: dict[str, Tensor]
     """name -> [C]. The same names for every chunk of rows."""
     dense_log: Tensor | None = None
-    """[C]: coefficient of p_v log p_v at every id, listed or not, 0 where p_v is. It is what the
-    entropy H of p asks for: dH/dy_v = -p_v log p_v - H p_v. None: 0."""
+    """[C]: coefficient of p_v log p_v at every id, listed or not, 0 where p_v is. The
+    entropy H of p needs it: dH/dy_v = -p_v log p_v - H p_v. None: 0."""
 
 
 ObjectiveFn = Callable[[ObjectiveInput], ObjectiveGrad]

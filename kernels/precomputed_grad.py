@@ -1,4 +1,4 @@
-"""A loss whose gradients were made in its forward pass.
+"""A loss with gradients that its forward pass computed.
 
 Backward hands them over, times the incoming gradient, in the memory that they are in: nothing of
 their size is made a second time, and where that gradient is 1, as it is when the loss itself is
@@ -40,7 +40,7 @@ def scale_kernel(  # type: ignore[no-untyped-def]
 
 
 def scale_(x: Tensor, by: Tensor) -> Tensor:
-    """x times by [], in place; x is contiguous."""
+    """Multiply contiguous x by `by` [] in place."""
     if not runs_triton(x):
         return x if bool(by == 1) else x.mul_(by)
     n_tiles = -(-x.numel() // TILE)
@@ -52,7 +52,7 @@ def scale_(x: Tensor, by: Tensor) -> Tensor:
     return x
 
 
-class _MadeAhead(torch.autograd.Function):
+class _PrecomputedGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: Sequence[Tensor | None], *inputs: Tensor) -> Tensor:
         ctx.grads = grads
@@ -72,8 +72,8 @@ class _MadeAhead(torch.autograd.Function):
 
 
 def attach_grads(loss: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
-    """`loss` [], as a function of `inputs` with these gradients, contiguous and nobody else's; None
-    where an input needs none. Backward through it a second time raises ValueError.
+    """Attach gradients of `inputs` to `loss` []. They must be contiguous and not shared; None where
+    an input needs none. Backward through it a second time raises ValueError.
     """
-    attached: Tensor = _MadeAhead.apply(loss, grads, *inputs)  # type: ignore[no-untyped-call]
+    attached: Tensor = _PrecomputedGrad.apply(loss, grads, *inputs)  # type: ignore[no-untyped-call]
     return attached

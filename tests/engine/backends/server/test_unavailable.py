@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.server import Server
+from logitcask.engine.backends.server import ServerScorer
 from logitcask.engine.backends.server.client import ServerClient, Transient
 from logitcask.engine.backends.server.pool import ServerPool
 from logitcask.engine.errors import IdentityError, ServerError
@@ -24,7 +24,7 @@ from tests.engine.tiny import N_VOCAB, make_tokenizer
 
 ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
 PATIENT = replace(QUICK, wait_s=600.0)
-Connect = Callable[..., Server]
+Connect = Callable[..., ServerScorer]
 Spoilt = web.StreamResponse | None
 
 
@@ -100,20 +100,20 @@ def test_those_that_answer_begin_and_one_that_comes_later_joins(
     with FakeServer(teacher.model) as later:
         pass
     server = connect(later, fake, limits=PATIENT)
-    assert server.away() == {later.url}
+    assert server.unavailable() == {later.url}
     assert server.tokenize("ab") is None
     exact = teacher.score(rolled, ASK)
     same(server.score(rolled, ASK), exact)
-    assert server.answered() == {fake.url}
+    assert server.take_answered() == {fake.url}
     fake.delay_s = 0.02
     with FakeServer(teacher.model, port=later.port):
 
-        def joined() -> bool:
+        def concat_scores() -> bool:
             same(server.score(rolled, ASK), exact)
-            return later.url in server.answered()
+            return later.url in server.take_answered()
 
-        until(joined)
-        assert server.away() == set()
+        until(concat_scores)
+        assert server.unavailable() == set()
 
 
 def test_another_teacher_that_comes_later_is_refused(
@@ -130,20 +130,20 @@ def test_another_teacher_that_comes_later_is_refused(
 
         with pytest.raises(IdentityError, match=f"{later.url}: root is 'org/other', and was"):
             until(scored)
-        assert later.url not in server.answered()
+        assert later.url not in server.take_answered()
 
 
 def test_without_any_the_reason_is_told(teacher: HF) -> None:
     with FakeServer(teacher.model) as gone:
         pass
     with pytest.raises(ServerError, match=f"{gone.url} does not answer: .*Cannot connect"):
-        Server([gone.url], limits=replace(QUICK, wait_s=0.05))
+        ServerScorer([gone.url], limits=replace(QUICK, wait_s=0.05))
 
 
 def test_one_that_hangs_is_away_and_takes_no_room_of_the_others(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
-    limits = replace(PATIENT, read_s=0.3, health_s=0.1, connect_s=0.3, poll_s=0.05)
+    limits = replace(PATIENT, read_s=3.0, health_s=2.0, poll_s=0.05)
     with Hanging(teacher.model) as hangs:
         server = connect(fake, hangs, limits=limits)
         fake.delay_s = hangs.delay_s = 0.02
@@ -152,22 +152,22 @@ def test_one_that_hangs_is_away_and_takes_no_room_of_the_others(
         hangs.hangs = True
         for _ in range(3):
             same(server.score(rolled, ASK), exact)
-            assert server.away() == {hangs.url}
+            assert server.unavailable() == {hangs.url}
         assert server.window == limits.requests
         hangs.hangs = False
-        until(lambda: same(server.score(rolled, ASK), exact) is None and not server.away())
+        until(lambda: same(server.score(rolled, ASK), exact) is None and not server.unavailable())
 
 
 def test_one_that_hangs_in_mid_unit_shrinks_no_window(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
-    limits = replace(PATIENT, read_s=0.3, health_s=0.1, connect_s=0.3)
+    limits = replace(PATIENT, read_s=3.0, health_s=2.0)
     with Hanging(teacher.model) as hangs:
         server = connect(fake, hangs, limits=limits)
         fake.delay_s = 0.05
         hangs.at_scores = True
         same(server.score(rolled, ASK), teacher.score(rolled, ASK))
-        assert (server.away(), server.window) == ({hangs.url}, limits.requests)
+        assert (server.unavailable(), server.window) == ({hangs.url}, limits.requests)
 
 
 def test_a_slow_server_that_is_well_is_asked_less(
@@ -179,7 +179,7 @@ def test_a_slow_server_that_is_well_is_asked_less(
     server = connect(fake, limits=replace(PATIENT, read_s=0.3))
     fake.faults = [late] * 2
     server.score(rolled, ASK)
-    assert server.away() == set()
+    assert server.unavailable() == set()
     assert server.window < PATIENT.requests
 
 
@@ -197,9 +197,9 @@ def test_a_404_of_a_proxy_is_an_absence_and_of_a_server_that_is_well_a_refusal(
                 server.score(rolled, ASK)
             return
         same(server.score(rolled, ASK), exact)
-        assert server.away() == {proxied.url}
+        assert server.unavailable() == {proxied.url}
         proxied.gone = ""
-        until(lambda: same(server.score(rolled, ASK), exact) is None and not server.away())
+        until(lambda: same(server.score(rolled, ASK), exact) is None and not server.unavailable())
 
 
 def test_a_proxy_without_its_server_is_waited_for_in_mid_unit(
@@ -234,11 +234,11 @@ def test_one_that_was_lost_is_never_used_before_it_was_looked_at(
         server = connect(fake, lost, limits=PATIENT)
         fake.delay_s = 0.02
     server.score(rolled, ASK)
-    assert server.away() == {lost.url}
+    assert server.unavailable() == {lost.url}
     with Busy(teacher.model, port=lost.port) as other:
         for _ in range(3):
             server.score(rolled, ASK)
-        assert server.away() == {lost.url}
+        assert server.unavailable() == {lost.url}
         assert other.seen.requests == []
 
 
@@ -262,25 +262,25 @@ def test_one_that_is_lost_while_its_health_is_asked_for_stays_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What says that it is well may be another by then."""
-    link = ServerClient("http://127.0.0.1:1", None, QUICK)
+    client = ServerClient("http://127.0.0.1:1", None, QUICK)
 
     async def back(_: ServerClient) -> None:
         raise AssertionError("nobody asks it")
 
-    async def healthy() -> bool:
-        link.up = False
+    async def is_healthy() -> bool:
+        client.healthy = False
         return True
 
-    monkeypatch.setattr(link, "healthy", healthy)
-    fleet = ServerPool([link], QUICK, back, CancelToken())
+    monkeypatch.setattr(client, "is_healthy", is_healthy)
+    pool = ServerPool([client], QUICK, back, CancelToken())
     for look in (
-        lambda: fleet.note(link, Transient("no answer", late=True), 0.0),
-        lambda: fleet.check(link),
+        lambda: pool.record_fault(client, Transient("no answer", late=True), 0.0),
+        lambda: pool.recheck(client),
     ):
-        link.up = True
+        client.healthy = True
         asyncio.run(look())
-        assert not link.up
-        assert fleet.budget.window == QUICK.requests
+        assert not client.healthy
+        assert pool.budget.window == QUICK.requests
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, "reset", "list", "words"])
@@ -309,7 +309,7 @@ def test_a_text_that_is_not_tokenised_is_asked_for_again_and_then_let_be(
         asked.clear()
         well_after = 1 << 30
         if status == "reset":
-            with pytest.raises(ServerError, match="does not answer when it is to tokenize"):
+            with pytest.raises(ServerError, match="does not answer a tokenize request"):
                 server.tokenize("ab")
         else:
             assert server.tokenize("ab") is None
@@ -337,7 +337,7 @@ def test_a_worker_that_is_told_to_stop_waits_no_longer(
         assert said == [f"waiting for {gone.url}"]
 
     stopped(lambda: server.score(rolled, ASK))
-    stopped(lambda: Server([gone.url], limits=PATIENT, cancel=cancel))
+    stopped(lambda: ServerScorer([gone.url], limits=PATIENT, cancel=cancel))
     with FakeServer(teacher.model, port=gone.port):
         server.n_vocab = N_VOCAB
         stop.set()

@@ -1,0 +1,49 @@
+"""`logitcask probe metrics`: measure a student on stored scores."""
+
+from collections.abc import Sequence
+
+import torch
+
+from logitcask.engine.commands.resolve import snapshot_of, student_of
+from logitcask.engine.config.sections import ProbeConfig
+from logitcask.engine.models.load import load_student, quiet
+from logitcask.engine.objectives import parse_objective
+from logitcask.engine.packing.batches import planned
+from logitcask.engine.probes.metrics import Bin, probe
+from logitcask.engine.store import open_store
+from logitcask.engine.store.inspect import choose_teacher
+from logitcask.engine.types import Progress, no_progress
+
+
+def run_probe(
+    config: ProbeConfig, objectives: Sequence[str] = (), *, progress: Progress = no_progress
+) -> list[Bin]:
+    """Measure a student; `objectives` as --objective takes them. Bin 0 is all rows."""
+    found = {text: parse_objective(text).objective for text in objectives}
+    store = open_store(config.store.url)
+    snapshot = (
+        store.head() if config.probe.snapshot is None else snapshot_of(store, config.probe.snapshot)
+    )
+    teacher = choose_teacher(snapshot, config.probe.teacher)
+    model = student_of(config.student, snapshot, config.store.rollouts)
+    packs = planned(
+        store,
+        snapshot=snapshot,
+        rollouts=config.store.rollouts,
+        teacher=teacher,
+        tokens_per_batch=config.probe.pack_length,
+    )
+    device = config.run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with quiet():
+        student = load_student(model)
+    return probe(
+        student,
+        packs,
+        objectives=found,
+        n_vocab=model.n_vocab,
+        bins=config.probe.bins,
+        device=device,
+        progress=progress,
+    )

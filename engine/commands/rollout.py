@@ -1,0 +1,58 @@
+"""`logitcask rollout`: a student samples responses into a store."""
+
+from collections.abc import Sequence
+
+from logitcask.engine.backends.base import close_backend
+from logitcask.engine.commands.load_teacher import backend
+from logitcask.engine.commands.resolve import grader_of, student_and_prompts
+from logitcask.engine.config.sections import RolloutConfig
+from logitcask.engine.prompts.graders import Grader
+from logitcask.engine.rollout.plan import RolloutReport, rollout
+from logitcask.engine.rollout.unit import RolloutRequest
+from logitcask.engine.store import open_store
+from logitcask.engine.types import ModelRef, Progress, Prompt, no_progress
+
+
+def run_rollout(config: RolloutConfig, *, progress: Progress = no_progress) -> RolloutReport:
+    """Sample what is missing. Prompts are read and checked before any weight is loaded."""
+    model, prompts, template = student_and_prompts(config.student, config.prompts, config.rollout)
+    grader = grader_of(config.rollout, model, prompts)
+    request = rollout_request(config, model, prompts, template, grader)
+    try:
+        return rollout(request, progress=progress)
+    finally:
+        close_backend(request.sampler)
+
+
+def rollout_request(
+    config: RolloutConfig,
+    model: ModelRef,
+    prompts: Sequence[Prompt],
+    template: bool,
+    grader: Grader | None,
+    *,
+    versions: bool = False,
+) -> RolloutRequest:
+    """Load the student and describe its rollouts; the caller closes the sampler."""
+    sampler = backend(model, config.run)
+    try:
+        return RolloutRequest(
+            # Only now: a rejected configuration leaves no empty store behind.
+            store=open_store(config.store.url, create=True),
+            model=model,
+            sampler=sampler,
+            prompts=prompts,
+            sampling=config.rollout,
+            name=config.store.rollouts,
+            seed=config.run.seed,
+            student_k=config.rollout.student_topk,
+            mc_draws=config.rollout.mc_draws,
+            grader=grader,
+            unit_prompts=config.rollout.unit_prompts or None,
+            profile=config.store.profile,
+            versions=versions,
+            lineage_extra={"chat_template": template},
+        )
+    except BaseException:
+        close_backend(sampler)
+        raise

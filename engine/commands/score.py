@@ -1,0 +1,96 @@
+"""`logitcask score`: a teacher scores stored rollouts."""
+
+from typing import Any
+
+from logitcask.engine.backends.base import close_backend
+from logitcask.engine.commands.load_teacher import open_teacher
+from logitcask.engine.commands.resolve import rendered
+from logitcask.engine.config.sections import ScoreConfig
+from logitcask.engine.events import CancelToken, EventHandler
+from logitcask.engine.models import identity
+from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
+from logitcask.engine.prompts.teacher_context import read_template, templated
+from logitcask.engine.score.ids_file import read_ids_file
+from logitcask.engine.score.plan import ScoreReport, score
+from logitcask.engine.score.unit import ScoreRequest
+from logitcask.engine.store import Snapshot, Store, open_store
+from logitcask.engine.types import ModelRef, Progress, Prompt, no_progress
+
+
+def run_score(
+    config: ScoreConfig,
+    *,
+    progress: Progress = no_progress,
+    on_event: EventHandler = lambda line: None,
+) -> ScoreReport:
+    """Score what is missing."""
+    store = open_store(config.store.url)
+    request = score_request(config, store, store.head(), CancelToken(on_event))
+    try:
+        return score(request, progress=progress)
+    finally:
+        close_backend(request.scorer)
+
+
+def score_request(
+    config: ScoreConfig, store: Store, snapshot: Snapshot, cancel: CancelToken
+) -> ScoreRequest:
+    """Load the teacher and describe its scores; the caller closes the scorer."""
+    template = rendered(snapshot, config.store.rollouts)
+    student = snapshot.rollouts(config.store.rollouts)[0].lineage["student"]
+    teacher = open_teacher(
+        config.teacher,
+        config.run,
+        student,
+        template=template,
+        exact=config.score.exact,
+        k_max=config.score.teacher_topk_max,
+        cancel=cancel,
+    )
+    try:
+        model = teacher.model
+        params, notes = teacher.score_params(config.score, config.run.seed)
+        ids = config.score.ids_file()
+        return ScoreRequest(
+            store=store,
+            model=model,
+            scorer=teacher.scorer,
+            teacher_name=config.teacher.name,
+            rollouts_name=config.store.rollouts,
+            request=params,
+            role=config.score.teacher_kind,
+            context=_context(config, store, model, snapshot)
+            if config.score.teacher_kind == "context"
+            else None,
+            at=config.score.extra_name() if ids is None else read_ids_file(ids, model.n_vocab),
+            profile=config.store.profile,
+            eos_rows=config.score.foreign_eos,
+            shared=teacher.shared,
+            notes=(*teacher.notes, *notes),
+            lineage_extra=teacher.lineage_extra,
+        )
+    except BaseException:
+        teacher.close()
+        raise
+
+
+def _context(
+    config: ScoreConfig, store: Store, model: ModelRef, snapshot: Snapshot
+) -> dict[str, Prompt]:
+    """Return the teacher's prompts by id, rendered as those of the rollouts were; each leaves room
+    for the longest response.
+    """
+    segments = snapshot.rollouts(config.store.rollouts)
+    longest = int(segments[0].lineage["set"]["max_new_tokens"])
+    tokenizer = load_tokenizer(model.path)
+    options: dict[str, Any] = {
+        "chat_template": rendered(snapshot, config.store.rollouts),
+        "max_prompt_tokens": identity.context_length(model.path) - longest,
+    }
+    if config.score.context is not None:
+        return {each.id: each for each in read_prompts(config.score.context, tokenizer, **options)}
+    assert config.score.prompt_template is not None, "teacher_kind = context has one of them"
+    assert config.score.prompts is not None, "a template has prompts"
+    template = read_template(config.score.prompt_template)
+    stored = (prompt for segment in segments for prompt in store.read_prompts(segment))
+    return templated(config.score.prompts, template, stored, tokenizer, **options)
