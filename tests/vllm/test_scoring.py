@@ -75,7 +75,7 @@ def test_the_older_runner_is_not_asked_at_ids(vllm: VLLM, rollouts: Rollouts) ->
     with pytest.raises(ConfigError, match=r"V1 runner does not support at_ids"):
         vllm.score(rollouts, ASK)
     drawn = ScoreParams(entry_kind="sampled", draws=4, at_student=False)
-    with pytest.raises(ConfigError, match="no drawn"):
+    with pytest.raises(ConfigError, match="does not support drawn"):
         vllm.score(rollouts, drawn)
 
 
@@ -117,10 +117,10 @@ def test_an_untied_head_is_found_and_a_wrong_one_is_caught(
     assert net is not None
     ids = backend._probe()
     told = backend._probe_logprobs(backend.engine("score"), ids)
-    net.prove(ids, told)
+    net.check(ids, told)
     net.weight = net.weight + 1e-3 * torch.randn(net.weight.shape, generator=torch.manual_seed(0))
-    with pytest.raises(ModelError, match="nats from what vLLM tells"):
-        net.prove(ids, told)
+    with pytest.raises(ModelError, match="nats from the log-probs of vLLM"):
+        net.check(ids, told)
     backend.close()
 
 
