@@ -57,7 +57,7 @@ def score_request(
             scorer=teacher.scorer,
             teacher_name=config.teacher.name,
             rollouts_name=config.store.rollouts,
-            request=params,
+            params=params,
             role=config.score.teacher_kind,
             context=_context(config, store, model, snapshot)
             if config.score.teacher_kind == "context"

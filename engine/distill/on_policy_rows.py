@@ -85,7 +85,7 @@ class OnPolicyRows:
                 scorer=self._teacher.scorer,
                 teacher_name=self._config.teacher.name,
                 rollouts_name=self._config.store.rollouts,
-                request=self._request,
+                params=self._request,
                 at=self._config.score.extra_name(),
                 profile=self._config.store.profile,
                 eos_rows=self._config.score.foreign_eos,

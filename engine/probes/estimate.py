@@ -26,7 +26,7 @@ from logitcask.engine.backends.logprob_diff import select_sequences
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.probes.full_scores import FullScores, WideScores, full_scores
 from logitcask.engine.prompts.graders import Grader
-from logitcask.engine.rollout.unit import UNIT_POSITIONS, draw, mc_request
+from logitcask.engine.rollout.unit import UNIT_POSITIONS, draw, mc_params
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     Array,
@@ -170,7 +170,7 @@ def _roll(
             "no response of the sample has a token", hint="give other prompts or another student"
         )
     own = ScoreParams(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False)
-    own_draws = draw(student, rolled, mc_request(mc_draws, seed)) if mc_draws else None
+    own_draws = draw(student, rolled, mc_params(mc_draws, seed)) if mc_draws else None
     rolled = replace(rolled, student=student.score(rolled, own), draws=own_draws)
     if grader is not None:
         rolled = replace(rolled, reward=grader.rewards(rolled).astype(np.float32))

@@ -1,8 +1,8 @@
-"""Prompts + a sampler -> rollout segments.
+"""Sample prompts into rollout segments.
 
-Work is planned in units, fixed ranges of consecutive prompts, before anything is sampled. A unit is
-sampled, scored by the student itself (whose top-k the store keeps), and committed. What is planned
-and not committed is what a resumed run does.
+Work is planned in units, fixed ranges of consecutive prompts, before sampling starts. Each unit is
+sampled, scored by the student itself (the store keeps its top-k), and committed. A resumed run does
+the planned units that are not committed yet.
 """
 
 import time
@@ -27,7 +27,7 @@ class RolloutReport:
     units_done_before: int
     units_new: int
     positions: int
-    """Response tokens of the units that are new; so are the figures below."""
+    """Response tokens of the new units; the figures below count new units too."""
     sequences: int
     seconds: float
     mean_length: float
@@ -38,20 +38,20 @@ class RolloutReport:
     """Of a sequence; None where no grader is named or no unit was new."""
 
 
-def rollout(asked: RolloutRequest, *, progress: Progress = no_progress) -> RolloutReport:
-    """Samples every planned unit that the store does not hold yet, and commits it.
+def rollout(request: RolloutRequest, *, progress: Progress = no_progress) -> RolloutReport:
+    """Sample and commit every planned unit that the store does not hold yet.
 
-    Raises IdentityError where the name holds other prompts, sampling, students or units,
-    GraderError where the grader fails: of that unit nothing is committed.
+    Raises IdentityError where the name holds other prompts, sampling, students or units, and
+    GraderError where the grader fails (nothing of that unit is committed).
     """
     start_s = time.monotonic()
-    missing = plan_rollouts(asked, asked.store.head())
-    total, done_before = len(asked.units), len(asked.units) - len(missing)
+    missing = plan_rollouts(request, request.store.head())
+    total, done_before = len(request.units), len(request.units) - len(missing)
     positions = sequences = stopped = 0
     rewarded = 0.0
     for done, (key, unit) in enumerate(missing.items()):
         progress("rollout", done_before + done, total)
-        rolled = run_rollout_unit(asked, key, unit)
+        rolled = run_rollout_unit(request, key, unit)
         positions += rolled.positions
         sequences += len(rolled.finish)
         stopped += int((rolled.finish == STOP).sum())
@@ -66,16 +66,16 @@ def rollout(asked: RolloutRequest, *, progress: Progress = no_progress) -> Rollo
         seconds=time.monotonic() - start_s,
         mean_length=positions / max(1, sequences),
         stopped_share=stopped / max(1, sequences),
-        mean_reward=rewarded / sequences if asked.grader is not None and sequences else None,
+        mean_reward=rewarded / sequences if request.grader is not None and sequences else None,
     )
 
 
-def plan_rollouts(asked: RolloutRequest, snapshot: Snapshot) -> dict[str, RolloutUnit]:
+def plan_rollouts(request: RolloutRequest, snapshot: Snapshot) -> dict[str, RolloutUnit]:
     """Return unit_key -> unit missing in a snapshot, in order; raises as `rollout` does."""
-    ours = asked.lineage["set"]
-    _check_name(snapshot, asked.name, asked.model, ours, asked.units, asked.versions)
+    ours = request.lineage["set"]
+    _check_name(snapshot, request.name, request.model, ours, request.units, request.versions)
     there = snapshot.unit_keys()
-    return {key: unit for key, unit in asked.units.items() if key not in there}
+    return {key: unit for key, unit in request.units.items() if key not in there}
 
 
 def _check_name(
@@ -86,12 +86,12 @@ def _check_name(
     units: Mapping[str, RolloutUnit],
     versions: bool,
 ) -> None:
-    """Refuses before anything is sampled what the store would refuse, and what it cannot see."""
+    """Check before sampling that the name fits these rollouts; raises IdentityError."""
     for segment in snapshot.segments:
         if segment.unit_key in units and segment.name != name:
             raise IdentityError(
                 f"these rollouts are in the store already, under the name {segment.name!r}",
-                hint=f"Use that name instead of {name!r}, or another seed.",
+                hint=f"use that name instead of {name!r}, or another seed",
             )
     for segment in snapshot.rollouts(name):
         theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
@@ -99,22 +99,22 @@ def _check_name(
             raise IdentityError(
                 f"rollouts {name!r} were made with {_difference(segment.lineage['set'], ours)} "
                 f"(set {theirs}, this one is {ours['digest']})",
-                hint="Give these rollouts a name of their own, or use what they were made with.",
+                hint="give these rollouts a name of their own, or use what they were made with",
             )
         if student["weights"] != model.digest and not versions:
             raise IdentityError(
                 f"rollouts {name!r} are of student {student['weights']}, version "
                 f"{student['version']}; this one is {model.digest}, version {model.version}",
-                hint="Give these rollouts a name of their own; only distill mixes versions.",
+                hint="give these rollouts a name of their own; only distill mixes versions",
             )
-        # A loop's first updates may leave the weights as they are: a version has its own numbers.
+        # A loop's first updates may keep the weights: each version draws its own numbers.
         same = (student["weights"], student["version"]) == (model.digest, model.version)
         if same and segment.unit_key not in units:
             _check_grid(name, segment, units)
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """The first setting in which two sets differ, with both values."""
+    """Return the first setting in which two sets differ, with both values."""
     for key in {**ours, **theirs}:
         if key not in ("digest", "prompts", "units") and theirs.get(key) != ours.get(key):
             return f"{key} = {theirs.get(key)!r}, not {ours.get(key)!r}"
@@ -122,12 +122,15 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
 
 
 def _check_grid(name: str, segment: Segment, units: Mapping[str, RolloutUnit]) -> None:
-    """Two unit sizes would sample the same prompts twice, with the same random numbers."""
+    """Check that no planned unit overlaps a stored one of another size.
+
+    Two unit sizes would sample the same prompts twice, with the same random numbers.
+    """
     first, end = segment.unit["first"], segment.unit["first"] + segment.unit["count"]
     for unit in units.values():
         if unit["first"] < end and first < unit["first"] + unit["count"]:
             raise IdentityError(
                 f"rollouts {name!r} hold prompts {first}..{end - 1} as one unit, and the plan has "
                 f"{unit['first']}..{unit['first'] + unit['count'] - 1}",
-                hint="Resume with the unit_prompts, first and count that they were begun with.",
+                hint="resume with the unit_prompts, first and count that they were begun with",
             )

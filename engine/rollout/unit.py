@@ -27,15 +27,15 @@ UNIT_POSITIONS = 262_144
 LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
 
 RolloutUnit = Mapping[str, int]
-"""version of the student, first prompt, count of prompts."""
+"""Version of the student, first prompt, count of prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRequest:
-    """Who samples what, and what is kept of it.
+    """A student, its prompts and sampling, and the data that each row keeps.
 
     Raises ConfigError for a range that does not lie within the prompts, and for a scorer that
-    cannot draw what mc_draws asks for.
+    cannot draw `mc_draws` ids.
     """
 
     store: Store
@@ -47,62 +47,62 @@ class RolloutRequest:
     prompts: Sequence[Prompt]
     sampling: SamplingParams
     name: str = "main"
-    """Of the rollouts in the store."""
+    """Name of the rollouts in the store."""
     seed: int = 0
     student_k: int = 16
-    """How many of its own best ids a row keeps."""
+    """Ids of the student's top-k that a row keeps."""
     mc_draws: int = 0
-    """Ids that it draws on every row beside the sampled token, from its full softmax at
+    """Ids drawn on every row in addition to the sampled token, from the full softmax at
     temperature 1."""
     grader: Grader | None = None
-    """Who gives each response its reward."""
+    """Rewards each response."""
     unit_prompts: int | None = None
     """Prompts of a unit; None: as many as can reach UNIT_POSITIONS."""
     profile: str = "default"
     """How entry log-probs are stored."""
     first: int = 0
     count: int | None = None
-    """Only so many prompts, in order from `first` and on with prompt 0 after the last; None: from
+    """Number of prompts, in order from `first`, going on with prompt 0 after the last; None: from
     `first` to the last."""
     versions: bool = False
     """Other versions of the student may be under this name already, as in a distillation loop."""
     run: Mapping[str, Any] | None = None
-    """The loop, recorded and part of what the name stands for."""
+    """The loop; recorded, and part of the digest of the set."""
     lineage_extra: Mapping[str, Any] | None = None
-    """More that each segment is to record."""
+    """More entries for the lineage of each segment."""
 
     def __post_init__(self) -> None:
         if self.mc_draws:
-            check_scorer(self.student, mc_request(self.mc_draws, self.seed))
+            check_scorer(self.student, mc_params(self.mc_draws, self.seed))
         unit, first, count, prompts = self.unit_size, self.first, self.size, len(self.prompts)
         if unit < 1 or not 0 <= first < prompts or not 1 <= count <= prompts:
             raise ConfigError(
                 f"unit_prompts={unit}, first={first}, count={count} of {prompts} prompts",
-                hint="Take at least one prompt per unit, and a range that lies within the prompts.",
+                hint="take at least one prompt per unit, and a range that lies within the prompts",
             )
 
     @property
     def student(self) -> Scorer:
-        """Who says what the student thinks of its own rollouts."""
+        """Return the scorer that gives the student's own log-probs."""
         if self.scorer is not None:
             return self.scorer
         sampler: Any = self.sampler
         if not hasattr(sampler, "score"):
             raise ConfigError(
                 f"{type(sampler).__name__} samples and cannot score, and no scorer is given",
-                hint="Give a scorer with the student's weights.",
+                hint="give a scorer with the student's weights",
             )
         scorer: Scorer = sampler
         return scorer
 
     @property
     def unit_size(self) -> int:
-        """Prompts of a unit."""
+        """Return the number of prompts of a unit."""
         return default_unit(self.sampling) if self.unit_prompts is None else self.unit_prompts
 
     @property
     def size(self) -> int:
-        """Prompts of all units."""
+        """Return the number of prompts of all units."""
         return len(self.prompts) - self.first if self.count is None else self.count
 
     @cached_property
@@ -120,10 +120,10 @@ class RolloutRequest:
 
     @cached_property
     def units(self) -> dict[str, RolloutUnit]:
-        """unit_key -> unit, planned before anything is sampled."""
+        """Return unit_key -> unit, planned before sampling starts."""
         ranges = [
             (at, min(self.unit_size, end - at))
-            for start, end in _stretches(self.first, self.size, len(self.prompts))
+            for start, end in _ranges(self.first, self.size, len(self.prompts))
             for at in range(start, end, self.unit_size)
         ]
         return {
@@ -137,7 +137,7 @@ class RolloutRequest:
 
     @cached_property
     def lineage(self) -> dict[str, Any]:
-        """What every segment records."""
+        """Return the lineage that every segment records."""
         return {
             "set": {
                 "digest": self.set_digest,
@@ -163,33 +163,32 @@ class RolloutRequest:
         return "" if self.grader is None else self.grader.name
 
 
-def run_rollout_unit(asked: RolloutRequest, key: str, unit: RolloutUnit) -> Rollouts:
-    """Samples one unit, lets the student score it, commits it under its key, and returns it."""
-    sampler, scorer, seed, k = asked.sampler, asked.student, asked.seed, asked.student_k
-    part = asked.prompts[unit["first"] : unit["first"] + unit["count"]]
+def run_rollout_unit(request: RolloutRequest, key: str, unit: RolloutUnit) -> Rollouts:
+    """Sample one unit, score it with the student, commit it under its key, and return it."""
+    sampler, scorer, seed, k = request.sampler, request.student, request.seed, request.student_k
+    part = request.prompts[unit["first"] : unit["first"] + unit["count"]]
     rolled = sampler.generate(
-        part, asked.sampling, seed=seed, version=asked.model.version, progress=no_progress
+        part, request.sampling, seed=seed, version=request.model.version, progress=no_progress
     )
-    if asked.grader is not None:
-        # Before the student's own scores: what a grader refuses costs no more than sampling.
-        rolled = replace(rolled, reward=asked.grader.rewards(rolled).astype("float32"))
+    if request.grader is not None:
+        # Before the student's own scores: a failing grader then costs only the sampling.
+        rolled = replace(rolled, reward=request.grader.rewards(rolled).astype("float32"))
     own = ScoreParams(top_p=1.0, k_min=k, k_max=k, at_student=False)
-    request = mc_request(asked.mc_draws, seed)
-    drawn = draw(scorer, rolled, request) if asked.mc_draws else None
+    drawn = draw(scorer, rolled, mc_params(request.mc_draws, seed)) if request.mc_draws else None
     rolled = replace(rolled, student=scorer.score(rolled, own), draws=drawn)
-    asked.store.commit_rollouts(
+    request.store.commit_rollouts(
         rolled,
-        name=asked.name,
+        name=request.name,
         unit_key=key,
         unit=unit,
-        lineage=asked.lineage,
-        profile=asked.profile,
+        lineage=request.lineage,
+        profile=request.profile,
     )
     return rolled
 
 
 def default_unit(sampling: SamplingParams) -> int:
-    """As many prompts as can reach UNIT_POSITIONS, and at least one."""
+    """Return the number of prompts that can reach UNIT_POSITIONS, at least one."""
     return max(1, UNIT_POSITIONS // (sampling.n * sampling.max_new_tokens))
 
 
@@ -204,7 +203,7 @@ def prompt_set_digest(
     grader: str = "",
     run: Mapping[str, Any] | None = None,
 ) -> str:
-    """What a name of rollouts stands for, beside the root of its student."""
+    """Return the digest of a set of rollouts: all settings except the student's weights."""
     rows = [[p.id, list(p.token_ids), p.answer, dict(p.extra)] for p in prompts]
     return digest(
         {
@@ -213,7 +212,7 @@ def prompt_set_digest(
             "sampling": sampling.record(),
             "seed": seed,
             "student_k": student_k,
-            # Only where there are any: sets that were made before there could be keep their digest.
+            # Written only where used, so that older sets keep their digest.
             **({"mc_draws": mc_draws} if mc_draws else {}),
             **({"grader": grader} if grader else {}),
             **({"run": dict(run)} if run else {}),
@@ -221,17 +220,17 @@ def prompt_set_digest(
     )
 
 
-def mc_request(draws: int, seed: int) -> ScoreParams:
-    """What draws Monte Carlo ids of a student."""
-    # Not the numbers that a teacher of the same seed draws by: two draws are to be independent.
+def mc_params(draws: int, seed: int) -> ScoreParams:
+    """Return the parameters that draw Monte Carlo ids of a student."""
+    # A teacher of the same seed must draw independently, so the seed is hashed.
     own_seed = int.from_bytes(hashlib.sha256(b"mc/%d" % seed).digest()[:7])
     return ScoreParams(entry_kind="sampled", draws=draws, seed=own_seed, at_student=False)
 
 
-def draw(scorer: Scorer, rollouts: Rollouts, request: ScoreParams) -> Draws:
-    """Ids of every row, drawn by the student itself as `mc_request` says."""
-    found = scorer.score(rollouts, request)
-    assert found.mult is not None, "who draws counts"
+def draw(scorer: Scorer, rollouts: Rollouts, params: ScoreParams) -> Draws:
+    """Draw ids of every row with the student itself, by the parameters of `mc_params`."""
+    found = scorer.score(rollouts, params)
+    assert found.mult is not None, "sampled entries have counts"
     return Draws(cnt=found.cnt, ids=found.ids, mult=found.mult, lp=found.entry_lp)
 
 
@@ -247,7 +246,7 @@ def unit_key(set_digest: str, model: ModelRef, first: int, count: int) -> str:
     )
 
 
-def _stretches(first: int, count: int, total: int) -> list[tuple[int, int]]:
-    """[start, end) of so many of `total` prompts, which go on with 0 after the last."""
+def _ranges(first: int, count: int, total: int) -> list[tuple[int, int]]:
+    """Return the ranges [start, end) of `count` of `total` prompts; 0 follows the last."""
     beyond = max(0, first + count - total)
     return [(first, first + count - beyond), *([(0, beyond)] if beyond else [])]

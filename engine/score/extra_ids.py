@@ -1,8 +1,8 @@
-"""One scoring, two segments: a teacher that is asked at the student's list and at more ids at once.
+"""Split one scoring pass, at the student's ids and at extra ids, into two segments.
 
-What is asked for every teacher, its own best ids and those of the student's list, makes the first
-segment, as if nothing else had been asked; the other ids widen it. So one pass of the teacher gives
-what two would, and whoever reads the first segment alone finds what it always held.
+The teacher's own top-k and the student's ids make the first segment, as if scored without extra
+ids; the extra ids extend it. So one pass of the teacher gives the data of two, and a reader of the
+first segment alone finds the usual data.
 """
 
 from dataclasses import replace
@@ -14,18 +14,18 @@ from logitcask.engine.store.format import ragged
 from logitcask.engine.types import CachedScores, IdLists, Scores
 
 
-def without_more(scores: Scores, asked: IdLists, student: IdLists | None) -> Scores:
-    """The scores as if they had been asked at `student` alone, which begins every row of `asked`.
+def without_extra(scores: Scores, ids: IdLists, student: IdLists | None) -> Scores:
+    """Return the scores as if scored at `student` alone, whose ids begin every row of `ids`.
 
-    The tail takes what is left out: tail = logaddexp(tail, log-probs of those ids).
+    The tail takes the ids left out: tail = logaddexp(tail, log-probs of those ids).
     """
-    assert scores.at_lp is not None, "it was asked at some ids"
-    count = np.zeros(len(asked.cnt), np.uint16) if student is None else student.cnt
-    stays = ragged.within(asked.cnt) < np.repeat(count, asked.cnt)
-    kept = ragged.find(scores.ids.astype(np.uint32), scores.cnt, asked.ids, asked.cnt) >= 0
+    assert scores.at_lp is not None, "scored at chosen ids"
+    count = np.zeros(len(ids.cnt), np.uint16) if student is None else student.cnt
+    stays = ragged.within(ids.cnt) < np.repeat(count, ids.cnt)
+    kept = ragged.find(scores.ids.astype(np.uint32), scores.cnt, ids.ids, ids.cnt) >= 0
     dropped = ~stays & ~kept
     tail = scores.log_tail.astype(np.float64)
-    np.logaddexp.at(tail, ragged.rows(asked.cnt)[dropped], scores.at_lp[dropped])
+    np.logaddexp.at(tail, ragged.rows(ids.cnt)[dropped], scores.at_lp[dropped])
     return replace(
         scores,
         log_tail=tail.astype(np.float32),
@@ -33,18 +33,19 @@ def without_more(scores: Scores, asked: IdLists, student: IdLists | None) -> Sco
     )
 
 
-def at_all_known(scores: Scores, asked: IdLists, known: CachedScores) -> tuple[Scores, IdLists]:
-    """The same scores as asked at everything that is known, `known` being what `without_more` left,
-    and then at the rest of `asked`: what a widening wants.
+def with_known(scores: Scores, ids: IdLists, known: CachedScores) -> tuple[Scores, IdLists]:
+    """Return the scores at all ids of `known`, then at the rest of `ids`, and these ids.
+
+    `known`: the scores that `without_extra` returned, as read. The result extends their segment.
     """
-    assert scores.at_lp is not None, "it was asked at some ids"
-    at = request_ids(known, asked)
-    in_asked = ragged.find(asked.ids, asked.cnt, at.ids, at.cnt)
-    own = in_asked < 0
+    assert scores.at_lp is not None, "scored at chosen ids"
+    at = request_ids(known, ids)
+    in_ids = ragged.find(ids.ids, ids.cnt, at.ids, at.cnt)
+    own = in_ids < 0
     in_kept = ragged.find(scores.ids.astype(np.uint32), scores.cnt, at.ids, at.cnt)
     lp = np.empty(len(at.ids), np.float32)
-    first_asked = np.repeat(ragged.starts(asked.cnt)[:-1], at.cnt)
+    first_in_ids = np.repeat(ragged.starts(ids.cnt)[:-1], at.cnt)
     first_kept = np.repeat(ragged.starts(scores.cnt)[:-1], at.cnt)
-    lp[~own] = scores.at_lp[(first_asked + in_asked)[~own]]
+    lp[~own] = scores.at_lp[(first_in_ids + in_ids)[~own]]
     lp[own] = scores.entry_lp[(first_kept + in_kept)[own]]
     return replace(scores, at_lp=lp), at

@@ -1,9 +1,9 @@
-"""Ids that a person gives, for a teacher to be asked at: one JSONL line a sequence.
+"""Read a file of ids to score: one JSONL line per sequence.
 
 A line is {"prompt": id, "sample": n, "ids": [[...], ...]}: the n-th response to that prompt, from
 0, in the order of the student's versions and then as sampled, and one list of distinct ids for each
 of its tokens; a list may be empty. Every sequence of the rollouts has one line. Files are not
-trusted: each error names file, line, field, value, rule and way out.
+trusted: each error names file, line, field, value, rule and fix.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ MAX_IDS = 1024
 """Ids of a position at most."""
 MAX_LINE_BYTES = 1 << 28
 """16k positions of 1024 ids are half of it."""
-FORM = 'Write one JSON object per line: {"prompt": "...", "sample": 0, "ids": [[...], ...]}.'
+FORM = 'write one JSON object per line: {"prompt": "...", "sample": 0, "ids": [[...], ...]}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +38,24 @@ class SequenceIds:
 
 @dataclass(frozen=True, slots=True)
 class IdsFile:
-    """What a file asks for; which sequences the rollouts have is told to `lists` alone."""
+    """Ids of a file, by prompt and sample; `lists` matches them to stored rollouts."""
 
     file: Path
     digest: str
     """sha256 of the file's bytes."""
     sequences: Mapping[tuple[str, int], SequenceIds]
-    """(id of the prompt, sample) -> what is asked there."""
+    """(id of the prompt, sample) -> ids of that response."""
 
     @property
     def label(self) -> str:
-        """What a unit's key and lineage say of it."""
+        """Return the label of the file in unit keys and lineage."""
         return f"ids:{self.digest}"
 
     def lists(self, extents: Mapping[str, Extent]) -> dict[str, IdLists]:
-        """seg_id -> where its rows are asked; extents: seg_id -> the lengths of a rollout segment,
-        all of a set in its order. Raises PromptError unless sequences and lines are one to one.
+        """Return seg_id -> ids of its rows.
+
+        extents: seg_id -> the lengths of a rollout segment, all of a set in its order.
+        Raises PromptError unless sequences and lines are one to one.
         """
         seen: Counter[str] = Counter()
         found: dict[str, IdLists] = {}
@@ -67,38 +69,38 @@ class IdsFile:
                 cnt=np.concatenate([np.zeros(0, np.uint16), *(each.cnt for each in parts)]),
                 ids=np.concatenate([np.zeros(0, np.uint32), *(each.ids for each in parts)]),
             )
-        for (prompt, sample), given in self.sequences.items():
+        for (prompt, sample), sequence in self.sequences.items():
             if sample >= seen[prompt]:
                 refuse(
                     self.file,
-                    given.line,
+                    sequence.line,
                     f'field "sample": {sample} of prompt {prompt!r}, of which the rollouts hold '
                     f"{seen[prompt]}",
-                    "Remove the line: samples are counted from 0.",
+                    "remove the line: samples are counted from 0",
                 )
         return found
 
     def _of(self, prompt: str, sample: int, length: int) -> SequenceIds:
-        given = self.sequences.get((prompt, sample))
-        if given is None:
+        sequence = self.sequences.get((prompt, sample))
+        if sequence is None:
             raise PromptError(
                 f"{self.file} has no line for sample {sample} of prompt {prompt!r}, which the "
                 "rollouts hold",
-                hint="Give every sequence a line; its lists may be empty.",
+                hint="give every sequence a line; its lists may be empty",
             )
-        if len(given.cnt) != length:
+        if len(sequence.cnt) != length:
             refuse(
                 self.file,
-                given.line,
-                f'field "ids": {len(given.cnt)} lists, and sample {sample} of prompt {prompt!r} '
+                sequence.line,
+                f'field "ids": {len(sequence.cnt)} lists, and sample {sample} of prompt {prompt!r} '
                 f"has {length} tokens",
-                "Give one list for each token of the response, its stop token included.",
+                "give one list for each token of the response, its stop token included",
             )
-        return given
+        return sequence
 
 
 def read_ids_file(file: Path, n_vocab: int) -> IdsFile:
-    """The file's lines, of ids in [0, n_vocab). Raises PromptError at the first that is wrong."""
+    """Read a file of ids in [0, n_vocab). Raises PromptError at the first wrong line."""
     sequences: dict[tuple[str, int], SequenceIds] = {}
     try:
         with file.open("rb") as stream:
@@ -111,19 +113,19 @@ def read_ids_file(file: Path, n_vocab: int) -> IdsFile:
                     line.refuse(
                         f'field "sample": {key[1]} of prompt {key[0]!r} is already in line '
                         f"{before.line}",
-                        "Give every sequence one line.",
+                        "give every sequence one line",
                     )
                 sequences[key] = line.sequence(n_vocab)
     except OSError as error:
         raise PromptError(
             f"{file} cannot be read: {error.strerror or error}",
-            hint="Give the path of a JSONL file of ids: --extra-ids FILE.",
+            hint="give the path of a JSONL file of ids: --extra-ids FILE.jsonl",
         ) from error
     return IdsFile(file, digest, sequences)
 
 
 class IdLine(Line):
-    """One line of such a file."""
+    """One line of a file of ids."""
 
     FORM = FORM
 
@@ -137,7 +139,7 @@ class IdLine(Line):
         if type(value) is not int or value < 0:
             self.refuse(
                 f'field "sample": {value!r:.80} is not a whole number of 0 or more',
-                "Give the place of the response among those of its prompt, from 0.",
+                "give the place of the response among those of its prompt, from 0",
             )
         return value
 
@@ -159,14 +161,14 @@ class IdLine(Line):
         if not isinstance(row, list):
             self.refuse(f"{where}: {row!r:.80} is {kind(row)}, not a list of ids", FORM)
         if len(row) > MAX_IDS:
-            self.refuse(f"{where}: {len(row)} ids, at most {MAX_IDS} may be", "Give fewer.")
+            self.refuse(f"{where}: {len(row)} ids, at most {MAX_IDS} may be", "give fewer")
         for token in row:
-            # True is a number to Python, and no id.
+            # bool is a subclass of int.
             if type(token) is not int or not 0 <= token < n_vocab:
                 self.refuse(
                     f"{where}: {token!r:.80} is no id in [0, {n_vocab})",
-                    "Give ids of the student's tokenizer.",
+                    "give ids of the student's tokenizer",
                 )
         if len(set(row)) < len(row):
             twice = next(token for token, count in Counter(row).items() if count > 1)
-            self.refuse(f"{where}: {twice} is there twice", "Give every id of a position once.")
+            self.refuse(f"{where}: {twice} is there twice", "give every id of a position once")

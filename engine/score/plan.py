@@ -1,10 +1,10 @@
-"""Rollout segments + a scorer -> score segments, at least one for each.
+"""Score rollout segments: at least one score segment for each.
 
 A score unit is one rollout segment under one teacher and one request. The teacher must have the
-student's tokenizer: its log-probs are read by id, and ids as sampled are all that it is shown.
+student's tokenizer: it reads ids as sampled, and its log-probs are read by id.
 
-A teacher that has scored a segment for less than is now asked is asked again, and what it adds is
-stored beside what is there; one that was asked for as much or more is not asked at all.
+A segment that the teacher scored with a smaller request is scored again, and the new entries extend
+the stored ones. A segment that it scored with the same or a larger request is skipped.
 """
 
 import time
@@ -32,38 +32,38 @@ class ScoreReport:
     units_done_before: int
     units_new: int
     positions: int
-    """Rows of the units that are new; so is the time."""
+    """Rows of the new units; the seconds count new units too."""
     seconds: float
     notes: tuple[str, ...]
-    """What a person should know and nothing was refused for."""
+    """Warnings for the user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorePlan:
-    """The units of a scoring as of a snapshot."""
+    """Units of a scoring at a snapshot."""
 
     total: int
     missing: Mapping[str, ScoreUnit]
-    """unit_key -> what is to be scored, by student version, then by first prompt."""
+    """unit_key -> missing unit, by student version, then by first prompt."""
     lineage: Mapping[str, Any]
     notes: tuple[str, ...]
-    """What a person should know and nothing was refused for."""
+    """Warnings for the user."""
 
 
-def score(asked: ScoreRequest, *, progress: Progress = no_progress) -> ScoreReport:
-    """Scores every rollout segment of the name that this teacher has not scored as asked.
+def score(request: ScoreRequest, *, progress: Progress = no_progress) -> ScoreReport:
+    """Score every rollout segment of the name that has no scores for this request yet.
 
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
-    IncompleteError where there are no rollouts, no draws or no scores of `at`, PromptError for a
-    context without a prompt of the rollouts, or given ids of other sequences than theirs.
+    IncompleteError where there are no rollouts, no draws or no scores of `at`, and PromptError
+    for a context without a prompt of the rollouts, or an ids file of other sequences.
     """
     start_s = time.monotonic()
-    planned = plan_scores(asked, asked.store.head())
+    planned = plan_scores(request, request.store.head())
     done_before = planned.total - len(planned.missing)
     positions = 0
     for done_now, (key, unit) in enumerate(planned.missing.items()):
         progress("score", done_before + done_now, planned.total)
-        positions += run_score_unit(asked, key, unit, planned.lineage)
+        positions += run_score_unit(request, key, unit, planned.lineage)
     progress("score", planned.total, planned.total)
     return ScoreReport(
         units_total=planned.total,
@@ -75,87 +75,91 @@ def score(asked: ScoreRequest, *, progress: Progress = no_progress) -> ScoreRepo
     )
 
 
-def plan_scores(asked: ScoreRequest, snapshot: Snapshot, *, growing: bool = False) -> ScorePlan:
-    """What is to be scored as of a snapshot, checked; raises as `score` does.
+def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = False) -> ScorePlan:
+    """Plan and check the units to score at a snapshot; raises as `score` does.
 
-    growing: rollouts without scores of `at` are left for a later plan, and not refused.
+    growing: leave rollouts without scores of `at` for a later plan, instead of raising.
     """
-    model, request, name = asked.model, asked.request, asked.teacher_name
-    segments = snapshot.rollouts(asked.rollouts_name)
+    model, params, name = request.model, request.params, request.teacher_name
+    segments = snapshot.rollouts(request.rollouts_name)
     if not segments:
         known = ", ".join(snapshot.names("rollout")) or "none"
         raise IncompleteError(
-            f"{asked.store.url} holds no rollouts named {asked.rollouts_name!r}; it has: {known}",
-            hint="Run `logitcask rollout` first, or name the rollouts that are there.",
+            f"{request.store.url} holds no rollouts named {request.rollouts_name!r}; "
+            f"it has: {known}",
+            hint="run `logitcask rollout` first, or name the rollouts that are there",
         )
-    notes = list(asked.notes)
+    notes = list(request.notes)
     for segment in segments:
-        found = check_identity(segment.lineage["student"], model, asked.shared)
+        found = check_identity(segment.lineage["student"], model, request.shared)
         notes += [each for each in found if each not in notes]
-    notes += other_dtypes(snapshot, segments, name, asked.scorer)
-    lineage = asked.lineage()
-    given, asked_at = None, None
-    if isinstance(asked.at, IdsFile):
-        given = asked.at.lists({each.seg_id: asked.store.read_extent(each) for each in segments})
-    elif asked.at == MC_IDS:
-        _check_draws(segments, asked.rollouts_name)
-    elif asked.at is not None:
-        asked_at = snapshot.scores(asked.at) if growing else _scores_named(snapshot, asked.at)
+    notes += other_dtypes(snapshot, segments, name, request.scorer)
+    lineage = request.lineage()
+    listed, at_scores = None, None
+    if isinstance(request.at, IdsFile):
+        listed = request.at.lists(
+            {each.seg_id: request.store.read_extent(each) for each in segments}
+        )
+    elif request.at == MC_IDS:
+        _check_draws(segments, request.rollouts_name)
+    elif request.at is not None:
+        at_scores = snapshot.scores(request.at) if growing else _scores_named(snapshot, request.at)
+    label = request.label
     units = {
-        unit_key(segment, model, request, lineage, _asked(asked.label, asked_at, segment)): segment
+        unit_key(segment, model, params, lineage, _at_key(label, at_scores, segment)): segment
         for segment in segments
-        if not growing or asked_at is None or segment.seg_id in asked_at
+        if not growing or at_scores is None or segment.seg_id in at_scores
     }
     _check_twice(snapshot, units, name)
-    drawn = request.entry_kind == "sampled"
-    asked.store.check_name("score", name, lineage, drawn=drawn)
+    drawn = params.entry_kind == "sampled"
+    request.store.check_name("score", name, lineage, drawn=drawn)
     done = snapshot.unit_keys()
     there = snapshot.scores(name)
     if drawn and any(key not in done and s.seg_id in there for key, s in units.items()):
         raise IdentityError(
             f"{name!r} holds draws of these rollouts of another number or seed",
-            hint="Use another name for these: drawn ids are not added to.",
+            hint="use another name for these: drawn ids are not added to",
         )
-    others = {chain[0].profile for chain in there.values()} - {asked.profile}
+    others = {chain[0].profile for chain in there.values()} - {request.profile}
     if others:
         notes.append(
             f"scores of {name!r} are there in profile {', '.join(sorted(others))}; "
-            f"{asked.profile} is for what is added"
+            f"{request.profile} is for what is added"
         )
     missing = {
         key: ScoreUnit(
             segment=segment,
             chain=there.get(segment.seg_id),
-            given=None if given is None else given[segment.seg_id],
-            asked_at=None if asked_at is None else asked_at[segment.seg_id],
+            ids_file=None if listed is None else listed[segment.seg_id],
+            at_scores=None if at_scores is None else at_scores[segment.seg_id],
         )
         for key, segment in units.items()
         if key not in done
-        and not (asked.at is None and _serves(there.get(segment.seg_id), request))
+        and not (request.at is None and _covers(there.get(segment.seg_id), params))
     }
-    if any(unit.chain for unit in missing.values()) and "at_ids" not in asked.scorer.capabilities:
+    if any(unit.chain for unit in missing.values()) and "at_ids" not in request.scorer.capabilities:
         raise ConfigError(
-            f"scores of {name!r} are there for less than is asked now, and this teacher cannot be "
-            "asked at chosen ids, so they cannot be added to",
-            hint="Score under another name, or ask for as much as before.",
+            f"scores of {name!r} are there for less than this request, and this teacher cannot "
+            "score chosen ids, so they cannot be extended",
+            hint="score under another name, or ask for as much as before",
         )
     return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
 
 
-def _serves(chain: ScoreSegments | None, request: ScoreParams) -> bool:
-    """Whether one of these segments was asked for as much: what is read can be cut shorter."""
-    asked = [ScoreParams(**each.lineage["request"]) for each in chain or ()]
-    if any(each.entry_kind == "sampled" for each in (request, *asked)):
+def _covers(chain: ScoreSegments | None, params: ScoreParams) -> bool:
+    """Return True where these segments hold at least the entries of this request."""
+    stored = [ScoreParams(**each.lineage["request"]) for each in chain or ()]
+    if any(each.entry_kind == "sampled" for each in (params, *stored)):
         return False
 
     def at_least(each: ScoreParams) -> bool:
         ours, theirs = (
-            (1.0 if r.entry_kind == "topk" else r.top_p, r.k_min, r.k_max) for r in (request, each)
+            (1.0 if r.entry_kind == "topk" else r.top_p, r.k_min, r.k_max) for r in (params, each)
         )
         return all(a <= b for a, b in zip(ours, theirs, strict=True))
 
-    at_student = any(each.at_student for each in asked) or not request.at_student
-    return any(map(at_least, asked)) and at_student
+    at_student = any(each.at_student for each in stored) or not params.at_student
+    return any(map(at_least, stored)) and at_student
 
 
 def _scores_named(snapshot: Snapshot, name: str) -> dict[str, ScoreSegments]:
@@ -163,7 +167,7 @@ def _scores_named(snapshot: Snapshot, name: str) -> dict[str, ScoreSegments]:
     if not found:
         raise IncompleteError(
             f"the store holds no scores of {name!r}; it has: {', '.join(snapshot.names('score'))}",
-            hint="Score with that model first, or name one of these.",
+            hint="score with that model first, or name one of these",
         )
     return found
 
@@ -172,20 +176,20 @@ def _check_draws(segments: Sequence[Segment], name: str) -> None:
     if any(segment.layout != MC for segment in segments):
         raise IncompleteError(
             f"rollouts {name!r} hold no ids that the student drew",
-            hint="Sample with `logitcask rollout --mc-draws M`, under a name of its own.",
+            hint="sample with `logitcask rollout --mc-draws M`, under a name of its own",
         )
 
 
-def _asked(
+def _at_key(
     at: str | None, scores: Mapping[str, ScoreSegments] | None, segment: Segment
 ) -> tuple[str, ...]:
-    """What a unit's key says of the ids that are asked at beside the student's list."""
+    """Return the part of a unit's key that names the extra ids."""
     if scores is None:
         return () if at is None else (at,)
     if segment.seg_id not in scores:
         raise IncompleteError(
             f"rollout segment {segment.seg_id} has no scores of the model whose ids are wanted",
-            hint="Let that model score all of these rollouts first.",
+            hint="let that model score all of these rollouts first",
         )
     return tuple(each.seg_id for each in scores[segment.seg_id])
 
@@ -195,6 +199,6 @@ def _check_twice(snapshot: Snapshot, units: Mapping[str, Segment], teacher_name:
     for other in {done_as[key] for key in units if key in done_as} - {teacher_name}:
         raise IdentityError(
             f"this teacher's scores are in the store already, under the name {other!r}",
-            hint=f"Use that name instead of {teacher_name!r}. A served model that is another and "
-            "goes by the same path gets a --revision of its own.",
+            hint=f"use that name instead of {teacher_name!r}; a different model served under "
+            "the same path needs its own --revision",
         )

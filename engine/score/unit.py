@@ -1,4 +1,4 @@
-"""One score unit: a rollout segment, read, scored as asked and committed."""
+"""Read one rollout segment, score it and commit its score segments."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import PromptError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.score.extra_ids import at_all_known, without_more
+from logitcask.engine.score.extra_ids import with_known, without_extra
 from logitcask.engine.score.ids_file import IdsFile
 from logitcask.engine.store import ScoreSegments, Segment, Store
 from logitcask.engine.store.extend import request_ids, union
@@ -28,15 +28,15 @@ from logitcask.engine.types import (
 )
 
 EXACT = "raw32"
-"""Profile of log-probs at drawn ids: an estimator divides by few draws, and rounding stays in."""
+"""Profile of log-probs at drawn ids: an estimator of few draws does not average rounding out."""
 LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreRequest:
-    """Who scores what, and what is asked.
+    """A teacher, the rollouts that it scores, and the entries to store.
 
-    Raises ConfigError for a scorer that lacks a capability, or a request that no row could meet.
+    Raises ConfigError for a scorer that lacks a capability, or parameters that no row could meet.
     """
 
     store: Store
@@ -44,44 +44,44 @@ class ScoreRequest:
     """The teacher."""
     scorer: Scorer
     teacher_name: str
-    """Of its scores in the store."""
+    """Name of its scores in the store."""
     rollouts_name: str = "main"
-    request: ScoreParams = field(default_factory=ScoreParams)
+    params: ScoreParams = field(default_factory=ScoreParams)
     role: Literal["teacher", "base", "context"] = "teacher"
-    """What the scores are for; base = of the model that the teacher was made from (ExOPD), context
-    = of a teacher that is shown other prompts."""
+    """Role of the scores; base = of the model that the teacher was trained from (ExOPD), context =
+    of a teacher that reads other prompts."""
     context: Mapping[str, Prompt] | None = None
-    """Prompt id -> the prompt that the teacher is shown in its place (privileged context); the
-    response stays."""
+    """Prompt id -> the prompt that the teacher reads in its place (teacher context); the response
+    stays."""
     at: str | IdsFile | None = None
-    """Also at the top ids of this other model's scores in the store, a later student's say; or at
-    the ids that the student drew, for MC_IDS, stored in float32 whatever the profile; or at ids
-    that a file gives."""
+    """Extra ids: the top ids of another model's scores in the store (of a later student, for
+    example); MC_IDS: the ids that the student drew, stored in float32 in every profile; or the
+    ids of a file."""
     profile: str = "default"
     eos_rows: Literal["refuse", "keep"] = "refuse"
-    """What to do with a stop token that ends a response and that the teacher does not use."""
+    """How to treat a final stop token that the teacher does not use."""
     shared: SharedVocabulary | None = None
-    """How the teacher's tokenizer differs from the student's; None = not at all."""
+    """Map between the tokenizers of teacher and student; None = they are equal."""
     notes: tuple[str, ...] = ()
-    """What is known of the teacher before it is asked, for a person."""
+    """Warnings about the teacher, for the user."""
     lineage_extra: Mapping[str, Any] = field(default_factory=dict)
-    """More that every segment records."""
+    """More entries for the lineage of each segment."""
 
     def __post_init__(self) -> None:
-        check_scorer(self.scorer, self.request, chosen=self.at is not None)
+        check_scorer(self.scorer, self.params, chosen=self.at is not None)
 
     @property
     def label(self) -> str | None:
-        """`at` in a word."""
+        """Return the label of `at`."""
         return self.at.label if isinstance(self.at, IdsFile) else self.at
 
     def lineage(self) -> dict[str, Any]:
-        """What every segment records, without where the teacher was asked."""
+        """Return the lineage of every segment, without the extra ids."""
         return {
             "teacher": self.model.lineage(),
             "role": self.role,
             "context": _context_digest(self.context),
-            "request": asdict(self.request),
+            "request": asdict(self.params),
             "rollouts": self.rollouts_name,
             "backend": self.scorer.describe(),
             "logprob": LOGPROB,
@@ -91,61 +91,65 @@ class ScoreRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreUnit:
-    """A rollout segment, and what the store holds that its scoring builds on."""
+    """A rollout segment, and the stored scores that its scoring uses."""
 
     segment: Segment
     chain: ScoreSegments | None
     """This teacher's scores of it; None where there are none."""
-    given: IdLists | None
-    """Ids of a file that it is asked at."""
-    asked_at: ScoreSegments | None
-    """Scores of another model whose ids it is asked at."""
+    ids_file: IdLists | None
+    """Extra ids, of a file."""
+    at_scores: ScoreSegments | None
+    """Scores of another model, whose ids are the extra ids."""
 
 
 def run_score_unit(
-    asked: ScoreRequest, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]
+    request: ScoreRequest, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]
 ) -> int:
-    """Scores one unit and commits it under its key; its positions."""
-    store, request, segment = asked.store, asked.request, unit.segment
+    """Score one unit, commit it under its key, and return its positions."""
+    store, params, segment = request.store, request.params, unit.segment
     rollouts = store.read_rollouts(segment)
-    check_stops(segment, rollouts, asked.model, asked.eos_rows)
-    shown = rollouts if asked.context is None else _shown(rollouts, asked.context)
-    extra = unit.given
-    if unit.asked_at is not None:
-        extra = _ids_of(store, unit.asked_at, rollouts)
-    elif asked.at == MC_IDS:
-        assert rollouts.draws is not None, "its layout says so"
+    check_stops(segment, rollouts, request.model, request.eos_rows)
+    shown = rollouts if request.context is None else _with_context(rollouts, request.context)
+    extra = unit.ids_file
+    if unit.at_scores is not None:
+        extra = _ids_of(store, unit.at_scores, rollouts)
+    elif request.at == MC_IDS:
+        assert rollouts.draws is not None, "the layout has draws"
         extra = IdLists(cnt=rollouts.draws.cnt, ids=rollouts.draws.ids)
-    wanted: IdLists | None = None
-    told: dict[str, Any] = {"base": segment, "name": asked.teacher_name, "unit": dict(segment.unit)}
-    at_student = "student" if request.at_student else ""
+    ids: IdLists | None = None
+    fields: dict[str, Any] = {
+        "base": segment,
+        "name": request.teacher_name,
+        "unit": dict(segment.unit),
+    }
+    at_student = "student" if params.at_student else ""
     if unit.chain is not None:
-        student = rollouts.student if request.at_student else None
+        student = rollouts.student if params.at_student else None
         if extra is None and student is not None:
             extra = IdLists(cnt=student.cnt, ids=student.ids)
-        wanted = request_ids(store.read_scores(unit.chain, base=rollouts), extra)
-        # What is there already was accepted when it came.
-        scores, took_s = _timed(asked, shown, wanted, new=extra)
+        ids = request_ids(store.read_scores(unit.chain, base=rollouts), extra)
+        # The stored scores were checked when they were committed.
+        scores, took_s = _score(request, shown, ids, new=extra)
     elif extra is not None:
-        scores, wanted = _begun(
-            asked,
+        scores, ids = _score_with_extra(
+            request,
             shown,
             extra,
-            **told,
-            unit_key=unit_key(segment, asked.model, request, lineage),
+            **fields,
+            unit_key=unit_key(segment, request.model, params, lineage),
             lineage={**lineage, "at": at_student},
-            profile=asked.profile,
+            profile=request.profile,
         )
-        took_s = 0.0  # the first segment's seconds are of both
+        took_s = 0.0  # the first segment records the seconds of both
     else:
-        scores, took_s = _timed(asked, shown, None)
+        scores, took_s = _score(request, shown, None)
     store.commit_scores(
         scores,
-        **told,
+        **fields,
         unit_key=key,
-        lineage={**lineage, "at": asked.label or at_student},
-        profile=EXACT if asked.at == MC_IDS else asked.profile,
-        at=wanted,
+        lineage={**lineage, "at": request.label or at_student},
+        profile=EXACT if request.at == MC_IDS else request.profile,
+        at=ids,
         seconds=took_s,
     )
     return rollouts.positions
@@ -154,7 +158,7 @@ def run_score_unit(
 def unit_key(
     segment: Segment,
     model: ModelRef,
-    request: ScoreParams,
+    params: ScoreParams,
     lineage: Mapping[str, Any],
     at: Sequence[str] = (),
 ) -> str:
@@ -165,43 +169,43 @@ def unit_key(
             "role": lineage["role"],
             "template": model.template_digest,
             "context": lineage["context"],
-            "request": asdict(request),
+            "request": asdict(params),
             "at": list(at),
         }
     )
 
 
-def _begun(
-    asked: ScoreRequest, shown: Rollouts, extra: IdLists, **told: Any
+def _score_with_extra(
+    request: ScoreRequest, shown: Rollouts, extra: IdLists, **fields: Any
 ) -> tuple[Scores, IdLists]:
-    """One scoring at the student's list and `extra`; the first segment is committed as `told`.
+    """Score at the student's ids and `extra` in one pass, and commit the first segment.
 
-    -> the scores and where they were asked, to widen that segment by.
+    fields: of that segment. -> the scores and their ids, to extend that segment.
     """
-    own, store = shown.student, asked.store
+    own, store = shown.student, request.store
     student = None
-    if own is not None and asked.request.at_student:
+    if own is not None and request.params.at_student:
         student = IdLists(cnt=own.cnt, ids=own.ids)
     ids = extra if student is None else union(student, extra)
-    scores, took_s = _timed(asked, shown, ids)
-    first = store.commit_scores(without_more(scores, ids, student), **told, seconds=took_s)
-    return at_all_known(scores, ids, store.read_scores((first,)))
+    scores, took_s = _score(request, shown, ids)
+    first = store.commit_scores(without_extra(scores, ids, student), **fields, seconds=took_s)
+    return with_known(scores, ids, store.read_scores((first,)))
 
 
-def _timed(
-    asked: ScoreRequest, shown: Rollouts, at: IdLists | None, new: IdLists | None = None
+def _score(
+    request: ScoreRequest, shown: Rollouts, at: IdLists | None, new: IdLists | None = None
 ) -> tuple[Scores, float]:
-    """Scores, and the seconds that they took. new: what of `at` was not known before; None: all."""
-    scorer, request, shared = asked.scorer, asked.request, asked.shared
+    """Return the scores and their seconds. new: the ids of `at` not stored yet; None: all."""
+    scorer, params, shared = request.scorer, request.params, request.shared
     if shared is not None:
-        # A context is the teacher's own text, read by nobody else.
-        prompts = asked.context is None
-        shared.check_request(shown, request, new or at, asked.model.name, prompts=prompts)
-    begun_s = time.monotonic()
-    scores = scorer.score(shown, request) if at is None else scorer.score(shown, request, at)
-    took_s = time.monotonic() - begun_s
+        # Only the teacher reads its context, so the map need not cover it.
+        prompts = request.context is None
+        shared.check_request(shown, params, new or at, request.model.name, prompts=prompts)
+    start_s = time.monotonic()
+    scores = scorer.score(shown, params) if at is None else scorer.score(shown, params, at)
+    took_s = time.monotonic() - start_s
     if shared is not None:
-        shared.check_scores(scores, request, asked.model.name)
+        shared.check_scores(scores, params, request.model.name)
     return scores, took_s
 
 
@@ -216,12 +220,12 @@ def _context_digest(context: Mapping[str, Prompt] | None) -> str:
     return digest({name: list(prompt.token_ids) for name, prompt in context.items()})
 
 
-def _shown(rollouts: Rollouts, context: Mapping[str, Prompt]) -> Rollouts:
-    """The same responses after other prompts."""
+def _with_context(rollouts: Rollouts, context: Mapping[str, Prompt]) -> Rollouts:
+    """Return the same responses after the prompts of the context."""
     for prompt in rollouts.prompts:
         if prompt.id not in context:
             raise PromptError(
                 f"the context has no prompt {prompt.id!r}, which the rollouts answer",
-                hint="Give a prompt for every id of the rollouts.",
+                hint="give a prompt for every id of the rollouts",
             )
     return replace(rollouts, prompts=tuple(context[prompt.id] for prompt in rollouts.prompts))

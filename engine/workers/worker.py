@@ -1,10 +1,11 @@
-"""Work that many processes share: the queue is the store.
+"""Run work that many processes share: the queue is the store.
 
-What is to be done is planned from the store alone, so a worker needs to know nobody: it claims one
-unit that is missing, does it, commits it, and plans again. Starting a process joins, killing it
-leaves. The first commit of a unit wins, so two who do one unit are safe, and claims only keep that
-from happening often. A unit whose work raises is tried again, by whoever comes first, until it has
-failed so often that it is left alone; one that raises UnitError would do so again, and is not.
+The plan comes from the store alone, so workers need not know each other: a worker claims one
+missing unit, does it, commits it, and plans again. Start a process to join, kill it to leave. The
+first commit of a unit wins, so two workers on one unit are safe; claims only make that rare.
+
+A unit that raises is tried again, by any worker, until it has failed too often and is left out. A
+unit that raises UnitError would fail again, so it is left out at once.
 """
 
 import random
@@ -38,53 +39,53 @@ from logitcask.engine.types import Progress, no_progress
 T = TypeVar("T")
 
 STOPS = (ConfigError, IdentityError, StoreError, ServerError)
-"""What would meet every unit alike: it ends the worker, and is no unit's failure."""
+"""Errors that every unit would meet: they end the worker and count as no unit's failure."""
 BEATS = 4
-"""Renewals of a claim in a lease: it outlives all but one that are lost."""
-TELL_S = 60.0
-"""Between two lines on how fast the work goes."""
+"""Renewals of a claim in a lease: a claim survives until all but one of them are lost."""
+REPORT_S = 60.0
+"""Seconds between two events on the pace of the work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkPlan(Generic[T]):
-    """What is missing now."""
+    """The units that are missing now."""
 
     units: Mapping[str, T]
-    """unit_key -> what the work needs to know; without those that nobody may begin yet."""
+    """unit_key -> input of the work; without units that may not begin yet."""
     done: int
     total: int
-    """Units that are there, and that there will be, as far as is known."""
+    """Units committed, and units planned so far."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkSettings:
-    """How a worker behaves among others."""
+    """Name, lease and limits of a worker."""
 
     worker: str
-    """Its name, for others to read; also seeds the order in which it tries units."""
+    """Name of the worker; also seeds the order in which it tries units."""
     lease_s: float = 600.0
-    """A claim that was not renewed for so long is another's to take."""
+    """Seconds without a renewal after which another worker may take a claim."""
     poll_s: float = 2.0
     attempts: int = 3
-    """Failures of a unit, of all workers together, after which it is left alone."""
+    """Failures of a unit, over all workers, after which it is left out."""
     idle_s: float = 0.0
-    """Seconds without anything missing after which the worker ends; 0 = never."""
+    """Seconds without a missing unit after which the worker ends; 0 = never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkReport:
-    """What one worker did."""
+    """Counts and times of one worker."""
 
     units: int
     positions: int
     seconds: float
-    """From its first look at the store to its end, waiting included ..."""
+    """From the start of the worker to its end, waiting included."""
     positions_per_second: float
-    """... and this of the time at work."""
+    """Per second at work, without waiting."""
     failed: int
-    """Planned units that are left alone, whoever tried them ..."""
+    """Planned units that are left out, over all workers."""
     first_error: str
-    """... and what one of them raised."""
+    """Error of one of them."""
 
 
 def run_worker(
@@ -99,44 +100,44 @@ def run_worker(
     on_event: EventHandler = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> WorkReport:
-    """Does what is missing, unit by unit, until `stop` is set or nothing was missing for a while.
+    """Do the missing units one by one, until `stop` is set or no unit was missing for `idle_s`.
 
-    plan(given up) -> what is missing, where some units are left alone. work(key, what) commits a
-    unit and returns its positions; it raises Stopped where it waited for others when `stop` was
-    set, which is otherwise looked at between units. Raises what STOPS lists, and whatever is no
-    Exception, with the claim removed; all else is the failure of a unit.
+    plan(left_out) -> WorkPlan, without the units left out. work(key, unit) commits a unit and
+    returns its positions; it raises Cancelled where it waited for others when `stop` was set.
+    Otherwise `stop` is read between units. Raises the errors of STOPS and every BaseException that
+    is no Exception, with the claim removed; any other error is a failure of the unit.
     """
     claims = Claims(store.storage, worker=settings.worker, lease_s=settings.lease_s, clock=clock)
     order = random.Random(settings.worker)
-    begun_s = busy_s = told_s = clock()
+    begun_s = busy_s = reported_s = clock()
     done_before: int | None = None
     units = positions = 0
     at_work_s = 0.0
     seen: set[str] = set()
-    told = (-1, -1)
-    left_alone = _LeftAlone(store, settings.attempts)
+    reported = (-1, -1)
+    failures = _Failures(store, settings.attempts)
     while not stop.is_set():
-        given_up = left_alone.units()
+        left_out = failures.units()
         number = store.head().number
-        planned = plan(given_up)
-        seen |= planned.units.keys() & given_up
-        if told != (planned.done, planned.total):
-            told = (planned.done, planned.total)
-            progress(stage, *told)
-        keys = [key for key in planned.units if key not in given_up]
+        planned = plan(left_out)
+        seen |= planned.units.keys() & left_out
+        if reported != (planned.done, planned.total):
+            reported = (planned.done, planned.total)
+            progress(stage, *reported)
+        keys = [key for key in planned.units if key not in left_out]
         order.shuffle(keys)
         claims.look()
-        if (taken := _first(claims, keys)) is None:
+        if (taken := _claim_first(claims, keys)) is None:
             busy_s = clock() if keys else busy_s
             if settings.idle_s and clock() - busy_s >= settings.idle_s:
                 break
             stop.wait(settings.poll_s)
             continue
         key, claim = taken
-        with _held(claim, settings.lease_s / BEATS):
-            # Whoever had it may have committed it and gone between the plan and the claim.
+        with _renewed(claim, settings.lease_s / BEATS):
+            # Another worker may have committed the unit between the plan and the claim.
             if store.head().number != number:
-                planned = plan(given_up)
+                planned = plan(left_out)
             if key not in planned.units:
                 continue
             start_s = clock()
@@ -147,7 +148,7 @@ def run_worker(
                 break
             except STOPS:
                 raise
-            # A unit's data may bring any library to raise anything; its note holds all of it.
+            # A unit's data may make any library raise any error; the note keeps all of it.
             except Exception as error:
                 note_failure(store.storage, key, error, settings.worker)
             else:
@@ -155,11 +156,11 @@ def run_worker(
             at_work_s += clock() - start_s
         busy_s = clock()
         done_before = planned.done if done_before is None else done_before
-        if busy_s - told_s >= TELL_S:
-            told_s = busy_s
+        if busy_s - reported_s >= REPORT_S:
+            reported_s = busy_s
             rate = positions / at_work_s if at_work_s else 0.0
-            on_event(f"{rate:.0f} positions/s{_left(planned, done_before, busy_s - begun_s)}")
-    failed = sorted(seen & left_alone.units())
+            on_event(f"{rate:.0f} positions/s{_remaining(planned, done_before, busy_s - begun_s)}")
+    failed = sorted(seen & failures.units())
     return WorkReport(
         units=units,
         positions=positions,
@@ -171,7 +172,7 @@ def run_worker(
 
 
 def check_failed(report: WorkReport, url: str) -> None:
-    """Raises IncompleteError where units were left alone."""
+    """Raise IncompleteError where units were left out."""
     if report.failed:
         raise IncompleteError(
             f"{report.failed} units failed too often and are left out; one with "
@@ -181,8 +182,9 @@ def check_failed(report: WorkReport, url: str) -> None:
 
 
 def retry_failed(store: Store) -> list[dict[str, Any]]:
-    """Removes every note of a failure, so that workers try these units again; the last note of each
-    unit, and how many there were.
+    """Remove every failure note, so that workers try these units again.
+
+    -> the last note of each unit, and its number of failures.
     """
     removed: list[dict[str, Any]] = []
     for key, times in failed_units(store.storage).items():
@@ -192,8 +194,8 @@ def retry_failed(store: Store) -> list[dict[str, Any]]:
     return removed
 
 
-def _left(planned: WorkPlan[Any], done_before: int, took_s: float) -> str:
-    """What is left at the pace of all workers together; empty where none has done a unit."""
+def _remaining(planned: WorkPlan[Any], done_before: int, took_s: float) -> str:
+    """Return the text on the units left, at the pace of all workers; empty before the first."""
     done = planned.done - done_before
     if done < 1:
         return ""
@@ -206,27 +208,27 @@ def _brief(note: dict[str, Any]) -> dict[str, Any]:
     return {"error": note["error"], "message": lines[0], "worker": note["worker"]}
 
 
-class _LeftAlone:
-    """Units that failed too often, or once with what they would raise again."""
+class _Failures:
+    """Units that failed too often, or once with UnitError."""
 
     def __init__(self, store: Store, attempts: int) -> None:
-        self._storage, self._attempts = store.storage, attempts
-        self._lasting: dict[str, tuple[int, bool]] = {}
-        """unit_key -> (how many notes, whether it is left alone): a note is read once."""
+        self._store, self._attempts = store, attempts
+        self._seen: dict[str, tuple[int, bool]] = {}
+        """unit_key -> (number of notes, True where left out): each note is read once."""
 
     def units(self) -> set[str]:
-        failed = failed_units(self._storage)
-        # Notes that were removed say nothing of those that come after.
-        self._lasting = {key: self._look(key, times) for key, times in failed.items()}
-        return {key for key, (_, left) in self._lasting.items() if left}
+        failed = failed_units(self._store.storage)
+        # Drop the entries of removed notes: later notes are counted from 0.
+        self._seen = {key: self._read(key, times) for key, times in failed.items()}
+        return {key for key, (_, left) in self._seen.items() if left}
 
-    def _look(self, key: str, times: int) -> tuple[int, bool]:
+    def _read(self, key: str, times: int) -> tuple[int, bool]:
         if times >= self._attempts:
             return times, True
-        known = self._lasting.get(key)
+        known = self._seen.get(key)
         if known is not None and known[0] == times:
             return known
-        notes = failures_of(self._storage, key)
+        notes = failures_of(self._store.storage, key)
         return times, any(note.error == UnitError.__name__ for note in notes)
 
 
@@ -237,8 +239,8 @@ def _first_error(store: Store, failed: Collection[str]) -> str:
     return ""
 
 
-def _first(claims: Claims, keys: Collection[str]) -> tuple[str, Claim] | None:
-    """The first of these units that could be claimed."""
+def _claim_first(claims: Claims, keys: Collection[str]) -> tuple[str, Claim] | None:
+    """Claim the first of these units that is free; None where all are claimed."""
     for key in keys:
         if (claim := claims.take(key)) is not None:
             return key, claim
@@ -246,14 +248,14 @@ def _first(claims: Claims, keys: Collection[str]) -> tuple[str, Claim] | None:
 
 
 @contextmanager
-def _held(claim: Claim, every_s: float) -> Iterator[None]:
-    """Renews a claim from a thread while the work goes on, and removes it in the end."""
+def _renewed(claim: Claim, every_s: float) -> Iterator[None]:
+    """Renew a claim from a thread while the work goes on, and remove it at the end."""
     over = threading.Event()
     lost: list[Exception] = []
 
     def beat() -> None:
         try:
-            # Who has lost it goes on: the first commit wins, and nothing is won by giving up.
+            # The work goes on after a lost claim: the first commit wins.
             while not over.wait(every_s) and claim.renew():
                 pass
         except StoreError as error:
@@ -271,7 +273,7 @@ def _held(claim: Claim, every_s: float) -> Iterator[None]:
     except BaseException:
         over.set()
         thread.join()
-        # What ended the work is what the caller has to know; the claim may stay behind.
+        # Raise the error of the work, not one of the release; the claim may stay behind.
         with suppress(StoreError):
             claim.release()
         raise

@@ -138,7 +138,7 @@ def test_a_larger_request_widens_from_the_command_line(world: World, call: Any) 
     assert call(own).code == 0
     assert call(f"{SCORE} {store} --extra-ids self --format json").json["units_new"] == UNITS
     call(f"{SCORE} {store} --extra-ids nobody").refused(
-        3, "no scores of 'nobody'", "Score with that"
+        3, "no scores of 'nobody'", "score with that"
     )
 
 
@@ -220,7 +220,7 @@ def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> N
             model=teacher,
             scorer=Told(HF(teacher), at_ids=False),
             teacher_name="big",
-            request=ScoreParams(entry_kind="topk", k_min=4, k_max=4, at_student=False),
+            params=ScoreParams(entry_kind="topk", k_min=4, k_max=4, at_student=False),
         )
     )
     rows = call(f"store show {store} --format json").json["rows"]

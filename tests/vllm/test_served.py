@@ -148,7 +148,7 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
 
     request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=12, k_max=12)
     near = {"model": ref, "scorer": hf, "teacher_name": "near", "profile": "raw32"}
-    score(ScoreRequest(store=store, request=request, **near))
+    score(ScoreRequest(store=store, params=request, **near))
     snapshot = store.head()
     assert len(snapshot.segments) == snapshot.number + 1 == 3 * UNITS
     for segment in snapshot.rollouts("main"):

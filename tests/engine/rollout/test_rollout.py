@@ -18,7 +18,7 @@ from logitcask.engine.rollout.unit import (
     UNIT_POSITIONS,
     RolloutRequest,
     draw,
-    mc_request,
+    mc_params,
     prompt_set_digest,
     unit_key,
 )
@@ -216,9 +216,9 @@ def test_draws_are_of_the_students_law_and_stored_with_its_log_probs(
     p = np.exp(exact)
     assert (np.abs(counts / draws - p) <= 5 * np.sqrt(p * (1 - p) / draws) + 1 / draws).all()
     # The same seed draws the same, and a teacher of that seed draws others.
-    again = draw(hf, found, mc_request(draws, seed))
+    again = draw(hf, found, mc_params(draws, seed))
     assert np.array_equal(again.mult, found.draws.mult)
-    of_teacher = dataclasses.replace(mc_request(draws, seed), seed=seed)
+    of_teacher = dataclasses.replace(mc_params(draws, seed), seed=seed)
     assert not np.array_equal(hf.score(found, of_teacher).mult, found.draws.mult)
 
 

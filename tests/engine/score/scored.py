@@ -53,7 +53,7 @@ def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6, mc_draws:
 def run(
     path: Path, model: ModelRef, scorer: Any, progress: Progress = no_progress, **keys: Any
 ) -> ScoreReport:
-    keys = {"teacher_name": "big", "request": REQUEST} | keys
+    keys = {"teacher_name": "big", "params": REQUEST} | keys
     asked = ScoreRequest(store=open_store(path), model=model, scorer=scorer, **keys)
     return score(asked, progress=progress)
 

@@ -136,7 +136,7 @@ def test_a_name_stands_for_one_teacher(
         run(store, teacher, Dies(scorer, 0), role="base")
     drawn = ScoreParams(entry_kind="sampled", draws=3, at_student=False)
     with pytest.raises(IdentityError, match="'big' stands for a teacher's best ids, not drawn ids"):
-        run(store, teacher, Dies(scorer, 0), request=drawn)
+        run(store, teacher, Dies(scorer, 0), params=drawn)
     with pytest.raises(IdentityError, match="already, under the name 'big'"):
         run(store, teacher, scorer, teacher_name="copy")
     assert run(store, student, HF(student), teacher_name="self").units_new == 2
@@ -156,9 +156,9 @@ def test_a_list_that_must_be_longer_than_it_may_be_is_refused(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
     """Else train would promise an exact top-20 of rows that hold 10 ids."""
-    request = dataclasses.replace(REQUEST, k_min=20)
+    params = dataclasses.replace(REQUEST, k_min=20)
     with pytest.raises(ConfigError, match="k_min = 20 is more than k_max = 10"):
-        run(store, teacher, Dies(scorer, 0), request=request)
+        run(store, teacher, Dies(scorer, 0), params=params)
 
 
 def test_missing_rollouts_and_capabilities_are_named(
@@ -171,7 +171,7 @@ def test_missing_rollouts_and_capabilities_are_named(
     with pytest.raises(ConfigError, match="the backend hf cannot give at_ids"):
         run(store, teacher, poor)
     whole = dataclasses.replace(REQUEST, at_student=False)
-    assert run(store, teacher, poor, request=whole).units_new == 2
+    assert run(store, teacher, poor, params=whole).units_new == 2
 
 
 def test_a_teacher_that_cannot_be_asked_at_ids_cannot_add_to_its_scores(
@@ -181,13 +181,13 @@ def test_a_teacher_that_cannot_be_asked_at_ids_cannot_add_to_its_scores(
     poor.capabilities = scorer.capabilities - {"at_ids"}
     own = dataclasses.replace(REQUEST, at_student=False)
     with pytest.raises(ConfigError, match="cannot give at_ids"):
-        run(store, teacher, poor, request=own, at="mc")
-    run(store, teacher, poor, request=own)
-    assert run(store, teacher, poor, request=own).units_new == 0
+        run(store, teacher, poor, params=own, at="mc")
+    run(store, teacher, poor, params=own)
+    assert run(store, teacher, poor, params=own).units_new == 0
     begun = poor.begun
     more = dataclasses.replace(own, k_max=20)
-    with pytest.raises(ConfigError, match="there for less than is asked") as caught:
-        run(store, teacher, poor, request=more)
+    with pytest.raises(ConfigError, match="there for less than this request") as caught:
+        run(store, teacher, poor, params=more)
     assert "under another name" in caught.value.hint
     assert poor.begun == begun
-    assert run(store, teacher, scorer, request=more).units_new == 2
+    assert run(store, teacher, scorer, params=more).units_new == 2

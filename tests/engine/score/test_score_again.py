@@ -35,9 +35,9 @@ def test_a_wider_request_adds_what_is_missing_and_reads_as_asked_for_at_once(
     store: Path, tmp_path: Path, made: Path, teacher: ModelRef, scorer: HF
 ) -> None:
     run(store, teacher, scorer)
-    assert run(store, teacher, scorer, request=WIDE).units_new == 2
+    assert run(store, teacher, scorer, params=WIDE).units_new == 2
     at_once = shutil.copytree(made, tmp_path / "at-once")
-    run(at_once, teacher, scorer, request=WIDE)
+    run(at_once, teacher, scorer, params=WIDE)
     ours, theirs = open_store(store), open_store(at_once)
     a, b = ours.head().scores("big"), theirs.head().scores("big")
     assert [each.layout for each in next(iter(a.values()))] == ["once", "wider"]
@@ -55,20 +55,20 @@ def test_a_wider_request_adds_what_is_missing_and_reads_as_asked_for_at_once(
 def test_a_request_that_is_served_already_is_not_scored(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
-    run(store, teacher, scorer, request=WIDE)
+    run(store, teacher, scorer, params=WIDE)
     idle = Dies(scorer, 0)
     for smaller in (WIDE, REQUEST, replace(WIDE, k_max=20), replace(WIDE, at_student=False)):
-        assert run(store, teacher, idle, request=smaller).units_new == 0
+        assert run(store, teacher, idle, params=smaller).units_new == 0
     with pytest.raises(KeyboardInterrupt):
-        run(store, teacher, idle, request=replace(WIDE, k_max=31))
+        run(store, teacher, idle, params=replace(WIDE, k_max=31))
     with pytest.raises(KeyboardInterrupt):
-        run(store, teacher, idle, request=replace(WIDE, top_p=0.999))
+        run(store, teacher, idle, params=replace(WIDE, top_p=0.999))
 
 
 def test_a_teacher_that_was_not_asked_at_the_student_can_be_later(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
-    run(store, teacher, scorer, request=replace(REQUEST, at_student=False))
+    run(store, teacher, scorer, params=replace(REQUEST, at_student=False))
     opened = open_store(store)
     before = opened.head().scores("big")
     assert all(chain[0].layout == "whole" for chain in before.values())
@@ -89,7 +89,7 @@ def test_a_teacher_is_asked_at_a_later_students_ids(
     with pytest.raises(IncompleteError, match="no scores of 'later'"):
         run(store, teacher, scorer, at="later")
     own = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
-    run(store, later, HF(later), teacher_name="later", request=own)
+    run(store, later, HF(later), teacher_name="later", params=own)
     run(store, teacher, scorer)
     assert run(store, teacher, scorer, at="later").units_new == 2
     assert run(store, teacher, Dies(scorer, 0), at="later").units_new == 0
@@ -175,7 +175,7 @@ ALL = ScoreParams(entry_kind="topk", top_p=1.0, k_min=99, k_max=99, at_student=F
 def test_another_dtype_does_not_widen(store: Path, teacher: ModelRef, scorer: HF) -> None:
     run(store, teacher, scorer)
     coarse = HF(teacher, dtype="bfloat16")
-    report_of = lambda: run(store, teacher, coarse, request=WIDE)  # noqa: E731
+    report_of = lambda: run(store, teacher, coarse, params=WIDE)  # noqa: E731
     # bfloat16 moves these log-probs by more than float32 may move, and less than bfloat16 may.
     assert report_of().units_new == 2
 
@@ -187,7 +187,7 @@ def test_another_dtype_does_not_widen(store: Path, teacher: ModelRef, scorer: HF
             return replace(said, at_lp=said.at_lp - 0.5)
 
     with pytest.raises(IdentityError, match="not the numbers that these scores were begun with"):
-        run(store, teacher, Wrong(), request=replace(WIDE, k_max=40))
+        run(store, teacher, Wrong(), params=replace(WIDE, k_max=40))
 
 
 def test_base_models_and_contexts_are_scores_of_their_own(
@@ -225,7 +225,7 @@ DRAWN = ScoreParams(entry_kind="sampled", draws=400, at_student=False, seed=3)
 
 def test_ids_are_drawn_from_the_teachers_law(store: Path, teacher: ModelRef, scorer: HF) -> None:
     """RS-KD: counts / draws is an unbiased estimate of q, and what is not drawn is in the tail."""
-    run(store, teacher, scorer, teacher_name="drawn", request=DRAWN)
+    run(store, teacher, scorer, teacher_name="drawn", params=DRAWN)
     opened = open_store(store)
     snapshot = opened.head()
     for segment in snapshot.rollouts("main"):
@@ -251,7 +251,7 @@ def test_ids_are_drawn_from_the_teachers_law(store: Path, teacher: ModelRef, sco
     # Other draws are scores of their own; said before a teacher is asked.
     other = replace(DRAWN, seed=4)
     with pytest.raises(IdentityError, match="holds draws of these rollouts of another"):
-        run(store, teacher, Dies(scorer, 0), teacher_name="drawn", request=other)
+        run(store, teacher, Dies(scorer, 0), teacher_name="drawn", params=other)
     again = scorer.score(rollouts, DRAWN)
     assert np.array_equal(again.ids, known.ids), "the seed and the tokens decide"
     assert not np.array_equal(scorer.score(rollouts, replace(DRAWN, seed=4)).ids, known.ids)
@@ -279,7 +279,7 @@ def test_requests_that_contradict_themselves(
     store: Path, teacher: ModelRef, scorer: HF, wrong: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigError, match="entry_kind = "):
-        run(store, teacher, Dies(scorer, 0), request=replace(ScoreParams(), **wrong))
+        run(store, teacher, Dies(scorer, 0), params=replace(ScoreParams(), **wrong))
 
 
 def test_training_refuses_what_it_cannot_use(
@@ -294,14 +294,14 @@ def test_training_refuses_what_it_cannot_use(
             objective=parse_objective(objective, k=k),
         )
 
-    run(store, teacher, scorer, teacher_name="drawn", request=DRAWN)
+    run(store, teacher, scorer, teacher_name="drawn", params=DRAWN)
     with pytest.raises(ObjectiveError, match="drawn from the teacher"):
         learn("drawn", "overlap", 4)
     # One unit widened and one not: a plan mixes both, and the smaller promise holds.
     run(store, teacher, scorer)
     with pytest.raises(KeyboardInterrupt):
-        run(store, teacher, Dies(scorer, 1), request=WIDE)
+        run(store, teacher, Dies(scorer, 1), params=WIDE)
     with pytest.raises(ObjectiveError, match="k = 5 is more than k_min = 4"):
         learn("big", "overlap", 5)
-    run(store, teacher, scorer, request=WIDE)
+    run(store, teacher, scorer, params=WIDE)
     learn("big", "overlap", 5)

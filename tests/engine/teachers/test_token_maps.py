@@ -73,7 +73,7 @@ def score(store: Store, student: ModelRef, teacher: ModelRef, **keys: Any) -> An
     shared = shared_vocabulary(student.lineage(), teacher, str(student.path))
     assert shared is not None
     teacher = replace(teacher, n_vocab=shared.n_vocab)
-    return run(Path(store.url), teacher, HF(teacher), request=ASK, shared=shared, **keys)
+    return run(Path(store.url), teacher, HF(teacher), params=ASK, shared=shared, **keys)
 
 
 def test_an_id_that_does_not_occur_may_be_another_token(
@@ -137,7 +137,7 @@ def test_without_the_students_tokenizer_there_is_nothing_to_compare(
     teacher = teacher_without(9, tmp_path / "t")
     assert shared_vocabulary(student.lineage(), teacher) is None
     with pytest.raises(IdentityError, match="the student's tokenizer is") as caught:
-        run(Path(store.url), teacher, HF(teacher), request=ASK)
+        run(Path(store.url), teacher, HF(teacher), params=ASK)
     assert "--student-tokenizer" in caught.value.hint
     with pytest.raises(IdentityError, match="and that of the student is"):
         shared_vocabulary(student.lineage(), teacher, str(teacher.path))
@@ -172,10 +172,10 @@ def test_what_is_known_already_is_not_asked_after_again(
     folder = save_folder(tmp_path / "t", model, make_tokenizer(characters=renamed))
     teacher = ref(folder)
     shared = shared_vocabulary(student.lineage(), teacher, str(student.path))
-    told: dict[str, Any] = {"shared": shared, "request": everything}
+    told: dict[str, Any] = {"shared": shared, "params": everything}
     run(Path(store.url), teacher, HF(teacher), **told)
     more = HF(student)
-    run(Path(store.url), student, more, teacher_name="self", request=ASK)
+    run(Path(store.url), student, more, teacher_name="self", params=ASK)
     assert run(Path(store.url), teacher, HF(teacher), at="self", **told).units_new == 1
 
 

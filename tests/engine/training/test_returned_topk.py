@@ -96,10 +96,10 @@ def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory)
     )
     hf = HF(models["teacher"])
     asked: dict[str, Any] = {
-        "all": {"scorer": hf, "request": REQUEST, "at": "mc"},
-        "told": {"scorer": Told(hf), "request": TOLD, "at": "mc"},
-        "whole": {"scorer": Told(hf, at_ids=False), "request": ALONE},
-        "base": {"scorer": HF(models["base"]), "request": REQUEST, "at": "mc", "role": "base"},
+        "all": {"scorer": hf, "params": REQUEST, "at": "mc"},
+        "told": {"scorer": Told(hf), "params": TOLD, "at": "mc"},
+        "whole": {"scorer": Told(hf, at_ids=False), "params": ALONE},
+        "base": {"scorer": HF(models["base"]), "params": REQUEST, "at": "mc", "role": "base"},
     }
     for name, keys in asked.items():
         model = models["base" if name == "base" else "teacher"]
@@ -248,8 +248,8 @@ def test_a_scorer_that_answers_at_no_chosen_ids_is_asked_at_none(
     scorer = Told(HF(models["teacher"]), at_ids=False)
     told: dict[str, Any] = {"model": models["teacher"], "scorer": scorer}
     with pytest.raises(ConfigError, match="cannot give at_ids"):
-        ScoreRequest(store=store, teacher_name="asked", request=REQUEST, **told)
+        ScoreRequest(store=store, teacher_name="asked", params=REQUEST, **told)
     drawn = ScoreParams(entry_kind="sampled", draws=5, at_student=False)
     with pytest.raises(ConfigError, match="cannot give drawn"):
-        ScoreRequest(store=store, teacher_name="asked", request=drawn, **told)
+        ScoreRequest(store=store, teacher_name="asked", params=drawn, **told)
     assert "asked" not in store.head().names("score")

@@ -106,7 +106,7 @@ def filled(path: Path, root: Path, profile: str) -> Store:
                 model=model,
                 scorer=HF(model),
                 teacher_name=name,
-                request=request,
+                params=request,
                 role="base" if name == "base" else "teacher",
                 at="mc" if name in ("topk", "base") else None,
                 profile=profile,
