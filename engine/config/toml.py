@@ -36,7 +36,10 @@ def validate(
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = list(keys_of(kind))
-            near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            # A key of a known section is misspelt itself, so its section is no suggestion.
+            section = key.rpartition(".")[0]
+            keys = [each for each in known if section and each.startswith(f"{section}.")] or known
+            near = get_close_matches(key, keys, n=1, cutoff=0.0)[0]
             raise ConfigError(
                 f"{source}: unknown key {key}", hint=f"the nearest known key is {near}"
             ) from None

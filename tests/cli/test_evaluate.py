@@ -16,7 +16,7 @@ def prompts(world: World) -> None:
     rows = [{"id": f"e{i}", "prompt": f"{i} + 1 =", "answer": f"{i + 1}"} for i in range(3)]
     world.at("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = '[student]\nmodel = "student"\n[store]\nurl = "st"\n[run]\ndevice = "cpu"\n'
-    train = "[train]\nlr = 1e-3\nk = 4\ntokens_per_batch = 64\n"
+    train = "[train]\nlearning_rate = 1e-3\nloss_topk = 4\npack_length = 64\n"
     world.at("t.toml").write_text(job + train)
 
 
@@ -113,7 +113,7 @@ def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         ("--eval-store @nowhere", 1, "not a logitcask store", "check the path"),
         ("--eval-teacher tiny", 2, "--eval-teacher tiny", "give one of these"),
@@ -143,7 +143,7 @@ def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         (f"{EVAL} --eval-prompts @p.jsonl", 1, "'p0' has no answer", "MODULE:FUNCTION"),
         (f"{EVAL} --eval-prompts @no.jsonl", 1, "no.jsonl", ""),
@@ -175,11 +175,11 @@ def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "cause", "remedy"),
+    ("flags", "code", "cause", "hint"),
     [
         ("--vary objectve=opd", 2, "objectve", "did you mean train.objective?"),
         ("--vary objective=opd,olap", 2, "objective=olap: --objective olap", "overlap"),
-        ("--vary k=2,64", 1, "k=64: k = 64 is more", "--loss-topk"),
+        ("--vary loss_topk=2,64", 1, "loss_topk=64: k = 64 is more", "--loss-topk"),
         ("", 2, "--vary", "ablate --help"),
     ],
 )
