@@ -35,12 +35,12 @@ rollouts = "main"
 
 [train]
 teacher = "teacher"
-lr = 1e-3
-schedule = "cosine"
+learning_rate = 1e-3
+lr_scheduler_type = "cosine"
 warmup_steps = 20
-beta2 = 0.98
-tokens_per_batch = {tokens}
-accumulation = {accumulation}
+adam_beta2 = 0.98
+pack_length = {tokens}
+gradient_accumulation_steps = {accumulation}
 save_steps = 1000
 
 [eval]
