@@ -1,1 +1,1 @@
-"""What a person types. Parse, call the engine, print: no numerics here."""
+"""The command line: parse, call the engine, print. It holds no numerics."""

@@ -40,10 +40,10 @@ def probe_command() -> None:
 @format_option
 @dry_run_option
 def metrics_command(form: str, dry_run: bool, objectives: tuple[str, ...], **flags: Any) -> None:
-    """Every metric that training logs, of any checkpoint, on the rows of a pinned store.
+    """Measure every metric that training logs, for any checkpoint, on the rows of a snapshot.
 
-    One line per metric: its mean over all rows, then over each range of positions. What the paper's
-    released code logs under similar names is there as *_released.
+    One line per metric: its mean over all rows, then over each range of positions. Metrics
+    of the paper's released code are named *_released.
 
     Example: logitcask probe metrics --model ./run --store ./store --objective overlap --bins 4
     """

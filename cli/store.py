@@ -32,7 +32,7 @@ for command in (*KEEP, estimate_command):
 @click.argument("url")
 @format_option
 def info(url: str, form: str) -> None:
-    """Totals: segments, positions, bytes per position, names, tags.
+    """Show totals: segments, positions, bytes per position, names, tags.
 
     Example: logitcask store info ./store
     """
@@ -46,16 +46,16 @@ def info(url: str, form: str) -> None:
 @click.argument("url")
 @format_option
 def ls(url: str, form: str) -> None:
-    """One line per segment, by kind and name, in the order of commits.
+    """List one line per segment, by kind and name, in the order of commits.
 
-    What all segments of a name have in common is said once above them; --format json has it of each
-    segment, and ids as a whole.
+    Fields that all segments of a name share stand once above them; --format json repeats them for
+    each segment, with whole ids.
 
     Layouts: rollouts with (student) or without (plain) the student's own scores; of a teacher's
     first scores those that name no id twice (once), a teacher's list alone (whole) or drawn ids
     (sampled); and what widens scores that were there (wider). Rollouts with ids that the student
-    drew are `mc`, and those of a grader's rewards end in `+reward`; scores of a teacher that told
-    its best ids alone, whose entropies are intervals, in `+bounds`.
+    drew are `mc`, and those of a grader's rewards end in `+reward`; scores of a teacher
+    that returned only top-k log-probs, whose entropies are intervals, in `+bounds`.
 
     Example: logitcask store ls ./store
     """
@@ -72,8 +72,8 @@ def ls(url: str, form: str) -> None:
 def verify(url: str, deep: bool, form: str) -> None:
     """Compare every file with its digest; exit 4 and the files' names where one is damaged.
 
-    Strays are files that no record names: left by writers that died, or strange. They are harmless,
-    and gc removes those that are ours.
+    Orphans are files that no record names: of writers that died, or not of this store. They are
+    harmless, and gc removes those of this store.
 
     Example: logitcask store verify ./store --deep
     """
@@ -94,7 +94,7 @@ def _damaged(error: Exception) -> None:
 @click.option("--at", help="Log number or tag; default: the newest.")
 @format_option
 def snapshot(url: str, at: str | None, form: str) -> None:
-    """What `train --snapshot` takes: a log number that reads the same whatever is added.
+    """Show a snapshot for `train --snapshot`: a log number that always reads the same.
 
     Example: logitcask store snapshot ./store
     """
@@ -146,7 +146,7 @@ def show(
     head = {name: value for name, value in found.items() if name not in ("rows", "prompt_tokens")}
     print_result(head, form)
     click.echo()
-    print_table([_in_words(row) for row in found["rows"]], form)
+    print_table([_for_table(row) for row in found["rows"]], form)
 
 
 def _add_text(found: dict[str, Any], name: str) -> None:
@@ -161,17 +161,17 @@ def _add_text(found: dict[str, Any], name: str) -> None:
             entry["text"] = decode([entry["id"]])
 
 
-def _in_words(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `show` with the tokens' text beside their ids, and an interval as one."""
-    apart = ("text", "teacher_top", "teacher_entropy_hi")
-    told = {name: value for name, value in row.items() if name not in apart}
+def _for_table(row: dict[str, Any]) -> dict[str, Any]:
+    """Format a row of `show`: text with each token id, an entropy interval as one value."""
+    hidden = ("text", "teacher_top", "teacher_entropy_hi")
+    cells = {name: value for name, value in row.items() if name not in hidden}
     if "text" in row:
-        told["token"] = f"{row['token']} {visible(row['text'])!r}"
+        cells["token"] = f"{row['token']} {visible(row['text'])!r}"
     if (most := row.get("teacher_entropy_hi")) is not None:
-        told["teacher_entropy"] = f"{row['teacher_entropy']:.4g}-{most:.4g}"
+        cells["teacher_entropy"] = f"{row['teacher_entropy']:.4g}-{most:.4g}"
     if "teacher_top" in row:
-        told["teacher_top"] = [
+        cells["teacher_top"] = [
             f"{visible(e['text'])!r}:{e['lp']:.3f}" if "text" in e else f"{e['id']}:{e['lp']:.3f}"
             for e in row["teacher_top"]
         ]
-    return told
+    return cells

@@ -49,8 +49,8 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
 
     Example: logitcask store estimate ./teacher prompts.jsonl --student ./student
     """
-    told = {"teacher__model": model, "teacher__name": "estimate", "prompts__file": prompts}
-    job = config_from_flags(EstimateConfig, {**flags, **told})
+    fixed = {"teacher__model": model, "teacher__name": "estimate", "prompts__file": prompts}
+    job = config_from_flags(EstimateConfig, {**flags, **fixed})
     from logitcask.engine.commands.estimate import run_estimate
 
     with progress_bar() as progress:

@@ -53,16 +53,16 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
 
 @click.command("delete")
 @click.argument("url")
-@click.option("--rollouts", help="Retire the rollouts of this name, and all scores of them ...")
+@click.option("--rollouts", help="Delete the rollouts of this name, and all scores of them ...")
 @click.option(
     "--before-version",
     type=click.IntRange(min=1),
     help="... only those that students of an older version sampled.",
 )
-@click.option("--teacher", help="Retire the scores of this name.")
+@click.option("--teacher", help="Delete the scores of this name.")
 @click.option(
     "--segment",
-    help="Retire this segment (its 32 digits: `store ls --format json`), and what rests on it.",
+    help="Delete this segment (its 32 digits: `store ls --format json`), and what rests on it.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be deleted, and delete nothing.")
 @format_option
@@ -175,7 +175,7 @@ def unpack_command(url: str, files: tuple[Path, ...], repair: bool, form: str) -
 
     with progress_bar() as progress:
         report = unpack(open_store(url, create=True), files, repair=repair, progress=progress)
-    _print_brought(report, form)
+    _print_merged(report, form)
 
 
 @click.command("merge")
@@ -197,10 +197,10 @@ def merge_command(url: str, other: str, repair: bool, form: str) -> None:
     source = open_store(other)
     with progress_bar() as progress:
         report = merge(open_store(url, create=True), source, repair=repair, progress=progress)
-    _print_brought(report, form)
+    _print_merged(report, form)
 
 
-def _print_brought(report: "MergeReport", form: str) -> None:
+def _print_merged(report: "MergeReport", form: str) -> None:
     if report.left_out:
         raise IncompleteError(
             f"{report.left_out} segments were left out ({report.added} added, {report.there} "

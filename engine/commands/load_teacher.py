@@ -1,4 +1,4 @@
-"""Models of a configuration, opened as who samples and who scores."""
+"""Samplers and scorers of a configuration, with their models loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,8 +28,8 @@ from logitcask.engine.types import ModelRef, ScoreParams
 def backend(
     model: ModelRef, run: Run, *, exact: bool = True, tokenizer_vocab: int | None = None
 ) -> Any:
-    """The sampler and scorer that [run] names, with this model loaded. exact: scores from all
-    logits, where the backend has a choice; tokenizer_vocab: number of ids of its tokenizer, if
+    """Load the model into the backend that [run] names. exact: scores from all logits, where the
+    backend has a choice; tokenizer_vocab: number of ids of its tokenizer, if
     more than model.n_vocab.
     """
     name = _embedded(run)
@@ -45,8 +45,8 @@ def backend(
 
 
 def live_backend(student: Any, model: ModelRef, run: Run) -> Any:
-    """The same over a student in training: it samples with the weights of the moment, and so in
-    transformers, where they are.
+    """Return a backend over a student in training, which samples with its current weights. It is
+    transformers, which holds them.
     """
     return open_backend("hf")(
         model, dtype=run.dtype, batch_tokens=run.batch_tokens, network=inner_model(student)
@@ -64,37 +64,37 @@ def _embedded(run: Run) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedTeacher:
-    """Who scores, and what it is asked. To be closed."""
+    """A teacher that is ready to score. Close it after use."""
 
     model: ModelRef
     scorer: Any
     shared: SharedVocabulary | None
     """How its tokenizer differs from the student's; None = not at all."""
     notes: tuple[str, ...] = ()
-    """What a person should know of it."""
+    """Lines about it for the user."""
     lineage_extra: Mapping[str, Any] = field(default_factory=dict)
-    """More that every segment of its scores records."""
+    """Further fields that every segment of its scores records."""
 
     def close(self) -> None:
         close_backend(self.scorer)
 
     def score_params(self, settings: Score, seed: int) -> tuple[ScoreParams, tuple[str, ...]]:
-        """What [score] asks of it, and notes on what it cannot answer. Raises ConfigError where
-        nothing is left without that.
+        """Return the parameters of [score], and notes on those that it cannot serve. Raises
+        ConfigError if nothing useful is left.
         """
         request = settings.params(seed)
         if "at_ids" in self.scorer.capabilities or not request.at_student:
             return request, ()
         if settings.extra_ids:
             raise ConfigError(
-                f"extra_ids = {settings.extra_ids}, and {self.model.name} cannot be "
-                f"asked at chosen ids here",
+                f"extra_ids = {settings.extra_ids}, and {self.model.name} cannot "
+                f"score chosen ids here",
                 hint="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use "
                 "the backend hf",
             )
         return replace(request, at_student=False), (
-            f"{self.model.name} cannot be asked at chosen ids here, so its own best ids are all "
-            "that is kept: objectives on the student's ids will be refused",
+            f"{self.model.name} cannot score chosen ids here, so only its own top-k is "
+            "stored: objectives on the student's ids will be refused",
         )
 
 
@@ -108,14 +108,14 @@ def open_teacher(
     k_max: int,
     cancel: CancelToken,
 ) -> LoadedTeacher:
-    """A teacher here or behind a URL. student: the lineage of who sampled what it is to score;
-    template: prompts are rendered by the chat template; k_max: best ids per position that it will
-    be asked for at most; waits: told while its servers are away.
+    """Load a teacher, or connect to one at a URL. student: lineage of the model that sampled the
+    rollouts; template: prompts are rendered by the chat template; k_max: largest top-k per position
+    of the requests; cancel: ends waits for unavailable servers.
 
     Raises ConfigError for settings that have no meaning for such a teacher; IdentityError for a
     tokenizer that is not the student's and cannot be compared with it, and for a server that serves
     another revision, reads text otherwise than the tokenizer that is given, or is not the teacher
-    that the servers beside it are.
+    of the other servers.
     """
     if is_remote(teacher.model):
         if exact:
@@ -149,7 +149,7 @@ def _open_served(
             f"backend = {run.backend}, and the teacher is at a URL",
             hint="leave --backend out, or give a model folder or hub id",
         )
-    open_backend("server")  # says which package is missing
+    open_backend("server")  # raises if its package is missing
     from logitcask.engine.backends.server import Limits, ServerScorer, read_key
 
     server = ServerScorer(
@@ -168,10 +168,10 @@ def _open_served(
             revision=teacher.revision,
             chat_template=template,
         )
-        told = check_tokenizer(model, server.tokenize)
+        checked = check_tokenizer(model, server.tokenize)
         server.n_vocab = own = model.n_vocab
         model, shared, notes = _shared(model, student, teacher.student_tokenizer)
-        if not told:
+        if not checked:
             notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
         head = identity.from_config(identity.read_config(model.path), "vocab_size")
         if said := check_padding(server, own, head, k_max):
@@ -193,8 +193,8 @@ def _open_served(
 def _shared(
     model: ModelRef, student: Mapping[str, Any], source: str
 ) -> tuple[ModelRef, SharedVocabulary | None, list[str]]:
-    """The teacher over the ids that the student knows too, and what is said of the two; refused
-    before its weights are read.
+    """Return the teacher over the ids that the student has too, and notes on the two; raises before
+    its weights are read.
     """
     shared = shared_vocabulary(student, model, source)
     if shared is not None:

@@ -22,14 +22,14 @@ from logitcask.engine.types import ModelRef, Prompt
 
 
 def snapshot_of(store: Store, text: str) -> Snapshot:
-    """The snapshot that a person names: a log number, or a tag."""
+    """Return the snapshot of a log number or a tag."""
     return store.snapshot(int(text) if text.isdecimal() else text)
 
 
 def student_and_prompts(
     student: Student, prompts: Prompts, rollout: Rollout
 ) -> tuple[ModelRef, list[Prompt], bool]:
-    """The student's reference, its prompts, and whether the chat template rendered them.
+    """Return the student's reference, its prompts, and whether the chat template rendered them.
 
     Every prompt leaves room for max_new_tokens in the student's context.
     """
@@ -44,7 +44,7 @@ def student_and_prompts(
 
 
 def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> EvalPlan | None:
-    """What [eval] asks of students with the tokenizer of `model`; None where it names no prompts.
+    """Return the evaluation of [eval] with the tokenizer of `model`; None if it names no prompts.
 
     Raises PromptError, and ConfigError for a grader that is not there.
     """
@@ -67,8 +67,8 @@ def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> Eval
 
 
 def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSet | None:
-    """The rows that [eval] names; None where it names none. `url` is the store that is trained on,
-    `base` the scores of a base model that are looked at there, and here where they have that name.
+    """Return the held-out rows that [eval] names, or None. `url` is the store of the training,
+    `base` its scores of a base model, which are used here too if they have that name.
 
     Raises ConfigError where the choice is not clear, IncompleteError where there is none.
     """
@@ -90,7 +90,7 @@ def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSe
 
 
 def grader_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> Grader | None:
-    """Who gives responses their rewards, as [rollout] says; None where it names nobody.
+    """Return the grader of [rollout], or None.
 
     Raises as open_grader does.
     """
@@ -112,8 +112,8 @@ def _decoder(tokenizer: Any) -> Decode:
 def _read(
     file: Path, tokenizer: Any, folder: Path, template: bool, max_new_tokens: int, of: str = ""
 ) -> list[Prompt]:
-    """Prompts that leave room for the response in the context of the model in `folder`; `of` is the
-    prefix of the key that says how long it gets.
+    """Read prompts that leave room for the response in the context of the model in `folder`. `of`
+    is the prefix of the key for its length.
     """
     context = identity.context_length(folder)
     if max_new_tokens >= context:
@@ -128,7 +128,7 @@ def _read(
 
 
 def student_of(student: Student, snapshot: Snapshot, rollouts: str) -> ModelRef:
-    """The reference of a student to be trained on these rollouts."""
+    """Return the reference of a student for a training on these rollouts."""
     return identity.model_ref(
         student.model, revision=student.revision, chat_template=rendered(snapshot, rollouts)
     )
@@ -142,13 +142,13 @@ def rendered(snapshot: Snapshot, rollouts: str) -> bool:
             f"the store holds no rollouts named {rollouts!r}; it has: {known}",
             hint="run `logitcask rollout` first, or give --rollouts one of these",
         )
-    # The digest says it of every sampler's rollouts; the plain word is only in those of our verbs.
+    # The digest is in the rollouts of every sampler, the plain field only in those of our commands.
     template: str = segments[0].lineage["student"]["template"]
     return template != identity.template_digest(None, False)
 
 
 def find_objective(settings: Train) -> Preset:
-    """The preset that [train] names; ConfigError names the nearest known one."""
+    """Return the preset that [train] names; ConfigError names the nearest known one."""
     name = re.split(r"[(+]", settings.objective)[0].strip()
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]

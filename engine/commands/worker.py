@@ -120,21 +120,21 @@ def watch_rollouts(
 
 
 class _Students:
-    """The student's folder, version after version, and what is to be sampled from each."""
+    """The versions of the student in its folder, and the units to sample from each."""
 
     def __init__(self, config: RolloutConfig, on_event: EventHandler) -> None:
         self._config, self._on_event, self._said = config, on_event, warn_once(on_event)
         self._model, self._prompts, self._template = student_and_prompts(
             config.student, config.prompts, config.rollout
         )
-        self._grading = grader_of(config.rollout, self._model, self._prompts)
+        self._grader = grader_of(config.rollout, self._model, self._prompts)
         self._request: RolloutRequest | None = self._load(self._model)
         self.store = self._request.store
         self._odd = ""
-        """What was wrong with the folder at the last look: it may be in the middle of a save."""
+        """Fault of the folder when it was last read: a save may be in progress."""
 
     def close(self) -> None:
-        """Ends what the student that is loaded keeps open."""
+        """Close the backend of the loaded student."""
         if self._request is not None:
             close_backend(self._request.sampler)
         self._request = None
@@ -144,7 +144,7 @@ class _Students:
         return self._request
 
     def plan(self, given_up: Collection[str]) -> WorkPlan[RolloutUnit]:
-        """What is missing of this version; of the next one as soon as nothing is."""
+        """Plan the missing units of this version, or of the next one if none is missing."""
         snapshot = self.store.head()
         missing = self._missing(snapshot)
         if not missing.keys() - given_up and self._moved():
@@ -162,11 +162,11 @@ class _Students:
 
     def _load(self, model: ModelRef) -> RolloutRequest:
         return rollout_request(
-            self._config, model, self._prompts, self._template, self._grading, versions=True
+            self._config, model, self._prompts, self._template, self._grader, versions=True
         )
 
     def _moved(self) -> bool:
-        """Whether the folder holds a later version, which is loaded then."""
+        """Load a later version if the folder holds one; return True if it did."""
         try:
             found = self._later()
             if found is None:
@@ -188,7 +188,7 @@ class _Students:
         return True
 
     def _loaded_whole(self, found: ModelRef) -> RolloutRequest | None:
-        """That version, loaded; None where the folder was saved again meanwhile."""
+        """Load that version; return None if the folder was saved again meanwhile."""
         request = self._load(found)
         whole = False
         try:
@@ -199,7 +199,7 @@ class _Students:
         return request if whole else None
 
     def _later(self) -> ModelRef | None:
-        """The student that the folder holds now, None where it is no later one than the last."""
+        """Return the student in the folder now; None if it is not later than the last."""
         was, path = self._model, self._model.path
         card, weights = identity.read_metadata(path), identity.weights_digest(path)
         version, root = (0, weights) if card is None else (card["version"], card["root"])
@@ -227,7 +227,7 @@ class _Students:
 def _awaited(
     where: StoreSection, work: Work, stop: threading.Event, on_event: EventHandler
 ) -> tuple[Store, Snapshot] | None:
-    """The store, once it holds rollouts of the name; None where `stop` was set before.
+    """Wait for rollouts of the name in the store; return None if `stop` was set before.
 
     Raises what `score` would where nothing came within idle_exit.
     """

@@ -1,4 +1,4 @@
-"""What every section of the configuration is, and the types of its values."""
+"""Base class of the sections of the configuration, and the types of their values."""
 
 from typing import Annotated
 

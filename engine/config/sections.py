@@ -45,8 +45,8 @@ class StoreSection(Section):
 class Rollout(SamplingParams):
     student_topk: Positive = Field(
         16,
-        description="Ids of the student's own top-k kept per position. The teacher is asked at "
-        "these, so objectives with the student's support can use no larger k.",
+        description="Ids of the student's own top-k kept per position. The teacher scores "
+        "these too, so objectives with the student's support can use no larger k.",
     )
     mc_draws: int = Field(
         0,
@@ -58,7 +58,7 @@ class Rollout(SamplingParams):
     )
     grader: str = Field(
         "",
-        description="Who gives each response a reward in [0, 1] that is stored with it: exact = "
+        description="Grader that gives each response a reward in [0, 1], stored with it: exact = "
         'its last \\boxed{}, "Answer:", "####" or line is the prompt\'s "answer"; or '
         "MODULE:FUNCTION, installed code called with (prompt, response). Empty = no rewards.",
     )
@@ -77,8 +77,7 @@ class Estimate(Section):
     teacher_topk_max: Positive = Field(
         256,
         description="The largest --teacher-topk-max of the table; a server must allow as "
-        "many log-probs "
-        "(--max-logprobs), and 20 where it was not told otherwise.",
+        "many log-probs (--max-logprobs, by default 20).",
     )
 
 
@@ -91,8 +90,8 @@ class Gc(Section):
     lease_hours: float = Field(
         24.0,
         ge=0,
-        description="What no record names is left to its writer for so long; 0 only when nobody "
-        "writes.",
+        description="Hours for which a file that no record names is left to its writer; 0 only "
+        "while no process writes.",
     )
 
 
@@ -104,7 +103,7 @@ class Run(Section):
     seed: int = Field(0, ge=0, description="Seeds sampling, shuffling and initial adapters.")
     backend: str = Field(
         "auto",
-        description="Who samples and scores: hf (transformers), vllm (in this process), server (a "
+        description="Sampler and scorer: hf (transformers), vllm (in this process), server (a "
         "teacher at a URL); auto = server for a URL, else hf.",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
@@ -119,7 +118,7 @@ class Run(Section):
 
 
 class RolloutConfig(Section):
-    """What `logitcask rollout` needs."""
+    """Sections of `logitcask rollout`."""
 
     student: Student
     prompts: Prompts
@@ -130,7 +129,7 @@ class RolloutConfig(Section):
 
 
 class ScoreConfig(Section):
-    """What `logitcask score` needs."""
+    """Sections of `logitcask score`."""
 
     teacher: Teacher
     store: StoreSection
@@ -140,7 +139,7 @@ class ScoreConfig(Section):
 
 
 class EstimateConfig(Section):
-    """What `logitcask store estimate` needs."""
+    """Sections of `logitcask store estimate`."""
 
     student: Student
     teacher: Teacher
@@ -152,19 +151,19 @@ class EstimateConfig(Section):
 
 
 class AblateConfig(Section):
-    """What `logitcask ablate` needs beside a TrainJob."""
+    """Sections of `logitcask ablate`, in addition to those of a training."""
 
     ablate: Ablate
 
 
 class GcConfig(Section):
-    """What `logitcask store gc` needs."""
+    """Sections of `logitcask store gc`."""
 
     gc: Gc = Gc()
 
 
 class TrainConfig(Section):
-    """What `logitcask train` needs."""
+    """Sections of `logitcask train`."""
 
     student: Student
     store: StoreSection
@@ -175,7 +174,7 @@ class TrainConfig(Section):
 
 
 class ProbeConfig(Section):
-    """What `logitcask probe metrics` needs."""
+    """Sections of `logitcask probe metrics`."""
 
     student: Student
     store: StoreSection

@@ -1,4 +1,4 @@
-"""Sections of teachers, what they are asked, and the workers that ask them."""
+"""Sections of teachers, of their scores, and of the workers."""
 
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ class Teacher(Section):
     tokenizer: str = Field(
         "",
         description="With a URL: folder or hub id that holds the teacher's tokenizer and "
-        "config.json; empty = what the server says that it serves, where that can be found here.",
+        "config.json; empty = the model that the server declares, if it can be found here.",
     )
     student_tokenizer: str = Field(
         "",
@@ -49,8 +49,8 @@ class Teacher(Section):
     server_wait: float = Field(
         600.0,
         ge=0,
-        description="With a URL: seconds that all servers may be away, restarting say, before the "
-        "run gives up.",
+        description="With a URL: seconds that all servers may be unavailable, for example in a "
+        "restart, before the run gives up.",
     )
 
 
@@ -110,8 +110,8 @@ class Score(Section):
     exact: bool = Field(
         False,
         description="With --backend vllm: score from its hidden states, which gives entropy and "
-        "tail exactly, and answers at any ids; without, the teacher's own best log-probs are told, "
-        "and entropy is an interval.",
+        "tail exactly, and answers at any ids; without, only the teacher's own top-k log-probs are "
+        "returned, and entropy is an interval.",
     )
     extra_ids: str = Field(
         "",
@@ -195,11 +195,11 @@ class Score(Section):
 
 
 class Work(Section):
-    """How a worker that watches a store behaves among others."""
+    """A worker that shares a store with other workers."""
 
     worker: bool = Field(
         False,
-        description="Stay, and do what is missing as it appears, beside any number of workers on "
+        description="Stay, and do what is missing as it appears, among any number of workers on "
         "the same store. SIGTERM ends it after the unit in hand, Ctrl-C at once.",
     )
     worker_name: str = Field(

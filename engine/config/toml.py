@@ -25,7 +25,7 @@ def validate(
     source: str,
     spell: Callable[[str], str] = str,
 ) -> Job:
-    """`values` ({section: {key: value}}) as a frozen `kind`; ConfigError names key, value, rule.
+    """Validate {section: {key: value}} as a frozen `kind`; ConfigError names key, value and rule.
 
     source: where the values are from; spell: section.key -> how it is written there.
     """
@@ -62,12 +62,12 @@ _RULES = {
 
 
 def read_toml(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """A RunConfig from a TOML file and `section.key=value` overrides; paths are relative to it."""
+    """Read a RunConfig from a TOML file and `section.key=value` overrides, paths relative to it."""
     return read_job(RunConfig, path, overrides)
 
 
 def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
-    """The same of any job."""
+    """Read any configuration from a TOML file and overrides."""
     try:
         with path.open("rb") as file:
             values: dict[str, Any] = tomllib.load(file)
@@ -83,7 +83,7 @@ def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
 
 
 def to_toml(config: Section) -> str:
-    """The resolved configuration as TOML that `read_toml` reads back to the same."""
+    """Return the resolved configuration as TOML that `read_toml` reads back to the same."""
     lines: list[str] = []
     for section, content in config.model_dump(mode="json").items():
         lines.append(f"[{section}]")
@@ -109,7 +109,7 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """As TOML reads it; a bare word or path is text."""
+    """Parse a value as TOML does; a bare word or path is text."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -148,7 +148,7 @@ def _resolved(config: Job, base: Path) -> Job:
 
 
 def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Its sections, and section.key of each."""
+    """Yield the sections, and section.key of each."""
     for name, field in kind.model_fields.items():
         yield prefix + name
         inner = field.annotation

@@ -128,7 +128,7 @@ def asked(segment: Segment) -> str:
 
 
 def snapshot_summary(store: Store, snapshot: Snapshot) -> dict[str, Any]:
-    """What a snapshot is, and what it reaches."""
+    """Summarize a snapshot and the segments that it reaches."""
     return {
         "log_number": snapshot.number,
         "sha256": snapshot.sha256,

@@ -1,4 +1,4 @@
-"""What pinned rollouts, their scores and a student are to each other."""
+"""Facts of rollouts, their scores and a student that an objective depends on."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from logitcask.engine.types import MC_IDS, ModelRef, SamplingParams
 
 
 def first_snapshot(store: Store, earlier: Mapping[str, Any] | None) -> Snapshot:
-    """That of the earlier call, else the newest that the first process sees."""
+    """Return the snapshot of the earlier call, else the newest of the first process."""
     # A loop's run has none, and is refused as another run further on.
     if earlier is not None and "pin" in earlier:
         return store.snapshot(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
@@ -37,22 +37,22 @@ def check_objective(
     base: str | None = None,
     partial: bool = False,
 ) -> ExactnessReport:
-    """What these scores serve of the objective, for a training loop of one's own.
+    """Check the objective against these scores, for your own training loop.
 
     The student is taken to descend from the one that sampled, its age to be unknown. Raises
-    ObjectiveError where the scores cannot serve the objective, and what RowSource raises.
+    ObjectiveError where the scores cannot serve the objective, and what PackSource raises.
     """
     source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial)
     return check_exactness(objective, facts_of(None, source, allow_off_lineage=False))
 
 
 def facts_of(model: ModelRef | None, source: PackSource, allow_off_lineage: bool) -> CacheInfo:
-    """What the cache and the student are to each other; None for one that is not a folder yet.
+    """Collect the facts of cache and student; model = None for a student without a folder.
 
     Raises IdentityError for another tokenizer.
     """
     rollouts = [segment for segment, _ in source.pairs]
-    asked = [[each.lineage["request"] for each in chain] for _, chain in source.pairs]
+    params = [[each.lineage["request"] for each in chain] for _, chain in source.pairs]
     sampler = rollouts[0].lineage["student"]
     if model is not None and sampler["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
@@ -63,10 +63,10 @@ def facts_of(model: ModelRef | None, source: PackSource, allow_off_lineage: bool
     sampling = rollouts[0].lineage["set"]
     return CacheInfo(
         student_k=int(sampling["student_k"]),
-        # Of the unit that was asked for least: a plan mixes all of them.
-        k_min=min(max(int(each["k_min"]) for each in requests) for requests in asked),
-        k_max=min(max(int(each["k_max"]) for each in requests) for requests in asked),
-        at_student=all(any(each["at_student"] for each in requests) for requests in asked),
+        # Of the unit with the smallest request: a plan mixes all of them.
+        k_min=min(max(int(each["k_min"]) for each in requests) for requests in params),
+        k_max=min(max(int(each["k_max"]) for each in requests) for requests in params),
+        at_student=all(any(each["at_student"] for each in requests) for requests in params),
         versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
         student_version=None if model is None else model.version,
         same_root=model is None or sampler["root"] == model.root,
@@ -82,7 +82,7 @@ def facts_of(model: ModelRef | None, source: PackSource, allow_off_lineage: bool
         ),
         q_draws=min(
             int(each.get("draws", 0)) if each.get("entry_kind") == "sampled" else 0
-            for requests in asked
+            for requests in params
             for each in requests
         ),
         base=source.base is not None,

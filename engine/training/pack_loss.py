@@ -52,7 +52,7 @@ def pack_loss(
     metrics_fraction: float = 1.0,
     bounds: Bounds = NO_BOUNDS,
 ) -> PackLoss:
-    """The loss of P rows from their hidden states [P, D] and the head's weight [V, D].
+    """Compute the loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
     row_weight: [P], of each row's loss; left out, the loss is the token mean of an update of these
     rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_transform:
@@ -104,7 +104,7 @@ def pack_loss(
 
 
 def token_mean(objective: Objective, targets: Targets) -> Tensor:
-    """[P] what rows weigh in an update of these alone."""
+    """Return [P] weights of the rows in an update of these rows alone."""
     weight, total = targets.weight, targets.weight.sum().clamp(min=1e-9)
     if any(modifier.scope != "row" for modifier in objective.modifiers):
         ((weight,), _) = loss_weights(objective, [targets], "token-mean")
@@ -112,7 +112,7 @@ def token_mean(objective: Objective, targets: Targets) -> Tensor:
 
 
 def row_hash(targets: Targets) -> Tensor:
-    """[P] int64, uniform in [0, 2^32): a hash of what the store holds of each row.
+    """Return [P] int64, uniform in [0, 2^32): a hash of the stored data of each row.
 
     The finalizer is that of SplitMix64 (Steele, Lea, Flood 2014), on integers that wrap around.
     """

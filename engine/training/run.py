@@ -44,7 +44,7 @@ from logitcask.engine.types import ModelRef, Progress, no_progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainReport:
-    """What a call of `train` or `distill` did."""
+    """Result of a call of `train` or `distill`."""
 
     out: Path
     updates: int
@@ -64,7 +64,7 @@ class TrainReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
-    """What a run is, beside its student and its settings."""
+    """A run without its student and its settings."""
 
     rows: Callable[[nn.Module], Packs]
     """Makes the rows, given the student in training."""
@@ -81,7 +81,7 @@ class RunSpec:
     held_out: HeldOut | None = None
 
     def evaluation_identity(self) -> dict[str, Any]:
-        """What must be the same for numbers of one run to be compared."""
+        """Return the settings that must be equal for numbers of one run to be comparable."""
         return {
             **(self.evaluation.identity() if self.evaluation else {}),
             **({"held_out": self.held_out.identity} if self.held_out else {}),
@@ -99,7 +99,7 @@ class RunDir:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Return True in the process that writes."""
         return bool(self.args.process_index == 0)
 
     @property
@@ -108,7 +108,7 @@ class RunDir:
         return int(self.args.gradient_accumulation_steps * self.args.world_size)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait for all processes."""
         if self.args.world_size > 1:
             torch.distributed.barrier()
 
@@ -140,7 +140,7 @@ def run_training(
     config: Mapping[str, Any],
     progress: Progress = no_progress,
 ) -> TrainReport:
-    """Trains from the newest checkpoint on, if there is one, and saves the next version.
+    """Train from the newest checkpoint on, if there is one, and saves the next version.
 
     Raises IdentityError if the folder holds another run, and what training raises.
     """

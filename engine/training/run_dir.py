@@ -22,7 +22,7 @@ RESUME_METADATA = "logitcask_checkpoint.json"
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """What run.json says, None for a new folder. ConfigError if other files are in the way."""
+    """Read run.json; None for a new folder. ConfigError if other files are in the way."""
     if (out / RUN).exists():
         found: dict[str, Any] = json.loads((out / RUN).read_text())
         return found
@@ -62,7 +62,7 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def make_folder(out: Path) -> None:
-    """Raises ConfigError where a run cannot have its folder there."""
+    """Make the folder of a run; raises ConfigError if that is not possible."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,7 +72,7 @@ def make_folder(out: Path) -> None:
 
 
 def clear(out: Path) -> None:
-    """Removes an earlier run but its run.json, which the next one replaces; strange files stay."""
+    """Remove an earlier run but its run.json, which the next one replaces; strange files stay."""
     (out / METADATA).unlink(missing_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS):
@@ -81,7 +81,7 @@ def clear(out: Path) -> None:
 
 
 def newest_checkpoint(out: Path, resume_metadata: Mapping[str, Any]) -> tuple[Path, int] | None:
-    """(folder, updates done) of the newest whole checkpoint, None if there is none.
+    """Return (folder, updates done) of the newest whole checkpoint, or None.
 
     Raises IdentityError if it was made from other data than `resume_metadata` says.
     """
@@ -105,7 +105,7 @@ class MetricsFile:
     """metrics.jsonl: a line per logged update and evaluation, each by one call, none twice."""
 
     def __init__(self, path: Path, step: int, *, first: bool = True) -> None:
-        """Keeps the lines up to `step`: what came after the checkpoint will be written again.
+        """Keep the lines up to `step`: what came after the checkpoint will be written again.
 
         Only the `first` of several processes writes.
         """
@@ -132,7 +132,7 @@ class MetricsFile:
             replace_text(path, "".join(f"{text}\n" for text in kept))
 
     def seconds(self) -> float:
-        """Of training so far, those before an interruption included."""
+        """Return the seconds of training, those before an interruption included."""
         return self._earlier_s + time.monotonic() - self._start
 
     def append(self, line: dict[str, float | None]) -> None:
@@ -146,7 +146,7 @@ class MetricsFile:
         self.last = line
 
     def evaluated(self, line: dict[str, float | None], *, write: bool) -> None:
-        """A line of an evaluation, which every process knows and one writes."""
+        """Record a line of an evaluation; only one process writes it."""
         self.evaluations.append(line)
         if write:
             self._write(line)

@@ -41,12 +41,12 @@ def train(
     on_event: EventHandler = lambda line: None,
     progress: Progress = no_progress,
 ) -> TrainReport:
-    """Trains `model` on the scores of `teacher`, and saves it as the next version in `out`.
+    """Train `model` on the scores of `teacher`, and save it as the next version in `out`.
 
     `base` names scores of the model that the teacher was made from, for objectives that look there.
     Without a `snapshot` the store as it is at the first call is used. The same call on the same
-    `out` resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: what it is asked
-    before the first update and after the last, as of the rows of `held_out`. `cache`: keeps units
+    `out` resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: runs
+    before the first update and after the last, as do the rows of `held_out`. `cache`: keeps units
     for other runs. `config`, the resolved configuration, is only recorded, in run.json.
     What the cache serves exactly for the objective goes to `on_event` before the first update.
     Under torchrun every process calls this.
@@ -114,7 +114,7 @@ def check(
     snapshot: Snapshot,
     base: str | None = None,
 ) -> None:
-    """Raises what `train` would raise of these before its first update; decodes no unit."""
+    """Raise what `train` would raise before its first update; decodes no unit."""
     source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=settings.partial)
     check_exactness(objective, facts_of(model, source, settings.allow_off_lineage))
     _plan(source, snapshot, rollouts, teacher, settings, seed)

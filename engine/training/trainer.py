@@ -76,8 +76,8 @@ class DistillTrainer(Trainer):
         resume_metadata: dict[str, Any],
         progress: Progress,
     ) -> None:
-        """`version` is the student's before update 0, and ages are counted from it if it is of the
-        lineage that sampled (`same_root`). `metrics_fraction`, `bounds`: see pack_loss;
+        """Build the Trainer. `version` is the student's before update 0; ages count from it if the
+        student is of the lineage that sampled (`same_root`). `metrics_fraction`, `bounds`: see pack_loss;
         `aggregation`: see objectives.loss_weights. `resume_metadata`: what a
         checkpoint must agree on to be resumed.
         """
@@ -113,7 +113,7 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
-        """The rows of one optimizer update, and the divisor of their losses over all processes."""
+        """Return the packs of an update, and the divisor of their losses over all processes."""
         begun_s = time.monotonic()
         self._rows.prepare(self.state.global_step)
         indices = list(islice(epoch_iterator, num_batches))
@@ -136,7 +136,7 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """[] loss of one packed row: its share of that of the whole update."""
+        """Return the loss [] of one pack: its share of the loss of the whole update."""
         assert isinstance(num_items_in_batch, Tensor), "get_batch_samples counts"
         row: Pack = inputs["row"].to(self.args.device)
         # Wrappers average gradients over processes; the divisor is already that of all of them.
@@ -160,7 +160,7 @@ class DistillTrainer(Trainer):
             return (states.sum() + head.sum()) * 0.0
         if self.args.bf16 and states.is_cuda:
             # A final norm with float32 weights answers in float32 even under autocast; the head's
-            # product is then in bfloat16 all the same. On a CPU that would gain nothing.
+            # product is still in bfloat16. On a CPU that would gain nothing.
             states = states.to(torch.bfloat16)
         result = pack_loss(
             self._objective,
@@ -196,7 +196,7 @@ class DistillTrainer(Trainer):
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One line of metrics.jsonl per logged update; Trainer's closing summary is left out."""
+        """Write a line of metrics.jsonl per logged update, without Trainer's closing summary."""
         if "loss" not in logs:
             return
         step = self.state.global_step
@@ -237,7 +237,7 @@ class DistillTrainer(Trainer):
         return share
 
     def _reduced(self) -> tuple[dict[str, float | None], int]:
-        """(means over rows, rows counted) since the last line, over all processes; starts anew."""
+        """Return and reset (means over rows, number of rows) since the last line, all processes."""
         everyone = gathered({name: sums.tolist() for name, sums in self._sums.items()})
         self._sums = {}
         # A process whose rows were all empty has no names.
@@ -290,7 +290,7 @@ class _ChangedShare(TrainerCallback):
         self._share = torch.zeros(())
 
     def share(self) -> float:
-        """Of the newest update."""
+        """Return the share of the newest update."""
         return float(self._share)
 
     def on_pre_optimizer_step(
@@ -320,12 +320,12 @@ class _ChangedShare(TrainerCallback):
 
 
 def finite(value: float) -> float | None:
-    """None for what JSON has no number for."""
+    """Return None for a value that JSON cannot hold."""
     return value if math.isfinite(value) else None
 
 
 def gathered(value: Any) -> list[Any]:
-    """`value` of every process, in their order."""
+    """Gather `value` of every process, in their order."""
     if not torch.distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
@@ -334,7 +334,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def rank() -> int:
-    """Place of this process among those that `gathered` asks."""
+    """Return the place of this process among those that `gathered` asks."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 

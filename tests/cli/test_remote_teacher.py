@@ -478,7 +478,7 @@ def test_too_old_a_server_gives_its_own_best_ids_and_says_what_that_costs(
     assert "lack the teacher's log-probs at the student's ids" in opd.err
     assert call(f"{TRAIN} {store} --objective overlap --out {world.new('run')}").code == 0
     mc = call(command(fake, store, "--extra-ids mc"))
-    mc.refused(2, "extra_ids = mc, and teacher cannot be asked at chosen ids", "--enable-scale-out")
+    mc.refused(2, "extra_ids = mc, and teacher cannot score chosen ids", "--enable-scale-out")
 
 
 def test_one_of_two_servers_that_is_not_there_keeps_nobody(
