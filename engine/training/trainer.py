@@ -76,10 +76,12 @@ class DistillTrainer(Trainer):
         resume_metadata: dict[str, Any],
         progress: Progress,
     ) -> None:
-        """Build the Trainer. `version` is the student's before update 0; ages count from it if the
-        student is of the lineage that sampled (`same_root`). `metrics_fraction`, `bounds`: see pack_loss;
-        `aggregation`: see objectives.loss_weights. `resume_metadata`: what a
-        checkpoint must agree on to be resumed.
+        """Build the Trainer.
+
+        `version` is the student's before update 0; ages count from it if the student is of the
+        lineage that sampled (`same_root`). `metrics_fraction`, `bounds`: see pack_loss;
+        `aggregation`: see objectives.loss_weights. `resume_metadata`: a checkpoint must agree on it
+        to be resumed.
         """
         self._width = width = args.gradient_accumulation_steps * args.world_size
         use_cache = model.config.use_cache
