@@ -41,7 +41,8 @@ def ablate_command(
     """
     settings = config_from_flags(AblateConfig, flags).ablate
     base = read_job(TrainConfig, config, overrides)
-    from logitcask.engine.ablate import ablate, footnotes, table
+    from logitcask.engine.ablate import ablate
+    from logitcask.engine.ablate_table import footnotes, table
 
     with progress_bar() as progress:
         report = ablate(base, vary, settings, progress=progress, on_event=print_event)

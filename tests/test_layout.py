@@ -21,7 +21,7 @@ LAYERS = [
     *("store/storage", "store/format", "store/log", "store"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives", "probes", "training"),
-    *("workers", "commands", "distill", "ablate", "demo"),
+    *("workers", "commands", "distill", "ablate_table", "ablate", "demo"),
 ]
 
 FENCES = {

@@ -15,9 +15,9 @@ from logitcask.engine.errors import StoreError
 from logitcask.engine.types import Array
 
 MIN_PROB = 1e-4
-"""Ids of a lower probability are not compared: engines differ there, and no loss notices."""
+"""Ids of a lower probability are not compared: engines differ there, without effect on a loss."""
 MIN_TOLERANCE = 1e-4
-"""Nats; float32 engines agree to this even where one engine repeats itself exactly."""
+"""Nats; the difference of two float32 engines, even if each repeats its own values exactly."""
 MAX_SPREAD = 0.1
 """Nats; half precision has less. A larger tolerance would accept a different model."""
 SPREAD_FACTOR = 3.0

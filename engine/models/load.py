@@ -1,10 +1,10 @@
-"""The model that is trained: load it, prove it, read hidden states, save it as the next version.
+"""The model in training: load, check, read hidden states, save as the next version.
 
-Trainable weights are float32 whatever the folder holds: at a learning rate of 1e-6 a bfloat16
-weight is too coarse to take most updates. Rows are packed without an attention mask: the model
-tells sequences apart by position ids that start again, which only works while neither a mask nor a
-cache is passed. Not every architecture can do that, and not every head is a matrix with a scale or
-a soft cap behind it, so both are proved on a few tokens before training.
+Trainable weights are float32, whatever the dtype of the folder: at a learning rate of 1e-6 most
+updates are below the resolution of bfloat16. Sequences are packed without an attention mask: the
+model separates them by position ids that restart at 0, if neither a mask nor a cache is passed. Not
+every architecture does this, and not every head is a matrix followed by a scale or a soft cap, so
+both are checked on a few tokens before training.
 """
 
 import hashlib
@@ -22,32 +22,37 @@ from torch import Tensor, nn
 
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.models.identity import digest, write_metadata
+from logitcask.engine.models.identity import METADATA_FILE, digest, write_metadata
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.types import ModelRef
 
 NO_LORA = Lora()
 PROBE_TOKENS = 32
+TOKENIZER_FILES = (
+    *("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"),
+)
+"""First parts of the names of tokenizer files."""
 TOLERANCE = 1e-4
 """Largest difference in a probe, relative to the largest value: float32 noise is some 1e-6."""
 
 
 def load_student(ref: ModelRef, *, lora: Lora = NO_LORA, seed: int = 0) -> nn.Module:
-    """The student with float32 weights on the CPU, proved fit for packed training.
+    """Load a student with float32 weights on the CPU, checked for packed training.
 
-    With `lora.r` > 0 float32 adapters are trained in place of the weights; `seed` draws
-    them. Raises ModelError if it cannot be loaded or trained packed.
+    With `lora.r` > 0 float32 adapters are trained instead of the weights; `seed` initialises them.
+    Raises ModelError if the model cannot be loaded or trained packed.
     """
     model = _load(ref.path)
-    prove(model, ref.n_vocab)
+    check_trainable(model, ref.n_vocab)
     return _with_adapters(model, lora, seed) if lora.r else model
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' own progress bars and advice are off inside: the engine never prints.
+    """Turn transformers' progress bars and warnings off: the engine never prints.
 
-    Its advice on checkpoints (a tied head that is not stored twice, say) is about its own formats.
+    Its warnings on checkpoints (of a tied head that is stored once, for example) concern its own
+    formats.
     """
     from transformers.utils import logging as module
 
@@ -91,7 +96,7 @@ def _with_adapters(model: Any, lora: Lora, seed: int) -> nn.Module:
             f"lora r = {lora.r} needs the package peft", hint='pip install -e ".[lora]"'
         ) from error
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft asks transformers by a name that is being retired.
+        # peft uses a deprecated name of transformers.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         torch.manual_seed(seed)
         adapted: nn.Module = get_peft_model(
@@ -107,12 +112,12 @@ def _with_adapters(model: Any, lora: Lora, seed: int) -> nn.Module:
 
 
 def inner_model(model: nn.Module) -> Any:
-    """The transformers model, below LoRA's wrapper if there is one; adapters stay in its layers."""
+    """Return the transformers model, without LoRA's wrapper; adapters stay in its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """[L, D] last hidden states of one packed row, input_ids and position_ids [1, L]."""
+    """Return the [L, D] last hidden states of one pack, input_ids and position_ids [1, L]."""
     # base_model, not get_decoder(): on multimodal models the latter would skip the embedding step.
     outputs = inner_model(model).base_model(
         input_ids=input_ids, position_ids=position_ids, use_cache=False
@@ -122,15 +127,17 @@ def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> 
 
 
 def head_weight(model: nn.Module) -> Tensor:
-    """[V, D] weight of the head; V may be padded beyond n_vocab."""
+    """Return the [V, D] weight of the head; V may be padded beyond n_vocab."""
     weight: Tensor = inner_model(model).get_output_embeddings().weight
     return weight
 
 
 @torch.no_grad()
-def prove(model: nn.Module, n_vocab: int) -> None:
-    """ModelError unless logits are head_map of hidden @ head^T and packed sequences do not see each
-    other.
+def check_trainable(model: nn.Module, n_vocab: int) -> None:
+    """Check the head and the packing of a model on a few tokens.
+
+    Raises ModelError unless logits are the logit transform of hidden @ head^T, and packed sequences
+    do not attend to each other.
     """
     inner = inner_model(model)
     name = type(inner).__name__
@@ -142,24 +149,23 @@ def prove(model: nn.Module, n_vocab: int) -> None:
         )
     if "position_ids" not in signature(inner.base_model.forward).parameters:
         raise ModelError(
-            f"{name} takes no position ids: sequences of one packed row would see each other",
-            hint="train a model with rotary or learnt positions",
+            f"{name} takes no position ids: sequences of one pack would attend to each other",
+            hint="train a model with rotary or learned positions",
         )
-    if getattr(head, "bias", None) is not None:  # one of zeros hides until it is trained
+    if getattr(head, "bias", None) is not None:  # a bias of zeros would pass the check below
         raise ModelError(
             f"{name} has a bias of the output matrix, which is not supported",
             hint="train a model whose logits are hidden states times the output matrix",
         )
     training = inner.training
     inner.eval()
-    ids = (torch.arange(PROBE_TOKENS, device=head.weight.device) * 7 + 1) % n_vocab
-    ids = ids[None]
-    positions = torch.arange(PROBE_TOKENS, device=ids.device)[None]
+    positions = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
+    ids = (positions * 7 + 1) % n_vocab
     whole = hidden_states(inner, ids, positions)
     logits = inner(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
     if _differ(logit_transform_of(inner.config).apply(whole @ head.weight.T), logits):
         raise ModelError(
-            f"{name} does something to logits after its output matrix that is not supported",
+            f"{name} changes logits after its output matrix in a way that is not supported",
             hint="train a model whose logits are hidden states times that matrix, with a scale "
             "or a soft cap at most",
         )
@@ -171,8 +177,8 @@ def prove(model: nn.Module, n_vocab: int) -> None:
     inner.train(training)
     if _differ(packed, torch.cat(alone)):
         raise ModelError(
-            f"{name} lets sequences of one packed row see each other: it ignores that position ids "
-            "start again",
+            f"{name} lets sequences of one pack attend to each other: it ignores that position ids "
+            "restart",
             hint="train a model whose layers all use softmax attention, with sdpa",
         )
 
@@ -182,10 +188,10 @@ def _differ(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def live_digest(model: nn.Module) -> str:
-    """Digest of the weights as they are: what a sampler of this moment is known by.
+    """Return the digest of the current weights, the identity of a sampler in training.
 
     sha256 over the sorted (name, dtype, shape, sha256 of the bytes) of all parameters, shared ones
-    once. Not the digest of the saved folder, which may hold them under other names.
+    once. It differs from the digest of the saved folder, whose tensors may have other names.
     """
     rows = []
     for name, tensor in model.named_parameters():
@@ -198,39 +204,39 @@ def live_digest(model: nn.Module) -> str:
 def save_student(
     model: nn.Module, folder: Path, *, parent: ModelRef, updates: int, metadata: Mapping[str, Any]
 ) -> None:
-    """`folder` becomes a loadable model: safetensors in float32, tokenizer, metadata.
+    """Save a loadable model to `folder`: safetensors in float32, tokenizer, metadata.
 
-    LoRA adapters are merged into the saved weights (the model in memory keeps them apart), so the
-    folder loads without peft. `metadata` holds pin, plan and objective; the version is the parent's
-    plus `updates`. Everything is written beside and then moved; logitcask.json comes last, so a
-    folder that has it is whole.
+    LoRA adapters are merged into the saved weights (the model in memory keeps them separate), so
+    the folder loads without peft. `metadata` holds pin, plan and objective; the version is the
+    parent's plus `updates`. Files are staged and then moved, logitcask.json last: a folder that has
+    it is complete.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    inside = folder.is_dir()
-    aside = folder / ".saving" if inside else folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    _merged(model).save_pretrained(aside)
-    for file in _tokenizer_files(parent.path):
-        shutil.copyfile(file, aside / file.name)
+    exists = folder.is_dir()
+    staging = folder / ".saving" if exists else folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    _merged(model).save_pretrained(staging)
+    for file in parent.path.iterdir():
+        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
+            shutil.copyfile(file, staging / file.name)
     write_metadata(
-        aside, root=parent.root, parent=parent.digest, version=parent.version + updates, **metadata
+        staging,
+        root=parent.root,
+        parent=parent.digest,
+        version=parent.version + updates,
+        **metadata,
     )
-    if not inside:
-        aside.rename(folder)
+    if not exists:
+        staging.rename(folder)
         return
-    for file in sorted(aside.iterdir(), key=lambda f: f.name == "logitcask.json"):
+    for file in sorted(staging.iterdir(), key=lambda f: f.name == METADATA_FILE):
         os.replace(file, folder / file.name)
-    aside.rmdir()
-
-
-def _tokenizer_files(path: Path) -> list[Path]:
-    """What a folder holds beside weights, model configuration and our own files."""
-    known = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
-    return [f for f in sorted(path.iterdir()) if f.is_file() and f.name.startswith(known)]
+    staging.rmdir()
 
 
 def _merged(model: nn.Module) -> Any:
+    """Return the model with LoRA adapters merged into its weights."""
     inner = inner_model(model)
     if inner is model:
         return inner

@@ -15,7 +15,7 @@ SOFTCAP = "final_logit_softcapping"
 def logit_transform_of(config: Any) -> LogitTransform:
     """Return the transform from the head's output to logits that a configuration names.
 
-    A probe checks that the model applies it: see `prove` of a student and of a backend.
+    `check_trainable` and the backends check on a few tokens that the model applies it.
     """
     text = config.get_text_config()
     scale = 1.0
@@ -30,9 +30,8 @@ def named_extras(config: Any) -> list[str]:
     """Return `field = value` of each field that changes the logits."""
     text = config.get_text_config()
     values = {field: getattr(text, field, None) for field in (*TIMES, *OVER, SOFTCAP)}
-    neutral = {SOFTCAP: None}
     return [
         f"{field} = {value}"
         for field, value in values.items()
-        if value not in (None, neutral.get(field, 1.0))
+        if value is not None and (field == SOFTCAP or value != 1.0)
     ]

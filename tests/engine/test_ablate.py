@@ -1,4 +1,4 @@
-"""Ablations: what is planned and what refused, that a kill loses nothing, what the table says."""
+"""Ablations: plan, refusals, resuming after a kill, and the table."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,14 @@ import pytest
 
 import logitcask.engine.ablate as ablations
 import logitcask.engine.backends.hf as hf
-from logitcask.engine.ablate import (
+from logitcask.engine.ablate import ablate, combinations, full_key
+from logitcask.engine.ablate_table import (
     AblateReport,
-    Combination,
     Passes,
-    ablate,
-    combinations,
-    full_key,
     gap_recovery,
     markdown,
-    row,
     saved_seconds,
+    table_row,
 )
 from logitcask.engine.config.sections import Run, StoreSection, Student, TrainConfig
 from logitcask.engine.config.training import Ablate, Eval, Train
@@ -39,7 +36,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef]:
     return make_case(tmp_path_factory.mktemp("case"), units)
 
 
-def job_of(case: tuple[Store, ModelRef], **change: Any) -> TrainConfig:
+def config_of(case: tuple[Store, ModelRef], **change: Any) -> TrainConfig:
     store, model = case
     return TrainConfig(
         student=Student(model=str(model.path)),
@@ -56,24 +53,25 @@ def run(
     out: Path,
     vary: list[str],
     *,
-    job: TrainConfig | None = None,
+    config: TrainConfig | None = None,
     **change: Any,
 ) -> AblateReport:
     progress = change.pop("progress", lambda *_: None)
-    return ablate(job or job_of(case), vary, Ablate(out=out, **change), progress=progress)
+    return ablate(config or config_of(case), vary, Ablate(out=out, **change), progress=progress)
 
 
-def test_every_combination_has_a_folder_and_a_job_of_its_own(
+def test_every_combination_has_a_folder_and_its_own_config(
     case: tuple[Store, ModelRef],
 ) -> None:
-    found = combinations(job_of(case), VARY)
+    found = combinations(config_of(case), VARY)
     assert [each.name for each in found] == [
         f"objective={objective},loss_topk={k}"
         for objective in ("teacher_topk", "forward_kl")
         for k in (2, 4)
     ]
-    assert [(e.job.train.objective, e.job.train.loss_topk) for e in found][1] == ("teacher_topk", 4)
-    assert {each.job.train.learning_rate for each in found} == {1e-3}
+    second = found[1].config.train
+    assert (second.objective, second.loss_topk) == ("teacher_topk", 4)
+    assert {each.config.train.learning_rate for each in found} == {1e-3}
 
 
 @pytest.mark.parametrize(
@@ -98,14 +96,15 @@ def test_what_cannot_be_varied(
     case: tuple[Store, ModelRef], vary: list[str], cause: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        combinations(job_of(case), vary)
+        combinations(config_of(case), vary)
     assert cause in caught.value.cause
     assert hint in caught.value.hint
 
 
 def test_commas_in_brackets_are_the_objectives_own(case: tuple[Store, ModelRef]) -> None:
-    found = combinations(job_of(case), ["objective=gkd(parameter=0.1,k=4),opd+prune(k=2,drop=0.5)"])
-    assert [each.job.train.objective for each in found] == [
+    vary = ["objective=gkd(parameter=0.1,k=4),opd+prune(k=2,drop=0.5)"]
+    found = combinations(config_of(case), vary)
+    assert [each.config.train.objective for each in found] == [
         "gkd(parameter=0.1,k=4)",
         "opd+prune(k=2,drop=0.5)",
     ]
@@ -119,14 +118,14 @@ def test_a_plain_key_is_that_of_the_training() -> None:
     )
 
 
-def test_every_notice_says_which_run_it_is_of(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
-    said: list[str] = []
+def test_every_event_names_its_run(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+    lines: list[str] = []
     settings = Ablate(out=tmp_path / "out", seeds=2)
-    ablate(job_of(case), ["objective=teacher_topk,overlap"], settings, on_event=said.append)
+    ablate(config_of(case), ["objective=teacher_topk,overlap"], settings, on_event=lines.append)
     runs = {f"objective={name}/seed-{i}" for name in ("teacher_topk", "overlap") for i in (0, 1)}
-    assert {line.partition(": ")[0] for line in said} == runs
+    assert {line.partition(": ")[0] for line in lines} == runs
     assert all((tmp_path / "out" / each / "logitcask.json").exists() for each in runs)
-    assert "objective=teacher_topk/seed-1: support: fixed: the teacher's top-4" in said
+    assert "objective=teacher_topk/seed-1: support: fixed: the teacher's top-4" in lines
 
 
 def test_a_kill_loses_nothing_and_nothing_is_sampled_or_scored(
@@ -136,10 +135,10 @@ def test_a_kill_loses_nothing_and_nothing_is_sampled_or_scored(
     trained: list[str] = []
     train = ablations.run_train
 
-    def counted(job: TrainConfig, **rest: Any) -> Any:
-        report = train(job, **rest)
+    def counted(config: TrainConfig, **rest: Any) -> Any:
+        report = train(config, **rest)
         if report.resumed_at < report.updates:
-            trained.append(job.run.out.parent.name)
+            trained.append(config.run.out.parent.name)
         return report
 
     def never(*_: Any, **__: Any) -> None:
@@ -220,7 +219,7 @@ def test_another_configuration_is_refused_by_the_name_of_its_key(
 ) -> None:
     run(case, tmp_path, ["loss_topk=2"])
     with pytest.raises(IdentityError, match=r"train\.learning_rate = 0.001, not 0.002"):
-        run(case, tmp_path, ["loss_topk=2"], job=job_of(case, learning_rate=2e-3))
+        run(case, tmp_path, ["loss_topk=2"], config=config_of(case, learning_rate=2e-3))
     # More of the same is welcome.
     more = run(case, tmp_path, ["loss_topk=2,4"])
     assert (more.runs_trained, len(more.rows)) == (1, 2)
@@ -243,44 +242,44 @@ def test_what_cannot_be_trained_stops_all_before_the_first(
     assert f"| {bad['refused']} |" in (tmp_path / "a" / "ablate.md").read_text()
 
 
-@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("recorded", [True, False])
 def test_the_teachers_seconds_saved_are_those_of_its_scores_in_every_pass(
-    tmp_path: Path, noted: bool
+    tmp_path: Path, recorded: bool
 ) -> None:
-    """Units of 2 and 3 s, two runs of two epochs: 20 s. A store of before says nothing."""
+    """Score units of 2 and 3 s, two runs of two epochs: 20 s; unknown in an older store."""
     units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(2)]
-    store, model = make_case(tmp_path / "case", units, seconds=[2.0, 3.0] if noted else None)
-    job = job_of((store, model), num_train_epochs=2)
-    report = run((store, model), tmp_path / "out", ["loss_topk=2"], job=job, seeds=2)
-    assert report.teacher_seconds_saved == (20.0 if noted else None)
-    told = json.loads((tmp_path / "out" / "ablate.json").read_text())
-    assert told["teacher_seconds_saved"] == report.teacher_seconds_saved
-    want = "added 20 s (5 s a pass x 2 runs x 2 epochs)" if noted else "saved: unknown"
-    assert want in markdown(report)
+    store, model = make_case(tmp_path / "case", units, seconds=[2.0, 3.0] if recorded else None)
+    config = config_of((store, model), num_train_epochs=2)
+    report = run((store, model), tmp_path / "out", ["loss_topk=2"], config=config, seeds=2)
+    assert report.teacher_seconds_saved == (20.0 if recorded else None)
+    written = json.loads((tmp_path / "out" / "ablate.json").read_text())
+    assert written["teacher_seconds_saved"] == report.teacher_seconds_saved
+    expected = "added 20 s (5 s a pass x 2 runs x 2 epochs)" if recorded else "saved: unknown"
+    assert expected in markdown(report)
 
 
 def a_run(loss: float, before: float, after: float) -> Any:
     last = {"loss": loss, "overlap/ratio": 0.5, "overlap/mass_student": None}
-    exams = [
+    evaluations = [
         {"eval/accuracy": 0.0, "eval/avg_at_n": before, "eval/seconds": 1.0},
         {"eval/accuracy": 1.0, "eval/avg_at_n": after, "eval/seconds": 3.0},
     ]
-    return SimpleNamespace(last={**last, "progress/seconds": 10.0}, evaluations=exams)
+    return SimpleNamespace(last={**last, "progress/seconds": 10.0}, evaluations=evaluations)
 
 
-def test_mean_spread_and_gap_recovery_worked_by_hand(case: tuple[Store, ModelRef]) -> None:
-    """Losses 1, 2, 6: mean 3, variance (4 + 1 + 9) / 2. Recoveries 0.5, 1, 0 of a gap of 0.4."""
-    each = Combination(name="loss_topk=2", values={"train.loss_topk": 2}, job=job_of(case))
+def test_mean_spread_and_gap_recovery_worked_by_hand() -> None:
+    """Check losses 1, 2, 6: mean 3, variance (4 + 1 + 9) / 2; recoveries 0.5, 1, 0."""
+    values = {"train.loss_topk": 2}
     runs = [a_run(1.0, 0.2, 0.4), a_run(2.0, 0.2, 0.6), a_run(6.0, 0.2, 0.2)]
-    found = row(each, runs, teacher=0.6)
+    found = table_row(values, runs, teacher=0.6)
     assert (found["loss_topk"], found["n"], found["loss"]) == (2, 3, 3.0)
     assert found["loss_sd"] == pytest.approx(7**0.5)
     assert found["gap_recovery"] == pytest.approx(0.5)
     assert found["gap_recovery_sd"] == pytest.approx(0.5)
     assert (found["seconds"], found["seconds_sd"]) == (13.0, 0.0)
     assert (found["overlap_ratio"], found["overlap_mass"]) == (0.5, None)
-    assert row(each, runs)["gap_recovery"] is None
-    assert row(each, runs[:1])["loss_sd"] is None
+    assert table_row(values, runs)["gap_recovery"] is None
+    assert table_row(values, runs[:1])["loss_sd"] is None
     assert gap_recovery(0.6, 0.7, 0.6) is None
     passes = (Passes(seconds=1.5, runs=3, epochs=2), Passes(seconds=4.0, runs=1, epochs=1))
     report = AblateReport(
@@ -308,9 +307,9 @@ def test_combinations_are_evaluated_where_prompts_are_named(
     file = tmp_path / "e.jsonl"
     rows = [{"id": f"e{i}", "prompt": "ab"[: i + 1], "answer": "a"} for i in range(2)]
     file.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    asked = Eval(prompts=file, n=2, max_new_tokens=4)
-    job = job_of(case).model_copy(update={"eval": asked})
-    (found,) = run(case, tmp_path / "a", ["loss_topk=2"], job=job, teacher_accuracy=1.0).rows
+    evaluation = Eval(prompts=file, n=2, max_new_tokens=4)
+    config = config_of(case).model_copy(update={"eval": evaluation})
+    (found,) = run(case, tmp_path / "a", ["loss_topk=2"], config=config, teacher_accuracy=1.0).rows
     (noted,) = (tmp_path / "a").glob("loss_topk=2/seed-0/run.json")
     first, last = json.loads(noted.read_text())["evaluations"]
     assert found["avg_at_n"] == last["eval/avg_at_n"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from logitcask.engine.errors import ModelError
-from logitcask.engine.models import identity
+from logitcask.engine.models import identity, weights
 from tests.engine.tiny import make_model, make_tokenizer, save_folder
 
 
@@ -81,9 +81,9 @@ def test_a_file_that_has_not_changed_is_not_read_again(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[str] = []
-    real = identity.tensor_digests
+    real = weights.tensor_digests
     monkeypatch.setattr(
-        identity, "tensor_digests", lambda file: (reads.append(file.name), real(file))[1]
+        weights, "tensor_digests", lambda file: (reads.append(file.name), real(file))[1]
     )
     first = identity.weights_digest(folder)
     assert not cache.exists(), "a file of this second may change without a trace"
@@ -180,9 +180,9 @@ def test_a_trained_student_knows_its_root(folder: Path) -> None:
     identity.write_metadata(
         folder, root=root, parent=parent, version=7, pin={"number": 3}, plan="p", objective={}
     )
-    card = identity.read_metadata(folder)
-    assert card is not None
-    assert card["parent"] == parent
+    metadata = identity.read_metadata(folder)
+    assert metadata is not None
+    assert metadata["parent"] == parent
     ref = identity.model_ref(str(folder), chat_template=False)
     assert (ref.root, ref.version) == (root, 7)
     assert ref.digest == identity.weights_digest(folder)
@@ -191,11 +191,11 @@ def test_a_trained_student_knows_its_root(folder: Path) -> None:
 @pytest.mark.parametrize(
     "keys", [{"root": "sha256:x"}, {"version": -1}, {"version": "7"}, {"root": None}]
 )
-def test_an_unsound_card_is_refused(folder: Path, keys: dict[str, Any]) -> None:
+def test_invalid_metadata_is_refused(folder: Path, keys: dict[str, Any]) -> None:
     d = identity.digest(0)
     identity.write_metadata(folder, root=d, parent=d, version=1, pin=None, plan=d, objective=None)
     edit(folder / identity.METADATA_FILE, **keys)
-    with pytest.raises(ModelError, match=r"logitcask\.json is not the card"):
+    with pytest.raises(ModelError, match=r"logitcask\.json is not the metadata"):
         identity.read_metadata(folder)
 
 

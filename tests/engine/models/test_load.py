@@ -20,10 +20,10 @@ from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ModelError
 from logitcask.engine.models.identity import model_ref, read_metadata
 from logitcask.engine.models.load import (
+    check_trainable,
     head_weight,
     hidden_states,
     load_student,
-    prove,
     quiet,
     save_student,
 )
@@ -138,14 +138,14 @@ def with_unknown_scale() -> nn.Module:
     ("make", "name"),
     [
         (with_bias, "a bias of the output matrix"),
-        (with_a_cap_in_name_only, "does something to logits"),
-        (with_unknown_scale, "does something to logits"),
+        (with_a_cap_in_name_only, "changes logits"),
+        (with_unknown_scale, "changes logits"),
     ],
     ids=["bias", "cap in name only", "unknown"],
 )
 def test_other_heads_are_refused(make: Any, name: str) -> None:
     with pytest.raises(ModelError, match=name):
-        prove(make(), 99)
+        check_trainable(make(), 99)
 
 
 def convolutions() -> nn.Module:
@@ -160,17 +160,17 @@ def no_positions() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "why"),
-    [(convolutions, "lets sequences of one packed row see"), (no_positions, "no position ids")],
+    [(convolutions, "lets sequences of one pack attend"), (no_positions, "no position ids")],
     ids=["convolutions", "no positions"],
 )
 def test_models_whose_layers_leak_are_refused(make: Any, why: str) -> None:
     with pytest.raises(ModelError, match=why):
-        prove(make(), 99)
+        check_trainable(make(), 99)
 
 
 def test_a_head_smaller_than_the_tokenizer_is_refused() -> None:
     with pytest.raises(ModelError, match="at least 120 rows"):
-        prove(make_model(), 120)
+        check_trainable(make_model(), 120)
 
 
 def test_a_folder_that_is_no_model_is_a_typed_error(ref: ModelRef) -> None:
@@ -192,9 +192,9 @@ def test_saved_students_load_and_count_versions(ref: ModelRef, tmp_path: Path) -
         child = model_ref(str(folder), chat_template=True)
         assert (child.version, child.root) == (7, ref.root)
         assert child.tokenizer_digest == ref.tokenizer_digest
-        card = read_metadata(folder)
-        assert card is not None
-        assert card["parent"] == ref.digest
+        metadata = read_metadata(folder)
+        assert metadata is not None
+        assert metadata["parent"] == ref.digest
         assert torch.equal(head_weight(load_student(child)), head_weight(model))
         assert not list(folder.glob(".*")), "nothing half-written is left"
     assert (tmp_path / "there" / "metrics.jsonl").read_text() == "kept"

@@ -11,7 +11,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GraniteConfig, GraniteForCausalLM
 
 from logitcask.engine.errors import IncompleteError, ModelError
-from logitcask.engine.models.load import head_weight, hidden_states, prove
+from logitcask.engine.models.load import check_trainable, head_weight, hidden_states
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives import objective as objective_module
 from logitcask.engine.objectives.divergences import DIVERGENCES, forward_kl, reverse_kl
@@ -139,7 +139,7 @@ def test_a_head_with_a_scale_or_a_soft_cap_is_trained_through_it(
             )
         ).double()
 
-    prove(made(), 99)
+    check_trainable(made(), 99)
     model = made()
     token_mean(model, [pack(source, [s]) for row in PACKED for s in row]).backward()
     want = flat({name: p.grad for name, p in model.named_parameters()})

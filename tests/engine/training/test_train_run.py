@@ -118,7 +118,7 @@ def test_resume_is_bit_exact(case: tuple[Store, ModelRef], tmp_path: Path, rank:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_result_is_a_model_with_a_card(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+def test_the_result_is_a_model_with_metadata(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
     store, model = case
     calls: list[tuple[str, int, int]] = []
     report = run(case, tmp_path, config={"x": 1}, progress=lambda *call: calls.append(call))
@@ -129,13 +129,13 @@ def test_the_result_is_a_model_with_a_card(case: tuple[Store, ModelRef], tmp_pat
     assert next(student.parameters()).dtype == torch.float32
     assert student.config.use_cache, "training without a cache is not a property of the student"
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab()
-    card = read_metadata(tmp_path)
+    metadata = read_metadata(tmp_path)
     found = json.loads((tmp_path / "run.json").read_text())
-    assert card is not None
-    assert card["version"] == report.version == n
-    assert (card["root"], card["parent"]) == (model.digest, model.digest)
-    assert card["plan"] == found["plan"]
-    assert found["pin"] == card["pin"] == {"number": 7, "sha256": store.head().sha256}
+    assert metadata is not None
+    assert metadata["version"] == report.version == n
+    assert (metadata["root"], metadata["parent"]) == (model.digest, model.digest)
+    assert metadata["plan"] == found["plan"]
+    assert found["pin"] == metadata["pin"] == {"number": 7, "sha256": store.head().sha256}
     assert found["config"] == {"x": 1}
     assert found["exactness"]["estimator"] == "deterministic"
     ref = model_ref(str(tmp_path), chat_template=True)

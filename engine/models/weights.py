@@ -1,0 +1,146 @@
+"""Weight files of a model folder: their names, and the sha256 of every tensor, cached by file."""
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from logitcask.engine.errors import ModelError
+
+WEIGHTS = "*.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+"""Limit of the safetensors format itself."""
+RACY_NS = 2_000_000_000
+"""Files younger than this are not cached: they may change again within one tick of the clock."""
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the sorted *.safetensors of a folder; raises ModelError where there is none."""
+    files = sorted(path.resolve().glob(WEIGHTS))
+    if files:
+        return files
+    pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if pickles:
+        raise ModelError(
+            f"{path} holds no *.safetensors, only {pickles[0]}, a pickle: reading it can run code",
+            hint="convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(folder) writes safetensors",
+        )
+    raise ModelError(
+        f"{path} holds no *.safetensors",
+        hint="give a folder made by save_pretrained: weights, config.json and tokenizer",
+    )
+
+
+def folder_tensors(path: Path) -> dict[str, list[Any]]:
+    """Return name -> [dtype, shape, sha256 of the bytes] of every tensor of a folder.
+
+    Files that did not change since they were last read are not read again.
+    """
+    cache = _read_cache()
+    tensors: dict[str, list[Any]] = {}
+    changed = False
+    for file in weight_files(path):
+        stat = file.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        entry = cache.get(str(file))
+        if entry is None or entry["stamp"] != stamp:
+            entry = {"stamp": stamp, "tensors": tensor_digests(file)}
+            if time.time_ns() - stat.st_mtime_ns > RACY_NS:
+                cache[str(file)] = entry
+                changed = True
+        for name, *rest in entry["tensors"]:
+            if name in tensors:
+                raise ModelError(
+                    f"{path} holds the tensor {name} twice, again in {file.name}",
+                    hint="remove the weight files that do not belong to this model",
+                )
+            tensors[name] = rest
+    if changed:
+        _write_cache(cache)
+    return tensors
+
+
+def tensor_digests(file: Path) -> list[list[Any]]:
+    """Return [name, dtype, shape, sha256 of the bytes] of every tensor in a safetensors file.
+
+    Format: header length (8 bytes, little-endian), a JSON header
+    {name: {dtype, shape, data_offsets}}, data.
+    """
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise _damaged(file, f"its header claims {length} bytes of {size}")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            spans = [
+                (name, str(t["dtype"]), [int(n) for n in t["shape"]], *map(int, t["data_offsets"]))
+                for name, t in header.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(file, f"its header is not readable: {error}") from error
+        start = 8 + length
+        for name, _, _, begin, end in spans:
+            if not 0 <= begin <= end <= size - start:
+                raise _damaged(file, f"tensor {name} lies at bytes {begin}:{end} of {size - start}")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+
+            def sha(span: tuple[str, str, list[int], int, int]) -> str:
+                with memoryview(data) as whole, whole[start + span[3] : start + span[4]] as part:
+                    return hashlib.sha256(part).hexdigest()
+
+            # hashlib releases the interpreter lock, so threads hash in parallel.
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                hashes = list(pool.map(sha, spans))
+    return [[*span[:3], sha256] for span, sha256 in zip(spans, hashes, strict=True)]
+
+
+def _damaged(file: Path, cause: str) -> ModelError:
+    return ModelError(
+        f"{file} is not a whole safetensors file: {cause}", hint="copy or download it again"
+    )
+
+
+def _cache_file() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "logitcask" / "weights.json"
+
+
+def _read_cache() -> dict[str, dict[str, Any]]:
+    """Return {file: {"stamp": [size, mtime_ns], "tensors": [...]}}; empty for a damaged cache."""
+    try:
+        entries = json.loads(_cache_file().read_bytes())
+        return {
+            str(file): {
+                "stamp": [int(n) for n in entry["stamp"]],
+                "tensors": [
+                    [str(name), str(dtype), [int(n) for n in shape], str(sha)]
+                    for name, dtype, shape, sha in entry["tensors"]
+                ],
+            }
+            for file, entry in entries.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _write_cache(entries: Mapping[str, Any]) -> None:
+    """Replace the cache, without deleted files; of two concurrent writers the later one wins."""
+    present = {file: entry for file, entry in entries.items() if Path(file).exists()}
+    # A home folder without write access costs time and nothing else.
+    with contextlib.suppress(OSError):
+        target = _cache_file()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, staged = tempfile.mkstemp(dir=target.parent)
+        with os.fdopen(handle, "w") as stream:
+            json.dump(present, stream, sort_keys=True, separators=(",", ":"))
+        os.replace(staged, target)
