@@ -91,7 +91,7 @@ def job(folder: Path, demo: Path) -> Path:
         JOB.format(
             demo=demo,
             prompts=file,
-            tokens=FAST.tokens_per_batch,
+            tokens=FAST.pack_length,
             accumulation=FAST.accumulation,
             new_tokens=task.max_new_tokens,
         )

@@ -36,6 +36,12 @@ MC_IDS = "mc"
 """Name of the Monte Carlo ids of the student, as extra ids of a scoring."""
 
 
+BATCH_TOKENS = 16384
+"""Default tokens of one batch when sampling or scoring."""
+PACK_LENGTH = 16384
+"""Default tokens of one pack in training, prompts included."""
+
+
 def no_progress(stage: str, done: int, total: int) -> None:
     """Ignore progress."""
 

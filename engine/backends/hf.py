@@ -30,6 +30,7 @@ from logitcask.engine.backends.scoring import (
 from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.logit_transform import logit_transform_of, named_extras
 from logitcask.engine.types import (
+    BATCH_TOKENS,
     IdLists,
     ModelRef,
     Progress,
@@ -58,7 +59,7 @@ class HF:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        batch_tokens: int = 16384,
+        batch_tokens: int = BATCH_TOKENS,
         n_vocab: int | None = None,
         stop_ids: Iterable[int] | None = None,
         tokenizer_vocab: int | None = None,

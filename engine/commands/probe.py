@@ -31,7 +31,7 @@ def run_probe(
         snapshot=snapshot,
         rollouts=config.store.rollouts,
         teacher=teacher,
-        tokens_per_batch=config.probe.pack_length,
+        pack_length=config.probe.pack_length,
     )
     device = config.run.device
     if device == "auto":

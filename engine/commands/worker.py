@@ -4,8 +4,6 @@ They do the same units as the commands without --worker, by claims, and look aga
 left: for rollouts that appeared meanwhile, or for a new version of the student.
 """
 
-import os
-import socket
 import threading
 import time
 from collections.abc import Collection
@@ -25,7 +23,7 @@ from logitcask.engine.score.plan import plan_scores
 from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import Snapshot, Store, holds_store, open_store
 from logitcask.engine.types import ModelRef, Progress, no_progress
-from logitcask.engine.workers.worker import WorkPlan, WorkReport, WorkSettings, run_worker
+from logitcask.engine.workers.worker import WorkPlan, WorkReport, run_worker
 
 _NOTHING = WorkReport(
     units=0, positions=0, seconds=0.0, positions_per_second=0.0, failed=0, first_error=""
@@ -76,7 +74,7 @@ def watch_scores(
             store,
             plan,
             work,
-            settings=_settings(config.work),
+            settings=config.work,
             stage="score",
             stop=stop,
             progress=progress,
@@ -109,7 +107,7 @@ def watch_rollouts(
             store,
             students.plan,
             work,
-            settings=_settings(config.work),
+            settings=config.work,
             stage="rollout",
             stop=stop,
             progress=progress,
@@ -251,13 +249,3 @@ def _awaited(
 def _unscored(snapshot: Snapshot, name: str) -> int:
     scored = {each.base for each in snapshot.segments if each.base}
     return sum(each.seg_id not in scored for each in snapshot.rollouts(name))
-
-
-def _settings(work: Work) -> WorkSettings:
-    return WorkSettings(
-        worker=work.worker_name or f"{socket.gethostname()}-{os.getpid()}",
-        lease_s=work.lease_seconds,
-        poll_s=work.poll,
-        attempts=work.max_attempts,
-        idle_s=work.idle_exit,
-    )

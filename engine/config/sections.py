@@ -8,7 +8,7 @@ from pydantic import Field
 from logitcask.engine.config.section import Name, Positive, Section
 from logitcask.engine.config.teacher import Score, Teacher, Work
 from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Probe, Train
-from logitcask.engine.types import SamplingParams
+from logitcask.engine.types import BATCH_TOKENS, SamplingParams
 
 
 class Student(Section):
@@ -113,7 +113,7 @@ class Run(Section):
         "float32 in any case.",
     )
     batch_tokens: Positive = Field(
-        16384, description="Tokens of one batch when sampling or scoring. Bounds memory."
+        BATCH_TOKENS, description="Tokens of one batch when sampling or scoring. Bounds memory."
     )
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from logitcask.engine.config.section import Name, Positive, Section, Share
-from logitcask.engine.types import SamplingParams
+from logitcask.engine.types import PACK_LENGTH, SamplingParams
 
 
 class Train(Section):
@@ -43,7 +43,7 @@ class Train(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     num_train_epochs: Positive = Field(1, description="Passes over the rollouts of the snapshot.")
     pack_length: Positive = Field(
-        16384,
+        PACK_LENGTH,
         description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",
     )
     gradient_accumulation_steps: Positive = Field(
@@ -176,7 +176,7 @@ class Probe(Section):
         1, description="Ranges of positions in the response that are shown apart, equally wide."
     )
     pack_length: Positive = Field(
-        16384,
+        PACK_LENGTH,
         description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",
     )
 

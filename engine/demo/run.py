@@ -62,7 +62,7 @@ STUDENT_BETWEEN = (0.45, 0.65)
 def run_demo(
     out: Path,
     *,
-    objective: str = "overlap",
+    objective: str = Train().objective,
     fast: bool = False,
     seed: int = 0,
     progress: Progress = no_progress,
@@ -212,7 +212,7 @@ class Demo:
                 lr_scheduler_type="cosine",
                 warmup_steps=20,
                 adam_beta2=0.98,
-                pack_length=self.scale.tokens_per_batch,
+                pack_length=self.scale.pack_length,
                 gradient_accumulation_steps=self.scale.accumulation,
                 save_steps=1000,
             ),

@@ -28,7 +28,7 @@ class Scale:
     """Responses per prompt."""
     heldout: int
     unit_prompts: int
-    tokens_per_batch: int
+    pack_length: int
     accumulation: int
 
 
@@ -47,7 +47,7 @@ FULL = Scale(
     n=1,
     heldout=256,
     unit_prompts=1280,
-    tokens_per_batch=544,
+    pack_length=544,
     accumulation=4,
 )
 FAST = Scale(
@@ -65,6 +65,6 @@ FAST = Scale(
     n=3,
     heldout=100,
     unit_prompts=150,
-    tokens_per_batch=400,
+    pack_length=400,
     accumulation=4,
 )

@@ -175,7 +175,7 @@ class OnPolicyRows:
             teacher=config.teacher.name,
             seed=config.run.seed,
             epochs=1,
-            tokens_per_batch=config.train.pack_length,
+            pack_length=config.train.pack_length,
         )
         rng = np.random.default_rng([config.run.seed, live.version])
         parts = deal(source.lengths(), config.loop.updates_per_round, rng)

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from logitcask.engine.config.training import Train
 from logitcask.engine.objectives.modifiers import Importance
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.supports import CURRENT_SUPPORTS, LossTerms
@@ -22,6 +23,7 @@ SKIPPED = "cache/skipped_share"
 COVERAGE_WARN = 0.95
 DRIFT_WARN = 0.05
 """Nats of approx_kl."""
+_DEFAULTS = Train()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +32,9 @@ class Bounds:
 
     action: Literal["off", "skip", "stop"] = "off"
     """Beyond them: nothing, give a row no loss (it stays in the divisor), or end the run."""
-    min_coverage: float = 0.80
-    max_drift: float = 0.2
+    min_coverage: float = _DEFAULTS.min_coverage
+    max_drift: float = _DEFAULTS.max_drift
+    """Nats of approx_kl."""
 
 
 NO_BOUNDS = Bounds()

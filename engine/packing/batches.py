@@ -13,6 +13,7 @@ from logitcask.engine.packing.plan import WINDOW_BYTES, PackPlan, PlanKey, make_
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
+from logitcask.engine.types import PACK_LENGTH
 
 
 class Packs(Protocol):
@@ -102,7 +103,7 @@ def planned(
     teacher: str,
     base: str | None = None,
     partial: bool = False,
-    tokens_per_batch: int = 16384,
+    pack_length: int = PACK_LENGTH,
     seed: int = 0,
     epochs: int = 1,
     window_bytes: int = WINDOW_BYTES,
@@ -111,13 +112,13 @@ def planned(
     """The packed rows of pinned data, `epochs` times through it in shuffled order: a dataset for a
     torch DataLoader (`batch_size=None`, workers by `spawn`), or a sequence to index.
 
-    The order depends on snapshot, names, seed, epochs, tokens_per_batch and window_bytes alone.
+    The order depends on snapshot, names, seed, epochs, pack_length and window_bytes alone.
     base: scores of the model that the teacher was made from, for objectives that look there.
     partial: what is scored, although units are missing. window_bytes: of units that are decoded
     together, which bounds memory. cache: a folder on a local disk for decoded units.
 
     Raises StoreError if the names hold nothing, IncompleteError if units are missing and `partial`
-    does not allow that, ConfigError for a sequence longer than tokens_per_batch.
+    does not allow that, ConfigError for a sequence longer than pack_length.
     """
     source = PackSource(
         store,
@@ -136,7 +137,7 @@ def planned(
         teacher=teacher,
         seed=seed,
         epochs=epochs,
-        tokens_per_batch=tokens_per_batch,
+        pack_length=pack_length,
         window_bytes=window_bytes,
     )
     return PlannedPacks(make_plan(key, source.lengths()), source)
@@ -152,7 +153,7 @@ def batches(
     world: int = 1,
     base: str | None = None,
     partial: bool = False,
-    tokens_per_batch: int = 16384,
+    pack_length: int = PACK_LENGTH,
     seed: int = 0,
     epochs: int = 1,
     window_bytes: int = WINDOW_BYTES,
@@ -170,7 +171,7 @@ def batches(
         teacher=teacher,
         base=base,
         partial=partial,
-        tokens_per_batch=tokens_per_batch,
+        pack_length=pack_length,
         seed=seed,
         epochs=epochs,
         window_bytes=window_bytes,

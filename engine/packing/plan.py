@@ -48,7 +48,7 @@ class PlanKey:
     teacher: str
     seed: int
     epochs: int
-    tokens_per_batch: int
+    pack_length: int
     """Tokens of a row at most, prompts included."""
     window_bytes: int = WINDOW_BYTES
     """Decoded units that are shuffled together; one that is larger is a window of its own."""
@@ -98,14 +98,14 @@ def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> PackPlan:
     that no row can hold.
     """
     for segment in lengths:
-        _check_fits(segment, key.tokens_per_batch)
+        _check_fits(segment, key.pack_length)
     rows: list[Array] = []
     windows: list[Window] = []
     for epoch in range(key.epochs):
         rng = np.random.default_rng([key.seed, epoch])
         order = rng.permutation(len(lengths)).tolist()
         for chosen in _windows(order, [lengths[i].size_bytes for i in order], key.window_bytes):
-            rows += _pack(_sequences(lengths, chosen), key.tokens_per_batch, rng)
+            rows += _pack(_sequences(lengths, chosen), key.pack_length, rng)
             windows.append(Window(ordinals=tuple(chosen), end=len(rows)))
     flat = np.concatenate([np.zeros((0, 2), np.int64), *rows])
     row_off = np.cumsum([0, *map(len, rows)], dtype=np.int64)
@@ -113,6 +113,7 @@ def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> PackPlan:
     inputs = asdict(key)
     # The keys under which the digests of earlier runs were taken.
     inputs["pin"], inputs["pin_sha256"] = inputs.pop("snapshot"), inputs.pop("snapshot_sha256")
+    inputs["tokens_per_batch"] = inputs.pop("pack_length")
     name = digest(
         {
             "key": inputs,
@@ -149,7 +150,7 @@ def _check_fits(segment: Lengths, budget: int) -> None:
         prompt_id = segment.prompt_ids[int(segment.seq_prompt[worst])]
         raise ConfigError(
             f"a response to prompt {prompt_id!r} has {total[worst]} tokens with its prompt, over "
-            f"tokens_per_batch = {budget}, and a sequence never spans rows",
+            f"pack_length = {budget}, and a sequence never spans rows",
             hint=f"--pack-length {total[worst]} or more",
         )
 

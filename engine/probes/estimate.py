@@ -78,18 +78,20 @@ def estimate(
     student: Any,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
-    sample: int = 4096,
-    student_k: int = 16,
+    sample: int,
+    student_topk: int,
     mc_draws: int = 0,
     grader: Grader | None = None,
-    k_min: int = 16,
-    k_max: int = 256,
+    teacher_topk_min: int,
+    teacher_topk_max: int,
     shared: SharedVocabulary | None = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Estimate:
-    """teacher: a scorer; student: an embedded backend; over one vocabulary. sample: positions
-    wanted; k_max: the largest of the table; shared: how their tokenizers differ, where they do.
+    """Sample and score a few rollouts, and estimate bytes, times and losses of the whole.
+
+    teacher: a scorer; student: an embedded backend; over one vocabulary. sample: positions, about;
+    teacher_topk_max: the largest of the table; shared: how their tokenizers differ, if they do.
 
     Raises IncompleteError where no response has a token, UnitError where an id occurs that is
     not one token to both.
@@ -97,12 +99,12 @@ def estimate(
     name = "the teacher"
     progress("estimate", 0, 3)
     rolled, sampling_s = _roll(
-        student, prompts, sampling, sample, student_k, mc_draws, grader, seed
+        student, prompts, sampling, sample, student_topk, mc_draws, grader, seed
     )
     progress("estimate", 1, 3)
     usual = ScoreParams(
-        k_min=min(k_min, k_max, USUAL),
-        k_max=min(k_max, USUAL),
+        k_min=min(teacher_topk_min, teacher_topk_max, USUAL),
+        k_max=min(teacher_topk_max, USUAL),
         at_student="at_ids" in teacher.capabilities,
     )
     if shared is not None:
@@ -113,12 +115,12 @@ def estimate(
     teacher.score(rolled, usual)
     scoring_s = time.monotonic() - start
     progress("estimate", 2, 3)
-    looked = full_scores(teacher, student, rolled, k_max)
+    looked = full_scores(teacher, student, rolled, teacher_topk_max)
     if shared is not None:
         shared.check_scores(looked.rows.scores, usual, name)
     each_s, mean_length = 1 / rolled.positions, rolled.positions / len(rolled.finish)
     total = mean_length * len(prompts) * sampling.n
-    table = tuple(_rows(rolled, looked, k_min, k_max, total))
+    table = tuple(_rows(rolled, looked, teacher_topk_min, teacher_topk_max, total))
     progress("estimate", 3, 3)
     (row,) = (
         each
@@ -130,7 +132,7 @@ def estimate(
         mean_length=mean_length,
         sampling_s_per_million=1e6 * sampling_s * each_s,
         scoring_s_per_million=1e6 * scoring_s * each_s,
-        overlap_ratio=float(looked.rows.listed[:, :student_k].sum(1).mean() / student_k),
+        overlap_ratio=float(looked.rows.listed[:, :student_topk].sum(1).mean() / student_topk),
         forward_kl=float(looked.forward.mean()),
         reverse_kl=float(looked.reverse.mean()),
         kl_over=looked.over,

@@ -132,7 +132,7 @@ def hold_out(
         teacher=asked.teacher,
         seed=0,
         epochs=1,
-        tokens_per_batch=pack_length,
+        pack_length=pack_length,
     )
     plan = make_plan(key, source.lengths())
     if not len(plan):

@@ -130,7 +130,7 @@ def _plan(
         teacher=teacher,
         seed=seed,
         epochs=settings.num_train_epochs,
-        tokens_per_batch=settings.pack_length,
+        pack_length=settings.pack_length,
     )
     plan = make_plan(key, source.lengths())
     if not len(plan):

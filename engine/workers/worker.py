@@ -8,7 +8,9 @@ A unit that raises is tried again, by any worker, until it has failed too often 
 unit that raises UnitError would fail again, so it is left out at once.
 """
 
+import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
+from logitcask.engine.config.teacher import Work
 from logitcask.engine.errors import (
     ConfigError,
     IdentityError,
@@ -58,21 +61,6 @@ class WorkPlan(Generic[T]):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WorkSettings:
-    """Name, lease and limits of a worker."""
-
-    worker: str
-    """Name of the worker; also seeds the order in which it tries units."""
-    lease_s: float = 600.0
-    """Seconds without a renewal after which another worker may take a claim."""
-    poll_s: float = 2.0
-    attempts: int = 3
-    """Failures of a unit, over all workers, after which it is left out."""
-    idle_s: float = 0.0
-    """Seconds without a missing unit after which the worker ends; 0 = never."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkReport:
     """Counts and times of one worker."""
 
@@ -93,29 +81,31 @@ def run_worker(
     plan: Callable[[Collection[str]], WorkPlan[T]],
     work: Callable[[str, T], int],
     *,
-    settings: WorkSettings,
+    settings: Work,
     stage: str,
     stop: threading.Event,
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> WorkReport:
-    """Do the missing units one by one, until `stop` is set or no unit was missing for `idle_s`.
+    """Do the missing units one by one, until `stop` is set or no unit was missing for
+    `idle_exit` seconds.
 
     plan(left_out) -> WorkPlan, without the units left out. work(key, unit) commits a unit and
     returns its positions; it raises Cancelled where it waited for others when `stop` was set.
     Otherwise `stop` is read between units. Raises the errors of STOPS and every BaseException that
     is no Exception, with the claim removed; any other error is a failure of the unit.
     """
-    claims = Claims(store.storage, worker=settings.worker, lease_s=settings.lease_s, clock=clock)
-    order = random.Random(settings.worker)
+    name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+    claims = Claims(store.storage, worker=name, lease_s=settings.lease_seconds, clock=clock)
+    order = random.Random(name)
     begun_s = busy_s = reported_s = clock()
     done_before: int | None = None
     units = positions = 0
     at_work_s = 0.0
     seen: set[str] = set()
     reported = (-1, -1)
-    failures = _Failures(store, settings.attempts)
+    failures = _Failures(store, settings.max_attempts)
     while not stop.is_set():
         left_out = failures.units()
         number = store.head().number
@@ -129,12 +119,12 @@ def run_worker(
         claims.look()
         if (taken := _claim_first(claims, keys)) is None:
             busy_s = clock() if keys else busy_s
-            if settings.idle_s and clock() - busy_s >= settings.idle_s:
+            if settings.idle_exit and clock() - busy_s >= settings.idle_exit:
                 break
-            stop.wait(settings.poll_s)
+            stop.wait(settings.poll)
             continue
         key, claim = taken
-        with _renewed(claim, settings.lease_s / BEATS):
+        with _renewed(claim, settings.lease_seconds / BEATS):
             # Another worker may have committed the unit between the plan and the claim.
             if store.head().number != number:
                 planned = plan(left_out)
@@ -150,7 +140,7 @@ def run_worker(
                 raise
             # A unit's data may make any library raise any error; the note keeps all of it.
             except Exception as error:
-                note_failure(store.storage, key, error, settings.worker)
+                note_failure(store.storage, key, error, name)
             else:
                 forget_failures(store.storage, key)
             at_work_s += clock() - start_s

@@ -32,6 +32,7 @@ from logitcask.engine.backends.vllm.hidden import Hidden
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.models.identity import context_length, from_config, read_config
 from logitcask.engine.types import (
+    BATCH_TOKENS,
     Array,
     IdLists,
     ModelRef,
@@ -65,7 +66,7 @@ class VLLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        batch_tokens: int = 16384,
+        batch_tokens: int = BATCH_TOKENS,
         exact: bool = False,
         tokenizer_vocab: int | None = None,
         memory: float = 0.8,

@@ -114,7 +114,7 @@ def test_no_id_is_lost_and_each_has_its_numbers(
 def key(tokens: int = 48) -> PlanKey:
     return PlanKey(
         snapshot=0, snapshot_sha256="", rollouts="main", teacher="big", seed=1, epochs=1,
-        tokens_per_batch=tokens,
+        pack_length=tokens,
     )  # fmt: skip
 
 
@@ -182,8 +182,8 @@ def test_a_loop_of_ones_own_gets_the_base_and_what_is_there(tmp_path: Path) -> N
     store = with_base(tmp_path / "s", units, 2)
     which = {"snapshot": store.head(), "rollouts": "main", "teacher": "big", "base": "root"}
     with pytest.raises(IncompleteError, match="have no scores of 'root'"):
-        list(batches(store, **which, tokens_per_batch=64))
-    rows = list(batches(store, **which, tokens_per_batch=64, partial=True))
+        list(batches(store, **which, pack_length=64))
+    rows = list(batches(store, **which, pack_length=64, partial=True))
     assert all(row.targets.base_log_p is not None for row in rows)
     assert sum(len(row.targets) for row in rows) == sum(u.rollouts.positions for u in units[:2])
 

@@ -26,7 +26,7 @@ def key(**change: object) -> PlanKey:
         "teacher": "big",
         "seed": 1,
         "epochs": 1,
-        "tokens_per_batch": 64,
+        "pack_length": 64,
     }
     return PlanKey(**(fields | change))  # type: ignore[arg-type]
 
@@ -125,7 +125,7 @@ def test_columns_against_the_full_distributions(tmp_path: Path, at_student: bool
     units = [make_unit(seed, at_student=at_student) for seed in range(3)]
     store = make_store(tmp_path / "store", units)
     source = PackSource(store, store.head(), "main", "big")
-    plan = make_plan(key(tokens_per_batch=48), source.lengths())
+    plan = make_plan(key(pack_length=48), source.lengths())
     seen = 0
     for members, packed in rows_of(plan, source):
         row = at = 0
@@ -233,7 +233,7 @@ def test_batches_is_every_position_once_per_epoch(tmp_path: Path) -> None:
             snapshot=store.head(),
             rollouts="main",
             teacher="big",
-            tokens_per_batch=32,
+            pack_length=32,
             epochs=2,
         )
     )

@@ -39,7 +39,7 @@ def small_windows(store: Store, units: int = 2, **change: object) -> PlannedPack
     snapshot = store.head()
     chains = snapshot.scores("big")
     largest = max(size_of(s, chains[s.seg_id]) for s in snapshot.rollouts("main"))
-    arguments = {"tokens_per_batch": 40, "epochs": 2, "window_bytes": units * largest} | change
+    arguments = {"pack_length": 40, "epochs": 2, "window_bytes": units * largest} | change
     return planned(store, snapshot=snapshot, rollouts="main", teacher="big", **arguments)
 
 
@@ -113,7 +113,7 @@ def test_threads_and_pins_change_nothing(store: Store) -> None:
         snapshot=snapshot_summary,
         rollouts="main",
         teacher="big",
-        tokens_per_batch=40,
+        pack_length=40,
         epochs=2,
         window_bytes=alone.plan.key.window_bytes,
     )
@@ -126,7 +126,7 @@ def test_ranks_take_turns_and_are_equally_many(store: Store) -> None:
         "snapshot": store.head(),
         "rollouts": "main",
         "teacher": "big",
-        "tokens_per_batch": 40,
+        "pack_length": 40,
     }
     want = list(batches(store, **arguments))
     parts = [list(batches(store, **arguments, rank=rank, world=4)) for rank in range(4)]

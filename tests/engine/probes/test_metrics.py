@@ -29,9 +29,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef]:
 
 
 def rows_of(store: Store) -> PlannedPacks:
-    return planned(
-        store, snapshot=store.head(), rollouts="main", teacher="big", tokens_per_batch=40
-    )
+    return planned(store, snapshot=store.head(), rollouts="main", teacher="big", pack_length=40)
 
 
 @pytest.mark.parametrize("name", ["overlap", "forward_kl", "sampled_token", "opd", "opd_released"])

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import logitcask.engine.store.commit as commit
+from logitcask.engine.config.teacher import Work
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.workers.worker import WorkPlan, WorkSettings, run_worker
+from logitcask.engine.workers.worker import WorkPlan, run_worker
 from tests.engine.store.made import commit_rollouts, key
 
 LIFE_S = 120
@@ -53,7 +54,7 @@ class Worker:
 
     def live(self) -> None:
         signal.alarm(LIFE_S)
-        settings = WorkSettings(worker=self.name, lease_s=1.5, poll_s=0.05, idle_s=0.05)
+        settings = Work(worker_name=self.name, lease_seconds=1.5, poll=0.05, idle_exit=0.05)
         never = threading.Event()
         run_worker(self.store, self.plan, self.work, settings=settings, stage="fleet", stop=never)
 

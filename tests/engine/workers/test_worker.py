@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from logitcask.engine.config.teacher import Work
 from logitcask.engine.errors import (
     AnswerError,
     ConfigError,
@@ -29,7 +30,6 @@ from logitcask.engine.store.verify import verify
 from logitcask.engine.workers.worker import (
     WorkPlan,
     WorkReport,
-    WorkSettings,
     check_failed,
     retry_failed,
     run_worker,
@@ -90,7 +90,7 @@ def run(
         store,
         plan or (lambda given_up: missing(store)),
         work or commit,
-        settings=WorkSettings(worker=worker, idle_s=1.0, poll_s=1.0),
+        settings=Work(worker_name=worker, idle_exit=1.0, poll=1.0),
         stage="sum",
         stop=ticks,
         clock=ticks.clock,
@@ -266,7 +266,7 @@ def test_a_long_unit_keeps_its_claim(store: Store) -> None:
         store,
         lambda given_up: missing(store, UNITS[:1]),
         work,
-        settings=WorkSettings(worker="w", lease_s=0.2, idle_s=0.01, poll_s=0.01),
+        settings=Work(worker_name="w", lease_seconds=0.2, idle_exit=0.01, poll=0.01),
         stage="sum",
         stop=threading.Event(),
     )
