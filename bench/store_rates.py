@@ -106,7 +106,7 @@ def read_by_zarr(store: Store, held: Segment, timed: Callable[..., Any]) -> list
     if find_spec("zarrs"):
         pipelines["zarrs"] = "zarrs.ZarrsCodecPipeline"
     for name, path in pipelines.items():
-        with codecs.quiet(), zarr.config.set({"codec_pipeline.path": path}):
+        with codecs.hide_zarr_warning(), zarr.config.set({"codec_pipeline.path": path}):
             group = zarr.open_group(store.storage.where(held.folder), mode="r")
             arrays = [group[each] for each in schema.specs(held.layout)]
             timed(f"read {name}", read_arrays, arrays)

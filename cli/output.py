@@ -20,7 +20,7 @@ SIDE_BY_SIDE = 4
 """Columns of a text result with many rows, such as evaluations: the first and the newest."""
 LEAST_WIDTH = 20
 """Characters of a wrapped column."""
-REPEATED = ("layout", "asked", "profile", "mean_reward")
+REPEATED = ("layout", "request", "profile", "mean_reward")
 """Keys that often have one value for all segments of a name."""
 
 

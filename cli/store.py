@@ -60,9 +60,9 @@ def ls(url: str, form: str) -> None:
     Example: logitcask store ls ./store
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.inspect import listing
+    from logitcask.engine.store.inspect import list_segments
 
-    print_segments(listing(open_store(url)), form)
+    print_segments(list_segments(open_store(url)), form)
 
 
 @store_command.command("verify")
@@ -81,7 +81,7 @@ def verify(url: str, deep: bool, form: str) -> None:
     from logitcask.engine.store.verify import verify as verify_store
 
     with progress_bar() as progress:
-        report = verify_store(open_store(url), deep=deep, tell=_damaged, progress=progress)
+        report = verify_store(open_store(url), deep=deep, on_damage=_damaged, progress=progress)
     print_result(report, form)
 
 
@@ -135,9 +135,11 @@ def show(
     Example: logitcask store show ./store --sequence 3
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.inspect import shown
+    from logitcask.engine.store.inspect import show_sequence
 
-    found = shown(open_store(url), rollouts=rollouts, teacher=teacher, sequence=sequence, top=top)
+    found = show_sequence(
+        open_store(url), rollouts=rollouts, teacher=teacher, sequence=sequence, top=top
+    )
     if tokenizer is not None:
         _add_text(found, tokenizer)
     if form == "json":

@@ -36,14 +36,14 @@ def tag_command(url: str, name: str | None, at: int | None, remove: bool, form: 
     Example: logitcask store tag ./store paper-run
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.inspect import tags
+    from logitcask.engine.store.inspect import list_tags
     from logitcask.engine.store.retention import tag, untag
 
     store = open_store(url)
     if name is None and (remove or at is not None):
         raise click.UsageError("--remove and --at need the NAME of a tag.")
     if name is None:
-        print_table(tags(store), form)
+        print_table(list_tags(store), form)
     elif remove:
         untag(store, name)
         print_result({"removed": name}, form)
@@ -75,11 +75,11 @@ def delete_command(url: str, form: str, **which: Any) -> None:
     Example: logitcask store delete ./store --teacher big
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.store.inspect import listing_of
+    from logitcask.engine.store.inspect import segment_rows
     from logitcask.engine.store.retention import delete
 
     deleted = delete(open_store(url), **which)
-    print_segments(listing_of(deleted), form)
+    print_segments(segment_rows(deleted), form)
     done = "would be deleted" if which["dry_run"] else "deleted"
     click.echo(f"note: {len(deleted)} segments {done}", err=True)
 

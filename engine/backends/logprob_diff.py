@@ -171,7 +171,7 @@ def select_scores(scores: Scores, lengths: Array, sequences: Sequence[int] | Arr
         [np.zeros(0, np.int64), *(np.arange(start[i], start[i + 1]) for i in sequences)]
     )
     cnt = scores.cnt.astype(np.int64)
-    entries = np.repeat(ragged.starts(cnt)[:-1][rows], cnt[rows]) + ragged.within(cnt[rows])
+    entries = np.repeat(ragged.starts(cnt)[:-1][rows], cnt[rows]) + ragged.index_in_row(cnt[rows])
     return Scores(
         lp=scores.lp[rows],
         entropy=scores.entropy[rows],

@@ -107,7 +107,7 @@ class ResponseAssembler:
         if extra is not None and answer.at is not None:
             extra_lp = np.minimum(answer.at, 0.0)
             new = ragged.find(top.ids, top.cnt, extra.ids, extra.cnt) < 0
-            extra_row = ragged.rows(extra.cnt)
+            extra_row = ragged.row_of_entry(extra.cnt)
             known.append((extra_lp[new], extra_row[new], np.ones(int(new.sum()), bool)))
             # A chosen id never counts for the tail, kept or not.
             chosen = ragged.find(extra.ids, extra.cnt, top.ids, top.cnt) >= 0
@@ -265,7 +265,7 @@ def _check_duplicates(answer: ReturnedTopK, tokens: Array, extra_ids: IdLists | 
     """Reject two log-probs of one id, and an id outside the best ids that is likelier than them."""
     pairs = [("the sampled token", tokens, np.arange(len(tokens)), answer.lp)]
     if extra_ids is not None and answer.at is not None:
-        rows = ragged.rows(extra_ids.cnt)
+        rows = ragged.row_of_entry(extra_ids.cnt)
         pairs.append(("a chosen id", extra_ids.ids.astype(np.int64), rows, answer.at))
     for name, ids, rows, lp in pairs:
         for block in range(0, len(ids), 1 << 14):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.store.decoded_unit import DRAWN, LISTED, OTHERS, ROW, SEQUENCE
-from logitcask.engine.store.format.ragged import marked, rows, within
+from logitcask.engine.store.format.ragged import count_marked, index_in_row, row_of_entry
 from logitcask.engine.types import Array
 
 NOT_IN_TOPK = 1 << 30
@@ -166,9 +166,9 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
     token = flat["token"].astype(np.int64)
     s_counts, t_counts = flat["s_cnt"].astype(np.int64), flat["t_cnt"].astype(np.int64)
     known = s_counts + t_counts
-    s_at = rows(s_counts), within(s_counts)
-    t_row = rows(t_counts)
-    t_at = t_row, s_counts[t_row] + within(t_counts)
+    s_at = row_of_entry(s_counts), index_in_row(s_counts)
+    t_row = row_of_entry(t_counts)
+    t_at = t_row, s_counts[t_row] + index_in_row(t_counts)
     mc_at, filled = None, known
     if "mc_cnt" in flat:
         mc_at, filled = _drawn_at(flat, s_at, t_at)
@@ -230,7 +230,7 @@ def _drawn_at(flat: Mapping[str, Array], s_at: Any, t_at: Any) -> tuple[Any, Arr
     Scored ids have a column already; others get the next ones.
     """
     mc_counts = flat["mc_cnt"].astype(np.int64)
-    mc_row = rows(mc_counts)
+    mc_row = row_of_entry(mc_counts)
     known_key = _keys(np.concatenate([s_at[0], t_at[0]]), [flat["s_ids"], flat["t_ids"]])
     column = np.concatenate([s_at[1], t_at[1]])
     ascending = np.argsort(known_key)
@@ -240,10 +240,10 @@ def _drawn_at(flat: Mapping[str, Array], s_at: Any, t_at: Any) -> tuple[Any, Arr
     at = np.searchsorted(sorted_key, mc_key)
     new = sorted_key[at] != mc_key
     known = (flat["s_cnt"].astype(np.int64)) + flat["t_cnt"]
-    new_counts = marked(new, mc_counts).astype(np.int64)
+    new_counts = count_marked(new, mc_counts).astype(np.int64)
     mc_col = np.empty(len(mc_row), np.int64)
     mc_col[~new] = column[ascending[at[~new]]]
-    mc_col[new] = known[mc_row[new]] + within(new_counts)
+    mc_col[new] = known[mc_row[new]] + index_in_row(new_counts)
     return (mc_row, mc_col), known + new_counts
 
 

@@ -21,11 +21,11 @@ def without_extra(scores: Scores, ids: IdLists, student: IdLists | None) -> Scor
     """
     assert scores.at_lp is not None, "scored at chosen ids"
     count = np.zeros(len(ids.cnt), np.uint16) if student is None else student.cnt
-    stays = ragged.within(ids.cnt) < np.repeat(count, ids.cnt)
+    stays = ragged.index_in_row(ids.cnt) < np.repeat(count, ids.cnt)
     kept = ragged.find(scores.ids.astype(np.uint32), scores.cnt, ids.ids, ids.cnt) >= 0
     dropped = ~stays & ~kept
     tail = scores.log_tail.astype(np.float64)
-    np.logaddexp.at(tail, ragged.rows(ids.cnt)[dropped], scores.at_lp[dropped])
+    np.logaddexp.at(tail, ragged.row_of_entry(ids.cnt)[dropped], scores.at_lp[dropped])
     return replace(
         scores,
         log_tail=tail.astype(np.float32),

@@ -1,13 +1,13 @@
-"""Decoded units as files that are mapped into memory: true random access to single sequences.
+"""Decoded units as memory-mapped files: true random access to single sequences.
 
-Segments are compressed in chunks of many thousand positions, so reading one sequence decodes some
-thousand times what it needs. A cache is a folder of plain .npy files on a local disk, larger than
-the store, made once a unit and free to delete:
+Segments are compressed in chunks of many thousand positions, so reading one sequence decodes about
+a thousand times the bytes it needs. A cache is a folder of plain .npy files on a local disk, larger
+than the store, written once per unit and free to delete:
 
-  CACHE/<sha256 of the segments it is made from>/<array>.npy, sizes.json
+  CACHE/<sha256 of its segments>/<array>.npy, sizes.json
 
-It is derived data on the user's own disk: `verify=False` trusts it but for names, types and sizes;
-`verify=True` compares every byte with the digest that was taken when it was made.
+It is derived data on the user's own disk: `verify=False` checks names, types and sizes only,
+`verify=True` compares every byte with the digest taken when it was written.
 """
 
 import json
@@ -27,11 +27,11 @@ from logitcask.engine.store.store import Store
 from logitcask.engine.types import Array
 
 _LAYOUT = 2
-"""Goes into the name: another meaning of the files makes another folder."""
+"""Part of the folder's digest: a new meaning of the files gets new folders."""
 
 
 class UnitCache:
-    """Units of any store, kept decoded below one folder; safe for several processes at once."""
+    """Decoded units of any store below one folder; safe for several processes at once."""
 
     def __init__(self, folder: Path, *, verify: bool = False) -> None:
         self._folder = folder
@@ -44,18 +44,20 @@ class UnitCache:
         score_segments: ScoreSegments,
         base: ScoreSegments = (),
     ) -> DecodedUnit:
-        """The unit, mapped; it is decoded and written first if the cache has not got it.
+        """Return a unit, memory-mapped; decode and write it first if it is not cached.
 
         Raises IntegrityError for a damaged cache, StoreError where it cannot be written.
         """
-        place = self._folder / _name(rollout, score_segments, base)
-        if not place.is_dir():
-            self._write(place, read_unit(store, rollout, score_segments, base))
+        ids = [rollout.seg_id, *(each.seg_id for each in score_segments)]
+        key = {"layout": _LAYOUT, "segments": ids, "base": [each.seg_id for each in base]}
+        folder = self._folder / digest(key)[7:39]
+        if not folder.is_dir():
+            self._write(folder, read_unit(store, rollout, score_segments, base))
         names = dtypes_of(rollout, score_segments, base)
-        return DecodedUnit({name: self._mapped(place, name) for name in names})
+        return DecodedUnit({name: self._mapped(folder, name) for name in names})
 
-    def _write(self, place: Path, unit: DecodedUnit) -> None:
-        temporary = place.with_name(f".{uuid.uuid4().hex}")
+    def _write(self, folder: Path, unit: DecodedUnit) -> None:
+        temporary = folder.with_name(f".{uuid.uuid4().hex}")
         try:
             temporary.mkdir(parents=True)
             sums = {}
@@ -64,51 +66,41 @@ class UnitCache:
                 sums[name] = [len(array), sha256(array.tobytes())]
             (temporary / "sizes.json").write_bytes(canonical(sums))
             # A folder gets its name with all of its files; another process may have been faster.
-            os.rename(temporary, place)
+            os.rename(temporary, folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if place.is_dir():
+            if folder.is_dir():
                 return
             raise StoreError(
                 f"cannot write the cache {self._folder}: {error.strerror or error}",
                 hint="make room there, give another folder, or train without a cache",
             ) from error
 
-    def _mapped(self, place: Path, name: str) -> Array:
-        path = place / f"{name}.npy"
-
-        def checked() -> Array:
-            length, sha = json.loads((place / "sizes.json").read_bytes())[name]
+    def _mapped(self, folder: Path, name: str) -> Array:
+        path = folder / f"{name}.npy"
+        try:
+            length, sha = json.loads((folder / "sizes.json").read_bytes())[name]
             array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
             if (array.shape, array.dtype) != ((length,), np.dtype(DTYPES[name])):
                 raise ValueError(f"{array.dtype} {array.shape}, not {DTYPES[name]} ({length},)")
             if self._verify and sha256(array.tobytes()) != sha:
-                raise ValueError("not the bytes that were written")
-            return array
-
-        try:
-            return checked()
+                raise ValueError("other bytes than were written")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
                 f"{path}: a damaged cache ({error})",
-                hint=f"remove {place}; it is made again from the store",
+                hint=f"remove {folder}; it is made again from the store",
             ) from error
+        return array
 
 
 def read_unit(
     store: Store, rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()
 ) -> DecodedUnit:
-    """The unit, decoded into memory, with the scores of a `base` model if there are any. Raises
-    IntegrityError.
+    """Decode a unit into memory, with the scores of a `base` model if there are any.
+
+    Raises IntegrityError.
     """
     rollouts = store.read_rollouts(rollout)
-    of_base = store.read_scores(base, base=rollouts) if base else None
-    return decode_unit(
-        rollout.seg_id, rollouts, store.read_scores(score_segments, base=rollouts), of_base
-    )
-
-
-def _name(rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments) -> str:
-    made_from = [rollout.seg_id, *(each.seg_id for each in score_segments)]
-    of_base = [each.seg_id for each in base]
-    return digest({"layout": _LAYOUT, "segments": made_from, "base": of_base})[7:39]
+    base_scores = store.read_scores(base, base=rollouts) if base else None
+    scores = store.read_scores(score_segments, base=rollouts)
+    return decode_unit(rollout.seg_id, rollouts, scores, base_scores)

@@ -1,5 +1,7 @@
-"""From arrays to a published segment: encoded, decoded again, put where its content says, named by
-a record. A crash at any step leaves the log as it was: at worst a folder that no record names.
+"""Commits: from arrays to a published segment.
+
+A segment is encoded, decoded again, put into the folder of its content address and named by a
+record. A crash at any step leaves the log as it was: at worst a folder that no record names.
 """
 
 from collections.abc import Mapping
@@ -20,15 +22,11 @@ from logitcask.engine.types import Array
 _TOO_LARGE = "lower --unit-prompts: a unit is a segment"
 
 
-def new_segment(kind: str, layout: str, profile: str, **fields: Any) -> Segment:
-    """A segment of which is known what it is to be, and not yet what it holds."""
-    empty: dict[str, Any] = {"base": "", "extends": "", "counts": {}, "tokens_sha256": ""}
-    blank: dict[str, Any] = {"seg_id": "", "generation": 0, "files": {}, "number": -1}
-    return Segment(kind=kind, layout=layout, profile=profile, **{**empty, **blank, **fields})
-
-
 def find_committed(log: Log, new: Segment) -> Segment | None:
-    """Refuses what cannot be committed, and answers for a unit that is there, before any work."""
+    """Return the committed segment of the same unit, if there is one.
+
+    Raises StoreError or IdentityError where `new` cannot be committed, before any work on it.
+    """
     if not schema.NAME.fullmatch(new.name):
         raise StoreError(
             f"name {new.name!r} is not allowed",
@@ -42,7 +40,7 @@ def find_committed(log: Log, new: Segment) -> Segment | None:
 
 
 def commit_arrays(storage: Storage, log: Log, arrays: Mapping[str, Array], new: Segment) -> Segment:
-    """Publishes a draft with these arrays; returns the segment that holds its unit."""
+    """Publish a new segment with these arrays; return the committed segment of its unit."""
     profile = codecs.profile(new.profile)
     counts = {**segments.counts_of(new.layout, arrays), **new.counts}
     for key, most in schema.MAX_COUNT.items():
@@ -69,14 +67,14 @@ def commit_arrays(storage: Storage, log: Log, arrays: Mapping[str, Array], new: 
     contents = segments.encode(arrays, attributes=attributes, **shape)
     segments.check_decodes(contents, arrays, counts=counts, **shape)
     manifest = segments.manifest_of(contents)
-    made = replace(new, counts=counts, files=manifest, seg_id=segments.content_address(manifest))
-    return publish_segment(storage, log, contents, made)
+    encoded = replace(new, counts=counts, files=manifest, seg_id=segments.content_address(manifest))
+    return publish_segment(storage, log, contents, encoded)
 
 
 def publish_segment(
     storage: Storage, log: Log, contents: Mapping[str, bytes], new: Segment
 ) -> Segment:
-    """Puts the files of a segment in place and names them in the log; the first of a unit wins."""
+    """Place the files of a segment and publish it in the log; the first commit of a unit wins."""
     placed: set[str] = set()
 
     def build_record() -> dict[str, Any] | None:
@@ -84,7 +82,7 @@ def publish_segment(
             return None
         check_name_identity(log, new)
         _check_base(log, new)
-        # Where gc has removed this content, it may still be at work on the folder of that time.
+        # Where gc has removed this content, it may still be removing the folder of that generation.
         here = replace(new, generation=log.generation(new.kind, new.seg_id))
         if here.folder not in placed:
             storage.place(here.folder, contents)
@@ -92,24 +90,24 @@ def publish_segment(
         return {"adds": [record.encode_segment(here)]}
 
     number = append(storage, log, build_record)
-    # Ours may be deleted again by now; what it said was so.
+    # Our own segment may be deleted again by now, so it is looked up by its record.
     winner = log.winner(new.unit_key) if number is None else log.added(number)[0]
-    assert winner is not None, "there was nothing left to say"
+    assert winner is not None, "no record is published only where the unit is committed"
     return winner
 
 
 def _check_base(log: Log, new: Segment) -> None:
     if new.kind == schema.ROLLOUT:
         return
-    base, score_segments = log.base(new.base), log.score_segments(new.name, new.base)
+    base, before = log.base(new.base), log.score_segments(new.name, new.base)
     if base is None or base.tokens_sha256 != new.tokens_sha256:
         raise StoreError(
             f"no rollout segment {new.base} with these tokens",
             hint="score the rollouts of this store; they may have been deleted meanwhile",
         )
-    if new.extends != (score_segments[-1].seg_id if score_segments else ""):
+    if new.extends != (before[-1].seg_id if before else ""):
         raise StoreError(
-            f"teacher {new.name!r} has {len(score_segments)} segments on rollouts {new.base}, and "
-            f"these scores add to {new.extends or 'none'}",
-            hint="another writer was faster; rerun the same command to resume",
+            f"teacher {new.name!r} has {len(before)} segments on rollouts {new.base}, and these "
+            f"scores extend {new.extends or 'none'}",
+            hint="another writer was faster; run the same command again to resume",
         )

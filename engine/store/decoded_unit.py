@@ -1,7 +1,6 @@
-"""One rollout segment and what a teacher says of it, decoded and laid out to be read by sequence.
+"""One rollout segment and a teacher's scores of it, decoded for reading by sequence.
 
-All arrays are flat, with the offsets that cut out a sequence. They may be memory, or files mapped
-into it.
+All arrays are flat, with the offsets of each sequence. They lie in memory or are memory-mapped.
 """
 
 from collections.abc import Mapping
@@ -40,8 +39,8 @@ LISTED = {
     "s_p": "float32",
     "s_base": "float32",
 }
-"""Arrays [S], ids of the student's list that the teacher's log-prob is known at: that, its rank,
-the student's and the base model's."""
+"""Arrays [S], ids of the student's list at which the teacher's log-prob is known: the id, the
+teacher's log-prob and its rank, the student's and the base model's log-prob."""
 OTHERS = {
     "t_ids": "uint32",
     "t_q": "float32",
@@ -49,13 +48,13 @@ OTHERS = {
     "t_mult": "uint16",
     "t_base": "float32",
 }
-"""Arrays [E], the other ids."""
+"""Arrays [E], the teacher's other ids."""
 DRAWN = {"mc_ids": "uint32", "mc_mult": "uint16", "mc_lp": "float32"}
 """Arrays [D], ids that the student drew, in these lists or not."""
 SEQUENCE = {"seq_prompt": "uint32", "version": "int64", "reward": "float32"}
 """Arrays [N]."""
 OFFSETS = {"seq_off": "N", "prompt_off": "M", "s_off": "P", "t_off": "P", "mc_off": "P"}
-"""Arrays int64, one longer than what they cut."""
+"""Arrays int64; their length is the count plus 1."""
 DTYPES = {
     **ROW,
     **LISTED,
@@ -65,17 +64,10 @@ DTYPES = {
     **dict.fromkeys(OFFSETS, "int64"),
     "prompt_tokens": "uint32",
 }
-OF_DRAWS = {"mc_cnt", "mc_off", *DRAWN}
-OF_REWARD = {"reward"}
-OF_SAMPLED = {"t_mult"}
-OF_BOUNDS = {"q_entropy_hi"}
-OF_BASE = {"base_token_lp", "s_base", "t_base"}
-"""Only where the student drew ids, where responses have rewards, where the teacher drew ids, where
-it told its best ids alone, where there is a base model."""
 
 
 class DecodedUnit:
-    """Arrays of DTYPES, by name: those of `dtypes_of`."""
+    """The arrays of a unit, by the names of `dtypes_of`."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self.arrays = arrays
@@ -85,7 +77,7 @@ class DecodedUnit:
         return sum(int(array.nbytes) for array in self.arrays.values())
 
     def sequence(self, index: int) -> dict[str, Array]:
-        """Every array of one sequence; ragged ones flat; and its tokens, prompt first."""
+        """Return the arrays of one sequence, ragged ones flat, and its tokens, prompt first."""
         of = self.arrays
         a, b = (int(x) for x in of["seq_off"][index : index + 2])
         prompt = int(of["seq_prompt"][index])
@@ -108,36 +100,39 @@ class DecodedUnit:
 
 
 def is_bounded(score_segments: ScoreSegments) -> bool:
-    """Whether a teacher's entropies are intervals: it told its best ids alone."""
+    """Return whether a teacher's entropies are intervals, as of one that returns top ids only."""
     return "ent_hi" in schema.specs(score_segments[0].layout)
 
 
 def dtypes_of(
     rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()
 ) -> dict[str, str]:
-    """The arrays of a unit, name -> dtype, from what the log says alone."""
+    """Return the arrays of a unit, name -> dtype, without reading the segments."""
+    arrays = schema.specs(rollout.layout)
     absent: set[str] = set()
-    held = schema.specs(rollout.layout)
-    absent |= set() if "mc_cnt" in held else OF_DRAWS
-    absent |= set() if "reward" in held else OF_REWARD
-    absent |= set() if score_segments[0].layout == schema.SAMPLED else OF_SAMPLED
-    absent |= set() if is_bounded(score_segments) else OF_BOUNDS
-    absent |= set() if base else OF_BASE
+    for present, names in (
+        ("mc_cnt" in arrays, {"mc_cnt", "mc_off", *DRAWN}),
+        ("reward" in arrays, {"reward"}),
+        (score_segments[0].layout == schema.SAMPLED, {"t_mult"}),
+        (is_bounded(score_segments), {"q_entropy_hi"}),
+        (bool(base), {"base_token_lp", "s_base", "t_base"}),
+    ):
+        absent |= set() if present else names
     return {name: dtype for name, dtype in DTYPES.items() if name not in absent}
 
 
 def decode_unit(
     seg_id: str, rollouts: Rollouts, scores: CachedScores, base: CachedScores | None = None
 ) -> DecodedUnit:
-    """`base` is what the model that the teacher was made from says of the same rollouts.
+    """Build the unit of rollouts and their scores, and the scores of a `base` model if any.
 
-    Raises IncompleteError for rollouts that their own student has not scored.
+    Raises IncompleteError for rollouts without the student's own scores.
     """
     student = rollouts.student
     if student is None:
         raise IncompleteError(
-            f"rollout segment {seg_id} has no scores by its own student",
-            hint="sample again with `logitcask rollout`: every sampler of ours scores itself",
+            f"rollout segment {seg_id} has no scores of its own student",
+            hint="sample again with `logitcask rollout`, which always stores them",
         )
     prompts = [np.asarray(p.token_ids, np.uint32) for p in rollouts.prompts]
     arrays = {
@@ -184,21 +179,19 @@ def decode_unit(
     return DecodedUnit({name: np.ascontiguousarray(a, DTYPES[name]) for name, a in arrays.items()})
 
 
-def _at(cnt: Array, ids: Array, lp: Array, wanted_cnt: Array, wanted: Array) -> Array:
-    """[W] float32, the log-probs of lists at the wanted ids of the same rows; NaN at others."""
-    if wanted is ids:
+def _at(cnt: Array, ids: Array, lp: Array, at_cnt: Array, at_ids: Array) -> Array:
+    """Return the log-probs [A] of lists at other ids of the same rows; NaN where not listed."""
+    if at_ids is ids:
         return lp
-    place = find(ids.astype(np.uint32), cnt, wanted, wanted_cnt)
-    there = place >= 0
-    out = np.full(len(wanted), np.nan, np.float32)
-    out[there] = lp[(np.repeat(starts(cnt)[:-1], wanted_cnt) + place)[there]]
+    index = find(ids.astype(np.uint32), cnt, at_ids, at_cnt)
+    listed = index >= 0
+    out = np.full(len(at_ids), np.nan, np.float32)
+    out[listed] = lp[(np.repeat(starts(cnt)[:-1], at_cnt) + index)[listed]]
     return out
 
 
-def lengths_of(
-    rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()
-) -> dict[str, int]:
-    """Name -> elements at most, from what the log says alone."""
+def size_of(rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()) -> int:
+    """Return the bytes of a unit in memory, at most, without reading the segments."""
     counts = rollout.counts
     listed = score_segments[0].counts.get("S", counts.get("E", 0))
     others = sum(each.counts["E"] for each in score_segments)
@@ -211,10 +204,5 @@ def lengths_of(
         **{name: counts[of] + 1 for name, of in OFFSETS.items()},
         "prompt_tokens": counts["T"],
     }
-    return {name: lengths[name] for name in dtypes_of(rollout, score_segments, base)}
-
-
-def size_of(rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()) -> int:
-    """Bytes at most of a unit in memory, from what the log says alone."""
-    lengths = lengths_of(rollout, score_segments, base)
-    return sum(length * np.dtype(DTYPES[name]).itemsize for name, length in lengths.items())
+    dtypes = dtypes_of(rollout, score_segments, base)
+    return sum(lengths[name] * np.dtype(dtype).itemsize for name, dtype in dtypes.items())

@@ -1,19 +1,19 @@
-"""More of the same teacher on the same rollouts: what a second scoring adds to the first.
+"""Extension segments: further entries of the same teacher on the same rollouts.
 
-A larger k_max, or other ids (a later student's top-k, say): layout `wider` stores the entries
-that the segments before it lack, and how they fall in with those. Let U be what is known of a row,
-in its order, and X what is new, in the new order. X is stored in that order; the reader needs for
-each of X how many of U stand before it:
+For a larger k_max or for other ids (such as a later student's top-k), layout `wider` stores the
+entries that the earlier segments lack, and their ranks. In each row let U be the stored entries in
+their order, and X the new ones in the new order. X is stored in that order; the reader needs for
+each of X the number of U that come before it:
 
-  implied  = members of U whose *stored* value stands before its own,
+  implied  = members of U whose *stored* value orders before its own,
   rank_fix = the true number - the implied one   (modulo 2^16),
 
-so that the rank of the j-th of X in U and X together is j + implied + rank_fix, and U, whose own
-order is known, takes the places that remain.
+so that the rank of the j-th of X in U and X together is j + implied + rank_fix, and U takes the
+remaining ranks in its own order.
 
-The new list of a teacher is its old one and, behind it, what the new one names beside. Where both
-scorings computed alike that is the new list; where numbers moved in their last bits, the old order
-stands. A scoring whose numbers moved further is refused: it is another teacher, or another dtype.
+The new list of a teacher is its old list followed by the additional ids of the new one. Where
+log-probs changed in their last bits, the old order stays. Larger changes are refused: they come
+from another teacher or another dtype.
 """
 
 from dataclasses import replace
@@ -29,17 +29,17 @@ from logitcask.engine.store.format.layouts import RESCORE, Ranked, exact_order, 
 from logitcask.engine.types import Array, CachedScores, IdLists, Scores
 
 NOISE = {"float32": 1e-3}
-"""dtype of a scorer -> nats by which its log-probs may differ from one run to another ..."""
+"""dtype of a scorer -> nats by which its log-probs may differ between two runs."""
 COARSE_NOISE = 0.25
-"""... and in any other dtype."""
+"""The same for any other dtype."""
 UNLIKELY = -30.0
-"""Log-probs below count as this."""
+"""Lower log-probs are compared as this."""
 
 
 def request_ids(cached: CachedScores, more: IdLists | None = None) -> IdLists:
-    """Every id known of a row, then those of `more` that are not: where a widening is asked.
+    """Return the ids at which an extension is scored: the stored ids of each row, then `more`.
 
-    The tail of a widened row is what lies outside all of them, so the scorer has to see them.
+    The tail of an extended row is the mass outside all of them, so the scorer needs them all.
     """
     u = ranked(cached)
     every = IdLists(cnt=u.cnt.astype(np.uint16), ids=u.ids)
@@ -47,9 +47,9 @@ def request_ids(cached: CachedScores, more: IdLists | None = None) -> IdLists:
 
 
 def union(first: IdLists, more: IdLists) -> IdLists:
-    """In every row the ids of `first`, then those of `more` that are not among them."""
+    """Return in each row the ids of `first`, then those of `more` that `first` lacks."""
     new = ragged.find(first.ids.astype(np.uint32), first.cnt, more.ids.astype(np.uint32), more.cnt)
-    added = ragged.marked(new < 0, more.cnt)
+    added = ragged.count_marked(new < 0, more.cnt)
     return IdLists(
         cnt=(first.cnt.astype(np.int64) + added).astype(np.uint16),
         ids=_interleaved(first.cnt, first.ids, added, more.ids[new < 0]),
@@ -65,40 +65,44 @@ def encode(
     noise: float,
     rounding: float,
 ) -> dict[str, Array]:
-    """Arrays of a widening of `cached` by scores that were asked at `at`, as made by `request_ids`.
+    """Encode an extension of `cached` by scores at the ids `at`, made by `request_ids`.
 
-    noise: nats by which a log-prob may have moved since; rounding: of the profile in which the
-    known ones are stored. Raises IdentityError for numbers that moved further, StoreError where
-    `at` lacks a known id, or a row becomes too long.
+    noise: nats by which a log-prob may have changed; rounding: of the profile of the stored ones.
+    Raises IdentityError for larger changes, StoreError where `at` lacks a stored id or a row
+    becomes too long.
     """
-    assert scores.at_lp is not None, "a widening asks at what is known"
-    check_lists(at, len(cached.cnt), schema.MAX_ROW, "the ids asked at", RESCORE)
+    assert scores.at_lp is not None, "an extension has scores at the stored ids"
+    check_lists(at, len(cached.cnt), schema.MAX_ROW, "the requested ids", RESCORE)
     u = ranked(cached)
     at_cnt, at_ids = at.cnt, at.ids.astype(np.uint32)
     l_cnt, l_ids = scores.cnt.astype(np.uint16), scores.ids.astype(np.uint32)
     place = ragged.find(at_ids, at_cnt, u.ids, u.cnt)
     if (place < 0).any():
-        raise StoreError("a widening was not asked at all ids that are known", hint=RESCORE)
+        raise StoreError("an extension lacks scores at some stored ids", hint=RESCORE)
     u_lp = scores.at_lp[np.repeat(ragged.starts(at_cnt)[:-1], u.cnt) + place]
     _check_agrees(u, u_lp, noise, rounding)
 
-    # In the new order a row has the old list, then what the new list adds, then everything else.
+    # In the new order a row has the old list, then the additional ids of the new list, then the
+    # rest.
     in_list = ragged.find(l_ids, l_cnt, u.ids, u.cnt)
-    old = ragged.within(u.cnt) < np.repeat(cached.kept, u.cnt)
+    old = ragged.index_in_row(u.cnt) < np.repeat(cached.kept, u.cnt)
     u_added, u_rest = ~old & (in_list >= 0), ~old & (in_list < 0)
-    u_added_cnt, u_rest_cnt = ragged.marked(u_added, u.cnt), ragged.marked(u_rest, u.cnt)
+    u_added_cnt, u_rest_cnt = (
+        ragged.count_marked(u_added, u.cnt),
+        ragged.count_marked(u_rest, u.cnt),
+    )
     x_added = ragged.find(u.ids, u.cnt, l_ids, l_cnt) < 0
     x_rest = ragged.find(u.ids, u.cnt, at_ids, at_cnt) < 0
     x_rest &= ragged.find(l_ids, l_cnt, at_ids, at_cnt) < 0
-    added_cnt, rest_cnt = ragged.marked(x_added, l_cnt), ragged.marked(x_rest, at_cnt)
+    added_cnt, rest_cnt = ragged.count_marked(x_added, l_cnt), ragged.count_marked(x_rest, at_cnt)
 
-    u_place, x_place = in_list[u_added], ragged.within(l_cnt)[x_added]
-    added_before = ragged.above(u_place, u_added_cnt, x_place, added_cnt)
+    u_place, x_place = in_list[u_added], ragged.index_in_row(l_cnt)[x_added]
+    added_before = ragged.count_less(u_place, u_added_cnt, x_place, added_cnt)
     added_before += np.repeat(cached.kept, added_cnt)
     order = exact_order(scores.at_lp[x_rest], at_ids[x_rest])
-    best_first = np.lexsort((order, ragged.rows(rest_cnt)))
+    best_first = np.lexsort((order, ragged.row_of_entry(rest_cnt)))
     u_order = exact_order(u_lp[u_rest], u.ids[u_rest])
-    rest_before = ragged.above(u_order, u_rest_cnt, order[best_first], rest_cnt)
+    rest_before = ragged.count_less(u_order, u_rest_cnt, order[best_first], rest_cnt)
     rest_before += np.repeat(cached.kept + u_added_cnt, rest_cnt)
 
     def together(added: Array, rest: Array) -> Array:
@@ -109,9 +113,8 @@ def encode(
     longest = int((u.cnt + cnt).max(initial=0))
     if longest > schema.MAX_ROW or int(cnt.max(initial=0)) > schema.MAX_K:
         raise StoreError(
-            f"a row of {longest} known ids, at most {schema.MAX_ROW}, {schema.MAX_K} of them at a "
-            "time",
-            hint="ask at fewer ids, or give these scores a name of their own",
+            f"a row of {longest} ids, at most {schema.MAX_ROW}, and {schema.MAX_K} in one segment",
+            hint="request fewer ids, or give these scores another name",
         )
     return {
         "log_tail": scores.log_tail.astype(np.float32),
@@ -124,25 +127,25 @@ def encode(
 
 
 def decode(cached: CachedScores, arrays: dict[str, Array], profile: codecs.Profile) -> CachedScores:
-    """`cached` widened by the arrays of a `wider` segment. ValueError where they do not fit."""
+    """Return `cached` with the arrays of an extension. Raises ValueError where they do not fit."""
     cnt, ids = arrays["cnt"], arrays["ids"]
     if len(cnt) != len(cached.cnt):
-        raise ValueError(f"{len(cnt)} rows widen {len(cached.cnt)}")
+        raise ValueError(f"{len(cnt)} rows extend {len(cached.cnt)}")
     ragged.check_counts(cnt, len(ids), schema.MAX_K)
     u = ranked(cached)
     if int((u.cnt + cnt).max(initial=0)) > schema.MAX_ROW:
-        raise ValueError(f"a row of more than {schema.MAX_ROW} known ids")
+        raise ValueError(f"a row of more than {schema.MAX_ROW} ids")
     if (arrays["kept"] > u.cnt + cnt).any():
         raise ValueError("more entries are kept than there are")
     implied = _implied(u, arrays["lp"], cnt, profile)
-    x_rank = ragged.within(cnt).astype(np.uint16) + implied + arrays["rank_fix"]
+    x_rank = ragged.index_in_row(cnt).astype(np.uint16) + implied + arrays["rank_fix"]
     u_rank = ragged.remaining(x_rank, cnt, u.cnt)
     first = ragged.starts(u.cnt)[:-1]
     s_rank = u_rank[np.repeat(first, cached.s_cnt) + cached.s_rank]
     others = u_rank[np.repeat(first, cached.cnt) + cached.rank]
     rank = _interleaved(cached.cnt, others, cnt, x_rank)
     both = (cached.cnt + cnt).astype(np.uint16)
-    best_first = np.lexsort((rank, ragged.rows(both)))
+    best_first = np.lexsort((rank, ragged.row_of_entry(both)))
     lp = codecs.from_entry(arrays["lp"], profile)
     return replace(
         cached,
@@ -157,26 +160,25 @@ def decode(cached: CachedScores, arrays: dict[str, Array], profile: codecs.Profi
 
 
 def _check_agrees(u: Ranked, again: Array, noise: float, rounding: float) -> None:
-    apart = np.abs(again.clip(UNLIKELY) - u.lp.clip(UNLIKELY))
+    difference = np.abs(again.clip(UNLIKELY) - u.lp.clip(UNLIKELY))
     allowed = noise + 2 * rounding * np.abs(u.lp.clip(UNLIKELY))
-    if (apart > allowed).any():
-        worst = int(np.argmax(apart - allowed))
+    if (difference > allowed).any():
+        worst = int(np.argmax(difference - allowed))
         raise IdentityError(
-            f"id {u.ids[worst]} has log-prob {again[worst]:.4f} now, and {u.lp[worst]:.4f} is "
-            "stored: not the numbers that these scores were begun with",
-            hint="score with the weights, dtype and engine of the first time, or give these "
-            "scores a name of their own",
+            f"id {u.ids[worst]} has log-prob {again[worst]:.4f} now, {u.lp[worst]:.4f} is stored",
+            hint="score with the weights, dtype and engine of the first scores, or give these "
+            "another name",
         )
 
 
 def _implied(u: Ranked, lp: Array, cnt: Array, profile: codecs.Profile) -> Array:
-    """[X] uint16: members of U whose stored value stands before that of each new entry."""
+    """Return for each new entry the number [X] uint16 of U whose stored value orders before it."""
     stored = codecs.from_entry(lp, profile)
-    return ragged.above(stored_order(u.lp), u.cnt, stored_order(stored), cnt)
+    return ragged.count_less(stored_order(u.lp), u.cnt, stored_order(stored), cnt)
 
 
 def _interleaved(a_cnt: Array, a: Array, b_cnt: Array, b: Array) -> Array:
-    """In every row the entries of A, then those of B."""
-    row = np.concatenate([ragged.rows(a_cnt), ragged.rows(b_cnt)])
+    """Return in each row the entries of A, then those of B."""
+    row = np.concatenate([ragged.row_of_entry(a_cnt), ragged.row_of_entry(b_cnt)])
     flat: Array = np.concatenate([a, b.astype(a.dtype)])[np.argsort(row, kind="stable")]
     return flat

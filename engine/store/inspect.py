@@ -1,4 +1,4 @@
-"""What a person wants to know of a store: totals, segments, one sequence row by row."""
+"""Views of a store: totals, segments, snapshots, one sequence row by row."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,22 +17,19 @@ from logitcask.engine.types import LENGTH, STOP, Array
 
 
 def summary(store: Store) -> dict[str, Any]:
-    """Totals of the newest state; bytes are those of committed segments and the log."""
+    """Return the totals of the newest snapshot; bytes are those of committed segments."""
     snapshot = store.head()
     rollouts = [s for s in snapshot.segments if s.kind == "rollout"]
     scores = [s for s in snapshot.segments if s.kind == "score"]
     positions = sum(s.counts["P"] for s in rollouts)
-    scored = len({s.base for s in scores})
     return {
         "store": store.uuid,
         "log_number": snapshot.number,
         "segments": len(snapshot.segments),
-        "rollouts": {
-            name: _positions(snapshot, "rollout", name) for name in snapshot.names("rollout")
-        },
-        "teachers": {name: _positions(snapshot, "score", name) for name in snapshot.names("score")},
+        "rollouts": _positions(snapshot, "rollout"),
+        "teachers": _positions(snapshot, "score"),
         "tags": store.log.tags(),
-        "unscored_segments": len(rollouts) - scored,
+        "unscored_segments": len(rollouts) - len({s.base for s in scores}),
         "failed_units": len(failed_units(store.storage).keys() - snapshot.unit_keys()),
         "sequences": sum(s.counts["N"] for s in rollouts),
         "mean_reward": _mean_rewards(store, rollouts),
@@ -43,7 +40,7 @@ def summary(store: Store) -> dict[str, Any]:
 
 
 def _mean_rewards(store: Store, rollouts: Iterable[Segment]) -> dict[str, float]:
-    """Mean over sequences for each name whose rollouts carry rewards."""
+    """Return the mean over sequences for each name of rollouts with rewards."""
     found: dict[str, list[Array]] = {}
     for segment in rollouts:
         if (reward := rewards_of(store, segment)) is not None and len(reward):
@@ -52,40 +49,41 @@ def _mean_rewards(store: Store, rollouts: Iterable[Segment]) -> dict[str, float]
 
 
 def rewards_of(store: Store, segment: Segment) -> Array | None:
-    """[N] float32, of whose files only theirs is read; None where the segment holds none."""
+    """Read the rewards [N] float32 of a segment, and only their file; None where it has none."""
     if "reward" not in schema.specs(segment.layout):
         return None
     return store.read_arrays(segment, ("reward",))["reward"]
 
 
 def committed_bytes(segments: Iterable[Segment]) -> int:
-    """Bytes of all files of these segments."""
+    """Return the bytes of all files of these segments."""
     return sum(s.size for s in segments)
 
 
 def bytes_per_position(snapshot: Snapshot) -> dict[str, float]:
-    """All committed files over response positions, in all and split by kind; scores over what each
-    teacher scored, once however often it was widened.
+    """Return committed bytes over response positions, in total and by kind.
+
+    Scores count over the positions of each teacher, extensions not counted again.
     """
     rollouts = [s for s in snapshot.segments if s.kind == "rollout"]
     scores = [s for s in snapshot.segments if s.kind == "score"]
-    rolled = max(1, sum(s.counts["P"] for s in rollouts))
-    scored = max(1, sum(s.counts["P"] for s in scores if not s.extends))
-    rollout, score = committed_bytes(rollouts) / rolled, committed_bytes(scores) / scored
+    n_rollout = max(1, sum(s.counts["P"] for s in rollouts))
+    n_score = max(1, sum(s.counts["P"] for s in scores if not s.extends))
+    rollout, score = committed_bytes(rollouts) / n_rollout, committed_bytes(scores) / n_score
     return {"total": rollout + score, "rollout": rollout, "score": score}
 
 
-def listing(store: Store) -> list[dict[str, Any]]:
-    """One mapping per visible segment of the newest state, in the order of commits."""
+def list_segments(store: Store) -> list[dict[str, Any]]:
+    """Return one mapping per segment of the newest snapshot, in the order of commits."""
     segments = store.head().segments
     rewards = [rewards_of(store, segment) for segment in segments]
     return [
         {**row, "mean_reward": None if found is None or not len(found) else float(found.mean())}
-        for row, found in zip(listing_of(segments), rewards, strict=True)
+        for row, found in zip(segment_rows(segments), rewards, strict=True)
     ]
 
 
-def listing_of(segments: Iterable[Segment]) -> list[dict[str, Any]]:
+def segment_rows(segments: Iterable[Segment]) -> list[dict[str, Any]]:
     return [
         {
             "log": s.number,
@@ -96,7 +94,7 @@ def listing_of(segments: Iterable[Segment]) -> list[dict[str, Any]]:
             "sequences": s.counts["N"],
             "positions": s.counts["P"],
             "layout": s.layout,
-            "asked": asked(s),
+            "request": describe_request(s),
             "profile": s.profile,
             "bytes_per_position": committed_bytes([s]) / max(1, s.counts["P"]),
         }
@@ -104,10 +102,8 @@ def listing_of(segments: Iterable[Segment]) -> list[dict[str, Any]]:
     ]
 
 
-def asked(segment: Segment) -> str:
-    """What a segment was made for, short: how responses were sampled, or what a teacher was asked.
-    Empty where its maker has not told.
-    """
+def describe_request(segment: Segment) -> str:
+    """Describe the request of a segment: of sampling or of scoring. '' where it is not recorded."""
     lineage = segment.lineage
     if segment.kind == "rollout":
         of = lineage.get("set", {})
@@ -134,16 +130,14 @@ def snapshot_summary(store: Store, snapshot: Snapshot) -> dict[str, Any]:
         "sha256": snapshot.sha256,
         "time": store.log.time(snapshot.number) if snapshot.number >= 0 else "",
         "tags": [name for name, number in store.log.tags().items() if number == snapshot.number],
-        "rollouts": {
-            name: _positions(snapshot, "rollout", name) for name in snapshot.names("rollout")
-        },
-        "teachers": {name: _positions(snapshot, "score", name) for name in snapshot.names("score")},
+        "rollouts": _positions(snapshot, "rollout"),
+        "teachers": _positions(snapshot, "score"),
         "bytes": committed_bytes(snapshot.segments),
     }
 
 
-def tags(store: Store) -> list[dict[str, Any]]:
-    """One mapping per tag, by number."""
+def list_tags(store: Store) -> list[dict[str, Any]]:
+    """Return one mapping per tag, by number."""
     store.log.refresh()
     return [
         {"tag": name, "log_number": number, "time": store.log.time(number)}
@@ -151,14 +145,15 @@ def tags(store: Store) -> list[dict[str, Any]]:
     ]
 
 
-def shown(
+def show_sequence(
     store: Store, *, rollouts: str | None, teacher: str | None, sequence: int, top: int
 ) -> dict[str, Any]:
-    """Sequence number `sequence` of a set, its `rows` one mapping each; log-probs and entropies in
-    nats. Where a teacher's entropy is an interval, `teacher_entropy` is its least and
-    `teacher_entropy_hi` its most.
+    """Return one sequence of the rollouts of a name, with one mapping per response position.
 
-    Raises ConfigError if a name is unknown or ambiguous, or the set has no such sequence, and
+    Log-probs and entropies are in nats. Where a teacher's entropy is an interval, `teacher_entropy`
+    is its lower and `teacher_entropy_hi` its upper bound.
+
+    Raises ConfigError if a name is unknown or ambiguous or there is no such sequence, and
     IncompleteError if there are no rollouts.
     """
     snapshot = store.head()
@@ -166,29 +161,27 @@ def shown(
     segment, index = _locate(snapshot, name, sequence)
     data = store.read_rollouts(segment)
     student = data.student
-    scored = None
+    scores = None
     if snapshot.names("score"):
         found = snapshot.scores(choose_teacher(snapshot, teacher)).get(segment.seg_id)
         if found is not None:
-            scored = store.read_scores(found, base=data)
-            ids, lp = kept_lists(scored)
-            first, most = starts(scored.kept), scored.entropy_hi
+            scores = store.read_scores(found, base=data)
+            ids, lp = kept_lists(scores)
+            first, most = starts(scores.kept), scores.entropy_hi
     start, end = int(data.seq_off[index]), int(data.seq_off[index + 1])
     table = []
     for r in range(start, end):
         row: dict[str, Any] = {"row": r - start, "token": int(data.tokens[r])}
         if student is not None:
-            row |= {
-                "student_lp": float(student.lp[r]),
-                "student_entropy": float(student.entropy[r]),
-            }
-        if scored is not None:
+            row["student_lp"] = float(student.lp[r])
+            row["student_entropy"] = float(student.entropy[r])
+        if scores is not None:
             entries = range(first[r], min(first[r] + top, first[r + 1]))
             row |= {
-                "teacher_lp": float(scored.lp[r]),
-                "teacher_entropy": float(scored.entropy[r]),
+                "teacher_lp": float(scores.lp[r]),
+                "teacher_entropy": float(scores.entropy[r]),
                 **({} if most is None else {"teacher_entropy_hi": float(most[r])}),
-                "kept": int(scored.kept[r]),
+                "kept": int(scores.kept[r]),
                 "teacher_top": [{"id": int(ids[e]), "lp": float(lp[e])} for e in entries],
             }
         table.append(row)
@@ -205,44 +198,48 @@ def shown(
     }
 
 
-def choose(cached: list[str], wanted: str | None, *, what: str, where: str = "the store") -> str:
-    """The wanted name, or the only one there is.
+def choose(names: list[str], name: str | None, *, what: str, where: str = "the store") -> str:
+    """Return the name if it exists, or by default the only one.
 
-    Raises ConfigError with the list if the choice is not clear, IncompleteError if there is none.
+    Raises ConfigError with the list for an unknown or ambiguous name, IncompleteError for none.
     """
-    if wanted is None and len(cached) == 1:
-        return cached[0]
-    if wanted in cached:
-        return str(wanted)
-    if not cached:
-        made, verb = {
+    if name is None and len(names) == 1:
+        return names[0]
+    if name in names:
+        return str(name)
+    if not names:
+        missing, verb = {
             "rollouts": ("rollouts", "rollout"),
             "base": ("scores of a base model", "score --teacher-kind base"),
         }.get(what.removeprefix("eval-"), ("scores", "score"))
         raise IncompleteError(
-            f"{where} holds no {made}",
-            hint=f"Run `logitcask {verb}` first; a snapshot taken earlier cannot see later {made}.",
+            f"{where} holds no {missing}",
+            hint=f"run `logitcask {verb}` first; an earlier snapshot does not have later {missing}",
         )
-    listed = ", ".join(cached)
-    if wanted is None:
+    listed = ", ".join(names)
+    if name is None:
         raise ConfigError(
-            f"--{what} is not given and {where} has {len(cached)}: {listed}",
+            f"--{what} is missing and {where} has {len(names)}: {listed}",
             hint=f"name one with --{what}",
         )
-    raise ConfigError(f"--{what} {wanted}: {where} has {listed}", hint="give one of these")
+    raise ConfigError(f"--{what} {name}: {where} has {listed}", hint="give one of these")
 
 
 def choose_teacher(
-    snapshot: Snapshot, wanted: str | None, *, what: str = "teacher", where: str = "the store"
+    snapshot: Snapshot, name: str | None, *, what: str = "teacher", where: str = "the store"
 ) -> str:
-    """The same of scores. Those of a base model are meant only by who names them."""
-    cached = [n for n in snapshot.names("score") if snapshot.role(n) != "base" or n == wanted]
-    return choose(cached, wanted, what=what, where=where)
+    """Choose a name of scores as `choose` does; those of a base model only by their name."""
+    names = [n for n in snapshot.names("score") if snapshot.role(n) != "base" or n == name]
+    return choose(names, name, what=what, where=where)
 
 
-def _positions(snapshot: Snapshot, kind: str, name: str) -> int:
-    mine = [s for s in snapshot.segments if s.kind == kind and s.name == name]
-    return sum(s.counts["P"] for s in mine if not s.extends)
+def _positions(snapshot: Snapshot, kind: str) -> dict[str, int]:
+    """Return name -> response positions, extensions not counted again."""
+    found = dict.fromkeys(snapshot.names(kind), 0)
+    for segment in snapshot.segments:
+        if segment.kind == kind and not segment.extends:
+            found[segment.name] += segment.counts["P"]
+    return found
 
 
 def _locate(snapshot: Snapshot, name: str, sequence: int) -> tuple[Segment, int]:
@@ -252,6 +249,5 @@ def _locate(snapshot: Snapshot, name: str, sequence: int) -> tuple[Segment, int]
             return segment, left
         left -= segment.counts["N"]
     raise ConfigError(
-        f"--sequence {sequence}: {name} has {sequence - left} sequences",
-        hint="they count from 0",
+        f"--sequence {sequence}: {name} has {sequence - left} sequences", hint="count from 0"
     )

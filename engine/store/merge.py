@@ -1,8 +1,8 @@
-"""Segments from one store to another: as files for transport, or straight.
+"""Transfer of segments from one store to another, as files or directly.
 
-A packed segment is one zip file without compression: the files of its Zarr group, so that Zarr
-reads it as it is, and logitcask.json, what a log record says of it. Names are content addresses, so
-bringing the same in twice changes nothing. What comes in is decoded before it is named.
+A packed segment is an uncompressed zip file: the files of its Zarr group, so that Zarr reads it
+directly, and logitcask.json, its entry in a log record. Names are content addresses, so adding the
+same segment twice changes nothing. Segments are decoded and checked before they are published.
 """
 
 import os
@@ -25,21 +25,20 @@ from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.store import Store
 from logitcask.engine.types import Progress, no_progress
 
-_TOLD = "logitcask.json"
+_ENTRY = "logitcask.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeReport:
-    """What came into a store."""
+    """The counts of a merge."""
 
     added: int
     there: int
-    """Of units that the store held already ..."""
+    """Units that the store had already."""
     repaired: int = 0
-    """... of which so many were damaged there, and are whole now."""
+    """Those of them that were damaged and are repaired now."""
     left_out: int
-    """Scores of rollouts, or widenings of scores, that this store has not got, or with other
-    bytes."""
+    """Scores or extensions whose base this store lacks, or has with other bytes."""
 
 
 def pack(
@@ -49,7 +48,7 @@ def pack(
     snapshot: Snapshot | None = None,
     progress: Progress = no_progress,
 ) -> list[Path]:
-    """One file a segment into a folder, made if absent; those of a snapshot, or the newest."""
+    """Write one zip file per segment of a snapshot, by default the newest, into a folder."""
     visible = (store.head() if snapshot is None else snapshot).segments
     written = []
     for done, each in enumerate(visible):
@@ -59,9 +58,11 @@ def pack(
         temporary = target.with_name(f".{uuid.uuid4().hex}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_zip(
-                temporary, {_TOLD: record.encode_record(record.encode_segment(each)), **contents}
-            )
+            entry = record.encode_record(record.encode_segment(each))
+            with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as packed:
+                for name, data in sorted({_ENTRY: entry, **contents}.items()):
+                    # A fixed date: the same bytes make the same file.
+                    packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
             os.replace(temporary, target)
         except OSError as error:
             with suppress(OSError):
@@ -78,23 +79,23 @@ def pack(
 def unpack(
     store: Store, files: Iterable[Path], *, repair: bool = False, progress: Progress = no_progress
 ) -> MergeReport:
-    """Brings packed segments in, in whatever order the files are given; repair: as for `merge`.
+    """Add packed segments, in any order of the files; repair: as for `merge`.
 
-    Raises IntegrityError for a file that is not what `pack` writes, IdentityError where a name
-    stands for something else here.
+    Raises IntegrityError for a file that `pack` has not written, IdentityError where a name has
+    another identity in this store.
     """
-    waiting = [(_told(path), path) for path in sorted(files)]
+    waiting = [(_entry(path), path) for path in sorted(files)]
     total, count = len(waiting), MergeReport(added=0, there=0, left_out=0)
     while waiting:
         progress("unpack", total - len(waiting), total)
-        # Rollouts before their scores, and a teacher's first scores before what widens them.
-        ready = [(fields, path) for fields, path in waiting if _fits(store, fields)]
+        # Rollouts before their scores, and a teacher's first scores before their extensions.
+        ready = [(new, path) for new, path in waiting if _fits(store, new)]
         if not ready:
             break
-        for fields, path in ready:
-            count = _bring(store, fields, partial(_contents, fields, path), count, repair)
+        for new, path in ready:
+            count = _add(store, new, partial(_contents, new, path), count, repair)
         done = {path for _, path in ready}
-        waiting = [(fields, path) for fields, path in waiting if path not in done]
+        waiting = [(new, path) for new, path in waiting if path not in done]
     progress("unpack", total, total)
     return replace(count, left_out=len(waiting))
 
@@ -102,11 +103,11 @@ def unpack(
 def merge(
     store: Store, other: Store, *, repair: bool = False, progress: Progress = no_progress
 ) -> MergeReport:
-    """Brings all that another store holds now into this one, what was deleted here among it.
+    """Add all visible segments of another store, including those that were deleted here.
 
-    repair: also reads what this store holds already, and repairs from the other what is damaged.
+    repair: also read the segments that this store has, and repair damaged ones from the other.
 
-    Raises IntegrityError for damage there, IdentityError where a name stands for something else.
+    Raises IntegrityError for damage there, IdentityError where a name has another identity.
     """
     visible = other.head().segments
     count = MergeReport(added=0, there=0, left_out=0)
@@ -115,93 +116,85 @@ def merge(
         if not _fits(store, each):
             count = replace(count, left_out=count.left_out + 1)
         else:
-            count = _bring(store, each, partial(other.read_files, each), count, repair)
+            count = _add(store, each, partial(other.read_files, each), count, repair)
     progress("merge", len(visible), len(visible))
     return count
 
 
-def _fits(store: Store, fields: Segment) -> bool:
-    """Whether the store holds what this segment builds on, or the segment's unit itself."""
+def _fits(store: Store, new: Segment) -> bool:
+    """Return whether the store has the segment's unit, or the segments that it builds on."""
     store.log.refresh()
-    if fields.kind == schema.ROLLOUT or store.log.winner(fields.unit_key) is not None:
+    if new.kind == schema.ROLLOUT or store.log.winner(new.unit_key) is not None:
         return True
-    score_segments = store.log.score_segments(fields.name, fields.base)
-    last = score_segments[-1].seg_id if score_segments else ""
-    return store.log.base(fields.base) is not None and fields.extends == last
+    before = store.log.score_segments(new.name, new.base)
+    last = before[-1].seg_id if before else ""
+    return store.log.base(new.base) is not None and new.extends == last
 
 
-def _bring(
+def _add(
     store: Store,
-    fields: Segment,
+    new: Segment,
     read: Callable[[], Mapping[str, bytes]],
     count: MergeReport,
     repair: bool,
 ) -> MergeReport:
-    if (held := find_committed(store.log, fields)) is not None:
-        repaired = repair and held.seg_id == fields.seg_id and _is_damaged(store, held)
-        if repaired:
-            store.storage.place(held.folder, read())
+    if (committed := find_committed(store.log, new)) is not None:
+        repaired = False
+        if repair and committed.seg_id == new.seg_id:
+            try:
+                store.read_files(committed)
+            except IntegrityError:
+                store.storage.place(committed.folder, read())
+                repaired = True
         return replace(count, there=count.there + 1, repaired=count.repaired + repaired)
     contents = read()
     arrays = segments.decode(
-        store.storage.where(fields.folder),
+        store.storage.where(new.folder),
         contents,
-        layout=fields.layout,
-        profile=codecs.profile(fields.profile),
-        counts=fields.counts,
-        names=list(schema.specs(fields.layout)),
+        layout=new.layout,
+        profile=codecs.profile(new.profile),
+        counts=new.counts,
+        names=list(schema.specs(new.layout)),
     )
-    before = store.log.score_segments(fields.name, fields.base) if fields.extends else ()
-    store.check_arrays(fields, arrays, before)
-    publish_segment(store.storage, store.log, contents, replace(fields, number=-1))
+    before = store.log.score_segments(new.name, new.base) if new.extends else ()
+    store.check_arrays(new, arrays, before)
+    publish_segment(store.storage, store.log, contents, replace(new, number=-1))
     return replace(count, added=count.added + 1)
 
 
-def _is_damaged(store: Store, held: Segment) -> bool:
-    try:
-        store.read_files(held)
-    except IntegrityError:
-        return True
-    return False
+def _entry(path: Path) -> Segment:
+    data = _read_zip(path, {_ENTRY: schema.MAX_RECORD_BYTES})[_ENTRY]
+    body, _ = record.decode_record(data, f"{path}:{_ENTRY}")
+    return record.decode_segment(body, f"{path}:{_ENTRY}")
 
 
-def _write_zip(path: Path, contents: Mapping[str, bytes]) -> None:
-    with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as packed:
-        for name, data in sorted(contents.items()):
-            # The same bytes make the same file.
-            packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
-
-
-def _told(path: Path) -> Segment:
-    data = _read_zip(path, {_TOLD: schema.MAX_RECORD_BYTES})[_TOLD]
-    body, _ = record.decode_record(data, f"{path}:{_TOLD}")
-    return record.decode_segment(body, f"{path}:{_TOLD}")
-
-
-def _contents(fields: Segment, path: Path) -> dict[str, bytes]:
-    contents = _read_zip(path, {name: size for name, (size, _) in fields.files.items()})
-    if segments.manifest_of(contents) != dict(fields.files):
-        raise IntegrityError(f"{path}: not the files that it says", hint="pack that segment again")
+def _contents(new: Segment, path: Path) -> dict[str, bytes]:
+    contents = _read_zip(path, {name: size for name, (size, _) in new.files.items()})
+    if segments.manifest_of(contents) != dict(new.files):
+        raise IntegrityError(
+            f"{path}: its files do not match its entry", hint="pack that segment again"
+        )
     return contents
 
 
 def _read_zip(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:
-    """The named members, none larger than its limit, none compressed."""
+    """Read members, none of them larger than its limit or compressed."""
     try:
         with zipfile.ZipFile(path) as packed:
             contents = {}
             for name, limit in limits.items():
                 member = packed.getinfo(name)
                 if member.compress_type != zipfile.ZIP_STORED or member.file_size > limit:
-                    raise ValueError(f"{name} is compressed, or larger than it may be")
+                    raise ValueError(f"{name} is compressed or too large")
                 contents[name] = packed.read(member)
             return contents
     except OSError as error:
         raise StoreError(
-            f"cannot read {path}: {error.strerror or error}", hint="give files made by pack"
+            f"cannot read {path}: {error.strerror or error}",
+            hint="give files of `logitcask store pack`",
         ) from error
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, RuntimeError) as error:
         raise IntegrityError(
             f"{path}: not a packed segment ({error})",
-            hint="give what `logitcask store pack` has made, or pack that segment again",
+            hint="give files of `logitcask store pack`, or pack that segment again",
         ) from error

@@ -1,4 +1,4 @@
-"""Pinning and reading: what a snapshot holds, as rollouts and as scores."""
+"""The reading side of a store: snapshots, rollouts and scores."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import logitcask.engine.store.format.ragged as ragged
 import logitcask.engine.store.format.rollouts as rollouts
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
-import logitcask.engine.store.log.root as root
+import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.checks import check_cached, check_rollouts, vocabulary
 from logitcask.engine.store.format.segment import Segment
@@ -21,29 +21,27 @@ from logitcask.engine.types import Array, CachedScores, IdLists, Prompt, Rollout
 
 
 class Reader:
-    """A store as those see it who only read. Cheap to ask again: the log is read once and then only
-    its new records.
-    """
+    """A store for reading. Later calls read only the new log records."""
 
-    def __init__(self, storage: Storage, identity: root.Identity) -> None:
+    def __init__(self, storage: Storage, identity: format_file.Identity) -> None:
         self.storage = storage
         self.uuid = identity.store_uuid
         self.log = Log(storage, identity.sha256)
 
     @property
     def url(self) -> str:
-        """What opens this store: a path, or a URL."""
+        """Return the path or URL of this store."""
         return self.storage.url
 
     def head(self) -> Snapshot:
-        """The store as of its last record. Raises IntegrityError for a damaged log."""
+        """Return the newest snapshot. Raises IntegrityError for a damaged log."""
         self.log.refresh()
         return self.log.snapshot(len(self.log) - 1)
 
     def snapshot(self, at: int | str, sha256: str | None = None) -> Snapshot:
-        """The store as of a record: its number, or a tag.
+        """Return the snapshot of a log number or a tag.
 
-        Raises StoreError where there is no such record, IntegrityError where its sha256 is another.
+        Raises StoreError where there is no such record, IntegrityError where its sha256 differs.
         """
         self.log.refresh()
         if isinstance(at, str):
@@ -58,23 +56,23 @@ class Reader:
         snapshot = self.log.snapshot(at)
         if sha256 is not None and snapshot.sha256 != sha256:
             raise IntegrityError(
-                f"{self.url}: log record {at} is {snapshot.sha256}, the snapshot says {sha256}",
-                hint="open the store that the snapshot was taken from, or take a new one",
+                f"{self.url}: log record {at} is {snapshot.sha256}, but the snapshot has {sha256}",
+                hint="open the store of the snapshot, or take a new snapshot",
             )
         return snapshot
 
     def read_rollouts(self, which: Segment) -> Rollouts:
-        """A whole rollout segment. Raises IntegrityError naming what is not as committed."""
-        return self._rollouts_of(which, self.read_arrays(which))
+        """Read a rollout segment. Raises IntegrityError for damage."""
+        return self._decode_rollouts(which, self.read_arrays(which))
 
     def check_arrays(self, which: Segment, arrays: dict[str, Array], before: ScoreSegments) -> None:
-        """Looks at the decoded arrays of a segment as a commit does. Raises IntegrityError where
-        they contradict each other, their tokens or what they add to, which is `before`, or say what
-        no model can have said.
+        """Check the decoded arrays of a segment as a commit does. Raises IntegrityError.
+
+        before: the segments that an extension follows.
         """
         if which.kind == schema.ROLLOUT:
             try:
-                found = self._rollouts_of(which, arrays)
+                found = self._decode_rollouts(which, arrays)
                 check_rollouts(found, n_vocab=vocabulary(which.lineage))
             except IntegrityError:
                 raise
@@ -82,87 +80,77 @@ class Reader:
                 raise self._contradiction(which, error.cause) from error
             return
         profile = codecs.profile(which.profile)
-        try:
+        with self._consistent(which):
             if which.extends:
                 cached = extend.decode(self.read_scores(before), arrays, profile)
             else:
                 cached = layout.decode(arrays, profile, self._lists_of(which, None))
             check_cached(cached)
-        except ValueError as error:
-            raise self._contradiction(which, error) from error
 
     def read_files(self, which: Segment) -> dict[str, bytes]:
-        """The files of a segment, relative name -> bytes, as committed. Raises IntegrityError,
-        StoreError where gc has removed it.
+        """Read the files of a segment, relative name -> bytes, and check their digests.
+
+        Raises IntegrityError for damage, StoreError where gc has removed it.
         """
         with self._removed_or_damaged(which):
             return segments.read_files(self.storage, which.folder, which.files, which.files)
 
     def read_arrays(self, which: Segment, names: Collection[str] | None = None) -> dict[str, Array]:
-        """All arrays of a segment, or those named; raises as `read_files` does."""
+        """Read all arrays of a segment, or those of `names`; raises as `read_files`."""
         with self._removed_or_damaged(which):
             return segments.read(self.storage, which, names)
 
     def is_removed(self, which: Segment) -> bool:
-        """Whether gc has removed a segment, as far as the log has been read."""
+        """Return whether gc has removed a segment, as of the last refresh."""
         return which.generation < self.log.generation(which.kind, which.seg_id)
 
-    def _rollouts_of(self, which: Segment, arrays: dict[str, Array]) -> Rollouts:
-        try:
+    def _decode_rollouts(self, which: Segment, arrays: dict[str, Array]) -> Rollouts:
+        with self._consistent(which):
             found = rollouts.decode(arrays, codecs.profile(which.profile), which.seg_id)
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._contradiction(which, error) from error
         if segments.tokens_sha256(found.tokens, found.seq_off) != which.tokens_sha256:
             raise self._contradiction(which, "tokens are not those of the record")
         return found
 
     def read_extent(self, which: Segment) -> rollouts.Extent:
-        """The lengths of a rollout segment, of whose files only those few are read and checked."""
+        """Read the lengths of a rollout segment, and only the files for them."""
         arrays = self.read_arrays(which, rollouts.EXTENT)
-        try:
+        with self._consistent(which):
             return rollouts.extent(arrays, which.counts)
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._contradiction(which, error) from error
 
     def read_prompts(self, which: Segment) -> tuple[Prompt, ...]:
-        """The prompts of a rollout segment, of whose files only those few are read and checked."""
+        """Read the prompts of a rollout segment, and only the files for them."""
         arrays = self.read_arrays(which, rollouts.PROMPTS)
-        try:
+        with self._consistent(which):
             return rollouts.prompts_of(arrays)
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._contradiction(which, error) from error
 
     def read_scores(
         self, score_segments: ScoreSegments, *, base: Rollouts | None = None
     ) -> CachedScores:
-        """All that a teacher's score segments say of one rollout segment, merged.
+        """Read a teacher's scores of one rollout segment, its extensions included.
 
-        Most need the student's lists of their base: they are read from the store, or taken from
-        `base`, the rollouts of that segment, where the caller has them. Raises IntegrityError.
+        They usually need the student's lists of the rollouts, which are read from the store unless
+        `base` has the rollouts of that segment. Raises IntegrityError.
         """
         first = score_segments[0]
         student = self._lists_of(first, base)
-        which = first
-        try:
+        with self._consistent(first):
             cached = layout.decode(self.read_arrays(first), codecs.profile(first.profile), student)
-            for which in score_segments[1:]:
-                cached = extend.decode(
-                    cached, self.read_arrays(which), codecs.profile(which.profile)
-                )
-        except ValueError as error:
-            raise self._contradiction(which, error) from error
+        for each in score_segments[1:]:
+            with self._consistent(each):
+                arrays, profile = self.read_arrays(each), codecs.profile(each.profile)
+                cached = extend.decode(cached, arrays, profile)
         if first.layout in (schema.FULL, schema.FULL + schema.BOUNDS) and student is not None:
-            cached = layout.by_student(cached, student)
+            cached = layout.split_by_student(cached, student)
         return cached
 
     def _lists_of(self, which: Segment, base: Rollouts | None) -> IdLists | None:
-        """The student's lists that scores are of."""
+        """Return the student's lists of the rollouts of a score segment."""
         if base is not None:
             if base.segment != which.base:
                 raise StoreError(
                     f"{self.storage.where(which.folder)}: scores of rollouts {which.base}, not of "
-                    f"{base.segment or 'rollouts that are in no store'}",
-                    hint="give the rollouts that were scored, as read from their segment",
+                    f"{base.segment or 'rollouts outside a store'}",
+                    hint="give the scored rollouts as read from their segment",
                 )
             student = base.student
             return None if student is None else IdLists(cnt=student.cnt, ids=student.ids)
@@ -172,23 +160,21 @@ class Reader:
         if found is None:
             raise StoreError(
                 f"{self.url}: no rollout segment {which.base}",
-                hint="read scores with the store that they were pinned from",
+                hint="read scores with the store of their snapshot",
             )
         return self._student_lists(found)
 
-    def _student_lists(self, base: Segment) -> IdLists | None:
-        if "s_ids" not in schema.specs(base.layout):
+    def _student_lists(self, rollout: Segment) -> IdLists | None:
+        if "s_ids" not in schema.specs(rollout.layout):
             return None
-        lists = self.read_arrays(base, ("s_cnt", "s_ids"))
-        try:
+        lists = self.read_arrays(rollout, ("s_cnt", "s_ids"))
+        with self._consistent(rollout):
             ragged.check_counts(lists["s_cnt"], len(lists["s_ids"]), schema.MAX_K)
-        except ValueError as error:
-            raise self._contradiction(base, error) from error
         return IdLists(cnt=lists["s_cnt"], ids=lists["s_ids"])
 
     @contextmanager
     def _removed_or_damaged(self, which: Segment) -> Iterator[None]:
-        """Tells damage from what gc has removed meanwhile."""
+        """Raise StoreError in place of IntegrityError where gc has removed the segment."""
         try:
             yield
         except IntegrityError as error:
@@ -197,8 +183,16 @@ class Reader:
                 raise
             raise StoreError(
                 f"{self.storage.where(which.folder)} was deleted, and gc has removed it",
-                hint="take a newer snapshot; a tag keeps what an old one reaches",
+                hint="take a newer snapshot; a tag keeps the segments of an old one",
             ) from error
+
+    @contextmanager
+    def _consistent(self, which: Segment) -> Iterator[None]:
+        """Raise IntegrityError in place of a decoder's errors."""
+        try:
+            yield
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._contradiction(which, error) from error
 
     def _contradiction(self, which: Segment, error: object) -> IntegrityError:
         return IntegrityError(

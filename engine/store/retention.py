@@ -1,14 +1,15 @@
-"""What a store keeps: tags, deleted units, and the removal of what nobody can reach any more.
+"""Retention: tags, the deletion of units, and the removal of unreachable segments (gc).
 
-Nothing is deleted in place. A unit is deleted by a record, and from there on not visible; snapshots
-taken before still read it. gc then removes a segment when neither the newest state, nor a tag, nor
-any state of the last `keep_days` holds it, and what no record ever named when it is older than
-`lease_hours`. Claims of units go at that age too, and what workers left of units that are there.
+Nothing is deleted in place. A unit is deleted by a record and is invisible from there on; earlier
+snapshots still read it. gc then removes a segment when neither the newest snapshot, nor a tag, nor
+any snapshot of the last `keep_days` has it, and folders that no record ever named when they are
+older than `lease_hours`. It also removes claims of that age, and claims and notes of committed
+units.
 
-gc first publishes which folders it is going to remove, as a record like any other. So it decides on
-a log that nobody has moved meanwhile, a writer who is about to name such a folder learns of it and
-puts its files under another generation, and a reader of an old snapshot is told what happened. A
-crash in between leaves folders that the next gc removes.
+gc first publishes the folders that it is going to remove, as a record like any other. So it decides
+on the newest log, a writer that is about to name such a folder uses another generation instead, and
+a reader of an old snapshot gets an error with the cause. A crash in between leaves folders that the
+next gc removes.
 """
 
 import re
@@ -27,54 +28,52 @@ from logitcask.engine.store.log.record import Content
 from logitcask.engine.store.storage.base import STAGING
 from logitcask.engine.store.store import Store
 
-_AT_ONCE = 50_000
-"""Folders that one record sweeps."""
+_MAX_REMOVALS = 50_000
+"""Folders of one record."""
 _FOR_EVER_DAYS = 36500.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GCReport:
-    """What gc removed, or would remove."""
+    """The counts of gc: removed, or with dry_run to be removed."""
 
     segments: int
     bytes: int
     orphans: int
-    """Of writers that died, in staging, and of workers: claims, and failures that were overcome."""
+    """Staged files of killed writers, dead claims, and notes of failures of committed units."""
     kept: int
-    """Folders of segments that stay ..."""
+    """Folders of segments that stay."""
     kept_deleted: int
-    """... of which so many are deleted, and stay for a tag or for snapshots of the last days."""
+    """Those of deleted segments, which a tag or a snapshot of the last days reaches."""
 
 
 def tag(store: Store, name: str, number: int | None = None) -> int:
-    """Marks a log number, the newest if none is given, and returns it. What it reaches, gc keeps.
+    """Tag a snapshot, by default the newest, so that gc keeps its segments; return its id.
 
-    Raises StoreError where the name is taken or gc has removed what it would reach.
+    Raises StoreError where the tag exists or gc has removed segments of the snapshot.
     """
     if not schema.NAME.fullmatch(name) or name.isdecimal():
         raise ConfigError(
             f"tag {name!r} is not allowed",
-            hint="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit, not digits "
-            "alone",
+            hint="use 1 to 128 of a-z 0-9 . _ -, beginning with a letter or digit, not only digits",
         )
     snapshot = store.head() if number is None else store.snapshot(number)
     if snapshot.number < 0:
         raise StoreError(f"{store.url} has no log record yet", hint="tag a store with data")
 
     def build_record() -> dict[str, Any] | None:
-        marked = store.log.tags().get(name)
-        if marked == snapshot.number:
+        tagged = store.log.tags().get(name)
+        if tagged == snapshot.number:
             return None
-        if marked is not None:
+        if tagged is not None:
             raise StoreError(
-                f"tag {name!r} marks log number {marked} already",
+                f"tag {name!r} names log number {tagged} already",
                 hint="use another name, or remove that tag first",
             )
-        standing = {each.folder for each in store.log.standing()}
-        gone = [each for each in snapshot.segments if each.folder not in standing]
-        if gone:
+        removed = sum(store.is_removed(each) for each in snapshot.segments)
+        if removed:
             raise StoreError(
-                f"log number {snapshot.number} reaches {len(gone)} segments that gc has removed",
+                f"log number {snapshot.number} has {removed} segments that gc has removed",
                 hint="tag a newer number",
             )
         return {"tags": {name: snapshot.number}}
@@ -84,7 +83,7 @@ def tag(store: Store, name: str, number: int | None = None) -> int:
 
 
 def untag(store: Store, name: str) -> None:
-    """Takes a tag away. Raises StoreError where there is none."""
+    """Remove a tag. Raises StoreError where there is none."""
     store.snapshot(name)
     append(
         store.storage,
@@ -102,25 +101,25 @@ def delete(
     segment: str | None = None,
     dry_run: bool = False,
 ) -> list[Segment]:
-    """Makes units invisible from here on; their keys are free to be made again.
+    """Make units invisible from now on, so that they can be made again; return their segments.
 
-    rollouts: the units of this name, and every score of them; before_version: only those of older
-    students. teacher: the scores of this name. segment: the one with this seg_id, and what rests on
-    it. dry_run: only says which. Raises ConfigError where there are none.
+    rollouts: the units of this name, and all scores of them; before_version: only those of older
+    students. teacher: the scores of this name. segment: the one with this seg_id, its scores and
+    its extensions. dry_run: only return them. Raises ConfigError where there are none.
     """
-    given = [each for each in (rollouts, teacher, segment) if each is not None]
-    if len(given) != 1 or (before_version is not None and rollouts is None):
+    selectors = [each for each in (rollouts, teacher, segment) if each is not None]
+    if len(selectors) != 1 or (before_version is not None and rollouts is None):
         raise ConfigError(
             "delete takes one of rollouts, teacher and segment",
             hint="give --rollouts, --teacher or --segment; --before-version goes with --rollouts",
         )
 
-    def wanted() -> list[Segment]:
+    def select() -> list[Segment]:
         visible = store.head().segments
         if teacher is not None:
             return [s for s in visible if s.kind == schema.SCORE and s.name == teacher]
         if segment is not None:
-            return _resting_on(segment, visible)
+            return _with_dependents(segment, visible)
         old = [
             s
             for s in visible
@@ -135,26 +134,26 @@ def delete(
     deleted: list[Segment] = []
 
     def build_record() -> dict[str, Any] | None:
-        deleted[:] = wanted()
+        deleted[:] = select()
         return {"retires": [each.unit_key for each in deleted]} if deleted else None
 
     if dry_run:
-        deleted = wanted()
+        deleted = select()
     else:
         append(store.storage, store.log, build_record)
     if not deleted:
         snapshot = store.head()
         names = [", ".join(snapshot.names(kind)) or "none" for kind in schema.KINDS]
         raise ConfigError(
-            f"the store holds nothing of {given[0]!r} to delete",
+            f"the store has no {selectors[0]!r} to delete",
             hint=f"it has rollouts: {names[0]}; scores: {names[1]}; `logitcask store ls` shows "
             "segments",
         )
     return deleted
 
 
-def _resting_on(seg_id: str, visible: Sequence[Segment]) -> list[Segment]:
-    """The segment, its scores if it is rollouts, and what widens any of these."""
+def _with_dependents(seg_id: str, visible: Sequence[Segment]) -> list[Segment]:
+    """Return the segment, the scores of rollouts, and the extensions of any of these."""
     found: list[Segment] = []
     for each in visible:
         under = [s.seg_id for s in found if s.kind == schema.ROLLOUT or s.name == each.name]
@@ -164,20 +163,20 @@ def _resting_on(seg_id: str, visible: Sequence[Segment]) -> list[Segment]:
 
 
 def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = False) -> GCReport:
-    """Removes what nobody can reach, and what writers that died have left.
+    """Remove unreachable segments and orphans; return the counts.
 
-    keep_days: every state that was the newest within them stays readable. lease_hours: what no
-    record names is left to its writer so long. dry_run: only counts.
+    keep_days: snapshots that were the newest within them stay readable. lease_hours: younger
+    orphans are left to their writers. dry_run: only count.
     """
     now = time.time()
     born_before = now - lease_hours * 3600
     since = datetime.fromtimestamp(now, UTC) - timedelta(days=min(keep_days, _FOR_EVER_DAYS))
 
     def unreached() -> list[Content]:
-        """On the log as it is: folders there that no state which is kept holds."""
+        """Return the folders of segments that no kept snapshot of the newest log has."""
         log = store.log
         kept = _reached(store, since.isoformat(timespec="seconds"))
-        named = {each.folder for each in log.standing()}
+        named = {each.folder for each in log.present()}
         return [
             content
             for content in _folders(store)
@@ -194,14 +193,14 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
         return content[2] < store.log.generation(*content[:2])
 
     def build_record() -> dict[str, Any] | None:
-        fresh = [each for each in unreached() if not is_removed(each)][:_AT_ONCE]
+        fresh = [each for each in unreached() if not is_removed(each)][:_MAX_REMOVALS]
         return {"sweeps": [list(each) for each in fresh]} if fresh else None
 
     store.head()
     if not dry_run:
         while append(store.storage, store.log, build_record) is not None:
             pass
-    # A folder that was put there since is not in a record: its writer may be about to name it.
+    # A folder created meanwhile is in no record: its writer may be about to name it.
     going = [each for each in unreached() if dry_run or is_removed(each)]
     staged = [f"{STAGING}/{name}" for name in store.storage.names(STAGING)]
     left = [name for name in staged if store.storage.touched_s(name) < born_before]
@@ -221,16 +220,16 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
 
 
 def _reached(store: Store, since: str) -> set[str]:
-    """Folders that the newest state, a tag, or a state that was the newest since then holds."""
+    """Return the folders of the newest snapshot, of tags, and of snapshots newest since then."""
     log = store.log
-    held = [*log.snapshot(len(log) - 1).segments, *log.deleted_after(log.at_time(since))]
+    reached = [*log.snapshot(len(log) - 1).segments, *log.deleted_after(log.at_time(since))]
     for number in log.tags().values():
-        held += log.snapshot(number).segments
-    return {each.folder for each in held}
+        reached += log.snapshot(number).segments
+    return {each.folder for each in reached}
 
 
 def _folders(store: Store) -> list[Content]:
-    """Every folder of a segment that is there; others are strange, and left alone."""
+    """Return all folders of segments; folders of other names are ignored."""
     found = []
     for kind in schema.KINDS:
         for name in store.storage.names(f"seg/{kind}"):

@@ -1,4 +1,4 @@
-"""Opening and committing: the store as the stages see it."""
+"""The store as the stages use it: opening and committing."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +13,7 @@ import logitcask.engine.store.format.rollouts as rollouts
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.claims as claims
-import logitcask.engine.store.log.root as root
+import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store.format.checks import check_rollouts, check_scores, vocabulary
 from logitcask.engine.store.format.segment import Segment
@@ -24,20 +24,26 @@ from logitcask.engine.types import Array, IdLists, Rollouts, Scores
 
 
 class Store(Reader):
-    """An open store. A copy that is sent to another process opens it there by its URL."""
+    """An open store. Pickling it keeps its URL only, so another process opens it again."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_store, (self.url,)
 
     def check_name(self, kind: str, name: str, lineage: Mapping[str, Any], *, drawn: bool) -> None:
-        """IdentityError where a name stands for something else than a segment of this lineage.
+        """Raise IdentityError where a name has another identity than this lineage.
 
-        drawn: of ids that were drawn. A commit asks the same, but what it commits is made by then.
+        drawn: of scores at drawn ids. A commit checks the same, but only after the work.
         """
-        which = {schema.ROLLOUT: schema.STUDENT, schema.SCORE: schema.FULL}[kind]
         self.log.refresh()
-        fields = {"name": name, "unit_key": "", "unit": {}, "lineage": lineage}
-        new = commit.new_segment(kind, schema.SAMPLED if drawn else which, "default", **fields)
+        new = Segment(
+            kind=kind,
+            layout=schema.SAMPLED if drawn else "",
+            profile="",
+            name=name,
+            unit_key="",
+            unit={},
+            lineage=lineage,
+        )
         check_name_identity(self.log, new)
 
     def commit_rollouts(
@@ -50,26 +56,26 @@ class Store(Reader):
         lineage: Mapping[str, Any],
         profile: str = "default",
     ) -> Segment:
-        """Publishes one rollout unit; returns the segment that holds it, which may be another's.
+        """Commit one rollout unit; return its segment, which another writer may have committed.
 
         `unit` has at least `version` and `first` (student version, first prompt). Raises
-        IdentityError where `name` stands for another prompt set or student, StoreError where
-        nothing could be written.
+        IdentityError where `name` has another prompt set or student, StoreError where the arrays
+        are invalid or cannot be written.
         """
-        new = commit.new_segment(
-            schema.ROLLOUT,
-            rollouts.layout_of(unit_rollouts),
-            profile,
+        new = Segment(
+            kind=schema.ROLLOUT,
+            layout=rollouts.layout_of(unit_rollouts),
+            profile=profile,
             name=name,
             unit_key=unit_key,
             unit=dict(unit),
             lineage=dict(lineage),
         )
-        if (winner := self._there(new)) is not None:
+        if (winner := self._find_committed(new)) is not None:
             return winner
         if not all(type(unit.get(key)) is int and unit[key] >= 0 for key in ("version", "first")):
             raise StoreError(
-                f"unit {dict(unit)} lacks version or first", hint="give both as integers from 0"
+                f"unit {dict(unit)} lacks version or first", hint="give both as integers >= 0"
             )
         check_rollouts(unit_rollouts, n_vocab=vocabulary(lineage))
         arrays = rollouts.encode(unit_rollouts, codecs.profile(profile))
@@ -89,25 +95,25 @@ class Store(Reader):
         at: IdLists | None = None,
         seconds: float | None = None,
     ) -> Segment:
-        """Publishes one teacher's scores of one rollout segment; returns what holds them.
+        """Commit one teacher's scores of one rollout segment; return the segment of the unit.
 
-        seconds: what the teacher took for them, a note beside the segment.
-
-        Where the teacher has scores of these rollouts already, they are widened: `at` is then
-        where it was asked, as `extend.ask_at` says. Raises IdentityError where `name` stands for
-        another teacher or the numbers are another's, StoreError where the scores do not fit the
-        rollouts or nothing could be written.
+        at: where the teacher has scores of these rollouts already, `extend.request_ids` of them:
+        the new scores extend these. seconds: time of the teacher, for the record. Raises
+        IdentityError where `name` has another teacher or other log-probs, StoreError where the
+        scores do not fit the rollouts or cannot be written.
         """
-        fields: dict[str, Any] = {
-            "name": name,
-            "unit_key": unit_key,
-            "unit": dict(unit),
-            "lineage": dict(lineage),
-        }
         which = schema.SAMPLED if scores.mult is not None else schema.FULL
-        if (
-            winner := self._there(commit.new_segment(schema.SCORE, which, profile, **fields))
-        ) is not None:
+        new = Segment(
+            kind=schema.SCORE,
+            layout=which,
+            profile=profile,
+            name=name,
+            unit_key=unit_key,
+            unit=dict(unit),
+            lineage=dict(lineage),
+            seconds=seconds,
+        )
+        if (winner := self._find_committed(new)) is not None:
             return winner
         found = self.log.base(base.seg_id)
         if found is None or found.tokens_sha256 != base.tokens_sha256:
@@ -115,13 +121,13 @@ class Store(Reader):
                 f"{self.url}: no rollout segment {base.seg_id} with these tokens",
                 hint="score the rollouts of this store",
             )
-        score_segments, positions = self.log.score_segments(name, found.seg_id), found.counts["P"]
-        if not score_segments and at is not None:
+        before, positions = self.log.score_segments(name, found.seg_id), found.counts["P"]
+        if not before and at is not None:
             raise StoreError(
-                f"teacher {name!r} has no scores of rollouts {found.seg_id} that these add to",
+                f"teacher {name!r} has no scores of rollouts {found.seg_id} to extend",
                 hint="they may have been deleted meanwhile; run the same command again",
             )
-        if not score_segments:
+        if not before:
             student = self._student_lists(found)
             check_scores(scores, positions, student)
             arrays = layout.encode(scores, codecs.profile(profile), student)
@@ -130,35 +136,35 @@ class Store(Reader):
         elif at is None or scores.at_lp is None or scores.mult is not None:
             raise StoreError(
                 f"teacher {name!r} has scores of rollouts {found.seg_id} already",
-                hint="ask it at what is known of them to widen these, or use another name; drawn "
-                "ids are not added to",
+                hint="score at the stored ids to extend them, or use another name; drawn ids "
+                "cannot be extended",
             )
         else:
             check_scores(scores, positions, at)
             dtype = str(lineage.get("backend", {}).get("dtype", "float32"))
             arrays = extend.encode(
-                self.read_scores(score_segments),
+                self.read_scores(before),
                 scores,
                 at,
                 codecs.profile(profile),
                 noise=extend.NOISE.get(dtype, extend.COARSE_NOISE),
-                rounding=max(codecs.profile(each.profile).rounding for each in score_segments),
+                rounding=max(codecs.profile(each.profile).rounding for each in before),
             )
             which = schema.EXTENSION
-        new = commit.new_segment(schema.SCORE, which, profile, **fields, seconds=seconds)
         return self._commit(
             arrays,
             new,
+            layout=which,
             base=found.seg_id,
-            extends=score_segments[-1].seg_id if score_segments else "",
+            extends=before[-1].seg_id if before else "",
             tokens_sha256=found.tokens_sha256,
             counts={"N": found.counts["N"]},
         )
 
-    def _there(self, new: Segment) -> Segment | None:
+    def _find_committed(self, new: Segment) -> Segment | None:
         winner = commit.find_committed(self.log, new)
         if winner is not None:
-            # Its writer may not have come so far; what is acknowledged here is durable.
+            # Its writer may not have flushed it yet.
             self.storage.settle("log")
         return winner
 
@@ -167,28 +173,28 @@ class Store(Reader):
 
 
 def open_store(url: str | Path, *, create: bool = False) -> Store:
-    """Opens a store by path or URL; `create` makes it where there is none.
+    """Open a store by path or URL; `create` it where there is none.
 
-    Raises StoreError where there is no store, where other things are in the way, or where the
-    format is newer than this program; IntegrityError where format.json is damaged.
+    Raises StoreError where there is no store, other files are in the way, or the format is newer
+    than this program; IntegrityError where format.json is damaged.
     """
     return open_on(open_storage(url), create=create)
 
 
 def open_on(storage: Storage, *, create: bool = False) -> Store:
-    """`open_store` on a medium that is open already."""
-    identity = root.read(storage)
+    """Open a store on a storage; as `open_store`."""
+    identity = format_file.read(storage)
     if identity is None:
         if not create:
             raise StoreError(
                 f"{storage.url} is not a logitcask store: it has no format.json",
-                hint="check the path; `logitcask rollout` makes a store at a path that is free",
+                hint="check the path; `logitcask rollout` creates a store at a free path",
             )
-        identity = root.create(storage)
-    storage.check((*root.FOLDERS, *claims.FOLDERS))
+        identity = format_file.create(storage)
+    storage.check((*format_file.FOLDERS, *claims.FOLDERS))
     return Store(storage, identity)
 
 
 def holds_store(url: str | Path) -> bool:
-    """Whether there is a store at a path or URL yet; raises as `open_store` does for all else."""
-    return root.read(open_storage(url)) is not None
+    """Return whether there is a store at a path or URL; raises as `open_store` otherwise."""
+    return format_file.read(open_storage(url)) is not None

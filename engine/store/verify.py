@@ -1,4 +1,4 @@
-"""Reads everything that the log names, and tells what it does not name."""
+"""Verification of all files that the log names, and a list of those that it does not."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,71 +17,70 @@ from logitcask.engine.types import Progress, no_progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What a verified store holds."""
+    """The contents of a verified store."""
 
     segments: int
     positions: int
     """Response positions of the rollout segments."""
     files: int
     bytes: int
-    """Of all files that a commit made: segments, log records, bundles."""
+    """Of all committed files: segments, log records, bundles."""
     decoded: bool
-    """Whether every array was decoded, beside being what was committed to the bit."""
+    """Whether every array was decoded, in addition to the comparison of digests."""
     orphans: tuple[str, ...]
-    """Paths relative to the store that no record names: left by a writer that died, or strange."""
+    """Paths relative to the store that no record names, such as those of a killed writer."""
 
 
 def verify(
     store: Store,
     *,
     deep: bool = False,
-    tell: Callable[[IntegrityError], None] = lambda _: None,
+    on_damage: Callable[[IntegrityError], None] = lambda _: None,
     progress: Progress = no_progress,
 ) -> Report:
-    """Compares every file of every segment with its digest, deleted ones too; deep: decodes it too.
+    """Compare every file of every segment, deleted ones too, with its digest; deep: decode it too.
 
-    `tell` hears of every damaged segment; the first is raised in the end. Raises IntegrityError.
+    Calls `on_damage` with every damage found, and raises the first IntegrityError in the end.
     """
     damaged: list[IntegrityError] = []
     snapshot = store.head()
-    all_score_segments: dict[tuple[str, str, str], ScoreSegments] = {}
-    every = store.log.standing()
-    standing = {each.folder: each for each in every}
-    for done, each in enumerate(every if deep else list(standing.values())):
+    until: dict[tuple[str, str, str], ScoreSegments] = {}
+    """(teacher, base, seg_id) -> the score segments up to this one."""
+    every = store.log.present()
+    present = {each.folder: each for each in every}
+    for done, each in enumerate(every if deep else list(present.values())):
         progress("verify", done, len(every))
         try:
             if deep:
-                before = (
-                    all_score_segments[each.name, each.base, each.extends] if each.extends else ()
-                )
-                all_score_segments[each.name, each.base, each.seg_id] = (*before, each)
+                before = until[each.name, each.base, each.extends] if each.extends else ()
+                until[each.name, each.base, each.seg_id] = (*before, each)
                 store.check_arrays(each, store.read_arrays(each), before)
             else:
                 store.read_files(each)
         except IntegrityError as error:
-            tell(error)
+            on_damage(error)
             damaged.append(error)
         except StoreError:
             if not store.is_removed(each):
                 raise
-            # gc is at work meanwhile.
-            standing.pop(each.folder, None)
+            # gc runs at the same time.
+            present.pop(each.folder, None)
     progress("verify", len(every), len(every))
     if damaged:
         raise damaged[0]
     records = list(_records(store, snapshot.number))
     return Report(
-        segments=len(standing),
-        positions=sum(s.counts["P"] for s in standing.values() if s.kind == schema.ROLLOUT),
-        files=len(records) + sum(len(each.files) for each in standing.values()),
-        bytes=sum(records) + sum(each.size for each in standing.values()),
+        segments=len(present),
+        positions=sum(s.counts["P"] for s in present.values() if s.kind == schema.ROLLOUT),
+        files=len(records) + sum(len(each.files) for each in present.values()),
+        bytes=sum(records) + sum(each.size for each in present.values()),
         decoded=deep,
-        orphans=_orphans(store, standing),
+        orphans=_orphans(store, present),
     )
 
 
 def _records(store: Store, last: int) -> Iterator[int]:
-    """Bytes of each record and each bundle, all read again: a log is folded from either."""
+    """Yield the bytes of each record and each bundle, and check both against the log."""
     together: list[bytes] = []
     for number in range(last + 1):
         name = f"log/{record.file_name(number)}"
@@ -97,17 +96,17 @@ def _records(store: Store, last: int) -> Iterator[int]:
 
 
 def _bundle(store: Store, name: str, records: bytes) -> int:
-    """Bytes of a bundle that holds these records; 0 where it is not there, as it may be."""
+    """Return the bytes of a bundle of these records; 0 where it is absent, which is allowed."""
     data = store.storage.read(name, schema.MAX_BUNDLE_BYTES)
     if data not in (None, records):
         raise IntegrityError(
-            f"{store.storage.where(name)}: not the records that are in log/",
-            hint="remove this file: the records in log/ hold all",
+            f"{store.storage.where(name)}: other records than in log/",
+            hint="remove this file: log/ holds all records",
         )
     return len(data or b"")
 
 
-def _orphans(store: Store, standing: dict[str, Segment]) -> tuple[str, ...]:
+def _orphans(store: Store, present: dict[str, Segment]) -> tuple[str, ...]:
     storage = store.storage
     found = [f"{STAGING}/{name}" for name in storage.names(STAGING)]
     found += claims.unknown_files(storage)
@@ -118,9 +117,9 @@ def _orphans(store: Store, standing: dict[str, Segment]) -> tuple[str, ...]:
     for kind in schema.KINDS:
         for name in storage.names(f"seg/{kind}"):
             folder = f"seg/{kind}/{name}"
-            if folder not in standing:
+            if folder not in present:
                 found.append(folder)
                 continue
-            inside = {f"{folder}/{file}" for file in standing[folder].files}
+            inside = {f"{folder}/{file}" for file in present[folder].files}
             found += [each.name for each in storage.files(folder) if each.name not in inside]
     return tuple(found)

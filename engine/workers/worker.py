@@ -116,7 +116,7 @@ def run_worker(
             progress(stage, *reported)
         keys = [key for key in planned.units if key not in left_out]
         order.shuffle(keys)
-        claims.look()
+        claims.refresh()
         if (taken := _claim_first(claims, keys)) is None:
             busy_s = clock() if keys else busy_s
             if settings.idle_exit and clock() - busy_s >= settings.idle_exit:

@@ -266,8 +266,8 @@ NO_STORE = [
 ] + [
     Case("into a file", f"{ROLL} @p.jsonl", 1, "p.jsonl is a file", "new folder"),
     Case("into a model", f"{ROLL} @student", 1, "not empty", "new or an empty folder"),
-    Case("far away", f"{SCORE} ftp://bucket/x", 1, "no store is kept by ftp:", "file, s3, gs, az"),
-    Case("secret", f"{SCORE} s3://key:secret/x", 1, "more or less than a bucket", "environment"),
+    Case("far away", f"{SCORE} ftp://bucket/x", 1, "unknown scheme ftp:", "file, s3, gs, az"),
+    Case("secret", f"{SCORE} s3://key:secret/x", 1, "other parts than a bucket", "environment"),
 ]
 
 OUTS = [

@@ -50,7 +50,7 @@ def test_what_segments_of_a_name_have_in_common_is_said_once(call: Any) -> None:
     heads = [line for line in out.splitlines() if ": layout" in line]
     assert [head.split(":")[0] for head in heads] == ["rollout main", "score big"]
     assert out.count("profile default") == len(heads)
-    assert out.count(listed[-1]["asked"]) == 1
+    assert out.count(listed[-1]["request"]) == 1
     assert all(row["segment"] not in out and row["segment"][:8] in out for row in listed)
 
 

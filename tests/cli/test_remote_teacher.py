@@ -106,7 +106,7 @@ def test_a_loop_learns_from_a_served_teacher_and_goes_on(
         assert call(f"{asked} --format json").json["version"] == 2
         fake.model = altered(model, int8)
         shutil.rmtree(tmp_path / "out")
-        call(asked).refused(1, "not the one that began the scores", "--teacher name")
+        call(asked).refused(1, "not the one of the first scores", "--teacher name")
 
 
 def test_a_loop_with_too_old_a_server_learns_from_the_teachers_own_ids(
@@ -259,7 +259,7 @@ def test_a_name_is_refused_to_a_teacher_that_behaves_otherwise(
     store = world.store(UNITS)
     assert call(command(fake, store)).code == 0
     fake.model = altered(fake.model, change)
-    call(command(fake, store)).refused(1, "not the one that began the scores", "--teacher name")
+    call(command(fake, store)).refused(1, "not the one of the first scores", "--teacher name")
 
 
 def test_other_weights_of_one_path_are_told_apart_by_a_revision(
@@ -314,9 +314,9 @@ def test_workers_that_begin_a_name_together_find_each_other(
             planned = plan_scores(second, opened.head())
             (key, unit), (later, more), *_ = planned.missing.items()
             run_score_unit(first, key, unit, first.lineage())
-            with pytest.raises(IdentityError, match="began the scores named 'served'"):
+            with pytest.raises(IdentityError, match="of the first scores named 'served'"):
                 run_score_unit(second, later, more, planned.lineage)
-            with pytest.raises(IdentityError, match="began the scores named 'served'"):
+            with pytest.raises(IdentityError, match="of the first scores named 'served'"):
                 plan_scores(second, opened.head())
             assert later not in opened.head().unit_keys()
         finally:
@@ -334,7 +334,7 @@ def test_stores_of_two_teachers_under_one_name_are_not_merged(
     fake.model = altered(model, int8)
     assert call(command(fake, store)).code == 0
     merged = call(f"store merge {other} {store}")
-    merged.refused(1, "not the one that began the scores", "--revision")
+    merged.refused(1, "not the one of the first scores", "--revision")
     fake.model = model
     assert call(command(fake, more)).code == 0
     assert call(f"store merge {other} {more}").code == 0
@@ -395,7 +395,7 @@ def test_other_temperature_processing_is_refused(
     store = world.store(UNITS)
     assert call(command(fake, store)).code == 0
     fake.temperature = 1.1
-    call(command(fake, store)).refused(1, "not the one that began the scores", "temperature")
+    call(command(fake, store)).refused(1, "not the one of the first scores", "temperature")
 
 
 def test_an_adapter_is_only_scored_with_by_its_name(

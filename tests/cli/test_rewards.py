@@ -37,7 +37,7 @@ def test_rewards_are_stored_and_shown(world: World, call: Any) -> None:
     assert call(f"store info {store} --format json").json["mean_reward"] == {"main": mean}
     rows = call(f"store ls {store} --format json").json
     assert [row["mean_reward"] for row in rows] == [np.mean(unit.reward) for unit in units]
-    assert "grader our_grading:even" in rows[0]["asked"]
+    assert "grader our_grading:even" in rows[0]["request"]
     for i in range(4):
         shown = call(f"store show {store} --sequence {i} --format json").json
         assert shown["reward"] == rewards[i]

@@ -45,7 +45,7 @@ def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
         1, "no tag 'nothing'", "store tag"
     )
     call(f"store snapshot {store} --at 99").refused(
-        1, "no log record 99", "give a number that exists"
+        1, "no log record 99", "give an existing number"
     )
     call(f"store tag {store} --remove").refused(2, "need the NAME", "--help")
     assert call(f"store tag {store} paper --remove").code == 0
@@ -58,11 +58,11 @@ def test_what_is_deleted_is_scored_again_and_swept(world: World, call: Any) -> N
     store = world.store(ALL)
     deleted = call(f"store delete {store} --teacher big --format json").json
     assert len(deleted) == UNITS
-    call(f"store delete {store} --teacher big").refused(2, "nothing of 'big'", "rollouts: main")
+    call(f"store delete {store} --teacher big").refused(2, "no 'big' to delete", "rollouts: main")
     call(f"{TRAIN} {store} --out {world.new('out')}").refused(
         3,
         "no scores",
-        "Run `logitcask score` first; a snapshot taken earlier cannot see later scores.",
+        "run `logitcask score` first; an earlier snapshot does not have later scores",
     )
     assert call(f"store gc {store} --format json").json["segments"] == 0, (
         "a recent snapshot reads them"

@@ -1,6 +1,4 @@
-"""What a sampler or a scorer can have said: anything else is refused before it is committed, and
-found where it comes ready-made.
-"""
+"""Checks of rollouts and scores, before a commit and of segments from other stores."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,30 +11,22 @@ from logitcask.engine.errors import StoreError
 from logitcask.engine.store.format.layouts import RESCORE, ranked
 from logitcask.engine.types import Array, CachedScores, Draws, IdLists, Prompt, Rollouts, Scores
 
-RESAMPLE = "this is a fault of the sampler: correct it and roll the unit out again"
+RESAMPLE = "this is a bug of the sampler: correct it and sample the unit again"
 _ROUNDING = 1e-2
 """Nats by which a log-prob may be above 0, or an entropy below."""
 
 
 def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
-    """Refuses rollouts whose arrays do not fit together, and draws of ids from n_vocab on. Raises
-    StoreError.
-    """
+    """Check shapes, ranges and values, and that drawn ids are below n_vocab. Raises StoreError."""
     sequences, positions = len(rollouts.seq_prompt), len(rollouts.tokens)
+    per_sequence = ("seq_prompt", "finish", "version_start", "version_end")
     lengths = {
-        "seq_prompt": sequences,
+        **dict.fromkeys(per_sequence, sequences),
+        **dict.fromkeys(("tokens", "loss_mask", "b_lp"), positions),
         "seq_off": sequences + 1,
-        "tokens": positions,
-        "loss_mask": positions,
-        "b_lp": positions,
-        "finish": sequences,
-        "version_start": sequences,
-        "version_end": sequences,
     }
     for name, length in lengths.items():
-        shape = getattr(rollouts, name).shape
-        if shape != (length,):
-            raise StoreError(f"rollouts.{name} has shape {shape}, not ({length},)", hint=RESAMPLE)
+        _check_shape(getattr(rollouts, name), length, f"rollouts.{name}", RESAMPLE)
     try:
         ragged.check_offsets(rollouts.seq_off, positions)
     except ValueError as error:
@@ -54,34 +44,37 @@ def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
         _check_prompt(prompt)
     if fault := _log_prob_fault(rollouts.b_lp):
         raise StoreError(f"rollouts.b_lp holds {fault}", hint=RESAMPLE)
-    if rollouts.reward is not None:
-        _check_reward(rollouts.reward, sequences)
+    if (reward := rollouts.reward) is not None:
+        _check_shape(reward, sequences, "rollouts.reward", RESAMPLE)
+        # NaN is in no interval.
+        wrong = reward[~((reward >= 0) & (reward <= 1))]
+        if len(wrong):
+            raise StoreError(
+                f"rollouts.reward holds {wrong[0]}, but a reward is a number in [0, 1]",
+                hint="this is a bug of the grader: correct it and sample the unit again",
+            )
     if rollouts.student is not None:
         if rollouts.student.at_lp is not None or rollouts.student.mult is not None:
             raise StoreError(
-                "the student's own scores are of given or of drawn ids: a rollout segment has no "
-                "place for those",
-                hint="score the student with at_student = False and its best ids",
+                "the student's own scores hold extra or drawn ids, but a rollout segment stores "
+                "its top-k only",
+                hint="score the student with at_student = False and selection top-k",
             )
         check_scores(rollouts.student, positions, None)
     if rollouts.draws is not None:
         if rollouts.student is None:
             raise StoreError(
-                "rollouts hold ids that the student drew, and no scores of its own",
-                hint="score the student too: `logitcask rollout` does",
+                "rollouts hold ids that the student drew, but not the student's own scores",
+                hint="score the student too, as `logitcask rollout` does",
             )
         _check_draws(rollouts.draws, positions, n_vocab)
 
 
 def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:
-    entries = len(draws.ids)
     lists = IdLists(cnt=draws.cnt, ids=draws.ids)
     check_lists(lists, positions, schema.MAX_K, "rollouts.draws.ids", RESAMPLE)
     for name in ("mult", "lp"):
-        if (shape := getattr(draws, name).shape) != (entries,):
-            raise StoreError(
-                f"rollouts.draws.{name} has shape {shape}, not ({entries},)", hint=RESAMPLE
-            )
+        _check_shape(getattr(draws, name), len(draws.ids), f"rollouts.draws.{name}", RESAMPLE)
     check_range(draws.mult, 1, schema.MAX_K, "rollouts.draws.mult", RESAMPLE)
     check_range(draws.ids, 0, n_vocab - 1, "rollouts.draws.ids", RESAMPLE)
     total = np.concatenate([np.zeros(1, np.int64), np.cumsum(draws.mult, dtype=np.int64)])
@@ -89,29 +82,15 @@ def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:
     if positions and (drawn != drawn[0]).any():
         raise StoreError(
             f"rollouts.draws.mult adds up to {drawn.min()} on one row and to {drawn.max()} on "
-            "another, and every row draws as often",
+            "another, but all rows have equally many draws",
             hint=RESAMPLE,
         )
     if fault := _log_prob_fault(draws.lp):
         raise StoreError(f"rollouts.draws.lp holds {fault}", hint=RESAMPLE)
 
 
-def _check_reward(reward: Array, sequences: int) -> None:
-    if reward.shape != (sequences,):
-        raise StoreError(
-            f"rollouts.reward has shape {reward.shape}, not ({sequences},)", hint=RESAMPLE
-        )
-    # NaN is in no interval.
-    wrong = reward[~((reward >= 0) & (reward <= 1))]
-    if len(wrong):
-        raise StoreError(
-            f"rollouts.reward holds {wrong[0]}, and a reward is a number in [0, 1]",
-            hint="this is a fault of the grader: correct it and roll the unit out again",
-        )
-
-
 def vocabulary(lineage: Mapping[str, Any]) -> int:
-    """Ids that the student of a rollout segment has, as its lineage says; else all of uint32."""
+    """Return the student's vocabulary size from the lineage of a rollout segment, else 2^32."""
     student = lineage.get("student")
     found = student.get("n_vocab") if isinstance(student, Mapping) else None
     return found if type(found) is int else 2**32
@@ -120,32 +99,28 @@ def vocabulary(lineage: Mapping[str, Any]) -> int:
 def _check_prompt(prompt: Prompt) -> None:
     ids = prompt.token_ids
     if not all(type(each) is int and 0 <= each < 2**32 for each in ids):
-        raise StoreError(f"prompt {prompt.id!r} holds what is no token id", hint=RESAMPLE)
+        raise StoreError(f"prompt {prompt.id!r} holds other values than token ids", hint=RESAMPLE)
     texts = (prompt.id, "" if prompt.answer is None else prompt.answer)
     if not all(isinstance(each, str) for each in texts) or not isinstance(prompt.extra, Mapping):
         raise StoreError(
-            f"prompt {prompt.id!r}: an id or an answer that is no text, or extra keys that are no "
-            "object",
-            hint="correct the prompts file, which says so of each line",
+            f"prompt {prompt.id!r}: the id or the answer is not a string, or the extra keys are "
+            "not an object",
+            hint="correct the prompts file",
         )
 
 
 def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
-    """Refuses scores whose arrays do not fit together, or not what was asked. Raises StoreError."""
+    """Check shapes and values of scores of `positions` rows, at `at` too. Raises StoreError."""
     entries = int(scores.cnt.sum(dtype=np.int64)) if scores.cnt.ndim == 1 else -1
     lengths = {
-        "lp": positions,
-        "entropy": positions,
-        "log_tail": positions,
-        "cnt": positions,
-        "ids": entries,
-        "entry_lp": entries,
+        **dict.fromkeys(("lp", "entropy", "log_tail", "cnt"), positions),
+        **dict.fromkeys(("ids", "entry_lp"), entries),
     }
     if scores.at_lp is not None:
         if at is None:
             raise StoreError(
-                "scores at the student's ids, but the rollouts hold no student's list",
-                hint="score with at_student = False, or roll out with a student's top-k",
+                "scores at the student's ids, but the rollouts hold no list of the student",
+                hint="score with at_student = False, or sample with a student's top-k",
             )
         lengths["at_lp"] = len(at.ids)
     if scores.mult is not None:
@@ -154,18 +129,15 @@ def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
         lengths["entropy_hi"] = positions
     for name, length in lengths.items():
         array = getattr(scores, name)
-        if array.shape != (length,):
-            raise StoreError(
-                f"scores.{name} has shape {array.shape}, the rollouts ask for ({length},)",
-                hint=RESCORE,
-            )
+        _check_shape(array, length, f"scores.{name}", RESCORE)
         if name in _FAULTS and (fault := _FAULTS[name](array)):
             raise StoreError(f"scores.{name} holds {fault}", hint=RESCORE)
     if fault := _bounds_fault(scores.entropy, scores.entropy_hi):
         raise StoreError(f"scores.entropy_hi: {fault}", hint=RESCORE)
     if scores.entropy_hi is not None and scores.mult is not None:
         raise StoreError(
-            "drawn ids with bounds of the entropy: who draws knows the whole law", hint=RESCORE
+            "drawn ids with bounds of the entropy, although drawing needs the whole distribution",
+            hint=RESCORE,
         )
     if positions and int(scores.cnt.max()) > schema.MAX_K:
         raise StoreError(
@@ -179,8 +151,9 @@ def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
 
 
 def check_cached(cached: CachedScores) -> None:
-    """ValueError where decoded scores say what no scorer can have said: what comes from elsewhere
-    has not been through `check_scores`.
+    """Check the values of decoded scores, which another store may not have checked.
+
+    Raises ValueError.
     """
     for name in ("lp", "entropy", "log_tail", "s_lp", "entry_lp"):
         if fault := _FAULTS[name](getattr(cached, name)):
@@ -188,12 +161,12 @@ def check_cached(cached: CachedScores) -> None:
     if fault := _bounds_fault(cached.entropy, cached.entropy_hi):
         raise ValueError(fault)
     every = ranked(cached)
-    if ragged.repeats(every.ids, every.cnt):
+    if ragged.has_duplicates(every.ids, every.cnt):
         raise ValueError("a row names an id twice")
 
 
 def check_lists(lists: IdLists, positions: int, most: int, name: str, hint: str) -> None:
-    """Refuses lists of ids that are not lists of `positions` rows. Raises StoreError."""
+    """Check lists of ids of `positions` rows, at most `most` each. Raises StoreError."""
     check_ids(lists.ids, name, hint)
     try:
         if lists.cnt.shape != (positions,) or lists.cnt.dtype.kind not in "iu":
@@ -201,19 +174,19 @@ def check_lists(lists: IdLists, positions: int, most: int, name: str, hint: str)
         ragged.check_counts(lists.cnt, len(lists.ids), most)
     except ValueError as error:
         raise StoreError(f"{name}: {error}", hint=hint) from error
-    if ragged.repeats(lists.ids, lists.cnt):
+    if ragged.has_duplicates(lists.ids, lists.cnt):
         raise StoreError(f"{name}: a row names an id twice", hint=hint)
 
 
 def check_ids(ids: Array, name: str, hint: str) -> None:
-    """Refuses ids that uint32 cannot hold, which a cast would silently change: StoreError."""
+    """Check that ids fit uint32, as a cast would silently change them. Raises StoreError."""
     fits = len(ids) == 0 or 0 <= int(ids.min()) <= int(ids.max()) < 2**32
     if ids.dtype.kind not in "iu" or not fits:
-        raise StoreError(f"{name} ({ids.dtype}) holds what is no token id", hint=hint)
+        raise StoreError(f"{name} ({ids.dtype}) holds other values than token ids", hint=hint)
 
 
 def check_range(values: Array, least: int, most: int, name: str, hint: str) -> None:
-    """Refuses integers that a cast would change. Raises StoreError."""
+    """Check that integers lie in a range. Raises StoreError."""
     if values.dtype.kind not in "iu" or (
         len(values) and not least <= int(values.min()) <= int(values.max()) <= most
     ):
@@ -223,8 +196,13 @@ def check_range(values: Array, least: int, most: int, name: str, hint: str) -> N
         )
 
 
+def _check_shape(array: Array, length: int, name: str, hint: str) -> None:
+    if array.shape != (length,):
+        raise StoreError(f"{name} has shape {array.shape}, not ({length},)", hint=hint)
+
+
 def _log_prob_fault(values: Array) -> str:
-    """What is no log-prob among these, or ''; -inf is one, NaN fails every comparison."""
+    """Describe an invalid log-prob, '' if there is none; -inf is valid, NaN is not."""
     highest = float(values.max(initial=-np.inf))
     return "" if highest <= _ROUNDING else f"a log-prob of {highest}"
 
@@ -240,14 +218,11 @@ def _bounds_fault(least: Array, most: Array | None) -> str:
         return ""
     # NaN fails every comparison.
     wrong = np.flatnonzero(~((least <= most) & (most < np.inf)))
-    if not len(wrong):
-        return ""
-    i = int(wrong[0])
-    return f"an entropy between {least[i]} and {most[i]}"
+    return f"an entropy between {least[wrong[0]]} and {most[wrong[0]]}" if len(wrong) else ""
 
 
 _FAULTS = {
     "entropy": _entropy_fault,
     **dict.fromkeys(("lp", "log_tail", "entry_lp", "at_lp", "s_lp"), _log_prob_fault),
 }
-"""Name of an array -> what finds values in it that no model can have."""
+"""Name of an array -> function that describes its invalid values."""

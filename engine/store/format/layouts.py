@@ -1,20 +1,20 @@
-"""Scores <-> the arrays of a score segment, so that no entry is stored twice and no order is lost.
+"""Scores <-> the arrays of a score segment, without duplicate entries and without loss of order.
 
-Where the teacher answered at the student's stored ids, most of its own top entries are among them
-already. Layout `once` stores the teacher's log-prob at every student id, and of its own kept
-entries only the extras: those that are not in the student's list.
+Where the teacher scored the student's stored ids, most of its own top entries are among them.
+Layout `once` stores the teacher's log-prob at every student id, and of its own kept entries only
+the extras, which the student's list lacks.
 
 The order needs care, because rounded log-probs make ties. In each row let U be the extras and the
-student's ids together, in the teacher's exact order: its kept entries as given, then the rest by
-float32 log-prob, the lower id first. Then
+student's ids together, in the teacher's exact order: its kept entries in their order, then the rest
+by float32 log-prob, the lower id first. Then
 
-  implied rank of a student id = members of U whose *stored* value stands before its own,
-  t_rank_fix                   = its true place in U - its implied rank   (modulo 2^16).
+  implied rank of a student id = members of U whose *stored* value orders before its own,
+  t_rank_fix                   = its true rank in U - its implied rank   (modulo 2^16).
 
-The reader computes the implied rank from the same stored values, adds the correction, and lets the
-extras, which are stored in rank order, take the places that remain. The first `kept` of U are the
-teacher's list. The correction is never negative when the kept entries descend, and mostly 0; it is
-taken modulo 2^16 so that the order survives even where a scorer's values do not descend.
+The reader computes the implied rank from the same stored values and adds the correction; the
+extras, which are stored in rank order, take the remaining ranks. The first `kept` of U are the
+teacher's list. The correction is mostly 0, and never negative when the kept entries descend; it is
+taken modulo 2^16 so that the order is exact even where a scorer's values do not descend.
 
 Rows are ragged and flat throughout: E entries, P rows, S entries of the student's lists.
 """
@@ -30,9 +30,9 @@ import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import StoreError
 from logitcask.engine.types import Array, CachedScores, IdLists, Scores
 
-RESCORE = "this is a fault of the scorer: correct it and score the unit again"
+RESCORE = "this is a bug of the scorer: correct it and score the unit again"
 AGREE = 1e-4
-"""Nats, beside a thousandth: how far apart a scorer's two values of one id may be."""
+"""Nats, plus a thousandth: tolerance between a scorer's two log-probs of one id."""
 
 
 class Ranked(NamedTuple):
@@ -47,22 +47,22 @@ class Ranked(NamedTuple):
 
 
 def stored_order(stored: Array) -> Array:
-    """Stored log-probs -> unsigned numbers that ascend as they descend: their bits, sign first."""
+    """Return unsigned numbers that ascend as the stored log-probs descend: their bits."""
     return stored.view(np.uint32 if stored.dtype.itemsize == 4 else np.uint16)
 
 
 def exact_order(log_probs: Array, ids: Array) -> Array:
-    """uint64 that ascend as float32 log-probs descend, the lower id first among equals."""
-    # A log-prob that rounding put above 0 is 0; + 0.0 makes -0.0 and 0.0 one value.
+    """Return uint64 that ascend as float32 log-probs descend, the lower id first among equals."""
+    # A log-prob above 0 by rounding counts as 0; + 0.0 makes -0.0 and 0.0 one value.
     bits = (np.minimum(log_probs.astype(np.float32), 0.0) + np.float32(0.0)).view(np.uint32)
     order: Array = (bits.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
     return order
 
 
 def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> dict[str, Array]:
-    """Arrays of the first score segment of a teacher on some rollouts, whose lists are `student`.
+    """Return the arrays of a teacher's first score segment, of checked scores.
 
-    `check_scores` has passed. Raises StoreError where two values of one id contradict each other.
+    student: the lists of the rollouts. Raises StoreError where two log-probs of one id differ.
     """
     cnt = scores.cnt.astype(np.uint16)
     arrays: dict[str, Array] = {
@@ -81,24 +81,24 @@ def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> 
         return arrays | ({} if scores.mult is None else {"mult": scores.mult.astype(np.uint16)})
 
     s_cnt, s_ids = student.cnt, student.ids.astype(np.uint32)
-    place = ragged.find(scores.ids.astype(np.uint32), cnt, s_ids, s_cnt)
-    shared = place >= 0
-    twin = np.repeat(ragged.starts(cnt)[:-1], s_cnt)[shared] + place[shared]
-    """For each shared student id, where the teacher's list names it."""
+    index = ragged.find(scores.ids.astype(np.uint32), cnt, s_ids, s_cnt)
+    shared = index >= 0
+    twin = np.repeat(ragged.starts(cnt)[:-1], s_cnt)[shared] + index[shared]
+    """Index of each shared student id in the teacher's lists."""
     if not np.allclose(scores.entry_lp[twin], scores.at_lp[shared], rtol=1e-3, atol=AGREE):
         raise StoreError(
-            "the teacher gives one id two log-probs, in its own list and at the student's ids",
+            "the teacher has two log-probs of one id, in its own list and at the student's ids",
             hint=RESCORE,
         )
     extra = np.ones(len(scores.ids), bool)
     extra[twin] = False
-    shared_cnt = ragged.marked(shared, s_cnt)
+    shared_cnt = ragged.count_marked(shared, s_cnt)
     extra_cnt = cnt - shared_cnt
-    # Student ids that the teacher did not keep stand behind its list, by exact value, then by id.
+    # Student ids outside the teacher's list follow it, by exact value, then by id.
     rest_cnt = (s_cnt - shared_cnt).astype(np.uint16)
     rest = exact_order(scores.at_lp[~shared], s_ids[~shared])
-    true = place.astype(np.int64)
-    true[~shared] = ragged.place(rest, rest_cnt) + np.repeat(cnt, rest_cnt)
+    true = index.astype(np.int64)
+    true[~shared] = ragged.rank_in_row(rest, rest_cnt) + np.repeat(cnt, rest_cnt)
 
     lp_x = codecs.to_entry(scores.entry_lp[extra], profile)
     lp_s = codecs.to_entry(scores.at_lp, profile)
@@ -115,9 +115,7 @@ def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> 
 def decode(
     arrays: dict[str, Array], profile: codecs.Profile, student: IdLists | None
 ) -> CachedScores:
-    """The inverse of `encode`. Raises ValueError where the arrays contradict each other (the caller
-    names the segment).
-    """
+    """Invert `encode`. Raises ValueError where the arrays contradict each other."""
     cnt = arrays["cnt"]
     ragged.check_counts(cnt, len(arrays["ids"]), schema.MAX_K)
     every: dict[str, Any] = {
@@ -137,11 +135,11 @@ def decode(
             s_ids=np.zeros(0, np.uint32),
             s_lp=np.zeros(0, np.float32),
             s_rank=np.zeros(0, np.uint16),
-            rank=ragged.within(cnt).astype(np.uint16),
+            rank=ragged.index_in_row(cnt).astype(np.uint16),
             mult=arrays.get("mult"),
         )
     if student is None or len(student.cnt) != len(cnt) or len(arrays["t_at_s"]) != len(student.ids):
-        raise ValueError("the base's student lists have another length")
+        raise ValueError("the student's lists of the rollouts have another length")
     s_cnt = student.cnt
     if (arrays["kept"] > cnt.astype(np.int64) + s_cnt).any():
         raise ValueError("more entries are kept than there are")
@@ -157,16 +155,14 @@ def decode(
     )
 
 
-def by_student(cached: CachedScores, student: IdLists) -> CachedScores:
-    """`cached` of a teacher that was not asked at the student's list: ids that the list names all
-    the same move to where it has them.
-    """
-    place = ragged.find(cached.ids, cached.cnt, student.ids, student.cnt)
-    listed = place >= 0
-    at = np.repeat(ragged.starts(cached.cnt)[:-1], student.cnt)[listed] + place[listed]
+def split_by_student(cached: CachedScores, student: IdLists) -> CachedScores:
+    """Move ids of the student's list to the student's part of scores in a `whole` layout."""
+    index = ragged.find(cached.ids, cached.cnt, student.ids, student.cnt)
+    listed = index >= 0
+    at = np.repeat(ragged.starts(cached.cnt)[:-1], student.cnt)[listed] + index[listed]
     others = np.ones(len(cached.ids), bool)
     others[at] = False
-    s_cnt = ragged.marked(listed, student.cnt)
+    s_cnt = ragged.count_marked(listed, student.cnt)
     return replace(
         cached,
         s_cnt=s_cnt,
@@ -181,7 +177,7 @@ def by_student(cached: CachedScores, student: IdLists) -> CachedScores:
 
 
 def ranked(cached: CachedScores) -> Ranked:
-    """Everything known of every row, best first."""
+    """Return all entries of each row, best first."""
     cnt = cached.s_cnt.astype(np.int64) + cached.cnt
     offset = ragged.starts(cnt)[:-1]
     ids = np.empty(int(cnt.sum()), np.uint32)
@@ -196,12 +192,12 @@ def ranked(cached: CachedScores) -> Ranked:
 def kept_lists(cached: CachedScores) -> tuple[Array, Array]:
     """Return (ids, log-probs) of the teacher's lists, flat, best first, `kept` in each row."""
     cnt, ids, lp = ranked(cached)
-    kept = ragged.within(cnt) < np.repeat(cached.kept, cnt)
+    kept = ragged.index_in_row(cnt) < np.repeat(cached.kept, cnt)
     return ids[kept], lp[kept]
 
 
 def _implied(lp_x: Array, cnt_x: Array, lp_s: Array, cnt_s: Array) -> Array:
-    """[S] uint16: members of the row's U whose stored value stands before that of a student id."""
+    """Return for each student id the number [S] uint16 of U whose stored value orders before it."""
     x, s = stored_order(lp_x), stored_order(lp_s)
-    implied: Array = ragged.above(x, cnt_x, s, cnt_s) + ragged.place(s, cnt_s)
+    implied: Array = ragged.count_less(x, cnt_x, s, cnt_s) + ragged.rank_in_row(s, cnt_s)
     return implied

@@ -1,4 +1,4 @@
-"""Rollouts <-> the arrays of a rollout segment: prompts once, sequences and positions flat."""
+"""Rollouts <-> the arrays of a rollout segment: each prompt once, sequences and positions flat."""
 
 import json
 from collections.abc import Mapping
@@ -14,11 +14,17 @@ from logitcask.engine.errors import StoreError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import Array, Draws, Prompt, Rollouts, Scores
 
+SAME_NAME = (
+    *("seq_prompt", "seq_off", "tokens", "loss_mask"),
+    *("b_lp", "finish", "version_start", "version_end"),
+)
+"""Fields of Rollouts that are arrays of the same name."""
+
 
 def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
-    """Arrays of a rollout segment; `check_rollouts` has passed.
+    """Return the arrays of a segment of checked rollouts.
 
-    Raises StoreError where the prompts are beyond JSON.
+    Raises StoreError where the prompts are not JSON, or too large.
     """
     prompts = rollouts.prompts
     fields = [{"id": p.id, "answer": p.answer, "extra": dict(p.extra)} for p in prompts]
@@ -31,9 +37,9 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
         ) from error
     if _values(text) > schema.MAX_JSON_VALUES:
         raise StoreError(
-            f"the prompts of a unit describe {_values(text)} values, at most "
+            f"the prompts of a unit have {_values(text)} JSON values, at most "
             f"{schema.MAX_JSON_VALUES}",
-            hint="lower --unit-prompts, or shorten what the prompts file says beside the prompt",
+            hint="lower --unit-prompts, or remove extra keys from the prompts file",
         )
     ids = [np.asarray(p.token_ids, np.uint32) for p in prompts]
     lengths = np.asarray([len(x) for x in ids], np.int64)
@@ -41,40 +47,28 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
         "prompt_off": ragged.starts(lengths),
         "prompt_tokens": np.concatenate([np.zeros(0, np.uint32), *ids]),
         "prompt_json": np.frombuffer(text, np.uint8),
-        "seq_prompt": rollouts.seq_prompt.astype(np.uint32),
-        "seq_off": rollouts.seq_off.astype(np.int64),
-        "tokens": rollouts.tokens.astype(np.uint32),
-        "loss_mask": rollouts.loss_mask.astype(np.uint16),
-        "b_lp": rollouts.b_lp.astype(np.float32),
-        "finish": rollouts.finish.astype(np.uint16),
-        "version_start": rollouts.version_start.astype(np.int64),
-        "version_end": rollouts.version_end.astype(np.int64),
+        **{name: getattr(rollouts, name) for name in SAME_NAME},
     }
     if (reward := rollouts.reward) is not None:
-        arrays["reward"] = reward.astype(np.float32)
-    student = rollouts.student
-    if student is None:
-        return arrays
-    arrays |= {
-        "s_lp": student.lp.astype(np.float32),
-        "s_ent": student.entropy.astype(np.float32),
-        "s_tail": student.log_tail.astype(np.float32),
-        "s_cnt": student.cnt.astype(np.uint16),
-        "s_ids": student.ids.astype(np.uint32),
-        "s_topk_lp": codecs.to_entry(student.entry_lp, profile),
-    }
-    if (draws := rollouts.draws) is None:
-        return arrays
-    return arrays | {
-        "mc_cnt": draws.cnt.astype(np.uint16),
-        "mc_ids": draws.ids.astype(np.uint32),
-        "mc_mult": draws.mult.astype(np.uint16),
-        "mc_lp": draws.lp.astype(np.float32),
-    }
+        arrays["reward"] = reward
+    if (student := rollouts.student) is not None:
+        arrays |= {
+            "s_lp": student.lp,
+            "s_ent": student.entropy,
+            "s_tail": student.log_tail,
+            "s_cnt": student.cnt,
+            "s_ids": student.ids,
+            "s_topk_lp": codecs.to_entry(student.entry_lp, profile),
+        }
+        if (draws := rollouts.draws) is not None:
+            arrays |= {f"mc_{name}": getattr(draws, name) for name in ("cnt", "ids", "mult", "lp")}
+    dtypes = {name: spec.dtype for name, spec in schema.specs(layout_of(rollouts)).items()}
+    dtypes["s_topk_lp"] = profile.stored
+    return {name: array.astype(dtypes[name]) for name, array in arrays.items()}
 
 
 def layout_of(rollouts: Rollouts) -> str:
-    """Of the segment that holds them."""
+    """Return the layout of a segment of these rollouts."""
     if rollouts.student is None:
         layout = schema.PLAIN
     else:
@@ -87,7 +81,7 @@ EXTENT = ("prompt_json", "prompt_off", "seq_prompt", "seq_off")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extent:
-    """How long everything in a rollout segment is, without what it holds."""
+    """The lengths of a rollout segment."""
 
     prompt_ids: tuple[str, ...]
     """[M]"""
@@ -100,11 +94,11 @@ class Extent:
 
 
 def extent(arrays: dict[str, Array], counts: Mapping[str, int]) -> Extent:
-    """From the arrays EXTENT and the counts of the record.
+    """Return the lengths, from the arrays EXTENT and the counts of the record.
 
     Raises ValueError where they contradict each other.
     """
-    fields = _told(arrays, counts["T"])
+    fields = _prompt_fields(arrays, counts["T"])
     _check_sequences(arrays, len(fields), counts["P"])
     return Extent(
         prompt_ids=tuple(str(each["id"]) for each in fields),
@@ -114,8 +108,8 @@ def extent(arrays: dict[str, Array], counts: Mapping[str, int]) -> Extent:
     )
 
 
-def _told(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[str, Any]]:
-    """What prompt_json says of each prompt; the offsets of their tokens are sound then."""
+def _prompt_fields(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[str, Any]]:
+    """Return the entries of prompt_json, one per prompt, and check the offsets of their tokens."""
     text = arrays["prompt_json"].tobytes()
     if (values := _values(text)) > schema.MAX_JSON_VALUES:
         raise ValueError(f"prompt_json of {values} values, at most {schema.MAX_JSON_VALUES}")
@@ -137,7 +131,7 @@ def _check_sequences(arrays: dict[str, Array], prompts: int, positions: int) -> 
 
 
 def _values(text: bytes) -> int:
-    """At least as many values as JSON text can hold."""
+    """Return an upper bound of the number of values in JSON text."""
     return sum(text.count(mark) for mark in (b",", b"[", b"{")) + 1
 
 
@@ -145,10 +139,11 @@ PROMPTS = ("prompt_json", "prompt_off", "prompt_tokens")
 
 
 def prompts_of(arrays: dict[str, Array]) -> tuple[Prompt, ...]:
-    """The prompts of a rollout segment, from the arrays PROMPTS. ValueError where they contradict
-    each other.
+    """Return the prompts of a rollout segment, from the arrays PROMPTS.
+
+    Raises ValueError where they contradict each other.
     """
-    fields, off = _told(arrays, len(arrays["prompt_tokens"])), arrays["prompt_off"]
+    fields, off = _prompt_fields(arrays, len(arrays["prompt_tokens"])), arrays["prompt_off"]
     return tuple(
         Prompt(
             id=each["id"],
@@ -161,9 +156,9 @@ def prompts_of(arrays: dict[str, Array]) -> tuple[Prompt, ...]:
 
 
 def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "") -> Rollouts:
-    """The inverse of `encode`, entry log-probs widened to float32; `segment` is where they lie.
+    """Invert `encode`, with entry log-probs in float32; `segment` is the seg_id.
 
-    Raises ValueError where the arrays contradict each other (the caller names the segment).
+    Raises ValueError where the arrays contradict each other.
     """
     prompts = prompts_of(arrays)
     _check_sequences(arrays, len(prompts), len(arrays["tokens"]))
@@ -181,22 +176,10 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "")
     draws = None
     if "mc_cnt" in arrays:
         ragged.check_counts(arrays["mc_cnt"], len(arrays["mc_ids"]), schema.MAX_K)
-        draws = Draws(
-            cnt=arrays["mc_cnt"],
-            ids=arrays["mc_ids"],
-            mult=arrays["mc_mult"],
-            lp=arrays["mc_lp"],
-        )
+        draws = Draws(**{name: arrays[f"mc_{name}"] for name in ("cnt", "ids", "mult", "lp")})
     return Rollouts(
         prompts=prompts,
-        seq_prompt=arrays["seq_prompt"],
-        seq_off=arrays["seq_off"],
-        tokens=arrays["tokens"],
-        loss_mask=arrays["loss_mask"],
-        b_lp=arrays["b_lp"],
-        finish=arrays["finish"],
-        version_start=arrays["version_start"],
-        version_end=arrays["version_end"],
+        **{name: arrays[name] for name in SAME_NAME},
         student=student,
         draws=draws,
         reward=arrays.get("reward"),

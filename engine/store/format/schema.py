@@ -1,11 +1,11 @@
-"""What a segment holds: array names, dtypes, lengths, chunks, files. Format version 1.
+"""The schema of segments: array names, dtypes, lengths, chunks, files. Format version 1.
 
-Lengths are named by the count that rules them (`counts` of a record):
+Lengths are named by letters (`counts` of a record):
   M prompts, N sequences, P positions, T prompt tokens, J bytes of prompt_json,
   E stored entries of ragged rows (the student's top-k in a rollout segment, a teacher's in a score
   segment), D ids that the student drew, S entries of the base's student lists.
 
-Every path inside a segment follows from (kind, layout, counts), so no path is ever taken from data.
+Every path inside a segment follows from (kind, layout, counts), so no path is taken from data.
 """
 
 import re
@@ -17,30 +17,30 @@ FORMAT_VERSION = 1
 
 ROLLOUT, SCORE = "rollout", "score"
 KINDS = (ROLLOUT, SCORE)
-"""What a segment holds; also its folder below seg/."""
+"""Kinds of segments, also their folders below seg/."""
 
 STUDENT, PLAIN, MC = "student", "plain", "mc"
-"""Layouts of a rollout segment: with or without the student's own scores, or with them and with ids
-that it drew."""
+"""Layouts of a rollout segment: with the student's own scores, without them, or with them and with
+ids that the student drew."""
 REWARD = "+reward"
-"""Ends the name of each of them where every sequence carries its reward."""
+"""Suffix of these layouts where every sequence has a reward."""
 DEDUP, FULL, SAMPLED, EXTENSION = "once", "whole", "sampled", "wider"
-"""Layouts of a score segment. `once` leaves out what the student's list already names, `whole`
-holds a teacher's list alone, `sampled` holds drawn ids with how often each was drawn, and `wider`
-holds what it adds to the segments of the same teacher on the same rollouts before it."""
+"""Layouts of a score segment: without the ids of the student's list, a teacher's list alone, drawn
+ids with multiplicities, and additions to the earlier segments of the same teacher on the same
+rollouts."""
 BOUNDS = "+bounds"
-"""Ends the name of the first two where the teacher told its best ids alone: every position then
-carries the least and the most that the entropy can be."""
-_ROLLED = (STUDENT, PLAIN, MC)
+"""Suffix of the first two for a teacher that returns its top ids only: every position then has a
+lower and an upper bound of the entropy."""
+_REWARDED = (STUDENT, PLAIN, MC)
 _BOUNDED = (DEDUP, FULL)
 LAYOUTS = {
-    ROLLOUT: (*_ROLLED, *(layout + REWARD for layout in _ROLLED)),
+    ROLLOUT: (*_REWARDED, *(layout + REWARD for layout in _REWARDED)),
     SCORE: (DEDUP, FULL, SAMPLED, EXTENSION, *(layout + BOUNDS for layout in _BOUNDED)),
 }
 
 POSITION_CHUNK = 32768
 ENTRY_CHUNK = 131072
-"""Elements of an inner chunk. Measured: larger decodes a little faster, smaller much slower."""
+"""Elements of an inner chunk. Larger ones decode a little faster, smaller ones much slower."""
 
 MAX_COUNT = {
     "M": 1 << 24,
@@ -52,15 +52,15 @@ MAX_COUNT = {
     "D": 1 << 30,
     "S": 1 << 30,
 }
-"""A record that claims more is refused before anything is read for it."""
+"""Larger counts of a record are refused before any file is read."""
 MAX_SEGMENT_BYTES = 2 << 30
-"""All arrays of a segment, decoded. A few bytes on a disk can ask for gigabytes."""
+"""All arrays of a segment, decoded. A few bytes on a disk can decode to gigabytes."""
 MAX_K = 4096
-"""Entries of one row in one segment ..."""
+"""Entries of one row in one segment."""
 MAX_ROW = 4 * MAX_K
-"""... and in all of a teacher's segments on some rollouts: ranks of a row fit uint16."""
+"""Entries of one row in all of a teacher's segments on some rollouts: ranks fit uint16."""
 MAX_JSON_VALUES = 1 << 22
-"""Lists, objects and their members in prompt_json: three bytes of text can ask for a hundred."""
+"""Lists, objects and their members in prompt_json: three bytes of text can become a hundred."""
 MAX_RECORD_BYTES = 8 << 20
 MAX_BUNDLE_BYTES = 64 << 20
 MAX_FORMAT_BYTES = 4096
@@ -72,7 +72,7 @@ SEG_ID = re.compile(r"[0-9a-f]{32}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 ENTRY = "entry"
-"""Stands for the dtype of stored entry log-probs, which the codec profile decides."""
+"""Placeholder for the dtype of stored entry log-probs, which the profile decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,9 @@ class Spec:
     dtype: str
     """numpy name, or ENTRY."""
     count: str
-    """Which count is its length ..."""
+    """Letter of its length."""
     plus: int = 0
-    """... and what is added to it (1 for offsets)."""
+    """Added to that length (1 for offsets)."""
     chunk: int = POSITION_CHUNK
 
     def length(self, counts: Mapping[str, int]) -> int:
@@ -118,23 +118,21 @@ _MC = {
     "mc_mult": Spec("uint16", "D", chunk=ENTRY_CHUNK),
     "mc_lp": Spec("float32", "D", chunk=ENTRY_CHUNK),
 }
-_REWARD = {"reward": Spec("float32", "N")}
 _ENTRIES = {
     "log_tail": Spec("float32", "P"),
     "cnt": Spec("uint16", "P"),
     "ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
     "lp": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
 }
-_WHOLE = {"t_lp": Spec("float32", "P"), "ent": Spec("float32", "P"), **_ENTRIES}
+_FULL = {"t_lp": Spec("float32", "P"), "ent": Spec("float32", "P"), **_ENTRIES}
 _KEPT = {"kept": Spec("uint16", "P")}
-_BOUNDS = {"ent_hi": Spec("float32", "P")}
 _SPECS = {
     STUDENT: _ROLLOUT | _STUDENT,
     PLAIN: _ROLLOUT,
     MC: _ROLLOUT | _STUDENT | _MC,
-    FULL: _WHOLE,
-    SAMPLED: _WHOLE | {"mult": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
-    DEDUP: _WHOLE
+    FULL: _FULL,
+    SAMPLED: _FULL | {"mult": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
+    DEDUP: _FULL
     | _KEPT
     | {
         "t_at_s": Spec(ENTRY, "S", chunk=ENTRY_CHUNK),
@@ -142,35 +140,37 @@ _SPECS = {
     },
     EXTENSION: _ENTRIES | _KEPT | {"rank_fix": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
 }
-_SPECS |= {layout + REWARD: _SPECS[layout] | _REWARD for layout in _ROLLED}
-_SPECS |= {layout + BOUNDS: _SPECS[layout] | _BOUNDS for layout in _BOUNDED}
+_SPECS |= {
+    layout + REWARD: _SPECS[layout] | {"reward": Spec("float32", "N")} for layout in _REWARDED
+}
+_SPECS |= {
+    layout + BOUNDS: _SPECS[layout] | {"ent_hi": Spec("float32", "P")} for layout in _BOUNDED
+}
 COUNTS = {
     STUDENT: ("M", "N", "P", "T", "J", "E"),
     PLAIN: ("M", "N", "P", "T", "J"),
     MC: ("M", "N", "P", "T", "J", "E", "D"),
     DEDUP: ("N", "P", "E", "S"),
-    FULL: ("N", "P", "E"),
-    SAMPLED: ("N", "P", "E"),
-    EXTENSION: ("N", "P", "E"),
+    **dict.fromkeys((FULL, SAMPLED, EXTENSION), ("N", "P", "E")),
 }
-COUNTS |= {layout + REWARD: COUNTS[layout] for layout in _ROLLED}
+COUNTS |= {layout + REWARD: COUNTS[layout] for layout in _REWARDED}
 COUNTS |= {layout + BOUNDS: COUNTS[layout] for layout in _BOUNDED}
-"""The counts that a record of each layout carries."""
+"""Layout -> the counts in its record."""
 
 
 def specs(layout: str) -> dict[str, Spec]:
-    """The arrays of a layout."""
+    """Return the arrays of a layout."""
     return _SPECS[layout]
 
 
 def chunk_shape(spec: Spec, length: int) -> tuple[int, int]:
-    """(inner chunk, shard): the shard is the whole array rounded up, so an array is one file."""
+    """Return (inner chunk, shard): the shard is the array rounded up, so an array is one file."""
     chunk = max(1, min(length, spec.chunk))
     return chunk, max(1, -(-length // chunk)) * chunk
 
 
 def file_names(layout: str, counts: Mapping[str, int]) -> set[str]:
-    """The files of a segment, relative to its folder: an empty array has no data file."""
+    """Return the files of a segment, relative to its folder; an empty array has no data file."""
     names = {"zarr.json"}
     for name, spec in specs(layout).items():
         names.add(f"{name}/zarr.json")

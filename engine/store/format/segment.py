@@ -1,13 +1,13 @@
-"""One segment: a plain Zarr v3 group, immutable, named by its content.
+"""A segment: a plain Zarr v3 group, immutable, named by its content.
 
-Writing: Zarr encodes the group in memory, so that sizes, digests and fsync are of the same bytes.
-Reading: the files that the record lists are read whole, compared with their digests, their metadata
-compared with the schema, and only then decoded, each array into memory of its own size.
+To write, Zarr encodes the group in memory, so that sizes, digests and fsync are of the same bytes.
+To read, the files of the record are read whole, compared with their digests, their metadata with
+the schema, and only then decoded, each array into memory of its own size.
 """
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,54 +21,53 @@ from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array
 
 RESTORE = (
-    "restore it from a copy: `logitcask store merge STORE COPY --repair`; without one `logitcask "
-    "store delete STORE --segment ID`, then make it again"
+    "restore it from a copy: `logitcask store merge STORE COPY --repair`; or, without a copy, run "
+    "`logitcask store delete STORE --segment ID` and make it again"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """What the log says of one segment."""
+    """The entry of a segment in the log; the defaults are those of one that is not yet encoded."""
 
     kind: str
     """'rollout' or 'score'."""
-    seg_id: str
+    seg_id: str = ""
     """32 hex digits of the digest over its files' digests."""
-    generation: int
-    """How often gc had removed this content when it was put here; 0 = never."""
+    generation: int = 0
+    """How often gc had removed this content before."""
     unit_key: str
     name: str
-    """The rollouts' name, or the teacher's."""
-    base: str
+    """Of the rollouts or of the teacher."""
+    base: str = ""
     """seg_id of the rollouts that were scored; empty for rollouts."""
-    extends: str
-    """seg_id of the scores that these add to; empty for rollouts and for a teacher's first."""
+    extends: str = ""
+    """seg_id of the scores that an extension follows; else empty."""
     unit: Mapping[str, Any]
-    counts: Mapping[str, int]
+    counts: Mapping[str, int] = field(default_factory=dict)
     profile: str
     layout: str
-    files: Mapping[str, tuple[int, str]]
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     """Relative name -> (bytes, sha256)."""
     lineage: Mapping[str, Any]
-    tokens_sha256: str
-    """sha256 over tokens and seq_off: what a score segment shares with its base."""
-    number: int
+    tokens_sha256: str = ""
+    """sha256 over tokens and seq_off, equal in a score segment and its base."""
+    number: int = -1
     """Of the log record that published it."""
     seconds: float | None = None
-    """What the models took to make it, by the writer's clock; None where that was not noted. No
-    content address covers it."""
+    """Time of the models for it, by the writer's clock; None = not recorded."""
 
     def __hash__(self) -> int:
         return hash((self.kind, self.seg_id, self.number))
 
     @property
     def folder(self) -> str:
-        """Relative to the store."""
+        """Return the folder, relative to the store."""
         return folder_of(self.kind, self.seg_id, self.generation)
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Return the bytes of all files."""
         return sum(size for size, _ in self.files.values())
 
 
@@ -81,17 +80,17 @@ def sha256(data: bytes) -> str:
 
 
 def tokens_sha256(tokens: Array, seq_off: Array) -> str:
-    """sha256 over the little-endian bytes of tokens (uint32), then of seq_off (int64)."""
+    """Return the sha256 of the little-endian bytes of tokens (uint32), then seq_off (int64)."""
     return sha256(tokens.astype("<u4").tobytes() + seq_off.astype("<i8").tobytes())
 
 
 def manifest_of(contents: Mapping[str, bytes]) -> dict[str, tuple[int, str]]:
-    """Relative name -> (bytes, sha256)."""
+    """Return relative name -> (bytes, sha256)."""
     return {name: (len(data), sha256(data)) for name, data in contents.items()}
 
 
 def content_address(manifest: Mapping[str, tuple[int, str]]) -> str:
-    """Same bytes, same name."""
+    """Return the seg_id of these files: the same bytes have the same id."""
     return sha256(canonical({name: digest for name, (_, digest) in manifest.items()}))[7:39]
 
 
@@ -100,13 +99,13 @@ def dtype_of(spec: schema.Spec, profile: codecs.Profile) -> str:
 
 
 def counts_of(layout: str, arrays: Mapping[str, Array]) -> dict[str, int]:
-    """The counts that follow from the lengths of the arrays."""
+    """Return the counts that follow from the lengths of the arrays."""
     specs = schema.specs(layout)
     return {spec.count: len(arrays[name]) - spec.plus for name, spec in specs.items()}
 
 
 def decoded_bytes(layout: str, profile: codecs.Profile, counts: Mapping[str, int]) -> int:
-    """Memory of all arrays of a segment."""
+    """Return the bytes of all arrays of a segment in memory."""
     total = 0
     for spec in schema.specs(layout).values():
         _, shard = schema.chunk_shape(spec, spec.length(counts))
@@ -121,21 +120,19 @@ def encode(
     profile: codecs.Profile,
     attributes: Mapping[str, Any],
 ) -> dict[str, bytes]:
-    """Arrays -> the files of a Zarr v3 group, relative name -> bytes."""
+    """Encode arrays as the files of a Zarr v3 group, relative name -> bytes."""
     import zarr
     from zarr.core.buffer import Buffer
     from zarr.storage import MemoryStore
 
     objects: dict[str, Buffer] = {}
-    with codecs.quiet():
+    with codecs.hide_zarr_warning():
         group = zarr.create_group(MemoryStore(objects), zarr_format=3, attributes=dict(attributes))
         for name, spec in schema.specs(layout).items():
             dtype = dtype_of(spec, profile)
             data = arrays[name]
             if data.dtype != np.dtype(dtype) or data.ndim != 1:
-                raise TypeError(
-                    f"{name}: {data.dtype} of {data.ndim} dimensions, schema says {dtype}"
-                )
+                raise TypeError(f"{name}: {data.dtype} {data.shape}, expected {dtype}")
             chunk, shard = schema.chunk_shape(spec, len(data))
             target = group.create_array(
                 name,
@@ -144,9 +141,9 @@ def encode(
                 chunks=(chunk,),
                 shards=(shard,),
                 fill_value=0,
-                # An all-zero chunk that is left out cannot be told from one that was lost.
+                # A chunk of zeros that is left out looks like a lost one.
                 config={"write_empty_chunks": True},
-                **codecs.pipeline(dtype, codecs.packing_of(dtype, profile)),
+                **codecs.array_options(dtype, codecs.codec_of(dtype, profile)),
             )
             if len(data):
                 target[:] = data
@@ -161,7 +158,7 @@ def check_decodes(
     profile: codecs.Profile,
     counts: Mapping[str, int],
 ) -> None:
-    """Decodes what was encoded and compares every value: no fault of a codec is published.
+    """Decode again and compare every value, so that no codec error is published.
 
     Raises StoreError.
     """
@@ -177,7 +174,7 @@ def check_decodes(
 def read_files(
     storage: Storage, folder: str, manifest: Mapping[str, tuple[int, str]], names: Collection[str]
 ) -> dict[str, bytes]:
-    """The named files of a segment, each of the size and digest that the manifest gives.
+    """Read files of a segment and check their sizes and digests.
 
     Raises IntegrityError with the file's path.
     """
@@ -188,13 +185,13 @@ def read_files(
         length, digest = manifest[name]
         where = storage.where(path)
         if data is None:
-            raise IntegrityError(f"{where}: committed, and missing", hint=RESTORE)
+            raise IntegrityError(f"{where}: a committed file is missing", hint=RESTORE)
         if len(data) != length:
             raise IntegrityError(
                 f"{where}: {len(data)} bytes where {length} were committed", hint=RESTORE
             )
         if sha256(data) != digest:
-            raise IntegrityError(f"{where}: not the bytes that were committed", hint=RESTORE)
+            raise IntegrityError(f"{where}: other bytes than were committed", hint=RESTORE)
         contents[name] = data
     return contents
 
@@ -208,7 +205,7 @@ def decode(
     counts: Mapping[str, int],
     names: Collection[str],
 ) -> dict[str, Array]:
-    """Arrays of the given names from the files of a group. Raises IntegrityError.
+    """Decode the arrays `names` from the files of a group. Raises IntegrityError.
 
     where: path or URL of the group, for messages.
     """
@@ -219,7 +216,7 @@ def decode(
         chunk, shard = schema.chunk_shape(spec, length)
         shape: Any = {
             "dtype": dtype,
-            "packing": codecs.packing_of(dtype, profile),
+            "codec": codecs.codec_of(dtype, profile),
             "length": length,
             "chunk": chunk,
             "shard": shard,
@@ -229,7 +226,7 @@ def decode(
             raise IntegrityError(f"{where}/{name}/zarr.json: {fault}", hint=RESTORE)
         try:
             arrays[name] = shards.decode(contents.get(f"{name}/c/0", b""), **shape)
-        except Exception as error:  # A decoder that is given strange bytes may raise anything.
+        except Exception as error:  # A decoder may raise anything on invalid bytes.
             raise IntegrityError(
                 f"{where}/{name}/c/0: does not decode ({error})", hint=RESTORE
             ) from error
@@ -239,18 +236,15 @@ def decode(
 def read(
     storage: Storage, segment: Segment, names: Collection[str] | None = None
 ) -> dict[str, Array]:
-    """Arrays of a committed segment, whole; all of them, or those named. Raises IntegrityError."""
-    wanted = list(schema.specs(segment.layout)) if names is None else list(names)
-    needed = (
-        segment.files
-        if names is None
-        else [file for file in segment.files if file.split("/")[0] in wanted]
-    )
+    """Read all arrays of a committed segment, or those of `names`. Raises IntegrityError."""
+    files: Collection[str] = segment.files
+    if names is not None:
+        files = [file for file in files if file.split("/")[0] in names]
     return decode(
         storage.where(segment.folder),
-        read_files(storage, segment.folder, segment.files, needed),
+        read_files(storage, segment.folder, segment.files, files),
         layout=segment.layout,
         profile=codecs.profile(segment.profile),
         counts=segment.counts,
-        names=wanted,
+        names=list(schema.specs(segment.layout) if names is None else names),
     )

@@ -1,12 +1,12 @@
-"""Reading an array: one shard of Zarr v3, decoded into memory of the size that the schema gives.
+"""Decoding of one Zarr v3 shard into an array of the size that the schema gives.
 
-Zarr writes these files and can read them. Ours is read here for three reasons: no chunk can make
-more than its place (Zarr gives a crafted kilobyte all the memory that it asks for), a chunk that is
-not there is an error (Zarr answers zeros), and it is several times faster.
+Zarr writes these files and can read them. They are decoded here for three reasons: no chunk can
+decode to more than its size (Zarr allocates any memory that a crafted kilobyte claims), a missing
+chunk is an error (Zarr returns zeros), and it is several times faster.
 
-A shard is its inner chunks, in any order, then an index at the end: for every chunk offset and
-length as little-endian uint64, then the crc32c of the index. A chunk ends in its own crc32c. The
-last chunk is padded to full length.
+A shard is its inner chunks, in any order, then an index at the end: offset and length of each chunk
+as little-endian uint64, then the crc32c of the index. A chunk ends in its own crc32c. The last
+chunk is padded to full length.
 
 Source: Zarr v3 specification, codecs/sharding-indexed and codecs/crc32c.
 """
@@ -21,9 +21,9 @@ from logitcask.engine.types import Array
 
 
 def metadata_fault(
-    raw: bytes, *, dtype: str, packing: str, length: int, chunk: int, shard: int
+    raw: bytes, *, dtype: str, codec: str, length: int, chunk: int, shard: int
 ) -> str:
-    """What is wrong with an array's zarr.json, or ''. The shape must be the one of the record."""
+    """Describe the difference of an array's zarr.json from the record, '' if there is none."""
     try:
         meta = json.loads(raw)
         grid = meta["chunk_grid"]["configuration"]["chunk_shape"]
@@ -38,31 +38,31 @@ def metadata_fault(
             "chunk_shape": inner["chunk_shape"],
             "codecs": [
                 sharding["name"],
-                [codec["name"] for codec in inner["codecs"]],
-                [codec["name"] for codec in inner["index_codecs"]],
+                [each["name"] for each in inner["codecs"]],
+                [each["name"] for each in inner["index_codecs"]],
             ],
             "index_location": inner.get("index_location", "end"),
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"not the metadata of a sharded array ({type(error).__name__}: {error})"
-    want = {
+    expected = {
         "zarr_format": 3,
         "node_type": "array",
         "data_type": dtype,
         "shape": [length],
         "chunk_grid": ["regular", [shard]],
         "chunk_shape": [chunk],
-        "codecs": ["sharding_indexed", codecs.CODEC_NAMES[packing], ["bytes", "crc32c"]],
+        "codecs": ["sharding_indexed", codecs.CODEC_NAMES[codec], ["bytes", "crc32c"]],
         "index_location": "end",
     }
-    for key, value in want.items():
+    for key, value in expected.items():
         if found[key] != value:
             return f"{key} is {found[key]!r}, expected {value!r}"
     return ""
 
 
-def decode(data: bytes, *, dtype: str, packing: str, length: int, chunk: int, shard: int) -> Array:
-    """The array of a shard. Raises ValueError, or whatever a decoder raises on strange bytes."""
+def decode(data: bytes, *, dtype: str, codec: str, length: int, chunk: int, shard: int) -> Array:
+    """Decode a shard. Raises ValueError, or any error of a decoder on invalid bytes."""
     if not length:
         return np.zeros(0, dtype)
     view, count = memoryview(data), shard // chunk
@@ -75,14 +75,14 @@ def decode(data: bytes, *, dtype: str, packing: str, length: int, chunk: int, sh
         if offset + size > end:
             raise ValueError(f"chunk {i} is missing or reaches beyond the shard")
         payload = _checked(view[offset : offset + size])
-        codecs.unpack(packing, payload, out[i * chunk : (i + 1) * chunk])
+        codecs.decompress(codec, payload, out[i * chunk : (i + 1) * chunk])
     return out[:length]
 
 
 def _checked(part: memoryview) -> memoryview:
-    """`part` without the crc32c at its end. Raises ValueError where that is another's."""
+    """Return `part` without the crc32c at its end. Raises ValueError where it does not match."""
     if len(part) < 4:
         raise ValueError("too short for a checksum")
     if google_crc32c.value(bytes(part[:-4])) != int.from_bytes(part[-4:], "little"):
-        raise ValueError("the checksum is another's")
+        raise ValueError("the checksum does not match")
     return part[:-4]

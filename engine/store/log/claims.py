@@ -1,12 +1,12 @@
-"""What workers tell each other in a store: who is at which unit, and what failed how.
+"""Coordination of workers in a store: claims of units, and notes of failures.
 
-  claims/<64 hex>.<fence>   made by whoever takes a unit, renewed by making the next fence
+  claims/<64 hex>.<fence>   made by the worker that takes a unit, renewed by making the next fence
   failed/<64 hex>.<number>  made each time that the work of a unit raises
 
-The hex digits are those of the unit's key. A claim saves work and guards nothing: the first commit
-of a unit wins, whoever else was at it. No machine's clock is compared with another's: a claim is
-dead for an observer who has seen its newest fence stay the same for a lease by a clock of its own.
-Both folders are made when they are needed, and a store reads the same without them.
+The hex digits are those of the unit key. A claim only saves work: the first commit of a unit wins,
+whichever worker holds the claim. Clocks of different machines are never compared: a claim is dead
+for an observer that has seen the same newest fence for a lease, by its own clock. Both folders are
+created when needed, and readers ignore them.
 """
 
 import json
@@ -17,25 +17,25 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import IntegrityError
 from logitcask.engine.models.identity import canonical
+from logitcask.engine.store.log.format_file import now
 from logitcask.engine.store.storage.base import Storage
 
 CLAIMS, FAILED = "claims", "failed"
 FOLDERS = (CLAIMS, FAILED)
 MAX_NOTE_BYTES = 1 << 17
 _MESSAGE, _TRACEBACK = 1000, 8000
-"""Characters of each that a note of a failure keeps; a character is 12 bytes of JSON at most."""
+"""Characters of each in a note of a failure; a character is 12 bytes of JSON at most."""
 _FILE = re.compile(r"([0-9a-f]{64})\.([0-9]{10})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """One time that the work of a unit raised."""
+    """One failed attempt at a unit."""
 
     unit_key: str
     time: str
@@ -44,11 +44,11 @@ class Failure:
     pid: int
     worker: str
     error: str
-    """The type of what was raised ..."""
+    """Type of the exception."""
     message: str
-    """... and what it said, cut off where it is long."""
+    """The first _MESSAGE characters of it."""
     traceback: str
-    """Its end, where it is long."""
+    """The last _TRACEBACK characters of it."""
 
 
 class Claims:
@@ -65,20 +65,22 @@ class Claims:
         self._storage, self._worker = storage, worker
         self._lease_s, self._clock = lease_s, clock
         self._seen: dict[str, tuple[int, float]] = {}
-        """Unit -> its newest fence, and since when that was the newest."""
+        """Unit -> (its newest fence, when this worker saw it first)."""
 
-    def look(self) -> None:
-        """Sees which claims are there, and which have moved."""
-        now = self._clock()
+    def refresh(self) -> None:
+        """List the claims, and note which have a new fence."""
+        at = self._clock()
         newest = {unit: max(fences) for unit, fences in _listed(self._storage, CLAIMS).items()}
-        for unit, fence in newest.items():
-            if self._seen.get(unit, (-1, 0.0))[0] != fence:
-                self._seen[unit] = (fence, now)
-        self._seen = {unit: seen for unit, seen in self._seen.items() if unit in newest}
+        seen = {unit: self._seen.get(unit, (-1, 0.0)) for unit in newest}
+        self._seen = {
+            unit: seen[unit] if seen[unit][0] == fence else (fence, at)
+            for unit, fence in newest.items()
+        }
 
     def take(self, unit_key: str) -> "Claim | None":
-        """A claim on a unit that was free, or whose claim was dead, at the last look; None where
-        another has it.
+        """Claim a unit that was free, or whose claim was dead, at the last refresh.
+
+        Return None where another worker has it.
         """
         unit = _unit_of(unit_key)
         fence, since = self._seen.get(unit, (-1, 0.0))
@@ -89,13 +91,13 @@ class Claims:
 
 
 class Claim:
-    """A claim that a worker has, by the fence that it made last."""
+    """A claim that a worker holds, by its newest fence."""
 
     def __init__(self, storage: Storage, unit: str, fence: int, worker: str) -> None:
         self._storage, self._unit, self._fence, self._worker = storage, unit, fence, worker
 
     def renew(self) -> bool:
-        """Makes the next fence; False where another has made it and has the unit from there on."""
+        """Make the next fence; return False where another worker has made it and holds the unit."""
         body = canonical({"worker": self._worker, "beat": self._fence + 1})
         if not self._storage.create(_name(CLAIMS, self._unit, self._fence + 1), body):
             return False
@@ -105,17 +107,17 @@ class Claim:
         return True
 
     def release(self) -> None:
-        """Removes the claim; what another has made since stays."""
+        """Remove the claim, but no newer fence of another worker."""
         for fence in _listed(self._storage, CLAIMS).get(self._unit, ()):
             if fence <= self._fence:
                 self._storage.remove(_name(CLAIMS, self._unit, fence))
 
 
 def note_failure(storage: Storage, unit_key: str, error: Exception, worker: str) -> None:
-    """Leaves a note of what the work of a unit raised, beside those that are there."""
+    """Add a note of the exception that the work of a unit raised."""
     unit = _unit_of(unit_key)
     body = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "worker": worker,
@@ -129,12 +131,12 @@ def note_failure(storage: Storage, unit_key: str, error: Exception, worker: str)
 
 
 def failed_units(storage: Storage) -> dict[str, int]:
-    """unit_key -> how often its work raised, of every unit that has a note."""
+    """Return unit_key -> number of failures, of every unit that has a note."""
     return {f"sha256:{u}": len(numbers) for u, numbers in _listed(storage, FAILED).items()}
 
 
 def failures_of(storage: Storage, unit_key: str) -> list[Failure]:
-    """The notes of a unit, oldest first. Raises IntegrityError for one that is none."""
+    """Return the failures of a unit, oldest first. Raises IntegrityError for an invalid note."""
     unit = _unit_of(unit_key)
     found = []
     for number in _listed(storage, FAILED).get(unit, ()):
@@ -154,30 +156,29 @@ def failures_of(storage: Storage, unit_key: str) -> list[Failure]:
 
 
 def forget_failures(storage: Storage, unit_key: str) -> None:
-    """Removes the notes of a unit, so that it is tried again."""
+    """Remove the notes of a unit, so that workers try it again."""
     unit = _unit_of(unit_key)
     for number in _listed(storage, FAILED).get(unit, ()):
         storage.remove(_name(FAILED, unit, number))
 
 
 def orphans(storage: Storage, committed: Iterable[str], born_before: float) -> list[str]:
-    """Names of claims that nobody has renewed since then (seconds since 1970), and of notes and
-    claims of units that are committed.
+    """Return names of claims and notes of committed units, and of claims not renewed since.
+
+    born_before: in seconds since 1970.
     """
     done = {_unit_of(key) for key in committed}
-    found = []
-    for folder in FOLDERS:
-        for unit, numbers in _listed(storage, folder).items():
-            names = [_name(folder, unit, number) for number in numbers]
-            old = folder == CLAIMS
-            found += [
-                n for n in names if unit in done or (old and storage.touched_s(n) < born_before)
-            ]
-    return found
+    return [
+        name
+        for folder in FOLDERS
+        for unit, numbers in _listed(storage, folder).items()
+        for name in (_name(folder, unit, number) for number in numbers)
+        if unit in done or (folder == CLAIMS and storage.touched_s(name) < born_before)
+    ]
 
 
 def unknown_files(storage: Storage) -> list[str]:
-    """What lies in the folders and is neither a claim nor a note."""
+    """Return names in the folders of neither a claim nor a note."""
     return [
         f"{folder}/{name}"
         for folder in FOLDERS
@@ -187,7 +188,7 @@ def unknown_files(storage: Storage) -> list[str]:
 
 
 def _listed(storage: Storage, folder: str) -> dict[str, list[int]]:
-    """Unit -> its numbers in a folder, ascending."""
+    """Return unit -> its numbers in a folder, ascending."""
     found: dict[str, list[int]] = {}
     for name in storage.names(folder):
         if match := _FILE.fullmatch(name):

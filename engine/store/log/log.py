@@ -1,12 +1,11 @@
 """The log: numbered, hash-chained records, the only source of truth, and their fold.
 
-Record n is made by a create that at most one writer can win. A store's state is the fold of records
-0..n. The first commit of a unit_key wins; a deleted unit is not visible from its record on, and its
-key is free again. What was read once is kept, so a refresh reads the records that are new and lists
-one folder.
+At most one writer can create record n. The state of a store is the fold of records 0..n. The first
+commit of a unit_key wins; a deleted unit is not visible from its record on, and its key is free
+again. A refresh lists one folder and reads only the new records.
 
 Every BUNDLE records are also kept together in one file, so that a store of many thousands opens in
-few reads. A bundle says nothing of its own: its records are checked like any other.
+few reads. The records of a bundle are checked like any other.
 """
 
 import bisect
@@ -15,7 +14,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.segment import Segment
-from logitcask.engine.store.log.record import Content, Record
+from logitcask.engine.store.log.record import Record
 from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot
 from logitcask.engine.store.storage.base import Storage
 
@@ -24,7 +23,7 @@ BUNDLE = 256
 
 
 class Log:
-    """The records of one store, read as far as they have been asked for."""
+    """The records of one store, up to the last refresh."""
 
     def __init__(self, storage: Storage, genesis: str) -> None:
         self._storage = storage
@@ -35,9 +34,9 @@ class Log:
         self._ends = [0]
         """Entry n: how many segments records 0..n-1 hold."""
         self._deleted: dict[int, int] = {}
-        """Index of a segment -> the record that deleted it."""
+        """Index of a segment -> number of the record that deleted it."""
         self._by_key: dict[str, int] = {}
-        """unit_key -> index of the segment that is visible."""
+        """unit_key -> index of its visible segment."""
         self._rollouts: dict[str, Segment] = {}
         """seg_id -> the newest rollout segment with this content, visible or deleted."""
         self._bases: dict[str, list[int]] = {}
@@ -45,31 +44,30 @@ class Log:
         self._score_segments: dict[tuple[str, str], list[int]] = {}
         """(teacher, base) -> indices of its visible score segments."""
         self._names: dict[tuple[str, str], Segment] = {}
+        """(kind, name) -> its first segment."""
         self._removals: dict[tuple[str, str], int] = {}
         """(kind, seg_id) -> how often gc has removed this content."""
         self._tags: dict[str, int] = {}
         self._single: list[bytes] = []
-        """The newest records that no bundle holds yet, as far as they follow a full one."""
+        """The records since the last bundle that was read or written."""
         self._snapshot: Snapshot | None = None
 
     def __len__(self) -> int:
         return len(self._sums) - 1
 
     def where(self, number: int) -> str:
-        """Path or URL of a record."""
+        """Return the path or URL of a record."""
         return self._storage.where(f"log/{record.file_name(number)}")
 
-    # Reading.
-
     def refresh(self) -> None:
-        """Folds the records published since. Raises IntegrityError: a gap, a bad record."""
+        """Read and fold the new records. Raises IntegrityError for a gap or an invalid record."""
         # Listed before reading: a record published meanwhile is not mistaken for one beyond a gap.
-        cached = record.file_name(len(self) - 2) if len(self) > 1 else ""
-        names = self._storage.names("log", after=cached)
+        second_last = record.file_name(len(self) - 2) if len(self) > 1 else ""
+        names = self._storage.names("log", after=second_last)
         numbers = [number for name in names if (number := record.number_of(name)) is not None]
         last = max(numbers, default=max(-1, len(self) - 2))
         if last + 1 < len(self):
-            raise self._gone(last + 1)
+            raise self._missing(last + 1)
         while True:
             number = len(self)
             if number % BUNDLE == 0 and last >= number + BUNDLE - 1 and self._read_bundle(number):
@@ -79,13 +77,13 @@ class Log:
             if data is None:
                 # A listing may miss a name that is being added, but opening it cannot.
                 if number <= last:
-                    raise self._gone(number)
+                    raise self._missing(number)
                 return
             self._fold(record.parse(data, self.where(number), number=number, prev=self.prev()))
             self._single.append(data)
 
     def _read_bundle(self, first: int) -> bool:
-        """Folds the records of a bundle, if there is a sound one; log/ holds the same."""
+        """Fold the records of a bundle; return False where there is no valid one."""
         name = bundle_name(first)
         records: list[Record] = []
         try:
@@ -99,7 +97,7 @@ class Log:
                 records.append(record.parse(line, where, number=first + i, prev=prev))
                 prev = records[-1].sha256
         except IntegrityError:
-            # Only a copy: `verify` tells of it.
+            # Only a copy of the records in log/; `verify` reports it.
             return False
         for each in records:
             self._fold(each)
@@ -107,7 +105,7 @@ class Log:
         return True
 
     def write_bundles(self) -> None:
-        """Makes the bundles that the records read one by one would fill."""
+        """Write the bundles that are complete and not there yet."""
         start = len(self) - len(self._single)
         while start % BUNDLE == 0 and len(self._single) >= BUNDLE:
             together = b"".join(self._single[:BUNDLE])
@@ -116,30 +114,32 @@ class Log:
             del self._single[:BUNDLE]
             start += BUNDLE
 
-    def _gone(self, number: int) -> IntegrityError:
+    def _missing(self, number: int) -> IntegrityError:
         return IntegrityError(
-            f"{self.where(number)}: this log record was published, and is missing",
+            f"{self.where(number)}: this published log record is missing",
             hint=record.BROKEN,
         )
 
-    # Folding.
-
     def _fold(self, new: Record) -> None:
-        where = self.where(new.number)
-        record.valid(lambda: self._apply(new), f"{where}: does not follow from those before it")
+        message = f"{self.where(new.number)}: contradicts the records before it"
+        record.validated(lambda: self._apply(new), message)
         self._sums.append(new.sha256)
         self._times.append(new.time)
         self._ends.append(len(self._segments))
         self._snapshot = None
 
     def _apply(self, new: Record) -> None:
-        """Raises KeyError or ValueError for what no writer publishes."""
-        touched = [self._delete(unit_key, new.number) for unit_key in new.deletes]
-        for segment in touched:
-            self._check_extensions(segment.name, segment.base)
+        """Apply a record to the state. Raises KeyError or ValueError where it contradicts it."""
+        for segment in [self._delete(unit_key, new.number) for unit_key in new.deletes]:
+            # An extension is meaningless without the segment that it extends.
+            before = ""
+            for each in self.score_segments(segment.name, segment.base):
+                if each.extends != before:
+                    raise ValueError(f"deletes {each.extends}, which {each.seg_id} extends")
+                before = each.seg_id
         for kind, seg_id, generation in new.removes:
             if generation != self.generation(kind, seg_id):
-                raise ValueError(f"sweeps {seg_id} of generation {generation}")
+                raise ValueError(f"removes {seg_id} of generation {generation}")
             self._removals[kind, seg_id] = generation + 1
         for segment in new.adds:
             if segment.unit_key not in self._by_key:
@@ -152,20 +152,18 @@ class Log:
 
     def _add(self, segment: Segment) -> None:
         if segment.generation != self.generation(segment.kind, segment.seg_id):
-            raise ValueError(f"{segment.folder} was removed, or is not there yet")
+            raise ValueError(f"{segment.folder} has another generation than the newest")
         index = len(self._segments)
         if segment.kind == schema.ROLLOUT:
             self._bases.setdefault(segment.seg_id, []).append(index)
             self._rollouts[segment.seg_id] = segment
         else:
-            base, score_segments = (
-                self.base(segment.base),
-                self.score_segments(segment.name, segment.base),
-            )
+            base = self.base(segment.base)
+            before = self.score_segments(segment.name, segment.base)
             if base is None or base.tokens_sha256 != segment.tokens_sha256:
                 raise ValueError(f"scores of other rollouts than {segment.base}")
-            if segment.extends != (score_segments[-1].seg_id if score_segments else ""):
-                raise ValueError(f"widens {segment.extends!r} of {len(score_segments)} segments")
+            if segment.extends != (before[-1].seg_id if before else ""):
+                raise ValueError(f"extends {segment.extends!r} of {len(before)} segments")
             self._score_segments.setdefault((segment.name, segment.base), []).append(index)
         self._segments.append(segment)
         self._by_key[segment.unit_key] = index
@@ -181,74 +179,66 @@ class Log:
             self._score_segments[segment.name, segment.base].remove(index)
         return segment
 
-    def _check_extensions(self, name: str, base: str) -> None:
-        """What widens a segment says nothing without it."""
-        before = ""
-        for segment in self.score_segments(name, base):
-            if segment.extends != before:
-                raise ValueError(f"deletes {segment.extends}, and {segment.seg_id} widens it")
-            before = segment.seg_id
-
-    # Asking. All answers are as far as the log has been read.
+    # Queries, on the records up to the last refresh.
 
     def prev(self) -> str:
-        """sha256 that the next record has to follow."""
+        """Return the `prev` of the next record."""
         return self._sums[-1]
 
     def sha256(self, number: int) -> str:
-        """Of a record that has been read."""
+        """Return the sha256 of a record."""
         return self._sums[number + 1]
 
     def added(self, number: int) -> list[Segment]:
-        """The segments that a record added: first of their units, so visible then."""
+        """Return the segments that a record made visible."""
         return self._segments[self._ends[number] : self._ends[number + 1]]
 
     def time(self, number: int) -> str:
-        """When a record was written, by its writer's clock; ISO 8601."""
+        """Return the time of a record by its writer's clock; ISO 8601."""
         return self._times[number]
 
     def winner(self, unit_key: str) -> Segment | None:
-        """The segment that holds a unit."""
+        """Return the visible segment of a unit."""
         index = self._by_key.get(unit_key)
         return None if index is None else self._segments[index]
 
     def base(self, seg_id: str) -> Segment | None:
-        """A visible rollout segment by its id."""
+        """Return a visible rollout segment by its id."""
         found = self._bases.get(seg_id)
         return self._segments[found[0]] if found else None
 
     def rollouts(self, seg_id: str) -> Segment | None:
-        """A rollout segment by its id, deleted or not: what an old snapshot reads."""
+        """Return a rollout segment by its id, deleted or not, as an old snapshot needs it."""
         return self._rollouts.get(seg_id)
 
-    def standing(self) -> list[Segment]:
-        """Every segment that gc has not removed, deleted ones too."""
+    def present(self) -> list[Segment]:
+        """Return every segment that gc has not removed, deleted ones too."""
         return [s for s in self._segments if s.generation == self.generation(s.kind, s.seg_id)]
 
     def score_segments(self, name: str, base: str) -> ScoreSegments:
-        """The visible scores of one teacher on one rollout segment."""
+        """Return the visible scores of one teacher on one rollout segment."""
         return tuple(self._segments[index] for index in self._score_segments.get((name, base), ()))
 
-    def first(self, kind: str, name: str) -> Segment | None:
-        """The segment that bound a name."""
+    def first_of_name(self, kind: str, name: str) -> Segment | None:
+        """Return the first segment of a name, which fixes its identity."""
         return self._names.get((kind, name))
 
     def generation(self, kind: str, seg_id: str) -> int:
-        """How often gc has removed this content."""
+        """Return how often gc has removed this content."""
         return self._removals.get((kind, seg_id), 0)
 
     def tags(self) -> dict[str, int]:
-        """Name -> the log number that it marks."""
+        """Return tag -> snapshot id."""
         return dict(self._tags)
 
     def deleted_after(self, number: int) -> list[Segment]:
-        """Segments that were visible at record `number`, or came later, and are deleted by now."""
+        """Return deleted segments that were visible at record `number` or added later."""
         return [self._segments[i] for i, by in self._deleted.items() if by > number]
 
     def at_time(self, time: str) -> int:
-        """The newest record that was written at `time` or before; -1 = none. ISO 8601, UTC.
+        """Return the newest record written at `time` (ISO 8601, UTC) or before; -1 = none.
 
-        Writers' clocks differ: of records in a row, none counts as older than one before it.
+        Writers' clocks differ: no record counts as older than one before it.
         """
         latest: list[str] = []
         for each in self._times:
@@ -256,11 +246,11 @@ class Log:
         return bisect.bisect_right(latest, time) - 1
 
     def snapshot(self, number: int) -> Snapshot:
-        """The fold of records 0..number. Raises StoreError where there are fewer."""
+        """Return the fold of records 0..number. Raises StoreError where there are fewer."""
         if not -1 <= number < len(self):
             raise StoreError(
                 f"{self._storage.url} has no log record {number}: its last is {len(self) - 1}",
-                hint="open the store of the snapshot, or give a number that exists",
+                hint="open the store of the snapshot, or give an existing number",
             )
         if self._snapshot is None or self._snapshot.number != number:
             visible = tuple(
@@ -268,15 +258,9 @@ class Log:
                 for index, segment in enumerate(self._segments[: self._ends[number + 1]])
                 if self._deleted.get(index, len(self)) > number
             )
-            self._snapshot = Snapshot(
-                number=number, sha256=self._sums[number + 1], segments=visible
-            )
+            self._snapshot = Snapshot(number=number, sha256=self.sha256(number), segments=visible)
         return self._snapshot
 
 
 def bundle_name(first: int) -> str:
     return f"bundles/{first:010d}.jsonl"
-
-
-def content_of(segment: Segment) -> Content:
-    return segment.kind, segment.seg_id, segment.generation

@@ -1,8 +1,8 @@
-"""One log record: what it must look like, whatever it claims.
+"""The encoding and the validation of a log record.
 
-A record is two lines: canonical JSON, and the sha256 of that line. Nothing in it is believed before
-it is checked: identifiers match their patterns, counts are bounded, and the list of files is
-exactly the one that the schema gives, so a record can name no path of its own.
+A record is two lines: canonical JSON, and the sha256 of that line. Everything in it is checked
+before use: identifiers match their patterns, counts are bounded, and the list of files is exactly
+that of the schema, so a record cannot name other paths.
 """
 
 import json
@@ -43,11 +43,11 @@ class Record:
     """UTC, ISO 8601, by the writer's clock."""
     adds: tuple[Segment, ...]
     deletes: tuple[str, ...]
-    """unit_keys that are not visible from here on."""
+    """unit_keys that this record makes invisible."""
     removes: tuple[Content, ...]
     """Folders that gc removes after this record."""
     tags: Mapping[str, int | None]
-    """Name -> the log number that it marks, None where the mark is taken away."""
+    """Tag -> snapshot id, None where the tag is removed."""
 
 
 def file_name(number: int) -> str:
@@ -55,12 +55,12 @@ def file_name(number: int) -> str:
 
 
 def number_of(name: str) -> int | None:
-    """The number that a file name in log/ stands for, None for an orphan."""
+    """Return the number of a file name in log/, None for any other name."""
     return int(name[:10]) if re.fullmatch(r"[0-9]{10}\.json", name) else None
 
 
 def encode_record(body: Mapping[str, Any]) -> bytes:
-    """A body as one line of canonical JSON, and its digest as another."""
+    """Encode a body as one line of canonical JSON, and its digest as another."""
     line = canonical(body)
     return line + b"\n" + canonical({"sha256": sha256(line)}) + b"\n"
 
@@ -80,34 +80,23 @@ def decode_record(data: bytes, where: str) -> tuple[dict[str, Any], str]:
     return body, digest
 
 
+_KEYS = {"extends": "widens", "tokens_sha256": "token_digest"}
+"""Field of a Segment -> its key in a record, where they differ."""
+
+
 def encode_segment(segment: Segment) -> dict[str, Any]:
-    """What a record says of one segment."""
-    # Records of before have no seconds, and readers of before pass over them.
-    noted = {} if segment.seconds is None else {"seconds": segment.seconds}
-    return {
-        "kind": segment.kind,
-        "seg_id": segment.seg_id,
-        "generation": segment.generation,
-        "unit_key": segment.unit_key,
-        "name": segment.name,
-        "base": segment.base,
-        "widens": segment.extends,
-        "unit": dict(segment.unit),
-        "counts": dict(segment.counts),
-        "token_digest": segment.tokens_sha256,
-        "profile": segment.profile,
-        "layout": segment.layout,
-        "files": {name: list(entry) for name, entry in segment.files.items()},
-        "lineage": dict(segment.lineage),
-        **noted,
-    }
+    """Return the entry of a segment in a record."""
+    fields = set(Segment.__dataclass_fields__) - {"number"}
+    if segment.seconds is None:
+        fields.remove("seconds")
+    return {_KEYS.get(name, name): getattr(segment, name) for name in fields}
 
 
 def parse(data: bytes, where: str, *, number: int, prev: str) -> Record:
-    """A record's bytes -> Record. Raises IntegrityError naming the file."""
+    """Decode and check a record. Raises IntegrityError naming the file."""
     body, digest = decode_record(data, where)
     if body.get("n") != number:
-        raise IntegrityError(f"{where}: says that it is number {body.get('n')!r}", hint=BROKEN)
+        raise IntegrityError(f"{where}: has the number {body.get('n')!r}", hint=BROKEN)
     if body.get("prev") != prev:
         raise IntegrityError(
             f"{where}: follows {body.get('prev')!r}, but the record before it is {prev!r}",
@@ -115,8 +104,8 @@ def parse(data: bytes, where: str, *, number: int, prev: str) -> Record:
         )
 
     def record() -> Record:
-        _need(isinstance(body["commit_id"], str), "commit_id is not text")
-        _need(isinstance(body["time"], str), "time is not text")
+        _require(isinstance(body["commit_id"], str), "commit_id is not text")
+        _require(isinstance(body["time"], str), "time is not text")
         return Record(
             number=number,
             sha256=digest,
@@ -127,26 +116,26 @@ def parse(data: bytes, where: str, *, number: int, prev: str) -> Record:
             tags=_tags(body["tags"], number),
         )
 
-    return valid(record, f"{where}: not a valid record")
+    return validated(record, f"{where}: not a valid record")
 
 
 def decode_segment(add: Any, where: str) -> Segment:
-    """A segment as `encode_segment` tells of it. Raises IntegrityError naming the file."""
-    return valid(lambda: _segment(add, -1), f"{where}: not a valid segment")
+    """Decode and check the entry of a segment. Raises IntegrityError naming the file."""
+    return validated(lambda: _segment(add, -1), f"{where}: not a valid segment")
 
 
 T = TypeVar("T")
 
 
-def valid(make: Callable[[], T], what: str) -> T:
-    """make(), and an IntegrityError where what it reads is not as it must be."""
+def validated(make: Callable[[], T], what: str) -> T:
+    """Return make(). Raises IntegrityError in place of the errors of invalid data."""
     try:
         return make()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{what} ({error})", hint=BROKEN) from error
 
 
-def _need(holds: bool, rule: str) -> None:
+def _require(holds: bool, rule: str) -> None:
     if not holds:
         raise ValueError(rule)
 
@@ -155,106 +144,92 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_duration(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
 def _matching(pattern: re.Pattern[str], text: Any) -> str:
-    _need(bool(pattern.fullmatch(text)), f"{text!r} is not allowed")
+    _require(bool(pattern.fullmatch(text)), f"{text!r} is not allowed")
     return str(text)
 
 
 def _content(kind: Any, seg_id: Any, generation: Any) -> Content:
-    _need(kind in schema.KINDS, f"kind {kind!r}")
-    _need(_is_count(generation), f"generation {generation!r}")
+    _require(kind in schema.KINDS, f"kind {kind!r}")
+    _require(_is_count(generation), f"generation {generation!r}")
     return kind, _matching(schema.SEG_ID, seg_id), generation
 
 
 def _tags(tags: Mapping[Any, Any], number: int) -> dict[str, int | None]:
     for name, marked in tags.items():
         _matching(schema.NAME, name)
-        _need(marked is None or (_is_count(marked) and marked < number), f"tag {name} of {marked}")
+        _require(
+            marked is None or (_is_count(marked) and marked < number), f"tag {name} of {marked}"
+        )
     return dict(tags)
 
 
 def _segment(add: Mapping[str, Any], number: int) -> Segment:
-    """Raises ValueError, KeyError, TypeError or AttributeError for what no commit writes."""
-    layout, base, extends = add["layout"], add["base"], add["widens"]
-    kind, seg_id, generation = _content(add["kind"], add["seg_id"], add["generation"])
-    _need(layout in schema.LAYOUTS[kind], f"layout {layout!r} of a {kind} segment")
+    """Check the entry of a segment. Raises ValueError, KeyError, TypeError or AttributeError."""
+    layout = add["layout"]
+    kind, seg_id, _ = _content(add["kind"], add["seg_id"], add["generation"])
+    _require(layout in schema.LAYOUTS[kind], f"layout {layout!r} of a {kind} segment")
     for key, pattern in (
         ("name", schema.NAME),
         ("unit_key", schema.DIGEST),
         ("token_digest", schema.DIGEST),
     ):
-        _need(bool(pattern.fullmatch(add[key])), f"{key} {add[key]!r}")
-    of_base = bool(schema.SEG_ID.fullmatch(base)) if kind == schema.SCORE else base == ""
-    _need(of_base, f"base {base!r}")
-    of_first = (
-        bool(schema.SEG_ID.fullmatch(extends)) if layout == schema.EXTENSION else extends == ""
-    )
-    _need(of_first, f"widens {extends!r}")
+        _require(bool(pattern.fullmatch(add[key])), f"{key} {add[key]!r}")
+    for key, has_id in (("base", kind == schema.SCORE), ("widens", layout == schema.EXTENSION)):
+        _require(
+            bool(schema.SEG_ID.fullmatch(add[key])) if has_id else add[key] == "",
+            f"{key} {add[key]!r}",
+        )
     try:
         profile = codecs.profile(add["profile"])
     except ConfigError as error:
         raise ValueError(error.cause) from error
     unit, lineage, seconds = add["unit"], add["lineage"], add.get("seconds")
-    _need(seconds is None or _is_duration(seconds), f"seconds {seconds!r}")
-    _need(isinstance(unit, dict) and isinstance(lineage, dict), "unit or lineage is not an object")
+    if seconds is not None:
+        is_number = type(seconds) in (int, float) and 0 <= seconds < math.inf
+        _require(is_number, f"seconds {seconds!r}")
+    _require(
+        isinstance(unit, dict) and isinstance(lineage, dict), "unit or lineage is not an object"
+    )
     if kind == schema.ROLLOUT:
-        _need(
-            _is_count(unit["version"]) and _is_count(unit["first"]), "unit lacks version or first"
-        )
+        is_unit = _is_count(unit["version"]) and _is_count(unit["first"])
+        _require(is_unit, "unit lacks version or first")
     counts = _counts(add["counts"], layout, profile)
     manifest = _manifest(add["files"], layout, counts, profile)
-    _need(content_address(manifest) == seg_id, "seg_id is not the digest of the files")
-    return Segment(
-        kind=kind,
-        seg_id=seg_id,
-        generation=generation,
-        unit_key=add["unit_key"],
-        name=add["name"],
-        base=base,
-        extends=extends,
-        unit=unit,
-        counts=counts,
-        profile=add["profile"],
-        layout=layout,
-        files=manifest,
-        lineage=lineage,
-        tokens_sha256=add["token_digest"],
-        number=number,
-        seconds=seconds,
-    )
+    _require(content_address(manifest) == seg_id, "seg_id is not the digest of the files")
+    fields: dict[str, Any] = {"counts": counts, "files": manifest, "number": number}
+    for name in set(Segment.__dataclass_fields__) - {*fields, "seconds"}:
+        fields[name] = add[_KEYS.get(name, name)]
+    return Segment(**fields, seconds=seconds)
 
 
 def _counts(counts: Mapping[str, Any], layout: str, profile: codecs.Profile) -> dict[str, int]:
-    _need(counts.keys() == set(schema.COUNTS[layout]), f"counts {sorted(counts)}")
+    _require(counts.keys() == set(schema.COUNTS[layout]), f"counts {sorted(counts)}")
     for key, value in counts.items():
-        _need(_is_count(value) and value <= schema.MAX_COUNT[key], f"{key} {value!r}")
+        _require(_is_count(value) and value <= schema.MAX_COUNT[key], f"{key} {value!r}")
     most = counts["P"] * schema.MAX_K
     for key in ("E", "S"):
-        _need(counts.get(key, 0) <= most, f"{key} {counts.get(key)} on {counts['P']} rows")
+        _require(counts.get(key, 0) <= most, f"{key} {counts.get(key)} on {counts['P']} rows")
     size = decoded_bytes(layout, profile, counts)
-    _need(size <= schema.MAX_SEGMENT_BYTES, f"{size} bytes decoded")
+    _require(size <= schema.MAX_SEGMENT_BYTES, f"{size} bytes decoded")
     return dict(counts)
 
 
 def _manifest(
     listed: Mapping[str, Any], layout: str, counts: Mapping[str, int], profile: codecs.Profile
 ) -> dict[str, tuple[int, str]]:
-    """Relative name -> (bytes, sha256), for exactly the files that the schema asks for."""
+    """Check that the files are those of the schema; return relative name -> (bytes, sha256)."""
     names = schema.file_names(layout, counts)
-    _need(listed.keys() == names, f"files {sorted(set(listed) ^ names)[:3]}")
+    _require(listed.keys() == names, f"files {sorted(set(listed) ^ names)[:3]}")
     manifest = {}
     for name, (length, sha) in listed.items():
         limit = schema.MAX_META_BYTES
         if not name.endswith("zarr.json"):
             spec = schema.specs(layout)[name.split("/")[0]]
             _, shard = schema.chunk_shape(spec, spec.length(counts))
-            # What does not compress grows a little, and a shard carries an index.
+            # Incompressible data grows a little, and a shard has an index.
             limit += 2 * shard * np.dtype(dtype_of(spec, profile)).itemsize
-        _need(_is_count(length) and length <= limit, f"{length!r} bytes of {name}")
-        _need(bool(schema.DIGEST.fullmatch(sha)), f"sha256 of {name}")
+        _require(_is_count(length) and length <= limit, f"{length!r} bytes of {name}")
+        _require(bool(schema.DIGEST.fullmatch(sha)), f"sha256 of {name}")
         manifest[name] = (length, sha)
     return manifest

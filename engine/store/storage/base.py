@@ -1,9 +1,9 @@
-"""Where a store's bytes lie: a folder on a disk, or a prefix in an object store.
+"""The storage protocol: a folder on a disk, or a prefix in an object store.
 
-Everything that the store does to the outside goes through these few calls, so a test can make any
-single one fail. Names are relative to the store, parts divided by '/'; they are fixed words,
-numbers and content addresses, and are never taken from data. Nothing is ever overwritten: a name is
-made once, and its bytes stay. Only a damaged file of a content address is replaced, by what it was.
+Every effect of the store goes through these few calls, so a test can make any single one fail.
+Names are relative to the store, parts divided by '/'; they are fixed words, numbers and content
+addresses, never taken from data. Nothing is overwritten: a name is created once and keeps its
+bytes. Only a damaged file of a content address is replaced, by its original bytes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,10 +12,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from logitcask.engine.errors import StoreError
+from logitcask.engine.errors import IntegrityError, StoreError
 
 STAGING = "staging"
-"""Work in progress on a disk; never read, and free to delete when nobody writes."""
+"""Work in progress on a disk; never read, and free to delete when no process writes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,61 +29,82 @@ class Found:
 
 
 class Storage(Protocol):
-    """Every call raises StoreError, with the system's own words, where the system refuses."""
+    """Calls raise StoreError with the system's own message where the system refuses."""
 
     url: str
-    """What opens it again."""
+    """The path or URL that opens this storage again."""
 
     def where(self, name: str) -> str:
-        """The path or URL of a name, for messages."""
+        """Return the path or URL of a name, for messages."""
 
     def prepare(self, folders: Iterable[str], file: str) -> None:
-        """Makes what a new store needs. StoreError where something else is in the way; `file`,
-        which the creator makes afterwards, may be there: another was faster.
+        """Create the folders of a new store. Raises StoreError where other files are in the way.
+
+        `file` may exist already, from a process that creates the same store.
         """
 
     def check(self, folders: Iterable[str]) -> None:
-        """IntegrityError where a folder of the store is a file or a link, or has no log."""
+        """Raise IntegrityError where a folder is a file or a link, or the log is missing."""
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """The bytes of a name, None where nothing is there.
+        """Return the bytes of a name, None where it does not exist.
 
-        IntegrityError for what no store writes: a link, no plain file, or more than `limit` bytes,
-        which are not read then.
+        Raises IntegrityError for a link, a special file, or more than `limit` bytes, which are
+        then not read.
         """
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
-        """`read` of several names, each with its limit."""
+        """Read several names, each with its limit."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Makes a name with all of its bytes at once, durably; False where it is taken.
+        """Create a name with all of its bytes at once, durably; return False if it exists.
 
-        Of several who try, one gets True. A lost answer may make that one see False.
+        One of several concurrent callers gets True. After a lost response it may get False.
         """
 
     def place(self, folder: str, contents: Mapping[str, bytes]) -> None:
-        """Makes a folder of files, durably, and compares what is there with what was meant.
+        """Create a folder of files, durably, and verify its bytes.
 
-        The folder may be there already, from a race or a crash. A folder is named by its content,
-        so what is there and is not `contents` is damage, and is repaired.
+        The folder may exist already, from a race or a crash. Its name is a content address, so
+        other bytes than `contents` are damage, and are repaired.
         """
 
     def settle(self, folder: str) -> None:
-        """Returns when every name that can be seen in a folder would survive a power cut."""
+        """Wait until every visible name of a folder would survive a power cut."""
 
     def names(self, folder: str, after: str = "") -> list[str]:
-        """The names directly in a folder that sort behind `after`, sorted; none if it is absent."""
+        """List the names directly in a folder that sort after `after`, sorted; [] if absent."""
 
     def files(self, folder: str) -> list[Found]:
-        """Everything below a folder that is not a folder itself, sorted by name."""
+        """List all files below a folder, sorted by name."""
 
     def touched_s(self, name: str) -> float:
-        """When a file, or anything of a folder, was last made or changed: seconds since 1970, by
-        the clock of whoever keeps the bytes; 0 where nothing is there.
+        """Return when a file, or anything in a folder, last changed; 0 where it is absent.
+
+        In seconds since 1970, by the clock of the storage.
         """
 
     def remove(self, name: str) -> None:
-        """Removes a file, or a folder and all below it; it may be gone already."""
+        """Remove a file, or a folder and all below it; it may be absent already."""
+
+
+def check_empty(storage: Storage, names: Iterable[str]) -> None:
+    """Raise StoreError where the place of a new store has other than these or hidden names."""
+    others = set(storage.names("")) - set(names)
+    if other := next((each for each in sorted(others) if not each.startswith(".")), None):
+        raise StoreError(
+            f"{storage.url} is not a logitcask store and not empty: it holds {other!r}",
+            hint="give a new or an empty folder or prefix",
+        )
+
+
+def holds(storage: Storage, name: str, data: bytes) -> bool:
+    """Return whether a name has exactly these bytes."""
+    try:
+        return storage.read(name, len(data)) == data
+    except IntegrityError:
+        # A link or a larger file.
+        return False
 
 
 SCHEMES = {
@@ -92,11 +113,11 @@ SCHEMES = {
     "gs": "logitcask.engine.store.storage.object_store:ObjectStorage",
     "az": "logitcask.engine.store.storage.object_store:ObjectStorage",
 }
-"""Scheme of a URL -> module:class; a class takes the URL. A text without a scheme is a path."""
+"""Scheme of a URL -> module:class; the class takes the URL. A text without a scheme is a path."""
 
 
 def open_storage(url: str | Path) -> Storage:
-    """The medium that a path or URL names. Raises StoreError for a scheme that is not known."""
+    """Open the storage of a path or URL. Raises StoreError for an unknown scheme."""
     before, divider, behind = str(url).partition("://")
     scheme = before.lower() if divider else "file"
     if isinstance(url, Path) and url.parts[:1] in [(f"{each}:",) for each in SCHEMES]:
@@ -107,7 +128,7 @@ def open_storage(url: str | Path) -> Storage:
     if scheme not in SCHEMES:
         # The rest is not repeated, for it may hold a secret.
         raise StoreError(
-            f"no store is kept by {scheme}://",
+            f"unknown scheme {scheme}:// of a store",
             hint=f"give a folder, or a URL that begins with one of: {', '.join(SCHEMES)}",
         )
     module, _, name = SCHEMES[scheme].partition(":")

@@ -1,12 +1,12 @@
-"""A store in a folder: every effect on a disk, and nothing else.
+"""Storage in a folder on a disk.
 
 Three rules hold everywhere: nothing is overwritten (`O_EXCL`, `link`, `rename` to a free name),
 nothing gets its name before it is on the disk (`fsync` of files and of directories), and reading
 below the store's root never follows a symbolic link. The root itself is the caller's choice and may
 be one.
 
-Operating system errors come out as StoreError with the system's own words; what a caller has to
-tell apart (absent, taken) is a return value.
+Operating system errors become StoreError with the system's own message; the conditions that a
+caller distinguishes (absent, taken) are return values.
 """
 
 import errno
@@ -19,10 +19,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.storage.base import STAGING, Found
+from logitcask.engine.store.storage.base import STAGING, Found, check_empty, holds
 
-_SAFE = "then run the same command again; what was committed is safe"
-_REMEDIES = {
+_SAFE = "then run the same command again; committed data is safe"
+_HINTS = {
     errno.ENOSPC: f"make room on that disk, {_SAFE}",
     errno.EDQUOT: f"raise the disk quota, {_SAFE}",
     errno.EMFILE: f"allow more open files (ulimit -n), {_SAFE}",
@@ -37,21 +37,21 @@ _RESTORE = "restore it from a copy of the store"
 
 @contextmanager
 def _disk(action: str, path: Path) -> Iterator[None]:
-    """Turns an OSError into a StoreError that says what was being done to which file."""
+    """Raise a StoreError that names the action and the file in place of an OSError."""
     try:
         yield
     except StoreError:
         raise
     except OSError as error:
-        words = os.strerror(error.errno) if error.errno else str(error)
+        cause = os.strerror(error.errno) if error.errno else str(error)
         raise StoreError(
-            f"cannot {action} {path}: {words}",
-            hint=_REMEDIES.get(error.errno or 0, f"check the disk, {_SAFE}"),
+            f"cannot {action} {path}: {cause}",
+            hint=_HINTS.get(error.errno or 0, f"check the disk, {_SAFE}"),
         ) from error
 
 
 class LocalStorage:
-    """The medium of a path or of a file:// URL."""
+    """The storage of a path or of a file:// URL."""
 
     def __init__(self, url: str) -> None:
         self.url = os.path.abspath(_path_of(url))
@@ -65,30 +65,24 @@ class LocalStorage:
             raise StoreError(
                 f"{self.url} is a file, not a store's folder", hint="give a new folder"
             )
-        wanted = list(folders)
-        cached = {*wanted, file}
-        strangers = [n for n in self.names("") if n not in cached and not n.startswith(".")]
-        if strangers:
-            raise StoreError(
-                f"{self.url} is not a logitcask store and not empty: it holds {strangers[0]!r}",
-                hint="give a new or an empty folder",
-            )
+        folders = list(folders)
+        check_empty(self, [*folders, file])
         absent = [p for p in (self._root, *self._root.parents) if _kind(p) == "absent"]
         for each in reversed(absent):
             _make_dir(each)
             _fsync_dir(each.parent)
         if not absent:
-            # Whoever made it may have come no further.
+            # The process that created the root may have stopped before this.
             _fsync_dir(self._root.parent)
-        self._make(*wanted)
+        self._make(*folders)
 
     def check(self, folders: Iterable[str]) -> None:
         for folder in folders:
             found = _kind(self._root / folder)
-            # Copies lose empty folders; one that is needed is made then. No store is without a log.
+            # Copies lose empty folders, which are created when needed. A log is never empty.
             if found != "dir" and (found != "absent" or folder == "log"):
                 raise IntegrityError(
-                    f"{self._root / folder}: {found}, where a store has a directory",
+                    f"{self._root / folder}: {found}, expected a directory",
                     hint=_RESTORE,
                 )
 
@@ -103,7 +97,7 @@ class LocalStorage:
                 if error.errno not in (errno.ELOOP, errno.ENOTDIR):
                     raise
                 raise IntegrityError(
-                    f"{path}: a symbolic link or a file stands where the store keeps its own files",
+                    f"{path}: a symbolic link or a file in place of a file or folder of the store",
                     hint="restore that path from a copy of the store; a store has no links",
                 ) from error
             try:
@@ -141,11 +135,11 @@ class LocalStorage:
                 except PermissionError as error:
                     if error.errno != errno.EPERM:
                         raise
-                    # What Linux says where a file system has no hard links.
+                    # Linux reports this where a file system has no hard links.
                     raise OSError(errno.EOPNOTSUPP, "no hard links") from error
             _fsync_dir(target.parent)
         finally:
-            # What failed first is what the caller has to know; staging may stay behind.
+            # The first error matters to the caller; a file may stay in staging.
             with suppress(OSError):
                 os.unlink(temporary)
         return True
@@ -184,7 +178,7 @@ class LocalStorage:
         found = []
         for name in self.names(folder):
             below = f"{folder}/{name}" if folder else name
-            with _disk("look at", self._root / below):
+            with _disk("inspect", self._root / below):
                 try:
                     status = os.lstat(self._root / below)
                 except FileNotFoundError:
@@ -196,7 +190,7 @@ class LocalStorage:
         return found
 
     def touched_s(self, name: str) -> float:
-        with _disk("look at", self._root / name):
+        with _disk("inspect", self._root / name):
             try:
                 status = os.lstat(self._root / name)
             except FileNotFoundError:
@@ -205,9 +199,7 @@ class LocalStorage:
         return max([status.st_mtime, *(self.touched_s(f"{name}/{each}") for each in below)])
 
     def remove(self, name: str) -> None:
-        """A folder is renamed first, so that nobody sees half of it, and a writer who was away for
-        long cannot publish half of it.
-        """
+        # A folder is renamed first: no reader sees half of it, and no slow writer publishes half.
         path, aside = self._root / name, self._root / STAGING / uuid.uuid4().hex
         self._make(STAGING)
         with _disk("remove", path):
@@ -221,7 +213,7 @@ class LocalStorage:
                 return
 
     def _make(self, *folders: str) -> None:
-        """These folders and those that they are in, durably, where they are absent."""
+        """Create absent folders and their parents, durably."""
         for folder in folders:
             here = self._root
             for part in Path(folder).parts:
@@ -230,7 +222,7 @@ class LocalStorage:
                 here /= part
 
     def _stage(self, stage: str, contents: Mapping[str, bytes]) -> None:
-        """A new folder of these files, all on the disk and read back."""
+        """Write a new folder of files, flush it and read it back."""
         folders = {stage}
         for name in contents:
             parts = name.split("/")[:-1]
@@ -241,13 +233,18 @@ class LocalStorage:
             _write_new(self._root / stage / name, data)
         for each in sorted(folders, reverse=True):
             _fsync_dir(self._root / each)
-        self._compare(stage, contents)
+        for name, data in sorted(contents.items()):
+            if not holds(self, f"{stage}/{name}", data):
+                raise IntegrityError(
+                    f"{self._root / stage / name}: reads other bytes than were written",
+                    hint=f"check the disk, {_SAFE}",
+                )
 
     def _repair(self, folder: str, contents: Mapping[str, bytes]) -> None:
-        """File by file, each at once, so that nobody ever finds less than there was."""
+        """Replace damaged files one by one, each atomically, so that no reader finds less."""
         for name, data in sorted(contents.items()):
             path = self._root / folder / name
-            if self._holds(f"{folder}/{name}", data):
+            if holds(self, f"{folder}/{name}", data):
                 continue
             temporary = self._root / STAGING / uuid.uuid4().hex
             self._make(str(Path(folder, name).parent))
@@ -256,23 +253,8 @@ class LocalStorage:
                 os.rename(temporary, path)
             _fsync_dir(path.parent)
 
-    def _holds(self, name: str, data: bytes) -> bool:
-        try:
-            return self.read(name, len(data)) == data
-        except IntegrityError:
-            # A link, or a larger file: other bytes too.
-            return False
-
-    def _compare(self, folder: str, contents: Mapping[str, bytes]) -> None:
-        for name, data in sorted(contents.items()):
-            if self.read(f"{folder}/{name}", len(data)) != data:
-                raise IntegrityError(
-                    f"{self._root / folder / name}: not the bytes that were written",
-                    hint=f"check the disk, {_SAFE}",
-                )
-
     def _open_below(self, name: str) -> int:
-        """Opens a name one part at a time, so that no part of it can be a symbolic link."""
+        """Open a name one part at a time, so that no part of it can be a symbolic link."""
         *folders, last = name.split("/")
         try:
             here = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY)
@@ -290,7 +272,7 @@ class LocalStorage:
 
 
 def _path_of(url: str) -> str:
-    """The path that a file:// URL names; any other text is a path."""
+    """Return the path of a file:// URL; any other text is a path already."""
     rest = url.removeprefix("file://")
     if rest == url:
         return url
@@ -303,8 +285,8 @@ def _path_of(url: str) -> str:
 
 
 def _kind(path: Path) -> str:
-    """'dir', 'file', 'link', 'other' or 'absent': of the name itself, not of a link's target."""
-    with _disk("look at", path):
+    """Return 'dir', 'file', 'link', 'other' or 'absent', of a link and not of its target."""
+    with _disk("inspect", path):
         try:
             mode = os.lstat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -316,7 +298,7 @@ def _kind(path: Path) -> str:
 
 
 def _make_dir(path: Path) -> bool:
-    """Makes one directory, whose parent must be there; False where it is there already."""
+    """Create one directory, whose parent must exist; return False if it exists already."""
     with _disk("make directory", path):
         try:
             os.mkdir(path, 0o777)
@@ -328,7 +310,7 @@ def _make_dir(path: Path) -> bool:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """Writes a file that must not exist yet; it is on the disk when this returns."""
+    """Write and flush a file that must not exist yet."""
     with _disk("write", path):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         try:
@@ -341,7 +323,7 @@ def _write_new(path: Path, data: bytes) -> None:
 
 
 def _fsync_dir(path: Path) -> None:
-    """Makes the names in a directory durable."""
+    """Make the names in a directory durable."""
     with _disk("flush directory", path):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -1,8 +1,8 @@
-"""A store below a prefix of an object store (S3, Google Cloud Storage, Azure), through obstore.
+"""Storage below a prefix of an object store (S3, Google Cloud Storage, Azure), through obstore.
 
-An object appears with all of its bytes or not at all, and a conditional put lets one writer of
-several have a name, so nothing is staged. Credentials, endpoint and region come from the
-environment, as the provider's own tools read them; a URL that holds any is refused.
+An object appears with all of its bytes or not at all, and a conditional put lets exactly one writer
+create a name, so nothing is staged. Credentials, endpoint and region come from the environment, as
+for the provider's own tools; a URL that contains any is refused.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,19 +12,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.storage.base import Found
+from logitcask.engine.store.storage.base import Found, check_empty, holds
 
-AT_ONCE = 16
-"""Requests under way of one call that concerns many objects."""
-_WORDS = 300
-"""Characters of a provider's message that are passed on."""
+MAX_CONCURRENT = 16
+"""Concurrent requests of one call on many objects."""
+_MAX_MESSAGE = 300
+"""Characters of a provider's message in an error."""
 
 
 class ObjectStorage:
-    """The medium of an s3://, gs:// or az:// URL."""
+    """The storage of an s3://, gs:// or az:// URL."""
 
     def __init__(self, url: str, objects: Any = None) -> None:
-        """`objects`: an obstore store to use as it is; left out, the one that the URL names."""
+        """Open the obstore store of the URL, or use `objects`, which is one."""
         self.url = url.rstrip("/")
         self._objects = open_objects(self.url) if objects is None else objects
 
@@ -32,21 +32,15 @@ class ObjectStorage:
         return f"{self.url}/{name}"
 
     def prepare(self, folders: Iterable[str], file: str) -> None:
-        wanted = {*folders, file}
-        strangers = [name for name in self.names("") if name not in wanted]
-        if strangers:
-            raise StoreError(
-                f"{self.url} is not a logitcask store and not empty: it holds {strangers[0]!r}",
-                hint="give a new prefix",
-            )
+        check_empty(self, [*folders, file])
 
     def check(self, folders: Iterable[str]) -> None:
-        """There are no folders here that could be wrong."""
+        """Do nothing: an object store has no folders."""
 
     def read(self, name: str, limit: int) -> bytes | None:
         import obstore
 
-        with self._asked("read", name):
+        with self._request("read", name):
             try:
                 found = obstore.get(self._objects, name)
             except FileNotFoundError:
@@ -60,40 +54,34 @@ class ObjectStorage:
             return bytes(found.bytes())
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
-        return dict(zip(limits, _at_once(self.read, limits.items()), strict=True))
+        return dict(zip(limits, _map_concurrently(self.read, limits.items()), strict=True))
 
     def create(self, name: str, data: bytes) -> bool:
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
-        with self._asked("write", name):
+        with self._request("write", name):
             try:
-                # In parts it would not be conditional.
+                # A multipart upload is not conditional.
                 obstore.put(self._objects, name, data, mode="create", use_multipart=False)
             except AlreadyExistsError:
                 return False
         return True
 
     def place(self, folder: str, contents: Mapping[str, bytes]) -> None:
-        """Requests are signed over their bytes, so what was put is not read back."""
+        # Requests are signed over their bytes, so nothing is read back.
         named = {f"{folder}/{name}": data for name, data in contents.items()}
-        _at_once(self._place_one, sorted(named.items()))
+        _map_concurrently(self._place_one, sorted(named.items()))
 
     def _place_one(self, name: str, data: bytes) -> None:
         import obstore
 
-        if self.create(name, data):
-            return
-        try:
-            there = self.read(name, len(data))
-        except IntegrityError:
-            there = None
-        if there != data:
-            with self._asked("repair", name):
+        if not self.create(name, data) and not holds(self, name, data):
+            with self._request("repair", name):
                 obstore.put(self._objects, name, data, mode="overwrite", use_multipart=False)
 
     def settle(self, folder: str) -> None:
-        """What can be seen in an object store is durable."""
+        """Do nothing: a visible object is durable."""
 
     def names(self, folder: str, after: str = "") -> list[str]:
         inside = f"{folder}/" if folder else ""
@@ -111,7 +99,7 @@ class ObjectStorage:
         import obstore
 
         listed = self._list(f"{name}/", None)
-        with self._asked("look at", name), suppress(FileNotFoundError):
+        with self._request("look at", name), suppress(FileNotFoundError):
             listed.append(obstore.head(self._objects, name))
         return max((each["last_modified"].timestamp() for each in listed), default=0.0)
 
@@ -119,21 +107,21 @@ class ObjectStorage:
         import obstore
 
         below = [each["path"] for each in self._list(f"{name}/", None)]
-        with self._asked("remove", name), suppress(FileNotFoundError):
-            # Some providers say that a name was not there, and some do not.
+        with self._request("remove", name), suppress(FileNotFoundError):
+            # Only some providers report an absent name.
             obstore.delete(self._objects, below or [name])
 
     def _list(self, prefix: str, offset: str | None) -> list[Any]:
-        """What obstore says of every object below a prefix that sorts behind `offset`."""
+        """List obstore's records of the objects below a prefix that sort after `offset`."""
         import obstore
 
-        with self._asked("list", prefix):
+        with self._request("list", prefix):
             listed = obstore.list(self._objects, prefix or None, offset=offset, chunk_size=1000)
             return [each for part in listed for each in part]
 
     @contextmanager
-    def _asked(self, action: str, name: str) -> Iterator[None]:
-        """Turns what obstore raises into a StoreError that says what was being done."""
+    def _request(self, action: str, name: str) -> Iterator[None]:
+        """Raise a StoreError that names the action and the object in place of obstore's errors."""
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
         try:
@@ -141,7 +129,7 @@ class ObjectStorage:
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StoreError(
                 f"cannot {action} {self.where(name)}: {_short(error)}",
-                hint="check the credentials in the environment, and what they may do there",
+                hint="check the credentials in the environment, and their permissions there",
             ) from error
         except (BaseError, OSError, ValueError) as error:
             if isinstance(error, StoreError):
@@ -152,13 +140,13 @@ class ObjectStorage:
 
 
 def open_objects(url: str) -> Any:
-    """The obstore store of a URL. Raises StoreError: obstore is not installed, or a bad URL."""
+    """Open the obstore store of a URL. Raises StoreError without obstore, or for a bad URL."""
     parts = urlsplit(url)
     plain = parts.netloc and not set(parts.netloc) & {"@", ":"}
     if not plain or parts.query or parts.fragment:
         # Not repeated, for it may hold a secret.
         raise StoreError(
-            f"a URL of {parts.scheme}:// with more or less than a bucket and a prefix",
+            f"a URL of {parts.scheme}:// with other parts than a bucket and a prefix",
             hint=f"give {parts.scheme}://BUCKET/PREFIX; credentials come from the environment",
         )
     try:
@@ -177,25 +165,25 @@ def open_objects(url: str) -> Any:
         ) from error
 
 
-def _at_once(call: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """call(*each) of all, several at a time, in order."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+def _map_concurrently(call: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Return [call(*each) ...] in order, with several calls at a time."""
+    with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
         return list(pool.map(lambda each: call(*each), arguments))
 
 
 def _hint(error: Exception) -> str:
     text = str(error)
     if "169.254.169.254" in text:
-        # The address at which a cloud machine would ask who it is.
+        # The address at which a cloud machine requests its identity.
         return "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say"
     if "builder error" in text:
         return "check the endpoint; one of http:// needs AWS_ALLOW_HTTP=true"
     return (
-        "check credentials, endpoint, region and network, then run the same command again; what "
-        "was committed is safe"
+        "check credentials, endpoint, region and network, then run the same command again; "
+        "committed data is safe"
     )
 
 
 def _short(error: Exception) -> str:
-    """One line of a provider's message, without the debugger's view of it."""
-    return " ".join(str(error).partition("Debug source")[0].split())[:_WORDS]
+    """Return one line of a provider's message, without its debug output."""
+    return " ".join(str(error).partition("Debug source")[0].split())[:_MAX_MESSAGE]

@@ -74,7 +74,7 @@ def test_a_name_is_bound_to_how_its_teacher_behaved(store: Store) -> None:
 
     commit(0, record())
     commit(1, record(MIN_TOLERANCE / 2))
-    with pytest.raises(IdentityError, match="not the one that began the scores named") as caught:
+    with pytest.raises(IdentityError, match="not the one of the first scores named") as caught:
         commit(2, record(0.01))
     assert "--revision" in caught.value.hint
     commit(2, record(0.01, control=0.005))

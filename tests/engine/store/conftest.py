@@ -1,6 +1,7 @@
-"""Stores in memory: thousands of small files and folders, flushed one by one, where the system
-offers that, and an object store that is a dictionary. Nothing here cuts the power, and a killed
-process loses no written page on a disk either.
+"""Fixtures of stores in memory: a folder in /dev/shm if there is one, and an object store.
+
+Thousands of small files are flushed one by one, which is slow on a disk. No test cuts the power,
+and a killed process loses no written page on a disk either.
 """
 
 from collections.abc import Iterator
@@ -27,14 +28,14 @@ def tmp_path() -> Iterator[Path]:
 
 @pytest.fixture
 def disk_path() -> Iterator[Path]:
-    """On a real disk, if the machine's temporary folder is on one."""
+    """Yield a folder on a real disk, if the machine's temporary folder is on one."""
     with TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.fixture(params=["folder", "bucket"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """Every medium that a store can lie on; what is promised, each has to keep."""
+    """Return each kind of storage; all have to keep the same guarantees."""
     if request.param == "folder":
         return LocalStorage(str(tmp_path / "cask"))
     return ObjectStorage("memory://cask", MemoryStore())

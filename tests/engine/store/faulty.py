@@ -1,7 +1,7 @@
-"""A disk that fails when it is told to: stands in for `os` inside files.py, on real files.
+"""A faulty disk: replaces `os` in storage/local.py, on real files.
 
 It counts every call that can fail. Call number `at` raises an error, or the machine stops there.
-What a machine that stops loses depends on the crash:
+The losses of a machine that stops depend on the crash:
 
   kill   nothing: the process is gone, the system writes its pages
   lost   every name whose directory was not flushed, and every byte that was not
@@ -46,11 +46,11 @@ class FaultyOS:
         self.at, self.error, self.count, self.dead = at, error, 0, False
         self._graveyard = graveyard
         self._files: dict[int, tuple[Any, Any]] = {}
-        """Open file -> what it is, as (device, inode)."""
+        """Open file -> (device, inode)."""
         self._dirty: dict[tuple[int, int], int] = {}
-        """What was written and not flushed -> a handle of our own on it."""
+        """Inode with unflushed writes -> a handle of our own on it."""
         self._changes: list[Change] = []
-        """What was done to names whose directory is not flushed."""
+        """Changes of names in directories that are not flushed."""
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -75,7 +75,7 @@ class FaultyOS:
         self._files.pop(handle, None)
         os.close(handle)
 
-    # What a crash would take back.
+    # The changes that a crash would undo.
 
     def _before(self, name: str, arguments: tuple[Any, ...]) -> Path | None:
         if name != "unlink" or self._graveyard is None:
@@ -114,7 +114,7 @@ class FaultyOS:
             os.close(self._dirty.pop(node))
 
     def crash(self, how: str) -> None:
-        """What the disk is like when the machine starts again."""
+        """Change the disk to its state after a restart of the machine."""
         for handle in self._dirty.values():
             if how != "kill":
                 os.ftruncate(handle, os.fstat(handle).st_size // 2 if how == "torn" else 0)
@@ -128,7 +128,7 @@ class FaultyOS:
 
 @dataclass
 class Change:
-    """One thing that was done to the names of a directory."""
+    """One change of the names of a directory."""
 
     kind: str
     """made, moved (here, from `other`) or removed (`other` is a second name of it)."""
@@ -136,7 +136,7 @@ class Change:
     other: Path | None = None
 
     def move(self, source: Path, target: Path) -> None:
-        """What is below a folder goes where the folder goes."""
+        """Move the path with its folder."""
         if self.path.is_relative_to(source) and self.path != source:
             self.path = target / self.path.relative_to(source)
 

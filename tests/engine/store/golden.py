@@ -1,12 +1,11 @@
-"""Makes golden_v1.tar.xz, a store of every layout and profile, and golden_v1_mc.tar.xz, of the
-layout that came later, golden_v1_reward.tar.xz of those with rewards and golden_v1_bounds.tar.xz of
-those with intervals, as the version of their day wrote them: files that are there stay.
+"""Generator of the golden stores: golden_v1.tar.xz with every layout and profile of its time, and
+golden_v1_mc, golden_v1_reward and golden_v1_bounds with the later layouts. Existing files stay.
 
     python -m tests.engine.store.golden        (in the repository's root)
 
-They are committed and never made again for a format version that has been released: stores that
-people have must be read by whatever comes after. Beside the store each holds digests.json, what
-every segment decodes to.
+They are committed, and never made again for a released format version, because later versions
+must read the stores of users. Each holds a store and digests.json, the digests of its decoded
+segments.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ FILE_BOUNDS = Path(__file__).with_name("golden_v1_bounds.tar.xz")
 
 
 def digests(store: Store) -> dict[str, str]:
-    """What every visible segment, with what it builds on, decodes to."""
+    """Return the digests of all visible segments, decoded with the segments that they build on."""
 
     def sha(*parts: object) -> str:
         found = hashlib.sha256()

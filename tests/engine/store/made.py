@@ -17,7 +17,7 @@ def key(*parts: object) -> str:
 
 
 def ragged(rng: np.random.Generator, cnt: Array, vocab: int, levels: int) -> tuple[Array, Array]:
-    """Entries of P rows, distinct ids, best first, lower id first; about `levels` values a nat."""
+    """Make entries of P rows: distinct ids, best first, lower id first, `levels` values a nat."""
     ids, lp = [], []
     for k in cnt:
         row = rng.choice(vocab, size=int(k), replace=False).astype(np.uint32)
@@ -32,7 +32,7 @@ def ragged(rng: np.random.Generator, cnt: Array, vocab: int, levels: int) -> tup
 
 
 def make_draws(seed: int, rows: int, draws: int = 6) -> Draws:
-    """`draws` ids of every row, of 50."""
+    """Draw `draws` ids of 50 in every row."""
     rng = np.random.default_rng([seed, 1])
     counts = [np.unique(rng.integers(0, 50, draws), return_counts=True) for _ in range(rows)]
     none = np.zeros(0, np.int64)
@@ -89,7 +89,7 @@ def make_rollouts(
 
 
 def make_scores(seed: int, rollouts: Rollouts) -> Scores:
-    """A teacher whose list is part of the student's, with its values at the student's ids."""
+    """Make scores of a teacher, with log-probs at the student's ids if there are any."""
     rng = np.random.default_rng(seed)
     rows = rollouts.positions
     lp_row, entropy, tail = -np.abs(rng.normal(-3, 1, (3, rows))).astype(np.float32)
@@ -120,7 +120,7 @@ def make_scores(seed: int, rollouts: Rollouts) -> Scores:
 
 
 def bounded(seed: int, scores: Scores) -> Scores:
-    """As of a teacher that told its best ids alone: some intervals have no width."""
+    """Add entropy bounds, as of a teacher that returns its top ids only; some have no width."""
     width = np.random.default_rng([seed, 2]).random(len(scores.entropy), np.float32)
     return replace(scores, entropy_hi=scores.entropy + np.where(width < 0.3, 0, width))
 

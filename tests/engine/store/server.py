@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, which can be told to lose answers."""
+"""A real S3 server on loopback, which can lose responses."""
 
 import logging
 import os
@@ -14,16 +14,16 @@ BUCKET = "cask"
 
 
 class Losing:
-    """Does what it is asked, and answers some conditional puts with an error all the same.
+    """An application that processes every request, but answers some conditional puts with an error.
 
-    A client that asks again, as clients do, is then told that the name is taken: by its own put.
+    A client that retries then finds that the name exists, by its own put.
     """
 
     def __init__(self, app: Any) -> None:
         self._app = app
         self._lock = threading.Lock()
         self.every = 0
-        """Of so many puts that succeeded, one loses its answer; 0 = none."""
+        """One of so many successful puts loses its response; 0 = none."""
         self.done = self.lost = 0
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
@@ -44,7 +44,7 @@ class Losing:
 
 @contextmanager
 def s3_server() -> Iterator[tuple[dict[str, str], Losing]]:
-    """(environment that clients need, the server's application)."""
+    """Run a server; yield (environment for clients, its application)."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app = Losing(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, app, threaded=True)

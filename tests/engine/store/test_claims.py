@@ -1,4 +1,4 @@
-"""Claims and notes of failures, on every medium: who is at a unit, and what failed how."""
+"""Claims of units and notes of failures, on each kind of storage."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -30,13 +30,13 @@ LEASE_S = 10.0
 
 @pytest.fixture
 def storage(storage: Storage) -> Storage:
-    """With a store on it."""
+    """Return a storage with a store."""
     open_on(storage, create=True)
     return storage
 
 
 class Hands:
-    """A clock that is moved by hand."""
+    """A clock that tests set."""
 
     now_s = 0.0
 
@@ -49,11 +49,11 @@ def seen_by(storage: Storage, worker: str, clock: Hands) -> Claims:
 
 
 def taken(claims: Claims) -> Claim | None:
-    claims.look()
+    claims.refresh()
     return claims.take(UNIT)
 
 
-def test_of_many_who_want_a_unit_one_gets_it(storage: Storage) -> None:
+def test_one_of_many_workers_gets_a_unit(storage: Storage) -> None:
     workers = [seen_by(storage, f"w{i}", Hands()) for i in range(8)]
     for number in range(10):
         with ThreadPoolExecutor(8) as pool:
@@ -61,9 +61,9 @@ def test_of_many_who_want_a_unit_one_gets_it(storage: Storage) -> None:
         assert sum(claim is not None for claim in got) == 1
 
 
-def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(storage: Storage) -> None:
+def test_a_claim_is_dead_after_a_lease_without_a_new_fence(storage: Storage) -> None:
     clock = Hands()
-    clock.now_s = 1e6  # nobody else's clock counts
+    clock.now_s = 1e6  # another clock does not count
     ours = taken(seen_by(storage, "stopped", Hands()))
     other = seen_by(storage, "other", clock)
     assert ours is not None
@@ -73,7 +73,7 @@ def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(storage: Stora
     clock.now_s += 1
     theirs = taken(other)
     assert theirs is not None
-    # Who was only slow loses it, and leaves what is another's.
+    # A slow worker loses its claim, and does not remove the claim of another.
     assert not ours.renew()
     ours.release()
     assert len(storage.names("claims")) == 1
@@ -82,7 +82,7 @@ def test_a_claim_is_dead_when_an_observer_saw_no_life_for_a_lease(storage: Stora
     assert storage.names("claims") == []
 
 
-def test_a_claim_that_is_renewed_lives(storage: Storage) -> None:
+def test_a_renewed_claim_is_alive(storage: Storage) -> None:
     clock = Hands()
     ours = taken(seen_by(storage, "slow", Hands()))
     other = seen_by(storage, "other", clock)
@@ -97,7 +97,7 @@ def test_a_claim_that_is_renewed_lives(storage: Storage) -> None:
     assert json.loads(body or b"") == {"worker": "slow", "beat": 5}
 
 
-def test_failures_are_noted_within_bounds_read_and_forgotten(storage: Storage) -> None:
+def test_failures_are_noted_read_and_forgotten_within_bounds(storage: Storage) -> None:
     for text in ("first", "\U0001f600" * 100_000):
         note_failure(storage, UNIT, ValueError(text), "w")
     assert failed_units(storage) == {UNIT: 2}
@@ -111,7 +111,7 @@ def test_failures_are_noted_within_bounds_read_and_forgotten(storage: Storage) -
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"time": 1}', b"\xff"])
-def test_a_note_that_is_none_is_named(storage: Storage, data: bytes) -> None:
+def test_an_invalid_note_is_an_error_that_names_it(storage: Storage, data: bytes) -> None:
     name = f"failed/{UNIT.removeprefix('sha256:')}.0000000000"
     storage.create(name, data)
     with pytest.raises(IntegrityError, match="not a note of a failure") as caught:
@@ -119,7 +119,7 @@ def test_a_note_that_is_none_is_named(storage: Storage, data: bytes) -> None:
     assert storage.where(name) in caught.value.cause
 
 
-def test_verify_knows_them_info_counts_and_gc_removes_what_is_over(store: Store) -> None:
+def test_verify_info_and_gc_of_claims_and_notes(store: Store) -> None:
     storage, clock = store.storage, Hands()
     done, open_, dead = key("done"), key("open"), key("dead")
     claims = seen_by(storage, "w", clock)
@@ -131,7 +131,7 @@ def test_verify_knows_them_info_counts_and_gc_removes_what_is_over(store: Store)
     assert summary(store)["failed_units"] == 2
     storage.create("claims/notes.txt", b"")
     assert verify(store).orphans == ("claims/notes.txt",)
-    # The unit that is there needs neither; other claims stay for a lease, other notes until asked.
+    # A committed unit needs neither; other claims stay for a lease, other notes for ever.
     assert gc(store, keep_days=0, lease_hours=1, dry_run=True).orphans == 2
     assert gc(store, keep_days=0, lease_hours=1).orphans == 2
     assert len(storage.names("claims")) == 3
@@ -152,5 +152,5 @@ def test_a_store_without_the_folders_opens_and_one_with_a_file_there_does_not(
     assert taken(seen_by(store.storage, "w", Hands())) is not None
     assert (path / "claims").is_dir()
     (path / "failed").write_text("")
-    with pytest.raises(IntegrityError, match="failed: file, where a store has a directory"):
+    with pytest.raises(IntegrityError, match="failed: file, expected a directory"):
         open_store(path)

@@ -1,4 +1,4 @@
-"""Commits, on every medium: what goes in comes out, the first of a unit wins, a name stays."""
+"""Commits, on each kind of storage: round trips, races and the identity of names."""
 
 import json
 import math
@@ -37,7 +37,7 @@ from tests.engine.store.test_extend import teacher_of
 
 
 def again(store: Store) -> Store:
-    """The same store, opened by somebody else."""
+    """Open the same store again."""
     return open_on(store.storage)
 
 
@@ -68,7 +68,7 @@ def same_rollouts(got: Rollouts, want: Rollouts, how: Profile) -> None:
 
 
 def same_scores(got: CachedScores, want: Scores, how: Profile, lists: Scores | None) -> None:
-    """Everything that a scorer said, `lists` being the student's."""
+    """Compare all scores; `lists` are the student's."""
     assert np.array_equal(got.lp, want.lp)
     assert np.array_equal(got.entropy, want.entropy)
     assert np.array_equal(got.log_tail, want.log_tail)
@@ -104,7 +104,7 @@ def test_round_trip(store: Store, name: str, student: bool, sequences: int, rewa
     held = commit_scores(store, base, 4, profile=name)
     assert held.layout == ("once" if student else "whole")
     same_scores(store.read_scores((held,)), scores, profile(name), rollouts.student)
-    # Somebody else, and a reader that has the rollouts already, read the same.
+    # Another reader, and a reader that has the rollouts already, read the same.
     other = again(store)
     snapshot = other.head()
     assert snapshot.scores("teacher") == {base.seg_id: (held,)}
@@ -115,7 +115,7 @@ def test_round_trip(store: Store, name: str, student: bool, sequences: int, rewa
     assert base.counts["N"] == sequences
 
 
-def test_drawn_ids_keep_how_often_each_was_drawn(store: Store) -> None:
+def test_drawn_ids_keep_their_multiplicities(store: Store) -> None:
     rollouts = make_rollouts(3)
     base = commit_rollouts(store, 3, student=True)
     scores = make_scores(4, make_rollouts(3, student=False))
@@ -126,7 +126,7 @@ def test_drawn_ids_keep_how_often_each_was_drawn(store: Store) -> None:
     assert np.array_equal(read.mult, drawn.mult)
     assert np.array_equal(read.ids, drawn.ids)
     assert np.array_equal(read.cnt, drawn.cnt)
-    # Which ids are drawn says nothing about the best ones.
+    # Drawn ids do not determine the best ones.
     assert not read.kept.any()
     assert len(read.s_ids) == 0
     assert rollouts.student is not None
@@ -134,7 +134,7 @@ def test_drawn_ids_keep_how_often_each_was_drawn(store: Store) -> None:
         commit_scores(store, commit_rollouts(store, 5, student=True), 6)
 
 
-def test_a_teacher_that_was_not_asked_is_known_where_its_list_names_the_students_ids(
+def test_a_list_without_extra_ids_is_split_at_the_students_ids(
     store: Store,
 ) -> None:
     base = commit_rollouts(store, 3, student=True)
@@ -152,16 +152,16 @@ def test_a_teacher_that_was_not_asked_is_known_where_its_list_names_the_students
     assert sum(map(len, want)) > 0
 
 
-@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("at_student", [True, False])
 @pytest.mark.parametrize("student", [True, False])
-def test_an_interval_comes_back(store: Store, student: bool, asked: bool) -> None:
+def test_an_interval_comes_back(store: Store, student: bool, at_student: bool) -> None:
     base = commit_rollouts(store, 3, student=student)
     exact = make_scores(4, store.read_rollouts(base))
-    exact = exact if asked else replace(exact, at_lp=None)
+    exact = exact if at_student else replace(exact, at_lp=None)
     plain = commit_scores(store, base, 4, name="exact", scores=exact)
     fields = bounded(4, exact)
     held = commit_scores(store, base, 4, name="told", unit_key=key("told"), scores=fields)
-    layout = "once" if student and asked else "whole"
+    layout = "once" if student and at_student else "whole"
     assert (plain.layout, held.layout) == (layout, f"{layout}+bounds")
     read = again(store).read_scores((held,))
     assert np.array_equal(read.entropy_hi, fields.entropy_hi)
@@ -173,7 +173,7 @@ def test_an_interval_comes_back(store: Store, student: bool, asked: bool) -> Non
     assert differ <= {"zarr.json"}
 
 
-def test_a_widening_leaves_the_interval(store: Store) -> None:
+def test_an_extension_keeps_the_interval(store: Store) -> None:
     teacher, base, student = teacher_of(store, 13)
     first = bounded(13, teacher.score(4, student))
     held = commit_scores(store, base, 13, scores=first)
@@ -194,11 +194,11 @@ def test_a_widening_leaves_the_interval(store: Store) -> None:
         (lambda s: replace(s, entropy_hi=s.entropy[1:]), "has shape"),
         (
             lambda s: replace(s, entropy_hi=s.entropy, mult=np.ones(len(s.ids), np.uint16)),
-            "who draws knows the whole law",
+            "drawing needs the whole distribution",
         ),
     ],
 )
-def test_an_interval_that_is_none_is_refused(store: Store, change: Any, words: str) -> None:
+def test_an_invalid_interval_is_refused(store: Store, change: Any, words: str) -> None:
     base = commit_rollouts(store, 3)
     with pytest.raises(StoreError, match=words):
         commit_scores(store, base, 4, scores=change(make_scores(4, store.read_rollouts(base))))
@@ -253,7 +253,7 @@ def test_same_bytes_same_name(tmp_path: Path) -> None:
     assert ids[0] == ids[1]
 
 
-def test_a_pin_reads_the_same_whatever_is_added(store: Store) -> None:
+def test_a_snapshot_reads_the_same_after_later_commits(store: Store) -> None:
     base = commit_rollouts(store, 1, student=True)
     commit_scores(store, base, 1)
     snapshot = store.head()
@@ -266,7 +266,7 @@ def test_a_pin_reads_the_same_whatever_is_added(store: Store) -> None:
     assert fresh.snapshot(-1).segments == ()
     with pytest.raises(StoreError, match="no log record 5"):
         fresh.snapshot(5)
-    with pytest.raises(IntegrityError, match="the snapshot says"):
+    with pytest.raises(IntegrityError, match="but the snapshot has"):
         fresh.snapshot(0, snapshot.sha256)
 
 
@@ -285,7 +285,7 @@ def test_a_unit_is_stored_once(store: Store) -> None:
     assert verify(store).orphans == ()
 
 
-def test_a_name_means_one_thing(store: Store) -> None:
+def test_a_name_has_one_identity(store: Store) -> None:
     base = commit_rollouts(store, 1, student=True)
     commit_scores(store, base, 1)
     other_set = ROLLOUT_LINEAGE | {"set": {"digest": "sha256:other"}}
@@ -309,7 +309,7 @@ def test_a_name_means_one_thing(store: Store) -> None:
 def overtake(
     store: Store, monkeypatch: pytest.MonkeyPatch, rival: object, *, mute: bool = False
 ) -> None:
-    """At the first record of `store`, `rival()` comes first; mute: our answer is lost."""
+    """Let `rival()` run before the first record of `store`; mute: lose our response."""
     create = store.storage.create
 
     def overtaken(name: str, data: bytes) -> bool:
@@ -323,10 +323,10 @@ def overtake(
     monkeypatch.setattr(store.storage, "create", overtaken)
 
 
-def test_the_loser_of_a_name_is_told_after_the_race(
+def test_the_loser_of_a_race_for_a_name_gets_an_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both writers saw a free name; the second to publish learns whose it is."""
+    """Raise IdentityError in the second of two writers that saw a free name."""
     other = ROLLOUT_LINEAGE | {"set": {"digest": "sha256:other"}}
     overtake(store, monkeypatch, lambda: commit_rollouts(again(store), 2, lineage=other))
     with pytest.raises(IdentityError, match="sha256:other"):
@@ -348,7 +348,7 @@ def test_losing_the_race_for_a_number(
     verify(store, deep=True)
 
 
-def test_an_answer_that_was_lost_is_not_doubled(
+def test_a_commit_with_a_lost_response_is_not_doubled(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overtake(store, monkeypatch, None, mute=True)
@@ -360,7 +360,7 @@ def test_an_answer_that_was_lost_is_not_doubled(
 def test_a_unit_that_is_deleted_at_once_is_not_published_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its commit was acknowledged, and so was the deletion that came before our next look."""
+    """Acknowledge a commit that is deleted before the writer reads the log again."""
     create = store.storage.create
 
     def then_deleted(name: str, data: bytes) -> bool:
@@ -391,12 +391,14 @@ def test_two_creators_at_once_get_one_store(
     assert open_on(storage, create=True).uuid == theirs[0].uuid
 
 
-def test_a_medium_that_refuses_for_ever_is_an_error(
+def test_a_storage_that_always_refuses_is_an_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.storage, "create", lambda name, data: False)
     monkeypatch.setattr(store.storage, "place", lambda folder, contents: None)
-    with pytest.raises(StoreError, match=r"0000000000\.json is refused as taken, and is not there"):
+    with pytest.raises(
+        StoreError, match=r"0000000000\.json is refused as existing, but does not exist"
+    ):
         commit_rollouts(store, 1)
 
 
@@ -411,7 +413,7 @@ def test_scores_need_rollouts_of_this_store(store: Store, tmp_path: Path) -> Non
     with pytest.raises(StoreError, match=r"scores\.lp has shape"):
         store.commit_scores(short, base=base, **arguments)
     plain = commit_rollouts(store, 2, student=False)
-    with pytest.raises(StoreError, match="no student's list"):
+    with pytest.raises(StoreError, match="no list of the student"):
         store.commit_scores(scores, base=plain, **arguments)
     with pytest.raises(StoreError, match="scores of rollouts"):
         store.read_scores((commit_scores(store, base, 1),), base=make_rollouts(2))
@@ -431,7 +433,7 @@ def test_names_that_are_refused(store: Store, name: str) -> None:
         {"seq_prompt": np.full(6, 99, np.uint32)},
         {"b_lp": np.full(18, np.nan, np.float32)},
         {"b_lp": np.full(18, 5.0, np.float32)},
-        # What a cast would change without a word.
+        # Values that a cast would change silently.
         {"seq_prompt": np.full(6, -1)},
         {"finish": np.full(6, 70_000)},
         {"loss_mask": np.full(18, 0.5)},
@@ -472,7 +474,7 @@ def test_a_store_is_sent_to_another_process_by_its_url(tmp_path: Path) -> None:
     assert there[0].head() == there[1] == store.head()
 
 
-def test_reopening_reads_only_what_is_new(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refresh_reads_only_new_records(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(3):
         commit_rollouts(store, seed)
     reader = again(store)
@@ -499,16 +501,16 @@ def test_lists_of_a_row_are_found_whatever_their_lengths() -> None:
     rows_a, rows_b = np.split(a, np.cumsum(a_cnt)[:-1]), np.split(b, np.cumsum(b_cnt)[:-1])
     pairs = list(zip(rows_a, rows_b, strict=True))
     above = [int((x < each).sum()) for x, y in pairs for each in y]
-    assert ragged.above(a, a_cnt, b, b_cnt).tolist() == above
+    assert ragged.count_less(a, a_cnt, b, b_cnt).tolist() == above
     own = [int((y < each).sum()) for y in rows_b for each in y]
-    assert ragged.place(b.astype(np.uint32), b_cnt).tolist() == own
+    assert ragged.rank_in_row(b.astype(np.uint32), b_cnt).tolist() == own
     place = [x.tolist().index(each) if each in x else -1 for x, y in pairs for each in y]
     assert ragged.find(a, a_cnt, b, b_cnt).tolist() == place
 
 
 @pytest.mark.parametrize("seconds", [None, 0, 1.25])
-def test_seconds_are_a_note_beside_a_segment(tmp_path: Path, seconds: float | None) -> None:
-    """Records of before hold none; no digest of the segment covers it."""
+def test_seconds_are_stored_in_the_record(tmp_path: Path, seconds: float | None) -> None:
+    """Read older records, which have none; no digest of the segment covers the field."""
     store = open_store(tmp_path / "s", create=True)
     held = commit_scores(store, commit_rollouts(store, 0), 0, seconds=seconds)
     plain = open_store(tmp_path / "plain", create=True)

@@ -1,4 +1,4 @@
-"""More of the same teacher: many scorings read as one large one would."""
+"""Extensions: several scorings of one teacher read like one large scoring."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ VOCAB = 60
 
 
 class Teacher:
-    """Full distributions of P rows; says of them what a scorer would, and nothing rounds."""
+    """Full distributions of P rows, scored exactly."""
 
     def __init__(self, seed: int, rows: int, levels: int) -> None:
         rng = np.random.default_rng(seed)
@@ -33,7 +33,7 @@ class Teacher:
         self.order = np.lexsort((ids, -self.lp), axis=1)
 
     def lists(self, most: int) -> IdLists:
-        """Random ids of every row, up to so many."""
+        """Return random ids of every row, up to so many."""
         rows = [self.rng.permutation(VOCAB)[: self.rng.integers(0, most + 1)] for _ in self.lp]
         return IdLists(
             cnt=np.asarray([len(r) for r in rows], np.uint16),
@@ -41,18 +41,18 @@ class Teacher:
         )
 
     def score(self, kept: int, at: IdLists | None) -> Scores:
-        """Its best ids, up to `kept` of a row (fewer in some), and what it says at `at`."""
+        """Return its best ids, up to `kept` of a row (fewer in some), and its log-probs at `at`."""
         rows = len(self.lp)
         cnt = np.asarray([min(kept, 1 + (r * 7) % (kept + 1)) for r in range(rows)], np.int64)
         cnt = np.minimum(cnt, kept)
         chosen = [self.order[r, : cnt[r]] for r in range(rows)]
-        asked = [] if at is None else np.split(at.ids, np.cumsum(at.cnt)[:-1])
+        requested = [] if at is None else np.split(at.ids, np.cumsum(at.cnt)[:-1])
         tail = []
         for r in range(rows):
             outside = np.ones(VOCAB, bool)
             outside[chosen[r]] = False
             if at is not None:
-                outside[asked[r]] = False
+                outside[requested[r]] = False
             with np.errstate(divide="ignore"):
                 tail.append(np.logaddexp.reduce(self.lp[r, outside]) if outside.any() else -np.inf)
         none = np.zeros(0, np.float32)
@@ -65,12 +65,12 @@ class Teacher:
             entry_lp=np.concatenate([none, *(self.lp[r, c] for r, c in enumerate(chosen))]),
             at_lp=None
             if at is None
-            else np.concatenate([none, *(self.lp[r, asked[r]] for r in range(rows))]),
+            else np.concatenate([none, *(self.lp[r, requested[r]] for r in range(rows))]),
         )
 
 
 def check(cached: CachedScores, teacher: Teacher, expected: list[set[int]], kept: Array) -> None:
-    """Everything expected is known once, in the teacher's exact order, at its rounded values."""
+    """Check that all expected ids are there once, in the teacher's exact order, rounded."""
     ranked = layout.ranked(cached)
     assert np.array_equal(cached.kept, kept)
     offset = starts(ranked.cnt)
@@ -78,7 +78,7 @@ def check(cached: CachedScores, teacher: Teacher, expected: list[set[int]], kept
         row = slice(offset[r], offset[r + 1])
         ids = ranked.ids[row].tolist()
         assert sorted(ids) == sorted(want)
-        # The kept ones are the teacher's own top, whatever else is known; the rest follow in order.
+        # The kept ones are the teacher's own top; the rest follow in order.
         assert ids[: kept[r]] == teacher.order[r, : kept[r]].tolist()
         rest = [i for i in teacher.order[r].tolist() if i in want - set(ids[: kept[r]])]
         assert ids[kept[r] :] == rest
@@ -96,26 +96,26 @@ def check(cached: CachedScores, teacher: Teacher, expected: list[set[int]], kept
     rows=st.integers(0, 9),
     levels=st.sampled_from([1, 4, 1000]),
     first=st.integers(0, 12),
-    asked=st.booleans(),
+    requested=st.booleans(),
     steps=st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=3),
     names=st.lists(st.sampled_from(list(codecs.PROFILES)), min_size=4, max_size=4),
 )
-def test_a_chain_of_scorings_reads_as_one(
+def test_several_scorings_read_as_one(
     seed: int,
     rows: int,
     levels: int,
     first: int,
-    asked: bool,
+    requested: bool,
     steps: list[tuple[int, bool]],
     names: list[str],
 ) -> None:
     teacher = Teacher(seed, rows, levels)
     student = teacher.lists(10)
     profiles = [codecs.profile(name) for name in names]
-    said = teacher.score(first, student if asked else None)
+    said = teacher.score(first, student if requested else None)
     cached = layout.decode(layout.encode(said, profiles[0], student), profiles[0], student)
     lists = [set(x.tolist()) for x in np.split(said.ids, np.cumsum(said.cnt)[:-1])]
-    if asked:
+    if requested:
         theirs = np.split(student.ids, np.cumsum(student.cnt)[:-1])
         lists = [a | set(b.tolist()) for a, b in zip(lists, theirs, strict=True)]
     kept = said.cnt.astype(np.int64)
@@ -125,7 +125,7 @@ def test_a_chain_of_scorings_reads_as_one(
         at = extend.request_ids(cached, extra)
         said = teacher.score(more, at)
         arrays = extend.encode(cached, said, at, profile, noise=1e-3, rounding=2**-8)
-        # Nothing that is known is stored again.
+        # No entry is stored twice.
         new = np.split(arrays["ids"], np.cumsum(arrays["cnt"])[:-1])
         assert all(not set(a.tolist()) & b for a, b in zip(new, lists, strict=False))
         cached = extend.decode(cached, arrays, profile)
@@ -135,8 +135,8 @@ def test_a_chain_of_scorings_reads_as_one(
             lists = [a | set(b.tolist()) for a, b in zip(lists, split, strict=False)]
         kept = np.maximum(kept, said.cnt)
         check(cached, teacher, lists, kept)
-    if not asked:
-        split_known = layout.by_student(cached, student)
+    if not requested:
+        split_known = layout.split_by_student(cached, student)
         check(split_known, teacher, lists, kept)
         assert set(split_known.s_ids.tolist()) <= set(student.ids.tolist())
 
@@ -149,7 +149,7 @@ def teacher_of(store: Store, seed: int) -> tuple[Teacher, object, IdLists]:
     return Teacher(seed, rollouts.positions, 4), base, student
 
 
-def test_the_store_widens_and_reads_the_chain(store: Store) -> None:
+def test_the_store_extends_and_reads_scores(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
@@ -171,33 +171,33 @@ def test_the_store_widens_and_reads_the_chain(store: Store) -> None:
     assert np.array_equal(cached.kept, longest)
     ids = layout.ranked(cached)
     rows = np.split(ids.ids, np.cumsum(ids.cnt)[:-1])
-    asked = np.split(later.ids, np.cumsum(later.cnt)[:-1])
-    assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(asked, rows, strict=True))
-    # A snapshot from before reads what there was.
+    requested = np.split(later.ids, np.cumsum(later.cnt)[:-1])
+    assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(requested, rows, strict=True))
+    # An earlier snapshot reads the earlier scores.
     assert np.array_equal(store.read_scores(score_segments[:1]).kept, teacher.score(4, None).cnt)
     assert verify(store, deep=True).segments == 4
 
 
-def test_scores_again_without_asking_at_what_is_known_are_refused(store: Store) -> None:
+def test_a_second_scoring_without_the_stored_ids_is_refused(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
     with pytest.raises(StoreError, match="has scores of rollouts .* already"):
         commit_scores(store, base, 1, scores=teacher.score(20, student))
-    with pytest.raises(StoreError, match="not asked at all ids that are known"):
+    with pytest.raises(StoreError, match="lacks scores at some stored ids"):
         commit_scores(store, base, 1, scores=teacher.score(20, student), at=student)
 
 
-def test_a_widening_of_what_was_deleted_meanwhile_is_refused(store: Store) -> None:
-    """Its values are in the order that it was asked in, which is not that of the student."""
+def test_an_extension_of_deleted_scores_is_refused(store: Store) -> None:
+    """Refuse it: its values are in the order of the request, not in that of the student."""
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
     delete(store, teacher="teacher")
-    with pytest.raises(StoreError, match="no scores of rollouts .* that these add to"):
+    with pytest.raises(StoreError, match="no scores of rollouts .* to extend"):
         commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
 
 
-def test_lists_that_are_no_lists_do_not_widen(store: Store) -> None:
+def test_invalid_lists_do_not_extend(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
@@ -212,7 +212,7 @@ def test_lists_that_are_no_lists_do_not_widen(store: Store) -> None:
             commit_scores(store, base, 1, scores=teacher.score(20, at), at=bad)
 
 
-def test_an_id_that_became_impossible_does_not_widen(store: Store) -> None:
+def test_an_id_that_became_impossible_does_not_extend(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
@@ -222,21 +222,21 @@ def test_an_id_that_became_impossible_does_not_widen(store: Store) -> None:
         commit_scores(store, base, 1, scores=never, at=at)
 
 
-def test_numbers_of_another_teacher_do_not_widen(store: Store) -> None:
+def test_scores_of_another_teacher_do_not_extend(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
     said = teacher.score(20, at)
     assert said.at_lp is not None
     moved = replace(said, at_lp=said.at_lp - np.float32(0.1))
-    with pytest.raises(IdentityError, match=r"id \d+ has log-prob .* now, and .* is stored"):
+    with pytest.raises(IdentityError, match=r"id \d+ has log-prob .* now, .* is stored"):
         commit_scores(store, base, 1, scores=moved, at=at)
     # bfloat16 computes that coarsely.
     coarse = SCORE_LINEAGE | {"backend": {"dtype": "bfloat16"}}
     assert commit_scores(store, base, 1, scores=moved, at=at, lineage=coarse).layout == "wider"
 
 
-def test_the_slower_of_two_who_widen_is_told_to_begin_again(store: Store) -> None:
+def test_the_slower_of_two_extensions_is_refused(store: Store) -> None:
     from logitcask.engine.store.store import open_on
 
     teacher, base, student = teacher_of(store, 3)
@@ -245,12 +245,12 @@ def test_the_slower_of_two_who_widen_is_told_to_begin_again(store: Store) -> Non
     at = extend.request_ids(store.read_scores(score_segments))
     other = open_on(store.storage)
     commit_scores(other, base, 1, scores=teacher.score(20, at), at=at)
-    with pytest.raises(StoreError, match="not asked at all ids that are known"):
+    with pytest.raises(StoreError, match="lacks scores at some stored ids"):
         commit_scores(store, base, 2, scores=teacher.score(30, at), at=at)
     assert len(store.head().scores("teacher")[base.seg_id]) == 2
 
 
-def test_a_widening_without_what_it_widens_is_no_valid_log(store: Store) -> None:
+def test_an_extension_without_its_base_is_an_invalid_log(store: Store) -> None:
     from logitcask.engine.errors import IntegrityError
     from logitcask.engine.store.log.publish import append
 
@@ -264,5 +264,5 @@ def test_a_widening_without_what_it_widens_is_no_valid_log(store: Store) -> None
         said.append(1)
         return {"retires": [key("score", base.seg_id, 0)]} if len(said) == 1 else None
 
-    with pytest.raises(IntegrityError, match="does not follow from those before it"):
+    with pytest.raises(IntegrityError, match="contradicts the records before it"):
         append(store.storage, store.log, build_record)

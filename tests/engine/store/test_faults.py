@@ -1,4 +1,4 @@
-"""Every call to the disk fails once: what was committed stays, and the same command goes on."""
+"""Failure of every call to the disk: commits stay, and the same command resumes."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ WAYS_OUT = {
 
 @pytest.fixture(autouse=True)
 def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codecs are not under test here: a unit is encoded once, and decoding it is taken as good."""
+    """Encode each unit once and skip the check: codecs are not under test."""
     real, memo = segments.encode, {}
 
     def encode(arrays: Any, **options: Any) -> dict[str, bytes]:
@@ -53,7 +53,7 @@ def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(path: Path) -> Store:
-    """A store with a unit, a deleted unit and an orphan of a writer that died."""
+    """Make a store with a unit, a deleted unit and an orphan of a killed writer."""
     store = open_store(path, create=True)
     commit_rollouts(store, 1)
     commit_rollouts(store, 2, name="old")
@@ -75,7 +75,7 @@ def commit_third(path: Path) -> None:
 
 
 def commit_again(path: Path) -> None:
-    """A unit whose content gc removes, brought back."""
+    """Commit a unit again whose content gc has removed."""
     store = open_store(path)
     gc(store, keep_days=0, lease_hours=0)
     commit_rollouts(store, 2, name="old")
@@ -87,7 +87,7 @@ def collect(path: Path) -> None:
 
 JOBS = {"commit": commit_third, "gc": collect, "again": commit_again}
 EXPECTED = {"commit": {1, 3}, "gc": {1}, "again": {1, 2}}
-"""Which units a job leaves visible."""
+"""Job -> the units that it leaves visible."""
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def test_a_crash_at_any_call_loses_nothing(
         disk.crash(how)
         if at > total:  # The machine stopped when the job had been acknowledged.
             assert visible(path) == EXPECTED[name]
-        # What was acknowledged before is there, and all that the log names is whole.
+        # Acknowledged commits are there, and all files of the log are whole.
         store = open_store(path)
         assert visible(path) >= {1}
         verify(store)
@@ -152,7 +152,7 @@ def test_a_crash_at_any_call_loses_nothing(
 
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("name", ["commit", "gc"])
-def test_an_error_at_any_call_is_told_and_undone(
+def test_an_error_at_any_call_is_raised_and_undone(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
     job, words = JOBS[name], os.strerror(number)
@@ -168,7 +168,7 @@ def test_an_error_at_any_call_is_told_and_undone(
             assert words in error.cause
             assert str(path) in error.cause
             assert WAYS_OUT.get(number, "check the disk") in error.hint
-        # Else it was the removal of a temporary file, which nobody has to know of.
+        # Else it was the removal of a temporary file, whose error is ignored.
         assert visible(path) >= {1}
         job(path)
         assert visible(path) == EXPECTED[name]
@@ -201,7 +201,7 @@ def test_creation_can_fail_anywhere_and_be_repeated(
 def test_a_new_store_below_new_folders_survives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is acknowledged is durable, and so is every folder that it lies in."""
+    """Make every parent folder of a commit durable."""
     (tmp_path / "graves").mkdir()
     disk = FaultyOS(0, Crash(), tmp_path / "graves")
     with failing(disk, monkeypatch):
@@ -228,10 +228,10 @@ def test_a_disk_without_hard_links_is_refused_at_creation(
     assert "no hard links" in caught.value.hint
 
 
-def test_a_medium_on_which_two_writers_could_both_win_is_refused(
+def test_a_storage_on_which_two_writers_could_both_win_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As s3fs did with small objects until 2025: exclusive, and it overwrote."""
+    """Refuse the behaviour of s3fs until 2025, which overwrote small objects."""
 
     def overwrite(self: files.LocalStorage, name: str, data: bytes) -> bool:
         Path(self.where(name)).write_bytes(data)

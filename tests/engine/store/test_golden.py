@@ -1,4 +1,4 @@
-"""Stores that were written by a released format version are read, to the bit, for ever."""
+"""Stores of released format versions are read, to the bit."""
 
 import json
 import tarfile

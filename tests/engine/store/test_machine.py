@@ -1,4 +1,4 @@
-"""Any sequence of what people do to a store, against a dictionary that does the same."""
+"""Any sequence of operations on a store, against a dictionary as model."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ TAGS = st.sampled_from(["x", "y"])
 
 
 class Machine(RuleBasedStateMachine):
-    """A store in an object store in memory; `model` is what should be visible in it.
+    """A store in an object store in memory; `model` is its expected visible contents.
 
     Units are known by (name, seed) for rollouts and (teacher, name, seed) for their scores.
     """
@@ -44,7 +44,7 @@ class Machine(RuleBasedStateMachine):
         self.store = open_on(self.storage, create=True)
         self.model: dict[tuple[Any, ...], str] = {}
         self.snapshots: list[tuple[int, dict[tuple[Any, ...], str]]] = []
-        """Pins that gc was never allowed to forget, with what they showed."""
+        """Snapshots that gc keeps, with their contents."""
         self.tags: dict[str, tuple[int, dict[tuple[Any, ...], str]]] = {}
 
     def roll_into(self, store: Store, name: str, seed: int) -> str:
@@ -77,7 +77,7 @@ class Machine(RuleBasedStateMachine):
         delete(self.store, rollouts=name)
         left = {k[1] for k in self.model if len(k) == 2 and k not in mine}
         gone = {k[1] for k in mine} - left
-        # Content that another name still shows keeps its scores.
+        # Content with another visible name keeps its scores.
         for k in [k for k in self.model if k in mine or (len(k) == 3 and k[2] in gone)]:
             del self.model[k]
 
@@ -134,11 +134,11 @@ class Machine(RuleBasedStateMachine):
         other, held = fork
         held[("a", seed)] = self.roll_into(other, "a", seed)
         before = set(self.model.values())
-        brought = merge(self.store, other)
-        # What was there stays; what is new of theirs comes with what it builds on.
+        merged = merge(self.store, other)
+        # Units stay; new units of the other store come with their bases.
         assert before <= shown(self.store)
         self.model |= {k: v for k, v in held.items() if v in shown(self.store)}
-        assert brought.added <= len(held)
+        assert merged.added <= len(held)
         assert ("a", seed) in self.model
 
     @invariant()
@@ -165,7 +165,7 @@ def shown(store: Store) -> set[str]:
 
 @pytest.mark.timeout(3600)
 def test_any_sequence(monkeypatch: pytest.MonkeyPatch, counts: Any) -> None:
-    """Codecs are not under test: a unit is encoded once, and decoding it is taken as good."""
+    """Encode each unit once and skip the check: codecs are not under test."""
     real, memo = segments.encode, {}
 
     def encode(arrays: Any, **options: Any) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Segments on their way: packed and unpacked, or merged, a store says the same as before."""
+"""Transfer of segments: packed and unpacked, or merged, a store reads the same."""
 
 import random
 import warnings
@@ -27,7 +27,7 @@ from tests.engine.store.test_extend import teacher_of
 
 
 def filled(store: Store) -> Store:
-    """Rollouts, two teachers, one of them widened."""
+    """Add rollouts and two teachers, one of them with an extension."""
     teacher, base, student = teacher_of(store, 3)
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores((first,)))
@@ -39,7 +39,7 @@ def filled(store: Store) -> Store:
 
 
 def same(ours: Store, theirs: Store) -> None:
-    """Units, content and order of reading."""
+    """Compare units, contents and the order of reading."""
     a, b = ours.head(), theirs.head()
     fields, want = (
         {s.unit_key: (s.seg_id, s.seconds) for s in snapshot.segments} for snapshot in (a, b)
@@ -84,7 +84,7 @@ def test_a_packed_segment_is_a_zarr_group(tmp_path: Path) -> None:
     assert np.array_equal(tokens, store.read_rollouts(held).tokens)
 
 
-def test_a_pin_is_packed_as_it_was(tmp_path: Path) -> None:
+def test_a_snapshot_is_packed(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cask", create=True)
     commit_rollouts(store, 1)
     snapshot = store.head()
@@ -113,7 +113,7 @@ def test_a_packed_file_that_was_touched_is_refused(tmp_path: Path) -> None:
         other = open_store(tmp_path / f"other{trial}", create=True)
         error = refusal(other, file)
         if error is None:
-            # Dates and the like of the zip's own directory say nothing of the segment.
+            # Dates and similar fields of the zip's own directory are not part of the segment.
             same(other, store)
         else:
             refused += 1
@@ -151,8 +151,8 @@ def rewritten(file: Path, change: dict[str, bytes | None], compress: bool = Fals
             "not a valid segment",
         ),
         ({"tokens/c/0": None}, False, "no item named 'tokens/c/0'"),
-        ({"tokens/c/0": b""}, False, "not the files that it says"),
-        ({"tokens/c/0": bytes(1 << 20)}, False, "larger than it may be"),
+        ({"tokens/c/0": b""}, False, "its files do not match its entry"),
+        ({"tokens/c/0": bytes(1 << 20)}, False, "compressed or too large"),
         ({}, True, "is compressed"),
     ],
 )
@@ -170,7 +170,7 @@ def test_a_packed_file_of_a_stranger(
     assert other.head().segments == ()
 
 
-def test_what_is_no_zip(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cask", create=True)
     (tmp_path / "notes.zip").write_bytes(b"not a zip")
     with pytest.raises(IntegrityError, match=r"notes\.zip: not a packed segment"):
@@ -191,7 +191,7 @@ def test_stores_merge_both_ways(store: Store, tmp_path: Path) -> None:
     assert store.head().number == number
 
 
-def test_a_merge_that_died_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_merge_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled(open_store(tmp_path / "cask", create=True))
     other = open_store(tmp_path / "other", create=True)
     place, count = other.storage.place, 0
@@ -212,7 +212,7 @@ def test_a_merge_that_died_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_unit_that_was_made_twice_keeps_the_first(tmp_path: Path) -> None:
-    """Two machines rolled the same unit out, with other last bits; each was scored."""
+    """Merge a unit that two machines made with other last bits and scored."""
     here, there = (open_store(tmp_path / name, create=True) for name in ("here", "there"))
     for store, seed in ((here, 1), (there, 2)):
         base = commit_rollouts(store, seed, key("unit"), student=True)
@@ -222,7 +222,7 @@ def test_a_unit_that_was_made_twice_keeps_the_first(tmp_path: Path) -> None:
     assert here.head() == before
 
 
-def test_a_name_that_means_something_else_here_is_refused(tmp_path: Path) -> None:
+def test_a_name_with_another_identity_is_refused(tmp_path: Path) -> None:
     here, there = (open_store(tmp_path / name, create=True) for name in ("here", "there"))
     commit_rollouts(here, 1)
     other = ROLLOUT_LINEAGE | {"set": {"digest": "sha256:other"}}
@@ -232,7 +232,7 @@ def test_a_name_that_means_something_else_here_is_refused(tmp_path: Path) -> Non
     assert len(here.head().segments) == 1
 
 
-def test_damage_in_the_other_store_does_not_come_in(tmp_path: Path) -> None:
+def test_damage_in_the_other_store_is_not_merged(tmp_path: Path) -> None:
     here, there = (open_store(tmp_path / name, create=True) for name in ("here", "there"))
     held = commit_rollouts(there, 2)
     file = Path(there.url) / held.folder / "tokens/c/0"
@@ -250,7 +250,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         pack(store, tmp_path / "file" / "packed")
 
 
-def test_what_gc_has_removed_is_not_called_damage(tmp_path: Path) -> None:
+def test_segments_that_gc_removed_are_not_damage(tmp_path: Path) -> None:
     store = filled(open_store(tmp_path / "ours", create=True))
     snapshot = store.head()
     delete(store, teacher="teacher")
@@ -260,7 +260,7 @@ def test_what_gc_has_removed_is_not_called_damage(tmp_path: Path) -> None:
     assert not isinstance(caught.value, IntegrityError)
 
 
-def test_verifying_while_gc_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verifying_while_gc_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for deep in (False, True):
         store = filled(open_store(tmp_path / f"ours-{deep}", create=True))
         read, other = store.storage.read_all, open_store(store.url)
@@ -277,7 +277,7 @@ def test_verifying_while_gc_is_at_work(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("way", ["merge", "unpack"])
-def test_a_copy_mends_what_is_damaged(store: Store, tmp_path: Path, way: str) -> None:
+def test_damage_is_repaired_from_a_copy(store: Store, tmp_path: Path, way: str) -> None:
     filled(store)
     copy = open_store(tmp_path / "copy", create=True)
     merge(copy, store)

@@ -1,4 +1,4 @@
-"""A store in an object store: the same promises, against a real S3 server on loopback."""
+"""A store in an object store: the same guarantees, against a real S3 server on loopback."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def server() -> Iterator[Losing]:
 
 @pytest.fixture
 def url(server: Losing) -> Iterator[str]:
-    """A prefix of its own."""
+    """Yield a new prefix."""
     yield f"s3://{BUCKET}/{uuid.uuid4().hex}/cask"
     server.every = 0
 
@@ -58,7 +58,7 @@ def test_a_store_on_s3_and_a_copy_on_a_disk(url: str, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_writers_on_s3_lose_no_commit(url: str, server: Losing, counts: Any) -> None:
-    """Every seventh answer is lost: a retried put finds its own name taken."""
+    """Lose every seventh response, so that a retried put finds its own object."""
     open_store(url, create=True)
     server.every, lost = 7, server.lost
     writers, each = counts(3, 4), counts(6, 200)
@@ -87,7 +87,7 @@ def test_writers_on_s3_lose_no_commit(url: str, server: Losing, counts: Any) -> 
     assert verify(store).orphans == ()
 
 
-def test_a_lost_answer_is_recognised_by_what_is_there(url: str, server: Losing) -> None:
+def test_a_lost_response_is_recognised_by_the_object(url: str, server: Losing) -> None:
     server.every = 1
     store = open_store(url, create=True)
     held = commit_rollouts(store, 1)
@@ -106,10 +106,10 @@ def test_damage_in_an_object_store_is_found(url: str) -> None:
     data = bytearray(store.storage.read(name, 1 << 20) or b"")
     data[0] ^= 1
     obstore.put(from_url(url), name, bytes(data))
-    with pytest.raises(IntegrityError, match=f"{url}/{name}: not the bytes"):
+    with pytest.raises(IntegrityError, match=f"{url}/{name}: other bytes"):
         verify(open_store(url))
     obstore.delete(from_url(url), name)
-    with pytest.raises(IntegrityError, match=f"{url}/{name}: committed, and missing"):
+    with pytest.raises(IntegrityError, match=f"{url}/{name}: a committed file is missing"):
         verify(open_store(url))
     obstore.put(from_url(url), name, bytes(1 << 20))
     with pytest.raises(IntegrityError, match="bytes where at most"):
@@ -162,7 +162,7 @@ def test_an_endpoint_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> No
     assert "Debug source" not in caught.value.cause
 
 
-def test_without_obstore_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_obstore_there_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(StoreError, match="need the package obstore") as caught:
         open_store("gs://bucket/cask")

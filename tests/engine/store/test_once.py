@@ -1,4 +1,4 @@
-"""Layout `once`: ids and their order come back exactly, whatever ties float16 makes."""
+"""Layout `once`: exact round trips of ids and their order, despite ties in float16."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ HALF = codecs.profile("default")
 
 
 def rows_of(seed: int, rows: int, vocab: int, levels: int, dead: float) -> tuple[Scores, IdLists]:
-    """A teacher over `rows` rows, and the student's lists."""
+    """Make scores of a teacher over `rows` rows, and the student's lists."""
     rng = np.random.default_rng(seed)
     pool = min(vocab, 40)
     listed = rng.integers(0, pool + 1, rows)
@@ -52,7 +52,7 @@ def rows_of(seed: int, rows: int, vocab: int, levels: int, dead: float) -> tuple
 
 
 def same(got: CachedScores, want: Scores, student: IdLists, profile: codecs.Profile) -> None:
-    """Ids, order and scalars exact; entry values those that the profile stores."""
+    """Compare ids, order and scalars exactly, entry values after rounding."""
 
     def stored(values: object) -> object:
         return codecs.from_entry(codecs.to_entry(values, profile), profile)
@@ -66,7 +66,7 @@ def same(got: CachedScores, want: Scores, student: IdLists, profile: codecs.Prof
     assert np.array_equal(log_probs, stored(want.entry_lp))
     assert np.array_equal(got.s_ids, student.ids)
     assert np.array_equal(got.s_lp, stored(want.at_lp))
-    # Every id once, and ranks that are each a place of the row.
+    # Every id and every rank once.
     cached = layout.ranked(got)
     assert len(cached.ids) == len(got.s_ids) + len(got.ids)
     for a, b in zip(starts(cached.cnt)[:-1], starts(cached.cnt)[1:], strict=True):
@@ -89,7 +89,7 @@ def test_round_trip_keeps_ids_and_order(
     checks.check_scores(scores, rows, student)
     arrays = layout.encode(scores, profile, student)
     same(layout.decode(arrays, profile, student), scores, student, profile)
-    # No id is stored twice, and in descending lists the correction is a small number, never a wrap.
+    # No id is stored twice, and in descending lists the correction is small and does not wrap.
     assert len(arrays["ids"]) <= len(scores.ids)
     assert arrays["t_rank_fix"].max(initial=0) <= 80
 
@@ -119,7 +119,7 @@ def test_rank_correction_of_a_row_worked_by_hand() -> None:
 
 
 def test_every_top_k_is_the_teachers_own_for_every_k_up_to_the_kept_count() -> None:
-    """float16 makes ties in most of these rows; the order is the teacher's all the same."""
+    """Keep the teacher's order although float16 makes ties in most of these rows."""
     scores, student = rows_of(9, 300, 1000, 4, 0.0)
     arrays = layout.encode(scores, HALF, student)
     assert (arrays["t_rank_fix"] > 0).mean() > 0.01
@@ -165,7 +165,7 @@ def negative_ids(scores: Scores) -> Scores:
         (break_cnt, "shape"),
         (break_ids, "names an id twice"),
         (break_lp, "a log-prob of nan"),
-        (negative_ids, "no token id"),
+        (negative_ids, "other values than token ids"),
     ],
 )
 def test_scores_that_do_not_fit_are_refused(broken: object, words: str) -> None:

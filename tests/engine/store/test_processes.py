@@ -28,7 +28,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """A function that starts a worker; workers that are left are killed after the test."""
+    """Yield a function that starts a worker; kill all workers after the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start_worker(*arguments: object) -> "subprocess.Popen[str]":
@@ -82,9 +82,7 @@ def test_eight_writers_lose_no_commit(tmp_path: Path, counts: Any, start: Start)
 
 
 @pytest.mark.timeout(1200)
-def test_kill_9_loses_nothing_that_was_acknowledged(
-    disk_path: Path, counts: Any, start: Start
-) -> None:
+def test_kill_9_loses_no_acknowledged_commit(disk_path: Path, counts: Any, start: Start) -> None:
     path, endless = disk_path / "cask", 1000
     rng = random.Random(0)
     acknowledged: set[str] = set()
@@ -97,7 +95,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(
         time.sleep(rng.random() * 0.2)
         writer.send_signal(signal.SIGKILL)
         out += writer.communicate(timeout=60)[0]
-        # A line that the kill cut short was not acknowledged.
+        # A truncated line was not acknowledged.
         lines = out[: out.rfind("\n") + 1].splitlines()
         acknowledged |= {line.split()[0] for line in lines}
         store = open_store(path)
@@ -134,7 +132,7 @@ def test_readers_see_whole_states_while_gc_removes_others(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB; only root can make one."""
+    """Yield a file system of 8 MB, which only root can make."""
     place = tmp_path / "small"
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], check=True)

@@ -1,4 +1,4 @@
-"""Tags, retiring and gc, on every medium: what anybody can reach stays, and nothing else does."""
+"""Tags, deletion and gc, on each kind of storage: only reachable segments stay."""
 
 import time
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import logitcask.engine.store.storage.local as files
 from logitcask.engine.errors import ConfigError, IntegrityError, StoreError
 from logitcask.engine.store import Store, extend, open_store, retention
-from logitcask.engine.store.log import root
+from logitcask.engine.store.log import publish
 from logitcask.engine.store.log.publish import append
 from logitcask.engine.store.retention import delete, gc, tag, untag
 from logitcask.engine.store.storage.local import LocalStorage
@@ -20,7 +20,7 @@ from tests.engine.store.test_extend import teacher_of
 
 
 def sweep(store: Store, **options: Any) -> int:
-    """Segments that gc removes when nobody holds a snapshot and no writer is at work."""
+    """Count the segments that gc removes without snapshots and writers to spare."""
     return gc(store, **({"keep_days": 0, "lease_hours": 0} | options)).segments
 
 
@@ -40,14 +40,14 @@ def test_a_tag_names_a_number(store: Store) -> None:
     assert tag(store, "first", 0) == 0, "the same again"
     assert store.snapshot("first").number == 0
     assert len(store.snapshot("first").segments) == 1
-    with pytest.raises(StoreError, match="tag 'first' marks log number 0 already"):
+    with pytest.raises(StoreError, match="tag 'first' names log number 0 already"):
         tag(store, "first", 1)
     with pytest.raises(StoreError, match=r"no tag 'second'; it has: first"):
         store.snapshot("second")
     for name in ("", "../x", "A", "12"):
         with pytest.raises(ConfigError, match="is not allowed"):
             tag(store, name)
-    # Somebody else sees it.
+    # Another reader sees it.
     assert open_on(store.storage).snapshot("first").number == 0
     untag(store, "first")
     with pytest.raises(StoreError, match="no tag 'first'"):
@@ -56,7 +56,7 @@ def test_a_tag_names_a_number(store: Store) -> None:
         untag(store, "first")
 
 
-def test_what_is_deleted_is_not_visible_and_can_be_made_again(store: Store) -> None:
+def test_deleted_units_are_invisible_and_can_be_made_again(store: Store) -> None:
     base = commit_rollouts(store, 1, student=True)
     held = commit_scores(store, base, 1)
     before = store.head()
@@ -86,7 +86,7 @@ def test_rollouts_delete_with_their_scores(store: Store) -> None:
     readable(store)
 
 
-def test_a_widened_chain_deletes_as_a_whole(store: Store) -> None:
+def test_scores_are_deleted_with_their_extensions(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores((first,)))
@@ -106,14 +106,14 @@ def test_a_widened_chain_deletes_as_a_whole(store: Store) -> None:
         ({"teacher": "nobody"}, "it has rollouts: main; scores: none"),
     ],
 )
-def test_what_cannot_be_deleted(store: Store, wrong: dict[str, Any], words: str) -> None:
+def test_invalid_deletions_are_refused(store: Store, wrong: dict[str, Any], words: str) -> None:
     commit_rollouts(store, 1)
     with pytest.raises(ConfigError) as caught:
         delete(store, **wrong)
     assert words in caught.value.hint
 
 
-def test_one_segment_deletes_with_what_rests_on_it(store: Store) -> None:
+def test_a_segment_is_deleted_with_its_dependents(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores((first,)))
@@ -127,11 +127,11 @@ def test_one_segment_deletes_with_what_rests_on_it(store: Store) -> None:
     assert delete(store, segment=first.seg_id) == [first, wide]
     assert delete(store, segment=base.seg_id) == [base, other]
     assert store.head().segments == (more,)
-    with pytest.raises(ConfigError, match="nothing of 'f"):
+    with pytest.raises(ConfigError, match="no 'f"):
         delete(store, segment="f" * 32)
 
 
-def test_gc_removes_what_nobody_reaches(store: Store) -> None:
+def test_gc_removes_unreachable_segments(store: Store) -> None:
     kept = commit_rollouts(store, 1)
     gone = commit_rollouts(store, 2, name="old")
     old = store.head()
@@ -149,14 +149,14 @@ def test_gc_removes_what_nobody_reaches(store: Store) -> None:
     with pytest.raises(StoreError, match="was deleted, and gc has removed it") as caught:
         store.read_rollouts(old.segments[1])
     assert not isinstance(caught.value, IntegrityError)
-    with pytest.raises(StoreError, match="reaches 1 segments that gc has removed"):
+    with pytest.raises(StoreError, match="has 1 segments that gc has removed"):
         tag(store, "late", old.number)
     assert sweep(store) == 0
     report = verify(open_on(store.storage), deep=True)
     assert (report.segments, report.orphans) == (1, ())
 
 
-def test_gc_spares_what_a_tag_reaches(store: Store) -> None:
+def test_gc_keeps_the_segments_of_a_tag(store: Store) -> None:
     commit_rollouts(store, 1)
     tag(store, "paper")
     held = store.head().segments[0]
@@ -169,13 +169,13 @@ def test_gc_spares_what_a_tag_reaches(store: Store) -> None:
         store.read_rollouts(held)
 
 
-def test_a_recent_pin_is_one_that_was_the_newest_within_the_days(
+def test_a_recent_snapshot_was_the_newest_within_the_days(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven days, a unit a day, each deleted on the day after."""
+    """Commit a unit on each of seven days, and delete it on the day after."""
     clock = {"now": time.time() - 7 * 86400}
     stamp = lambda: time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(clock["now"]))  # noqa: E731
-    monkeypatch.setattr(root, "now", stamp)
+    monkeypatch.setattr(publish, "now", stamp)
     for day in range(7):
         commit_rollouts(store, day, name=f"day{day}")
         if day:
@@ -192,7 +192,7 @@ def test_a_clock_that_jumps_back_frees_nothing_early(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit_rollouts(store, 1, name="old")
-    monkeypatch.setattr(root, "now", lambda: "1970-01-01T00:00:00+00:00")
+    monkeypatch.setattr(publish, "now", lambda: "1970-01-01T00:00:00+00:00")
     delete(store, rollouts="old")
     commit_rollouts(store, 2)
     # Those records count as no older than the one before them.
@@ -200,7 +200,7 @@ def test_a_clock_that_jumps_back_frees_nothing_early(
     readable(store)
 
 
-def test_what_no_record_names_is_left_to_its_writer_for_a_lease(store: Store) -> None:
+def test_orphans_are_kept_for_a_lease(store: Store) -> None:
     held = commit_rollouts(store, 1)
     contents = {name: store.storage.read(f"{held.folder}/{name}", 1 << 20) for name in held.files}
     orphan = f"seg/rollout/{'0' * 31}1"
@@ -211,7 +211,7 @@ def test_what_no_record_names_is_left_to_its_writer_for_a_lease(store: Store) ->
     assert store.storage.names("seg/rollout") == [held.seg_id]
 
 
-def test_a_content_that_gc_removed_comes_back_under_another_generation(store: Store) -> None:
+def test_removed_content_returns_under_another_generation(store: Store) -> None:
     first = commit_rollouts(store, 1)
     for generation in (1, 2):
         delete(store, rollouts="main")
@@ -222,10 +222,10 @@ def test_a_content_that_gc_removed_comes_back_under_another_generation(store: St
         readable(store)
 
 
-def test_a_writer_that_gc_overtakes_puts_its_files_again(
+def test_a_writer_that_gc_overtakes_places_its_files_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its folder looks like an old orphan to gc, which removes it before the record is made."""
+    """Remove its folder, which looks like an old orphan, before its record is published."""
     create = store.storage.create
 
     def overtaken(name: str, data: bytes) -> bool:
@@ -241,10 +241,10 @@ def test_a_writer_that_gc_overtakes_puts_its_files_again(
     assert verify(store).orphans == ()
 
 
-def test_a_gc_that_a_writer_overtakes_decides_anew(
+def test_a_gc_that_a_writer_overtakes_decides_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It saw an orphan, and a record names it before gc's own record is made."""
+    """Keep an orphan that a record names before gc's own record is published."""
     held = commit_rollouts(store, 1)
     delete(store, rollouts="main")
     create = store.storage.create
@@ -260,9 +260,7 @@ def test_a_gc_that_a_writer_overtakes_decides_anew(
     readable(store)
 
 
-def test_a_gc_that_died_after_its_record_is_finished_by_the_next(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_gc_finishes_a_killed_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     held = commit_rollouts(store, 1)
     delete(store, rollouts="main")
 
@@ -280,10 +278,8 @@ def test_a_gc_that_died_after_its_record_is_finished_by_the_next(
     assert verify(store, deep=True).orphans == ()
 
 
-def test_what_appears_while_gc_is_at_work_is_left_to_its_writer(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """gc removes what its record names; a folder put there since may be named any moment."""
+def test_folders_created_during_gc_are_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove only folders of the record; a newer folder may be named at any moment."""
     commit_rollouts(store, 1)
     delete(store, rollouts="main")
     late = f"seg/rollout/{'a' * 32}"
@@ -300,7 +296,7 @@ def test_what_appears_while_gc_is_at_work_is_left_to_its_writer(
 
 
 def test_a_stage_is_never_half_removed(disk_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writer that was away for longer than the lease must not publish what is left of it."""
+    """Keep a writer that paused for longer than the lease from publishing half a folder."""
     folder = LocalStorage(str(disk_path))
     stage = disk_path / "staging" / "stage"
     stage.mkdir(parents=True)
@@ -315,9 +311,7 @@ def test_a_stage_is_never_half_removed(disk_path: Path, monkeypatch: pytest.Monk
     assert list((disk_path / "staging").iterdir()) == []
 
 
-def test_retiring_takes_what_was_there_and_nothing_later(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deletion_affects_no_later_units(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     commit_rollouts(store, 1)
     create = store.storage.create
 
@@ -333,8 +327,8 @@ def test_retiring_takes_what_was_there_and_nothing_later(
     assert len(store.head().segments) == 1
 
 
-def test_many_sweeps_are_several_records(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retention, "_AT_ONCE", 2)
+def test_many_removals_are_several_records(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "_MAX_REMOVALS", 2)
     for n in range(5):
         commit_rollouts(store, n)
     delete(store, rollouts="main")
@@ -343,7 +337,7 @@ def test_many_sweeps_are_several_records(store: Store, monkeypatch: pytest.Monke
     assert store.head().number == before + 3
 
 
-def test_a_copy_without_its_empty_folders_is_swept(tmp_path: Path) -> None:
+def test_gc_of_a_copy_without_empty_folders(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cask", create=True)
     held = commit_rollouts(store, 1)
     delete(store, rollouts="main")
@@ -358,14 +352,14 @@ def test_days_without_end(store: Store) -> None:
     assert sweep(store, keep_days=1e9) == 0
 
 
-def test_strange_names_are_left_alone(store: Store) -> None:
+def test_unknown_names_are_kept(store: Store) -> None:
     commit_rollouts(store, 1)
     store.storage.place("seg/rollout/notes", {"mine.txt": b"x"})
     assert sweep(store) == 0
     assert verify(store).orphans == ("seg/rollout/notes",)
 
 
-def test_content_that_two_names_share_stays_while_one_is_visible(store: Store) -> None:
+def test_content_of_two_names_stays_while_one_is_visible(store: Store) -> None:
     one = commit_rollouts(store, 1)
     two = commit_rollouts(store, 1, key("other"), name="second")
     assert one.folder == two.folder
@@ -394,7 +388,7 @@ def test_many_records_are_read_in_bundles(store: Store, monkeypatch: pytest.Monk
     assert records[:3] == [f"log/{n:010d}.json" for n in (8, 9, 10)]
     assert [n for n in opened if n.startswith("bundles/")] == store_bundles(store)
     monkeypatch.setattr(store.storage, "read", read)
-    # A bundle is a copy: without it everything is there, and the next writer makes it again.
+    # A bundle is a copy: the next writer makes it again.
     for name in store_bundles(store):
         store.storage.remove(name)
     late = open_on(store.storage)
@@ -411,7 +405,7 @@ def store_bundles(store: Store) -> list[str]:
     return [f"bundles/{name}" for name in store.storage.names("bundles")]
 
 
-def test_a_bundle_that_is_not_the_log_is_found(
+def test_a_bundle_that_differs_from_the_log_is_found(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from logitcask.engine.store.log import log
@@ -434,14 +428,14 @@ def test_a_bundle_that_is_not_the_log_is_found(
                 verify(open_on(store.storage))
         store.storage.remove(name)
         store.storage.create(name, data)
-    # Reading goes on without a bundle that is damaged: the records themselves are there.
+    # Reading works without a damaged bundle.
     name = store_bundles(store)[0]
     store.storage.remove(name)
     store.storage.create(name, sound[name].replace(b"main", b"niam"))
     assert open_on(store.storage).head() == store.head()
     store.storage.remove(name)
     store.storage.create(name, sound[name])
-    # A record that differs from its bundle is found too, though the log is folded from the bundle.
+    # A record that differs from its bundle is found too.
     record = "log/0000000001.json"
     data = store.storage.read(record, 1 << 20)
     store.storage.remove(record)

@@ -1,4 +1,4 @@
-"""A stranger's store whose digests all fit: what it may not ask for, and may not say."""
+"""An untrusted store with matching digests: bounds of memory, and checks of values."""
 
 import random
 from collections.abc import Callable
@@ -30,28 +30,28 @@ DEFAULT = codecs.profile("default")
 
 
 def test_a_blosc_frame_reads_no_memory_but_its_own() -> None:
-    """16 bytes that claim to be a stored copy of 4 KiB would be answered with what lies behind."""
+    """Refuse 16 bytes that claim to hold 4 KiB: blosc would read the memory behind them."""
     leaking = bytes([2, 1, 0x02, 1]) + b"".join(
         size.to_bytes(4, "little") for size in (4096, 4096, 4096 + 16)
     )
     out = np.zeros(4096, np.uint8)
     with pytest.raises(ValueError, match="a frame of other than its 16 bytes"):
-        codecs.unpack("blosc", memoryview(leaking), out)
+        codecs.decompress("blosc", memoryview(leaking), out)
     assert not out.any()
 
 
-@pytest.mark.parametrize("packing", ["pcodec", "blosc"])
-def test_no_chunk_of_a_stranger_harms_the_process(packing: str) -> None:
+@pytest.mark.parametrize("codec", ["pcodec", "blosc"])
+def test_no_untrusted_chunk_harms_the_process(codec: str) -> None:
     rng = random.Random(0)
     values = np.random.default_rng(0).integers(0, 50, 3000).astype(np.uint16)
-    if packing == "blosc":
+    if codec == "blosc":
         sound = blosc.compress(values, b"zstd", 5, blosc.BITSHUFFLE)
     else:
         from pcodec import ChunkConfig, standalone
 
         sound = standalone.simple_compress(values, ChunkConfig())
     out = np.zeros_like(values)
-    codecs.unpack(packing, memoryview(sound), out)
+    codecs.decompress(codec, memoryview(sound), out)
     assert np.array_equal(out, values)
     refused = 0
     for _ in range(2000):
@@ -60,7 +60,7 @@ def test_no_chunk_of_a_stranger_harms_the_process(packing: str) -> None:
             # Headers decide most.
             bad[rng.randrange(rng.choice([16, 40, len(bad)]))] = rng.randrange(256)
         try:
-            codecs.unpack(packing, memoryview(bytes(bad)), out)
+            codecs.decompress(codec, memoryview(bytes(bad)), out)
         except Exception:  # Whatever it is, `segment.decode` makes an IntegrityError of it.
             refused += 1
     assert refused > 200
@@ -80,9 +80,7 @@ def test_no_chunk_of_a_stranger_harms_the_process(packing: str) -> None:
     ],
     ids=["twice", "vocabulary", "sum", "never", "positive", "nan", "short", "counts"],
 )
-def test_draws_that_no_student_made_are_refused(
-    tmp_path: Path, change: dict[str, Any], words: str
-) -> None:
+def test_impossible_draws_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     made = make_rollouts(1, draws=True)
     assert made.draws is not None
     changed = {name: how(made.draws) for name, how in change.items()}
@@ -99,7 +97,7 @@ def test_draws_that_no_student_made_are_refused(
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.25, 1.0001])
-def test_a_reward_that_is_none_is_refused(tmp_path: Path, wrong: float) -> None:
+def test_an_invalid_reward_is_refused(tmp_path: Path, wrong: float) -> None:
     made = make_rollouts(1, reward=True)
     assert made.reward is not None
     bad = made.reward.copy()
@@ -117,7 +115,7 @@ def test_a_reward_that_is_none_is_refused(tmp_path: Path, wrong: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["mc_cnt", "mc_ids", "mc_mult", "mc_lp"])
-def test_a_strangers_draws_are_looked_at_as_a_commit_looks(tmp_path: Path, name: str) -> None:
+def test_untrusted_draws_are_checked(tmp_path: Path, name: str) -> None:
     store = open_store(tmp_path / "s", create=True)
     segment = commit_rollouts(store, 1, draws=True)
     arrays = store.read_arrays(segment)
@@ -129,7 +127,7 @@ def test_a_strangers_draws_are_looked_at_as_a_commit_looks(tmp_path: Path, name:
 
 
 def forged(**arrays: Any) -> dict[str, np.ndarray]:
-    """The arrays of rollouts, some of them another's."""
+    """Return the arrays of rollouts, some of them replaced."""
     made = rollouts.encode(make_rollouts(1), DEFAULT)
     text = {name: np.frombuffer(a, np.uint8) for name, a in arrays.items() if type(a) is bytes}
     return made | arrays | text
@@ -155,18 +153,18 @@ M, T = 2000, 200_000
         ({"prompt_json": b'{"id": "x"}'}, "does not describe 3 prompts"),
         (
             {"prompt_json": b"[" + b",".join([b'{"id": {}, "answer": 7, "extra": []}'] * 3) + b"]"},
-            "that is no text",
+            "is not a string",
         ),
         ({"seq_off": np.asarray([0, 2**63 - 1, -2, 0, 1, 2, 0], np.int64)}, "do not divide"),
         ({"seq_prompt": np.asarray([0, 1, 2, 3, 0, 1], np.uint32)}, "a sequence of prompt 3, of 3"),
     ],
 )
-def test_rollouts_of_a_stranger(arrays: dict[str, Any], words: str) -> None:
+def test_untrusted_rollouts(arrays: dict[str, Any], words: str) -> None:
     with pytest.raises((ValueError, StoreError), match=words):
         checks.check_rollouts(rollouts.decode(forged(**arrays), DEFAULT))
 
 
-def test_an_extent_of_a_stranger() -> None:
+def test_an_untrusted_extent() -> None:
     sound = {name: forged()[name] for name in rollouts.EXTENT}
     counts = {"T": int(sound["prompt_off"][-1]), "P": int(sound["seq_off"][-1])}
     assert len(rollouts.extent(sound, counts).prompt_ids) == 3
@@ -181,7 +179,7 @@ def test_an_extent_of_a_stranger() -> None:
 
 
 def test_rows_longer_than_any_scorers() -> None:
-    """Work grows with the longest row, so it has a bound."""
+    """Refuse them: the work grows with the longest row."""
     cnt = np.asarray([schema.MAX_K + 1, 1], np.uint16)
     flat = np.zeros(schema.MAX_K + 2)
     arrays = {
@@ -203,7 +201,7 @@ def test_one_long_row_does_not_make_the_others_long() -> None:
     values = rng.integers(0, 40, int(cnt.sum())).astype(np.uint16)
     rows = np.split(values, np.cumsum(cnt)[:-1])
     want = [(row[None, :] < row[:, None]).sum(1) for row in rows]
-    assert np.array_equal(ragged.place(values, cnt), np.concatenate(want))
+    assert np.array_equal(ragged.rank_in_row(values, cnt), np.concatenate(want))
 
 
 UNSAID: list[Callable[[Any], Any]] = [
@@ -219,10 +217,10 @@ UNSAID: list[Callable[[Any], Any]] = [
 
 
 @pytest.mark.parametrize("change", UNSAID)
-def test_scores_that_no_model_says_do_not_come_in(
+def test_impossible_scores_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
 ) -> None:
-    """A commit refuses them; so do `unpack` and `verify --deep`, which see them ready-made."""
+    """Refuse them in `unpack` and `verify --deep` as in a commit."""
     store = open_store(tmp_path / "theirs", create=True)
     data = make_rollouts(1, student=False)
     base = commit_rollouts(store, 1)

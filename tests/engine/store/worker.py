@@ -1,4 +1,4 @@
-"""A process that shares a store with others: `python worker.py KIND STORE NUMBER...`.
+"""A worker process that shares a store with others: `python worker.py KIND STORE NUMBER...`.
 
   write STORE WRITER COUNT    commit COUNT units, skipping those in the log, as a resumed job does;
                               print unit_key and seg_id of each after its commit

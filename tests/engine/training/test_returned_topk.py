@@ -37,7 +37,7 @@ from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.inspect import listing, shown
+from logitcask.engine.store.inspect import list_segments, show_sequence
 from logitcask.engine.store.verify import verify
 from logitcask.engine.training.cache_info import facts_of
 from logitcask.engine.training.train import train
@@ -132,7 +132,9 @@ def lost(store: Store, name: str, objective: str) -> tuple[SparseLoss, Tensor]:
 
 
 def test_a_store_of_both_holds_what_each_says(store: Store, sure: bool) -> None:
-    layouts = {(row["name"], row["layout"]) for row in listing(store) if row["kind"] == "score"}
+    layouts = {
+        (row["name"], row["layout"]) for row in list_segments(store) if row["kind"] == "score"
+    }
     assert {("all", "once"), ("told", "once+bounds"), ("whole", "whole+bounds")} <= layouts
     verify(store, deep=True)
     exact, told, whole = (targets_of(store, name) for name in ("all", "told", "whole"))
@@ -162,9 +164,9 @@ def test_a_store_of_both_holds_what_each_says(store: Store, sure: bool) -> None:
 
 def test_an_interval_is_shown_as_one(store: Store) -> None:
     told: dict[str, Any] = {"rollouts": "main", "sequence": 0, "top": 3}
-    for row in shown(store, teacher="whole", **told)["rows"]:
+    for row in show_sequence(store, teacher="whole", **told)["rows"]:
         assert row["teacher_entropy"] <= row["teacher_entropy_hi"]
-    assert "teacher_entropy_hi" not in shown(store, teacher="all", **told)["rows"][0]
+    assert "teacher_entropy_hi" not in show_sequence(store, teacher="all", **told)["rows"][0]
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - NOT_FOR_IT.keys()))

@@ -256,9 +256,9 @@ def test_a_long_unit_keeps_its_claim(store: Store) -> None:
             names = store.storage.names("claims")
             if names != beats[-1:]:
                 beats.extend(names[-1:])
-                other.look()
+                other.refresh()
                 now_s += 0.2
-        other.look()
+        other.refresh()
         assert other.take(unit) is None
         return commit_rollouts(store, seed, unit).counts["P"]
 

@@ -1,4 +1,4 @@
-"""What a store is: format.json, which says so, and the folders beside it."""
+"""The file format.json, which identifies a store, and the folders of a store."""
 
 import uuid
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ FOLDERS = ("log", "bundles", "seg", "seg/rollout", "seg/score", STAGING)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """Which store this is."""
+    """The identity of a store."""
 
     store_uuid: str
     sha256: str
-    """Of format.json; what the first log record follows."""
+    """Of format.json; `prev` of the first log record."""
 
 
 def now() -> str:
-    """UTC, ISO 8601, to the second."""
+    """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read(storage: Storage) -> Identity | None:
-    """The store that a medium holds, None where there is none.
+    """Return the identity of the store in `storage`, None where there is none.
 
     Raises StoreError for another or a newer format, IntegrityError for a damaged format.json.
     """
@@ -44,14 +44,13 @@ def read(storage: Storage) -> Identity | None:
         raise IntegrityError(f"{where}: names no format", hint=_RESTORE)
     if body["format"] != schema.FORMAT:
         raise StoreError(
-            f"{where}: format {body['format']!r}, not {schema.FORMAT!r}",
-            hint="check the path",
+            f"{where}: format {body['format']!r}, not {schema.FORMAT!r}", hint="check the path"
         )
     number = body.get("version")
     if type(number) is not int or number > schema.FORMAT_VERSION:
         raise StoreError(
-            f"{where}: format version {number!r}, newest known here: {schema.FORMAT_VERSION}",
-            hint="upgrade logitcask: the store was made by a newer one",
+            f"{where}: format version {number!r}, this program reads up to {schema.FORMAT_VERSION}",
+            hint="upgrade logitcask: the store was made by a newer version",
         )
     if not isinstance(body.get("store_uuid"), str):
         raise IntegrityError(f"{where}: no store_uuid", hint=_RESTORE)
@@ -59,12 +58,12 @@ def read(storage: Storage) -> Identity | None:
 
 
 def create(storage: Storage) -> Identity:
-    """Makes the folders, then format.json; two creators at once get one store.
+    """Create the folders, then format.json; two concurrent creators get one store.
 
-    Raises StoreError where other things are in the way, or where two writers could both win.
+    Raises StoreError where other files are in the way, or where two writers could both win.
     """
     storage.prepare(FOLDERS, _NAME)
-    _probe(storage)
+    _check_exclusive_create(storage)
     body = {
         "format": schema.FORMAT,
         "version": schema.FORMAT_VERSION,
@@ -75,13 +74,14 @@ def create(storage: Storage) -> Identity:
     identity = read(storage)
     if identity is None:
         raise StoreError(
-            f"{storage.where(_NAME)}: gone as soon as written", hint="check who deletes there"
+            f"{storage.where(_NAME)} was removed after it was written",
+            hint="check which process deletes files there",
         )
     return identity
 
 
-def _probe(storage: Storage) -> None:
-    """Commits rest on one promise: a name that is taken is refused."""
+def _check_exclusive_create(storage: Storage) -> None:
+    """Raise StoreError where an existing name is overwritten: commits rely on its refusal."""
     name = f"{STAGING}/probe-{uuid.uuid4().hex}"
     storage.create(name, b"first")
     second = storage.create(name, b"second")
