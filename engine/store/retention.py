@@ -170,27 +170,27 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     """
     now = time.time()
     born_before = now - lease_hours * 3600
-    since = datetime.fromtimestamp(now, UTC) - timedelta(days=min(keep_days, _FOR_EVER_DAYS))
+    days = timedelta(days=min(keep_days, _FOR_EVER_DAYS))
+    since = (datetime.fromtimestamp(now, UTC) - days).isoformat(timespec="seconds")
+
+    def is_removed(content: Content) -> bool:
+        return content[2] < store.log.generation(*content[:2])
 
     def unreached() -> list[Content]:
         """Return the folders of segments that no kept snapshot of the newest log has."""
-        log = store.log
-        kept = _reached(store, since.isoformat(timespec="seconds"))
-        named = {each.folder for each in log.present()}
+        kept = _reached(store, since)
+        named = {each.folder for each in store.log.present()}
         return [
             content
             for content in _folders(store)
             if folder_of(*content) not in kept
-            and content[2] <= log.generation(*content[:2])
+            and content[2] <= store.log.generation(*content[:2])
             and (
                 folder_of(*content) in named
-                or content[2] < log.generation(*content[:2])
+                or is_removed(content)
                 or store.storage.touched_s(folder_of(*content)) < born_before
             )
         ]
-
-    def is_removed(content: Content) -> bool:
-        return content[2] < store.log.generation(*content[:2])
 
     def build_record() -> dict[str, Any] | None:
         fresh = [each for each in unreached() if not is_removed(each)][:_MAX_REMOVALS]
@@ -209,7 +209,7 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     if not dry_run:
         for name in [*(folder_of(*content) for content in going), *left]:
             store.storage.remove(name)
-    kept = _reached(store, since.isoformat(timespec="seconds"))
+    kept = _reached(store, since)
     return GCReport(
         segments=len(going),
         bytes=size,

@@ -180,9 +180,7 @@ def test_an_open_store_finds_that_its_log_shrank(cask: Path) -> None:
     store = open_store(cask)
     store.head()
     (cask / "log/0000000001.json").unlink()
-    with pytest.raises(
-        IntegrityError, match=r"0000000001\.json: this published log record"
-    ):
+    with pytest.raises(IntegrityError, match=r"0000000001\.json: this published log record"):
         store.head()
 
 

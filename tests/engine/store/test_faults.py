@@ -12,12 +12,11 @@ import pytest
 
 import logitcask.engine.store.storage.local as files
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store import Store, commit, open_store
-from logitcask.engine.store.format import segment as segments
+from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.retention import delete, gc
 from logitcask.engine.store.verify import verify
 from tests.engine.store.faulty import CRASHES, Crash, FaultyOS
-from tests.engine.store.made import commit_rollouts, key
+from tests.engine.store.made import commit_rollouts, encode_once, key
 
 ERRNOS = (
     errno.ENOSPC,
@@ -38,18 +37,7 @@ WAYS_OUT = {
 
 @pytest.fixture(autouse=True)
 def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encode each unit once and skip the check: codecs are not under test."""
-    real, memo = segments.encode, {}
-
-    def encode(arrays: Any, **options: Any) -> dict[str, bytes]:
-        # Rollouts of one seed differ from those of another; nothing else does here.
-        tokens = arrays["tokens"].tobytes()
-        if tokens not in memo:
-            memo[tokens] = real(arrays, **options)
-        return memo[tokens]
-
-    monkeypatch.setattr(commit.segments, "encode", encode)
-    monkeypatch.setattr(commit.segments, "check_decodes", lambda *_, **__: None)
+    encode_once(monkeypatch)
 
 
 def made(path: Path) -> Store:

@@ -16,14 +16,14 @@ from hypothesis.stateful import (
 from obstore.store import MemoryStore
 
 from logitcask.engine.errors import ConfigError, StoreError
-from logitcask.engine.store import Store, commit
+from logitcask.engine.store import Store
 from logitcask.engine.store.format import segment as segments
 from logitcask.engine.store.merge import merge
 from logitcask.engine.store.retention import delete, gc, tag, untag
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
-from tests.engine.store.made import commit_rollouts, commit_scores, key
+from tests.engine.store.made import commit_rollouts, commit_scores, encode_once, key
 
 SEEDS = st.integers(0, 5)
 NAMES = st.sampled_from(["a", "b"])
@@ -165,17 +165,7 @@ def shown(store: Store) -> set[str]:
 
 @pytest.mark.timeout(3600)
 def test_any_sequence(monkeypatch: pytest.MonkeyPatch, counts: Any) -> None:
-    """Encode each unit once and skip the check: codecs are not under test."""
-    real, memo = segments.encode, {}
-
-    def encode(arrays: Any, **options: Any) -> dict[str, bytes]:
-        name = (options["layout"], options["attributes"]["base"], *map(bytes, arrays.values()))
-        if name not in memo:
-            memo[name] = real(arrays, **options)
-        return memo[name]
-
-    monkeypatch.setattr(commit.segments, "encode", encode)
-    monkeypatch.setattr(commit.segments, "check_decodes", lambda *_, **__: None)
+    encode_once(monkeypatch)
     run_state_machine_as_test(
         Machine,
         settings=settings(
