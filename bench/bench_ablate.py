@@ -1,10 +1,10 @@
-"""Six objectives by three seeds of training from the store of one demo: what separates, what not.
+"""Six objectives by three seeds of training from the store of one demo.
 
 Run: .venv/bin/python bench/bench_ablate.py [SEEDS]      (default: 3; ten seconds a training)
 
-The demo, its store and the runs are below build/bench_ablate, so a bench that was stopped goes on.
-Evaluation is greedy on the demo's own test problems, as the accuracies of the demo's models are.
-One row is appended to bench/results/ablate.jsonl at the end.
+The demo, its store and the runs are below build/bench_ablate, so a stopped run continues. The
+evaluation is greedy on the demo's own test problems, like the accuracies of the demo's models. One
+row is appended to bench/results/ablate.jsonl at the end.
 """
 
 import json
@@ -24,8 +24,8 @@ from logitcask.engine.demo.task import Task, write_prompts
 OBJECTIVES = ["overlap", "opd", "opd_released", "forward_kl", "gkd", "sampled_token"]
 PACKAGES = ["torch", "transformers", "zarr", "pcodec"]
 SEED = 0
-"""Of the demo: all trainings start from one student and one store."""
-JOB = """\
+"""Seed of the demo: all trainings start from one student and one store."""
+CONFIG = """\
 [student]
 model = "{demo}/student"
 
@@ -55,40 +55,45 @@ max_new_tokens = {new_tokens}
 device = "cpu"
 dtype = "float32"
 """
-"""The demo's own training, evaluated."""
+"""The demo's own training, with evaluation."""
 
 
-def main(seeds: int) -> None:
+def main(arguments: list[str]) -> None:
+    """Train all objectives and append the row."""
+    parser = results.option_parser(__doc__, "ablate")
+    parser.add_argument("seeds", nargs="?", type=int, default=3, help="[default: 3]")
+    parsed = parser.parse_args(arguments)
+    seeds = parsed.seeds
     folder = ROOT / "build" / "bench_ablate" / results.code_commit()
     folder.mkdir(parents=True, exist_ok=True)
     demo = folder / "demo"
     logitcask("demo", "--fast", "--seed", str(SEED), "--out", str(demo))
     teacher = json.loads((demo / "demo.json").read_text())["accuracy"]["teacher"]
-    made = job(folder, demo)
+    config = write_config(folder, demo)
     options = ["--vary", f"objective={','.join(OBJECTIVES)}", "--seeds", str(seeds)]
     options += ["--eval-teacher-accuracy", str(teacher)]
     start = time.perf_counter()
-    report = logitcask("ablate", str(made), *options, "--out", str(folder / "runs"))
+    report = logitcask("ablate", str(config), *options, "--out", str(folder / "runs"))
     row = {
         "bench": "ablate",
-        "command": " ".join(["logitcask", "ablate", made.name, *options]),
+        "command": " ".join(["logitcask", "ablate", config.name, *options]),
         "wall_s": round(time.perf_counter() - start, 1),
         "teacher": teacher,
         **{name: report[name] for name in report if name != "out"},
-        **results.circumstances(*PACKAGES),
+        **results.environment(*PACKAGES),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
-    results.append("ablate", row)
+    results.append(parsed.out, row)
     print((folder / "runs" / "ablate.md").read_text())
 
 
-def job(folder: Path, demo: Path) -> Path:
-    """The training's file, and the problems that it is examined on."""
+def write_config(folder: Path, demo: Path) -> Path:
+    """Write the training's configuration and its evaluation problems."""
     task, file = Task(FAST.digits), folder / "evaluation.jsonl"
     write_prompts(file, task.draw("evaluation", FAST.evaluation, SEED))
-    made = folder / "train.toml"
-    made.write_text(
-        JOB.format(
+    config = folder / "train.toml"
+    config.write_text(
+        CONFIG.format(
             demo=demo,
             prompts=file,
             tokens=FAST.pack_length,
@@ -96,18 +101,18 @@ def job(folder: Path, demo: Path) -> Path:
             new_tokens=task.max_new_tokens,
         )
     )
-    return made
+    return config
 
 
 def logitcask(*arguments: str) -> dict[str, Any]:
-    """What the command says as a process of its own."""
+    """Return the JSON result of a command."""
     program = str(Path(sys.executable).with_name("logitcask"))
-    answer = subprocess.run(
+    done = subprocess.run(
         [program, *arguments, "--format", "json"], check=True, stdout=subprocess.PIPE
     )
-    found: dict[str, Any] = json.loads(answer.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main(sys.argv[1:])

@@ -1,10 +1,10 @@
-"""How much of the gap the demo closes, over seeds and objectives, and what a second run costs.
+"""The demo's gap recovery over seeds and objectives, and the time of a second run.
 
 Run: .venv/bin/python bench/bench_demo.py [SEED ...]      (default: 0 1 2; about 8 minutes a seed)
 
-Every seed has a folder of its own below build/bench_demo, so the objectives of a seed share one
-store, and a bench that was stopped goes on. A row is appended to bench/results/demo.jsonl as soon
-as it is there; rows of the same code (the newest commit that touches it) are not made again.
+Each seed has a folder below build/bench_demo, so the objectives of a seed share one store, and a
+stopped run continues. Each run appends its row to bench/results/demo.jsonl at once; a row of the
+same code (the newest commit that touches it) is not made again.
 """
 
 import json
@@ -22,31 +22,34 @@ from results import ROOT
 OBJECTIVES = ["overlap", "opd", "teacher_topk", "forward_kl"]
 PACKAGES = ["torch", "transformers", "zarr", "pcodec"]
 MEDIAN_AIM, LEAST_AIM, FASTER_AIM = 0.75, 0.65, 2.0
-"""Of the gap recovery over seeds, and of a run from a store against one that has to fill it."""
+"""Aims of the gap recovery over seeds, and of the speedup of a run from a filled store."""
 
 
-def main(seeds: list[int]) -> None:
-    commit = results.code_commit()
+def main(arguments: list[str]) -> None:
+    """Run the missing demos, and print a summary."""
+    parser = results.option_parser(__doc__, "demo")
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2], help="[default: 0 1 2]")
+    options = parser.parse_args(arguments)
+    seeds, commit = options.seeds, results.code_commit()
     for seed in seeds:
         for objective in OBJECTIVES:
             if not any(
                 (row["seed"], row["objective"], row["commit"]) == (seed, objective, commit)
-                for row in results.read("demo")
+                for row in results.read(options.out)
             ):
-                results.append("demo", measured(seed, objective, commit))
-    spread(
-        [row for row in results.read("demo") if row["commit"] == commit and row["seed"] in seeds]
-    )
+                results.append(options.out, run_demo(seed, objective, commit))
+    rows = [row for row in results.read(options.out) if row["commit"] == commit]
+    print_summary([row for row in rows if row["seed"] in seeds])
 
 
-def measured(seed: int, objective: str, commit: str) -> dict[str, Any]:
-    """One run of `logitcask demo` as a process of its own."""
+def run_demo(seed: int, objective: str, commit: str) -> dict[str, Any]:
+    """Run `logitcask demo`; return its row."""
     out = ROOT / "build" / "bench_demo" / f"{commit}-seed{seed}"
     logitcask = str(Path(sys.executable).with_name("logitcask"))
     options = ["--objective", objective, "--seed", str(seed), "--format", "json"]
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    answer = subprocess.run(
+    done = subprocess.run(
         [logitcask, "demo", "--out", str(out), *options], check=True, stdout=subprocess.PIPE
     )
     return {
@@ -55,14 +58,14 @@ def measured(seed: int, objective: str, commit: str) -> dict[str, Any]:
         "seed": seed,
         "objective": objective,
         "wall_s": round(time.perf_counter() - start, 1),
-        **json.loads(answer.stdout),
-        **results.circumstances(*PACKAGES),
+        **json.loads(done.stdout),
+        **results.environment(*PACKAGES),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
     }
 
 
-def spread(made: list[dict[str, Any]]) -> None:
-    """Gap recovery of every objective over the seeds, and how much a filled store saves."""
+def print_summary(made: list[dict[str, Any]]) -> None:
+    """Print the gap recovery of every objective, and the speedup of a filled store."""
     for objective in OBJECTIVES:
         gaps = sorted(row["gap_recovery"] for row in made if row["objective"] == objective)
         middle = statistics.median(gaps)
@@ -84,4 +87,4 @@ def spread(made: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(text) for text in sys.argv[1:]] or [0, 1, 2])
+    main(sys.argv[1:])

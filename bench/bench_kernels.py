@@ -1,4 +1,4 @@
-"""The kernels: time, memory and error of losses on a vocabulary, beside what others do.
+"""The kernels: time, memory and error of losses on a vocabulary, compared with other projects.
 
 Run: .venv/bin/python bench/bench_kernels.py      (or logitcask bench kernels; --help lists options)
 
@@ -9,10 +9,10 @@ Run: .venv/bin/python bench/bench_kernels.py      (or logitcask bench kernels; -
 
 Without options on a CPU about five minutes on two cores: few rows, Qwen3's vocabulary, float32; on
 a GPU the shapes of the preset in bfloat16. On a CPU plain torch with a dense head gets 1024 rows at
-a time, which keeps it under 16 GB. A row a provider and shape goes to bench/results/kernels.jsonl
-(or --out); one that did not run has a row that says why. What each computes stands in its row, for
-not every comparison is fair. Then the bars, met or MISSED. bench/README.md says how to read it.
-Exit code 1: one of ours failed.
+a time, which keeps it under 16 GB. Each provider and shape appends a row to --out, which names the
+results that it computes, for not every comparison is fair; one that did not run has a row with the
+reason. Then the bars, met or MISSED. bench/README.md explains how to read them. Exit code 1: one of
+ours failed.
 """
 
 import argparse
@@ -20,103 +20,93 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import results
 import torch
 from kernel_bars import bars
 from kernel_calls import Call, has_oracle, plain_gradients
 from kernel_limits import limit_ms
-from kernel_machine import Row, about, digits, failure, machine, name_of, short
+from kernel_machine import about, digits, failure, machine, name_of, short
 from kernel_peers import PEERS
 from kernel_providers import PROVIDERS, Provider
 from kernel_shapes import PRESETS, SECTIONS, Case, Shape, make_case, shapes
 from kernel_timing import Timing, Warm, interleaved, measured_rates, warm_up
+from results import Row
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECK_ROWS = 64
-"""Rows on which gradients are held against float64."""
-EVERYONE = sorted({p.name for p in (*PROVIDERS, *PEERS)})
+"""Rows on which gradients are compared with float64."""
+NAMES = sorted({p.name for p in (*PROVIDERS, *PEERS)})
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="bench_kernels.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument(
+def option_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = results.option_parser(__doc__, "kernels")
+    option = parser.add_argument
+    option(
         "--shape",
         action="append",
         type=_shape,
         metavar="T,V,H,K,k",
-        help="Rows, vocabulary, hidden size, teacher's ids, live ids; repeatable. Instead of the "
+        help="Rows, vocabulary, hidden size, teacher's ids, live ids; repeatable. Replaces the "
         "preset's shapes.",
     )
-    made.add_argument(
+    option(
         "--preset",
         choices=list(PRESETS),
         default="qwen3",
-        help="Model family whose vocabulary and hidden sizes are taken. [default: qwen3]",
+        help="Model family with this vocabulary and these hidden sizes. [default: qwen3]",
     )
-    made.add_argument(
+    option(
         "--section",
         action="append",
         choices=SECTIONS,
-        help="What is measured; repeatable. [default: all]",
+        help="Section to measure; repeatable. [default: all]",
     )
-    made.add_argument(
+    option(
         "--providers",
         type=lambda text: text.split(","),
         metavar="NAME,NAME",
-        help="Who is measured; a wrong name lists all. [default: all that can run]",
+        help="Providers to measure; a wrong name lists all. [default: all that can run]",
     )
-    made.add_argument(
-        "--device", choices=["cpu", "cuda"], help="[default: cuda where there is one]"
-    )
-    made.add_argument(
+    option("--device", choices=["cpu", "cuda"], help="[default: cuda if there is one]")
+    option(
         "--dtype",
         choices=list(DTYPES),
         help="[default: float32 on a CPU, bfloat16 on a GPU]",
     )
-    made.add_argument("--quick", action="store_true", help="Fewer shapes, and fewer rows on a CPU.")
-    made.add_argument(
+    option("--quick", action="store_true", help="Fewer shapes, and fewer rows on a CPU.")
+    option(
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="Start nothing more after so many seconds, and say what was left out. [default: none]",
+        help="Start nothing after so many seconds, and list the rest as left out. [default: none]",
     )
-    made.add_argument(
-        "--out",
-        type=Path,
-        default=results.RESULTS / "kernels.jsonl",
-        metavar="FILE",
-        help="Rows are added to it. [default: bench/results/kernels.jsonl]",
-    )
-    return made
+    return parser
 
 
 def _shape(text: str) -> Shape:
     try:
-        return Shape.read(text)
+        return Shape.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(arguments: list[str]) -> int:
-    reader = parser()
-    asked = reader.parse_args(arguments)
-    for name in asked.providers or []:
-        if name not in EVERYONE:
-            reader.error(f"--providers: no {name!r}; there are {', '.join(EVERYONE)}")
-    device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Run the benchmark; return the exit code."""
+    parser = option_parser()
+    options = parser.parse_args(arguments)
+    for name in options.providers or []:
+        if name not in NAMES:
+            parser.error(f"--providers: no {name!r}; there are {', '.join(NAMES)}")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        reader.error("--device cuda: torch sees no GPU here; take --device cpu")
-    dtype = DTYPES[asked.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    ends = None if asked.budget is None else time.monotonic() + asked.budget
-    run = Run(device, dtype, asked, ends)
-    for section, shape in plan(asked, device.type):
+        parser.error("--device cuda: torch finds no GPU here; use --device cpu")
+    dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    ends = None if options.budget is None else time.monotonic() + options.budget
+    run = Run(device, dtype, options, ends)
+    for section, shape in planned(options, device.type):
         run.measure(section, shape)
     print()
     for bar in bars(run.rows, device.type):
@@ -124,20 +114,20 @@ def main(arguments: list[str]) -> int:
     return 1 if run.ours_failed else 0
 
 
-def plan(asked: argparse.Namespace, device: str) -> Iterator[tuple[str, Shape]]:
-    """The first shape of every section, then the second of each: a budget cuts off the rest."""
+def planned(options: argparse.Namespace, device: str) -> Iterator[tuple[str, Shape]]:
+    """Yield the first shape of every section, then the second: a budget cuts off the rest."""
     listed = {
-        section: asked.shape or shapes(asked.preset, section, device, asked.quick)
-        for section in asked.section or SECTIONS
+        section: options.shape or shapes(options.preset, section, device, options.quick)
+        for section in options.section or SECTIONS
     }
     for i in range(max(map(len, listed.values()))):
-        yield from ((section, of[i]) for section, of in listed.items() if i < len(of))
+        yield from ((section, each[i]) for section, each in listed.items() if i < len(each))
 
 
-def command(asked: argparse.Namespace) -> str:
-    """What makes the same rows again; where they go is nobody else's business."""
+def command_line(options: argparse.Namespace) -> str:
+    """Return the command that repeats the run, without its file and budget."""
     words = ["python bench/bench_kernels.py"]
-    for name, value in vars(asked).items():
+    for name, value in vars(options).items():
         if name in ("out", "budget") or value in (None, False):
             continue
         if name == "shape":
@@ -150,32 +140,32 @@ def command(asked: argparse.Namespace) -> str:
 
 
 class Run:
-    """One run on one device: its rates, its budget, and the rows so far."""
+    """One run on one device: its rates, its budget, and its rows."""
 
     def __init__(
         self,
         device: torch.device,
         dtype: torch.dtype,
-        asked: argparse.Namespace,
+        options: argparse.Namespace,
         ends: float | None,
     ) -> None:
-        self.device, self.dtype, self.asked, self.ends = device, dtype, asked, ends
+        self.device, self.dtype, self.options, self.ends = device, dtype, options, ends
         self.rows: list[Row] = []
         self.errors: dict[tuple[object, ...], float] = {}
         self.ours_failed = False
-        self.rates = measured_rates(device, dtype, asked.quick)
+        self.rates = measured_rates(device, dtype, options.quick)
         self.common = about(device, self.rates) | {
             "dtype": name_of(dtype),
-            "command": command(asked),
+            "command": command_line(options),
         }
         copy, product = self.common["copy_gb_s"], self.common["gemm_tflop_s"]
         print(f"{machine(self.common)}: copy {copy:.4g} GB/s, product {product:.4g} TFLOP/s")
 
     def measure(self, section: str, shape: Shape) -> None:
-        """All providers of a section at a shape: errors, memory, interleaved times, rows."""
+        """Measure all providers of a section at a shape: errors, memory and interleaved times."""
         print(f"\n== {section}  {shape}  {name_of(self.dtype)}", flush=True)
         picked = [p for p in (*PROVIDERS, *PEERS) if p.section == section]
-        names = self.asked.providers
+        names = self.options.providers
         picked = [p for p in picked if not names or p.name in names]
         status = {
             p.name: p.missing(self.device, shape.T, bool(names)) or self._spent() for p in picked
@@ -183,10 +173,10 @@ class Run:
         able = [p for p in picked if status[p.name] is None]
         if not able:
             for each in picked:
-                self._tell(each, shape, {"status": status[each.name]})
+                self._record(each, shape, {"status": status[each.name]})
             return
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # of other sizes than those to come
+            torch.cuda.empty_cache()  # blocks of the previous sizes
         case = make_case(section, shape, self.dtype, self.device)
         self._check(case, able, status)
         works: dict[str, Call] = {}
@@ -200,18 +190,18 @@ class Run:
                     works[each.name] = work
                 except Exception as error:
                     status[each.name] = failure(error)
-        times = interleaved(works, warm, self.device, quick=self.asked.quick)
+        times = interleaved(works, warm, self.device, quick=self.options.quick)
         for each in picked:
             found = times.get(each.name)
             row: Row = {"status": status[each.name] or "ok"}
             if isinstance(found, Exception):
                 row["status"] = failure(found)
             elif found is not None:
-                row |= found.as_row() | self._beside(each, shape, found, warm[each.name])
-            self._tell(each, shape, row)
+                row |= found.as_row() | self._measured(each, shape, found, warm[each.name])
+            self._record(each, shape, row)
 
-    def _beside(self, each: Provider, shape: Shape, found: Timing, warm: Warm) -> Row:
-        """What a row says beside its times."""
+    def _measured(self, each: Provider, shape: Shape, found: Timing, warm: Warm) -> Row:
+        """Return the numbers of a row besides its times."""
         limit = limit_ms(each.task, shape, self.dtype.itemsize, self.rates)
         return {
             "peak_bytes": warm.peak_bytes,
@@ -221,33 +211,35 @@ class Run:
         }
 
     def _check(self, case: Case, able: list[Provider], status: dict[str, str | None]) -> None:
-        """Notes the error of all that compute a loss of ours: their gradients on the first rows
-        against float64, the largest difference over the largest entry. Once for each V, H, K, k."""
+        """Store the gradient error on the first rows of all that compute a loss of ours.
+
+        Once for each V, H, K, k.
+        """
         few = case.first(CHECK_ROWS)
         exact: dict[tuple[str, bool], tuple[Tensor, ...]] = {}
         for each in able:
-            known = _error_key(each, case.shape) in self.errors
-            if each.loss is None or not has_oracle(each.loss, case) or known or self._spent():
+            is_done = _error_key(each, case.shape) in self.errors
+            if each.loss is None or not has_oracle(each.loss, case) or is_done or self._spent():
                 continue
             key = (each.loss, each.student_ids)
             if key not in exact:
-                told = dataclasses.replace(few, teacher=each.teacher(few))
-                exact[key] = plain_gradients(each.loss, told, exact=True)[1:]
+                supported = dataclasses.replace(few, teacher=each.teacher(few))
+                exact[key] = plain_gradients(each.loss, supported, exact=True)[1:]
             try:
                 gradients = each.make(few)()[1:]
-            except Exception as error:  # it stands in the row
+            except Exception as error:  # its row has it
                 status[each.name] = failure(error)
                 continue
             pairs = zip(gradients, exact[key], strict=False)  # a frozen head has none
-            worst = max(relative_error(got, want) for got, want in pairs)
+            worst = max(relative_error(got, expected) for got, expected in pairs)
             self.errors[_error_key(each, case.shape)] = float(f"{worst:.3g}")
 
     def _spent(self) -> str | None:
         if self.ends is None or time.monotonic() < self.ends:
             return None
-        return f"left out: the budget of {self.asked.budget:g} s was spent"
+        return f"left out: the budget of {self.options.budget:g} s was spent"
 
-    def _tell(self, each: Provider, shape: Shape, row: Row) -> None:
+    def _record(self, each: Provider, shape: Shape, row: Row) -> None:
         full = {
             "bench": "kernels",
             "section": each.section,
@@ -260,7 +252,7 @@ class Run:
             **self.common,
         }
         self.rows.append(full)
-        results.write(self.asked.out, full)
+        results.append(self.options.out, full)
         self.ours_failed |= each.ours and row["status"].startswith(("failed", "out of memory"))
         print(line(full), flush=True)
 
@@ -269,14 +261,15 @@ def _error_key(each: Provider, shape: Shape) -> tuple[object, ...]:
     return each.section, each.name, shape.V, shape.H, shape.K, shape.k
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Largest difference over the largest entry; NaN counts as infinite."""
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference over the largest entry; infinity for NaN."""
     got = (got.to_dense() if got.is_sparse else got).double()
-    error = (got - want).abs().max().item() / want.abs().max().item()
+    error = (got - expected).abs().max().item() / expected.abs().max().item()
     return error if error == error else float("inf")
 
 
 def line(row: Row) -> str:
+    """Return a row as a line of the output."""
     if row["status"] != "ok":
         return f"{row['provider']:<20} {row['status']}"
     peak, error = row["peak_bytes"], row["gradient_error"]

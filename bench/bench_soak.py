@@ -1,12 +1,10 @@
-"""The tests of the store and its workers with the long counts: what was done, how often, and how
-long it took.
+"""The tests of the store and its workers with long counts: operations, and the time for them.
 
-Run: make soak      (or .venv/bin/python bench/bench_soak.py [pytest argument ...])
+Run: make soak      (or .venv/bin/python bench/bench_soak.py [--out FILE] [TEST ...])
 
-A row with every count is appended to bench/results/soak.jsonl when all have passed.
+A row with every count is appended to bench/results/soak.jsonl if all tests have passed.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -22,15 +20,18 @@ TESTS = ["tests/engine/store", "tests/engine/workers/test_worker.py"]
 
 
 def main(arguments: list[str]) -> int:
+    """Run the tests; return pytest's exit code."""
+    parser = results.option_parser(__doc__, "soak")
+    parser.add_argument("tests", nargs="*", default=TESTS, metavar="TEST", help="[default: all]")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "counts.jsonl"
+        counts_file = Path(folder) / "counts.jsonl"
         start = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q"]
-        tests = arguments or TESTS
         done = subprocess.run(
-            [*command, *tests],
+            [*command, *options.tests],
             cwd=ROOT,
-            env={**os.environ, "LOGITCASK_SOAK": str(told)},
+            env={**os.environ, "LOGITCASK_SOAK": str(counts_file)},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -38,19 +39,18 @@ def main(arguments: list[str]) -> int:
         if done.returncode:
             return done.returncode
         counts: dict[str, list[int]] = {}
-        for line in told.read_text().splitlines():
-            row = json.loads(line)
+        for row in results.read(counts_file):
             counts.setdefault(row["test"].split("::")[-1], []).append(row["count"])
     passed = re.search(r"(\d+) passed", done.stdout)
     results.append(
-        "soak",
+        options.out,
         {
             "bench": "soak",
             "command": "make soak",
             "passed": int(passed[1]) if passed else 0,
             "seconds": round(time.monotonic() - start),
             "counts": {test: sorted(each) for test, each in sorted(counts.items())},
-            **results.circumstances("zarr", "numcodecs", "pcodec", "obstore", "numpy"),
+            **results.environment("zarr", "numcodecs", "pcodec", "obstore", "numpy"),
         },
     )
     return 0

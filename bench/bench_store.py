@@ -1,14 +1,14 @@
-"""The store: bytes, rates, latency, and what a loss on what is stored misses; beside its peers.
+"""The store and its peers: bytes, rates, latency, and the KL that a loss on stored scores misses.
 
 Run: .venv/bin/python bench/bench_store.py [SECTION ...]      (default: all, some 30 minutes)
 
   sizes      bytes a position of made-up rows, and the error of stored values, per profile
-  pair       a student and a teacher that were really trained: entries once, or both lists
+  pair       a trained student and teacher: each entry once, or both lists
   frontier   bytes against KL missed: profiles, top-p, k-min, k-max, and peers' fixed rows
   rates      sealing, and decoding whole segments, against parquet and raw arrays
   random     single sequences from a decoded cache, against the same
   commits    four processes, 200 commits each, on this disk and on an S3 server on loopback
-  wait       the share of the demo's training in which it waits for rows
+  wait       the share of data wait in the demo's training
   open       reading the log of a store of many commits
 
 A section appends its row to bench/results/store.jsonl; `python bench/report.py` makes the tables
@@ -39,8 +39,14 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def main(names: list[str]) -> None:
-    for name in names or list(SECTIONS):
+def main(arguments: list[str]) -> None:
+    """Measure sections and append their rows."""
+    parser = results.option_parser(__doc__, "store")
+    parser.add_argument("section", nargs="*", help=f"One of {', '.join(SECTIONS)}.")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.section) - SECTIONS.keys():
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    for name in options.section or list(SECTIONS):
         print(f"\n== {name}", flush=True)
         start = time.monotonic()
         row = SECTIONS[name]()
@@ -48,14 +54,14 @@ def main(names: list[str]) -> None:
             print(f"{'met ' if bar['met'] else 'MISSED'}  {bar['bar']}: {bar['value']:.4g}")
         packages = ("zarr", "numcodecs", "pcodec", "numpy", "pyarrow", "obstore")
         results.append(
-            "store",
+            options.out,
             {
                 "bench": "store",
                 "section": name,
                 "command": f"python bench/bench_store.py {name}",
                 "seconds": round(time.monotonic() - start),
                 **row,
-                **results.circumstances(*packages),
+                **results.environment(*packages),
             },
         )
 

@@ -1,10 +1,9 @@
-"""A served teacher: our scoring path beside TRL's on one real server, bytes of a log-prob, and how
-far requests in flight hide a server's delay.
+"""A served teacher: our scoring path and TRL's, bytes of a log-prob, and concurrent requests.
 
-    python bench/bench_teachers.py .venv-vllm/bin/python
+Run: .venv/bin/python bench/bench_teachers.py [PYTHON]      (default: .venv-vllm/bin/python)
 
-The argument is a Python with vLLM (`make test-vllm` makes one): it serves a small random model on
-this machine's CPU. Positions per second are medians of interleaved rounds. Rows go to
+PYTHON has vLLM (`make test-vllm` installs it) and serves a small random model on this machine's
+CPU. Positions per second are medians of interleaved rounds. A row is appended to
 bench/results/teachers.jsonl.
 """
 
@@ -40,13 +39,13 @@ from tests.vllm.shim import ENVIRONMENT, with_shim
 VOCAB, K, ROUNDS = 4096, 64, 5
 SEQUENCES, TOKENS = 32, 256
 TRL_THREADS, TRL_BATCH = 4, 8
-"""As TRL 1.16's client: id lists in batches, four threads."""
+"""Settings of TRL 1.16's client: id lists in batches, four threads."""
 DELAY_S, AT_ONCE, ANSWERS = 0.2, 32, 96
 PACKAGES = ("torch", "transformers", "aiohttp")
 
 
 def save_model(folder: Path) -> None:
-    """A small Qwen3 and a tokenizer of as many words."""
+    """Save a small Qwen3 and a tokenizer of as many words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -72,7 +71,7 @@ def save_model(folder: Path) -> None:
 
 @contextmanager
 def serving(python: str, folder: Path, environment: dict[str, str]) -> Iterator[str]:
-    """The URL of a vLLM server of the model in `folder`."""
+    """Yield the URL of a vLLM server of the model in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -97,6 +96,7 @@ def serving(python: str, folder: Path, environment: dict[str, str]) -> Iterator[
 
 
 def healthy(url: str) -> bool:
+    """Return whether the server answers."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)
@@ -105,20 +105,22 @@ def healthy(url: str) -> bool:
 
 
 def trl_path(url: str, rollouts: Rollouts) -> int:
-    """What TRL's client does for a teacher's top k: dicts of /v1/completions, sorted by rank, cut
-    and padded to K. Returns bytes of answers."""
+    """Fetch a teacher's top-k like TRL's client; return the bytes of the responses.
+
+    It takes the dicts of /v1/completions, sorted by rank and cut to K.
+    """
     tokens = rollouts.tokens.reshape(len(rollouts.finish), -1).tolist()
     ids = [[*p.token_ids, *t] for p, t in zip(rollouts.prompts, tokens, strict=True)]
 
     def batch(start: int) -> int:
         part = ids[start : start + TRL_BATCH]
         body = {"model": "teacher", "prompt": part, "max_tokens": 1, "temperature": 1.0}
-        asked = urllib.request.Request(
+        request = urllib.request.Request(
             f"{url}/v1/completions",
             json.dumps(body | {"prompt_logprobs": K}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(asked, timeout=600) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             data = answer.read()
         for choice in json.loads(data)["choices"]:
             for entries in choice["prompt_logprobs"][1:]:
@@ -131,13 +133,14 @@ def trl_path(url: str, rollouts: Rollouts) -> int:
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the seconds and the result of a call."""
     start = time.perf_counter()
     value = call()
     return time.perf_counter() - start, value
 
 
 def rates(python: str, folder: Path) -> dict[str, Any]:
-    """Positions per second and bytes a candidate of both paths, on one server in turns."""
+    """Measure positions per second and bytes a candidate of both paths, on one server in turns."""
     rollouts = probe_rollouts(VOCAB, SEQUENCES, TOKENS - 1)
     request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=K, k_max=K, at_student=False)
     took: dict[str, list[float]] = {"ours": [], "trl": []}
@@ -163,8 +166,8 @@ def rates(python: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def chosen(python: str, folder: Path) -> dict[str, Any]:
-    """Bytes of an answer at chosen ids, a log-prob: the second runner, in Triton's interpreter."""
+def extra_ids(python: str, folder: Path) -> dict[str, Any]:
+    """Measure the bytes of a log-prob at extra ids, by vLLM's second runner in the interpreter."""
     rollouts = probe_rollouts(VOCAB, 2, 32)
     own = ScoreParams(entry_kind="topk", top_p=1.0, k_min=1, k_max=1, at_student=False)
     with serving(python, folder, with_shim(folder)) as url, ServerScorer([url]) as server:
@@ -175,18 +178,19 @@ def chosen(python: str, folder: Path) -> dict[str, Any]:
             cnt=torch.full((rollouts.positions,), K).numpy().astype("uint16"),
             ids=torch.arange(K).repeat(rollouts.positions).numpy().astype("uint32"),
         )
-        asked = received(server, replace(rollouts, student=lists), replace(own, at_student=True))
-    return {"bytes_per_chosen_id": round((asked - alone) / (rollouts.positions * K), 2)}
+        with_ids = received(server, replace(rollouts, student=lists), replace(own, at_student=True))
+    return {"bytes_per_chosen_id": round((with_ids - alone) / (rollouts.positions * K), 2)}
 
 
 def received(server: ServerScorer, rollouts: Rollouts, request: ScoreParams) -> int:
+    """Return the bytes of the responses to a request."""
     before = server.received
     server.score(rollouts, request)
     return server.received - before
 
 
 def overlap() -> dict[str, Any]:
-    """A server that answers in 200 ms: one request at a time, and 32 at once."""
+    """Measure a server that answers in 200 ms: one request at a time, and 32 at once."""
     rollouts = probe_rollouts(N_VOCAB, ANSWERS, 4)
     request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
     took = {}
@@ -205,20 +209,25 @@ def overlap() -> dict[str, Any]:
     }
 
 
-def main(python: str) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+def main(arguments: list[str]) -> None:
+    """Measure everything and append the row."""
+    parser = results.option_parser(__doc__, "teachers")
+    parser.add_argument("python", nargs="?", default=str(results.ROOT / ".venv-vllm/bin/python"))
+    options = parser.parse_args(arguments)
+    python = options.python
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         save_model(folder)
         row = {
             "bench": "teachers",
             "overlap": overlap(),
             "served": rates(python, folder),
-            "chosen": chosen(python, folder),
-            **results.circumstances(*PACKAGES),
+            "chosen": extra_ids(python, folder),
+            **results.environment(*PACKAGES),
         }
-    results.append("teachers", row)
+    results.append(options.out, row)
     print(json.dumps(row, indent=2))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else str(results.ROOT / ".venv-vllm/bin/python"))
+    main(sys.argv[1:])

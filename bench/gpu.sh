@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All that only a GPU can tell, in one go: right or wrong, launch parameters, peers.
+# Everything that needs a GPU, in one run: correctness, launch parameters, peers.
 #
 #   bash bench/gpu.sh      rows to $OUT/gpu.jsonl (without OUT: bench/results/gpu.jsonl), a table last
 #
-# Needs Python with torch, triton and numpy, a C compiler for Triton, and no network; what of the
-# peers stands on PYTHONPATH is measured too. BUDGET_S (540) seconds in all: when they are spent
-# nothing new is started, and what was left out is said. A wrong answer ends it, unless KEEP_GOING is
-# set; the exit code is then 1 at the end. DEVICE=cpu tries the script through Triton's interpreter.
+# Needs Python with torch, triton and numpy, a C compiler for Triton, and no network; peers on
+# PYTHONPATH are measured too. After BUDGET_S (540) seconds nothing new starts, and the rest is listed
+# as left out. A wrong result ends it, unless KEEP_GOING is set; the exit code is then 1 at the end.
+# DEVICE=cpu tries the script in Triton's interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,11 +19,11 @@ status=0
 export PYTHONPATH="$PWD/.src:$PWD/bench${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 
-interpreted() { # Triton reads its switch when it is imported; the benchmark itself is not for it.
+interpreted() { # for a child process, because Triton reads the variable at import
   if [ "$DEVICE" = cpu ]; then TRITON_INTERPRET=1 "$@"; else "$@"; fi
 }
 
-echo "== right or wrong"
+echo "== correctness"
 if ! interpreted "$PYTHON" bench/gpu_check.py --device "$DEVICE" --out "$out"; then
   [ -n "${KEEP_GOING:-}" ] || exit 1
   status=1

@@ -1,21 +1,18 @@
-"""Every kernel against float64 on the device itself, before anything is timed there.
+"""Check of every kernel against float64 on the device, before the timing.
 
 Run: python bench/gpu_check.py [--device cuda|cpu] [--out FILE]
 
-On a GPU at real and at odd sizes, rows beyond 2^31 logits among them. On a CPU the same checks at
-tiny sizes through Triton's interpreter, which needs TRITON_INTERPRET=1 in the environment. A line a
-check; exit code 1 if any is wrong. Tolerance: our error against float64 is at most twice that of
-plain torch in the same dtype, plus the rounding of what goes in and comes out.
+On a GPU at real and at odd sizes, also beyond 2^31 logits. On a CPU the same checks at tiny sizes
+in Triton's interpreter, which needs TRITON_INTERPRET=1 in the environment. Exit code 1 if a check
+is wrong. Tolerance: our error against float64 is at most twice that of plain torch in the same
+dtype, plus the rounding of inputs and outputs.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import results
 import torch
@@ -31,7 +28,7 @@ from kernel_calls import (
 from kernel_fused import FORMS
 from kernel_losses import LOSSES
 from kernel_machine import about, machine, name_of
-from kernel_providers import INDEXED, KL, LIVE
+from kernel_providers import KL, LIVE
 from kernel_shapes import Case, Shape, make_case
 from torch import Tensor
 
@@ -46,16 +43,18 @@ KINDS = ("iid", "ties", "thirds -inf", "ramp")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
+    """Sizes of all checks on one device."""
+
     rows: int
     vocabularies: tuple[int, ...]
     k: int
     other_ks: tuple[int, ...]
-    """Of the largest vocabulary, with ties."""
+    """More k for the largest vocabulary with ties."""
     case: Shape
     chunk_rows: int
-    """Of hidden-in forms: less than the case's rows, and no divisor of them."""
+    """Rows of a chunk from hidden states: no divisor of the case's rows."""
     half: bool
-    """Whether gradients are checked in half precision: the interpreter truncates where the hardware
+    """Whether gradients are checked in half precision: the interpreter truncates, the hardware
     rounds."""
 
 
@@ -83,6 +82,8 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
+    """One comparison and its tolerance."""
+
     check: str
     dtype: str
     size: str
@@ -91,11 +92,12 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.allowed  # not so for NaN
+        """Return whether the error is allowed; NaN is not."""
+        return self.error <= self.allowed
 
 
 def made(kind: str, n_rows: int, n_columns: int, dtype: torch.dtype, device: str) -> Tensor:
-    """[P, V] logits that have broken kernels before."""
+    """Return logits [P, V] of a kind that broke kernels before."""
     generator = torch.Generator(device).manual_seed(0)
     z = torch.randn(n_rows, n_columns, generator=generator, device=device) * 3
     if kind == "ties":
@@ -110,7 +112,7 @@ def made(kind: str, n_rows: int, n_columns: int, dtype: torch.dtype, device: str
 def against(
     name: str, dtype: torch.dtype, ours: Tensor, naive: Tensor, exact: Tensor, floor: float
 ) -> Check:
-    """The rule of this file's docstring; infinities and NaN must agree with float64."""
+    """Return the check of this file's rule; infinities and NaN must agree with float64."""
     size = "x".join(map(str, exact.shape))
     ours, naive, exact = (t.detach().double() for t in (ours, naive, exact))
     odd = ~exact.isfinite()
@@ -125,19 +127,20 @@ def against(
 
 
 def same(name: str, dtype: torch.dtype, one: Tensor, other: Tensor) -> Check:
-    """Bit by bit."""
+    """Return the check that both are equal bit by bit."""
     size, error = "x".join(map(str, one.shape)), float((one != other).sum())
     return Check(check=name, dtype=name_of(dtype), size=size, error=error, allowed=0.0)
 
 
 def step(x: Tensor, dtype: torch.dtype) -> float:
-    """Distance of neighbouring numbers of dtype at the largest finite |x|, at least 1."""
+    """Return the distance of neighboring numbers of dtype at the largest finite |x|, at least 1."""
     finite = x[x.isfinite()].abs()
     largest = finite.max().item() if len(finite) else 1.0
     return float(torch.finfo(dtype).eps * max(largest, 1.0))
 
 
 def statistics(sizes: Sizes, device: str) -> Iterator[Check]:
+    """Check row_stats."""
     for n_vocab in sizes.vocabularies:
         for kind in KINDS:
             for dtype in DTYPES:
@@ -156,7 +159,7 @@ def _exact_stats(z: Tensor) -> RowStats:
 
 
 def selection(sizes: Sizes, device: str) -> Iterator[Check]:
-    """ids exactly those of a stable sort; a new k is a new kernel to compile, so few of them."""
+    """Check topk_select against a stable sort; few k, because each is another kernel to compile."""
     for n_vocab in sizes.vocabularies:
         for kind in KINDS:
             for dtype in DTYPES:
@@ -164,13 +167,14 @@ def selection(sizes: Sizes, device: str) -> Iterator[Check]:
                 other = n_vocab == sizes.vocabularies[-1] and kind == "ties"
                 for k in (sizes.k, *(sizes.other_ks if other else ())):
                     values, ids = topk_select(z, min(k, n_vocab))
-                    want_values, want_ids = topk_select_reference(z, min(k, n_vocab))
+                    expected_values, expected_ids = topk_select_reference(z, min(k, n_vocab))
                     name = f"topk_select, {kind}, k={k}"
-                    yield same(f"{name}: ids", dtype, ids, want_ids)
-                    yield same(f"{name}: values", dtype, values, want_values)
+                    yield same(f"{name}: ids", dtype, ids, expected_ids)
+                    yield same(f"{name}: values", dtype, values, expected_values)
 
 
 def gradient(sizes: Sizes, device: str) -> Iterator[Check]:
+    """Check row_grad."""
     generator = torch.Generator(device).manual_seed(1)
     for n_vocab in sizes.vocabularies:
         for kind in KINDS:
@@ -190,13 +194,13 @@ def gradient(sizes: Sizes, device: str) -> Iterator[Check]:
                 )
                 floor = 2 * step(z, torch.float32)  # softmax is as close as log-sum-exp
                 yield against(f"row_grad, {kind}", dtype, ours, naive, exact, floor)
-                apart = row_grad(z, lse, dense, ids, at)
+                separate = row_grad(z, lse, dense, ids, at)
                 inside = row_grad(z, lse, dense, ids, at, out=z)
-                yield same(f"row_grad, {kind}: in place", dtype, inside, apart)
+                yield same(f"row_grad, {kind}: in place", dtype, inside, separate)
 
 
 def from_logits(sizes: Sizes, device: str) -> Iterator[Check]:
-    """sparse_kl: loss, gradient, its sum over the vocabulary, and the same bits twice."""
+    """Check sparse_kl: loss, gradient, its sum over the vocabulary, and equal bits of two runs."""
     for dtype in DTYPES if sizes.half else DTYPES[:1]:
         case = make_case("logits", sizes.case, dtype, torch.device(device))
         for loss in LOSSES:
@@ -206,18 +210,17 @@ def from_logits(sizes: Sizes, device: str) -> Iterator[Check]:
 
 
 def from_hidden(sizes: Sizes, device: str) -> Iterator[Check]:
-    """linear_sparse_kl in chunks, and indexed_linear where it is there."""
+    """Check linear_sparse_kl in chunks, and indexed_linear."""
     chunk = sizes.chunk_rows
     for dtype in DTYPES if sizes.half else DTYPES[:1]:
         case = make_case("hidden", sizes.case, dtype, torch.device(device))
-        calls = [("linear_sparse_kl", loss, our_hidden(loss, chunk)) for loss in LOSSES]
-        if find_spec(INDEXED) is not None:
-            calls += [
-                ("indexed_linear", KL, our_indexed(KL)),
-                ("indexed_linear as rows", KL, our_indexed(KL, rows=True)),
-                ("indexed_linear live", KL, our_indexed(KL, live=True, chunk_rows=chunk)),
-                ("indexed_linear live", LIVE, our_indexed(LIVE, live=True, chunk_rows=chunk)),
-            ]
+        calls = [
+            *(("linear_sparse_kl", loss, our_hidden(loss, chunk)) for loss in LOSSES),
+            ("indexed_linear", KL, our_indexed(KL)),
+            ("indexed_linear as rows", KL, our_indexed(KL, rows=True)),
+            ("indexed_linear live", KL, our_indexed(KL, live=True, chunk_rows=chunk)),
+            ("indexed_linear live", LIVE, our_indexed(LIVE, live=True, chunk_rows=chunk)),
+        ]
         for name, loss, make in calls:
             if has_oracle(loss, case):
                 yield from _of_loss(f"{name}, {loss}", loss, case, make(case))
@@ -251,7 +254,7 @@ def _dense(found: Results) -> list[Tensor]:
 
 
 def beyond_int32(sizes: Sizes, device: str) -> Iterator[Check]:
-    """More than 2^31 logits: the last rows, on a GPU alone (4.3 GB)."""
+    """Check the last rows of more than 2^31 logits, on a GPU alone (4.3 GB)."""
     if device != "cuda":
         return
     T, V, last = 14_160, 151_936, slice(-4, None)
@@ -270,41 +273,35 @@ def beyond_int32(sizes: Sizes, device: str) -> Iterator[Check]:
     yield same(f"topk_select, {kind}: ids", z.dtype, ids[last], topk_select_reference(few, 16)[1])
     dense, at = torch.ones(T, device=device), torch.full(ids.shape, -0.5, device=device)
     row_grad(z, lse, dense, ids, at, out=z)
-    want = row_grad_reference(few.double(), exact[0], dense[last].double(), ids[last],
+    expected = row_grad_reference(few.double(), exact[0], dense[last].double(), ids[last],
                               at[last].double())  # fmt: skip
-    rounded = want.to(z.dtype)
-    yield against(f"row_grad, {kind}: in place", z.dtype, z[last], rounded, want, 1e-7)
+    rounded = expected.to(z.dtype)
+    yield against(f"row_grad, {kind}: in place", z.dtype, z[last], rounded, expected, 1e-7)
 
 
 GROUPS = (statistics, selection, gradient, from_logits, from_hidden, beyond_int32)
 
 
 def main(arguments: list[str]) -> int:
-    reader = argparse.ArgumentParser(prog="gpu_check.py", description=__doc__.splitlines()[0])
-    reader.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[default: cuda]")
-    reader.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        default=results.RESULTS / "gpu.jsonl",
-        help="A row a group of checks is added to it. [default: bench/results/gpu.jsonl]",
-    )
-    asked = reader.parse_args(arguments)
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        reader.error("torch sees no GPU here; --device cpu tries the script")
-    common = about(torch.device(asked.device))
+    """Run all checks; return the exit code."""
+    parser = results.option_parser(__doc__, "gpu")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[default: cuda]")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --device cpu tries the script")
+    common = about(torch.device(options.device))
     print(f"{machine(common)}, torch {common['torch']}, triton {common['triton']}", flush=True)
     wrong = 0
-    with triton_on_cpu() if asked.device == "cpu" else nullcontext():
+    with triton_on_cpu() if options.device == "cpu" else nullcontext():
         for group in GROUPS:
-            begun = time.monotonic()
-            checks = list(group(SIZES[asked.device], asked.device))
+            start = time.monotonic()
+            checks = list(group(SIZES[options.device], options.device))
             bad = [check for check in checks if not check.ok]
             for check in bad:
                 size = f"{check.dtype} {check.size}"
                 print(f"WRONG  {check.check}  {size}: {check.error:.3g} > {check.allowed:.3g}")
             wrong += len(bad)
-            seconds = round(time.monotonic() - begun, 1)
+            seconds = round(time.monotonic() - start, 1)
             count = f"{len(checks)} checks, {len(bad)} wrong"
             print(f"{group.__name__:<12} {count}, {seconds} s", flush=True)
             row = {
@@ -316,9 +313,7 @@ def main(arguments: list[str]) -> int:
                 "wrong": [asdict(check) for check in bad],
                 "seconds": seconds,
             }
-            results.write(asked.out, row | common)
-    if find_spec(INDEXED) is None:
-        print(f"not there, not checked: {INDEXED}")
+            results.append(options.out, row | common)
     print("wrong" if wrong else "all right")
     return 1 if wrong else 0
 

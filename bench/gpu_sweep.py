@@ -1,21 +1,21 @@
-"""Launch parameters of the kernels on a GPU: what is shipped, and what else could be.
+"""Launch parameters of the kernels on a GPU: the shipped ones, and others.
 
 Run: python bench/gpu_sweep.py [--device cuda|cpu] [--budget SECONDS] [--out FILE]
 
-In the order of what is most worth knowing, so that a budget cuts off the rest:
+The most useful parts come first, so that a budget cuts off the rest:
 
   scan    row_stats: warps, logits a step, stages of its loop; share of the copy rate
   grad    row_grad, likewise
-  select  the exact top-k after scan: warps; beside torch.topk
+  select  the exact top-k after scan: warps; compared with torch.topk
   chunks  linear_sparse_kl: rows of logits that exist at a time
   few     row_stats and sparse_kl of few rows, which do not fill the chip
+  forms   an objective between the launches, or in one of them
 
-The answer under every setting is compared with that of the package. On a CPU the same at tiny sizes
-through Triton's interpreter (TRITON_INTERPRET=1 in the environment), to try the script: its times
-mean nothing.
+The results of every setting are compared with the package's. On a CPU the same at tiny sizes in
+Triton's interpreter (TRITON_INTERPRET=1 in the environment), to try the script: its times mean
+nothing.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +29,10 @@ import results
 import torch
 from kernel_calls import Results, our_hidden, our_logits
 from kernel_fused import FORMS
-from kernel_machine import Row, about, digits, failure, machine, name_of, short
+from kernel_machine import about, digits, failure, machine, name_of, short
 from kernel_shapes import Case, Shape, make_case
 from kernel_timing import measured_rates, timed
+from results import Row
 from torch import Tensor
 
 from logitcask.kernels.launch import triton_on_cpu
@@ -44,6 +45,8 @@ LOSS = "forward_kl_tail"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
+    """Settings to try on one device."""
+
     rows: int
     V: int
     dtype: torch.dtype
@@ -88,16 +91,20 @@ GRIDS = {
 
 @dataclass(frozen=True, slots=True)
 class Trial:
+    """One setting of one kernel."""
+
     setting: str
     run: Callable[[], object]
-    """May fail: a setting can ask for more than the chip has."""
+    """May raise: a setting can need more than the chip has."""
     moved: int = 0
-    """Bytes that it reads and writes at least; 0: a share of the copy rate would say nothing."""
+    """Least bytes that it reads and writes; 0: no share of the copy rate."""
     right: Callable[[], bool] = lambda: True
-    """After a run: whether its answer is that of the package."""
+    """Returns after a run whether its results are the package's."""
 
 
 class Sweep:
+    """Trials of every part on one device."""
+
     def __init__(self, device: torch.device, grid: Grid) -> None:
         self.device, self.grid = device, grid
         K = max(grid.ks)
@@ -108,6 +115,7 @@ class Sweep:
         self.size = self.z.numel() * self.z.element_size()
 
     def scan(self) -> Iterator[Trial]:
+        """Yield the trials of row_stats."""
         z, V = self.z, self.grid.V
         for k in reversed(self.grid.ks):
             name = "as shipped" if k == self.grid.ks[-1] else f"as shipped for k={k}"
@@ -126,20 +134,21 @@ class Sweep:
         yield from self._settings(run, self.size, right)
 
     def grad(self) -> Iterator[Trial]:
-        z, lse, told = self.z, self.stats.log_sum_exp, self.case.teacher
-        dense, at_ids = torch.ones_like(lse), -told.log_q.exp()
+        """Yield the trials of row_grad."""
+        z, lse, teacher = self.z, self.stats.log_sum_exp, self.case.teacher
+        dense, at_ids = torch.ones_like(lse), -teacher.log_q.exp()
         out, moved = torch.empty_like(z), 2 * self.size
-        shipped = partial(row_grad, z, lse, dense, told.ids, at_ids, out=out)
+        shipped = partial(row_grad, z, lse, dense, teacher.ids, at_ids, out=out)
         yield Trial("as shipped", shipped, moved)
-        want = row_grad(z, lse, dense, told.ids, at_ids)
+        expected = row_grad(z, lse, dense, teacher.ids, at_ids)
 
         def right() -> bool:  # of some rows; half precision may round to the other side
-            got, told = out[::64].float(), want[::64].float()
-            return torch.allclose(got, told, rtol=1e-2, atol=1e-8)
+            ours, other = out[::64].float(), expected[::64].float()
+            return torch.allclose(ours, other, rtol=1e-2, atol=1e-8)
 
         def run(warps: int, tile: int, stages: int) -> None:
             kernel = gpu_launch.staged("row_grad", stages)
-            rest = (lse, dense, told.ids, at_ids)
+            rest = (lse, dense, teacher.ids, at_ids)
             gpu_launch.grad(kernel, z, out, *rest, tile=tile, warps=warps)
 
         yield from self._settings(run, moved, right)
@@ -154,21 +163,23 @@ class Sweep:
                     yield Trial(name, partial(run, warps, tile, stages), moved, right)
 
     def select(self) -> Iterator[Trial]:
+        """Yield the trials of topk_select after its scan."""
         z, V = self.z, self.grid.V
         for k in self.grid.ks:
             group = group_size(z, k, V)
             maxima = scan_rows(z, V, group).group_max
             assert maxima is not None
             yield Trial(f"k={k} as shipped", partial(select_rows, z, maxima, k, V, group))
-            want = select_rows(z, maxima, k, V, group)[1]
+            expected = select_rows(z, maxima, k, V, group)[1]
             for warps in (2, *self.grid.warps):
                 run = partial(gpu_launch.select, z, maxima, k=k, group=group, warps=warps)
-                right = partial(_equal, run, want)
+                right = partial(_equal, run, expected)
                 yield Trial(f"k={k} warps={warps}", run, right=right)
             yield Trial(f"k={k} with its scan", partial(topk_select, z, k), self.size)
             yield Trial(f"k={k} torch.topk", partial(torch.topk, z, k), self.size)
 
     def chunks(self) -> Iterator[Trial]:
+        """Yield the trials of linear_sparse_kl's chunk_rows."""
         K = max(self.grid.ks)
         for T, H in self.grid.hidden:
             shape = Shape(T, self.grid.V, H, K, K)
@@ -177,6 +188,7 @@ class Sweep:
                 yield Trial(f"T={T} H={H} chunk={chunk}", our_hidden(LOSS, chunk)(case))
 
     def few(self) -> Iterator[Trial]:
+        """Yield the trials of few rows."""
         for T in self.grid.few:
             case = self.case.first(T)
             assert case.logits is not None
@@ -185,63 +197,57 @@ class Sweep:
             yield Trial(f"T={T} sparse_kl", our_logits(LOSS)(case), 3 * size)
 
     def forms(self) -> Iterator[Trial]:
-        """An objective between the launches, in one of them, and all of a row in one."""
+        """Yield the trials of both forms of an objective."""
         for T in (self.grid.rows, *self.grid.few):
             case, moved = self.case.first(T), 3 * self.size * T // self.grid.rows
             for form in FORMS:
                 yield self._form(f"T={T} {form}", our_logits(LOSS, form)(case), case, moved)
-        whole = our_logits(LOSS, "one program")(self.case)
-        for warps in self.grid.warps:
-            run = partial(gpu_launch.whole_row, whole, warps)
-            yield self._form(f"one program warps={warps}", run, self.case, 3 * self.size)
 
     def _form(self, name: str, run: Callable[[], Results], case: Case, moved: int) -> Trial:
         def right() -> bool:  # of some rows; half precision may round to the other side
-            got, want = (call()[1][::64].float() for call in (run, our_logits(LOSS, "plain")(case)))
-            return torch.allclose(got, want, rtol=1e-2, atol=1e-8)
+            got, expected = (
+                call()[1][::64].float() for call in (run, our_logits(LOSS, "plain")(case))
+            )
+            return torch.allclose(got, expected, rtol=1e-2, atol=1e-8)
 
         return Trial(name, run, moved, right)
 
 
-def _equal(run: Callable[[], Tensor], want: Tensor) -> bool:
-    return torch.equal(run(), want)
+def _equal(run: Callable[[], Tensor], expected: Tensor) -> bool:
+    return torch.equal(run(), expected)
 
 
 PARTS = ("scan", "grad", "select", "chunks", "few", "forms")
 
 
 def main(arguments: list[str]) -> int:
-    reader = argparse.ArgumentParser(prog="gpu_sweep.py", description=__doc__.splitlines()[0])
-    reader.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[default: cuda]")
-    reader.add_argument(
+    """Run the sweep; return the exit code."""
+    parser = results.option_parser(__doc__, "gpu")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[default: cuda]")
+    parser.add_argument(
         "--budget",
         type=float,
         metavar="SECONDS",
         default=float("inf"),
-        help="Start nothing more after so many seconds, and say what was left out. [default: none]",
+        help="Start nothing after so many seconds, and list the rest as left out. [default: none]",
     )
-    reader.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        default=results.RESULTS / "gpu.jsonl",
-        help="Rows are added to it. [default: bench/results/gpu.jsonl]",
-    )
-    asked = reader.parse_args(arguments)
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        reader.error("torch sees no GPU here; --device cpu tries the script")
-    ends = time.monotonic() + asked.budget
-    device, grid = torch.device(asked.device), GRIDS[asked.device]
-    interpreted = triton_on_cpu() if asked.device == "cpu" else nullcontext()
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --device cpu tries the script")
+    ends = time.monotonic() + options.budget
+    device, grid = torch.device(options.device), GRIDS[options.device]
+    interpreted = triton_on_cpu() if options.device == "cpu" else nullcontext()
     with interpreted:
-        left, wrong = sweep(device, grid, ends, asked.out)
+        left, wrong = sweep(device, grid, ends, options.out)
     for name in left:
-        print(f"left out, the budget of {asked.budget:g} s was spent: {name}, and what follows it")
+        print(
+            f"left out, the budget of {options.budget:g} s was spent: {name}, and what follows it"
+        )
     return 1 if wrong else 0
 
 
 def sweep(device: torch.device, grid: Grid, ends: float, out: Path) -> tuple[list[str], bool]:
-    """(what the budget left out, whether any answer was wrong)"""
+    """Run all trials; return the parts that the budget left out, and whether a result was wrong."""
     quick = device.type == "cpu"
     rates = measured_rates(device, grid.dtype, quick)
     common = about(device, rates) | {"dtype": name_of(grid.dtype)}
@@ -268,12 +274,13 @@ def sweep(device: torch.device, grid: Grid, ends: float, out: Path) -> tuple[lis
                     row["status"], wrong = "wrong", True
             except Exception as error:  # too much shared memory for a setting, say
                 row["status"] = failure(error)
-            results.write(out, row | common)
-            print(f"{part:<7} {trial.setting:<32} {told(row)}", flush=True)
+            results.append(out, row | common)
+            print(f"{part:<7} {trial.setting:<32} {result_text(row)}", flush=True)
     return left, wrong
 
 
-def told(row: Row) -> str:
+def result_text(row: Row) -> str:
+    """Return time and share of a trial's row, or its status."""
     if "ms" not in row:
         return str(row["status"])
     share = f", {row['of_copy']:.1%} of the copy rate" if "of_copy" in row else ""

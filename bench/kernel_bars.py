@@ -1,31 +1,31 @@
-"""What the kernels are held to: bars, from rows of one device.
+"""Bars of the kernels, computed from rows of one device.
 
-A ratio compares two rows of one run on one machine. A bar without its rows is not listed; one that
-fails is, and says so.
+A ratio compares two rows of one run on one machine. A bar without its rows is not listed; a missed
+bar is.
 """
 
 from collections.abc import Callable
-from typing import Any
 
-Row = dict[str, Any]
+from results import Row
+
 V = 151_936
 """Qwen3's vocabulary: bars are set at this size."""
 
 
 def newest(rows: list[Row]) -> list[Row]:
-    """Of each (device, dtype, section, shape) the rows of the last run that measured it."""
+    """Return the rows of the last run of each (device, dtype, section, shape)."""
     last: dict[str, int] = {}
     for row in rows:
-        last[_what(row)] = row["started"]
-    return [row for row in rows if row["started"] == last[_what(row)]]
+        last[_subject(row)] = row["started"]
+    return [row for row in rows if row["started"] == last[_subject(row)]]
 
 
-def _what(row: Row) -> str:
+def _subject(row: Row) -> str:
     return str([row.get(key) for key in ("device", "dtype", "section", "shape", "what")])
 
 
 def bars(rows: list[Row], device: str) -> list[Row]:
-    """{bar, value, met} of every bar of the device that the rows can answer."""
+    """Return {bar, value, met} of every bar of the device that has its rows."""
     found = [row for row in newest(rows) if row["device"] == device and row["status"] == "ok"]
     made = _cpu(found) if device == "cpu" else _gpu(found)
     return [bar for bar in made if bar is not None]
@@ -54,14 +54,14 @@ def _at_most(text: str, most: float, value: float | None) -> Row | None:
 
 
 def _over(key: str, one: Row | None, other: Row | None) -> float | None:
-    """one / other; None where a row or its value is missing."""
+    """Return one / other; None if a row or its value is missing."""
     if one is None or other is None or one.get(key) is None or not other.get(key):
         return None
     return float(one[key] / other[key])
 
 
-def _over_beside_gradient(one: Row | None, other: Row | None) -> float | None:
-    """Peak bytes less the float32 gradient by the logits, which nobody can do without."""
+def _memory_ratio(one: Row | None, other: Row | None) -> float | None:
+    """Return the ratio of peak bytes without the gradient by the logits, which both need."""
     if one is None or other is None or None in (one["peak_bytes"], other["peak_bytes"]):
         return None
     gradient = 4 * one["shape"]["T"] * one["shape"]["V"]
@@ -77,15 +77,15 @@ def _cpu(rows: list[Row]) -> list[Row | None]:
         return _pick(rows, "logits", name, 128, 64)
 
     def faster(text: str, least: float, slow: str, fast: str, T: int = 1024) -> Row | None:
-        of = [_pick(rows, "indexed", name, T, 16, 1024) for name in (slow, fast)]
-        return _at_least(f"{text}, {T} rows: `{slow}` over `{fast}`", least, _over("ms", *of))
+        both = [_pick(rows, "indexed", name, T, 16, 1024) for name in (slow, fast)]
+        return _at_least(f"{text}, {T} rows: `{slow}` over `{fast}`", least, _over("ms", *both))
 
     eager, ours = logits("eager"), logits("ours")
     return [
         _at_least("from logits, all metrics, 128 rows: `eager` over `ours`", 2,
                   _over("ms", eager, ours)),
-        _at_most("the same, peak memory beside the gradient: `ours` over `eager`", 0.25,
-                 _over_beside_gradient(ours, eager)),
+        _at_most("the same, peak memory without the gradient: `ours` over `eager`", 0.25,
+                 _memory_ratio(ours, eager)),
         faster("teacher's support, dense gradient of the head", 20, "dense", "ours-teacher"),
         faster("teacher's support, dense gradient of the head", 30, "dense", "ours-teacher", 4096),
         faster("the head's gradient as rows", 50, "dense", "ours-teacher-rows"),
@@ -113,25 +113,24 @@ def _gpu(rows: list[Row]) -> list[Row | None]:
         made.append(_at_most(f"{name}: peak memory over the logits' size", 1.5, peak))
     hidden = _pick(rows, "hidden", "ours", 8192, 64, 4096)
     name = "from hidden states, 8192 rows, H=4096"
-    share, peak = _value(hidden, lambda row: row["of_limit"]), _value(hidden, _beside_gradients)
+    share, peak = _value(hidden, lambda row: row["of_limit"]), _value(hidden, _memory_in_chunks)
     made.append(_at_least(f"{name}: share of the products' limit", 0.9, share))
     made.append(
-        _at_most(f"{name}: peak memory beside gradients, over a chunk of 4096 rows", 1.5, peak)
+        _at_most(f"{name}: peak memory without gradients, over a chunk of 4096 rows", 1.5, peak)
     )
     for text, least, slow, fast in (
         ("teacher's support", 15, "dense", "ours-teacher"),
         ("student's live support", 2.2, "dense-live", "ours-live"),
         ("the same, frozen head", 2.5, "dense-live-frozen", "ours-live-frozen"),
     ):
-        of = [_pick(rows, "indexed", who, 4096, 16, 4096) for who in (slow, fast)]
+        both = [_pick(rows, "indexed", provider, 4096, 16, 4096) for provider in (slow, fast)]
         name = f"{text}, 4096 rows, H=4096: `{slow}` over `{fast}`"
-        made.append(_at_least(name, least, _over("ms", *of)))
+        made.append(_at_least(name, least, _over("ms", *both)))
     return made
 
 
-def _beside_gradients(row: Row) -> float:
-    """Peak bytes less both half-precision gradients and the float32 sum of the head's, in
-    chunks of logits."""
+def _memory_in_chunks(row: Row) -> float:
+    """Return peak bytes over a chunk of logits, without gradients and the head's float32 sum."""
     s = row["shape"]
     gradients = 2 * s["T"] * s["H"] + (2 + 4) * s["V"] * s["H"]
     return float((row["peak_bytes"] - gradients) / (4096 * s["V"] * 2))

@@ -1,24 +1,24 @@
-"""Calls that the kernel benchmark times: our kernels, and plain torch as a person would write it.
+"""Calls that the kernel benchmark times: our kernels, and plain torch.
 
-A function here makes, of a case, a call that takes no argument and returns a loss and its
-gradients, from leaves: forward and backward pass are in the time.
+A function here returns, for a case, a call without arguments that returns a loss and its gradients
+by leaf tensors: the time contains forward and backward pass.
 """
 
 from collections.abc import Callable
 
 import torch
-from kernel_fused import told
+from kernel_fused import make_objective
 from kernel_losses import plain, plain_reverse_kl
 from kernel_shapes import Case
 from torch import Tensor
 
 Results = tuple[Tensor, ...]
-"""(loss [], gradient, ...); of a top-k (values, ids)."""
+"""(loss [], gradient, ...); for a top-k (values, ids)."""
 Call = Callable[[], Results]
 Make = Callable[[Case], Call]
 
 DENSE_ROWS = 1024
-"""Rows that plain torch gets at a time on a CPU: five or six float32 [rows, V] live in autograd."""
+"""Rows of a chunk of plain torch on a CPU: autograd holds five or six float32 [rows, V]."""
 
 
 def _mean_weight(case: Case) -> Tensor:
@@ -26,6 +26,7 @@ def _mean_weight(case: Case) -> Tensor:
 
 
 def leaves(*tensors: Tensor | None) -> list[Tensor]:
+    """Return the tensors that are not None as leaves that need gradients."""
     found = [t.detach() for t in tensors if t is not None]
     return [t.requires_grad_() for t in found]
 
@@ -34,12 +35,15 @@ def leaves(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def our_logits(loss: str, form: str = "fused") -> Make:
-    """sparse_kl; `form` of the objective as in kernel_fused."""
+    """Return calls of sparse_kl; `form` of the objective as in kernel_fused."""
 
     def make(case: Case) -> Call:
         from logitcask.kernels.sparse_kl import sparse_kl
 
-        objective, weight = told(loss, case.teacher, case.shape.k, form), _mean_weight(case)
+        objective, weight = (
+            make_objective(loss, case.teacher, case.shape.k, form),
+            _mean_weight(case),
+        )
 
         def call() -> Results:
             (z,) = leaves(case.logits)
@@ -52,12 +56,15 @@ def our_logits(loss: str, form: str = "fused") -> Make:
 
 
 def our_hidden(loss: str, chunk_rows: int | None = None, form: str = "fused") -> Make:
-    """linear_sparse_kl; `form` as in our_logits."""
+    """Return calls of linear_sparse_kl; `form` as in our_logits."""
 
     def make(case: Case) -> Call:
         from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 
-        objective, weight = told(loss, case.teacher, case.shape.k, form), _mean_weight(case)
+        objective, weight = (
+            make_objective(loss, case.teacher, case.shape.k, form),
+            _mean_weight(case),
+        )
         options = {"k": case.shape.k, "row_weight": weight, "chunk_rows": chunk_rows}
 
         def call() -> Results:
@@ -79,23 +86,26 @@ def our_indexed(
     rows: bool = False,
     chunk_rows: int | None = None,
 ) -> Make:
-    """indexed_linear; `live` with the student's top-k, `rows` with the head's gradient as rows."""
+    """Return calls of indexed_linear.
+
+    live: with the student's top-k. rows: with the head's gradient as rows.
+    """
 
     def make(case: Case) -> Call:
         from logitcask.kernels.indexed_linear import indexed_linear
 
         teacher = case.at_student if student_ids else case.teacher
-        objective = told(loss, teacher, case.shape.k, "fused" if live else "plain")
+        objective = make_objective(loss, teacher, case.shape.k, "fused" if live else "plain")
         options = {"k": case.shape.k if live else None, "row_weight": _mean_weight(case)}
         options |= {"sparse_weight_grad": rows, "chunk_rows": chunk_rows if live else None}
 
         def call() -> Results:
             hidden, head = leaves(case.hidden, case.weight)
-            wanted = [hidden] if frozen else [hidden, head]
+            inputs = [hidden] if frozen else [hidden, head]
             done = indexed_linear(
                 hidden, head.detach() if frozen else head, teacher.ids, objective, **options
             )
-            return done.loss, *torch.autograd.grad(done.loss, wanted)
+            return done.loss, *torch.autograd.grad(done.loss, inputs)
 
         return call
 
@@ -103,6 +113,7 @@ def our_indexed(
 
 
 def our_topk(case: Case) -> Call:
+    """Return a call of topk_select."""
     from logitcask.kernels.topk_select import topk_select
 
     assert case.logits is not None
@@ -111,6 +122,7 @@ def our_topk(case: Case) -> Call:
 
 
 def plain_topk(case: Case) -> Call:
+    """Return a call of torch.topk."""
     assert case.logits is not None
     logits, k = case.logits, case.shape.k
     return lambda: torch.topk(logits, k)
@@ -120,13 +132,15 @@ def plain_topk(case: Case) -> Call:
 
 
 def has_oracle(loss: str, case: Case) -> bool:
-    """Whether float64 is about the same ids: the live top-k of hidden states in half precision is
-    that of rounded logits, another set than that of exact ones."""
+    """Return whether float64 has the same live top-k.
+
+    From hidden states in half precision it is that of rounded logits, another set.
+    """
     return loss != "overlap" or case.hidden is None or case.dtype.itemsize >= 4
 
 
 def plain_gradients(loss: str, case: Case, *, exact: bool = False) -> Results:
-    """Autograd through all rows at once; in float64 where exact."""
+    """Return loss and gradients by autograd through all rows at once; in float64 if exact."""
     inputs = leaves(*((t.double() if exact and t is not None else t) for t in case.inputs))
     z = inputs[0] if len(inputs) == 1 else torch.nn.functional.linear(*inputs)
     mean = plain(loss, z, case.teacher.double() if exact else case.teacher, case.shape.k)[0].mean()
@@ -134,7 +148,7 @@ def plain_gradients(loss: str, case: Case, *, exact: bool = False) -> Results:
 
 
 def eager_logits(loss: str, *, compiled: bool = False) -> Make:
-    """log_softmax of whole rows, top-k, gather, autograd; from logits."""
+    """Return calls from logits: log_softmax of whole rows, top-k, gather, autograd."""
 
     def make(case: Case) -> Call:
         if compiled:
@@ -151,10 +165,12 @@ def eager_logits(loss: str, *, compiled: bool = False) -> Make:
     return make
 
 
-def dense_head(loss: str, *, seen: bool = True, frozen: bool = False, softmax: bool = True) -> Make:
-    """The same from hidden states: a product with the whole head before, DENSE_ROWS rows at a time
-    on a CPU. Without `seen` no metrics, and without `softmax` no log_softmax either: a renormalised
-    loss needs none.
+def dense_head(
+    loss: str, *, with_metrics: bool = True, frozen: bool = False, softmax: bool = True
+) -> Make:
+    """Return eager_logits after a product with the whole head, DENSE_ROWS rows a chunk on a CPU.
+
+    Without softmax no log_softmax: a renormalized loss needs none.
     """
 
     def make(case: Case) -> Call:
@@ -167,13 +183,13 @@ def dense_head(loss: str, *, seen: bool = True, frozen: bool = False, softmax: b
             total = torch.zeros((), device=case.device)
             for start in range(0, T, chunk):
                 rows = slice(start, start + chunk)
-                told = case.teacher.rows(rows)
+                teacher = case.teacher.rows(rows)
                 z = torch.nn.functional.linear(inputs[0][rows], head)
                 if softmax:
-                    row_loss, _ = plain(loss, z, told, case.shape.k if seen else 0)
+                    row_loss, _ = plain(loss, z, teacher, case.shape.k if with_metrics else 0)
                 else:
-                    at = z.gather(1, told.ids).float()
-                    row_loss = plain_reverse_kl(at, told, told.ids[:, :0])
+                    at = z.gather(1, teacher.ids).float()
+                    row_loss = plain_reverse_kl(at, teacher, teacher.ids[:, :0])
                 part = row_loss.sum() / T
                 part.backward()
                 total += part.detach()
@@ -185,7 +201,7 @@ def dense_head(loss: str, *, seen: bool = True, frozen: bool = False, softmax: b
 
 
 def gathered_rows(case: Case) -> Call:
-    """The head's rows at K ids as [T, K, H], a batched product, autograd: no [T, V] at all."""
+    """Return a call by the head's rows at K ids as [T, K, H], a batched product and autograd."""
 
     def call() -> Results:
         hidden, weight = leaves(case.hidden, case.weight)
@@ -197,7 +213,7 @@ def gathered_rows(case: Case) -> Call:
 
 
 def head_products(case: Case) -> Call:
-    """The three products of a dense head alone, of whole matrices."""
+    """Return a call of the three products of a dense head alone, of whole matrices."""
     hidden, weight = case.hidden, case.weight
     assert hidden is not None
     assert weight is not None

@@ -1,8 +1,8 @@
-"""The least that a task of the kernel benchmark has to move and to multiply, and the time of that.
+"""Least bytes and operations of a task of the kernel benchmark, and their time.
 
-A limit belongs to a task, not to a method: a peer that does a dense product where a gather would do
-is held against the gather. Bytes over the measured copy rate plus operations over the measured rate
-of a square product of the same dtype; nothing is assumed to overlap, and nothing to stay in cache.
+A limit belongs to a task, not to a method: a dense product is compared with a gather if a gather is
+enough. It is bytes over the measured copy rate plus operations over the measured rate of a square
+product of the same dtype, without overlap and without a cache.
 
   logits         2 reads and 1 write of [T, V]: statistics, gradient
   topk           1 read of [T, V]
@@ -32,16 +32,16 @@ TASKS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Measured at the start of a run, on its device, in its dtype."""
+    """Rates measured at the start of a run, on its device, in its dtype."""
 
     copy_bytes_per_s: float
     """Read and written bytes of a copy, both counted."""
     flop_per_s: float
-    """Of a square product."""
+    """Operations of a square product."""
 
 
 def least(task: str, shape: Shape, element: int) -> tuple[int, int]:
-    """(bytes, operations) of a task in a dtype of so many bytes an element."""
+    """Return (bytes, operations) of a task; `element` is the bytes of a number."""
     T, V, H, K = shape.T, shape.V, shape.H, shape.K
     product = 2 * T * H * V
     if task == "logits":
@@ -60,5 +60,6 @@ def least(task: str, shape: Shape, element: int) -> tuple[int, int]:
 
 
 def limit_ms(task: str, shape: Shape, element: int, rates: Rates) -> float:
+    """Return the least milliseconds of a task."""
     moved, operations = least(task, shape, element)
     return 1e3 * (moved / rates.copy_bytes_per_s + operations / rates.flop_per_s)

@@ -1,26 +1,24 @@
-"""What a row of the kernel benchmark says of the machine, the versions and the code."""
+"""Machine, versions and code of a row of the kernel benchmark."""
 
 import shutil
 import subprocess
 import time
-from typing import Any
 
 import results
 import torch
 import triton
 from kernel_limits import Rates
-
-Row = dict[str, Any]
+from results import Row
 
 
 def about(device: torch.device, rates: Rates | None = None) -> Row:
-    """The same for all rows of a run; `started` (seconds since 1970) tells runs apart."""
+    """Return the part of a row that all rows of a run share; `started` is in seconds since 1970."""
     row: Row = {
         "device": device.type,
         "started": int(time.time()),
         "threads": torch.get_num_threads(),
         "kernels": results.kernels_digest(),
-        **results.circumstances(),
+        **results.environment(),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
@@ -33,24 +31,27 @@ def about(device: torch.device, rates: Rates | None = None) -> Row:
 
 
 def machine(row: Row) -> str:
+    """Return the name of the row's GPU or CPU."""
     return str(row.get("gpu") or f"{row['machine']}, {row['threads']} threads")
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Return the dtype's name, float32 for example."""
     return str(dtype).removeprefix("torch.")
 
 
 def digits(value: float) -> float:
-    """To four significant digits: nothing here is known better."""
+    """Round to four significant digits, the precision of these measurements."""
     return float(f"{value:.4g}")
 
 
 def short(ms: float) -> str:
+    """Return milliseconds with about three digits."""
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def failure(error: Exception) -> str:
-    """The status of a row whose call has failed, in one line."""
+    """Return the status of a row with a failed call, in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return "out of memory"
@@ -59,13 +60,13 @@ def failure(error: Exception) -> str:
 
 
 def _driver() -> dict[str, str]:
-    """Version of the GPU's driver and its clocks now."""
+    """Return the version of the GPU's driver, its clocks and its power limit."""
     fields = ["driver_version", "clocks.sm", "clocks.mem", "power.limit"]
     tool = shutil.which("nvidia-smi")
     if tool is not None:
         query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
         done = subprocess.run([tool, *query], capture_output=True, text=True)
-        told = [part.strip() for part in done.stdout.split(",")]
-        if done.returncode == 0 and len(told) == len(fields):
-            return dict(zip(fields, told, strict=True))
+        values = [part.strip() for part in done.stdout.split(",")]
+        if done.returncode == 0 and len(values) == len(fields):
+            return dict(zip(fields, values, strict=True))
     return dict.fromkeys(fields, results.UNKNOWN)

@@ -1,9 +1,8 @@
-"""What other projects do at the same place: by their package where it is installed, else by what
-their code computes, written anew.
+"""Losses of other projects: their package if it is installed, else their formula in eager torch.
 
 verl, TRL: eager torch on logits. Liger-Kernel, Apple's Cut Cross-Entropy, fla and torch have fused
-kernels, but of dense targets or of one label: none of them has a loss on K ids. What each needs and
-what it leaves out stands in `computes`.
+kernels, but with dense targets or one label: none of them has a loss on K ids. `computes` names the
+results of each, and the missing parts.
 """
 
 import inspect
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_ROWS = 4096
-"""Of verl's chunked form, its default."""
+"""Default of verl's chunked form."""
 CLAMP = -10.0
 """verl's default floor of both log-probs; it also cuts the gradient."""
 
@@ -28,7 +27,7 @@ CLAMP = -10.0
 
 
 def _verl(case: Case) -> Call:
-    """log_softmax in the logits' dtype, gather, floor, truncated forward KL."""
+    """Return a call: log_softmax in the logits' dtype, gather, floor, truncated forward KL."""
 
     def call() -> Results:
         (z,) = leaves(case.logits)
@@ -39,7 +38,7 @@ def _verl(case: Case) -> Call:
 
 
 def _verl_chunked(case: Case) -> Call:
-    """The same without log_softmax of all rows: float32 log-sum-exp of CHUNK_ROWS at a time."""
+    """Return `_verl` with float32 log-sum-exp of CHUNK_ROWS a chunk in place of log_softmax."""
 
     def call() -> Results:
         (z,) = leaves(case.logits)
@@ -55,27 +54,27 @@ def _verl_chunked(case: Case) -> Call:
 
 
 def _verl_loss(case: Case, z: Tensor, log_p: Tensor) -> Results:
-    told = case.teacher
+    teacher = case.teacher
     with torch.no_grad():
         top_ids = z.topk(case.shape.k).indices
-        # Overlap and masses; any [C] stands for the entropy, which it has not.
-        metrics(log_p.float(), told.log_tail, top_ids, told)
-    low, log_q = log_p.float().clamp_min(CLAMP), told.log_q.clamp_min(CLAMP)
+        # Overlap and masses; any [C] replaces the entropy, which verl has not.
+        metrics(log_p.float(), teacher.log_tail, top_ids, teacher)
+    low, log_q = log_p.float().clamp_min(CLAMP), teacher.log_q.clamp_min(CLAMP)
     mean = (log_q.exp() * (log_q - low)).sum(-1).mean()
     return mean, *torch.autograd.grad(mean, [z])
 
 
 def _trl(case: Case) -> Call:
-    """log_softmax, gather, and one bucket for the rest from the log-sum-exp of what is listed."""
+    """Return a call: log_softmax, gather, and a tail bucket from the listed log-probs."""
 
-    def with_rest(log_p: Tensor) -> Tensor:
+    def with_tail(log_p: Tensor) -> Tensor:
         mass = log_p.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
         return torch.cat([log_p, (-torch.expm1(mass)).log()], 1)
 
     def call() -> Results:
         (z,) = leaves(case.logits)
-        log_p = with_rest(z.float().log_softmax(-1).gather(1, case.teacher.ids))
-        log_q = with_rest(case.teacher.log_q)
+        log_p = with_tail(z.float().log_softmax(-1).gather(1, case.teacher.ids))
+        log_q = with_tail(case.teacher.log_q)
         mean = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
         return mean, *torch.autograd.grad(mean, [z])
 
@@ -83,10 +82,10 @@ def _trl(case: Case) -> Call:
 
 
 def _dense_target(case: Case) -> Tensor:
-    """[T, V] in the case's dtype: the teacher's entries among zeros, and the rest nowhere."""
-    told = case.teacher
+    """Return [T, V] in the case's dtype: the teacher's entries among zeros, without the tail."""
+    teacher = case.teacher
     target = torch.zeros(case.shape.T, case.shape.V, dtype=case.dtype, device=case.device)
-    return target.scatter_(1, told.ids, told.log_q.exp().to(case.dtype))
+    return target.scatter_(1, teacher.ids, teacher.log_q.exp().to(case.dtype))
 
 
 def _liger_kl_div(case: Case) -> Call:
@@ -105,7 +104,7 @@ def _liger_kl_div(case: Case) -> Call:
 def _liger_jsd(case: Case) -> Call:
     from liger_kernel.transformers.functional import liger_jsd
 
-    # Any dense log-probs will do for the time.
+    # The time does not depend on the values.
     assert case.logits is not None
     target = case.logits.flip(1).log_softmax(-1)
 
@@ -137,7 +136,7 @@ FusedLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def _fused(loss_of: Callable[[Case], FusedLoss]) -> Make:
-    """With gradients by hidden states and head."""
+    """Return calls of a fused loss with gradients by hidden states and head."""
 
     def make(case: Case) -> Call:
         run = loss_of(case)
@@ -153,7 +152,7 @@ def _fused(loss_of: Callable[[Case], FusedLoss]) -> Make:
 
 
 def _other_hidden(case: Case) -> Tensor:
-    """[T, H] of a teacher with the same head."""
+    """Return hidden states [T, H] of a teacher with the same head."""
     assert case.hidden is not None
     return case.hidden.flip(0).contiguous()
 
@@ -162,10 +161,10 @@ def _liger_linear_ce(const: int) -> Callable[[Case], FusedLoss]:
     def loss_of(case: Case) -> FusedLoss:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as run
 
-        known = inspect.signature(run).parameters
-        if "chunk_mem_const" not in known and const != 1:
+        parameters = inspect.signature(run).parameters
+        if "chunk_mem_const" not in parameters and const != 1:
             raise RuntimeError("this version of liger_kernel has no chunk_mem_const")
-        options = {"chunk_mem_const": const} if "chunk_mem_const" in known else {}
+        options = {"chunk_mem_const": const} if "chunk_mem_const" in parameters else {}
         labels = case.labels
         return lambda hidden, weight: run(hidden, weight, labels, **options)
 

@@ -1,9 +1,8 @@
-"""Who is measured by the kernel benchmark: ours, and plain torch; kernel_peers has the others.
+"""Providers of the kernel benchmark: ours and plain torch; kernel_peers has the others.
 
-Inputs that a peer wants in another form (a dense [T, V] target, say) are made before, and are not
-in the time. `computes` says what comes out, so that a comparison that is not fair can be seen;
-`loss` names the loss of kernel_losses that it is, and only then is its gradient held against
-float64.
+Inputs that a peer needs in another form, a dense [T, V] target for example, are made before the
+timing. `computes` names the results, which shows an unfair comparison. `loss` names the equal loss
+of kernel_losses; only then is the gradient compared with float64.
 """
 
 from dataclasses import dataclass
@@ -29,39 +28,42 @@ from kernel_shapes import Case
 
 MANY_ROWS = 1 << 30
 SOME_ROWS = 2048
-"""On a CPU, of providers with a dense head that are not the one that ours is held against."""
+"""Limit on a CPU of providers with a dense head, except the one that ours is compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provider:
+    """One implementation of a task."""
+
     name: str
     section: str
     task: str
-    """Of kernel_limits."""
+    """One of kernel_limits.TASKS."""
     computes: str
     make: Make
     loss: str | None = None
     student_ids: bool = False
-    """The support is the student's own ids, as they were when it sampled."""
+    """Whether the support is the student's ids of sampling time."""
     ours: bool = False
     needs: str | None = None
     """Module that must be importable."""
     gpu_only: bool = False
     cpu_rows: int = MANY_ROWS
-    """With more rows it runs on a CPU only where --providers names it: it takes long."""
+    """With more rows it runs on a CPU only if --providers names it, because it is slow."""
 
-    def missing(self, device: torch.device, rows: int, asked: bool) -> str | None:
-        """Why it does not run here; None: it does."""
+    def missing(self, device: torch.device, rows: int, is_named: bool) -> str | None:
+        """Return the reason why it cannot run here; None if it can."""
         on_cpu = device.type == "cpu"
         if self.needs is not None and not _importable(self.needs):
             return f"not installed: {self.needs}"
         if self.gpu_only and on_cpu:
             return "needs a GPU"
-        if on_cpu and rows > self.cpu_rows and not asked:
+        if on_cpu and rows > self.cpu_rows and not is_named:
             return f"slow on a CPU: --providers {self.name} runs it"
         return None
 
     def teacher(self, case: Case) -> Teacher:
+        """Return the teacher's rows at the ids of its support."""
         return case.at_student if self.student_ids else case.teacher
 
 
@@ -87,7 +89,7 @@ top = partial(Provider, section="topk", task="topk")
 PROVIDERS = [
     from_logits(name="ours", computes=ALL, make=our_logits(TAIL), loss=TAIL, ours=True),
     from_logits(name="eager", computes=ALL, make=eager_logits(TAIL), loss=TAIL),
-    from_logits(  # its gradient is not checked: the check's rows would be compiled anew
+    from_logits(  # its gradient is not checked: the check's rows would be compiled again
         name="compile",
         computes=ALL,
         make=eager_logits(TAIL, compiled=True),
@@ -138,20 +140,20 @@ PROVIDERS = [
         name="dense",
         task="teacher",
         computes=f"{BARE}; log_softmax of whole rows",
-        make=dense_head(KL, seen=False),
+        make=dense_head(KL, with_metrics=False),
     ),
     on_ids(
         name="dense-plain",
         task="teacher",
         computes=f"{BARE}; no log_softmax",
-        make=dense_head(KL, seen=False, softmax=False),
+        make=dense_head(KL, with_metrics=False, softmax=False),
         cpu_rows=0,
     ),
     with_head(
         name="dense-frozen",
         task="teacher frozen",
         computes=f"{BARE}, none by the head; log_softmax of whole rows",
-        make=dense_head(KL, seen=False, frozen=True),
+        make=dense_head(KL, with_metrics=False, frozen=True),
     ),
     with_head(name="dense-live", task="live", computes=ALL, make=dense_head(LIVE), loss=LIVE),
     on_ids(

@@ -1,8 +1,8 @@
 """Shapes of the kernel benchmark, and made-up tensors of a shape.
 
-T rows, V vocabulary, H hidden size, K ids that the teacher was asked at, k live ids of the student.
-The student's logits are normal with a deviation of 3 nats; the teacher's are the same with noise of
-1.5, so that the two top lists overlap in part, as they do in training.
+T rows, V vocabulary, H hidden size, K listed ids of the teacher, k live ids of the student. The
+student's logits are normal with a deviation of 3 nats; the teacher's are the same with noise of
+1.5, so that the two top lists overlap in part, as in training.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,13 @@ from torch import Tensor
 
 SECTIONS = ("logits", "hidden", "indexed", "topk")
 SPREAD, NOISE = 3.0, 1.5
-"""Of the student's logits, and of what the teacher adds to them; nats."""
+"""Deviation of the student's logits, and of the noise that the teacher adds; nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
+    """Sizes of one measurement."""
+
     T: int
     V: int
     H: int
@@ -26,8 +28,8 @@ class Shape:
     k: int
 
     @classmethod
-    def read(cls, text: str) -> "Shape":
-        """Of 'T,V,H,K,k'; ValueError says which rule is broken."""
+    def parse(cls, text: str) -> "Shape":
+        """Return the shape of 'T,V,H,K,k'. Raises ValueError with the violated rule."""
         numbers = [int(part) for part in text.split(",")]
         if len(numbers) != 5:
             raise ValueError(f"{text!r} must be five numbers, T,V,H,K,k")
@@ -45,13 +47,13 @@ PRESETS = {
     "llama3": (128_256, 2048, 4096),
     "gemma": (262_144, 2560, 3840),
 }
-"""Model family -> vocabulary, hidden size of a small and of a large model of it."""
+"""Model family -> vocabulary, hidden size of a small and of a large model."""
 
 
 def shapes(preset: str, section: str, device: str, quick: bool) -> list[Shape]:
-    """What is measured when no --shape is given.
+    """Return the default shapes of a section.
 
-    Few rows on a CPU, where all sections together take about five minutes on two cores.
+    Few rows on a CPU: all sections together take about five minutes on two cores.
     """
     V, small, large = PRESETS[preset]
     if device == "cpu":
@@ -60,19 +62,18 @@ def shapes(preset: str, section: str, device: str, quick: bool) -> list[Shape]:
             return [Shape(n, V, H, 16, 16) for n in ((8 * T,) if quick else (8 * T, 32 * T))]
         return [Shape(T, V, H, 64, 64)]
     if section == "hidden":
-        every = [Shape(8192, V, large, 64, 64), Shape(4096, V, small, 64, 64)]
+        found = [Shape(8192, V, large, 64, 64), Shape(4096, V, small, 64, 64)]
     elif section == "indexed":
-        every = [Shape(4096, V, large, 16, 16), Shape(8192, V, large, 64, 64)]
+        found = [Shape(4096, V, large, 16, 16), Shape(8192, V, large, 64, 64)]
     else:
         sizes = [(4096, 16), (4096, 64), (16384, 64), (1024, 64), (4096, 256)]
-        every = [Shape(T, V, small, K, min(K, 64)) for T, K in sizes]
-    return every[:2] if quick and section != "hidden" else every[: 1 if quick else None]
+        found = [Shape(T, V, small, K, min(K, 64)) for T, K in sizes]
+    return found[:2] if quick and section != "hidden" else found[: 1 if quick else None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Tensors of one shape. logits are there in sections that start from them, hidden and weight in
-    the others."""
+    """Tensors of one shape: logits, or hidden and weight, as the section needs them."""
 
     shape: Shape
     section: str
@@ -83,13 +84,13 @@ class Case:
     weight: Tensor | None
     """[V, H]"""
     teacher: Teacher
-    """Asked at its own best K ids."""
+    """At its own best K ids."""
     at_student: Teacher
-    """Asked at the student's best K ids."""
+    """At the student's best K ids."""
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What gradients are made by: the logits, or hidden states and head."""
+        """Return the differentiable tensors: the logits, or hidden states and head."""
         return [t for t in (self.logits, self.hidden, self.weight) if t is not None]
 
     @property
@@ -102,11 +103,11 @@ class Case:
 
     @property
     def labels(self) -> Tensor:
-        """[T] int64: the teacher's best id, for peers that know cross-entropy alone."""
+        """Return [T] int64: the teacher's best id, for peers with cross-entropy alone."""
         return self.teacher.ids[:, 0].contiguous()
 
     def first(self, n: int) -> "Case":
-        """The same of n rows."""
+        """Return the first n rows."""
         rows = slice(0, n)
         s = self.shape
         return Case(
@@ -123,6 +124,7 @@ class Case:
 def make_case(
     section: str, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Case:
+    """Return made-up tensors of a shape."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(n: int, m: int, spread: float) -> Tensor:
@@ -138,7 +140,7 @@ def make_case(
     else:
         hidden = normal(shape.T, shape.H, 1.0)
         weight = normal(shape.V, shape.H, SPREAD / shape.H**0.5)
-    own, other = [], []
+    own, at_student = [], []
     for rows in _some_rows(shape.T, shape.V):
         if logits is not None:
             z = logits[rows].float()
@@ -148,8 +150,8 @@ def make_case(
             z = (hidden[rows] @ weight.T).float()
         noise = torch.randn(z.shape, generator=generator, device=device)
         log_q = (z + NOISE * noise).log_softmax(-1)
-        own.append(_asked(log_q, log_q.topk(shape.K).indices))
-        other.append(_asked(log_q, z.topk(shape.K).indices))
+        own.append(_cached_at(log_q, log_q.topk(shape.K).indices))
+        at_student.append(_cached_at(log_q, z.topk(shape.K).indices))
     return Case(
         shape=shape,
         section=section,
@@ -157,18 +159,18 @@ def make_case(
         hidden=hidden,
         weight=weight,
         teacher=_joined(own),
-        at_student=_joined(other),
+        at_student=_joined(at_student),
     )
 
 
 def _some_rows(n: int, m: int) -> Iterator[slice]:
-    """Rows of [n, m], so many at a time that a float32 copy of them takes 256 MB at most."""
+    """Return chunks of the rows of [n, m] with float32 copies of 256 MB at most."""
     size = max(1, (1 << 26) // m)
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def _asked(log_q: Tensor, ids: Tensor) -> Teacher:
-    """log_q [C, V] of a teacher as it is known after it was asked at ids [C, K]."""
+def _cached_at(log_q: Tensor, ids: Tensor) -> Teacher:
+    """Return the cached scores at ids [C, K] of a teacher with log-probs log_q [C, V]."""
     at = log_q.gather(1, ids)
     tail = (1 - at.double().exp().sum(-1)).clamp(min=1e-12).log()
     return Teacher(ids, at, tail.float())

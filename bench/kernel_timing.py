@@ -1,13 +1,13 @@
-"""Time and memory of calls that are to be compared, and what the machine can do at best.
+"""Time and memory of calls, and the highest rates of the machine.
 
 Time: the calls are interleaved in a random, seeded order, so that a slow minute hits all alike. On
-a GPU between CUDA events, after a write of FLUSH bytes that leaves nothing of the inputs in the L2
-cache; at least 200 ms and 20 runs each. On a CPU by the wall clock, at least three runs, or two of
-what takes over three seconds. The median counts; the 20th and 80th percentile say how sure it is.
+a GPU between CUDA events, after a write of FLUSH bytes that clears the L2 cache; at
+least 200 ms and 20 runs each. On a CPU by the wall clock, at least three runs, or two of a call of
+over three seconds. The median counts; the 20th and 80th percentile show its uncertainty.
 
-Memory: the most that a call holds beyond what was there before it, its results included. On a GPU
-what torch's allocator says. On a CPU the peak of the process's resident pages (VmHWM of /proc),
-after the heap has given back what it can; where the system has no such file it is not measured.
+Memory: the peak of a call beyond the memory before it, its results included. On a GPU by torch's
+allocator. On a CPU the peak of the process's resident pages (VmHWM of /proc), after the heap has
+returned its free pages; a system without that file is not measured.
 """
 
 import ctypes
@@ -33,6 +33,8 @@ WARM_AGAIN_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
+    """Time of a call."""
+
     ms: float
     """Median."""
     ms_p20: float
@@ -40,19 +42,20 @@ class Timing:
     runs: int
 
     def as_row(self) -> dict[str, float]:
+        """Return the numbers of a row."""
         return {name: digits(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warm:
-    """A call that has been made: compiled, and its memory known."""
+    """Time and memory of a call before the timing, which compiles it."""
 
     seconds: float
     peak_bytes: int | None
 
 
 def warm_up(work: Work, device: torch.device) -> Warm:
-    """Calls `work` once or twice."""
+    """Call `work` once or twice."""
     first = _once(work, device)
     return first if first.seconds > WARM_AGAIN_S and device.type == "cpu" else _once(work, device)
 
@@ -77,9 +80,9 @@ def _once(work: Work, device: torch.device) -> Warm:
 
 
 def _reset_peak() -> int | None:
-    """Resident bytes now, after which VmHWM counts from here; None where the system cannot."""
+    """Reset VmHWM and return the resident bytes; None on a system without VmHWM."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else a call could live on what another has freed
+        ctypes.CDLL(None).malloc_trim(0)  # else a call could use memory that another has freed
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return None
@@ -103,10 +106,9 @@ def interleaved(
     quick: bool = False,
     seed: int = 0,
 ) -> dict[str, Timing | Exception]:
-    """Median times of calls that have been warmed up, in one random order of all their runs.
+    """Return the times of warmed-up calls, in one random order of all their runs.
 
-    What one of them raises stands in its place, and the others go on. quick: on a CPU a tenth of
-    the time for each.
+    An error of a call replaces its time, and the others go on. quick: a tenth of the time on a CPU.
     """
     order = random.Random(seed)
     planned = {name: _runs(warm[name].seconds, device, quick) for name in works}
@@ -129,7 +131,7 @@ def interleaved(
 
 
 def timed(work: Work, device: torch.device, *, quick: bool = False) -> Timing:
-    """One call alone: warmed up, then its median time."""
+    """Warm up and time one call alone."""
     found = interleaved({"": work}, {"": warm_up(work, device)}, device, quick=quick)[""]
     if isinstance(found, Exception):
         raise found
@@ -167,7 +169,7 @@ def _summary(times: list[float]) -> Timing:
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, quick: bool) -> Rates:
-    """Copy rate and rate of a square product, of the device in the dtype."""
+    """Measure the copy rate and the rate of a square product on the device in the dtype."""
     on_gpu = device.type == "cuda"
     n_bytes = 1 << ((28 if quick else 31) if on_gpu else (24 if quick else 28))
     source = torch.zeros(n_bytes, dtype=torch.int8, device=device).random_()

@@ -7,35 +7,47 @@ replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out
 tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import report_ablate
 import report_kernels
 import results
 from report_pages import fill_pages, markdown
-from results import RESULTS
+from results import RESULTS, Row
 
 PICTURE = RESULTS / "frontier.svg"
-Row = dict[str, Any]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Write every table and picture."""
-    newest: dict[str, Row] = {}
-    for row in results.read("store"):
-        newest[row["section"]] = row
-    made = {name: table(newest) for name, table in TABLES.items()}
-    made |= report_kernels.tables() | report_ablate.tables()
-    fill_pages(made)
-    if ablations := results.read("ablate"):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--no-frontier", action="store_true", help="Leave frontier.svg out.")
+    options = parser.parse_args(arguments)
+    fill_pages(tables())
+    if ablations := results.read(RESULTS / "ablate.jsonl"):
         report_ablate.draw(ablations[-1])
-    if "--no-frontier" not in sys.argv:
-        draw(newest["frontier"])
+    if not options.no_frontier:
+        draw(newest_rows()["frontier"])
 
 
-def where(row: Row) -> str:
+def newest_rows() -> dict[str, Row]:
+    """Return the newest row of each section of the store."""
+    return {row["section"]: row for row in results.read(RESULTS / "store.jsonl")}
+
+
+def tables() -> dict[str, str]:
+    """Return the text of each marked block."""
+    newest = newest_rows()
+    made = {name: table(newest) for name, table in TABLES.items()}
+    return made | report_kernels.tables() | report_ablate.tables()
+
+
+def source(row: Row) -> str:
+    """Return command, machine, versions and commit of a row."""
     return (
         f"`{row['command']}`, {row['machine']}, Python {row['python']}, zarr {row['zarr']}, "
         f"numcodecs {row['numcodecs']}, pcodec {row['pcodec']}, commit {row['commit']}."
@@ -43,6 +55,7 @@ def where(row: Row) -> str:
 
 
 def sizes(newest: dict[str, Row]) -> str:
+    """Return the table of bytes and errors per profile."""
     row = newest["sizes"]
     table = markdown(
         ["profile", "top-p, k", "entries", "bytes", "largest error of a log-prob", "KL, mean",
@@ -55,10 +68,11 @@ def sizes(newest: dict[str, Row]) -> str:
             for r in row["table"]
         ],
     )  # fmt: skip
-    return f"{table}\n\n{kind(row)} {where(row)}"
+    return f"{table}\n\n{row_statistics(row)} {source(row)}"
 
 
-def kind(row: Row) -> str:
+def row_statistics(row: Row) -> str:
+    """Return the statistics of the made-up rows."""
     r = row["rows"]
     return (
         f"{row['positions']:,} made-up rows, V = 151,936: mean entropy {r['entropy_nats']:.2f} "
@@ -68,6 +82,7 @@ def kind(row: Row) -> str:
 
 
 def pair(newest: dict[str, Row]) -> str:
+    """Return the table of the trained pair."""
     row = newest["pair"]
     table = markdown(
         ["bytes a position", "no entry twice", "both lists whole", "ratio"],
@@ -84,11 +99,12 @@ def pair(newest: dict[str, Row]) -> str:
         f"{table}\n\n{row['positions']:,} positions of a pair trained for this, V = 8,192, the "
         f"product's defaults; overlap at 16: {row['overlap']:.2f}, mean teacher entropy "
         f"{row['entropy_nats']:.2f} nats. Scored again, all {row['rows_compared']:,} rows read as "
-        f"the teacher's own list, though float16 makes ties in {ties:.0%} of them. {where(row)}"
+        f"the teacher's own list, though float16 makes ties in {ties:.0%} of them. {source(row)}"
     )
 
 
 def frontier(newest: dict[str, Row]) -> str:
+    """Return the tables of bytes against missed KL."""
     row = newest["frontier"]
     ours = [r for r in row["table"] if r["who"].startswith("logitcask")]
     names = list(dict.fromkeys(r["who"].split()[1] for r in ours))
@@ -114,7 +130,7 @@ def frontier(newest: dict[str, Row]) -> str:
             if not r["who"].startswith("logitcask")
         ],
     )  # fmt: skip
-    return f"{first}\n\n{second}\n\n{kind(row)} {where(row)}"
+    return f"{first}\n\n{second}\n\n{row_statistics(row)} {source(row)}"
 
 
 def share(value: float) -> str:
@@ -122,6 +138,7 @@ def share(value: float) -> str:
 
 
 def rates(newest: dict[str, Row]) -> str:
+    """Return the table of commits and reads."""
     row = newest["rates"]
     cpu, wall = row["cpu_seconds"], row["wall_seconds"]
     names = {
@@ -153,11 +170,12 @@ def rates(newest: dict[str, Row]) -> str:
         f"{table}\n\n{row['positions']:,} positions, medians of {row['runs']} interleaved runs; "
         f"{rate['whole']:.0f} million entries a core-second in layout `whole` (top-p 0.999, "
         f"k 1-64), {rate['once']:.0f} million in `once` (k 16-64 and the student's 16). Ours and "
-        f"parquet flush to the disk, compare checksums and were read from memory. {where(row)}"
+        f"parquet flush to the disk, compare checksums and were read from memory. {source(row)}"
     )
 
 
 def latency(newest: dict[str, Row]) -> str:
+    """Return the table of commits, and the figures of single sequences and of opening."""
     row, single, opened = newest["commits"], newest["random"], newest["open"]
     table = markdown(
         ["4 processes x 200 commits", "units present", "doubled", "commits a second", "p50", "p99"],
@@ -170,16 +188,17 @@ def latency(newest: dict[str, Row]) -> str:
     found, took = single["sequences_per_core_second"], opened["open_seconds"]
     return (
         f"{table}\n\nSmall units, 256 positions each: a commit is mostly Zarr's encoding of eleven "
-        f"small arrays, and 30 files to flush. {where(row)}\n\n"
+        f"small arrays, and 30 files to flush. {source(row)}\n\n"
         "Single sequences a core-second: "
         + ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
-        + f". The cache takes {single['cache_bytes']:.0f} bytes a position. {where(single)}\n\n"
+        + f". The cache takes {single['cache_bytes']:.0f} bytes a position. {source(single)}\n\n"
         f"Opening a store of {opened['records']:,} records: {took['bundles']:.2f} s, and "
-        f"{took['records']:.2f} s without bundles. {where(opened)}"
+        f"{took['records']:.2f} s without bundles. {source(opened)}"
     )
 
 
 def bars(newest: dict[str, Row]) -> str:
+    """Return the table of all bars."""
     return markdown(
         ["bar", "measured", ""],
         [
@@ -191,7 +210,7 @@ def bars(newest: dict[str, Row]) -> str:
 
 
 def numbers(newest: dict[str, Row]) -> str:
-    """Return the store's figures in short."""
+    """Return a short table of the store's figures."""
     size = {(r["profile"], r["k_max"]): r for r in newest["sizes"]["table"]}
     rate, wait = newest["rates"], newest["wait"]
     disk = newest["commits"]["media"]["disk"]
@@ -232,7 +251,7 @@ TABLES: dict[str, Callable[[dict[str, Row]], str]] = {
 
 
 def draw(row: Row) -> None:
-    """Plot bytes against forward KL missed, both logarithmic: down and left is better."""
+    """Plot bytes against forward KL missed, both logarithmic; down and left is better."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -242,17 +261,17 @@ def draw(row: Row) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     colours = {"default": "C0", "compact": "C2", "interop": "C4", "raw32": "C7"}
     for name, colour in colours.items():
-        mine = [r for r in row["table"] if r["who"] == f"logitcask {name}"]
+        ours = [r for r in row["table"] if r["who"] == f"logitcask {name}"]
         best = [
             r
-            for r in mine
+            for r in ours
             if not any(
                 o["bytes"] <= r["bytes"] and o["forward_kl_missed"] < r["forward_kl_missed"]
-                for o in mine
+                for o in ours
             )
         ]
         best.sort(key=lambda r: r["bytes"])
-        axes.plot(*points(mine), ".", color=colour, alpha=0.35)
+        axes.plot(*points(ours), ".", color=colour, alpha=0.35)
         axes.plot(*points(best), "-", color=colour, label=f"logitcask, {name}")
     # Values that a peer's own reader returns can be further off than the missed KL: the table
     # shows that, a logarithm cannot.
@@ -281,8 +300,9 @@ def draw(row: Row) -> None:
 
 
 def points(rows: list[Row]) -> tuple[list[float], list[float]]:
+    """Return x and y of the rows: bytes, missed KL in percent."""
     return [r["bytes"] for r in rows], [100 * r["forward_kl_missed"] for r in rows]
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -3,11 +3,10 @@
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import results
 from report_pages import markdown
-from results import RESULTS
+from results import RESULTS, Row
 
 PICTURE = RESULTS / "objectives.svg"
 FIGURES = {
@@ -16,12 +15,11 @@ FIGURES = {
     "overlap_ratio": "overlap ratio",
     "overlap_mass": "overlap mass",
 }
-Row = dict[str, Any]
 
 
 def tables() -> dict[str, str]:
     """Return the text of each marked block, from the newest rows; empty without rows."""
-    rows, demos = results.read("ablate"), results.read("demo")
+    rows, demos = (results.read(RESULTS / f"{name}.jsonl") for name in ("ablate", "demo"))
     made = {"demo seeds": seeds(demos)} if demos else {}
     if rows:
         made |= {"ablate objectives": objectives(rows[-1]), "ablate summary": summary(rows[-1])}
@@ -91,7 +89,7 @@ def seeds(rows: list[Row]) -> str:
 
 
 def cell(each: Row, name: str) -> str:
-    """Return a mean with its spread, as far as there is one."""
+    """Return a mean with its spread if it has one."""
     value, spread = each[name], each[f"{name}_sd"]
     if value is None:
         return "-"

@@ -1,21 +1,22 @@
-"""The kernels' tables of the READMEs, from rows.
+"""The kernels' tables of the READMEs.
 
 Run: .venv/bin/python bench/report_kernels.py [FILE.jsonl]
 
 Without a file: fills the pages from bench/results/kernels.jsonl and gpu.jsonl, as bench/report.py
-does too. With one: prints what it says in short. Of each section and shape the rows of the newest
-run count.
+does. With a file: prints a summary of it. The rows of the newest run of each section and shape
+count.
 """
 
-import json
+import argparse
 import sys
 from itertools import groupby
 from pathlib import Path
 
 import results
-from kernel_bars import Row, bars, newest
+from kernel_bars import bars, newest
 from kernel_machine import short
 from report_pages import fill_pages, markdown
+from results import Row
 
 FILES = ("kernels", "gpu")
 NONE = {
@@ -26,24 +27,31 @@ NONE = {
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        lines = Path(arguments[0]).read_text().splitlines()
-        print(inshort([json.loads(line) for line in lines]))
-        return
-    fill_pages(tables())
+    """Fill the pages, or print a summary of a file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE.jsonl")
+    file = parser.parse_args(arguments).file
+    if file is None:
+        fill_pages(tables())
+    else:
+        print(in_short(results.read(file)))
 
 
 def tables() -> dict[str, str]:
-    """What stands at each NAME of the pages."""
-    rows = [row for name in FILES for row in results.read(name) if row["bench"] == "kernels"]
+    """Return the text of each marked block."""
+    files = [results.RESULTS / f"{name}.jsonl" for name in FILES]
+    rows = [row for file in files for row in results.read(file) if row["bench"] == "kernels"]
     return {
-        "kernels cpu": of_device(rows, "cpu"),
-        "kernels gpu": of_device(rows, "cuda"),
+        "kernels cpu": device_tables(rows, "cpu"),
+        "kernels gpu": device_tables(rows, "cuda"),
         "kernel numbers": numbers(rows),
     }
 
 
-def of_device(rows: list[Row], device: str) -> str:
+def device_tables(rows: list[Row], device: str) -> str:
+    """Return all tables of a device for bench/README.md."""
     mine = newest([row for row in rows if row["device"] == device])
     if not mine:
         return NONE[device]
@@ -52,15 +60,15 @@ def of_device(rows: list[Row], device: str) -> str:
         of_run = list(run)
         measured = [row for row in of_run if "provider" in row]
         for _, group in groupby(measured, key=lambda r: (r["section"], r["shape"], r["dtype"])):
-            parts.append(of_shape(list(group)))
-        parts.append(swept([row for row in of_run if row["section"] == "sweep"]))
+            parts.append(shape_table(list(group)))
+        parts.append(sweep_table([row for row in of_run if row["section"] == "sweep"]))
         parts.append(_checked([row for row in of_run if row["section"] == "check"]))
-        parts.append(where(of_run[-1]))
+        parts.append(source(of_run[-1]))
     return "\n\n".join(part for part in parts if part)
 
 
 def numbers(rows: list[Row]) -> str:
-    """For README.md: the bars, a line each."""
+    """Return the bars for kernels/README.md, a line each."""
     lines: list[list[object]] = []
     notes = []
     for device in ("cpu", "cuda"):
@@ -69,13 +77,13 @@ def numbers(rows: list[Row]) -> str:
             notes.append(NONE[device])
             continue
         lines += [[each["bar"], _measured(each)] for each in bars(mine, device)]
-        notes.append(where(mine[-1]))
+        notes.append(source(mine[-1]))
     table = markdown(["", "measured"], lines) if lines else ""
     return "\n\n".join(part for part in (table, *notes) if part)
 
 
-def inshort(rows: list[Row]) -> str:
-    """For a terminal: bars, the best launch settings, and a line a section and shape."""
+def in_short(rows: list[Row]) -> str:
+    """Return a summary for a terminal: a line a section and shape, the best settings, the bars."""
     lines = []
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = newest([row for row in rows if row["device"] == device])
@@ -83,17 +91,17 @@ def inshort(rows: list[Row]) -> str:
         for _, group in groupby(mine, key=lambda r: (r["section"], r.get("what"), r.get("shape"))):
             ran = [row for row in group if row["status"] == "ok" and "ms" in row]
             if ran:
-                lines.append(_swept_line(ran) if "what" in ran[0] else _shape_line(ran))
+                lines.append(_sweep_line(ran) if "what" in ran[0] else _shape_line(ran))
         lines += [
             f"{'met ' if bar['met'] else 'MISSED'}  {bar['bar']}: {bar['value']:.4g}"
             for bar in bars(mine, device)
         ]
-        lines.append(where(mine[-1]))
+        lines.append(source(mine[-1]))
     return "\n".join(line for line in lines if line)
 
 
-def _swept_line(ran: list[Row]) -> str:
-    """scan and grad have many settings: the best stands for them."""
+def _sweep_line(ran: list[Row]) -> str:
+    """Return a part of the sweep: the shipped settings and the best other one."""
     other = [row for row in ran if row["setting"].startswith("warps=")]
     shown = [row for row in ran if row not in other]
     shown += sorted(other, key=lambda row: row["ms"])[:1]
@@ -107,8 +115,8 @@ def _shape_line(ran: list[Row]) -> str:
     return f"{ran[0]['section']} {sizes}, ms: " + ", ".join(each)
 
 
-def of_shape(rows: list[Row]) -> str:
-    """One section at one shape; ratios to our first of the same task."""
+def shape_table(rows: list[Row]) -> str:
+    """Return the table of a section at a shape; ratios to our first provider of the same task."""
     first = rows[0]
     s, ran = first["shape"], [row for row in rows if row["status"] == "ok"]
     title = (
@@ -161,8 +169,8 @@ def _measured(each: Row) -> str:
     return f"{each['value']:.3g}" + ("" if each["met"] else ", missed")
 
 
-def swept(rows: list[Row]) -> str:
-    """Of each kernel what is shipped, and the best settings beside it."""
+def sweep_table(rows: list[Row]) -> str:
+    """Return the shipped launch parameters of each kernel, and the three best others."""
     ran = [row for row in rows if row["status"] == "ok"]
     if not ran:
         return ""
@@ -182,7 +190,8 @@ def swept(rows: list[Row]) -> str:
     return "\n\n".join(part for part in (title, table, note) if part)
 
 
-def where(row: Row) -> str:
+def source(row: Row) -> str:
+    """Return command, machine, versions and commit of a row."""
     machine = row.get("gpu")
     machine = (
         f"{machine}, driver {row['driver_version']}, clocks {row['clocks.sm']} and "

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from results import ROOT
 
 FOLDERS = ("bench", "cli", "engine", "kernels", "tests")
 
 
-def markdown(head: list[str], rows: Iterable[list[object]]) -> str:
+def markdown(head: list[str], rows: Iterable[list[Any]]) -> str:
     """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
@@ -24,10 +26,14 @@ def filled(text: str, made: dict[str, str]) -> str:
     return re.sub(rf"<!-- ({names}) -->\n.*?<!-- end -->", replaced, text, flags=re.DOTALL)
 
 
+def pages() -> list[Path]:
+    """Return every README."""
+    return [ROOT / "README.md", *(p for f in FOLDERS for p in (ROOT / f).rglob("README.md"))]
+
+
 def fill_pages(made: dict[str, str]) -> None:
     """Rewrite the marked blocks of every README."""
-    pages = [ROOT / "README.md", *(p for f in FOLDERS for p in (ROOT / f).rglob("README.md"))]
-    for page in pages:
+    for page in pages():
         text = page.read_text()
         if (new := filled(text, made)) != text:
             page.write_text(new)

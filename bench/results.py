@@ -1,49 +1,68 @@
-"""What every benchmark's row says of the code and the machine, and where rows are kept."""
+"""Rows of the benchmarks: their files, and the code and machine that each row names."""
 
+import argparse
 import hashlib
 import json
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 UNKNOWN = "unknown"
-"""What a machine cannot tell: a commit without git, a driver without its tool."""
+"""Value of a commit without git, of a driver without its tool, of a package that is not there."""
 
 
-def circumstances(*packages: str) -> dict[str, Any]:
-    """Commit, machine and versions."""
+def option_parser(doc: str, name: str) -> argparse.ArgumentParser:
+    """Return the parser of a script with this docstring and rows NAME.jsonl."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / f"{name}.jsonl",
+        metavar="FILE",
+        help=f"Rows are appended to it. [default: bench/results/{name}.jsonl]",
+    )
+    return parser
+
+
+def environment(*packages: str) -> Row:
+    """Return commit, machine and versions."""
     return {
         "commit": code_commit(),
         "machine": f"{cpu()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: _version(name) for name in packages},
     }
 
 
-def read(name: str) -> list[dict[str, Any]]:
-    """The rows of bench/results/NAME.jsonl."""
-    file = RESULTS / f"{name}.jsonl"
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return UNKNOWN
+
+
+def read(file: Path) -> list[Row]:
+    """Return the rows of a file; none if there is no file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def append(name: str, row: dict[str, Any]) -> None:
-    write(RESULTS / f"{name}.jsonl", row)
-
-
-def write(file: Path, row: dict[str, Any]) -> None:
-    """Adds one line; whoever is stopped keeps all that came before."""
+def append(file: Path, row: Row) -> None:
+    """Append a row at once, so that a run that is stopped keeps all earlier rows."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as out:
         out.write(json.dumps(row) + "\n")
 
 
 def cpu() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the processor's name, or its architecture if the system does not name it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -51,10 +70,7 @@ def cpu() -> str:
 
 
 def code_commit() -> str:
-    """The newest commit that touches what is measured; rows and texts may change meanwhile.
-
-    UNKNOWN where there is no git, or no repository.
-    """
+    """Return the newest commit of the measured code, UNKNOWN without git or a repository."""
     code = ["engine", "kernels", "cli"]
     try:
         newest = git("log", "-1", "--format=%H", "--", *code)[:12]
@@ -64,12 +80,13 @@ def code_commit() -> str:
 
 
 def kernels_digest() -> str:
-    """Of the kernels' source: says what ran where no commit can be told."""
+    """Return a digest of the kernels' source, which names it also without git."""
     text = b"".join(file.read_bytes() for file in sorted((ROOT / "kernels").glob("*.py")))
     return hashlib.sha256(text).hexdigest()[:12]
 
 
 def git(*arguments: str) -> str:
+    """Return the output of a git command in the repository."""
     command = ["git", *arguments]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return done.stdout.strip()

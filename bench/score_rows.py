@@ -1,10 +1,10 @@
-"""Rows of teacher scores that look like a large model's: made up, from a seed.
+"""Made-up rows of teacher scores that resemble a large model's, from a seed.
 
-Three kinds of positions, as a model meets them on text of its own: most are all but certain, some
-are a choice between a few ids, and some are open with a long tail. Log-probs of a row are those of
-ranked draws from a power law; ids are drawn from lists that belong to a context and from the whole
-vocabulary, both with Zipf's frequencies. What comes out is printed beside every figure that rests
-on it: mean entropy, share of sure rows, mass of the best 16, 64 and 256.
+Three kinds of positions, as in a model's own text: most are almost certain, some are a choice
+between a few ids, and some are open with a long tail. The log-probs of a row are those of ranked
+draws from a Pareto distribution; ids are drawn from lists that belong to a context and from the
+whole vocabulary, both with Zipf's frequencies. Each table states the rows' mean entropy, their
+share with one sure id, and the mass of the best 16, 64 and 256.
 
 Shapes: P rows, W entries of a row, V the vocabulary.
 """
@@ -17,14 +17,14 @@ from logitcask.engine.types import Array, Prompt, Rollouts, Scores
 
 V, W = 151_936, 256
 CONTEXTS, LISTED = 2048, 1024
-"""Lists of ids that contexts bring, and how long each is."""
+"""Number of contexts, and length of the list of ids of each."""
 SURE, FEW, OPEN = 0.65, 0.20, 0.15
 PROMPT_TOKENS = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Packs:
-    """What a teacher says of P rows, wider than anything keeps."""
+class WideRows:
+    """A teacher's best W entries on P rows, more than any request keeps."""
 
     ids: Array
     """[P, W] uint32, best first."""
@@ -37,8 +37,8 @@ class Packs:
     lengths: Array
     """[N] rows of each sequence."""
 
-    def says(self) -> dict[str, float]:
-        """What kind of rows these are."""
+    def summary(self) -> dict[str, float]:
+        """Return entropy, share of sure rows and mass of the best ids."""
         p = np.exp(self.lp, dtype=np.float64)
         mass = p.cumsum(1)
         return {
@@ -48,10 +48,11 @@ class Packs:
         }
 
 
-def synthetic(positions: int, seed: int = 0) -> Packs:
+def synthetic(positions: int, seed: int = 0) -> WideRows:
+    """Return made-up rows."""
     rng = np.random.default_rng(seed)
-    lp, log_tail, entropy = _laws(positions, rng)
-    return Packs(
+    lp, log_tail, entropy = _log_probs(positions, rng)
+    return WideRows(
         ids=_ids(positions, rng),
         lp=lp,
         log_tail=log_tail,
@@ -60,12 +61,12 @@ def synthetic(positions: int, seed: int = 0) -> Packs:
     )
 
 
-def _laws(positions: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
-    """(log-probs [P, W], log tail [P], entropy [P])."""
+def _log_probs(positions: int, rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """Return log-probs [P, W], log tail [P] and entropy [P]."""
     kind = rng.choice(3, positions, p=[SURE, FEW, OPEN])
     low, high = np.asarray([[1.3, 2.2], [1.3, 2.1], [1.15, 1.9]])[kind].T
     power = rng.uniform(low, high)
-    # The j-th best of many draws from a power law: -power x log of a sum of j exponentials.
+    # The j-th best of many Pareto draws: -power x log of a sum of j exponentials.
     z = -power[:, None] * np.log(np.cumsum(rng.exponential(1.0, (positions, W)), 1))
     z -= z[:, :1]
     lead = np.select(
@@ -76,7 +77,7 @@ def _laws(positions: int, rng: np.random.Generator) -> tuple[Array, Array, Array
     z[:, 1:] -= lead[:, None]
     near = (kind == 1)[:, None] & (np.arange(W) < rng.integers(2, 5, positions)[:, None])
     z = -np.sort(-np.where(near, z / 4, z), 1)
-    # Beyond W the power law goes on to the end of the vocabulary.
+    # Beyond W the same power holds to the end of the vocabulary.
     beyond = (W / (power - 1)) * (1 - (V / W) ** (1 - power))
     tail = np.exp(z[:, -1]) * beyond
     total = np.exp(z).sum(1) + tail
@@ -87,7 +88,7 @@ def _laws(positions: int, rng: np.random.Generator) -> tuple[Array, Array, Array
 
 
 def _ids(positions: int, rng: np.random.Generator) -> Array:
-    """[P, W] uint32, distinct in a row."""
+    """Return ids [P, W] uint32, distinct in a row."""
     rank = np.argsort(np.argsort(np.log(np.arange(V) + 1.0) + rng.normal(0, 0.8, V)))
     log_weight = -1.05 * np.log(rank + 10.0)
     lists = np.stack(
@@ -112,13 +113,13 @@ def _ids(positions: int, rng: np.random.Generator) -> Array:
 
 
 def _first_distinct(drawn: Array) -> Array:
-    """[n, 2W] -> [n, W]: the first W different ids of every row."""
+    """Return the first W different ids [n, W] of every row of [n, 2 W]."""
     order = np.argsort(drawn, 1, kind="stable")
     ascending = np.take_along_axis(drawn, order, 1)
-    again = np.zeros(drawn.shape, bool)
-    again[:, 1:] = ascending[:, 1:] == ascending[:, :-1]
+    is_repeat = np.zeros(drawn.shape, bool)
+    is_repeat[:, 1:] = ascending[:, 1:] == ascending[:, :-1]
     repeated = np.zeros(drawn.shape, bool)
-    np.put_along_axis(repeated, order, again, 1)
+    np.put_along_axis(repeated, order, is_repeat, 1)
     first = np.argsort(repeated, 1, kind="stable")[:, :W]
     assert not np.take_along_axis(repeated, first, 1).any(), "half of the draws are enough"
     distinct: Array = np.take_along_axis(drawn, first, 1)
@@ -126,7 +127,7 @@ def _first_distinct(drawn: Array) -> Array:
 
 
 def _lengths(positions: int, rng: np.random.Generator) -> Array:
-    """[N] log-normal lengths that add up."""
+    """Return log-normal lengths [N] with the sum `positions`."""
     drawn = np.clip(rng.lognormal(6.4, 0.9, 1 + positions // 100).astype(int), 16, 8192)
     ends = drawn.cumsum()
     lengths = drawn[: np.searchsorted(ends, positions)]
@@ -135,19 +136,19 @@ def _lengths(positions: int, rng: np.random.Generator) -> Array:
     return found
 
 
-# What a store is given.
+# Input of a store.
 
 
-def kept(rows: Packs, top_p: float, k_min: int, k_max: int) -> Array:
-    """[P, W] bool: what a request keeps."""
+def kept_mask(rows: WideRows, top_p: float, k_min: int, k_max: int) -> Array:
+    """Return [P, W] bool: the entries that a request keeps."""
     mass = np.exp(rows.lp[:, :k_max], dtype=np.float64).cumsum(1)
     cnt = np.clip((mass < top_p).sum(1) + 1, k_min, k_max)
     mask: Array = np.arange(W) < cnt[:, None]
     return mask
 
 
-def student_of(rows: Packs, noise: float, k: int = 16, seed: int = 1) -> tuple[Array, Array]:
-    """(order [P, k], log-probs [P, W]) of a student: the teacher's logits and Gaussian noise."""
+def student_of(rows: WideRows, noise: float, k: int = 16, seed: int = 1) -> tuple[Array, Array]:
+    """Return order [P, k] and log-probs [P, W] of a student: the teacher with Gaussian noise."""
     rng = np.random.default_rng(seed)
     lp = rows.lp + rng.normal(0, noise, rows.lp.shape).astype(np.float32)
     tail = rows.log_tail + rng.normal(0, noise / 2, len(rows.lp)).astype(np.float32)
@@ -156,8 +157,8 @@ def student_of(rows: Packs, noise: float, k: int = 16, seed: int = 1) -> tuple[A
     return np.argsort(-lp, 1, kind="stable")[:, :k], lp
 
 
-def scores_of(rows: Packs, mask: Array, listed: Array | None = None, seed: int = 2) -> Scores:
-    """What a scorer would say: entries in `mask`, and at places `listed` [P, k] of the rows."""
+def scores_of(rows: WideRows, mask: Array, listed: Array | None = None, seed: int = 2) -> Scores:
+    """Return a scorer's result: entries in `mask`, and at columns `listed` [P, k] of the rows."""
     p = len(rows.lp)
     outside = ~mask
     if listed is not None:
@@ -176,8 +177,10 @@ def scores_of(rows: Packs, mask: Array, listed: Array | None = None, seed: int =
     )
 
 
-def rollouts_of(rows: Packs, student: tuple[Array, Array] | None = None, seed: int = 2) -> Rollouts:
-    """Sequences with tokens drawn from the rows, and a student's own scores if it is given."""
+def rollouts_of(
+    rows: WideRows, student: tuple[Array, Array] | None = None, seed: int = 2
+) -> Rollouts:
+    """Return sequences with tokens drawn from the rows, and the student's own scores."""
     p, n = len(rows.lp), len(rows.lengths)
     rng = np.random.default_rng(seed + 1)
     at = _sampled(rows, seed)
@@ -216,8 +219,8 @@ def rollouts_of(rows: Packs, student: tuple[Array, Array] | None = None, seed: i
     )
 
 
-def first(rows: Packs, positions: int) -> Packs:
-    """Its first sequences, so many positions or a few less."""
+def first(rows: WideRows, positions: int) -> WideRows:
+    """Return the first sequences with at most so many positions."""
     ends = rows.lengths.cumsum()
     n = int(np.searchsorted(ends, positions, side="right"))
     p = int(ends[n - 1])
@@ -228,8 +231,8 @@ def first(rows: Packs, positions: int) -> Packs:
     )
 
 
-def _sampled(rows: Packs, seed: int) -> Array:
-    """[P] place in the wide list of the token that was drawn."""
+def _sampled(rows: WideRows, seed: int) -> Array:
+    """Return [P] the column of the sampled token."""
     mass = np.exp(rows.lp, dtype=np.float64).cumsum(1)
     u = np.random.default_rng(seed).random(len(mass)) * mass[:, -1]
     at: Array = np.minimum((mass < u[:, None]).sum(1), W - 1)

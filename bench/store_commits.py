@@ -1,4 +1,4 @@
-"""Commits of several processes, waiting for rows in training, opening a long log.
+"""Commits of several processes, data wait of a training, opening a long log.
 
 `python bench/store_commits.py URL NUMBER` is one of the writers.
 """
@@ -25,10 +25,11 @@ from logitcask.engine.types import Prompt, Rollouts
 
 
 def commits() -> dict[str, Any]:
+    """Measure four processes that commit to a disk and to an S3 server."""
     from moto.server import ThreadedMotoServer
 
     found = {"disk": writers(str(WORK / "commits"))}
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # or it prints every request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else it prints every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -44,21 +45,22 @@ def commits() -> dict[str, Any]:
     boto3.client("s3").create_bucket(Bucket="cask")
     found["S3 server"] = writers("s3://cask/commits")
     server.stop()
-    for where, told in found.items():
-        print(where, json.dumps(told))
+    for where, counts in found.items():
+        print(where, json.dumps(counts))
     return {
         "processes": 4,
         "each": 200,
         "media": found,
         "bars": [
-            bar(f"{where}: units present of 800, none doubled", told["present"],
-                told["present"] == told["records"] == 800)
-            for where, told in found.items()
+            bar(f"{where}: units present of 800, none doubled", counts["present"],
+                counts["present"] == counts["records"] == 800)
+            for where, counts in found.items()
         ],
     }  # fmt: skip
 
 
 def writers(url: str) -> dict[str, float]:
+    """Run four writers, and count their units and seconds."""
     if "://" not in url:
         shutil.rmtree(url, ignore_errors=True)
     open_store(url, create=True)
@@ -83,7 +85,7 @@ def writers(url: str) -> dict[str, float]:
 
 
 def writer(url: str, number: int) -> None:
-    """One process: 200 small units, a few hundred positions each."""
+    """Commit 200 small units, a few hundred positions each, as one of the processes."""
     made = synthetic_small(number)
     store, seconds = open_store(url), []
     for i in range(200):
@@ -101,7 +103,7 @@ def writer(url: str, number: int) -> None:
 
 
 def synthetic_small(seed: int) -> Rollouts:
-    """256 positions without scores: the commit is measured, not the codec."""
+    """Return 256 positions without scores, which measure the commit and not the codec."""
     rng = np.random.default_rng(seed)
     return Rollouts(
         prompts=(Prompt(id="p", token_ids=(1, 2, 3)),),
@@ -117,6 +119,7 @@ def synthetic_small(seed: int) -> Rollouts:
 
 
 def wait() -> dict[str, Any]:
+    """Measure the share of data wait in the demo's trainings."""
     out = WORK / f"demo-{results.code_commit()}"
     logitcask = str(Path(sys.executable).with_name("logitcask"))
     for objective in ("overlap", "forward_kl"):
@@ -141,9 +144,8 @@ def wait() -> dict[str, Any]:
     }
 
 
-def opening() -> dict[str, Any]:
-    """A store with thousands of records: tags, of which each is one."""
-    count = 4096
+def opening(count: int = 4096) -> dict[str, Any]:
+    """Measure opening a store of thousands of records, made by tags."""
     with fresh("open") as folder:
         store = open_store(folder / "cask", create=True)
         base = seal_rollouts(store, synthetic_small(0), "default")
@@ -156,7 +158,7 @@ def opening() -> dict[str, Any]:
             times = []
             for _ in range(RUNS):
                 start = time.perf_counter()
-                assert open_store(store.url).head().number == count, "all of them are there"
+                assert open_store(store.url).head().number == count, "all records are there"
                 times.append(time.perf_counter() - start)
             seconds[name] = statistics.median(times)
     print(json.dumps(seconds))

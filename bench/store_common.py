@@ -1,4 +1,4 @@
-"""What the store's benchmarks share: the made-up rows, where they work, sealing a unit."""
+"""Shared parts of the store's benchmarks: the made-up rows, their folder, and commits."""
 
 import shutil
 import time
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from results import ROOT
-from score_rows import Packs, synthetic
+from score_rows import WideRows, synthetic
 
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.store.format import segment as segments
@@ -23,22 +23,24 @@ SCORE_LINEAGE = {"teacher": {"weights": "made up"}, "role": "teacher", "context"
 
 
 def bar(text: str, value: float, holds: bool) -> dict[str, Any]:
+    """Return the row of a bar."""
     return {"bar": text, "value": value, "met": bool(holds)}
 
 
-def rows() -> Packs:
-    """The made-up rows, made once."""
+def rows() -> WideRows:
+    """Return the made-up rows, made once."""
     file = WORK / "rows.npz"
     if not file.exists():
         made = synthetic(POSITIONS)
         WORK.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **{name: getattr(made, name) for name in Packs.__slots__})
+        np.savez(file, **{name: getattr(made, name) for name in WideRows.__slots__})
     with np.load(file) as found:
-        return Packs(**{name: found[name] for name in Packs.__slots__})
+        return WideRows(**{name: found[name] for name in WideRows.__slots__})
 
 
 @contextmanager
 def fresh(name: str) -> Iterator[Path]:
+    """Yield an empty folder, and delete it afterwards."""
     folder = WORK / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -47,10 +49,12 @@ def fresh(name: str) -> Iterator[Path]:
 
 
 def key(*parts: object) -> str:
+    """Return the unit key of some parts."""
     return segments.sha256(repr(parts).encode())
 
 
 def seal_rollouts(store: Store, rollouts: Rollouts, profile: str) -> Segment:
+    """Commit rollouts as a new unit."""
     return store.commit_rollouts(
         rollouts,
         name="main",
@@ -62,6 +66,7 @@ def seal_rollouts(store: Store, rollouts: Rollouts, profile: str) -> Segment:
 
 
 def seal_scores(store: Store, scores: Scores, base: Segment, profile: str) -> Segment:
+    """Commit scores of `base` as a new unit."""
     return store.commit_scores(
         scores,
         base=base,

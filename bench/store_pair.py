@@ -1,4 +1,4 @@
-"""A pair that was really trained: entries once or both lists, and whose list is read."""
+"""Layouts of a trained pair: each entry once or both lists, and the list that is read back."""
 
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,25 @@ from logitcask.engine.types import Array, Scores
 
 
 def pair() -> dict[str, Any]:
+    """Measure the bytes of both layouts, and whether the teacher's own list is read back."""
     from trained_pair import make_pair
 
     from logitcask.engine.store.inspect import bytes_per_position
 
     store = make_pair(WORK / "pair")
     snapshot = store.head()
-    held = [(base, snapshot.scores("teacher")[base.seg_id]) for base in snapshot.rollouts("main")]
+    scored = [(base, snapshot.scores("teacher")[base.seg_id]) for base in snapshot.rollouts("main")]
     once = entries = both = both_whole = positions = common = entropy = 0.0
-    for base, chain in held:
+    for base, segments in scored:
         rollouts = store.read_rollouts(base)
         own = rollouts.student
         assert own is not None, "a committed unit has the student's scores"
-        known = store.read_scores(chain, base=rollouts)
+        known = store.read_scores(segments, base=rollouts)
         ids, lp = kept_lists(known)
-        sizes_of = {name: size for name, (size, _) in chain[0].files.items()}
+        sizes_of = {name: size for name, (size, _) in segments[0].files.items()}
         mine = ("ids", "lp", "t_at_s", "t_rank_fix", "cnt", "kept")
         ours = sum(sizes_of.get(f"{name}/c/0", 0) for name in mine)
-        # Both lists as they are, with the same codec: the whole top list, and the student's ids.
+        # Both lists with the same codec: the whole top list, and the student's ids.
         profile = codecs.profile("default")
         whole = {
             "cnt": known.kept,
@@ -41,8 +42,8 @@ def pair() -> dict[str, Any]:
         theirs = sum(packed_bytes(array) for array in whole.values())
         entries += ours
         both += theirs
-        once += chain[0].size
-        both_whole += chain[0].size - ours + theirs
+        once += segments[0].size
+        both_whole += segments[0].size - ours + theirs
         positions += base.counts["P"]
         entropy += float(known.entropy.sum())
         common += overlap(known, own)
@@ -74,7 +75,7 @@ def pair() -> dict[str, Any]:
 
 
 def packed_bytes(array: Array) -> int:
-    """Of an array in a segment: its chunks, their checksums and the index."""
+    """Return the bytes of an array in a segment: its chunks, their checksums and the index."""
     from pcodec import ChunkConfig, standalone
 
     config = ChunkConfig(compression_level=codecs.PCODEC_LEVEL)
@@ -84,13 +85,13 @@ def packed_bytes(array: Array) -> int:
 
 
 def overlap(known: Any, own: Scores) -> float:
-    """Sum over rows of |S(p) & S(q)| / 16."""
+    """Return the sum over rows of |S(p) & S(q)| / 16."""
     rank = known.s_rank.reshape(-1, 16)
     return float((rank < 16).sum() / 16)
 
 
 def exactness(folder: Path, store: Store) -> dict[str, int]:
-    """The teacher scores a unit again; is what was read its own list, to the last place?"""
+    """Score a unit again, and count the rows with exactly the list that was read."""
     from logitcask.engine.backends.hf import HF
     from logitcask.engine.models.identity import model_ref
     from logitcask.engine.store.format.ragged import starts
@@ -100,15 +101,15 @@ def exactness(folder: Path, store: Store) -> dict[str, int]:
     snapshot = store.head()
     base = snapshot.rollouts("main")[0]
     rollouts = store.read_rollouts(base)
-    said = teacher.score(rollouts, ScoreParams())
+    rescored = teacher.score(rollouts, ScoreParams())
     known = store.read_scores(snapshot.scores("teacher")[base.seg_id], base=rollouts)
     ids, lp = kept_lists(known)
     off = starts(known.kept)
     wrong = np.zeros(rollouts.positions, bool)
-    same = np.array_equal(known.kept, said.cnt)
+    same = np.array_equal(known.kept, rescored.cnt)
     row = np.repeat(np.arange(rollouts.positions), known.kept)
     if same:
-        np.logical_or.at(wrong, row, ids != said.ids)
+        np.logical_or.at(wrong, row, ids != rescored.ids)
     ties = np.zeros(rollouts.positions, bool)
     equal = (np.diff(lp) == 0) & (np.diff(row) == 0)
     ties[row[1:][equal]] = True

@@ -1,9 +1,9 @@
-"""What others store of a teacher, on the same rows: parquet, raw arrays, DistillKit's writer.
+"""Formats of other projects on the same rows: parquet, raw arrays, DistillKit's writer.
 
-DistillKit's own compressor is measured where it can be imported (it is not on the package index:
-clone github.com/arcee-ai/DistillKit and put the clone on PYTHONPATH); its bytes follow from its
-formulas in any case. Megatron-LM and MaxText are known by their formats: fp16 log-probs with 17-bit
-ids in 5 bytes an entry, and a float32 with a varint id in about 7.
+DistillKit's own compressor is measured if it can be imported (it is not on the package index: clone
+github.com/arcee-ai/DistillKit and put the clone on PYTHONPATH); its bytes follow from its formulas.
+Megatron-LM and MaxText are computed from their formats: fp16 log-probs with 17-bit ids in 5 bytes
+an entry, and a float32 with a varint id in about 7.
 """
 
 import math
@@ -20,24 +20,24 @@ from score_rows import V
 from logitcask.engine.types import Array, Rollouts, Scores
 
 PARQUET_ROWS = 16
-"""Sequences of a row group: one that is read is decoded with its neighbours."""
+"""Sequences of a row group, which is decoded as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """One way to keep the entries, the scalars and the tokens of a unit."""
+    """A file format of the entries, the scalars and the tokens of a unit."""
 
     name: str
     write: Callable[[Path, Rollouts, Scores], None]
-    """Into a new folder, flushed to the disk."""
+    """Writes to a new folder, flushed to the disk."""
     read: Callable[[Path], dict[str, Array]]
-    """All of it, as flat arrays."""
+    """Returns all arrays, flat."""
     sequence: Callable[[Path], Callable[[int], dict[str, Array]]]
-    """Opens it once; then one sequence at a time."""
+    """Opens the folder; returns a reader of single sequences."""
 
 
 def _flat(rollouts: Rollouts, scores: Scores) -> tuple[dict[str, Array], dict[str, Array], Array]:
-    """(arrays of positions, arrays of entries, entry offset of each sequence)."""
+    """Return arrays of positions, arrays of entries, and the entry offset of each sequence."""
     of_rows = {
         "tokens": rollouts.tokens,
         "b_lp": rollouts.b_lp,
@@ -77,7 +77,7 @@ def _write_parquet(folder: Path, rollouts: Rollouts, scores: Scores) -> None:
 def _parquet(folder: Path) -> Any:
     import pyarrow.parquet as pq
 
-    # Damage is to be found, as it is in ours.
+    # Ours compares checksums, too.
     return pq.ParquetFile(folder / "unit.parquet", page_checksum_verification=True)
 
 
@@ -143,12 +143,12 @@ FORMATS = [
 ]
 
 
-# Rows of a fixed K.
+# Formats with a fixed K.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FixedRow:
-    """K entries in every row, and how many bytes they take."""
+    """A format with K entries in every row, and their bytes."""
 
     name: str
     k: int
@@ -157,12 +157,12 @@ class FixedRow:
 
 
 def distillkit_bytes(k: int, exact: int, terms: int, vocabulary: int = V) -> float:
-    """bf16 for `exact` values, float32 for each term of the fit, ceil(log2 V) bits for an id."""
+    """Return bytes: bf16 for `exact` values, float32 for a term, ceil(log2 V) bits for an id."""
     return 2 * exact + 4 * terms + math.ceil(k * math.ceil(math.log2(vocabulary)) / 8)
 
 
 FIXED = [
-    FixedRow(name="DistillKit recomrepaired", k=128, bytes=distillkit_bytes(128, 16, 6)),
+    FixedRow(name="DistillKit recommended", k=128, bytes=distillkit_bytes(128, 16, 6)),
     FixedRow(name="DistillKit budget", k=50, bytes=distillkit_bytes(50, 1, 3)),
     FixedRow(name="Megatron-LM K=128", k=128, bytes=5 * 128, note="ids below 131,072 only"),
     FixedRow(name="MaxText K=128", k=128, bytes=7 * 128),
@@ -171,7 +171,7 @@ FIXED = [
 """Values of the first two are a fit of the log-probs, those of the others rounded."""
 
 DISTILLKIT = {
-    "DistillKit recomrepaired": {
+    "DistillKit recommended": {
         "k": 128,
         "exact_k": 16,
         "exact_dtype": "bfloat16",
@@ -188,7 +188,7 @@ DISTILLKIT = {
 
 
 def distillkit_values(name: str, ids: Array, lp: Array) -> tuple[Array, float] | None:
-    """(log-probs [P, K] after its own writer and reader, bytes a position); None without it."""
+    """Return log-probs [P, K] from its own writer and reader, and bytes; None without it."""
     if name not in DISTILLKIT or find_spec("distillkit") is None:
         return None
     import torch

@@ -1,4 +1,4 @@
-"""Bytes of a position, error of what is stored, and KL that a loss on it misses: made-up rows."""
+"""Bytes of a position, error of stored values, and the KL that a loss on them misses."""
 
 import json
 from dataclasses import replace
@@ -6,28 +6,27 @@ from typing import Any
 
 import numpy as np
 import store_peers as peers
-from score_rows import Packs, first, kept, rollouts_of, scores_of, student_of
+from score_rows import WideRows, first, kept_mask, rollouts_of, scores_of, student_of
 from store_common import POSITIONS, bar, fresh, rows, seal_rollouts, seal_scores
 
 from logitcask.engine.store import open_store
-from logitcask.engine.store.format import codecs, schema
-from logitcask.engine.store.format import layouts as layout
-from logitcask.engine.store.format import segment as segments
+from logitcask.engine.store.format import codecs, layouts, schema, segment
 from logitcask.engine.types import Array
 
 
 def sizes() -> dict[str, Any]:
+    """Measure bytes and errors of every profile."""
     made = rows()
-    print({name: round(value, 4) for name, value in made.says().items()})
+    print({name: round(value, 4) for name, value in made.summary().items()})
     settings = [(0.999, 1, 64), (0.99, 1, 256)]
     table = []
     with fresh("sizes") as folder:
         for profile in codecs.PROFILES:
             for top_p, k_min, k_max in settings:
-                mask = kept(made, top_p, k_min, k_max)
+                mask = kept_mask(made, top_p, k_min, k_max)
                 store = open_store(folder / f"{profile}-{k_max}", create=True)
                 base = seal_rollouts(store, rollouts_of(made), profile)
-                held = seal_scores(store, scores_of(made, mask), base, profile)
+                scored = seal_scores(store, scores_of(made, mask), base, profile)
                 table.append(
                     {
                         "profile": profile,
@@ -36,18 +35,18 @@ def sizes() -> dict[str, Any]:
                         "k_max": k_max,
                         "entries": float(mask.sum(1).mean()),
                         "bytes_rollout": base.size / POSITIONS,
-                        "bytes_score": held.size / POSITIONS,
-                        "bytes": (base.size + held.size) / POSITIONS,
+                        "bytes_score": scored.size / POSITIONS,
+                        "bytes": (base.size + scored.size) / POSITIONS,
                         **value_errors(made, mask, codecs.profile(profile)),
                     }
                 )
                 print(json.dumps(table[-1]), flush=True)
-    missed = {k: missed_kl(made, kept(made, *p))[0] for k, p in (("256", (0.99, 1, 256)),)}
-    fixed = missed_kl(made, kept(made, 1.1, 64, 64))[0]
+    missed = missed_kl(made, kept_mask(made, 0.99, 1, 256))[0]
+    fixed = missed_kl(made, kept_mask(made, 1.1, 64, 64))[0]
     default = {r["k_max"]: r for r in table if r["profile"] == "default"}
     distillkit = peers.FIXED[0].bytes
     return {
-        "rows": made.says(),
+        "rows": made.summary(),
         "positions": POSITIONS,
         "table": table,
         "bars": [
@@ -56,7 +55,7 @@ def sizes() -> dict[str, Any]:
             bar("p 0.99, k 1-256: bytes over DistillKit's K=128 row <= 1/3",
                 default[256]["bytes"] / distillkit, default[256]["bytes"] <= distillkit / 3),
             bar("p 0.99, k 1-256: forward KL missed over that of a fixed K=64 < 1",
-                missed["256"] / fixed, missed["256"] < fixed),
+                missed / fixed, missed < fixed),
             bar("default: mean KL error of stored values < 1e-6 nats", default[64]["kl_mean"],
                 default[64]["kl_mean"] < 1e-6),
             bar("default: loss error < 2e-4 nats", default[64]["loss_error"],
@@ -67,7 +66,7 @@ def sizes() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def value_errors(made: Packs, mask: Array, profile: codecs.Profile) -> dict[str, float]:
+def value_errors(made: WideRows, mask: Array, profile: codecs.Profile) -> dict[str, float]:
     """Return the errors of stored log-probs, and of KL, forward-KL loss and gradient from them."""
     part = slice(0, 65_536)
     mask, lp = mask[part], made.lp[part].astype(np.float64)
@@ -103,10 +102,10 @@ def kl_nats(log_a: Array, log_b: Array) -> Array:
     return terms.sum(1)
 
 
-def missed_kl(made: Packs, mask: Array, values: Array | None = None) -> tuple[float, float]:
-    """Return the shares of forward and reverse KL that are missed when teacher and student (the
-    teacher and noise) are coarsened to the mask and one bucket. `values`: log-probs as
-    stored, [P, K].
+def missed_kl(made: WideRows, mask: Array, values: Array | None = None) -> tuple[float, float]:
+    """Return the shares of forward and reverse KL that are missed with the mask and one bucket.
+
+    The student is the teacher with noise. values: log-probs as stored, [P, K].
     """
     _, log_p = student_of(made, 0.8)
     wide = np.ones_like(mask)
@@ -118,13 +117,14 @@ def missed_kl(made: Packs, mask: Array, values: Array | None = None) -> tuple[fl
     return share(0), share(1)
 
 
-def coarse(made: Packs, log_p: Array, mask: Array, values: Array | None, side: int) -> Array:
+def coarse(made: WideRows, log_p: Array, mask: Array, values: Array | None, side: int) -> Array:
+    """Return the KL [P] of teacher and student on the mask and one bucket, 0 forward, 1 reverse."""
     lq = made.lp.astype(np.float64)
     if values is not None:
         lq = np.where(mask, np.pad(values, ((0, 0), (0, lq.shape[1] - values.shape[1]))), lq)
     q_out = outside(made.lp, mask, made.log_tail)
     if values is not None:
-        # Its reader has no tail: what is missing to 1, at least next to nothing.
+        # The peer's reader has no tail: it is the rest to 1, with a floor.
         known = np.where(mask, np.exp(lq), 0).sum(1)
         q_out = np.log(np.maximum(1 - known, 1e-6))
     with np.errstate(divide="ignore"):
@@ -137,12 +137,14 @@ def coarse(made: Packs, log_p: Array, mask: Array, values: Array | None, side: i
 
 
 def outside(lp: Array, mask: Array, tail: Array) -> Array:
+    """Return the log mass outside the mask [P]."""
     left = np.logaddexp.reduce(np.where(mask, -np.inf, lp.astype(np.float64)), axis=1)
     whole: Array = np.logaddexp(left, tail)
     return whole
 
 
 def frontier() -> dict[str, Any]:
+    """Measure bytes against missed KL, of our profiles and of peers."""
     made = first(rows(), 65_536)
     positions = len(made.lp)
     table = []
@@ -150,9 +152,9 @@ def frontier() -> dict[str, Any]:
         for k_min in (1, 16):
             for k_max in (64, 256):
                 for top_p in (0.98, 0.99, 0.999, 0.9999):
-                    mask = kept(made, top_p, k_min, k_max)
-                    arrays = layout.encode(scores_of(made, mask), profile, None)
-                    contents = segments.encode(
+                    mask = kept_mask(made, top_p, k_min, k_max)
+                    arrays = layouts.encode(scores_of(made, mask), profile, None)
+                    contents = segment.encode(
                         arrays, layout=schema.FULL, profile=profile, attributes={}
                     )
                     size = sum(len(d) for n, d in contents.items() if n.endswith("/c/0"))
@@ -171,7 +173,7 @@ def frontier() -> dict[str, Any]:
                         }
                     )
     for fixed in peers.FIXED:
-        mask = kept(made, 1.1, fixed.k, fixed.k)
+        mask = kept_mask(made, 1.1, fixed.k, fixed.k)
         forward, reverse = missed_kl(made, mask)
         common = {"who": fixed.name, "k_max": fixed.k, "entries": float(fixed.k)}
         cut = {**common, "bytes": fixed.bytes, "forward_kl_missed": forward,
@@ -192,9 +194,9 @@ def frontier() -> dict[str, Any]:
             )
     for each in table:
         print(json.dumps(each), flush=True)
-    return {"rows": made.says(), "positions": positions, "table": table}
+    return {"rows": made.summary(), "positions": positions, "table": table}
 
 
-def missed_stored(made: Packs, mask: Array, values: Array) -> tuple[float, float]:
+def missed_stored(made: WideRows, mask: Array, values: Array) -> tuple[float, float]:
     """Return `missed_kl` with log-probs as a profile stores them; the tail is exact."""
     return missed_kl(replace(made, lp=values.astype(np.float32)), mask)

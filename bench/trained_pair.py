@@ -1,10 +1,10 @@
-"""A student and a teacher that were really trained, and a store of what they say: a few minutes.
+"""A trained student and teacher, and a store of their rollouts and scores: a few minutes.
 
-Both are small Qwen3 models with a vocabulary of 8,192, and both learn from the Python sources of
-packages that are installed here: the teacher from the text, the student, as small models of a
-family often do, from what the teacher says of it. So small a model is less sure than a large one,
-and how sure it is rules how many ids a row keeps: the last norm of each is scaled until the mean
-entropy on text that it has not seen is that of a large model on its own text, half a nat.
+Both are small Qwen3 models with a vocabulary of 8,192, trained on the Python sources of installed
+packages: the teacher on the text, the student, like many small models of a family, on the teacher's
+distribution. So small a model is less sure than a large one, and the number of kept ids depends on
+that: the last norm of each is scaled until the mean entropy on unseen text is half a nat, that of a
+large model on its own text.
 """
 
 import json
@@ -36,12 +36,12 @@ CORPUS_BYTES, HELD_OUT = 24_000_000, 1_000_000
 ENTROPY_NATS = 0.5
 PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 64, 64, 1500
 SIZES = {"teacher": (256, 4, 1000), "student": (192, 3, 1000)}
-"""Hidden size, layers, training steps; a folder each, and one in RAW before it is made surer."""
+"""Hidden size, layers, training steps; each has a folder, and one in RAW before the scaling."""
 RAW = "raw"
 
 
 def make_pair(folder: Path) -> Store:
-    """The store of the pair in a folder; what is there already is not made again."""
+    """Return the pair's store; models and store that exist are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     text = _corpus()
     tokenizer = _tokenizer(folder, text)
@@ -98,7 +98,7 @@ def _load(folder: Path) -> Any:
 
 
 def _train(folder: Path, name: str, ids: np.ndarray) -> None:
-    """Into folder / name: the teacher on the ids, the student on the teacher's laws there."""
+    """Train the teacher on the ids, or the student on the teacher's distributions there."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     teacher = None if name == "teacher" else _load(folder / "teacher").eval()
@@ -129,12 +129,12 @@ def _train(folder: Path, name: str, ids: np.ndarray) -> None:
         tokens = _windows(ids, rng.integers(0, len(ids) - CONTEXT - 1, BATCH))
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-            wanted = tokens[:, 1:].flatten()
+            targets = tokens[:, 1:].flatten()
             if teacher is not None:
                 with torch.no_grad():
-                    said = teacher(input_ids=tokens[:, :-1], use_cache=False).logits
-                wanted = said.float().flatten(0, 1).softmax(-1)  # cross-entropy takes laws, too
-        loss = F.cross_entropy(logits.float().flatten(0, 1), wanted)
+                    logits_q = teacher(input_ids=tokens[:, :-1], use_cache=False).logits
+                targets = logits_q.float().flatten(0, 1).softmax(-1)  # distributions
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -146,7 +146,7 @@ def _train(folder: Path, name: str, ids: np.ndarray) -> None:
 
 @torch.no_grad()
 def _sharpen(model: Any, tokens: torch.Tensor) -> None:
-    """Scales the last norm until the mean entropy of the model's laws is ENTROPY_NATS."""
+    """Scale the last norm until the model's mean entropy is ENTROPY_NATS."""
     logits = model.eval()(input_ids=tokens, use_cache=False).logits.flatten(0, 1).double()
     low, high = 1.0, 8.0
     for _ in range(30):
@@ -172,7 +172,7 @@ def _write_prompts(file: Path, tokenizer: Any, unseen: np.ndarray) -> None:
 
 
 def _fill(folder: Path) -> Store:
-    """The product's own defaults, but for the length of responses."""
+    """Roll out and score with the default settings, except for the length of responses."""
     store, run = StoreSection(url=str(folder / "store")), Run(device="cpu")
     run_rollout(
         RolloutConfig(

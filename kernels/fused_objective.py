@@ -1,9 +1,9 @@
-"""An objective that the kernels can compute themselves, in the launch that selects the top-k.
+"""An objective as data, which the kernels compute in the launch that selects the top-k.
 
-As plain torch an objective is some 60 to 150 small operations for every chunk of rows, whose
-launches a GPU waits for. The form here is the same objective as data: the divergence, the
-tail, and the teacher's numbers. It stays an ObjectiveFn: `plain` is its
-specification, and runs wherever the fused form does not.
+As plain torch an objective is some 60 to 150 small operations for every chunk of rows, and a GPU
+waits for their launches. FusedObjective holds the same objective as a divergence, a tail and the
+teacher's numbers. It is also an ObjectiveFn: `plain` is its specification, and runs where the
+fused form does not apply.
 """
 
 import math
@@ -23,71 +23,71 @@ MAX_FUSED_IDS = 128
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew")
 WITH_PARAMETER = ("jsd", "skew")
-OUTSIDE = ("renormalize", "tail")
+TAILS = ("renormalize", "bucket")
 
 
 class OverlapSums(NamedTuple):
-    """Of C rows, [C] float32 each. S(p), S(q): the top-k' of the live student and of the teacher,
-    k' = min(metric_k, K, kept); I is their intersection."""
+    """Overlap of C rows, [C] float32 each.
+
+    S(p), S(q): the top-k' of the live student and of the teacher, k' = min(metric_k, K, n_kept); I
+    is their intersection.
+    """
 
     shared: Tensor
     """|I|"""
     k: Tensor
     """k'"""
     mass_student: Tensor
-    """of p on I"""
+    """Mass of p on I."""
     mass_teacher: Tensor
-    """of q on I"""
+    """Mass of q on I."""
     advantage: Tensor
-    """(1 / |I|) sum_I p~ (log q~ - log p~), both renormalised on I; arXiv 2604.13016, Eq.7"""
+    """(1 / |I|) sum_I p~ (log q~ - log p~), both renormalized on I; arXiv 2604.13016, Eq.7."""
     coverage: Tensor
-    """of p on the known ids"""
-    miss_mass: Tensor
-    """of p on those of its top min(metric_k, K) ids that are not known"""
+    """Mass of p on the known ids."""
+    uncached_mass: Tensor
+    """Mass of p on those of its top min(metric_k, K) ids that are not known."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FusedObjective:
-    """P rows, S listed ids. Natural logs; p is the student, q the teacher."""
+    """An objective on P rows and S listed ids. Natural logs; p is the student, q the teacher."""
 
     plain: ObjectiveFn
     """The same objective in torch."""
     divergence: str
-    """One of DIVERGENCES; see fused_maths for their formulas."""
+    """One of DIVERGENCES; fused_maths has their formulas."""
     parameter: float = 0.5
-    """The teacher's share of the mixture of jsd and skew, between 0 and 1; the others have none."""
-    outside: str
-    """renormalize: both sides on the support. tail: one bucket more for what is outside."""
+    """The teacher's share of the mixture of jsd and skew, between 0 and 1; else without effect."""
+    tail: str
+    """renormalize: both sides on the support. bucket: one more entry for all other ids."""
     log_q: Tensor
     """[P, S] float, -inf at padding."""
     log_tail: Tensor
     """[P] float, log of the teacher's mass outside all known ids."""
-    on: Tensor
-    """[P, S] bool, the support as far as it is fixed."""
+    mask: Tensor
+    """[P, S] bool, the support; with live_k its part in the live top-k counts."""
     known: Tensor
-    """[P, S] bool: ids whose log_q counts; where they are not on, they are part of the tail."""
+    """[P, S] bool: ids with a log_q that counts; outside the support they are part of the tail."""
     live_k: int = 0
-    """0: the support is `on`. Else it is those of them among the first live_k of the live top-k."""
+    """0: the support is `mask`. Else the ids of `mask` among the first live_k of the live top-k."""
     q_rank: Tensor
-    """[P, S] int64, 0-based place in the teacher's kept list; larger than any k: not in it."""
-    kept: Tensor
+    """[P, S] int64, 0-based rank in the teacher's kept list; for other ids larger than any k."""
+    n_kept: Tensor
     """[P] int64, length of that list."""
     metric_k: int
     """k of the overlap's sums."""
     name_metrics: Callable[[ObjectiveInput, OverlapSums], dict[str, Tensor]]
-    """What comes out as the objective's metrics, name -> [C]."""
-    one_program: bool = False
-    """Scan, selection and gradient of a row in one launch, the second read of the row from L2,
-    instead of three. The result is the same; which is faster only a GPU says."""
+    """Returns the metrics of the objective, name -> [C]."""
 
     def __post_init__(self) -> None:
         """Validate names, numbers, shapes and dtypes. Raises ValueError or TypeError."""
-        for name, value, known in (
+        for name, value, allowed in (
             ("divergence", self.divergence, DIVERGENCES),
-            ("outside", self.outside, OUTSIDE),
+            ("tail", self.tail, TAILS),
         ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
         if not (math.isfinite(self.parameter) and 0 < self.parameter < 1):
             raise ValueError(
                 f"parameter={self.parameter} must lie between 0 and 1, without them; at the ends "
@@ -102,10 +102,10 @@ class FusedObjective:
             raise ValueError(f"log_q has shape {tuple(shape)}, must be [rows, S]")
         for name, dtype in _DTYPES.items():
             tensor: Tensor = getattr(self, name)
-            want = shape[:1] if name in _PER_ROW else shape
-            if tensor.shape != want:
+            expected = shape[:1] if name in _PER_ROW else shape
+            if tensor.shape != expected:
                 raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, must be {tuple(want)}, as log_q says"
+                    f"{name} has shape {tuple(tensor.shape)}, must be {tuple(expected)} by log_q"
                 )
             fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
             if not fits:
@@ -116,7 +116,7 @@ class FusedObjective:
         return self.plain(view)
 
     def check(self, ids: Tensor) -> None:
-        """Raise ValueError unless it is of these ids [P, S]."""
+        """Raise ValueError unless ids [P, S] have the shape and device of log_q."""
         if ids.shape != self.log_q.shape:
             raise ValueError(
                 f"the objective's log_q has shape {tuple(self.log_q.shape)}, must be that of ids, "
@@ -125,12 +125,12 @@ class FusedObjective:
         check_device(self.log_q, ids, "the objective's log_q")
 
     def fits(self, logits: Tensor, k: int) -> bool:
-        """Return True if the kernels compute it on these logits [C, V]; else `plain` does."""
+        """Return whether the kernels compute it on these logits [C, V]; else `plain` does."""
         n_ids = self.log_q.shape[1]
         return runs_triton(logits) and 1 <= n_ids <= MAX_FUSED_IDS and k <= MAX_TRITON_K
 
-    def of(self, rows: slice) -> "FusedObjective":
-        """Return the objective of these rows as the kernels take it; `plain` stays as it is."""
+    def rows(self, rows: slice) -> "FusedObjective":
+        """Return the objective of these rows for the kernels; `plain` stays as it is."""
         if rows == slice(0, len(self.log_q)):
             return self
         return replace(self, **{name: getattr(self, name)[rows] for name in _DTYPES})
@@ -139,10 +139,10 @@ class FusedObjective:
 _DTYPES: dict[str, torch.dtype | None] = {
     "log_q": None,
     "log_tail": None,
-    "on": torch.bool,
+    "mask": torch.bool,
     "known": torch.bool,
     "q_rank": torch.int64,
-    "kept": torch.int64,
+    "n_kept": torch.int64,
 }
 """The tensors; None: any floating."""
-_PER_ROW = ("log_tail", "kept")
+_PER_ROW = ("log_tail", "n_kept")

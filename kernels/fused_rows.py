@@ -1,8 +1,4 @@
-"""The launches of a FusedObjective: K1, K2 with the small maths at its end, K3; or all in one.
-
-Three launches read a row twice and write it once, and so does the one. There the second read comes
-soon after the first, by the same program, and may find the row in L2: bench/NOTES.md has the sizes.
-"""
+"""The launches of a FusedObjective: row_stats, topk_select with the objective's loss, row_grad."""
 
 import math
 from typing import Any
@@ -12,51 +8,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logitcask.kernels.fused_maths import objective_row
+from logitcask.kernels.fused_maths import overlap_advantage, renormalized_loss, tail_loss
 from logitcask.kernels.fused_objective import WITH_PARAMETER, FusedObjective, OverlapSums
-from logitcask.kernels.launch import TILE, next_power_of_2, on_device
-from logitcask.kernels.logit_transform import LogitTransform
+from logitcask.kernels.launch import next_power_of_2, on_device
+from logitcask.kernels.logit_transform import LN2, LogitTransform, softcapped
 from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
-from logitcask.kernels.row_grad import grad_row, grad_rows
-from logitcask.kernels.row_stats import scan_row, scan_rows
-from logitcask.kernels.topk_select import ZERO_BITS, group_size, select_row
+from logitcask.kernels.row_grad import grad_rows
+from logitcask.kernels.row_stats import scan_rows
+from logitcask.kernels.topk_select import group_size, select_arguments, select_row
 
-WHOLE_WARPS = 8
-"""Of the one program for a whole row. 16 would have 64 registers a thread, which spill."""
+NOT_IN_TOPK = tl.constexpr(1 << 30)
+"""Rank of an id that is not in the student's live top-k."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def objective_kernel(  # type: ignore[no-untyped-def]
     logits,  # [P, V], row stride `stride`
-    out,  # [P, V], row stride `out_stride`, may be logits itself; unused unless WHOLE
-    log_sum_exp,  # [P] float32; read, or with WHOLE written
-    entropy,  # [P] float32; written with WHOLE, else unused
-    group_max,  # [P, n_slots] float32; likewise
+    log_sum_exp,  # [P] float32
+    group_max,  # [P, n_slots] float32
     kept_group,  # [P, K] int32 scratch
     kept_value,  # [P, K] float32 scratch
     kept_id,  # [P, K] int32 scratch
-    ids,  # as in objective_row, down to `sums`
-    log_q,
-    log_tail,
-    listed_on,
-    known,
-    q_rank,
-    kept,
-    row_weight,
-    top_log_p,
-    top_ids,
-    log_p_at,
-    loss,
-    at_ids,
-    dense,
-    dense_at_ids,
-    final_at_ids,
-    final_dense,
-    sums,
+    ids,  # [P, n_ids] int64
+    log_q,  # [P, n_ids] float32
+    log_tail,  # [P] float32
+    fixed_mask,  # [P, n_ids] uint8
+    known,  # [P, n_ids] uint8
+    q_rank,  # [P, n_ids] int64
+    n_kept,  # [P] int64
+    row_weight,  # [P] float32
+    top_log_p,  # [P, k] float32, written, as all below
+    top_ids,  # [P, k] int64
+    log_p_at,  # [P, n_ids] float32
+    loss,  # [P] float32, not weighted
+    at_ids,  # [P, n_ids] float32: ObjectiveGrad's
+    dense,  # [P]
+    dense_at_ids,  # [P, n_ids]
+    final_at_ids,  # [P, n_ids]: row_grad's, weighted
+    final_dense,  # [P]
+    sums,  # [7, P]: OverlapSums
     stride,
-    out_stride,
     n_vocab,
-    n_columns,
     n_groups,
     n_slots,
     n_ids,
@@ -72,30 +64,19 @@ def objective_kernel(  # type: ignore[no-untyped-def]
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
     ZERO_BITS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    SLOTS: tl.constexpr,  # n_ids, rounded up to a power of two
     DIVERGENCE: tl.constexpr,
     TAIL: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    SCAN_ROWS: tl.constexpr,  # with WHOLE: groups per step of the scan
-    GRAD_TILE: tl.constexpr,  # and logits per step of the gradient; 0: it is not written
-    WHOLE: tl.constexpr,
 ):
     # One program per row.
     row = tl.program_id(0).to(tl.int64)
+    n_rows = tl.num_programs(0)
     logits += row * stride
-    group_max += row * n_slots
-    if WHOLE:
-        lse, h = scan_row(
-            logits, group_max, n_vocab, n_slots, inner, outer, SCAN_ROWS, GROUP, True, SOFTCAP
-        )
-        tl.store(log_sum_exp + row, lse)
-        tl.store(entropy + row, h)
-        tl.debug_barrier()  # the maxima were stored by other threads than read them
-    else:
-        lse = tl.load(log_sum_exp + row)
+    lse = tl.load(log_sum_exp + row)
     x_k, id_k, rank = select_row(
         logits,
-        group_max,
+        group_max + row * n_slots,
         kept_group + row * K,
         kept_value + row * K,
         kept_id + row * K,
@@ -106,68 +87,69 @@ def objective_kernel(  # type: ignore[no-untyped-def]
         GROUP,
         ZERO_BITS,
     )
-    weighted = objective_row(
-        logits,
-        row,
-        tl.num_programs(0),
-        lse,
-        x_k,
-        id_k,
-        rank,
-        ids,
-        log_q,
-        log_tail,
-        listed_on,
-        known,
-        q_rank,
-        kept,
-        row_weight,
-        top_log_p,
-        top_ids,
-        log_p_at,
-        loss,
-        at_ids,
-        dense,
-        dense_at_ids,
-        final_at_ids,
-        final_dense,
-        sums,
-        n_ids,
-        n_vocab,
-        k,
-        live_k,
-        metric_k,
-        inner,
-        outer,
-        slope,
-        log_b,
-        log_1b,
-        SLOTS,
-        DIVERGENCE,
-        TAIL,
-        SOFTCAP,
-    )
-    if GRAD_TILE > 0:
-        tl.debug_barrier()  # all logits at listed ids are read before the gradient overwrites them
-        grad_row(
-            logits,
-            out + row * out_stride,
-            lse,
-            weighted,
-            0.0,  # no objective that the kernels know looks at the entropy
-            ids + row * n_ids,
-            final_at_ids + row * n_ids,
-            n_vocab,
-            n_columns,
-            n_ids,
-            inner,
-            outer,
-            slope,
-            GRAD_TILE,
-            SLOTS,
-            SOFTCAP,
-            False,
+    y_k = softcapped(x_k, inner) * (outer * LN2) if SOFTCAP else x_k * slope
+    lp_k = y_k - lse
+    is_top = rank < k
+    tl.store(top_log_p + row * k + rank, lp_k, mask=is_top)
+    tl.store(top_ids + row * k + rank, id_k.to(tl.int64), mask=is_top)
+
+    slot = tl.arange(0, SLOTS)
+    valid = slot < n_ids
+    at = row * n_ids + slot
+    v = tl.load(ids + at, mask=valid, other=-1)
+    x = tl.load(logits + v, mask=(v >= 0) & (v < n_vocab), other=-float("inf")).to(tl.float32)
+    if SOFTCAP:
+        t = softcapped(x, inner)
+        lp = t * (outer * LN2) - lse
+        slope_at = (1.0 - t * t) * slope
+    else:
+        lp = x * slope - lse
+        slope_at = tl.full((SLOTS,), 1.0, tl.float32) * slope
+    lp = tl.where(v >= 0, lp, -float("inf"))
+    lq = tl.load(log_q + at, mask=valid, other=-float("inf"))
+    is_known = tl.load(known + at, mask=valid, other=0) != 0
+
+    same = (v.to(tl.int32)[:, None] == id_k[None, :]) & is_top[None, :]  # [SLOTS, K]
+    topk_index = tl.min(tl.where(same, rank[None, :], NOT_IN_TOPK), 1)
+    top_known = tl.max((same & is_known[:, None]).to(tl.int32), 0)
+
+    # An id that either side excludes leaves the support; NaN stays.
+    both_have = (lp != -float("inf")) & (lq != -float("inf"))
+    mask = (tl.load(fixed_mask + at, mask=valid, other=0) != 0) & both_have
+    mask = mask & ((topk_index < live_k) | (live_k == 0))
+    if TAIL:
+        left = is_known & (mask == 0)
+        row_loss, g, inside, outside = tail_loss(
+            lp, lq, tl.load(log_tail + row), mask, left, log_b, log_1b, DIVERGENCE
         )
+        coefficient = tl.where(mask, inside, outside)
+    else:
+        row_loss, g = renormalized_loss(lp, lq, mask, log_b, log_1b, DIVERGENCE)
+        outside = 0.0
+        coefficient = tl.zeros((SLOTS,), tl.float32)
+    tl.store(loss + row, row_loss)
+    tl.store(dense + row, outside)
+    tl.store(log_p_at + at, lp, mask=valid)
+    tl.store(at_ids + at, g, mask=valid)
+    tl.store(dense_at_ids + at, coefficient, mask=valid)
+    w = tl.load(row_weight + row)  # a row of weight 0 adds exactly 0, whatever it holds
+    final = w * (g + coefficient * tl.exp(lp)) * slope_at
+    tl.store(final_at_ids + at, tl.where(w != 0.0, final, 0.0), mask=valid)
+    tl.store(final_dense + row, tl.where(w != 0.0, w * outside, 0.0))
+
+    # S(p) and S(q) at k' = min(k, n_kept): only the kept part of the teacher's top-k is known.
+    metric_k = tl.minimum(metric_k, k)
+    k_row = tl.minimum(tl.maximum(tl.load(n_kept + row).to(tl.int32), 1), metric_k)
+    rank_q = tl.load(q_rank + at, mask=valid, other=NOT_IN_TOPK)
+    both = (topk_index < k_row) & (rank_q < k_row)
+    uncached = (rank < metric_k) & (top_known == 0)
+    tl.store(sums + row, tl.sum(both.to(tl.int32), 0).to(tl.float32))
+    tl.store(sums + n_rows + row, k_row.to(tl.float32))
+    tl.store(sums + 2 * n_rows + row, tl.sum(tl.where(both, tl.exp(lp), 0.0), 0))
+    tl.store(sums + 3 * n_rows + row, tl.sum(tl.where(both, tl.exp(lq), 0.0), 0))
+    tl.store(sums + 4 * n_rows + row, overlap_advantage(lp, lq, both & both_have))
+    tl.store(sums + 5 * n_rows + row, tl.sum(tl.where(is_known, tl.exp(lp), 0.0), 0))
+    tl.store(sums + 6 * n_rows + row, tl.sum(tl.where(uncached, tl.exp(lp_k), 0.0), 0))
 
 
 def fused_rows(
@@ -181,47 +163,29 @@ def fused_rows(
     logit_transform: LogitTransform,
     first: int,
 ) -> ObjectiveGrad:
-    """Evaluate `objective` on logits [C, V] at ids [C, S], without checks. Its rows are these C,
-    rows `first` and on of the call.
+    """Evaluate `objective` on logits [C, V] at ids [C, S], rows `first` and on, without checks.
 
     The gradient, weighted by weight [C], goes to `out` [C, V], which may be logits.
     """
     n_rows, n_ids = ids.shape
     ids, weight = ids.contiguous(), weight.float().contiguous()
-    log_p = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
-    at_ids, dense_at_ids, final_at_ids = (torch.empty_like(log_p) for _ in range(3))
-    top_log_p = log_p.new_empty(n_rows, k)
-    top_ids = torch.empty(n_rows, k, dtype=torch.int64, device=logits.device)
-    loss, dense, final_dense = log_p.new_empty(3, n_rows)
-    sums = log_p.new_empty(len(OverlapSums._fields), n_rows)
     group = group_size(logits, k, n_vocab)
-    tile = min(TILE, max(next_power_of_2(n_vocab), group))
-    n_groups = -(-n_vocab // group)
-    k_padded = next_power_of_2(k)
-    kept_value = log_p.new_empty(n_rows, k_padded)
-    kept_group, kept_id = kept_value.to(torch.int32), kept_value.to(torch.int32)
-    whole = objective.one_program
-    if whole:
-        lse, entropy = log_p.new_empty(2, n_rows)
-        group_max = log_p.new_empty(n_rows, -(-n_vocab // (16 * group)) * 16)
-    else:
-        (lse, entropy), maxima = scan_rows(logits, n_vocab, group, logit_transform)
-        assert maxima is not None
-        group_max = maxima
-    grad_tile = min(TILE, next_power_of_2(logits.shape[1])) if whole and out is not None else 0
+    (lse, entropy), group_max = scan_rows(logits, n_vocab, group, logit_transform)
+    assert group_max is not None
+    log_p, at_ids, dense_at_ids, final_at_ids = (lse.new_empty(n_rows, n_ids) for _ in range(4))
+    loss, dense, final_dense = lse.new_empty(3, n_rows)
+    top_log_p = lse.new_empty(n_rows, k)
+    top_ids = lse.new_empty(n_rows, k, dtype=torch.int64)
+    sums = lse.new_empty(len(OverlapSums._fields), n_rows)
+    inner, outer = logit_transform.factors()
     if n_rows:
         with on_device(logits):
             objective_kernel[(n_rows,)](
                 logits,
-                logits if out is None else out,
                 lse,
-                entropy,
-                group_max,
-                kept_group,
-                kept_value,
-                kept_id,
-                ids,
-                **_kernel_arguments(objective),
+                ids=ids,
+                **select_arguments(logits, group_max, k, n_vocab, group),
+                **_objective_arguments(objective),
                 row_weight=weight,
                 top_log_p=top_log_p,
                 top_ids=top_ids,
@@ -233,30 +197,14 @@ def fused_rows(
                 final_at_ids=final_at_ids,
                 final_dense=final_dense,
                 sums=sums,
-                stride=logits.stride(0),
-                out_stride=0 if out is None else out.stride(0),
-                n_vocab=n_vocab,
-                n_columns=logits.shape[1],
-                n_groups=n_groups,
-                n_slots=group_max.shape[1],
                 n_ids=n_ids,
-                k=k,
-                inner=logit_transform.factors()[0],
-                outer=logit_transform.factors()[1],
+                inner=inner,
+                outer=outer,
                 slope=logit_transform.slope_at_0,
-                K=k_padded,
-                GROUPS=max(next_power_of_2(n_groups), k_padded),
-                GROUP=group,
-                ZERO_BITS=ZERO_BITS[logits.dtype],
                 SLOTS=next_power_of_2(n_ids),
                 SOFTCAP=logit_transform.softcap is not None,
-                SCAN_ROWS=tile // group,
-                GRAD_TILE=grad_tile,
-                WHOLE=whole,
-                num_warps=WHOLE_WARPS if whole else 4 if k_padded <= 64 else 8,
-                enable_fp_fusion=True,  # the default differs between versions of Triton
             )
-    if out is not None and not whole:
+    if out is not None:
         grad_rows(logits, lse, final_dense, ids, final_at_ids, out, n_vocab, logit_transform)
     index = torch.arange(first, first + n_rows, device=logits.device)
     view = ObjectiveInput(index, log_p, top_ids, top_log_p, entropy)
@@ -264,20 +212,20 @@ def fused_rows(
     return ObjectiveGrad(loss, at_ids, dense, dense_at_ids, metrics)
 
 
-def _kernel_arguments(objective: FusedObjective) -> dict[str, Any]:
-    """Return the kernel's arguments of an objective."""
+def _objective_arguments(objective: FusedObjective) -> dict[str, Any]:
+    """Return the kernel's arguments that describe the objective."""
     mixed = objective.divergence in WITH_PARAMETER
     return {
         "log_q": objective.log_q.float().contiguous(),
         "log_tail": objective.log_tail.float().contiguous(),
-        "listed_on": objective.on.contiguous().view(torch.uint8),
+        "fixed_mask": objective.mask.contiguous().view(torch.uint8),
         "known": objective.known.contiguous().view(torch.uint8),
         "q_rank": objective.q_rank.contiguous(),
-        "kept": objective.kept.contiguous(),
+        "n_kept": objective.n_kept.contiguous(),
         "live_k": objective.live_k,
         "metric_k": objective.metric_k,
         "log_b": math.log(objective.parameter) if mixed else 0.0,
         "log_1b": math.log1p(-objective.parameter) if mixed else 0.0,
         "DIVERGENCE": objective.divergence,
-        "TAIL": objective.outside == "tail",
+        "TAIL": objective.tail == "bucket",
     }

@@ -1,17 +1,16 @@
-"""The head only at the ids that an objective looks at: for losses renormalised on a support.
+"""The head at the support's ids alone, for losses that are renormalized on a support.
 
-Such a loss sees the logits of its support up to a constant of the row: neither the log-sum-exp nor
-any other id matters, and the coefficients of its gradient sum to zero over the support,
+Such a loss depends on the logits of its support up to a constant of the row: neither the
+log-sum-exp nor any other id matters, and its gradient's coefficients sum to zero over the support,
 
     dL/dy_v = g_v [v in S],   sum_S g = 0,
 
-so no softmax is left over (see sparse_kl; y is logit_transform of the product z). What remains are
-products with the listed rows of the head, of which a position has some 16 and not V: see
-indexed_rows. Where the support depends on the live student's top-k, one product with the whole head
-finds it, forward only.
+so no softmax remains (see sparse_kl; y is logit_transform of the product z), only products with the
+listed rows of the head, some 16 per position instead of V: see indexed_rows. A support that depends
+on the live student's top-k needs one product with the whole head, forward only.
 
-An objective for which sum g = 0 does not hold takes linear_sparse_kl. The caller must know it
-from the objective's form; its output is checked on a CPU, and on a GPU under LOGITCASK_DEBUG=1.
+An objective without sum g = 0 needs linear_sparse_kl. The caller must choose by the objective's
+form; its output is checked on a CPU, and on a GPU under LOGITCASK_DEBUG=1.
 """
 
 from typing import Any
@@ -27,28 +26,15 @@ from logitcask.kernels.indexed_rows import (
     summed_by_id,
     weighted_rows,
 )
-from logitcask.kernels.launch import (
-    check_chunk_rows,
-    check_ids,
-    check_k,
-    check_row_vector,
-    compute_dtype,
-    reads_values,
-)
-from logitcask.kernels.linear_sparse_kl import check_head, head_product
+from logitcask.kernels.launch import check_inputs, compute_dtype, reads_values
+from logitcask.kernels.linear_sparse_kl import check_head, head_product, needed_grads
 from logitcask.kernels.logit_transform import PLAIN, LogitTransform
-from logitcask.kernels.sparse_kl import (
-    ObjectiveFn,
-    ObjectiveGrad,
-    ObjectiveInput,
-    RowLosses,
-    SparseLoss,
-)
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput, SparseLoss
+from logitcask.kernels.row_losses import RowLosses
 
 ZERO_SUM = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-9, 1e-12)}
-"""Relative to max |g| of a row, and absolute: what rounding may leave of a sum of 0. A row that
-rests, p = q, has nothing but rounding.
-"""
+"""Largest sum that counts as 0, relative to max |g| of the row and absolute: a row with p = q has
+nothing but rounding."""
 
 
 def indexed_linear(
@@ -64,31 +50,30 @@ def indexed_linear(
     chunk_rows: int | None = None,
     sparse_weight_grad: bool = False,
 ) -> SparseLoss:
-    """linear_sparse_kl of an objective renormalised on its support, without its dense products.
+    """Compute linear_sparse_kl of a loss renormalized on its support, without dense products.
 
     hidden: [P, D] bfloat16, float16, float32, or float64 on a CPU; differentiable.
     weight: [V, D], the layout of nn.Linear; differentiable. Read as it is, never cast as a whole
     unless k is given.
     ids: [P, S] int64, distinct in a row, -1 is padding.
-    objective: as in sparse_kl; in each row dense, dense_at_ids and the sum of at_ids are 0 up to
-    rounding, and are taken for 0; there is no dense_log.
-    k: None: a support that is known beforehand. The objective is called once for all rows; its view
-    holds log_p up to a constant of the row (0 for the largest listed id), no top ids ([P, 0]), and
-    NaN for the entropy. A number: one forward product in chunks, and the whole view, as in
-    linear_sparse_kl; with gradients off, and where metrics are wanted, that is all there is to do.
-    row_weight, n_vocab, logit_transform, chunk_rows: as in linear_sparse_kl;
-    chunk_rows has no effect without k.
-    sparse_weight_grad: the gradient of weight is a sparse tensor with the rows that any position
-    lists, as of nn.Embedding(sparse=True), for optimizers that take one. Otherwise dense, which a
-    weight tied to the embedding needs; filling it with zeros is then most of the work.
+    objective: as in sparse_kl; in each row dense, dense_at_ids and the sum of at_ids must be 0 up
+    to rounding, and dense_log None.
+    k: None for a support that does not depend on the live top-k. The objective is then called once
+    for all rows; its input holds log_p up to a constant of the row (0 for the largest listed id),
+    no top ids ([P, 0]), and NaN for the entropy. A number: one forward product in chunks, and the
+    complete input, as in linear_sparse_kl.
+    row_weight, n_vocab, logit_transform, chunk_rows: as in linear_sparse_kl; chunk_rows has no
+    effect without k.
+    sparse_weight_grad: return the gradient of weight as a sparse tensor of the listed rows, like
+    nn.Embedding(sparse=True), for optimizers that support it. Otherwise dense, which a weight tied
+    to the embedding needs; then filling it with zeros is most of the work.
 
-    The loss is in hidden's statistics dtype: float32, or float64 for float64. Products at the ids
-    are summed in that dtype from operands as they are. Gradients come in the inputs' dtypes, and
-    two runs give the same bits.
+    The loss is float32, or float64 for float64 hidden states. Products at the ids are summed in
+    that dtype from uncast operands. Gradients have the inputs' dtypes, and two runs give the same
+    bits.
 
-    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or
-    logit_transform that does not fit, and ValueError for an output that is not of a renormalised
-    loss.
+    Raises ValueError or TypeError for a shape, dtype, device, id, k, n_vocab or logit_transform
+    that does not fit, and ValueError for an output that is not of a renormalized loss.
     """
     n_vocab = check_head(hidden, weight, n_vocab)
     if weight.shape[1] > 1 and weight.stride(1) != 1:
@@ -96,15 +81,8 @@ def indexed_linear(
             f"weight must be contiguous along D, got strides {weight.stride()} of shape "
             f"{tuple(weight.shape)}; pass nn.Linear's weight as it is, or call .contiguous()"
         )
-    logit_transform.check()
-    check_ids(ids, hidden, n_vocab)
-    check_chunk_rows(chunk_rows)
-    if k is not None:
-        check_k(k, n_vocab)
-    if row_weight is not None:
-        check_row_vector(row_weight, hidden, "row_weight")
-    grad_on = torch.is_grad_enabled()
-    needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
+    check_inputs(hidden, ids, n_vocab, k, row_weight, chunk_rows, logit_transform)
+    needs_hidden, needs_weight = needed_grads(hidden, weight)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         dtype = compute_dtype(hidden.dtype)
         losses = RowLosses(ids, objective, k or 0, row_weight, dtype, logit_transform)
@@ -133,7 +111,7 @@ def indexed_linear(
 
 
 def _view(y: Tensor, ids: Tensor) -> ObjectiveInput:
-    """Build the input from transformed logits y [P, S] at the ids alone."""
+    """Build the objective's input from transformed logits y [P, S] at the ids alone."""
     n_rows = len(y)
     y = torch.where(ids < 0, -torch.inf, y)
     # A row without ids, or of -inf alone, has no largest.
@@ -148,38 +126,38 @@ def _view(y: Tensor, ids: Tensor) -> ObjectiveInput:
     )
 
 
-def _checked(answer: ObjectiveGrad, ids: Tensor) -> Tensor:
+def _checked(output: ObjectiveGrad, ids: Tensor) -> Tensor:
     """Return at_ids [C, S], 0 at padding. Raises ValueError unless each row sums to 0."""
-    if answer.dense_log is not None:
+    if output.dense_log is not None:
         raise ValueError(
-            "the objective's dense_log must be None, for it reaches ids outside the support: it is "
-            "not renormalised on its support; use linear_sparse_kl"
+            "the objective's dense_log must be None, because it has a gradient outside the "
+            "support; use linear_sparse_kl"
         )
-    g = torch.where(ids < 0, 0.0, answer.at_ids)  # values at padding count nowhere
+    g = torch.where(ids < 0, 0.0, output.at_ids)  # values at padding count nowhere
     if g.numel() == 0 or not reads_values(g):
         return g
     relative, absolute = ZERO_SUM[compute_dtype(g.dtype)]
     allowed = relative * g.abs().amax(-1) + absolute
     must_be_0 = {
         "sum of at_ids": g.sum(-1),
-        "dense": answer.dense,
-        "dense_at_ids": torch.where(ids < 0, 0.0, answer.dense_at_ids).abs().amax(-1),
+        "dense": output.dense,
+        "dense_at_ids": torch.where(ids < 0, 0.0, output.dense_at_ids).abs().amax(-1),
     }
     for name, value in must_be_0.items():
         wrong = value.abs() > allowed  # not so for NaN, which the loss shows
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
             raise ValueError(
-                f"the objective's {name} is {float(value[row]):.3g} in row {row}, must be 0: it is "
-                "not renormalised on its support; use linear_sparse_kl"
+                f"the objective's {name} is {float(value[row]):.3g} in row {row}, must be 0 for a "
+                "loss renormalized on its support; use linear_sparse_kl"
             )
     return g
 
 
 class _AtIds(torch.autograd.Function):
-    """A loss whose derivative by the logits at the ids is known: g [P, S].
+    """A loss with its derivative g [P, S] by the logits at the ids.
 
-    The gradient of weight is made in the backward pass, so that nothing of its size is kept.
+    The backward pass computes the gradient of weight, so that nothing of its size is kept.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Products with the few rows of the head that a position lists, instead of with all V.
+"""Products with the few rows of the head that a position lists, instead of with all V rows.
 
 For hidden states h [P, D], a head W [V, D], listed ids [P, S] and coefficients c [P, S]:
 
@@ -8,7 +8,7 @@ For hidden states h [P, D], a head W [V, D], listed ids [P, S] and coefficients 
 
 The last one is a sum by id: its terms are sorted by id, stably, and each id is summed by one
 program in the order of rows. So it is deterministic, where atomic additions are not. All products
-and sums are in float32 (float64 for float64), from operands as they are.
+and sums are in float32 (float64 for float64), from uncast operands.
 """
 
 from typing import NamedTuple
@@ -117,7 +117,7 @@ def segment_kernel(  # type: ignore[no-untyped-def]
     first = tl.program_id(0).to(tl.int64)
     v = tl.load(by_id + first)
     before = tl.load(by_id + first - 1, mask=first > 0, other=-1)
-    if v != before:  # ids that are padding, -1, come first and have no beginning
+    if v != before:  # the terms of padding, -1, come first and equal `before`
         o = tl.program_id(1) * TILE_D + tl.arange(0, TILE_D)
         total = tl.zeros((TILE_D,), tl.float32)
         at = first
@@ -140,7 +140,7 @@ def segment_kernel(  # type: ignore[no-untyped-def]
 
 
 class Terms(NamedTuple):
-    """The n = P S terms of summed_by_id, sorted by id; those of padding come first, with id -1."""
+    """The n = P S terms of summed_by_id, sorted by id; padding, with id -1, comes first."""
 
     by_id: Tensor
     """[n] int64, ascending."""
@@ -151,8 +151,9 @@ class Terms(NamedTuple):
 
 
 def sorted_terms(coefficients: Tensor, ids: Tensor) -> Terms:
-    """Sort the terms of coefficients [P, S] at ids [P, S] by id. Padding and coefficients of 0 are
-    left out: 0 times a NaN in a hidden state would be NaN.
+    """Sort the terms of coefficients [P, S] at ids [P, S] by id.
+
+    A coefficient of 0 counts as padding: 0 times a NaN in a hidden state would be NaN.
     """
     flat = torch.where(coefficients == 0, -1, ids).flatten()
     by_id, order = flat.sort(stable=True)
@@ -238,8 +239,9 @@ def summed_by_id(terms: Terms, hidden: Tensor, n_vocab: int, dtype: torch.dtype)
 
 
 def compact_by_id(terms: Terms, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """summed_by_id without the rows of 0: ids [U] int64, ascending, and sums [U, D] in `dtype`. On
-    a GPU the host waits for U.
+    """Return ids [U] int64, ascending, and sums [U, D] in `dtype`: summed_by_id without zero rows.
+
+    On a GPU the host waits for U.
     """
     if not runs_triton(hidden):
         ids, sums = _bag(terms, hidden)
@@ -253,6 +255,7 @@ def compact_by_id(terms: Terms, hidden: Tensor, dtype: torch.dtype) -> tuple[Ten
 
 
 def _sum_segments(terms: Terms, target: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """Write the sum of each id to row `target` [n] of `out` with the Triton kernel."""
     n, n_columns = len(terms.by_id), hidden.shape[1]
     if n == 0:
         return
@@ -276,6 +279,7 @@ def _sum_segments(terms: Terms, target: Tensor, hidden: Tensor, out: Tensor) -> 
 
 
 def _bag(terms: Terms, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return compact_by_id in torch."""
     first = _first_terms(terms)
     n_padding = int((terms.by_id < 0).sum())
     starts = first[n_padding:].nonzero()[:, 0]

@@ -1,18 +1,18 @@
 """Dispatch, input checks, chunk and tile sizes of all kernel files.
 
-Which path runs is decided by the tensor, never by a global switch:
-- CUDA tensors run the Triton kernels, without autotuning: sizes are chosen by the functions here.
+The tensor decides which path runs; there is no global switch:
+- CUDA tensors run the Triton kernels, without autotuning: the functions here choose the sizes.
 - CPU tensors run chunked torch, which computes the same closed forms.
-- CPU tensors inside `with triton_on_cpu():` run the Triton kernels in Triton's interpreter. That is
-  for tests, and the process must have had TRITON_INTERPRET=1 before the first import of a kernel
-  file, for Triton reads it when a kernel is decorated.
+- CPU tensors inside `with triton_on_cpu():` run the Triton kernels in Triton's interpreter, for
+  tests. The process needs TRITON_INTERPRET=1 before the first import of a kernel file, because
+  Triton reads it when a kernel is decorated.
 
 LOGITCASK_DEBUG=1 adds checks that make the host wait for a GPU (ids in range, ids distinct). CPU
 tensors always get them.
 
-Legend: P rows, V columns of the logits, n_vocab columns that count (the rest is padding of the
-head), S listed ids, K live top-k, D hidden size. Natural logarithms and nats everywhere outside the
-Triton kernels.
+Letters: P rows, V columns of the logits, n_vocab columns that count (the rest pads the head), S
+listed ids, K live top-k, D hidden size. Natural logarithms and nats everywhere outside the Triton
+kernels.
 """
 
 import os
@@ -20,9 +20,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from logitcask.kernels.logit_transform import LogitTransform
 
 TILE = 4096
 """Logits that one Triton program handles per step: 16 registers a thread at 8 warps, 128-bit loads
@@ -38,9 +42,9 @@ _TRITON_ON_CPU: ContextVar[bool] = ContextVar("triton_on_cpu", default=False)
 
 @contextmanager
 def triton_on_cpu() -> Iterator[None]:
-    """Inside, CPU tensors go through the Triton kernels in Triton's interpreter. For tests.
+    """Run the Triton kernels on CPU tensors in Triton's interpreter inside the block; for tests.
 
-    Raises RuntimeError where TRITON_INTERPRET is not 1.
+    Raises RuntimeError unless TRITON_INTERPRET is 1.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
@@ -50,21 +54,20 @@ def triton_on_cpu() -> Iterator[None]:
     token = _TRITON_ON_CPU.set(True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", RuntimeWarning
-            )  # numpy warns of overflow and NaN, a GPU does not
+            # numpy warns of overflow and NaN, a GPU does not.
+            warnings.simplefilter("ignore", RuntimeWarning)
             yield
     finally:
         _TRITON_ON_CPU.reset(token)
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Return True if operations on this tensor launch Triton kernels (see the module docstring)."""
+    """Return whether operations on this tensor launch Triton kernels."""
     return tensor.is_cuda or (tensor.device.type == "cpu" and _TRITON_ON_CPU.get())
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current, because Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -74,12 +77,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def next_power_of_2(n: int) -> int:
-    """Smallest power of two >= max(n, 1)."""
+    """Return the smallest power of two >= max(n, 1)."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Return True if checks may read the values; on a GPU that would make the host wait."""
+    """Return whether checks may read the values; on a GPU that makes the host wait."""
     return tensor.device.type == "cpu" or os.environ.get("LOGITCASK_DEBUG") == "1"
 
 
@@ -90,7 +93,7 @@ def row_chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
 
 
 def cpu_chunk_rows(n_columns: int) -> int:
-    """Return the rows of a torch chunk on a CPU that holds about CPU_CHUNK logits."""
+    """Return the rows of a torch chunk on a CPU with about CPU_CHUNK logits."""
     return max(1, CPU_CHUNK // n_columns)
 
 
@@ -112,18 +115,44 @@ def check_logits(logits: Tensor, n_vocab: int | None, name: str = "logits") -> i
             f"{name} must be contiguous along the columns, got strides {logits.stride()}; "
             "call .contiguous()"
         )
+    return check_n_vocab(n_vocab, n_columns, "the number of columns")
+
+
+def check_n_vocab(n_vocab: int | None, n_columns: int, name: str) -> int:
+    """Return n_vocab, by default n_columns. Raises ValueError unless it lies in 1..n_columns."""
     if n_vocab is None:
         return n_columns
     if not 1 <= n_vocab <= n_columns:
         raise ValueError(
-            f"n_vocab={n_vocab} must lie in 1..{n_columns}, the number of columns; "
-            "leave it out to use them all"
+            f"n_vocab={n_vocab} must lie in 1..{n_columns}, {name}; leave it out to use them all"
         )
     return n_vocab
 
 
+def check_inputs(
+    rows: Tensor,
+    ids: Tensor,
+    n_vocab: int,
+    k: int | None,
+    row_weight: Tensor | None,
+    chunk_rows: int | None,
+    logit_transform: "LogitTransform",
+) -> None:
+    """Raise unless the common arguments of a loss fit `rows` [P, ...]."""
+    logit_transform.check()
+    if k is not None:
+        check_k(k, n_vocab)
+    check_ids(ids, rows, n_vocab)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(
+            f"chunk_rows={chunk_rows} must be at least 1; leave it out for the default"
+        )
+    if row_weight is not None:
+        check_row_vector(row_weight, rows, "row_weight")
+
+
 def check_float(tensor: Tensor, name: str) -> None:
-    """Raise TypeError unless the path that this tensor takes supports its dtype."""
+    """Raise TypeError unless the tensor's path supports its dtype."""
     if tensor.dtype not in _DTYPES:
         raise TypeError(
             f"{name} is {tensor.dtype}; "
@@ -131,21 +160,15 @@ def check_float(tensor: Tensor, name: str) -> None:
         )
     if tensor.dtype == torch.float64 and runs_triton(tensor):
         raise TypeError(
-            f"{name} is float64, which the Triton kernels do not do; "
+            f"{name} is float64, which the Triton kernels do not support; "
             "cast it to float32 or move it to a CPU"
         )
 
 
 def check_k(k: int, n_vocab: int) -> None:
+    """Raise ValueError unless k lies in 1..n_vocab."""
     if not 1 <= k <= n_vocab:
-        raise ValueError(f"k={k} must lie in 1..n_vocab={n_vocab}; ask for fewer ids")
-
-
-def check_chunk_rows(chunk_rows: int | None) -> None:
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(
-            f"chunk_rows={chunk_rows} must be at least 1; leave it out for the default"
-        )
+        raise ValueError(f"k={k} must lie in 1..n_vocab={n_vocab}; pass a smaller k")
 
 
 def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
@@ -157,7 +180,7 @@ def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
         raise TypeError(f"ids is {ids.dtype}, must be int64; call ids.long()")
     if ids.dim() != 2 or ids.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"ids has shape {tuple(ids.shape)}, must be [{rows.shape[0]}, S]: one line per row"
+            f"ids has shape {tuple(ids.shape)}, must be [{rows.shape[0]}, S]: one list per row"
         )
     check_device(ids, rows, "ids")
     if ids.numel() == 0 or not reads_values(ids):
@@ -166,12 +189,12 @@ def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
     if low < -1 or high >= n_vocab:
         raise ValueError(
             f"ids span {low}..{high}, must be -1 (padding) or lie in 0..{n_vocab - 1}; "
-            "an id that the student's head does not have must become -1"
+            "replace an id that the student's head lacks by -1"
         )
     ordered = ids.sort(dim=1).values
-    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if bool(again.any()):
-        row, slot = (int(i) for i in again.nonzero()[0])
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if bool(repeated.any()):
+        row, slot = (int(i) for i in repeated.nonzero()[0])
         raise ValueError(
             f"ids of row {row} hold id {int(ordered[row, slot])} more than once; "
             "merge its entries, or set all but one to -1"
@@ -179,7 +202,7 @@ def check_ids(ids: Tensor, rows: Tensor, n_vocab: int) -> None:
 
 
 def check_row_vector(vector: Tensor, rows: Tensor, name: str) -> None:
-    """Raise unless vector is a floating [P] for rows [P, ...]."""
+    """Raise unless vector is [P] of floating numbers for rows [P, ...]."""
     if vector.shape != (rows.shape[0],):
         raise ValueError(
             f"{name} has shape {tuple(vector.shape)}, must be [{rows.shape[0]}]: one number per row"
@@ -190,6 +213,7 @@ def check_row_vector(vector: Tensor, rows: Tensor, name: str) -> None:
 
 
 def check_device(tensor: Tensor, other: Tensor, name: str) -> None:
+    """Raise ValueError unless both tensors are on one device."""
     if tensor.device != other.device:
         raise ValueError(
             f"{name} is on {tensor.device}, the rows are on {other.device}; move one of them"

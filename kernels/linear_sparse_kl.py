@@ -1,7 +1,7 @@
 """sparse_kl from hidden states and the head's weight: logits exist for one chunk of rows at a time.
 
 Per chunk of C rows: logits = hidden_c weight^T into one reused buffer, the kernels of sparse_kl,
-which leave d_logits in the same buffer, then d_hidden_c = d_logits weight and d_weight +=
+which write d_logits to the same buffer, then d_hidden_c = d_logits weight and d_weight +=
 d_logits^T hidden_c. That is three matrix products, the least that a dense loss can have without
 keeping [P, V]; recomputing the logits in the backward pass would be a fourth. d_weight is summed
 over chunks in float32.
@@ -13,23 +13,18 @@ import torch
 from torch import Tensor
 
 from logitcask.kernels.launch import (
-    check_chunk_rows,
     check_device,
     check_float,
-    check_ids,
-    check_k,
-    check_row_vector,
+    check_inputs,
+    check_n_vocab,
     compute_dtype,
     row_chunks,
 )
 from logitcask.kernels.logit_transform import PLAIN, LogitTransform
+from logitcask.kernels.objective_input import ObjectiveFn, SparseLoss
 from logitcask.kernels.precomputed_grad import attach_grads
-from logitcask.kernels.sparse_kl import (
-    ObjectiveFn,
-    RowLosses,
-    SparseLoss,
-    sparse_kl_reference,
-)
+from logitcask.kernels.row_losses import RowLosses
+from logitcask.kernels.sparse_kl import sparse_kl_reference
 
 
 def linear_sparse_kl_reference(
@@ -43,7 +38,7 @@ def linear_sparse_kl_reference(
     n_vocab: int | None = None,
     logit_transform: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor, Tensor]:
-    """Compute linear_sparse_kl and its gradients in plain torch: its specification."""
+    """Return linear_sparse_kl and its gradients in plain torch: its specification."""
     cast = weight.to(hidden.dtype)
     logits = hidden @ cast.T  # [P, V]
     result, d_logits = sparse_kl_reference(
@@ -59,7 +54,7 @@ def linear_sparse_kl_reference(
 
 
 def default_chunk_rows(n_vocab: int, hidden: Tensor) -> int:
-    """Return the rows per chunk for hidden [P, D]; chunks are about of one size.
+    """Return the rows per chunk for hidden [P, D]; all chunks have about one size.
 
     d_weight is read and written once per chunk, so few are better. On a GPU products are
     compute-bound from about 700 rows, and 4096 bf16 rows of 152k logits take 1.2 GB. A CPU gets at
@@ -73,7 +68,7 @@ def default_chunk_rows(n_vocab: int, hidden: Tensor) -> int:
 
 
 def _add_weight_grad(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """d_weight [V, D] (float32 or float64) += d_logits^T hidden; d_logits [C, V], hidden [C, D]."""
+    """Add d_logits^T hidden to d_weight [V, D], float32 or float64; d_logits [C, V]."""
     if d_weight.dtype == hidden.dtype:
         torch.addmm(d_weight, d_logits.T, hidden, out=d_weight)
     elif hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) >= (8, 0):
@@ -88,13 +83,12 @@ def head_product(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits hidden[rows] head^T) chunk by chunk from one buffer.
 
-    hidden [P, D], head [V, D] in its dtype. The next chunk overwrites the logits
-    [C, V].
+    hidden [P, D], head [V, D] in its dtype. The next chunk overwrites the logits [C, V].
     """
     n_rows, n_vocab = len(hidden), len(head)
     chunk_rows = max(1, min(n_rows, chunk_rows or default_chunk_rows(n_vocab, hidden)))
     # Rows start on 16-element borders: otherwise an odd vocabulary is loaded 2 bytes at a time.
-    # Zeros: torch's bfloat16 product on a CPU multiplies what lies between the rows, too.
+    # Zeros: torch's bfloat16 product on a CPU multiplies the memory between the rows, too.
     buffer = hidden.new_zeros(min(n_rows, chunk_rows), -(-n_vocab // 16) * 16)[:, :n_vocab]
     for rows in row_chunks(n_rows, chunk_rows):
         hidden_c = hidden[rows]  # [C, D]
@@ -111,8 +105,8 @@ def run_chunks(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Pass the logits hidden [P, D] weight[:n_vocab]^T to `losses`, chunk_rows rows at a time.
 
-    Returns the gradients by hidden and by weight [V, D], in their dtypes; None where `needs` says
-    that one is not needed.
+    Returns the gradients by hidden and by weight [V, D], in their dtypes; None for one that
+    `needs` excludes.
     """
     needs_hidden, needs_weight = needs
     head = weight[:n_vocab].to(hidden.dtype)  # [n_vocab, D]
@@ -143,7 +137,7 @@ def linear_sparse_kl(
     logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
-    """sparse_kl(hidden @ weight.T, ...), without ever holding [P, V].
+    """Compute sparse_kl of the logits hidden @ weight.T, without a tensor [P, V].
 
     hidden: [P, D] bfloat16, float16, float32, or float64 on a CPU; differentiable. Its dtype is
     that of the logits, also under autocast.
@@ -153,29 +147,22 @@ def linear_sparse_kl(
     logit_transform: as in sparse_kl.
     chunk_rows: rows of logits that exist at a time; see default_chunk_rows.
 
-    An input that needs no gradient (a frozen head, say) costs no product for it. P = 0 gives loss 0
-    with zero gradients. The loss is in hidden's statistics dtype: float32, or float64 for float64.
-    Gradients come in the inputs' dtypes.
+    An input that needs no gradient, for example a frozen head, costs no product. P = 0 gives loss 0
+    with zero gradients. The loss is float32, or float64 for float64 hidden states. Gradients have
+    the inputs' dtypes.
 
-    Raises ValueError or TypeError on a shape, dtype, device, id, k, n_vocab or
-    logit_transform that does not fit.
+    Raises ValueError or TypeError for a shape, dtype, device, id, k, n_vocab or logit_transform
+    that does not fit.
     """
     n_vocab = check_head(hidden, weight, n_vocab)
-    logit_transform.check()
-    check_k(k, n_vocab)
-    check_ids(ids, hidden, n_vocab)
-    check_chunk_rows(chunk_rows)
-    if row_weight is not None:
-        check_row_vector(row_weight, hidden, "row_weight")
-    grad_on = torch.is_grad_enabled()
-    needs_hidden, needs_weight = grad_on and hidden.requires_grad, grad_on and weight.requires_grad
+    check_inputs(hidden, ids, n_vocab, k, row_weight, chunk_rows, logit_transform)
+    needs = needed_grads(hidden, weight)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         dtype = compute_dtype(hidden.dtype)
         losses = RowLosses(ids, objective, k, row_weight, dtype, logit_transform)
-        needs = (needs_hidden, needs_weight)
         grads = run_chunks(losses, hidden, weight, n_vocab, chunk_rows, needs)
         result = losses.result()
-    if not (needs_hidden or needs_weight):
+    if not any(needs):
         return result
     return result._replace(loss=attach_grads(result.loss, [hidden, weight], grads))
 
@@ -190,12 +177,10 @@ def check_head(hidden: Tensor, weight: Tensor, n_vocab: int | None) -> int:
     check_float(hidden, "hidden")
     check_float(weight, "weight")
     check_device(weight, hidden, "weight")
-    n_columns = weight.shape[0]
-    if n_vocab is None:
-        n_vocab = n_columns
-    if not 1 <= n_vocab <= n_columns:
-        raise ValueError(
-            f"n_vocab={n_vocab} must lie in 1..{n_columns}, the rows of weight; "
-            "leave it out to use them all"
-        )
-    return n_vocab
+    return check_n_vocab(n_vocab, weight.shape[0], "the rows of weight")
+
+
+def needed_grads(hidden: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """Return whether hidden and weight need gradients."""
+    on = torch.is_grad_enabled()
+    return on and hidden.requires_grad, on and weight.requires_grad

@@ -1,4 +1,4 @@
-"""An objective: a function of C rows' student log-probs that returns their loss and gradient."""
+"""Input and output of an objective, a function that returns loss and gradient of C rows."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ObjectiveInput(NamedTuple):
-    """The student on C rows, the input of an objective.
+    """The student's log-probs on C rows.
 
     Float tensors are float32, or float64 for float64 logits; natural logs.
     """
@@ -25,19 +25,17 @@ class ObjectiveInput(NamedTuple):
 
 
 class ObjectiveGrad(NamedTuple):
-    """Loss of C rows and its derivatives, the output of an objective.
+    """Loss of C rows and its derivatives.
 
     For a loss of {log p at S} alone, dense and dense_at_ids are both -sum(at_ids). With a tail
-    bucket of mass r = 1 - sum p
-    and target t they differ at the listed ids, because r depends on p there as well: see the
-    formulas of the objective. They are separate so that terms near 1/r can cancel before they
-    are rounded.
+    bucket of mass r = 1 - sum p they differ at the listed ids, because r depends on p there as
+    well. They are separate so that terms near 1/r can cancel before they are rounded.
     """
 
     loss: Tensor
     """[C] nats, not weighted."""
     at_ids: Tensor
-    """[C, S]: derivative of the loss by log p at the listed ids, apart from the dense coefficients.
+    """[C, S]: derivative of the loss by log p at the listed ids, without the dense coefficients.
     Ignored where the id is -1."""
     dense: Tensor
     """[C]: coefficient of p_v at ids that are not listed."""
@@ -54,6 +52,8 @@ ObjectiveFn = Callable[[ObjectiveInput], ObjectiveGrad]
 
 
 class SparseLoss(NamedTuple):
+    """Result of a loss on P rows."""
+
     loss: Tensor
     """[]: sum over rows of row_weight * row_loss; differentiable."""
     row_loss: Tensor

@@ -1,16 +1,14 @@
-"""K3, the gradient by the logits: a scaled softmax with a few entries replaced.
+"""The gradient by the logits: a scaled softmax with a few entries replaced.
 
 A loss that is a function of {log p_v : v in S} has  dL/dz_v = g_v [v in S] - (sum_S g) p_v,  g_v =
 dL/d log p_v. So the gradient by a whole row of logits is one number per row times softmax, and S
-numbers.
+numbers. A loss that also uses the entropy of p has a second number per row, times p_v log p_v:
+dH/dz_v = -p_v (log p_v + H).
 
-One that looks at the entropy of p, too, has a second number per row, times p_v log p_v: dH/dz_v =
--p_v (log p_v + H).
-
-z stands for the mapped logits: see logit_transform, whose slope is the last factor by the raw ones.
-The entries at S are final values that overwrite, never terms that are added: with a tail bucket g_v
-and its dense term are both near 1/r for a tail mass r near 0, and cancel. A sum in the output's
-precision would lose the result.
+z stands for the transformed logits: see logit_transform, whose slope is the last factor by the raw
+ones. The entries at S are final values that overwrite, never terms that are added: with a tail
+bucket g_v and its dense term are both near 1/r for a tail mass r near 0, and cancel. A sum in the
+output's precision would lose the result.
 """
 
 import torch
@@ -32,7 +30,14 @@ from logitcask.kernels.launch import (
     row_chunks,
     runs_triton,
 )
-from logitcask.kernels.logit_transform import LN2, LOG2E, PLAIN, LogitTransform, mapped, softcapped
+from logitcask.kernels.logit_transform import (
+    LN2,
+    LOG2E,
+    PLAIN,
+    LogitTransform,
+    softcapped,
+    transformed,
+)
 
 
 def row_grad_reference(
@@ -46,13 +51,13 @@ def row_grad_reference(
     n_vocab: int | None = None,
     logit_transform: LogitTransform = PLAIN,
 ) -> Tensor:
-    """Compute row_grad in whole-tensor torch, float32 or the logits' float64: its specification."""
+    """Return row_grad in whole-tensor torch, float32 or the logits' float64: its specification."""
     z = logits.to(compute_dtype(logits.dtype))
     log_p = logit_transform.apply(z) - log_sum_exp[:, None]
     log = torch.zeros_like(dense) if dense_log is None else dense_log
     dy = dense[:, None] * log_p.exp() + log[:, None] * p_log_p(log_p)
-    rests = (dense == 0) & (log == 0)
-    out = torch.where(rests[:, None], 0.0, dy * logit_transform.slope(z))
+    is_zero = (dense == 0) & (log == 0)
+    out = torch.where(is_zero[:, None], 0.0, dy * logit_transform.slope(z))
     if n_vocab is not None:
         out[:, n_vocab:] = 0
     rows, slots = (ids >= 0).nonzero().unbind(1)
@@ -61,14 +66,14 @@ def row_grad_reference(
 
 
 def p_log_p(log_p: Tensor) -> Tensor:
-    """p log p, any shape: 0 where p is, and NaN where log p is."""
+    """Return p log p, any shape: 0 where p is, and NaN where log p is."""
     p = log_p.exp()
     return torch.where(p == 0, 0.0, p * log_p)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def scaled_softmax(y, scale, log_scale, DENSE_LOG: tl.constexpr):  # type: ignore[no-untyped-def]
-    # scale p, with DENSE_LOG + log_scale p log2 p, y = log2 p.
+    # scale p, with DENSE_LOG also log_scale p log2 p; y = log2 p.
     p = tl.exp2(y)
     if DENSE_LOG:
         # Far below the bound p is 0 already; -inf would make NaN of it.
@@ -77,65 +82,16 @@ def scaled_softmax(y, scale, log_scale, DENSE_LOG: tl.constexpr):  # type: ignor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def grad_row(  # type: ignore[no-untyped-def]
-    logits,  # [V], one row
-    out,  # [V]; may be logits itself
-    lse,
-    dense,
-    dense_log,  # unused unless DENSE_LOG
-    ids,  # [n_ids] int64
-    at_ids,  # [n_ids] float32
-    n_vocab,
-    n_columns,
-    n_ids,
-    inner,
-    outer,
-    slope,
-    TILE: tl.constexpr,
-    IDS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DENSE_LOG: tl.constexpr,
+def grad_tile(  # type: ignore[no-untyped-def]
+    x, inner, outer, shift, scale, log_scale, SOFTCAP: tl.constexpr, DENSE_LOG: tl.constexpr
 ):
-    scale = dense * slope
-    log_scale = dense_log * slope * LN2
-    shift = lse * LOG2E
-    offsets = tl.arange(0, TILE)
-    rests = scale == 0.0
-    if DENSE_LOG:
-        rests = rests & (log_scale == 0.0)
-    if rests:
-        # Nothing but the listed ids: the row is not even read, so a NaN in it cannot get out.
-        for start in range(0, n_columns, TILE):
-            o = start + offsets
-            tl.store(
-                out + o, tl.zeros((TILE,), tl.float32).to(out.dtype.element_ty), mask=o < n_columns
-            )
-    else:
-        n_whole = (n_vocab // TILE) * TILE
-        for start in range(0, n_whole, TILE):
-            x = tl.load(logits + start + offsets).to(tl.float32)
-            y = mapped(x, inner, outer, shift, SOFTCAP)
-            dz = scaled_softmax(y, scale, log_scale, DENSE_LOG)
-            if SOFTCAP:
-                t = softcapped(x, inner)
-                dz *= 1.0 - t * t
-            tl.store(out + start + offsets, dz.to(out.dtype.element_ty))
-        for start in range(n_whole, n_columns, TILE):
-            o = start + offsets
-            x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
-            y = mapped(x, inner, outer, shift, SOFTCAP)
-            dz = scaled_softmax(y, scale, log_scale, DENSE_LOG)
-            if SOFTCAP:
-                t = softcapped(x, inner)
-                dz *= 1.0 - t * t
-            dz = tl.where(o < n_vocab, dz, 0.0)
-            tl.store(out + o, dz.to(out.dtype.element_ty), mask=o < n_columns)
-    tl.debug_barrier()  # the listed entries overwrite what other threads have just stored
-    for start in range(0, n_ids, IDS):
-        slot = start + tl.arange(0, IDS)
-        v = tl.load(ids + slot, mask=slot < n_ids, other=-1)
-        dz = tl.load(at_ids + slot, mask=slot < n_ids, other=0.0)
-        tl.store(out + v, dz.to(out.dtype.element_ty), mask=(v >= 0) & (v < n_vocab))
+    # dL/dz at logits x.
+    y = transformed(x, inner, outer, shift, SOFTCAP)
+    dz = scaled_softmax(y, scale, log_scale, DENSE_LOG)
+    if SOFTCAP:
+        t = softcapped(x, inner)
+        dz *= 1.0 - t * t
+    return dz
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -162,28 +118,43 @@ def grad_kernel(  # type: ignore[no-untyped-def]
 ):
     # One program per row.
     row = tl.program_id(0).to(tl.int64)
-    log_coefficient = 0.0
+    logits += row * stride
+    out += row * out_stride
+    scale = tl.load(dense + row) * slope
+    shift = tl.load(log_sum_exp + row) * LOG2E
+    offsets = tl.arange(0, TILE)
+    is_zero = scale == 0.0
+    log_scale = 0.0
     if DENSE_LOG:
-        log_coefficient = tl.load(dense_log + row)
-    grad_row(
-        logits + row * stride,
-        out + row * out_stride,
-        tl.load(log_sum_exp + row),
-        tl.load(dense + row),
-        log_coefficient,
-        ids + row * n_ids,
-        at_ids + row * n_ids,
-        n_vocab,
-        n_columns,
-        n_ids,
-        inner,
-        outer,
-        slope,
-        TILE,
-        IDS,
-        SOFTCAP,
-        DENSE_LOG,
-    )
+        log_scale = tl.load(dense_log + row) * slope * LN2
+        is_zero = is_zero & (log_scale == 0.0)
+    if is_zero:
+        # Nothing but the listed ids: the row is not even read, so a NaN in it cannot get out.
+        for start in range(0, n_columns, TILE):
+            o = start + offsets
+            tl.store(
+                out + o, tl.zeros((TILE,), tl.float32).to(out.dtype.element_ty), mask=o < n_columns
+            )
+    else:
+        n_whole = (n_vocab // TILE) * TILE
+        for start in range(0, n_whole, TILE):
+            x = tl.load(logits + start + offsets).to(tl.float32)
+            dz = grad_tile(x, inner, outer, shift, scale, log_scale, SOFTCAP, DENSE_LOG)
+            tl.store(out + start + offsets, dz.to(out.dtype.element_ty))
+        for start in range(n_whole, n_columns, TILE):
+            o = start + offsets
+            x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
+            dz = grad_tile(x, inner, outer, shift, scale, log_scale, SOFTCAP, DENSE_LOG)
+            dz = tl.where(o < n_vocab, dz, 0.0)
+            tl.store(out + o, dz.to(out.dtype.element_ty), mask=o < n_columns)
+    tl.debug_barrier()  # the listed entries overwrite what other threads have just stored
+    ids += row * n_ids
+    at_ids += row * n_ids
+    for start in range(0, n_ids, IDS):
+        slot = start + tl.arange(0, IDS)
+        v = tl.load(ids + slot, mask=slot < n_ids, other=-1)
+        dz = tl.load(at_ids + slot, mask=slot < n_ids, other=0.0)
+        tl.store(out + v, dz.to(out.dtype.element_ty), mask=(v >= 0) & (v < n_vocab))
 
 
 def grad_rows(
@@ -197,25 +168,15 @@ def grad_rows(
     logit_transform: LogitTransform = PLAIN,
     dense_log: Tensor | None = None,
 ) -> None:
-    """row_grad without the checks: writes `out` [P, V]."""
-    run = _grad_triton if runs_triton(logits) else _grad_torch
-    run(logits, log_sum_exp, dense, ids, at_ids, out, n_vocab, logit_transform, dense_log)
-
-
-def _grad_triton(
-    logits: Tensor,
-    log_sum_exp: Tensor,
-    dense: Tensor,
-    ids: Tensor,
-    at_ids: Tensor,
-    out: Tensor,
-    n_vocab: int,
-    logit_transform: LogitTransform,
-    dense_log: Tensor | None,
-) -> None:
+    """Write row_grad to `out` [P, V] without checks."""
     n_rows, n_columns = logits.shape
     n_ids = ids.shape[1]
     if n_rows == 0:
+        return
+    if not runs_triton(logits):
+        _grad_torch(logits, log_sum_exp, dense, out, n_vocab, logit_transform, dense_log)
+        listed, slots = (ids >= 0).nonzero().unbind(1)
+        out[listed, ids[listed, slots]] = at_ids[listed, slots].to(out.dtype)
         return
     tile = min(TILE, next_power_of_2(n_columns))
     with on_device(logits):
@@ -247,13 +208,12 @@ def _grad_torch(
     logits: Tensor,
     log_sum_exp: Tensor,
     dense: Tensor,
-    ids: Tensor,
-    at_ids: Tensor,
     out: Tensor,
     n_vocab: int,
     logit_transform: LogitTransform,
     dense_log: Tensor | None,
 ) -> None:
+    """Write row_grad to `out` [P, V], the listed ids excepted."""
     dtype = compute_dtype(logits.dtype)
     chunk_rows = cpu_chunk_rows(n_vocab)
     # Half precision is computed in a float32 buffer; float32 and float64 straight in `out`.
@@ -267,8 +227,8 @@ def _grad_torch(
         by = 1.0 if logit_transform.softcap is not None else logit_transform.slope_at_0
         scale = dense[rows].to(dtype) * by
         log_scale = None if dense_log is None else dense_log[rows].to(dtype) * by
-        rests = scale == 0 if log_scale is None else (scale == 0) & (log_scale == 0)
-        if bool(rests.all()):
+        is_zero = scale == 0 if log_scale is None else (scale == 0) & (log_scale == 0)
+        if bool(is_zero.all()):
             out_c.zero_()
             continue
         dz = out_c if scratch is None else scratch[: out_c.shape[0]]
@@ -283,12 +243,10 @@ def _grad_torch(
             # Far below the bound p is 0 already; -inf would make NaN of it.
             factor = factor + log_scale[:, None] * dz.clamp(min=-1000.0)
         dz.exp_().mul_(factor if slope is None else factor * slope)
-        dz.index_fill_(0, rests.nonzero()[:, 0], 0.0)  # 0 * NaN is NaN
+        dz.index_fill_(0, is_zero.nonzero()[:, 0], 0.0)  # 0 * NaN is NaN
         if scratch is not None:
             out_c.copy_(dz)
     out[:, n_vocab:] = 0
-    listed, slots = (ids >= 0).nonzero().unbind(1)
-    out[listed, ids[listed, slots]] = at_ids[listed, slots].to(out.dtype)
 
 
 def row_grad(
@@ -303,17 +261,16 @@ def row_grad(
     n_vocab: int | None = None,
     logit_transform: LogitTransform = PLAIN,
 ) -> Tensor:
-    """out[r, v] = at_ids[r, j] if v = ids[r, j], else (dense[r] + dense_log[r] log p) p dy/dz,
-    p = softmax(y[r])[v]; 0 where p is.
+    """Return at_ids[r, j] at v = ids[r, j], elsewhere (dense[r] + dense_log[r] log p) p dy/dz.
 
-    y is logit_transform of the logits z. Columns v >= n_vocab are 0. logits [P, V] as in row_stats;
-    log_sum_exp [P] from it; dense [P]; dense_log [P] or None for zeros; ids [P, S] int64, distinct
-    in a row, -1 is padding; at_ids [P, S], final values. A row whose dense and dense_log are 0 is
-    exactly 0 outside ids, whatever its logits hold.
-    out: [P, V] floating to write into, of any row stride; logits itself is allowed. Left out: a new
-    tensor in the logits' dtype. Not differentiable.
+    p = softmax(y[r])[v], y is logit_transform of the logits z; 0 where p is 0 and for v >= n_vocab.
+    logits [P, V] as in row_stats; log_sum_exp [P] from it; dense [P]; dense_log [P] or None for
+    zeros; ids [P, S] int64, distinct in a row, -1 is padding; at_ids [P, S], final values. A row
+    with dense and dense_log 0 is exactly 0 outside ids, even if its logits are NaN.
+    out: [P, V] floating to write into, with any row stride; may be logits. Default: a new tensor in
+    the logits' dtype. Not differentiable.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id or logit_transform that
+    Raises ValueError or TypeError for a shape, layout, dtype, device, id or logit_transform that
     does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)

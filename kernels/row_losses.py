@@ -1,7 +1,6 @@
-"""The rows of a sparse_kl, chunk by chunk: their statistics, losses and gradients.
+"""Statistics, losses and gradients of the rows of a sparse_kl, chunk by chunk.
 
-An objective is evaluated between the kernels, in torch; a FusedObjective, where its form applies,
-is part of their launches.
+An objective runs between the kernels, in torch; a FusedObjective that fits runs inside them.
 """
 
 from typing import NamedTuple
@@ -19,15 +18,17 @@ from logitcask.kernels.topk_select import group_size, select_rows
 
 
 class RowRead(NamedTuple):
-    """Results of the vocabulary-sized passes on C rows. Float tensors are float32, or float64 for
-    float64 logits."""
+    """Results of the vocabulary-sized passes on C rows.
+
+    Float tensors are float32, or float64 for float64 logits.
+    """
 
     log_sum_exp: Tensor
     """[C] nats"""
     entropy: Tensor
     """[C] nats"""
     top: Tensor
-    """[C, K]: the largest logits, best first, as the head made them."""
+    """[C, K]: the largest raw logits, best first."""
     top_ids: Tensor
     """[C, K] int64: their ids."""
     at_ids: Tensor
@@ -45,8 +46,7 @@ def read_rows(
 
 
 class RowLosses:
-    """Collects the rows' losses and metrics, chunk by chunk, and writes their gradients over the
-    logits."""
+    """Losses, metrics and gradients of P rows, computed chunk by chunk."""
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class RowLosses:
         dtype: torch.dtype,
         logit_transform: LogitTransform = PLAIN,
     ) -> None:
-        """Allocate results. ids [P, S]; row_weight [P] or None for ones; dtype of the statistics.
+        """Allocate results for ids [P, S]; row_weight [P], None for ones; dtype of the statistics.
 
-        Raises ValueError or TypeError where a FusedObjective is not of these rows.
+        Raises ValueError for a FusedObjective of other rows.
         """
         if isinstance(objective, FusedObjective):
             objective.check(ids)
@@ -68,20 +68,19 @@ class RowLosses:
         self.k = k
         self.logit_transform = logit_transform
         self.weighted = row_weight is not None  # else every row is used
-        self.weight = (
-            torch.ones(len(ids), dtype=dtype, device=ids.device)
-            if row_weight is None
-            else row_weight.to(dtype)
-        )
+        ones = torch.ones(len(ids), dtype=dtype, device=ids.device)
+        self.weight = ones if row_weight is None else row_weight.to(dtype)
         self.row_loss = torch.zeros_like(self.weight)
         self.metrics: dict[str, Tensor] = {}
 
     def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> ObjectiveGrad:
-        """Compute one chunk: logits [C, V] of `rows`. The weighted gradient goes to `out` [C, V],
-        which may be logits."""
+        """Compute one chunk, logits [C, V] of `rows`.
+
+        The weighted gradient goes to `out` [C, V], which may be logits.
+        """
         ids = self.ids[rows]  # [C, S]
         if isinstance(self.objective, FusedObjective) and self.objective.fits(logits, self.k):
-            fused = self.objective.of(rows)
+            fused = self.objective.rows(rows)
             weight, y = self.weight[rows], self.logit_transform
             output = fused_rows(fused, logits, ids, weight, self.k, out, n_vocab, y, rows.start)
             _check_output(output, output.at_ids)
@@ -101,7 +100,7 @@ class RowLosses:
     ) -> ObjectiveGrad:
         """Evaluate the objective on `rows` and write the gradient by the logits [C, V].
 
-        columns: [C, S], where in logits the listed ids lie; -1 where they lie elsewhere.
+        columns: [C, S], the column of each listed id in logits; -1 if it has none.
         """
         lse, y = read.log_sum_exp, self.logit_transform
         log_p = torch.where(self.ids[rows] >= 0, y.apply(read.at_ids) - lse[:, None], -torch.inf)
@@ -126,7 +125,7 @@ class RowLosses:
         return output
 
     def evaluate(self, rows: slice, view: ObjectiveInput) -> ObjectiveGrad:
-        """Evaluate the objective on `rows` and store their losses and metrics."""
+        """Evaluate the objective on `rows` and keep their losses and metrics."""
         output = self.objective(view)
         _check_output(output, view.log_p)
         self._keep(rows, output)
@@ -140,25 +139,20 @@ class RowLosses:
             self.metrics[name][rows] = value
 
     def result(self) -> SparseLoss:
+        """Return the weighted loss with the row losses and metrics."""
         loss = torch.where(self.weight != 0, self.weight * self.row_loss, 0.0).sum()
         return SparseLoss(loss, self.row_loss, self.metrics)
 
 
 def _check_output(output: ObjectiveGrad, log_p: Tensor) -> None:
+    """Raise ValueError unless the output has the shapes of log_p [C, S]."""
     n_rows, n_ids = log_p.shape
-    shapes = {
-        "loss": (n_rows,),
-        "at_ids": (n_rows, n_ids),
-        "dense": (n_rows,),
-        "dense_at_ids": (n_rows, n_ids),
-    }
-    got = {name: tuple(getattr(output, name).shape) for name in shapes}
-    if output.dense_log is not None:
-        got["dense_log"] = tuple(output.dense_log.shape)
-    got |= {f"metrics[{name!r}]": tuple(value.shape) for name, value in output.metrics.items()}
-    for name, shape in got.items():
-        want = shapes.get(name, (n_rows,))
-        if shape != want:
+    tensors = {f"metrics[{name!r}]": value for name, value in output.metrics.items()}
+    tensors |= {name: getattr(output, name) for name in output._fields if name != "metrics"}
+    for name, tensor in tensors.items():
+        expected = (n_rows, n_ids) if name in ("at_ids", "dense_at_ids") else (n_rows,)
+        if tensor is not None and tensor.shape != expected:
             raise ValueError(
-                f"the objective's {name} has shape {shape}, must be {want} for this chunk of rows"
+                f"the objective's {name} has shape {tuple(tensor.shape)}, must be {expected} for "
+                "this chunk of rows"
             )

@@ -1,17 +1,17 @@
-"""K1, row statistics: log-sum-exp and entropy of each row of logits, in one read.
+"""Log-sum-exp and entropy of each row of logits, in one read.
 
-With l = z - logsumexp(z) and p = exp(l):  H = -sum_v p_v l_v, where z stands for the mapped logits
-(see logit_transform). Written with a shift c near the row's maximum, so that nothing overflows
-and one exponential per logit is enough:
+With l = z - logsumexp(z) and p = exp(l):  H = -sum_v p_v l_v, where z stands for the transformed
+logits (see logit_transform). Written with a shift c near the row's maximum, so that nothing
+overflows and one exponential per logit is enough:
 
     y_v = z_v - c,   d = sum exp(y_v),   s = sum y_v exp(y_v)
     logsumexp = c + log d,   H = log d - s / d
 
-The same read leaves the maximum of every group of `group` neighbouring raw logits, from which
+The same read stores the maximum of every group of `group` neighboring raw logits, from which
 topk_select finds the top-k without reading the row again.
 
-A NaN or +inf logit makes its row's statistics NaN, and so does a row of nothing but -inf. Single
--inf logits are legal.
+A NaN or +inf logit makes its row's statistics NaN, and so does a row of -inf alone. Single -inf
+logits are legal.
 """
 
 from typing import NamedTuple
@@ -31,10 +31,12 @@ from logitcask.kernels.launch import (
     row_chunks,
     runs_triton,
 )
-from logitcask.kernels.logit_transform import LN2, PLAIN, LogitTransform, mapped
+from logitcask.kernels.logit_transform import LN2, PLAIN, LogitTransform, transformed
 
 
 class RowStats(NamedTuple):
+    """Log-sum-exp and entropy of P rows."""
+
     log_sum_exp: Tensor
     """[P] nats; float32, or float64 for float64 logits."""
     entropy: Tensor
@@ -42,6 +44,8 @@ class RowStats(NamedTuple):
 
 
 class RowScan(NamedTuple):
+    """Result of one scan of P rows."""
+
     stats: RowStats
     group_max: Tensor | None
     """[P, n_groups (or more)]: maximum of columns [g * group, (g + 1) * group); columns past the
@@ -51,85 +55,13 @@ class RowScan(NamedTuple):
 def row_stats_reference(
     logits: Tensor, *, n_vocab: int | None = None, logit_transform: LogitTransform = PLAIN
 ) -> RowStats:
-    """Compute row_stats in whole-tensor torch: its specification."""
+    """Return row_stats in whole-tensor torch: its specification."""
     z = logit_transform.apply(logits[:, :n_vocab].to(compute_dtype(logits.dtype)))  # [P, n_vocab]
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)  # 0 log 0 = 0
     top, at = z.max(-1)
     return RowStats(top - log_p.gather(1, at[:, None])[:, 0], entropy)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def scan_row(  # type: ignore[no-untyped-def]
-    logits,  # [V], one row
-    group_max,  # [n_slots] float32; unused without GROUPS
-    n_vocab,
-    n_slots,
-    inner,
-    outer,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    # Log-sum-exp and entropy, nats. A tile is ROWS groups of GROUP logits. Units are log2 inside:
-    # exp2 is the hardware's exponential.
-    groups = tl.arange(0, ROWS)
-    offsets = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    tile: tl.constexpr = ROWS * GROUP
-    n_whole = (n_vocab // tile) * tile
-
-    first = tl.load(logits + offsets, mask=offsets < n_vocab, other=-float("inf")).to(tl.float32)
-    shift = mapped(tl.max(tl.max(first, 1), 0), inner, outer, 0.0, SOFTCAP)
-    shift = tl.where(shift > -float("inf"), shift, 0.0)
-    d_row = 0.0
-    s_row = 0.0
-    again = 1
-    while again == 1:
-        # Sums stay per lane until the end: a block-wide reduction per tile would stall every step.
-        d = tl.zeros((ROWS, GROUP), tl.float32)
-        s = tl.zeros((ROWS, GROUP), tl.float32)
-        lane_max = tl.full((ROWS,), -float("inf"), tl.float32)
-        # Main loop without masks: a mask costs a select per logit once loads are pipelined.
-        for start in range(0, n_whole, tile):
-            x = tl.load(logits + start + offsets).to(tl.float32)
-            # Clamped, so that -inf adds exp2(-150) = 0 and 0 * -150 = 0 without selects; NaN goes
-            # through.
-            y = mapped(x, inner, outer, shift, SOFTCAP)
-            y = tl.maximum(y, -150.0, propagate_nan=tl.PropagateNan.ALL)
-            e = tl.exp2(y)
-            d += e
-            s += y * e
-            tile_max = tl.max(x, 1)
-            lane_max = tl.maximum(lane_max, tile_max)
-            if GROUPS:
-                tl.store(group_max + start // GROUP + groups, tile_max)
-        if n_whole < n_vocab:
-            o = n_whole + offsets
-            x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
-            y = mapped(x, inner, outer, shift, SOFTCAP)
-            y = tl.maximum(y, -150.0, propagate_nan=tl.PropagateNan.ALL)
-            e = tl.exp2(y)
-            if SOFTCAP:  # what is not there would have the cap's mass
-                e = tl.where(o < n_vocab, e, 0.0)
-            d += e
-            s += y * e
-            tile_max = tl.max(x, 1)
-            lane_max = tl.maximum(lane_max, tile_max)
-            if GROUPS:
-                slot = n_whole // GROUP + groups
-                tl.store(group_max + slot, tile_max, mask=slot < n_slots)
-        d_row = tl.sum(tl.sum(d, 1), 0)
-        s_row = tl.sum(tl.sum(s, 1), 0)
-        # The shift was the first tile's maximum. Far from the true one, log2(d) and s / d are large
-        # numbers whose difference is the entropy: 32 keeps that error near 2e-6. Rare, so the row
-        # is simply read again. (A row of -inf alone becomes NaN by the new shift of -inf.)
-        top = mapped(tl.max(lane_max, 0), inner, outer, 0.0, SOFTCAP)
-        again = (tl.abs(top - shift) > 32.0).to(tl.int32)
-        shift = tl.where(again == 1, top, shift)
-    log_d = tl.log2(d_row)
-    return (shift + log_d) * LN2, (log_d - s_row / d_row) * LN2
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -148,22 +80,67 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     GROUPS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    # One program per row.
+    # One program per row. A tile is ROWS groups of GROUP logits. Units are log2 inside: exp2 is the
+    # hardware's exponential.
     row = tl.program_id(0).to(tl.int64)  # P * V passes 2^31 at a few thousand rows
-    lse, h = scan_row(
-        logits + row * stride,
-        group_max + row * n_slots,
-        n_vocab,
-        n_slots,
-        inner,
-        outer,
-        ROWS,
-        GROUP,
-        GROUPS,
-        SOFTCAP,
-    )
-    tl.store(log_sum_exp + row, lse)
-    tl.store(entropy + row, h)
+    logits += row * stride
+    group_max += row * n_slots
+    groups = tl.arange(0, ROWS)
+    offsets = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    tile: tl.constexpr = ROWS * GROUP
+    n_whole = (n_vocab // tile) * tile
+
+    first = tl.load(logits + offsets, mask=offsets < n_vocab, other=-float("inf")).to(tl.float32)
+    shift = transformed(tl.max(tl.max(first, 1), 0), inner, outer, 0.0, SOFTCAP)
+    shift = tl.where(shift > -float("inf"), shift, 0.0)
+    d_row = 0.0
+    s_row = 0.0
+    repeat = 1
+    while repeat == 1:
+        # Sums stay per lane until the end: a block-wide reduction per tile would stall every step.
+        d = tl.zeros((ROWS, GROUP), tl.float32)
+        s = tl.zeros((ROWS, GROUP), tl.float32)
+        lane_max = tl.full((ROWS,), -float("inf"), tl.float32)
+        # Main loop without masks: a mask costs a select per logit once loads are pipelined.
+        for start in range(0, n_whole, tile):
+            x = tl.load(logits + start + offsets).to(tl.float32)
+            # Clamped, so that -inf adds exp2(-150) = 0 and 0 * -150 = 0 without selects; NaN goes
+            # through.
+            y = transformed(x, inner, outer, shift, SOFTCAP)
+            y = tl.maximum(y, -150.0, propagate_nan=tl.PropagateNan.ALL)
+            e = tl.exp2(y)
+            d += e
+            s += y * e
+            tile_max = tl.max(x, 1)
+            lane_max = tl.maximum(lane_max, tile_max)
+            if GROUPS:
+                tl.store(group_max + start // GROUP + groups, tile_max)
+        if n_whole < n_vocab:
+            o = n_whole + offsets
+            x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
+            y = transformed(x, inner, outer, shift, SOFTCAP)
+            y = tl.maximum(y, -150.0, propagate_nan=tl.PropagateNan.ALL)
+            e = tl.exp2(y)
+            if SOFTCAP:  # else columns past the end would have the cap's mass
+                e = tl.where(o < n_vocab, e, 0.0)
+            d += e
+            s += y * e
+            tile_max = tl.max(x, 1)
+            lane_max = tl.maximum(lane_max, tile_max)
+            if GROUPS:
+                slot = n_whole // GROUP + groups
+                tl.store(group_max + slot, tile_max, mask=slot < n_slots)
+        d_row = tl.sum(tl.sum(d, 1), 0)
+        s_row = tl.sum(tl.sum(s, 1), 0)
+        # The shift was the first tile's maximum. Far from the true one, log2(d) and s / d are large
+        # numbers whose difference is the entropy: 32 keeps that error near 2e-6. Rare, so the row
+        # is simply read again. (A row of -inf alone becomes NaN by the new shift of -inf.)
+        top = transformed(tl.max(lane_max, 0), inner, outer, 0.0, SOFTCAP)
+        repeat = (tl.abs(top - shift) > 32.0).to(tl.int32)
+        shift = tl.where(repeat == 1, top, shift)
+    log_d = tl.log2(d_row)
+    tl.store(log_sum_exp + row, (shift + log_d) * LN2)
+    tl.store(entropy + row, (log_d - s_row / d_row) * LN2)
 
 
 def scan_rows(
@@ -256,15 +233,15 @@ def _group_max_torch(z: Tensor, group: int, out: Tensor) -> None:
 def row_stats(
     logits: Tensor, *, n_vocab: int | None = None, logit_transform: LogitTransform = PLAIN
 ) -> RowStats:
-    """Log-sum-exp and entropy of each row of `logits` [P, V], in nats. Not differentiable.
+    """Return log-sum-exp and entropy of each row of `logits` [P, V], in nats. Not differentiable.
 
     logits: bfloat16, float16, float32, or float64 on a CPU; contiguous along V, the row stride may
     exceed V.
-    n_vocab: rows are normalised over columns [0, n_vocab); the columns after it, a padded head's,
-    are never read.
+    n_vocab: rows are normalized over columns [0, n_vocab); the columns after it, the padding of a
+    head, are never read.
     logit_transform: scale, soft cap and temperature of the logits.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, n_vocab or logit_transform that
+    Raises ValueError or TypeError for a shape, layout, dtype, n_vocab or logit_transform that
     does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)

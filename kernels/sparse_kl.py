@@ -1,51 +1,31 @@
 """From logits: a loss of the log-probs at listed ids and of the live top-k, with its gradient.
 
 The vocabulary-sized work is the same for every such loss, so the loss is a parameter: an objective,
-plain torch on [C, S] and [C, K] tensors of C rows at a time. Around it stand the kernels: row_stats
-and topk_select before, row_grad after. A FusedObjective is computed inside them. p is the student.
+plain torch on [C, S] and [C, K] tensors of C rows at a time. row_stats and topk_select run before
+it, row_grad after it. A FusedObjective is computed inside the kernels. p is the student.
 
     dL_r/dy_v = dense_r p_v                      v not listed
               = at_ids_v + dense_at_ids_v p_v    v listed
 
-each plus dense_log_r p_v log p_v where an objective looks at the entropy of p. dy/dz is
+each plus dense_log_r p_v log p_v for an objective that uses the entropy of p. dy/dz is
 logit_transform's, 1 for most models.
 
-Gradients are made in the forward pass and handed over in the backward pass (see precomputed_grad),
-so nothing vocabulary-sized is kept but the gradient itself. There is no second and no double
-backward.
+The forward pass computes the gradients and the backward pass hands them over (see
+precomputed_grad), so only the gradient itself has the size of the vocabulary. There is no second
+and no double backward.
 """
 
 import torch
 from torch import Tensor
 
-from logitcask.kernels.launch import (
-    check_chunk_rows,
-    check_ids,
-    check_k,
-    check_logits,
-    check_row_vector,
-    compute_dtype,
-    row_chunks,
-)
+from logitcask.kernels.launch import check_inputs, check_logits, compute_dtype, row_chunks
 from logitcask.kernels.logit_transform import PLAIN, LogitTransform
-from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput, SparseLoss
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveInput, SparseLoss
 from logitcask.kernels.precomputed_grad import attach_grads
 from logitcask.kernels.row_grad import p_log_p, row_grad_reference
-from logitcask.kernels.row_losses import RowLosses, RowRead, read_rows
+from logitcask.kernels.row_losses import RowLosses
 from logitcask.kernels.row_stats import row_stats_reference
 from logitcask.kernels.topk_select import topk_select_reference
-
-__all__ = [
-    "ObjectiveFn",
-    "ObjectiveGrad",
-    "ObjectiveInput",
-    "RowLosses",
-    "RowRead",
-    "SparseLoss",
-    "read_rows",
-    "sparse_kl",
-    "sparse_kl_reference",
-]
 
 
 def sparse_kl_reference(
@@ -58,7 +38,7 @@ def sparse_kl_reference(
     n_vocab: int | None = None,
     logit_transform: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor]:
-    """Compute sparse_kl and d loss / d logits [P, V] in plain torch: its specification."""
+    """Return sparse_kl and d loss / d logits [P, V] in plain torch: its specification."""
     stats = row_stats_reference(logits, n_vocab=n_vocab, logit_transform=logit_transform)
     values, top_ids = topk_select_reference(logits, k, n_vocab=n_vocab)
     lse = stats.log_sum_exp[:, None]
@@ -102,46 +82,40 @@ def sparse_kl(
 ) -> SparseLoss:
     """Compute loss, metrics and gradient of an objective from logits [P, V].
 
-    logits: as in row_stats; differentiable. Where they need no gradient, or gradients are off,
+    logits: as in row_stats; differentiable. If they need no gradient, or gradients are off,
     row_grad is skipped.
     ids: [P, S] int64, distinct in a row, -1 is padding.
-    objective: called under no_grad with chunks of rows (sizes are an implementation matter,
-    possibly all at once).
-    k: size of the live top-k that the objective sees; 1 <= k <= n_vocab.
-    row_weight: [P] float, default ones. A row of weight 0 has metrics, and adds exactly 0, also if
+    objective: called under no_grad with chunks of rows, possibly all at once.
+    k: size of the live top-k in the objective's input; 1 <= k <= n_vocab.
+    row_weight: [P] float, default ones. A row of weight 0 has metrics, and adds exactly 0 even if
     it holds NaN.
-    n_vocab: rows are normalised over columns [0, n_vocab); the gradient of the others is 0.
+    n_vocab: rows are normalized over columns [0, n_vocab); the gradient of the others is 0.
     logit_transform: scale, soft cap and temperature between the logits and p.
     chunk_rows: rows per call of the objective; default all on a GPU, about 16 Mi logits on a CPU.
-    in_place: the gradient is written over the logits, so that nothing of their size is made;
-    their values are lost. They must be contiguous. Otherwise they are not modified.
+    in_place: write the gradient over the logits, which must be contiguous, without a second tensor
+    of their size; their values are lost. Otherwise they are not modified.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab or
+    Raises ValueError or TypeError for a shape, layout, dtype, device, id, k, n_vocab or
     logit_transform that does not fit.
     """
     n_vocab = check_logits(logits, n_vocab)
-    logit_transform.check()
-    check_k(k, n_vocab)
-    check_ids(ids, logits, n_vocab)
-    check_chunk_rows(chunk_rows)
+    check_inputs(logits, ids, n_vocab, k, row_weight, chunk_rows, logit_transform)
     if in_place and not logits.is_contiguous():
         raise ValueError(
             f"in_place needs contiguous logits, got strides {logits.stride()} of shape "
             f"{tuple(logits.shape)}; call .contiguous(), or leave in_place out"
         )
-    if row_weight is not None:
-        check_row_vector(row_weight, logits, "row_weight")
     n_rows = logits.shape[0]
     if chunk_rows is None:
         chunk_rows = max(1, n_rows if logits.is_cuda else (1 << 24) // logits.shape[1])
-    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         dtype = compute_dtype(logits.dtype)
         losses = RowLosses(ids, objective, k, row_weight, dtype, logit_transform)
         d_logits = None
-        if wants_grad and in_place:
+        if needs_grad and in_place:
             d_logits = logits.detach()
-        elif wants_grad:
+        elif needs_grad:
             d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for rows in row_chunks(n_rows, chunk_rows):
             losses.run(rows, logits[rows], None if d_logits is None else d_logits[rows], n_vocab)

@@ -1,16 +1,17 @@
-"""K2, exact top-k of each row of logits, lowest id first among equals.
+"""Exact top-k of each row of logits; among equal logits the lowest id comes first.
 
-Two stages. row_stats leaves the maximum of every group of `group` neighbouring logits. The top-k
-lie in the k groups
-with the best maxima: an element outside them is beaten by one element of each. With ties it still
-holds if the lower group wins, for a lower group has only lower ids. So: select k groups, then
-select among their k * group logits.
+Two stages. row_stats stores the maximum of every group of `group` neighboring logits. The top-k lie
+in the k groups with the best maxima: an element outside them is beaten by one element of each. With
+ties it still holds if the lower group wins, for a lower group has only lower ids. So: select k
+groups, then select among their k * group logits.
 
-In the kernel a selection is a threshold, found bit by bit on integers that order as the floats do,
-then a compaction by prefix sum that keeps the id order, and in the end a ranking by counting.
-tl.topk on packed keys would cost 2.5 times the instructions, and one tl.topk per tile of the row 30
-times. More than MAX_TRITON_K ids are selected by torch, on any device.
+The kernel finds a threshold bit by bit on integers that order as the floats do, compacts by prefix
+sum, which keeps the id order, and ranks by counting. tl.topk on packed keys would cost 2.5 times
+the instructions, and one tl.topk per tile of the row 30 times. More than MAX_TRITON_K ids are
+selected by torch, on any device.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -32,15 +33,14 @@ from logitcask.kernels.row_stats import group_maxima
 MAX_TRITON_K = 128
 """Largest k of the kernel: ranking compares k x k numbers in registers."""
 
-# A float16 or bfloat16 has this many low bits zero when it is widened to float32: the search may
-# skip them.
 ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+"""Low bits that are 0 in a number of the dtype widened to float32; the search skips them."""
 
 
 def topk_select_reference(
     logits: Tensor, k: int, *, n_vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Select by a full stable sort: the specification of topk_select."""
+    """Return topk_select by a full stable sort: its specification."""
     z = logits[:, :n_vocab].to(compute_dtype(logits.dtype))
     values, ids = z.sort(dim=-1, descending=True, stable=True)
     return values[:, :k], ids[:, :k]
@@ -56,8 +56,8 @@ def order_key(x, ZERO_BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def kth_key(key, K: tl.constexpr, ZERO_BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    # Largest t with at least K keys >= t, from the top bit down. Where there is none, the smallest
-    # key there can be.
+    # Largest t with at least K keys >= t, from the top bit down; the smallest possible key if there
+    # is none.
     n_positive = tl.sum((key >= 0).to(tl.int32), 0)
     t = tl.where(n_positive >= K, 0, -(1 << (31 - ZERO_BITS)))
     for b in tl.static_range(ZERO_BITS, 31):
@@ -69,8 +69,8 @@ def kth_key(key, K: tl.constexpr, ZERO_BITS: tl.constexpr):  # type: ignore[no-u
 
 @triton.jit  # type: ignore[untyped-decorator]
 def place_best(key, K: tl.constexpr, ZERO_BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    # For each key: is it among the K best (earlier wins ties), and its position among those, in the
-    # keys' order.
+    # For each key: whether it is among the K best (the earlier wins ties), and its position among
+    # them in the order of the keys.
     t = kth_key(key, K, ZERO_BITS)
     above = (key > t).to(tl.int32)
     equal = (key == t).to(tl.int32)
@@ -96,11 +96,10 @@ def select_row(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ZERO_BITS: tl.constexpr,
 ):
-    # [K] values, ids and ranks, in the order of the ids; the best has rank 0. Where K exceeds k,
-    # the ranks from k on are to be left out.
-    lowest: tl.constexpr = -(
-        1 << (31 - ZERO_BITS)
-    )  # below the key of -inf: what lies outside the row comes last
+    # [K] values, ids and ranks, in the order of the ids; the best has rank 0. If K exceeds k, the
+    # caller drops the ranks from k on.
+    # Below the key of -inf: columns outside the row come last.
+    lowest: tl.constexpr = -(1 << (31 - ZERO_BITS))
 
     g = tl.arange(0, GROUPS)
     best = tl.load(group_max + g, mask=g < n_groups, other=-float("inf"))
@@ -180,13 +179,19 @@ def group_size(logits: Tensor, k: int, n_vocab: int) -> int:
 def select_rows(
     logits: Tensor, group_max: Tensor | None, k: int, n_vocab: int, group: int
 ) -> tuple[Tensor, Tensor]:
-    """Top-k of [P, V] logits given the maxima that scan_rows left for `group`: values [P, k] and
-    ids [P, k]."""
-    if group_max is not None and runs_triton(logits):
-        return _select_triton(logits, group_max, k, n_vocab, group)
+    """Select the top-k of logits [P, V] with the group maxima of scan_rows.
+
+    Returns values [P, k] and ids [P, k].
+    """
     n_rows = logits.shape[0]
     values = logits.new_empty(n_rows, k, dtype=compute_dtype(logits.dtype))
-    ids = torch.empty(n_rows, k, dtype=torch.int64, device=logits.device)
+    ids = logits.new_empty(n_rows, k, dtype=torch.int64)
+    if group_max is not None and runs_triton(logits):
+        if n_rows:
+            with on_device(logits):
+                arguments = select_arguments(logits, group_max, k, n_vocab, group)
+                select_kernel[(n_rows,)](logits, values=values, ids=ids, **arguments)
+        return values, ids
     n_read = n_vocab if group_max is None else k * group + group_max.shape[1]
     for rows in row_chunks(n_rows, cpu_chunk_rows(n_read)):
         z_c = logits[rows, :n_vocab]
@@ -195,61 +200,52 @@ def select_rows(
     return values, ids
 
 
-def _select_triton(
+def select_arguments(
     logits: Tensor, group_max: Tensor, k: int, n_vocab: int, group: int
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Any]:
+    """Return the arguments of a kernel that calls select_row."""
     n_rows, n_slots = group_max.shape
     k_padded = next_power_of_2(k)
     n_groups = -(-n_vocab // group)
-    values = group_max.new_empty(n_rows, k)
-    ids = group_max.new_empty(n_rows, k, dtype=torch.int64)
     kept_value = group_max.new_empty(n_rows, k_padded)
-    kept_group, kept_id = kept_value.to(torch.int32), kept_value.to(torch.int32)
-    if n_rows:
-        with on_device(logits):
-            select_kernel[(n_rows,)](
-                logits,
-                group_max,
-                values,
-                ids,
-                kept_group,
-                kept_value,
-                kept_id,
-                logits.stride(0),
-                n_vocab,
-                n_groups,
-                n_slots,
-                k,
-                K=k_padded,
-                GROUPS=max(next_power_of_2(n_groups), k_padded),
-                GROUP=group,
-                ZERO_BITS=ZERO_BITS[logits.dtype],
-                num_warps=4 if k_padded <= 64 else 8,
-                enable_fp_fusion=True,  # the default differs between versions of Triton
-            )
-    return values, ids
+    return {
+        "group_max": group_max,
+        "kept_group": kept_value.to(torch.int32),
+        "kept_value": kept_value,
+        "kept_id": kept_value.to(torch.int32),
+        "stride": logits.stride(0),
+        "n_vocab": n_vocab,
+        "n_groups": n_groups,
+        "n_slots": n_slots,
+        "k": k,
+        "K": k_padded,
+        "GROUPS": max(next_power_of_2(n_groups), k_padded),
+        "GROUP": group,
+        "ZERO_BITS": ZERO_BITS[logits.dtype],
+        "num_warps": 4 if k_padded <= 64 else 8,
+        "enable_fp_fusion": True,  # the default differs between versions of Triton
+    }
 
 
 def _select_torch(z: Tensor, group_max: Tensor | None, k: int, group: int) -> tuple[Tensor, Tensor]:
     if group_max is None:
         return _topk_lowest_id(z, k)
-    groups = (
-        _topk_lowest_id(group_max, k)[1].sort(dim=1).values
-    )  # ascending, so candidates are in id order
-    ids = (groups[:, :, None] * group + torch.arange(group, device=z.device)).flatten(
-        1
-    )  # [C, k * group]
+    # Ascending, so candidates are in id order.
+    groups = _topk_lowest_id(group_max, k)[1].sort(dim=1).values
+    offsets = torch.arange(group, device=z.device)
+    ids = (groups[:, :, None] * group + offsets).flatten(1)  # [C, k * group]
     candidates = z.gather(1, ids.clamp(max=z.shape[1] - 1))
-    # The last group may be short: what is missing comes after every real id, so it never wins a
-    # tie.
+    # The last group may be short: its missing ids come after every real id, so they win no tie.
     candidates.masked_fill_(ids >= z.shape[1], -float("inf"))
     values, at = _topk_lowest_id(candidates, k)
     return values, ids.gather(1, at)
 
 
 def _topk_lowest_id(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk leaves open which of equal values it takes, and in which order: take the lowest,
-    in order."""
+    """Return torch.topk with the lowest ids among equal values, in order.
+
+    torch.topk itself leaves open which of equal values it takes.
+    """
     values, ids = z.topk(k)
     edge = values[:, -1:]
     n_ahead = (values != edge).sum(1)  # [C] values better than the k-th; all k where that is NaN
@@ -270,10 +266,10 @@ def topk_select(logits: Tensor, k: int, *, n_vocab: int | None = None) -> tuple[
 
     Exact. Among equal logits the lowest id comes first, also where the k-th and the next are equal.
     values are the raw logits in float32 (float64 for float64 logits). A row with a NaN gets k
-    distinct valid ids, no promise which. Not differentiable.
+    distinct valid ids, in no defined choice. Not differentiable.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, k or n_vocab that does not fit; 1 <= k
-    <= n_vocab.
+    Raises ValueError or TypeError for a shape, layout, dtype, k or n_vocab out of range: 1 <= k <=
+    n_vocab.
     """
     n_vocab = check_logits(logits, n_vocab)
     check_k(k, n_vocab)

@@ -1,9 +1,9 @@
-"""Messages between the processes of a vocabulary-parallel call.
+"""Messages between the ranks of a vocabulary-parallel call.
 
-First one line of whole numbers each, before any logit is read: where its columns lie, and what must
-be equal on all ranks. A rank that rejects its own input sends that in its line. So a call that
-cannot work raises on every rank, and none waits for one that has raised. The host waits for the
-lines, on a GPU too.
+First each rank sends one line of integers, before any logit is read: the place of its columns, and
+the numbers that must be equal on all ranks. A rank that rejects its own input sends that in its
+line. So a call that cannot work raises on every rank, and none waits for one that has raised. The
+host waits for the lines, on a GPU too.
 
 Ranks are those of the group, and everything is gathered in their order, so every rank computes from
 the same bits.
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LINE = 16
-"""Numbers of a line; what is left over is 0. Fixed, so that any two calls can read each other."""
+"""Numbers of a line, filled up with 0. Fixed, so that any two calls can read each other."""
 
 
 class Shards(NamedTuple):
@@ -51,8 +51,10 @@ def all_sum(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Return an int64 [] that differs where the tensor differs, up to chance: the sum modulo 2^64
-    of the 64 bits of its numbers, each times its own odd number."""
+    """Return an int64 [] that differs for different tensors, up to chance.
+
+    It is the sum modulo 2^64 of the 64 bits of the numbers, each times its own odd number.
+    """
     bits = tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor
     odd = torch.arange(bits.numel(), device=bits.device) * 0x1E3779B97F4A7C15
     odd = (odd ^ (odd >> 29)) * 0x3F58476D1CE4E5B9 | 1
@@ -64,17 +66,17 @@ def _is_member(group: "dist.ProcessGroup | None") -> bool:
 
 
 def check_group(group: "dist.ProcessGroup | None") -> None:
+    """Raise ValueError unless this process is in the group."""
     if not _is_member(group):
         raise ValueError(
             f"group={group} must be a process group with this process in it, None for all; call "
-            "torch.distributed.init_process_group, or use sparse_kl where one process has all "
-            "columns"
+            "torch.distributed.init_process_group, or use sparse_kl if one process has all columns"
         )
 
 
 @contextmanager
 def gather_errors(group: "dist.ProcessGroup | None", device: torch.device) -> Iterator[None]:
-    """Inside, a rank checks its own input. What that raises, the others learn in `join`."""
+    """Make `join` raise on the other ranks if the block, which checks a rank's input, raises."""
     try:
         yield
     except Exception:
@@ -92,13 +94,13 @@ def join(
     row_weight: Tensor | None,
     equal: Mapping[str, int],
 ) -> Shards:
-    """Agree with the other ranks on a call, in which this one has n_columns columns from `first`.
+    """Exchange lines with the other ranks; this rank has n_columns columns from `first`.
 
     ids [P, S], row_weight [P], n_vocab and the numbers `equal` (by name) must be equal on all
     ranks; `equal` holds the same names on all.
 
-    Raises ValueError on every rank where one refused its input, where something is not equal, where
-    the shards do not follow each other from column 0, or where n_vocab is more than their columns.
+    Raises ValueError on every rank if one rejected its input, if the numbers are not equal, if the
+    shards do not follow each other from column 0, or if n_vocab exceeds their columns.
     """
     numbers = {"rows": ids.shape[0], "ids per row": ids.shape[1], "n_vocab": n_vocab, **equal}
     data = {"ids": ids, "row_weight": ids.new_zeros(0) if row_weight is None else row_weight}
@@ -115,11 +117,12 @@ def join(
 
 
 def _check_equal(lines: list[list[int]], names: list[str]) -> None:
+    """Raise ValueError for a rank that rejected its input, or numbers that differ."""
     for rank, line in enumerate(lines):
         if line[0] == 0:
             raise ValueError(
-                f"rank {rank} of the group refused its input, which ends the call on all ranks; "
-                "see the message that it raised"
+                f"rank {rank} of the group rejected its input, which ends the call on all ranks; "
+                "see the error on that rank"
             )
     for rank, line in enumerate(lines):
         for name, here, there in zip(names, lines[0][3:], line[3:], strict=False):
@@ -131,17 +134,18 @@ def _check_equal(lines: list[list[int]], names: list[str]) -> None:
 
 
 def _check_tiles(lines: list[list[int]], ranks: list[int], n_vocab: int) -> None:
+    """Raise ValueError unless the shards cover columns 0 to n_vocab without gaps."""
     end = 0
     for rank in ranks:
         _, first, n_columns = lines[rank][:3]
         if first != end:
             raise ValueError(
                 f"first={first} on rank {rank} of the group must be {end}, where the columns of "
-                "the shards before it end; pass how many columns they have"
+                "the shards before it end; pass their number of columns"
             )
         end += n_columns
     if n_vocab > end:
         raise ValueError(
             f"n_vocab={n_vocab} must lie in 1..{end}, the columns of all shards; "
-            "pass how many ids the whole head knows"
+            "pass the ids of the whole head"
         )

@@ -1,46 +1,37 @@
-"""The same losses where the head's columns are spread over the processes of a group.
+"""sparse_kl and linear_sparse_kl with a head that is split over the ranks of a process group.
 
-Tensor parallelism leaves each of R processes the logits of V_r neighbouring columns. Each reads its
-own, and sends K- and S-sized numbers from which all of them rebuild what sparse_kl would have read
-of whole rows. Then each runs the objective on that same view, and writes the gradient of its own
-columns. With m_r = exp(lse_r - lse), the mass of shard r, and H_r the entropy inside it:
+With tensor parallelism each of R ranks has the logits of V_r neighboring columns. It reads its own
+and sends K- and S-sized numbers, from which all ranks rebuild the statistics of whole rows. Then
+each runs the objective on the same input, and writes the gradient of its own columns. With m_r =
+exp(lse_r - lse), the mass of shard r, and H_r the entropy inside it:
 
     lse = log sum_r exp(lse_r),   H = sum_r m_r (H_r - log m_r)
 
-(entropy's rule of grouping: Shannon 1948, section 6). The K best of a row are among the K best of
-its shards. A process sends P (2 K + S + 2) numbers, in two collectives for each chunk of rows.
+(grouping of the entropy: Shannon 1948, section 6). The K best of a row are among the K best of its
+shards. A rank sends P (2 K + S + 2) numbers, in two collectives for each chunk of rows.
 
-Legend: R shards, V_r columns of one of them, `first` the id of its first column, n_vocab the ids
-that count in all of them together. The specification is sparse_kl of the shards side by side.
+Letters: R shards, V_r columns of one shard, `first` the id of its first column, n_vocab the ids
+that count in all shards together. The specification is sparse_kl of the joined shards.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logitcask.kernels.launch import (
-    check_chunk_rows,
-    check_ids,
-    check_k,
-    check_logits,
-    check_row_vector,
-    compute_dtype,
-    row_chunks,
+from logitcask.kernels.launch import check_inputs, check_logits, compute_dtype, row_chunks
+from logitcask.kernels.linear_sparse_kl import (
+    check_head,
+    default_chunk_rows,
+    needed_grads,
+    run_chunks,
 )
-from logitcask.kernels.linear_sparse_kl import check_head, default_chunk_rows, run_chunks
 from logitcask.kernels.logit_transform import PLAIN, LogitTransform
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, SparseLoss
 from logitcask.kernels.precomputed_grad import attach_grads
-from logitcask.kernels.sparse_kl import (
-    ObjectiveFn,
-    ObjectiveGrad,
-    RowLosses,
-    RowRead,
-    SparseLoss,
-    read_rows,
-)
+from logitcask.kernels.row_losses import RowLosses, RowRead, read_rows
 from logitcask.kernels.tp_group import (
     Shards,
     all_gather,
@@ -54,8 +45,8 @@ from logitcask.kernels.tp_group import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_ODD_CHUNK = 1 << 24
-"""Logits of rows without statistics that are read again at a time: they are copied."""
+_NAN_CHUNK = 1 << 24
+"""Logits of rows with NaN statistics that are copied and read again at a time."""
 
 
 def own_columns(ids: Tensor, first: int, n_own: int) -> Tensor:
@@ -71,11 +62,11 @@ def read_shard(
     n_own: int,
     logit_transform: LogitTransform = PLAIN,
 ) -> RowRead:
-    """RowRead of C rows of a shard's logits [C, V_r], of which the first n_own columns count.
+    """Return RowRead of a shard's logits [C, V_r], of which the first n_own columns count.
 
-    columns: [C, S] from own_columns. top and top_ids are [C, min(k, n_own)], the ids those of the
-    whole vocabulary; at_ids is -inf where columns is -1. A row without a logit above -inf has mass
-    0 here, log_sum_exp -inf and entropy 0: legal as long as another shard has some.
+    columns: [C, S] from own_columns. top and top_ids are [C, min(k, n_own)], with ids of the whole
+    vocabulary; at_ids is -inf where columns is -1. A row of -inf alone has mass 0 here, log_sum_exp
+    -inf and entropy 0: legal if another shard has mass.
     """
     if n_own == 0:
         lse = logits.new_full((len(logits),), -torch.inf, dtype=compute_dtype(logits.dtype))
@@ -96,21 +87,22 @@ def read_shard(
 def _empty_rows(logits: Tensor, log_sum_exp: Tensor) -> Tensor:
     """Return [C] bool: rows of logits [C, n_own] that hold only -inf.
 
-    row_stats answers NaN for them, as it does for a NaN or +inf logit, which must stay one. So rows
-    with NaN, most often none, are read again; on a GPU the host waits to know them.
+    row_stats returns NaN for them, but also for a NaN or +inf logit, which must stay NaN. So rows
+    with NaN, most often none, are read again; on a GPU the host waits for their numbers.
     """
     empty = torch.zeros_like(log_sum_exp, dtype=torch.bool)
-    odd = log_sum_exp.isnan().nonzero()[:, 0]
-    for some in row_chunks(len(odd), max(1, _ODD_CHUNK // logits.shape[1])):
-        empty[odd[some]] = logits[odd[some]].amax(1) == -torch.inf  # amax of a NaN is NaN
+    nan_rows = log_sum_exp.isnan().nonzero()[:, 0]
+    for chunk in row_chunks(len(nan_rows), max(1, _NAN_CHUNK // logits.shape[1])):
+        rows = nan_rows[chunk]
+        empty[rows] = logits[rows].amax(1) == -torch.inf  # amax of a NaN is NaN
     return empty
 
 
 def merge_reads(parts: Sequence[RowRead], k: int) -> RowRead:
-    """RowRead of whole rows from read_shard of all their shards, in the order of their columns.
+    """Merge read_shard of all shards, in the order of their columns, to RowRead of whole rows.
 
-    The top-k are exactly those of topk_select. A row with NaN statistics on one shard has them, and
-    so has one that is -inf everywhere.
+    The top-k are exactly those of topk_select. A row has NaN statistics if it has them on one
+    shard, or is -inf on all.
     """
     dtype = parts[0].top.dtype
     lse_r = torch.stack([part.log_sum_exp for part in parts]).double()  # [R, C]
@@ -121,28 +113,19 @@ def merge_reads(parts: Sequence[RowRead], k: int) -> RowRead:
     mass = log_mass.exp()
     entropy = torch.where(mass == 0, 0.0, mass * (entropy_r - log_mass)).sum(0)  # 0 log 0 = 0
     # A shard's candidates come best first, the lowest id first among equals, and shards come in the
-    # order of their ids: a stable sort gives that order to all of them.
+    # order of their ids: a stable sort keeps that order.
     top = torch.cat([part.top for part in parts], 1)
     top, order = top.sort(dim=1, descending=True, stable=True)
     top_ids = torch.cat([part.top_ids for part in parts], 1).gather(1, order)
-    at_ids = torch.stack([part.at_ids for part in parts]).amax(0)  # -inf but on the id's own shard
+    at_ids = torch.stack([part.at_ids for part in parts]).amax(0)  # -inf on all shards but one
     return RowRead(lse.to(dtype), entropy.to(dtype), top[:, :k], top_ids[:, :k], at_ids)
 
 
 class _ShardLosses(RowLosses):
-    """RowLosses of a shard's logits: what is read of them is merged with what the others read."""
+    """RowLosses of a shard's logits, which merges its statistics with those of the other ranks."""
 
-    def __init__(
-        self,
-        ids: Tensor,
-        objective: ObjectiveFn,
-        k: int,
-        row_weight: Tensor | None,
-        dtype: torch.dtype,
-        logit_transform: LogitTransform,
-        shards: Shards,
-    ) -> None:
-        super().__init__(ids, objective, k, row_weight, dtype, logit_transform)
+    def __init__(self, shards: Shards, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.shards = shards
 
     def run(self, rows: slice, logits: Tensor, out: Tensor | None, n_vocab: int) -> ObjectiveGrad:
@@ -171,35 +154,17 @@ class _ShardLosses(RowLosses):
         return parts
 
 
-def _check_inputs(
-    rows: Tensor,
-    ids: Tensor,
-    k: int,
-    row_weight: Tensor | None,
-    chunk_rows: int | None,
-    first: int,
-    n_vocab: int,
-    logit_transform: LogitTransform,
-) -> None:
-    """Check this rank's input without the other ranks; `rows` is [P, ...]."""
+def _check_shard(first: int, n_vocab: int) -> None:
     if first < 0:
         raise ValueError(
             f"first={first} must be at least 0, the id of this shard's first column; "
-            "pass how many columns the shards before it have"
+            "pass the number of columns of the shards before it"
         )
     if n_vocab < 1:
-        raise ValueError(
-            f"n_vocab={n_vocab} must be at least 1; pass how many ids the whole head knows"
-        )
-    check_k(k, n_vocab)
-    logit_transform.check()
-    check_ids(ids, rows, n_vocab)
-    check_chunk_rows(chunk_rows)
-    if row_weight is not None:
-        check_row_vector(row_weight, rows, "row_weight")
+        raise ValueError(f"n_vocab={n_vocab} must be at least 1; pass the ids of the whole head")
 
 
-def _to_be_equal(
+def _equal_numbers(
     k: int,
     chunk_rows: int,
     dtype: torch.dtype,
@@ -207,7 +172,7 @@ def _to_be_equal(
     hidden_size: int = 0,
     sums_hidden: bool = False,
 ) -> dict[str, int]:
-    """Return the other numbers that must be equal on all ranks, or messages would not match."""
+    """Return more numbers that must be equal on all ranks, or messages would not match."""
     factors = torch.tensor(
         [logit_transform.slope_at_0, *logit_transform.factors()], dtype=torch.float64
     )
@@ -234,47 +199,44 @@ def vocab_parallel_sparse_kl(
     logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
-    """sparse_kl of logits whose columns are spread over a process group; every rank calls it.
+    """Compute sparse_kl of logits with columns on all ranks of a process group; all ranks call it.
 
     logits: [P, V_r], columns first to first + V_r - 1 of the whole; differentiable, not modified.
-    Shards of any width, on ranks in any order, follow each other without a gap from column 0.
-    n_vocab: rows are normalised over columns [0, n_vocab) of the whole; the gradient of the others
-    is 0. A shard may lie beyond it altogether.
+    Shards of any width, on ranks in any order, must follow each other without a gap from column 0.
+    n_vocab: rows are normalized over columns [0, n_vocab) of the whole; the gradient of the others
+    is 0. A shard may lie beyond it.
     group: None for the group of all processes.
-    ids: [P, S] as in sparse_kl: ids of the whole vocabulary, all of them on every rank.
+    ids: [P, S] as in sparse_kl: ids of the whole vocabulary, the same on every rank.
     objective, k, row_weight, logit_transform, chunk_rows: as in sparse_kl.
 
-    Every rank gets the same loss, row_loss and metrics, to the bit where devices are alike, and the
-    gradient of its own columns. The backward pass sends nothing.
+    Every rank returns the same loss, row_loss and metrics, bit by bit on equal devices, and gets
+    the gradient of its own columns. The backward pass sends nothing.
 
     Rows, ids, row_weight, n_vocab, k, logit_transform and chunk_rows must be equal on all ranks:
-    where they are not, or one rank rejects its input, all ranks raise. The objective must be
-    equal too,
-    which is not checked: with another on one rank, losses differ, and the gradients do not belong
-    together. An objective that raises on one rank alone leaves the others waiting until the group's
-    timeout.
+    if they are not, or one rank rejects its input, all ranks raise. The objective must be equal
+    too, which is not checked: otherwise losses differ, and the gradients do not fit together. If
+    the objective raises on one rank alone, the others wait until the group's timeout.
 
-    Raises ValueError or TypeError on a shape, layout, dtype, device, id, k, n_vocab,
+    Raises ValueError or TypeError for a shape, layout, dtype, device, id, k, n_vocab,
     logit_transform, first or group that does not fit, before any logit is read.
     """
     with gather_errors(group, logits.device):
         check_logits(logits, None)
-        _check_inputs(logits, ids, k, row_weight, chunk_rows, first, n_vocab, logit_transform)
+        _check_shard(first, n_vocab)
+        check_inputs(logits, ids, n_vocab, k, row_weight, chunk_rows, logit_transform)
         check_group(group)
     n_rows, n_columns = logits.shape
     dtype = compute_dtype(logits.dtype)
     if chunk_rows is None:  # by n_vocab, because ranks differ in V_r
         chunk_rows = max(1, n_rows if logits.is_cuda else (1 << 24) // n_vocab)
-    wants_grad = torch.is_grad_enabled() and logits.requires_grad
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        equal = _to_be_equal(k, chunk_rows, dtype, logit_transform)
+        equal = _equal_numbers(k, chunk_rows, dtype, logit_transform)
         shards = join(group, first, n_columns, n_vocab, ids, row_weight, equal)
-        losses = _ShardLosses(ids, objective, k, row_weight, dtype, logit_transform, shards)
-        d_logits = (
-            torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            if wants_grad
-            else None
-        )
+        losses = _ShardLosses(shards, ids, objective, k, row_weight, dtype, logit_transform)
+        d_logits = None
+        if needs_grad:
+            d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         for rows in row_chunks(n_rows, chunk_rows):
             out = None if d_logits is None else d_logits[rows]
             losses.run(rows, logits[rows], out, shards.n_own)
@@ -298,27 +260,27 @@ def vocab_parallel_linear_sparse_kl(
     logit_transform: LogitTransform = PLAIN,
     chunk_rows: int | None = None,
 ) -> SparseLoss:
-    """vocab_parallel_sparse_kl(hidden @ weight.T, ...), without ever holding [P, V_r].
+    """Compute vocab_parallel_sparse_kl of the logits hidden @ weight.T, without a tensor [P, V_r].
 
-    hidden: [P, D] as in linear_sparse_kl, equal on all ranks, which is not checked. Its gradient
-    comes whole on every rank, summed over the shards in float32 (float64 for float64), so nothing
-    before the head may sum it over the group again.
+    hidden: [P, D] as in linear_sparse_kl, equal on all ranks, which is not checked. Every rank gets
+    its whole gradient, summed over the shards in float32 (float64 for float64), so no layer before
+    the head may sum it over the group again.
     weight: [V_r, D], the head's rows first to first + V_r - 1; its gradient is this shard's own.
     chunk_rows: as in linear_sparse_kl.
     All else as in vocab_parallel_sparse_kl.
     """
     with gather_errors(group, hidden.device):
         n_columns = check_head(hidden, weight, None)
-        _check_inputs(hidden, ids, k, row_weight, chunk_rows, first, n_vocab, logit_transform)
+        _check_shard(first, n_vocab)
+        check_inputs(hidden, ids, n_vocab, k, row_weight, chunk_rows, logit_transform)
         check_group(group)
     dtype = compute_dtype(hidden.dtype)
     chunk_rows = chunk_rows or default_chunk_rows(n_vocab, hidden)
-    grad_on = torch.is_grad_enabled()
-    needs = (grad_on and hidden.requires_grad, grad_on and weight.requires_grad)
+    needs = needed_grads(hidden, weight)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        equal = _to_be_equal(k, chunk_rows, dtype, logit_transform, hidden.shape[1], needs[0])
+        equal = _equal_numbers(k, chunk_rows, dtype, logit_transform, hidden.shape[1], needs[0])
         shards = join(group, first, n_columns, n_vocab, ids, row_weight, equal)
-        losses = _ShardLosses(ids, objective, k, row_weight, dtype, logit_transform, shards)
+        losses = _ShardLosses(shards, ids, objective, k, row_weight, dtype, logit_transform)
         d_hidden, d_weight = run_chunks(losses, hidden, weight, shards.n_own, chunk_rows, needs)
         if d_hidden is not None:
             d_hidden = all_sum(d_hidden.to(dtype), group).to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""The kernel benchmark at tiny sizes: whole rows, right gradients, bars that can fail."""
+"""The kernel benchmark at tiny sizes: complete rows, correct gradients, bars that can fail."""
 
 import importlib.util
 import json
@@ -26,13 +26,13 @@ SAME_LOSS = {
     ("hidden", "eager"), ("indexed", "ours-dense"), ("indexed", "dense"),
     ("indexed", "dense-frozen"), ("indexed", "dense-live"), ("indexed", "gathered"),
 }  # fmt: skip
-"""What must run anywhere and claims a loss of ours."""
+"""Providers that run anywhere and have a loss of ours."""
 
 
 def script(
     name: str, *arguments: object, interpreted: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """As a person runs it: the script's folder is on its path."""
+    """Run a script with its folder on the path, like a shell."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
     variables.pop("TRITON_INTERPRET", None)
     if interpreted:
@@ -42,7 +42,7 @@ def script(
 
 
 def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Code beside the benchmark's modules; not in this process, whose tests have modules alike."""
+    """Run code with the benchmark's modules on the path, in another process."""
     found = f"import sys; sys.path.insert(0, {str(BENCH)!r})\n{code}"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-c", found, *arguments]
@@ -50,12 +50,13 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def read(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rows of one run of all sections."""
+    """Return the file of one run of all sections."""
     file = tmp_path_factory.mktemp("kernels") / "rows.jsonl"
     done = script("bench_kernels.py", *TINY, "--out", file)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_rows_are_whole_and_who_did_not_run_says_why(tiny: Path) -> None:
+def test_rows_are_complete_and_a_skipped_provider_has_a_reason(tiny: Path) -> None:
     rows = read(tiny)
     assert {row["section"] for row in rows} == {"logits", "hidden", "indexed", "topk"}
     for row in rows:
@@ -99,18 +100,18 @@ def test_tables_of_the_rows(tiny: Path) -> None:
     code = (
         "import json, report_kernels as r\n"
         "rows = [json.loads(line) for line in open(sys.argv[1])]\n"
-        "print(r.of_device(rows, 'cpu'), r.of_device(rows, 'cuda'), sep='|||')"
+        "print(r.device_tables(rows, 'cpu'), r.device_tables(rows, 'cuda'), sep='|||')"
     )
     cpu, gpu = python(code, str(tiny)).stdout.split("|||")
     for title in ("**logits**, 9 rows", "**hidden**, 9 rows", "**indexed**", "**topk**"):
         assert title in cpu
     assert "| `verl` |" in cpu
     assert "--shape 9,500,16,6,5" in cpu
-    assert str(tiny) not in cpu, "where the rows went is nobody else's business"
+    assert str(tiny) not in cpu, "the command has no --out"
     assert "No GPU has run this yet" in gpu
 
 
-def test_a_spent_budget_starts_nothing_and_says_so(tmp_path: Path) -> None:
+def test_a_spent_budget_starts_nothing_and_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     names = ["--providers", "ours,eager", "--section", "logits", "--budget", "0"]
     done = script("bench_kernels.py", *TINY, *names, "--out", file)
@@ -121,7 +122,7 @@ def test_a_spent_budget_starts_nothing_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--providers", "ours,nobody"], "no 'nobody'; there are"),
+        (["--providers", "ours,other"], "no 'other'; there are"),
         (["--shape", "4,10,8,11,2"], "K and k at most V"),
     ],
 )
@@ -192,14 +193,14 @@ def test_a_bar_is_met_or_missed_by_the_newest_run_alone() -> None:
     old, new = run(1, (10.0, 10), (90.0, 100)), run(2, (50.0, 30), (90.0, 100))
     time, memory = "`eager` over `ours` >= 2", "`ours` over `eager` <= 0.25"
     met, missed = [(9.0, True), (0.1, True)], [(1.8, False), (0.3, False)]
-    for rows, want in ((old, met), (old + new, missed)):
+    for rows, expected in ((old, met), (old + new, missed)):
         found = bars(rows, "cpu")
-        assert [value for name, value in found.items() if name.endswith((time, memory))] == want
+        assert [value for name, value in found.items() if name.endswith((time, memory))] == expected
     assert bars([*old, row("ours", 50.0, 2)], "cpu") == {}, "the newest run has no peer"
     assert bars(old, "cuda") == {}
 
 
-def test_no_git_is_said_and_not_an_error(tmp_path: Path) -> None:
+def test_a_missing_git_is_reported_without_an_error(tmp_path: Path) -> None:
     done = python("import results; print(results.code_commit())", PATH=str(tmp_path))
     assert done.stdout == "unknown\n"
 

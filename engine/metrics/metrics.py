@@ -203,7 +203,7 @@ METRICS: dict[str, Metric] = {
     "entropy/student": Metric(entropy_student),
     "entropy/teacher": Metric(entropy_teacher),
     "cache/coverage": Metric(coverage, lambda sums: sums.coverage),
-    "cache/uncached_mass": Metric(uncached_mass, lambda sums: sums.miss_mass),
+    "cache/uncached_mass": Metric(uncached_mass, lambda sums: sums.uncached_mass),
     "cache/approx_kl": Metric(approx_kl),
     TEACHER_WIDTH: Metric(entropy_teacher_width, needs="q_entropy_hi"),
 }

@@ -32,9 +32,6 @@ from logitcask.kernels import fused_objective
 from logitcask.kernels.fused_objective import FusedObjective, OverlapSums
 from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 
-KERNEL_TAILS = {"renormalize": "renormalize", "bucket": "tail"}
-"""Names of the kernels for the tails that they know."""
-
 
 def current_topk(objective: Objective, n_vocab: int, *, metric_k: int = METRIC_K) -> int:
     """Return how many top ids of the current student the objective and the metrics need."""
@@ -139,7 +136,7 @@ def is_fusable(objective: Objective) -> bool:
     return (
         objective.estimator == "divergence"
         and objective.divergence in fused_objective.DIVERGENCES
-        and objective.tail in KERNEL_TAILS
+        and objective.tail in fused_objective.TAILS
         and objective.support in ("teacher", "student", "overlap")
         and all(modifier.scope != "row" for modifier in objective.modifiers)
     )
@@ -158,14 +155,14 @@ def _fused(
         plain=plain,
         divergence=objective.divergence,
         parameter=objective.parameter or 0.5,
-        outside=KERNEL_TAILS[objective.tail],
+        tail=objective.tail,
         log_q=targets.q_log_p,
         log_tail=targets.q_log_tail,
-        on=SUPPORTS[objective.support](first, targets, objective.k),
+        mask=SUPPORTS[objective.support](first, targets, objective.k),
         known=targets.cached,
         live_k=objective.current_topk,
         q_rank=targets.q_rank,
-        kept=targets.n_kept,
+        n_kept=targets.n_kept,
         metric_k=metric_k,
         name_metrics=name_metrics,
     )

@@ -24,7 +24,7 @@ from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.types import Array, Progress, no_progress
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 
 ONLY_METRICS = Objective(
     support="teacher", divergence="forward_kl", tail="bucket", estimator="divergence", k=1

@@ -1,7 +1,7 @@
-"""Compiles every kernel for sm_90 without a GPU, and prints one JSON line each of what came out;
-one of each kernel for sm_80 and sm_100 too.
+"""Compiles every kernel for sm_90 without a GPU, and one of each for sm_80 and sm_100.
 
-Triton's wheel carries ptxas and cuobjdump. TRITON_INTERPRET must not be set: python aot_sm90.py
+Prints one JSON line for each. Triton's wheel brings ptxas and cuobjdump. TRITON_INTERPRET must not
+be set: python aot.py
 """
 
 import json
@@ -34,9 +34,9 @@ POINTER = {
     "target": "*i64",
     "row_of": "*i64",
     "q_rank": "*i64",
-    "kept": "*i64",
+    "n_kept": "*i64",
     "top_ids": "*i64",
-    "listed_on": "*u8",
+    "fixed_mask": "*u8",
     "known": "*u8",
 }
 INTEGER = {
@@ -56,10 +56,8 @@ LISTED = {"TILE_S": 16, "TILE_D": 128}
 SEGMENT = {"TILE_N": 16, "TILE_D": 128}
 FP32 = {"logits": "*fp32", "out": "*fp32"}
 FUSED = SELECT | {"SLOTS": 64, "DIVERGENCE": "reverse_kl", "TAIL": True, "SOFTCAP": False}
-FUSED |= {"SCAN_ROWS": 32, "GRAD_TILE": 0, "WHOLE": False}
 JSD = FUSED | {"DIVERGENCE": "jsd"}
 WIDE = JSD | {"K": 128, "GROUPS": 4096, "GROUP": 64, "SLOTS": 128}
-WHOLE = FUSED | {"GRAD_TILE": 4096, "WHOLE": True}
 CASES = [
     ("scan bf16", scan_kernel, SCAN, 8, {}),
     ("scan fp32", scan_kernel, SCAN, 8, {"logits": "*fp32"}),
@@ -73,10 +71,8 @@ CASES = [
     ("select k=128 bf16", select_kernel, SELECT | {"K": 128, "GROUPS": 4096, "GROUP": 64}, 8, {}),
     ("fused bf16", objective_kernel, FUSED, 4, {}),
     ("fused fp32, jsd, soft cap", objective_kernel, JSD | CAPPED | {"ZERO_BITS": 0}, 4, FP32),
-    ("fused bf16, renormalised", objective_kernel, JSD | {"TAIL": False}, 4, {}),
+    ("fused bf16, renormalized", objective_kernel, JSD | {"TAIL": False}, 4, {}),
     ("fused k=S=128 bf16", objective_kernel, WIDE, 8, {}),
-    ("whole bf16", objective_kernel, WHOLE, 8, {}),
-    ("whole bf16, jsd, soft cap", objective_kernel, WHOLE | {"DIVERGENCE": "jsd"} | CAPPED, 8, {}),
     ("grad bf16", grad_kernel, GRAD, 8, {}),
     ("grad fp32", grad_kernel, GRAD, 8, FP32),
     ("grad bf16, entropy", grad_kernel, ENTROPY, 8, {}),
@@ -84,11 +80,18 @@ CASES = [
     ("scale bf16", scale_kernel, {"TILE": 4096}, 8, {"x": "*bf16"}),
     ("dot bf16", dot_kernel, LISTED, 4, {"out": "*fp32"}),
     ("dot fp32", dot_kernel, LISTED, 4, {"hidden": "*fp32", "weight": "*fp32", "out": "*fp32"}),
-    ("weigh bf16", weighted_sum_kernel, LISTED, 4, {}),
+    ("weighted sum bf16", weighted_sum_kernel, LISTED, 4, {}),
     ("segment bf16", segment_kernel, SEGMENT, 4, {}),
 ]
-OTHERS = ("scan bf16", "select k=16 bf16", "grad bf16", "dot bf16", "weigh bf16", "segment bf16")
-OTHERS += ("fused bf16", "whole bf16")
+OTHERS = (
+    "scan bf16",
+    "select k=16 bf16",
+    "grad bf16",
+    "dot bf16",
+    "weighted sum bf16",
+    "segment bf16",
+)
+OTHERS += ("fused bf16",)
 """Compiled for the other architectures too."""
 
 
@@ -120,7 +123,7 @@ def compile_case(kernel, constants: dict, num_warps: int, pointers: dict, arch: 
 
 
 def describe(cubin: bytes) -> dict:
-    """Registers, local memory and load widths of a compiled kernel."""
+    """Return registers, local memory and load widths of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -144,7 +147,7 @@ def describe(cubin: bytes) -> dict:
 
 
 def exponential_loop(sass: str) -> float | None:
-    """Instructions per exponential in the tightest loop that has any; None without such a loop."""
+    """Return instructions per exponential in the tightest loop; None without one."""
     code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
     lines = [(int(at, 16), text) for at, text in code]
     found = []

@@ -1,7 +1,7 @@
-"""Objectives told by their parts, as a store's rows would have them, and the same in plain torch.
+"""FusedObjectives of made-up cached rows, and the same objectives in plain torch.
 
-The plain form is a loss of log p at the listed ids, so that it serves as a RowObjective (by
-autograd on K-sized tensors) and through log_softmax of whole rows alike.
+The plain form is a loss of log p at the listed ids, so that it serves as an ObjectiveFn (by
+autograd on K-sized tensors) and through log_softmax of whole rows.
 """
 
 from collections.abc import Callable
@@ -15,35 +15,35 @@ from torch import Tensor
 from logitcask.engine.metrics.metrics import METRICS, compute_metrics
 from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets
 from logitcask.kernels.fused_maths import TAIL_FLOOR
-from logitcask.kernels.fused_objective import DIVERGENCES, OUTSIDE, FusedObjective, OverlapSums
+from logitcask.kernels.fused_objective import DIVERGENCES, TAILS, FusedObjective, OverlapSums
 from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 
 SUPPORTS = ("fixed", "overlap", "frozen", "union", "non_overlap", "sampled")
-KINDS = [(d, o) for d in DIVERGENCES for o in OUTSIDE]
+KINDS = [(d, o) for d in DIVERGENCES for o in TAILS]
 METRIC_K = 4
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a store knows of P rows at S listed ids."""
+class CachedRows:
+    """A teacher's cached scores of P rows at S listed ids."""
 
     ids: Tensor
     log_q: Tensor
     log_tail: Tensor
-    on: Tensor
+    mask: Tensor
     known: Tensor
     q_rank: Tensor
-    kept: Tensor
+    n_kept: Tensor
     live_k: int
 
-    def to(self, dtype: torch.dtype) -> "Told":
+    def to(self, dtype: torch.dtype) -> "CachedRows":
         return replace(self, log_q=self.log_q.to(dtype), log_tail=self.log_tail.to(dtype))
 
 
-def tell(
+def make_cached(
     logits: Tensor, n_ids: int, support: str = "fixed", *, n_vocab: int | None = None, seed: int = 0
-) -> Told:
-    """Made-up rows whose first ids are the student's best, so that the overlap is not empty."""
+) -> CachedRows:
+    """Make rows with the student's best ids first, so that the overlap is not empty."""
     z = logits.detach()[:, :n_vocab].float().cpu()
     n_rows, generator = len(z), torch.Generator().manual_seed(seed)
     ids = list_top(make_ids(n_rows, z.shape[1], n_ids, seed), z, min(2, n_ids))
@@ -52,15 +52,15 @@ def tell(
     log_q = raw.log_softmax(-1)
     log_q, log_tail = log_q[:, :-1], log_q[:, -1]
     order = log_q.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    kept = torch.randint(1, n_ids + 1, (n_rows,), generator=generator)
+    n_kept = torch.randint(1, n_ids + 1, (n_rows,), generator=generator)
     real = ids >= 0
-    kept = torch.minimum(kept, real.sum(1))
-    q_rank = torch.where(real & (order < kept[:, None]), order, NOT_IN_TOPK)
+    n_kept = torch.minimum(n_kept, real.sum(1))
+    q_rank = torch.where(real & (order < n_kept[:, None]), order, NOT_IN_TOPK)
     column = torch.arange(n_ids)
     known = real & ((q_rank < NOT_IN_TOPK) | (column < n_ids // 2))
     student = real & (column < n_ids // 2)
     teacher = real & (q_rank < max(1, n_ids // 2))
-    on = {
+    mask = {
         "fixed": teacher,
         "overlap": teacher,
         "frozen": student,
@@ -69,33 +69,33 @@ def tell(
         "sampled": column.expand_as(ids) == 0,
     }[support]
     live_k = 3 if support == "overlap" else 0
-    made = (ids, log_q, log_tail, on, known, q_rank, kept)
-    return Told(*(t.to(logits.device) for t in made), live_k)
+    made = (ids, log_q, log_tail, mask, known, q_rank, n_kept)
+    return CachedRows(*(t.to(logits.device) for t in made), live_k)
 
 
-def plain_loss(told: Told, divergence: str, outside: str, parameter: float = 0.3) -> Loss:
-    """[C] by autograd through log p [C, S]."""
+def plain_loss(cached: CachedRows, divergence: str, tail: str, parameter: float = 0.3) -> Loss:
+    """Return the loss [C] as a function of log p [C, S], for autograd."""
 
     def loss(log_p: Tensor, index: Tensor, top_ids: Tensor) -> Tensor:
-        log_q, on = told.log_q[index].to(log_p.dtype), told.on[index]
-        if told.live_k:
-            top = top_ids[:, : told.live_k]
-            on = on & (told.ids[index][:, :, None] == top[:, None, :]).any(-1)
-        on = on & (log_p != -torch.inf) & (log_q != -torch.inf)
-        left = torch.where(told.known[index] & ~on, log_q, -torch.inf)
-        tail = told.log_tail[index].to(log_p.dtype)[:, None]
-        log_p, log_q_on = (torch.where(on, x, -1e9) for x in (log_p, log_q))
-        if outside == "tail":
+        log_q, mask = cached.log_q[index].to(log_p.dtype), cached.mask[index]
+        if cached.live_k:
+            top = top_ids[:, : cached.live_k]
+            mask = mask & (cached.ids[index][:, :, None] == top[:, None, :]).any(-1)
+        mask = mask & (log_p != -torch.inf) & (log_q != -torch.inf)
+        left = torch.where(cached.known[index] & ~mask, log_q, -torch.inf)
+        log_tail = cached.log_tail[index].to(log_p.dtype)[:, None]
+        log_p, log_q_on = (torch.where(mask, x, -1e9) for x in (log_p, log_q))
+        if tail == "bucket":
             r = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=TAIL_FLOOR.value)
-            bucket = torch.cat([tail, left], -1).logsumexp(-1, keepdim=True)
-            on = torch.cat([on, bucket > -torch.inf], -1)
+            bucket = torch.cat([log_tail, left], -1).logsumexp(-1, keepdim=True)
+            mask = torch.cat([mask, bucket > -torch.inf], -1)
             log_p = torch.cat([log_p, r.log()], -1)
             log_q_on = torch.cat([log_q_on, bucket], -1).log_softmax(-1)
         else:
             log_p, log_q_on = log_p.log_softmax(-1), log_q_on.log_softmax(-1)
-        log_p, log_q_on = (torch.where(on, x, 0.0) for x in (log_p, log_q_on))
+        log_p, log_q_on = (torch.where(mask, x, 0.0) for x in (log_p, log_q_on))
         terms = COMPARED[divergence](log_p, log_q_on, torch.tensor(parameter, dtype=log_p.dtype))
-        return torch.where(on, terms, 0.0).sum(-1)
+        return torch.where(mask, terms, 0.0).sum(-1)
 
     return loss
 
@@ -123,26 +123,26 @@ ENGINE = {
     "overlap/advantage": lambda sums: sums.advantage,
     "overlap/empty_share": lambda sums: (sums.shared == 0).float(),
     "cache/coverage": lambda sums: sums.coverage,
-    "cache/uncached_mass": lambda sums: sums.miss_mass,
+    "cache/uncached_mass": lambda sums: sums.uncached_mass,
 }
 """The engine's metrics that the fused sums give."""
 assert METRICS.keys() >= ENGINE.keys()
 
 
-def targets_of(told: Told) -> Targets:
-    """The same rows as the engine has them, zeros for what no support or sum looks at."""
-    row, none = told.log_tail.new_zeros(len(told.ids)), torch.zeros_like(told.kept)
+def targets_of(cached: CachedRows) -> Targets:
+    """Return the rows as the engine's Targets, with zeros where no support or sum reads."""
+    row, none = cached.log_tail.new_zeros(len(cached.ids)), torch.zeros_like(cached.n_kept)
     return Targets(
         token=none,
         weight=row,
-        ids=told.ids,
-        q_log_p=told.log_q,
-        q_rank=told.q_rank,
-        in_student=told.known,
-        cached=told.known,
+        ids=cached.ids,
+        q_log_p=cached.log_q,
+        q_rank=cached.q_rank,
+        in_student=cached.known,
+        cached=cached.known,
         token_col=none,
-        n_kept=told.kept,
-        q_log_tail=told.log_tail,
+        n_kept=cached.n_kept,
+        q_log_tail=cached.log_tail,
         q_entropy=row,
         student_entropy=row,
         student_logprobs=row,
@@ -151,13 +151,13 @@ def targets_of(told: Told) -> Targets:
         version=none,
         sequence=none,
         position=none,
-        student_topk_logprobs=told.log_q,
+        student_topk_logprobs=cached.log_q,
     )
 
 
-def plain_metrics(told: Told, view: ObjectiveInput) -> dict[str, Tensor]:
-    """By the engine's own functions of its Targets."""
-    made = compute_metrics(view, targets_of(told).at(view.index), k=METRIC_K)
+def plain_metrics(cached: CachedRows, view: ObjectiveInput) -> dict[str, Tensor]:
+    """Return the metrics of the engine's own functions."""
+    made = compute_metrics(view, targets_of(cached).at(view.index), k=METRIC_K)
     return {name: made[name] for name in ENGINE} | {"entropy": view.entropy}
 
 
@@ -165,22 +165,21 @@ def named(view: ObjectiveInput, sums: OverlapSums) -> dict[str, Tensor]:
     return {name: f(sums) for name, f in ENGINE.items()} | {"entropy": view.entropy}
 
 
-def fused(told: Told, divergence: str, outside: str, parameter: float = 0.3, **more: bool):
-    """(the FusedObjective, its plain RowObjective)"""
-    answer = objective(plain_loss(told, divergence, outside, parameter))
+def fused(cached: CachedRows, divergence: str, tail: str, parameter: float = 0.3):
+    """Return the FusedObjective and its plain form."""
+    answer = objective(plain_loss(cached, divergence, tail, parameter))
 
     def plain(view: ObjectiveInput) -> ObjectiveGrad:
-        return answer(view)._replace(metrics=plain_metrics(told, view))
+        return answer(view)._replace(metrics=plain_metrics(cached, view))
 
-    given = {name: value for name, value in vars(told).items() if name != "ids"}
+    fields = {name: value for name, value in vars(cached).items() if name != "ids"}
     made = FusedObjective(
         plain=plain,
         divergence=divergence,
         parameter=parameter,
-        outside=outside,
+        tail=tail,
         metric_k=METRIC_K,
         name_metrics=named,
-        **given,
-        **more,
+        **fields,
     )
     return made, plain

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logitcask.kernels.sparse_kl import ObjectiveFn, ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(log_p [C, S], index [C], top_ids [C, K]) -> loss [C]"""

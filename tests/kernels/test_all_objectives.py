@@ -1,8 +1,8 @@
-"""Every divergence, outside and support through every op, against autograd of whole rows."""
+"""Every divergence, tail and support through every op, against autograd of whole rows."""
 
 import pytest
 import torch
-from fused_cases import KINDS, SUPPORTS, fused, plain_loss, tell
+from fused_cases import KINDS, SUPPORTS, fused, make_cached, plain_loss
 from kernel_objectives import full_vocab_loss
 from torch import Tensor
 
@@ -18,32 +18,30 @@ OPTIONS = {"k": K, "row_weight": WEIGHT}
 def assert_gradients(loss: Tensor, want: Tensor, leaves: list[Tensor]) -> None:
     torch.testing.assert_close(loss.detach(), want.detach(), rtol=1e-11, atol=1e-12)
     ours, exact = torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves)
-    for got, told in zip(ours, exact, strict=True):
-        torch.testing.assert_close(got, told, rtol=1e-9, atol=1e-11)
+    for got, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
-@pytest.mark.parametrize(("divergence", "outside"), KINDS)
-def test_every_op_equals_full_vocabulary_autograd(
-    divergence: str, outside: str, support: str
-) -> None:
+@pytest.mark.parametrize(("divergence", "tail"), KINDS)
+def test_every_op_equals_full_vocabulary_autograd(divergence: str, tail: str, support: str) -> None:
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(P, D, generator=generator, dtype=torch.float64).requires_grad_()
     head = torch.randn(V, D, generator=generator, dtype=torch.float64).requires_grad_()
     z = (hidden @ head.T).detach().requires_grad_()
-    told = tell(z, S, support).to(torch.float64)
-    objective, _ = fused(told, divergence, outside)
-    loss = plain_loss(told, divergence, outside)
+    cached = make_cached(z, S, support).to(torch.float64)
+    objective, _ = fused(cached, divergence, tail)
+    loss = plain_loss(cached, divergence, tail)
 
     def full(logits: Tensor) -> Tensor:
-        return (full_vocab_loss(loss, logits, told, K) * WEIGHT).sum()
+        return (full_vocab_loss(loss, logits, cached, K) * WEIGHT).sum()
 
-    if (outside, support) != ("renormalize", "sampled"):  # one id renormalised has all the mass
+    if (tail, support) != ("renormalize", "sampled"):  # one id renormalised has all the mass
         assert full(z) > 0
-    assert_gradients(sparse_kl(z, told.ids, objective, **OPTIONS).loss, full(z), [z])
+    assert_gradients(sparse_kl(z, cached.ids, objective, **OPTIONS).loss, full(z), [z])
     product = full(hidden @ head.T)
-    ours = linear_sparse_kl(hidden, head, told.ids, objective, chunk_rows=3, **OPTIONS)
+    ours = linear_sparse_kl(hidden, head, cached.ids, objective, chunk_rows=3, **OPTIONS)
     assert_gradients(ours.loss, product, [hidden, head])
-    if outside == "renormalize":
-        ours = indexed_linear(hidden, head, told.ids, objective, **OPTIONS)
+    if tail == "renormalize":
+        ours = indexed_linear(hidden, head, cached.ids, objective, **OPTIONS)
         assert_gradients(ours.loss, full(hidden @ head.T), [hidden, head])

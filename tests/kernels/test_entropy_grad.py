@@ -16,9 +16,10 @@ from torch import Tensor
 
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.logit_transform import PLAIN, LogitTransform
+from logitcask.kernels.objective_input import ObjectiveFn
 from logitcask.kernels.row_grad import row_grad, row_grad_reference
 from logitcask.kernels.row_stats import row_stats, row_stats_reference
-from logitcask.kernels.sparse_kl import ObjectiveFn, sparse_kl, sparse_kl_reference
+from logitcask.kernels.sparse_kl import sparse_kl, sparse_kl_reference
 
 P, V, S, K = 5, 700, 12, 6
 LOSS = LOSSES["reverse_kl_renormalised"]

@@ -1,11 +1,21 @@
-"""A fused objective is its plain one: loss, metrics and gradient, in three launches and in one."""
+"""FusedObjective against its plain form: loss, metrics and gradient."""
 
 from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from fused_cases import ENGINE, KINDS, METRIC_K, SUPPORTS, Told, fused, plain_loss, targets_of, tell
+from fused_cases import (
+    ENGINE,
+    KINDS,
+    METRIC_K,
+    SUPPORTS,
+    CachedRows,
+    fused,
+    make_cached,
+    plain_loss,
+    targets_of,
+)
 from hypothesis import HealthCheck, given, settings
 from kernel_cases import HALF, assert_close, make_logits, ulp
 from kernel_objectives import full_vocab_loss, make_teacher
@@ -15,18 +25,18 @@ from logitcask.engine.objectives.evaluate import row_objective
 from logitcask.engine.objectives.objective import Objective
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.logit_transform import LogitTransform
-from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput, SparseLoss, sparse_kl
+from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput, SparseLoss
+from logitcask.kernels.sparse_kl import sparse_kl
 
 P, V, S, K = 4, 300, 12, 6
 MIXED = [(*kind, SUPPORTS[i % len(SUPPORTS)]) for i, kind in enumerate(KINDS)]
 """Each kind with one support; test_all_objectives has all of them with all."""
-BOTH_FORMS = [(*kind, i % 3 == 0) for i, kind in enumerate(KINDS)]
 WEIGHT = torch.tensor([1.0, 0.5, 0.0, 2.0])
 
 
-def run(logits: Tensor, told, objective, **options) -> tuple[SparseLoss, Tensor]:
+def run(logits: Tensor, cached, objective, **options) -> tuple[SparseLoss, Tensor]:
     z = logits.detach().requires_grad_()
-    result = sparse_kl(z, told.ids, objective, **({"k": K} | options))
+    result = sparse_kl(z, cached.ids, objective, **({"k": K} | options))
     result.loss.backward()
     return result, z.grad
 
@@ -36,7 +46,7 @@ def no_call(view: ObjectiveInput) -> ObjectiveGrad:
 
 
 def assert_same(ours, plain, atol: float, what: str = "") -> None:
-    """Results and gradients; NaN where NaN is."""
+    """Assert equal results and gradients, with NaN in the same places."""
     near = {"atol": atol, "rtol": 1e-5, "equal_nan": True}
     torch.testing.assert_close(ours[0].row_loss, plain[0].row_loss, **near, msg=f"{what} row_loss")
     torch.testing.assert_close(ours[0].loss, plain[0].loss, **near, msg=f"{what} loss")
@@ -49,25 +59,25 @@ def assert_same(ours, plain, atol: float, what: str = "") -> None:
 
 
 def bare(objective):
-    """On the Triton path it must do without its plain form."""
+    """Return the objective with a plain form that raises, for the Triton path."""
     return replace(objective, plain=no_call)
 
 
-@pytest.mark.parametrize(("divergence", "outside", "support"), MIXED)
+@pytest.mark.parametrize(("divergence", "tail", "support"), MIXED)
 def test_equals_full_vocabulary_autograd(
-    divergence: str, outside: str, support: str, triton_device: str
+    divergence: str, tail: str, support: str, triton_device: str
 ) -> None:
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
     n_vocab = 290
-    told = tell(logits, S, support, n_vocab=n_vocab)
-    objective, _ = fused(told, divergence, outside)
+    cached = make_cached(logits, S, support, n_vocab=n_vocab)
+    objective, _ = fused(cached, divergence, tail)
     weight = WEIGHT.to(triton_device)
-    ours, grad = run(logits, told, bare(objective), n_vocab=n_vocab, row_weight=weight)
+    ours, grad = run(logits, cached, bare(objective), n_vocab=n_vocab, row_weight=weight)
 
     def autograd(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         z = logits.to(dtype).requires_grad_()
-        loss = plain_loss(told.to(dtype), divergence, outside)
-        total = (full_vocab_loss(loss, z, told, K, n_vocab) * weight.to(dtype)).sum()
+        loss = plain_loss(cached.to(dtype), divergence, tail)
+        total = (full_vocab_loss(loss, z, cached, K, n_vocab) * weight.to(dtype)).sum()
         return total.detach(), torch.autograd.grad(total, z)[0]
 
     floor = 8 * ulp(logits, torch.float32)
@@ -79,43 +89,27 @@ def test_equals_full_vocabulary_autograd(
 
 
 @pytest.mark.parametrize("support", ["fixed", "overlap"])
-@pytest.mark.parametrize(("divergence", "outside"), KINDS)
+@pytest.mark.parametrize(("divergence", "tail"), KINDS)
 def test_equals_its_plain_form(
-    divergence: str, outside: str, support: str, triton_device: str
+    divergence: str, tail: str, support: str, triton_device: str
 ) -> None:
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
-    told = tell(logits, S, support)
-    objective, plain = fused(told, divergence, outside)
-    assert_same(run(logits, told, bare(objective)), run(logits, told, plain), 3e-6)
+    cached = make_cached(logits, S, support)
+    objective, plain = fused(cached, divergence, tail)
+    assert_same(run(logits, cached, bare(objective)), run(logits, cached, plain), 3e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize(("divergence", "outside", "support"), MIXED[::3])
-def test_one_program_equals_three_launches(
-    divergence: str, outside: str, support: str, dtype: torch.dtype, triton_device: str
-) -> None:
-    logits = make_logits("iid", P, 5000, dtype).to(triton_device)  # more than one tile
-    told = tell(logits, S, support, n_vocab=4990)
-    options = {"n_vocab": 4990, "row_weight": WEIGHT.to(triton_device)}
-    three, one = (
-        run(logits, told, bare(fused(told, divergence, outside, one_program=whole)[0]), **options)
-        for whole in (False, True)
-    )
-    assert torch.equal(one[0].row_loss, three[0].row_loss)
-    assert torch.equal(one[1], three[1])
-    assert all(torch.equal(one[0].metrics[m], value) for m, value in three[0].metrics.items())
-
-
-@pytest.mark.parametrize("one_program", [False, True])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("kind", ["ties", "thirds -inf", "one hot"])
-def test_hard_logits(kind: str, dtype: torch.dtype, one_program: bool, triton_device: str) -> None:
+def test_hard_logits(kind: str, dtype: torch.dtype, triton_device: str) -> None:
     logits = make_logits(kind, P, 97, dtype).to(triton_device)
-    told = tell(logits, S, "overlap")
-    for divergence, outside in (("jsd", "renormalize"), ("reverse_kl", "tail")):
-        objective, plain = fused(told, divergence, outside, one_program=one_program)
-        ours = run(logits, told, bare(objective), row_weight=WEIGHT.to(triton_device))
-        assert_same(ours, run(logits, told, plain, row_weight=WEIGHT.to(triton_device)), 2e-5, kind)
+    cached = make_cached(logits, S, "overlap")
+    for divergence, tail in (("jsd", "renormalize"), ("reverse_kl", "bucket")):
+        objective, plain = fused(cached, divergence, tail)
+        ours = run(logits, cached, bare(objective), row_weight=WEIGHT.to(triton_device))
+        assert_same(
+            ours, run(logits, cached, plain, row_weight=WEIGHT.to(triton_device)), 2e-5, kind
+        )
 
 
 @pytest.mark.parametrize(
@@ -127,54 +121,57 @@ def test_hard_logits(kind: str, dtype: torch.dtype, one_program: bool, triton_de
     ],
     ids=str,
 )
-@pytest.mark.parametrize("one_program", [False, True])
-@pytest.mark.parametrize("outside", ["renormalize", "tail"])
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
 def test_scale_cap_and_temperature(
-    outside: str, one_program: bool, logit_transform: LogitTransform, triton_device: str
+    tail: str, logit_transform: LogitTransform, triton_device: str
 ) -> None:
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
-    told = tell(logits, S)
-    objective, plain = fused(told, "skew", outside, one_program=one_program)
+    cached = make_cached(logits, S)
+    objective, plain = fused(cached, "skew", tail)
     options = {"logit_transform": logit_transform, "row_weight": WEIGHT.to(triton_device)}
     assert_same(
-        run(logits, told, bare(objective), **options), run(logits, told, plain, **options), 5e-6
+        run(logits, cached, bare(objective), **options), run(logits, cached, plain, **options), 5e-6
     )
 
 
-@pytest.mark.parametrize(("divergence", "outside", "one_program"), BOTH_FORMS)
+@pytest.mark.parametrize(("divergence", "tail"), KINDS)
 def test_nan_stays_in_its_row_and_weight_zero_adds_nothing(
-    divergence: str, outside: str, one_program: bool, triton_device: str
+    divergence: str, tail: str, triton_device: str
 ) -> None:
     logits = make_logits("iid", P, 97, torch.float32)
-    told = tell(logits, S)
+    cached = make_cached(logits, S)
     logits[1], logits[2], logits[3, 7] = torch.nan, -torch.inf, torch.nan
     logits = logits.to(triton_device)
-    objective, _ = fused(told, divergence, outside, one_program=one_program)
+    objective, _ = fused(cached, divergence, tail)
     weight = torch.tensor([1.0, 0.0, 0.0, 1.0], device=triton_device)
-    ours, grad = run(logits, told, bare(objective), row_weight=weight)
+    ours, grad = run(logits, cached, bare(objective), row_weight=weight)
     assert ours.row_loss.isnan().tolist() == [False, True, True, True]
     assert (grad[1:3] == 0).all()
     assert grad[0].isfinite().all()
-    assert grad[3][told.ids[3][told.on[3]]].isnan().all()
+    assert grad[3][cached.ids[3][cached.mask[3]]].isnan().all()
     assert ours.metrics["entropy"].isnan().tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize(("divergence", "outside", "one_program"), BOTH_FORMS)
+@pytest.mark.parametrize(("divergence", "tail"), KINDS)
 def test_an_empty_support_and_a_teacher_without_tail(
-    divergence: str, outside: str, one_program: bool, triton_device: str
+    divergence: str, tail: str, triton_device: str
 ) -> None:
     logits = make_logits("iid", P, 97, torch.float32).to(triton_device)
-    told = tell(logits, S)
-    told.on[0], told.known[0], told.log_tail[0] = False, False, -torch.inf  # says nothing at all
-    told.on[1] = False
-    told.log_tail[2] = -torch.inf
-    told.log_q[3, ::2] = -torch.inf
-    objective, plain = fused(told, divergence, outside, one_program=one_program)
-    ours = run(logits, told, bare(objective))
+    cached = make_cached(logits, S)
+    cached.mask[0], cached.known[0], cached.log_tail[0] = (
+        False,
+        False,
+        -torch.inf,
+    )  # no teacher at all
+    cached.mask[1] = False
+    cached.log_tail[2] = -torch.inf
+    cached.log_q[3, ::2] = -torch.inf
+    objective, plain = fused(cached, divergence, tail)
+    ours = run(logits, cached, bare(objective))
     assert ours[0].row_loss[0] == 0
     assert (ours[1][0] == 0).all()
     assert ours[1].isfinite().all()
-    assert_same(ours, run(logits, told, plain), 3e-6)
+    assert_same(ours, run(logits, cached, plain), 3e-6)
 
 
 def test_a_vanishing_tail_leaves_p_minus_q(triton_device: str) -> None:
@@ -183,34 +180,34 @@ def test_a_vanishing_tail_leaves_p_minus_q(triton_device: str) -> None:
     ids = torch.tensor([[0, 1, 2]], device=triton_device)
     teacher = make_teacher(ids)
     listed = ids >= 0
-    told = Told(
+    cached = CachedRows(
         ids, teacher.log_q, teacher.log_tail, listed, listed, ids.clone(), listed.sum(-1), 0
     )
-    objective, _ = fused(told, "forward_kl", "tail")
-    grad = run(logits, told, bare(objective), k=3)[1]
+    objective, _ = fused(cached, "forward_kl", "bucket")
+    grad = run(logits, cached, bare(objective), k=3)[1]
     want = logits.double().softmax(-1)[:, :3] - teacher.log_q.double().exp()
     assert torch.allclose(grad[:, :3].double(), want, atol=3e-7)
 
 
 @pytest.mark.parametrize("support", ["teacher", "overlap"])
-@pytest.mark.parametrize("outside", ["renormalize", "tail"])
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
 def test_equals_the_engines_objective(
-    divergence: str, outside: str, support: str, triton_device: str
+    divergence: str, tail: str, support: str, triton_device: str
 ) -> None:
     logits = make_logits("iid", P, V, torch.float32).to(triton_device)
-    k, told = 3, tell(logits, S)
-    told = replace(told, on=told.q_rank < k, live_k=k if support == "overlap" else 0)
+    k, cached = 3, make_cached(logits, S)
+    cached = replace(cached, mask=cached.q_rank < k, live_k=k if support == "overlap" else 0)
     form = {
         "support": support,
         "divergence": divergence,
-        "tail": {"tail": "bucket"}.get(outside, outside),
+        "tail": tail,
     }
     plain = row_objective(
-        Objective(**form, estimator="divergence", k=k), targets_of(told), metric_k=METRIC_K
+        Objective(**form, estimator="divergence", k=k), targets_of(cached), metric_k=METRIC_K
     )
     (want, want_grad), (ours, grad) = (
-        run(logits, told, answer) for answer in (plain, bare(fused(told, divergence, outside)[0]))
+        run(logits, cached, answer) for answer in (plain, bare(fused(cached, divergence, tail)[0]))
     )
     metrics = {name: want.metrics[name] for name in ENGINE} | {
         "entropy": want.metrics["entropy/student"]
@@ -232,62 +229,61 @@ def test_any_shape(data: st.DataObject, triton_device: str) -> None:
     k = data.draw(st.integers(1, min(20, n_vocab)), label="k")
     kind = data.draw(st.sampled_from(KINDS), label="kind")
     support = data.draw(st.sampled_from(SUPPORTS), label="support")
-    one_program = data.draw(st.booleans(), label="one program")
     logits = make_logits("ties", n_rows, n_vocab + 5, torch.float32).to(triton_device)
     if not n_rows:
-        told = tell(logits.new_zeros(1, n_vocab), n_ids, support)
-        told = Told(*(t[:0] if isinstance(t, Tensor) else t for t in vars(told).values()))
+        cached = make_cached(logits.new_zeros(1, n_vocab), n_ids, support)
+        cached = CachedRows(*(t[:0] if isinstance(t, Tensor) else t for t in vars(cached).values()))
     else:
-        told = tell(logits, n_ids, support, n_vocab=n_vocab)
-    objective, plain = fused(told, *kind, one_program=one_program)
+        cached = make_cached(logits, n_ids, support, n_vocab=n_vocab)
+    objective, plain = fused(cached, *kind)
     options = {"k": k, "n_vocab": n_vocab, "chunk_rows": 2}
-    ours = run(logits, told, bare(objective), **options)
+    ours = run(logits, cached, bare(objective), **options)
     if n_rows:
-        assert_same(ours, run(logits, told, plain, **options), 1e-5)
+        assert_same(ours, run(logits, cached, plain, **options), 1e-5)
     else:
         assert ours[0].loss == 0
         assert ours[1].shape == logits.shape
 
 
-@pytest.mark.parametrize("one_program", [False, True])
-def test_without_gradients_and_from_hidden_states(one_program: bool, triton_device: str) -> None:
+def test_without_gradients_and_from_hidden_states(triton_device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(P, 8, generator=generator).to(triton_device)
     head = torch.randn(97, 8, generator=generator).to(triton_device)
-    told = tell(hidden @ head.T, S)
-    objective, plain = fused(told, "jsd", "tail", one_program=one_program)
+    cached = make_cached(hidden @ head.T, S)
+    objective, plain = fused(cached, "jsd", "bucket")
 
     def grads(answer):
         leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
-        loss = linear_sparse_kl(*leaves, told.ids, answer, k=K, chunk_rows=3).loss
+        loss = linear_sparse_kl(*leaves, cached.ids, answer, k=K, chunk_rows=3).loss
         return torch.autograd.grad(loss, leaves)
 
-    for ours, want in zip(grads(bare(objective)), grads(plain), strict=True):
-        torch.testing.assert_close(ours, want, atol=2e-5, rtol=1e-5)
-    quiet = sparse_kl(hidden @ head.T, told.ids, bare(objective), k=K)
-    loud, _ = run(hidden @ head.T, told, bare(objective))
+    for ours, expected in zip(grads(bare(objective)), grads(plain), strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+    quiet = sparse_kl(hidden @ head.T, cached.ids, bare(objective), k=K)
+    loud, _ = run(hidden @ head.T, cached, bare(objective))
     assert torch.equal(quiet.row_loss, loud.row_loss)
 
 
 def test_in_place_and_strided_rows(triton_device: str) -> None:
     wide = make_logits("iid", P, 2 * V, torch.float32).to(triton_device)
     logits = wide[:, :V]
-    told = tell(logits, S)
-    for one_program in (False, True):
-        objective, plain = fused(told, "reverse_kl", "tail", one_program=one_program)
-        want = run(logits, told, plain)
-        assert_same(run(logits, told, bare(objective)), want, 3e-6)
-        made = logits.detach().clone().requires_grad_() * 1.0
-        result = sparse_kl(made, told.ids, bare(objective), k=K, in_place=True)
-        (grad,) = torch.autograd.grad(result.loss, made)
-        assert grad.data_ptr() == made.data_ptr()
-        torch.testing.assert_close(grad, want[1], atol=3e-6, rtol=0)
+    cached = make_cached(logits, S)
+    objective, plain = fused(cached, "reverse_kl", "bucket")
+    want = run(logits, cached, plain)
+    assert_same(run(logits, cached, bare(objective)), want, 3e-6)
+    made = logits.detach().clone().requires_grad_() * 1.0
+    result = sparse_kl(made, cached.ids, bare(objective), k=K, in_place=True)
+    (grad,) = torch.autograd.grad(result.loss, made)
+    assert grad.data_ptr() == made.data_ptr()
+    torch.testing.assert_close(grad, want[1], atol=3e-6, rtol=0)
 
 
-def test_what_does_not_fit_runs_plain(device: str) -> None:
+def test_an_objective_that_does_not_fit_runs_plain(device: str) -> None:
     # More live ids than the kernel selects, or float64: the specification itself.
     logits = make_logits("iid", 2, 300, torch.float32).to(device)
-    told = tell(logits, S)
-    objective, plain = fused(told, "jsd", "renormalize")
-    assert torch.equal(run(logits, told, objective, k=130)[1], run(logits, told, plain, k=130)[1])
+    cached = make_cached(logits, S)
+    objective, plain = fused(cached, "jsd", "renormalize")
+    assert torch.equal(
+        run(logits, cached, objective, k=130)[1], run(logits, cached, plain, k=130)[1]
+    )
     assert not objective.fits(logits, 129)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from logitcask.kernels import indexed_rows
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
-from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 
 P, V, D, S, K = 7, 301, 40, 10, 6
 RENORMALISED = {"reverse_kl_renormalised": None, "reverse_kl_overlap": K}

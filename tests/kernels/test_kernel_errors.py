@@ -9,9 +9,10 @@ import torch
 
 from logitcask.kernels import launch
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
+from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.row_grad import row_grad
 from logitcask.kernels.row_stats import row_stats
-from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput, sparse_kl
+from logitcask.kernels.sparse_kl import sparse_kl
 from logitcask.kernels.topk_select import topk_select
 
 Z = torch.zeros(2, 10)
@@ -177,6 +178,6 @@ def test_the_path_is_the_tensors_and_ends_with_the_context(monkeypatch: pytest.M
     assert not launch.runs_triton(Z), "the variable alone changes nothing"
     with launch.triton_on_cpu():
         assert launch.runs_triton(Z)
-        with pytest.raises(TypeError, match="float64, which the Triton kernels do not do"):
+        with pytest.raises(TypeError, match="float64, which the Triton kernels do not support"):
             row_stats(Z.double())
     assert not launch.runs_triton(Z)

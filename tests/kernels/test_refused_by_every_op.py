@@ -1,6 +1,6 @@
-"""What every loss refuses before it asks the objective, and what it takes: no rows, no weight.
+"""Errors of every loss before it calls the objective, and calls without rows or weight.
 
-test_kernel_errors has what single ops refuse.
+test_kernel_errors has the errors of single ops.
 """
 
 import re
@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from fused_cases import fused, tell
+from fused_cases import fused, make_cached
 from kernel_cases import make_logits
 from torch import Tensor
 
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.logit_transform import LogitTransform
+from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput, SparseLoss
 from logitcask.kernels.row_grad import row_grad
 from logitcask.kernels.row_stats import row_stats
-from logitcask.kernels.sparse_kl import ObjectiveGrad, ObjectiveInput, SparseLoss, sparse_kl
+from logitcask.kernels.sparse_kl import sparse_kl
 from logitcask.kernels.topk_select import topk_select
 from logitcask.kernels.vocab_parallel import (
     vocab_parallel_linear_sparse_kl,
@@ -31,26 +32,26 @@ META = {"device": "meta"}
 
 
 def never(view: ObjectiveInput) -> ObjectiveGrad:
-    raise AssertionError("the objective was asked")
+    raise AssertionError("the objective was called")
 
 
-def from_logits(rows: Tensor | None = None, objective: Any = never, **given: Any) -> SparseLoss:
+def from_logits(rows: Tensor | None = None, objective: Any = never, **options: Any) -> SparseLoss:
     z = torch.zeros(P, V) if rows is None else rows
-    return sparse_kl(z, given.pop("ids", IDS), objective, **({"k": 2} | given))
+    return sparse_kl(z, options.pop("ids", IDS), objective, **({"k": 2} | options))
 
 
 def _head(op: Callable[..., SparseLoss], **fixed: Any) -> Callable[..., SparseLoss]:
-    def call(rows: Tensor | None = None, objective: Any = never, **given: Any) -> SparseLoss:
+    def call(rows: Tensor | None = None, objective: Any = never, **options: Any) -> SparseLoss:
         hidden = torch.zeros(P, D) if rows is None else rows
-        ids, head = given.pop("ids", IDS), given.pop("head", torch.zeros(V, D))
-        return op(hidden, head, ids, objective, **({"k": 2} | fixed | given))
+        ids, head = options.pop("ids", IDS), options.pop("head", torch.zeros(V, D))
+        return op(hidden, head, ids, objective, **({"k": 2} | fixed | options))
 
     return call
 
 
-def shards(rows: Tensor | None = None, **given: Any) -> SparseLoss:
-    z, ids = torch.zeros(P, V) if rows is None else rows, given.pop("ids", IDS)
-    return vocab_parallel_sparse_kl(z, ids, never, **({"k": 2, "first": 0, "n_vocab": V} | given))
+def shards(rows: Tensor | None = None, **options: Any) -> SparseLoss:
+    z, ids = torch.zeros(P, V) if rows is None else rows, options.pop("ids", IDS)
+    return vocab_parallel_sparse_kl(z, ids, never, **({"k": 2, "first": 0, "n_vocab": V} | options))
 
 
 OPS: dict[str, Callable[..., Any]] = {
@@ -103,7 +104,7 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize(("changed", "error", "message"), FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("op", OPS)
-def test_every_loss_refuses(
+def test_every_loss_rejects(
     op: str, changed: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     if "rows" in changed and OPS[op] not in (from_logits, shards):
@@ -183,18 +184,18 @@ SINGLE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize(("call", "error", "message"), SINGLE.values(), ids=SINGLE)
-def test_single_ops_refuse(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_single_ops_reject(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
 
 
 FUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "divergence": ({"divergence": "tv"}, ValueError, "divergence='tv' must be one of reverse_kl"),
-    "outside": ({"outside": "ignore"}, ValueError, "outside='ignore' must be one of renormalize"),
+    "tail": ({"tail": "ignore"}, ValueError, "tail='ignore' must be one of renormalize"),
     "parameter": ({"parameter": 1.0}, ValueError, "parameter=1.0 must lie between 0 and 1"),
     "live_k": ({"live_k": -1}, ValueError, "live_k=-1 must be at least 0"),
-    "shape": ({"kept": torch.ones(3).long()}, ValueError, "kept has shape (3,), must be (2,)"),
-    "dtype": ({"on": torch.ones(P, 3)}, TypeError, "on is torch.float32, must be torch.bool"),
+    "shape": ({"n_kept": torch.ones(3).long()}, ValueError, "n_kept has shape (3,), must be (2,)"),
+    "dtype": ({"mask": torch.ones(P, 3)}, TypeError, "mask is torch.float32, must be torch.bool"),
     "1-D": ({"log_q": torch.ones(3)}, ValueError, "log_q has shape (3,), must be [rows, S]"),
     "device": (
         {"q_rank": torch.ones(P, 3, **META).long()},
@@ -208,14 +209,14 @@ FUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_a_fused_objective_of_parts_that_do_not_fit(
     changed: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    made, _ = fused(tell(make_logits("iid", P, V, torch.float32), 3), "jsd", "tail")
+    made, _ = fused(make_cached(make_logits("iid", P, V, torch.float32), 3), "jsd", "bucket")
     with pytest.raises(error, match=re.escape(message)):
         type(made)(**(vars(made) | changed))
 
 
 @pytest.mark.parametrize("op", ["sparse_kl", "linear_sparse_kl", "indexed_linear"])
 def test_a_fused_objective_of_other_rows(op: str) -> None:
-    made, _ = fused(tell(make_logits("iid", P, V, torch.float32), 4), "jsd", "tail")
+    made, _ = fused(make_cached(make_logits("iid", P, V, torch.float32), 4), "jsd", "bucket")
     with pytest.raises(ValueError, match=r"log_q has shape \(2, 4\), must be that of ids, \(2, 3"):
         OPS[op](objective=made)
 
@@ -225,12 +226,12 @@ def test_a_fused_objective_of_other_rows(op: str) -> None:
 def test_no_rows_and_no_weight_cost_nothing(op: str, n_rows: int, device: str) -> None:
     width = V if op == "sparse_kl" else D
     rows = torch.full((n_rows, width), torch.nan, device=device, requires_grad=True)
-    told = tell(make_logits("iid", P, V, torch.float32).to(device), 3)
-    made, _ = fused(told, "reverse_kl", "renormalize")
-    made, weight = made.of(slice(0, n_rows)), torch.zeros(n_rows, device=device)
+    cached = make_cached(make_logits("iid", P, V, torch.float32).to(device), 3)
+    made, _ = fused(cached, "reverse_kl", "renormalize")
+    made, weight = made.rows(slice(0, n_rows)), torch.zeros(n_rows, device=device)
     head = torch.ones(V, D, device=device, requires_grad=True)
     options = {} if op == "sparse_kl" else {"head": head}
-    result = OPS[op](rows, made, ids=told.ids[:n_rows], row_weight=weight, **options)
+    result = OPS[op](rows, made, ids=cached.ids[:n_rows], row_weight=weight, **options)
     result.loss.backward()
     assert result.loss == 0
     assert torch.equal(rows.grad, torch.zeros_like(rows))
@@ -238,11 +239,11 @@ def test_no_rows_and_no_weight_cost_nothing(op: str, n_rows: int, device: str) -
         assert torch.equal(head.grad, torch.zeros_like(head))
 
 
-def test_a_second_backward_over_an_in_place_gradient_is_refused(device: str) -> None:
+def test_a_second_backward_over_an_in_place_gradient_is_rejected(device: str) -> None:
     leaf = make_logits("iid", P, V, torch.float32).to(device).requires_grad_()
-    made, _ = fused(tell(leaf, 3), "forward_kl", "tail")
+    made, _ = fused(make_cached(leaf, 3), "forward_kl", "bucket")
     z = leaf * 1.0
-    loss = sparse_kl(z, tell(leaf, 3).ids, made, k=2, in_place=True).loss
+    loss = sparse_kl(z, make_cached(leaf, 3).ids, made, k=2, in_place=True).loss
     loss.backward(retain_graph=True)
     once = leaf.grad.clone()
     with pytest.raises(ValueError, match=r"handed over; compute the loss again"):

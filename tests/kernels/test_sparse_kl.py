@@ -14,12 +14,8 @@ from kernel_objectives import (
 from torch import Tensor
 
 from logitcask.kernels import launch
-from logitcask.kernels.sparse_kl import (
-    ObjectiveGrad,
-    ObjectiveInput,
-    sparse_kl,
-    sparse_kl_reference,
-)
+from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.sparse_kl import sparse_kl, sparse_kl_reference
 
 P, V, S, K = 5, 700, 12, 6
 

@@ -27,8 +27,10 @@ from vocab_parallel_rank import N_VOCAB, outcome, own, problem
 
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.logit_transform import PLAIN, LogitTransform
+from logitcask.kernels.objective_input import ObjectiveFn, SparseLoss
+from logitcask.kernels.row_losses import RowLosses, RowRead
 from logitcask.kernels.row_stats import row_stats, row_stats_reference
-from logitcask.kernels.sparse_kl import ObjectiveFn, RowLosses, RowRead, SparseLoss, sparse_kl
+from logitcask.kernels.sparse_kl import sparse_kl
 from logitcask.kernels.topk_select import topk_select
 from logitcask.kernels.tp_group import fingerprint
 from logitcask.kernels.vocab_parallel import (

@@ -18,7 +18,7 @@ from kernel_cases import list_top, make_ids
 from kernel_objectives import LOSSES, Teacher, make_teacher, objective
 from torch import Tensor
 
-from logitcask.kernels.sparse_kl import ObjectiveFn, ObjectiveGrad, ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.vocab_parallel import (
     vocab_parallel_linear_sparse_kl,
     vocab_parallel_sparse_kl,

@@ -22,7 +22,7 @@ from logitcask.engine.metrics.metrics import (
 )
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels.fused_objective import OverlapSums
-from logitcask.kernels.sparse_kl import ObjectiveInput
+from logitcask.kernels.objective_input import ObjectiveInput
 from tests.engine.objectives.full_rows import Full, make_full
 
 # Ids 0..5. The live student's top-3 is {0, 1, 2}, the teacher's {1, 0, 3}; they share {0, 1}.

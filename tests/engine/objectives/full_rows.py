@@ -13,7 +13,8 @@ from torch import Tensor
 
 from logitcask.engine.objectives import Objective, current_topk, row_objective
 from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets
-from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl_reference
+from logitcask.kernels.objective_input import SparseLoss
+from logitcask.kernels.sparse_kl import sparse_kl_reference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from logitcask.engine.objectives import (
 )
 from logitcask.engine.objectives.objective import ALLOWED_COMBINATIONS
 from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
-from logitcask.kernels.sparse_kl import ObjectiveInput, sparse_kl
+from logitcask.kernels.objective_input import ObjectiveInput
+from logitcask.kernels.sparse_kl import sparse_kl
 from tests.engine.objectives.full_rows import Full, make_full, run, support, truth
 
 CASES = sorted(ALLOWED_COMBINATIONS)

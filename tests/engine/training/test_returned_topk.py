@@ -42,7 +42,8 @@ from logitcask.engine.store.verify import verify
 from logitcask.engine.training.cache_info import facts_of
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
-from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
+from logitcask.kernels.objective_input import SparseLoss
+from logitcask.kernels.sparse_kl import sparse_kl
 from tests.engine.score.scored import ref
 from tests.engine.tiny import N_VOCAB, make_model, save_folder
 from tests.engine.training.returned_topk import Told

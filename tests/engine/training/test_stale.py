@@ -35,7 +35,8 @@ from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.types import Prompt, SamplingParams, ScoreParams
-from logitcask.kernels.sparse_kl import SparseLoss, sparse_kl
+from logitcask.kernels.objective_input import SparseLoss
+from logitcask.kernels.sparse_kl import sparse_kl
 from tests.engine.objectives.full_rows import Full, make_full, ranking, truth
 from tests.engine.objectives.row_formulas import FORMULAS, Row
 from tests.engine.score.scored import ref
