@@ -63,8 +63,8 @@ class _PrecomputedGrad(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise ValueError(
-                "backward runs a second time through a loss, whose first backward handed the "
-                "gradient over; compute the loss again, or add losses up before one backward"
+                "backward runs a second time through a loss whose gradients its first backward has "
+                "handed over; compute the loss again, or add losses up before one backward"
             )
         grads, ctx.grads = ctx.grads, None
         return (None, None, *(g if g is None else scale_(g, grad_out) for g in grads))

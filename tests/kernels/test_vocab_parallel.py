@@ -448,5 +448,5 @@ def test_a_mismatch_is_refused_by_both(ranks: list[dict[str, Any]]) -> None:
 
 def test_what_one_refuses_the_other_learns(ranks: list[dict[str, Any]]) -> None:
     zero, one = (rank["bad"]["refused by one"]["error"] for rank in ranks)
-    assert zero.startswith("ValueError: rank 1 of the group refused its input")
+    assert zero.startswith("ValueError: rank 1 of the group rejected its input")
     assert one.startswith("TypeError: ids is torch.int32, must be int64")
