@@ -24,6 +24,9 @@ IDENTIFIERS = {
 }
 """Parts of a name between underscores or capitals."""
 
+KEYS = {"foreign_eos"}
+"""Configuration keys that contain one of these."""
+
 PHRASES = [
     *(r"\b(who|whom|whoever|nobody|somebody|anybody)\b", r"\blaws?\b"),
     *(r"\b(told|anew|beside)\b", r"\ball the same\b", r"\basked (at|of|for)\b", r"\bremedy\b"),
@@ -53,6 +56,8 @@ def python(path: Path) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.NAME:
             parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", token.string)
+            if token.string in KEYS:
+                continue
             for part in {each.lower() for each in parts} & IDENTIFIERS:
                 yield token.start[0], f"identifier {token.string}: {part}"
         elif token.type == tokenize.COMMENT:

@@ -1,6 +1,6 @@
-"""The demo's tokenizer, its tiny models with random weights, and how well a model solves the task.
+"""Tokenizer and tiny models of the demo, and their accuracy on its task.
 
-Both models are ordinary Qwen3 folders: what the stages do with them, they do with any other.
+Both models are ordinary Qwen3 folders: the stages treat them as any other.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from logitcask.engine.demo.task import Problem
+from logitcask.engine.models.load import quiet
 
 CHARACTERS = [chr(code) for code in range(32, 127)]
 PAD, STOP = 0, 1
@@ -19,7 +20,7 @@ CONTEXT = 128
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a Qwen3 is."""
+    """Dimensions of a Qwen3."""
 
     hidden: int
     layers: int
@@ -28,10 +29,9 @@ class Size:
 
 
 def make_tokenizer() -> Any:
-    """One token per printable ASCII character, 97 in all.
+    """Return a tokenizer of printable ASCII characters, with 97 tokens.
 
-    The task needs 17 of them; the others make a top-16 as sparse a view as it is of a real
-    vocabulary.
+    The task needs 17 of them; with the others, a top-16 is a sparse view, as of a real vocabulary.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -51,7 +51,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(size: Size, seed: int) -> Any:
-    """A Qwen3 with random weights, a pure function of the seed."""
+    """Return a Qwen3 with random weights, a pure function of the seed."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -76,23 +76,15 @@ def make_model(size: Size, seed: int) -> Any:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """An ordinary model folder: safetensors, config and tokenizer."""
-    import transformers
-
-    log: Any = transformers.logging
-    bars = log.is_progress_bar_enabled()
-    log.disable_progress_bar()  # the engine never prints
-    try:
+    """Save an ordinary model folder: safetensors, config and tokenizer."""
+    with quiet():
         model.save_pretrained(folder)
-    finally:
-        if bars:
-            log.enable_progress_bar()
     tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, problems: list[Problem], max_new_tokens: int) -> float:
-    """Share of the problems that greedy decoding solves. Their prompts have one length."""
+    """Return the share of problems solved by greedy decoding; their prompts have equal length."""
     tokens = torch.tensor(tokenizer([p.prompt for p in problems])["input_ids"])
     finished = torch.zeros(len(problems), dtype=torch.bool)
     written: list[torch.Tensor] = []

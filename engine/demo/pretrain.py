@@ -1,8 +1,8 @@
-"""How the demo's models get their first skills: supervised, until an examination says enough.
+"""Supervised pretraining of the demo's models, up to an accuracy.
 
-The accuracy of so small a model jumps from nothing to most of the task within a hundred steps, and
-when it does depends on the seed. So nothing here counts steps: a learner is examined, and taken
-back in time where it has learned too much.
+The accuracy of such small models jumps from nothing to most of the task within a hundred steps, at
+a time that depends on the seed. So training is not stopped by a number of steps: the accuracy is
+measured between steps, and the model goes back to a snapshot where the accuracy is too high.
 """
 
 import copy
@@ -21,19 +21,17 @@ from logitcask.engine.types import Progress
 
 WARMUP_STEPS = 50
 NEAR_NATS = 0.4
-"""No problem is solved while the loss per token is above this: an examination would be wasted."""
+"""No problem is solved while the loss per token is above this: accuracy is not measured."""
 
 
 class Pretrainer(Protocol):
-    """What learns, can be examined, and can be taken back in time."""
+    """A model in training whose accuracy can be measured, with snapshots."""
 
     lr: float
-    """Peak learning rate of the steps to come."""
-    steps: int
-    """Steps behind the present weights."""
+    """Peak learning rate of the next steps."""
 
     def train(self, steps: int, *, end: float = 1.0) -> float:
-        """That many steps, the rate sliding from lr to end * lr; the newest loss, nats."""
+        """Train with a rate that goes from lr to end * lr, and return the last loss in nats."""
         ...
 
     def accuracy(self) -> float: ...
@@ -56,8 +54,8 @@ def pretrain_to_at_least(
 ) -> float:
     """Train until the accuracy is `target` or more, and return it.
 
-    At a constant rate to `ready`, then `slide` steps down to a rate of almost nothing, which is
-    what lifts such a model from good to sure. Where it did not, it goes on from before the slide.
+    The rate is constant up to the accuracy `ready`, then decays to almost 0 in `slide` steps, which
+    gives the last percents. Where that was not enough, training resumes from before the decay.
     Raises LogitcaskError after `limit` steps.
     """
     spent, reached = 0, 0.0
@@ -91,11 +89,11 @@ def pretrain_between(
     stage: str,
     progress: Progress,
 ) -> float:
-    """Train to the first examination with an accuracy in [low, high], and return that.
+    """Train until a measured accuracy is in [low, high], and return it.
 
-    An examination above `high` takes the learner back to the newest one below `low`, to come again
-    in steps half as long; when it is down to single steps, at half the rate. Raises LogitcaskError
-    after `limit` steps, those taken back included.
+    After an accuracy above `high` training resumes from the last snapshot below `low`, with half as
+    many steps between measurements; from 1 step on, with half the rate. Raises LogitcaskError after
+    `limit` steps, discarded ones included.
     """
     spent, reached = 0, 0.0
     below = pretrainer.snapshot()
@@ -122,7 +120,7 @@ def pretrain_between(
 
 
 class TaskPretrainer:
-    """A model that learns to write solutions from a stream of problems.
+    """Pretrainer of a model on the solutions of a stream of problems.
 
     Shapes: B problems of a batch, L tokens of a padded row.
     """
@@ -132,14 +130,14 @@ class TaskPretrainer:
         model: Any,
         tokenizer: Any,
         problems: Iterator[Problem],
-        exam: list[Problem],
+        validation: list[Problem],
         *,
         batch: int,
         lr: float,
         max_new_tokens: int,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.problems, self.exam = problems, exam
+        self.problems, self.validation = problems, validation
         self.batch, self.max_new_tokens = batch, max_new_tokens
         self.lr = lr
         self.steps = 0
@@ -163,20 +161,20 @@ class TaskPretrainer:
         return loss.item()
 
     def loss(self, problems: list[Problem]) -> torch.Tensor:
-        """Mean negative log-likelihood of the solutions' tokens, stop included, in nats."""
+        """Return the mean negative log-likelihood of the solutions, stop included, in nats."""
         prompts = self.tokenizer([p.prompt for p in problems])["input_ids"]
         solutions = self.tokenizer([p.solution for p in problems])["input_ids"]
         rows = [torch.tensor([*p, *s, STOP]) for p, s in zip(prompts, solutions, strict=True)]
         tokens_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-        wanted_BL = tokens_BL[:, 1:] != PAD
-        wanted_BL[:, : len(prompts[0]) - 1] = False
-        # Rows are padded at their ends, where causal attention never looks: no mask is needed.
+        target_BL = tokens_BL[:, 1:] != PAD
+        target_BL[:, : len(prompts[0]) - 1] = False
+        # Rows are padded at their ends, which causal attention never reads: no mask is needed.
         hidden = self.model.model(input_ids=tokens_BL, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(hidden[:, :-1][wanted_BL])
-        return F.cross_entropy(logits, tokens_BL[:, 1:][wanted_BL])
+        logits = self.model.lm_head(hidden[:, :-1][target_BL])
+        return F.cross_entropy(logits, tokens_BL[:, 1:][target_BL])
 
     def accuracy(self) -> float:
-        return accuracy(self.model, self.tokenizer, self.exam, self.max_new_tokens)
+        return accuracy(self.model, self.tokenizer, self.validation, self.max_new_tokens)
 
     def snapshot(self) -> Any:
         state = (self.model.state_dict(), self.optimizer.state_dict(), self.steps)

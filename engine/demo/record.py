@@ -1,9 +1,9 @@
-"""What a demo folder has made so far, and what a demo says at its end."""
+"""demo.json: the finished stages of a demo folder; and the result of a demo."""
 
 import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,27 +14,27 @@ from logitcask.engine.training.run_dir import write_json
 
 RECORD = "demo.json"
 STAGES = ("teacher", "student", "rollout", "score")
-"""What a folder makes once, in this order. Training and measuring come after, in every call."""
+"""Stages that run once per folder, in this order. Training and evaluation run in every call."""
 
 
 class Record:
-    """demo.json: the settings of a folder, the accuracies of its models, and its finished stages.
+    """demo.json: settings of a folder, accuracies of its models, seconds of its finished stages.
 
-    A stage is finished once its seconds are written down; `seconds` are those of this call alone.
+    `seconds` are those of this call alone.
     """
 
     def __init__(self, out: Path, content: dict[str, Any]) -> None:
         self._file, self._content = out / RECORD, content
         self.reused = tuple(stage for stage in STAGES if stage in content["seconds"])
-        """Stages that an earlier call finished."""
+        """Stages finished by an earlier call."""
         self.seconds: dict[str, float] = dict.fromkeys(self.reused, 0.0)
         self.accuracy: dict[str, float] = content["accuracy"]
 
     @classmethod
     def open(cls, out: Path, settings: Mapping[str, Any]) -> "Record":
-        """That of `out`, or one for a new folder.
+        """Open the record of `out`, a demo folder or a new one.
 
-        Raises ConfigError if `out` holds something else or was made with other settings.
+        Raises ConfigError if `out` holds something else or has other settings.
         """
         if (out / RECORD).exists():
             content = json.loads((out / RECORD).read_text())
@@ -48,7 +48,7 @@ class Record:
             return cls(out, content)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(
-                f"{out} is there and holds no {RECORD}: it is not the folder of a demo",
+                f"{out} exists and holds no {RECORD}: it is not the folder of a demo",
                 hint="give a new or an empty folder with --out",
             )
         out.mkdir(parents=True, exist_ok=True)
@@ -56,20 +56,18 @@ class Record:
         record._write()
         return record
 
-    def lacks(self, stage: str) -> bool:
-        return stage not in self._content["seconds"]
-
-    @contextmanager
-    def making(self, stage: str) -> Iterator[None]:
-        """Times a stage that is made once; it counts as finished if the block ends well."""
+    def once(self, stage: str, run: Callable[[], None]) -> None:
+        """Run a stage unless an earlier call finished it."""
+        if stage in self._content["seconds"]:
+            return
         with self.timing(stage):
-            yield
+            run()
         self._content["seconds"][stage] = round(self.seconds[stage], 3)
         self._write()
 
     @contextmanager
     def timing(self, stage: str) -> Iterator[None]:
-        """Times a stage that every call does."""
+        """Time the body as a stage."""
         start = time.monotonic()
         yield
         self.seconds[stage] = time.monotonic() - start
@@ -80,62 +78,50 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoResult:
-    """What a demo measured. Accuracies are greedy, on problems that neither model has seen."""
+    """Measurements of a demo. Accuracies are greedy, on problems that neither model has seen."""
 
     student_before: float
     student_after: float
     teacher: float
     gap_recovery: float
-    """Share of the gap between student and teacher that the training closed."""
+    """Share of the gap between student and teacher that training closed."""
     overlap_ratio_before: float
-    """Mean share of ids that student's and teacher's top-k have in common, on held-out rollouts."""
+    """Mean |S(p) & S(q)| / k of the top-k ids S of student and teacher, on held-out rollouts."""
     overlap_ratio_after: float
     overlap_mass_before: float
-    """Mean mass that the student puts on these ids."""
+    """Mean mass of the student on S(p) & S(q)."""
     overlap_mass_after: float
     positions: int
-    """Response positions of the rollouts that are trained on."""
+    """Response positions of the training rollouts."""
     bytes_per_position: float
-    """Of all committed files."""
+    """Bytes of all committed files."""
     seconds: Mapping[str, float]
-    """Stage -> wall time in this call, 0 for what an earlier one had made."""
+    """Stage -> wall time in this call, 0 for stages of an earlier one."""
     objective: str
     segments: int
     reused: tuple[str, ...]
-    """Stages that an earlier call had made."""
+    """Stages finished by an earlier call."""
     out: Path
     fast: bool
     seed: int
 
     def as_json(self) -> dict[str, Any]:
-        """The measurements alone, seconds rounded to milliseconds."""
-        inner = ("objective", "segments", "reused", "out", "fast", "seed")
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in inner}
+        """Return the measurements, seconds rounded to milliseconds."""
+        hidden = ("objective", "segments", "reused", "out", "fast", "seed")
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         content["seconds"] = {stage: round(s, 3) for stage, s in self.seconds.items()}
         return content
 
     def as_text(self) -> str:
-        """A table for a person, and what was not done again."""
+        """Return a table, and the command of another objective."""
+        accuracies = [f"{x:.1%}" for x in (self.student_before, self.student_after, self.teacher)]
+        ratios = [f"{x:.3f}" for x in (self.overlap_ratio_before, self.overlap_ratio_after)]
+        masses = [f"{x:.4f}" for x in (self.overlap_mass_before, self.overlap_mass_after)]
         rows = [
             ("", "before", "after", "teacher"),
-            (
-                "accuracy",
-                f"{self.student_before:.1%}",
-                f"{self.student_after:.1%}",
-                f"{self.teacher:.1%}",
-            ),
-            (
-                "overlap ratio",
-                f"{self.overlap_ratio_before:.3f}",
-                f"{self.overlap_ratio_after:.3f}",
-                "",
-            ),
-            (
-                "overlap mass",
-                f"{self.overlap_mass_before:.4f}",
-                f"{self.overlap_mass_after:.4f}",
-                "",
-            ),
+            ("accuracy", *accuracies),
+            ("overlap ratio", *ratios),
+            ("overlap mass", *masses),
         ]
         lines = [f"student trained by {self.objective}", ""]
         lines += ["".join(f"{cell:<15}" for cell in row).rstrip() for row in rows]
@@ -159,7 +145,7 @@ class DemoResult:
         return "\n".join(lines)
 
     def _next(self) -> list[str]:
-        """The command of another objective: a folder takes no demo of another size or seed."""
+        """Return the command of another objective in the same folder, of the same size and seed."""
         other = "forward_kl" if self.objective != "forward_kl" else "overlap"
         words = ["logitcask", "demo", "--out", str(self.out), "--objective", other]
         words += ["--fast"] if self.fast else []

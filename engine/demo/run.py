@@ -1,17 +1,17 @@
-"""The whole way on a task of our own: two models from nothing, one store, any objective.
+"""All stages on a toy task: two models trained from scratch, one store, any objective.
 
-    OUT/teacher, student       ordinary model folders, trained on worked solutions
-        main.jsonl             what the student is asked
-        heldout.jsonl          what it is asked only to measure overlap on
+    OUT/teacher, student       ordinary model folders, trained on solutions
+        main.jsonl             prompts of the training rollouts
+        heldout.jsonl          prompts of the rollouts that overlap is measured on
         store                  rollouts `main` and `heldout` of the student, scores of `teacher`
         runs/OBJECTIVE         the student trained on `main`
-        demo.json              what was made with which settings, and how long it took
+        demo.json              settings, accuracies, and seconds of the finished stages
 
-What demo.json says was made is not made again: a second call with another objective trains no
-model from nothing, samples nothing and scores nothing. Everything runs on the CPU in float32.
+Stages recorded in demo.json are not repeated: a second call with another objective pretrains,
+samples and scores nothing. Everything runs on the CPU in float32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -67,33 +67,35 @@ def run_demo(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> DemoResult:
-    """Makes what `out` lacks, trains the student by `objective`, and measures it.
+    """Run the missing stages of `out`, train the student by `objective`, and evaluate it.
 
-    The same objective again only measures. Raises ObjectiveError for an unknown objective,
+    A trained objective is only evaluated again. Raises ObjectiveError for an unknown objective,
     ConfigError for an `out` that holds something else or a demo of another seed or size,
-    LogitcaskError where a model does not learn its task, and what the stages raise.
+    LogitcaskError where a model does not learn its task, and the errors of the stages.
     """
-    parse_objective(objective)  # before minutes go by
+    parse_objective(objective)  # raises before minutes of work
     scale = FAST if fast else FULL
     record = Record.open(out, {"seed": seed, "fast": fast, "scale": asdict(scale)})
     demo = Demo(out, scale, seed, fast, record, progress)
-    demo.make_models()
+    record.once("teacher", demo.make_teacher)
+    record.once("student", demo.make_student)
     with one_thread():
-        demo.fill_store()
+        record.once("rollout", demo.sample)
+        record.once("score", demo.score)
         return demo.distill(objective)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch on one thread: a second one gains nothing with matrices as small as these, and threads
-    that spin while they wait make a busy machine many times slower.
+    """Run torch on one thread: more gain nothing with such small matrices, and threads that spin
+    while they wait make a busy machine many times slower.
     """
-    given = torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(given)
+        torch.set_num_threads(threads)
 
 
 class Demo:
@@ -114,45 +116,42 @@ class Demo:
         self.tokenizer = make_tokenizer()
         self.run = Run(seed=seed, device="cpu", dtype="float32")
 
-    def make_models(self) -> None:
-        """A teacher that is sure of its task, and a student that is half way."""
+    def make_teacher(self) -> None:
+        """Pretrain a teacher that solves almost every problem."""
         scale = self.scale
+        pretrainer = self._pretrainer(
+            "teacher", scale.teacher, scale.teacher_batch, scale.teacher_lr
+        )
+        pretrain_to_at_least(
+            pretrainer,
+            TEACHER_AT_LEAST,
+            ready=0.8,
+            stride=25,
+            slide=scale.teacher_slide,
+            limit=1000,
+            stage="teacher",
+            progress=self.progress,
+        )
+        self._save("teacher", pretrainer.model)
 
-        def learn(pretrainer: TaskPretrainer) -> None:
-            pretrain_to_at_least(
-                pretrainer,
-                TEACHER_AT_LEAST,
-                ready=0.8,
-                stride=25,
-                slide=scale.teacher_slide,
-                limit=1000,
-                stage="teacher",
-                progress=self.progress,
-            )
+    def make_student(self) -> None:
+        """Pretrain a student that solves about half of the problems."""
+        scale = self.scale
+        pretrainer = self._pretrainer(
+            "student", scale.student, scale.student_batch, scale.student_lr
+        )
+        pretrain_between(
+            pretrainer,
+            *STUDENT_BETWEEN,
+            stride=20,
+            limit=2000,
+            stage="student",
+            progress=self.progress,
+        )
+        self._save("student", pretrainer.model)
 
-        def half_learn(pretrainer: TaskPretrainer) -> None:
-            pretrain_between(
-                pretrainer,
-                *STUDENT_BETWEEN,
-                stride=20,
-                limit=2000,
-                stage="student",
-                progress=self.progress,
-            )
-
-        if self.record.lacks("teacher"):
-            with self.record.making("teacher"):
-                self._make("teacher", scale.teacher, scale.teacher_batch, scale.teacher_lr, learn)
-        if self.record.lacks("student"):
-            with self.record.making("student"):
-                self._make(
-                    "student", scale.student, scale.student_batch, scale.student_lr, half_learn
-                )
-
-    def _make(
-        self, name: str, size: Size, batch: int, lr: float, learn: Callable[[TaskPretrainer], None]
-    ) -> None:
-        pretrainer = TaskPretrainer(
+    def _pretrainer(self, name: str, size: Size, batch: int, lr: float) -> TaskPretrainer:
+        return TaskPretrainer(
             make_model(size, self.seed),
             self.tokenizer,
             self.task.stream(name, self.seed),
@@ -161,31 +160,31 @@ class Demo:
             lr=lr,
             max_new_tokens=self.task.max_new_tokens,
         )
-        learn(pretrainer)
-        save(pretrainer.model, self.tokenizer, self.out / name)
-        self.record.accuracy[name] = self._accuracy(pretrainer.model)
 
-    def fill_store(self) -> None:
-        """The student's rollouts of both sets of prompts, and the teacher's scores of them."""
-        if self.record.lacks("rollout"):
-            with self.record.making("rollout"):
-                self._rollout(MAIN, "prompts", self.scale.prompts)
-                self._rollout(HELDOUT, "evaluation", self.scale.heldout)
-        if self.record.lacks("score"):
-            with self.record.making("score"):
-                for name in (MAIN, HELDOUT):
-                    job = ScoreConfig(
-                        teacher=Teacher(model=str(self.out / "teacher"), name=TEACHER),
-                        store=self._store(name),
-                        score=Score(teacher_topk_min=K),
-                        run=self.run,
-                    )
-                    run_score(job, progress=self.progress)
+    def _save(self, name: str, model: Any) -> None:
+        save(model, self.tokenizer, self.out / name)
+        self.record.accuracy[name] = self._accuracy(model)
+
+    def sample(self) -> None:
+        """Sample the student's responses to both sets of prompts."""
+        self._rollout(MAIN, "prompts", self.scale.prompts)
+        self._rollout(HELDOUT, "evaluation", self.scale.heldout)
+
+    def score(self) -> None:
+        """Score both sets of rollouts with the teacher."""
+        for name in (MAIN, HELDOUT):
+            config = ScoreConfig(
+                teacher=Teacher(model=str(self.out / "teacher"), name=TEACHER),
+                store=self._store(name),
+                score=Score(teacher_topk_min=K),
+                run=self.run,
+            )
+            run_score(config, progress=self.progress)
 
     def _rollout(self, name: str, split: str, count: int) -> None:
         file = self.out / f"{name}.jsonl"
         write_prompts(file, self.task.draw(split, count, self.seed))
-        job = RolloutConfig(
+        config = RolloutConfig(
             student=Student(model=str(self.out / "student")),
             prompts=Prompts(file=file, chat_template=False),
             store=self._store(name),
@@ -197,12 +196,12 @@ class Demo:
             ),
             run=self.run,
         )
-        run_rollout(job, progress=self.progress)
+        run_rollout(config, progress=self.progress)
 
     def distill(self, objective: str) -> DemoResult:
-        """The student after training by `objective`, beside what it was and the teacher."""
+        """Train the student by `objective`, and compare it with student and teacher before."""
         folder = self.out / "runs" / objective
-        job = TrainConfig(
+        config = TrainConfig(
             student=Student(model=str(self.out / "student")),
             store=self._store(MAIN),
             train=Train(
@@ -219,7 +218,7 @@ class Demo:
             run=self.run.model_copy(update={"out": folder}),
         )
         with self.record.timing("train"):
-            run_train(job, progress=self.progress)
+            run_train(config, progress=self.progress)
         with self.record.timing("evaluate"):
             trained = HF(model_ref(str(folder), chat_template=False), device="cpu", dtype="float32")
             after = self._accuracy(trained.model)
@@ -247,7 +246,7 @@ class Demo:
         )
 
     def _overlaps(self, trained: HF) -> tuple[tuple[float, float], tuple[float, float]]:
-        """(ratio, mass) before and after, on rollouts of `heldout`: the same rows for both."""
+        """Return (ratio, mass) before and after, on the same rows of `heldout`."""
         store = open_store(self.out / "store")
         snapshot = store.head()
         scored = snapshot.scores(TEACHER)
@@ -256,24 +255,25 @@ class Demo:
         for segment in snapshot.rollouts(HELDOUT):
             rollouts = store.read_rollouts(segment)
             assert rollouts.student is not None, "a committed rollout unit holds these"
-            own, trained_now = rollouts.student, trained.score(rollouts, own_top)
-            known = store.read_scores(scored[segment.seg_id], base=rollouts)
-            before.append(top(own.cnt, own.ids, own.entry_lp))
-            after.append(top(trained_now.cnt, trained_now.ids, trained_now.entry_lp))
-            teacher.append(top(known.kept, *kept_lists(known)))
+            old, new = rollouts.student, trained.score(rollouts, own_top)
+            cached = store.read_scores(scored[segment.seg_id], base=rollouts)
+            before.append(top(old.cnt, old.ids, old.entry_lp))
+            after.append(top(new.cnt, new.ids, new.entry_lp))
+            teacher.append(top(cached.kept, *kept_lists(cached)))
         return overlap(before, teacher), overlap(after, teacher)
 
     def _accuracy(self, model: Any) -> float:
-        questions = self.task.draw("evaluation", self.scale.evaluation, self.seed)
-        return accuracy(model, self.tokenizer, questions, self.task.max_new_tokens)
+        problems = self.task.draw("evaluation", self.scale.evaluation, self.seed)
+        return accuracy(model, self.tokenizer, problems, self.task.max_new_tokens)
 
     def _store(self, rollouts: str) -> StoreSection:
         return StoreSection(url=str(self.out / "store"), rollouts=rollouts)
 
 
 def overlap(students: list[Top], teachers: list[Top]) -> tuple[float, float]:
-    """Mean |S(p) & S(q)| / K and mean student mass on S(p) & S(q), S being the top K; two lists of
-    the same rows. arXiv 2604.13016 Eq.6 and Eq.9.
+    """Return the mean |S(p) & S(q)| / K and the student's mean mass on S(p) & S(q), S the top K.
+
+    Both lists have the same rows. arXiv 2604.13016 Eq.6 and Eq.9.
     """
     p_ids, log_p = (np.concatenate(each) for each in zip(*students, strict=True))
     q_ids, _ = (np.concatenate(each) for each in zip(*teachers, strict=True))
@@ -283,6 +283,6 @@ def overlap(students: list[Top], teachers: list[Top]) -> tuple[float, float]:
 
 
 def top(cnt: Array, ids: Array, log_probs: Array) -> Top:
-    """([P, K] ids, [P, K] log-probs) of the best K entries of every row."""
+    """Return ([P, K] ids, [P, K] log-probs) of the best K entries of every row."""
     at = starts(cnt)[:-1, None] + np.arange(K)
     return ids[at], log_probs[at]

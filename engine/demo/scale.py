@@ -1,4 +1,4 @@
-"""How much of everything a demo makes: a few minutes, or the least that shows the same."""
+"""Sizes of the two demos: the full one of a few minutes, and a faster one."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,23 @@ from logitcask.engine.demo.models import Size
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """How much of everything. Sizes, rates and counts were chosen together."""
+    """Sizes, rates and counts of a demo, chosen together."""
 
     digits: int
     teacher: Size
     teacher_batch: int
     teacher_lr: float
     teacher_slide: int
-    """Steps over which its rate falls at the end; more of them make it surer."""
+    """Steps of the final decay of its learning rate; more give a higher accuracy."""
     student: Size
     student_batch: int
     student_lr: float
     exam: int
-    """Problems of an examination while a model learns."""
+    """Validation problems in pretraining."""
     evaluation: int
-    """Problems of the accuracies that are reported."""
+    """Problems of the reported accuracies."""
     prompts: int
-    """Of the rollouts that are trained on."""
+    """Prompts of the training rollouts."""
     n: int
     """Responses per prompt."""
     heldout: int

@@ -1,9 +1,9 @@
-"""The demo's task: sums and differences of two numbers, worked out digit by digit.
+"""Task of the demo: sums and differences of two numbers, computed digit by digit.
 
-`361-220=` is answered by `1-0=1;6-2=4;3-2=1;>141`: one step per digit, the least significant first,
-then `>` and the answer. `c` marks a carry or borrow: before `=` one that came in, after it one that
-goes out. A negative difference begins with `~` and is worked out with the numbers exchanged. All
-prompts of a task have one length, and whether an answer is right needs no model.
+The solution of `361-220=` is `1-0=1;6-2=4;3-2=1;>141`: one step per digit, the least significant
+first, then `>` and the answer. `c` marks a carry or borrow: before `=` from the digit before, after
+it to the next digit. A negative difference begins with `~` and is computed with the numbers
+exchanged. All prompts of a task have one length, and answers are verified without a model.
 """
 
 import json
@@ -23,13 +23,13 @@ SPLITS = {
     "validation": (80, 90),
     "evaluation": (90, 100),
 }
-"""Which hundredths of all problems a split owns. A problem's hundredth is a hash of the problem
-alone, so no two splits share one, whatever the seed and however many are drawn."""
+"""Split -> its hundredths of all problems. The hundredth of a problem is a hash of the problem
+alone, so splits are disjoint for every seed and number of problems."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """a op b, with both numbers of `digits` digits."""
+    """The problem a op b, with both numbers of `digits` digits."""
 
     a: int
     op: str
@@ -46,7 +46,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """What a model should write: the work, `>`, the answer."""
+        """Return the target text: the steps, `>`, the answer."""
         exchanged = self.op == "-" and self.a < self.b
         x, y = (self.b, self.a) if exchanged else (self.a, self.b)
         steps, carry = "~" if exchanged else "", 0
@@ -58,7 +58,7 @@ class Problem:
         return f"{steps}>{self.answer}"
 
     def solved_by(self, response: str) -> bool:
-        """Whether a response without its stop token ends in `>` and the right answer."""
+        """Return True if a response, without stop token, ends in `>` and the right answer."""
         return ends_in(response, self.answer)
 
 
@@ -70,11 +70,11 @@ class Task:
 
     @property
     def max_new_tokens(self) -> int:
-        """Characters of the longest solution and the stop token, with room for a detour or two."""
+        """Return the tokens of the longest solution with its stop token, with some margin."""
         return 8 * self.digits + 16
 
     def stream(self, split: str, seed: int) -> Iterator[Problem]:
-        """Problems of a split in random order without end; one may come again."""
+        """Yield problems of a split in random order, without end and with replacement."""
         low, high = SPLITS[split]
         draw = random.Random(f"{split}/{seed}")
         smallest, size = 10 ** (self.digits - 1), 9 * 10 ** (self.digits - 1)
@@ -85,10 +85,10 @@ class Task:
                 yield problem
 
     def draw(self, split: str, count: int, seed: int) -> list[Problem]:
-        """`count` different problems of a split. ConfigError if it has clearly no such number."""
+        """Return `count` distinct problems; raises ConfigError for more than half of the split."""
         low, high = SPLITS[split]
         expected = 2 * (9 * 10 ** (self.digits - 1)) ** 2 * (high - low) // 100
-        # Finding the last few of a split by chance takes long; half of it comes at once.
+        # The last problems of a split are rarely drawn; half of it is drawn quickly.
         if count > expected // 2:
             raise ConfigError(
                 f"{count} problems of the split {split}: it has about {expected}, of which half "
@@ -107,21 +107,21 @@ def ends_in(response: str, answer: str) -> bool:
 
 
 def solves(prompt: Prompt, response: str) -> float:
-    """The task's grader: `--grader logitcask.engine.demo.task:solves`."""
+    """Grade a response: `--grader logitcask.engine.demo.task:solves`."""
     return float(ends_in(response, str(prompt.answer)))
 
 
 def hundredth(problem: Problem) -> int:
-    """In [0, 100), from the problem alone."""
+    """Return a hash of the problem in [0, 100)."""
     digest = blake2b(problem.prompt.encode(), digest_size=8).digest()
     return int.from_bytes(digest) % 100
 
 
 def write_prompts(file: Path, problems: list[Problem]) -> None:
-    """A prompts file as `logitcask rollout` reads it, with the answers for a verifier."""
+    """Write a prompts file of `logitcask rollout`, with the answers for a grader."""
     with file.open("w", encoding="ascii") as lines:
         for number, problem in enumerate(problems):
-            # The id seeds the answer's sampling, so two files must not share one.
+            # The id seeds the sampling of responses, so two files must not share one.
             row = {
                 "id": f"{file.stem}-{number:06d}",
                 "prompt": problem.prompt,

@@ -1,9 +1,9 @@
-"""The on-policy loop: every round the student of that moment samples, the teacher scores, and the
-student is updated. Everything goes through the store, so nothing that was done is done again.
+"""The on-policy loop: in every round the current student samples, the teacher scores, and the
+student is updated. All data pass through the store, so finished work is never repeated.
 
-One call of the trainer spans all rounds, and optimizer, schedule and metrics live on. A round is
-made right before its first update. Its rollouts bear the digest of the student that sampled, so a
-loop that was killed meets its own rollouts again and, on a CPU, ends with the same student.
+One call of the trainer spans all rounds, with one optimizer, schedule and metrics file. A round is
+made right before its first update. Its rollouts record the digest of the student that sampled, so a
+loop that was killed finds its own rollouts again and, on a CPU, ends with the same student.
 """
 
 import os
@@ -19,6 +19,7 @@ from logitcask.engine.commands.resolve import (
     held_out_set,
     student_and_prompts,
 )
+from logitcask.engine.config.section import Section
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.config.teacher import Score
 from logitcask.engine.config.training import Train
@@ -49,10 +50,10 @@ def distill(
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
 ) -> TrainReport:
-    """Runs the rounds that `config` describes; the same call resumes.
+    """Run the rounds of `config`; the same call resumes.
 
     Raises ConfigError, IdentityError (another tokenizer; another run in the folder or under the
-    name of the rollouts) and whatever the stages raise.
+    name of the rollouts), and the errors of the stages.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -62,8 +63,8 @@ def distill(
     preset = find_objective(config.train)
     model, prompts, template = student_and_prompts(config.student, config.prompts, config.rollout)
     check_loop(config, prompts)
-    # What no teacher could serve is refused before the weights of one are read.
-    _verdict(config, preset, model, config.score.params(config.run.seed), bounds=False)
+    # Raises for an objective that no teacher could serve, before the weights of one are read.
+    _exactness(config, preset, model, config.score.params(config.run.seed), bounds=False)
     teacher = open_teacher(
         config.teacher,
         config.run,
@@ -74,12 +75,14 @@ def distill(
         cancel=CancelToken(on_event),
     )
     try:
-        return _distill(config, preset, model, prompts, template, teacher, progress, on_event)
+        # Every round scores, with the same notes.
+        on_event = warn_once(on_event)
+        return _run_loop(config, preset, model, prompts, template, teacher, progress, on_event)
     finally:
         teacher.close()
 
 
-def _distill(
+def _run_loop(
     config: RunConfig,
     preset: Preset,
     model: ModelRef,
@@ -89,26 +92,22 @@ def _distill(
     progress: Progress,
     on_event: EventHandler,
 ) -> TrainReport:
-    """`distill`, with the teacher open."""
-    on_event = warn_once(on_event)  # every round scores, and has the same notes
-    request, notes = teacher.score_params(config.score, config.run.seed)
-    for line in (*teacher.notes, *notes):
-        on_event(line)
-    width = rows_per_update(config, prompts)
-    sampling = config.rollout
-    exactness = _verdict(config, preset, model, request, "bounds" in teacher.scorer.capabilities)
-    for line in exactness.lines():
+    params, notes = teacher.score_params(config.score, config.run.seed)
+    bounds = "bounds" in teacher.scorer.capabilities
+    exactness = _exactness(config, preset, model, params, bounds)
+    for line in (*teacher.notes, *notes, *exactness.lines()):
         on_event(line)
     grader = grader_of(config.rollout, model, prompts)
     evaluation = eval_plan(config.eval, config.run, model, template)
     held_out = None
-    if (asked := held_out_set(config.eval, config.store.url)) is not None:
-        held_out = hold_out(asked, model, preset, config.train.pack_length, _earlier(config))
+    if (data := held_out_set(config.eval, config.store.url)) is not None:
+        earlier = None if config.run.overwrite else read_run(config.run.out)
+        held_out = hold_out(data, model, preset, config.train.pack_length, earlier)
         for line in held_out.exactness.lines():
             on_event(f"held out: {line}")
     store = open_store(config.store.url, create=True)
-    loop = config.loop
-    # A checkpoint inside a round would not know the student that sampled the round.
+    loop, width = config.loop, packs_per_update(config, prompts)
+    # A checkpoint inside a round would not have the student that sampled the round.
     save_steps = -(-config.train.save_steps // loop.updates_per_round) * loop.updates_per_round
     settings = config.train.model_copy(
         update={"gradient_accumulation_steps": width, "save_steps": save_steps}
@@ -118,7 +117,7 @@ def _distill(
         "prompts": prompt_set_digest(
             prompts,
             model,
-            sampling,
+            config.rollout,
             seed=config.run.seed,
             student_k=config.rollout.student_topk,
             mc_draws=config.rollout.mc_draws,
@@ -127,31 +126,31 @@ def _distill(
         "unit_prompts": config.rollout.unit_prompts,
         "teacher": teacher.model.digest,
         "teacher_name": config.teacher.name,
-        "request": asdict(request),
+        "request": asdict(params),
         **({} if (at := config.score.extra_name()) is None else {"at": at}),
         "loop": loop.model_dump(),
     }
-    # Rounds of two runs under one name would mix students that only share their version numbers.
+    # Rounds of two runs under one name would mix students that share only their version numbers.
     record = settings_record(settings, config.lora, config.run)
     run = {"settings": record, "objective": preset.objective.record(), **identity}
     check_name(store, config.store.rollouts, run)
-    desk = open_run_dir(model, settings, config.run)
+    run_dir = open_run_dir(model, settings, config.run)
     identity["store"] = store.uuid
-    course = RunSpec(
-        rows=lambda student: OnPolicyRows(
-            student,
-            config,
-            store,
-            model,
-            prompts,
-            template,
-            teacher,
-            request,
-            width,
-            run,
-            grader,
-            progress,
-            on_event,
+    spec = RunSpec(
+        packs=lambda student: OnPolicyRows(
+            student=student,
+            config=config,
+            store=store,
+            model=model,
+            prompts=prompts,
+            template=template,
+            teacher=teacher,
+            params=params,
+            width=width,
+            run=run,
+            grader=grader,
+            progress=progress,
+            on_event=on_event,
         ),
         updates=loop.rounds * loop.updates_per_round,
         objective=preset,
@@ -163,8 +162,8 @@ def _distill(
         held_out=held_out,
     )
     report = run_training(
-        course,
-        desk,
+        spec,
+        run_dir,
         model=model,
         settings=settings,
         lora=config.lora,
@@ -177,10 +176,10 @@ def _distill(
     return report
 
 
-def _verdict(
-    config: RunConfig, preset: Preset, model: ModelRef, request: ScoreParams, bounds: bool
+def _exactness(
+    config: RunConfig, preset: Preset, model: ModelRef, params: ScoreParams, bounds: bool
 ) -> ExactnessReport:
-    """What rounds serve of the objective; bounds: the teacher's entropy is an interval."""
+    """Check the objective against the scores of a round; bounds: entropies are intervals."""
     return check_exactness(
         preset,
         CacheInfo(
@@ -188,10 +187,10 @@ def _verdict(
             k_min=config.score.teacher_topk_min,
             k_max=config.score.teacher_topk_max,
             n_vocab=model.n_vocab,
-            at_student=request.at_student,
+            at_student=params.at_student,
             at_mc=config.score.extra_ids == MC_IDS,
             q_draws=config.score.draws,
-            versions=(),  # renewed every round
+            versions=(),  # a new one every round
             student_version=model.version,
             same_root=True,
             same_template=True,
@@ -201,20 +200,28 @@ def _verdict(
     )
 
 
-def _earlier(config: RunConfig) -> dict[str, Any] | None:
-    """run.json of the run that this call goes on with."""
-    return None if config.run.overwrite else read_run(config.run.out)
-
-
-_LOOP_DECIDES = (
-    *("gradient_accumulation_steps", "num_train_epochs", "teacher", "base", "snapshot"),
-    *("partial", "allow_off_lineage"),
+_NOT_IN_A_LOOP: tuple[tuple[str, type[Section], tuple[str, ...], str], ...] = (
+    (
+        "score",
+        Score,
+        ("teacher_kind", "selection"),
+        "leave it out; a loop trains on the best ids of one teacher",
+    ),
+    (
+        "train",
+        Train,
+        (
+            *("gradient_accumulation_steps", "num_train_epochs", "teacher", "base", "snapshot"),
+            *("partial", "allow_off_lineage"),
+        ),
+        "leave it out; [loop] sets the data of an update, and [teacher] the scores",
+    ),
 )
-"""Keys of [train] that a loop sets itself."""
+"""(section, its class, keys that a loop does not take, hint)."""
 
 
 def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
-    """ConfigError for a loop that could not run as it is written."""
+    """Raise ConfigError for a configuration that no loop can run."""
     longest, budget = _longest(config, prompts), config.train.pack_length
     sequences = config.loop.prompts_per_round * config.rollout.n
     if config.loop.prompts_per_round > len(prompts):
@@ -226,7 +233,7 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
     if longest > budget:
         raise ConfigError(
             f"train.pack_length = {budget} is less than the longest prompt with its response, "
-            f"{longest} tokens, and a sequence never spans rows",
+            f"{longest} tokens, and a sequence never spans packs",
             hint=f"set train.pack_length to {longest} or more, or lower rollout.max_new_tokens",
         )
     if config.loop.updates_per_round > sequences:
@@ -240,54 +247,46 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
             f"score.extra_ids = {config.score.extra_ids}: distill does not take it",
             hint="leave it out, or give mc; every round is scored once, at the student's own ids",
         )
-    for key in ("teacher_kind", "selection"):
-        if (value := getattr(config.score, key)) != Score.model_fields[key].default:
-            raise ConfigError(
-                f"score.{key} = {value}: distill does not take it",
-                hint="leave it out; a loop trains on the best ids of one teacher",
-            )
-    for key in _LOOP_DECIDES:
-        if (value := getattr(config.train, key)) != Train.model_fields[key].default:
-            raise ConfigError(
-                f"train.{key} = {value}: distill does not take it",
-                hint="leave it out; [loop] says how much an update sees, and [teacher] whose "
-                "scores",
-            )
+    for name, section, keys, hint in _NOT_IN_A_LOOP:
+        for key in keys:
+            value = getattr(getattr(config, name), key)
+            if value != section.model_fields[key].default:
+                raise ConfigError(f"{name}.{key} = {value}: distill does not take it", hint=hint)
 
 
-def rows_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
-    """Packed rows that an update can need at most: how long responses get is not known before.
+def packs_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
+    """Return the maximum number of packs of an update, for responses of any length.
 
-    First-fit-decreasing leaves at most one row of a window half empty, so twice the tokens and a
-    row per window are enough; rows that are not needed are empty and cost next to nothing.
+    First-fit-decreasing leaves at most one pack of a window half empty, so twice the tokens and one
+    pack per window are enough; the packs that are not needed are empty and cost almost nothing.
     """
     sequences = -(
         -config.loop.prompts_per_round * config.rollout.n // config.loop.updates_per_round
     )
     tokens = sequences * _longest(config, prompts)
-    # A row of 60 bytes of scalars and tokens, and 10 for each entry of the two lists.
+    # A row has 60 bytes of scalars and tokens, and 10 for each entry of the two lists.
     most = 60 + 10 * (config.rollout.student_topk + config.score.teacher_topk_max)
     windows = windows_at_most(tokens * most)
     return min(sequences, 2 * tokens // config.train.pack_length + windows)
 
 
 def _longest(config: RunConfig, prompts: list[Prompt]) -> int:
-    """Tokens that a prompt and its response can reach."""
+    """Return the maximum number of tokens of a prompt with its response."""
     return max(len(p.token_ids) for p in prompts) + config.rollout.max_new_tokens
 
 
 def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
-    """IdentityError if `name` holds anything but rounds of this very run."""
+    """Raise IdentityError if the rollouts `name` are not rounds of this run."""
     for segment in store.head().rollouts(name)[:1]:
         if "run" not in segment.lineage:
             raise IdentityError(
                 f"rollouts {name!r} in {store.url} were not made by distill",
-                hint="set store.rollouts and run.out to names of this run's own",
+                hint="set store.rollouts and run.out to new names",
             )
         check_same(
             f"rollouts {name!r} in {store.url}",
             segment.lineage["run"],
             run,
-            hint="go on as they were begun, or set store.rollouts and run.out to names of this "
-            "run's own",
+            hint="resume with the settings of these rollouts, or set store.rollouts and run.out to "
+            "new names",
         )

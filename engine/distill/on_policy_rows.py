@@ -1,11 +1,11 @@
-"""Rows that are made round by round: what an on-policy loop trains on.
+"""On-policy rows: the packs of a loop, sampled and scored round by round.
 
-A round is known by the version and the live digest of the student that samples it, so a loop that
-comes back to a round finds what it committed and makes only the rest.
+A round is identified by the version and the digest of the student that samples it, so a loop that
+returns to a round finds the committed units of it and makes only the missing ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from logitcask.engine.commands.load_teacher import LoadedTeacher, live_backend
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.events import EventHandler
 from logitcask.engine.models.load import live_digest
-from logitcask.engine.packing.batches import Ahead
+from logitcask.engine.packing.batches import Prefetcher
 from logitcask.engine.packing.plan import Lengths, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.prompts.graders import Grader
@@ -24,176 +24,165 @@ from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Segment, Store
-from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreParams, no_progress
+from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreParams
 
 
+@dataclass(kw_only=True)
 class OnPolicyRows:
-    """The `Packs` of a loop: a round's rollouts and scores are made before its first update."""
+    """`Packs` of a loop: a round is sampled and scored before its first update."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        config: RunConfig,
-        store: Store,
-        model: ModelRef,
-        prompts: list[Prompt],
-        template: bool,
-        teacher: LoadedTeacher,
-        request: ScoreParams,
-        width: int,
-        run: Mapping[str, Any],
-        grader: Grader | None = None,
-        progress: Progress = no_progress,
-        on_event: EventHandler = lambda line: None,
-    ) -> None:
-        """`student` is the model in training, on its device; `request` what the teacher is asked;
-        `width` the packed rows of an update; `run` what the name of the rollouts stands for;
-        `grader` who gives responses rewards; `progress` is told of the prompts of all rounds,
-        `on_event` the notes of every scoring.
-        """
-        self._student = student
-        self._config = config
-        self._store = store
-        self._model = model
-        self._prompts = prompts
-        self._template = template
-        self._teacher = teacher
-        self._request = request
-        self._width = width
-        self._run = run
-        self._grading = grader
-        self._progress = progress
-        self._on_event = on_event
-        self._sampler = live_backend(student, model, config.run)
-        self._made: tuple[PackSource, list[PackPlan]]
-        self._ahead = Ahead(self._make)
+    student: nn.Module
+    """The model in training, on its device."""
+    config: RunConfig
+    store: Store
+    model: ModelRef
+    """Identity of the student before update 0."""
+    prompts: list[Prompt]
+    template: bool
+    """True if the prompts are rendered by the chat template."""
+    teacher: LoadedTeacher
+    params: ScoreParams
+    width: int
+    """Packs of an update."""
+    run: Mapping[str, Any]
+    """Identity of the loop, recorded by its rollouts."""
+    grader: Grader | None
+    progress: Progress
+    """Receives the number of prompts over all rounds."""
+    on_event: EventHandler
+    """Receives the notes of every scoring."""
+
+    def __post_init__(self) -> None:
+        self._sampler = live_backend(self.student, self.model, self.config.run)
+        self._round: tuple[PackSource, list[PackPlan]]
+        self._prefetcher = Prefetcher(self._make)
 
     def prepare(self, step: int) -> None:
-        """Makes the round that update `step` begins; inside a round there is nothing to do."""
-        updates = self._config.loop.updates_per_round
-        if step % updates:
+        """Sample, score and pack the round that begins with update `step`, if one does."""
+        number, update = divmod(step, self.config.loop.updates_per_round)
+        if update:
             return
-        live = replace(
-            self._model, digest=live_digest(self._student), version=self._model.version + step
+        current = replace(
+            self.model, digest=live_digest(self.student), version=self.model.version + step
         )
-        number = step // updates
-        units = self._roll(live, number)
-        scored = score(
+        units = self._sample(current, number)
+        report = score(
             ScoreRequest(
-                store=self._store,
-                model=self._teacher.model,
-                scorer=self._teacher.scorer,
-                teacher_name=self._config.teacher.name,
-                rollouts_name=self._config.store.rollouts,
-                params=self._request,
-                at=self._config.score.extra_name(),
-                profile=self._config.store.profile,
-                eos_rows=self._config.score.foreign_eos,
-                shared=self._teacher.shared,
-                lineage_extra=self._teacher.lineage_extra,
+                store=self.store,
+                model=self.teacher.model,
+                scorer=self.teacher.scorer,
+                teacher_name=self.config.teacher.name,
+                rollouts_name=self.config.store.rollouts,
+                params=self.params,
+                at=self.config.score.extra_name(),
+                profile=self.config.store.profile,
+                eos_rows=self.config.score.foreign_eos,
+                shared=self.teacher.shared,
+                lineage_extra=self.teacher.lineage_extra,
             ),
-            # It counts the units of earlier rounds, too.
-            progress=lambda stage, done, all_: self._tell(
-                stage, number, max(0, done - all_ + units), units
+            # The counts of the scoring include the units of earlier rounds.
+            progress=lambda stage, done, total: self._report(
+                stage, number, max(0, done - total + units), units
             ),
         )
-        for note in scored.notes:
-            self._on_event(note)
-        self._made = self._pack(live)
+        for note in report.notes:
+            self.on_event(note)
+        self._round = self._packed(current)
 
-    def row(self, index: int) -> Pack:
-        return self._ahead.row(index)
+    def pack(self, index: int) -> Pack:
+        return self._prefetcher.pack(index)
 
-    def expect(self, indices: Iterable[int]) -> None:
-        """Rows of the next round are of a student that does not exist yet."""
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Make packs of this round; those of the next need a student that does not exist yet."""
         ahead = list(indices)
-        if ahead and ahead[0] // self._width % self._config.loop.updates_per_round:
-            self._ahead.expect(ahead)
+        if ahead and ahead[0] // self.width % self.config.loop.updates_per_round:
+            self._prefetcher.prefetch(ahead)
 
     def _make(self, index: int) -> Pack:
-        update, slot = divmod(index, self._width)
-        source, plans = self._made
-        return source.row(plans[update % len(plans)].row(slot))
+        update, slot = divmod(index, self.width)
+        source, plans = self._round
+        return source.pack(plans[update % len(plans)].pack(slot))
 
-    def _tell(self, stage: str, round_number: int, done: int, units: int) -> None:
-        """In prompts, because a round that begins again with the first has a unit more."""
-        loop = self._config.loop
+    def _report(self, stage: str, round_number: int, done: int, units: int) -> None:
+        """Report progress in prompts: a round that wraps to the first prompt has one more unit."""
+        loop = self.config.loop
         prompts = loop.prompts_per_round
-        self._progress(
+        self.progress(
             stage, round_number * prompts + done * prompts // units, loop.rounds * prompts
         )
 
-    def _roll(self, live: ModelRef, round_number: int) -> int:
-        """The units of the round."""
-        config, count = self._config, self._config.loop.prompts_per_round
+    def _sample(self, current: ModelRef, round_number: int) -> int:
+        """Sample the missing units of the round, and return the number of all its units."""
+        config, count = self.config, self.config.loop.prompts_per_round
         return rollout(
             RolloutRequest(
-                store=self._store,
-                model=live,
+                store=self.store,
+                model=current,
                 sampler=self._sampler,
-                prompts=self._prompts,
+                prompts=self.prompts,
                 sampling=config.rollout,
                 name=config.store.rollouts,
                 seed=config.run.seed,
                 student_k=config.rollout.student_topk,
                 mc_draws=config.rollout.mc_draws,
-                grader=self._grading,
+                grader=self.grader,
                 unit_prompts=config.rollout.unit_prompts or None,
                 profile=config.store.profile,
-                first=round_number * count % len(self._prompts),
+                first=round_number * count % len(self.prompts),
                 count=count,
                 versions=True,
-                run=self._run,
-                lineage_extra={"chat_template": self._template},
+                run=self.run,
+                lineage_extra={"chat_template": self.template},
             ),
-            progress=lambda stage, done, units: self._tell(stage, round_number, done, units),
+            progress=lambda stage, done, units: self._report(stage, round_number, done, units),
         ).units_total
 
-    def _pack(self, live: ModelRef) -> tuple[PackSource, list[PackPlan]]:
-        """The round's own segments, packed for each of its updates."""
-        config = self._config
+    def _packed(self, current: ModelRef) -> tuple[PackSource, list[PackPlan]]:
+        """Return the source of the round's segments, and the plan of each of its updates."""
+        config = self.config
 
-        def ours(segment: Segment) -> bool:
-            # Both: a first update at a learning rate of 0 leaves the weights as they are.
+        def of_round(segment: Segment) -> bool:
+            # Both: a first update at a learning rate of 0 leaves the weights unchanged.
             student = segment.lineage["student"]
-            return bool((student["weights"], student["version"]) == (live.digest, live.version))
+            return bool(
+                (student["weights"], student["version"]) == (current.digest, current.version)
+            )
 
-        snapshot = self._store.head()
         source = PackSource(
-            self._store,
-            snapshot,
+            self.store,
+            self.store.head(),
             config.store.rollouts,
             config.teacher.name,
             partial=True,
-            only=ours,
+            only=of_round,
         )
-        # The pin's number may differ between runs that share a store; the round may not.
+        # Not the snapshot id: it may differ between runs that share a store, the round does not.
         key = PlanKey(
-            snapshot=live.version,
-            snapshot_sha256=live.digest,
+            snapshot=current.version,
+            snapshot_sha256=current.digest,
             rollouts=config.store.rollouts,
             teacher=config.teacher.name,
             seed=config.run.seed,
             epochs=1,
             pack_length=config.train.pack_length,
         )
-        rng = np.random.default_rng([config.run.seed, live.version])
+        rng = np.random.default_rng([config.run.seed, current.version])
         parts = deal(source.lengths(), config.loop.updates_per_round, rng)
         plans = [make_plan(key, part) for part in parts]
-        assert max(map(len, plans)) <= self._width, "rows_per_update"
+        assert max(map(len, plans)) <= self.width, "packs_per_update"
         return source, plans
 
 
 def deal(lengths: Sequence[Lengths], updates: int, rng: np.random.Generator) -> list[list[Lengths]]:
-    """Drawn shares of the sequences, one for each update, equally many but for one.
+    """Divide the sequences at random into one share per update; sizes differ by at most one.
 
-    Whole packed rows would not do: a round of short responses may fill less rows than updates.
+    Sequences and not packs: a round of short responses may fill fewer packs than it has updates.
     """
     counts = [len(segment.response) for segment in lengths]
     owner = np.split(rng.permutation(sum(counts)) % updates, np.cumsum(counts)[:-1])
     return [
         [
-            # A plan leaves out what has no response.
+            # A plan leaves out sequences without a response.
             replace(segment, response=np.where(of == update, segment.response, 0))
             for segment, of in zip(lengths, owner, strict=True)
         ]

@@ -1,7 +1,7 @@
-"""Pinned store -> packed rows: what a training step reads.
+"""Packs of a snapshot: the input of a training step.
 
-Rows of a plan are made in a thread before they are asked for. While those of one window are read,
-the units of the next are decoded, so two windows are in memory.
+Packs of a plan are made in a thread before they are read. While those of one window are read, the
+units of the next are decoded, so two windows are in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from logitcask.engine.packing.plan import WINDOW_BYTES, PackPlan, PlanKey, make_plan
+from logitcask.engine.packing.plan import WINDOW_BYTES, PackPlan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
@@ -17,26 +17,26 @@ from logitcask.engine.types import PACK_LENGTH
 
 
 class Packs(Protocol):
-    """Where a trainer gets its rows from: a plan, or a loop that makes them just in time."""
+    """Packs of a run: those of a plan, or those of a loop that makes them just in time."""
 
     def prepare(self, step: int) -> None:
-        """Called once before the rows of optimizer update `step` (from 0) are read; may wait."""
+        """Prepare the packs of optimizer update `step` (from 0), once, before they are read."""
 
-    def row(self, index: int) -> Pack:
-        """Row `index` of the run; an update reads consecutive indices, split over the processes."""
+    def pack(self, index: int) -> Pack:
+        """Return pack `index` of the run; the processes share the indices of an update."""
 
-    def expect(self, indices: Iterable[int]) -> None:
-        """These rows will be asked for next: they may be made meanwhile."""
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Announce the next packs to be read, to be made in the meantime."""
 
 
 class PlannedPacks:
-    """`Packs` of a plan: everything is in the store. Also a map-style dataset of PackedRow."""
+    """`Packs` of a plan, all from the store. Also a map-style dataset of Pack."""
 
     def __init__(self, plan: PackPlan, source: PackSource) -> None:
         self.plan = plan
         self._source = source
         self._window = -1
-        self._ahead = Ahead(self._make)
+        self._prefetcher = Prefetcher(self._make)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -44,55 +44,51 @@ class PlannedPacks:
     def __getitem__(self, index: int) -> Pack:
         if not 0 <= index < len(self.plan):
             raise IndexError(index)
-        return self.row(index)
+        return self.pack(index)
 
     def prepare(self, step: int) -> None:
-        """All rows exist before training starts."""
+        """Do nothing: all packs are in the store."""
 
-    def row(self, index: int) -> Pack:
-        return self._ahead.row(index)
+    def pack(self, index: int) -> Pack:
+        return self._prefetcher.pack(index)
 
-    def expect(self, indices: Iterable[int]) -> None:
-        self._ahead.expect(indices)
+    def prefetch(self, indices: Iterable[int]) -> None:
+        self._prefetcher.prefetch(indices)
 
     def _make(self, index: int) -> Pack:
         window = self.plan.window(index)
         if window != self._window:
             self._window = window
-            for coming in self.plan.windows[window : window + 2]:
-                self._source.decode_ahead(coming.ordinals)
-        return self._source.row(self.plan.row(index))
+            for each in self.plan.windows[window : window + 2]:
+                self._source.decode_ahead(each.ordinals)
+        return self._source.pack(self.plan.pack(index))
 
 
-class Ahead:
-    """Makes rows in a thread before they are asked for."""
+class Prefetcher:
+    """A thread that makes packs before they are read."""
 
     def __init__(self, make: Callable[[int], Pack]) -> None:
-        self._make = make
-        self._start()
-
-    def _start(self) -> None:
-        self._coming: dict[int, Future[Pack]] = {}
-        self._maker: ThreadPoolExecutor | None = None
+        self.__setstate__({"_make": make})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_make": self._make}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-        self._start()
+        self._make: Callable[[int], Pack] = state["_make"]
+        self._futures: dict[int, Future[Pack]] = {}
+        self._thread: ThreadPoolExecutor | None = None
 
-    def expect(self, indices: Iterable[int]) -> None:
-        """What was expected before and never asked for is forgotten."""
-        if self._maker is None:
-            self._maker = ThreadPoolExecutor(1, "logitcask-rows")
-        for forgotten in self._coming.values():
-            forgotten.cancel()
-        self._coming = {index: self._maker.submit(self._make, index) for index in indices}
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Make these packs, and discard earlier ones that were not read."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "logitcask-packs")
+        for future in self._futures.values():
+            future.cancel()
+        self._futures = {index: self._thread.submit(self._make, index) for index in indices}
 
-    def row(self, index: int) -> Pack:
-        coming = self._coming.pop(index, None)
-        return self._make(index) if coming is None else coming.result()
+    def pack(self, index: int) -> Pack:
+        future = self._futures.pop(index, None)
+        return self._make(index) if future is None else future.result()
 
 
 def planned(
@@ -109,16 +105,16 @@ def planned(
     window_bytes: int = WINDOW_BYTES,
     cache: str | Path | None = None,
 ) -> PlannedPacks:
-    """The packed rows of pinned data, `epochs` times through it in shuffled order: a dataset for a
-    torch DataLoader (`batch_size=None`, workers by `spawn`), or a sequence to index.
+    """Return the packs of `epochs` shuffled passes over the data of a snapshot.
 
-    The order depends on snapshot, names, seed, epochs, pack_length and window_bytes alone.
-    base: scores of the model that the teacher was made from, for objectives that look there.
-    partial: what is scored, although units are missing. window_bytes: of units that are decoded
-    together, which bounds memory. cache: a folder on a local disk for decoded units.
+    The result is a sequence, and a dataset for a torch DataLoader (`batch_size=None`, workers by
+    `spawn`). The order depends on snapshot, names, seed, epochs, pack_length and window_bytes
+    alone. base: name of the scores of the teacher's base model, for objectives that need them.
+    partial: use the scored units although others are missing. window_bytes: limit of the units
+    decoded together. cache: a folder on a local disk for decoded units.
 
     Raises StoreError if the names hold nothing, IncompleteError if units are missing and `partial`
-    does not allow that, ConfigError for a sequence longer than pack_length.
+    is False, ConfigError for a sequence longer than pack_length.
     """
     source = PackSource(
         store,
@@ -130,55 +126,19 @@ def planned(
         memory_bytes=window_bytes,
         cache=None if cache is None else UnitCache(Path(cache)),
     )
-    key = PlanKey(
-        snapshot=snapshot.number,
-        snapshot_sha256=snapshot.sha256,
-        rollouts=rollouts,
-        teacher=teacher,
-        seed=seed,
-        epochs=epochs,
-        pack_length=pack_length,
-        window_bytes=window_bytes,
-    )
-    return PlannedPacks(make_plan(key, source.lengths()), source)
+    plan = source.plan(seed=seed, epochs=epochs, pack_length=pack_length, window_bytes=window_bytes)
+    return PlannedPacks(plan, source)
 
 
-def batches(
-    store: Store,
-    *,
-    snapshot: Snapshot,
-    rollouts: str,
-    teacher: str,
-    rank: int = 0,
-    world: int = 1,
-    base: str | None = None,
-    partial: bool = False,
-    pack_length: int = PACK_LENGTH,
-    seed: int = 0,
-    epochs: int = 1,
-    window_bytes: int = WINDOW_BYTES,
-    cache: str | Path | None = None,
-) -> Iterator[Pack]:
-    """Packed rows for a training loop of one's own; the rest is as of `planned`.
+def batches(store: Store, *, rank: int = 0, world: int = 1, **arguments: Any) -> Iterator[Pack]:
+    """Yield the packs of one process of `world`, for your own training loop.
 
-    Of several processes each takes its own (rank of world), all of them equally many: rows beyond
-    the last are empty.
+    arguments: those of `planned`. All processes get the same number: packs after the last are
+    empty.
     """
-    rows = planned(
-        store,
-        snapshot=snapshot,
-        rollouts=rollouts,
-        teacher=teacher,
-        base=base,
-        partial=partial,
-        pack_length=pack_length,
-        seed=seed,
-        epochs=epochs,
-        window_bytes=window_bytes,
-        cache=cache,
-    )
-    indices = range(rank, -(-len(rows) // world) * world, world)
+    packs = planned(store, **arguments)
+    indices = range(rank, -(-len(packs) // world) * world, world)
     for index in indices:
-        row = rows.row(index)
-        rows.expect([index + world] if index + world in indices else [])
-        yield row
+        pack = packs.pack(index)
+        packs.prefetch([index + world] if index + world in indices else [])
+        yield pack

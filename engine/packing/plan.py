@@ -1,8 +1,8 @@
-"""Which sequences share a packed row, and in which order rows come: fixed before training starts.
+"""Assignment of sequences to packs, and the order of the packs, fixed before training starts.
 
-A plan is a pure function of the snapshot, the names, the seed, the epochs and the token budget. So
-the same call gives the same rows on any number of processes, whatever was added to the store since,
-and a resumed run can prove by one digest that it goes on with the same data.
+A plan is a pure function of the snapshot, the names, the seed, the epochs and the pack length. So
+the same call gives the same packs on any number of processes, also after additions to the store,
+and a resumed run compares one digest to continue with the same data.
 """
 
 import bisect
@@ -17,17 +17,17 @@ from logitcask.engine.models.identity import digest
 from logitcask.engine.types import Array
 
 WINDOW_BYTES = 512 << 20
-"""Of the decoded units whose sequences are shuffled together. A smaller one mixes less, a larger
-one wants more memory: while one window is read, the next is decoded."""
+"""Bytes of the decoded units whose sequences are shuffled together. Fewer mix less, more need more
+memory: while one window is read, the next is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """Tokens of every sequence of one segment; all that a plan knows of it."""
+    """Tokens of every sequence of one segment."""
 
     seg_id: str
     prompt_ids: tuple[str, ...]
-    """[M] the prompts' ids, for messages."""
+    """[M] ids of the prompts, for messages."""
     seq_prompt: Array
     """[N] index into prompt_ids."""
     prompt: Array
@@ -35,12 +35,12 @@ class Lengths:
     response: Array
     """[N] response tokens."""
     size_bytes: int = 0
-    """Of the segment and its scores, decoded."""
+    """Bytes of the decoded segment and its scores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanKey:
-    """Everything that a plan depends on beside the segments themselves."""
+    """Inputs of a plan, except the segments."""
 
     snapshot: int
     snapshot_sha256: str
@@ -49,96 +49,103 @@ class PlanKey:
     seed: int
     epochs: int
     pack_length: int
-    """Tokens of a row at most, prompts included."""
+    """Tokens of a pack at most, prompts included."""
     window_bytes: int = WINDOW_BYTES
-    """Decoded units that are shuffled together; one that is larger is a window of its own."""
+    """Bytes of units shuffled together; a larger unit is a window by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """Segments that are decoded together, and the rows that are made of them."""
+    """Segments that are decoded together, and the packs of their sequences."""
 
     ordinals: tuple[int, ...]
     end: int
-    """The row behind its last one."""
+    """Index after that of its last pack."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackPlan:
-    """Rows of all epochs, in training order."""
+    """Packs of all epochs, in training order."""
 
     key: PlanKey
     members: Array
-    """[sequences x epochs, 2] int64: (segment ordinal, sequence), row after row."""
-    row_off: Array
-    """[rows + 1] int64: row i owns members row_off[i] : row_off[i + 1]."""
-    windows: tuple["Window", ...]
-    """In order."""
+    """[sequences x epochs, 2] int64: (segment ordinal, sequence), pack after pack."""
+    offsets: Array
+    """[packs + 1] int64: pack i has members offsets[i] : offsets[i + 1]."""
+    windows: tuple[Window, ...]
     digest: str
 
     def __len__(self) -> int:
-        return len(self.row_off) - 1
+        return len(self.offsets) - 1
 
-    def row(self, index: int) -> Array:
-        """[n, 2] members of a row; none beyond the last row, which pads the last update."""
+    def pack(self, index: int) -> Array:
+        """Return the [n, 2] members of a pack; none after the last pack, to pad the last update."""
         if index >= len(self):
             return self.members[:0]
-        return self.members[self.row_off[index] : self.row_off[index + 1]]
+        return self.members[self.offsets[index] : self.offsets[index + 1]]
 
     def window(self, index: int) -> int:
-        """Which window a row is of; the number of windows beyond the last row."""
+        """Return the window of a pack; the number of windows after the last pack."""
         return bisect.bisect_left(self.windows, index, key=lambda window: window.end - 1)
 
 
 def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> PackPlan:
-    """Segments in a drawn order; in each window of them the sequences are shuffled and packed.
+    """Shuffle the segments, and shuffle and pack the sequences of each window of them.
 
-    Packing is first-fit-decreasing, and equal lengths keep their drawn order; rows of a window are
-    shuffled too. Sequences without a response token are left out. Raises ConfigError for a sequence
-    that no row can hold.
+    Packing is first-fit-decreasing, and equal lengths keep their shuffled order; packs of a window
+    are shuffled too. Sequences without a response token are left out. Raises ConfigError for a
+    sequence longer than a pack.
     """
     for segment in lengths:
         _check_fits(segment, key.pack_length)
-    rows: list[Array] = []
+    packs: list[Array] = []
     windows: list[Window] = []
     for epoch in range(key.epochs):
         rng = np.random.default_rng([key.seed, epoch])
         order = rng.permutation(len(lengths)).tolist()
         for chosen in _windows(order, [lengths[i].size_bytes for i in order], key.window_bytes):
-            rows += _pack(_sequences(lengths, chosen), key.pack_length, rng)
-            windows.append(Window(ordinals=tuple(chosen), end=len(rows)))
-    flat = np.concatenate([np.zeros((0, 2), np.int64), *rows])
-    row_off = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    content = hashlib.sha256(flat.astype("<i8").tobytes() + row_off.astype("<i8").tobytes())
+            packs += _pack(_sequences(lengths, chosen), key.pack_length, rng)
+            windows.append(Window(ordinals=tuple(chosen), end=len(packs)))
+    members = np.concatenate([np.zeros((0, 2), np.int64), *packs])
+    offsets = np.cumsum([0, *map(len, packs)], dtype=np.int64)
+    content = hashlib.sha256(members.astype("<i8").tobytes() + offsets.astype("<i8").tobytes())
     inputs = asdict(key)
     # The keys under which the digests of earlier runs were taken.
-    inputs["pin"], inputs["pin_sha256"] = inputs.pop("snapshot"), inputs.pop("snapshot_sha256")
     inputs["tokens_per_batch"] = inputs.pop("pack_length")
-    name = digest(
-        {
-            "key": inputs,
-            "segments": [segment.seg_id for segment in lengths],
-            "rows": content.hexdigest(),
-        }
+    inputs["pin"], inputs["pin_sha256"] = inputs.pop("snapshot"), inputs.pop("snapshot_sha256")
+    return PackPlan(
+        key=key,
+        members=members,
+        offsets=offsets,
+        windows=tuple(windows),
+        digest=digest(
+            {
+                "key": inputs,
+                "segments": [segment.seg_id for segment in lengths],
+                "rows": content.hexdigest(),
+            }
+        ),
     )
-    return PackPlan(key=key, members=flat, row_off=row_off, windows=tuple(windows), digest=name)
 
 
 def windows_at_most(total_bytes: int, window_bytes: int = WINDOW_BYTES) -> int:
-    """How many windows units of so many bytes together can make: two in a row exceed one."""
+    """Return the maximum number of windows of units of `total_bytes`.
+
+    Two consecutive windows together exceed `window_bytes`.
+    """
     return 2 * (total_bytes // window_bytes) + 1
 
 
 def _windows(order: list[int], sizes: list[int], most: int) -> Iterator[list[int]]:
-    """`order` cut where the next unit would be too much."""
+    """Cut `order` into windows of at most `most` bytes, or of one larger unit."""
     window: list[int] = []
-    held = 0
+    total = 0
     for ordinal, size in zip(order, sizes, strict=True):
-        if window and held + size > most:
+        if window and total + size > most:
             yield window
-            window, held = [], 0
+            window, total = [], 0
         window.append(ordinal)
-        held += size
+        total += size
     if window:
         yield window
 
@@ -150,13 +157,13 @@ def _check_fits(segment: Lengths, budget: int) -> None:
         prompt_id = segment.prompt_ids[int(segment.seq_prompt[worst])]
         raise ConfigError(
             f"a response to prompt {prompt_id!r} has {total[worst]} tokens with its prompt, over "
-            f"pack_length = {budget}, and a sequence never spans rows",
+            f"pack_length = {budget}, and a sequence never spans packs",
             hint=f"--pack-length {total[worst]} or more",
         )
 
 
 def _sequences(lengths: Sequence[Lengths], chosen: list[int]) -> Array:
-    """[n, 3] (segment ordinal, sequence, tokens) of the sequences that have a response."""
+    """Return [n, 3] (segment ordinal, sequence, tokens) of the sequences with a response."""
     parts = []
     for ordinal in chosen:
         segment = lengths[ordinal]
@@ -167,17 +174,18 @@ def _sequences(lengths: Sequence[Lengths], chosen: list[int]) -> Array:
 
 
 def _pack(sequences: Array, budget: int, rng: np.random.Generator) -> list[Array]:
+    """Return the members [n, 2] of each pack, in a shuffled order."""
     shuffled = sequences[rng.permutation(len(sequences))]
     longest_first = shuffled[np.argsort(-shuffled[:, 2], kind="stable")]
     room = np.full(len(sequences) + 1, budget, np.int64)
-    row_of = np.zeros(len(sequences), np.int64)
+    pack_of = np.zeros(len(sequences), np.int64)
     used = 0
     for i, tokens in enumerate(longest_first[:, 2]):
-        # room[used] is an untouched row, so something always fits.
-        row_of[i] = np.argmax(room[: used + 1] >= tokens)
-        room[row_of[i]] -= tokens
-        used = max(used, int(row_of[i]) + 1)
-    by_row = np.argsort(row_of, kind="stable")
-    cuts = np.flatnonzero(np.diff(row_of[by_row])) + 1
-    rows = np.split(longest_first[by_row, :2], cuts) if used else []
-    return [rows[i] for i in rng.permutation(len(rows))]
+        # room[used] is an empty pack, so one always fits.
+        pack_of[i] = np.argmax(room[: used + 1] >= tokens)
+        room[pack_of[i]] -= tokens
+        used = max(used, int(pack_of[i]) + 1)
+    by_pack = np.argsort(pack_of, kind="stable")
+    cuts = np.flatnonzero(np.diff(pack_of[by_pack])) + 1
+    packs = np.split(longest_first[by_pack, :2], cuts) if used else []
+    return [packs[i] for i in rng.permutation(len(packs))]

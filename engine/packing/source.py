@@ -1,10 +1,8 @@
-"""One planned row -> tensors.
+"""Packs as tensors, from the units of a store.
 
-A row source decodes whole units and keeps them in memory up to a number of bytes: reading single
-samples from compressed chunks would decode each many times. Units that are named beforehand are
-decoded in a thread while others are read.
-
-It may be sent to another process (`spawn`): there it opens the store anew, with the same pairs.
+A source decodes whole units and keeps them in memory up to a number of bytes: to read single
+sequences from compressed chunks would decode each chunk many times. A thread decodes the units that
+are needed next. A source can be pickled for another process (`spawn`), which opens the store again.
 """
 
 from collections import OrderedDict
@@ -19,7 +17,7 @@ import torch
 
 from logitcask.engine.errors import IncompleteError, StoreError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.packing.plan import WINDOW_BYTES, Lengths
+from logitcask.engine.packing.plan import WINDOW_BYTES, Lengths, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.targets import Targets, empty_sequence, make_targets, tensor
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
@@ -34,7 +32,7 @@ class Pack:
     input_ids: torch.Tensor
     """[1, L] int64."""
     position_ids: torch.Tensor
-    """[1, L] int64, from 0 in every sequence: that is what keeps packed sequences apart."""
+    """[1, L] int64, from 0 in every sequence, which separates the sequences of a pack."""
     predict_at: torch.Tensor
     """[P] int64, index into L of the hidden state that predicts each row: prompt_len + r - 1."""
     targets: Targets
@@ -44,7 +42,7 @@ class Pack:
 
 
 class PackSource:
-    """Reads planned rows of one set of rollouts and one teacher's scores of it."""
+    """Source of packs: one set of rollouts and one teacher's scores of it."""
 
     def __init__(
         self,
@@ -59,18 +57,20 @@ class PackSource:
         memory_bytes: int = WINDOW_BYTES,
         cache: UnitCache | None = None,
     ) -> None:
-        """`base` names scores of the model that the teacher was made from. `only` picks among the
-        rollout segments of the name. `memory_bytes` bounds the decoded units that are kept, beside
-        those that are being decoded ahead; with a `cache` they are files, and memory is the
-        system's affair.
+        """Match rollout segments and scores at a snapshot.
+
+        base: name of the scores of the teacher's base model. only: filter of the rollout segments.
+        memory_bytes: limit of the decoded units in memory, without those being decoded ahead; with
+        a `cache` they are files, and the page cache of the system decides.
 
         Raises StoreError if the names hold nothing, IncompleteError if units are missing and
-        `partial` does not allow that.
+        `partial` is False.
         """
         self._store = store
         self._cache = cache
         self._memory_bytes = memory_bytes
-        self._start()
+        self._init_threads()
+        self._names = (snapshot.number, snapshot.sha256, rollouts_name, teacher)
         scores = snapshot.scores(teacher)
         self.base = base
         of_base = {} if base is None else snapshot.scores(base)
@@ -79,19 +79,19 @@ class PackSource:
             check_complete(store, segments, scores, rollouts_name, teacher)
             if base is not None:
                 check_complete(
-                    store, segments, of_base, rollouts_name, base, role=" --teacher-kind base"
+                    store, segments, of_base, rollouts_name, base, flag=" --teacher-kind base"
                 )
         self.pairs: tuple[tuple[Segment, ScoreSegments], ...] = tuple(
             (segment, scores[segment.seg_id])
             for segment in segments
             if segment.seg_id in scores and (base is None or segment.seg_id in of_base)
         )
-        """(rollout segment, its scores): the ordinals of a plan."""
+        """(rollout segment, its scores), by the ordinals of a plan."""
         self._bases: tuple[ScoreSegments, ...] = tuple(
             of_base.get(s.seg_id, ()) for s, _ in self.pairs
         )
         self.bounded = any(is_bounded(chain) for _, chain in self.pairs)
-        """Whether entropies of the teacher are intervals, in some units at least."""
+        """True if the teacher's entropies are intervals in at least one unit."""
         if not self.pairs:
             raise StoreError(
                 f"{store.url} has no rollouts {rollouts_name!r} with scores of {teacher!r}"
@@ -100,7 +100,7 @@ class PackSource:
                 f"{snapshot.names('score')}",
             )
 
-    def _start(self) -> None:
+    def _init_threads(self) -> None:
         self._lock = Lock()
         self._held: OrderedDict[int, DecodedUnit] = OrderedDict()
         self._coming: dict[int, Future[DecodedUnit]] = {}
@@ -112,12 +112,12 @@ class PackSource:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
-        self._start()
+        self._init_threads()
 
     def lengths(self) -> list[Lengths]:
-        """Of every unit, in the ordinals of a plan."""
+        """Return the lengths of every unit, by the ordinals of a plan."""
         found = []
-        for (segment, chain), base in zip(self.pairs, self._bases, strict=True):
+        for (segment, scores), base in zip(self.pairs, self._bases, strict=True):
             extent = self._store.read_extent(segment)
             found.append(
                 Lengths(
@@ -126,17 +126,35 @@ class PackSource:
                     seq_prompt=extent.seq_prompt,
                     prompt=extent.prompt[extent.seq_prompt],
                     response=extent.response,
-                    size_bytes=size_of(segment, chain, base),
+                    size_bytes=size_of(segment, scores, base),
                 )
             )
         return found
 
-    def row(self, members: Array) -> Pack:
-        """The packed row of [n, 2] (unit ordinal, sequence); no members give a row of one token and
-        no targets, whose loss is zero.
+    def plan(
+        self, *, seed: int, epochs: int, pack_length: int, window_bytes: int = WINDOW_BYTES
+    ) -> PackPlan:
+        """Plan the packs of all sequences; raises ConfigError for one longer than a pack."""
+        number, sha256, rollouts, teacher = self._names
+        key = PlanKey(
+            snapshot=number,
+            snapshot_sha256=sha256,
+            rollouts=rollouts,
+            teacher=teacher,
+            seed=seed,
+            epochs=epochs,
+            pack_length=pack_length,
+            window_bytes=window_bytes,
+        )
+        return make_plan(key, self.lengths())
+
+    def pack(self, members: Array) -> Pack:
+        """Return the pack of [n, 2] (unit ordinal, sequence).
+
+        Without members it has one token and no rows, so that its loss is zero.
         """
         parts = [self._unit(int(o)).sequence(int(s)) for o, s in members]
-        # All units of one name have the same arrays, but that some may know an entropy exactly.
+        # All units of one name have the same arrays, but some may hold an exact entropy.
         parts = parts or [empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))]
         if self.bounded:
             parts = [{"q_entropy_hi": part["q_entropy"], **part} for part in parts]
@@ -154,7 +172,7 @@ class PackSource:
         )
 
     def decode_ahead(self, ordinals: Iterable[int]) -> None:
-        """Decodes units in a thread, in this order, while others are read."""
+        """Decode units in a thread, in this order, while others are read."""
         if self._decoder is None:
             self._decoder = ThreadPoolExecutor(1, "logitcask-decode")
         with self._lock:
@@ -188,20 +206,21 @@ def check_complete(
     rollouts_name: str,
     teacher: str,
     *,
-    role: str = "",
+    flag: str = "",
 ) -> None:
-    """IncompleteError if planned rollout units or scores of committed ones are missing; `role` is
-    the flag that makes such scores.
+    """Raise IncompleteError if planned rollout units, or scores of committed units, are missing.
+
+    flag: the flag of `logitcask score` that makes such scores.
     """
-    # One sampler's units: what it left out is no other's.
+    # Each version of the student has its own number of planned units.
     of = {(s.unit["version"], digest(s.lineage["student"])): s.lineage for s in segments}
     planned_units = sum(int(lineage["set"]["units"]) for lineage in of.values())
     if planned_units > len(segments):
         raise IncompleteError(
             f"{planned_units - len(segments)} of {planned_units} units of rollouts "
             f"{rollouts_name!r} are missing",
-            hint=f"go on with `logitcask rollout --store {store.url} --rollouts {rollouts_name}`"
-            " as it was called first, or train on what is there with --partial",
+            hint=f"repeat the first `logitcask rollout --store {store.url} --rollouts "
+            f"{rollouts_name}`, or train on the committed units with --partial",
         )
     missing = sum(segment.seg_id not in scores for segment in segments)
     if missing:
@@ -209,6 +228,6 @@ def check_complete(
             f"{missing} of {len(segments)} units of rollouts {rollouts_name!r} have no scores of "
             f"{teacher!r}",
             hint=f"run `logitcask score --model TEACHER --store {store.url} "
-            f"--rollouts {rollouts_name} --teacher {teacher}{role}`, or train on what is scored "
+            f"--rollouts {rollouts_name} --teacher {teacher}{flag}`, or train on the scored units "
             "with --partial",
         )

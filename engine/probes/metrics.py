@@ -99,8 +99,8 @@ def measure(
     position: list[Tensor] = []
     for done, index in enumerate(indices):
         progress("probe", done, len(indices))
-        row = rows.row(index).to(device)
-        rows.expect(indices[done + 1 : done + 2])
+        row = rows.pack(index).to(device)
+        rows.prefetch(indices[done + 1 : done + 2])
         assert row.targets.position is not None, "rows of a store have one"
         weight.append(row.targets.weight.cpu())
         position.append(row.targets.position.cpu())

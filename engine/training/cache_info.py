@@ -13,18 +13,17 @@ from logitcask.engine.objectives import (
 )
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Snapshot, Store
-from logitcask.engine.training.trainer import gathered
+from logitcask.engine.training.processes import gathered
 from logitcask.engine.types import MC_IDS, ModelRef, SamplingParams
 
 
 def first_snapshot(store: Store, earlier: Mapping[str, Any] | None) -> Snapshot:
     """Return the snapshot of the earlier call, else the newest of the first process."""
-    # A loop's run has none, and is refused as another run further on.
+    # The run of a loop has none; it is refused later, as another run.
     if earlier is not None and "pin" in earlier:
         return store.snapshot(int(earlier["pin"]["number"]), earlier["pin"]["sha256"])
     newest = store.head()
-    number, sha256 = gathered((newest.number, newest.sha256))[0]
-    return store.snapshot(number, sha256)
+    return store.snapshot(*gathered((newest.number, newest.sha256))[0])
 
 
 def check_objective(
@@ -39,20 +38,20 @@ def check_objective(
 ) -> ExactnessReport:
     """Check the objective against these scores, for your own training loop.
 
-    The student is taken to descend from the one that sampled, its age to be unknown. Raises
-    ObjectiveError where the scores cannot serve the objective, and what PackSource raises.
+    The student is assumed to have the base weights of the sampling one, at an unknown age. Raises
+    ObjectiveError where the scores cannot serve the objective, and the errors of PackSource.
     """
     source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial)
-    return check_exactness(objective, facts_of(None, source, allow_off_lineage=False))
+    return check_exactness(objective, cache_info(None, source, allow_off_lineage=False))
 
 
-def facts_of(model: ModelRef | None, source: PackSource, allow_off_lineage: bool) -> CacheInfo:
-    """Collect the facts of cache and student; model = None for a student without a folder.
+def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bool) -> CacheInfo:
+    """Collect the facts of scores and student; model = None for a student without a folder.
 
     Raises IdentityError for another tokenizer.
     """
     rollouts = [segment for segment, _ in source.pairs]
-    params = [[each.lineage["request"] for each in chain] for _, chain in source.pairs]
+    requests = [[each.lineage["request"] for each in scores] for _, scores in source.pairs]
     sampler = rollouts[0].lineage["student"]
     if model is not None and sampler["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
@@ -64,9 +63,9 @@ def facts_of(model: ModelRef | None, source: PackSource, allow_off_lineage: bool
     return CacheInfo(
         student_k=int(sampling["student_k"]),
         # Of the unit with the smallest request: a plan mixes all of them.
-        k_min=min(max(int(each["k_min"]) for each in requests) for requests in params),
-        k_max=min(max(int(each["k_max"]) for each in requests) for requests in params),
-        at_student=all(any(each["at_student"] for each in requests) for requests in params),
+        k_min=min(max(int(each["k_min"]) for each in unit) for unit in requests),
+        k_max=min(max(int(each["k_max"]) for each in unit) for unit in requests),
+        at_student=all(any(each["at_student"] for each in unit) for unit in requests),
         versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
         student_version=None if model is None else model.version,
         same_root=model is None or sampler["root"] == model.root,
@@ -78,12 +77,12 @@ def facts_of(model: ModelRef | None, source: PackSource, allow_off_lineage: bool
         n_vocab=int(sampler["n_vocab"]) if model is None else model.n_vocab,
         mc_draws=int(sampling.get("mc_draws", 0)),
         at_mc=all(
-            any(each.lineage.get("at") == MC_IDS for each in chain) for _, chain in source.pairs
+            any(each.lineage.get("at") == MC_IDS for each in scores) for _, scores in source.pairs
         ),
         q_draws=min(
             int(each.get("draws", 0)) if each.get("entry_kind") == "sampled" else 0
-            for requests in params
-            for each in requests
+            for unit in requests
+            for each in unit
         ),
         base=source.base is not None,
         entropy_bounds=source.bounded,

@@ -1,4 +1,4 @@
-"""Evaluation: the student answers prompts that it is not trained on, and a grader says how well.
+"""Evaluation of the student in training: graded responses to other prompts, and held-out packs.
 
     accuracy    mean over prompts of the reward of each one's first response
     avg_at_n    mean over prompts of the mean reward of its n responses (avg@16 of arXiv 2604.13016)
@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from logitcask.engine.backends.base import Sampler
 from logitcask.engine.models.identity import digest
 from logitcask.engine.prompts.graders import Decode, Grader, RewardFn
 from logitcask.engine.training.held_out import HeldOut
+from logitcask.engine.training.processes import gathered, rank
 from logitcask.engine.training.run_dir import MetricsFile
-from logitcask.engine.training.trainer import gathered, rank
 from logitcask.engine.types import STOP, Array, Prompt, SamplingParams, no_progress
 
 
@@ -31,7 +32,7 @@ class EvalReport:
     n: int
     accuracy: float
     accuracy_se: float | None
-    """None where there is one prompt alone; so is the next."""
+    """None for a single prompt, as is avg_at_n_se."""
     avg_at_n: float
     avg_at_n_se: float | None
     mean_length: float
@@ -40,13 +41,13 @@ class EvalReport:
     """Share of responses that ended in a stop token."""
 
     def line(self) -> dict[str, float | None]:
-        """As metrics.jsonl names it."""
+        """Return the entries of metrics.jsonl."""
         return {f"eval/{name}": value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalPlan:
-    """What is asked, how it is sampled, who grades it, and when."""
+    """Prompts, sampling, grader and frequency of an evaluation."""
 
     prompts: Sequence[Prompt]
     sampling: SamplingParams
@@ -54,13 +55,13 @@ class EvalPlan:
     grader_name: str
     decode: Decode
     sampler: Callable[[nn.Module], Sampler]
-    """Over a student in training: it samples with the weights of the moment."""
+    """Builds a sampler with the current weights of a student in training."""
     seed: int = 0
     every: int = 0
-    """Updates between evaluations, beside those before the first and after the last; 0 = none."""
+    """Updates between evaluations; 0 = only before the first update and after the last."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for numbers of one run to be compared."""
+        """Return the settings that must be equal for numbers of one run to be comparable."""
         rows = [[p.id, list(p.token_ids), p.answer, dict(p.extra)] for p in self.prompts]
         return {
             "prompts": digest(rows),
@@ -71,7 +72,7 @@ class EvalPlan:
 
 
 def evaluate(sampler: Sampler, plan: EvalPlan, *, version: int) -> EvalReport:
-    """The student's rewards. Several processes take a share of the prompts each.
+    """Sample and grade the student's responses; each process takes a share of the prompts.
 
     Random numbers are those of (seed, prompt id, sample, version): the same student gets the same
     report on a CPU.
@@ -98,7 +99,7 @@ def evaluate(sampler: Sampler, plan: EvalPlan, *, version: int) -> EvalReport:
 def _graded(
     sampler: Sampler, plan: EvalPlan, prompts: Sequence[Prompt], version: int
 ) -> tuple[Array, int, int]:
-    """([M, n] rewards, response tokens, responses that stopped) of a share of the prompts."""
+    """Return ([M, n] rewards, response tokens, responses that stopped) of these prompts."""
     n = plan.sampling.n
     if not prompts:
         return np.empty((0, n)), 0, 0
@@ -111,14 +112,14 @@ def _graded(
 
 
 def standard_error(values: Array) -> float | None:
-    """Of the mean of [M] values."""
+    """Return the standard error of the mean of [M] values; None for M = 1."""
     if len(values) < 2:
         return None
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-class Evaluations:
-    """The evaluations of a run: one line of metrics.jsonl at each step, and none twice."""
+class EvalCallback(TrainerCallback):
+    """Evaluation between updates: one line of metrics.jsonl per evaluated step."""
 
     def __init__(
         self,
@@ -127,12 +128,13 @@ class Evaluations:
         student: nn.Module,
         metrics: MetricsFile,
         version: int,
-        first: bool,
+        *,
+        write: bool,
     ) -> None:
-        """One of both is there, or both. `version` is the student's before update 0; only the
-        `first` of several processes writes.
+        """Build the callback from a plan, held-out packs or both.
 
-        Call it when the student is on its device: a sampler takes views of the weights.
+        version: the student's before update 0; write: True in one of several processes. The student
+        must be on its device already: a sampler takes views of the weights.
         """
         self._plan = plan
         self._held_out = held_out
@@ -140,14 +142,19 @@ class Evaluations:
         self._sampler = plan.sampler(student) if plan else None
         self._metrics = metrics
         self._version = version
-        self._first = first
+        self._write = write
 
-    def due(self, step: int) -> bool:
-        asked = [each.every for each in (self._plan, self._held_out) if each is not None]
-        return any(every and step % every == 0 for every in asked)
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluate if it is due, before the checkpoint of the same update is written."""
+        step = state.global_step
+        periods = [each.every for each in (self._plan, self._held_out) if each is not None]
+        if any(every and step % every == 0 for every in periods):
+            self.evaluate_at(step)
 
-    def at(self, step: int) -> None:
-        """Evaluates the student after so many updates, unless the file has it."""
+    def evaluate_at(self, step: int) -> None:
+        """Evaluate the student after `step` updates, unless the file has that line already."""
         if any(line["progress/step"] == step for line in self._metrics.evaluations):
             return
         begun_s = time.monotonic()
@@ -158,4 +165,4 @@ class Evaluations:
         if self._held_out is not None:
             line |= self._held_out.line(self._student)
         line["eval/seconds"] = time.monotonic() - begun_s
-        self._metrics.evaluated(line, write=self._first)
+        self._metrics.evaluated(line, write=self._write)

@@ -1,13 +1,13 @@
-"""Hidden states and what the store knows of them -> loss and metrics, by the op that does least.
+"""Loss and metrics of a pack from its hidden states and targets, by the cheapest op.
 
-    objective                                  products with the whole head    metrics of
-    renormalised, support known beforehand     none                            a share of the rows
-    renormalised, support of the live student  one, forward                    every row
-    anything else                              three                           every row
+    objective                                     products with the whole head   metrics of
+    renormalised, support known in advance        none                           a share of the rows
+    renormalised, support of the current policy   one, forward                   every row
+    any other                                     three                          every row
 
-Metrics need the log-sum-exp of a row. Where the loss does not, they are taken of a share of the
-rows, which is picked by a hash of what the store holds of a row: the same rows in every run on the
-same scores, however they are packed, split over processes, or shuffled.
+Metrics need the log-sum-exp of a row. Where the loss does not, they are computed on a share of the
+rows, chosen by a hash of the stored data of a row: the same rows in every run on the same scores,
+for every packing, number of processes and order.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.logit_transform import PLAIN, LogitTransform
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
-"""The odd number next to 2^64 over the golden ratio, signed."""
+"""The odd number nearest to 2^64 over the golden ratio, signed."""
 
 
 class PackLoss(NamedTuple):
@@ -37,7 +37,7 @@ class PackLoss(NamedTuple):
     metrics: dict[str, Tensor]
     """name -> [n], detached."""
     measured: Tensor
-    """[n] int64, the rows that `metrics` are of."""
+    """[n] int64, the rows of `metrics`."""
 
 
 def pack_loss(
@@ -54,11 +54,10 @@ def pack_loss(
 ) -> PackLoss:
     """Compute the loss of P rows from their hidden states [P, D] and the head's weight [V, D].
 
-    row_weight: [P], of each row's loss; left out, the loss is the token mean of an update of these
-    rows alone, modifiers that weigh rows included, and 0 where targets.weight is. logit_transform:
-    of a head with a scale or a soft cap, see logit_transform_of. metrics_fraction: of the rows that
-    metrics are taken of at least; where the loss sees whole rows anyway they are taken of all.
-    bounds: where they skip rows by a metric that this objective watches, that is of all rows.
+    row_weight: [P] weights of the rows' losses; None: those of the token mean of an update of these
+    rows alone, with the modifiers that weigh rows. logit_transform: scale and soft cap of the head,
+    see logit_transform_of. metrics_fraction: minimum share of the rows that metrics are computed
+    on; all rows where the loss reads whole rows, or where `bounds` skip rows by a metric.
     """
     if row_weight is None:
         row_weight = token_mean(objective, targets)

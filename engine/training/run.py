@@ -1,7 +1,7 @@
-"""A run, wherever its rows come from: its folder, its checkpoints, the trained student.
+"""One run from its folder and checkpoints to the trained student.
 
-`train` gives it rows of a plan, `distill` rows that are made round by round; what a run's folder
-promises (the same call resumes, another is refused, a finished folder is a model) is kept here.
+`train` gives it the packs of a plan, `distill` packs that are made round by round. The same call
+resumes, another run in the folder is refused, and the folder of a finished run is a model.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
@@ -19,7 +19,7 @@ from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.load import load_student, quiet, save_student
 from logitcask.engine.objectives import ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
-from logitcask.engine.training.evaluation import EvalPlan, Evaluations
+from logitcask.engine.training.evaluation import EvalCallback, EvalPlan
 from logitcask.engine.training.held_out import HeldOut
 from logitcask.engine.training.run_dir import (
     METADATA,
@@ -48,34 +48,34 @@ class TrainReport:
 
     out: Path
     updates: int
-    """Of the whole run."""
+    """Updates of the whole run."""
     resumed_at: int
-    """Updates that an earlier call had done; equal to `updates` if there was nothing left to do."""
+    """Updates done by an earlier call; equal to `updates` if nothing was left to do."""
     version: int
-    """Of the trained student."""
+    """Version of the trained student."""
     positions: int
     """Response positions trained on, all epochs."""
     exactness: ExactnessReport
     last: Mapping[str, Any]
-    """The last update's line of metrics.jsonl."""
+    """Line of metrics.jsonl of the last update."""
     evaluations: tuple[Mapping[str, Any], ...] = ()
-    """Its lines of evaluations, in order."""
+    """Lines of metrics.jsonl of evaluations, in order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
-    """A run without its student and its settings."""
+    """Data, objective and evaluation of a run."""
 
-    rows: Callable[[nn.Module], Packs]
-    """Makes the rows, given the student in training."""
+    packs: Callable[[nn.Module], Packs]
+    """Builds the packs for the student in training."""
     updates: int
     objective: Objective | Preset
     same_root: bool
-    """The rollouts are of the student's lineage, so that ages are version differences."""
+    """True where rollouts and student have the same base weights: ages are version differences."""
     identity: Mapping[str, Any]
-    """Goes into run.json; the same folder takes no run in which any of it differs."""
+    """Recorded in run.json; the folder accepts no run in which any of it differs."""
     plan: str
-    """Digest of the data and its order: a checkpoint of another is not resumed from."""
+    """Digest of the data and its order; a checkpoint must have the same to resume from."""
     exactness: ExactnessReport
     evaluation: EvalPlan | None = None
     held_out: HeldOut | None = None
@@ -90,7 +90,7 @@ class RunSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunDir:
-    """A run's folder as found, and the arguments that all its processes agree on."""
+    """Folder of a run before the call, and its training arguments."""
 
     out: Path
     args: TrainingArguments
@@ -103,8 +103,8 @@ class RunDir:
         return bool(self.args.process_index == 0)
 
     @property
-    def rows_per_update(self) -> int:
-        """Packed rows of an update over all processes."""
+    def packs_per_update(self) -> int:
+        """Return the packs of an update over all processes."""
         return int(self.args.gradient_accumulation_steps * self.args.world_size)
 
     def wait(self) -> None:
@@ -140,17 +140,17 @@ def run_training(
     config: Mapping[str, Any],
     progress: Progress = no_progress,
 ) -> TrainReport:
-    """Train from the newest checkpoint on, if there is one, and saves the next version.
+    """Train from the newest checkpoint, if there is one, and save the next version.
 
-    Raises IdentityError if the folder holds another run, and what training raises.
+    Raises IdentityError if the folder holds another run, and the errors of the training.
     """
     preset = spec.objective if isinstance(spec.objective, Preset) else None
     objective = preset.objective if preset else spec.objective
     assert isinstance(objective, Objective)
-    resume_metadata = {"plan": spec.plan, "rows_per_update": run_dir.rows_per_update}
+    resume_metadata = {"plan": spec.plan, "rows_per_update": run_dir.packs_per_update}
     record = {
         "student": {k: v for k, v in model.lineage().items() if k not in ("name", "revision")},
-        # A digest says less than a setting, so settings are compared before what follows from them.
+        # Settings come first: an error then names a setting instead of a digest that depends on it.
         "settings": {
             **settings_record(settings, lora, run),
             "dtype": "bfloat16" if run_dir.args.bf16 else "float32",
@@ -165,7 +165,7 @@ def run_training(
     folder, step = newest_checkpoint(run_dir.out, resume_metadata) or (None, 0)
     finished = (run_dir.out / METADATA).exists()
     if finished:
-        # Checkpoints are large, and of no more use: without them the metrics are still all true.
+        # Also where its checkpoints were deleted: all lines of metrics are valid.
         step = spec.updates
     run_dir.wait()
     if run_dir.first and run_dir.earlier is None:
@@ -181,12 +181,12 @@ def run_training(
     if not finished:
         with quiet():
             student = load_student(model, lora=lora, seed=run.seed)
-            # Before a sampler takes views of the weights: moving them makes new ones.
+            # Before a sampler takes views of the weights: a move makes new tensors.
             student.to(run_dir.args.device)
             trainer = DistillTrainer(
                 student,
                 run_dir.args,
-                rows=spec.rows(student),
+                packs=spec.packs(student),
                 updates=spec.updates,
                 objective=objective,
                 n_vocab=model.n_vocab,
@@ -199,31 +199,32 @@ def run_training(
                 resume_metadata=resume_metadata,
                 progress=progress,
             )
-            evaluations = None
+            evaluation = None
             if spec.evaluation or spec.held_out:
-                evaluations = Evaluations(
+                evaluation = EvalCallback(
                     spec.evaluation,
                     spec.held_out,
                     student,
                     metrics,
                     model.version,
-                    run_dir.first,
+                    write=run_dir.first,
                 )
-                trainer.add_callback(EvalCallback(evaluations))
-                evaluations.at(0)
+                trainer.add_callback(evaluation)
+                evaluation.evaluate_at(0)
             trainer.train(resume_from_checkpoint=str(folder) if folder else None)
-            if evaluations:
-                evaluations.at(spec.updates)
+            if evaluation:
+                evaluation.evaluate_at(spec.updates)
             if run_dir.first:
                 metadata = {
                     "pin": record.get("pin"),
                     "plan": spec.plan,
                     "objective": record["objective"],
                 }
-                noted: dict[str, Any] = {"evaluations": metrics.evaluations} if evaluations else {}
+                results: dict[str, Any] = {"evaluations": metrics.evaluations} if evaluation else {}
                 if metrics.skipped:
-                    noted["rescore"] = {"skipped": metrics.skipped, "positions": metrics.positions}
-                write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **noted})
+                    skipped = {"skipped": metrics.skipped, "positions": metrics.positions}
+                    results["rescore"] = skipped
+                write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
                 save_student(
                     student, run_dir.out, parent=model, updates=spec.updates, metadata=metadata
                 )
@@ -238,16 +239,3 @@ def run_training(
         last=metrics.last,
         evaluations=tuple(metrics.evaluations),
     )
-
-
-class EvalCallback(TrainerCallback):
-    """Evaluates between updates, before the checkpoint of the same update is written."""
-
-    def __init__(self, evaluations: Evaluations) -> None:
-        self._evaluations = evaluations
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._evaluations.due(state.global_step):
-            self._evaluations.at(state.global_step)

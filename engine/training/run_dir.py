@@ -1,9 +1,9 @@
-"""A run's folder: what is in it, whose run it is, and where to go on.
+"""Folder of a run: its files, its identity, and the newest checkpoint.
 
-OUT/  model, tokenizer, logitcask.json   the result; the card comes last and means: finished
-      run.json        what this run is: another run is refused
+OUT/  model, tokenizer, logitcask.json   the result; logitcask.json is written last
+      run.json        identity of the run; another run is refused
       metrics.jsonl   one line per logged update, and per evaluation
-      checkpoints/    written by Trainer, marked by us when whole
+      checkpoints/    written by Trainer; complete with logitcask_checkpoint.json
 """
 
 import json
@@ -18,18 +18,18 @@ from logitcask.engine.errors import ConfigError, IdentityError
 
 RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
 RESUME_METADATA = "logitcask_checkpoint.json"
-"""The last file of a checkpoint: one without it is not whole."""
+"""The last file of a checkpoint: without it the checkpoint is incomplete."""
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """Read run.json; None for a new folder. ConfigError if other files are in the way."""
+    """Read run.json; None for a new folder. Raises ConfigError for a folder of other files."""
     if (out / RUN).exists():
         found: dict[str, Any] = json.loads((out / RUN).read_text())
         return found
-    strangers = [f.name for f in out.iterdir() if f.name[0] != "."] if out.is_dir() else []
-    if strangers:
+    others = [f.name for f in out.iterdir() if f.name[0] != "."] if out.is_dir() else []
+    if others:
         raise ConfigError(
-            f"{out} holds {sorted(strangers)[0]!r} and no {RUN}: it is not the folder of a run",
+            f"{out} holds {min(others)!r} and no {RUN}: it is not the folder of a run",
             hint="give a new or an empty folder with --out",
         )
     return None
@@ -42,7 +42,7 @@ def check_same(
     *,
     hint: str = "give another --out (run.out), or --overwrite (run.overwrite) to lose that run",
 ) -> None:
-    """IdentityError that names the first key in which the run that `place` holds is another."""
+    """Raise IdentityError with the first key in which the run in `place` differs from ours."""
     theirs = dict(_leaves(earlier))
     mine = dict(_leaves(json.loads(json.dumps(ours))))
     for key in [*mine, *theirs]:
@@ -67,12 +67,12 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"--out {out}: {error.strerror}", hint="give another --out, a folder of the run's own"
+            f"--out {out}: {error.strerror}", hint="give another --out, for this run alone"
         ) from error
 
 
 def clear(out: Path) -> None:
-    """Remove an earlier run but its run.json, which the next one replaces; strange files stay."""
+    """Remove an earlier run except run.json, which the next run replaces; other files stay."""
     (out / METADATA).unlink(missing_ok=True)
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS):
@@ -81,17 +81,17 @@ def clear(out: Path) -> None:
 
 
 def newest_checkpoint(out: Path, resume_metadata: Mapping[str, Any]) -> tuple[Path, int] | None:
-    """Return (folder, updates done) of the newest whole checkpoint, or None.
+    """Return (folder, updates done) of the newest complete checkpoint, or None.
 
-    Raises IdentityError if it was made from other data than `resume_metadata` says.
+    Raises IdentityError if it differs in `resume_metadata`.
     """
-    whole = [
+    complete = [
         (json.loads(file.read_text()), file.parent)
         for file in (out / CHECKPOINTS).glob(f"checkpoint-*/{RESUME_METADATA}")
     ]
-    if not whole:
+    if not complete:
         return None
-    found, folder = max(whole, key=lambda pair: int(pair[0]["step"]))
+    found, folder = max(complete, key=lambda pair: int(pair[0]["step"]))
     step = int(found.pop("step"))
     check_same(folder, found, resume_metadata)
     return folder, step
@@ -102,23 +102,23 @@ def write_resume_metadata(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 class MetricsFile:
-    """metrics.jsonl: a line per logged update and evaluation, each by one call, none twice."""
+    """metrics.jsonl: one line per logged update and per evaluation, each appended once."""
 
     def __init__(self, path: Path, step: int, *, first: bool = True) -> None:
-        """Keep the lines up to `step`: what came after the checkpoint will be written again.
+        """Keep the lines up to `step`: later ones are written again after the checkpoint.
 
-        Only the `first` of several processes writes.
+        first: True in the process that writes.
         """
         self._path = path
         self._start = time.monotonic()
         self.last: dict[str, Any] = {}
-        """The newest line of an update."""
+        """Newest line of an update."""
         self.evaluations: list[dict[str, Any]] = []
         self.skipped = 0.0
-        """Positions that gave no gradient because the student had moved too far from the scores."""
+        """Positions without a gradient, because the student was too far from the scores."""
         kept = []
         for text in path.read_text().splitlines() if path.exists() else []:
-            # A torn line is always beyond the newest checkpoint.
+            # An incomplete line is always later than the newest checkpoint.
             if text.endswith("}") and json.loads(text)["progress/step"] <= step:
                 kept.append(text)
         for line in map(json.loads, kept):
@@ -146,7 +146,7 @@ class MetricsFile:
         self.last = line
 
     def evaluated(self, line: dict[str, float | None], *, write: bool) -> None:
-        """Record a line of an evaluation; only one process writes it."""
+        """Record a line of an evaluation; write: True in the process that writes."""
         self.evaluations.append(line)
         if write:
             self._write(line)
@@ -161,15 +161,15 @@ class MetricsFile:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Replace a file by `content` as JSON, atomically."""
     replace_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Whole or not at all, also when the machine stops in between."""
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w") as file:
+    """Replace a file by `text` atomically and durably."""
+    staged = path.with_name(f".{path.name}.new")
+    with staged.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(path)
+    staged.replace(path)

@@ -1,4 +1,4 @@
-"""The settings of a run as transformers, peft and run.json take them."""
+"""The settings of a run as transformers.TrainingArguments and as a record in run.json."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": 
 def training_arguments(settings: Train, run: Run) -> TrainingArguments:
     """Build the transformers.TrainingArguments of a run, checkpoints below `run.out`.
 
-    Raises ConfigError for a device that is not there.
+    Raises ConfigError for a device that does not exist.
     """
     if run.device not in ("auto", "cpu", "cuda", "cuda:0"):
         raise ConfigError(
@@ -35,7 +35,7 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
         bf16=bf16,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        # The plan holds all epochs, in order.
+        # The plan contains all epochs, in order.
         num_train_epochs=1,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -51,7 +51,7 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
         seed=run.seed,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        # A crash while one is written leaves the one before.
+        # A crash during a save leaves the checkpoint before.
         save_total_limit=2,
         logging_strategy="steps",
         logging_steps=settings.logging_steps,
@@ -67,7 +67,7 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
 
 
 def staleness_bounds(settings: Train) -> Bounds:
-    """Return the bounds on how far the student may move from what was scored."""
+    """Return the bounds on the distance of the student from the scored policy."""
     return Bounds(
         action=settings.staleness_action,
         min_coverage=settings.min_coverage,
@@ -76,9 +76,9 @@ def staleness_bounds(settings: Train) -> Bounds:
 
 
 def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
-    """Return the settings by the names that run.json and a loop's rollouts hold them under.
+    """Return the settings under their keys in run.json and in the rollouts of a loop.
 
-    Keys that came later are left out at their defaults, so that earlier runs still resume.
+    Keys added later are omitted at their defaults, so that earlier runs still resume.
     """
     later = lora.model_dump(exclude={"r"}, exclude_defaults=True)
     return {

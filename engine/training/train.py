@@ -1,4 +1,4 @@
-"""Train a student on a pinned store: one call, which resumes where it was interrupted."""
+"""Train a student on a snapshot of a store: one call, which resumes where it was interrupted."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +9,11 @@ from logitcask.engine.errors import IncompleteError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.objectives import Objective, Preset, check_exactness
 from logitcask.engine.packing.batches import PlannedPacks
-from logitcask.engine.packing.plan import PackPlan, PlanKey, make_plan
+from logitcask.engine.packing.plan import PackPlan
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.training.cache_info import facts_of, first_snapshot
+from logitcask.engine.training.cache_info import cache_info, first_snapshot
 from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
@@ -41,19 +41,18 @@ def train(
     on_event: EventHandler = lambda line: None,
     progress: Progress = no_progress,
 ) -> TrainReport:
-    """Train `model` on the scores of `teacher`, and save it as the next version in `out`.
+    """Train `model` on the scores of `teacher`, and save it as the next version in `run.out`.
 
-    `base` names scores of the model that the teacher was made from, for objectives that look there.
-    Without a `snapshot` the store as it is at the first call is used. The same call on the same
-    `out` resumes from the newest checkpoint, bit-exactly on a CPU. `evaluation`: runs
-    before the first update and after the last, as do the rows of `held_out`. `cache`: keeps units
-    for other runs. `config`, the resolved configuration, is only recorded, in run.json.
-    What the cache serves exactly for the objective goes to `on_event` before the first update.
-    Under torchrun every process calls this.
+    base: name of the scores of the teacher's base model, for objectives that need them. snapshot:
+    None = the newest at the first call. The same call on the same folder resumes from the newest
+    checkpoint, bit for bit on a CPU. evaluation, held_out: measured before the first update and
+    after the last at least. cache: keeps decoded units for other runs. config: the resolved
+    configuration, only recorded in run.json. The exactness report of the objective goes to
+    `on_event` before the first update. Under torchrun every process calls this.
 
-    Raises ConfigError, IdentityError (another run in `out`, another tokenizer than the rollouts'),
-    IncompleteError (units missing and not `partial`), ObjectiveError (the cache cannot serve the
-    objective) and ModelError.
+    Raises ConfigError, IdentityError (another run in the folder, another tokenizer than the
+    rollouts'), IncompleteError (units missing and not `partial`), ObjectiveError (the scores cannot
+    serve the objective) and ModelError.
     """
     run_dir = open_run_dir(model, settings, run)
     if snapshot is None:
@@ -61,12 +60,12 @@ def train(
     source = PackSource(
         store, snapshot, rollouts, teacher, base=base, partial=settings.partial, cache=cache
     )
-    facts = facts_of(model, source, settings.allow_off_lineage)
-    exactness = check_exactness(objective, facts)
+    info = cache_info(model, source, settings.allow_off_lineage)
+    exactness = check_exactness(objective, info)
     if run_dir.first:
         for line in exactness.lines():
             on_event(line)
-    plan = _plan(source, snapshot, rollouts, teacher, settings, run.seed)
+    plan = _plan(source, rollouts, settings, run.seed)
     held = None
     if held_out is not None:
         held = hold_out(held_out, model, objective, settings.pack_length, run_dir.earlier, cache)
@@ -74,10 +73,10 @@ def train(
             for line in held.exactness.lines():
                 on_event(f"held out: {line}")
     spec = RunSpec(
-        rows=lambda student: PlannedPacks(plan, source),
-        updates=-(-len(plan) // run_dir.rows_per_update),
+        packs=lambda student: PlannedPacks(plan, source),
+        updates=-(-len(plan) // run_dir.packs_per_update),
         objective=objective,
-        same_root=facts.same_root,
+        same_root=info.same_root,
         identity={
             "store": store.uuid,
             "pin": {"number": snapshot.number, "sha256": snapshot.sha256},
@@ -114,25 +113,16 @@ def check(
     snapshot: Snapshot,
     base: str | None = None,
 ) -> None:
-    """Raise what `train` would raise before its first update; decodes no unit."""
+    """Raise the errors of `train` before its first update; decodes no unit."""
     source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=settings.partial)
-    check_exactness(objective, facts_of(model, source, settings.allow_off_lineage))
-    _plan(source, snapshot, rollouts, teacher, settings, seed)
+    check_exactness(objective, cache_info(model, source, settings.allow_off_lineage))
+    _plan(source, rollouts, settings, seed)
 
 
-def _plan(
-    source: PackSource, snapshot: Snapshot, rollouts: str, teacher: str, settings: Train, seed: int
-) -> PackPlan:
-    key = PlanKey(
-        snapshot=snapshot.number,
-        snapshot_sha256=snapshot.sha256,
-        rollouts=rollouts,
-        teacher=teacher,
-        seed=seed,
-        epochs=settings.num_train_epochs,
-        pack_length=settings.pack_length,
+def _plan(source: PackSource, rollouts: str, settings: Train, seed: int) -> PackPlan:
+    plan = source.plan(
+        seed=seed, epochs=settings.num_train_epochs, pack_length=settings.pack_length
     )
-    plan = make_plan(key, source.lengths())
     if not len(plan):
         raise IncompleteError(
             f"rollouts {rollouts!r} hold no response token",

@@ -1,14 +1,13 @@
-"""A transformers.Trainer that trains on packed rows of cached scores.
+"""A transformers.Trainer that trains on packs of cached scores.
 
-What is ours, and why:
-- One dataset item is the *index* of a packed row. Indices become rows in `get_batch_samples`, which
-  runs once per optimizer update and after the previous one. A loader that waited for rows would
-  deadlock an on-policy loop, because accelerate reads one item ahead.
-- The whole loss runs inside the wrapped model's forward: calling backbone and head past the wrapper
-  would leave gradients un-averaged between processes, without an error.
+It differs from a plain Trainer, and for these reasons:
+- One dataset item is the *index* of a pack. Indices become packs in `get_batch_samples`, which runs
+  once per optimizer update, after the previous update. accelerate reads one item ahead, so a loader
+  that waited for the packs of an on-policy loop would deadlock.
+- The whole loss is computed inside the wrapped model's forward: a call of backbone and head past
+  the wrapper would leave gradients un-averaged between processes, without an error.
 - The divisor of the loss is the sum of row weights of one update over all micro-batches and
   processes, so neither accumulation nor the number of processes changes the update.
-- Metrics are summed on the device and read once per logged update.
 """
 
 import math
@@ -31,29 +30,28 @@ from transformers import (
 )
 
 from logitcask.engine.errors import IncompleteError, ModelError
-from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.models.load import head_weight, hidden_states, inner_model
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
-from logitcask.engine.objectives.bounds import SKIPPED, skips
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.packing.source import Pack
-from logitcask.engine.packing.targets import Targets
-from logitcask.engine.training.pack_loss import PackLoss, pack_loss
+from logitcask.engine.training.metric_sums import MetricSums
+from logitcask.engine.training.pack_loss import pack_loss
+from logitcask.engine.training.processes import gathered
 from logitcask.engine.training.run_dir import MetricsFile, write_resume_metadata
 from logitcask.engine.types import Progress
 
 CHANGED_SAMPLE = 1 << 20
-"""Elements at most that `train/changed_share` looks at."""
+"""Maximum number of elements that `train/changed_share` compares."""
 
 
 class DistillTrainer(Trainer):
-    """Trains `model` on `rows`, one packed row a micro-batch.
+    """Trainer of `model` on `packs`, one pack a micro-batch.
 
-    Update u reads the rows of indices u x width to (u + 1) x width - 1, where width is accumulation
-    x processes. On policy: give `rows` an object whose `prepare(u)` samples, scores and packs what
-    they will be (every process calls it). One call of `train` then spans all rounds, and optimizer,
-    schedule and metrics live on.
+    Update u reads the packs of indices u x width to (u + 1) x width - 1, where width is
+    accumulation x processes. An on-policy loop gives `packs` an object whose `prepare(u)` samples,
+    scores and packs (every process calls it). One call of `train` then spans all rounds, with one
+    optimizer, schedule and metrics file.
     """
 
     loss_is_scaled_for_ga = True
@@ -63,7 +61,7 @@ class DistillTrainer(Trainer):
         model: Any,
         args: TrainingArguments,
         *,
-        rows: Packs,
+        packs: Packs,
         updates: int,
         objective: Objective,
         n_vocab: int,
@@ -78,10 +76,9 @@ class DistillTrainer(Trainer):
     ) -> None:
         """Build the Trainer.
 
-        `version` is the student's before update 0; ages count from it if the student is of the
-        lineage that sampled (`same_root`). `metrics_fraction`, `bounds`: see pack_loss;
-        `aggregation`: see objectives.loss_weights. `resume_metadata`: a checkpoint must agree on it
-        to be resumed.
+        `version` is the student's before update 0; `same_root`: see MetricSums. `metrics_fraction`,
+        `bounds`: see pack_loss; `aggregation`: see objectives.loss_weights. `resume_metadata`: must
+        equal that of a checkpoint to resume from.
         """
         self._width = width = args.gradient_accumulation_steps * args.world_size
         use_cache = model.config.use_cache
@@ -89,27 +86,26 @@ class DistillTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=_Indices(updates * width),
-            data_collator=cast(Any, _only_item),
+            data_collator=cast(Any, lambda items: items[0]),
         )
-        # Trainer drops `loss_is_scaled_for_ga` below 5.20 and asks this instead.
+        # Below 5.20, Trainer drops `loss_is_scaled_for_ga` and reads this instead.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
-        # Trainer switches it off in the configuration, which would be saved with the student.
+        # Trainer turns it off in the configuration, which is saved with the student.
         model.config.use_cache = use_cache
         self._changed = _ChangedShare()
         self.add_callback(self._changed)
-        self._rows = rows
+        self._packs = packs
         self._objective = objective
         self._n_vocab = n_vocab
         self._metrics_fraction = metrics_fraction
         self._aggregation = aggregation
         self._bounds = bounds
         self._version = version
-        self._same_root = same_root
         self._metrics = metrics
         self._resume_metadata = resume_metadata
         self._progress = progress
-        self._sums: dict[str, Tensor] = {}
+        self._sums = MetricSums(objective, bounds, same_root=same_root)
         self._waited_s, self._since_s = 0.0, time.monotonic()
 
     def get_batch_samples(
@@ -117,19 +113,19 @@ class DistillTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """Return the packs of an update, and the divisor of their losses over all processes."""
         begun_s = time.monotonic()
-        self._rows.prepare(self.state.global_step)
+        self._packs.prepare(self.state.global_step)
         indices = list(islice(epoch_iterator, num_batches))
-        rows = [self._rows.row(index) for index in indices]
+        packs = [self._packs.pack(index) for index in indices]
         self._waited_s += time.monotonic() - begun_s
-        # The next update's are made while this one is computed.
-        self._rows.expect(index + self._width for index in indices)
+        # The packs of the next update are made while this one is computed.
+        self._packs.prefetch(index + self._width for index in indices)
         weights, divisor = loss_weights(
-            self._objective, [row.targets for row in rows], self._aggregation, gathered
+            self._objective, [pack.targets for pack in packs], self._aggregation, gathered
         )
         total = self.accelerator.reduce(divisor.to(device, torch.float32), reduction="sum")
         # Trainer counts operations by the first key.
-        items = zip(rows, weights, strict=True)
-        return [{"input_ids": r.input_ids, "row": r, "weight": w} for r, w in items], total
+        items = zip(packs, weights, strict=True)
+        return [{"input_ids": p.input_ids, "pack": p, "weight": w} for p, w in items], total
 
     def compute_loss(
         self,
@@ -140,33 +136,32 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """Return the loss [] of one pack: its share of the loss of the whole update."""
         assert isinstance(num_items_in_batch, Tensor), "get_batch_samples counts"
-        row: Pack = inputs["row"].to(self.args.device)
+        pack: Pack = inputs["pack"].to(self.args.device)
         # Wrappers average gradients over processes; the divisor is already that of all of them.
         scale = self.accelerator.num_processes / num_items_in_batch.clamp(min=1.0)
         weight = inputs["weight"].to(self.args.device) * scale
-        loss = _inside(
+        loss = _inside_forward(
             model,
             self.accelerator.unwrap_model(model),
-            lambda inner: self._row_loss(inner, row, weight),
-            row.input_ids,
+            lambda inner: self._pack_loss(inner, pack, weight),
+            pack.input_ids,
         )
         return (loss, None) if return_outputs else loss
 
-    def _row_loss(self, inner: nn.Module, row: Pack, weight: Tensor) -> Tensor:
+    def _pack_loss(self, inner: nn.Module, pack: Pack, weight: Tensor) -> Tensor:
         with self.accelerator.autocast():
-            states = hidden_states(inner, row.input_ids, row.position_ids)
-        head = head_weight(inner)
-        targets = row.targets
+            states = hidden_states(inner, pack.input_ids, pack.position_ids)
+        head, targets = head_weight(inner), pack.targets
         if not len(targets):
             # Every parameter gets a gradient, of zeros: other processes wait for all of them.
             return (states.sum() + head.sum()) * 0.0
         if self.args.bf16 and states.is_cuda:
-            # A final norm with float32 weights answers in float32 even under autocast; the head's
-            # product is still in bfloat16. On a CPU that would gain nothing.
+            # A final norm with float32 weights returns float32 even under autocast; the product
+            # with the head is still in bfloat16. On a CPU that would gain nothing.
             states = states.to(torch.bfloat16)
         result = pack_loss(
             self._objective,
-            states[row.predict_at],
+            states[pack.predict_at],
             head,
             targets,
             row_weight=weight,
@@ -175,34 +170,15 @@ class DistillTrainer(Trainer):
             metrics_fraction=self._metrics_fraction,
             bounds=self._bounds,
         )
-        self._count(result, targets)
+        self._sums.add(result, targets, self._version + self.state.global_step)
         return result.loss
-
-    @torch.no_grad()
-    def _count(self, result: PackLoss, targets: Targets) -> None:
-        weight = targets.weight
-        for name, values in result.metrics.items():
-            self._add(name, values, weight[result.measured])
-        # Of every row, whatever metrics are taken of.
-        age = self._version + self.state.global_step - targets.version
-        self._add("cache/age", age.to(weight.dtype), weight)
-
-    def _add(self, name: str, values: Tensor, weight: Tensor) -> None:
-        used = weight > 0
-        sums = torch.stack(
-            [
-                torch.where(used, weight * power, 0.0).sum()
-                for power in (torch.ones_like(values), values, values**2)
-            ]
-        )
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Write a line of metrics.jsonl per logged update, without Trainer's closing summary."""
         if "loss" not in logs:
             return
         step = self.state.global_step
-        means, positions = self._reduced()
+        means, positions = self._sums.reduce()
         self._metrics.positions += positions
         line: dict[str, float | None] = {
             "progress/step": step,
@@ -211,7 +187,7 @@ class DistillTrainer(Trainer):
             "train/grad_norm": float(logs["grad_norm"]),
             "train/lr": logs["learning_rate"],
             "train/changed_share": self._changed.share(),
-            "train/data_wait": self._waiting(),
+            "train/data_wait": self._data_wait(),
             "progress/positions": self._metrics.positions,
             "progress/seconds": self._metrics.seconds(),
         }
@@ -231,49 +207,20 @@ class DistillTrainer(Trainer):
         super().log({name: value for name, value in line.items() if value is not None})
         self._progress("train", step, self.state.max_steps)
 
-    def _waiting(self) -> float:
-        """Share of the time since the last line in which this process waited for rows."""
+    def _data_wait(self) -> float:
+        """Return the share of the time since the last line that was spent waiting for packs."""
         now_s = time.monotonic()
         share = self._waited_s / max(now_s - self._since_s, 1e-9)
         self._waited_s, self._since_s = 0.0, now_s
         return share
 
-    def _reduced(self) -> tuple[dict[str, float | None], int]:
-        """Return and reset (means over rows, number of rows) since the last line, all processes."""
-        everyone = gathered({name: sums.tolist() for name, sums in self._sums.items()})
-        self._sums = {}
-        # A process whose rows were all empty has no names.
-        names = dict.fromkeys(name for sums in everyone for name in sums)
-        totals = {
-            name: [
-                sum(part) for part in zip(*(s[name] for s in everyone if name in s), strict=True)
-            ]
-            for name in names
-        }
-        rows = totals.pop("cache/age", [0.0, 0.0, 0.0])
-        # A line names every metric, also where an update had no row to take it of.
-        means: dict[str, float | None] = dict.fromkeys(COMMON_METRICS)
-        if skips(self._objective, self._bounds):
-            means[SKIPPED] = None
-        means["cache/age"] = finite(rows[1] / rows[0]) if self._same_root and rows[0] else None
-        for name, (n, total, squares) in totals.items():
-            mean = total / n if n else math.nan
-            means[name] = finite(mean)
-            if n < rows[0]:
-                # Of a share of the rows, drawn without replacement.
-                variance = max(squares / n - mean**2, 0.0) if n else math.nan
-                error = math.sqrt(variance / n * (1 - n / rows[0])) if n else math.nan
-                means[f"{name}_se"] = finite(error)
-        return means, int(rows[0])
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            folder = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
-            write_resume_metadata(
-                Path(folder), {**self._resume_metadata, "step": self.state.global_step}
-            )
+            step = self.state.global_step
+            folder = Path(f"{self.args.output_dir}/checkpoint-{step}")
+            write_resume_metadata(folder, {**self._resume_metadata, "step": step})
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -282,7 +229,7 @@ class DistillTrainer(Trainer):
 
 
 class _ChangedShare(TrainerCallback):
-    """Share of the trainable parameters that an update really changed, from a strided sample.
+    """Share of the trainable parameters that an update changed, from a strided sample.
 
     Weights too coarse for the learning rate show here and nowhere else: the loss looks healthy.
     """
@@ -311,7 +258,7 @@ class _ChangedShare(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A line at every checkpoint: what a resumed run counts on from is then in the file.
+        # Every checkpoint has a line: a resumed run continues its sums.
         control.should_log = control.should_log or control.should_save
 
     @staticmethod
@@ -319,25 +266,6 @@ class _ChangedShare(TrainerCallback):
         trainable = [p.detach() for p in model.parameters() if p.requires_grad]
         stride = -(-sum(p.numel() for p in trainable) // CHANGED_SAMPLE)
         return [p.view(-1)[::stride] for p in trainable]
-
-
-def finite(value: float) -> float | None:
-    """Return None for a value that JSON cannot hold."""
-    return value if math.isfinite(value) else None
-
-
-def gathered(value: Any) -> list[Any]:
-    """Gather `value` of every process, in their order."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def rank() -> int:
-    """Return the place of this process among those that `gathered` asks."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 class _Indices(Dataset[int]):
@@ -353,23 +281,15 @@ class _Indices(Dataset[int]):
         return index
 
 
-def _only_item(items: list[int]) -> int:
-    return items[0]
-
-
-def _inside(
+def _inside_forward(
     wrapper: nn.Module, inner: Any, run: Callable[[nn.Module], Tensor], *inputs: Tensor
 ) -> Tensor:
-    """run(inner) as if it were inner's forward, called through `wrapper` (which may be `inner`).
+    """Return run(inner), called as the forward of `inner` through `wrapper` (may be `inner`).
 
     `inputs` are not used by `run`; DistributedDataParallel refuses to be called without any.
     """
     own = vars(inner).get("forward")
-
-    def forward(*_: Tensor) -> Tensor:
-        return run(inner)
-
-    inner.forward = forward
+    inner.forward = lambda *_: run(inner)
     try:
         loss: Tensor = wrapper(*inputs)
     finally:

@@ -32,7 +32,7 @@ def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None
     opened = open_store(world.at(store))
     snapshot = opened.head()
     members = np.stack([np.zeros(2 * N, int), np.arange(2 * N)], 1)
-    targets = PackSource(opened, snapshot, "main", "big", base="root").row(members).targets
+    targets = PackSource(opened, snapshot, "main", "big", base="root").pack(members).targets
     assert targets.mc_count is not None
     assert (targets.mc_count.sum(1) == 5).all()
     drawn = targets.mc_count > 0
@@ -40,7 +40,7 @@ def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None
     # The base is the teacher here, so both say the same wherever both were asked.
     assert targets.base_log_p is not None
     np.testing.assert_allclose(targets.base_log_p[drawn], targets.q_log_p[drawn], rtol=2e-3)
-    own = PackSource(opened, snapshot, "main", "draws").row(members).targets
+    own = PackSource(opened, snapshot, "main", "draws").pack(members).targets
     assert own.q_draws is not None
     assert (own.q_draws.sum(1) == 7).all()
     # The same prompts as context are the same scores under another name and role.
@@ -186,7 +186,7 @@ def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
     source = PackSource(opened, opened.head(), "main", "big")
     for ordinal, (segment, chain) in enumerate(source.pairs):
         assert [each.layout for each in (segment, *chain)] == ["mc", "once", "wider"]
-        targets = source.row(np.asarray([[ordinal, 0]])).targets
+        targets = source.pack(np.asarray([[ordinal, 0]])).targets
         assert targets.mc_count is not None
         assert (targets.mc_count.sum(1) == 3).all()
         assert targets.cached[targets.mc_count > 0].all()

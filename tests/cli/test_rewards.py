@@ -61,7 +61,7 @@ def test_a_loop_grades_its_rounds(world: World, call: Any) -> None:
     assert len(source.pairs) == 2
     for ordinal, (segment, _) in enumerate(source.pairs):
         reward = np.asarray(opened.read_rollouts(segment).reward)
-        found = source.row(np.asarray([[ordinal, 1]])).targets.reward
+        found = source.pack(np.asarray([[ordinal, 1]])).targets.reward
         assert found is not None
         assert set(found.tolist()) == {float(reward[1])}
     call(loop).refused(1, "prompts", "of this run's own")

@@ -57,11 +57,11 @@ class Gradients(TrainerCallback):
         self.updates.append({name.removeprefix("module."): grad for name, grad in grads.items()})
 
 
-class ListRows:
-    """`Packs` from a list, empty ones beyond its end."""
+class ListPacks:
+    """`Packs` from a list; empty packs after its end."""
 
-    def __init__(self, rows: Sequence[Pack], source: PackSource) -> None:
-        self._rows = rows
+    def __init__(self, packs: Sequence[Pack], source: PackSource) -> None:
+        self._packs = packs
         self._source = source
         self.prepared: list[int] = []
         self.expected: list[int] = []
@@ -69,18 +69,18 @@ class ListRows:
     def prepare(self, step: int) -> None:
         self.prepared.append(step)
 
-    def expect(self, indices: Iterable[int]) -> None:
+    def prefetch(self, indices: Iterable[int]) -> None:
         self.expected = list(indices)
 
-    def row(self, index: int) -> Pack:
-        if index < len(self._rows):
-            return self._rows[index]
-        return self._source.row(torch.zeros(0, 2).long().numpy())
+    def pack(self, index: int) -> Pack:
+        if index < len(self._packs):
+            return self._packs[index]
+        return self._source.pack(torch.zeros(0, 2).long().numpy())
 
 
 def make_trainer(
     model: nn.Module,
-    rows: Any,
+    packs: Any,
     folder: Path,
     *,
     updates: int = 1,
@@ -91,7 +91,7 @@ def make_trainer(
     aggregation: str = "token-mean",
     bounds: Bounds = NO_BOUNDS,
 ) -> tuple[DistillTrainer, Gradients]:
-    """A trainer whose gradients are not clipped."""
+    """Return a trainer without gradient clipping, and its gradients."""
     settings = Train(
         learning_rate=lr,
         gradient_accumulation_steps=accumulation,
@@ -104,7 +104,7 @@ def make_trainer(
     trainer = DistillTrainer(
         model,
         args,
-        rows=rows,
+        packs=packs,
         updates=updates,
         objective=objective,
         n_vocab=n_vocab,

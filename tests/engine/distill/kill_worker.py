@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import logitcask.engine.store.commit as commit
-import logitcask.engine.training.run as course
+import logitcask.engine.training.run as run_module
 import logitcask.engine.training.trainer as trainer
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.loop import distill
@@ -28,12 +28,12 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
     "rollout": (Store, "commit_rollouts", True),
     "score": (Store, "commit_scores", True),
     "publish": (commit, "append", False),
-    "micro_batch": (trainer.DistillTrainer, "_row_loss", True),
+    "micro_batch": (trainer.DistillTrainer, "_pack_loss", True),
     "update": (MetricsFile, "append", True),
     "weights": (trainer.DistillTrainer, "_save", True),
     "mark": (trainer, "write_resume_metadata", False),
     "marked": (trainer, "write_resume_metadata", True),
-    "saving": (course, "save_student", False),
+    "saving": (run_module, "save_student", False),
     "moving": (os, "replace", True),
 }
 """publish: a segment is encoded that no record names. weights: a checkpoint without optimizer.
@@ -43,13 +43,13 @@ mark: one that is whole and does not say so. moving: some files of the student, 
 def arm(at: str, count: int) -> None:
     if at == "moving":
         # os.replace serves many; only those of the student's files count.
-        save = course.save_student
+        save = run_module.save_student
 
         def armed(*args: Any, **kwargs: Any) -> None:
             _wrap(*POINTS["moving"], count)
             save(*args, **kwargs)
 
-        course.save_student = armed
+        run_module.save_student = armed
     else:
         _wrap(*POINTS[at], count)
 

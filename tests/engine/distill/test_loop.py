@@ -104,26 +104,26 @@ class Whole:
     def __init__(self, models: Path, into: Path) -> None:
         self.config = configure(models, into)
         self.digests: list[str] = []
-        self.rows: list[tuple[int, Any]] = []
+        self.packs: list[tuple[int, Any]] = []
         with pytest.MonkeyPatch.context() as patch:
-            prepare, row = OnPolicyRows.prepare, OnPolicyRows.row
+            prepare, pack = OnPolicyRows.prepare, OnPolicyRows.pack
 
             def spy_prepare(rounds: Any, step: int) -> None:
-                self.digests.append(live_digest(rounds._student))
+                self.digests.append(live_digest(rounds.student))
                 prepare(rounds, step)
 
-            def spy_row(rounds: Any, index: int) -> Any:
-                self.rows.append((index // rounds._width, row(rounds, index)))
-                return self.rows[-1][1]
+            def spy_pack(rounds: Any, index: int) -> Any:
+                self.packs.append((index // rounds.width, pack(rounds, index)))
+                return self.packs[-1][1]
 
             patch.setattr(OnPolicyRows, "prepare", spy_prepare)
-            patch.setattr(OnPolicyRows, "row", spy_row)
+            patch.setattr(OnPolicyRows, "pack", spy_pack)
             self.calls: list[tuple[str, int, int]] = []
-            self.notices: list[str] = []
+            self.lines: list[str] = []
             self.report: TrainReport = distill(
                 self.config,
                 progress=lambda *call: self.calls.append(call),
-                on_event=self.notices.append,
+                on_event=self.lines.append,
             )
         self.out, self.store = into / "out", open_store(into / "store")
         self.weights = (self.out / "model.safetensors").read_bytes()
@@ -171,7 +171,7 @@ def test_an_update_trains_on_its_share_of_its_own_round(whole: Whole) -> None:
         trained: Counter[tuple[int, ...]] = Counter()
         for update in range(number * UPDATES, (number + 1) * UPDATES):
             share: Counter[tuple[int, ...]] = Counter()
-            for at, row in whole.rows:
+            for at, row in whole.packs:
                 if at == update and len(row.targets):
                     assert set(row.targets.version.tolist()) == {number * UPDATES}
                     starts = np.flatnonzero(row.position_ids[0].numpy() == 0)
@@ -209,7 +209,7 @@ def test_progress_counts_the_prompts_of_all_rounds(whole: Whole, stage: str) -> 
 def test_notes_of_scorings_are_said_once(models: Path, tmp_path: Path) -> None:
     config = configure(models, tmp_path, "loop.rounds=3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.OnPolicyRows, "_pack", lambda *_: 1 / 0)
+        patch.setattr(loop.OnPolicyRows, "_packed", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             distill(config)
     said: list[str] = []

@@ -1,7 +1,6 @@
 """Columns of a row: every id that a list, a draw or the sample names has one, with its numbers."""
 
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.packing.batches import batches, planned
+from logitcask.engine.packing.batches import batches
 from logitcask.engine.packing.plan import PlanKey, make_plan
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets, empty_sequence, make_targets
@@ -138,7 +137,7 @@ def with_base(path: Path, units: list[Unit], based: int) -> Store:
 
 def batch_rows(source: PackSource) -> list[Targets]:
     plan = make_plan(key(), source.lengths())
-    return [source.row(plan.row(i)).targets for i in range(len(plan))]
+    return [source.pack(plan.pack(i)).targets for i in range(len(plan))]
 
 
 def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
@@ -188,22 +187,12 @@ def test_a_loop_of_ones_own_gets_the_base_and_what_is_there(tmp_path: Path) -> N
     assert sum(len(row.targets) for row in rows) == sum(u.rollouts.positions for u in units[:2])
 
 
-def test_batches_takes_what_planned_takes() -> None:
-    ours, theirs = (signature(each).parameters for each in (batches, planned))
-    assert list(ours.values()) == [
-        *list(theirs.values())[:4],
-        ours["rank"],
-        ours["world"],
-        *list(theirs.values())[4:],
-    ]
-
-
 def test_sequences_and_positions_count_from_zero(tmp_path: Path) -> None:
     lengths = [3, 1, 4, 0, 5, 2]
     store = make_store(tmp_path / "s", [make_unit(0, lengths=lengths)])
     source = PackSource(store, store.head(), "main", "big")
     members = np.asarray([[0, 4], [0, 3], [0, 0], [0, 5]])
-    targets = source.row(members).targets
+    targets = source.pack(members).targets
     assert targets.sequence is not None
     assert targets.position is not None
     assert targets.sequence.tolist() == [0] * 5 + [2] * 3 + [3] * 2
@@ -225,10 +214,10 @@ def test_a_row_has_the_reward_of_its_sequence(tmp_path: Path) -> None:
     members = np.asarray([[0, 4], [0, 3], [0, 0]])
     for cache in (None, UnitCache(tmp_path / "c")):
         source = PackSource(store, store.head(), "main", "big", cache=cache)
-        found = source.row(members).targets.reward
+        found = source.pack(members).targets.reward
         assert found is not None
         assert (found.dtype, found.tolist()) == (torch.float32, [0.75] * 5 + [0.0] * 3)
-        empty = source.row(members[:0]).targets.reward
+        empty = source.pack(members[:0]).targets.reward
         assert empty is not None
         assert empty.shape == (0,)
 
@@ -246,14 +235,14 @@ def test_an_exact_entropy_among_intervals_is_one_without_width(tmp_path: Path) -
     for cache in (None, UnitCache(tmp_path / "c")):
         source = PackSource(store, store.head(), "main", "big", cache=cache)
         assert source.bounded
-        targets = source.row(members).targets
+        targets = source.pack(members).targets
         assert targets.q_entropy_hi is not None
         width = targets.q_entropy_hi - targets.q_entropy
         torch.testing.assert_close(width, torch.tensor([0.0] * 3 + [0.25] * 4 + [0.0] * 5))
         part = targets.at(torch.tensor([4])).q_entropy_hi
         assert part is not None
         assert torch.equal(part, targets.q_entropy_hi[4:5])
-        empty = source.row(members[:0]).targets.q_entropy_hi
+        empty = source.pack(members[:0]).targets.q_entropy_hi
         assert empty is not None
         assert empty.shape == (0,)
     for (segment, chain), size in zip(source.pairs, source.lengths(), strict=True):
@@ -262,12 +251,12 @@ def test_an_exact_entropy_among_intervals_is_one_without_width(tmp_path: Path) -
     first = source.pairs[0][0]
     alone = PackSource(store, store.head(), "main", "big", only=lambda s: s == first, partial=True)
     assert not alone.bounded
-    assert alone.row(members[:1]).targets.q_entropy_hi is None
+    assert alone.pack(members[:1]).targets.q_entropy_hi is None
 
 
 def test_a_row_without_sequences_has_the_fields_of_the_others(tmp_path: Path) -> None:
     store = with_base(tmp_path / "s", [make_unit(0, mc_draws=3)], 1)
-    empty = PackSource(store, store.head(), "main", "big", base="root").row(np.zeros((0, 2), int))
+    empty = PackSource(store, store.head(), "main", "big", base="root").pack(np.zeros((0, 2), int))
     for name in ("mc_count", "mc_log_p", "student_topk_logprobs", "base_log_p"):
         assert getattr(empty.targets, name).shape == empty.targets.ids.shape == (0, 0)
 

@@ -66,8 +66,8 @@ def test_plan_laws(drawn: list[list[tuple[int, int]]], seed: int, epochs: int, w
     assert all(epoch == wanted for epoch in per_epoch)
     total = [s.prompt + s.response for s in lengths]
     for i in range(len(plan)):
-        assert 0 < sum(int(total[s][n]) for s, n in plan.row(i)) <= 64
-    assert len(plan.row(len(plan))) == 0, "rows beyond the end are empty"
+        assert 0 < sum(int(total[s][n]) for s, n in plan.pack(i)) <= 64
+    assert len(plan.pack(len(plan))) == 0, "rows beyond the end are empty"
 
 
 def test_plan_digest_is_stable_over_releases() -> None:
@@ -117,7 +117,7 @@ def test_a_sequence_too_long_names_prompt_length_and_flag() -> None:
 
 
 def rows_of(plan: PackPlan, source: PackSource) -> list[tuple[Array, Pack]]:
-    return [(plan.row(i), source.row(plan.row(i))) for i in range(len(plan))]
+    return [(plan.pack(i), source.pack(plan.pack(i))) for i in range(len(plan))]
 
 
 @pytest.mark.parametrize("at_student", [True, False], ids=["once", "whole"])
@@ -190,7 +190,7 @@ def check_row(packed: Pack, row: int, unit: Unit, position: int, at_student: boo
 def test_an_empty_row_has_a_token_and_no_targets(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", [make_unit(0)])
     source = PackSource(store, store.head(), "main", "big")
-    empty = source.row(np.zeros((0, 2), np.int64))
+    empty = source.pack(np.zeros((0, 2), np.int64))
     assert empty.input_ids.shape == (1, 1)
     assert len(empty.targets) == len(empty.predict_at) == 0
 
@@ -202,7 +202,7 @@ def test_the_cache_is_bounded_and_rows_do_not_depend_on_it(tmp_path: Path) -> No
     large = PackSource(store, store.head(), "main", "big")
     plan = make_plan(key(), large.lengths())
     for i in range(len(plan)):
-        a, b = small.row(plan.row(i)), large.row(plan.row(i))
+        a, b = small.pack(plan.pack(i)), large.pack(plan.pack(i))
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.targets.q_log_p, b.targets.q_log_p)
     assert len(small._held) == 1

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.packing import source as row_source
-from logitcask.engine.packing.batches import Ahead, PlannedPacks, batches, planned
+from logitcask.engine.packing.batches import PlannedPacks, Prefetcher, batches, planned
 from logitcask.engine.packing.plan import windows_at_most
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.store import Store, open_store
@@ -66,7 +66,7 @@ def test_windows_hold_as_many_bytes_as_they_may(store: Store, units: int) -> Non
     assert len(rows.plan.windows) <= 2 * windows_at_most(UNITS * 10**6, units * 10**6)
     for index in range(len(rows)):
         window = rows.plan.windows[rows.plan.window(index)]
-        assert set(rows.plan.row(index)[:, 0].tolist()) <= set(window.ordinals)
+        assert set(rows.plan.pack(index)[:, 0].tolist()) <= set(window.ordinals)
         assert len(window.ordinals) <= units + 1
     assert rows.plan.window(len(rows)) == len(rows.plan.windows)
 
@@ -82,7 +82,7 @@ def test_two_windows_are_in_memory_and_the_next_is_decoded_ahead(
     rows = small_windows(store, 1, epochs=1)
     source = rows._source
     for index in range(len(rows)):
-        rows.row(index)
+        rows.pack(index)
         held = list(source._held) + list(source._coming)
         assert len(held) <= 2
     assert len(decoded) == UNITS, "no unit is decoded twice in an epoch"
@@ -90,11 +90,11 @@ def test_two_windows_are_in_memory_and_the_next_is_decoded_ahead(
 
 def test_threads_and_pins_change_nothing(store: Store) -> None:
     alone = small_windows(store)
-    want = [alone.row(i) for i in range(len(alone))]
+    want = [alone.pack(i) for i in range(len(alone))]
     ahead = small_windows(store)
     for index in range(len(ahead)):
-        row = ahead.row(index)
-        ahead.expect(range(index + 1, min(index + 4, len(ahead))))
+        row = ahead.pack(index)
+        ahead.prefetch(range(index + 1, min(index + 4, len(ahead))))
         same(row, want[index])
     # Whatever is added meanwhile.
     snapshot = store.head()
@@ -144,7 +144,7 @@ def test_workers_of_their_own_processes_read_the_same(
     store: Store, tmp_path: Path, cached: bool
 ) -> None:
     rows = small_windows(store, cache=tmp_path / "cache" if cached else None)
-    want = [rows.row(i) for i in range(len(rows))]
+    want = [rows.pack(i) for i in range(len(rows))]
     loader = DataLoader(rows, batch_size=None, num_workers=2, multiprocessing_context="spawn")
     for ours, theirs in zip(loader, want, strict=True):
         same(ours, theirs)
@@ -162,18 +162,18 @@ def test_an_error_in_the_thread_is_raised_where_the_row_is_asked_for(store: Stor
     file = Path(store.url) / segment.folder / "tokens/c/0"
     rows = small_windows(store, UNITS)
     file.write_bytes(file.read_bytes()[:-1])
-    rows.expect(range(len(rows)))
+    rows.prefetch(range(len(rows)))
     with pytest.raises(IntegrityError, match="tokens/c/0"):
         list(rows)
 
 
 def test_what_is_expected_and_not_asked_for_is_forgotten() -> None:
     made: list[int] = []
-    ahead = Ahead(lambda index: made.append(index))  # type: ignore[arg-type, return-value]
-    ahead.expect([1, 2])
-    ahead.expect([3])
-    ahead.row(3)
-    ahead.row(1)
+    ahead = Prefetcher(lambda index: made.append(index))  # type: ignore[arg-type, return-value]
+    ahead.prefetch([1, 2])
+    ahead.prefetch([3])
+    ahead.pack(3)
+    ahead.pack(1)
     assert made.count(3) == 1
     assert made[-1] == 1
 

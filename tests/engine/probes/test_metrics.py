@@ -104,8 +104,8 @@ class Masked:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def row(self, index: int) -> Pack:
-        row = self.rows.row(index)
+    def pack(self, index: int) -> Pack:
+        row = self.rows.pack(index)
         row.targets.weight.zero_()
         return row
 

@@ -148,7 +148,7 @@ def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
         lp = np.full((rollouts.positions, 99), np.nan)
         lp[np.repeat(np.arange(rollouts.positions), exact.cnt), exact.ids] = exact.entry_lp
         members = np.stack([np.full(4, ordinal), np.arange(4)], 1)
-        targets = source.row(members).targets
+        targets = source.pack(members).targets
         assert targets.mc_count is not None
         row, column = (targets.mc_count > 0).nonzero().T.numpy()
         assert targets.cached.numpy()[row, column].all(), "known at every id that was drawn"

@@ -20,7 +20,7 @@ from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams
-from tests.engine.fitting import REVERSE, WEIGHED, ListRows, flat, make_trainer
+from tests.engine.fitting import REVERSE, WEIGHED, ListPacks, flat, make_trainer
 from tests.engine.tiny import make_model
 
 SEQUENCES = [[0, 1], [2], [3, 4]]
@@ -52,12 +52,12 @@ def main(case: Path, out: Path) -> None:
     torch.set_num_threads(1)
     store = open_store(case / "store")
     source = PackSource(store, store.head(), "main", "big")
-    rows = [source.row(np.array([[0, s] for s in row])) for row in SEQUENCES]
+    rows = [source.pack(np.array([[0, s] for s in row])) for row in SEQUENCES]
     rank = int(os.environ["RANK"])
     for name, objective in OBJECTIVES.items():
         trainer, gradients = make_trainer(
             make_model().double(),
-            ListRows(rows, source),
+            ListPacks(rows, source),
             out / f"{name}{rank}",
             objective=objective,
             accumulation=2,

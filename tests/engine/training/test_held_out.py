@@ -46,7 +46,9 @@ def test_the_loss_is_the_token_mean_of_plain_torch(
     student = load_student(model).train()
     line = held.line(student)
     source = PackSource(other, other.head(), "main", "big")
-    singles = [source.row(np.array([[o, s]])) for o in range(2) for s, n in enumerate(LENGTHS) if n]
+    singles = [
+        source.pack(np.array([[o, s]])) for o in range(2) for s, n in enumerate(LENGTHS) if n
+    ]
     want = float(token_mean(student, singles).detach())
     assert line["eval/loss"] == pytest.approx(want, rel=1e-5)
     assert line["eval/rows"] == 2 * sum(LENGTHS)

@@ -39,7 +39,7 @@ from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.inspect import list_segments, show_sequence
 from logitcask.engine.store.verify import verify
-from logitcask.engine.training.cache_info import facts_of
+from logitcask.engine.training.cache_info import cache_info
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
 from logitcask.kernels.objective_input import SparseLoss
@@ -112,7 +112,7 @@ def targets_of(store: Store, name: str) -> Targets:
     source = PackSource(store, store.head(), "main", name, base="base")
     units = source.lengths()
     replicas = [(u, s) for u, each in enumerate(units) for s in range(len(each.response))]
-    return source.row(np.array(replicas)).targets
+    return source.pack(np.array(replicas)).targets
 
 
 def logits_of(rows: Targets) -> Tensor:
@@ -223,7 +223,7 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
     store: Store, models: dict[str, ModelRef], tmp_path: Path
 ) -> None:
     source = PackSource(store, store.head(), "main", "whole")
-    info = facts_of(models["student"], source, False)
+    info = cache_info(models["student"], source, False)
     assert info.entropy_bounds
     assert not info.at_student
     for name in ("opd", "opd_released"):
@@ -242,7 +242,7 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
             settings=Train(learning_rate=1e-3),
         )
     exact = PackSource(store, store.head(), "main", "all")
-    assert not facts_of(models["student"], exact, False).entropy_bounds
+    assert not cache_info(models["student"], exact, False).entropy_bounds
 
 
 def test_a_scorer_that_answers_at_no_chosen_ids_is_asked_at_none(

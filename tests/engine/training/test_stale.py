@@ -121,7 +121,7 @@ def read(store: Store, name: str) -> Pack:
     source = PackSource(store, store.head(), "main", name, base=base)
     units = source.lengths()
     members = [(u, s) for u, each in enumerate(units) for s in range(len(each.response))]
-    return source.row(np.array(members))
+    return source.pack(np.array(members))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from logitcask.engine.errors import IdentityError
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.training.train import train
 from tests.engine.cached import make_unit
-from tests.engine.fitting import REVERSE, ListRows, flat, make_case, make_trainer, relative
+from tests.engine.fitting import REVERSE, ListPacks, flat, make_case, make_trainer, relative
 from tests.engine.tiny import make_model
 from tests.engine.training.ddp_worker import OBJECTIVES, SEQUENCES, SETTINGS, exam, held_out
 
@@ -80,11 +80,11 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     on_two_processes(out, tmp_path / "case")
 
     source = PackSource(store, store.head(), "main", "big")
-    rows = [source.row(np.array([[0, s] for s in row])) for row in SEQUENCES]
+    rows = [source.pack(np.array([[0, s] for s in row])) for row in SEQUENCES]
     for which, objective in OBJECTIVES.items():
         trainer, gradients = make_trainer(
             make_model().double(),
-            ListRows(rows, source),
+            ListPacks(rows, source),
             tmp_path / which,
             objective=objective,
             accumulation=4,

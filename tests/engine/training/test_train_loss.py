@@ -26,7 +26,7 @@ from tests.engine.fitting import (
     FORWARD,
     REVERSE,
     WEIGHED,
-    ListRows,
+    ListPacks,
     flat,
     make_case,
     make_trainer,
@@ -48,7 +48,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> PackSource:
 
 
 def pack(source: PackSource, sequences: list[int]) -> Pack:
-    return source.row(np.array([[0, s] for s in sequences]).reshape(-1, 2))
+    return source.pack(np.array([[0, s] for s in sequences]).reshape(-1, 2))
 
 
 def reference(source: PackSource, objective: Objective = REVERSE) -> tuple[float, torch.Tensor]:
@@ -62,7 +62,7 @@ def reference(source: PackSource, objective: Objective = REVERSE) -> tuple[float
 def one_update(
     source: PackSource, folder: Path, packed: list[list[int]], **change: Any
 ) -> tuple[float, torch.Tensor]:
-    rows = ListRows([pack(source, row) for row in packed], source)
+    rows = ListPacks([pack(source, row) for row in packed], source)
     trainer, gradients = make_trainer(
         make_model().double(), rows, folder, accumulation=len(packed), **change
     )
@@ -143,7 +143,7 @@ def test_a_head_with_a_scale_or_a_soft_cap_is_trained_through_it(
     model = made()
     token_mean(model, [pack(source, [s]) for row in PACKED for s in row]).backward()
     want = flat({name: p.grad for name, p in model.named_parameters()})
-    rows = ListRows([pack(source, row) for row in PACKED], source)
+    rows = ListPacks([pack(source, row) for row in PACKED], source)
     trainer, gradients = make_trainer(made(), rows, tmp_path, accumulation=len(PACKED))
     trainer.train()
     assert relative(flat(gradients.updates[0]), want) < 1e-6
@@ -187,8 +187,8 @@ def test_modifiers_of_sequences_and_batches_do_not_see_the_packing(
 def test_a_run_ends_or_leaves_rows_out_at_a_hard_bound(source: PackSource, tmp_path: Path) -> None:
     live = replace(REVERSE, support="overlap")
 
-    def rows() -> ListRows:
-        return ListRows([pack(source, row) for row in PACKED], source)
+    def rows() -> ListPacks:
+        return ListPacks([pack(source, row) for row in PACKED], source)
 
     trainer, _ = make_trainer(
         make_model(), rows(), tmp_path / "stop", objective=live, bounds=Bounds(action="stop")
@@ -223,7 +223,7 @@ def test_empty_rows_change_nothing(source: PackSource, tmp_path: Path) -> None:
 
 
 def test_an_update_of_nothing_has_gradients_of_zero(source: PackSource, tmp_path: Path) -> None:
-    rows = ListRows([], source)
+    rows = ListPacks([], source)
     trainer, gradients = make_trainer(make_model(tie=False), rows, tmp_path, accumulation=2)
     trainer.train()
     for name, grad in gradients.updates[0].items():
@@ -243,7 +243,7 @@ def test_rows_of_weight_zero_leave_loss_and_divisor(source: PackSource, tmp_path
     token_mean(model, alone).backward()
     want = flat({name: p.grad for name, p in model.named_parameters()})
     trainer, gradients = make_trainer(
-        make_model().double(), ListRows(alone, source), tmp_path, accumulation=3
+        make_model().double(), ListPacks(alone, source), tmp_path, accumulation=3
     )
     trainer.train()
     assert relative(flat(gradients.updates[0]), want) < 1e-6
@@ -261,13 +261,13 @@ def test_prompts_get_no_loss_rows(source: PackSource) -> None:
     assert row.predict_at.tolist() == want
 
 
-class Shifted(ListRows):
+class Shifted(ListPacks):
     """Reads the hidden state `by` places beside the one that predicts the row."""
 
     by = 0
 
-    def row(self, index: int) -> Pack:
-        row = super().row(index)
+    def pack(self, index: int) -> Pack:
+        row = super().pack(index)
         last = row.input_ids.shape[1] - 1
         return replace(row, predict_at=(row.predict_at + self.by).clamp(0, last))
 
@@ -280,7 +280,7 @@ def test_a_row_reads_the_state_before_its_token(tmp_path: Path, by: int, learns:
     unit = make_unit(1, prompts=6, vocab=99, lengths=[48] * 12)
     store, _ = make_case(tmp_path, [unit])
     source = PackSource(store, store.head(), "main", "big")
-    row = source.row(np.array([[0, s] for s in range(12)]))
+    row = source.pack(np.array([[0, s] for s in range(12)]))
     table = torch.log_softmax(3 * torch.from_numpy(rng.normal(size=(99, 4))).float(), -1)
     before = row.input_ids[0, row.predict_at]
     fields = {n: getattr(row.targets, n) for n in Targets.__dataclass_fields__}
@@ -311,13 +311,13 @@ def test_rows_are_prepared_once_an_update_after_the_one_before(
     model = make_model()
     seen: list[tuple[str, int, float]] = []
 
-    class Recording(ListRows):
+    class Recording(ListPacks):
         def prepare(self, step: int) -> None:
             seen.append(("prepare", step, float(next(model.parameters()).detach().sum())))
 
-        def row(self, index: int) -> Pack:
+        def pack(self, index: int) -> Pack:
             seen.append(("row", index, 0.0))
-            return super().row(index)
+            return super().pack(index)
 
     rows = Recording([pack(source, row) for row in PACKED], source)
     trainer, _ = make_trainer(model, rows, tmp_path, updates=2, accumulation=2)
@@ -337,7 +337,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(source: PackSource, tmp_path: Pa
     model = make_model()
     with torch.no_grad():
         next(model.parameters())[:] = math.inf
-    trainer, _ = make_trainer(model, ListRows([pack(source, [0])], source), tmp_path)
+    trainer, _ = make_trainer(model, ListPacks([pack(source, [0])], source), tmp_path)
     with pytest.raises(ModelError, match=r"update 1: loss nan"):
         trainer.train()
 

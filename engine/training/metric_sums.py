@@ -1,0 +1,73 @@
+"""Means of metrics between two logged updates, over packs and processes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from logitcask.engine.metrics.metrics import COMMON_METRICS
+from logitcask.engine.objectives import Bounds, Objective
+from logitcask.engine.objectives.bounds import SKIPPED, skips
+from logitcask.engine.packing.targets import Targets
+from logitcask.engine.training.pack_loss import PackLoss
+from logitcask.engine.training.processes import gathered
+
+AGE = "cache/age"
+
+
+class MetricSums:
+    """Weighted sums of metrics: kept on the device, and read once per logged update."""
+
+    def __init__(self, objective: Objective, bounds: Bounds, *, same_root: bool) -> None:
+        """same_root: the rollouts are of the student's base weights, so that ages are defined."""
+        self._names = [*COMMON_METRICS, *([SKIPPED] if skips(objective, bounds) else [])]
+        self._same_root = same_root
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, result: PackLoss, targets: Targets, version: int) -> None:
+        """Add the metrics of a pack; version: the student's."""
+        weight = targets.weight
+        for name, values in result.metrics.items():
+            self._add(name, values, weight[result.measured])
+        # The age is known for every row, also where metrics are of a share of the rows.
+        self._add(AGE, (version - targets.version).to(weight.dtype), weight)
+
+    def _add(self, name: str, values: Tensor, weight: Tensor) -> None:
+        used = weight > 0
+        powers = (torch.ones_like(values), values, values**2)
+        sums = torch.stack([torch.where(used, weight * power, 0.0).sum() for power in powers])
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def reduce(self) -> tuple[dict[str, float | None], int]:
+        """Return and reset (name -> mean over rows, number of rows) of all processes.
+
+        Every metric has a key, also where no row has a value of it.
+        """
+        everyone = gathered({name: sums.tolist() for name, sums in self._sums.items()})
+        self._sums = {}
+        # A process whose packs were all empty has no names.
+        names = dict.fromkeys(name for sums in everyone for name in sums)
+        totals = {
+            name: [
+                sum(part) for part in zip(*(s[name] for s in everyone if name in s), strict=True)
+            ]
+            for name in names
+        }
+        rows, ages, _ = totals.pop(AGE, [0.0, 0.0, 0.0])
+        means: dict[str, float | None] = dict.fromkeys(self._names)
+        means[AGE] = _finite(ages / rows) if self._same_root and rows else None
+        for name, (n, total, squares) in totals.items():
+            mean = total / n if n else math.nan
+            means[name] = _finite(mean)
+            if n < rows:
+                # The standard error of a sample without replacement.
+                variance = max(squares / n - mean**2, 0.0) if n else math.nan
+                error = math.sqrt(variance / n * (1 - n / rows)) if n else math.nan
+                means[f"{name}_se"] = _finite(error)
+        return means, int(rows)
+
+
+def _finite(value: float) -> float | None:
+    """Return None for a value that JSON cannot hold."""
+    return value if math.isfinite(value) else None
