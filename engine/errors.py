@@ -1,6 +1,6 @@
 """Errors that callers can distinguish, with one base class.
 
-LogitcaskError            exit 1   the message says what is wrong, `hint` what to do
+LogitcaskError            exit 1   base class; `cause` and `hint` make the message
 ├─ ConfigError            exit 2   a key, flag or argument has a value that the rules forbid
 ├─ PromptError            exit 1   a line of a file of prompts or ids is invalid
 ├─ ModelError             exit 1   a model folder or hub id cannot be used
@@ -14,7 +14,7 @@ LogitcaskError            exit 1   the message says what is wrong, `hint` what t
 └─ StoreError             exit 1   a store cannot be opened or written
    └─ IntegrityError      exit 4   stored bytes differ from the committed ones
 
-The message names the value and the rule in one line; the hint names the solution in another.
+`cause` names the value and the rule in one line, `hint` the solution in another.
 """
 
 

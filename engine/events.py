@@ -1,4 +1,4 @@
-"""Events of a long-running command: lines for a person, and cancellation of a wait.
+"""Events of a long-running command: lines for the user, and cancellation of a wait.
 
 The engine prints nothing. It calls an `EventHandler`, which the command line provides.
 """
@@ -55,7 +55,7 @@ class CancelToken:
 
     @property
     def cancelled(self) -> bool:
-        """True while a wait is open that should end."""
+        """Return True while a wait is open that should end."""
         return self._stop is not None and self._open > 0 and self._stop.is_set()
 
     def _add(self, count: int) -> None:

@@ -33,7 +33,7 @@ STOP, LENGTH = 0, 1
 """Finish reasons of a sequence: a stop token was sampled (and kept), or the length was reached."""
 
 MC_IDS = "mc"
-"""Name of the Monte Carlo ids of the student, as extra ids of a scoring."""
+"""Name of the student's Monte Carlo ids in a request for extra ids."""
 
 
 BATCH_TOKENS = 16384
@@ -54,11 +54,11 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Other keys of the JSONL line, kept with the prompt."""
+    """Other keys of the JSONL line."""
 
 
 class SamplingParams(Section):
-    """How responses are sampled: every field is explicit, generation_config is never used."""
+    """Sampling parameters: every field is explicit, generation_config is never used."""
 
     n: Positive = Field(4, description="Responses per prompt.")
     temperature: float = Field(
@@ -86,7 +86,7 @@ class SamplingParams(Section):
     )
 
     def record(self) -> dict[str, Any]:
-        """Return the fields of SamplingParams alone, as a store and a digest hold them."""
+        """Return the fields of SamplingParams alone, for a store and a digest."""
         return {name: getattr(self, name) for name in SamplingParams.model_fields}
 
     def is_plain(self) -> bool:
@@ -105,9 +105,9 @@ class ModelRef:
     """Identity of a model: weights, tokenizer and chat template."""
 
     name: str
-    """As the user gave it: a folder or a hub id."""
+    """Folder or hub id, as in the configuration."""
     path: Path
-    """The local folder that holds it."""
+    """Local folder."""
     revision: str
     """Commit of a hub id; empty for a folder."""
     digest: str
@@ -115,12 +115,12 @@ class ModelRef:
     tokenizer_digest: str
     template_digest: str
     n_vocab: int
-    """Highest id that the tokenizer knows + 1; the head may be padded beyond it."""
+    """Highest id of the tokenizer + 1; the head may be padded beyond it."""
     stop_ids: tuple[int, ...]
     version: int
-    """Optimizer updates since the root; 0 for a plain model folder."""
+    """Optimizer updates since the base weights; 0 for a plain model folder."""
     root: str
-    """Weights digest of version 0 of this lineage."""
+    """Digest of the base weights, those of version 0."""
 
     def lineage(self) -> dict[str, Any]:
         """Return the record of this model in a segment, without local paths."""
@@ -139,23 +139,23 @@ class ModelRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreParams:
-    """What a scorer is asked for, per position."""
+    """Request for the entries of one position."""
 
     entry_kind: Literal["topp", "topk", "sampled"] = "topp"
-    """Which ids are kept: the best ones up to a mass, the best k_max, or `draws` drawn ones."""
+    """Kept ids: the best ones up to a mass, the best k_max, or `draws` sampled ones."""
     top_p: float = 0.999
-    """topp: own entries are kept until their cumulative mass reaches this, ..."""
+    """topp: the best ids are kept until their cumulative mass reaches this."""
     k_min: int = 16
-    """... at least so many, which makes TopK(q, k) exact for every k <= k_min, ..."""
+    """Minimum number of ids, which makes TopK(q, k) exact for every k <= k_min."""
     k_max: int = 64
-    """... and at most so many."""
+    """Maximum number of ids."""
     at_student: bool = True
-    """Also the log-probs at the ids of the student's stored top-k."""
+    """Also return the log-probs at the ids of the student's stored top-k."""
     draws: int = 0
-    """sampled: ids drawn a position, with replacement, from the scorer's own law at temperature 1
-    (RS-KD, arXiv 2503.16870) ..."""
+    """sampled: ids drawn per position, with replacement, from the scorer's distribution at
+    temperature 1 (RS-KD, arXiv 2503.16870)."""
     seed: int = 0
-    """... by random numbers of this seed and the rollouts alone."""
+    """sampled: the draws are a function of this seed and the rollouts alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,8 +178,8 @@ class Scores:
     """[P] float32, full vocabulary, nats; a lower bound where `entropy_hi` is not None."""
     log_tail: Array
     """[P] float32, log of the mass outside the kept entries and the requested ids, from logits;
-    -inf where nothing is outside. With `entropy_hi`, computed as 1 - (mass of all returned ids); an
-    upper bound where that difference is below the resolution of the returned log-probs."""
+    -inf for no mass. With `entropy_hi`, log(1 - mass of all returned ids), an upper bound where
+    that difference is below the resolution of the returned log-probs."""
     cnt: Array
     """[P] uint16, kept entries of each row."""
     ids: Array
@@ -189,7 +189,7 @@ class Scores:
     at_lp: Array | None = None
     """[A] float32, log-probs at the requested ids; None without such ids."""
     mult: Array | None = None
-    """[E] uint16, how often each entry was drawn; None for top-k or top-p entries."""
+    """[E] uint16, draws of each entry; None for top-k or top-p entries."""
     entropy_hi: Array | None = None
     """[P] float32, upper bound of the entropy, nats, for a server that returns top-k ids only;
     None where `entropy` is exact."""
@@ -214,7 +214,7 @@ class CachedScores:
     kept: Array
     """[P] uint16."""
     s_cnt: Array
-    """[P] uint16, ids of the student's list with a stored log-prob: all, if they were requested."""
+    """[P] uint16, ids of the student's list with a stored log-prob: all, if requested."""
     s_ids: Array
     """[S] uint32."""
     s_lp: Array
@@ -230,7 +230,7 @@ class CachedScores:
     rank: Array
     """[E] uint16."""
     mult: Array | None = None
-    """[E] uint16, how often each id was drawn; then `kept` is 0 everywhere."""
+    """[E] uint16, draws of each id; `kept` is then 0 everywhere."""
     entropy_hi: Array | None = None
     """[P] float32, upper bound of the entropy, nats, for a server that returns top-k ids only;
     None where `entropy` is exact."""
@@ -247,7 +247,7 @@ class Draws:
     ids: Array
     """[E] uint32."""
     mult: Array
-    """[E] uint16, how often each was drawn: the same sum in every row."""
+    """[E] uint16, draws of each id: the same sum in every row."""
     lp: Array
     """[E] float32, the student's log-probs at them."""
 
@@ -260,7 +260,7 @@ class Rollouts:
     seq_prompt: Array
     """[N] uint32, index into prompts."""
     seq_off: Array
-    """[N + 1] int64, sequence i owns positions seq_off[i] : seq_off[i + 1]."""
+    """[N + 1] int64, sequence i has positions seq_off[i] : seq_off[i + 1]."""
     tokens: Array
     """[P] uint32, ids as sampled, never re-encoded text."""
     loss_mask: Array
@@ -270,9 +270,9 @@ class Rollouts:
     finish: Array
     """[N] uint16, STOP or LENGTH."""
     version_start: Array
-    """[N] int64, student version at the first token ..."""
+    """[N] int64, student version at the first token."""
     version_end: Array
-    """[N] int64, ... and at the last."""
+    """[N] int64, student version at the last token."""
     student: Scores | None = None
     """The student's scores of its own rollouts (temperature 1, unfiltered); None before scoring."""
     draws: Draws | None = None

@@ -1,17 +1,16 @@
 """Metrics of a distillation: agreement of student and teacher, and coverage by the cache.
 
-Each gives one value per row; the paper's E_t is the mean over rows, which the trainer takes. p is
+Each has one value per row; the paper's E_t is the mean over rows, which the trainer computes. p is
 the current student, q the teacher; S(p) and S(q) are their top-k. Source: Rethinking On-Policy
 Distillation, arXiv 2604.13016, Eq.6-10. Its released code logs other quantities under similar
 names, see paper_code.py.
 
-The k of a row: a teacher that kept fewer than k ids of a row leaves S(q) at k unknown. Both top-k
-are then taken at k' = min(k, n_kept), which is exact. With k <= k_min of the score request k' = k.
+The k of a row: with fewer than k kept ids of the teacher, S(q) at k is unknown. Both top-k are then
+taken at k' = min(k, n_kept), which is exact. With k <= k_min of the score request k' = k.
 
 To add a metric, write a function of MetricInput, an entry in METRICS and a worked example in the
-tests. Both paths read the table. The plain path calls every function. Fused kernels have summed
-over the overlap already: after them `from_sums` is used where an entry has it, and else the
-function. So a new metric needs no kernel.
+tests. Both paths use the table: the plain path calls every function, and fused kernels, which have
+summed over the overlap, call `from_sums` where an entry has it. So a new metric needs no kernel.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +35,7 @@ LOG_ZERO = -1e9
 
 
 def renormalised(log_x: Tensor, mask: Tensor) -> Tensor:
-    """Normalise log_x [C, S] over the ids in `mask`; about LOG_ZERO elsewhere, never NaN by it."""
+    """Normalise log_x [C, S] over the ids in `mask`; about LOG_ZERO elsewhere, without NaN."""
     return torch.where(mask, log_x, LOG_ZERO).log_softmax(-1)
 
 
@@ -50,32 +49,32 @@ class MetricInput:
     max_k: int
     """The metrics' k, at most the number of the view's top ids."""
     known_index: Tensor | None = None
-    """rows.topk_index(view.top_ids), if it is known already."""
+    """rows.topk_index(view.top_ids), if computed before."""
 
     @cached_property
     def log_q(self) -> Tensor:
-        """[C, S] rows.q_log_p in the dtype of the view."""
+        """Return [C, S] rows.q_log_p in the dtype of the view."""
         return self.rows.q_log_p.to(self.view.log_p.dtype)
 
     @cached_property
     def topk_index(self) -> Tensor:
-        """[C, S] index of each id in the current top-k."""
+        """Return the [C, S] index of each id in the current top-k."""
         index = self.known_index
         return self.rows.topk_index(self.view.top_ids) if index is None else index
 
     @cached_property
     def k(self) -> Tensor:
-        """[C] int64, the k' of each row."""
+        """Return [C] int64, the k' of each row."""
         return self.rows.n_kept.clamp(1, self.max_k)
 
     @cached_property
     def overlap(self) -> Tensor:
-        """[C, S] bool: I = S(p) & S(q) at k'."""
+        """Return [C, S] bool, the overlap I = S(p) & S(q) at k'."""
         return (self.topk_index < self.k[:, None]) & (self.rows.q_rank < self.k[:, None])
 
     @cached_property
     def top_cached(self) -> Tensor:
-        """[C, K] bool: the id of the current top-k has a stored score."""
+        """Return [C, K] bool: the id of the current top-k has a stored score."""
         k = self.max_k
         # One more slot, for ids outside the current top-k or without a score.
         slot = torch.where(self.rows.cached, self.topk_index, k).clamp(max=k)
@@ -85,7 +84,7 @@ class MetricInput:
 
     @property
     def n_shared(self) -> Tensor:
-        """[C] int64, |I|."""
+        """Return [C] int64, |I|."""
         return self.overlap.sum(-1)
 
 
@@ -100,24 +99,24 @@ def metric_input(
 
 
 def overlap_ratio(x: MetricInput) -> Tensor:
-    """Eq.6: |S(p) & S(q)| / k."""
+    """Return |S(p) & S(q)| / k (Eq.6)."""
     return x.n_shared.to(x.log_q.dtype) / x.k
 
 
 def overlap_mass_student(x: MetricInput) -> Tensor:
-    """Eq.9: the student's mass on the overlap, not renormalised."""
+    """Return the student's mass on the overlap, not renormalised (Eq.9)."""
     return _mass(x.view.log_p, x.overlap)
 
 
 def overlap_mass_teacher(x: MetricInput) -> Tensor:
-    """Eq.10: the teacher's mass on the overlap, not renormalised."""
+    """Return the teacher's mass on the overlap, not renormalised (Eq.10)."""
     return _mass(x.log_q, x.overlap)
 
 
 def overlap_advantage(x: MetricInput) -> Tensor:
-    """Eq.7: (1 / |I|) sum_I p-(v) [log q-(v) - log p-(v)], p- and q- renormalised on I; <= 0.
+    """Return (1 / |I|) sum_I p-(v) [log q-(v) - log p-(v)] (Eq.7), p- and q- renormalised on I.
 
-    It is 0 in rows with |I| <= 1, which stay in the mean as in the paper's E_t: read it together
+    It is <= 0, and 0 in rows with |I| <= 1, which stay in the mean as in the paper's E_t: read it
     with overlap/empty_share and the masses. Ids that one side excludes (-inf) are not in I.
     """
     mask = x.overlap & (x.view.log_p != -torch.inf) & (x.log_q != -torch.inf)
@@ -132,23 +131,23 @@ def overlap_empty(x: MetricInput) -> Tensor:
 
 
 def entropy_student(x: MetricInput) -> Tensor:
-    """H(p), full vocabulary, nats."""
+    """Return H(p), full vocabulary, nats."""
     return x.view.entropy
 
 
 def entropy_teacher(x: MetricInput) -> Tensor:
-    """H(q), full vocabulary, nats, as stored; of an interval the lower end."""
+    """Return H(q), full vocabulary, nats, as stored; of an interval the lower end."""
     return x.rows.q_entropy.to(x.view.entropy.dtype)
 
 
 def entropy_teacher_width(x: MetricInput) -> Tensor:
-    """Width of the interval of H(q), nats, for a teacher that returned only top-k log-probs."""
+    """Return the width of the interval of H(q), nats, for a teacher with top-k log-probs only."""
     upper = x.rows.require("q_entropy_hi")
     return (upper - x.rows.q_entropy).to(x.view.entropy.dtype)
 
 
 def entropy_gap(x: MetricInput) -> Tensor:
-    """Eq.8: |H(q) - H(p)|. For an interval of H(q) the distance from it, a lower bound."""
+    """Return |H(q) - H(p)| (Eq.8). For an interval of H(q) the distance from it, a lower bound."""
     entropy, lower = x.view.entropy, entropy_teacher(x)
     if x.rows.q_entropy_hi is None:
         return (lower - entropy).abs()
@@ -168,7 +167,7 @@ def uncached_mass(x: MetricInput) -> Tensor:
 
 
 def approx_kl(x: MetricInput) -> Tensor:
-    """k3: r - 1 - log r >= 0, r = p(y) / b(y), b the behaviour policy at temperature 1.
+    """Return r - 1 - log r >= 0 (k3), r = p(y) / b(y), b the behaviour policy at temperature 1.
 
     Its mean over draws y of b is KL(b || p), with less variance than -log r (J. Schulman,
     "Approximating KL divergence", k3). log r is clamped to +-LOG_RATIO_BOUND.
@@ -186,7 +185,7 @@ class Metric:
     compute: Callable[[MetricInput], Tensor]
     """-> [C], finite wherever the numbers of student and teacher are."""
     from_sums: Callable[[OverlapSums], Tensor] | None = None
-    """The same from the sums of fused kernels; None: `compute` runs there too."""
+    """The same from the sums of fused kernels; None: use `compute`."""
     needs: str | None = None
     """An optional field of Targets; the metric is left out where the store lacks it."""
 

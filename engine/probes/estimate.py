@@ -1,13 +1,12 @@
-"""What scoring a set of prompts would cost, and what a loss would miss: from a sample, before
-anybody pays for the whole.
+"""Cost of a store, and the KL that its truncation loses, measured on a sample before scoring all.
 
-A sample is rolled out by the student and scored by the teacher for more than any setting keeps.
-Each setting is then cut out of it and encoded as a store would encode it, and the KL of the two
-models coarsened to what is stored is compared with their full KL, or with as much of it as the
-teacher shows. Coarsening can only lose: what is missed is never negative (log-sum inequality), but
+The student samples some responses, and the teacher scores them with more entries than any setting
+keeps. Each setting is cut out of these scores and encoded as in a store. The KL of the two models,
+coarsened to the stored entries and a tail, is compared with their full KL, or with the KL over
+the entries that the teacher returns. Coarsening can only lower a KL (log-sum inequality), except
 for the rounding of stored values.
 
-Shapes: P rows, W wide entries.
+Shapes: P rows, W entries of the full scores.
 """
 
 import time
@@ -24,7 +23,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 from logitcask.engine.backends.logprob_diff import select_sequences
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.probes.full_scores import FullScores, WideScores, full_scores
+from logitcask.engine.probes.full_scores import FullScores, full_scores
 from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.rollout.unit import UNIT_POSITIONS, draw, mc_params
 from logitcask.engine.teachers.token_maps import SharedVocabulary
@@ -41,13 +40,13 @@ from logitcask.engine.types import (
 )
 
 TOP_P = (0.99, 0.999, 0.9999)
-USUAL = ScoreParams().k_max
+DEFAULT_K = ScoreParams().k_max
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     positions: int
-    """Of the sample."""
+    """Positions of the sample."""
     mean_length: float
     """Response tokens of a sequence."""
     sampling_s_per_million: float
@@ -60,15 +59,15 @@ class Estimate:
     reverse_kl: float
     """Mean KL(p || q), nats."""
     kl_over: str
-    """What these two are over, and what is missed is a share of."""
+    """Ids that both KL are over."""
     all_prompts: Mapping[str, float]
-    """What rolling out and scoring every prompt would cost at the defaults of `score`: positions,
-    bytes, sampling_seconds, scoring_seconds."""
+    """Cost of all prompts at the defaults of `score`: positions, bytes, sampling_seconds,
+    scoring_seconds."""
     rows: tuple[Mapping[str, Any], ...]
-    """One for each profile, top_p and k_max: bytes a position, and shares of the KL missed."""
+    """One per profile, top_p and k_max: bytes per position, and lost shares of the KL."""
 
     def summary(self) -> dict[str, Any]:
-        """All but the rows."""
+        """Return all fields except the rows."""
         return {name: getattr(self, name) for name in self.__slots__ if name != "rows"}
 
 
@@ -88,54 +87,52 @@ def estimate(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Estimate:
-    """Sample and score a few rollouts, and estimate bytes, times and losses of the whole.
+    """Measure the cost of scoring and the loss of truncation on a sample.
 
-    teacher: a scorer; student: an embedded backend; over one vocabulary. sample: positions, about;
-    teacher_topk_max: the largest of the table; shared: how their tokenizers differ, if they do.
+    teacher: a scorer; student: an embedded backend; over one vocabulary. sample: number of
+    positions; teacher_topk_max: the largest of the table; shared: map between their tokenizers, if
+    they differ.
 
-    Raises IncompleteError where no response has a token, UnitError where an id occurs that is
-    not one token to both.
+    Raises IncompleteError where no response has a token, UnitError for an id that is not one token
+    of both.
     """
     name = "the teacher"
     progress("estimate", 0, 3)
-    rolled, sampling_s = _roll(
+    rolled, sampling_s = _sample(
         student, prompts, sampling, sample, student_topk, mc_draws, grader, seed
     )
     progress("estimate", 1, 3)
-    usual = ScoreParams(
-        k_min=min(teacher_topk_min, teacher_topk_max, USUAL),
-        k_max=min(teacher_topk_max, USUAL),
+    default = ScoreParams(
+        k_min=min(teacher_topk_min, teacher_topk_max, DEFAULT_K),
+        k_max=min(teacher_topk_max, DEFAULT_K),
         at_student="at_ids" in teacher.capabilities,
     )
     if shared is not None:
-        shared.check_request(rolled, usual, None, name)
-    # What comes once, warming up or a control of a server, is no part of the rate.
-    teacher.score(select_sequences(rolled, [0]), replace(usual, at_student=False))
+        shared.check_request(rolled, default, None, name)
+    # Work done once, such as warming up or the check of a server, is not part of the rate.
+    teacher.score(select_sequences(rolled, [0]), replace(default, at_student=False))
     start = time.monotonic()
-    teacher.score(rolled, usual)
+    teacher.score(rolled, default)
     scoring_s = time.monotonic() - start
     progress("estimate", 2, 3)
-    looked = full_scores(teacher, student, rolled, teacher_topk_max)
+    full = full_scores(teacher, student, rolled, teacher_topk_max)
     if shared is not None:
-        shared.check_scores(looked.rows.scores, usual, name)
+        shared.check_scores(full.scores, default, name)
     each_s, mean_length = 1 / rolled.positions, rolled.positions / len(rolled.finish)
     total = mean_length * len(prompts) * sampling.n
-    table = tuple(_rows(rolled, looked, teacher_topk_min, teacher_topk_max, total))
+    table = tuple(_rows(rolled, full, teacher_topk_min, teacher_topk_max, total))
     progress("estimate", 3, 3)
-    (row,) = (
-        each
-        for each in table
-        if (each["profile"], each["top_p"], each["k_max"]) == ("default", usual.top_p, usual.k_max)
-    )
+    setting = {"profile": "default", "top_p": default.top_p, "k_max": default.k_max}
+    (row,) = (each for each in table if setting.items() <= each.items())
     return Estimate(
         positions=rolled.positions,
         mean_length=mean_length,
         sampling_s_per_million=1e6 * sampling_s * each_s,
         scoring_s_per_million=1e6 * scoring_s * each_s,
-        overlap_ratio=float(looked.rows.listed[:, :student_topk].sum(1).mean() / student_topk),
-        forward_kl=float(looked.forward.mean()),
-        reverse_kl=float(looked.reverse.mean()),
-        kl_over=looked.over,
+        overlap_ratio=float(full.listed[:, :student_topk].sum(1).mean() / student_topk),
+        forward_kl=float(full.forward.mean()),
+        reverse_kl=float(full.reverse.mean()),
+        kl_over=full.kl_over,
         all_prompts={
             "positions": round(total),
             "bytes": round(total * row["bytes"]),
@@ -146,7 +143,7 @@ def estimate(
     )
 
 
-def _roll(
+def _sample(
     student: Any,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
@@ -156,7 +153,7 @@ def _roll(
     grader: Grader | None,
     seed: int,
 ) -> tuple[Rollouts, float]:
-    """(rollouts of about so many positions with the student's lists, seconds they took)."""
+    """Return (rollouts of about `sample` positions with the student's scores, their seconds)."""
     drawn = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
 
     def generate(count: int) -> Rollouts:
@@ -180,26 +177,26 @@ def _roll(
 
 
 def _rows(
-    rolled: Rollouts, looked: FullScores, k_min: int, most: int, total: float
+    rolled: Rollouts, full: FullScores, k_min: int, most: int, total: float
 ) -> Iterator[dict[str, Any]]:
-    seen = looked.rows
-    student = IdLists(cnt=seen.own.cnt, ids=seen.own.ids)
-    which = schema.DEDUP if seen.asked else schema.FULL
-    which += "" if seen.scores.entropy_hi is None else schema.BOUNDS
+    """Yield the rows of the table; most: the largest k_max; total: positions of all prompts."""
+    student = IdLists(cnt=full.student.cnt, ids=full.student.ids)
+    which = schema.DEDUP if full.at_student else schema.FULL
+    which += "" if full.scores.entropy_hi is None else schema.BOUNDS
     for name, profile in codecs.PROFILES.items():
         arrays = rollout_arrays.encode(rolled, profile)
         rollout_bytes = _bytes(arrays, rollout_arrays.layout_of(rolled), profile, total)
-        for k_max in sorted({min(USUAL, most), most}):
+        for k_max in sorted({min(DEFAULT_K, most), most}):
             for top_p in TOP_P:
-                kept = _kept(seen, top_p, min(k_min, k_max), k_max)
-                arrays = layout.encode(_cut(seen, kept), profile, student)
+                mask = _kept(full, top_p, min(k_min, k_max), k_max)
+                arrays = layout.encode(_truncated(full, mask), profile, student)
                 score_bytes = _bytes(arrays, which, profile, total)
-                forward, reverse = _missed(looked, kept, profile)
+                forward, reverse = _lost(full, mask, profile)
                 yield {
                     "profile": name,
                     "top_p": top_p,
                     "k_max": k_max,
-                    "entries": float(kept.sum(1).mean()),
+                    "entries": float(mask.sum(1).mean()),
                     "bytes_rollout": rollout_bytes / rolled.positions,
                     "bytes_score": score_bytes / rolled.positions,
                     "bytes": (rollout_bytes + score_bytes) / rolled.positions,
@@ -208,47 +205,46 @@ def _rows(
                 }
 
 
-def _kept(seen: WideScores, top_p: float, k_min: int, k_max: int) -> Array:
-    """[P, W] bool: what a request would keep."""
-    mass = np.exp(seen.log_q, dtype=np.float64).cumsum(1)
+def _kept(full: FullScores, top_p: float, k_min: int, k_max: int) -> Array:
+    """Return [P, W] bool, the entries that a request keeps."""
+    mass = np.exp(full.log_q, dtype=np.float64).cumsum(1)
     cnt = np.clip((mass < top_p).sum(1) + 1, k_min, k_max)
-    kept: Array = (np.arange(seen.ids.shape[1]) < cnt[:, None]) & np.isfinite(seen.log_q)
-    return kept
+    mask: Array = (np.arange(full.ids.shape[1]) < cnt[:, None]) & np.isfinite(full.log_q)
+    return mask
 
 
-def _cut(seen: WideScores, kept: Array) -> Scores:
-    """The wide scores as a smaller request would have made them."""
+def _truncated(full: FullScores, mask: Array) -> Scores:
+    """Return the scores as if requested with these entries [P, W] alone."""
     return replace(
-        seen.scores,
-        cnt=kept.sum(1).astype(np.uint16),
-        ids=seen.ids[kept],
-        entry_lp=seen.log_q[kept],
-        log_tail=seen.log_tail(kept).astype(np.float32),
+        full.scores,
+        cnt=mask.sum(1).astype(np.uint16),
+        ids=full.ids[mask],
+        entry_lp=full.log_q[mask],
+        log_tail=full.log_tail(mask).astype(np.float32),
     )
 
 
-def _missed(looked: FullScores, kept: Array, profile: codecs.Profile) -> tuple[float, float]:
-    """Shares of KL(q || p) and KL(p || q) that are lost by coarsening both to what is stored."""
+def _lost(full: FullScores, mask: Array, profile: codecs.Profile) -> tuple[float, float]:
+    """Return the shares of KL(q || p) and KL(p || q) that storage in this form loses."""
 
     def stored(values: Array) -> Array:
         return codecs.from_entry(codecs.to_entry(values, profile), profile)
 
-    seen = looked.rows
-    at_lp = seen.scores.at_lp
-    log_q = np.full(seen.log_q.shape, -np.inf, np.float32)
-    log_q[kept] = stored(seen.log_q[kept])
-    forward, reverse = seen.coarse(kept, log_q, None if at_lp is None else stored(at_lp))
-    return _lost(forward, looked.forward), _lost(reverse, looked.reverse)
+    def lost(coarse: Array, whole: Array) -> float:
+        # Two equal models lose nothing.
+        return float(1 - coarse.mean() / whole.mean()) if whole.mean() > 0 else 0.0
 
-
-def _lost(coarse: Array, full: Array) -> float:
-    """Share of the mean; two models that are the same lose nothing."""
-    return float(1 - coarse.mean() / full.mean()) if full.mean() > 0 else 0.0
+    at_lp = full.scores.at_lp
+    log_q = np.full(full.log_q.shape, -np.inf, np.float32)
+    log_q[mask] = stored(full.log_q[mask])
+    forward, reverse = full.coarse_kl(mask, log_q, None if at_lp is None else stored(at_lp))
+    return lost(forward, full.forward), lost(reverse, full.reverse)
 
 
 def _bytes(arrays: Mapping[str, Array], which: str, profile: codecs.Profile, total: float) -> float:
-    """Of the files of a segment; metadata counts as in units of the usual size, or in one of all
-    that there is.
+    """Return the bytes of a segment's files.
+
+    Metadata is counted as in units of the default size, or in one unit of all `total` positions.
     """
     contents = segments.encode(arrays, layout=which, profile=profile, attributes={})
     metadata = sum(len(data) for name, data in contents.items() if name.endswith("zarr.json"))

@@ -1,7 +1,7 @@
 """Graders: a prompt and the text of a response -> a reward in [0, 1].
 
-`exact` compares a response's final answer with the prompt's "answer". MODULE:FUNCTION is installed
-code of the user's own, imported when it is asked for: as trusted as the configuration naming it.
+`exact` compares a response's final answer with the prompt's "answer". MODULE:FUNCTION names
+installed code of the user, which is as trusted as the configuration that names it.
 """
 
 import re
@@ -28,14 +28,14 @@ EXACT = "exact"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grader:
-    """Who gives sampled responses their rewards, and how it reads them."""
+    """A reward function, and the decoding of responses for it."""
 
     name: str
     grader: RewardFn
     decode: Decode
 
     def rewards(self, rollouts: Rollouts) -> Array:
-        """[N] float64 in [0, 1], of every response. Raises GraderError with the prompt's id."""
+        """Return [N] float64 rewards in [0, 1]. Raises GraderError with the prompt's id."""
         off = rollouts.seq_off
         rewards = [
             self.grader(rollouts.prompts[of], self.decode(rollouts.tokens[start:end].tolist()))
@@ -45,10 +45,10 @@ class Grader:
 
 
 def open_grader(name: str, prompts: Sequence[Prompt]) -> RewardFn:
-    """The grader of that name, fit for these prompts; its rewards are checked.
+    """Return the reward function of that name for these prompts; its rewards are checked.
 
-    Raises ConfigError for code that is not there or takes other arguments, PromptError where
-    `exact` has no answer to compare with. The grader itself raises GraderError.
+    Raises ConfigError for code that is missing or takes other arguments, PromptError where `exact`
+    has no answer to compare with. The function itself raises GraderError.
     """
     if name == EXACT:
         for prompt in prompts:
@@ -62,15 +62,17 @@ def open_grader(name: str, prompts: Sequence[Prompt]) -> RewardFn:
 
 
 def exact(prompt: Prompt, response: str) -> float:
-    """1 where the response's final answer is the prompt's, both read by `final_answer`, else 0."""
+    """Return 1 if the final answers of response and prompt are equal, else 0."""
     assert prompt.answer is not None, "open_grader"
     return float(final_answer(response) == final_answer(prompt.answer))
 
 
 def final_answer(text: str) -> str:
-    r"""What stands in the last \boxed{...}; else after the last "Answer:" or "####" of a line; else
-    the last line that is not blank. Without surrounding $, one full stop at the end, and runs of
-    blanks made one. Numbers are text: 1,000 is not 1000.
+    r"""Return the text in the last \boxed{...}, else after the last "Answer:" or "####" of a line,
+    else the last line that is not blank.
+
+    Surrounding $ and one full stop at the end are removed, and runs of blanks become one. Numbers
+    are text: 1,000 is not 1000.
     """
     found = _boxed(text)
     if found is None:
@@ -87,7 +89,7 @@ _MARKED = re.compile(r"(?:\banswer\s*:|####)[ \t]*(\S.*)", re.IGNORECASE)
 
 
 def _boxed(text: str) -> str | None:
-    """Inside the last \\boxed{...} whose braces balance."""
+    """Return the text in the last \\boxed{...} whose braces balance."""
     for start in reversed([found.end() for found in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
         for end in range(start, len(text)):
@@ -102,7 +104,7 @@ def _imported(name: str) -> Callable[..., Any]:
     if not (module and colon and attribute):
         raise ConfigError(
             f"grader {name!r} is neither {EXACT!r} nor MODULE:FUNCTION",
-            hint=f"give --grader {EXACT}, or say mypackage.grading:grade",
+            hint=f"give --grader {EXACT}, or a function such as mypackage.grading:grade",
         )
     try:
         function = getattr(import_module(module), attribute)
@@ -124,25 +126,27 @@ def _imported(name: str) -> Callable[..., Any]:
             hint="write it as def grade(prompt: Prompt, response: str) -> float",
         ) from error
     except ValueError:
-        pass  # some built-in functions do not say what they take; the first call will
+        pass  # some built-in functions have no signature; the first call checks it
     return function  # type: ignore[no-any-return]
 
 
 def _checked(name: str, function: Callable[..., Any]) -> RewardFn:
+    """Return the function with its errors and rewards checked."""
+
     def grade(prompt: Prompt, response: str) -> float:
         try:
             reward = function(prompt, response)
-        # Code of the user's own raises whatever it likes; it stays below as the cause.
+        # The user's code may raise any exception; it is kept as the cause.
         except Exception as error:
             raise GraderError(
                 f"grader {name} on prompt {prompt.id!r}: {type(error).__name__}: {error}",
-                hint="repair the grader; `logitcask --debug` shows where it was",
+                hint="repair the grader; `logitcask --debug` shows the traceback",
             ) from error
-        # NaN is in no interval.
+        # NaN fails the comparison.
         if not isinstance(reward, Real) or not 0 <= float(reward) <= 1:
             raise GraderError(
                 f"grader {name} on prompt {prompt.id!r}: {reward!r} is no number in [0, 1]",
-                hint="let it return a reward from 0 to 1",
+                hint="return a reward from 0 to 1",
             )
         return float(reward)
 

@@ -13,12 +13,7 @@ from typing import Any
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
 from logitcask.engine.store import Segment, Snapshot
-from logitcask.engine.types import (
-    STOP,
-    ModelRef,
-    Progress,
-    no_progress,
-)
+from logitcask.engine.types import STOP, ModelRef, Progress, no_progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +22,7 @@ class RolloutReport:
     units_done_before: int
     units_new: int
     positions: int
-    """Response tokens of the new units; the figures below count new units too."""
+    """Response tokens of the new units; the fields below count new units too."""
     sequences: int
     seconds: float
     mean_length: float
@@ -35,14 +30,14 @@ class RolloutReport:
     stopped_share: float
     """Share of sequences that ended in a stop token."""
     mean_reward: float | None = None
-    """Of a sequence; None where no grader is named or no unit was new."""
+    """Mean over sequences; None without a grader or a new unit."""
 
 
 def rollout(request: RolloutRequest, *, progress: Progress = no_progress) -> RolloutReport:
     """Sample and commit every planned unit that the store does not hold yet.
 
     Raises IdentityError where the name holds other prompts, sampling, students or units, and
-    GraderError where the grader fails (nothing of that unit is committed).
+    GraderError where the grader fails (that unit is not committed).
     """
     start_s = time.monotonic()
     missing = plan_rollouts(request, request.store.head())
@@ -99,13 +94,13 @@ def _check_name(
             raise IdentityError(
                 f"rollouts {name!r} were made with {_difference(segment.lineage['set'], ours)} "
                 f"(set {theirs}, this one is {ours['digest']})",
-                hint="give these rollouts a name of their own, or use what they were made with",
+                hint="give these rollouts another name, or use the settings of that name",
             )
         if student["weights"] != model.digest and not versions:
             raise IdentityError(
                 f"rollouts {name!r} are of student {student['weights']}, version "
                 f"{student['version']}; this one is {model.digest}, version {model.version}",
-                hint="give these rollouts a name of their own; only distill mixes versions",
+                hint="give these rollouts another name; only distill mixes versions",
             )
         # A loop's first updates may keep the weights: each version draws its own numbers.
         same = (student["weights"], student["version"]) == (model.digest, model.version)
@@ -118,7 +113,7 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     for key in {**ours, **theirs}:
         if key not in ("digest", "prompts", "units") and theirs.get(key) != ours.get(key):
             return f"{key} = {theirs.get(key)!r}, not {ours.get(key)!r}"
-    return "other prompts, or of another loop"
+    return "other prompts, or by another loop"
 
 
 def _check_grid(name: str, segment: Segment, units: Mapping[str, RolloutUnit]) -> None:
@@ -132,5 +127,5 @@ def _check_grid(name: str, segment: Segment, units: Mapping[str, RolloutUnit]) -
             raise IdentityError(
                 f"rollouts {name!r} hold prompts {first}..{end - 1} as one unit, and the plan has "
                 f"{unit['first']}..{unit['first'] + unit['count'] - 1}",
-                hint="resume with the unit_prompts, first and count that they were begun with",
+                hint="resume with the unit_prompts, first and count of the first call",
             )

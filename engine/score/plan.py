@@ -18,12 +18,7 @@ from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, run_score_unit,
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot
 from logitcask.engine.store.format.schema import MC
 from logitcask.engine.teachers.checks import check_identity, other_dtypes
-from logitcask.engine.types import (
-    MC_IDS,
-    Progress,
-    ScoreParams,
-    no_progress,
-)
+from logitcask.engine.types import MC_IDS, Progress, ScoreParams, no_progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +82,7 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
         raise IncompleteError(
             f"{request.store.url} holds no rollouts named {request.rollouts_name!r}; "
             f"it has: {known}",
-            hint="run `logitcask rollout` first, or name the rollouts that are there",
+            hint="run `logitcask rollout` first, or use one of these names",
         )
     notes = list(request.notes)
     for segment in segments:
@@ -118,13 +113,13 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
     if drawn and any(key not in done and s.seg_id in there for key, s in units.items()):
         raise IdentityError(
             f"{name!r} holds draws of these rollouts of another number or seed",
-            hint="use another name for these: drawn ids are not added to",
+            hint="use another name for these: drawn ids cannot be extended",
         )
     others = {chain[0].profile for chain in there.values()} - {request.profile}
     if others:
         notes.append(
-            f"scores of {name!r} are there in profile {', '.join(sorted(others))}; "
-            f"{request.profile} is for what is added"
+            f"scores of {name!r} are stored in profile {', '.join(sorted(others))}; "
+            f"{request.profile} is used for new ones"
         )
     missing = {
         key: ScoreUnit(
@@ -139,9 +134,9 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
     }
     if any(unit.chain for unit in missing.values()) and "at_ids" not in request.scorer.capabilities:
         raise ConfigError(
-            f"scores of {name!r} are there for less than this request, and this teacher cannot "
-            "score chosen ids, so they cannot be extended",
-            hint="score under another name, or ask for as much as before",
+            f"scores of {name!r} are stored for a smaller request, and this teacher cannot score "
+            "chosen ids, so they cannot be extended",
+            hint="score under another name, or repeat the earlier request",
         )
     return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
 
@@ -176,7 +171,7 @@ def _check_draws(segments: Sequence[Segment], name: str) -> None:
     if any(segment.layout != MC for segment in segments):
         raise IncompleteError(
             f"rollouts {name!r} hold no ids that the student drew",
-            hint="sample with `logitcask rollout --mc-draws M`, under a name of its own",
+            hint="sample with `logitcask rollout --mc-draws M`, under another name",
         )
 
 
@@ -188,7 +183,7 @@ def _at_key(
         return () if at is None else (at,)
     if segment.seg_id not in scores:
         raise IncompleteError(
-            f"rollout segment {segment.seg_id} has no scores of the model whose ids are wanted",
+            f"rollout segment {segment.seg_id} has no scores of the model that gives the extra ids",
             hint="let that model score all of these rollouts first",
         )
     return tuple(each.seg_id for each in scores[segment.seg_id])

@@ -139,20 +139,20 @@ TEMPLATES = [
         f"rollout --model @student --prompts @m.jsonl --store OUT {PLAIN}",
         1,
         'm.jsonl, line 1: field "messages"',
-        "Turn the chat template on",
+        "turn the chat template on",
     ),
     Case(
         "asked for, and none there",
         f"rollout --model @no-template --prompts @p.jsonl --store OUT --chat-template {SAMPLING}",
         1,
         "has no chat template",
-        "Turn the chat template off",
+        "turn the chat template off",
     ),
 ]
 
 IDENTITY = [
-    Case("seed", f"{ROLL} STORE --seed 4", 1, "seed = 3, not 4", "a name of their own"),
-    Case("sampling", f"{ROLL} STORE --n 3", 1, "n = 2, not 3", "a name of their own"),
+    Case("seed", f"{ROLL} STORE --seed 4", 1, "seed = 3, not 4", "another name"),
+    Case("sampling", f"{ROLL} STORE --n 3", 1, "n = 2, not 3", "another name"),
     Case("units", f"{ROLL} STORE --unit-prompts 3", 1, "prompts 0..1 as one unit", "unit_prompts"),
     Case("twice", f"{ROLL} STORE --rollouts two", 1, "under the name 'main'", "another seed"),
     Case(
@@ -160,14 +160,14 @@ IDENTITY = [
         f"rollout --model @stranger --prompts @p.jsonl --store STORE {PLAIN}",
         1,
         "are of student sha256:",
-        "a name of their own",
+        "another name",
     ),
     Case(
         "prompts",
         f"rollout --model @student --prompts @q.jsonl --store STORE {PLAIN}",
         1,
         "other prompts",
-        "a name of their own",
+        "another name",
     ),
     Case(
         "tokenizer of a teacher",
@@ -350,7 +350,7 @@ def test_rollouts_go_on_with_their_own_template_alone(
     store, rest = world.new("store"), "--prompts @p.jsonl --n 1 --max-new-tokens 2 --student-topk 2"
     assert call(f"rollout --model @student --store {store} {first} {rest}").code == 0
     done = call(f"rollout --model {model} --store {store} {second} {rest}")
-    done.refused(1, "template = 'sha256:", "a name of their own")
+    done.refused(1, "template = 'sha256:", "another name")
     theirs, ours = done.err.partition("template = ")[2].split("', not '")
     assert theirs != ours
     assert theirs.startswith("'sha256:")

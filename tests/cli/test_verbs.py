@@ -78,7 +78,7 @@ def test_what_is_done_is_not_done_again(world: World, call: Any) -> None:
     assert call(f"{SCORE} {store} --format json").json["units_new"] == 0
     assert call(f"{ROLL} {store}").out == f"nothing to do: all {UNITS} units are there\n"
     other = call(f"{SCORE} {store} --profile compact")
-    assert "note: scores of 'big' are there in profile default" in other.err
+    assert "note: scores of 'big' are stored in profile default" in other.err
     out = world.new("run")
     first = call(f"{TRAIN} {store} --out {out} --format json").json
     again = call(f"{TRAIN} {store} --out {out} --format json").json

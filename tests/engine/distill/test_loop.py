@@ -216,7 +216,7 @@ def test_notes_of_scorings_are_said_once(models: Path, tmp_path: Path) -> None:
     other = configure(models, tmp_path, "loop.rounds=3", "store.profile=raw32")
     distill(other, on_event=said.append)
     (note,) = [line for line in said if "profile" in line]
-    assert note == "scores of 'big' are there in profile default; raw32 is for what is added"
+    assert note == "scores of 'big' are stored in profile default; raw32 is used for new ones"
 
 
 def test_the_student_comes_nearer_to_the_teacher(models: Path, tmp_path: Path) -> None:
