@@ -88,8 +88,8 @@ def test_asking_for_most_of_a_split_is_refused():
 def test_verifier(response: str, right: bool):
     problem = Problem(361, "-", 220, 3)
     assert problem.solved_by(response) is right
-    asked = Prompt(id="p", token_ids=(1,), answer=problem.answer)
-    assert open_grader("logitcask.engine.demo.task:solves", [asked])(asked, response) == right
+    prompt = Prompt(id="p", token_ids=(1,), answer=problem.answer)
+    assert open_grader("logitcask.engine.demo.task:solves", [prompt])(prompt, response) == right
 
 
 def test_prompts_file_is_read_by_rollout(tmp_path: Path):

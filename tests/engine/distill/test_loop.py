@@ -200,10 +200,10 @@ def test_metrics_count_updates_and_ages(whole: Whole) -> None:
 
 @pytest.mark.parametrize("stage", ["rollout", "score"])
 def test_progress_counts_the_prompts_of_all_rounds(whole: Whole, stage: str) -> None:
-    told = [call for call in whole.calls if call[0] == stage]
+    calls = [call for call in whole.calls if call[0] == stage]
     # Of the third round, which begins again with the first prompt, in two units.
     done = [0, 3, 3, 6, 6, 7, 9, 9, 12, 12, 15]
-    assert told == [(stage, prompts, ROUNDS * PER_ROUND) for prompts in done]
+    assert calls == [(stage, prompts, ROUNDS * PER_ROUND) for prompts in done]
 
 
 def test_notes_of_scorings_are_said_once(models: Path, tmp_path: Path) -> None:
@@ -537,10 +537,10 @@ def test_train_takes_the_store_of_a_loop(models: Path, whole: Whole, tmp_path: P
         train=config.train.model_copy(update={"partial": False}),
         run=config.run.model_copy(update={"out": tmp_path / "out"}),
     )
-    notices: list[str] = []
-    report = run_train(job, on_event=notices.append)
+    lines: list[str] = []
+    report = run_train(job, on_event=lines.append)
     assert report.positions == whole.report.positions
-    assert any("versions 0 to 8" in line for line in notices), notices
+    assert any("versions 0 to 8" in line for line in lines), lines
 
 
 def test_train_misses_the_unit_that_a_kill_left_out(whole: Whole) -> None:

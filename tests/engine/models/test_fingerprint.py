@@ -23,8 +23,8 @@ IDS = np.array([[3, 1], [2, 7]])
 
 
 def record(off: float = 0.0, control: Any = 0.0) -> dict[str, Any]:
-    told = ModelFingerprint(ids=IDS, lp=np.log([[0.6, 0.3], [0.5, 0.2]]) - off)
-    return {**told.record(), "control_nats": control}
+    fingerprint = ModelFingerprint(ids=IDS, lp=np.log([[0.6, 0.3], [0.5, 0.2]]) - off)
+    return {**fingerprint.record(), "control_nats": control}
 
 
 def test_what_one_model_may_differ_by_is_three_times_the_larger_control() -> None:
@@ -68,8 +68,8 @@ def store(tmp_path: Any) -> Store:
 def test_a_name_is_bound_to_how_its_teacher_behaved(store: Store) -> None:
     bases = [commit_rollouts(store, seed, key("r", seed)) for seed in range(3)]
 
-    def commit(n: int, told: dict[str, Any]) -> Any:
-        lineage = {**LINEAGE, "behaviour": told}
+    def commit(n: int, fingerprint: dict[str, Any]) -> Any:
+        lineage = {**LINEAGE, "behaviour": fingerprint}
         return commit_scores(store, bases[n], n, lineage=lineage, unit_key=key("s", n))
 
     commit(0, record())

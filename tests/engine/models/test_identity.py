@@ -262,14 +262,14 @@ def test_a_hub_id_is_pinned_to_the_commit_that_was_fetched(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = folder.rename(tmp_path / ("c0ffee" * 6 + "abcd"))
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = {}
 
     def fetch(name: str, **keys: Any) -> str:
-        asked.update(keys, name=name)
+        request.update(keys, name=name)
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     ref = identity.model_ref("someone/model", revision="main", chat_template=False)
     assert ref.revision == snapshot.name
-    assert (asked["name"], asked["revision"]) == ("someone/model", "main")
-    assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+    assert (request["name"], request["revision"]) == ("someone/model", "main")
+    assert not any("bin" in pattern for pattern in request["allow_patterns"])

@@ -77,7 +77,7 @@ def test_no_id_is_lost_and_each_has_its_numbers(
         named = list(dict.fromkeys(row["s"] + row["t"] + row["mc"] + row["token"]))
         widest = max(widest, len(named))
         ids = targets.ids[r].tolist()
-        assert ids == named + [-1] * (len(ids) - len(named)), "in the order that is told"
+        assert ids == named + [-1] * (len(ids) - len(named)), "in the documented order"
         known = row["s"] + row["t"]
         assert targets.cached[r].tolist() == [i in known for i in named] + [False] * ids.count(-1)
         for c, i in enumerate(ids):
@@ -118,7 +118,7 @@ def key(tokens: int = 48) -> PlanKey:
 
 
 def with_base(path: Path, units: list[Unit], based: int) -> Store:
-    """The first `based` units have scores of a base model, whose law is the student's."""
+    """The first `based` units have scores of a base model, whose distribution is the student's."""
     store = make_store(path, units)
     for i, segment in enumerate(store.head().rollouts("main")[:based]):
         own = units[i].rollouts.student
@@ -160,14 +160,14 @@ def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
         assert (targets.mc_count.sum(1) == 9).all()
         assert torch.equal(targets.mc_count > 0, targets.mc_log_p > -torch.inf)
         assert targets.mc_log_p.isfinite().any(1).all()
-        # Where both are told, the student's list, its draws and the base agree: one law.
+        # Where both are stored, the student's list, its draws and the base agree.
         both = (targets.mc_count > 0) & targets.in_student
         torch.testing.assert_close(
             targets.mc_log_p[both], targets.student_topk_logprobs[both], rtol=1e-3, atol=1e-3
         )
-        asked = targets.in_student
+        listed = targets.in_student
         torch.testing.assert_close(
-            targets.base_log_p[asked], targets.student_topk_logprobs[asked], rtol=1e-3, atol=1e-3
+            targets.base_log_p[listed], targets.student_topk_logprobs[listed], rtol=1e-3, atol=1e-3
         )
         assert torch.equal(targets.student_topk_logprobs > -torch.inf, targets.in_student)
         assert targets.base_token_lp is not None
@@ -222,15 +222,15 @@ def test_a_row_has_the_reward_of_its_sequence(tmp_path: Path) -> None:
         assert empty.shape == (0,)
 
 
-def told(unit: Unit) -> Unit:
-    """The same of a teacher that told its best ids alone."""
+def with_bounds(unit: Unit) -> Unit:
+    """Return the unit with the scores of a teacher that returns top-k log-probs only."""
     most = unit.scores.entropy + np.float32(0.25)
     return replace(unit, scores=replace(unit.scores, entropy_hi=most))
 
 
 def test_an_exact_entropy_among_intervals_is_one_without_width(tmp_path: Path) -> None:
     exact, other = (make_unit(seed, lengths=[3, 1, 4, 0, 5, 2]) for seed in (0, 1))
-    store = make_store(tmp_path / "s", [exact, told(other)])
+    store = make_store(tmp_path / "s", [exact, with_bounds(other)])
     members = np.asarray([[0, 0], [1, 2], [0, 4]])
     for cache in (None, UnitCache(tmp_path / "c")):
         source = PackSource(store, store.head(), "main", "big", cache=cache)

@@ -58,12 +58,12 @@ def test_plan_laws(drawn: list[list[tuple[int, int]]], seed: int, epochs: int, w
     again = make_plan(ours, lengths)
     assert plan.digest == again.digest
     assert np.array_equal(plan.members, again.members)
-    wanted = sorted(
+    expected = sorted(
         (i, j) for i, rows in enumerate(drawn) for j, (_, tokens) in enumerate(rows) if tokens
     )
-    assert sorted(map(tuple, plan.members.tolist())) == sorted(wanted * epochs)
+    assert sorted(map(tuple, plan.members.tolist())) == sorted(expected * epochs)
     per_epoch = [sorted(map(tuple, e)) for e in np.split(plan.members, epochs)]
-    assert all(epoch == wanted for epoch in per_epoch)
+    assert all(epoch == expected for epoch in per_epoch)
     total = [s.prompt + s.response for s in lengths]
     for i in range(len(plan)):
         assert 0 < sum(int(total[s][n]) for s, n in plan.pack(i)) <= 64

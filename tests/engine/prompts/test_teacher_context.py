@@ -33,9 +33,9 @@ def written(folder: Path, template: str, *lines: Any) -> tuple[Path, Path]:
 def shown(
     template: Path, file: Path, stored: list[Prompt] | None = None, *, chat: bool = False
 ) -> dict[str, str]:
-    told: dict[str, Any] = {"chat_template": chat, "max_prompt_tokens": 200}
-    stored = read_prompts(file, TOKENIZER, **told) if stored is None else stored
-    found = templated(file, read_template(template), stored, TOKENIZER, **told)
+    rendering: dict[str, Any] = {"chat_template": chat, "max_prompt_tokens": 200}
+    stored = read_prompts(file, TOKENIZER, **rendering) if stored is None else stored
+    found = templated(file, read_template(template), stored, TOKENIZER, **rendering)
     return {name: TOKENIZER.decode(prompt.token_ids) for name, prompt in found.items()}
 
 

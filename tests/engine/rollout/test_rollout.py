@@ -80,11 +80,11 @@ class Dies:
 def run(
     store: Path, hf: HF, model: ModelRef, progress: Progress = no_progress, **keys: Any
 ) -> RolloutReport:
-    told = {"sampler": hf, "unit_prompts": 2, "student_k": 5, "sampling": SAMPLING} | keys
-    asked = RolloutRequest(
-        store=open_store(store, create=True), model=model, **({"prompts": PROMPTS} | told)
+    fields = {"sampler": hf, "unit_prompts": 2, "student_k": 5, "sampling": SAMPLING} | keys
+    request = RolloutRequest(
+        store=open_store(store, create=True), model=model, **({"prompts": PROMPTS} | fields)
     )
-    return rollout(asked, progress=progress)
+    return rollout(request, progress=progress)
 
 
 def contents(store: Path, name: str = "main") -> list[tuple[str, str, dict[str, Any]]]:
@@ -204,9 +204,9 @@ def test_draws_are_of_the_students_law_and_stored_with_its_log_probs(
     found = store.read_rollouts(segment)
     vocab = model.n_vocab
     every = ScoreParams(entry_kind="topk", k_min=vocab, k_max=vocab, at_student=False)
-    law = hf.score(found, every)
+    scores = hf.score(found, every)
     exact = np.zeros((found.positions, vocab))
-    exact[np.repeat(np.arange(found.positions), law.cnt), law.ids] = law.entry_lp
+    exact[np.repeat(np.arange(found.positions), scores.cnt), scores.ids] = scores.entry_lp
     assert found.draws is not None
     row = np.repeat(np.arange(found.positions), found.draws.cnt)
     assert np.array_equal(found.draws.lp, exact[row, found.draws.ids].astype(np.float32))

@@ -1,4 +1,4 @@
-"""A small store of rollouts, two models, and a scorer that dies when it is told to."""
+"""A small store of rollouts, two models, and a scorer that fails on request."""
 
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def run(
     path: Path, model: ModelRef, scorer: Any, progress: Progress = no_progress, **keys: Any
 ) -> ScoreReport:
     keys = {"teacher_name": "big", "params": REQUEST} | keys
-    asked = ScoreRequest(store=open_store(path), model=model, scorer=scorer, **keys)
-    return score(asked, progress=progress)
+    request = ScoreRequest(store=open_store(path), model=model, scorer=scorer, **keys)
+    return score(request, progress=progress)
 
 
 class Dies:

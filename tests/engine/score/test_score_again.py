@@ -1,4 +1,4 @@
-"""A teacher asked again, others beside it, other prompts, drawn ids: nothing is scored twice."""
+"""Repeated requests, several teachers, other prompts, drawn ids: nothing is scored twice."""
 
 import shutil
 from dataclasses import replace
@@ -97,10 +97,10 @@ def test_a_teacher_is_asked_at_a_later_students_ids(
     snapshot = opened.head()
     for base, chain in snapshot.scores("big").items():
         known = ranked(opened.read_scores(chain))
-        wanted = ranked(opened.read_scores(snapshot.scores("later")[base]))
+        expected = ranked(opened.read_scores(snapshot.scores("later")[base]))
         rows = np.split(known.ids, np.cumsum(known.cnt)[:-1])
-        asked = np.split(wanted.ids, np.cumsum(wanted.cnt)[:-1])
-        assert all(set(a) <= set(b) for a, b in zip(asked, rows, strict=True))
+        requested = np.split(expected.ids, np.cumsum(expected.cnt)[:-1])
+        assert all(set(a) <= set(b) for a, b in zip(requested, rows, strict=True))
         exact = scorer.score(opened.read_rollouts(opened.log.rollouts(base)), ALL)
         place = [e.tolist() for e in np.split(exact.ids, len(exact.cnt))]
         lps = np.split(exact.entry_lp, len(exact.cnt))
@@ -110,12 +110,12 @@ def test_a_teacher_is_asked_at_a_later_students_ids(
 
 
 class Counts(HF):
-    """Counts how often it was asked."""
+    """A scorer that counts its calls."""
 
-    asked = 0
+    calls = 0
 
     def score(self, *args: Any, **keys: Any) -> Scores:
-        self.asked += 1
+        self.calls += 1
         return super().score(*args, **keys)
 
 
@@ -131,7 +131,7 @@ def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
     for once, wider in open_store(drawn).head().scores("big").values():
         assert once.seconds
         assert bool(wider.seconds) == first, "one pass over both is counted once"
-    assert scorer.asked == (4 if first else 2)
+    assert scorer.calls == (4 if first else 2)
     assert run(drawn, teacher, Dies(scorer, 0), at="mc").units_new == 0
     assert run(drawn, teacher, Dies(scorer, 0)).units_new == 0
     opened = open_store(drawn)
@@ -156,8 +156,8 @@ def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
         np.testing.assert_allclose(got, lp[row, targets.ids.numpy()[row, column]], rtol=1e-3)
         known = ranked(opened.read_scores(chains[segment.seg_id]))
         tail = np.log1p(-np.add.reduceat(np.exp(known.lp.astype(float)), starts(known.cnt)[:-1]))
-        told = opened.read_scores(chain).log_tail
-        np.testing.assert_allclose(np.exp(told), np.exp(tail), atol=2e-3)
+        stored = opened.read_scores(chain).log_tail
+        np.testing.assert_allclose(np.exp(stored), np.exp(tail), atol=2e-3)
         added = opened.read_arrays(chain[1])
         at_row = np.repeat(np.arange(rollouts.positions), added["cnt"])
         np.testing.assert_allclose(added["lp"], lp[at_row, added["ids"]], atol=1e-5)
@@ -248,7 +248,7 @@ def test_ids_are_drawn_from_the_teachers_law(store: Path, teacher: ModelRef, sco
             assert (np.abs(share - q) < 4.5 * np.sqrt(q * (1 - q) / DRAWN.draws) + 0.006).all()
             outside = np.setdiff1d(np.arange(99), ids)
             np.testing.assert_allclose(np.exp(known.log_tail[r]), q[outside].sum(), atol=1e-5)
-    # Other draws are scores of their own; said before a teacher is asked.
+    # Other draws need another name; the error is raised before the teacher scores.
     other = replace(DRAWN, seed=4)
     with pytest.raises(IdentityError, match="holds draws of these rollouts of another"):
         run(store, teacher, Dies(scorer, 0), teacher_name="drawn", params=other)

@@ -1,4 +1,4 @@
-"""A teacher that tells its best ids alone, made from full laws: what vLLM or a server answers."""
+"""A teacher that returns top-k log-probs only, as vLLM or a server, made from full logits."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from logitcask.engine.backends.returned import ResponseAssembler, ReturnedTopK
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 
 
-def answer_of(log_p: Array, tokens: Array, asked: IdLists | None, k: int) -> ReturnedTopK:
-    """What an engine says of laws [R, V'] (V' ids of its head) when it is asked for its k best."""
+def answer_of(log_p: Array, tokens: Array, extra: IdLists | None, k: int) -> ReturnedTopK:
+    """Return the response of an engine with log-probs [R, V'] (V' ids of its head) for top k."""
     order = np.argsort(-log_p, 1, kind="stable")[:, :k]
     rows = np.arange(len(tokens))
     at = None
-    if asked is not None:
-        at = log_p[np.repeat(rows, asked.cnt), asked.ids.astype(np.int64)].astype(np.float32)
+    if extra is not None:
+        at = log_p[np.repeat(rows, extra.cnt), extra.ids.astype(np.int64)].astype(np.float32)
     return ReturnedTopK(
         lp=log_p[rows, tokens.astype(np.int64)].astype(np.float32),
         ids=order.astype(np.int64),
@@ -25,7 +25,7 @@ def answer_of(log_p: Array, tokens: Array, asked: IdLists | None, k: int) -> Ret
     )
 
 
-class Told:
+class TopKTeacher:
     """`hf` seen through an AnswerSheet; `at_ids`: whether it answers at chosen ids."""
 
     def __init__(self, hf: HF, *, at_ids: bool = True) -> None:
@@ -43,14 +43,14 @@ class Told:
         # In any order.
         for sequence in reversed(range(len(rollouts.seq_prompt))):
             rows = assembler.rows(sequence)
-            log_p = laws(self.hf.model, rollouts, sequence)
+            log_p = distributions(self.hf.model, rollouts, sequence)
             tokens = rollouts.tokens[rows]
-            asked = assembler.extra_ids(sequence)
-            assembler.write(sequence, answer_of(log_p, tokens, asked, request.k_max))
+            extra = assembler.extra_ids(sequence)
+            assembler.write(sequence, answer_of(log_p, tokens, extra, request.k_max))
         return assembler.scores()
 
 
-def laws(model: Any, rollouts: Rollouts, sequence: int) -> Array:
+def distributions(model: Any, rollouts: Rollouts, sequence: int) -> Array:
     """[R, V'] float64 of float32 log-probs over the whole head."""
     prompt = rollouts.prompts[int(rollouts.seq_prompt[sequence])].token_ids
     own = slice(int(rollouts.seq_off[sequence]), int(rollouts.seq_off[sequence + 1]))

@@ -52,8 +52,8 @@ def make_plan(sampler: Callable[[Any], Any], **change: Any) -> EvalPlan:
     return EvalPlan(**(fields | change))
 
 
-class Told:
-    """A sampler whose responses are given: two prompts, two each."""
+class FixedSampler:
+    """A sampler with fixed responses: two prompts, two each."""
 
     def generate(self, prompts: Any, sampling: Any, **_: Any) -> Rollouts:
         return Rollouts(
@@ -74,8 +74,8 @@ class Told:
 
 def test_numbers_worked_by_hand() -> None:
     """Rewards [[1, 1/2], [0, 0]]: firsts 1, 0; means 3/4, 0."""
-    plan = make_plan(lambda _: Told(), prompts=PROMPTS[:2], sampling=SamplingParams(n=2))
-    report = evaluate(Told(), plan, version=0)
+    plan = make_plan(lambda _: FixedSampler(), prompts=PROMPTS[:2], sampling=SamplingParams(n=2))
+    report = evaluate(FixedSampler(), plan, version=0)
     assert (report.prompts, report.n) == (2, 2)
     assert (report.accuracy, report.avg_at_n) == (0.5, 0.375)
     # Deviations of 1/2 and 3/8 on both sides of the mean, each over sqrt(2 - 1) and sqrt(2).
@@ -130,19 +130,19 @@ def test_evaluation_changes_no_update_and_stands_in_the_folder(
 ) -> None:
     _, model = case
     plain = run(case, tmp_path / "a", evaluation=None)
-    asked = run(case, tmp_path / "b")
+    evaluated = run(case, tmp_path / "b")
     assert plain.evaluations == ()
-    assert {k: v for k, v in asked.last.items() if "/" not in k} == {
+    assert {k: v for k, v in evaluated.last.items() if "/" not in k} == {
         k: v for k, v in plain.last.items() if "/" not in k
     }
     ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    n = asked.updates
-    steps = [line["progress/step"] for line in asked.evaluations]
+    n = evaluated.updates
+    steps = [line["progress/step"] for line in evaluated.evaluations]
     assert steps == sorted({*range(0, n, 2), n})
-    noted = json.loads((tmp_path / "b" / "run.json").read_text())["evaluations"]
-    assert noted == list(asked.evaluations)
-    first, last = asked.evaluations[0], asked.evaluations[-1]
+    recorded = json.loads((tmp_path / "b" / "run.json").read_text())["evaluations"]
+    assert recorded == list(evaluated.evaluations)
+    first, last = evaluated.evaluations[0], evaluated.evaluations[-1]
     before = evaluate(HF(model, device="cpu"), plan_of(model), version=0).line()
     trained = HF(tmp_path / "b", device="cpu", n_vocab=model.n_vocab, stop_ids=model.stop_ids)
     after = evaluate(trained, plan_of(model), version=n).line()

@@ -34,7 +34,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef, Sto
     return store, model, make_store(folder / "other", others, student=model)
 
 
-def asked(store: Store, **change: int) -> HeldOutSet:
+def held_out_set(store: Store, **change: int) -> HeldOutSet:
     return HeldOutSet(store=store, rollouts="main", teacher="big", **change)
 
 
@@ -42,15 +42,15 @@ def test_the_loss_is_the_token_mean_of_plain_torch(
     case: tuple[Store, ModelRef, Store],
 ) -> None:
     _, model, other = case
-    held = hold_out(asked(other), model, REVERSE, 48)
+    held = hold_out(held_out_set(other), model, REVERSE, 48)
     student = load_student(model).train()
     line = held.line(student)
     source = PackSource(other, other.head(), "main", "big")
     singles = [
         source.pack(np.array([[o, s]])) for o in range(2) for s, n in enumerate(LENGTHS) if n
     ]
-    want = float(token_mean(student, singles).detach())
-    assert line["eval/loss"] == pytest.approx(want, rel=1e-5)
+    expected = float(token_mean(student, singles).detach())
+    assert line["eval/loss"] == pytest.approx(expected, rel=1e-5)
     assert line["eval/rows"] == 2 * sum(LENGTHS)
     assert {name.removeprefix("eval/") for name in line} == {"loss", "rows", *COMMON_METRICS}
     assert student.training, "as it was"
@@ -69,7 +69,7 @@ def test_measuring_changes_no_update(case: tuple[Store, ModelRef, Store], tmp_pa
             settings=SETTINGS,
             held_out=held,
         )
-        for name, held in (("a", None), ("b", asked(other, every=1)))
+        for name, held in (("a", None), ("b", held_out_set(other, every=1)))
     }
     ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -85,7 +85,7 @@ def test_measuring_changes_no_update(case: tuple[Store, ModelRef, Store], tmp_pa
             teacher="big",
             objective=REVERSE,
             settings=SETTINGS,
-            held_out=asked(other, every=2),
+            held_out=held_out_set(other, every=2),
         )
 
 
@@ -98,9 +98,9 @@ def test_rows_that_are_masked_are_not_measured(
     masked = replace(unit, rollouts=replace(unit.rollouts, loss_mask=mask))
     store = make_store(tmp_path / "s", [masked], student=model)
     with pytest.raises(IncompleteError, match="no held-out row is counted"):
-        hold_out(asked(store), model, REVERSE, 48).line(load_student(model))
+        hold_out(held_out_set(store), model, REVERSE, 48).line(load_student(model))
     no_response = make_store(
         tmp_path / "t", [make_unit(4, vocab=99, lengths=[0] * 6)], student=model
     )
     with pytest.raises(IncompleteError, match="hold no response token"):
-        hold_out(asked(no_response), model, REVERSE, 48)
+        hold_out(held_out_set(no_response), model, REVERSE, 48)

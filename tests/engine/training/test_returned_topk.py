@@ -46,12 +46,12 @@ from logitcask.kernels.objective_input import SparseLoss
 from logitcask.kernels.sparse_kl import sparse_kl
 from tests.engine.score.scored import ref
 from tests.engine.tiny import N_VOCAB, make_model, save_folder
-from tests.engine.training.returned_topk import Told
+from tests.engine.training.returned_topk import TopKTeacher
 
 PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3 + 5 * i, 8 + 6 * i))) for i in range(4)]
 REQUEST = ScoreParams(entry_kind="topk", k_min=64, k_max=64)
 """64 of 99 ids."""
-TOLD = replace(REQUEST, entry_kind="topp", top_p=1.0)
+RETURNED = replace(REQUEST, entry_kind="topp", top_p=1.0)
 """Asks for the same: one request is one unit of a teacher's, whatever its name."""
 ALONE = replace(REQUEST, at_student=False)
 NOT_FOR_IT = {"rs_kd": "drawn ids", "full_vocab": "every id"}
@@ -80,8 +80,11 @@ def sure(models: dict[str, ModelRef]) -> bool:
 
 @pytest.fixture(scope="module")
 def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Scores `all` of the teacher, `told` of the same by its best 64 and what it is asked at,
-    `whole` by its best 64 alone; rollouts in units of two prompts."""
+    """Return a store with scores of one teacher, in units of two prompts.
+
+    `all` are from its logits, `returned` by its best 64 ids and the requested ones, `whole` by its
+    best 64 alone.
+    """
     store = open_store(tmp_path_factory.mktemp("store") / "s", create=True)
     rollout(
         RolloutRequest(
@@ -96,13 +99,13 @@ def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory)
         )
     )
     hf = HF(models["teacher"])
-    asked: dict[str, Any] = {
+    requests: dict[str, Any] = {
         "all": {"scorer": hf, "params": REQUEST, "at": "mc"},
-        "told": {"scorer": Told(hf), "params": TOLD, "at": "mc"},
-        "whole": {"scorer": Told(hf, at_ids=False), "params": ALONE},
+        "returned": {"scorer": TopKTeacher(hf), "params": RETURNED, "at": "mc"},
+        "whole": {"scorer": TopKTeacher(hf, at_ids=False), "params": ALONE},
         "base": {"scorer": HF(models["base"]), "params": REQUEST, "at": "mc", "role": "base"},
     }
-    for name, keys in asked.items():
+    for name, keys in requests.items():
         model = models["base" if name == "base" else "teacher"]
         score(ScoreRequest(store=store, model=model, teacher_name=name, profile="raw32", **keys))
     return store
@@ -136,23 +139,23 @@ def test_a_store_of_both_holds_what_each_says(store: Store, sure: bool) -> None:
     layouts = {
         (row["name"], row["layout"]) for row in list_segments(store) if row["kind"] == "score"
     }
-    assert {("all", "once"), ("told", "once+bounds"), ("whole", "whole+bounds")} <= layouts
+    assert {("all", "once"), ("returned", "once+bounds"), ("whole", "whole+bounds")} <= layouts
     verify(store, deep=True)
-    exact, told, whole = (targets_of(store, name) for name in ("all", "told", "whole"))
+    exact, returned, whole = (targets_of(store, name) for name in ("all", "returned", "whole"))
     assert exact.q_entropy_hi is None
-    for rows in (told, whole):
+    for rows in (returned, whole):
         assert rows.q_entropy_hi is not None
         assert (rows.q_entropy <= exact.q_entropy + 1e-5).all()
         assert (exact.q_entropy <= rows.q_entropy_hi + 1e-5).all()
-    assert torch.equal(exact.ids, told.ids)
-    assert torch.equal(exact.q_rank, told.q_rank)
-    torch.testing.assert_close(told.q_log_p, exact.q_log_p, rtol=1e-5, atol=1e-5)
-    off = (told.q_log_tail.double().exp() - exact.q_log_tail.double().exp()).abs()
+    assert torch.equal(exact.ids, returned.ids)
+    assert torch.equal(exact.q_rank, returned.q_rank)
+    torch.testing.assert_close(returned.q_log_p, exact.q_log_p, rtol=1e-5, atol=1e-5)
+    off = (returned.q_log_tail.double().exp() - exact.q_log_tail.double().exp()).abs()
     assert off.max() < 2 * RESOLVED
-    # More is known where it was asked at more.
-    assert told.q_entropy_hi is not None
+    # More requested ids give a narrower interval.
+    assert returned.q_entropy_hi is not None
     assert whole.q_entropy_hi is not None
-    width, wider = told.q_entropy_hi - told.q_entropy, whole.q_entropy_hi - whole.q_entropy
+    width, wider = returned.q_entropy_hi - returned.q_entropy, whole.q_entropy_hi - whole.q_entropy
     assert width.mean() <= wider.mean()
     resolved = exact.q_log_tail.exp() > RESOLVED
     if sure:
@@ -164,15 +167,15 @@ def test_a_store_of_both_holds_what_each_says(store: Store, sure: bool) -> None:
 
 
 def test_an_interval_is_shown_as_one(store: Store) -> None:
-    told: dict[str, Any] = {"rollouts": "main", "sequence": 0, "top": 3}
-    for row in show_sequence(store, teacher="whole", **told)["rows"]:
+    which: dict[str, Any] = {"rollouts": "main", "sequence": 0, "top": 3}
+    for row in show_sequence(store, teacher="whole", **which)["rows"]:
         assert row["teacher_entropy"] <= row["teacher_entropy_hi"]
-    assert "teacher_entropy_hi" not in show_sequence(store, teacher="all", **told)["rows"][0]
+    assert "teacher_entropy_hi" not in show_sequence(store, teacher="all", **which)["rows"][0]
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - NOT_FOR_IT.keys()))
 def test_every_objective_makes_the_same_of_both(store: Store, name: str) -> None:
-    (ours, grad), (exact, want) = lost(store, "told", name), lost(store, "all", name)
+    (ours, grad), (exact, want) = lost(store, "returned", name), lost(store, "all", name)
     scale = want.norm()
     if name == "vopd_cached":
         # Its baseline is no part of the mean: what the tail moves is a multiple of d log p(y).
@@ -248,11 +251,11 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
 def test_a_scorer_that_answers_at_no_chosen_ids_is_asked_at_none(
     store: Store, models: dict[str, ModelRef]
 ) -> None:
-    scorer = Told(HF(models["teacher"]), at_ids=False)
-    told: dict[str, Any] = {"model": models["teacher"], "scorer": scorer}
+    scorer = TopKTeacher(HF(models["teacher"]), at_ids=False)
+    which: dict[str, Any] = {"model": models["teacher"], "scorer": scorer}
     with pytest.raises(ConfigError, match="cannot give at_ids"):
-        ScoreRequest(store=store, teacher_name="asked", params=REQUEST, **told)
+        ScoreRequest(store=store, teacher_name="asked", params=REQUEST, **which)
     drawn = ScoreParams(entry_kind="sampled", draws=5, at_student=False)
     with pytest.raises(ConfigError, match="cannot give drawn"):
-        ScoreRequest(store=store, teacher_name="asked", params=drawn, **told)
+        ScoreRequest(store=store, teacher_name="asked", params=drawn, **which)
     assert "asked" not in store.head().names("score")

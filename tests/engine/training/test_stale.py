@@ -173,13 +173,13 @@ def expected(case: Case, name: str) -> tuple[Tensor, Tensor]:
     if name not in FORMULAS:
         return truth(objective, full)
     z = case.live.clone().requires_grad_()
-    laws = [x.log_softmax(-1) for x in (z, case.teacher, case.base, case.old)]
+    distributions = [x.log_softmax(-1) for x in (z, case.teacher, case.base, case.old)]
     t, losses, descended = full.targets, [], []
     assert t.mc_count is not None
     for r in range(len(z)):
         ids, counts = t.ids[r].tolist(), t.mc_count[r].tolist()
         row = Row(
-            *(law[r] for law in laws),
+            *(distribution[r] for distribution in distributions),
             y=int(t.token[r]),
             known=t.ids[r][t.cached[r]].tolist(),
             kept=ranking(case.teacher[r])[: int(t.n_kept[r])],
@@ -224,9 +224,9 @@ def test_the_student_has_moved(case: Case) -> None:
 def test_what_is_called_exact_is_the_live_teachers(case: Case, name: str) -> None:
     """At the ids that the label names: of live supports those that were scored, of frozen ones
     those of the student that sampled."""
-    asked = facts(UPDATES)
-    asked = replace(asked, q_draws=50) if name == "rs_kd" else asked
-    assert check_exactness(PRESETS[name], asked).scores.startswith("exact")
+    info = facts(UPDATES)
+    info = replace(info, q_draws=50) if name == "rs_kd" else info
+    assert check_exactness(PRESETS[name], info).scores.startswith("exact")
     want, want_grad = expected(case, name)
     ours, grad = cached(case, "raw32", name)
     # A teacher's forward alone and in a padded batch differ by float32 rounding, here and there.
@@ -282,11 +282,11 @@ def test_coverage_and_uncached_mass_are_masses_of_the_current_student(case: Case
 
 @pytest.mark.parametrize("name", CURRENT_SUPPORTS)
 def test_a_live_support_lacks_the_uncached_mass(case: Case, name: str) -> None:
-    """Against the support that a teacher asked today would serve."""
+    """Compare with the support of scores by the current teacher."""
     assert "uncached_mass" in check_exactness(PRESETS[name], facts(UPDATES)).support
     full, every = case.full("raw32", name), case.full("raw32", "full_vocab").targets
-    asked = replace(full, targets=replace(every, n_kept=full.targets.n_kept))
-    want, want_grad = truth(PRESETS[name].objective, asked)
+    rescored = replace(full, targets=replace(every, n_kept=full.targets.n_kept))
+    want, want_grad = truth(PRESETS[name].objective, rescored)
     ours, grad = cached(case, "raw32", name)
     served = ours.metrics["cache/uncached_mass"] == 0
     assert 10 < served.sum() < len(served) - 10, "rows of both kinds"

@@ -69,18 +69,18 @@ def test_a_loop_of_ones_own_is_refused_what_train_refuses(
     case: tuple[Store, ModelRef], tmp_path: Path, name: str
 ) -> None:
     preset, store = parse_objective(name), case[0]
-    with pytest.raises(ObjectiveError) as told:
+    with pytest.raises(ObjectiveError) as caught:
         run(case, tmp_path / "out", objective=preset)
     with pytest.raises(ObjectiveError) as ours:
         check_objective(preset, store, snapshot=store.head(), rollouts="main", teacher="big")
-    assert str(ours.value) == str(told.value)
+    assert str(ours.value) == str(caught.value)
 
 
 def test_a_loop_of_ones_own_is_told_what_is_exact(case: tuple[Store, ModelRef]) -> None:
     store = case[0]
     which = {"snapshot": store.head(), "rollouts": "main", "teacher": "big"}
-    told = check_objective(parse_objective("opd", k=4), store, **which)
-    assert told.support.startswith("frozen: the top-4 of the behaviour policy (version 0)")
+    report = check_objective(parse_objective("opd", k=4), store, **which)
+    assert report.support.startswith("frozen: the top-4 of the behaviour policy (version 0)")
     drawn = check_objective(parse_objective("sampled_token").objective, store, **which)
     assert "off policy (age unknown" in drawn.estimator
 

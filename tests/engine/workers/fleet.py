@@ -38,18 +38,18 @@ record; and before it again, to be woken before the other has committed."""
 class Worker:
     """One life of a worker."""
 
-    def __init__(self, told: argparse.Namespace, lane: int, life: int) -> None:
-        self.told, self.life = told, life
+    def __init__(self, args: argparse.Namespace, lane: int, life: int) -> None:
+        self.args, self.life = args, life
         self.name = f"lane{lane}-{life}"
-        self.store: Store = open_store(told.store)
-        self.units = [key("fleet", n) for n in range(told.units)]
-        self.chance = random.Random(f"{told.seed} {self.name}")
+        self.store: Store = open_store(args.store)
+        self.units = [key("fleet", n) for n in range(args.units)]
+        self.chance = random.Random(f"{args.seed} {self.name}")
         self.done = 0
         self.slept = ""
         """The unit that it slept in, until it has given it up."""
-        chosen, lot = random.Random(told.seed), told.units // max(1, told.hangs)
-        self.lots = [self.units[n : n + lot] for n in range(0, told.units, lot)]
-        pairs = zip(self.lots, HANGS[: told.hangs], strict=False)
+        chosen, lot = random.Random(args.seed), args.units // max(1, args.hangs)
+        self.lots = [self.units[n : n + lot] for n in range(0, args.units, lot)]
+        pairs = zip(self.lots, HANGS[: args.hangs], strict=False)
         self.hangs = {chosen.choice(units): moment for units, moment in pairs}
 
     def live(self) -> None:
@@ -92,14 +92,14 @@ class Worker:
 
         commit.append = appended
         try:
-            told = {"version": 0, "first": seed, "worker": self.name}
-            return commit_rollouts(self.store, seed, unit, unit=told)
+            inputs = {"version": 0, "first": seed, "worker": self.name}
+            return commit_rollouts(self.store, seed, unit, unit=inputs)
         finally:
             commit.append = append
 
     def die(self, moment: str) -> None:
-        second = self.told.kill_second == moment and self.life < self.told.lives and self.done == 2
-        if second or (moment == "before" and self.chance.random() < self.told.kill_share):
+        second = self.args.kill_second == moment and self.life < self.args.lives and self.done == 2
+        if second or (moment == "before" and self.chance.random() < self.args.kill_share):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hang(self, unit: str, *moments: str) -> None:
@@ -119,19 +119,19 @@ class Worker:
             self.say("claimed still", unit)
 
     def at(self, unit: str, what: str) -> Path:
-        return Path(f"{self.told.log}.{unit.removeprefix('sha256:')}.{what}")
+        return Path(f"{self.args.log}.{unit.removeprefix('sha256:')}.{what}")
 
     def say(self, what: str, unit: str) -> None:
-        with open(self.told.log, "a") as file:
+        with open(self.args.log, "a") as file:
             file.write(f"{what}\t{unit}\t{self.name}\n")
 
 
-def start(told: argparse.Namespace, lane: int, life: int) -> int:
+def start(args: argparse.Namespace, lane: int, life: int) -> int:
     child = os.fork()
     if child:
         return child
     try:
-        Worker(told, lane, life).live()
+        Worker(args, lane, life).live()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -149,8 +149,8 @@ def main() -> None:
     parser.add_argument("--kill-second", choices=["before", "after"])
     parser.add_argument("--lives", type=int, default=0)
     parser.add_argument("--hangs", type=int, default=0, choices=range(len(HANGS) + 1))
-    told = parser.parse_args()
-    running = {start(told, lane, 0): (lane, 0) for lane in range(told.workers)}
+    args = parser.parse_args()
+    running = {start(args, lane, 0): (lane, 0) for lane in range(args.workers)}
     try:
         while running:
             child, status = os.wait()
@@ -158,7 +158,7 @@ def main() -> None:
             code = os.waitstatus_to_exitcode(status)
             print(code, flush=True)
             if code == -signal.SIGKILL:
-                running[start(told, lane, life + 1)] = (lane, life + 1)
+                running[start(args, lane, life + 1)] = (lane, life + 1)
             elif code:
                 sys.exit(f"a worker ended with {code}")
     finally:

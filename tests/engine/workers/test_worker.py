@@ -99,12 +99,12 @@ def run(
 
 
 def test_all_units_are_done_once_and_no_claim_stays(store: Store) -> None:
-    told: list[tuple[str, int, int]] = []
-    report = run(store, progress=lambda *each: told.append(each))
+    reports: list[tuple[str, int, int]] = []
+    report = run(store, progress=lambda *each: reports.append(each))
     assert store.head().unit_keys() == set(UNITS)
     assert (report.units, report.failed, store.head().number) == (5, 0, 4)
     assert report.positions == sum(s.counts["P"] for s in store.head().segments)
-    assert told == [("sum", n, 5) for n in range(6)], "each number once, however long it waits"
+    assert reports == [("sum", n, 5) for n in range(6)], "each number once, however long it waits"
     assert store.storage.names("claims") == []
 
 
@@ -277,18 +277,18 @@ def test_a_long_unit_keeps_its_claim(store: Store) -> None:
 def lives(store: Store, *arguments: object) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
     """How each life of the workers ended; and (unit, worker) of each thing that happened."""
     log = Path(store.url).with_name("happened")
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, fleet.__file__, store.url, log, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 0, told.stderr
+    assert result.returncode == 0, result.stderr
     happened: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for line in log.read_text().splitlines():
         what, unit, worker = line.split("\t")
         happened[what].append((unit, worker))
-    return told.stdout.split(), happened
+    return result.stdout.split(), happened
 
 
 @pytest.mark.timeout(600)
@@ -313,7 +313,7 @@ def check_fleet(store: Store, seed: int) -> None:
     assert verify(store, deep=True).orphans == ()
 
     stored = {(s.unit_key, s.unit["worker"]) for s in segments}
-    assert set(happened["committed"]) == stored, "whoever was told that it was first, was"
+    assert set(happened["committed"]) == stored, "each worker with a first commit was first"
     assert not stored & set(happened["suppressed"])
     # Of the three that hung, two woke too late, and one before the unit was committed.
     slept = [pair in stored for pair in happened["asleep"]]
@@ -353,7 +353,7 @@ def test_a_unit_that_cannot_be_done_is_tried_once_by_all_workers(store: Store) -
     assert tried[UNITS[2]] == 1
     retry_failed(store)
     run(store, work)
-    assert tried[UNITS[2]] == 2, "who is asked to try again does"
+    assert tried[UNITS[2]] == 2, "a retried unit runs again"
 
 
 def test_a_wait_that_was_ended_is_no_failure_and_leaves_no_claim(store: Store) -> None:
