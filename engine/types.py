@@ -91,13 +91,8 @@ class SamplingParams(Section):
 
     def is_plain(self) -> bool:
         """Return True if samples come from the full distribution at temperature 1."""
-        return (self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty) == (
-            1.0,
-            1.0,
-            0,
-            0.0,
-            1.0,
-        )
+        plain = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+        return all(getattr(self, name) == value for name, value in plain.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,7 +62,9 @@ def score_request(
             context=_context(config, store, model, snapshot)
             if config.score.teacher_kind == "context"
             else None,
-            at=config.score.extra_name() if ids is None else read_ids_file(ids, model.n_vocab),
+            extra_ids=config.score.extra_name()
+            if ids is None
+            else read_ids_file(ids, model.n_vocab),
             profile=config.store.profile,
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,

@@ -90,7 +90,7 @@ class PackSource:
         self._bases: tuple[ScoreSegments, ...] = tuple(
             of_base.get(s.seg_id, ()) for s, _ in self.pairs
         )
-        self.bounded = any(is_bounded(chain) for _, chain in self.pairs)
+        self.bounded = any(is_bounded(scores) for _, scores in self.pairs)
         """True if the teacher's entropies are intervals in at least one unit."""
         if not self.pairs:
             raise StoreError(

@@ -49,8 +49,8 @@ def score(request: ScoreRequest, *, progress: Progress = no_progress) -> ScoreRe
     """Score every rollout segment of the name that has no scores for this request yet.
 
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
-    IncompleteError where there are no rollouts, no draws or no scores of `at`, and PromptError
-    for a context without a prompt of the rollouts, or an ids file of other sequences.
+    IncompleteError where there are no rollouts, no draws or no scores of the model in `extra_ids`,
+    and PromptError for a context that lacks a prompt, or an ids file of other sequences.
     """
     start_s = time.monotonic()
     planned = plan_scores(request, request.store.head())
@@ -73,7 +73,7 @@ def score(request: ScoreRequest, *, progress: Progress = no_progress) -> ScoreRe
 def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = False) -> ScorePlan:
     """Plan and check the units to score at a snapshot; raises as `score` does.
 
-    growing: leave rollouts without scores of `at` for a later plan, instead of raising.
+    growing: leave rollouts without scores of the model in `extra_ids` for a later plan.
     """
     model, params, name = request.model, request.params, request.teacher_name
     segments = snapshot.rollouts(request.rollouts_name)
@@ -91,14 +91,20 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
     notes += other_dtypes(snapshot, segments, name, request.scorer)
     lineage = request.lineage()
     listed, at_scores = None, None
-    if isinstance(request.at, IdsFile):
-        listed = request.at.lists(
+    if isinstance(request.extra_ids, IdsFile):
+        listed = request.extra_ids.lists(
             {each.seg_id: request.store.read_extent(each) for each in segments}
         )
-    elif request.at == MC_IDS:
+    elif request.extra_ids == MC_IDS:
         _check_draws(segments, request.rollouts_name)
-    elif request.at is not None:
-        at_scores = snapshot.scores(request.at) if growing else _scores_named(snapshot, request.at)
+    elif request.extra_ids is not None:
+        at_scores = snapshot.scores(request.extra_ids)
+        if not at_scores and not growing:
+            raise IncompleteError(
+                f"the store holds no scores of {request.extra_ids!r}; it has: "
+                f"{', '.join(snapshot.names('score'))}",
+                hint="score with that model first, or name one of these",
+            )
     label = request.label
     units = {
         unit_key(segment, model, params, lineage, _at_key(label, at_scores, segment)): segment
@@ -115,7 +121,7 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
             f"{name!r} holds draws of these rollouts of another number or seed",
             hint="use another name for these: drawn ids cannot be extended",
         )
-    others = {chain[0].profile for chain in there.values()} - {request.profile}
+    others = {each[0].profile for each in there.values()} - {request.profile}
     if others:
         notes.append(
             f"scores of {name!r} are stored in profile {', '.join(sorted(others))}; "
@@ -124,15 +130,18 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
     missing = {
         key: ScoreUnit(
             segment=segment,
-            chain=there.get(segment.seg_id),
+            score_segments=there.get(segment.seg_id),
             ids_file=None if listed is None else listed[segment.seg_id],
             at_scores=None if at_scores is None else at_scores[segment.seg_id],
         )
         for key, segment in units.items()
         if key not in done
-        and not (request.at is None and _covers(there.get(segment.seg_id), params))
+        and not (request.extra_ids is None and _covers(there.get(segment.seg_id), params))
     }
-    if any(unit.chain for unit in missing.values()) and "at_ids" not in request.scorer.capabilities:
+    if (
+        any(unit.score_segments for unit in missing.values())
+        and "at_ids" not in request.scorer.capabilities
+    ):
         raise ConfigError(
             f"scores of {name!r} are stored for a smaller request, and this teacher cannot score "
             "chosen ids, so they cannot be extended",
@@ -141,9 +150,9 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
     return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
 
 
-def _covers(chain: ScoreSegments | None, params: ScoreParams) -> bool:
+def _covers(stored_in: ScoreSegments | None, params: ScoreParams) -> bool:
     """Return True where these segments hold at least the entries of this request."""
-    stored = [ScoreParams(**each.lineage["request"]) for each in chain or ()]
+    stored = [ScoreParams(**each.lineage["request"]) for each in stored_in or ()]
     if any(each.entry_kind == "sampled" for each in (params, *stored)):
         return False
 
@@ -155,16 +164,6 @@ def _covers(chain: ScoreSegments | None, params: ScoreParams) -> bool:
 
     at_student = any(each.at_student for each in stored) or not params.at_student
     return any(map(at_least, stored)) and at_student
-
-
-def _scores_named(snapshot: Snapshot, name: str) -> dict[str, ScoreSegments]:
-    found = snapshot.scores(name)
-    if not found:
-        raise IncompleteError(
-            f"the store holds no scores of {name!r}; it has: {', '.join(snapshot.names('score'))}",
-            hint="score with that model first, or name one of these",
-        )
-    return found
 
 
 def _check_draws(segments: Sequence[Segment], name: str) -> None:

@@ -53,10 +53,9 @@ class ScoreRequest:
     context: Mapping[str, Prompt] | None = None
     """Prompt id -> the prompt that the teacher reads in its place (teacher context); the response
     stays."""
-    at: str | IdsFile | None = None
-    """Extra ids: the top ids of another model's scores in the store (of a later student, for
-    example); MC_IDS: the ids that the student drew, stored in float32 in every profile; or the
-    ids of a file."""
+    extra_ids: str | IdsFile | None = None
+    """Name of another model's scores in the store, for its top ids (a later student, for example);
+    MC_IDS, for the ids that the student drew, stored in float32 in every profile; or a file."""
     profile: str = "default"
     eos_rows: Literal["refuse", "keep"] = "refuse"
     """How to treat a final stop token that the teacher does not use."""
@@ -68,12 +67,13 @@ class ScoreRequest:
     """More entries for the lineage of each segment."""
 
     def __post_init__(self) -> None:
-        check_scorer(self.scorer, self.params, chosen=self.at is not None)
+        check_scorer(self.scorer, self.params, chosen=self.extra_ids is not None)
 
     @property
     def label(self) -> str | None:
-        """Return the label of `at`."""
-        return self.at.label if isinstance(self.at, IdsFile) else self.at
+        """Return the label of the extra ids in unit keys and lineage."""
+        ids = self.extra_ids
+        return ids.label if isinstance(ids, IdsFile) else ids
 
     def lineage(self) -> dict[str, Any]:
         """Return the lineage of every segment, without the extra ids."""
@@ -94,7 +94,7 @@ class ScoreUnit:
     """A rollout segment, and the stored scores that its scoring uses."""
 
     segment: Segment
-    chain: ScoreSegments | None
+    score_segments: ScoreSegments | None
     """This teacher's scores of it; None where there are none."""
     ids_file: IdLists | None
     """Extra ids, of a file."""
@@ -113,7 +113,7 @@ def run_score_unit(
     extra = unit.ids_file
     if unit.at_scores is not None:
         extra = _ids_of(store, unit.at_scores, rollouts)
-    elif request.at == MC_IDS:
+    elif request.extra_ids == MC_IDS:
         assert rollouts.draws is not None, "the layout has draws"
         extra = IdLists(cnt=rollouts.draws.cnt, ids=rollouts.draws.ids)
     ids: IdLists | None = None
@@ -123,11 +123,11 @@ def run_score_unit(
         "unit": dict(segment.unit),
     }
     at_student = "student" if params.at_student else ""
-    if unit.chain is not None:
+    if unit.score_segments is not None:
         student = rollouts.student if params.at_student else None
         if extra is None and student is not None:
             extra = IdLists(cnt=student.cnt, ids=student.ids)
-        ids = request_ids(store.read_scores(unit.chain, base=rollouts), extra)
+        ids = request_ids(store.read_scores(unit.score_segments, base=rollouts), extra)
         # The stored scores were checked when they were committed.
         scores, took_s = _score(request, shown, ids, new=extra)
     elif extra is not None:
@@ -148,7 +148,7 @@ def run_score_unit(
         **fields,
         unit_key=key,
         lineage={**lineage, "at": request.label or at_student},
-        profile=EXACT if request.at == MC_IDS else request.profile,
+        profile=EXACT if request.extra_ids == MC_IDS else request.profile,
         at=ids,
         seconds=took_s,
     )
@@ -209,8 +209,8 @@ def _score(
     return scores, took_s
 
 
-def _ids_of(store: Store, chain: ScoreSegments, rollouts: Rollouts) -> IdLists:
-    known = ranked(store.read_scores(chain, base=rollouts))
+def _ids_of(store: Store, scores: ScoreSegments, rollouts: Rollouts) -> IdLists:
+    known = ranked(store.read_scores(scores, base=rollouts))
     return IdLists(cnt=known.cnt.astype(np.uint16), ids=known.ids)
 
 

@@ -80,13 +80,6 @@ class RunSpec:
     evaluation: EvalPlan | None = None
     held_out: HeldOut | None = None
 
-    def evaluation_identity(self) -> dict[str, Any]:
-        """Return the settings that must be equal for numbers of one run to be comparable."""
-        return {
-            **(self.evaluation.identity() if self.evaluation else {}),
-            **({"held_out": self.held_out.identity} if self.held_out else {}),
-        }
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunDir:
@@ -157,7 +150,10 @@ def run_training(
         },
         "objective": objective.record(),
         **spec.identity,
-        "eval": spec.evaluation_identity(),
+        "eval": {
+            **(spec.evaluation.identity() if spec.evaluation else {}),
+            **({"held_out": spec.held_out.identity} if spec.held_out else {}),
+        },
         **resume_metadata,
     }
     if run_dir.earlier is not None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from logitcask.engine.config.teacher import Work
@@ -117,7 +117,8 @@ def run_worker(
         keys = [key for key in planned.units if key not in left_out]
         order.shuffle(keys)
         claims.refresh()
-        if (taken := _claim_first(claims, keys)) is None:
+        claimed = ((key, claim) for key in keys if (claim := claims.take(key)) is not None)
+        if (taken := next(claimed, None)) is None:
             busy_s = clock() if keys else busy_s
             if settings.idle_exit and clock() - busy_s >= settings.idle_exit:
                 break
@@ -174,13 +175,15 @@ def check_failed(report: WorkReport, url: str) -> None:
 def retry_failed(store: Store) -> list[dict[str, Any]]:
     """Remove every failure note, so that workers try these units again.
 
-    -> the last note of each unit, and its number of failures.
+    Return the last note of each unit, and its number of failures.
     """
     removed: list[dict[str, Any]] = []
     for key, times in failed_units(store.storage).items():
-        last = failures_of(store.storage, key)[-1:]
+        for note in failures_of(store.storage, key)[-1:]:
+            message = _first_line(note.message)
+            brief = {"error": note.error, "message": message, "worker": note.worker}
+            removed.append({"unit": key, "failures": times, **brief})
         forget_failures(store.storage, key)
-        removed += [{"unit": key, "failures": times, **_brief(asdict(each))} for each in last]
     return removed
 
 
@@ -191,11 +194,6 @@ def _remaining(planned: WorkPlan[Any], done_before: int, took_s: float) -> str:
         return ""
     left_s = (planned.total - planned.done) * took_s / done
     return f", {planned.total - planned.done} units left, about {left_s / 60:.0f} min"
-
-
-def _brief(note: dict[str, Any]) -> dict[str, Any]:
-    lines = note["message"].splitlines() or [""]
-    return {"error": note["error"], "message": lines[0], "worker": note["worker"]}
 
 
 class _Failures:
@@ -225,16 +223,12 @@ class _Failures:
 def _first_error(store: Store, failed: Collection[str]) -> str:
     for key in failed:
         for note in failures_of(store.storage, key):
-            return f"{note.error}: {(note.message.splitlines() or [''])[0]}"
+            return f"{note.error}: {_first_line(note.message)}"
     return ""
 
 
-def _claim_first(claims: Claims, keys: Collection[str]) -> tuple[str, Claim] | None:
-    """Claim the first of these units that is free; None where all are claimed."""
-    for key in keys:
-        if (claim := claims.take(key)) is not None:
-            return key, claim
-    return None
+def _first_line(message: str) -> str:
+    return (message.splitlines() or [""])[0]
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def test_a_teacher_that_cannot_be_asked_at_ids_cannot_add_to_its_scores(
     poor.capabilities = scorer.capabilities - {"at_ids"}
     own = dataclasses.replace(REQUEST, at_student=False)
     with pytest.raises(ConfigError, match="cannot give at_ids"):
-        run(store, teacher, poor, params=own, at="mc")
+        run(store, teacher, poor, params=own, extra_ids="mc")
     run(store, teacher, poor, params=own)
     assert run(store, teacher, poor, params=own).units_new == 0
     begun = poor.begun

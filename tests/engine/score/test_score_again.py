@@ -87,12 +87,12 @@ def test_a_teacher_is_asked_at_a_later_students_ids(
 ) -> None:
     later = ref(save_folder(tmp_path / "later", make_model(seed=7)))
     with pytest.raises(IncompleteError, match="no scores of 'later'"):
-        run(store, teacher, scorer, at="later")
+        run(store, teacher, scorer, extra_ids="later")
     own = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
     run(store, later, HF(later), teacher_name="later", params=own)
     run(store, teacher, scorer)
-    assert run(store, teacher, scorer, at="later").units_new == 2
-    assert run(store, teacher, Dies(scorer, 0), at="later").units_new == 0
+    assert run(store, teacher, scorer, extra_ids="later").units_new == 2
+    assert run(store, teacher, Dies(scorer, 0), extra_ids="later").units_new == 0
     opened = open_store(store)
     snapshot = opened.head()
     for base, chain in snapshot.scores("big").items():
@@ -127,12 +127,12 @@ def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
     scorer = Counts(teacher)
     if first:
         run(drawn, teacher, scorer)
-    assert run(drawn, teacher, scorer, at="mc").units_new == 2
+    assert run(drawn, teacher, scorer, extra_ids="mc").units_new == 2
     for once, wider in open_store(drawn).head().scores("big").values():
         assert once.seconds
         assert bool(wider.seconds) == first, "one pass over both is counted once"
     assert scorer.calls == (4 if first else 2)
-    assert run(drawn, teacher, Dies(scorer, 0), at="mc").units_new == 0
+    assert run(drawn, teacher, Dies(scorer, 0), extra_ids="mc").units_new == 0
     assert run(drawn, teacher, Dies(scorer, 0)).units_new == 0
     opened = open_store(drawn)
     chains = opened.head().scores("big")
@@ -166,7 +166,7 @@ def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
 
 def test_ids_that_nobody_drew_are_told(store: Path, teacher: ModelRef, scorer: HF) -> None:
     with pytest.raises(IncompleteError, match="hold no ids that the student drew"):
-        run(store, teacher, Dies(scorer, 0), at="mc")
+        run(store, teacher, Dies(scorer, 0), extra_ids="mc")
 
 
 ALL = ScoreParams(entry_kind="topk", top_p=1.0, k_min=99, k_max=99, at_student=False)

@@ -176,7 +176,7 @@ def test_what_is_known_already_is_not_asked_after_again(
     run(Path(store.url), teacher, HF(teacher), **told)
     more = HF(student)
     run(Path(store.url), student, more, teacher_name="self", params=ASK)
-    assert run(Path(store.url), teacher, HF(teacher), at="self", **told).units_new == 1
+    assert run(Path(store.url), teacher, HF(teacher), extra_ids="self", **told).units_new == 1
 
 
 @given(MAPS, MAPS)

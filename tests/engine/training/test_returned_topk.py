@@ -100,10 +100,15 @@ def store(models: dict[str, ModelRef], tmp_path_factory: pytest.TempPathFactory)
     )
     hf = HF(models["teacher"])
     requests: dict[str, Any] = {
-        "all": {"scorer": hf, "params": REQUEST, "at": "mc"},
-        "returned": {"scorer": TopKTeacher(hf), "params": RETURNED, "at": "mc"},
+        "all": {"scorer": hf, "params": REQUEST, "extra_ids": "mc"},
+        "returned": {"scorer": TopKTeacher(hf), "params": RETURNED, "extra_ids": "mc"},
         "whole": {"scorer": TopKTeacher(hf, at_ids=False), "params": ALONE},
-        "base": {"scorer": HF(models["base"]), "params": REQUEST, "at": "mc", "role": "base"},
+        "base": {
+            "scorer": HF(models["base"]),
+            "params": REQUEST,
+            "extra_ids": "mc",
+            "role": "base",
+        },
     }
     for name, keys in requests.items():
         model = models["base" if name == "base" else "teacher"]

@@ -109,7 +109,7 @@ def filled(path: Path, root: Path, profile: str) -> Store:
                 teacher_name=name,
                 params=request,
                 role="base" if name == "base" else "teacher",
-                at="mc" if name in ("topk", "base") else None,
+                extra_ids="mc" if name in ("topk", "base") else None,
                 profile=profile,
             )
         )
