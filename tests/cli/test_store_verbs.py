@@ -13,7 +13,7 @@ from logitcask.engine.types import ScoreParams
 from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.score.scored import ref
 from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
-from tests.engine.training.returned_topk import Told
+from tests.engine.training.returned_topk import TopKTeacher
 
 ALL = 2 * UNITS
 
@@ -218,7 +218,7 @@ def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> N
         ScoreRequest(
             store=opened,
             model=teacher,
-            scorer=Told(HF(teacher), at_ids=False),
+            scorer=TopKTeacher(HF(teacher), at_ids=False),
             teacher_name="big",
             params=ScoreParams(entry_kind="topk", k_min=4, k_max=4, at_student=False),
         )

@@ -99,7 +99,7 @@ class Masked:
     """Rows of which none is counted."""
 
     def __init__(self, rows: PlannedPacks) -> None:
-        self.rows, self.expect = rows, rows.expect
+        self.rows, self.prefetch = rows, rows.prefetch
 
     def __len__(self) -> int:
         return len(self.rows)
