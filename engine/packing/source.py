@@ -102,12 +102,12 @@ class PackSource:
 
     def _init_threads(self) -> None:
         self._lock = Lock()
-        self._held: OrderedDict[int, DecodedUnit] = OrderedDict()
-        self._coming: dict[int, Future[DecodedUnit]] = {}
+        self._units: OrderedDict[int, DecodedUnit] = OrderedDict()
+        self._futures: dict[int, Future[DecodedUnit]] = {}
         self._decoder: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_lock", "_held", "_coming", "_decoder")
+        own = ("_lock", "_units", "_futures", "_decoder")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -177,21 +177,21 @@ class PackSource:
             self._decoder = ThreadPoolExecutor(1, "logitcask-decode")
         with self._lock:
             for ordinal in ordinals:
-                if ordinal not in self._held and ordinal not in self._coming:
-                    self._coming[ordinal] = self._decoder.submit(self._read, ordinal)
+                if ordinal not in self._units and ordinal not in self._futures:
+                    self._futures[ordinal] = self._decoder.submit(self._read, ordinal)
 
     def _unit(self, ordinal: int) -> DecodedUnit:
         with self._lock:
-            if ordinal in self._held:
-                self._held.move_to_end(ordinal)
-                return self._held[ordinal]
-            coming = self._coming.pop(ordinal, None)
-        unit = self._read(ordinal) if coming is None else coming.result()
+            if ordinal in self._units:
+                self._units.move_to_end(ordinal)
+                return self._units[ordinal]
+            future = self._futures.pop(ordinal, None)
+        unit = self._read(ordinal) if future is None else future.result()
         with self._lock:
-            self._held[ordinal] = unit
-            held = sum(each.size_bytes for each in self._held.values())
-            while self._cache is None and held > self._memory_bytes and len(self._held) > 1:
-                held -= self._held.popitem(last=False)[1].size_bytes
+            self._units[ordinal] = unit
+            size = sum(each.size_bytes for each in self._units.values())
+            while self._cache is None and size > self._memory_bytes and len(self._units) > 1:
+                size -= self._units.popitem(last=False)[1].size_bytes
         return unit
 
     def _read(self, ordinal: int) -> DecodedUnit:

@@ -135,14 +135,14 @@ class Targets:
         return Targets(**changed)
 
 
+_MC_HINT = "sample with --mc-draws, and score those ids with --extra-ids mc"
+_BASE_HINT = "score the rollouts with the base model (--teacher-kind base), and name it with --base"
 _HINTS = {
-    "mc_count": "sample with --mc-draws, and score those ids with --extra-ids mc",
-    "mc_log_p": "sample with --mc-draws, and score those ids with --extra-ids mc",
+    "mc_count": _MC_HINT,
+    "mc_log_p": _MC_HINT,
     "q_draws": "score with --selection sampled and --draws",
-    "base_log_p": "score the rollouts with the base model (--teacher-kind base), and name it with "
-    "--base",
-    "base_token_lp": "score the rollouts with the base model (--teacher-kind base), and name it "
-    "with --base",
+    "base_log_p": _BASE_HINT,
+    "base_token_lp": _BASE_HINT,
     "reward": "sample with --grader",
     "q_entropy_hi": "score with a teacher that returns only top-k log-probs",
 }

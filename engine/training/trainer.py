@@ -200,7 +200,7 @@ class DistillTrainer(Trainer):
             self._metrics.append(line)
         if (reason := exceeded(self._objective, means, self._bounds)) is not None:
             raise IncompleteError(
-                f"update {step}: {reason}: the student has moved beyond what was scored",
+                f"update {step}: {reason}: the student is too far from the scored policy",
                 hint="sample and score again with the newest checkpoint, and train on that; or "
                 "loosen the bound, or leave --staleness-action out",
             )

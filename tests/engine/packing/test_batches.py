@@ -205,8 +205,8 @@ def test_the_cache_is_bounded_and_rows_do_not_depend_on_it(tmp_path: Path) -> No
         a, b = small.pack(plan.pack(i)), large.pack(plan.pack(i))
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.targets.q_log_p, b.targets.q_log_p)
-    assert len(small._held) == 1
-    assert len(large._held) == 4
+    assert len(small._units) == 1
+    assert len(large._units) == 4
 
 
 def test_missing_scores_and_units_are_counted(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_two_windows_are_in_memory_and_the_next_is_decoded_ahead(
     source = rows._source
     for index in range(len(rows)):
         rows.pack(index)
-        held = list(source._held) + list(source._coming)
+        held = list(source._units) + list(source._futures)
         assert len(held) <= 2
     assert len(decoded) == UNITS, "no unit is decoded twice in an epoch"
 
