@@ -7,7 +7,7 @@ full KL (log-sum inequality).
 Shapes: P rows, W entries of the teacher, S ids of the student's top-k.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,6 @@ import numpy as np
 from logitcask.engine.backends.scoring import ScoreBuilder, row_logits
 from logitcask.engine.store.format import ragged
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
-
-NO_KL = np.zeros(0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +34,9 @@ class FullScores:
     """[P, W] bool, the id is also in the student's top-k."""
     student: Scores
     """The student's: S entries in every row."""
-    forward: Array = NO_KL
+    forward: Array = field(default_factory=lambda: np.zeros(0))
     """[P] float64, KL(q || p), nats."""
-    reverse: Array = NO_KL
+    reverse: Array = field(default_factory=lambda: np.zeros(0))
     """[P] float64, KL(p || q)."""
     kl_over: str = "the whole vocabulary"
     """Ids that both KL are over."""

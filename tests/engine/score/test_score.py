@@ -186,7 +186,7 @@ def test_a_teacher_that_cannot_be_asked_at_ids_cannot_add_to_its_scores(
     assert run(store, teacher, poor, params=own).units_new == 0
     begun = poor.begun
     more = dataclasses.replace(own, k_max=20)
-    with pytest.raises(ConfigError, match="there for less than this request") as caught:
+    with pytest.raises(ConfigError, match="stored for a smaller request") as caught:
         run(store, teacher, poor, params=more)
     assert "under another name" in caught.value.hint
     assert poor.begun == begun
