@@ -175,7 +175,7 @@ def _hint(error: Exception) -> str:
     text = str(error)
     if "169.254.169.254" in text:
         # The address at which a cloud machine requests its identity.
-        return "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say"
+        return "set the credentials, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if "builder error" in text:
         return "check the endpoint; one of http:// needs AWS_ALLOW_HTTP=true"
     return (
