@@ -25,7 +25,7 @@ from logitcask.kernels.row_stats import scan_kernel
 
 @contextmanager
 def on_triton() -> Iterator[str]:
-    """The device whose tensors run the Triton kernels inside."""
+    """Yield the device of tensors that run the Triton kernels inside."""
     if torch.cuda.is_available():
         yield "cuda"
         return
@@ -40,8 +40,7 @@ def on_triton() -> Iterator[str]:
 
 @pytest.fixture(params=["torch", "triton"])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The device that a test's tensors belong on; inside, they take the path named by the
-    parameter."""
+    """Yield the device of a test's tensors, for the path named by the parameter."""
     if request.param == "torch":
         yield "cpu"
         return
@@ -51,6 +50,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def triton_device() -> Iterator[str]:
-    """`device` of the Triton path alone, for what torch does not do in another way."""
+    """Yield `device` of the Triton path alone."""
     with on_triton() as name:
         yield name

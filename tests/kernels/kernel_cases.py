@@ -15,7 +15,7 @@ KINDS_AND_DTYPES = [(kind, torch.float32) for kind in KINDS] + [
 def make_logits(
     kind: str, n_rows: int, n_columns: int, dtype: torch.dtype, seed: int = 0
 ) -> Tensor:
-    """[P, V] logits of the kind, on the CPU."""
+    """Return logits [P, V] of the kind, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(n_rows, n_columns, generator=generator) * 3
     if kind == "ties":
@@ -39,7 +39,7 @@ def make_logits(
 def make_ids(
     n_rows: int, n_columns: int, n_ids: int, seed: int = 0, *, ragged: bool = True
 ) -> Tensor:
-    """[P, S] distinct ids, padded with -1 in places where ragged."""
+    """Return [P, S] distinct ids, padded with -1 in places where ragged."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.stack(
         [torch.randperm(n_columns, generator=generator)[:n_ids] for _ in range(n_rows)]
@@ -50,8 +50,7 @@ def make_ids(
 
 
 def list_top(ids: Tensor, logits: Tensor, n: int) -> Tensor:
-    """ids [P, S] whose first n are each row's best n, so that they meet the live top-k; still
-    distinct."""
+    """Return ids [P, S], still distinct, with each row's best n ids first, in the live top-k."""
     top = logits.sort(dim=-1, descending=True, stable=True).indices[:, :n]
     rest = ids[:, n:]
     again = (rest[:, :, None] == top[:, None, :]).any(-1)

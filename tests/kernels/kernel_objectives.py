@@ -88,8 +88,7 @@ LOSSES: dict[str, Callable[[Teacher], Loss]] = {
 
 
 def objective(loss: Loss) -> ObjectiveFn:
-    """The loss as a RowObjective: a function of log p at S has both dense coefficients
-    -sum(at_ids)."""
+    """Return the loss as an ObjectiveFn; both dense coefficients are -sum(at_ids)."""
 
     def answer(view: ObjectiveInput) -> ObjectiveGrad:
         with torch.enable_grad():
@@ -118,7 +117,7 @@ def forward_kl_tail_closed(teacher: Teacher) -> ObjectiveFn:
 
 
 def plus_entropy(plain: ObjectiveFn, factor: Tensor) -> ObjectiveFn:
-    """Its loss plus factor [P] times H(p): dH/dy_v = -p_v log p_v - H p_v, at every id."""
+    """Add factor [P] times H(p) to the loss: dH/dy_v = -p_v log p_v - H p_v, at every id."""
 
     def answer(view: ObjectiveInput) -> ObjectiveGrad:
         made, f = plain(view), factor[view.index].to(view.entropy.dtype)
@@ -134,7 +133,7 @@ def plus_entropy(plain: ObjectiveFn, factor: Tensor) -> ObjectiveFn:
 
 
 def entropy_of(logits: Tensor, n_vocab: int | None = None) -> Tensor:
-    """[P] nats by log_softmax of whole rows; ids of logit -inf add nothing."""
+    """Return the entropy [P] by log_softmax of whole rows; logits of -inf add nothing."""
     log_p = logits[:, :n_vocab].log_softmax(-1)
     return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
 
@@ -142,7 +141,7 @@ def entropy_of(logits: Tensor, n_vocab: int | None = None) -> Tensor:
 def full_vocab_loss(
     loss: Loss, logits: Tensor, teacher: Teacher, k: int, n_vocab: int | None = None
 ) -> Tensor:
-    """[P]: the loss by ordinary autograd through log_softmax of whole rows."""
+    """Return the loss [P] by autograd through log_softmax of whole rows."""
     z = logits[:, :n_vocab]
     log_p = (
         z.log_softmax(-1)

@@ -135,16 +135,16 @@ def test_a_row_rests_only_where_both_coefficients_are_zero(y: LogitTransform, de
     dense, log = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.5, 0.0, 0.0, 0.5]], device=device)
     lse = row_stats(logits, logit_transform=y).log_sum_exp
     given = (logits, lse, dense, ids, dense[:, None])
-    apart = row_grad(*given, dense_log=log, logit_transform=y)
-    assert (apart[0, 1:] < 0).all(), "p log p"
-    assert (apart[1, 1:] == 0).all(), "whatever it holds"
-    assert torch.allclose(apart[2], row_grad(*given, logit_transform=y)[2], rtol=1e-6)
-    assert apart[3, 1:].isnan().all(), "a broken student must show"
+    separate = row_grad(*given, dense_log=log, logit_transform=y)
+    assert (separate[0, 1:] < 0).all(), "p log p"
+    assert (separate[1, 1:] == 0).all(), "whatever it holds"
+    assert torch.allclose(separate[2], row_grad(*given, logit_transform=y)[2], rtol=1e-6)
+    assert separate[3, 1:].isnan().all(), "a broken student must show"
     inside = row_grad(*given, dense_log=log, logit_transform=y, out=logits)
-    assert torch.equal(inside.nan_to_num(nan=7.0), apart.nan_to_num(nan=7.0))
+    assert torch.equal(inside.nan_to_num(nan=7.0), separate.nan_to_num(nan=7.0))
 
 
-def test_laws(device: str) -> None:
+def test_properties(device: str) -> None:
     logits, ids, teacher, answer = problem(device)
     (grad,) = torch.autograd.grad(sparse_kl(logits, ids, answer, k=K).loss, logits)
     assert grad.sum(-1).abs().max() < 1e-5, "sum of dz"
@@ -154,7 +154,7 @@ def test_laws(device: str) -> None:
     plain = objective(LOSS(teacher))
     (bare,) = torch.autograd.grad(sparse_kl(logits, ids, plain, k=K).loss, logits)
     assert torch.equal(grad[3], bare[3]), "factor 0 adds nothing"
-    # The uniform law is the entropy's maximum.
+    # The uniform distribution is the entropy's maximum.
     flat = torch.full((P, V), -2.0, device=device, requires_grad=True)
     with_h, without = (
         torch.autograd.grad(sparse_kl(flat, ids, each, k=K).loss, flat)[0]

@@ -22,7 +22,7 @@ RENORMALISED = {"reverse_kl_renormalised": None, "reverse_kl_overlap": K}
 
 
 def problem(device: str, dtype: torch.dtype = torch.float32, rows: int = P, ids_of: int = V):
-    """Ids come from the first `ids_of`, so that rows share them."""
+    """Return inputs with ids from the first `ids_of`, so that rows share them."""
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(rows, D, generator=generator, dtype=torch.float64)
     weight = torch.randn(V, D, generator=generator, dtype=torch.float64) * 0.4
@@ -117,7 +117,7 @@ def test_live_support_sees_what_the_dense_product_sees(dtype: torch.dtype, devic
 def test_products_with_listed_rows(
     rows: int, columns: int, n_vocab: int, n_ids: int, seed: int, device: str
 ) -> None:
-    """The three products, on any shape, against whole matrices in float64."""
+    """Compare the three products with whole matrices in float64, on any shape."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, columns, generator=generator)
     weight = torch.randn(n_vocab, columns, generator=generator)
@@ -283,8 +283,8 @@ def test_a_known_support_never_meets_the_vocabulary() -> None:
     assert work.products == 1, "the live top-k, forward only"
 
 
-def test_a_student_that_rests_is_not_refused() -> None:
-    """Where p = q the gradient is rounding, and so is its sum."""
+def test_a_student_equal_to_its_teacher_is_accepted() -> None:
+    """Accept p = q, with rounding alone in the gradient and in its sum."""
     hidden, weight, ids = problem("cpu", rows=200)
     with torch.no_grad():
         z = (hidden @ weight.T).gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
@@ -341,20 +341,20 @@ def test_a_head_whose_rows_are_not_rows_of_memory_is_refused(device: str) -> Non
 
 
 def tail(view: ObjectiveInput) -> ObjectiveGrad:
-    """What a tail bucket answers: dense coefficients."""
+    """Return dense coefficients, like a tail bucket."""
     zero = torch.zeros_like(view.log_p)
     at = zero.index_fill(1, torch.tensor([0, 1]), 1.0) * torch.tensor([1.0, -1.0] * (S // 2))
     return ObjectiveGrad(zero.sum(-1), at, zero[:, 0] + 1, zero, {})
 
 
 def released(view: ObjectiveInput) -> ObjectiveGrad:
-    """What opd_released answers: at_ids that do not sum to zero, for its weights do not."""
+    """Return at_ids that do not sum to zero, like opd_released."""
     zero = torch.zeros_like(view.log_p)
     return ObjectiveGrad(zero.sum(-1), zero + 0.5, zero[:, 0], zero, {})
 
 
 def bonus(view: ObjectiveInput) -> ObjectiveGrad:
-    """What an entropy of the whole vocabulary answers, though it rests here."""
+    """Return dense_log, like an entropy of the whole vocabulary."""
     zero = torch.zeros_like(view.log_p)
     return ObjectiveGrad(zero.sum(-1), zero, zero[:, 0], zero, {}, dense_log=zero[:, 0])
 

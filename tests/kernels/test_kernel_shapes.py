@@ -22,7 +22,7 @@ from logitcask.kernels.topk_select import topk_select, topk_select_reference
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
-    """logits [P, V] with a row stride >= V, ids [P, S], k, n_vocab"""
+    """Draw logits [P, V] with a row stride >= V, ids [P, S], k, n_vocab."""
     n_rows = draw(st.integers(1, 9))
     n_columns = draw(st.integers(3, 300))
     n_vocab = draw(st.integers(1, n_columns)) if draw(st.booleans()) else n_columns
@@ -119,7 +119,7 @@ def test_an_entropy_in_the_loss_equals_float64_autograd(
 
 
 def test_rows_past_two_to_the_31(device: str) -> None:
-    """Offsets are 64 bits wide: row 4 starts 2^31 logits after row 0.
+    """Check 64-bit offsets: row 4 starts 2^31 logits after row 0.
 
     The memory between the rows is never touched, so it costs addresses only.
     """

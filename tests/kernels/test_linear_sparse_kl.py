@@ -185,8 +185,10 @@ def test_autocast_does_not_change_the_dtype() -> None:
 def test_memory_between_the_rows_of_the_buffer_does_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A vocabulary that is no multiple of 16 leaves a gap between rows; torch's bfloat16 product on
-    a CPU multiplies what lies in it, and NaN times 0 is NaN."""
+    """Put NaN into the gap between rows of a vocabulary that is no multiple of 16.
+
+    torch's bfloat16 product on a CPU multiplies the gap, and NaN times 0 is NaN.
+    """
     empty = Tensor.new_empty
 
     def poisoned(self: Tensor, *shape: object, **options: object) -> Tensor:

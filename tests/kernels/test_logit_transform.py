@@ -22,8 +22,8 @@ MAPS = {
 every_map = pytest.mark.parametrize("y", MAPS.values(), ids=MAPS)
 
 
-def mapped(z: Tensor, y: LogitTransform) -> Tensor:
-    """The formula once more."""
+def transformed(z: Tensor, y: LogitTransform) -> Tensor:
+    """Return the formula in torch."""
     z = z * y.scale
     if y.softcap is not None:
         z = y.softcap * (z / y.softcap).tanh()
@@ -33,7 +33,7 @@ def mapped(z: Tensor, y: LogitTransform) -> Tensor:
 @every_map
 def test_apply_and_slope_are_the_formula_and_its_derivative(y: LogitTransform) -> None:
     z = torch.linspace(-40, 40, 81, dtype=torch.float64, requires_grad=True)
-    want = mapped(z, y)
+    want = transformed(z, y)
     (slope,) = torch.autograd.grad(want.sum(), z)
     torch.testing.assert_close(y.apply(z.detach()), want.detach())
     torch.testing.assert_close(y.slope(z.detach()), slope)
@@ -49,7 +49,7 @@ def test_statistics_are_those_of_mapped_logits(
     n_vocab = 4777  # a tail that is cut, in which a soft cap would find mass
     ours = row_stats(logits.to(device), n_vocab=n_vocab, logit_transform=y)
     naive = row_stats_reference(logits, n_vocab=n_vocab, logit_transform=y)
-    exact = row_stats_reference(mapped(logits.double(), y), n_vocab=n_vocab)
+    exact = row_stats_reference(transformed(logits.double(), y), n_vocab=n_vocab)
     for name, mine, plain, want in zip(exact._fields, ours, naive, exact, strict=True):
         assert_close(mine, plain, want, 4e-6 * max(1.0, float(want.abs().max())), name)
 
@@ -80,7 +80,7 @@ def test_float64_equals_autograd_through_the_map(name: str, y: LogitTransform) -
     ids = make_ids(5, 60, 8)
     teacher = make_teacher(ids).to(torch.float64)
     answer = objective(LOSSES[name](teacher))
-    rows = full_vocab_loss(LOSSES[name](teacher), mapped(logits, y), teacher, 6)
+    rows = full_vocab_loss(LOSSES[name](teacher), transformed(logits, y), teacher, 6)
     (want,) = torch.autograd.grad(rows.sum(), logits)
     ours = sparse_kl(logits, ids, answer, k=6, logit_transform=y)
     (grad,) = torch.autograd.grad(ours.loss, logits)

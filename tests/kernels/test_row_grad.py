@@ -12,7 +12,7 @@ from logitcask.kernels.row_stats import row_stats, row_stats_reference
 def problem(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, n_ids: int = 4
 ) -> tuple[Tensor, ...]:
-    """logits [P, V], dense [P], ids [P, S], at_ids [P, S]"""
+    """Return logits [P, V], dense [P], ids [P, S] and at_ids [P, S]."""
     generator = torch.Generator().manual_seed(5)
     logits = make_logits(kind, *shape, dtype)
     dense = torch.rand(shape[0], generator=generator) + 0.1
@@ -70,12 +70,12 @@ def test_padded_columns_are_zero_and_neighbours_untouched(n_vocab: int, device: 
 def test_in_place_equals_out_of_place(shape: tuple[int, int], device: str) -> None:
     logits, dense, ids, at_ids = (t.to(device) for t in problem("iid", shape, torch.float32))
     lse = row_stats(logits).log_sum_exp
-    apart = row_grad(logits, lse, dense, ids, at_ids)
-    again = row_grad(logits, lse, dense, ids, at_ids)
+    separate = row_grad(logits, lse, dense, ids, at_ids)
+    repeated = row_grad(logits, lse, dense, ids, at_ids)
     inside = row_grad(logits, lse, dense, ids, at_ids, out=logits)
     assert inside.data_ptr() == logits.data_ptr()
-    assert torch.equal(apart, inside)
-    assert torch.equal(apart, again)
+    assert torch.equal(separate, inside)
+    assert torch.equal(separate, repeated)
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -1,4 +1,4 @@
-"""row_stats against float64 and its laws, on both paths."""
+"""row_stats against float64, and its properties, on both paths."""
 
 import pytest
 import torch

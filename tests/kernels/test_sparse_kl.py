@@ -1,4 +1,4 @@
-"""sparse_kl against float64 autograd over the whole vocabulary, and its laws, on both paths."""
+"""sparse_kl against float64 autograd over whole rows, and its properties, on both paths."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def problem(device: str, dtype: torch.dtype = torch.float32, n_vocab: int = V):
 
 
 def full_vocab(name: str, logits: Tensor, teacher: Teacher, weight: Tensor, n_vocab: int = V):
-    """Loss [] and gradient [P, V] by autograd, in the logits' dtype."""
+    """Return loss [] and gradient [P, V] by autograd, in the logits' dtype."""
     z = logits.detach().requires_grad_()
     loss = LOSSES[name](teacher)
     total = (weight * full_vocab_loss(loss, z, teacher, K, n_vocab)).sum()
@@ -88,7 +88,7 @@ def test_finite_differences() -> None:
 
 
 def test_tail_bucket_in_closed_form_survives_a_vanishing_tail(device: str) -> None:
-    # r = 1 - sum p is rounding noise here; dz at the listed ids must be p - q all the same.
+    # r = 1 - sum p is rounding noise here; dz at the listed ids must still be p - q.
     logits = torch.full((1, 50), -20.0, device=device)
     logits[0, :3] = torch.tensor([2.0, 1.0, 0.0])
     logits.requires_grad_()
@@ -114,7 +114,7 @@ def test_equals_its_reference(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_laws(name: str, device: str) -> None:
+def test_properties(name: str, device: str) -> None:
     logits, ids, teacher = problem(device)
 
     def run(z: Tensor, t: Teacher, **options: int) -> tuple[Tensor, Tensor]:
@@ -226,11 +226,11 @@ def test_the_incoming_gradient_scales_it(dtype: torch.dtype, device: str) -> Non
 def test_in_place_is_the_same_gradient_in_the_memory_of_the_logits(device: str) -> None:
     logits, ids, teacher = problem(device)
     answer = objective(LOSSES["forward_kl_tail"](teacher))
-    apart = sparse_kl(logits, ids, answer, k=K)
-    (want,) = torch.autograd.grad(apart.loss, logits)
+    separate = sparse_kl(logits, ids, answer, k=K)
+    (want,) = torch.autograd.grad(separate.loss, logits)
     made = logits.detach().clone().requires_grad_() * 1.0  # as a head makes them
     ours = sparse_kl(made, ids, answer, k=K, in_place=True)
-    assert torch.equal(ours.row_loss, apart.row_loss)
+    assert torch.equal(ours.row_loss, separate.row_loss)
     (grad,) = torch.autograd.grad(ours.loss, made)
     assert torch.equal(grad, want)
     assert grad.data_ptr() == made.data_ptr()

@@ -1,5 +1,7 @@
-"""A vocabulary in shards gives what it gives in one piece: the reads, the losses and the gradients,
-on both paths; and two real processes agree, on a result or on a refusal."""
+"""A vocabulary in shards against the whole: statistics, losses and gradients, on both paths.
+
+Two real processes agree on a result or on an error.
+"""
 
 import re
 import subprocess
@@ -48,7 +50,7 @@ V, N_OWN, S, K = 700, 689, 12, 6
 
 
 def spread(widths: Sequence[int], n_vocab: int) -> list[tuple[slice, int]]:
-    """Each shard's columns, and how many of them count."""
+    """Return each shard's columns, and how many of them count."""
     ends = [sum(widths[: r + 1]) for r in range(len(widths))]
     firsts = [end - width for end, width in zip(ends, widths, strict=True)]
     return [
@@ -65,7 +67,7 @@ def merged(
     n_vocab: int,
     logit_transform: LogitTransform = PLAIN,
 ) -> RowRead:
-    """What every rank would know of whole rows."""
+    """Return the statistics of whole rows that every rank merges."""
     parts = []
     for columns, n_own in spread(widths, n_vocab):
         at = own_columns(ids, columns.start, n_own)
@@ -83,7 +85,7 @@ def on_shards(
     row_weight: Tensor | None = None,
     logit_transform: LogitTransform = PLAIN,
 ) -> tuple[SparseLoss, Tensor]:
-    """Every rank's result, the same to the bit, and the gradients of their columns side by side."""
+    """Return the ranks' result, equal bit by bit, and the gradients of all columns."""
     logits = logits.detach()
     read = merged(logits, ids, widths, k, n_vocab, logit_transform)
     grad = torch.full_like(logits, torch.nan)
@@ -155,7 +157,7 @@ def test_minus_infinity_on_a_whole_shard_is_mass_zero(shard: int, device: str) -
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [0, 399, 401, 699])
 def test_not_a_number_poisons_its_row_alone(at: int, bad: float, rest: str, device: str) -> None:
-    """Also where all else on its shard is -inf, which alone would be legal: mass 0."""
+    """Include a shard of -inf otherwise, which alone is legal: mass 0."""
     widths = [400, 3, 297]
     logits = make_logits("iid", 3, V, torch.float32)
     if rest == "-inf":
@@ -210,7 +212,7 @@ def test_loss_and_gradient_equal_full_vocabulary_autograd(
 def test_an_entropy_in_the_loss_is_that_of_whole_rows_on_every_shard(
     widths: list[int], y: LogitTransform, device: str
 ) -> None:
-    """Every shard has the same coefficients, also where one has no mass at all."""
+    """Expect the same coefficients on every shard, also on one without mass."""
     logits = make_logits("iid", 3, V, torch.float32)
     logits[1, :400] = -torch.inf
     logits = logits.to(device)
@@ -248,7 +250,7 @@ def test_one_shard_is_sparse_kl_to_the_bit(name: str, device: str) -> None:
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int], int, int]:
-    """logits [P, V], ids [P, S], widths of 1 to 5 shards, k, n_vocab"""
+    """Draw logits [P, V], ids [P, S], widths of 1 to 5 shards, k, n_vocab."""
     widths = draw(st.lists(st.integers(1, 90), min_size=1, max_size=5))
     n_vocab = draw(st.integers(1, sum(widths))) if draw(st.booleans()) else sum(widths)
     k, n_ids = draw(st.integers(1, min(n_vocab, 40))), draw(st.integers(1, min(n_vocab, 20)))
@@ -363,7 +365,7 @@ def test_fingerprints_differ() -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What vocab_parallel_rank.py found, in two processes over gloo."""
+    """Return the results of vocab_parallel_rank.py in two processes over gloo."""
     folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("vocab_parallel_rank.py")
     outs = [folder / f"{rank}.pt" for rank in range(2)]

@@ -1,6 +1,6 @@
 """One of two ranks of a vocabulary-parallel run: `python vocab_parallel_rank.py RANK INIT OUT`.
 
-Runs every case on this rank's columns and saves what came of it: none may leave a rank waiting.
+Runs every case on this rank's columns and saves its result: none may leave a rank waiting.
 """
 
 import os
@@ -32,7 +32,7 @@ FIRST = {"even": (0, 350), "narrow": (0, 697), "upper first": (400, 0), "beyond"
 
 
 def seen(loss: str, teacher: Teacher) -> ObjectiveFn:
-    """The loss as an objective whose metrics tell the live top-k too."""
+    """Return the loss as an objective with the live top-k among its metrics."""
     plain = objective(LOSSES[loss](teacher))
 
     def answer(view: ObjectiveInput) -> ObjectiveGrad:
@@ -44,10 +44,10 @@ def seen(loss: str, teacher: Teacher) -> ObjectiveFn:
 
 
 def problem(case: str, rows: int = P) -> dict[str, Any]:
-    """The same on every rank and in the test: hidden [P, D], weight [V, D], logits [P, V], their
-    product, and the arguments that all forms share.
+    """Return equal inputs on every rank and in the test.
 
-    Whole numbers, so that logits are exact and full of ties, within shards and across.
+    hidden [P, D], weight [V, D], logits [P, V], their product, and the shared arguments. Whole
+    numbers, so that logits are exact and full of ties, within shards and across.
     """
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randint(-1, 2, (P, D), generator=generator).float()
@@ -73,7 +73,7 @@ def problem(case: str, rows: int = P) -> dict[str, Any]:
 
 
 def outcome(call: Callable[..., Any], inputs: list[Tensor], **options: Any) -> dict[str, Any]:
-    """Loss, row_loss, metrics and the gradients of twice the loss by `inputs`; or the error."""
+    """Return loss, row_loss, metrics and gradients of twice the loss by `inputs`; or the error."""
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     try:
         result = call(*inputs, **options)
@@ -84,7 +84,7 @@ def outcome(call: Callable[..., Any], inputs: list[Tensor], **options: Any) -> d
 
 
 def own(case: str, rank: int) -> slice:
-    """The rank's columns."""
+    """Return the rank's columns."""
     first = FIRST[case][rank]
     return slice(first, min([f for f in FIRST[case] if f > first], default=V))
 
@@ -111,7 +111,7 @@ def good(rank: int) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def bad(rank: int) -> dict[str, dict[str, Any]]:
-    """What is wrong -> outcome on this rank. Rank 0's call is good unless said otherwise."""
+    """Return the outcome of each fault on this rank; rank 0's call is valid by default."""
     made, columns = problem("even"), own("even", rank)
     logits, hidden, weight = made["logits"][:, columns], made["hidden"], made["weight"][columns]
     shared = {**made["shared"], "first": columns.start}
