@@ -5,9 +5,9 @@ bar is.
 """
 
 from collections.abc import Callable
+from typing import Any
 
-from results import Row
-
+Row = dict[str, Any]
 V = 151_936
 """Qwen3's vocabulary: bars are set at this size."""
 
