@@ -16,7 +16,7 @@ from pathlib import Path
 import results
 from results import ROOT
 
-TESTS = ["tests/engine/store", "tests/engine/workers/test_worker.py"]
+TESTS = ["tests/engine/store", "tests/engine/workers/test_worker.py", "tests/kernels/test_aot.py"]
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,8 @@
-"""Compiles every kernel for sm_90 without a GPU, and one of each for sm_80 and sm_100.
+"""Compile every kernel for sm_90 without a GPU, some for sm_80 and sm_100 too, and print one JSON
+line for each.
 
-Prints one JSON line for each. Triton's wheel brings ptxas and cuobjdump. TRITON_INTERPRET must not
-be set: python aot.py
+Triton's wheel carries ptxas and cuobjdump. TRITON_INTERPRET must not be set. With LOGITCASK_SOAK
+set, every case is compiled: python aot.py
 """
 
 import json
@@ -83,16 +84,12 @@ CASES = [
     ("weighted sum bf16", weighted_sum_kernel, LISTED, 4, {}),
     ("segment bf16", segment_kernel, SEGMENT, 4, {}),
 ]
-OTHERS = (
-    "scan bf16",
-    "select k=16 bf16",
-    "grad bf16",
-    "dot bf16",
-    "weighted sum bf16",
-    "segment bf16",
-)
-OTHERS += ("fused bf16",)
+OTHERS = {"scan bf16", "select k=16 bf16", "grad bf16", "fused bf16"}
 """Compiled for the other architectures too."""
+SOAK_CASES = {"select k=16 fp32", "select k=64 bf16", "fused fp32, jsd, soft cap"}
+SOAK_CASES |= {"fused bf16, renormalised", "scan bf16, soft cap", "grad bf16, entropy, soft cap"}
+"""Left to `make soak`: combinations of branches that other cases take one by one."""
+SOAK_OTHERS = {"dot bf16", "weighted sum bf16", "segment bf16"}
 
 
 def compile_case(kernel, constants: dict, num_warps: int, pointers: dict, arch: int = 90):
@@ -128,16 +125,13 @@ def describe(cubin: bytes) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass, usage = (
-            subprocess.run(
-                [tool, flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("-sass", "-res-usage")
-        )
+        sass = subprocess.run(
+            [tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     count = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("LDL", "STL")}
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": int(re.search(r"REG:(\d+)", sass)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", sass)[1]),
         "spill": count["LDL"] + count["STL"],
         "wide_loads": len(re.findall(r"\bLDG\.E[.\w]*\.128\b", sass)),
         "wide_stores": len(re.findall(r"\bSTG\.E[.\w]*\.128\b", sass)),
@@ -147,7 +141,7 @@ def describe(cubin: bytes) -> dict:
 
 
 def exponential_loop(sass: str) -> float | None:
-    """Return instructions per exponential in the tightest loop; None without one."""
+    """Count instructions per exponential in the tightest loop that has one, or return None."""
     code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
     lines = [(int(at, 16), text) for at, text in code]
     found = []
@@ -163,8 +157,12 @@ def exponential_loop(sass: str) -> float | None:
 
 if __name__ == "__main__":
     assert "TRITON_INTERPRET" not in os.environ, "the interpreter compiles nothing"
+    soak = bool(os.environ.get("LOGITCASK_SOAK"))
+    others = OTHERS | SOAK_OTHERS if soak else OTHERS
     for name, kernel, constants, num_warps, pointers in CASES:
-        for arch in (90, 80, 100) if name in OTHERS else (90,):
+        if name in SOAK_CASES and not soak:
+            continue
+        for arch in (90, 80, 100) if name in others else (90,):
             made = compile_case(kernel, constants, num_warps, pointers, arch)
             row = {"name": name, "arch": arch, "shared": made.metadata.shared}
             print(json.dumps(row | describe(made.asm["cubin"])), flush=True)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-# Some 40 compilations: minutes where the machine is shared.
+# Some 30 compilations: minutes where the machine is shared.
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict]:
-    """Return aot.py's row of each (name, architecture)."""
+    """Return (name, architecture) -> the row of aot.py on the kernel."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     script = Path(__file__).with_name("aot.py")
@@ -27,7 +27,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
 
 
 def test_nothing_spills_and_shared_memory_fits(compiled: dict[tuple[str, int], dict]) -> None:
-    assert len(compiled) == 37
+    assert len(compiled) == (37 if os.environ.get("LOGITCASK_SOAK") else 25)
     for row in compiled.values():
         assert row["stack"] == row["spill"] == 0, row
         # Limits of one program on an A100, an H100 and a B200.

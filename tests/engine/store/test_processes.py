@@ -15,6 +15,7 @@ import pytest
 
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Store, open_store
+from logitcask.engine.store.log.log import BUNDLE
 from logitcask.engine.store.retention import gc
 from logitcask.engine.store.verify import verify
 from tests.engine.store import worker
@@ -69,15 +70,16 @@ def test_processes_that_race_for_units_agree_on_the_winner(tmp_path: Path, start
 
 @pytest.mark.timeout(1200)
 def test_eight_writers_lose_no_commit(tmp_path: Path, counts: Any, start: Start) -> None:
+    each = counts(40, 100)
     for run in range(counts(1, 5)):
         path = tmp_path / f"cask-{run}"
-        written = [dict(finish(w)) for w in [start("write", path, n, 100) for n in range(8)]]
-        every = {key(n, i) for n in range(8) for i in range(100)}
+        written = [dict(finish(w)) for w in [start("write", path, n, each) for n in range(8)]]
+        every = {key(n, i) for n in range(8) for i in range(each)}
         assert set().union(*written) == every
         store = open_store(path)
         assert store.head().unit_keys() == every
-        assert store.head().number == 799
-        assert len(store.storage.names("bundles")) == 3
+        assert store.head().number == 8 * each - 1
+        assert len(store.storage.names("bundles")) == 8 * each // BUNDLE
         assert verify(store).orphans == ()
 
 
