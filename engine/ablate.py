@@ -28,7 +28,8 @@ from logitcask.engine.ablate_table import (
     saved_seconds,
     table_row,
 )
-from logitcask.engine.commands.resolve import held_out_set, snapshot_of
+from logitcask.engine.commands.resolve import snapshot_of
+from logitcask.engine.commands.resolve_training import held_out_set
 from logitcask.engine.commands.train import check_train, run_train, scoring_seconds
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import keys_of, parse_value, validate

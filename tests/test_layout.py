@@ -258,6 +258,16 @@ def test_public_names_are_imported_when_they_are_used() -> None:
         _ = logitcask.engine.teach
 
 
+def test_sampling_and_scoring_do_not_wait_for_the_trainer() -> None:
+    code = (
+        "import sys\n"
+        "import logitcask.engine.commands.rollout, logitcask.engine.commands.worker\n"
+        "print(*{'peft', 'transformers.trainer', 'accelerate'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_every_option_has_help_and_every_verb_an_example() -> None:
     from logitcask.cli.main import VERBS as NAMES
     from logitcask.cli.main import cli

@@ -1,23 +1,15 @@
-"""From the names in a configuration to the objects that a stage works on."""
+"""Resolve the names in a configuration to models, prompts, graders and snapshots."""
 
-import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.commands.load_teacher import live_backend
-from logitcask.engine.config.sections import Prompts, Rollout, Run, Student
-from logitcask.engine.config.training import Eval, Train
+from logitcask.engine.config.sections import Prompts, Rollout, Student
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.models import identity
-from logitcask.engine.objectives import PRESETS, Preset, parse_objective
 from logitcask.engine.prompts.graders import Decode, Grader, open_grader
 from logitcask.engine.prompts.prompts import chat_template_for, load_tokenizer, read_prompts
-from logitcask.engine.store import Snapshot, Store, open_store
-from logitcask.engine.store.inspect import choose, choose_teacher
-from logitcask.engine.training.evaluation import EvalPlan
-from logitcask.engine.training.held_out import HeldOutSet
+from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.types import ModelRef, Prompt
 
 
@@ -39,54 +31,8 @@ def student_and_prompts(
     model = identity.model_ref(
         student.model, revision=student.revision, chat_template=template, tokenizer=tokenizer
     )
-    read = _read(prompts.file, tokenizer, path, template, rollout.max_new_tokens)
+    read = read_fitting(prompts.file, tokenizer, path, template, rollout.max_new_tokens)
     return model, read, template
-
-
-def eval_plan(settings: Eval, run: Run, model: ModelRef, template: bool) -> EvalPlan | None:
-    """Return the evaluation of [eval] with the tokenizer of `model`; None if it names no prompts.
-
-    Raises PromptError, and ConfigError for a grader that is not there.
-    """
-    if settings.prompts is None:
-        return None
-    tokenizer = load_tokenizer(model.path)
-    prompts = _read(
-        settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval."
-    )
-    return EvalPlan(
-        prompts=prompts,
-        sampling=settings,
-        grader=open_grader(settings.grader, prompts),
-        grader_name=settings.grader,
-        decode=_decoder(tokenizer),
-        sampler=lambda student: live_backend(student, model, run),
-        seed=run.seed,
-        every=settings.every,
-    )
-
-
-def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSet | None:
-    """Return the held-out rows that [eval] names, or None. `url` is the store of the training,
-    `base` its scores of a base model, which are used here too if they have that name.
-
-    Raises ConfigError where the choice is not clear, IncompleteError where there is none.
-    """
-    named = (settings.store, settings.rollouts, settings.teacher, settings.snapshot)
-    if all(each is None for each in named):
-        return None
-    store = open_store(settings.store or url)
-    snapshot = store.head() if settings.snapshot is None else snapshot_of(store, settings.snapshot)
-    return HeldOutSet(
-        store=store,
-        rollouts=choose(
-            snapshot.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
-        ),
-        teacher=choose_teacher(snapshot, settings.teacher, what="eval-teacher", where=store.url),
-        base=base if base in snapshot.names("score") else None,
-        snapshot=None if settings.snapshot is None else snapshot,
-        every=settings.every,
-    )
 
 
 def grader_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> Grader | None:
@@ -97,11 +43,11 @@ def grader_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> G
     if not rollout.grader:
         return None
     grader = open_grader(rollout.grader, prompts)
-    decode = _decoder(load_tokenizer(model.path))
+    decode = decoder(load_tokenizer(model.path))
     return Grader(name=rollout.grader, grader=grader, decode=decode)
 
 
-def _decoder(tokenizer: Any) -> Decode:
+def decoder(tokenizer: Any) -> Decode:
     def decode(ids: list[int]) -> str:
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text
@@ -109,7 +55,7 @@ def _decoder(tokenizer: Any) -> Decode:
     return decode
 
 
-def _read(
+def read_fitting(
     file: Path, tokenizer: Any, folder: Path, template: bool, max_new_tokens: int, of: str = ""
 ) -> list[Prompt]:
     """Read prompts that leave room for the response in the context of the model in `folder`. `of`
@@ -145,15 +91,3 @@ def rendered(snapshot: Snapshot, rollouts: str) -> bool:
     # The digest is in the rollouts of every sampler, the plain field only in those of our commands.
     template: str = segments[0].lineage["student"]["template"]
     return template != identity.template_digest(None, False)
-
-
-def find_objective(settings: Train) -> Preset:
-    """Return the preset that [train] names; ConfigError names the nearest known one."""
-    name = re.split(r"[(+]", settings.objective)[0].strip()
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"--objective {settings.objective}: no preset of this name",
-            hint=f"the nearest is {near}; known: {', '.join(PRESETS)}",
-        )
-    return parse_objective(settings.objective, k=settings.loss_topk)

@@ -2,14 +2,8 @@
 
 from typing import Any
 
-from logitcask.engine.commands.resolve import (
-    eval_plan,
-    find_objective,
-    held_out_set,
-    rendered,
-    snapshot_of,
-    student_of,
-)
+from logitcask.engine.commands.resolve import rendered, snapshot_of, student_of
+from logitcask.engine.commands.resolve_training import eval_plan, find_objective, held_out_set
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.events import EventHandler
 from logitcask.engine.objectives import warnings

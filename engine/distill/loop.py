@@ -12,13 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from logitcask.engine.commands.load_teacher import LoadedTeacher, open_teacher
-from logitcask.engine.commands.resolve import (
-    eval_plan,
-    find_objective,
-    grader_of,
-    held_out_set,
-    student_and_prompts,
-)
+from logitcask.engine.commands.resolve import grader_of, student_and_prompts
+from logitcask.engine.commands.resolve_training import eval_plan, find_objective, held_out_set
 from logitcask.engine.config.section import Section
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.config.teacher import Score

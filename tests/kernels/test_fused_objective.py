@@ -88,8 +88,10 @@ def test_equals_full_vocabulary_autograd(
     assert (grad[2] == 0).all()
 
 
-@pytest.mark.parametrize("support", ["fixed", "overlap"])
-@pytest.mark.parametrize(("divergence", "tail"), KINDS)
+@pytest.mark.parametrize(
+    ("divergence", "tail", "support"),
+    [(*kind, ("fixed", "overlap")[i // 2 % 2]) for i, kind in enumerate(KINDS)],
+)
 def test_equals_its_plain_form(
     divergence: str, tail: str, support: str, triton_device: str
 ) -> None:
@@ -189,9 +191,15 @@ def test_a_vanishing_tail_leaves_p_minus_q(triton_device: str) -> None:
     assert torch.allclose(grad[:, :3].double(), want, atol=3e-7)
 
 
-@pytest.mark.parametrize("support", ["teacher", "overlap"])
-@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize(
+    ("divergence", "tail", "support"),
+    [
+        ("reverse_kl", "renormalize", "overlap"),
+        ("reverse_kl", "bucket", "teacher"),
+        ("forward_kl", "renormalize", "teacher"),
+        ("forward_kl", "bucket", "overlap"),
+    ],
+)
 def test_equals_the_engines_objective(
     divergence: str, tail: str, support: str, triton_device: str
 ) -> None:
