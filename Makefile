@@ -62,6 +62,7 @@ check: dev
 	$(BIN)/mypy
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/codespell
+	$(BIN)/python tests/check_words.py
 
 bench: dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

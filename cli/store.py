@@ -13,7 +13,7 @@ from logitcask.cli.output import (
     visible,
 )
 from logitcask.cli.store_estimate import estimate_command
-from logitcask.cli.store_keep import KEEP
+from logitcask.cli.store_change import CHANGE_VERBS
 
 
 @click.group("store", context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,7 +24,7 @@ def store_command() -> None:
     """
 
 
-for command in (*KEEP, estimate_command):
+for command in (*CHANGE_VERBS, estimate_command):
     store_command.add_command(command)
 
 
@@ -129,8 +129,7 @@ def show(
     top: int,
     form: str,
 ) -> None:
-    """One sequence, row by row: sampled token, both log-probs, entropies, the teacher's top ids;
-    all in nats.
+    """Show one sequence row by row: sampled token, log-probs and entropies in nats, teacher's ids.
 
     Example: logitcask store show ./store --sequence 3
     """

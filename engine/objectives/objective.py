@@ -78,7 +78,7 @@ class Objective:
 
     @property
     def current_topk(self) -> int:
-        """Ids of the current student's top-k that the loss needs."""
+        """Return how many of the current student's top ids the loss needs."""
         own = self.k if self.support in CURRENT_SUPPORTS else 0
         return max([own, *(modifier.current_topk for modifier in self.modifiers)])
 

@@ -211,7 +211,7 @@ def _print_merged(report: "MergeReport", form: str) -> None:
     print_result(report, form)
 
 
-KEEP = (
+CHANGE_VERBS = (
     tag_command,
     delete_command,
     gc_command,
