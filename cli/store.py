@@ -12,8 +12,8 @@ from logitcask.cli.output import (
     progress_bar,
     visible,
 )
-from logitcask.cli.store_estimate import estimate_command
 from logitcask.cli.store_change import CHANGE_VERBS
+from logitcask.cli.store_estimate import estimate_command
 
 
 @click.group("store", context_settings={"help_option_names": ["-h", "--help"]})

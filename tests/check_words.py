@@ -68,9 +68,9 @@ def python(path: Path) -> Iterator[tuple[int, str]]:
     tree = ast.parse(text)
     for node in ast.walk(tree):
         # A string of one word is a key or a value, which may lie on a disk already.
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            if node.value not in ON_DISK:
-                yield from phrases(node.lineno, node.value)
+        text_of = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text_of, str) and " " in text_of and text_of not in ON_DISK:
+            yield from phrases(node.lineno, text_of)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             doc = ast.get_docstring(node)
             word = re.match(r"[A-Za-z_]+", doc or "")
