@@ -1,4 +1,4 @@
-"""Ctrl-C: exit 130, what is committed stays, and the same command finishes it."""
+"""Ctrl-C: exit code 130, committed units stay, and the same command finishes the work."""
 
 import os
 import signal
@@ -16,8 +16,8 @@ INTERRUPTED = "interrupted: committed units stay. Rerun the same command to resu
 RUN = "from logitcask.cli.main import main; main()"
 
 
-def interrupted(world: World, command: str, begun: Callable[[], bool]) -> tuple[int, str]:
-    """(exit code, stderr) of `logitcask COMMAND`, sent SIGINT as soon as it has `begun`."""
+def run_interrupted(world: World, command: str, begun: Callable[[], bool]) -> tuple[int, str]:
+    """Return (exit code, stderr) of `logitcask COMMAND`, sent SIGINT once `begun` is true."""
     words = [word.replace("@", f"{world.path}/") for word in command.split()]
     child = subprocess.Popen(
         [sys.executable, "-c", RUN, *words],
@@ -40,7 +40,7 @@ def interrupted(world: World, command: str, begun: Callable[[], bool]) -> tuple[
     return child.returncode, err
 
 
-def test_a_rollout_goes_on_after_ctrl_c(world: World, call: Any) -> None:
+def test_a_rollout_resumes_after_ctrl_c(world: World, call: Any) -> None:
     store = world.new("store")
     world.at("@many.jsonl").write_text(
         "".join(f'{{"id": "m{i}", "prompt": "{i} ="}}\n' for i in range(PROMPTS))
@@ -50,7 +50,7 @@ def test_a_rollout_goes_on_after_ctrl_c(world: World, call: Any) -> None:
         f"--max-new-tokens 2 --student-topk 2 --unit-prompts 20 --store {store}"
     )
     log = world.at(store) / "log"
-    code, err = interrupted(world, command, lambda: len(list(log.glob("*.json"))) >= 2)
+    code, err = run_interrupted(world, command, lambda: len(list(log.glob("*.json"))) >= 2)
     assert code == 130
     assert err.strip() == INTERRUPTED
     before = {file.name: file.read_bytes() for file in log.glob("*.json")}
@@ -59,33 +59,35 @@ def test_a_rollout_goes_on_after_ctrl_c(world: World, call: Any) -> None:
     assert done["units_new"] == done["units_total"] - done["units_done_before"]
     after = {file.name: file.read_bytes() for file in log.glob("*.json")}
     assert before.items() <= after.items()
-    assert len(after) == done["units_total"], "a record is a unit: none was sampled twice"
+    assert len(after) == done["units_total"], "one record per unit: no unit was sampled twice"
     report = call(f"store verify {store} --format json").json
     assert (report["segments"], report["positions"]) == (
         done["units_total"],
         _positions(call, store),
     )
-    assert len(report["orphans"]) <= 1, "at most the unit that was under way"
+    assert len(report["orphans"]) <= 1, "at most the interrupted unit"
 
 
 def _positions(call: Any, store: str) -> int:
     return int(call(f"store info {store} --format json").json["positions"])
 
 
-def test_training_goes_on_after_ctrl_c_and_ends_alike(world: World, call: Any) -> None:
-    out, whole = world.new("out"), world.new("out")
+def test_training_resumes_after_ctrl_c_with_equal_weights(world: World, call: Any) -> None:
+    out, uninterrupted = world.new("out"), world.new("out")
     command = f"{TRAIN} @st --objective opd --num-train-epochs 10"
-    marks = world.at(out) / "checkpoints"
-    code, err = interrupted(
+    checkpoints = world.at(out) / "checkpoints"
+    code, err = run_interrupted(
         world,
         f"{command} --out {out}",
-        lambda: bool(list(marks.glob("checkpoint-*/logitcask_checkpoint.json"))),
+        lambda: bool(list(checkpoints.glob("checkpoint-*/logitcask_checkpoint.json"))),
     )
     assert code == 130
     assert err.splitlines()[-1] == INTERRUPTED
     resumed = call(f"{command} --out {out} --format json")
     assert 1 <= resumed.json["resumed_at"] < resumed.json["updates"]
-    assert "[transformers]" not in err + resumed.err, "a library's advice on its own formats"
-    assert call(f"{command} --out {whole}").code == 0
-    weights = [(world.at(folder) / "model.safetensors").read_bytes() for folder in (out, whole)]
+    assert "[transformers]" not in err + resumed.err, "a warning of transformers about file formats"
+    assert call(f"{command} --out {uninterrupted}").code == 0
+    weights = [
+        (world.at(folder) / "model.safetensors").read_bytes() for folder in (out, uninterrupted)
+    ]
     assert weights[0] == weights[1]

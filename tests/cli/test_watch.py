@@ -1,4 +1,4 @@
-"""Workers on the command line: how they end, and what they leave."""
+"""Workers on the command line: their exit codes and the state that they leave."""
 
 import json
 import os
@@ -23,8 +23,8 @@ TIMEOUT_S = 120.0
 FAILS = "LOGITCASK_TEST_GRADER_FAILS"
 
 
-def picky(prompt: Any, response: str) -> float:
-    """A grader that cannot grade one prompt while the environment says so."""
+def failing_grader(prompt: Any, response: str) -> float:
+    """Grade 1, or raise for one prompt while the environment variable is set."""
     if os.environ.get(FAILS) and prompt.id == "p3":
         raise ZeroDivisionError("no reward for p3")
     return 1.0
@@ -34,37 +34,37 @@ def segments(call: Any, store: str) -> set[str]:
     return {row["segment"] for row in call(f"store ls {store} --format json").json}
 
 
-def test_a_watching_teacher_ends_when_idle_and_stores_what_a_plain_one_does(
+def test_an_idle_teacher_worker_ends_with_the_segments_of_a_plain_score(
     world: World, call: Any
 ) -> None:
     store, plain = world.store(UNITS), world.store(UNITS)
-    answer = call(f"{SCORE} {store} --worker --idle-exit 0.01 --poll 0.01 --format json")
-    assert answer.code == 0
-    report = answer.json
+    result = call(f"{SCORE} {store} --worker --idle-exit 0.01 --poll 0.01 --format json")
+    assert result.code == 0
+    report = result.json
     assert (report["units"], report["failed"]) == (UNITS, 0)
     assert report["positions"] == call(f"store info {store} --format json").json["positions"]
     assert report["positions_per_second"] > 0
-    assert f"score: {UNITS}/{UNITS}" in answer.err
+    assert f"score: {UNITS}/{UNITS}" in result.err
     assert call(f"{SCORE} {plain}").code == 0
     assert segments(call, store) == segments(call, plain)
     assert call(f"store verify {store} --format json").json["orphans"] == []
 
 
-def test_a_unit_that_fails_ends_with_3_and_is_tried_again_when_asked(
+def test_a_failed_unit_exits_with_3_and_runs_again_after_retry_failed(
     world: World, call: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = world.new("store")
     command = (
-        f"{ROLL} {store} --grader tests.cli.test_watch:picky --worker --idle-exit 0.01 --poll 0.01 "
-        "--max-attempts 2 --format json"
+        f"{ROLL} {store} --grader tests.cli.test_watch:failing_grader --worker --idle-exit 0.01 "
+        "--poll 0.01 --max-attempts 2 --format json"
     )
     monkeypatch.setenv(FAILS, "1")
-    answer = call(command)
-    assert (answer.code, answer.json["units"], answer.json["failed"]) == (3, UNITS - 1, 1)
-    assert "GraderError" in answer.err.splitlines()[-2]
-    assert f"logitcask store retry-failed {world.at(store)}" in answer.err.splitlines()[-1]
+    result = call(command)
+    assert (result.code, result.json["units"], result.json["failed"]) == (3, UNITS - 1, 1)
+    assert "GraderError" in result.err.splitlines()[-2]
+    assert f"logitcask store retry-failed {world.at(store)}" in result.err.splitlines()[-1]
     assert call(f"store info {store} --format json").json["failed_units"] == 1
-    # A worker that comes later leaves it alone, and says so too.
+    # A later worker skips the failed unit and reports it as well.
     again = call(command)
     assert (again.code, again.json["units"], again.json["failed"]) == (3, 0, 1)
 
@@ -78,7 +78,7 @@ def test_a_unit_that_fails_ends_with_3_and_is_tried_again_when_asked(
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_worker_that_is_told_to_stop_leaves_no_claim(
+def test_a_stopped_worker_leaves_no_claim(
     world: World, call: Any, sent: signal.Signals, code: int
 ) -> None:
     store = world.new("store")
@@ -99,7 +99,7 @@ def test_a_worker_that_is_told_to_stop_leaves_no_claim(
 def stopped(
     words: list[str], sent: signal.Signals, begun: Callable[[], bool]
 ) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command that is sent a signal as soon as it has `begun`."""
+    """Return (exit code, stdout, stderr) of a command that gets a signal once `begun` is true."""
     with process(words) as child:
         wait(child, begun)
         child.send_signal(sent)
@@ -109,7 +109,7 @@ def stopped(
 
 @contextmanager
 def process(words: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A command as a process of its own, which does not outlive the test."""
+    """Run a command as a separate process and kill it at the end."""
     child = subprocess.Popen(
         [sys.executable, "-c", RUN, *words],
         stdout=subprocess.PIPE,
@@ -124,17 +124,17 @@ def process(words: list[str]) -> Iterator[subprocess.Popen[str]]:
         child.communicate()
 
 
-def wait(child: subprocess.Popen[str], until: Callable[[], bool]) -> None:
-    """Until something is so, which the child has to live to see."""
+def wait(child: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """Wait until the condition is true, and fail if the child ends before."""
     end = time.monotonic() + TIMEOUT_S
-    while not until():
+    while not condition():
         assert child.poll() is None, child.communicate()[1]
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, call: Any) -> None:
-    store, beside, later, newest = world.store(2), *(world.new("run") for _ in range(3))
+def test_a_student_trains_on_a_snapshot_while_a_teacher_goes_on(world: World, call: Any) -> None:
+    store, concurrent, later, newest = world.store(2), *(world.new("run") for _ in range(3))
     cask = open_store(world.at(store))
 
     def scored(units: int) -> Callable[[], bool]:
@@ -143,17 +143,17 @@ def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, c
     def words(command: str) -> list[str]:
         return command.replace("@", f"{world.path}/").split()
 
-    # Record 2 is the first score: of this pin's two units of rollouts one has none.
+    # Record 2 is the first score: one of the two rollout units of this snapshot has no scores.
     train = (
         f"{TRAIN} {store} --snapshot 2 --partial --objective opd --num-train-epochs "
         f"16 --format json --out"
     )
     with process(words(f"{SCORE} {store} --worker --poll 0.01 --format json")) as teacher:
         wait(teacher, scored(2))
-        with process(words(f"{train} {beside}")) as student:
-            updates = world.at(beside) / "metrics.jsonl"
+        with process(words(f"{train} {concurrent}")) as student:
+            updates = world.at(concurrent) / "metrics.jsonl"
             wait(student, lambda: updates.exists() and bool(updates.read_text()))
-            # It stands still in the middle of its course until the store has moved on.
+            # The training pauses midway until the store has grown.
             student.send_signal(signal.SIGSTOP)
             assert call(f"{ROLL} {store}").code == 0
             done = updates.read_text().count("\n")
@@ -162,9 +162,10 @@ def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, c
             out, err = student.communicate(timeout=TIMEOUT_S)
         assert student.returncode == 0, err
         teacher.send_signal(signal.SIGTERM)
-        told, said = teacher.communicate(timeout=TIMEOUT_S)
-    assert teacher.returncode == 0, said
-    assert (json.loads(told)["units"], json.loads(told)["failed"]) == (UNITS, 0)
+        teacher_out, teacher_err = teacher.communicate(timeout=TIMEOUT_S)
+    assert teacher.returncode == 0, teacher_err
+    score_report = json.loads(teacher_out)
+    assert (score_report["units"], score_report["failed"]) == (UNITS, 0)
     assert call(f"store verify {store} --deep --format json").json["segments"] == 2 * UNITS
 
     report, again = json.loads(out), call(f"{train} {later}").json
@@ -172,28 +173,28 @@ def test_a_student_trains_on_a_pin_beside_a_teacher_that_goes_on(world: World, c
     assert report["positions"] == again["positions"]
     moved_on = call(f"{train.replace('--snapshot 2', '')} {newest}").json
     assert moved_on["positions"] > report["positions"]
-    weights = [world.at(run) / "model.safetensors" for run in (beside, later, newest)]
-    as_beside, as_later, as_newest = (file.read_bytes() for file in weights)
-    assert as_beside == as_later != as_newest
+    weights = [world.at(run) / "model.safetensors" for run in (concurrent, later, newest)]
+    as_concurrent, as_later, as_newest = (file.read_bytes() for file in weights)
+    assert as_concurrent == as_later != as_newest
 
 
-def told(child: subprocess.Popen[str], words: str) -> str:
-    """The first line on stderr that begins with these words; what does not say them is ended."""
-    end = threading.Timer(TIMEOUT_S, child.kill)
-    end.start()
+def stderr_line(child: subprocess.Popen[str], prefix: str) -> str:
+    """Return the first line on stderr with this prefix; kill the child after a timeout."""
+    timer = threading.Timer(TIMEOUT_S, child.kill)
+    timer.start()
     try:
         assert child.stderr is not None
         for line in child.stderr:
-            if line.startswith(words):
+            if line.startswith(prefix):
                 return line.strip()
     finally:
-        end.cancel()
-    raise AssertionError(f"never said {words!r}")
+        timer.cancel()
+    raise AssertionError(f"no line on stderr begins with {prefix!r}")
 
 
 @pytest.mark.parametrize("scored", [0, 1])
-def test_a_worker_whose_servers_are_away_ends_when_it_is_told_to(world: World, scored: int) -> None:
-    """At the start, and in the middle of a unit, of which nothing is committed."""
+def test_sigterm_ends_a_worker_without_a_server(world: World, scored: int) -> None:
+    """Stop it at the start, and within a unit, which is then not committed."""
     store = world.store(UNITS)
     cask = open_store(world.at(store))
     fake = FakeServer(make_model(seed=1), tokenizer=make_tokenizer())
@@ -209,7 +210,7 @@ def test_a_worker_whose_servers_are_away_ends_when_it_is_told_to(world: World, s
         if scored:
             wait(child, lambda: len(cask.head().scores("served")) >= scored)
             fake.__exit__()
-        assert told(child, "waiting for http") == f"waiting for {fake.url}"
+        assert stderr_line(child, "waiting for http") == f"waiting for {fake.url}"
         before = set(cask.head().scores("served"))
         child.send_signal(signal.SIGTERM)
         out, err = child.communicate(timeout=TIMEOUT_S)

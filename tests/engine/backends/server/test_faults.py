@@ -1,5 +1,6 @@
-"""R11: whatever a server does wrong ends as a retry that succeeds with the right scores, or as a
-refusal with its reason. Every kind of fault several times, at drawn places.
+"""Faults of a server (R11) end in a retry with exact scores, or in an error with its cause.
+
+Each kind occurs several times, at random requests.
 """
 
 import asyncio
@@ -25,126 +26,126 @@ from logitcask.engine.types import Rollouts, ScoreParams, Scores
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer, Fault, packed
 
-ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
-WIDE = ScoreParams(top_p=1.0, k_min=64, k_max=64)
+TOP_12 = ScoreParams(top_p=1.0, k_min=12, k_max=12)
+FULL = ScoreParams(top_p=1.0, k_min=64, k_max=64)
 Connect = Callable[..., ServerScorer]
-Said = dict[str, Any]
+Reply = dict[str, Any]
 HARMLESS = replace(QUICK, read_s=0.25)
 
 
 def status(code: int, **headers: str) -> Fault:
-    async def answer(server: FakeServer, request: web.Request, said: Said) -> web.Response:
+    async def answer(server: FakeServer, request: web.Request, reply: Reply) -> web.Response:
         body = {"error": {"message": f"fault {code}"}}
         return web.json_response(body, status=code, headers=headers)
 
     return answer
 
 
-async def reset(server: FakeServer, request: web.Request, said: Said) -> web.StreamResponse:
+async def reset(server: FakeServer, request: web.Request, reply: Reply) -> web.StreamResponse:
     assert request.transport is not None
     request.transport.abort()
     return web.Response()
 
 
-async def reset_in_the_body(
-    server: FakeServer, request: web.Request, said: Said
+async def reset_within_the_body(
+    server: FakeServer, request: web.Request, reply: Reply
 ) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Length": "100000"})
     await response.prepare(request)
-    await response.write(json.dumps(said).encode()[:100])
+    await response.write(json.dumps(reply).encode()[:100])
     assert request.transport is not None
     request.transport.abort()
     return response
 
 
-async def truncated(server: FakeServer, request: web.Request, said: Said) -> web.StreamResponse:
-    text = json.dumps(said)
+async def truncate(server: FakeServer, request: web.Request, reply: Reply) -> web.StreamResponse:
+    text = json.dumps(reply)
     return web.Response(text=text[: len(text) // 2], content_type="application/json")
 
 
-async def stalled(server: FakeServer, request: web.Request, said: Said) -> None:
+async def stall(server: FakeServer, request: web.Request, reply: Reply) -> None:
     await asyncio.sleep(2)
 
 
-async def endless(server: FakeServer, request: web.Request, said: Said) -> web.StreamResponse:
+async def too_long(server: FakeServer, request: web.Request, reply: Reply) -> web.StreamResponse:
     return web.Response(body=b" " * (1 << 22), content_type="application/json")
 
 
-def spoil(change: Callable[[list[Any], Said], None]) -> Fault:
-    """Changes positions of an answer, which are dicts from id to entry."""
+def spoil(change: Callable[[list[Any], Reply], None]) -> Fault:
+    """Return a fault that changes the rows of a reply, which are dicts from id to entry."""
 
-    async def answer(server: FakeServer, request: web.Request, said: Said) -> None:
-        change(said["prompt_logprobs"], said)
+    async def answer(server: FakeServer, request: web.Request, reply: Reply) -> None:
+        change(reply["prompt_logprobs"], reply)
 
     return answer
 
 
-def last_row(best: list[Any]) -> list[dict[str, Any]]:
-    return list(best[-1].values())
+def last_row(rows: list[Any]) -> list[dict[str, Any]]:
+    return list(rows[-1].values())
 
 
-def nan(best: list[Any], said: Said) -> None:
-    last_row(best)[0]["logprob"] = float("nan")
+def nan(rows: list[Any], reply: Reply) -> None:
+    last_row(rows)[0]["logprob"] = float("nan")
 
 
-def infinite(best: list[Any], said: Said) -> None:
-    last_row(best)[0]["logprob"] = float("inf")
+def infinite(rows: list[Any], reply: Reply) -> None:
+    last_row(rows)[0]["logprob"] = float("inf")
 
 
-def positive(best: list[Any], said: Said) -> None:
-    last_row(best)[0]["logprob"] = 0.1
+def positive(rows: list[Any], reply: Reply) -> None:
+    last_row(rows)[0]["logprob"] = 0.1
 
 
-def raised(best: list[Any], said: Said) -> None:
-    for row in best[1:]:
+def raised(rows: list[Any], reply: Reply) -> None:
+    for row in rows[1:]:
         for entry in row.values():
             entry["logprob"] += 0.1
 
 
-def shorter(best: list[Any], said: Said) -> None:
-    del best[-1]
+def shorter(rows: list[Any], reply: Reply) -> None:
+    del rows[-1]
 
 
-def empty_rows(best: list[Any], said: Said) -> None:
-    best[1:] = [{} for _ in best[1:]]
+def empty_rows(rows: list[Any], reply: Reply) -> None:
+    rows[1:] = [{} for _ in rows[1:]]
 
 
-def other_ids(best: list[Any], said: Said) -> None:
-    best[-1] = {str(int(k) + 100): v for k, v in best[-1].items()}
+def other_ids(rows: list[Any], reply: Reply) -> None:
+    rows[-1] = {str(int(k) + 100): v for k, v in rows[-1].items()}
 
 
-def words_for_ids(best: list[Any], said: Said) -> None:
-    best[-1] = {f"token_id:{k}": v for k, v in best[-1].items()}
+def words_for_ids(rows: list[Any], reply: Reply) -> None:
+    rows[-1] = {f"token_id:{k}": v for k, v in rows[-1].items()}
 
 
-def shifted(best: list[Any], said: Said) -> None:
-    best[1:] = [best[-1], *best[1:-1]]
+def shifted(rows: list[Any], reply: Reply) -> None:
+    rows[1:] = [rows[-1], *rows[1:-1]]
 
 
-def aborted(best: list[Any], said: Said) -> None:
-    said["choices"][0]["finish_reason"] = "abort"
+def aborted(rows: list[Any], reply: Reply) -> None:
+    reply["choices"][0]["finish_reason"] = "abort"
 
 
-def wrong_model(best: list[Any], said: Said) -> None:
-    said["model"] = "another"
+def wrong_model(rows: list[Any], reply: Reply) -> None:
+    reply["model"] = "another"
 
 
-def without_asked(best: list[Any], said: Said) -> None:
-    said["prompt_token_id_logprobs"] = None
+def without_id_logprobs(rows: list[Any], reply: Reply) -> None:
+    reply["prompt_token_id_logprobs"] = None
 
 
-def asked_of_another_shape(best: list[Any], said: Said) -> None:
-    said["prompt_token_id_logprobs"] = packed(np.zeros((2, 2)))
+def id_logprobs_of_another_shape(rows: list[Any], reply: Reply) -> None:
+    reply["prompt_token_id_logprobs"] = packed(np.zeros((2, 2)))
 
 
-def asked_not_a_number(best: list[Any], said: Said) -> None:
-    said["prompt_token_id_logprobs"] = packed(np.full((len(best) - 1, 7), np.nan))
+def nan_id_logprobs(rows: list[Any], reply: Reply) -> None:
+    reply["prompt_token_id_logprobs"] = packed(np.full((len(rows) - 1, 7), np.nan))
 
 
-def asked_shifted(best: list[Any], said: Said) -> None:
-    """Values of other ids contradict the best ids of these rows."""
-    array = np.load(io.BytesIO(base64.b64decode(said["prompt_token_id_logprobs"])))
-    said["prompt_token_id_logprobs"] = packed(np.roll(array, 1, axis=1))
+def shifted_id_logprobs(rows: list[Any], reply: Reply) -> None:
+    """Roll the values, which then contradict the top-k entries of the same rows."""
+    array = np.load(io.BytesIO(base64.b64decode(reply["prompt_token_id_logprobs"])))
+    reply["prompt_token_id_logprobs"] = packed(np.roll(array, 1, axis=1))
 
 
 TRANSIENT: dict[str, Fault] = {
@@ -152,22 +153,22 @@ TRANSIENT: dict[str, Fault] = {
     "429 with a pause": status(429, **{"Retry-After": "0"}),
     "503": status(503),
     "reset": reset,
-    "reset in the body": reset_in_the_body,
-    "truncated": truncated,
-    "stalled": stalled,
-    "too many bytes": endless,
+    "reset in the body": reset_within_the_body,
+    "truncated": truncate,
+    "stalled": stall,
+    "too many bytes": too_long,
 }
 WRONG: dict[str, Fault] = {
     each.__name__: spoil(each)
     for each in (
         *(nan, infinite, positive, raised, shorter, empty_rows, other_ids, words_for_ids),
-        *(shifted, aborted, wrong_model, without_asked, asked_of_another_shape),
-        *(asked_not_a_number, asked_shifted),
+        *(shifted, aborted, wrong_model, without_id_logprobs, id_logprobs_of_another_shape),
+        *(nan_id_logprobs, shifted_id_logprobs),
     )
 }
 
 
-def same(found: Scores, exact: Scores) -> None:
+def assert_equal_scores(found: Scores, exact: Scores) -> None:
     np.testing.assert_array_equal(found.ids, exact.ids)
     for name in ("lp", "entry_lp", "at_lp"):
         np.testing.assert_allclose(getattr(found, name), getattr(exact, name), atol=1e-5)
@@ -175,11 +176,11 @@ def same(found: Scores, exact: Scores) -> None:
 
 @pytest.fixture(scope="module")
 def exact(teacher: HF, rolled: Rollouts) -> Scores:
-    return teacher.score(rolled, WIDE)
+    return teacher.score(rolled, FULL)
 
 
 @pytest.mark.parametrize("kind", [*TRANSIENT, *WRONG])
-def test_a_fault_is_mended_by_asking_again(
+def test_a_retry_after_a_fault_returns_exact_scores(
     kind: str,
     fake: FakeServer,
     connect: Connect,
@@ -191,77 +192,77 @@ def test_a_fault_is_mended_by_asking_again(
     server = connect(fake, limits=HARMLESS)
     rng = random.Random(kind)
     for _ in range(counts(2, 4) if kind == "stalled" else counts(3, 20)):
-        quiet = rng.randrange(len(rolled.finish))
-        fake.faults = [_none] * quiet + [fault]
-        same(server.score(rolled, WIDE), exact)
+        n_before = rng.randrange(len(rolled.finish))
+        fake.faults = [no_fault] * n_before + [fault]
+        assert_equal_scores(server.score(rolled, FULL), exact)
         assert not fake.faults
 
 
-async def _none(server: FakeServer, request: web.Request, said: Said) -> None:
+async def no_fault(server: FakeServer, request: web.Request, reply: Reply) -> None:
     return None
 
 
 @pytest.mark.parametrize("kind", [k for k in TRANSIENT if k != "stalled"])
-def test_a_fault_that_stays_is_a_refusal_with_its_reason(
+def test_a_lasting_fault_is_an_error_with_its_cause(
     kind: str, fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
     server = connect(fake, limits=replace(HARMLESS, attempts=3, wait_s=0.1))
     fake.faults = [TRANSIENT[kind]] * 1000
     with pytest.raises((ServerError, AnswerError)) as caught:
-        server.score(rolled, WIDE)
+        server.score(rolled, FULL)
     assert "prompt " in caught.value.cause
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("kind", list(WRONG))
-def test_an_answer_that_stays_wrong_is_never_scores(
+def test_a_lasting_wrong_reply_is_an_error(
     kind: str, fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
     server = connect(fake, limits=HARMLESS)
     fake.faults = [WRONG[kind]] * 1000
     with pytest.raises(AnswerError, match="the engine answered"):
-        server.score(rolled, WIDE)
+        server.score(rolled, FULL)
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 422, 501])
-def test_a_refusal_is_never_asked_again(
+def test_a_client_error_is_not_retried(
     code: int, fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
     server = connect(fake, limits=replace(HARMLESS, requests=1))
     before = len(fake.seen.bodies)
     fake.faults = [status(code)] * 1000
     with pytest.raises(ServerError, match=f"answers {code}: fault {code}"):
-        server.score(rolled, WIDE)
-    # Others may have been on their way.
-    asked = [each["token_ids"] for each in fake.seen.bodies[before:]]
-    assert all(asked.count(each) == 1 for each in asked)
+        server.score(rolled, FULL)
+    # Requests of other responses may have been in flight.
+    sent = [each["token_ids"] for each in fake.seen.bodies[before:]]
+    assert all(sent.count(each) == 1 for each in sent)
 
 
-def test_a_busy_server_is_asked_less_at_once(
+def test_a_busy_server_shrinks_the_window(
     fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
     server = connect(fake)
     window = server.window
     fake.faults = [status(503)] * 4
-    server.score(rolled, ASK)
+    server.score(rolled, TOP_12)
     assert server.window < window
 
 
-def test_the_run_goes_on_when_a_server_comes_back(
+def test_scoring_resumes_when_a_server_comes_back(
     teacher: HF, connect: Connect, rolled: Rollouts, exact: Scores
 ) -> None:
     with FakeServer(teacher.model) as first:
         server = connect(first)
-        same(server.score(rolled, WIDE), exact)
+        assert_equal_scores(server.score(rolled, FULL), exact)
     again = FakeServer(teacher.model, port=first.port)
-    timer = _later(0.3, again)
-    same(server.score(rolled, WIDE), exact)
+    timer = start_later(0.3, again)
+    assert_equal_scores(server.score(rolled, FULL), exact)
     timer.join()
     assert len(again.seen.requests) >= len(rolled.finish)
     again.__exit__()
 
 
-def test_another_teacher_that_comes_back_is_refused(
+def test_a_restart_with_another_teacher_is_rejected(
     teacher: HF, connect: Connect, rolled: Rollouts
 ) -> None:
     with FakeServer(teacher.model) as first:
@@ -270,37 +271,37 @@ def test_another_teacher_that_comes_back_is_refused(
         FakeServer(teacher.model, port=first.port, max_model_len=99),
         pytest.raises(IdentityError, match="max_model_len is 99, and was 256"),
     ):
-        server.score(rolled, ASK)
+        server.score(rolled, TOP_12)
 
 
-def test_servers_that_stay_away_end_the_run(
+def test_lasting_unavailability_of_all_servers_is_an_error(
     teacher: HF, connect: Connect, rolled: Rollouts
 ) -> None:
     with FakeServer(teacher.model) as first:
         server = connect(first, limits=replace(QUICK, wait_s=0.1))
     with pytest.raises(ServerError, match="no server has answered for 0 s"):
-        server.score(rolled, ASK)
+        server.score(rolled, TOP_12)
 
 
-def test_one_of_two_servers_may_die(
+def test_one_of_two_servers_may_stop(
     teacher: HF, connect: Connect, rolled: Rollouts, exact: Scores
 ) -> None:
     with FakeServer(teacher.model) as stays:
         with FakeServer(teacher.model) as dies:
             server = connect(stays, dies)
-            same(server.score(rolled, WIDE), exact)
-        same(server.score(rolled, WIDE), exact)
+            assert_equal_scores(server.score(rolled, FULL), exact)
+        assert_equal_scores(server.score(rolled, FULL), exact)
 
 
-def test_an_interrupted_caller_leaves_no_request_behind(
+def test_an_interrupted_call_cancels_its_requests(
     fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
     server = connect(fake, limits=replace(QUICK, read_s=30))
     fake.delay_s = 20
-    interrupt = _Interrupt(fake, len(rolled.finish))
+    interrupt = Interrupter(fake, len(rolled.finish))
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
-        server.score(rolled, ASK)
+        server.score(rolled, TOP_12)
     interrupt.join()
     server.close()
     for _ in range(200):
@@ -310,8 +311,8 @@ def test_an_interrupted_caller_leaves_no_request_behind(
     assert fake.seen.gone == len(rolled.finish)
 
 
-class _Interrupt(threading.Thread):
-    """Ctrl-C for the main thread, once so many requests are in flight."""
+class Interrupter(threading.Thread):
+    """Ctrl-C for the main thread, once `count` requests are in flight."""
 
     def __init__(self, fake: FakeServer, count: int) -> None:
         super().__init__()
@@ -329,7 +330,7 @@ class _Interrupt(threading.Thread):
         time.sleep(0.01)
 
 
-def _later(after_s: float, server: FakeServer) -> threading.Timer:
+def start_later(after_s: float, server: FakeServer) -> threading.Timer:
     timer = threading.Timer(after_s, server.__enter__)
     timer.start()
     return timer
