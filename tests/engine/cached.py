@@ -1,4 +1,4 @@
-"""A store made from nothing, whose every stored number follows from known distributions."""
+"""A store in which every number follows from known distributions."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,8 +45,9 @@ def make_unit(
     version: int = 0,
     mc_draws: int = 0,
 ) -> Unit:
-    """Random sequences; `lengths` are the responses' (drawn from 0..9 if not given); `mc_draws` ids
-    of every row are drawn from the student's law.
+    """Make random sequences; `lengths` are those of the responses, by default drawn from 0..9.
+
+    `mc_draws` ids of every response position are drawn from the student's distribution.
     """
     rng = np.random.default_rng(seed)
     count = prompts * n
@@ -98,9 +99,9 @@ def make_store(
     student: ModelRef | None = None,
     seconds: list[float] | None = None,
 ) -> Store:
-    """Commits units as rollouts `main` of `student`, the first `scored` with scores of `big`."""
+    """Commit units as rollouts `main` of `student`, the first `scored` with scores of `big`."""
     store = open_store(path, create=True)
-    made_by = {"root": digest("root")} if student is None else student.lineage()
+    sampler = {"root": digest("root")} if student is None else student.lineage()
     lineage = {
         "set": {
             "digest": digest("set"),
@@ -108,7 +109,7 @@ def make_store(
             **SamplingParams().record(),
             "student_k": 4,
         },
-        "student": made_by,
+        "student": sampler,
     }
     for i, unit in enumerate(units):
         segment = store.commit_rollouts(

@@ -1,4 +1,4 @@
-"""Trains a tiny model on packed rows and shows what the updates were made of."""
+"""Training of a tiny model on packed rows, with the gradients of its updates."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -32,14 +32,16 @@ DENSE = replace(FORWARD, tail="bucket")
 WEIGHED = replace(
     REVERSE, modifiers=(Prune(overlap=0.9, drop=0.1, k=4), Stepwise(tokens=3), KeepEntropy(0.4))
 )
-"""With modifiers that look at whole sequences, and at all rows of an update."""
+"""With modifiers that depend on whole sequences, and on all rows of an update."""
 
 
 def make_case(
     folder: Path, units: list[Unit], *, seconds: list[float] | None = None, **model: Any
 ) -> tuple[Store, ModelRef]:
-    """A store of `units` and the student that is named as their sampler; `seconds` are what the
-    teacher took for each."""
+    """Return a store of `units` and the student that sampled them.
+
+    `seconds` are the teacher's seconds for each unit.
+    """
     save_folder(folder / "student", make_model(**model))
     ref = model_ref(str(folder / "student"), chat_template=True)
     return make_store(folder / "store", units, student=ref, seconds=seconds), ref
@@ -123,24 +125,24 @@ def make_trainer(
 
 
 def token_mean(model: Any, rows: Sequence[Pack], objective: Objective = REVERSE) -> Tensor:
-    """The loss of single-sequence rows by plain torch: a forward each, full softmax, token mean."""
+    """Return the token mean of single-sequence rows in torch: a forward each, full softmax."""
     total, weight = torch.zeros(()), torch.zeros(())
     for row in rows:
         t = row.targets
         first = row.input_ids.shape[1] - len(t) - 1
         logits = model(input_ids=row.input_ids, use_cache=False).logits[0, first : first + len(t)]
-        on = t.q_rank < objective.k
+        mask = t.q_rank < objective.k
         log_p = logits.log_softmax(-1).gather(1, t.ids.clamp(min=0))
-        log_p, log_q = (torch.where(on, x, -1e9).log_softmax(-1) for x in (log_p, t.q_log_p))
+        log_p, log_q = (torch.where(mask, x, -1e9).log_softmax(-1) for x in (log_p, t.q_log_p))
         pair = (log_p, log_q) if objective.divergence == "reverse_kl" else (log_q, log_p)
-        terms = torch.where(on, pair[0].exp() * (pair[0] - pair[1]), 0.0)
+        terms = torch.where(mask, pair[0].exp() * (pair[0] - pair[1]), 0.0)
         total = total + (terms.sum(1) * t.weight).sum()
         weight = weight + t.weight.sum()
     return total / weight
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs|."""
+    """Return |ours - theirs| / |theirs|."""
     return float((ours - theirs).norm() / theirs.norm())
 
 

@@ -92,7 +92,7 @@ def test_every_combination_has_a_folder_and_its_own_config(
         (["learning_rate=1e-3,-1"], "train.learning_rate = -1", "learning rate"),
     ],
 )
-def test_what_cannot_be_varied(
+def test_invalid_vary_options_are_refused(
     case: tuple[Store, ModelRef], vary: list[str], cause: str, hint: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -101,7 +101,7 @@ def test_what_cannot_be_varied(
     assert hint in caught.value.hint
 
 
-def test_commas_in_brackets_are_the_objectives_own(case: tuple[Store, ModelRef]) -> None:
+def test_commas_in_brackets_separate_no_values(case: tuple[Store, ModelRef]) -> None:
     vary = ["objective=gkd(parameter=0.1,k=4),opd+prune(k=2,drop=0.5)"]
     found = combinations(config_of(case), vary)
     assert [each.config.train.objective for each in found] == [
@@ -110,7 +110,7 @@ def test_commas_in_brackets_are_the_objectives_own(case: tuple[Store, ModelRef])
     ]
 
 
-def test_a_plain_key_is_that_of_the_training() -> None:
+def test_a_key_without_a_section_belongs_to_train() -> None:
     assert (full_key("loss_topk"), full_key("learning_rate"), full_key("run.dtype")) == (
         "train.loss_topk",
         "train.learning_rate",
@@ -177,7 +177,7 @@ def test_a_kill_loses_nothing_and_nothing_is_sampled_or_scored(
     assert 0 < straight.trainings_seconds <= straight.seconds
 
 
-def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(
+def test_a_stopped_training_resumes_from_its_checkpoint(
     case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = run(case, tmp_path / "a", ["loss_topk=2"]).rows[0]["loss"]
@@ -220,7 +220,7 @@ def test_another_configuration_is_refused_by_the_name_of_its_key(
     run(case, tmp_path, ["loss_topk=2"])
     with pytest.raises(IdentityError, match=r"train\.learning_rate = 0.001, not 0.002"):
         run(case, tmp_path, ["loss_topk=2"], config=config_of(case, learning_rate=2e-3))
-    # More of the same is welcome.
+    # More values of the same key are allowed.
     more = run(case, tmp_path, ["loss_topk=2,4"])
     assert (more.runs_trained, len(more.rows)) == (1, 2)
     (tmp_path / "other").mkdir()
@@ -229,7 +229,7 @@ def test_another_configuration_is_refused_by_the_name_of_its_key(
         run(case, tmp_path / "other", ["loss_topk=2"])
 
 
-def test_what_cannot_be_trained_stops_all_before_the_first(
+def test_an_invalid_combination_is_refused_before_the_first_training(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
     with pytest.raises(ObjectiveError, match="loss_topk=99: "):
@@ -246,7 +246,7 @@ def test_what_cannot_be_trained_stops_all_before_the_first(
 def test_the_teachers_seconds_saved_are_those_of_its_scores_in_every_pass(
     tmp_path: Path, recorded: bool
 ) -> None:
-    """Score units of 2 and 3 s, two runs of two epochs: 20 s; unknown in an older store."""
+    """Expect 20 s for units of 2 and 3 s and two runs of two epochs; unknown for an old store."""
     units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(2)]
     store, model = make_case(tmp_path / "case", units, seconds=[2.0, 3.0] if recorded else None)
     config = config_of((store, model), num_train_epochs=2)
@@ -301,7 +301,7 @@ def test_mean_spread_and_gap_recovery_worked_by_hand() -> None:
     )
 
 
-def test_combinations_are_evaluated_where_prompts_are_named(
+def test_combinations_are_evaluated_if_prompts_are_configured(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
     file = tmp_path / "e.jsonl"

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 def make_tokenizer(
     *, chat_template: bool = True, characters: str = CHARACTERS
 ) -> PreTrainedTokenizerFast:
-    """One token per character: id 0 <pad>, 1 <eos>, 2 <unk>, then `characters` in order."""
+    """Make a tokenizer of characters: id 0 <pad>, 1 <eos>, 2 <unk>, then `characters` in order."""
     tokens = ["<pad>", "<eos>", "<unk>", *characters]
     words = Tokenizer(WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
     words.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
@@ -49,8 +49,10 @@ def make_model(
     context: int = 256,
     eos: int | list[int] | None = EOS,
 ) -> Qwen3ForCausalLM:
-    """A float32 Qwen3 with random weights; `spread` is their standard deviation: the larger, the
-    further its distributions are from uniform."""
+    """Make a float32 Qwen3 with random weights of standard deviation `spread`.
+
+    The larger the spread, the further its distributions are from uniform.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(
@@ -78,7 +80,7 @@ def save_folder(
     model: Qwen3ForCausalLM | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    """A model folder as a user would have it: weights, config, tokenizer."""
+    """Write a complete model folder: weights, config, tokenizer."""
     (make_model() if model is None else model).save_pretrained(path)
     (make_tokenizer() if tokenizer is None else tokenizer).save_pretrained(path)
     return path

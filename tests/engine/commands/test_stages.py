@@ -1,4 +1,4 @@
-"""From a configuration's names to the models of a stage."""
+"""Stages resolve the model names of a configuration."""
 
 from pathlib import Path
 
@@ -15,10 +15,8 @@ from tests.engine.tiny import make_model, save_folder
 
 
 @pytest.mark.parametrize("chat_template", [False, True])
-def test_rollouts_of_the_library_say_how_they_were_rendered(
-    tmp_path: Path, chat_template: bool
-) -> None:
-    """`rollout` called from Python records digests, not the flag of the command line."""
+def test_rollouts_from_python_record_the_chat_template(tmp_path: Path, chat_template: bool) -> None:
+    """Check the recorded digests: `rollout` called from Python does not record the flag."""
     folder = str(save_folder(tmp_path / "student"))
     student = model_ref(folder, chat_template=chat_template)
     unit = make_unit(0, prompts=1, vocab=99, lengths=[3, 2])
@@ -38,8 +36,8 @@ def test_rollouts_of_the_library_say_how_they_were_rendered(
     assert teacher.model.template_digest == student.template_digest
 
 
-def test_a_student_in_training_samples_where_its_weights_are(tmp_path: Path) -> None:
-    """Whatever backend a teacher has: another engine would hold a copy of old weights."""
+def test_a_student_in_training_samples_from_its_own_weights(tmp_path: Path) -> None:
+    """Ignore the teacher's backend: another engine would hold a copy of old weights."""
     ref = model_ref(str(save_folder(tmp_path)), chat_template=False)
     network = make_model()
     assert live_backend(network, ref, Run(backend="vllm")).model is network

@@ -1,4 +1,4 @@
-"""Watching workers on real models: rollouts that appear meanwhile, and students that move on."""
+"""Workers on real models: new rollouts appear, and students get new weights."""
 
 import json
 import shutil
@@ -27,15 +27,15 @@ UNITS = 2
 
 
 class Then(threading.Event):
-    """Each wait of a worker is the next thing that happens; after the last it is told to stop."""
+    """A stop event: each wait runs the next action, and the wait after the last one stops."""
 
-    def __init__(self, *then: Callable[[], object]) -> None:
+    def __init__(self, *actions: Callable[[], object]) -> None:
         super().__init__()
-        self.then = list(then)
+        self.actions = list(actions)
 
     def wait(self, timeout: float | None = None) -> bool:
-        if self.then:
-            self.then.pop(0)()
+        if self.actions:
+            self.actions.pop(0)()
         else:
             self.set()
         return self.is_set()
@@ -78,11 +78,11 @@ def scores(
     return validate(ScoreConfig, values, source="test")
 
 
-def moved(here: Path, version: int, seed: int, root: ModelRef, card: bool = True) -> None:
-    """The student's folder comes to hold other weights, as a save does: its card last."""
+def moved(here: Path, version: int, seed: int, root: ModelRef, metadata: bool = True) -> None:
+    """Replace the weights in the student's folder as a save does, with the metadata last."""
     save_folder(here / "new", make_model(seed=seed))
     shutil.copyfile(here / "new/model.safetensors", here / "student/model.safetensors")
-    if card:
+    if metadata:
         write_metadata(
             here / "student",
             root=root.root,
@@ -94,9 +94,9 @@ def moved(here: Path, version: int, seed: int, root: ModelRef, card: bool = True
         )
 
 
-def test_a_teacher_that_waits_scores_what_appears_as_one_that_comes_later(here: Path) -> None:
-    said: list[str] = []
-    told: list[tuple[str, int, int]] = []
+def test_a_waiting_teacher_stores_the_same_scores_as_a_later_one(here: Path) -> None:
+    messages: list[str] = []
+    counts: list[tuple[str, int, int]] = []
     root = ref(here / "student")
 
     def later_version() -> None:
@@ -111,13 +111,16 @@ def test_a_teacher_that_waits_scores_what_appears_as_one_that_comes_later(here: 
         later_version,
     )
     report = watch_scores(
-        scores(here), stop=stop, on_event=said.append, progress=lambda *each: told.append(each)
+        scores(here),
+        stop=stop,
+        on_event=messages.append,
+        progress=lambda *each: counts.append(each),
     )
-    assert said == [
+    assert messages == [
         f"waiting for a store at {here / 's'}",
         f"waiting for rollouts named 'main' in {here / 's'}",
     ]
-    assert [each[1:] for each in told] == [(0, 2), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]
+    assert [each[1:] for each in counts] == [(0, 2), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]
     assert (report.units, report.failed) == (2 * UNITS, 0)
 
     copy = here / "later"
@@ -145,7 +148,7 @@ def test_scores_at_another_models_ids_wait_for_those(here: Path) -> None:
     assert begun == [1]
 
 
-def test_a_teacher_does_not_wait_for_ever_where_it_is_told_not_to(here: Path) -> None:
+def test_a_teacher_stops_waiting_after_idle_exit(here: Path) -> None:
     job = scores(here, idle=1e-9)
     with pytest.raises(StoreError, match="is not a logitcask store"):
         watch_scores(job, stop=Then())
@@ -155,23 +158,23 @@ def test_a_teacher_does_not_wait_for_ever_where_it_is_told_not_to(here: Path) ->
     assert watch_scores(scores(here), stop=Then()).units == 0
 
 
-def test_what_is_about_all_rollouts_at_once_cannot_watch(here: Path) -> None:
+def test_a_request_about_all_rollouts_at_once_is_refused_in_a_worker(here: Path) -> None:
     with pytest.raises(ConfigError, match="about all rollouts at once"):
         watch_scores(scores(here, extra_ids="some.jsonl"), stop=Then())
 
 
-def test_a_student_that_moves_on_is_sampled_again(here: Path) -> None:
-    root, said = ref(here / "student"), list[str]()
+def test_a_student_with_new_weights_is_sampled_again(here: Path) -> None:
+    root, messages = ref(here / "student"), list[str]()
     stop = Then(
         lambda: None,
-        # Its weights are moved and its card is not: nothing to sample yet.
-        lambda: moved(here, 5, 7, root, card=False),
+        # New weights without new metadata: nothing to sample yet.
+        lambda: moved(here, 5, 7, root, metadata=False),
         lambda: moved(here, 5, 7, root),
         lambda: None,
     )
-    report = watch_rollouts(rolls(here), stop=stop, on_event=said.append)
+    report = watch_rollouts(rolls(here), stop=stop, on_event=messages.append)
     assert report.units == 2 * UNITS
-    assert said == [f"student version 5 of {here / 'student'}"]
+    assert messages == [f"student version 5 of {here / 'student'}"]
     segments = open_store(here / "s").head().rollouts("main")
     assert [s.unit["version"] for s in segments] == [0, 0, 5, 5]
     weights = {s.unit["version"]: s.lineage["student"]["weights"] for s in segments}
@@ -207,21 +210,21 @@ def test_every_student_and_teacher_is_closed_once(
     assert closed == opened
 
 
-def test_a_folder_that_comes_to_hold_another_model_ends_the_worker(here: Path) -> None:
+def test_another_model_in_the_folder_ends_the_worker(here: Path) -> None:
     root = ref(here / "student")
-    stop = Then(lambda: moved(here, 5, 7, root, card=False), lambda: None)
+    stop = Then(lambda: moved(here, 5, 7, root, metadata=False), lambda: None)
     with pytest.raises(IdentityError, match="held version 0 of .* and now holds version 0 of"):
         watch_rollouts(rolls(here), stop=stop)
     assert len(open_store(here / "s").head().segments) == UNITS
 
 
 def test_rollouts_wait_for_scores(here: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     stop = Then(lambda: None, lambda: run_score(scores(here)))
-    report = watch_rollouts(rolls(here, max_unscored=1), stop=stop, on_event=said.append)
-    # The last two unscored units are one more than may wait; what is missing then is nothing.
+    report = watch_rollouts(rolls(here, max_unscored=1), stop=stop, on_event=messages.append)
+    # Two unscored units are one more than allowed; after their scores no unit is missing.
     assert report.units == UNITS
-    assert said == ["2 units wait for scores, more than 1: none is begun"]
+    assert messages == ["2 units wait for scores, more than 1: none is begun"]
 
     root = ref(here / "student")
     moved(here, 5, 7, root)

@@ -1,4 +1,4 @@
-"""The demo's models are ordinary folders, and their accuracy is counted right."""
+"""The demo's models: ordinary folders, and an accuracy that is counted correctly."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def test_weights_depend_on_the_seed_alone():
 
 
 class Recites(torch.nn.Module):
-    """Answers problem i with text i, whatever it is asked. Its cache is the number of calls."""
+    """A model that answers problem i with text i; its cache is the number of calls."""
 
     def __init__(self, texts: list[str], stops: bool = True) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Recites(torch.nn.Module):
         assert input_ids.shape[1] == (6 if step == 0 else 1)
         logits = torch.zeros(len(self.rows), 1, 97)
         for i, row in enumerate(self.rows):
-            # Past its end a row says something that would be wrong if it were read.
+            # After its end a row generates a token that would make the answer wrong.
             logits[i, 0, row[step] if step < len(row) else row[0]] = 1.0
         return SimpleNamespace(logits=logits, past_key_values=step + 1)
 

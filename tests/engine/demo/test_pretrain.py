@@ -54,7 +54,7 @@ def test_slow_pretrainer_is_stopped_at_the_first_measurement_inside():
 
 
 @pytest.mark.parametrize("jump", [113, 127.5, 135.25])
-def test_sudden_pretrainer_is_taken_back_until_it_lands_inside(jump: float):
+def test_sudden_pretrainer_is_rewound_until_it_lands_inside(jump: float):
     # From 5 % to 95 % within four steps: measurements 20 apart jump over the window.
     pretrainer = Scripted(lambda skill: min(0.95, max(0.05, 0.5 + (skill - jump) * 0.225)))
     assert 0.45 <= between(pretrainer) <= 0.65
@@ -153,7 +153,7 @@ def test_training_lowers_the_loss_and_rewinding_undoes_it():
     pretrainer.rewind(snapshot)
     assert pretrainer.steps == 5
     assert is_kept()
-    # A snapshot can be taken back to again and again: training does not reach into it.
+    # A snapshot serves several rewinds: training does not change it.
     pretrainer.train(2)
     pretrainer.rewind(snapshot)
     assert is_kept()

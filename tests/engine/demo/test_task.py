@@ -1,4 +1,4 @@
-"""The demo's task: its work is right digit by digit, and its splits never meet."""
+"""The demo's task: its solutions are correct digit by digit, and its splits are disjoint."""
 
 import re
 from itertools import islice, product
@@ -34,7 +34,7 @@ def test_every_step_is_right_and_the_steps_make_the_answer():
         for place, (p, _, q, came_in, digit, goes_out) in enumerate(steps):
             assert bool(came_in) == carried
             carried = bool(goes_out)
-            # What comes in and goes out has the operation's sign: p - q - in = digit - 10 out.
+            # Carries have the operation's sign: p - q - in = digit - 10 out.
             expected = int(digit) + sign * 10 * carried
             assert int(p) + sign * (int(q) + bool(came_in)) == expected
             total += int(digit) * 10**place
@@ -46,7 +46,7 @@ def test_every_step_is_right_and_the_steps_make_the_answer():
         )
 
 
-def test_splits_own_all_problems_and_share_none():
+def test_splits_cover_all_problems_and_are_disjoint():
     cuts = sorted(SPLITS.values())
     assert [low for low, _ in cuts] == [0, *(high for _, high in cuts[:-1])]
     assert cuts[-1][1] == 100
@@ -55,7 +55,7 @@ def test_splits_own_all_problems_and_share_none():
         assert share == pytest.approx((high - low) / 100, abs=0.02)
 
 
-def test_draws_of_different_splits_never_meet_whatever_the_seed():
+def test_draws_of_different_splits_are_disjoint_for_every_seed():
     task = Task(2)
     seen: dict[Problem, str] = {}
     for seed, split in product(range(3), SPLITS):
@@ -67,7 +67,7 @@ def test_draws_of_different_splits_never_meet_whatever_the_seed():
     assert task.draw("evaluation", 400, 0) != task.draw("evaluation", 400, 1)
 
 
-def test_asking_for_most_of_a_split_is_refused():
+def test_a_draw_of_most_of_a_split_is_refused():
     with pytest.raises(ConfigError, match="about 1620, of which half"):
         Task(2).draw("evaluation", 1000, 0)
 

@@ -1,8 +1,8 @@
 """Distillations that kill themselves: `python kill_worker.py`, one JSON job a line on stdin.
 
-A job {"config", "at", "count"} is a process of its own, forked before anything but imports was
-done, that sends itself SIGKILL when it reaches `at` for the count-th time. Its exit code (-9 =
-killed) is the answer on stdout. Nobody can be more abrupt, and the moment is the same every time.
+A job {"config", "at", "count"} runs in its own process, forked directly after the imports. It sends
+itself SIGKILL when it reaches `at` for the count-th time. Its exit code (-9 = killed) goes to
+stdout. The kill leaves no time for a clean-up, and comes at the same point in every run.
 """
 
 import json
@@ -36,8 +36,9 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
     "saving": (run_module, "save_student", False),
     "moving": (os, "replace", True),
 }
-"""publish: a segment is encoded that no record names. weights: a checkpoint without optimizer.
-mark: one that is whole and does not say so. moving: some files of the student, and no card."""
+"""publish: an encoded segment without a record. weights: a checkpoint without optimizer.
+mark: a complete checkpoint without its resume metadata. moving: some files of the student, without
+metadata."""
 
 
 def arm(at: str, count: int) -> None:

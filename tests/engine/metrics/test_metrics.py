@@ -74,8 +74,8 @@ def test_every_metric_has_a_value_by_hand() -> None:
     assert {*BY_HAND, TEACHER_WIDTH} == {*METRICS}
 
 
-def test_a_row_with_fewer_kept_ids_is_judged_at_what_it_keeps() -> None:
-    """The teacher kept {1, 0} only: both top-2 are {0, 1}, and the ratio is 1, not 2/3."""
+def test_overlap_uses_the_kept_ids_of_a_short_row() -> None:
+    """Expect a ratio of 1, not 2/3: the teacher kept {1, 0} only, and both top-2 are {0, 1}."""
     full = by_hand(kept=2)
     x = metric_input(view_of(full, 6), full.targets, 3)
     assert x.k.tolist() == [2]
@@ -89,7 +89,7 @@ def test_a_row_with_fewer_kept_ids_is_judged_at_what_it_keeps() -> None:
 
 
 def test_a_sampled_token_in_neither_list_counts_as_not_stored() -> None:
-    """Its one log-prob is known, but that is luck of the draw, not what the cache covers."""
+    """Exclude the token's stored log-prob, which depends on the draw, from the coverage."""
     full = make_full(row(P), row(Q), old=row(OLD), student_k=2, kept=3, token=2)
     values = compute_metrics(view_of(full, 6), full.targets, k=3)
     assert values["cache/uncached_mass"].tolist() == pytest.approx([0.15])
@@ -153,7 +153,7 @@ def test_ranges(full: Full, k: int) -> None:
     assert (v["cache/approx_kl"] >= 0).all()
     top = math.log(full.live.shape[1]) + slack
     assert (v["entropy/gap"] <= top).all()
-    # What is in the overlap is stored; what of the top-k is missing is not.
+    # Ids in the overlap are stored; missing ids of the top-k are not.
     assert (v["overlap/mass_student"] <= v["cache/coverage"] + slack).all()
     assert (v["cache/uncached_mass"] + v["cache/coverage"] <= 1 + slack).all()
     empty = v["overlap/empty_share"] == 1
@@ -164,7 +164,7 @@ def test_ranges(full: Full, k: int) -> None:
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(full=fulls(), k=st.integers(1, 20), seed=st.integers(0, 1000))
 def test_names_and_columns_of_ids_do_not_matter(full: Full, k: int, seed: int) -> None:
-    """Renaming ids and shuffling columns leaves every metric as it is."""
+    """Keep every metric under a permutation of ids and columns."""
     generator = torch.Generator().manual_seed(seed)
     view, targets = view_of(full, k), full.targets
     vocab, width = full.live.shape[1], targets.ids.shape[1]
@@ -191,7 +191,7 @@ def test_names_and_columns_of_ids_do_not_matter(full: Full, k: int, seed: int) -
     ("low", "high", "gap"), [(0.1, 0.2, 0.1), (0.0, 0.3, 0.0), (-0.5, -0.2, 0.2), (-0.1, 0.1, 0.0)]
 )
 def test_the_gap_to_an_interval_is_the_distance_to_it(low: float, high: float, gap: float) -> None:
-    """low and high are H(q)'s bounds less the student's entropy."""
+    """Take low and high as the bounds of H(q) minus the student's entropy."""
     full = by_hand()
     view = view_of(full, 6)
     least, most = view.entropy + low, view.entropy + high
@@ -204,7 +204,7 @@ def test_the_gap_to_an_interval_is_the_distance_to_it(low: float, high: float, g
     summed = compute_metrics(view, rows, k=3, sums=OverlapSums(*[one] * len(OverlapSums._fields)))
     for name in ("entropy/gap", "entropy/teacher", TEACHER_WIDTH):
         assert torch.equal(summed[name], found[name])
-    # A lower bound of what it is, wherever in the interval H(q) is.
+    # A lower bound for every H(q) in the interval.
     for share in (0.0, 0.5, 1.0):
         exact = replace(full.targets, q_entropy=least + share * (most - least))
         alone = compute_metrics(view, exact, k=3)
@@ -213,7 +213,7 @@ def test_the_gap_to_an_interval_is_the_distance_to_it(low: float, high: float, g
 
 
 def test_swapping_student_and_teacher() -> None:
-    """Overlap and gap are symmetric, and the masses change places."""
+    """Keep overlap and gap, which are symmetric, and exchange the masses."""
     one = make_full(row(P), row(Q), student_k=6, kept=6)
     two = make_full(row(Q), row(P), student_k=6, kept=6)
     a = compute_metrics(view_of(one, 6), one.targets, k=3)
@@ -229,7 +229,7 @@ def test_swapping_student_and_teacher() -> None:
 
 
 def test_a_new_metric_is_an_entry_of_the_table_alone() -> None:
-    """After fused kernels it comes from their sums if it can, and else from its function."""
+    """Compute it from the sums of fused kernels if possible, otherwise with its function."""
     calls: list[str] = []
 
     def plain(name: str) -> Callable[[MetricInput], Tensor]:

@@ -1,4 +1,4 @@
-"""The released code's metrics: by hand, pooled over rows, in range, whatever the order of ids."""
+"""The released code's metrics: by hand, pooled over rows, in range, for every order of ids."""
 
 import math
 from dataclasses import fields, replace
@@ -38,8 +38,8 @@ def test_by_hand(name: str) -> None:
     assert (total, count) == (pytest.approx([BY_HAND[name][0]], abs=1e-12), [BY_HAND[name][1]])
 
 
-def test_an_id_of_the_student_alone_is_judged_once_its_score_is_stored() -> None:
-    """The teacher was asked at all six ids of the old student."""
+def test_an_id_in_the_students_top_k_alone_counts_if_its_score_is_stored() -> None:
+    """Score all six ids of the old student's top-k."""
     full = make_full(row(P), row(Q), old=row(OLD), student_k=6, kept=3)
     pairs = released_metrics(view_of(full, 6), full.targets, k=3)
     total, count = values(pairs["advantage/student_only_released"])
@@ -49,19 +49,19 @@ def test_an_id_of_the_student_alone_is_judged_once_its_score_is_stored() -> None
 
 
 def test_rows_without_an_overlap_do_not_count() -> None:
-    """The teacher kept {1} alone, and the student's best is 0."""
+    """Share no id: the teacher kept {1} alone, and the student's best is 0."""
     full = by_hand(kept=1)
     pairs = released_metrics(view_of(full, 6), full.targets, k=3)
     for name in BY_HAND:
         if name.startswith("overlap/"):
             assert values(pairs[name]) == ([0.0], [0.0]), name
-    # k' = 1: p~ of id 0 is 1, and its log q is stored for the old student listed it.
+    # k' = 1: p~ of id 0 is 1, and its log q is stored, because it is in the old student's top-k.
     total, count = values(pairs["advantage/student_only_released"])
     assert (total, count) == (pytest.approx([-math.log(2)]), [1.0])
 
 
 def by_lists(full: Full, k: int) -> dict[str, list[tuple[float, int]]]:
-    """The same from whole distributions, over Python lists of ids."""
+    """Return the same metrics from full distributions, over Python lists of ids."""
     log_p, log_q = full.live.log_softmax(-1), full.teacher.log_softmax(-1)
     found: dict[str, list[tuple[float, int]]] = {name: [] for name in METRICS_RELEASED}
     for r in range(len(log_p)):
@@ -113,13 +113,13 @@ def test_the_order_of_columns_does_not_matter(full: Full, k: int, seed: int) -> 
     view, targets = view_of(full, k), full.targets
     column = torch.randperm(targets.ids.shape[1], generator=generator)
 
-    def shuffled(held: Tensor | None) -> Tensor | None:
-        return held if held is None or held.dim() == 1 else held[:, column]
+    def shuffled(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dim() == 1 else x[:, column]
 
-    held = {
+    changed = {
         f.name: shuffled(getattr(targets, f.name)) for f in fields(Targets) if f.name != "token_col"
     }
-    moved = replace(targets, **held, token_col=column.argsort()[targets.token_col])  # type: ignore[arg-type]
+    moved = replace(targets, **changed, token_col=column.argsort()[targets.token_col])  # type: ignore[arg-type]
     other = view._replace(log_p=view.log_p[:, column])
     before, after = (released_metrics(*each, k=k) for each in ((view, targets), (other, moved)))
     for name in METRICS_RELEASED:

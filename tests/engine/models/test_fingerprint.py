@@ -1,4 +1,4 @@
-"""Records of how a teacher behaved: compared by what one model may differ by, never believed."""
+"""Fingerprints of teachers: compared within the tolerance of one model, and checked before use."""
 
 import math
 from typing import Any
@@ -27,13 +27,13 @@ def record(off: float = 0.0, control: Any = 0.0) -> dict[str, Any]:
     return {**fingerprint.record(), "control_nats": control}
 
 
-def test_what_one_model_may_differ_by_is_three_times_the_larger_control() -> None:
+def test_the_tolerance_is_three_times_the_larger_control() -> None:
     assert compare_records(record(), record()) == (0.0, MIN_TOLERANCE)
     found, allowed = compare_records(record(), record(0.02, control=0.01))
     assert found == pytest.approx(0.02, abs=1e-5)
     assert allowed == pytest.approx(SPREAD_FACTOR * 0.01)
     assert compare_records(record(control=0.01), record())[1] == allowed
-    # A record that claims to be unsteady is no cover for another model.
+    # A record with a huge control does not hide another model.
     assert compare_records(record(), record(control=1e9))[1] == SPREAD_FACTOR * MAX_SPREAD
 
 
@@ -53,7 +53,7 @@ def test_what_one_model_may_differ_by_is_three_times_the_larger_control() -> Non
         {"ids": [[1, 2]], "lp": [[-1.0, -2.0]]},
     ],
 )
-def test_what_is_no_record_is_refused(change: dict[str, Any]) -> None:
+def test_invalid_records_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match="not a valid fingerprint"):
         compare_records(record(), {**record(), **change})
     with pytest.raises(StoreError, match="KeyError"):
@@ -65,7 +65,7 @@ def store(tmp_path: Any) -> Store:
     return open_store(tmp_path / "s", create=True)
 
 
-def test_a_name_is_bound_to_how_its_teacher_behaved(store: Store) -> None:
+def test_a_name_is_bound_to_the_fingerprint_of_its_teacher(store: Store) -> None:
     bases = [commit_rollouts(store, seed, key("r", seed)) for seed in range(3)]
 
     def commit(n: int, fingerprint: dict[str, Any]) -> Any:

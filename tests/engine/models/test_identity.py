@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def age(folder: Path) -> None:
-    """Files of a minute ago, which may be cached."""
+    """Make the files a minute old, so that their digests may be cached."""
     for file in folder.glob("*.safetensors"):
         ns = file.stat().st_mtime_ns - 60_000_000_000
         os.utime(file, ns=(ns, ns))
@@ -152,7 +152,7 @@ def test_tokenizer_digest_is_of_the_map_from_tokens_to_ids() -> None:
     )
 
 
-def test_template_digest_is_of_what_is_rendered() -> None:
+def test_template_digest_is_of_the_rendered_text() -> None:
     tokenizer = make_tokenizer()
     digest = identity.template_digest(tokenizer, True)
     tokenizer.chat_template += "{# a comment #}"
@@ -175,7 +175,7 @@ def test_a_plain_folder_is_version_0_of_its_own_root(folder: Path) -> None:
     assert (ref.n_vocab, ref.stop_ids) == (99, (1,))
 
 
-def test_a_trained_student_knows_its_root(folder: Path) -> None:
+def test_a_trained_student_records_its_root(folder: Path) -> None:
     root, parent = identity.digest("root"), identity.digest("parent")
     identity.write_metadata(
         folder, root=root, parent=parent, version=7, pin={"number": 3}, plan="p", objective={}
@@ -246,7 +246,7 @@ def test_a_folder_without_safetensors_or_tokenizer_is_refused(tmp_path: Path) ->
         identity.model_ref(str(folder), chat_template=False)
 
 
-def test_what_is_neither_folder_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_folder_nor_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match=r"there is no folder \./nowhere, and it is not a hub id"):
         identity.resolve_model("./nowhere")
 

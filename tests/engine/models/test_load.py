@@ -1,4 +1,4 @@
-"""A student is float32, proved fit for packing, and saved whole."""
+"""Students: loaded in float32, checked for packing, and saved completely."""
 
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,14 @@ def two_sequences() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def leak(model: Any, packed: torch.Tensor) -> float:
-    """Largest difference of a packed row's states from those of its sequences alone."""
+    """Return the largest difference of a packed row's states from those of its sequences alone."""
     ids, _ = two_sequences()
     alone = [model.base_model(input_ids=part).last_hidden_state for part in ids.split([8, 12], 1)]
     return float((packed - torch.cat(alone, 1)[0]).abs().max())
 
 
 @torch.no_grad()
-def test_packed_sequences_do_not_see_each_other() -> None:
+def test_packed_sequences_do_not_attend_to_each_other() -> None:
     model = make_model()
     ids, positions = two_sequences()
     assert leak(model, hidden_states(model, ids, positions)) < 1e-5
@@ -78,27 +78,27 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     [{"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones(1, 20).long()}],
     ids=["cache", "mask of ones"],
 )
-def test_a_cache_or_a_mask_would_let_them(trap: dict[str, Any]) -> None:
+def test_with_a_cache_or_a_mask_they_would(trap: dict[str, Any]) -> None:
     model = make_model()
     ids, positions = two_sequences()
     out = model.base_model(input_ids=ids, position_ids=positions, **trap)
     assert leak(model, out.last_hidden_state[0]) > 0.1
 
 
-def test_the_forward_pass_gives_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forward_pass_has_no_cache_and_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
-    assert model.config.use_cache, "left to the configuration, a cache would be made"
-    given: list[dict[str, Any]] = []
+    assert model.config.use_cache, "by default, the model would make a cache"
+    calls: list[dict[str, Any]] = []
     forward = model.base_model.forward
 
     def spy(**kwargs: Any) -> Any:
-        given.append(kwargs)
+        calls.append(kwargs)
         return forward(**kwargs)
 
     monkeypatch.setattr(model.base_model, "forward", spy)
     hidden_states(model, *two_sequences())
-    assert given[0]["use_cache"] is False
-    assert given[0].keys() == {"input_ids", "position_ids", "use_cache"}
+    assert calls[0]["use_cache"] is False
+    assert calls[0].keys() == {"input_ids", "position_ids", "use_cache"}
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def test_states_and_head_are_the_models_logits(ref: ModelRef) -> None:
     torch.testing.assert_close(ours, model(input_ids=ids).logits[0])
 
 
-def test_weights_are_float32_whatever_the_folder_holds(tmp_path: Path) -> None:
+def test_weights_are_float32_also_from_a_bfloat16_folder(tmp_path: Path) -> None:
     save_folder(tmp_path / "half", make_model().bfloat16())
     ref = model_ref(str(tmp_path / "half"), chat_template=True)
     assert {p.dtype for p in load_student(ref).parameters()} == {torch.float32}
@@ -173,7 +173,7 @@ def test_a_head_smaller_than_the_tokenizer_is_refused() -> None:
         check_trainable(make_model(), 120)
 
 
-def test_a_folder_that_is_no_model_is_a_typed_error(ref: ModelRef) -> None:
+def test_a_folder_without_a_model_is_a_typed_error(ref: ModelRef) -> None:
     (ref.path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(ModelError, match="unheard-of"):
         load_student(ref)
@@ -196,7 +196,7 @@ def test_saved_students_load_and_count_versions(ref: ModelRef, tmp_path: Path) -
         assert metadata is not None
         assert metadata["parent"] == ref.digest
         assert torch.equal(head_weight(load_student(child)), head_weight(model))
-        assert not list(folder.glob(".*")), "nothing half-written is left"
+        assert not list(folder.glob(".*")), "no partial file remains"
     assert (tmp_path / "there" / "metrics.jsonl").read_text() == "kept"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "student", "there"]
 

@@ -1,7 +1,7 @@
-"""Targets cut from full distributions in float64, and the truth written from the formulas.
+"""Targets cut from full distributions in float64, and the expected results from the formulas.
 
-The truth walks row by row over Python lists of ids and lets autograd go through log_softmax of the
-whole vocabulary. It shares no line with the engine.
+The expected results are computed row by row over Python lists of ids, with autograd through
+log_softmax of the whole vocabulary. They share no code with the engine.
 """
 
 import math
@@ -19,18 +19,18 @@ from logitcask.kernels.sparse_kl import sparse_kl_reference
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """P rows of which everything is known; logits are [P, V] float64."""
+    """P rows with their full distributions; logits are [P, V] float64."""
 
     live: Tensor
-    """Of the student that trains."""
+    """Logits of the student in training."""
     old: Tensor
-    """Of the student that sampled."""
+    """Logits of the student that sampled."""
     teacher: Tensor
     targets: Targets
 
 
 def ranking(z: Tensor) -> list[int]:
-    """Ids of z [V], best first, the lower id first among equals."""
+    """Return the ids of z [V], best first, the lower id first among equals."""
     return sorted(range(len(z)), key=lambda v: (-z[v].item(), v))
 
 
@@ -46,9 +46,11 @@ def make_full(
     q_draws: Sequence[Mapping[int, int]] | None = None,
     base: Tensor | None = None,
 ) -> Full:
-    """`kept` and `token` per row, or for all. `old` is `live` if not given. `mc` and `q_draws` are
-    the ids that the old student and the teacher drew in each row, with how often; with `q_draws`
-    the teacher kept no list. `base` are logits of a base model, known at every column.
+    """Return rows and their targets; `kept` and `token` are per row, or the same for all.
+
+    `old` is `live` by default. `mc` and `q_draws` are the draws of the old student and of the
+    teacher in each row, id -> count; with `q_draws` the teacher kept no list. `base` are logits of
+    a base model, available at every column.
     """
     old = live if old is None else old
     rows, vocab = live.shape
@@ -88,8 +90,8 @@ def make_full(
         if drawn is None:
             return None
         out = torch.zeros((rows, width), dtype=torch.int64)
-        for r, of in enumerate(drawn):
-            for v, n in of.items():
+        for r, row_draws in enumerate(drawn):
+            for v, n in row_draws.items():
                 out[r, column_of[r][v]] = n
         return out
 
@@ -135,24 +137,24 @@ def entropy(log_x: Tensor) -> Tensor:
 
 
 def run(objective: Objective, full: Full) -> tuple[SparseLoss, Tensor]:
-    """The engine's loss and metrics, and d loss / d logits [P, V], summed over rows."""
+    """Return the engine's loss and metrics, and d loss / d logits [P, V], summed over rows."""
     k = current_topk(objective, full.live.shape[1])
-    made = row_objective(objective, full.targets)
-    return sparse_kl_reference(full.live, full.targets.ids, made, k=k)
+    objective_fn = row_objective(objective, full.targets)
+    return sparse_kl_reference(full.live, full.targets.ids, objective_fn, k=k)
 
 
 def support(objective: Objective, full: Full, r: int) -> list[int]:
-    """The ids of row r, from the full distributions."""
+    """Return the support of row r, from the full distributions."""
     k = objective.k
     teacher = ranking(full.teacher[r])[: min(k, int(full.targets.n_kept[r]))]
-    today = ranking(full.live[r])[:k]
-    known = full.targets.ids[r][full.targets.cached[r]].tolist()
+    current = ranking(full.live[r])[:k]
+    cached = full.targets.ids[r][full.targets.cached[r]].tolist()
     ids = {
         "teacher": teacher,
         "student": ranking(full.old[r])[:k],
-        "overlap": [v for v in ranking(full.live[r])[:k] if v in teacher],
-        "union": [v for v in known if v in teacher or v in today],
-        "non_overlap": [v for v in known if (v in teacher) != (v in today)],
+        "overlap": [v for v in current if v in teacher],
+        "union": [v for v in cached if v in teacher or v in current],
+        "non_overlap": [v for v in cached if (v in teacher) != (v in current)],
         "sampled": [int(full.targets.token[r])],
         "mc": _drawn(full.targets.mc_count, full, r),
         "teacher_mc": _drawn(full.targets.q_draws, full, r),
@@ -165,10 +167,10 @@ def _drawn(count: Tensor | None, full: Full, r: int) -> list[int]:
 
 
 def truth(objective: Objective, full: Full) -> tuple[Tensor, Tensor]:
-    """(loss [P], its gradient by the live logits [P, V])."""
+    """Return the loss [P] and its gradient by the live logits [P, V]."""
     z = full.live.clone().requires_grad_()
     log_p, log_q = z.log_softmax(-1), full.teacher.log_softmax(-1)
-    losses, descended = [], []
+    losses, surrogates = [], []
     for r in range(len(z)):
         ids = support(objective, full, r)
         rest = [v for v in range(z.shape[1]) if v not in ids]
@@ -180,8 +182,8 @@ def truth(objective: Objective, full: Full) -> tuple[Tensor, Tensor]:
             draws = count[r, [all_ids.index(v) for v in ids]].double() / count[r].sum()
         loss, surrogate = _row(objective, log_p[r], log_q[r], ids, rest, draws)
         losses.append(loss.detach())
-        descended.append(surrogate)
-    (grad,) = torch.autograd.grad(torch.stack(descended).sum(), z)
+        surrogates.append(surrogate)
+    (grad,) = torch.autograd.grad(torch.stack(surrogates).sum(), z)
     return torch.stack(losses), grad
 
 
@@ -193,7 +195,7 @@ def _row(
     rest: list[int],
     draws: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, what autograd descends) of one row."""
+    """Return the loss of one row and its surrogate for autograd."""
     nothing = log_p.nan_to_num(0, 0, 0).sum() * 0
     if not ids and objective.tail != "bucket":
         return nothing, nothing

@@ -1,7 +1,7 @@
 """The presets with modifiers as formulas of one row, written from their papers.
 
-Each goes from the log-probs [V] of whole vocabularies and the ids that a store holds to (loss, what
-autograd descends). They share no line with the engine; `full_rows.truth` has the other presets.
+Each maps the log-probs [V] of the whole vocabulary and the stored ids to (loss, surrogate for
+autograd). They share no code with the engine; `full_rows.truth` has the other presets.
 """
 
 import math
@@ -16,29 +16,29 @@ from tests.engine.objectives.full_rows import entropy, ranking
 
 @dataclass(frozen=True)
 class Row:
-    """Log-probs [V] are float64; those of the student are differentiable."""
+    """One position: log-probs [V] in float64, those of the student differentiable."""
 
     p: Tensor
     q: Tensor
     b: Tensor
     """Of the base model."""
-    then: Tensor
+    old: Tensor
     """Of the student that sampled."""
     y: int
     """The sampled id."""
-    known: list[int]
-    """Ids that were scored."""
+    scored: list[int]
+    """Ids with a stored score."""
     kept: list[int]
     """The teacher's list."""
     draws: dict[int, int]
     """Ids that the student drew -> how often."""
 
     def top(self, k: int) -> list[int]:
-        """Today's, as far as they were scored, best first."""
-        return [v for v in ranking(self.p.detach())[:k] if v in self.known]
+        """Return the scored ids of the current top-k, best first."""
+        return [v for v in ranking(self.p.detach())[:k] if v in self.scored]
 
     def coarse(self, x: Tensor, ids: list[int]) -> Tensor:
-        """Log-probs at ids, and of all others together."""
+        """Return the log-probs at ids, and that of all others together."""
         rest = [v for v in range(len(x)) if v not in ids]
         return torch.cat([x[ids], x[rest].logsumexp(0)[None]]) if rest else x[ids]
 
@@ -48,7 +48,7 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def drawn(row: Row, a: Tensor) -> tuple[Tensor, Tensor]:
-    """-sg[A] log p(y), shown as -A."""
+    """Return -A and its surrogate -sg[A] log p(y)."""
     return -a.detach(), -a.detach() * row.p[row.y]
 
 
@@ -70,7 +70,7 @@ def vopd_cached(row: Row) -> tuple[Tensor, Tensor]:
 
 
 def eopd(row: Row) -> tuple[Tensor, Tensor]:
-    a, ratio = row.q[row.y] - row.then[row.y], (row.p[row.y] - row.then[row.y]).exp()
+    a, ratio = row.q[row.y] - row.old[row.y], (row.p[row.y] - row.old[row.y]).exp()
     value = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2))
     value = torch.minimum(value, -3 * a) if a < 0 else value
     if float(entropy(row.q[None])) > 0.8:
@@ -93,7 +93,7 @@ def reopold(row: Row) -> tuple[Tensor, Tensor]:
 def async_mc(row: Row) -> tuple[Tensor, Tensor]:
     ids = list(row.draws)
     share = torch.tensor([row.draws[v] for v in ids]).double() / sum(row.draws.values())
-    fixed = (share * (row.p - row.then)[ids].exp() * (row.p - row.q)[ids]).detach()
+    fixed = (share * (row.p - row.old)[ids].exp() * (row.p - row.q)[ids]).detach()
     return fixed.sum(), (fixed * row.p[ids]).sum()
 
 

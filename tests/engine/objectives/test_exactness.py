@@ -24,7 +24,7 @@ from logitcask.engine.objectives.exactness import Served
 from logitcask.kernels.sparse_kl import sparse_kl_reference
 from tests.engine.objectives.full_rows import make_full, run
 
-FACTS = CacheInfo(
+CACHE = CacheInfo(
     student_k=16,
     k_min=16,
     k_max=64,
@@ -38,14 +38,14 @@ FACTS = CacheInfo(
     at_mc=True,
     base=True,
 )
-SAMPLED = replace(FACTS, q_draws=50)
-"""Scores that are ids which the teacher drew."""
+SAMPLED = replace(CACHE, q_draws=50)
+"""Scores of sampled ids."""
 
 
-def facts_for(name: str) -> CacheInfo:
+def cache_for(name: str) -> CacheInfo:
     if name == "full_vocab":
-        return replace(FACTS, n_vocab=16)
-    return SAMPLED if name == "rs_kd" else FACTS
+        return replace(CACHE, n_vocab=16)
+    return SAMPLED if name == "rs_kd" else CACHE
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -60,8 +60,8 @@ def test_exactness_of_every_preset(name: str) -> None:
     }
     kind = served(PRESETS[name].objective)
     assert kind is kinds.get(name, Served.ON_POLICY)
-    new = check_exactness(PRESETS[name], facts_for(name))
-    old = check_exactness(PRESETS[name], replace(facts_for(name), student_version=9))
+    new = check_exactness(PRESETS[name], cache_for(name))
+    old = check_exactness(PRESETS[name], replace(cache_for(name), student_version=9))
     assert ("coarsened" in new.scores) == (kind is Served.COARSENED)
     assert ("left out" in new.support) == (kind is Served.UNCACHED)
     assert new.support.startswith("frozen") == (kind is Served.FROZEN)
@@ -73,7 +73,7 @@ def test_exactness_of_every_preset(name: str) -> None:
 
 
 def test_lines_of_a_report() -> None:
-    assert check_exactness(PRESETS["opd"], FACTS).lines() == [
+    assert check_exactness(PRESETS["opd"], CACHE).lines() == [
         "scores: exact: the teacher scored the student's ids",
         "support: frozen: the top-16 of the behaviour policy (version 0); the current one may "
         "differ, see cache/uncached_mass",
@@ -84,11 +84,11 @@ def test_lines_of_a_report() -> None:
 
 def test_a_bare_objective_has_the_labels_without_the_presets_note() -> None:
     preset = PRESETS["lightning"]
-    assert "Teacher consistency" in check_exactness(preset, FACTS).notes[0]
-    assert check_exactness(preset.objective, FACTS).notes == ()
+    assert "Teacher consistency" in check_exactness(preset, CACHE).notes[0]
+    assert check_exactness(preset.objective, CACHE).notes == ()
     assert (
-        check_exactness(preset.objective, FACTS).estimator
-        == check_exactness(preset, FACTS).estimator
+        check_exactness(preset.objective, CACHE).estimator
+        == check_exactness(preset, CACHE).estimator
     )
 
 
@@ -108,16 +108,16 @@ def test_a_bare_objective_has_the_labels_without_the_presets_note() -> None:
 def test_a_sampled_token_is_unbiased_on_policy_only(
     change: dict[str, object], estimator: str
 ) -> None:
-    facts = replace(FACTS, **change)  # type: ignore[arg-type]
-    assert estimator in check_exactness(PRESETS["sampled_token"], facts).estimator
-    # Deterministic forms do not care.
-    assert check_exactness(PRESETS["teacher_topk"], facts).estimator == "deterministic"
+    cache = replace(CACHE, **change)  # type: ignore[arg-type]
+    assert estimator in check_exactness(PRESETS["sampled_token"], cache).estimator
+    # Deterministic estimators do not change.
+    assert check_exactness(PRESETS["teacher_topk"], cache).estimator == "deterministic"
 
 
-def test_prefixes_say_whose_rollouts_they_are() -> None:
-    mixed = replace(FACTS, versions=(3, 0, 8))
+def test_prefixes_name_the_versions_of_the_rollouts() -> None:
+    mixed = replace(CACHE, versions=(3, 0, 8))
     assert check_exactness(PRESETS["overlap"], mixed).prefixes == "versions 0 to 8"
-    off_lineage = replace(FACTS, same_root=False)
+    off_lineage = replace(CACHE, same_root=False)
     assert (
         check_exactness(PRESETS["overlap"], off_lineage).prefixes
         == "version 0 of other base weights"
@@ -126,25 +126,25 @@ def test_prefixes_say_whose_rollouts_they_are() -> None:
         "Off-lineage student" in note
         for note in check_exactness(PRESETS["overlap"], off_lineage).notes
     )
-    loop = replace(FACTS, versions=())
+    loop = replace(CACHE, versions=())
     assert (
         check_exactness(PRESETS["opd"], loop).prefixes
         == "of the current student, new in every round"
     )
-    other = replace(FACTS, same_template=False)
+    other = replace(CACHE, same_template=False)
     assert any("chat template" in note for note in check_exactness(PRESETS["overlap"], other).notes)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_teacher_of_returned_topk_alone_is_labelled(name: str) -> None:
-    facts = replace(facts_for(name), entropy_bounds=True)
-    given = check_exactness(PRESETS[name], facts)
-    plain = check_exactness(PRESETS[name], facts_for(name))
-    (note,) = set(given.notes) - set(plain.notes)
+    cache = replace(cache_for(name), entropy_bounds=True)
+    interval = check_exactness(PRESETS[name], cache)
+    plain = check_exactness(PRESETS[name], cache_for(name))
+    (note,) = set(interval.notes) - set(plain.notes)
     assert "its entropy is an interval" in note
     assert "resolved to 1e-06" in note
-    added = given.scores.removeprefix(plain.scores)
-    assert (given.support, given.estimator) == (plain.support, plain.estimator)
+    added = interval.scores.removeprefix(plain.scores)
+    assert (interval.support, interval.estimator) == (plain.support, plain.estimator)
     tail = PRESETS[name].objective.tail == "bucket"
     assert ("the bucket is resolved to 1e-06" in added) == tail
     assert ("the gate opens where the lower end" in added) == (name == "eopd")
@@ -153,17 +153,17 @@ def test_a_teacher_of_returned_topk_alone_is_labelled(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["overlap", "teacher_topk"])
-def test_a_k_beyond_what_every_row_keeps_is_refused(name: str) -> None:
+def test_a_k_above_the_kept_ids_of_every_row_is_refused(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
-        check_exactness(parse_objective(name, k=32), FACTS)
+        check_exactness(parse_objective(name, k=32), CACHE)
     assert "k = 32 is more than k_min = 16" in caught.value.cause
     assert (
         caught.value.hint == "score again with --teacher-topk-min 32, or train with --loss-topk 16"
     )
     with pytest.raises(ObjectiveError) as caught:
-        check_exactness(parse_objective(name, k=100), FACTS)
+        check_exactness(parse_objective(name, k=100), CACHE)
     assert "--teacher-topk-min 100 --teacher-topk-max 100" in caught.value.hint
-    assert check_exactness(parse_objective(name, k=32), replace(FACTS, k_min=32))
+    assert check_exactness(parse_objective(name, k=32), replace(CACHE, k_min=32))
 
 
 def test_an_advantage_on_the_teachers_ids_needs_them_too() -> None:
@@ -171,31 +171,31 @@ def test_an_advantage_on_the_teachers_ids_needs_them_too() -> None:
         support="teacher", divergence="reverse_kl", tail="ignore", estimator="policy_gradient", k=17
     )
     with pytest.raises(ObjectiveError, match="k = 17 is more than k_min = 16"):
-        check_exactness(objective, FACTS)
+        check_exactness(objective, CACHE)
 
 
 def test_with_a_tail_fewer_kept_ids_are_fine() -> None:
-    assert check_exactness(parse_objective("forward_kl", k=500), FACTS)
+    assert check_exactness(parse_objective("forward_kl", k=500), CACHE)
 
 
 @pytest.mark.parametrize("name", ["opd", "opd_released", "prune_opd"])
-def test_student_supports_are_refused_where_they_are_not_served(name: str) -> None:
+def test_student_supports_are_refused_if_the_cache_lacks_them(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
-        check_exactness(parse_objective(name, k=17), FACTS)
+        check_exactness(parse_objective(name, k=17), CACHE)
     assert "k = 17 is more than student_k = 16" in caught.value.cause
     assert "--student-topk 17" in caught.value.hint
     assert "--loss-topk 16" in caught.value.hint
     with pytest.raises(ObjectiveError) as caught:
-        check_exactness(PRESETS[name], replace(FACTS, at_student=False))
+        check_exactness(PRESETS[name], replace(CACHE, at_student=False))
     assert "lack the teacher's log-probs at the student's ids" in caught.value.cause
     assert "--objective overlap" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_off_lineage_student_needs_a_word_for_a_frozen_support_only(name: str) -> None:
-    off_lineage = replace(FACTS, same_root=False)
+def test_an_off_lineage_student_needs_permission_for_a_frozen_support_only(name: str) -> None:
+    off_lineage = replace(CACHE, same_root=False)
     if PRESETS[name].objective.support != "student":
-        assert check_exactness(PRESETS[name], replace(facts_for(name), same_root=False))
+        assert check_exactness(PRESETS[name], replace(cache_for(name), same_root=False))
         return
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(PRESETS[name], off_lineage)
@@ -210,12 +210,12 @@ def test_whole_scores_serve_everything_else() -> None:
     served = [name for name, preset in PRESETS.items() if preset.objective.support != "student"]
     assert len(served) == len(PRESETS) - 3
     for name in served:
-        whole = replace(facts_for(name), at_student=False)
+        whole = replace(cache_for(name), at_student=False)
         assert check_exactness(PRESETS[name], whole).scores.startswith("exact")
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "cause", "way_out"),
+    ("name", "change", "cause", "hint"),
     [
         ("rs_kd", {}, "the teacher's top ids", "--selection sampled"),
         ("opd", {"q_draws": 50}, "50 ids drawn from the teacher", "--objective rs_kd"),
@@ -227,13 +227,13 @@ def test_whole_scores_serve_everything_else() -> None:
         ("non_overlap", {"k_min": 8}, "k = 16 is more than k_min = 8", "--teacher-topk-min 16"),
     ],
 )
-def test_what_a_cache_does_not_hold_is_refused_with_the_way_out(
-    name: str, change: dict[str, object], cause: str, way_out: str
+def test_an_objective_that_a_cache_cannot_serve_is_refused_with_a_hint(
+    name: str, change: dict[str, object], cause: str, hint: str
 ) -> None:
     with pytest.raises(ObjectiveError) as caught:
-        check_exactness(PRESETS[name], replace(FACTS, **change))  # type: ignore[arg-type]
+        check_exactness(PRESETS[name], replace(CACHE, **change))  # type: ignore[arg-type]
     assert cause in caught.value.cause
-    assert way_out in caught.value.hint
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -249,11 +249,11 @@ def test_what_a_cache_does_not_hold_is_refused_with_the_way_out(
         ("async_mc", {"plain_sampling": False, "student_version": 9}, "unbiased for KL(p || q)"),
     ],
 )
-def test_importance_mends_the_draw_if_it_could_have_been_any(
+def test_importance_removes_the_bias_of_untruncated_sampling_only(
     name: str, change: dict[str, object], estimator: str
 ) -> None:
-    facts = replace(FACTS, **change)  # type: ignore[arg-type]
-    assert estimator in check_exactness(parse_objective(name), facts).estimator
+    cache = replace(CACHE, **change)  # type: ignore[arg-type]
+    assert estimator in check_exactness(parse_objective(name), cache).estimator
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_bound_skips_rows_or_stops_a_run(name: str, metric: str, good: float, 
 
 
 @pytest.mark.parametrize("name", ["teacher_topk", "forward_kl", "gkd", "rs_kd", "async_mc", "veto"])
-def test_what_is_exact_at_any_age_has_no_bound(name: str) -> None:
+def test_an_objective_that_is_exact_at_any_age_has_no_bound(name: str) -> None:
     objective = PRESETS[name].objective
     assert bounded_metric(objective) is None
     assert (
@@ -297,8 +297,8 @@ def test_skipped_rows_have_no_loss_and_no_gradient_and_are_counted() -> None:
     objective = parse_objective("opd", k=4).objective
     plain = run(objective, full)
     bounds = Bounds(action="skip", min_coverage=0.15)
-    made = row_objective(objective, full.targets, bounds=bounds)
-    ours, dz = sparse_kl_reference(full.live, full.targets.ids, made, k=16)
+    objective_fn = row_objective(objective, full.targets, bounds=bounds)
+    ours, dz = sparse_kl_reference(full.live, full.targets.ids, objective_fn, k=16)
     skip = plain[0].metrics["cache/coverage"] < 0.15
     assert 5 < skip.sum() < 35
     assert torch.equal(ours.metrics["cache/skipped_share"], skip.double())
@@ -316,7 +316,9 @@ def test_skipped_rows_have_no_loss_and_no_gradient_and_are_counted() -> None:
         ("teacher_topk", {"cache/skipped_share": 0.25}, "cache/skipped_share = 0.250"),
     ],
 )
-def test_a_moved_student_is_warned_of(name: str, metrics: dict[str, float], words: str) -> None:
+def test_drift_of_the_student_gives_a_warning(
+    name: str, metrics: dict[str, float], words: str
+) -> None:
     (line,) = warnings(PRESETS[name].objective, metrics)
     assert words in line
     assert "score" in line
@@ -331,7 +333,7 @@ def test_a_moved_student_is_warned_of(name: str, metrics: dict[str, float], word
         ("overlap", {}),
     ],
 )
-def test_what_an_objective_does_not_mind_is_not_warned_of(
+def test_metrics_that_do_not_affect_an_objective_give_no_warning(
     name: str, metrics: dict[str, float]
 ) -> None:
     assert warnings(PRESETS[name].objective, metrics) == []

@@ -1,4 +1,4 @@
-"""What the kernels compute of an objective themselves is what its torch says, metric by metric."""
+"""Objectives inside the kernels equal their torch functions, metric by metric."""
 
 import pytest
 import torch
@@ -44,11 +44,11 @@ def test_the_fused_form_is_the_plain_one(cell: tuple[str, str, str, str]) -> Non
         kept=[6, 4, 12, 1, 20, 3],
         token=list(range(6)),
     )
-    made = row_objective(objective, full.targets)
-    assert isinstance(made, FusedObjective)
+    fused = row_objective(objective, full.targets)
+    assert isinstance(fused, FusedObjective)
     weight = torch.rand(6, generator=generator)
     results, grads = [], []
-    for each in (made, made.plain):
+    for each in (fused, fused.plain):
         z = live.clone().requires_grad_()
         with triton_on_cpu():
             results.append(
@@ -71,7 +71,7 @@ def test_the_fused_form_is_the_plain_one(cell: tuple[str, str, str, str]) -> Non
         )
 
 
-def test_what_the_kernels_do_not_know_stays_torch() -> None:
+def test_objectives_that_the_kernels_do_not_support_stay_in_torch() -> None:
     full = make_full(torch.randn(2, 30), torch.randn(2, 30), student_k=16, kept=16)
     fusable = [name for name, preset in PRESETS.items() if is_fusable(preset.objective)]
     assert fusable == ["overlap", "opd", "teacher_topk", "forward_kl", "gkd", "full_vocab"]

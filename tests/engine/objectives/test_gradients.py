@@ -49,8 +49,9 @@ def logits(seed: int, rows: int, vocab: int, scale: float = 2.0) -> Tensor:
 
 @st.composite
 def fulls(draw: st.DrawFn, drawn: str = "mc") -> tuple[int, Full]:
-    """(k, rows): ties, impossible ids, ragged kept lists, an old student, disjoint top-k, and ids
-    that the student (`mc`) or the teacher (`q_draws`) drew.
+    """Draw k and rows, with draws of the student (`mc`) or of the teacher (`q_draws`).
+
+    Includes ties, impossible ids, ragged kept lists, an old student and disjoint top-k.
     """
     rows = draw(st.integers(1, 4))
     vocab = draw(st.integers(3, 11))
@@ -93,7 +94,7 @@ def test_every_cell_is_its_formula(cell: tuple[str, str, str, str], data: st.Dat
     objective = objective_of(cell, k)
     ours, dz = run(objective, full)
     loss, grad = truth(objective, full)
-    # A student without any mass outside S, where the teacher has some: the floor's own test.
+    # Another test has the floor: a student without mass outside S, where the teacher has some.
     assume(loss.isfinite().all() and grad.isfinite().all())
     torch.testing.assert_close(ours.row_loss, loss, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(dz, grad, rtol=1e-9, atol=1e-11)
@@ -101,7 +102,7 @@ def test_every_cell_is_its_formula(cell: tuple[str, str, str, str], data: st.Dat
 
 @pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if not p.objective.modifiers])
 def test_every_preset_is_its_formula_at_its_own_k(name: str) -> None:
-    """Those with modifiers: see test_modifiers."""
+    """Check the presets without modifiers; test_modifiers has the others."""
     preset = PRESETS[name]
     live = logits(0, 6, 90)
     draws = [{2 * r: 3, 2 * r + 1: 1, 50: 2} for r in range(6)]
@@ -116,13 +117,13 @@ def test_every_preset_is_its_formula_at_its_own_k(name: str) -> None:
     )
     ours, dz = run(preset.objective, full)
     loss, grad = truth(preset.objective, full)
-    assert loss.abs().min() > 1e-3, "a row without a loss shows nothing"
+    assert loss.abs().min() > 1e-3, "every row has a loss"
     torch.testing.assert_close(ours.row_loss, loss, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(dz, grad, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", [c for c in CASES if c[3] == "divergence"], ids=cell_id)
-def test_gradient_is_that_of_the_loss_by_finite_differences(
+def test_gradient_matches_finite_differences_of_the_loss(
     cell: tuple[str, str, str, str],
 ) -> None:
     sides = {"old": logits(5, 3, 9), "kept": [3, 5, 9], "token": 8}
@@ -145,11 +146,11 @@ def test_gradient_is_that_of_the_loss_by_finite_differences(
 
 
 def expected_gradient(objective: Objective, live: Tensor, teacher: Tensor) -> Tensor:
-    """[P, V] mean of the gradient over the drawn id, of the live student or of the teacher."""
+    """Return the mean gradient [P, V] over draws from the live student or from the teacher."""
     rows, vocab = live.shape
     if objective.support not in SAMPLED_SUPPORTS:
         return run(objective, make_full(live, teacher, student_k=objective.k, kept=4))[1]
-    law = (teacher if objective.support == "teacher_mc" else live).softmax(-1)
+    probs = (teacher if objective.support == "teacher_mc" else live).softmax(-1)
     parts = []
     for y in range(vocab):
         drawn = {"sampled": {"token": y}}.get(objective.support)
@@ -161,19 +162,19 @@ def expected_gradient(objective: Objective, live: Tensor, teacher: Tensor) -> Te
             kept=4,
             **(drawn or {name: [{y: 1}] * rows}),  # type: ignore[arg-type]
         )
-        parts.append(law[:, y : y + 1] * run(objective, full)[1])
+        parts.append(probs[:, y : y + 1] * run(objective, full)[1])
     return torch.stack(parts).sum(0)
 
 
 @pytest.mark.parametrize("cell", CASES, ids=cell_id)
-def test_every_cell_rests_at_the_teacher_and_nowhere_near(
+def test_every_cell_has_its_stationary_point_at_the_teacher_only(
     cell: tuple[str, str, str, str],
 ) -> None:
     objective = objective_of(cell)
     teacher = logits(6, 5, 8)
     at_rest = expected_gradient(objective, teacher.clone(), teacher)
     assert at_rest.abs().max() < 1e-14
-    # A non-overlap is empty until the two top-k part.
+    # A non-overlap is empty as long as the two top-k are equal.
     far = objective.support == "non_overlap"
     moved = -teacher if far else teacher + 0.1 * logits(7, 5, 8)
     assert (expected_gradient(objective, moved, teacher).abs().amax(-1) > 1e-4).all()
@@ -181,7 +182,7 @@ def test_every_cell_rests_at_the_teacher_and_nowhere_near(
 
 @pytest.mark.parametrize("cell", [c for c in CASES if c[0] != "non_overlap"], ids=cell_id)
 def test_every_cell_descends(cell: tuple[str, str, str, str]) -> None:
-    """From a perturbed teacher, steps along -gradient shrink its own squared distance on S."""
+    """Step along -gradient from a perturbed teacher: the expected loss at least halves."""
     objective = objective_of(cell)
     teacher = logits(8, 5, 8)
     live = teacher + 0.3 * logits(9, 5, 8)
@@ -193,8 +194,9 @@ def test_every_cell_descends(cell: tuple[str, str, str, str]) -> None:
 
 
 def expected_loss(objective: Objective, live: Tensor, teacher: Tensor) -> Tensor:
-    """[P] what an objective is meant to lower. An advantage vanishes where the raw log-probs agree
-    on the support, so that is its measure.
+    """Return the quantity [P] that an objective minimizes.
+
+    An advantage is zero if the raw log-probs agree on the support, so their distance is returned.
     """
     log_p, log_q = live.log_softmax(-1), teacher.log_softmax(-1)
     if objective.support in ("sampled", "mc"):
@@ -213,10 +215,11 @@ def expected_loss(objective: Objective, live: Tensor, teacher: Tensor) -> Tensor
 
 
 @pytest.mark.parametrize("cell", [c for c in CASES if c[0] == "non_overlap"], ids=cell_id)
-def test_a_small_step_on_what_is_not_shared_descends(cell: tuple[str, str, str, str]) -> None:
-    """This support empties as the student nears the teacher: a step that keeps it is told by the
-    loss, or, as the advantage's gradient is that of sum_S w (log p - log q)^2 / 2 with w fixed, by
-    that.
+def test_a_small_step_on_the_non_overlap_descends(cell: tuple[str, str, str, str]) -> None:
+    """Take a step that keeps the support, which empties as the student nears the teacher.
+
+    The measure is the loss of a divergence. The gradient of an advantage is that of
+    sum_S w (log p - log q)^2 / 2 with w fixed, so its measure is this sum.
     """
     objective = objective_of(cell)
     teacher, live = logits(8, 5, 8), -logits(8, 5, 8)
@@ -240,8 +243,8 @@ def test_a_small_step_on_what_is_not_shared_descends(cell: tuple[str, str, str, 
     torch.testing.assert_close(fallen, step * (dz**2).sum(-1), rtol=1e-2, atol=0)
 
 
-def test_forward_and_reverse_kl_are_held_apart_by_value() -> None:
-    """p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2) on two ids and the tail: both KLs by hand."""
+def test_forward_and_reverse_kl_by_hand() -> None:
+    """Take p = (1/2, 1/8, 3/8) and q = (1/4, 5/8, 1/8) on two ids and the tail."""
     p = torch.tensor([[0.5, 0.125, 0.375]], dtype=torch.float64).log()
     q = torch.tensor([[0.25, 0.625, 0.125]], dtype=torch.float64).log()
     full = make_full(p, q, student_k=2, kept=2)
@@ -266,8 +269,8 @@ def test_forward_kl_gradient_on_the_support_is_p_minus_q() -> None:
 
 
 @pytest.mark.parametrize("name", ["teacher-forward_kl-bucket", "student-reverse_kl-bucket"])
-def test_rounded_log_probs_with_their_tail_are_a_distribution_again(name: str) -> None:
-    """As float16 stores them their mass is not 1; a KL to such a thing is negative at p = q."""
+def test_rounded_log_probs_with_their_tail_are_normalized(name: str) -> None:
+    """Round to float16, where the mass is not 1: without a correction KL < 0 at p = q."""
     teacher = logits(14, 50, 40)
     support, divergence, tail = name.split("-")
     objective = Objective(
@@ -286,7 +289,7 @@ def test_rounded_log_probs_with_their_tail_are_a_distribution_again(name: str) -
             assert (dz - exact_dz).norm() / exact_dz.norm() < 2e-3
 
 
-def test_renormalised_objectives_leave_other_logits_exactly_alone() -> None:
+def test_renormalised_objectives_do_not_change_other_logits() -> None:
     full = make_full(logits(12, 4, 12), logits(13, 4, 12), kept=3)
     _, dz = run(parse_objective("teacher_topk", k=3).objective, full)
     for r in range(4):
@@ -295,7 +298,7 @@ def test_renormalised_objectives_leave_other_logits_exactly_alone() -> None:
 
 
 def test_a_tail_below_the_floor_keeps_loss_and_gradient_bounded() -> None:
-    """In float32 a student sure of S has 1 - sum p = 0, and the teacher keeps 1 % outside."""
+    """Round 1 - sum p to 0 in float32, while the teacher has 1 % of its mass outside S."""
     live = torch.full((1, 200), -40.0)
     live[0, :2] = torch.tensor([1.0, 0.0])
     q = torch.full((1, 200), 0.01 / 198)
@@ -303,9 +306,9 @@ def test_a_tail_below_the_floor_keeps_loss_and_gradient_bounded() -> None:
     full = make_full(live, q.log(), student_k=2, kept=2, token=5)
     objective = parse_objective("forward_kl", k=2).objective
     with torch.no_grad():
-        made = row_objective(objective, full.targets)
+        objective_fn = row_objective(objective, full.targets)
     z = live.clone().requires_grad_()
-    result = sparse_kl(z, full.targets.ids, made, k=16)
+    result = sparse_kl(z, full.targets.ids, objective_fn, k=16)
     result.loss.backward()
     assert z.grad is not None
     p = live.softmax(-1)[0, :2]
@@ -320,7 +323,7 @@ def test_a_tail_below_the_floor_keeps_loss_and_gradient_bounded() -> None:
 
 
 def test_rounding_of_a_small_tail_does_not_blow_up_the_pull_outside() -> None:
-    """Sure students with large logits: the true pull outside S sums to r - q_tail < 0."""
+    """Take peaked students with large logits: the true pull outside S sums to r - q_tail < 0."""
     z = logits(22, 40, 1000, 10.0).float() + 20
     top = z.topk(16).indices
     q = torch.full_like(z, 0.1 / 984).scatter(1, top, 0.9 / 16)
@@ -331,14 +334,14 @@ def test_rounding_of_a_small_tail_does_not_blow_up_the_pull_outside() -> None:
     assert leaf.grad is not None
     pull = leaf.grad.scatter(1, top, 0.0).sum(-1)
     r = 1 - z.double().softmax(-1).gather(1, top).sum(-1)
-    assert (r < 1e-5).sum() >= 3, "there are tails that float32 cannot see"
+    assert (r < 1e-5).sum() >= 3, "there are tails below the precision of float32"
     assert (pull >= -3 * 0.1).all()
     assert (pull <= r + 1e-6).all()
 
 
 @pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if not p.objective.modifiers])
 def test_float32_is_as_good_as_plain_torch(name: str) -> None:
-    """Peaked rows of a large vocabulary: our error against float64 is at most naive torch's."""
+    """Compare errors against float64 on peaked rows: at most about twice naive torch's."""
     z = [logits(seed, 8, 2000, 4.0) for seed in (20, 21)]
     z[1] = z[0] + 0.5 * z[1]
     best = z[1].topk(3).indices.tolist()
@@ -349,17 +352,17 @@ def test_float32_is_as_good_as_plain_torch(name: str) -> None:
     half = make_full(z[0].float(), z[1].float(), student_k=16, kept=64, token=7, q_draws=draws)
     naive_loss, naive_grad = truth(objective, half)
     ours, dz = run(objective, half)
-    for got, naive, want in ((ours.row_loss, naive_loss, loss), (dz, naive_grad, grad)):
-        worst = 2 * (naive.double() - want).abs().max() + 2e-6
-        assert (got.double() - want).abs().max() <= worst
+    for got, naive, expected in ((ours.row_loss, naive_loss, loss), (dz, naive_grad, grad)):
+        worst = 2 * (naive.double() - expected).abs().max() + 2e-6
+        assert (got.double() - expected).abs().max() <= worst
 
 
 def test_a_kernel_that_selects_too_few_ids_is_rejected() -> None:
     full = make_full(logits(14, 2, 9), logits(15, 2, 9), kept=6)
     objective = parse_objective("overlap", k=6).objective
-    made = row_objective(objective, full.targets)
+    objective_fn = row_objective(objective, full.targets)
     with pytest.raises(ObjectiveError, match=r"top 3 ids.*needs 6"):
-        sparse_kl(full.live, full.targets.ids, made, k=3)
+        sparse_kl(full.live, full.targets.ids, objective_fn, k=3)
     assert current_topk(objective, n_vocab=9) == 9
     assert current_topk(objective, n_vocab=1000) == 16
     assert current_topk(parse_objective("overlap", k=32).objective, n_vocab=1000) == 32
@@ -378,14 +381,14 @@ def test_a_broken_student_shows_in_its_loss() -> None:
 
 def test_rows_of_any_chunk_find_their_targets() -> None:
     full = make_full(logits(18, 7, 11), logits(19, 7, 11), token=[0, 1, 2, 3, 4, 5, 6])
-    made = row_objective(parse_objective("overlap", k=4).objective, full.targets)
+    objective_fn = row_objective(parse_objective("overlap", k=4).objective, full.targets)
     seen: list[Tensor] = []
 
     def watched(view: ObjectiveInput) -> object:
         seen.append(view.index)
-        return made(view)
+        return objective_fn(view)
 
-    whole = sparse_kl(full.live, full.targets.ids, made, k=11)
+    whole = sparse_kl(full.live, full.targets.ids, objective_fn, k=11)
     parts = sparse_kl(full.live, full.targets.ids, watched, k=11, chunk_rows=3)  # type: ignore[arg-type]
     assert [len(index) for index in seen] == [3, 3, 1]
     torch.testing.assert_close(parts.row_loss, whole.row_loss, rtol=0, atol=0)

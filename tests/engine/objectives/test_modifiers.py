@@ -1,7 +1,7 @@
-"""Every modifier is its formula, in float64 over the whole vocabulary, and keeps its laws.
+"""Every modifier equals its formula, in float64 over the whole vocabulary, and has its properties.
 
-The truths here go through log_softmax of whole rows and autograd, with what the papers hold fixed
-detached; they share no line with the engine.
+The expected results use log_softmax of whole rows and autograd; constants of the papers are
+detached. They share no code with the engine.
 """
 
 import math
@@ -35,16 +35,16 @@ def logits(seed: int, scale: float = 1.5, rows: int = P) -> Tensor:
 
 
 def rows(seed: int = 0, **options: object) -> Full:
-    """A student that has moved a little from the one that sampled."""
+    """Make rows whose student differs a little from the one that sampled."""
     live = logits(seed)
-    given_: dict[str, object] = {
+    defaults: dict[str, object] = {
         "old": live + 0.4 * logits(seed + 2),
         "student_k": 16,
         "kept": 20,
         "token": [3, 1, 4, 1, 5, 9],
         "base": logits(seed + 3),
     }
-    return make_full(live, logits(seed + 1), **(given_ | options))  # type: ignore[arg-type]
+    return make_full(live, logits(seed + 1), **(defaults | options))  # type: ignore[arg-type]
 
 
 def objective(name: str) -> Objective:
@@ -55,22 +55,22 @@ def close(a: Tensor, b: Tensor, atol: float = 1e-11) -> None:
     torch.testing.assert_close(a, b, rtol=1e-10, atol=atol)
 
 
-def check(what: Objective, full: Full, loss: Tensor, descended: Tensor, leaf: Tensor) -> None:
-    """Ours against a loss [P], and against the gradient of `descended` [P] by the leaf."""
+def check(what: Objective, full: Full, loss: Tensor, surrogate: Tensor, leaf: Tensor) -> None:
+    """Compare with a loss [P], and with the gradient of a surrogate [P] by the leaf."""
     ours, dz = run(what, full)
-    (grad,) = torch.autograd.grad(descended.sum(), leaf)
+    (grad,) = torch.autograd.grad(surrogate.sum(), leaf)
     close(ours.row_loss, loss.detach())
     close(dz, grad)
 
 
 def sides(full: Full) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(leaf, log p, log q, log p of the student that sampled), each [P, V]."""
+    """Return the leaf, log p, log q, and log p of the student that sampled, each [P, V]."""
     leaf = full.live.clone().requires_grad_()
     return leaf, *(z.log_softmax(-1) for z in (leaf, full.teacher, full.old))
 
 
 def at(x: Tensor, full: Full) -> Tensor:
-    """[P] at the sampled token."""
+    """Return x [P] at the sampled token."""
     return x.gather(1, full.targets.token[:, None])[:, 0]
 
 
@@ -90,8 +90,8 @@ def test_extrapolate(factor: float) -> None:
             close(ours, plain, atol=0)
 
 
-def test_extrapolate_in_a_divergence_rests_at_the_papers_optimum() -> None:
-    """p proportional to q^1.25 b^-0.25 has no gradient, on any support."""
+def test_extrapolate_in_a_divergence_has_no_gradient_at_the_papers_optimum() -> None:
+    """Take p proportional to q^1.25 b^-0.25; any support would do."""
     teacher, base = logits(1), logits(2)
     live = 1.25 * teacher.log_softmax(-1) - 0.25 * base.log_softmax(-1)
     full = make_full(live, teacher, base=base, student_k=8, kept=10)
@@ -125,8 +125,8 @@ def test_adaptive_target(beta: float, tail: str, divergence: str) -> None:
         close(loss, run(replace(what, modifiers=()), full)[0].row_loss)
 
 
-def test_veto_rests_where_its_paper_says() -> None:
-    """At q^(1 / (1 - beta)), sharper than q."""
+def test_veto_has_no_gradient_at_its_papers_optimum() -> None:
+    """Take p proportional to q^(1 / (1 - beta)), which is sharper than q."""
     teacher = logits(5)
     live = teacher / (1 - 0.3)
     _, dz = run(PRESETS["veto"].objective, make_full(live, teacher, kept=V))
@@ -134,14 +134,14 @@ def test_veto_rests_where_its_paper_says() -> None:
     assert (entropy(live.log_softmax(-1)) < entropy(teacher.log_softmax(-1))).all()
 
 
-@pytest.mark.parametrize("on", ["student", "teacher"])
-def test_baseline(on: str) -> None:
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_baseline(side: str) -> None:
     full = rows()
     leaf, log_p, log_q, _ = sides(full)
     fixed, value = log_p.detach(), []
     for r in range(P):
         known = full.targets.ids[r][full.targets.cached[r]].tolist()
-        if on == "student":
+        if side == "student":
             ids = [v for v in fixed[r].topk(16).indices.tolist() if v in known]
             p, q = fixed[r, ids].log_softmax(-1), log_q[r, ids].log_softmax(-1)
         else:
@@ -150,13 +150,13 @@ def test_baseline(on: str) -> None:
             p, q = (torch.cat([x[r, ids], x[r, rest].logsumexp(-1)[None]]) for x in (fixed, log_q))
         value.append((p.exp() * (p - q)).sum())
     a = (at(log_q - log_p, full) + torch.stack(value)).detach()
-    name = "vopd" if on == "student" else "vopd_cached"
+    name = "vopd" if side == "student" else "vopd_cached"
     check(PRESETS[name].objective, full, -a, -a * at(log_p, full), leaf)
 
 
 @pytest.mark.parametrize("name", ["vopd", "vopd_cached"])
 def test_a_baseline_keeps_the_mean_and_lowers_the_variance(name: str) -> None:
-    """Oracle 5: over all draws from the live student, weighed by their probabilities."""
+    """Check oracle 5: over all draws from the live student, weighted by their probabilities."""
     live, teacher = logits(10), logits(10) + 0.7 * logits(11)
     p = live.softmax(-1)
 
@@ -176,7 +176,7 @@ def test_a_baseline_keeps_the_mean_and_lowers_the_variance(name: str) -> None:
 
     (plain, spread), (ours, less) = moments("sampled_token"), moments(name)
     close(ours, plain)
-    assert (less < spread).sum() >= P - 1, "in rows whose KL is not the drawn ids' own noise"
+    assert (less < spread).sum() >= P - 1, "in rows whose KL is not mostly noise of the drawn ids"
     assert less.sum() < 0.85 * spread.sum()
 
 
@@ -191,9 +191,9 @@ def test_floor(nats: float) -> None:
 
 
 @pytest.mark.parametrize("cap", [0.0, 1.2])
-def test_importance_of_the_sampled_token_is_of_the_law_it_was_drawn_from(cap: float) -> None:
+def test_importance_of_the_sampled_token_uses_its_sampling_distribution(cap: float) -> None:
     full = rows()
-    # As a sampler at temperature 0.7 would say.
+    # As a sampler at temperature 0.7 returns it.
     drawn = at((full.old / 0.7).log_softmax(-1), full)
     full = replace(full, targets=replace(full.targets, behavior_logprobs=drawn))
     leaf, log_p, log_q, _ = sides(full)
@@ -204,8 +204,9 @@ def test_importance_of_the_sampled_token_is_of_the_law_it_was_drawn_from(cap: fl
 
 
 def test_importance_makes_draws_of_an_old_student_unbiased() -> None:
-    """Oracle 10: the mean over MC draws of the old student is the gradient of today's KL(p || q);
-    without importance it is not, and no frozen top-k is.
+    """Check oracle 10: the mean over MC draws of the old student is the gradient of KL(p || q).
+
+    Without importance it is not, and neither is that of a frozen top-k.
     """
     live, old, teacher = logits(12), logits(12) + 0.8 * logits(13), logits(14)
     leaf = live.clone().requires_grad_()
@@ -233,7 +234,7 @@ def test_importance_makes_draws_of_an_old_student_unbiased() -> None:
 
 @pytest.mark.parametrize("m", [1, 16])
 def test_mc_means_over_real_draws_lie_within_their_confidence_bound(m: int) -> None:
-    """6000 sets of m draws from the old student: the mean gradient is within 5 standard errors."""
+    """Average 6000 sets of m draws from the old student: within 5 standard errors."""
     rows_, generator = 6000, torch.Generator().manual_seed(m)
     live = logits(20, rows=1)
     old, teacher = live + 0.5 * logits(21, rows=1), logits(22, rows=1)
@@ -256,11 +257,11 @@ def test_mc_means_over_real_draws_lie_within_their_confidence_bound(m: int) -> N
     (exact,) = torch.autograd.grad((log_p.exp() * (log_p - teacher.log_softmax(-1))).sum(), leaf)
     error = dz.std(0) / math.sqrt(rows_)
     assert ((dz.mean(0) - exact[0]).abs() <= 5 * error + 1e-12).all()
-    assert error.max() < 0.05, "a bound that says something"
+    assert error.max() < 0.05, "the bound is tight enough to be a test"
 
 
 def test_rs_kd_is_unbiased_and_a_top_k_is_not() -> None:
-    """Oracle 9: the mean over the teacher's draws is p - q; top-k entries alone pull to t / a."""
+    """Check oracle 9: the mean over the teacher's draws is p - q; a top-k alone pulls to t / a."""
     live, teacher = logits(15), logits(16)
     q, p = teacher.softmax(-1), live.softmax(-1)
     mean = torch.zeros_like(live)
@@ -268,7 +269,7 @@ def test_rs_kd_is_unbiased_and_a_top_k_is_not() -> None:
         full = make_full(live, teacher, q_draws=[{y: 1}] * P)
         mean += q[:, y : y + 1] * run(PRESETS["rs_kd"].objective, full)[1]
     close(mean, p - q)
-    # Renormalised on its own top-k the teacher looks surer than it is: p~ - t / a on S.
+    # Renormalised on its top-k the teacher is more peaked than it is: p~ - t / a on S.
     _, dz = run(
         Objective(
             support="teacher",
@@ -307,18 +308,18 @@ def test_clip_is_the_released_surrogate(
 
 @pytest.mark.parametrize("name", ["opd_released", "sampled_token", "eopd"])
 def test_on_policy_clips_and_ratios_do_nothing(name: str) -> None:
-    """Oracle 6: r = 1, so no setting shows."""
+    """Check oracle 6: r = 1, so no setting has an effect."""
     full = rows(old=logits(0))
     plain = replace(
         objective(name), modifiers=tuple(m for m in objective(name).modifiers if m.name != "clip")
     )
-    want = run(plain, full)
+    expected = run(plain, full)
     for setting in ("clip(epsilon=0.01)", "clip(epsilon=0.9)", "clip(dual=1.5)"):
         got = run(objective(f"{name}+{setting}"), full)
-        close(got[0].row_loss, want[0].row_loss)
-        close(got[1], want[1])
+        close(got[0].row_loss, expected[0].row_loss)
+        close(got[1], expected[1])
     if name == "sampled_token":
-        close(run(objective("sampled_token+importance"), full)[1], want[1])
+        close(run(objective("sampled_token+importance"), full)[1], expected[1])
 
 
 def test_entropy_gate() -> None:
@@ -357,7 +358,7 @@ BONUSES = ("opd", "overlap", "opd_released", "sampled_token", "forward_kl", "eop
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 1000), coefficient=st.floats(1e-3, 2.0), barred=st.booleans())
 def test_entropy_bonus(name: str, seed: int, coefficient: float, barred: bool) -> None:
-    """Whatever the objective: its own loss and gradient, and those of -coefficient H(p)."""
+    """Add the loss and the gradient of -coefficient H(p) to those of any objective."""
     full = rows(seed)
     if barred:  # ids that the student excludes have no entropy, and no gradient
         live = full.live.masked_fill(torch.arange(V) % 5 == 4, -math.inf)
@@ -372,8 +373,8 @@ def test_entropy_bonus(name: str, seed: int, coefficient: float, barred: bool) -
     close(dz, plain_dz - coefficient * dh)
 
 
-def test_entropy_bonus_keeps_its_gradient_whatever_stands_beside_it() -> None:
-    """Also in rows that bounds leave out: there it adds nothing."""
+def test_entropy_bonus_keeps_its_gradient_next_to_other_modifiers() -> None:
+    """Add nothing in rows that bounds skip."""
     full = rows()
     first, last = (
         run(objective(f"opd+{name}"), full)[1]
@@ -383,8 +384,8 @@ def test_entropy_bonus_keeps_its_gradient_whatever_stands_beside_it() -> None:
     what = objective("opd(k=16)+entropy_bonus(coefficient=1)")
     metric = run(what, full)[0].metrics["cache/coverage"]
     bounds = Bounds(action="skip", min_coverage=metric.median().item())
-    made = row_objective(what, full.targets, bounds=bounds)
-    _, dz = sparse_kl_reference(full.live, full.targets.ids, made, k=current_topk(what, V))
+    objective_fn = row_objective(what, full.targets, bounds=bounds)
+    _, dz = sparse_kl_reference(full.live, full.targets.ids, objective_fn, k=current_topk(what, V))
     out = metric < bounds.min_coverage
     assert 0 < out.sum() < P
     assert (dz[out] == 0).all()
@@ -392,35 +393,33 @@ def test_entropy_bonus_keeps_its_gradient_whatever_stands_beside_it() -> None:
 
 
 @pytest.mark.parametrize("coefficient", [0.0, -1.0, math.inf])
-def test_entropy_bonus_refuses_what_is_no_bonus(coefficient: float) -> None:
+def test_entropy_bonus_refuses_an_invalid_coefficient(coefficient: float) -> None:
     with pytest.raises(ObjectiveError, match="coefficient = .* is not in"):
         objective(f"opd+entropy_bonus(coefficient={coefficient})")
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_gradient_is_never_dense_where_it_says_it_sums_to_zero(name: str) -> None:
-    """What lets indexed_linear leave the vocabulary out."""
+def test_a_gradient_sums_to_zero_and_is_sparse_if_renormalised(name: str) -> None:
+    """Check the property that lets indexed_linear skip the rest of the vocabulary."""
     full = rows(q_draws=[{1: 2, 3: 1}] * P) if name == "rs_kd" else rows(mc=[{1: 2, 3: 1}] * P)
     _, dz = run(parse_objective(name).objective, full)
     assert is_renormalised(PRESETS[name].objective) == (
         PRESETS[name].objective.tail == "renormalize"
     )
-    # Any loss of softmax outputs has this sum; only a renormalised one leaves other ids alone.
+    # Any loss of softmax outputs has this sum; only a renormalised one is zero at other ids.
     close(dz.sum(-1), torch.zeros(P, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "way_out"),
+    ("name", "field", "hint"),
     [
         ("exopd", "base_log_p", "--teacher-kind base"),
         ("async_mc", "mc_count", "--mc-draws"),
         ("rs_kd", "q_draws", "--selection sampled"),
     ],
 )
-def test_rows_without_what_an_objective_needs_are_refused(
-    name: str, field: str, way_out: str
-) -> None:
+def test_rows_without_a_needed_field_are_refused(name: str, field: str, hint: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
         run(PRESETS[name].objective, rows(base=None))
     assert f"have no {field}" in caught.value.cause
-    assert way_out in caught.value.hint
+    assert hint in caught.value.hint

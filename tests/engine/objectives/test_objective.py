@@ -1,4 +1,4 @@
-"""Only combinations with a meaning can be made, and every preset says where it comes from."""
+"""Objectives: only meaningful combinations are allowed, and every preset names its source."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_every_combination_is_a_cell_or_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says", "way_out"),
+    ("change", "cause", "hint"),
     [
         (
             {"support": "parent"},
@@ -118,16 +118,16 @@ def test_every_combination_is_a_cell_or_refused() -> None:
         ({"modifiers": (Stepwise(tokens=0),)}, "tokens = 0 is not in [1, inf)", "give tokens"),
     ],
 )
-def test_a_refusal_gives_value_rule_and_way_out(
-    change: dict[str, str | int], says: str, way_out: str
+def test_an_error_has_value_rule_and_hint(
+    change: dict[str, str | int], cause: str, hint: str
 ) -> None:
     with pytest.raises(ObjectiveError) as caught:
         replace(EQ5, **change)  # type: ignore[arg-type]
-    assert says in caught.value.cause
-    assert way_out in caught.value.hint
+    assert cause in caught.value.cause
+    assert hint in caught.value.hint
 
 
-def test_presets_are_what_their_papers_say() -> None:
+def test_presets_are_those_of_their_papers() -> None:
     rows = {
         name: (o.support, o.divergence, o.tail, o.estimator, o.k)
         for name, o in ((name, preset.objective) for name, preset in PRESETS.items())
@@ -183,7 +183,7 @@ def test_a_preset_is_found_by_name_and_k() -> None:
         parse_objective("lightning", k=8)
 
 
-def test_a_person_writes_fields_and_modifiers_behind_a_name() -> None:
+def test_fields_and_modifiers_follow_the_name() -> None:
     gkd = parse_objective("gkd(parameter=0.1, k=8)")
     assert (gkd.objective.parameter, gkd.objective.k) == (0.1, 8)
     assert gkd.name == "gkd(parameter=0.1,k=8)"
@@ -193,13 +193,13 @@ def test_a_person_writes_fields_and_modifiers_behind_a_name() -> None:
     assert parse_objective("reopold+floor(nats=-2)").objective.modifiers == (
         Floor(-2.0),
         KeepEntropy(0.5),
-    ), "a modifier that is there is replaced, at its place"
+    ), "an existing modifier is replaced, at its place"
     assert parse_objective("opd_released(weights=teacher_p)").objective.weights == "teacher_p"
     assert parse_objective("opd(k=4)", k=8).objective.k == 8
 
 
 @pytest.mark.parametrize(
-    ("text", "says", "way_out"),
+    ("text", "cause", "hint"),
     [
         ("opd(", "'opd(' is no NAME", "opd(k=32)"),
         ("opd(k=x)", "k = 'x' is not of type int", "give k such a value"),
@@ -210,14 +210,14 @@ def test_a_person_writes_fields_and_modifiers_behind_a_name() -> None:
         ("", "'' is no NAME", "write e.g."),
     ],
 )
-def test_what_is_written_wrongly_is_said(text: str, says: str, way_out: str) -> None:
+def test_syntax_errors_are_explained(text: str, cause: str, hint: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
         parse_objective(text)
-    assert says in caught.value.cause
-    assert way_out in caught.value.hint
+    assert cause in caught.value.cause
+    assert hint in caught.value.hint
 
 
-def test_a_record_tells_two_objectives_apart() -> None:
+def test_a_record_distinguishes_two_objectives() -> None:
     one, other = (
         parse_objective(f"sampled_token+importance(cap={cap})").objective for cap in (2, 3)
     )

@@ -1,7 +1,7 @@
-"""Laws of on-policy distillation losses (arXiv 2604.13016 and its relatives) that need no model.
+"""Properties of on-policy distillation losses (arXiv 2604.13016 and others), without a model.
 
-They are numbered as in our notes on the paper. 6, 7, 9 and 10 (ratios at 1, ExOPD's lambda, draws
-of the teacher and of the student) stand in test_modifiers, 14 (aggregation) in test_row_factors.
+They are numbered. 6, 7, 9 and 10 (ratios at 1, ExOPD's lambda, draws of the teacher and of the
+student) are in test_modifiers, 14 (aggregation) in test_loss_weights.
 """
 
 import math
@@ -21,7 +21,7 @@ DRAWS: dict[str, Any] = {
     "async_mc": {"mc": [{1: 3, 2: 1}] * 5},
     "rs_kd": {"q_draws": [{1: 3, 2: 1}] * 5},
 }
-"""What the presets on draws need of five rows."""
+"""Draws of five rows, for the presets on draws."""
 
 
 def logits(seed: int, rows: int = 5, vocab: int = V) -> Tensor:
@@ -30,7 +30,7 @@ def logits(seed: int, rows: int = 5, vocab: int = V) -> Tensor:
 
 
 def full_kl(z: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Reverse KL over the vocabulary [P], and its gradient [P, V]."""
+    """Return the reverse KL over the vocabulary [P], and its gradient [P, V]."""
     leaf = z.clone().requires_grad_()
     log_p, log_q = leaf.log_softmax(-1), teacher.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -47,7 +47,7 @@ def test_oracle_01_nothing_to_learn_from_an_equal_teacher(name: str) -> None:
     z = logits(0, vocab=40)
     full = make_full(z, z.clone(), student_k=16, kept=20, token=3, base=z, **DRAWS.get(name, {}))
     ours, dz = run(PRESETS[name].objective, full)
-    if name == "veto":  # it rests elsewhere, see test_modifiers
+    if name == "veto":  # its stationary point is elsewhere, see test_modifiers
         assert dz.abs().max() > 1e-3
         return
     if name == "rs_kd":  # a draw's gradient is not zero, only their mean
@@ -77,7 +77,7 @@ def test_oracle_02_at_k_equal_to_the_vocabulary_supports_coincide(name: str) -> 
 def test_oracle_03_at_k_1_only_the_released_form_has_a_gradient() -> None:
     with pytest.raises(ObjectiveError, match="k = 1 with tail 'renormalize'"):
         parse_objective("opd", k=1)
-    # Eq.5 on one id all the same: an overlap of exactly one.
+    # Eq.5 on one id is still possible: an overlap of exactly one.
     z = torch.tensor([[3.0, 2.0, 0.0, 0.0]], dtype=torch.float64)
     teacher = torch.tensor([[3.0, 0.0, 2.0, 0.0]], dtype=torch.float64)
     ours, dz = run(parse_objective("overlap", k=2).objective, make_full(z, teacher, kept=2))
@@ -93,7 +93,10 @@ def test_oracle_03_at_k_1_only_the_released_form_has_a_gradient() -> None:
 
 
 def released_minus_paper(full: Full, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of opd_released and opd, and [KL~ + log(m_p / m_q)] grad log m_p by autograd."""
+    """Return the gradients of opd_released, of opd, and of their difference by autograd.
+
+    The difference is [KL~ + log(m_p / m_q)] grad log m_p.
+    """
     _, released = run(parse_objective("opd_released", k=k).objective, full)
     ours, paper = run(parse_objective("opd", k=k).objective, full)
     top = full.old.topk(k).indices
@@ -172,8 +175,8 @@ def test_oracle_08_jsd_over_its_beta_tends_to_the_two_kls(tail: str) -> None:
         ([x / tiny for x in at("jsd", 1 - tiny)], at("reverse_kl")),
         (at("skew", tiny), at("forward_kl")),
     ):
-        for got, want in zip(near, limit, strict=True):
-            close(got, want, atol=1e-4)
+        for got, expected in zip(near, limit, strict=True):
+            close(got, expected, atol=1e-4)
     assert (at("jsd", 0.5)[0] <= math.log(2)).all()
     assert (at("skew", 0.1)[0] <= -math.log(0.1)).all()
 
@@ -190,7 +193,7 @@ def test_oracle_11_a_tail_bucket_bounds_the_full_kl_from_below(divergence: str) 
         )
         ours, _ = run(objective, make_full(z, teacher, kept=V))
         assert (ours.row_loss <= exact + 1e-12).all()
-        assert (ours.row_loss >= before - 1e-12).all(), "a finer bucket tells more"
+        assert (ours.row_loss >= before - 1e-12).all(), "a larger k gives a tighter bound"
         before = ours.row_loss
     close(before, exact)
 
@@ -207,12 +210,12 @@ def test_oracle_12_padded_columns_change_nothing(name: str, pad: float) -> None:
         base=logits(2, vocab=40),
         **DRAWS.get(name, {}),
     )
-    made = row_objective(PRESETS[name].objective, full.targets)
+    objective_fn = row_objective(PRESETS[name].objective, full.targets)
     padded = torch.cat([full.live, torch.full((5, 7), pad, dtype=torch.float64)], -1)
     results, grads = [], []
     for z in (full.live.clone(), padded):
         z.requires_grad_()
-        results.append(sparse_kl(z, full.targets.ids, made, k=16, n_vocab=40))
+        results.append(sparse_kl(z, full.targets.ids, objective_fn, k=16, n_vocab=40))
         results[-1].loss.backward()
         assert z.grad is not None
         grads.append(z.grad)
@@ -224,7 +227,7 @@ def test_oracle_12_padded_columns_change_nothing(name: str, pad: float) -> None:
 
 
 def test_oracle_13_bfloat16_logits_round_to_an_eighth_of_a_nat() -> None:
-    """What a scorer in bfloat16 does to log-probs near -20, and why ours sum in float32."""
+    """Show the rounding of log-probs near -20 in bfloat16: our scorers sum in float32."""
     z = logits(24, rows=1, vocab=400) * 4 + 17
     rough = (z.bfloat16() - z.bfloat16().logsumexp(-1, keepdim=True)).float()
     near = rough[(rough < -16) & (rough > -32)]
@@ -235,7 +238,7 @@ def test_oracle_13_bfloat16_logits_round_to_an_eighth_of_a_nat() -> None:
 
 
 def test_oracle_15_a_gradient_per_id_not_one_advantage_per_position() -> None:
-    """sum_S A times grad log p(y) has zero mean over y ~ p: it would silently learn nothing."""
+    """Show that sum_S A times grad log p(y) has zero mean over y ~ p, so it would learn nothing."""
     full = make_full(logits(17), logits(18), student_k=4)
     ours, dz = run(parse_objective("opd_released", k=4).objective, full)
     p = full.live.softmax(-1)
@@ -258,7 +261,7 @@ def test_oracle_16_an_empty_overlap_gives_exactly_zero() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_oracle_16_ids_that_the_teacher_excludes_give_finite_numbers(name: str) -> None:
-    """-inf at the student's best id, which is also the sampled one."""
+    """Put -inf at the student's best id, which is also the sampled one."""
     z, teacher = logits(20, vocab=40), logits(21, vocab=40)
     best = z.argmax(-1)
     teacher[torch.arange(5), best] = -math.inf
@@ -275,6 +278,6 @@ def test_oracle_16_ids_that_the_teacher_excludes_give_finite_numbers(name: str) 
     assert ours.row_loss.isfinite().all()
     assert dz.isfinite().all()
     assert all(value.isfinite().all() for value in ours.metrics.values())
-    if PRESETS[name].objective.support == "sampled" and name != "eopd":  # it has a KL beside
+    if PRESETS[name].objective.support == "sampled" and name != "eopd":  # it adds a KL
         assert ours.row_loss.abs().max() == 0.0
         assert dz.abs().max() == 0.0
