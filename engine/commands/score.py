@@ -10,7 +10,6 @@ from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
 from logitcask.engine.prompts.teacher_context import read_template, templated
-from logitcask.engine.score.ids_file import read_ids_file
 from logitcask.engine.score.plan import ScoreReport, score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Snapshot, Store, open_store
@@ -50,7 +49,6 @@ def score_request(
     try:
         model = teacher.model
         params, notes = teacher.score_params(config.score, config.run.seed)
-        ids = config.score.ids_file()
         return ScoreRequest(
             store=store,
             model=model,
@@ -62,9 +60,7 @@ def score_request(
             context=_context(config, store, model, snapshot)
             if config.score.teacher_kind == "context"
             else None,
-            extra_ids=config.score.extra_name()
-            if ids is None
-            else read_ids_file(ids, model.n_vocab),
+            extra_ids=config.score.extra_ids or None,
             profile=config.store.profile,
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,

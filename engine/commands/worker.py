@@ -42,10 +42,9 @@ def watch_scores(
     Raises as `run_score` does, and ConfigError for what has a meaning only when all rollouts are
     there.
     """
-    if config.score.prompt_template is not None or config.score.ids_file() is not None:
+    if config.score.prompt_template is not None:
         raise ConfigError(
-            "watch with prompt_template or a file of extra_ids, which are about all "
-            "rollouts at once",
+            "watch with prompt_template, which is about all rollouts at once",
             hint="leave --worker out and score when they are all there; --context FILE can watch",
         )
     if (opened := _awaited(config.store, config.work, stop, on_event)) is None:

@@ -8,9 +8,6 @@ from pydantic import Field, ValidationInfo, field_validator
 from logitcask.engine.config.section import NAME, Name, Positive, Section, Share
 from logitcask.engine.types import ScoreParams
 
-IDS_FILE = r"\.jsonl"
-"""End of a file name with ids for the teacher; any other value of `extra_ids` is a name."""
-
 
 class Teacher(Section):
     model: str = Field(
@@ -115,11 +112,10 @@ class Score(Section):
     )
     extra_ids: str = Field(
         "",
-        pattern=rf"{NAME}|^$|{IDS_FILE}$",
+        pattern=rf"{NAME}|^$",
         description="Ids that the teacher scores besides the student's stored top ids: mc = those "
         "that the student drew (rollout --mc-draws), kept in float32; NAME = the top ids of these "
-        "other scores in the store, for example of a later student; a file that ends in .jsonl = "
-        'its ids, one {"prompt", "sample", "ids"} per response: a list of ids for each token.',
+        "other scores in the store, for example of a later student.",
     )
     foreign_eos: Literal["refuse", "keep"] = Field(
         "refuse",
@@ -184,14 +180,6 @@ class Score(Section):
         if self.selection == "top-k":
             return ScoreParams(entry_kind="topk", top_p=1.0, k_min=most, k_max=most)
         return ScoreParams(top_p=self.teacher_top_p, k_min=self.teacher_topk_min, k_max=most)
-
-    def extra_name(self) -> str | None:
-        """Return `extra_ids` where it is a name in the store, None otherwise."""
-        return None if self.ids_file() else self.extra_ids or None
-
-    def ids_file(self) -> Path | None:
-        """Return `extra_ids` where it is a file, None otherwise."""
-        return Path(self.extra_ids) if self.extra_ids.endswith(".jsonl") else None
 
 
 class Work(Section):

@@ -122,7 +122,7 @@ def _run_loop(
         "teacher": teacher.model.digest,
         "teacher_name": config.teacher.name,
         "request": asdict(params),
-        **({} if (at := config.score.extra_name()) is None else {"at": at}),
+        **({"at": config.score.extra_ids} if config.score.extra_ids else {}),
         "loop": loop.model_dump(),
     }
     # Rounds of two runs under one name would mix students that share only their version numbers.

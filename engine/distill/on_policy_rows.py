@@ -74,7 +74,7 @@ class OnPolicyRows:
                 teacher_name=self.config.teacher.name,
                 rollouts_name=self.config.store.rollouts,
                 params=self.params,
-                extra_ids=self.config.score.extra_name(),
+                extra_ids=self.config.score.extra_ids or None,
                 profile=self.config.store.profile,
                 eos_rows=self.config.score.foreign_eos,
                 shared=self.teacher.shared,

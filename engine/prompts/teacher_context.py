@@ -105,10 +105,10 @@ def templated(
             )
         if plain[prompt.id].token_ids != prompt.token_ids:
             raise IdentityError(
-                f"{file}: prompt {prompt.id!r} is not the one of the rollouts: rendered for this "
-                "teacher it has other tokens",
+                f"{file}: prompt {prompt.id!r} differs from the prompt of the rollouts: rendered "
+                "for this teacher it has other tokens",
                 hint="give the prompts file that `logitcask rollout` read, and a teacher with "
-                "the student's chat template; else write the prompts out, for --context",
+                "the student's chat template; or write the rendered prompts to a --context file",
             )
     changed = read_prompts(file, tokenizer, **rendering, change=template.fill)
     return {prompt.id: prompt for prompt in changed}

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
-from logitcask.engine.score.ids_file import IdsFile
 from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, run_score_unit, unit_key
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot
 from logitcask.engine.store.format.schema import MC
@@ -50,7 +49,7 @@ def score(request: ScoreRequest, *, progress: Progress = no_progress) -> ScoreRe
 
     Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
     IncompleteError where there are no rollouts, no draws or no scores of the model in `extra_ids`,
-    and PromptError for a context that lacks a prompt, or an ids file of other sequences.
+    and PromptError for a context that lacks a prompt.
     """
     start_s = time.monotonic()
     planned = plan_scores(request, request.store.head())
@@ -90,12 +89,8 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
         notes += [each for each in found if each not in notes]
     notes += other_dtypes(snapshot, segments, name, request.scorer)
     lineage = request.lineage()
-    listed, at_scores = None, None
-    if isinstance(request.extra_ids, IdsFile):
-        listed = request.extra_ids.lists(
-            {each.seg_id: request.store.read_extent(each) for each in segments}
-        )
-    elif request.extra_ids == MC_IDS:
+    at_scores = None
+    if request.extra_ids == MC_IDS:
         _check_draws(segments, request.rollouts_name)
     elif request.extra_ids is not None:
         at_scores = snapshot.scores(request.extra_ids)
@@ -105,9 +100,10 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
                 f"{', '.join(snapshot.names('score'))}",
                 hint="score with that model first, or name one of these",
             )
-    label = request.label
     units = {
-        unit_key(segment, model, params, lineage, _at_key(label, at_scores, segment)): segment
+        unit_key(
+            segment, model, params, lineage, _at_key(request.extra_ids, at_scores, segment)
+        ): segment
         for segment in segments
         if not growing or at_scores is None or segment.seg_id in at_scores
     }
@@ -131,7 +127,6 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
         key: ScoreUnit(
             segment=segment,
             score_segments=there.get(segment.seg_id),
-            ids_file=None if listed is None else listed[segment.seg_id],
             at_scores=None if at_scores is None else at_scores[segment.seg_id],
         )
         for key, segment in units.items()

@@ -11,7 +11,6 @@ from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import PromptError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.score.extra_ids import with_known, without_extra
-from logitcask.engine.score.ids_file import IdsFile
 from logitcask.engine.store import ScoreSegments, Segment, Store
 from logitcask.engine.store.extend import request_ids, union
 from logitcask.engine.store.format.layouts import ranked
@@ -53,9 +52,9 @@ class ScoreRequest:
     context: Mapping[str, Prompt] | None = None
     """Prompt id -> the prompt that the teacher reads in its place (teacher context); the response
     stays."""
-    extra_ids: str | IdsFile | None = None
+    extra_ids: str | None = None
     """Name of another model's scores in the store, for its top ids (a later student, for example);
-    MC_IDS, for the ids that the student drew, stored in float32 in every profile; or a file."""
+    or MC_IDS, for the ids that the student drew, stored in float32 in every profile."""
     profile: str = "default"
     eos_rows: Literal["refuse", "keep"] = "refuse"
     """How to treat a final stop token that the teacher does not use."""
@@ -68,12 +67,6 @@ class ScoreRequest:
 
     def __post_init__(self) -> None:
         check_scorer(self.scorer, self.params, chosen=self.extra_ids is not None)
-
-    @property
-    def label(self) -> str | None:
-        """Return the label of the extra ids in unit keys and lineage."""
-        ids = self.extra_ids
-        return ids.label if isinstance(ids, IdsFile) else ids
 
     def lineage(self) -> dict[str, Any]:
         """Return the lineage of every segment, without the extra ids."""
@@ -96,8 +89,6 @@ class ScoreUnit:
     segment: Segment
     score_segments: ScoreSegments | None
     """This teacher's scores of it; None where there are none."""
-    ids_file: IdLists | None
-    """Extra ids, of a file."""
     at_scores: ScoreSegments | None
     """Scores of another model, whose ids are the extra ids."""
 
@@ -110,7 +101,7 @@ def run_score_unit(
     rollouts = store.read_rollouts(segment)
     check_stops(segment, rollouts, request.model, request.eos_rows)
     shown = rollouts if request.context is None else _with_context(rollouts, request.context)
-    extra = unit.ids_file
+    extra: IdLists | None = None
     if unit.at_scores is not None:
         extra = _ids_of(store, unit.at_scores, rollouts)
     elif request.extra_ids == MC_IDS:
@@ -147,7 +138,7 @@ def run_score_unit(
         scores,
         **fields,
         unit_key=key,
-        lineage={**lineage, "at": request.label or at_student},
+        lineage={**lineage, "at": request.extra_ids or at_student},
         profile=EXACT if request.extra_ids == MC_IDS else request.profile,
         at=ids,
         seconds=took_s,

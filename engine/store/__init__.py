@@ -7,9 +7,8 @@ also delete units, remove unreachable segments and tag a snapshot. Disks and obj
 alike.
 """
 
-from logitcask.engine.store.format.rollouts import Extent
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot
 from logitcask.engine.store.store import Store, holds_store, open_store
 
-__all__ = ["Extent", "ScoreSegments", "Segment", "Snapshot", "Store", "holds_store", "open_store"]
+__all__ = ["ScoreSegments", "Segment", "Snapshot", "Store", "holds_store", "open_store"]

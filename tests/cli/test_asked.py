@@ -116,65 +116,12 @@ def test_a_context_by_a_template(world: World, call: Any) -> None:
         np.testing.assert_allclose(found.lp, exact.lp, atol=1e-5)
     # The template would be about other prompts.
     call(hinted.replace("@p.jsonl", out)).refused(
-        1, "is not the one that the rollouts", "--context"
+        1, "differs from the prompt of the rollouts", "--context"
     )
 
 
 def test_mc_needs_draws(world: World, call: Any) -> None:
     call(f"{SCORE} {world.store(UNITS)} --extra-ids mc").refused(3, "hold no ids", "--mc-draws")
-
-
-@pytest.mark.parametrize("first", [False, True], ids=["at-once", "later"])
-def test_ids_of_a_file_are_scored(world: World, call: Any, first: bool) -> None:
-    """Scores in the store equal what the teacher's whole softmax says of the ids asked for."""
-    store, file = world.store(UNITS), f"{world.new('ids')}.jsonl"
-    opened = open_store(world.at(store))
-    rollouts = [opened.read_rollouts(each) for each in opened.head().rollouts("main")]
-    if first:
-        assert call(f"{SCORE} {store}").code == 0
-    wanted = [
-        [[(7 * p + 11 * j) % 99 for j in range(p % 4)] for p in range(each.positions)]
-        for each in rollouts
-    ]
-    with world.at(file).open("w") as out:
-        for each, rows in zip(rollouts, wanted, strict=True):
-            for i, prompt in enumerate(each.seq_prompt):
-                ids = rows[each.seq_off[i] : each.seq_off[i + 1]]
-                line = {"prompt": each.prompts[prompt].id, "sample": i % N, "ids": ids}
-                out.write(json.dumps(line) + "\n")
-    for new in (UNITS, 0):
-        assert call(f"{SCORE} {store} --extra-ids {file} --format json").json["units_new"] == new
-    assert call(f"store verify {store} --deep").code == 0
-    everything = ScoreParams(entry_kind="topk", top_p=1.0, k_min=99, k_max=99)
-    scorer = HF(world.at("@teacher"), n_vocab=99, stop_ids=(1,))
-    chains = opened.head().scores("big")
-    for each, rows in zip(rollouts, wanted, strict=True):
-        chain = chains[each.segment]
-        assert [s.layout for s in chain] == ["once", "wider"]
-        assert chain[1].lineage["at"].startswith("ids:sha256:")
-        full = scorer.score(each, everything)
-        known = opened.read_scores(chain, base=each)
-        lp = np.full((each.positions, 99), np.nan)
-        lp[np.repeat(np.arange(each.positions), known.s_cnt), known.s_ids] = known.s_lp
-        lp[np.repeat(np.arange(each.positions), known.cnt), known.ids] = known.entry_lp
-        exact = np.empty((each.positions, 99))
-        exact[np.repeat(np.arange(each.positions), full.cnt), full.ids] = full.entry_lp
-        at = [(p, token) for p, row in enumerate(rows) for token in row]
-        p, token = np.asarray(at).T
-        # NaN, of an id that is not stored, is not close to anything.
-        np.testing.assert_allclose(lp[p, token], exact[p, token], rtol=2e-3)
-
-
-def test_ids_of_a_file_that_does_not_fit(world: World, call: Any) -> None:
-    store, file = world.store(UNITS), f"{world.new('ids')}.jsonl"
-    world.at(file).write_text(json.dumps({"prompt": "p0", "sample": 0, "ids": [[99]]}) + "\n")
-    at = f"{SCORE} {store} --extra-ids {file}"
-    call(at).refused(1, 'line 1: field "ids[0]": 99 is no id in [0, 99)', "tokenizer")
-    world.at(file).write_text(json.dumps({"prompt": "p0", "sample": 0, "ids": []}) + "\n")
-    call(at).refused(1, 'line 1: field "ids": 0 lists', "one list for each token")
-    call(f"{SCORE} {store} --extra-ids @nowhere.jsonl").refused(
-        1, "No such file", "--extra-ids FILE"
-    )
 
 
 def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
@@ -190,7 +137,7 @@ def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
         assert targets.mc_count is not None
         assert (targets.mc_count.sum(1) == 3).all()
         assert targets.cached[targets.mc_count > 0].all()
-    call(loop).refused(1, "at = 'mc', not None", "of this run's own")
+    call(loop).refused(1, "at = 'mc', not None", "set store.rollouts and run.out to new names")
 
 
 @pytest.mark.parametrize(

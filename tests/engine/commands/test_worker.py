@@ -159,8 +159,12 @@ def test_a_teacher_stops_waiting_after_idle_exit(here: Path) -> None:
 
 
 def test_a_request_about_all_rollouts_at_once_is_refused_in_a_worker(here: Path) -> None:
+    config = scores(here)
+    kind = {"teacher_kind": "context", "prompt_template": here / "hint.txt"}
     with pytest.raises(ConfigError, match="about all rollouts at once"):
-        watch_scores(scores(here, extra_ids="some.jsonl"), stop=Then())
+        watch_scores(
+            config.model_copy(update={"score": config.score.model_copy(update=kind)}), stop=Then()
+        )
 
 
 def test_a_student_with_new_weights_is_sampled_again(here: Path) -> None:

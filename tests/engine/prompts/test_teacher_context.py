@@ -115,7 +115,7 @@ def test_other_prompts_than_those_of_the_rollouts_are_refused(tmp_path: Path) ->
     files = written(tmp_path, "{prompt}!", {"id": "a", "prompt": "x"})
     same = Prompt(id="a", token_ids=tuple(TOKENIZER("x")["input_ids"]))
     assert shown(*files, [same]) == {"a": "x!"}
-    with pytest.raises(IdentityError, match="prompt 'a' is not the one"):
+    with pytest.raises(IdentityError, match="prompt 'a' differs from"):
         shown(*files, [Prompt(id="a", token_ids=(5,))])
     with pytest.raises(PromptError, match="p.jsonl has no prompt 'b'"):
         shown(*files, [same, Prompt(id="b", token_ids=(5,))])
