@@ -1,6 +1,6 @@
-"""Tiny models and a small store, made once a process by the command itself, and a way to call it.
+"""Tiny models and a small store, made once per process by the command line, and a way to call it.
 
-In memory where the system offers that: a store flushes every file that it writes.
+They lie in memory where the system has /dev/shm, because a store flushes every file that it writes.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from tests.engine.tiny import CHARACTERS, make_model, make_tokenizer, save_folde
 
 MEMORY = Path("/dev/shm")
 UNITS, N, NEW = 4, 2, 6
-"""Units of two prompts, responses a prompt, response tokens at most."""
+"""Units of two prompts, responses per prompt, response tokens at most."""
 
 SAMPLING = f"--n {N} --max-new-tokens {NEW} --student-topk 4 --unit-prompts 2 --seed 3 --device cpu"
 KEPT = "--teacher-topk-min 4 --teacher-topk-max 8 --device cpu"
@@ -63,8 +63,8 @@ device = "cpu"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """How one call ended, and all that the process wrote meanwhile."""
+class CommandResult:
+    """Exit code, stdout and stderr of one command."""
 
     code: int
     out: str
@@ -72,16 +72,16 @@ class Answer:
 
     @property
     def json(self) -> Any:
-        """Of stdout, which holds nothing else; NaN and infinities are not JSON."""
+        """Parse stdout, which must be JSON without NaN and infinities."""
         return json.loads(self.out, parse_constant=pytest.fail)
 
-    def refused(self, code: int, cause: str, hint: str) -> None:
-        """The last two lines say what is wrong and what to do; stdout stays empty."""
+    def assert_error(self, code: int, cause: str, hint: str) -> None:
+        """Check the exit code, the two lines of the error, and that stdout is empty."""
         assert self.out == ""
-        error, way_out = self.err.splitlines()[-2:]
+        error, hint_line = self.err.splitlines()[-2:]
         assert error.startswith("error: "), self.err
-        assert way_out.startswith("hint: "), self.err
-        assert (self.code, cause in error, hint in way_out) == (code, True, True), self.err
+        assert hint_line.startswith("hint: "), self.err
+        assert (self.code, cause in error, hint in hint_line) == (code, True, True), self.err
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,18 @@ class World:
     fresh: Iterator[int] = field(default_factory=itertools.count)
 
     def __call__(self, command: str) -> int:
-        """Exit code of `logitcask COMMAND`; @name in it is a path in this folder."""
+        """Return the exit code of `logitcask COMMAND`; @name in it is a path in this folder."""
         return run([word.replace("@", f"{self.path}/") for word in command.split()])
 
     def new(self, stem: str) -> str:
-        """@name of nothing yet."""
+        """Return the @name of an unused path."""
         return f"@{stem}-{next(self.fresh)}"
 
     def at(self, name: str) -> Path:
         return self.path / name.removeprefix("@")
 
     def store(self, records: int = 2 * UNITS) -> str:
-        """@name of a copy of st as it was after so many commits: rollouts first, then scores."""
+        """Return the @name of a copy of st after `records` commits: rollouts first, then scores."""
         name = self.new("store")
         shutil.copytree(self.path / "st", self.at(name))
         for record in sorted(self.at(name).glob("log/*.json"))[records:]:
@@ -141,11 +141,11 @@ def models(path: Path) -> None:
 
 @pytest.fixture
 def call(world: World, capfd: pytest.CaptureFixture[str]) -> Any:
-    """`logitcask COMMAND` -> Answer."""
+    """Return a function that runs `logitcask COMMAND` and returns its result."""
 
-    def called(command: str) -> Answer:
+    def run_command(command: str) -> CommandResult:
         capfd.readouterr()
         code = world(command)
-        return Answer(code, *capfd.readouterr())
+        return CommandResult(code, *capfd.readouterr())
 
-    return called
+    return run_command

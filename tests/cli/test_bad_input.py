@@ -1,4 +1,4 @@
-"""Bad input: which exit code, what is wrong with which value, and the way out."""
+"""Bad input: exit code, cause with the value, and hint."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ ALL = 2 * UNITS
 
 @dataclass(frozen=True)
 class Case:
-    """STORE in a command is a store with so many commits, OUT a name that is free."""
+    """One command: STORE in it is a store with `commits` commits, OUT an unused path."""
 
     name: str
     command: str
@@ -142,7 +142,7 @@ TEMPLATES = [
         "turn the chat template on",
     ),
     Case(
-        "asked for, and none there",
+        "flag without a template",
         f"rollout --model @no-template --prompts @p.jsonl --store OUT --chat-template {SAMPLING}",
         1,
         "has no chat template",
@@ -230,7 +230,7 @@ OBJECTIVES = [
         "--loss-topk 4",
     ),
     Case(
-        "foreign",
+        "off-lineage",
         f"train --model @stranger --store STORE --out OUT --objective opd {TRAINING}",
         1,
         "off-lineage student",
@@ -294,7 +294,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def files(world: World) -> World:
-    """More prompts, and an empty folder."""
+    """Write more prompt files, and an empty folder."""
     turns = [{"role": "user", "content": "1 + 2 ="}]
     world.at("@m.jsonl").write_text(json.dumps({"id": "m", "messages": turns}) + "\n")
     world.at("@q.jsonl").write_text('{"id": "q", "prompt": "3 + 4 ="}\n')
@@ -303,18 +303,18 @@ def files(world: World) -> World:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused_with_value_rule_and_way_out(files: World, call: Any, name: str) -> None:
+def test_an_error_has_its_cause_and_hint(files: World, call: Any, name: str) -> None:
     case = CASES[name]
     if "--device cuda" in case.command and torch.cuda.is_available():
-        pytest.skip("here is a GPU")
+        pytest.skip("needs a machine without a GPU")
     command = case.command.replace("OUT", files.new("out"))
     if "STORE" in command:
         command = command.replace("STORE", files.store(case.commits))
-    call(command).refused(case.code, case.cause, case.hint)
+    call(command).assert_error(case.code, case.cause, case.hint)
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "causes"),
     [
         ("{", ["not valid JSON"]),
         ("[1]", ["a list, not an object"]),
@@ -326,14 +326,14 @@ def test_refused_with_value_rule_and_way_out(files: World, call: Any, name: str)
         (f'{{"id": "x", "prompt": "{"1" * 300}"}}', ['field "prompt"', "300 tokens, at most 250"]),
     ],
 )
-def test_a_broken_line_is_named_by_file_line_and_field(
-    world: World, call: Any, line: str, words: list[str]
+def test_a_broken_line_is_reported_with_file_line_and_field(
+    world: World, call: Any, line: str, causes: list[str]
 ) -> None:
     file = world.new("broken")
     world.at(file).write_text(f'{{"id": "p0", "prompt": "1 ="}}\n{line}\n')
-    done = call(f"rollout --model @student --prompts {file} --store {world.new('none')} {PLAIN}")
-    done.refused(1, f"{world.at(file)}, line 2: ", "")
-    assert all(word in done.err for word in words), done.err
+    result = call(f"rollout --model @student --prompts {file} --store {world.new('none')} {PLAIN}")
+    result.assert_error(1, f"{world.at(file)}, line 2: ", "")
+    assert all(word in result.err for word in causes), result.err
 
 
 @pytest.mark.parametrize(
@@ -344,81 +344,83 @@ def test_a_broken_line_is_named_by_file_line_and_field(
         ("--chat-template", "@other-template", "--chat-template"),
     ],
 )
-def test_rollouts_go_on_with_their_own_template_alone(
+def test_rollouts_resume_only_with_the_same_template(
     world: World, call: Any, first: str, model: str, second: str
 ) -> None:
     store, rest = world.new("store"), "--prompts @p.jsonl --n 1 --max-new-tokens 2 --student-topk 2"
     assert call(f"rollout --model @student --store {store} {first} {rest}").code == 0
-    done = call(f"rollout --model {model} --store {store} {second} {rest}")
-    done.refused(1, "template = 'sha256:", "another name")
-    theirs, ours = done.err.partition("template = ")[2].split("', not '")
-    assert theirs != ours
-    assert theirs.startswith("'sha256:")
-    assert ours.startswith("sha256:")
+    result = call(f"rollout --model {model} --store {store} {second} {rest}")
+    result.assert_error(1, "template = 'sha256:", "another name")
+    recorded, requested = result.err.partition("template = ")[2].split("', not '")
+    assert recorded != requested
+    assert recorded.startswith("'sha256:")
+    assert requested.startswith("sha256:")
 
 
-def test_a_foreign_student_is_named_and_may_be_allowed(world: World, call: Any) -> None:
+def test_an_off_lineage_student_needs_a_flag_or_current_support(world: World, call: Any) -> None:
     command = f"train --model @stranger {TRAINING} --store @st"
     allowed = call(f"{command} --out {world.new('out')} --objective opd --allow-off-lineage")
-    live = call(f"{command} --out {world.new('out')} --objective overlap")
-    for done in (allowed, live):
-        assert done.code == 0
-        assert "note: Off-lineage student" in done.err
+    current = call(f"{command} --out {world.new('out')} --objective overlap")
+    for result in (allowed, current):
+        assert result.code == 0
+        assert "note: Off-lineage student" in result.err
     assert "support: frozen" in allowed.err
-    assert "support: current" in live.err
+    assert "support: current" in current.err
 
 
-def test_partial_trains_on_what_is_scored(world: World, call: Any) -> None:
+def test_partial_trains_on_the_scored_units(world: World, call: Any) -> None:
     store, out = world.store(ALL - 2), world.new("out")
-    call(f"{TRAIN} {store} --out {out}").refused(3, "2 of 4 units", "--partial")
-    done = call(f"{TRAIN} {store} --out {out} --partial --format json")
-    assert done.code == 0
-    whole = call(f"store info {store} --format json").json["positions"]
-    assert 0 < done.json["positions"] < whole
+    call(f"{TRAIN} {store} --out {out}").assert_error(3, "2 of 4 units", "--partial")
+    result = call(f"{TRAIN} {store} --out {out} --partial --format json")
+    assert result.code == 0
+    all_positions = call(f"store info {store} --format json").json["positions"]
+    assert 0 < result.json["positions"] < all_positions
 
 
-def test_incomplete_rollouts_are_counted(world: World, call: Any) -> None:
+def test_incomplete_rollouts_need_partial(world: World, call: Any) -> None:
     store, out = world.store(1), world.new("out")
     assert call(f"{SCORE} {store}").code == 0
-    call(f"{TRAIN} {store} --out {out}").refused(3, "3 of 4 units of rollouts", "--partial")
+    call(f"{TRAIN} {store} --out {out}").assert_error(3, "3 of 4 units of rollouts", "--partial")
     assert call(f"{TRAIN} {store} --out {out} --partial").code == 0
 
 
-def test_two_teachers_and_none_named(world: World, call: Any) -> None:
+def test_two_teachers_need_the_teacher_flag(world: World, call: Any) -> None:
     store = world.store()
     assert call(f"score --model @other-teacher --teacher other --store {store} {KEPT}").code == 0
     for command in (f"{TRAIN} {store} --out {world.new('out')}", f"store show {store}"):
-        call(command).refused(2, "2: big, other", "--teacher")
+        call(command).assert_error(2, "2: big, other", "--teacher")
         assert call(f"{command} --teacher other").code == 0
 
 
-def test_another_run_in_the_folder(world: World, call: Any) -> None:
+def test_another_run_in_the_folder_needs_overwrite(world: World, call: Any) -> None:
     out = world.new("out")
     assert call(f"{TRAIN} @st --out {out}").code == 0
     other = f"{TRAIN} @st --out {out} --weight-decay 0.5"
-    call(other).refused(1, "settings.weight_decay = 0.0, not 0.5", "--overwrite")
-    done = call(f"{other} --overwrite --format json")
-    assert (done.code, done.json["resumed_at"]) == (0, 0)
+    call(other).assert_error(1, "settings.weight_decay = 0.0, not 0.5", "--overwrite")
+    result = call(f"{other} --overwrite --format json")
+    assert (result.code, result.json["resumed_at"]) == (0, 0)
 
 
-def test_a_folder_without_its_tokenizer_or_config(world: World, call: Any) -> None:
+def test_a_model_folder_needs_tokenizer_and_config(world: World, call: Any) -> None:
     for missing, cause in (("tokenizer.json", "no tokenizer"), ("config.json", "config.json")):
         model = world.new("model")
         shutil.copytree(world.at("@student"), world.at(model))
         (world.at(model) / missing).unlink()
-        call(f"{ROLL} {world.new('none')} --model {model}").refused(1, cause, "save_pretrained")
+        call(f"{ROLL} {world.new('none')} --model {model}").assert_error(
+            1, cause, "save_pretrained"
+        )
 
 
 def test_debug_shows_the_traceback_and_then_the_message(call: Any) -> None:
-    call("store info @nothing").refused(1, "not a logitcask store", "check the path")
+    call("store info @nothing").assert_error(1, "not a logitcask store", "check the path")
     plain, debug = call("store info @nothing"), call("--debug store info @nothing")
     assert "Traceback" not in plain.err
     assert debug.err.startswith("Traceback (most recent call last):")
     assert "StoreError" in debug.err
-    debug.refused(1, "not a logitcask store", "check the path")
+    debug.assert_error(1, "not a logitcask store", "check the path")
 
 
-def test_a_message_is_two_lines_whatever_it_quotes(world: World, call: Any) -> None:
-    done = call("distill @p.jsonl\n\x1b[31m")
-    assert len(done.err.splitlines()) == 2
-    assert "\x1b" not in done.err
+def test_a_message_with_quoted_control_characters_is_two_lines(world: World, call: Any) -> None:
+    result = call("distill @p.jsonl\n\x1b[31m")
+    assert len(result.err.splitlines()) == 2
+    assert "\x1b" not in result.err

@@ -1,15 +1,15 @@
-"""`logitcask doctor teacher`: a sound server passes, and each fault is named with its way out."""
+"""`logitcask doctor teacher`: a sound server passes, and each fault is reported with a hint."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Answer, World
+from tests.cli.conftest import CommandResult, World
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
 
-Call = Callable[[str], Answer]
+Call = Callable[[str], CommandResult]
 
 
 @pytest.fixture
@@ -18,35 +18,35 @@ def fake() -> Iterator[FakeServer]:
         yield server
 
 
-def states(answer: Answer) -> dict[str, str]:
-    return {each["check"]: each["state"] for each in answer.json["checks"]}
+def states(result: CommandResult) -> dict[str, str]:
+    return {each["check"]: each["state"] for each in result.json["checks"]}
 
 
 def test_a_sound_server_passes_every_check(call: Call, world: World, fake: FakeServer) -> None:
-    done = call(f"doctor teacher {fake.url} --against @teacher --format json")
-    assert done.code == 0, done.err
+    result = call(f"doctor teacher {fake.url} --against @teacher --format json")
+    assert result.code == 0, result.err
     checks = ["server", "model", "context", "chosen ids", "tokenizer", "padding"]
     checks += ["log-probs", "repeats"]
-    assert states(done) == dict.fromkeys([*checks, "parity"], "ok")
+    assert states(result) == dict.fromkeys([*checks, "parity"], "ok")
     text = call(f"doctor teacher {fake.url} --tokenizer @teacher")
     assert text.code == 0
     assert "vLLM 0.32.0" in text.out
     assert text.err == ""
 
 
-def test_each_fault_is_named(call: Call, world: World, fake: FakeServer) -> None:
-    def faults(more: str = "") -> tuple[Answer, list[str]]:
-        done = call(f"doctor teacher {fake.url} --against @teacher --format json {more}")
-        return done, [name for name, state in states(done).items() if state == "fault"]
+def test_each_fault_is_reported(call: Call, world: World, fake: FakeServer) -> None:
+    def faults(flags: str = "") -> tuple[CommandResult, list[str]]:
+        result = call(f"doctor teacher {fake.url} --against @teacher --format json {flags}")
+        return result, [name for name, state in states(result).items() if state == "fault"]
 
     fake.model = make_model(seed=2)
     assert faults()[1] == ["parity"]
     fake.max_logprobs = 20
-    done, found = faults()
+    result, found = faults()
     assert found == ["log-probs", "parity"]
-    assert done.code == 1
-    assert "2 of 9 checks found a fault, the first: log-probs" in done.err
-    assert "--max-logprobs 64" in done.err
+    assert result.code == 1
+    assert "2 of 9 checks found a fault, the first: log-probs" in result.err
+    assert "--max-logprobs 64" in result.err
     assert faults("--teacher-topk-max 20")[1] == ["parity"]
     fake.fingerprint = "rev=b"
     assert faults("--revision a")[1] == ["identity"]
@@ -57,34 +57,36 @@ def test_each_fault_is_named(call: Call, world: World, fake: FakeServer) -> None
     assert noted["chosen ids"] == noted["tokenizer"] == "note"
 
 
-def test_padding_among_the_best_of_a_sure_row_is_no_fault(
+def test_padding_within_the_topk_of_a_peaked_row_is_no_fault(
     call: Call, tmp_path: Path, fake: FakeServer
 ) -> None:
-    """It is next to impossible, and so are the ids behind it."""
+    """Use peaked rows: padding is improbable, and so are the ids ranked below it."""
     model = make_model(seed=1, vocab_size=N_VOCAB + 30, tie=False)
     model.lm_head.weight.data[N_VOCAB:] = 0
     model.lm_head.weight.data[:N_VOCAB] *= 60
     folder = save_folder(tmp_path / "padded", model)
     fake.model = model
-    asked = f"doctor teacher {fake.url} --tokenizer {folder} --format json"
-    found = states(call(asked))
+    command = f"doctor teacher {fake.url} --tokenizer {folder} --format json"
+    found = states(call(command))
     assert [name for name, state in found.items() if state != "ok"] == []
-    # What was not trained has a mass, and is a fault.
+    # Untrained padding ids have probability mass, which is a fault.
     fake.model = make_model(seed=1, vocab_size=N_VOCAB + 30)
-    assert states(call(asked))["padding"] == "fault"
+    assert states(call(command))["padding"] == "fault"
 
 
 def test_teacher_and_student_are_compared(call: Call, world: World, fake: FakeServer) -> None:
     def found(student: str) -> dict[str, dict[str, str]]:
-        asked = f"doctor teacher {fake.url} --tokenizer @teacher --student {student} --format json"
-        return {each["check"]: each for each in call(asked).json["checks"]}
+        command = (
+            f"doctor teacher {fake.url} --tokenizer @teacher --student {student} --format json"
+        )
+        return {each["check"]: each for each in call(command).json["checks"]}
 
     own = found("@student")
     assert {own[each]["state"] for each in ("ids", "stop ids", "prompts")} == {"ok"}
     assert found("@other-template")["prompts"]["state"] == "note"
     assert found("@no-template")["prompts"]["state"] == "note"
     assert found("@other-tokenizer")["ids"]["state"] == "fault"
-    assert found("@nobody")["ids"]["state"] == "fault"
+    assert found("@nowhere")["ids"]["state"] == "fault"
     renamed = make_tokenizer(characters=CHARACTERS[:-1] + "é")
     save_folder(world.at("@renamed"), make_model(eos=[1, 7]), renamed)
     other = found("@renamed")
@@ -94,7 +96,7 @@ def test_teacher_and_student_are_compared(call: Call, world: World, fake: FakeSe
     assert "--foreign-eos keep" in other["stop ids"]["hint"]
 
 
-def test_a_server_that_is_not_there_is_one_fault(call: Call) -> None:
-    done = call("doctor teacher http://127.0.0.1:9 --format json")
-    assert states(done) == {"server": "fault"}
-    assert "does not answer" in done.json["checks"][0]["message"]
+def test_an_unreachable_server_is_one_fault(call: Call) -> None:
+    result = call("doctor teacher http://127.0.0.1:9 --format json")
+    assert states(result) == {"server": "fault"}
+    assert "does not answer" in result.json["checks"][0]["message"]

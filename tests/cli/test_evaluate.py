@@ -1,4 +1,4 @@
-"""`--eval-prompts` and `ablate` as they are typed."""
+"""`--eval-prompts`, `--eval-store` and `ablate` on the command line."""
 
 import json
 from typing import Any
@@ -15,88 +15,92 @@ EVAL = "--eval-prompts @e.jsonl --eval-n 2 --eval-max-new-tokens 4"
 def prompts(world: World) -> None:
     rows = [{"id": f"e{i}", "prompt": f"{i} + 1 =", "answer": f"{i + 1}"} for i in range(3)]
     world.at("e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    job = '[student]\nmodel = "student"\n[store]\nurl = "st"\n[run]\ndevice = "cpu"\n'
+    config = '[student]\nmodel = "student"\n[store]\nurl = "st"\n[run]\ndevice = "cpu"\n'
     train = "[train]\nlearning_rate = 1e-3\nloss_topk = 4\npack_length = 64\n"
-    world.at("t.toml").write_text(job + train)
+    world.at("t.toml").write_text(config + train)
 
 
-def test_train_is_examined_at_both_ends(world: World, call: Any) -> None:
-    done = call(f"{TRAIN} @st --out {world.new('out')} {EVAL} --format json").json
-    first, last = done["evaluations"]
-    assert (first["progress/step"], last["progress/step"]) == (0, done["updates"])
+def test_train_evaluates_at_both_ends(world: World, call: Any) -> None:
+    result = call(f"{TRAIN} @st --out {world.new('out')} {EVAL} --format json").json
+    first, last = result["evaluations"]
+    assert (first["progress/step"], last["progress/step"]) == (0, result["updates"])
     assert (first["eval/prompts"], first["eval/n"]) == (3, 2)
     assert 0 <= last["eval/avg_at_n"] <= 1
 
 
-def test_distill_is_examined_every_so_often(world: World, call: Any) -> None:
+def test_distill_evaluates_every_round(world: World, call: Any) -> None:
     sets = "--set eval.prompts=e.jsonl --set eval.n=2 --set eval.max_new_tokens=4"
-    place = "--set store.url=loop-e --set run.out=loop-e-out --set eval.every=1"
-    done = call(f"distill @d.toml {sets} {place} --format json")
-    assert done.code == 0, done.err
-    assert [line["progress/step"] for line in done.json["evaluations"]] == [0, 1, 2]
+    flags = "--set store.url=loop-e --set run.out=loop-e-out --set eval.every=1"
+    result = call(f"distill @d.toml {sets} {flags} --format json")
+    assert result.code == 0, result.err
+    assert [line["progress/step"] for line in result.json["evaluations"]] == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")
-def held(world: World) -> str:
-    """@name of a store of other responses, under the names of st."""
+def held_out(world: World) -> str:
+    """Return the @name of a store of other responses, with the rollout and teacher names of st."""
     name = world.new("held")
     assert world(f"{ROLL} {name} --seed 11") == 0
     assert world(f"{SCORE} {name}") == 0
     return name
 
 
-def test_a_run_is_measured_on_another_store(world: World, call: Any, held: str) -> None:
-    """At both ends the numbers of `probe metrics`, of the student before and after."""
+def test_train_evaluates_on_a_held_out_store(world: World, call: Any, held_out: str) -> None:
+    """Compare both evaluations with `probe metrics` of the student before and after training."""
     out, objective = world.new("out"), "overlap(k=4)"
-    flags = f"--eval-store {held} --objective {objective} --out {out}"
-    done = call(f"{TRAIN.replace('--loss-topk 4 ', '')} @st {flags} --format json").json
-    first, last = done["evaluations"]
-    place = f"--store {held} --objective {objective} --pack-length 64 --device cpu"
+    flags = f"--eval-store {held_out} --objective {objective} --out {out}"
+    result = call(f"{TRAIN.replace('--loss-topk 4 ', '')} @st {flags} --format json").json
+    first, last = result["evaluations"]
+    flags = f"--store {held_out} --objective {objective} --pack-length 64 --device cpu"
     for model, line in (("@student", first), (out, last)):
-        table = call(f"probe metrics --model {model} {place} --format json").json
-        want = {row["metric"]: row["all"] for row in table}
-        assert line["eval/rows"] == want["rows"]
-        assert line["eval/loss"] == pytest.approx(want[f"loss/{objective}"], rel=1e-6)
+        table = call(f"probe metrics --model {model} {flags} --format json").json
+        expected = {row["metric"]: row["all"] for row in table}
+        assert line["eval/rows"] == expected["rows"]
+        assert line["eval/loss"] == pytest.approx(expected[f"loss/{objective}"], rel=1e-6)
         for name in COMMON_METRICS:
-            assert line[f"eval/{name}"] == pytest.approx(want[name], rel=1e-6, abs=1e-9), name
+            assert line[f"eval/{name}"] == pytest.approx(expected[name], rel=1e-6, abs=1e-9), name
     assert first["eval/loss"] != last["eval/loss"]
-    noted = json.loads((world.at(out) / "run.json").read_text())["eval"]["held_out"]
-    assert (noted["rollouts"], noted["teacher"]) == ("main", "big")
-    assert noted["pin"]["number"] == 2 * UNITS - 1
+    recorded = json.loads((world.at(out) / "run.json").read_text())["eval"]["held_out"]
+    assert (recorded["rollouts"], recorded["teacher"]) == ("main", "big")
+    assert recorded["pin"]["number"] == 2 * UNITS - 1
 
 
-def test_a_run_is_measured_on_what_it_pinned_first(world: World, call: Any, held: str) -> None:
+def test_a_resumed_run_evaluates_on_its_first_snapshot(
+    world: World, call: Any, held_out: str
+) -> None:
     copy, out = world.new("copy"), world.new("out")
-    assert call(f"store merge {copy} {held}").code == 0
+    assert call(f"store merge {copy} {held_out}").code == 0
     command = f"{TRAIN} @st --out {out} --eval-store {copy} --format json"
     before = call(command).json["evaluations"]
     assert call(f"{ROLL} {copy} --rollouts main --seed 11 --rollouts other --seed 12").code == 0
     assert call(f"{SCORE} {copy} --rollouts other").code == 0
-    call(command).refused(2, "eval-rollouts is not given", "--eval-rollouts")
+    call(command).assert_error(2, "eval-rollouts is missing", "--eval-rollouts")
     assert call(f"{command} --eval-rollouts main").json["evaluations"] == before
     other = f"{command} --eval-rollouts other"
-    call(other).refused(1, "eval.held_out.rollouts = 'main', not 'other'", "--out")
-    # Another set of the very store that is trained on.
+    call(other).assert_error(1, "eval.held_out.rollouts = 'main', not 'other'", "--out")
+    # Another set of rollouts in the store of the training.
     own = f"{TRAIN} {copy} --rollouts main --eval-rollouts other --eval-every 1 {EVAL}"
-    done = call(f"{own} --out {world.new('out')} --format json").json
-    assert [line["progress/step"] for line in done["evaluations"]] == [*range(done["updates"] + 1)]
-    assert all(line["eval/rows"] and line["eval/n"] == 2 for line in done["evaluations"])
+    result = call(f"{own} --out {world.new('out')} --format json").json
+    assert [line["progress/step"] for line in result["evaluations"]] == [
+        *range(result["updates"] + 1)
+    ]
+    assert all(line["eval/rows"] and line["eval/n"] == 2 for line in result["evaluations"])
 
 
-def test_a_loop_is_measured_on_another_store(world: World, call: Any, held: str) -> None:
+def test_distill_evaluates_on_a_held_out_store(world: World, call: Any, held_out: str) -> None:
     store, out = world.at(world.new("loop")), world.at(world.new("out"))
-    places = f"--set store.url={store} --set run.out={out} --set eval.store={world.at(held)}"
-    done = call(f"distill @d.toml {places} --format json")
-    assert done.code == 0, done.err
-    assert "held out: prefixes: " in done.err
-    first, last = done.json["evaluations"]
+    places = f"--set store.url={store} --set run.out={out} --set eval.store={world.at(held_out)}"
+    result = call(f"distill @d.toml {places} --format json")
+    assert result.code == 0, result.err
+    assert "held out: prefixes: " in result.err
+    first, last = result.json["evaluations"]
     assert last["eval/loss"] != first["eval/loss"]
     assert call(f"distill @d.toml {places} --format json").json["evaluations"] == [first, last]
 
 
-def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str) -> None:
+def test_ablate_evaluates_all_runs_on_one_snapshot(world: World, call: Any, held_out: str) -> None:
     copy, out = world.new("copy"), world.new("ablation")
-    assert call(f"store merge {copy} {held}").code == 0
+    assert call(f"store merge {copy} {held_out}").code == 0
     command = f"ablate @t.toml --set eval.store={world.at(copy)} --out {out} --format json"
     (row,) = call(f"{command} --vary objective=overlap").json["rows"]
     assert row["eval_loss"] > 0
@@ -122,22 +126,22 @@ def test_an_ablation_is_measured_on_one_state(world: World, call: Any, held: str
         ("--eval-store HELD --objective opd --loss-topk 6", 1, "k = 6", ""),
     ],
 )
-def test_what_cannot_be_measured_on(
-    world: World, call: Any, held: str, flags: str, code: int, cause: str, hint: str
+def test_wrong_eval_store_flags_are_an_error(
+    world: World, call: Any, held_out: str, flags: str, code: int, cause: str, hint: str
 ) -> None:
     out = world.new("out")
-    command = f"{TRAIN} @st --out {out} {flags.replace('HELD', held)}"
-    call(command).refused(code, cause, hint)
+    command = f"{TRAIN} @st --out {out} {flags.replace('HELD', held_out)}"
+    call(command).assert_error(code, cause, hint)
     assert not (world.at(out) / "run.json").exists()
 
 
-def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: Any) -> None:
-    """Its responses hold the student's top 2 alone."""
+def test_an_eval_store_must_fit_the_objective(world: World, call: Any) -> None:
+    """Evaluate on rollouts with only the top 2 of the student."""
     few, out = world.new("few"), world.new("out")
     assert call(f"{ROLL} {few} --student-topk 2").code == 0
     assert call(f"{SCORE} {few}").code == 0
     command = f"{TRAIN} @st --objective opd --out {out}"
-    call(f"{command} --eval-store {few}").refused(1, "k = 4", "")
+    call(f"{command} --eval-store {few}").assert_error(1, "k = 4", "")
     assert not (world.at(out) / "run.json").exists()
     assert call(command).code == 0
 
@@ -154,10 +158,10 @@ def test_a_store_that_cannot_serve_the_objective_is_refused(world: World, call: 
         ("--eval-prompts @e.jsonl", 2, "eval.max_new_tokens = 512", "--eval-max-new-tokens"),
     ],
 )
-def test_what_cannot_be_examined(
+def test_wrong_eval_prompts_flags_are_an_error(
     world: World, call: Any, flags: str, code: int, cause: str, hint: str
 ) -> None:
-    call(f"{TRAIN} @st --out {world.new('out')} {flags}").refused(code, cause, hint)
+    call(f"{TRAIN} @st --out {world.new('out')} {flags}").assert_error(code, cause, hint)
 
 
 def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
@@ -165,8 +169,8 @@ def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
     command = f"ablate @t.toml --vary objective=overlap,teacher_topk --seeds 2 --out {out}"
     text = call(command)
     assert text.code == 0, text.err
-    head, *rows = text.out.splitlines()
-    assert head.split()[:4] == ["objective", "n", "loss", "overlap_ratio"]
+    header, *rows = text.out.splitlines()
+    assert header.split()[:4] == ["objective", "n", "loss", "overlap_ratio"]
     assert [row.split()[:2] for row in rows[:2]] == [["overlap", "2"], ["teacher_topk", "2"]]
     assert "±" in rows[0]
     assert "teacher seconds spent: 0; saved: a live teacher would have added" in rows[3]
@@ -183,9 +187,9 @@ def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
         ("", 2, "--vary", "ablate --help"),
     ],
 )
-def test_what_cannot_be_ablated(
+def test_wrong_ablations_are_an_error(
     world: World, call: Any, flags: str, code: int, cause: str, hint: str
 ) -> None:
     out = world.new("ablation")
-    call(f"ablate @t.toml {flags} --out {out}").refused(code, cause, hint)
+    call(f"ablate @t.toml {flags} --out {out}").assert_error(code, cause, hint)
     assert not world.at(out).exists()

@@ -1,4 +1,4 @@
-"""The promise: sample and score once, then train with any objective from the same store."""
+"""Every objective trains from one store that was sampled and scored once."""
 
 import json
 from typing import Any
@@ -24,15 +24,17 @@ OTHERS = {name: f"sampled_token+{name}" for name in MODIFIERS}
 
 @pytest.fixture(scope="module")
 def store(world: World) -> str:
-    """Rollouts with draws; a teacher's every id, at the draws too; a base; a teacher's draws."""
+    """Store rollouts with draws, full teacher and base scores, and a teacher's own draws."""
     name = world.new("all")
-    every = f"--teacher-topk-min {N_VOCAB} --teacher-topk-max {N_VOCAB} --device cpu --store {name}"
+    score_flags = (
+        f"--teacher-topk-min {N_VOCAB} --teacher-topk-max {N_VOCAB} --device cpu --store {name}"
+    )
     assert world(f"{ROLL} {name} --student-topk 16 --mc-draws 4") == 0
-    assert world(f"score --model @teacher --teacher big --extra-ids mc {every}") == 0
+    assert world(f"score --model @teacher --teacher big --extra-ids mc {score_flags}") == 0
     assert (
         world(
             f"score --model @other-teacher --teacher base --teacher-kind base "
-            f"--extra-ids mc {every}"
+            f"--extra-ids mc {score_flags}"
         )
         == 0
     )
@@ -41,20 +43,20 @@ def store(world: World) -> str:
     return name
 
 
-def test_a_bound_leaves_out_what_must_be_scored_again(world: World, call: Any) -> None:
+def test_a_staleness_bound_skips_or_stops(world: World, call: Any) -> None:
     out = world.new("out")
     train = f"train --model @student --store {world.store()} --out {out} --objective overlap"
-    done = call(
+    result = call(
         f"{train} --loss-topk 4 --staleness-action skip --min-coverage 1 --lr 1e-3 --device cpu"
     )
-    assert done.code == 0
-    assert "gave no gradient; sample and score again" in done.err
-    kept = json.loads((world.at(out) / "run.json").read_text())["rescore"]
-    assert 0 < kept["skipped"] <= kept["positions"]
-    stopped = call(
+    assert result.code == 0
+    assert "gave no gradient; sample and score again" in result.err
+    recorded = json.loads((world.at(out) / "run.json").read_text())["rescore"]
+    assert 0 < recorded["skipped"] <= recorded["positions"]
+    stopped_run = call(
         f"{train} --loss-topk 4 --staleness-action stop --min-coverage 1 --device cpu --overwrite"
     )
-    stopped.refused(3, "is under --min-coverage 1.0", "sample and score again")
+    stopped_run.assert_error(3, "is under --min-coverage 1.0", "sample and score again")
 
 
 @pytest.mark.parametrize("objective", [*PRESETS, *(OTHERS | MODIFIED).values()])
@@ -64,17 +66,17 @@ def test_every_objective_trains_from_one_store(
     out = world.new("out")
     teacher = "drawn" if objective == "rs_kd" else "big"
     base = "--base base" if "exopd" in objective or "extrapolate" in objective else ""
-    done = call(
+    result = call(
         f"train --model @student --store {store} --teacher {teacher} {base} --out {out} "
         f"--objective {objective} --pack-length 64 --lr 1e-3 --device cpu --format json"
     )
-    assert done.code == 0, done.err
-    assert done.json["updates"] >= 1
+    assert result.code == 0, result.err
+    assert result.json["updates"] >= 1
     lines = [
         json.loads(line) for line in (world.at(out) / "metrics.jsonl").read_text().splitlines()
     ]
     assert all(line["train/grad_norm"] > 0 for line in lines)
     assert all(line["train/changed_share"] > 0.5 for line in lines)
-    kept = json.loads((world.at(out) / "run.json").read_text())
-    assert f"estimator: {kept['exactness']['estimator']}" in done.err
-    assert set(kept["exactness"]) == {"scores", "support", "estimator", "prefixes", "notes"}
+    recorded = json.loads((world.at(out) / "run.json").read_text())
+    assert f"estimator: {recorded['exactness']['estimator']}" in result.err
+    assert set(recorded["exactness"]) == {"scores", "support", "estimator", "prefixes", "notes"}

@@ -24,7 +24,7 @@ rounds = 2
 """
 
 
-def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> None:
+def test_an_omitted_flag_takes_the_default_of_the_configuration() -> None:
     flags = {
         "student__model": "m",
         "prompts__file": "p.jsonl",
@@ -32,13 +32,13 @@ def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> No
         "rollout__n": None,
         "rollout__top_k": 7,
     }
-    job = config_from_flags(RolloutConfig, flags)
-    assert (job.rollout.n, job.rollout.top_k, job.rollout.student_topk) == (4, 7, 16)
-    assert job.rollout.record()["top_k"] == 7
+    config = config_from_flags(RolloutConfig, flags)
+    assert (config.rollout.n, config.rollout.top_k, config.rollout.student_topk) == (4, 7, 16)
+    assert config.rollout.record()["top_k"] == 7
 
 
 @pytest.mark.parametrize(
-    ("kind", "flags", "words"),
+    ("kind", "flags", "causes"),
     [
         (RolloutConfig, {"rollout__top_p": 1.5}, ["--top-p = 1.5", "less than or equal to 1"]),
         (ScoreConfig, {"teacher__name": "../x"}, ["--teacher = '../x'"]),
@@ -50,16 +50,16 @@ def test_flags_that_are_not_given_leave_the_default_to_the_configuration() -> No
         ),
     ],
 )
-def test_a_forbidden_value_is_named_with_its_rule(
-    kind: type, flags: dict[str, object], words: list[str]
+def test_a_forbidden_value_is_reported_with_its_rule(
+    kind: type, flags: dict[str, object], causes: list[str]
 ) -> None:
-    needed = {"student__model": "m", "prompts__file": "p", "store__url": "s"}
-    needed |= {"teacher__model": "t", "teacher__name": "t"}
+    required = {"student__model": "m", "prompts__file": "p", "store__url": "s"}
+    required |= {"teacher__model": "t", "teacher__name": "t"}
     fields = {f"{s}__" for s in kind.model_fields}
-    given = {k: v for k, v in needed.items() if any(k.startswith(f) for f in fields)}
+    values = {k: v for k, v in required.items() if any(k.startswith(f) for f in fields)}
     with pytest.raises(ConfigError) as caught:
-        config_from_flags(kind, given | flags)
-    assert all(word in caught.value.cause for word in words)
+        config_from_flags(kind, values | flags)
+    assert all(word in caught.value.cause for word in causes)
     assert caught.value.hint
 
 
@@ -73,9 +73,9 @@ def test_toml_round_trip_and_paths_relative_to_the_file(tmp_path) -> None:
     assert config.run.out == tmp_path / "other"
     assert config.student.model == str(tmp_path / "student")
     assert config.teacher.model == "org/teacher"
-    again = tmp_path / "again.toml"
-    again.write_text(to_toml(config))
-    assert read_toml(again) == config
+    written = tmp_path / "again.toml"
+    written.write_text(to_toml(config))
+    assert read_toml(written) == config
 
 
 def test_every_path_of_a_section_is_relative_to_the_file(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_every_path_of_a_section_is_relative_to_the_file(tmp_path: Path) -> None
         ("[loop", "not TOML", "repair"),
     ],
 )
-def test_a_wrong_file_names_the_key_and_the_nearest_known_one(
+def test_a_wrong_key_is_reported_with_the_nearest_valid_one(
     tmp_path, text: str, cause: str, hint: str
 ) -> None:
     file = tmp_path / "run.toml"
@@ -112,14 +112,14 @@ def test_a_wrong_file_names_the_key_and_the_nearest_known_one(
 
 
 @pytest.mark.parametrize("text", ["lr=1", "train.learning_rate", "=3"])
-def test_a_malformed_override_shows_the_form(tmp_path, text: str) -> None:
+def test_a_malformed_override_is_reported_with_the_syntax(tmp_path, text: str) -> None:
     file = tmp_path / "run.toml"
     file.write_text(MINIMAL)
     with pytest.raises(ConfigError, match="section.key=value"):
         read_toml(file, [text])
 
 
-def test_a_missing_file_is_named(tmp_path) -> None:
+def test_a_missing_file_is_reported(tmp_path) -> None:
     with pytest.raises(ConfigError, match="nothing.toml"):
         read_toml(tmp_path / "nothing.toml")
 

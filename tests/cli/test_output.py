@@ -1,4 +1,4 @@
-"""Results for a person: no wider than the terminal, nothing twice, numbers side by side."""
+"""Text output: within the width of the terminal, without repetition, evaluations as columns."""
 
 import json
 from typing import Any
@@ -13,12 +13,12 @@ EVAL = "--eval-prompts @side.jsonl --eval-n 2 --eval-max-new-tokens 4 --eval-sto
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal, as far as lines are concerned."""
+def narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the width of the terminal."""
     monkeypatch.setattr(output, "_columns", lambda: COLUMNS)
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("narrow_terminal")
 @pytest.mark.parametrize(
     "command",
     [
@@ -31,12 +31,12 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_no_line_is_wider_than_the_terminal(world: World, call: Any, command: str) -> None:
-    done = call(command.replace("OUT", world.new("out")))
-    assert done.code == 0, done.err
-    assert max(map(len, done.out.splitlines())) <= COLUMNS
+    result = call(command.replace("OUT", world.new("out")))
+    assert result.code == 0, result.err
+    assert max(map(len, result.out.splitlines())) <= COLUMNS
 
 
-def test_what_a_program_reads_is_not_wrapped(call: Any) -> None:
+def test_piped_output_is_not_wrapped(call: Any) -> None:
     listed = call("objectives --format json").json
     assert all(row["source"] for row in listed)
     lines = call("objectives").out.splitlines()
@@ -44,17 +44,17 @@ def test_what_a_program_reads_is_not_wrapped(call: Any) -> None:
     assert all(row["formula"] in line for row, line in zip(listed, lines[1:], strict=True))
 
 
-def test_what_segments_of_a_name_have_in_common_is_said_once(call: Any) -> None:
+def test_ls_prints_common_fields_of_segments_once(call: Any) -> None:
     listed = call("store ls @st --format json").json
     out = call("store ls @st").out
-    heads = [line for line in out.splitlines() if ": layout" in line]
-    assert [head.split(":")[0] for head in heads] == ["rollout main", "score big"]
-    assert out.count("profile default") == len(heads)
+    headers = [line for line in out.splitlines() if ": layout" in line]
+    assert [header.split(":")[0] for header in headers] == ["rollout main", "score big"]
+    assert out.count("profile default") == len(headers)
     assert out.count(listed[-1]["request"]) == 1
     assert all(row["segment"] not in out and row["segment"][:8] in out for row in listed)
 
 
-def test_what_is_deleted_is_told_by_short_ids(call: Any) -> None:
+def test_delete_prints_short_segment_ids(call: Any) -> None:
     command = "store delete @st --teacher big --dry-run"
     deleted = call(f"{command} --format json").json
     assert len(deleted) == UNITS
@@ -62,7 +62,7 @@ def test_what_is_deleted_is_told_by_short_ids(call: Any) -> None:
     assert all(row["segment"] not in out and row["segment"][:8] in out for row in deleted)
 
 
-def test_evaluations_stand_side_by_side(world: World, call: Any) -> None:
+def test_evaluations_are_columns(world: World, call: Any) -> None:
     row = {"id": "e", "prompt": "1 + 1 =", "answer": "2"}
     world.at("side.jsonl").write_text(json.dumps(row) + "\n")
     command = f"{TRAIN} @st --out {world.new('out')} {EVAL} --eval-every 1"

@@ -1,4 +1,4 @@
-"""`--grader` of rollouts as it is typed: what is stored, shown, and refused."""
+"""`rollout --grader`: stored rewards, their output, and errors of graders."""
 
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,20 @@ def test_rewards_are_stored_and_shown(world: World, call: Any) -> None:
     assert [row["mean_reward"] for row in rows] == [np.mean(unit.reward) for unit in units]
     assert "grader our_grading:even" in rows[0]["request"]
     for i in range(4):
-        shown = call(f"store show {store} --sequence {i} --format json").json
-        assert shown["reward"] == rewards[i]
+        output = call(f"store show {store} --sequence {i} --format json").json
+        assert output["reward"] == rewards[i]
     assert call(f"store verify {store} --deep").code == 0
     assert call(f"{SCORE} {store}").code == 0
     rows = call(f"store ls {store} --format json").json
     assert [row["mean_reward"] for row in rows[UNITS:]] == [None] * UNITS
 
 
-def test_stores_without_rewards_say_so(world: World, call: Any) -> None:
+def test_a_store_without_rewards_has_no_mean_reward(world: World, call: Any) -> None:
     assert call("store info @st --format json").json["mean_reward"] == {}
     assert "reward" not in call("store show @st --format json").json
 
 
-def test_a_loop_grades_its_rounds(world: World, call: Any) -> None:
+def test_distill_grades_each_round(world: World, call: Any) -> None:
     store, out = world.new("store"), world.new("out")
     loop = f"distill @d.toml --set store.url={world.at(store)} --set run.out={world.at(out)}"
     assert call(f"{loop} --set rollout.grader=our_grading:even").code == 0
@@ -64,7 +64,7 @@ def test_a_loop_grades_its_rounds(world: World, call: Any) -> None:
         found = source.pack(np.asarray([[ordinal, 1]])).targets.reward
         assert found is not None
         assert set(found.tolist()) == {float(reward[1])}
-    call(loop).refused(1, "prompts", "of this run's own")
+    call(loop).assert_error(1, "prompts", "set store.rollouts and run.out to new names")
 
 
 def test_an_estimate_counts_the_bytes_of_rewards(call: Any) -> None:
@@ -83,10 +83,10 @@ def test_an_estimate_counts_the_bytes_of_rewards(call: Any) -> None:
         ("--grader our_grading:never", 1, "on prompt 'p0': KeyError", "repair the grader"),
     ],
 )
-def test_graders_that_cannot_grade(
+def test_wrong_graders_are_an_error(
     world: World, call: Any, flags: str, code: int, cause: str, hint: str
 ) -> None:
     store = world.new("store")
-    call(f"{ROLL} {store} {flags}").refused(code, cause, hint)
+    call(f"{ROLL} {store} {flags}").assert_error(code, cause, hint)
     if world.at(store).exists():
         assert not open_store(world.at(store)).head().segments

@@ -1,4 +1,4 @@
-"""`logitcask store`: a store's whole life from the command line."""
+"""`logitcask store`: snapshots, deletion, copies, repair, extension and estimates."""
 
 import json
 from typing import Any
@@ -18,7 +18,7 @@ from tests.engine.training.returned_topk import TopKTeacher
 ALL = 2 * UNITS
 
 
-def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
+def test_train_takes_a_snapshot_by_tag_or_number(world: World, call: Any) -> None:
     store = world.store(ALL)
     snapshot = call(f"store snapshot {store} --format json").json
     assert snapshot["log_number"] == ALL - 1
@@ -27,39 +27,41 @@ def test_a_pin_is_what_train_takes(world: World, call: Any) -> None:
     assert call(f"store snapshot {store} --at paper --format json").json["tags"] == ["paper"]
     assert call(f"store tag {store} --format json").json[0]["tag"] == "paper"
     assert call(f"store info {store} --format json").json["tags"] == {"paper": ALL - 2}
-    # At the tag one unit has no scores yet.
-    call(f"{TRAIN} {store} --out {world.new('out')} --snapshot paper").refused(
+    # At the tag one unit has no scores.
+    call(f"{TRAIN} {store} --out {world.new('out')} --snapshot paper").assert_error(
         3, "1 of 4 units", "--partial"
     )
     out = world.new("out")
-    done = call(f"{TRAIN} {store} --out {out} --snapshot paper --partial --format json")
-    assert done.code == 0, done.err
+    result = call(f"{TRAIN} {store} --out {out} --snapshot paper --partial --format json")
+    assert result.code == 0, result.err
     run = json.loads((world.at(out) / "run.json").read_text())
     assert run["pin"]["number"] == ALL - 2
     by_number = call(f"{TRAIN} {store} --out {out} --snapshot {ALL - 2} --partial --format json")
-    assert by_number.json["resumed_at"] == done.json["updates"], "the same snapshot by its number"
-    call(f"{TRAIN} {store} --out {out} --snapshot {ALL - 1} --partial").refused(
+    assert by_number.json["resumed_at"] == result.json["updates"], "the same snapshot by its number"
+    call(f"{TRAIN} {store} --out {out} --snapshot {ALL - 1} --partial").assert_error(
         1, "pin", "--overwrite"
     )
-    call(f"{TRAIN} {store} --out {out} --snapshot nothing").refused(
+    call(f"{TRAIN} {store} --out {out} --snapshot nothing").assert_error(
         1, "no tag 'nothing'", "store tag"
     )
-    call(f"store snapshot {store} --at 99").refused(
+    call(f"store snapshot {store} --at 99").assert_error(
         1, "no log record 99", "give an existing number"
     )
-    call(f"store tag {store} --remove").refused(2, "need the NAME", "--help")
+    call(f"store tag {store} --remove").assert_error(2, "need the NAME", "--help")
     assert call(f"store tag {store} paper --remove").code == 0
-    call(f"store snapshot {store} --at paper").refused(
+    call(f"store snapshot {store} --at paper").assert_error(
         1, "no tag 'paper'; it has: none", "store tag"
     )
 
 
-def test_what_is_deleted_is_scored_again_and_swept(world: World, call: Any) -> None:
+def test_deleted_scores_are_collected_and_scored_again(world: World, call: Any) -> None:
     store = world.store(ALL)
     deleted = call(f"store delete {store} --teacher big --format json").json
     assert len(deleted) == UNITS
-    call(f"store delete {store} --teacher big").refused(2, "no 'big' to delete", "rollouts: main")
-    call(f"{TRAIN} {store} --out {world.new('out')}").refused(
+    call(f"store delete {store} --teacher big").assert_error(
+        2, "no 'big' to delete", "rollouts: main"
+    )
+    call(f"{TRAIN} {store} --out {world.new('out')}").assert_error(
         3,
         "no scores",
         "run `logitcask score` first; an earlier snapshot does not have later scores",
@@ -67,17 +69,17 @@ def test_what_is_deleted_is_scored_again_and_swept(world: World, call: Any) -> N
     assert call(f"store gc {store} --format json").json["segments"] == 0, (
         "a recent snapshot reads them"
     )
-    gone = call(f"store gc {store} --keep-days 0 --dry-run --format json").json
-    assert (gone["segments"], gone["kept"]) == (UNITS, UNITS)
+    preview = call(f"store gc {store} --keep-days 0 --dry-run --format json").json
+    assert (preview["segments"], preview["kept"]) == (UNITS, UNITS)
     report = call(f"store gc {store} --keep-days 0 --format json").json
-    assert report == gone | {"dry_run": False}
+    assert report == preview | {"dry_run": False}
     assert call(f"{SCORE} {store} --format json").json["units_new"] == UNITS
     report = call(f"store verify {store} --deep --format json").json
     assert (report["segments"], report["orphans"], report["decoded"]) == (ALL, [], True)
-    call(f"store gc {store} --keep-days -1").refused(2, "--keep-days = -1", "readable")
+    call(f"store gc {store} --keep-days -1").assert_error(2, "--keep-days = -1", "readable")
 
 
-def test_a_store_travels_as_files(world: World, call: Any) -> None:
+def test_pack_and_unpack_copy_a_store(world: World, call: Any) -> None:
     store, packed, other = world.store(ALL), world.new("packed"), world.new("other")
     assert call(f"store pack {store} {packed} --format json").json["files"] == ALL
     files = " ".join(f"@{packed[1:]}/{f.name}" for f in world.at(packed).iterdir())
@@ -85,16 +87,16 @@ def test_a_store_travels_as_files(world: World, call: Any) -> None:
     assert call(f"store merge {store} {other} --format json").json["there"] == ALL
     rows = [call(f"store show {name} --format json").json for name in (store, other)]
     assert rows[0] == rows[1]
-    call(f"store unpack {other} @p.jsonl").refused(4, "p.jsonl: not a packed segment", "pack")
-    lonely = " ".join(name for name in files.split() if "/score-" in name)
-    call(f"store unpack {world.new('lonely')} {lonely}").refused(
+    call(f"store unpack {other} @p.jsonl").assert_error(4, "p.jsonl: not a packed segment", "pack")
+    scores_only = " ".join(name for name in files.split() if "/score-" in name)
+    call(f"store unpack {world.new('lonely')} {scores_only}").assert_error(
         3, f"{UNITS} segments were left out", "bring these in too"
     )
-    call(f"store merge {other} @nowhere").refused(1, "not a logitcask store", "check the path")
+    call(f"store merge {other} @nowhere").assert_error(1, "not a logitcask store", "check the path")
     assert not world.at("@nowhere").exists()
 
 
-def test_damage_is_repaired_from_a_copy_or_made_again(world: World, call: Any) -> None:
+def test_damage_is_repaired_from_a_copy_or_scored_again(world: World, call: Any) -> None:
     store, copy = world.store(ALL), world.new("copy")
     assert call(f"store merge {copy} {store}").code == 0
     scores = [r for r in call(f"store ls {store} --format json").json if r["kind"] == "score"]
@@ -102,12 +104,12 @@ def test_damage_is_repaired_from_a_copy_or_made_again(world: World, call: Any) -
     sound = file.read_bytes()
     file.write_bytes(sound[:-1])
     broken = call(f"store verify {store}")
-    broken.refused(4, "ent/zarr.json", "merge STORE COPY --repair")
+    broken.assert_error(4, "ent/zarr.json", "merge STORE COPY --repair")
     assert "damaged: " in broken.err
     assert call(f"store merge {store} {copy} --format json").json["repaired"] == 0
     assert call(f"store merge {store} {copy} --repair --format json").json["repaired"] == 1
     assert file.read_bytes() == sound
-    # Without a copy: the unit is deleted and made again.
+    # Without a copy: delete the unit and score it again.
     file.write_bytes(sound[:-1])
     segment = scores[0]["segment"]
     assert len(call(f"store delete {store} --segment {segment} --dry-run --format json").json) == 1
@@ -116,34 +118,36 @@ def test_damage_is_repaired_from_a_copy_or_made_again(world: World, call: Any) -
     assert call(f"store verify {store} --deep").code == 0
 
 
-def test_a_larger_request_widens_from_the_command_line(world: World, call: Any) -> None:
+def test_a_larger_request_extends_stored_scores(world: World, call: Any) -> None:
     store = world.store(ALL)
-    wider = call(
+    extended = call(
         f"{SCORE} {store} --teacher-topk-min 6 --teacher-topk-max 20 --teacher-top-p "
         f"0.9999 --format json"
     ).json
-    assert wider["units_new"] == UNITS
+    assert extended["units_new"] == UNITS
     layouts = [row["layout"] for row in call(f"store ls {store} --format json").json]
     assert layouts.count("wider") == UNITS
     (first, *_) = call(f"store show {store} --top 20 --format json").json["rows"]
     assert len(first["teacher_top"]) >= 6
     again = call(f"{SCORE} {store} --teacher-topk-min 5 --format json").json
     assert (again["units_new"], again["units_done_before"]) == (0, UNITS)
-    done = call(f"{TRAIN} {store} --objective teacher_topk --loss-topk 6 --out {world.new('out')}")
-    assert done.code == 0, done.err
+    result = call(
+        f"{TRAIN} {store} --objective teacher_topk --loss-topk 6 --out {world.new('out')}"
+    )
+    assert result.code == 0, result.err
     own = (
         f"score --model @student --teacher self --teacher-topk-min 4 "
         f"--teacher-topk-max 4 --device cpu --store {store}"
     )
     assert call(own).code == 0
     assert call(f"{SCORE} {store} --extra-ids self --format json").json["units_new"] == UNITS
-    call(f"{SCORE} {store} --extra-ids nobody").refused(
-        3, "no scores of 'nobody'", "score with that"
+    call(f"{SCORE} {store} --extra-ids missing").assert_error(
+        3, "no scores of 'missing'", "score with that"
     )
 
 
 @pytest.mark.parametrize("profile", ["compact", "interop", "raw32"])
-def test_profiles_from_the_command_line(world: World, call: Any, profile: str) -> None:
+def test_profiles_are_stored_and_trained_from(world: World, call: Any, profile: str) -> None:
     from tests.cli.conftest import ROLL
 
     store = world.new("store")
@@ -154,7 +158,7 @@ def test_profiles_from_the_command_line(world: World, call: Any, profile: str) -
     assert call(f"{TRAIN} {store} --out {world.new('out')}").code == 0
 
 
-def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> None:
+def test_estimate_predicts_bytes_and_missed_kl(world: World, call: Any) -> None:
     command = (
         "store estimate @teacher @p.jsonl --student @student --no-chat-template "
         f"--max-new-tokens {NEW} --n {N} --teacher-topk-min 4 --student-topk 4 "
@@ -166,50 +170,56 @@ def test_estimate_says_what_the_whole_would_cost(world: World, call: Any) -> Non
     rows = {(r["profile"], r["top_p"], r["k_max"]): r for r in found["rows"]}
     assert len(rows) == 4 * 3 * 2
     for profile in ("default", "raw32"):
-        # A larger top-p costs bytes and misses less; so does a larger k_max.
+        # A larger top-p stores more entries and misses less of the KL.
         few, more = rows[profile, 0.99, 64], rows[profile, 0.9999, 64]
         assert few["entries"] <= more["entries"]
         assert few["forward_kl_missed"] >= more["forward_kl_missed"] - 1e-6
     exact = rows["raw32", 0.9999, 256]
-    assert exact["forward_kl_missed"] == pytest.approx(0, abs=1e-4), "nearly all of 99 ids are kept"
+    assert exact["forward_kl_missed"] == pytest.approx(0, abs=1e-4), (
+        "nearly all of the 99 ids are stored"
+    )
     assert rows["compact", 0.99, 64]["bytes"] < exact["bytes"]
-    whole = found["all_prompts"]
-    assert whole["positions"] == round(found["mean_length"] * 16)
-    assert whole["bytes"] == pytest.approx(
-        whole["positions"] * rows["default", 0.999, 64]["bytes"], rel=0.01
+    all_prompts = found["all_prompts"]
+    assert all_prompts["positions"] == round(found["mean_length"] * 16)
+    assert all_prompts["bytes"] == pytest.approx(
+        all_prompts["positions"] * rows["default", 0.999, 64]["bytes"], rel=0.01
     )
     text = call(command).out
     assert "scoring_s_per_million" in text
     assert "forward_kl_missed" in text
-    call(command.replace("--student @student ", "")).refused(2, "--student", "--help")
-    call(command.replace("@teacher", "@other-tokenizer")).refused(
+    call(command.replace("--student @student ", "")).assert_error(2, "--student", "--help")
+    call(command.replace("@teacher", "@other-tokenizer")).assert_error(
         1, "tokenizer", "--student-tokenizer"
     )
 
 
-def test_an_estimate_is_of_what_the_student_would_say(world: World, call: Any) -> None:
-    """And not of a student that may not use the tokens that its teacher lacks."""
+def test_estimate_needs_a_teacher_with_every_token(world: World, call: Any) -> None:
+    """Reject a student with a token that the teacher lacks."""
     more = make_tokenizer(characters=CHARACTERS + "é")
     model = make_model(seed=0, vocab_size=N_VOCAB + 1, eos=[1, N_VOCAB])
     save_folder(world.at("@wider"), model, more)
-    asked = (
+    command = (
         "store estimate @teacher @p.jsonl --student @wider --student-tokenizer @wider "
         f"--no-chat-template --max-new-tokens {NEW} --n {N} --teacher-topk-min 4 "
         f"--student-topk 4 --device cpu"
     )
-    call(asked).refused(1, f"only one of student and teacher has, from {N_VOCAB} on", "template")
+    call(command).assert_error(
+        1, f"only one of student and teacher has, from {N_VOCAB} on", "template"
+    )
 
 
-def test_a_base_model_is_shown_only_to_who_names_it(world: World, call: Any) -> None:
+def test_show_prints_a_base_model_only_by_name(world: World, call: Any) -> None:
     store = world.store()
     base = f"score --model @student --teacher-kind base --teacher root {KEPT} --store {store}"
     assert call(base).code == 0
     shown = call(f"store show {store} --format json").json
-    named = [call(f"store show {store} --teacher {t} --format json").json for t in ("big", "root")]
-    assert shown == named[0] != named[1]
+    per_name = [
+        call(f"store show {store} --teacher {t} --format json").json for t in ("big", "root")
+    ]
+    assert shown == per_name[0] != per_name[1]
 
 
-def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> None:
+def test_show_prints_an_entropy_interval(world: World, call: Any) -> None:
     store = world.new("store")
     assert call(f"{ROLL} {store}").code == 0
     opened = open_store(world.at(store))
@@ -224,12 +234,12 @@ def test_an_interval_of_an_entropy_is_shown_as_one(world: World, call: Any) -> N
         )
     )
     rows = call(f"store show {store} --format json").json["rows"]
-    said = call(f"store show {store}").out
+    text = call(f"store show {store}").out
     for row in rows:
         low, high = row["teacher_entropy"], row["teacher_entropy_hi"]
         assert low < high
-        assert f"{low:.4g}-{high:.4g}" in said
-    assert "teacher_entropy_hi" not in said
+        assert f"{low:.4g}-{high:.4g}" in text
+    assert "teacher_entropy_hi" not in text
     listed = call(f"store ls {store} --format json").json
     assert {row["layout"] for row in listed if row["kind"] == "score"} == {"whole+bounds"}
     assert "whole+bounds" in call(f"store ls {store}").out

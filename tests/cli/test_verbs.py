@@ -1,4 +1,4 @@
-"""What the verbs print when all is well: results on stdout, everything else on stderr."""
+"""Output of successful commands: results on stdout, everything else on stderr."""
 
 import tomllib
 from importlib.metadata import version
@@ -12,11 +12,11 @@ from tests.cli.conftest import NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 
 SEQUENCES = 2 * UNITS * N
 ALL = 2 * UNITS
-"""Commits of a whole store."""
+"""Commits of a complete store."""
 
 
-def reads(name: str) -> list[tuple[str, int, str]]:
-    """(verb, commits of the store, a key of its JSON)."""
+def commands_with_json(name: str) -> list[tuple[str, int, str]]:
+    """Return (command, commits of the store, a key of its JSON) for each command."""
     return [
         (f"{ROLL} {name}", 0, "units_new"),
         (f"{SCORE} {name}", UNITS, "units_new"),
@@ -42,37 +42,37 @@ def reads(name: str) -> list[tuple[str, int, str]]:
     ]
 
 
-@pytest.mark.parametrize(("command", "commits", "key"), reads("STORE"))
-def test_json_is_all_that_stdout_holds_and_stderr_is_lines_of_ours(
+@pytest.mark.parametrize(("command", "commits", "key"), commands_with_json("STORE"))
+def test_stdout_is_json_only_and_stderr_has_only_known_lines(
     world: World, call: Any, command: str, commits: int, key: str
 ) -> None:
     command = command.replace("STORE", world.store(commits)).replace("OUT", world.new("out"))
-    done = call(f"{command} --format json")
-    assert done.code == 0, done.err
-    values = done.json
+    result = call(f"{command} --format json")
+    assert result.code == 0, result.err
+    values = result.json
     assert key in (values[0] if isinstance(values, list) else values)
     stages = ("rollout", "score", "train", "verify", "pack", "merge", "estimate")
-    ours = tuple(f"{name}: " for name in (*stages, "scores", "support", "estimator"))
-    strange = [
+    prefixes = tuple(f"{name}: " for name in (*stages, "scores", "support", "estimator"))
+    unexpected = [
         line
-        for line in done.err.splitlines()
-        if not line.startswith((*ours, "prefixes: ", "note: ", "warning: cache/"))
+        for line in result.err.splitlines()
+        if not line.startswith((*prefixes, "prefixes: ", "note: ", "warning: cache/"))
     ]
-    assert not strange, "a library's bars and warnings"
+    assert not unexpected, "stderr must be free of progress bars and warnings of libraries"
 
 
-def test_text_and_json_say_the_same(world: World, call: Any) -> None:
+def test_text_and_json_agree(world: World, call: Any) -> None:
     text = dict(line.split(maxsplit=1) for line in call("store info @st").out.splitlines())
     values = call("store info @st --format json").json
     assert text.keys() == values.keys()
     assert int(text["bytes"]) == values["bytes"]
-    told = call("store ls @st").out
+    table = call("store ls @st").out
     listed = call("store ls @st --format json").json
     assert len(listed) == ALL
-    assert all(f"\n{row['log']:<3}  {row['segment'][:8]}  " in told for row in listed)
+    assert all(f"\n{row['log']:<3}  {row['segment'][:8]}  " in table for row in listed)
 
 
-def test_what_is_done_is_not_done_again(world: World, call: Any) -> None:
+def test_finished_work_is_not_repeated(world: World, call: Any) -> None:
     store = world.store()
     assert call(f"{ROLL} {store} --format json").json["units_new"] == 0
     assert call(f"{SCORE} {store} --format json").json["units_new"] == 0
@@ -87,20 +87,20 @@ def test_what_is_done_is_not_done_again(world: World, call: Any) -> None:
     assert call(f"store info {store} --format json").json["segments"] == ALL
 
 
-def test_a_small_budget_samples_one_at_a_time_and_all_the_same(world: World, call: Any) -> None:
-    done = call(f"{ROLL} {world.new('narrow')} --batch-tokens 1 --format json").json
-    assert (done["sequences"], done["units_new"]) == (SEQUENCES, UNITS)
-    assert done["positions"] <= SEQUENCES * NEW
+def test_a_small_token_budget_samples_all_responses(world: World, call: Any) -> None:
+    result = call(f"{ROLL} {world.new('narrow')} --batch-tokens 1 --format json").json
+    assert (result["sequences"], result["units_new"]) == (SEQUENCES, UNITS)
+    assert result["positions"] <= SEQUENCES * NEW
 
 
-@pytest.mark.parametrize("shown", ["", "--tokenizer @student"])
-def test_show_reads_every_sequence(call: Any, shown: str) -> None:
+@pytest.mark.parametrize("flags", ["", "--tokenizer @student"])
+def test_show_reads_every_sequence(call: Any, flags: str) -> None:
     for sequence in (0, SEQUENCES - 1):
-        found = call(f"store show @st --sequence {sequence} --top 2 --format json {shown}").json
+        found = call(f"store show @st --sequence {sequence} --top 2 --format json {flags}").json
         rows = found["rows"]
         assert found["finish"] in ("stop", "length")
-        assert ("prompt_text" in found) == bool(shown)
-        assert all(("text" in row) == bool(shown) for row in rows)
+        assert ("prompt_text" in found) == bool(flags)
+        assert all(("text" in row) == bool(flags) for row in rows)
         assert 1 <= len(rows) <= NEW
         assert all(len(row["teacher_top"]) == 2 and row["teacher_lp"] < 0 for row in rows)
 
@@ -108,29 +108,29 @@ def test_show_reads_every_sequence(call: Any, shown: str) -> None:
 @pytest.mark.parametrize("command", [f"{ROLL} @x", f"{SCORE} @x", f"{TRAIN} @x"])
 def test_dry_run_prints_toml_and_touches_nothing(world: World, call: Any, command: str) -> None:
 
-    done = call(f"{command} --dry-run")
-    assert (done.code, done.err) == (0, "")
-    assert tomllib.loads(done.out)["store"]["url"] == str(world.at("@x"))
+    result = call(f"{command} --dry-run")
+    assert (result.code, result.err) == (0, "")
+    assert tomllib.loads(result.out)["store"]["url"] == str(world.at("@x"))
     assert not world.at("@x").exists()
 
 
 def test_dry_run_of_distill_reads_back_equal(world: World, call: Any) -> None:
-    done = call("distill @d.toml --set train.learning_rate=1e-5 --dry-run")
-    assert done.code == 0
-    world.at("@again.toml").write_text(done.out)
+    result = call("distill @d.toml --set train.learning_rate=1e-5 --dry-run")
+    assert result.code == 0
+    world.at("@again.toml").write_text(result.out)
     assert read_toml(world.at("@again.toml")) == read_toml(
         world.at("@d.toml"), ["train.learning_rate=1e-5"]
     )
-    assert call("distill @again.toml --dry-run").out == done.out
+    assert call("distill @again.toml --dry-run").out == result.out
     assert not world.at("@loop-store").exists()
 
 
 def test_distill_prints_one_json_object(world: World, call: Any) -> None:
-    done = call("distill @d.toml --set store.url=loop-1 --set run.out=loop-1-out --format json")
-    assert done.code == 0, done.err
-    assert done.json["updates"] == done.json["version"] == 2
-    assert "of the current student" in done.err
-    assert f"warning: cache/coverage = {done.json['last']['cache/coverage']:.3f}" in done.err
+    result = call("distill @d.toml --set store.url=loop-1 --set run.out=loop-1-out --format json")
+    assert result.code == 0, result.err
+    assert result.json["updates"] == result.json["version"] == 2
+    assert "of the current student" in result.err
+    assert f"warning: cache/coverage = {result.json['last']['cache/coverage']:.3f}" in result.err
 
 
 def test_no_verb_version_and_list(call: Any) -> None:
@@ -141,9 +141,9 @@ def test_no_verb_version_and_list(call: Any) -> None:
     assert [line.split()[0] for line in listed.out.splitlines()[1:]] == list(PRESETS)
 
 
-def test_objectives_explains_one(call: Any) -> None:
-    told = call("objectives sampled_token+importance(cap=5) --format json").json
-    assert told["source"] == PRESETS["sampled_token"].source
-    assert told["modifiers"] == [{"name": "importance", "cap": 5.0}]
+def test_objectives_explains_one_objective(call: Any) -> None:
+    explained = call("objectives sampled_token+importance(cap=5) --format json").json
+    assert explained["source"] == PRESETS["sampled_token"].source
+    assert explained["modifiers"] == [{"name": "importance", "cap": 5.0}]
     assert "cap 5" in call("objectives sampled_token+importance(cap=5)").out
-    call("objectives opdd").refused(1, "unknown objective 'opdd'", "the nearest is opd")
+    call("objectives opdd").assert_error(1, "unknown objective 'opdd'", "the nearest is opd")

@@ -1,4 +1,4 @@
-"""vLLM on a CPU, in an environment of its own (`make test-vllm`): models, engines, a server."""
+"""vLLM on a CPU, in a separate environment (`make test-vllm`): models, engines, a server."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 from tests.vllm.shim import VLLM_ON_CPU
 
-# Before vllm is imported. The engine in this process starts in 2 s and not in 25.
+# Set before vllm is imported. The engine in this process starts in 2 s instead of 25 s.
 os.environ |= {**VLLM_ON_CPU, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 from logitcask.engine.backends.hf import HF
@@ -20,7 +20,7 @@ from tests.vllm.real_server import RealServer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Elsewhere a warning is an error; those of vLLM's own imports are not ours to mend."""
+    """Do not turn warnings into errors here, because imports of vLLM warn."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("default"))
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def process_groups() -> Iterator[None]:
-    """Engines in one process share them, and the first that closes would take them from all."""
+    """Keep the process groups, which all engines of this process share, when one engine closes."""
     from vllm.v1.engine import core
 
     with pytest.MonkeyPatch.context() as patch:
@@ -38,7 +38,7 @@ def process_groups() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ref(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
-    """A tied model; heads of 32, which vLLM's CPU attention takes."""
+    """Return a tied model with heads of 32, which the CPU attention of vLLM supports."""
     folder = save_folder(tmp_path_factory.mktemp("tied"), make_model(hidden=64))
     return model_ref(str(folder), chat_template=True)
 
@@ -64,7 +64,7 @@ def exact(ref: ModelRef) -> Iterator[VLLM]:
 
 @pytest.fixture(scope="session")
 def real_server(ref: ModelRef, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    """A server of `ref`, named teacher; who kills it starts it again."""
+    """Start a server of `ref` as `teacher`; a test that kills it must start it again."""
     server = RealServer(ref.path, tmp_path_factory.mktemp("server"))
     try:
         server.start()
@@ -75,5 +75,5 @@ def real_server(ref: ModelRef, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="session")
 def vllm_server(real_server: RealServer) -> str:
-    """Its URL."""
+    """Return the URL of the server."""
     return real_server.url

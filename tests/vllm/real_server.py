@@ -1,4 +1,4 @@
-"""A real vLLM server that is a process group of its own: started, killed, started again."""
+"""A real vLLM server in a separate process group, which can be killed and started again."""
 
 import os
 import signal
@@ -15,16 +15,18 @@ import pytest
 from tests.vllm.shim import with_shim
 
 START_S = 180
-"""That a server may take: 26 to 59 were seen."""
+"""Limit of a start; 26 to 59 s were measured."""
 STOP_S = 30
 
 
 class RealServer:
-    """Serves a model folder as `teacher`, always on the same port, and answers at ids of every
-    row's own. Sequences of at most 64 tokens: its kernels are interpreted."""
+    """A server of a model folder as `teacher`, always on the same port, with extra ids of each row.
+
+    Use sequences of at most 64 tokens, because its kernels are interpreted.
+    """
 
     def __init__(self, model: Path, folder: Path) -> None:
-        """folder: for what it needs at its start, and its log."""
+        """Prepare the start; `folder` gets the shim and the log."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -42,7 +44,7 @@ class RealServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server and wait until it is healthy."""
         with self._log.open("a") as out:
             self._process = subprocess.Popen(
                 self._command,
@@ -58,7 +60,7 @@ class RealServer:
             time.sleep(0.5)
 
     def kill(self) -> None:
-        """At once, with the engine, which is a process of its own."""
+        """Kill the server and its engine process at once."""
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(STOP_S)
@@ -74,7 +76,7 @@ class RealServer:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as answer:
-                return bool(answer.status == 200)
+            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
+                return bool(response.status == 200)
         except (urllib.error.URLError, ConnectionError):
             return False

@@ -1,6 +1,6 @@
-"""What scoring tests score, and the second runner's part of it, which is a process of its own.
+"""Rollouts and requests of the scoring tests, and scores of the second runner as a program.
 
-python -m tests.vllm.scored FOLDER OUT: the scores at the student's ids, as an npz.
+`python -m tests.vllm.scored FOLDER OUT` writes scores at the student's ids as an npz.
 """
 
 import dataclasses
@@ -15,27 +15,30 @@ from logitcask.engine.models.identity import model_ref
 from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreParams, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
-OWN = ScoreParams(top_p=1.0, k_min=7, k_max=7, at_student=False)
+STUDENT_TOP_7 = ScoreParams(top_p=1.0, k_min=7, k_max=7, at_student=False)
 TOP = ScoreParams(top_p=0.9, k_min=3, k_max=12, at_student=False)
-ASK = ScoreParams(top_p=0.9, k_min=3, k_max=12)
+WITH_STUDENT_IDS = ScoreParams(top_p=0.9, k_min=3, k_max=12)
 PROMPTS = [
     Prompt(id=str(i), token_ids=tuple(range(3, 3 + length))) for i, length in enumerate((1, 30, 8))
 ]
 
 
 def rolled(folder: Path) -> Rollouts:
-    """Rollouts of at most 46 tokens, of a student that is not the teacher, and its own scores."""
+    """Return rollouts of at most 46 tokens with scores of their student, another model."""
     hf = HF(save_folder(folder, make_model(seed=1)), n_vocab=N_VOCAB, stop_ids=(EOS, 20, 30, 40))
     sampling = SamplingParams(n=2, max_new_tokens=16)
     rollouts = hf.generate(PROMPTS, sampling, seed=0, version=0)
-    own = hf.score(rollouts, OWN)
-    # Rows are asked at 0 to 7 ids.
-    cnt = np.minimum(own.cnt, np.arange(len(own.cnt)) % 8).astype(np.uint16)
+    student = hf.score(rollouts, STUDENT_TOP_7)
+    # Rows have 0 to 7 extra ids.
+    cnt = np.minimum(student.cnt, np.arange(len(student.cnt)) % 8).astype(np.uint16)
     kept = np.arange(7) < cnt[:, None]
-    own = dataclasses.replace(
-        own, cnt=cnt, ids=own.ids.reshape(-1, 7)[kept], entry_lp=own.entry_lp.reshape(-1, 7)[kept]
+    student = dataclasses.replace(
+        student,
+        cnt=cnt,
+        ids=student.ids.reshape(-1, 7)[kept],
+        entry_lp=student.entry_lp.reshape(-1, 7)[kept],
     )
-    return dataclasses.replace(rollouts, student=own)
+    return dataclasses.replace(rollouts, student=student)
 
 
 def teacher(folder: str) -> ModelRef:
@@ -45,9 +48,9 @@ def teacher(folder: str) -> ModelRef:
 def main(folder: str, out: str) -> None:
     vllm = VLLM(teacher(folder))
     assert "at_ids" in vllm.capabilities
-    scores: Scores = vllm.score(rolled(Path(out).parent / "student"), ASK)
-    told = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
-    np.savez(out, **{name: value for name, value in told.items() if value is not None})
+    scores: Scores = vllm.score(rolled(Path(out).parent / "student"), WITH_STUDENT_IDS)
+    arrays = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
+    np.savez(out, **{name: value for name, value in arrays.items() if value is not None})
     vllm.close()
 
 

@@ -1,8 +1,8 @@
-"""The environment of vLLM on a CPU, and the shim that gives it there the runner of GPUs.
+"""The environment of vLLM on a CPU, and a shim that enables its GPU model runner there.
 
-The second model runner, the only one that answers at ids of every row's own, needs Triton. Told
-that Triton has a backend "cpu", and with its kernels interpreted, it works without a GPU: right,
-and slow. Only ever for tests and benchmarks.
+The second model runner, the only one that supports extra ids of each row, needs Triton. With a
+backend "cpu" registered in Triton and with interpreted kernels it works without a GPU: exact, but
+slow. Use it only for tests and benchmarks.
 """
 
 import os
@@ -15,8 +15,7 @@ VLLM_ON_CPU = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-"""A GiB is all the cache that a tiny model can fill; without a compiler there is nothing to
-compile."""
+"""A tiny model fills at most 1 GiB of cache; compilation is off."""
 ENVIRONMENT = {**os.environ, **VLLM_ON_CPU}
 
 SHIM = '''
@@ -25,7 +24,7 @@ import importlib.util, os, sys
 if os.environ.get("TRITON_INTERPRET") == "1":
 
     class Finder:
-        """Adds a backend "cpu" to Triton's, which vLLM looks for before it uses Triton."""
+        """A finder that adds a backend "cpu" to those of Triton, which vLLM checks."""
 
         def find_spec(self, name, path=None, target=None):
             if name != "triton.backends":
@@ -47,8 +46,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def with_shim(folder: Path) -> dict[str, str]:
-    """An environment whose Python processes have the second runner."""
+    """Return an environment whose Python processes use the second runner."""
     (folder / "sitecustomize.py").write_text(SHIM)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    told = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path}
-    return {**os.environ, **VLLM_ON_CPU, **told}
+    variables = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path}
+    return {**os.environ, **VLLM_ON_CPU, **variables}

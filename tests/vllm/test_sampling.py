@@ -1,4 +1,4 @@
-"""vLLM's rollouts: the law that they say they are from is ours, computed anew from hf's logits."""
+"""Rollouts of vLLM: their log-probs equal those computed from the logits of hf."""
 
 import dataclasses
 from pathlib import Path
@@ -28,17 +28,17 @@ def generate(vllm: VLLM, which: list[Prompt] = PROMPTS, seed: int = 0, **samplin
     return vllm.generate(which, params, seed=seed, version=0)
 
 
-def our_law(hf: HF, rolled: Rollouts, sampling: SamplingParams) -> Array:
-    """[P] log-probs of the sampled tokens under the law of backends.sampling."""
+def exact_logprobs(hf: HF, rolled: Rollouts, sampling: SamplingParams) -> Array:
+    """Return log-probs [P] of the sampled tokens under the distribution of backends.sampling."""
     lp = np.zeros(rolled.positions, np.float64)
-    of = np.repeat(np.arange(len(rolled.seq_prompt)), rolled.lengths())
+    sequence_of_row = np.repeat(np.arange(len(rolled.seq_prompt)), rolled.lengths())
     for rows, logits in row_logits(hf, rolled, batch_tokens=4096):
         for row, scores in zip(rows, logits, strict=True):
-            i, token = int(of[row]), int(rolled.tokens[row])
+            i, token = int(sequence_of_row[row]), int(rolled.tokens[row])
             prompt = rolled.prompts[int(rolled.seq_prompt[i])].token_ids
             seen = [*prompt, *rolled.tokens[rolled.seq_off[i] : row].tolist()]
-            made = distribution(sampling)(torch.tensor([seen]), scores[None].clone())
-            lp[row] = made[0].double().log_softmax(-1)[token]
+            expected = distribution(sampling)(torch.tensor([seen]), scores[None].clone())
+            lp[row] = expected[0].double().log_softmax(-1)[token]
     return lp
 
 
@@ -57,16 +57,16 @@ def our_law(hf: HF, rolled: Rollouts, sampling: SamplingParams) -> Array:
     ],
     ids=str,
 )
-def test_b_lp_is_of_the_law_that_was_sampled_from(
+def test_b_lp_is_the_log_prob_of_the_sampled_distribution(
     vllm: VLLM, hf: HF, sampling: dict[str, Any]
 ) -> None:
     rolled = generate(vllm, **sampling)
     np.testing.assert_allclose(
-        rolled.b_lp, our_law(hf, rolled, SamplingParams(**sampling)), atol=1e-5, rtol=1e-5
+        rolled.b_lp, exact_logprobs(hf, rolled, SamplingParams(**sampling)), atol=1e-5, rtol=1e-5
     )
 
 
-def test_tokens_come_as_often_as_they_should(vllm: VLLM, hf: HF) -> None:
+def test_frequencies_follow_the_distribution(vllm: VLLM, hf: HF) -> None:
     prompt, n = PROMPTS[2], 2000
     rolled = generate(vllm, [prompt], n=n, max_new_tokens=1)
     one = dataclasses.replace(rolled, tokens=rolled.tokens[:1], seq_off=rolled.seq_off[:2])
@@ -77,32 +77,32 @@ def test_tokens_come_as_often_as_they_should(vllm: VLLM, hf: HF) -> None:
     seen = np.bincount(rolled.tokens, minlength=N_VOCAB)
     chi2 = float(((seen - n * p) ** 2 / (n * p))[common].sum())
     free = int(common.sum())
-    # Mean `free`, deviation sqrt(2 free): five of them.
+    # Chi-square has mean `free` and standard deviation sqrt(2 free); allow five of them.
     assert chi2 < free + 5 * (2 * free) ** 0.5
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours(vllm: VLLM) -> None:
-    together = generate(vllm, n=3)
+    batched = generate(vllm, n=3)
     again = generate(vllm, n=3)
-    np.testing.assert_array_equal(together.tokens, again.tokens)
+    np.testing.assert_array_equal(batched.tokens, again.tokens)
     alone = generate(vllm, PROMPTS[1:2], n=2)
-    start = int(together.seq_off[3])
-    np.testing.assert_array_equal(alone.tokens, together.tokens[start : start + alone.positions])
+    start = int(batched.seq_off[3])
+    np.testing.assert_array_equal(alone.tokens, batched.tokens[start : start + alone.positions])
     assert not np.array_equal(alone.tokens, generate(vllm, PROMPTS[1:2], n=2, seed=1).tokens)
     first, second = np.split(alone.tokens, [int(alone.seq_off[1])])
     assert first.tolist() != second.tolist()
 
 
-def test_greedy_is_hfs_greedy(vllm: VLLM, hf: HF) -> None:
+def test_greedy_equals_greedy_of_hf(vllm: VLLM, hf: HF) -> None:
     sampling = SamplingParams(n=1, temperature=0.0, max_new_tokens=16, repetition_penalty=1.3)
-    ours = vllm.generate(PROMPTS, sampling, seed=0, version=0)
-    theirs = hf.generate(PROMPTS, sampling, seed=0, version=0)
-    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-    np.testing.assert_array_equal(ours.seq_off, theirs.seq_off)
-    assert (ours.b_lp == 0.0).all()
+    from_vllm = vllm.generate(PROMPTS, sampling, seed=0, version=0)
+    from_hf = hf.generate(PROMPTS, sampling, seed=0, version=0)
+    np.testing.assert_array_equal(from_vllm.tokens, from_hf.tokens)
+    np.testing.assert_array_equal(from_vllm.seq_off, from_hf.seq_off)
+    assert (from_vllm.b_lp == 0.0).all()
 
 
-def test_stop_ids_alone_stop_and_are_kept(ref: ModelRef, vllm: VLLM) -> None:
+def test_only_stop_ids_stop_and_are_kept(ref: ModelRef, vllm: VLLM) -> None:
     backend = VLLM(dataclasses.replace(ref, stop_ids=STOPS[1:]))
     backend.engines = vllm.engines
     rolled = generate(backend, n=8, max_new_tokens=30, temperature=1.5)
@@ -114,7 +114,7 @@ def test_stop_ids_alone_stop_and_are_kept(ref: ModelRef, vllm: VLLM) -> None:
         assert finish == STOP or len(ids) == 30
         finishes.add(int(finish))
     assert finishes == {STOP, LENGTH}
-    assert EOS in rolled.tokens, "the model's own end of sequence is a token like any other"
+    assert EOS in rolled.tokens, "the EOS of the model does not stop unless it is a stop id"
 
 
 def test_ids_of_a_padded_head_are_never_sampled(tmp_path: Path) -> None:
@@ -126,22 +126,24 @@ def test_ids_of_a_padded_head_are_never_sampled(tmp_path: Path) -> None:
         rolled = generate(backend, n=6, max_new_tokens=30, **sampling)
         assert rolled.tokens.max() < N_VOCAB
         if sampling["temperature"]:
-            made = our_law(hf, rolled, SamplingParams(**sampling))
-            np.testing.assert_allclose(rolled.b_lp, made, atol=1e-5, rtol=1e-5)
+            expected = exact_logprobs(hf, rolled, SamplingParams(**sampling))
+            np.testing.assert_allclose(rolled.b_lp, expected, atol=1e-5, rtol=1e-5)
     backend.close()
 
 
-def test_a_law_that_vllm_changes_is_refused(vllm: VLLM) -> None:
+def test_a_distribution_that_vllm_changes_is_an_error(vllm: VLLM) -> None:
     with pytest.raises(ConfigError, match="min-p first"):
         generate(vllm, min_p=0.1, top_p=0.9)
     with pytest.raises(ConfigError, match="0.01 or more"):
         generate(vllm, temperature=0.001)
 
 
-def test_what_cannot_be_sampled_is_refused(ref: ModelRef, vllm: VLLM, tmp_path: Path) -> None:
+def test_too_long_responses_and_models_without_weights_are_an_error(
+    ref: ModelRef, vllm: VLLM, tmp_path: Path
+) -> None:
     with pytest.raises(PromptError, match="context of 256"):
         generate(vllm, max_new_tokens=240)
-    # Heads of 16, which vLLM's attention on a CPU does not take, and a folder without weights.
+    # A folder without weights.
     (tmp_path / "config.json").write_text((ref.path / "config.json").read_text())
     with pytest.raises(ModelError, match="cannot open"):
         generate(VLLM(dataclasses.replace(ref, path=tmp_path)))

@@ -1,5 +1,7 @@
-"""A real server against the model that it serves, and the whole way: rollouts from vLLM in this
-environment, scores from the server and training in the other one, meeting only in the store.
+"""A real server against its model, and a pipeline across environments.
+
+The pipeline samples with vLLM in this environment; scores from the server and training run in the
+other one. They share only the store.
 """
 
 import json
@@ -27,12 +29,14 @@ from logitcask.engine.types import ModelRef, Prompt, SamplingParams, ScoreParams
 from tests.engine.tiny import make_model, save_folder
 from tests.vllm.real_server import RealServer
 
-OWN = ScoreParams(entry_kind="topk", top_p=1.0, k_min=6, k_max=6, at_student=False)
+STUDENT_TOP_6 = ScoreParams(entry_kind="topk", top_p=1.0, k_min=6, k_max=6, at_student=False)
 PROMPTS = [Prompt(id=str(i), token_ids=tuple(range(3, 3 + n))) for i, n in enumerate((1, 12, 5))]
-OTHER = os.environ.get("LOGITCASK", str(Path(sys.executable).with_name("logitcask")))
-"""The command in the environment without vLLM, which `make test-vllm` names."""
-QUIET = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-UNITS, END_S = 5, 120
+OTHER_COMMAND = os.environ.get("LOGITCASK", str(Path(sys.executable).with_name("logitcask")))
+"""The command in the environment without vLLM, which `make test-vllm` sets."""
+CLEAN_ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")
+}
+UNITS, TIMEOUT_S = 5, 120
 
 
 @pytest.fixture(scope="module")
@@ -43,52 +47,54 @@ def server(vllm_server: str, ref: ModelRef) -> Iterator[ServerScorer]:
 
 
 @pytest.mark.parametrize("k", [12, 64])
-def test_scores_of_a_real_server_are_those_of_the_model(
+def test_scores_of_a_real_server_equal_those_of_the_model(
     server: ServerScorer, hf: HF, k: int
 ) -> None:
     assert "at_ids" in server.capabilities
     rolled = hf.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=8), seed=0, version=0)
-    rolled = replace(rolled, student=hf.score(rolled, OWN))
-    asked = ScoreParams(entry_kind="topk", top_p=1.0, k_min=k, k_max=k)
-    found, exact = server.score(rolled, asked), hf.score(rolled, asked)
+    rolled = replace(rolled, student=hf.score(rolled, STUDENT_TOP_6))
+    params = ScoreParams(entry_kind="topk", top_p=1.0, k_min=k, k_max=k)
+    found, exact = server.score(rolled, params), hf.score(rolled, params)
     np.testing.assert_allclose(found.lp, exact.lp, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(found.at_lp, exact.at_lp, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(found.entry_lp, exact.entry_lp, atol=1e-5, rtol=1e-5)
-    # Ids whose log-probs are equal to rounding may have changed places.
+    # Ids with log-probs that are equal up to rounding may be swapped.
     assert (found.ids == exact.ids).mean() > 0.99
     assert found.entropy_hi is not None
     assert (found.entropy <= exact.entropy + 1e-5).all()
     assert (exact.entropy <= found.entropy_hi + 1e-5).all()
 
 
-def test_the_doctor_finds_nothing(vllm_server: str, ref: ModelRef) -> None:
+def test_the_doctor_finds_no_fault(vllm_server: str, ref: ModelRef) -> None:
     found = list(check_server(ServerCheck(url=vllm_server, against=str(ref.path))))
     assert {each.check: (each.state, each.message) for each in found if each.state != "ok"} == {}
     assert [each.check for each in found][-1] == "parity"
 
 
-def test_three_environments_meet_in_a_store(
-    vllm_server: str, ref: ModelRef, tmp_path: Path
-) -> None:
+def test_environments_share_a_store(vllm_server: str, ref: ModelRef, tmp_path: Path) -> None:
     student = save_folder(tmp_path / "student", make_model(hidden=64, seed=5))
     lines = [json.dumps({"id": str(i), "prompt": f"{i} + {i} ="}) for i in range(4)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
     store = tmp_path / "store"
-    ours = str(Path(sys.executable).with_name("logitcask"))
+    this_command = str(Path(sys.executable).with_name("logitcask"))
 
     def call(command: str, line: str) -> None:
-        done = subprocess.run(
-            [command, *line.split()], env=QUIET, cwd=tmp_path, capture_output=True, text=True
+        result = subprocess.run(
+            [command, *line.split()],
+            env=CLEAN_ENVIRONMENT,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert result.returncode == 0, result.stdout + result.stderr
 
     call(
-        ours,
+        this_command,
         f"rollout --model {student} --prompts p.jsonl --no-chat-template --store store --n 2 "
         "--max-new-tokens 8 --student-topk 4 --unit-prompts 2 --backend vllm --device cpu",
     )
     call(
-        OTHER,
+        OTHER_COMMAND,
         f"score --model {vllm_server} --tokenizer {ref.path} --store store --teacher served "
         "--teacher-topk-min 4 --teacher-topk-max 12",
     )
@@ -99,15 +105,15 @@ def test_three_environments_meet_in_a_store(
     assert score.lineage["backend"]["name"] == "server"
     assert score.lineage["request"]["at_student"]
     call(
-        OTHER,
+        OTHER_COMMAND,
         f"train --model {student} --store store --objective opd --loss-topk 4 --lr 1e-3 --out run "
         "--pack-length 64 --device cpu",
     )
-    card = json.loads((tmp_path / "run" / "logitcask.json").read_text())
-    assert card["version"] >= 1
+    metadata = json.loads((tmp_path / "run" / "logitcask.json").read_text())
+    assert metadata["version"] >= 1
 
 
-def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
+def test_scoring_resumes_after_a_restart_of_a_killed_server(
     real_server: RealServer, ref: ModelRef, hf: HF, tmp_path: Path
 ) -> None:
     folder = save_folder(tmp_path / "student", make_model(hidden=64, seed=5))
@@ -115,40 +121,40 @@ def test_a_server_that_is_killed_and_comes_back_is_asked_for_the_rest(
     store = open_store(tmp_path / "store", create=True)
     prompts = [Prompt(id=str(i), token_ids=tuple(range(3, 9 + i))) for i in range(UNITS)]
     sampling = SamplingParams(n=4, max_new_tokens=32)
-    made = {"prompts": prompts, "sampling": sampling, "student_k": 4, "unit_prompts": 1}
-    rollout(RolloutRequest(store=store, model=student, sampler=HF(student), **made))
+    settings = {"prompts": prompts, "sampling": sampling, "student_k": 4, "unit_prompts": 1}
+    rollout(RolloutRequest(store=store, model=student, sampler=HF(student), **settings))
 
     words = f"score --model {real_server.url} --tokenizer {ref.path} --store {store.url}"
-    asked = (
+    options = (
         "--teacher served --selection top-k --teacher-topk-min 12 "
         "--teacher-topk-max 12 --profile raw32 --format json"
     )
     command = subprocess.Popen(
-        [OTHER, *words.split(), *asked.split()],
-        env=QUIET,
+        [OTHER_COMMAND, *words.split(), *options.split()],
+        env=CLEAN_ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        end = time.monotonic() + END_S
+        end = time.monotonic() + TIMEOUT_S
         while not store.head().scores("served"):
             assert command.poll() is None, command.communicate()[1]
             assert time.monotonic() < end
             time.sleep(0.01)
         real_server.kill()
         before = len(store.head().scores("served"))
-        assert 1 <= before < UNITS, "it was killed in the middle"
+        assert 1 <= before < UNITS, "the server must be killed before the last unit"
         real_server.start()
-        out, err = command.communicate(timeout=END_S)
+        out, err = command.communicate(timeout=TIMEOUT_S)
     finally:
         command.kill()
     assert command.returncode == 0, err
     assert json.loads(out)["units_new"] == UNITS
 
     request = ScoreParams(entry_kind="topk", top_p=1.0, k_min=12, k_max=12)
-    near = {"model": ref, "scorer": hf, "teacher_name": "near", "profile": "raw32"}
-    score(ScoreRequest(store=store, params=request, **near))
+    local = {"model": ref, "scorer": hf, "teacher_name": "near", "profile": "raw32"}
+    score(ScoreRequest(store=store, params=request, **local))
     snapshot = store.head()
     assert len(snapshot.segments) == snapshot.number + 1 == 3 * UNITS
     for segment in snapshot.rollouts("main"):

@@ -1,4 +1,4 @@
-"""Loading, and scores against float64 made from the model's own logits."""
+"""Loading of models, and scores against float64 log-probs of the model."""
 
 import dataclasses
 import json
@@ -28,8 +28,8 @@ from logitcask.engine.models.identity import model_ref
 from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreParams, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, make_tokenizer, save_folder
 
-OWN = ScoreParams(top_p=1.0, k_min=7, k_max=7, at_student=False)
-ASK = ScoreParams(top_p=0.9, k_min=3, k_max=12)
+STUDENT_REQUEST = ScoreParams(top_p=1.0, k_min=7, k_max=7, at_student=False)
+REQUEST = ScoreParams(top_p=0.9, k_min=3, k_max=12)
 PROMPTS = [
     Prompt(id=str(i), token_ids=tuple(range(3, 3 + length))) for i, length in enumerate((1, 30, 8))
 ]
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rolled(folder: Path) -> Rollouts:
     hf = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS, 20, 30, 40))
     rolled = hf.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=16), seed=0, version=0)
-    return dataclasses.replace(rolled, student=hf.score(rolled, OWN))
+    return dataclasses.replace(rolled, student=hf.score(rolled, STUDENT_REQUEST))
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> HF:
 
 
 def exact_log_p(model: Any, rolled: Rollouts, n_vocab: int = N_VOCAB) -> Tensor:
-    """[P, n_vocab] float64: the whole forward pass in float64, one sequence at a time."""
+    """Return log-probs [P, n_vocab] of a forward pass in float64, one sequence at a time."""
     rows = []
-    wide = model.double()
+    float64_model = model.double()
     for i, p in enumerate(rolled.seq_prompt):
         prompt = rolled.prompts[int(p)].token_ids
         response = rolled.tokens[rolled.seq_off[i] : rolled.seq_off[i + 1]].tolist()
-        logits = wide(torch.tensor([[*prompt, *response]])).logits[0].detach()
+        logits = float64_model(torch.tensor([[*prompt, *response]])).logits[0].detach()
         rows.append(logits[len(prompt) - 1 : -1, :n_vocab].log_softmax(-1))
     return torch.cat(rows)
 
@@ -100,43 +100,45 @@ def check_scores(scores: Scores, log_p: Tensor, rolled: Rollouts, request: Score
         assert scores.at_lp is None
 
 
-def test_teacher_scores_are_those_of_float64(teacher: HF, rolled: Rollouts) -> None:
+def test_teacher_scores_equal_float64(teacher: HF, rolled: Rollouts) -> None:
     log_p = exact_log_p(make_model(seed=1, hidden=48), rolled)
-    check_scores(teacher.score(rolled, ASK), log_p, rolled, ASK)
+    check_scores(teacher.score(rolled, REQUEST), log_p, rolled, REQUEST)
 
 
-def test_the_students_own_scores_are_those_of_float64(rolled: Rollouts) -> None:
+def test_student_scores_equal_float64(rolled: Rollouts) -> None:
     assert rolled.student is not None
-    check_scores(rolled.student, exact_log_p(make_model(), rolled), rolled, OWN)
+    check_scores(rolled.student, exact_log_p(make_model(), rolled), rolled, STUDENT_REQUEST)
     assert (rolled.student.cnt == 7).all()
     np.testing.assert_allclose(rolled.student.lp, rolled.b_lp, atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_no_other_hidden_state_would_do(teacher: HF, rolled: Rollouts, shift: int) -> None:
-    """Rows moved by one differ from what is stored by far more than any tolerance."""
+def test_hidden_states_of_other_positions_do_not_match(
+    teacher: HF, rolled: Rollouts, shift: int
+) -> None:
+    """Compare with rows shifted by one, which differ by far more than any tolerance."""
     log_p = exact_log_p(make_model(seed=1, hidden=48), rolled)
     token = torch.from_numpy(rolled.tokens.astype(np.int64))
-    moved = log_p.roll(shift, 0)[torch.arange(len(log_p)), token]
-    gap = np.abs(teacher.score(rolled, ASK).lp - moved.numpy())
+    shifted = log_p.roll(shift, 0)[torch.arange(len(log_p)), token]
+    gap = np.abs(teacher.score(rolled, REQUEST).lp - shifted.numpy())
     assert np.median(gap) > 0.3
 
 
 def test_scores_do_not_depend_on_the_batch(
     teacher: HF, rolled: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = teacher.score(rolled, ASK)
+    together = teacher.score(rolled, REQUEST)
     monkeypatch.setattr(teacher, "batch_tokens", 1)
     monkeypatch.setattr(scoring, "CHUNK_LOGITS", 3 * N_VOCAB)
-    alone = teacher.score(rolled, ASK)
+    without_student = teacher.score(rolled, REQUEST)
     for field in dataclasses.fields(Scores):
-        a, b = getattr(together, field.name), getattr(alone, field.name)
+        a, b = getattr(together, field.name), getattr(without_student, field.name)
         if a is not None:
             np.testing.assert_allclose(a, b, atol=1e-5, err_msg=field.name)
 
 
 def test_ties_go_to_the_lower_id_and_the_tail_is_exact() -> None:
-    """Uniform over 8 with one id at twice the mass: log-probs ln(2/9) and ln(1/9)."""
+    """Use 8 ids, one with twice the mass of the others: log-probs ln(2/9) and ln(1/9)."""
     logits = torch.zeros(1, 8)
     logits[0, 5] = np.log(2)
     request = ScoreParams(top_p=0.5, k_min=1, k_max=6)
@@ -158,9 +160,9 @@ def test_a_tail_far_below_float32s_one_minus_sum_is_exact() -> None:
     assert found.log_tail.item() == pytest.approx(-50.0 + np.log1p(np.exp(-10.0)), abs=1e-5)
 
 
-def test_nothing_outside_is_minus_infinity(teacher: HF, rolled: Rollouts) -> None:
-    whole = ScoreParams(top_p=1.0, k_min=1, k_max=200)
-    scores = teacher.score(rolled, whole)
+def test_an_empty_tail_is_minus_infinity(teacher: HF, rolled: Rollouts) -> None:
+    full_params = ScoreParams(top_p=1.0, k_min=1, k_max=200)
+    scores = teacher.score(rolled, full_params)
     assert (scores.cnt == N_VOCAB).all()
     assert np.isneginf(scores.log_tail).all()
     mass = np.add.reduceat(
@@ -174,34 +176,32 @@ def test_padded_columns_of_the_head_change_nothing(tmp_path: Path, rolled: Rollo
     plain = HF(save_folder(tmp_path / "a", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
     with torch.no_grad():
         model.lm_head.weight[N_VOCAB:] *= 1e4
-    loud = HF(save_folder(tmp_path / "b", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
+    large_padding = HF(save_folder(tmp_path / "b", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
     for field in dataclasses.fields(Scores):
-        a, b = (getattr(hf.score(rolled, ASK), field.name) for hf in (plain, loud))
+        a, b = (getattr(hf.score(rolled, REQUEST), field.name) for hf in (plain, large_padding))
         np.testing.assert_array_equal(a, b, err_msg=field.name)
 
 
-def test_a_row_that_gives_much_to_ids_of_the_teacher_alone_is_refused(
-    tmp_path: Path, rolled: Rollouts
-) -> None:
-    """The student's ids would be scored as if the teacher never thought of the others."""
+def test_mass_on_ids_of_the_teacher_only_is_an_error(tmp_path: Path, rolled: Rollouts) -> None:
+    """Reject rows whose mass lies on ids of the teacher only, since renormalizing would hide it."""
     model = make_model(seed=1, vocab_size=N_VOCAB + 2, tie=False)
     folder = save_folder(tmp_path / "t", model)
 
     def teacher(tokenizer_vocab: int | None) -> HF:
         return HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), tokenizer_vocab=tokenizer_vocab)
 
-    cut = teacher(None).score(rolled, ASK)
+    cut = teacher(None).score(rolled, REQUEST)
     with pytest.raises(UnitError, match=f"from {N_VOCAB} on, the probability 0"):
-        teacher(N_VOCAB + 2).score(rolled, ASK)
+        teacher(N_VOCAB + 2).score(rolled, REQUEST)
     model.lm_head.weight.data[N_VOCAB:] = 0
     model.lm_head.weight.data[: N_VOCAB - 1] *= 8
     folder = save_folder(tmp_path / "u", model)
     rare = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), tokenizer_vocab=N_VOCAB + 2)
-    cut = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,)).score(rolled, ASK)
-    np.testing.assert_array_equal(rare.score(rolled, ASK).lp, cut.lp)
+    cut = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,)).score(rolled, REQUEST)
+    np.testing.assert_array_equal(rare.score(rolled, REQUEST).lp, cut.lp)
 
 
-def test_a_head_with_a_bias_is_scored_with_it(tmp_path: Path, rolled: Rollouts) -> None:
+def test_the_bias_of_a_head_is_used(tmp_path: Path, rolled: Rollouts) -> None:
     from transformers import PhiConfig, PhiForCausalLM
 
     torch.manual_seed(0)
@@ -220,29 +220,31 @@ def test_a_head_with_a_bias_is_scored_with_it(tmp_path: Path, rolled: Rollouts) 
     ).eval()
     torch.nn.init.normal_(model.lm_head.bias)
     hf = HF(save_folder(tmp_path / "m", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
-    check_scores(hf.score(rolled, ASK), exact_log_p(model, rolled), rolled, ASK)
+    check_scores(hf.score(rolled, REQUEST), exact_log_p(model, rolled), rolled, REQUEST)
 
 
-def test_bfloat16_scores_are_as_good_as_its_hidden_states(folder: Path, rolled: Rollouts) -> None:
-    """The head product is float32, so no two of a row's log-probs tie as bfloat16 logits would."""
+def test_bfloat16_scores_are_as_accurate_as_their_hidden_states(
+    folder: Path, rolled: Rollouts
+) -> None:
+    """Compute the head product in float32, so that log-probs of a row do not tie as in bfloat16."""
     hf = HF(folder, dtype="bfloat16", n_vocab=N_VOCAB, stop_ids=(EOS,))
     assert hf.describe()["dtype"] == "bfloat16"
-    scores = hf.score(rolled, dataclasses.replace(ASK, k_min=12))
+    scores = hf.score(rolled, dataclasses.replace(REQUEST, k_min=12))
     log_p = exact_log_p(make_model(), rolled)
     token = torch.from_numpy(rolled.tokens.astype(np.int64))
-    ours = np.abs(scores.lp - log_p[torch.arange(len(log_p)), token].numpy())
-    theirs = np.abs(
+    errors = np.abs(scores.lp - log_p[torch.arange(len(log_p)), token].numpy())
+    reference = np.abs(
         exact_rows_bf16(rolled)[torch.arange(len(log_p)), token].numpy()
         - log_p[torch.arange(len(log_p)), token].numpy()
     )
-    assert ours.mean() <= 2 * theirs.mean() + 1e-3
+    assert errors.mean() <= 2 * reference.mean() + 1e-3
     lists = scores.entry_lp.reshape(-1, 12)
     assert (np.diff(lists, axis=1) < 0).mean() > 0.99
     assert scores.lp.dtype == np.float32
 
 
 def exact_rows_bf16(rolled: Rollouts) -> Tensor:
-    """What transformers itself says in bfloat16."""
+    """Return the log-probs of transformers in bfloat16."""
     model = make_model().bfloat16()
     rows = []
     for i, p in enumerate(rolled.seq_prompt):
@@ -253,14 +255,14 @@ def exact_rows_bf16(rolled: Rollouts) -> Tensor:
     return torch.cat(rows)
 
 
-def test_batches_keep_to_the_budget_and_hold_every_index_once() -> None:
+def test_batches_respect_the_budget_and_hold_every_index_once() -> None:
     lengths = [5, 1, 9, 5, 30, 2, 2]
     batches = budget_batches(lengths, 12)
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     assert batches == [[1, 5, 6], [0, 3], [2], [4]]
 
 
-POST = {
+LOGIT_TRANSFORMS = {
     "scale": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.0625}),
     "divisor": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 8.0}),
     "soft cap": (
@@ -271,7 +273,7 @@ POST = {
 }
 
 
-def small(kind: Any, config: Any, keys: dict[str, Any]) -> Any:
+def small(kind: Any, config: Any, kwargs: dict[str, Any]) -> Any:
     return kind(
         config(
             vocab_size=N_VOCAB,
@@ -284,27 +286,31 @@ def small(kind: Any, config: Any, keys: dict[str, Any]) -> Any:
             bos_token_id=None,
             eos_token_id=EOS,
             pad_token_id=0,
-            **keys,
+            **kwargs,
         )
     ).eval()
 
 
-@pytest.mark.parametrize(("kind", "config", "keys"), POST.values(), ids=POST.keys())
-def test_a_scale_and_a_soft_cap_are_the_models_own(
-    tmp_path: Path, kind: Any, config: Any, keys: dict[str, Any]
+@pytest.mark.parametrize(
+    ("kind", "config", "kwargs"), LOGIT_TRANSFORMS.values(), ids=LOGIT_TRANSFORMS.kwargs()
+)
+def test_logit_scale_and_softcap_are_applied(
+    tmp_path: Path, kind: Any, config: Any, kwargs: dict[str, Any]
 ) -> None:
-    model = small(kind, config, keys)
+    model = small(kind, config, kwargs)
     backend = HF(save_folder(tmp_path / "m", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
     ids = torch.arange(12)[None] % N_VOCAB
     with torch.no_grad():
-        theirs = model(input_ids=ids).logits[0]
+        reference = model(input_ids=ids).logits[0]
         states = backend.hidden(ids, torch.ones_like(ids), torch.arange(12)[None], None)[0]
         product = states @ model.get_output_embeddings().weight.T
-    torch.testing.assert_close(backend.logits(states), theirs, rtol=1e-5, atol=1e-6)
-    assert (product - theirs).abs().max() > 0.1 * product.abs().max(), "there is something to do"
+    torch.testing.assert_close(backend.logits(states), reference, rtol=1e-5, atol=1e-6)
+    assert (product - reference).abs().max() > 0.1 * product.abs().max(), (
+        "the transform must change the logits"
+    )
 
 
-def test_a_head_that_does_not_what_its_configuration_says_is_refused(tmp_path: Path) -> None:
+def test_a_head_that_contradicts_its_configuration_is_an_error(tmp_path: Path) -> None:
     network = make_model()
     network.config.final_logit_softcapping = 1e-3
     folder = save_folder(tmp_path / "m")
@@ -313,7 +319,7 @@ def test_a_head_that_does_not_what_its_configuration_says_is_refused(tmp_path: P
     assert "final_logit_softcapping = 0.001" in caught.value.cause
 
 
-def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_an_error_and_not_initialized(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -338,23 +344,23 @@ def test_pickled_weights_and_code_of_a_folder_are_not_read(tmp_path: Path) -> No
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_does_not_fit_the_model_is_refused(
+def test_rollouts_that_do_not_fit_the_model_are_an_error(
     teacher: HF, rolled: Rollouts, folder: Path
 ) -> None:
-    alone = dataclasses.replace(rolled, student=None)
+    without_student = dataclasses.replace(rolled, student=None)
     with pytest.raises(ConfigError, match="hold no ids of the student"):
-        teacher.score(alone, ASK)
-    assert teacher.score(alone, OWN).at_lp is None
+        teacher.score(without_student, REQUEST)
+    assert teacher.score(without_student, STUDENT_REQUEST).at_lp is None
     narrow = HF(folder, n_vocab=40, stop_ids=(EOS,))
     with pytest.raises(IdentityError, match=r"hold the id \d+, and the scorer has 40 ids"):
-        narrow.score(rolled, ASK)
+        narrow.score(rolled, REQUEST)
     teacher_context, teacher.context = teacher.context, 20
     with pytest.raises(ModelError, match="the scorer's context: 20"):
-        teacher.score(rolled, ASK)
+        teacher.score(rolled, REQUEST)
     teacher.context = teacher_context
 
 
-def test_a_model_ref_brings_vocabulary_and_stop_ids(
+def test_a_model_ref_sets_vocabulary_and_stop_ids(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -364,12 +370,12 @@ def test_a_model_ref_brings_vocabulary_and_stop_ids(
         HF(folder)
 
 
-def test_devices_dtypes_and_backends_have_names(folder: Path) -> None:
-    keys: dict[str, Any] = {"n_vocab": N_VOCAB, "stop_ids": (EOS,)}
+def test_unknown_devices_dtypes_and_backends_are_an_error(folder: Path) -> None:
+    kwargs: dict[str, Any] = {"n_vocab": N_VOCAB, "stop_ids": (EOS,)}
     with pytest.raises(ConfigError, match="device='warp'"):
-        HF(folder, device="warp", **keys)
+        HF(folder, device="warp", **kwargs)
     with pytest.raises(ConfigError, match="dtype='int8'") as caught:
-        HF(folder, dtype="int8", **keys)
+        HF(folder, dtype="int8", **kwargs)
     assert "bfloat16" in caught.value.hint
     assert open_backend("hf") is HF
     with pytest.raises(ConfigError, match="no backend 'vlm'") as caught:

@@ -1,4 +1,4 @@
-"""Fingerprints tell models apart, controls compare rows with their own, tolerances are bounded."""
+"""Fingerprints of models, differences of log-probs, and bounded tolerances."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +33,7 @@ from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreParams, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
-ASK = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
+REQUEST = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
 
 
 def load(folder: Path, model: Any = None, dtype: str = "float32") -> HF:
@@ -51,7 +51,7 @@ def rolled(teacher: HF) -> Rollouts:
     return teacher.generate(prompts, SamplingParams(n=2, max_new_tokens=12), seed=3, version=0)
 
 
-class Shaky:
+class BatchDependent:
     """A scorer whose log-probs depend on the size of the batch."""
 
     capabilities = frozenset({"top", "entropy", "tail"})
@@ -80,15 +80,13 @@ def with_noise(sigma: float) -> Callable[[], Any]:
     return make
 
 
-def test_a_fingerprint_survives_its_record_and_is_the_models_own(
-    teacher: HF, tmp_path: Path
-) -> None:
-    ours = fingerprint(teacher, N_VOCAB)
-    canonical(ours.record())
-    assert fingerprint_distance(ours, fingerprint_of(ours.record())) < 1e-6
-    again = load(tmp_path / "again")
-    again.batch_tokens = 8
-    assert fingerprint_distance(ours, fingerprint(again, N_VOCAB)) < 1e-6
+def test_a_fingerprint_round_trips_and_is_reproducible(teacher: HF, tmp_path: Path) -> None:
+    original = fingerprint(teacher, N_VOCAB)
+    canonical(original.record())
+    assert fingerprint_distance(original, fingerprint_of(original.record())) < 1e-6
+    reloaded = load(tmp_path / "again")
+    reloaded.batch_tokens = 8
+    assert fingerprint_distance(original, fingerprint(reloaded, N_VOCAB)) < 1e-6
 
 
 @pytest.mark.parametrize("make", [lambda: make_model(seed=1), with_noise(0.003), with_noise(0.05)])
@@ -99,13 +97,13 @@ def test_other_weights_differ_by_more_than_the_floor(
     assert fingerprint_distance(fingerprint(teacher, N_VOCAB), other) > 10 * MIN_TOLERANCE
 
 
-def test_a_temperature_is_another_behaviour(teacher: HF) -> None:
-    ours = fingerprint(teacher, N_VOCAB)
-    hot = replace(ours, lp=ours.lp * 0.9)
-    assert fingerprint_distance(ours, hot) > 10 * MIN_TOLERANCE
+def test_a_temperature_changes_the_fingerprint(teacher: HF) -> None:
+    original = fingerprint(teacher, N_VOCAB)
+    at_temperature = replace(original, lp=original.lp * 0.9)
+    assert fingerprint_distance(original, at_temperature) > 10 * MIN_TOLERANCE
 
 
-def test_an_id_that_only_one_names_counts_by_the_last_that_the_other_names() -> None:
+def test_an_id_missing_in_one_counts_by_the_last_id_of_that_one() -> None:
     a = ModelFingerprint(ids=np.array([[1, 2]]), lp=np.log([[0.5, 0.3]]))
     b = ModelFingerprint(ids=np.array([[1, 3]]), lp=np.log([[0.5, 0.1]]))
     assert fingerprint_distance(a, b) == pytest.approx(np.log(3))
@@ -114,24 +112,26 @@ def test_an_id_that_only_one_names_counts_by_the_last_that_the_other_names() -> 
     assert fingerprint_distance(rare, other) == 0.0
 
 
-def test_the_control_compares_every_row_with_itself(teacher: HF, rolled: Rollouts) -> None:
-    found = self_consistency(teacher, rolled, ASK)
+def test_self_consistency_compares_every_row_with_itself(teacher: HF, rolled: Rollouts) -> None:
+    found = self_consistency(teacher, rolled, REQUEST)
     assert found.largest < 1e-5
     assert found.same_best == 1.0
     assert found.compared > 8 * rolled.positions / 2
-    shaky = self_consistency(Shaky(teacher, 0.02), rolled, ASK)
-    assert shaky.largest == pytest.approx(0.02, rel=1e-3)
+    unsteady = self_consistency(BatchDependent(teacher, 0.02), rolled, REQUEST)
+    assert unsteady.largest == pytest.approx(0.02, rel=1e-3)
 
 
-def test_parts_are_scored_as_in_the_whole(teacher: HF, rolled: Rollouts) -> None:
-    whole = teacher.score(rolled, ASK)
+def test_selected_sequences_have_the_scores_of_the_full_rollouts(
+    teacher: HF, rolled: Rollouts
+) -> None:
+    all_scores = teacher.score(rolled, REQUEST)
     order = [7, 0, 3]
-    part = teacher.score(select_sequences(rolled, order), ASK)
+    part = teacher.score(select_sequences(rolled, order), REQUEST)
     rows = np.concatenate([np.arange(rolled.seq_off[i], rolled.seq_off[i + 1]) for i in order])
-    np.testing.assert_allclose(part.lp, whole.lp[rows], atol=1e-5)
+    np.testing.assert_allclose(part.lp, all_scores.lp[rows], atol=1e-5)
 
 
-def test_the_first_rows_are_whole_sequences(rolled: Rollouts) -> None:
+def test_take_rows_keeps_full_sequences(rolled: Rollouts) -> None:
     assert take_rows(rolled, int(rolled.seq_off[3])).lengths().tolist() == list(
         rolled.lengths()[:3]
     )
@@ -140,14 +140,14 @@ def test_the_first_rows_are_whole_sequences(rolled: Rollouts) -> None:
     assert take_rows(rolled, 10**9).positions == rolled.positions
 
 
-def test_compare_finds_rows_that_are_shifted(teacher: HF, rolled: Rollouts) -> None:
-    once = teacher.score(rolled, ASK)
+def test_compare_finds_shifted_rows(teacher: HF, rolled: Rollouts) -> None:
+    once = teacher.score(rolled, REQUEST)
     shifted = replace(once, ids=np.roll(once.ids, 8), entry_lp=np.roll(once.entry_lp, 8))
     assert compare_scores(once, shifted).largest > 0.1
     assert compare_scores(once, shifted).same_best < 0.9
 
 
-def test_the_tolerance_follows_the_control_and_has_an_end() -> None:
+def test_the_tolerance_follows_self_consistency_within_bounds() -> None:
     assert tolerance(0.0) == MIN_TOLERANCE
     assert tolerance(0.02) == pytest.approx(SPREAD_FACTOR * 0.02)
     with pytest.raises(IdentityError, match="differs from itself by 0.2 nats"):

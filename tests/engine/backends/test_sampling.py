@@ -1,4 +1,4 @@
-"""The law that is sampled from, against the exact softmax: on the tiny model, on made-up logits."""
+"""The sampled distribution against the exact softmax, of the tiny model and of random logits."""
 
 import json
 from pathlib import Path
@@ -54,15 +54,15 @@ def generate(hf: HF, which: list[Prompt] = PROMPTS, seed: int = 0, **sampling: A
     return hf.generate(which, params, seed=seed, version=0)
 
 
-def same(a: Rollouts, b: Rollouts) -> None:
+def assert_equal_rollouts(a: Rollouts, b: Rollouts) -> None:
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_array_equal(a.seq_off, b.seq_off)
     np.testing.assert_array_equal(a.finish, b.finish)
     np.testing.assert_allclose(a.b_lp, b.b_lp, atol=2e-5)
 
 
-def exact_law(logits: Tensor, seen: list[int], s: SamplingParams) -> Tensor:
-    """[V] float64 probabilities, by the definitions and one id at a time."""
+def exact_distribution(logits: Tensor, seen: list[int], s: SamplingParams) -> Tensor:
+    """Return float64 probabilities [V] by the definitions, one id at a time."""
     z = logits.double().clone()
     for i in set(seen):
         z[i] = z[i] * s.repetition_penalty if z[i] < 0 else z[i] / s.repetition_penalty
@@ -84,7 +84,7 @@ def exact_law(logits: Tensor, seen: list[int], s: SamplingParams) -> Tensor:
     return p / p.sum()
 
 
-LAWS = {
+DISTRIBUTIONS = {
     "plain": {},
     "temperature": {"temperature": 0.7},
     "hot": {"temperature": 1.6},
@@ -101,9 +101,9 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("params", LAWS.values(), ids=LAWS.keys())
-def test_frequencies_are_those_of_the_exact_law(params: dict[str, Any]) -> None:
-    """Chi-square with 11 degrees of freedom at most: 40 is beyond its 1 - 4e-5 quantile."""
+@pytest.mark.parametrize("params", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
+def test_frequencies_follow_the_exact_distribution(params: dict[str, Any]) -> None:
+    """Test by chi-square with at most 11 degrees of freedom: 40 is above its 1 - 4e-5 quantile."""
     sampling = SamplingParams(**params)
     logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * 1.5
     seen = [2, 5, 5]
@@ -112,7 +112,7 @@ def test_frequencies_are_those_of_the_exact_law(params: dict[str, Any]) -> None:
     ids = torch.tensor([seen])
     scores: Any = distribution(sampling)(ids, logits[None].clone())
     token, lp = draw(scores.expand(n, -1), u)
-    p = exact_law(logits, seen, sampling)
+    p = exact_distribution(logits, seen, sampling)
     counts = torch.bincount(token, minlength=12).double()
     assert counts[p == 0].sum() == 0
     kept = p > 0
@@ -129,8 +129,8 @@ def test_the_inverse_of_the_distribution_function_by_hand() -> None:
     torch.testing.assert_close(lp.exp()[[0, 2, 4]], torch.tensor([0.25, 0.5, 0.25]).double())
 
 
-@pytest.mark.parametrize("params", LAWS.values(), ids=LAWS.keys())
-def test_b_lp_is_the_renormalised_law_of_the_whole_model(hf: HF, params: dict[str, Any]) -> None:
+@pytest.mark.parametrize("params", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
+def test_b_lp_is_the_log_prob_of_the_sampled_distribution(hf: HF, params: dict[str, Any]) -> None:
     rolled = generate(hf, n=1, **params)
     sampling = SamplingParams(**params)
     for i, prompt in enumerate(rolled.prompts):
@@ -140,7 +140,7 @@ def test_b_lp_is_the_renormalised_law_of_the_whole_model(hf: HF, params: dict[st
         logits = hf.model(torch.tensor([ids])).logits[0].detach()
         for r in (0, 1, len(response) - 1):
             at = len(prompt.token_ids) + r
-            p = exact_law(logits[at - 1], ids[:at], sampling)
+            p = exact_distribution(logits[at - 1], ids[:at], sampling)
             assert rolled.b_lp[start + r] == pytest.approx(float(p[response[r]].log()), abs=1e-5)
 
 
@@ -148,8 +148,8 @@ def test_a_hostile_generation_config_changes_nothing(hf: HF, tmp_path: Path) -> 
     folder = save_folder(tmp_path / "hostile")
     (folder / "generation_config.json").write_text(json.dumps(HOSTILE))
     hostile = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,))
-    same(generate(hf), generate(hostile))
-    same(generate(hf, temperature=0.0), generate(hostile, temperature=0.0))
+    assert_equal_rollouts(generate(hf), generate(hostile))
+    assert_equal_rollouts(generate(hf, temperature=0.0), generate(hostile, temperature=0.0))
 
 
 def test_greedy_is_the_argmax_with_log_prob_zero(hf: HF) -> None:
@@ -163,14 +163,14 @@ def test_greedy_is_the_argmax_with_log_prob_zero(hf: HF) -> None:
 
 
 def test_a_sequence_does_not_depend_on_its_batch(hf: HF, folder: Path) -> None:
-    together = generate(hf)
-    alone = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), batch_tokens=1)
-    same(together, generate(alone))
+    batched = generate(hf)
+    one_by_one = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), batch_tokens=1)
+    assert_equal_rollouts(batched, generate(one_by_one))
     backwards = generate(hf, PROMPTS[::-1])
     n = SamplingParams().n
-    for i in range(len(together.finish)):
+    for i in range(len(batched.finish)):
         j = (len(PROMPTS) - 1 - i // n) * n + i % n
-        a = together.tokens[together.seq_off[i] : together.seq_off[i + 1]]
+        a = batched.tokens[batched.seq_off[i] : batched.seq_off[i + 1]]
         b = backwards.tokens[backwards.seq_off[j] : backwards.seq_off[j + 1]]
         np.testing.assert_array_equal(a, b)
 
@@ -183,7 +183,7 @@ def test_seeds_samples_and_versions_differ(hf: HF) -> None:
     assert len(draws) == 5
     one = generate(hf, PROMPTS[:1], n=4)
     assert len({tuple(t) for t in np.split(one.tokens, one.seq_off[1:-1])}) == 4
-    same(one, generate(hf, PROMPTS[:1], n=4))
+    assert_equal_rollouts(one, generate(hf, PROMPTS[:1], n=4))
 
 
 def test_a_shorter_response_is_the_beginning_of_a_longer_one(hf: HF) -> None:
@@ -194,7 +194,7 @@ def test_a_shorter_response_is_the_beginning_of_a_longer_one(hf: HF) -> None:
 
 
 def test_the_stop_token_is_kept_and_nothing_follows_it(folder: Path) -> None:
-    """With a third of the ids as stop ids most responses stop, at different lengths."""
+    """Use a third of the ids as stop ids, so that most responses stop, at different lengths."""
     stops = set(range(3, 36))
     hf = HF(folder, n_vocab=N_VOCAB, stop_ids=stops)
     rolled = generate(hf, n=16, max_new_tokens=6)
@@ -207,11 +207,11 @@ def test_the_stop_token_is_kept_and_nothing_follows_it(folder: Path) -> None:
     assert len(set(rolled.lengths().tolist())) >= 4
     assert set(rolled.finish.tolist()) == {STOP, LENGTH}
     assert (rolled.loss_mask == 1).all()
-    # What stops does not change what is sampled until then.
-    free = generate(HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,)), n=16, max_new_tokens=6)
+    # Stop ids do not change the tokens before them.
+    without_stops = generate(HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,)), n=16, max_new_tokens=6)
     for i in range(len(rolled.finish)):
         a = rolled.tokens[rolled.seq_off[i] : rolled.seq_off[i + 1]]
-        b = free.tokens[free.seq_off[i] : free.seq_off[i + 1]]
+        b = without_stops.tokens[without_stops.seq_off[i] : without_stops.seq_off[i + 1]]
         np.testing.assert_array_equal(a[: len(b)], b[: len(a)])
 
 
@@ -220,18 +220,18 @@ def test_padded_ids_of_the_head_are_never_sampled(tmp_path: Path) -> None:
     plain = HF(save_folder(tmp_path / "a", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
     with torch.no_grad():
         model.lm_head.weight[N_VOCAB:] *= 1e4
-    loud = HF(save_folder(tmp_path / "b", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
-    same(generate(plain), generate(loud))
-    assert generate(loud).tokens.max() < N_VOCAB
+    large_padding = HF(save_folder(tmp_path / "b", model), n_vocab=N_VOCAB, stop_ids=(EOS,))
+    assert_equal_rollouts(generate(plain), generate(large_padding))
+    assert generate(large_padding).tokens.max() < N_VOCAB
 
 
 def test_a_repetition_penalty_does_not_see_padding(hf: HF, folder: Path) -> None:
-    alone = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), batch_tokens=1)
+    one_by_one = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS,), batch_tokens=1)
     params = {"n": 1, "repetition_penalty": 3.0, "temperature": 0.0}
-    same(generate(hf, **params), generate(alone, **params))
+    assert_equal_rollouts(generate(hf, **params), generate(one_by_one, **params))
 
 
-def test_a_response_that_could_leave_the_context_is_refused_before_sampling(hf: HF) -> None:
+def test_a_response_that_could_exceed_the_context_is_an_error_before_sampling(hf: HF) -> None:
     with pytest.raises(
         PromptError, match=r"'x+' has 40 tokens, and with max_new_tokens=217 .* 256"
     ):
@@ -249,7 +249,7 @@ def test_progress_counts_sequences(hf: HF) -> None:
 
 
 class Broken:
-    """A network whose logits are not numbers."""
+    """A network with NaN logits."""
 
     device = torch.device("cpu")
 
@@ -262,7 +262,7 @@ class Broken:
         return torch.full((len(hidden), 8), torch.nan)
 
 
-def test_logits_that_are_not_numbers_are_refused() -> None:
+def test_nan_logits_are_an_error() -> None:
     params = SamplingParams(max_new_tokens=2)
     with pytest.raises(ModelError, match="NaN or infinity"):
         sample_batch(Broken(), [(1,)], torch.rand(1, 2, dtype=torch.float64), params, (0,))

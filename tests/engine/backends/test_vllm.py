@@ -1,4 +1,4 @@
-"""The vllm backend where there is no vLLM: it has a name, says what it lacks, imports nothing."""
+"""The vllm backend without an installed vLLM: it opens, raises an error at use, imports nothing."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from logitcask.engine.types import IdLists, Prompt, SamplingParams
 from tests.engine.tiny import make_model, save_folder
 
 
-def test_without_vllm_its_name_is_known_and_its_use_is_refused(
+def test_without_vllm_the_backend_opens_and_its_use_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("logitcask.engine.backends.vllm.engine.find_spec", lambda name: None)
@@ -29,7 +29,7 @@ def test_without_vllm_its_name_is_known_and_its_use_is_refused(
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_the_head_of_a_folder_is_the_models(tmp_path: Path, tie: bool) -> None:
+def test_read_head_returns_the_head_of_the_model(tmp_path: Path, tie: bool) -> None:
     model = make_model(tie=tie)
     weight, bias = read_head(save_folder(tmp_path, model))
     assert torch.equal(weight, model.lm_head.weight)
@@ -39,7 +39,7 @@ def test_the_head_of_a_folder_is_the_models(tmp_path: Path, tie: bool) -> None:
         read_head(tmp_path)
 
 
-def test_rows_of_other_lengths_make_a_rectangle_and_come_back() -> None:
+def test_ragged_rows_round_trip_through_a_matrix() -> None:
     lists = IdLists(cnt=np.array([2, 0, 3], np.uint16), ids=np.array([7, 5, 1, 2, 3], np.uint32))
     assert to_matrix(lists).tolist() == [[7, 5, -1], [-1, -1, -1], [1, 2, 3]]
     assert to_matrix(lists)[valid_mask(lists)].tolist() == lists.ids.tolist()

@@ -1,4 +1,4 @@
-"""An id is one token to student and teacher wherever it occurs; elsewhere they may differ."""
+"""Comparison of tokenizer maps: an id that occurs must be the same token to student and teacher."""
 
 import shutil
 from dataclasses import replace
@@ -27,7 +27,7 @@ from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, S
 from tests.engine.score.scored import ref, run
 from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
 
-ASK = ScoreParams(entry_kind="topk", top_p=1.0, k_min=2, k_max=2)
+TOP_2 = ScoreParams(entry_kind="topk", top_p=1.0, k_min=2, k_max=2)
 MAPS = st.dictionaries(st.integers(0, 30), st.sampled_from("abc"), min_size=1)
 
 
@@ -37,8 +37,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
 
 
 @pytest.fixture(scope="module")
-def made(student: ModelRef, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One sequence of few rows, so that most ids do not occur."""
+def template_store(student: ModelRef, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a store with one short sequence, so that most ids do not occur."""
     path = tmp_path_factory.mktemp("stores") / "made"
     rollout(
         RolloutRequest(
@@ -54,8 +54,8 @@ def made(student: ModelRef, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Store:
-    return open_store(shutil.copytree(made, tmp_path / "s"))
+def store(template_store: Path, tmp_path: Path) -> Store:
+    return open_store(shutil.copytree(template_store, tmp_path / "s"))
 
 
 def rolled(store: Store) -> Rollouts:
@@ -63,44 +63,42 @@ def rolled(store: Store) -> Rollouts:
 
 
 def teacher_without(token: int, folder: Path) -> ModelRef:
-    """A teacher to which this id is another token than to the student."""
+    """Return a teacher with another token at this id than the student."""
     renamed = CHARACTERS[: token - 3] + "é" + CHARACTERS[token - 2 :]
     return ref(save_folder(folder, make_model(seed=1), make_tokenizer(characters=renamed)))
 
 
-def score(store: Store, student: ModelRef, teacher: ModelRef, **keys: Any) -> Any:
-    """As a command with --student-tokenizer does."""
+def score(store: Store, student: ModelRef, teacher: ModelRef, **kwargs: Any) -> Any:
+    """Score as the command with --student-tokenizer does."""
     shared = shared_vocabulary(student.lineage(), teacher, str(student.path))
     assert shared is not None
     teacher = replace(teacher, n_vocab=shared.n_vocab)
-    return run(Path(store.url), teacher, HF(teacher), params=ASK, shared=shared, **keys)
+    return run(Path(store.url), teacher, HF(teacher), params=TOP_2, shared=shared, **kwargs)
 
 
-def test_an_id_that_does_not_occur_may_be_another_token(
-    store: Store, student: ModelRef, tmp_path: Path
-) -> None:
+def test_an_unused_id_may_be_another_token(store: Store, student: ModelRef, tmp_path: Path) -> None:
     found, plain = rolled(store), HF(ref(save_folder(tmp_path / "plain", make_model(seed=1))))
-    expected = plain.score(found, ASK)
+    expected = plain.score(found, TOP_2)
     used = {3, 4, *found.tokens, *found.student.ids, *expected.ids}
-    free = min(set(range(3, N_VOCAB)) - used)
-    report = score(store, student, teacher_without(free, tmp_path / "t"))
+    unused = min(set(range(3, N_VOCAB)) - used)
+    report = score(store, student, teacher_without(unused, tmp_path / "t"))
     (note,) = report.notes
-    word = repr(CHARACTERS[free - 3])
+    word = repr(CHARACTERS[unused - 3])
     assert "differ in 1 ids, which is harmless" in note
-    assert f"{free} ({word} to the student, 'é' to the teacher)" in note
-    (chain,) = store.head().scores("big").values()
-    known = store.read_scores(chain, base=found)
+    assert f"{unused} ({word} to the student, 'é' to the teacher)" in note
+    (segments,) = store.head().scores("big").values()
+    known = store.read_scores(segments, base=found)
     np.testing.assert_allclose(known.lp, expected.lp, rtol=1e-6)
-    assert chain[0].lineage["teacher"]["tokenizer"] != student.tokenizer_digest
+    assert segments[0].lineage["teacher"]["tokenizer"] != student.tokenizer_digest
 
 
 @pytest.mark.parametrize("where", ["prompt", "responses", "student's best", "teacher's likely"])
-def test_an_id_that_occurs_is_one_token_to_both(
+def test_a_used_id_of_another_token_is_an_error(
     where: str, store: Store, student: ModelRef, tmp_path: Path
 ) -> None:
     found = rolled(store)
     listed, sampled = set(found.student.ids.tolist()), set(found.tokens.tolist())
-    best = HF(ref(save_folder(tmp_path / "plain", make_model(seed=1)))).score(found, ASK)
+    best = HF(ref(save_folder(tmp_path / "plain", make_model(seed=1)))).score(found, TOP_2)
     assert (best.entry_lp > np.log(MIN_PROB)).all()
     token = {
         "prompt": 4,
@@ -114,7 +112,7 @@ def test_an_id_that_occurs_is_one_token_to_both(
     assert not store.head().scores("big")
 
 
-def test_a_teacher_with_more_ids_is_asked_over_those_that_both_know(
+def test_a_teacher_with_more_ids_is_renormalized_over_the_shared_ids(
     store: Store, student: ModelRef, tmp_path: Path
 ) -> None:
     more = make_tokenizer(characters=CHARACTERS + "éß")
@@ -123,21 +121,21 @@ def test_a_teacher_with_more_ids_is_asked_over_those_that_both_know(
     found = rolled(store)
     report = score(store, student, teacher)
     assert f"{N_VOCAB} (none to the student, 'é' to the teacher)" in report.notes[0]
-    (chain,) = store.head().scores("big").values()
+    (segments,) = store.head().scores("big").values()
     ids = np.array([[3, 4, *found.tokens.tolist()]])
     with torch.no_grad():
         logits = model(torch.from_numpy(ids.astype(np.int64))).logits[0, 1:-1, :N_VOCAB].double()
     exact = logits.log_softmax(1).numpy()[np.arange(len(found.tokens)), found.tokens]
-    np.testing.assert_allclose(store.read_scores(chain, base=found).lp, exact, atol=1e-5)
+    np.testing.assert_allclose(store.read_scores(segments, base=found).lp, exact, atol=1e-5)
 
 
-def test_without_the_students_tokenizer_there_is_nothing_to_compare(
+def test_without_the_students_tokenizer_other_maps_are_an_error(
     store: Store, student: ModelRef, tmp_path: Path
 ) -> None:
     teacher = teacher_without(9, tmp_path / "t")
     assert shared_vocabulary(student.lineage(), teacher) is None
     with pytest.raises(IdentityError, match="the student's tokenizer is") as caught:
-        run(Path(store.url), teacher, HF(teacher), params=ASK)
+        run(Path(store.url), teacher, HF(teacher), params=TOP_2)
     assert "--student-tokenizer" in caught.value.hint
     with pytest.raises(IdentityError, match="and that of the student is"):
         shared_vocabulary(student.lineage(), teacher, str(teacher.path))
@@ -149,21 +147,21 @@ def test_equal_tokenizers_need_no_comparison(student: ModelRef) -> None:
     assert shared_vocabulary(student.lineage(), student, "/nowhere") is None
 
 
-def test_tokenizers_that_have_little_in_common_are_refused(student: ModelRef) -> None:
-    ours = {i: str(i) for i in range(10)}
-    theirs = {i: str(i) for i in range(4)} | dict.fromkeys(range(4, 10), "x")
+def test_maps_that_agree_on_few_ids_are_an_error(student: ModelRef) -> None:
+    student_map = {i: str(i) for i in range(10)}
+    teacher_map = {i: str(i) for i in range(4)} | dict.fromkeys(range(4, 10), "x")
     with pytest.raises(IdentityError, match="agree on 4 of 10 ids"):
-        compare_maps(ours, theirs, "s", student)
+        compare_maps(student_map, teacher_map, "s", student)
 
 
-def test_what_is_known_already_is_not_asked_after_again(
+def test_scores_with_a_differing_id_can_be_extended(
     store: Store, student: ModelRef, tmp_path: Path
 ) -> None:
-    """An unlikely id of the teacher's own was accepted; more ids can still be asked at."""
-    everything = replace(ASK, k_min=N_VOCAB, k_max=N_VOCAB)
+    """Add extra ids to scores that hold an accepted id of another token."""
+    full_params = replace(TOP_2, k_min=N_VOCAB, k_max=N_VOCAB)
     model = make_model(seed=1, spread=0.6)
     found, plain = rolled(store), HF(ref(save_folder(tmp_path / "plain", model)))
-    best = plain.score(found, everything)
+    best = plain.score(found, full_params)
     rare = {*best.ids[best.entry_lp < np.log(MIN_PROB) - 1].tolist()}
     seen = {3, 4, *found.tokens.tolist(), *found.student.ids.tolist()}
     seen |= {*best.ids[best.entry_lp > np.log(MIN_PROB) - 1].tolist()}
@@ -172,16 +170,16 @@ def test_what_is_known_already_is_not_asked_after_again(
     folder = save_folder(tmp_path / "t", model, make_tokenizer(characters=renamed))
     teacher = ref(folder)
     shared = shared_vocabulary(student.lineage(), teacher, str(student.path))
-    told: dict[str, Any] = {"shared": shared, "params": everything}
-    run(Path(store.url), teacher, HF(teacher), **told)
+    kwargs: dict[str, Any] = {"shared": shared, "params": full_params}
+    run(Path(store.url), teacher, HF(teacher), **kwargs)
     more = HF(student)
-    run(Path(store.url), student, more, teacher_name="self", params=ASK)
-    assert run(Path(store.url), teacher, HF(teacher), extra_ids="self", **told).units_new == 1
+    run(Path(store.url), student, more, teacher_name="self", params=TOP_2)
+    assert run(Path(store.url), teacher, HF(teacher), extra_ids="self", **kwargs).units_new == 1
 
 
 @given(MAPS, MAPS)
-def test_every_id_is_one_token_to_both_or_among_the_differing(
-    ours: dict[int, str], theirs: dict[int, str]
+def test_differing_ids_are_all_ids_of_different_tokens(
+    student_map: dict[int, str], teacher_map: dict[int, str]
 ) -> None:
     teacher = ModelRef(
         name="t",
@@ -195,14 +193,14 @@ def test_every_id_is_one_token_to_both_or_among_the_differing(
         version=0,
         root="",
     )
-    same = {i for i in ours if theirs.get(i) == ours[i]}
-    if 2 * len(same) < len(ours.keys() | theirs.keys()):
+    same = {i for i in student_map if teacher_map.get(i) == student_map[i]}
+    if 2 * len(same) < len(student_map.keys() | teacher_map.keys()):
         with pytest.raises(IdentityError):
-            compare_maps(ours, theirs, "s", teacher)
+            compare_maps(student_map, teacher_map, "s", teacher)
         return
-    found = compare_maps(ours, theirs, "s", teacher)
-    assert found.differing.tolist() == sorted((ours.keys() | theirs.keys()) - same)
-    assert found.n_vocab == max(ours.keys() & theirs.keys()) + 1
+    found = compare_maps(student_map, teacher_map, "s", teacher)
+    assert found.differing.tolist() == sorted((student_map.keys() | teacher_map.keys()) - same)
+    assert found.n_vocab == max(student_map.keys() & teacher_map.keys()) + 1
     found.check(np.array(sorted(same)), "here", "t")
     for token in found.differing:
         with pytest.raises(UnitError, match=rf"here: ids .* \(1\): {token} "):

@@ -1,4 +1,4 @@
-"""A served teacher is the same in every unit, on every server, and under every name."""
+"""Checks that a served teacher is the same in every unit, on every server, and under every name."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ from logitcask.engine.teachers.verified import VerifiedTeacher
 from logitcask.engine.types import IdLists, Prompt, Rollouts, SamplingParams, ScoreParams, Scores
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
-ASK = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
+TOP_8 = ScoreParams(entry_kind="topk", top_p=1.0, k_min=8, k_max=8, at_student=False)
 
 
 def hf(folder: Path, seed: int) -> HF:
@@ -49,7 +49,7 @@ def rolled(pair: tuple[HF, HF]) -> Rollouts:
 
 
 class Servers:
-    """Scorers in the places of servers; a unit is scored by all that `busy` names."""
+    """A pool of scorers in place of servers; the indices in `busy` score a unit."""
 
     capabilities = frozenset({"top", "at_ids", "entropy", "tail"})
 
@@ -61,7 +61,7 @@ class Servers:
         self.rows = 0
 
     def replicas(self) -> dict[str, Any]:
-        return {f"server {i}": Counted(self, each) for i, each in enumerate(self.scorers)}
+        return {f"server {i}": CountingReplica(self, each) for i, each in enumerate(self.scorers)}
 
     def unavailable(self) -> set[str]:
         return {f"server {i}" for i, each in enumerate(self.scorers) if each is None}
@@ -70,21 +70,21 @@ class Servers:
         return {f"server {i}" for i in self.busy}
 
     def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
-        return Counted(self, self.scorers[self.busy[-1]]).score(rollouts, request, at)
+        return CountingReplica(self, self.scorers[self.busy[-1]]).score(rollouts, request, at)
 
     def describe(self) -> dict[str, str]:
         return {"name": "servers"}
 
 
-class Counted:
+class CountingReplica:
     capabilities = Servers.capabilities
 
-    def __init__(self, told: Servers, inner: Any) -> None:
-        self.told, self.inner = told, inner
+    def __init__(self, pool: Servers, inner: Any) -> None:
+        self.pool, self.inner = pool, inner
 
     def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
-        self.told.rows += rollouts.positions
-        self.told.requests.append(request)
+        self.pool.rows += rollouts.positions
+        self.pool.requests.append(request)
         scores: Scores = self.inner.score(rollouts, request, at)
         return scores
 
@@ -92,8 +92,8 @@ class Counted:
         return {"name": "one"}
 
 
-class Off:
-    """A model whose log-probs are lower by so much where `when` says so."""
+class Shifted:
+    """A model whose log-probs are lower by `by` where `when` is true."""
 
     def __init__(self, inner: HF, by: float, when: Any) -> None:
         self.inner, self.by, self.when = inner, by, when
@@ -104,48 +104,48 @@ class Off:
         return replace(scores, lp=scores.lp - off, entry_lp=scores.entry_lp - off)
 
 
-def test_scores_of_a_teacher_that_stays_are_its_own(pair: tuple[HF, HF], rolled: Rollouts) -> None:
-    same = VerifiedTeacher(Servers(pair[0]), N_VOCAB, print)
+def test_scores_of_an_unchanged_teacher_are_returned(pair: tuple[HF, HF], rolled: Rollouts) -> None:
+    verified = VerifiedTeacher(Servers(pair[0]), N_VOCAB, print)
     for _ in range(3):
         np.testing.assert_array_equal(
-            same.score(rolled, ASK).entry_lp, pair[0].score(rolled, ASK).entry_lp
+            verified.score(rolled, TOP_8).entry_lp, pair[0].score(rolled, TOP_8).entry_lp
         )
 
 
-def test_what_a_teacher_says_is_believed_only_if_it_is_still_the_same(
+def test_a_changed_teacher_is_an_error_after_the_unit(
     pair: tuple[HF, HF], rolled: Rollouts
 ) -> None:
     servers = Servers(pair[0])
-    same = VerifiedTeacher(servers, N_VOCAB, print)
-    same.score(rolled, ASK)
+    verified = VerifiedTeacher(servers, N_VOCAB, print)
+    verified.score(rolled, TOP_8)
     servers.scorers = [pair[1]]
     with pytest.raises(IdentityError, match="server 0 is not the teacher that began this run"):
-        same.score(rolled, ASK)
+        verified.score(rolled, TOP_8)
 
 
-def test_servers_beside_each_other_are_one_teacher(pair: tuple[HF, HF]) -> None:
+def test_servers_of_two_teachers_are_an_error(pair: tuple[HF, HF]) -> None:
     with pytest.raises(IdentityError, match="server 1 is not the teacher that server 0 is"):
         VerifiedTeacher(Servers(*pair), N_VOCAB, print)
-    # A temperature of one of two is no spread of both.
-    hot = Off(pair[0], 0.05, lambda rollouts, request: True)
+    # A different temperature of one server is not within the tolerance.
+    at_temperature = Shifted(pair[0], 0.05, lambda rollouts, request: True)
     with pytest.raises(IdentityError, match=r"server 1 is not .* 0\.05"):
-        VerifiedTeacher(Servers(pair[0], hot), N_VOCAB, print)
+        VerifiedTeacher(Servers(pair[0], at_temperature), N_VOCAB, print)
     assert VerifiedTeacher(Servers(pair[0], pair[0]), N_VOCAB, print).tolerance == MIN_TOLERANCE
 
 
-def test_every_server_that_answered_is_looked_at(pair: tuple[HF, HF], rolled: Rollouts) -> None:
+def test_every_server_that_answered_is_checked(pair: tuple[HF, HF], rolled: Rollouts) -> None:
     servers = Servers(pair[0], pair[0])
-    same = VerifiedTeacher(servers, N_VOCAB, print)
-    same.score(rolled, ASK)
+    verified = VerifiedTeacher(servers, N_VOCAB, print)
+    verified.score(rolled, TOP_8)
     servers.scorers[1], servers.busy = pair[1], [0]
-    same.score(rolled, ASK)  # it had no part in this
+    verified.score(rolled, TOP_8)  # server 1 did not score this unit
     servers.busy = [0, 1]
     with pytest.raises(IdentityError, match="server 1 is not the teacher that began this run"):
-        same.score(rolled, ASK)
+        verified.score(rolled, TOP_8)
 
 
-class Lost:
-    """A server that is gone when it is asked alone, so many times."""
+class FailsProbe:
+    """A server that fails the next `times` requests of the probe."""
 
     def __init__(self, inner: HF, times: int) -> None:
         self.inner, self.times = inner, times
@@ -157,105 +157,115 @@ class Lost:
         return self.inner.score(rollouts, request, at)
 
 
-def test_what_a_server_said_that_is_gone_before_it_is_looked_at_is_not_believed(
+def test_a_unit_of_a_server_that_fails_its_check_is_scored_again(
     pair: tuple[HF, HF], rolled: Rollouts
 ) -> None:
-    lost = Lost(pair[0], 0)
-    servers = Servers(pair[0], lost)
-    same = VerifiedTeacher(servers, N_VOCAB, print)
-    servers.busy, lost.times, servers.requests = [1], 2, []
-    same.score(rolled, ASK)
-    assert servers.requests.count(ASK) == 3
-    lost.times = 3
+    failing = FailsProbe(pair[0], 0)
+    servers = Servers(pair[0], failing)
+    verified = VerifiedTeacher(servers, N_VOCAB, print)
+    servers.busy, failing.times, servers.requests = [1], 2, []
+    verified.score(rolled, TOP_8)
+    assert servers.requests.count(TOP_8) == 3
+    failing.times = 3
     with pytest.raises(ServerError, match="gone"):
-        same.score(rolled, ASK)
+        verified.score(rolled, TOP_8)
 
 
-def test_a_refusal_is_not_asked_for_again(pair: tuple[HF, HF], rolled: Rollouts) -> None:
+def test_a_client_error_is_not_retried(pair: tuple[HF, HF], rolled: Rollouts) -> None:
     class Refusal(ServerError):
         status = 401
 
-    class Closed(Lost):
+    class Closed(FailsProbe):
         def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
             if rollouts.positions == PROBE_ROWS and self.times > 0:
                 raise Refusal("no key", hint="give one")
             return self.inner.score(rollouts, request, at)
 
     servers = Servers(Closed(pair[0], 0))
-    same = VerifiedTeacher(servers, N_VOCAB, print)
+    verified = VerifiedTeacher(servers, N_VOCAB, print)
     servers.scorers[0].times, servers.requests = 1, []
     with pytest.raises(ServerError, match="no key"):
-        same.score(rolled, ASK)
-    assert servers.requests.count(ASK) == 1
+        verified.score(rolled, TOP_8)
+    assert servers.requests.count(TOP_8) == 1
 
 
-def test_when_all_are_away_all_are_waited_for(pair: tuple[HF, HF]) -> None:
+def test_unavailable_servers_are_checked_if_there_is_no_other(pair: tuple[HF, HF]) -> None:
     class Gone(Servers):
         def unavailable(self) -> set[str]:
             return set(self.replicas())
 
     assert VerifiedTeacher(Gone(pair[0], pair[0]), N_VOCAB, print).tolerance == MIN_TOLERANCE
     with pytest.raises(ServerError, match="it is gone"):
-        VerifiedTeacher(Gone(Lost(pair[0], 9)), N_VOCAB, print)
+        VerifiedTeacher(Gone(FailsProbe(pair[0], 9)), N_VOCAB, print)
 
 
-def test_who_is_away_is_looked_at_when_it_has_answered(
+def test_an_unavailable_server_is_checked_after_its_first_answer(
     pair: tuple[HF, HF], rolled: Rollouts
 ) -> None:
     servers = Servers(pair[0], None)
-    same = VerifiedTeacher(servers, N_VOCAB, print)
+    verified = VerifiedTeacher(servers, N_VOCAB, print)
     servers.busy = [0]
-    same.score(rolled, ASK)
+    verified.score(rolled, TOP_8)
     servers.scorers[1], servers.busy = pair[1], [0, 1]
     with pytest.raises(IdentityError, match="server 1 is not the teacher"):
-        same.score(rolled, ASK)
+        verified.score(rolled, TOP_8)
 
 
-def test_the_first_unit_is_scored_twice_and_the_tolerance_is_three_times_what_differs(
+def test_the_tolerance_is_three_times_the_difference_of_the_first_unit(
     pair: tuple[HF, HF], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("logitcask.engine.teachers.verified.CONTROL_ROWS", 12)
     rolled = roll(pair[0], 3)
-    # Alone it says otherwise than beside another, where prompts are long.
-    crowd = Off(pair[0], 0.02, lambda r, _: len(r.finish) == 2 and len(r.prompts[0].token_ids) > 1)
-    servers = Servers(crowd)
-    same = VerifiedTeacher(servers, N_VOCAB, print)
-    assert same.tolerance == MIN_TOLERANCE
+    # Log-probs differ with the batch size, for long prompts only.
+    batch_dependent = Shifted(
+        pair[0], 0.02, lambda r, _: len(r.finish) == 2 and len(r.prompts[0].token_ids) > 1
+    )
+    servers = Servers(batch_dependent)
+    verified = VerifiedTeacher(servers, N_VOCAB, print)
+    assert verified.tolerance == MIN_TOLERANCE
     servers.rows = 0
-    same.score(rolled, ASK)
-    assert same.workload_diff is not None
-    assert same.workload_diff.largest == pytest.approx(0.02, rel=1e-3)
-    assert same.tolerance == pytest.approx(SPREAD_FACTOR * 0.02, rel=1e-3)
-    # At most so many rows twice again, and the probe.
+    verified.score(rolled, TOP_8)
+    assert verified.workload_diff is not None
+    assert verified.workload_diff.largest == pytest.approx(0.02, rel=1e-3)
+    assert verified.tolerance == pytest.approx(SPREAD_FACTOR * 0.02, rel=1e-3)
+    # At most 12 rows are scored two more times, and the probe once.
     assert 0 < servers.rows - rolled.positions - PROBE_ROWS <= 24
     servers.rows = 0
-    same.score(rolled, ASK)
+    verified.score(rolled, TOP_8)
     assert servers.rows == rolled.positions + PROBE_ROWS
 
 
-def test_a_teacher_that_is_unsteady_at_work_is_refused(pair: tuple[HF, HF]) -> None:
-    uneven = Off(pair[0], 0.5, lambda r, _: len(r.finish) == 6 and len(r.prompts[0].token_ids) > 1)
-    odd = VerifiedTeacher(Servers(uneven), N_VOCAB, print)
+def test_a_teacher_that_differs_from_itself_is_an_error(pair: tuple[HF, HF]) -> None:
+    uneven = Shifted(
+        pair[0], 0.5, lambda r, _: len(r.finish) == 6 and len(r.prompts[0].token_ids) > 1
+    )
+    verified = VerifiedTeacher(Servers(uneven), N_VOCAB, print)
     with pytest.raises(IdentityError, match=r"differs from itself by 0\.5"):
-        odd.score(roll(pair[0], 3), ASK)
+        verified.score(roll(pair[0], 3), TOP_8)
 
 
-def test_no_more_is_asked_for_than_units_will_be(pair: tuple[HF, HF], rolled: Rollouts) -> None:
-    """Else a server that tells 8 log-probs could never be asked for 8."""
+def test_requests_do_not_exceed_k_max(pair: tuple[HF, HF], rolled: Rollouts) -> None:
+    """Limit the probe to k_max, because the server may return no more log-probs."""
     servers = Servers(pair[0])
-    VerifiedTeacher(servers, N_VOCAB, print, 8).score(rolled, ASK)
+    VerifiedTeacher(servers, N_VOCAB, print, 8).score(rolled, TOP_8)
     assert max(each.k_max for each in servers.requests) == 8
 
 
 def test_a_fingerprint_does_not_depend_on_the_student(pair: tuple[HF, HF], tmp_path: Path) -> None:
-    """Who has fewer ids is scored by the same teacher, over those that both know."""
+    """Compare fingerprints over all ids and over the ids of a student with one id less."""
     model = make_model(seed=1, vocab_size=N_VOCAB + 1, tie=False)
     model.lm_head.weight.data[N_VOCAB] = 0
-    told = Servers(HF(save_folder(tmp_path / "wider", model), n_vocab=100, stop_ids=(EOS,)))
-    wide, narrow = (VerifiedTeacher(told, n, print).lineage()["behaviour"] for n in (100, 99))
+    pool = Servers(HF(save_folder(tmp_path / "wider", model), n_vocab=100, stop_ids=(EOS,)))
+    over_all, over_shared = (
+        VerifiedTeacher(pool, n, print).lineage()["behaviour"] for n in (100, 99)
+    )
     other = VerifiedTeacher(Servers(pair[0]), N_VOCAB, print).lineage()["behaviour"]
-    assert compare_records(wide, narrow)[0] <= MIN_TOLERANCE == compare_records(wide, narrow)[1]
-    assert compare_records(wide, other)[0] > compare_records(wide, other)[1]
+    assert (
+        compare_records(over_all, over_shared)[0]
+        <= MIN_TOLERANCE
+        == compare_records(over_all, over_shared)[1]
+    )
+    assert compare_records(over_all, other)[0] > compare_records(over_all, other)[1]
 
 
 class Padded:
@@ -264,11 +274,11 @@ class Padded:
     capabilities = frozenset({"top", "at_ids"})
 
     def __init__(self, log_p: Any, n_vocab: int) -> None:
-        self.log_p, self.n_vocab, self.asked = log_p, n_vocab, [0]
+        self.log_p, self.n_vocab, self.requested_ids = log_p, n_vocab, [0]
 
     def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists) -> Scores:
         assert self.n_vocab == len(self.log_p)
-        self.asked = sorted({*self.asked, *at.ids.tolist()})
+        self.requested_ids = sorted({*self.requested_ids, *at.ids.tolist()})
         none = np.zeros(0, np.float32)
         return Scores(
             lp=none,
@@ -282,13 +292,13 @@ class Padded:
 
 
 @pytest.mark.parametrize("pads", [1, 3, 16, 267, 3000])
-def test_mass_of_a_padded_head_is_seen_wherever_it_is(pads: int) -> None:
+def test_mass_on_any_padding_id_is_an_error(pads: int) -> None:
     logits = torch.zeros(99 + pads, dtype=torch.float64)
     logits[99:] = -40.0
-    fine: Any = Padded(logits.log_softmax(0).numpy(), 99)
-    assert check_padding(fine, 99, 99 + pads) == ""
-    assert fine.n_vocab == 99
-    assert len(fine.asked) - 1 == min(pads, 16 * PROBE_ROWS)
+    sound: Any = Padded(logits.log_softmax(0).numpy(), 99)
+    assert check_padding(sound, 99, 99 + pads) == ""
+    assert sound.n_vocab == 99
+    assert len(sound.requested_ids) - 1 == min(pads, 16 * PROBE_ROWS)
     logits[99:] = -2.0
     untrained: Any = Padded(logits.log_softmax(0).numpy(), 99)
     with pytest.raises(IdentityError, match=f"the {pads} ids of its padded head hold a mass"):
@@ -297,7 +307,7 @@ def test_mass_of_a_padded_head_is_seen_wherever_it_is(pads: int) -> None:
 
 
 @pytest.mark.parametrize("status", [0, 400, 500])
-def test_only_a_refusal_leaves_the_padding_unseen(status: int) -> None:
+def test_only_a_client_error_skips_the_padding_check(status: int) -> None:
     class Failing(Padded):
         def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists) -> Scores:
             error = ServerError("out of the vocabulary", hint="none")
@@ -313,8 +323,8 @@ def test_only_a_refusal_leaves_the_padding_unseen(status: int) -> None:
     assert failing.n_vocab == 99
 
 
-def test_a_padded_head_that_cannot_be_looked_at_is_a_note() -> None:
-    blind: Any = Padded(np.zeros(101), 99)
-    blind.capabilities = frozenset({"top"})
-    assert "2 ids of its padded head cannot be checked" in check_padding(blind, 99, 101)
-    assert check_padding(blind, 99, 99) == ""
+def test_a_padded_head_that_cannot_be_checked_is_a_note() -> None:
+    without_at_ids: Any = Padded(np.zeros(101), 99)
+    without_at_ids.capabilities = frozenset({"top"})
+    assert "2 ids of its padded head cannot be checked" in check_padding(without_at_ids, 99, 101)
+    assert check_padding(without_at_ids, 99, 99) == ""

@@ -1,4 +1,4 @@
-"""A tiny teacher, what it says in the embedded backend, and limits that fit a test."""
+"""A tiny teacher in the hf backend, rollouts to score, and short limits."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +16,7 @@ from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 QUICK = Limits(
     read_s=5.0, backoff_s=0.01, most_backoff_s=0.05, wait_s=5.0, poll_s=0.02, connect_s=2.0
 )
-OWN = ScoreParams(top_p=1.0, k_min=7, k_max=7, at_student=False)
+STUDENT_TOP_7 = ScoreParams(top_p=1.0, k_min=7, k_max=7, at_student=False)
 PROMPTS = [Prompt(id=str(i), token_ids=tuple(range(3, 3 + n))) for i, n in enumerate((1, 30, 8))]
 
 
@@ -28,11 +28,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> HF:
 
 @pytest.fixture(scope="session")
 def rolled(tmp_path_factory: pytest.TempPathFactory) -> Rollouts:
-    """Nine responses of 1 to 12 tokens, with the student's own top 7."""
+    """Return nine responses of 1 to 12 tokens, with the student's top 7."""
     folder: Path = save_folder(tmp_path_factory.mktemp("student"))
     hf = HF(folder, n_vocab=N_VOCAB, stop_ids=(EOS, 20, 30, 40))
     rolled = hf.generate(PROMPTS, SamplingParams(n=3, max_new_tokens=12), seed=0, version=0)
-    return replace(rolled, student=hf.score(rolled, OWN))
+    return replace(rolled, student=hf.score(rolled, STUDENT_TOP_7))
 
 
 @pytest.fixture
@@ -43,15 +43,15 @@ def fake(teacher: HF) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def connect() -> Iterator[Callable[..., ServerScorer]]:
-    """Server(*fakes, ...), closed at the end."""
+    """Return a function that makes a ServerScorer of the fakes; close all at the end."""
     opened: list[ServerScorer] = []
 
-    def to(*fakes: FakeServer, limits: Limits = QUICK, **told: Any) -> ServerScorer:
-        server = ServerScorer([each.url for each in fakes], limits=limits, **told)
+    def connect_to(*fakes: FakeServer, limits: Limits = QUICK, **kwargs: Any) -> ServerScorer:
+        server = ServerScorer([each.url for each in fakes], limits=limits, **kwargs)
         server.n_vocab = N_VOCAB
         opened.append(server)
         return server
 
-    yield to
+    yield connect_to
     for each in opened:
         each.close()

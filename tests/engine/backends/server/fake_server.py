@@ -1,5 +1,6 @@
-"""A server that speaks vLLM's two forms, computes true log-probs from a tiny model, and can be told
-to do wrong. It runs in a thread of its own, on loopback.
+"""A server with the two scoring endpoints of vLLM, log-probs of a tiny model, and faults on demand.
+
+It runs in a thread, on loopback.
 """
 
 import asyncio
@@ -16,19 +17,19 @@ import torch
 from aiohttp import web
 
 Fault = Callable[["FakeServer", web.Request, dict[str, Any]], Awaitable[web.StreamResponse | None]]
-"""Answers in the server's place, spoils the answer that it is given, or does neither (None)."""
+"""Return another response, or change the reply in place (None), or do neither (None)."""
 
 
 @dataclass
 class Seen:
-    """What reached the server."""
+    """Requests that reached the server."""
 
     requests: list[tuple[str, str]] = field(default_factory=list)
-    """(path, what became of it)."""
+    """(path, status or "fault")."""
     in_flight: int = 0
     most_in_flight: int = 0
     gone: int = 0
-    """Requests whose client went away."""
+    """Requests whose client disconnected."""
     auth: set[str] = field(default_factory=set)
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
@@ -57,13 +58,13 @@ class FakeServer:
         self.key, self.tokenizer, self.temperature = key, tokenizer, temperature
         self.parent: str | None = None
         self.cards: Any = None
-        """What /v1/models lists, if not the one model."""
+        """Entries of /v1/models, if not the one model."""
         self.called: str | None = None
-        """What its answers call the model, if not as it is asked for."""
+        """Name of the model in replies, if not that of the request."""
         self.fingerprint = "vllm-0.32.0-0123abcd"
         self.delay_s = 0.0
         self.faults: list[Fault] = []
-        """Taken by the next scoring requests, one each."""
+        """Faults of the next scoring requests, one each."""
         self.seen = Seen()
         self.port = port
         self._lock = threading.Lock()
@@ -82,7 +83,7 @@ class FakeServer:
             self._loop.run_until_complete(self._start())
             started.set()
             self._loop.run_forever()
-            # Connections whose client went away while they were accepted are tasks yet.
+            # Connections whose client disconnected during the accept are still tasks.
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:
                 task.cancel()
@@ -115,7 +116,7 @@ class FakeServer:
         self.port = self._runner.addresses[0][1]
 
     async def _stop(self) -> None:
-        await asyncio.sleep(0.02)  # what was just accepted gets its transport
+        await asyncio.sleep(0.02)  # a connection that was just accepted gets its transport
         assert self._runner.server is not None
         for connection in self._runner.server.connections:
             if connection.transport is not None:
@@ -123,10 +124,10 @@ class FakeServer:
         await self._runner.cleanup()
         for transport in self._transports:
             transport.abort()
-        # They close in the loop's next turns.
+        # They close in the next iterations of the loop.
         await asyncio.sleep(0.05)
 
-    # The ends.
+    # Endpoints.
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -172,17 +173,17 @@ class FakeServer:
         try:
             if self.delay_s:
                 await asyncio.sleep(self.delay_s)
-            said = self._said(body, body[key], params(body))
+            reply = self._reply(body, body[key], params(body))
             is_probe = len(body[key]) == 3
             if not is_probe and self.faults:
-                done = await self.faults.pop(0)(self, request, said)
+                done = await self.faults.pop(0)(self, request, reply)
                 if done is not None:
                     seen.requests.append((request.path, "fault"))
                     return done
-            status = said.pop("status", 200)
+            status = reply.pop("status", 200)
             seen.requests.append((request.path, str(status)))
             return web.Response(
-                text=json.dumps(said), status=status, content_type="application/json"
+                text=json.dumps(reply), status=status, content_type="application/json"
             )
         except asyncio.CancelledError:
             seen.gone += 1
@@ -196,7 +197,7 @@ class FakeServer:
             return web.json_response({"error": "Unauthorized"}, status=401)
         return None
 
-    # What it says.
+    # Replies.
 
     def log_probs(self, ids: list[int]) -> np.ndarray:
         with self._lock, torch.no_grad():
@@ -204,7 +205,7 @@ class FakeServer:
         found: np.ndarray = (logits / self.temperature).log_softmax(-1).numpy()
         return found
 
-    def _said(self, body: dict[str, Any], ids: list[int], sampling: dict[str, Any]) -> Any:
+    def _reply(self, body: dict[str, Any], ids: list[int], sampling: dict[str, Any]) -> Any:
         k = sampling.get("prompt_logprobs")
         listed = self.cards or [{"id": self.served}]
         if body.get("model") not in (None, *(card["id"] for card in listed)):
@@ -215,48 +216,48 @@ class FakeServer:
         if len(ids) + 1 > self.max_model_len:
             return {"status": 400, "error": {"message": "longer than max_model_len"}}
         choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
-        said: dict[str, Any] = {"choices": [choice]}
+        reply: dict[str, Any] = {"choices": [choice]}
         lp = self.log_probs(ids)
         if k is not None:
-            best = [None, *(self._row(lp[i - 1], ids[i], k) for i in range(1, len(ids)))]
-            (said if "token_ids" in body else choice)["prompt_logprobs"] = best
+            rows_topk = [None, *(self._row(lp[i - 1], ids[i], k) for i in range(1, len(ids)))]
+            (reply if "token_ids" in body else choice)["prompt_logprobs"] = rows_topk
         if "prompt" in body:
-            said |= {"model": body["model"], "system_fingerprint": self.fingerprint}
-            said["usage"] = {"prompt_tokens": len(ids)}
+            reply |= {"model": body["model"], "system_fingerprint": self.fingerprint}
+            reply["usage"] = {"prompt_tokens": len(ids)}
         if self.called is not None:
-            said["model"] = self.called
-        asked = sampling.get("prompt_logprob_token_ids")
-        if asked is not None:
+            reply["model"] = self.called
+        extra_ids = sampling.get("prompt_logprob_token_ids")
+        if extra_ids is not None:
             if not self.at_ids:
                 return {"status": 400, "error": {"message": "requires the V2 model runner"}}
             start = sampling["prompt_logprob_start"]
-            wide = np.array(asked)
-            if (count := wide.shape[1]) > self.max_logprobs:
+            id_matrix = np.array(extra_ids)
+            if (count := id_matrix.shape[1]) > self.max_logprobs:
                 words = (
                     f"Requested {count} token ids per row in prompt_logprob_token_ids, which is "
                     f"greater than max allowed: {self.max_logprobs}. Set max_logprobs "
                     f"(--max-logprobs) to at least {count}."
                 )
                 return {"status": 400, "error": {"message": words}}
-            if (beyond := int(wide.max())) >= lp.shape[1]:
-                words = f"token id {beyond} is out of the vocabulary"
+            if (largest_id := int(id_matrix.max())) >= lp.shape[1]:
+                words = f"token id {largest_id} is out of the vocabulary"
                 return {"status": 400, "error": {"message": words}}
-            assert len(wide) == len(ids) - 1 - start
-            rows = np.take_along_axis(lp[start:-1], np.maximum(wide, 0), 1)
-            said["prompt_token_id_logprobs"] = packed(np.where(wide < 0, -np.inf, rows))
-        return said
+            assert len(id_matrix) == len(ids) - 1 - start
+            rows = np.take_along_axis(lp[start:-1], np.maximum(id_matrix, 0), 1)
+            reply["prompt_token_id_logprobs"] = packed(np.where(id_matrix < 0, -np.inf, rows))
+        return reply
 
     @staticmethod
     def _row(lp: np.ndarray, token: int, k: int) -> dict[str, Any]:
         order = np.argsort(-lp, kind="stable")
-        named = order[:k].tolist()
-        named += [] if token in named else [token]
+        listed_ids = order[:k].tolist()
+        listed_ids += [] if token in listed_ids else [token]
         return {
             str(i): {
                 "logprob": float(max(lp[i], -9999.0)),
                 "rank": int(np.flatnonzero(order == i)[0]) + 1,
             }
-            for i in named
+            for i in listed_ids
         }
 
 

@@ -1,4 +1,4 @@
-"""One server: what it may be given, and what of it reaches an error's text."""
+"""One server: rejected URLs and keys, and error messages without secrets."""
 
 import asyncio
 import threading
@@ -23,13 +23,13 @@ from logitcask.engine.types import Rollouts, ScoreParams
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 
-ASK = ScoreParams(k_min=3, k_max=12)
+PARAMS = ScoreParams(k_min=3, k_max=12)
 KEY = "sk-canary-5f3a"
 Connect = Callable[..., ServerScorer]
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b'{"error": {"message": "too long", "code": 400}}', "too long"),
         (b'{"error": "Unauthorized"}', "Unauthorized"),
@@ -40,18 +40,18 @@ Connect = Callable[..., ServerScorer]
         (b"", ""),
     ],
 )
-def test_errors_are_read_in_every_form(body: bytes, said: str) -> None:
-    assert error_message(body) == said
+def test_the_message_of_an_error_is_read_in_each_format(body: bytes, message: str) -> None:
+    assert error_message(body) == message
 
 
-def test_a_key_at_the_end_of_a_cut_text_leaves_no_part_of_it(
+def test_a_truncated_message_shows_no_part_of_the_key(
     fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
     server = connect(fake, key=KEY)
     for cut in range(3, len(KEY) + 1):
         fake.faults = [text(400, "x" * (MOST_MESSAGE - cut) + KEY)] * 100
         with pytest.raises(ServerError, match="answers 400: xxx") as caught:
-            server.score(rolled, ASK)
+            server.score(rolled, PARAMS)
         assert KEY[:3] not in caught.value.cause
 
 
@@ -67,13 +67,13 @@ def test_retry_after_is_seconds_or_nothing() -> None:
 @pytest.mark.parametrize(
     "url", ["http://host:99999", "http://host:port", f"http://me:{KEY}@[::1", f"me:{KEY}@host"]
 )
-def test_an_address_that_nothing_can_be_at_is_refused_at_once(url: str) -> None:
+def test_a_malformed_url_is_an_error(url: str) -> None:
     with pytest.raises(ConfigError, match="is not a server's URL") as caught:
         ServerScorer([url])
     assert KEY not in str(caught.value)
 
 
-def test_an_address_that_is_refused_leaves_no_thread() -> None:
+def test_a_rejected_url_leaves_no_thread() -> None:
     before = threading.active_count()
     for _ in range(3):
         with pytest.raises(ConfigError):
@@ -82,7 +82,7 @@ def test_an_address_that_is_refused_leaves_no_thread() -> None:
 
 
 @pytest.mark.parametrize("password", [KEY, "sk,ca,nary"])
-def test_no_part_of_a_list_of_addresses_with_a_password_is_shown(password: str) -> None:
+def test_an_error_about_a_list_of_urls_shows_no_password(password: str) -> None:
     with pytest.raises(ConfigError, match="number 2 among the servers of a teacher") as caught:
         urls_of(f"http://a:1,me:{password}@b:1")
     assert "b:1" not in caught.value.cause
@@ -90,19 +90,19 @@ def test_no_part_of_a_list_of_addresses_with_a_password_is_shown(password: str) 
 
 
 @pytest.mark.parametrize("url", ["http://h:1?", "http://h:1/#", "http://:@h:1", "http://@h:1"])
-def test_an_address_with_room_for_a_secret_is_refused_although_it_is_empty(url: str) -> None:
+def test_a_url_with_empty_credentials_query_or_fragment_is_an_error(url: str) -> None:
     with pytest.raises(ConfigError, match="the URL of h holds more than scheme"):
         ServerScorer([url])
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f" {KEY}", f"{KEY}\x00", f"{KEY}é"])
-def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+def test_a_key_that_is_invalid_in_a_header_is_an_error(key: str) -> None:
     with pytest.raises(ConfigError, match="not valid in a header") as caught:
         ServerScorer(["http://127.0.0.1:1"], key=key)
     assert KEY not in str(caught.value)
 
 
-def test_a_server_without_tls_is_not_waited_for(fake: FakeServer) -> None:
+def test_https_to_a_server_without_tls_fails_at_once(fake: FakeServer) -> None:
     with pytest.raises(ServerError, match="no secure connection"):
         ServerScorer([fake.url.replace("http", "https")], limits=replace(QUICK, wait_s=600))
 
@@ -112,19 +112,21 @@ def test_redirects_are_not_followed_with_a_key(
 ) -> None:
     with FakeServer(fake.model) as elsewhere:
 
-        async def away(_: FakeServer, request: web.Request, said: Any) -> web.Response:
+        async def redirect(_: FakeServer, request: web.Request, reply: Any) -> web.Response:
             return web.Response(status=307, headers={"Location": elsewhere.url + request.path})
 
         server = connect(fake, key=KEY)
-        fake.faults = [away] * 100
-        with pytest.raises(ServerError, match=f"307: it has moved to {elsewhere.url}/inf") as told:
-            server.score(rolled, ASK)
-        assert "give the new address" in told.value.hint
+        fake.faults = [redirect] * 100
+        with pytest.raises(
+            ServerError, match=f"307: it has moved to {elsewhere.url}/inf"
+        ) as caught:
+            server.score(rolled, PARAMS)
+        assert "give the new address" in caught.value.hint
         assert not elsewhere.seen.auth
         assert not elsewhere.seen.bodies
 
 
-def test_where_a_redirect_points_is_told_without_its_secrets() -> None:
+def test_a_redirect_target_is_shown_without_secrets() -> None:
     assert (
         redirect_target(f"https://me:{KEY}@h:1/v1/models?token={KEY}#{KEY}")
         == "https://h:1/v1/models"
@@ -143,27 +145,27 @@ def test_proxies_of_the_environment_are_not_used(
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    assert connect(fake).score(rolled, ASK).at_lp is not None
+    assert connect(fake).score(rolled, PARAMS).at_lp is not None
 
 
 def text(status: int, words: str) -> Any:
-    async def answer(_: FakeServer, request: web.Request, said: Any) -> web.Response:
+    async def answer(_: FakeServer, request: web.Request, reply: Any) -> web.Response:
         return web.Response(status=status, text=words)
 
     return answer
 
 
 def echo(status: int) -> Any:
-    """An error that repeats the headers that it was sent."""
+    """Return a fault that repeats the request headers in an error."""
 
-    async def answer(_: FakeServer, request: web.Request, said: Any) -> web.Response:
+    async def answer(_: FakeServer, request: web.Request, reply: Any) -> web.Response:
         return web.Response(status=status, text=str(dict(request.headers)), reason="no")
 
     return answer
 
 
-async def raw(_: FakeServer, request: web.Request, said: Any) -> web.Response:
-    """No HTTP, with the key in it."""
+async def raw(_: FakeServer, request: web.Request, reply: Any) -> web.Response:
+    """Write bytes that are not HTTP and contain the key."""
     assert request.transport is not None
     request.transport.write(f"HTTP/1.1 {request.headers['Authorization']}\r\n\r\n".encode())
     await asyncio.sleep(0.05)
@@ -178,23 +180,23 @@ def test_no_error_shows_the_key(
     server = connect(fake, key=KEY, limits=replace(QUICK, attempts=2, wait_s=0.05))
     fake.faults = [fault] * 1000
     with pytest.raises(LogitcaskError) as caught:
-        server.score(rolled, ASK)
+        server.score(rolled, PARAMS)
     assert KEY not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("key", [KEY, "sk-it's\\5f3a"])
-def test_a_key_that_is_repeated_as_a_name_is_not_shown(
+def test_a_key_in_the_name_of_a_model_is_not_shown(
     key: str, fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
     server = connect(fake, key=key)
     fake.called = key
     fake.fingerprint = f"vllm-{key}"
-    for ask in (lambda: server.score(rolled, ASK), lambda: connect(fake, key=key)):
+    for ask in (lambda: server.score(rolled, PARAMS), lambda: connect(fake, key=key)):
         with pytest.raises(LogitcaskError, match="as model .*key.*, and 'teacher' was") as caught:
             ask()
-        said = "".join(traceback.format_exception(caught.value))
-        assert key not in said
-        assert repr(key)[1:-1] not in said
+        shown = "".join(traceback.format_exception(caught.value))
+        assert key not in shown
+        assert repr(key)[1:-1] not in shown
     fake.called = None
     fake.root = f"org/{key}"
     info = connect(fake, key=key).info

@@ -1,4 +1,4 @@
-"""What is asked, to the letter, and answers that no server of good will sends."""
+"""Request bodies of the protocol, and malformed replies."""
 
 import base64
 import io
@@ -14,9 +14,9 @@ from logitcask.engine.errors import AnswerError
 from logitcask.engine.types import IdLists
 from tests.engine.backends.server.fake_server import packed
 
-AT = IdLists(cnt=np.array([2, 1], np.uint16), ids=np.array([3, 8, 5], np.uint32))
-ASKED = RequestBody(ids=[5, 6, 7], rows=2, k=2, extra_ids=AT)
-PLAIN = RequestBody(ids=[5, 6, 7], rows=2, k=2)
+EXTRA_IDS = IdLists(cnt=np.array([2, 1], np.uint16), ids=np.array([3, 8, 5], np.uint32))
+WITH_EXTRA_IDS = RequestBody(ids=[5, 6, 7], rows=2, k=2, extra_ids=EXTRA_IDS)
+WITHOUT_EXTRA_IDS = RequestBody(ids=[5, 6, 7], rows=2, k=2)
 VALUES = np.array([[-1.5, -2.5], [-3.5, -np.inf]])
 
 
@@ -24,8 +24,8 @@ def entry(lp: Any) -> dict[str, Any]:
     return {"logprob": lp, "rank": 1, "decoded_token": None}
 
 
-def answered(**changed: Any) -> dict[str, Any]:
-    """Row 0: the token 6 beyond the two best; row 1: the token 7 among them, the other at -inf."""
+def make_reply(**changes: Any) -> dict[str, Any]:
+    """Return a reply with token 6 outside the top 2 of row 0 and token 7 within that of row 1."""
     rows = [
         None,
         {"9": entry(-0.5), "4": entry(-2.0), "6": entry(-4.0)},
@@ -36,15 +36,15 @@ def answered(**changed: Any) -> dict[str, Any]:
         "choices": [{"index": 0, "finish_reason": "length"}],
         "prompt_logprobs": rows,
         "prompt_token_id_logprobs": packed(VALUES),
-    } | changed
+    } | changes
 
 
-def read(said: Any, question: RequestBody = ASKED) -> Any:
-    return question.read(GENERATE, {"teacher"}, json.dumps(said).encode())
+def read(reply: Any, request: RequestBody = WITH_EXTRA_IDS) -> Any:
+    return request.read(GENERATE, {"teacher"}, json.dumps(reply).encode())
 
 
-def test_both_questions_to_the_letter() -> None:
-    assert ASKED.to_json(GENERATE, "teacher") == {
+def test_both_request_bodies_exactly() -> None:
+    assert WITH_EXTRA_IDS.to_json(GENERATE, "teacher") == {
         "model": "teacher",
         "token_ids": [5, 6, 7],
         "sampling_params": {
@@ -56,7 +56,7 @@ def test_both_questions_to_the_letter() -> None:
             "prompt_logprob_start": 0,
         },
     }
-    assert PLAIN.to_json(COMPLETIONS, "teacher") == {
+    assert WITHOUT_EXTRA_IDS.to_json(COMPLETIONS, "teacher") == {
         "model": "teacher",
         "prompt": [5, 6, 7],
         "max_tokens": 1,
@@ -65,17 +65,17 @@ def test_both_questions_to_the_letter() -> None:
     }
 
 
-def test_an_answer_is_the_token_the_best_and_the_asked() -> None:
-    found = read(answered())
+def test_a_reply_has_the_token_the_topk_and_the_extra_ids() -> None:
+    found = read(make_reply())
     np.testing.assert_allclose(found.lp, [-4.0, -0.1])
     assert found.ids.tolist() == [[9, 4], [7, 2]]
     np.testing.assert_allclose(found.top_lp, [[-0.5, -2.0], [-0.1, -np.inf]])
     np.testing.assert_allclose(found.at, [-1.5, -2.5, -3.5])
 
 
-def test_the_lower_id_comes_first_among_equals() -> None:
+def test_ties_sort_by_id() -> None:
     rows = [None, {"9": entry(-1.0), "6": entry(-1.0)}, {"8": entry(-1.0), "7": entry(-1.0)}]
-    assert read(answered(prompt_logprobs=rows)).ids.tolist() == [[6, 9], [7, 8]]
+    assert read(make_reply(prompt_logprobs=rows)).ids.tolist() == [[6, 9], [7, 8]]
 
 
 def npy(header: str, version: bytes = b"\x01\x00", data: bytes = b"\0" * 16) -> str:
@@ -95,7 +95,7 @@ def objects() -> str:
 
 
 def test_a_packed_array_is_read_by_its_header() -> None:
-    assert read(answered(prompt_token_id_logprobs=npy(header()))).at.tolist() == [0, 0, 0]
+    assert read(make_reply(prompt_token_id_logprobs=npy(header()))).at.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_a_packed_array_is_read_by_its_header() -> None:
         *("", "!!!", "AAAA", "A" * 100_000, npy("{1: 2, 'a': 3}"), npy("{{}: 1}"), npy("-" * 900)),
     ],
 )
-def test_a_packed_array_of_another_make_is_refused(text: str) -> None:
+def test_a_malformed_packed_array_is_an_error(text: str) -> None:
     with pytest.raises(AnswerError):
-        read(answered(prompt_token_id_logprobs=text))
+        read(make_reply(prompt_token_id_logprobs=text))
 
 
 def test_pickled_objects_are_never_loaded() -> None:
     with pytest.raises(AnswerError):
-        read(answered(prompt_token_id_logprobs=objects()))
+        read(make_reply(prompt_token_id_logprobs=objects()))
 
 
 @pytest.mark.parametrize(
@@ -132,74 +132,81 @@ def test_pickled_objects_are_never_loaded() -> None:
         {"3": entry(-1.0), "2": entry(-1.0)},
     ],
 )
-def test_rows_that_are_none_are_refused(row: Any) -> None:
-    rows = answered()["prompt_logprobs"][:2]
+def test_malformed_rows_are_an_error(row: Any) -> None:
+    rows = make_reply()["prompt_logprobs"][:2]
     with pytest.raises(AnswerError, match="position 2"):
-        read(answered(prompt_logprobs=[*rows, row]))
+        read(make_reply(prompt_logprobs=[*rows, row]))
 
 
 def nested(depth: int) -> Any:
-    said: Any = []
+    reply: Any = []
     for _ in range(depth):
-        said = [said]
-    return said
+        reply = [reply]
+    return reply
 
 
 LONG = RequestBody(ids=[4, 5, 6, 7], rows=2, k=2)
 
 
-def long(prompt_row: Any, **changed: Any) -> dict[str, Any]:
-    rows = answered()["prompt_logprobs"]
-    return answered(prompt_logprobs=[None, prompt_row, *rows[1:]], **changed)
+def long(prompt_row: Any, **changes: Any) -> dict[str, Any]:
+    rows = make_reply()["prompt_logprobs"]
+    return make_reply(prompt_logprobs=[None, prompt_row, *rows[1:]], **changes)
 
 
 @pytest.mark.parametrize("row", [{"9": entry(-1.0), "4": entry(-2.0)}, ["5"], "5", 5])
-def test_another_token_in_the_prompt_is_refused(row: Any) -> None:
+def test_another_token_in_the_prompt_is_an_error(row: Any) -> None:
     with pytest.raises(AnswerError, match="position 1 without the token 5 that was sent"):
         read(long(row), LONG)
 
 
-def test_the_prompts_rows_may_be_left_out_and_its_echo_then_tells() -> None:
+def test_without_prompt_rows_the_echoed_ids_are_checked() -> None:
     for row in (None, {}, {"5": entry(-1.0), "4": entry(-2.0), "9": entry(-1.5)}):
         np.testing.assert_allclose(read(long(row), LONG).lp, [-4.0, -0.1])
     assert read(long(None, prompt_token_ids=LONG.ids), LONG).ids.tolist() == [[9, 4], [7, 2]]
     with pytest.raises(AnswerError, match="other tokens than were sent"):
         read(long(None, prompt_token_ids=[4, 9, 6, 7]), LONG)
-    choice = answered()["choices"][0] | long(None, prompt_token_ids=[9, 5, 6, 7])
+    choice = make_reply()["choices"][0] | long(None, prompt_token_ids=[9, 5, 6, 7])
     with pytest.raises(AnswerError, match="other tokens than were sent"):
         LONG.read(COMPLETIONS, {"teacher"}, json.dumps({"choices": [choice]}).encode())
 
 
 @pytest.mark.parametrize("name", ["x" * 10_000, ["teacher"], nested(900), 7])
-def test_an_answer_of_another_model_is_refused_in_a_line(name: Any) -> None:
+def test_a_reply_of_another_model_is_a_short_error(name: Any) -> None:
     with pytest.raises(AnswerError, match="and 'teacher' was requested") as caught:
-        read(answered(model=name))
+        read(make_reply(model=name))
     assert len(caught.value.cause) < 200
 
 
-def test_null_is_no_log_prob() -> None:
-    rows = [*answered()["prompt_logprobs"][:2], {"7": entry(-1.0), "2": entry(None)}]
+def test_null_log_probs_are_an_error() -> None:
+    rows = [*make_reply()["prompt_logprobs"][:2], {"7": entry(-1.0), "2": entry(None)}]
     with pytest.raises(AnswerError, match="a log-prob of nan at a best id"):
-        check_answer(read(answered(prompt_logprobs=rows)), np.array([6, 7]), AT, k=2, n_vocab=99)
+        check_answer(
+            read(make_reply(prompt_logprobs=rows)), np.array([6, 7]), EXTRA_IDS, k=2, n_vocab=99
+        )
 
 
 @pytest.mark.parametrize(
     "data",
     [b"", b"null", b"[]", b'"x"', b"[" * 1_000_000, b'{"a": NaN}', b"\xff\xfe", b'{"choices": [']
-    + [json.dumps(answered(choices=c)).encode() for c in ([], [{}, {}], None, [3])],
+    + [json.dumps(make_reply(choices=c)).encode() for c in ([], [{}, {}], None, [3])],
 )
-def test_bytes_that_are_no_answer_are_refused(data: bytes) -> None:
+def test_bytes_that_are_not_a_reply_are_an_error(data: bytes) -> None:
     with pytest.raises(AnswerError):
-        ASKED.read(GENERATE, {"teacher"}, data)
+        WITH_EXTRA_IDS.read(GENERATE, {"teacher"}, data)
 
 
 @pytest.mark.parametrize("count", [2, 4, "3", -1])
-def test_another_count_of_tokens_than_were_sent_is_refused(count: Any) -> None:
+def test_another_count_of_tokens_is_an_error(count: Any) -> None:
     with pytest.raises(AnswerError, match="and 3 were sent"):
-        read(answered(usage={"prompt_tokens": count}))
+        read(make_reply(usage={"prompt_tokens": count}))
 
 
-def test_what_is_read_is_bounded_by_what_was_asked() -> None:
-    wide = RequestBody(ids=list(range(100)), rows=50, k=64)
-    assert len(json.dumps(answered())) < ASKED.most_bytes() < wide.most_bytes() < 100 * 65 * 1024
-    assert ASKED.expected_bytes() - PLAIN.expected_bytes() == 8 * 2 * 2
+def test_the_size_of_a_reply_is_bounded_by_its_request() -> None:
+    larger = RequestBody(ids=list(range(100)), rows=50, k=64)
+    assert (
+        len(json.dumps(make_reply()))
+        < WITH_EXTRA_IDS.most_bytes()
+        < larger.most_bytes()
+        < 100 * 65 * 1024
+    )
+    assert WITH_EXTRA_IDS.expected_bytes() - WITHOUT_EXTRA_IDS.expected_bytes() == 8 * 2 * 2

@@ -1,4 +1,4 @@
-"""Servers that are away: at the start, in a run, behind a proxy, or in all but name."""
+"""Unavailable servers: at the start, during a run, behind a proxy, or without replies."""
 
 import asyncio
 import threading
@@ -22,79 +22,79 @@ from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB, make_tokenizer
 
-ASK = ScoreParams(top_p=1.0, k_min=12, k_max=12)
+TOP_12 = ScoreParams(top_p=1.0, k_min=12, k_max=12)
 PATIENT = replace(QUICK, wait_s=600.0)
 Connect = Callable[..., ServerScorer]
-Spoilt = web.StreamResponse | None
+Replacement = web.StreamResponse | None
 
 
-class Spoiling(FakeServer):
-    """Asks itself first what else to answer: `spoil` of a path, None = as it is."""
+class ReplacesReplies(FakeServer):
+    """A server that first calls `replacement(path)`, which may return another response."""
 
-    async def spoil(self, path: str) -> Spoilt:
+    async def replacement(self, path: str) -> Replacement:
         return None
 
     async def _health(self, request: web.Request) -> Any:
-        return await self.spoil(request.path) or await super()._health(request)
+        return await self.replacement(request.path) or await super()._health(request)
 
     async def _models(self, request: web.Request) -> Any:
-        return await self.spoil(request.path) or await super()._models(request)
+        return await self.replacement(request.path) or await super()._models(request)
 
     async def _tokenize(self, request: web.Request) -> Any:
-        return await self.spoil(request.path) or await super()._tokenize(request)
+        return await self.replacement(request.path) or await super()._tokenize(request)
 
     async def _score(self, request: web.Request, *rest: Any) -> Any:
-        return await self.spoil(request.path) or await super()._score(request, *rest)
+        return await self.replacement(request.path) or await super()._score(request, *rest)
 
 
-class Hanging(Spoiling):
-    """Accepts, and never answers."""
+class Hanging(ReplacesReplies):
+    """A server that accepts requests and never replies."""
 
-    hangs = False
-    at_scores = False
-    """It comes to hang when it is first asked for scores."""
+    hanging = False
+    at_scoring = False
+    """Begin to hang at the first scoring request."""
 
-    async def spoil(self, path: str) -> Spoilt:
-        self.hangs = self.hangs or (self.at_scores and path.startswith("/inference"))
-        if self.hangs:
+    async def replacement(self, path: str) -> Replacement:
+        self.hanging = self.hanging or (self.at_scoring and path.startswith("/inference"))
+        if self.hanging:
             await asyncio.sleep(60)
         return None
 
 
-class Proxied(Spoiling):
-    """A proxy whose server is gone says 404 to all that is asked, or to some of it."""
+class Proxied(ReplacesReplies):
+    """A proxy without its server, which replies 404 to all paths or to some."""
 
     gone = ""
-    """What is asked there is not found."""
-    lasts = 1 << 30
-    """Scores that are told before all is gone."""
+    """Prefix of the paths that reply 404."""
+    n_until_gone = 1 << 30
+    """Scoring requests until the server is gone."""
 
-    looked = 0
-    """Times that its health was asked for while it was gone."""
+    health_checks = 0
+    """Health checks while the server was gone."""
 
-    async def spoil(self, path: str) -> Spoilt:
-        if len(self.seen.requests) >= self.lasts:
+    async def replacement(self, path: str) -> Replacement:
+        if len(self.seen.requests) >= self.n_until_gone:
             self.gone = "/"
         if self.gone and path.startswith(self.gone):
-            self.looked += path == "/health"
+            self.health_checks += path == "/health"
             return web.json_response({"error": "no backend"}, status=404)
         return None
 
 
-def same(found: Scores, exact: Scores) -> None:
+def assert_equal_scores(found: Scores, exact: Scores) -> None:
     np.testing.assert_array_equal(found.ids, exact.ids)
     np.testing.assert_allclose(found.entry_lp, exact.entry_lp, atol=1e-5)
 
 
-def until(so: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     for _ in range(1000):
-        if so():
+        if condition():
             return
         time.sleep(0.01)
-    raise AssertionError("never")
+    raise AssertionError("the condition never became true")
 
 
-def test_those_that_answer_begin_and_one_that_comes_later_joins(
+def test_a_server_that_starts_later_joins(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
     with FakeServer(teacher.model) as later:
@@ -102,21 +102,21 @@ def test_those_that_answer_begin_and_one_that_comes_later_joins(
     server = connect(later, fake, limits=PATIENT)
     assert server.unavailable() == {later.url}
     assert server.tokenize("ab") is None
-    exact = teacher.score(rolled, ASK)
-    same(server.score(rolled, ASK), exact)
+    exact = teacher.score(rolled, TOP_12)
+    assert_equal_scores(server.score(rolled, TOP_12), exact)
     assert server.take_answered() == {fake.url}
     fake.delay_s = 0.02
     with FakeServer(teacher.model, port=later.port):
 
         def concat_scores() -> bool:
-            same(server.score(rolled, ASK), exact)
+            assert_equal_scores(server.score(rolled, TOP_12), exact)
             return later.url in server.take_answered()
 
         until(concat_scores)
         assert server.unavailable() == set()
 
 
-def test_another_teacher_that_comes_later_is_refused(
+def test_another_teacher_that_starts_later_is_an_error(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
     with FakeServer(teacher.model) as later:
@@ -125,7 +125,7 @@ def test_another_teacher_that_comes_later_is_refused(
     with FakeServer(teacher.model, port=later.port, root="org/other"):
 
         def scored() -> bool:
-            server.score(rolled, ASK)
+            server.score(rolled, TOP_12)
             return False
 
         with pytest.raises(IdentityError, match=f"{later.url}: root is 'org/other', and was"):
@@ -133,139 +133,149 @@ def test_another_teacher_that_comes_later_is_refused(
         assert later.url not in server.take_answered()
 
 
-def test_without_any_the_reason_is_told(teacher: HF) -> None:
+def test_no_server_at_all_is_an_error_with_its_cause(teacher: HF) -> None:
     with FakeServer(teacher.model) as gone:
         pass
     with pytest.raises(ServerError, match=f"{gone.url} does not answer: .*Cannot connect"):
         ServerScorer([gone.url], limits=replace(QUICK, wait_s=0.05))
 
 
-def test_one_that_hangs_is_away_and_takes_no_room_of_the_others(
+def test_a_hanging_server_is_unavailable_and_keeps_the_window(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
     limits = replace(PATIENT, read_s=3.0, health_s=2.0, poll_s=0.05)
-    with Hanging(teacher.model) as hangs:
-        server = connect(fake, hangs, limits=limits)
-        fake.delay_s = hangs.delay_s = 0.02
-        exact = teacher.score(rolled, ASK)
-        same(server.score(rolled, ASK), exact)
-        hangs.hangs = True
+    with Hanging(teacher.model) as hanging:
+        server = connect(fake, hanging, limits=limits)
+        fake.delay_s = hanging.delay_s = 0.02
+        exact = teacher.score(rolled, TOP_12)
+        assert_equal_scores(server.score(rolled, TOP_12), exact)
+        hanging.hanging = True
         for _ in range(3):
-            same(server.score(rolled, ASK), exact)
-            assert server.unavailable() == {hangs.url}
+            assert_equal_scores(server.score(rolled, TOP_12), exact)
+            assert server.unavailable() == {hanging.url}
         assert server.window == limits.requests
-        hangs.hangs = False
-        until(lambda: same(server.score(rolled, ASK), exact) is None and not server.unavailable())
+        hanging.hanging = False
+        until(
+            lambda: (
+                assert_equal_scores(server.score(rolled, TOP_12), exact) is None
+                and not server.unavailable()
+            )
+        )
 
 
-def test_one_that_hangs_in_mid_unit_shrinks_no_window(
+def test_a_server_that_hangs_within_a_unit_keeps_the_window(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
     limits = replace(PATIENT, read_s=3.0, health_s=2.0)
-    with Hanging(teacher.model) as hangs:
-        server = connect(fake, hangs, limits=limits)
+    with Hanging(teacher.model) as hanging:
+        server = connect(fake, hanging, limits=limits)
         fake.delay_s = 0.05
-        hangs.at_scores = True
-        same(server.score(rolled, ASK), teacher.score(rolled, ASK))
-        assert (server.unavailable(), server.window) == ({hangs.url}, limits.requests)
+        hanging.at_scoring = True
+        assert_equal_scores(server.score(rolled, TOP_12), teacher.score(rolled, TOP_12))
+        assert (server.unavailable(), server.window) == ({hanging.url}, limits.requests)
 
 
-def test_a_slow_server_that_is_well_is_asked_less(
+def test_a_slow_healthy_server_shrinks_the_window(
     fake: FakeServer, connect: Connect, rolled: Rollouts
 ) -> None:
-    async def late(server: FakeServer, request: web.Request, said: Any) -> None:
+    async def late(server: FakeServer, request: web.Request, reply: Any) -> None:
         await asyncio.sleep(0.6)
 
     server = connect(fake, limits=replace(PATIENT, read_s=0.3))
     fake.faults = [late] * 2
-    server.score(rolled, ASK)
+    server.score(rolled, TOP_12)
     assert server.unavailable() == set()
     assert server.window < PATIENT.requests
 
 
 @pytest.mark.parametrize("gone", ["/", "/inference"])
-def test_a_404_of_a_proxy_is_an_absence_and_of_a_server_that_is_well_a_refusal(
+def test_a_404_means_unavailable_only_without_health(
     gone: str, fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
     with Proxied(teacher.model) as proxied:
         server = connect(fake, proxied, limits=PATIENT)
         fake.delay_s = 0.05
-        exact = teacher.score(rolled, ASK)
+        exact = teacher.score(rolled, TOP_12)
         proxied.gone = gone
         if gone == "/inference":
             with pytest.raises(ServerError, match="answers 404: no backend"):
-                server.score(rolled, ASK)
+                server.score(rolled, TOP_12)
             return
-        same(server.score(rolled, ASK), exact)
+        assert_equal_scores(server.score(rolled, TOP_12), exact)
         assert server.unavailable() == {proxied.url}
         proxied.gone = ""
-        until(lambda: same(server.score(rolled, ASK), exact) is None and not server.unavailable())
+        until(
+            lambda: (
+                assert_equal_scores(server.score(rolled, TOP_12), exact) is None
+                and not server.unavailable()
+            )
+        )
 
 
-def test_a_proxy_without_its_server_is_waited_for_in_mid_unit(
+def test_a_proxy_that_loses_its_server_within_a_unit_is_waited_for(
     connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
-    """The card is still there when the unit begins."""
+    """Start the unit while /v1/models still replies."""
 
-    def mend() -> None:
-        proxied.lasts, proxied.gone = 1 << 30, ""
+    def repair() -> None:
+        proxied.n_until_gone, proxied.gone = 1 << 30, ""
 
     with Proxied(teacher.model) as proxied:
         server = connect(proxied, limits=PATIENT)
-        exact = teacher.score(rolled, ASK)
-        proxied.lasts = len(proxied.seen.requests) + 3
-        mended = threading.Thread(target=lambda: (until(lambda: proxied.looked > 0), mend()))
-        mended.start()
-        same(server.score(rolled, ASK), exact)
-        mended.join()
-        assert proxied.looked
+        exact = teacher.score(rolled, TOP_12)
+        proxied.n_until_gone = len(proxied.seen.requests) + 3
+        repairer = threading.Thread(
+            target=lambda: (until(lambda: proxied.health_checks > 0), repair())
+        )
+        repairer.start()
+        assert_equal_scores(server.score(rolled, TOP_12), exact)
+        repairer.join()
+        assert proxied.health_checks
 
 
-def test_one_that_was_lost_is_never_used_before_it_was_looked_at(
+def test_a_lost_server_is_not_used_before_its_identity_check(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
-    """Busy is an answer, and says nothing of who answers."""
+    """Reply 503 from another server at the same URL, which does not confirm the identity."""
 
-    class Busy(Spoiling):
-        async def spoil(self, path: str) -> Spoilt:
+    class Busy(ReplacesReplies):
+        async def replacement(self, path: str) -> Replacement:
             return web.Response(status=503) if path == "/v1/models" else None
 
     with FakeServer(teacher.model) as lost:
         server = connect(fake, lost, limits=PATIENT)
         fake.delay_s = 0.02
-    server.score(rolled, ASK)
+    server.score(rolled, TOP_12)
     assert server.unavailable() == {lost.url}
     with Busy(teacher.model, port=lost.port) as other:
         for _ in range(3):
-            server.score(rolled, ASK)
+            server.score(rolled, TOP_12)
         assert server.unavailable() == {lost.url}
         assert other.seen.requests == []
 
 
-def test_a_server_that_cannot_tokenize_because_it_is_ill_is_no_answer(
-    connect: Connect, teacher: HF
-) -> None:
-    class Dead(Spoiling):
-        dead = False
+def test_tokenize_of_an_unhealthy_server_is_an_error(connect: Connect, teacher: HF) -> None:
+    class Unhealthy(ReplacesReplies):
+        unhealthy = False
 
-        async def spoil(self, path: str) -> Spoilt:
-            return web.Response(status=503) if self.dead else None
+        async def replacement(self, path: str) -> Replacement:
+            return web.Response(status=503) if self.unhealthy else None
 
-    with Dead(teacher.model) as fake:
+    with Unhealthy(teacher.model) as fake:
         server = connect(fake, limits=replace(QUICK, attempts=1, wait_s=0.05))
-        fake.dead = True
+        fake.unhealthy = True
         with pytest.raises(ServerError, match="503"):
             server.tokenize("ab")
 
 
-def test_one_that_is_lost_while_its_health_is_asked_for_stays_away(
+def test_a_server_lost_during_its_health_check_stays_unavailable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What says that it is well may be another by then."""
+    """Lose the server during its health check, whose reply may come from another server."""
     client = ServerClient("http://127.0.0.1:1", None, QUICK)
 
     async def back(_: ServerClient) -> None:
-        raise AssertionError("nobody asks it")
+        raise AssertionError("no identity check may run")
 
     async def is_healthy() -> bool:
         client.healthy = False
@@ -273,27 +283,27 @@ def test_one_that_is_lost_while_its_health_is_asked_for_stays_away(
 
     monkeypatch.setattr(client, "is_healthy", is_healthy)
     pool = ServerPool([client], QUICK, back, CancelToken())
-    for look in (
+    for lose in (
         lambda: pool.record_fault(client, Transient("no answer", late=True), 0.0),
         lambda: pool.recheck(client),
     ):
         client.healthy = True
-        asyncio.run(look())
+        asyncio.run(lose())
         assert not client.healthy
         assert pool.budget.window == QUICK.requests
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, "reset", "list", "words"])
-def test_a_text_that_is_not_tokenised_is_asked_for_again_and_then_let_be(
+def test_a_failed_tokenize_request_is_retried_up_to_the_limit(
     status: Any, connect: Connect, teacher: HF
 ) -> None:
-    asked: list[int] = []
-    well_after = 2
+    requests: list[int] = []
+    n_failures = 2
 
-    class Unwell(Spoiling):
+    class FailsTokenize(ReplacesReplies):
         async def _tokenize(self, request: web.Request) -> Any:
-            asked.append(1)
-            if len(asked) > well_after:
+            requests.append(1)
+            if len(requests) > n_failures:
                 return await super()._tokenize(request)
             if status == "reset":
                 assert request.transport is not None
@@ -302,43 +312,41 @@ def test_a_text_that_is_not_tokenised_is_asked_for_again_and_then_let_be(
                 return web.json_response({"error": "not now"}, status=status)
             return web.json_response([{"id": 1}] if status == "list" else {"tokens": ["a"]})
 
-    with Unwell(teacher.model, tokenizer=make_tokenizer()) as fake:
+    with FailsTokenize(teacher.model, tokenizer=make_tokenizer()) as fake:
         server = connect(fake)
-        said = server.tokenize("ab")
-        assert said == (None if status in ("list", "words") else make_tokenizer()("ab").input_ids)
-        asked.clear()
-        well_after = 1 << 30
+        found = server.tokenize("ab")
+        assert found == (None if status in ("list", "words") else make_tokenizer()("ab").input_ids)
+        requests.clear()
+        n_failures = 1 << 30
         if status == "reset":
             with pytest.raises(ServerError, match="does not answer a tokenize request"):
                 server.tokenize("ab")
         else:
             assert server.tokenize("ab") is None
-        assert len(asked) <= QUICK.attempts
+        assert len(requests) <= QUICK.attempts
 
 
-def test_a_worker_that_is_told_to_stop_waits_no_longer(
-    teacher: HF, connect: Connect, rolled: Rollouts
-) -> None:
-    said: list[str] = []
+def test_cancellation_ends_a_wait(teacher: HF, connect: Connect, rolled: Rollouts) -> None:
+    events: list[str] = []
     stop = threading.Event()
-    cancel = CancelToken(said.append, stop)
+    cancel = CancelToken(events.append, stop)
     with FakeServer(teacher.model) as gone:
         server = connect(gone, limits=PATIENT, cancel=cancel)
-    assert said == [], "who answers at once is not waited for"
+    assert events == [], "no wait for a server that replies at once"
 
     def stopped(wait: Callable[[], object]) -> None:
         stop.clear()
-        said.clear()
-        ends = threading.Thread(target=lambda: (until(lambda: bool(said)), stop.set()))
-        ends.start()
+        events.clear()
+        stopper = threading.Thread(target=lambda: (until(lambda: bool(events)), stop.set()))
+        stopper.start()
         with pytest.raises(Cancelled):
             wait()
-        ends.join()
-        assert said == [f"waiting for {gone.url}"]
+        stopper.join()
+        assert events == [f"waiting for {gone.url}"]
 
-    stopped(lambda: server.score(rolled, ASK))
+    stopped(lambda: server.score(rolled, TOP_12))
     stopped(lambda: ServerScorer([gone.url], limits=PATIENT, cancel=cancel))
     with FakeServer(teacher.model, port=gone.port):
         server.n_vocab = N_VOCAB
         stop.set()
-        same(server.score(rolled, ASK), teacher.score(rolled, ASK))
+        assert_equal_scores(server.score(rolled, TOP_12), teacher.score(rolled, TOP_12))

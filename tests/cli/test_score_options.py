@@ -1,4 +1,4 @@
-"""What a teacher can be asked for from the command line, and what comes of it in a batch."""
+"""Options of `logitcask score`, and the targets that they give to a batch."""
 
 import json
 from dataclasses import replace
@@ -16,18 +16,20 @@ from tests.cli.conftest import KEPT, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.tiny import make_model, save_folder
 
 
-def asked(store: str, more: str, teacher: str = "big") -> str:
-    return f"score --model @teacher --teacher {teacher} {KEPT} --store {store} {more}"
+def score_command(store: str, flags: str, teacher: str = "big") -> str:
+    return f"score --model @teacher --teacher {teacher} {KEPT} --store {store} {flags}"
 
 
-def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None:
+def test_mc_draws_base_and_context_reach_a_batch(world: World, call: Any) -> None:
     store = world.new("mc")
     assert call(f"{ROLL} {store} --mc-draws 5").code == 0
-    assert call(asked(store, "--extra-ids mc --format json")).json["units_new"] == UNITS
-    assert call(asked(store, "--extra-ids mc --format json")).json["units_new"] == 0
-    assert call(asked(store, "--teacher-kind base --extra-ids mc", "root")).code == 0
-    assert call(asked(store, "--selection sampled --draws 7", "draws")).code == 0
-    assert call(asked(store, "--teacher-kind context --context @p.jsonl", "hinted")).code == 0
+    assert call(score_command(store, "--extra-ids mc --format json")).json["units_new"] == UNITS
+    assert call(score_command(store, "--extra-ids mc --format json")).json["units_new"] == 0
+    assert call(score_command(store, "--teacher-kind base --extra-ids mc", "root")).code == 0
+    assert call(score_command(store, "--selection sampled --draws 7", "draws")).code == 0
+    assert (
+        call(score_command(store, "--teacher-kind context --context @p.jsonl", "hinted")).code == 0
+    )
     assert call(f"store verify {store} --deep").code == 0
     opened = open_store(world.at(store))
     snapshot = opened.head()
@@ -37,13 +39,13 @@ def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None
     assert (targets.mc_count.sum(1) == 5).all()
     drawn = targets.mc_count > 0
     assert targets.cached[drawn].all()
-    # The base is the teacher here, so both say the same wherever both were asked.
+    # The base model is the teacher here, so the log-probs are equal where both were scored.
     assert targets.base_log_p is not None
     np.testing.assert_allclose(targets.base_log_p[drawn], targets.q_log_p[drawn], rtol=2e-3)
     own = PackSource(opened, snapshot, "main", "draws").pack(members).targets
     assert own.q_draws is not None
     assert (own.q_draws.sum(1) == 7).all()
-    # The same prompts as context are the same scores under another name and role.
+    # The same prompts as context give the same scores under another name and kind.
     plain, hinted = (
         opened.read_scores(next(iter(snapshot.scores(n).values()))) for n in ("big", "hinted")
     )
@@ -51,24 +53,26 @@ def test_draws_bases_and_contexts_reach_a_batch(world: World, call: Any) -> None
     assert [snapshot.role(n) for n in ("big", "root", "hinted")] == ["teacher", "base", "context"]
 
 
-def test_training_takes_a_base_by_name(world: World, call: Any) -> None:
+def test_train_takes_a_base_by_name(world: World, call: Any) -> None:
     store, out = world.store(), world.new("out")
-    assert call(asked(store, "--teacher-kind base", "root")).code == 0
+    assert call(score_command(store, "--teacher-kind base", "root")).code == 0
     train = f"{TRAIN} {store} --out {out}"
-    call(f"{train} --base big").refused(2, "--base big: the store has root", "give one of these")
-    # One teacher and one base: the teacher need not be named.
+    call(f"{train} --base big").assert_error(
+        2, "--base big: the store has root", "give one of these"
+    )
+    # With one teacher and one base the teacher needs no flag.
     assert call(f"{train} --base root").code == 0
     assert json.loads((world.at(out) / "run.json").read_text())["base"] == "root"
-    call(train).refused(1, "base = 'root', not None", "--overwrite")
+    call(train).assert_error(1, "base = 'root', not None", "--overwrite")
 
 
-def test_a_base_that_is_not_there(world: World, call: Any) -> None:
+def test_train_without_base_scores_is_an_error(world: World, call: Any) -> None:
     train = f"{TRAIN} {world.store()} --out {world.new('out')} --base root"
-    call(train).refused(3, "no scores of a base model", "score --teacher-kind base")
+    call(train).assert_error(3, "no scores of a base model", "score --teacher-kind base")
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("flags", "cause"),
     [
         ("--draws 4", "--draws"),
         ("--selection sampled", "--draws"),
@@ -81,28 +85,30 @@ def test_a_base_that_is_not_there(world: World, call: Any) -> None:
         ("--teacher-kind context --context @p.jsonl --prompt-template @t", "--prompt-template"),
     ],
 )
-def test_flags_that_contradict_each_other(world: World, call: Any, more: str, words: str) -> None:
-    call(f"{SCORE} @st {more}").refused(2, words, "")
+def test_contradictory_flags_are_an_error(world: World, call: Any, flags: str, cause: str) -> None:
+    call(f"{SCORE} @st {flags}").assert_error(2, cause, "")
 
 
-def test_a_context_without_every_prompt(world: World, call: Any) -> None:
+def test_a_context_file_needs_every_prompt(world: World, call: Any) -> None:
     store, file = world.store(UNITS), world.at("@short.jsonl")
     file.write_text(json.dumps({"id": "p0", "prompt": "1 + 1 ="}) + "\n")
-    more = "--teacher-kind context --context @short.jsonl"
-    call(f"{SCORE} {store} {more}").refused(1, "no prompt 'p1'", "for every id")
+    flags = "--teacher-kind context --context @short.jsonl"
+    call(f"{SCORE} {store} {flags}").assert_error(1, "no prompt 'p1'", "for every id")
 
 
-def test_a_context_by_a_template(world: World, call: Any) -> None:
-    """The scores are those of the same prompts written out, and so nothing is scored twice."""
+def test_a_prompt_template_equals_a_context_file(world: World, call: Any) -> None:
+    """Compare with the same prompts written out; the second command finds all units scored."""
     store, template, out = world.store(UNITS), world.new("t.txt"), world.new("shown.jsonl")
     world.at(template).write_text("Hint. {prompt}\n")
     lines = [json.loads(line) for line in world.at("@p.jsonl").read_text().splitlines()]
     shown = [{**line, "prompt": f"Hint. {line['prompt']}"} for line in lines]
     world.at(out).write_text("".join(json.dumps(line) + "\n" for line in shown))
     by_template = f"--teacher-kind context --prompt-template {template} --prompts @p.jsonl"
-    hinted = asked(store, f"{by_template} --format json", "hinted")
+    hinted = score_command(store, f"{by_template} --format json", "hinted")
     assert call(hinted).json["units_new"] == UNITS
-    written = asked(store, f"--teacher-kind context --context {out} --format json", "hinted")
+    written = score_command(
+        store, f"--teacher-kind context --context {out} --format json", "hinted"
+    )
     assert call(written).json["units_new"] == 0
     opened = open_store(world.at(store))
     assert opened.head().role("hinted") == "context"
@@ -114,37 +120,39 @@ def test_a_context_by_a_template(world: World, call: Any) -> None:
         exact = scorer.score(replace(rollouts, prompts=prompts), ScoreParams())
         found = opened.read_scores(opened.head().scores("hinted")[each.seg_id], base=rollouts)
         np.testing.assert_allclose(found.lp, exact.lp, atol=1e-5)
-    # The template would be about other prompts.
-    call(hinted.replace("@p.jsonl", out)).refused(
+    # The template would apply to other prompts.
+    call(hinted.replace("@p.jsonl", out)).assert_error(
         1, "differs from the prompt of the rollouts", "--context"
     )
 
 
-def test_mc_needs_draws(world: World, call: Any) -> None:
-    call(f"{SCORE} {world.store(UNITS)} --extra-ids mc").refused(3, "hold no ids", "--mc-draws")
+def test_extra_ids_mc_needs_draws(world: World, call: Any) -> None:
+    call(f"{SCORE} {world.store(UNITS)} --extra-ids mc").assert_error(
+        3, "hold no ids", "--mc-draws"
+    )
 
 
-def test_a_loop_draws_and_asks_there(world: World, call: Any) -> None:
+def test_distill_draws_and_scores_extra_ids(world: World, call: Any) -> None:
     store, out = world.new("store"), world.new("out")
-    places = f"--set store.url={world.at(store)} --set run.out={world.at(out)}"
-    loop = f"distill @d.toml {places} --set rollout.mc_draws=3"
+    paths = f"--set store.url={world.at(store)} --set run.out={world.at(out)}"
+    loop = f"distill @d.toml {paths} --set rollout.mc_draws=3"
     assert call(f"{loop} --set score.extra_ids=mc").code == 0
     opened = open_store(world.at(store))
     source = PackSource(opened, opened.head(), "main", "big")
-    for ordinal, (segment, chain) in enumerate(source.pairs):
-        assert [each.layout for each in (segment, *chain)] == ["mc", "once", "wider"]
+    for ordinal, (segment, segments) in enumerate(source.pairs):
+        assert [each.layout for each in (segment, *segments)] == ["mc", "once", "wider"]
         targets = source.pack(np.asarray([[ordinal, 0]])).targets
         assert targets.mc_count is not None
         assert (targets.mc_count.sum(1) == 3).all()
         assert targets.cached[targets.mc_count > 0].all()
-    call(loop).refused(1, "at = 'mc', not None", "set store.rollouts and run.out to new names")
+    call(loop).assert_error(1, "at = 'mc', not None", "set store.rollouts and run.out to new names")
 
 
 @pytest.mark.parametrize(
     "key", ["score.teacher_kind=base", "score.extra_ids=self", "train.base=root"]
 )
-def test_what_a_loop_does_not_take(world: World, call: Any, key: str) -> None:
-    call(f"distill @d.toml --set {key}").refused(2, "distill does not take it", "leave it out")
+def test_keys_that_distill_does_not_take(world: World, call: Any, key: str) -> None:
+    call(f"distill @d.toml --set {key}").assert_error(2, "distill does not take it", "leave it out")
 
 
 def test_an_estimate_counts_the_bytes_of_draws(call: Any) -> None:
@@ -154,7 +162,7 @@ def test_an_estimate_counts_the_bytes_of_draws(call: Any) -> None:
         for m in (0, 8)
     ]
     plain, drawn = (found["rows"][0]["bytes_rollout"] for found in sizes)
-    assert plain + 8 < drawn < plain + 8 * 12, "an id has at least 4 bytes of log-prob"
+    assert plain + 8 < drawn < plain + 8 * 12, "each draw needs at least 4 bytes, for its log-prob"
 
 
 @pytest.mark.parametrize(
@@ -165,21 +173,19 @@ def test_an_estimate_counts_the_bytes_of_draws(call: Any) -> None:
         ("kl", "kl", "overlap"),
     ],
 )
-def test_a_probe_of_what_is_no_objective(
+def test_probe_rejects_a_wrong_objective(
     world: World, call: Any, objective: str, cause: str, hint: str
 ) -> None:
     probe = f"probe metrics --model @student --store @st --objective {objective}"
-    answer = call(probe)
-    assert answer.code in (1, 2)
-    answer.refused(answer.code, cause, hint)
+    result = call(probe)
+    assert result.code in (1, 2)
+    result.assert_error(result.code, cause, hint)
 
 
-def test_responses_that_end_in_the_students_own_stop_token_are_kept_when_asked(
-    world: World, call: Any
-) -> None:
-    """Half of all ids stop this student, one of them its teacher."""
-    save_folder(world.at("@talker"), make_model(eos=list(range(1, 50))))
-    store = world.new("talked")
-    assert call(f"{ROLL} {store}".replace("@student", "@talker")).code == 0
-    call(asked(store, "")).refused(1, "and", "--foreign-eos keep")
-    assert call(asked(store, "--foreign-eos keep --format json")).json["units_new"] == UNITS
+def test_responses_that_end_in_another_stop_id_need_a_flag(world: World, call: Any) -> None:
+    """Use a student with half of all ids as stop ids; its teacher has one of them."""
+    save_folder(world.at("@other-eos"), make_model(eos=list(range(1, 50))))
+    store = world.new("other-eos-store")
+    assert call(f"{ROLL} {store}".replace("@student", "@other-eos")).code == 0
+    call(score_command(store, "")).assert_error(1, "and", "--foreign-eos keep")
+    assert call(score_command(store, "--foreign-eos keep --format json")).json["units_new"] == UNITS
