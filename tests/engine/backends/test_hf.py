@@ -292,7 +292,7 @@ def small(kind: Any, config: Any, kwargs: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "kwargs"), LOGIT_TRANSFORMS.values(), ids=LOGIT_TRANSFORMS.kwargs()
+    ("kind", "config", "kwargs"), LOGIT_TRANSFORMS.values(), ids=LOGIT_TRANSFORMS.keys()
 )
 def test_logit_scale_and_softcap_are_applied(
     tmp_path: Path, kind: Any, config: Any, kwargs: dict[str, Any]
