@@ -94,6 +94,16 @@ def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("the condition never became true")
 
 
+def until_all_available(server: ServerScorer, rolled: Rollouts, exact: Scores) -> None:
+    """Score, with exact results, until no server is unavailable."""
+
+    def all_available() -> bool:
+        assert_equal_scores(server.score(rolled, TOP_12), exact)
+        return not server.unavailable()
+
+    until(all_available)
+
+
 def test_a_server_that_starts_later_joins(
     fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
@@ -108,11 +118,11 @@ def test_a_server_that_starts_later_joins(
     fake.delay_s = 0.02
     with FakeServer(teacher.model, port=later.port):
 
-        def concat_scores() -> bool:
+        def later_answered() -> bool:
             assert_equal_scores(server.score(rolled, TOP_12), exact)
             return later.url in server.take_answered()
 
-        until(concat_scores)
+        until(later_answered)
         assert server.unavailable() == set()
 
 
@@ -155,12 +165,7 @@ def test_a_hanging_server_is_unavailable_and_keeps_the_window(
             assert server.unavailable() == {hanging.url}
         assert server.window == limits.requests
         hanging.hanging = False
-        until(
-            lambda: (
-                assert_equal_scores(server.score(rolled, TOP_12), exact) is None
-                and not server.unavailable()
-            )
-        )
+        until_all_available(server, rolled, exact)
 
 
 def test_a_server_that_hangs_within_a_unit_keeps_the_window(
@@ -204,12 +209,7 @@ def test_a_404_means_unavailable_only_without_health(
         assert_equal_scores(server.score(rolled, TOP_12), exact)
         assert server.unavailable() == {proxied.url}
         proxied.gone = ""
-        until(
-            lambda: (
-                assert_equal_scores(server.score(rolled, TOP_12), exact) is None
-                and not server.unavailable()
-            )
-        )
+        until_all_available(server, rolled, exact)
 
 
 def test_a_proxy_that_loses_its_server_within_a_unit_is_waited_for(
@@ -218,15 +218,14 @@ def test_a_proxy_that_loses_its_server_within_a_unit_is_waited_for(
     """Start the unit while /v1/models still replies."""
 
     def repair() -> None:
+        until(lambda: proxied.health_checks > 0)
         proxied.n_until_gone, proxied.gone = 1 << 30, ""
 
     with Proxied(teacher.model) as proxied:
         server = connect(proxied, limits=PATIENT)
         exact = teacher.score(rolled, TOP_12)
         proxied.n_until_gone = len(proxied.seen.requests) + 3
-        repairer = threading.Thread(
-            target=lambda: (until(lambda: proxied.health_checks > 0), repair())
-        )
+        repairer = threading.Thread(target=repair)
         repairer.start()
         assert_equal_scores(server.score(rolled, TOP_12), exact)
         repairer.join()
