@@ -68,7 +68,6 @@ class Proxied(ReplacesReplies):
     """Prefix of the paths that reply 404."""
     n_until_gone = 1 << 30
     """Scoring requests until the server is gone."""
-
     health_checks = 0
     """Health checks while the server was gone."""
 
