@@ -1,4 +1,4 @@
-"""Columns of a row: every id that a list, a draw or the sample names has one, with its numbers."""
+"""Columns of a row: one for every id of a list, of a draw or of the sample, with its numbers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ GROUPS = ("s", "t", "mc")
 
 @st.composite
 def rows(draw: st.DrawFn) -> list[dict[str, list[int]]]:
-    """The student's list, the teacher's others, drawn ids and the token of some rows."""
+    """Draw rows: the student's list, other ids of the teacher, drawn ids and the token."""
     found = []
     for _ in range(draw(st.integers(0, 6))):
         order = draw(st.permutations(range(VOCAB)))
@@ -39,10 +39,10 @@ def rows(draw: st.DrawFn) -> list[dict[str, list[int]]]:
     return found
 
 
-def flat_of(made: list[dict[str, list[int]]], rng: np.random.Generator) -> dict[str, Array]:
-    """What `Unit.sequence` would give of these rows, every value another number."""
+def flat_of(rows: list[dict[str, list[int]]], rng: np.random.Generator) -> dict[str, Array]:
+    """Return these rows in the format of `Unit.sequence`, with distinct values."""
     flat = empty_sequence(DTYPES)
-    count = {"row": len(made)} | {g: sum(len(row[g]) for row in made) for g in GROUPS}
+    count = {"row": len(rows)} | {g: sum(len(row[g]) for row in rows) for g in GROUPS}
     for name, array in flat.items():
         group = {"s": "s", "t": "t", "mc": "mc"}.get(name.split("_")[0], "row")
         one_a_row = name.endswith("_cnt") or name in ("s_lp", "s_entropy")
@@ -51,21 +51,21 @@ def flat_of(made: list[dict[str, list[int]]], rng: np.random.Generator) -> dict[
         if array.dtype == np.float32:
             flat[name] = -flat[name]
     for group in GROUPS:
-        flat[f"{group}_cnt"] = np.asarray([len(row[group]) for row in made], np.uint16)
-        ids = [i for row in made for i in row[group]]
+        flat[f"{group}_cnt"] = np.asarray([len(row[group]) for row in rows], np.uint16)
+        ids = [i for row in rows for i in row[group]]
         flat[f"{group}_ids"] = np.asarray(ids, np.uint32)
-    flat["token"] = np.asarray([row["token"][0] for row in made], np.uint32)
-    flat["sequence"] = np.zeros(len(made), np.int64)
+    flat["token"] = np.asarray([row["token"][0] for row in rows], np.uint32)
+    flat["sequence"] = np.zeros(len(rows), np.int64)
     return flat
 
 
 @given(rows(), st.integers(0, 99))
 def test_no_id_is_lost_and_each_has_its_numbers(
-    made: list[dict[str, list[int]]], seed: int
+    rows: list[dict[str, list[int]]], seed: int
 ) -> None:
-    flat = flat_of(made, np.random.default_rng(seed))
+    flat = flat_of(rows, np.random.default_rng(seed))
     targets = make_targets(flat)
-    assert len(targets) == len(made)
+    assert len(targets) == len(rows)
     assert targets.mc_count is not None
     assert targets.mc_log_p is not None
     assert targets.student_topk_logprobs is not None
@@ -73,39 +73,37 @@ def test_no_id_is_lost_and_each_has_its_numbers(
     assert targets.base_log_p is not None
     at = dict.fromkeys(GROUPS, 0)
     widest = 0
-    for r, row in enumerate(made):
-        named = list(dict.fromkeys(row["s"] + row["t"] + row["mc"] + row["token"]))
-        widest = max(widest, len(named))
+    for r, row in enumerate(rows):
+        union = list(dict.fromkeys(row["s"] + row["t"] + row["mc"] + row["token"]))
+        widest = max(widest, len(union))
         ids = targets.ids[r].tolist()
-        assert ids == named + [-1] * (len(ids) - len(named)), "in the documented order"
-        known = row["s"] + row["t"]
-        assert targets.cached[r].tolist() == [i in known for i in named] + [False] * ids.count(-1)
+        assert ids == union + [-1] * (len(ids) - len(union)), "in the documented order"
+        cached = row["s"] + row["t"]
+        assert targets.cached[r].tolist() == [i in cached for i in union] + [False] * ids.count(-1)
         for c, i in enumerate(ids):
-            want_q, want_base, want_rank = -np.inf, np.nan, NOT_IN_TOPK
-            want_s, want_mc, want_count, want_draws = -np.inf, -np.inf, 0, 0
+            q, base, rank = -np.inf, np.nan, NOT_IN_TOPK
+            student, mc, mc_count, draws = -np.inf, -np.inf, 0, 0
             if i in row["s"]:
                 e = at["s"] + row["s"].index(i)
-                want_q, want_base, want_s = flat["s_q"][e], flat["s_base"][e], flat["s_p"][e]
-                want_rank = flat["s_rank"][e]
+                q, base, student = flat["s_q"][e], flat["s_base"][e], flat["s_p"][e]
+                rank = flat["s_rank"][e]
             if i in row["t"]:
                 e = at["t"] + row["t"].index(i)
-                want_q, want_base, want_draws = flat["t_q"][e], flat["t_base"][e], flat["t_mult"][e]
-                want_rank = flat["t_rank"][e]
+                q, base, draws = flat["t_q"][e], flat["t_base"][e], flat["t_mult"][e]
+                rank = flat["t_rank"][e]
             if i in row["mc"]:
                 e = at["mc"] + row["mc"].index(i)
-                want_mc, want_count = flat["mc_lp"][e], flat["mc_mult"][e]
+                mc, mc_count = flat["mc_lp"][e], flat["mc_mult"][e]
             if i == row["token"][0]:
-                want_q, want_base = flat["q_token_lp"][r], flat["base_token_lp"][r]
+                q, base = flat["q_token_lp"][r], flat["base_token_lp"][r]
                 assert targets.token_col[r] == c
-            assert targets.q_log_p[r, c] == want_q
-            assert np.array_equal(targets.base_log_p[r, c].numpy(), want_base, equal_nan=True)
-            assert targets.student_topk_logprobs[r, c] == want_s
-            assert targets.mc_log_p[r, c] == want_mc
-            assert targets.mc_count[r, c] == want_count
-            assert targets.q_draws[r, c] == want_draws
-            assert targets.q_rank[r, c] == (
-                want_rank if want_rank < flat["kept"][r] else NOT_IN_TOPK
-            )
+            assert targets.q_log_p[r, c] == q
+            assert np.array_equal(targets.base_log_p[r, c].numpy(), base, equal_nan=True)
+            assert targets.student_topk_logprobs[r, c] == student
+            assert targets.mc_log_p[r, c] == mc
+            assert targets.mc_count[r, c] == mc_count
+            assert targets.q_draws[r, c] == draws
+            assert targets.q_rank[r, c] == (rank if rank < flat["kept"][r] else NOT_IN_TOPK)
         at = {group: n + len(row[group]) for group, n in at.items()}
     assert targets.ids.shape[1] == widest
 
@@ -118,7 +116,7 @@ def key(tokens: int = 48) -> PlanKey:
 
 
 def with_base(path: Path, units: list[Unit], based: int) -> Store:
-    """The first `based` units have scores of a base model, whose distribution is the student's."""
+    """Score the first `based` units with a base model, whose distribution is the student's."""
     store = make_store(path, units)
     for i, segment in enumerate(store.head().rollouts("main")[:based]):
         own = units[i].rollouts.student
@@ -140,7 +138,7 @@ def batch_rows(source: PackSource) -> list[Targets]:
     return [source.pack(plan.pack(i)).targets for i in range(len(plan))]
 
 
-def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
+def test_batches_hold_the_contents_of_the_store(tmp_path: Path) -> None:
     units = [make_unit(seed, mc_draws=9) for seed in range(3)]
     store = with_base(tmp_path / "s", units, 3)
     source = PackSource(store, store.head(), "main", "big", base="root")
@@ -160,7 +158,7 @@ def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
         assert (targets.mc_count.sum(1) == 9).all()
         assert torch.equal(targets.mc_count > 0, targets.mc_log_p > -torch.inf)
         assert targets.mc_log_p.isfinite().any(1).all()
-        # Where both are stored, the student's list, its draws and the base agree.
+        # The student's list, its draws and the base agree if several are stored.
         both = (targets.mc_count > 0) & targets.in_student
         torch.testing.assert_close(
             targets.mc_log_p[both], targets.student_topk_logprobs[both], rtol=1e-3, atol=1e-3
@@ -176,7 +174,7 @@ def test_what_was_put_into_a_store_comes_out_in_batches(tmp_path: Path) -> None:
     assert drawn == sum(len(u.rollouts.draws.ids) for u in units if u.rollouts.draws)
 
 
-def test_a_loop_of_ones_own_gets_the_base_and_what_is_there(tmp_path: Path) -> None:
+def test_batches_have_the_base_and_may_be_partial(tmp_path: Path) -> None:
     units = [make_unit(seed) for seed in range(3)]
     store = with_base(tmp_path / "s", units, 2)
     which = {"snapshot": store.head(), "rollouts": "main", "teacher": "big", "base": "root"}
@@ -228,7 +226,7 @@ def with_bounds(unit: Unit) -> Unit:
     return replace(unit, scores=replace(unit.scores, entropy_hi=most))
 
 
-def test_an_exact_entropy_among_intervals_is_one_without_width(tmp_path: Path) -> None:
+def test_an_exact_entropy_among_intervals_has_width_zero(tmp_path: Path) -> None:
     exact, other = (make_unit(seed, lengths=[3, 1, 4, 0, 5, 2]) for seed in (0, 1))
     store = make_store(tmp_path / "s", [exact, with_bounds(other)])
     members = np.asarray([[0, 0], [1, 2], [0, 4]])
@@ -261,7 +259,7 @@ def test_a_row_without_sequences_has_the_fields_of_the_others(tmp_path: Path) ->
         assert getattr(empty.targets, name).shape == empty.targets.ids.shape == (0, 0)
 
 
-def test_a_base_that_lacks_units_is_told(tmp_path: Path) -> None:
+def test_a_base_without_some_units_is_refused(tmp_path: Path) -> None:
     store = with_base(tmp_path / "s", [make_unit(0), make_unit(1)], 1)
     with pytest.raises(IncompleteError, match="1 of 2 units of rollouts 'main' have no") as error:
         PackSource(store, store.head(), "main", "big", base="root")

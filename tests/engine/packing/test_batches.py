@@ -1,4 +1,4 @@
-"""Plans are pure, complete and within budget; rows hold what the full distributions say."""
+"""Plans are pure, complete and within budget; rows agree with the full distributions."""
 
 import math
 from pathlib import Path
@@ -49,7 +49,9 @@ SEGMENTS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(drawn=SEGMENTS, seed=st.integers(0, 5), epochs=st.integers(1, 3), window=st.integers(1, 4))
-def test_plan_laws(drawn: list[list[tuple[int, int]]], seed: int, epochs: int, window: int) -> None:
+def test_plan_is_complete_and_within_budget(
+    drawn: list[list[tuple[int, int]]], seed: int, epochs: int, window: int
+) -> None:
     lengths = [
         segment(f"s{i}", [p for p, _ in rows], [r for _, r in rows]) for i, rows in enumerate(drawn)
     ]
@@ -89,7 +91,7 @@ def test_plan_digest_is_stable_over_releases() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_plan_digest_names_everything_it_depends_on(change: dict[str, object]) -> None:
+def test_plan_digest_covers_every_input(change: dict[str, object]) -> None:
     lengths = [segment("a", [2, 3, 4], [5, 6, 7])]
     assert make_plan(key(**change), lengths).digest != make_plan(key(), lengths).digest
 

@@ -1,4 +1,4 @@
-"""Reading for training: windows, threads, processes and caches change nothing about the rows."""
+"""Reading for training: the rows do not depend on windows, threads, processes and caches."""
 
 import shutil
 from dataclasses import fields
@@ -35,7 +35,7 @@ def store(made: Path, tmp_path: Path) -> Store:
 
 
 def small_windows(store: Store, units: int = 2, **change: object) -> PlannedPacks:
-    """Rows in windows of so many units."""
+    """Plan packs in windows of this number of units."""
     snapshot = store.head()
     chains = snapshot.scores("big")
     largest = max(size_of(s, chains[s.seg_id]) for s in snapshot.rollouts("main"))
@@ -61,7 +61,7 @@ def test_sizes_from_the_log_are_those_of_the_units(store: Store) -> None:
 
 
 @pytest.mark.parametrize("units", [1, 2, 4])
-def test_windows_hold_as_many_bytes_as_they_may(store: Store, units: int) -> None:
+def test_windows_are_within_their_bytes(store: Store, units: int) -> None:
     rows = small_windows(store, units)
     assert len(rows.plan.windows) <= 2 * windows_at_most(UNITS * 10**6, units * 10**6)
     for index in range(len(rows)):
@@ -88,15 +88,15 @@ def test_two_windows_are_in_memory_and_the_next_is_decoded_ahead(
     assert len(decoded) == UNITS, "no unit is decoded twice in an epoch"
 
 
-def test_threads_and_pins_change_nothing(store: Store) -> None:
+def test_threads_and_snapshots_change_nothing(store: Store) -> None:
     alone = small_windows(store)
-    want = [alone.pack(i) for i in range(len(alone))]
+    expected = [alone.pack(i) for i in range(len(alone))]
     ahead = small_windows(store)
     for index in range(len(ahead)):
         row = ahead.pack(index)
         ahead.prefetch(range(index + 1, min(index + 4, len(ahead))))
-        same(row, want[index])
-    # Whatever is added meanwhile.
+        same(row, expected[index])
+    # Later commits change nothing.
     snapshot = store.head()
     base = snapshot.rollouts("main")[0]
     unit = make_unit(99, lengths=[5, 0, 9, 2, 7, 1])
@@ -107,17 +107,16 @@ def test_threads_and_pins_change_nothing(store: Store) -> None:
         unit={"version": 0, "first": 99},
         lineage=base.lineage,
     )
-    snapshot_summary = open_store(store.url).snapshot(snapshot.number)
     again = batches(
         store,
-        snapshot=snapshot_summary,
+        snapshot=open_store(store.url).snapshot(snapshot.number),
         rollouts="main",
         teacher="big",
         pack_length=40,
         epochs=2,
         window_bytes=alone.plan.key.window_bytes,
     )
-    for ours, theirs in zip(again, want, strict=True):
+    for ours, theirs in zip(again, expected, strict=True):
         same(ours, theirs)
 
 
@@ -128,36 +127,36 @@ def test_ranks_take_turns_and_are_equally_many(store: Store) -> None:
         "teacher": "big",
         "pack_length": 40,
     }
-    want = list(batches(store, **arguments))
+    expected = list(batches(store, **arguments))
     parts = [list(batches(store, **arguments, rank=rank, world=4)) for rank in range(4)]
-    assert {len(part) for part in parts} == {-(-len(want) // 4)}
+    assert {len(part) for part in parts} == {-(-len(expected) // 4)}
     for index in range(4 * len(parts[0])):
         row = parts[index % 4][index // 4]
-        if index < len(want):
-            same(row, want[index])
+        if index < len(expected):
+            same(row, expected[index])
         else:
             assert len(row.targets) == 0
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_workers_of_their_own_processes_read_the_same(
+def test_workers_in_other_processes_read_the_same(
     store: Store, tmp_path: Path, cached: bool
 ) -> None:
     rows = small_windows(store, cache=tmp_path / "cache" if cached else None)
-    want = [rows.pack(i) for i in range(len(rows))]
+    expected = [rows.pack(i) for i in range(len(rows))]
     loader = DataLoader(rows, batch_size=None, num_workers=2, multiprocessing_context="spawn")
-    for ours, theirs in zip(loader, want, strict=True):
+    for ours, theirs in zip(loader, expected, strict=True):
         same(ours, theirs)
 
 
-def test_an_index_beyond_the_rows_ends_a_loop(store: Store) -> None:
+def test_an_index_after_the_last_row_ends_a_loop(store: Store) -> None:
     rows = small_windows(store)
     assert len(list(rows)) == len(rows)
     with pytest.raises(IndexError):
         rows[-1]
 
 
-def test_an_error_in_the_thread_is_raised_where_the_row_is_asked_for(store: Store) -> None:
+def test_an_error_in_the_thread_is_raised_by_the_read_of_the_row(store: Store) -> None:
     segment = store.head().rollouts("main")[0]
     file = Path(store.url) / segment.folder / "tokens/c/0"
     rows = small_windows(store, UNITS)
@@ -167,7 +166,7 @@ def test_an_error_in_the_thread_is_raised_where_the_row_is_asked_for(store: Stor
         list(rows)
 
 
-def test_what_is_expected_and_not_asked_for_is_forgotten() -> None:
+def test_unused_prefetches_are_dropped() -> None:
     made: list[int] = []
     ahead = Prefetcher(lambda index: made.append(index))  # type: ignore[arg-type, return-value]
     ahead.prefetch([1, 2])
@@ -181,7 +180,7 @@ def test_what_is_expected_and_not_asked_for_is_forgotten() -> None:
 # Caches of decoded units.
 
 
-def test_a_cache_holds_what_the_store_says(store: Store, tmp_path: Path) -> None:
+def test_a_cache_holds_the_contents_of_the_store(store: Store, tmp_path: Path) -> None:
     cache = UnitCache(tmp_path / "cache", verify=True)
     snapshot = store.head()
     for segment in snapshot.rollouts("main"):
@@ -193,7 +192,7 @@ def test_a_cache_holds_what_the_store_says(store: Store, tmp_path: Path) -> None
             assert isinstance(kept.arrays[name], np.memmap) or not len(kept.arrays[name])
         one, other = kept.sequence(2), direct.sequence(2)
         assert all(np.array_equal(one[name], other[name]) for name in other)
-    # The store is not asked again.
+    # The store is not read again.
     shutil.rmtree(Path(store.url) / "seg")
     again = UnitCache(tmp_path / "cache").unit(store, segment, chain)
     assert np.array_equal(again.arrays["token"], direct.arrays["token"])
@@ -214,7 +213,7 @@ def damage(file: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["gone", "cut", "pickled", "flip"])
 @pytest.mark.parametrize("name", ["t_ids.npy", "sizes.json"])
-def test_a_damaged_cache_is_told(store: Store, tmp_path: Path, how: str, name: str) -> None:
+def test_a_damaged_cache_is_reported(store: Store, tmp_path: Path, how: str, name: str) -> None:
     snapshot = store.head()
     segment = snapshot.rollouts("main")[0]
     pair = segment, snapshot.scores("big")[segment.seg_id]
@@ -228,7 +227,7 @@ def test_a_damaged_cache_is_told(store: Store, tmp_path: Path, how: str, name: s
     UnitCache(tmp_path / "cache", verify=True).unit(store, *pair)
 
 
-def test_a_cache_that_cannot_be_written_is_told(store: Store, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_reported(store: Store, tmp_path: Path) -> None:
     snapshot = store.head()
     segment = snapshot.rollouts("main")[0]
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""A probe's numbers are those that training logs at the same weights on the same rows."""
+"""A probe measures the numbers that training logs at the same weights on the same rows."""
 
 import math
 from pathlib import Path
@@ -33,10 +33,10 @@ def rows_of(store: Store) -> PlannedPacks:
 
 
 @pytest.mark.parametrize("name", ["overlap", "forward_kl", "sampled_token", "opd", "opd_released"])
-def test_numbers_are_those_of_a_training_step(
+def test_numbers_equal_those_of_a_training_step(
     case: tuple[Store, ModelRef], tmp_path: Path, name: str
 ) -> None:
-    """One update over all rows logs loss and metrics at the weights before it."""
+    """Compare with one update over all rows, which logs loss and metrics before its step."""
     store, model = case
     rows, objective = (
         rows_of(store),
@@ -57,7 +57,7 @@ def test_numbers_are_those_of_a_training_step(
     )
     assert (every.rows, every.start, every.end) == (2 * sum(LENGTHS), 0, max(LENGTHS))
     assert alone == every
-    # The Trainer rounds what it prints of a loss; the metrics are sums of the same numbers.
+    # The Trainer rounds the printed loss; the metrics are sums of the same numbers.
     assert every.means[f"loss/{name}"] == pytest.approx(logged["loss"], abs=1e-4)
     for metric in COMMON_METRICS:
         assert every.means[metric] == pytest.approx(logged[metric], rel=1e-5, abs=1e-7), metric
@@ -96,7 +96,7 @@ def test_bins_are_means_of_their_rows_and_together_all(
 
 
 class Masked:
-    """Rows of which none is counted."""
+    """Packs without a counted row."""
 
     def __init__(self, rows: PlannedPacks) -> None:
         self.rows, self.prefetch = rows, rows.prefetch
@@ -117,8 +117,8 @@ def test_rows_that_are_masked_are_not_measured(case: tuple[Store, ModelRef]) -> 
         probe(load_student(model), rows, objectives={}, n_vocab=99)
 
 
-def test_what_the_released_code_logs_is_pooled_over_rows(case: tuple[Store, ModelRef]) -> None:
-    """Its masses are those of Eq.9-10 with the rows left out that have no overlap, in every bin."""
+def test_metrics_of_the_released_code_are_pooled_over_rows(case: tuple[Store, ModelRef]) -> None:
+    """Compare its masses with Eq.9-10 over the rows that have an overlap, in every bin."""
     store, model = case
     every, *parts = probe(load_student(model), rows_of(store), objectives={}, n_vocab=99, bins=3)
     assert 0 < (every.means["overlap/empty_share"] or 0) < 1

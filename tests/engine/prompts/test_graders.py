@@ -1,4 +1,4 @@
-"""Graders: which answer is read, and that a grader that is wrong says so."""
+"""Graders: the extracted answer, and errors of graders."""
 
 import sys
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def test_the_answer_that_is_read(text: str, answer: str) -> None:
 
 
 @given(st.text(alphabet="ab1 .$\n", max_size=12))
-def test_a_boxed_answer_counts_whatever_stands_around_it(noise: str) -> None:
+def test_a_boxed_answer_counts_inside_any_text(noise: str) -> None:
     response = f"{noise}\\boxed{{42}}{noise}"
     assert exact(prompt(), response) == 1.0
     assert exact(prompt("43"), response) == 0.0
@@ -68,7 +68,7 @@ def grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop("grading_of_test", None)
 
 
-def test_a_function_of_ones_own(grader: str) -> None:
+def test_a_function_of_the_user(grader: str) -> None:
     assert open_grader(f"{grader}:half", [prompt(None)])(prompt(None), "x") == 0.5
 
 
@@ -83,9 +83,7 @@ def test_a_function_of_ones_own(grader: str) -> None:
         ("GRADING:limit", "cannot be called with"),
     ],
 )
-def test_what_is_no_grader_is_refused_before_anything_runs(
-    grader: str, name: str, cause: str
-) -> None:
+def test_an_invalid_grader_is_refused_at_the_start(grader: str, name: str, cause: str) -> None:
     with pytest.raises(ConfigError, match=cause):
         open_grader(name.replace("GRADING", grader), [])
 
@@ -97,7 +95,7 @@ def test_a_reward_is_a_number_from_0_to_1(grader: str, name: str) -> None:
         grade(prompt(), "abc")
 
 
-def test_what_a_grader_raises_stays_the_cause(grader: str) -> None:
+def test_an_exception_of_a_grader_is_the_cause(grader: str) -> None:
     with pytest.raises(GraderError, match="on prompt 'p3': KeyError") as caught:
         open_grader(f"{grader}:broken", [])(prompt(), "abc")
     assert isinstance(caught.value.__cause__, KeyError)

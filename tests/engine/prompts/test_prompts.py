@@ -1,4 +1,4 @@
-"""Prompt files: what is read, and that every refusal names file, line, field, value and way out."""
+"""Prompt files: their contents, and errors that name file, line, field, value and hint."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_byte_order_mark_crlf_and_blank_lines_are_read(tmp_path: Path) -> None:
     assert [p.id for p in read(file)] == ["a", "b"]
 
 
-def test_special_tokens_are_not_added_but_read_where_they_are_written(tmp_path: Path) -> None:
+def test_special_tokens_are_not_added_but_read_from_the_text(tmp_path: Path) -> None:
     (prompt,) = read(write(tmp_path, {"id": "a", "prompt": "a<eos>"}))
     assert prompt.token_ids[1] == TOKENIZER.eos_token_id
 
@@ -108,13 +108,13 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("line", "says", "chat"), BAD.values(), ids=BAD.keys())
-def test_a_bad_line_is_named(tmp_path: Path, line: Any, says: str, chat: bool) -> None:
+@pytest.mark.parametrize(("line", "cause", "chat"), BAD.values(), ids=BAD.keys())
+def test_a_bad_line_is_named(tmp_path: Path, line: Any, cause: str, chat: bool) -> None:
     file = write(tmp_path, {"id": "ok", "prompt": "fine"}, line)
     with pytest.raises(PromptError) as caught:
         read(file, chat_template=chat)
     assert caught.value.cause.startswith(f"{file}, line 2: ")
-    assert says in caught.value.cause
+    assert cause in caught.value.cause
     assert len(caught.value.cause) < 400 + len(str(file))
     assert caught.value.hint
 
@@ -176,7 +176,7 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_whether_the_template_is_meant_is_said_where_it_is_not_clear(tmp_path: Path) -> None:
+def test_an_ambiguous_use_of_the_template_is_refused(tmp_path: Path) -> None:
     plain = write(tmp_path, {"id": "a", "prompt": "x"})
     bare = make_tokenizer(chat_template=False)
     assert chat_template_for(plain, bare, None) is False

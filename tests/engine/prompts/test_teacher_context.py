@@ -1,4 +1,4 @@
-"""Prompts in a template's words: what the teacher is shown, and what no template may ask for."""
+"""Teacher prompts from a template: the rendered text, and fields that a template may not use."""
 
 import json
 from pathlib import Path
@@ -39,13 +39,13 @@ def shown(
     return {name: TOKENIZER.decode(prompt.token_ids) for name, prompt in found.items()}
 
 
-def test_fields_and_braces_are_filled_and_one_newline_is_the_files_own(tmp_path: Path) -> None:
+def test_fields_and_braces_are_filled_and_the_last_newline_is_removed(tmp_path: Path) -> None:
     line = {"id": "a", "prompt": "2+3=", "answer": "5"}
     files = written(tmp_path, "{{{answer}}} is right.\n{prompt}\n\n", line)
     assert shown(*files) == {"a": "{5} is right.\n2+3=\n"}
 
 
-def test_what_a_prompt_holds_is_no_template(tmp_path: Path) -> None:
+def test_the_text_of_a_prompt_is_no_template(tmp_path: Path) -> None:
     line = {"id": "a", "prompt": "{answer} {0} {{", "answer": "{prompt}"}
     assert shown(*written(tmp_path, "{prompt}|{answer}", line)) == {"a": "{answer} {0} {{|{prompt}"}
 
@@ -100,7 +100,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_template(tmp_path / "latin")
 
 
-def test_a_prompt_without_what_the_template_asks_for(tmp_path: Path) -> None:
+def test_a_prompt_without_a_field_of_the_template(tmp_path: Path) -> None:
     full = {"id": "a", "prompt": "x", "answer": "y"}
     files = written(tmp_path, "{prompt}{answer}", full, {"id": "b", "prompt": "x"})
     with pytest.raises(PromptError, match='p.jsonl, line 2: field "answer" is missing'):

@@ -1,4 +1,4 @@
-"""Units: planned once, resumed exactly, and refused where two plans or identities would mix."""
+"""Work units of rollouts: planned once, resumed exactly, never of two plans or identities."""
 
 import dataclasses
 import shutil
@@ -56,23 +56,23 @@ def hf(model: ModelRef) -> HF:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, hf: HF, model: ModelRef) -> Path:
-    """A store with all three units: commits cost most of a test's time."""
+    """Make a store with all three units: commits take most of a test's time."""
     path = tmp_path_factory.mktemp("stores") / "whole"
     report = run(path, hf, model, lineage_extra={"chat_template": False})
     assert (report.units_total, report.units_done_before, report.units_new) == (3, 0, 3)
     return path
 
 
-class Dies:
-    """A sampler that fails in unit `at`, and counts the units it has begun."""
+class FailingSampler:
+    """A sampler that fails in unit `at`, and counts the units that it starts."""
 
     def __init__(self, hf: HF, at: int = 1 << 30) -> None:
-        self.hf, self.at, self.begun = hf, at, 0
+        self.hf, self.at, self.started = hf, at, 0
         self.describe = hf.describe
 
     def generate(self, prompts: Sequence[Prompt], *args: Any, **keys: Any) -> Rollouts:
-        self.begun += 1
-        if self.begun > self.at:
+        self.started += 1
+        if self.started > self.at:
             raise KeyboardInterrupt
         return self.hf.generate(prompts, *args, **keys)
 
@@ -93,13 +93,11 @@ def contents(store: Path, name: str = "main") -> list[tuple[str, str, dict[str, 
 
 
 def later(model: ModelRef, version: int) -> ModelRef:
-    """A student of the same root, trained for some updates."""
+    """Return a student with the same base weights, trained for some updates."""
     return dataclasses.replace(model, digest=identity.digest(version), version=version)
 
 
-def test_units_are_fixed_ranges_and_hold_what_was_sampled(
-    whole: Path, hf: HF, model: ModelRef
-) -> None:
+def test_units_are_fixed_ranges_and_hold_the_samples(whole: Path, hf: HF, model: ModelRef) -> None:
     store = open_store(whole)
     segments = store.head().rollouts("main")
     ranges = [(s.unit["first"], s.unit["count"]) for s in segments]
@@ -115,7 +113,7 @@ def test_units_are_fixed_ranges_and_hold_what_was_sampled(
         np.testing.assert_allclose(unit.student.lp, unit.b_lp, atol=1e-5)
 
 
-def test_lineage_names_what_was_used_and_no_path(whole: Path, model: ModelRef) -> None:
+def test_lineage_records_the_inputs_and_no_path(whole: Path, model: ModelRef) -> None:
     lineage = open_store(whole).head().segments[0].lineage
     assert lineage["set"]["units"] == 3
     assert lineage["set"]["prompts"] == 5
@@ -126,28 +124,28 @@ def test_lineage_names_what_was_used_and_no_path(whole: Path, model: ModelRef) -
     assert lineage["logprob"] == "natural, temperature 1, ids [0, n_vocab)"
 
 
-def test_a_run_that_died_is_resumed_to_the_same_store(
+def test_a_killed_run_resumes_to_the_same_store(
     tmp_path: Path, whole: Path, hf: HF, model: ModelRef
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "died", hf, model, sampler=Dies(hf, 1), scorer=hf)
-    assert len(contents(tmp_path / "died")) == 1
+        run(tmp_path / "killed", hf, model, sampler=FailingSampler(hf, 1), scorer=hf)
+    assert len(contents(tmp_path / "killed")) == 1
     seen: list[tuple[str, int, int]] = []
-    report = run(tmp_path / "died", hf, model, progress=lambda *x: seen.append(x))
+    report = run(tmp_path / "killed", hf, model, progress=lambda *x: seen.append(x))
     assert (report.units_done_before, report.units_new) == (1, 2)
     assert seen == [("rollout", i, 3) for i in (1, 2, 3)]
-    assert contents(tmp_path / "died") == contents(whole)
+    assert contents(tmp_path / "killed") == contents(whole)
 
 
-def test_a_run_that_is_done_samples_nothing(whole: Path, hf: HF, model: ModelRef) -> None:
-    before, idle = contents(whole), Dies(hf)
+def test_a_finished_run_samples_nothing(whole: Path, hf: HF, model: ModelRef) -> None:
+    before, idle = contents(whole), FailingSampler(hf)
     report = run(whole, hf, model, sampler=idle, scorer=hf)
-    assert (report.units_done_before, report.units_new, idle.begun) == (3, 0, 0)
+    assert (report.units_done_before, report.units_new, idle.started) == (3, 0, 0)
     assert (report.positions, report.mean_length) == (0, 0.0)
     assert contents(whole) == before
 
 
-def test_the_report_counts_what_is_new(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+def test_the_report_counts_the_new_units(tmp_path: Path, hf: HF, model: ModelRef) -> None:
     report = run(tmp_path / "s", hf, model, first=1, count=3, unit_prompts=3)
     direct = hf.generate(PROMPTS[1:4], SAMPLING, seed=0, version=0)
     assert (report.sequences, report.positions) == (6, len(direct.tokens))
@@ -158,7 +156,7 @@ def test_the_report_counts_what_is_new(tmp_path: Path, hf: HF, model: ModelRef) 
 def test_the_content_of_a_unit_does_not_depend_on_the_unit_size(
     tmp_path: Path, whole: Path, hf: HF, model: ModelRef
 ) -> None:
-    """The default unit can reach UNIT_POSITIONS, so it holds all of these prompts."""
+    """Use the default unit, which may have UNIT_POSITIONS, so it holds all of these prompts."""
     assert UNIT_POSITIONS // (SAMPLING.n * SAMPLING.max_new_tokens) > len(PROMPTS)
     assert run(tmp_path / "one", hf, model, unit_prompts=None).units_total == 1
     tokens = []
@@ -169,7 +167,7 @@ def test_the_content_of_a_unit_does_not_depend_on_the_unit_size(
     assert tokens[0] == tokens[1]
 
 
-def test_keys_change_with_whatever_changes_the_data(model: ModelRef) -> None:
+def test_keys_depend_on_every_input_of_the_data(model: ModelRef) -> None:
     def key(prompts: Any = PROMPTS, sampling: Any = SAMPLING, model: Any = model, **k: Any) -> str:
         keys = {"seed": 0, "student_k": 5} | k
         return unit_key(prompt_set_digest(prompts, model, sampling, **keys), model, 0, 2)
@@ -190,21 +188,21 @@ def test_keys_change_with_whatever_changes_the_data(model: ModelRef) -> None:
         unit_key("s", model, 0, 2),
     ]
     assert len({base, *others}) == 11
-    assert key(mc_draws=0, grader="") == base, "sets from before there were any keep their digest"
+    assert key(mc_draws=0, grader="") == base, "older sets without them keep their digest"
 
 
-def test_draws_are_of_the_students_law_and_stored_with_its_log_probs(
+def test_draws_follow_the_students_distribution_and_have_its_log_probs(
     tmp_path: Path, hf: HF, model: ModelRef
 ) -> None:
-    """4096 draws of each of 12 rows: no share is off by more than 5 standard errors."""
+    """Draw 4096 ids for each of 12 rows: every share is within 5 standard errors."""
     draws, seed = 4096, 3
     run(tmp_path / "s", hf, model, prompts=PROMPTS[:1], mc_draws=draws, seed=seed)
     store = open_store(tmp_path / "s")
     (segment,) = store.head().rollouts("main")
     found = store.read_rollouts(segment)
     vocab = model.n_vocab
-    every = ScoreParams(entry_kind="topk", k_min=vocab, k_max=vocab, at_student=False)
-    scores = hf.score(found, every)
+    all_ids = ScoreParams(entry_kind="topk", k_min=vocab, k_max=vocab, at_student=False)
+    scores = hf.score(found, all_ids)
     exact = np.zeros((found.positions, vocab))
     exact[np.repeat(np.arange(found.positions), scores.cnt), scores.ids] = scores.entry_lp
     assert found.draws is not None
@@ -223,7 +221,7 @@ def test_draws_are_of_the_students_law_and_stored_with_its_log_probs(
 
 
 class Thirds:
-    """Rewards the share of ids that three divides, fails at prompt `bad`, and counts its calls."""
+    """A grader: the share of ids divisible by three; it fails at `bad` and counts its calls."""
 
     def __init__(self, bad: str = "") -> None:
         self.bad, self.calls = bad, 0
@@ -248,7 +246,7 @@ def test_every_response_is_graded_once(tmp_path: Path, hf: HF, model: ModelRef) 
     grader = Thirds()
     report = run(tmp_path / "s", hf, model, grader=grader.grader())
     store = open_store(tmp_path / "s")
-    want, got = [], []
+    expected, got = [], []
     for segment in store.head().rollouts("main"):
         unit = store.read_rollouts(segment)
         assert segment.layout == "student+reward"
@@ -256,11 +254,11 @@ def test_every_response_is_graded_once(tmp_path: Path, hf: HF, model: ModelRef) 
         assert unit.reward is not None
         got += unit.reward.tolist()
         cuts = np.split(unit.tokens, unit.seq_off[1:-1])
-        want += [np.float32(thirds(ids.tolist())) for ids in cuts]
-    assert got == want
+        expected += [np.float32(thirds(ids.tolist())) for ids in cuts]
+    assert got == expected
     assert len(set(got)) > 1
     assert grader.calls == len(got) == 2 * len(PROMPTS)
-    assert report.mean_reward == pytest.approx(np.mean(want))
+    assert report.mean_reward == pytest.approx(np.mean(expected))
     again = run(tmp_path / "s", hf, model, grader=grader.grader())
     assert (again.units_new, again.mean_reward, grader.calls) == (0, None, len(got))
 
@@ -281,14 +279,14 @@ def test_rollouts_with_and_without_rewards_do_not_mix(whole: Path, hf: HF, model
     assert grader.calls == 0
 
 
-def test_draws_of_a_sampler_that_cannot_are_refused_before_it_samples(
+def test_unsupported_draws_are_refused_before_the_first_sample(
     tmp_path: Path, hf: HF, model: ModelRef
 ) -> None:
-    scorer, sampler = Dies(hf), Dies(hf)
+    scorer, sampler = FailingSampler(hf), FailingSampler(hf)
     scorer.capabilities = hf.capabilities - {"drawn"}  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="the backend hf cannot give drawn"):
         run(tmp_path / "s", sampler, model, scorer=scorer, mc_draws=2)
-    assert sampler.begun == 0
+    assert sampler.started == 0
 
 
 def test_rollouts_with_and_without_draws_do_not_mix(whole: Path, hf: HF, model: ModelRef) -> None:
@@ -297,7 +295,7 @@ def test_rollouts_with_and_without_draws_do_not_mix(whole: Path, hf: HF, model: 
 
 
 def test_rounds_of_a_loop_share_a_name(tmp_path: Path, hf: HF, model: ModelRef) -> None:
-    """As distill calls it: another version and another range of the prompts each round."""
+    """Call it as distill does: another version and another range of the prompts each round."""
     for version in range(3):
         student = model if version == 0 else later(model, version)
         report = run(
@@ -308,12 +306,12 @@ def test_rounds_of_a_loop_share_a_name(tmp_path: Path, hf: HF, model: ModelRef) 
     assert units == [{"version": i, "first": i, "count": 1} for i in range(3)]
 
 
-def test_what_a_name_holds_already_is_not_mixed_with_another(
+def test_a_name_never_mixes_two_plans_or_students(
     tmp_path: Path, whole: Path, hf: HF, model: ModelRef
 ) -> None:
     store = shutil.copytree(whole, tmp_path / "s")
     before = contents(store)
-    unused = {"sampler": Dies(hf, 0), "scorer": hf}
+    unused = {"sampler": FailingSampler(hf, 0), "scorer": hf}
     with pytest.raises(IdentityError, match=r"are of student .*, version 0; this one is .* 3"):
         run(store, hf, later(model, 3), **unused)
     with pytest.raises(IdentityError, match="were made with"):
@@ -340,14 +338,12 @@ def test_a_plan_outside_the_prompts_is_refused(tmp_path: Path, hf: HF, model: Mo
 def test_a_sampler_that_cannot_score_needs_a_scorer(
     tmp_path: Path, hf: HF, model: ModelRef
 ) -> None:
-    with pytest.raises(ConfigError, match="Dies samples and cannot score"):
-        run(tmp_path / "s", hf, model, sampler=Dies(hf))
+    with pytest.raises(ConfigError, match="FailingSampler samples and cannot score"):
+        run(tmp_path / "s", hf, model, sampler=FailingSampler(hf))
 
 
-def test_scores_that_were_never_made_are_not_committed(
-    tmp_path: Path, hf: HF, model: ModelRef
-) -> None:
-    class Forgetful:
+def test_a_failure_of_the_scorer_commits_nothing(tmp_path: Path, hf: HF, model: ModelRef) -> None:
+    class FailingScorer:
         capabilities = hf.capabilities
         describe = hf.describe
 
@@ -355,5 +351,5 @@ def test_scores_that_were_never_made_are_not_committed(
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        run(tmp_path / "s", hf, model, sampler=Dies(hf), scorer=Forgetful())
+        run(tmp_path / "s", hf, model, sampler=FailingSampler(hf), scorer=FailingScorer())
     assert contents(tmp_path / "s") == []

@@ -7,7 +7,7 @@ import pytest
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.types import ModelRef
-from tests.engine.score.scored import ref, rolled
+from tests.engine.score.scored import ref, sampled_store
 from tests.engine.tiny import make_model, save_folder
 
 
@@ -36,16 +36,16 @@ def scorer(teacher: ModelRef) -> HF:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, student: ModelRef) -> Path:
-    return rolled(tmp_path_factory.mktemp("stores") / "made", student)
+    return sampled_store(tmp_path_factory.mktemp("stores") / "made", student)
 
 
 @pytest.fixture
 def store(tmp_path: Path, made: Path) -> Path:
-    """A store with two rollout segments; making them costs more than copying them."""
+    """Copy a store with two rollout segments, which is faster than making it."""
     return shutil.copytree(made, tmp_path / "s")
 
 
 @pytest.fixture
 def drawn(tmp_path: Path, student: ModelRef) -> Path:
-    """The same rollouts with 7 ids of every row that the student drew."""
-    return rolled(tmp_path / "drawn", student, mc_draws=7)
+    """Make the same rollouts with 7 draws of the student at every position."""
+    return sampled_store(tmp_path / "drawn", student, mc_draws=7)

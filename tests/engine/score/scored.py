@@ -34,7 +34,9 @@ def ref(folder: Path, chat_template: bool = False) -> ModelRef:
         return identity.model_ref(str(folder), chat_template=chat_template)
 
 
-def rolled(path: Path, student: ModelRef, n: int = 2, length: int = 6, mc_draws: int = 0) -> Path:
+def sampled_store(
+    path: Path, student: ModelRef, n: int = 2, length: int = 6, mc_draws: int = 0
+) -> Path:
     rollout(
         RolloutRequest(
             store=open_store(path, create=True),
@@ -58,13 +60,13 @@ def run(
     return score(request, progress=progress)
 
 
-class Dies:
+class FailingScorer:
     def __init__(self, hf: HF, at: int) -> None:
-        self.hf, self.at, self.begun = hf, at, 0
+        self.hf, self.at, self.started = hf, at, 0
         self.capabilities, self.describe = hf.capabilities, hf.describe
 
     def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
-        self.begun += 1
-        if self.begun > self.at:
+        self.started += 1
+        if self.started > self.at:
             raise KeyboardInterrupt
         return self.hf.score(rollouts, request, at)

@@ -1,4 +1,4 @@
-"""Scoring a store: one score segment a rollout segment, once, by a teacher of the same ids."""
+"""Scoring of a store: one score segment per rollout segment, by a teacher with the same ids."""
 
 import dataclasses
 import shutil
@@ -16,11 +16,11 @@ from logitcask.engine.types import (
     ModelRef,
     ScoreParams,
 )
-from tests.engine.score.scored import REQUEST, Dies, ref, rolled, run
+from tests.engine.score.scored import REQUEST, FailingScorer, ref, run, sampled_store
 from tests.engine.tiny import EOS, make_model, make_tokenizer, save_folder
 
 
-def test_every_rollout_segment_is_scored_as_the_scorer_says(
+def test_every_rollout_segment_has_the_scores_of_the_scorer(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
     report = run(store, teacher, scorer)
@@ -44,29 +44,29 @@ def test_every_rollout_segment_is_scored_as_the_scorer_says(
         assert lineage["request"] == dataclasses.asdict(REQUEST)
     assert report.positions == positions
     assert report.notes == ()
-    took = [chain[0].seconds or 0.0 for chain in by_base.values()]
-    assert min(took) > 0
-    assert sum(took) < report.seconds
+    seconds = [chain[0].seconds or 0.0 for chain in by_base.values()]
+    assert min(seconds) > 0
+    assert sum(seconds) < report.seconds
 
 
-def test_a_run_that_died_is_resumed_to_the_same_store(
+def test_a_killed_run_resumes_to_the_same_store(
     tmp_path: Path, store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
     def contents(path: Path) -> dict[str, str]:
         return {k: c[0].seg_id for k, c in open_store(path).head().scores("big").items()}
 
-    died = shutil.copytree(store, tmp_path / "died")
+    killed = shutil.copytree(store, tmp_path / "killed")
     run(store, teacher, scorer)
     with pytest.raises(KeyboardInterrupt):
-        run(died, teacher, Dies(scorer, 1))
+        run(killed, teacher, FailingScorer(scorer, 1))
     seen: list[tuple[str, int, int]] = []
-    report = run(died, teacher, scorer, progress=lambda *x: seen.append(x))
+    report = run(killed, teacher, scorer, progress=lambda *x: seen.append(x))
     assert (report.units_done_before, report.units_new) == (1, 1)
     assert seen == [("score", 1, 2), ("score", 2, 2)]
-    assert contents(died) == contents(store)
-    idle = Dies(scorer, 0)
-    assert run(died, teacher, idle).units_new == 0
-    assert idle.begun == 0
+    assert contents(killed) == contents(store)
+    idle = FailingScorer(scorer, 0)
+    assert run(killed, teacher, idle).units_new == 0
+    assert idle.started == 0
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(
@@ -110,33 +110,33 @@ def test_another_template_is_a_note_and_another_unit(
 def test_a_stop_token_that_the_teacher_does_not_use(
     tmp_path: Path, teacher: ModelRef, folders: Path, scorer: HF
 ) -> None:
-    """Half the ids stop the student, id 1 alone its teacher."""
+    """Stop the student at half of the ids, and its teacher at id 1 only."""
     model = make_model(eos=list(range(3, 50)))
     talker = ref(save_folder(tmp_path / "talker", model))
-    rolled(tmp_path / "s", talker, n=4)
+    sampled_store(tmp_path / "s", talker, n=4)
     with pytest.raises(IdentityError, match=r"\d+% of the stopped .* stop ids \[\d.*at \[1\] only"):
         run(tmp_path / "s", teacher, scorer)
     assert run(tmp_path / "s", teacher, scorer, eos_rows="keep").units_new == 2
-    # A stop id that never ended anything does no harm.
+    # A stop id that ended no response is allowed.
     unused = dataclasses.replace(ref(folders / "student"), stop_ids=(EOS, 2))
-    rolled(tmp_path / "t", unused, length=1, n=1)
+    sampled_store(tmp_path / "t", unused, length=1, n=1)
     opened = open_store(tmp_path / "t")
     tokens = [opened.read_rollouts(s).tokens for s in opened.head().rollouts("main")]
     assert 2 not in np.concatenate(tokens)
     assert run(tmp_path / "t", teacher, scorer).units_new == 2
 
 
-def test_a_name_stands_for_one_teacher(
+def test_a_name_belongs_to_one_teacher(
     store: Path, student: ModelRef, teacher: ModelRef, scorer: HF
 ) -> None:
     run(store, teacher, scorer)
     with pytest.raises(IdentityError, match=r"'big' stands for teacher\.weights"):
-        run(store, student, Dies(HF(student), 0))
+        run(store, student, FailingScorer(HF(student), 0))
     with pytest.raises(IdentityError, match="'big' stands for role"):
-        run(store, teacher, Dies(scorer, 0), role="base")
+        run(store, teacher, FailingScorer(scorer, 0), role="base")
     drawn = ScoreParams(entry_kind="sampled", draws=3, at_student=False)
     with pytest.raises(IdentityError, match="'big' stands for a teacher's best ids, not drawn ids"):
-        run(store, teacher, Dies(scorer, 0), params=drawn)
+        run(store, teacher, FailingScorer(scorer, 0), params=drawn)
     with pytest.raises(IdentityError, match="already, under the name 'big'"):
         run(store, teacher, scorer, teacher_name="copy")
     assert run(store, student, HF(student), teacher_name="self").units_new == 2
@@ -144,7 +144,7 @@ def test_a_name_stands_for_one_teacher(
 
 def test_scores_of_two_dtypes_are_a_note(store: Path, teacher: ModelRef, scorer: HF) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(store, teacher, Dies(scorer, 1))
+        run(store, teacher, FailingScorer(scorer, 1))
     report = run(store, teacher, HF(teacher, dtype="bfloat16"))
     assert report.units_new == 1
     assert report.notes == (
@@ -152,13 +152,11 @@ def test_scores_of_two_dtypes_are_a_note(store: Path, teacher: ModelRef, scorer:
     )
 
 
-def test_a_list_that_must_be_longer_than_it_may_be_is_refused(
-    store: Path, teacher: ModelRef, scorer: HF
-) -> None:
-    """Else train would promise an exact top-20 of rows that hold 10 ids."""
+def test_a_k_min_above_k_max_is_refused(store: Path, teacher: ModelRef, scorer: HF) -> None:
+    """Prevent that train reports an exact top-20 of rows with 10 ids."""
     params = dataclasses.replace(REQUEST, k_min=20)
     with pytest.raises(ConfigError, match="k_min = 20 is more than k_max = 10"):
-        run(store, teacher, Dies(scorer, 0), params=params)
+        run(store, teacher, FailingScorer(scorer, 0), params=params)
 
 
 def test_missing_rollouts_and_capabilities_are_named(
@@ -166,7 +164,7 @@ def test_missing_rollouts_and_capabilities_are_named(
 ) -> None:
     with pytest.raises(IncompleteError, match="no rollouts named 'elsewhere'; it has: main"):
         run(store, teacher, scorer, rollouts_name="elsewhere")
-    poor = Dies(scorer, 9)
+    poor = FailingScorer(scorer, 9)
     poor.capabilities = frozenset({"top", "entropy", "tail"})
     with pytest.raises(ConfigError, match="the backend hf cannot give at_ids"):
         run(store, teacher, poor)
@@ -174,20 +172,20 @@ def test_missing_rollouts_and_capabilities_are_named(
     assert run(store, teacher, poor, params=whole).units_new == 2
 
 
-def test_a_teacher_that_cannot_be_asked_at_ids_cannot_add_to_its_scores(
+def test_a_teacher_without_at_ids_cannot_extend_its_scores(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
-    poor = Dies(scorer, 10**9)
+    poor = FailingScorer(scorer, 10**9)
     poor.capabilities = scorer.capabilities - {"at_ids"}
-    own = dataclasses.replace(REQUEST, at_student=False)
+    plain = dataclasses.replace(REQUEST, at_student=False)
     with pytest.raises(ConfigError, match="cannot give at_ids"):
-        run(store, teacher, poor, params=own, extra_ids="mc")
-    run(store, teacher, poor, params=own)
-    assert run(store, teacher, poor, params=own).units_new == 0
-    begun = poor.begun
-    more = dataclasses.replace(own, k_max=20)
+        run(store, teacher, poor, params=plain, extra_ids="mc")
+    run(store, teacher, poor, params=plain)
+    assert run(store, teacher, poor, params=plain).units_new == 0
+    started = poor.started
+    more = dataclasses.replace(plain, k_max=20)
     with pytest.raises(ConfigError, match="stored for a smaller request") as caught:
         run(store, teacher, poor, params=more)
     assert "under another name" in caught.value.hint
-    assert poor.begun == begun
+    assert poor.started == started
     assert run(store, teacher, scorer, params=more).units_new == 2

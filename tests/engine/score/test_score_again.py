@@ -25,13 +25,13 @@ from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.verify import verify
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, ScoreParams, Scores
-from tests.engine.score.scored import PROMPTS, REQUEST, Dies, ref, run
+from tests.engine.score.scored import PROMPTS, REQUEST, FailingScorer, ref, run
 from tests.engine.tiny import make_model, save_folder
 
 WIDE = replace(REQUEST, top_p=0.99, k_min=12, k_max=30)
 
 
-def test_a_wider_request_adds_what_is_missing_and_reads_as_asked_for_at_once(
+def test_a_wider_request_adds_missing_ids_and_reads_like_a_single_request(
     store: Path, tmp_path: Path, made: Path, teacher: ModelRef, scorer: HF
 ) -> None:
     run(store, teacher, scorer)
@@ -52,11 +52,11 @@ def test_a_wider_request_adds_what_is_missing_and_reads_as_asked_for_at_once(
     verify(ours, deep=True)
 
 
-def test_a_request_that_is_served_already_is_not_scored(
+def test_a_request_that_the_store_serves_is_not_scored(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
     run(store, teacher, scorer, params=WIDE)
-    idle = Dies(scorer, 0)
+    idle = FailingScorer(scorer, 0)
     for smaller in (WIDE, REQUEST, replace(WIDE, k_max=20), replace(WIDE, at_student=False)):
         assert run(store, teacher, idle, params=smaller).units_new == 0
     with pytest.raises(KeyboardInterrupt):
@@ -65,7 +65,7 @@ def test_a_request_that_is_served_already_is_not_scored(
         run(store, teacher, idle, params=replace(WIDE, top_p=0.999))
 
 
-def test_a_teacher_that_was_not_asked_at_the_student_can_be_later(
+def test_a_teacher_can_score_the_students_ids_later(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
     run(store, teacher, scorer, params=replace(REQUEST, at_student=False))
@@ -75,14 +75,14 @@ def test_a_teacher_that_was_not_asked_at_the_student_can_be_later(
     run(store, teacher, scorer)
     for base, chain in opened.head().scores("big").items():
         rollouts = opened.read_rollouts(opened.log.rollouts(base))
-        known = opened.read_scores(chain, base=rollouts)
-        assert np.array_equal(known.s_ids, rollouts.student.ids)
+        stored = opened.read_scores(chain, base=rollouts)
+        assert np.array_equal(stored.s_ids, rollouts.student.ids)
         direct = scorer.score(rollouts, REQUEST)
-        np.testing.assert_allclose(known.s_lp, direct.at_lp, rtol=2e-3)
-        assert np.array_equal(known.kept, direct.cnt)
+        np.testing.assert_allclose(stored.s_lp, direct.at_lp, rtol=2e-3)
+        assert np.array_equal(stored.kept, direct.cnt)
 
 
-def test_a_teacher_is_asked_at_a_later_students_ids(
+def test_a_teacher_scores_the_ids_of_a_later_student(
     store: Path, teacher: ModelRef, student: ModelRef, scorer: HF, tmp_path: Path
 ) -> None:
     later = ref(save_folder(tmp_path / "later", make_model(seed=7)))
@@ -92,24 +92,24 @@ def test_a_teacher_is_asked_at_a_later_students_ids(
     run(store, later, HF(later), teacher_name="later", params=own)
     run(store, teacher, scorer)
     assert run(store, teacher, scorer, extra_ids="later").units_new == 2
-    assert run(store, teacher, Dies(scorer, 0), extra_ids="later").units_new == 0
+    assert run(store, teacher, FailingScorer(scorer, 0), extra_ids="later").units_new == 0
     opened = open_store(store)
     snapshot = opened.head()
     for base, chain in snapshot.scores("big").items():
-        known = ranked(opened.read_scores(chain))
+        stored = ranked(opened.read_scores(chain))
         expected = ranked(opened.read_scores(snapshot.scores("later")[base]))
-        rows = np.split(known.ids, np.cumsum(known.cnt)[:-1])
+        rows = np.split(stored.ids, np.cumsum(stored.cnt)[:-1])
         requested = np.split(expected.ids, np.cumsum(expected.cnt)[:-1])
         assert all(set(a) <= set(b) for a, b in zip(requested, rows, strict=True))
         exact = scorer.score(opened.read_rollouts(opened.log.rollouts(base)), ALL)
         place = [e.tolist() for e in np.split(exact.ids, len(exact.cnt))]
         lps = np.split(exact.entry_lp, len(exact.cnt))
-        mine = np.split(known.lp, np.cumsum(known.cnt)[:-1])
+        mine = np.split(stored.lp, np.cumsum(stored.cnt)[:-1])
         for ids, lp, order, full in zip(rows, mine, place, lps, strict=True):
             np.testing.assert_allclose(lp, [full[order.index(i)] for i in ids], rtol=2e-3)
 
 
-class Counts(HF):
+class CountingScorer(HF):
     """A scorer that counts its calls."""
 
     calls = 0
@@ -120,11 +120,11 @@ class Counts(HF):
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["at-once", "later"])
-def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
+def test_a_teacher_scores_the_draws_of_the_student(
     drawn: Path, teacher: ModelRef, first: bool
 ) -> None:
-    """One pass serves both, and what is read of it is what the teacher thinks, in float32."""
-    scorer = Counts(teacher)
+    """Serve both requests in one pass, and read the teacher's log-probs in float32."""
+    scorer = CountingScorer(teacher)
     if first:
         run(drawn, teacher, scorer)
     assert run(drawn, teacher, scorer, extra_ids="mc").units_new == 2
@@ -132,8 +132,8 @@ def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
         assert once.seconds
         assert bool(wider.seconds) == first, "one pass over both is counted once"
     assert scorer.calls == (4 if first else 2)
-    assert run(drawn, teacher, Dies(scorer, 0), extra_ids="mc").units_new == 0
-    assert run(drawn, teacher, Dies(scorer, 0)).units_new == 0
+    assert run(drawn, teacher, FailingScorer(scorer, 0), extra_ids="mc").units_new == 0
+    assert run(drawn, teacher, FailingScorer(scorer, 0)).units_new == 0
     opened = open_store(drawn)
     chains = opened.head().scores("big")
     source = PackSource(opened, opened.head(), "main", "big")
@@ -151,28 +151,30 @@ def test_a_teacher_is_asked_at_the_ids_that_the_student_drew(
         targets = source.pack(members).targets
         assert targets.mc_count is not None
         row, column = (targets.mc_count > 0).nonzero().T.numpy()
-        assert targets.cached.numpy()[row, column].all(), "known at every id that was drawn"
+        assert targets.cached.numpy()[row, column].all(), "cached at every drawn id"
         got = targets.q_log_p.numpy()[row, column]
         np.testing.assert_allclose(got, lp[row, targets.ids.numpy()[row, column]], rtol=1e-3)
-        known = ranked(opened.read_scores(chains[segment.seg_id]))
-        tail = np.log1p(-np.add.reduceat(np.exp(known.lp.astype(float)), starts(known.cnt)[:-1]))
-        stored = opened.read_scores(chain).log_tail
-        np.testing.assert_allclose(np.exp(stored), np.exp(tail), atol=2e-3)
+        stored = ranked(opened.read_scores(chains[segment.seg_id]))
+        tail = np.log1p(-np.add.reduceat(np.exp(stored.lp.astype(float)), starts(stored.cnt)[:-1]))
+        log_tail = opened.read_scores(chain).log_tail
+        np.testing.assert_allclose(np.exp(log_tail), np.exp(tail), atol=2e-3)
         added = opened.read_arrays(chain[1])
         at_row = np.repeat(np.arange(rollouts.positions), added["cnt"])
         np.testing.assert_allclose(added["lp"], lp[at_row, added["ids"]], atol=1e-5)
     verify(opened, deep=True)
 
 
-def test_ids_that_nobody_drew_are_told(store: Path, teacher: ModelRef, scorer: HF) -> None:
+def test_missing_draws_are_refused(store: Path, teacher: ModelRef, scorer: HF) -> None:
     with pytest.raises(IncompleteError, match="hold no ids that the student drew"):
-        run(store, teacher, Dies(scorer, 0), extra_ids="mc")
+        run(store, teacher, FailingScorer(scorer, 0), extra_ids="mc")
 
 
 ALL = ScoreParams(entry_kind="topk", top_p=1.0, k_min=99, k_max=99, at_student=False)
 
 
-def test_another_dtype_does_not_widen(store: Path, teacher: ModelRef, scorer: HF) -> None:
+def test_another_dtype_extends_within_its_tolerance(
+    store: Path, teacher: ModelRef, scorer: HF
+) -> None:
     run(store, teacher, scorer)
     coarse = HF(teacher, dtype="bfloat16")
     report_of = lambda: run(store, teacher, coarse, params=WIDE)  # noqa: E731
@@ -183,17 +185,17 @@ def test_another_dtype_does_not_widen(store: Path, teacher: ModelRef, scorer: HF
         capabilities, describe = scorer.capabilities, scorer.describe
 
         def score(self, rollouts: Any, request: Any, at: Any = None) -> Any:
-            said = scorer.score(rollouts, request, at)
-            return replace(said, at_lp=said.at_lp - 0.5)
+            scores = scorer.score(rollouts, request, at)
+            return replace(scores, at_lp=scores.at_lp - 0.5)
 
     with pytest.raises(IdentityError, match="now, .* is stored"):
         run(store, teacher, Wrong(), params=replace(WIDE, k_max=40))
 
 
-def test_base_models_and_contexts_are_scores_of_their_own(
+def test_base_models_and_contexts_are_separate_scores(
     store: Path, teacher: ModelRef, scorer: HF
 ) -> None:
-    """Privileged context: the teacher is shown more than the student was."""
+    """Score with a teacher context: the teacher sees more than the student."""
     run(store, teacher, scorer)
     hints = {p.id: Prompt(id=p.id, token_ids=(5, 6, *p.token_ids)) for p in PROMPTS}
     assert run(store, teacher, scorer, teacher_name="hinted", context=hints).units_new == 2
@@ -214,28 +216,30 @@ def test_base_models_and_contexts_are_scores_of_their_own(
     assert snapshot.scores("base")[segment.seg_id][0].lineage["role"] == "base"
     other = {p.id: Prompt(id=p.id, token_ids=(7, *p.token_ids)) for p in PROMPTS}
     with pytest.raises(IdentityError, match="'hinted' stands for context"):
-        run(store, teacher, Dies(scorer, 0), teacher_name="hinted", context=other)
+        run(store, teacher, FailingScorer(scorer, 0), teacher_name="hinted", context=other)
     del hints[PROMPTS[0].id]
     with pytest.raises(PromptError, match="no prompt 'p0'"):
-        run(store, teacher, Dies(scorer, 0), teacher_name="third", context=hints)
+        run(store, teacher, FailingScorer(scorer, 0), teacher_name="third", context=hints)
 
 
 DRAWN = ScoreParams(entry_kind="sampled", draws=400, at_student=False, seed=3)
 
 
-def test_ids_are_drawn_from_the_teachers_law(store: Path, teacher: ModelRef, scorer: HF) -> None:
-    """RS-KD: counts / draws is an unbiased estimate of q, and what is not drawn is in the tail."""
+def test_ids_are_drawn_from_the_teachers_distribution(
+    store: Path, teacher: ModelRef, scorer: HF
+) -> None:
+    """Check RS-KD: counts / draws is an unbiased estimate of q, and the tail has the other ids."""
     run(store, teacher, scorer, teacher_name="drawn", params=DRAWN)
     opened = open_store(store)
     snapshot = opened.head()
     for segment in snapshot.rollouts("main"):
         rollouts = opened.read_rollouts(segment)
-        (held,) = snapshot.scores("drawn")[segment.seg_id]
-        assert held.layout == "sampled"
-        known = opened.read_scores((held,))
+        (segment_of_draws,) = snapshot.scores("drawn")[segment.seg_id]
+        assert segment_of_draws.layout == "sampled"
+        stored = opened.read_scores((segment_of_draws,))
         exact = scorer.score(rollouts, ALL)
-        rows = np.split(known.ids, np.cumsum(known.cnt)[:-1])
-        mult = np.split(known.mult, np.cumsum(known.cnt)[:-1])
+        rows = np.split(stored.ids, np.cumsum(stored.cnt)[:-1])
+        mult = np.split(stored.mult, np.cumsum(stored.cnt)[:-1])
         order = [e.tolist() for e in np.split(exact.ids, len(exact.cnt))]
         lps = np.split(exact.entry_lp, len(exact.cnt))
         for r, (ids, m) in enumerate(zip(rows, mult, strict=True)):
@@ -247,14 +251,14 @@ def test_ids_are_drawn_from_the_teachers_law(store: Path, teacher: ModelRef, sco
             # Four standard errors of a binomial share, and room for the rarest.
             assert (np.abs(share - q) < 4.5 * np.sqrt(q * (1 - q) / DRAWN.draws) + 0.006).all()
             outside = np.setdiff1d(np.arange(99), ids)
-            np.testing.assert_allclose(np.exp(known.log_tail[r]), q[outside].sum(), atol=1e-5)
+            np.testing.assert_allclose(np.exp(stored.log_tail[r]), q[outside].sum(), atol=1e-5)
     # Other draws need another name; the error is raised before the teacher scores.
     other = replace(DRAWN, seed=4)
     with pytest.raises(IdentityError, match="holds draws of these rollouts of another"):
-        run(store, teacher, Dies(scorer, 0), teacher_name="drawn", params=other)
+        run(store, teacher, FailingScorer(scorer, 0), teacher_name="drawn", params=other)
     again = scorer.score(rollouts, DRAWN)
-    assert np.array_equal(again.ids, known.ids), "the seed and the tokens decide"
-    assert not np.array_equal(scorer.score(rollouts, replace(DRAWN, seed=4)).ids, known.ids)
+    assert np.array_equal(again.ids, stored.ids), "the draws depend on the seed and the tokens"
+    assert not np.array_equal(scorer.score(rollouts, replace(DRAWN, seed=4)).ids, stored.ids)
 
 
 def test_draws_do_not_depend_on_the_batch(store: Path, scorer: HF, teacher: ModelRef) -> None:
@@ -263,7 +267,7 @@ def test_draws_do_not_depend_on_the_batch(store: Path, scorer: HF, teacher: Mode
     narrow = HF(teacher, batch_tokens=1)
     a, b = scorer.score(rollouts, DRAWN), narrow.score(rollouts, DRAWN)
     assert (a.mult.sum(), b.mult.sum()) == (400 * rollouts.positions,) * 2
-    assert np.mean(a.cnt == b.cnt) > 0.9, "but where rounding moves a boundary"
+    assert np.mean(a.cnt == b.cnt) > 0.9, "rounding rarely moves a boundary"
 
 
 @pytest.mark.parametrize(
@@ -279,13 +283,13 @@ def test_requests_that_contradict_themselves(
     store: Path, teacher: ModelRef, scorer: HF, wrong: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigError, match="entry_kind = "):
-        run(store, teacher, Dies(scorer, 0), params=replace(ScoreParams(), **wrong))
+        run(store, teacher, FailingScorer(scorer, 0), params=replace(ScoreParams(), **wrong))
 
 
-def test_training_refuses_what_it_cannot_use(
+def test_training_refuses_unusable_scores(
     store: Path, student: ModelRef, teacher: ModelRef, scorer: HF, tmp_path: Path
 ) -> None:
-    def learn(name: str, objective: str, k: int) -> None:
+    def train_on(name: str, objective: str, k: int) -> None:
         train(
             open_store(store),
             model=student,
@@ -296,12 +300,12 @@ def test_training_refuses_what_it_cannot_use(
 
     run(store, teacher, scorer, teacher_name="drawn", params=DRAWN)
     with pytest.raises(ObjectiveError, match="drawn from the teacher"):
-        learn("drawn", "overlap", 4)
-    # One unit widened and one not: a plan mixes both, and the smaller promise holds.
+        train_on("drawn", "overlap", 4)
+    # One unit extended and one not: a plan mixes both, and the smaller k_min holds.
     run(store, teacher, scorer)
     with pytest.raises(KeyboardInterrupt):
-        run(store, teacher, Dies(scorer, 1), params=WIDE)
+        run(store, teacher, FailingScorer(scorer, 1), params=WIDE)
     with pytest.raises(ObjectiveError, match="k = 5 is more than k_min = 4"):
-        learn("big", "overlap", 5)
+        train_on("big", "overlap", 5)
     run(store, teacher, scorer, params=WIDE)
-    learn("big", "overlap", 5)
+    train_on("big", "overlap", 5)

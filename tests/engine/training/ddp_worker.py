@@ -1,5 +1,6 @@
-"""One process of a training run over several: `python ddp_worker.py CASE OUT`, environment as of
-torchrun. It trains one update on fixed rows and saves the gradients, then a whole run by `train`.
+"""One process of a distributed training: `python ddp_worker.py CASE OUT`, as under torchrun.
+
+It trains one update on fixed rows and saves the gradients, then runs `train`.
 """
 
 import os
@@ -31,8 +32,8 @@ OBJECTIVES = {"plain": REVERSE, "weighed": WEIGHED}
 SETTINGS = Train(learning_rate=1e-3, pack_length=24, gradient_accumulation_steps=2, save_steps=2)
 
 
-def exam(ref: ModelRef) -> EvalPlan:
-    """Three prompts, two short responses each; a reward that depends on every token."""
+def eval_plan(ref: ModelRef) -> EvalPlan:
+    """Plan three prompts with two short responses each; the reward depends on every token."""
     return EvalPlan(
         prompts=[Prompt(id=f"e{i}", token_ids=(5 + i, 6)) for i in range(3)],
         sampling=SamplingParams(n=2, max_new_tokens=4),
@@ -44,7 +45,7 @@ def exam(ref: ModelRef) -> EvalPlan:
 
 
 def held_out(store: Store) -> HeldOutSet:
-    """The very rows that are trained on."""
+    """Hold out the rows of the training itself."""
     return HeldOutSet(store=store, rollouts="main", teacher="big")
 
 
@@ -76,7 +77,7 @@ def main(case: Path, out: Path) -> None:
         teacher="big",
         objective=REVERSE,
         settings=SETTINGS,
-        evaluation=exam(ref),
+        evaluation=eval_plan(ref),
         held_out=held_out(store),
     )
 

@@ -1,4 +1,4 @@
-"""Evaluation: what the numbers are, and that a run has them once."""
+"""Evaluation: its numbers, which a run computes once."""
 
 import json
 from collections.abc import Callable
@@ -73,7 +73,7 @@ class FixedSampler:
 
 
 def test_numbers_worked_by_hand() -> None:
-    """Rewards [[1, 1/2], [0, 0]]: firsts 1, 0; means 3/4, 0."""
+    """Grade [[1, 1/2], [0, 0]]: the first rewards are 1 and 0, the means 3/4 and 0."""
     plan = make_plan(lambda _: FixedSampler(), prompts=PROMPTS[:2], sampling=SamplingParams(n=2))
     report = evaluate(FixedSampler(), plan, version=0)
     assert (report.prompts, report.n) == (2, 2)
@@ -125,7 +125,7 @@ def test_the_same_model_gets_the_same_report(case: tuple[Store, ModelRef]) -> No
     assert 0 < report.avg_at_n < 1
 
 
-def test_evaluation_changes_no_update_and_stands_in_the_folder(
+def test_evaluation_changes_no_update_and_is_recorded_in_the_folder(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
     _, model = case

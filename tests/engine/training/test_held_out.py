@@ -1,4 +1,4 @@
-"""Held-out rows: the numbers are those of plain torch, and measuring changes nothing."""
+"""Held-out rows: numbers equal to plain torch, and measurements without side effects."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ SETTINGS = Train(learning_rate=1e-3, pack_length=48, save_steps=2)
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, ModelRef, Store]:
-    """What is trained on, the student, and what it is measured on."""
+    """Return the training store, the student and the store of held-out rows."""
     folder = tmp_path_factory.mktemp("case")
     store, model = make_case(folder, [make_unit(s, vocab=99, lengths=LENGTHS) for s in range(2)])
     others = [make_unit(7 + s, vocab=99, lengths=LENGTHS) for s in range(2)]
@@ -42,9 +42,9 @@ def test_the_loss_is_the_token_mean_of_plain_torch(
     case: tuple[Store, ModelRef, Store],
 ) -> None:
     _, model, other = case
-    held = hold_out(held_out_set(other), model, REVERSE, 48)
+    evaluator = hold_out(held_out_set(other), model, REVERSE, 48)
     student = load_student(model).train()
-    line = held.line(student)
+    line = evaluator.line(student)
     source = PackSource(other, other.head(), "main", "big")
     singles = [
         source.pack(np.array([[o, s]])) for o in range(2) for s, n in enumerate(LENGTHS) if n
@@ -53,7 +53,7 @@ def test_the_loss_is_the_token_mean_of_plain_torch(
     assert line["eval/loss"] == pytest.approx(expected, rel=1e-5)
     assert line["eval/rows"] == 2 * sum(LENGTHS)
     assert {name.removeprefix("eval/") for name in line} == {"loss", "rows", *COMMON_METRICS}
-    assert student.training, "as it was"
+    assert student.training, "the mode is restored"
     assert all(p.grad is None for p in student.parameters())
 
 
@@ -67,9 +67,9 @@ def test_measuring_changes_no_update(case: tuple[Store, ModelRef, Store], tmp_pa
             teacher="big",
             objective=REVERSE,
             settings=SETTINGS,
-            held_out=held,
+            held_out=held_out,
         )
-        for name, held in (("a", None), ("b", held_out_set(other, every=1)))
+        for name, held_out in (("a", None), ("b", held_out_set(other, every=1)))
     }
     ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

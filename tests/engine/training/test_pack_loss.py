@@ -1,4 +1,4 @@
-"""Whatever op computes a loss, it is the formula's; metrics of a share of the rows are theirs."""
+"""Every op computes the loss of the formula; sampled metrics are those of the sampled rows."""
 
 from collections import Counter
 from dataclasses import replace
@@ -27,8 +27,8 @@ from tests.engine.objectives.full_rows import Full, make_full, truth
 P, V = 40, 30
 
 
-def made(rows: int = P, ties: bool = False, teacher_draws: bool = False) -> Full:
-    """With ids that the student drew, and a base model; or with ids that the teacher drew."""
+def make_rows(rows: int = P, ties: bool = False, teacher_draws: bool = False) -> Full:
+    """Make rows with a base model, and with draws of the student or of the teacher."""
     generator = torch.Generator().manual_seed(3)
     live, teacher, old = torch.randn(3, rows, V, generator=generator, dtype=torch.float64) * 2
     if ties:
@@ -49,12 +49,14 @@ def made(rows: int = P, ties: bool = False, teacher_draws: bool = False) -> Full
 
 
 def loss_of(objective: Objective, full: Full, **options: Any) -> tuple[Any, Tensor, Tensor]:
-    """(what row_loss says, d by the states, d by the head); logits are the states themselves."""
+    """Return the pack's loss and its gradients by the states and the head; logits = states."""
     states = full.live.clone().requires_grad_()
     head = torch.eye(V, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(len(states), generator=torch.Generator().manual_seed(0)).double()
-    said = pack_loss(objective, states, head, full.targets, row_weight=weight, n_vocab=V, **options)
-    return said, *torch.autograd.grad(said.loss, (states, head))
+    result = pack_loss(
+        objective, states, head, full.targets, row_weight=weight, n_vocab=V, **options
+    )
+    return result, *torch.autograd.grad(result.loss, (states, head))
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["smooth", "ties"])
@@ -66,105 +68,105 @@ def test_every_cell_is_its_formula(cell: tuple[str, str, str, str], ties: bool) 
         k=1 if cell[0] in SAMPLED_SUPPORTS else 4,
         parameter={"jsd": 0.3, "skew": 0.2}.get(cell[1]),
     )
-    full = made(ties=ties, teacher_draws=cell[0] == "teacher_mc")
-    said, d_states, d_head = loss_of(objective, full)
+    full = make_rows(ties=ties, teacher_draws=cell[0] == "teacher_mc")
+    result, d_states, d_head = loss_of(objective, full)
     weight = torch.rand(P, generator=torch.Generator().manual_seed(0)).double()
     losses, dz = truth(objective, full)
     dz = dz * weight[:, None]
-    torch.testing.assert_close(said.loss.detach(), (weight * losses).sum(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(result.loss.detach(), (weight * losses).sum(), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(d_states, dz, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(d_head, dz.T @ full.live, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["opd", "overlap", "forward_kl"])
 def test_without_weights_it_is_the_mean_over_the_rows_that_count(name: str) -> None:
-    objective, full = parse_objective(name, k=4).objective, made()
+    objective, full = parse_objective(name, k=4).objective, make_rows()
     mask = (torch.arange(P) % 3 != 0).double()
     losses, _ = truth(objective, full)
-    for weight, want in ((mask, (mask * losses).sum() / mask.sum()), (mask * 0, mask[0] * 0)):
+    for weight, expected in ((mask, (mask * losses).sum() / mask.sum()), (mask * 0, mask[0] * 0)):
         targets = replace(full.targets, weight=weight)
-        said = pack_loss(objective, full.live, torch.eye(V).double(), targets, n_vocab=V)
-        torch.testing.assert_close(said.loss, want)
+        result = pack_loss(objective, full.live, torch.eye(V).double(), targets, n_vocab=V)
+        torch.testing.assert_close(result.loss, expected)
 
 
-def test_dense_products_only_where_the_form_demands_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_products_only_if_the_estimator_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     for name in ("linear_sparse_kl", "indexed_linear"):
         op = getattr(module, name)
 
-        def noted(*args: Any, _op: Any = op, _name: str = name, **options: Any) -> Any:
+        def recorded(*args: Any, _op: Any = op, _name: str = name, **options: Any) -> Any:
             live = options.get("k") is not None
             grad = torch.is_grad_enabled()
             used.append(f"{_name}{' live' if live and _name == 'indexed_linear' else ''} {grad}")
             return _op(*args, **options)
 
-        monkeypatch.setattr(module, name, noted)
-    known, dense = ["indexed_linear True", "linear_sparse_kl False"], ["linear_sparse_kl True"]
+        monkeypatch.setattr(module, name, recorded)
+    fixed, dense = ["indexed_linear True", "linear_sparse_kl False"], ["linear_sparse_kl True"]
     live = ["indexed_linear live True"]
     # opd_released looks like opd, but its coefficients do not sum to zero.
-    want = {
+    expected = {
         **dict.fromkeys(("overlap", "union", "non_overlap"), live),
-        **dict.fromkeys(("opd", "teacher_topk", "veto", "full_vocab"), known),
+        **dict.fromkeys(("opd", "teacher_topk", "veto", "full_vocab"), fixed),
     }
     for name, preset in PRESETS.items():
         used.clear()
         objective = parse_objective(name, k=1 if preset.objective.k == 1 else 4).objective
-        loss_of(objective, made(teacher_draws=name == "rs_kd"))
-        assert used == want.get(name, dense), name
+        loss_of(objective, make_rows(teacher_draws=name == "rs_kd"))
+        assert used == expected.get(name, dense), name
     used.clear()
-    loss_of(parse_objective("opd+entropy_bonus", k=4).objective, made())
+    loss_of(parse_objective("opd+entropy_bonus", k=4).objective, make_rows())
     assert used == dense
     used.clear()
-    bounds = Bounds(action="skip")  # every row's coverage must be known
-    loss_of(parse_objective("opd", k=4).objective, made(), bounds=bounds)
+    bounds = Bounds(action="skip")  # it needs the coverage of every row
+    loss_of(parse_objective("opd", k=4).objective, make_rows(), bounds=bounds)
     assert used == live
 
 
 def test_opd_released_has_a_gradient_outside_its_support() -> None:
-    _, dz, _ = loss_of(parse_objective("opd_released", k=4).objective, made())
+    _, dz, _ = loss_of(parse_objective("opd_released", k=4).objective, make_rows())
     assert (dz.abs() > 1e-9).sum() > P * V / 2
     assert not is_renormalised(PRESETS["opd_released"].objective)
-    _, dz, _ = loss_of(parse_objective("opd", k=4).objective, made())
+    _, dz, _ = loss_of(parse_objective("opd", k=4).objective, make_rows())
     assert (dz != 0).sum(-1).max() <= 4
 
 
 @pytest.mark.parametrize("name", ["opd", "overlap", "forward_kl"])
 def test_an_entropy_bonus_reaches_states_and_head(name: str) -> None:
-    full = made()
+    full = make_rows()
     weight = torch.rand(P, generator=torch.Generator().manual_seed(0)).double()
-    what = parse_objective(f"{name}+entropy_bonus(coefficient=0.5)", k=4).objective
-    said, d_states, d_head = loss_of(what, full)
+    objective = parse_objective(f"{name}+entropy_bonus(coefficient=0.5)", k=4).objective
+    result, d_states, d_head = loss_of(objective, full)
     losses, dz = truth(parse_objective(name, k=4).objective, full)
     p, log_p = full.live.softmax(-1), full.live.log_softmax(-1)
     h = -(p * log_p).sum(-1)
     dz = weight[:, None] * (dz + 0.5 * p * (log_p + h[:, None]))
-    torch.testing.assert_close(said.loss.detach(), (weight * (losses - 0.5 * h)).sum())
+    torch.testing.assert_close(result.loss.detach(), (weight * (losses - 0.5 * h)).sum())
     torch.testing.assert_close(d_states, dz, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(d_head, dz.T @ full.live, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["opd", "teacher_topk"])
 def test_metrics_of_a_share_are_those_of_its_rows(name: str) -> None:
-    objective, full = parse_objective(name, k=4).objective, made(400)
-    said, *grads = loss_of(objective, full, metrics_fraction=0.25)
+    objective, full = parse_objective(name, k=4).objective, make_rows(400)
+    some, *grads = loss_of(objective, full, metrics_fraction=0.25)
     every, *same = loss_of(objective, full, metrics_fraction=1.0)
     assert all(map(torch.equal, grads, same)), "the share is for metrics only"
     assert every.measured.tolist() == list(range(400))
-    assert 60 < len(said.measured) < 140
-    want = linear_sparse_kl(
+    assert 60 < len(some.measured) < 140
+    expected = linear_sparse_kl(
         full.live,
         torch.eye(V, dtype=torch.float64),
         full.targets.ids,
         row_objective(objective, full.targets),
         k=current_topk(objective, V),
     )
-    for metric, values in want.metrics.items():
+    for metric, values in expected.metrics.items():
         torch.testing.assert_close(every.metrics[metric], values)
-        torch.testing.assert_close(said.metrics[metric], values[said.measured])
+        torch.testing.assert_close(some.metrics[metric], values[some.measured])
 
 
-def test_the_share_is_of_the_rows_whatever_stands_beside_them() -> None:
-    targets = made(400).targets
+def test_the_sample_of_a_row_does_not_depend_on_other_rows() -> None:
+    targets = make_rows(400).targets
     picked = row_hash(targets)
     order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
     assert torch.equal(row_hash(targets.at(order)), picked[order])

@@ -1,9 +1,7 @@
-"""A teacher that tells its best ids alone, from its answers to a trained student, beside the same
-one that tells everything.
+"""A teacher that returns top-k log-probs only, compared with the same teacher with full logits.
 
-Both score one store. What an objective makes of the second's scores is what it makes of the
-first's wherever the ids it looks at are told, and differs by the unresolved mass where it reads
-the tail.
+Both score one store, and a student trains on the scores. An objective has the same values for both
+if its ids are among the returned ones; if it reads the tail, they differ by the unresolved mass.
 """
 
 import json
@@ -52,14 +50,14 @@ PROMPTS = [Prompt(id=f"p{i}", token_ids=tuple(range(3 + 5 * i, 8 + 6 * i))) for 
 REQUEST = ScoreParams(entry_kind="topk", k_min=64, k_max=64)
 """64 of 99 ids."""
 RETURNED = replace(REQUEST, entry_kind="topp", top_p=1.0)
-"""Asks for the same: one request is one unit of a teacher's, whatever its name."""
+"""An equivalent request with another unit key: two names may not share the units of a teacher."""
 ALONE = replace(REQUEST, at_student=False)
-NOT_FOR_IT = {"rs_kd": "drawn ids", "full_vocab": "every id"}
+UNSUPPORTED = {"rs_kd": "drawn ids", "full_vocab": "every id"}
 """Presets that no such teacher can serve."""
 
 
 SPREAD = {"flat": 0.3, "sure": 1.0}
-"""Of the teacher's weights: of the flat one every tail is resolved, of the sure one not every."""
+"""Of the teacher's weights: all tails of the flat one are resolved, few of the sure one."""
 
 
 @pytest.fixture(scope="module", params=SPREAD)
@@ -68,9 +66,12 @@ def models(
 ) -> dict[str, ModelRef]:
     root = tmp_path_factory.mktemp(request.param)
     spread = SPREAD[request.param]
-    made = {"student": make_model(seed=0), "teacher": make_model(seed=1, hidden=48, spread=spread)}
-    made["base"] = make_model(seed=2)
-    return {name: ref(save_folder(root / name, model)) for name, model in made.items()}
+    networks = {
+        "student": make_model(seed=0),
+        "teacher": make_model(seed=1, hidden=48, spread=spread),
+        "base": make_model(seed=2),
+    }
+    return {name: ref(save_folder(root / name, model)) for name, model in networks.items()}
 
 
 @pytest.fixture(scope="module")
@@ -124,23 +125,24 @@ def targets_of(store: Store, name: str) -> Targets:
 
 
 def logits_of(rows: Targets) -> Tensor:
-    """[P, V] float64, of a student that is none of these models."""
+    """Return logits [P, V] in float64 of a student that is none of these models."""
     generator = torch.Generator().manual_seed(3)
     return torch.randn(len(rows), N_VOCAB, generator=generator).double() * 2
 
 
-def lost(store: Store, name: str, objective: str) -> tuple[SparseLoss, Tensor]:
-    """Losses and metrics, and the gradient by the student's logits [P, V]."""
+def loss_and_grad(store: Store, name: str, preset: str) -> tuple[SparseLoss, Tensor]:
+    """Return losses and metrics, and the gradient by the student's logits [P, V]."""
     rows = targets_of(store, name)
-    what = parse_objective(objective).objective
+    objective = parse_objective(preset).objective
     z = logits_of(rows).requires_grad_()
-    made = sparse_kl(z, rows.ids, row_objective(what, rows), k=current_topk(what, N_VOCAB))
-    made.loss.backward()
+    k = current_topk(objective, N_VOCAB)
+    result = sparse_kl(z, rows.ids, row_objective(objective, rows), k=k)
+    result.loss.backward()
     assert z.grad is not None
-    return made, z.grad
+    return result, z.grad
 
 
-def test_a_store_of_both_holds_what_each_says(store: Store, sure: bool) -> None:
+def test_a_store_holds_the_scores_of_both(store: Store, sure: bool) -> None:
     layouts = {
         (row["name"], row["layout"]) for row in list_segments(store) if row["kind"] == "score"
     }
@@ -171,31 +173,32 @@ def test_a_store_of_both_holds_what_each_says(store: Store, sure: bool) -> None:
         assert wider.mean() > 1e-3
 
 
-def test_an_interval_is_shown_as_one(store: Store) -> None:
+def test_an_entropy_interval_is_shown(store: Store) -> None:
     which: dict[str, Any] = {"rollouts": "main", "sequence": 0, "top": 3}
     for row in show_sequence(store, teacher="whole", **which)["rows"]:
         assert row["teacher_entropy"] <= row["teacher_entropy_hi"]
     assert "teacher_entropy_hi" not in show_sequence(store, teacher="all", **which)["rows"][0]
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - NOT_FOR_IT.keys()))
-def test_every_objective_makes_the_same_of_both(store: Store, name: str) -> None:
-    (ours, grad), (exact, want) = lost(store, "returned", name), lost(store, "all", name)
-    scale = want.norm()
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - UNSUPPORTED.keys()))
+def test_every_objective_has_the_same_values_for_both(store: Store, name: str) -> None:
+    ours, grad = loss_and_grad(store, "returned", name)
+    exact, exact_grad = loss_and_grad(store, "all", name)
+    scale = exact_grad.norm()
     if name == "vopd_cached":
-        # Its baseline is no part of the mean: what the tail moves is a multiple of d log p(y).
+        # Its baseline does not affect the mean: the tail adds a multiple of d log p(y).
         rows = targets_of(store, "all")
         score = -logits_of(rows).softmax(-1)
         score[torch.arange(len(rows)), rows.token] += 1
-        off = grad - want
+        off = grad - exact_grad
         share = (off * score).sum(-1, keepdim=True) / (score * score).sum(-1, keepdim=True)
         assert (off - share * score).norm() < 1e-6 * scale
     else:
         tail = PRESETS[name].objective.tail == "bucket" or name == "eopd"
-        # q log(q / p) of a bucket that is anywhere below RESOLVED, p above e^-10; else float32.
+        # q log(q / p) of a bucket with q below RESOLVED and p above e^-10; otherwise float32.
         unresolved = RESOLVED * (10 - math.log(RESOLVED)) if tail else 0.0
         torch.testing.assert_close(ours.row_loss, exact.row_loss, rtol=1e-6, atol=1e-5 + unresolved)
-        assert (grad - want).norm() < (5e-6 if tail else 5e-7) * scale
+        assert (grad - exact_grad).norm() < (5e-6 if tail else 5e-7) * scale
     for each in exact.metrics:
         if each.startswith(("overlap/", "cache/")):
             torch.testing.assert_close(
@@ -207,7 +210,7 @@ def test_every_objective_makes_the_same_of_both(store: Store, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["overlap", "teacher_topk", "forward_kl"])
-def test_a_teacher_that_answers_at_no_chosen_ids_trains(
+def test_a_teacher_without_requested_ids_trains(
     store: Store, models: dict[str, ModelRef], tmp_path: Path, name: str
 ) -> None:
     settings = Train(learning_rate=1e-3, pack_length=96, gradient_accumulation_steps=2)
@@ -227,7 +230,7 @@ def test_a_teacher_that_answers_at_no_chosen_ids_trains(
     assert any("its entropy is an interval" in note for note in labels["notes"])
 
 
-def test_what_needs_the_students_ids_is_refused_with_the_way_out(
+def test_objectives_on_the_students_ids_are_refused_with_a_hint(
     store: Store, models: dict[str, ModelRef], tmp_path: Path
 ) -> None:
     source = PackSource(store, store.head(), "main", "whole")
@@ -253,14 +256,14 @@ def test_what_needs_the_students_ids_is_refused_with_the_way_out(
     assert not cache_info(models["student"], exact, False).entropy_bounds
 
 
-def test_a_scorer_that_answers_at_no_chosen_ids_is_asked_at_none(
+def test_a_scorer_without_at_ids_gets_no_request_for_ids(
     store: Store, models: dict[str, ModelRef]
 ) -> None:
     scorer = TopKTeacher(HF(models["teacher"]), at_ids=False)
     which: dict[str, Any] = {"model": models["teacher"], "scorer": scorer}
     with pytest.raises(ConfigError, match="cannot give at_ids"):
-        ScoreRequest(store=store, teacher_name="asked", params=REQUEST, **which)
+        ScoreRequest(store=store, teacher_name="refused", params=REQUEST, **which)
     drawn = ScoreParams(entry_kind="sampled", draws=5, at_student=False)
     with pytest.raises(ConfigError, match="cannot give drawn"):
-        ScoreRequest(store=store, teacher_name="asked", params=drawn, **which)
-    assert "asked" not in store.head().names("score")
+        ScoreRequest(store=store, teacher_name="refused", params=drawn, **which)
+    assert "refused" not in store.head().names("score")

@@ -1,8 +1,8 @@
-"""On a student 20 updates stale every preset is held against a live teacher on the same prefixes.
+"""Every preset on a student 20 updates later, compared with the live teacher on the same prefixes.
 
-The truths come from whole vocabularies: a forward of teacher, base and moved student over the very
-ids that the store holds, in float64 from there on, and the formulas by autograd. They share no line
-with the store, the scorer or the objectives.
+The expected results use whole vocabularies: a forward of teacher, base and updated student over the
+stored ids, then float64, and the formulas by autograd. They share no code with the store, the
+scorer or the objectives.
 """
 
 import math
@@ -53,37 +53,37 @@ REQUESTS = {
 }
 """Names of scores."""
 SCORES = {"full_vocab": "every", "rs_kd": "drawn"}
-"""What presets are trained from where it is not `topk`."""
+"""The scores that a preset needs instead of `topk`."""
 CURRENT_SUPPORTS = ("union", "non_overlap")
-"""Supports of today's S(p), as far as it was scored."""
+"""Supports that use the scored part of the current S(p)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The same P rows of both stores, and every model's own logits [P, V] on them, float64."""
+    """The same P rows of both stores, and the logits [P, V] of every model on them, in float64."""
 
     rows: dict[tuple[str, str], Pack]
-    """(profile, name of the scores) -> all rows; of `topk` with the base model's."""
+    """(profile, name of the scores) -> all rows; `topk` includes the base model's scores."""
     live: Tensor
     old: Tensor
     teacher: Tensor
     base: Tensor
 
     def full(self, profile: str, name: str) -> Full:
-        """The store says which ids; all numbers are the models'."""
+        """Return rows with the ids of the store and the numbers of the models."""
         targets = self.rows[profile, SCORES.get(name, "topk")].targets
         return Full(live=self.live, old=self.old, teacher=self.teacher, targets=targets)
 
 
 def logits(model: Qwen3ForCausalLM, row: Pack) -> Tensor:
-    """[P, V] on a packed row of which each sequence is a forward of its own."""
+    """Return the logits [P, V] of a pack, with a separate forward for each sequence."""
     starts = (row.position_ids[0] == 0).nonzero()[:, 0].tolist()
     parts = torch.tensor_split(row.input_ids[0], starts[1:])
     return torch.cat([model(input_ids=ids[None]).logits[0] for ids in parts])[row.predict_at]
 
 
 def filled(path: Path, root: Path, profile: str) -> Store:
-    """A store of rollouts with draws and of every kind of score."""
+    """Make a store of rollouts with draws and of every kind of score."""
     store, student = open_store(path, create=True), ref(root / "student")
     sampler = HF(student)
     rollout(
@@ -99,8 +99,8 @@ def filled(path: Path, root: Path, profile: str) -> Store:
         )
     )
     for name, request in REQUESTS.items():
-        of = "base" if name == "base" else "teacher"
-        model: Any = ref(root / of)
+        kind = "base" if name == "base" else "teacher"
+        model: Any = ref(root / kind)
         score(
             ScoreRequest(
                 store=store,
@@ -108,7 +108,7 @@ def filled(path: Path, root: Path, profile: str) -> Store:
                 scorer=HF(model),
                 teacher_name=name,
                 params=request,
-                role="base" if name == "base" else "teacher",
+                role=kind,
                 extra_ids="mc" if name in ("topk", "base") else None,
                 profile=profile,
             )
@@ -159,7 +159,7 @@ def loss(z: Tensor, targets: Targets, name: str) -> SparseLoss:
 
 
 def cached(case: Case, profile: str, name: str) -> tuple[SparseLoss, Tensor]:
-    """What the engine makes of the store: losses and metrics, and the gradient [P, V]."""
+    """Return the engine's losses and metrics on the store, and the gradient [P, V]."""
     z = case.live.float().requires_grad_()
     ours = loss(z, case.rows[profile, SCORES.get(name, "topk")].targets, name)
     ours.loss.backward()
@@ -168,27 +168,27 @@ def cached(case: Case, profile: str, name: str) -> tuple[SparseLoss, Tensor]:
 
 
 def expected(case: Case, name: str) -> tuple[Tensor, Tensor]:
-    """(loss [P], gradient [P, V]) of the live teacher, at the ids that the store holds."""
+    """Return loss [P] and gradient [P, V] of the live teacher, at the stored ids."""
     full, objective = case.full("raw32", name), PRESETS[name].objective
     if name not in FORMULAS:
         return truth(objective, full)
     z = case.live.clone().requires_grad_()
     distributions = [x.log_softmax(-1) for x in (z, case.teacher, case.base, case.old)]
-    t, losses, descended = full.targets, [], []
+    t, losses, surrogates = full.targets, [], []
     assert t.mc_count is not None
     for r in range(len(z)):
         ids, counts = t.ids[r].tolist(), t.mc_count[r].tolist()
         row = Row(
             *(distribution[r] for distribution in distributions),
             y=int(t.token[r]),
-            known=t.ids[r][t.cached[r]].tolist(),
+            scored=t.ids[r][t.cached[r]].tolist(),
             kept=ranking(case.teacher[r])[: int(t.n_kept[r])],
             draws={v: n for v, n in zip(ids, counts, strict=True) if n},
         )
         value, surrogate = FORMULAS[name](row)
         losses.append(value)
-        descended.append(surrogate)
-    (grad,) = torch.autograd.grad(torch.stack(descended).sum(), z)
+        surrogates.append(surrogate)
+    (grad,) = torch.autograd.grad(torch.stack(surrogates).sum(), z)
     return torch.stack(losses), grad
 
 
@@ -196,7 +196,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def facts(age: int) -> CacheInfo:
+def info_at(age: int) -> CacheInfo:
     return CacheInfo(
         student_k=16,
         k_min=N_VOCAB,
@@ -214,27 +214,29 @@ def facts(age: int) -> CacheInfo:
 
 
 def test_the_student_has_moved(case: Case) -> None:
-    """Far enough that a number of the student that sampled would not pass for today's."""
-    p, then = case.live.log_softmax(-1), case.old.log_softmax(-1)
-    assert (p.exp() * (p - then)).sum(-1).mean() > 0.3
+    """Require a distance that distinguishes the current student from the one that sampled."""
+    p, old = case.live.log_softmax(-1), case.old.log_softmax(-1)
+    assert (p.exp() * (p - old)).sum(-1).mean() > 0.3
     assert overlap_of(case.live, case.old, 16).double().mean() < 15
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_is_called_exact_is_the_live_teachers(case: Case, name: str) -> None:
-    """At the ids that the label names: of live supports those that were scored, of frozen ones
-    those of the student that sampled."""
-    info = facts(UPDATES)
+def test_exact_scores_are_those_of_the_live_teacher(case: Case, name: str) -> None:
+    """Compare at the labelled ids.
+
+    Live supports have the scored ids, frozen ones those of the student that sampled.
+    """
+    info = info_at(UPDATES)
     info = replace(info, q_draws=50) if name == "rs_kd" else info
     assert check_exactness(PRESETS[name], info).scores.startswith("exact")
-    want, want_grad = expected(case, name)
+    exact, exact_grad = expected(case, name)
     ours, grad = cached(case, "raw32", name)
-    # A teacher's forward alone and in a padded batch differ by float32 rounding, here and there.
-    torch.testing.assert_close(ours.row_loss.double(), want, rtol=1e-5, atol=1e-5)
-    assert relative(grad, want_grad) < 2e-6
+    # A forward in a padded batch differs from a single one by float32 rounding.
+    torch.testing.assert_close(ours.row_loss.double(), exact, rtol=1e-5, atol=1e-5)
+    assert relative(grad, exact_grad) < 2e-6
     ours, grad = cached(case, "default", name)
-    assert abs(float(ours.row_loss.double().mean() - want.mean())) < 2e-4
-    assert relative(grad, want_grad) < 2e-3
+    assert abs(float(ours.row_loss.double().mean() - exact.mean())) < 2e-4
+    assert relative(grad, exact_grad) < 2e-3
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -242,7 +244,7 @@ def test_what_is_called_exact_is_the_live_teachers(case: Case, name: str) -> Non
 def test_row_weights_are_those_of_the_student_that_sampled(
     case: Case, name: str, profile: str
 ) -> None:
-    """Read from the store, at any age: live teacher and old student say the same."""
+    """Compare the stored ones, at any age, with those of the live teacher and the old student."""
     stored = case.rows[profile, "topk"].targets
     full = make_full(
         case.live,
@@ -257,7 +259,7 @@ def test_row_weights_are_those_of_the_student_that_sampled(
     if name == "sod":  # responses are shorter than its step
         objective = replace(objective, modifiers=(Stepwise(tokens=6),))
     ours, theirs = (loss_weights(objective, [rows], "token-mean") for rows in (stored, live))
-    assert ours.weights[0].unique().numel() > 1, "it weighs"
+    assert ours.weights[0].unique().numel() > 1, "the weights differ"
     torch.testing.assert_close(ours.weights[0].double(), theirs.weights[0], rtol=1e-4, atol=1e-6)
     assert ours.divisor == theirs.divisor
 
@@ -266,65 +268,67 @@ def test_coverage_and_uncached_mass_are_masses_of_the_current_student(case: Case
     ours, _ = cached(case, "default", "union")
     p, targets = case.live.softmax(-1), case.rows["default", "topk"].targets
     for r in range(len(p)):
-        known = set(targets.ids[r][targets.cached[r]].tolist())
-        missing = [v for v in ranking(case.live[r])[:16] if v not in known]
+        scored = set(targets.ids[r][targets.cached[r]].tolist())
+        missing = [v for v in ranking(case.live[r])[:16] if v not in scored]
         assert float(ours.metrics["cache/coverage"][r]) == pytest.approx(
-            float(p[r, sorted(known)].sum()), abs=1e-5
+            float(p[r, sorted(scored)].sum()), abs=1e-5
         )
         assert float(ours.metrics["cache/uncached_mass"][r]) == pytest.approx(
             float(p[r, missing].sum()), abs=1e-5
         )
     drift = (case.live.log_softmax(-1) - case.old.log_softmax(-1)).gather(1, targets.token[:, None])
-    want = (drift.exp() - 1 - drift)[:, 0]
-    torch.testing.assert_close(ours.metrics["cache/approx_kl"].double(), want, rtol=1e-4, atol=1e-5)
-    assert want.mean() > 0.2, "on-policy objectives would leave such rows out"
+    kl = (drift.exp() - 1 - drift)[:, 0]
+    torch.testing.assert_close(ours.metrics["cache/approx_kl"].double(), kl, rtol=1e-4, atol=1e-5)
+    assert kl.mean() > 0.2, "on-policy objectives would skip such rows"
 
 
 @pytest.mark.parametrize("name", CURRENT_SUPPORTS)
 def test_a_live_support_lacks_the_uncached_mass(case: Case, name: str) -> None:
     """Compare with the support of scores by the current teacher."""
-    assert "uncached_mass" in check_exactness(PRESETS[name], facts(UPDATES)).support
+    assert "uncached_mass" in check_exactness(PRESETS[name], info_at(UPDATES)).support
     full, every = case.full("raw32", name), case.full("raw32", "full_vocab").targets
     rescored = replace(full, targets=replace(every, n_kept=full.targets.n_kept))
-    want, want_grad = truth(PRESETS[name].objective, rescored)
+    exact, exact_grad = truth(PRESETS[name].objective, rescored)
     ours, grad = cached(case, "raw32", name)
     served = ours.metrics["cache/uncached_mass"] == 0
     assert 10 < served.sum() < len(served) - 10, "rows of both kinds"
-    torch.testing.assert_close(ours.row_loss.double()[served], want[served], rtol=1e-5, atol=1e-5)
-    assert relative(grad[served], want_grad[served]) < 1e-5
-    off = (ours.row_loss.double() - want).abs()[~served]
-    assert (off > 1e-5).all(), "an id that is left out shows"
+    torch.testing.assert_close(ours.row_loss.double()[served], exact[served], rtol=1e-5, atol=1e-5)
+    assert relative(grad[served], exact_grad[served]) < 1e-5
+    off = (ours.row_loss.double() - exact).abs()[~served]
+    assert (off > 1e-5).all(), "a missing id changes the loss"
     missed = ours.metrics["cache/uncached_mass"].double()[~served]
     most = missed > missed.median()
-    assert off[most].mean() > 2 * off[~most].mean(), "the more mass, the more"
+    assert off[most].mean() > 2 * off[~most].mean(), "more missing mass, larger difference"
 
 
 @pytest.mark.parametrize("name", ["opd", "opd_released"])
-def test_a_frozen_support_is_todays_where_the_top_k_has_not_changed(case: Case, name: str) -> None:
-    assert check_exactness(PRESETS[name], facts(UPDATES)).support.startswith("frozen")
+def test_a_frozen_support_is_the_current_one_if_the_top_k_has_not_changed(
+    case: Case, name: str
+) -> None:
+    assert check_exactness(PRESETS[name], info_at(UPDATES)).support.startswith("frozen")
     objective, full = parse_objective(name, k=2).objective, case.full("raw32", name)
-    today, today_grad = truth(objective, replace(full, old=full.live))
+    current, current_grad = truth(objective, replace(full, old=full.live))
     z = case.live.float().requires_grad_()
     ours = sparse_kl(z, full.targets.ids, row_objective(objective, full.targets), k=16)
     ours.loss.backward()
     assert z.grad is not None
     same = overlap_of(case.live, case.old, 2) == 2
     assert 5 < same.sum() < len(same) - 10, "rows of both kinds"
-    torch.testing.assert_close(ours.row_loss.double()[same], today[same], rtol=1e-5, atol=1e-5)
-    assert relative(z.grad.double()[same], today_grad[same]) < 1e-5
-    assert ((ours.row_loss.double() - today).abs()[~same] > 1e-5).all()
+    torch.testing.assert_close(ours.row_loss.double()[same], current[same], rtol=1e-5, atol=1e-5)
+    assert relative(z.grad.double()[same], current_grad[same]) < 1e-5
+    assert ((ours.row_loss.double() - current).abs()[~same] > 1e-5).all()
 
 
 def overlap_of(a: Tensor, b: Tensor, k: int) -> Tensor:
-    """[P] how many ids two top-k share."""
+    """Return the number [P] of ids that two top-k share."""
     tops = zip(a.topk(k).indices.tolist(), b.topk(k).indices.tolist(), strict=True)
     return torch.tensor([len({*x} & {*y}) for x, y in tops])
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "gkd"])
 def test_a_coarsened_divergence_is_a_lower_bound_at_any_age(case: Case, name: str) -> None:
-    """And of lists that hold every id it is the divergence itself: nothing else is missed."""
-    assert "a lower bound" in check_exactness(PRESETS[name], facts(UPDATES)).scores
+    """Check also that with lists of every id it is the divergence itself."""
+    assert "a lower bound" in check_exactness(PRESETS[name], info_at(UPDATES)).scores
     log_p, log_q = case.live.log_softmax(-1), case.teacher.log_softmax(-1)
     m = log_q if name == "forward_kl" else torch.logaddexp(log_p, log_q) - math.log(2)
     if name == "forward_kl":
@@ -337,24 +341,24 @@ def test_a_coarsened_divergence_is_a_lower_bound_at_any_age(case: Case, name: st
     assert missed.mean() > 1e-4, "a bucket hides something here"
     objective = parse_objective(name, k=N_VOCAB).objective
     targets = case.rows["raw32", "every"].targets
-    made = row_objective(objective, targets)
-    all_ids = sparse_kl(case.live.float(), targets.ids, made, k=current_topk(objective, N_VOCAB))
+    objective_fn, k = row_objective(objective, targets), current_topk(objective, N_VOCAB)
+    all_ids = sparse_kl(case.live.float(), targets.ids, objective_fn, k=k)
     torch.testing.assert_close(all_ids.row_loss.double(), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_an_old_draw_is_biased_by_the_drift_and_a_ratio_mends_it(case: Case) -> None:
-    """Means over the law that drew, of what `sampled_token` and `async_mc` make of one id."""
-    log_p, log_q, then = (x.log_softmax(-1) for x in (case.live, case.teacher, case.old))
+def test_importance_removes_the_bias_of_old_draws(case: Case) -> None:
+    """Average the losses of `sampled_token` and `async_mc` over the sampling distribution."""
+    log_p, log_q, old = (x.log_softmax(-1) for x in (case.live, case.teacher, case.old))
     a = log_p - log_q
-    kl_today = (log_p.exp() * a).sum(-1)
-    plain = (then.exp() * a).sum(-1)
-    assert (plain - kl_today).abs().mean() > 0.1
+    exact_kl = (log_p.exp() * a).sum(-1)
+    plain = (old.exp() * a).sum(-1)
+    assert (plain - exact_kl).abs().mean() > 0.1
     targets = case.rows["raw32", "topk"].targets
     ours, _ = cached(case, "raw32", "async_mc")
     count = targets.mc_count
     assert count is not None
     # Sixteen draws of each row: the error of the mean over rows is that of the draws.
-    terms = ((log_p - then).exp() * a) - kl_today[:, None]
-    error = ((then.exp() * terms**2).sum(-1) / count.sum(-1)).sum().sqrt() / len(a)
-    off = float(ours.row_loss.double().mean() - kl_today.mean())
+    terms = ((log_p - old).exp() * a) - exact_kl[:, None]
+    error = ((old.exp() * terms**2).sum(-1) / count.sum(-1)).sum().sqrt() / len(a)
+    off = float(ours.row_loss.double().mean() - exact_kl.mean())
     assert abs(off) < 4 * float(error)

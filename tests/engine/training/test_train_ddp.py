@@ -1,4 +1,4 @@
-"""Two processes make the update that one process makes of the same rows."""
+"""Two processes make the same update as one process with the same rows."""
 
 import json
 import os
@@ -21,13 +21,13 @@ from logitcask.engine.training.train import train
 from tests.engine.cached import make_unit
 from tests.engine.fitting import REVERSE, ListPacks, flat, make_case, make_trainer, relative
 from tests.engine.tiny import make_model
-from tests.engine.training.ddp_worker import OBJECTIVES, SEQUENCES, SETTINGS, exam, held_out
+from tests.engine.training.ddp_worker import OBJECTIVES, SEQUENCES, SETTINGS, eval_plan, held_out
 
 TESTS = Path(__file__).resolve().parents[2]
 
 
 def on_two_processes(folder: Path, case: Path) -> None:
-    """Runs ddp_worker.py as torchrun would, without its agent."""
+    """Run ddp_worker.py as torchrun would, without its agent."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -90,16 +90,16 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             accumulation=4,
         )
         trainer.train()
-        want, log = flat(gradients.updates[0]), trainer.state.log_history[0]
+        expected, log = flat(gradients.updates[0]), trainer.state.log_history[0]
         found = [torch.load(out / f"{which}{rank}.pt", weights_only=True) for rank in (0, 1)]
         assert torch.equal(found[0]["grad"], found[1]["grad"]), "gradients are averaged"
-        assert relative(found[0]["grad"], want) < 1e-6, "and are those of the whole batch"
+        assert relative(found[0]["grad"], expected) < 1e-6, "and are those of the whole batch"
         for name in ("loss", "overlap/ratio", "cache/coverage", "progress/positions"):
             assert found[0]["log"][name] == pytest.approx(log[name], rel=1e-6), name
 
     # A whole run: 2 processes x accumulation 2 is the run of one process with accumulation 4.
     run = partial(train, store, model=model, teacher="big", objective=REVERSE, settings=SETTINGS)
-    run = partial(run, evaluation=exam(model), held_out=held_out(store))
+    run = partial(run, evaluation=eval_plan(model), held_out=held_out(store))
     alone = SETTINGS.model_copy(update={"gradient_accumulation_steps": 4})
     report = run(run=Run(out=tmp_path / "alone", device="cpu"), settings=alone)
     ours, theirs = (load_file(p / "model.safetensors") for p in (out / "run", tmp_path / "alone"))

@@ -1,4 +1,4 @@
-"""One update is the gradient of the token mean over all its rows, however they are packed."""
+"""One update is the gradient of the token mean over all its rows, for every packing."""
 
 import math
 from dataclasses import replace
@@ -74,39 +74,39 @@ def one_update(
 def test_an_update_of_packed_rows_is_the_token_mean_of_separate_sequences(
     source: PackSource, tmp_path: Path, objective: Objective
 ) -> None:
-    want_loss, want = reference(source, objective)
+    expected_loss, expected = reference(source, objective)
     loss, grad = one_update(source, tmp_path, PACKED, objective=objective)
-    assert loss == pytest.approx(want_loss, rel=1e-6)
-    assert relative(grad, want) < 1e-6
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert relative(grad, expected) < 1e-6
 
 
 @pytest.mark.parametrize("same", [REVERSE, DENSE], ids=["renormalize", "tail"])
-def test_a_divergence_that_the_kernels_do_not_know_trains_as_its_torch(
+def test_a_divergence_without_a_kernel_trains_with_its_torch_function(
     source: PackSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: Objective
 ) -> None:
-    known = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[same.divergence]
+    function = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}[same.divergence]
     cell = (same.support, "new", same.tail, same.estimator)
-    monkeypatch.setitem(DIVERGENCES, "new", known)
+    monkeypatch.setitem(DIVERGENCES, "new", function)
     monkeypatch.setattr(objective_module, "ALLOWED_COMBINATIONS", ALLOWED_COMBINATIONS | {cell})
-    want_loss, want = one_update(source, tmp_path / "known", PACKED, objective=same)
+    expected_loss, expected = one_update(source, tmp_path / "kernel", PACKED, objective=same)
     new = replace(same, divergence="new")
     loss, grad = one_update(source, tmp_path / "new", PACKED, objective=new)
-    assert loss == want_loss
-    assert torch.equal(grad, want)
+    assert loss == expected_loss
+    assert torch.equal(grad, expected)
 
 
-def test_row_loss_by_itself_is_the_update_of_its_rows(source: PackSource, tmp_path: Path) -> None:
-    """With modifiers that weigh rows: a loop of one's own has no trainer to weigh them."""
+def test_pack_loss_alone_is_the_update_of_its_rows(source: PackSource, tmp_path: Path) -> None:
+    """Use modifiers with row weights, which a user's training loop has no trainer for."""
     members = [0, 2, 4, 6]
-    want_loss, want = one_update(source, tmp_path, [members], objective=WEIGHED)
+    expected_loss, expected = one_update(source, tmp_path, [members], objective=WEIGHED)
     row, model = pack(source, members), make_model().double()
     states = hidden_states(model, row.input_ids, row.position_ids)[row.predict_at]
-    said = pack_loss(WEIGHED, states, head_weight(model), row.targets, n_vocab=99)
-    said.loss.backward()
-    assert said.loss.item() == pytest.approx(want_loss, rel=1e-6)
-    assert relative(flat({name: p.grad for name, p in model.named_parameters()}), want) < 1e-6
+    result = pack_loss(WEIGHED, states, head_weight(model), row.targets, n_vocab=99)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(expected_loss, rel=1e-6)
+    assert relative(flat({name: p.grad for name, p in model.named_parameters()}), expected) < 1e-6
     plain = pack_loss(REVERSE, states.detach(), head_weight(model), row.targets, n_vocab=99)
-    assert plain.loss.item() != pytest.approx(want_loss, rel=1e-2)
+    assert plain.loss.item() != pytest.approx(expected_loss, rel=1e-2)
 
 
 HEADS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -123,7 +123,7 @@ HEADS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def test_a_head_with_a_scale_or_a_soft_cap_is_trained_through_it(
     source: PackSource, tmp_path: Path, kind: Any, config: Any, keys: dict[str, Any]
 ) -> None:
-    def made() -> Any:
+    def make_head() -> Any:
         torch.manual_seed(0)
         return kind(
             config(
@@ -139,14 +139,14 @@ def test_a_head_with_a_scale_or_a_soft_cap_is_trained_through_it(
             )
         ).double()
 
-    check_trainable(made(), 99)
-    model = made()
+    check_trainable(make_head(), 99)
+    model = make_head()
     token_mean(model, [pack(source, [s]) for row in PACKED for s in row]).backward()
-    want = flat({name: p.grad for name, p in model.named_parameters()})
+    expected = flat({name: p.grad for name, p in model.named_parameters()})
     rows = ListPacks([pack(source, row) for row in PACKED], source)
-    trainer, gradients = make_trainer(made(), rows, tmp_path, accumulation=len(PACKED))
+    trainer, gradients = make_trainer(make_head(), rows, tmp_path, accumulation=len(PACKED))
     trainer.train()
-    assert relative(flat(gradients.updates[0]), want) < 1e-6
+    assert relative(flat(gradients.updates[0]), expected) < 1e-6
 
 
 def test_accumulation_equals_one_big_row(source: PackSource, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_accumulation_equals_one_big_row(source: PackSource, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "sequence-sum"])
-def test_sequences_count_alike_however_they_are_packed(
+def test_sequences_count_equally_for_every_packing(
     source: PackSource, tmp_path: Path, aggregation: str
 ) -> None:
     model = make_model().double()
@@ -166,14 +166,14 @@ def test_sequences_count_alike_however_they_are_packed(
     lengths = [1 if aggregation == "sequence-mean" else UNEVEN[s] for s in sequences]
     mean = sum(n * x for n, x in zip(lengths, losses, strict=True)) / len(sequences)
     mean.backward()
-    want = flat({name: p.grad for name, p in model.named_parameters()})
+    expected = flat({name: p.grad for name, p in model.named_parameters()})
     for place, packed in (("four", PACKED), ("one", [sequences])):
         loss, grad = one_update(source, tmp_path / place, packed, aggregation=aggregation)
         assert loss == pytest.approx(float(mean.detach()), rel=1e-6)
-        assert relative(grad, want) < 1e-6
+        assert relative(grad, expected) < 1e-6
 
 
-def test_modifiers_of_sequences_and_batches_do_not_see_the_packing(
+def test_modifiers_of_sequences_and_batches_do_not_depend_on_the_packing(
     source: PackSource, tmp_path: Path
 ) -> None:
     big = [[s for row in PACKED for s in row]]
@@ -181,10 +181,10 @@ def test_modifiers_of_sequences_and_batches_do_not_see_the_packing(
     whole, same = one_update(source, tmp_path / "one", big, objective=WEIGHED)
     assert loss == pytest.approx(whole, rel=1e-6)
     assert relative(grad, same) < 1e-6
-    assert relative(grad, reference(source)[1]) > 0.1, "and they do something"
+    assert relative(grad, reference(source)[1]) > 0.1, "and they have an effect"
 
 
-def test_a_run_ends_or_leaves_rows_out_at_a_hard_bound(source: PackSource, tmp_path: Path) -> None:
+def test_a_bound_stops_a_run_or_skips_rows(source: PackSource, tmp_path: Path) -> None:
     live = replace(REVERSE, support="overlap")
 
     def rows() -> ListPacks:
@@ -201,24 +201,24 @@ def test_a_run_ends_or_leaves_rows_out_at_a_hard_bound(source: PackSource, tmp_p
         make_model(), rows(), tmp_path / "skip", objective=live, bounds=Bounds(action="skip")
     )
     trainer.train()
-    # A model that knows nothing has little of its mass on a handful of scored ids.
+    # A random model has little of its mass on a few scored ids.
     assert trainer.state.log_history[0]["cache/skipped_share"] == 1.0
     assert flat(gradients.updates[0]).abs().max() == 0.0
 
 
-def test_a_loss_that_trainer_believes_unscaled_would_be_a_quarter(
+def test_a_loss_that_trainer_scales_again_would_be_a_quarter(
     source: PackSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, want = reference(source)
+    _, expected = reference(source)
     monkeypatch.setattr(DistillTrainer, "loss_is_scaled_for_ga", False)
     _, grad = one_update(source, tmp_path, PACKED)
-    assert float(grad.norm() / want.norm()) == pytest.approx(1 / 4, rel=1e-5)
+    assert float(grad.norm() / expected.norm()) == pytest.approx(1 / 4, rel=1e-5)
 
 
 def test_empty_rows_change_nothing(source: PackSource, tmp_path: Path) -> None:
-    _, want = reference(source)
+    _, expected = reference(source)
     loss, grad = one_update(source, tmp_path, [[], *PACKED, [], []])
-    assert relative(grad, want) < 1e-6
+    assert relative(grad, expected) < 1e-6
     assert loss > 0
 
 
@@ -241,12 +241,12 @@ def test_rows_of_weight_zero_leave_loss_and_divisor(source: PackSource, tmp_path
     alone = [masked(pack(source, [s])) for s in (0, 3, 6)]
     model = make_model().double()
     token_mean(model, alone).backward()
-    want = flat({name: p.grad for name, p in model.named_parameters()})
+    expected = flat({name: p.grad for name, p in model.named_parameters()})
     trainer, gradients = make_trainer(
         make_model().double(), ListPacks(alone, source), tmp_path, accumulation=3
     )
     trainer.train()
-    assert relative(flat(gradients.updates[0]), want) < 1e-6
+    assert relative(flat(gradients.updates[0]), expected) < 1e-6
     kept = sum(int(row.targets.weight.sum()) for row in alone)
     assert trainer.state.log_history[0]["progress/positions"] == kept < sum(UNEVEN)
 
@@ -256,13 +256,13 @@ def test_prompts_get_no_loss_rows(source: PackSource) -> None:
     lengths = source.lengths()[0]
     prompts = [int(lengths.prompt[s]) for s in (0, 3)]
     second = prompts[0] + 12
-    want = [*range(prompts[0] - 1, second - 1)]
-    want += [*range(second + prompts[1] - 1, second + prompts[1] + 9 - 1)]
-    assert row.predict_at.tolist() == want
+    expected = [*range(prompts[0] - 1, second - 1)]
+    expected += [*range(second + prompts[1] - 1, second + prompts[1] + 9 - 1)]
+    assert row.predict_at.tolist() == expected
 
 
 class Shifted(ListPacks):
-    """Reads the hidden state `by` places beside the one that predicts the row."""
+    """Packs that read the hidden state `by` positions after the one that predicts the row."""
 
     by = 0
 
@@ -305,7 +305,7 @@ def test_a_row_reads_the_state_before_its_token(tmp_path: Path, by: int, learns:
         assert losses[-1] > 0.25 * losses[0]
 
 
-def test_rows_are_prepared_once_an_update_after_the_one_before(
+def test_rows_are_prepared_once_per_update_after_the_previous_update(
     source: PackSource, tmp_path: Path
 ) -> None:
     model = make_model()

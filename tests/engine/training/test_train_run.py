@@ -1,4 +1,4 @@
-"""A run's folder: resumed bit-exactly, never mixed with another run, and silent."""
+"""The folder of a run: resumed bit-exactly, never mixed with another run; nothing is printed."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["opd(k=64)", "rs_kd", "async_mc", "exopd", "full_vocab"])
-def test_a_loop_of_ones_own_is_refused_what_train_refuses(
+def test_check_objective_refuses_the_same_objectives_as_train(
     case: tuple[Store, ModelRef], tmp_path: Path, name: str
 ) -> None:
     preset, store = parse_objective(name), case[0]
@@ -76,7 +76,7 @@ def test_a_loop_of_ones_own_is_refused_what_train_refuses(
     assert str(ours.value) == str(caught.value)
 
 
-def test_a_loop_of_ones_own_is_told_what_is_exact(case: tuple[Store, ModelRef]) -> None:
+def test_check_objective_reports_the_exactness(case: tuple[Store, ModelRef]) -> None:
     store = case[0]
     which = {"snapshot": store.head(), "rollouts": "main", "teacher": "big"}
     report = check_objective(parse_objective("opd", k=4), store, **which)
@@ -104,8 +104,8 @@ def test_resume_is_bit_exact(case: tuple[Store, ModelRef], tmp_path: Path, rank:
     out = tmp_path / "b"
     with pytest.raises(Cancelled):
         run(case, out, lora=lora, progress=stop_at(3))
-    assert len(lines(out)) == 3, "one line beyond the checkpoint"
-    # What a kill leaves: a torn line, and a checkpoint that was being written.
+    assert len(lines(out)) == 3, "one line after the checkpoint"
+    # A kill leaves a partial line, and a partial checkpoint.
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"progress/step": 4, "lo')
     (out / "checkpoints" / "checkpoint-3").mkdir()
@@ -142,7 +142,7 @@ def test_the_result_is_a_model_with_metadata(case: tuple[Store, ModelRef], tmp_p
     assert (ref.version, ref.root) == (n, model.digest)
     again = run(case, tmp_path)
     assert (again.resumed_at, again.last) == (n, report.last)
-    # No pickle that nothing reads, and weights as safetensors only.
+    # No unused pickle, and weights as safetensors only.
     files = [path.name for path in tmp_path.rglob("*")]
     assert "training_args.bin" not in files
     assert not any(name.endswith(".bin") for name in files)
@@ -157,7 +157,7 @@ def test_the_second_generation_counts_on(case: tuple[Store, ModelRef], tmp_path:
     assert ages == [first.updates + i for i in range(second.updates)]
 
 
-def test_the_loss_falls_and_the_metrics_are_there(
+def test_the_loss_falls_and_the_metrics_are_logged(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
     settings = SETTINGS.model_copy(update={"num_train_epochs": 8, "learning_rate": 3e-3})
@@ -191,10 +191,10 @@ def test_metrics_of_a_share_estimate_those_of_all_and_change_no_update(
             assert error > 0
             assert abs(some[name] - every[name]) < 5 * error
     first = [line["overlap/ratio"] for line in found[0.5]]
-    assert first != [line["overlap/ratio"] for line in found[1.0]], "not taken of the same rows"
+    assert first != [line["overlap/ratio"] for line in found[1.0]], "a different set of rows"
 
 
-def test_an_update_without_a_measured_row_names_its_metrics_all_the_same(
+def test_an_update_without_a_measured_row_still_names_its_metrics(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
     settings = SETTINGS.model_copy(update={"metrics_fraction": 1e-9})
@@ -224,16 +224,16 @@ def test_both_divergences_reach_the_loss_by_value(
 def test_a_sibling_of_the_same_version_is_off_policy(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
-    """A version counts updates since the root: two runs of one root share the numbers."""
+    """Use equal versions: a version counts updates since the base weights, in every run."""
     sibling = replace(case[1], digest="sha256:" + "2" * 64)
-    said = [
+    reports = [
         run(
             case, tmp_path / name, model=model, objective=parse_objective("sampled_token")
         ).exactness
         for name, model in (("self", case[1]), ("sibling", sibling))
     ]
-    assert "unbiased for KL(p || q) at age 0" in said[0].estimator
-    assert "biased: off policy (age 0, but of another run)" in said[1].estimator
+    assert "unbiased for KL(p || q) at age 0" in reports[0].estimator
+    assert "biased: off policy (age 0, but of another run)" in reports[1].estimator
 
 
 def test_a_finished_run_needs_no_checkpoints(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_finished_run_needs_no_checkpoints(case: tuple[Store, ModelRef], tmp_p
 
 
 def test_the_folder_of_a_loop_is_refused(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
-    """Its run.json has no snapshot: rounds are made as they come."""
+    """Refuse a run.json without a snapshot: a loop samples its rounds during the run."""
     run(case, tmp_path)
     file = tmp_path / "run.json"
     found = json.loads(file.read_text())
@@ -260,7 +260,7 @@ def test_the_folder_of_a_loop_is_refused(case: tuple[Store, ModelRef], tmp_path:
         run(case, tmp_path)
 
 
-def test_what_is_added_to_the_store_later_changes_nothing(tmp_path: Path) -> None:
+def test_later_commits_change_nothing(tmp_path: Path) -> None:
     units = [make_unit(i, prompts=2, vocab=99, lengths=[30, 24, 17, 36]) for i in range(3)]
     store, model = make_case(tmp_path, units[:2])
     out = tmp_path / "out"
@@ -305,7 +305,7 @@ def test_another_configuration_is_refused_by_key(
         run(case, tmp_path, **change)
 
 
-def test_overwrite_starts_anew_and_keeps_strangers(
+def test_overwrite_restarts_and_keeps_other_files(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
     run(case, tmp_path)
@@ -322,15 +322,13 @@ def test_a_checkpoint_of_another_plan_is_refused(
 ) -> None:
     with pytest.raises(Cancelled):
         run(case, tmp_path, progress=stop_at(3))
-    mark = tmp_path / "checkpoints" / "checkpoint-2" / "logitcask_checkpoint.json"
-    mark.write_text(mark.read_text().replace('"plan": "sha256:', '"plan": "sha256:0'))
+    metadata = tmp_path / "checkpoints" / "checkpoint-2" / "logitcask_checkpoint.json"
+    metadata.write_text(metadata.read_text().replace('"plan": "sha256:', '"plan": "sha256:0'))
     with pytest.raises(IdentityError, match=r"checkpoint-2 holds a run with plan"):
         run(case, tmp_path)
 
 
-def test_folders_that_are_not_a_run_are_left_alone(
-    case: tuple[Store, ModelRef], tmp_path: Path
-) -> None:
+def test_folders_without_a_run_stay_untouched(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match=r"thesis\.tex"):
@@ -347,15 +345,15 @@ def test_a_store_of_another_tokenizer_is_refused(
         run(case, tmp_path / "out", model=other)
 
 
-def test_a_foreign_student_has_no_age_and_no_frozen_support(
+def test_an_off_lineage_student_has_no_age_and_no_frozen_support(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
-    foreign = replace(case[1], root="sha256:" + "1" * 64)
+    off_lineage = replace(case[1], root="sha256:" + "1" * 64)
     frozen = replace(REVERSE, support="student")
     allowed = SETTINGS.model_copy(update={"allow_off_lineage": True})
     with pytest.raises(ObjectiveError, match="off-lineage"):
-        run(case, tmp_path / "a", model=foreign, objective=frozen)
-    run(case, tmp_path / "b", model=foreign, objective=frozen, settings=allowed)
+        run(case, tmp_path / "a", model=off_lineage, objective=frozen)
+    run(case, tmp_path / "b", model=off_lineage, objective=frozen, settings=allowed)
     assert {line["cache/age"] for line in lines(tmp_path / "b")} == {None}
 
 
@@ -395,7 +393,7 @@ def test_bfloat16_computes_and_never_holds_weights(
     def spy(ref: ModelRef, **options: Any) -> Any:
         student = load_student(ref, **options)
         layer = inner_model(student).model.layers[0].mlp.up_proj
-        layer.register_forward_hook(lambda module, given, made: computed.add(made.dtype))
+        layer.register_forward_hook(lambda module, inputs, output: computed.add(output.dtype))
         return student
 
     monkeypatch.setattr("logitcask.engine.training.run.load_student", spy)
@@ -416,8 +414,6 @@ def test_settings_are_checked_when_made(wrong: dict[str, Any]) -> None:
         Train(**wrong)
 
 
-def test_devices_that_are_not_there_are_refused(
-    case: tuple[Store, ModelRef], tmp_path: Path
-) -> None:
+def test_missing_devices_are_refused(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
         run(case, tmp_path / "out", device="cuda:3")

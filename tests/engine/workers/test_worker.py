@@ -1,4 +1,4 @@
-"""Workers that share a store: every unit once, whatever happens to whom."""
+"""Workers that share a store: every unit is done once, also if workers are killed or stopped."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ from logitcask.engine.workers.worker import (
     run_worker,
 )
 from tests.engine.store.made import commit_rollouts, key
-from tests.engine.workers import fleet
+from tests.engine.workers import worker_pool
 
 MEMORY = Path("/dev/shm")
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,18 +43,18 @@ UNITS = [key("unit", n) for n in range(5)]
 
 
 class Ticks(threading.Event):
-    """Waiting moves a clock and takes no time; `then` says what happens meanwhile, in order."""
+    """A stop event with a simulated clock: each wait adds its timeout and runs the next action."""
 
-    def __init__(self, *then: Callable[[], object]) -> None:
+    def __init__(self, *actions: Callable[[], object]) -> None:
         super().__init__()
-        self.now_s, self.cancel, self.then = 0.0, 0, list(then)
+        self.now_s, self.waited, self.actions = 0.0, 0, list(actions)
 
     def wait(self, timeout: float | None = None) -> bool:
         self.now_s += timeout or 0.0
-        self.cancel += 1
-        assert self.cancel < 1000, "nobody would ever come"
-        if self.then:
-            self.then.pop(0)()
+        self.waited += 1
+        assert self.waited < 1000, "an endless wait"
+        if self.actions:
+            self.actions.pop(0)()
         return self.is_set()
 
     def clock(self) -> float:
@@ -68,8 +68,8 @@ def store() -> Iterator[Store]:
 
 
 def missing(store: Store, units: Collection[str] = UNITS) -> WorkPlan[int]:
-    there = store.head().unit_keys()
-    left = {unit: n for n, unit in enumerate(units) if unit not in there}
+    done = store.head().unit_keys()
+    left = {unit: n for n, unit in enumerate(units) if unit not in done}
     return WorkPlan(units=left, done=len(units) - len(left), total=len(units))
 
 
@@ -104,27 +104,27 @@ def test_all_units_are_done_once_and_no_claim_stays(store: Store) -> None:
     assert store.head().unit_keys() == set(UNITS)
     assert (report.units, report.failed, store.head().number) == (5, 0, 4)
     assert report.positions == sum(s.counts["P"] for s in store.head().segments)
-    assert reports == [("sum", n, 5) for n in range(6)], "each number once, however long it waits"
+    assert reports == [("sum", n, 5) for n in range(6)], "each number once, for any wait"
     assert store.storage.names("claims") == []
 
 
-def test_workers_begin_at_different_units(store: Store) -> None:
+def test_workers_start_at_different_units(store: Store) -> None:
     def first(worker: str) -> int:
-        begun: list[int] = []
+        started: list[int] = []
 
         def work(unit: str, number: int) -> int:
-            begun.append(number)
+            started.append(number)
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             run(store, work, worker=worker)
-        return begun[0]
+        return started[0]
 
     assert first("a") == first("a")
     assert len({first(f"worker-{n}") for n in range(12)}) >= 3
 
 
-def test_units_that_appear_meanwhile_are_done_until_it_is_told_to_stop(store: Store) -> None:
+def test_new_units_are_done_until_the_stop(store: Store) -> None:
     later = [*UNITS, key("late")]
     known = list(UNITS)
     ticks = Ticks(lambda: known.append(later[-1]), lambda: None)
@@ -133,7 +133,7 @@ def test_units_that_appear_meanwhile_are_done_until_it_is_told_to_stop(store: St
     assert report.units == 6
 
 
-def test_a_stop_is_heeded_after_the_unit_in_hand(store: Store) -> None:
+def test_a_stop_takes_effect_after_the_current_unit(store: Store) -> None:
     ticks = Ticks()
 
     def work(unit: str, seed: int) -> int:
@@ -145,7 +145,7 @@ def test_a_stop_is_heeded_after_the_unit_in_hand(store: Store) -> None:
     assert store.storage.names("claims") == []
 
 
-def test_a_unit_that_fails_is_given_up_after_three_times_by_all_workers(store: Store) -> None:
+def test_a_unit_is_given_up_after_three_failures_over_all_workers(store: Store) -> None:
     tried: Counter[str] = Counter()
 
     def work(unit: str, seed: int) -> int:
@@ -186,7 +186,7 @@ def test_a_unit_that_fails_is_given_up_after_three_times_by_all_workers(store: S
     assert store.head().unit_keys() == set(UNITS)
 
 
-def test_a_unit_that_succeeds_at_last_leaves_no_note(store: Store) -> None:
+def test_a_unit_that_succeeds_after_failures_leaves_no_failure(store: Store) -> None:
     failures = iter([RuntimeError("out of memory")] * 2)
 
     def work(unit: str, seed: int) -> int:
@@ -207,7 +207,7 @@ def test_a_unit_that_succeeds_at_last_leaves_no_note(store: Store) -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_would_meet_every_unit_ends_the_worker(store: Store, error: BaseException) -> None:
+def test_an_error_of_every_unit_ends_the_worker(store: Store, error: BaseException) -> None:
     def work(unit: str, seed: int) -> int:
         raise error
 
@@ -222,7 +222,7 @@ def test_the_unit_of_a_stopped_worker_is_taken_over(store: Store) -> None:
     assert stopped.take(UNITS[3]) is not None
     ticks = Ticks()
     report = run(store, ticks=ticks)
-    assert (report.units, report.failed) == (5, 0), "it waits for a unit that another has"
+    assert (report.units, report.failed) == (5, 0), "it waits for the unit of another worker"
     assert 600 <= ticks.now_s < 605
     assert store.storage.names("claims") == []
 
@@ -231,7 +231,7 @@ def test_a_unit_that_was_committed_before_the_claim_is_not_done_again(store: Sto
     def plan(given_up: Collection[str]) -> WorkPlan[int]:
         found = missing(store)
         if len(found.units) == 5:
-            commit_rollouts(store, 0, UNITS[0])  # another's, just after the look
+            commit_rollouts(store, 0, UNITS[0])  # by another worker, just after the plan
         return found
 
     done: list[str] = []
@@ -274,67 +274,71 @@ def test_a_long_unit_keeps_its_claim(store: Store) -> None:
     assert store.head().unit_keys() == set(UNITS[:1])
 
 
-def lives(store: Store, *arguments: object) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
-    """How each life of the workers ended; and (unit, worker) of each thing that happened."""
-    log = Path(store.url).with_name("happened")
+def run_pool(
+    store: Store, *arguments: object
+) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
+    """Return the exit code of each worker process, and event -> [(unit, worker)]."""
+    log = Path(store.url).with_name("events")
     result = subprocess.run(
-        [sys.executable, fleet.__file__, store.url, log, *map(str, arguments)],
+        [sys.executable, worker_pool.__file__, store.url, log, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    happened: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    events: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for line in log.read_text().splitlines():
-        what, unit, worker = line.split("\t")
-        happened[what].append((unit, worker))
-    return result.stdout.split(), happened
+        event, unit, worker = line.split("\t")
+        events[event].append((unit, worker))
+    return result.stdout.split(), events
 
 
 @pytest.mark.timeout(600)
-def test_three_workers_that_are_killed_and_hang_do_all_units_once(
+def test_three_workers_with_kills_and_stops_do_all_units_once(
     counts: Callable[[int, int], int],
 ) -> None:
     for seed in range(counts(1, 10)):
         with TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
-            check_fleet(open_store(Path(folder) / "cask", create=True), seed)
+            check_pool(open_store(Path(folder) / "cask", create=True), seed)
 
 
-def check_fleet(store: Store, seed: int) -> None:
-    ends, happened = lives(
+def check_pool(store: Store, seed: int) -> None:
+    codes, events = run_pool(
         store, "--workers", 3, "--units", 60, "--kill-share", 0.1, "--hangs", 3, "--seed", seed
     )
-    assert set(ends) == {"0", "-9"}
+    assert set(codes) == {"0", "-9"}
     segments = store.head().segments
     assert {s.unit_key for s in segments} == {key("fleet", n) for n in range(60)}
     assert len(segments) == store.head().number + 1 == 60
-    assert 60 < len(happened["begun"]) < 1.6 * 60
+    assert 60 < len(events["started"]) < 1.6 * 60
     assert failed_units(store.storage) == {}
     assert verify(store, deep=True).orphans == ()
 
     stored = {(s.unit_key, s.unit["worker"]) for s in segments}
-    assert set(happened["committed"]) == stored, "each worker with a first commit was first"
-    assert not stored & set(happened["suppressed"])
-    # Of the three that hung, two woke too late, and one before the unit was committed.
-    slept = [pair in stored for pair in happened["asleep"]]
-    assert slept == [False, False, True]
-    late = {unit for unit, _ in happened["suppressed"]}
-    assert late.issuperset(unit for unit, _ in happened["asleep"])
-    still = {unit for unit, _ in happened["claimed still"]}
-    assert still == {unit for unit, _ in happened["asleep"]}, "a sleeper took another's claim away"
+    assert set(events["committed"]) == stored, (
+        "each worker that reports its commit has it in the store"
+    )
+    assert not stored & set(events["suppressed"])
+    # Of the three stopped workers, two wake too late, and one before the other commits.
+    first = [pair in stored for pair in events["stopped"]]
+    assert first == [False, False, True]
+    late = {unit for unit, _ in events["suppressed"]}
+    assert late.issuperset(unit for unit, _ in events["stopped"])
+    still = {unit for unit, _ in events["still claimed"]}
+    assert still == {unit for unit, _ in events["stopped"]}, "a worker removed another's claim"
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_worker_that_is_killed_ten_times_redoes_the_unit_in_hand_at_most(
+def test_a_worker_that_is_killed_ten_times_repeats_at_most_the_current_unit(
     store: Store, when: str
 ) -> None:
-    ends, happened = lives(store, "--units", 25, "--kill-second", when, "--lives", 10)
-    assert ends == ["-9"] * 10 + ["0"]
+    codes, events = run_pool(store, "--units", 25, "--kill-second", when, "--kills", 10)
+    assert codes == ["-9"] * 10 + ["0"]
     assert {s.unit_key for s in store.head().segments} == {key("fleet", n) for n in range(25)}
-    assert len(happened["begun"]) == (35 if when == "before" else 25)
+    assert len(events["started"]) == (35 if when == "before" else 25)
 
 
-def test_a_unit_that_cannot_be_done_is_tried_once_by_all_workers(store: Store) -> None:
+def test_a_unit_error_is_tried_once_over_all_workers(store: Store) -> None:
     tried: Counter[str] = Counter()
 
     def work(unit: str, seed: int) -> int:
@@ -356,7 +360,7 @@ def test_a_unit_that_cannot_be_done_is_tried_once_by_all_workers(store: Store) -
     assert tried[UNITS[2]] == 2, "a retried unit runs again"
 
 
-def test_a_wait_that_was_ended_is_no_failure_and_leaves_no_claim(store: Store) -> None:
+def test_a_cancelled_wait_is_no_failure_and_leaves_no_claim(store: Store) -> None:
     ticks = Ticks()
     done: list[str] = []
 

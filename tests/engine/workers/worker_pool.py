@@ -1,13 +1,13 @@
-"""Workers that kill and stop themselves: `python fleet.py STORE LOG --units N ...`.
+"""Workers that kill and stop themselves: `python worker_pool.py STORE LOG --units N ...`.
 
-Each worker is a process of its own, forked when only imports were done, and started again when it
-was killed. A unit is a small commit and lines in LOG: what happened, its key, and to which worker.
-Prints how each life ended (-9 = killed).
+Each worker is a separate process, forked directly after the imports, and restarted after a kill. A
+unit is a small commit and lines in LOG: event, unit key, worker. Prints the exit code of each
+process (-9 = killed).
 
-With --hangs, the units come in as many lots, and in each lot the first who does a certain unit
-sends itself SIGSTOP there, which stops its heartbeat too. Nobody wakes it but the one who has taken
-the unit over, which is after the lease; that one holds on to the unit until the sleeper has given
-it up, and looks whether its own claim is still there.
+With --hangs, the units come in this number of batches. In each batch, the first worker on a chosen
+unit sends itself SIGSTOP, which stops its heartbeat too. Only the worker that takes the unit over,
+after the lease, wakes it. This worker keeps the unit until the stopped one has given it up, and
+checks that its own claim still exists.
 """
 
 import argparse
@@ -29,59 +29,58 @@ from logitcask.engine.workers.worker import WorkPlan, run_worker
 from tests.engine.store.made import commit_rollouts, key
 
 LIFE_S = 120
-"""A worker that lives longer waits for what never comes, and ends with SIGALRM."""
+"""Time limit of a worker, in seconds; then SIGALRM ends it."""
 HANGS = ("before", "publish", "slow")
-"""Where the sleeper of each lot stops: before its commit; in it, with all files in place and no
-record; and before it again, to be woken before the other has committed."""
+"""The point at which a worker stops, for each batch: before its commit; in it, with all files in
+place and no record; before it, and woken before the other worker commits."""
 
 
 class Worker:
-    """One life of a worker."""
+    """A worker process: restart number `restart` of slot `slot`."""
 
-    def __init__(self, args: argparse.Namespace, lane: int, life: int) -> None:
-        self.args, self.life = args, life
-        self.name = f"lane{lane}-{life}"
+    def __init__(self, args: argparse.Namespace, slot: int, restart: int) -> None:
+        self.args, self.restart = args, restart
+        self.name = f"lane{slot}-{restart}"
         self.store: Store = open_store(args.store)
         self.units = [key("fleet", n) for n in range(args.units)]
         self.chance = random.Random(f"{args.seed} {self.name}")
         self.done = 0
-        self.slept = ""
-        """The unit that it slept in, until it has given it up."""
-        chosen, lot = random.Random(args.seed), args.units // max(1, args.hangs)
-        self.lots = [self.units[n : n + lot] for n in range(0, args.units, lot)]
-        pairs = zip(self.lots, HANGS[: args.hangs], strict=False)
+        self.stopped_in = ""
+        """The unit in which it was stopped, until it has given it up."""
+        chosen, size = random.Random(args.seed), args.units // max(1, args.hangs)
+        self.batches = [self.units[n : n + size] for n in range(0, args.units, size)]
+        pairs = zip(self.batches, HANGS[: args.hangs], strict=False)
         self.hangs = {chosen.choice(units): moment for units, moment in pairs}
 
-    def live(self) -> None:
+    def run(self) -> None:
         signal.alarm(LIFE_S)
         settings = Work(worker_name=self.name, lease_seconds=1.5, poll=0.05, idle_exit=0.05)
         never = threading.Event()
         run_worker(self.store, self.plan, self.work, settings=settings, stage="fleet", stop=never)
 
     def plan(self, given_up: Collection[str]) -> WorkPlan[int]:
-        if self.slept:
-            self.at(self.slept, "gone on").touch()
-            self.slept = ""
-        there = self.store.head().unit_keys()
-        left = next((lot for lot in self.lots if not there.issuperset(lot)), [])
-        units = {unit: self.units.index(unit) for unit in left if unit not in there}
-        return WorkPlan(units=units, done=len(there), total=len(self.units))
+        if self.stopped_in:
+            self.marker(self.stopped_in, "resumed").touch()
+            self.stopped_in = ""
+        done = self.store.head().unit_keys()
+        batch = next((each for each in self.batches if not done.issuperset(each)), [])
+        units = {unit: self.units.index(unit) for unit in batch if unit not in done}
+        return WorkPlan(units=units, done=len(done), total=len(self.units))
 
     def work(self, unit: str, seed: int) -> int:
         self.done += 1
-        self.say("begun", unit)
-        self.die("before")
-        sleeper = self.at(unit, "asleep")
-        taken_over = sleeper.exists()
+        self.log("started", unit)
+        self.kill("before")
+        taken_over = self.marker(unit, "stopped").exists()
         if taken_over and self.hangs[unit] == "slow":
             self.wake(unit)
         self.hang(unit, "before", "slow")
-        made = self.commit(unit, seed)
-        self.say("committed" if made.unit["worker"] == self.name else "suppressed", unit)
+        segment = self.commit(unit, seed)
+        self.log("committed" if segment.unit["worker"] == self.name else "suppressed", unit)
         if taken_over and self.hangs[unit] != "slow":
             self.wake(unit)
-        self.die("after")
-        return int(made.counts["P"])
+        self.kill("after")
+        return int(segment.counts["P"])
 
     def commit(self, unit: str, seed: int) -> Any:
         append: Callable[..., Any] = commit.append
@@ -97,41 +96,42 @@ class Worker:
         finally:
             commit.append = append
 
-    def die(self, moment: str) -> None:
-        second = self.args.kill_second == moment and self.life < self.args.lives and self.done == 2
+    def kill(self, moment: str) -> None:
+        restarts = self.restart < self.args.kills
+        second = self.args.kill_second == moment and restarts and self.done == 2
         if second or (moment == "before" and self.chance.random() < self.args.kill_share):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hang(self, unit: str, *moments: str) -> None:
-        if self.hangs.get(unit) not in moments or self.at(unit, "asleep").exists():
+        if self.hangs.get(unit) not in moments or self.marker(unit, "stopped").exists():
             return
-        self.slept = unit
-        self.say("asleep", unit)
-        self.at(unit, "asleep").write_text(str(os.getpid()))
+        self.stopped_in = unit
+        self.log("stopped", unit)
+        self.marker(unit, "stopped").write_text(str(os.getpid()))
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
     def wake(self, unit: str) -> None:
-        while not self.at(unit, "gone on").exists():
-            os.kill(int(self.at(unit, "asleep").read_text()), signal.SIGCONT)
+        while not self.marker(unit, "resumed").exists():
+            os.kill(int(self.marker(unit, "stopped").read_text()), signal.SIGCONT)
             time.sleep(0.01)
         claims = self.store.storage.names("claims")
         if any(name.startswith(unit.removeprefix("sha256:")) for name in claims):
-            self.say("claimed still", unit)
+            self.log("still claimed", unit)
 
-    def at(self, unit: str, what: str) -> Path:
-        return Path(f"{self.args.log}.{unit.removeprefix('sha256:')}.{what}")
+    def marker(self, unit: str, event: str) -> Path:
+        return Path(f"{self.args.log}.{unit.removeprefix('sha256:')}.{event}")
 
-    def say(self, what: str, unit: str) -> None:
+    def log(self, event: str, unit: str) -> None:
         with open(self.args.log, "a") as file:
-            file.write(f"{what}\t{unit}\t{self.name}\n")
+            file.write(f"{event}\t{unit}\t{self.name}\n")
 
 
-def start(args: argparse.Namespace, lane: int, life: int) -> int:
+def start(args: argparse.Namespace, slot: int, restart: int) -> int:
     child = os.fork()
     if child:
         return child
     try:
-        Worker(args, lane, life).live()
+        Worker(args, slot, restart).run()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -147,18 +147,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-share", type=float, default=0.0)
     parser.add_argument("--kill-second", choices=["before", "after"])
-    parser.add_argument("--lives", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--hangs", type=int, default=0, choices=range(len(HANGS) + 1))
     args = parser.parse_args()
-    running = {start(args, lane, 0): (lane, 0) for lane in range(args.workers)}
+    running = {start(args, slot, 0): (slot, 0) for slot in range(args.workers)}
     try:
         while running:
             child, status = os.wait()
-            lane, life = running.pop(child)
+            slot, restart = running.pop(child)
             code = os.waitstatus_to_exitcode(status)
             print(code, flush=True)
             if code == -signal.SIGKILL:
-                running[start(args, lane, life + 1)] = (lane, life + 1)
+                running[start(args, slot, restart + 1)] = (slot, restart + 1)
             elif code:
                 sys.exit(f"a worker ended with {code}")
     finally:
