@@ -115,7 +115,7 @@ BACKEND = Row(
             '"echo": "logitcask.engine.backends.echo:Echo",',
         ),
     ),
-    "backends_have_names",
+    "dtypes_and_backends",
 )
 CONFIGURATION_KEY = Row(
     (

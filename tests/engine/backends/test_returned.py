@@ -18,7 +18,7 @@ from logitcask.engine.backends.returned import (
 from logitcask.engine.errors import AnswerError
 from logitcask.engine.store.format import ragged
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
-from tests.engine.training.returned_topk import answer_of
+from tests.engine.training.returned_topk import returned_topk
 
 ULP = 2.0**-24
 """Relative rounding error of float32."""
@@ -41,7 +41,7 @@ class Case:
             rows = assembler.rows(sequence)
             tokens, extra_ids = self.rollouts.tokens[rows], assembler.extra_ids(sequence)
             assembler.write(
-                sequence, answer_of(self.log_p[rows], tokens, extra_ids, self.request.k_max)
+                sequence, returned_topk(self.log_p[rows], tokens, extra_ids, self.request.k_max)
             )
         return assembler.scores()
 
@@ -309,7 +309,7 @@ PROBS = np.asarray(
         [0.02, 0.3, 0.4, 0.1, 0.15, 0.015, 0.01, 0.005],
     ]
 )
-GOOD = answer_of(np.log(PROBS), TOKENS, EXTRA_IDS, 4)
+GOOD = returned_topk(np.log(PROBS), TOKENS, EXTRA_IDS, 4)
 
 
 def check(answer: ReturnedTopK) -> None:
