@@ -86,7 +86,12 @@ CASES = [
 ]
 OTHERS = {"scan bf16", "select k=16 bf16", "grad bf16", "fused bf16"}
 """Compiled for the other architectures too."""
-SOAK_CASES = {"select k=16 fp32", "select k=64 bf16", "fused fp32, jsd, soft cap"}
+SOAK_CASES = {
+    "select k=16 fp32",
+    "select k=64 bf16",
+    "select k=128 bf16",
+    "fused fp32, jsd, soft cap",
+}
 SOAK_CASES |= {"fused bf16, renormalised", "scan bf16, soft cap", "grad bf16, entropy, soft cap"}
 """Left to `make soak`: combinations of branches that other cases take one by one."""
 SOAK_OTHERS = {"dot bf16", "weighted sum bf16", "segment bf16"}

@@ -113,7 +113,7 @@ def test_equals_its_reference(name: str, device: str) -> None:
         assert torch.allclose(ours.metrics[metric], value, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["forward_kl_tail", "reverse_kl_overlap"])
 def test_properties(name: str, device: str) -> None:
     logits, ids, teacher = problem(device)
 

@@ -17,11 +17,11 @@ def assert_same(logits: torch.Tensor, k: int, n_vocab: int | None, device: str) 
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES, ids=str)
-@pytest.mark.parametrize(("n_columns", "k"), [(5, 3), (97, 16), (4801, 1), (4801, 16), (8192, 21)])
-def test_equals_a_stable_sort(
-    kind: str, n_columns: int, k: int, dtype: torch.dtype, device: str
-) -> None:
-    assert_same(make_logits(kind, 3, n_columns, dtype), k, None, device)
+def test_equals_a_stable_sort(kind: str, dtype: torch.dtype, device: str) -> None:
+    for n_columns, k in ((5, 3), (97, 16), (4801, 1)):
+        assert_same(make_logits(kind, 1, n_columns, dtype), k, None, device)
+    assert_same(make_logits(kind, 3, 4801, dtype), 16, None, device)
+    assert_same(make_logits(kind, 1, 8192, dtype), 21, None, device)
 
 
 @pytest.mark.parametrize("k", [3, MAX_TRITON_K, MAX_TRITON_K + 1, 300])

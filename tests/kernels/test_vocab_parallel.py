@@ -153,9 +153,16 @@ def test_minus_infinity_on_a_whole_shard_is_mass_zero(shard: int, device: str) -
     assert torch.equal(read.top_ids, topk_select(logits, K)[1]), "the lowest ids where nothing is"
 
 
-@pytest.mark.parametrize("rest", ["iid", "-inf"])
-@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
-@pytest.mark.parametrize("at", [0, 399, 401, 699])
+@pytest.mark.parametrize(
+    ("at", "bad", "rest"),
+    [
+        (0, float("nan"), "iid"),
+        (399, -float("nan"), "-inf"),
+        (401, float("inf"), "-inf"),
+        (401, float("nan"), "-inf"),
+        (699, float("inf"), "iid"),
+    ],
+)
 def test_not_a_number_poisons_its_row_alone(at: int, bad: float, rest: str, device: str) -> None:
     """Include a shard of -inf otherwise, which alone is legal: mass 0."""
     widths = [400, 3, 297]
@@ -175,7 +182,7 @@ def test_not_a_number_poisons_its_row_alone(at: int, bad: float, rest: str, devi
 
 @pytest.mark.parametrize(
     ("widths", "dtype"),
-    [(widths, torch.float32) for widths in WIDTHS.values()] + [(HARD, dtype) for dtype in HALF],
+    [(WIDTHS["two"], torch.float32), (HARD, torch.float32), (HARD, torch.bfloat16)],
     ids=str,
 )
 @pytest.mark.parametrize("name", LOSSES)
@@ -271,7 +278,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int], int, int]:
 
 
 @settings(
-    max_examples=10,
+    max_examples=5,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

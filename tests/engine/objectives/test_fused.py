@@ -23,6 +23,11 @@ FUSED = [
     cell for cell in sorted(ALLOWED_COMBINATIONS) if cell[0] in ("teacher", "student", "overlap")
 ]
 FUSED = [cell for cell in FUSED if cell[1] in DIVERGENCES and cell[3] == "divergence"]
+FUSED = [
+    tails[(i + i // len(DIVERGENCES)) % 2]
+    for i, tails in enumerate(zip(FUSED[::2], FUSED[1::2], strict=True))
+]
+"""Each support with each divergence, and the two tails in turn."""
 
 
 @pytest.mark.parametrize("cell", FUSED, ids="-".join)

@@ -70,7 +70,7 @@ def test_processes_that_race_for_units_agree_on_the_winner(tmp_path: Path, start
 
 @pytest.mark.timeout(1200)
 def test_eight_writers_lose_no_commit(tmp_path: Path, counts: Any, start: Start) -> None:
-    each = counts(40, 100)
+    each = counts(33, 100)
     for run in range(counts(1, 5)):
         path = tmp_path / f"cask-{run}"
         written = [dict(finish(w)) for w in [start("write", path, n, each) for n in range(8)]]
@@ -88,7 +88,7 @@ def test_kill_9_loses_no_acknowledged_commit(disk_path: Path, counts: Any, start
     path, endless = disk_path / "cask", 1000
     rng = random.Random(0)
     acknowledged: set[str] = set()
-    for _ in range(counts(12, 200)):
+    for _ in range(counts(8, 200)):
         writer = start("write", path, 1, endless)
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
