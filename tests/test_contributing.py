@@ -143,7 +143,7 @@ PROFILE = Row(
         entry(
             "engine/store/format/codecs.py",
             "PROFILES",
-            '"fine": Profile(entry="float32", packing="blosc", rounding=0.0),',
+            '"fine": Profile(entry="float32", codec="blosc", rounding=0.0),',
         ),
         Edit(SECTIONS, '"fine", ', r"^    profile: Literal\["),
     ),
