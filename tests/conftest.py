@@ -1,4 +1,4 @@
-"""Set one thread per test process, the needs of tests, and their repetitions."""
+"""Threads per test process, needs of tests, and numbers of repetitions."""
 
 import json
 import os
@@ -13,19 +13,19 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# Triton decides at its import whether kernels are interpreted, so this comes before any test file.
+# Triton decides at its import about the interpreter, so this comes before any test file.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Digests of weights are cached in the user's folder; tests keep out of it.
+# Digests of weights are cached in the user's folder; tests use another one.
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "logitcask-tests-cache")
 
-# Tests that name no number of examples get few of them, and more in `make soak`; none is timed.
+# Default number of examples of a test: few, and more in `make soak`; without a deadline.
 settings.register_profile("default_run", max_examples=25, derandomize=True, deadline=None)
 settings.register_profile("soak", max_examples=1000, deadline=None)
 settings.load_profile("soak" if os.environ.get("LOGITCASK_SOAK") else "default_run")
 
-# vLLM pins torch and transformers and lives in an environment of its own: `make test-vllm`.
+# vLLM pins torch and transformers and has a separate environment: `make test-vllm`.
 collect_ignore = [] if find_spec("vllm") else ["vllm"]
 
 NEEDS = {

@@ -41,7 +41,7 @@ class Edit:
 class Row:
     edits: tuple[Edit, ...]
     select: str
-    """A part of the name of every test that runs for the row; also an expression of pytest -k."""
+    """Part of the name of every test that runs for the row; also an expression of pytest -k."""
 
 
 def entry(file: str, table: str, text: str) -> Edit:
@@ -249,7 +249,7 @@ def test_the_tests_of_every_row_pass(scratch: Path) -> None:
         assert any(file in tests and ROWS[name].select in test for file, test in passed), name
 
 
-def test_what_was_added_is_in_use(scratch: Path) -> None:
+def test_the_additions_are_in_use(scratch: Path) -> None:
     output = run(scratch, "-c", PROBE)
     assert output.splitlines()[:3] == ["3 True", "True Echo", "hello"]
     assert "--echo" in output

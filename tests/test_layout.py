@@ -1,4 +1,4 @@
-"""The house rules that a machine can hold: fences, layers, packaging, README against the disk."""
+"""Rules of the repository: fences, layers, light imports, README against the disk."""
 
 import ast
 import importlib.util
@@ -46,7 +46,7 @@ FENCES = {
     "pickle": set(),
     "dill": set(),
 }
-"""Library -> the only folders or files that may import it."""
+"""Library -> the folders and files that may import it."""
 
 KERNELS_MAY_IMPORT = {"torch", "triton", "logitcask"} | set(sys.stdlib_module_names)
 HEAVY = (
@@ -117,7 +117,7 @@ def relative(path: Path) -> str:
 
 def test_fences() -> None:
     broken = [
-        f"{relative(path)}:{line} imports {module}: only {sorted(FENCES[top]) or 'nobody'} may"
+        f"{relative(path)}:{line} imports {module}: only {sorted(FENCES[top]) or 'no file'} may"
         for path in sources(*PACKAGES)
         for line, module in imports(path)
         if (top := module.split(".")[0]) in FENCES
@@ -126,20 +126,20 @@ def test_fences() -> None:
     assert not broken, "\n".join(broken)
 
 
-def test_no_fence_is_dead() -> None:
-    """Each place of FENCES imports its library."""
+def test_every_fence_is_used() -> None:
+    """Check that each place of FENCES imports its library."""
     used = {
         (module.split(".")[0], relative(path))
         for path in sources(*PACKAGES)
         for _, module in imports(path)
     }
-    dead = [
+    unused = [
         f"{place} does not import {library}"
         for library, places in FENCES.items()
         for place in places
         if not any(name == library and file.startswith(place) for name, file in used)
     ]
-    assert not dead, "\n".join(dead)
+    assert not unused, "\n".join(unused)
 
 
 def test_packages_import_downwards() -> None:
@@ -191,12 +191,12 @@ def test_no_module_imports_itself_through_others() -> None:
     cycles = []
     done: set[str] = set()
 
-    def visit(name: str, way: tuple[str, ...]) -> None:
-        if name in way:
-            cycles.append(" -> ".join((*way[way.index(name) :], name)))
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            cycles.append(" -> ".join((*path[path.index(name) :], name)))
         elif name in graph and name not in done:
             for other in graph[name]:
-                visit(other, (*way, name))
+                visit(other, (*path, name))
             done.add(name)
 
     for name in graph:
@@ -240,7 +240,7 @@ def test_help_imports_nothing_heavy(verb: str) -> None:
     assert not [m for m in modules if m.split(".")[0] in HEAVY]
 
 
-def test_public_names_are_imported_when_they_are_used() -> None:
+def test_public_names_are_imported_lazily() -> None:
     code = (
         "import json, sys\n"
         "import logitcask.engine as engine\n"

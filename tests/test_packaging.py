@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("engine", "kernels", "cli")
 NEW = "logitcask/engine/new_room/inner/part.py"
-"""A sub-package that nothing lists: packaging has to find it."""
+"""A sub-package that no file lists: packaging has to find it."""
 
 BUILD = """
 import sys, setuptools.build_meta as backend
@@ -106,7 +106,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def tracked_sources() -> set[str]:
-    """Return the files that an installation has to hold, as logitcask/..."""
+    """Return the files that an installation has to contain, as logitcask/..."""
     return {
         f"logitcask/{path.relative_to(ROOT).as_posix()}"
         for package in PACKAGES
@@ -128,8 +128,8 @@ def test_sdist_and_wheel_hold_every_module_manual_and_py_typed(built: Built) -> 
     }, others
 
 
-def test_the_wheel_brings_one_top_level_name(built: Built) -> None:
-    """transformers takes any importable `kernels` for Hugging Face's package of that name."""
+def test_the_wheel_has_one_top_level_name(built: Built) -> None:
+    """Install no top-level `kernels`: transformers would use it as Hugging Face's package."""
     tops = {name.split("/")[0] for name in built.wheel}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"logitcask"}
 
@@ -145,7 +145,7 @@ def test_the_installed_copy_runs_from_another_folder(built: Built, tmp_path: Pat
     assert len(found) + len(absent) == sum(name.endswith(".py") for name in built.wheel)
     elsewhere = {name: place for name, place in found.items() if not inside(place, built.target)}
     assert not elsewhere, "imported from another copy"
-    assert not kernels, "transformers takes our kernels for its own"
+    assert not kernels, "transformers uses our kernels as its own"
 
 
 def test_the_installed_command_answers(built: Built, tmp_path: Path) -> None:
@@ -157,11 +157,11 @@ def test_the_installed_command_answers(built: Built, tmp_path: Path) -> None:
 
 
 def inside(path: str, folder: Path) -> bool:
-    """Tell if the path lies in the folder."""
+    """Return if the path is in the folder."""
     return Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def test_links_are_tracked_and_relative() -> None:
-    """An editable install, a type checker and a wheel all read the packages through these links."""
+    """Check the links: an editable install, a type checker and a wheel read through them."""
     links = {path.name: os.readlink(path) for path in (ROOT / ".src" / "logitcask").iterdir()}
     assert links == {package: f"../../{package}" for package in PACKAGES}

@@ -40,7 +40,7 @@ SMALLER = {
     "max_new_tokens = 2048": "max_new_tokens = 32",
 }
 NOT_RUN = r"demo|bench|(?:.*(?:s3://|gs://|az://|\.\.\.|https?://(?!127\.0\.0\.1:8000)))"
-"""Commands with a test of their own, and those that need a network or another file."""
+"""Commands with separate tests, and those that need a network or another file."""
 
 
 def block(language: str) -> str:
@@ -126,7 +126,7 @@ def test_commands_run_in_their_order(
     shutil.copytree(place, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     prepare(capsys)
-    # A head that was not trained gives its padding mass, which is rejected of a server.
+    # An untrained head gives mass to its padding, and such servers are rejected.
     model, tokenizer = tiny.make_model(context=1024), tiny.make_tokenizer(chat_template=True)
     with FakeServer(model, tokenizer=tokenizer, max_model_len=1024) as server:
         for line in lines:
@@ -164,7 +164,7 @@ def shorter(line: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_parse(name: str) -> None:
-    """Each line names a verb, its arguments and flags that exist, with values of their types."""
+    """Check each line: an existing verb, its arguments and flags, with values of their types."""
     lines = commands((ROOT / name).read_text())
     assert lines or name not in ("README.md", "cli/README.md")
     for line in lines:
@@ -189,8 +189,8 @@ def test_commands_parse(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_lead_somewhere(name: str) -> None:
-    """Each relative link is a file of the repository, and each anchor a heading of it."""
+def test_links_have_targets(name: str) -> None:
+    """Check that relative links are files of the repository, and anchors their headings."""
     page = ROOT / name
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -214,8 +214,8 @@ def test_front_page_is_short() -> None:
     assert len(README.splitlines()) <= 220
 
 
-def test_reference_is_the_commands_own() -> None:
-    """Made by `python -m logitcask.cli.reference > cli/README.md`."""
+def test_reference_is_up_to_date() -> None:
+    """Compare with the output of `python -m logitcask.cli.reference > cli/README.md`."""
     assert (ROOT / "cli" / "README.md").read_text() == reference()
 
 
@@ -227,7 +227,7 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("objective", ["overlap", "forward_kl"])
-def test_own_loop(in_place: Path, objective: str) -> None:
+def test_user_loop(in_place: Path, objective: str) -> None:
     program = with_tiny_models(block("python loop"))
     assert sum(bool(line.strip()) for line in program.splitlines()) <= 20
     assert '"overlap"' in program
@@ -237,12 +237,12 @@ def test_own_loop(in_place: Path, objective: str) -> None:
     before = padded_model(1).get_output_embeddings().weight
     after = names["student"].get_output_embeddings().weight
     assert float(names["loss"].detach()) > 0
-    known = tiny.N_VOCAB
-    assert (before != after)[:known].float().mean() > 0.9
-    assert torch.equal(before[known:], after[known:]), "the padding takes part in the softmax"
+    n_vocab = tiny.N_VOCAB
+    assert (before != after)[:n_vocab].float().mean() > 0.9
+    assert torch.equal(before[n_vocab:], after[n_vocab:]), "the padding takes part in the softmax"
 
 
-def test_own_loop_rejects_an_objective_that_the_store_cannot_serve(in_place: Path) -> None:
+def test_user_loop_rejects_an_objective_that_the_store_cannot_serve(in_place: Path) -> None:
     program = with_tiny_models(block("python loop"))
     program = program.replace('parse_objective("overlap")', 'parse_objective("opd(k=64)")')
     with pytest.raises(ObjectiveError, match="k = 64 is more than student_"):
@@ -259,7 +259,9 @@ torch.save(list(student.parameters()), f"{{MET}}-{{RANK}}.pt")
 """
 
 
-def test_own_loop_in_two_processes_makes_the_updates_of_one(in_place: Path, tmp_path: Path) -> None:
+def test_user_loop_in_two_processes_makes_the_updates_of_one(
+    in_place: Path, tmp_path: Path
+) -> None:
     # Plain steps, so that rounding is not amplified.
     program = with_tiny_models(block("python loop")).replace("AdamW", "SGD").replace("1e-6", "0.1")
     opening, loop = program.split("for pack in ")
@@ -298,13 +300,13 @@ def test_own_loop_in_two_processes_makes_the_updates_of_one(in_place: Path, tmp_
             rank.wait()
     found = [torch.load(tmp_path / f"met-{rank}.pt") for rank in "01"]
     before = padded_model(1).parameters()
-    for old, want, *ours in zip(before, student.parameters(), *found, strict=True):
+    for old, expected, *ours in zip(before, student.parameters(), *found, strict=True):
         assert torch.equal(*ours)
-        torch.testing.assert_close(ours[0], want, rtol=0, atol=1e-6)
-        assert (want - old).abs().max() > 1e-4, "the tolerance is small against the update"
+        torch.testing.assert_close(ours[0], expected, rtol=0, atol=1e-6)
+        assert (expected - old).abs().max() > 1e-4, "the tolerance is small against the update"
 
 
-def test_tables_of_objectives_are_the_programs_own() -> None:
+def test_tables_of_objectives_are_up_to_date() -> None:
     table = (ROOT / "engine" / "objectives" / "README.md").read_text()
     modifiers = table[table.index("| modifier |") :]
     modifiers = modifiers[: modifiers.index("\n\n")]

@@ -168,6 +168,6 @@ if __name__ == "__main__":
         if name in SOAK_CASES and not soak:
             continue
         for arch in (90, 80, 100) if name in others else (90,):
-            made = compile_case(kernel, constants, num_warps, pointers, arch)
-            row = {"name": name, "arch": arch, "shared": made.metadata.shared}
-            print(json.dumps(row | describe(made.asm["cubin"])), flush=True)
+            compiled = compile_case(kernel, constants, num_warps, pointers, arch)
+            row = {"name": name, "arch": arch, "shared": compiled.metadata.shared}
+            print(json.dumps(row | describe(compiled.asm["cubin"])), flush=True)

@@ -1,4 +1,4 @@
-"""FusedObjectives of made-up cached rows, and the same objectives in plain torch.
+"""FusedObjectives of artificial cached rows, and the same objectives in plain torch.
 
 The plain form is a loss of log p at the listed ids, so that it serves as an ObjectiveFn (by
 autograd on K-sized tensors) and through log_softmax of whole rows.
@@ -69,8 +69,8 @@ def make_cached(
         "sampled": column.expand_as(ids) == 0,
     }[support]
     live_k = 3 if support == "overlap" else 0
-    made = (ids, log_q, log_tail, mask, known, q_rank, n_kept)
-    return CachedRows(*(t.to(logits.device) for t in made), live_k)
+    tensors = (ids, log_q, log_tail, mask, known, q_rank, n_kept)
+    return CachedRows(*(t.to(logits.device) for t in tensors), live_k)
 
 
 def plain_loss(cached: CachedRows, divergence: str, tail: str, parameter: float = 0.3) -> Loss:
@@ -157,8 +157,8 @@ def targets_of(cached: CachedRows) -> Targets:
 
 def plain_metrics(cached: CachedRows, view: ObjectiveInput) -> dict[str, Tensor]:
     """Return the metrics of the engine's own functions."""
-    made = compute_metrics(view, targets_of(cached).at(view.index), k=METRIC_K)
-    return {name: made[name] for name in ENGINE} | {"entropy": view.entropy}
+    metrics = compute_metrics(view, targets_of(cached).at(view.index), k=METRIC_K)
+    return {name: metrics[name] for name in ENGINE} | {"entropy": view.entropy}
 
 
 def named(view: ObjectiveInput, sums: OverlapSums) -> dict[str, Tensor]:
@@ -167,13 +167,13 @@ def named(view: ObjectiveInput, sums: OverlapSums) -> dict[str, Tensor]:
 
 def fused(cached: CachedRows, divergence: str, tail: str, parameter: float = 0.3):
     """Return the FusedObjective and its plain form."""
-    answer = objective(plain_loss(cached, divergence, tail, parameter))
+    objective_fn = objective(plain_loss(cached, divergence, tail, parameter))
 
     def plain(view: ObjectiveInput) -> ObjectiveGrad:
-        return answer(view)._replace(metrics=plain_metrics(cached, view))
+        return objective_fn(view)._replace(metrics=plain_metrics(cached, view))
 
     fields = {name: value for name, value in vars(cached).items() if name != "ids"}
-    made = FusedObjective(
+    fused_objective = FusedObjective(
         plain=plain,
         divergence=divergence,
         parameter=parameter,
@@ -182,4 +182,4 @@ def fused(cached: CachedRows, divergence: str, tail: str, parameter: float = 0.3
         name_metrics=named,
         **fields,
     )
-    return made, plain
+    return fused_objective, plain

@@ -90,7 +90,7 @@ LOSSES: dict[str, Callable[[Teacher], Loss]] = {
 def objective(loss: Loss) -> ObjectiveFn:
     """Return the loss as an ObjectiveFn; both dense coefficients are -sum(at_ids)."""
 
-    def answer(view: ObjectiveInput) -> ObjectiveGrad:
+    def objective_fn(view: ObjectiveInput) -> ObjectiveGrad:
         with torch.enable_grad():
             log_p = view.log_p.detach().requires_grad_()
             value = loss(log_p, view.index, view.top_ids)
@@ -99,37 +99,37 @@ def objective(loss: Loss) -> ObjectiveFn:
         metrics = {"entropy": view.entropy, "listed_mass": view.log_p.exp().sum(-1)}
         return ObjectiveGrad(value.detach(), g, dense, dense[:, None].expand_as(g), metrics)
 
-    return answer
+    return objective_fn
 
 
 def forward_kl_tail_closed(teacher: Teacher) -> ObjectiveFn:
     """forward_kl_tail in closed form, where the dense coefficient differs at the listed ids: dz = p
     - q there."""
 
-    def answer(view: ObjectiveInput) -> ObjectiveGrad:
+    def objective_fn(view: ObjectiveInput) -> ObjectiveGrad:
         q = teacher.log_q[view.index].exp()
         rest = 1 - view.log_p.exp().sum(-1)
         dense = 1 - teacher.log_tail[view.index].exp() / rest
         value = forward_kl_tail(teacher)(view.log_p, view.index, view.top_ids)
         return ObjectiveGrad(value, -q, dense, torch.ones_like(q), {})
 
-    return answer
+    return objective_fn
 
 
 def plus_entropy(plain: ObjectiveFn, factor: Tensor) -> ObjectiveFn:
     """Add factor [P] times H(p) to the loss: dH/dy_v = -p_v log p_v - H p_v, at every id."""
 
-    def answer(view: ObjectiveInput) -> ObjectiveGrad:
-        made, f = plain(view), factor[view.index].to(view.entropy.dtype)
+    def objective_fn(view: ObjectiveInput) -> ObjectiveGrad:
+        output, f = plain(view), factor[view.index].to(view.entropy.dtype)
         h = f * view.entropy
-        return made._replace(
-            loss=made.loss + h,
-            dense=made.dense - h,
-            dense_at_ids=made.dense_at_ids - h[:, None],
+        return output._replace(
+            loss=output.loss + h,
+            dense=output.dense - h,
+            dense_at_ids=output.dense_at_ids - h[:, None],
             dense_log=-f,
         )
 
-    return answer
+    return objective_fn
 
 
 def entropy_of(logits: Tensor, n_vocab: int | None = None) -> Tensor:

@@ -15,9 +15,9 @@ WEIGHT = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
 OPTIONS = {"k": K, "row_weight": WEIGHT}
 
 
-def assert_gradients(loss: Tensor, want: Tensor, leaves: list[Tensor]) -> None:
-    torch.testing.assert_close(loss.detach(), want.detach(), rtol=1e-11, atol=1e-12)
-    ours, exact = torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves)
+def assert_gradients(loss: Tensor, reference: Tensor, leaves: list[Tensor]) -> None:
+    torch.testing.assert_close(loss.detach(), reference.detach(), rtol=1e-11, atol=1e-12)
+    ours, exact = torch.autograd.grad(loss, leaves), torch.autograd.grad(reference, leaves)
     for got, expected in zip(ours, exact, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 

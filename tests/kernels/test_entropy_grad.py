@@ -42,8 +42,8 @@ def problem(
     teacher = make_teacher(ids)
     if dtype == torch.float64:
         teacher = teacher.to(dtype)
-    answer = plus_entropy(objective(LOSS(teacher)), FACTOR.to(device))
-    return logits.to(device).requires_grad_(), ids, teacher, answer
+    objective_fn = plus_entropy(objective(LOSS(teacher)), FACTOR.to(device))
+    return logits.to(device).requires_grad_(), ids, teacher, objective_fn
 
 
 def full_vocab(
@@ -66,8 +66,8 @@ def full_vocab(
 def test_equals_full_vocabulary_autograd(
     kind: str, dtype: torch.dtype, n_vocab: int, device: str
 ) -> None:
-    logits, ids, teacher, answer = problem(device, kind, dtype, n_vocab)
-    ours = sparse_kl(logits, ids, answer, k=K, row_weight=WEIGHT.to(device), n_vocab=n_vocab)
+    logits, ids, teacher, objective_fn = problem(device, kind, dtype, n_vocab)
+    ours = sparse_kl(logits, ids, objective_fn, k=K, row_weight=WEIGHT.to(device), n_vocab=n_vocab)
     (grad,) = torch.autograd.grad(ours.loss, logits)
     exact, exact_grad = full_vocab(logits.double(), teacher.to(torch.float64), n_vocab)
     naive, naive_grad = full_vocab(logits.float(), teacher, n_vocab)
@@ -83,17 +83,17 @@ def test_equals_full_vocabulary_autograd(
 @every_map
 @pytest.mark.parametrize("kind", ["iid", "thirds -inf", "ramp down"])
 def test_float64_is_exact_through_every_map(kind: str, y: LogitTransform) -> None:
-    logits, ids, teacher, answer = problem("cpu", kind, torch.float64)
+    logits, ids, teacher, objective_fn = problem("cpu", kind, torch.float64)
     if y.softcap is not None:  # it makes a finite logit of -inf, at which its slope is 0
         logits = logits.detach().nan_to_num(neginf=-9.0).requires_grad_()
     options = {"k": K, "row_weight": WEIGHT, "logit_transform": y}
-    exact, want = full_vocab(logits, teacher, y=y)
-    ours = sparse_kl(logits, ids, answer, **options)
+    exact, expected = full_vocab(logits, teacher, y=y)
+    ours = sparse_kl(logits, ids, objective_fn, **options)
     torch.testing.assert_close(ours.loss.detach(), exact, rtol=1e-12, atol=1e-13)
     (grad,) = torch.autograd.grad(ours.loss, logits)
-    torch.testing.assert_close(grad, want, rtol=1e-10, atol=1e-13)
-    _, d_logits = sparse_kl_reference(logits.detach(), ids, answer, **options)
-    torch.testing.assert_close(d_logits, want, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-13)
+    _, d_logits = sparse_kl_reference(logits.detach(), ids, objective_fn, **options)
+    torch.testing.assert_close(d_logits, expected, rtol=1e-10, atol=1e-13)
 
 
 @every_map
@@ -101,13 +101,13 @@ def test_hidden_states(y: LogitTransform, device: str) -> None:
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(P, 16, generator=generator).to(device).requires_grad_()
     head = torch.randn(V, 16, generator=generator).to(device).requires_grad_()
-    _, ids, teacher, answer = problem(device)
+    _, ids, teacher, objective_fn = problem(device)
     options = {"k": K, "row_weight": WEIGHT.to(device), "logit_transform": y}
-    ours = linear_sparse_kl(hidden, head, ids, answer, chunk_rows=2, **options)
+    ours = linear_sparse_kl(hidden, head, ids, objective_fn, chunk_rows=2, **options)
     grads = torch.autograd.grad(ours.loss, (hidden, head))
     _, dz = full_vocab(hidden.double() @ head.double().T, teacher.to(torch.float64), y=y)
-    for got, want in zip(grads, (dz @ head.double(), dz.T @ hidden.double()), strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=3e-5)
+    for got, expected in zip(grads, (dz @ head.double(), dz.T @ hidden.double()), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=3e-5)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES, ids=str)
@@ -124,8 +124,8 @@ def test_row_grad_against_float64(
     )
     naive = row_grad_reference(logits, lse, dense, ids, at, dense_log=log)
     out = torch.empty(shape, device=device)  # float32: the interpreter truncates half precision
-    z, *given = (t.to(device) for t in (logits, dense, ids, at))
-    row_grad(z, row_stats(z).log_sum_exp, *given, dense_log=log.to(device), out=out)
+    z, *inputs = (t.to(device) for t in (logits, dense, ids, at))
+    row_grad(z, row_stats(z).log_sum_exp, *inputs, dense_log=log.to(device), out=out)
     # p log p is as close as log p, which is as close as log-sum-exp.
     assert_close(out, naive, exact, 4 * ulp(logits, torch.float32), "gradient")
 
@@ -137,22 +137,24 @@ def test_a_row_rests_only_where_both_coefficients_are_zero(y: LogitTransform, de
     ids = torch.zeros(4, 1, dtype=torch.int64, device=device)
     dense, log = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.5, 0.0, 0.0, 0.5]], device=device)
     lse = row_stats(logits, logit_transform=y).log_sum_exp
-    given = (logits, lse, dense, ids, dense[:, None])
-    separate = row_grad(*given, dense_log=log, logit_transform=y)
+    inputs = (logits, lse, dense, ids, dense[:, None])
+    separate = row_grad(*inputs, dense_log=log, logit_transform=y)
     assert (separate[0, 1:] < 0).all(), "p log p"
     assert (separate[1, 1:] == 0).all(), "whatever it holds"
-    assert torch.allclose(separate[2], row_grad(*given, logit_transform=y)[2], rtol=1e-6)
+    assert torch.allclose(separate[2], row_grad(*inputs, logit_transform=y)[2], rtol=1e-6)
     assert separate[3, 1:].isnan().all(), "a broken student must show"
-    inside = row_grad(*given, dense_log=log, logit_transform=y, out=logits)
+    inside = row_grad(*inputs, dense_log=log, logit_transform=y, out=logits)
     assert torch.equal(inside.nan_to_num(nan=7.0), separate.nan_to_num(nan=7.0))
 
 
 def test_properties(device: str) -> None:
-    logits, ids, teacher, answer = problem(device)
-    (grad,) = torch.autograd.grad(sparse_kl(logits, ids, answer, k=K).loss, logits)
+    logits, ids, teacher, objective_fn = problem(device)
+    (grad,) = torch.autograd.grad(sparse_kl(logits, ids, objective_fn, k=K).loss, logits)
     assert grad.sum(-1).abs().max() < 1e-5, "sum of dz"
     assert (grad.abs() > 1e-9).sum() > 0.7 * P * V, "it reaches every id but of the row of factor 0"
-    (chunks,) = torch.autograd.grad(sparse_kl(logits, ids, answer, k=K, chunk_rows=2).loss, logits)
+    (chunks,) = torch.autograd.grad(
+        sparse_kl(logits, ids, objective_fn, k=K, chunk_rows=2).loss, logits
+    )
     assert torch.allclose(chunks, grad, atol=1e-6)
     plain = objective(LOSS(teacher))
     (bare,) = torch.autograd.grad(sparse_kl(logits, ids, plain, k=K).loss, logits)
@@ -161,16 +163,16 @@ def test_properties(device: str) -> None:
     flat = torch.full((P, V), -2.0, device=device, requires_grad=True)
     with_h, without = (
         torch.autograd.grad(sparse_kl(flat, ids, each, k=K).loss, flat)[0]
-        for each in (answer, plain)
+        for each in (objective_fn, plain)
     )
     assert torch.allclose(with_h, without, atol=1e-7)
 
 
 def test_weight_zero_keeps_nan_in_its_row(device: str) -> None:
-    logits, ids, _, answer = problem(device)
+    logits, ids, _, objective_fn = problem(device)
     with torch.no_grad():
         logits[2] = torch.nan
-    result = sparse_kl(logits, ids, answer, k=K, row_weight=WEIGHT.to(device))
+    result = sparse_kl(logits, ids, objective_fn, k=K, row_weight=WEIGHT.to(device))
     (grad,) = torch.autograd.grad(result.loss, logits)
     assert result.loss.isfinite()
     assert grad.isfinite().all()

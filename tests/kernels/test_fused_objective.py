@@ -187,8 +187,8 @@ def test_a_vanishing_tail_leaves_p_minus_q(triton_device: str) -> None:
     )
     objective, _ = fused(cached, "forward_kl", "bucket")
     grad = run(logits, cached, bare(objective), k=3)[1]
-    want = logits.double().softmax(-1)[:, :3] - teacher.log_q.double().exp()
-    assert torch.allclose(grad[:, :3].double(), want, atol=3e-7)
+    expected = logits.double().softmax(-1)[:, :3] - teacher.log_q.double().exp()
+    assert torch.allclose(grad[:, :3].double(), expected, atol=3e-7)
 
 
 @pytest.mark.parametrize(
@@ -214,13 +214,14 @@ def test_equals_the_engines_objective(
     plain = row_objective(
         Objective(**form, estimator="divergence", k=k), targets_of(cached), metric_k=METRIC_K
     )
-    (want, want_grad), (ours, grad) = (
-        run(logits, cached, answer) for answer in (plain, bare(fused(cached, divergence, tail)[0]))
+    (expected, expected_grad), (ours, grad) = (
+        run(logits, cached, objective_fn)
+        for objective_fn in (plain, bare(fused(cached, divergence, tail)[0]))
     )
-    metrics = {name: want.metrics[name] for name in ENGINE} | {
-        "entropy": want.metrics["entropy/student"]
+    metrics = {name: expected.metrics[name] for name in ENGINE} | {
+        "entropy": expected.metrics["entropy/student"]
     }
-    assert_same((ours, grad), (want._replace(metrics=metrics), want_grad), 3e-6)
+    assert_same((ours, grad), (expected._replace(metrics=metrics), expected_grad), 3e-6)
 
 
 @settings(
@@ -260,9 +261,9 @@ def test_without_gradients_and_from_hidden_states(triton_device: str) -> None:
     cached = make_cached(hidden @ head.T, S)
     objective, plain = fused(cached, "jsd", "bucket")
 
-    def grads(answer):
+    def grads(objective_fn):
         leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
-        loss = linear_sparse_kl(*leaves, cached.ids, answer, k=K, chunk_rows=3).loss
+        loss = linear_sparse_kl(*leaves, cached.ids, objective_fn, k=K, chunk_rows=3).loss
         return torch.autograd.grad(loss, leaves)
 
     for ours, expected in zip(grads(bare(objective)), grads(plain), strict=True):
@@ -277,13 +278,13 @@ def test_in_place_and_strided_rows(triton_device: str) -> None:
     logits = wide[:, :V]
     cached = make_cached(logits, S)
     objective, plain = fused(cached, "reverse_kl", "bucket")
-    want = run(logits, cached, plain)
-    assert_same(run(logits, cached, bare(objective)), want, 3e-6)
-    made = logits.detach().clone().requires_grad_() * 1.0
-    result = sparse_kl(made, cached.ids, bare(objective), k=K, in_place=True)
-    (grad,) = torch.autograd.grad(result.loss, made)
-    assert grad.data_ptr() == made.data_ptr()
-    torch.testing.assert_close(grad, want[1], atol=3e-6, rtol=0)
+    expected = run(logits, cached, plain)
+    assert_same(run(logits, cached, bare(objective)), expected, 3e-6)
+    z = logits.detach().clone().requires_grad_() * 1.0
+    result = sparse_kl(z, cached.ids, bare(objective), k=K, in_place=True)
+    (grad,) = torch.autograd.grad(result.loss, z)
+    assert grad.data_ptr() == z.data_ptr()
+    torch.testing.assert_close(grad, expected[1], atol=3e-6, rtol=0)
 
 
 def test_an_objective_that_does_not_fit_runs_plain(device: str) -> None:

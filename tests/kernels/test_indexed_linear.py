@@ -45,17 +45,23 @@ def test_float64_equals_full_vocabulary_autograd(name: str, k: int | None, ids_o
     hidden, weight, ids = problem("cpu", torch.float64, ids_of=ids_of)
     teacher = make_teacher(ids).to(torch.float64)
     row_weight = torch.rand(P, dtype=torch.float64)
-    answer = objective(LOSSES[name](teacher))
+    objective_fn = objective(LOSSES[name](teacher))
     ours = indexed_linear(
-        hidden, weight, ids, answer, k=k, row_weight=row_weight, chunk_rows=None if k is None else 3
+        hidden,
+        weight,
+        ids,
+        objective_fn,
+        k=k,
+        row_weight=row_weight,
+        chunk_rows=None if k is None else 3,
     )
     grads = grads_of(ours.loss * -2, hidden, weight)
     rows = full_vocab_loss(LOSSES[name](teacher), hidden @ weight.T, teacher, K)
-    want = grads_of((row_weight * rows).sum() * -2, hidden, weight)
+    expected = grads_of((row_weight * rows).sum() * -2, hidden, weight)
     assert torch.allclose(ours.row_loss, rows.detach(), atol=1e-12)
-    for ours_d, want_d in zip(grads, want, strict=True):
-        assert want_d.abs().max() > 1e-3
-        assert torch.allclose(ours_d, want_d, rtol=1e-10, atol=1e-12)
+    for ours_d, expected_d in zip(grads, expected, strict=True):
+        assert expected_d.abs().max() > 1e-3
+        assert torch.allclose(ours_d, expected_d, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -64,9 +70,9 @@ def test_known_support_is_no_less_exact_than_the_dense_product(
 ) -> None:
     hidden, weight, ids = problem(device, dtype, ids_of=24)
     teacher = make_teacher(ids)
-    answer = objective(LOSSES["reverse_kl_renormalised"](teacher))
-    ours = indexed_linear(hidden, weight, ids, answer)
-    dense = linear_sparse_kl(hidden, weight, ids, answer, k=1)
+    objective_fn = objective(LOSSES["reverse_kl_renormalised"](teacher))
+    ours = indexed_linear(hidden, weight, ids, objective_fn)
+    dense = linear_sparse_kl(hidden, weight, ids, objective_fn, k=1)
     exact = [t.detach().double().cpu().requires_grad_() for t in (hidden, weight)]
     in_64 = make_teacher(ids.cpu()).to(torch.float64)
     loss = LOSSES["reverse_kl_renormalised"](in_64)
@@ -87,9 +93,9 @@ def test_known_support_is_no_less_exact_than_the_dense_product(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_live_support_sees_what_the_dense_product_sees(dtype: torch.dtype, device: str) -> None:
     hidden, weight, ids = problem(device, dtype, ids_of=24)
-    answer = objective(LOSSES["reverse_kl_overlap"](make_teacher(ids)))
-    ours = indexed_linear(hidden, weight, ids, answer, k=K, chunk_rows=3)
-    dense = linear_sparse_kl(hidden, weight, ids, answer, k=K, chunk_rows=3)
+    objective_fn = objective(LOSSES["reverse_kl_overlap"](make_teacher(ids)))
+    ours = indexed_linear(hidden, weight, ids, objective_fn, k=K, chunk_rows=3)
+    dense = linear_sparse_kl(hidden, weight, ids, objective_fn, k=K, chunk_rows=3)
     assert torch.equal(ours.row_loss, dense.row_loss)
     for name, value in dense.metrics.items():
         assert torch.equal(ours.metrics[name], value)
@@ -132,9 +138,9 @@ def test_products_with_listed_rows(
 
     hidden_d, weight_d, ids_d, c_d = (t.to(device) for t in (hidden, weight, ids, c))
     z = indexed_rows.logits_at(hidden_d, weight_d, ids_d).cpu()
-    want_z = (hidden.double() @ weight.double().T).gather(1, ids.clamp(min=0))
+    expected_z = (hidden.double() @ weight.double().T).gather(1, ids.clamp(min=0))
     assert (z[~listed] == -torch.inf).all()
-    assert torch.allclose(z.double()[listed], want_z[listed], atol=1e-4)
+    assert torch.allclose(z.double()[listed], expected_z[listed], atol=1e-4)
     d_hidden = indexed_rows.weighted_rows(c_d, weight_d, ids_d, torch.float32).cpu()
     assert torch.allclose(d_hidden.double(), whole @ weight.double(), atol=1e-4)
     terms = indexed_rows.sorted_terms(c_d, ids_d)
@@ -148,10 +154,10 @@ def test_products_with_listed_rows(
 @pytest.mark.parametrize(("name", "k"), RENORMALISED.items(), ids=RENORMALISED)
 def test_a_sparse_gradient_holds_the_dense_one(name: str, k: int | None, device: str) -> None:
     hidden, weight, ids = problem(device, ids_of=24)
-    answer = objective(LOSSES[name](make_teacher(ids)))
-    indexed_linear(hidden, weight, ids, answer, k=k).loss.backward()
+    objective_fn = objective(LOSSES[name](make_teacher(ids)))
+    indexed_linear(hidden, weight, ids, objective_fn, k=k).loss.backward()
     dense, weight.grad = weight.grad, None
-    indexed_linear(hidden, weight, ids, answer, k=k, sparse_weight_grad=True).loss.backward()
+    indexed_linear(hidden, weight, ids, objective_fn, k=k, sparse_weight_grad=True).loss.backward()
     assert weight.grad.is_sparse
     assert weight.grad._nnz() <= 24 + 3 * P
     assert torch.equal(weight.grad.to_dense(), dense)
@@ -163,26 +169,26 @@ def test_a_sparse_gradient_holds_the_dense_one(name: str, k: int | None, device:
 def test_a_head_tied_to_the_embedding_gets_both_gradients(device: str) -> None:
     _, weight, ids = problem(device)
     tokens = torch.arange(P, device=device) % 3
-    answer = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
-    ours = indexed_linear(weight[tokens], weight, ids, answer).loss
-    dense = linear_sparse_kl(weight[tokens], weight, ids, answer, k=1).loss
-    (got,), (want,) = grads_of(ours, weight), grads_of(dense, weight)
-    assert torch.allclose(got, want, atol=1e-5)
+    objective_fn = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
+    ours = indexed_linear(weight[tokens], weight, ids, objective_fn).loss
+    dense = linear_sparse_kl(weight[tokens], weight, ids, objective_fn, k=1).loss
+    (got,), (expected,) = grads_of(ours, weight), grads_of(dense, weight)
+    assert torch.allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 def test_a_frozen_input_gets_no_gradient(frozen: str, device: str) -> None:
     hidden, weight, ids = problem(device)
-    answer = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
-    want = grads_of(indexed_linear(hidden, weight, ids, answer).loss, hidden, weight)
+    objective_fn = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
+    expected = grads_of(indexed_linear(hidden, weight, ids, objective_fn).loss, hidden, weight)
     hidden.requires_grad_(frozen == "weight")
     weight.requires_grad_(frozen == "hidden")
-    loss = indexed_linear(hidden, weight, ids, answer).loss
+    loss = indexed_linear(hidden, weight, ids, objective_fn).loss
     assert loss.requires_grad == (frozen != "both")
     if frozen == "both":
         return
     loss.backward()
-    live, grad = (weight, want[1]) if frozen == "hidden" else (hidden, want[0])
+    live, grad = (weight, expected[1]) if frozen == "hidden" else (hidden, expected[0])
     assert torch.equal(live.grad, grad)
     assert (hidden if frozen == "hidden" else weight).grad is None
 
@@ -194,8 +200,8 @@ def test_weight_zero_keeps_nan_out_of_both_gradients(name: str, k: int | None, d
         hidden[2] = float("nan")
     row_weight = torch.ones(P, device=device)
     row_weight[2] = 0
-    answer = objective(LOSSES[name](make_teacher(ids)))
-    result = indexed_linear(hidden, weight, ids, answer, k=k, row_weight=row_weight)
+    objective_fn = objective(LOSSES[name](make_teacher(ids)))
+    result = indexed_linear(hidden, weight, ids, objective_fn, k=k, row_weight=row_weight)
     result.loss.backward()
     assert result.loss.isfinite()
     assert (hidden.grad[2] == 0).all()
@@ -207,8 +213,8 @@ def test_a_nan_row_shows_in_the_loss(device: str) -> None:
     hidden, weight, ids = problem(device)
     with torch.no_grad():
         hidden[2] = float("nan")
-    answer = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
-    result = indexed_linear(hidden, weight, ids, answer)
+    objective_fn = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
+    result = indexed_linear(hidden, weight, ids, objective_fn)
     assert result.loss.isnan()
     assert result.row_loss.isnan().nonzero().tolist() == [[2]]
 
@@ -217,8 +223,8 @@ def test_a_nan_row_shows_in_the_loss(device: str) -> None:
 def test_nothing_to_do_still_carries_gradients(case: str, device: str) -> None:
     hidden, weight, ids = problem(device, rows=0 if case == "no rows" else P)
     ids = ids[:, :0] if case == "no ids" else torch.full_like(ids, -1)
-    answer = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
-    loss = indexed_linear(hidden, weight, ids, answer).loss
+    objective_fn = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
+    loss = indexed_linear(hidden, weight, ids, objective_fn).loss
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
@@ -228,22 +234,22 @@ def test_nothing_to_do_still_carries_gradients(case: str, device: str) -> None:
 def test_float32_head_with_bfloat16_states(device: str) -> None:
     hidden, weight, ids = problem(device)
     half = hidden.detach().bfloat16().requires_grad_()
-    answer = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
-    loss = indexed_linear(half, weight, ids, answer).loss
+    objective_fn = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
+    loss = indexed_linear(half, weight, ids, objective_fn).loss
     ours = grads_of(loss, half, weight)
     assert [grad.dtype for grad in ours] == [torch.bfloat16, torch.float32]
     whole = half.detach().float().requires_grad_()
-    want = grads_of(indexed_linear(whole, weight, ids, answer).loss, whole, weight)
-    assert (ours[0] - want[0]).abs().max() <= 2**-7 * want[0].abs().max()
-    assert torch.allclose(ours[1], want[1], atol=1e-6)
+    expected = grads_of(indexed_linear(whole, weight, ids, objective_fn).loss, whole, weight)
+    assert (ours[0] - expected[0]).abs().max() <= 2**-7 * expected[0].abs().max()
+    assert torch.allclose(ours[1], expected[1], atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "k"), RENORMALISED.items(), ids=RENORMALISED)
 def test_two_runs_are_bitwise_equal(name: str, k: int | None, device: str) -> None:
     hidden, weight, ids = problem(device, rows=12, ids_of=24)
-    answer = objective(LOSSES[name](make_teacher(ids)))
+    objective_fn = objective(LOSSES[name](make_teacher(ids)))
     first, second = (
-        grads_of(indexed_linear(hidden, weight, ids, answer, k=k).loss, hidden, weight)
+        grads_of(indexed_linear(hidden, weight, ids, objective_fn, k=k).loss, hidden, weight)
         for _ in range(2)
     )
     assert all(map(torch.equal, first, second))
@@ -273,13 +279,13 @@ def test_a_known_support_never_meets_the_vocabulary() -> None:
     hidden = torch.randn(rows, 16, requires_grad=True)
     weight = torch.randn(n_vocab, 16, requires_grad=True)
     ids = make_ids(rows, n_vocab, 4)
-    answer = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
+    objective_fn = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
     with Work(weight) as work:
-        indexed_linear(hidden, weight, ids, answer).loss.backward()
+        indexed_linear(hidden, weight, ids, objective_fn).loss.backward()
     assert work.products == 0
     assert work.largest < n_vocab / 4
     with Work(weight) as work:
-        indexed_linear(hidden, weight, ids, answer, k=4, chunk_rows=rows).loss.backward()
+        indexed_linear(hidden, weight, ids, objective_fn, k=4, chunk_rows=rows).loss.backward()
     assert work.products == 1, "the live top-k, forward only"
 
 
@@ -305,39 +311,39 @@ def test_what_an_objective_says_of_padding_counts_nowhere(
     plain = objective(LOSSES[name](make_teacher(ids)))
 
     def careless(view: ObjectiveInput) -> ObjectiveGrad:
-        answer = plain(view)
+        output = plain(view)
         at_padding = ids[view.index] < 0
-        return answer._replace(
-            at_ids=answer.at_ids.masked_fill(at_padding, 7.0),
-            dense_at_ids=answer.dense_at_ids.masked_fill(at_padding, 7.0),
+        return output._replace(
+            at_ids=output.at_ids.masked_fill(at_padding, 7.0),
+            dense_at_ids=output.dense_at_ids.masked_fill(at_padding, 7.0),
         )
 
     assert (ids < 0).any()
-    want = grads_of(indexed_linear(hidden, weight, ids, plain, k=k).loss, hidden, weight)
+    expected = grads_of(indexed_linear(hidden, weight, ids, plain, k=k).loss, hidden, weight)
     ours = grads_of(indexed_linear(hidden, weight, ids, careless, k=k).loss, hidden, weight)
-    assert all(map(torch.equal, ours, want))
+    assert all(map(torch.equal, ours, expected))
 
 
 @pytest.mark.parametrize(("name", "k"), RENORMALISED.items(), ids=RENORMALISED)
 def test_states_may_lie_in_memory_as_they_like(name: str, k: int | None, device: str) -> None:
     hidden, weight, ids = problem(device)
-    answer = objective(LOSSES[name](make_teacher(ids)))
-    want = indexed_linear(hidden, weight, ids, answer, k=k)
+    objective_fn = objective(LOSSES[name](make_teacher(ids)))
+    expected = indexed_linear(hidden, weight, ids, objective_fn, k=k)
     turned = hidden.detach().T.contiguous().T.requires_grad_()
-    ours = indexed_linear(turned, weight, ids, answer, k=k)
+    ours = indexed_linear(turned, weight, ids, objective_fn, k=k)
     assert turned.stride() != hidden.stride()
-    assert torch.equal(ours.row_loss, want.row_loss)
+    assert torch.equal(ours.row_loss, expected.row_loss)
     pairs = zip(
-        grads_of(ours.loss, turned, weight), grads_of(want.loss, hidden, weight), strict=True
+        grads_of(ours.loss, turned, weight), grads_of(expected.loss, hidden, weight), strict=True
     )
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_head_whose_rows_are_not_rows_of_memory_is_refused(device: str) -> None:
     hidden, weight, ids = problem(device)
-    answer = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
+    objective_fn = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
     with pytest.raises(ValueError, match=r"contiguous along D, got strides \(1, 301\)"):
-        indexed_linear(hidden, weight.detach().T.contiguous().T, ids, answer)
+        indexed_linear(hidden, weight.detach().T.contiguous().T, ids, objective_fn)
 
 
 def tail(view: ObjectiveInput) -> ObjectiveGrad:
@@ -366,9 +372,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("answer", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("objective_fn", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("k", [None, K])
-def test_what_is_not_renormalised_is_refused(answer, message: str, k: int | None) -> None:
+def test_what_is_not_renormalised_is_refused(objective_fn, message: str, k: int | None) -> None:
     hidden, weight, ids = problem("cpu")
     with pytest.raises(ValueError, match=re.escape(message) + ".* use linear_sparse_kl"):
-        indexed_linear(hidden, weight, ids, answer, k=k)
+        indexed_linear(hidden, weight, ids, objective_fn, k=k)

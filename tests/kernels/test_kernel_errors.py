@@ -38,8 +38,8 @@ def log_per_id(view: ObjectiveInput) -> ObjectiveGrad:
 
 def grad(**changed: Any) -> Any:
     row = torch.ones(2)
-    given = {"log_sum_exp": row, "dense": row, "ids": IDS, "at_ids": torch.zeros(2, 3)} | changed
-    return row_grad(Z, **given)
+    inputs = {"log_sum_exp": row, "dense": row, "ids": IDS, "at_ids": torch.zeros(2, 3)} | changed
+    return row_grad(Z, **inputs)
 
 
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

@@ -58,9 +58,9 @@ def test_select_is_exact_and_gradients_sum_to_zero(
 ) -> None:
     logits, ids, k, n_vocab = problem
     values, top_ids = topk_select(logits.to(device), k, n_vocab=n_vocab)
-    want_values, want_ids = topk_select_reference(logits, k, n_vocab=n_vocab)
-    assert torch.equal(top_ids.cpu(), want_ids)
-    assert torch.equal(values.cpu(), want_values)
+    expected_values, expected_ids = topk_select_reference(logits, k, n_vocab=n_vocab)
+    assert torch.equal(top_ids.cpu(), expected_ids)
+    assert torch.equal(values.cpu(), expected_values)
     # Cross-entropy against a uniform teacher on ids: dz = m p - 1 [v in S], m = |S|.
     stats = row_stats(logits.to(device), n_vocab=n_vocab)
     at = logits.gather(1, ids.clamp(min=0)).to(device).float() - stats.log_sum_exp[:, None]
@@ -85,15 +85,15 @@ def test_sparse_kl_equals_its_reference(
     if name == "forward_kl_tail":  # its tail 1 - sum p is noise where ids hold nearly everything
         ids = ids.masked_fill(torch.arange(ids.shape[1]) >= n_vocab // 3, -1)
     ids = ids.to(device)
-    answer = objective(LOSSES[name](make_teacher(ids)))
+    objective_fn = objective(LOSSES[name](make_teacher(ids)))
     z = logits.clone().requires_grad_()
-    ours = sparse_kl(z, ids, answer, k=k, n_vocab=n_vocab)
+    ours = sparse_kl(z, ids, objective_fn, k=k, n_vocab=n_vocab)
     ours.loss.backward()
-    want, want_grad = sparse_kl_reference(logits, ids, answer, k=k, n_vocab=n_vocab)
+    expected, expected_grad = sparse_kl_reference(logits, ids, objective_fn, k=k, n_vocab=n_vocab)
     # With a tail r near 0 after all, 1 / r multiplies the rounding of both sides.
-    assume(name != "forward_kl_tail" or want_grad.abs().max() < 10)
-    assert torch.allclose(ours.row_loss, want.row_loss, atol=1e-4, rtol=1e-4)
-    assert torch.allclose(z.grad, want_grad, atol=1e-4, rtol=1e-4)
+    assume(name != "forward_kl_tail" or expected_grad.abs().max() < 10)
+    assert torch.allclose(ours.row_loss, expected.row_loss, atol=1e-4, rtol=1e-4)
+    assert torch.allclose(z.grad, expected_grad, atol=1e-4, rtol=1e-4)
 
 
 @few
@@ -108,13 +108,15 @@ def test_an_entropy_in_the_loss_equals_float64_autograd(
     teacher = make_teacher(ids)
     loss = LOSSES["reverse_kl_renormalised"]
     z = logits.to(device).requires_grad_()
-    answer = plus_entropy(objective(loss(teacher)), factor)
-    (grad,) = torch.autograd.grad(sparse_kl(z, ids, answer, k=k, n_vocab=n_vocab).loss, z)
+    objective_fn = plus_entropy(objective(loss(teacher)), factor)
+    (grad,) = torch.autograd.grad(sparse_kl(z, ids, objective_fn, k=k, n_vocab=n_vocab).loss, z)
     exact_z, exact_teacher = z.detach().double().requires_grad_(), teacher.to(torch.float64)
     rows = full_vocab_loss(loss(exact_teacher), exact_z, exact_teacher, k, n_vocab)
-    (want,) = torch.autograd.grad((rows + factor * entropy_of(exact_z, n_vocab)).sum(), exact_z)
-    step = torch.finfo(logits.dtype).eps * want.abs() + torch.finfo(logits.dtype).smallest_normal
-    assert ((grad - want).abs() <= step + 3e-5).all()
+    (expected,) = torch.autograd.grad((rows + factor * entropy_of(exact_z, n_vocab)).sum(), exact_z)
+    step = (
+        torch.finfo(logits.dtype).eps * expected.abs() + torch.finfo(logits.dtype).smallest_normal
+    )
+    assert ((grad - expected).abs() <= step + 3e-5).all()
     assert (grad[:, n_vocab:] == 0).all()
 
 
@@ -137,7 +139,7 @@ def test_rows_past_two_to_the_31(device: str) -> None:
     assert torch.equal(topk_select(logits, 3)[1], topk_select(small, 3)[1])
     dense = torch.ones(5, device=device)
     ids = torch.zeros(5, 1, dtype=torch.int64, device=device)
-    want = row_grad(small, near.log_sum_exp, dense, ids, dense[:, None])
+    expected = row_grad(small, near.log_sum_exp, dense, ids, dense[:, None])
     assert torch.equal(
-        row_grad(logits, far.log_sum_exp, dense, ids, dense[:, None], out=logits), want
+        row_grad(logits, far.log_sum_exp, dense, ids, dense[:, None], out=logits), expected
     )

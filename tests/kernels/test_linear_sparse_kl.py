@@ -31,16 +31,16 @@ def test_float64_equals_full_vocabulary_autograd(name: str, chunk_rows: int | No
     hidden, weight, ids = problem("cpu", torch.float64)
     teacher = make_teacher(ids).to(torch.float64)
     row_weight = torch.rand(P, dtype=torch.float64)
-    answer = objective(LOSSES[name](teacher))
+    objective_fn = objective(LOSSES[name](teacher))
     ours = linear_sparse_kl(
-        hidden, weight, ids, answer, k=K, row_weight=row_weight, chunk_rows=chunk_rows
+        hidden, weight, ids, objective_fn, k=K, row_weight=row_weight, chunk_rows=chunk_rows
     )
     grads = torch.autograd.grad(ours.loss * -2, (hidden, weight))
     rows = full_vocab_loss(LOSSES[name](teacher), hidden @ weight.T, teacher, K)
-    want = torch.autograd.grad((row_weight * rows).sum() * -2, (hidden, weight))
+    expected = torch.autograd.grad((row_weight * rows).sum() * -2, (hidden, weight))
     assert torch.allclose(ours.row_loss, rows.detach(), atol=1e-12)
-    for ours_d, want_d in zip(grads, want, strict=True):
-        assert torch.allclose(ours_d, want_d, rtol=1e-10, atol=1e-12)
+    for ours_d, expected_d in zip(grads, expected, strict=True):
+        assert torch.allclose(ours_d, expected_d, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -48,47 +48,47 @@ def test_float32_equals_sparse_kl_of_the_product(name: str, device: str) -> None
     n_vocab = 290
     hidden, weight, ids = problem(device)
     ids = ids.masked_fill(ids >= n_vocab, -1)
-    answer = objective(LOSSES[name](make_teacher(ids)))
-    ours = linear_sparse_kl(hidden, weight, ids, answer, k=K, n_vocab=n_vocab, chunk_rows=3)
+    objective_fn = objective(LOSSES[name](make_teacher(ids)))
+    ours = linear_sparse_kl(hidden, weight, ids, objective_fn, k=K, n_vocab=n_vocab, chunk_rows=3)
     grads = torch.autograd.grad(ours.loss, (hidden, weight))
-    want = sparse_kl(hidden @ weight.T, ids, answer, k=K, n_vocab=n_vocab)
-    want_grads = torch.autograd.grad(want.loss, (hidden, weight))
-    assert torch.allclose(ours.loss, want.loss, rtol=1e-5)
-    for metric, value in want.metrics.items():
+    expected = sparse_kl(hidden @ weight.T, ids, objective_fn, k=K, n_vocab=n_vocab)
+    expected_grads = torch.autograd.grad(expected.loss, (hidden, weight))
+    assert torch.allclose(ours.loss, expected.loss, rtol=1e-5)
+    for metric, value in expected.metrics.items():
         assert torch.allclose(ours.metrics[metric], value, atol=1e-5)
-    for ours_d, want_d in zip(grads, want_grads, strict=True):
-        assert torch.allclose(ours_d, want_d, atol=2e-5)
+    for ours_d, expected_d in zip(grads, expected_grads, strict=True):
+        assert torch.allclose(ours_d, expected_d, atol=2e-5)
     assert (grads[1][n_vocab:] == 0).all()
 
 
 def test_equals_its_reference(device: str) -> None:
     hidden, weight, ids = problem(device)
-    answer = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
-    ours = linear_sparse_kl(hidden, weight, ids, answer, k=K)
+    objective_fn = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
+    ours = linear_sparse_kl(hidden, weight, ids, objective_fn, k=K)
     grads = torch.autograd.grad(ours.loss, (hidden, weight))
-    want, *want_grads = linear_sparse_kl_reference(
-        hidden.detach(), weight.detach(), ids, answer, k=K
+    expected, *expected_grads = linear_sparse_kl_reference(
+        hidden.detach(), weight.detach(), ids, objective_fn, k=K
     )
-    assert torch.allclose(ours.loss, want.loss, rtol=1e-5)
-    for ours_d, want_d in zip(grads, want_grads, strict=True):
-        assert torch.allclose(ours_d, want_d, atol=2e-5)
+    assert torch.allclose(ours.loss, expected.loss, rtol=1e-5)
+    for ours_d, expected_d in zip(grads, expected_grads, strict=True):
+        assert torch.allclose(ours_d, expected_d, atol=2e-5)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 def test_a_frozen_input_gets_no_gradient(frozen: str, device: str) -> None:
     hidden, weight, ids = problem(device)
-    answer = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
-    want = torch.autograd.grad(
-        linear_sparse_kl(hidden, weight, ids, answer, k=K).loss, (hidden, weight)
+    objective_fn = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
+    expected = torch.autograd.grad(
+        linear_sparse_kl(hidden, weight, ids, objective_fn, k=K).loss, (hidden, weight)
     )
     hidden.requires_grad_(frozen == "weight")
     weight.requires_grad_(frozen == "hidden")
-    loss = linear_sparse_kl(hidden, weight, ids, answer, k=K, chunk_rows=4).loss
+    loss = linear_sparse_kl(hidden, weight, ids, objective_fn, k=K, chunk_rows=4).loss
     assert loss.requires_grad == (frozen != "both")
     if frozen == "both":
         return
     loss.backward()
-    live, grad = (weight, want[1]) if frozen == "hidden" else (hidden, want[0])
+    live, grad = (weight, expected[1]) if frozen == "hidden" else (hidden, expected[0])
     assert torch.allclose(live.grad, grad, atol=1e-5)
     assert (hidden if frozen == "hidden" else weight).grad is None
 
@@ -99,8 +99,8 @@ def test_weight_zero_keeps_nan_out_of_both_gradients(device: str) -> None:
         hidden[2] = float("nan")
     row_weight = torch.ones(P, device=device)
     row_weight[2] = 0
-    answer = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
-    result = linear_sparse_kl(hidden, weight, ids, answer, k=K, row_weight=row_weight)
+    objective_fn = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
+    result = linear_sparse_kl(hidden, weight, ids, objective_fn, k=K, row_weight=row_weight)
     result.loss.backward()
     assert result.loss.isfinite()
     assert (hidden.grad[2] == 0).all()
@@ -111,8 +111,8 @@ def test_weight_zero_keeps_nan_out_of_both_gradients(device: str) -> None:
 
 def test_no_rows_still_carry_gradients(device: str) -> None:
     hidden, weight, ids = problem(device, rows=0)
-    answer = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
-    loss = linear_sparse_kl(hidden, weight, ids, answer, k=K).loss
+    objective_fn = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
+    loss = linear_sparse_kl(hidden, weight, ids, objective_fn, k=K).loss
     loss.backward()
     assert loss.item() == 0
     assert hidden.grad.shape == (0, D)
@@ -122,17 +122,17 @@ def test_no_rows_still_carry_gradients(device: str) -> None:
 def test_bfloat16_hidden_with_a_float32_weight(device: str) -> None:
     hidden, weight, ids = problem(device)
     half = hidden.detach().bfloat16().requires_grad_()
-    answer = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
-    loss = linear_sparse_kl(half, weight, ids, answer, k=K, chunk_rows=4).loss
+    objective_fn = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
+    loss = linear_sparse_kl(half, weight, ids, objective_fn, k=K, chunk_rows=4).loss
     loss.backward()
     assert half.grad.dtype == torch.bfloat16
     assert weight.grad.dtype == loss.dtype == torch.float32
-    _, want_hidden, want_weight = linear_sparse_kl_reference(
-        half.detach().float(), weight.detach().bfloat16().float(), ids, answer, k=K
+    _, expected_hidden, expected_weight = linear_sparse_kl_reference(
+        half.detach().float(), weight.detach().bfloat16().float(), ids, objective_fn, k=K
     )
     # Logits and d_logits are rounded to 8 bits on the way: 2^-8 of logits up to 16, twice.
-    assert (half.grad.float() - want_hidden).norm() < 0.02 * want_hidden.norm()
-    assert (weight.grad - want_weight).norm() < 0.02 * want_weight.norm()
+    assert (half.grad.float() - expected_hidden).norm() < 0.02 * expected_hidden.norm()
+    assert (weight.grad - expected_weight).norm() < 0.02 * expected_weight.norm()
 
 
 class Sizes(TorchDispatchMode):
@@ -155,18 +155,19 @@ def test_logits_of_all_rows_never_exist() -> None:
     hidden = torch.randn(rows, 16, requires_grad=True)
     weight = torch.randn(n_vocab, 16, requires_grad=True)
     ids = make_ids(rows, n_vocab, 4)
-    answer = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
+    objective_fn = objective(LOSSES["reverse_kl_renormalised"](make_teacher(ids)))
     with Sizes() as sizes:
-        linear_sparse_kl(hidden, weight, ids, answer, k=4, chunk_rows=8).loss.backward()
+        linear_sparse_kl(hidden, weight, ids, objective_fn, k=4, chunk_rows=8).loss.backward()
     assert sizes.largest == weight.numel() < rows * n_vocab / 2
 
 
 def test_two_runs_are_bitwise_equal(device: str) -> None:
     hidden, weight, ids = problem(device)
-    answer = objective(LOSSES["reverse_kl_overlap"](make_teacher(ids)))
+    objective_fn = objective(LOSSES["reverse_kl_overlap"](make_teacher(ids)))
     first, second = (
         torch.autograd.grad(
-            linear_sparse_kl(hidden, weight, ids, answer, k=K, chunk_rows=3).loss, (hidden, weight)
+            linear_sparse_kl(hidden, weight, ids, objective_fn, k=K, chunk_rows=3).loss,
+            (hidden, weight),
         )
         for _ in range(2)
     )
@@ -175,10 +176,10 @@ def test_two_runs_are_bitwise_equal(device: str) -> None:
 
 def test_autocast_does_not_change_the_dtype() -> None:
     hidden, weight, ids = problem("cpu")
-    answer = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
-    plain = linear_sparse_kl(hidden, weight, ids, answer, k=K).loss
+    objective_fn = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
+    plain = linear_sparse_kl(hidden, weight, ids, objective_fn, k=K).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = linear_sparse_kl(hidden, weight, ids, answer, k=K).loss
+        cast = linear_sparse_kl(hidden, weight, ids, objective_fn, k=K).loss
     assert torch.equal(plain, cast)
 
 
@@ -192,13 +193,13 @@ def test_memory_between_the_rows_of_the_buffer_does_not_matter(
     empty = Tensor.new_empty
 
     def poisoned(self: Tensor, *shape: object, **options: object) -> Tensor:
-        made = empty(self, *shape, **options)  # type: ignore[arg-type]
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        tensor = empty(self, *shape, **options)  # type: ignore[arg-type]
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
     for rows in (54, 100):
         hidden, weight, ids = problem("cpu", torch.bfloat16, rows)
-        answer = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
-        loss = linear_sparse_kl(hidden, weight, ids, answer, k=K).loss
+        objective_fn = objective(LOSSES["forward_kl_tail"](make_teacher(ids)))
+        loss = linear_sparse_kl(hidden, weight, ids, objective_fn, k=K).loss
         grads = torch.autograd.grad(loss, (hidden, weight))
         assert all(grad.isfinite().all() for grad in grads)

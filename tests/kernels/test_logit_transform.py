@@ -33,9 +33,9 @@ def transformed(z: Tensor, y: LogitTransform) -> Tensor:
 @every_map
 def test_apply_and_slope_are_the_formula_and_its_derivative(y: LogitTransform) -> None:
     z = torch.linspace(-40, 40, 81, dtype=torch.float64, requires_grad=True)
-    want = transformed(z, y)
-    (slope,) = torch.autograd.grad(want.sum(), z)
-    torch.testing.assert_close(y.apply(z.detach()), want.detach())
+    expected = transformed(z, y)
+    (slope,) = torch.autograd.grad(expected.sum(), z)
+    torch.testing.assert_close(y.apply(z.detach()), expected.detach())
     torch.testing.assert_close(y.slope(z.detach()), slope)
 
 
@@ -50,8 +50,8 @@ def test_statistics_are_those_of_mapped_logits(
     ours = row_stats(logits.to(device), n_vocab=n_vocab, logit_transform=y)
     naive = row_stats_reference(logits, n_vocab=n_vocab, logit_transform=y)
     exact = row_stats_reference(transformed(logits.double(), y), n_vocab=n_vocab)
-    for name, mine, plain, want in zip(exact._fields, ours, naive, exact, strict=True):
-        assert_close(mine, plain, want, 4e-6 * max(1.0, float(want.abs().max())), name)
+    for name, mine, plain, expected in zip(exact._fields, ours, naive, exact, strict=True):
+        assert_close(mine, plain, expected, 4e-6 * max(1.0, float(expected.abs().max())), name)
 
 
 @every_map
@@ -62,10 +62,10 @@ def test_gradient_has_the_slope(y: LogitTransform, in_place: bool, device: str) 
     lse = row_stats_reference(logits, n_vocab=n_vocab, logit_transform=y).log_sum_exp
     dense = torch.tensor([1.0, -0.3, 0.0, 2.0])
     at = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
-    given = (lse.to(device), dense.to(device), ids.to(device), at.to(device))
+    inputs = (lse.to(device), dense.to(device), ids.to(device), at.to(device))
     z = logits.clone().to(device)
     out = z if in_place else None
-    ours = row_grad(z, *given, out=out, n_vocab=n_vocab, logit_transform=y)
+    ours = row_grad(z, *inputs, out=out, n_vocab=n_vocab, logit_transform=y)
     exact = row_grad_reference(
         logits.double(), lse.double(), dense.double(), ids, at, n_vocab=n_vocab, logit_transform=y
     )
@@ -79,16 +79,18 @@ def test_float64_equals_autograd_through_the_map(name: str, y: LogitTransform) -
     logits = make_logits("iid", 5, 60, torch.float64).requires_grad_()
     ids = make_ids(5, 60, 8)
     teacher = make_teacher(ids).to(torch.float64)
-    answer = objective(LOSSES[name](teacher))
+    objective_fn = objective(LOSSES[name](teacher))
     rows = full_vocab_loss(LOSSES[name](teacher), transformed(logits, y), teacher, 6)
-    (want,) = torch.autograd.grad(rows.sum(), logits)
-    ours = sparse_kl(logits, ids, answer, k=6, logit_transform=y)
+    (expected,) = torch.autograd.grad(rows.sum(), logits)
+    ours = sparse_kl(logits, ids, objective_fn, k=6, logit_transform=y)
     (grad,) = torch.autograd.grad(ours.loss, logits)
     torch.testing.assert_close(ours.row_loss, rows.detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-12)
-    reference, d_logits = sparse_kl_reference(logits.detach(), ids, answer, k=6, logit_transform=y)
+    torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12)
+    reference, d_logits = sparse_kl_reference(
+        logits.detach(), ids, objective_fn, k=6, logit_transform=y
+    )
     torch.testing.assert_close(reference.row_loss, rows.detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(d_logits, want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(d_logits, expected, rtol=1e-9, atol=1e-12)
 
 
 @every_map
@@ -97,21 +99,21 @@ def test_hidden_states_on_both_paths(name: str, y: LogitTransform, device: str) 
     generator = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(5, 24, generator=generator), torch.randn(301, 24)
     ids = make_ids(5, 290, 8)
-    answer = objective(LOSSES[name](make_teacher(ids.to(device))))
-    given = [t.to(device).requires_grad_() for t in (hidden, weight)]
+    objective_fn = objective(LOSSES[name](make_teacher(ids.to(device))))
+    inputs = [t.to(device).requires_grad_() for t in (hidden, weight)]
     options = {"k": 6, "n_vocab": 290, "logit_transform": y}
-    want, *want_grads = linear_sparse_kl_reference(
+    expected, *expected_grads = linear_sparse_kl_reference(
         hidden, weight, ids, objective(LOSSES[name](make_teacher(ids))), **options
     )
-    ops = [linear_sparse_kl(*given, ids.to(device), answer, chunk_rows=3, **options)]
+    ops = [linear_sparse_kl(*inputs, ids.to(device), objective_fn, chunk_rows=3, **options)]
     if name != "forward_kl_tail":
-        ops.append(indexed_linear(*given, ids.to(device), answer, chunk_rows=3, **options))
+        ops.append(indexed_linear(*inputs, ids.to(device), objective_fn, chunk_rows=3, **options))
     if name == "reverse_kl_renormalised":
-        ops.append(indexed_linear(*given, ids.to(device), answer, **(options | {"k": None})))
+        ops.append(indexed_linear(*inputs, ids.to(device), objective_fn, **(options | {"k": None})))
     for ours in ops:
-        torch.testing.assert_close(ours.row_loss.cpu(), want.row_loss, rtol=1e-4, atol=1e-5)
-        grads = torch.autograd.grad(ours.loss, given)
-        for mine, theirs in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(ours.row_loss.cpu(), expected.row_loss, rtol=1e-4, atol=1e-5)
+        grads = torch.autograd.grad(ours.loss, inputs)
+        for mine, theirs in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=3e-5)
 
 

@@ -209,16 +209,20 @@ FUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_a_fused_objective_of_parts_that_do_not_fit(
     changed: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    made, _ = fused(make_cached(make_logits("iid", P, V, torch.float32), 3), "jsd", "bucket")
+    objective_fn, _ = fused(
+        make_cached(make_logits("iid", P, V, torch.float32), 3), "jsd", "bucket"
+    )
     with pytest.raises(error, match=re.escape(message)):
-        type(made)(**(vars(made) | changed))
+        type(objective_fn)(**(vars(objective_fn) | changed))
 
 
 @pytest.mark.parametrize("op", ["sparse_kl", "linear_sparse_kl", "indexed_linear"])
 def test_a_fused_objective_of_other_rows(op: str) -> None:
-    made, _ = fused(make_cached(make_logits("iid", P, V, torch.float32), 4), "jsd", "bucket")
+    objective_fn, _ = fused(
+        make_cached(make_logits("iid", P, V, torch.float32), 4), "jsd", "bucket"
+    )
     with pytest.raises(ValueError, match=r"log_q has shape \(2, 4\), must be that of ids, \(2, 3"):
-        OPS[op](objective=made)
+        OPS[op](objective=objective_fn)
 
 
 @pytest.mark.parametrize("n_rows", [0, P])
@@ -227,11 +231,11 @@ def test_no_rows_and_no_weight_cost_nothing(op: str, n_rows: int, device: str) -
     width = V if op == "sparse_kl" else D
     rows = torch.full((n_rows, width), torch.nan, device=device, requires_grad=True)
     cached = make_cached(make_logits("iid", P, V, torch.float32).to(device), 3)
-    made, _ = fused(cached, "reverse_kl", "renormalize")
-    made, weight = made.rows(slice(0, n_rows)), torch.zeros(n_rows, device=device)
+    objective_fn, _ = fused(cached, "reverse_kl", "renormalize")
+    objective_fn, weight = objective_fn.rows(slice(0, n_rows)), torch.zeros(n_rows, device=device)
     head = torch.ones(V, D, device=device, requires_grad=True)
     options = {} if op == "sparse_kl" else {"head": head}
-    result = OPS[op](rows, made, ids=cached.ids[:n_rows], row_weight=weight, **options)
+    result = OPS[op](rows, objective_fn, ids=cached.ids[:n_rows], row_weight=weight, **options)
     result.loss.backward()
     assert result.loss == 0
     assert torch.equal(rows.grad, torch.zeros_like(rows))
@@ -241,9 +245,9 @@ def test_no_rows_and_no_weight_cost_nothing(op: str, n_rows: int, device: str) -
 
 def test_a_second_backward_over_an_in_place_gradient_is_rejected(device: str) -> None:
     leaf = make_logits("iid", P, V, torch.float32).to(device).requires_grad_()
-    made, _ = fused(make_cached(leaf, 3), "forward_kl", "bucket")
+    objective_fn, _ = fused(make_cached(leaf, 3), "forward_kl", "bucket")
     z = leaf * 1.0
-    loss = sparse_kl(z, make_cached(leaf, 3).ids, made, k=2, in_place=True).loss
+    loss = sparse_kl(z, make_cached(leaf, 3).ids, objective_fn, k=2, in_place=True).loss
     loss.backward(retain_graph=True)
     once = leaf.grad.clone()
     with pytest.raises(ValueError, match=r"handed over; compute the loss again"):

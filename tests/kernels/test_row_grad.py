@@ -44,11 +44,11 @@ def test_against_float64(
 def test_half_precision_output_is_within_one_step(dtype: torch.dtype, device: str) -> None:
     logits, dense, ids, at_ids = (t.to(device) for t in problem("iid", (3, 1000), dtype))
     lse = row_stats(logits).log_sum_exp
-    want = row_grad_reference(logits, lse, dense, ids, at_ids)
+    expected = row_grad_reference(logits, lse, dense, ids, at_ids)
     ours = row_grad(logits, lse, dense, ids, at_ids)
     assert ours.dtype == dtype
-    step = torch.finfo(dtype).eps * want.abs() + torch.finfo(dtype).smallest_normal
-    assert ((ours.float() - want).abs() <= step).all()
+    step = torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).smallest_normal
+    assert ((ours.float() - expected).abs() <= step).all()
 
 
 @pytest.mark.parametrize("n_vocab", [1, 60, 997])
@@ -60,8 +60,8 @@ def test_padded_columns_are_zero_and_neighbours_untouched(n_vocab: int, device: 
     out = torch.full((3, 1024), 7.0, device=device)
     lse = row_stats(logits, n_vocab=n_vocab).log_sum_exp
     row_grad(logits, lse, dense, ids, at_ids, out=out[:, :1000], n_vocab=n_vocab)
-    want = row_grad_reference(logits, lse, dense, ids, at_ids, n_vocab=n_vocab)
-    assert torch.allclose(out[:, :1000], want, atol=1e-7)
+    expected = row_grad_reference(logits, lse, dense, ids, at_ids, n_vocab=n_vocab)
+    assert torch.allclose(out[:, :1000], expected, atol=1e-7)
     assert (out[:, n_vocab:1000] == 0).all()
     assert (out[:, 1000:] == 7).all()
 
@@ -96,8 +96,8 @@ def test_more_ids_than_one_step_of_the_kernel(device: str) -> None:
         t.to(device) for t in problem("iid", (2, 3000), torch.float32, n_ids=2500)
     )
     lse = row_stats(logits).log_sum_exp
-    want = row_grad_reference(logits, lse, dense, ids, at_ids)
-    assert torch.allclose(row_grad(logits, lse, dense, ids, at_ids), want, atol=1e-6)
+    expected = row_grad_reference(logits, lse, dense, ids, at_ids)
+    assert torch.allclose(row_grad(logits, lse, dense, ids, at_ids), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_rows", [0, 2])

@@ -32,10 +32,10 @@ def test_against_float64(
 @pytest.mark.parametrize("kind", KINDS)
 def test_float64_keeps_its_precision(kind: str) -> None:
     logits = make_logits(kind, 3, 4801, torch.float64)
-    ours, want = row_stats(logits), row_stats_reference(logits)
+    ours, expected = row_stats(logits), row_stats_reference(logits)
     assert ours.entropy.dtype == torch.float64
-    assert torch.allclose(ours.log_sum_exp, want.log_sum_exp, rtol=1e-13, atol=1e-12)
-    assert torch.allclose(ours.entropy, want.entropy, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(ours.log_sum_exp, expected.log_sum_exp, rtol=1e-13, atol=1e-12)
+    assert torch.allclose(ours.entropy, expected.entropy, rtol=1e-12, atol=1e-12)
 
 
 def test_hand_worked(device: str) -> None:

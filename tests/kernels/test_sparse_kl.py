@@ -45,8 +45,8 @@ def test_equals_full_vocabulary_autograd(
 ) -> None:
     logits, ids, teacher = problem(device, dtype, n_vocab)
     weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 0.1], device=device)
-    answer = objective(LOSSES[name](teacher))
-    ours = sparse_kl(logits, ids, answer, k=K, row_weight=weight, n_vocab=n_vocab)
+    objective_fn = objective(LOSSES[name](teacher))
+    ours = sparse_kl(logits, ids, objective_fn, k=K, row_weight=weight, n_vocab=n_vocab)
     (ours.loss * 3).backward()
     exact_teacher = teacher.to(torch.float64)
     exact, exact_grad = full_vocab(name, logits.double(), exact_teacher, weight.double(), n_vocab)
@@ -75,16 +75,16 @@ def test_finite_differences() -> None:
     logits = make_logits("iid", 3, 20, torch.float64).requires_grad_()
     ids = make_ids(3, 20, 5)
     teacher = make_teacher(ids).to(torch.float64)
-    answer = objective(LOSSES["forward_kl_tail"](teacher))
-    (grad,) = torch.autograd.grad(sparse_kl(logits, ids, answer, k=4).loss, logits)
+    objective_fn = objective(LOSSES["forward_kl_tail"](teacher))
+    (grad,) = torch.autograd.grad(sparse_kl(logits, ids, objective_fn, k=4).loss, logits)
     steps = 1e-6 * torch.eye(60, dtype=torch.float64).view(60, 3, 20)
     slopes = [
-        sparse_kl(logits.detach() + step, ids, answer, k=4).loss
-        - sparse_kl(logits.detach() - step, ids, answer, k=4).loss
+        sparse_kl(logits.detach() + step, ids, objective_fn, k=4).loss
+        - sparse_kl(logits.detach() - step, ids, objective_fn, k=4).loss
         for step in steps
     ]
-    want = torch.stack(slopes).view(3, 20) / 2e-6
-    torch.testing.assert_close(grad, want, rtol=1e-6, atol=1e-9)
+    expected = torch.stack(slopes).view(3, 20) / 2e-6
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_tail_bucket_in_closed_form_survives_a_vanishing_tail(device: str) -> None:
@@ -95,21 +95,21 @@ def test_tail_bucket_in_closed_form_survives_a_vanishing_tail(device: str) -> No
     ids = torch.tensor([[0, 1, 2]], device=device)
     teacher = make_teacher(ids)
     sparse_kl(logits, ids, forward_kl_tail_closed(teacher), k=3).loss.backward()
-    want = logits.detach().double().softmax(-1)[:, :3] - teacher.log_q.double().exp()
-    assert torch.allclose(logits.grad[:, :3].double(), want, atol=3e-7)
+    expected = logits.detach().double().softmax(-1)[:, :3] - teacher.log_q.double().exp()
+    assert torch.allclose(logits.grad[:, :3].double(), expected, atol=3e-7)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_its_reference(name: str, device: str) -> None:
     logits, ids, teacher = problem(device)
-    answer = objective(LOSSES[name](teacher))
-    ours = sparse_kl(logits, ids, answer, k=K)
+    objective_fn = objective(LOSSES[name](teacher))
+    ours = sparse_kl(logits, ids, objective_fn, k=K)
     ours.loss.backward()
-    want, want_grad = sparse_kl_reference(logits.detach(), ids, answer, k=K)
-    assert torch.allclose(ours.row_loss, want.row_loss, atol=1e-5)
-    assert torch.allclose(logits.grad, want_grad, atol=1e-6)
-    assert ours.metrics.keys() == want.metrics.keys()
-    for metric, value in want.metrics.items():
+    expected, expected_grad = sparse_kl_reference(logits.detach(), ids, objective_fn, k=K)
+    assert torch.allclose(ours.row_loss, expected.row_loss, atol=1e-5)
+    assert torch.allclose(logits.grad, expected_grad, atol=1e-6)
+    assert ours.metrics.keys() == expected.metrics.keys()
+    for metric, value in expected.metrics.items():
         assert torch.allclose(ours.metrics[metric], value, atol=1e-5)
 
 
@@ -146,8 +146,8 @@ def test_weight_zero_keeps_nan_in_its_row(device: str) -> None:
         logits[1] = float("nan")
         logits[3] = -torch.inf
     weight = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0], device=device)
-    answer = objective(LOSSES["forward_kl_tail"](teacher))
-    result = sparse_kl(logits, ids, answer, k=K, row_weight=weight)
+    objective_fn = objective(LOSSES["forward_kl_tail"](teacher))
+    result = sparse_kl(logits, ids, objective_fn, k=K, row_weight=weight)
     result.loss.backward()
     assert result.loss.isfinite()
     assert (logits.grad[[1, 3]] == 0).all()
@@ -158,10 +158,10 @@ def test_weight_zero_keeps_nan_in_its_row(device: str) -> None:
 def test_without_gradient_the_logits_stay_and_no_gradient_is_made(device: str) -> None:
     logits, ids, teacher = problem(device)
     before = logits.detach().clone()
-    answer = objective(LOSSES["reverse_kl_overlap"](teacher))
+    objective_fn = objective(LOSSES["reverse_kl_overlap"](teacher))
     with torch.no_grad():
-        quiet = sparse_kl(logits, ids, answer, k=K)
-    loud = sparse_kl(logits, ids, answer, k=K)
+        quiet = sparse_kl(logits, ids, objective_fn, k=K)
+    loud = sparse_kl(logits, ids, objective_fn, k=K)
     assert not quiet.loss.requires_grad
     assert loud.loss.requires_grad
     assert not loud.row_loss.requires_grad
@@ -173,17 +173,17 @@ def test_without_gradient_the_logits_stay_and_no_gradient_is_made(device: str) -
 def test_the_objective_sees_rows_by_position(device: str) -> None:
     seen: list[ObjectiveInput] = []
 
-    def answer(view: ObjectiveInput) -> ObjectiveGrad:
+    def objective_fn(view: ObjectiveInput) -> ObjectiveGrad:
         seen.append(view)
         zero = torch.zeros_like(view.log_p)
         return ObjectiveGrad(zero.sum(-1), zero, zero.sum(-1), zero, {})
 
     logits, ids, _ = problem(device)
-    sparse_kl(logits, ids, answer, k=K, chunk_rows=2)
+    sparse_kl(logits, ids, objective_fn, k=K, chunk_rows=2)
     assert [view.index.tolist() for view in seen] == [[0, 1], [2, 3], [4]]
     log_p = torch.cat([view.log_p for view in seen])
-    want = logits.detach().log_softmax(-1).gather(1, ids.clamp(min=0))
-    assert torch.allclose(log_p[ids >= 0], want[ids >= 0], atol=1e-6)
+    expected = logits.detach().log_softmax(-1).gather(1, ids.clamp(min=0))
+    assert torch.allclose(log_p[ids >= 0], expected[ids >= 0], atol=1e-6)
     assert (log_p[ids < 0] == -torch.inf).all()
 
 
@@ -214,27 +214,30 @@ def test_the_gradient_of_a_row_sums_to_zero_and_is_rounded_once(
 def test_the_incoming_gradient_scales_it(dtype: torch.dtype, device: str) -> None:
     logits, ids, teacher = problem(device)
     logits = logits.detach().to(dtype).requires_grad_()
-    answer = objective(LOSSES["forward_kl_tail"](teacher))
-    (once,) = torch.autograd.grad(sparse_kl(logits, ids, answer, k=K).loss, logits)
-    (half,) = torch.autograd.grad(sparse_kl(logits, ids, answer, k=K).loss * 0.5, logits)
+    objective_fn = objective(LOSSES["forward_kl_tail"](teacher))
+    (once,) = torch.autograd.grad(sparse_kl(logits, ids, objective_fn, k=K).loss, logits)
+    (half,) = torch.autograd.grad(sparse_kl(logits, ids, objective_fn, k=K).loss * 0.5, logits)
     assert torch.equal(half, once * 0.5), "a power of two rounds nothing"
-    two = sparse_kl(logits, ids, answer, k=K).loss + sparse_kl(logits, ids, answer, k=K).loss
+    two = (
+        sparse_kl(logits, ids, objective_fn, k=K).loss
+        + sparse_kl(logits, ids, objective_fn, k=K).loss
+    )
     two.backward()
     assert torch.equal(logits.grad, 2 * once)
 
 
 def test_in_place_is_the_same_gradient_in_the_memory_of_the_logits(device: str) -> None:
     logits, ids, teacher = problem(device)
-    answer = objective(LOSSES["forward_kl_tail"](teacher))
-    separate = sparse_kl(logits, ids, answer, k=K)
-    (want,) = torch.autograd.grad(separate.loss, logits)
-    made = logits.detach().clone().requires_grad_() * 1.0  # as a head makes them
-    ours = sparse_kl(made, ids, answer, k=K, in_place=True)
+    objective_fn = objective(LOSSES["forward_kl_tail"](teacher))
+    separate = sparse_kl(logits, ids, objective_fn, k=K)
+    (expected,) = torch.autograd.grad(separate.loss, logits)
+    z = logits.detach().clone().requires_grad_() * 1.0  # not a leaf, as the output of a head
+    ours = sparse_kl(z, ids, objective_fn, k=K, in_place=True)
     assert torch.equal(ours.row_loss, separate.row_loss)
-    (grad,) = torch.autograd.grad(ours.loss, made)
-    assert torch.equal(grad, want)
-    assert grad.data_ptr() == made.data_ptr()
-    assert torch.equal(made.detach(), want)
+    (grad,) = torch.autograd.grad(ours.loss, z)
+    assert torch.equal(grad, expected)
+    assert grad.data_ptr() == z.data_ptr()
+    assert torch.equal(z.detach(), expected)
 
 
 def test_a_second_backward_is_refused(device: str) -> None:

@@ -11,9 +11,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def assert_same(logits: torch.Tensor, k: int, n_vocab: int | None, device: str) -> None:
     values, ids = topk_select(logits.to(device), k, n_vocab=n_vocab)
-    want_values, want_ids = topk_select_reference(logits, k, n_vocab=n_vocab)
-    assert torch.equal(ids.cpu(), want_ids)
-    assert torch.equal(values.cpu(), want_values)
+    expected_values, expected_ids = topk_select_reference(logits, k, n_vocab=n_vocab)
+    assert torch.equal(ids.cpu(), expected_ids)
+    assert torch.equal(values.cpu(), expected_values)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES, ids=str)

@@ -78,7 +78,7 @@ def merged(
 def on_shards(
     logits: Tensor,
     ids: Tensor,
-    answer: ObjectiveFn,
+    objective_fn: ObjectiveFn,
     widths: Sequence[int],
     n_vocab: int,
     k: int = K,
@@ -91,7 +91,7 @@ def on_shards(
     grad = torch.full_like(logits, torch.nan)
     results = []
     for columns, n_own in spread(widths, n_vocab):
-        losses = RowLosses(ids, answer, k, row_weight, read.entropy.dtype, logit_transform)
+        losses = RowLosses(ids, objective_fn, k, row_weight, read.entropy.dtype, logit_transform)
         at, out = own_columns(ids, columns.start, n_own), grad[:, columns]
         if n_own == 0:
             out.zero_()
@@ -119,8 +119,8 @@ def test_reads_equal_those_of_whole_rows(
     values, top_ids = topk_select(logits, K, n_vocab=N_OWN)
     assert torch.equal(read.top_ids, top_ids)
     assert torch.equal(read.top, values)
-    want_at = logits.gather(1, ids.clamp(min=0)).to(read.at_ids.dtype)
-    assert torch.equal(read.at_ids, want_at.masked_fill(ids < 0, -torch.inf))
+    expected_at = logits.gather(1, ids.clamp(min=0)).to(read.at_ids.dtype)
+    assert torch.equal(read.at_ids, expected_at.masked_fill(ids < 0, -torch.inf))
     # The floors of test_row_stats: what one piece is allowed.
     exact = row_stats_reference(logits.double(), n_vocab=N_OWN)
     naive = row_stats_reference(logits, n_vocab=N_OWN)
@@ -134,9 +134,9 @@ def test_reads_equal_those_of_whole_rows(
 def test_float64_keeps_its_precision(widths: list[int]) -> None:
     logits = make_logits("ramp up", 3, V, torch.float64)
     read = merged(logits, make_ids(3, V, S), widths, K, V)
-    want = row_stats_reference(logits)
-    assert torch.allclose(read.log_sum_exp, want.log_sum_exp, rtol=1e-13, atol=1e-12)
-    assert torch.allclose(read.entropy, want.entropy, rtol=1e-12, atol=1e-12)
+    expected = row_stats_reference(logits)
+    assert torch.allclose(read.log_sum_exp, expected.log_sum_exp, rtol=1e-13, atol=1e-12)
+    assert torch.allclose(read.entropy, expected.entropy, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shard", range(3))
@@ -146,9 +146,9 @@ def test_minus_infinity_on_a_whole_shard_is_mass_zero(shard: int, device: str) -
     logits[1, columns] = -torch.inf
     logits[2] = -torch.inf
     read = merged(logits, make_ids(3, V, S).to(device), [400, 3, 297], K, V)
-    want = row_stats(logits)
-    assert torch.allclose(read.log_sum_exp, want.log_sum_exp, equal_nan=True)
-    assert torch.allclose(read.entropy, want.entropy, atol=1e-5, equal_nan=True)
+    expected = row_stats(logits)
+    assert torch.allclose(read.log_sum_exp, expected.log_sum_exp, equal_nan=True)
+    assert torch.allclose(read.entropy, expected.entropy, atol=1e-5, equal_nan=True)
     assert read.entropy.isnan().tolist() == [False, False, True], "nothing anywhere is NaN"
     assert torch.equal(read.top_ids, topk_select(logits, K)[1]), "the lowest ids where nothing is"
 
@@ -199,8 +199,8 @@ def test_loss_and_gradient_equal_full_vocabulary_autograd(
         total = (weight.to(z.dtype) * full_vocab_loss(LOSSES[name](t), z, t, K, N_OWN)).sum()
         return total.detach(), torch.autograd.grad(total, z)[0]
 
-    answer = objective(LOSSES[name](teacher))
-    ours, grad = on_shards(logits, ids, answer, widths, N_OWN, row_weight=weight)
+    objective_fn = objective(LOSSES[name](teacher))
+    ours, grad = on_shards(logits, ids, objective_fn, widths, N_OWN, row_weight=weight)
     exact, exact_grad = autograd(logits.double(), teacher.to(torch.float64))
     naive, naive_grad = autograd(logits.float(), teacher)
     floor = 8 * ulp(logits, torch.float32)  # as in test_sparse_kl
@@ -235,8 +235,10 @@ def test_an_entropy_in_the_loss_is_that_of_whole_rows_on_every_shard(
         rows = rows + factor * entropy_of(y.apply(z), N_OWN)
         return torch.autograd.grad((weight * rows).sum(), z)[0]
 
-    answer = plus_entropy(objective(loss(teacher)), factor)
-    _, grad = on_shards(logits, ids, answer, widths, N_OWN, row_weight=weight, logit_transform=y)
+    objective_fn = plus_entropy(objective(loss(teacher)), factor)
+    _, grad = on_shards(
+        logits, ids, objective_fn, widths, N_OWN, row_weight=weight, logit_transform=y
+    )
     naive, exact = autograd(logits, teacher), autograd(logits.double(), teacher.to(torch.float64))
     assert_close(grad, naive, exact, 8 * ulp(logits, torch.float32), "gradient")
     assert (grad[:, N_OWN:] == 0).all()
@@ -247,12 +249,12 @@ def test_an_entropy_in_the_loss_is_that_of_whole_rows_on_every_shard(
 def test_one_shard_is_sparse_kl_to_the_bit(name: str, device: str) -> None:
     logits = make_logits("iid", 3, V, torch.float32).to(device).requires_grad_()
     ids = list_top(make_ids(3, N_OWN, S).to(device), logits[:, :N_OWN], 4)
-    answer = objective(LOSSES[name](make_teacher(ids)))
-    want = sparse_kl(logits, ids, answer, k=K, n_vocab=N_OWN)
-    ours, grad = on_shards(logits, ids, answer, [V], N_OWN)
-    assert torch.equal(ours.row_loss, want.row_loss)
-    assert torch.equal(ours.metrics["entropy"], want.metrics["entropy"])
-    assert torch.equal(grad, torch.autograd.grad(want.loss, logits)[0])
+    objective_fn = objective(LOSSES[name](make_teacher(ids)))
+    expected = sparse_kl(logits, ids, objective_fn, k=K, n_vocab=N_OWN)
+    ours, grad = on_shards(logits, ids, objective_fn, [V], N_OWN)
+    assert torch.equal(ours.row_loss, expected.row_loss)
+    assert torch.equal(ours.metrics["entropy"], expected.metrics["entropy"])
+    assert torch.equal(grad, torch.autograd.grad(expected.loss, logits)[0])
 
 
 @st.composite
@@ -283,25 +285,25 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[int], int, int]:
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(made=problems(), name=st.sampled_from(["reverse_kl_overlap", "reverse_kl_renormalised"]))
+@given(drawn=problems(), name=st.sampled_from(["reverse_kl_overlap", "reverse_kl_renormalised"]))
 def test_any_shards_equal_one_piece(
-    made: tuple[Tensor, Tensor, list[int], int, int], name: str, device: str
+    drawn: tuple[Tensor, Tensor, list[int], int, int], name: str, device: str
 ) -> None:
-    logits, ids, widths, k, n_vocab = made
+    logits, ids, widths, k, n_vocab = drawn
     logits, ids = logits.to(device), ids.to(device)
     read = merged(logits, ids, widths, k, n_vocab)
     values, top_ids = topk_select(logits, k, n_vocab=n_vocab)
     assert torch.equal(read.top_ids, top_ids)
     assert torch.equal(read.top, values)
-    want_stats = row_stats(logits, n_vocab=n_vocab)
-    assert torch.allclose(read.log_sum_exp, want_stats.log_sum_exp, atol=4e-6, rtol=4e-7)
-    assert torch.allclose(read.entropy, want_stats.entropy, atol=2e-5)
-    answer = objective(LOSSES[name](make_teacher(ids)))
+    expected_stats = row_stats(logits, n_vocab=n_vocab)
+    assert torch.allclose(read.log_sum_exp, expected_stats.log_sum_exp, atol=4e-6, rtol=4e-7)
+    assert torch.allclose(read.entropy, expected_stats.entropy, atol=2e-5)
+    objective_fn = objective(LOSSES[name](make_teacher(ids)))
     z = logits.clone().requires_grad_()
-    want = sparse_kl(z, ids, answer, k=k, n_vocab=n_vocab)
-    want.loss.backward()
-    ours, grad = on_shards(logits, ids, answer, widths, n_vocab, k)
-    assert torch.allclose(ours.row_loss, want.row_loss, atol=2e-5)
+    expected = sparse_kl(z, ids, objective_fn, k=k, n_vocab=n_vocab)
+    expected.loss.backward()
+    ours, grad = on_shards(logits, ids, objective_fn, widths, n_vocab, k)
+    assert torch.allclose(ours.row_loss, expected.row_loss, atol=2e-5)
     step = torch.finfo(logits.dtype).eps * z.grad.abs()  # one step of the gradient's dtype
     assert ((grad - z.grad).abs() <= step + 2e-5).all()
     assert (grad[:, n_vocab:] == 0).all()
@@ -311,14 +313,16 @@ Z, IDS = torch.zeros(2, 10), torch.tensor([[0, 3, -1], [1, 12, 19]])
 
 
 def call(logits: Tensor = Z, ids: Tensor = IDS, **changed: Any) -> SparseLoss:
-    answer = objective(LOSSES["reverse_kl_overlap"](make_teacher(IDS)))
-    return vocab_parallel_sparse_kl(logits, ids, answer, **{"first": 10, "n_vocab": 20} | changed)
+    objective_fn = objective(LOSSES["reverse_kl_overlap"](make_teacher(IDS)))
+    return vocab_parallel_sparse_kl(
+        logits, ids, objective_fn, **{"first": 10, "n_vocab": 20} | changed
+    )
 
 
 def call_linear(weight: Tensor) -> SparseLoss:
-    answer = objective(LOSSES["reverse_kl_overlap"](make_teacher(IDS)))
+    objective_fn = objective(LOSSES["reverse_kl_overlap"](make_teacher(IDS)))
     hidden = torch.zeros(2, 4)
-    return vocab_parallel_linear_sparse_kl(hidden, weight, IDS, answer, first=0, n_vocab=20)
+    return vocab_parallel_linear_sparse_kl(hidden, weight, IDS, objective_fn, first=0, n_vocab=20)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -398,29 +402,31 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", N_VOCAB)
 @pytest.mark.parametrize("form", ["logits", "linear"])
 def test_two_processes_equal_one(form: str, case: str, ranks: list[dict[str, Any]]) -> None:
-    made = problem(case)
+    inputs = problem(case)
     if form == "logits":
-        want = outcome(sparse_kl, [made["logits"]], **made["shared"])
+        expected = outcome(sparse_kl, [inputs["logits"]], **inputs["shared"])
     else:
-        want = outcome(linear_sparse_kl, [made["hidden"], made["weight"]], **made["shared"])
-    assert want["loss"] > 0.01
+        expected = outcome(
+            linear_sparse_kl, [inputs["hidden"], inputs["weight"]], **inputs["shared"]
+        )
+    assert expected["loss"] > 0.01
     by_columns = sorted(range(2), key=lambda rank: own(case, rank).start)
     lower, upper = (ranks[rank]["good"][case][form] for rank in by_columns)
     assert torch.equal(lower["loss"], upper["loss"])
-    assert torch.allclose(lower["loss"], want["loss"], rtol=1e-6)
-    for name, value in {"row_loss": want["row_loss"], **want["metrics"]}.items():
+    assert torch.allclose(lower["loss"], expected["loss"], rtol=1e-6)
+    for name, value in {"row_loss": expected["row_loss"], **expected["metrics"]}.items():
         ours, other = ((rank | rank["metrics"])[name] for rank in (lower, upper))
         assert torch.equal(ours, other), name
         assert torch.allclose(ours, value, rtol=0 if "top" in name else 1e-5, atol=1e-6), name
     along = 1 if form == "logits" else 0
     grad = torch.cat([lower["grads"][-1], upper["grads"][-1]], along)
-    assert torch.allclose(grad, want["grads"][-1], atol=1e-6)
+    assert torch.allclose(grad, expected["grads"][-1], atol=1e-6)
     padding = V - N_VOCAB[case]
     assert (grad.narrow(along, V - padding, padding) == 0).all()
     if form == "linear":
         assert torch.equal(lower["grads"][0], upper["grads"][0])
         # A column of weight is -40: what it adds on one shard, it takes away on the other.
-        assert torch.allclose(lower["grads"][0], want["grads"][0], atol=2e-5)
+        assert torch.allclose(lower["grads"][0], expected["grads"][0], atol=2e-5)
 
 
 def test_chunks_and_no_rows_on_two_processes(ranks: list[dict[str, Any]]) -> None:

@@ -35,12 +35,12 @@ def seen(loss: str, teacher: Teacher) -> ObjectiveFn:
     """Return the loss as an objective with the live top-k among its metrics."""
     plain = objective(LOSSES[loss](teacher))
 
-    def answer(view: ObjectiveInput) -> ObjectiveGrad:
+    def objective_fn(view: ObjectiveInput) -> ObjectiveGrad:
         grad = plain(view)
         tops = {f"top {j}": view.top_ids[:, j].float() for j in range(K)}
         return grad._replace(metrics={**grad.metrics, **tops})
 
-    return answer
+    return objective_fn
 
 
 def problem(case: str, rows: int = P) -> dict[str, Any]:
@@ -91,12 +91,12 @@ def own(case: str, rank: int) -> slice:
 
 def both_forms(case: str, rank: int, rows: int = P, **changed: Any) -> dict[str, dict[str, Any]]:
     """Form -> outcome on this rank."""
-    made, columns = problem(case, rows), own(case, rank)
-    options = made["shared"] | {"first": columns.start} | changed
-    logits, weight = made["logits"][:, columns], made["weight"][columns]
+    inputs, columns = problem(case, rows), own(case, rank)
+    options = inputs["shared"] | {"first": columns.start} | changed
+    logits, weight = inputs["logits"][:, columns], inputs["weight"][columns]
     return {
         "logits": outcome(vocab_parallel_sparse_kl, [logits], **options),
-        "linear": outcome(vocab_parallel_linear_sparse_kl, [made["hidden"], weight], **options),
+        "linear": outcome(vocab_parallel_linear_sparse_kl, [inputs["hidden"], weight], **options),
     }
 
 
@@ -112,9 +112,13 @@ def good(rank: int) -> dict[str, dict[str, dict[str, Any]]]:
 
 def bad(rank: int) -> dict[str, dict[str, Any]]:
     """Return the outcome of each fault on this rank; rank 0's call is valid by default."""
-    made, columns = problem("even"), own("even", rank)
-    logits, hidden, weight = made["logits"][:, columns], made["hidden"], made["weight"][columns]
-    shared = {**made["shared"], "first": columns.start}
+    inputs, columns = problem("even"), own("even", rank)
+    logits, hidden, weight = (
+        inputs["logits"][:, columns],
+        inputs["hidden"],
+        inputs["weight"][columns],
+    )
+    shared = {**inputs["shared"], "first": columns.start}
     ids = shared["ids"]
     call, linear = vocab_parallel_sparse_kl, vocab_parallel_linear_sparse_kl
 

@@ -1,4 +1,4 @@
-"""Each key of the configuration is read by a stage, and each default stands in one place."""
+"""Each key of the configuration is read by a stage, and each default has one place."""
 
 import ast
 import os
@@ -49,7 +49,7 @@ def keys(root: Path = ROOT) -> set[tuple[str, str]]:
 
 
 def unread(root: Path) -> set[tuple[str, str]]:
-    """Return the keys that no code reads: mypy finds the reads of a key whose name is changed."""
+    """Return the keys that no code reads: mypy finds the reads of a renamed key."""
     found = keys(root)
     for path, _, line in list(declared(root)):
         lines = path.read_text().splitlines(keepends=True)
@@ -113,14 +113,14 @@ def literals(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
                         yield line.target.id, value
 
 
-def test_no_default_stands_twice() -> None:
+def test_every_default_has_one_place() -> None:
     names = {key for _, key in keys()}
     seen: dict[tuple[str, str], list[str]] = {}
     for path in (path for name in PACKAGES for path in (ROOT / name).rglob("*.py")):
         for name, value in literals(ast.parse(path.read_text())):
             if name not in names or not isinstance(value, ast.Constant):
                 continue
-            # "nothing", "all", "as usual": these say no size that one could want to change.
+            # "none", "all" and "default" are no sizes to change.
             if value.value in (None, "", 0, 1, "auto", "default", "main"):
                 continue
             seen.setdefault((name, repr(value.value)), []).append(str(path.relative_to(ROOT)))

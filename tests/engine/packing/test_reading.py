@@ -23,15 +23,15 @@ UNITS = 6
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reading") / "store"
     make_store(path, [make_unit(seed, lengths=[5, 0, 9, 2, 7, 1]) for seed in range(UNITS)])
     return path
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Store:
-    return open_store(shutil.copytree(made, tmp_path / "store"))
+def store(stored: Path, tmp_path: Path) -> Store:
+    return open_store(shutil.copytree(stored, tmp_path / "store"))
 
 
 def small_windows(store: Store, units: int = 2, **change: object) -> PlannedPacks:
@@ -167,14 +167,14 @@ def test_an_error_in_the_thread_is_raised_by_the_read_of_the_row(store: Store) -
 
 
 def test_unused_prefetches_are_dropped() -> None:
-    made: list[int] = []
-    ahead = Prefetcher(lambda index: made.append(index))  # type: ignore[arg-type, return-value]
+    loaded: list[int] = []
+    ahead = Prefetcher(lambda index: loaded.append(index))  # type: ignore[arg-type, return-value]
     ahead.prefetch([1, 2])
     ahead.prefetch([3])
     ahead.pack(3)
     ahead.pack(1)
-    assert made.count(3) == 1
-    assert made[-1] == 1
+    assert loaded.count(3) == 1
+    assert loaded[-1] == 1
 
 
 # Caches of decoded units.

@@ -1,4 +1,4 @@
-"""Models and stores that are made once."""
+"""Models and stores that are made once per module."""
 
 import shutil
 from pathlib import Path
@@ -35,14 +35,14 @@ def scorer(teacher: ModelRef) -> HF:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, student: ModelRef) -> Path:
+def stored_rollouts(tmp_path_factory: pytest.TempPathFactory, student: ModelRef) -> Path:
     return sampled_store(tmp_path_factory.mktemp("stores") / "made", student)
 
 
 @pytest.fixture
-def store(tmp_path: Path, made: Path) -> Path:
+def store(tmp_path: Path, stored_rollouts: Path) -> Path:
     """Copy a store with two rollout segments, which is faster than making it."""
-    return shutil.copytree(made, tmp_path / "s")
+    return shutil.copytree(stored_rollouts, tmp_path / "s")
 
 
 @pytest.fixture

@@ -32,11 +32,11 @@ WIDE = replace(REQUEST, top_p=0.99, k_min=12, k_max=30)
 
 
 def test_a_wider_request_adds_missing_ids_and_reads_like_a_single_request(
-    store: Path, tmp_path: Path, made: Path, teacher: ModelRef, scorer: HF
+    store: Path, tmp_path: Path, stored_rollouts: Path, teacher: ModelRef, scorer: HF
 ) -> None:
     run(store, teacher, scorer)
     assert run(store, teacher, scorer, params=WIDE).units_new == 2
-    at_once = shutil.copytree(made, tmp_path / "at-once")
+    at_once = shutil.copytree(stored_rollouts, tmp_path / "at-once")
     run(at_once, teacher, scorer, params=WIDE)
     ours, theirs = open_store(store), open_store(at_once)
     a, b = ours.head().scores("big"), theirs.head().scores("big")

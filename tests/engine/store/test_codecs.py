@@ -140,12 +140,12 @@ def test_interop_is_read_by_another_zarr(tmp_path: Path) -> None:
     import tensorstore
 
     store = open_store(tmp_path / "cask", create=True)
-    held = commit_rollouts(store, 3, student=True, profile="interop")
-    rollouts = store.read_rollouts(held)
+    segment = commit_rollouts(store, 3, student=True, profile="interop")
+    rollouts = store.read_rollouts(segment)
     assert rollouts.student is not None
 
     def theirs(name: str) -> np.ndarray:
-        place = {"driver": "file", "path": f"{store.url}/{held.folder}/{name}/"}
+        place = {"driver": "file", "path": f"{store.url}/{segment.folder}/{name}/"}
         return tensorstore.open({"driver": "zarr3", "kvstore": place}).result().read().result()
 
     assert np.array_equal(theirs("tokens"), rollouts.tokens)
@@ -295,12 +295,12 @@ def test_a_record_of_too_much_memory_is_not_read(tmp_path: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
         store = open_store(Path(folder) / "cask", create=True)
-        held = commit_scores(store, commit_rollouts(store, 3, student=True), 3)
-        fields = record.encode_segment(held)
+        segment = commit_scores(store, commit_rollouts(store, 3, student=True), 3)
+        fields = record.encode_segment(segment)
     huge = fields | {"counts": fields["counts"] | {"P": 1 << 20, "E": 1 << 30}}
     with pytest.raises(IntegrityError, match=r"bytes decoded"):
         record.decode_segment(huge, "here")
-    assert record.decode_segment(fields, "here").seg_id == held.seg_id
+    assert record.decode_segment(fields, "here").seg_id == segment.seg_id
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -45,41 +45,43 @@ def rounded(values: np.ndarray, how: Profile) -> np.ndarray:
     return from_entry(to_entry(values, how), how)
 
 
-def same_rollouts(got: Rollouts, want: Rollouts, how: Profile) -> None:
-    assert got.prompts == want.prompts
+def same_rollouts(got: Rollouts, expected: Rollouts, how: Profile) -> None:
+    assert got.prompts == expected.prompts
     for field in fields(Rollouts):
         if field.name not in ("prompts", "student", "draws", "segment"):
             # No reward is an array of None.
-            ours, theirs = (np.asarray(getattr(each, field.name)) for each in (got, want))
+            ours, theirs = (np.asarray(getattr(each, field.name)) for each in (got, expected))
             assert ours.dtype == theirs.dtype
             assert np.array_equal(ours, theirs), field.name
-    assert (got.draws is None) == (want.draws is None)
-    if got.draws is not None and want.draws is not None:
+    assert (got.draws is None) == (expected.draws is None)
+    if got.draws is not None and expected.draws is not None:
         for field in fields(Draws):
-            assert np.array_equal(getattr(got.draws, field.name), getattr(want.draws, field.name))
-    assert (got.student is None) == (want.student is None)
-    if got.student is None or want.student is None:
+            assert np.array_equal(
+                getattr(got.draws, field.name), getattr(expected.draws, field.name)
+            )
+    assert (got.student is None) == (expected.student is None)
+    if got.student is None or expected.student is None:
         return
     for field in fields(Scores):
-        ours, theirs = getattr(got.student, field.name), getattr(want.student, field.name)
+        ours, theirs = getattr(got.student, field.name), getattr(expected.student, field.name)
         if field.name == "entry_lp":
             theirs = rounded(theirs, how)
         assert np.array_equal(ours, theirs), field.name
 
 
-def same_scores(got: CachedScores, want: Scores, how: Profile, lists: Scores | None) -> None:
+def same_scores(got: CachedScores, expected: Scores, how: Profile, lists: Scores | None) -> None:
     """Compare all scores; `lists` are the student's."""
-    assert np.array_equal(got.lp, want.lp)
-    assert np.array_equal(got.entropy, want.entropy)
-    assert np.array_equal(got.log_tail, want.log_tail)
-    assert np.array_equal(got.kept, want.cnt)
+    assert np.array_equal(got.lp, expected.lp)
+    assert np.array_equal(got.entropy, expected.entropy)
+    assert np.array_equal(got.log_tail, expected.log_tail)
+    assert np.array_equal(got.kept, expected.cnt)
     ids, log_probs = kept_lists(got)
-    assert np.array_equal(ids, want.ids)
-    assert np.array_equal(log_probs, rounded(want.entry_lp, how))
-    if want.at_lp is not None and lists is not None:
+    assert np.array_equal(ids, expected.ids)
+    assert np.array_equal(log_probs, rounded(expected.entry_lp, how))
+    if expected.at_lp is not None and lists is not None:
         assert np.array_equal(got.s_cnt, lists.cnt)
         assert np.array_equal(got.s_ids, lists.ids)
-        assert np.array_equal(got.s_lp, rounded(want.at_lp, how))
+        assert np.array_equal(got.s_lp, rounded(expected.at_lp, how))
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -101,15 +103,15 @@ def test_round_trip(store: Store, name: str, student: bool, sequences: int, rewa
     assert base.layout == layout + ("+reward" if reward else "")
     same_rollouts(store.read_rollouts(base), rollouts, profile(name))
     scores = make_scores(4, rollouts)
-    held = commit_scores(store, base, 4, profile=name)
-    assert held.layout == ("once" if student else "whole")
-    same_scores(store.read_scores((held,)), scores, profile(name), rollouts.student)
+    segment = commit_scores(store, base, 4, profile=name)
+    assert segment.layout == ("once" if student else "whole")
+    same_scores(store.read_scores((segment,)), scores, profile(name), rollouts.student)
     # Another reader, and a reader that has the rollouts already, read the same.
     other = again(store)
     snapshot = other.head()
-    assert snapshot.scores("teacher") == {base.seg_id: (held,)}
+    assert snapshot.scores("teacher") == {base.seg_id: (segment,)}
     assert snapshot.rollouts("main") == (base,)
-    read = other.read_scores((held,), base=other.read_rollouts(base))
+    read = other.read_scores((segment,), base=other.read_rollouts(base))
     same_scores(read, scores, profile(name), rollouts.student)
     assert base.counts["P"] == rollouts.positions
     assert base.counts["N"] == sequences
@@ -120,9 +122,9 @@ def test_drawn_ids_keep_their_multiplicities(store: Store) -> None:
     base = commit_rollouts(store, 3, student=True)
     scores = make_scores(4, make_rollouts(3, student=False))
     drawn = replace(scores, mult=np.arange(1, 1 + len(scores.ids)).astype(np.uint16))
-    held = commit_scores(store, base, 4, scores=drawn)
-    assert held.layout == "sampled"
-    read = store.read_scores((held,))
+    segment = commit_scores(store, base, 4, scores=drawn)
+    assert segment.layout == "sampled"
+    read = store.read_scores((segment,))
     assert np.array_equal(read.mult, drawn.mult)
     assert np.array_equal(read.ids, drawn.ids)
     assert np.array_equal(read.cnt, drawn.cnt)
@@ -141,15 +143,15 @@ def test_a_list_without_extra_ids_is_split_at_the_students_ids(
     rollouts = store.read_rollouts(base)
     assert rollouts.student is not None
     scores = replace(make_scores(4, rollouts), at_lp=None)
-    held = commit_scores(store, base, 4, scores=scores)
-    assert held.layout == "whole"
-    read = store.read_scores((held,))
+    segment = commit_scores(store, base, 4, scores=scores)
+    assert segment.layout == "whole"
+    read = store.read_scores((segment,))
     same_scores(read, scores, profile("default"), None)
     split = [np.cumsum(x)[:-1] for x in (rollouts.student.cnt, scores.cnt, read.s_cnt)]
     mine, theirs = np.split(rollouts.student.ids, split[0]), np.split(scores.ids, split[1])
-    want = [[i for i in ours if i in kept] for ours, kept in zip(mine, theirs, strict=True)]
-    assert [x.tolist() for x in np.split(read.s_ids, split[2])] == want
-    assert sum(map(len, want)) > 0
+    expected = [[i for i in ours if i in kept] for ours, kept in zip(mine, theirs, strict=True)]
+    assert [x.tolist() for x in np.split(read.s_ids, split[2])] == expected
+    assert sum(map(len, expected)) > 0
 
 
 @pytest.mark.parametrize("at_student", [True, False])
@@ -160,27 +162,27 @@ def test_an_interval_comes_back(store: Store, student: bool, at_student: bool) -
     exact = exact if at_student else replace(exact, at_lp=None)
     plain = commit_scores(store, base, 4, name="exact", scores=exact)
     fields = bounded(4, exact)
-    held = commit_scores(store, base, 4, name="told", unit_key=key("told"), scores=fields)
+    segment = commit_scores(store, base, 4, name="told", unit_key=key("told"), scores=fields)
     layout = "once" if student and at_student else "whole"
-    assert (plain.layout, held.layout) == (layout, f"{layout}+bounds")
-    read = again(store).read_scores((held,))
+    assert (plain.layout, segment.layout) == (layout, f"{layout}+bounds")
+    read = again(store).read_scores((segment,))
     assert np.array_equal(read.entropy_hi, fields.entropy_hi)
     assert store.read_scores((plain,)).entropy_hi is None
     same_scores(read, fields, profile("default"), store.read_rollouts(base).student)
     # One array more, and the others to the byte as they are without it.
-    assert {f for f in held.files if not f.startswith("ent_hi/")} == set(plain.files)
-    differ = {name for name in plain.files if plain.files[name] != held.files[name]}
+    assert {f for f in segment.files if not f.startswith("ent_hi/")} == set(plain.files)
+    differ = {name for name in plain.files if plain.files[name] != segment.files[name]}
     assert differ <= {"zarr.json"}
 
 
 def test_an_extension_keeps_the_interval(store: Store) -> None:
     teacher, base, student = teacher_of(store, 13)
     first = bounded(13, teacher.score(4, student))
-    held = commit_scores(store, base, 13, scores=first)
-    at = extend.request_ids(store.read_scores((held,)), teacher.lists(5))
+    segment = commit_scores(store, base, 13, scores=first)
+    at = extend.request_ids(store.read_scores((segment,)), teacher.lists(5))
     wider = commit_scores(store, base, 14, scores=bounded(14, teacher.score(20, at)), at=at)
     assert wider.layout == "wider"
-    read = store.read_scores((held, wider))
+    read = store.read_scores((segment, wider))
     assert np.array_equal(read.entropy, first.entropy)
     assert np.array_equal(read.entropy_hi, first.entropy_hi)
 
@@ -208,18 +210,18 @@ def test_an_invalid_interval_is_refused(store: Store, change: Any, words: str) -
 def test_an_extent_is_read_without_tokens_and_scores(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cask", create=True)
     rollouts = make_rollouts(3)
-    held = commit_rollouts(store, 3, student=True)
-    folder = Path(store.url) / held.folder
+    segment = commit_rollouts(store, 3, student=True)
+    folder = Path(store.url) / segment.folder
     for name in ("tokens", "prompt_tokens", "s_ids", "b_lp"):
         (folder / name / "c" / "0").unlink()
-    extent = store.read_extent(held)
+    extent = store.read_extent(segment)
     assert extent.prompt_ids == tuple(p.id for p in rollouts.prompts)
     assert extent.prompt.tolist() == [len(p.token_ids) for p in rollouts.prompts]
     np.testing.assert_array_equal(extent.seq_prompt, rollouts.seq_prompt)
     np.testing.assert_array_equal(extent.response, rollouts.lengths())
     (folder / "seq_off" / "c" / "0").write_bytes(b"")
     with pytest.raises(IntegrityError, match="seq_off"):
-        store.read_extent(held)
+        store.read_extent(segment)
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -230,16 +232,16 @@ def test_a_segment_is_a_plain_zarr_group(tmp_path: Path, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         group = zarr.open_group(folder, mode="r")
-        want = make_rollouts(3)
-        assert want.student is not None
-        assert group.attrs["counts"]["P"] == want.positions
-        assert np.array_equal(group["tokens"][:], want.tokens)
-        assert np.array_equal(group["b_lp"][:], want.b_lp)
-        assert np.array_equal(group["s_ids"][:], want.student.ids)
-        entries = to_entry(want.student.entry_lp, profile(name))
+        expected = make_rollouts(3)
+        assert expected.student is not None
+        assert group.attrs["counts"]["P"] == expected.positions
+        assert np.array_equal(group["tokens"][:], expected.tokens)
+        assert np.array_equal(group["b_lp"][:], expected.b_lp)
+        assert np.array_equal(group["s_ids"][:], expected.student.ids)
+        entries = to_entry(expected.student.entry_lp, profile(name))
         assert np.array_equal(group["s_topk_lp"][:], entries)
         fields = json.loads(group["prompt_json"][:].tobytes())
-        assert [each["id"] for each in fields] == [p.id for p in want.prompts]
+        assert [each["id"] for each in fields] == [p.id for p in expected.prompts]
         assert sorted(group.array_keys()) == sorted(specs("student"))
     on_disk = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
     assert on_disk == set(base.files)
@@ -352,8 +354,8 @@ def test_a_commit_with_a_lost_response_is_not_doubled(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overtake(store, monkeypatch, None, mute=True)
-    held = commit_rollouts(store, 1)
-    assert store.head().segments == (held,)
+    segment = commit_rollouts(store, 1)
+    assert store.head().segments == (segment,)
     assert store.head().number == 0
 
 
@@ -364,15 +366,15 @@ def test_a_unit_that_is_deleted_at_once_is_not_published_again(
     create = store.storage.create
 
     def then_deleted(name: str, data: bytes) -> bool:
-        made = create(name, data)
+        created = create(name, data)
         if name.startswith("log/"):
             monkeypatch.setattr(store.storage, "create", create)
             delete(again(store), rollouts="main")
-        return made
+        return created
 
     monkeypatch.setattr(store.storage, "create", then_deleted)
-    held = commit_rollouts(store, 1)
-    assert held.number == 0
+    segment = commit_rollouts(store, 1)
+    assert segment.number == 0
     assert store.head().number == 1
     assert store.head().segments == ()
 
@@ -512,10 +514,10 @@ def test_lists_of_a_row_are_found_whatever_their_lengths() -> None:
 def test_seconds_are_stored_in_the_record(tmp_path: Path, seconds: float | None) -> None:
     """Read older records, which have none; no digest of the segment covers the field."""
     store = open_store(tmp_path / "s", create=True)
-    held = commit_scores(store, commit_rollouts(store, 0), 0, seconds=seconds)
+    segment = commit_scores(store, commit_rollouts(store, 0), 0, seconds=seconds)
     plain = open_store(tmp_path / "plain", create=True)
-    assert commit_scores(plain, commit_rollouts(plain, 0), 0).seg_id == held.seg_id
-    fields = record.encode_segment(held)
+    assert commit_scores(plain, commit_rollouts(plain, 0), 0).seg_id == segment.seg_id
+    fields = record.encode_segment(segment)
     assert ("seconds" in fields) == (seconds is not None)
     assert record.decode_segment(fields, "here").seconds == seconds
     assert open_store(store.url).head().segments[-1].seconds == seconds

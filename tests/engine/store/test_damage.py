@@ -72,30 +72,32 @@ def test_bit_flips_are_found_by_digest(cask: Path, counts: Any) -> None:
 def test_bit_flips_are_found_by_decoding(cask: Path, counts: Any) -> None:
     """Find damage with matching digests by the checksum of a chunk."""
     rng = random.Random(1)
-    for held in open_store(cask).head().segments:
-        contents = read_all(cask, held)
+    for segment in open_store(cask).head().segments:
+        contents = read_all(cask, segment)
         data = [name for name in contents if name.endswith("/c/0")]
         for _ in range(counts(100, 5000)):
             name = rng.choice(data)
             bad = bytearray(contents[name])
             bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
             with pytest.raises(IntegrityError, match="does not decode"):
-                decode(held, contents | {name: bytes(bad)})
-        decode(held, contents)
+                decode(segment, contents | {name: bytes(bad)})
+        decode(segment, contents)
 
 
-def read_all(cask: Path, held: Segment) -> dict[str, bytes]:
-    return segments.read_files(files.LocalStorage(str(cask)), held.folder, held.files, held.files)
+def read_all(cask: Path, segment: Segment) -> dict[str, bytes]:
+    return segments.read_files(
+        files.LocalStorage(str(cask)), segment.folder, segment.files, segment.files
+    )
 
 
-def decode(held: Segment, contents: dict[str, bytes], names: list[str] | None = None) -> None:
+def decode(segment: Segment, contents: dict[str, bytes], names: list[str] | None = None) -> None:
     segments.decode(
-        held.folder,
+        segment.folder,
         contents,
-        layout=held.layout,
-        profile=codecs.profile(held.profile),
-        counts=held.counts,
-        names=names or list(schema.specs(held.layout)),
+        layout=segment.layout,
+        profile=codecs.profile(segment.profile),
+        counts=segment.counts,
+        names=names or list(schema.specs(segment.layout)),
     )
 
 
@@ -126,14 +128,16 @@ def test_every_file_emptied_deleted_grown_zeroed_or_swapped(cask: Path) -> None:
 
 def test_log_and_manifests_truncated_at_every_byte(cask: Path) -> None:
     store = open_store(cask)
-    held = {each.folder: each for each in store.head().segments}
+    by_folder = {each.folder: each for each in store.head().segments}
 
     def read(name: str) -> None:
         if not name.startswith("seg/"):
             open_store(cask).head()
             return
-        of = next(each for folder, each in held.items() if name.startswith(folder))
-        segments.read_files(store.storage, of.folder, of.files, [name[len(of.folder) + 1 :]])
+        segment = next(each for folder, each in by_folder.items() if name.startswith(folder))
+        segments.read_files(
+            store.storage, segment.folder, segment.files, [name[len(segment.folder) + 1 :]]
+        )
 
     for name in every_file(cask):
         if name.endswith("/c/0"):
@@ -170,10 +174,10 @@ def test_data_truncated_at_many_places(cask: Path, counts: Any) -> None:
         file.write_bytes(sound)
 
 
-def contents_with(cask: Path, held: Segment, damaged: str) -> dict[str, bytes]:
+def contents_with(cask: Path, segment: Segment, damaged: str) -> dict[str, bytes]:
     array = damaged.split("/")[0]
     names = [f"{array}/zarr.json", damaged]
-    return {name: (cask / held.folder / name).read_bytes() for name in names}
+    return {name: (cask / segment.folder / name).read_bytes() for name in names}
 
 
 def test_an_open_store_finds_that_its_log_shrank(cask: Path) -> None:
@@ -208,23 +212,23 @@ def test_orphans_are_listed_and_harmless(cask: Path) -> None:
     (cask / "staging" / "left").mkdir()
     (cask / "log" / ".tmp").touch()
     (cask / "seg/rollout" / ("0" * 32)).mkdir()
-    held = open_store(cask).head().segments[0]
-    (cask / held.folder / "notes").touch()
+    segment = open_store(cask).head().segments[0]
+    (cask / segment.folder / "notes").touch()
     assert set(verify(open_store(cask)).orphans) == {
         "staging/left",
         "log/.tmp",
         f"seg/rollout/{'0' * 32}",
-        f"{held.folder}/notes",
+        f"{segment.folder}/notes",
     }
 
 
 @pytest.mark.parametrize("what", ["file", "array", "segment", "seg/rollout", "log", "record"])
 def test_symbolic_links_are_refused(cask: Path, tmp_path: Path, what: str) -> None:
-    held = open_store(cask).head().segments[0]
+    segment = open_store(cask).head().segments[0]
     at = {
-        "file": f"{held.folder}/tokens/c/0",
-        "array": f"{held.folder}/tokens",
-        "segment": held.folder,
+        "file": f"{segment.folder}/tokens/c/0",
+        "array": f"{segment.folder}/tokens",
+        "segment": segment.folder,
         "record": "log/0000000000.json",
     }.get(what, what)
     shutil.move(cask / at, tmp_path / "aside")
@@ -335,12 +339,12 @@ def test_a_huge_record_is_not_read(cask: Path) -> None:
 def test_metadata_is_checked_before_anything_is_decoded(
     cask: Path, change: dict[str, Any], words: str
 ) -> None:
-    held = open_store(cask).head().segments[0]
-    contents = read_all(cask, held)
+    segment = open_store(cask).head().segments[0]
+    contents = read_all(cask, segment)
     meta = json.loads(contents["tokens/zarr.json"]) | change
     contents["tokens/zarr.json"] = json.dumps(meta).encode()
     with pytest.raises(IntegrityError, match=words):
-        decode(held, contents, ["tokens"])
+        decode(segment, contents, ["tokens"])
 
 
 def test_other_folders_are_not_a_store(tmp_path: Path) -> None:
@@ -415,11 +419,11 @@ def damage(path: Path, how: str, elsewhere: Path) -> None:
 def test_a_damaged_segment_of_the_same_name_is_repaired(tmp_path: Path, how: str) -> None:
     """Repair a folder that a crash left behind and that was damaged before its commit."""
     donor = open_store(tmp_path / "donor", create=True)
-    held = commit_rollouts(donor, 1)
+    segment = commit_rollouts(donor, 1)
     store = open_store(tmp_path / "cask", create=True)
-    shutil.copytree(Path(donor.url) / held.folder, Path(store.url) / held.folder)
-    damage(Path(store.url) / held.folder / "tokens/c/0", how, tmp_path / "elsewhere")
-    assert commit_rollouts(store, 1).seg_id == held.seg_id
+    shutil.copytree(Path(donor.url) / segment.folder, Path(store.url) / segment.folder)
+    damage(Path(store.url) / segment.folder / "tokens/c/0", how, tmp_path / "elsewhere")
+    assert commit_rollouts(store, 1).seg_id == segment.seg_id
     assert verify(store, deep=True).orphans == ()
 
 

@@ -74,13 +74,13 @@ def check(cached: CachedScores, teacher: Teacher, expected: list[set[int]], kept
     ranked = layout.ranked(cached)
     assert np.array_equal(cached.kept, kept)
     offset = starts(ranked.cnt)
-    for r, want in enumerate(expected):
+    for r, reference in enumerate(expected):
         row = slice(offset[r], offset[r + 1])
         ids = ranked.ids[row].tolist()
-        assert sorted(ids) == sorted(want)
+        assert sorted(ids) == sorted(reference)
         # The kept ones are the teacher's own top; the rest follow in order.
         assert ids[: kept[r]] == teacher.order[r, : kept[r]].tolist()
-        rest = [i for i in teacher.order[r].tolist() if i in want - set(ids[: kept[r]])]
+        rest = [i for i in teacher.order[r].tolist() if i in reference - set(ids[: kept[r]])]
         assert ids[kept[r] :] == rest
         exact = teacher.lp[r, ids]
         np.testing.assert_allclose(ranked.lp[row], exact, rtol=2**-8)
@@ -112,28 +112,28 @@ def test_several_scorings_read_as_one(
     teacher = Teacher(seed, rows, levels)
     student = teacher.lists(10)
     profiles = [codecs.profile(name) for name in names]
-    said = teacher.score(first, student if requested else None)
-    cached = layout.decode(layout.encode(said, profiles[0], student), profiles[0], student)
-    lists = [set(x.tolist()) for x in np.split(said.ids, np.cumsum(said.cnt)[:-1])]
+    scores = teacher.score(first, student if requested else None)
+    cached = layout.decode(layout.encode(scores, profiles[0], student), profiles[0], student)
+    lists = [set(x.tolist()) for x in np.split(scores.ids, np.cumsum(scores.cnt)[:-1])]
     if requested:
         theirs = np.split(student.ids, np.cumsum(student.cnt)[:-1])
         lists = [a | set(b.tolist()) for a, b in zip(lists, theirs, strict=True)]
-    kept = said.cnt.astype(np.int64)
+    kept = scores.cnt.astype(np.int64)
     lists = lists[:rows]
     for (more, other_ids), profile in zip(steps, profiles[1:], strict=False):
         extra = teacher.lists(8) if other_ids else None
         at = extend.request_ids(cached, extra)
-        said = teacher.score(more, at)
-        arrays = extend.encode(cached, said, at, profile, noise=1e-3, rounding=2**-8)
+        scores = teacher.score(more, at)
+        arrays = extend.encode(cached, scores, at, profile, noise=1e-3, rounding=2**-8)
         # No entry is stored twice.
         new = np.split(arrays["ids"], np.cumsum(arrays["cnt"])[:-1])
         assert all(not set(a.tolist()) & b for a, b in zip(new, lists, strict=False))
         cached = extend.decode(cached, arrays, profile)
-        every = (said.ids, said.cnt), (at.ids, at.cnt)
+        every = (scores.ids, scores.cnt), (at.ids, at.cnt)
         for ids, cnt in every:
             split = np.split(ids, np.cumsum(cnt)[:-1])
             lists = [a | set(b.tolist()) for a, b in zip(lists, split, strict=False)]
-        kept = np.maximum(kept, said.cnt)
+        kept = np.maximum(kept, scores.cnt)
         check(cached, teacher, lists, kept)
     if not requested:
         split_known = layout.split_by_student(cached, student)
@@ -216,8 +216,8 @@ def test_an_id_that_became_impossible_does_not_extend(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
-    said = teacher.score(20, at)
-    never = replace(said, at_lp=np.full_like(said.at_lp, -np.inf))
+    scores = teacher.score(20, at)
+    never = replace(scores, at_lp=np.full_like(scores.at_lp, -np.inf))
     with pytest.raises(IdentityError, match=r"has log-prob -inf now"):
         commit_scores(store, base, 1, scores=never, at=at)
 
@@ -226,9 +226,9 @@ def test_scores_of_another_teacher_do_not_extend(store: Store) -> None:
     teacher, base, student = teacher_of(store, 3)
     commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
-    said = teacher.score(20, at)
-    assert said.at_lp is not None
-    moved = replace(said, at_lp=said.at_lp - np.float32(0.1))
+    scores = teacher.score(20, at)
+    assert scores.at_lp is not None
+    moved = replace(scores, at_lp=scores.at_lp - np.float32(0.1))
     with pytest.raises(IdentityError, match=r"id \d+ has log-prob .* now, .* is stored"):
         commit_scores(store, base, 1, scores=moved, at=at)
     # bfloat16 computes that coarsely.
@@ -258,11 +258,11 @@ def test_an_extension_without_its_base_is_an_invalid_log(store: Store) -> None:
     first = commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores((first,)))
     commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
-    said: list[object] = []
+    calls: list[object] = []
 
     def build_record() -> dict[str, list[str]] | None:
-        said.append(1)
-        return {"retires": [key("score", base.seg_id, 0)]} if len(said) == 1 else None
+        calls.append(1)
+        return {"retires": [key("score", base.seg_id, 0)]} if len(calls) == 1 else None
 
     with pytest.raises(IntegrityError, match="contradicts the records before it"):
         append(store.storage, store.log, build_record)

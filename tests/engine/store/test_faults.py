@@ -40,7 +40,7 @@ def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encode_once(monkeypatch)
 
 
-def made(path: Path) -> Store:
+def make_store(path: Path) -> Store:
     """Make a store with a unit, a deleted unit and an orphan of a killed writer."""
     store = open_store(path, create=True)
     commit_rollouts(store, 1)
@@ -54,7 +54,7 @@ def made(path: Path) -> Store:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("faults") / "cask"
-    made(path)
+    make_store(path)
     return path
 
 

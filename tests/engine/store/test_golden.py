@@ -35,27 +35,27 @@ def opened(golden: Path) -> Store:
 )
 def test_everything_decodes_to_what_it_was(tmp_path: Path, file: Path, segments: int) -> None:
     golden = unpacked(file, tmp_path)
-    want = json.loads((golden / "digests.json").read_text())
+    expected = json.loads((golden / "digests.json").read_text())
     store = opened(golden)
-    assert digests(store) == want
-    assert len(want) == segments
+    assert digests(store) == expected
+    assert len(expected) == segments
     assert {s.seconds for s in store.head().segments} == {None}, "a note that came later"
     assert verify(store, deep=True).orphans == ()
 
 
 def test_they_hold_every_layout_and_profile(golden: Path, tmp_path: Path) -> None:
-    held = opened(golden).head().segments
+    stored = opened(golden).head().segments
     later = opened(unpacked(FILE_MC, tmp_path / "later")).head().segments
     assert {s.layout for s in later} == {schema.MC}
-    assert {s.profile for s in later} == {s.profile for s in held}
+    assert {s.profile for s in later} == {s.profile for s in stored}
     rewarded = opened(unpacked(FILE_REWARD, tmp_path / "rewarded")).head().segments
-    assert {s.profile for s in rewarded} == {s.profile for s in held}
+    assert {s.profile for s in rewarded} == {s.profile for s in stored}
     bounded = opened(unpacked(FILE_BOUNDS, tmp_path / "bounded")).head().segments
-    assert {s.profile for s in bounded} == {s.profile for s in held}
-    held += later + rewarded + bounded
-    assert {s.layout for s in held} == {x for kind in schema.LAYOUTS.values() for x in kind}
-    assert {s.profile for s in held} == {"default", "compact", "interop", "raw32"}
-    assert {s.generation for s in held} == {0, 1}
+    assert {s.profile for s in bounded} == {s.profile for s in stored}
+    stored += later + rewarded + bounded
+    assert {s.layout for s in stored} == {x for kind in schema.LAYOUTS.values() for x in kind}
+    assert {s.profile for s in stored} == {"default", "compact", "interop", "raw32"}
+    assert {s.generation for s in stored} == {0, 1}
 
 
 def test_its_tag_reaches_what_was_deleted(golden: Path) -> None:

@@ -52,8 +52,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=NAMES, seed=SEEDS)
     def roll(self, name: str, seed: int) -> None:
-        held = self.roll_into(self.store, name, seed)
-        assert self.model.setdefault((name, seed), held) == held
+        committed = self.roll_into(self.store, name, seed)
+        assert self.model.setdefault((name, seed), committed) == committed
 
     @rule(teacher=NAMES, name=NAMES, seed=SEEDS)
     def score(self, teacher: str, name: str, seed: int) -> None:
@@ -64,8 +64,8 @@ class Machine(RuleBasedStateMachine):
         shared = {k for k in self.model if len(k) == 3 and k[0] == teacher and k[2] == seed}
         if shared - {unit}:
             return  # The same rollouts under another name: a teacher scores content, not names.
-        held = commit_scores(self.store, base, seed, unit_key=key(*unit), name=teacher).seg_id
-        assert self.model.setdefault(unit, held) == held
+        committed = commit_scores(self.store, base, seed, unit_key=key(*unit), name=teacher).seg_id
+        assert self.model.setdefault(unit, committed) == committed
 
     @rule(name=NAMES)
     def delete_rollouts(self, name: str) -> None:
@@ -110,7 +110,7 @@ class Machine(RuleBasedStateMachine):
         self.snapshots.append((self.store.head().number, dict(self.model)))
 
     @rule()
-    def collect_and_keep_recent_pins(self) -> None:
+    def collect_and_keep_recent_snapshots(self) -> None:
         gc(self.store, keep_days=1, lease_hours=0)
 
     @rule()
@@ -131,18 +131,18 @@ class Machine(RuleBasedStateMachine):
 
     @rule(fork=forks, seed=SEEDS)
     def merge_back(self, fork: tuple[Store, dict[tuple[Any, ...], str]], seed: int) -> None:
-        other, held = fork
-        held[("a", seed)] = self.roll_into(other, "a", seed)
+        other, contents = fork
+        contents[("a", seed)] = self.roll_into(other, "a", seed)
         before = set(self.model.values())
         merged = merge(self.store, other)
         # Units stay; new units of the other store come with their bases.
         assert before <= shown(self.store)
-        self.model |= {k: v for k, v in held.items() if v in shown(self.store)}
-        assert merged.added <= len(held)
+        self.model |= {k: v for k, v in contents.items() if v in shown(self.store)}
+        assert merged.added <= len(contents)
         assert ("a", seed) in self.model
 
     @invariant()
-    def what_is_shown_is_what_was_done(self) -> None:
+    def visible_contents_are_those_of_the_model(self) -> None:
         if not hasattr(self, "model"):
             return
         assert shown(self.store) == set(self.model.values())

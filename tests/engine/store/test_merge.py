@@ -41,10 +41,10 @@ def filled(store: Store) -> Store:
 def same(ours: Store, theirs: Store) -> None:
     """Compare units, contents and the order of reading."""
     a, b = ours.head(), theirs.head()
-    fields, want = (
+    fields, expected = (
         {s.unit_key: (s.seg_id, s.seconds) for s in snapshot.segments} for snapshot in (a, b)
     )
-    assert fields == want
+    assert fields == expected
     for x, y in zip(a.rollouts("main"), b.rollouts("main"), strict=True):
         mine, other = ours.read_rollouts(x).reward, theirs.read_rollouts(y).reward
         assert np.array_equal(np.asarray(mine), np.asarray(other))
@@ -74,14 +74,14 @@ def test_packed_and_unpacked_in_any_order(store: Store, tmp_path: Path) -> None:
 
 def test_a_packed_segment_is_a_zarr_group(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cask", create=True)
-    held = commit_rollouts(store, 5)
+    segment = commit_rollouts(store, 5)
     (file,) = pack(store, tmp_path / "packed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         packed = zarr.storage.ZipStore(file, mode="r")
         tokens = zarr.open_group(packed, mode="r")["tokens"][:]
         packed.close()
-    assert np.array_equal(tokens, store.read_rollouts(held).tokens)
+    assert np.array_equal(tokens, store.read_rollouts(segment).tokens)
 
 
 def test_a_snapshot_is_packed(tmp_path: Path) -> None:
@@ -234,8 +234,8 @@ def test_a_name_with_another_identity_is_refused(tmp_path: Path) -> None:
 
 def test_damage_in_the_other_store_is_not_merged(tmp_path: Path) -> None:
     here, there = (open_store(tmp_path / name, create=True) for name in ("here", "there"))
-    held = commit_rollouts(there, 2)
-    file = Path(there.url) / held.folder / "tokens/c/0"
+    segment = commit_rollouts(there, 2)
+    file = Path(there.url) / segment.folder / "tokens/c/0"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(IntegrityError, match="tokens/c/0"):
         merge(here, there)
@@ -282,8 +282,8 @@ def test_damage_is_repaired_from_a_copy(store: Store, tmp_path: Path, way: str) 
     copy = open_store(tmp_path / "copy", create=True)
     merge(copy, store)
     files = pack(store, tmp_path / "packed")
-    for held in copy.head().segments[:2]:
-        path = Path(copy.url) / held.folder / "zarr.json"
+    for segment in copy.head().segments[:2]:
+        path = Path(copy.url) / segment.folder / "zarr.json"
         path.write_bytes(path.read_bytes()[:-1])
     bring = partial(merge, copy, store) if way == "merge" else partial(unpack, copy, files)
     assert bring() == MergeReport(added=0, there=5, left_out=0), "what is there is not looked at"

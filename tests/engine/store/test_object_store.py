@@ -90,8 +90,8 @@ def test_writers_on_s3_lose_no_commit(url: str, server: Losing, counts: Any) -> 
 def test_a_lost_response_is_recognised_by_the_object(url: str, server: Losing) -> None:
     server.every = 1
     store = open_store(url, create=True)
-    held = commit_rollouts(store, 1)
-    assert store.head().segments == (held,)
+    segment = commit_rollouts(store, 1)
+    assert store.head().segments == (segment,)
     assert store.head().number == 0
     assert server.lost > 20
 
@@ -101,8 +101,8 @@ def test_damage_in_an_object_store_is_found(url: str) -> None:
     from obstore.store import from_url
 
     store = open_store(url, create=True)
-    held = commit_rollouts(store, 1)
-    name = f"{held.folder}/tokens/c/0"
+    segment = commit_rollouts(store, 1)
+    name = f"{segment.folder}/tokens/c/0"
     data = bytearray(store.storage.read(name, 1 << 20) or b"")
     data[0] ^= 1
     obstore.put(from_url(url), name, bytes(data))

@@ -51,21 +51,21 @@ def rows_of(seed: int, rows: int, vocab: int, levels: int, dead: float) -> tuple
     return scores, IdLists(cnt=listed.astype(np.uint16), ids=s_ids)
 
 
-def same(got: CachedScores, want: Scores, student: IdLists, profile: codecs.Profile) -> None:
+def same(got: CachedScores, expected: Scores, student: IdLists, profile: codecs.Profile) -> None:
     """Compare ids, order and scalars exactly, entry values after rounding."""
 
     def stored(values: object) -> object:
         return codecs.from_entry(codecs.to_entry(values, profile), profile)
 
     for name in ("lp", "entropy", "log_tail"):
-        assert np.array_equal(getattr(got, name), getattr(want, name)), name
-    assert np.array_equal(got.kept, want.cnt)
+        assert np.array_equal(getattr(got, name), getattr(expected, name)), name
+    assert np.array_equal(got.kept, expected.cnt)
     ids, log_probs = layout.kept_lists(got)
     assert (ids.dtype, log_probs.dtype) == (np.uint32, np.float32)
-    assert np.array_equal(ids, want.ids)
-    assert np.array_equal(log_probs, stored(want.entry_lp))
+    assert np.array_equal(ids, expected.ids)
+    assert np.array_equal(log_probs, stored(expected.entry_lp))
     assert np.array_equal(got.s_ids, student.ids)
-    assert np.array_equal(got.s_lp, stored(want.at_lp))
+    assert np.array_equal(got.s_lp, stored(expected.at_lp))
     # Every id and every rank once.
     cached = layout.ranked(got)
     assert len(cached.ids) == len(got.s_ids) + len(got.ids)

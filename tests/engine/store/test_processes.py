@@ -61,11 +61,11 @@ def finish(process: "subprocess.Popen[str]") -> list[list[str]]:
 def test_processes_that_race_for_units_agree_on_the_winner(tmp_path: Path, start: Start) -> None:
     path = tmp_path / "cask"
     winners = [dict(finish(writer)) for writer in [start("race", path, 10) for _ in range(3)]]
-    held = {s.unit_key: s.seg_id for s in open_store(path).head().segments}
-    assert sorted(held) == sorted(key("race", n) for n in range(10))
+    committed = {s.unit_key: s.seg_id for s in open_store(path).head().segments}
+    assert sorted(committed) == sorted(key("race", n) for n in range(10))
     # Winners and losers of a race return the segment that readers see.
     for each in winners:
-        assert each == held
+        assert each == committed
 
 
 @pytest.mark.timeout(1200)

@@ -58,13 +58,13 @@ def test_a_tag_names_a_number(store: Store) -> None:
 
 def test_deleted_units_are_invisible_and_can_be_made_again(store: Store) -> None:
     base = commit_rollouts(store, 1, student=True)
-    held = commit_scores(store, base, 1)
+    segment = commit_scores(store, base, 1)
     before = store.head()
-    assert delete(store, teacher="teacher") == [held]
+    assert delete(store, teacher="teacher") == [segment]
     assert store.head().segments == (base,)
     assert store.snapshot(before.number).segments == before.segments, "an old snapshot reads on"
     again = commit_scores(store, base, 1)
-    assert again.seg_id == held.seg_id
+    assert again.seg_id == segment.seg_id
     assert again.number > before.number
     assert store.head().scores("teacher") == {base.seg_id: (again,)}
     readable(store)
@@ -159,14 +159,14 @@ def test_gc_removes_unreachable_segments(store: Store) -> None:
 def test_gc_keeps_the_segments_of_a_tag(store: Store) -> None:
     commit_rollouts(store, 1)
     tag(store, "paper")
-    held = store.head().segments[0]
+    segment = store.head().segments[0]
     delete(store, rollouts="main")
     assert sweep(store) == 0
     assert store.read_rollouts(store.snapshot("paper").segments[0]).positions
     untag(store, "paper")
     assert sweep(store) == 1
     with pytest.raises(StoreError, match="gc has removed"):
-        store.read_rollouts(held)
+        store.read_rollouts(segment)
 
 
 def test_a_recent_snapshot_was_the_newest_within_the_days(
@@ -201,14 +201,16 @@ def test_a_clock_that_jumps_back_frees_nothing_early(
 
 
 def test_orphans_are_kept_for_a_lease(store: Store) -> None:
-    held = commit_rollouts(store, 1)
-    contents = {name: store.storage.read(f"{held.folder}/{name}", 1 << 20) for name in held.files}
+    segment = commit_rollouts(store, 1)
+    contents = {
+        name: store.storage.read(f"{segment.folder}/{name}", 1 << 20) for name in segment.files
+    }
     orphan = f"seg/rollout/{'0' * 31}1"
     store.storage.place(orphan, contents)
     assert sweep(store, lease_hours=1) == 0
     assert store.head().number == 0, "nothing to say, no record"
     assert sweep(store) == 1
-    assert store.storage.names("seg/rollout") == [held.seg_id]
+    assert store.storage.names("seg/rollout") == [segment.seg_id]
 
 
 def test_removed_content_returns_under_another_generation(store: Store) -> None:
@@ -235,8 +237,8 @@ def test_a_writer_that_gc_overtakes_places_its_files_again(
         return create(name, data)
 
     monkeypatch.setattr(store.storage, "create", overtaken)
-    held = commit_rollouts(store, 1)
-    assert held.generation == 1
+    segment = commit_rollouts(store, 1)
+    assert segment.generation == 1
     readable(store)
     assert verify(store).orphans == ()
 
@@ -245,14 +247,14 @@ def test_a_gc_that_a_writer_overtakes_decides_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keep an orphan that a record names before gc's own record is published."""
-    held = commit_rollouts(store, 1)
+    segment = commit_rollouts(store, 1)
     delete(store, rollouts="main")
     create = store.storage.create
 
     def overtaken(name: str, data: bytes) -> bool:
         if name.startswith("log/"):
             monkeypatch.setattr(store.storage, "create", create)
-            assert commit_rollouts(open_on(store.storage), 1).folder == held.folder
+            assert commit_rollouts(open_on(store.storage), 1).folder == segment.folder
         return create(name, data)
 
     monkeypatch.setattr(store.storage, "create", overtaken)
@@ -261,7 +263,7 @@ def test_a_gc_that_a_writer_overtakes_decides_again(
 
 
 def test_the_next_gc_finishes_a_killed_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = commit_rollouts(store, 1)
+    segment = commit_rollouts(store, 1)
     delete(store, rollouts="main")
 
     def dies(name: str) -> None:
@@ -273,7 +275,7 @@ def test_the_next_gc_finishes_a_killed_one(store: Store, monkeypatch: pytest.Mon
             sweep(store)
     again = commit_rollouts(store, 1)
     assert again.generation == 1
-    assert verify(store).orphans == (held.folder,)
+    assert verify(store).orphans == (segment.folder,)
     assert sweep(store) == 1
     assert verify(store, deep=True).orphans == ()
 
@@ -316,11 +318,11 @@ def test_deletion_affects_no_later_units(store: Store, monkeypatch: pytest.Monke
     create = store.storage.create
 
     def then_more(name: str, data: bytes) -> bool:
-        made = create(name, data)
+        created = create(name, data)
         if name.startswith("log/"):
             monkeypatch.setattr(store.storage, "create", create)
             commit_rollouts(open_on(store.storage), 2)
-        return made
+        return created
 
     monkeypatch.setattr(store.storage, "create", then_more)
     assert len(delete(store, rollouts="main")) == 1
@@ -339,11 +341,11 @@ def test_many_removals_are_several_records(store: Store, monkeypatch: pytest.Mon
 
 def test_gc_of_a_copy_without_empty_folders(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cask", create=True)
-    held = commit_rollouts(store, 1)
+    segment = commit_rollouts(store, 1)
     delete(store, rollouts="main")
     (tmp_path / "cask" / "staging").rmdir()
     assert sweep(store) == 1
-    assert not (tmp_path / "cask" / held.folder).exists()
+    assert not (tmp_path / "cask" / segment.folder).exists()
 
 
 def test_days_without_end(store: Store) -> None:

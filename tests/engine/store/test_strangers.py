@@ -81,10 +81,10 @@ def test_no_untrusted_chunk_harms_the_process(codec: str) -> None:
     ids=["twice", "vocabulary", "sum", "never", "positive", "nan", "short", "counts"],
 )
 def test_impossible_draws_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    made = make_rollouts(1, draws=True)
-    assert made.draws is not None
-    changed = {name: how(made.draws) for name, how in change.items()}
-    bad = replace(made, draws=replace(made.draws, **changed))
+    valid = make_rollouts(1, draws=True)
+    assert valid.draws is not None
+    changed = {name: how(valid.draws) for name, how in change.items()}
+    bad = replace(valid, draws=replace(valid.draws, **changed))
     store = open_store(tmp_path / "s", create=True)
     with pytest.raises(StoreError, match=words):
         checks.check_rollouts(bad, n_vocab=50)
@@ -98,14 +98,14 @@ def test_impossible_draws_are_refused(tmp_path: Path, change: dict[str, Any], wo
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.25, 1.0001])
 def test_an_invalid_reward_is_refused(tmp_path: Path, wrong: float) -> None:
-    made = make_rollouts(1, reward=True)
-    assert made.reward is not None
-    bad = made.reward.copy()
+    valid = make_rollouts(1, reward=True)
+    assert valid.reward is not None
+    bad = valid.reward.copy()
     bad[1] = wrong
     with pytest.raises(StoreError, match=r"rollouts\.reward holds .* in \[0, 1\]"):
-        checks.check_rollouts(replace(made, reward=bad))
+        checks.check_rollouts(replace(valid, reward=bad))
     with pytest.raises(StoreError, match=r"reward has shape \(5,\), not \(6,\)"):
-        checks.check_rollouts(replace(made, reward=made.reward[1:]))
+        checks.check_rollouts(replace(valid, reward=valid.reward[1:]))
     store = open_store(tmp_path / "s", create=True)
     segment = commit_rollouts(store, 1, reward=True)
     arrays = store.read_arrays(segment)
@@ -128,9 +128,9 @@ def test_untrusted_draws_are_checked(tmp_path: Path, name: str) -> None:
 
 def forged(**arrays: Any) -> dict[str, np.ndarray]:
     """Return the arrays of rollouts, some of them replaced."""
-    made = rollouts.encode(make_rollouts(1), DEFAULT)
+    arrays_of_rollouts = rollouts.encode(make_rollouts(1), DEFAULT)
     text = {name: np.frombuffer(a, np.uint8) for name, a in arrays.items() if type(a) is bytes}
-    return made | arrays | text
+    return arrays_of_rollouts | arrays | text
 
 
 M, T = 2000, 200_000
@@ -200,8 +200,8 @@ def test_one_long_row_does_not_make_the_others_long() -> None:
     cnt[[3, 499]] = 300
     values = rng.integers(0, 40, int(cnt.sum())).astype(np.uint16)
     rows = np.split(values, np.cumsum(cnt)[:-1])
-    want = [(row[None, :] < row[:, None]).sum(1) for row in rows]
-    assert np.array_equal(ragged.rank_in_row(values, cnt), np.concatenate(want))
+    expected = [(row[None, :] < row[:, None]).sum(1) for row in rows]
+    assert np.array_equal(ragged.rank_in_row(values, cnt), np.concatenate(expected))
 
 
 UNSAID: list[Callable[[Any], Any]] = [

@@ -26,15 +26,15 @@ def write(store: Store, writer: int, count: int) -> None:
     for number in range(count):
         unit_key = key(writer, number)
         if unit_key not in done:
-            held = commit_rollouts(store, writer * 1000 + number, unit_key)
-            print(unit_key, held.seg_id, flush=True)
+            segment = commit_rollouts(store, writer * 1000 + number, unit_key)
+            print(unit_key, segment.seg_id, flush=True)
 
 
 def race(store: Store, count: int) -> None:
     time.sleep(2 - time.time() % 2)  # all processes begin at the same even second
     for number in range(count):
-        held = commit_rollouts(store, time.time_ns() % 100_000, key("race", number))
-        print(key("race", number), held.seg_id, flush=True)
+        segment = commit_rollouts(store, time.time_ns() % 100_000, key("race", number))
+        print(key("race", number), segment.seg_id, flush=True)
 
 
 def churn(store: Store, rounds: int) -> None:
