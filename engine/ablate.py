@@ -29,8 +29,7 @@ from logitcask.engine.ablate_table import (
     table_row,
 )
 from logitcask.engine.commands.resolve import snapshot_of
-from logitcask.engine.commands.resolve_training import held_out_set
-from logitcask.engine.commands.train import check_train, run_train, scoring_seconds
+from logitcask.engine.commands.train import check_train, held_out_set, run_train, scoring_seconds
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import keys_of, parse_value, validate
 from logitcask.engine.config.training import Ablate

@@ -75,9 +75,8 @@ def read_fitting(
 
 def student_of(student: Student, snapshot: Snapshot, rollouts: str) -> ModelRef:
     """Return the reference of a student for a training on these rollouts."""
-    return identity.model_ref(
-        student.model, revision=student.revision, chat_template=rendered(snapshot, rollouts)
-    )
+    template = rendered(snapshot, rollouts)
+    return identity.model_ref(student.model, revision=student.revision, chat_template=template)
 
 
 def rendered(snapshot: Snapshot, rollouts: str) -> bool:

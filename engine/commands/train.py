@@ -1,17 +1,29 @@
 """`logitcask train`: a student learns from stored scores."""
 
+import re
+from difflib import get_close_matches
 from typing import Any
 
-from logitcask.engine.commands.resolve import rendered, snapshot_of, student_of
-from logitcask.engine.commands.resolve_training import eval_plan, find_objective, held_out_set
-from logitcask.engine.config.sections import TrainConfig
+from logitcask.engine.commands.load_teacher import live_backend
+from logitcask.engine.commands.resolve import (
+    decoder,
+    read_fitting,
+    snapshot_of,
+    student_of,
+)
+from logitcask.engine.config.sections import Run, TrainConfig
+from logitcask.engine.config.training import Eval, Train
+from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import EventHandler
-from logitcask.engine.objectives import warnings
+from logitcask.engine.models.identity import template_digest
+from logitcask.engine.objectives import PRESETS, Preset, parse_objective, warnings
+from logitcask.engine.prompts.graders import open_grader
+from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.inspect import choose, choose_teacher
 from logitcask.engine.training.evaluation import EvalPlan
-from logitcask.engine.training.held_out import hold_out
+from logitcask.engine.training.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.train import check, train
 from logitcask.engine.types import ModelRef, Progress, no_progress
@@ -32,7 +44,7 @@ def run_train(
         lora=config.lora,
         run=config.run,
         snapshot=None if config.train.snapshot is None else snapshot,
-        evaluation=_evaluation(config, snapshot, task["model"]),
+        evaluation=eval_plan(config.eval, config.run, task["model"]),
         held_out=held_out_set(config.eval, config.store.url, config.train.base),
         cache=cache,
         config=config.model_dump(mode="json"),
@@ -48,7 +60,7 @@ def check_train(config: TrainConfig) -> None:
     """Raise what would stop `run_train` before its first update."""
     store, snapshot, task = _train_task(config)
     check(store, **task, seed=config.run.seed, snapshot=snapshot)
-    _evaluation(config, snapshot, task["model"])
+    eval_plan(config.eval, config.run, task["model"])
     held = held_out_set(config.eval, config.store.url, config.train.base)
     if held is not None:
         hold_out(held, task["model"], task["objective"], config.train.pack_length)
@@ -62,12 +74,8 @@ def scoring_seconds(config: TrainConfig) -> float | None:
     scores = snapshot.scores(task["teacher"])
     read = [scores[s.seg_id] for s in snapshot.rollouts(task["rollouts"]) if s.seg_id in scores]
     took = [segment.seconds for segments in read for segment in segments]
-    tokenizer_vocab = [each for each in took if each is not None]
-    return sum(tokenizer_vocab) if len(tokenizer_vocab) == len(took) else None
-
-
-def _evaluation(config: TrainConfig, snapshot: Snapshot, model: ModelRef) -> EvalPlan | None:
-    return eval_plan(config.eval, config.run, model, rendered(snapshot, config.store.rollouts))
+    recorded = [seconds for seconds in took if seconds is not None]
+    return sum(recorded) if len(recorded) == len(took) else None
 
 
 def _train_task(config: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
@@ -93,3 +101,62 @@ def _train_task(config: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
         "settings": config.train,
     }
     return store, snapshot, task
+
+
+def find_objective(settings: Train) -> Preset:
+    """Return the preset that [train] names; ConfigError names the nearest known one."""
+    name = re.split(r"[(+]", settings.objective)[0].strip()
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"--objective {settings.objective}: no preset of this name",
+            hint=f"the nearest is {near}; known: {', '.join(PRESETS)}",
+        )
+    return parse_objective(settings.objective, k=settings.loss_topk)
+
+
+def eval_plan(settings: Eval, run: Run, model: ModelRef) -> EvalPlan | None:
+    """Return the evaluation of [eval], rendered as the prompts of `model`; None without prompts.
+
+    Raises PromptError, and ConfigError for a grader that is not there.
+    """
+    if settings.prompts is None:
+        return None
+    tokenizer = load_tokenizer(model.path)
+    template = model.template_digest != template_digest(None, False)
+    prompts = read_fitting(
+        settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval."
+    )
+    return EvalPlan(
+        prompts=prompts,
+        sampling=settings,
+        grader=open_grader(settings.grader, prompts),
+        grader_name=settings.grader,
+        decode=decoder(tokenizer),
+        sampler=lambda student: live_backend(student, model, run),
+        seed=run.seed,
+        every=settings.every,
+    )
+
+
+def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSet | None:
+    """Return the held-out rows that [eval] names, or None. `url` is the store of the training,
+    `base` its scores of a base model, which are used here too if they have that name.
+
+    Raises ConfigError where the choice is not clear, IncompleteError where there is none.
+    """
+    named = (settings.store, settings.rollouts, settings.teacher, settings.snapshot)
+    if all(each is None for each in named):
+        return None
+    store = open_store(settings.store or url)
+    snapshot = store.head() if settings.snapshot is None else snapshot_of(store, settings.snapshot)
+    return HeldOutSet(
+        store=store,
+        rollouts=choose(
+            snapshot.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
+        ),
+        teacher=choose_teacher(snapshot, settings.teacher, what="eval-teacher", where=store.url),
+        base=base if base in snapshot.names("score") else None,
+        snapshot=None if settings.snapshot is None else snapshot,
+        every=settings.every,
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 from logitcask.engine.commands.load_teacher import LoadedTeacher, open_teacher
 from logitcask.engine.commands.resolve import grader_of, student_and_prompts
-from logitcask.engine.commands.resolve_training import eval_plan, find_objective, held_out_set
+from logitcask.engine.commands.train import eval_plan, find_objective, held_out_set
 from logitcask.engine.config.section import Section
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.config.teacher import Score
@@ -93,7 +93,7 @@ def _run_loop(
     for line in (*teacher.notes, *notes, *exactness.lines()):
         on_event(line)
     grader = grader_of(config.rollout, model, prompts)
-    evaluation = eval_plan(config.eval, config.run, model, template)
+    evaluation = eval_plan(config.eval, config.run, model)
     held_out = None
     if (data := held_out_set(config.eval, config.store.url)) is not None:
         earlier = None if config.run.overwrite else read_run(config.run.out)

@@ -48,12 +48,12 @@ def model_ref(
     ModelError where weights, tokenizer or config are missing or contradict each other.
     """
     path = resolve_model(name, revision)
-    weights = weights_digest(path)
-    metadata = read_metadata(path)
-    config = read_config(path)
+    metadata, config = read_metadata(path), read_config(path)
     if tokenizer is None:
         tokenizer = load_tokenizer(path)
     n_vocab, stop_ids = vocabulary(path, config, tokenizer)
+    # Last: gigabytes are read for it.
+    weights = weights_digest(path)
     return ModelRef(
         name=name,
         path=path,

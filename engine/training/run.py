@@ -17,7 +17,7 @@ from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.load import load_student, quiet, save_student
-from logitcask.engine.objectives import ExactnessReport, Objective, Preset
+from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.training.evaluation import EvalCallback, EvalPlan
 from logitcask.engine.training.held_out import HeldOut
@@ -35,7 +35,6 @@ from logitcask.engine.training.run_dir import (
 )
 from logitcask.engine.training.settings import (
     settings_record,
-    staleness_bounds,
     training_arguments,
 )
 from logitcask.engine.training.trainer import DistillTrainer
@@ -188,7 +187,11 @@ def run_training(
                 n_vocab=model.n_vocab,
                 metrics_fraction=settings.metrics_fraction,
                 aggregation=settings.aggregation,
-                bounds=staleness_bounds(settings),
+                bounds=Bounds(
+                    action=settings.staleness_action,
+                    min_coverage=settings.min_coverage,
+                    max_drift=settings.max_drift,
+                ),
                 version=model.version,
                 same_root=spec.same_root,
                 metrics=metrics,

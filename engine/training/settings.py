@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.objectives import Bounds
 from logitcask.engine.training.run_dir import CHECKPOINTS
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
@@ -64,15 +63,6 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
     # Without torchrun Trainer would spread one process over all GPUs with DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     return args
-
-
-def staleness_bounds(settings: Train) -> Bounds:
-    """Return the bounds on the distance of the student from the scored policy."""
-    return Bounds(
-        action=settings.staleness_action,
-        min_coverage=settings.min_coverage,
-        max_drift=settings.max_drift,
-    )
 
 
 def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
