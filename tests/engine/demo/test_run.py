@@ -1,4 +1,4 @@
-"""The whole demo in its fast size: one run from nothing, then other objectives from its store."""
+"""The fast demo: one complete run, then other objectives from its store."""
 
 import shlex
 from dataclasses import replace
@@ -61,7 +61,7 @@ def test_json_has_these_keys_and_plain_numbers(first: DemoResult):
     assert all(type(value) in (int, float) for key, value in content.items() if key != "seconds")
 
 
-def test_table_says_the_same(first: DemoResult):
+def test_table_has_the_same_numbers(first: DemoResult):
     text = first.as_text()
     assert f"{first.student_after:.1%}" in text
     assert f"{first.positions:,}" in text
@@ -122,7 +122,7 @@ def test_another_seed_or_size_in_the_same_folder_is_refused(first: DemoResult):
         run_demo(first.out)
 
 
-def test_what_is_not_a_demos_folder_stays_untouched(tmp_path: Path):
+def test_other_folders_stay_untouched(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not the folder of a demo"):
         run_demo(tmp_path, fast=True)
@@ -131,7 +131,7 @@ def test_what_is_not_a_demos_folder_stays_untouched(tmp_path: Path):
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_unknown_objective_is_refused_before_anything_is_made(tmp_path: Path):
+def test_unknown_objective_is_refused_at_the_start(tmp_path: Path):
     with pytest.raises(ObjectiveError, match="overlop"):
         run_demo(tmp_path / "out", fast=True, objective="overlop")
     assert not (tmp_path / "out").exists()
@@ -143,18 +143,18 @@ def test_stages_use_one_thread_and_give_the_others_back():
             assert torch.get_num_threads() == 1
             raise RuntimeError("in a stage")
 
-    given = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="in a stage"):
             failing_stage()
         assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(given)
+        torch.set_num_threads(before)
 
 
 def scores(ids: list[list[int]], p: list[list[float]]) -> Scores:
-    """Ragged rows; only what overlap reads is filled in."""
+    """Return scores with ragged rows, filled in as far as the overlap reads them."""
     rows = np.zeros(len(ids), np.float32)
     return Scores(
         lp=rows,
@@ -169,7 +169,7 @@ def scores(ids: list[list[int]], p: list[list[float]]) -> Scores:
 def test_overlap_by_hand(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo_run, "K", 2)
     student = scores([[3, 5], [7, 1]], [[0.6, 0.3], [0.8, 0.1]])
-    # Its third entries are beyond K, and count for nothing.
+    # Its third entries are after K and do not count.
     teacher = scores([[5, 3, 9], [1, 2, 7]], [[0.5, 0.4, 0.1], [0.7, 0.2, 0.05]])
     student, teacher = (demo_run.top(s.cnt, s.ids, s.entry_lp) for s in (student, teacher))
     ratio, mass = demo_run.overlap([student], [teacher])

@@ -1,4 +1,4 @@
-"""The loop: who sampled what, what an update sees, and that a kill at any point changes nothing."""
+"""The loop: the student of each rollout, the rows of each update, and resuming after kills."""
 
 import json
 import os
@@ -70,7 +70,7 @@ device = "cpu"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with student, teacher, prompts and d.toml; stores and runs go beside them."""
+    """Make a folder with student, teacher, prompts and d.toml; stores and runs are elsewhere."""
     path = tmp_path_factory.mktemp("models")
     save_folder(path / "student", make_model(hidden=16, seed=1, spread=0.1))
     save_folder(path / "teacher", make_model(seed=2, spread=0.3))
@@ -99,7 +99,7 @@ def keys(store: Store) -> Counter[str]:
 
 
 class Whole:
-    """An uninterrupted run, and what its trainer asked for."""
+    """An uninterrupted run, with the packs that its trainer read."""
 
     def __init__(self, models: Path, into: Path) -> None:
         self.config = configure(models, into)
@@ -194,33 +194,33 @@ def test_metrics_count_updates_and_ages(whole: Whole) -> None:
     assert [call for call in whole.calls if call[0] == "train"] == [
         ("train", i + 1, n) for i in range(n)
     ]
-    card = json.loads((whole.out / "logitcask.json").read_text())
-    assert card["version"] == n
+    metadata = json.loads((whole.out / "logitcask.json").read_text())
+    assert metadata["version"] == n
 
 
 @pytest.mark.parametrize("stage", ["rollout", "score"])
 def test_progress_counts_the_prompts_of_all_rounds(whole: Whole, stage: str) -> None:
     calls = [call for call in whole.calls if call[0] == stage]
-    # Of the third round, which begins again with the first prompt, in two units.
+    # The third round has two units, because it starts again at the first prompt.
     done = [0, 3, 3, 6, 6, 7, 9, 9, 12, 12, 15]
     assert calls == [(stage, prompts, ROUNDS * PER_ROUND) for prompts in done]
 
 
-def test_notes_of_scorings_are_said_once(models: Path, tmp_path: Path) -> None:
+def test_notes_of_scorings_are_reported_once(models: Path, tmp_path: Path) -> None:
     config = configure(models, tmp_path, "loop.rounds=3")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.OnPolicyRows, "_packed", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             distill(config)
-    said: list[str] = []
+    messages: list[str] = []
     other = configure(models, tmp_path, "loop.rounds=3", "store.profile=raw32")
-    distill(other, on_event=said.append)
-    (note,) = [line for line in said if "profile" in line]
+    distill(other, on_event=messages.append)
+    (note,) = [line for line in messages if "profile" in line]
     assert note == "scores of 'big' are stored in profile default; raw32 is used for new ones"
 
 
 def test_the_student_comes_nearer_to_the_teacher(models: Path, tmp_path: Path) -> None:
-    """KL(teacher | student) over the whole vocabulary on what the first student wrote."""
+    """Compare KL(teacher | student) over the whole vocabulary on the first student's responses."""
     config = configure(
         models,
         tmp_path,
@@ -258,11 +258,11 @@ def test_the_student_comes_nearer_to_the_teacher(models: Path, tmp_path: Path) -
 
 
 class Worker:
-    """Distillations in processes of their own, which can be killed."""
+    """Distillations in separate processes, which can be killed."""
 
     def __init__(self) -> None:
         env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        # The folder of the script may not come first: its neighbours would shadow packages.
+        # The script's folder must not come first: the files next to it would shadow packages.
         root = str(WORKER.parent.parent.parent)
         env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, sys.path)])
         env["PYTHONSAFEPATH"] = "1"
@@ -275,7 +275,7 @@ class Worker:
         )
 
     def run(self, config: RunConfig, at: str = "", count: int = 0) -> int:
-        """Exit code of a distillation."""
+        """Run a distillation and return its exit code."""
         job = {"config": config.model_dump(mode="json"), "at": at, "count": count}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -296,7 +296,7 @@ def worker() -> Iterator[Worker]:
 @pytest.mark.parametrize(
     "kills",
     [
-        # Every list is one run that dies so often, each time at another point of its way.
+        # Every list is one run, killed at each of these points in turn.
         [("rollout", 1), ("score", 3), ("micro_batch", 2), ("mark", 1), ("moving", 2)],
         [
             ("publish", 2),
@@ -328,7 +328,7 @@ def test_killed_at_any_point_it_ends_with_the_same_student(
 def test_a_loop_resumes_at_the_start_of_a_round(
     models: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """save_steps = 3 would fall into rounds of 2 updates, so checkpoints come at 4, 8 and 10."""
+    """Expect checkpoints at 4, 8 and 10: save_steps = 3 is rounded up to rounds of 2 updates."""
 
     class Cancelled(Exception):
         pass
@@ -422,7 +422,7 @@ def test_several_processes_are_refused(
 def test_another_configuration_is_refused_by_key(
     models: Path, whole: Whole, tmp_path: Path, change: str, key: str
 ) -> None:
-    """On the folder of a run, and in another folder on its rollouts, even with overwrite."""
+    """Refuse it in the folder of a run and on its rollouts, even with overwrite."""
     home = whole.out.parent
     rollouts = r"rollouts 'main' in .* holds a run with "
     with pytest.raises(IdentityError, match=rollouts + key):
@@ -439,7 +439,7 @@ def test_another_configuration_is_refused_by_key(
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_share_a_store_under_names_of_their_own(
+def test_runs_share_a_store_under_separate_names(
     models: Path, whole: Whole, tmp_path: Path
 ) -> None:
     shutil.copytree(whole.store.url, tmp_path / "store")
@@ -456,9 +456,7 @@ def test_runs_share_a_store_under_names_of_their_own(
     assert {s.seg_id for s in ours[1:]}.isdisjoint(s.seg_id for s in theirs)
 
 
-def test_rollouts_that_are_not_of_a_loop_are_refused(
-    models: Path, whole: Whole, tmp_path: Path
-) -> None:
+def test_rollouts_of_no_loop_are_refused(models: Path, whole: Whole, tmp_path: Path) -> None:
     store = open_store(tmp_path / "store", create=True)
     source = whole.store.head().rollouts("main")[0]
     lineage = {k: v for k, v in source.lineage.items() if k != "run"}
@@ -473,8 +471,8 @@ def test_rollouts_that_are_not_of_a_loop_are_refused(
         distill(configure(models, tmp_path))
 
 
-def test_a_rate_of_zero_keeps_rounds_apart(models: Path, tmp_path: Path) -> None:
-    """The first update of a warm-up moves nothing: two rounds of one and the same student."""
+def test_a_rate_of_zero_keeps_rounds_separate(models: Path, tmp_path: Path) -> None:
+    """Sample two rounds with the same student: the first update of a warm-up changes nothing."""
     config = configure(
         models,
         tmp_path,
@@ -494,7 +492,7 @@ def test_a_rate_of_zero_keeps_rounds_apart(models: Path, tmp_path: Path) -> None
 
 
 def test_many_small_units_and_long_rows_lose_nothing(models: Path, tmp_path: Path) -> None:
-    """Every window of four units fills a part of a row only; and short rounds fill one row."""
+    """Use windows that fill a part of a row only, and rounds that fill one row."""
     config = configure(
         models,
         tmp_path,
@@ -529,7 +527,7 @@ def test_shares_are_a_partition_of_equal_parts(sizes: list[int], updates: int) -
 
 
 def test_train_takes_the_store_of_a_loop(models: Path, whole: Whole, tmp_path: Path) -> None:
-    """The third round wraps around: its two ranges are one plan of units, and none lacks."""
+    """Plan the two ranges of the third round, which wraps around, without missing units."""
     config = whole.config
     job = TrainConfig(
         student=Student(model=config.student.model),
@@ -544,7 +542,7 @@ def test_train_takes_the_store_of_a_loop(models: Path, whole: Whole, tmp_path: P
 
 
 def test_train_misses_the_unit_that_a_kill_left_out(whole: Whole) -> None:
-    """The log as it was between the two units of the round that wraps around."""
+    """Read the log between the two units of the round that wraps around."""
     kinds = [segment.kind for segment in whole.store.head().segments]
     assert kinds[:8] == ["rollout", "score"] * 2 + ["rollout"] * 2 + ["score"] * 2
     with pytest.raises(IncompleteError, match="1 of 4 units"):
