@@ -96,7 +96,7 @@ def writer(url: str, number: int) -> None:
             name="main",
             unit_key=key(number, i),
             unit={"version": 0, "first": 1000 * number + i},
-            lineage=LINEAGE,
+            provenance=LINEAGE,
         )
         seconds.append(time.perf_counter() - start)
     print(json.dumps(seconds))

@@ -60,7 +60,7 @@ def seal_rollouts(store: Store, rollouts: Rollouts, profile: str) -> Segment:
         name="main",
         unit_key=key(profile, time.time_ns()),
         unit={"version": 0, "first": 0},
-        lineage=LINEAGE,
+        provenance=LINEAGE,
         profile=profile,
     )
 
@@ -73,6 +73,6 @@ def seal_scores(store: Store, scores: Scores, base: Segment, profile: str) -> Se
         name="teacher",
         unit_key=key("score", profile, time.time_ns()),
         unit={},
-        lineage=SCORE_LINEAGE,
+        provenance=SCORE_LINEAGE,
         profile=profile,
     )

@@ -114,10 +114,10 @@ class ModelRef:
     stop_ids: tuple[int, ...]
     version: int
     """Optimizer updates since the base weights; 0 for a plain model folder."""
-    root: str
+    base_weights: str
     """Digest of the base weights, those of version 0."""
 
-    def lineage(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """Return the record of this model in a segment, without local paths."""
         return {
             "name": self.name,
@@ -128,7 +128,7 @@ class ModelRef:
             "n_vocab": self.n_vocab,
             "stop_ids": list(self.stop_ids),
             "version": self.version,
-            "root": self.root,
+            "root": self.base_weights,
         }
 
 

@@ -40,7 +40,7 @@ class Sampler(Protocol):
         """
 
     def describe(self) -> dict[str, str]:
-        """Return name, dtype, device and package versions, for the lineage of a segment."""
+        """Return name, dtype, device and package versions, for the provenance of a segment."""
 
 
 class Scorer(Protocol):

@@ -25,7 +25,7 @@ def run_estimate(
     teacher = open_teacher(
         config.teacher,
         config.run,
-        model.lineage(),
+        model.provenance(),
         template=template,
         exact=not remote,
         k_max=config.estimate.teacher_topk_max,

@@ -72,7 +72,7 @@ class LoadedTeacher:
     """How its tokenizer differs from the student's; None = not at all."""
     notes: tuple[str, ...] = ()
     """Lines about it for the user."""
-    lineage_extra: Mapping[str, Any] = field(default_factory=dict)
+    provenance_extra: Mapping[str, Any] = field(default_factory=dict)
     """Further fields that every segment of its scores records."""
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ def open_teacher(
     k_max: int,
     cancel: CancelToken,
 ) -> LoadedTeacher:
-    """Load a teacher, or connect to one at a URL. student: lineage of the model that sampled the
+    """Load a teacher, or connect to one at a URL. student: provenance of the model that sampled the
     rollouts; template: prompts are rendered by the chat template; k_max: largest top-k per position
     of the requests; cancel: ends waits for unavailable servers.
 
@@ -186,7 +186,7 @@ def _open_served(
         scorer=same,
         shared=shared,
         notes=tuple(notes),
-        lineage_extra=same.lineage(),
+        provenance_extra=same.provenance(),
     )
 
 

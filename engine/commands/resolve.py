@@ -88,5 +88,5 @@ def rendered(snapshot: Snapshot, rollouts: str) -> bool:
             hint="run `logitcask rollout` first, or give --rollouts one of these",
         )
     # The digest is in the rollouts of every sampler, the plain field only in those of our commands.
-    template: str = segments[0].lineage["student"]["template"]
+    template: str = segments[0].provenance["student"]["template"]
     return template != identity.template_digest(None, False)

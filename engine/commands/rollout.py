@@ -51,7 +51,7 @@ def rollout_request(
             unit_prompts=config.rollout.unit_prompts or None,
             profile=config.store.profile,
             versions=versions,
-            lineage_extra={"chat_template": template},
+            provenance_extra={"chat_template": template},
         )
     except BaseException:
         close_backend(sampler)

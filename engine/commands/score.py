@@ -36,7 +36,7 @@ def score_request(
 ) -> ScoreRequest:
     """Load the teacher and describe its scores; the caller closes the scorer."""
     template = rendered(snapshot, config.store.rollouts)
-    student = snapshot.rollouts(config.store.rollouts)[0].lineage["student"]
+    student = snapshot.rollouts(config.store.rollouts)[0].provenance["student"]
     teacher = open_teacher(
         config.teacher,
         config.run,
@@ -65,7 +65,7 @@ def score_request(
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,
             notes=(*teacher.notes, *notes),
-            lineage_extra=teacher.lineage_extra,
+            provenance_extra=teacher.provenance_extra,
         )
     except BaseException:
         teacher.close()
@@ -79,7 +79,7 @@ def _context(
     for the longest response.
     """
     segments = snapshot.rollouts(config.store.rollouts)
-    longest = int(segments[0].lineage["set"]["max_new_tokens"])
+    longest = int(segments[0].provenance["set"]["max_new_tokens"])
     tokenizer = load_tokenizer(model.path)
     options: dict[str, Any] = {
         "chat_template": rendered(snapshot, config.store.rollouts),

@@ -65,10 +65,10 @@ def watch_scores(
         )
 
     def work(key: str, unit: ScoreUnit) -> int:
-        return run_score_unit(request, key, unit, lineage)
+        return run_score_unit(request, key, unit, provenance)
 
     try:
-        lineage = request.lineage()
+        provenance = request.provenance()
         return run_worker(
             store,
             plan,
@@ -199,14 +199,14 @@ class _Students:
         """Return the student in the folder now; None if it is not later than the last."""
         was, path = self._model, self._model.path
         card, weights = identity.read_metadata(path), identity.weights_digest(path)
-        version, root = (0, weights) if card is None else (card["version"], card["root"])
+        version, base_weights = (0, weights) if card is None else (card["version"], card["root"])
         if self._request is not None and (version, weights) == (was.version, was.digest):
             self._odd = ""
             return None
-        if root != was.root or version < was.version:
+        if base_weights != was.base_weights or version < was.version:
             raise IdentityError(
-                f"{path} held version {was.version} of {was.root}, and now holds version {version} "
-                f"of {root}",
+                f"{path} held version {was.version} of {was.base_weights}, and now holds version "
+                f"{version} of {base_weights}",
                 hint="give that student's rollouts a name of their own: --rollouts NAME",
             )
         if version == was.version and weights != was.digest:

@@ -63,7 +63,7 @@ def distill(
     teacher = open_teacher(
         config.teacher,
         config.run,
-        model.lineage(),
+        model.provenance(),
         template=template,
         exact=config.score.exact,
         k_max=config.score.teacher_topk_max,
@@ -149,7 +149,7 @@ def _run_loop(
         ),
         updates=loop.rounds * loop.updates_per_round,
         objective=preset,
-        same_root=True,
+        same_base_weights=True,
         identity=identity,
         plan=digest(identity),
         exactness=exactness,
@@ -187,7 +187,7 @@ def _exactness(
             q_draws=config.score.draws,
             versions=(),  # a new one every round
             student_version=model.version,
-            same_root=True,
+            same_base_weights=True,
             same_template=True,
             plain_sampling=config.rollout.is_plain(),
             entropy_bounds=bounds,
@@ -273,14 +273,14 @@ def _longest(config: RunConfig, prompts: list[Prompt]) -> int:
 def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
     """Raise IdentityError if the rollouts `name` are not rounds of this run."""
     for segment in store.head().rollouts(name)[:1]:
-        if "run" not in segment.lineage:
+        if "run" not in segment.provenance:
             raise IdentityError(
                 f"rollouts {name!r} in {store.url} were not made by distill",
                 hint="set store.rollouts and run.out to new names",
             )
         check_same(
             f"rollouts {name!r} in {store.url}",
-            segment.lineage["run"],
+            segment.provenance["run"],
             run,
             hint="resume with the settings of these rollouts, or set store.rollouts and run.out to "
             "new names",

@@ -78,7 +78,7 @@ class OnPolicyRows:
                 profile=self.config.store.profile,
                 eos_rows=self.config.score.foreign_eos,
                 shared=self.teacher.shared,
-                lineage_extra=self.teacher.lineage_extra,
+                provenance_extra=self.teacher.provenance_extra,
             ),
             # The counts of the scoring include the units of earlier rounds.
             progress=lambda stage, done, total: self._report(
@@ -132,7 +132,7 @@ class OnPolicyRows:
                 count=count,
                 versions=True,
                 run=self.run,
-                lineage_extra={"chat_template": self.template},
+                provenance_extra={"chat_template": self.template},
             ),
             progress=lambda stage, done, units: self._report(stage, round_number, done, units),
         ).units_total
@@ -143,7 +143,7 @@ class OnPolicyRows:
 
         def of_round(segment: Segment) -> bool:
             # Both: a first update at a learning rate of 0 leaves the weights unchanged.
-            student = segment.lineage["student"]
+            student = segment.provenance["student"]
             return bool(
                 (student["weights"], student["version"]) == (current.digest, current.version)
             )

@@ -64,7 +64,7 @@ def model_ref(
         n_vocab=n_vocab,
         stop_ids=stop_ids,
         version=metadata["version"] if metadata else 0,
-        root=metadata["root"] if metadata else weights,
+        base_weights=metadata["root"] if metadata else weights,
     )
 
 
@@ -228,15 +228,15 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def write_metadata(
-    path: Path, *, root: str, parent: str, version: int, pin: Any, plan: str, objective: Any
+    path: Path, *, base_weights: str, parent: str, version: int, pin: Any, plan: str, objective: Any
 ) -> None:
     """Write logitcask.json.
 
-    root, parent: digests of base weights and of the weights before training; version: updates since
-    the base weights; the rest: training data and objective.
+    base_weights, parent: digests of the first weights and of those before training; version:
+    updates since the first weights; the rest: training data and objective.
     """
     metadata = {
-        "root": root,
+        "root": base_weights,
         "parent": parent,
         "version": version,
         "pin": pin,

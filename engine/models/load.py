@@ -222,7 +222,7 @@ def save_student(
             shutil.copyfile(file, staging / file.name)
     write_metadata(
         staging,
-        root=parent.root,
+        base_weights=parent.base_weights,
         parent=parent.digest,
         version=parent.version + updates,
         **metadata,

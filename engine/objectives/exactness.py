@@ -45,7 +45,7 @@ class CacheInfo:
     """
     student_version: int | None
     """Of the student to be trained; None if it is not known."""
-    same_root: bool
+    same_base_weights: bool
     """It has the base weights of the behaviour policies; else it is an off-lineage student."""
     same_template: bool
     """The student's own template renders the prompts as they are in the rollouts."""
@@ -73,7 +73,7 @@ class CacheInfo:
         """Return the updates between each version and the student, None where it is not known."""
         if not self.versions:
             return (0,)
-        if not self.same_root or (now := self.student_version) is None:
+        if not self.same_base_weights or (now := self.student_version) is None:
             return (None,)
         return tuple(now - version for version in self.versions)
 
@@ -116,7 +116,7 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
             hint="score the rollouts with it (score --teacher-kind "
             "base), and name its scores with --base",
         )
-    if not cache.same_root:
+    if not cache.same_base_weights:
         notes.append(
             "Off-lineage student: a model of other base weights sampled these rollouts, so ages "
             "are unknown."
@@ -218,7 +218,7 @@ def _check_student(objective: Objective, cache: CacheInfo) -> None:
             hint=f"sample and score again with --student-topk {objective.k}, or train with "
             f"--loss-topk {cache.student_k}",
         )
-    if not cache.same_root and not cache.allow_off_lineage:
+    if not cache.same_base_weights and not cache.allow_off_lineage:
         raise ObjectiveError(
             "off-lineage student: S(p) is frozen at the policy that sampled the rollouts "
             f"({_prefixes(cache)}), and the student has other base weights",
@@ -318,4 +318,4 @@ def _prefixes(cache: CacheInfo) -> str:
         return "of the current student, new in every round"
     low, high = min(cache.versions), max(cache.versions)
     versions = f"version {low}" if low == high else f"versions {low} to {high}"
-    return versions if cache.same_root else f"{versions} of other base weights"
+    return versions if cache.same_base_weights else f"{versions} of other base weights"

@@ -213,8 +213,8 @@ def check_complete(
     flag: the flag of `logitcask score` that makes such scores.
     """
     # Each version of the student has its own number of planned units.
-    of = {(s.unit["version"], digest(s.lineage["student"])): s.lineage for s in segments}
-    planned_units = sum(int(lineage["set"]["units"]) for lineage in of.values())
+    of = {(s.unit["version"], digest(s.provenance["student"])): s.provenance for s in segments}
+    planned_units = sum(int(provenance["set"]["units"]) for provenance in of.values())
     if planned_units > len(segments):
         raise IncompleteError(
             f"{planned_units - len(segments)} of {planned_units} units of rollouts "

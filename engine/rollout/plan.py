@@ -67,7 +67,7 @@ def rollout(request: RolloutRequest, *, progress: Progress = no_progress) -> Rol
 
 def plan_rollouts(request: RolloutRequest, snapshot: Snapshot) -> dict[str, RolloutUnit]:
     """Return unit_key -> unit missing in a snapshot, in order; raises as `rollout` does."""
-    ours = request.lineage["set"]
+    ours = request.provenance["set"]
     _check_name(snapshot, request.name, request.model, ours, request.units, request.versions)
     there = snapshot.unit_keys()
     return {key: unit for key, unit in request.units.items() if key not in there}
@@ -89,10 +89,10 @@ def _check_name(
                 hint=f"use that name instead of {name!r}, or another seed",
             )
     for segment in snapshot.rollouts(name):
-        theirs, student = segment.lineage["set"]["digest"], segment.lineage["student"]
+        theirs, student = segment.provenance["set"]["digest"], segment.provenance["student"]
         if theirs != ours["digest"]:
             raise IdentityError(
-                f"rollouts {name!r} were made with {_difference(segment.lineage['set'], ours)} "
+                f"rollouts {name!r} were made with {_difference(segment.provenance['set'], ours)} "
                 f"(set {theirs}, this one is {ours['digest']})",
                 hint="give these rollouts another name, or use the settings of that name",
             )

@@ -68,8 +68,8 @@ class RolloutRequest:
     """Other versions of the student may be under this name already, as in a distillation loop."""
     run: Mapping[str, Any] | None = None
     """The loop; recorded, and part of the digest of the set."""
-    lineage_extra: Mapping[str, Any] | None = None
-    """More entries for the lineage of each segment."""
+    provenance_extra: Mapping[str, Any] | None = None
+    """More entries for the provenance of each segment."""
 
     def __post_init__(self) -> None:
         if self.mc_draws:
@@ -136,8 +136,8 @@ class RolloutRequest:
         }
 
     @cached_property
-    def lineage(self) -> dict[str, Any]:
-        """Return the lineage that every segment records."""
+    def provenance(self) -> dict[str, Any]:
+        """Return the provenance that every segment records."""
         return {
             "set": {
                 "digest": self.set_digest,
@@ -150,12 +150,12 @@ class RolloutRequest:
                 **({"grader": self._grader} if self._grader else {}),
                 "template": self.model.template_digest,
             },
-            "student": self.model.lineage(),
+            "student": self.model.provenance(),
             "backend": self.sampler.describe(),
             "scorer": self.student.describe(),
             "logprob": LOGPROB,
             **({"run": dict(self.run)} if self.run else {}),
-            **(self.lineage_extra or {}),
+            **(self.provenance_extra or {}),
         }
 
     @property
@@ -181,7 +181,7 @@ def run_rollout_unit(request: RolloutRequest, key: str, unit: RolloutUnit) -> Ro
         name=request.name,
         unit_key=key,
         unit=unit,
-        lineage=request.lineage,
+        provenance=request.provenance,
         profile=request.profile,
     )
     return rolled

@@ -39,7 +39,7 @@ class ScorePlan:
     total: int
     missing: Mapping[str, ScoreUnit]
     """unit_key -> missing unit, by student version, then by first prompt."""
-    lineage: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     notes: tuple[str, ...]
     """Warnings for the user."""
 
@@ -57,7 +57,7 @@ def score(request: ScoreRequest, *, progress: Progress = no_progress) -> ScoreRe
     positions = 0
     for done_now, (key, unit) in enumerate(planned.missing.items()):
         progress("score", done_before + done_now, planned.total)
-        positions += run_score_unit(request, key, unit, planned.lineage)
+        positions += run_score_unit(request, key, unit, planned.provenance)
     progress("score", planned.total, planned.total)
     return ScoreReport(
         units_total=planned.total,
@@ -85,10 +85,10 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
         )
     notes = list(request.notes)
     for segment in segments:
-        found = check_identity(segment.lineage["student"], model, request.shared)
+        found = check_identity(segment.provenance["student"], model, request.shared)
         notes += [each for each in found if each not in notes]
     notes += other_dtypes(snapshot, segments, name, request.scorer)
-    lineage = request.lineage()
+    provenance = request.provenance()
     at_scores = None
     if request.extra_ids == MC_IDS:
         _check_draws(segments, request.rollouts_name)
@@ -102,14 +102,14 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
             )
     units = {
         unit_key(
-            segment, model, params, lineage, _at_key(request.extra_ids, at_scores, segment)
+            segment, model, params, provenance, _at_key(request.extra_ids, at_scores, segment)
         ): segment
         for segment in segments
         if not growing or at_scores is None or segment.seg_id in at_scores
     }
     _check_twice(snapshot, units, name)
     drawn = params.entry_kind == "sampled"
-    request.store.check_name("score", name, lineage, drawn=drawn)
+    request.store.check_name("score", name, provenance, drawn=drawn)
     done = snapshot.unit_keys()
     there = snapshot.scores(name)
     if drawn and any(key not in done and s.seg_id in there for key, s in units.items()):
@@ -142,12 +142,12 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
             "chosen ids, so they cannot be extended",
             hint="score under another name, or repeat the earlier request",
         )
-    return ScorePlan(total=len(units), missing=missing, lineage=lineage, notes=tuple(notes))
+    return ScorePlan(total=len(units), missing=missing, provenance=provenance, notes=tuple(notes))
 
 
 def _covers(stored_in: ScoreSegments | None, params: ScoreParams) -> bool:
     """Return True where these segments hold at least the entries of this request."""
-    stored = [ScoreParams(**each.lineage["request"]) for each in stored_in or ()]
+    stored = [ScoreParams(**each.provenance["request"]) for each in stored_in or ()]
     if any(each.entry_kind == "sampled" for each in (params, *stored)):
         return False
 

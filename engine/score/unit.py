@@ -62,23 +62,23 @@ class ScoreRequest:
     """Map between the tokenizers of teacher and student; None = they are equal."""
     notes: tuple[str, ...] = ()
     """Warnings about the teacher, for the user."""
-    lineage_extra: Mapping[str, Any] = field(default_factory=dict)
-    """More entries for the lineage of each segment."""
+    provenance_extra: Mapping[str, Any] = field(default_factory=dict)
+    """More entries for the provenance of each segment."""
 
     def __post_init__(self) -> None:
         check_scorer(self.scorer, self.params, chosen=self.extra_ids is not None)
 
-    def lineage(self) -> dict[str, Any]:
-        """Return the lineage of every segment, without the extra ids."""
+    def provenance(self) -> dict[str, Any]:
+        """Return the provenance of every segment, without the extra ids."""
         return {
-            "teacher": self.model.lineage(),
+            "teacher": self.model.provenance(),
             "role": self.role,
             "context": _context_digest(self.context),
             "request": asdict(self.params),
             "rollouts": self.rollouts_name,
             "backend": self.scorer.describe(),
             "logprob": LOGPROB,
-            **self.lineage_extra,
+            **self.provenance_extra,
         }
 
 
@@ -94,7 +94,7 @@ class ScoreUnit:
 
 
 def run_score_unit(
-    request: ScoreRequest, key: str, unit: ScoreUnit, lineage: Mapping[str, Any]
+    request: ScoreRequest, key: str, unit: ScoreUnit, provenance: Mapping[str, Any]
 ) -> int:
     """Score one unit, commit it under its key, and return its positions."""
     store, params, segment = request.store, request.params, unit.segment
@@ -127,8 +127,8 @@ def run_score_unit(
             shown,
             extra,
             **fields,
-            unit_key=unit_key(segment, request.model, params, lineage),
-            lineage={**lineage, "at": at_student},
+            unit_key=unit_key(segment, request.model, params, provenance),
+            provenance={**provenance, "at": at_student},
             profile=request.profile,
         )
         took_s = 0.0  # the first segment records the seconds of both
@@ -138,7 +138,7 @@ def run_score_unit(
         scores,
         **fields,
         unit_key=key,
-        lineage={**lineage, "at": request.extra_ids or at_student},
+        provenance={**provenance, "at": request.extra_ids or at_student},
         profile=EXACT if request.extra_ids == MC_IDS else request.profile,
         at=ids,
         seconds=took_s,
@@ -150,16 +150,16 @@ def unit_key(
     segment: Segment,
     model: ModelRef,
     params: ScoreParams,
-    lineage: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     at: Sequence[str] = (),
 ) -> str:
     return digest(
         {
             "rollouts": segment.seg_id,
             "teacher": model.digest,
-            "role": lineage["role"],
+            "role": provenance["role"],
             "template": model.template_digest,
-            "context": lineage["context"],
+            "context": provenance["context"],
             "request": asdict(params),
             "at": list(at),
         }

@@ -104,14 +104,14 @@ def segment_rows(segments: Iterable[Segment]) -> list[dict[str, Any]]:
 
 def describe_request(segment: Segment) -> str:
     """Describe the request of a segment: of sampling or of scoring. '' where it is not recorded."""
-    lineage = segment.lineage
+    provenance = segment.provenance
     if segment.kind == "rollout":
-        of = lineage.get("set", {})
+        of = provenance.get("set", {})
         fields = [f"version {segment.unit['version']}"]
         fields += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
         fields += [f"grader {of['grader']}"] if "grader" in of else []
         return ", ".join(fields)
-    request = lineage.get("request", {})
+    request = provenance.get("request", {})
     if not request:
         return ""
     k = f"k {request['k_min']}-{request['k_max']}"
@@ -120,7 +120,7 @@ def describe_request(segment: Segment) -> str:
         "topk": [k],
         "sampled": [f"{request['draws']} draws, seed {request['seed']}"],
     }[request["entry_kind"]]
-    return ", ".join([*fields, *([f"at {at}"] if (at := lineage.get("at")) else [])])
+    return ", ".join([*fields, *([f"at {at}"] if (at := provenance.get("at")) else [])])
 
 
 def snapshot_summary(store: Store, snapshot: Snapshot) -> dict[str, Any]:

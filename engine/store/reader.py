@@ -73,7 +73,7 @@ class Reader:
         if which.kind == schema.ROLLOUT:
             try:
                 found = self._decode_rollouts(which, arrays)
-                check_rollouts(found, n_vocab=vocabulary(which.lineage))
+                check_rollouts(found, n_vocab=vocabulary(which.provenance))
             except IntegrityError:
                 raise
             except StoreError as error:

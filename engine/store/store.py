@@ -29,8 +29,10 @@ class Store(Reader):
     def __reduce__(self) -> tuple[Any, ...]:
         return open_store, (self.url,)
 
-    def check_name(self, kind: str, name: str, lineage: Mapping[str, Any], *, drawn: bool) -> None:
-        """Raise IdentityError where a name has another identity than this lineage.
+    def check_name(
+        self, kind: str, name: str, provenance: Mapping[str, Any], *, drawn: bool
+    ) -> None:
+        """Raise IdentityError where a name has another identity than this provenance.
 
         drawn: of scores at drawn ids. A commit checks the same, but only after the work.
         """
@@ -42,7 +44,7 @@ class Store(Reader):
             name=name,
             unit_key="",
             unit={},
-            lineage=lineage,
+            provenance=provenance,
         )
         check_name_identity(self.log, new)
 
@@ -53,7 +55,7 @@ class Store(Reader):
         name: str,
         unit_key: str,
         unit: Mapping[str, Any],
-        lineage: Mapping[str, Any],
+        provenance: Mapping[str, Any],
         profile: str = "default",
     ) -> Segment:
         """Commit one rollout unit; return its segment, which another writer may have committed.
@@ -69,7 +71,7 @@ class Store(Reader):
             name=name,
             unit_key=unit_key,
             unit=dict(unit),
-            lineage=dict(lineage),
+            provenance=dict(provenance),
         )
         if (winner := self._find_committed(new)) is not None:
             return winner
@@ -77,7 +79,7 @@ class Store(Reader):
             raise StoreError(
                 f"unit {dict(unit)} lacks version or first", hint="give both as integers >= 0"
             )
-        check_rollouts(unit_rollouts, n_vocab=vocabulary(lineage))
+        check_rollouts(unit_rollouts, n_vocab=vocabulary(provenance))
         arrays = rollouts.encode(unit_rollouts, codecs.profile(profile))
         digest = segments.tokens_sha256(arrays["tokens"], arrays["seq_off"])
         return self._commit(arrays, new, tokens_sha256=digest)
@@ -90,7 +92,7 @@ class Store(Reader):
         name: str,
         unit_key: str,
         unit: Mapping[str, Any],
-        lineage: Mapping[str, Any],
+        provenance: Mapping[str, Any],
         profile: str = "default",
         at: IdLists | None = None,
         seconds: float | None = None,
@@ -110,7 +112,7 @@ class Store(Reader):
             name=name,
             unit_key=unit_key,
             unit=dict(unit),
-            lineage=dict(lineage),
+            provenance=dict(provenance),
             seconds=seconds,
         )
         if (winner := self._find_committed(new)) is not None:
@@ -141,7 +143,7 @@ class Store(Reader):
             )
         else:
             check_scores(scores, positions, at)
-            dtype = str(lineage.get("backend", {}).get("dtype", "float32"))
+            dtype = str(provenance.get("backend", {}).get("dtype", "float32"))
             arrays = extend.encode(
                 self.read_scores(before),
                 scores,

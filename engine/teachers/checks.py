@@ -17,7 +17,7 @@ def check_identity(
 ) -> list[str]:
     """Compare tokenizer and template of teacher and student, and return notes on differences.
 
-    student: its lineage; shared: the shared vocabulary, if their tokenizers differ. Raises
+    student: its provenance; shared: the shared vocabulary, if their tokenizers differ. Raises
     IdentityError for a tokenizer that differs otherwise.
     """
     notes = []
@@ -50,7 +50,7 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
     Its probability under the teacher is next to 0: one huge KL row in every sequence. With
     eos_rows = "keep" such rows are allowed.
     """
-    others = sorted(set(segment.lineage["student"]["stop_ids"]) - set(model.stop_ids))
+    others = sorted(set(segment.provenance["student"]["stop_ids"]) - set(model.stop_ids))
     if eos_rows == "keep" or not others:
         return
     ends = rollouts.tokens[rollouts.seq_off[1:][rollouts.finish == STOP] - 1]
@@ -75,7 +75,9 @@ def other_dtypes(
     """
     ours, stored = scorer.describe().get("dtype"), snapshot.scores(teacher_name)
     found = {
-        each.lineage["backend"].get("dtype") for s in segments for each in stored.get(s.seg_id, ())
+        each.provenance["backend"].get("dtype")
+        for s in segments
+        for each in stored.get(s.seg_id, ())
     }
     return [
         f"scores of {teacher_name!r} in {other} exist already, and this run computes in {ours}"

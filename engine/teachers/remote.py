@@ -74,7 +74,7 @@ def remote_model_ref(
         n_vocab=n_vocab,
         stop_ids=stop_ids,
         version=0,
-        root=weights,
+        base_weights=weights,
     )
 
 

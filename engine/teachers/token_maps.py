@@ -100,7 +100,7 @@ def shared_vocabulary(
 ) -> SharedVocabulary | None:
     """Compare two tokenizers; None if they are the same, or without `source`.
 
-    student: its lineage, with a digest of its tokenizer; source: a folder or hub id with that
+    student: its provenance, with a digest of its tokenizer; source: a folder or hub id with that
     tokenizer. Raises IdentityError if source has another tokenizer, or if the two agree on less
     than half of all ids; ModelError if it is not found.
     """

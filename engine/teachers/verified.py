@@ -96,8 +96,8 @@ class VerifiedTeacher:
         """Return the description of the remote scorer."""
         return self._server.describe()
 
-    def lineage(self) -> dict[str, Any]:
-        """Return the record of the fingerprint for the lineage of a segment."""
+    def provenance(self) -> dict[str, Any]:
+        """Return the record of the fingerprint for the provenance of a segment."""
         record = {**self.fingerprint.record(), "control_nats": self.self_diff.largest}
         return {"behaviour": record}
 

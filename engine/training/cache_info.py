@@ -51,15 +51,15 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
     Raises IdentityError for another tokenizer.
     """
     rollouts = [segment for segment, _ in source.pairs]
-    requests = [[each.lineage["request"] for each in scores] for _, scores in source.pairs]
-    sampler = rollouts[0].lineage["student"]
+    requests = [[each.provenance["request"] for each in scores] for _, scores in source.pairs]
+    sampler = rollouts[0].provenance["student"]
     if model is not None and sampler["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
             f"the rollouts were sampled with tokenizer {sampler['tokenizer']}, the student "
             f"{model.name} has {model.tokenizer_digest}",
             hint="train a student with the tokenizer of the rollouts, or sample with this one",
         )
-    sampling = rollouts[0].lineage["set"]
+    sampling = rollouts[0].provenance["set"]
     return CacheInfo(
         student_k=int(sampling["student_k"]),
         # Of the unit with the smallest request: a plan mixes all of them.
@@ -68,16 +68,17 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         at_student=all(any(each["at_student"] for each in unit) for unit in requests),
         versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
         student_version=None if model is None else model.version,
-        same_root=model is None or sampler["root"] == model.root,
+        same_base_weights=model is None or sampler["root"] == model.base_weights,
         same_weights=model is None
-        or all(s.lineage["student"]["weights"] == model.digest for s in rollouts),
+        or all(s.provenance["student"]["weights"] == model.digest for s in rollouts),
         same_template=model is None or sampler["template"] == model.template_digest,
         plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
         allow_off_lineage=allow_off_lineage,
         n_vocab=int(sampler["n_vocab"]) if model is None else model.n_vocab,
         mc_draws=int(sampling.get("mc_draws", 0)),
         at_mc=all(
-            any(each.lineage.get("at") == MC_IDS for each in scores) for _, scores in source.pairs
+            any(each.provenance.get("at") == MC_IDS for each in scores)
+            for _, scores in source.pairs
         ),
         q_draws=min(
             int(each.get("draws", 0)) if each.get("entry_kind") == "sampled" else 0

@@ -18,10 +18,10 @@ AGE = "cache/age"
 class MetricSums:
     """Weighted sums of metrics: kept on the device, and read once per logged update."""
 
-    def __init__(self, objective: Objective, bounds: Bounds, *, same_root: bool) -> None:
+    def __init__(self, objective: Objective, bounds: Bounds, *, same_base_weights: bool) -> None:
         """same_root: the rollouts are of the student's base weights, so that ages are defined."""
         self._names = [*COMMON_METRICS, *([SKIPPED] if skips(objective, bounds) else [])]
-        self._same_root = same_root
+        self._same_root = same_base_weights
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()

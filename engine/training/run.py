@@ -69,7 +69,7 @@ class RunSpec:
     """Builds the packs for the student in training."""
     updates: int
     objective: Objective | Preset
-    same_root: bool
+    same_base_weights: bool
     """True where rollouts and student have the same base weights: ages are version differences."""
     identity: Mapping[str, Any]
     """Recorded in run.json; the folder accepts no run in which any of it differs."""
@@ -141,7 +141,7 @@ def run_training(
     assert isinstance(objective, Objective)
     resume_metadata = {"plan": spec.plan, "rows_per_update": run_dir.packs_per_update}
     record = {
-        "student": {k: v for k, v in model.lineage().items() if k not in ("name", "revision")},
+        "student": {k: v for k, v in model.provenance().items() if k not in ("name", "revision")},
         # Settings come first: an error then names a setting instead of a digest that depends on it.
         "settings": {
             **settings_record(settings, lora, run),
@@ -193,7 +193,7 @@ def run_training(
                     max_drift=settings.max_drift,
                 ),
                 version=model.version,
-                same_root=spec.same_root,
+                same_base_weights=spec.same_base_weights,
                 metrics=metrics,
                 resume_metadata=resume_metadata,
                 progress=progress,

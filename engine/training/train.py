@@ -76,7 +76,7 @@ def train(
         packs=lambda student: PlannedPacks(plan, source),
         updates=-(-len(plan) // run_dir.packs_per_update),
         objective=objective,
-        same_root=info.same_root,
+        same_base_weights=info.same_base_weights,
         identity={
             "store": store.uuid,
             "pin": {"number": snapshot.number, "sha256": snapshot.sha256},

@@ -69,16 +69,16 @@ class DistillTrainer(Trainer):
         aggregation: str,
         bounds: Bounds,
         version: int,
-        same_root: bool,
+        same_base_weights: bool,
         metrics: MetricsFile,
         resume_metadata: dict[str, Any],
         progress: Progress,
     ) -> None:
         """Build the Trainer.
 
-        `version` is the student's before update 0; `same_root`: see MetricSums. `metrics_fraction`,
-        `bounds`: see pack_loss; `aggregation`: see objectives.loss_weights. `resume_metadata`: must
-        equal that of a checkpoint to resume from.
+        `version` is the student's before update 0; `same_base_weights`: see MetricSums.
+        `metrics_fraction`, `bounds`: see pack_loss; `aggregation`: see objectives.loss_weights.
+        `resume_metadata`: must equal that of a checkpoint to resume from.
         """
         self._width = width = args.gradient_accumulation_steps * args.world_size
         use_cache = model.config.use_cache
@@ -105,7 +105,7 @@ class DistillTrainer(Trainer):
         self._metrics = metrics
         self._resume_metadata = resume_metadata
         self._progress = progress
-        self._sums = MetricSums(objective, bounds, same_root=same_root)
+        self._sums = MetricSums(objective, bounds, same_base_weights=same_base_weights)
         self._waited_s, self._since_s = 0.0, time.monotonic()
 
     def get_batch_samples(

@@ -77,9 +77,9 @@ def test_a_student_trains_from_the_scores_of_a_served_teacher(
     assert first.json["units_new"] == UNITS
     assert "nothing to do" in call(score_command(fake, store)).out
     segments = open_store(world.at(store)).head().scores("served")
-    lineage = next(iter(segments.values()))[0].lineage
-    assert lineage["backend"]["name"] == "server"
-    assert len(lineage["behaviour"]["lp"]) == 16
+    provenance = next(iter(segments.values()))[0].provenance
+    assert provenance["backend"]["name"] == "server"
+    assert len(provenance["behaviour"]["lp"]) == 16
     for objective in ("overlap", "opd"):
         out = world.new("run")
         trained = call(f"{TRAIN} {store} --objective {objective} --out {out}")
@@ -98,8 +98,8 @@ def test_distill_with_a_served_teacher_resumes(
         assert "entropy is an interval" in result.err
         assert result.json["version"] == 2
         segments = open_store(tmp_path / "store").head().scores("big")
-        assert {c[0].lineage["backend"]["name"] for c in segments.values()} == {"server"}
-        assert all("behaviour" in chain[0].lineage for chain in segments.values())
+        assert {c[0].provenance["backend"]["name"] for c in segments.values()} == {"server"}
+        assert all("behaviour" in chain[0].provenance for chain in segments.values())
         command += f" --set teacher.model={fake.url}"
         assert call(f"{command} --format json").json["version"] == 2
         fake.model = with_weights(model, int8)
@@ -318,9 +318,9 @@ def test_concurrent_workers_of_two_teachers_under_one_name_are_an_error(
         try:
             planned = plan_scores(second, opened.head())
             (key, unit), (second_key, second_unit), *_ = planned.missing.items()
-            run_score_unit(first, key, unit, first.lineage())
+            run_score_unit(first, key, unit, first.provenance())
             with pytest.raises(IdentityError, match="of the first scores named 'served'"):
-                run_score_unit(second, second_key, second_unit, planned.lineage)
+                run_score_unit(second, second_key, second_unit, planned.provenance)
             with pytest.raises(IdentityError, match="of the first scores named 'served'"):
                 plan_scores(second, opened.head())
             assert second_key not in opened.head().unit_keys()

@@ -101,8 +101,8 @@ def make_store(
 ) -> Store:
     """Commit units as rollouts `main` of `student`, the first `scored` with scores of `big`."""
     store = open_store(path, create=True)
-    sampler = {"root": digest("root")} if student is None else student.lineage()
-    lineage = {
+    sampler = {"root": digest("root")} if student is None else student.provenance()
+    provenance = {
         "set": {
             "digest": digest("set"),
             "units": len(units) if planned is None else planned,
@@ -117,7 +117,7 @@ def make_store(
             name="main",
             unit_key=digest({"rollout": i}),
             unit={"version": 0, "first": i * len(unit.rollouts.prompts)},
-            lineage=lineage,
+            provenance=provenance,
         )
         if scored is None or i < scored:
             store.commit_scores(
@@ -126,7 +126,7 @@ def make_store(
                 name="big",
                 unit_key=digest({"score": i}),
                 unit=dict(segment.unit),
-                lineage={
+                provenance={
                     "teacher": {"weights": digest("teacher")},
                     "role": "teacher",
                     "context": "",

@@ -114,7 +114,7 @@ def make_trainer(
         aggregation=aggregation,
         bounds=bounds,
         version=0,
-        same_root=True,
+        same_base_weights=True,
         metrics=MetricsFile(folder / METRICS, 0),
         resume_metadata={},
         progress=no_progress,

@@ -100,10 +100,10 @@ def test_environments_share_a_store(vllm_server: str, ref: ModelRef, tmp_path: P
     )
     snapshot = open_store(store).head()
     segment = snapshot.rollouts("main")[0]
-    assert segment.lineage["backend"]["name"] == "vllm"
+    assert segment.provenance["backend"]["name"] == "vllm"
     (score,) = snapshot.scores("served")[segment.seg_id]
-    assert score.lineage["backend"]["name"] == "server"
-    assert score.lineage["request"]["at_student"]
+    assert score.provenance["backend"]["name"] == "server"
+    assert score.provenance["request"]["at_student"]
     call(
         OTHER_COMMAND,
         f"train --model {student} --store store --objective opd --loss-topk 4 --lr 1e-3 --out run "

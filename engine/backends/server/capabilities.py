@@ -188,5 +188,5 @@ def _whole(value: Any) -> int:
 
 
 def hosts(urls: Sequence[str]) -> str:
-    """Return the hosts of a teacher for the lineage, without schemes."""
+    """Return the hosts of a teacher for the provenance, without schemes."""
     return ",".join(url.partition("://")[2] for url in urls)

@@ -48,7 +48,7 @@ from logitcask.engine.types import (
 COLDEST = 0.01
 """The lowest temperature above 0 of vLLM; it raises lower ones to this."""
 RETURNED = "told log-probs"
-"""Scoring by returned log-probs, as written in the lineage of stored segments."""
+"""Scoring by returned log-probs, as written in the provenance of stored segments."""
 MOST_BANNED = 1024
 """Maximum number of ids that vLLM can exclude from sampling."""
 

@@ -49,7 +49,7 @@ class Segment:
     layout: str
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     """Relative name -> (bytes, sha256)."""
-    lineage: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     tokens_sha256: str = ""
     """sha256 over tokens and seq_off, equal in a score segment and its base."""
     number: int = -1

@@ -21,7 +21,7 @@ NAME_IDENTITY = {
     schema.ROLLOUT: (("set", "digest"), ("student", "root")),
     schema.SCORE: (("teacher", "weights"), ("role",), ("context",)),
 }
-"""Paths into the lineage at which all segments of a name agree."""
+"""Paths into the provenance at which all segments of a name agree."""
 _MAX_REFUSALS = 50
 """Refusals in a row by a storage that then shows no record."""
 
@@ -54,12 +54,12 @@ def append(storage: Storage, log: Log, build_record: BuildRecord) -> int | None:
         except (TypeError, ValueError) as error:
             raise StoreError(
                 f"a record that is not JSON ({error})",
-                hint="use strings, finite numbers, lists and objects in unit and lineage",
+                hint="use strings, finite numbers, lists and objects in unit and provenance",
             ) from error
         if len(data) > schema.MAX_RECORD_BYTES:
             raise StoreError(
                 f"a log record of {len(data)} bytes, at most {schema.MAX_RECORD_BYTES}",
-                hint="put less into one record: a smaller lineage, or several deletions",
+                hint="put less into one record: a smaller provenance, or several deletions",
             )
         # A record that a reader would refuse is not published.
         ours = record.parse(data, log.where(number), number=number, prev=log.prev())
@@ -96,8 +96,8 @@ def check_name_identity(log: Log, new: Segment) -> None:
     first = log.first_of_name(new.kind, new.name)
     what = "rollouts" if new.kind == schema.ROLLOUT else "teacher"
     for path in NAME_IDENTITY[new.kind]:
-        ours = _lineage_value(new.lineage, path)
-        if first is not None and (theirs := _lineage_value(first.lineage, path)) != ours:
+        ours = _provenance_value(new.provenance, path)
+        if first is not None and (theirs := _provenance_value(first.provenance, path)) != ours:
             raise IdentityError(
                 f"{what} name {new.name!r} stands for {'.'.join(path)} = {theirs}, not {ours}",
                 hint="use another name for this one, or a new store",
@@ -119,7 +119,7 @@ def _check_fingerprint(first: Segment, new: Segment) -> None:
 
     Compares the log-probs of a fixed probe, recorded when the name was first used and now.
     """
-    theirs, ours = (each.lineage.get("behaviour") for each in (first, new))
+    theirs, ours = (each.provenance.get("behaviour") for each in (first, new))
     if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
         return
     found, allowed = compare_records(theirs, ours)
@@ -133,12 +133,12 @@ def _check_fingerprint(first: Segment, new: Segment) -> None:
         )
 
 
-def _lineage_value(lineage: Mapping[str, Any], path: tuple[str, ...]) -> str:
-    found: Any = lineage
+def _provenance_value(provenance: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    found: Any = provenance
     for key in path:
         if not isinstance(found, Mapping) or key not in found:
             raise StoreError(
-                f"lineage lacks {'.'.join(path)}", hint="record the provenance of the segment"
+                f"provenance lacks {'.'.join(path)}", hint="record the provenance of the segment"
             )
         found = found[key]
     # Compared as JSON: a tuple and the list that it becomes in the log are one value.

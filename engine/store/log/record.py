@@ -80,7 +80,7 @@ def decode_record(data: bytes, where: str) -> tuple[dict[str, Any], str]:
     return body, digest
 
 
-_KEYS = {"extends": "widens", "tokens_sha256": "token_digest"}
+_KEYS = {"extends": "widens", "tokens_sha256": "token_digest", "provenance": "lineage"}
 """Field of a Segment -> its key in a record, where they differ."""
 
 
@@ -184,12 +184,12 @@ def _segment(add: Mapping[str, Any], number: int) -> Segment:
         profile = codecs.profile(add["profile"])
     except ConfigError as error:
         raise ValueError(error.cause) from error
-    unit, lineage, seconds = add["unit"], add["lineage"], add.get("seconds")
+    unit, provenance, seconds = add["unit"], add["lineage"], add.get("seconds")
     if seconds is not None:
         is_number = type(seconds) in (int, float) and 0 <= seconds < math.inf
         _require(is_number, f"seconds {seconds!r}")
     _require(
-        isinstance(unit, dict) and isinstance(lineage, dict), "unit or lineage is not an object"
+        isinstance(unit, dict) and isinstance(provenance, dict), "unit or lineage is not an object"
     )
     if kind == schema.ROLLOUT:
         is_unit = _is_count(unit["version"]) and _is_count(unit["first"])

@@ -21,12 +21,12 @@ def test_rollouts_from_python_record_the_chat_template(tmp_path: Path, chat_temp
     student = model_ref(folder, chat_template=chat_template)
     unit = make_unit(0, prompts=1, vocab=99, lengths=[3, 2])
     snapshot = make_store(tmp_path / "store", [unit], student=student).head()
-    assert "chat_template" not in snapshot.rollouts("main")[0].lineage
+    assert "chat_template" not in snapshot.rollouts("main")[0].provenance
     assert student_of(Student(model=folder), snapshot, "main") == student
     teacher = open_teacher(
         Teacher(model=folder, name="big"),
         Run(),
-        snapshot.rollouts("main")[0].lineage["student"],
+        snapshot.rollouts("main")[0].provenance["student"],
         template=rendered(snapshot, "main"),
         exact=True,
         k_max=16,

@@ -85,7 +85,7 @@ def moved(here: Path, version: int, seed: int, root: ModelRef, metadata: bool = 
     if metadata:
         write_metadata(
             here / "student",
-            root=root.root,
+            base_weights=root.base_weights,
             parent=root.digest,
             version=version,
             pin=None,
@@ -181,9 +181,9 @@ def test_a_student_with_new_weights_is_sampled_again(here: Path) -> None:
     assert messages == [f"student version 5 of {here / 'student'}"]
     segments = open_store(here / "s").head().rollouts("main")
     assert [s.unit["version"] for s in segments] == [0, 0, 5, 5]
-    weights = {s.unit["version"]: s.lineage["student"]["weights"] for s in segments}
+    weights = {s.unit["version"]: s.provenance["student"]["weights"] for s in segments}
     assert weights == {0: root.digest, 5: ref(here / "student").digest}
-    assert {s.lineage["student"]["root"] for s in segments} == {root.digest}
+    assert {s.provenance["student"]["root"] for s in segments} == {root.digest}
 
 
 def test_every_student_and_teacher_is_closed_once(

@@ -140,7 +140,7 @@ def test_every_round_is_sampled_by_the_student_of_its_start(whole: Whole) -> Non
     for segment in segments:
         number, rest = divmod(segment.unit["version"], UPDATES)
         assert rest == 0
-        student = segment.lineage["student"]
+        student = segment.provenance["student"]
         assert student["version"] == segment.unit["version"]
         assert student["weights"] == whole.digests[segment.unit["version"]]
         rollouts = whole.store.read_rollouts(segment)
@@ -151,7 +151,7 @@ def test_every_round_is_sampled_by_the_student_of_its_start(whole: Whole) -> Non
         seen[number] += ids
     assert len(set(whole.digests)) == ROUNDS * UPDATES, "every update moves the weights"
     assert [sorted(ids) for ids in seen] == [sorted(ids) for ids in ROUND_PROMPTS]
-    roots = {(s.lineage["student"]["root"], s.lineage["chat_template"]) for s in segments}
+    roots = {(s.provenance["student"]["root"], s.provenance["chat_template"]) for s in segments}
     assert roots == {(model_ref(whole.config.student.model, chat_template=False).digest, False)}
     assert keys(whole.store).most_common(1)[0][1] == 1
 
@@ -459,13 +459,13 @@ def test_runs_share_a_store_under_separate_names(
 def test_rollouts_of_no_loop_are_refused(models: Path, whole: Whole, tmp_path: Path) -> None:
     store = open_store(tmp_path / "store", create=True)
     source = whole.store.head().rollouts("main")[0]
-    lineage = {k: v for k, v in source.lineage.items() if k != "run"}
+    provenance = {k: v for k, v in source.provenance.items() if k != "run"}
     store.commit_rollouts(
         whole.store.read_rollouts(source),
         name="main",
         unit_key=source.unit_key,
         unit=source.unit,
-        lineage=lineage,
+        provenance=provenance,
     )
     with pytest.raises(IdentityError, match="'main' .* were not made by distill"):
         distill(configure(models, tmp_path))
@@ -485,7 +485,7 @@ def test_a_rate_of_zero_keeps_rounds_separate(models: Path, tmp_path: Path) -> N
     report = distill(config)
     store = open_store(tmp_path / "store")
     found = store.head().rollouts("main")
-    weights = {s.unit["version"]: s.lineage["student"]["weights"] for s in found}
+    weights = {s.unit["version"]: s.provenance["student"]["weights"] for s in found}
     assert weights[0] == weights[1] != weights[2]
     assert [line["cache/age"] for line in lines(tmp_path / "out")] == [0, 0, 0]
     assert report.positions == sum(s.counts["P"] for s in found)

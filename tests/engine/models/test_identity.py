@@ -170,7 +170,7 @@ def test_template_digest_is_of_the_rendered_text() -> None:
 
 def test_a_plain_folder_is_version_0_of_its_own_root(folder: Path) -> None:
     ref = identity.model_ref(str(folder), chat_template=True)
-    assert ref.root == ref.digest == identity.weights_digest(folder)
+    assert ref.base_weights == ref.digest == identity.weights_digest(folder)
     assert (ref.version, ref.revision, ref.path) == (0, "", folder)
     assert (ref.n_vocab, ref.stop_ids) == (99, (1,))
 
@@ -178,13 +178,19 @@ def test_a_plain_folder_is_version_0_of_its_own_root(folder: Path) -> None:
 def test_a_trained_student_records_its_root(folder: Path) -> None:
     root, parent = identity.digest("root"), identity.digest("parent")
     identity.write_metadata(
-        folder, root=root, parent=parent, version=7, pin={"number": 3}, plan="p", objective={}
+        folder,
+        base_weights=root,
+        parent=parent,
+        version=7,
+        pin={"number": 3},
+        plan="p",
+        objective={},
     )
     metadata = identity.read_metadata(folder)
     assert metadata is not None
     assert metadata["parent"] == parent
     ref = identity.model_ref(str(folder), chat_template=False)
-    assert (ref.root, ref.version) == (root, 7)
+    assert (ref.base_weights, ref.version) == (root, 7)
     assert ref.digest == identity.weights_digest(folder)
 
 
@@ -193,7 +199,9 @@ def test_a_trained_student_records_its_root(folder: Path) -> None:
 )
 def test_invalid_metadata_is_refused(folder: Path, keys: dict[str, Any]) -> None:
     d = identity.digest(0)
-    identity.write_metadata(folder, root=d, parent=d, version=1, pin=None, plan=d, objective=None)
+    identity.write_metadata(
+        folder, base_weights=d, parent=d, version=1, pin=None, plan=d, objective=None
+    )
     edit(folder / identity.METADATA_FILE, **keys)
     with pytest.raises(ModelError, match=r"logitcask\.json is not the metadata"):
         identity.read_metadata(folder)

@@ -31,7 +31,7 @@ CACHE = CacheInfo(
     at_student=True,
     versions=(0,),
     student_version=0,
-    same_root=True,
+    same_base_weights=True,
     same_template=True,
     n_vocab=151_669,
     mc_draws=8,
@@ -117,7 +117,7 @@ def test_a_sampled_token_is_unbiased_on_policy_only(
 def test_prefixes_name_the_versions_of_the_rollouts() -> None:
     mixed = replace(CACHE, versions=(3, 0, 8))
     assert check_exactness(PRESETS["overlap"], mixed).prefixes == "versions 0 to 8"
-    off_lineage = replace(CACHE, same_root=False)
+    off_lineage = replace(CACHE, same_base_weights=False)
     assert (
         check_exactness(PRESETS["overlap"], off_lineage).prefixes
         == "version 0 of other base weights"
@@ -193,9 +193,9 @@ def test_student_supports_are_refused_if_the_cache_lacks_them(name: str) -> None
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_an_off_lineage_student_needs_permission_for_a_frozen_support_only(name: str) -> None:
-    off_lineage = replace(CACHE, same_root=False)
+    off_lineage = replace(CACHE, same_base_weights=False)
     if PRESETS[name].objective.support != "student":
-        assert check_exactness(PRESETS[name], replace(cache_for(name), same_root=False))
+        assert check_exactness(PRESETS[name], replace(cache_for(name), same_base_weights=False))
         return
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(PRESETS[name], off_lineage)

@@ -127,7 +127,7 @@ def with_base(path: Path, units: list[Unit], based: int) -> Store:
             name="root",
             unit_key=digest({"base": i}),
             unit=dict(segment.unit),
-            lineage={"teacher": {"weights": digest("base")}, "role": "base", "context": ""},
+            provenance={"teacher": {"weights": digest("base")}, "role": "base", "context": ""},
             profile="raw32",
         )
     return store

@@ -105,7 +105,7 @@ def test_threads_and_snapshots_change_nothing(store: Store) -> None:
         name="main",
         unit_key="sha256:" + "9" * 64,
         unit={"version": 0, "first": 99},
-        lineage=base.lineage,
+        provenance=base.provenance,
     )
     again = batches(
         store,

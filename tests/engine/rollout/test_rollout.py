@@ -58,7 +58,7 @@ def hf(model: ModelRef) -> HF:
 def whole(tmp_path_factory: pytest.TempPathFactory, hf: HF, model: ModelRef) -> Path:
     """Make a store with all three units: commits take most of a test's time."""
     path = tmp_path_factory.mktemp("stores") / "whole"
-    report = run(path, hf, model, lineage_extra={"chat_template": False})
+    report = run(path, hf, model, provenance_extra={"chat_template": False})
     assert (report.units_total, report.units_done_before, report.units_new) == (3, 0, 3)
     return path
 
@@ -113,15 +113,15 @@ def test_units_are_fixed_ranges_and_hold_the_samples(whole: Path, hf: HF, model:
         np.testing.assert_allclose(unit.student.lp, unit.b_lp, atol=1e-5)
 
 
-def test_lineage_records_the_inputs_and_no_path(whole: Path, model: ModelRef) -> None:
-    lineage = open_store(whole).head().segments[0].lineage
-    assert lineage["set"]["units"] == 3
-    assert lineage["set"]["prompts"] == 5
-    assert (lineage["set"]["n"], lineage["set"]["student_k"]) == (2, 5)
-    assert lineage["student"] == model.lineage() | {"stop_ids": [1]}
-    assert lineage["backend"]["name"] == "hf"
-    assert lineage["chat_template"] is False
-    assert lineage["logprob"] == "natural, temperature 1, ids [0, n_vocab)"
+def test_provenance_records_the_inputs_and_no_path(whole: Path, model: ModelRef) -> None:
+    provenance = open_store(whole).head().segments[0].provenance
+    assert provenance["set"]["units"] == 3
+    assert provenance["set"]["prompts"] == 5
+    assert (provenance["set"]["n"], provenance["set"]["student_k"]) == (2, 5)
+    assert provenance["student"] == model.provenance() | {"stop_ids": [1]}
+    assert provenance["backend"]["name"] == "hf"
+    assert provenance["chat_template"] is False
+    assert provenance["logprob"] == "natural, temperature 1, ids [0, n_vocab)"
 
 
 def test_a_killed_run_resumes_to_the_same_store(
@@ -250,7 +250,7 @@ def test_every_response_is_graded_once(tmp_path: Path, hf: HF, model: ModelRef) 
     for segment in store.head().rollouts("main"):
         unit = store.read_rollouts(segment)
         assert segment.layout == "student+reward"
-        assert segment.lineage["set"]["grader"] == "thirds"
+        assert segment.provenance["set"]["grader"] == "thirds"
         assert unit.reward is not None
         got += unit.reward.tolist()
         cuts = np.split(unit.tokens, unit.seq_off[1:-1])
@@ -322,7 +322,9 @@ def test_a_name_never_mixes_two_plans_or_students(
         run(store, hf, model, unit_prompts=3, **unused)
     with pytest.raises(IdentityError, match="already, under the name 'main'"):
         run(store, hf, model, name="other", **unused)
-    other_root = dataclasses.replace(model, digest=identity.digest(1), root=identity.digest(1))
+    other_root = dataclasses.replace(
+        model, digest=identity.digest(1), base_weights=identity.digest(1)
+    )
     with pytest.raises(IdentityError, match=r"stands for student\.root"):
         run(store, hf, other_root, versions=True)
     assert contents(store) == before

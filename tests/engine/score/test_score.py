@@ -39,9 +39,9 @@ def test_every_rollout_segment_has_the_scores_of_the_scorer(
         np.testing.assert_array_equal(stored.log_tail, direct.log_tail)
         np.testing.assert_allclose(log_probs, direct.entry_lp, rtol=2e-3)
         positions += len(direct.lp)
-        lineage = by_base[segment.seg_id][0].lineage
-        assert lineage["teacher"]["weights"] == teacher.digest
-        assert lineage["request"] == dataclasses.asdict(REQUEST)
+        provenance = by_base[segment.seg_id][0].provenance
+        assert provenance["teacher"]["weights"] == teacher.digest
+        assert provenance["request"] == dataclasses.asdict(REQUEST)
     assert report.positions == positions
     assert report.notes == ()
     seconds = [chain[0].seconds or 0.0 for chain in by_base.values()]

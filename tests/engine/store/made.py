@@ -11,8 +11,8 @@ from logitcask.engine.store import Segment, Store, commit
 from logitcask.engine.store.format import segment as segments
 from logitcask.engine.types import LENGTH, STOP, Array, Draws, Prompt, Rollouts, Scores
 
-ROLLOUT_LINEAGE = {"set": {"digest": "sha256:set"}, "student": {"root": "sha256:root"}}
-SCORE_LINEAGE = {"teacher": {"weights": "sha256:teacher"}, "role": "teacher", "context": ""}
+ROLLOUT_PROVENANCE = {"set": {"digest": "sha256:set"}, "student": {"root": "sha256:root"}}
+SCORE_PROVENANCE = {"teacher": {"weights": "sha256:teacher"}, "role": "teacher", "context": ""}
 
 
 def key(*parts: object) -> str:
@@ -136,7 +136,7 @@ def commit_rollouts(store: Store, seed: int, unit_key: str = "", **other: object
         "name": "main",
         "unit_key": unit_key or key("rollout", seed),
         "unit": {"version": 0, "first": seed},
-        "lineage": ROLLOUT_LINEAGE,
+        "provenance": ROLLOUT_PROVENANCE,
     }
     return store.commit_rollouts(
         make_rollouts(seed, student=student, draws=draws, reward=reward), **(arguments | other)
@@ -150,7 +150,7 @@ def commit_scores(store: Store, base: Segment, seed: int, **other: object) -> Se
         "name": "teacher",
         "unit_key": key("score", base.seg_id, seed),
         "unit": {"rollouts": base.seg_id},
-        "lineage": SCORE_LINEAGE,
+        "provenance": SCORE_PROVENANCE,
     }
     return store.commit_scores(scores, **(arguments | other))
 

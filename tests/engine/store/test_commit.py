@@ -24,8 +24,8 @@ from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
 from logitcask.engine.types import CachedScores, Draws, Prompt, Rollouts, Scores
 from tests.engine.store.made import (
-    ROLLOUT_LINEAGE,
-    SCORE_LINEAGE,
+    ROLLOUT_PROVENANCE,
+    SCORE_PROVENANCE,
     bounded,
     commit_rollouts,
     commit_scores,
@@ -96,7 +96,7 @@ def test_round_trip(store: Store, name: str, student: bool, sequences: int, rewa
         name="main",
         unit_key=key(1),
         unit={"version": 0, "first": 0},
-        lineage=ROLLOUT_LINEAGE,
+        provenance=ROLLOUT_PROVENANCE,
         profile=name,
     )
     layout = "mc" if draws else "student" if student else "plain"
@@ -290,12 +290,12 @@ def test_a_unit_is_stored_once(store: Store) -> None:
 def test_a_name_has_one_identity(store: Store) -> None:
     base = commit_rollouts(store, 1, student=True)
     commit_scores(store, base, 1)
-    other_set = ROLLOUT_LINEAGE | {"set": {"digest": "sha256:other"}}
-    other_root = ROLLOUT_LINEAGE | {"student": {"root": "sha256:other"}}
-    for lineage in (other_set, other_root):
+    other_set = ROLLOUT_PROVENANCE | {"set": {"digest": "sha256:other"}}
+    other_root = ROLLOUT_PROVENANCE | {"student": {"root": "sha256:other"}}
+    for provenance in (other_set, other_root):
         with pytest.raises(IdentityError, match="'main' stands for"):
-            commit_rollouts(store, 2, lineage=lineage)
-        assert commit_rollouts(store, 2, key(str(lineage)), name="second", lineage=other_set)
+            commit_rollouts(store, 2, provenance=provenance)
+        assert commit_rollouts(store, 2, key(str(provenance)), name="second", provenance=other_set)
     more = commit_rollouts(store, 3, student=True)
     for change in (
         {"teacher": {"weights": "sha256:other"}},
@@ -303,9 +303,9 @@ def test_a_name_has_one_identity(store: Store) -> None:
         {"context": "sha256:c"},
     ):
         with pytest.raises(IdentityError, match="'teacher' stands for"):
-            commit_scores(store, more, 2, lineage=SCORE_LINEAGE | change)
-    with pytest.raises(StoreError, match=r"lineage lacks set\.digest"):
-        commit_rollouts(store, 3, key("lacks"), lineage={})
+            commit_scores(store, more, 2, provenance=SCORE_PROVENANCE | change)
+    with pytest.raises(StoreError, match=r"provenance lacks set\.digest"):
+        commit_rollouts(store, 3, key("lacks"), provenance={})
 
 
 def overtake(
@@ -329,8 +329,8 @@ def test_the_loser_of_a_race_for_a_name_gets_an_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Raise IdentityError in the second of two writers that saw a free name."""
-    other = ROLLOUT_LINEAGE | {"set": {"digest": "sha256:other"}}
-    overtake(store, monkeypatch, lambda: commit_rollouts(again(store), 2, lineage=other))
+    other = ROLLOUT_PROVENANCE | {"set": {"digest": "sha256:other"}}
+    overtake(store, monkeypatch, lambda: commit_rollouts(again(store), 2, provenance=other))
     with pytest.raises(IdentityError, match="sha256:other"):
         commit_rollouts(store, 1)
     assert len(store.head().segments) == 1
@@ -408,7 +408,7 @@ def test_scores_need_rollouts_of_this_store(store: Store, tmp_path: Path) -> Non
     base = commit_rollouts(store, 1, student=True)
     elsewhere = open_store(tmp_path / "other", create=True)
     scores = make_scores(1, make_rollouts(1))
-    arguments = {"name": "t", "unit_key": key(9), "unit": {}, "lineage": SCORE_LINEAGE}
+    arguments = {"name": "t", "unit_key": key(9), "unit": {}, "provenance": SCORE_PROVENANCE}
     with pytest.raises(StoreError, match="no rollout segment"):
         elsewhere.commit_scores(scores, base=base, **arguments)
     short = replace(scores, lp=scores.lp[:-1])
@@ -453,7 +453,7 @@ def test_rollouts_that_do_not_fit_are_refused(store: Store, broken: dict[str, ob
             name="main",
             unit_key=key(1),
             unit={"version": 0, "first": 0},
-            lineage=ROLLOUT_LINEAGE,
+            provenance=ROLLOUT_PROVENANCE,
         )
     assert store.storage.names("staging") == []
 

@@ -15,7 +15,7 @@ from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.retention import delete
 from logitcask.engine.store.verify import verify
 from logitcask.engine.types import Array, CachedScores, IdLists, Scores
-from tests.engine.store.made import SCORE_LINEAGE, commit_rollouts, commit_scores, key
+from tests.engine.store.made import SCORE_PROVENANCE, commit_rollouts, commit_scores, key
 
 VOCAB = 60
 
@@ -232,8 +232,8 @@ def test_scores_of_another_teacher_do_not_extend(store: Store) -> None:
     with pytest.raises(IdentityError, match=r"id \d+ has log-prob .* now, .* is stored"):
         commit_scores(store, base, 1, scores=moved, at=at)
     # bfloat16 computes that coarsely.
-    coarse = SCORE_LINEAGE | {"backend": {"dtype": "bfloat16"}}
-    assert commit_scores(store, base, 1, scores=moved, at=at, lineage=coarse).layout == "wider"
+    coarse = SCORE_PROVENANCE | {"backend": {"dtype": "bfloat16"}}
+    assert commit_scores(store, base, 1, scores=moved, at=at, provenance=coarse).layout == "wider"
 
 
 def test_the_slower_of_two_extensions_is_refused(store: Store) -> None:

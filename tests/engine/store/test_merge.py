@@ -22,7 +22,7 @@ from logitcask.engine.store.retention import delete, gc
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
-from tests.engine.store.made import ROLLOUT_LINEAGE, bounded, commit_rollouts, commit_scores, key
+from tests.engine.store.made import ROLLOUT_PROVENANCE, bounded, commit_rollouts, commit_scores, key
 from tests.engine.store.test_extend import teacher_of
 
 
@@ -225,8 +225,8 @@ def test_a_unit_that_was_made_twice_keeps_the_first(tmp_path: Path) -> None:
 def test_a_name_with_another_identity_is_refused(tmp_path: Path) -> None:
     here, there = (open_store(tmp_path / name, create=True) for name in ("here", "there"))
     commit_rollouts(here, 1)
-    other = ROLLOUT_LINEAGE | {"set": {"digest": "sha256:other"}}
-    commit_rollouts(there, 2, lineage=other)
+    other = ROLLOUT_PROVENANCE | {"set": {"digest": "sha256:other"}}
+    commit_rollouts(there, 2, provenance=other)
     with pytest.raises(IdentityError, match="'main' stands for"):
         merge(here, there)
     assert len(here.head().segments) == 1

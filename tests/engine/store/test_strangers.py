@@ -18,7 +18,7 @@ from logitcask.engine.store.format import layouts as layout
 from logitcask.engine.store.merge import pack, unpack
 from logitcask.engine.store.verify import verify
 from tests.engine.store.made import (
-    ROLLOUT_LINEAGE,
+    ROLLOUT_PROVENANCE,
     commit_rollouts,
     commit_scores,
     key,
@@ -88,10 +88,14 @@ def test_impossible_draws_are_refused(tmp_path: Path, change: dict[str, Any], wo
     store = open_store(tmp_path / "s", create=True)
     with pytest.raises(StoreError, match=words):
         checks.check_rollouts(bad, n_vocab=50)
-    lineage = ROLLOUT_LINEAGE | {"student": {"root": "sha256:root", "n_vocab": 50}}
+    provenance = ROLLOUT_PROVENANCE | {"student": {"root": "sha256:root", "n_vocab": 50}}
     with pytest.raises(StoreError, match=words):
         store.commit_rollouts(
-            bad, name="main", unit_key=key(1), unit={"version": 0, "first": 0}, lineage=lineage
+            bad,
+            name="main",
+            unit_key=key(1),
+            unit={"version": 0, "first": 0},
+            provenance=provenance,
         )
     assert not store.head().segments
 

@@ -70,7 +70,7 @@ def teacher_without(token: int, folder: Path) -> ModelRef:
 
 def score(store: Store, student: ModelRef, teacher: ModelRef, **kwargs: Any) -> Any:
     """Score as the command with --student-tokenizer does."""
-    shared = shared_vocabulary(student.lineage(), teacher, str(student.path))
+    shared = shared_vocabulary(student.provenance(), teacher, str(student.path))
     assert shared is not None
     teacher = replace(teacher, n_vocab=shared.n_vocab)
     return run(Path(store.url), teacher, HF(teacher), params=TOP_2, shared=shared, **kwargs)
@@ -89,7 +89,7 @@ def test_an_unused_id_may_be_another_token(store: Store, student: ModelRef, tmp_
     (segments,) = store.head().scores("big").values()
     known = store.read_scores(segments, base=found)
     np.testing.assert_allclose(known.lp, expected.lp, rtol=1e-6)
-    assert segments[0].lineage["teacher"]["tokenizer"] != student.tokenizer_digest
+    assert segments[0].provenance["teacher"]["tokenizer"] != student.tokenizer_digest
 
 
 @pytest.mark.parametrize("where", ["prompt", "responses", "student's best", "teacher's likely"])
@@ -133,18 +133,18 @@ def test_without_the_students_tokenizer_other_maps_are_an_error(
     store: Store, student: ModelRef, tmp_path: Path
 ) -> None:
     teacher = teacher_without(9, tmp_path / "t")
-    assert shared_vocabulary(student.lineage(), teacher) is None
+    assert shared_vocabulary(student.provenance(), teacher) is None
     with pytest.raises(IdentityError, match="the student's tokenizer is") as caught:
         run(Path(store.url), teacher, HF(teacher), params=TOP_2)
     assert "--student-tokenizer" in caught.value.hint
     with pytest.raises(IdentityError, match="and that of the student is"):
-        shared_vocabulary(student.lineage(), teacher, str(teacher.path))
+        shared_vocabulary(student.provenance(), teacher, str(teacher.path))
     with pytest.raises(ModelError, match="no folder"):
-        shared_vocabulary(student.lineage(), teacher, str(tmp_path / "none here"))
+        shared_vocabulary(student.provenance(), teacher, str(tmp_path / "none here"))
 
 
 def test_equal_tokenizers_need_no_comparison(student: ModelRef) -> None:
-    assert shared_vocabulary(student.lineage(), student, "/nowhere") is None
+    assert shared_vocabulary(student.provenance(), student, "/nowhere") is None
 
 
 def test_maps_that_agree_on_few_ids_are_an_error(student: ModelRef) -> None:
@@ -169,7 +169,7 @@ def test_scores_with_a_differing_id_can_be_extended(
     renamed = CHARACTERS[: token - 3] + "é" + CHARACTERS[token - 2 :]
     folder = save_folder(tmp_path / "t", model, make_tokenizer(characters=renamed))
     teacher = ref(folder)
-    shared = shared_vocabulary(student.lineage(), teacher, str(student.path))
+    shared = shared_vocabulary(student.provenance(), teacher, str(student.path))
     kwargs: dict[str, Any] = {"shared": shared, "params": full_params}
     run(Path(store.url), teacher, HF(teacher), **kwargs)
     more = HF(student)
@@ -191,7 +191,7 @@ def test_differing_ids_are_all_ids_of_different_tokens(
         n_vocab=31,
         stop_ids=(1,),
         version=0,
-        root="",
+        base_weights="",
     )
     same = {i for i in student_map if teacher_map.get(i) == student_map[i]}
     if 2 * len(same) < len(student_map.keys() | teacher_map.keys()):

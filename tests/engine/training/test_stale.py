@@ -204,7 +204,7 @@ def info_at(age: int) -> CacheInfo:
         at_student=True,
         versions=(0,),
         student_version=age,
-        same_root=True,
+        same_base_weights=True,
         same_template=True,
         n_vocab=N_VOCAB,
         mc_draws=16,

@@ -139,7 +139,7 @@ def test_the_result_is_a_model_with_metadata(case: tuple[Store, ModelRef], tmp_p
     assert found["config"] == {"x": 1}
     assert found["exactness"]["estimator"] == "deterministic"
     ref = model_ref(str(tmp_path), chat_template=True)
-    assert (ref.version, ref.root) == (n, model.digest)
+    assert (ref.version, ref.base_weights) == (n, model.digest)
     again = run(case, tmp_path)
     assert (again.resumed_at, again.last) == (n, report.last)
     # No unused pickle, and weights as safetensors only.
@@ -272,7 +272,7 @@ def test_later_commits_change_nothing(tmp_path: Path) -> None:
         name="main",
         unit_key="sha256:" + "7" * 64,
         unit={"version": 0, "first": 90},
-        lineage=base.lineage,
+        provenance=base.provenance,
     )
     report = run((store, model), out)
     assert (
@@ -348,7 +348,7 @@ def test_a_store_of_another_tokenizer_is_refused(
 def test_an_off_lineage_student_has_no_age_and_no_frozen_support(
     case: tuple[Store, ModelRef], tmp_path: Path
 ) -> None:
-    off_lineage = replace(case[1], root="sha256:" + "1" * 64)
+    off_lineage = replace(case[1], base_weights="sha256:" + "1" * 64)
     frozen = replace(REVERSE, support="student")
     allowed = SETTINGS.model_copy(update={"allow_off_lineage": True})
     with pytest.raises(ObjectiveError, match="off-lineage"):
@@ -371,7 +371,9 @@ def test_float32_weights_move_where_bfloat16_would_not(tmp_path: Path) -> None:
     half.save_pretrained(tmp_path / "half")
     for file in [*model.path.glob("token*"), model.path / "chat_template.jinja"]:
         (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
-    ref = replace(model_ref(str(tmp_path / "half"), chat_template=True), root=model.root)
+    ref = replace(
+        model_ref(str(tmp_path / "half"), chat_template=True), base_weights=model.base_weights
+    )
     settings = Train(learning_rate=1e-6, pack_length=256)
     report = run((store, ref), tmp_path / "out", settings=settings, objective=DENSE)
     assert report.updates == 1
