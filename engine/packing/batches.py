@@ -130,13 +130,40 @@ def planned(
     return PlannedPacks(plan, source)
 
 
-def batches(store: Store, *, rank: int = 0, world: int = 1, **arguments: Any) -> Iterator[Pack]:
+def batches(
+    store: Store,
+    *,
+    snapshot: Snapshot,
+    rollouts: str,
+    teacher: str,
+    rank: int = 0,
+    world: int = 1,
+    base: str | None = None,
+    partial: bool = False,
+    pack_length: int = PACK_LENGTH,
+    seed: int = 0,
+    epochs: int = 1,
+    window_bytes: int = WINDOW_BYTES,
+    cache: str | Path | None = None,
+) -> Iterator[Pack]:
     """Yield the packs of one process of `world`, for your own training loop.
 
-    arguments: those of `planned`. All processes get the same number: packs after the last are
-    empty.
+    The other arguments and the errors are those of `planned`. All processes get the same number:
+    packs after the last are empty.
     """
-    packs = planned(store, **arguments)
+    packs = planned(
+        store,
+        snapshot=snapshot,
+        rollouts=rollouts,
+        teacher=teacher,
+        base=base,
+        partial=partial,
+        pack_length=pack_length,
+        seed=seed,
+        epochs=epochs,
+        window_bytes=window_bytes,
+        cache=cache,
+    )
     indices = range(rank, -(-len(packs) // world) * world, world)
     for index in indices:
         pack = packs.pack(index)

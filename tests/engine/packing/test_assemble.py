@@ -1,6 +1,7 @@
 """Columns of a row: one for every id of a list, of a draw or of the sample, with its numbers."""
 
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.packing.batches import batches
+from logitcask.engine.packing.batches import batches, planned
 from logitcask.engine.packing.plan import PlanKey, make_plan
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets, empty_sequence, make_targets
@@ -183,6 +184,12 @@ def test_batches_have_the_base_and_may_be_partial(tmp_path: Path) -> None:
     rows = list(batches(store, **which, pack_length=64, partial=True))
     assert all(row.targets.base_log_p is not None for row in rows)
     assert sum(len(row.targets) for row in rows) == sum(u.rollouts.positions for u in units[:2])
+
+
+def test_batches_takes_the_arguments_of_planned() -> None:
+    ours, planned_ = (signature(each).parameters for each in (batches, planned))
+    process = {"rank", "world"}
+    assert {name: ours[name] for name in ours if name not in process} == dict(planned_)
 
 
 def test_sequences_and_positions_count_from_zero(tmp_path: Path) -> None:
