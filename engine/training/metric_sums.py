@@ -19,9 +19,9 @@ class MetricSums:
     """Weighted sums of metrics: kept on the device, and read once per logged update."""
 
     def __init__(self, objective: Objective, bounds: Bounds, *, same_base_weights: bool) -> None:
-        """same_root: the rollouts are of the student's base weights, so that ages are defined."""
+        """same_base_weights: the rollouts are of the student's base weights, so ages are defined."""
         self._names = [*COMMON_METRICS, *([SKIPPED] if skips(objective, bounds) else [])]
-        self._same_root = same_base_weights
+        self._same_base_weights = same_base_weights
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class MetricSums:
         }
         rows, ages, _ = totals.pop(AGE, [0.0, 0.0, 0.0])
         means: dict[str, float | None] = dict.fromkeys(self._names)
-        means[AGE] = _finite(ages / rows) if self._same_root and rows else None
+        means[AGE] = _finite(ages / rows) if self._same_base_weights and rows else None
         for name, (n, total, squares) in totals.items():
             mean = total / n if n else math.nan
             means[name] = _finite(mean)

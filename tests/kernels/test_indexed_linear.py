@@ -64,7 +64,7 @@ def test_float64_equals_full_vocabulary_autograd(name: str, k: int | None, ids_o
         assert torch.allclose(ours_d, expected_d, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_known_support_is_no_less_exact_than_the_dense_product(
     dtype: torch.dtype, device: str
 ) -> None:
@@ -90,7 +90,7 @@ def test_known_support_is_no_less_exact_than_the_dense_product(
         assert_close(ours_d, dense_d, exact_d, floor, "gradient")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_live_support_sees_what_the_dense_product_sees(dtype: torch.dtype, device: str) -> None:
     hidden, weight, ids = problem(device, dtype, ids_of=24)
     objective_fn = objective(LOSSES["reverse_kl_overlap"](make_teacher(ids)))

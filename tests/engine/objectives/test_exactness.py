@@ -97,7 +97,7 @@ def test_a_bare_objective_has_the_labels_without_the_presets_note() -> None:
     [
         ({"student_version": 7}, "biased: off policy (age 7) and not importance-weighted"),
         ({"versions": (2, 5), "student_version": 5}, "biased: off policy (age 3, 0)"),
-        ({"same_root": False}, "biased: off policy (age unknown)"),
+        ({"same_base_weights": False}, "biased: off policy (age unknown)"),
         (
             {"plain_sampling": False},
             "biased: off policy (age 0, from a tempered or truncated distribution)",
