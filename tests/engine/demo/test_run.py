@@ -1,6 +1,7 @@
 """The fast demo: one complete run, then other objectives from its store."""
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ KEYS = [
     "bytes_per_position",
     "seconds",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def half() -> Iterator[None]:
+    """Halve the rollouts of the fast size, with models of that size."""
+    scale = replace(demo_run.FAST, prompts=750, unit_prompts=75, evaluation=300, heldout=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_run, "FAST", scale)
+        yield
 
 
 @pytest.fixture(scope="module")
