@@ -19,7 +19,7 @@ class MetricSums:
     """Weighted sums of metrics: kept on the device, and read once per logged update."""
 
     def __init__(self, objective: Objective, bounds: Bounds, *, same_base_weights: bool) -> None:
-        """same_base_weights: whether the student has the base weights of the rollouts, for ages."""
+        """Start at zero. Ages are defined where the rollouts are of the same base weights."""
         self._names = [*COMMON_METRICS, *([SKIPPED] if skips(objective, bounds) else [])]
         self._same_base_weights = same_base_weights
         self._sums: dict[str, Tensor] = {}
