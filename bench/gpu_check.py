@@ -54,8 +54,7 @@ class Sizes:
     chunk_rows: int
     """Rows of a chunk from hidden states: no divisor of the case's rows."""
     half: bool
-    """Whether gradients are checked in half precision: the interpreter truncates, the hardware
-    rounds."""
+    """True to check gradients in half precision: the interpreter truncates, the hardware rounds."""
 
 
 SIZES = {

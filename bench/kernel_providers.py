@@ -43,7 +43,7 @@ class Provider:
     make: Make
     loss: str | None = None
     student_ids: bool = False
-    """Whether the support is the student's ids of sampling time."""
+    """True if the support is the student's ids of sampling time."""
     ours: bool = False
     needs: str | None = None
     """Module that must be importable."""

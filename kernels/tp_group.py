@@ -28,11 +28,11 @@ class Shards(NamedTuple):
     first: int
     """Id of this rank's first column."""
     n_own: int
-    """How many of this rank's columns count."""
+    """Number of this rank's columns that count."""
     ranks: list[int]
     """All ranks, in the order of their columns."""
     counts: list[int]
-    """How many columns of each of `ranks` count."""
+    """Number of columns of each of `ranks` that count."""
 
 
 def all_gather(tensor: Tensor, group: "dist.ProcessGroup | None") -> list[Tensor]:

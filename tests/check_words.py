@@ -52,6 +52,9 @@ NO_FIRST_WORD = {
 }
 """A docstring of a function begins with an imperative verb, so with none of these."""
 
+RELATIVE = re.compile(r"(what|who|whether|whose|how)\b", re.IGNORECASE)
+"""A text about a thing begins with none of these."""
+
 VERBS_IN_S = {"pass", "process", "compress", "decompress", "express", "address", "access", "press"}
 
 
@@ -86,12 +89,12 @@ def python(path: Path) -> Iterator[tuple[int, str]]:
                         f"docstring of {node.name}: no imperative: {first}",
                     )
         if isinstance(node, ast.ClassDef | ast.Module):
-            doc = ast.get_docstring(node)
-            if doc and re.match(r"(what|who|whether|whose|how)\b", doc.lower()):
-                yield (
-                    getattr(node, "lineno", 1),
-                    f"docstring is a relative clause: {doc[:40]}",
-                )
+            # The docstring, and the text below a field or a constant.
+            for line in node.body:
+                value = line.value if isinstance(line, ast.Expr) else None
+                doc = value.value if isinstance(value, ast.Constant) else None
+                if isinstance(doc, str) and RELATIVE.match(doc):
+                    yield line.lineno, f"docstring is a relative clause: {doc[:40]}"
 
 
 def phrases(line: int, text: str) -> Iterator[tuple[int, str]]:

@@ -9,6 +9,7 @@ OFFENDING = '''"""What a medium keeps."""
 
 # Whoever asks gets the law anew.
 told_rows = 1
+"""How many rows are read."""
 
 
 def load() -> str:
@@ -45,8 +46,9 @@ def test_offending_words_are_found_with_their_lines(tmp_path: Path) -> None:
         "part.py:3: words: 'law'",
         "part.py:3: words: 'anew'",
         "part.py:4: identifier told_rows: told",
-        "part.py:7: docstring of load: no imperative: the",
-        "part.py:9: words: 'is away'",
+        "part.py:5: docstring is a relative clause",
+        "part.py:8: docstring of load: no imperative: the",
+        "part.py:10: words: 'is away'",
         "page.md:3: words: 'pupil'",
         "page.md:3: words: 'told'",
     ):

@@ -69,7 +69,7 @@ class LoadedTeacher:
     model: ModelRef
     scorer: Any
     shared: SharedVocabulary | None
-    """How its tokenizer differs from the student's; None = not at all."""
+    """Map between its tokenizer and the student's; None = they are equal."""
     notes: tuple[str, ...] = ()
     """Lines about it for the user."""
     provenance_extra: Mapping[str, Any] = field(default_factory=dict)

@@ -89,4 +89,4 @@ def rendered(snapshot: Snapshot, rollouts: str) -> bool:
         )
     # The digest is in the rollouts of every sampler, the plain field only in those of our commands.
     template: str = segments[0].provenance["student"]["template"]
-    return template != identity.template_digest(None, False)
+    return template != identity.NO_TEMPLATE

@@ -15,7 +15,7 @@ from logitcask.engine.config.sections import Run, TrainConfig
 from logitcask.engine.config.training import Eval, Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import EventHandler
-from logitcask.engine.models.identity import template_digest
+from logitcask.engine.models.identity import NO_TEMPLATE
 from logitcask.engine.objectives import PRESETS, Preset, parse_objective, warnings
 from logitcask.engine.prompts.graders import open_grader
 from logitcask.engine.prompts.prompts import load_tokenizer
@@ -123,7 +123,7 @@ def eval_plan(settings: Eval, run: Run, model: ModelRef) -> EvalPlan | None:
     if settings.prompts is None:
         return None
     tokenizer = load_tokenizer(model.path)
-    template = model.template_digest != template_digest(None, False)
+    template = model.template_digest != NO_TEMPLATE
     prompts = read_fitting(
         settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval."
     )

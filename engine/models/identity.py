@@ -39,6 +39,10 @@ def digest(obj: Any) -> str:
     return "sha256:" + hashlib.sha256(canonical(obj)).hexdigest()
 
 
+NO_TEMPLATE = digest({"template": "none"})
+"""Template digest of a model whose prompts are rendered without a chat template."""
+
+
 def model_ref(
     name: str, *, revision: str = "", chat_template: bool, tokenizer: Any = None
 ) -> ModelRef:
@@ -126,7 +130,7 @@ def template_digest(tokenizer: Any, chat_template: bool) -> str:
     Raises ModelError for a tokenizer without a template, or with one that fails on the probe.
     """
     if not chat_template:
-        return digest({"template": "none"})
+        return NO_TEMPLATE
     try:
         return digest({"rendered": render(tokenizer, PROBE)})
     except ModelError:

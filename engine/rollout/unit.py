@@ -59,7 +59,7 @@ class RolloutRequest:
     unit_prompts: int | None = None
     """Prompts of a unit; None: as many as can reach UNIT_POSITIONS."""
     profile: str = "default"
-    """How entry log-probs are stored."""
+    """Profile in which entry log-probs are stored."""
     first: int = 0
     count: int | None = None
     """Number of prompts, in order from `first`, going on with prompt 0 after the last; None: from

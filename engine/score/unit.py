@@ -57,7 +57,7 @@ class ScoreRequest:
     or MC_IDS, for the ids that the student drew, stored in float32 in every profile."""
     profile: str = "default"
     eos_rows: Literal["refuse", "keep"] = "refuse"
-    """How to treat a final stop token that the teacher does not use."""
+    """Treatment of a final stop token that the teacher does not use."""
     shared: SharedVocabulary | None = None
     """Map between the tokenizers of teacher and student; None = they are equal."""
     notes: tuple[str, ...] = ()

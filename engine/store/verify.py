@@ -26,7 +26,7 @@ class Report:
     bytes: int
     """Of all committed files: segments, log records, bundles."""
     decoded: bool
-    """Whether every array was decoded, in addition to the comparison of digests."""
+    """True if every array was decoded, in addition to the comparison of digests."""
     orphans: tuple[str, ...]
     """Paths relative to the store that no record names, such as those of a killed writer."""
 

@@ -35,7 +35,7 @@ class Segment:
     seg_id: str = ""
     """32 hex digits of the digest over its files' digests."""
     generation: int = 0
-    """How often gc had removed this content before."""
+    """Number of times that gc had removed this content before."""
     unit_key: str
     name: str
     """Of the rollouts or of the teacher."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -116,10 +117,10 @@ def test_the_order_of_columns_does_not_matter(full: Full, k: int, seed: int) -> 
     def shuffled(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dim() == 1 else x[:, column]
 
-    changed = {
+    changed: dict[str, Any] = {
         f.name: shuffled(getattr(targets, f.name)) for f in fields(Targets) if f.name != "token_col"
     }
-    moved = replace(targets, **changed, token_col=column.argsort()[targets.token_col])  # type: ignore[arg-type]
+    moved = replace(targets, **changed, token_col=column.argsort()[targets.token_col])
     other = view._replace(log_p=view.log_p[:, column])
     before, after = (released_metrics(*each, k=k) for each in ((view, targets), (other, moved)))
     for name in METRICS_RELEASED:
