@@ -31,7 +31,9 @@ def student_and_prompts(
     model = identity.model_ref(
         student.model, revision=student.revision, chat_template=template, tokenizer=tokenizer
     )
-    read = read_fitting(prompts.file, tokenizer, path, template, rollout.max_new_tokens)
+    read = read_fitting(
+        prompts.file, tokenizer, path, template, rollout.max_new_tokens, limit=prompts.limit
+    )
     return model, read, template
 
 
@@ -56,10 +58,16 @@ def decoder(tokenizer: Any) -> Decode:
 
 
 def read_fitting(
-    file: Path, tokenizer: Any, folder: Path, template: bool, max_new_tokens: int, of: str = ""
+    file: Path,
+    tokenizer: Any,
+    folder: Path,
+    template: bool,
+    max_new_tokens: int,
+    of: str = "",
+    limit: int | None = None,
 ) -> list[Prompt]:
-    """Read prompts that leave room for the response in the context of the model in `folder`. `of`
-    is the prefix of the key for its length.
+    """Read prompts that leave room for the response in the context of the model in `folder`, at
+    most `limit`. `of` is the prefix of the key for its length.
     """
     context = identity.context_length(folder)
     if max_new_tokens >= context:
@@ -69,7 +77,11 @@ def read_fitting(
             hint=f"give --{of.replace('.', '-')}max-new-tokens less than {context}",
         )
     return read_prompts(
-        file, tokenizer, chat_template=template, max_prompt_tokens=context - max_new_tokens
+        file,
+        tokenizer,
+        chat_template=template,
+        max_prompt_tokens=context - max_new_tokens,
+        limit=limit,
     )
 
 

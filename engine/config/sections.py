@@ -21,6 +21,11 @@ class Prompts(Section):
         description='JSONL file, one {"id", "prompt"} or {"id", "messages"} per line, optional '
         '"answer".'
     )
+    limit: Positive | None = Field(
+        None,
+        description="Read only the first prompts of the file, so many, for a trial run; default: "
+        "all. They make another set than all prompts do, which needs its own --rollouts name.",
+    )
     chat_template: bool | None = Field(
         None,
         description="Render prompts through the tokenizer's chat template, or take their text as "

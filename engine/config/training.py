@@ -42,6 +42,11 @@ class Train(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     num_train_epochs: Positive = Field(1, description="Passes over the rollouts of the snapshot.")
+    max_steps: Positive | None = Field(
+        None,
+        description="Stop after so many optimizer updates, for a trial run; default: all of the "
+        "epochs. The learning-rate schedule ends there too.",
+    )
     pack_length: Positive = Field(
         PACK_LENGTH,
         description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",

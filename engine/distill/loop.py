@@ -35,7 +35,7 @@ from logitcask.engine.store import Store, open_store
 from logitcask.engine.training.held_out import hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
 from logitcask.engine.training.run_dir import check_same, read_run
-from logitcask.engine.training.settings import settings_record
+from logitcask.engine.training.settings import settings_record, updates_at_most
 from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreParams, no_progress
 
 
@@ -147,7 +147,7 @@ def _run_loop(
             progress=progress,
             on_event=on_event,
         ),
-        updates=loop.rounds * loop.updates_per_round,
+        updates=updates_at_most(settings, loop.rounds * loop.updates_per_round),
         objective=preset,
         same_base_weights=True,
         identity=identity,

@@ -124,8 +124,10 @@ def read_prompts(
     chat_template: bool,
     max_prompt_tokens: int,
     change: Callable[["Line"], dict[str, Any]] | None = None,
+    limit: int | None = None,
 ) -> list[Prompt]:
-    """Read the prompts of a JSONL file, in order; blank lines are skipped.
+    """Read the prompts of a JSONL file, in order; blank lines are skipped, and all lines after the
+    first `limit` prompts.
 
     chat_template: True renders "messages" (and "prompt" as one user turn) by the template; False
     takes "prompt" literally and rejects "messages". Special tokens are never added. change: returns
@@ -137,6 +139,8 @@ def read_prompts(
     try:
         with file.open("rb") as stream:
             for number, text in read_lines(file, stream):
+                if len(prompts) == limit:
+                    break
                 line = Line(file, number, text)
                 if change is not None:
                     line.keys = change(line)

@@ -65,6 +65,11 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
     return args
 
 
+def updates_at_most(settings: Train, planned: int) -> int:
+    """Return the updates of a run whose data make `planned` updates."""
+    return planned if settings.max_steps is None else min(planned, settings.max_steps)
+
+
 def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
     """Return the settings under their keys in run.json and in the rollouts of a loop.
 
@@ -94,5 +99,6 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
             "min_coverage": settings.min_coverage,
             "max_drift": settings.max_drift,
         },
+        **({"max_steps": settings.max_steps} if settings.max_steps else {}),
         **{f"lora_{key}": value for key, value in later.items()},
     }

@@ -17,6 +17,7 @@ from logitcask.engine.training.cache_info import cache_info, first_snapshot
 from logitcask.engine.training.evaluation import EvalPlan
 from logitcask.engine.training.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
+from logitcask.engine.training.settings import updates_at_most
 from logitcask.engine.types import ModelRef, Progress, no_progress
 
 DEFAULTS, NO_LORA = Train(), Lora()
@@ -74,7 +75,7 @@ def train(
                 on_event(f"held out: {line}")
     spec = RunSpec(
         packs=lambda student: PlannedPacks(plan, source),
-        updates=-(-len(plan) // run_dir.packs_per_update),
+        updates=updates_at_most(settings, -(-len(plan) // run_dir.packs_per_update)),
         objective=objective,
         same_base_weights=info.same_base_weights,
         identity={
