@@ -11,7 +11,8 @@ from logitcask.cli.options import (
     config_options,
     format_option,
 )
-from logitcask.cli.output import print_event, print_result, print_table, progress_bar
+from logitcask.cli.output import print_event, print_result, print_table
+from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.sections import AblateConfig, TrainConfig
 from logitcask.engine.config.toml import read_job
 from logitcask.engine.config.training import Ablate

@@ -6,7 +6,7 @@ from pathlib import Path
 import rich_click as click
 
 from logitcask.cli.options import format_option
-from logitcask.cli.output import progress_bar
+from logitcask.cli.progress import progress_bar
 
 
 @click.command("demo")

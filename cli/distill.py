@@ -5,7 +5,8 @@ from pathlib import Path
 import rich_click as click
 
 from logitcask.cli.options import config_file_arguments, dry_run_option, format_option
-from logitcask.cli.output import print_event, print_result, progress_bar
+from logitcask.cli.output import print_event, print_result
+from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.toml import read_toml, to_toml
 
 
@@ -31,6 +32,6 @@ def distill_command(config: Path, overrides: tuple[str, ...], form: str, dry_run
         return
     from logitcask.engine.distill.loop import distill
 
-    with progress_bar() as progress:
+    with progress_bar("prompts") as progress:
         report = distill(resolved, progress=progress, on_event=print_event)
     print_result(report, form)

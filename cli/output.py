@@ -1,21 +1,16 @@
-"""Output of a verb: progress on stderr while it runs, its result on stdout at the end."""
+"""Output of a verb: messages on stderr while it runs, its result on stdout at the end."""
 
 import json
 import shutil
 import sys
 import textwrap
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
 
 import rich_click as click
 
-from logitcask.engine.types import Progress
-
-PLAIN_EVERY_S = 30.0
 SIDE_BY_SIDE = 4
 """Columns of a text result with many rows, such as evaluations: the first and the newest."""
 LEAST_WIDTH = 20
@@ -27,53 +22,6 @@ REPEATED = ("layout", "request", "profile", "mean_reward")
 def print_event(line: str) -> None:
     """Print a line of a running stage to stderr."""
     click.echo(line, err=True)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Yield a progress callable: bars with remaining time on a terminal, else a line per 30 s."""
-    if sys.stderr.isatty():
-        with _bars() as report:
-            yield report
-    else:
-        yield _plain_lines()
-
-
-@contextmanager
-def _bars() -> Iterator[Progress]:
-    # rich is slow to import, and only a terminal needs it.
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
-
-    bars = RichProgress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    tasks: dict[str, Any] = {}
-
-    def report(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
-        bars.update(tasks[stage], completed=done, total=total)
-
-    with bars:
-        yield report
-
-
-def _plain_lines() -> Progress:
-    last: dict[str, float] = {}
-
-    def report(stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done >= total or now - last.setdefault(stage, now) >= PLAIN_EVERY_S:
-            last[stage] = now
-            print_event(f"{stage}: {done}/{total}")
-
-    return report
 
 
 def print_result(result: Any, form: str) -> None:
@@ -155,6 +103,12 @@ def _short(key: str, value: Any) -> Any:
     return value[:8] if key in ("segment", "base") else value
 
 
+def size(count: int) -> str:
+    """Return a number of bytes as `3.2 GiB`."""
+    power = min(4, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 def visible(text: str) -> str:
     """Return the text with control characters as escapes, safe for a terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
@@ -163,7 +117,10 @@ def visible(text: str) -> str:
 def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (name, value), large inner mappings below their name."""
     for name, value in values.items():
-        if isinstance(value, Mapping) and len(value) > 3:
+        if name.endswith("_bytes"):
+            sizes = value if isinstance(value, Mapping) else {"": value}
+            yield name.removesuffix("_bytes"), ", ".join(f"{k} {size(n)}" for k, n in sizes.items())
+        elif isinstance(value, Mapping) and len(value) > 3:
             yield name, ""
             yield from ((f"  {inner}", _shown(v)) for inner, v in value.items())
         elif _is_table(value):

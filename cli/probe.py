@@ -5,7 +5,8 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import config_from_flags, config_options, dry_run_option, format_option
-from logitcask.cli.output import print_table, progress_bar
+from logitcask.cli.output import print_table
+from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.sections import ProbeConfig
 from logitcask.engine.config.toml import to_toml
 from logitcask.engine.config.training import Probe

@@ -12,7 +12,8 @@ from logitcask.cli.options import (
     dry_run_option,
     format_option,
 )
-from logitcask.cli.output import print_report, progress_bar
+from logitcask.cli.output import print_report
+from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import run_until_stopped
 from logitcask.engine.config.sections import Rollout, RolloutConfig
 from logitcask.engine.config.toml import to_toml
@@ -23,7 +24,7 @@ from logitcask.engine.config.toml import to_toml
     RolloutConfig,
     {
         "student": ["model", "revision"],
-        "prompts": ["file", "chat_template"],
+        "prompts": ["file", "limit", "chat_template"],
         "store": ["url", "rollouts", "profile"],
         "rollout": list(Rollout.model_fields),
         "work": [*WORKER_KEYS, "max_unscored"],

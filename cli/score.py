@@ -12,7 +12,8 @@ from logitcask.cli.options import (
     dry_run_option,
     format_option,
 )
-from logitcask.cli.output import print_event, print_report, progress_bar
+from logitcask.cli.output import print_event, print_report
+from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import run_until_stopped
 from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.config.teacher import Score, Teacher

@@ -5,13 +5,8 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import format_option
-from logitcask.cli.output import (
-    print_result,
-    print_segments,
-    print_table,
-    progress_bar,
-    visible,
-)
+from logitcask.cli.output import print_result, print_segments, print_table, visible
+from logitcask.cli.progress import progress_bar
 from logitcask.cli.store_change import CHANGE_VERBS
 from logitcask.cli.store_estimate import estimate_command
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from logitcask.cli.options import config_from_flags, config_options, format_option
-from logitcask.cli.output import print_result, print_segments, print_table, progress_bar
+from logitcask.cli.output import print_result, print_segments, print_table
+from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.sections import Gc, GcConfig
 from logitcask.engine.errors import IncompleteError
 

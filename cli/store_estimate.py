@@ -6,7 +6,8 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import MODEL_KEYS, config_from_flags, config_options, format_option
-from logitcask.cli.output import print_event, print_result, print_table, progress_bar
+from logitcask.cli.output import print_event, print_result, print_table
+from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.sections import EstimateConfig
 
 

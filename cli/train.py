@@ -10,7 +10,8 @@ from logitcask.cli.options import (
     dry_run_option,
     format_option,
 )
-from logitcask.cli.output import print_event, print_result, progress_bar
+from logitcask.cli.output import print_event, print_result
+from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import to_toml
 from logitcask.engine.config.training import Eval, Lora, Train

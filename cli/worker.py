@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from logitcask.cli.output import print_event, print_result, progress_bar
+from logitcask.cli.output import print_event, print_result
+from logitcask.cli.progress import progress_bar
 
 Watch = Callable[..., Any]
 """(job, *, stop, progress, on_event) -> WorkReport."""

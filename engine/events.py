@@ -1,8 +1,10 @@
-"""Events of a long-running command: lines for the user, and cancellation of a wait.
+"""Events of a long-running command: lines for the user, cancellation of a wait, and its memory.
 
 The engine prints nothing. It calls an `EventHandler`, which the command line provides.
 """
 
+import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,19 @@ def warn_once(on_event: EventHandler) -> EventHandler:
             on_event(line)
 
     return handler
+
+
+def peak_memory() -> dict[str, int]:
+    """Return the peak bytes of this process so far: `process` in RAM (resident), `gpu` in tensors
+    on the current GPU, if it used one.
+    """
+    # Kilobytes, on macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak["gpu"] = int(torch.cuda.max_memory_allocated())
+    return peak
 
 
 class Cancelled(Exception):

@@ -11,9 +11,9 @@ normalised at temperature 1 over the ids [0, n_vocab), in nats. `p` is the stude
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from pydantic import Field
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:  # `--help` reads this file, and would wait for numpy
     Array: TypeAlias = npt.NDArray[Any]
 else:
     Array = Any
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total); the engine itself never prints."""
 
 STOP, LENGTH = 0, 1
 """Finish reasons of a sequence: a stop token was sampled (and kept), or the length was reached."""
@@ -42,8 +39,61 @@ PACK_LENGTH = 16384
 """Default tokens of one pack in training, prompts included."""
 
 
-def no_progress(stage: str, done: int, total: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """State inside a stage, from which its rate and its remaining time follow."""
+
+    positions: int = 0
+    """Response positions since the stage began."""
+    part: str = ""
+    """Text on the running work unit, such as `120/512 sequences`."""
+    share: float = 0.0
+    """Work on the next of `total` that is done, about: 0.5 is half a unit."""
+
+
+NO_DETAIL = Detail()
+
+
+class Progress(Protocol):
+    """Callback for the state of a stage; the engine itself never prints."""
+
+    def __call__(self, stage: str, done: int, total: int, detail: Detail = NO_DETAIL, /) -> None:
+        """Take the state of a stage: `done` of `total` units, packs, updates or sequences."""
+
+
+def no_progress(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
     """Ignore progress."""
+
+
+def stage_named(progress: Progress, name: str) -> Progress:
+    """Return a progress that reports every stage under another name."""
+
+    def named(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
+        progress(name, done, total, detail)
+
+    return named
+
+
+Report = Callable[[Detail], None]
+"""Callback for the state of one work unit."""
+
+
+def no_report(detail: Detail) -> None:
+    """Ignore the state of a work unit."""
+
+
+def unit_report(
+    progress: Progress, stage: str, done: int, total: int, positions: int = 0
+) -> Report:
+    """Return the report of a work unit after `done` units with these positions."""
+
+    def report(detail: Detail) -> None:
+        part = detail.part and f"unit {done + 1}: {detail.part}"
+        progress(
+            stage, done, total, replace(detail, positions=positions + detail.positions, part=part)
+        )
+
+    return report
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

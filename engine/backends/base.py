@@ -17,6 +17,7 @@ from logitcask.engine.types import (
     SamplingParams,
     ScoreParams,
     Scores,
+    no_progress,
 )
 
 
@@ -35,8 +36,8 @@ class Sampler(Protocol):
         """Sample `sampling.n` responses to each prompt, in the order of the prompts.
 
         `student` of the rollouts is None. Sequence s of a prompt depends on (seed, prompt id, s,
-        version) and on the weights, not on its batch. Raises PromptError for a prompt that leaves
-        no room for the response.
+        version) and on the weights, not on its batch. progress: called with the number of
+        finished sequences. Raises PromptError for a prompt that leaves no room for the response.
         """
 
     def describe(self) -> dict[str, str]:
@@ -57,13 +58,18 @@ class Scorer(Protocol):
         """
 
     def score(
-        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+        self,
+        rollouts: Rollouts,
+        request: ScoreParams,
+        extra_ids: IdLists | None = None,
+        *,
+        progress: Progress = no_progress,
     ) -> Scores:
         """Score the rollouts: row r is the distribution of response token r given prompt +
         response[:r].
 
         extra_ids: chosen ids of every row; None = the ids of the student's list, if the request
-        has at_student.
+        has at_student. progress: called as progress("score", rows done, all rows).
         """
 
     def describe(self) -> dict[str, str]:

@@ -31,6 +31,7 @@ from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.logit_transform import logit_transform_of, named_extras
 from logitcask.engine.types import (
     BATCH_TOKENS,
+    Detail,
     IdLists,
     ModelRef,
     Progress,
@@ -175,21 +176,34 @@ class HF:
         check_room(prompts, new, self.context)
         of = [m for m in range(len(prompts)) for _ in range(sampling.n)]
         done: dict[int, Response] = {}
+        begun = positions = 0  # sequences, and response tokens of finished batches
+
+        def on_step(steps: int, running: int, sampled: int) -> None:
+            running = running if steps < new else 0
+            detail = Detail(positions + sampled, share=running * steps / new)
+            progress("rollout", begun - running, len(of), detail)
+
         room = [len(prompts[m].token_ids) + new for m in of]
+        progress("rollout", 0, len(of))
         for batch in budget_batches(room, self.batch_tokens):
-            progress("rollout", len(done), len(of))
+            begun += len(batch)
             draws = torch.stack(
                 [uniforms(seed, prompts[of[i]].id, i % sampling.n, version, new) for i in batch]
             )
             inputs = [prompts[of[i]].token_ids for i in batch]
             with self.evaluating():
-                responses = sample_batch(self, inputs, draws, sampling, self.stop_ids)
+                responses = sample_batch(self, inputs, draws, sampling, self.stop_ids, on_step)
             done.update(zip(batch, responses, strict=True))
-        progress("rollout", len(of), len(of))
+            positions += sum(len(response.ids) for response in responses)
         return build_rollouts(prompts, of, [done[i] for i in range(len(of))], version)
 
     def score(
-        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+        self,
+        rollouts: Rollouts,
+        request: ScoreParams,
+        extra_ids: IdLists | None = None,
+        *,
+        progress: Progress = no_progress,
     ) -> Scores:
         """Score rollouts as `base.Scorer.score`.
 
@@ -202,7 +216,12 @@ class HF:
         )
         with self.evaluating():
             return score_rollouts(
-                self, rollouts, request, extra_ids, batch_tokens=self.batch_tokens
+                self,
+                rollouts,
+                request,
+                extra_ids,
+                batch_tokens=self.batch_tokens,
+                progress=progress,
             )
 
 

@@ -72,6 +72,11 @@ class ResponseAssembler:
         """Return the rows of a sequence."""
         return slice(int(self.seq_off[sequence]), int(self.seq_off[sequence + 1]))
 
+    @property
+    def rows_written(self) -> int:
+        """Return the number of rows that have scores."""
+        return int(np.count_nonzero(self.cnt))
+
     def extra_ids(self, sequence: int) -> IdLists | None:
         """Return the chosen ids of a sequence's rows."""
         if self.extra is None:

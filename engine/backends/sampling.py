@@ -8,7 +8,7 @@ uniform numbers, so it does not depend on its batch (up to the rounding of the f
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -102,9 +102,11 @@ def sample_batch(
     draws: Tensor,
     sampling: SamplingParams,
     stop_ids: Sequence[int],
+    on_step: Callable[[int, int, int], None] = lambda step, running, sampled: None,
 ) -> list[Response]:
     """Sample one response to each prompt. draws: [B, max_new_tokens] uniform numbers.
 
+    on_step: called after each step with (steps, running sequences, tokens of all sequences).
     Raises ModelError for logits that are not finite.
     """
     new = sampling.max_new_tokens
@@ -127,7 +129,7 @@ def sample_batch(
     # Per row of the running batch: the index of its sequence, and True if it has finished.
     row = torch.arange(len(prompts), device=net.device)
     done = torch.zeros_like(stopped)
-    cache, past = net.new_cache(), 0
+    cache, past, sampled = net.new_cache(), 0, 0
     for t in range(new):
         end = length + t
         last = net.hidden(ids[:, past:end], mask[:, :end], positions[:, past:end], cache)[:, -1]
@@ -144,9 +146,12 @@ def sample_batch(
         ended = torch.isin(token, stops) & ~done
         lengths[row[ended]], stopped[row[ended]] = t + 1, True
         done |= ended
-        if done.all():
+        sampled += len(running)
+        left = len(done) - int(done.sum())
+        on_step(t + 1, left, sampled)
+        if not left:
             break
-        if 2 * int(done.sum()) >= len(done):
+        if 2 * left <= len(done):
             keep = (~done).nonzero()[:, 0]
             cache.batch_select_indices(keep)
             ids, mask, positions = ids[keep], mask[keep], positions[keep]

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
 from logitcask.engine.models.fingerprint import MIN_PROB
-from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
+from logitcask.engine.types import (
+    Array,
+    IdLists,
+    Progress,
+    Rollouts,
+    ScoreParams,
+    Scores,
+    no_progress,
+)
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.topk_select import topk_select
 
@@ -291,11 +299,14 @@ def score_rollouts(
     extra_ids: IdLists | None,
     *,
     batch_tokens: int,
+    progress: Progress = no_progress,
 ) -> Scores:
     """Score the rollouts with a network (sampling.Network)."""
-    builder = ScoreBuilder(rollouts, request, extra_ids)
+    builder, done = ScoreBuilder(rollouts, request, extra_ids), 0
     for rows, logits in row_logits(net, rollouts, batch_tokens=batch_tokens):
         builder.write(rows, logits)
+        done += len(rows)
+        progress("score", done, rollouts.positions)
     return builder.scores()
 
 

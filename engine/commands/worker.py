@@ -22,7 +22,7 @@ from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollo
 from logitcask.engine.score.plan import plan_scores
 from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import Snapshot, Store, holds_store, open_store
-from logitcask.engine.types import ModelRef, Progress, no_progress
+from logitcask.engine.types import NO_DETAIL, Detail, ModelRef, Progress, Report, no_progress
 from logitcask.engine.workers.worker import WorkPlan, WorkReport, run_worker
 
 _NOTHING = WorkReport(
@@ -64,8 +64,10 @@ def watch_scores(
             units=found.missing, done=found.total - len(found.missing), total=found.total
         )
 
+    progress, report = with_details(progress, "score")
+
     def work(key: str, unit: ScoreUnit) -> int:
-        return run_score_unit(request, key, unit, provenance)
+        return run_score_unit(request, key, unit, provenance, report)
 
     try:
         provenance = request.provenance()
@@ -97,9 +99,10 @@ def watch_rollouts(
     """
     students = _Students(config, on_event)
     store = students.store
+    progress, report = with_details(progress, "rollout")
 
     def work(key: str, unit: RolloutUnit) -> int:
-        return run_rollout_unit(students.now(), key, unit).positions
+        return run_rollout_unit(students.now(), key, unit, report).positions
 
     try:
         return run_worker(
@@ -114,6 +117,18 @@ def watch_rollouts(
         )
     finally:
         students.close()
+
+
+def with_details(progress: Progress, stage: str) -> tuple[Progress, Report]:
+    """Return a progress for the counts of a worker, and the report of the unit that it does now."""
+    counts = (0, 0)
+
+    def counted(name: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
+        nonlocal counts
+        counts = (done, total)
+        progress(name, done, total, detail)
+
+    return counted, lambda detail: progress(stage, *counts, detail)
 
 
 class _Students:

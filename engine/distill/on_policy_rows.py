@@ -24,7 +24,14 @@ from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Segment, Store
-from logitcask.engine.types import ModelRef, Progress, Prompt, ScoreParams
+from logitcask.engine.types import (
+    NO_DETAIL,
+    Detail,
+    ModelRef,
+    Progress,
+    Prompt,
+    ScoreParams,
+)
 
 
 @dataclass(kw_only=True)
@@ -81,8 +88,8 @@ class OnPolicyRows:
                 provenance_extra=self.teacher.provenance_extra,
             ),
             # The counts of the scoring include the units of earlier rounds.
-            progress=lambda stage, done, total: self._report(
-                stage, number, max(0, done - total + units), units
+            progress=lambda stage, done, total, detail=NO_DETAIL: self._report(
+                stage, number, max(0, done - total + units), units, detail
             ),
         )
         for note in report.notes:
@@ -103,12 +110,15 @@ class OnPolicyRows:
         source, plans = self._round
         return source.pack(plans[update % len(plans)].pack(slot))
 
-    def _report(self, stage: str, round_number: int, done: int, units: int) -> None:
+    def _report(self, stage: str, round_number: int, done: int, units: int, detail: Detail) -> None:
         """Report progress in prompts: a round that wraps to the first prompt has one more unit."""
         loop = self.config.loop
         prompts = loop.prompts_per_round
         self.progress(
-            stage, round_number * prompts + done * prompts // units, loop.rounds * prompts
+            stage,
+            round_number * prompts + done * prompts // units,
+            loop.rounds * prompts,
+            replace(detail, share=detail.share * prompts / units),
         )
 
     def _sample(self, current: ModelRef, round_number: int) -> int:
@@ -134,7 +144,9 @@ class OnPolicyRows:
                 run=self.run,
                 provenance_extra={"chat_template": self.template},
             ),
-            progress=lambda stage, done, units: self._report(stage, round_number, done, units),
+            progress=lambda stage, done, units, detail=NO_DETAIL: self._report(
+                stage, round_number, done, units, detail
+            ),
         ).units_total
 
     def _packed(self, current: ModelRef) -> tuple[PackSource, list[PackPlan]]:

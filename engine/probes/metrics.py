@@ -22,7 +22,7 @@ from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Objective, current_topk, row_objective
 from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.source import Pack
-from logitcask.engine.types import Array, Progress, no_progress
+from logitcask.engine.types import Array, Detail, Progress, no_progress
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 
@@ -100,15 +100,17 @@ def measure(
     found: dict[str, list[Pair]] = {}
     weight: list[Tensor] = []
     position: list[Tensor] = []
+    rows = 0
     for done, index in enumerate(indices):
-        progress("probe", done, len(indices))
+        progress("probe", done, len(indices), Detail(rows))
         pack = packs.pack(index).to(device)
         packs.prefetch(indices[done + 1 : done + 2])
         weight.append(pack.targets.weight.cpu())
         position.append(pack.targets.position.cpu())
+        rows += len(pack.targets)
         for name, pair in _measure_pack(model, pack, objectives, n_vocab).items():
             found.setdefault(name, []).append(pair)
-    progress("probe", len(indices), len(indices))
+    progress("probe", len(indices), len(indices), Detail(rows))
     sums = {
         name: tuple(torch.cat(part).cpu().double().numpy() for part in zip(*pairs, strict=True))
         for name, pairs in found.items()

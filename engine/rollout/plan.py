@@ -11,9 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcask.engine.errors import IdentityError
+from logitcask.engine.events import peak_memory
 from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
 from logitcask.engine.store import Segment, Snapshot
-from logitcask.engine.types import STOP, ModelRef, Progress, no_progress
+from logitcask.engine.types import (
+    NO_DETAIL,
+    STOP,
+    Detail,
+    ModelRef,
+    Progress,
+    no_progress,
+    unit_report,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +38,10 @@ class RolloutReport:
     """Response tokens of a sequence; 0 where no unit was new."""
     stopped_share: float
     """Share of sequences that ended in a stop token."""
+    positions_per_second: float
+    """Of the whole command, loading of the model excluded."""
+    peak_memory_bytes: Mapping[str, int]
+    """As of `events.peak_memory`."""
     mean_reward: float | None = None
     """Mean over sequences; None without a grader or a new unit."""
 
@@ -45,22 +58,26 @@ def rollout(request: RolloutRequest, *, progress: Progress = no_progress) -> Rol
     positions = sequences = stopped = 0
     rewarded = 0.0
     for done, (key, unit) in enumerate(missing.items()):
-        progress("rollout", done_before + done, total)
-        rolled = run_rollout_unit(request, key, unit)
+        report = unit_report(progress, "rollout", done_before + done, total, positions)
+        report(NO_DETAIL)
+        rolled = run_rollout_unit(request, key, unit, report)
         positions += rolled.positions
         sequences += len(rolled.finish)
         stopped += int((rolled.finish == STOP).sum())
         rewarded += 0.0 if rolled.reward is None else float(rolled.reward.sum(dtype=float))
-    progress("rollout", total, total)
+    progress("rollout", total, total, Detail(positions))
+    took_s = time.monotonic() - start_s
     return RolloutReport(
         units_total=total,
         units_done_before=done_before,
         units_new=len(missing),
         positions=positions,
         sequences=sequences,
-        seconds=time.monotonic() - start_s,
+        seconds=took_s,
         mean_length=positions / max(1, sequences),
         stopped_share=stopped / max(1, sequences),
+        positions_per_second=positions / took_s,
+        peak_memory_bytes=peak_memory(),
         mean_reward=rewarded / sequences if request.grader is not None and sequences else None,
     )
 
@@ -113,6 +130,8 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     for key in {**ours, **theirs}:
         if key not in ("digest", "prompts", "units") and theirs.get(key) != ours.get(key):
             return f"{key} = {theirs.get(key)!r}, not {ours.get(key)!r}"
+    if theirs.get("prompts") != ours["prompts"]:
+        return f"{theirs.get('prompts')} prompts, not {ours['prompts']}"
     return "other prompts, or by another loop"
 
 

@@ -13,18 +13,26 @@ from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.store import Store
 from logitcask.engine.teachers.checks import check_scorer
 from logitcask.engine.types import (
+    NO_DETAIL,
+    Detail,
     Draws,
     ModelRef,
+    Progress,
     Prompt,
+    Report,
     Rollouts,
     SamplingParams,
     ScoreParams,
     no_progress,
+    no_report,
 )
 
 UNIT_POSITIONS = 262_144
 """Response tokens that a unit of the default size can reach."""
 LOGPROB = "natural, temperature 1, ids [0, n_vocab)"
+SAMPLING_SHARE = 0.75
+"""Share of a unit's work that is sampling, about; the rest is the student's own scores. Only the
+remaining time depends on it."""
 
 RolloutUnit = Mapping[str, int]
 """Version of the student, first prompt, count of prompts."""
@@ -163,19 +171,32 @@ class RolloutRequest:
         return "" if self.grader is None else self.grader.name
 
 
-def run_rollout_unit(request: RolloutRequest, key: str, unit: RolloutUnit) -> Rollouts:
+def run_rollout_unit(
+    request: RolloutRequest, key: str, unit: RolloutUnit, report: Report = no_report
+) -> Rollouts:
     """Sample one unit, score it with the student, commit it under its key, and return it."""
     sampler, scorer, seed, k = request.sampler, request.student, request.seed, request.student_k
     part = request.prompts[unit["first"] : unit["first"] + unit["count"]]
+
+    def sampled(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
+        share = SAMPLING_SHARE * (done + detail.share) / total
+        report(Detail(detail.positions, f"{done:,}/{total:,} sequences", share))
+
     rolled = sampler.generate(
-        part, request.sampling, seed=seed, version=request.model.version, progress=no_progress
+        part, request.sampling, seed=seed, version=request.model.version, progress=sampled
     )
     if request.grader is not None:
         # Before the student's own scores: a failing grader then costs only the sampling.
         rolled = replace(rolled, reward=request.grader.rewards(rolled).astype("float32"))
     own = ScoreParams(top_p=1.0, k_min=k, k_max=k, at_student=False)
-    drawn = draw(scorer, rolled, mc_params(request.mc_draws, seed)) if request.mc_draws else None
-    rolled = replace(rolled, student=scorer.score(rolled, own), draws=drawn)
+    first = SAMPLING_SHARE
+    drawn = None
+    if request.mc_draws:
+        first += (1.0 - SAMPLING_SHARE) / 2
+        drawing = scored(report, rolled.positions, "drawn", SAMPLING_SHARE, first)
+        drawn = draw(scorer, rolled, mc_params(request.mc_draws, seed), drawing)
+    scoring = scored(report, rolled.positions, "scored", first, 1.0)
+    rolled = replace(rolled, student=scorer.score(rolled, own, progress=scoring), draws=drawn)
     request.store.commit_rollouts(
         rolled,
         name=request.name,
@@ -185,6 +206,16 @@ def run_rollout_unit(request: RolloutRequest, key: str, unit: RolloutUnit) -> Ro
         profile=request.profile,
     )
     return rolled
+
+
+def scored(report: Report, positions: int, verb: str, first: float, last: float) -> Progress:
+    """Return the progress of a scorer as the shares from `first` to `last` of a unit's work."""
+
+    def progress(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
+        share = first + (last - first) * done / max(1, total)
+        report(Detail(positions, f"{done:,}/{total:,} positions {verb}", share))
+
+    return progress
 
 
 def default_unit(sampling: SamplingParams) -> int:
@@ -227,9 +258,11 @@ def mc_params(draws: int, seed: int) -> ScoreParams:
     return ScoreParams(entry_kind="sampled", draws=draws, seed=own_seed, at_student=False)
 
 
-def draw(scorer: Scorer, rollouts: Rollouts, params: ScoreParams) -> Draws:
+def draw(
+    scorer: Scorer, rollouts: Rollouts, params: ScoreParams, progress: Progress = no_progress
+) -> Draws:
     """Draw ids of every row with the student itself, by the parameters of `mc_params`."""
-    found = scorer.score(rollouts, params)
+    found = scorer.score(rollouts, params, progress=progress)
     assert found.mult is not None, "sampled entries have counts"
     return Draws(cnt=found.cnt, ids=found.ids, mult=found.mult, lp=found.entry_lp)
 

@@ -13,11 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
+from logitcask.engine.events import peak_memory
 from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, run_score_unit, unit_key
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot
 from logitcask.engine.store.format.schema import MC
 from logitcask.engine.teachers.checks import check_identity, other_dtypes
-from logitcask.engine.types import MC_IDS, Progress, ScoreParams, no_progress
+from logitcask.engine.types import (
+    MC_IDS,
+    NO_DETAIL,
+    Detail,
+    Progress,
+    ScoreParams,
+    no_progress,
+    unit_report,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +37,10 @@ class ScoreReport:
     positions: int
     """Rows of the new units; the seconds count new units too."""
     seconds: float
+    positions_per_second: float
+    """Of the whole command, loading of the teacher excluded."""
+    peak_memory_bytes: Mapping[str, int]
+    """As of `events.peak_memory`."""
     notes: tuple[str, ...]
     """Warnings for the user."""
 
@@ -55,16 +68,20 @@ def score(request: ScoreRequest, *, progress: Progress = no_progress) -> ScoreRe
     planned = plan_scores(request, request.store.head())
     done_before = planned.total - len(planned.missing)
     positions = 0
-    for done_now, (key, unit) in enumerate(planned.missing.items()):
-        progress("score", done_before + done_now, planned.total)
-        positions += run_score_unit(request, key, unit, planned.provenance)
-    progress("score", planned.total, planned.total)
+    for done, (key, unit) in enumerate(planned.missing.items(), done_before):
+        report = unit_report(progress, "score", done, planned.total, positions)
+        report(NO_DETAIL)
+        positions += run_score_unit(request, key, unit, planned.provenance, report)
+    progress("score", planned.total, planned.total, Detail(positions))
+    took_s = time.monotonic() - start_s
     return ScoreReport(
         units_total=planned.total,
         units_done_before=done_before,
         units_new=len(planned.missing),
         positions=positions,
-        seconds=time.monotonic() - start_s,
+        seconds=took_s,
+        positions_per_second=positions / took_s,
+        peak_memory_bytes=peak_memory(),
         notes=planned.notes,
     )
 

@@ -18,12 +18,16 @@ from logitcask.engine.teachers.checks import check_scorer, check_stops
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     MC_IDS,
+    NO_DETAIL,
+    Detail,
     IdLists,
     ModelRef,
     Prompt,
+    Report,
     Rollouts,
     ScoreParams,
     Scores,
+    no_report,
 )
 
 EXACT = "raw32"
@@ -94,7 +98,11 @@ class ScoreUnit:
 
 
 def run_score_unit(
-    request: ScoreRequest, key: str, unit: ScoreUnit, provenance: Mapping[str, Any]
+    request: ScoreRequest,
+    key: str,
+    unit: ScoreUnit,
+    provenance: Mapping[str, Any],
+    report: Report = no_report,
 ) -> int:
     """Score one unit, commit it under its key, and return its positions."""
     store, params, segment = request.store, request.params, unit.segment
@@ -120,12 +128,13 @@ def run_score_unit(
             extra = IdLists(cnt=student.cnt, ids=student.ids)
         ids = request_ids(store.read_scores(unit.score_segments, base=rollouts), extra)
         # The stored scores were checked when they were committed.
-        scores, took_s = _score(request, shown, ids, new=extra)
+        scores, took_s = _score(request, shown, ids, report, new=extra)
     elif extra is not None:
         scores, ids = _score_with_extra(
             request,
             shown,
             extra,
+            report,
             **fields,
             unit_key=unit_key(segment, request.model, params, provenance),
             provenance={**provenance, "at": at_student},
@@ -133,7 +142,7 @@ def run_score_unit(
         )
         took_s = 0.0  # the first segment records the seconds of both
     else:
-        scores, took_s = _score(request, shown, None)
+        scores, took_s = _score(request, shown, None, report)
     store.commit_scores(
         scores,
         **fields,
@@ -167,7 +176,7 @@ def unit_key(
 
 
 def _score_with_extra(
-    request: ScoreRequest, shown: Rollouts, extra: IdLists, **fields: Any
+    request: ScoreRequest, shown: Rollouts, extra: IdLists, report: Report, **fields: Any
 ) -> tuple[Scores, IdLists]:
     """Score at the student's ids and `extra` in one pass, and commit the first segment.
 
@@ -178,13 +187,17 @@ def _score_with_extra(
     if own is not None and request.params.at_student:
         student = IdLists(cnt=own.cnt, ids=own.ids)
     ids = extra if student is None else union(student, extra)
-    scores, took_s = _score(request, shown, ids)
+    scores, took_s = _score(request, shown, ids, report)
     first = store.commit_scores(without_extra(scores, ids, student), **fields, seconds=took_s)
     return with_known(scores, ids, store.read_scores((first,)))
 
 
 def _score(
-    request: ScoreRequest, shown: Rollouts, at: IdLists | None, new: IdLists | None = None
+    request: ScoreRequest,
+    shown: Rollouts,
+    at: IdLists | None,
+    report: Report,
+    new: IdLists | None = None,
 ) -> tuple[Scores, float]:
     """Return the scores and their seconds. new: the ids of `at` not stored yet; None: all."""
     scorer, params, shared = request.scorer, request.params, request.shared
@@ -192,8 +205,12 @@ def _score(
         # Only the teacher reads its context, so the map need not cover it.
         prompts = request.context is None
         shared.check_request(shown, params, new or at, request.model.name, prompts=prompts)
+
+    def progress(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
+        report(Detail(done, f"{done:,}/{total:,} positions", done / max(1, total)))
+
     start_s = time.monotonic()
-    scores = scorer.score(shown, params) if at is None else scorer.score(shown, params, at)
+    scores = scorer.score(shown, params, at, progress=progress)
     took_s = time.monotonic() - start_s
     if shared is not None:
         shared.check_scores(scores, params, request.model.name)

@@ -19,7 +19,14 @@ from logitcask.engine.backends.logprob_diff import (
 )
 from logitcask.engine.errors import IdentityError, ServerError
 from logitcask.engine.models.fingerprint import ModelFingerprint, fingerprint_distance
-from logitcask.engine.types import IdLists, Rollouts, ScoreParams, Scores
+from logitcask.engine.types import (
+    IdLists,
+    Progress,
+    Rollouts,
+    ScoreParams,
+    Scores,
+    no_progress,
+)
 
 CONTROL_SEQUENCES = 8
 CONTROL_K = 16
@@ -60,7 +67,12 @@ class VerifiedTeacher:
             self._check(fingerprint(other, n_vocab), f"{name} is not the teacher that {first} is")
 
     def score(
-        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+        self,
+        rollouts: Rollouts,
+        request: ScoreParams,
+        extra_ids: IdLists | None = None,
+        *,
+        progress: Progress = no_progress,
     ) -> Scores:
         """Score the rollouts, then check the servers that answered.
 
@@ -69,7 +81,7 @@ class VerifiedTeacher:
         """
         for left in reversed(range(TRIES)):
             self._server.take_answered()
-            scores = self._server.score(rollouts, request, extra_ids)
+            scores = self._server.score(rollouts, request, extra_ids, progress=progress)
             try:
                 for name in sorted(self._server.take_answered()):
                     self._check_replica(name, rollouts)

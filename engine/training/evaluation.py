@@ -23,7 +23,15 @@ from logitcask.engine.prompts.graders import Decode, Grader, RewardFn
 from logitcask.engine.training.held_out import HeldOut
 from logitcask.engine.training.processes import gathered, rank
 from logitcask.engine.training.run_dir import MetricsFile
-from logitcask.engine.types import STOP, Array, Prompt, SamplingParams, no_progress
+from logitcask.engine.types import (
+    STOP,
+    Array,
+    Progress,
+    Prompt,
+    SamplingParams,
+    no_progress,
+    stage_named,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,14 +79,16 @@ class EvalPlan:
         }
 
 
-def evaluate(sampler: Sampler, plan: EvalPlan, *, version: int) -> EvalReport:
+def evaluate(
+    sampler: Sampler, plan: EvalPlan, *, version: int, progress: Progress = no_progress
+) -> EvalReport:
     """Sample and grade the student's responses; each process takes a share of the prompts.
 
     Random numbers are those of (seed, prompt id, sample, version): the same student gets the same
     report on a CPU.
     """
     everyone = gathered(None)
-    share = _graded(sampler, plan, plan.prompts[rank() :: len(everyone)], version)
+    share = _graded(sampler, plan, plan.prompts[rank() :: len(everyone)], version, progress)
     rewards = np.empty((len(plan.prompts), plan.sampling.n))  # [M, n]
     tokens = stopped = 0
     for first, (part, length, stops) in enumerate(gathered(share)):
@@ -97,14 +107,22 @@ def evaluate(sampler: Sampler, plan: EvalPlan, *, version: int) -> EvalReport:
 
 
 def _graded(
-    sampler: Sampler, plan: EvalPlan, prompts: Sequence[Prompt], version: int
+    sampler: Sampler,
+    plan: EvalPlan,
+    prompts: Sequence[Prompt],
+    version: int,
+    progress: Progress,
 ) -> tuple[Array, int, int]:
     """Return ([M, n] rewards, response tokens, responses that stopped) of these prompts."""
     n = plan.sampling.n
     if not prompts:
         return np.empty((0, n)), 0, 0
     rolled = sampler.generate(
-        prompts, plan.sampling, seed=plan.seed, version=version, progress=no_progress
+        prompts,
+        plan.sampling,
+        seed=plan.seed,
+        version=version,
+        progress=stage_named(progress, "evaluation"),
     )
     grader = Grader(name=plan.grader_name, grader=plan.grader, decode=plan.decode)
     stopped = int((rolled.finish == STOP).sum())
@@ -130,6 +148,7 @@ class EvalCallback(TrainerCallback):
         version: int,
         *,
         write: bool,
+        progress: Progress = no_progress,
     ) -> None:
         """Build the callback from a plan, held-out packs or both.
 
@@ -143,6 +162,7 @@ class EvalCallback(TrainerCallback):
         self._metrics = metrics
         self._version = version
         self._write = write
+        self._progress = progress
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,9 +180,11 @@ class EvalCallback(TrainerCallback):
         begun_s = time.monotonic()
         line: dict[str, float | None] = {"progress/step": step}
         if self._plan is not None and self._sampler is not None:
-            report = evaluate(self._sampler, self._plan, version=self._version + step)
+            report = evaluate(
+                self._sampler, self._plan, version=self._version + step, progress=self._progress
+            )
             line |= report.line()
         if self._held_out is not None:
-            line |= self._held_out.line(self._student)
+            line |= self._held_out.line(self._student, self._progress)
         line["eval/seconds"] = time.monotonic() - begun_s
         self._metrics.evaluated(line, write=self._write)

@@ -25,7 +25,7 @@ from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.cache_info import cache_info, first_snapshot
 from logitcask.engine.training.processes import gathered, rank
-from logitcask.engine.types import ModelRef
+from logitcask.engine.types import ModelRef, Progress, no_progress, stage_named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +55,12 @@ class HeldOut:
     identity: Mapping[str, Any]
     """Recorded in run.json; the folder accepts no run in which any of it differs."""
 
-    def line(self, student: nn.Module) -> dict[str, float | None]:
+    def line(self, student: nn.Module, progress: Progress = no_progress) -> dict[str, float | None]:
         """Return the entries of metrics.jsonl; each process measures a share of the packs.
 
         Raises IncompleteError where no row is counted.
         """
-        everyone = gathered(self._share(student))
+        everyone = gathered(self._share(student, progress))
         counted = sum(weight for weight, _ in everyone)
         if not counted:
             raise IncompleteError(
@@ -74,7 +74,7 @@ class HeldOut:
             "eval/rows": counted,
         }
 
-    def _share(self, student: nn.Module) -> tuple[float, dict[str, float]]:
+    def _share(self, student: nn.Module, progress: Progress) -> tuple[float, dict[str, float]]:
         """Return (sum of weights, name -> weighted sum) over the packs of this process."""
         training = student.training
         student.eval()
@@ -86,6 +86,7 @@ class HeldOut:
                 objectives={"own": self.objective},
                 n_vocab=self.n_vocab,
                 device=next(student.parameters()).device,
+                progress=stage_named(progress, "held out"),
             )
         finally:
             student.train(training)

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
+from logitcask.engine.events import peak_memory
 from logitcask.engine.models.load import load_student, quiet, save_student
 from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
@@ -54,6 +55,10 @@ class TrainReport:
     """Version of the trained student."""
     positions: int
     """Response positions trained on, all epochs."""
+    positions_per_second: float
+    """Of the training, with its evaluations, and in a loop with its rollouts and scores."""
+    peak_memory_bytes: Mapping[str, int]
+    """As of `events.peak_memory`."""
     exactness: ExactnessReport
     last: Mapping[str, Any]
     """Line of metrics.jsonl of the last update."""
@@ -207,6 +212,7 @@ def run_training(
                     metrics,
                     model.version,
                     write=run_dir.first,
+                    progress=progress,
                 )
                 trainer.add_callback(evaluation)
                 evaluation.evaluate_at(0)
@@ -234,6 +240,8 @@ def run_training(
         resumed_at=step,
         version=model.version + spec.updates,
         positions=metrics.positions,
+        positions_per_second=metrics.positions / max(metrics.last.get("progress/seconds", 0), 1e-9),
+        peak_memory_bytes=peak_memory(),
         exactness=spec.exactness,
         last=metrics.last,
         evaluations=tuple(metrics.evaluations),

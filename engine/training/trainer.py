@@ -39,7 +39,7 @@ from logitcask.engine.training.metric_sums import MetricSums
 from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.processes import gathered
 from logitcask.engine.training.run_dir import MetricsFile, write_resume_metadata
-from logitcask.engine.types import Progress
+from logitcask.engine.types import Detail, Progress
 
 CHANGED_SAMPLE = 1 << 20
 """Maximum number of elements that `train/changed_share` compares."""
@@ -105,6 +105,7 @@ class DistillTrainer(Trainer):
         self._metrics = metrics
         self._resume_metadata = resume_metadata
         self._progress = progress
+        self._packs_done = self._packs_of_update = 0
         self._sums = MetricSums(objective, bounds, same_base_weights=same_base_weights)
         self._waited_s, self._since_s = 0.0, time.monotonic()
 
@@ -123,6 +124,8 @@ class DistillTrainer(Trainer):
             self._objective, [pack.targets for pack in packs], self._aggregation, gathered
         )
         total = self.accelerator.reduce(divisor.to(device, torch.float32), reduction="sum")
+        self._packs_done, self._packs_of_update = 0, len(packs)
+        self._report()
         # Trainer counts operations by the first key.
         items = zip(packs, weights, strict=True)
         return [{"input_ids": p.input_ids, "pack": p, "weight": w} for p, w in items], total
@@ -146,6 +149,9 @@ class DistillTrainer(Trainer):
             lambda inner: self._pack_loss(inner, pack, weight),
             pack.input_ids,
         )
+        self._packs_done += 1
+        if self._packs_done < self._packs_of_update:
+            self._report()
         return (loss, None) if return_outputs else loss
 
     def _pack_loss(self, inner: nn.Module, pack: Pack, weight: Tensor) -> Tensor:
@@ -205,7 +211,15 @@ class DistillTrainer(Trainer):
                 "loosen the bound, or leave --staleness-action out",
             )
         super().log({name: value for name, value in line.items() if value is not None})
-        self._progress("train", step, self.state.max_steps)
+        self._packs_done = 0
+        self._report()
+
+    def _report(self) -> None:
+        """Report the updates, and the packs of the running one."""
+        done, total = self._packs_done, self._packs_of_update
+        part = f"{done}/{total} packs" if done else ""
+        detail = Detail(self._metrics.positions, part, done / total if done else 0.0)
+        self._progress("train", self.state.global_step, self.state.max_steps, detail)
 
     def _data_wait(self) -> float:
         """Return the share of the time since the last line that was spent waiting for packs."""

@@ -151,7 +151,7 @@ def test_a_kill_loses_nothing_and_nothing_is_sampled_or_scored(
     class Killed(Exception):
         pass
 
-    def kill(stage: str, done: int, total: int) -> None:
+    def kill(stage: str, done: int, total: int, *_: Any) -> None:
         assert total == 4
         if done == 3:
             raise Killed

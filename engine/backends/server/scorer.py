@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,14 @@ from logitcask.engine.backends.server.pool import ServerPool
 from logitcask.engine.backends.server.requests import new_assembler, score_sequences
 from logitcask.engine.errors import AnswerError, ConfigError, ServerError
 from logitcask.engine.events import Cancelled, CancelToken
-from logitcask.engine.types import IdLists, Rollouts, ScoreParams, Scores
+from logitcask.engine.types import (
+    IdLists,
+    Progress,
+    Rollouts,
+    ScoreParams,
+    Scores,
+    no_progress,
+)
 
 KEY = "LOGITCASK_API_KEY"
 STOP_S = 0.2
@@ -156,14 +163,19 @@ class ServerScorer:
             ) from fault
 
     def score(
-        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+        self,
+        rollouts: Rollouts,
+        request: ScoreParams,
+        extra_ids: IdLists | None = None,
+        *,
+        progress: Progress = no_progress,
     ) -> Scores:
         """Score rollouts as `base.Scorer.score`.
 
         Raises as `resolve_extra_ids`, ConfigError for a request that the servers cannot answer,
         ServerError and AnswerError as `ServerPool.send`.
         """
-        return self._score(self._pool, rollouts, request, extra_ids)
+        return self._score(self._pool, rollouts, request, extra_ids, progress)
 
     def replicas(self) -> dict[str, "Replica"]:
         """Return {URL: a scorer over that server alone}.
@@ -186,10 +198,14 @@ class ServerScorer:
         rollouts: Rollouts,
         request: ScoreParams,
         extra_ids: IdLists | None,
+        progress: Progress,
     ) -> Scores:
         url = pool.clients[0].url
         assembler = new_assembler(self.info, url, self.n_vocab, rollouts, request, extra_ids)
-        self._run(self._fill(pool, rollouts, assembler))
+        self._run(
+            self._fill(pool, rollouts, assembler),
+            lambda: progress("score", assembler.rows_written, rollouts.positions),
+        )
         return assembler.scores()
 
     def _describe(self, pool: ServerPool) -> dict[str, str]:
@@ -204,10 +220,13 @@ class ServerScorer:
 
     # In the thread of the event loop.
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+    def _run(
+        self, work: Coroutine[Any, Any, T], while_waiting: Callable[[], None] = lambda: None
+    ) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             while not wait([future], STOP_S).done:
+                while_waiting()
                 if self._cancel.cancelled:
                     raise Cancelled("the servers are unavailable")
             return future.result()
@@ -311,10 +330,15 @@ class Replica:
         return self._server.capabilities
 
     def score(
-        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+        self,
+        rollouts: Rollouts,
+        request: ScoreParams,
+        extra_ids: IdLists | None = None,
+        *,
+        progress: Progress = no_progress,
     ) -> Scores:
         """Score as `ServerScorer.score`; one of several servers is awaited for limits.alone_s."""
-        return self._server._score(self.pool, rollouts, request, extra_ids)
+        return self._server._score(self.pool, rollouts, request, extra_ids, progress)
 
     def describe(self) -> dict[str, str]:
         return self._server._describe(self.pool)

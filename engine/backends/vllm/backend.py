@@ -206,7 +206,12 @@ class VLLM:
         return Response(ids, [min(x, 0.0) for x in lp], stopped)
 
     def score(
-        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None = None
+        self,
+        rollouts: Rollouts,
+        request: ScoreParams,
+        extra_ids: IdLists | None = None,
+        *,
+        progress: Progress = no_progress,
     ) -> Scores:
         """Score as hf with exact=True; else with bounds.
 
@@ -218,8 +223,14 @@ class VLLM:
             rollouts, request, extra_ids, n_vocab=self.n_vocab, context=context
         )
         if self.exact:
-            net = self._network()
-            return score_rollouts(net, rollouts, request, extra_ids, batch_tokens=self.batch_tokens)
+            return score_rollouts(
+                self._network(),
+                rollouts,
+                request,
+                extra_ids,
+                batch_tokens=self.batch_tokens,
+                progress=progress,
+            )
         lacking = {"drawn"} if request.entry_kind == "sampled" else set()
         lacking |= {"at_ids"} - self.capabilities if extra_ids is not None else set()
         if lacking:
@@ -228,10 +239,14 @@ class VLLM:
                 f"runner does not support {', '.join(sorted(lacking))}",
                 hint="score with exact=True or the backend hf, or request less (at_student=False)",
             )
-        return self._score_returned(rollouts, request, extra_ids)
+        return self._score_returned(rollouts, request, extra_ids, progress)
 
     def _score_returned(
-        self, rollouts: Rollouts, request: ScoreParams, extra_ids: IdLists | None
+        self,
+        rollouts: Rollouts,
+        request: ScoreParams,
+        extra_ids: IdLists | None,
+        progress: Progress,
     ) -> Scores:
         """Score from returned top-k log-probs."""
         # vLLM samples one token more than it is sent.
@@ -244,7 +259,7 @@ class VLLM:
         of_prompts = [rollouts.prompts[int(p)].token_ids for p in rollouts.seq_prompt]
         nonempty = [i for i in range(len(lengths)) if lengths[i] > 0]
         input_lengths = [len(of_prompts[i]) + int(lengths[i]) for i in nonempty]
-        k = min(request.k_max, self.n_vocab)
+        k, rows = min(request.k_max, self.n_vocab), 0
         for batch in budget_batches(input_lengths, self.batch_tokens):
             indices = [nonempty[b] for b in batch]
             sequences = [
@@ -260,6 +275,8 @@ class VLLM:
                 assembler.write(
                     i, ReturnedTopK(lp=lp[own, 0], ids=ids[own, 1:], top_lp=lp[own, 1:], at=flat)
                 )
+            rows += int(lengths[indices].sum())
+            progress("score", rows, rollouts.positions)
         return assembler.scores()
 
     def _network(self) -> Hidden:

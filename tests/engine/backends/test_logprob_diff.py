@@ -59,7 +59,7 @@ class BatchDependent:
     def __init__(self, inner: HF, by: float) -> None:
         self.inner, self.by = inner, by
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None, **_: Any) -> Scores:
         scores = self.inner.score(rollouts, request, at)
         off = np.float32(self.by if len(rollouts.finish) > 5 else 0.0)
         return replace(scores, lp=scores.lp - off, entry_lp=scores.entry_lp - off)

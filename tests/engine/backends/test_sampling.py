@@ -12,7 +12,7 @@ from torch import Tensor
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.sampling import distribution, draw, sample_batch, uniforms
 from logitcask.engine.errors import ModelError, PromptError
-from logitcask.engine.types import LENGTH, STOP, Prompt, Rollouts, SamplingParams
+from logitcask.engine.types import LENGTH, NO_DETAIL, STOP, Detail, Prompt, Rollouts, SamplingParams
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
 HOSTILE = {
@@ -241,11 +241,26 @@ def test_a_response_that_could_exceed_the_context_is_an_error_before_sampling(hf
 
 
 def test_progress_counts_sequences(hf: HF) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[Any, ...]] = []
     small = SamplingParams(n=2, max_new_tokens=4)
-    hf.generate(PROMPTS, small, seed=0, version=0, progress=lambda *x: seen.append(x))
+    rolled = hf.generate(PROMPTS, small, seed=0, version=0, progress=lambda *x: seen.append(x))
     assert seen[0] == ("rollout", 0, 10)
-    assert seen[-1] == ("rollout", 10, 10)
+    assert seen[-1] == ("rollout", 10, 10, Detail(rolled.positions))
+
+
+def test_progress_is_reported_within_a_batch(hf: HF) -> None:
+    """Report every token of one sequence, although its batch ends only with the last."""
+    seen: list[tuple[int, Detail]] = []
+
+    def progress(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
+        seen.append((done, detail))
+
+    endless = HF(Path(), n_vocab=N_VOCAB, stop_ids=(), network=hf.model)
+    long = SamplingParams(n=1, max_new_tokens=12)
+    endless.generate(PROMPTS[:1], long, seed=0, version=0, progress=progress)
+    assert seen[0] == (0, NO_DETAIL)
+    assert seen[1:12] == [(0, Detail(t, share=t / 12)) for t in range(1, 12)]
+    assert seen[12:] == [(1, Detail(12))]
 
 
 class Broken:

@@ -120,7 +120,14 @@ def test_a_waiting_teacher_stores_the_same_scores_as_a_later_one(here: Path) -> 
         f"waiting for a store at {here / 's'}",
         f"waiting for rollouts named 'main' in {here / 's'}",
     ]
-    assert [each[1:] for each in counts] == [(0, 2), (1, 2), (2, 2), (2, 4), (3, 4), (4, 4)]
+    assert list(dict.fromkeys(each[1:3] for each in counts)) == [
+        (0, 2),
+        (1, 2),
+        (2, 2),
+        (2, 4),
+        (3, 4),
+        (4, 4),
+    ]
     assert (report.units, report.failed) == (2 * UNITS, 0)
 
     copy = here / "later"

@@ -118,11 +118,11 @@ class Whole:
 
             patch.setattr(OnPolicyRows, "prepare", spy_prepare)
             patch.setattr(OnPolicyRows, "pack", spy_pack)
-            self.calls: list[tuple[str, int, int]] = []
+            self.calls: list[tuple[Any, ...]] = []
             self.lines: list[str] = []
             self.report: TrainReport = distill(
                 self.config,
-                progress=lambda *call: self.calls.append(call),
+                progress=lambda *call: self.calls.append(call[:3]),
                 on_event=self.lines.append,
             )
         self.out, self.store = into / "out", open_store(into / "store")
@@ -191,19 +191,18 @@ def test_metrics_count_updates_and_ages(whole: Whole) -> None:
     assert max(drift[::UPDATES]) < 1e-9 < 1e-6 < min(drift[1::UPDATES]), "on policy only at first"
     assert found[-1]["progress/positions"] == whole.report.positions
     assert (whole.report.updates, whole.report.version, whole.report.resumed_at) == (n, n, 0)
-    assert [call for call in whole.calls if call[0] == "train"] == [
-        ("train", i + 1, n) for i in range(n)
-    ]
+    calls = dict.fromkeys(call for call in whole.calls if call[0] == "train")
+    assert list(calls) == [("train", i, n) for i in range(n + 1)]
     metadata = json.loads((whole.out / "logitcask.json").read_text())
     assert metadata["version"] == n
 
 
 @pytest.mark.parametrize("stage", ["rollout", "score"])
 def test_progress_counts_the_prompts_of_all_rounds(whole: Whole, stage: str) -> None:
-    calls = [call for call in whole.calls if call[0] == stage]
+    calls = dict.fromkeys(call for call in whole.calls if call[0] == stage)
     # The third round has two units, because it starts again at the first prompt.
-    done = [0, 3, 3, 6, 6, 7, 9, 9, 12, 12, 15]
-    assert calls == [(stage, prompts, ROUNDS * PER_ROUND) for prompts in done]
+    done = [0, 3, 6, 7, 9, 12, 15]
+    assert list(calls) == [(stage, prompts, ROUNDS * PER_ROUND) for prompts in done]
 
 
 def test_notes_of_scorings_are_reported_once(models: Path, tmp_path: Path) -> None:
@@ -333,8 +332,8 @@ def test_a_loop_resumes_at_the_start_of_a_round(
     class Cancelled(Exception):
         pass
 
-    def progress(stage: str, done: int, total: int) -> None:
-        if done == 7:
+    def progress(stage: str, done: int, *_: Any) -> None:
+        if (stage, done) == ("train", 7):
             raise Cancelled
 
     shutil.copytree(whole.store.url, tmp_path / "store")

@@ -65,7 +65,9 @@ class FailingScorer:
         self.hf, self.at, self.started = hf, at, 0
         self.capabilities, self.describe = hf.capabilities, hf.describe
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
+    def score(
+        self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None, **_: Any
+    ) -> Scores:
         self.started += 1
         if self.started > self.at:
             raise KeyboardInterrupt

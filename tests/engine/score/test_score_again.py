@@ -184,7 +184,7 @@ def test_another_dtype_extends_within_its_tolerance(
     class Wrong:
         capabilities, describe = scorer.capabilities, scorer.describe
 
-        def score(self, rollouts: Any, request: Any, at: Any = None) -> Any:
+        def score(self, rollouts: Any, request: Any, at: Any = None, **_: Any) -> Any:
             scores = scorer.score(rollouts, request, at)
             return replace(scores, at_lp=scores.at_lp - 0.5)
 

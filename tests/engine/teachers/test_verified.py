@@ -69,7 +69,7 @@ class Servers:
     def take_answered(self) -> set[str]:
         return {f"server {i}" for i in self.busy}
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None, **_: Any) -> Scores:
         return CountingReplica(self, self.scorers[self.busy[-1]]).score(rollouts, request, at)
 
     def describe(self) -> dict[str, str]:
@@ -82,7 +82,7 @@ class CountingReplica:
     def __init__(self, pool: Servers, inner: Any) -> None:
         self.pool, self.inner = pool, inner
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None, **_: Any) -> Scores:
         self.pool.rows += rollouts.positions
         self.pool.requests.append(request)
         scores: Scores = self.inner.score(rollouts, request, at)
@@ -98,7 +98,7 @@ class Shifted:
     def __init__(self, inner: HF, by: float, when: Any) -> None:
         self.inner, self.by, self.when = inner, by, when
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None, **_: Any) -> Scores:
         scores = self.inner.score(rollouts, request, at)
         off = np.float32(self.by if self.when(rollouts, request) else 0.0)
         return replace(scores, lp=scores.lp - off, entry_lp=scores.entry_lp - off)
@@ -150,7 +150,7 @@ class FailsProbe:
     def __init__(self, inner: HF, times: int) -> None:
         self.inner, self.times = inner, times
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None, **_: Any) -> Scores:
         if rollouts.positions == PROBE_ROWS and self.times > 0:
             self.times -= 1
             raise ServerError("it is gone", hint="wait")
@@ -176,7 +176,9 @@ def test_a_client_error_is_not_retried(pair: tuple[HF, HF], rolled: Rollouts) ->
         status = 401
 
     class Closed(FailsProbe):
-        def score(self, rollouts: Rollouts, request: ScoreParams, at: Any = None) -> Scores:
+        def score(
+            self, rollouts: Rollouts, request: ScoreParams, at: Any = None, **_: Any
+        ) -> Scores:
             if rollouts.positions == PROBE_ROWS and self.times > 0:
                 raise Refusal("no key", hint="give one")
             return self.inner.score(rollouts, request, at)
@@ -276,7 +278,7 @@ class Padded:
     def __init__(self, log_p: Any, n_vocab: int) -> None:
         self.log_p, self.n_vocab, self.requested_ids = log_p, n_vocab, [0]
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists) -> Scores:
+    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists, **_: Any) -> Scores:
         assert self.n_vocab == len(self.log_p)
         self.requested_ids = sorted({*self.requested_ids, *at.ids.tolist()})
         none = np.zeros(0, np.float32)
@@ -309,7 +311,7 @@ def test_mass_on_any_padding_id_is_an_error(pads: int) -> None:
 @pytest.mark.parametrize("status", [0, 400, 500])
 def test_only_a_client_error_skips_the_padding_check(status: int) -> None:
     class Failing(Padded):
-        def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists) -> Scores:
+        def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists, **_: Any) -> Scores:
             error = ServerError("out of the vocabulary", hint="none")
             error.status = status
             raise error

@@ -36,7 +36,9 @@ class TopKTeacher:
     def describe(self) -> dict[str, str]:
         return self.hf.describe()
 
-    def score(self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None) -> Scores:
+    def score(
+        self, rollouts: Rollouts, request: ScoreParams, at: IdLists | None = None, **_: Any
+    ) -> Scores:
         if at is None and request.at_student and rollouts.student is not None:
             at = IdLists(cnt=rollouts.student.cnt, ids=rollouts.student.ids)
         assembler = ResponseAssembler(rollouts, request, at, n_vocab=self.hf.n_vocab)
