@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import ModelError
-from logitcask.engine.models.weights import WEIGHTS, folder_tensors
+from logitcask.engine.models.weight_files import WEIGHTS, check_own_files
+from logitcask.engine.models.weights import folder_tensors
 from logitcask.engine.prompts.prompts import load_tokenizer, render
 from logitcask.engine.types import ModelRef
 
@@ -76,8 +77,15 @@ def resolve_model(name: str, revision: str = "", *, weights: bool = True) -> Pat
     """Return the local folder of a model: `name` itself, or a snapshot of the hub id `name`.
 
     Only safetensors, JSON and tokenizer files are downloaded, and without `weights` no safetensors;
-    HF_HUB_OFFLINE is honoured.
+    HF_HUB_OFFLINE is honoured. Raises ModelError for a folder that loads code or weights of another
+    place.
     """
+    path = _folder_of(name, revision, weights)
+    check_own_files(path)
+    return path
+
+
+def _folder_of(name: str, revision: str, weights: bool) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()

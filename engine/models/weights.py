@@ -1,4 +1,4 @@
-"""Weight files of a model folder: their names, and the sha256 of every tensor, cached by file."""
+"""Tensors of a model folder: the sha256 of each, cached by weight file."""
 
 import contextlib
 import hashlib
@@ -13,30 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import ModelError
+from logitcask.engine.models.weight_files import weight_files
 
-WEIGHTS = "*.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors format itself."""
 RACY_NS = 2_000_000_000
 """Files younger than this are not cached: they may change again within one tick of the clock."""
-
-
-def weight_files(path: Path) -> list[Path]:
-    """Return the sorted *.safetensors of a folder; raises ModelError where there is none."""
-    files = sorted(path.resolve().glob(WEIGHTS))
-    if files:
-        return files
-    pickles = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-    if pickles:
-        raise ModelError(
-            f"{path} holds no *.safetensors, only {pickles[0]}, a pickle: reading it can run code",
-            hint="convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(folder) writes safetensors",
-        )
-    raise ModelError(
-        f"{path} holds no *.safetensors",
-        hint="give a folder made by save_pretrained: weights, config.json and tokenizer",
-    )
 
 
 def folder_tensors(path: Path) -> dict[str, list[Any]]:
@@ -60,7 +42,7 @@ def folder_tensors(path: Path) -> dict[str, list[Any]]:
             if name in tensors:
                 raise ModelError(
                     f"{path} holds the tensor {name} twice, again in {file.name}",
-                    hint="remove the weight files that do not belong to this model",
+                    hint="save it with save_pretrained(folder), each tensor in one file",
                 )
             tensors[name] = rest
     if changed:

@@ -21,7 +21,7 @@ class Log:
 
 
 def test_a_line_shows_the_unit_its_rate_and_the_remaining_time() -> None:
-    """3.25 of 12 units in 100 s after the 3rd: 8.75 units are left, at 400 s each."""
+    """Expect 400 s a unit after a quarter of one in 100 s: 8.75 of 12 units are left."""
     log = Log()
     report = unit_report(log.progress, "rollout", 3, 12, positions=500)
     report(Detail())

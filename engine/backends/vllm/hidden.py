@@ -16,7 +16,7 @@ from logitcask.engine.backends.vllm.engine import TOLERANCE, Engine, best_gap
 from logitcask.engine.errors import ModelError
 from logitcask.engine.models.identity import from_config, read_config
 from logitcask.engine.models.logit_transform import logit_transform_of, named_extras
-from logitcask.engine.models.weights import weight_files
+from logitcask.engine.models.weight_files import weight_files
 from logitcask.engine.types import Array
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
