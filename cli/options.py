@@ -81,7 +81,7 @@ def config_from_flags(kind: type[Job], flags: Mapping[str, Any]) -> Job:
 
 def _flag_of(key: str) -> str:
     """Return the flag of a key: 'gc.keep_days' -> '--keep-days'."""
-    section, _, name = key.partition(".")
+    section, name = key.split(".")[:2] if "." in key else (key, "")  # a list's place is third
     # `rollout` has a flag --grader too, and both mean the same function.
     prefix = "eval-" if section == "eval" and name != "grader" else ""
     return "--" + FLAGS.get((section, name), prefix + name).replace("_", "-")
@@ -117,7 +117,7 @@ def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
     flag = _flag_of(f"{section}.{name}").removeprefix("--")
     kind = _base_type(field.annotation)
     text = field.description or ""
-    if not field.is_required() and field.default not in (None, ""):
+    if not field.is_required() and field.default not in (None, "", ()):
         text += f" [default: {_default(field.default)}]"
     # A pair of flags that is absent would be False without this, and None leaves it to the section.
     # click takes a required flag with a default for a flag that is present.
@@ -143,7 +143,9 @@ def _default(value: Any) -> str:
 
 
 def _base_type(annotation: Any) -> Any:
-    """Return int for `int | None`, `Annotated[int, ...]`, and so on."""
+    """Return int for `int | None`, `Annotated[int, ...]`, and so on; str for a list."""
+    if get_origin(annotation) is tuple:
+        return str  # its section splits it
     options = [a for a in get_args(annotation) if a is not NoneType]
     if get_origin(annotation) is Literal or not options:
         return annotation

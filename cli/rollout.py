@@ -12,10 +12,10 @@ from logitcask.cli.options import (
     dry_run_option,
     format_option,
 )
-from logitcask.cli.output import print_report
+from logitcask.cli.output import print_event, print_report
 from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import run_until_stopped
-from logitcask.engine.config.sections import Rollout, RolloutConfig
+from logitcask.engine.config.sections import Prompts, Rollout, RolloutConfig
 from logitcask.engine.config.toml import to_toml
 
 
@@ -24,7 +24,7 @@ from logitcask.engine.config.toml import to_toml
     RolloutConfig,
     {
         "student": ["model", "revision"],
-        "prompts": ["file", "limit", "chat_template"],
+        "prompts": list(Prompts.model_fields),
         "store": ["url", "rollouts", "profile"],
         "rollout": list(Rollout.model_fields),
         "work": [*WORKER_KEYS, "max_unscored"],
@@ -54,5 +54,5 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     from logitcask.engine.commands.rollout import run_rollout
 
     with progress_bar() as progress:
-        report = run_rollout(config, progress=progress)
+        report = run_rollout(config, progress=progress, on_event=print_event)
     print_report(report, form)

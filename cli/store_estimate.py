@@ -23,7 +23,7 @@ from logitcask.engine.config.sections import EstimateConfig
 @config_options(
     EstimateConfig,
     {
-        "prompts": ["chat_template"],
+        "prompts": ["chat_template", "chat_template_kwargs", "drop_last_assistant"],
         "estimate": ["sample", "teacher_topk_max"],
         "teacher": [
             "revision",
@@ -33,7 +33,7 @@ from logitcask.engine.config.sections import EstimateConfig
             "api_key_file",
             "server_wait",
         ],
-        "rollout": ["n", "max_new_tokens", "student_topk", "mc_draws", "grader"],
+        "rollout": ["n", "max_new_tokens", "student_topk", "mc_draws", "stop_token_ids", "grader"],
         "score": ["teacher_topk_min"],
         "run": MODEL_KEYS,
     },

@@ -108,7 +108,7 @@ class Prompt:
 
 
 class SamplingParams(Section):
-    """Sampling parameters: every field is explicit, generation_config is never used."""
+    """Sampling parameters: every field is explicit, and none is of generation_config.json."""
 
     n: Positive = Field(4, description="Responses per prompt.")
     temperature: float = Field(

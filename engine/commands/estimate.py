@@ -19,14 +19,16 @@ def run_estimate(
     on_event: EventHandler = lambda line: None,
 ) -> Estimate:
     """Sample and score a small part, and estimate the size of the whole."""
-    model, prompts, template = student_and_prompts(config.student, config.prompts, config.rollout)
+    model, prompts, rendering = student_and_prompts(
+        config.student, config.prompts, config.rollout, on_event
+    )
     grader = grader_of(config.rollout, model, prompts)
     remote = is_remote(config.teacher.model)
     teacher = open_teacher(
         config.teacher,
         config.run,
         model.provenance(),
-        template=template,
+        template=rendering.chat_template,
         exact=not remote,
         k_max=config.estimate.teacher_topk_max,
         cancel=CancelToken(on_event),

@@ -1,14 +1,17 @@
 """Resolve the names in a configuration to models, prompts, graders and snapshots."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from logitcask.engine.config.sections import Prompts, Rollout, Student
-from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
+from logitcask.engine.events import EventHandler
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.graders import Decode, Grader, open_grader
 from logitcask.engine.prompts.prompts import chat_template_for, load_tokenizer, read_prompts
+from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.types import ModelRef, Prompt
 
@@ -19,22 +22,43 @@ def snapshot_of(store: Store, text: str) -> Snapshot:
 
 
 def student_and_prompts(
-    student: Student, prompts: Prompts, rollout: Rollout
-) -> tuple[ModelRef, list[Prompt], bool]:
-    """Return the student's reference, its prompts, and whether the chat template rendered them.
+    student: Student,
+    prompts: Prompts,
+    rollout: Rollout,
+    on_event: EventHandler = lambda line: None,
+) -> tuple[ModelRef, list[Prompt], Rendering]:
+    """Return the student's reference, its prompts, and how they were rendered.
 
-    Every prompt leaves room for max_new_tokens in the student's context.
+    Every prompt leaves room for max_new_tokens in the student's context. Notes on special tokens go
+    to `on_event`.
     """
     path = identity.resolve_model(student.model, student.revision)
     tokenizer = load_tokenizer(path)
-    template = chat_template_for(prompts.file, tokenizer, prompts.chat_template)
-    model = identity.model_ref(
-        student.model, revision=student.revision, chat_template=template, tokenizer=tokenizer
+    rendering = Rendering(
+        chat_template=chat_template_for(prompts.file, tokenizer, prompts.chat_template),
+        chat_template_kwargs=json.loads(prompts.chat_template_kwargs or "{}"),
+        drop_last_assistant=prompts.drop_last_assistant,
     )
+    # The weights are read for the reference, so an invalid prompt is found before that.
     read = read_fitting(
-        prompts.file, tokenizer, path, template, rollout.max_new_tokens, limit=prompts.limit
+        prompts.file,
+        tokenizer,
+        path,
+        rendering,
+        rollout.max_new_tokens,
+        limit=prompts.limit,
+        on_event=on_event,
     )
-    return model, read, template
+    model = identity.model_ref(
+        student.model,
+        revision=student.revision,
+        chat_template=rendering.chat_template,
+        tokenizer=tokenizer,
+        stop_token_ids=rollout.stop_token_ids,
+    )
+    if note := identity.stop_note(model, tokenizer):
+        on_event(f"note: {note}")
+    return model, read, rendering
 
 
 def grader_of(rollout: Rollout, model: ModelRef, prompts: Sequence[Prompt]) -> Grader | None:
@@ -61,10 +85,12 @@ def read_fitting(
     file: Path,
     tokenizer: Any,
     folder: Path,
-    template: bool,
+    rendering: Rendering,
     max_new_tokens: int,
     of: str = "",
+    *,
     limit: int | None = None,
+    on_event: EventHandler = lambda line: None,
 ) -> list[Prompt]:
     """Read prompts that leave room for the response in the context of the model in `folder`, at
     most `limit`. `of` is the prefix of the key for its length.
@@ -79,19 +105,32 @@ def read_fitting(
     return read_prompts(
         file,
         tokenizer,
-        chat_template=template,
+        rendering,
         max_prompt_tokens=context - max_new_tokens,
         limit=limit,
+        on_event=on_event,
     )
 
 
 def student_of(student: Student, snapshot: Snapshot, rollouts: str) -> ModelRef:
     """Return the reference of a student for a training on these rollouts."""
-    template = rendered(snapshot, rollouts)
-    return identity.model_ref(student.model, revision=student.revision, chat_template=template)
+    template = rendering_of(snapshot, rollouts).chat_template
+    stops = snapshot.rollouts(rollouts)[0].provenance.get("set", {}).get("stop_token_ids", [])
+    if not isinstance(stops, list) or any(type(each) is not int for each in stops):
+        raise StoreError(
+            f"rollouts {rollouts!r} record stop_token_ids = {stops!r:.80}, which is no list of ids",
+            hint="sample them again with this version of `logitcask rollout`",
+        )
+    return identity.model_ref(
+        student.model,
+        revision=student.revision,
+        chat_template=template,
+        stop_token_ids=stops,
+    )
 
 
-def rendered(snapshot: Snapshot, rollouts: str) -> bool:
+def rendering_of(snapshot: Snapshot, rollouts: str) -> Rendering:
+    """Return how the prompts of rollouts were rendered."""
     segments = snapshot.rollouts(rollouts)
     if not segments:
         known = ", ".join(snapshot.names("rollout")) or "none"
@@ -99,6 +138,19 @@ def rendered(snapshot: Snapshot, rollouts: str) -> bool:
             f"the store holds no rollouts named {rollouts!r}; it has: {known}",
             hint="run `logitcask rollout` first, or give --rollouts one of these",
         )
+    provenance = segments[0].provenance
+    variables = provenance.get("chat_template_kwargs", {})
+    dropped = provenance.get("drop_last_assistant", False)
+    if not isinstance(variables, dict) or type(dropped) is not bool:
+        raise StoreError(
+            f"rollouts {rollouts!r} record chat_template_kwargs = {variables!r:.80} and "
+            f"drop_last_assistant = {dropped!r:.80}, which are not an object and a boolean",
+            hint="sample them again with this version of `logitcask rollout`",
+        )
     # The digest is in the rollouts of every sampler, the plain field only in those of our commands.
-    template: str = segments[0].provenance["student"]["template"]
-    return template != identity.NO_TEMPLATE
+    template: str = provenance["student"]["template"]
+    return Rendering(
+        chat_template=template != identity.NO_TEMPLATE,
+        chat_template_kwargs=variables,
+        drop_last_assistant=dropped,
+    )

@@ -6,18 +6,27 @@ from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import backend
 from logitcask.engine.commands.resolve import grader_of, student_and_prompts
 from logitcask.engine.config.sections import RolloutConfig
+from logitcask.engine.events import EventHandler
 from logitcask.engine.prompts.graders import Grader
+from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.rollout.plan import RolloutReport, rollout
 from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.store import open_store
 from logitcask.engine.types import ModelRef, Progress, Prompt, no_progress
 
 
-def run_rollout(config: RolloutConfig, *, progress: Progress = no_progress) -> RolloutReport:
+def run_rollout(
+    config: RolloutConfig,
+    *,
+    progress: Progress = no_progress,
+    on_event: EventHandler = lambda line: None,
+) -> RolloutReport:
     """Sample what is missing. Prompts are read and checked before any weight is loaded."""
-    model, prompts, template = student_and_prompts(config.student, config.prompts, config.rollout)
+    model, prompts, rendering = student_and_prompts(
+        config.student, config.prompts, config.rollout, on_event
+    )
     grader = grader_of(config.rollout, model, prompts)
-    request = rollout_request(config, model, prompts, template, grader)
+    request = rollout_request(config, model, prompts, rendering, grader)
     try:
         return rollout(request, progress=progress)
     finally:
@@ -28,7 +37,7 @@ def rollout_request(
     config: RolloutConfig,
     model: ModelRef,
     prompts: Sequence[Prompt],
-    template: bool,
+    rendering: Rendering,
     grader: Grader | None,
     *,
     versions: bool = False,
@@ -51,7 +60,8 @@ def rollout_request(
             unit_prompts=config.rollout.unit_prompts or None,
             profile=config.store.profile,
             versions=versions,
-            provenance_extra={"chat_template": template},
+            stop_token_ids=config.rollout.stop_token_ids,
+            provenance_extra=rendering.record(),
         )
     except BaseException:
         close_backend(sampler)

@@ -1,10 +1,8 @@
 """`logitcask score`: a teacher scores stored rollouts."""
 
-from typing import Any
-
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import open_teacher
-from logitcask.engine.commands.resolve import rendered
+from logitcask.engine.commands.resolve import rendering_of
 from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models import identity
@@ -35,7 +33,7 @@ def score_request(
     config: ScoreConfig, store: Store, snapshot: Snapshot, cancel: CancelToken
 ) -> ScoreRequest:
     """Load the teacher and describe its scores; the caller closes the scorer."""
-    template = rendered(snapshot, config.store.rollouts)
+    template = rendering_of(snapshot, config.store.rollouts).chat_template
     student = snapshot.rollouts(config.store.rollouts)[0].provenance["student"]
     teacher = open_teacher(
         config.teacher,
@@ -81,14 +79,15 @@ def _context(
     segments = snapshot.rollouts(config.store.rollouts)
     longest = int(segments[0].provenance["set"]["max_new_tokens"])
     tokenizer = load_tokenizer(model.path)
-    options: dict[str, Any] = {
-        "chat_template": rendered(snapshot, config.store.rollouts),
-        "max_prompt_tokens": identity.context_length(model.path) - longest,
-    }
+    rendering = rendering_of(snapshot, config.store.rollouts)
+    most = identity.context_length(model.path) - longest
     if config.score.context is not None:
-        return {each.id: each for each in read_prompts(config.score.context, tokenizer, **options)}
+        read = read_prompts(config.score.context, tokenizer, rendering, max_prompt_tokens=most)
+        return {each.id: each for each in read}
     assert config.score.prompt_template is not None, "teacher_kind = context has one of them"
     assert config.score.prompts is not None, "a template has prompts"
     template = read_template(config.score.prompt_template)
     stored = (prompt for segment in segments for prompt in store.read_prompts(segment))
-    return templated(config.score.prompts, template, stored, tokenizer, **options)
+    return templated(
+        config.score.prompts, template, stored, tokenizer, rendering, max_prompt_tokens=most
+    )

@@ -8,6 +8,7 @@ from logitcask.engine.commands.load_teacher import live_backend
 from logitcask.engine.commands.resolve import (
     decoder,
     read_fitting,
+    rendering_of,
     snapshot_of,
     student_of,
 )
@@ -15,10 +16,10 @@ from logitcask.engine.config.sections import Run, TrainConfig
 from logitcask.engine.config.training import Eval, Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import EventHandler
-from logitcask.engine.models.identity import NO_TEMPLATE
 from logitcask.engine.objectives import PRESETS, Preset, parse_objective, warnings
 from logitcask.engine.prompts.graders import open_grader
 from logitcask.engine.prompts.prompts import load_tokenizer
+from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.inspect import choose, choose_teacher
@@ -44,7 +45,13 @@ def run_train(
         lora=config.lora,
         run=config.run,
         snapshot=None if config.train.snapshot is None else snapshot,
-        evaluation=eval_plan(config.eval, config.run, task["model"]),
+        evaluation=eval_plan(
+            config.eval,
+            config.run,
+            task["model"],
+            rendering_of(snapshot, config.store.rollouts),
+            on_event,
+        ),
         held_out=held_out_set(config.eval, config.store.url, config.train.base),
         cache=cache,
         config=config.model_dump(mode="json"),
@@ -60,7 +67,8 @@ def check_train(config: TrainConfig) -> None:
     """Raise what would stop `run_train` before its first update."""
     store, snapshot, task = _train_task(config)
     check(store, **task, seed=config.run.seed, snapshot=snapshot)
-    eval_plan(config.eval, config.run, task["model"])
+    rendering = rendering_of(snapshot, config.store.rollouts)
+    eval_plan(config.eval, config.run, task["model"], rendering)
     held = held_out_set(config.eval, config.store.url, config.train.base)
     if held is not None:
         hold_out(held, task["model"], task["objective"], config.train.pack_length)
@@ -115,17 +123,28 @@ def find_objective(settings: Train) -> Preset:
     return parse_objective(settings.objective, k=settings.loss_topk)
 
 
-def eval_plan(settings: Eval, run: Run, model: ModelRef) -> EvalPlan | None:
-    """Return the evaluation of [eval], rendered as the prompts of `model`; None without prompts.
+def eval_plan(
+    settings: Eval,
+    run: Run,
+    model: ModelRef,
+    rendering: Rendering,
+    on_event: EventHandler = lambda line: None,
+) -> EvalPlan | None:
+    """Return the evaluation of [eval], rendered as the rollouts; None without prompts.
 
     Raises PromptError, and ConfigError for a grader that is not there.
     """
     if settings.prompts is None:
         return None
     tokenizer = load_tokenizer(model.path)
-    template = model.template_digest != NO_TEMPLATE
     prompts = read_fitting(
-        settings.prompts, tokenizer, model.path, template, settings.max_new_tokens, "eval."
+        settings.prompts,
+        tokenizer,
+        model.path,
+        rendering,
+        settings.max_new_tokens,
+        "eval.",
+        on_event=on_event,
     )
     return EvalPlan(
         prompts=prompts,

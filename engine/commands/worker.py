@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection
 
 from logitcask.engine.backends.base import close_backend
-from logitcask.engine.commands.resolve import grader_of, rendered, student_and_prompts
+from logitcask.engine.commands.resolve import grader_of, rendering_of, student_and_prompts
 from logitcask.engine.commands.rollout import rollout_request
 from logitcask.engine.commands.score import score_request
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig, StoreSection
@@ -136,8 +136,8 @@ class _Students:
 
     def __init__(self, config: RolloutConfig, on_event: EventHandler) -> None:
         self._config, self._on_event, self._said = config, on_event, warn_once(on_event)
-        self._model, self._prompts, self._template = student_and_prompts(
-            config.student, config.prompts, config.rollout
+        self._model, self._prompts, self._rendering = student_and_prompts(
+            config.student, config.prompts, config.rollout, on_event
         )
         self._grader = grader_of(config.rollout, self._model, self._prompts)
         self._request: RolloutRequest | None = self._load(self._model)
@@ -174,7 +174,7 @@ class _Students:
 
     def _load(self, model: ModelRef) -> RolloutRequest:
         return rollout_request(
-            self._config, model, self._prompts, self._template, self._grader, versions=True
+            self._config, model, self._prompts, self._rendering, self._grader, versions=True
         )
 
     def _moved(self) -> bool:
@@ -232,7 +232,8 @@ class _Students:
         return identity.model_ref(
             self._config.student.model,
             revision=self._config.student.revision,
-            chat_template=self._template,
+            chat_template=self._rendering.chat_template,
+            stop_token_ids=self._config.rollout.stop_token_ids,
         )
 
 
@@ -252,7 +253,7 @@ def _awaited(
             if snapshot.rollouts(where.rollouts):
                 return store, snapshot
             if late:
-                rendered(snapshot, where.rollouts)
+                rendering_of(snapshot, where.rollouts)
             said(f"waiting for rollouts named {where.rollouts!r} in {where.url}")
         else:
             said(f"waiting for a store at {where.url}")

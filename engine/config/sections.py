@@ -1,11 +1,13 @@
 """All sections but those of teachers and training, and what each command needs of all."""
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from logitcask.engine.config.section import Name, Positive, Section
+from logitcask.engine.config.strict_json import parse_json
 from logitcask.engine.config.teacher import Score, Teacher, Work
 from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Probe, Train
 from logitcask.engine.types import BATCH_TOKENS, SamplingParams
@@ -31,6 +33,32 @@ class Prompts(Section):
         description="Render prompts through the tokenizer's chat template, or take their text as "
         "it is. Needed where both make sense: plain prompts and a tokenizer with a template.",
     )
+    chat_template_kwargs: str = Field(
+        "",
+        description="Variables of the chat template for every prompt, as a JSON object such as "
+        '{"enable_thinking": false}, or a table in TOML; a line\'s own "chat_template_kwargs" '
+        "override them.",
+    )
+    drop_last_assistant: bool = Field(
+        False,
+        description="Leave out the assistant turn at the end of a conversation, as of a dataset "
+        "for fine-tuning; the response takes its place.",
+    )
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _is_an_object(cls, given: Any) -> Any:
+        """Return an object or its JSON as JSON, and "" for an empty one."""
+        values = parse_json(given) if isinstance(given, str) and given.strip() else given or {}
+        if not isinstance(values, dict):
+            raise ValueError('must be a JSON object, such as {"enable_thinking": false}')
+        text = json.dumps(values, sort_keys=True, allow_nan=False, default=_no_json)
+        # A table of TOML may hold numbers and depths that a line of a prompts file may not.
+        return text if parse_json(text) else ""
+
+
+def _no_json(value: Any) -> NoReturn:
+    raise ValueError(f"{value} is no JSON value")
 
 
 class StoreSection(Section):
@@ -61,6 +89,11 @@ class Rollout(SamplingParams):
         "with replacement, and kept with its log-probs for objectives on Monte Carlo ids; 0 = "
         "none. Costs a second pass of the student over its responses.",
     )
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (),
+        description="More ids that end a response, separated by commas, besides those of the "
+        "model: eos_token_id of its tokenizer, config.json and generation_config.json.",
+    )
     grader: str = Field(
         "",
         description="Grader that gives each response a reward in [0, 1], stored with it: exact = "
@@ -73,6 +106,12 @@ class Rollout(SamplingParams):
         description="Prompts per segment, the unit of work and of commit; 0 = about 262,144 "
         "positions. Smaller loses less work when killed and makes more files.",
     )
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _divided_by_commas(cls, ids: Any) -> Any:
+        """Split the text of a flag."""
+        return [each for each in ids.split(",") if each.strip()] if isinstance(ids, str) else ids
 
 
 class Estimate(Section):

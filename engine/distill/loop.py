@@ -30,6 +30,7 @@ from logitcask.engine.objectives import (
     warnings,
 )
 from logitcask.engine.packing.plan import windows_at_most
+from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.rollout.unit import prompt_set_digest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.training.held_out import hold_out
@@ -56,7 +57,9 @@ def distill(
             hint="start it without torchrun; `logitcask train` takes several processes",
         )
     preset = find_objective(config.train)
-    model, prompts, template = student_and_prompts(config.student, config.prompts, config.rollout)
+    model, prompts, rendering = student_and_prompts(
+        config.student, config.prompts, config.rollout, on_event
+    )
     check_loop(config, prompts)
     # Raises for an objective that no teacher could serve, before the weights of one are read.
     _exactness(config, preset, model, config.score.params(config.run.seed), bounds=False)
@@ -64,7 +67,7 @@ def distill(
         config.teacher,
         config.run,
         model.provenance(),
-        template=template,
+        template=rendering.chat_template,
         exact=config.score.exact,
         k_max=config.score.teacher_topk_max,
         cancel=CancelToken(on_event),
@@ -72,7 +75,7 @@ def distill(
     try:
         # Every round scores, with the same notes.
         on_event = warn_once(on_event)
-        return _run_loop(config, preset, model, prompts, template, teacher, progress, on_event)
+        return _run_loop(config, preset, model, prompts, rendering, teacher, progress, on_event)
     finally:
         teacher.close()
 
@@ -82,7 +85,7 @@ def _run_loop(
     preset: Preset,
     model: ModelRef,
     prompts: list[Prompt],
-    template: bool,
+    rendering: Rendering,
     teacher: LoadedTeacher,
     progress: Progress,
     on_event: EventHandler,
@@ -93,7 +96,7 @@ def _run_loop(
     for line in (*teacher.notes, *notes, *exactness.lines()):
         on_event(line)
     grader = grader_of(config.rollout, model, prompts)
-    evaluation = eval_plan(config.eval, config.run, model)
+    evaluation = eval_plan(config.eval, config.run, model, rendering, on_event)
     held_out = None
     if (data := held_out_set(config.eval, config.store.url)) is not None:
         earlier = None if config.run.overwrite else read_run(config.run.out)
@@ -117,6 +120,7 @@ def _run_loop(
             student_k=config.rollout.student_topk,
             mc_draws=config.rollout.mc_draws,
             grader=config.rollout.grader,
+            stop_token_ids=config.rollout.stop_token_ids,
         ),
         "unit_prompts": config.rollout.unit_prompts,
         "teacher": teacher.model.digest,
@@ -138,7 +142,7 @@ def _run_loop(
             store=store,
             model=model,
             prompts=prompts,
-            template=template,
+            rendering=rendering,
             teacher=teacher,
             params=params,
             width=width,

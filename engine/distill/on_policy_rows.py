@@ -19,6 +19,7 @@ from logitcask.engine.packing.batches import Prefetcher
 from logitcask.engine.packing.plan import Lengths, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.prompts.graders import Grader
+from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.rollout.plan import rollout
 from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
@@ -45,8 +46,7 @@ class OnPolicyRows:
     model: ModelRef
     """Identity of the student before update 0."""
     prompts: list[Prompt]
-    template: bool
-    """True if the prompts are rendered by the chat template."""
+    rendering: Rendering
     teacher: LoadedTeacher
     params: ScoreParams
     width: int
@@ -142,7 +142,8 @@ class OnPolicyRows:
                 count=count,
                 versions=True,
                 run=self.run,
-                provenance_extra={"chat_template": self.template},
+                stop_token_ids=config.rollout.stop_token_ids,
+                provenance_extra=self.rendering.record(),
             ),
             progress=lambda stage, done, units, detail=NO_DETAIL: self._report(
                 stage, round_number, done, units, detail

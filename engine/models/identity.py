@@ -7,17 +7,19 @@ its metadata; a folder without it is version 0, with its own weights as base wei
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.errors import ModelError
+from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.weight_files import WEIGHTS, check_own_files
 from logitcask.engine.models.weights import folder_tensors
-from logitcask.engine.prompts.prompts import load_tokenizer, render
+from logitcask.engine.prompts.prompts import load_tokenizer
+from logitcask.engine.prompts.templates import TemplateError, render
 from logitcask.engine.types import ModelRef
 
 METADATA_FILE = "logitcask.json"
+MAX_CONFIG_BYTES = 1 << 24
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_FILES = ["*.json", WEIGHTS, "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -45,18 +47,29 @@ NO_TEMPLATE = digest({"template": "none"})
 
 
 def model_ref(
-    name: str, *, revision: str = "", chat_template: bool, tokenizer: Any = None
+    name: str,
+    *,
+    revision: str = "",
+    chat_template: bool,
+    tokenizer: Any = None,
+    stop_token_ids: Iterable[int] = (),
 ) -> ModelRef:
     """Return the identity of a model.
 
-    chat_template: True if prompts are rendered by it; the template digest covers this. Raises
-    ModelError where weights, tokenizer or config are missing or contradict each other.
+    chat_template: True if prompts are rendered by it; the template digest covers this.
+    stop_token_ids: in addition to the model's own. Raises ModelError where weights, tokenizer or
+    config are missing or contradict each other, ConfigError for a stop id beyond its vocabulary.
     """
     path = resolve_model(name, revision)
     metadata, config = read_metadata(path), read_config(path)
     if tokenizer is None:
         tokenizer = load_tokenizer(path)
     n_vocab, stop_ids = vocabulary(path, config, tokenizer)
+    if beyond := sorted(each for each in stop_token_ids if not 0 <= each < n_vocab):
+        raise ConfigError(
+            f"stop_token_ids has {beyond[0]}, and the ids of {name} are in [0, {n_vocab})",
+            hint="give ids of its tokenizer with --stop-token-ids",
+        )
     # Last: gigabytes are read for it.
     weights = weights_digest(path)
     return ModelRef(
@@ -67,7 +80,7 @@ def model_ref(
         tokenizer_digest=tokenizer_digest(tokenizer),
         template_digest=template_digest(tokenizer, chat_template),
         n_vocab=n_vocab,
-        stop_ids=stop_ids,
+        stop_ids=tuple(sorted({*stop_ids, *stop_token_ids})),
         version=metadata["version"] if metadata else 0,
         base_weights=metadata["root"] if metadata else weights,
     )
@@ -141,13 +154,10 @@ def template_digest(tokenizer: Any, chat_template: bool) -> str:
         return NO_TEMPLATE
     try:
         return digest({"rendered": render(tokenizer, PROBE)})
-    except ModelError:
-        raise
-    # A template is a program of the model's author: it may raise any exception.
-    except Exception as error:
+    except TemplateError as error:
         raise ModelError(
             f"the chat template of {tokenizer.name_or_path or 'this model'} fails on a plain "
-            f"conversation: {type(error).__name__}: {error}",
+            f"conversation: {error}",
             hint="repair the template, or turn the chat template off",
         ) from error
 
@@ -158,9 +168,8 @@ def template_digest(tokenizer: Any, chat_template: bool) -> str:
 def vocabulary(
     path: Path, config: Mapping[str, Any], tokenizer: Any
 ) -> tuple[int, tuple[int, ...]]:
-    """Return (n_vocab, stop ids): the tokenizer's highest id + 1; its eos and the config's, sorted.
-
-    generation_config.json is never read: it is sampling policy, and ours is explicit.
+    """Return (n_vocab, stop ids): the tokenizer's highest id + 1; its eos and those of config.json
+    and generation_config.json, sorted.
     """
     n_vocab = max(tokenizer.get_vocab().values()) + 1
     head = from_config(config, "vocab_size")
@@ -173,15 +182,39 @@ def vocabulary(
             " (resize_token_embeddings)",
         )
     eos = from_config(config, "eos_token_id")
-    stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    stops = {*_listed(eos), tokenizer.eos_token_id, *generation_stop_ids(path)} - {None}
     unusable = [s for s in stops if type(s) is not int or not 0 <= s < n_vocab]
     if unusable or not stops:
         raise ModelError(
             f"the model in {path} has the stop ids {sorted(map(str, stops))}; "
             f"at least one is needed, and all in [0, {n_vocab})",
-            hint="set eos_token_id in config.json, or the tokenizer's eos_token",
+            hint="set eos_token_id in config.json and generation_config.json, or the tokenizer's "
+            "eos_token",
         )
     return n_vocab, tuple(sorted(stops))
+
+
+def generation_stop_ids(path: Path) -> list[int | str]:
+    """Return eos_token_id of generation_config.json, as a list; nothing else there is read.
+
+    Its other keys are sampling policy, and ours is explicit.
+    """
+    file = path / "generation_config.json"
+    return _listed(_read_object(file).get("eos_token_id")) if file.exists() else []
+
+
+def stop_note(model: ModelRef, tokenizer: Any) -> str:
+    """Return a note on stop ids that generation_config.json alone has, or ""."""
+    eos = from_config(read_config(model.path), "eos_token_id")
+    found = set(generation_stop_ids(model.path)) - {*_listed(eos), tokenizer.eos_token_id}
+    tokens = [f"{each} ({tokenizer.convert_ids_to_tokens(each)!r})" for each in sorted(found)]
+    return f"{model.name}: stop ids of generation_config.json: {', '.join(tokens)}" if found else ""
+
+
+def _listed(eos: Any) -> list[int | str]:
+    """Return one id or several as a list; another value is its text, which `vocabulary` refuses."""
+    ids = eos if isinstance(eos, list) else [eos]
+    return [each if type(each) is int else str(each) for each in ids if each is not None]
 
 
 def context_length(path: Path) -> int:
@@ -191,9 +224,17 @@ def context_length(path: Path) -> int:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
+    return _read_object(path / "config.json")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file of a model; NaN and infinities are allowed, as transformers writes them."""
     try:
-        config = json.loads(file.read_bytes())
+        with file.open("rb") as stream:
+            data = stream.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it is longer than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{file} cannot be read: {error}",

@@ -7,11 +7,14 @@ its end is not part of it. It replaces the text of a prompt, or of its last user
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import IdentityError, PromptError
-from logitcask.engine.prompts.prompts import Line, read_prompts
+from logitcask.engine.prompts.lines import Line, Turns
+from logitcask.engine.prompts.prompts import read_prompts
+from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.types import Prompt
 
 FIELDS = ("prompt", "answer")
@@ -22,24 +25,23 @@ class Template:
     parts: tuple[tuple[str, str | None], ...]
     """Literal text and the field after it; None where no field follows."""
 
-    def fill(self, line: Line) -> dict[str, Any]:
-        """Return the keys of a line of a prompts file, with its text in the template.
+    def fill(self, line: Line, content: str | Turns) -> str | Turns:
+        """Return the content of a line of a prompts file, with its text in the template.
 
         Raises PromptError where there is no user turn, or no answer that the template needs.
         """
-        keys = line.keys
-        if "messages" not in keys:
-            return {**keys, "prompt": self._text(line, keys["prompt"])}
-        turns = list(keys["messages"])
-        last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
+        if isinstance(content, str):
+            return self._text(line, content)
+        last = max((i for i, turn in enumerate(content) if turn["role"] == "user"), default=None)
         if last is None:
             line.refuse(
-                'field "messages": no turn is the user\'s, and the template replaces the last one',
+                f'field "{line.field}": no turn is the user\'s, and the template replaces the last '
+                "one",
                 "give this prompt a user turn",
             )
-        text = line.string("content", turns[last].get("content"), f"messages[{last}].")
-        turns[last] = {**turns[last], "content": self._text(line, text)}
-        return {**keys, "messages": turns}
+        place = f"{line.field}[{last}].content"
+        text = self._text(line, line.string(place, content[last].get("content")))
+        return [*content[:last], {**content[last], "content": text}, *content[last + 1 :]]
 
     def _text(self, line: Line, prompt: str) -> str:
         answer = line.keys.get("answer")
@@ -83,8 +85,8 @@ def templated(
     template: Template,
     stored: Iterable[Prompt],
     tokenizer: Any,
+    rendering: Rendering,
     *,
-    chat_template: bool,
     max_prompt_tokens: int,
 ) -> dict[str, Prompt]:
     """Return id -> prompt of a prompts file, with the template.
@@ -92,11 +94,8 @@ def templated(
     stored: the prompts of the rollouts, equal to those of the file without the template. Raises
     PromptError for a file that lacks one, IdentityError for one with other tokens.
     """
-    rendering: dict[str, Any] = {
-        "chat_template": chat_template,
-        "max_prompt_tokens": max_prompt_tokens,
-    }
-    plain = {prompt.id: prompt for prompt in read_prompts(file, tokenizer, **rendering)}
+    read = partial(read_prompts, file, tokenizer, rendering, max_prompt_tokens=max_prompt_tokens)
+    plain = {prompt.id: prompt for prompt in read()}
     for prompt in stored:
         if prompt.id not in plain:
             raise PromptError(
@@ -110,5 +109,4 @@ def templated(
                 hint="give the prompts file that `logitcask rollout` read, and a teacher with "
                 "the student's chat template; or write the rendered prompts to a --context file",
             )
-    changed = read_prompts(file, tokenizer, **rendering, change=template.fill)
-    return {prompt.id: prompt for prompt in changed}
+    return {prompt.id: prompt for prompt in read(change=template.fill)}

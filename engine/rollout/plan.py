@@ -119,6 +119,13 @@ def _check_name(
                 f"{student['version']}; this one is {model.digest}, version {model.version}",
                 hint="give these rollouts another name; only distill mixes versions",
             )
+        stops = student.get("stop_ids", list(model.stop_ids))
+        if stops != list(model.stop_ids):
+            raise IdentityError(
+                f"rollouts {name!r} end at the stop ids {stops}, those of {model.name} are "
+                f"{list(model.stop_ids)}",
+                hint="give these rollouts another name, and another seed",
+            )
         # A loop's first updates may keep the weights: each version draws its own numbers.
         same = (student["weights"], student["version"]) == (model.digest, model.version)
         if same and segment.unit_key not in units:

@@ -64,6 +64,8 @@ class RolloutRequest:
     temperature 1."""
     grader: Grader | None = None
     """Rewards each response."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Stop ids of `model` in addition to those of its files."""
     unit_prompts: int | None = None
     """Prompts of a unit; None: as many as can reach UNIT_POSITIONS."""
     profile: str = "default"
@@ -123,6 +125,7 @@ class RolloutRequest:
             student_k=self.student_k,
             mc_draws=self.mc_draws,
             grader=self._grader,
+            stop_token_ids=self.stop_token_ids,
             run=self.run,
         )
 
@@ -156,6 +159,7 @@ class RolloutRequest:
                 "student_k": self.student_k,
                 **({"mc_draws": self.mc_draws} if self.mc_draws else {}),
                 **({"grader": self._grader} if self._grader else {}),
+                **({"stop_token_ids": list(self.stop_token_ids)} if self.stop_token_ids else {}),
                 "template": self.model.template_digest,
             },
             "student": self.model.provenance(),
@@ -232,6 +236,7 @@ def prompt_set_digest(
     student_k: int,
     mc_draws: int = 0,
     grader: str = "",
+    stop_token_ids: Sequence[int] = (),
     run: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the digest of a set of rollouts: all settings except the student's weights."""
@@ -246,6 +251,7 @@ def prompt_set_digest(
             # Written only where used, so that older sets keep their digest.
             **({"mc_draws": mc_draws} if mc_draws else {}),
             **({"grader": grader} if grader else {}),
+            **({"stop_token_ids": sorted(stop_token_ids)} if stop_token_ids else {}),
             **({"run": dict(run)} if run else {}),
         }
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from logitcask.engine.commands.load_teacher import live_backend, open_teacher
-from logitcask.engine.commands.resolve import rendered, student_of
+from logitcask.engine.commands.resolve import rendering_of, student_of
 from logitcask.engine.config.sections import Run, Student
 from logitcask.engine.config.teacher import Teacher
 from logitcask.engine.events import CancelToken
@@ -27,7 +27,7 @@ def test_rollouts_from_python_record_the_chat_template(tmp_path: Path, chat_temp
         Teacher(model=folder, name="big"),
         Run(),
         snapshot.rollouts("main")[0].provenance["student"],
-        template=rendered(snapshot, "main"),
+        template=rendering_of(snapshot, "main").chat_template,
         exact=True,
         k_max=16,
         cancel=CancelToken(),

@@ -11,6 +11,7 @@ from logitcask.engine.demo.task import SPLITS, Problem, Task, hundredth, write_p
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.prompts.graders import open_grader
 from logitcask.engine.prompts.prompts import read_prompts
+from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.types import Prompt
 
 STEP = re.compile(r"(\d)([+-])(\d)(c?)=(\d)(c?);")
@@ -96,7 +97,10 @@ def test_prompts_file_is_read_by_rollout(tmp_path: Path):
     problems = Task(3).draw("prompts", 50, 0)
     write_prompts(tmp_path / "main.jsonl", problems)
     prompts = read_prompts(
-        tmp_path / "main.jsonl", make_tokenizer(), chat_template=False, max_prompt_tokens=8
+        tmp_path / "main.jsonl",
+        make_tokenizer(),
+        Rendering(chat_template=False),
+        max_prompt_tokens=8,
     )
     assert [p.answer for p in prompts] == [problem.answer for problem in problems]
     assert {len(p.token_ids) for p in prompts} == {8}

@@ -1,6 +1,7 @@
 """Digests: what changes them, what does not, and which folders are refused."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from logitcask.engine.errors import ModelError
+from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models import identity, weights
 from tests.engine.models.sharded import write_index
 from tests.engine.tiny import make_model, make_tokenizer, save_folder
@@ -203,12 +204,46 @@ def test_invalid_metadata_is_refused(folder: Path, keys: dict[str, Any]) -> None
         identity.read_metadata(folder)
 
 
-def test_stop_ids_are_those_of_tokenizer_and_config_and_not_of_generation_config(
-    folder: Path,
-) -> None:
+def test_stop_ids_are_those_of_tokenizer_config_and_generation_config(folder: Path) -> None:
+    def stops(**more: Any) -> tuple[int, ...]:
+        return identity.model_ref(str(folder), chat_template=False, **more).stop_ids
+
     edit(folder / "config.json", eos_token_id=[5, 4])
-    (folder / "generation_config.json").write_text('{"eos_token_id": [50, 60]}')
-    assert identity.model_ref(str(folder), chat_template=False).stop_ids == (1, 4, 5)
+    file = folder / "generation_config.json"
+    file.unlink()
+    assert stops() == (1, 4, 5)
+    ref, tokenizer = identity.model_ref(str(folder), chat_template=False), make_tokenizer()
+    assert identity.stop_note(ref, tokenizer) == ""
+    for eos, expected in ((50, (1, 4, 5, 50)), ([60, 5], (1, 4, 5, 60)), (None, (1, 4, 5))):
+        file.write_text(json.dumps({"eos_token_id": eos, "temperature": math.inf}))
+        assert stops() == expected
+    file.write_text('{"eos_token_id": [4, 60, 50]}')
+    note = f"{folder}: stop ids of generation_config.json: 50 ('N'), 60 ('X')"
+    assert identity.stop_note(ref, tokenizer) == note
+    assert stops(stop_token_ids=(98, 50, 2)) == (1, 2, 4, 5, 50, 60, 98)
+    for beyond in (99, -1):
+        with pytest.raises(ConfigError, match=rf"has {beyond}, and the ids of .* in \[0, 99\)"):
+            stops(stop_token_ids=(2, beyond))
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ('{"eos_token_id": 99}', r"stop ids \['1', '99'\]"),
+        ('{"eos_token_id": [true]}', r"stop ids \['1', 'True'\]"),
+        ('{"eos_token_id": {"a": 1}}', r"stop ids \['1', .*one is needed, and all in \[0, 99\)"),
+        ("[1]", r"generation_config\.json holds no object"),
+        ("{", r"generation_config\.json cannot be read"),
+        ("[" * 99999, r"generation_config\.json cannot be read"),
+        ('{"a": ' + "1" * 5000 + "}", r"generation_config\.json cannot be read"),
+        (" " * (1 << 24) + "{}", r"generation_config\.json cannot be read: it is longer than"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_damaged_generation_config_is_named(folder: Path, text: str, cause: str) -> None:
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=cause):
+        identity.vocabulary(folder, identity.read_config(folder), make_tokenizer())
 
 
 def test_a_padded_head_does_not_widen_the_vocabulary(tmp_path: Path) -> None:

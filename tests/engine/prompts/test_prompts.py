@@ -9,10 +9,12 @@ import pytest
 from logitcask.engine.errors import ModelError, PromptError
 from logitcask.engine.prompts.prompts import (
     MAX_LINE_BYTES,
+    OTHER_FORMATS,
     chat_template_for,
     load_tokenizer,
     read_prompts,
 )
+from logitcask.engine.prompts.templates import Rendering
 from tests.engine.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -25,8 +27,14 @@ def write(folder: Path, *lines: Any) -> Path:
     return file
 
 
-def read(file: Path, chat_template: bool = False, most: int = 100) -> list[Any]:
-    return read_prompts(file, TOKENIZER, chat_template=chat_template, max_prompt_tokens=most)
+def read(file: Path, chat_template: bool = False, most: int = 100, **rules: Any) -> list[Any]:
+    rendering = Rendering(chat_template=chat_template, **rules)
+    return read_prompts(file, TOKENIZER, rendering, max_prompt_tokens=most)
+
+
+def shown(file: Path, **rules: Any) -> list[str]:
+    """Return the rendered texts of a file."""
+    return [TOKENIZER.decode(prompt.token_ids) for prompt in read(file, True, **rules)]
 
 
 def test_a_plain_prompt_is_its_characters_and_unknown_keys_travel(tmp_path: Path) -> None:
@@ -52,7 +60,7 @@ def test_the_date_of_a_template_is_fixed(tmp_path: Path) -> None:
     (prompt,) = read_prompts(
         write(tmp_path, {"id": "a", "prompt": "x"}),
         tokenizer,
-        chat_template=True,
+        Rendering(chat_template=True),
         max_prompt_tokens=99,
     )
     assert tokenizer.decode(prompt.token_ids) == "\n2026-01-01, January 1 01 Jan 2026"
@@ -66,7 +74,7 @@ def test_byte_order_mark_crlf_and_blank_lines_are_read(tmp_path: Path) -> None:
     assert [p.id for p in read(file)] == ["a", "b"]
 
 
-def test_special_tokens_are_not_added_but_read_from_the_text(tmp_path: Path) -> None:
+def test_special_tokens_are_read_from_the_text(tmp_path: Path) -> None:
     (prompt,) = read(write(tmp_path, {"id": "a", "prompt": "a<eos>"}))
     assert prompt.token_ids[1] == TOKENIZER.eos_token_id
 
@@ -74,11 +82,15 @@ def test_special_tokens_are_not_added_but_read_from_the_text(tmp_path: Path) -> 
 USER = {"role": "user", "content": "hi"}
 BAD = {
     "not JSON": ('{"id": ', "not valid JSON", False),
-    "NaN": ('{"id": "a", "prompt": "x", "score": NaN}', "not valid JSON", False),
+    "NaN": ('{"id": "a", "prompt": "x", "score": NaN}', "NaN is not JSON", False),
+    "too large": ('{"id": "a", "prompt": "x", "score": 1e400}', "1e400 is beyond", False),
+    "too long a number": (f'{{"id": "a", "prompt": "x", "n": {"1" * 5000}}}', "5000 digits", False),
+    "a key twice": ('{"id": "a", "prompt": "x", "prompt": "y"}', "'prompt' occurs twice", False),
     "a list": ("[1]", "a list, not an object", False),
     "too deep": ("[" * 200_000, "nested too deeply", False),
-    "no id": ({"prompt": "x"}, 'field "id" is missing', False),
-    "number as id": ({"id": 7, "prompt": "x"}, 'field "id": 7 is a number', False),
+    "no id": ({"id": None, "prompt": "x"}, 'field "id": None is null', False),
+    "number as id": ({"id": 7.5, "prompt": "x"}, 'field "id": 7.5 is a number', False),
+    "boolean as id": ({"id": True, "prompt": "x"}, 'field "id": True is a boolean', False),
     "same id twice": ({"id": "ok", "prompt": "x"}, "already the id of line 1", False),
     "no prompt": ({"id": "a"}, "both are missing", False),
     "both": ({"id": "a", "prompt": "x", "messages": [USER]}, "both are present", True),
@@ -97,7 +109,17 @@ BAD = {
     ),
     "picture": (
         {"id": "a", "messages": [{"role": "user", "content": [{"type": "image"}]}]},
-        'messages[0].content": [{',
+        "messages[0].content[0]\": {'type': 'image'} is no part of text",
+        True,
+    ),
+    "no parts": (
+        {"id": "a", "messages": [{"role": "user", "content": []}]},
+        'messages[0].content": [] is a list',
+        True,
+    ),
+    "parts without text": (
+        {"id": "a", "messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        'messages[0].content[0].text": None is null',
         True,
     ),
     "ends in the assistant": (
@@ -144,12 +166,12 @@ def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
 
 def test_a_template_is_needed_and_may_refuse(tmp_path: Path) -> None:
     file = write(tmp_path, {"id": "a", "prompt": "x"})
-    bare = make_tokenizer(chat_template=False)
+    bare, chat = make_tokenizer(chat_template=False), Rendering(chat_template=True)
     with pytest.raises(ModelError, match="has no chat template"):
-        read_prompts(file, bare, chat_template=True, max_prompt_tokens=9)
+        read_prompts(file, bare, chat, max_prompt_tokens=9)
     bare.chat_template = "{{ raise_exception('one turn is too few') }}"
     with pytest.raises(PromptError, match=r"line 1: .*refuses it: .*one turn is too few"):
-        read_prompts(file, bare, chat_template=True, max_prompt_tokens=9)
+        read_prompts(file, bare, chat, max_prompt_tokens=9)
 
 
 def test_a_tokenizer_comes_back_from_its_folder_or_is_named(tmp_path: Path) -> None:
@@ -188,3 +210,68 @@ def test_an_ambiguous_use_of_the_template_is_refused(tmp_path: Path) -> None:
     assert chat_template_for(chat, TOKENIZER, None) is True
     with pytest.raises(PromptError, match="there is no prompts file"):
         chat_template_for(tmp_path / "nowhere.jsonl", TOKENIZER, None)
+    turns = write(tmp_path, {"prompt": [USER]})
+    assert chat_template_for(turns, TOKENIZER, None) is True
+
+
+def test_ids_may_be_integers_or_absent(tmp_path: Path) -> None:
+    lines = ({"id": 7, "prompt": "x"}, {"prompt": "y"}, "", {"prompt": "z"})
+    assert [prompt.id for prompt in read(write(tmp_path, *lines))] == ["7", "line-2", "line-4"]
+    for first, second in (({"id": 7}, {"id": "7"}), ({"id": "line-2"}, {})):
+        with pytest.raises(PromptError, match="is already the id of line 1"):
+            read(write(tmp_path, {**first, "prompt": "x"}, {**second, "prompt": "y"}))
+
+
+def test_parts_of_text_and_turns_under_prompt_are_read(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    lines = (
+        {"messages": [USER]},
+        {"messages": [{"role": "user", "content": parts}]},
+        {"prompt": [USER], "completion": [{"role": "assistant", "content": "x"}]},
+        {"prompt": [{"role": "user", "content": parts}]},
+    )
+    assert shown(write(tmp_path, *lines)) == ["user: hi\nassistant: "] * 4
+    with pytest.raises(PromptError, match=r'field "prompt\[0\].role": None is none of') as caught:
+        shown(write(tmp_path, {"prompt": [{"from": "human", "value": "hi"}]}))
+    assert '{"role": "user", "content": "..."}' in caught.value.hint
+
+
+def test_a_last_assistant_turn_is_left_out_on_request(tmp_path: Path) -> None:
+    reply = {"role": "assistant", "content": "x"}
+    file = write(tmp_path, {"messages": [USER, reply]}, {"messages": [USER]})
+    with pytest.raises(PromptError, match="may not end with 'assistant'") as caught:
+        shown(file)
+    assert "--drop-last-assistant" in caught.value.hint
+    assert shown(file, drop_last_assistant=True) == ["user: hi\nassistant: "] * 2
+    for turns, last in (([USER, reply, reply], "'assistant'"), ([reply], "'no turn'")):
+        with pytest.raises(PromptError, match=f"may not end with {last}") as caught:
+            shown(write(tmp_path, {"messages": turns}), drop_last_assistant=True)
+        assert caught.value.hint == "end it in a user or tool turn"
+
+
+@pytest.mark.parametrize(
+    ("keys", "hint"),
+    [
+        ({"question": "2+3=", "answer": "5"}, "jq -c '.prompt = .question' prompts.jsonl"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, 'write "conversations" as "mess'),
+        ({"x": 1}, 'write "prompt" for plain text'),
+    ],
+)
+def test_other_names_of_a_prompt_are_advised(tmp_path: Path, keys: Any, hint: str) -> None:
+    with pytest.raises(PromptError, match="both are missing") as caught:
+        read(write(tmp_path, keys))
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("magic", OTHER_FORMATS)
+def test_another_format_is_named_with_a_command_that_converts_it(
+    tmp_path: Path, magic: bytes
+) -> None:
+    file = tmp_path / "p.x"
+    file.write_bytes(magic + b"\x00\xff" * 9 + b"x" * MAX_LINE_BYTES)
+    with pytest.raises(PromptError) as caught:
+        read(file)
+    name = OTHER_FORMATS[magic][0]
+    assert caught.value.cause == f"{file} is {name}, and prompts are read from JSONL"
+    assert "p.x" in caught.value.hint
+    assert "new.jsonl" in caught.value.hint

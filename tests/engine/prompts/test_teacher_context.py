@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from logitcask.engine.errors import IdentityError, PromptError
 from logitcask.engine.prompts.prompts import read_prompts
 from logitcask.engine.prompts.teacher_context import read_template, templated
+from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.types import Prompt
 from tests.engine.tiny import make_tokenizer
 
@@ -33,9 +34,12 @@ def written(folder: Path, template: str, *lines: Any) -> tuple[Path, Path]:
 def shown(
     template: Path, file: Path, stored: list[Prompt] | None = None, *, chat: bool = False
 ) -> dict[str, str]:
-    rendering: dict[str, Any] = {"chat_template": chat, "max_prompt_tokens": 200}
-    stored = read_prompts(file, TOKENIZER, **rendering) if stored is None else stored
-    found = templated(file, read_template(template), stored, TOKENIZER, **rendering)
+    rendering = Rendering(chat_template=chat)
+    if stored is None:
+        stored = read_prompts(file, TOKENIZER, rendering, max_prompt_tokens=200)
+    found = templated(
+        file, read_template(template), stored, TOKENIZER, rendering, max_prompt_tokens=200
+    )
     return {name: TOKENIZER.decode(prompt.token_ids) for name, prompt in found.items()}
 
 
