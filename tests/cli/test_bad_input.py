@@ -33,6 +33,8 @@ USAGE = [
     Case("missing", "score --store x --teacher t", 2, "--model", "logitcask score --help"),
     Case("not a number", f"{ROLL} OUT --n x", 2, "'x' is not a valid integer", "rollout --help"),
     Case("not a choice", f"{ROLL} OUT --dtype float16", 2, "'float16'", "rollout --help"),
+    Case("stop ids", f"{ROLL} OUT --stop-token-ids 1,x", 2, "--stop-token-ids = 'x'", "More ids"),
+    Case("variables", f"{ROLL} OUT --chat-template-kwargs [1]", 2, "= '[1]': must be", "JSON obj"),
     Case("range", f"{ROLL} OUT --top-p 1.5", 2, "--top-p = 1.5", "Nucleus"),
     Case("name", f"{ROLL} OUT --rollouts Main", 2, "--rollouts = 'Main'", "Name of the set"),
     Case("too small", f"{ROLL} OUT --batch-tokens 0", 2, "--batch-tokens = 0", "Bounds memory"),
@@ -116,6 +118,7 @@ MODELS = [
     Case("no GPU to train", f"{TRAIN} STORE --out OUT --device cuda", 2, "no GPU", "cpu"),
     Case("no device", f"{TRAIN} STORE --out OUT --device tpu", 2, "--device tpu", "CUDA_VISIBLE"),
     Case("beyond the context", f"{ROLL} OUT --max-new-tokens 256", 2, "256 tokens", "less than"),
+    Case("stop id", f"{ROLL} OUT --stop-token-ids 99", 2, "in [0, 99)", "--stop-token-ids"),
     Case("no room", f"{ROLL} OUT --max-new-tokens 252", 1, "at most 4 may be", "max_new_tokens"),
 ]
 
@@ -140,6 +143,13 @@ TEMPLATES = [
         1,
         'm.jsonl, line 1: field "messages"',
         "turn the chat template on",
+    ),
+    Case(
+        "variables, template off",
+        f'{ROLL} OUT --chat-template-kwargs {{"a":1}}',
+        2,
+        "chat_template_kwargs = {'a': 1}: no chat template is used",
+        "--chat-template-kwargs",
     ),
     Case(
         "flag without a template",
@@ -318,7 +328,9 @@ def test_an_error_has_its_cause_and_hint(files: World, call: Any, name: str) -> 
     [
         ("{", ["not valid JSON"]),
         ("[1]", ["a list, not an object"]),
-        ('{"prompt": "1"}', ['field "id" is missing']),
+        ('{"prompt": "1", "score": 1e400}', ["the number 1e400 is beyond 64-bit floats"]),
+        ('{"prompt": "1", "tools": [{"name": "f"}]}', ['field "tools"', "is turned off"]),
+        ('{"question": "1"}', ['"prompt" and "messages"', "jq -c '.prompt = .question' broken-"]),
         ('{"id": "p0", "prompt": "1"}', ['field "id"', "'p0' is already the id of line 1"]),
         ('{"id": "x", "prompt": 3}', ['field "prompt"', "3 is a number, not a string"]),
         ('{"id": "x"}', ['"prompt" and "messages"', "both are missing"]),
