@@ -83,13 +83,14 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        name = tokenizer.name_or_path or "this model"
         if not tokenizer.chat_template:
             raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template, "
-                "and prompts are to be rendered with one",
+                f"the tokenizer of {name} has no chat template, and prompts are to be rendered "
+                "with one",
                 hint="turn the chat template off (prompts are then literal), or use a chat model",
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._of = tokenizer, f"the chat template of {name}"
         self._child: int | None = None
 
     def close(self) -> None:
@@ -148,18 +149,25 @@ class Renderer:
             return {value for text in texts for _, kind, value in lexer.lex(text) if kind == "name"}
         except TemplateSyntaxError as error:
             raise ModelError(
-                f"the chat template of {self._tokenizer.name_or_path or 'this model'} cannot be "
-                f"read: {error}",
+                f"{self._of} cannot be read: {error}",
                 hint="repair the template, or turn the chat template off",
             ) from error
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with warnings.catch_warnings():
-            # Python warns of forks beside threads. The child runs Python code alone, and a child
-            # that waits for a lock ends by WALL_SECONDS.
+            # Python warns of a fork in a process with threads. The child runs Python code alone,
+            # and one that waits for a lock ends by WALL_SECONDS.
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._child = os.fork()
+            try:
+                self._child = os.fork()
+            except OSError as error:
+                ours.close()
+                theirs.close()
+                raise ModelError(
+                    f"{self._of} cannot run in a process of its own: {error.strerror}",
+                    hint="allow more processes or memory, or turn the chat template off",
+                ) from error
         if not self._child:
             try:
                 ours.close()
@@ -190,7 +198,7 @@ class Renderer:
                 else f"ended its process with status {os.waitstatus_to_exitcode(status)}"
             )
         raise ModelError(
-            f"the chat template of {self._tokenizer.name_or_path or 'this model'} {cause}",
+            f"{self._of} {cause}",
             hint="repair the template, or turn the chat template off",
         )
 

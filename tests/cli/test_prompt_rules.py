@@ -45,8 +45,8 @@ def test_contexts_and_evaluation_are_rendered_as_the_rollouts(moody: World, call
     scored = f"score --model @moody --teacher big --store {store} {KEPT}"
     assert call(f"{scored} {context}").code == 0
     trained = f"train --model @moody --store {store} --out {moody.new('out')} {TRAINING}"
-    asked = "--eval-prompts @sft.jsonl --eval-n 1 --eval-max-new-tokens 2"
-    assert call(f"{trained} {asked} --objective overlap").code == 0
+    evaluated = "--eval-prompts @sft.jsonl --eval-n 1 --eval-max-new-tokens 2"
+    assert call(f"{trained} {evaluated} --objective overlap").code == 0
 
 
 def test_stop_ids_of_generation_config_and_of_a_flag(world: World, call: Any) -> None:

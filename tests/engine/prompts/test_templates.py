@@ -50,13 +50,22 @@ def test_a_template_without_end_is_stopped(
             break
 
 
-def test_a_child_that_waits_or_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_or_dead_child_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "WALL_SECONDS", 0.2)
     monkeypatch.setattr(templates, "_answer", lambda *_: os.read(os.pipe()[0], 1))
     with pytest.raises(ModelError, match=r"does not answer within 0\.2 seconds"):
         render(make_tokenizer(), TURNS)
     monkeypatch.setattr(templates, "_answer", lambda *_: os._exit(3))
     with pytest.raises(ModelError, match="ended its process with status 3"):
+        render(make_tokenizer(), TURNS)
+
+
+def test_a_system_that_allows_no_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_fork() -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", no_fork)
+    with pytest.raises(ModelError, match="a process of its own: Cannot allocate memory"):
         render(make_tokenizer(), TURNS)
 
 
