@@ -176,7 +176,7 @@ IDENTITY = [
         "prompts",
         f"rollout --model @student --prompts @q.jsonl --store STORE {PLAIN}",
         1,
-        "other prompts",
+        "were made with 8 prompts, not 1",
         "another name",
     ),
     Case(
