@@ -112,6 +112,8 @@ def check_own_files(path: Path) -> None:
                 f"{path / 'config.json'} loads code from the hub, {key} = {value!r}",
                 hint=f"remove {key} from it, and read it with an attention of transformers",
             )
+        if key == "quantization_config" and value is not None:
+            _check_quantization(path, value)
     if "auto_map" in config:
         from transformers import CONFIG_MAPPING
 
@@ -121,6 +123,23 @@ def check_own_files(path: Path) -> None:
                 "(auto_map), which is never run",
                 hint="use a model that transformers itself knows, or a newer transformers",
             )
+
+
+def _check_quantization(path: Path, config: Any) -> None:
+    """Raise ModelError for a quantization whose weights transformers would read as plain numbers.
+
+    It raises by itself where only a package is missing.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    known = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
+    if not isinstance(method, str) or method not in known:
+        raise ModelError(
+            f"{path / 'config.json'} has a quantization that transformers does not know, "
+            f"quant_method = {method!r}",
+            hint="use the weights before quantization, or a newer transformers",
+        )
 
 
 def _read(file: Path) -> Mapping[str, Any] | None:

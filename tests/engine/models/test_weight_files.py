@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ModelError
 from logitcask.engine.models import identity
 from logitcask.engine.models.weight_files import INDEX, SINGLE, weight_files
@@ -146,6 +147,8 @@ def test_an_index_of_the_single_file_is_no_conflict(folder: Path) -> None:
         ({"transformers_weights": "other.safetensors"}, "transformers_weights = 'other"),
         ({"attn_implementation": "someone/kernel"}, "loads code from the hub"),
         ({"text_config": {"_attn_implementation": "a/b"}}, "_attn_implementation = 'a/b'"),
+        ({"quantization_config": {"quant_method": "new"}}, "quant_method = 'new'"),
+        ({"quantization_config": ["gptq"]}, "does not know"),
         ({"model_type": "new", "auto_map": {"AutoConfig": "m.C"}}, "'new' .* never run"),
     ],
 )
@@ -156,6 +159,15 @@ def test_a_config_that_loads_something_else_is_refused(
     (folder / "config.json").write_text(json.dumps(config | keys))
     with pytest.raises(ModelError, match=cause):
         identity.model_ref(str(folder), chat_template=False)
+
+
+def test_a_quantization_without_its_package_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = identity.model_ref(str(folder), chat_template=False)
+    with pytest.raises(ModelError, match=r"(?i)optimum|gptq"):
+        HF(model)
 
 
 def test_own_code_of_a_known_model_is_not_run(folder: Path) -> None:
