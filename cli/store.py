@@ -5,7 +5,7 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import format_option
-from logitcask.cli.output import print_result, print_segments, print_table, visible
+from logitcask.cli.output import print_event, print_result, print_segments, print_table, visible
 from logitcask.cli.progress import progress_bar
 from logitcask.cli.store_change import CHANGE_VERBS
 from logitcask.cli.store_estimate import estimate_command
@@ -124,7 +124,11 @@ def show(
     top: int,
     form: str,
 ) -> None:
-    """Show one sequence row by row: sampled token, log-probs and entropies in nats, teacher's ids.
+    """Show one sequence: prompt and response as text, then a line for each row.
+
+    A row has the sampled token, log-probs and entropies in nats, and the teacher's ids. The text is
+    that of --tokenizer, else of the recorded student, where its folder or its snapshot in the hub
+    cache is here.
 
     Example: logitcask store show ./store --sequence 3
     """
@@ -134,27 +138,54 @@ def show(
     found = show_sequence(
         open_store(url), rollouts=rollouts, teacher=teacher, sequence=sequence, top=top
     )
-    if tokenizer is not None:
-        _add_text(found, tokenizer)
+    _add_text(found, tokenizer)
     if form == "json":
         print_result(found, form)
         return
+    for name in ("prompt", "response"):
+        if (text := found.pop(f"{name}_text", None)) is not None:
+            # Indented: no line of it can be mistaken for one of ours.
+            lines = "\n".join(f"  {visible(line)}" for line in text.split("\n"))
+            click.echo(f"{name}:\n{lines}\n")
+    found["student"] = found["student"]["name"]
     head = {name: value for name, value in found.items() if name not in ("rows", "prompt_tokens")}
     print_result(head, form)
     click.echo()
     print_table([_for_table(row) for row in found["rows"]], form)
 
 
-def _add_text(found: dict[str, Any], name: str) -> None:
-    from logitcask.engine.models.identity import resolve_model
+def _add_text(found: dict[str, Any], name: str | None) -> None:
+    """Add the text of all ids, by a tokenizer with the digest of the student's.
+
+    Raises IdentityError for another tokenizer; without `name` it prints a note.
+    """
+    from logitcask.engine.errors import IdentityError, ModelError
+    from logitcask.engine.models.identity import resolve_model, tokenizer_digest
     from logitcask.engine.prompts.prompts import load_tokenizer
 
-    decode = load_tokenizer(resolve_model(name)).decode
-    found["prompt_text"] = decode(found["prompt_tokens"])
+    of = found["student"]
+    try:
+        if name is None:
+            path = resolve_model(of["name"], of["revision"], weights=False, download=False)
+        else:
+            path = resolve_model(name, weights=False)
+        tokenizer = load_tokenizer(path)
+        if tokenizer_digest(tokenizer) != of["tokenizer"]:
+            raise IdentityError(
+                f"the tokenizer of {path} is not that of these rollouts, {of['tokenizer']}",
+                hint="give the student's, a folder or hub id, with --tokenizer",
+            )
+    except (IdentityError, ModelError) as error:
+        if name is not None:
+            raise
+        print_event(f"note: no text, only ids: {visible(error.cause)}; give --tokenizer")
+        return
+    found["prompt_text"] = tokenizer.decode(found["prompt_tokens"])
+    found["response_text"] = tokenizer.decode([row["token"] for row in found["rows"]])
     for row in found["rows"]:
-        row["text"] = decode([row["token"]])
+        row["text"] = tokenizer.decode([row["token"]])
         for entry in row.get("teacher_top", []):
-            entry["text"] = decode([entry["id"]])
+            entry["text"] = tokenizer.decode([entry["id"]])
 
 
 def _for_table(row: dict[str, Any]) -> dict[str, Any]:
@@ -162,12 +193,12 @@ def _for_table(row: dict[str, Any]) -> dict[str, Any]:
     hidden = ("text", "teacher_top", "teacher_entropy_hi")
     cells = {name: value for name, value in row.items() if name not in hidden}
     if "text" in row:
-        cells["token"] = f"{row['token']} {visible(row['text'])!r}"
+        cells["token"] = f"{row['token']} {row['text']!r}"
     if (most := row.get("teacher_entropy_hi")) is not None:
         cells["teacher_entropy"] = f"{row['teacher_entropy']:.4g}-{most:.4g}"
     if "teacher_top" in row:
         cells["teacher_top"] = [
-            f"{visible(e['text'])!r}:{e['lp']:.3f}" if "text" in e else f"{e['id']}:{e['lp']:.3f}"
+            f"{e['text']!r}:{e['lp']:.3f}" if "text" in e else f"{e['id']}:{e['lp']:.3f}"
             for e in row["teacher_top"]
         ]
     return cells

@@ -6,6 +6,7 @@ its metadata; a folder without it is version 0, with its own weights as base wei
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -75,7 +76,7 @@ def model_ref(
     return ModelRef(
         name=name,
         path=path,
-        revision="" if Path(name).expanduser().is_dir() else path.name,
+        revision=path.name if local_folder(name) is None else "",
         digest=weights,
         tokenizer_digest=tokenizer_digest(tokenizer),
         template_digest=template_digest(tokenizer, chat_template),
@@ -86,22 +87,24 @@ def model_ref(
     )
 
 
-def resolve_model(name: str, revision: str = "", *, weights: bool = True) -> Path:
+def resolve_model(
+    name: str, revision: str = "", *, weights: bool = True, download: bool = True
+) -> Path:
     """Return the local folder of a model: `name` itself, or a snapshot of the hub id `name`.
 
     Only safetensors, JSON and tokenizer files are downloaded, and without `weights` no safetensors;
-    HF_HUB_OFFLINE is honoured. Raises ModelError for a folder that loads code or weights of another
-    place.
+    HF_HUB_OFFLINE is honoured. download: False = take a hub id from the cache alone. Raises
+    ModelError for weights of a folder that loads code or weights of another place.
     """
-    path = _folder_of(name, revision, weights)
-    check_own_files(path)
+    path = _folder_of(name, revision, weights, download)
+    if weights:
+        check_own_files(path)
     return path
 
 
-def _folder_of(name: str, revision: str, weights: bool) -> Path:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
+def _folder_of(name: str, revision: str, weights: bool, download: bool) -> Path:
+    if (folder := local_folder(name)) is not None:
+        return folder
     if not HUB_ID.fullmatch(name):
         raise ModelError(
             f"there is no folder {name}, and it is not a hub id",
@@ -117,6 +120,7 @@ def _folder_of(name: str, revision: str, weights: bool) -> Path:
                 revision=revision or None,
                 allow_patterns=[each for each in HUB_FILES if weights or each != WEIGHTS],
                 ignore_patterns=["consolidated*"],  # Mistral's own copy of the same weights
+                local_files_only=not download,
             )
         )
     # Its errors share no base class: HTTP, validation, offline and file errors.
@@ -127,6 +131,13 @@ def _folder_of(name: str, revision: str, weights: bool) -> Path:
             f"{type(error).__name__}: {cause}",
             hint="check spelling, revision and network, or download it to a folder first",
         ) from error
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the local folder of that name; None where there is none, for any text."""
+    # Unlike those of pathlib, these functions raise for no name, such as ~x or a long one.
+    folder = os.path.expanduser(name)
+    return Path(folder).resolve() if os.path.isdir(folder) else None
 
 
 # --- digests ---

@@ -186,9 +186,11 @@ def show_sequence(
             }
         table.append(row)
     prompt, finish = data.prompts[int(data.seq_prompt[index])], int(data.finish[index])
+    of = segment.provenance.get("student", {})
     return {
         "rollouts": name,
         "segment": segment.seg_id,
+        "student": {key: str(of.get(key, "")) for key in ("name", "revision", "tokenizer")},
         "prompt": prompt.id,
         "prompt_tokens": list(prompt.token_ids),
         "version": int(data.version_start[index]),
