@@ -1,8 +1,8 @@
 """The embedded backend: one transformers model that samples and scores, with all logits.
 
 Logits are computed here from hidden states, for the response rows only, in float32 and over
-[0, n_vocab). A probe at loading checks that they equal the model's own logits; a head that does
-more than a matrix product, a bias, a scale and a soft cap is rejected.
+[0, n_vocab). `models.check` proves at loading that they equal the model's own logits, and before
+sampling that a cache does too.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcask.engine.backends.sampling import (
     Response,
@@ -27,8 +27,10 @@ from logitcask.engine.backends.scoring import (
     restrict_to_shared,
     score_rollouts,
 )
-from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.models.logit_transform import logit_transform_of, named_extras
+from logitcask.engine.errors import ConfigError
+from logitcask.engine.models.forward import NEVER, new_cache, rope_switch, states
+from logitcask.engine.models.load import load_model, paths_of, set_paths
+from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.types import (
     BATCH_TOKENS,
     Detail,
@@ -44,9 +46,6 @@ from logitcask.engine.types import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROBE_TOKENS = 32
-PROBE_TOLERANCE = 1e-3
-"""Of the largest logit; both sides of the probe are products in the model's own dtype."""
 
 
 class HF:
@@ -77,7 +76,7 @@ class HF:
         device: auto, cpu, cuda, cuda:0 ...; auto takes a GPU if there is one.
         dtype: auto, float32, bfloat16; auto is float32 on a CPU and bfloat16 on a GPU.
         batch_tokens: padded tokens of one batch, prompt and room for the response included.
-        Raises ModelError for weights that do not fit or an unsupported head.
+        Raises ModelError for weights that do not fit, and for a model that cannot score.
         """
         if isinstance(model, ModelRef):
             n_vocab = model.n_vocab if n_vocab is None else n_vocab
@@ -87,17 +86,21 @@ class HF:
                 f"n_vocab={n_vocab} and stop_ids={stop_ids} of {model} are not known",
                 hint="give both, or a ModelRef, which holds them",
             )
+        self._ref = model if isinstance(model, ModelRef) else Path(model)
         path = model.path if isinstance(model, ModelRef) else Path(model)
         self.n_vocab, self.stop_ids = n_vocab, tuple(sorted(stop_ids))
         self.batch_tokens = batch_tokens
         self.device = pick_device(device) if network is None else network.device
         self.dtype = pick_dtype(dtype, self.device)
-        self.model = load(path, self.dtype, self.device) if network is None else network
+        if network is None:
+            network = load_model(path, self.dtype, self.device).requires_grad_(False)
+        self.model = network
         config = self.model.config.get_text_config()
-        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 62)
+        self.context = int(getattr(config, "max_position_embeddings", None) or NEVER)
         """Maximum number of tokens; unlimited if the config does not give it."""
+        self.check()
+        self.switch = rope_switch(self.model.config)
         head = self.model.get_output_embeddings()
-        check_head(self.model, head, path, n_vocab)
         self.logit_transform = logit_transform_of(self.model.config)
         rows = n_vocab if tokenizer_vocab is None else tokenizer_vocab
         self.weight = head.weight.detach()[:rows]
@@ -115,27 +118,30 @@ class HF:
             "transformers": transformers.__version__,
         }
 
+    def check(self, *paths: str, length: int = 0) -> None:
+        """Prove the paths of the model, see `models.check`, for sequences of `length` tokens.
+
+        Raises ModelError if it cannot score, or if one of `paths` is not right.
+        """
+        found = set_paths(self.model, self._ref, self.n_vocab, length=length)
+        found.require(*paths, of=self._ref)
+
     # The protocol sampling.Network.
 
     def new_cache(self) -> Any:
-        """Return an empty KV cache."""
-        return transformers.DynamicCache(config=self.model.config)
+        """Return an empty cache."""
+        return new_cache(self.model)
 
-    def hidden(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    def hidden(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
         """Return the last hidden states [B, L, D].
 
         ids, positions: [B, L]; mask: [B, past + L].
         """
         # A model in training has float32 weights, also when it computes in bfloat16.
         with torch.autocast(self.device.type, self.dtype, enabled=self.model.dtype != self.dtype):
-            states: Tensor = self.model.base_model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
-        return states
+            if cache is not None and paths_of(self.model).equal_prompts:
+                mask = None  # nothing is padded, and layers of linear attention misread it
+            return states(self.model, ids, mask=mask, positions=positions, cache=cache)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -174,6 +180,8 @@ class HF:
         """Sample responses as `base.Sampler.generate`."""
         new = sampling.max_new_tokens
         check_room(prompts, new, self.context)
+        longest = max((len(p.token_ids) for p in prompts), default=0) + new
+        self.check("sampling", length=longest)
         of = [m for m in range(len(prompts)) for _ in range(sampling.n)]
         done: dict[int, Response] = {}
         begun = positions = 0  # sequences, and response tokens of finished batches
@@ -184,8 +192,9 @@ class HF:
             progress("rollout", begun - running, len(of), detail)
 
         room = [len(prompts[m].token_ids) + new for m in of]
+        groups = room if paths_of(self.model).equal_prompts else None
         progress("rollout", 0, len(of))
-        for batch in budget_batches(room, self.batch_tokens):
+        for batch in budget_batches(room, self.batch_tokens, groups):
             begun += len(batch)
             draws = torch.stack(
                 [uniforms(seed, prompts[of[i]].id, i % sampling.n, version, new) for i in batch]
@@ -249,61 +258,3 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}", hint=f"use one of: auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load the model in eval mode; ModelError for weights that are missing or unreadable."""
-    log: Any = transformers.logging
-    factory: Any = transformers.AutoModelForCausalLM
-    bars = log.is_progress_bar_enabled()
-    log.disable_progress_bar()  # the engine never prints
-    try:
-        model, report = factory.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    # transformers raises OSError, ValueError, KeyError, RuntimeError or safetensors errors.
-    except Exception as error:
-        raise ModelError(
-            f"the model in {path} cannot be loaded: {type(error).__name__}: {error}",
-            hint="give a folder of a causal language model, made by save_pretrained",
-        ) from error
-    finally:
-        if bars:
-            log.enable_progress_bar()
-    missing = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
-    if missing:
-        raise ModelError(
-            f"the weights in {path} lack {len(missing)} tensors of its config: {missing[0]} ...",
-            hint="take weights and config.json from the same model",
-        )
-    return model.requires_grad_(False).eval().to(device)
-
-
-@torch.no_grad()  # not inference_mode: a model in training could not use the tensors later
-def check_head(model: Any, head: Any, path: Path, n_vocab: int) -> None:
-    """Check that logits are hidden states times the head's weight, plus its bias, with the scale
-    and the soft cap of the configuration; else raise ModelError.
-    """
-    named = named_extras(model.config)
-    why = f"; config.json has {', '.join(named)}" if named else ""
-    if not isinstance(head, nn.Linear) or head.weight.shape[0] < n_vocab:
-        raise ModelError(
-            f"the head of {path} is {head}, not a linear map onto at least {n_vocab} ids",
-            hint="use a model with a plain language-model head",
-        )
-    ids = (torch.arange(PROBE_TOKENS, device=model.device) * 7919 % n_vocab)[None]
-    theirs = model(input_ids=ids, use_cache=False).logits.float()
-    product = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-    ours = logit_transform_of(model.config).apply(product)
-    gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-    if not gap <= PROBE_TOLERANCE:
-        raise ModelError(
-            f"the head of {path} does more than a product, a bias, a scale and a soft cap: its "
-            f"logits differ from that by {gap:.1e} of the largest{why}",
-            hint="use a model with a plain language-model head: others are not supported",
-        )

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from logitcask.engine.errors import ModelError, PromptError
+from logitcask.engine.models.forward import select_rows
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import LENGTH, STOP, Prompt, Rollouts, SamplingParams
 
@@ -33,6 +34,8 @@ class Network(Protocol):
     """A loaded model, as sampling and scoring use it. B sequences, L tokens, R rows."""
 
     device: torch.device
+    switch: int
+    """Longest sequence with LongRoPE's short factors; beyond it a cache is computed again."""
 
     def new_cache(self) -> Any:
         """Return an empty KV cache."""
@@ -132,6 +135,8 @@ def sample_batch(
     cache, past, sampled = net.new_cache(), 0, 0
     for t in range(new):
         end = length + t
+        if past <= net.switch < end:
+            cache, past = net.new_cache(), 0
         last = net.hidden(ids[:, past:end], mask[:, :end], positions[:, past:end], cache)[:, -1]
         logits = net.logits(last)
         check_finite(logits)
@@ -153,7 +158,7 @@ def sample_batch(
             break
         if 2 * left <= len(done):
             keep = (~done).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
+            select_rows(cache, keep)
             ids, mask, positions = ids[keep], mask[keep], positions[keep]
             row, done = row[keep], done[keep]
     return [

@@ -7,7 +7,7 @@ ids, and the exact log mass of all other ids, all from the same logits.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
 from logitcask.engine.models.fingerprint import MIN_PROB
+from logitcask.engine.models.forward import cuts, right_padded
 from logitcask.engine.types import (
     Array,
     IdLists,
@@ -31,15 +32,20 @@ CHUNK_LOGITS = 1 << 26
 """Logits in memory at once: 256 MiB in float32."""
 
 
-def budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def budget_batches(
+    lengths: Sequence[int], batch_tokens: int, groups: Sequence[int] | None = None
+) -> list[list[int]]:
     """Return batches of indices of similar length, shortest first; count x longest <= batch_tokens,
     or one sequence.
 
-    A function of the lengths only, so that a repeated unit has the same batches.
+    groups: a number of each index; the indices of a batch have the same. A function of the lengths
+    and these numbers, so that a repeated unit has the same batches.
     """
+    of = [0] * len(lengths) if groups is None else groups
     batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
+    for i in sorted(range(len(lengths)), key=lambda i: (of[i], lengths[i], i)):
+        fits = batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens
+        if fits and of[batches[-1][-1]] == of[i]:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -203,32 +209,57 @@ def _uniforms(rollouts: Rollouts, request: ScoreParams) -> Array:
     return rng.random((rollouts.positions, request.draws))
 
 
-def response_rows(rollouts: Rollouts, batch: Sequence[int]) -> tuple[Tensor, Tensor, Array, Array]:
-    """Build a right-padded batch of sequences, with the indices of its response rows.
+class Piece(NamedTuple):
+    """Input of one pass over a sequence, and the hidden states that are read from it."""
+
+    sequence: int
+    first: int
+    """Index of the first state that a response row reads."""
+    end: int
+    length: int
+    """Input tokens."""
+
+
+def pieces_of(rollouts: Rollouts, switch: int) -> list[Piece]:
+    """Return the passes over the sequences of N rollouts that have a response row.
+
+    Sequences beyond `switch` need two, see models.forward.
+    """
+    found = []
+    for i, count in enumerate(rollouts.lengths().tolist()):
+        prompt = len(rollouts.prompts[int(rollouts.seq_prompt[i])].token_ids)
+        # The last response token is no input: no row reads the hidden state after it.
+        total = prompt + count - 1 if count else 0
+        found += [
+            Piece(i, max(start, prompt - 1), end, length)
+            for start, end, length in cuts(total, switch)
+            if end >= prompt
+        ]
+    return found
+
+
+def response_rows(
+    rollouts: Rollouts, batch: Sequence[Piece]
+) -> tuple[Tensor, Tensor, Array, Array]:
+    """Build a right-padded batch of pieces, with the indices of their response rows.
 
     -> ids [B, L], mask [B, L], hidden [R] (index into B * L hidden states), rows [R] (into P).
-    The last response token is no input: no row reads the hidden state after it.
     """
-    inputs: list[Array] = []
+    inputs: list[Tensor] = []
     hidden: list[Array] = []
     rows: list[Array] = []
-    for i in batch:
-        prompt = rollouts.prompts[int(rollouts.seq_prompt[i])].token_ids
-        start, end = int(rollouts.seq_off[i]), int(rollouts.seq_off[i + 1])
-        inputs.append(np.concatenate([prompt, rollouts.tokens[start : end - 1]]).astype(np.int64))
-        hidden.append(np.arange(len(prompt) - 1, len(inputs[-1])))
-        rows.append(np.arange(start, end))
-    length = max(map(len, inputs))
-    ids, mask = np.zeros((2, len(batch), length), np.int64)
-    for b, tokens in enumerate(inputs):
-        ids[b, : len(tokens)], mask[b, : len(tokens)] = tokens, 1
-        hidden[b] += b * length
-    return (
-        torch.from_numpy(ids),
-        torch.from_numpy(mask),
-        np.concatenate(hidden),
-        np.concatenate(rows),
-    )
+    longest = max(piece.length for piece in batch)
+    for b, piece in enumerate(batch):
+        prompt = rollouts.prompts[int(rollouts.seq_prompt[piece.sequence])].token_ids
+        start = int(rollouts.seq_off[piece.sequence])
+        response = rollouts.tokens[start : start + piece.length - min(piece.length, len(prompt))]
+        tokens = np.concatenate([prompt, response])[: piece.length].astype(np.int64)
+        inputs.append(torch.from_numpy(tokens))
+        read = np.arange(piece.first, piece.end)
+        hidden.append(read + b * longest)
+        rows.append(read - (len(prompt) - 1) + start)
+    ids, mask = right_padded(inputs)
+    return ids, mask, np.concatenate(hidden), np.concatenate(rows)
 
 
 def resolve_extra_ids(
@@ -317,12 +348,11 @@ def row_logits(
     """Yield (rows [R], their logits [R, n_vocab] float32), each row once; one forward pass a batch,
     response rows only. The order depends on lengths and batch_tokens, not on the network.
     """
-    lengths = rollouts.lengths()
-    prompts = [len(rollouts.prompts[int(p)].token_ids) for p in rollouts.seq_prompt]
-    nonempty = [i for i in range(len(lengths)) if lengths[i] > 0]
-    input_lengths = [prompts[i] + int(lengths[i]) - 1 for i in nonempty]
-    for batch in budget_batches(input_lengths, batch_tokens):
-        ids, mask, places, rows = response_rows(rollouts, [nonempty[i] for i in batch])
+    pieces = pieces_of(rollouts, net.switch)
+    lengths = [piece.length for piece in pieces]
+    sides = [int(length > net.switch) for length in lengths]
+    for batch in budget_batches(lengths, batch_tokens, sides):
+        ids, mask, places, rows = response_rows(rollouts, [pieces[i] for i in batch])
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         hidden = net.hidden(ids.to(net.device), mask.to(net.device), positions.to(net.device), None)
         hidden = hidden.flatten(0, 1)[torch.from_numpy(places).to(net.device)]  # [R, D]

@@ -10,7 +10,7 @@ from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import CancelToken
 from logitcask.engine.models import identity
-from logitcask.engine.models.load import inner_model
+from logitcask.engine.models.forward import inner_model
 from logitcask.engine.teachers.checks import check_identity
 from logitcask.engine.teachers.remote import (
     check_declared,

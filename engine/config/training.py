@@ -66,6 +66,11 @@ class Train(Section):
         description="Of an update's losses: over all tokens, or over sequences the mean of their "
         "means or of their sums. With the last two a token of a long response counts less or more.",
     )
+    dropout: bool = Field(
+        False,
+        description="Train with the dropout and the router noise of the student's configuration. "
+        "Then p of the loss is another distribution than the one that was sampled and scored.",
+    )
     staleness_action: Literal["off", "skip", "stop"] = Field(
         "off",
         description="Beyond --min-coverage or --max-drift, whichever the objective depends on: "

@@ -152,6 +152,7 @@ def _run_loop(
             on_event=on_event,
         ),
         updates=updates_at_most(settings, loop.rounds * loop.updates_per_round),
+        longest=_longest(config, prompts),
         objective=preset,
         same_base_weights=True,
         identity=identity,

@@ -1,50 +1,30 @@
-"""The model in training: load, check, read hidden states, save as the next version.
+"""Load a model of transformers: complete, checked, and with adapters where they are requested.
 
 Trainable weights are float32, whatever the dtype of the folder: at a learning rate of 1e-6 most
-updates are below the resolution of bfloat16. Sequences are packed without an attention mask: the
-model separates them by position ids that restart at 0, if neither a mask nor a cache is passed. Not
-every architecture does this, and not every head is a matrix followed by a scale or a soft cap, so
-both are checked on a few tokens before training.
+updates are below the resolution of bfloat16.
 """
 
 import hashlib
-import os
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.models.identity import METADATA_FILE, digest, write_metadata
-from logitcask.engine.models.logit_transform import logit_transform_of
+from logitcask.engine.models.check import CheckedPaths, checked_paths
+from logitcask.engine.models.forward import inner_model, pack_states
+from logitcask.engine.models.identity import digest
 from logitcask.engine.types import ModelRef
 
 NO_LORA = Lora()
-PROBE_TOKENS = 32
-TOKENIZER_FILES = (
-    *("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"),
-)
-"""First parts of the names of tokenizer files."""
-TOLERANCE = 1e-4
-"""Largest difference in a probe, relative to the largest value: float32 noise is some 1e-6."""
-
-
-def load_student(ref: ModelRef, *, lora: Lora = NO_LORA, seed: int = 0) -> nn.Module:
-    """Load a student with float32 weights on the CPU, checked for packed training.
-
-    With `lora.r` > 0 float32 adapters are trained instead of the weights; `seed` initialises them.
-    Raises ModelError if the model cannot be loaded or trained packed.
-    """
-    model = _load(ref.path)
-    check_trainable(model, ref.n_vocab)
-    return _with_adapters(model, lora, seed) if lora.r else model
+BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
+"""Last parts of the names of buffers that older versions of transformers saved."""
 
 
 @contextmanager
@@ -52,7 +32,7 @@ def quiet() -> Iterator[None]:
     """Turn transformers' progress bars and warnings off: the engine never prints.
 
     Its warnings on checkpoints (of a tied head that is stored once, for example) concern its own
-    formats.
+    formats, and may hold any name of a tensor.
     """
     from transformers.utils import logging as module
 
@@ -68,24 +48,88 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
+def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a causal language model in evaluation mode, with every tensor of its folder.
 
+    Attention is transformers' default for the architecture: sdpa, or eager where that is not
+    supported. Raises ModelError for a folder that cannot be loaded; for weights that are missing
+    or have another shape; and for weights of a layer of the model that the layer does not use.
+    """
+    factory: Any = transformers.AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            attn_implementation="sdpa",
-        )
-    except (OSError, ValueError, KeyError) as error:
+        with quiet():
+            model, report = factory.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    # transformers raises OSError, ValueError, KeyError, ImportError or safetensors errors.
+    except Exception as error:
+        cause = " ".join(str(error).split())[:400]
         raise ModelError(
-            f"{path} cannot be loaded as a causal language model: {error}".replace("\n", " "),
-            hint="give a folder with config.json and safetensors weights of an architecture that "
-            "transformers itself knows",
+            f"the model in {path} cannot be loaded: {type(error).__name__}: {cause}",
+            hint="give a folder of a causal language model that transformers itself supports, made "
+            "by save_pretrained",
         ) from error
+    _check_complete(model, report, path)
+    return model.eval().to(device)
+
+
+def _check_complete(model: Any, report: Mapping[str, Collection[Any]], path: Path) -> None:
+    missing = sorted({*report["missing_keys"], *(str(m[0]) for m in report["mismatched_keys"])})
+    if missing:
+        raise ModelError(
+            f"the weights in {path} lack {len(missing)} tensors of its config, or have them in "
+            f"another shape: {missing[0]} ...",
+            hint="take weights and config.json from the same model",
+        )
+    layers = dict(model.named_modules())
+    unused = sorted(
+        name
+        for name in report["unexpected_keys"]
+        if name.rpartition(".")[0] in layers and not name.endswith(BUFFERS)
+    )
+    if unused:
+        raise ModelError(
+            f"the weights in {path} hold {len(unused)} tensors that its config turns off: "
+            f"{unused[0]} ...",
+            hint="take weights and config.json from the same model",
+        )
+
+
+def load_student(
+    ref: ModelRef, *, lora: Lora = NO_LORA, seed: int = 0, length: int = 0
+) -> nn.Module:
+    """Load a student with float32 weights on the CPU, checked for sequences of `length` tokens.
+
+    With `lora.r` > 0 float32 adapters are trained instead of the weights; `seed` initialises them.
+    Raises ModelError if the model cannot be loaded or trained.
+    """
+    model = load_model(ref.path, torch.float32, torch.device("cpu"))
+    set_paths(model, ref, ref.n_vocab, length=length)
+    return _with_adapters(model, lora, seed) if lora.r else model
+
+
+def set_paths(
+    model: nn.Module, ref: ModelRef | Path, n_vocab: int, *, length: int = 0
+) -> CheckedPaths:
+    """Check the paths of a model, and keep them with it; raises ModelError if it cannot score.
+
+    length: see checked_paths.
+    """
+    found = checked_paths(model, ref, n_vocab, length=length)
+    found.require("scoring", of=ref)
+    inner_model(model).checked_paths = found
+    return found
+
+
+def paths_of(model: nn.Module) -> CheckedPaths:
+    """Return the paths that `set_paths` kept; for any other model, those of a plain decoder."""
+    found: CheckedPaths = getattr(inner_model(model), "checked_paths", CheckedPaths())
+    return found
 
 
 def _with_adapters(model: Any, lora: Lora, seed: int) -> nn.Module:
@@ -95,96 +139,32 @@ def _with_adapters(model: Any, lora: Lora, seed: int) -> nn.Module:
         raise ConfigError(
             f"lora r = {lora.r} needs the package peft", hint='pip install -e ".[lora]"'
         ) from error
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft uses a deprecated name of transformers.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    ids = torch.arange(8)[None]
+    with torch.random.fork_rng(), warnings.catch_warnings(), torch.no_grad():
+        # peft uses a deprecated name of transformers, and has patterns for both kinds of experts.
+        for message in (".*is_gradient_checkpointing", ".*_pattern keys did not match"):
+            warnings.filterwarnings("ignore", message=message)
         torch.manual_seed(seed)
-        adapted: nn.Module = get_peft_model(
-            model,
-            LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha or 2 * lora.r,
-                lora_dropout=lora.dropout,
-                target_modules=lora.target_modules,
-            ),
-        )
+        try:
+            adapted: nn.Module = get_peft_model(
+                model,
+                LoraConfig(
+                    r=lora.r,
+                    lora_alpha=lora.alpha or 2 * lora.r,
+                    lora_dropout=lora.dropout,
+                    target_modules=lora.target_modules,
+                ),
+            )
+            pack_states(adapted.eval(), ids, ids, packed=paths_of(model).packed)
+        # peft wraps any linear layer, and some models read more of a layer than its output.
+        except Exception as error:
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ConfigError(
+                f"lora target_modules = {lora.target_modules}: {type(model).__name__} does not run "
+                f"with these adapters: {cause}",
+                hint='name other layers, such as --lora-target-modules ".*(q|k|v|o)_proj"',
+            ) from error
     return adapted
-
-
-def inner_model(model: nn.Module) -> Any:
-    """Return the transformers model, without LoRA's wrapper; adapters stay in its layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Return the [L, D] last hidden states of one pack, input_ids and position_ids [1, L]."""
-    # base_model, not get_decoder(): on multimodal models the latter would skip the embedding step.
-    outputs = inner_model(model).base_model(
-        input_ids=input_ids, position_ids=position_ids, use_cache=False
-    )
-    states: Tensor = outputs.last_hidden_state
-    return states[0]
-
-
-def head_weight(model: nn.Module) -> Tensor:
-    """Return the [V, D] weight of the head; V may be padded beyond n_vocab."""
-    weight: Tensor = inner_model(model).get_output_embeddings().weight
-    return weight
-
-
-@torch.no_grad()
-def check_trainable(model: nn.Module, n_vocab: int) -> None:
-    """Check the head and the packing of a model on a few tokens.
-
-    Raises ModelError unless logits are the logit transform of hidden @ head^T, and packed sequences
-    do not attend to each other.
-    """
-    inner = inner_model(model)
-    name = type(inner).__name__
-    head = inner.get_output_embeddings()
-    if head is None or head.weight.dim() != 2 or head.weight.shape[0] < n_vocab:
-        raise ModelError(
-            f"{name} has no output matrix of at least {n_vocab} rows, one per id of its tokenizer",
-            hint="train a causal language model whose head is a linear layer",
-        )
-    if "position_ids" not in signature(inner.base_model.forward).parameters:
-        raise ModelError(
-            f"{name} takes no position ids: sequences of one pack would attend to each other",
-            hint="train a model with rotary or learned positions",
-        )
-    if getattr(head, "bias", None) is not None:  # a bias of zeros would pass the check below
-        raise ModelError(
-            f"{name} has a bias of the output matrix, which is not supported",
-            hint="train a model whose logits are hidden states times the output matrix",
-        )
-    training = inner.training
-    inner.eval()
-    positions = torch.arange(PROBE_TOKENS, device=head.weight.device)[None]
-    ids = (positions * 7 + 1) % n_vocab
-    whole = hidden_states(inner, ids, positions)
-    logits = inner(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
-    if _differ(logit_transform_of(inner.config).apply(whole @ head.weight.T), logits):
-        raise ModelError(
-            f"{name} changes logits after its output matrix in a way that is not supported",
-            hint="train a model whose logits are hidden states times that matrix, with a scale "
-            "or a soft cap at most",
-        )
-    cut = PROBE_TOKENS // 3
-    halves = [ids[:, :cut], ids[:, cut:]]
-    alone = [hidden_states(inner, half, positions[:, : half.shape[1]]) for half in halves]
-    restarting = torch.cat([positions[:, : half.shape[1]] for half in halves], 1)
-    packed = hidden_states(inner, ids, restarting)
-    inner.train(training)
-    if _differ(packed, torch.cat(alone)):
-        raise ModelError(
-            f"{name} lets sequences of one pack attend to each other: it ignores that position ids "
-            "restart",
-            hint="train a model whose layers all use softmax attention, with sdpa",
-        )
-
-
-def _differ(ours: Tensor, theirs: Tensor) -> bool:
-    return bool((ours - theirs).abs().max() > TOLERANCE * theirs.abs().max().clamp(min=1e-6))
 
 
 def live_digest(model: nn.Module) -> str:
@@ -201,60 +181,18 @@ def live_digest(model: nn.Module) -> str:
     return digest(sorted(rows))
 
 
-def save_student(
-    model: nn.Module, folder: Path, *, parent: ModelRef, updates: int, metadata: Mapping[str, Any]
-) -> None:
-    """Save a loadable model to `folder`: safetensors in float32, tokenizer, metadata.
+def set_mode(model: nn.Module, *, dropout: bool) -> None:
+    """Prepare a student for a training step.
 
-    LoRA adapters are merged into the saved weights (the model in memory keeps them separate), so
-    the folder loads without peft. `metadata` holds pin, plan and objective; the version is the
-    parent's plus `updates`. Files are staged and then moved, logitcask.json last: a folder that has
-    it is complete.
+    Without `dropout` it computes as in evaluation, so that p of the loss is the distribution that
+    samples and is scored; the dropout of LoRA's inputs has a setting of its own.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    exists = folder.is_dir()
-    staging = folder / ".saving" if exists else folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    _merged(model).save_pretrained(staging)
-    for file in parent.path.iterdir():
-        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
-            shutil.copyfile(file, staging / file.name)
-    write_metadata(
-        staging,
-        base_weights=parent.base_weights,
-        parent=parent.digest,
-        version=parent.version + updates,
-        **metadata,
-    )
-    if not exists:
-        staging.rename(folder)
-        return
-    for file in sorted(staging.iterdir(), key=lambda f: f.name == METADATA_FILE):
-        os.replace(file, folder / file.name)
-    staging.rmdir()
+    model.train(dropout)
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.train()
 
 
-def _merged(model: nn.Module) -> Any:
-    """Return the model with LoRA adapters merged into its weights."""
-    inner = inner_model(model)
-    if inner is model:
-        return inner
-    from peft.tuners.lora import Linear
-    from transformers import AutoModelForCausalLM
-
-    state = {}
-    for name, tensor in inner.state_dict().items():
-        if ".lora_" not in name:
-            state[name.replace(".base_layer.", ".")] = tensor
-    layers: Any = inner.named_modules()
-    for name, layer in layers:
-        if isinstance(layer, Linear):
-            key = f"{name}.weight"
-            state[key] = state[key] + layer.get_delta_weight("default")
-    build: Any = AutoModelForCausalLM.from_config
-    with torch.device("meta"):
-        plain = build(inner.config, attn_implementation="sdpa")
-    plain.load_state_dict(state, assign=True)
-    plain.tie_weights()
-    return plain
+def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Return the [L, D] last hidden states of one pack, input_ids and position_ids [1, L]."""
+    return pack_states(model, input_ids, position_ids, packed=paths_of(model).packed)

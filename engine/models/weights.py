@@ -92,9 +92,14 @@ def _damaged(file: Path, cause: str) -> ModelError:
     )
 
 
-def _cache_file() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of what is derived from models: digests, results of checks."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "logitcask" / "weights.json"
+    return Path(base).expanduser() / "logitcask"
+
+
+def _cache_file() -> Path:
+    return cache_folder() / "weights.json"
 
 
 def _read_cache() -> dict[str, dict[str, Any]]:

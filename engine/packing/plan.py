@@ -73,6 +73,8 @@ class PackPlan:
     offsets: Array
     """[packs + 1] int64: pack i has members offsets[i] : offsets[i + 1]."""
     windows: tuple[Window, ...]
+    longest: int
+    """Tokens of the longest sequence, prompt included."""
     digest: str
 
     def __len__(self) -> int:
@@ -118,6 +120,7 @@ def make_plan(key: PlanKey, lengths: Sequence[Lengths]) -> PackPlan:
         members=members,
         offsets=offsets,
         windows=tuple(windows),
+        longest=max((int((s.prompt + s.response).max(initial=0)) for s in lengths), default=0),
         digest=digest(
             {
                 "key": inputs,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.metrics.metrics import METRICS
 from logitcask.engine.metrics.paper_code import METRICS_RELEASED, Pair, released_metrics
-from logitcask.engine.models.load import head_weight, hidden_states, inner_model
+from logitcask.engine.models.forward import folded_head, inner_model
+from logitcask.engine.models.load import hidden_states
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Objective, current_topk, row_objective
 from logitcask.engine.packing.batches import PlannedPacks
@@ -125,7 +126,8 @@ def _measure_pack(
     model: nn.Module, pack: Pack, objectives: Mapping[str, Objective], n_vocab: int
 ) -> dict[str, Pair]:
     """Return name -> ([P] sum, [P] count) of the metrics, and of the losses as `loss/NAME`."""
-    states = hidden_states(model, pack.input_ids, pack.position_ids)[pack.predict_at]
+    rows = hidden_states(model, pack.input_ids, pack.position_ids)[pack.predict_at]
+    states, head = folded_head(model, rows)
     found: dict[str, Pair] = {}
     for name, objective in (objectives or {"": ONLY_METRICS}).items():
         evaluate = row_objective(objective, pack.targets)
@@ -138,7 +140,7 @@ def _measure_pack(
 
         metrics = linear_sparse_kl(
             states,
-            head_weight(model),
+            head,
             pack.targets.ids,
             with_released,
             k=current_topk(objective, n_vocab),

@@ -17,7 +17,8 @@ from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import peak_memory
-from logitcask.engine.models.load import load_student, quiet, save_student
+from logitcask.engine.models.load import load_student, quiet
+from logitcask.engine.models.save import save_student
 from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.training.evaluation import EvalCallback, EvalPlan
@@ -73,6 +74,8 @@ class RunSpec:
     packs: Callable[[nn.Module], Packs]
     """Builds the packs for the student in training."""
     updates: int
+    longest: int
+    """Tokens of the longest sequence."""
     objective: Objective | Preset
     same_base_weights: bool
     """True where rollouts and student have the same base weights: ages are version differences."""
@@ -180,7 +183,7 @@ def run_training(
     metrics = MetricsFile(run_dir.out / METRICS, step, first=run_dir.first)
     if not finished:
         with quiet():
-            student = load_student(model, lora=lora, seed=run.seed)
+            student = load_student(model, lora=lora, seed=run.seed, length=spec.longest)
             # Before a sampler takes views of the weights: a move makes new tensors.
             student.to(run_dir.args.device)
             trainer = DistillTrainer(
@@ -192,6 +195,7 @@ def run_training(
                 n_vocab=model.n_vocab,
                 metrics_fraction=settings.metrics_fraction,
                 aggregation=settings.aggregation,
+                dropout=settings.dropout,
                 bounds=Bounds(
                     action=settings.staleness_action,
                     min_coverage=settings.min_coverage,

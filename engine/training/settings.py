@@ -75,7 +75,11 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
 
     Keys added later are omitted at their defaults, so that earlier runs still resume.
     """
-    later = lora.model_dump(exclude={"r"}, exclude_defaults=True)
+    adapters = lora.model_dump(exclude={"r"}, exclude_defaults=True)
+    later = {
+        **{f"lora_{key}": value for key, value in adapters.items()},
+        **settings.model_dump(include={"dropout", "max_steps"}, exclude_defaults=True),
+    }
     return {
         "lr": settings.learning_rate,
         "epochs": settings.num_train_epochs,
@@ -99,6 +103,5 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
             "min_coverage": settings.min_coverage,
             "max_drift": settings.max_drift,
         },
-        **({"max_steps": settings.max_steps} if settings.max_steps else {}),
-        **{f"lora_{key}": value for key, value in later.items()},
+        **later,
     }

@@ -76,6 +76,7 @@ def train(
     spec = RunSpec(
         packs=lambda student: PlannedPacks(plan, source),
         updates=updates_at_most(settings, -(-len(plan) // run_dir.packs_per_update)),
+        longest=plan.longest,
         objective=objective,
         same_base_weights=info.same_base_weights,
         identity={

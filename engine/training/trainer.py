@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from logitcask.engine.errors import IncompleteError, ModelError
-from logitcask.engine.models.load import head_weight, hidden_states, inner_model
+from logitcask.engine.models.forward import folded_head, inner_model
+from logitcask.engine.models.load import hidden_states, set_mode
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
 from logitcask.engine.packing.batches import Packs
@@ -67,6 +68,7 @@ class DistillTrainer(Trainer):
         n_vocab: int,
         metrics_fraction: float,
         aggregation: str,
+        dropout: bool,
         bounds: Bounds,
         version: int,
         same_base_weights: bool,
@@ -77,7 +79,8 @@ class DistillTrainer(Trainer):
         """Build the Trainer.
 
         `version` is the student's before update 0; `same_base_weights`: see MetricSums.
-        `metrics_fraction`, `bounds`: see pack_loss; `aggregation`: see objectives.loss_weights.
+        `metrics_fraction`, `bounds`: see pack_loss; `aggregation`: see objectives.loss_weights;
+        `dropout`: see set_mode.
         `resume_metadata`: must equal that of a checkpoint to resume from.
         """
         self._width = width = args.gradient_accumulation_steps * args.world_size
@@ -100,6 +103,7 @@ class DistillTrainer(Trainer):
         self._n_vocab = n_vocab
         self._metrics_fraction = metrics_fraction
         self._aggregation = aggregation
+        self._dropout = dropout
         self._bounds = bounds
         self._version = version
         self._metrics = metrics
@@ -143,9 +147,11 @@ class DistillTrainer(Trainer):
         # Wrappers average gradients over processes; the divisor is already that of all of them.
         scale = self.accelerator.num_processes / num_items_in_batch.clamp(min=1.0)
         weight = inputs["weight"].to(self.args.device) * scale
+        inner = self.accelerator.unwrap_model(model)
+        set_mode(inner, dropout=self._dropout)  # Trainer has set the mode of training
         loss = _inside_forward(
             model,
-            self.accelerator.unwrap_model(model),
+            inner,
             lambda inner: self._pack_loss(inner, pack, weight),
             pack.input_ids,
         )
@@ -157,7 +163,8 @@ class DistillTrainer(Trainer):
     def _pack_loss(self, inner: nn.Module, pack: Pack, weight: Tensor) -> Tensor:
         with self.accelerator.autocast():
             states = hidden_states(inner, pack.input_ids, pack.position_ids)
-        head, targets = head_weight(inner), pack.targets
+        states, head = folded_head(inner, states)
+        targets = pack.targets
         if not len(targets):
             # Every parameter gets a gradient, of zeros: other processes wait for all of them.
             return (states.sum() + head.sum()) * 0.0

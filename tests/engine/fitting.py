@@ -112,6 +112,7 @@ def make_trainer(
         n_vocab=n_vocab,
         metrics_fraction=settings.metrics_fraction,
         aggregation=aggregation,
+        dropout=False,
         bounds=bounds,
         version=0,
         same_base_weights=True,

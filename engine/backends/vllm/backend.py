@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcask.engine.backends.hf import load, pick_device, pick_dtype
+from logitcask.engine.backends.hf import pick_device, pick_dtype
 from logitcask.engine.backends.returned import ResponseAssembler, ReturnedTopK, reject_answer
 from logitcask.engine.backends.sampling import Response, build_rollouts, check_room, sequence_seed
 from logitcask.engine.backends.scoring import budget_batches, resolve_extra_ids, score_rollouts
@@ -31,6 +31,7 @@ from logitcask.engine.backends.vllm.engine import (
 from logitcask.engine.backends.vllm.hidden import Hidden
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.models.identity import context_length, from_config, read_config
+from logitcask.engine.models.load import load_model
 from logitcask.engine.types import (
     BATCH_TOKENS,
     Array,
@@ -322,7 +323,7 @@ class VLLM:
         self.net = None
         ids = self._probe()
         with torch.no_grad():
-            model = load(folder, self.dtype, torch.device("cpu"))
+            model = load_model(folder, self.dtype, torch.device("cpu"))
             logits = model(input_ids=torch.tensor([ids[:-1]]), use_cache=False).logits[0]
         reference = logits.float().log_softmax(1).numpy()
         for purpose in purposes:

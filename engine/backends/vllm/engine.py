@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from logitcask.engine.backends.returned import reject_answer
 from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.models.forward import NEVER, rope_switch
 from logitcask.engine.types import Array
 
 Purpose = Literal["sample", "score", "hidden"]
@@ -56,7 +58,10 @@ class Engine:
         import vllm
 
         logging.getLogger("vllm").setLevel(logging.WARNING)
-        options: dict[str, Any] = {"max_model_len": -1}  # as long as its memory allows
+        # -1: as long as its memory allows. For longer contexts than LongRoPE's original length vLLM
+        # takes the long factors everywhere, transformers only for longer sequences.
+        switch = rope_switch(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        options: dict[str, Any] = {"max_model_len": -1 if switch == NEVER else switch}
         if on_cpu:
             options |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE}
         else:

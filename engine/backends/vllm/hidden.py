@@ -14,6 +14,7 @@ from torch import Tensor
 from logitcask.engine.backends.scoring import restrict_to_shared
 from logitcask.engine.backends.vllm.engine import TOLERANCE, Engine, best_gap
 from logitcask.engine.errors import ModelError
+from logitcask.engine.models.forward import NEVER
 from logitcask.engine.models.identity import from_config, read_config
 from logitcask.engine.models.logit_transform import logit_transform_of, named_extras
 from logitcask.engine.models.weight_files import weight_files
@@ -26,6 +27,8 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 
 class Hidden:
     """A network for backends.scoring: tokens -> hidden states -> logits."""
+
+    switch = NEVER
 
     def __init__(
         self,

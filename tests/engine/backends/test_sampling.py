@@ -267,6 +267,7 @@ class Broken:
     """A network with NaN logits."""
 
     device = torch.device("cpu")
+    switch = 1 << 62
 
     def new_cache(self) -> None: ...
 

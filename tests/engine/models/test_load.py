@@ -1,49 +1,23 @@
-"""Students: loaded in float32, checked for packing, and saved completely."""
+"""Models: loaded whole, in the dtype of training, with adapters that run."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    MptConfig,
-    MptForCausalLM,
-)
+from safetensors.torch import load_file, save_file
 
 from logitcask.engine.config.training import Lora
-from logitcask.engine.errors import ModelError
-from logitcask.engine.models.identity import model_ref, read_metadata
-from logitcask.engine.models.load import (
-    check_trainable,
-    head_weight,
-    hidden_states,
-    load_student,
-    quiet,
-    save_student,
-)
+from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.models.identity import model_ref
+from logitcask.engine.models.load import load_model, load_student, set_mode
 from logitcask.engine.types import ModelRef
+from tests.engine.models.families import make_family
 from tests.engine.tiny import make_model, save_folder
 
-METADATA = {
-    "pin": {"number": 1, "sha256": "0" * 64},
-    "plan": "sha256:1",
-    "objective": {"k": 4},
-}
-SMALL = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.3,
-}
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -52,61 +26,8 @@ def ref(tmp_path: Path) -> ModelRef:
     return model_ref(str(tmp_path / "student"), chat_template=True)
 
 
-def two_sequences() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 99, (1, 20), generator=generator)
-    return ids, torch.cat([torch.arange(8), torch.arange(12)])[None]
-
-
-def leak(model: Any, packed: torch.Tensor) -> float:
-    """Return the largest difference of a packed row's states from those of its sequences alone."""
-    ids, _ = two_sequences()
-    alone = [model.base_model(input_ids=part).last_hidden_state for part in ids.split([8, 12], 1)]
-    return float((packed - torch.cat(alone, 1)[0]).abs().max())
-
-
-@torch.no_grad()
-def test_packed_sequences_do_not_attend_to_each_other() -> None:
-    model = make_model()
-    ids, positions = two_sequences()
-    assert leak(model, hidden_states(model, ids, positions)) < 1e-5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "trap",
-    [{"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones(1, 20).long()}],
-    ids=["cache", "mask of ones"],
-)
-def test_with_a_cache_or_a_mask_they_would(trap: dict[str, Any]) -> None:
-    model = make_model()
-    ids, positions = two_sequences()
-    out = model.base_model(input_ids=ids, position_ids=positions, **trap)
-    assert leak(model, out.last_hidden_state[0]) > 0.1
-
-
-def test_the_forward_pass_has_no_cache_and_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
-    assert model.config.use_cache, "by default, the model would make a cache"
-    calls: list[dict[str, Any]] = []
-    forward = model.base_model.forward
-
-    def spy(**kwargs: Any) -> Any:
-        calls.append(kwargs)
-        return forward(**kwargs)
-
-    monkeypatch.setattr(model.base_model, "forward", spy)
-    hidden_states(model, *two_sequences())
-    assert calls[0]["use_cache"] is False
-    assert calls[0].keys() == {"input_ids", "position_ids", "use_cache"}
-
-
-@torch.no_grad()
-def test_states_and_head_are_the_models_logits(ref: ModelRef) -> None:
-    model = load_student(ref)
-    ids = torch.arange(32)[None] % 99
-    ours = hidden_states(model, ids, torch.arange(32)[None]) @ head_weight(model).T
-    torch.testing.assert_close(ours, model(input_ids=ids).logits[0])
+def family_ref(name: str, path: Path) -> ModelRef:
+    return model_ref(str(save_folder(path, make_family(name))), chat_template=False)
 
 
 def test_weights_are_float32_also_from_a_bfloat16_folder(tmp_path: Path) -> None:
@@ -115,122 +36,94 @@ def test_weights_are_float32_also_from_a_bfloat16_folder(tmp_path: Path) -> None
     assert {p.dtype for p in load_student(ref).parameters()} == {torch.float32}
 
 
-def with_bias() -> nn.Module:
-    model = make_model(tie=False)
-    model.lm_head = nn.Linear(32, 99, bias=True)
-    nn.init.zeros_(model.lm_head.bias)
-    return model
-
-
-def with_a_cap_in_name_only() -> nn.Module:
-    model = make_model()
-    model.config.final_logit_softcapping = 1e-3
-    return model
-
-
-def with_unknown_scale() -> nn.Module:
-    model = make_model()
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.01)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (with_bias, "a bias of the output matrix"),
-        (with_a_cap_in_name_only, "changes logits"),
-        (with_unknown_scale, "changes logits"),
-    ],
-    ids=["bias", "cap in name only", "unknown"],
-)
-def test_other_heads_are_refused(make: Any, name: str) -> None:
-    with pytest.raises(ModelError, match=name):
-        check_trainable(make(), 99)
-
-
-def convolutions() -> nn.Module:
-    return Lfm2ForCausalLM(
-        Lfm2Config(**SMALL, layer_types=["conv", "full_attention"], tie_embedding=True)
-    )
-
-
-def no_positions() -> nn.Module:
-    return MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=99))
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [(convolutions, "lets sequences of one pack attend"), (no_positions, "no position ids")],
-    ids=["convolutions", "no positions"],
-)
-def test_models_whose_layers_leak_are_refused(make: Any, why: str) -> None:
-    with pytest.raises(ModelError, match=why):
-        check_trainable(make(), 99)
-
-
-def test_a_head_smaller_than_the_tokenizer_is_refused() -> None:
-    with pytest.raises(ModelError, match="at least 120 rows"):
-        check_trainable(make_model(), 120)
-
-
 def test_a_folder_without_a_model_is_a_typed_error(ref: ModelRef) -> None:
     (ref.path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(ModelError, match="unheard-of"):
         load_student(ref)
 
 
-def test_saved_students_load_and_count_versions(ref: ModelRef, tmp_path: Path) -> None:
-    model = load_student(ref)
-    with torch.no_grad():
-        head_weight(model).mul_(2)
-    for folder in (tmp_path / "new", tmp_path / "there"):
-        if folder.name == "there":
-            folder.mkdir()
-            (folder / "metrics.jsonl").write_text("kept")
-        with quiet():
-            save_student(model, folder, parent=ref, updates=7, metadata=METADATA)
-        child = model_ref(str(folder), chat_template=True)
-        assert (child.version, child.base_weights) == (7, ref.base_weights)
-        assert child.tokenizer_digest == ref.tokenizer_digest
-        metadata = read_metadata(folder)
-        assert metadata is not None
-        assert metadata["parent"] == ref.digest
-        assert torch.equal(head_weight(load_student(child)), head_weight(model))
-        assert not list(folder.glob(".*")), "no partial file remains"
-    assert (tmp_path / "there" / "metrics.jsonl").read_text() == "kept"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "student", "there"]
+UP = "model.layers.1.mlp.up_proj"
+Tensors = dict[str, torch.Tensor]
+
+
+def without_one(tensors: Tensors) -> None:
+    del tensors[f"{UP}.weight"]
+
+
+def in_another_shape(tensors: Tensors) -> None:
+    tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"][1:].clone()
+
+
+def with_a_bias(tensors: Tensors) -> None:
+    tensors[f"{UP}.bias"] = torch.zeros(64)
+
+
+def with_another_head(tensors: Tensors) -> None:
+    tensors["mtp.layers.0.proj.weight"] = torch.zeros(4, 4)
+
+
+def with_an_old_buffer(tensors: Tensors) -> None:
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (without_one, rf"lack 1 tensors .*{UP}\.weight"),
+        (in_another_shape, rf"{UP}\.weight|mismatch"),
+        (with_a_bias, rf"1 tensors that its config turns off: {UP}\.bias"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_an_error(
+    ref: ModelRef, change: Callable[[Tensors], None], why: str
+) -> None:
+    file = ref.path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    for load in (lambda: load_student(ref), lambda: load_model(ref.path, torch.bfloat16, CPU)):
+        with pytest.raises(ModelError, match=why):
+            load()
+
+
+@pytest.mark.parametrize("change", [with_another_head, with_an_old_buffer])
+def test_weights_beyond_the_model_are_ignored(
+    ref: ModelRef, change: Callable[[Tensors], None]
+) -> None:
+    file = ref.path / "model.safetensors"
+    expected = load_model(ref.path, torch.float32, CPU).state_dict()
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    found = load_model(ref.path, torch.float32, CPU).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_an_unsupported_quantization_is_a_typed_error(ref: ModelRef) -> None:
+    config = json.loads((ref.path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (ref.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="cannot be loaded: ImportError"):
+        load_student(ref)
+
+
+def test_a_training_step_computes_as_in_evaluation_unless_dropout_is_requested() -> None:
+    model = make_family("dropout")
+    ids = torch.arange(20)[None]
+    expected = model(input_ids=ids).logits
+    set_mode(model, dropout=False)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    set_mode(model, dropout=True)
+    assert not torch.allclose(model(input_ids=ids).logits, expected, atol=0.1)
 
 
 @pytest.mark.needs("peft")
-def test_lora_trains_adapters_only_and_saves_base_plus_delta(ref: ModelRef, tmp_path: Path) -> None:
-    model: Any = load_student(ref, lora=Lora(r=2), seed=3)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained
-    assert all(".lora_" in name for name in trained)
-    assert len(trained) == 2 * 7 * 2, "A and B of seven projections in two layers"
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert torch.equal(head_weight(model), head_weight(load_student(ref)))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    with quiet():
-        save_student(model, tmp_path / "out", parent=ref, updates=1, metadata=METADATA)
-    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
-    base, merged = (load_file(p / "model.safetensors") for p in (ref.path, tmp_path / "out"))
-    assert base.keys() == merged.keys()
-    key = "model.layers.0.mlp.up_proj"
-    lora = {k: before[f"base_model.model.{key}.lora_{k}.default.weight"] for k in "AB"}
-    torch.testing.assert_close(
-        merged[f"{key}.weight"], base[f"{key}.weight"] + 2 * lora["B"] @ lora["A"]
-    )
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    ids, positions = two_sequences()
-    with torch.no_grad():
-        ours = hidden_states(model.eval(), ids, positions)
-        torch.testing.assert_close(ours, hidden_states(plain, ids, positions), atol=1e-4, rtol=1e-4)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+def test_the_dropout_of_adapters_has_its_own_setting(ref: ModelRef) -> None:
+    model: Any = load_student(ref, lora=Lora(r=2, dropout=0.5))
+    set_mode(model, dropout=False)
+    modes = {"lora_dropout" in name: module.training for name, module in model.named_modules()}
+    assert modes == {False: False, True: True}
 
 
 @pytest.mark.needs("peft")
@@ -241,3 +134,9 @@ def test_adapters_are_drawn_by_the_seed(ref: ModelRef) -> None:
 
     assert torch.equal(drawn(0), drawn(0))
     assert not torch.equal(drawn(0), drawn(1))
+
+
+@pytest.mark.needs("peft")
+def test_adapters_that_do_not_fit_are_an_error_before_training(ref: ModelRef) -> None:
+    with pytest.raises(ConfigError, match="lora target_modules = nothing"):
+        load_student(ref, lora=Lora(r=2, target_modules="nothing"))

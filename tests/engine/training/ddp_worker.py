@@ -13,8 +13,8 @@ import torch
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Train
+from logitcask.engine.models.forward import inner_model
 from logitcask.engine.models.identity import model_ref
-from logitcask.engine.models.load import inner_model
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.training.evaluation import EvalPlan

@@ -15,7 +15,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Train
 from logitcask.engine.errors import GraderError, IdentityError
-from logitcask.engine.models.load import inner_model
+from logitcask.engine.models.forward import inner_model
 from logitcask.engine.store import Store
 from logitcask.engine.training.evaluation import EvalPlan, evaluate, standard_error
 from logitcask.engine.training.run import TrainReport

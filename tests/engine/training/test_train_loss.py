@@ -11,7 +11,9 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GraniteConfig, GraniteForCausalLM
 
 from logitcask.engine.errors import IncompleteError, ModelError
-from logitcask.engine.models.load import check_trainable, head_weight, hidden_states
+from logitcask.engine.models.check import CheckedPaths, check_paths
+from logitcask.engine.models.forward import folded_head
+from logitcask.engine.models.load import hidden_states
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives import objective as objective_module
 from logitcask.engine.objectives.divergences import DIVERGENCES, forward_kl, reverse_kl
@@ -101,11 +103,12 @@ def test_pack_loss_alone_is_the_update_of_its_rows(source: PackSource, tmp_path:
     expected_loss, expected = one_update(source, tmp_path, [members], objective=WEIGHED)
     row, model = pack(source, members), make_model().double()
     states = hidden_states(model, row.input_ids, row.position_ids)[row.predict_at]
-    result = pack_loss(WEIGHED, states, head_weight(model), row.targets, n_vocab=99)
+    head = folded_head(model, states)[1]
+    result = pack_loss(WEIGHED, states, head, row.targets, n_vocab=99)
     result.loss.backward()
     assert result.loss.item() == pytest.approx(expected_loss, rel=1e-6)
     assert relative(flat({name: p.grad for name, p in model.named_parameters()}), expected) < 1e-6
-    plain = pack_loss(REVERSE, states.detach(), head_weight(model), row.targets, n_vocab=99)
+    plain = pack_loss(REVERSE, states.detach(), head.detach(), row.targets, n_vocab=99)
     assert plain.loss.item() != pytest.approx(expected_loss, rel=1e-2)
 
 
@@ -139,7 +142,7 @@ def test_a_head_with_a_scale_or_a_soft_cap_is_trained_through_it(
             )
         ).double()
 
-    check_trainable(make_head(), 99)
+    assert check_paths(make_head(), 99) == CheckedPaths()
     model = make_head()
     token_mean(model, [pack(source, [s]) for row in PACKED for s in row]).backward()
     expected = flat({name: p.grad for name, p in model.named_parameters()})

@@ -15,8 +15,9 @@ from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
 from logitcask.engine.metrics.metrics import COMMON_METRICS
+from logitcask.engine.models.forward import inner_model
 from logitcask.engine.models.identity import model_ref, read_metadata
-from logitcask.engine.models.load import inner_model, load_student
+from logitcask.engine.models.load import load_student
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.store import Store
 from logitcask.engine.training.cache_info import check_objective
@@ -398,7 +399,10 @@ def test_bfloat16_computes_and_never_holds_weights(
     def spy(ref: ModelRef, **options: Any) -> Any:
         student = load_student(ref, **options)
         layer = inner_model(student).model.layers[0].mlp.up_proj
-        layer.register_forward_hook(lambda module, inputs, output: computed.add(output.dtype))
+        layer.register_forward_hook(
+            # Not the forward passes of checks and of the save, which have no gradient.
+            lambda module, inputs, out: computed.update({out.dtype} if out.requires_grad else ())
+        )
         return student
 
     monkeypatch.setattr("logitcask.engine.training.run.load_student", spy)
