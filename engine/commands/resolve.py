@@ -57,7 +57,7 @@ def student_and_prompts(
         stop_token_ids=rollout.stop_token_ids,
     )
     if note := identity.stop_note(model, tokenizer):
-        on_event(f"note: {note}")
+        on_event(note)
     return model, read, rendering
 
 

@@ -6,6 +6,7 @@ from logitcask.engine.commands.resolve import rendering_of
 from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models import identity
+from logitcask.engine.prompts.encode import readable
 from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
 from logitcask.engine.prompts.teacher_context import read_template, templated
 from logitcask.engine.score.plan import ScoreReport, score
@@ -47,6 +48,9 @@ def score_request(
     try:
         model = teacher.model
         params, notes = teacher.score_params(config.score, config.run.seed)
+        context, said = None, list[str]()
+        if config.score.teacher_kind == "context":
+            context = _context(config, store, model, snapshot, said.append)
         return ScoreRequest(
             store=store,
             model=model,
@@ -55,14 +59,12 @@ def score_request(
             rollouts_name=config.store.rollouts,
             params=params,
             role=config.score.teacher_kind,
-            context=_context(config, store, model, snapshot)
-            if config.score.teacher_kind == "context"
-            else None,
+            context=context,
             extra_ids=config.score.extra_ids or None,
             profile=config.store.profile,
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,
-            notes=(*teacher.notes, *notes),
+            notes=(*teacher.notes, *notes, *said),
             provenance_extra=teacher.provenance_extra,
         )
     except BaseException:
@@ -71,18 +73,30 @@ def score_request(
 
 
 def _context(
-    config: ScoreConfig, store: Store, model: ModelRef, snapshot: Snapshot
+    config: ScoreConfig,
+    store: Store,
+    model: ModelRef,
+    snapshot: Snapshot,
+    on_event: EventHandler,
 ) -> dict[str, Prompt]:
     """Return the teacher's prompts by id, rendered as those of the rollouts were; each leaves room
-    for the longest response.
+    for the longest response. Notes on their rendering go to `on_event`.
     """
     segments = snapshot.rollouts(config.store.rollouts)
     longest = int(segments[0].provenance["set"]["max_new_tokens"])
     tokenizer = load_tokenizer(model.path)
-    rendering = rendering_of(snapshot, config.store.rollouts)
+    rendering, unread = readable(tokenizer, rendering_of(snapshot, config.store.rollouts))
+    for note in unread:
+        on_event(f"{model.name}: {note}")
     most = identity.context_length(model.path) - longest
     if config.score.context is not None:
-        read = read_prompts(config.score.context, tokenizer, rendering, max_prompt_tokens=most)
+        read = read_prompts(
+            config.score.context,
+            tokenizer,
+            rendering,
+            max_prompt_tokens=most,
+            on_event=on_event,
+        )
         return {each.id: each for each in read}
     assert config.score.prompt_template is not None, "teacher_kind = context has one of them"
     assert config.score.prompts is not None, "a template has prompts"

@@ -1,6 +1,7 @@
 """Token ids of prompts: rendered by the chat template, or texts as the tokenizer begins them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from logitcask.engine.errors import ConfigError, ModelError
@@ -29,7 +30,7 @@ class Encoder:
         if cause:
             raise ConfigError(
                 f"chat_template_kwargs = {dict(self._variables)!r:.80}: {cause}",
-                hint="check the spelling, or leave --chat-template-kwargs out",
+                hint="check the spelling, or leave --chat-template-kwargs of `rollout` out",
             )
 
     def close(self) -> None:
@@ -85,6 +86,21 @@ class Encoder:
             yield note
         if end:
             yield f"the tokenizer ends texts with {end!r}, which prompts go without"
+
+
+def readable(tokenizer: Any, rendering: Rendering) -> tuple[Rendering, list[str]]:
+    """Return the rendering of other models' rollouts without variables that this tokenizer's chat
+    template does not read, and a note on each.
+    """
+    if not rendering.chat_template:
+        return rendering, []
+    renderer, read, notes = Renderer(tokenizer), dict[str, Any](), list[str]()
+    for name, value in rendering.chat_template_kwargs.items():
+        if cause := renderer.refusal([name], variables=True):
+            notes.append(f"{cause}; the rollouts were rendered with it")
+        else:
+            read[name] = value
+    return replace(rendering, chat_template_kwargs=read), notes
 
 
 def special_ids(tokenizer: Any, text: str, ids: list[int]) -> tuple[list[int], list[int]]:

@@ -141,7 +141,7 @@ def read_prompts(
     if not prompts:
         raise PromptError(f"{file} holds no prompt", hint=FORM)
     for note in encoder.notes():
-        on_event(f"note: {file}: {note}")
+        on_event(f"{file}: {note}")
     return prompts
 
 

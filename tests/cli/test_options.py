@@ -129,3 +129,30 @@ def test_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.train.learning_rate = 1.0  # type: ignore[misc]
     assert set(RunConfig.model_fields) > set(TrainConfig.model_fields)
+
+
+def test_variables_and_stop_ids_are_read_from_flags_and_toml(tmp_path) -> None:
+    file, again = tmp_path / "run.toml", tmp_path / "again.toml"
+    file.write_text(
+        MINIMAL.replace("[store]", 'chat_template_kwargs = {b = [1], a = {c = "x"}}\n[store]')
+    )
+    config = read_toml(file, ["rollout.stop_token_ids=[5, 3]"])
+    assert config.prompts.chat_template_kwargs == '{"a": {"c": "x"}, "b": [1]}'
+    assert config.rollout.stop_token_ids == (5, 3)
+    again.write_text(to_toml(config))
+    assert read_toml(again) == config
+    flags = {"prompts__chat_template_kwargs": '{"b":[1],"a":{"c":"x"}}'}
+    flags |= {"rollout__stop_token_ids": "5, 3", "student__model": "m", "store__url": "s"}
+    same = config_from_flags(RolloutConfig, {**flags, "prompts__file": "p"})
+    assert same.prompts.chat_template_kwargs == config.prompts.chat_template_kwargs
+    assert same.rollout.stop_token_ids == (5, 3)
+    for key, value, cause in (
+        ("prompts.chat_template_kwargs", "[1]", "must be a JSON object"),
+        ("prompts.chat_template_kwargs", "{a = nan}", "not JSON compliant"),
+        ("prompts.chat_template_kwargs", "{a = 2020-01-01}", "2020-01-01 is no JSON value"),
+        ("prompts.chat_template_kwargs", '{"a": 1e400}', "1e400 is beyond 64-bit floats"),
+        ("rollout.stop_token_ids", "[-1]", "greater than or equal to 0"),
+    ):
+        with pytest.raises(ConfigError, match=cause) as caught:
+            read_toml(file, [f"{key}={value}"])
+        assert key in caught.value.cause

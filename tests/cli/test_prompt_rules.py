@@ -58,8 +58,8 @@ def test_stop_ids_of_generation_config_and_of_a_flag(world: World, call: Any) ->
     assert call(roll).code == 0
     config.write_text(json.dumps({"eos_token_id": [1, *range(40, 60)]}))
     other = call(f"{roll} --rollouts other --seed 7")
-    assert f"note: {world.at(model)}: stop ids of generation_config.json: 40 (" in other.err
-    assert "note" not in call(f"{ROLL} {store} --rollouts third --seed 8").err
+    assert f"{world.at(model)}: stop ids of generation_config.json: 40 (" in other.err
+    assert "stop ids" not in call(f"{ROLL} {store} --rollouts third --seed 8").err
     # What was sampled before is scored and trained on, and goes on under its own stop ids only.
     call(roll).assert_error(1, "'main' end at the stop ids [1], those of", "another name")
     assert call(f"{SCORE} {store}").code == 0

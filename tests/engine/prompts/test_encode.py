@@ -8,6 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from logitcask.engine.errors import ConfigError, PromptError
+from logitcask.engine.prompts.encode import readable
 from logitcask.engine.prompts.prompts import read_prompts
 from logitcask.engine.prompts.templates import Rendering
 from tests.engine.tiny import EOS, PAD, make_tokenizer
@@ -33,7 +34,7 @@ def ids_of(
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     read = read_prompts(file, tokenizer, rendering, max_prompt_tokens=99, on_event=notes.append)
     ids = [list(prompt.token_ids) for prompt in read]
-    return ids, [note.removeprefix(f"note: {file}: ") for note in notes]
+    return ids, [note.removeprefix(f"{file}: ") for note in notes]
 
 
 def bare(text: str) -> list[int]:
@@ -160,3 +161,16 @@ def test_a_rendering_is_recorded_where_it_differs_from_the_default() -> None:
     assert PLAIN.record() == {"chat_template": False}
     full = Rendering(chat_template=True, chat_template_kwargs={"a": 1}, drop_last_assistant=True)
     assert Rendering(**full.record()) == full
+
+
+def test_variables_of_the_rollouts_that_another_template_lacks_are_noted() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ARGUMENTS
+    both = Rendering(chat_template=True, chat_template_kwargs={"mood": "!", "other": 1})
+    read, notes = readable(tokenizer, both)
+    assert read.chat_template_kwargs == {"mood": "!"}
+    assert notes == [
+        "the chat template reads no 'other', so it would have no effect; "
+        "the rollouts were rendered with it"
+    ]
+    assert readable(make_tokenizer(chat_template=False), PLAIN) == (PLAIN, [])
