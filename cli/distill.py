@@ -28,6 +28,9 @@ def distill_command(config: Path, overrides: tuple[str, ...], form: str, dry_run
     """
     resolved = read_toml(config, overrides)
     if dry_run:
+        from logitcask.engine.commands.prove import prove
+
+        prove(resolved, print_event)
         click.echo(to_toml(resolved))
         return
     from logitcask.engine.distill.loop import distill

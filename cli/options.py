@@ -97,7 +97,9 @@ format_option = click.option(
 )
 
 dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Print the resolved configuration as TOML and stop."
+    "--dry-run",
+    is_flag=True,
+    help="Check prompts and models, print the resolved configuration as TOML, and stop.",
 )
 
 

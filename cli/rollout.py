@@ -44,6 +44,9 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     """
     config = config_from_flags(RolloutConfig, flags)
     if dry_run:
+        from logitcask.engine.commands.prove import prove
+
+        prove(config, print_event)
         click.echo(to_toml(config))
         return
     if config.work.worker:

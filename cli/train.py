@@ -42,6 +42,9 @@ def train_command(form: str, dry_run: bool, **flags: Any) -> None:
     """
     config = config_from_flags(TrainConfig, flags)
     if dry_run:
+        from logitcask.engine.commands.prove import prove
+
+        prove(config, print_event)
         click.echo(to_toml(config))
         return
     from logitcask.engine.commands.train import run_train

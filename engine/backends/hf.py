@@ -23,6 +23,7 @@ from logitcask.engine.backends.sampling import (
 )
 from logitcask.engine.backends.scoring import (
     budget_batches,
+    pieces_of,
     resolve_extra_ids,
     restrict_to_shared,
     score_rollouts,
@@ -223,6 +224,8 @@ class HF:
         extra_ids = resolve_extra_ids(
             rollouts, request, extra_ids, n_vocab=self.n_vocab, context=self.context
         )
+        longest = max((piece.length for piece in pieces_of(rollouts, NEVER)), default=0)
+        self.check(length=longest)
         with self.evaluating():
             return score_rollouts(
                 self,

@@ -1,19 +1,23 @@
 """One rollout unit: a range of prompts, sampled, scored by the student itself and committed."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from logitcask.engine.backends.base import Sampler, Scorer
-from logitcask.engine.errors import ConfigError
+from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.store import Store
 from logitcask.engine.teachers.checks import check_scorer
 from logitcask.engine.types import (
     NO_DETAIL,
+    Array,
     Detail,
     Draws,
     ModelRef,
@@ -200,7 +204,10 @@ def run_rollout_unit(
         drawing = scored(report, rolled.positions, "drawn", SAMPLING_SHARE, first)
         drawn = draw(scorer, rolled, mc_params(request.mc_draws, seed), drawing)
     scoring = scored(report, rolled.positions, "scored", first, 1.0)
-    rolled = replace(rolled, student=scorer.score(rolled, own, progress=scoring), draws=drawn)
+    student = scorer.score(rolled, own, progress=scoring)
+    if request.sampling.is_plain():
+        check_behaviour(rolled.b_lp, student.lp, sampler.describe()["dtype"])
+    rolled = replace(rolled, student=student, draws=drawn)
     request.store.commit_rollouts(
         rolled,
         name=request.name,
@@ -210,6 +217,26 @@ def run_rollout_unit(
         profile=request.profile,
     )
     return rolled
+
+
+def check_behaviour(behaviour: Array, student: Array, dtype: str) -> None:
+    """Compare [P] log-probs that were sampled from with [P] of the same model as a scorer, nats.
+
+    At temperature 1 without truncation both are the same distribution. Raises ModelError where the
+    rounding of `dtype` does not explain their difference.
+    """
+    gap = np.abs(behaviour.astype(np.float64) - student)
+    if dtype == "float32":
+        found, limit, of = float(gap.max(initial=0.0)), 1e-3, "largest"
+    else:
+        found, of = float(gap.mean()) if len(gap) else 0.0, "mean"
+        limit = 0.1 + 1.0 / math.sqrt(max(1, len(gap)))  # few tokens have a mean with much noise
+    if not found <= limit:
+        raise ModelError(
+            f"the model samples from another distribution than it is scored with: the {of} "
+            f"difference of {len(gap)} log-probs is {found:.2g} nats, {limit:.2g} are allowed",
+            hint="nothing was committed; sample with another backend, or with --dtype float32",
+        )
 
 
 def scored(report: Report, positions: int, verb: str, first: float, last: float) -> Progress:
