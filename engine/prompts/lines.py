@@ -16,6 +16,8 @@ OWN_KEYS = ("id", "prompt", "messages", "answer")
 """Keys that a prompt holds in fields of its own."""
 TEMPLATE_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Keys for the chat template, which graders see too."""
+INSTEAD_OF_TEXT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+"""Keys of a turn that may have no text."""
 OTHER_NAMES = {
     **dict.fromkeys(("question", "problem", "instruction", "query", "input", "text"), "prompt"),
     **dict.fromkeys(("conversations", "conversation", "chat", "turns"), "messages"),
@@ -131,8 +133,8 @@ class Line:
                 + (', as {"role": "user", "content": "..."}' if "from" in turn else ""),
             )
         content = turn.get("content")
-        # The turn of an assistant that only calls tools has no text.
-        if content is None and turn.get("tool_calls"):
+        # An assistant may only call tools, or only think.
+        if content in (None, "") and any(turn.get(key) for key in INSTEAD_OF_TEXT):
             return turn
         if isinstance(content, list) and content:
             parts = enumerate(content)

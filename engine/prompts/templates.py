@@ -129,9 +129,9 @@ class Renderer:
         variables: False for tools and documents, which no variable may be. An argument that no
         template names would have no effect.
         """
-        own = {*signature(self._tokenizer.apply_chat_template).parameters, "messages"}
         for name in names:
-            if variables and name in own:
+            own = signature(self._tokenizer.apply_chat_template).parameters
+            if variables and (name in own or name == "messages"):
                 return f"{name!r} is no variable of a chat template"
             if name not in self._names:
                 return f"the chat template reads no {name!r:.80}, so it would have no effect"

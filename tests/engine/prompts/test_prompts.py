@@ -236,6 +236,17 @@ def test_parts_of_text_and_turns_under_prompt_are_read(tmp_path: Path) -> None:
     assert '{"role": "user", "content": "..."}' in caught.value.hint
 
 
+def test_a_turn_that_calls_tools_or_thinks_may_have_no_text(tmp_path: Path) -> None:
+    for content in ({}, {"content": None}, {"content": ""}):
+        for key in ("tool_calls", "reasoning_content"):
+            turn = {"role": "assistant", key: [{"name": "f"}], **content}
+            (prompt,) = read(write(tmp_path, {"messages": [USER, turn, USER]}), True)
+            assert prompt.id == "line-1"
+    turn = {"role": "assistant", "content": ""}
+    with pytest.raises(PromptError, match=r'"messages\[1\].content": \'\' is empty'):
+        read(write(tmp_path, {"messages": [USER, turn, USER]}), True)
+
+
 def test_a_last_assistant_turn_is_left_out_on_request(tmp_path: Path) -> None:
     reply = {"role": "assistant", "content": "x"}
     file = write(tmp_path, {"messages": [USER, reply]}, {"messages": [USER]})
