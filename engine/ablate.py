@@ -33,12 +33,15 @@ from logitcask.engine.commands.train import check_train, held_out_set, run_train
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import keys_of, parse_value, validate
 from logitcask.engine.config.training import Ablate
-from logitcask.engine.errors import ConfigError, LogitcaskError
+from logitcask.engine.errors import ConfigError, IntegrityError, LogitcaskError
 from logitcask.engine.events import EventHandler
+from logitcask.engine.models.digests import read_json, replace_text, write_json
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.training.run_dir import check_same, make_folder, replace_text, write_json
+from logitcask.engine.training.run_dir import check_same, locked, writing
 from logitcask.engine.types import Progress, no_progress
+
+PLAN = "plan.json"
 
 FIXED = ("store.url", "store.profile", "train.snapshot", "run.out", "run.overwrite", "run.seed")
 """Keys that cannot be varied; nor can those of [eval]."""
@@ -131,12 +134,46 @@ def ablate(
             hint="start it without torchrun",
         )
     planned = combinations(config, vary)
-    plan = _plan(config, set(planned[0].values), settings.out)
-    checked = [_checked(_at_snapshot(each, plan), settings.skip_refused) for each in planned]
-    make_folder(settings.out)
-    write_json(settings.out / "plan.json", plan)
+    with locked(settings.out, on_event):
+        plan = _plan(config, set(planned[0].values), settings.out)
+        checked = [_checked(_at_snapshot(each, plan), settings.skip_refused) for each in planned]
+        with writing(settings.out):
+            write_json(settings.out / PLAN, plan)
+        rows, passes, trained, trainings_s = _trained(config, checked, settings, progress, on_event)
+        result = AblateReport(
+            out=settings.out,
+            snapshot=int(plan["pin"]),
+            rows=tuple(rows),
+            runs_trained=trained,
+            seconds=time.monotonic() - begun_s,
+            trainings_seconds=trainings_s,
+            teacher_seconds_spent=0.0,
+            teacher_passes=tuple(passes),
+            teacher_seconds_saved=saved_seconds(passes),
+        )
+        written = {**asdict(result), "out": str(settings.out)}
+        table = {**written, "pin": written.pop("snapshot")}
+        text = json.dumps(table, indent=1, sort_keys=True) + "\n"
+        with writing(settings.out):
+            replace_text(settings.out / "ablate.json", text)
+            replace_text(settings.out / "ablate.md", markdown(result))
+    return result
+
+
+def _trained(
+    config: TrainConfig,
+    checked: Sequence[Combination],
+    settings: Ablate,
+    progress: Progress,
+    on_event: EventHandler,
+) -> tuple[list[dict[str, Any]], list[Passes], int, float]:
+    """Train the missing runs; return (rows of the table, passes over the scores, number of runs
+    trained, their seconds).
+    """
     cache = UnitCache(settings.out / "cache")
-    rows, passes, trained, trainings_s = [], [], 0, 0.0
+    rows: list[dict[str, Any]] = []
+    passes: list[Passes] = []
+    trained, trainings_s = 0, 0.0
     total, done = settings.seeds * sum(not each.refused for each in checked), 0
     for each in checked:
         runs = []
@@ -160,21 +197,7 @@ def ablate(
         if runs:
             scoring_s, epochs = scoring_seconds(each.config), each.config.train.num_train_epochs
             passes.append(Passes(seconds=scoring_s, runs=len(runs), epochs=epochs))
-    result = AblateReport(
-        out=settings.out,
-        snapshot=int(plan["pin"]),
-        rows=tuple(rows),
-        runs_trained=trained,
-        seconds=time.monotonic() - begun_s,
-        trainings_seconds=trainings_s,
-        teacher_seconds_spent=0.0,
-        teacher_passes=tuple(passes),
-        teacher_seconds_saved=saved_seconds(passes),
-    )
-    written = {**asdict(result), "out": str(settings.out)}
-    write_json(settings.out / "ablate.json", {**written, "pin": written.pop("snapshot")})
-    replace_text(settings.out / "ablate.md", markdown(result))
-    return result
+    return rows, passes, trained, trainings_s
 
 
 # --- the plan ---
@@ -189,11 +212,11 @@ def _plan(config: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
         for key, value in content.items()
         if f"{section}.{key}" not in {*varied, *_NOT_COMPARED}
     }
-    file, number = out / "plan.json", config.train.snapshot
+    file, number = out / PLAN, config.train.snapshot
     if not file.exists():
-        if out.is_dir() and any(out.iterdir()):
+        if any(each.name[0] != "." for each in out.iterdir()):
             raise ConfigError(
-                f"{out} is not empty and holds no plan.json: it is not the folder of an ablation",
+                f"{out} is not empty and holds no {PLAN}: it is not the folder of an ablation",
                 hint="give a new or an empty folder with --out",
             )
         snapshot = store.head() if number is None else snapshot_of(store, number)
@@ -204,7 +227,15 @@ def _plan(config: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
             "held_out": _held_out(config),
             "common": common,
         }
-    plan: dict[str, Any] = json.loads(file.read_text())
+    hint = "restore it from a copy, or give another --out"
+    plan = read_json(file, hint=hint)
+    if not (
+        type(plan.get("pin")) is int
+        and type(plan.get("sha256")) is type(plan.get("store")) is str
+        and isinstance(plan.get("common"), dict)
+        and isinstance(plan.get("held_out") or {}, dict)
+    ):
+        raise IntegrityError(f"{file} is not the plan of an ablation", hint=hint)
     # A key that one call varies may be fixed in another: only keys fixed in both must be equal.
     both = plan["common"].keys() & common.keys()
     earlier = {"store": plan["store"], "common": {key: plan["common"][key] for key in both}}

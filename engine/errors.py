@@ -11,8 +11,8 @@ LogitcaskError            exit 1   base class; `cause` and `hint` make the messa
 ├─ AnswerError            exit 1   a response holds values that no model can compute
 ├─ UnitError              exit 1   one work unit cannot be done as requested
 ├─ IncompleteError        exit 3   the store lacks units that the command needs
-└─ StoreError             exit 1   a store cannot be opened or written
-   └─ IntegrityError      exit 4   stored bytes differ from the committed ones
+└─ StoreError             exit 1   a store, a cache or a run cannot be opened or written
+   └─ IntegrityError      exit 4   stored bytes differ from those that were written
 
 `cause` names the value and the rule in one line, `hint` the solution in another.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.training.run_dir import write_json
+from logitcask.engine.models.digests import read_json, write_json
 
 RECORD = "demo.json"
 STAGES = ("teacher", "student", "rollout", "score")
@@ -37,7 +37,7 @@ class Record:
         Raises ConfigError if `out` holds something else or has other settings.
         """
         if (out / RECORD).exists():
-            content = json.loads((out / RECORD).read_text())
+            content = read_json(out / RECORD, hint="give another --out, or remove that folder")
             for key, value in settings.items():
                 if content["settings"].get(key) != json.loads(json.dumps(value)):
                     raise ConfigError(

@@ -133,44 +133,45 @@ def _run_loop(
     record = settings_record(settings, config.lora, config.run)
     run = {"settings": record, "objective": preset.objective.record(), **identity}
     check_name(store, config.store.rollouts, run)
-    run_dir = open_run_dir(model, settings, config.run)
-    identity["store"] = store.uuid
-    spec = RunSpec(
-        packs=lambda student: OnPolicyRows(
-            student=student,
-            config=config,
-            store=store,
+    with open_run_dir(model, settings, config.run, on_event) as run_dir:
+        identity["store"] = store.uuid
+        spec = RunSpec(
+            packs=lambda student: OnPolicyRows(
+                student=student,
+                config=config,
+                store=store,
+                model=model,
+                prompts=prompts,
+                rendering=rendering,
+                teacher=teacher,
+                params=params,
+                width=width,
+                run=run,
+                grader=grader,
+                progress=progress,
+                on_event=on_event,
+            ),
+            updates=updates_at_most(settings, loop.rounds * loop.updates_per_round),
+            longest=_longest(config, prompts),
+            objective=preset,
+            same_base_weights=True,
+            identity=identity,
+            plan=digest(identity),
+            exactness=exactness,
+            evaluation=evaluation,
+            held_out=held_out,
+        )
+        report = run_training(
+            spec,
+            run_dir,
             model=model,
-            prompts=prompts,
-            rendering=rendering,
-            teacher=teacher,
-            params=params,
-            width=width,
-            run=run,
-            grader=grader,
-            progress=progress,
+            settings=settings,
+            lora=config.lora,
+            run=config.run,
+            config=config.model_dump(mode="json"),
             on_event=on_event,
-        ),
-        updates=updates_at_most(settings, loop.rounds * loop.updates_per_round),
-        longest=_longest(config, prompts),
-        objective=preset,
-        same_base_weights=True,
-        identity=identity,
-        plan=digest(identity),
-        exactness=exactness,
-        evaluation=evaluation,
-        held_out=held_out,
-    )
-    report = run_training(
-        spec,
-        run_dir,
-        model=model,
-        settings=settings,
-        lora=config.lora,
-        run=config.run,
-        config=config.model_dump(mode="json"),
-        progress=progress,
-    )
+            progress=progress,
+        )
     for line in warnings(preset.objective, report.last):
         on_event(f"warning: {line}")
     return report

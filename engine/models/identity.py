@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.errors import ConfigError, IntegrityError, ModelError
+from logitcask.engine.models.digests import file_digests, flush, read_json, write_json
 from logitcask.engine.models.weight_files import WEIGHTS, check_own_files
 from logitcask.engine.models.weights import folder_tensors
 from logitcask.engine.prompts.prompts import load_tokenizer
@@ -274,14 +275,16 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         return None
     cause = "a key is missing or has a value of the wrong type"
     try:
-        metadata = json.loads(file.read_bytes())
+        metadata = read_json(file, hint="")
         valid = (
             all(DIGEST.fullmatch(metadata[key]) for key in ("root", "parent"))
             and type(metadata["version"]) is int
             and metadata["version"] >= 0
             and metadata.keys() >= {"pin", "plan", "objective"}
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except IntegrityError as error:
+        valid, cause = False, error.cause
+    except (OSError, KeyError, TypeError) as error:
         valid, cause = False, f"{type(error).__name__}: {error}"
     if not valid:
         raise ModelError(
@@ -294,10 +297,11 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 def write_metadata(
     path: Path, *, base_weights: str, parent: str, version: int, pin: Any, plan: str, objective: Any
 ) -> None:
-    """Write logitcask.json.
+    """Write logitcask.json of a folder that holds all other files of the student.
 
-    base_weights, parent: digests of the first weights and of those before training; version:
-    updates since the first weights; the rest: training data and objective.
+    They are flushed to the disk first, and their digests recorded. base_weights, parent: digests of
+    the first weights and of those before training; version: updates since the first weights; the
+    rest: training data and objective.
     """
     metadata = {
         "root": base_weights,
@@ -306,7 +310,7 @@ def write_metadata(
         "pin": pin,
         "plan": plan,
         "objective": objective,
+        "files": file_digests(path, METADATA_FILE),
     }
-    (path / METADATA_FILE).write_text(
-        json.dumps(metadata, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    )
+    flush(path)
+    write_json(path / METADATA_FILE, metadata)

@@ -6,36 +6,42 @@ than the store, written once per unit and free to delete:
 
   CACHE/<sha256 of its segments>/<array>.npy, sizes.json
 
-It is derived data on the user's own disk: `verify=False` checks names, types and sizes only,
-`verify=True` compares every byte with the digest taken when it was written.
+It is derived data: every byte of a file is compared with the digest taken when it was written, once
+per process, when the file is first mapped.
 """
 
+import hashlib
+import io
 import json
 import os
 import shutil
-import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.models.digests import flush
 from logitcask.engine.models.identity import canonical, digest
 from logitcask.engine.store.decoded_unit import DTYPES, DecodedUnit, decode_unit, dtypes_of
 from logitcask.engine.store.format.segment import Segment, sha256
 from logitcask.engine.store.log.snapshot import ScoreSegments
 from logitcask.engine.store.store import Store
+from logitcask.engine.store.temporary import temporary_in
 from logitcask.engine.types import Array
 
 _LAYOUT = 2
 """Part of the folder's digest: a new meaning of the files gets new folders."""
 
+_CHECKED: set[tuple[str, int, int, int]] = set()
+"""(path, inode, bytes, time of the last change) of files whose digest was right."""
+
 
 class UnitCache:
     """Decoded units of any store below one folder; safe for several processes at once."""
 
-    def __init__(self, folder: Path, *, verify: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._verify = verify
 
     def unit(
         self,
@@ -57,18 +63,22 @@ class UnitCache:
         return DecodedUnit({name: self._mapped(folder, name) for name in names})
 
     def _write(self, folder: Path, unit: DecodedUnit) -> None:
-        temporary = folder.with_name(f".{uuid.uuid4().hex}")
+        temporary = None
         try:
-            temporary.mkdir(parents=True)
+            temporary = temporary_in(self._folder)
+            temporary.mkdir()
             sums = {}
             for name, array in unit.arrays.items():
                 np.save(temporary / f"{name}.npy", array, allow_pickle=False)
                 sums[name] = [len(array), sha256(array.tobytes())]
             (temporary / "sizes.json").write_bytes(canonical(sums))
+            for file in temporary.iterdir():
+                flush(file)
             # A folder gets its name with all of its files; another process may have been faster.
             os.rename(temporary, folder)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
             if folder.is_dir():
                 return
             raise StoreError(
@@ -77,20 +87,38 @@ class UnitCache:
             ) from error
 
     def _mapped(self, folder: Path, name: str) -> Array:
-        path = folder / f"{name}.npy"
+        path, dtype = folder / f"{name}.npy", np.dtype(DTYPES[name])
         try:
-            length, sha = json.loads((folder / "sizes.json").read_bytes())[name]
-            array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if (array.shape, array.dtype) != ((length,), np.dtype(DTYPES[name])):
-                raise ValueError(f"{array.dtype} {array.shape}, not {DTYPES[name]} ({length},)")
-            if self._verify and sha256(array.tobytes()) != sha:
-                raise ValueError("other bytes than were written")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            length, recorded = json.loads((folder / "sizes.json").read_bytes())[name]
+            header = _header(dtype, length)
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if file.read(len(header)) != header:
+                    raise ValueError(f"not the header of {length} {dtype}")
+                if status.st_size != len(header) + length * dtype.itemsize:
+                    raise ValueError(f"{status.st_size} bytes for {length} {dtype}")
+                key = str(path), status.st_ino, status.st_size, status.st_mtime_ns
+                if key not in _CHECKED:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                    if f"sha256:{found}" != recorded:
+                        raise ValueError("other bytes than were written")
+                    _CHECKED.add(key)
+                return np.memmap(file, dtype, "r", len(header), (length,))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise IntegrityError(
                 f"{path}: a damaged cache ({error})",
                 hint=f"remove {folder}; it is made again from the store",
             ) from error
-        return array
+
+
+def _header(dtype: np.dtype[Any], length: int) -> bytes:
+    """Return the first bytes of a .npy file, to compare with those of a file instead of a parse."""
+    header = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": descr, "fortran_order": False, "shape": (int(length),)}
+    )
+    return header.getvalue()
 
 
 def read_unit(

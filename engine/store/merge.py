@@ -6,10 +6,8 @@ same segment twice changes nothing. Segments are decoded and checked before they
 """
 
 import os
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +17,12 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.models.digests import flush
 from logitcask.engine.store.commit import find_committed, publish_segment
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.store import Store
+from logitcask.engine.store.temporary import temporary_in
 from logitcask.engine.types import Progress, no_progress
 
 _ENTRY = "logitcask.json"
@@ -55,18 +55,19 @@ def pack(
         progress("pack", done, len(visible))
         contents = store.read_files(each)
         target = folder / f"{each.kind}-{each.seg_id}.zip"
-        temporary = target.with_name(f".{uuid.uuid4().hex}")
+        temporary = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_in(folder)
             entry = record.encode_record(record.encode_segment(each))
             with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as packed:
                 for name, data in sorted({_ENTRY: entry, **contents}.items()):
                     # A fixed date: the same bytes make the same file.
                     packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+            flush(temporary)
             os.replace(temporary, target)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
             raise StoreError(
                 f"cannot write {target}: {error.strerror or error}",
                 hint="make room or give another folder, then pack again",

@@ -4,8 +4,9 @@
 resumes, another run in the folder is refused, and the folder of a finished run is a model.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,25 @@ from transformers import TrainingArguments
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.events import peak_memory
+from logitcask.engine.events import EventHandler, peak_memory
+from logitcask.engine.models.digests import sha256_of, write_json
 from logitcask.engine.models.load import load_student, quiet
 from logitcask.engine.models.save import save_student
 from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
+from logitcask.engine.training.checkpoints import METRICS_SHA256, resume_point
 from logitcask.engine.training.evaluation import EvalCallback, EvalPlan
 from logitcask.engine.training.held_out import HeldOut
+from logitcask.engine.training.processes import gathered
 from logitcask.engine.training.run_dir import (
-    METADATA,
     METRICS,
     RUN,
     MetricsFile,
     check_same,
     clear,
-    make_folder,
-    newest_checkpoint,
+    locked,
     read_run,
-    write_json,
+    writing,
 )
 from logitcask.engine.training.settings import (
     settings_record,
@@ -113,20 +115,31 @@ class RunDir:
             torch.distributed.barrier()
 
 
-def open_run_dir(model: ModelRef, settings: Train, run: Run) -> RunDir:
-    """Open the folder `run.out`; ConfigError for a folder or a device that a run cannot use."""
+@contextmanager
+def open_run_dir(
+    model: ModelRef, settings: Train, run: Run, on_event: EventHandler
+) -> Iterator[RunDir]:
+    """Open the folder `run.out`, and hold its lock in the process that writes.
+
+    Raises ConfigError for a folder or a device that a run cannot use, and for a folder that another
+    process holds; IntegrityError for a damaged run.json.
+    """
     out = run.out
     if out.resolve() == model.path.resolve():
         raise ConfigError(f"--out {out} is the student itself", hint="give another --out")
     args = training_arguments(settings, run)
-    run_dir = RunDir(out=out, args=args, earlier=read_run(out))
-    run_dir.wait()
-    if run.overwrite and run_dir.earlier is not None:
+    run_dir = RunDir(out=out, args=args, earlier=None)
+    with ExitStack() as stack:
         if run_dir.first:
+            stack.enter_context(locked(out, on_event))
+        run_dir.wait()
+        overwrite = run.overwrite and (out / RUN).exists()
+        earlier = None if overwrite else read_run(out)
+        run_dir.wait()
+        if run_dir.first and overwrite:
             clear(out)
         run_dir.wait()
-        return RunDir(out=out, args=args, earlier=None)
-    return run_dir
+        yield replace(run_dir, earlier=earlier)
 
 
 def run_training(
@@ -138,11 +151,14 @@ def run_training(
     lora: Lora,
     run: Run,
     config: Mapping[str, Any],
+    on_event: EventHandler,
     progress: Progress = no_progress,
 ) -> TrainReport:
-    """Train from the newest checkpoint, if there is one, and save the next version.
+    """Train from the newest sound checkpoint, if there is one, and save the next version.
 
-    Raises IdentityError if the folder holds another run, and the errors of the training.
+    on_event: gets every damaged file. Raises IdentityError if the folder holds another run,
+    IntegrityError for a damaged result without a checkpoint, StoreError for a disk that is full,
+    and the errors of the training.
     """
     preset = spec.objective if isinstance(spec.objective, Preset) else None
     objective = preset.objective if preset else spec.objective
@@ -165,22 +181,24 @@ def run_training(
     }
     if run_dir.earlier is not None:
         check_same(run_dir.out, {key: run_dir.earlier.get(key) for key in record}, record)
-    folder, step = newest_checkpoint(run_dir.out, resume_metadata) or (None, 0)
-    finished = (run_dir.out / METADATA).exists()
-    if finished:
-        # Also where its checkpoints were deleted: all lines of metrics are valid.
-        step = spec.updates
-    run_dir.wait()
+    found = None
+    if run_dir.first:
+        found = resume_point(run_dir.out, spec.updates, resume_metadata, run_dir.earlier, on_event)
+    # The first process may have removed or renamed what others would find.
+    folder, step = gathered(found)[0]
+    finished = folder is None and step == spec.updates
+    begun = run_dir.out if finished else folder
+    lines = (begun / METRICS).read_text(errors="replace") if begun else ""
     if run_dir.first and run_dir.earlier is None:
-        make_folder(run_dir.out)
         notes = {
             "preset": preset.name if preset else "",
             "updates": spec.updates,
             "config": dict(config),
             "exactness": asdict(spec.exactness),
         }
-        write_json(run_dir.out / RUN, {**record, **notes})
-    metrics = MetricsFile(run_dir.out / METRICS, step, first=run_dir.first)
+        with writing(run_dir.out):
+            write_json(run_dir.out / RUN, {**record, **notes})
+    metrics = MetricsFile(run_dir.out / METRICS, lines, first=run_dir.first)
     if not finished:
         with quiet():
             student = load_student(model, lora=lora, seed=run.seed, length=spec.longest)
@@ -233,10 +251,12 @@ def run_training(
                 if metrics.skipped:
                     skipped = {"skipped": metrics.skipped, "positions": metrics.positions}
                     results["rescore"] = skipped
-                write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
-                save_student(
-                    student, run_dir.out, parent=model, updates=spec.updates, metadata=metadata
-                )
+                results[METRICS_SHA256] = sha256_of(metrics.path)
+                with writing(run_dir.out):
+                    write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
+                    save_student(
+                        student, run_dir.out, parent=model, updates=spec.updates, metadata=metadata
+                    )
             run_dir.wait()
     return TrainReport(
         out=run_dir.out,

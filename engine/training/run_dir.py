@@ -1,31 +1,48 @@
-"""Folder of a run: its files, its identity, and the newest checkpoint.
+"""Folder of a run: its files, its identity, and its lock.
 
 OUT/  model, tokenizer, logitcask.json   the result; logitcask.json is written last
       run.json        identity of the run; another run is refused
       metrics.jsonl   one line per logged update, and per evaluation
-      checkpoints/    written by Trainer; complete with logitcask_checkpoint.json
+      checkpoints/    see checkpoints.py
+      .lock           held by the process that writes, while it runs
 """
 
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.errors import ConfigError, IdentityError
+from safetensors import SafetensorError
+
+from logitcask.engine.errors import (
+    ConfigError,
+    IdentityError,
+    IntegrityError,
+    LogitcaskError,
+    StoreError,
+)
+from logitcask.engine.events import EventHandler
+from logitcask.engine.models.digests import read_json, replace_text
 
 RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
-RESUME_METADATA = "logitcask_checkpoint.json"
-"""The last file of a checkpoint: without it the checkpoint is incomplete."""
+LOCK = ".lock"
+RESTORE = "restore it from a copy, give another --out, or lose that run with --overwrite"
 
 
 def read_run(out: Path) -> dict[str, Any] | None:
-    """Read run.json; None for a new folder. Raises ConfigError for a folder of other files."""
+    """Read run.json; None for a new folder.
+
+    Raises ConfigError for a folder of other files, IntegrityError for a damaged run.json.
+    """
     if (out / RUN).exists():
-        found: dict[str, Any] = json.loads((out / RUN).read_text())
-        return found
+        return read_json(out / RUN, hint=RESTORE)
     others = [f.name for f in out.iterdir() if f.name[0] != "."] if out.is_dir() else []
     if others:
         raise ConfigError(
@@ -66,8 +83,82 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"--out {out}: {error.strerror}", hint="give another --out, for this run alone"
+        raise _unusable(out, error) from error
+
+
+def _unusable(out: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"--out {out}: {error.strerror}", hint="give another --out, for this run alone"
+    )
+
+
+@contextmanager
+def locked(out: Path, on_event: EventHandler) -> Iterator[None]:
+    """Hold the folder `out`, made if it is new, for one process that writes.
+
+    Raises ConfigError where another process holds it, or where it cannot be made. The lock ends
+    with its process, however that ends. On NFS it is one of the server's byte-range locks; mounted
+    with `nolock` or `local_lock` it holds among the processes of one machine only.
+    """
+    make_folder(out)
+    handle = _lock(out, on_event)
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        os.close(handle)
+        with suppress(OSError):
+            out.rmdir()  # empty where the run was refused before its first file
+
+
+def _lock(out: Path, on_event: EventHandler) -> int:
+    while True:
+        try:
+            handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _unusable(out, error) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(handle, 200, 0).decode("utf-8", "replace") or "another process"
+            os.close(handle)
+            raise ConfigError(
+                f"--out {out} is in use by {owner}", hint="wait for its end, or give another --out"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                os.close(handle)
+                raise
+            on_event(f"{out}: {error.strerror}; start no second run with this --out")
+        with suppress(FileNotFoundError):
+            # An owner that has just ended may have removed the file that was opened here.
+            if os.path.samestat(os.stat(out / LOCK), os.fstat(handle)):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+                return handle
+        os.close(handle)
+
+
+_OF_TORCH_SAVE = re.compile("PytorchStreamWriter|inline_container|iostream error")
+"""Texts of the RuntimeErrors that torch.save raises where a disk refuses."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise a StoreError that names the file, or `path`, in place of a disk's error."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, LogitcaskError) or (
+            isinstance(error, RuntimeError) and not _OF_TORCH_SAVE.search(str(error))
+        ):
+            raise
+        file = getattr(error, "filename", None) or path
+        cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise StoreError(
+            f"cannot write {file}: {cause}",
+            hint="make room on that disk, or raise the quota or the limit of file sizes, then run "
+            "the same command again: it resumes from the newest checkpoint",
         ) from error
 
 
@@ -80,56 +171,35 @@ def clear(out: Path) -> None:
             file.unlink()
 
 
-def newest_checkpoint(out: Path, resume_metadata: Mapping[str, Any]) -> tuple[Path, int] | None:
-    """Return (folder, updates done) of the newest complete checkpoint, or None.
-
-    Raises IdentityError if it differs in `resume_metadata`.
-    """
-    complete = [
-        (json.loads(file.read_text()), file.parent)
-        for file in (out / CHECKPOINTS).glob(f"checkpoint-*/{RESUME_METADATA}")
-    ]
-    if not complete:
-        return None
-    found, folder = max(complete, key=lambda pair: int(pair[0]["step"]))
-    step = int(found.pop("step"))
-    check_same(folder, found, resume_metadata)
-    return folder, step
-
-
-def write_resume_metadata(folder: Path, content: Mapping[str, Any]) -> None:
-    write_json(folder / RESUME_METADATA, content)
-
-
 class MetricsFile:
     """metrics.jsonl: one line per logged update and per evaluation, each appended once."""
 
-    def __init__(self, path: Path, step: int, *, first: bool = True) -> None:
-        """Keep the lines up to `step`: later ones are written again after the checkpoint.
+    def __init__(self, path: Path, text: str = "", *, first: bool = True) -> None:
+        """Replace the file by the lines of `text`: those up to the state that training begins at.
 
         first: True in the process that writes.
         """
-        self._path = path
+        self.path = path
         self._start = time.monotonic()
         self.last: dict[str, Any] = {}
         """Newest line of an update."""
         self.evaluations: list[dict[str, Any]] = []
         self.skipped = 0.0
         """Positions without a gradient, because the student was too far from the scores."""
-        kept = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            # An incomplete line is always later than the newest checkpoint.
-            if text.endswith("}") and json.loads(text)["progress/step"] <= step:
-                kept.append(text)
-        for line in map(json.loads, kept):
-            if "loss" in line:
-                self._count(line)
-            else:
-                self.evaluations.append(line)
-        self.positions = int(self.last.get("progress/positions", 0))
-        self._earlier_s = float(self.last.get("progress/seconds", 0.0))
+        try:
+            for line in map(json.loads, text.splitlines()):
+                if "loss" in line:
+                    self._count(line)
+                else:
+                    self.evaluations.append(line)
+            self.positions = int(self.last.get("progress/positions", 0))
+            self._earlier_s = float(self.last.get("progress/seconds", 0.0))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # Of an earlier version, whose lines have no digest.
+            raise IntegrityError(f"{path} is damaged: {error}", hint=RESTORE) from error
         if first:
-            replace_text(path, "".join(f"{text}\n" for text in kept))
+            with writing(path):
+                replace_text(path, text)
 
     def seconds(self) -> float:
         """Return the seconds of training, those before an interruption included."""
@@ -153,23 +223,5 @@ class MetricsFile:
 
     def _write(self, line: dict[str, float | None]) -> None:
         data = (json.dumps(line, allow_nan=False) + "\n").encode()
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        try:
-            os.write(handle, data)
-        finally:
-            os.close(handle)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a file by `content` as JSON, atomically."""
-    replace_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file by `text` atomically and durably."""
-    staged = path.with_name(f".{path.name}.new")
-    with staged.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            file.write(data)

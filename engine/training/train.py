@@ -55,52 +55,55 @@ def train(
     rollouts'), IncompleteError (units missing and not `partial`), ObjectiveError (the scores cannot
     serve the objective) and ModelError.
     """
-    run_dir = open_run_dir(model, settings, run)
-    if snapshot is None:
-        snapshot = first_snapshot(store, run_dir.earlier)
-    source = PackSource(
-        store, snapshot, rollouts, teacher, base=base, partial=settings.partial, cache=cache
-    )
-    info = cache_info(model, source, settings.allow_off_lineage)
-    exactness = check_exactness(objective, info)
-    if run_dir.first:
-        for line in exactness.lines():
-            on_event(line)
-    plan = _plan(source, rollouts, settings, run.seed)
-    held = None
-    if held_out is not None:
-        held = hold_out(held_out, model, objective, settings.pack_length, run_dir.earlier, cache)
+    with open_run_dir(model, settings, run, on_event) as run_dir:
+        if snapshot is None:
+            snapshot = first_snapshot(store, run_dir.earlier)
+        source = PackSource(
+            store, snapshot, rollouts, teacher, base=base, partial=settings.partial, cache=cache
+        )
+        info = cache_info(model, source, settings.allow_off_lineage)
+        exactness = check_exactness(objective, info)
         if run_dir.first:
-            for line in held.exactness.lines():
-                on_event(f"held out: {line}")
-    spec = RunSpec(
-        packs=lambda student: PlannedPacks(plan, source),
-        updates=updates_at_most(settings, -(-len(plan) // run_dir.packs_per_update)),
-        longest=plan.longest,
-        objective=objective,
-        same_base_weights=info.same_base_weights,
-        identity={
-            "store": store.uuid,
-            "pin": {"number": snapshot.number, "sha256": snapshot.sha256},
-            "rollouts": rollouts,
-            "teacher": teacher,
-            "base": base,
-        },
-        plan=plan.digest,
-        exactness=exactness,
-        evaluation=evaluation,
-        held_out=held,
-    )
-    return run_training(
-        spec,
-        run_dir,
-        model=model,
-        settings=settings,
-        lora=lora,
-        run=run,
-        config=config or {},
-        progress=progress,
-    )
+            for line in exactness.lines():
+                on_event(line)
+        plan = _plan(source, rollouts, settings, run.seed)
+        held = None
+        if held_out is not None:
+            held = hold_out(
+                held_out, model, objective, settings.pack_length, run_dir.earlier, cache
+            )
+            if run_dir.first:
+                for line in held.exactness.lines():
+                    on_event(f"held out: {line}")
+        spec = RunSpec(
+            packs=lambda student: PlannedPacks(plan, source),
+            updates=updates_at_most(settings, -(-len(plan) // run_dir.packs_per_update)),
+            longest=plan.longest,
+            objective=objective,
+            same_base_weights=info.same_base_weights,
+            identity={
+                "store": store.uuid,
+                "pin": {"number": snapshot.number, "sha256": snapshot.sha256},
+                "rollouts": rollouts,
+                "teacher": teacher,
+                "base": base,
+            },
+            plan=plan.digest,
+            exactness=exactness,
+            evaluation=evaluation,
+            held_out=held,
+        )
+        return run_training(
+            spec,
+            run_dir,
+            model=model,
+            settings=settings,
+            lora=lora,
+            run=run,
+            config=config or {},
+            on_event=on_event,
+            progress=progress,
+        )
 
 
 def check(

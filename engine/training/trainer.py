@@ -36,10 +36,11 @@ from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.packing.source import Pack
+from logitcask.engine.training.checkpoints import complete_checkpoint
 from logitcask.engine.training.metric_sums import MetricSums
 from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.processes import gathered
-from logitcask.engine.training.run_dir import MetricsFile, write_resume_metadata
+from logitcask.engine.training.run_dir import MetricsFile, writing
 from logitcask.engine.types import Detail, Progress
 
 CHANGED_SAMPLE = 1 << 20
@@ -236,12 +237,13 @@ class DistillTrainer(Trainer):
         return share
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            step = self.state.global_step
-            folder = Path(f"{self.args.output_dir}/checkpoint-{step}")
-            write_resume_metadata(folder, {**self._resume_metadata, "step": step})
+        step = self.state.global_step
+        folder = Path(f"{self.args.output_dir}/checkpoint-{step}")
+        with writing(folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                complete_checkpoint(folder, self._metrics.path, self._resume_metadata, step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -116,7 +116,7 @@ def make_trainer(
         bounds=bounds,
         version=0,
         same_base_weights=True,
-        metrics=MetricsFile(folder / METRICS, 0),
+        metrics=MetricsFile(folder / METRICS),
         resume_metadata={},
         progress=no_progress,
     )

@@ -31,8 +31,8 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
     "micro_batch": (trainer.DistillTrainer, "_pack_loss", True),
     "update": (MetricsFile, "append", True),
     "weights": (trainer.DistillTrainer, "_save", True),
-    "mark": (trainer, "write_resume_metadata", False),
-    "marked": (trainer, "write_resume_metadata", True),
+    "mark": (trainer, "complete_checkpoint", False),
+    "marked": (trainer, "complete_checkpoint", True),
     "saving": (run_module, "save_student", False),
     "moving": (os, "replace", True),
 }

@@ -1,6 +1,10 @@
 """Reading for training: the rows do not depend on windows, threads, processes and caches."""
 
+import hashlib
+import os
+import random
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from logitcask.engine.packing.source import Pack
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.cache import UnitCache, read_unit
 from logitcask.engine.store.decoded_unit import dtypes_of, size_of
+from logitcask.engine.store.merge import pack
 from tests.engine.cached import make_store, make_unit
 
 UNITS = 6
@@ -181,7 +186,7 @@ def test_unused_prefetches_are_dropped() -> None:
 
 
 def test_a_cache_holds_the_contents_of_the_store(store: Store, tmp_path: Path) -> None:
-    cache = UnitCache(tmp_path / "cache", verify=True)
+    cache = UnitCache(tmp_path / "cache")
     snapshot = store.head()
     for segment in snapshot.rollouts("main"):
         chain = snapshot.scores("big")[segment.seg_id]
@@ -221,10 +226,63 @@ def test_a_damaged_cache_is_reported(store: Store, tmp_path: Path, how: str, nam
     (folder,) = (tmp_path / "cache").iterdir()
     damage(folder / name, how)
     with pytest.raises(IntegrityError, match="a damaged cache") as caught:
-        UnitCache(tmp_path / "cache", verify=True).unit(store, *pair)
+        UnitCache(tmp_path / "cache").unit(store, *pair)
     assert f"remove {folder}" in caught.value.hint
     shutil.rmtree(folder)
-    UnitCache(tmp_path / "cache", verify=True).unit(store, *pair)
+    UnitCache(tmp_path / "cache").unit(store, *pair)
+
+
+def test_a_flipped_bit_of_a_cache_is_never_read(
+    store: Store, tmp_path: Path, counts: Callable[[int, int], int]
+) -> None:
+    """Flip a bit: an error that names a file of the cache, or the same values."""
+    snapshot, rng = store.head(), random.Random(0)
+    segment = snapshot.rollouts("main")[0]
+    pair = segment, snapshot.scores("big")[segment.seg_id]
+    whole = UnitCache(tmp_path / "whole").unit(store, *pair).arrays
+    (folder,) = (tmp_path / "whole").iterdir()
+    files, refused = sorted(folder.iterdir()), 0
+    for number in range(times := counts(100, 300)):
+        file = files[number % len(files)]
+        damaged = tmp_path / str(number) / folder.name / file.name
+        shutil.copytree(folder, damaged.parent)
+        data = bytearray(file.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        damaged.write_bytes(data)
+        try:
+            found = UnitCache(tmp_path / str(number)).unit(store, *pair).arrays
+        except IntegrityError as error:
+            refused += str(damaged.parent) in error.cause
+        else:
+            assert all(np.array_equal(found[name], whole[name]) for name in whole)
+        shutil.rmtree(tmp_path / str(number))
+    assert refused > times * 0.9
+
+
+def test_a_cache_is_hashed_once_in_a_process(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, hashed = store.head(), list[int]()
+    segment = snapshot.rollouts("main")[0]
+    pair = segment, snapshot.scores("big")[segment.seg_id]
+    whole = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: [hashed.append(1), whole(*args)][1])
+    for _ in range(2):
+        UnitCache(tmp_path / "cache").unit(store, *pair)
+    assert len(hashed) == len(dtypes_of(*pair))
+
+
+def test_what_a_killed_writer_left_is_removed_when_it_is_old(store: Store, tmp_path: Path) -> None:
+    old, new = tmp_path / ("." + "0" * 32), tmp_path / ("." + "1" * 32)
+    for place in (old, new):
+        place.mkdir()
+        (place / "t_ids.npy").touch()
+    mine = tmp_path / ".mine"
+    mine.touch()
+    for place in (old, mine):
+        os.utime(place, (0, 0))
+    pack(store, tmp_path, snapshot=store.snapshot(0))
+    assert (old.exists(), new.exists(), mine.exists()) == (False, True, True)
 
 
 def test_an_unwritable_cache_is_reported(store: Store, tmp_path: Path) -> None:

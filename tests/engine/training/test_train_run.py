@@ -15,6 +15,7 @@ from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
 from logitcask.engine.metrics.metrics import COMMON_METRICS
+from logitcask.engine.models.digests import read_json, write_json
 from logitcask.engine.models.forward import inner_model
 from logitcask.engine.models.identity import model_ref, read_metadata
 from logitcask.engine.models.load import load_student
@@ -257,9 +258,9 @@ def test_the_folder_of_a_loop_is_refused(case: tuple[Store, ModelRef], tmp_path:
     """Refuse a run.json without a snapshot: a loop samples its rounds during the run."""
     run(case, tmp_path)
     file = tmp_path / "run.json"
-    found = json.loads(file.read_text())
+    found = read_json(file, hint="")
     del found["pin"]
-    file.write_text(json.dumps({**found, "loop": {"rounds": 2}}))
+    write_json(file, {**found, "loop": {"rounds": 2}})
     with pytest.raises(IdentityError, match=r"holds a run with pin\.number = None, not 7"):
         run(case, tmp_path)
 
@@ -327,7 +328,7 @@ def test_a_checkpoint_of_another_plan_is_refused(
     with pytest.raises(Cancelled):
         run(case, tmp_path, progress=stop_at(3))
     metadata = tmp_path / "checkpoints" / "checkpoint-2" / "logitcask_checkpoint.json"
-    metadata.write_text(metadata.read_text().replace('"plan": "sha256:', '"plan": "sha256:0'))
+    write_json(metadata, {**read_json(metadata, hint=""), "plan": "sha256:0"})
     with pytest.raises(IdentityError, match=r"checkpoint-2 holds a run with plan"):
         run(case, tmp_path)
 
