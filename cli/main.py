@@ -3,12 +3,13 @@
 import importlib
 import sys
 import traceback
-from difflib import get_close_matches
 
 import rich_click as click
 from click.exceptions import Exit
 
+from logitcask.cli.options import flag_hint
 from logitcask.cli.output import visible
+from logitcask.engine.config.other_names import suggest
 from logitcask.engine.errors import LogitcaskError
 
 VERBS = (
@@ -16,6 +17,18 @@ VERBS = (
     *("store", "probe", "doctor", "demo", "bench"),
 )
 """In the order of the data. The module of a verb is cli/VERB.py, imported when it is used."""
+
+OTHER_VERBS = {
+    "rollout": "generate sample",
+    "score": "label logprobs teacher",
+    "train": "sft fit finetune",
+    "distill": "run loop",
+    "ablate": "sweep",
+    "store": "info ls show verify snapshot gc cache",
+    "probe": "eval evaluate metrics",
+    "doctor": "check",
+}
+"""Verb -> other words for it, and the commands below it."""
 
 EXIT_CODES = {
     0: "ok",
@@ -47,8 +60,9 @@ class Verbs(click.RichGroup):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the verb of `args`; raise UsageError with the nearest name."""
         if args[0] not in VERBS and args[0][0] != "-":
-            near = get_close_matches(args[0], VERBS, n=1, cutoff=0.0)[0]
-            raise click.UsageError(f"no verb {args[0]!r}; the nearest is {near!r}", ctx)
+            same = [verb for verb, others in OTHER_VERBS.items() if args[0] in others.split()]
+            hint = suggest(args[0], VERBS, same) or f"known: {', '.join(VERBS)}"
+            raise click.UsageError(f"no verb {args[0]!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -89,7 +103,11 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         path = context.command_path if context else "logitcask"
-        _print_error(error.format_message(), f"{path} --help")
+        cause, hint = error.format_message(), f"{path} --help"
+        if isinstance(error, click.NoSuchOption):
+            # Without click's own matches, which include bad ones.
+            cause, hint = error.message, "; ".join(filter(None, (flag_hint(error), hint)))
+        _print_error(cause, hint)
         return error.exit_code
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import rich_click as click
 from pydantic.fields import FieldInfo
 
+from logitcask.engine.config.other_names import keys_named, suggest
 from logitcask.engine.config.section import Section
 from logitcask.engine.config.toml import Job, validate
 
@@ -85,6 +86,15 @@ def _flag_of(key: str) -> str:
     # `rollout` has a flag --grader too, and both mean the same function.
     prefix = "eval-" if section == "eval" and name != "grader" else ""
     return "--" + FLAGS.get((section, name), prefix + name).replace("_", "-")
+
+
+def flag_hint(error: click.NoSuchOption) -> str:
+    """Return the flags that an unknown one may mean, as the text of a hint; empty without any."""
+    name = error.option_name
+    params = error.ctx.command.params if error.ctx else []
+    known: list[str] = [flag for each in params for flag in (*each.opts, *each.secondary_opts)]
+    same = [name.replace("_", "-").lower(), *map(_flag_of, keys_named(name.lstrip("-")))]
+    return suggest(name, known, same)
 
 
 format_option = click.option(

@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from logitcask.engine.ablate_table import (
 )
 from logitcask.engine.commands.resolve import snapshot_of
 from logitcask.engine.commands.train import check_train, held_out_set, run_train, scoring_seconds
+from logitcask.engine.config.other_names import keys_named, suggest
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import keys_of, parse_value, validate
 from logitcask.engine.config.training import Ablate
@@ -106,10 +106,12 @@ def full_key(key: str) -> str:
     if len(matches) == 1:
         return matches[0]
     spelled = {name.partition(".")[2]: name for name in known} | {name: name for name in known}
-    near = get_close_matches(key, spelled, n=1, cutoff=0.0)[0]
+    same = keys_named(key.rpartition(".")[2])
     raise ConfigError(
         f"--vary {key}: names no key of a training, or several",
-        hint=f"did you mean {spelled[near]}?",
+        hint=suggest(key, known, matches or same)
+        or suggest(key, spelled)
+        or f"known keys: {', '.join(known)}",
     )
 
 

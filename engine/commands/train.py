@@ -1,7 +1,6 @@
 """`logitcask train`: a student learns from stored scores."""
 
 import re
-from difflib import get_close_matches
 from typing import Any
 
 from logitcask.engine.commands.load_teacher import live_backend
@@ -17,6 +16,7 @@ from logitcask.engine.config.training import Eval, Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.objectives import PRESETS, Preset, parse_objective, warnings
+from logitcask.engine.objectives.parse import preset_hint
 from logitcask.engine.prompts.graders import open_grader
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.prompts.templates import Rendering
@@ -115,10 +115,8 @@ def find_objective(settings: Train) -> Preset:
     """Return the preset that [train] names; ConfigError names the nearest known one."""
     name = re.split(r"[(+]", settings.objective)[0].strip()
     if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         raise ConfigError(
-            f"--objective {settings.objective}: no preset of this name",
-            hint=f"the nearest is {near}; known: {', '.join(PRESETS)}",
+            f"--objective {settings.objective}: no preset of this name", hint=preset_hint(name)
         )
     return parse_objective(settings.objective, k=settings.loss_topk)
 

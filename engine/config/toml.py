@@ -5,12 +5,12 @@ nearest known one.
 import json
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from logitcask.engine.config.other_names import keys_named, suggest
 from logitcask.engine.config.section import Section
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.errors import ConfigError
@@ -37,11 +37,15 @@ def validate(
         if first["type"] == "extra_forbidden":
             known = list(keys_of(kind))
             # A key of a known section is misspelt itself, so its section is no suggestion.
-            section = key.rpartition(".")[0]
-            keys = [each for each in known if section and each.startswith(f"{section}.")] or known
-            near = get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+            section, _, name = key.rpartition(".")
+            keys = [each for each in known if section and each.startswith(f"{section}.")]
+            keys = keys or [each for each in known if "." not in each]
+            # One of the same section first, else any: `train.output_dir` is `run.out`.
+            same = [each for each in keys_named(name) if each in known]
+            same.sort(key=lambda each: each not in keys)
             raise ConfigError(
-                f"{source}: unknown key {key}", hint=f"the nearest known key is {near}"
+                f"{source}: unknown key {key}",
+                hint=suggest(key, [*keys, *same], same[:1]) or f"known keys: {', '.join(keys)}",
             ) from None
         if first["type"] == "missing":
             raise ConfigError(

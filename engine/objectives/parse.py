@@ -1,16 +1,30 @@
 """Parser of objectives: `NAME`, `NAME(k=32)`, `NAME+modifier(key=value)+...`."""
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
-from difflib import get_close_matches
+from itertools import chain
 from typing import Any
 
+from logitcask.engine.config.other_names import suggest
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.modifiers import MODIFIERS, Modifier
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import PRESETS, Preset
 
-_TERM = re.compile(r"(?P<name>[a-z0-9_]+)(?:\((?P<arguments>[^()]*)\))?")
+OTHER_NAMES: Mapping[tuple[str, ...], str] = {
+    ("opd", "sampled_token", "full_vocab"): "reverse_kl rkl reverse kl kl_divergence on_policy "
+    "on_policy_distillation minillm",
+    ("sampled_token",): "k1 policy_gradient reinforce importance_sampling tinker",
+    ("forward_kl",): "fkl kld kd forward kl_forward forward_kl_topk soft_labels cross_entropy ce "
+    "sft",
+    ("gkd",): "jsd js jensen_shannon generalized_jsd gjsd jsd_loss",
+    ("teacher_topk",): "topk top_k reverse_kl_topk",
+    ("rs_kd",): "random_sampling rskd",
+}
+"""Presets -> names of their loss in papers and other libraries."""
+
+_TERM = re.compile(r"(?P<name>[\w-]+)(?:\((?P<arguments>[^()]*)\))?")
 
 
 def parse_objective(text: str, *, k: int | None = None) -> Preset:
@@ -23,11 +37,7 @@ def parse_objective(text: str, *, k: int | None = None) -> Preset:
     head, *terms = text.replace(" ", "").split("+")
     name, values = _split(head, text)
     if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise ObjectiveError(
-            f"unknown objective {name!r}",
-            hint=f"the nearest is {near}; known: {', '.join(PRESETS)}",
-        )
+        raise ObjectiveError(f"unknown objective {name!r}", hint=preset_hint(name))
     preset = PRESETS[name]
     kinds = {"k": int, "parameter": float, "weights": str}
     changes = {key: _value(key, value, kinds, text) for key, value in values.items()}
@@ -43,6 +53,17 @@ def parse_objective(text: str, *, k: int | None = None) -> Preset:
     return replace(preset, name=text.replace(" ", ""), objective=objective)
 
 
+def preset_hint(name: str) -> str:
+    """Return the hint for an unknown objective: the presets that it may mean, and all."""
+    plain = name.lower().replace("-", "_")
+    found = (presets for presets, names in OTHER_NAMES.items() if plain in names.split())
+    return _list_after(suggest(name, PRESETS, [plain, *chain(*found)]), PRESETS)
+
+
+def _list_after(suggestion: str, known: Iterable[str]) -> str:
+    return f"{suggestion and f'{suggestion}; '}known: {', '.join(known)}"
+
+
 def _split(term: str, text: str) -> tuple[str, dict[str, str]]:
     found = _TERM.fullmatch(term)
     if found is None:
@@ -56,10 +77,9 @@ def _split(term: str, text: str) -> tuple[str, dict[str, str]]:
 
 def _modifier(name: str, values: dict[str, str], text: str) -> Modifier:
     if name not in MODIFIERS:
-        near = get_close_matches(name, MODIFIERS, n=1, cutoff=0.0)[0]
         raise ObjectiveError(
             f"objective {text!r}: unknown modifier {name!r}",
-            hint=f"the nearest is {near}; known: {', '.join(MODIFIERS)}",
+            hint=_list_after(suggest(name, MODIFIERS), MODIFIERS),
         )
     kind = MODIFIERS[name]
     kinds = {f.name: type(f.default) for f in fields(kind)}

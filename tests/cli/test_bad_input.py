@@ -26,9 +26,16 @@ class Case:
 
 
 USAGE = [
-    Case("verb", "rolout", 2, "no verb 'rolout'; the nearest is 'rollout'", "logitcask --help"),
+    Case("verb", "rolout", 2, "no verb 'rolout'; the nearest is rollout", "logitcask --help"),
     Case("verb of store", "store inf", 2, "inf", "logitcask store --help"),
     Case("flag", "score --modle x", 2, "No such option '--modle'", "logitcask score --help"),
+    Case("a similar flag", "score --modle x", 2, "--modle", "nearest is --model; logitcask score"),
+    Case("flag of TRL", "train --output-dir x", 2, "--output-dir", "--output-dir is --out here"),
+    Case("with _", "rollout --max_new_tokens 3", 2, "--max_new", "is --max-new-tokens here"),
+    Case("flag of vLLM", "rollout --max-tokens 3", 2, "-tokens", "is --max-new-tokens here"),
+    Case("flag of verl", "train --kl x", 2, "--kl", "--kl is --objective here"),
+    Case("verb of others", "generate", 2, "generate is rollout here", "logitcask --help"),
+    Case("no verb at all", "xyz", 2, "known: rollout, score, train", "logitcask --help"),
     Case("flag of all", "--nothing", 2, "--nothing", "logitcask --help"),
     Case("missing", "score --store x --teacher t", 2, "--model", "logitcask score --help"),
     Case("not a number", f"{ROLL} OUT --n x", 2, "'x' is not a valid integer", "rollout --help"),
@@ -65,6 +72,20 @@ CONFIGURATION = [
         2,
         "num_train_epoch",
         "num_train_epochs",
+    ),
+    Case(
+        "key of TRL",
+        "distill @d.toml --set train.output_dir=x",
+        2,
+        "unknown key train.output_dir",
+        "train.output_dir is run.out here",
+    ),
+    Case(
+        "no similar key",
+        "distill @d.toml --set train.zzz=1",
+        2,
+        "unknown key train.zzz",
+        "known keys: train.teacher, train.base",
     ),
     Case("section", "distill @d.toml --set trian.lr=1", 2, "unknown key trian", "train"),
     Case("rule", "distill @d.toml --set loop.rounds=0", 2, "loop.rounds = 0", "Rounds"),

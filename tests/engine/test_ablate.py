@@ -79,11 +79,11 @@ def test_every_combination_has_a_folder_and_its_own_config(
     [
         ([], "nothing is varied", "--vary"),
         (["k"], "not key=value", "--vary loss_topk=1,4,16"),
-        (["objectiv=opd"], "objectiv: names no key", "did you mean train.objective?"),
+        (["objectiv=opd"], "objectiv: names no key", "the nearest is train.objective"),
         (
             ["train.learning_rat=1"],
             "train.learning_rat: names no key",
-            "did you mean train.learning_rate?",
+            "the nearest is train.learning_rate",
         ),
         (["model=a,b", "seed=1,2"], "run.seed is the same in all runs", "--seeds"),
         (["eval.n=1,2"], "eval.n is the same in all runs", "another key"),
