@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -28,6 +28,9 @@ from logitcask.engine.errors import ModelError, PromptError
 from logitcask.engine.models.forward import select_rows
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import LENGTH, STOP, Prompt, Rollouts, SamplingParams
+
+BLOCK = 512
+"""Ids of a block in the search for a drawn id."""
 
 
 class Network(Protocol):
@@ -88,14 +91,34 @@ def distribution(sampling: SamplingParams) -> LogitsProcessorList:
 
 
 def draw(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw by the inverse CDF: logits [B, V], u [B] in [0, 1) -> ids [B], log-probs [B] float64."""
-    log_p = logits.double().log_softmax(-1)
-    p = log_p.exp()
-    # A parallel prefix sum may rise by an ulp where p is zero; such an id must not be drawn.
-    cdf = torch.where(p > 0, p.cumsum(-1), 0.0).cummax(-1).values
-    ids = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)
-    ids = ids.clamp(max=logits.shape[1] - 1)  # only for NaN, which the caller has rejected
-    return ids[:, 0], log_p.gather(1, ids)[:, 0]
+    """Draw by the inverse CDF: logits [B, V], u [B] in [0, 1) -> ids [B], log-probs [B].
+
+    First a block of BLOCK ids by the masses of all blocks, then an id in it: sums in float64, and
+    the whole vocabulary only in float32. Logits that are not finite give a log-prob that is not.
+    """
+    log_z = logits.logsumexp(-1, keepdim=True)
+    p = (logits - log_z).exp_()
+    blocks = nn.functional.pad(p, (0, -p.shape[1] % BLOCK)).view(len(p), -1, BLOCK)
+    mass = blocks.sum(-1, dtype=torch.float64)
+    target = u * mass.sum(-1)
+    block, before = _first_beyond(mass, target)
+    inside = blocks[torch.arange(len(p), device=p.device), block].double()
+    place, _ = _first_beyond(inside, target - before)
+    # Beyond the last id only for NaN, which the caller rejects.
+    ids = (block * BLOCK + place)[:, None].clamp(max=logits.shape[1] - 1)
+    return ids[:, 0], (logits.gather(1, ids) - log_z)[:, 0]
+
+
+def _first_beyond(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first index [B] at which the sum of mass [B, N] exceeds target [B], and the sum
+    before it; the last index with a mass where rounding leaves none.
+    """
+    total = mass.cumsum(-1)
+    # A parallel prefix sum may rise by an ulp where the mass is zero; such an id must not be drawn.
+    beyond = (total > target[:, None]) & (mass > 0)
+    last = mass.shape[1] - 1 - (mass > 0).flip(-1).int().argmax(-1)
+    index = torch.where(beyond.any(-1), beyond.int().argmax(-1), last)[:, None]
+    return index[:, 0], (total - mass).gather(1, index)[:, 0]
 
 
 @torch.no_grad()
@@ -138,13 +161,13 @@ def sample_batch(
         if past <= net.switch < end:
             cache, past = net.new_cache(), 0
         last = net.hidden(ids[:, past:end], mask[:, :end], positions[:, past:end], cache)[:, -1]
-        logits = net.logits(last)
-        check_finite(logits)
-        logits = steps(cast(torch.LongTensor, ids[:, :end]), logits)
+        logits = steps(cast(torch.LongTensor, ids[:, :end]), net.logits(last))
         if greedy:
-            token, lp = logits.argmax(-1), torch.zeros(len(row), device=net.device)
+            value, token = logits.max(-1)
+            lp = value - value
         else:
             token, lp = draw(logits, draws[row, t])
+        check_finite(lp)
         ids[:, end], past = token, end
         running = row[~done]
         tokens[running, t], b_lp[running, t] = token[~done], lp[~done].float()
@@ -199,9 +222,9 @@ def build_rollouts(
     )
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise ModelError for a row of logits without a finite maximum."""
-    if not logits.amax(-1).isfinite().all():
+def check_finite(lp: Tensor) -> None:
+    """Raise ModelError for log-probs [B] that are not finite, as those of logits that are not."""
+    if not lp.isfinite().all():
         raise ModelError(
             "the model's logits hold NaN or infinity",
             hint="try float32, or load the weights again: they may be damaged",

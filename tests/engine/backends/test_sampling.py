@@ -12,7 +12,17 @@ from torch import Tensor
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.sampling import distribution, draw, sample_batch, uniforms
 from logitcask.engine.errors import ModelError, PromptError
-from logitcask.engine.types import LENGTH, NO_DETAIL, STOP, Detail, Prompt, Rollouts, SamplingParams
+from logitcask.engine.types import (
+    LENGTH,
+    NO_DETAIL,
+    STOP,
+    Detail,
+    Prompt,
+    Rollouts,
+    SamplingParams,
+    ScoreParams,
+)
+from tests.engine.models.families import make_family
 from tests.engine.tiny import EOS, N_VOCAB, make_model, save_folder
 
 HOSTILE = {
@@ -118,7 +128,7 @@ def test_frequencies_follow_the_exact_distribution(params: dict[str, Any]) -> No
     kept = p > 0
     chi2 = ((counts - n * p)[kept] ** 2 / (n * p[kept])).sum()
     assert chi2 < 40
-    torch.testing.assert_close(lp, p[token].log(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(lp.double(), p[token].log(), atol=1e-6, rtol=0)
 
 
 def test_the_inverse_of_the_distribution_function_by_hand() -> None:
@@ -127,6 +137,25 @@ def test_the_inverse_of_the_distribution_function_by_hand() -> None:
     token, lp = draw(scores, u)
     assert token.tolist() == [0, 0, 2, 2, 3, 3]
     torch.testing.assert_close(lp.exp()[[0, 2, 4]], torch.tensor([0.25, 0.5, 0.25]).double())
+
+
+@pytest.mark.parametrize("vocabulary", [511, 512, 513, 1800])
+def test_ids_are_those_of_the_whole_sum_in_float64(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(400, vocabulary, generator=generator) * 3
+    logits[:, ::3] = -torch.inf
+    logits[:200, 512:] = -torch.inf
+    u = torch.rand(400, generator=generator, dtype=torch.float64)
+    u[::50], u[1::50] = 0.0, 1 - 2**-53
+    token, lp = draw(logits, u)
+    log_p = logits.double().log_softmax(1)
+    total = log_p.exp().cumsum(1)
+    at = torch.arange(400)
+    # A drawn id has mass, and u lies in its interval up to the rounding of float32.
+    assert bool((log_p[at, token] > -torch.inf).all())
+    assert float((total[at, token] - u).min()) > -1e-6
+    assert float((u - total[at, token] + log_p[at, token].exp()).min()) > -1e-6
+    torch.testing.assert_close(lp.double(), log_p[at, token], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("params", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS.keys())
@@ -282,3 +311,32 @@ def test_nan_logits_are_an_error() -> None:
     params = SamplingParams(max_new_tokens=2)
     with pytest.raises(ModelError, match="NaN or infinity"):
         sample_batch(Broken(), [(1,)], torch.rand(1, 2, dtype=torch.float64), params, (0,))
+
+
+@pytest.mark.parametrize("name", ["LongRoPE", "linear attention", "state space", "sinks"])
+def test_log_probs_of_other_architectures_are_those_of_each_prefix(
+    name: str, tmp_path: Path
+) -> None:
+    network = make_family(name)
+    stops = tuple(range(60, 64))  # half of the responses end early
+    ours = HF(tmp_path, n_vocab=N_VOCAB, stop_ids=stops, network=network)
+    rolled = generate(ours, prompts("a", "bc", "x" * 36, "y" * 36, "z" * 60), n=3)
+    assert 1 < rolled.lengths().min() + 1 < rolled.lengths().max() == 24
+    scored = ours.score(rolled, ScoreParams(at_student=False))
+    for i in range(0, len(rolled.seq_prompt), 2):
+        prompt = rolled.prompts[int(rolled.seq_prompt[i])].token_ids
+        start, end = map(int, rolled.seq_off[i : i + 2])
+        for row in {start, (start + end) // 2, end - 1}:
+            ids = torch.tensor([[*prompt, *rolled.tokens[start:row].tolist()]])
+            with torch.no_grad():
+                exact = network(input_ids=ids).logits[0, -1].log_softmax(-1)
+            expected = float(exact[int(rolled.tokens[row])])
+            assert rolled.b_lp[row] == pytest.approx(expected, abs=1e-4)
+            assert scored.lp[row] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_whose_cache_is_wrong_is_refused_before_sampling(tmp_path: Path) -> None:
+    network = make_family("states of its own")
+    ours = HF(tmp_path, n_vocab=N_VOCAB, stop_ids=(EOS,), network=network)
+    with pytest.raises(ModelError, match="not right in sampling: cached sampling gives"):
+        generate(ours)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.errors import ConfigError, GraderError, IdentityError
+from logitcask.engine.errors import ConfigError, GraderError, IdentityError, ModelError
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.rollout.plan import RolloutReport, rollout
 from logitcask.engine.rollout.unit import (
     UNIT_POSITIONS,
     RolloutRequest,
+    check_behaviour,
     draw,
     mc_params,
     prompt_set_digest,
@@ -355,3 +356,45 @@ def test_a_failure_of_the_scorer_commits_nothing(tmp_path: Path, hf: HF, model: 
     with pytest.raises(MemoryError):
         run(tmp_path / "s", hf, model, sampler=FailingSampler(hf), scorer=FailingScorer())
     assert contents(tmp_path / "s") == []
+
+
+class Shifted(FailingSampler):
+    """A sampler whose log-probs are `shift` nats off."""
+
+    shift = 0.0
+
+    def generate(self, prompts: Sequence[Prompt], *args: Any, **keys: Any) -> Rollouts:
+        rolled = super().generate(prompts, *args, **keys)
+        return dataclasses.replace(rolled, b_lp=rolled.b_lp - np.float32(self.shift))
+
+
+def test_a_sampler_of_another_distribution_commits_nothing(
+    tmp_path: Path, hf: HF, model: ModelRef
+) -> None:
+    shifted = Shifted(hf)
+    shifted.shift = 2e-3
+    with pytest.raises(ModelError, match=r"difference of \d+ log-probs is 0\.002 nats"):
+        run(tmp_path / "s", hf, model, sampler=shifted, scorer=hf)
+    assert contents(tmp_path / "s") == []
+    shifted.shift = 1e-4
+    run(tmp_path / "s", hf, model, sampler=shifted, scorer=hf)
+    assert len(contents(tmp_path / "s")) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "shift", "fits"), [(1, 0.9, True), (400, 0.1, True), (400, 0.2, False)]
+)
+def test_half_precision_is_compared_by_its_mean(count: int, shift: float, fits: bool) -> None:
+    student = np.full(count, -2.0, np.float32)
+    if fits:
+        check_behaviour(student - np.float32(shift), student, "bfloat16")
+    else:
+        with pytest.raises(ModelError, match="the mean difference of 400 log-probs is 0.2 nats"):
+            check_behaviour(student - np.float32(shift), student, "bfloat16")
+
+
+def test_a_log_prob_that_is_no_number_is_refused() -> None:
+    lp = np.array([-1.0, np.nan], np.float32)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(ModelError):
+            check_behaviour(lp, np.zeros(2, np.float32), dtype)
