@@ -5,6 +5,7 @@ A line is {"id": "...", "prompt": "..."} or {"id": "...", "messages": [{"role": 
 trusted: lines are bounded, and each error names file, line, field, value, rule and fix.
 """
 
+import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -53,6 +54,7 @@ def load_tokenizer(path: Path) -> Any:
             f"{path} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there",
             hint="save the tokenizer in the same folder: tokenizer.save_pretrained(folder)",
         )
+    _check_own_files(path)
     from transformers import AutoTokenizer
 
     try:
@@ -65,6 +67,21 @@ def load_tokenizer(path: Path) -> Any:
             f"the tokenizer in {path} cannot be loaded: {type(error).__name__}: {error}",
             hint="save it again with tokenizer.save_pretrained(folder), as one without own code",
         ) from error
+
+
+def _check_own_files(path: Path) -> None:
+    """Raise ModelError for a tokenizer whose configuration names a file of another folder."""
+    try:
+        config = json.loads((path / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # transformers reads it too, and raises
+    names = config.get("fast_tokenizer_files") if isinstance(config, dict) else None
+    for name in names if isinstance(names, list) else []:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(
+                f"{path / 'tokenizer_config.json'} names {name!r}, which is no file of its folder",
+                hint="save it again with tokenizer.save_pretrained(folder)",
+            )
 
 
 def chat_template_for(file: Path | str, tokenizer: Any, requested: bool | None) -> bool:

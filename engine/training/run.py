@@ -28,6 +28,7 @@ from logitcask.engine.training.evaluation import EvalCallback, EvalPlan
 from logitcask.engine.training.held_out import HeldOut
 from logitcask.engine.training.processes import gathered
 from logitcask.engine.training.run_dir import (
+    CHECKPOINTS,
     METRICS,
     RUN,
     MetricsFile,
@@ -62,6 +63,8 @@ class TrainReport:
     """Of the training, with its evaluations, and in a loop with its rollouts and scores."""
     peak_memory_bytes: Mapping[str, int]
     """As of `events.peak_memory`."""
+    checkpoints_bytes: int
+    """Size of the checkpoints, which may be deleted now: they would only repair the result."""
     exactness: ExactnessReport
     last: Mapping[str, Any]
     """Line of metrics.jsonl of the last update."""
@@ -266,6 +269,9 @@ def run_training(
         positions=metrics.positions,
         positions_per_second=metrics.positions / max(metrics.last.get("progress/seconds", 0), 1e-9),
         peak_memory_bytes=peak_memory(),
+        checkpoints_bytes=sum(
+            file.stat().st_size for file in (run_dir.out / CHECKPOINTS).rglob("*") if file.is_file()
+        ),
         exactness=spec.exactness,
         last=metrics.last,
         evaluations=tuple(metrics.evaluations),

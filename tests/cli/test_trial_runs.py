@@ -47,3 +47,4 @@ def test_results_show_rate_and_memory(world: World, call: Any) -> None:
     name, number, unit = shown["peak_memory"][:3]
     assert (name, unit) in {("process", "MiB"), ("process", "GiB")}
     assert float(number) > 0
+    assert float(shown["checkpoints"][0]) > 0

@@ -187,6 +187,16 @@ def test_a_tokenizer_comes_back_from_its_folder_or_is_named(tmp_path: Path) -> N
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../other/tokenizer.4.0.0.json", "/x/tokenizer.4.json", 7])
+def test_a_tokenizer_is_of_its_own_folder(tmp_path: Path, name: object) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["fast_tokenizer_files"] = [name]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no file of its folder"):
+        load_tokenizer(tmp_path)
+
+
 def test_code_in_a_tokenizer_folder_is_not_run(tmp_path: Path) -> None:
     TOKENIZER.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
