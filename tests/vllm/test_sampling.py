@@ -42,6 +42,22 @@ def exact_logprobs(hf: HF, rolled: Rollouts, sampling: SamplingParams) -> Array:
     return lp
 
 
+def test_progress_counts_finished_sequences(vllm: VLLM) -> None:
+    seen: list[tuple[int, int]] = []
+    vllm.generate(
+        PROMPTS,
+        SamplingParams(n=2, max_new_tokens=12),
+        seed=0,
+        version=0,
+        progress=lambda _, done, total, *__: seen.append((done, total)),
+    )
+    assert seen == sorted(seen)
+    assert {total for _, total in seen} == {6}
+    assert seen[0] == (0, 6)
+    assert seen[-1] == (6, 6)
+    assert len(set(seen)) > 2, "within the batch too"
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

@@ -10,14 +10,13 @@ from hidden states (backends.vllm.hidden), as a student's own scores require.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import pick_device, pick_dtype
-from logitcask.engine.backends.returned import ResponseAssembler, ReturnedTopK, reject_answer
-from logitcask.engine.backends.sampling import Response, build_rollouts, check_room, sequence_seed
+from logitcask.engine.backends.returned import ResponseAssembler, ReturnedTopK
+from logitcask.engine.backends.sampling import build_rollouts, check_room, sequence_seed
 from logitcask.engine.backends.scoring import budget_batches, resolve_extra_ids, score_rollouts
 from logitcask.engine.backends.vllm.engine import (
     NO_ID,
@@ -29,8 +28,9 @@ from logitcask.engine.backends.vllm.engine import (
     probe_ids,
 )
 from logitcask.engine.backends.vllm.hidden import Hidden
+from logitcask.engine.backends.vllm.sampling import check_supported, engine_params, response_of
 from logitcask.engine.errors import ConfigError, IdentityError
-from logitcask.engine.models.identity import context_length, from_config, read_config
+from logitcask.engine.models.identity import context_length
 from logitcask.engine.models.load import load_model
 from logitcask.engine.types import (
     BATCH_TOKENS,
@@ -46,12 +46,8 @@ from logitcask.engine.types import (
     no_progress,
 )
 
-COLDEST = 0.01
-"""The lowest temperature above 0 of vLLM; it raises lower ones to this."""
 RETURNED = "told log-probs"
 """Scoring by returned log-probs, as written in the provenance of stored segments."""
-MOST_BANNED = 1024
-"""Maximum number of ids that vLLM can exclude from sampling."""
 
 
 class VLLM:
@@ -150,7 +146,7 @@ class VLLM:
         engine = self.engine("sample")
         check_room(prompts, sampling.max_new_tokens, engine.context)
         of = [m for m in range(len(prompts)) for _ in range(sampling.n)]
-        common = self._sampling(sampling)
+        common = engine_params(sampling, self.path, self.n_vocab, self.stop_ids)
         params = [
             common
             | {
@@ -160,51 +156,19 @@ class VLLM:
             for i, m in enumerate(of)
         ]
         progress("rollout", 0, len(of))
-        outs = engine.sample([prompts[m].token_ids for m in of], params)
-        progress("rollout", len(of), len(of))
+        outs = engine.sample(
+            [prompts[m].token_ids for m in of],
+            params,
+            lambda finished: progress("rollout", finished, len(of)),
+        )
         greedy = sampling.temperature == 0.0
-        responses = [self._response(out.outputs[0], sampling, greedy) for out in outs]
+        responses = [
+            response_of(
+                out.outputs[0], sampling, self.stop_ids, n_vocab=self.n_vocab, greedy=greedy
+            )
+            for out in outs
+        ]
         return build_rollouts(prompts, of, responses, version)
-
-    def _sampling(self, sampling: SamplingParams) -> dict[str, Any]:
-        """Return every sampling field explicitly, so that no default of vLLM applies."""
-        params: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "max_tokens": sampling.max_new_tokens,
-            "min_tokens": 0,
-            "stop_token_ids": list(self.stop_ids),
-            "ignore_eos": True,
-        }
-        # The ids of a padded head are excluded by a logit bias of -inf.
-        rows = from_config(read_config(self.path), "vocab_size")
-        banned = range(self.n_vocab, rows if isinstance(rows, int) else self.n_vocab)
-        if len(banned) > MOST_BANNED:
-            raise ConfigError(
-                f"the head of {self.path} has {len(banned)} ids that its tokenizer lacks, and "
-                f"vLLM can exclude {MOST_BANNED}",
-                hint="roll out with the backend hf, or cut the head to the tokenizer's ids",
-            )
-        return params | ({"logit_bias": dict.fromkeys(banned, float("-inf"))} if banned else {})
-
-    def _response(self, out: Any, sampling: SamplingParams, greedy: bool) -> Response:
-        ids = list(out.token_ids)
-        stopped = bool(ids) and ids[-1] in self.stop_ids
-        complete = stopped or len(ids) == sampling.max_new_tokens
-        if not complete or out.logprobs is None or list(out.logprobs.token_ids[: len(ids)]) != ids:
-            reject_answer(
-                f"{len(ids)} tokens with finish reason {out.finish_reason!r}, "
-                "or no log-probs of them"
-            )
-        lp = [0.0] * len(ids) if greedy else list(out.logprobs.logprobs)
-        if max(ids) >= self.n_vocab or not all(-np.inf < x <= 1e-3 for x in lp):
-            reject_answer(f"a sampled id of {max(ids)} and log-probs from {min(lp)} to {max(lp)}")
-        return Response(ids, [min(x, 0.0) for x in lp], stopped)
 
     def score(
         self,
@@ -346,21 +310,6 @@ def reloads_in_place(device: torch.device) -> bool:
     old. A new engine takes two seconds.
     """
     return device.type != "cpu"
-
-
-def check_supported(sampling: SamplingParams) -> None:
-    """Raise ConfigError for parameters that vLLM applies differently from SamplingParams."""
-    if 0.0 < sampling.temperature < COLDEST:
-        raise ConfigError(
-            f"temperature={sampling.temperature}, and vLLM samples at {COLDEST} or more, or at 0",
-            hint=f"set it to 0 or to at least {COLDEST}, or use the backend hf",
-        )
-    if sampling.temperature > 0.0 and sampling.min_p > 0.0 and sampling.top_p < 1.0:
-        raise ConfigError(
-            f"min_p={sampling.min_p} and top_p={sampling.top_p}: vLLM applies min-p first, and "
-            "the other backends top-p",
-            hint="set one of them, or use the backend hf",
-        )
 
 
 def to_matrix(lists: IdLists) -> Array:

@@ -8,9 +8,10 @@ An engine runs in its own process, the default of vLLM. With VLLM_ENABLE_V1_MULT
 runs in this one, and closing the first engine destroys torch's process groups for the others.
 """
 
+import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -106,9 +107,18 @@ class Engine:
         """End the engine's process."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def sample(self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]]) -> Any:
-        """Sample one response to each prompt; return vLLM's outputs in order."""
-        return self._generate(prompts, params, n=1, logprobs=0, skip_special_tokens=False)
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[dict[str, Any]],
+        on_finished: Callable[[int], None] = lambda count: None,
+    ) -> Any:
+        """Sample one response to each prompt; return vLLM's outputs in order.
+
+        on_finished: called with the number of finished responses.
+        """
+        common = {"n": 1, "logprobs": 0, "skip_special_tokens": False}
+        return self._generate(prompts, params, _counter(on_finished), **common)
 
     def prompt_logprobs(
         self, sequences: Sequence[Sequence[int]], k: int, extra_ids: Sequence[Array | None]
@@ -167,7 +177,11 @@ class Engine:
         self.llm.reset_prefix_cache()
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[dict[str, Any]], **common: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[dict[str, Any]],
+        bar: Any = False,
+        **common: Any,
     ) -> Any:
         import vllm
 
@@ -176,7 +190,27 @@ class Engine:
             for each in params
         ]
         inputs = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        return self.llm.generate(inputs, sampling, use_tqdm=False)
+        return self.llm.generate(inputs, sampling, use_tqdm=bar)
+
+
+def _counter(on_finished: Callable[[int], None]) -> Any:
+    """Return a progress bar that vLLM accepts, which counts finished requests and prints nothing.
+
+    It is the only sign of a running batch that vLLM gives.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    class Counter(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **keys: Any) -> None:
+            super().__init__(*args, **keys | {"file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> Any:
+            shown = super().update(n)
+            if self.iterable is None:  # not the bar of requests that are added
+                on_finished(int(self.n))
+            return shown
+
+    return Counter
 
 
 def probe_ids(n_vocab: int, context: int) -> list[int]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from logitcask.engine.backends.base import open_backend
-from logitcask.engine.backends.vllm.backend import check_supported, to_matrix, valid_mask
+from logitcask.engine.backends.vllm.backend import to_matrix, valid_mask
 from logitcask.engine.backends.vllm.hidden import read_head
+from logitcask.engine.backends.vllm.sampling import check_supported
 from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.types import IdLists, Prompt, SamplingParams
