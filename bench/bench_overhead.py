@@ -1,0 +1,274 @@
+"""Rollout, score and training beside plain transformers: ratios of CPU seconds of the same work.
+
+Run: .venv/bin/python bench/bench_overhead.py [--model FOLDER] [--rounds N]
+
+    rollout   `rollout`, from prompts to a committed segment with the student's top 16, over
+              generate() at temperature 1 alone, and over generate() and one forward pass over the
+              responses for the same scores
+    score     `score`, from stored rollouts to a committed segment, over a plain forward pass
+              of the same batches with log_softmax, topk and entropy
+    train     updates of DistillTrainer on the store, objective overlap, over a loop of the same
+              packs with the whole log_softmax, AdamW and clipping
+
+Each figure is the median of the CPU seconds of this process in interleaved rounds, one thread.
+Without --model the student is a random Qwen3 of 4 layers, width 896 and 151,936 ids, the vocabulary
+of the Qwen family; the teacher is the same model. Loading and the check of the model are a
+figure of their own. A row is appended to bench/results/overhead.jsonl.
+"""
+
+import itertools
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import results
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from logitcask.engine.backends.hf import HF
+from logitcask.engine.backends.scoring import budget_batches, pieces_of, response_rows
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Train
+from logitcask.engine.models.forward import NEVER
+from logitcask.engine.models.identity import model_ref
+from logitcask.engine.models.load import load_student
+from logitcask.engine.objectives import parse_objective
+from logitcask.engine.objectives.bounds import NO_BOUNDS
+from logitcask.engine.packing.batches import PlannedPacks
+from logitcask.engine.packing.source import PackSource
+from logitcask.engine.rollout.plan import rollout
+from logitcask.engine.rollout.unit import RolloutRequest
+from logitcask.engine.score.plan import score
+from logitcask.engine.score.unit import ScoreRequest
+from logitcask.engine.store import open_store
+from logitcask.engine.training.run_dir import METRICS, MetricsFile
+from logitcask.engine.training.settings import training_arguments
+from logitcask.engine.training.trainer import DistillTrainer
+from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, no_progress
+
+VOCAB, WIDTH, LAYERS = 151_936, 896, 4
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 24, 24, 32
+PACK_LENGTH, UPDATES = 512, 3
+"""Tokens of a pack; updates of a round of training."""
+SAMPLING = SamplingParams(n=1, max_new_tokens=NEW_TOKENS)
+PLAIN_ROWS = 256
+"""Rows of logits at once in the plain ways, as many as here."""
+K_STUDENT, K_TEACHER = 16, 64
+PACKAGES = ("torch", "transformers")
+
+
+def save_model(folder: Path) -> None:
+    """Save a random Qwen3 whose distributions are neither flat nor certain."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=4864,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
+
+
+def plain_generate(model: Any, prompts: list[Prompt]) -> None:
+    ids = torch.tensor([p.token_ids for p in prompts])
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+    )
+
+
+@torch.no_grad()
+def plain_scores(model: Any, rollouts: Rollouts, k: int, at: Any = None) -> None:
+    """Compute log-prob of each token, top k, entropy, tail, and log-probs at other ids."""
+    pieces = pieces_of(rollouts, NEVER)
+    for batch in budget_batches([piece.length for piece in pieces], 16384):
+        ids, mask, places, rows = response_rows(rollouts, [pieces[i] for i in batch])
+        hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1)[torch.from_numpy(places)]
+        for start in range(0, len(rows), PLAIN_ROWS):
+            part = slice(start, start + PLAIN_ROWS)
+            lp = model.lm_head(hidden[part]).float().log_softmax(-1)
+            token = torch.from_numpy(rollouts.tokens[rows[part]].astype(np.int64))
+            lp.gather(1, token[:, None])
+            mass = lp.topk(k).values.exp().cumsum(1)
+            torch.log1p(-mass[:, -1].clamp(max=1 - 1e-7))
+            (lp.exp() * lp).sum(-1)
+            if at is not None:
+                lp.gather(1, torch.from_numpy(at[rows[part]]))
+
+
+def plain_training(model: Any, packs: PlannedPacks) -> None:
+    """Train on the same packs: reverse KL on stored ids of both lists, renormalised."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    for index in range(UPDATES):
+        pack = packs.pack(index)
+        states = model.model(
+            input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False
+        ).last_hidden_state[0, pack.predict_at]
+        lp = model.lm_head(states).float().log_softmax(-1)
+        p = lp.gather(1, pack.targets.ids[:, :K_STUDENT].clamp(min=0)).log_softmax(-1)
+        loss = (p.exp() * (p - p.detach())).sum(-1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def cpu_seconds(run: Callable[[], Any]) -> float:
+    begun = time.process_time()
+    run()
+    return time.process_time() - begun
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return the median CPU seconds of each run, one warm-up round left out."""
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = cpu_seconds(run)
+            if number:
+                took[name].append(seconds)
+    return {name: statistics.median(values) for name, values in took.items()}
+
+
+def measure(folder: Path, work: Path, rounds: int) -> results.Row:
+    """Return the row of one model."""
+    ref = model_ref(str(folder), chat_template=False)
+    begun = time.process_time()
+    hf = HF(ref, device="cpu", dtype="float32", stop_ids=())
+    load_s = time.process_time() - begun
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, ref.n_vocab, (PROMPTS, PROMPT_TOKENS), generator=generator)
+    prompts = [Prompt(id=str(i), token_ids=tuple(r.tolist())) for i, r in enumerate(rows)]
+    places = (work / f"store-{number}" for number in itertools.count())
+
+    def rolled() -> Any:
+        store = open_store(str(next(places)), create=True)
+        rollout(
+            RolloutRequest(store=store, model=ref, sampler=hf, prompts=prompts, sampling=SAMPLING)
+        )
+        return store
+
+    first = rolled()
+    rollouts = first.read_rollouts(first.head().rollouts("main")[0])
+    at = rollouts.student.ids.reshape(-1, K_STUDENT).astype(np.int64)
+
+    def scored() -> Any:
+        place = next(places)
+        shutil.copytree(work / "store-0", place)
+        store = open_store(str(place))
+        score(ScoreRequest(store=store, model=ref, scorer=hf, teacher_name="t"))
+        return store
+
+    def both() -> None:
+        plain_generate(hf.model, prompts)
+        plain_scores(hf.model, rollouts, K_STUDENT)
+
+    found = interleaved(
+        {
+            "rollout": rolled,
+            "generate": lambda: plain_generate(hf.model, prompts),
+            "generate and forward": both,
+            "score": scored,
+            "plain score": lambda: plain_scores(hf.model, rollouts, K_TEACHER, at),
+        },
+        rounds,
+    )
+    store = scored()
+    found |= training(store, ref, work, rounds)
+    ratios = {
+        "rollout over generate": found["rollout"] / found["generate"],
+        "rollout over generate and forward": found["rollout"] / found["generate and forward"],
+        "score over plain": found["score"] / found["plain score"],
+        "train over plain": found["train"] / found["plain train"],
+    }
+    return {
+        **results.environment(*PACKAGES),
+        "n_vocab": ref.n_vocab,
+        "positions": rollouts.positions,
+        "ratios": {name: round(value, 3) for name, value in ratios.items()},
+        "cpu_seconds": {name: round(value, 2) for name, value in found.items()},
+        "load_and_check_s": round(load_s, 2),
+    }
+
+
+def training(store: Any, ref: ModelRef, work: Path, rounds: int) -> dict[str, float]:
+    """Return the CPU seconds of UPDATES updates both ways."""
+    source = PackSource(store, store.head(), "main", "t")
+    plan = source.plan(seed=0, epochs=UPDATES, pack_length=PACK_LENGTH)
+    settings = Train(learning_rate=1e-6, save_steps=10**6, pack_length=PACK_LENGTH)
+    student = load_student(ref)
+    places = (work / f"run-{number}" for number in itertools.count())
+
+    def ours() -> None:
+        out = next(places)
+        out.mkdir()
+        args = training_arguments(settings, Run(out=out, device="cpu"))
+        args.save_strategy = "no"
+        DistillTrainer(
+            student,
+            args,
+            packs=PlannedPacks(plan, source),
+            updates=UPDATES,
+            objective=parse_objective("overlap").objective,
+            n_vocab=ref.n_vocab,
+            metrics_fraction=settings.metrics_fraction,
+            aggregation=settings.aggregation,
+            dropout=settings.dropout,
+            bounds=NO_BOUNDS,
+            version=0,
+            same_base_weights=True,
+            metrics=MetricsFile(out / METRICS, ""),
+            resume_metadata={},
+            progress=no_progress,
+        ).train()
+
+    packs = PlannedPacks(plan, source)
+    return interleaved(
+        {"train": ours, "plain train": lambda: plain_training(student, packs)}, rounds
+    )
+
+
+def main() -> None:
+    """Measure the three stages and append their row."""
+    parser = results.option_parser(__doc__ or "", "overhead")
+    parser.add_argument("--model", type=Path, help="Folder of a model to use instead.")
+    parser.add_argument("--rounds", type=int, default=3, help="Rounds after the warm-up.")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        if options.model is None:
+            save_model(work / "model")
+        row = measure(options.model or work / "model", work, options.rounds)
+    print(row)
+    results.append(options.out, row)
+
+
+if __name__ == "__main__":
+    main()
