@@ -1,6 +1,8 @@
 """The command `logitcask`: its verbs, its error messages and its exit codes."""
 
 import importlib
+import logging
+import re
 import sys
 import traceback
 
@@ -8,7 +10,7 @@ import rich_click as click
 from click.exceptions import Exit
 
 from logitcask.cli.options import flag_hint
-from logitcask.cli.output import visible
+from logitcask.cli.output import visible, visible_lines
 from logitcask.engine.config.other_names import suggest
 from logitcask.engine.errors import LogitcaskError
 
@@ -80,18 +82,23 @@ def cli(debug: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb as the process's entry point, and exit with its code."""
+    # Libraries log and warn on stderr, with names from files and servers.
+    logging.setLogRecordFactory(_VisibleRecord)
+    logging.captureWarnings(True)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+class _VisibleRecord(logging.LogRecord):
+    """A log record whose message is safe for a terminal."""
+
+    def getMessage(self) -> str:
+        return visible_lines(super().getMessage())
 
 
 def run(arguments: list[str]) -> int:
     """Run `logitcask ARGUMENTS` and return its exit code; messages go to stderr."""
     try:
         cli.main(args=arguments, prog_name="logitcask", standalone_mode=False)
-    except LogitcaskError as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        _print_error(error.cause, error.hint)
-        return error.exit_code
     except Exit as end:
         return end.exit_code
     except SystemExit as end:
@@ -109,7 +116,46 @@ def run(arguments: list[str]) -> int:
             cause, hint = error.message, "; ".join(filter(None, (flag_hint(error), hint)))
         _print_error(cause, hint)
         return error.exit_code
+    except Exception as error:
+        message = _message(error)
+        if "--debug" in arguments or message is None:
+            click.echo(visible_lines(traceback.format_exc()), err=True)
+        if message is None:
+            click.echo(BUG, err=True)
+        else:
+            _print_error(*message)
+        return error.exit_code if isinstance(error, LogitcaskError) else 1
     return 0
+
+
+BUG = (
+    "bug: this error should have had a message; report the lines above with the command and the "
+    "output of `pip freeze`. Committed units stay."
+)
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
+
+def _message(error: Exception) -> tuple[str, str] | None:
+    """Return (cause, hint) of an error; None for one that only a programmer can mend."""
+    if isinstance(error, LogitcaskError):
+        return error.cause, error.hint
+    text = next(iter(str(error).splitlines()), "")
+    # torch's own error for a GPU is a RuntimeError, and for a CPU nothing but its text.
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(text)
+    ):
+        return (
+            f"out of memory: {text or 'the system gave no more'}",
+            "give smaller --batch-tokens or --pack-length, a smaller model, or more memory",
+        )
+    if isinstance(error, OSError):
+        from logitcask.engine.store.storage.local import DISK_HINTS
+
+        cause = error.strerror or f"{type(error).__name__}: {text}"
+        place = f"{error.filename}: " if error.filename else ""
+        hint = "check that path, its disk and the network; --debug shows the place in the program"
+        return f"{place}{cause}", DISK_HINTS.get(error.errno or 0, hint)
+    return None
 
 
 def _print_error(cause: str, hint: str) -> None:

@@ -21,7 +21,7 @@ REPEATED = ("layout", "request", "profile", "mean_reward")
 
 def print_event(line: str) -> None:
     """Print a line of a running stage to stderr."""
-    click.echo(line, err=True)
+    click.echo(visible_lines(line), err=True)
 
 
 def print_result(result: Any, form: str) -> None:
@@ -112,6 +112,11 @@ def size(count: int) -> str:
 def visible(text: str) -> str:
     """Return the text with control characters as escapes, safe for a terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def visible_lines(text: str) -> str:
+    """Return the text with each of its lines made visible."""
+    return "\n".join(visible(line) for line in text.splitlines())
 
 
 def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

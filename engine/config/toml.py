@@ -3,6 +3,7 @@ nearest known one.
 """
 
 import json
+import reprlib
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -53,9 +54,21 @@ def validate(
             ) from None
         rule = _RULES.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"{source}: {spell(key)} = {first['input']!r}: {rule}",
+            f"{source}: {spell(key)} = {_shown(first['input'])}: {rule}",
             hint=f"{spell(key)}: {_describe(kind, first['loc'])}",
         ) from None
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def _shown(value: Any) -> str:
+    """Format a value of any size and depth."""
+    try:
+        return _REPR.repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes
+        return f"a value of type {type(value).__name__}"
 
 
 _RULES = {
@@ -79,7 +92,8 @@ def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
         raise ConfigError(
             f"{path}: {error.strerror}", hint="give the path of a TOML file"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # Also bytes that are not UTF-8, and numbers and nesting beyond what Python reads.
         raise ConfigError(f"{path}: not TOML: {error}", hint="repair the file there") from error
     for text in overrides:
         _override(values, text)
@@ -87,9 +101,9 @@ def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
 
 
 def to_toml(config: Section) -> str:
-    """Return the resolved configuration as TOML that `read_toml` reads back to the same."""
+    """Return the configuration as TOML that `read_toml` reads from any folder to the same."""
     lines: list[str] = []
-    for section, content in config.model_dump(mode="json").items():
+    for section, content in _resolved(config, Path.cwd()).model_dump(mode="json").items():
         lines.append(f"[{section}]")
         # JSON's strings, numbers and booleans are TOML's too; a key without a value is left out.
         lines += [f"{k} = {json.dumps(v)}" for k, v in content.items() if v is not None]
@@ -113,41 +127,34 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a value as TOML does; a bare word or path is text."""
+    """Parse a value as TOML does; a bare word or path is text, and so is what Python cannot read."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text.strip()
 
 
+_MODELS = ("model", "tokenizer", "student_tokenizer")
+_STORES = (("store", "url"), ("eval", "store"))
+
+
 def _resolved(config: Job, base: Path) -> Job:
-    def under(path: Path) -> Path:
-        return path if path.is_absolute() else base / path
-
-    def folder(name: str) -> str:
-        # A hub id and a relative folder look alike: it is a folder if there is one.
-        return str(base / name) if name and (base / name).is_dir() else name
-
-    def store(url: str) -> str:
-        return url if "://" in url else str(under(Path(url)))
-
-    places: dict[tuple[str, str], Callable[[Any], Any]] = {
-        ("student", "model"): folder,
-        ("teacher", "model"): folder,
-        ("teacher", "tokenizer"): folder,
-        ("teacher", "student_tokenizer"): folder,
-        ("teacher", "api_key_file"): under,
-        ("prompts", "file"): under,
-        ("store", "url"): store,
-        ("eval", "prompts"): under,
-        ("eval", "store"): store,
-        ("run", "out"): under,
-    }
-    update: dict[str, Any] = {}
-    for (name, key), place in places.items():
-        section = update.get(name, getattr(config, name, None))
-        if section is not None and getattr(section, key) is not None:
-            update[name] = section.model_copy(update={key: place(getattr(section, key))})
+    """Return the configuration with `base` before its relative paths."""
+    update = {}
+    for name in type(config).model_fields:
+        section: Section = getattr(config, name)
+        changed: dict[str, Any] = {}
+        for key, value in section:
+            if isinstance(value, Path):
+                changed[key] = base / value
+            elif not isinstance(value, str) or not value:
+                continue
+            # A hub id and a relative folder look alike: it is a folder if there is one.
+            elif (key in _MODELS and (base / value).is_dir()) or (
+                (name, key) in _STORES and "://" not in value
+            ):
+                changed[key] = str(base / value)
+        update[name] = section.model_copy(update=changed)
     return config.model_copy(update=update)
 
 

@@ -1,12 +1,13 @@
 """Flags are configuration fields: same name, same default, same rule."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from logitcask.cli.options import config_from_flags
 from logitcask.engine.config.sections import RolloutConfig, RunConfig, ScoreConfig, TrainConfig
-from logitcask.engine.config.toml import read_toml, to_toml, validate
+from logitcask.engine.config.toml import read_job, read_toml, to_toml, validate
 from logitcask.engine.errors import ConfigError
 
 MINIMAL = """
@@ -122,6 +123,49 @@ def test_a_malformed_override_is_reported_with_the_syntax(tmp_path, text: str) -
 def test_a_missing_file_is_reported(tmp_path) -> None:
     with pytest.raises(ConfigError, match="nothing.toml"):
         read_toml(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = " + "[" * 5_000,
+        "[train]\nlearning_rate = " + "9" * 5_000,
+        "[train]\nlearning_rate = 0x" + "f" * 50_000,
+        "[train]\nlearning_rate." + ".".join("a" * 3_000) + " = 1",
+        f"[train]\nlearning_rate = '{'z' * 100_000}'",
+        "[student]\nmodel = '\xff'",
+    ],
+    ids=["deep", "digits", "hexadecimal", "dotted", "long", "latin-1"],
+)
+def test_toml_that_python_cannot_read_is_an_error_of_bounded_length(tmp_path, text: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_bytes(f"{MINIMAL}{text}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=re.escape(str(file))) as caught:
+        read_toml(file)
+    assert len(str(caught.value)) < 1_000
+
+
+@pytest.mark.parametrize("value", ["[" * 5_000, "9" * 5_000, "0x" + "f" * 50_000, "inf"])
+def test_an_override_that_python_cannot_read_is_an_error(tmp_path, value: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=r"train\.learning_rate") as caught:
+        read_toml(file, [f"train.learning_rate={value}"])
+    assert len(str(caught.value)) < 1_000
+
+
+def test_a_printed_configuration_means_the_same_in_another_folder(tmp_path, monkeypatch) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place in (here / "student", there):
+        place.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    flags = {"student__model": "student", "store__url": "s3://b/s", "eval__store": "held"}
+    config = config_from_flags(TrainConfig, flags | {"run__out": Path("out")})
+    (there / "run.toml").write_text(to_toml(config))
+    monkeypatch.chdir(there)
+    read = read_job(TrainConfig, Path("run.toml"))
+    assert (read.student.model, read.store.url) == (str(here / "student"), "s3://b/s")
+    assert (read.run.out, read.eval.store) == (here / "out", str(here / "held"))
 
 
 def test_configuration_is_frozen() -> None:

@@ -22,9 +22,10 @@ from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.storage.base import STAGING, Found, check_empty, holds
 
 _SAFE = "then run the same command again; committed data is safe"
-_HINTS = {
+DISK_HINTS = {
     errno.ENOSPC: f"make room on that disk, {_SAFE}",
     errno.EDQUOT: f"raise the disk quota, {_SAFE}",
+    errno.EFBIG: f"raise the limit of file sizes (ulimit -f), {_SAFE}",
     errno.EMFILE: f"allow more open files (ulimit -n), {_SAFE}",
     errno.ENFILE: f"close programs that hold many files open, {_SAFE}",
     errno.EACCES: "give this user the right to read and write there",
@@ -46,7 +47,7 @@ def _disk(action: str, path: Path) -> Iterator[None]:
         cause = os.strerror(error.errno) if error.errno else str(error)
         raise StoreError(
             f"cannot {action} {path}: {cause}",
-            hint=_HINTS.get(error.errno or 0, f"check the disk, {_SAFE}"),
+            hint=DISK_HINTS.get(error.errno or 0, f"check the disk, {_SAFE}"),
         ) from error
 
 
