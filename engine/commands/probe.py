@@ -37,7 +37,7 @@ def run_probe(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with quiet():
-        student = load_student(model)
+        student = load_student(model, length=packs.plan.longest)
     return probe(
         student,
         packs,

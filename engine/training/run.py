@@ -159,9 +159,9 @@ def run_training(
 ) -> TrainReport:
     """Train from the newest sound checkpoint, if there is one, and save the next version.
 
-    on_event: gets every damaged file. Raises IdentityError if the folder holds another run,
-    IntegrityError for a damaged result without a checkpoint, StoreError for a disk that is full,
-    and the errors of the training.
+    on_event: gets every damaged file, and a note on dropout. Raises IdentityError if the folder
+    holds another run, IntegrityError for a damaged result without a checkpoint, StoreError for a
+    disk that is full, and the errors of the training.
     """
     preset = spec.objective if isinstance(spec.objective, Preset) else None
     objective = preset.objective if preset else spec.objective
@@ -203,6 +203,11 @@ def run_training(
             write_json(run_dir.out / RUN, {**record, **notes})
     metrics = MetricsFile(run_dir.out / METRICS, lines, first=run_dir.first)
     if not finished:
+        if settings.dropout and run_dir.first:
+            on_event(
+                "note: dropout is on: the loss is of another distribution than the one that was "
+                "sampled and scored"
+            )
         with quiet():
             student = load_student(model, lora=lora, seed=run.seed, length=spec.longest)
             # Before a sampler takes views of the weights: a move makes new tensors.
