@@ -111,14 +111,15 @@ def plain_lines(
 def _bars(nouns: dict[str, str]) -> Iterator[Progress]:
     # rich is slow to import, and only a terminal needs it.
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
 
     bars = RichProgress(
-        TextColumn("{task.description:<10}", markup=False),
+        TextColumn("{task.description}", markup=False),
         BarColumn(20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[noun]}  {task.fields[text]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
         console=Console(stderr=True),
     )
     tasks: dict[str, Any] = {}
@@ -128,7 +129,8 @@ def _bars(nouns: dict[str, str]) -> Iterator[Progress]:
         now_s = time.monotonic()
         if stage not in tasks:
             paces[stage] = Pace.begin(done, detail, now_s)
-            tasks[stage] = bars.add_task(stage, total=total, noun=nouns.get(stage, ""), text="")
+            shown = " ".join(filter(None, (stage, nouns.get(stage))))
+            tasks[stage] = bars.add_task(shown, total=total, text="")
         text = paces[stage].text(done, total, detail, now_s)
         bars.update(tasks[stage], completed=done + detail.share, total=total, text=text)
 

@@ -54,6 +54,21 @@ def test_rounds_add_their_positions_and_an_evaluation_begins_again() -> None:
     assert pace.text(1, 4, Detail(5), 60.0) == "0.5 positions/s, 30 s left"
 
 
+def test_bars_show_the_same_text(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    with progress._bars(NOUNS) as shown:
+        for done in range(2):
+            report = unit_report(shown, "rollout", done, 2, 100 * done)
+            report(Detail(0, "0/4 sequences"))
+            report(Detail(100, "4/4 sequences [x]", 0.75))
+    err = capfd.readouterr().err
+    assert re.search(
+        r"rollout units .* 1/2 .* unit 2: 4/4 sequences \[x\], \S+ positions/s, 0 s", err
+    )
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (240, "4 min"), (9000, "2.5 h")]
 )
