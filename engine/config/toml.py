@@ -127,7 +127,7 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """Parse a value as TOML does; a bare word or path is text, and so is what Python cannot read."""
+    """Parse a value as TOML does; a bare word, a path and all that is no TOML are text."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
     except (ValueError, RecursionError):

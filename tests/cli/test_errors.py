@@ -1,4 +1,4 @@
-"""Errors of the system and of programs: a message with a hint, or a traceback that asks for help."""
+"""Errors of the system and of programs: a message with a hint, or a report of a bug."""
 
 import errno
 import logging

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.backends.server.client import RequestRejected, ServerClient
-from logitcask.engine.backends.server.protocol import COMPLETIONS, GENERATE, RequestBody, parse
+from logitcask.engine.backends.server.protocol import (
+    COMPLETIONS,
+    GENERATE,
+    RequestBody,
+    parse,
+    words_of,
+)
 from logitcask.engine.errors import AnswerError, IdentityError, ServerError
 from logitcask.engine.types import IdLists
 
@@ -102,6 +108,11 @@ async def _cards(client: ServerClient) -> list[dict[str, Any]]:
     answer = await client.get("/v1/models")
     listed = answer.get("data") if isinstance(answer, dict) else None
     cards = listed if isinstance(listed, list) else []
+    if isinstance(answer, dict) and not cards and (words := words_of(answer)):
+        raise ServerError(
+            f"{client.url}/v1/models answers with an error: {client.one_line(words)}",
+            hint="check the URL: it must be that of an OpenAI-compatible server",
+        )
     return [c for c in cards if isinstance(c, dict) and isinstance(c.get("id"), str)]
 
 
@@ -141,7 +152,7 @@ async def _paths(client: ServerClient, served: str) -> tuple[str, bool, str]:
             return COMPLETIONS, False, rejection.cause
         why = rejection.cause
     except AnswerError as error:
-        why = client.redact(error.cause)
+        why = client.one_line(error.cause)
     else:
         return GENERATE, True, ""
     await _put(client, plain, GENERATE, served)

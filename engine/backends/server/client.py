@@ -4,14 +4,17 @@ A fault is Transient if a retry is likely to help. Every other fault is raised a
 retried: the operator or the caller must change something.
 """
 
+import base64
 import json
+import re
 import time
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 
 from logitcask.engine.backends.server.budget import Limits
+from logitcask.engine.backends.server.protocol import error_message
 from logitcask.engine.errors import ConfigError, ServerError
 
 KEEP_ALIVE_S = 4.0
@@ -71,6 +74,7 @@ class ServerClient:
                 hint="give the key only, without newline or spaces around it",
             )
         self._key, self._limits = key, limits
+        self._echo = None if key is None else re.compile("|".join(map(re.escape, _forms(key))))
         self._session: aiohttp.ClientSession | None = None
         self.in_flight = 0
         """Requests of the pool to this server."""
@@ -102,13 +106,16 @@ class ServerClient:
         return await self._exchange("POST", path, body, most, read_s)
 
     async def get(self, path: str, within_s: float = 0.0) -> Any:
-        """Return a small JSON answer; None if it is empty. within_s: 0 = the connect timeout."""
+        """Return a small JSON answer, None if it is empty, and an error object for another text.
+
+        within_s: 0 = the connect timeout.
+        """
         limit_s = within_s or self._limits.connect_s
         data = await self._exchange("GET", path, None, 1 << 20, limit_s)
         try:
             return json.loads(data) if data.strip() else None
         except (ValueError, RecursionError):
-            return None
+            return {"error": error_message(data)}
 
     async def check_health(self) -> None:
         """Raise Transient for a server that is not healthy."""
@@ -180,7 +187,7 @@ class ServerClient:
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             # An HTTP parse error quotes the answer, with the key if the server repeats it.
-            text = self._one_line(f"{type(error).__name__}: {error}")
+            text = self.one_line(f"{type(error).__name__}: {error}")
             raise Transient(text, lost=True) from None
 
     def _open(self) -> aiohttp.ClientSession:
@@ -193,19 +200,17 @@ class ServerClient:
         return self._session
 
     def redact(self, text: str) -> str:
-        """Remove the key from a text, also in its repr form."""
-        if self._key is None:
-            return text
-        return text.replace(self._key, "(key)").replace(repr(self._key)[1:-1], "(key)")
+        """Remove the key from a text, also in the forms in which a server may repeat it."""
+        return text if self._echo is None else self._echo.sub("(key)", text)
 
-    def _one_line(self, text: str) -> str:
+    def one_line(self, text: str) -> str:
         """Redact a text, then shorten it: the other order could leave a part of the key."""
         return self.redact(" ".join(text.split()))[:MOST_MESSAGE]
 
     def _raise_rejected(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> NoReturn:
         status = response.status
         moved = 300 <= status < 400 and redirect_target(response.headers.get("Location", ""))
-        text = self._one_line(f"it has moved to {moved}" if moved else error_message(data))
+        text = self.one_line(f"it has moved to {moved}" if moved else error_message(data))
         what = f"{self.url}{path} answers {status}: {text}"
         if status in TRANSIENT:
             raise Transient(
@@ -225,6 +230,20 @@ class RequestRejected(ServerError):
         self.status = status
 
 
+def _forms(key: str) -> list[str]:
+    """Return the key as text, escaped, URL-encoded, hexadecimal and in base64, longest first."""
+    data = key.encode()
+    found = {repr(key)[1:-1], json.dumps(key)[1:-1], data.hex()}
+    for quoted in (quote(key), quote(key, safe="")):
+        found |= {quoted, re.sub("%..", lambda escape: escape[0].lower(), quoted)}
+    for shift in range(3):
+        # Within the base64 of a longer text: without the characters that depend on its other bytes.
+        encoded = base64.b64encode(bytes(shift) + data).decode()
+        inner = encoded[(0, 2, 3)[shift] : (shift + len(data)) * 8 // 6]
+        found |= {inner, inner.translate(str.maketrans("+/", "-_"))}
+    return sorted({key, *(each for each in found if len(each) > 5)}, key=len, reverse=True)
+
+
 async def read_bounded(response: aiohttp.ClientResponse, most: int) -> bytes:
     """Read the body; Transient for more than `most` bytes."""
     parts, size = [], 0
@@ -235,20 +254,6 @@ async def read_bounded(response: aiohttp.ClientResponse, most: int) -> bytes:
             response.close()
             raise Transient(f"an answer of more than {most} bytes")
     return b"".join(parts)
-
-
-def error_message(data: bytes) -> str:
-    """Return the message in an error's body: vLLM's object, a plain string, or any text."""
-    text = data.decode("utf-8", "replace")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = text
-    if isinstance(found, dict):
-        found = found.get("error", found.get("message", found.get("detail", found)))
-    if isinstance(found, dict):
-        found = found.get("message", found)
-    return str(found)
 
 
 def redirect_target(location: str) -> str:

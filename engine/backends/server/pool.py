@@ -83,7 +83,7 @@ class ServerPool:
                 except AnswerError as error:
                     wrong += 1
                     if wrong == WRONG_ANSWERS:
-                        raise AnswerError(client.redact(error.cause), hint=error.hint) from None
+                        raise AnswerError(client.one_line(error.cause), hint=error.hint) from None
                     continue
                 else:
                     self.budget.increase()

@@ -6,8 +6,10 @@ all positions of prompt and response; the last R are the response rows.
 """
 
 import base64
+import html
 import io
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -97,6 +99,8 @@ class RequestBody:
         with one of these names.
         """
         found = parse(data)
+        if "choices" not in found and (words := words_of(found)):
+            reject_answer(f"with an error: {words}")
         choices = found.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             reject_answer("without one choice")
@@ -194,10 +198,30 @@ def parse(data: bytes) -> Mapping[str, Any]:
     try:
         found = json.loads(data, parse_constant=_raise_constant)
     except (ValueError, RecursionError):
-        reject_answer(f"{len(data)} bytes that are not complete JSON")
+        reject_answer(f"{len(data)} bytes that are not complete JSON: {error_message(data)}")
     if not isinstance(found, dict):
         reject_answer("JSON that is not an object")
     return found
+
+
+def error_message(data: bytes) -> str:
+    """Return the message in an error's body: vLLM's object, a plain string, a page, or any text.
+
+    It may hold the key, and have any length: see `ServerClient.one_line`.
+    """
+    text = data.decode("utf-8", "replace")
+    try:
+        return words_of(json.loads(text)) or text
+    except (ValueError, RecursionError):
+        is_page = text.lstrip()[:1] == "<"
+        return html.unescape(re.sub("<[^<>]*>", " ", text)) if is_page else text
+
+
+def words_of(found: Any) -> str:
+    """Return the text of an error object; '' for anything else."""
+    while isinstance(found, dict):
+        found = next((found[key] for key in ("error", "message", "detail") if found.get(key)), None)
+    return found if isinstance(found, str) else ""
 
 
 def _holds(entries: Any, token: int) -> bool:

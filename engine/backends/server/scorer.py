@@ -280,7 +280,7 @@ class ServerScorer:
         try:
             return await fetch_info(client, served)
         except AnswerError as error:
-            cause = client.redact(error.cause)
+            cause = client.one_line(error.cause)
             raise ServerError(f"{client.url}: {cause}", hint=error.hint) from None
 
     async def _fill(

@@ -1,11 +1,15 @@
 """One server: rejected URLs and keys, and error messages without secrets."""
 
 import asyncio
+import base64
+import json
 import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from aiohttp import web
@@ -13,11 +17,12 @@ from aiohttp import web
 from logitcask.engine.backends.server import ServerScorer
 from logitcask.engine.backends.server.client import (
     MOST_MESSAGE,
+    ServerClient,
     error_message,
     redirect_target,
     retry_after_s,
 )
-from logitcask.engine.errors import ConfigError, LogitcaskError, ServerError
+from logitcask.engine.errors import AnswerError, ConfigError, LogitcaskError, ServerError
 from logitcask.engine.teachers.remote import urls_of
 from logitcask.engine.types import Rollouts, ScoreParams
 from tests.engine.backends.server.conftest import QUICK
@@ -35,7 +40,9 @@ Connect = Callable[..., ServerScorer]
         (b'{"error": "Unauthorized"}', "Unauthorized"),
         (b'{"object": "error", "message": "old"}', "old"),
         (b'{"detail": "Not Found"}', "Not Found"),
-        (b"<html>bad gateway</html>", "<html>bad gateway</html>"),
+        (b"<html><p class=x>bad &amp; gateway</html>", "  bad & gateway "),
+        (b'{"detail": [{"loc": 1}]}', '{"detail": [{"loc": 1}]}'),
+        (b'{"error": ' * 5_000, '{"error": ' * 5_000),
         (b"\xff[[", "�[["),
         (b"", ""),
     ],
@@ -53,6 +60,44 @@ def test_a_truncated_message_shows_no_part_of_the_key(
         with pytest.raises(ServerError, match="answers 400: xxx") as caught:
             server.score(rolled, PARAMS)
         assert KEY[:3] not in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ('{"error": {"message": "engine is dead"}}', "with an error: engine is dead"),
+        ('{"object": "error", "message": "over quota"}', "with an error: over quota"),
+        ("<html><h1>Sign in</h1> first</html>", "that are not complete JSON: Sign in first"),
+        ("x" * 10_000, "that are not complete JSON: xxx"),
+    ],
+)
+def test_an_error_with_status_200_is_shown_in_the_servers_own_words(
+    fake: FakeServer, connect: Connect, rolled: Rollouts, answer: str, words: str
+) -> None:
+    server = connect(fake, key=KEY)
+    fake.faults = [text(200, answer)] * 100
+    with pytest.raises(AnswerError, match=words) as caught:
+        server.score(rolled, PARAMS)
+    assert len(caught.value.cause) < 600
+
+
+@pytest.mark.parametrize("key", [KEY, "a/b+c?d=e&f~1", "abc"])
+def test_a_key_is_redacted_in_every_form(key: str) -> None:
+    client = ServerClient("http://host", key, QUICK)
+    for before, after in product(("", "Bearer ", "{'x': '"), ("", "'", " and more")):
+        plain = (before + key + after).encode()
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            encoded = encode(plain).decode()
+            assert len(key) < 5 or "(key)" in client.redact(encoded), encoded
+        assert key not in client.redact(plain.decode())
+        assert "(key)" in client.redact(f"got {quote(plain)}, {json.dumps(plain.decode())}")
+    assert client.redact("nothing secret") == "nothing secret"
+
+
+def test_a_page_in_place_of_the_list_of_models_is_shown(fake: FakeServer, connect: Connect) -> None:
+    fake.cards = "<html>Welcome to nginx</html>"
+    with pytest.raises(ServerError, match="models answers with an error: Welcome to nginx"):
+        connect(fake)
 
 
 def test_retry_after_is_seconds_or_nothing() -> None:
