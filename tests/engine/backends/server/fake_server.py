@@ -138,8 +138,8 @@ class FakeServer:
     async def _models(self, request: web.Request) -> web.StreamResponse:
         if (refused := self._refused(request)) is not None:
             return refused
-        if isinstance(self.cards, str):
-            return web.Response(text=self.cards)
+        if isinstance(self.cards, bytes):
+            return web.Response(body=self.cards)
         if self.cards is not None:
             return web.json_response({"data": self.cards})
         card = {"id": self.served, "root": self.root, "parent": self.parent}

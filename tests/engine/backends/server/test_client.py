@@ -95,7 +95,7 @@ def test_a_key_is_redacted_in_every_form(key: str) -> None:
 
 
 def test_a_page_in_place_of_the_list_of_models_is_shown(fake: FakeServer, connect: Connect) -> None:
-    fake.cards = "<html>Welcome to nginx</html>"
+    fake.cards = b"<html>Welcome to nginx</html>"
     with pytest.raises(ServerError, match="models answers with an error: Welcome to nginx"):
         connect(fake)
 
