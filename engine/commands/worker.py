@@ -7,6 +7,7 @@ left: for rollouts that appeared meanwhile, or for a new version of the student.
 import threading
 import time
 from collections.abc import Collection
+from typing import Any
 
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.resolve import grader_of, rendering_of, student_and_prompts
@@ -25,9 +26,10 @@ from logitcask.engine.store import Snapshot, Store, holds_store, open_store
 from logitcask.engine.types import NO_DETAIL, Detail, ModelRef, Progress, Report, no_progress
 from logitcask.engine.workers.worker import WorkPlan, WorkReport, run_worker
 
-_NOTHING = WorkReport(
-    units=0, positions=0, seconds=0.0, positions_per_second=0.0, failed=0, first_error=""
-)
+_NOTHING: dict[str, Any] = {
+    **{"units": 0, "positions": 0, "seconds": 0.0, "positions_per_second": 0.0},
+    **{"failed": 0, "first_error": ""},
+}
 
 
 def watch_scores(
@@ -48,12 +50,12 @@ def watch_scores(
             hint="leave --worker out and score when they are all there; --context FILE can watch",
         )
     if (opened := _awaited(config.store, config.work, stop, on_event)) is None:
-        return _NOTHING
+        return WorkReport(**_NOTHING)
     store, snapshot = opened
     try:
         request = score_request(config, store, snapshot, CancelToken(on_event, stop))
     except Cancelled:
-        return _NOTHING
+        return WorkReport(**_NOTHING)
     said = warn_once(on_event)
 
     def plan(given_up: Collection[str]) -> WorkPlan[ScoreUnit]:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from logitcask.engine.config.teacher import Work
@@ -27,7 +27,7 @@ from logitcask.engine.errors import (
     StoreError,
     UnitError,
 )
-from logitcask.engine.events import Cancelled, EventHandler
+from logitcask.engine.events import Cancelled, EventHandler, peak_memory
 from logitcask.engine.store import Store
 from logitcask.engine.store.log.claims import (
     Claim,
@@ -74,6 +74,8 @@ class WorkReport:
     """Planned units that are left out, over all workers."""
     first_error: str
     """Error of one of them."""
+    peak_memory_bytes: Mapping[str, int] = field(default_factory=peak_memory)
+    """As of `events.peak_memory`."""
 
 
 def run_worker(
