@@ -19,6 +19,7 @@ NOUNS = {
     "evaluation": "sequences",
     "held out": "packs",
     "probe": "packs",
+    "estimate": "steps",
 }
 """Stage -> noun of its counts."""
 

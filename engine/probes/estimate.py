@@ -28,7 +28,9 @@ from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.rollout.unit import UNIT_POSITIONS, draw, mc_params
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
+    NO_DETAIL,
     Array,
+    Detail,
     IdLists,
     Progress,
     Prompt,
@@ -99,7 +101,15 @@ def estimate(
     name = "the teacher"
     progress("estimate", 0, 3)
     rolled, sampling_s = _sample(
-        student, prompts, sampling, sample, student_topk, mc_draws, grader, seed
+        student,
+        prompts,
+        sampling,
+        sample,
+        student_topk,
+        mc_draws,
+        grader,
+        seed,
+        _within(progress, 0, "sequences"),
     )
     progress("estimate", 1, 3)
     default = ScoreParams(
@@ -112,7 +122,7 @@ def estimate(
     # Work done once, such as warming up or the check of a server, is not part of the rate.
     teacher.score(select_sequences(rolled, [0]), replace(default, at_student=False))
     start = time.monotonic()
-    teacher.score(rolled, default)
+    teacher.score(rolled, default, progress=_within(progress, 1, "positions scored"))
     scoring_s = time.monotonic() - start
     progress("estimate", 2, 3)
     full = full_scores(teacher, student, rolled, teacher_topk_max)
@@ -143,6 +153,16 @@ def estimate(
     )
 
 
+def _within(progress: Progress, step: int, noun: str) -> Progress:
+    """Return the progress of a sampler or scorer as that of one step of an estimate."""
+
+    def within(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
+        share = (done + detail.share) / max(1, total)
+        progress("estimate", step, 3, Detail(part=f"{done:,}/{total:,} {noun}", share=share))
+
+    return within
+
+
 def _sample(
     student: Any,
     prompts: Sequence[Prompt],
@@ -152,12 +172,15 @@ def _sample(
     mc_draws: int,
     grader: Grader | None,
     seed: int,
+    progress: Progress,
 ) -> tuple[Rollouts, float]:
     """Return (rollouts of about `sample` positions with the student's scores, their seconds)."""
     drawn = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
 
     def generate(count: int) -> Rollouts:
-        rolled: Rollouts = student.generate(drawn[:count], sampling, seed=seed, version=0)
+        rolled: Rollouts = student.generate(
+            drawn[:count], sampling, seed=seed, version=0, progress=progress
+        )
         return rolled
 
     first = generate(min(4, len(drawn)))
