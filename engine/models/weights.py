@@ -31,7 +31,8 @@ def folder_tensors(path: Path) -> dict[str, list[Any]]:
     changed = False
     for file in weight_files(path):
         stat = file.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
+        # A copy may keep the time of modification, but no program sets the time of change.
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = cache.get(str(file))
         if entry is None or entry["stamp"] != stamp:
             entry = {"stamp": stamp, "tensors": tensor_digests(file)}
@@ -103,7 +104,7 @@ def _cache_file() -> Path:
 
 
 def _read_cache() -> dict[str, dict[str, Any]]:
-    """Return {file: {"stamp": [size, mtime_ns], "tensors": [...]}}; empty for a damaged cache."""
+    """Return {file: {"stamp": [size, times, inode], "tensors": [...]}}; empty for a damaged cache."""
     try:
         entries = json.loads(_cache_file().read_bytes())
         return {

@@ -98,6 +98,18 @@ def test_a_file_that_has_not_changed_is_not_read_again(
     assert identity.weights_digest(folder) != first
 
 
+def test_other_weights_with_the_same_size_and_time_are_read(folder: Path, tmp_path: Path) -> None:
+    """Replace the file as `cp -p` and `rsync -t` do."""
+    age(folder)
+    first = identity.weights_digest(folder)
+    file = folder / "model.safetensors"
+    stat = file.stat()
+    shutil.copyfile(save_folder(tmp_path / "b", make_model(seed=1)) / file.name, file)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    assert identity.weights_digest(folder) != first
+
+
 @pytest.mark.parametrize("damage", ["", "[1]", '{"x": 3}', '{"x": {"stamp": [], "tensors": [1]}}'])
 def test_a_broken_cache_is_rebuilt(folder: Path, cache: Path, damage: str) -> None:
     age(folder)
