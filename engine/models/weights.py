@@ -104,7 +104,7 @@ def _cache_file() -> Path:
 
 
 def _read_cache() -> dict[str, dict[str, Any]]:
-    """Return {file: {"stamp": [size, times, inode], "tensors": [...]}}; empty for a damaged cache."""
+    """Return {file: {"stamp": [size, times, inode], "tensors": [...]}}; {} for a damaged cache."""
     try:
         entries = json.loads(_cache_file().read_bytes())
         return {
