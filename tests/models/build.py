@@ -15,8 +15,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from tests.engine.tiny import EOS, PAD, make_tokenizer
 from tests.models.families import CONTEXT, FAMILIES, WINDOW
 
-SPREAD = 0.25
-"""Standard deviation of the matrices; of biases half of it."""
+SPREAD = 0.2
+"""Standard deviation of the matrices; of biases half of it. A family may have another `spread`."""
 
 _SAME = {
     "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks "
@@ -63,25 +63,26 @@ def tiny_config(kind: Any, **changes: Any) -> Any:
 def make_family(name: str, seed: int = 0) -> Any:
     """Return the tiny model of a family in eval mode, float32."""
     changes = dict(FAMILIES[name])
+    spread = changes.pop("spread", SPREAD)
     config = tiny_config(CONFIG_MAPPING[changes.pop("model_type", name.split()[0])], **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
-            widen(parameter)
+            widen(parameter, spread)
     return model.eval()
 
 
 @torch.no_grad()
-def widen(parameter: Tensor) -> None:
+def widen(parameter: Tensor, spread: float) -> None:
     """Enlarge a matrix of small numbers, and fill a vector of zeros.
 
     Others (norms, decay rates, convolutions) have values that their class has chosen.
     """
     if parameter.dim() < 2 and not parameter.any():
-        nn.init.normal_(parameter, std=SPREAD / 2)
-    elif parameter.dim() >= 2 and parameter.std() < SPREAD / 2:
-        nn.init.normal_(parameter, std=SPREAD)
+        nn.init.normal_(parameter, std=spread / 2)
+    elif parameter.dim() >= 2 and parameter.std() < spread / 2:
+        nn.init.normal_(parameter, std=spread)
 
 
 def save_family(name: str, folder: Path, seed: int = 0) -> Path:

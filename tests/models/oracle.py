@@ -58,7 +58,7 @@ class Wrong(AssertionError):
     """Values of the engine differ from those of transformers."""
 
 
-def verdict(check: Callable[[], None]) -> str:
+def judge(check: Callable[[], None]) -> str:
     """Return right, `refused: CAUSE`, `wrong: WHAT` or `traceback: ERROR` of a check."""
     try:
         with warnings.catch_warnings():
@@ -78,10 +78,10 @@ def verdicts(folder: Path) -> dict[str, str]:
     """Return the verdicts on the model in `folder`, which has a tokenizer of tests.engine.tiny."""
     model = plain_model(folder)
     return {
-        "samples": verdict(lambda: check_samples(folder, model)),
-        "scores": verdict(lambda: check_scores(folder, model)),
-        "trains": verdict(lambda: check_trains(folder, model, Lora())),
-        "trains LoRA": verdict(lambda: check_trains(folder, model, Lora(r=4))),
+        "samples": judge(lambda: check_samples(folder, model)),
+        "scores": judge(lambda: check_scores(folder, model)),
+        "trains": judge(lambda: check_trains(folder, model, Lora())),
+        "trains LoRA": judge(lambda: check_trains(folder, model, Lora(r=4))),
     }
 
 
@@ -93,20 +93,20 @@ def plain_model(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
-def plain_logits(model: Any, ids: list[int], start: int) -> Tensor:
-    """Return logits [len(ids) - start, N_VOCAB] of the tokens from `start` on."""
+def plain_logits(model: Any, ids: list[int], start: int, n_vocab: int = N_VOCAB) -> Tensor:
+    """Return logits [len(ids) - start, n_vocab] of the tokens from `start` on."""
     inputs = torch.tensor([ids[:-1]])
-    whole = _logits(model, inputs)[start - 1 :]
+    whole = _logits(model, inputs, n_vocab)[start - 1 :]
     ends = range(start, len(ids))
     some = {ends[0], ends[len(ends) // 2], ends[-1]}
-    alone = {end: _logits(model, inputs[:, :end])[-1] for end in some}
+    alone = {end: _logits(model, inputs[:, :end], n_vocab)[-1] for end in some}
     if all(_gap(alone[end], whole[end - start]) < TOLERANCE for end in some):
         return whole
-    return torch.stack([_logits(model, inputs[:, :end])[-1] for end in ends])
+    return torch.stack([_logits(model, inputs[:, :end], n_vocab)[-1] for end in ends])
 
 
-def _logits(model: Any, inputs: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=inputs, use_cache=False).logits[0, :, :N_VOCAB].float()
+def _logits(model: Any, inputs: Tensor, n_vocab: int = N_VOCAB) -> Tensor:
+    logits: Tensor = model(input_ids=inputs, use_cache=False).logits[0, :, :n_vocab].float()
     return logits
 
 
@@ -192,9 +192,10 @@ def check_trains(folder: Path, model: Any, lora: Lora) -> None:
         if not lora.r:
             model.zero_grad()
             loss.backward()
-            named = dict(model.named_parameters())
-            theirs = {name: p.grad for name, p in named.items() if p.requires_grad}
-            gap = relative(flat(seen.gradients), flat(theirs))
+            # An expert without a token has no gradient, or zeros.
+            zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+            theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            gap = relative(flat(zeros | seen.gradients), flat(zeros | theirs))
             compare("gradient", gap, 0.0)
         check_saved(seen.student, out, exact=not lora.r, base=model)
 
@@ -265,7 +266,8 @@ class Seen:
 
     student: Any = None
     log_probs: dict[float, float] = field(default_factory=dict)
-    """The student's log-prob of each row's token, by the teacher's, which differs in every row."""
+    """The student's first log-prob of each row's token, by the teacher's, which is never the same
+    in two rows."""
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
 
 
@@ -282,7 +284,8 @@ def watched() -> Iterator[Seen]:
         logits = options["logit_transform"].apply(states.detach() @ head.detach().T)
         log_p = logits[:, : options["n_vocab"]].log_softmax(-1)
         rows = log_p.gather(1, targets.token[:, None])[:, 0].tolist()
-        seen.log_probs |= dict(zip(targets.teacher_logprobs.tolist(), rows, strict=True))
+        for key, log_prob in zip(targets.teacher_logprobs.tolist(), rows, strict=True):
+            seen.log_probs.setdefault(key, log_prob)
         return pack_loss(objective, states, head, targets, **options)
 
     def step(*_: Any) -> None:
