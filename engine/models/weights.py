@@ -12,11 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from logitcask.engine.config.strict_json import count_values
 from logitcask.engine.errors import ModelError
 from logitcask.engine.models.weight_files import weight_files
 
 MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors format itself."""
+MAX_HEADER_VALUES = 1 << 20
+"""Those of a hundred thousand tensors."""
 RACY_NS = 2_000_000_000
 """Files younger than this are not cached: they may change again within one tick of the clock."""
 
@@ -62,8 +65,11 @@ def tensor_digests(file: Path) -> list[list[Any]]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise _damaged(file, f"its header claims {length} bytes of {size}")
+        text = stream.read(length)
+        if (values := count_values(text)) > MAX_HEADER_VALUES:
+            raise _damaged(file, f"its header holds {values} JSON values")
         try:
-            header = json.loads(stream.read(length))
+            header = json.loads(text)
             header.pop("__metadata__", None)
             spans = [
                 (name, str(t["dtype"]), [int(n) for n in t["shape"]], *map(int, t["data_offsets"]))

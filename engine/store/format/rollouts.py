@@ -10,6 +10,7 @@ import numpy as np
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.ragged as ragged
 import logitcask.engine.store.format.schema as schema
+from logitcask.engine.config.strict_json import count_values
 from logitcask.engine.errors import StoreError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import Array, Draws, Prompt, Rollouts, Scores
@@ -35,9 +36,9 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
             f"the extra keys of a prompt are not JSON ({error})",
             hint="use strings, finite numbers, lists and objects in the prompts file",
         ) from error
-    if _values(text) > schema.MAX_JSON_VALUES:
+    if count_values(text) > schema.MAX_JSON_VALUES:
         raise StoreError(
-            f"the prompts of a unit have {_values(text)} JSON values, at most "
+            f"the prompts of a unit have {count_values(text)} JSON values, at most "
             f"{schema.MAX_JSON_VALUES}",
             hint="lower --unit-prompts, or remove extra keys from the prompts file",
         )
@@ -111,7 +112,7 @@ def extent(arrays: dict[str, Array], counts: Mapping[str, int]) -> Extent:
 def _prompt_fields(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[str, Any]]:
     """Return the entries of prompt_json, one per prompt, and check the offsets of their tokens."""
     text = arrays["prompt_json"].tobytes()
-    if (values := _values(text)) > schema.MAX_JSON_VALUES:
+    if (values := count_values(text)) > schema.MAX_JSON_VALUES:
         raise ValueError(f"prompt_json of {values} values, at most {schema.MAX_JSON_VALUES}")
     try:
         fields = json.loads(text)
@@ -128,11 +129,6 @@ def _check_sequences(arrays: dict[str, Array], prompts: int, positions: int) -> 
     ragged.check_offsets(arrays["seq_off"], positions)
     if int(arrays["seq_prompt"].max(initial=0)) >= max(prompts, 1):
         raise ValueError(f"a sequence of prompt {arrays['seq_prompt'].max()}, of {prompts}")
-
-
-def _values(text: bytes) -> int:
-    """Return an upper bound of the number of values in JSON text."""
-    return sum(text.count(mark) for mark in (b",", b"[", b"{")) + 1
 
 
 PROMPTS = ("prompt_json", "prompt_off", "prompt_tokens")

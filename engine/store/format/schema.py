@@ -62,6 +62,8 @@ MAX_ROW = 4 * MAX_K
 MAX_JSON_VALUES = 1 << 22
 """Lists, objects and their members in prompt_json: three bytes of text can become a hundred."""
 MAX_RECORD_BYTES = 8 << 20
+MAX_RECORD_VALUES = 300_000
+"""As many as the files of segments make of that size."""
 MAX_BUNDLE_BYTES = 64 << 20
 MAX_FORMAT_BYTES = 4096
 MAX_META_BYTES = 65536

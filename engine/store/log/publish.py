@@ -9,6 +9,7 @@ from typing import Any
 
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.record as record
+from logitcask.engine.config.strict_json import count_values
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.models.fingerprint import compare_records
 from logitcask.engine.models.identity import canonical
@@ -56,9 +57,11 @@ def append(storage: Storage, log: Log, build_record: BuildRecord) -> int | None:
                 f"a record that is not JSON ({error})",
                 hint="use strings, finite numbers, lists and objects in unit and provenance",
             ) from error
-        if len(data) > schema.MAX_RECORD_BYTES:
+        size, values = len(data), count_values(data)
+        if size > schema.MAX_RECORD_BYTES or values > schema.MAX_RECORD_VALUES:
             raise StoreError(
-                f"a log record of {len(data)} bytes, at most {schema.MAX_RECORD_BYTES}",
+                f"a log record of {size} bytes and {values} JSON values, at most "
+                f"{schema.MAX_RECORD_BYTES} and {schema.MAX_RECORD_VALUES}",
                 hint="put less into one record: a smaller provenance, or several deletions",
             )
         # A record that a reader would refuse is not published.

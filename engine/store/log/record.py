@@ -16,6 +16,7 @@ import numpy as np
 
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
+from logitcask.engine.config.strict_json import count_values
 from logitcask.engine.errors import ConfigError, IntegrityError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.segment import (
@@ -71,6 +72,9 @@ def decode_record(data: bytes, where: str) -> tuple[dict[str, Any], str]:
     digest = sha256(line)
     if data[len(line) :] != b"\n" + canonical({"sha256": digest}) + b"\n":
         raise IntegrityError(f"{where}: does not match its own sha256", hint=BROKEN)
+    if (values := count_values(line)) > schema.MAX_RECORD_VALUES:
+        most = schema.MAX_RECORD_VALUES
+        raise IntegrityError(f"{where}: {values} JSON values, at most {most}", hint=BROKEN)
     try:
         body = json.loads(line)
     except (ValueError, RecursionError) as error:

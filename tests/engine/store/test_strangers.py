@@ -1,6 +1,7 @@
 """An untrusted store with matching digests: bounds of memory, and checks of values."""
 
 import random
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store import open_store
 from logitcask.engine.store.format import checks, codecs, ragged, rollouts, schema
 from logitcask.engine.store.format import layouts as layout
+from logitcask.engine.store.format.segment import sha256
+from logitcask.engine.store.log.record import decode_record
 from logitcask.engine.store.merge import pack, unpack
 from logitcask.engine.store.verify import verify
 from tests.engine.store.made import (
@@ -38,6 +41,20 @@ def test_a_blosc_frame_reads_no_memory_but_its_own() -> None:
     with pytest.raises(ValueError, match="a frame of other than its 16 bytes"):
         codecs.decompress("blosc", memoryview(leaking), out)
     assert not out.any()
+
+
+@pytest.mark.parametrize("part", [b"[]", b'{"":{}}', b'"",[0]'])
+def test_a_record_of_many_small_values_costs_less_than_its_bytes(part: bytes) -> None:
+    """Refuse it before the parse, which would make about 20 bytes of each."""
+    line = b"[" + b",".join([part] * (schema.MAX_RECORD_BYTES // (len(part) + 1) - 50)) + b"]"
+    data = line + b'\n{"sha256":"' + sha256(line).encode() + b'"}\n'
+    assert len(data) < schema.MAX_RECORD_BYTES
+    tracemalloc.start()
+    with pytest.raises(IntegrityError, match="JSON values, at most 300000"):
+        decode_record(data, "log/0000000000.json")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 3 * len(data)
 
 
 @pytest.mark.parametrize("codec", ["pcodec", "blosc"])
