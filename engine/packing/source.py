@@ -214,7 +214,12 @@ def check_complete(
     """
     # Each version of the student has its own number of planned units.
     of = {(s.unit["version"], digest(s.provenance["student"])): s.provenance for s in segments}
-    planned_units = sum(int(provenance["set"]["units"]) for provenance in of.values())
+    if not all("units" in provenance["set"] for provenance in of.values()):
+        raise IncompleteError(
+            f"rollouts {rollouts_name!r} do not record how many units were planned (set.units)",
+            hint="train on the committed units with --partial, or commit them with that number",
+        )
+    planned_units = sum(provenance["set"]["units"] for provenance in of.values())
     if planned_units > len(segments):
         raise IncompleteError(
             f"{planned_units - len(segments)} of {planned_units} units of rollouts "

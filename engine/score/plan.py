@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
+from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, StoreError
 from logitcask.engine.events import peak_memory
 from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, run_score_unit, unit_key
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot
@@ -164,7 +164,7 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
 
 def _covers(stored_in: ScoreSegments | None, params: ScoreParams) -> bool:
     """Return True where these segments hold at least the entries of this request."""
-    stored = [ScoreParams(**each.provenance["request"]) for each in stored_in or ()]
+    stored = [_recorded(each) for each in stored_in or ()]
     if any(each.entry_kind == "sampled" for each in (params, *stored)):
         return False
 
@@ -176,6 +176,18 @@ def _covers(stored_in: ScoreSegments | None, params: ScoreParams) -> bool:
 
     at_student = any(each.at_student for each in stored) or not params.at_student
     return any(map(at_least, stored)) and at_student
+
+
+def _recorded(segment: Segment) -> ScoreParams:
+    request = segment.provenance["request"]
+    try:
+        return ScoreParams(**{key: request[key] for key in request})
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"segment {segment.seg_id} of score {segment.name!r} records another request than ours "
+            f"({error})",
+            hint="score under another name",
+        ) from error
 
 
 def _check_draws(segments: Sequence[Segment], name: str) -> None:

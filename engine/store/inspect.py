@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 import logitcask.engine.store.format.schema as schema
-from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.format.segment import Segment
@@ -103,24 +103,35 @@ def segment_rows(segments: Iterable[Segment]) -> list[dict[str, Any]]:
 
 
 def describe_request(segment: Segment) -> str:
-    """Describe the request of a segment: of sampling or of scoring. '' where it is not recorded."""
-    provenance = segment.provenance
-    if segment.kind == "rollout":
-        of = provenance.get("set", {})
-        fields = [f"version {segment.unit['version']}"]
-        fields += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
-        fields += [f"grader {of['grader']}"] if "grader" in of else []
-        return ", ".join(fields)
-    request = provenance.get("request", {})
+    """Describe the request of a segment: of sampling or of scoring.
+
+    '' where it is not recorded, ? where another writer recorded it otherwise than ours.
+    """
+    try:
+        return _rollout_request(segment) if segment.kind == "rollout" else _score_request(segment)
+    except StoreError:
+        return "?"
+
+
+def _rollout_request(segment: Segment) -> str:
+    of = segment.provenance.get("set", {})
+    fields = [f"version {segment.unit['version']}"]
+    fields += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
+    fields += [f"grader {of['grader']}"] if "grader" in of else []
+    return ", ".join(fields)
+
+
+def _score_request(segment: Segment) -> str:
+    request, at = segment.provenance.get("request", {}), segment.provenance.get("at")
     if not request:
         return ""
-    k = f"k {request['k_min']}-{request['k_max']}"
-    fields = {
-        "topp": [f"p {request['top_p']:g}", k],
-        "topk": [k],
-        "sampled": [f"{request['draws']} draws, seed {request['seed']}"],
-    }[request["entry_kind"]]
-    return ", ".join([*fields, *([f"at {at}"] if (at := provenance.get("at")) else [])])
+    kind = request.get("entry_kind", "topp")
+    if kind == "sampled":
+        fields = [f"{request['draws']} draws, seed {request['seed']}"]
+    else:
+        fields = [f"p {request['top_p']:g}"] if kind == "topp" else []
+        fields += [f"k {request['k_min']}-{request['k_max']}"]
+    return ", ".join([*fields, *([f"at {at}"] if at else [])])
 
 
 def snapshot_summary(store: Store, snapshot: Snapshot) -> dict[str, Any]:
@@ -186,7 +197,8 @@ def show_sequence(
             }
         table.append(row)
     prompt, finish = data.prompts[int(data.seq_prompt[index])], int(data.finish[index])
-    of = segment.provenance.get("student", {})
+    of = dict(segment.provenance).get("student")
+    of = of if isinstance(of, dict) else {}
     return {
         "rollouts": name,
         "segment": segment.seg_id,

@@ -75,13 +75,13 @@ def other_dtypes(
     """
     ours, stored = scorer.describe().get("dtype"), snapshot.scores(teacher_name)
     found = {
-        each.provenance["backend"].get("dtype")
+        str(each.provenance["backend"].get("dtype"))
         for s in segments
         for each in stored.get(s.seg_id, ())
     }
     return [
         f"scores of {teacher_name!r} in {other} exist already, and this run computes in {ours}"
-        for other in sorted(map(str, found - {ours}))
+        for other in sorted(found - {str(ours)})
     ]
 
 

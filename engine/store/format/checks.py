@@ -91,7 +91,7 @@ def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:
 
 def vocabulary(provenance: Mapping[str, Any]) -> int:
     """Return the student's vocabulary size from the provenance of a rollout segment, else 2^32."""
-    student = provenance.get("student")
+    student = dict(provenance).get("student")
     found = student.get("n_vocab") if isinstance(student, Mapping) else None
     return found if type(found) is int else 2**32
 

@@ -19,6 +19,7 @@ import logitcask.engine.store.format.schema as schema
 from logitcask.engine.config.strict_json import count_values
 from logitcask.engine.errors import ConfigError, IntegrityError
 from logitcask.engine.models.identity import canonical
+from logitcask.engine.store.format.provenance import provenance_of
 from logitcask.engine.store.format.segment import (
     Segment,
     content_address,
@@ -204,6 +205,8 @@ def _segment(add: Mapping[str, Any], number: int) -> Segment:
     fields: dict[str, Any] = {"counts": counts, "files": manifest, "number": number}
     for name in set(Segment.__dataclass_fields__) - {*fields, "seconds"}:
         fields[name] = add[_KEYS.get(name, name)]
+    where = f"segment {seg_id} of {kind} {add['name']!r}"
+    fields["provenance"] = provenance_of(provenance, f"{where}: provenance")
     return Segment(**fields, seconds=seconds)
 
 

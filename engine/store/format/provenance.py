@@ -1,0 +1,63 @@
+"""The provenance of a segment: an object of any writer, read by the keys that stages rely on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from logitcask.engine.errors import StoreError
+
+_KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
+    (dict,): ("an object", ("set", "student", "request", "backend", "run")),
+    (list,): ("a list", ("stop_ids",)),
+    (bool,): ("a boolean", ("at_student",)),
+    (str,): ("text", ("tokenizer", "root", "template", "weights", "grader", "entry_kind")),
+    (int,): (
+        "an integer",
+        (
+            *("units", "n_vocab", "student_k", "mc_draws", "max_new_tokens", "k_min", "k_max"),
+            *("draws", "seed", "top_k"),
+        ),
+    ),
+    (int, float): ("a number", ("temperature", "top_p", "min_p", "repetition_penalty")),
+}
+_TYPES = {key: (types, kind) for types, (kind, keys) in _KINDS.items() for key in keys}
+"""Key -> (types of its value, in words)."""
+
+
+class Provenance(dict[str, Any]):
+    """A JSON object that raises StoreError for a missing key, or a value of another type.
+
+    The log accepts any object, for a writer of its own has its own keys; a stage that needs one
+    must not fail in the middle of something else.
+    """
+
+    where = ""
+    """Segment, and the keys that lead to this object."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self:
+            raise self._lacks(f"no {key!r}")
+        value = super().__getitem__(key)
+        types, kind = _TYPES.get(key, ((), ""))
+        if types and type(value) not in types:
+            raise self._lacks(f"{key!r} as {type(value).__name__}, not {kind}")
+        return provenance_of(value, f"{self.where}: {key}") if type(value) is dict else value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, checked like others, or the default where it is missing."""
+        if key not in self:
+            return default
+        return self[key]
+
+    def _lacks(self, what: str) -> StoreError:
+        return StoreError(
+            f"{self.where} records {what}, which this command needs",
+            hint="make these rollouts or scores again with this version, or commit them with the "
+            "provenance that engine/store/README.md lists",
+        )
+
+
+def provenance_of(content: Mapping[str, Any], where: str) -> Provenance:
+    """Return the provenance of a segment; `where` names it in messages."""
+    found = Provenance(content)
+    found.where = where
+    return found
