@@ -74,6 +74,11 @@ def model_ref(
         )
     # Last: gigabytes are read for it.
     weights = weights_digest(path)
+    if metadata and metadata.get("weights", weights) != weights:
+        raise ModelError(
+            f"{path} holds other weights than the trained student that {METADATA_FILE} describes",
+            hint=f"restore the weights from a copy; without {METADATA_FILE} they are version 0",
+        )
     return ModelRef(
         name=name,
         path=path,
@@ -311,6 +316,7 @@ def write_metadata(
         "plan": plan,
         "objective": objective,
         "files": file_digests(path, METADATA_FILE),
+        "weights": weights_digest(path),
     }
     flush(path)
     write_json(path / METADATA_FILE, metadata)

@@ -20,9 +20,9 @@ from logitcask.engine.ablate_table import (
 )
 from logitcask.engine.config.sections import Run, StoreSection, Student, TrainConfig
 from logitcask.engine.config.training import Ablate, Eval, Train
-from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
+from logitcask.engine.errors import ConfigError, IdentityError, IntegrityError, ObjectiveError
 from logitcask.engine.store import Store
-from logitcask.engine.training.run_dir import MetricsFile
+from logitcask.engine.training.run_dir import MetricsFile, locked
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case
@@ -195,6 +195,39 @@ def test_a_stopped_training_resumes_from_its_checkpoint(
     resumed = run(case, tmp_path / "b", ["loss_topk=2"])
     assert written == [1, 2, 3, 3], "update 2 had a checkpoint"
     assert (resumed.runs_trained, resumed.rows[0]["loss"]) == (1, straight)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "[" * 100_000, '{"pin": 1}', '{"pin": "1", "sha256": 2, "common": {}}'],
+)
+def test_a_damaged_plan_is_refused(case: tuple[Store, ModelRef], tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(IntegrityError, match=r"plan\.json is") as caught:
+        run(case, tmp_path, ["loss_topk=2"])
+    assert "another --out" in caught.value.hint
+
+
+def test_a_plan_carries_its_own_digest(
+    case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablations, "run_train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(case, tmp_path, ["loss_topk=2"])
+    plan = tmp_path / "plan.json"
+    plan.write_text(
+        plan.read_text().replace('"train.learning_rate": 0.001', '"train.learning_rate": 0.002')
+    )
+    with pytest.raises(IntegrityError, match="its own sha256"):
+        run(case, tmp_path, ["loss_topk=2"])
+
+
+def test_two_ablations_do_not_share_a_folder(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
+    with locked(tmp_path, pytest.fail), pytest.raises(ConfigError, match="is in use by process"):
+        run(case, tmp_path, ["loss_topk=2"])
 
 
 def test_units_are_decoded_for_the_first_run_only(

@@ -203,6 +203,19 @@ def test_a_trained_student_records_its_root(folder: Path) -> None:
     assert ref.digest == identity.weights_digest(folder)
 
 
+def test_other_weights_than_training_saved_are_refused(folder: Path) -> None:
+    d = identity.digest(0)
+    identity.write_metadata(
+        folder, base_weights=d, parent=d, version=1, pin=None, plan=d, objective=None
+    )
+    identity.model_ref(str(folder), chat_template=False)
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ModelError, match=r"other weights than the trained student"):
+        identity.model_ref(str(folder), chat_template=False)
+
+
 @pytest.mark.parametrize(
     "keys", [{"root": "sha256:x"}, {"version": -1}, {"version": "7"}, {"root": None}]
 )
