@@ -81,7 +81,7 @@ def verify(url: str, deep: bool, form: str) -> None:
 
 
 def _damaged(error: Exception) -> None:
-    click.echo(f"damaged: {str(error).splitlines()[0]}", err=True)
+    print_event(f"damaged: {str(error).splitlines()[0]}")
 
 
 @store_command.command("snapshot")
