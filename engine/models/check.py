@@ -18,6 +18,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from logitcask.engine.models.logit_transform import logit_transform_of, named_ex
 from logitcask.engine.models.weights import cache_folder
 from logitcask.engine.types import ModelRef
 
-LENGTHS = (23, 9, 1)
+LENGTHS = (67, 9, 1)
 """Tokens of the short sequences; a prompt of one token takes another path in some models."""
 STEPS = 6
 """Cached steps; a sequence is dropped after half of them."""
@@ -53,8 +54,10 @@ NOISE_FACTOR = 4.0
 """Float32: the tolerance as a multiple of the difference between equal computations."""
 MAX_NOISE = 1e-3
 """Nats; a noise above it is itself a reason to reject the model."""
-CHANGES = ("sliding_window", "attention_chunk_size", "window_size", "local_window_size")
-"""Fields of a configuration with a length at which the forward changes."""
+CODE = (Path(__file__), Path(__file__).with_name("forward.py"))
+"""A result holds for this code."""
+CHANGES = ("window", "chunk_size", "index_topk", "indexer_budget", "index_block_size")
+"""Parts of the names of fields with a length at which the forward changes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +115,7 @@ def checked_paths(
         "device": inner.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "check": 1,
+        "code": [sha256(file.read_bytes()).hexdigest() for file in CODE],
     }
     file = cache_folder() / "checks" / f"{digest(key).removeprefix('sha256:')}.json"
     found = _read(file)
@@ -124,10 +127,13 @@ def checked_paths(
 
 def lengths_of_change(config: Any) -> list[int]:
     """Return the sorted lengths beyond which the forward pass of a model changes."""
-    text = config.get_text_config()
-    values = [getattr(text, field, None) for field in CHANGES]
+    fields = vars(config.get_text_config())
+    values = [v for name, v in fields.items() if any(each in name for each in CHANGES)]
+    # Sparse attention by blocks (MiniMax M3).
+    blocks, size = fields.get("index_topk_blocks"), fields.get("index_block_size")
+    values += [blocks * size] if type(blocks) is int and type(size) is int else []
     # A window of a few tokens is passed by the short sequences already.
-    lengths = {v for v in values if type(v) is int and v >= max(LENGTHS) + STEPS}
+    lengths = {v for v in values if type(v) is int and v >= max(LENGTHS)}
     if (switch := rope_switch(config)) < 1 << 62:
         lengths.add(switch)
     return sorted(lengths)
@@ -159,7 +165,8 @@ class _Check:
             return CheckedPaths(scoring=reason, sampling=reason, packed=False, packing=reason)
         short = [self._ids(n, seed) for seed, n in enumerate(LENGTHS)]
         sets = [short, *[[self._ids(change + 3, change), short[1]] for change in changes]]
-        scoring = self._first(lambda each: self._whole(each, packed=False), sets)
+        scoring = self._first(self._prefixes, sets)
+        scoring = scoring or self._first(lambda each: self._whole(each, packed=False), sets)
         if scoring:
             return CheckedPaths(scoring=scoring, sampling=scoring, packed=False, packing=scoring)
         packing = self._first(lambda each: self._whole(each, packed=True), sets)
@@ -213,6 +220,13 @@ class _Check:
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         return logits.float()[..., : self.n_vocab].log_softmax(-1)
+
+    def _prefixes(self, sequences: list[Tensor]) -> str:
+        """Compare rows of a sequence with those of its prefixes: no row depends on later tokens."""
+        ids = sequences[0]
+        whole, rows = self._plain(ids), (len(ids) // 2, len(ids) - 2)
+        pairs = [(whole[row : row + 1], self._plain(ids[: row + 1])[-1:]) for row in rows]
+        return self._reason("a later token", pairs, ids)
 
     def _whole(self, sequences: list[Tensor], *, packed: bool) -> str:
         """Compare whole sequences, padded on the right or packed."""

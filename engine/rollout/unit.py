@@ -206,7 +206,7 @@ def run_rollout_unit(
     scoring = scored(report, rolled.positions, "scored", first, 1.0)
     student = scorer.score(rolled, own, progress=scoring)
     if request.sampling.is_plain():
-        check_behaviour(rolled.b_lp, student.lp, sampler.describe()["dtype"])
+        check_same_distribution(rolled.b_lp, student.lp, sampler.describe()["dtype"])
     rolled = replace(rolled, student=student, draws=drawn)
     request.store.commit_rollouts(
         rolled,
@@ -219,13 +219,13 @@ def run_rollout_unit(
     return rolled
 
 
-def check_behaviour(behaviour: Array, student: Array, dtype: str) -> None:
+def check_same_distribution(sampled: Array, student: Array, dtype: str) -> None:
     """Compare [P] log-probs that were sampled from with [P] of the same model as a scorer, nats.
 
     At temperature 1 without truncation both are the same distribution. Raises ModelError where the
     rounding of `dtype` does not explain their difference.
     """
-    gap = np.abs(behaviour.astype(np.float64) - student)
+    gap = np.abs(sampled.astype(np.float64) - student)
     if dtype == "float32":
         found, limit, of = float(gap.max(initial=0.0)), 1e-3, "largest"
     else:

@@ -85,7 +85,7 @@ class DistillTrainer(Trainer):
         `resume_metadata`: must equal that of a checkpoint to resume from.
         """
         self._width = width = args.gradient_accumulation_steps * args.world_size
-        use_cache = model.config.use_cache
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -96,7 +96,8 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         # Trainer turns it off in the configuration, which is saved with the student.
-        model.config.use_cache = use_cache
+        if use_cache is not None:
+            model.config.use_cache = use_cache
         self._changed = _ChangedShare()
         self.add_callback(self._changed)
         self._packs = packs

@@ -44,7 +44,7 @@ MAMBA: dict[str, Any] = {
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("Llama", SIZES),
-    "sliding window": ("Mistral", {**SIZES, "sliding_window": 32}),
+    "sliding window": ("Mistral", {**SIZES, "sliding_window": 80}),
     "LongRoPE": (
         "Phi3",
         {
@@ -54,14 +54,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": LONGROPE,
         },
     ),
-    "eager attention": ("Gemma2", {**SIZES, "head_dim": 16, "sliding_window": 32}),
+    "eager attention": ("Gemma2", {**SIZES, "head_dim": 16, "sliding_window": 80}),
     "sinks": (
         "GptOss",
         {
             **SIZES,
             "head_dim": 16,
             "num_local_experts": 4,
-            "sliding_window": 32,
+            "sliding_window": 80,
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),

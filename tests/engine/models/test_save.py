@@ -108,7 +108,7 @@ def test_adapters_of_any_module_are_saved(name: str, tmp_path: Path) -> None:
     assert (expected - logits(load_student(ref))).abs().max() > 0.1
     save_student(model, tmp_path / "out", parent=ref, updates=1, metadata=METADATA)
     found = logits(load_model(tmp_path / "out", torch.float32, CPU))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.needs("peft")

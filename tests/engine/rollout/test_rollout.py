@@ -17,7 +17,7 @@ from logitcask.engine.rollout.plan import RolloutReport, rollout
 from logitcask.engine.rollout.unit import (
     UNIT_POSITIONS,
     RolloutRequest,
-    check_behaviour,
+    check_same_distribution,
     draw,
     mc_params,
     prompt_set_digest,
@@ -387,14 +387,14 @@ def test_a_sampler_of_another_distribution_commits_nothing(
 def test_half_precision_is_compared_by_its_mean(count: int, shift: float, fits: bool) -> None:
     student = np.full(count, -2.0, np.float32)
     if fits:
-        check_behaviour(student - np.float32(shift), student, "bfloat16")
+        check_same_distribution(student - np.float32(shift), student, "bfloat16")
     else:
         with pytest.raises(ModelError, match="the mean difference of 400 log-probs is 0.2 nats"):
-            check_behaviour(student - np.float32(shift), student, "bfloat16")
+            check_same_distribution(student - np.float32(shift), student, "bfloat16")
 
 
 def test_a_log_prob_that_is_no_number_is_refused() -> None:
     lp = np.array([-1.0, np.nan], np.float32)
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(ModelError):
-            check_behaviour(lp, np.zeros(2, np.float32), dtype)
+            check_same_distribution(lp, np.zeros(2, np.float32), dtype)
