@@ -1,4 +1,4 @@
-"""Rollout, score and training beside plain transformers: ratios of CPU seconds of the same work.
+"""Rollout, score and training against plain transformers: ratios of CPU seconds of the same work.
 
 Run: .venv/bin/python bench/bench_overhead.py [--model FOLDER] [--rounds N]
 

@@ -101,7 +101,7 @@ def test_lengths_of_change_are_windows_and_the_switch_of_longrope() -> None:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any]]:
-    """The lengths of each check that was computed, with an empty cache."""
+    """Record the lengths of each computed check, with an empty cache."""
     calls: list[Any] = []
     real = check.check_paths
 

@@ -16,7 +16,7 @@ from tests.engine.tiny import save_folder
 
 @pytest.fixture(scope="module")
 def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Sections of a student with dropout 0.1 in its configuration, with its own scores."""
+    """Make rollouts and own scores of a student with dropout 0.1, and return their sections."""
     folder = tmp_path_factory.mktemp("dropout")
     save_folder(folder / "model", make_family("dropout"))
     (folder / "prompts.jsonl").write_text('{"id": "a", "prompt": "12+3="}\n')
