@@ -99,6 +99,7 @@ class HF:
         config = self.model.config.get_text_config()
         self.context = int(getattr(config, "max_position_embeddings", None) or NEVER)
         """Maximum number of tokens; unlimited if the config does not give it."""
+        self._proved_length = -1
         self.check()
         self.switch = rope_switch(self.model.config)
         head = self.model.get_output_embeddings()
@@ -124,8 +125,10 @@ class HF:
 
         Raises ModelError if it cannot score, or if one of `paths` is not right.
         """
-        found = set_paths(self.model, self._ref, self.n_vocab, length=length)
-        found.require(*paths, of=self._ref)
+        if length > self._proved_length:
+            set_paths(self.model, self._ref, self.n_vocab, length=length)
+            self._proved_length = length
+        paths_of(self.model).require(*paths, of=self._ref)
 
     # The protocol sampling.Network.
 
