@@ -72,7 +72,10 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         same_weights=model is None
         or all(s.provenance["student"]["weights"] == model.digest for s in rollouts),
         same_template=model is None or sampler["template"] == model.template_digest,
-        plain_sampling=SamplingParams(**{k: sampling[k] for k in _SAMPLING}).is_plain(),
+        # Not validated: the values of another writer may be beyond our bounds.
+        plain_sampling=SamplingParams.model_construct(
+            **{key: sampling[key] for key in _SAMPLING}
+        ).is_plain(),
         allow_off_lineage=allow_off_lineage,
         n_vocab=int(sampler["n_vocab"]) if model is None else model.n_vocab,
         mc_draws=int(sampling.get("mc_draws", 0)),

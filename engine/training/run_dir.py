@@ -155,6 +155,8 @@ def writing(path: Path) -> Iterator[None]:
             raise
         file = getattr(error, "filename", None) or path
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if isinstance(error, RuntimeError):
+            cause = f"torch.save failed, as on a full disk: {cause}"
         raise StoreError(
             f"cannot write {file}: {cause}",
             hint="make room on that disk, or raise the quota or the limit of file sizes, then run "
