@@ -16,6 +16,9 @@ torch.set_num_threads(1)
 # Triton decides at its import about the interpreter, so this comes before any test file.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from tests.fast_interpreter import patch_language_once
+
+    patch_language_once()
 
 # Digests of weights are cached in the user's folder; tests use another one.
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "logitcask-tests-cache")

@@ -1,4 +1,4 @@
-"""Compile every kernel for sm_90 without a GPU, some for sm_80 and sm_100 too, and print one JSON
+"""Compile every kernel for sm_90 without a GPU, some for sm_80 or sm_100 too, and print one JSON
 line for each.
 
 Triton's wheel carries ptxas and cuobjdump. TRITON_INTERPRET must not be set. With LOGITCASK_SOAK
@@ -84,17 +84,21 @@ CASES = [
     ("weighted sum bf16", weighted_sum_kernel, LISTED, 4, {}),
     ("segment bf16", segment_kernel, SEGMENT, 4, {}),
 ]
-OTHERS = {"select k=16 bf16", "fused bf16"}
-"""Compiled for the other architectures too."""
+OTHERS = {"fused bf16": [80], "select k=16 bf16": [100]}
+"""Case -> the other architectures that it is compiled for in every run."""
 SOAK_CASES = {
     "select k=16 fp32",
     "select k=64 bf16",
     "select k=128 bf16",
     "fused fp32, jsd, soft cap",
+    "fused bf16, renormalized",
+    "fused k=S=128 bf16",
+    "scan bf16, soft cap",
+    "grad bf16, entropy, soft cap",
 }
-SOAK_CASES |= {"fused bf16, renormalised", "scan bf16, soft cap", "grad bf16, entropy, soft cap"}
-"""Left to `make soak`: combinations of branches that other cases take one by one."""
+"""Left to `make soak`: long lists, and combinations of branches that other cases take singly."""
 SOAK_OTHERS = {"scan bf16", "grad bf16", "dot bf16", "weighted sum bf16", "segment bf16"}
+"""Compiled by `make soak` for the other architectures, as those of OTHERS are."""
 
 
 def compile_case(kernel, constants: dict, num_warps: int, pointers: dict, arch: int = 90):
@@ -163,11 +167,11 @@ def exponential_loop(sass: str) -> float | None:
 if __name__ == "__main__":
     assert "TRITON_INTERPRET" not in os.environ, "the interpreter compiles nothing"
     soak = bool(os.environ.get("LOGITCASK_SOAK"))
-    others = OTHERS | SOAK_OTHERS if soak else OTHERS
     for name, kernel, constants, num_warps, pointers in CASES:
         if name in SOAK_CASES and not soak:
             continue
-        for arch in (90, 80, 100) if name in others else (90,):
+        others = [80, 100] if soak and name in SOAK_OTHERS | set(OTHERS) else OTHERS.get(name, [])
+        for arch in (90, *others):
             compiled = compile_case(kernel, constants, num_warps, pointers, arch)
             row = {"name": name, "arch": arch, "shared": compiled.metadata.shared}
             print(json.dumps(row | describe(compiled.asm["cubin"])), flush=True)
