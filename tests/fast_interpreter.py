@@ -1,7 +1,7 @@
 """A faster Triton interpreter, with the same results.
 
-The interpreter replaces the functions of triton.language at each call of a jit function, also inside
-a kernel, where they are replaced already. That takes half of the time of interpreted kernels.
+The interpreter replaces the functions of triton.language at each call of a jit function, also in a
+kernel, where they are replaced already. That takes half of the time of interpreted kernels.
 """
 
 from collections.abc import Callable

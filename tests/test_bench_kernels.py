@@ -1,10 +1,12 @@
 """The kernel benchmark at tiny sizes: complete rows, correct gradients, bars that can fail."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
+RUN_MAIN = "import {0}\nsys.exit({0}.main(sys.argv[1:]))"
 TINY = ["--device", "cpu", "--quick", "--shape", "9,500,16,6,5"]
 ALWAYS = {
     "bench", "section", "provider", "shape", "status", "computes", "task", "ours", "device",
@@ -29,24 +32,62 @@ SAME_LOSS = {
 """Providers that run anywhere and have a loss of ours."""
 
 
-def script(
-    name: str, *arguments: object, interpreted: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Run a script with its folder on the path, like a shell."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
-    variables.pop("TRITON_INTERPRET", None)
-    if interpreted:
-        variables["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, str(BENCH / name), *map(str, arguments)]
-    return subprocess.run(command, env=variables, capture_output=True, text=True)
+@dataclass(frozen=True)
+class Result:
+    """Exit code and output of a script."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code with the benchmark's modules on the path, in another process."""
-    found = f"import sys; sys.path.insert(0, {str(BENCH)!r})\n{code}"
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-c", found, *arguments]
-    return subprocess.run(command, env=variables, capture_output=True, text=True)
+Script = Callable[..., Result]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules() -> Iterator[None]:
+    """Put the folder of the scripts on the path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCH))
+        yield
+
+
+@pytest.fixture
+def script(capfd: pytest.CaptureFixture[str]) -> Script:
+    """Return a function that runs a script in this process."""
+
+    def run_script(name: str, *arguments: object) -> Result:
+        capfd.readouterr()
+        code = run_main(name, *arguments)
+        return Result(code, *capfd.readouterr())
+
+    return run_script
+
+
+def run_main(name: str, *arguments: object) -> int:
+    """Return the exit code of a script's main function."""
+    try:
+        code = importlib.import_module(name).main(list(map(str, arguments)))
+    except SystemExit as end:
+        code = end.code
+    return int(code or 0)
+
+
+def interpreted(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run code in another process, with the scripts on the path and kernels interpreted."""
+    begin = (
+        "import sys\n"
+        f"sys.path.append({str(ROOT / 'tests')!r})\n"
+        "from fast_interpreter import patch_language_once\n"
+        f"sys.path[-1:] = [{str(BENCH)!r}]\n"
+        "patch_language_once()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", begin + code, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -55,12 +96,10 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory, modules: None) -> Path:
     """Return the file of one run of all sections."""
     file = tmp_path_factory.mktemp("kernels") / "rows.jsonl"
-    done = script("bench_kernels.py", *TINY, "--out", file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+    assert run_main("bench_kernels", *TINY, "--out", file) == 0
     return file
 
 
@@ -92,17 +131,13 @@ def test_gradients_of_a_loss_of_ours_are_those_of_float64(tiny: Path) -> None:
     assert all(r["gradient_error"] is not None for r in claimed)
 
 
-def test_tables_of_the_rows(tiny: Path) -> None:
-    short = script("report_kernels.py", tiny)
+def test_tables_of_the_rows(tiny: Path, script: Script) -> None:
+    short = script("report_kernels", tiny)
     assert short.returncode == 0, short.stderr
     for line in ("logits T=9 V=500 H=16 K=6 k=5, ms: ours ", "topk T=9 V=500", "eager "):
         assert line in short.stdout
-    code = (
-        "import json, report_kernels as r\n"
-        "rows = [json.loads(line) for line in open(sys.argv[1])]\n"
-        "print(r.device_tables(rows, 'cpu'), r.device_tables(rows, 'cuda'), sep='|||')"
-    )
-    cpu, gpu = python(code, str(tiny)).stdout.split("|||")
+    device_tables = importlib.import_module("report_kernels").device_tables
+    cpu, gpu = (device_tables(read(tiny), device) for device in ("cpu", "cuda"))
     for title in ("**logits**, 9 rows", "**hidden**, 9 rows", "**indexed**", "**topk**"):
         assert title in cpu
     assert "| `verl` |" in cpu
@@ -111,10 +146,10 @@ def test_tables_of_the_rows(tiny: Path) -> None:
     assert "No GPU has run this yet" in gpu
 
 
-def test_a_spent_budget_starts_nothing_and_is_reported(tmp_path: Path) -> None:
+def test_a_spent_budget_starts_nothing_and_is_reported(tmp_path: Path, script: Script) -> None:
     file = tmp_path / "rows.jsonl"
     names = ["--providers", "ours,eager", "--section", "logits", "--budget", "0"]
-    done = script("bench_kernels.py", *TINY, *names, "--out", file)
+    done = script("bench_kernels", *TINY, *names, "--out", file)
     assert done.returncode == 0, done.stderr
     assert {row["status"] for row in read(file)} == {"left out: the budget of 0 s was spent"}
 
@@ -126,15 +161,15 @@ def test_a_spent_budget_starts_nothing_and_is_reported(tmp_path: Path) -> None:
         (["--shape", "4,10,8,11,2"], "K and k at most V"),
     ],
 )
-def test_a_wrong_option_is_named(arguments: list[str], words: str) -> None:
-    done = script("bench_kernels.py", *arguments)
+def test_a_wrong_option_is_named(arguments: list[str], words: str, script: Script) -> None:
+    done = script("bench_kernels", *arguments)
     assert done.returncode == 2
     assert words in done.stderr
 
 
 def test_every_kernel_passes_the_check_that_a_gpu_gets(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    done = script("gpu_check.py", "--device", "cpu", "--out", file, interpreted=True)
+    done = interpreted(RUN_MAIN.format("gpu_check"), "--device", "cpu", "--out", file)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read(file)
     assert [row["status"] for row in rows] == ["ok"] * len(rows)
@@ -149,7 +184,7 @@ def test_the_check_finds_a_wrong_kernel(tmp_path: Path) -> None:
         "gpu_check.GROUPS = (gpu_check.statistics,)\n"
         "sys.exit(gpu_check.main(['--device', 'cpu', '--out', sys.argv[1]]))"
     )
-    done = python(code, str(tmp_path / "rows.jsonl"), TRITON_INTERPRET="1")
+    done = interpreted(code, tmp_path / "rows.jsonl")
     assert done.returncode == 1, done.stderr
     assert "WRONG  row_stats, iid: entropy" in done.stdout
     assert "WRONG  row_stats, iid: log-sum-exp" not in done.stdout
@@ -157,7 +192,7 @@ def test_the_check_finds_a_wrong_kernel(tmp_path: Path) -> None:
 
 def test_every_launch_setting_of_the_sweep_gives_the_same_answer(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    done = script("gpu_sweep.py", "--device", "cpu", "--out", file, interpreted=True)
+    done = interpreted(RUN_MAIN.format("gpu_sweep"), "--device", "cpu", "--out", file)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read(file)
     assert {row["status"] for row in rows} == {"ok"}, done.stdout
@@ -166,12 +201,8 @@ def test_every_launch_setting_of_the_sweep_gives_the_same_answer(tmp_path: Path)
 
 
 def bars(rows: list[dict[str, Any]], device: str) -> dict[str, tuple[float, bool]]:
-    spec = importlib.util.spec_from_file_location("bars", BENCH / "kernel_bars.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {bar["bar"]: (bar["value"], bar["met"]) for bar in module.bars(rows, device)}
+    made = importlib.import_module("kernel_bars").bars(rows, device)
+    return {bar["bar"]: (bar["value"], bar["met"]) for bar in made}
 
 
 def row(provider: str, ms: float, started: int = 1, **more: Any) -> dict[str, Any]:
@@ -200,9 +231,11 @@ def test_a_bar_is_met_or_missed_by_the_newest_run_alone() -> None:
     assert bars(old, "cuda") == {}
 
 
-def test_a_missing_git_is_reported_without_an_error(tmp_path: Path) -> None:
-    done = python("import results; print(results.code_commit())", PATH=str(tmp_path))
-    assert done.stdout == "unknown\n"
+def test_a_missing_git_is_reported_without_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert importlib.import_module("results").code_commit() == "unknown"
 
 
 def test_the_gpu_script_is_bash() -> None:
