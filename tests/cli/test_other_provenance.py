@@ -48,7 +48,7 @@ def test_every_command_on_a_provenance_of_another_writer(
     rng = random.Random(0)
     # First those that the stages rely on.
     ours = [path for path in paths if path[-1] in ("units", "student", "request", "n_vocab", "set")]
-    for number in range(counts(12, 200)):
+    for number in range(counts(8, 200)):
         *parents, last = ours[number] if number < len(ours) else rng.choice(paths)
         value = rng.choice([None, 5, "x", [5], {}, "remove"])
 
