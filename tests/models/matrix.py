@@ -26,13 +26,16 @@ def line(family: str) -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         found = verdicts(save_family(family, Path(folder) / "model"))
-    causes = [cause for _, _, cause in (each.partition(": ") for each in found.values()) if cause]
-    folders = re.escape(tempfile.gettempdir()) + r"/\S+"
-    reasons = dict.fromkeys(
-        re.sub(folders, "FOLDER", cause).replace("|", "\\|") for cause in causes
-    )
-    words = [each.partition(":")[0] for each in found.values()]
+    words, _, causes = zip(*(each.partition(": ") for each in found.values()), strict=True)
+    reasons = dict.fromkeys(reason(cause) for cause in causes if cause)
     return f"| {family} | {' | '.join(words)} | {'; '.join(reasons)} |"
+
+
+def reason(cause: str) -> str:
+    """Return a cause without folders, and without messages of libraries, whose order varies."""
+    folders = re.escape(tempfile.gettempdir()) + r"/\S+"
+    short = re.sub(r"(: \w+Error): .*", r"\1", re.sub(folders, "FOLDER", cause), flags=re.DOTALL)
+    return short.replace("|", "\\|")
 
 
 def written() -> dict[str, str]:
