@@ -5,10 +5,12 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from logitcask.engine.config.toml import read_toml
 from logitcask.engine.objectives import PRESETS
 from tests.cli.conftest import NEW, ROLL, SCORE, TRAIN, UNITS, N, World
+from tests.engine.tiny import make_model, save_folder
 
 SEQUENCES = 2 * UNITS * N
 ALL = 2 * UNITS
@@ -145,3 +147,18 @@ def test_objectives_explains_one_objective(call: Any) -> None:
     assert explained["modifiers"] == [{"name": "importance", "cap": 5.0}]
     assert "cap 5" in call("objectives sampled_token+importance(cap=5)").out
     call("objectives opdd").assert_error(1, "unknown objective 'opdd'", "the nearest is opd")
+
+
+@pytest.mark.parametrize(
+    "verb", ["rollout --prompts @p.jsonl --no-chat-template", "score --teacher t", "train --out @o"]
+)
+def test_dry_run_refuses_a_model_that_is_not_right(world: World, call: Any, verb: str) -> None:
+    folder = world.at(world.new("model"))
+    save_folder(folder, make_model(context=64))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    result = call(f"{verb} --model {folder} --store @none --dry-run")
+    assert result.code == 1
+    assert "lack 1 tensors of its config" in result.err
+    assert result.out == ""
