@@ -181,7 +181,7 @@ def test_ablate_prints_a_table_or_json(world: World, call: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "cause", "hint"),
     [
-        ("--vary objectve=opd", 2, "objectve", "did you mean train.objective?"),
+        ("--vary objectve=opd", 2, "objectve", "the nearest is train.objective"),
         ("--vary objective=opd,olap", 2, "objective=olap: --objective olap", "overlap"),
         ("--vary loss_topk=2,64", 1, "loss_topk=64: k = 64 is more", "--loss-topk"),
         ("", 2, "--vary", "ablate --help"),

@@ -154,7 +154,7 @@ def test_objectives_explains_one_objective(call: Any) -> None:
 )
 def test_dry_run_refuses_a_model_that_is_not_right(world: World, call: Any, verb: str) -> None:
     folder = world.at(world.new("model"))
-    save_folder(folder, make_model(context=64))
+    save_folder(folder, make_model(context=1024))
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
