@@ -4,6 +4,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -148,6 +149,7 @@ def _provenance_value(provenance: Mapping[str, Any], path: tuple[str, ...]) -> s
     return canonical(found).decode()
 
 
+@cache
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that decide the bytes."""
     found = {}

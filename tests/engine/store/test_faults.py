@@ -118,13 +118,14 @@ def test_a_crash_at_any_call_loses_nothing(
     name: str,
     how: str,
 ) -> None:
-    """Crash in one way at each call, commit and again in turn; in `make soak` in all at each."""
+    """Crash at every fourth call, gc at every other, the ways in turn; `make soak`: all at each."""
     job = JOBS[name]
     total = calls_of(job, Path(shutil.copytree(sound, tmp_path / "count")), monkeypatch)
     assert total > 40
     graves = tmp_path / "graves"
-    first = CRASHES.index(how) + len(CRASHES) * (name == "again")
-    stride = counts(len(CRASHES) * (1 if name == "gc" else 2), 1)
+    step = 2 if name == "gc" else 4
+    first = step * CRASHES.index(how) + step // 2 * (name == "again")
+    stride = counts(step * len(CRASHES), 1)
     for at in [*range(1 + first % stride, total + 1, stride), total + 1]:
         path = Path(shutil.copytree(sound, tmp_path / "cask"))
         graves.mkdir()
@@ -156,11 +157,12 @@ def test_an_error_at_any_call_is_raised_and_undone(
     name: str,
     number: int,
 ) -> None:
-    """Raise one error at each call; `make soak` raises every error at each."""
+    """Raise one error at every other call; `make soak` raises every error at each."""
     job, words = JOBS[name], os.strerror(number)
     total = calls_of(job, Path(shutil.copytree(sound, tmp_path / "count")), monkeypatch)
-    fields, stride = 0, counts(len(ERRNOS), 1)
-    calls = range(1 + ERRNOS.index(number) % stride, total + 1, stride)
+    fields, stride = 0, counts(2 * len(ERRNOS), 1)
+    first = 2 * ERRNOS.index(number) + (name == "gc")
+    calls = range(1 + first % stride, total + 1, stride)
     for at in calls:
         path = Path(shutil.copytree(sound, tmp_path / "cask"))
         disk = FaultyOS(at, OSError(number, words))
