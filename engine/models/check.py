@@ -297,11 +297,12 @@ def _gaps(ours: Tensor, plain: Tensor) -> Tensor:
 
 def _usable_ids(config: Any, n_vocab: int) -> Tensor:
     """Return the ids without those with a meaning of their own, such as placeholders of images."""
-    special: set[Any] = set()
+    special: set[int] = set()
     for part in (config, config.get_text_config()):
         for field, value in vars(part).items():
             if "token" in field:
-                special |= set(value if isinstance(value, list) else [value])
+                values = value if isinstance(value, list) else [value]
+                special |= {each for each in values if type(each) is int}
     usable = [i for i in range(n_vocab) if i not in special]
     return torch.tensor(usable or range(n_vocab))
 

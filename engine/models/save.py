@@ -18,6 +18,7 @@ from logitcask.engine.types import ModelRef
 GENERATION = "generation_config.json"
 PARENT_FILES = (
     *("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template"),
+    *("spiece", "sentencepiece", "tekken", "processor_config", "preprocessor_config"),
     GENERATION,
 )
 """First parts of the names of files that a student has from its parent."""
