@@ -6,6 +6,7 @@ slow. Use it only for tests and benchmarks.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 VLLM_ON_CPU = {
@@ -18,36 +19,52 @@ VLLM_ON_CPU = {
 """A tiny model fills at most 1 GiB of cache; compilation is off."""
 ENVIRONMENT = {**os.environ, **VLLM_ON_CPU}
 
-SHIM = '''
+SHIM = """
 import importlib.util, os, sys
 
+
+def add_cpu(module):
+    "Add a backend cpu to those of Triton, which vLLM checks."
+    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+    module.backends["cpu"] = type("Cpu", (), {"driver": driver, "compiler": None})
+
+
+def patch_once(module):
+    import fast_interpreter
+
+    fast_interpreter.patch_language_once()
+
+
+CHANGES = {"triton.backends": add_cpu, "triton.runtime.interpreter": patch_once}
+
+
+class Finder:
+    "A finder that changes modules directly after their import."
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in CHANGES:
+            return None
+        change = CHANGES.pop(name)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            change(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
-
-    class Finder:
-        """A finder that adds a backend "cpu" to those of Triton, which vLLM checks."""
-
-        def find_spec(self, name, path=None, target=None):
-            if name != "triton.backends":
-                return None
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            run = spec.loader.exec_module
-
-            def exec_module(module):
-                run(module)
-                driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
-                module.backends["cpu"] = type("Cpu", (), {"driver": driver, "compiler": None})
-
-            spec.loader.exec_module = exec_module
-            return spec
-
     sys.meta_path.insert(0, Finder())
-'''
+"""
 
 
 def with_shim(folder: Path) -> dict[str, str]:
     """Return an environment whose Python processes use the second runner."""
     (folder / "sitecustomize.py").write_text(SHIM)
+    shutil.copy(Path(__file__).parents[1] / "fast_interpreter.py", folder)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path}
     return {**os.environ, **VLLM_ON_CPU, **variables}
