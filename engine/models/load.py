@@ -110,7 +110,29 @@ def load_student(
     """
     model = load_model(ref.path, torch.float32, torch.device("cpu"))
     set_paths(model, ref, ref.n_vocab, length=length)
-    return _with_adapters(model, lora, seed) if lora.r else model
+    if lora.r:
+        return _with_adapters(model, lora, seed)
+    if _loses_a_row(model):
+        raise ModelError(
+            f"{type(model).__name__} is saved whole and loaded otherwise: transformers sets the "
+            "row of its padding id to zero, and the output matrix is that matrix too",
+            hint="train adapters, with --lora-r 16",
+        )
+    student: nn.Module = model
+    return student
+
+
+@torch.no_grad()
+def _loses_a_row(model: Any) -> bool:
+    """Return True if the class changes a row of a tied embedding after it was loaded."""
+    tied = model.get_input_embeddings()
+    if tied is None or tied.weight is not model.get_output_embeddings().weight:
+        return False
+    loaded = nn.Embedding(2, 1, padding_idx=0)
+    loaded.weight.fill_(1.0)
+    loaded.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    model._init_weights(loaded)
+    return getattr(tied, "padding_idx", None) is not None and bool((loaded.weight == 0).any())
 
 
 def set_paths(
@@ -155,6 +177,10 @@ def _with_adapters(model: Any, lora: Lora, seed: int) -> nn.Module:
                 ),
             )
             pack_states(adapted.eval(), ids, ids, packed=paths_of(model).packed)
+            bases = [each.base_layer for each in adapted.modules() if hasattr(each, "base_layer")]
+            weights = [id(base.weight) for base in bases if isinstance(base, nn.Linear)]
+            if len(set(weights)) < len(weights):
+                raise ValueError("layers with the same weights would get several adapters")
         # peft wraps any linear layer, and some models read more of a layer than its output.
         except Exception as error:
             cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

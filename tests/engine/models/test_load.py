@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM
 
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.models import load
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.models.load import load_model, load_student, set_mode
 from logitcask.engine.types import ModelRef
@@ -81,9 +83,9 @@ def test_weights_that_are_not_those_of_the_config_are_an_error(
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, {"format": "pt"})
-    for load in (lambda: load_student(ref), lambda: load_model(ref.path, torch.bfloat16, CPU)):
+    for attempt in (lambda: load_student(ref), lambda: load_model(ref.path, torch.bfloat16, CPU)):
         with pytest.raises(ModelError, match=why):
-            load()
+            attempt()
 
 
 @pytest.mark.parametrize("change", [with_another_head, with_an_old_buffer])
@@ -140,3 +142,31 @@ def test_adapters_are_drawn_by_the_seed(ref: ModelRef) -> None:
 def test_adapters_that_do_not_fit_are_an_error_before_training(ref: ModelRef) -> None:
     with pytest.raises(ConfigError, match="lora target_modules = nothing"):
         load_student(ref, lora=Lora(r=2, target_modules="nothing"))
+
+
+@pytest.mark.needs("peft")
+def test_adapters_of_shared_weights_are_an_error_before_training(
+    ref: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tied(*args: Any) -> Any:
+        model = load_model(*args)
+        first, second = (layer.mlp.up_proj for layer in model.model.layers)
+        second.weight = first.weight
+        return model
+
+    monkeypatch.setattr(load, "load_model", tied)
+    with pytest.raises(ConfigError, match="the same weights would get several adapters"):
+        load_student(ref, lora=Lora(r=2))
+
+
+def test_a_class_that_changes_a_loaded_row_is_an_error_before_training(
+    ref: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clears(self: Any, module: Any) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            module.weight.data[module.padding_idx].zero_()
+
+    load_student(ref)
+    monkeypatch.setattr(Qwen3ForCausalLM, "_init_weights", clears)
+    with pytest.raises(ModelError, match="sets the row of its padding id to zero"):
+        load_student(ref)
