@@ -17,20 +17,20 @@ from logitcask.engine.models.check import (
     lengths_of_change,
 )
 from logitcask.engine.models.identity import model_ref
-from tests.engine.models.families import FAMILIES, make_family
 from tests.engine.tiny import make_model, save_folder
+from tests.models.build import make_family
 
-PACKED = ("sliding window", "LongRoPE", "eager attention", "bias of the head", "nested", "experts")
-PADDED = ("linear attention", "convolutions", "sinks", "no positions")
-EQUAL = ("LongRoPE", "state space")
+PACKED = ("mistral", "phi3 longrope", "gemma2", "phi", "llama4_text", "qwen3_moe")
+PADDED = ("qwen3_5_text", "lfm2", "gpt_oss", "mpt")
+EQUAL = ("phi3 longrope", "mamba")
 """Families of which a batch of prompts has one length."""
 REFUSED = {
-    "states of its own": "cached sampling gives log-probs",
-    "other rounding of steps": "cached sampling gives log-probs",
+    "rwkv": "cached sampling gives log-probs",
+    "nemotron_h": "cached sampling gives log-probs",
 }
 
 
-@pytest.mark.parametrize("name", [*PACKED, *PADDED, "state space", *REFUSED])
+@pytest.mark.parametrize("name", [*PACKED, *PADDED, "mamba", *REFUSED])
 def test_each_family_has_the_paths_that_are_right(name: str) -> None:
     model = make_family(name)
     found = check_paths(model, 99, [n for n in lengths_of_change(model.config) if n < 100])
@@ -92,11 +92,18 @@ def test_a_head_smaller_than_the_tokenizer_is_refused() -> None:
 
 
 def test_lengths_of_change_are_windows_and_the_switch_of_longrope() -> None:
-    lengths = {name: lengths_of_change(make_family(name).config) for name in FAMILIES}
-    assert lengths["sliding window"] == lengths["sinks"] == [80]
-    assert lengths["LongRoPE"] == [40]
-    assert lengths["nested"] == [8192]
-    assert lengths["plain"] == []
+    def of(name: str, **changes: int) -> list[int]:
+        config = make_family(name).config
+        config.update(changes)
+        return lengths_of_change(config)
+
+    assert of("llama") == []
+    assert of("mistral") == [], "the short sequences pass a window of 16"
+    assert of("mistral", sliding_window=80) == of("gpt_oss", sliding_window=80) == [80]
+    assert of("phi3 longrope") == [64]
+    assert of("llama4_text", attention_chunk_size=8192) == [8192]
+    assert of("mamba2", chunk_size=256) == [256]
+    assert of("deepseek_v32", index_topk=2048) == [2048]
 
 
 @pytest.fixture
@@ -117,7 +124,8 @@ def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Any
 def test_a_model_is_checked_once_and_again_for_longer_sequences(
     checks: list[Any], tmp_path: Path
 ) -> None:
-    model = make_family("sliding window")
+    model = make_family("mistral")
+    model.config.sliding_window = 80
     save_folder(tmp_path / "model", model)
     ref = model_ref(str(tmp_path / "model"), chat_template=False)
     for length in (0, 80, 81, 90, 12):

@@ -15,8 +15,8 @@ from logitcask.engine.models.forward import (
     sequence_states,
 )
 from logitcask.engine.models.load import hidden_states
-from tests.engine.models.families import make_family
 from tests.engine.tiny import make_model
+from tests.models.build import make_family
 
 
 def two_sequences() -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +69,7 @@ def test_the_forward_pass_has_no_cache_and_no_mask(monkeypatch: pytest.MonkeyPat
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["plain", "linear attention", "sinks", "no positions"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text", "gpt_oss", "mpt"])
 def test_a_padded_pack_is_each_sequence_alone(name: str) -> None:
     model = make_family(name)
     assert leak(model, pack_states(model, *two_sequences(), packed=False)) < 1e-4
@@ -78,9 +78,9 @@ def test_a_padded_pack_is_each_sequence_alone(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_row_has_the_rotary_factors_of_its_own_prefix(packed: bool) -> None:
-    model = make_family("LongRoPE")
+    model = make_family("phi3 longrope")
     switch = rope_switch(model.config)
-    assert switch == 40
+    assert switch == 64
     generator = torch.Generator().manual_seed(1)
     lengths = (switch - 5, switch, switch + 1, switch + 9, 3)
     sequences = [torch.randint(99, (n,), generator=generator) for n in lengths]
@@ -97,7 +97,7 @@ def test_a_row_has_the_rotary_factors_of_its_own_prefix(packed: bool) -> None:
 
 def test_other_ropes_never_switch() -> None:
     assert rope_switch(make_model().config) == NEVER
-    assert rope_switch(make_family("sliding window").config) == NEVER
+    assert rope_switch(make_family("mistral").config) == NEVER
 
 
 def test_cuts_cover_a_sequence() -> None:
@@ -107,7 +107,7 @@ def test_cuts_cover_a_sequence() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["plain", "bias of the head", "nested"])
+@pytest.mark.parametrize("name", ["llama", "phi", "llama4_text"])
 def test_states_times_the_head_are_the_logits(name: str) -> None:
     model = make_family(name)
     ids = torch.arange(32)[None]

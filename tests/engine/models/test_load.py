@@ -16,8 +16,8 @@ from logitcask.engine.models import load
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.models.load import load_model, load_student, set_mode
 from logitcask.engine.types import ModelRef
-from tests.engine.models.families import make_family
 from tests.engine.tiny import make_model, save_folder
+from tests.models.build import make_family
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,7 @@ def test_an_unsupported_quantization_is_a_typed_error(ref: ModelRef) -> None:
 
 
 def test_a_training_step_computes_as_in_evaluation_unless_dropout_is_requested() -> None:
-    model = make_family("dropout")
+    model = make_family("gpt2")
     ids = torch.arange(20)[None]
     expected = model(input_ids=ids).logits
     set_mode(model, dropout=False)

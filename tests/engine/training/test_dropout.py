@@ -10,15 +10,15 @@ from logitcask.engine.commands.score import run_score
 from logitcask.engine.commands.train import run_train
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig, TrainConfig
 from logitcask.engine.config.toml import validate
-from tests.engine.models.families import make_family
 from tests.engine.tiny import save_folder
+from tests.models.build import make_family
 
 
 @pytest.fixture(scope="module")
 def sections(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Make rollouts and own scores of a student with dropout 0.1, and return their sections."""
-    folder = tmp_path_factory.mktemp("dropout")
-    save_folder(folder / "model", make_family("dropout"))
+    folder = tmp_path_factory.mktemp("gpt2")
+    save_folder(folder / "model", make_family("gpt2"))
     (folder / "prompts.jsonl").write_text('{"id": "a", "prompt": "12+3="}\n')
     model = str(folder / "model")
     found: dict[str, Any] = {
