@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Keeps the working folder off sys.path, where ./kernels would look like another project's package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: dev demo test test-vllm test-real soak check bench clean
+.PHONY: dev vllm demo test test-vllm test-real soak check bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -49,8 +49,10 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(MOVED) | diff $(VLLM)/before -
 	touch $@
 
+vllm: dev $(VLLM)/.installed
+
 # Scores and training of the whole way run in the environment of `make dev`.
-test-vllm: dev $(VLLM)/.installed
+test-vllm: vllm
 	OMP_NUM_THREADS=1 LOGITCASK=$(abspath $(BIN))/logitcask $(VLLM)/bin/pytest tests/vllm
 
 # Real weights: SmolLM2-135M-Instruct (Apache-2.0), a package of 93 MB, without its requirements.
