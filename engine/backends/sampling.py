@@ -2,9 +2,10 @@
 
 The distribution of a token is the model's softmax over [0, n_vocab) after the steps of
 `SamplingParams`, in the order of transformers' generate: repetition penalty, temperature, top-k,
-top-p, min-p. There are no other steps, and of a model's generation_config only its stop ids are used. A token is
-drawn by the inverse of its cumulative distribution at a uniform number. Each sequence has its own
-uniform numbers, so it does not depend on its batch (up to the rounding of the forward pass).
+top-p, min-p. There are no other steps, and of a model's generation_config only its stop ids are
+used. A token is drawn by the inverse of its cumulative distribution at a uniform number. Each
+sequence has its own uniform numbers, so it does not depend on its batch (up to the rounding of the
+forward pass).
 """
 
 import hashlib
