@@ -1,5 +1,6 @@
 """Each family of models is sampled, scored and trained right, or refused: a dozen, all in soak."""
 
+import os
 import re
 
 import pytest
@@ -14,7 +15,6 @@ DOZEN = [
 ]
 """A rope that is stretched, one by length, dropout, a bias of the head, soft caps without sdpa,
 sinks, experts, a nested configuration, a hybrid, a state space, tokens that mix, no encoder."""
-SOAK = pytest.mark.needs("soak")
 
 
 def without_numbers(text: str) -> str:
@@ -22,9 +22,7 @@ def without_numbers(text: str) -> str:
     return re.sub(r"\d[\d.]*(e[+-]?\d+)?", "#", text)
 
 
-@pytest.mark.parametrize(
-    "family", [n if n in DOZEN else pytest.param(n, marks=SOAK) for n in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES if os.environ.get("LOGITCASK_SOAK") else DOZEN)
 def test_a_family_is_right_or_refused_as_the_readme_says(family: str) -> None:
     found = line(family)
     assert " wrong " not in found
