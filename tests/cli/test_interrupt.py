@@ -52,9 +52,10 @@ def test_a_rollout_resumes_after_ctrl_c(world: World, call: Any) -> None:
     log = world.at(store) / "log"
     code, err = run_interrupted(world, command, lambda: len(list(log.glob("*.json"))) >= 2)
     assert code == 130
-    *progress, last = err.splitlines()
+    *progress, last = err.split("\n")[:-1]
     assert last == INTERRUPTED
-    assert all(line.startswith("rollout: ") for line in progress), "after five seconds"
+    # click ends the interrupted line, and a slow machine reports progress after five seconds.
+    assert all(line == "" or line.startswith("rollout: ") for line in progress), err
     before = {file.name: file.read_bytes() for file in log.glob("*.json")}
     done = call(f"{command} --format json").json
     assert 2 <= done["units_done_before"] == len(before) < done["units_total"] == PROMPTS // 20
