@@ -123,7 +123,7 @@ def plain_scores(model: Any, rollouts: Rollouts, k: int, at: Any = None) -> None
 
 
 def plain_training(model: Any, packs: PlannedPacks) -> None:
-    """Train on the same packs: reverse KL on stored ids of both lists, renormalised."""
+    """Train on the same packs: reverse KL on the first stored ids of a row, renormalised."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     for index in range(UPDATES):
         pack = packs.pack(index)
@@ -132,7 +132,8 @@ def plain_training(model: Any, packs: PlannedPacks) -> None:
         ).last_hidden_state[0, pack.predict_at]
         lp = model.lm_head(states).float().log_softmax(-1)
         p = lp.gather(1, pack.targets.ids[:, :K_STUDENT].clamp(min=0)).log_softmax(-1)
-        loss = (p.exp() * (p - p.detach())).sum(-1).mean()
+        q = pack.targets.q_log_p[:, :K_STUDENT].log_softmax(-1)
+        loss = (p.exp() * (p - q)).sum(-1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -198,6 +198,7 @@ def _counter(on_finished: Callable[[int], None]) -> Any:
 
     It is the only sign of a running batch that vLLM gives.
     """
+    # tqdm has no types.
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     class Counter(tqdm):  # type: ignore[misc]
