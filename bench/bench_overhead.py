@@ -46,7 +46,7 @@ from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
-from logitcask.engine.training.run_dir import METRICS, MetricsFile
+from logitcask.engine.training.run_dir.files import METRICS, MetricsFile
 from logitcask.engine.training.settings import training_arguments
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, no_progress

@@ -38,7 +38,7 @@ from logitcask.engine.events import EventHandler
 from logitcask.engine.models.digests import read_json, replace_text, write_json
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.training.run_dir import check_same, locked, writing
+from logitcask.engine.training.run_dir.files import check_same, locked, writing
 from logitcask.engine.types import Progress, no_progress
 
 PLAN = "plan.json"

@@ -23,8 +23,8 @@ from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.inspect import choose, choose_teacher
-from logitcask.engine.training.evaluation import EvalPlan
-from logitcask.engine.training.held_out import HeldOutSet, hold_out
+from logitcask.engine.training.evaluation.held_out import HeldOutSet, hold_out
+from logitcask.engine.training.evaluation.responses import EvalPlan
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.train import check, train
 from logitcask.engine.types import ModelRef, Progress, no_progress

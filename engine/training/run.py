@@ -23,11 +23,11 @@ from logitcask.engine.models.load import load_student, quiet
 from logitcask.engine.models.save import save_student
 from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
-from logitcask.engine.training.checkpoints import METRICS_SHA256, resume_point
-from logitcask.engine.training.evaluation import EvalCallback, EvalPlan
-from logitcask.engine.training.held_out import HeldOut
+from logitcask.engine.training.evaluation.held_out import HeldOut
+from logitcask.engine.training.evaluation.responses import EvalCallback, EvalPlan
 from logitcask.engine.training.processes import gathered
-from logitcask.engine.training.run_dir import (
+from logitcask.engine.training.run_dir.checkpoints import METRICS_SHA256, resume_point
+from logitcask.engine.training.run_dir.files import (
     CHECKPOINTS,
     METRICS,
     RUN,

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.training.run_dir import CHECKPOINTS
+from logitcask.engine.training.run_dir.files import CHECKPOINTS
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 """`lr_scheduler_type` -> transformers' value; all of them warm up."""

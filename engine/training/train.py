@@ -14,8 +14,8 @@ from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.cache_info import cache_info, first_snapshot
-from logitcask.engine.training.evaluation import EvalPlan
-from logitcask.engine.training.held_out import HeldOutSet, hold_out
+from logitcask.engine.training.evaluation.held_out import HeldOutSet, hold_out
+from logitcask.engine.training.evaluation.responses import EvalPlan
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
 from logitcask.engine.training.settings import updates_at_most
 from logitcask.engine.types import ModelRef, Progress, no_progress

@@ -36,11 +36,11 @@ from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.packing.source import Pack
-from logitcask.engine.training.checkpoints import complete_checkpoint
 from logitcask.engine.training.metric_sums import MetricSums
 from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.processes import gathered
-from logitcask.engine.training.run_dir import MetricsFile, writing
+from logitcask.engine.training.run_dir.checkpoints import complete_checkpoint
+from logitcask.engine.training.run_dir.files import MetricsFile, writing
 from logitcask.engine.types import Detail, Progress
 
 CHANGED_SAMPLE = 1 << 20

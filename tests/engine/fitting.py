@@ -17,7 +17,7 @@ from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.objectives.modifiers import KeepEntropy, Prune, Stepwise
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Store
-from logitcask.engine.training.run_dir import METRICS, MetricsFile
+from logitcask.engine.training.run_dir.files import METRICS, MetricsFile
 from logitcask.engine.training.settings import training_arguments
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, no_progress

@@ -22,7 +22,7 @@ from logitcask.engine.config.sections import Run, StoreSection, Student, TrainCo
 from logitcask.engine.config.training import Ablate, Eval, Train
 from logitcask.engine.errors import ConfigError, IdentityError, IntegrityError, ObjectiveError
 from logitcask.engine.store import Store
-from logitcask.engine.training.run_dir import MetricsFile, locked
+from logitcask.engine.training.run_dir.files import MetricsFile, locked
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case

@@ -21,7 +21,7 @@ import logitcask.engine.training.trainer as trainer
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.loop import distill
 from logitcask.engine.store import Store
-from logitcask.engine.training.run_dir import MetricsFile
+from logitcask.engine.training.run_dir.files import MetricsFile
 
 POINTS: dict[str, tuple[Any, str, bool]] = {
     # name -> (where the function is looked up, its name, after it and not before)

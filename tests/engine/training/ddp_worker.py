@@ -17,8 +17,8 @@ from logitcask.engine.models.forward import inner_model
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.training.evaluation import EvalPlan
-from logitcask.engine.training.held_out import HeldOutSet
+from logitcask.engine.training.evaluation.held_out import HeldOutSet
+from logitcask.engine.training.evaluation.responses import EvalPlan
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams
 from tests.engine.fitting import REVERSE, WEIGHED, ListPacks, flat, make_trainer

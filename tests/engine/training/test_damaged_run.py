@@ -17,9 +17,9 @@ from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError, IntegrityError, LogitcaskError, StoreError
 from logitcask.engine.models.digests import difference, read_json, write_json
 from logitcask.engine.store import Store
-from logitcask.engine.training.checkpoints import resume_point
 from logitcask.engine.training.run import TrainReport
-from logitcask.engine.training.run_dir import locked
+from logitcask.engine.training.run_dir.checkpoints import resume_point
+from logitcask.engine.training.run_dir.files import locked
 from logitcask.engine.training.train import train
 from logitcask.engine.types import NO_DETAIL, Detail, ModelRef, Progress
 from tests.engine.cached import make_unit

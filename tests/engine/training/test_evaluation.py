@@ -17,7 +17,7 @@ from logitcask.engine.config.training import Train
 from logitcask.engine.errors import GraderError, IdentityError
 from logitcask.engine.models.forward import inner_model
 from logitcask.engine.store import Store
-from logitcask.engine.training.evaluation import EvalPlan, evaluate, standard_error
+from logitcask.engine.training.evaluation.responses import EvalPlan, evaluate, standard_error
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.train import train
 from logitcask.engine.types import (

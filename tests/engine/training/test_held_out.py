@@ -15,7 +15,7 @@ from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.models.load import load_student
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Store
-from logitcask.engine.training.held_out import HeldOutSet, hold_out
+from logitcask.engine.training.evaluation.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_store, make_unit

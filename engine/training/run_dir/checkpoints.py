@@ -26,7 +26,13 @@ from logitcask.engine.models.digests import (
     sha256_of,
     write_json,
 )
-from logitcask.engine.training.run_dir import CHECKPOINTS, METADATA, METRICS, RESTORE, check_same
+from logitcask.engine.training.run_dir.files import (
+    CHECKPOINTS,
+    METADATA,
+    METRICS,
+    RESTORE,
+    check_same,
+)
 
 RESUME_METADATA, STATE = "logitcask_checkpoint.json", "trainer_state.json"
 METRICS_SHA256 = "metrics_sha256"

@@ -20,9 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from logitcask.engine.backends.base import Sampler
 from logitcask.engine.models.identity import digest
 from logitcask.engine.prompts.graders import Decode, Grader, RewardFn
-from logitcask.engine.training.held_out import HeldOut
+from logitcask.engine.training.evaluation.held_out import HeldOut
 from logitcask.engine.training.processes import gathered, rank
-from logitcask.engine.training.run_dir import MetricsFile
+from logitcask.engine.training.run_dir.files import MetricsFile
 from logitcask.engine.types import (
     STOP,
     Array,

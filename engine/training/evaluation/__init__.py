@@ -1,0 +1,1 @@
+"""Evaluation of a run: graded responses, and loss and metrics of held-out packs."""

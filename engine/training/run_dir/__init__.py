@@ -1,0 +1,1 @@
+"""Folder of a run: its files, and the checkpoints to resume from."""
