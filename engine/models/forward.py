@@ -10,15 +10,17 @@ batch by its longest sequence. A row here always has the factors of its own pref
 `rope_switch` rows of a longer sequence are computed from a cut copy of the sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from inspect import signature
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+T = TypeVar("T")
 
 NEVER = 1 << 62
 """Length that no sequence reaches."""
@@ -35,6 +37,30 @@ def backbone(model: nn.Module) -> Any:
     # Not get_decoder(): on multimodal models it would skip the embedding step. A text model that
     # is cut out of one may name a base model that it does not have (Llama 4).
     return inner.base_model if inner.base_model is not inner else inner.model
+
+
+def inside_forward(
+    module: nn.Module,
+    run: Callable[..., T],
+    *inputs: Tensor,
+    wrapper: nn.Module | None = None,
+) -> T:
+    """Return run(*inputs), called as the forward of `module`, through `wrapper` if there is one.
+
+    The hooks of both see an ordinary call: those that shard parameters gather them before it, and
+    reduce their gradients after the backward pass. They may cast the inputs.
+    """
+    own = vars(module).get("forward")
+    called: Any = module
+    called.forward = run
+    try:
+        result: T = (wrapper or module)(*inputs)
+    finally:
+        if own is None:
+            del called.forward
+        else:
+            called.forward = own
+    return result
 
 
 def states(

@@ -4,15 +4,16 @@ It differs from a plain Trainer, and for these reasons:
 - One dataset item is the *index* of a pack. Indices become packs in `get_batch_samples`, which runs
   once per optimizer update, after the previous update. accelerate reads one item ahead, so a loader
   that waited for the packs of an on-policy loop would deadlock.
-- The whole loss is computed inside the wrapped model's forward: a call of backbone and head past
-  the wrapper would leave gradients un-averaged between processes, without an error.
+- The whole loss is computed inside the head's forward, inside the wrapped model's: a call of
+  backbone and head past them would leave gradients un-averaged between processes, or weights
+  un-gathered, without an error. So DDP, FSDP2 and ZeRO-3 do their work by their own hooks.
 - The divisor of the loss is the sum of row weights of one update over all micro-batches and
   processes, so neither accumulation nor the number of processes changes the update.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -23,28 +24,23 @@ from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
 from logitcask.engine.errors import IncompleteError, ModelError
-from logitcask.engine.models.forward import folded_head, inner_model
+from logitcask.engine.models.forward import folded_head, inner_model, inside_forward
 from logitcask.engine.models.load import hidden_states, set_mode
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.packing.source import Pack
+from logitcask.engine.training.changed_share import ChangedShare
 from logitcask.engine.training.metric_sums import MetricSums
 from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.processes import gathered
 from logitcask.engine.training.run_dir.checkpoints import complete_checkpoint
 from logitcask.engine.training.run_dir.files import MetricsFile, writing
 from logitcask.engine.types import Detail, Progress
-
-CHANGED_SAMPLE = 1 << 20
-"""Maximum number of elements that `train/changed_share` compares."""
 
 
 class DistillTrainer(Trainer):
@@ -98,7 +94,7 @@ class DistillTrainer(Trainer):
         # Trainer turns it off in the configuration, which is saved with the student.
         if use_cache is not None:
             model.config.use_cache = use_cache
-        self._changed = _ChangedShare()
+        self._changed = ChangedShare()
         self.add_callback(self._changed)
         self._packs = packs
         self._objective = objective
@@ -151,11 +147,11 @@ class DistillTrainer(Trainer):
         weight = inputs["weight"].to(self.args.device) * scale
         inner = self.accelerator.unwrap_model(model)
         set_mode(inner, dropout=self._dropout)  # Trainer has set the mode of training
-        loss = _inside_forward(
-            model,
+        loss = inside_forward(
             inner,
-            lambda inner: self._pack_loss(inner, pack, weight),
+            lambda *_: self._pack_loss(inner, pack, weight),
             pack.input_ids,
+            wrapper=model,
         )
         self._packs_done += 1
         if self._packs_done < self._packs_of_update:
@@ -165,6 +161,14 @@ class DistillTrainer(Trainer):
     def _pack_loss(self, inner: nn.Module, pack: Pack, weight: Tensor) -> Tensor:
         with self.accelerator.autocast():
             states = hidden_states(inner, pack.input_ids, pack.position_ids)
+        head = inner_model(inner).get_output_embeddings()
+        return inside_forward(
+            head, lambda states: self._loss_of_states(inner, states, pack, weight), states
+        )
+
+    def _loss_of_states(
+        self, inner: nn.Module, states: Tensor, pack: Pack, weight: Tensor
+    ) -> Tensor:
         states, head = folded_head(inner, states)
         targets = pack.targets
         if not len(targets):
@@ -252,46 +256,6 @@ class DistillTrainer(Trainer):
         Path(f"{output_dir or self.args.output_dir}/training_args.bin").unlink(missing_ok=True)
 
 
-class _ChangedShare(TrainerCallback):
-    """Share of the trainable parameters that an update changed, from a strided sample.
-
-    Weights too coarse for the learning rate show here and nowhere else: the loss looks healthy.
-    """
-
-    def __init__(self) -> None:
-        self._before: list[Tensor] = []
-        self._share = torch.zeros(())
-
-    def share(self) -> float:
-        """Return the share of the newest update."""
-        return float(self._share)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._before = [part.clone() for part in self._sample(kwargs["model"])]
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        pairs = list(zip(self._before, self._sample(kwargs["model"]), strict=True))
-        changed = torch.stack([(before != after).sum() for before, after in pairs]).sum()
-        self._share = changed / sum(before.numel() for before, _ in pairs)
-        self._before = []
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Every checkpoint has a line: a resumed run continues its sums.
-        control.should_log = control.should_log or control.should_save
-
-    @staticmethod
-    def _sample(model: nn.Module) -> list[Tensor]:
-        trainable = [p.detach() for p in model.parameters() if p.requires_grad]
-        stride = -(-sum(p.numel() for p in trainable) // CHANGED_SAMPLE)
-        return [p.view(-1)[::stride] for p in trainable]
-
-
 class _Indices(Dataset[int]):
     """The numbers 0 .. length - 1."""
 
@@ -303,22 +267,3 @@ class _Indices(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return index
-
-
-def _inside_forward(
-    wrapper: nn.Module, inner: Any, run: Callable[[nn.Module], Tensor], *inputs: Tensor
-) -> Tensor:
-    """Return run(inner), called as the forward of `inner` through `wrapper` (may be `inner`).
-
-    `inputs` are not used by `run`; DistributedDataParallel refuses to be called without any.
-    """
-    own = vars(inner).get("forward")
-    inner.forward = lambda *_: run(inner)
-    try:
-        loss: Tensor = wrapper(*inputs)
-    finally:
-        if own is None:
-            del inner.forward
-        else:
-            inner.forward = own
-    return loss
