@@ -22,6 +22,7 @@ FLAGS = {
     ("prompts", "file"): "prompts",
     ("store", "url"): "store",
     ("teacher", "name"): "teacher",
+    ("train", "args"): "train-arg",
     **{("lora", key): f"lora-{key}" for key in ("r", "alpha", "dropout", "target_modules")},
     ("ablate", "teacher_accuracy"): "eval-teacher-accuracy",
 }
@@ -75,7 +76,7 @@ def config_from_flags(kind: type[Job], flags: Mapping[str, Any]) -> Job:
     values: dict[str, dict[str, Any]] = {}
     for dest, value in flags.items():
         section, _, name = dest.partition("__")
-        if value is not None:
+        if value not in (None, ()):
             values.setdefault(section, {})[name] = value
     return validate(kind, values, source="command line", spell=_flag_of)
 
@@ -129,7 +130,7 @@ def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
     flag = _flag_of(f"{section}.{name}").removeprefix("--")
     kind = _base_type(field.annotation)
     text = field.description or ""
-    if not field.is_required() and field.default not in (None, "", ()):
+    if not field.is_required() and field.default not in (None, "", (), {}):
         text += f" [default: {_default(field.default)}]"
     # A pair of flags that is absent would be False without this, and None leaves it to the section.
     # click takes a required flag with a default for a flag that is present.
@@ -137,6 +138,8 @@ def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
     spellings = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"]
     if flag in ALIASES:
         spellings.append(f"--{ALIASES[flag]}")
+    if kind is dict:
+        absent |= {"multiple": True, "metavar": "NAME=VALUE"}
     return click.option(
         *spellings,
         f"{section}__{name}",
@@ -158,6 +161,8 @@ def _base_type(annotation: Any) -> Any:
     """Return int for `int | None`, `Annotated[int, ...]`, and so on; str for a list."""
     if get_origin(annotation) is tuple:
         return str  # its section splits it
+    if get_origin(annotation) is dict:
+        return dict  # its section takes NAME=VALUE texts
     options = [a for a in get_args(annotation) if a is not NoneType]
     if get_origin(annotation) is Literal or not options:
         return annotation
@@ -169,4 +174,6 @@ def _click_type(kind: Any) -> Any:
         return click.Choice(list(get_args(kind)))
     if kind is Path:
         return click.Path(path_type=Path)
-    return {int: click.INT, float: click.FLOAT, str: click.STRING, bool: None}[kind]
+    return {int: click.INT, float: click.FLOAT, dict: click.STRING, str: click.STRING, bool: None}[
+        kind
+    ]

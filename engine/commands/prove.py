@@ -10,6 +10,7 @@ from logitcask.engine.events import EventHandler
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.models.load import load_student
 from logitcask.engine.teachers.remote import is_remote
+from logitcask.engine.training.settings import training_arguments
 
 
 def prove(
@@ -33,6 +34,7 @@ def prove(
         )
         _check(teacher, config.run)
     if isinstance(config, TrainConfig | RunConfig):
+        training_arguments(config.train, config.run)
         trained = model_ref(
             config.student.model, revision=config.student.revision, chat_template=False
         )

@@ -26,6 +26,7 @@ from logitcask.engine.store.inspect import choose, choose_teacher
 from logitcask.engine.training.evaluation.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.evaluation.responses import EvalPlan
 from logitcask.engine.training.run import TrainReport
+from logitcask.engine.training.settings import training_arguments
 from logitcask.engine.training.train import check, train
 from logitcask.engine.types import ModelRef, Progress, no_progress
 
@@ -65,6 +66,7 @@ def run_train(
 
 def check_train(config: TrainConfig) -> None:
     """Raise what would stop `run_train` before its first update."""
+    training_arguments(config.train, config.run)
     store, snapshot, task = _train_task(config)
     check(store, **task, seed=config.run.seed, snapshot=snapshot)
     rendering = rendering_of(snapshot, config.store.rollouts)

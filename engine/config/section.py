@@ -1,6 +1,7 @@
 """Base class of the sections of the configuration, and the types of their values."""
 
-from typing import Annotated
+import tomllib
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,3 +17,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
+
+
+def parse_value(text: str) -> Any:
+    """Parse a value as TOML does; a bare word, a path and all that is no TOML are text."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except (ValueError, RecursionError):
+        return text.strip()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from logitcask.engine.config.other_names import keys_named, suggest
-from logitcask.engine.config.section import Section
+from logitcask.engine.config.section import Section, parse_value
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.errors import ConfigError
 
@@ -52,6 +52,9 @@ def validate(
             raise ConfigError(
                 f"{source}: {key} is missing", hint=f"give {key}: {_describe(kind, first['loc'])}"
             ) from None
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):  # of a validator that knows the way out
+            raise ConfigError(f"{source}: {spell(key)}: {cause.cause}", hint=cause.hint) from None
         rule = _RULES.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         raise ConfigError(
             f"{source}: {spell(key)} = {_shown(first['input'])}: {rule}",
@@ -106,9 +109,16 @@ def to_toml(config: Section) -> str:
     for section, content in _resolved(config, Path.cwd()).model_dump(mode="json").items():
         lines.append(f"[{section}]")
         # JSON's strings, numbers and booleans are TOML's too; a key without a value is left out.
-        lines += [f"{k} = {json.dumps(v)}" for k, v in content.items() if v is not None]
+        lines += [f"{k} = {_toml(v)}" for k, v in content.items() if v not in (None, {})]
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    """Return a value of JSON as TOML, which differs in its tables alone."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -118,20 +128,15 @@ def _override(values: dict[str, Any], text: str) -> None:
         raise ConfigError(
             f"--set {text}: not section.key=value", hint="e.g. --set train.learning_rate=1e-5"
         )
-    content = values.setdefault(section, {})
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"--set {text}: {section} is not a section", hint=f"write [{section}] in the file"
-        )
-    content[name] = parse_value(value)
-
-
-def parse_value(text: str) -> Any:
-    """Parse a value as TOML does; a bare word, a path and all that is no TOML are text."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except (ValueError, RecursionError):
-        return text.strip()
+    *tables, last = f"{section}.{name}".split(".")
+    content: Any = values
+    for table in tables:
+        content = content.setdefault(table, {})
+        if not isinstance(content, dict):
+            raise ConfigError(
+                f"--set {text}: {table} is not a section", hint=f"write [{table}] in the file"
+            )
+    content[last] = parse_value(value)
 
 
 _MODELS = ("model", "tokenizer", "student_tokenizer")

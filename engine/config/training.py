@@ -1,11 +1,12 @@
 """Sections of learning and measuring."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from logitcask.engine.config.section import Name, Positive, Section, Share
+from logitcask.engine.config.trainer_args import check_optimizer_name, trainer_args
 from logitcask.engine.types import PACK_LENGTH, SamplingParams
 
 
@@ -32,14 +33,20 @@ class Train(Section):
     loss_topk: Positive | None = Field(
         None, description="Size of the objective's top-k support; default: the preset's own."
     )
-    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
+    optim: Annotated[str, AfterValidator(check_optimizer_name)] = Field(
+        "adamw_torch_fused",
+        description="Optimizer, by transformers' name: adamw_torch, adafactor, sgd, adagrad, "
+        "rmsprop, or with their packages adamw_8bit and others of bitsandbytes, adamw_torch_8bit "
+        "of torchao.",
+    )
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="Learning rate after the warm-up."
     )
     warmup_steps: int = Field(0, ge=0, description="Updates over which the rate rises from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay.")
+    weight_decay: float = Field(0.0, ge=0, description="The optimizer's weight decay.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="First-moment decay of Adam's kind.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Second-moment decay of them.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     num_train_epochs: Positive = Field(1, description="Passes over the rollouts of the snapshot.")
     max_steps: Positive | None = Field(
@@ -93,6 +100,12 @@ class Train(Section):
     allow_off_lineage: bool = Field(
         False,
         description="Allow a stored student support although another model made the rollouts.",
+    )
+    args: Annotated[dict[str, Any], BeforeValidator(trainer_args)] = Field(
+        {},
+        description="Any other field of transformers.TrainingArguments, as report_to=tensorboard, "
+        "adam_epsilon=1e-6 or push_to_hub=true; repeatable. Fields that have a key of their own "
+        "here, or no right meaning, are refused.",
     )
 
 

@@ -23,6 +23,12 @@ from logitcask.engine.models.load import load_student, quiet
 from logitcask.engine.models.save import save_student
 from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
+from logitcask.engine.training.arguments.hub import open_repo, push
+from logitcask.engine.training.arguments.trackers import (
+    check_trackers,
+    ended_runs,
+    tensorboard_callback,
+)
 from logitcask.engine.training.evaluation.held_out import HeldOut
 from logitcask.engine.training.evaluation.responses import EvalCallback, EvalPlan
 from logitcask.engine.training.processes import gathered
@@ -31,6 +37,7 @@ from logitcask.engine.training.run_dir.files import (
     CHECKPOINTS,
     METRICS,
     RUN,
+    TENSORBOARD,
     MetricsFile,
     check_same,
     clear,
@@ -202,12 +209,15 @@ def run_training(
         with writing(run_dir.out):
             write_json(run_dir.out / RUN, {**record, **notes})
     metrics = MetricsFile(run_dir.out / METRICS, lines, first=run_dir.first)
+    repo = open_repo(settings.args, run_dir.out) if run_dir.first else None
     if not finished:
         if settings.dropout and run_dir.first:
             on_event(
                 "note: dropout is on: the loss is of another distribution than the one that was "
                 "sampled and scored"
             )
+        trackers = check_trackers(settings.args.get("report_to", "none"))
+        tracked = run_dir.first and TENSORBOARD in trackers
         with quiet():
             student = load_student(model, lora=lora, seed=run.seed, length=spec.longest)
             # Before a sampler takes views of the weights: a move makes new tensors.
@@ -232,6 +242,7 @@ def run_training(
                 metrics=metrics,
                 resume_metadata=resume_metadata,
                 progress=progress,
+                tracker=tensorboard_callback(run_dir.out, step) if tracked else None,
             )
             evaluation = None
             if spec.evaluation or spec.held_out:
@@ -242,11 +253,13 @@ def run_training(
                     metrics,
                     model.version,
                     write=run_dir.first,
+                    track=trainer.track,
                     progress=progress,
                 )
                 trainer.add_callback(evaluation)
                 evaluation.evaluate_at(0)
-            trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+            with ended_runs(trackers):
+                trainer.train(resume_from_checkpoint=str(folder) if folder else None)
             if evaluation:
                 evaluation.evaluate_at(spec.updates)
             if run_dir.first:
@@ -266,6 +279,8 @@ def run_training(
                         student, run_dir.out, parent=model, updates=spec.updates, metadata=metadata
                     )
             run_dir.wait()
+    if repo is not None:
+        on_event(f"pushed to {push(repo, settings.args, run_dir.out)}")
     return TrainReport(
         out=run_dir.out,
         updates=spec.updates,

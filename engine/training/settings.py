@@ -8,6 +8,12 @@ from transformers import TrainingArguments
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
+from logitcask.engine.training.arguments.passed import (
+    arguments_of,
+    check_optimizer,
+    passed_fields,
+    recorded_args,
+)
 from logitcask.engine.training.run_dir.files import CHECKPOINTS
 
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
@@ -17,7 +23,8 @@ _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": 
 def training_arguments(settings: Train, run: Run) -> TrainingArguments:
     """Build the transformers.TrainingArguments of a run, checkpoints below `run.out`.
 
-    Raises ConfigError for a device that does not exist.
+    Raises ConfigError for a device that does not exist, for a field of [train.args] or an optimizer
+    that does not run here.
     """
     if run.device not in ("auto", "cpu", "cuda", "cuda:0"):
         raise ConfigError(
@@ -28,38 +35,36 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
         raise ConfigError(f"--device {run.device}: this machine shows no GPU", hint="--device cpu")
     cpu = run.device == "cpu" or not torch.cuda.is_available()
     bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and not cpu)
-    args = TrainingArguments(
-        output_dir=str(run.out / CHECKPOINTS),
-        use_cpu=cpu,
-        bf16=bf16,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+    fields: dict[str, Any] = {
+        "output_dir": str(run.out / CHECKPOINTS),
+        "use_cpu": cpu,
+        "bf16": bf16,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         # The plan contains all epochs, in order.
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        optim="adamw_torch_fused",
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=_SCHEDULES[settings.lr_scheduler_type],
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        max_grad_norm=settings.max_grad_norm,
-        seed=run.seed,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        # A crash during a save leaves the checkpoint before.
-        save_total_limit=2,
-        logging_strategy="steps",
-        logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": _SCHEDULES[settings.lr_scheduler_type],
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": run.seed,
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps,
+        "logging_strategy": "steps",
+        "logging_steps": settings.logging_steps,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
         # Every micro-batch reaches every trainable parameter, the empty ones too.
-        ddp_find_unused_parameters=False,
-    )
+        "ddp_find_unused_parameters": False,
+    }
+    args = arguments_of(fields | passed_fields(settings, run.out.resolve().name))
+    check_optimizer(args, settings)
     # Without torchrun Trainer would spread one process over all GPUs with DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     return args
@@ -78,7 +83,8 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
     adapters = lora.model_dump(exclude={"r"}, exclude_defaults=True)
     later = {
         **{f"lora_{key}": value for key, value in adapters.items()},
-        **settings.model_dump(include={"dropout", "max_steps"}, exclude_defaults=True),
+        **settings.model_dump(include={"dropout", "max_steps", "optim"}, exclude_defaults=True),
+        **({"args": fields} if (fields := recorded_args(settings)) else {}),
     }
     return {
         "lr": settings.learning_rate,

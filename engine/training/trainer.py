@@ -13,7 +13,7 @@ It differs from a plain Trainer, and for these reasons:
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -34,6 +35,7 @@ from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.packing.source import Pack
+from logitcask.engine.training.arguments.trackers import own_names
 from logitcask.engine.training.changed_share import ChangedShare
 from logitcask.engine.training.metric_sums import MetricSums
 from logitcask.engine.training.pack_loss import pack_loss
@@ -72,13 +74,15 @@ class DistillTrainer(Trainer):
         metrics: MetricsFile,
         resume_metadata: dict[str, Any],
         progress: Progress,
+        tracker: TrainerCallback | None = None,
     ) -> None:
         """Build the Trainer.
 
         `version` is the student's before update 0; `same_base_weights`: see MetricSums.
         `metrics_fraction`, `bounds`: see pack_loss; `aggregation`: see objectives.loss_weights;
         `dropout`: see set_mode.
-        `resume_metadata`: must equal that of a checkpoint to resume from.
+        `resume_metadata`: must equal that of a checkpoint to resume from. `tracker`: a callback in
+        addition to those of `args.report_to`.
         """
         self._width = width = args.gradient_accumulation_steps * args.world_size
         use_cache = getattr(model.config, "use_cache", None)
@@ -91,6 +95,8 @@ class DistillTrainer(Trainer):
         # Below 5.20, Trainer drops `loss_is_scaled_for_ga` and reads this instead.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+        if tracker is not None:
+            self.add_callback(tracker)
         # Trainer turns it off in the configuration, which is saved with the student.
         if use_cache is not None:
             model.config.use_cache = use_cache
@@ -223,9 +229,20 @@ class DistillTrainer(Trainer):
                 hint="sample and score again with the newest checkpoint, and train on that; or "
                 "loosen the bound, or leave --staleness-action out",
             )
-        super().log({name: value for name, value in line.items() if value is not None})
+        logged = {name: value for name, value in line.items() if value is not None}
+        self.state.log_history.append({**logged, "epoch": self.state.epoch, "step": step})
+        self.track(logged)
         self._packs_done = 0
         self._report()
+
+    def track(self, line: Mapping[str, float | None]) -> None:
+        """Send a line of metrics.jsonl to the trackers, under its names."""
+        logs = {name: value for name, value in line.items() if value is not None}
+        due = self.control.should_log
+        with own_names():
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        # An evaluation comes before the line of the same update, which is still to be logged.
+        self.control.should_log = due and "loss" not in logs
 
     def _report(self) -> None:
         """Report the updates, and the packs of the running one."""

@@ -9,7 +9,7 @@ standard deviation divided by the root of their number.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -148,12 +148,14 @@ class EvalCallback(TrainerCallback):
         version: int,
         *,
         write: bool,
+        track: Callable[[Mapping[str, float | None]], None],
         progress: Progress = no_progress,
     ) -> None:
         """Build the callback from a plan, held-out packs or both.
 
-        version: the student's before update 0; write: True in one of several processes. The student
-        must be on its device already: a sampler takes views of the weights.
+        version: the student's before update 0; write: True in one of several processes; track:
+        sends a line to the trackers. The student must be on its device already: a sampler takes
+        views of the weights.
         """
         self._plan = plan
         self._held_out = held_out
@@ -162,7 +164,15 @@ class EvalCallback(TrainerCallback):
         self._metrics = metrics
         self._version = version
         self._write = write
+        self._track = track
         self._progress = progress
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Track the line before the first update, for which trackers had not begun."""
+        for line in self._metrics.evaluations if state.global_step == 0 else ():
+            self._track(line)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -170,7 +180,8 @@ class EvalCallback(TrainerCallback):
         """Evaluate if it is due, before the checkpoint of the same update is written."""
         step = state.global_step
         periods = [each.every for each in (self._plan, self._held_out) if each is not None]
-        if any(every and step % every == 0 for every in periods):
+        # The last one too: some trackers end with the training.
+        if step == state.max_steps or any(every and step % every == 0 for every in periods):
             self.evaluate_at(step)
 
     def evaluate_at(self, step: int) -> None:
@@ -188,3 +199,5 @@ class EvalCallback(TrainerCallback):
             line |= self._held_out.line(self._student, self._progress)
         line["eval/seconds"] = time.monotonic() - begun_s
         self._metrics.evaluated(line, write=self._write)
+        if step:
+            self._track(line)

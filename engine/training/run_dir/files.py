@@ -4,6 +4,7 @@ OUT/  model, tokenizer, logitcask.json   the result; logitcask.json is written l
       run.json        identity of the run; another run is refused
       metrics.jsonl   one line per logged update, and per evaluation
       checkpoints/    see checkpoints.py
+      tensorboard/    event files, with report_to = tensorboard
       .lock           held by the process that writes, while it runs
 """
 
@@ -32,6 +33,7 @@ from logitcask.engine.events import EventHandler
 from logitcask.engine.models.digests import read_json, replace_text
 
 RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
+TENSORBOARD = "tensorboard"
 LOCK = ".lock"
 RESTORE = "restore it from a copy, give another --out, or lose that run with --overwrite"
 
@@ -167,7 +169,8 @@ def writing(path: Path) -> Iterator[None]:
 def clear(out: Path) -> None:
     """Remove an earlier run except run.json, which the next run replaces; other files stay."""
     (out / METADATA).unlink(missing_ok=True)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    for folder in (CHECKPOINTS, TENSORBOARD):
+        shutil.rmtree(out / folder, ignore_errors=True)
     for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS):
         for file in out.glob(pattern):
             file.unlink()
