@@ -196,6 +196,8 @@ def _exactness(
             same_base_weights=True,
             same_template=True,
             plain_sampling=config.rollout.is_plain(),
+            rewards=config.rollout.grader != "",
+            samples=config.rollout.n,
             entropy_bounds=bounds,
         ),
     )

@@ -1,8 +1,8 @@
 """Staleness bounds: a warning or an action when the student moved far from the scored data.
 
 Supports that depend on a student are judged by the coverage, the share of the current student's
-mass that has a score; draws of a student by the drift. Fixed supports have no bound: they are exact
-at any age. The thresholds are starting values, not yet calibrated.
+mass that has a score; draws of a student, those of a term too, by the drift. Fixed supports have no
+bound: they are exact at any age. The thresholds are starting values, not yet calibrated.
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ def bounded_metric(objective: Objective) -> str | None:
     corrected = any(isinstance(modifier, Importance) for modifier in objective.modifiers)
     if objective.support in ("sampled", "mc") and not corrected:
         return DRIFT
-    return None
+    return None if all(term.corrected for term in objective.terms) else DRIFT
 
 
 def skips(objective: Objective, bounds: Bounds) -> bool:

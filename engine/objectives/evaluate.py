@@ -17,6 +17,7 @@ from logitcask.engine.objectives.bounds import (
     zero_rows,
 )
 from logitcask.engine.objectives.divergences import DIVERGENCES
+from logitcask.engine.objectives.modifiers import Term
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.policy_gradient import policy_gradient
 from logitcask.engine.objectives.supports import (
@@ -31,6 +32,9 @@ from logitcask.engine.packing.targets import NOT_IN_TOPK, Targets
 from logitcask.kernels import fused_objective
 from logitcask.kernels.fused_objective import FusedObjective, OverlapSums
 from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput
+
+DISTILL_PART = "loss/distill"
+"""The loss of an objective without the terms that are added to it."""
 
 
 def current_topk(objective: Objective, n_vocab: int, *, metric_k: int = METRIC_K) -> int:
@@ -52,6 +56,9 @@ def row_objective(
     ObjectiveError for a smaller one.
     """
 
+    for modifier in objective.modifiers:
+        targets = modifier.prepare(targets)
+
     def evaluate(view: ObjectiveInput) -> ObjectiveGrad:
         rows = targets.at(view.index)
         _check_topk(objective, view, rows)
@@ -60,20 +67,25 @@ def row_objective(
         inputs = support_log_probs(
             rows, view.log_p, topk_index, view.entropy, mask, objective.support
         )
-        terms = loss_terms(objective, inputs)
+        terms, parts = loss_terms(objective, inputs)
         metrics = compute_metrics(view, rows, k=metric_k, topk_index=topk_index)
         if (skip := rows_to_skip(objective, metrics, bounds)) is not None:
             metrics[SKIPPED] = skip.to(terms.loss.dtype)
             terms = zero_rows(skip, terms)
-        return terms.with_metrics(metrics)
+            parts = {name: torch.where(skip, 0.0, part) for name, part in parts.items()}
+        return terms.with_metrics(metrics | parts)
 
     if is_fusable(objective) and not skips(objective, bounds):
         return _fused(objective, targets, evaluate, metric_k)
     return evaluate
 
 
-def loss_terms(objective: Objective, inputs: SupportLogProbs) -> LossTerms:
-    """Return loss and gradient of C rows, modifiers of scope `row` included."""
+def loss_terms(
+    objective: Objective, inputs: SupportLogProbs
+) -> tuple[LossTerms, dict[str, Tensor]]:
+    """Return loss and gradient of C rows, modifiers of scope `row` included, and the parts of the
+    loss by `part_names`, [C] each.
+    """
     unmodified = inputs
     for modifier in objective.modifiers:
         inputs = modifier.adjust_target(inputs)
@@ -86,7 +98,23 @@ def loss_terms(objective: Objective, inputs: SupportLogProbs) -> LossTerms:
         )
     for modifier in objective.modifiers:
         terms = modifier.adjust_terms(terms, unmodified)
-    return terms
+    parts = {DISTILL_PART: terms.loss} if objective.terms else {}
+    for each in objective.terms:
+        added = each.term(unmodified)
+        parts[part_name(each)] = added.loss
+        terms = terms.plus(added, torch.full_like(added.loss, each.weight))
+    return terms, parts
+
+
+def part_name(term: Term) -> str:
+    """Return the name of a term's loss, without its weight, in metrics.jsonl."""
+    return f"loss/{term.name}"
+
+
+def part_names(objective: Objective) -> tuple[str, ...]:
+    """Return the names of the parts of the loss; none for an objective without terms."""
+    terms = tuple(part_name(term) for term in objective.terms)
+    return (DISTILL_PART, *terms) if terms else ()
 
 
 def is_renormalised(objective: Objective) -> bool:
@@ -122,7 +150,7 @@ def support_objective(objective: Objective, targets: Targets) -> tuple[Tensor, O
         rows = narrow.at(view.index)
         no_index = torch.full_like(rows.ids, NOT_IN_TOPK)
         inputs = support_log_probs(rows, view.log_p, no_index, view.entropy, rows.ids >= 0)
-        return loss_terms(objective, inputs).with_metrics({})
+        return loss_terms(objective, inputs)[0].with_metrics({})
 
     return narrow.ids, evaluate
 

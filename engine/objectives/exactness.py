@@ -5,96 +5,19 @@ the estimator. The prefixes are always those of the rollouts. A combination that
 serve raises ObjectiveError.
 """
 
-from dataclasses import dataclass
-from enum import StrEnum
-
 from logitcask.engine.backends.returned import RESOLVED
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives.modifiers import Baseline, EntropyGate
+from logitcask.engine.objectives.modifiers import (
+    Baseline,
+    CrossEntropy,
+    EntropyGate,
+    FixedAdvantage,
+    Reward,
+)
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import FULL_VOCAB_K, Preset
+from logitcask.engine.objectives.report import CacheInfo, ExactnessReport, Served
 from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
-
-
-class Served(StrEnum):
-    """The exactness of an objective on any cache that has the data it needs."""
-
-    EXACT = "exact"
-    COARSENED = "exact, coarsened"
-    UNCACHED = "exact, uncached ids left out"
-    FROZEN = "exact, S(p) frozen"
-    ON_POLICY = "unbiased on policy"
-    ANY_AGE = "unbiased at any age"
-    FLOOR = "biased by its floor"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheInfo:
-    """Properties of the rollouts, the scores and the student that decide the exactness."""
-
-    student_k: int
-    """Ids of the student's own top-k per position of the rollouts."""
-    k_min: int
-    """Of the score request: the teacher's top-k is exact up to this k."""
-    k_max: int
-    at_student: bool
-    """The teacher scored the student's ids too; else only its own kept ids have a score."""
-    versions: tuple[int, ...]
-    """Distinct versions of the behaviour policies; empty in a loop, where every round samples from
-    the current student.
-    """
-    student_version: int | None
-    """Of the student to be trained; None if it is not known."""
-    same_base_weights: bool
-    """It has the base weights of the behaviour policies; else it is an off-lineage student."""
-    same_template: bool
-    """The student's own template renders the prompts as they are in the rollouts."""
-    plain_sampling: bool = True
-    """Sampled at temperature 1 from the whole distribution."""
-    same_weights: bool = True
-    """The student's weights are those that sampled; two runs may reach one version."""
-    allow_off_lineage: bool = False
-    """`--allow-off-lineage`."""
-    n_vocab: int = 0
-    """Ids that both tokenizers know."""
-    mc_draws: int = 0
-    """Ids per position that the behaviour policy drew in addition to its token."""
-    at_mc: bool = False
-    """The teacher scored all of those."""
-    q_draws: int = 0
-    """Ids per position that were drawn from the teacher; 0 if its top ids were kept."""
-    base: bool = False
-    """Scores of a base model are available."""
-    entropy_bounds: bool = False
-    """The teacher returned only top-k log-probs: its entropy is an interval, its tail 1 - sum."""
-
-    @property
-    def ages(self) -> tuple[int | None, ...]:
-        """Return the updates between each version and the student, None where it is not known."""
-        if not self.versions:
-            return (0,)
-        if not self.same_base_weights or (now := self.student_version) is None:
-            return (None,)
-        return tuple(now - version for version in self.versions)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExactnessReport:
-    """Exactness of one run; printed before it and stored in run.json."""
-
-    scores: str
-    support: str
-    estimator: str
-    prefixes: str
-    notes: tuple[str, ...]
-
-    def lines(self) -> list[str]:
-        """Return the report as lines of text."""
-        labels = ("scores", "support", "estimator", "prefixes")
-        return [
-            *(f"{label}: {getattr(self, label)}" for label in labels),
-            *(f"note: {note}" for note in self.notes),
-        ]
 
 
 def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> ExactnessReport:
@@ -107,6 +30,7 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
         notes += [objective.note] if objective.note else []
         objective = objective.objective
     _check_draws(objective, cache)
+    _check_rewards(objective, cache)
     _check_k(objective, cache)
     if objective.support == "student":
         _check_student(objective, cache)
@@ -144,14 +68,20 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
 def served(objective: Objective) -> Served:
     """Return the exactness of an objective on any cache that has the data it needs."""
     names = {modifier.name for modifier in objective.modifiers}
+    if "fixed" in names:
+        return Served.CONTROL
+    if objective.support in ("union", "non_overlap"):
+        return Served.UNCACHED
+    if objective.support in SAMPLED_SUPPORTS and "floor" in names:
+        return Served.FLOOR
+    if not all(term.corrected for term in objective.terms):
+        return Served.ON_POLICY
     if objective.support == "teacher_mc" or "importance" in names:
         return Served.ANY_AGE
     if objective.support in SAMPLED_SUPPORTS:
-        return Served.FLOOR if "floor" in names else Served.ON_POLICY
+        return Served.ON_POLICY
     if objective.support == "student":
         return Served.FROZEN
-    if objective.support in ("union", "non_overlap"):
-        return Served.UNCACHED
     return Served.COARSENED if objective.tail == "bucket" else Served.EXACT
 
 
@@ -174,6 +104,22 @@ def _check_draws(objective: Objective, cache: CacheInfo) -> None:
             hint="sample with --mc-draws 16 and score with "
             "--extra-ids mc, or train with --objective "
             "sampled_token",
+        )
+
+
+def _check_rewards(objective: Objective, cache: CacheInfo) -> None:
+    if not any(isinstance(term, Reward) for term in objective.terms):
+        return
+    if not cache.rewards:
+        raise ObjectiveError(
+            "modifier 'reward' needs the rewards of the responses, and these rollouts have none",
+            hint="sample again, under another name, with --grader exact or MODULE:FUNCTION",
+        )
+    if cache.samples < 2:
+        raise ObjectiveError(
+            f"modifier 'reward' with {cache.samples} response per prompt: the reward minus the "
+            "mean over the responses to a prompt would be 0",
+            hint="sample again with --n 4",
         )
 
 
@@ -249,6 +195,8 @@ def _exact_scores(objective: Objective) -> str:
     if objective.tail == "bucket":
         first = f"first {objective.k} kept ids" if objective.support == "teacher" else "support"
         return f"exact for both models coarsened to the {first} and one bucket: a lower bound of KL"
+    if any(isinstance(each, FixedAdvantage) for each in objective.modifiers):
+        return "not read: the advantage is fixed"
     top = "every id" if objective.k >= FULL_VOCAB_K else f"the teacher's top-{objective.k}"
     scored = f"exact at {top} and at the other scored ids of the current student"
     return {
@@ -282,6 +230,28 @@ def _support(objective: Objective, cache: CacheInfo) -> str:
 
 
 def _estimator(objective: Objective, cache: CacheInfo) -> str:
+    return "; ".join([_own_estimator(objective, cache), *_terms(objective, cache)])
+
+
+def _terms(objective: Objective, cache: CacheInfo) -> list[str]:
+    """Return the texts on the losses that are added."""
+    found = []
+    for term in objective.terms:
+        if isinstance(term, CrossEntropy):
+            # Imported text has no draws of the student; nor have rollouts of other base weights.
+            found.append(
+                "ce: of the sampled tokens, pulls back to the policy that sampled them"
+                if cache.same_base_weights
+                else "ce: supervised fine-tuning on the text of another model"
+            )
+            continue
+        goal = "the mean reward" if isinstance(term, Reward) else "the later part of KL(p || q)"
+        drawn = _of_draws("one draw", goal, term.corrected, cache, cache.plain_sampling)
+        found.append(f"{term.name}: {drawn}")
+    return found
+
+
+def _own_estimator(objective: Objective, cache: CacheInfo) -> str:
     if objective.support not in SAMPLED_SUPPORTS:
         if objective.estimator == "policy_gradient":
             return "deterministic, but not the gradient of a divergence"
@@ -293,23 +263,31 @@ def _estimator(objective: Objective, cache: CacheInfo) -> str:
     names = {modifier.name for modifier in objective.modifiers}
     if "floor" in names:
         return f"{draws} per position, biased by the floor"
+    if "fixed" in names:
+        return "one draw per position with a fixed advantage: on policy its mean gradient is zero"
     # The MC ids come from the full distribution at temperature 1, however the token was sampled.
     full = cache.plain_sampling or mc
-    if "importance" in names and full:
+    return _of_draws(draws, "KL(p || q)", "importance" in names, cache, full)
+
+
+def _of_draws(draws: str, goal: str, corrected: bool, cache: CacheInfo, full: bool) -> str:
+    """Return the text on an estimator of `goal` from draws of the behaviour policy.
+
+    corrected: importance-weighted. full: drawn from the full distribution at temperature 1.
+    """
+    if corrected and full:
         return (
-            f"{draws} per position, importance-weighted: unbiased for KL(p || q) at any age, "
+            f"{draws} per position, importance-weighted: unbiased for {goal} at any age, "
             "except for the prefixes"
         )
     if cache.ages == (0,) and cache.same_weights and full:
         update = "first update" if cache.versions else "first update of a round"
-        return (
-            f"{draws} per position, unbiased for KL(p || q) at age 0, off policy after the {update}"
-        )
+        return f"{draws} per position, unbiased for {goal} at age 0, off policy after the {update}"
     ages = ", ".join("unknown" if age is None else str(age) for age in cache.ages)
     reason = "" if full else ", from a tempered or truncated distribution"
     if cache.ages == (0,) and not cache.same_weights:
         reason += ", but of another run"
-    weighted = "importance-weighted" if "importance" in names else "not importance-weighted"
+    weighted = "importance-weighted" if corrected else "not importance-weighted"
     return f"{draws} per position, biased: off policy (age {ages}{reason}) and {weighted}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.divergences import DIVERGENCES, PARAMETERS
-from logitcask.engine.objectives.modifiers import Modifier
+from logitcask.engine.objectives.modifiers import EXCLUDES, Modifier, Term
 from logitcask.engine.objectives.policy_gradient import WEIGHTS
 from logitcask.engine.objectives.supports import CURRENT_SUPPORTS, SAMPLED_SUPPORTS, SUPPORTS
 from logitcask.engine.objectives.tail import TAILS
@@ -75,6 +75,7 @@ class Objective:
         self._check_parameter()
         for modifier in self.modifiers:
             modifier.check(self)
+        self._check_modifiers()
 
     @property
     def current_topk(self) -> int:
@@ -85,6 +86,11 @@ class Objective:
     @property
     def needs_base(self) -> bool:
         return any(modifier.needs_base for modifier in self.modifiers)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Return the losses of the sampled token that are added."""
+        return tuple(modifier for modifier in self.modifiers if isinstance(modifier, Term))
 
     def record(self) -> dict[str, Any]:
         """Return the objective as run.json stores it."""
@@ -133,6 +139,15 @@ class Objective:
                 f"{self.support!r}: only a policy gradient on a top-k has weights of ids",
                 hint="leave weights out",
             )
+
+    def _check_modifiers(self) -> None:
+        names = [modifier.name for modifier in self.modifiers]
+        for name in names:
+            excluded, why = EXCLUDES.get(name, (frozenset(), ""))
+            if found := [other for other in names if other in excluded]:
+                raise ObjectiveError(
+                    f"modifier {found[0]!r} with {name!r}: {why}", hint="leave one of them out"
+                )
 
     def _check_k(self) -> None:
         if self.support in SAMPLED_SUPPORTS and self.k != 1:

@@ -14,16 +14,18 @@ from logitcask.engine.objectives.presets import PRESETS, Preset
 
 OTHER_NAMES: Mapping[tuple[str, ...], str] = {
     ("opd", "sampled_token", "full_vocab"): "reverse_kl rkl reverse kl kl_divergence on_policy "
-    "on_policy_distillation minillm",
+    "on_policy_distillation",
     ("sampled_token",): "k1 policy_gradient reinforce importance_sampling tinker",
     ("forward_kl",): "fkl kld kd forward kl_forward forward_kl_topk soft_labels cross_entropy ce "
     "sft",
     ("gkd",): "jsd js jensen_shannon generalized_jsd gjsd jsd_loss",
     ("teacher_topk",): "topk top_k reverse_kl_topk",
     ("rs_kd",): "random_sampling rskd",
+    ("fixed_advantage",): "no_teacher control grpo rloo rl",
 }
 """Presets -> names of their loss in papers and other libraries."""
 
+_BOOLS = {"true": True, "false": False}
 _TERM = re.compile(r"(?P<name>[\w-]+)(?:\((?P<arguments>[^()]*)\))?")
 
 
@@ -93,8 +95,8 @@ def _value(key: str, value: str, kinds: dict[str, Any], text: str) -> Any:
             hint=f"known here: {', '.join(kinds) or 'none'}",
         )
     try:
-        return kinds[key](value)
-    except ValueError:
+        return _BOOLS[value] if kinds[key] is bool else kinds[key](value)
+    except (ValueError, KeyError):
         raise ObjectiveError(
             f"objective {text!r}: {key} = {value!r} is not of type {kinds[key].__name__}",
             hint=f"give {key} such a value",

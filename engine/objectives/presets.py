@@ -5,7 +5,7 @@ the behaviour policy. S(p) is that of the current student unless a formula says 
 preset has its own k; `parse_objective` changes it and adds modifiers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from logitcask.engine.objectives.modifiers import (
     AdaptiveTarget,
@@ -13,11 +13,13 @@ from logitcask.engine.objectives.modifiers import (
     Clip,
     EntropyGate,
     Extrapolate,
+    FixedAdvantage,
     Floor,
     Importance,
     KeepEntropy,
     Modifier,
     Prune,
+    ReturnToGo,
     Stepwise,
 )
 from logitcask.engine.objectives.objective import Objective
@@ -309,6 +311,29 @@ _ALL = (
         needs="N ids drawn by the teacher (score --selection sampled --draws N)",
         staleness="unbiased at any age for KL(q || p)",
         note="Draws do not give S(q): overlap metrics have no meaning with them.",
+    ),
+    Preset(
+        name="minillm",
+        objective=replace(_on("student", 16), modifiers=(ReturnToGo(),)),
+        source="arXiv 2306.08543, Eq.3 with length normalization (section 2.2)",
+        formula="opd - sg[R] log p(y), R = mean of log q - log b over the later sampled ids",
+        needs=f"{_STUDENT}, and of every sampled token",
+        staleness=f"{_FROZEN}; R is that of the behaviour policy, see cache/approx_kl",
+        note="The single step is KL(p~ || q~) on S(p) instead of the whole vocabulary: "
+        "full_vocab+return_to_go has it all. Teacher-mixed sampling and the loss on the "
+        "pretraining corpus are left out. The paper divides R by one less than its terms.",
+    ),
+    Preset(
+        name="fixed_advantage",
+        objective=_drawn(FixedAdvantage()),
+        source="a control as in arXiv 2608.31046 (its abstract alone was read)",
+        formula="-sg[c] log p(y), c = -1 at every row",
+        needs="any scores: none of their values is read",
+        staleness="draws of the behaviour policy; watch cache/approx_kl",
+        note="A control without a teacher: an objective that gains no more than this one does not "
+        "gain by the teacher's values. On policy its mean gradient is zero, later it lowers the "
+        "sampled ids. fixed_advantage+fixed(nats=-0.1) sets another c, and c = 0 with +reward is "
+        "reinforcement learning alone.",
     ),
 )
 

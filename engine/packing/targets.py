@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.store.decoded_unit import DRAWN, LISTED, OTHERS, ROW, SEQUENCE
+from logitcask.engine.store.decoded_unit import DRAWN, LISTED, OTHERS, REWARDS, ROW
 from logitcask.engine.store.format.ragged import count_marked, index_in_row, row_of_entry
 from logitcask.engine.types import Array
 
@@ -86,6 +86,12 @@ class Targets:
     """[P] float32, the base model's log-prob of the sampled token."""
     reward: Tensor | None = None
     """[P] float32, the reward of the row's sequence, in [0, 1]. None where the store holds none."""
+    reward_mean: Tensor | None = None
+    """[P] float32, the mean reward of all responses to the prompt of the row's sequence."""
+    reward_std: Tensor | None = None
+    """[P] float32, their sample standard deviation; 0 for one response."""
+    later_advantage: Tensor | None = None
+    """[P], the advantage of later positions: see the modifier return_to_go, which makes it."""
     q_entropy_hi: Tensor | None = None
     """[P] float32, upper end of the teacher's entropy, nats; the entropy itself where it is exact.
     None if all are exact."""
@@ -144,15 +150,20 @@ _HINTS = {
     "base_log_p": _BASE_HINT,
     "base_token_lp": _BASE_HINT,
     "reward": "sample with --grader",
+    "reward_mean": "sample with --grader",
+    "reward_std": "sample with --grader",
+    "later_advantage": "evaluate the objective by row_objective, which makes it",
     "q_entropy_hi": "score with a teacher that returns only top-k log-probs",
 }
 
 
 def empty_sequence(names: Collection[str]) -> dict[str, Array]:
     """Return a sequence of one token without rows, with these arrays."""
-    groups = ROW | LISTED | OTHERS | DRAWN | {"reward": SEQUENCE["reward"]}
+    groups = ROW | LISTED | OTHERS | DRAWN
+    rewards = REWARDS if "reward" in names else ()
     return {
         **{name: np.zeros(0, dtype) for name, dtype in groups.items() if name in names},
+        **{name: np.zeros(0, np.float32) for name in rewards},
         **{name: np.zeros(0, np.int64) for name in ("version", "position", "predict_at")},
         "input_ids": np.zeros(1, np.int64),
     }
@@ -206,7 +217,8 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
     column = np.arange(width)
     n_kept = flat["kept"].astype(np.int64)
     floats = ["weight", "q_log_tail", "q_entropy", *UNIT_NAMES]
-    floats += [name for name in ("base_token_lp", "reward", "q_entropy_hi") if name in flat]
+    optional_floats = ("base_token_lp", *REWARDS, "q_entropy_hi")
+    floats += [name for name in optional_floats if name in flat]
     return Targets(
         token=tensor(token),
         ids=tensor(ids[:, :width]),

@@ -16,7 +16,7 @@ from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError,
 from logitcask.engine.events import peak_memory
 from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, run_score_unit, unit_key
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot
-from logitcask.engine.store.format.schema import MC
+from logitcask.engine.store.format.schema import specs
 from logitcask.engine.teachers.checks import check_identity, other_dtypes
 from logitcask.engine.types import (
     MC_IDS,
@@ -191,7 +191,7 @@ def _recorded(segment: Segment) -> ScoreParams:
 
 
 def _check_draws(segments: Sequence[Segment], name: str) -> None:
-    if any(segment.layout != MC for segment in segments):
+    if any("mc_cnt" not in specs(segment.layout) for segment in segments):
         raise IncompleteError(
             f"rollouts {name!r} hold no ids that the student drew",
             hint="sample with `logitcask rollout --mc-draws M`, under another name",

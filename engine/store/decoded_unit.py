@@ -53,6 +53,9 @@ DRAWN = {"mc_ids": "uint32", "mc_mult": "uint16", "mc_lp": "float32"}
 """Arrays [D], ids that the student drew, in these lists or not."""
 SEQUENCE = {"seq_prompt": "uint32", "version": "int64", "reward": "float32"}
 """Arrays [N]."""
+REWARDS = ("reward", "reward_mean", "reward_std")
+"""Arrays [P] of a sequence: its reward, and mean and sample standard deviation of the rewards of
+all responses to its prompt. A unit holds all responses to its prompts."""
 OFFSETS = {"seq_off": "N", "prompt_off": "M", "s_off": "P", "t_off": "P", "mc_off": "P"}
 """Arrays int64; their length is the count plus 1."""
 DTYPES = {
@@ -88,7 +91,13 @@ class DecodedUnit:
                 cut = slice(int(of[offset][a]), int(of[offset][b]))
                 part |= {name: of[name][cut] for name in group if name in of}
         if "reward" in of:
-            part["reward"] = np.full(b - a, of["reward"][index], np.float32)
+            group = of["reward"][of["seq_prompt"] == prompt].astype(np.float64)
+            std = group.std(ddof=1) if len(group) > 1 else 0.0
+            values = (of["reward"][index], group.mean(), std)
+            part |= {
+                name: np.full(b - a, value, np.float32)
+                for name, value in zip(REWARDS, values, strict=True)
+            }
         tokens = of["prompt_tokens"][start:end]
         return part | {
             "version": np.full(b - a, of["version"][index], np.int64),

@@ -13,6 +13,7 @@ from logitcask.engine.objectives import (
 )
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Snapshot, Store
+from logitcask.engine.store.decoded_unit import dtypes_of
 from logitcask.engine.training.processes import gathered
 from logitcask.engine.types import MC_IDS, ModelRef, SamplingParams
 
@@ -89,6 +90,8 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
             for each in unit
         ),
         base=source.base is not None,
+        rewards=all("reward" in dtypes_of(*pair) for pair in source.pairs),
+        samples=int(sampling["n"]),
         entropy_bounds=source.bounded,
     )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives.bounds import SKIPPED, skips
+from logitcask.engine.objectives.evaluate import part_names
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.training.pack_loss import PackLoss
 from logitcask.engine.training.processes import gathered
@@ -20,7 +21,8 @@ class MetricSums:
 
     def __init__(self, objective: Objective, bounds: Bounds, *, same_base_weights: bool) -> None:
         """Start at zero. Ages are defined where the rollouts are of the same base weights."""
-        self._names = [*COMMON_METRICS, *([SKIPPED] if skips(objective, bounds) else [])]
+        skipped = [SKIPPED] if skips(objective, bounds) else []
+        self._names = [*COMMON_METRICS, *skipped, *part_names(objective)]
         self._same_base_weights = same_base_weights
         self._sums: dict[str, Tensor] = {}
 

@@ -18,8 +18,16 @@ MODIFIED = {
     "stepwise": "forward_kl+stepwise(tokens=2)",
     "keep_entropy": "gkd+keep_entropy(share=0.3)",
     "clip": "opd_released(weights=teacher_p)+clip",
+    "ce": "opd+ce+reward(std=true)",
 }
-OTHERS = {name: f"sampled_token+{name}" for name in MODIFIERS}
+ELSEWHERE = ("reward", "return_to_go", "fixed")
+"""In MODIFIED or in a preset."""
+OTHERS = {name: f"sampled_token+{name}" for name in MODIFIERS if name not in ELSEWHERE}
+
+
+def even(prompt: Any, response: str) -> float:
+    """Return a reward."""
+    return float(len(response) % 2 == 0)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +37,8 @@ def store(world: World) -> str:
     score_flags = (
         f"--teacher-topk-min {N_VOCAB} --teacher-topk-max {N_VOCAB} --device cpu --store {name}"
     )
-    assert world(f"{ROLL} {name} --student-topk 16 --mc-draws 4") == 0
+    grader = "--grader tests.cli.test_every_objective:even"
+    assert world(f"{ROLL} {name} --student-topk 16 --mc-draws 4 {grader}") == 0
     assert world(f"score --model @teacher --teacher big --extra-ids mc {score_flags}") == 0
     assert (
         world(
@@ -77,6 +86,10 @@ def test_every_objective_trains_from_one_store(
     ]
     assert all(line["train/grad_norm"] > 0 for line in lines)
     assert all(line["train/changed_share"] > 0.5 for line in lines)
+    if objective == MODIFIED["ce"]:
+        for line in lines:  # the mean over tokens of the parts with their weights
+            parts = line["loss/distill"] + 0.1 * line["loss/ce"] + line["loss/reward"]
+            assert line["loss"] == pytest.approx(parts, rel=1e-5, abs=1e-6)
     recorded = json.loads((world.at(out) / "run.json").read_text())
     assert f"estimator: {recorded['exactness']['estimator']}" in result.err
     assert set(recorded["exactness"]) == {"scores", "support", "estimator", "prefixes", "notes"}

@@ -135,7 +135,8 @@ def test_presets_are_those_of_their_papers() -> None:
     sampled = ("sampled", "reverse_kl", "ignore", "policy_gradient", 1)
     drawn = ("sampled_token", "lightning", "exopd", "vopd", "vopd_cached", "eopd", "reopold", "sod")
     assert rows == {
-        **dict.fromkeys(drawn, sampled),
+        **dict.fromkeys((*drawn, "fixed_advantage"), sampled),
+        "minillm": ("student", "reverse_kl", "renormalize", "divergence", 16),
         "overlap": ("overlap", "reverse_kl", "renormalize", "divergence", 16),
         "opd": ("student", "reverse_kl", "renormalize", "divergence", 16),
         "opd_released": ("student", "reverse_kl", "ignore", "policy_gradient", 16),
@@ -164,6 +165,8 @@ def test_presets_are_those_of_their_papers() -> None:
         "prune_opd": ["prune"],
         "sod": ["stepwise"],
         "async_mc": ["importance"],
+        "minillm": ["return_to_go"],
+        "fixed_advantage": ["fixed"],
     }
     for name, preset in PRESETS.items():
         assert preset.name == name

@@ -227,6 +227,26 @@ def test_a_row_has_the_reward_of_its_sequence(tmp_path: Path) -> None:
         assert empty.shape == (0,)
 
 
+def test_a_row_has_the_rewards_of_all_responses_to_its_prompt(tmp_path: Path) -> None:
+    """Pack one of the two responses to each prompt: the others count too."""
+    unit = make_unit(0, lengths=[3, 1, 4, 0, 5, 2])
+    reward = np.asarray([0, 0.25, 1, 0.5, 0.75, 0.125], np.float32)
+    graded = replace(unit, rollouts=replace(unit.rollouts, reward=reward))
+    single = replace(unit.rollouts, reward=reward, seq_prompt=np.asarray([0, 0, 1, 2, 2, 2], "u4"))
+    store = make_store(tmp_path / "s", [graded, replace(unit, rollouts=single)])
+    for cache in (None, UnitCache(tmp_path / "c")):
+        source = PackSource(store, store.head(), "main", "big", cache=cache)
+        targets = source.pack(np.asarray([[0, 1], [0, 2], [0, 4]])).targets
+        mean, std = targets.require("reward_mean"), targets.require("reward_std")
+        assert mean.tolist() == [0.125] + [0.75] * 4 + [0.4375] * 5
+        expected = [0.25 / 2**0.5] + [0.5 / 2**0.5] * 4 + [0.625 / 2**0.5] * 5
+        assert std.tolist() == pytest.approx(expected, rel=1e-6)
+        alone = source.pack(np.asarray([[1, 2]])).targets
+        assert alone.require("reward_std").tolist() == [0.0] * 4
+        assert alone.require("reward").equal(alone.require("reward_mean"))
+        assert source.pack(np.zeros((0, 2), int)).targets.require("reward_std").shape == (0,)
+
+
 def with_bounds(unit: Unit) -> Unit:
     """Return the unit with the scores of a teacher that returns top-k log-probs only."""
     most = unit.scores.entropy + np.float32(0.25)

@@ -1,106 +1,17 @@
-"""Modifiers: small changes to an objective, any number of which can be combined.
-
-p is the student, q the teacher. Each modifier acts at one of four places, in the order in which the
-loss of a row is made:
-
-    adjust_target      the target that the student is compared with
-    adjust_advantage   A [C, S] of the policy gradient, per id
-    adjust_gradient    -w A [C, S], as a loss and as a derivative by log p
-    adjust_terms       the finished loss of a row and its coefficients
-
-or, with scope `sequence` or `batch`, weights whole rows by the stored values of them and their
-neighbours: see loss_weights.py. Add one as a class here and a line in MODIFIERS.
-"""
+"""Modifiers of the target, the advantage or the gradient of single rows."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.metrics.metrics import renormalised
 from logitcask.engine.objectives.divergences import forward_kl, reverse_kl
+from logitcask.engine.objectives.modifiers.base import Combination, Modifier, policy_ratio
 from logitcask.engine.objectives.supports import LossTerms, SupportLogProbs
 from logitcask.engine.objectives.tail import bucket
-
-RATIO_BOUND = 20.0
-"""Largest |log ratio|, as in the released code of arXiv 2604.13016."""
-
-
-class Combination(Protocol):
-    """The parts of an objective that decide if a modifier has a meaning in it."""
-
-    @property
-    def support(self) -> str: ...
-    @property
-    def tail(self) -> str: ...
-    @property
-    def estimator(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Modifier:
-    """The base class: it changes nothing."""
-
-    name: ClassVar[str]
-    scope: ClassVar[str] = "row"
-    current_topk: ClassVar[int] = 0
-    """Ids of the current student's top-k that it reads."""
-    needs_base: ClassVar[bool] = False
-    keeps_sum: ClassVar[bool] = True
-    """A renormalised objective stays one: its derivatives by log p still sum to zero."""
-
-    def check(self, objective: Combination) -> None:
-        """Raise ObjectiveError if it has no meaning in the objective."""
-
-    def adjust_target(self, inputs: SupportLogProbs) -> SupportLogProbs:
-        return inputs
-
-    def adjust_advantage(self, a: Tensor, inputs: SupportLogProbs) -> Tensor:
-        return a
-
-    def adjust_gradient(
-        self, loss: Tensor, g: Tensor, inputs: SupportLogProbs
-    ) -> tuple[Tensor, Tensor]:
-        return loss, g
-
-    def adjust_terms(self, terms: LossTerms, inputs: SupportLogProbs) -> LossTerms:
-        return terms
-
-    def reject(self, what: str, why: str, hint: str) -> ObjectiveError:
-        return ObjectiveError(f"modifier {self.name!r} with {what}: {why}", hint=hint)
-
-    def require_policy_gradient(self, objective: Combination) -> None:
-        if objective.estimator != "policy_gradient":
-            raise self.reject(
-                "estimator 'divergence'",
-                "there is no advantage to change",
-                "use estimator 'policy_gradient'",
-            )
-
-    def require_support(self, objective: Combination, why: str, *supports: str) -> None:
-        if objective.support not in supports:
-            known = " or ".join(map(repr, supports))
-            raise self.reject(f"support {objective.support!r}", why, f"use support {known}")
-
-    def require_range(self, key: str, low: float, high: float, ends: str = "()") -> None:
-        """Raise ObjectiveError unless `key` lies between; a bracket of `ends` closes its side."""
-        value = getattr(self, key)
-        closed = (value == low and ends[0] == "[") or (value == high and ends[1] == "]")
-        if not (low < value < high or closed):
-            raise ObjectiveError(
-                f"modifier {self.name!r}: {key} = {value} is not in "
-                f"{ends[0]}{low:g}, {high:g}{ends[1]}",
-                hint=f"give {key} a value in it",
-            )
-
-
-def policy_ratio(log_p: Tensor, log_old: Tensor, mask: Tensor) -> Tensor:
-    """Return [C, S] p / p_old on the support, 0 elsewhere."""
-    log_ratio = torch.where(mask, log_p - log_old, 0.0).clamp(-RATIO_BOUND, RATIO_BOUND)
-    return torch.where(mask, log_ratio.exp(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -319,75 +230,3 @@ class EntropyBonus(Modifier):
         zero, one = torch.zeros_like(terms.at_ids), torch.ones_like(h)
         added = LossTerms(-h, zero, h, h[:, None].expand_as(zero), dense_log=one)
         return terms.plus(added, self.coefficient * one)
-
-
-@dataclass(frozen=True)
-class Prune(Modifier):
-    """Rows get the weight clip(1 - drop n, 0, 1) + floor, n the rows so far in their response in
-    which the stored top-k of student and teacher share less than `overlap` (Prune-OPD, arXiv
-    2605.07804, its code's defaults). It shortens no rollouts, as these are stored already.
-    """
-
-    name: ClassVar[str] = "prune"
-    scope: ClassVar[str] = "sequence"
-    overlap: float = 0.9
-    drop: float = 0.02
-    floor: float = 0.0
-    k: int = 16
-
-    def check(self, objective: Combination) -> None:
-        self.require_range("overlap", 0.0, 1.0, "(]")
-        self.require_range("drop", 0.0, 1.0, "(]")
-        self.require_range("floor", 0.0, math.inf, "[)")
-        self.require_range("k", 1, math.inf, "[)")
-
-
-@dataclass(frozen=True)
-class Stepwise(Modifier):
-    """Rows of step j get the weight min((d_1 + e) / (d_j + e), 1 + delta), e = 1e-6.
-
-    d is the mean |log b - log q| of a step's sampled ids, b the behaviour policy (SOD, arXiv
-    2605.07725; its product of ratios telescopes). A store has no step boundaries: a step is
-    `tokens` response tokens. The advantage of the outcome reward is left out.
-    """
-
-    name: ClassVar[str] = "stepwise"
-    scope: ClassVar[str] = "sequence"
-    tokens: int = 64
-    delta: float = 0.5
-
-    def check(self, objective: Combination) -> None:
-        self.require_range("tokens", 1, math.inf, "[)")
-        self.require_range("delta", 0.0, math.inf, "[)")
-
-
-@dataclass(frozen=True)
-class KeepEntropy(Modifier):
-    """Only the `share` of an update's rows with the largest stored entropy of the student has a
-    weight (REOPOLD's second stage, arXiv 2603.11137; TIP, arXiv 2604.14084).
-    """
-
-    name: ClassVar[str] = "keep_entropy"
-    scope: ClassVar[str] = "batch"
-    share: float = 0.5
-
-    def check(self, objective: Combination) -> None:
-        self.require_range("share", 0.0, 1.0, "(]")
-
-
-MODIFIERS: dict[str, type[Modifier]] = {
-    kind.name: kind
-    for kind in (
-        Extrapolate,
-        AdaptiveTarget,
-        Baseline,
-        Floor,
-        Importance,
-        Clip,
-        EntropyGate,
-        EntropyBonus,
-        Prune,
-        Stepwise,
-        KeepEntropy,
-    )
-}

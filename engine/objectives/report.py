@@ -1,0 +1,90 @@
+"""Data of exactness: the facts of a cache and a student, and the labels that follow from them."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Served(StrEnum):
+    """The exactness of an objective on any cache that has the data it needs."""
+
+    EXACT = "exact"
+    COARSENED = "exact, coarsened"
+    UNCACHED = "exact, uncached ids left out"
+    FROZEN = "exact, S(p) frozen"
+    ON_POLICY = "unbiased on policy"
+    ANY_AGE = "unbiased at any age"
+    FLOOR = "biased by its floor"
+    CONTROL = "a control, no value of the teacher is read"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheInfo:
+    """Properties of the rollouts, the scores and the student that decide the exactness."""
+
+    student_k: int
+    """Ids of the student's own top-k per position of the rollouts."""
+    k_min: int
+    """Of the score request: the teacher's top-k is exact up to this k."""
+    k_max: int
+    at_student: bool
+    """The teacher scored the student's ids too; else only its own kept ids have a score."""
+    versions: tuple[int, ...]
+    """Distinct versions of the behaviour policies; empty in a loop, where every round samples from
+    the current student.
+    """
+    student_version: int | None
+    """Of the student to be trained; None if it is not known."""
+    same_base_weights: bool
+    """It has the base weights of the behaviour policies; else it is an off-lineage student."""
+    same_template: bool
+    """The student's own template renders the prompts as they are in the rollouts."""
+    plain_sampling: bool = True
+    """Sampled at temperature 1 from the whole distribution."""
+    same_weights: bool = True
+    """The student's weights are those that sampled; two runs may reach one version."""
+    allow_off_lineage: bool = False
+    """`--allow-off-lineage`."""
+    n_vocab: int = 0
+    """Ids that both tokenizers know."""
+    mc_draws: int = 0
+    """Ids per position that the behaviour policy drew in addition to its token."""
+    at_mc: bool = False
+    """The teacher scored all of those."""
+    q_draws: int = 0
+    """Ids per position that were drawn from the teacher; 0 if its top ids were kept."""
+    base: bool = False
+    """Scores of a base model are available."""
+    rewards: bool = False
+    """The rollouts have rewards."""
+    samples: int = 0
+    """Responses to each prompt."""
+    entropy_bounds: bool = False
+    """The teacher returned only top-k log-probs: its entropy is an interval, its tail 1 - sum."""
+
+    @property
+    def ages(self) -> tuple[int | None, ...]:
+        """Return the updates between each version and the student, None where it is not known."""
+        if not self.versions:
+            return (0,)
+        if not self.same_base_weights or (now := self.student_version) is None:
+            return (None,)
+        return tuple(now - version for version in self.versions)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExactnessReport:
+    """Exactness of one run; printed before it and stored in run.json."""
+
+    scores: str
+    support: str
+    estimator: str
+    prefixes: str
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Return the report as lines of text."""
+        labels = ("scores", "support", "estimator", "prefixes")
+        return [
+            *(f"{label}: {getattr(self, label)}" for label in labels),
+            *(f"note: {note}" for note in self.notes),
+        ]
