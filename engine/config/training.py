@@ -54,9 +54,11 @@ class Train(Section):
         description="Stop after so many optimizer updates, for a trial run; default: all of the "
         "epochs. The learning-rate schedule ends there too.",
     )
-    pack_length: Positive = Field(
-        PACK_LENGTH,
-        description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",
+    pack_length: Positive | None = Field(
+        None,
+        description="Tokens of one pack, prompts included: one forward pass. Bounds memory. "
+        "Default: 1/64 of the tokens of the rollouts, so that a small store makes many updates "
+        "too; the longest sequence at least, 16384 at most. distill: 16384.",
     )
     gradient_accumulation_steps: Positive = Field(
         1, description="Packs per optimizer update and process; the loss is their token mean."
@@ -65,6 +67,18 @@ class Train(Section):
         1 / 16,
         description="Share of the positions that metrics are taken of, for objectives whose loss "
         "does not need the whole vocabulary; others take them of all.",
+    )
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = Field(
+        "auto",
+        description="Attention of transformers; auto = flash attention where it is installed and "
+        "the run is bfloat16 on a GPU, else sdpa or eager sequence by sequence.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute the activations of a layer again in the backward pass: less memory, "
+        "about a third more time.",
     )
     save_steps: Positive = Field(100, description="Updates between checkpoints.")
     logging_steps: Positive = Field(1, description="Updates per line of metrics.jsonl.")

@@ -18,7 +18,7 @@ from logitcask.engine.config.section import Section
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.config.teacher import Score
 from logitcask.engine.config.training import Train
-from logitcask.engine.distill.on_policy_rows import OnPolicyRows
+from logitcask.engine.distill.on_policy_rows import OnPolicyRows, pack_length
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.events import CancelToken, EventHandler, warn_once
 from logitcask.engine.models.identity import digest
@@ -37,7 +37,14 @@ from logitcask.engine.training.evaluation.held_out import hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
 from logitcask.engine.training.run_dir.files import check_same, read_run
 from logitcask.engine.training.settings import settings_record, updates_at_most
-from logitcask.engine.types import MC_IDS, ModelRef, Progress, Prompt, ScoreParams, no_progress
+from logitcask.engine.types import (
+    MC_IDS,
+    ModelRef,
+    Progress,
+    Prompt,
+    ScoreParams,
+    no_progress,
+)
 
 
 def distill(
@@ -108,7 +115,11 @@ def _run_loop(
     # A checkpoint inside a round would not have the student that sampled the round.
     save_steps = -(-config.train.save_steps // loop.updates_per_round) * loop.updates_per_round
     settings = config.train.model_copy(
-        update={"gradient_accumulation_steps": width, "save_steps": save_steps}
+        update={
+            "gradient_accumulation_steps": width,
+            "save_steps": save_steps,
+            "pack_length": pack_length(config.train),
+        }
     )
     identity = {
         "rollouts": config.store.rollouts,
@@ -225,7 +236,7 @@ _NOT_IN_A_LOOP: tuple[tuple[str, type[Section], tuple[str, ...], str], ...] = (
 
 def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
     """Raise ConfigError for a configuration that no loop can run."""
-    longest, budget = _longest(config, prompts), config.train.pack_length
+    longest, budget = _longest(config, prompts), pack_length(config.train)
     sequences = config.loop.prompts_per_round * config.rollout.n
     if config.loop.prompts_per_round > len(prompts):
         raise ConfigError(
@@ -270,7 +281,7 @@ def packs_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
     # A row has 60 bytes of scalars and tokens, and 10 for each entry of the two lists.
     most = 60 + 10 * (config.rollout.student_topk + config.score.teacher_topk_max)
     windows = windows_at_most(tokens * most)
-    return min(sequences, 2 * tokens // config.train.pack_length + windows)
+    return min(sequences, 2 * tokens // pack_length(config.train) + windows)
 
 
 def _longest(config: RunConfig, prompts: list[Prompt]) -> int:

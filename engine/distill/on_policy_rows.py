@@ -13,6 +13,7 @@ from torch import nn
 
 from logitcask.engine.commands.load_teacher import LoadedTeacher, live_backend
 from logitcask.engine.config.sections import RunConfig
+from logitcask.engine.config.training import Train
 from logitcask.engine.events import EventHandler
 from logitcask.engine.models.load import live_digest
 from logitcask.engine.packing.batches import Prefetcher
@@ -27,6 +28,7 @@ from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.types import (
     NO_DETAIL,
+    PACK_LENGTH,
     Detail,
     ModelRef,
     Progress,
@@ -177,13 +179,21 @@ class OnPolicyRows:
             teacher=config.teacher.name,
             seed=config.run.seed,
             epochs=1,
-            pack_length=config.train.pack_length,
+            pack_length=pack_length(config.train),
         )
         rng = np.random.default_rng([config.run.seed, current.version])
         parts = deal(source.lengths(), config.loop.updates_per_round, rng)
         plans = [make_plan(key, part) for part in parts]
         assert max(map(len, plans)) <= self.width, "packs_per_update"
         return source, plans
+
+
+def pack_length(train: Train) -> int:
+    """Return the tokens of a pack, one number for all rounds: their lengths are not known before.
+
+    All packs of a share make one update, so a long one costs no update.
+    """
+    return train.pack_length or PACK_LENGTH
 
 
 def deal(lengths: Sequence[Lengths], updates: int, rng: np.random.Generator) -> list[list[Lengths]]:

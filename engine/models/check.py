@@ -5,7 +5,8 @@
                dropped
     training   sequences packed into one row, or else padded on the right
 
-The reference is the model's own logits of each sequence alone, without mask, positions or cache.
+The reference is the model's own logits of each sequence alone, without mask, positions or cache,
+with the attention that transformers gives it.
 The lengths are short, and for runs that reach it also beyond each length at which the forward
 changes: a sliding window, a chunk of attention, LongRoPE's original length. Results are cached by
 the digest of the weights, so that a model is checked once.
@@ -27,6 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from logitcask.engine.errors import ModelError
+from logitcask.engine.models.attention import attention_of, ordinary_attention
 from logitcask.engine.models.forward import (
     cuts,
     inner_model,
@@ -54,7 +56,7 @@ MAX_NOISE = {torch.float32: 2.5e-4, torch.bfloat16: 0.2}
 """Nats; a larger difference between equal computations does not raise the tolerance further."""
 NOISE_FACTOR = 4.0
 """Tolerance as a multiple of the difference between equal computations."""
-CODE = (Path(__file__), Path(__file__).with_name("forward.py"))
+CODE = tuple(Path(__file__).with_name(f"{name}.py") for name in ("check", "forward", "attention"))
 """A result holds for this code."""
 CHANGES = ("window", "chunk_size", "index_topk", "indexer_budget", "index_block_size")
 """Parts of the names of fields with a length at which the forward changes."""
@@ -113,6 +115,7 @@ def checked_paths(
         "changes": changes,
         "dtype": str(inner.dtype),
         "device": inner.device.type,
+        "attention": attention_of(inner),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "code": [sha256(file.read_bytes()).hexdigest() for file in CODE],
@@ -148,6 +151,16 @@ def check_paths(model: Any, n_vocab: int, changes: Sequence[int] = ()) -> Checke
         return _Check(model, n_vocab).run(changes)
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def sample_log_probs(model: Any, n_vocab: int) -> Tensor:
+    """Return the log-probs [P, n_vocab] of a few packed sequences, under bfloat16 autocast."""
+    check = _Check(model, n_vocab)
+    sequences = [check._ids(n, seed) for seed, n in enumerate(LENGTHS)]
+    with torch.autocast(model.device.type, torch.bfloat16):
+        found = sequence_states(model, sequences, packed=model.checked_paths.packed)
+        return torch.cat([check._ours(hidden) for hidden in found])
 
 
 class _Check:
@@ -209,10 +222,16 @@ class _Check:
     def _plain(self, ids: Tensor) -> Tensor:
         """Return the model's log-probs [L, n_vocab] of one sequence, each row of its own prefix."""
         rows = [
-            self.model(input_ids=ids[None, :length], use_cache=False).logits[0, start:end]
+            self._logits(ids[None, :length])[0, start:end]
             for start, end, length in cuts(len(ids), self.switch)
         ]
         return self._log_probs(torch.cat(rows))
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """Return the model's own logits [B, L, V] of ids [B, L]."""
+        with ordinary_attention(self.model):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     def _ours(self, hidden: Tensor) -> Tensor:
         product = nn.functional.linear(hidden, self.head.weight, self.head.bias)
@@ -278,8 +297,7 @@ class _Check:
 
     def _noise(self, ids: Tensor) -> float:
         """Return the difference of a sequence alone and twice in a batch, bounded by MAX_NOISE."""
-        twice = self.model(input_ids=torch.stack([ids, ids]), use_cache=False).logits[1]
-        alone = self.model(input_ids=ids[None], use_cache=False).logits[0]
+        twice, alone = self._logits(torch.stack([ids, ids]))[1], self._logits(ids[None])[0]
         found = self._measure([(self._log_probs(twice), self._log_probs(alone))])
         return min(found, MAX_NOISE.get(self.model.dtype, MAX_NOISE[torch.bfloat16]))
 

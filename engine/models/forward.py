@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from logitcask.engine.models.attention import cuts_packs, pack_lengths
+
 T = TypeVar("T")
 
 NEVER = 1 << 62
@@ -70,11 +72,12 @@ def states(
     mask: Tensor | None = None,
     positions: Tensor | None = None,
     cache: Any = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the last hidden states [B, L, D].
 
     ids, positions: [B, L]; mask: [B, past + L]; None = without. A model without position ids does
-    not get them.
+    not get them. lengths: of the sequences of a pack, for an attention that cuts at them.
     """
     network = backbone(model)
     names = _names(network.__class__)
@@ -84,6 +87,8 @@ def states(
         cache_name(network): cache,
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}
+    if lengths is not None and "kwargs" in names and cuts_packs(inner_model(model)):
+        inputs |= pack_lengths(lengths, ids.device)
     hidden: Tensor = network(input_ids=ids, use_cache=cache is not None, **inputs).last_hidden_state
     return hidden
 
@@ -154,18 +159,20 @@ def pack_states(
 
     packed: in one row; else each sequence in a row of its own.
     """
-    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
+    edges = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), input_ids.shape[1]]
+    lengths = [end - start for start, end in pairwise(edges)]
     if packed and input_ids.shape[1] <= rope_switch(inner_model(model).config):
-        return states(model, input_ids, positions=position_ids)[0]
-    edges = [*starts, input_ids.shape[1]]
-    sequences = [input_ids[0, start:end] for start, end in pairwise(edges)]
+        return states(model, input_ids, positions=position_ids, lengths=lengths)[0]
+    sequences = torch.split(input_ids[0], lengths)
     return torch.cat(sequence_states(model, sequences, packed=packed))
 
 
 def _packed(model: nn.Module, sequences: Sequence[Tensor]) -> Iterator[Tensor]:
-    positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in sequences])
-    packed = states(model, torch.cat(list(sequences))[None], positions=positions[None])[0]
-    yield from torch.split(packed, [len(ids) for ids in sequences])
+    lengths = [len(ids) for ids in sequences]
+    positions = torch.cat([torch.arange(n, device=sequences[0].device) for n in lengths])
+    ids = torch.cat(list(sequences))[None]
+    packed = states(model, ids, positions=positions[None], lengths=lengths)[0]
+    yield from torch.split(packed, lengths)
 
 
 def _padded(model: nn.Module, sequences: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -6,23 +6,34 @@ updates are below the resolution of bfloat16.
 
 import hashlib
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.models.check import CheckedPaths, checked_paths
+from logitcask.engine.models.attention import (
+    attention_of,
+    ordinary_attention,
+    use_ordinary,
+    use_packed,
+)
+from logitcask.engine.models.check import TOLERANCE, CheckedPaths, checked_paths, sample_log_probs
 from logitcask.engine.models.forward import inner_model, pack_states
 from logitcask.engine.models.identity import digest
 from logitcask.engine.types import ModelRef
 
 NO_LORA = Lora()
+ON_GPU = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Attention implementations that train on a GPU alone."""
 BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids")
 """Last parts of the names of buffers that older versions of transformers saved."""
 
@@ -48,12 +59,15 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_model(
+    path: Path, dtype: torch.dtype, device: torch.device, *, attention: str | None = None
+) -> Any:
     """Load a causal language model in evaluation mode, with every tensor of its folder.
 
-    Attention is transformers' default for the architecture: sdpa, or eager where that is not
-    supported. Raises ModelError for a folder that cannot be loaded; for weights that are missing
-    or have another shape; and for weights of a layer of the model that the layer does not use.
+    attention: an implementation of transformers; None = its default for the architecture: sdpa, or
+    eager where that is not supported. Raises ModelError for a folder that cannot be loaded; for
+    weights that are missing or have another shape; and for weights of a layer of the model that
+    the layer does not use.
     """
     factory: Any = transformers.AutoModelForCausalLM
     try:
@@ -65,6 +79,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                **({} if attention is None else {"attn_implementation": attention}),
             )
     # transformers raises OSError, ValueError, KeyError, ImportError or safetensors errors.
     except Exception as error:
@@ -101,14 +116,24 @@ def _check_complete(model: Any, report: Mapping[str, Collection[Any]], path: Pat
 
 
 def load_student(
-    ref: ModelRef, *, lora: Lora = NO_LORA, seed: int = 0, length: int = 0
+    ref: ModelRef,
+    *,
+    lora: Lora = NO_LORA,
+    seed: int = 0,
+    length: int = 0,
+    attention: str | None = None,
 ) -> nn.Module:
     """Load a student with float32 weights on the CPU, checked for sequences of `length` tokens.
 
     With `lora.r` > 0 float32 adapters are trained instead of the weights; `seed` initialises them.
-    Raises ModelError if the model cannot be loaded or trained.
+    attention: an implementation of transformers; None = that of packs, where the check proves it
+    with this model. One of ON_GPU is set on the GPU, with `use_on_gpu`. Raises ModelError if the
+    model cannot be loaded or trained.
     """
-    model = load_model(ref.path, torch.float32, torch.device("cpu"))
+    here = None if attention in ON_GPU else attention
+    model = load_model(ref.path, torch.float32, torch.device("cpu"), attention=here)
+    if here is None and use_packed(model):
+        _keep_if_proved(model, ref, length)
     set_paths(model, ref, ref.n_vocab, length=length)
     if lora.r:
         return _with_adapters(model, lora, seed)
@@ -120,6 +145,17 @@ def load_student(
         )
     student: nn.Module = model
     return student
+
+
+def _keep_if_proved(model: Any, ref: ModelRef, length: int) -> None:
+    """Switch back to the ordinary attention unless the other has the same proved paths, or more."""
+    found = checked_paths(model, ref, ref.n_vocab, length=length)
+    if found == CheckedPaths():
+        return
+    with ordinary_attention(model):
+        other = checked_paths(model, ref, ref.n_vocab, length=length)
+    if not found.packed or replace(found, packed=other.packed, packing=other.packing) != other:
+        use_ordinary(model)
 
 
 @torch.no_grad()
@@ -216,8 +252,82 @@ def set_mode(model: nn.Module, *, dropout: bool) -> None:
     for name, module in model.named_modules():
         if "lora_dropout" in name:
             module.train()
+        # Not its parts: they have the mode of the computation, see _computed_again.
+        elif getattr(module, "gradient_checkpointing", False):
+            module.training = True
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Return the [L, D] last hidden states of one pack, input_ids and position_ids [1, L]."""
     return pack_states(model, input_ids, position_ids, packed=paths_of(model).packed)
+
+
+def checkpoint_layers(model: nn.Module, *, dropout: bool) -> None:
+    """Compute the activations of each layer again in the backward pass; dropout: see set_mode.
+
+    Raises ConfigError for a model without such layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"gradient_checkpointing: {type(inner_model(model)).__name__} has no layer of "
+            "transformers that can be computed again",
+            hint="leave it out, and lower --pack-length to save memory",
+        )
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(_computed_again, layer, dropout)  # type: ignore[assignment]
+
+
+def _computed_again(
+    layer: nn.Module, dropout: bool, forward: Callable[..., Any], *inputs: Any
+) -> Any:
+    """Return forward(*inputs) of a layer, with activations that the backward pass computes again.
+
+    transformers asks for it in layers in training mode alone; the forward pass has the mode of
+    `dropout`.
+    """
+
+    def run(*inputs: Any) -> Any:
+        layer.training = dropout
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(run, *inputs, use_reentrant=False)
+
+
+def use_on_gpu(model: nn.Module, ref: ModelRef, attention: str, *, explicit: bool) -> None:
+    """Switch a student to an attention of ON_GPU if it gives what ours gives.
+
+    explicit: raise ModelError where it does not; else keep ours. Log-probs of a few tokens are
+    compared under bfloat16 autocast, as far as the weights are on a GPU.
+    """
+    if (reason := _switch_on_gpu(inner_model(model), ref.n_vocab, attention)) and explicit:
+        raise ModelError(
+            f"{ref.name} does not run with attn_implementation = {attention}: {reason}",
+            hint="leave the key out",
+        )
+
+
+@torch.no_grad()
+def _switch_on_gpu(model: Any, n_vocab: int, attention: str) -> str:
+    """Switch the attention, or return the reason why not."""
+    before = attention_of(model)
+    try:
+        expected = sample_log_probs(model, n_vocab)
+        model.set_attn_implementation(attention)
+        if attention_of(model) != attention:
+            return f"{type(model).__name__} keeps {before}"
+        gap = sample_log_probs(model, n_vocab).sub(expected).abs().mean().item()
+        reason = "" if gap <= TOLERANCE[torch.bfloat16] else f"log-probs are {gap:.2g} nats off"
+    # transformers raises ValueError or ImportError for an attention that it cannot set, and
+    # kernels raise anything.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if reason:
+        model.set_attn_implementation(before)
+    return reason

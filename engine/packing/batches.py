@@ -13,7 +13,6 @@ from logitcask.engine.packing.plan import WINDOW_BYTES, PackPlan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.types import PACK_LENGTH
 
 
 class Packs(Protocol):
@@ -99,7 +98,7 @@ def planned(
     teacher: str,
     base: str | None = None,
     partial: bool = False,
-    pack_length: int = PACK_LENGTH,
+    pack_length: int | None = None,
     seed: int = 0,
     epochs: int = 1,
     window_bytes: int = WINDOW_BYTES,
@@ -111,7 +110,8 @@ def planned(
     `spawn`). The order depends on snapshot, names, seed, epochs, pack_length and window_bytes
     alone. base: name of the scores of the teacher's base model, for objectives that need them.
     partial: use the scored units although others are missing. window_bytes: limit of the units
-    decoded together. cache: a folder on a local disk for decoded units.
+    decoded together. pack_length: tokens of a pack at most; None = default_pack_length. cache: a
+    folder on a local disk for decoded units.
 
     Raises StoreError if the names hold nothing, IncompleteError if units are missing and `partial`
     is False, ConfigError for a sequence longer than pack_length.
@@ -140,7 +140,7 @@ def batches(
     world: int = 1,
     base: str | None = None,
     partial: bool = False,
-    pack_length: int = PACK_LENGTH,
+    pack_length: int | None = None,
     seed: int = 0,
     epochs: int = 1,
     window_bytes: int = WINDOW_BYTES,

@@ -14,11 +14,14 @@ import numpy as np
 
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.types import Array
+from logitcask.engine.types import PACK_LENGTH, Array
 
 WINDOW_BYTES = 512 << 20
 """Bytes of the decoded units whose sequences are shuffled together. Fewer mix less, more need more
 memory: while one window is read, the next is decoded."""
+
+PACKS = 64
+"""Full packs of an epoch, where their length follows from the data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,17 @@ class Lengths:
     """[N] response tokens."""
     size_bytes: int = 0
     """Bytes of the decoded segment and its scores."""
+
+
+def default_pack_length(lengths: Sequence[Lengths]) -> int:
+    """Return 1/PACKS of the tokens, at least the longest sequence and at most PACK_LENGTH.
+
+    A pack is an update by default: one of PACK_LENGTH would hold a small store whole.
+    """
+    tokens = [s.prompt + s.response for s in lengths]
+    share = -(-sum(int(each.sum()) for each in tokens) // PACKS)
+    longest = max((int(each.max(initial=1)) for each in tokens), default=1)
+    return min(max(longest, share), PACK_LENGTH)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

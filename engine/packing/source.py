@@ -17,7 +17,14 @@ import torch
 
 from logitcask.engine.errors import IncompleteError, StoreError
 from logitcask.engine.models.identity import digest
-from logitcask.engine.packing.plan import WINDOW_BYTES, Lengths, PackPlan, PlanKey, make_plan
+from logitcask.engine.packing.plan import (
+    WINDOW_BYTES,
+    Lengths,
+    PackPlan,
+    PlanKey,
+    default_pack_length,
+    make_plan,
+)
 from logitcask.engine.packing.targets import Targets, empty_sequence, make_targets, tensor
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
@@ -132,9 +139,13 @@ class PackSource:
         return found
 
     def plan(
-        self, *, seed: int, epochs: int, pack_length: int, window_bytes: int = WINDOW_BYTES
+        self, *, seed: int, epochs: int, pack_length: int | None, window_bytes: int = WINDOW_BYTES
     ) -> PackPlan:
-        """Plan the packs of all sequences; raises ConfigError for one longer than a pack."""
+        """Plan the packs of all sequences; raises ConfigError for one longer than a pack.
+
+        pack_length: None = default_pack_length.
+        """
+        lengths = self.lengths()
         number, sha256, rollouts, teacher = self._names
         key = PlanKey(
             snapshot=number,
@@ -143,10 +154,10 @@ class PackSource:
             teacher=teacher,
             seed=seed,
             epochs=epochs,
-            pack_length=pack_length,
+            pack_length=pack_length or default_pack_length(lengths),
             window_bytes=window_bytes,
         )
-        return make_plan(key, self.lengths())
+        return make_plan(key, lengths)
 
     def pack(self, members: Array) -> Pack:
         """Return the pack of [n, 2] (unit ordinal, sequence).

@@ -19,7 +19,13 @@ from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import EventHandler, peak_memory
 from logitcask.engine.models.digests import sha256_of, write_json
-from logitcask.engine.models.load import load_student, quiet
+from logitcask.engine.models.load import (
+    ON_GPU,
+    checkpoint_layers,
+    load_student,
+    quiet,
+    use_on_gpu,
+)
 from logitcask.engine.models.save import save_student
 from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
@@ -46,6 +52,7 @@ from logitcask.engine.training.run_dir.files import (
     writing,
 )
 from logitcask.engine.training.settings import (
+    choose_attention,
     settings_record,
     training_arguments,
 )
@@ -108,6 +115,8 @@ class RunDir:
     args: TrainingArguments
     earlier: Mapping[str, Any] | None
     """run.json of an earlier call."""
+    attention: str | None
+    """As of `settings.choose_attention`."""
 
     @property
     def first(self) -> bool:
@@ -138,7 +147,8 @@ def open_run_dir(
     if out.resolve() == model.path.resolve():
         raise ConfigError(f"--out {out} is the student itself", hint="give another --out")
     args = training_arguments(settings, run)
-    run_dir = RunDir(out=out, args=args, earlier=None)
+    attention = choose_attention(settings, args)
+    run_dir = RunDir(out=out, args=args, earlier=None, attention=attention)
     with ExitStack() as stack:
         if run_dir.first:
             stack.enter_context(locked(out, on_event))
@@ -219,9 +229,16 @@ def run_training(
         trackers = check_trackers(settings.args.get("report_to", "none"))
         tracked = run_dir.first and TENSORBOARD in trackers
         with quiet():
-            student = load_student(model, lora=lora, seed=run.seed, length=spec.longest)
+            student = load_student(
+                model, lora=lora, seed=run.seed, length=spec.longest, attention=run_dir.attention
+            )
+            if settings.gradient_checkpointing:
+                checkpoint_layers(student, dropout=settings.dropout)
             # Before a sampler takes views of the weights: a move makes new tensors.
             student.to(run_dir.args.device)
+            if run_dir.attention in ON_GPU:
+                explicit = settings.attn_implementation != "auto"
+                use_on_gpu(student, model, run_dir.attention, explicit=explicit)
             trainer = DistillTrainer(
                 student,
                 run_dir.args,

@@ -1,5 +1,6 @@
 """The settings of a run as transformers.TrainingArguments and as a record in run.json."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from logitcask.engine.training.arguments.passed import (
 )
 from logitcask.engine.training.run_dir.files import CHECKPOINTS
 
+FLASH = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
+"""Attention implementation of transformers -> its package, the faster one first."""
 _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 """`lr_scheduler_type` -> transformers' value; all of them warm up."""
 
@@ -70,6 +73,34 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
     return args
 
 
+def choose_attention(settings: Train, args: TrainingArguments) -> str | None:
+    """Return the attention implementation of a run; None = that of packs, see models.attention.
+
+    Raises ConfigError for one that this machine or the dtype of the run does not support.
+    """
+    name = settings.attn_implementation
+    flash = [each for each, package in FLASH.items() if importlib.util.find_spec(package)]
+    half = args.bf16 and not args.use_cpu
+    if name == "auto":
+        return flash[0] if half and flash else None
+    if args.use_cpu and name not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"attn_implementation = {name} does not train on a CPU",
+            hint="leave it out, or give sdpa or eager",
+        )
+    if name in FLASH and name not in flash:
+        raise ConfigError(
+            f"attn_implementation = {name} needs the package {FLASH[name]}",
+            hint="install it as github.com/Dao-AILab/flash-attention says, or leave the key out",
+        )
+    if name in FLASH and not half:
+        raise ConfigError(
+            f"attn_implementation = {name} needs a run in bfloat16",
+            hint="give --dtype bfloat16, or leave the key out",
+        )
+    return name
+
+
 def updates_at_most(settings: Train, planned: int) -> int:
     """Return the updates of a run whose data make `planned` updates."""
     return planned if settings.max_steps is None else min(planned, settings.max_steps)
@@ -83,7 +114,9 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
     adapters = lora.model_dump(exclude={"r"}, exclude_defaults=True)
     later = {
         **{f"lora_{key}": value for key, value in adapters.items()},
-        **settings.model_dump(include={"dropout", "max_steps", "optim"}, exclude_defaults=True),
+        **settings.model_dump(
+            include={"dropout", "max_steps", "optim", "attn_implementation"}, exclude_defaults=True
+        ),
         **({"args": fields} if (fields := recorded_args(settings)) else {}),
     }
     return {

@@ -66,7 +66,10 @@ def train(
         if run_dir.first:
             for line in exactness.lines():
                 on_event(line)
-        plan = _plan(source, rollouts, settings, run.seed)
+        # An earlier call had the default of its time.
+        recorded = ((run_dir.earlier or {}).get("settings") or {}).get("tokens_per_batch")
+        length = settings.pack_length or recorded
+        plan = _plan(source, rollouts, settings, run.seed, length)
         held = None
         if held_out is not None:
             held = hold_out(
@@ -97,7 +100,7 @@ def train(
             spec,
             run_dir,
             model=model,
-            settings=settings,
+            settings=settings.model_copy(update={"pack_length": plan.key.pack_length}),
             lora=lora,
             run=run,
             config=config or {},
@@ -121,13 +124,13 @@ def check(
     """Raise the errors of `train` before its first update; decodes no unit."""
     source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=settings.partial)
     check_exactness(objective, cache_info(model, source, settings.allow_off_lineage))
-    _plan(source, rollouts, settings, seed)
+    _plan(source, rollouts, settings, seed, settings.pack_length)
 
 
-def _plan(source: PackSource, rollouts: str, settings: Train, seed: int) -> PackPlan:
-    plan = source.plan(
-        seed=seed, epochs=settings.num_train_epochs, pack_length=settings.pack_length
-    )
+def _plan(
+    source: PackSource, rollouts: str, settings: Train, seed: int, pack_length: int | None
+) -> PackPlan:
+    plan = source.plan(seed=seed, epochs=settings.num_train_epochs, pack_length=pack_length)
     if not len(plan):
         raise IncompleteError(
             f"rollouts {rollouts!r} hold no response token",

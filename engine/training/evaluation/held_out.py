@@ -102,7 +102,7 @@ def hold_out(
     held_out: HeldOutSet,
     model: ModelRef,
     objective: Objective | Preset,
-    pack_length: int,
+    pack_length: int | None,
     earlier: Mapping[str, Any] | None = None,
     cache: UnitCache | None = None,
 ) -> HeldOut:

@@ -148,8 +148,8 @@ def test_adapters_that_do_not_fit_are_an_error_before_training(ref: ModelRef) ->
 def test_adapters_of_shared_weights_are_an_error_before_training(
     ref: ModelRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tied(*args: Any) -> Any:
-        model = load_model(*args)
+    def tied(*args: Any, **options: Any) -> Any:
+        model = load_model(*args, **options)
         first, second = (layer.mlp.up_proj for layer in model.model.layers)
         second.weight = first.weight
         return model
