@@ -4,7 +4,8 @@ Run: .venv/bin/python bench/report.py [--no-frontier]
 
 The newest row of each section counts. Only the text between `<!-- NAME -->` and `<!-- end -->` is
 replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The kernels'
-tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py.
+tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py, that
+of the real student from report_real.py.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import report_ablate
 import report_kernels
+import report_real
 import results
 from report_pages import fill_pages, markdown
 from results import RESULTS, Row
@@ -43,7 +45,7 @@ def tables() -> dict[str, str]:
     """Return the text of each marked block."""
     newest = newest_rows()
     made = {name: table(newest) for name, table in TABLES.items()}
-    return made | report_kernels.tables() | report_ablate.tables()
+    return made | report_kernels.tables() | report_ablate.tables() | report_real.tables()
 
 
 def source(row: Row) -> str:

@@ -22,7 +22,7 @@ def tables() -> dict[str, str]:
     rows, demos = (results.read(RESULTS / f"{name}.jsonl") for name in ("ablate", "demo"))
     made = {"demo seeds": seeds(demos)} if demos else {}
     if rows:
-        made |= {"ablate objectives": objectives(rows[-1]), "ablate summary": summary(rows[-1])}
+        made["ablate objectives"] = objectives(rows[-1])
     return made
 
 
@@ -44,17 +44,6 @@ def objectives(row: Row) -> str:
         f"accuracy is {row['teacher']:.1%}. `{row['command']}`, {row['wall_s']:.0f} s, "
         f"{row['machine']}, threads {row['threads']}, Python {row['python']}, "
         f"torch {row['torch']}, commit {row['commit']}."
-    )
-
-
-def summary(row: Row) -> str:
-    """Return the table for the front README: the weakest row first."""
-    rows = sorted(row["rows"], key=lambda each: each["accuracy"])
-    return (
-        f"{_table(rows)}\n\nThe teacher's accuracy is {row['teacher']:.1%}. {row['runs_trained']} "
-        f"trainings took {row['trainings_seconds']:.0f} s; a teacher in every pass would have "
-        f"added {row['teacher_seconds_saved']:.0f} s. {row['machine']}, threads "
-        f"{row['threads']}, torch {row['torch']}, commit {row['commit']}."
     )
 
 

@@ -35,8 +35,18 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_every_script_is_in_this_test() -> None:
     assert {name for name in SCRIPTS if name.startswith(("bench", "gpu", "report"))} == {
-        *(f"bench_{name}.py" for name in ("ablate", "cli", "demo", "kernels", "soak", "store")),
-        *("bench_teachers.py", "gpu_check.py", "gpu_sweep.py", "report.py", "report_kernels.py"),
+        *(
+            f"bench_{name}.py"
+            for name in ("ablate", "cli", "demo", "kernels", "real", "soak", "store")
+        ),
+        *(
+            "bench_real.py",
+            "bench_teachers.py",
+            "gpu_check.py",
+            "gpu_sweep.py",
+            "report.py",
+            "report_kernels.py",
+        ),
     }
 
 
