@@ -15,7 +15,8 @@ from logitcask.cli.options import (
 from logitcask.cli.output import print_event, print_report
 from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import run_until_stopped
-from logitcask.engine.config.sections import Prompts, Rollout, RolloutConfig
+from logitcask.engine.config.prompts import Prompts
+from logitcask.engine.config.sections import Rollout, RolloutConfig
 from logitcask.engine.config.toml import to_toml
 
 
@@ -24,7 +25,7 @@ from logitcask.engine.config.toml import to_toml
     RolloutConfig,
     {
         "student": ["model", "revision"],
-        "prompts": list(Prompts.model_fields),
+        "prompts": sorted(Prompts.model_fields, key="file".__ne__),  # the file first
         "store": ["url", "rollouts", "profile"],
         "rollout": list(Rollout.model_fields),
         "work": [*WORKER_KEYS, "max_unscored"],

@@ -61,6 +61,8 @@ HEAVY = (
     "ray",
     "matplotlib",
     "peft",
+    "datasets",
+    "pyarrow",
 )
 VERBS = [
     *("", "rollout", "score", "train", "distill", "ablate", "objectives", "store", "probe"),

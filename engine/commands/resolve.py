@@ -1,16 +1,20 @@
 """Resolve the names in a configuration to models, prompts, graders and snapshots."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.config.sections import Prompts, Rollout, Student
+from pydantic import ValidationError
+
+from logitcask.engine.config.prompts import Columns, Prompts
+from logitcask.engine.config.sections import Rollout, Student
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.graders import Decode, Grader, open_grader
 from logitcask.engine.prompts.prompts import chat_template_for, load_tokenizer, read_prompts
+from logitcask.engine.prompts.source import Source, open_source
 from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.types import ModelRef, Prompt
@@ -34,14 +38,17 @@ def student_and_prompts(
     """
     path = identity.resolve_model(student.model, student.revision)
     tokenizer = load_tokenizer(path)
+    source = open_source(prompts.file, columns_of(prompts), limit=prompts.limit)
     rendering = Rendering(
-        chat_template=chat_template_for(prompts.file, tokenizer, prompts.chat_template),
+        chat_template=chat_template_for(source, tokenizer, prompts.chat_template),
         chat_template_kwargs=json.loads(prompts.chat_template_kwargs or "{}"),
         drop_last_assistant=prompts.drop_last_assistant,
+        system_prompt=prompts.system_prompt,
+        source=source.record,
     )
     # The weights are read for the reference, so an invalid prompt is found before that.
     read = read_fitting(
-        prompts.file,
+        source,
         tokenizer,
         path,
         rendering,
@@ -81,8 +88,13 @@ def decoder(tokenizer: Any) -> Decode:
     return decode
 
 
+def columns_of(section: Columns) -> Columns:
+    """Return the columns alone of a section that also holds other keys."""
+    return Columns(**{name: getattr(section, name) for name in Columns.model_fields})
+
+
 def read_fitting(
-    file: Path,
+    source: Source,
     tokenizer: Any,
     folder: Path,
     rendering: Rendering,
@@ -103,7 +115,7 @@ def read_fitting(
             hint=f"give --{of.replace('.', '-')}max-new-tokens less than {context}",
         )
     return read_prompts(
-        file,
+        source,
         tokenizer,
         rendering,
         max_prompt_tokens=context - max_new_tokens,
@@ -141,10 +153,17 @@ def rendering_of(snapshot: Snapshot, rollouts: str) -> Rendering:
     provenance = segments[0].provenance
     variables = provenance.get("chat_template_kwargs", {})
     dropped = provenance.get("drop_last_assistant", False)
+    system, source = provenance.get("system_prompt", ""), provenance.get("source", {})
     if not isinstance(variables, dict) or type(dropped) is not bool:
         raise StoreError(
             f"rollouts {rollouts!r} record chat_template_kwargs = {variables!r:.80} and "
             f"drop_last_assistant = {dropped!r:.80}, which are not an object and a boolean",
+            hint="sample them again with this version of `logitcask rollout`",
+        )
+    if not isinstance(system, str) or not isinstance(source, dict):
+        raise StoreError(
+            f"rollouts {rollouts!r} record system_prompt = {system!r:.80} and source = "
+            f"{source!r:.80}, which are not a string and an object",
             hint="sample them again with this version of `logitcask rollout`",
         )
     # The digest is in the rollouts of every sampler, the plain field only in those of our commands.
@@ -153,4 +172,17 @@ def rendering_of(snapshot: Snapshot, rollouts: str) -> Rendering:
         chat_template=template != identity.NO_TEMPLATE,
         chat_template_kwargs=variables,
         drop_last_assistant=dropped,
+        system_prompt=system,
+        source=source,
     )
+
+
+def columns_in(source: Mapping[str, Any]) -> Columns:
+    """Return the columns that rollouts record; StoreError for other ones than ours."""
+    try:
+        return Columns(**{key: source[key] for key in Columns.model_fields if key in source})
+    except ValidationError as error:
+        raise StoreError(
+            f"the rollouts record the columns {dict(source)!r:.200}, which are not ours",
+            hint="give the prompts by --context, rendered from a JSONL file",
+        ) from error

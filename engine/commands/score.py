@@ -2,12 +2,13 @@
 
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import open_teacher
-from logitcask.engine.commands.resolve import rendering_of
+from logitcask.engine.commands.resolve import columns_in, rendering_of
 from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.encode import readable
 from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
+from logitcask.engine.prompts.source import open_source
 from logitcask.engine.prompts.teacher_context import read_template, templated
 from logitcask.engine.score.plan import ScoreReport, score
 from logitcask.engine.score.unit import ScoreRequest
@@ -102,6 +103,5 @@ def _context(
     assert config.score.prompts is not None, "a template has prompts"
     template = read_template(config.score.prompt_template)
     stored = (prompt for segment in segments for prompt in store.read_prompts(segment))
-    return templated(
-        config.score.prompts, template, stored, tokenizer, rendering, max_prompt_tokens=most
-    )
+    source = open_source(config.score.prompts, columns_in(rendering.source))
+    return templated(source, template, stored, tokenizer, rendering, max_prompt_tokens=most)

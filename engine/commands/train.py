@@ -5,6 +5,7 @@ from typing import Any
 
 from logitcask.engine.commands.load_teacher import live_backend
 from logitcask.engine.commands.resolve import (
+    columns_of,
     decoder,
     read_fitting,
     rendering_of,
@@ -19,6 +20,7 @@ from logitcask.engine.objectives import PRESETS, Preset, parse_objective, warnin
 from logitcask.engine.objectives.parse import preset_hint
 from logitcask.engine.prompts.graders import open_grader
 from logitcask.engine.prompts.prompts import load_tokenizer
+from logitcask.engine.prompts.source import open_source
 from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.cache import UnitCache
@@ -138,7 +140,7 @@ def eval_plan(
         return None
     tokenizer = load_tokenizer(model.path)
     prompts = read_fitting(
-        settings.prompts,
+        open_source(settings.prompts, columns_of(settings)),
         tokenizer,
         model.path,
         rendering,

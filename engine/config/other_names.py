@@ -14,6 +14,12 @@ OTHER_NAMES: Mapping[str, str] = {
     "teacher.name": "teacher_name",
     "prompts.file": "dataset dataset_name dataset_path data data_path train_file train_files",
     "prompts.limit": "max_samples max_prompts num_prompts max_train_samples num_examples",
+    "prompts.split": "dataset_split train_split dataset_train_split",
+    "prompts.subset": "dataset_config dataset_config_name config_name",
+    "prompts.prompt_column": "prompt_key prompt_field input_key text_column messages_column "
+    "dataset_text_field",
+    "prompts.answer_column": "answer_key answer_field label_key",
+    "prompts.system_prompt": "system_message default_system",
     "prompts.chat_template": "apply_chat_template",
     "store.url": "cache cache_dir store_path store_dir",
     "rollout.max_new_tokens": "max_tokens max_completion_length max_response_length "

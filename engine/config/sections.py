@@ -1,13 +1,12 @@
 """All sections but those of teachers and training, and what each command needs of all."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.section import Name, Positive, Section
-from logitcask.engine.config.strict_json import parse_json
 from logitcask.engine.config.teacher import Score, Teacher, Work
 from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Probe, Train
 from logitcask.engine.types import BATCH_TOKENS, SamplingParams
@@ -16,49 +15,6 @@ from logitcask.engine.types import BATCH_TOKENS, SamplingParams
 class Student(Section):
     model: str = Field(description="Student: a Hugging Face model folder or hub id.")
     revision: str = Field("", description="Commit or tag of a hub id; empty = its default branch.")
-
-
-class Prompts(Section):
-    file: Path = Field(
-        description='JSONL file, one {"id", "prompt"} or {"id", "messages"} per line, optional '
-        '"answer".'
-    )
-    limit: Positive | None = Field(
-        None,
-        description="Read only the first prompts of the file, so many, for a trial run; default: "
-        "all. They make another set than all prompts do, which needs its own --rollouts name.",
-    )
-    chat_template: bool | None = Field(
-        None,
-        description="Render prompts through the tokenizer's chat template, or take their text as "
-        "it is. Needed where both make sense: plain prompts and a tokenizer with a template.",
-    )
-    chat_template_kwargs: str = Field(
-        "",
-        description="Variables of the chat template for every prompt, as a JSON object such as "
-        '{"enable_thinking": false}, or a table in TOML; a line\'s own "chat_template_kwargs" '
-        "override them.",
-    )
-    drop_last_assistant: bool = Field(
-        False,
-        description="Leave out the assistant turn at the end of a conversation, as of a dataset "
-        "for fine-tuning; the response takes its place.",
-    )
-
-    @field_validator("chat_template_kwargs", mode="before")
-    @classmethod
-    def _is_an_object(cls, given: Any) -> Any:
-        """Return an object or its JSON as JSON, and "" for an empty one."""
-        values = parse_json(given) if isinstance(given, str) and given.strip() else given or {}
-        if not isinstance(values, dict):
-            raise ValueError('must be a JSON object, such as {"enable_thinking": false}')
-        text = json.dumps(values, sort_keys=True, allow_nan=False, default=_no_json)
-        # A table of TOML may hold numbers and depths that a line of a prompts file may not.
-        return text if parse_json(text) else ""
-
-
-def _no_json(value: Any) -> NoReturn:
-    raise ValueError(f"{value} is no JSON value")
 
 
 class StoreSection(Section):

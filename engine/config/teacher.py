@@ -60,9 +60,9 @@ class Score(Section):
     )
     context: Path | None = Field(
         None,
-        description="With --teacher-kind context: JSONL file of prompts as for `rollout`, "
-        "one for every id "
-        "of the rollouts. The teacher scores the same responses after these.",
+        description="With --teacher-kind context: prompts in any form that `rollout --prompts` "
+        "takes, with our keys, one for every id of the rollouts. The teacher scores the same "
+        "responses after these.",
     )
     prompt_template: Path | None = Field(
         None,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from logitcask.engine.config.other_names import keys_named, suggest
+from logitcask.engine.config.prompts import is_hub
 from logitcask.engine.config.section import Section, parse_value
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.errors import ConfigError
@@ -151,7 +152,7 @@ def _resolved(config: Job, base: Path) -> Job:
         changed: dict[str, Any] = {}
         for key, value in section:
             if isinstance(value, Path):
-                changed[key] = base / value
+                changed[key] = value if is_hub(value) else base / value
             elif not isinstance(value, str) or not value:
                 continue
             # A hub id and a relative folder look alike: it is a folder if there is one.

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from logitcask.engine.config.prompts import Columns
 from logitcask.engine.config.section import Name, Positive, Section, Share
 from logitcask.engine.config.trainer_args import check_optimizer_name, trainer_args
 from logitcask.engine.types import PACK_LENGTH, SamplingParams
@@ -145,11 +146,11 @@ class Lora(Section):
     )
 
 
-class Eval(SamplingParams):
+class Eval(SamplingParams, Columns):
     prompts: Path | None = Field(
         None,
-        description="Evaluate on this prompts file before the first update and after the last; "
-        "without it no response is graded.",
+        description="Evaluate on these prompts, in any form that `rollout --prompts` takes, before "
+        "the first update and after the last; without it no response is graded.",
     )
     store: str | None = Field(
         None,

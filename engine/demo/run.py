@@ -24,8 +24,8 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.commands.rollout import run_rollout
 from logitcask.engine.commands.score import run_score
 from logitcask.engine.commands.train import run_train
+from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.sections import (
-    Prompts,
     Rollout,
     RolloutConfig,
     Run,

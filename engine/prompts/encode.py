@@ -21,7 +21,11 @@ class Encoder:
         self._begin: list[int] | None = None
         """Ids that the tokenizer adds before any text; None before the first text."""
         self._end: list[int] = []
-        self._begun = self._count = 0
+        self._begun = self._count = self._own = 0
+        self._system: Turns = []
+        if rendering.system_prompt:
+            self._system = [{"role": "system", "content": rendering.system_prompt}]
+            self._check_system()
         if not self._variables:
             return
         cause = "no chat template is used"
@@ -31,6 +35,23 @@ class Encoder:
             raise ConfigError(
                 f"chat_template_kwargs = {dict(self._variables)!r:.80}: {cause}",
                 hint="check the spelling, or leave --chat-template-kwargs of `rollout` out",
+            )
+
+    def _check_system(self) -> None:
+        """Raise ConfigError where no chat template writes the system turn."""
+        cause, user = "no chat template is used", [{"role": "user", "content": "x"}]
+        if self._renderer is not None:
+            try:
+                without = self._renderer.render(user)
+                wrote = self._renderer.render([*self._system, *user]) != without
+                cause = "" if wrote else "the chat template leaves system turns out"
+            except TemplateError as error:
+                cause = f"the chat template refuses a system turn: {error}"
+        if cause:
+            self.close()
+            raise ConfigError(
+                f"system_prompt = {self._system[0]['content']!r:.80}: {cause}",
+                hint="leave --system-prompt out, or write the text into the prompts",
             )
 
     def close(self) -> None:
@@ -51,6 +72,10 @@ class Encoder:
         if self._renderer is not None:
             user: Turns = [{"role": "user", "content": text}]
             turns = user if isinstance(content, str) else content
+            if self._system:
+                own = any(turn["role"] in ("system", "developer") for turn in turns)
+                self._own += own
+                turns = turns if own else [*self._system, *turns]
             try:
                 text = self._renderer.render(turns, **arguments)
             except TemplateError as error:
@@ -73,6 +98,11 @@ class Encoder:
 
     def notes(self) -> Iterator[str]:
         """Yield notes on the special tokens of these prompts."""
+        if self._own:
+            yield (
+                f"{self._own} of {self._count} prompts have a system turn of their own, which "
+                "stays in place of the system prompt"
+            )
         begin = " ".join(self._tokenizer.convert_ids_to_tokens(self._begin or []))
         end = " ".join(self._tokenizer.convert_ids_to_tokens(self._end))
         if begin and self._renderer is not None:

@@ -1,19 +1,19 @@
 """One line of a prompts file: its JSON, checked field by field."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NoReturn
 
+from logitcask.engine.config.prompts import Columns
 from logitcask.engine.config.strict_json import parse_json
 from logitcask.engine.errors import PromptError
 from logitcask.engine.prompts.templates import Renderer
 from logitcask.engine.types import Prompt
 
+MAX_LINE_BYTES = 1 << 20
 FORM = 'write one JSON object per line: {"id": "...", "prompt": "..."}'
 ROLES = ("system", "developer", "user", "assistant", "tool")
-OWN_KEYS = ("id", "prompt", "messages", "answer")
-"""Keys that a prompt holds in fields of its own."""
 TEMPLATE_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Keys for the chat template, which graders see too."""
 INSTEAD_OF_TEXT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
@@ -25,23 +25,60 @@ OTHER_NAMES = {
 """Keys that datasets have in place of ours."""
 
 Turns = list[dict[str, Any]]
+Texts = Callable[[], Iterator[tuple[int, str]]]
+"""Yields (number, JSON) of the lines of a file, or of the rows of a data set."""
 
 
-def refuse(file: Path, number: int, cause: str, hint: str) -> NoReturn:
-    raise PromptError(f"{file}, line {number}: {cause}", hint=hint)
+def refuse(file: Path, number: int, cause: str, hint: str, *, unit: str = "line") -> NoReturn:
+    raise PromptError(f"{file}, {unit} {number}: {cause}", hint=hint)
 
 
 class Line:
-    """One line of a prompts file; every error names file and line."""
+    """One line of a prompts file, or one row of a data set; every error names file and line."""
 
-    def __init__(self, file: Path, number: int, text: str) -> None:
-        self.file, self.number = file, number
+    def __init__(
+        self,
+        file: Path,
+        number: int,
+        text: str,
+        *,
+        unit: str = "line",
+        columns: Columns | None = None,
+    ) -> None:
+        self.file, self.number, self.unit = file, number, unit
+        self.columns = columns or Columns()
         self.keys = self._parse(text)
-        # Datasets for TRL have the turns of a conversation as "prompt".
-        self.is_chat = "messages" in self.keys or isinstance(self.keys.get("prompt"), list)
+        self.field = self.columns.prompt_column or (
+            "messages" if "messages" in self.keys else "prompt"
+        )
+        """Key that holds the prompt."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Return True for a conversation. Datasets for TRL have its turns as "prompt"."""
+        return self.field == "messages" or isinstance(self._value(self.field), list)
 
     def refuse(self, cause: str, hint: str) -> NoReturn:
-        refuse(self.file, self.number, cause, hint)
+        refuse(self.file, self.number, cause, hint, unit=self.unit)
+
+    def _value(self, name: str) -> Any:
+        """Return the value of a key, or of a path of keys divided by points; None without one."""
+        if name in self.keys:
+            return self.keys[name]
+        value: Any = self.keys
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def _named(self, column: str, own: str) -> Any:
+        """Return the value of a column that the configuration names, or of our key."""
+        value = self._value(column or own)
+        if column and value is None:
+            self.refuse(
+                f'field "{column}" is missing, and {own}_column names it',
+                f"correct the name; there are {', '.join(self.keys)}",
+            )
+        return value
 
     def _parse(self, text: str) -> dict[str, Any]:
         try:
@@ -56,15 +93,25 @@ class Line:
 
     @property
     def id(self) -> str:
-        """Return the id, or line-N without one."""
-        name = self.keys.get("id", f"line-{self.number}")
-        hint = "write a string or an integer, or leave the key out: the id is then line-N"
+        """Return the id, or line-N or row-N without one."""
+        default = f"{self.unit}-{self.number}"
+        name = self._named(self.columns.id_column, "id")
+        if name is None and "id" not in self.keys:
+            return default
+        hint = f"write a string or an integer, or leave the key out: the id is then {default}"
         return str(name) if type(name) is int else self.string("id", name, hint)
 
     @property
-    def field(self) -> str:
-        """Return the key that holds the prompt."""
-        return "messages" if "messages" in self.keys else "prompt"
+    def answer(self) -> str | None:
+        """Return the answer: text, or an integer as its decimal text."""
+        value = self._named(self.columns.answer_column, "answer")
+        if type(value) is int:
+            return str(value)
+        if value is not None and not isinstance(value, str):
+            field = self.columns.answer_column or "answer"
+            cause = f'field "{field}": {value!r:.80} is {kind(value)}, not a string'
+            self.refuse(cause, "quote it")
+        return value
 
     def string(self, field: str, value: Any, hint: str = "quote it") -> str:
         where = f'field "{field}"'
@@ -79,11 +126,14 @@ class Line:
 
         The content of a turn is text: parts of text are joined.
         """
-        if ("prompt" in self.keys) == ("messages" in self.keys):
+        if self.columns.prompt_column:
+            value = self._named(self.columns.prompt_column, "prompt")
+        elif ("prompt" in self.keys) == ("messages" in self.keys):
             self._refuse_both()
-        value = self.keys[self.field]
+        else:
+            value = self.keys[self.field]
         if not self.is_chat:
-            return self.string("prompt", value)
+            return self.string(self.field, value)
         if not isinstance(value, list) or not value:
             self.refuse(
                 f'field "{self.field}": {value!r:.80} is not a list of turns',
@@ -108,10 +158,9 @@ class Line:
         there = "prompt" in self.keys
         hint = 'write "prompt" for plain text or "messages" for a conversation'
         if not there and (other := next((name for name in OTHER_NAMES if name in self.keys), None)):
-            hint = f'write "{other}" as "{OTHER_NAMES[other]}"'
-            if OTHER_NAMES[other] == "prompt":
-                hint += f", as `jq -c '.prompt = .{other}' {self.file.name} > new.jsonl` does"
-            else:
+            hint = f"give --prompt-column {other} (--eval-prompt-column), or write it as "
+            hint += f'"{OTHER_NAMES[other]}"'
+            if OTHER_NAMES[other] == "messages":
                 hint += ', a list of {"role": "user", "content": "..."}'
         self.refuse(
             f'fields "prompt" and "messages": {"both are present" if there else "both are missing"}'
@@ -157,6 +206,8 @@ class Line:
         renderer: None where no chat template is used; defaults: variables of all prompts.
         """
         found = {key: self.keys[key] for key in TEMPLATE_KEYS if self.keys.get(key) is not None}
+        # Columns of a data set have one type, so many hold the JSON of these as text.
+        found = {key: self._parsed(key, value) for key, value in found.items() if value != ""}
         if renderer is None:
             for key in found:
                 self.refuse(
@@ -175,15 +226,25 @@ class Line:
             if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
                 self.refuse(
                     f'field "{key}": {value!r:.80} is not a list of objects',
-                    "write the objects themselves, not their JSON as text"
-                    if isinstance(value, str)
-                    else "write a list of objects, or leave the key out",
+                    "write a list of objects or its JSON, or leave the key out",
                 )
         cause = renderer.refusal([key for key in found if found[key]], variables=False)
         cause = cause or renderer.refusal(variables, variables=True)
         if cause:
             self.refuse(cause, "check the spelling, leave it out, or take a model that uses it")
         return {**found, **defaults, **variables}
+
+    def _parsed(self, field: str, value: Any) -> Any:
+        """Parse a string as JSON, and return any other value."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return parse_json(value)
+        except ValueError as error:
+            self.refuse(
+                f'field "{field}": {value!r:.80} is not valid JSON: {error}',
+                "write the value itself or its JSON, or leave the key out",
+            )
 
     def check_begin(self, content: str | Turns, bos: str) -> None:
         """Refuse texts that begin with the token with which the chat template begins itself."""
@@ -198,7 +259,7 @@ class Line:
         """Return the prompt of these token ids, at most `most`."""
         if not token_ids:
             self.refuse(
-                f'field "{self.field}": {self.keys[self.field]!r:.80} gives no token',
+                f'field "{self.field}": {self._value(self.field)!r:.80} gives no token',
                 "fill it in, or remove the line",
             )
         if len(token_ids) > most:
@@ -206,13 +267,12 @@ class Line:
                 f'field "{self.field}": {len(token_ids)} tokens, at most {most} may be',
                 "shorten the prompt, or lower max_new_tokens: both share the model's context",
             )
-        answer = self.keys.get("answer")
-        if answer is not None and not isinstance(answer, str):
-            self.refuse(
-                f'field "answer": {answer!r:.80} is {kind(answer)}, not a string', "quote it"
-            )
-        extra = {key: value for key, value in self.keys.items() if key not in OWN_KEYS}
-        return Prompt(id=self.id, token_ids=tuple(token_ids), answer=answer, extra=extra)
+        own = self.columns
+        # A named column takes the place of our keys, which are then keys like any other.
+        used = {own.id_column or "id", own.answer_column or "answer"}
+        used |= {own.prompt_column} if own.prompt_column else {"prompt", "messages"}
+        extra = {key: value for key, value in self.keys.items() if key not in used}
+        return Prompt(id=self.id, token_ids=tuple(token_ids), answer=self.answer, extra=extra)
 
 
 def kind(value: Any) -> str:

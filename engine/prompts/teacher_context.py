@@ -14,6 +14,7 @@ from typing import Any
 from logitcask.engine.errors import IdentityError, PromptError
 from logitcask.engine.prompts.lines import Line, Turns
 from logitcask.engine.prompts.prompts import read_prompts
+from logitcask.engine.prompts.source import Source
 from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.types import Prompt
 
@@ -44,7 +45,7 @@ class Template:
         return [*content[:last], {**content[last], "content": text}, *content[last + 1 :]]
 
     def _text(self, line: Line, prompt: str) -> str:
-        answer = line.keys.get("answer")
+        answer = line.answer
         if answer is None and any(field == "answer" for _, field in self.parts):
             line.refuse(
                 'field "answer" is missing, and the template contains it',
@@ -81,7 +82,7 @@ def read_template(file: Path) -> Template:
 
 
 def templated(
-    file: Path,
+    source: Source,
     template: Template,
     stored: Iterable[Prompt],
     tokenizer: Any,
@@ -94,18 +95,18 @@ def templated(
     stored: the prompts of the rollouts, equal to those of the file without the template. Raises
     PromptError for a file that lacks one, IdentityError for one with other tokens.
     """
-    read = partial(read_prompts, file, tokenizer, rendering, max_prompt_tokens=max_prompt_tokens)
+    read = partial(read_prompts, source, tokenizer, rendering, max_prompt_tokens=max_prompt_tokens)
     plain = {prompt.id: prompt for prompt in read()}
     for prompt in stored:
         if prompt.id not in plain:
             raise PromptError(
-                f"{file} has no prompt {prompt.id!r}, which the rollouts contain",
+                f"{source.file} has no prompt {prompt.id!r}, which the rollouts contain",
                 hint="give the prompts file that `logitcask rollout` read",
             )
         if plain[prompt.id].token_ids != prompt.token_ids:
             raise IdentityError(
-                f"{file}: prompt {prompt.id!r} differs from the prompt of the rollouts: rendered "
-                "for this teacher it has other tokens",
+                f"{source.file}: prompt {prompt.id!r} differs from the prompt of the rollouts: "
+                "rendered for this teacher it has other tokens",
                 hint="give the prompts file that `logitcask rollout` read, and a teacher with "
                 "the student's chat template; or write the rendered prompts to a --context file",
             )

@@ -52,6 +52,10 @@ class Rendering:
     """Variables of the template; a line's own override them."""
     drop_last_assistant: bool = False
     """Leave out an assistant turn at the end of a conversation."""
+    system_prompt: str = ""
+    """System turn of the prompts that have none of their own; empty = none."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """Where the prompts were read: Source.record; {} for a JSONL file with our keys."""
 
     def record(self) -> dict[str, Any]:
         """Return the provenance of rollouts; keys are left out at their default."""
@@ -63,6 +67,8 @@ class Rendering:
                 else {}
             ),
             **({"drop_last_assistant": True} if self.drop_last_assistant else {}),
+            **({"system_prompt": self.system_prompt} if self.system_prompt else {}),
+            **({"source": dict(self.source)} if self.source else {}),
         }
 
 

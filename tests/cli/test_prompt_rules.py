@@ -5,6 +5,8 @@ import shutil
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from logitcask.engine.store import open_store
@@ -78,3 +80,33 @@ def test_stop_ids_of_generation_config_and_of_a_flag(world: World, call: Any) ->
             ends = rollouts.seq_off[1:] - 1
             assert stops[ends].tolist() == (rollouts.finish == STOP).tolist()
             assert stops.sum() == stops[ends].sum() > 0
+
+
+def test_prompts_of_parquet_in_every_stage(moody: World, call: Any) -> None:
+    """Sample, score with a context and evaluate by columns, and repeat the same from JSONL."""
+    turns = [{"role": "user", "content": "1 + 1 ="}]
+    rows = [{"chat": turns, "gold": "2", "key": key} for key in ("a", "b")]
+    pq.write_table(pa.Table.from_pylist(rows), moody.at("@p.parquet"))
+    lines = [{"id": row["key"], "messages": turns, "answer": "2"} for row in rows]
+    moody.at("@same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store, names = moody.new("store"), {"prompt": "chat", "answer": "gold", "id": "key"}
+    flags = " ".join(f"--{key}-column {name}" for key, name in names.items())
+    rules = [f"--store {store}", SAMPLING, "--grader exact", "--system-prompt kind"]
+    roll = f"rollout --model @moody {' '.join(rules)}"
+    assert call(f"{roll} --prompts @p.parquet {flags}").code == 0
+    again = call(f"{roll} --prompts @same.jsonl --format json")
+    assert json.loads(again.out)["units_new"] == 0
+    opened = open_store(str(moody.at(store)))
+    (segment, *_) = opened.head().rollouts("main")
+    columns = {f"{key}_column": name for key, name in names.items()}
+    assert segment.provenance["source"] == {"file": "p.parquet", **columns}
+    decode = make_tokenizer().decode
+    shown = [decode(prompt.token_ids) for prompt in opened.read_prompts(segment)]
+    assert shown == ["system: kind\nuser: 1 + 1 =\nassistant: "] * 2
+    context = "--teacher-kind context --prompt-template @t.txt --prompts @p.parquet"
+    assert call(f"score --model @moody --teacher big --store {store} {KEPT} {context}").code == 0
+    evaluated = "--eval-prompts @p.parquet --eval-n 1 --eval-max-new-tokens 2"
+    flags = flags.replace("--", "--eval-")
+    trained = f"train --model @moody --store {store} --out {moody.new('out')} {TRAINING}"
+    call(f"{trained} {evaluated}").assert_error(1, "row 0: fields", "--prompt-column")
+    assert call(f"{trained} {evaluated} {flags} --objective overlap").code == 0

@@ -30,7 +30,10 @@ ignore_missing_imports = True
 def declared(root: Path) -> Iterator[tuple[Path, str, ast.AnnAssign]]:
     """Yield (file, class, field) of each key: of each field of a section."""
     sections = {"Section"}
-    for name in ("types.py", "config/teacher.py", "config/training.py", "config/sections.py"):
+    for name in (
+        "types.py",
+        *(f"config/{each}.py" for each in ("prompts", "teacher", "training", "sections")),
+    ):
         path = root / "engine" / name
         for node in ast.parse(path.read_text()).body:
             # The fields of a command's configuration are sections, not keys.

@@ -111,6 +111,7 @@ def shown(folder: Path, line: dict[str, Any], **variables: Any) -> str:
 def test_tools_documents_and_variables_reach_the_template(tmp_path: Path) -> None:
     assert shown(tmp_path, {}) == "x"
     assert shown(tmp_path, {"tools": [{"name": "f"}], "documents": [{"title": "t"}]}) == "[f](t)x"
+    assert shown(tmp_path, {"tools": '[{"name": "f"}]', "documents": ""}) == "[f]x"
     assert shown(tmp_path, {"tools": None, "documents": [], "chat_template_kwargs": None}) == "x"
     off = {"enable_thinking": False}
     assert shown(tmp_path, {"chat_template_kwargs": off}) == "x<no>"
@@ -123,7 +124,8 @@ def test_tools_documents_and_variables_reach_the_template(tmp_path: Path) -> Non
     ("keys", "cause"),
     [
         ({"tools": {"name": "f"}}, "field \"tools\": {'name': 'f'} is not a list of objects"),
-        ({"tools": '[{"name": "f"}]'}, "is not a list of objects"),
+        ({"tools": '[{"name": "f"'}, "is not valid JSON"),
+        ({"tools": '["f"]'}, "field \"tools\": ['f'] is not a list of objects"),
         ({"documents": ["t"]}, "field \"documents\": ['t'] is not a list of objects"),
         ({"chat_template_kwargs": [1]}, 'field "chat_template_kwargs": [1] is a list, not an'),
         ({"chat_template_kwargs": {"thinking": 1}}, "the chat template reads no 'thinking'"),

@@ -7,13 +7,9 @@ from typing import Any
 import pytest
 
 from logitcask.engine.errors import ModelError, PromptError
-from logitcask.engine.prompts.prompts import (
-    MAX_LINE_BYTES,
-    OTHER_FORMATS,
-    chat_template_for,
-    load_tokenizer,
-    read_prompts,
-)
+from logitcask.engine.prompts.lines import MAX_LINE_BYTES
+from logitcask.engine.prompts.prompts import chat_template_for, load_tokenizer, read_prompts
+from logitcask.engine.prompts.source import OTHER_FORMATS, open_source
 from logitcask.engine.prompts.templates import Rendering
 from tests.engine.tiny import make_tokenizer
 
@@ -96,7 +92,11 @@ BAD = {
     "both": ({"id": "a", "prompt": "x", "messages": [USER]}, "both are present", True),
     "empty prompt": ({"id": "a", "prompt": " \n"}, "field \"prompt\": ' \\n' is empty", False),
     "null prompt": ({"id": "a", "prompt": None}, 'field "prompt": None is null', False),
-    "answer of a wrong type": ({"id": "a", "prompt": "x", "answer": 5}, 'field "answer": 5', False),
+    "answer of a wrong type": (
+        {"id": "a", "prompt": "x", "answer": 5.5},
+        'field "answer": 5.5',
+        False,
+    ),
     "half a surrogate": ('{"id": "a", "prompt": "\\ud800"}', "surrogate", False),
     "too long": ({"id": "a", "prompt": "x" * 101}, "101 tokens, at most 100", False),
     "messages, no template": ({"id": "a", "messages": [USER]}, "needs the chat template", False),
@@ -160,7 +160,7 @@ def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
         read(tmp_path / "nowhere.jsonl")
     with pytest.raises(PromptError, match="holds no prompt"):
         read(write(tmp_path, "", " "))
-    with pytest.raises(PromptError, match="cannot be read"):
+    with pytest.raises(PromptError, match="holds neither Parquet files nor a data set"):
         read(tmp_path)
 
 
@@ -211,17 +211,17 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path: Path) -> None:
 def test_an_ambiguous_use_of_the_template_is_refused(tmp_path: Path) -> None:
     plain = write(tmp_path, {"id": "a", "prompt": "x"})
     bare = make_tokenizer(chat_template=False)
-    assert chat_template_for(plain, bare, None) is False
-    assert chat_template_for(plain, TOKENIZER, True) is True
-    assert chat_template_for(plain, TOKENIZER, False) is False
+    assert chat_template_for(open_source(plain), bare, None) is False
+    assert chat_template_for(open_source(plain), TOKENIZER, True) is True
+    assert chat_template_for(open_source(plain), TOKENIZER, False) is False
     with pytest.raises(PromptError, match="either could be meant"):
-        chat_template_for(plain, TOKENIZER, None)
+        chat_template_for(open_source(plain), TOKENIZER, None)
     chat = write(tmp_path, {"id": "a", "messages": [USER]})
-    assert chat_template_for(chat, TOKENIZER, None) is True
+    assert chat_template_for(open_source(chat), TOKENIZER, None) is True
     with pytest.raises(PromptError, match="there is no prompts file"):
-        chat_template_for(tmp_path / "nowhere.jsonl", TOKENIZER, None)
+        chat_template_for(open_source(tmp_path / "nowhere.jsonl"), TOKENIZER, None)
     turns = write(tmp_path, {"prompt": [USER]})
-    assert chat_template_for(turns, TOKENIZER, None) is True
+    assert chat_template_for(open_source(turns), TOKENIZER, None) is True
 
 
 def test_ids_may_be_integers_or_absent(tmp_path: Path) -> None:
@@ -273,8 +273,14 @@ def test_a_last_assistant_turn_is_left_out_on_request(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "hint"),
     [
-        ({"question": "2+3=", "answer": "5"}, "jq -c '.prompt = .question' prompts.jsonl"),
-        ({"conversations": [{"from": "human", "value": "x"}]}, 'write "conversations" as "mess'),
+        (
+            {"question": "2+3=", "answer": "5"},
+            '--eval-prompt-column), or write it as "prompt"',
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "x"}]},
+            '(--eval-prompt-column), or write it as "messages", a list of',
+        ),
         ({"x": 1}, 'write "prompt" for plain text'),
     ],
 )
@@ -293,6 +299,9 @@ def test_another_format_is_named_with_a_command_that_converts_it(
     with pytest.raises(PromptError) as caught:
         read(file)
     name = OTHER_FORMATS[magic][0]
-    assert caught.value.cause == f"{file} is {name}, and prompts are read from JSONL"
+    assert (
+        caught.value.cause
+        == f"{file} is {name}, and prompts are read from JSONL, Parquet and Arrow"
+    )
     assert "p.x" in caught.value.hint
     assert "new.jsonl" in caught.value.hint

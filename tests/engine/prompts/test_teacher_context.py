@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from logitcask.engine.errors import IdentityError, PromptError
 from logitcask.engine.prompts.prompts import read_prompts
+from logitcask.engine.prompts.source import open_source
 from logitcask.engine.prompts.teacher_context import read_template, templated
 from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.types import Prompt
@@ -38,7 +39,12 @@ def shown(
     if stored is None:
         stored = read_prompts(file, TOKENIZER, rendering, max_prompt_tokens=200)
     found = templated(
-        file, read_template(template), stored, TOKENIZER, rendering, max_prompt_tokens=200
+        open_source(file),
+        read_template(template),
+        stored,
+        TOKENIZER,
+        rendering,
+        max_prompt_tokens=200,
     )
     return {name: TOKENIZER.decode(prompt.token_ids) for name, prompt in found.items()}
 
