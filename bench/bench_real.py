@@ -50,7 +50,7 @@ MODELS = {
 }
 """Folder of each measured model -> its name in the table."""
 TEXTS = ("teacher", "student")
-"""Who sampled the held-out texts."""
+"""Samplers of the held-out texts."""
 
 
 def main(arguments: list[str]) -> None:
