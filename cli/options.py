@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from logitcask.engine.config.other_names import keys_named, suggest
 from logitcask.engine.config.section import Section
 from logitcask.engine.config.toml import Job, validate
+from logitcask.engine.config.training import Lora
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,7 +24,7 @@ FLAGS = {
     ("store", "url"): "store",
     ("teacher", "name"): "teacher",
     ("train", "args"): "train-arg",
-    **{("lora", key): f"lora-{key}" for key in ("r", "alpha", "dropout", "target_modules")},
+    **{("lora", key): f"lora-{key}" for key in Lora.model_fields},
     ("ablate", "teacher_accuracy"): "eval-teacher-accuracy",
 }
 """Flags that are neither their key with dashes nor `--eval-` and the key of [eval]."""

@@ -1,13 +1,15 @@
 """Sections of learning and measuring."""
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from logitcask.engine.config.prompts import Columns
 from logitcask.engine.config.section import Name, Positive, Section, Share
 from logitcask.engine.config.trainer_args import check_optimizer_name, trainer_args
+from logitcask.engine.errors import ConfigError
 from logitcask.engine.types import PACK_LENGTH, SamplingParams
 
 
@@ -124,6 +126,15 @@ class Train(Section):
     )
 
 
+def _names(given: Any) -> Any:
+    """Split the text of a flag into names; a regular expression stays text."""
+    if isinstance(given, str) and given != "all-linear":
+        parts = [part.strip() for part in given.split(",")]
+        if all(re.fullmatch(r"[\w.]+", part) for part in parts):
+            return tuple(parts)
+    return tuple(given) if isinstance(given, list) else given
+
+
 class Lora(Section):
     """Low-rank adapters, in the names of `peft.LoraConfig`."""
 
@@ -139,11 +150,41 @@ class Lora(Section):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Dropout of the adapters' input in training."
     )
-    target_modules: str = Field(
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_names)] = Field(
         "all-linear",
-        description="Layers with adapters: all-linear = every linear layer but the head, or a "
-        "regular expression of their names.",
+        description="Layers with adapters: all-linear = every linear layer but the head, last "
+        "parts of names divided by commas, as q_proj,v_proj, or a regular expression of names.",
     )
+    modules_to_save: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="Last parts of the names of modules that are trained whole, with the "
+        "adapters, divided by commas, such as norm,lm_head.",
+    )
+    use_rslora: bool = Field(
+        False, description="Divide the scale by the root of the rank (arXiv 2312.03732)."
+    )
+    use_dora: bool = Field(
+        False, description="Train the magnitudes of the weights too (DoRA, arXiv 2402.09353)."
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="Biases of the model that are trained too."
+    )
+    save_adapter: bool = Field(
+        False,
+        description="Save the adapters too, in OUT/adapter, for peft and vLLM on the base model; "
+        "the folder itself always holds the merged model.",
+    )
+
+    @model_validator(mode="after")
+    def _needs_a_rank(self) -> Self:
+        """Refuse settings of adapters that are off."""
+        names = list(self.model_dump(exclude={"r"}, exclude_defaults=True))
+        if names and not self.r:
+            raise ConfigError(
+                f"lora.{names[0]} is set, and lora.r = 0 trains all weights without adapters",
+                hint="set lora.r (--lora-r 16), or leave the other keys of [lora] out",
+            )
+        return self
 
 
 class Eval(SamplingParams, Columns):

@@ -5,7 +5,6 @@ updates are below the resolution of bfloat16.
 """
 
 import hashlib
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from logitcask.engine.config.training import Lora
-from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.errors import ModelError
+from logitcask.engine.models.adapters import with_adapters
 from logitcask.engine.models.attention import (
     attention_of,
     ordinary_attention,
@@ -136,7 +136,7 @@ def load_student(
         _keep_if_proved(model, ref, length)
     set_paths(model, ref, ref.n_vocab, length=length)
     if lora.r:
-        return _with_adapters(model, lora, seed)
+        return with_adapters(model, lora, seed, packed=paths_of(model).packed)
     if _loses_a_row(model):
         raise ModelError(
             f"{type(model).__name__} is saved whole and loaded otherwise: transformers sets the "
@@ -188,44 +188,6 @@ def paths_of(model: nn.Module) -> CheckedPaths:
     """Return the paths that `set_paths` kept; for any other model, those of a plain decoder."""
     found: CheckedPaths = getattr(inner_model(model), "checked_paths", CheckedPaths())
     return found
-
-
-def _with_adapters(model: Any, lora: Lora, seed: int) -> nn.Module:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError(
-            f"lora r = {lora.r} needs the package peft", hint='pip install -e ".[lora]"'
-        ) from error
-    ids = torch.arange(8)[None]
-    with torch.random.fork_rng(), warnings.catch_warnings(), torch.no_grad():
-        # They concern peft's own settings; the forward below and the check at the save decide.
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        try:
-            adapted: nn.Module = get_peft_model(
-                model,
-                LoraConfig(
-                    r=lora.r,
-                    lora_alpha=lora.alpha or 2 * lora.r,
-                    lora_dropout=lora.dropout,
-                    target_modules=lora.target_modules,
-                ),
-            )
-            pack_states(adapted.eval(), ids, ids, packed=paths_of(model).packed)
-            bases = [each.base_layer for each in adapted.modules() if hasattr(each, "base_layer")]
-            weights = [id(base.weight) for base in bases if isinstance(base, nn.Linear)]
-            if len(set(weights)) < len(weights):
-                raise ValueError("layers with the same weights would get several adapters")
-        # peft wraps any linear layer, and some models read more of a layer than its output.
-        except Exception as error:
-            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ConfigError(
-                f"lora target_modules = {lora.target_modules}: {type(model).__name__} does not run "
-                f"with these adapters: {cause}",
-                hint='name other layers, such as --lora-target-modules ".*(q|k|v|o)_proj"',
-            ) from error
-    return adapted
 
 
 def live_digest(model: nn.Module) -> str:

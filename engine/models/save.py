@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcask.engine.errors import ModelError
+from logitcask.engine.models.adapters import ADAPTER, load_adapter, save_adapter
 from logitcask.engine.models.forward import folded_head, inner_model, states
 from logitcask.engine.models.identity import METADATA_FILE, write_metadata
 from logitcask.engine.models.load import load_model, quiet
@@ -28,11 +29,18 @@ TOLERANCE = 1e-4
 
 
 def save_student(
-    model: nn.Module, folder: Path, *, parent: ModelRef, updates: int, metadata: Mapping[str, Any]
+    model: nn.Module,
+    folder: Path,
+    *,
+    parent: ModelRef,
+    updates: int,
+    metadata: Mapping[str, Any],
+    adapter: bool = False,
 ) -> None:
     """Save a loadable model to `folder`: safetensors in float32, tokenizer, metadata.
 
-    LoRA adapters are merged into the weights, in memory too, so the folder loads without peft.
+    LoRA adapters are merged into the weights, in memory too, so the folder loads without peft. With
+    `adapter` they are also saved to its folder `adapter`, and proved on the parent.
     `metadata` holds pin, plan and objective; the version is the parent's plus `updates`. Files are
     staged, loaded again and then moved, logitcask.json last: a folder that has it is complete.
     Raises ModelError if the saved model gives other logits.
@@ -44,6 +52,9 @@ def save_student(
     staging.mkdir()
     adapted: Any = model
     before = _probe(inner_model(model))
+    if adapter:
+        save_adapter(model, staging / ADAPTER, parent)
+        _check_adapter(staging / ADAPTER, parent, before)
     plain = adapted if inner_model(model) is model else adapted.merge_and_unload()
     if (parent.path / GENERATION).is_file():
         # The parent's file is copied; transformers would refuse to write some that it has read.
@@ -64,6 +75,7 @@ def save_student(
     if not exists:
         staging.rename(folder)
         return
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
     for file in sorted(staging.iterdir(), key=lambda f: f.name == METADATA_FILE):
         os.replace(file, folder / file.name)
     staging.rmdir()
@@ -87,6 +99,19 @@ def _check_saved(model: Any, folder: Path, before: Tensor) -> None:
             f"{other[:1]} differ, and its logits by {gap:.1e} of the largest",
             hint="the last checkpoint holds its weights; with LoRA, name other layers by "
             "--lora-target-modules",
+        )
+
+
+def _check_adapter(folder: Path, parent: ModelRef, before: Tensor) -> None:
+    """Raise ModelError unless the parent with the adapters of `folder` gives the logits."""
+    again = load_adapter(load_model(parent.path, torch.float32, before.device), folder)
+    gap = float((_probe(inner_model(again)) - before).abs().max() / before.abs().max())
+    if not gap <= TOLERANCE:
+        raise ModelError(
+            f"the adapters that were saved in {folder} are not the trained ones: logits differ by "
+            f"{gap:.1e} of the largest",
+            hint="the last checkpoint holds them; leave --lora-save-adapter out to save the merged "
+            "model alone",
         )
 
 

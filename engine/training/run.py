@@ -293,7 +293,12 @@ def run_training(
                 with writing(run_dir.out):
                     write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
                     save_student(
-                        student, run_dir.out, parent=model, updates=spec.updates, metadata=metadata
+                        student,
+                        run_dir.out,
+                        parent=model,
+                        updates=spec.updates,
+                        metadata=metadata,
+                        adapter=lora.save_adapter,
                     )
             run_dir.wait()
     if repo is not None:

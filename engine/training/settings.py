@@ -111,7 +111,7 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
 
     Keys added later are omitted at their defaults, so that earlier runs still resume.
     """
-    adapters = lora.model_dump(exclude={"r"}, exclude_defaults=True)
+    adapters = lora.model_dump(exclude={"r", "save_adapter"}, exclude_defaults=True)
     later = {
         **{f"lora_{key}": value for key, value in adapters.items()},
         **settings.model_dump(

@@ -71,9 +71,10 @@ def check_optimizer(args: TrainingArguments, settings: Train) -> None:
 
     Raises ConfigError for one that does not run here, and for settings that it does not read.
     """
+    pairs = _optim_args(args)
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        _check_read(options, args, settings)
+        _check_read(options, pairs, args, settings)
         trial = nn.Parameter(torch.zeros(TRIAL, device=args.device))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pages of a CPU, and on a schedule without a step
@@ -105,7 +106,23 @@ def check_optimizer(args: TrainingArguments, settings: Train) -> None:
         )
 
 
-def _check_read(options: Mapping[str, Any], args: TrainingArguments, settings: Train) -> None:
+def _optim_args(args: TrainingArguments) -> dict[str, str]:
+    """Return the pairs of `optim_args`; ConfigError for a part that is none."""
+    found = {}
+    for pair in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+        key, equals, value = pair.partition("=")
+        if not (equals and key and value):
+            raise ConfigError(
+                f"train.args.optim_args: {pair} is not NAME=VALUE",
+                hint='write "momentum=0.9,nesterov=true"',
+            )
+        found[key] = value
+    return found
+
+
+def _check_read(
+    options: Mapping[str, Any], pairs: Mapping[str, str], args: TrainingArguments, settings: Train
+) -> None:
     """Raise ConfigError for a setting that the optimizer or its schedule would ignore."""
     if args.lr_scheduler_kwargs and settings.lr_scheduler_type == "constant":
         raise ConfigError(
@@ -124,29 +141,15 @@ def _check_read(options: Mapping[str, Any], args: TrainingArguments, settings: T
                 f"train.{name} is set, and {settings.optim} does not read it",
                 hint="leave it out, or take an optimizer of Adam's kind",
             )
-    for pair in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
-        key, equals, value = pair.partition("=")
-        if not (equals and key and value):
-            raise ConfigError(
-                f"train.args.optim_args: {pair} is not NAME=VALUE",
-                hint='write "momentum=0.9,nesterov=true"',
-            )
-        if key not in options and not _changes(options, args, key):
+    for key in pairs:
+        args.optim_args = ",".join(f"{k}={v}" for k, v in pairs.items() if k != key) or None
+        without = dict(Trainer.get_optimizer_cls_and_kwargs(args)[1])
+        args.optim_args = ",".join(f"{k}={v}" for k, v in pairs.items())
+        if key not in options and without == dict(options):
             raise ConfigError(
                 f"train.args.optim_args: {settings.optim} does not read {key}",
                 hint=f"leave {key} out; what it takes: {', '.join(sorted(options))}",
             )
-
-
-def _changes(options: Mapping[str, Any], args: TrainingArguments, key: str) -> bool:
-    """Return True if the options differ without `key`."""
-    whole = args.optim_args
-    pairs = (whole or "").replace(" ", "").split(",")
-    args.optim_args = ",".join(pair for pair in pairs if not pair.startswith(f"{key}=")) or None
-    try:
-        return dict(Trainer.get_optimizer_cls_and_kwargs(args)[1]) != dict(options)
-    finally:
-        args.optim_args = whole
 
 
 def recorded_args(settings: Train) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Students: saved completely, and loaded again with the same logits."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcask.engine.config.training import Lora
-from logitcask.engine.errors import ModelError
+from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models import save
+from logitcask.engine.models.adapters import load_adapter
+from logitcask.engine.models.forward import folded_head, pack_states
 from logitcask.engine.models.identity import model_ref, read_metadata
 from logitcask.engine.models.load import load_model, load_student
 from logitcask.engine.models.save import save_student
 from logitcask.engine.types import ModelRef
-from tests.engine.tiny import save_folder
+from tests.engine.tiny import make_model, save_folder
 from tests.models.build import make_family
 
 CPU = torch.device("cpu")
@@ -109,6 +112,66 @@ def test_adapters_of_any_module_are_saved(name: str, tmp_path: Path) -> None:
     save_student(model, tmp_path / "out", parent=ref, updates=1, metadata=METADATA)
     found = logits(load_model(tmp_path / "out", torch.float32, CPU))
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.needs("peft")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "q_proj,v_proj", "use_rslora": True},
+        {"use_dora": True, "dropout": 0.5},
+        {"modules_to_save": "norm,lm_head,embed_tokens"},
+        {"target_modules": "embed_tokens"},
+        {"bias": "all"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_merged_model_and_adapter_on_the_parent_give_the_trained_logits(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    network = make_family("qwen2") if "bias" in fields else make_model(tie=False)
+    ref = model_ref(str(save_folder(tmp_path / "student", network)), chat_template=True)
+    model: Any = load_student(ref, lora=Lora(r=2, save_adapter=True, **fields))
+    ids = torch.arange(8)[None]
+    hidden, head = folded_head(model, pack_states(model, ids, ids, packed=True))
+    (hidden @ head.T).logsumexp(-1).sum().backward()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                assert p.grad is not None, f"{name} would not train"
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) / 10)
+    expected = logits(model)
+    for _ in range(2):  # the second time over the files of the first
+        out = tmp_path / "out"
+        copied = copy.deepcopy(model)
+        save_student(copied, out, parent=ref, updates=1, metadata=METADATA, adapter=True)
+    merged = logits(load_model(out, torch.float32, CPU))
+    assert (expected - logits(load_student(ref))).abs().max() > 0.1
+    assert (merged - expected).abs().max() < 1e-4 * expected.abs().max()
+    adapted = load_adapter(load_model(ref.path, torch.float32, CPU), out / "adapter")
+    assert (logits(adapted) - expected).abs().max() < 1e-5 * expected.abs().max()
+    recorded = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert recorded["base_model_name_or_path"] == str(ref.path)
+    assert model_ref(str(out), chat_template=True).version == 1, "the next stage reads the folder"
+
+
+@pytest.mark.needs("peft")
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"modules_to_save": "lm_head"}, "embeddings and head are one matrix"),
+        ({"modules_to_save": "embed_tokens"}, "embeddings and head are one matrix"),
+        ({"target_modules": "embed_tokens"}, "embeddings and head are one matrix"),
+        ({"target_modules": ".*(lm_head|q_proj)"}, "the head cannot have an adapter"),
+        ({"modules_to_save": "no_such"}, "names no_such, which the model does not have"),
+        ({"bias": "all"}, "these layers have no bias"),
+    ],
+)
+def test_adapters_that_would_not_train_or_save_are_refused_before(
+    fields: dict[str, Any], cause: str, ref: ModelRef
+) -> None:
+    with pytest.raises(ConfigError, match=cause):
+        load_student(ref, lora=Lora(r=2, **fields))
 
 
 @pytest.mark.needs("peft")
