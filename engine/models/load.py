@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from logitcask.engine.config.training import Lora
-from logitcask.engine.errors import ModelError
+from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.adapters import with_adapters
 from logitcask.engine.models.attention import (
     attention_of,
