@@ -256,7 +256,7 @@ def _plan(config: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
 
 def _held_out(config: TrainConfig) -> dict[str, Any] | None:
     """Return the store and snapshot of the held-out data of all runs, if there are any."""
-    if (held_out := held_out_set(config.eval, config.store.url)) is None:
+    if (held_out := held_out_set(config.eval, config.store.url, config.train)) is None:
         return None
     snapshot = held_out.snapshot or held_out.store.head()
     return {"store": held_out.store.uuid, "pin": snapshot.number, "sha256": snapshot.sha256}

@@ -18,6 +18,7 @@ from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.objectives import PRESETS, Preset, parse_objective, warnings
 from logitcask.engine.objectives.parse import preset_hint
+from logitcask.engine.packing.teachers import Teachers
 from logitcask.engine.prompts.graders import open_grader
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.prompts.source import open_source
@@ -55,7 +56,7 @@ def run_train(
             rendering_of(snapshot, config.store.rollouts),
             on_event,
         ),
-        held_out=held_out_set(config.eval, config.store.url, config.train.base),
+        held_out=held_out_set(config.eval, config.store.url, config.train),
         cache=cache,
         config=config.model_dump(mode="json"),
         on_event=on_event,
@@ -73,7 +74,7 @@ def check_train(config: TrainConfig) -> None:
     check(store, **task, seed=config.run.seed, snapshot=snapshot)
     rendering = rendering_of(snapshot, config.store.rollouts)
     eval_plan(config.eval, config.run, task["model"], rendering)
-    held = held_out_set(config.eval, config.store.url, config.train.base)
+    held = held_out_set(config.eval, config.store.url, config.train)
     if held is not None:
         hold_out(held, task["model"], task["objective"], config.train.pack_length)
 
@@ -83,8 +84,10 @@ def scoring_seconds(config: TrainConfig) -> float | None:
     does not record them for every unit.
     """
     _, snapshot, task = _train_task(config)
-    scores = snapshot.scores(task["teacher"])
-    read = [scores[s.seg_id] for s in snapshot.rollouts(task["rollouts"]) if s.seg_id in scores]
+    rollouts = snapshot.rollouts(task["rollouts"])
+    names = Teachers.parse(task["teacher"], task["teacher_field"]).names
+    scores = [snapshot.scores(name) for name in names]
+    read = [of[s.seg_id] for of in scores for s in rollouts if s.seg_id in of]
     took = [segment.seconds for segments in read for segment in segments]
     recorded = [seconds for seconds in took if seconds is not None]
     return sum(recorded) if len(recorded) == len(took) else None
@@ -106,13 +109,36 @@ def _train_task(config: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
     base = config.train.base
     task = {
         "model": student_of(config.student, snapshot, config.store.rollouts),
-        "teacher": choose_teacher(snapshot, config.train.teacher, where=where),
+        "teacher": find_teachers(
+            snapshot, config.train.teacher, config.train.teacher_field, where=where
+        ),
+        "teacher_field": config.train.teacher_field,
         "base": base and choose(bases, base, what="base", where=where),
         "rollouts": config.store.rollouts,
         "objective": preset,
         "settings": config.train,
     }
     return store, snapshot, task
+
+
+def find_teachers(
+    snapshot: Snapshot,
+    text: str | None,
+    field: str | None,
+    *,
+    what: str = "teacher",
+    where: str = "the store",
+) -> str:
+    """Return the text of the teachers, checked against the names of the snapshot.
+
+    Raises ConfigError for an unknown or ambiguous name and a wrong text, IncompleteError for none.
+    """
+    if text is None and field is None:
+        return choose_teacher(snapshot, None, what=what, where=where)
+    teachers = Teachers.parse(text, field)
+    for name in teachers.names:
+        choose_teacher(snapshot, name, what=what, where=where)
+    return str(teachers)
 
 
 def find_objective(settings: Train) -> Preset:
@@ -160,15 +186,19 @@ def eval_plan(
     )
 
 
-def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSet | None:
-    """Return the held-out rows that [eval] names, or None. `url` is the store of the training,
-    `base` its scores of a base model, which are used here too if they have that name.
+def held_out_set(settings: Eval, url: str, train: Train) -> HeldOutSet | None:
+    """Return the held-out rows that [eval] names, or None. `url` is the store of the training. The
+    `base` scores of `train` are used here too if they have that name, and its `teacher_field` for
+    several teachers.
 
     Raises ConfigError where the choice is not clear, IncompleteError where there is none.
     """
     named = (settings.store, settings.rollouts, settings.teacher, settings.snapshot)
     if all(each is None for each in named):
         return None
+    several = settings.teacher is not None and "=" in settings.teacher
+    field = train.teacher_field if several else None
+    base = train.base
     store = open_store(settings.store or url)
     snapshot = store.head() if settings.snapshot is None else snapshot_of(store, settings.snapshot)
     return HeldOutSet(
@@ -176,7 +206,10 @@ def held_out_set(settings: Eval, url: str, base: str | None = None) -> HeldOutSe
         rollouts=choose(
             snapshot.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
         ),
-        teacher=choose_teacher(snapshot, settings.teacher, what="eval-teacher", where=store.url),
+        teacher=find_teachers(
+            snapshot, settings.teacher, field, what="eval-teacher", where=store.url
+        ),
+        teacher_field=field,
         base=base if base in snapshot.names("score") else None,
         snapshot=None if settings.snapshot is None else snapshot,
         every=settings.every,

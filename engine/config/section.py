@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,127}$"
 Name = Annotated[str, Field(pattern=NAME)]
+NAMES = rf"{NAME}|^[^,=]+=[^,=]+(,[^,=]+=[^,=]+)*$"
+Names = Annotated[str, Field(pattern=NAMES)]
+"""A name, or VALUE=NAME,VALUE=NAME."""
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 

@@ -7,15 +7,23 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from logitcask.engine.config.prompts import Columns
-from logitcask.engine.config.section import Name, Positive, Section, Share
+from logitcask.engine.config.section import Name, Names, Positive, Section, Share
 from logitcask.engine.config.trainer_args import check_optimizer_name, trainer_args
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.types import PACK_LENGTH, SamplingParams
 
 
 class Train(Section):
-    teacher: Name | None = Field(
-        None, description="Whose scores to train on; may be left out when the store has one."
+    teacher: Names | None = Field(
+        None,
+        description="Scores to train on; may be left out when the store has one teacher. "
+        "VALUE=NAME,VALUE=NAME trains the prompts of each value of --teacher-field on a teacher of "
+        "their own.",
+    )
+    teacher_field: str | None = Field(
+        None,
+        description="Key of the prompts file whose value chooses the teacher of a prompt, for "
+        "example domain.",
     )
     base: Name | None = Field(
         None,
@@ -202,8 +210,10 @@ class Eval(SamplingParams, Columns):
     rollouts: Name | None = Field(
         None, description="Set of rollouts for that; optional when the store has one."
     )
-    teacher: Name | None = Field(
-        None, description="Teacher whose scores are used for that; optional when there is one."
+    teacher: Names | None = Field(
+        None,
+        description="Teacher whose scores are used for that, or VALUE=NAME,VALUE=NAME with "
+        "--teacher-field; optional when there is one.",
     )
     snapshot: str | None = Field(
         None,

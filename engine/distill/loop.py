@@ -105,7 +105,7 @@ def _run_loop(
     grader = grader_of(config.rollout, model, prompts)
     evaluation = eval_plan(config.eval, config.run, model, rendering, on_event)
     held_out = None
-    if (data := held_out_set(config.eval, config.store.url)) is not None:
+    if (data := held_out_set(config.eval, config.store.url, config.train)) is not None:
         earlier = None if config.run.overwrite else read_run(config.run.out)
         held_out = hold_out(data, model, preset, config.train.pack_length, earlier)
         for line in held_out.exactness.lines():
@@ -226,7 +226,7 @@ _NOT_IN_A_LOOP: tuple[tuple[str, type[Section], tuple[str, ...], str], ...] = (
         Train,
         (
             *("gradient_accumulation_steps", "num_train_epochs", "teacher", "base", "snapshot"),
-            *("partial", "allow_off_lineage"),
+            *("partial", "allow_off_lineage", "teacher_field"),
         ),
         "leave it out; [loop] sets the data of an update, and [teacher] the scores",
     ),

@@ -52,7 +52,14 @@ def parse_objective(text: str, *, k: int | None = None) -> Preset:
     if not changes and not terms:
         return preset
     objective: Objective = replace(preset.objective, **changes, modifiers=tuple(modifiers.values()))
-    return replace(preset, name=text.replace(" ", ""), objective=objective)
+    added = [each for each in objective.terms if each not in preset.objective.terms]
+    return replace(
+        preset,
+        name=text.replace(" ", ""),
+        objective=objective,
+        formula="  +  ".join([preset.formula, *(f"{t.weight:g} ({t.formula})" for t in added)]),
+        needs="; ".join([preset.needs, *(term.needs for term in added)]),
+    )
 
 
 def preset_hint(name: str) -> str:

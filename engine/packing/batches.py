@@ -96,6 +96,7 @@ def planned(
     snapshot: Snapshot,
     rollouts: str,
     teacher: str,
+    teacher_field: str | None = None,
     base: str | None = None,
     partial: bool = False,
     pack_length: int | None = None,
@@ -108,10 +109,11 @@ def planned(
 
     The result is a sequence, and a dataset for a torch DataLoader (`batch_size=None`, workers by
     `spawn`). The order depends on snapshot, names, seed, epochs, pack_length and window_bytes
-    alone. base: name of the scores of the teacher's base model, for objectives that need them.
-    partial: use the scored units although others are missing. window_bytes: limit of the units
-    decoded together. pack_length: tokens of a pack at most; None = default_pack_length. cache: a
-    folder on a local disk for decoded units.
+    alone. teacher: a name of scores, or `value=name,value=name` with the values of the prompts' key
+    `teacher_field`. base: name of the scores of the teacher's base model, for objectives that need
+    them. partial: use the scored units although others are missing. window_bytes: limit of the
+    units decoded together. pack_length: tokens of a pack at most; None = default_pack_length.
+    cache: a folder on a local disk for decoded units.
 
     Raises StoreError if the names hold nothing, IncompleteError if units are missing and `partial`
     is False, ConfigError for a sequence longer than pack_length.
@@ -121,6 +123,7 @@ def planned(
         snapshot,
         rollouts,
         teacher,
+        teacher_field=teacher_field,
         base=base,
         partial=partial,
         memory_bytes=window_bytes,
@@ -138,6 +141,7 @@ def batches(
     teacher: str,
     rank: int = 0,
     world: int = 1,
+    teacher_field: str | None = None,
     base: str | None = None,
     partial: bool = False,
     pack_length: int | None = None,
@@ -156,6 +160,7 @@ def batches(
         snapshot=snapshot,
         rollouts=rollouts,
         teacher=teacher,
+        teacher_field=teacher_field,
         base=base,
         partial=partial,
         pack_length=pack_length,

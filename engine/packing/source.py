@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcask.engine.errors import IncompleteError, StoreError
+from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.packing.plan import (
     WINDOW_BYTES,
@@ -26,9 +26,11 @@ from logitcask.engine.packing.plan import (
     make_plan,
 )
 from logitcask.engine.packing.targets import Targets, empty_sequence, make_targets, tensor
+from logitcask.engine.packing.teachers import Teachers
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
 from logitcask.engine.store.decoded_unit import DecodedUnit, dtypes_of, is_bounded, size_of
+from logitcask.engine.store.format.schema import SAMPLED
 from logitcask.engine.types import Array
 
 
@@ -49,7 +51,7 @@ class Pack:
 
 
 class PackSource:
-    """Source of packs: one set of rollouts and one teacher's scores of it."""
+    """Source of packs: one set of rollouts, and a teacher's scores of it or those of several."""
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class PackSource:
         rollouts_name: str,
         teacher: str,
         *,
+        teacher_field: str | None = None,
         base: str | None = None,
         partial: bool = False,
         only: Callable[[Segment], bool] | None = None,
@@ -66,34 +69,50 @@ class PackSource:
     ) -> None:
         """Match rollout segments and scores at a snapshot.
 
-        base: name of the scores of the teacher's base model. only: filter of the rollout segments.
-        memory_bytes: limit of the decoded units in memory, without those being decoded ahead; with
-        a `cache` they are files, and the page cache of the system decides.
+        teacher, teacher_field: see teachers.py. base: name of the scores of the teacher's base
+        model. only: filter of the rollout segments. memory_bytes: limit of the decoded units in
+        memory, without those being decoded ahead; with a `cache` they are files, and the page cache
+        of the system decides.
 
         Raises StoreError if the names hold nothing, IncompleteError if units are missing and
-        `partial` is False.
+        `partial` is False, ConfigError for prompts without a teacher and for teachers whose scores
+        are of two kinds.
         """
         self._store = store
         self._cache = cache
         self._memory_bytes = memory_bytes
         self._init_threads()
-        self._names = (snapshot.number, snapshot.sha256, rollouts_name, teacher)
-        scores = snapshot.scores(teacher)
+        self.teachers = Teachers.parse(teacher, teacher_field)
+        self._names = (snapshot.number, snapshot.sha256, rollouts_name, str(self.teachers))
+        scores = {name: snapshot.scores(name) for name in self.teachers.names}
         self.base = base
         of_base = {} if base is None else snapshot.scores(base)
         segments = tuple(s for s in snapshot.rollouts(rollouts_name) if only is None or only(s))
+        routes = [self._routes(segment) for segment in segments]
         if not partial:
-            check_complete(store, segments, scores, rollouts_name, teacher)
+            check_planned(store, segments, rollouts_name)
+            for name in self.teachers.names:
+                needed = [
+                    s for s, (names, _) in zip(segments, routes, strict=True) if name in names
+                ]
+                check_scored(store, needed, scores[name], rollouts_name, name)
             if base is not None:
-                check_complete(
-                    store, segments, of_base, rollouts_name, base, flag=" --teacher-kind base"
-                )
-        self.pairs: tuple[tuple[Segment, ScoreSegments], ...] = tuple(
-            (segment, scores[segment.seg_id])
-            for segment in segments
-            if segment.seg_id in scores and (base is None or segment.seg_id in of_base)
-        )
-        """(rollout segment, its scores), by the ordinals of a plan."""
+                flag = " --teacher-kind base"
+                check_scored(store, segments, of_base, rollouts_name, base, flag=flag)
+        pairs: list[tuple[Segment, ScoreSegments]] = []
+        self._ranges: list[range] = []
+        self._pair_of: list[Array] = []
+        for segment, (names, index) in zip(segments, routes, strict=True):
+            key = segment.seg_id
+            if all(key in scores[n] for n in names) and (base is None or key in of_base):
+                self._ranges.append(range(len(pairs), len(pairs) + len(names)))
+                self._pair_of.append(len(pairs) + index)
+                pairs += [(segment, scores[name][key]) for name in names]
+        self.pairs = tuple(pairs)
+        """(rollout segment, its scores) of every teacher that the segment needs, one after the
+        other; for one teacher by the ordinals of a plan.
+        """
+        self._check_same_kind()
         self._bases: tuple[ScoreSegments, ...] = tuple(
             of_base.get(s.seg_id, ()) for s, _ in self.pairs
         )
@@ -101,7 +120,8 @@ class PackSource:
         """True if the teacher's entropies are intervals in at least one unit."""
         if not self.pairs:
             raise StoreError(
-                f"{store.url} has no rollouts {rollouts_name!r} with scores of {teacher!r}"
+                f"{store.url} has no rollouts {rollouts_name!r} with scores of "
+                f"{str(self.teachers)!r}"
                 f"{'' if base is None else f' and {base!r}'} at log number {snapshot.number}",
                 hint=f"it has rollouts {snapshot.names('rollout')} and scores "
                 f"{snapshot.names('score')}",
@@ -124,7 +144,8 @@ class PackSource:
     def lengths(self) -> list[Lengths]:
         """Return the lengths of every unit, by the ordinals of a plan."""
         found = []
-        for (segment, scores), base in zip(self.pairs, self._bases, strict=True):
+        for indices in self._ranges:
+            segment = self.pairs[indices[0]][0]
             extent = self._store.read_extent(segment)
             found.append(
                 Lengths(
@@ -133,7 +154,7 @@ class PackSource:
                     seq_prompt=extent.seq_prompt,
                     prompt=extent.prompt[extent.seq_prompt],
                     response=extent.response,
-                    size_bytes=size_of(segment, scores, base),
+                    size_bytes=sum(size_of(*self.pairs[i], self._bases[i]) for i in indices),
                 )
             )
         return found
@@ -164,7 +185,7 @@ class PackSource:
 
         Without members it has one token and no rows, so that its loss is zero.
         """
-        parts = [self._unit(int(o)).sequence(int(s)) for o, s in members]
+        parts = [self._unit(int(self._pair_of[o][s])).sequence(int(s)) for o, s in members]
         # All units of one name have the same arrays, but some may hold an exact entropy.
         parts = parts or [empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))]
         if self.bounded:
@@ -187,42 +208,50 @@ class PackSource:
         if self._decoder is None:
             self._decoder = ThreadPoolExecutor(1, "logitcask-decode")
         with self._lock:
-            for ordinal in ordinals:
-                if ordinal not in self._units and ordinal not in self._futures:
-                    self._futures[ordinal] = self._decoder.submit(self._read, ordinal)
+            for index in (i for ordinal in ordinals for i in self._ranges[ordinal]):
+                if index not in self._units and index not in self._futures:
+                    self._futures[index] = self._decoder.submit(self._read, index)
 
-    def _unit(self, ordinal: int) -> DecodedUnit:
+    def _unit(self, index: int) -> DecodedUnit:
+        """Return the unit of pair `index`."""
         with self._lock:
-            if ordinal in self._units:
-                self._units.move_to_end(ordinal)
-                return self._units[ordinal]
-            future = self._futures.pop(ordinal, None)
-        unit = self._read(ordinal) if future is None else future.result()
+            if index in self._units:
+                self._units.move_to_end(index)
+                return self._units[index]
+            future = self._futures.pop(index, None)
+        unit = self._read(index) if future is None else future.result()
         with self._lock:
-            self._units[ordinal] = unit
+            self._units[index] = unit
             size = sum(each.size_bytes for each in self._units.values())
             while self._cache is None and size > self._memory_bytes and len(self._units) > 1:
                 size -= self._units.popitem(last=False)[1].size_bytes
         return unit
 
-    def _read(self, ordinal: int) -> DecodedUnit:
+    def _read(self, index: int) -> DecodedUnit:
         read = read_unit if self._cache is None else self._cache.unit
-        return read(self._store, *self.pairs[ordinal], self._bases[ordinal])
+        return read(self._store, *self.pairs[index], self._bases[index])
+
+    def _routes(self, segment: Segment) -> tuple[tuple[str, ...], Array]:
+        """Return the teachers that a segment needs, and the index of that of each sequence [N]."""
+        if not self.teachers.routes:
+            return self.teachers.names, np.zeros(segment.counts["N"], np.int64)
+        extent = self._store.read_extent(segment)
+        of_prompt = self.teachers.of_prompts(extent.prompt_ids, extent.prompt_extra)
+        names = tuple(name for name in self.teachers.names if name in of_prompt)
+        index = np.asarray([names.index(name) for name in of_prompt], np.int64)
+        return names, index[extent.seq_prompt]
+
+    def _check_same_kind(self) -> None:
+        """Raise ConfigError if one teacher's scores are its draws and another's its top ids."""
+        if len({scores[0].layout == SAMPLED for _, scores in self.pairs}) > 1:
+            raise ConfigError(
+                f"--teacher {self.teachers}: the scores of one are drawn ids, of another top ids",
+                hint="name teachers that were scored with the same --selection",
+            )
 
 
-def check_complete(
-    store: Store,
-    segments: Sequence[Segment],
-    scores: Mapping[str, ScoreSegments],
-    rollouts_name: str,
-    teacher: str,
-    *,
-    flag: str = "",
-) -> None:
-    """Raise IncompleteError if planned rollout units, or scores of committed units, are missing.
-
-    flag: the flag of `logitcask score` that makes such scores.
-    """
+def check_planned(store: Store, segments: Sequence[Segment], rollouts_name: str) -> None:
+    """Raise IncompleteError if planned rollout units are missing."""
     # Each version of the student has its own number of planned units.
     of = {(s.unit["version"], digest(s.provenance["student"])): s.provenance for s in segments}
     if not all("units" in provenance["set"] for provenance in of.values()):
@@ -238,6 +267,21 @@ def check_complete(
             hint=f"repeat the first `logitcask rollout --store {store.url} --rollouts "
             f"{rollouts_name}`, or train on the committed units with --partial",
         )
+
+
+def check_scored(
+    store: Store,
+    segments: Sequence[Segment],
+    scores: Mapping[str, ScoreSegments],
+    rollouts_name: str,
+    teacher: str,
+    *,
+    flag: str = "",
+) -> None:
+    """Raise IncompleteError if scores of committed units are missing.
+
+    flag: the flag of `logitcask score` that makes such scores.
+    """
     missing = sum(segment.seg_id not in scores for segment in segments)
     if missing:
         raise IncompleteError(

@@ -34,6 +34,7 @@ def check_objective(
     snapshot: Snapshot,
     rollouts: str,
     teacher: str,
+    teacher_field: str | None = None,
     base: str | None = None,
     partial: bool = False,
 ) -> ExactnessReport:
@@ -42,7 +43,15 @@ def check_objective(
     The student is assumed to have the base weights of the sampling one, at an unknown age. Raises
     ObjectiveError where the scores cannot serve the objective, and the errors of PackSource.
     """
-    source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=partial)
+    source = PackSource(
+        store,
+        snapshot,
+        rollouts,
+        teacher,
+        teacher_field=teacher_field,
+        base=base,
+        partial=partial,
+    )
     return check_exactness(objective, cache_info(None, source, allow_off_lineage=False))
 
 

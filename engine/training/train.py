@@ -28,6 +28,7 @@ def train(
     *,
     model: ModelRef,
     teacher: str,
+    teacher_field: str | None = None,
     base: str | None = None,
     rollouts: str = "main",
     objective: Objective | Preset,
@@ -44,11 +45,12 @@ def train(
 ) -> TrainReport:
     """Train `model` on the scores of `teacher`, and save it as the next version in `run.out`.
 
-    base: name of the scores of the teacher's base model, for objectives that need them. snapshot:
-    None = the newest at the first call. The same call on the same folder resumes from the newest
-    checkpoint, bit for bit on a CPU. evaluation, held_out: measured before the first update and
-    after the last at least. cache: keeps decoded units for other runs. config: the resolved
-    configuration, only recorded in run.json. The exactness report of the objective goes to
+    teacher, teacher_field: see packing/teachers.py. base: name of the scores of the teacher's base
+    model, for objectives that need them. snapshot: None = the newest at the first call. The same
+    call on the same folder resumes from the newest checkpoint, bit for bit on a CPU. evaluation,
+    held_out: measured before the first update and after the last at least. cache: keeps decoded
+    units for other runs. config: the resolved configuration, only recorded in run.json. The
+    exactness report of the objective goes to
     `on_event` before the first update. Under torchrun every process calls this.
 
     Raises ConfigError, IdentityError (another run in the folder, another tokenizer than the
@@ -59,7 +61,14 @@ def train(
         if snapshot is None:
             snapshot = first_snapshot(store, run_dir.earlier)
         source = PackSource(
-            store, snapshot, rollouts, teacher, base=base, partial=settings.partial, cache=cache
+            store,
+            snapshot,
+            rollouts,
+            teacher,
+            teacher_field=teacher_field,
+            base=base,
+            partial=settings.partial,
+            cache=cache,
         )
         info = cache_info(model, source, settings.allow_off_lineage)
         exactness = check_exactness(objective, info)
@@ -88,7 +97,7 @@ def train(
                 "store": store.uuid,
                 "pin": {"number": snapshot.number, "sha256": snapshot.sha256},
                 "rollouts": rollouts,
-                "teacher": teacher,
+                **source.teachers.record(),
                 "base": base,
             },
             plan=plan.digest,
@@ -119,10 +128,19 @@ def check(
     settings: Train,
     seed: int,
     snapshot: Snapshot,
+    teacher_field: str | None = None,
     base: str | None = None,
 ) -> None:
     """Raise the errors of `train` before its first update; decodes no unit."""
-    source = PackSource(store, snapshot, rollouts, teacher, base=base, partial=settings.partial)
+    source = PackSource(
+        store,
+        snapshot,
+        rollouts,
+        teacher,
+        teacher_field=teacher_field,
+        base=base,
+        partial=settings.partial,
+    )
     check_exactness(objective, cache_info(model, source, settings.allow_off_lineage))
     _plan(source, rollouts, settings, seed, settings.pack_length)
 

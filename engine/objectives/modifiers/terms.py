@@ -30,6 +30,10 @@ class Term(Modifier):
     keeps_sum: ClassVar[bool] = False
     on_policy: ClassVar[bool] = True
     """It is a policy gradient on draws of the student."""
+    formula: ClassVar[str]
+    """Loss of one position without the weight, nats."""
+    needs: ClassVar[str]
+    """Contents that the store must have."""
     weight: float = 1.0
 
     def check(self, objective: Combination) -> None:
@@ -54,6 +58,8 @@ class CrossEntropy(Term):
 
     name: ClassVar[str] = "ce"
     on_policy: ClassVar[bool] = False
+    formula: ClassVar[str] = "-log p(y)"
+    needs: ClassVar[str] = "the sampled tokens"
     weight: float = 0.1
 
     def term(self, inputs: SupportLogProbs) -> LossTerms:
@@ -70,6 +76,8 @@ class Reward(Term):
     """
 
     name: ClassVar[str] = "reward"
+    formula: ClassVar[str] = "-sg[reward - mean reward of the prompt] log p(y)"
+    needs: ClassVar[str] = "rewards (rollout --grader) of two or more responses to each prompt"
     weight: float = 1.0
     std: bool = False
     importance: bool = False
@@ -101,6 +109,8 @@ class ReturnToGo(Term):
     """
 
     name: ClassVar[str] = "return_to_go"
+    formula: ClassVar[str] = "-sg[R] log p(y), R of log q - log b over the later sampled ids"
+    needs: ClassVar[str] = "teacher's log-prob of every sampled token"
     discount: float = 1.0
     normalise: bool = True
 

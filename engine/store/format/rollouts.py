@@ -86,6 +86,8 @@ class Extent:
 
     prompt_ids: tuple[str, ...]
     """[M]"""
+    prompt_extra: tuple[Mapping[str, Any], ...]
+    """[M] other keys of the prompts file."""
     prompt: Array
     """[M] tokens of each prompt."""
     seq_prompt: Array
@@ -103,6 +105,7 @@ def extent(arrays: dict[str, Array], counts: Mapping[str, int]) -> Extent:
     _check_sequences(arrays, len(fields), counts["P"])
     return Extent(
         prompt_ids=tuple(str(each["id"]) for each in fields),
+        prompt_extra=tuple(each["extra"] for each in fields),
         prompt=np.diff(arrays["prompt_off"]),
         seq_prompt=arrays["seq_prompt"].astype(np.int64),
         response=np.diff(arrays["seq_off"]),

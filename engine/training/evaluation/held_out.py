@@ -20,6 +20,7 @@ from logitcask.engine.metrics.paper_code import METRICS_RELEASED
 from logitcask.engine.objectives import ExactnessReport, Objective, Preset, check_exactness
 from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.source import PackSource
+from logitcask.engine.packing.teachers import Teachers
 from logitcask.engine.probes.metrics import measure
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
@@ -35,6 +36,7 @@ class HeldOutSet:
     store: Store
     rollouts: str
     teacher: str
+    teacher_field: str | None = None
     base: str | None = None
     snapshot: Snapshot | None = None
     """None: the newest at the first call."""
@@ -112,14 +114,21 @@ def hold_out(
     or no row is there, ObjectiveError where these scores cannot serve the objective.
     """
     store, snapshot = held_out.store, held_out.snapshot
-    names = {"store": store.uuid, "rollouts": held_out.rollouts, "teacher": held_out.teacher}
+    teachers = Teachers.parse(held_out.teacher, held_out.teacher_field)
+    names = {"store": store.uuid, "rollouts": held_out.rollouts, **teachers.record()}
     if snapshot is None:
         recorded = ((earlier or {}).get("eval") or {}).get("held_out") or {}
         # Other names make another run, which is refused later.
         same = all(recorded.get(key) == name for key, name in names.items())
         snapshot = first_snapshot(store, recorded if same else None)
     source = PackSource(
-        store, snapshot, held_out.rollouts, held_out.teacher, base=held_out.base, cache=cache
+        store,
+        snapshot,
+        held_out.rollouts,
+        held_out.teacher,
+        teacher_field=held_out.teacher_field,
+        base=held_out.base,
+        cache=cache,
     )
     # Nothing is trained here: a support frozen by another student is reported and measured.
     exactness = check_exactness(objective, cache_info(model, source, allow_off_lineage=True))

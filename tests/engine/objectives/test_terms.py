@@ -445,6 +445,9 @@ def test_wrong_settings_of_a_term_are_rejected(text: str, cause: str) -> None:
 
 
 def test_spaces_and_the_record_of_older_objectives() -> None:
+    preset = parse_objective("opd + ce( weight = 0.25 )")
+    assert preset.formula == f"{PRESETS['opd'].formula}  +  0.25 (-log p(y))"
+    assert preset.needs.endswith("; the sampled tokens")
     spaced = parse_objective("opd + ce( weight = 0.1 ) + reward(std=true)").objective
     assert spaced == parse_objective("opd+ce+reward(std=true)").objective
     names: Sequence[dict[str, object]] = spaced.record()["modifiers"]

@@ -1,0 +1,83 @@
+"""`train --teacher VALUE=NAME,... --teacher-field KEY`: a teacher for each kind of prompt."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import KEPT, PLAIN, World
+
+TEACHERS = "--teacher code=big,math=other --teacher-field domain"
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> str:
+    """Store rollouts of prompts of two domains, and the scores of two teachers."""
+    name = world.new("domains")
+    lines = [
+        {"id": f"p{i}", "prompt": f"{i} + 1 =", "domain": ("code", "math")[i % 2]} for i in range(4)
+    ]
+    world.at("@domains.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert world(f"rollout --model @student --prompts @domains.jsonl {PLAIN} --store {name}") == 0
+    assert world(f"score --model @teacher --teacher big {KEPT} --store {name}") == 0
+    assert (
+        world(
+            f"score --model @other-teacher --teacher other {KEPT} --teacher-topk-min 3 "
+            f"--store {name}"
+        )
+        == 0
+    )
+    return name
+
+
+def test_a_routed_run_trains_and_resumes(world: World, call: Any, store: str) -> None:
+    train = (
+        f"train --model @student --store {store} --loss-topk 3 --objective forward_kl "
+        f"--pack-length 64 --lr 1e-3 --device cpu --format json"
+    )
+    losses = {}
+    for teachers in (TEACHERS, "--teacher big", "--teacher other"):
+        out = world.new("out")
+        assert call(f"{train} {teachers} --out {out} --max-steps 1").code == 0
+        line = (world.at(out) / "metrics.jsonl").read_text().splitlines()[0]
+        losses[teachers] = json.loads(line)["loss"]
+        if teachers == TEACHERS:
+            recorded = json.loads((world.at(out) / "run.json").read_text())
+            assert recorded["teacher"] == "code=big,math=other"
+            assert recorded["teacher_field"] == "domain"
+            again = call(f"{train} {teachers} --out {out} --max-steps 1")
+            assert again.json["resumed_at"] == again.json["updates"] == 1
+            other = call(f"{train} --teacher big --out {out} --max-steps 1")
+            other.assert_error(1, "teacher", "--out")
+        else:
+            assert "teacher_field" not in json.loads((world.at(out) / "run.json").read_text())
+    assert len(set(losses.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "cause", "hint"),
+    [
+        (f"{TEACHERS} --loss-topk 4", 1, "k = 4 is more than k_min = 3", "--loss-topk 3"),
+        (
+            "--teacher code=big,math=none --teacher-field domain",
+            2,
+            "--teacher none",
+            "one of these",
+        ),
+        ("--teacher code=big --teacher-field domain", 2, "domain = 'math'", "add VALUE=NAME"),
+        ("--teacher code=big,math=other", 2, "without --teacher-field", "--teacher-field domain"),
+        ("--teacher-field domain", 2, "without --teacher", "VALUE=NAME"),
+        (
+            f"{TEACHERS} --eval-rollouts main --eval-teacher none=none",
+            2,
+            "--eval-teacher none",
+            "one of these",
+        ),
+    ],
+)
+def test_wrong_teachers_stop_before_the_training(
+    world: World, call: Any, store: str, flags: str, code: int, cause: str, hint: str
+) -> None:
+    out = world.new("out")
+    result = call(f"train --model @student --store {store} {flags} --out {out} --device cpu")
+    result.assert_error(code, cause, hint)

@@ -1,0 +1,170 @@
+"""Several teachers: each row has the scores of the teacher of its prompt."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.models.identity import digest
+from logitcask.engine.packing.source import PackSource
+from logitcask.engine.packing.teachers import Teachers
+from logitcask.engine.store import Store
+from logitcask.engine.store.cache import UnitCache
+from tests.engine.cached import Unit, make_store, make_unit
+
+ROUTED = "code=coder,math=big"
+DOMAINS = (["code", "math", "code"], ["math", "math", "math"])
+"""Of the three prompts of each unit; each has two responses."""
+
+
+def unit_of(seed: int, domains: list[str]) -> Unit:
+    unit = make_unit(seed, lengths=[3, 1, 4, 2, 5, 2])
+    prompts = tuple(
+        replace(prompt, extra={"domain": domain})
+        for prompt, domain in zip(unit.rollouts.prompts, domains, strict=True)
+    )
+    return replace(unit, rollouts=replace(unit.rollouts, prompts=prompts))
+
+
+def score(store: Store, ordinal: int, other: Unit) -> None:
+    """Commit the scores of another teacher, `coder`, of one unit."""
+    segment = store.head().rollouts("main")[ordinal]
+    store.commit_scores(
+        other.scores,
+        base=segment,
+        name="coder",
+        unit_key=digest({"coder": ordinal}),
+        unit=dict(segment.unit),
+        provenance={
+            "teacher": {"weights": digest("coder")},
+            "role": "teacher",
+            "context": "",
+            "request": {"top_p": 0.6, "k_min": 4, "k_max": 7, "at_student": True},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Return two units with scores of `big`, and the first with scores of `coder`."""
+    tmp_path = tmp_path_factory.mktemp("teachers")
+    units = [unit_of(seed, domains) for seed, domains in enumerate(DOMAINS)]
+    store = make_store(tmp_path / "s", units)
+    # The same tokens and lists of the student under another teacher.
+    coder = make_unit(7, lengths=[3, 1, 4, 2, 5, 2])
+    row = np.repeat(np.arange(17), units[0].rollouts.student.cnt)  # type: ignore[union-attr]
+    ids = units[0].rollouts.student.ids  # type: ignore[union-attr]
+    lp = coder.log_q[np.arange(17), units[0].rollouts.tokens].astype(np.float32)
+    at_lp = coder.log_q[row, ids].astype(np.float32)
+    score(store, 0, replace(coder, scores=replace(coder.scores, lp=lp, at_lp=at_lp)))
+    return store
+
+
+def source(store: Store, teacher: str = ROUTED, field: str | None = "domain") -> PackSource:
+    return PackSource(store, store.head(), "main", teacher, teacher_field=field)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_each_row_has_the_scores_of_its_teacher(store: Store, tmp_path: Path, cached: bool) -> None:
+    cache = UnitCache(tmp_path / "c") if cached else None
+    routed = PackSource(store, store.head(), "main", ROUTED, teacher_field="domain", cache=cache)
+    alone = {
+        name: PackSource(store, store.head(), "main", name, partial=True)
+        for name in ("big", "coder")
+    }
+    routed.decode_ahead([0, 1])
+    members = [(0, 4), (1, 1), (0, 2), (0, 1), (1, 5)]
+    found = routed.pack(np.asarray(members))
+    for i, (ordinal, sequence) in enumerate(members):
+        name = {"code": "coder", "math": "big"}[DOMAINS[ordinal][sequence // 2]]
+        expected = alone[name].pack(np.asarray([(ordinal, sequence)]))
+        rows = found.targets.at((found.targets.sequence == i).nonzero()[:, 0])
+        width = expected.targets.ids.shape[1]
+        for field in ("ids", "q_log_p", "q_rank", "cached"):
+            got = getattr(rows, field)[:, :width]
+            assert torch.equal(got, getattr(expected.targets, field)), (name, field)
+        for field in ("token", "q_log_tail", "q_entropy", "teacher_logprobs", "n_kept"):
+            assert torch.equal(getattr(rows, field), getattr(expected.targets, field)), field
+    other = alone["big"].pack(np.asarray([(0, 4)])).targets.teacher_logprobs
+    assert not torch.equal(found.targets.teacher_logprobs[: len(other)], other)
+
+
+def test_a_unit_needs_the_teachers_of_its_prompts_alone(store: Store) -> None:
+    routed = source(store)
+    assert [len(segments) for _, segments in routed.pairs] == [1, 1, 1]
+    assert len(routed.lengths()) == 2, "one for each unit"
+    assert len(routed.plan(seed=0, epochs=1, pack_length=40).members) == 12
+    swapped = "code=big,math=coder"
+    with pytest.raises(IncompleteError, match="1 of 2 units of rollouts 'main' have no scores of"):
+        source(store, swapped)
+    partial = PackSource(store, store.head(), "main", swapped, teacher_field="domain", partial=True)
+    assert len(partial.lengths()) == 1
+
+
+def test_a_plan_is_of_its_teachers(store: Store) -> None:
+    plans = [
+        source(store, text, field).plan(seed=0, epochs=1, pack_length=40).digest
+        for text, field in ((ROUTED, "domain"), ("code=big,math=big", "domain"), ("big", None))
+    ]
+    assert len(set(plans)) == 3
+    assert Teachers.parse("big").record() == {"teacher": "big"}, "as in earlier runs"
+    assert Teachers.parse(" code = a, math=b", "domain").record() == {
+        "teacher": "code=a,math=b",
+        "teacher_field": "domain",
+    }
+
+
+@pytest.mark.parametrize(
+    ("teacher", "field", "cause", "hint"),
+    [
+        (ROUTED, None, "without --teacher-field", "--teacher-field domain"),
+        ("big", "domain", "one teacher is for all values", "VALUE=NAME"),
+        (None, "domain", "without --teacher", "VALUE=NAME"),
+        ("code=,math=big", "domain", "'code=' is not VALUE=NAME", "e.g. --teacher code="),
+        ("code=big,big", "domain", "'big' is not VALUE=NAME", "e.g. --teacher code="),
+        ("code=big,code=coder", "domain", "'code' has two teachers", "each value once"),
+    ],
+)
+def test_wrong_texts_are_rejected(
+    teacher: str | None, field: str | None, cause: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Teachers.parse(teacher, field)
+    assert cause in caught.value.cause
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("teacher", "field", "cause", "hint"),
+    [
+        (ROUTED, "topic", "'p0-0' has no key 'topic'", "its keys are: domain"),
+        ("math=big", "domain", "'p0-0' has domain = 'code'", "has one for math; add VALUE=NAME"),
+    ],
+)
+def test_a_prompt_without_a_teacher_is_rejected(
+    store: Store, teacher: str, field: str, cause: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        source(store, teacher, field)
+    assert cause in caught.value.cause
+    assert hint in caught.value.hint
+
+
+def test_drawn_ids_and_top_ids_do_not_mix(store: Store) -> None:
+    segment = store.head().rollouts("main")[0]
+    unit = make_unit(7, lengths=[3, 1, 4, 2, 5, 2])
+    count = np.ones(len(unit.scores.ids), np.uint16)
+    drawn = replace(unit.scores, mult=count, at_lp=None, entropy_hi=None)
+    store.commit_scores(
+        drawn,
+        base=segment,
+        name="drawn",
+        unit_key=digest({"drawn": 0}),
+        unit=dict(segment.unit),
+        provenance={"teacher": {"weights": digest("d")}, "role": "teacher", "context": ""},
+    )
+    with pytest.raises(ConfigError, match="of one are drawn ids, of another top ids"):
+        source(store, "code=drawn,math=big")
