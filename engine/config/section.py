@@ -9,7 +9,7 @@ NAME = r"^[a-z0-9][a-z0-9._-]{0,127}$"
 Name = Annotated[str, Field(pattern=NAME)]
 NAMES = rf"{NAME}|^[^,=]+=[^,=]+(,[^,=]+=[^,=]+)*$"
 Names = Annotated[str, Field(pattern=NAMES)]
-"""A name, or VALUE=NAME,VALUE=NAME."""
+"""A name, VALUE=NAME,VALUE=NAME, or NAME=WEIGHT,NAME=WEIGHT."""
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 

@@ -18,7 +18,7 @@ class Train(Section):
         None,
         description="Scores to train on; may be left out when the store has one teacher. "
         "VALUE=NAME,VALUE=NAME trains the prompts of each value of --teacher-field on a teacher of "
-        "their own.",
+        "their own, NAME=WEIGHT,NAME=WEIGHT every prompt on the mean of the teachers' losses.",
     )
     teacher_field: str | None = Field(
         None,
@@ -212,8 +212,8 @@ class Eval(SamplingParams, Columns):
     )
     teacher: Names | None = Field(
         None,
-        description="Teacher whose scores are used for that, or VALUE=NAME,VALUE=NAME with "
-        "--teacher-field; optional when there is one.",
+        description="Teacher whose scores are used for that, or several as in --teacher; optional "
+        "when there is one.",
     )
     snapshot: str | None = Field(
         None,

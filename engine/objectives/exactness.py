@@ -45,6 +45,12 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
             "Off-lineage student: a model of other base weights sampled these rollouts, so ages "
             "are unknown."
         )
+    if cache.mixture:
+        notes.append(
+            f"Several teachers, {cache.mixture}: loss and metrics are the means of theirs by "
+            "weight. On one support the gradient is that of their normalised geometric mean with "
+            "reverse KL and draws of the student, that of their mean distribution with forward KL."
+        )
     if not cache.same_template:
         notes.append(
             "The student's chat template renders these prompts differently; it is trained on the "

@@ -43,11 +43,15 @@ def loss_weights(
     weights, divisor = [], torch.zeros((), dtype=torch.float64)
     for rows in packs:
         each = _sums(rows, rows.weight)
+        share = share_of(rows)
         if aggregation == "sequence-mean":
-            weights.append(rows.weight / each[rows.sequence].clamp(min=1e-9))
+            weights.append(rows.weight / each[rows.sequence].clamp(min=1e-9) * share)
         else:
             weights.append(rows.weight)
-        total = each if aggregation == "token-mean" else each > 0
+        total = each
+        if aggregation != "token-mean":
+            # A sequence comes once for each teacher, and counts once in all.
+            total = torch.zeros_like(each).index_copy(0, rows.sequence, share) * (each > 0)
         divisor += total.sum(dtype=torch.float64)
     for modifier in objective.modifiers:
         if isinstance(modifier, Prune):
@@ -104,8 +108,20 @@ def _entropy_kept(
     packs: Sequence[Targets], share: float, gather: Callable[[Any], list[Any]]
 ) -> float:
     """Return the least entropy in the `share` of the update's rows with the largest ones."""
-    own = [rows.student_entropy[rows.weight > 0] for rows in packs]
-    entropies = [value for part in gather([e.tolist() for e in own]) for e in part for value in e]
-    ordered = sorted(entropies, reverse=True)
-    count = max(1, round(share * len(ordered)))
-    return ordered[count - 1] if ordered else 0.0
+    own: list[tuple[float, float]] = []
+    for rows in packs:
+        counted, part = rows.weight > 0, share_of(rows)
+        own += zip(rows.student_entropy[counted].tolist(), part[counted].tolist(), strict=True)
+    ordered = sorted((pair for pairs in gather(own) for pair in pairs), reverse=True)
+    # A row of several teachers counts once: their shares sum to 1, up to rounding.
+    left = max(1, round(share * sum(part for _, part in ordered))) - 1e-3
+    for entropy, part in ordered:
+        left -= part
+        if left <= 0:
+            return float(entropy)
+    return 0.0
+
+
+def share_of(rows: Targets) -> Tensor:
+    """Return [P] the share of each row's teacher, 1 for one teacher."""
+    return torch.ones_like(rows.weight) if rows.share is None else rows.share

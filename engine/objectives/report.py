@@ -54,6 +54,8 @@ class CacheInfo:
     """Ids per position that were drawn from the teacher; 0 if its top ids were kept."""
     base: bool = False
     """Scores of a base model are available."""
+    mixture: str = ""
+    """Several teachers with weights, whose losses are averaged; empty for one on each row."""
     rewards: bool = False
     """The rollouts have rewards."""
     samples: int = 0

@@ -185,19 +185,24 @@ class PackSource:
 
         Without members it has one token and no rows, so that its loss is zero.
         """
-        parts = [self._unit(int(self._pair_of[o][s])).sequence(int(s)) for o, s in members]
+        # A sequence has a part for each of its teachers, one after the other.
+        weights = self.teachers.weights
+        parts = [self._unit(i).sequence(int(s)) for o, s in members for i in self._pairs(o, s)]
         # All units of one name have the same arrays, but some may hold an exact entropy.
-        parts = parts or [empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))]
+        parts = parts or [empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))] * len(weights)
         if self.bounded:
             parts = [{"q_entropy_hi": part["q_entropy"], **part} for part in parts]
         flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        tokens = [len(part["input_ids"]) for part in parts]
-        first = np.cumsum([0, *tokens[:-1]])
+        ids = [part["input_ids"] for part in parts[:: len(weights)]]
+        tokens = [len(each) for each in ids]
+        first = np.repeat(np.cumsum([0, *tokens[:-1]]), len(weights))
         rows = [len(part["token"]) for part in parts]
         flat["sequence"] = np.repeat(np.arange(len(parts)), rows)
+        if self.teachers.mixed:
+            flat["share"] = np.repeat(np.tile(weights, len(ids)), rows)
         predict_at = [part["predict_at"] + at for part, at in zip(parts, first, strict=True)]
         return Pack(
-            input_ids=tensor(flat["input_ids"])[None],
+            input_ids=tensor(np.concatenate(ids))[None],
             position_ids=tensor(np.concatenate([np.arange(n) for n in tokens]))[None],
             predict_at=tensor(np.concatenate(predict_at)),
             targets=make_targets(flat),
@@ -211,6 +216,12 @@ class PackSource:
             for index in (i for ordinal in ordinals for i in self._ranges[ordinal]):
                 if index not in self._units and index not in self._futures:
                     self._futures[index] = self._decoder.submit(self._read, index)
+
+    def _pairs(self, ordinal: int, sequence: int) -> Iterable[int]:
+        """Return the indices of the pairs that hold the scores of a sequence."""
+        if self.teachers.mixed:
+            return self._ranges[ordinal]
+        return [int(self._pair_of[ordinal][sequence])]
 
     def _unit(self, index: int) -> DecodedUnit:
         """Return the unit of pair `index`."""

@@ -86,6 +86,9 @@ class Targets:
     """[P] float32, the base model's log-prob of the sampled token."""
     reward: Tensor | None = None
     """[P] float32, the reward of the row's sequence, in [0, 1]. None where the store holds none."""
+    share: Tensor | None = None
+    """[P] float32, the weight of the row's teacher, which `weight` contains; None for one teacher.
+    Of several a row comes once for each, as of another sequence."""
     reward_mean: Tensor | None = None
     """[P] float32, the mean reward of all responses to the prompt of the row's sequence."""
     reward_std: Tensor | None = None
@@ -152,6 +155,7 @@ _HINTS = {
     "reward": "sample with --grader",
     "reward_mean": "sample with --grader",
     "reward_std": "sample with --grader",
+    "share": "name several teachers with weights",
     "later_advantage": "evaluate the objective by row_objective, which makes it",
     "q_entropy_hi": "score with a teacher that returns only top-k log-probs",
 }
@@ -217,7 +221,9 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
     column = np.arange(width)
     n_kept = flat["kept"].astype(np.int64)
     floats = ["weight", "q_log_tail", "q_entropy", *UNIT_NAMES]
-    optional_floats = ("base_token_lp", *REWARDS, "q_entropy_hi")
+    if "share" in flat:
+        flat = {**flat, "weight": flat["weight"] * flat["share"]}
+    optional_floats = ("base_token_lp", "share", *REWARDS, "q_entropy_hi")
     floats += [name for name in optional_floats if name in flat]
     return Targets(
         token=tensor(token),

@@ -1,13 +1,23 @@
-"""Teachers of a run: one, or one for each value of a field of the prompts.
+"""Teachers of a run: one, one for each value of a field of the prompts, or several on every row.
 
-    NAME                   the scores of one teacher
-    VALUE=NAME,VALUE=NAME  of the teacher that is named for the prompt's value of a field
+    NAME                     the scores of one teacher
+    VALUE=NAME,VALUE=NAME    of the teacher that is named for the prompt's value of a field
+    NAME=WEIGHT,NAME=WEIGHT  of all of them: the loss is the mean of their losses by weight
 
-With several teachers a row has the scores of the teacher of its prompt and of no other, so a unit
-needs the scores of those teachers alone that its prompts name (MOPD, as in arXiv 2601.02780). All
-of them must have the tokenizer of the student, as any teacher.
+With a field, a row has the scores of the teacher of its prompt and of no other, so a unit needs the
+scores of those teachers alone that its prompts name (MOPD, arXiv 2601.02780).
+
+With weights a row comes once for each teacher, L = sum_i w_i D(p, q_i), w normalised (MAD-OPD,
+arXiv 2605.01347, Eq.8, with fixed weights). Every D is as exact as with one teacher, which the
+divergence from a mixture would not be: a mixture is known only at ids that all of them scored. Its
+gradient is that of a mixture where all have one support S:
+
+    KL(p~ || q_i~)    of the normalised geometric mean on S: log q = sum_i w_i log q_i~ - log Z
+    KL(q_i || p)      of the mean sum_i w_i q_i
+    -A log p(y)       of the geometric mean, up to a baseline log Z of the prefix
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +27,16 @@ from logitcask.engine.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teachers:
-    """The names of scores, and the values of the prompt field that each is for."""
+    """The names of scores, with their values of the prompt field or their weights."""
 
     names: tuple[str, ...]
     """Distinct, in order."""
     field: str = ""
-    """Key of the prompts file; empty for one teacher."""
+    """Key of the prompts file; empty without routes."""
     routes: Mapping[str, str]
-    """Value of the field -> name; empty for one teacher."""
+    """Value of the field -> name."""
+    weights: tuple[float, ...] = (1.0,)
+    """Of the names, their sum is 1; (1,) for routes, because a row has one teacher."""
 
     @classmethod
     def parse(cls, text: str | None, field: str | None = None) -> "Teachers":
@@ -42,34 +54,33 @@ class Teachers:
                     "leave --teacher-field out",
                 )
             return cls(names=(text,), routes={})
-        routes: dict[str, str] = {}
+        pairs: dict[str, str] = {}
         for part in text.split(","):
-            value, equals, name = (each.strip() for each in part.partition("="))
-            if not (value and equals and name):
+            left, equals, right = (each.strip() for each in part.partition("="))
+            if not (left and equals and right):
                 raise ConfigError(
-                    f"--teacher {text}: {part!r} is not VALUE=NAME",
+                    f"--teacher {text}: {part!r} is not VALUE=NAME or NAME=WEIGHT",
                     hint="e.g. --teacher code=qwen-coder,math=qwen-math --teacher-field domain",
                 )
-            if value in routes:
+            if left in pairs:
                 raise ConfigError(
-                    f"--teacher {text}: {value!r} has two teachers", hint="give each value once"
+                    f"--teacher {text}: {left!r} comes twice", hint="give each of them once"
                 )
-            routes[value] = name
+            pairs[left] = right
         if field is None:
-            raise ConfigError(
-                f"--teacher {text} without --teacher-field",
-                hint="name the key of the prompts file that holds these values, e.g. "
-                "--teacher-field domain",
-            )
-        return cls(names=tuple(dict.fromkeys(routes.values())), field=field, routes=routes)
+            return cls(names=tuple(pairs), routes={}, weights=_weights(text, pairs))
+        return cls(names=tuple(dict.fromkeys(pairs.values())), field=field, routes=pairs)
+
+    @property
+    def mixed(self) -> bool:
+        """Return whether every row has several teachers."""
+        return len(self.weights) > 1
 
     def of_prompts(self, ids: Sequence[str], extras: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return the teacher of each prompt, from its id and its other keys.
+        """Return the teacher of each prompt by `routes`, from its id and its other keys.
 
         Raises ConfigError for a prompt without the field, or with a value that has no teacher.
         """
-        if not self.routes:
-            return [self.names[0]] * len(ids)
         found = []
         for name, extra in zip(ids, extras, strict=True):
             if self.field not in extra:
@@ -90,6 +101,9 @@ class Teachers:
 
     def __str__(self) -> str:
         """Return the text that a plan and run.json record."""
+        if self.mixed:
+            pairs = zip(self.names, self.weights, strict=True)
+            return ",".join(f"{name}={weight:.6g}" for name, weight in pairs)
         if not self.routes:
             return self.names[0]
         return ",".join(f"{value}={name}" for value, name in self.routes.items())
@@ -97,3 +111,24 @@ class Teachers:
     def record(self) -> dict[str, str]:
         """Return the entries of run.json; those of one teacher are as in earlier runs."""
         return {"teacher": str(self), **({"teacher_field": self.field} if self.field else {})}
+
+
+def _weights(text: str, pairs: Mapping[str, str]) -> tuple[float, ...]:
+    """Return the weights divided by their sum. Raises ConfigError."""
+    found = []
+    for name, weight in pairs.items():
+        try:
+            value = float(weight)
+        except ValueError:
+            raise ConfigError(
+                f"--teacher {text} without --teacher-field: {weight!r} is no weight of {name!r}",
+                hint="name the key of the prompts file that holds these values, e.g. "
+                "--teacher-field domain, or give NAME=WEIGHT",
+            ) from None
+        if not 0 < value < math.inf:
+            raise ConfigError(
+                f"--teacher {text}: the weight {weight} of {name!r} is not in (0, inf)",
+                hint="give a positive weight, or leave that teacher out",
+            )
+        found.append(value)
+    return tuple(value / sum(found) for value in found)

@@ -99,6 +99,7 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
             for each in unit
         ),
         base=source.base is not None,
+        mixture=str(source.teachers) if source.teachers.mixed else "",
         rewards=all("reward" in dtypes_of(*pair) for pair in source.pairs),
         samples=int(sampling["n"]),
         entropy_bounds=source.bounded,

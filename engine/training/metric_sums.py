@@ -67,7 +67,8 @@ class MetricSums:
                 variance = max(squares / n - mean**2, 0.0) if n else math.nan
                 error = math.sqrt(variance / n * (1 - n / rows)) if n else math.nan
                 means[f"{name}_se"] = _finite(error)
-        return means, int(rows)
+        # The weights of several teachers sum to 1 up to rounding.
+        return means, round(rows)
 
 
 def _finite(value: float) -> float | None:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.cli.conftest import KEPT, PLAIN, World
 
+MIXED = "--teacher big=3,other=1"
 TEACHERS = "--teacher code=big,math=other --teacher-field domain"
 
 
@@ -35,12 +36,12 @@ def test_a_routed_run_trains_and_resumes(world: World, call: Any, store: str) ->
         f"train --model @student --store {store} --loss-topk 3 --objective forward_kl "
         f"--pack-length 64 --lr 1e-3 --device cpu --format json"
     )
-    losses = {}
-    for teachers in (TEACHERS, "--teacher big", "--teacher other"):
+    lines = {}
+    for teachers in (TEACHERS, "--teacher big", "--teacher other", MIXED):
         out = world.new("out")
         assert call(f"{train} {teachers} --out {out} --max-steps 1").code == 0
         line = (world.at(out) / "metrics.jsonl").read_text().splitlines()[0]
-        losses[teachers] = json.loads(line)["loss"]
+        lines[teachers] = json.loads(line)
         if teachers == TEACHERS:
             recorded = json.loads((world.at(out) / "run.json").read_text())
             assert recorded["teacher"] == "code=big,math=other"
@@ -51,12 +52,16 @@ def test_a_routed_run_trains_and_resumes(world: World, call: Any, store: str) ->
             other.assert_error(1, "teacher", "--out")
         else:
             assert "teacher_field" not in json.loads((world.at(out) / "run.json").read_text())
-    assert len(set(losses.values())) == 3
+    for name in ("loss", "overlap/mass_teacher", "entropy/teacher", "progress/positions"):
+        routed, big, other, mixed = (line[name] for line in lines.values())
+        assert mixed == pytest.approx(0.75 * big + 0.25 * other, rel=1e-5), name
+        assert (big == other == routed) == (name == "progress/positions")
 
 
 @pytest.mark.parametrize(
     ("flags", "code", "cause", "hint"),
     [
+        (f"{MIXED} --loss-topk 4", 1, "k = 4 is more than k_min = 3", "--loss-topk 3"),
         (f"{TEACHERS} --loss-topk 4", 1, "k = 4 is more than k_min = 3", "--loss-topk 3"),
         (
             "--teacher code=big,math=none --teacher-field domain",

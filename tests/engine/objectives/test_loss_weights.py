@@ -107,7 +107,11 @@ def test_packing_accumulation_and_processes_change_nothing(name: str, aggregatio
 
     def weights_of(packed: list[Targets], other: list[Targets]) -> tuple[list[Tensor], Tensor]:
         def all_gather(value: object) -> list[object]:
-            remote = [rows.student_entropy[rows.weight > 0].tolist() for rows in other]
+            remote = [
+                (entropy, 1.0)
+                for rows in other
+                for entropy in rows.student_entropy[rows.weight > 0].tolist()
+            ]
             gathered.append(remote)
             return [value, remote]
 

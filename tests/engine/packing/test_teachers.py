@@ -1,5 +1,6 @@
 """Several teachers: each row has the scores of the teacher of its prompt."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import torch
 
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.models.identity import digest
+from logitcask.engine.objectives import Objective, loss_weights, parse_objective
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.packing.teachers import Teachers
 from logitcask.engine.store import Store
 from logitcask.engine.store.cache import UnitCache
+from logitcask.engine.training.pack_loss import pack_loss
 from tests.engine.cached import Unit, make_store, make_unit
+from tests.engine.objectives.full_rows import make_full, run
 
 ROUTED = "code=coder,math=big"
 DOMAINS = (["code", "math", "code"], ["math", "math", "math"])
@@ -92,6 +96,98 @@ def test_each_row_has_the_scores_of_its_teacher(store: Store, tmp_path: Path, ca
     assert not torch.equal(found.targets.teacher_logprobs[: len(other)], other)
 
 
+MIXED = "big=3,coder=1"
+"""Weights 0.75 and 0.25."""
+NAMES = (
+    "opd(k=4)",
+    "overlap(k=4)",
+    "forward_kl",
+    "sampled_token+ce",
+    "prune_opd(k=4)+keep_entropy",
+)
+
+
+def test_with_weights_a_row_comes_once_for_each_teacher(store: Store) -> None:
+    mixed = PackSource(store, store.head(), "main", MIXED, partial=True)
+    assert len(mixed.lengths()) == 1, "one unit has the scores of both"
+    members = np.asarray([(0, 4), (0, 0)])
+    pack, empty = mixed.pack(members), mixed.pack(members[:0])
+    alone = [
+        PackSource(store, store.head(), "main", name, partial=True).pack(members)
+        for name in ("big", "coder")
+    ]
+    assert torch.equal(pack.input_ids, alone[0].input_ids)
+    assert pack.targets.sequence.tolist() == [0] * 5 + [1] * 5 + [2] * 3 + [3] * 3
+    assert pack.targets.weight.tolist() == ([0.75] * 5 + [0.25] * 5) + [0.75] * 3 + [0.25] * 3
+    for i, other in enumerate(alone):
+        index = torch.cat([torch.arange(5) + 5 * i, 10 + torch.arange(3) + 3 * i])
+        assert torch.equal(pack.predict_at[index], other.predict_at)
+        for field in ("token", "teacher_logprobs", "q_log_tail", "n_kept", "position"):
+            got = getattr(pack.targets, field)[index]
+            assert torch.equal(got, getattr(other.targets, field)), field
+    assert len(empty.targets) == 0
+    assert empty.targets.require("share").shape == (0,)
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean", "sequence-sum"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_the_mean_of_the_teachers_losses(
+    store: Store, name: str, aggregation: str
+) -> None:
+    """Compare loss and gradient with those of each teacher alone; a row of one is masked."""
+    objective = parse_objective(name).objective
+    members = np.asarray([(0, 4), (0, 0), (0, 3)])
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+    states = torch.randn(40, 8, generator=generator, dtype=torch.float64)
+
+    def result(teacher: str) -> tuple[torch.Tensor, torch.Tensor]:
+        source = PackSource(store, store.head(), "main", teacher, partial=True)
+        pack = source.pack(members)
+        mask = (pack.predict_at != pack.predict_at[0]).float()
+        targets = replace(pack.targets, weight=pack.targets.weight * mask)
+        (weights,), divisor = loss_weights(objective, [targets], aggregation)
+        leaf = states.clone().requires_grad_()
+        rows = leaf[pack.predict_at]
+        weight = (weights / divisor).double()
+        loss = pack_loss(objective, rows, head, targets, row_weight=weight, n_vocab=40).loss
+        (grad,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), grad
+
+    (big, d_big), (coder, d_coder), (mean, d_mean) = map(result, ("big", "coder", MIXED))
+    torch.testing.assert_close(mean, 0.75 * big + 0.25 * coder, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(d_mean, 0.75 * d_big + 0.25 * d_coder, rtol=1e-6, atol=1e-7)
+    assert (d_big - d_coder).abs().max() > 1e-4
+
+
+def test_the_gradient_is_that_of_a_mixture_on_one_support() -> None:
+    """Compare in float64 with the divergence from the geometric and from the mean distribution."""
+    generator = torch.Generator().manual_seed(1)
+    live, one, other = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)
+    log_q = [x.log_softmax(-1) for x in (one, other)]
+    geometric = (0.75 * log_q[0] + 0.25 * log_q[1]).log_softmax(-1)
+    mean = (0.75 * log_q[0].exp() + 0.25 * log_q[1].exp()).log()
+    for name, mixture, tokens in (
+        ("opd(k=7)", geometric, [0]),
+        ("opd(k=3)", geometric, [0]),
+        ("forward_kl", mean, [0]),
+        ("sampled_token", geometric, range(7)),
+    ):
+        objective = parse_objective(name).objective
+
+        def expected(
+            teacher: torch.Tensor, o: Objective = objective, ys: Sequence[int] = tuple(tokens)
+        ) -> torch.Tensor:
+            fulls = [make_full(live, teacher, student_k=7, kept=7, token=y) for y in ys]
+            p = live.softmax(-1)[:, list(ys)].T if len(ys) > 1 else torch.ones(1, 5).double()
+            return sum(  # type: ignore[return-value]
+                w[:, None] * run(o, full)[1] for w, full in zip(p, fulls, strict=True)
+            )
+
+        ours = 0.75 * expected(one) + 0.25 * expected(other)
+        torch.testing.assert_close(ours, expected(mixture), rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_a_unit_needs_the_teachers_of_its_prompts_alone(store: Store) -> None:
     routed = source(store)
     assert [len(segments) for _, segments in routed.pairs] == [1, 1, 1]
@@ -111,6 +207,9 @@ def test_a_plan_is_of_its_teachers(store: Store) -> None:
     ]
     assert len(set(plans)) == 3
     assert Teachers.parse("big").record() == {"teacher": "big"}, "as in earlier runs"
+    assert Teachers.parse("a=1,b=1,c=1").weights == pytest.approx([1 / 3] * 3)
+    text = str(Teachers.parse("a=1,b=2"))
+    assert text == "a=0.333333,b=0.666667" == str(Teachers.parse(text))
     assert Teachers.parse(" code = a, math=b", "domain").record() == {
         "teacher": "code=a,math=b",
         "teacher_field": "domain",
@@ -125,7 +224,10 @@ def test_a_plan_is_of_its_teachers(store: Store) -> None:
         (None, "domain", "without --teacher", "VALUE=NAME"),
         ("code=,math=big", "domain", "'code=' is not VALUE=NAME", "e.g. --teacher code="),
         ("code=big,big", "domain", "'big' is not VALUE=NAME", "e.g. --teacher code="),
-        ("code=big,code=coder", "domain", "'code' has two teachers", "each value once"),
+        ("code=big,code=coder", "domain", "'code' comes twice", "each of them once"),
+        ("big=1,coder=0", None, "weight 0 of 'coder' is not in (0, inf)", "a positive weight"),
+        ("big=nan,coder=1", None, "weight nan of 'big'", "a positive weight"),
+        ("big=1,big=2", None, "'big' comes twice", "each of them once"),
     ],
 )
 def test_wrong_texts_are_rejected(
