@@ -92,6 +92,16 @@ class Train(Section):
         "about a third more time.",
     )
     save_steps: Positive = Field(100, description="Updates between checkpoints.")
+    save_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type of the weights of the saved student; auto = bfloat16 where the student "
+        "was in bfloat16 before, else float32. Training and checkpoints are float32 in any case.",
+    )
+    keep_checkpoints: bool = Field(
+        False,
+        description="Keep the checkpoints of a finished run, from which a damaged result is "
+        "repaired; otherwise they are removed once the student is saved.",
+    )
     logging_steps: Positive = Field(1, description="Updates per line of metrics.jsonl.")
     aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = Field(
         "token-mean",
@@ -120,6 +130,14 @@ class Train(Section):
         gt=0,
         description="Largest approximate KL (k3, nats) between the student that sampled and the "
         "current one, for objectives on sampled ids.",
+    )
+    sharding: Literal["none", "fsdp2"] = Field(
+        "none",
+        description="Divide weights, gradients and moments over the processes of torchrun or "
+        "`accelerate launch` by FSDP2, so that each holds its share; none = whole in each.",
+    )
+    cpu_offload: bool = Field(
+        False, description="Keep the shards in the memory of the CPU between their uses: slow."
     )
     partial: bool = Field(False, description="Train although some units have no scores yet.")
     allow_off_lineage: bool = Field(

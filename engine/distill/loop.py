@@ -34,8 +34,9 @@ from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.rollout.unit import prompt_set_digest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.training.evaluation.held_out import hold_out
-from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
+from logitcask.engine.training.run import RunSpec, TrainReport, run_training
 from logitcask.engine.training.run_dir.files import check_same, read_run
+from logitcask.engine.training.run_dir.open import open_run_dir
 from logitcask.engine.training.settings import settings_record, updates_at_most
 from logitcask.engine.types import (
     MC_IDS,

@@ -16,10 +16,12 @@ ADAPTER = "adapter"
 """Folder of the adapters below that of the student."""
 
 
-def with_adapters(model: Any, lora: Lora, seed: int, *, packed: bool) -> nn.Module:
+def with_adapters(
+    model: Any, lora: Lora, seed: int, *, packed: bool, check: bool = True
+) -> nn.Module:
     """Return the model with float32 adapters in place of all its weights to train.
 
-    seed: initialises them; packed: see pack_states. Raises ConfigError for layers that cannot have
+    seed: initialises them; packed: see pack_states; check: run the model. Raises ConfigError for layers that cannot have
     adapters, or that would be saved as something else than what was trained.
     """
     try:
@@ -51,7 +53,8 @@ def with_adapters(model: Any, lora: Lora, seed: int, *, packed: bool) -> nn.Modu
                 ),
             )
             _check(adapted, lora, ends, tied=tied)
-            folded_head(model, pack_states(adapted.eval(), ids, ids, packed=packed))
+            if check:
+                folded_head(model, pack_states(adapted.eval(), ids, ids, packed=packed))
         # peft wraps any linear layer, and some models read more of a layer than its output.
         except Exception as error:
             cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -21,6 +21,7 @@ from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.models.adapters import with_adapters
 from logitcask.engine.models.attention import (
+    PACKED,
     attention_of,
     ordinary_attention,
     use_ordinary,
@@ -156,6 +157,39 @@ def _keep_if_proved(model: Any, ref: ModelRef, length: int) -> None:
         other = checked_paths(model, ref, ref.n_vocab, length=length)
     if not found.packed or replace(found, packed=other.packed, packing=other.packing) != other:
         use_ordinary(model)
+
+
+@torch.no_grad()
+def empty_student(
+    ref: ModelRef,
+    paths: CheckedPaths,
+    buffers: Mapping[str, Tensor],
+    *,
+    attention: str,
+    lora: Lora = NO_LORA,
+    seed: int = 0,
+) -> nn.Module:
+    """Build a student on the CPU whose weights are not set, and take no memory until they are.
+
+    paths, buffers, attention: those of the same student, loaded elsewhere.
+    """
+    config = transformers.AutoConfig.from_pretrained(
+        ref.path, trust_remote_code=False, local_files_only=True
+    )
+    factory: Any = transformers.AutoModelForCausalLM
+    with quiet(), torch.device("meta"):
+        model = factory.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model = model.eval().to_empty(device="cpu")
+    model.tie_weights()
+    model.checked_paths = paths
+    if not (attention in PACKED.values() and use_packed(model)):
+        model.set_attn_implementation(attention)
+    student: nn.Module = model
+    if lora.r:
+        student = with_adapters(model, lora, seed, packed=paths.packed, check=False)
+    for name, buffer in student.named_buffers():
+        buffer.copy_(buffers[name])
+    return student
 
 
 @torch.no_grad()

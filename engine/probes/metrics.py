@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.metrics.metrics import METRICS
 from logitcask.engine.metrics.paper_code import METRICS_RELEASED, Pair, released_metrics
-from logitcask.engine.models.forward import folded_head, inner_model
+from logitcask.engine.models.forward import folded_head, inner_model, inside_forward
 from logitcask.engine.models.load import hidden_states
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Objective, current_topk, row_objective
@@ -125,10 +125,33 @@ def measure(
 def _measure_pack(
     model: nn.Module, pack: Pack, objectives: Mapping[str, Objective], n_vocab: int
 ) -> dict[str, Pair]:
-    """Return name -> ([P] sum, [P] count) of the metrics, and of the losses as `loss/NAME`."""
-    rows = hidden_states(model, pack.input_ids, pack.position_ids)[pack.predict_at]
-    states, head = folded_head(model, rows)
+    """Return name -> ([P] sum, [P] count) of the metrics, and of the losses as `loss/NAME`.
+
+    Inside the forward of the head, inside that of the model, as in training: a sharded model
+    gathers its weights there. A pack without rows runs as any other, and has no metrics.
+    """
+    head = inner_model(model).get_output_embeddings()
+
+    def run(_: Tensor) -> dict[str, Pair]:
+        hidden = hidden_states(model, pack.input_ids, pack.position_ids)
+        return inside_forward(
+            head, lambda each: _metrics_of(model, each, pack, objectives, n_vocab), hidden
+        )
+
+    return inside_forward(model, run, pack.input_ids)
+
+
+def _metrics_of(
+    model: nn.Module,
+    hidden: Tensor,
+    pack: Pack,
+    objectives: Mapping[str, Objective],
+    n_vocab: int,
+) -> dict[str, Pair]:
+    states, head = folded_head(model, hidden[pack.predict_at])
     found: dict[str, Pair] = {}
+    if not len(pack.targets):
+        return found
     for name, objective in (objectives or {"": ONLY_METRICS}).items():
         evaluate = row_objective(objective, pack.targets)
 

@@ -26,7 +26,7 @@ from logitcask.engine.models.load import (
     quiet,
     use_on_gpu,
 )
-from logitcask.engine.models.save import save_student
+from logitcask.engine.models.save import dtype_of_result, save_student
 from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.training.arguments.hub import open_repo, push
@@ -37,8 +37,12 @@ from logitcask.engine.training.arguments.trackers import (
 )
 from logitcask.engine.training.evaluation.held_out import HeldOut
 from logitcask.engine.training.evaluation.responses import EvalCallback, EvalPlan
-from logitcask.engine.training.processes import gathered
-from logitcask.engine.training.run_dir.checkpoints import METRICS_SHA256, resume_point
+from logitcask.engine.training.processes import on_first
+from logitcask.engine.training.run_dir.checkpoints import (
+    METRICS_SHA256,
+    remove_checkpoints,
+    resume_point,
+)
 from logitcask.engine.training.run_dir.files import (
     CHECKPOINTS,
     METRICS,
@@ -47,6 +51,7 @@ from logitcask.engine.training.run_dir.files import (
     MetricsFile,
     check_same,
     clear,
+    finishing,
     locked,
     read_run,
     writing,
@@ -56,6 +61,8 @@ from logitcask.engine.training.settings import (
     settings_record,
     training_arguments,
 )
+from logitcask.engine.training.run_dir.open import RunDir
+from logitcask.engine.training.sharding import is_sharded, load_on_first, whole_student
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, Progress, no_progress
 
@@ -78,7 +85,7 @@ class TrainReport:
     peak_memory_bytes: Mapping[str, int]
     """As of `events.peak_memory`."""
     checkpoints_bytes: int
-    """Size of the checkpoints, which may be deleted now: they would only repair the result."""
+    """Size of the checkpoints that were kept: they would only repair the result."""
     exactness: ExactnessReport
     last: Mapping[str, Any]
     """Line of metrics.jsonl of the last update."""
@@ -105,61 +112,6 @@ class RunSpec:
     exactness: ExactnessReport
     evaluation: EvalPlan | None = None
     held_out: HeldOut | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunDir:
-    """Folder of a run before the call, and its training arguments."""
-
-    out: Path
-    args: TrainingArguments
-    earlier: Mapping[str, Any] | None
-    """run.json of an earlier call."""
-    attention: str | None
-    """As of `settings.choose_attention`."""
-
-    @property
-    def first(self) -> bool:
-        """Return True in the process that writes."""
-        return bool(self.args.process_index == 0)
-
-    @property
-    def packs_per_update(self) -> int:
-        """Return the packs of an update over all processes."""
-        return int(self.args.gradient_accumulation_steps * self.args.world_size)
-
-    def wait(self) -> None:
-        """Wait for all processes."""
-        if self.args.world_size > 1:
-            torch.distributed.barrier()
-
-
-@contextmanager
-def open_run_dir(
-    model: ModelRef, settings: Train, run: Run, on_event: EventHandler
-) -> Iterator[RunDir]:
-    """Open the folder `run.out`, and hold its lock in the process that writes.
-
-    Raises ConfigError for a folder or a device that a run cannot use, and for a folder that another
-    process holds; IntegrityError for a damaged run.json.
-    """
-    out = run.out
-    if out.resolve() == model.path.resolve():
-        raise ConfigError(f"--out {out} is the student itself", hint="give another --out")
-    args = training_arguments(settings, run)
-    attention = choose_attention(settings, args)
-    run_dir = RunDir(out=out, args=args, earlier=None, attention=attention)
-    with ExitStack() as stack:
-        if run_dir.first:
-            stack.enter_context(locked(out, on_event))
-        run_dir.wait()
-        overwrite = run.overwrite and (out / RUN).exists()
-        earlier = None if overwrite else read_run(out)
-        run_dir.wait()
-        if run_dir.first and overwrite:
-            clear(out)
-        run_dir.wait()
-        yield replace(run_dir, earlier=earlier)
 
 
 def run_training(
@@ -199,13 +151,19 @@ def run_training(
         },
         **resume_metadata,
     }
+    if is_sharded(run_dir.args) and spec.evaluation is not None:
+        raise ConfigError(
+            "eval.prompts with train.sharding = fsdp2: a sharded student does not sample",
+            hint="leave --eval-prompts out, and sample and grade with the saved folder by "
+            "`logitcask rollout --grader`; held-out rollouts (--eval-store) are measured",
+        )
     if run_dir.earlier is not None:
-        check_same(run_dir.out, {key: run_dir.earlier.get(key) for key in record}, record)
-    found = None
-    if run_dir.first:
-        found = resume_point(run_dir.out, spec.updates, resume_metadata, run_dir.earlier, on_event)
-    # The first process may have removed or renamed what others would find.
-    folder, step = gathered(found)[0]
+        theirs = {key: run_dir.earlier.get(key) for key in record}
+        check_same(run_dir.out, _compared(theirs), _compared(record))
+    # The first process may remove or rename what others would find.
+    folder, step = on_first(
+        lambda: resume_point(run_dir.out, spec.updates, resume_metadata, run_dir.earlier, on_event)
+    )
     finished = folder is None and step == spec.updates
     begun = run_dir.out if finished else folder
     lines = (begun / METRICS).read_text(errors="replace") if begun else ""
@@ -229,16 +187,7 @@ def run_training(
         trackers = check_trackers(settings.args.get("report_to", "none"))
         tracked = run_dir.first and TENSORBOARD in trackers
         with quiet():
-            student = load_student(
-                model, lora=lora, seed=run.seed, length=spec.longest, attention=run_dir.attention
-            )
-            if settings.gradient_checkpointing:
-                checkpoint_layers(student, dropout=settings.dropout)
-            # Before a sampler takes views of the weights: a move makes new tensors.
-            student.to(run_dir.args.device)
-            if run_dir.attention in ON_GPU:
-                explicit = settings.attn_implementation != "auto"
-                use_on_gpu(student, model, run_dir.attention, explicit=explicit)
+            student = _load(spec, run_dir, model, settings, lora, run.seed)
             trainer = DistillTrainer(
                 student,
                 run_dir.args,
@@ -274,12 +223,14 @@ def run_training(
                     progress=progress,
                 )
                 trainer.add_callback(evaluation)
-                evaluation.evaluate_at(0)
             with ended_runs(trackers):
                 trainer.train(resume_from_checkpoint=str(folder) if folder else None)
             if evaluation:
                 evaluation.evaluate_at(spec.updates)
-            if run_dir.first:
+            with finishing(run_dir.out, spec.updates):
+                saved: nn.Module | None = student
+                if is_sharded(run_dir.args):
+                    saved = whole_student(student, model, lora, run.seed)
                 metadata = {
                     "pin": record.get("pin"),
                     "plan": spec.plan,
@@ -289,18 +240,26 @@ def run_training(
                 if metrics.skipped:
                     skipped = {"skipped": metrics.skipped, "positions": metrics.positions}
                     results["rescore"] = skipped
-                results[METRICS_SHA256] = sha256_of(metrics.path)
-                with writing(run_dir.out):
-                    write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
-                    save_student(
-                        student,
-                        run_dir.out,
-                        parent=model,
-                        updates=spec.updates,
-                        metadata=metadata,
-                        adapter=lora.save_adapter,
-                    )
-            run_dir.wait()
+
+                def save() -> None:
+                    results[METRICS_SHA256] = sha256_of(metrics.path)
+                    assert saved is not None, "the first process has it"
+                    with writing(run_dir.out):
+                        write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
+                        save_student(
+                            saved,
+                            run_dir.out,
+                            parent=model,
+                            updates=spec.updates,
+                            metadata=metadata,
+                            dtype=dtype_of_result(settings.save_dtype, model),
+                            adapter=lora.save_adapter,
+                        )
+
+                on_first(save)
+    if run_dir.first and not settings.keep_checkpoints:
+        remove_checkpoints(run_dir.out)
+    run_dir.wait()
     if repo is not None:
         on_event(f"pushed to {push(repo, settings.args, run_dir.out)}")
     return TrainReport(
@@ -318,3 +277,34 @@ def run_training(
         last=metrics.last,
         evaluations=tuple(metrics.evaluations),
     )
+
+
+def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of run.json without `accumulation`.
+
+    More processes with fewer packs each are the same run: `rows_per_update` is their product.
+    """
+    settings = record["settings"] or {}
+    kept = {key: value for key, value in settings.items() if key != "accumulation"}
+    return {**record, "settings": kept}
+
+
+def _load(
+    spec: RunSpec, run_dir: RunDir, model: ModelRef, settings: Train, lora: Lora, seed: int
+) -> nn.Module:
+    """Load the student: on its device, or on the CPU for accelerate to shard it."""
+    attention, sharded = run_dir.attention, is_sharded(run_dir.args)
+    options: dict[str, Any] = {"lora": lora, "seed": seed, "length": spec.longest}
+    if sharded:
+        student = load_on_first(model, run_dir.args, attention=attention, **options)
+    else:
+        student = load_student(model, attention=attention, **options)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(student, dropout=settings.dropout)
+    if not sharded:
+        # Before a sampler takes views of the weights: a move makes new tensors.
+        student.to(run_dir.args.device)
+        if attention in ON_GPU:
+            explicit = settings.attn_implementation != "auto"
+            use_on_gpu(student, model, attention, explicit=explicit)
+    return student

@@ -16,6 +16,13 @@ from logitcask.engine.training.arguments.passed import (
     recorded_args,
 )
 from logitcask.engine.training.run_dir.files import CHECKPOINTS
+from logitcask.engine.training.sharding import (
+    check_environment,
+    complete_arguments,
+    fsdp_arguments,
+    is_sharded,
+    launcher_variables,
+)
 
 FLASH = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 """Attention implementation of transformers -> its package, the faster one first."""
@@ -38,6 +45,7 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
         raise ConfigError(f"--device {run.device}: this machine shows no GPU", hint="--device cpu")
     cpu = run.device == "cpu" or not torch.cuda.is_available()
     bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and not cpu)
+    check_environment(settings)
     fields: dict[str, Any] = {
         "output_dir": str(run.out / CHECKPOINTS),
         "use_cpu": cpu,
@@ -66,10 +74,13 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
         # Every micro-batch reaches every trainable parameter, the empty ones too.
         "ddp_find_unused_parameters": False,
     }
-    args = arguments_of(fields | passed_fields(settings, run.out.resolve().name))
+    fields |= passed_fields(settings, run.out.resolve().name) | fsdp_arguments(settings, cpu)
+    with launcher_variables(settings.sharding != "none", settings.cpu_offload):
+        args = arguments_of(fields)
     check_optimizer(args, settings)
     # Without torchrun Trainer would spread one process over all GPUs with DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
+    complete_arguments(args)
     return args
 
 
@@ -81,6 +92,13 @@ def choose_attention(settings: Train, args: TrainingArguments) -> str | None:
     name = settings.attn_implementation
     flash = [each for each, package in FLASH.items() if importlib.util.find_spec(package)]
     half = args.bf16 and not args.use_cpu
+    if is_sharded(args) and name not in ("auto", "sdpa", "eager"):
+        raise ConfigError(
+            f"attn_implementation = {name} with train.sharding: shards cannot prove it",
+            hint="leave it out: the attention of packs is used",
+        )
+    if name == "auto" and is_sharded(args):
+        return None
     if name == "auto":
         return flash[0] if half and flash else None
     if args.use_cpu and name not in ("sdpa", "eager"):
@@ -115,7 +133,8 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
     later = {
         **{f"lora_{key}": value for key, value in adapters.items()},
         **settings.model_dump(
-            include={"dropout", "max_steps", "optim", "attn_implementation"}, exclude_defaults=True
+            include={"dropout", "max_steps", "optim", "attn_implementation", "save_dtype"},
+            exclude_defaults=True,
         ),
         **({"args": fields} if (fields := recorded_args(settings)) else {}),
     }

@@ -16,7 +16,8 @@ from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.cache_info import cache_info, first_snapshot
 from logitcask.engine.training.evaluation.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.evaluation.responses import EvalPlan
-from logitcask.engine.training.run import RunSpec, TrainReport, open_run_dir, run_training
+from logitcask.engine.training.run import RunSpec, TrainReport, run_training
+from logitcask.engine.training.run_dir.open import open_run_dir
 from logitcask.engine.training.settings import updates_at_most
 from logitcask.engine.types import ModelRef, Progress, no_progress
 

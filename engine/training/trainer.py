@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -42,10 +41,11 @@ from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.processes import gathered
 from logitcask.engine.training.run_dir.checkpoints import complete_checkpoint
 from logitcask.engine.training.run_dir.files import MetricsFile, writing
+from logitcask.engine.training.sharding import ShardingTrainer
 from logitcask.engine.types import Detail, Progress
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(ShardingTrainer):
     """Trainer of `model` on `packs`, one pack a micro-batch.
 
     Update u reads the packs of indices u x width to (u + 1) x width - 1, where width is

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from logitcask.engine.errors import IncompleteError
@@ -57,12 +58,19 @@ class HeldOut:
     identity: Mapping[str, Any]
     """Recorded in run.json; the folder accepts no run in which any of it differs."""
 
-    def line(self, student: nn.Module, progress: Progress = no_progress) -> dict[str, float | None]:
+    def line(
+        self,
+        student: nn.Module,
+        progress: Progress = no_progress,
+        device: torch.device | None = None,
+    ) -> dict[str, float | None]:
         """Return the entries of metrics.jsonl; each process measures a share of the packs.
 
-        Raises IncompleteError where no row is counted.
+        device: where the student computes; None = where its weights are. Raises IncompleteError
+        where no row is counted.
         """
-        everyone = gathered(self._share(student, progress))
+        place = device or next(student.parameters()).device
+        everyone = gathered(self._share(student, progress, place))
         counted = sum(weight for weight, _ in everyone)
         if not counted:
             raise IncompleteError(
@@ -76,18 +84,26 @@ class HeldOut:
             "eval/rows": counted,
         }
 
-    def _share(self, student: nn.Module, progress: Progress) -> tuple[float, dict[str, float]]:
-        """Return (sum of weights, name -> weighted sum) over the packs of this process."""
+    def _share(
+        self, student: nn.Module, progress: Progress, device: torch.device
+    ) -> tuple[float, dict[str, float]]:
+        """Return (sum of weights, name -> weighted sum) over the packs of this process.
+
+        Each process runs as many packs, the last ones maybe without rows: those of a sharded
+        student wait for each other.
+        """
+        processes = len(gathered(None))
+        end = -(-len(self.packs) // processes) * processes
         training = student.training
         student.eval()
         try:
             found, weight, _ = measure(
                 student,
                 self.packs,
-                range(rank(), len(self.packs), len(gathered(None))),
+                range(rank(), end, processes),
                 objectives={"own": self.objective},
                 n_vocab=self.n_vocab,
-                device=next(student.parameters()).device,
+                device=device,
                 progress=stage_named(progress, "held out"),
             )
         finally:

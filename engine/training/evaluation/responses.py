@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -166,6 +167,15 @@ class EvalCallback(TrainerCallback):
         self._write = write
         self._track = track
         self._progress = progress
+        self._device: torch.device | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluate before the first update."""
+        self._device = args.device
+        if state.global_step == 0:
+            self.evaluate_at(0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -196,7 +206,7 @@ class EvalCallback(TrainerCallback):
             )
             line |= report.line()
         if self._held_out is not None:
-            line |= self._held_out.line(self._student, self._progress)
+            line |= self._held_out.line(self._student, self._progress, self._device)
         line["eval/seconds"] = time.monotonic() - begun_s
         self._metrics.evaluated(line, write=self._write)
         if step:

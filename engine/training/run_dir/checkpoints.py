@@ -2,11 +2,13 @@
 
 OUT/checkpoints/checkpoint-N/
     model, optimizer, scheduler, random state, trainer_state.json   written by Trainer
+    shard-RANK.safetensors    of a sharded run, in place of model and optimizer: see shards.py
     metrics.jsonl             the run's, up to update N
     logitcask_checkpoint.json   plan, step and the digest of every other file; written last
 
 A damaged checkpoint is renamed, an incomplete one removed, and training resumes from the one before
-it. The result of a finished run is checked in the same way, and repaired from a checkpoint.
+it. The result of a finished run is checked in the same way, and repaired from a checkpoint if the
+run kept them.
 """
 
 import json
@@ -32,6 +34,7 @@ from logitcask.engine.training.run_dir.files import (
     METRICS,
     RESTORE,
     check_same,
+    writing,
 )
 
 RESUME_METADATA, STATE = "logitcask_checkpoint.json", "trainer_state.json"
@@ -48,6 +51,13 @@ def complete_checkpoint(
     flush(folder)
     flush(folder.parent)
     write_json(folder / RESUME_METADATA, {**resume_metadata, "step": step, "files": files})
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Remove the checkpoints of a finished run."""
+    if (out / CHECKPOINTS).is_dir():
+        with writing(out / CHECKPOINTS):
+            shutil.rmtree(out / CHECKPOINTS)
 
 
 def resume_point(

@@ -25,12 +25,15 @@ from safetensors import SafetensorError
 from logitcask.engine.errors import (
     ConfigError,
     IdentityError,
+    IncompleteError,
     IntegrityError,
     LogitcaskError,
+    ModelError,
     StoreError,
 )
 from logitcask.engine.events import EventHandler
 from logitcask.engine.models.digests import read_json, replace_text
+from logitcask.engine.training.processes import command_line
 
 RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
 TENSORBOARD = "tensorboard"
@@ -163,6 +166,23 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {file}: {cause}",
             hint="make room on that disk, or raise the quota or the limit of file sizes, then run "
             "the same command again: it resumes from the newest checkpoint",
+        ) from error
+
+
+@contextmanager
+def finishing(out: Path, updates: int) -> Iterator[None]:
+    """Raise a failure of the last save with the command that finishes the run."""
+    try:
+        yield
+    except ModelError:
+        raise  # the student itself is wrong
+    except Exception as error:
+        kind = StoreError if isinstance(error, StoreError) else IncompleteError
+        cause = error.cause if isinstance(error, LogitcaskError) else f"{error!r:.300}"
+        raise kind(
+            f"the {updates} updates are done, and the student is not saved: {cause}",
+            hint=f"remove the cause, then this saves it from the last checkpoint in "
+            f"{out / CHECKPOINTS}, which resumes: {command_line()}",
         ) from error
 
 

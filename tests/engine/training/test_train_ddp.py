@@ -26,8 +26,10 @@ from tests.engine.training.ddp_worker import OBJECTIVES, SEQUENCES, SETTINGS, ev
 TESTS = Path(__file__).resolve().parents[2]
 
 
-def on_two_processes(folder: Path, case: Path) -> None:
-    """Run ddp_worker.py as torchrun would, without its agent."""
+def on_two_processes(
+    folder: Path, case: Path, worker: str = "ddp_worker.py", killed: tuple[int, ...] = ()
+) -> None:
+    """Run a worker as torchrun would, without its agent; `killed` are ranks that a signal ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,11 +42,12 @@ def on_two_processes(folder: Path, case: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
     }
     command = [
         sys.executable,
-        str(TESTS / "engine" / "training" / "ddp_worker.py"),
+        str(TESTS / "engine" / "training" / worker),
         str(case),
         str(folder),
     ]
@@ -59,12 +62,12 @@ def on_two_processes(folder: Path, case: Path) -> None:
         for rank in "01"
     ]
     try:
-        for worker in workers:
-            output, _ = worker.communicate(timeout=120)
-            assert worker.returncode == 0, output
+        for rank, process in enumerate(workers):
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == (-9 if rank in killed else 0), output
     finally:
-        for worker in workers:
-            worker.kill()
+        for process in workers:
+            process.kill()
 
 
 def lines(out: Path, key: str = "loss") -> list[dict[str, Any]]:

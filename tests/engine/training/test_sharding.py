@@ -1,0 +1,170 @@
+"""Sharded trainings: the updates, the numbers and the folder of one process."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from logitcask.engine.config.sections import Run
+from logitcask.engine.config.training import Lora, Train
+from logitcask.engine.errors import ConfigError
+from logitcask.engine.training.settings import training_arguments
+from tests.engine.cached import make_unit
+from tests.engine.fitting import make_case
+from tests.engine.training.sharding_worker import Watch, watched
+from tests.engine.training.test_train_ddp import lines, on_two_processes
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on a CPU")
+
+ALONE = {"gradient_accumulation_steps": 4, "sharding": "none"}
+"""One process with as many packs in an update."""
+
+
+class Cases(NamedTuple):
+    folder: Path
+    alone: dict[str, Watch]
+    """Of one process, by case."""
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    folder = tmp_path_factory.mktemp("sharding")
+    units = [make_unit(i, prompts=3, vocab=99, lengths=[12, 3, 1, 9, 5, 17]) for i in range(2)]
+    for name in ("tied", "untied"):
+        make_case(folder / name, units, tie=name == "tied")
+    on_two_processes(folder, folder, worker="sharding_worker.py", killed=(0,))
+    alone = {}
+    for name in ("tied", "untied"):
+        alone[name] = watched(folder / name, "alone", settings=ALONE)[1]
+    alone["lora"] = watched(folder / "tied", "alone-lora", settings=ALONE, lora=Lora(r=2))[1]
+    return Cases(folder, alone)
+
+
+def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+
+
+def largest_difference(ours: Path, theirs: Path) -> float:
+    """Return that of any weight of two folders, which must hold the same tensors."""
+    a, b = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def generated(folder: Path) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[5, 6, 7]])
+    found: list[int] = model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "alone"),
+    [
+        ("tied", "fsdp2", "alone"),
+        ("untied", "fsdp2", "alone"),
+        pytest.param("tied", "lora", "alone-lora", marks=pytest.mark.needs("peft")),
+    ],
+)
+def test_two_sharded_processes_equal_one(cases: Cases, name: str, out: str, alone: str) -> None:
+    folder = cases.folder / name
+    expected = cases.alone["lora" if out == "lora" else name].updates
+    for rank in (0, 1):
+        found: dict[str, Any] = torch.load(folder / f"{out}-{rank}.pt", weights_only=True)
+        assert found["kinds"] == ["DTensor"], "every parameter is a shard"
+        for ours, theirs in zip(found["gradients"][:2], expected, strict=False):
+            assert ours.keys() == theirs.keys()
+            gap = (flat(ours) - flat(theirs)).norm() / flat(theirs).norm()
+            assert gap < 1e-5
+    assert largest_difference(folder / out, folder / alone) < 1e-6
+    assert generated(folder / out) == generated(folder / alone)
+    for file in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (folder / out / file).read_text() == (folder / alone / file).read_text()
+    both = zip(lines(folder / out), lines(folder / alone), strict=True)
+    for mine, other in both:
+        for key in ("train/changed_share", "progress/positions", "progress/step"):
+            assert mine[key] == other[key]
+        for key in ("loss", "train/grad_norm", "overlap/ratio", "entropy/student"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-4)
+    held_out = [lines(folder / each, "eval/loss") for each in (out, alone)]
+    for mine, other in zip(*held_out, strict=True):
+        assert mine["eval/rows"] == other["eval/rows"] == 2 * 47
+        assert mine["eval/loss"] == pytest.approx(other["eval/loss"], rel=1e-4)
+    assert [line["progress/step"] for line in held_out[0]] == [0, 3]
+
+
+def test_bfloat16_sums_gradients_and_losses_in_float32(cases: Cases) -> None:
+    found = lines(cases.folder / "tied" / "half")
+    for mine, other in zip(found, lines(cases.folder / "tied" / "alone"), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=0.01)
+        # A loss in bfloat16 has eight bits.
+        assert torch.tensor(mine["loss"]).bfloat16().item() != mine["loss"]
+    saved = load_file(cases.folder / "tied" / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_one_process_resumes_a_sharded_run_with_the_same_losses(cases: Cases) -> None:
+    folder = cases.folder / "untied"
+    assert (folder / "moved" / "checkpoints" / "checkpoint-2").is_dir()
+    report, _ = watched(folder, "moved", settings=ALONE)
+    assert report.resumed_at == 2
+    for mine, other in zip(lines(folder / "moved"), lines(folder / "alone"), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert mine["train/lr"] == other["train/lr"]
+    assert largest_difference(folder / "moved", folder / "alone") < 1e-6
+
+
+def test_a_failed_save_is_finished_by_the_command_of_its_message(cases: Cases) -> None:
+    for rank in (0, 1):
+        cause, hint = (cases.folder / f"full-{rank}.txt").read_text().splitlines()
+        assert cause.startswith("the 3 updates are done, and the student is not saved: cannot wri")
+        assert "No space left on device" in cause
+        assert "torchrun --nnodes 1 --nproc-per-node 2" in hint
+        assert "sharding_worker.py" in hint
+    folder = cases.folder / "untied"
+    assert largest_difference(folder / "again", folder / "alone") < 1e-6
+    assert not (folder / "again" / "checkpoints").exists()
+
+
+def test_a_run_that_is_killed_before_its_save_is_finished(cases: Cases) -> None:
+    folder = cases.folder / "tied"
+    assert not (cases.folder / "killed-0.txt").exists()
+    assert "the student is not saved" in (cases.folder / "killed-1.txt").read_text()
+    assert not (folder / "killed" / "logitcask.json").exists()
+    report, watch = watched(folder, "killed", settings=ALONE)
+    assert (report.resumed_at, watch.updates) == (3, [])
+    assert largest_difference(folder / "killed", folder / "alone") < 1e-6
+
+
+# What is refused before a weight is read.
+
+
+def arguments(tmp_path: Path, **change: Any) -> Any:
+    return training_arguments(Train(**change), Run(out=tmp_path, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "change", "cause"),
+    [
+        ({}, {"sharding": "fsdp2"}, "one process has nothing to shard"),
+        ({}, {"cpu_offload": True}, "only sharded weights"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "train.sharding = none"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"sharding": "fsdp2"}, "ACCELERATE_USE_DEEPSPEED"),
+        ({"FSDP_VERSION": "1"}, {"sharding": "fsdp2"}, "FSDP_VERSION = 1"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {"sharding": "fsdp2"}, "FSDP_OFFLOAD_PARAMS = true"),
+    ],
+)
+def test_sharding_against_the_environment_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    change: dict[str, Any],
+    cause: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=cause):
+        arguments(tmp_path, **change)
