@@ -54,9 +54,9 @@ def check_environment(settings: Train) -> None:
             "train.cpu_offload = true: only sharded weights are kept in the memory of the CPU",
             hint="set train.sharding = fsdp2 (--sharding fsdp2) too",
         )
-    wanted = {"ACCELERATE_USE_FSDP": settings.sharding == "fsdp2"}
+    same = {"ACCELERATE_USE_FSDP": settings.sharding == "fsdp2"}
     for name in LAUNCHER:
-        if _is_true(os.environ.get(name)) and not wanted.get(name, False):
+        if _is_true(os.environ.get(name)) and not same.get(name, False):
             raise ConfigError(
                 f"{name} = {os.environ[name]} in the environment, and train.sharding = "
                 f"{settings.sharding}",

@@ -27,6 +27,7 @@ from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.cache_info import cache_info, first_snapshot
 from logitcask.engine.training.processes import gathered, rank
+from logitcask.engine.training.run_dir.shards import reshard
 from logitcask.engine.types import ModelRef, Progress, no_progress, stage_named
 
 
@@ -108,6 +109,7 @@ class HeldOut:
             )
         finally:
             student.train(training)
+            reshard(student)
         mask = weight > 0
         return float(weight.sum()), {
             name.removesuffix("/own"): float(values[mask] @ weight[mask])

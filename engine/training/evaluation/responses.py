@@ -172,17 +172,12 @@ class EvalCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluate before the first update."""
+        """Evaluate before the first update, once the trackers have begun."""
         self._device = args.device
         if state.global_step == 0:
             self.evaluate_at(0)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Track the line before the first update, for which trackers had not begun."""
-        for line in self._metrics.evaluations if state.global_step == 0 else ():
-            self._track(line)
+            for line in self._metrics.evaluations:
+                self._track(line)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -31,6 +31,7 @@ FIRST = "first_row"
 
 def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Write what this process holds of the trained parameters and of their optimizer states."""
+    reshard(model)
     tensors: dict[str, Tensor] = {}
     first: dict[str, int] = {}
     for name, parameter in trained(model):
@@ -44,6 +45,18 @@ def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
     save_file(
         tensors, folder / f"shard-{rank():05d}.safetensors", metadata={FIRST: json.dumps(first)}
     )
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the weights that a forward without a backward has left gathered.
+
+    While they are, the model has whole parameters, which its optimizer does not know.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def has_shards(folder: Path) -> bool:

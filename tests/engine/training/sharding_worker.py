@@ -132,7 +132,7 @@ def full_disk(*_: Any, **__: Any) -> None:
 
 def stop_after(step: int) -> Progress:
     def progress(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
-        if done == step:
+        if stage == "train" and done == step:
             raise Stopped
 
     return progress

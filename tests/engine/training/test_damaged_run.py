@@ -25,7 +25,9 @@ from logitcask.engine.types import NO_DETAIL, Detail, ModelRef, Progress
 from tests.engine.cached import make_unit
 from tests.engine.fitting import REVERSE, make_case
 
-SETTINGS = Train(learning_rate=1e-3, num_train_epochs=2, pack_length=96, save_steps=2)
+SETTINGS = Train(
+    learning_rate=1e-3, num_train_epochs=2, pack_length=96, save_steps=2, keep_checkpoints=True
+)
 """Five updates or more, with checkpoints at 2 and 4."""
 
 

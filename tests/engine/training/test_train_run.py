@@ -1,7 +1,6 @@
 """The folder of a run: resumed bit-exactly, never mixed with another run; nothing is printed."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from logitcask.engine.models.digests import read_json, write_json
 from logitcask.engine.models.forward import inner_model
 from logitcask.engine.models.identity import model_ref, read_metadata
 from logitcask.engine.models.load import load_student
+from logitcask.engine.models.save import dtype_of_result
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.store import Store
 from logitcask.engine.training.cache_info import check_objective
@@ -241,17 +241,48 @@ def test_a_sibling_of_the_same_version_is_off_policy(
     assert "biased: off policy (age 0, but of another run)" in reports[1].estimator
 
 
-def test_a_finished_run_needs_no_checkpoints(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
-    first = run(case, tmp_path)
+def test_checkpoints_of_a_finished_run_go_unless_they_are_kept(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    keep = SETTINGS.model_copy(update={"keep_checkpoints": True})
+    first = run(case, tmp_path, settings=keep)
+    assert first.checkpoints_bytes > 0
     text = (tmp_path / "metrics.jsonl").read_text()
-    shutil.rmtree(tmp_path / "checkpoints")
+    # It is no part of the run's identity: a kill before their removal leaves them too.
     again = run(case, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert again.checkpoints_bytes == 0
     assert (tmp_path / "metrics.jsonl").read_text() == text
     assert (again.resumed_at, again.positions, again.last) == (
         first.updates,
         first.positions,
         first.last,
     )
+
+
+def test_a_student_of_bfloat16_is_saved_in_bfloat16(tmp_path: Path) -> None:
+    units = [make_unit(0, prompts=2, vocab=99, lengths=[30, 24, 17, 36])]
+    store, parent = make_case(tmp_path, units, hidden=16, layers=1)
+    half = in_bfloat16(parent, tmp_path / "half")
+    settings = Train(learning_rate=1e-3, pack_length=256)
+    whole = settings.model_copy(update={"save_dtype": "float32"})
+    report = run((store, half), tmp_path / "auto", settings=settings, objective=DENSE)
+    run((store, half), tmp_path / "whole", settings=whole, objective=DENSE)
+    saved, exact = (load_file(tmp_path / p / "model.safetensors") for p in ("auto", "whole"))
+    assert saved.keys() == exact.keys()
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+    assert all(saved[name].dtype == torch.bfloat16 for name in saved)
+    assert all(torch.equal(saved[name], exact[name].bfloat16()) for name in saved)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "auto").dtype == torch.bfloat16
+    assert not read_json(tmp_path / "auto" / "run.json", hint="")["settings"].get("save_dtype")
+    # A version is the folder: the next generation begins at the rounded weights, and counts on.
+    child = model_ref(str(tmp_path / "auto"), chat_template=True)
+    assert (child.version, child.base_weights) == (report.version, half.base_weights)
+    assert dtype_of_result("auto", child) == torch.bfloat16
+    assert dtype_of_result("auto", parent) == torch.float32
+    assert dtype_of_result("bfloat16", parent) == torch.bfloat16
+    with pytest.raises(IdentityError, match=r"settings.save_dtype = 'float32', not None"):
+        run((store, half), tmp_path / "whole", settings=settings, objective=DENSE)
 
 
 def test_the_folder_of_a_loop_is_refused(case: tuple[Store, ModelRef], tmp_path: Path) -> None:
@@ -369,17 +400,20 @@ def test_nothing_is_printed(
     assert capfd.readouterr() == ("", "")
 
 
+def in_bfloat16(model: ModelRef, folder: Path) -> ModelRef:
+    """Save a model in bfloat16, as a version of the same base weights."""
+    AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16).save_pretrained(folder)
+    for file in [*model.path.glob("token*"), model.path / "chat_template.jinja"]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    return replace(model_ref(str(folder), chat_template=True), base_weights=model.base_weights)
+
+
 def test_float32_weights_move_where_bfloat16_would_not(tmp_path: Path) -> None:
     units = [make_unit(0, prompts=2, vocab=99, lengths=[30, 24, 17, 36])]
     store, model = make_case(tmp_path, units, spread=0.02)
-    half = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "half")
-    for file in [*model.path.glob("token*"), model.path / "chat_template.jinja"]:
-        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
-    ref = replace(
-        model_ref(str(tmp_path / "half"), chat_template=True), base_weights=model.base_weights
-    )
-    settings = Train(learning_rate=1e-6, pack_length=256)
+    ref = in_bfloat16(model, tmp_path / "half")
+    half = AutoModelForCausalLM.from_pretrained(ref.path)
+    settings = Train(learning_rate=1e-6, pack_length=256, save_dtype="float32")
     report = run((store, ref), tmp_path / "out", settings=settings, objective=DENSE)
     assert report.updates == 1
     assert report.last["train/changed_share"] > 0.9
