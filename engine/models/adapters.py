@@ -21,8 +21,9 @@ def with_adapters(
 ) -> nn.Module:
     """Return the model with float32 adapters in place of all its weights to train.
 
-    seed: initialises them; packed: see pack_states; check: run the model. Raises ConfigError for layers that cannot have
-    adapters, or that would be saved as something else than what was trained.
+    seed: initialises them; packed: see pack_states; check: run the model. Raises ConfigError for
+    layers that cannot have adapters, or that would be saved as something else than what was
+    trained.
     """
     try:
         from peft import LoraConfig, get_peft_model

@@ -58,10 +58,10 @@ def save_student(
 
     LoRA adapters are merged into the weights, and these are rounded to `dtype`, in memory too: the
     folder loads without peft, and holds the model that is left. With `adapter` they are also
-    saved to its folder `adapter`, in float32, and proved on the parent. `metadata` holds pin, plan and
-    objective; the version is the parent's plus `updates`. Files are staged, loaded again and then
-    moved, logitcask.json last: a folder that has it is complete. Raises ModelError if the saved
-    model gives other logits.
+    saved to its folder `adapter`, in float32, and proved on the parent. `metadata` holds pin, plan
+    and objective; the version is the parent's plus `updates`. Files are staged, loaded again and
+    then moved, logitcask.json last: a folder that has it is complete. Raises ModelError if the
+    saved model gives other logits.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     exists = folder.is_dir()

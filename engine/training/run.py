@@ -4,15 +4,12 @@
 resumes, another run in the folder is refused, and the folder of a finished run is a model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import TrainingArguments
 
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
@@ -50,18 +47,14 @@ from logitcask.engine.training.run_dir.files import (
     TENSORBOARD,
     MetricsFile,
     check_same,
-    clear,
     finishing,
-    locked,
     read_run,
     writing,
 )
-from logitcask.engine.training.settings import (
-    choose_attention,
-    settings_record,
-    training_arguments,
-)
 from logitcask.engine.training.run_dir.open import RunDir
+from logitcask.engine.training.settings import (
+    settings_record,
+)
 from logitcask.engine.training.sharding import is_sharded, load_on_first, whole_student
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, Progress, no_progress

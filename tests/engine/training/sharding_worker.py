@@ -35,6 +35,7 @@ SETTINGS = Train(
     max_grad_norm=1e9,
     metrics_fraction=1.0,
     sharding="fsdp2",
+    gradient_checkpointing=True,
     num_train_epochs=2,
 )
 """Three updates."""
