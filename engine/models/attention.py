@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import groupby
 from types import CodeType
 from typing import Any
 
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
+
+from logitcask.engine.errors import ModelError
 
 PACKED = {"sdpa": "packed_sdpa", "eager": "packed_eager"}
 """Ordinary implementation -> ours on top of it."""
@@ -46,7 +49,9 @@ def _register() -> None:
 
 
 def use_packed(model: Any) -> bool:
-    """Switch a transformers model to our attention; False if it has none to switch."""
+    """Switch a transformers model to our attention; False if it cannot be switched."""
+    if getattr(model.config.get_text_config(), "compress_rates", None):
+        return False  # keys that stand for many tokens are appended to a row after its mask is made
     _register()
     before = attention_of(model)
     _switch(model, PACKED)
@@ -157,6 +162,12 @@ def _attention(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    if not row and attention_mask is None and options.get("cu_seq_lens_q") is not None:
+        raise ModelError(
+            f"{type(module).__name__} reads {key.shape[2]} keys for a pack of {query.shape[2]} "
+            "tokens",
+            hint="set train.attn_implementation to sdpa or eager",
+        )
     if not (causal and row and attention_mask is None):
         return run(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     window = options.get("sliding_window")
@@ -169,14 +180,20 @@ def _attention(
         out: Tensor = run(module, query, key, value, mask, **options)[0]
         return out
 
+    # A pack begins with its longest sequences, so those of one length are neighbours: one batch.
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+    sizes = [length * n for length, n in runs]
+    parts = zip(*(torch.split(x, sizes, 2) for x in (query, key, value)), strict=True)
     outs = []
-    for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True):
-        seen = min(window or q.shape[2], q.shape[2])
-        if ordinary == "sdpa" and seen == q.shape[2]:
-            outs.append(attend(q, k, v, None))
+    for (length, n), part in zip(runs, parts, strict=True):
+        q, k, v = (x.unflatten(2, (n, length)).squeeze(0).transpose(0, 1) for x in part)
+        seen = min(window or length, length)
+        if ordinary == "sdpa" and seen == length:
+            out = attend(q, k, v, None)
         else:
-            outs += _blocks(attend, q, k, v, seen, added=ordinary == "eager")
-    return torch.cat(outs, 1), None
+            out = torch.cat([*_blocks(attend, q, k, v, seen, added=ordinary == "eager")], 1)
+        outs.append(out.flatten(0, 1))
+    return torch.cat(outs)[None], None
 
 
 def _ordinary_mask(ordinary: str, query: Tensor, window: int | None) -> Tensor | None:
@@ -226,14 +243,14 @@ def _blocks(
     *,
     added: bool,
 ) -> Iterator[Tensor]:
-    """Yield the outputs [1, block, H, D] of one sequence, block by block of its queries.
+    """Yield the outputs [n, block, H, D] of n sequences of one length, by blocks of queries.
 
     window: keys that a query sees, itself included. added: the mask of a block is added to the
     scores, which then are in memory; the block is computed again in the backward pass, so that one
     at most is. Else the mask is True and False.
     """
     length = query.shape[2]
-    size = max(16, CELLS // (query.shape[1] * window)) if added else BLOCK
+    size = max(16, CELLS // (query.shape[:2].numel() * window)) if added else BLOCK
     again = added and length > size and torch.is_grad_enabled()
     keys, values = torch.split(key, size, 2), torch.split(value, size, 2)
     for i, part in enumerate(torch.split(query, size, 2)):

@@ -132,7 +132,8 @@ def lengths_of_change(config: Any) -> list[int]:
     """Return the sorted lengths beyond which the forward pass of a model changes."""
     fields = vars(config.get_text_config())
     values = [v for name, v in fields.items() if any(each in name for each in CHANGES)]
-    # Sparse attention by blocks (MiniMax M3).
+    # One key for many tokens (DeepSeek V4); sparse attention by blocks (MiniMax M3).
+    values += dict(fields.get("compress_rates") or {}).values()
     blocks, size = fields.get("index_topk_blocks"), fields.get("index_block_size")
     values += [blocks * size] if type(blocks) is int and type(size) is int else []
     # A window of a few tokens is passed by the short sequences already.
@@ -182,7 +183,8 @@ class _Check:
         scoring = scoring or self._first(lambda each: self._whole(each, packed=False), sets)
         if scoring:
             return CheckedPaths(scoring=scoring, sampling=scoring, packed=False, packing=scoring)
-        packing = self._first(lambda each: self._whole(each, packed=True), sets)
+        # The longest last, so that it does not begin where the row begins.
+        packing = self._first(lambda each: self._whole(each[::-1], packed=True), sets)
         prompts = [short, *[[self._ids(n - STEPS // 2, n), short[1]] for n in changes]]
         # LongRoPE recomputes a batch when it becomes long, which all of its sequences must do.
         padded = "two sets of rotary factors" if self.switch in changes else ""
@@ -255,7 +257,7 @@ class _Check:
             for hidden, ids in zip(found, sequences, strict=True)
         ]
         kind = "a pack of sequences" if packed else "a padded batch of sequences"
-        return self._reason(kind, pairs, sequences[0])
+        return self._reason(kind, pairs, max(sequences, key=len))
 
     def _cached(self, prompts: list[Tensor]) -> str:
         """Compare cached steps after prompts with whole sequences."""

@@ -293,6 +293,8 @@ def watched() -> Iterator[Seen]:
         return pack_loss(objective, states, head, targets, **options)
 
     def step(*_: Any) -> None:
+        if seen.student is None:
+            return  # the trial of the optimizer before anything is loaded
         for name, parameter in seen.student.named_parameters():
             if parameter.grad is not None:
                 seen.gradients[name] = parameter.grad.clone()
