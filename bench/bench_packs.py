@@ -6,10 +6,11 @@ Run: .venv/bin/python bench/bench_packs.py [--rounds N] [--tokens 1000,4000,8000
     padded   the same sequences padded on the right to one batch, by sdpa
     masked   the same row by sdpa with a mask over the whole pack, as transformers makes it
 
-Lengths are uniform (40 tokens) or mixed (log-uniform, 50 to 1,500). Models are random Qwen3: that of
-the demo's student, and one of width 512. A figure is the median of the CPU seconds of interleaved
-rounds, one thread, after a warm-up. Peak memory is that of the pass over the process before it, in
-a process of its own. A row per model, lengths and tokens is appended to bench/results/packs.jsonl.
+Lengths are uniform (40 tokens) or mixed (log-uniform, 50 to 1,500). Models are random Qwen3: that
+of the demo's student, and one of width 512. A figure is the median of the CPU seconds of
+interleaved rounds, one thread, after a warm-up. Peak memory is that of the pass over the process
+before it, in a process of its own. A row per model, lengths and tokens is appended to
+bench/results/packs.jsonl.
 """
 
 import argparse

@@ -35,6 +35,8 @@ PACKED = {"sdpa": "packed_sdpa", "eager": "packed_eager"}
 """Ordinary implementation -> ours on top of it."""
 BLOCK = 256
 """Queries at once where attention needs a mask."""
+LEAST = 16
+"""Queries at once at least."""
 CELLS = 1 << 24
 """Maximum number of scores of all heads that eager maths computes at once."""
 
@@ -158,7 +160,6 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the outputs [B, L, H, D] of query [B, H, L, D], key and value [B, H_kv, L, D]."""
-    run = _function(type(module), ordinary)
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
@@ -168,6 +169,7 @@ def _attention(
             "tokens",
             hint="set train.attn_implementation to sdpa or eager",
         )
+    run = _function(type(module), ordinary)
     if not (causal and row and attention_mask is None):
         return run(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     window = options.get("sliding_window")
@@ -250,7 +252,10 @@ def _blocks(
     at most is. Else the mask is True and False.
     """
     length = query.shape[2]
-    size = max(16, CELLS // (query.shape[:2].numel() * window)) if added else BLOCK
+    size = BLOCK if window < length else length
+    if added:
+        cells = query.shape[:2].numel() * min(length, window + BLOCK)
+        size = min(size, max(LEAST, CELLS // cells))
     again = added and length > size and torch.is_grad_enabled()
     keys, values = torch.split(key, size, 2), torch.split(value, size, 2)
     for i, part in enumerate(torch.split(query, size, 2)):
