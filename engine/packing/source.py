@@ -193,7 +193,11 @@ class PackSource:
         if self.bounded:
             parts = [{"q_entropy_hi": part["q_entropy"], **part} for part in parts]
         flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        ids = [part["input_ids"] for part in parts[:: len(weights)]]
+        every = [part["input_ids"] for part in parts]
+        # One teacher may have scored fewer positions, and its part then ends earlier.
+        ids = [
+            max(every[i : i + len(weights)], key=len) for i in range(0, len(every), len(weights))
+        ]
         tokens = [len(each) for each in ids]
         first = np.repeat(np.cumsum([0, *tokens[:-1]]), len(weights))
         rows = [len(part["token"]) for part in parts]

@@ -32,6 +32,8 @@ class Row:
     """The teacher's list."""
     draws: dict[int, int]
     """Ids that the student drew -> how often."""
+    later: tuple[float, ...] = ()
+    """log q - log old of the later sampled ids of the response."""
 
     def top(self, k: int) -> list[int]:
         """Return the scored ids of the current top-k, best first."""
@@ -97,6 +99,17 @@ def async_mc(row: Row) -> tuple[Tensor, Tensor]:
     return fixed.sum(), (fixed * row.p[ids]).sum()
 
 
+def minillm(row: Row) -> tuple[Tensor, Tensor]:
+    ids = ranking(row.old)[:16]
+    single = kl(row.p[ids].log_softmax(0), row.q[ids].log_softmax(0))
+    r = sum(row.later) / len(row.later) if row.later else 0.0
+    return single.detach() - r, single - r * row.p[row.y]
+
+
+def fixed_advantage(row: Row) -> tuple[Tensor, Tensor]:
+    return torch.ones((), dtype=torch.float64), row.p[row.y]
+
+
 FORMULAS: dict[str, Callable[[Row], tuple[Tensor, Tensor]]] = {
     "exopd": exopd,
     "vopd": vopd,
@@ -105,4 +118,6 @@ FORMULAS: dict[str, Callable[[Row], tuple[Tensor, Tensor]]] = {
     "veto": veto,
     "reopold": reopold,
     "async_mc": async_mc,
+    "minillm": minillm,
+    "fixed_advantage": fixed_advantage,
 }
