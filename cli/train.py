@@ -1,5 +1,6 @@
 """`logitcask train`: train a student from stored scores."""
 
+from dataclasses import asdict
 from typing import Any
 
 import rich_click as click
@@ -10,7 +11,7 @@ from logitcask.cli.options import (
     dry_run_option,
     format_option,
 )
-from logitcask.cli.output import print_event, print_result
+from logitcask.cli.output import print_event, print_result, print_table
 from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.toml import to_toml
@@ -29,9 +30,23 @@ from logitcask.engine.config.training import Eval, Lora, Train
         "run": ["out", "overwrite", "device", "dtype", "batch_tokens", "seed"],
     },
 )
+@click.option(
+    "--estimate",
+    is_flag=True,
+    help="Print the memory that a process needs, from config.json and the lengths of the rollouts, "
+    "and stop; no weights are read.",
+)
+@click.option(
+    "--world-size",
+    type=click.IntRange(min=1),
+    envvar="WORLD_SIZE",
+    default=1,
+    show_default=True,
+    help="Processes of a run for --estimate.",
+)
 @format_option
 @dry_run_option
-def train_command(form: str, dry_run: bool, **flags: Any) -> None:
+def train_command(form: str, dry_run: bool, estimate: bool, world_size: int, **flags: Any) -> None:
     """Train a student from stored scores, without a teacher.
 
     The run reads one snapshot of the store, so records that are added later change nothing. It
@@ -41,6 +56,16 @@ def train_command(form: str, dry_run: bool, **flags: Any) -> None:
     Example: logitcask train --model ./student --store ./store --objective overlap --out ./run
     """
     config = config_from_flags(TrainConfig, flags)
+    if estimate:
+        from logitcask.engine.commands.train import estimate_train
+        from logitcask.engine.training.memory.estimate import rows_of
+
+        found = estimate_train(config, world_size)
+        if form == "json":
+            print_result({**asdict(found), "peak": found.peak}, form)
+        else:
+            print_table(rows_of(found), form)
+        return
     if dry_run:
         from logitcask.engine.commands.prove import prove
 

@@ -16,6 +16,7 @@ from logitcask.engine.config.sections import Run, TrainConfig
 from logitcask.engine.config.training import Eval, Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import EventHandler
+from logitcask.engine.models.identity import read_config, resolve_model, vocabulary
 from logitcask.engine.objectives import PRESETS, Preset, parse_objective, warnings
 from logitcask.engine.objectives.parse import preset_hint
 from logitcask.engine.packing.teachers import Teachers
@@ -28,9 +29,10 @@ from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.store.inspect import choose, choose_teacher
 from logitcask.engine.training.evaluation.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.evaluation.responses import EvalPlan
+from logitcask.engine.training.memory.estimate import MemoryEstimate
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.settings import training_arguments
-from logitcask.engine.training.train import check, train
+from logitcask.engine.training.train import check, estimate, train
 from logitcask.engine.types import ModelRef, Progress, no_progress
 
 
@@ -79,6 +81,23 @@ def check_train(config: TrainConfig) -> None:
         hold_out(held, task["model"], task["objective"], config.train.pack_length)
 
 
+def estimate_train(config: TrainConfig, world_size: int) -> MemoryEstimate:
+    """Estimate the memory of `run_train` per process, of so many; reads no weights."""
+    store, snapshot, task = _train_task(config, weights=False)
+    path = resolve_model(config.student.model, config.student.revision, weights=False)
+    n_vocab, _ = vocabulary(path, read_config(path), load_tokenizer(path))
+    return estimate(
+        store,
+        **task,
+        path=path,
+        n_vocab=n_vocab,
+        lora=config.lora,
+        run=config.run,
+        snapshot=snapshot,
+        world_size=world_size,
+    )
+
+
 def scoring_seconds(config: TrainConfig) -> float | None:
     """Return the teacher's seconds for one pass over what `run_train` reads; None where the store
     does not record them for every unit.
@@ -93,8 +112,13 @@ def scoring_seconds(config: TrainConfig) -> float | None:
     return sum(recorded) if len(recorded) == len(took) else None
 
 
-def _train_task(config: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
-    """Return the store, its snapshot, and the arguments that `train` and `check` share."""
+def _train_task(
+    config: TrainConfig, *, weights: bool = True
+) -> tuple[Store, Snapshot, dict[str, Any]]:
+    """Return the store, its snapshot, and the arguments that `train` and `check` share.
+
+    weights: False = without the model, whose digest reads them.
+    """
     preset = find_objective(config.train)
     store = open_store(config.store.url)
     snapshot = (
@@ -107,8 +131,7 @@ def _train_task(config: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
     )
     bases = [n for n in snapshot.names("score") if snapshot.role(n) == "base"]
     base = config.train.base
-    task = {
-        "model": student_of(config.student, snapshot, config.store.rollouts),
+    task: dict[str, Any] = {
         "teacher": find_teachers(
             snapshot, config.train.teacher, config.train.teacher_field, where=where
         ),
@@ -118,6 +141,8 @@ def _train_task(config: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
         "objective": preset,
         "settings": config.train,
     }
+    if weights:
+        task["model"] = student_of(config.student, snapshot, config.store.rollouts)
     return store, snapshot, task
 
 

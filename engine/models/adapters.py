@@ -25,20 +25,35 @@ def with_adapters(
     layers that cannot have adapters, or that would be saved as something else than what was
     trained.
     """
+    ids = torch.arange(8)[None]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        try:
+            adapted = wrap(model, lora)
+            if check:
+                folded_head(model, pack_states(adapted.eval(), ids, ids, packed=packed))
+        except ConfigError:
+            raise
+        # peft wraps any linear layer, and some models read more of a layer than its output.
+        except Exception as error:
+            raise _refused(model, lora, error) from error
+    return adapted
+
+
+def wrap(model: Any, lora: Lora) -> nn.Module:
+    """Return the model with adapters that no forward pass has tried; see with_adapters."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError(
             f"lora r = {lora.r} needs the package peft", hint='pip install -e ".[lora]"'
         ) from error
-    ids = torch.arange(8)[None]
     ends = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     tied = ends["embeddings"] is not None and ends["embeddings"].weight is ends["head"].weight
     targets = lora.target_modules
-    with torch.random.fork_rng(), warnings.catch_warnings(), torch.no_grad():
-        # They concern peft's own settings; the forward below and the check at the save decide.
+    with warnings.catch_warnings():
+        # They concern peft's own settings; a forward pass and the check at the save decide.
         warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
         try:
             adapted: nn.Module = get_peft_model(
                 model,
@@ -54,18 +69,19 @@ def with_adapters(
                 ),
             )
             _check(adapted, lora, ends, tied=tied)
-            if check:
-                folded_head(model, pack_states(adapted.eval(), ids, ids, packed=packed))
-        # peft wraps any linear layer, and some models read more of a layer than its output.
-        except Exception as error:
-            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            shown = targets if isinstance(targets, str) else ",".join(targets)
-            raise ConfigError(
-                f"lora target_modules = {shown}: {type(model).__name__} does not run with these "
-                f"adapters: {cause}",
-                hint='name other layers, such as --lora-target-modules ".*(q|k|v|o)_proj"',
-            ) from error
+        except Exception as error:  # of any kind, see above
+            raise _refused(model, lora, error) from error
     return adapted
+
+
+def _refused(model: Any, lora: Lora, error: Exception) -> ConfigError:
+    targets = lora.target_modules
+    shown = targets if isinstance(targets, str) else ",".join(targets)
+    return ConfigError(
+        f"lora target_modules = {shown}: {type(model).__name__} does not run with these adapters: "
+        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        hint='name other layers, such as --lora-target-modules ".*(q|k|v|o)_proj"',
+    )
 
 
 def _check(adapted: Any, lora: Lora, ends: dict[str, Any], *, tied: bool) -> None:

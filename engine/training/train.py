@@ -1,6 +1,7 @@
 """Train a student on a snapshot of a store: one call, which resumes where it was interrupted."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from logitcask.engine.config.sections import Run
@@ -16,9 +17,11 @@ from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.cache_info import cache_info, first_snapshot
 from logitcask.engine.training.evaluation.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.evaluation.responses import EvalPlan
+from logitcask.engine.training.memory.estimate import MemoryEstimate, estimate_memory
+from logitcask.engine.training.memory.shapes import largest_pack, loss_shape
 from logitcask.engine.training.run import RunSpec, TrainReport, run_training
 from logitcask.engine.training.run_dir.open import open_run_dir
-from logitcask.engine.training.settings import updates_at_most
+from logitcask.engine.training.settings import training_arguments, updates_at_most
 from logitcask.engine.types import ModelRef, Progress, no_progress
 
 DEFAULTS, NO_LORA = Train(), Lora()
@@ -156,3 +159,47 @@ def _plan(
             hint="sample again with a larger --max-new-tokens",
         )
     return plan
+
+
+def estimate(
+    store: Store,
+    *,
+    path: Path,
+    n_vocab: int,
+    teacher: str,
+    rollouts: str,
+    objective: Objective | Preset,
+    settings: Train,
+    lora: Lora,
+    run: Run,
+    snapshot: Snapshot,
+    teacher_field: str | None = None,
+    base: str | None = None,
+    world_size: int = 1,
+) -> MemoryEstimate:
+    """Estimate the memory of `train` per process: decodes no unit, reads no weights.
+
+    path: folder of the student, of which config.json is read.
+    """
+    source = PackSource(
+        store,
+        snapshot,
+        rollouts,
+        teacher,
+        teacher_field=teacher_field,
+        base=base,
+        partial=settings.partial,
+    )
+    info = cache_info(None, source, settings.allow_off_lineage)
+    plan = _plan(source, rollouts, settings, run.seed, settings.pack_length)
+    plain = objective.objective if isinstance(objective, Preset) else objective
+    return estimate_memory(
+        path,
+        largest_pack(plan, source.lengths(), info.student_k + info.k_max),
+        loss_shape(plain, settings),
+        n_vocab=n_vocab,
+        args=training_arguments(settings, run),
+        lora=lora,
+        checkpointing=settings.gradient_checkpointing,
+        world_size=world_size,
+    )

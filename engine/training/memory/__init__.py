@@ -1,0 +1,1 @@
+"""Memory of a training run, estimated before anything is loaded."""

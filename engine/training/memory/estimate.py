@@ -1,0 +1,206 @@
+"""Estimate of the memory of a training run per process, before anything is loaded.
+
+The student is built without data from its config.json, and one update is computed on shapes alone,
+with the layers, the adapters, the checkpointing and the attention of the run. Every tensor that it
+makes is counted from its making to its end. The optimizer is measured on a small parameter. So no
+part is a formula by architecture; only what the kernels of the loss allocate is repeated, in fake.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import Trainer, TrainingArguments
+
+from logitcask.engine.config.training import Lora
+from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.models.forward import backbone, folded_head, inner_model
+from logitcask.engine.training.memory.fake import (
+    Live,
+    Loss,
+    fake_student,
+    pack_edges,
+)
+from logitcask.engine.training.memory.shapes import LossShape, PackShape
+from logitcask.kernels.linear_sparse_kl import default_chunk_rows
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEstimate:
+    """Bytes of one process; those of the interpreter and its libraries are not counted."""
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    moments: int
+    """State of the optimizer."""
+    buckets: int
+    """Copies of the gradients that DistributedDataParallel exchanges."""
+    activations: int
+    """Kept of the largest pack for its backward pass."""
+    logits: int
+    """One chunk of logits."""
+    head_gradient: int
+    """Dense gradient of the head, before it is added to that of the embeddings."""
+    copy: int
+    """Second copy of the weights: the saved model is loaded and compared."""
+    pack: int
+    """Tokens and targets of the largest pack, and of the next."""
+    peak_update: int
+    peak_optimizer: int
+    peak_save: int
+
+    @property
+    def peak(self) -> int:
+        """Return the bytes of the worst moment."""
+        return max(self.peak_update, self.peak_optimizer, self.peak_save)
+
+
+def estimate_memory(
+    path: Path,
+    pack: PackShape,
+    loss: LossShape,
+    *,
+    n_vocab: int,
+    args: TrainingArguments,
+    lora: Lora,
+    checkpointing: bool,
+    world_size: int = 1,
+) -> MemoryEstimate:
+    """Estimate the memory of a run on the student in `path`, from its config.json alone.
+
+    world_size: processes that train together. Raises ModelError for a student whose shapes depend
+    on data.
+    """
+    half = args.bf16 and not args.use_cpu
+    try:
+        with fake_student(path, lora, checkpointing) as model:
+            parameters = list(model.parameters())
+            trained = [p for p in parameters if p.requires_grad]
+            kept = _bytes([*parameters, *model.buffers()])
+            activations, update = _update(model, pack, loss, n_vocab, args, half=half)
+            head = inner_model(model).get_output_embeddings().weight
+            head_gradient = _bytes([head]) if head.requires_grad else 0
+            total, learned = (sum(p.numel() for p in x) for x in (parameters, trained))
+            largest = max(p.numel() for p in trained)
+            gradients = _bytes(trained)
+            read = pack.rows if loss.dense else int(pack.rows * loss.measured)
+            states = torch.empty(read, head.shape[1], dtype=torch.bfloat16 if half else None)
+            logits = min(read, default_chunk_rows(n_vocab, states)) * n_vocab * states.itemsize
+    except ConfigError:
+        raise
+    # Architectures raise what they want where they read values of tensors.
+    except Exception as error:
+        raise ModelError(
+            f"the memory of {path} cannot be estimated: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}",
+            hint="train with --max-steps 2, and read the peak in the report",
+        ) from error
+    state, extra = _optimizer_bytes(args)
+    # Targets: ids, four values of each, and their places; the next pack is made ahead.
+    tensors = 2 * pack.rows * (pack.ids * 32 + 64)
+    moments = int(state * learned)
+    buckets = gradients if world_size > 1 else 0
+    fixed = kept + moments + buckets + tensors
+    return MemoryEstimate(
+        parameters=total,
+        trained=learned,
+        weights=kept,
+        gradients=gradients,
+        moments=moments,
+        buckets=buckets,
+        activations=activations,
+        logits=logits,
+        head_gradient=head_gradient,
+        copy=kept,
+        pack=tensors,
+        peak_update=fixed + update,
+        peak_optimizer=fixed + gradients + extra(learned, largest),
+        peak_save=fixed + kept,
+    )
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of tensors, shared ones once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _update(
+    model: nn.Module,
+    pack: PackShape,
+    loss: LossShape,
+    n_vocab: int,
+    args: TrainingArguments,
+    *,
+    half: bool,
+) -> tuple[int, int]:
+    """Return (bytes kept for the backward pass, peak of an update with its gradients)."""
+    known = [*model.parameters(), *model.buffers()]
+    ids = torch.zeros(1, sum(pack.lengths), dtype=torch.int64)
+    edges = pack_edges(model, pack.lengths)
+    kept = 0
+    with Live(known) as live:
+        for _ in range(min(2, args.gradient_accumulation_steps)):
+            before = live.bytes
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                hidden = backbone(model)(input_ids=ids, use_cache=False, **edges)
+            hidden = hidden.last_hidden_state[0]
+            hidden, head = folded_head(model, hidden)
+            kept = max(kept, live.bytes - before)
+            if half:
+                hidden = hidden.to(torch.bfloat16)
+            value: Tensor = Loss.apply(hidden[: pack.rows], head, n_vocab, loss)  # type: ignore[no-untyped-call]
+            del hidden, head
+            value.backward()  # type: ignore[no-untyped-call]
+            del value
+    return kept, live.peak
+
+
+def _optimizer_bytes(args: TrainingArguments) -> tuple[float, Callable[[int, int], int]]:
+    """Return (bytes of state per trained number, f: numbers, largest parameter -> bytes of a step).
+
+    Measured on one parameter and on four: a step over all at once takes memory for all.
+    """
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    side = 512
+    size = side * side
+    steps = []
+    state = 0.0
+    for count in (1, 4):
+        trial = [nn.Parameter(torch.zeros(side, side, device=args.device)) for _ in range(count)]
+        optimizer = kind(trial, **options)
+        for _ in range(2):
+            for each in trial:
+                each.grad = torch.ones_like(each)
+            tensors = _state(optimizer)
+            grads = [each.grad for each in trial if each.grad is not None]
+            with Live([*trial, *grads, *tensors]) as live:
+                optimizer.step()
+        steps.append(live.peak / size)
+        tensors = [
+            t for s in optimizer.state.values() for t in tree_leaves(s) if torch.is_tensor(t)
+        ]
+        state = _bytes(tensors) / (count * size)
+    at_once = steps[1] > 2 * steps[0]
+    return state, lambda numbers, largest: int(steps[0] * (numbers if at_once else largest))
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor)]
+
+
+def rows_of(estimate: MemoryEstimate) -> list[Mapping[str, Any]]:
+    """Return the table of an estimate: part, bytes and GiB."""
+    names = [each.name for each in fields(estimate) if each.name not in ("parameters", "trained")]
+    return [
+        {"part": name.replace("_", " "), "bytes": value, "GiB": round(value / GIB, 3)}
+        for name in [*names, "peak"]
+        for value in [getattr(estimate, name)]
+    ]
