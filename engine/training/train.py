@@ -198,8 +198,13 @@ def estimate(
         largest_pack(plan, source.lengths(), info.student_k + info.k_max),
         loss_shape(plain, settings),
         n_vocab=n_vocab,
-        args=training_arguments(settings, run),
+        # Its arguments alone: this process is not one of those of the run.
+        args=training_arguments(
+            settings.model_copy(update={"sharding": "none", "cpu_offload": False}), run
+        ),
         lora=lora,
         checkpointing=settings.gradient_checkpointing,
         world_size=world_size,
+        sharded=settings.sharding != "none",
+        offloaded=settings.cpu_offload,
     )

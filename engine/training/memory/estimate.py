@@ -8,6 +8,7 @@ part is a formula by architecture; only what the kernels of the loss allocate is
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class MemoryEstimate:
     gradients: int
     moments: int
     """State of the optimizer."""
+    gathered: int
+    """Whole weights of two layers and of the head, where shards are gathered for their use."""
     buckets: int
     """Copies of the gradients that DistributedDataParallel exchanges."""
     activations: int
@@ -73,20 +76,24 @@ def estimate_memory(
     lora: Lora,
     checkpointing: bool,
     world_size: int = 1,
+    sharded: bool = False,
+    offloaded: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of a run on the student in `path`, from its config.json alone.
 
-    world_size: processes that train together. Raises ModelError for a student whose shapes depend
-    on data.
+    world_size: processes that train together; sharded: by FSDP2; offloaded: their shards are on the
+    CPU. Raises ModelError for a student whose shapes depend on data.
     """
+    parts = world_size if sharded else 1
     half = args.bf16 and not args.use_cpu
     try:
         with fake_student(path, lora, checkpointing) as model:
             parameters = list(model.parameters())
             trained = [p for p in parameters if p.requires_grad]
             kept = _bytes([*parameters, *model.buffers()])
-            activations, update = _update(model, pack, loss, n_vocab, args, half=half)
+            activations, update = _update(model, pack, loss, n_vocab, args, half=half, parts=parts)
             head = inner_model(model).get_output_embeddings().weight
+            gathered = _gathered(model, head) if parts > 1 else 0
             head_gradient = _bytes([head]) if head.requires_grad else 0
             total, learned = (sum(p.numel() for p in x) for x in (parameters, trained))
             largest = max(p.numel() for p in trained)
@@ -106,23 +113,28 @@ def estimate_memory(
     state, extra = _optimizer_bytes(args)
     # Targets: ids, four values of each, and their places; the next pack is made ahead.
     tensors = 2 * pack.rows * (pack.ids * 32 + 64)
-    moments = int(state * learned)
-    buckets = gradients if world_size > 1 else 0
-    fixed = kept + moments + buckets + tensors
+    # Targets: ids, four values of each, and their places; the next pack is made ahead.
+    tensors = 2 * pack.rows * (pack.ids * 32 + 64)
+    weights, gradients = kept // parts, gradients // parts
+    moments = int(state * learned) // parts
+    buckets = gradients if world_size > 1 and not sharded else 0
+    here = 0 if offloaded and not args.use_cpu else weights + moments
+    fixed = here + buckets + tensors
     return MemoryEstimate(
         parameters=total,
         trained=learned,
-        weights=kept,
+        weights=weights,
         gradients=gradients,
         moments=moments,
+        gathered=gathered,
         buckets=buckets,
         activations=activations,
         logits=logits,
         head_gradient=head_gradient,
         copy=kept,
         pack=tensors,
-        peak_update=fixed + update,
-        peak_optimizer=fixed + gradients + extra(learned, largest),
+        peak_update=fixed + gathered + update,
+        peak_optimizer=fixed + gradients + extra(learned, largest) // parts,
         peak_save=fixed + kept,
     )
 
@@ -140,8 +152,16 @@ def _update(
     args: TrainingArguments,
     *,
     half: bool,
+    parts: int,
 ) -> tuple[int, int]:
-    """Return (bytes kept for the backward pass, peak of an update with its gradients)."""
+    """Return (bytes kept for the backward pass, peak of an update with its gradients).
+
+    parts: shards of each gradient, of which one stays.
+    """
+    for p in model.parameters() if parts > 1 else ():
+        if p.requires_grad:
+            hooked: Any = p
+            hooked.register_post_accumulate_grad_hook(partial(_shard_gradient, parts, {}))
     known = [*model.parameters(), *model.buffers()]
     ids = torch.zeros(1, sum(pack.lengths), dtype=torch.int64)
     edges = pack_edges(model, pack.lengths)
@@ -161,6 +181,19 @@ def _update(
             value.backward()  # type: ignore[no-untyped-call]
             del value
     return kept, live.peak
+
+
+def _shard_gradient(parts: int, kept: dict[str, Tensor], parameter: Tensor) -> None:
+    """Keep a part of the gradient that a parameter has just got."""
+    kept["shard"] = parameter.new_empty(-(-parameter.numel() // parts))
+    parameter.grad = None
+
+
+def _gathered(model: nn.Module, head: Tensor) -> int:
+    """Return the bytes of the two largest layers, one of which comes early, and of the head."""
+    names = set(getattr(inner_model(model), "_no_split_modules", None) or ())
+    layers = [_bytes(list(m.parameters())) for m in model.modules() if type(m).__name__ in names]
+    return sum(sorted(layers)[-2:]) + _bytes([head])
 
 
 def _optimizer_bytes(args: TrainingArguments) -> tuple[float, Callable[[int, int], int]]:

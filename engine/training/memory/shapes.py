@@ -26,7 +26,7 @@ class PackShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossShape:
-    """What the loss of an objective computes of the vocabulary."""
+    """Passes of an objective's loss over the vocabulary."""
 
     dense: bool
     """True where the gradient of the head is a product with the logits of all ids."""

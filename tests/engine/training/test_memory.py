@@ -38,15 +38,17 @@ def estimate(
         tie_word_embeddings=tie,
     ).save_pretrained(tmp_path)
     settings = Train(**train)
+    plain = settings.model_copy(update={"sharding": "none"})
     return estimate_memory(
         tmp_path,
         PackShape(lengths=LENGTHS, rows=TOKENS // 2, ids=80),
         LossShape(dense=True, measured=1.0),
         n_vocab=VOCAB,
-        args=training_arguments(settings, Run(out=tmp_path / "out", device="cpu")),
+        args=training_arguments(plain, Run(out=tmp_path / "out", device="cpu")),
         lora=lora or Lora(),
         checkpointing=settings.gradient_checkpointing,
         world_size=world,
+        sharded=settings.sharding == "fsdp2",
     )
 
 
@@ -80,7 +82,7 @@ def test_moments_are_those_of_the_optimizer(optim: str, per_number: float, tmp_p
 
 
 def test_activations_grow_by_layers_and_tokens_and_go_with_checkpointing(tmp_path: Path) -> None:
-    """A layer keeps its inputs and those of its products; checkpointed, its input alone."""
+    """Count the inputs of each product in a layer; only its own input when it is checkpointed."""
     whole, again = estimate(tmp_path), estimate(tmp_path, gradient_checkpointing=True)
     state = 4 * TOKENS * WIDTH  # one tensor of hidden states
     kept_of_layer = whole.activations / LAYERS / state
@@ -111,6 +113,18 @@ def test_processes_hold_copies_of_the_gradients(tmp_path: Path) -> None:
     table = {str(row["part"]): row["bytes"] for row in rows_of(two)}
     assert table["peak"] == two.peak
     assert table["head gradient"] == two.head_gradient
+
+
+def test_shards_divide_weights_gradients_and_moments(tmp_path: Path) -> None:
+    alone, four = estimate(tmp_path), estimate(tmp_path, world=4, sharding="fsdp2")
+    for part in ("weights", "gradients", "moments"):
+        assert getattr(four, part) == pytest.approx(getattr(alone, part) / 4, rel=0.01), part
+    assert (four.buckets, four.activations) == (0, alone.activations)
+    layer = 4 * (4 * WIDTH**2 + 3 * WIDTH * INNER + 2 * WIDTH)
+    assert four.gathered == pytest.approx(2 * layer + four.head_gradient, rel=0.02)
+    assert four.peak_update < alone.peak_update - alone.gradients // 2
+    whole = four.gathered + four.activations + four.logits
+    assert four.peak_update > four.weights + four.moments + whole
 
 
 def test_a_student_that_reads_values_of_tensors_is_refused(tmp_path: Path) -> None:
