@@ -1,5 +1,6 @@
 """`rollout --grader`: stored rewards, their output, and errors of graders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,17 @@ def test_a_store_without_rewards_has_no_mean_reward(world: World, call: Any) -> 
 def test_distill_grades_each_round(world: World, call: Any) -> None:
     store, out = world.new("store"), world.new("out")
     loop = f"distill @d.toml --set store.url={world.at(store)} --set run.out={world.at(out)}"
-    assert call(f"{loop} --set rollout.grader=our_grading:even").code == 0
+    # Refused before a model is loaded: no grader, or one response per prompt.
+    loop += " --set train.objective=opd+reward"
+    call(loop).assert_error(1, "these rollouts have none", "--grader exact")
+    loop += " --set rollout.grader=our_grading:even"
+    call(f"{loop} --set rollout.n=1").assert_error(1, "1 response per prompt", "--n 4")
+    report = call(loop)
+    assert report.code == 0
+    assert "reward: one draw per position, unbiased for the mean reward" in report.err
+    lines = (world.at(out) / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert line["loss"] == pytest.approx(line["loss/distill"] + line["loss/reward"], abs=1e-6)
     opened = open_store(world.at(store))
     source = PackSource(opened, opened.head(), "main", "big")
     assert len(source.pairs) == 2
@@ -64,7 +75,8 @@ def test_distill_grades_each_round(world: World, call: Any) -> None:
         found = source.pack(np.asarray([[ordinal, 1]])).targets.reward
         assert found is not None
         assert set(found.tolist()) == {float(reward[1])}
-    call(loop).assert_error(1, "prompts", "set store.rollouts and run.out to new names")
+    other = loop.replace("our_grading:even", "our_grading:never")
+    call(other).assert_error(1, "prompts", "set store.rollouts and run.out to new names")
 
 
 def test_an_estimate_counts_the_bytes_of_rewards(call: Any) -> None:

@@ -34,7 +34,7 @@ class Stepwise(Modifier):
 
     d is the mean |log b - log q| of a step's sampled ids, b the behaviour policy (SOD, arXiv
     2605.07725; its product of ratios telescopes). A store has no step boundaries: a step is
-    `tokens` response tokens. The advantage of the outcome reward is left out.
+    `tokens` response tokens. `+ reward` adds the advantage of the outcome.
     """
 
     name: ClassVar[str] = "stepwise"
