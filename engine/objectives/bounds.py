@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.config.training import Train
-from logitcask.engine.objectives.modifiers import Importance
+from logitcask.engine.objectives.modifiers import Importance, Reward
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.supports import CURRENT_SUPPORTS, LossTerms
 
@@ -44,10 +44,23 @@ def bounded_metric(objective: Objective) -> str | None:
     """Return the metric that shows the staleness of this objective, None if it has none."""
     if objective.support in CURRENT_SUPPORTS or objective.support == "student":
         return COVERAGE
-    corrected = any(isinstance(modifier, Importance) for modifier in objective.modifiers)
-    if objective.support in ("sampled", "mc") and not corrected:
+    if _draws_drift(objective):
         return DRIFT
     return None if all(term.corrected for term in objective.terms) else DRIFT
+
+
+def _draws_drift(objective: Objective) -> bool:
+    """Return whether the objective, without its terms, takes old draws for those of the student."""
+    corrected = any(isinstance(modifier, Importance) for modifier in objective.modifiers)
+    return objective.support in ("sampled", "mc") and not corrected
+
+
+def _correction(objective: Objective) -> str:
+    """Return the text on what else helps against drift."""
+    if _draws_drift(objective):
+        return ", or add +importance to the objective"
+    rewards = [term for term in objective.terms if isinstance(term, Reward)]
+    return ", or use reward(importance=true)" if rewards else ""
 
 
 def skips(objective: Objective, bounds: Bounds) -> bool:
@@ -105,7 +118,7 @@ def warnings(objective: Objective, metrics: Mapping[str, float | None]) -> list[
     if name == DRIFT and value is not None and value > DRIFT_WARN:
         found.append(
             f"{DRIFT} = {value:.3f} nats: over {DRIFT_WARN} the drawn ids are no longer draws of "
-            "this student; sample and score again, or add +importance to the objective"
+            f"this student; sample and score again{_correction(objective)}"
         )
     if skipped := metrics.get(SKIPPED):
         found.append(

@@ -22,6 +22,7 @@ from logitcask.engine.objectives import (
     parse_objective,
     row_objective,
     served,
+    warnings,
 )
 from logitcask.engine.objectives.bounds import bounded_metric
 from logitcask.engine.objectives.evaluate import is_renormalised, part_names
@@ -387,6 +388,23 @@ def test_labels(name: str, label: str, metric: str | None, estimator: str) -> No
     assert ("biased: off policy (age 7)" in old) == (not corrected)
     other = check_exactness(preset.objective, replace(CACHE, same_base_weights=False, **OFF))
     assert ("supervised fine-tuning" in other.estimator) == ("+ce" in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("sampled_token+reward", "sample and score again, or add +importance to the objective"),
+        ("forward_kl+reward", "sample and score again, or use reward(importance=true)"),
+        ("teacher_topk+return_to_go", "sample and score again"),
+        ("forward_kl+reward(importance=true)", ""),
+        ("forward_kl+ce", ""),
+    ],
+)
+def test_a_warning_of_drift_names_a_correction_that_the_objective_takes(
+    name: str, hint: str
+) -> None:
+    found = warnings(parse_objective(name).objective, {"cache/approx_kl": 0.3})
+    assert [line.partition("student; ")[2] for line in found] == ([hint] if hint else [])
 
 
 OFF = {"allow_off_lineage": True}
