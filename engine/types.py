@@ -33,6 +33,9 @@ MC_IDS = "mc"
 """Name of the student's Monte Carlo ids in a request for extra ids."""
 
 
+ALL_POSITIONS = "all"
+"""Request for the scores of every position."""
+
 BATCH_TOKENS = 16384
 """Default tokens of one batch when sampling or scoring."""
 PACK_LENGTH = 16384
@@ -279,6 +282,8 @@ class CachedScores:
     entropy_hi: Array | None = None
     """[P] float32, upper bound of the entropy, nats, for a server that returns top-k ids only;
     None where `entropy` is exact."""
+    scored: Array | None = None
+    """[P] bool, rows with a score; the others have no id, and 0 for every value. None = all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

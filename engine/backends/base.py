@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.types import (
+    Array,
     IdLists,
     Progress,
     Prompt,
@@ -54,7 +55,7 @@ class Scorer(Protocol):
         "top": its best ids; "at_ids": log-probs at chosen ids; "drawn": ids drawn from its
         distribution; "entropy" and "tail": exact; "bounds": bounds of the entropy, and a tail that
         is 1 - the returned mass, in place of both; "logits": all logits of a row
-        (`scoring.row_logits`).
+        (`scoring.row_logits`); "rows": some rows alone (RowScorer).
         """
 
     def score(
@@ -74,6 +75,24 @@ class Scorer(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Return the same as `Sampler.describe`."""
+
+
+class RowScorer(Scorer, Protocol):
+    """A scorer that scores some rows alone."""
+
+    def score(
+        self,
+        rollouts: Rollouts,
+        request: ScoreParams,
+        extra_ids: IdLists | None = None,
+        *,
+        rows: Array | None = None,
+        progress: Progress = no_progress,
+    ) -> Scores:
+        """Score the rollouts as a Scorer, at the marked rows [P] bool; None = all.
+
+        The other rows have no kept id, and undefined values.
+        """
 
 
 class RemoteScorer(Scorer, Protocol):

@@ -34,6 +34,7 @@ from logitcask.engine.models.load import load_model, paths_of, set_paths
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.types import (
     BATCH_TOKENS,
+    Array,
     Detail,
     IdLists,
     ModelRef,
@@ -52,7 +53,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class HF:
     """A causal model of transformers as Sampler and Scorer. Not safe for use by several threads."""
 
-    capabilities = frozenset({"top", "at_ids", "drawn", "entropy", "tail", "logits"})
+    capabilities = frozenset({"top", "at_ids", "drawn", "entropy", "tail", "logits", "rows"})
 
     def __init__(
         self,
@@ -216,9 +217,10 @@ class HF:
         request: ScoreParams,
         extra_ids: IdLists | None = None,
         *,
+        rows: Array | None = None,
         progress: Progress = no_progress,
     ) -> Scores:
-        """Score rollouts as `base.Scorer.score`.
+        """Score rollouts as `base.RowScorer.score`.
 
         Without extra ids log_tail is the mass outside the kept entries. Raises IdentityError for
         ids that this model does not have, ModelError for sequences beyond its context, ConfigError
@@ -236,6 +238,7 @@ class HF:
                 request,
                 extra_ids,
                 batch_tokens=self.batch_tokens,
+                rows=rows,
                 progress=progress,
             )
 

@@ -330,29 +330,34 @@ def score_rollouts(
     extra_ids: IdLists | None,
     *,
     batch_tokens: int,
+    rows: Array | None = None,
     progress: Progress = no_progress,
 ) -> Scores:
-    """Score the rollouts with a network (sampling.Network)."""
+    """Score the rollouts with a network (sampling.Network), at the marked rows [P] or all."""
     builder, done = ScoreBuilder(rollouts, request, extra_ids), 0
-    for rows, logits in row_logits(net, rollouts, batch_tokens=batch_tokens):
-        builder.write(rows, logits)
-        done += len(rows)
-        progress("score", done, rollouts.positions)
+    total = rollouts.positions if rows is None else int(rows.sum())
+    for part, logits in row_logits(net, rollouts, batch_tokens=batch_tokens, only=rows):
+        builder.write(part, logits)
+        done += len(part)
+        progress("score", done, total)
     return builder.scores()
 
 
 @torch.no_grad()
 def row_logits(
-    net: Any, rollouts: Rollouts, *, batch_tokens: int
+    net: Any, rollouts: Rollouts, *, batch_tokens: int, only: Array | None = None
 ) -> Iterator[tuple[Array, Tensor]]:
     """Yield (rows [R], their logits [R, n_vocab] float32), each row once; one forward pass a batch,
-    response rows only. The order depends on lengths and batch_tokens, not on the network.
+    response rows only, or those that `only` [P] bool marks. The order depends on lengths and
+    batch_tokens, not on the network.
     """
     pieces = pieces_of(rollouts, net.switch)
     lengths = [piece.length for piece in pieces]
     sides = [int(length > net.switch) for length in lengths]
     for batch in budget_batches(lengths, batch_tokens, sides):
         ids, mask, places, rows = response_rows(rollouts, [pieces[i] for i in batch])
+        if only is not None:
+            places, rows = places[only[rows]], rows[only[rows]]
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         hidden = net.hidden(ids.to(net.device), mask.to(net.device), positions.to(net.device), None)
         hidden = hidden.flatten(0, 1)[torch.from_numpy(places).to(net.device)]  # [R, D]

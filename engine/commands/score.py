@@ -62,6 +62,7 @@ def score_request(
             role=config.score.teacher_kind,
             context=context,
             extra_ids=config.score.extra_ids or None,
+            positions=config.score.positions,
             profile=config.store.profile,
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,

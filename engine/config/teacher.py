@@ -1,12 +1,13 @@
 """Sections of teachers, of their scores, and of the workers."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from logitcask.engine.config.section import NAME, Name, Positive, Section, Share
-from logitcask.engine.types import ScoreParams
+from logitcask.engine.types import ALL_POSITIONS, ScoreParams
 
 
 class Teacher(Section):
@@ -117,6 +118,12 @@ class Score(Section):
         "that the student drew (rollout --mc-draws), kept in float32; NAME = the top ids of these "
         "other scores in the store, for example of a later student.",
     )
+    positions: str = Field(
+        ALL_POSITIONS,
+        description="Response positions that get a score: all; first:N of each response; every:N, "
+        "its first and then each N-th; entropy-top:SHARE, those of the largest entropy of the "
+        "student in a segment, as 0.2. The others have no loss; a later call with all adds them.",
+    )
     foreign_eos: Literal["refuse", "keep"] = Field(
         "refuse",
         description="Responses that end in a stop token that the teacher does not use: refuse; or "
@@ -162,6 +169,23 @@ class Score(Section):
         if extra_ids and info.data.get("selection") == "sampled":
             raise ValueError("must be left out with selection = sampled: draws are not added to")
         return extra_ids
+
+    @field_validator("positions")
+    @classmethod
+    def _is_a_choice(cls, positions: str, info: ValidationInfo) -> str:
+        kind, _, value = positions.partition(":")
+        if kind == "entropy-top" and re.fullmatch(r"[01]?\.?[0-9]{1,9}", value):
+            share = float(value)
+            chosen = f"{kind}:{share:g}" if 0 < share <= 1 else ""
+        elif kind in ("first", "every") and re.fullmatch(r"[1-9][0-9]{0,8}", value):
+            chosen = ALL_POSITIONS if positions == "every:1" else positions
+        else:
+            chosen = positions if positions == ALL_POSITIONS else ""
+        if not chosen:
+            raise ValueError("must be all, first:N, every:N or entropy-top:SHARE, as first:100")
+        if chosen != ALL_POSITIONS and info.data.get("extra_ids"):
+            raise ValueError("must be all with extra_ids, which extend the scores of all positions")
+        return chosen
 
     @field_validator("teacher_topk_max")
     @classmethod

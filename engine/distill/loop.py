@@ -39,6 +39,7 @@ from logitcask.engine.training.run_dir.files import check_same, read_run
 from logitcask.engine.training.run_dir.open import open_run_dir
 from logitcask.engine.training.settings import settings_record, updates_at_most
 from logitcask.engine.types import (
+    ALL_POSITIONS,
     MC_IDS,
     ModelRef,
     Progress,
@@ -122,6 +123,7 @@ def _run_loop(
             "pack_length": pack_length(config.train),
         }
     )
+    partial = config.score.positions != ALL_POSITIONS
     identity = {
         "rollouts": config.store.rollouts,
         "prompts": prompt_set_digest(
@@ -139,6 +141,7 @@ def _run_loop(
         "teacher_name": config.teacher.name,
         "request": asdict(params),
         **({"at": config.score.extra_ids} if config.score.extra_ids else {}),
+        **({"positions": config.score.positions} if partial else {}),
         "loop": loop.model_dump(),
     }
     # Rounds of two runs under one name would mix students that share only their version numbers.
@@ -211,6 +214,7 @@ def _exactness(
             rewards=config.rollout.grader != "",
             samples=config.rollout.n,
             entropy_bounds=bounds,
+            scored="" if config.score.positions == ALL_POSITIONS else config.score.positions,
         ),
     )
 

@@ -84,6 +84,7 @@ class OnPolicyRows:
                 rollouts_name=self.config.store.rollouts,
                 params=self.params,
                 extra_ids=self.config.score.extra_ids or None,
+                positions=self.config.score.positions,
                 profile=self.config.store.profile,
                 eos_rows=self.config.score.foreign_eos,
                 shared=self.teacher.shared,

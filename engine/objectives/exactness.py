@@ -12,7 +12,10 @@ from logitcask.engine.objectives.modifiers import (
     CrossEntropy,
     EntropyGate,
     FixedAdvantage,
+    Prune,
+    ReturnToGo,
     Reward,
+    Stepwise,
 )
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import FULL_VOCAB_K, Preset
@@ -55,6 +58,11 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
         notes.append(
             "The student's chat template renders these prompts differently; it is trained on the "
             "stored prompts."
+        )
+    if cache.scored:
+        _check_positions(objective, cache)
+        notes.append(
+            f"The cache serves {cache.scored}: the others have no loss and are in no metric."
         )
     if cache.entropy_bounds:
         notes.append(
@@ -111,6 +119,17 @@ def _check_draws(objective: Objective, cache: CacheInfo) -> None:
             "--extra-ids mc, or train with --objective "
             "sampled_token",
         )
+
+
+def _check_positions(objective: Objective, cache: CacheInfo) -> None:
+    """Raise ObjectiveError for a modifier that looks at other positions of a response."""
+    for modifier in objective.modifiers:
+        if isinstance(modifier, Prune | Stepwise | ReturnToGo):
+            raise ObjectiveError(
+                f"modifier {modifier.name!r} looks at all positions of a response, and the "
+                f"teacher has scored {cache.scored}",
+                hint="repeat `logitcask score` with --positions all, which adds the others",
+            )
 
 
 def _check_rewards(objective: Objective, cache: CacheInfo) -> None:

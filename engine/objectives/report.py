@@ -60,6 +60,8 @@ class CacheInfo:
     """The rollouts have rewards."""
     samples: int = 0
     """Responses to each prompt."""
+    scored: str = ""
+    """Positions that have a score, as text, where it is not all of them."""
     entropy_bounds: bool = False
     """The teacher returned only top-k log-probs: its entropy is an interval, its tail 1 - sum."""
 

@@ -30,7 +30,9 @@ from logitcask.engine.packing.teachers import Teachers
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
 from logitcask.engine.store.decoded_unit import DecodedUnit, dtypes_of, is_bounded, size_of
+from logitcask.engine.store.format.rows import last_marked
 from logitcask.engine.store.format.schema import SAMPLED
+from logitcask.engine.store.log.snapshot import are_partial
 from logitcask.engine.types import Array
 
 
@@ -144,20 +146,42 @@ class PackSource:
     def lengths(self) -> list[Lengths]:
         """Return the lengths of every unit, by the ordinals of a plan."""
         found = []
-        for indices in self._ranges:
+        for ordinal, indices in enumerate(self._ranges):
             segment = self.pairs[indices[0]][0]
             extent = self._store.read_extent(segment)
+            reach = np.stack([self._reach(i, extent.response) for i in indices])
+            if self.teachers.mixed:
+                response = reach.max(0)
+            else:
+                of_sequence = self._pair_of[ordinal] - indices.start
+                response = reach[of_sequence, np.arange(len(of_sequence))]
             found.append(
                 Lengths(
                     seg_id=segment.seg_id,
                     prompt_ids=extent.prompt_ids,
                     seq_prompt=extent.seq_prompt,
                     prompt=extent.prompt[extent.seq_prompt],
-                    response=extent.response,
+                    response=response,
                     size_bytes=sum(size_of(*self.pairs[i], self._bases[i]) for i in indices),
                 )
             )
         return found
+
+    def _reach(self, index: int, lengths: Array) -> Array:
+        """Return [N] the response tokens of each sequence that pair `index` has rows of."""
+        chains = [each for each in (self.pairs[index][1], self._bases[index]) if each]
+        marks = [self._store.read_marks(each) for each in chains]
+        known = [each for each in marks if each is not None]
+        return last_marked(np.logical_and.reduce(known), lengths) if known else lengths
+
+    def coverage(self) -> str:
+        """Return the share of the positions that have a score, as text; empty = all."""
+        chains = [scores for _, scores in self.pairs] + [base for base in self._bases if base]
+        if not any(map(are_partial, chains)):
+            return ""
+        scored = sum(each.rows for _, scores in self.pairs for each in scores)
+        total = sum(segment.counts["P"] for segment, _ in self.pairs)
+        return f"{100 * scored / max(1, total):.3g} % of the positions"
 
     def plan(
         self, *, seed: int, epochs: int, pack_length: int | None, window_bytes: int = WINDOW_BYTES
@@ -258,7 +282,7 @@ class PackSource:
 
     def _check_same_kind(self) -> None:
         """Raise ConfigError if one teacher's scores are its draws and another's its top ids."""
-        if len({scores[0].layout == SAMPLED for _, scores in self.pairs}) > 1:
+        if len({scores[0].layout.startswith(SAMPLED) for _, scores in self.pairs}) > 1:
             raise ConfigError(
                 f"--teacher {self.teachers}: the scores of one are drawn ids, of another top ids",
                 hint="name teachers that were scored with the same --selection",

@@ -17,8 +17,10 @@ from logitcask.engine.events import peak_memory
 from logitcask.engine.score.unit import ScoreRequest, ScoreUnit, run_score_unit, unit_key
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot
 from logitcask.engine.store.format.schema import specs
+from logitcask.engine.store.log.snapshot import are_partial
 from logitcask.engine.teachers.checks import check_identity, other_dtypes
 from logitcask.engine.types import (
+    ALL_POSITIONS,
     MC_IDS,
     NO_DETAIL,
     Detail,
@@ -150,10 +152,15 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
         if key not in done
         and not (request.extra_ids is None and _covers(there.get(segment.seg_id), params))
     }
-    if (
-        any(unit.score_segments for unit in missing.values())
-        and "at_ids" not in request.scorer.capabilities
-    ):
+    extended = [unit.score_segments for unit in missing.values() if unit.score_segments]
+    for each in extended:
+        _check_rows(request, each)
+    if any(map(are_partial, (at_scores or {}).values())):
+        raise ConfigError(
+            f"extra_ids = {request.extra_ids}: these scores are of some positions only",
+            hint="score the other positions with that model first: --positions all",
+        )
+    if not all(map(are_partial, extended)) and "at_ids" not in request.scorer.capabilities:
         raise ConfigError(
             f"scores of {name!r} are stored for a smaller request, and this teacher cannot score "
             "chosen ids, so they cannot be extended",
@@ -162,8 +169,29 @@ def plan_scores(request: ScoreRequest, snapshot: Snapshot, *, growing: bool = Fa
     return ScorePlan(total=len(units), missing=missing, provenance=provenance, notes=tuple(notes))
 
 
+def _check_rows(request: ScoreRequest, stored: ScoreSegments) -> None:
+    """Raise ConfigError unless the request adds positions alone, or ids at all positions."""
+    name = request.teacher_name
+    if not are_partial(stored):
+        if request.positions != ALL_POSITIONS:
+            raise ConfigError(
+                f"positions = {request.positions}: {name!r} has scores of all, of fewer ids",
+                hint="leave --positions out, or score under another name",
+            )
+        return
+    recorded = {_recorded(each) for each in stored}
+    if request.extra_ids is not None or recorded != {request.params}:
+        raise ConfigError(
+            f"{name!r} has scores of some positions, made with {', '.join(map(str, recorded))}",
+            hint="add the other positions first, with the flags of these scores and --positions "
+            "all; or score under another name",
+        )
+
+
 def _covers(stored_in: ScoreSegments | None, params: ScoreParams) -> bool:
     """Return True where these segments hold at least the entries of this request."""
+    if stored_in and are_partial(stored_in):
+        return False
     stored = [_recorded(each) for each in stored_in or ()]
     if any(each.entry_kind == "sampled" for each in (params, *stored)):
         return False

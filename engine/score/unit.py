@@ -11,14 +11,18 @@ from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import PromptError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.score.extra_ids import with_known, without_extra
+from logitcask.engine.score.positions import chosen_rows, score_rows
 from logitcask.engine.store import ScoreSegments, Segment, Store
 from logitcask.engine.store.extend import request_ids, union
 from logitcask.engine.store.format.layouts import ranked
+from logitcask.engine.store.log.snapshot import are_partial
 from logitcask.engine.teachers.checks import check_scorer, check_stops
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
+    ALL_POSITIONS,
     MC_IDS,
     NO_DETAIL,
+    Array,
     Detail,
     IdLists,
     ModelRef,
@@ -59,6 +63,8 @@ class ScoreRequest:
     extra_ids: str | None = None
     """Name of another model's scores in the store, for its top ids (a later student, for example);
     or MC_IDS, for the ids that the student drew, stored in float32 in every profile."""
+    positions: str = ALL_POSITIONS
+    """Rows to score, as of `positions.chosen_rows`; not all of them with extra ids."""
     profile: str = "default"
     eos_rows: Literal["refuse", "keep"] = "refuse"
     """Treatment of a final stop token that the teacher does not use."""
@@ -80,6 +86,7 @@ class ScoreRequest:
             "context": _context_digest(self.context),
             "request": asdict(self.params),
             "rollouts": self.rollouts_name,
+            **({} if self.positions == ALL_POSITIONS else {"positions": self.positions}),
             "backend": self.scorer.describe(),
             "logprob": LOGPROB,
             **self.provenance_extra,
@@ -122,7 +129,13 @@ def run_score_unit(
         "unit": dict(segment.unit),
     }
     at_student = "student" if params.at_student else ""
-    if unit.score_segments is not None:
+    stored, rows = unit.score_segments, None
+    if request.positions != ALL_POSITIONS or (stored is not None and are_partial(stored)):
+        rows = chosen_rows(rollouts, request.positions)
+        if stored is not None and (marks := store.read_marks(stored)) is not None:
+            rows &= ~marks
+        scores, took_s = _score(request, shown, None, report, rows=rows)
+    elif unit.score_segments is not None:
         student = rollouts.student if params.at_student else None
         if extra is None and student is not None:
             extra = IdLists(cnt=student.cnt, ids=student.ids)
@@ -150,9 +163,10 @@ def run_score_unit(
         provenance={**provenance, "at": request.extra_ids or at_student},
         profile=EXACT if request.extra_ids == MC_IDS else request.profile,
         at=ids,
+        rows=rows,
         seconds=took_s,
     )
-    return rollouts.positions
+    return rollouts.positions if rows is None else int(rows.sum())
 
 
 def unit_key(
@@ -171,6 +185,7 @@ def unit_key(
             "context": provenance["context"],
             "request": asdict(params),
             "at": list(at),
+            **{name: provenance[name] for name in ("positions",) if name in provenance},
         }
     )
 
@@ -198,8 +213,12 @@ def _score(
     at: IdLists | None,
     report: Report,
     new: IdLists | None = None,
+    rows: Array | None = None,
 ) -> tuple[Scores, float]:
-    """Return the scores and their seconds. new: the ids of `at` not stored yet; None: all."""
+    """Return the scores and their seconds.
+
+    new: the ids of `at` not stored yet; None: all. rows: [P] bool, the only rows of the scores.
+    """
     scorer, params, shared = request.scorer, request.params, request.shared
     if shared is not None:
         # Only the teacher reads its context, so the map need not cover it.
@@ -210,7 +229,10 @@ def _score(
         report(Detail(done, f"{done:,}/{total:,} positions", done / max(1, total)))
 
     start_s = time.monotonic()
-    scores = scorer.score(shown, params, at, progress=progress)
+    if rows is None:
+        scores = scorer.score(shown, params, at, progress=progress)
+    else:
+        scores = score_rows(scorer, shown, params, rows, progress)
     took_s = time.monotonic() - start_s
     if shared is not None:
         shared.check_scores(scores, params, request.model.name)

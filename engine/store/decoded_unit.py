@@ -12,7 +12,7 @@ from logitcask.engine.errors import IncompleteError
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.format.ragged import find, starts
 from logitcask.engine.store.format.segment import Segment
-from logitcask.engine.store.log.snapshot import ScoreSegments
+from logitcask.engine.store.log.snapshot import ScoreSegments, are_partial
 from logitcask.engine.types import Array, CachedScores, Rollouts
 
 ROW = {
@@ -32,6 +32,9 @@ ROW = {
     "base_token_lp": "float32",
 }
 """Arrays [P]; names as in Targets."""
+SCORED = "scored"
+"""Array uint16 [P] of a unit of which some rows have no score: 1 = this row has one. A sequence has
+no row without a score, and no token after its last one."""
 LISTED = {
     "s_ids": "uint32",
     "s_q": "float32",
@@ -65,6 +68,7 @@ DTYPES = {
     **DRAWN,
     **SEQUENCE,
     **dict.fromkeys(OFFSETS, "int64"),
+    SCORED: "uint16",
     "prompt_tokens": "uint32",
 }
 
@@ -80,7 +84,10 @@ class DecodedUnit:
         return sum(int(array.nbytes) for array in self.arrays.values())
 
     def sequence(self, index: int) -> dict[str, Array]:
-        """Return the arrays of one sequence, ragged ones flat, and its tokens, prompt first."""
+        """Return the arrays of one sequence, ragged ones flat, and its tokens, prompt first.
+
+        Rows without a score are left out, and so are the tokens after the last row.
+        """
         of = self.arrays
         a, b = (int(x) for x in of["seq_off"][index : index + 2])
         prompt = int(of["seq_prompt"][index])
@@ -98,14 +105,32 @@ class DecodedUnit:
                 name: np.full(b - a, value, np.float32)
                 for name, value in zip(REWARDS, values, strict=True)
             }
-        tokens = of["prompt_tokens"][start:end]
+        tokens, position = of["prompt_tokens"][start:end], np.arange(b - a)
+        response = part["token"]
+        if SCORED in of:
+            marks = of[SCORED][a:b] == 1
+            part = _rows_of(part, marks)
+            position = position[marks]
+            response = response[: int(position.max(initial=-1)) + 1]
         return part | {
-            "version": np.full(b - a, of["version"][index], np.int64),
-            "position": np.arange(b - a),
-            "input_ids": np.concatenate([tokens, part["token"]]).astype(np.int64),
+            "version": np.full(len(position), of["version"][index], np.int64),
+            "position": position,
+            "input_ids": np.concatenate([tokens, response]).astype(np.int64),
             # The last prompt token predicts response token 0.
-            "predict_at": end - start - 1 + np.arange(b - a),
+            "predict_at": end - start - 1 + position,
         }
+
+
+def _rows_of(part: Mapping[str, Array], marks: Array) -> dict[str, Array]:
+    """Return the arrays of a sequence at its marked rows [n] bool."""
+    of = {
+        **dict.fromkeys((*ROW, *REWARDS), marks),
+        **dict.fromkeys(LISTED, np.repeat(marks, part["s_cnt"])),
+        **dict.fromkeys(OTHERS, np.repeat(marks, part["t_cnt"])),
+    }
+    if "mc_cnt" in part:
+        of |= dict.fromkeys(DRAWN, np.repeat(marks, part["mc_cnt"]))
+    return {name: array[of[name]] for name, array in part.items()}
 
 
 def is_bounded(score_segments: ScoreSegments) -> bool:
@@ -122,7 +147,8 @@ def dtypes_of(
     for present, names in (
         ("mc_cnt" in arrays, {"mc_cnt", "mc_off", *DRAWN}),
         ("reward" in arrays, {"reward"}),
-        (score_segments[0].layout == schema.SAMPLED, {"t_mult"}),
+        (score_segments[0].layout.startswith(schema.SAMPLED), {"t_mult"}),
+        (any(are_partial(each) for each in (score_segments, base) if each), {SCORED}),
         (is_bounded(score_segments), {"q_entropy_hi"}),
         (bool(base), {"base_token_lp", "s_base", "t_base"}),
     ):
@@ -180,6 +206,9 @@ def decode_unit(
         arrays["t_mult"] = scores.mult
     if scores.entropy_hi is not None:
         arrays["q_entropy_hi"] = scores.entropy_hi
+    marks = [each.scored for each in (scores, base) if each and each.scored is not None]
+    if marks:
+        arrays[SCORED] = np.logical_and.reduce(marks)
     if base is not None:
         cached = ranked(base)
         arrays["base_token_lp"] = base.lp
@@ -202,10 +231,11 @@ def _at(cnt: Array, ids: Array, lp: Array, at_cnt: Array, at_ids: Array) -> Arra
 def size_of(rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()) -> int:
     """Return the bytes of a unit in memory, at most, without reading the segments."""
     counts = rollout.counts
-    listed = score_segments[0].counts.get("S", counts.get("E", 0))
+    listed = sum(each.counts.get("S", 0) for each in score_segments)
+    listed = listed if "S" in score_segments[0].counts else counts.get("E", 0)
     others = sum(each.counts["E"] for each in score_segments)
     lengths = {
-        **dict.fromkeys(ROW, counts["P"]),
+        **dict.fromkeys((*ROW, SCORED), counts["P"]),
         **dict.fromkeys(LISTED, listed),
         **dict.fromkeys(OTHERS, others),
         **dict.fromkeys(DRAWN, counts.get("D", 0)),

@@ -68,7 +68,7 @@ def bytes_per_position(snapshot: Snapshot) -> dict[str, float]:
     rollouts = [s for s in snapshot.segments if s.kind == "rollout"]
     scores = [s for s in snapshot.segments if s.kind == "score"]
     n_rollout = max(1, sum(s.counts["P"] for s in rollouts))
-    n_score = max(1, sum(s.counts["P"] for s in scores if not s.extends))
+    n_score = max(1, sum(s.rows for s in scores))
     rollout, score = committed_bytes(rollouts) / n_rollout, committed_bytes(scores) / n_score
     return {"total": rollout + score, "rollout": rollout, "score": score}
 
@@ -92,14 +92,19 @@ def segment_rows(segments: Iterable[Segment]) -> list[dict[str, Any]]:
             "segment": s.seg_id,
             "base": s.base or "-",
             "sequences": s.counts["N"],
-            "positions": s.counts["P"],
+            "positions": _rows(s),
             "layout": s.layout,
             "request": describe_request(s),
             "profile": s.profile,
-            "bytes_per_position": committed_bytes([s]) / max(1, s.counts["P"]),
+            "bytes_per_position": committed_bytes([s]) / max(1, _rows(s)),
         }
         for s in segments
     ]
+
+
+def _rows(segment: Segment) -> int:
+    """Return the positions of a segment; an extension has entries at all of its base."""
+    return segment.rows if not segment.extends or segment.is_partial else segment.counts["P"]
 
 
 def describe_request(segment: Segment) -> str:
@@ -131,6 +136,8 @@ def _score_request(segment: Segment) -> str:
     else:
         fields = [f"p {request['top_p']:g}"] if kind == "topp" else []
         fields += [f"k {request['k_min']}-{request['k_max']}"]
+    if positions := segment.provenance.get("positions"):
+        fields.append(f"positions {positions}")
     return ", ".join([*fields, *([f"at {at}"] if at else [])])
 
 
@@ -162,7 +169,8 @@ def show_sequence(
     """Return one sequence of the rollouts of a name, with one mapping per response position.
 
     Log-probs and entropies are in nats. Where a teacher's entropy is an interval, `teacher_entropy`
-    is its lower and `teacher_entropy_hi` its upper bound.
+    is its lower and `teacher_entropy_hi` its upper bound. Positions that the teacher has not scored
+    have no values of it, and `scored_positions` counts the others.
 
     Raises ConfigError if a name is unknown or ambiguous or there is no such sequence, and
     IncompleteError if there are no rollouts.
@@ -186,7 +194,10 @@ def show_sequence(
         if student is not None:
             row["student_lp"] = float(student.lp[r])
             row["student_entropy"] = float(student.entropy[r])
-        if scores is not None:
+        if scores is not None and scores.scored is not None and not scores.scored[r]:
+            # A table has the same keys in every row.
+            row |= {"teacher_lp": None, "teacher_entropy": None, "kept": 0, "teacher_top": []}
+        elif scores is not None:
             entries = range(first[r], min(first[r] + top, first[r + 1]))
             row |= {
                 "teacher_lp": float(scores.lp[r]),
@@ -208,8 +219,13 @@ def show_sequence(
         "version": int(data.version_start[index]),
         **({} if data.reward is None else {"reward": float(data.reward[index])}),
         "finish": {STOP: "stop", LENGTH: "length"}.get(finish, str(finish)),
+        **({} if scores is None or scores.scored is None else _coverage(scores.scored[start:end])),
         "rows": table,
     }
+
+
+def _coverage(scored: Array) -> dict[str, str]:
+    return {"scored_positions": f"{int(scored.sum())} of {len(scored)}"}
 
 
 def choose(names: list[str], name: str | None, *, what: str, where: str = "the store") -> str:
@@ -251,8 +267,8 @@ def _positions(snapshot: Snapshot, kind: str) -> dict[str, int]:
     """Return name -> response positions, extensions not counted again."""
     found = dict.fromkeys(snapshot.names(kind), 0)
     for segment in snapshot.segments:
-        if segment.kind == kind and not segment.extends:
-            found[segment.name] += segment.counts["P"]
+        if segment.kind == kind:
+            found[segment.name] += segment.rows
     return found
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 import logitcask.engine.store.extend as extend
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.layouts as layout
@@ -13,9 +15,10 @@ import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.checks import check_cached, check_rollouts, vocabulary
+from logitcask.engine.store.format.rows import marks_of, merged
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.log import Log
-from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot
+from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot, are_partial
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array, CachedScores, IdLists, Prompt, Rollouts
 
@@ -79,13 +82,10 @@ class Reader:
             except StoreError as error:
                 raise self._contradiction(which, error.cause) from error
             return
-        profile = codecs.profile(which.profile)
         with self._consistent(which):
-            if which.extends:
-                cached = extend.decode(self.read_scores(before), arrays, profile)
-            else:
-                cached = layout.decode(arrays, profile, self._lists_of(which, None))
-            check_cached(cached)
+            student = self._lists_of(which, None)
+            cached = self.read_scores(before) if before else None
+            check_cached(_joined(cached, which, arrays, student))
 
     def read_files(self, which: Segment) -> dict[str, bytes]:
         """Read the files of a segment, relative name -> bytes, and check their digests.
@@ -131,17 +131,28 @@ class Reader:
         They usually need the student's lists of the rollouts, which are read from the store unless
         `base` has the rollouts of that segment. Raises IntegrityError.
         """
-        first = score_segments[0]
+        first, cached = score_segments[0], None
         student = self._lists_of(first, base)
-        with self._consistent(first):
-            cached = layout.decode(self.read_arrays(first), codecs.profile(first.profile), student)
-        for each in score_segments[1:]:
+        for each in score_segments:
             with self._consistent(each):
-                arrays, profile = self.read_arrays(each), codecs.profile(each.profile)
-                cached = extend.decode(cached, arrays, profile)
-        if first.layout in (schema.FULL, schema.FULL + schema.BOUNDS) and student is not None:
+                if each.is_partial and each.layout != first.layout:
+                    raise ValueError(f"layout {each.layout} after {first.layout}")
+                cached = _joined(cached, each, self.read_arrays(each), student)
+        assert cached is not None, "a first segment"
+        if first.layout.startswith(schema.FULL) and student is not None:
             cached = layout.split_by_student(cached, student)
         return cached
+
+    def read_marks(self, score_segments: ScoreSegments) -> Array | None:
+        """Read the marks [P] bool of the scored positions, and only their files; None = all."""
+        if not are_partial(score_segments):
+            return None
+        found = np.zeros(score_segments[0].counts["P"], bool)
+        for each in score_segments:
+            with self._consistent(each):
+                (scored,) = self.read_arrays(each, ("scored",)).values()
+                found |= marks_of(scored, each.rows)
+        return found
 
     def _lists_of(self, which: Segment, base: Rollouts | None) -> IdLists | None:
         """Return the student's lists of the rollouts of a score segment."""
@@ -199,3 +210,17 @@ class Reader:
             f"{self.storage.where(which.folder)}: its arrays contradict each other ({error})",
             hint=segments.RESTORE,
         )
+
+
+def _joined(
+    before: CachedScores | None, which: Segment, arrays: dict[str, Array], student: IdLists | None
+) -> CachedScores:
+    """Return the scores before a segment, and those of its arrays. Raises ValueError."""
+    profile = codecs.profile(which.profile)
+    if before is None:
+        return layout.decode(arrays, profile, student)
+    if which.is_partial:
+        return merged(before, layout.decode(arrays, profile, student))
+    if before.scored is not None:
+        raise ValueError("more ids of positions of which some have no score")
+    return extend.decode(before, arrays, profile)

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import logitcask.engine.store.commit as commit
 import logitcask.engine.store.extend as extend
 import logitcask.engine.store.format.codecs as codecs
@@ -16,8 +18,10 @@ import logitcask.engine.store.log.claims as claims
 import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store.format.checks import check_rollouts, check_scores, vocabulary
+from logitcask.engine.store.format.rows import lists_at
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.publish import check_name_identity
+from logitcask.engine.store.log.snapshot import ScoreSegments, are_partial
 from logitcask.engine.store.reader import Reader
 from logitcask.engine.store.storage.base import Storage, open_storage
 from logitcask.engine.types import Array, IdLists, Rollouts, Scores
@@ -95,12 +99,14 @@ class Store(Reader):
         provenance: Mapping[str, Any],
         profile: str = "default",
         at: IdLists | None = None,
+        rows: Array | None = None,
         seconds: float | None = None,
     ) -> Segment:
         """Commit one teacher's scores of one rollout segment; return the segment of the unit.
 
         at: where the teacher has scores of these rollouts already, `extend.request_ids` of them:
-        the new scores extend these. seconds: time of the teacher, for the record. Raises
+        the new scores extend these. rows: [P] bool, the positions that `scores` are of, none of
+        them scored before; None = all. seconds: time of the teacher, for the record. Raises
         IdentityError where `name` has another teacher or other log-probs, StoreError where the
         scores do not fit the rollouts or cannot be written.
         """
@@ -129,12 +135,25 @@ class Store(Reader):
                 f"teacher {name!r} has no scores of rollouts {found.seg_id} to extend",
                 hint="they may have been deleted meanwhile; run the same command again",
             )
-        if not before:
+        if rows is not None:
+            self._check_new(rows, positions, before)
+        if not before or rows is not None:
             student = self._student_lists(found)
+            if rows is not None:
+                positions, student = int(rows.sum()), student and lists_at(student, rows)
             check_scores(scores, positions, student)
             arrays = layout.encode(scores, codecs.profile(profile), student)
             which = schema.DEDUP if "t_at_s" in arrays else which
             which += schema.BOUNDS if "ent_hi" in arrays else ""
+            if rows is not None:
+                arrays["scored"] = rows.astype(np.uint16)
+                which += schema.PARTIAL
+        elif are_partial(before):
+            raise StoreError(
+                f"teacher {name!r} has scores of some positions of rollouts {found.seg_id}, and "
+                "only complete ones are extended by ids",
+                hint="score the other positions first: --positions all, with the same request",
+            )
         elif at is None or scores.at_lp is None or scores.mult is not None:
             raise StoreError(
                 f"teacher {name!r} has scores of rollouts {found.seg_id} already",
@@ -162,6 +181,21 @@ class Store(Reader):
             tokens_sha256=found.tokens_sha256,
             counts={"N": found.counts["N"]},
         )
+
+    def _check_new(self, rows: Array, positions: int, before: ScoreSegments) -> None:
+        """Raise StoreError unless rows are [P] bool of `positions`, without a score in `before`."""
+        if rows.dtype != bool or rows.shape != (positions,):
+            raise StoreError(
+                f"rows ({rows.dtype}, {rows.shape}) are no marks of {positions} positions",
+                hint=layout.RESCORE,
+            )
+        if before:
+            scored = self.read_scores(before).scored
+            if scored is None or (scored & rows).any():
+                raise StoreError(
+                    "some of these positions have a score of this teacher already",
+                    hint="another writer was faster; run the same command again to resume",
+                )
 
     def _find_committed(self, new: Segment) -> Segment | None:
         winner = commit.find_committed(self.log, new)

@@ -103,6 +103,7 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         rewards=all("reward" in dtypes_of(*pair) for pair in source.pairs),
         samples=int(sampling["n"]),
         entropy_bounds=source.bounded,
+        scored=source.coverage(),
     )
 
 

@@ -189,3 +189,35 @@ def test_responses_that_end_in_another_stop_id_need_a_flag(world: World, call: A
     assert call(f"{ROLL} {store}".replace("@student", "@other-eos")).code == 0
     call(score_command(store, "")).assert_error(1, "and", "--foreign-eos keep")
     assert call(score_command(store, "--foreign-eos keep --format json")).json["units_new"] == UNITS
+
+
+def test_some_positions_are_scored_shown_trained_on_and_completed(world: World, call: Any) -> None:
+    store = world.new("part")
+    assert call(f"{ROLL} {store}").code == 0
+    for wrong in ("last:3", "first:0", "entropy-top:2"):
+        refused = call(score_command(store, f"--positions {wrong}"))
+        refused.assert_error(2, f"--positions = '{wrong}': must be all, first:N, every:N or", "")
+    refused = call(score_command(store, "--positions first:2 --extra-ids mc"))
+    refused.assert_error(2, "must be all with extra_ids", "")
+    first = call(score_command(store, "--positions first:2 --format json")).json
+    opened = open_store(world.at(store))
+    rollouts = opened.read_rollouts(opened.head().rollouts("main")[0])
+    total, scored = opened.head().rollouts("main")[0].counts["P"], first["positions"]
+    assert 0 < scored < total * UNITS
+    assert call(f"store info {store} --format json").json["teachers"] == {"big": scored}
+    assert "positions first:2" in call(f"store ls {store}").out
+    assert call(f"store verify {store} --deep").code == 0
+    longest = int(rollouts.lengths().argmax())
+    shown = call(f"store show {store} --sequence {longest}")
+    assert f"2 of {rollouts.lengths().max()}" in shown.out
+    trained = f"{store} --out {world.new('o')}"
+    note = call(f"{TRAIN} {trained} --objective overlap")
+    assert "% of the positions: the others have no loss" in note.err
+    stepwise = call(f"{TRAIN} {trained}2 --objective overlap+stepwise")
+    stepwise.assert_error(1, "looks at all positions of a response", "--positions all")
+    second = call(score_command(store, "--format json")).json
+    assert second["units_new"] == UNITS
+    assert call(f"store info {store} --format json").json["teachers"]["big"] == (
+        scored + second["positions"]
+    )
+    assert call(f"{TRAIN} {trained}3 --objective overlap+stepwise").code == 0

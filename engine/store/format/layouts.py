@@ -26,6 +26,7 @@ import numpy as np
 
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.ragged as ragged
+import logitcask.engine.store.format.rows as rows
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import StoreError
 from logitcask.engine.types import Array, CachedScores, IdLists, Scores
@@ -115,8 +116,17 @@ def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> 
 def decode(
     arrays: dict[str, Array], profile: codecs.Profile, student: IdLists | None
 ) -> CachedScores:
-    """Invert `encode`. Raises ValueError where the arrays contradict each other."""
+    """Invert `encode`, and its marks of the scored rows if it has some.
+
+    student: the lists of all rows. Raises ValueError where the arrays contradict each other.
+    """
     cnt = arrays["cnt"]
+    if "scored" in arrays:
+        marks = rows.marks_of(arrays["scored"], len(cnt))
+        own = {name: array for name, array in arrays.items() if name != "scored"}
+        if student is not None and len(student.cnt) == len(marks):
+            student = rows.lists_at(student, marks)
+        return rows.expanded(decode(own, profile, student), marks)
     ragged.check_counts(cnt, len(arrays["ids"]), schema.MAX_K)
     every: dict[str, Any] = {
         "lp": arrays["t_lp"],

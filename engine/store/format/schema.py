@@ -3,14 +3,15 @@
 Lengths are named by letters (`counts` of a record):
   M prompts, N sequences, P positions, T prompt tokens, J bytes of prompt_json,
   E stored entries of ragged rows (the student's top-k in a rollout segment, a teacher's in a score
-  segment), D ids that the student drew, S entries of the base's student lists.
+  segment), D ids that the student drew, S entries of the base's student lists, R scored positions
+  of a score segment of some positions (S: of their lists).
 
 Every path inside a segment follows from (kind, layout, counts), so no path is taken from data.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FORMAT = "logitcask"
 FORMAT_VERSION = 1
@@ -31,11 +32,14 @@ rollouts."""
 BOUNDS = "+bounds"
 """Suffix of the first two for a teacher that returns its top ids only: every position then has a
 lower and an upper bound of the entropy."""
+PARTIAL = "+rows"
+"""Suffix of all of these but the last where a segment has the scores of some positions only."""
 _REWARDED = (STUDENT, PLAIN, MC)
 _BOUNDED = (DEDUP, FULL)
+_FIRST = (DEDUP, FULL, SAMPLED, *(layout + BOUNDS for layout in _BOUNDED))
 LAYOUTS = {
     ROLLOUT: (*_REWARDED, *(layout + REWARD for layout in _REWARDED)),
-    SCORE: (DEDUP, FULL, SAMPLED, EXTENSION, *(layout + BOUNDS for layout in _BOUNDED)),
+    SCORE: (*_FIRST, EXTENSION, *(layout + PARTIAL for layout in _FIRST)),
 }
 
 POSITION_CHUNK = 32768
@@ -46,6 +50,7 @@ MAX_COUNT = {
     "M": 1 << 24,
     "N": 1 << 26,
     "P": 1 << 26,
+    "R": 1 << 26,
     "T": 1 << 28,
     "J": 1 << 26,
     "E": 1 << 30,
@@ -148,6 +153,14 @@ _SPECS |= {
 _SPECS |= {
     layout + BOUNDS: _SPECS[layout] | {"ent_hi": Spec("float32", "P")} for layout in _BOUNDED
 }
+_SPECS |= {
+    layout + PARTIAL: {"scored": Spec("uint16", "P")}
+    | {
+        name: replace(spec, count="R") if spec.count == "P" else spec
+        for name, spec in _SPECS[layout].items()
+    }
+    for layout in _FIRST
+}
 COUNTS = {
     STUDENT: ("M", "N", "P", "T", "J", "E"),
     PLAIN: ("M", "N", "P", "T", "J"),
@@ -157,6 +170,7 @@ COUNTS = {
 }
 COUNTS |= {layout + REWARD: COUNTS[layout] for layout in _REWARDED}
 COUNTS |= {layout + BOUNDS: COUNTS[layout] for layout in _BOUNDED}
+COUNTS |= {layout + PARTIAL: (*COUNTS[layout], "R") for layout in _FIRST}
 """Layout -> the counts in its record."""
 
 

@@ -66,6 +66,16 @@ class Segment:
         return folder_of(self.kind, self.seg_id, self.generation)
 
     @property
+    def rows(self) -> int:
+        """Return the response positions that it holds, or whose scores it adds."""
+        return 0 if self.layout == schema.EXTENSION else self.counts.get("R", self.counts["P"])
+
+    @property
+    def is_partial(self) -> bool:
+        """Return whether it holds the scores of some positions of its base only."""
+        return self.layout.endswith(schema.PARTIAL)
+
+    @property
     def size(self) -> int:
         """Return the bytes of all files."""
         return sum(size for size, _ in self.files.values())

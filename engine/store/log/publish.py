@@ -109,8 +109,8 @@ def check_name_identity(log: Log, new: Segment) -> None:
     if first is None:
         return
     _check_fingerprint(first, new)
-    drawn = new.layout == schema.SAMPLED
-    if (first.layout == schema.SAMPLED) != drawn:
+    drawn = new.layout.startswith(schema.SAMPLED)
+    if first.layout.startswith(schema.SAMPLED) != drawn:
         kinds = ("drawn ids", "a teacher's best ids")
         raise IdentityError(
             f"{what} name {new.name!r} stands for {kinds[drawn]}, not {kinds[not drawn]}",

@@ -180,7 +180,8 @@ def _segment(add: Mapping[str, Any], number: int) -> Segment:
         ("token_digest", schema.DIGEST),
     ):
         _require(bool(pattern.fullmatch(add[key])), f"{key} {add[key]!r}")
-    for key, has_id in (("base", kind == schema.SCORE), ("widens", layout == schema.EXTENSION)):
+    follows = layout == schema.EXTENSION or (layout.endswith(schema.PARTIAL) and add["widens"])
+    for key, has_id in (("base", kind == schema.SCORE), ("widens", follows)):
         _require(
             bool(schema.SEG_ID.fullmatch(add[key])) if has_id else add[key] == "",
             f"{key} {add[key]!r}",
@@ -215,6 +216,7 @@ def _counts(counts: Mapping[str, Any], layout: str, profile: codecs.Profile) -> 
     for key, value in counts.items():
         _require(_is_count(value) and value <= schema.MAX_COUNT[key], f"{key} {value!r}")
     most = counts["P"] * schema.MAX_K
+    _require(counts.get("R", 0) <= counts["P"], f"R {counts.get('R')} of {counts['P']} rows")
     for key in ("E", "S"):
         _require(counts.get(key, 0) <= most, f"{key} {counts.get(key)} on {counts['P']} rows")
     size = decoded_bytes(layout, profile, counts)

@@ -9,6 +9,11 @@ ScoreSegments = tuple[Segment, ...]
 """The score segments of one teacher on one rollout segment: the first, then its extensions."""
 
 
+def are_partial(score_segments: ScoreSegments) -> bool:
+    """Return whether some positions have no score in these segments."""
+    return sum(each.rows for each in score_segments) < score_segments[0].counts["P"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
     """The visible segments as of one log record."""

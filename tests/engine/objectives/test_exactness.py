@@ -339,3 +339,14 @@ def test_metrics_that_do_not_affect_an_objective_give_no_warning(
     name: str, metrics: dict[str, float]
 ) -> None:
     assert warnings(PRESETS[name].objective, metrics) == []
+
+
+def test_a_report_names_the_coverage_and_refuses_what_needs_all_positions() -> None:
+    info = replace(CACHE, scored="30 % of the positions")
+    report = check_exactness(parse_objective("overlap"), info)
+    assert "note: The cache serves 30 % of the positions: the others have" in str(report.lines())
+    for name in ("overlap+stepwise", "overlap+prune", "full_vocab+return_to_go"):
+        objective = replace(parse_objective(name).objective, k=4)
+        check_exactness(objective, CACHE)
+        with pytest.raises(ObjectiveError, match="the teacher has scored 30 % of the positions"):
+            check_exactness(objective, info)

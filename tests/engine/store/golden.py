@@ -1,5 +1,6 @@
 """Generator of the golden stores: golden_v1.tar.xz with every layout and profile of its time, and
-golden_v1_mc, golden_v1_reward and golden_v1_bounds with the later layouts. Existing files stay.
+golden_v1_mc, golden_v1_reward, golden_v1_bounds and golden_v1_rows with the later layouts. Existing
+files stay.
 
     python -m tests.engine.store.golden        (in the repository's root)
 
@@ -12,12 +13,17 @@ import hashlib
 import json
 import tarfile
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from logitcask.engine.store import Store, extend, open_store
 from logitcask.engine.store.format.codecs import PROFILES
 from logitcask.engine.store.format.layouts import ranked
+from logitcask.engine.store.format.rows import scores_at
 from logitcask.engine.store.retention import delete, gc, tag
+from logitcask.engine.types import IdLists, Scores
 from tests.engine.store.made import (
     bounded,
     commit_rollouts,
@@ -32,6 +38,7 @@ FILE_MC = Path(__file__).with_name("golden_v1_mc.tar.xz")
 
 FILE_REWARD = Path(__file__).with_name("golden_v1_reward.tar.xz")
 FILE_BOUNDS = Path(__file__).with_name("golden_v1_bounds.tar.xz")
+FILE_ROWS = Path(__file__).with_name("golden_v1_rows.tar.xz")
 
 
 def digests(store: Store) -> dict[str, str]:
@@ -62,6 +69,7 @@ def digests(store: Store) -> dict[str, str]:
                 arrays = [s.lp, s.entropy, s.log_tail, s.kept, s.s_ids, u.cnt, u.ids, u.lp]
                 arrays += [] if s.mult is None else [s.mult]
                 arrays += [] if s.entropy_hi is None else [s.entropy_hi]
+                arrays += [] if s.scored is None else [s.scored]
                 found[score_segments[end - 1].seg_id] = sha(*(a.tobytes() for a in arrays))
     return found
 
@@ -124,12 +132,38 @@ def fill_bounds(path: Path) -> Store:
     return store
 
 
-def with_mult(scores: object, drawn: list[int]) -> object:
-    from dataclasses import replace
+def fill_rows(path: Path) -> Store:
+    """Commit each third position in every layout, and of one teacher the others too."""
+    store = open_store(path, create=True)
+    for seed, profile in enumerate(PROFILES, 1):
+        base = commit_rollouts(store, seed, student=True, profile=profile)
+        rollouts = store.read_rollouts(base)
+        lists = IdLists(cnt=rollouts.student.cnt, ids=rollouts.student.ids)
+        scores = make_scores(seed, rollouts)
+        third = np.arange(rollouts.positions) % 3 == 0
+        for i, (name, each, rows) in enumerate(
+            (
+                ("both", scores, third),
+                ("both", scores, ~third),
+                ("some", scores, third),
+                ("bounds", bounded(seed, scores), third),
+            )
+        ):
+            part = scores_at(each, rows, lists)
+            keys = {"name": name, "scores": part, "rows": rows, "profile": profile}
+            commit_scores(store, base, seed + 10 * i, **keys)
+    plain = commit_rollouts(store, 11)
+    scores = make_scores(11, make_rollouts(11, student=False))
+    drawn = with_mult(scores, [i % 7 + 1 for i in range(len(scores.ids))])
+    third = np.arange(len(scores.cnt)) % 3 == 0
+    for i, each in enumerate((scores, drawn, bounded(11, scores))):
+        part = scores_at(each, third, None)
+        commit_scores(store, plain, 50 + i, name=f"plain-{i}", scores=part, rows=third)
+    return store
 
-    import numpy as np
 
-    return replace(scores, mult=np.asarray(drawn, np.uint16))  # type: ignore[type-var]
+def with_mult(scores: Scores, drawn: list[int]) -> Scores:
+    return replace(scores, mult=np.asarray(drawn, np.uint16))
 
 
 def main() -> None:
@@ -138,6 +172,7 @@ def main() -> None:
         (FILE_MC, fill_mc),
         (FILE_REWARD, fill_reward),
         (FILE_BOUNDS, fill_bounds),
+        (FILE_ROWS, fill_rows),
     ):
         if file.exists():
             continue

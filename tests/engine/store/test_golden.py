@@ -9,7 +9,14 @@ import pytest
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.format import schema
 from logitcask.engine.store.verify import verify
-from tests.engine.store.golden import FILE, FILE_BOUNDS, FILE_MC, FILE_REWARD, digests
+from tests.engine.store.golden import (
+    FILE,
+    FILE_BOUNDS,
+    FILE_MC,
+    FILE_REWARD,
+    FILE_ROWS,
+    digests,
+)
 from tests.engine.store.made import commit_rollouts
 
 
@@ -30,8 +37,8 @@ def opened(golden: Path) -> Store:
 
 @pytest.mark.parametrize(
     ("file", "segments"),
-    [(FILE, 15), (FILE_MC, 4), (FILE_REWARD, 6), (FILE_BOUNDS, 13)],
-    ids=["first", "mc", "reward", "bounds"],
+    [(FILE, 15), (FILE_MC, 4), (FILE_REWARD, 6), (FILE_BOUNDS, 13), (FILE_ROWS, 20)],
+    ids=["first", "mc", "reward", "bounds", "rows"],
 )
 def test_everything_decodes_to_what_it_was(tmp_path: Path, file: Path, segments: int) -> None:
     golden = unpacked(file, tmp_path)
@@ -52,7 +59,9 @@ def test_they_hold_every_layout_and_profile(golden: Path, tmp_path: Path) -> Non
     assert {s.profile for s in rewarded} == {s.profile for s in stored}
     bounded = opened(unpacked(FILE_BOUNDS, tmp_path / "bounded")).head().segments
     assert {s.profile for s in bounded} == {s.profile for s in stored}
-    stored += later + rewarded + bounded
+    partial = opened(unpacked(FILE_ROWS, tmp_path / "partial")).head().segments
+    assert {s.profile for s in partial} == {s.profile for s in stored}
+    stored += later + rewarded + bounded + partial
     assert {s.layout for s in stored} == {x for kind in schema.LAYOUTS.values() for x in kind}
     assert {s.profile for s in stored} == {"default", "compact", "interop", "raw32"}
     assert {s.generation for s in stored} == {0, 1}
