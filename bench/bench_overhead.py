@@ -1,6 +1,7 @@
 """Rollout, score and training against plain transformers: ratios of CPU seconds of the same work.
 
-Run: .venv/bin/python bench/bench_overhead.py [--model FOLDER] [--rounds N]
+Run: .venv/bin/python bench/bench_overhead.py [--model FOLDER] [--vocab V] [--rounds N]
+         [--training-only]
 
     rollout   `rollout`, from prompts to a committed segment with the student's top 16, over
               generate() at temperature 1 alone, and over generate() and one forward pass over the
@@ -8,12 +9,13 @@ Run: .venv/bin/python bench/bench_overhead.py [--model FOLDER] [--rounds N]
     score     `score`, from stored rollouts to a committed segment, over a plain forward pass
               of the same batches with log_softmax, topk and entropy
     train     updates of DistillTrainer on the store, objective overlap, over a loop of the same
-              packs with the whole log_softmax, AdamW and clipping
+              packs with the whole log_softmax, AdamW and clipping; and over the loop of an
+              expert: the same attention, the logits of the support alone, fused AdamW, no metrics
 
 Each figure is the median of the CPU seconds of this process in interleaved rounds, one thread.
-Without --model the student is a random Qwen3 of 4 layers, width 896 and 151,936 ids, the vocabulary
-of the Qwen family; the teacher is the same model. Loading and the check of the model are a
-figure of their own. A row is appended to bench/results/overhead.jsonl.
+Without --model the student is a random Qwen3 of 4 layers, width 896 and --vocab ids, by default
+151,936, the vocabulary of the Qwen family; the teacher is the same model. Loading and the check of
+the model are a figure of their own. A row is appended to bench/results/overhead.jsonl.
 """
 
 import itertools
@@ -34,6 +36,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.scoring import budget_batches, pieces_of, response_rows
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Train
+from logitcask.engine.models.attention import pack_lengths
 from logitcask.engine.models.forward import NEVER
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.models.load import load_student
@@ -59,17 +62,21 @@ SAMPLING = SamplingParams(n=1, max_new_tokens=NEW_TOKENS)
 PLAIN_ROWS = 256
 """Rows of logits at once in the plain ways, as many as here."""
 K_STUDENT, K_TEACHER = 16, 64
+RATIOS = (
+    *(("rollout", "generate"), ("rollout", "generate and forward"), ("score", "plain score")),
+    *(("train", "plain train"), ("train", "expert train")),
+)
 PACKAGES = ("torch", "transformers")
 
 
-def save_model(folder: Path) -> None:
+def save_model(folder: Path, vocab: int) -> None:
     """Save a random Qwen3 whose distributions are neither flat nor certain."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=WIDTH,
         intermediate_size=4864,
         num_hidden_layers=LAYERS,
@@ -83,7 +90,7 @@ def save_model(folder: Path) -> None:
         eos_token_id=1,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w2"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
 
 
@@ -140,6 +147,31 @@ def plain_training(model: Any, packs: PlannedPacks) -> None:
         optimizer.zero_grad()
 
 
+def expert_training(model: Any, packs: PlannedPacks) -> None:
+    """Train on the same packs: the same loss, from the rows of the head that it reads."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    for index in range(UPDATES):
+        pack = packs.pack(index)
+        starts = (pack.position_ids[0] == 0).nonzero()[:, 0].tolist()
+        lengths = np.diff([*starts, pack.input_ids.shape[1]]).tolist()
+        states = model.model(
+            input_ids=pack.input_ids,
+            position_ids=pack.position_ids,
+            use_cache=False,
+            **pack_lengths(lengths, pack.input_ids.device),
+        ).last_hidden_state[0, pack.predict_at]
+        rows = torch.nn.functional.embedding(
+            pack.targets.ids[:, :K_STUDENT].clamp(min=0), model.lm_head.weight
+        )
+        p = torch.einsum("pd,pkd->pk", states, rows).log_softmax(-1)
+        q = pack.targets.q_log_p[:, :K_STUDENT].log_softmax(-1)
+        loss = (p.exp() * (p - q)).sum(-1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def cpu_seconds(run: Callable[[], Any]) -> float:
     begun = time.process_time()
     run()
@@ -157,7 +189,7 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in took.items()}
 
 
-def measure(folder: Path, work: Path, rounds: int) -> results.Row:
+def measure(folder: Path, work: Path, rounds: int, *, training_only: bool) -> results.Row:
     """Return the row of one model."""
     ref = model_ref(str(folder), chat_template=False)
     begun = time.process_time()
@@ -190,23 +222,20 @@ def measure(folder: Path, work: Path, rounds: int) -> results.Row:
         plain_generate(hf.model, prompts)
         plain_scores(hf.model, rollouts, K_STUDENT)
 
-    found = interleaved(
-        {
-            "rollout": rolled,
-            "generate": lambda: plain_generate(hf.model, prompts),
-            "generate and forward": both,
-            "score": scored,
-            "plain score": lambda: plain_scores(hf.model, rollouts, K_TEACHER, at),
-        },
-        rounds,
-    )
+    stages: dict[str, Callable[[], Any]] = {
+        "rollout": rolled,
+        "generate": lambda: plain_generate(hf.model, prompts),
+        "generate and forward": both,
+        "score": scored,
+        "plain score": lambda: plain_scores(hf.model, rollouts, K_TEACHER, at),
+    }
+    found = interleaved({} if training_only else stages, rounds)
     store = scored()
     found |= training(store, ref, work, rounds)
     ratios = {
-        "rollout over generate": found["rollout"] / found["generate"],
-        "rollout over generate and forward": found["rollout"] / found["generate and forward"],
-        "score over plain": found["score"] / found["plain score"],
-        "train over plain": found["train"] / found["plain train"],
+        f"{ours} over {theirs}": found[ours] / found[theirs]
+        for ours, theirs in RATIOS
+        if ours in found
     }
     return {
         **results.environment(*PACKAGES),
@@ -251,7 +280,12 @@ def training(store: Any, ref: ModelRef, work: Path, rounds: int) -> dict[str, fl
 
     packs = PlannedPacks(plan, source)
     return interleaved(
-        {"train": ours, "plain train": lambda: plain_training(student, packs)}, rounds
+        {
+            "train": ours,
+            "plain train": lambda: plain_training(student, packs),
+            "expert train": lambda: expert_training(student, packs),
+        },
+        rounds,
     )
 
 
@@ -259,14 +293,17 @@ def main() -> None:
     """Measure the three stages and append their row."""
     parser = results.option_parser(__doc__ or "", "overhead")
     parser.add_argument("--model", type=Path, help="Folder of a model to use instead.")
+    parser.add_argument("--vocab", type=int, default=VOCAB, help="Ids of the random model.")
+    parser.add_argument("--training-only", action="store_true", help="Leave the other stages out.")
     parser.add_argument("--rounds", type=int, default=3, help="Rounds after the warm-up.")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+    with tempfile.TemporaryDirectory() as place:
+        work = Path(place)
         if options.model is None:
-            save_model(work / "model")
-        row = measure(options.model or work / "model", work, options.rounds)
+            save_model(work / "model", options.vocab)
+        folder = options.model or work / "model"
+        row = measure(folder, work, options.rounds, training_only=options.training_only)
     print(row)
     results.append(options.out, row)
 

@@ -187,7 +187,7 @@ def test_keys_that_are_appended_to_a_row_are_never_attended_to_without_a_mask() 
 def test_the_same_call_reaches_flash_attention_with_the_lengths(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """transformers' own code runs, but for the kernel, which needs a GPU."""
+    """Run transformers' own code, but for the kernel, which needs a GPU."""
     seen = []
 
     def varlen(

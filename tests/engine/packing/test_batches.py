@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.packing.batches import batches
-from logitcask.engine.packing.plan import Lengths, PackPlan, PlanKey, make_plan
+from logitcask.engine.packing.plan import (
+    PACKS,
+    Lengths,
+    PackPlan,
+    PlanKey,
+    default_pack_length,
+    make_plan,
+)
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.packing.targets import NOT_IN_TOPK
-from logitcask.engine.types import Array
+from logitcask.engine.types import PACK_LENGTH, Array
 from tests.engine.cached import Unit, make_store, make_unit
 
 
@@ -94,6 +101,27 @@ def test_plan_digest_is_stable_over_releases() -> None:
 def test_plan_digest_covers_every_input(change: dict[str, object]) -> None:
     lengths = [segment("a", [2, 3, 4], [5, 6, 7])]
     assert make_plan(key(**change), lengths).digest != make_plan(key(), lengths).digest
+
+
+@pytest.mark.parametrize(
+    ("sequences", "longest", "expected"),
+    [(10, 30, 40), (10, 700, 700), (6400, 30, 4000), (64_000, 30, PACK_LENGTH)],
+    ids=["few", "long", "64 packs", "many"],
+)
+def test_the_default_pack_length_follows_the_data(
+    sequences: int, longest: int, expected: int
+) -> None:
+    lengths = [segment("a", [10] * sequences, [30] * sequences), segment("b", [1], [longest - 1])]
+    found = default_pack_length(lengths)
+    assert found == pytest.approx(expected, abs=longest / PACKS + 1)
+    assert found >= longest
+    assert len(make_plan(key(pack_length=found), lengths)) >= 2
+
+
+def test_a_sequence_beyond_the_default_is_an_error_with_a_way_out() -> None:
+    lengths = [segment("a", [1], [PACK_LENGTH])]
+    with pytest.raises(ConfigError, match=f"over pack_length = {PACK_LENGTH}"):
+        make_plan(key(pack_length=default_pack_length(lengths)), lengths)
 
 
 def test_epochs_differ_in_order_and_stay_in_their_window() -> None:

@@ -87,6 +87,36 @@ def test_check_objective_reports_the_exactness(case: tuple[Store, ModelRef]) -> 
     assert "off policy (age unknown" in drawn.estimator
 
 
+def settings_of(out: Path) -> Any:
+    return read_json(out / "run.json", hint="")["settings"]
+
+
+def test_a_run_of_another_default_pack_length_resumes(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    default = SETTINGS.model_copy(update={"pack_length": None, "max_steps": 1})
+    own = run(case, tmp_path / "own", settings=default)
+    recorded = settings_of(tmp_path / "own")["tokens_per_batch"]
+    assert (own.updates, recorded) == (1, 39), "the longest sequence"
+    run(case, tmp_path / "out", settings=default.model_copy(update={"pack_length": 4096}))
+    again = run(case, tmp_path / "out", settings=default)
+    assert (again.resumed_at, again.updates) == (1, 1)
+
+
+def test_gradient_checkpointing_changes_no_update(
+    case: tuple[Store, ModelRef], tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"max_steps": 2})
+    run(case, tmp_path / "a", settings=settings)
+    with pytest.raises(Cancelled):
+        run(case, tmp_path / "b", settings=settings, progress=stop_at(1))
+    again = settings.model_copy(update={"gradient_checkpointing": True})
+    run(case, tmp_path / "b", settings=again)
+    losses = [[line["loss"] for line in lines(tmp_path / name)] for name in "ab"]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert settings_of(tmp_path / "a") == settings_of(tmp_path / "b"), "one identity"
+
+
 class Cancelled(Exception):
     pass
 
