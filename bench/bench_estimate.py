@@ -30,7 +30,7 @@ from logitcask.engine.models.identity import digest, model_ref
 from logitcask.engine.store import open_store
 from logitcask.engine.types import Prompt, SamplingParams
 
-LENGTH, SEQUENCES, PROMPT_TOKENS = 384, 5, 64
+LENGTH, SEQUENCES, PROMPT_TOKENS = 192, 6, 32
 """Response tokens of a sequence, sequences of a pack, tokens of a prompt."""
 TINY = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2}
 QWEN = {"model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
@@ -170,7 +170,7 @@ def row_of(name: str, case: dict[str, Any], work: Path) -> dict[str, Any]:
     estimate = estimate_train(config_of(work, case), 1)
     out = subprocess.run(
         [sys.executable, __file__, "--measure", str(work)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
