@@ -281,12 +281,24 @@ class PackSource:
         return names, index[extent.seq_prompt]
 
     def _check_same_kind(self) -> None:
-        """Raise ConfigError if one teacher's scores are its draws and another's its top ids."""
+        """Raise ConfigError if one teacher's scores are its draws and another's its top ids, or if
+        teachers with weights have scored different positions.
+        """
         if len({scores[0].layout.startswith(SAMPLED) for _, scores in self.pairs}) > 1:
             raise ConfigError(
                 f"--teacher {self.teachers}: the scores of one are drawn ids, of another top ids",
                 hint="name teachers that were scored with the same --selection",
             )
+        for indices in self._ranges if self.teachers.mixed else []:
+            chains = [self.pairs[i][1] for i in indices]
+            if any(map(are_partial, chains)):
+                marks = [self._store.read_marks(each) for each in chains]
+                if len({None if each is None else each.tobytes() for each in marks}) > 1:
+                    raise ConfigError(
+                        f"--teacher {self.teachers}: one has scored positions that another has not",
+                        hint="repeat `logitcask score` with --positions all, or with the same "
+                        "positions for each of them",
+                    )
 
 
 def check_planned(store: Store, segments: Sequence[Segment], rollouts_name: str) -> None:

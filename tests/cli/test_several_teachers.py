@@ -31,6 +31,25 @@ def store(world: World) -> str:
     return name
 
 
+def test_teachers_of_different_positions(world: World, call: Any, store: str) -> None:
+    """Route prompts to a teacher of some positions; a mean needs the same positions of all."""
+    scored = "--positions first:2 --device cpu --teacher-topk-min 4 --teacher-topk-max 8"
+    for name, model in (("start", "@teacher"), ("start2", "@other-teacher")):
+        line = f"score --model {model} --teacher {name} {scored} --store {store}"
+        assert call(line).code == 0
+    train = f"train --model @student --store {store} --objective forward_kl --device cpu"
+    mixed = call(f"{train} --teacher big=1,start=1 --out {world.new('out')}")
+    mixed.assert_error(2, "one has scored positions that another has not", "--positions all")
+    positions = []
+    for teachers in ("code=big,math=start --teacher-field domain", "start=1,start2=1"):
+        out = world.new("out")
+        report = call(f"{train} --teacher {teachers} --out {out} --format json")
+        assert report.code == 0
+        positions.append(report.json["positions"])
+        assert "% of the positions: the others have no loss" in report.err
+    assert positions == [4 * 6 + 4 * 2, 8 * 2]
+
+
 def test_a_routed_run_trains_and_resumes(world: World, call: Any, store: str) -> None:
     train = (
         f"train --model @student --store {store} --loss-topk 3 --objective forward_kl "
