@@ -51,7 +51,7 @@ def chosen_rows(rollouts: Rollouts, positions: str) -> Array:
     return rows
 
 
-def score_rows(
+def score_positions(
     scorer: Scorer, rollouts: Rollouts, params: ScoreParams, rows: Array, progress: Progress
 ) -> Scores:
     """Return the scores of the rows [P] bool alone.

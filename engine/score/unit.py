@@ -11,7 +11,7 @@ from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import PromptError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.score.extra_ids import with_known, without_extra
-from logitcask.engine.score.positions import chosen_rows, score_rows
+from logitcask.engine.score.positions import chosen_rows, score_positions
 from logitcask.engine.store import ScoreSegments, Segment, Store
 from logitcask.engine.store.extend import request_ids, union
 from logitcask.engine.store.format.layouts import ranked
@@ -232,7 +232,7 @@ def _score(
     if rows is None:
         scores = scorer.score(shown, params, at, progress=progress)
     else:
-        scores = score_rows(scorer, shown, params, rows, progress)
+        scores = score_positions(scorer, shown, params, rows, progress)
     took_s = time.monotonic() - start_s
     if shared is not None:
         shared.check_scores(scores, params, request.model.name)

@@ -105,8 +105,7 @@ def explain_cap(rejection: RequestRejected, k: int, widest: int) -> LogitcaskErr
         return rejection
     needed = max(k, widest)
     lists = f" and {widest} chosen ids" if widest else ""
-    less = "give a smaller --teacher-topk-max (and "
-    "--teacher-topk-min): 20 is the default cap of a server"
+    less = "give a smaller --teacher-topk-max (and --teacher-topk-min); a server's default is 20"
     if widest > k:
         less = "give fewer ids (--extra-ids, the --teacher-topk-max of the scores that it names)"
     return ConfigError(

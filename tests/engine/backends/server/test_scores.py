@@ -19,7 +19,8 @@ from logitcask.engine.errors import (
     ModelError,
     ServerError,
 )
-from logitcask.engine.types import IdLists, Rollouts, ScoreParams
+from logitcask.engine.score.positions import chosen_rows, score_positions
+from logitcask.engine.types import IdLists, Rollouts, ScoreParams, no_progress
 from tests.engine.backends.server.conftest import QUICK
 from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import N_VOCAB, make_tokenizer
@@ -44,6 +45,21 @@ def test_scores_over_http_equal_those_of_the_model(
     resolved = exact.log_tail > np.log(10 * RESOLVED)
     np.testing.assert_allclose(found.log_tail[resolved], exact.log_tail[resolved], atol=0.1)
     assert (found.log_tail >= exact.log_tail - 0.1).all()
+
+
+@pytest.mark.parametrize("positions", ["first:2", "every:3"])
+def test_some_positions_over_http_equal_those_of_the_model(
+    fake: FakeServer, connect: Connect, teacher: HF, rolled: Rollouts, positions: str
+) -> None:
+    rows = chosen_rows(rolled, positions)
+    found, exact = (
+        score_positions(each, rolled, PARAMS, rows, no_progress)
+        for each in (connect(fake), teacher)
+    )
+    assert len(found.lp) == rows.sum() < rolled.positions
+    np.testing.assert_array_equal(found.ids, exact.ids)
+    for name in ("lp", "entry_lp", "at_lp"):
+        np.testing.assert_allclose(getattr(found, name), getattr(exact, name), atol=1e-5)
 
 
 @pytest.mark.parametrize("generate", [True, False])
@@ -121,7 +137,10 @@ def test_too_many_log_probs_are_an_error_with_both_options(
         ConfigError, match=r"12 log-probs per position \(k_max = 12 and 7"
     ) as caught:
         connect(fake).score(rolled, PARAMS)
-    assert "--max-logprobs 12 or more, or give a smaller --teacher-topk-max" in caught.value.hint
+    hint = (
+        "--max-logprobs 12 or more, or give a smaller --teacher-topk-max (and --teacher-topk-min);"
+    )
+    assert hint in caught.value.hint
 
 
 def test_too_many_extra_ids_are_an_error_with_their_number(
