@@ -20,7 +20,13 @@ from logitcask.engine.models.attention import PACKED, attention_of, use_ordinary
 from logitcask.engine.models.check import check_paths, lengths_of_change
 from logitcask.engine.models.forward import new_cache, right_padded, states
 from logitcask.engine.models.identity import model_ref
-from logitcask.engine.models.load import checkpoint_layers, load_student, paths_of, set_mode
+from logitcask.engine.models.load import (
+    checkpoint_layers,
+    load_student,
+    paths_of,
+    set_mode,
+    use_on_gpu,
+)
 from logitcask.engine.training.settings import choose_attention, training_arguments
 from tests.engine.tiny import make_model, save_folder
 
@@ -165,6 +171,18 @@ def test_a_model_whose_packs_are_not_proved_keeps_its_attention(
     assert attention_of(student) == "sdpa"
     assert paths_of(student).packed
     assert attention_of(load_student(ref, attention="eager")) == "eager"
+
+
+def test_an_attention_of_a_gpu_is_compared_with_ours(tmp_path: Path) -> None:
+    save_folder(tmp_path / "student", make_model())
+    ref = model_ref(str(tmp_path / "student"), chat_template=True)
+    student = load_student(ref)
+    with pytest.raises(ModelError, match="attn_implementation = flash_attention_2: Imp"):
+        use_on_gpu(student, ref, "flash_attention_2", explicit=True)
+    use_on_gpu(student, ref, "flash_attention_2", explicit=False)
+    assert attention_of(student) == "packed_sdpa", "ours stays"
+    use_on_gpu(student, ref, "sdpa", explicit=True)
+    assert attention_of(student) == "sdpa"
 
 
 def test_sinks_are_packed_only_by_the_attention_of_packs() -> None:
