@@ -162,3 +162,7 @@ def _print_error(cause: str, hint: str) -> None:
     """Print one line each, for any text of a library's message or a file's name."""
     cause, hint = (visible(" ".join(text.splitlines())) for text in (cause, hint))
     click.echo(f"error: {cause}\nhint: {hint}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """`logitcask train`: train a student from stored scores."""
 
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -74,6 +75,10 @@ def train_command(form: str, dry_run: bool, estimate: bool, world_size: int, **f
         return
     from logitcask.engine.commands.train import run_train
 
+    # Under torchrun one process speaks for all.
+    if os.environ.get("RANK", "0") != "0":
+        run_train(config)
+        return
     with progress_bar() as progress:
         report = run_train(config, progress=progress, on_event=print_event)
     print_result(report, form)

@@ -86,6 +86,11 @@ def fsdp_arguments(settings: Train, cpu: bool) -> dict[str, Any]:
     """Return the fields of transformers.TrainingArguments for `train.sharding`."""
     if settings.sharding == "none":
         return {}
+    if cpu and settings.cpu_offload:
+        raise ConfigError(
+            "train.cpu_offload = true on a CPU: its memory holds the shards in any case",
+            hint="leave --cpu-offload out",
+        )
     if cpu and torch.cuda.is_available():
         raise ConfigError(
             "train.sharding = fsdp2 with --device cpu: torch shards over the GPUs of this machine",
@@ -241,19 +246,13 @@ class ShardingTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), f"{output_dir}/{SCHEDULER}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if has_shards(folder):
-            load_weights(folder, cast(nn.Module, self.model))
-        elif is_sharded(self.args):
-            raise ConfigError(
-                f"{folder} was written by a run with train.sharding = none",
-                hint="resume without --sharding, or give another --out (run.out)",
-            )
+        if self._has_rows(resume_from_checkpoint):
+            load_weights(Path(resume_from_checkpoint), cast(nn.Module, self.model))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not has_shards(Path(checkpoint)):
+        if checkpoint is None or not self._has_rows(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self.optimizer is not None
@@ -264,6 +263,10 @@ class ShardingTrainer(Trainer):
         groups = self.optimizer.param_groups
         for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+
+    def _has_rows(self, checkpoint: str) -> bool:
+        """Return True where one side is sharded: the checkpoint's run or this one."""
+        return is_sharded(self.args) or has_shards(Path(checkpoint))
 
 
 def _shard_on_cpu(accelerator: Any, args: TrainingArguments) -> None:

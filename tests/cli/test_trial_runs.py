@@ -41,7 +41,7 @@ def test_results_show_rate_and_memory(world: World, call: Any) -> None:
     found = call(f"{command} --format json").json
     assert found["positions_per_second"] == found["positions"] / found["seconds"]
     assert found["peak_memory_bytes"]["process"] > 1e8
-    out = call(f"{TRAIN} @st --out {world.new('out')}").out
+    out = call(f"{TRAIN} @st --keep-checkpoints --out {world.new('out')}").out
     shown = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
     assert float(shown["positions_per_second"][0]) > 0
     name, number, unit = shown["peak_memory"][:3]

@@ -10,7 +10,7 @@ Not torch.distributed.checkpoint: its index is a pickle, and reading one can run
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from logitcask.engine.errors import IntegrityError
 from logitcask.engine.training.processes import rank
 from logitcask.engine.training.run_dir.files import RESTORE
 
-SHARDS = "shard-*.safetensors"
+SHARDS, OPTIMIZER = "shard-*.safetensors", "optimizer.pt"
+"""Files of a sharded run; the file of Trainer's in a run without shards."""
 WEIGHT = "weight"
 FIRST = "first_row"
 """Key of the header: name of a tensor -> its first row."""
@@ -66,22 +67,22 @@ def has_shards(folder: Path) -> bool:
 @torch.no_grad()
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Read the trained parameters of a checkpoint, whole or what this process holds of them."""
-    with _Shards(folder) as shards:
+    with _opened(folder, model) as rows:
         for name, parameter in trained(model):
             start, local = _held(parameter)
-            local.copy_(shards.rows(f"{WEIGHT}/{name}", start, local))
+            local.copy_(rows.read(f"{WEIGHT}/{name}", start, local))
 
 
 @torch.no_grad()
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Read the states of the optimizer of a checkpoint for what this process holds."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    with _Shards(folder) as shards:
+    with _opened(folder, model, optimizer) as rows:
         for name, parameter in trained(model):
             # The fused optimizers count their steps on the device.
             moved = any(groups[id(parameter)].get(each) for each in ("fused", "capturable"))
-            for kind in shards.states(name):
-                state = _state(shards, f"{kind}/{name}", parameter)
+            for kind in rows.states(name):
+                state = _state(rows, f"{kind}/{name}", parameter)
                 optimizer.state[parameter][kind] = state.to(parameter.device) if moved else state
 
 
@@ -100,11 +101,11 @@ def _held(tensor: Tensor) -> tuple[int, Tensor]:
     return 0, tensor if rank() == 0 or tensor.ndim else tensor.new_empty(0)
 
 
-def _state(shards: "_Shards", key: str, parameter: nn.Parameter) -> Tensor:
+def _state(rows: "_Rows", key: str, parameter: nn.Parameter) -> Tensor:
     """Return a state of the optimizer, divided as its parameter is; a scalar on the CPU."""
-    if (scalar := shards.scalar(key)) is not None:
+    if (scalar := rows.scalar(key)) is not None:
         return scalar
-    part = shards.rows(key, *_held(parameter)).to(parameter.device)
+    part = rows.read(key, *_held(parameter)).to(parameter.device)
     if not hasattr(parameter, "_local_tensor"):
         return part
     from torch.distributed.tensor import DTensor
@@ -120,54 +121,82 @@ def _state(shards: "_Shards", key: str, parameter: nn.Parameter) -> Tensor:
     )
 
 
-class _Shards:
-    """The files of a sharded checkpoint, opened for slices of their tensors."""
+class _Rows:
+    """Tensors of a checkpoint, each in parts of consecutive rows that are read when needed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._stack = ExitStack()
         self._parts: dict[str, list[tuple[int, Any]]] = {}
         self._kinds: dict[str, list[str]] = {}
 
-    def __enter__(self) -> "_Shards":
-        try:
-            for path in sorted(self._folder.glob(SHARDS)):
-                file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-                for key, first in json.loads(file.metadata()[FIRST]).items():
-                    self._parts.setdefault(key, []).append((int(first), file))
-        except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-            self._stack.close()
-            raise self._damaged(f"{path.name}: {error}") from error
-        for key in self._parts:
+    def add(self, key: str, first: int, part: Any) -> None:
+        """Add a part that begins at row `first`: a tensor, or a slice of a safetensors file."""
+        if key not in self._parts:
             kind, _, name = key.partition("/")
             self._kinds.setdefault(name, []).append(kind)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._parts.setdefault(key, []).append((first, part))
 
     def states(self, name: str) -> list[str]:
         """Return the states of the optimizer for a parameter."""
         return [kind for kind in self._kinds.get(name, []) if kind != WEIGHT]
 
     def scalar(self, key: str) -> Tensor | None:
-        """Return a tensor [] of the first process; None for a tensor of rows."""
-        tensor: Tensor = self._parts[key][0][1].get_slice(key)[...]
-        return None if tensor.ndim else tensor
+        """Return a tensor []; None for a tensor of rows."""
+        part = self._parts[key][0][1]
+        return None if _shape(part) else torch.as_tensor(part[...])
 
-    def rows(self, key: str, start: int, like: Tensor) -> Tensor:
+    def read(self, key: str, start: int, like: Tensor) -> Tensor:
         """Return rows start .. start + len(like) - 1 of a tensor, in the shape of `like`."""
         found = torch.empty(like.shape, dtype=like.dtype)
         end, count = start + len(like), 0
-        for first, file in self._parts.get(key, []):
-            part = file.get_slice(key)
-            a, b = max(start, first), min(end, first + part.get_shape()[0])
+        for first, part in self._parts.get(key, []):
+            a, b = max(start, first), min(end, first + _shape(part)[0])
             if a < b:
                 found[a - start : b - start] = part[a - first : b - first]
                 count += b - a
         if count != len(like):
-            raise self._damaged(f"it holds {count} of {len(like)} rows of {key}")
+            raise damaged(self._folder, f"it holds {count} of {len(like)} rows of {key}")
         return found
 
-    def _damaged(self, cause: str) -> IntegrityError:
-        return IntegrityError(f"{self._folder} is damaged: {cause}", hint=RESTORE)
+
+def _shape(part: Any) -> list[int]:
+    return list(part.shape if isinstance(part, Tensor) else part.get_shape())
+
+
+def damaged(folder: Path, cause: str) -> IntegrityError:
+    return IntegrityError(f"{folder} is damaged: {cause}", hint=RESTORE)
+
+
+@contextmanager
+def _opened(folder: Path, model: nn.Module, optimizer: Any = None) -> Iterator[_Rows]:
+    """Open a checkpoint, also one of a run without shards: its model, or its optimizer if given."""
+    rows = _Rows(folder)
+    with ExitStack() as stack:
+        if has_shards(folder):
+            _add_shards(rows, folder, stack)
+        elif optimizer is None:
+            # peft leaves the name of the adapter out.
+            names = {name.replace(".default.", "."): name for name, _ in trained(model)}
+            for path in sorted(folder.glob("*.safetensors")):
+                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                for key in names.keys() & set(file.keys()):
+                    rows.add(f"{WEIGHT}/{names[key]}", 0, file.get_slice(key))
+        else:
+            saved = torch.load(folder / OPTIMIZER, "cpu", weights_only=True, mmap=True)
+            own = {id(parameter): name for name, parameter in trained(model)}
+            order = [own[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            theirs = [index for group in saved["param_groups"] for index in group["params"]]
+            for name, index in zip(order, theirs, strict=True):
+                for kind, tensor in saved["state"][index].items():
+                    rows.add(f"{kind}/{name}", 0, tensor)
+        yield rows
+
+
+def _add_shards(rows: _Rows, folder: Path, stack: ExitStack) -> None:
+    for path in sorted(folder.glob(SHARDS)):
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            for key, first in json.loads(file.metadata()[FIRST]).items():
+                rows.add(key, int(first), file.get_slice(key))
+        except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+            raise damaged(folder, f"{path.name}: {error}") from error

@@ -109,6 +109,10 @@ def main(folder: Path) -> None:
     with suppress(Stopped):
         case("untied", "moved", progress=stop_after(3))
 
+    # Stopped after update 3 in one process.
+    case("untied", "grown")
+    case("tied", "grown-lora", lora=Lora(r=2))
+
     # A failure of the save; the same command finishes.
     save = run_module.save_student
     run_module.save_student = full_disk

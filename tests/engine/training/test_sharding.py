@@ -1,20 +1,23 @@
 """Sharded trainings: the updates, the numbers and the folder of one process."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
-from logitcask.engine.errors import ConfigError
+from logitcask.engine.errors import ConfigError, IntegrityError
+from logitcask.engine.training.run_dir.shards import load_weights
 from logitcask.engine.training.settings import training_arguments
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case
-from tests.engine.training.sharding_worker import Watch, watched
+from tests.engine.training.sharding_worker import Stopped, Watch, stop_after, watched
 from tests.engine.training.test_train_ddp import lines, on_two_processes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on a CPU")
@@ -35,6 +38,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     units = [make_unit(i, prompts=3, vocab=99, lengths=[12, 3, 1, 9, 5, 17]) for i in range(2)]
     for name in ("tied", "untied"):
         make_case(folder / name, units, tie=name == "tied")
+    for name, out, lora in (("untied", "grown", Lora()), ("tied", "grown-lora", Lora(r=2))):
+        with suppress(Stopped):
+            watched(folder / name, out, settings=ALONE, lora=lora, progress=stop_after(3))
     on_two_processes(folder, folder, worker="sharding_worker.py", killed=(0,))
     alone = {}
     for name in ("tied", "untied"):
@@ -117,6 +123,27 @@ def test_one_process_resumes_a_sharded_run_with_the_same_losses(cases: Cases) ->
     assert largest_difference(folder / "moved", folder / "alone") < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "out", "alone"),
+    [
+        ("untied", "grown", "alone"),
+        pytest.param("tied", "grown-lora", "alone-lora", marks=pytest.mark.needs("peft")),
+    ],
+)
+def test_two_sharded_processes_resume_a_run_of_one(
+    cases: Cases, name: str, out: str, alone: str
+) -> None:
+    folder = cases.folder / name
+    for rank in (0, 1):
+        found: dict[str, Any] = torch.load(folder / f"{out}-{rank}.pt", weights_only=True)
+        assert found["kinds"] == ["DTensor"]
+        assert len(found["gradients"]) == 1, "update 3 alone"
+    for mine, other in zip(lines(folder / out), lines(folder / alone), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert mine["train/lr"] == other["train/lr"]
+    assert largest_difference(folder / out, folder / alone) < 1e-6
+
+
 def test_a_failed_save_is_finished_by_the_command_of_its_message(cases: Cases) -> None:
     for rank in (0, 1):
         cause, hint = (cases.folder / f"full-{rank}.txt").read_text().splitlines()
@@ -139,6 +166,32 @@ def test_a_run_that_is_killed_before_its_save_is_finished(cases: Cases) -> None:
     assert largest_difference(folder / "killed", folder / "alone") < 1e-6
 
 
+# The rows of a checkpoint.
+
+
+def test_any_number_of_processes_reads_the_rows_of_any_other(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.Linear(7, 2))
+    rows = {f"weight/{name}": p.detach().clone() for name, p in model.named_parameters()}
+    for rank in range(3):
+        parts = {key: value.chunk(3)[rank] for key, value in rows.items() if len(value) > rank}
+        parts = {key: part.contiguous() for key, part in parts.items()}
+        first = {key: rank * -(-len(rows[key]) // 3) for key in parts}
+        file = tmp_path / f"shard-{rank:05d}.safetensors"
+        save_file(parts, file, metadata={"first_row": json.dumps(first)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_weights(tmp_path, model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, rows[f"weight/{name}"])
+    (tmp_path / "shard-00001.safetensors").unlink()
+    with pytest.raises(IntegrityError, match=r"it holds 4 of 7 rows of weight/0\.weight"):
+        load_weights(tmp_path, model)
+    (tmp_path / "shard-00002.safetensors").write_bytes(b"x")
+    with pytest.raises(IntegrityError, match=r"shard-00002\.safetensors"):
+        load_weights(tmp_path, model)
+
+
 # What is refused before a weight is read.
 
 
@@ -151,6 +204,7 @@ def arguments(tmp_path: Path, **change: Any) -> Any:
     [
         ({}, {"sharding": "fsdp2"}, "one process has nothing to shard"),
         ({}, {"cpu_offload": True}, "only sharded weights"),
+        ({"WORLD_SIZE": "2"}, {"sharding": "fsdp2", "cpu_offload": True}, "on a CPU"),
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "train.sharding = none"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"sharding": "fsdp2"}, "ACCELERATE_USE_DEEPSPEED"),
         ({"FSDP_VERSION": "1"}, {"sharding": "fsdp2"}, "FSDP_VERSION = 1"),
