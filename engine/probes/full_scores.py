@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.backends.scoring import ScoreBuilder, row_logits
+from logitcask.engine.backends.row_scores import ScoreBuilder
+from logitcask.engine.backends.scoring import row_logits
 from logitcask.engine.store.format import ragged
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 

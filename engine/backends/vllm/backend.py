@@ -71,7 +71,7 @@ class VLLM:
         """Check the device and dtype; engines are opened later.
 
         batch_tokens: padded tokens of one scoring batch. tokenizer_vocab: as of HF.
-        exact: score from hidden states, with all capabilities of hf except "logits".
+        exact: score from hidden states, with all capabilities of hf except "logits" and "rows".
         memory: share of a GPU for the engines: with exact=True half of it for each, because a
         student samples and scores; otherwise all of it for the one engine.
         """

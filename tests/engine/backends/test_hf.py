@@ -22,7 +22,8 @@ from transformers import (
 from logitcask.engine.backends import scoring
 from logitcask.engine.backends.base import BACKENDS, open_backend
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.backends.scoring import budget_batches, score_rows
+from logitcask.engine.backends.row_scores import score_rows
+from logitcask.engine.backends.scoring import budget_batches
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.types import Prompt, Rollouts, SamplingParams, ScoreParams, Scores
