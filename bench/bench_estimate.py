@@ -76,7 +76,7 @@ def save_student(folder: Path, fields: dict[str, Any]) -> None:
 
     torch.manual_seed(0)
     size = fields["vocab_size"]
-    special = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+    special = {"bos_token_id": None, "eos_token_id": 1, "initializer_range": 0.05}
     rest = {k: v for k, v in fields.items() if k != "model_type"}
     config = AutoConfig.for_model(
         fields["model_type"], max_position_embeddings=4096, **special, **rest
