@@ -312,7 +312,9 @@ class _Check:
 def _gaps(ours: Tensor, plain: Tensor) -> Tensor:
     """Return the absolute differences at the ids that matter; NaN counts as infinite."""
     likely = ~(plain <= math.log(MIN_PROB))  # NaN too
-    likely |= plain >= plain.amax(-1, keepdim=True)  # of a flat distribution over a large vocabulary
+    likely |= plain >= plain.amax(
+        -1, keepdim=True
+    )  # of a flat distribution over a large vocabulary
     return (ours - plain).abs()[likely].nan_to_num(nan=torch.inf)
 
 

@@ -46,6 +46,15 @@ def test_a_plain_decoder_has_every_path() -> None:
     assert check_paths(make_model(), 99) == CheckedPaths()
 
 
+def test_a_flat_distribution_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare rows without an id above MIN_PROB, as of a new model with 150,000 ids."""
+    monkeypatch.setattr(check, "MIN_PROB", 0.5)
+    model = make_model(spread=1e-3)
+    assert check_paths(model, 99) == CheckedPaths()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output.flip(-1) * 1e3)
+    assert "log-probs" in check_paths(model, 99).scoring
+
+
 def capped_in_name_only() -> Any:
     model: Any = make_model()
     model.config.final_logit_softcapping = 1e-3
