@@ -101,7 +101,7 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         base=source.base is not None,
         mixture=str(source.teachers) if source.teachers.mixed else "",
         rewards=all("reward" in dtypes_of(*pair) for pair in source.pairs),
-        samples=int(sampling["n"]),
+        samples=int(sampling.get("n", 0)),
         entropy_bounds=source.bounded,
         scored=source.coverage(),
     )

@@ -9,12 +9,15 @@ _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
     (dict,): ("an object", ("set", "student", "request", "backend", "run")),
     (list,): ("a list", ("stop_ids",)),
     (bool,): ("a boolean", ("at_student",)),
-    (str,): ("text", ("tokenizer", "root", "template", "weights", "grader", "entry_kind")),
+    (str,): (
+        "text",
+        ("tokenizer", "root", "template", "weights", "grader", "entry_kind", "positions"),
+    ),
     (int,): (
         "an integer",
         (
             *("units", "n_vocab", "student_k", "mc_draws", "max_new_tokens", "k_min", "k_max"),
-            *("draws", "seed", "top_k"),
+            *("draws", "seed", "top_k", "n"),
         ),
     ),
     (int, float): ("a number", ("temperature", "top_p", "min_p", "repetition_penalty")),
