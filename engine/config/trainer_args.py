@@ -194,7 +194,8 @@ def trainer_args(given: Any) -> dict[str, Any]:
 
     Raises ConfigError for a field that is ours, refused or unknown, and names the way out.
     """
-    fields = dict(given) if isinstance(given, Mapping) else _from_flags(given)
+    texts = [given] if isinstance(given, str) else given  # of `ablate --vary args=NAME=VALUE`
+    fields = dict(given) if isinstance(given, Mapping) else _from_flags(texts)
     for name, value in fields.items():
         if name in OURS:
             raise ConfigError(f"{name} is a key of its own here", hint=f"set {OURS[name]}")
