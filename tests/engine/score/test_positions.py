@@ -164,6 +164,21 @@ def row_of(stored: CachedScores) -> np.ndarray:
     return np.repeat(np.arange(len(stored.cnt)), stored.cnt)
 
 
+def test_requests_add_up_in_any_order(store: Path, teacher: ModelRef, scorer: HF) -> None:
+    done = [
+        run(store, teacher, scorer, positions=each).positions
+        for each in ("first:4", "first:2", "every:5", "first:4", "all", "every:2")
+    ]
+    opened = open_store(store)
+    rollouts = [opened.read_rollouts(each) for each in opened.head().rollouts("main")]
+    index = np.concatenate([np.arange(n) for each in rollouts for n in each.lengths()])
+    late, fifth = index >= 4, index % 5 == 0
+    assert done == [(~late).sum(), 0, (late & fifth).sum(), 0, (late & ~fifth).sum(), 0]
+    verify(opened, deep=True)
+    stored = opened.head().scores("big").values()
+    assert {tuple(e.rows > 0 for e in chain) for chain in stored} == {(True, False, True, True)}
+
+
 def test_a_scorer_computes_no_more_than_it_must(store: Path, teacher: ModelRef) -> None:
     rollouts = open_store(store).head().rollouts("main")
     rows = sum(each.counts["P"] for each in rollouts)
