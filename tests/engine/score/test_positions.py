@@ -13,6 +13,7 @@ from torch import Tensor
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.objectives import parse_objective
+from logitcask.engine.objectives.loss_weights import AGGREGATIONS, loss_weights
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.score.positions import chosen_rows, shortened
 from logitcask.engine.store import open_store
@@ -284,6 +285,12 @@ def test_loss_and_gradient_are_those_of_whole_scores_with_a_mask(
         len(units[u].rollouts.prompts[units[u].rollouts.seq_prompt[s]].token_ids)
         for u, s in members
     )
+    counted = packs[0].targets.weight > 0
+    modified = parse_objective("overlap+keep_entropy(share=0.5)").objective
+    for aggregation in AGGREGATIONS:
+        of_whole, of_part = (loss_weights(modified, [p.targets], aggregation) for p in packs)
+        torch.testing.assert_close(of_whole.weights[0][counted], of_part.weights[0])
+        assert of_whole.divisor == of_part.divisor
     model = make_model(vocab_size=40)
     for name in ("overlap", "opd", "sampled_token", "forward_kl", "gkd", "overlap+ce"):
         found = [loss_of(model, name, pack) for pack in packs]
