@@ -125,6 +125,12 @@ def run_training(
     holds another run, IntegrityError for a damaged result without a checkpoint, StoreError for a
     disk that is full, and the errors of the training.
     """
+    if is_sharded(run_dir.args) and spec.evaluation is not None:
+        raise ConfigError(
+            "eval.prompts with train.sharding = fsdp2: a sharded student does not sample",
+            hint="leave --eval-prompts out, and sample and grade with the saved folder by "
+            "`logitcask rollout --grader`; held-out rollouts (--eval-store) are measured",
+        )
     preset = spec.objective if isinstance(spec.objective, Preset) else None
     objective = preset.objective if preset else spec.objective
     assert isinstance(objective, Objective)
@@ -144,12 +150,6 @@ def run_training(
         },
         **resume_metadata,
     }
-    if is_sharded(run_dir.args) and spec.evaluation is not None:
-        raise ConfigError(
-            "eval.prompts with train.sharding = fsdp2: a sharded student does not sample",
-            hint="leave --eval-prompts out, and sample and grade with the saved folder by "
-            "`logitcask rollout --grader`; held-out rollouts (--eval-store) are measured",
-        )
     if run_dir.earlier is not None:
         theirs = {key: run_dir.earlier.get(key) for key in record}
         check_same(run_dir.out, _compared(theirs), _compared(record))

@@ -80,7 +80,7 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
     check_optimizer(args, settings)
     # Without torchrun Trainer would spread one process over all GPUs with DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
-    complete_arguments(args)
+    complete_arguments(args, settings)
     return args
 
 

@@ -110,12 +110,18 @@ def fsdp_arguments(settings: Train, cpu: bool) -> dict[str, Any]:
     }
 
 
-def complete_arguments(args: TrainingArguments) -> None:
+def complete_arguments(args: TrainingArguments, settings: Train) -> None:
     """Check the optimizer of a sharded run, and set the types in which it computes."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    if args.fsdp_plugin_args is None:
+    if settings.sharding == "none":
         return
+    plugin: dict[str, Any] | None = getattr(args, "fsdp_plugin_args", None)
+    if plugin is None:
+        raise ConfigError(
+            f"train.sharding = {settings.sharding}: this transformers does not shard by FSDP2",
+            hint="install a newer transformers",
+        )
     if str(getattr(args.optim, "value", args.optim)) not in OPTIMIZERS:
         raise ConfigError(
             f"train.optim = {args.optim} with train.sharding = fsdp2: its states are not divided "
@@ -124,14 +130,14 @@ def complete_arguments(args: TrainingArguments) -> None:
         )
     if args.bf16:
         # accelerate's own policy would round the loss and the sums of gradients too.
-        args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+        plugin["mixed_precision_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
 
 
 def is_sharded(args: TrainingArguments) -> bool:
     """Return True for the arguments of a sharded run."""
-    return args.fsdp_plugin_args is not None
+    return getattr(args, "fsdp_plugin_args", None) is not None
 
 
 @contextmanager

@@ -11,12 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
-from logitcask.engine.errors import IncompleteError, StoreError
+from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.store import open_store
 from logitcask.engine.training import run as run_module
@@ -100,6 +101,8 @@ def main(folder: Path) -> None:
         found = {"gradients": watch.updates, "kinds": sorted(watch.kinds)}
         torch.save(found, folder / name / f"{out}-{rank}.pt")
 
+    with pytest.raises(ConfigError, match="a sharded student does not sample"):
+        case("tied", "sampled", evaluation=object())
     case("tied", "fsdp2")
     case("untied", "fsdp2")
     case("tied", "lora", lora=Lora(r=2))

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
-from logitcask.engine.errors import ConfigError, IntegrityError
+from logitcask.engine.errors import ConfigError, IntegrityError, ModelError
 from logitcask.engine.training.run_dir.shards import load_weights
 from logitcask.engine.training.settings import training_arguments
+from logitcask.engine.training.sharding import ShardCheck
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case
 from tests.engine.training.sharding_worker import Stopped, Watch, stop_after, watched
@@ -192,7 +193,18 @@ def test_any_number_of_processes_reads_the_rows_of_any_other(tmp_path: Path) -> 
         load_weights(tmp_path, model)
 
 
-# What is refused before a weight is read.
+# What is refused.
+
+
+def test_parameters_that_stay_whole_are_an_error() -> None:
+    model = torch.nn.BatchNorm1d(3)
+    saved = set(model.state_dict())
+    check = ShardCheck(model)
+    assert set(model.state_dict()) == {"weight", "bias"}, "accelerate would shard the buffers"
+    nothing: Any = None
+    with pytest.raises(ModelError, match="was not applied: 2 of 2 parameters, such as weight, are"):
+        check.on_train_begin(nothing, nothing, nothing, model=model)
+    assert set(model.state_dict()) == saved
 
 
 def arguments(tmp_path: Path, **change: Any) -> Any:
