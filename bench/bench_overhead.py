@@ -8,9 +8,9 @@ Run: .venv/bin/python bench/bench_overhead.py [--model FOLDER] [--vocab V] [--ro
               responses for the same scores
     score     `score`, from stored rollouts to a committed segment, over a plain forward pass
               of the same batches with log_softmax, topk and entropy
-    train     updates of DistillTrainer on the store, objective overlap, over a loop of the same
-              packs with the whole log_softmax, AdamW and clipping; and over the loop of an
-              expert: the same attention, the logits of the support alone, fused AdamW, no metrics
+    train     updates of DistillTrainer on the store, over a loop of the same packs with the
+              whole log_softmax, AdamW and clipping; and over the loop of an expert: the same
+              attention, the same loss, fused AdamW, no metrics
 
 Each figure is the median of the CPU seconds of this process in interleaved rounds, one thread.
 Without --model the student is a random Qwen3 of 4 layers, width 896 and --vocab ids, by default
@@ -147,7 +147,30 @@ def plain_training(model: Any, packs: PlannedPacks) -> None:
         optimizer.zero_grad()
 
 
-def expert_training(model: Any, packs: PlannedPacks) -> None:
+def support_of(objective: str, targets: Any, states: torch.Tensor, head: torch.Tensor) -> Any:
+    """Return (ids, teacher's log-probs, mask), all [P, K], of the positions of a loss.
+
+    opd: the student's stored ids. overlap: the teacher's first ids that are in the top k of the
+    student in training, which needs one product with the head.
+    """
+    if objective == "opd":
+        columns = torch.arange(K_STUDENT).expand(len(states), -1)
+    else:
+        listed = (targets.q_rank >= 0) & (targets.q_rank < K_STUDENT)
+        order = torch.where(listed, targets.q_rank, targets.q_rank.shape[1])
+        columns = order.topk(K_STUDENT, largest=False).indices
+    ids = targets.ids.gather(1, columns)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if objective == "overlap":
+        with torch.no_grad():
+            for part in torch.arange(len(states)).split(PLAIN_ROWS):
+                logits = states[part] @ head.T
+                least = logits.topk(K_STUDENT).values[:, -1:]
+                mask[part] = logits.gather(1, ids[part]) >= least
+    return ids, targets.q_log_p.gather(1, columns), mask
+
+
+def expert_training(model: Any, packs: PlannedPacks, objective: str) -> None:
     """Train on the same packs: the same loss, from the rows of the head that it reads."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     for index in range(UPDATES):
@@ -160,12 +183,11 @@ def expert_training(model: Any, packs: PlannedPacks) -> None:
             use_cache=False,
             **pack_lengths(lengths, pack.input_ids.device),
         ).last_hidden_state[0, pack.predict_at]
-        rows = torch.nn.functional.embedding(
-            pack.targets.ids[:, :K_STUDENT].clamp(min=0), model.lm_head.weight
-        )
-        p = torch.einsum("pd,pkd->pk", states, rows).log_softmax(-1)
-        q = pack.targets.q_log_p[:, :K_STUDENT].log_softmax(-1)
-        loss = (p.exp() * (p - q)).sum(-1).mean()
+        ids, q, mask = support_of(objective, pack.targets, states, model.lm_head.weight)
+        rows = torch.nn.functional.embedding(ids, model.lm_head.weight)
+        z = torch.einsum("pd,pkd->pk", states, rows)
+        p, q = (torch.where(mask, x, -1e9).log_softmax(-1) for x in (z, q))
+        loss = torch.where(mask, p.exp() * (p - q), 0.0).sum(-1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -189,7 +211,9 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in took.items()}
 
 
-def measure(folder: Path, work: Path, rounds: int, *, training_only: bool) -> results.Row:
+def measure(
+    folder: Path, work: Path, rounds: int, objective: str, *, training_only: bool
+) -> results.Row:
     """Return the row of one model."""
     ref = model_ref(str(folder), chat_template=False)
     begun = time.process_time()
@@ -231,7 +255,7 @@ def measure(folder: Path, work: Path, rounds: int, *, training_only: bool) -> re
     }
     found = interleaved({} if training_only else stages, rounds)
     store = scored()
-    found |= training(store, ref, work, rounds)
+    found |= training(store, ref, work, rounds, objective)
     ratios = {
         f"{ours} over {theirs}": found[ours] / found[theirs]
         for ours, theirs in RATIOS
@@ -240,6 +264,7 @@ def measure(folder: Path, work: Path, rounds: int, *, training_only: bool) -> re
     return {
         **results.environment(*PACKAGES),
         "n_vocab": ref.n_vocab,
+        "objective": objective,
         "positions": rollouts.positions,
         "ratios": {name: round(value, 3) for name, value in ratios.items()},
         "cpu_seconds": {name: round(value, 2) for name, value in found.items()},
@@ -247,7 +272,9 @@ def measure(folder: Path, work: Path, rounds: int, *, training_only: bool) -> re
     }
 
 
-def training(store: Any, ref: ModelRef, work: Path, rounds: int) -> dict[str, float]:
+def training(
+    store: Any, ref: ModelRef, work: Path, rounds: int, objective: str
+) -> dict[str, float]:
     """Return the CPU seconds of UPDATES updates both ways."""
     source = PackSource(store, store.head(), "main", "t")
     plan = source.plan(seed=0, epochs=UPDATES, pack_length=PACK_LENGTH)
@@ -265,7 +292,7 @@ def training(store: Any, ref: ModelRef, work: Path, rounds: int) -> dict[str, fl
             args,
             packs=PlannedPacks(plan, source),
             updates=UPDATES,
-            objective=parse_objective("overlap").objective,
+            objective=parse_objective(objective).objective,
             n_vocab=ref.n_vocab,
             metrics_fraction=settings.metrics_fraction,
             aggregation=settings.aggregation,
@@ -283,7 +310,7 @@ def training(store: Any, ref: ModelRef, work: Path, rounds: int) -> dict[str, fl
         {
             "train": ours,
             "plain train": lambda: plain_training(student, packs),
-            "expert train": lambda: expert_training(student, packs),
+            "expert train": lambda: expert_training(student, packs, objective),
         },
         rounds,
     )
@@ -293,6 +320,7 @@ def main() -> None:
     """Measure the three stages and append their row."""
     parser = results.option_parser(__doc__ or "", "overhead")
     parser.add_argument("--model", type=Path, help="Folder of a model to use instead.")
+    parser.add_argument("--objective", choices=("overlap", "opd"), default="overlap")
     parser.add_argument("--vocab", type=int, default=VOCAB, help="Ids of the random model.")
     parser.add_argument("--training-only", action="store_true", help="Leave the other stages out.")
     parser.add_argument("--rounds", type=int, default=3, help="Rounds after the warm-up.")
@@ -303,7 +331,9 @@ def main() -> None:
         if options.model is None:
             save_model(work / "model", options.vocab)
         folder = options.model or work / "model"
-        row = measure(folder, work, options.rounds, training_only=options.training_only)
+        row = measure(
+            folder, work, options.rounds, options.objective, training_only=options.training_only
+        )
     print(row)
     results.append(options.out, row)
 
