@@ -120,6 +120,8 @@ def estimate_memory(
     buckets = gradients if world_size > 1 and not sharded else 0
     here = 0 if offloaded and not args.use_cpu else weights + moments
     fixed = here + buckets + tensors
+    # The first process gathers shards in the memory of the CPU, and loads the saved model there.
+    copies = (2 if args.use_cpu else 0) if sharded else 1
     return MemoryEstimate(
         parameters=total,
         trained=learned,
@@ -135,7 +137,7 @@ def estimate_memory(
         pack=tensors,
         peak_update=fixed + gathered + update,
         peak_optimizer=fixed + gradients + extra(learned, largest) // parts,
-        peak_save=fixed + kept,
+        peak_save=fixed + kept * copies,
     )
 
 

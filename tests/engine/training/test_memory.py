@@ -123,6 +123,7 @@ def test_shards_divide_weights_gradients_and_moments(tmp_path: Path) -> None:
     layer = 4 * (4 * WIDTH**2 + 3 * WIDTH * INNER + 2 * WIDTH)
     assert four.gathered == pytest.approx(2 * layer + four.head_gradient, rel=0.02)
     assert four.peak_update < alone.peak_update - alone.gradients // 2
+    assert four.peak_save >= 2 * alone.weights + four.weights + four.moments, "the first process"
     whole = four.gathered + four.activations + four.logits
     assert four.peak_update > four.weights + four.moments + whole
 
