@@ -56,8 +56,8 @@ from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, n
 
 VOCAB, WIDTH, LAYERS = 151_936, 896, 4
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 24, 24, 32
-PACK_LENGTH, UPDATES = 512, 3
-"""Tokens of a pack; updates of a round of training."""
+PACK_LENGTH, UPDATES = 512, 12
+"""Tokens of a pack; updates of a round of training, which the start of a run is part of."""
 SAMPLING = SamplingParams(n=1, max_new_tokens=NEW_TOKENS)
 PLAIN_ROWS = 256
 """Rows of logits at once in the plain ways, as many as here."""
