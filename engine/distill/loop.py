@@ -151,6 +151,7 @@ def _run_loop(
     with open_run_dir(model, settings, config.run, on_event) as run_dir:
         identity["store"] = store.uuid
         spec = RunSpec(
+            model=model,
             packs=lambda student: OnPolicyRows(
                 student=student,
                 config=config,
@@ -173,16 +174,15 @@ def _run_loop(
             identity=identity,
             plan=digest(identity),
             exactness=exactness,
+            settings=settings,
+            lora=config.lora,
+            run=config.run,
             evaluation=evaluation,
             held_out=held_out,
         )
         report = run_training(
             spec,
             run_dir,
-            model=model,
-            settings=settings,
-            lora=config.lora,
-            run=config.run,
             config=config.model_dump(mode="json"),
             on_event=on_event,
             progress=progress,

@@ -88,8 +88,10 @@ class TrainReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
-    """Data, objective and evaluation of a run."""
+    """Student, data, objective, settings and evaluation of a run."""
 
+    model: ModelRef
+    """The student before the first update."""
     packs: Callable[[nn.Module], Packs]
     """Builds the packs for the student in training."""
     updates: int
@@ -103,18 +105,22 @@ class RunSpec:
     plan: str
     """Digest of the data and its order; a checkpoint must have the same to resume from."""
     exactness: ExactnessReport
+    settings: Train
+    lora: Lora
+    run: Run
     evaluation: EvalPlan | None = None
     held_out: HeldOut | None = None
+
+    @property
+    def plain_objective(self) -> Objective:
+        """Return the objective without the name of its preset."""
+        return self.objective.objective if isinstance(self.objective, Preset) else self.objective
 
 
 def run_training(
     spec: RunSpec,
     run_dir: RunDir,
     *,
-    model: ModelRef,
-    settings: Train,
-    lora: Lora,
-    run: Run,
     config: Mapping[str, Any],
     on_event: EventHandler,
     progress: Progress = no_progress,
@@ -125,31 +131,15 @@ def run_training(
     holds another run, IntegrityError for a damaged result without a checkpoint, StoreError for a
     disk that is full, and the errors of the training.
     """
+    model, settings = spec.model, spec.settings
     if is_sharded(run_dir.args) and spec.evaluation is not None:
         raise ConfigError(
             "eval.prompts with train.sharding = fsdp2: a sharded student does not sample",
             hint="leave --eval-prompts out, and sample and grade with the saved folder by "
             "`logitcask rollout --grader`; held-out rollouts (--eval-store) are measured",
         )
-    preset = spec.objective if isinstance(spec.objective, Preset) else None
-    objective = preset.objective if preset else spec.objective
-    assert isinstance(objective, Objective)
     resume_metadata = {"plan": spec.plan, "rows_per_update": run_dir.packs_per_update}
-    record = {
-        "student": {k: v for k, v in model.provenance().items() if k not in ("name", "revision")},
-        # Settings come first: an error then names a setting instead of a digest that depends on it.
-        "settings": {
-            **settings_record(settings, lora, run),
-            "dtype": "bfloat16" if run_dir.args.bf16 else "float32",
-        },
-        "objective": objective.record(),
-        **spec.identity,
-        "eval": {
-            **(spec.evaluation.identity() if spec.evaluation else {}),
-            **({"held_out": spec.held_out.identity} if spec.held_out else {}),
-        },
-        **resume_metadata,
-    }
+    record = {**_record(spec, run_dir), **resume_metadata}
     if run_dir.earlier is not None:
         theirs = {key: run_dir.earlier.get(key) for key in record}
         check_same(run_dir.out, _compared(theirs), _compared(record))
@@ -162,7 +152,7 @@ def run_training(
     lines = (begun / METRICS).read_text(errors="replace") if begun else ""
     if run_dir.first and run_dir.earlier is None:
         notes = {
-            "preset": preset.name if preset else "",
+            "preset": spec.objective.name if isinstance(spec.objective, Preset) else "",
             "updates": spec.updates,
             "config": dict(config),
             "exactness": asdict(spec.exactness),
@@ -177,79 +167,14 @@ def run_training(
                 "note: dropout is on: the loss is of another distribution than the one that was "
                 "sampled and scored"
             )
-        trackers = check_trackers(settings.args.get("report_to", "none"))
-        tracked = run_dir.first and TENSORBOARD in trackers
         with quiet():
-            student = _load(spec, run_dir, model, settings, lora, run.seed)
-            trainer = DistillTrainer(
-                student,
-                run_dir.args,
-                packs=spec.packs(student),
-                updates=spec.updates,
-                objective=objective,
-                n_vocab=model.n_vocab,
-                metrics_fraction=settings.metrics_fraction,
-                aggregation=settings.aggregation,
-                dropout=settings.dropout,
-                bounds=Bounds(
-                    action=settings.staleness_action,
-                    min_coverage=settings.min_coverage,
-                    max_drift=settings.max_drift,
-                ),
-                version=model.version,
-                same_base_weights=spec.same_base_weights,
-                metrics=metrics,
-                resume_metadata=resume_metadata,
-                progress=progress,
-                tracker=tensorboard_callback(run_dir.out, step) if tracked else None,
-            )
-            evaluation = None
-            if spec.evaluation or spec.held_out:
-                evaluation = EvalCallback(
-                    spec.evaluation,
-                    spec.held_out,
-                    student,
-                    metrics,
-                    model.version,
-                    write=run_dir.first,
-                    track=trainer.track,
-                    progress=progress,
-                )
-                trainer.add_callback(evaluation)
-            with ended_runs(trackers):
-                trainer.train(resume_from_checkpoint=str(folder) if folder else None)
-            if evaluation:
-                evaluation.evaluate_at(spec.updates)
+            student = _load(spec, run_dir)
+            _train(student, spec, run_dir, metrics, resume_metadata, folder, step, progress)
             with finishing(run_dir.out, spec.updates):
-                saved: nn.Module | None = student
+                whole: nn.Module | None = student
                 if is_sharded(run_dir.args):
-                    saved = whole_student(student, model, lora, run.seed)
-                metadata = {
-                    "pin": record.get("pin"),
-                    "plan": spec.plan,
-                    "objective": record["objective"],
-                }
-                results: dict[str, Any] = {"evaluations": metrics.evaluations} if evaluation else {}
-                if metrics.skipped:
-                    skipped = {"skipped": metrics.skipped, "positions": metrics.positions}
-                    results["rescore"] = skipped
-
-                def save() -> None:
-                    results[METRICS_SHA256] = sha256_of(metrics.path)
-                    assert saved is not None, "the first process has it"
-                    with writing(run_dir.out):
-                        write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
-                        save_student(
-                            saved,
-                            run_dir.out,
-                            parent=model,
-                            updates=spec.updates,
-                            metadata=metadata,
-                            dtype=dtype_of_result(settings.save_dtype, model),
-                            adapter=lora.save_adapter,
-                        )
-
-                on_first(save)
+                    whole = whole_student(student, model, spec.lora, spec.run.seed)
+                on_first(lambda: _save(whole, spec, run_dir, metrics, record))
     if run_dir.first and not settings.keep_checkpoints:
         remove_checkpoints(run_dir.out)
     run_dir.wait()
@@ -272,6 +197,25 @@ def run_training(
     )
 
 
+def _record(spec: RunSpec, run_dir: RunDir) -> dict[str, Any]:
+    """Return the part of run.json in which a resumed run must be equal."""
+    student = spec.model.provenance()
+    return {
+        "student": {k: v for k, v in student.items() if k not in ("name", "revision")},
+        # Settings come first: an error then names a setting instead of a digest that depends on it.
+        "settings": {
+            **settings_record(spec.settings, spec.lora, spec.run),
+            "dtype": "bfloat16" if run_dir.args.bf16 else "float32",
+        },
+        "objective": spec.plain_objective.record(),
+        **spec.identity,
+        "eval": {
+            **(spec.evaluation.identity() if spec.evaluation else {}),
+            **({"held_out": spec.held_out.identity} if spec.held_out else {}),
+        },
+    }
+
+
 def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record of run.json without `accumulation`.
 
@@ -282,16 +226,20 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "settings": kept}
 
 
-def _load(
-    spec: RunSpec, run_dir: RunDir, model: ModelRef, settings: Train, lora: Lora, seed: int
-) -> nn.Module:
+def _load(spec: RunSpec, run_dir: RunDir) -> nn.Module:
     """Load the student: on its device, or on the CPU for accelerate to shard it."""
-    attention, sharded = run_dir.attention, is_sharded(run_dir.args)
-    options: dict[str, Any] = {"lora": lora, "seed": seed, "length": spec.longest}
+    settings, attention = spec.settings, run_dir.attention
+    sharded = is_sharded(run_dir.args)
+    options: dict[str, Any] = {
+        "lora": spec.lora,
+        "seed": spec.run.seed,
+        "length": spec.longest,
+        "attention": attention,
+    }
     if sharded:
-        student = load_on_first(model, run_dir.args, attention=attention, **options)
+        student = load_on_first(spec.model, run_dir.args, **options)
     else:
-        student = load_student(model, attention=attention, **options)
+        student = load_student(spec.model, **options)
     if settings.gradient_checkpointing:
         checkpoint_layers(student, dropout=settings.dropout)
     if not sharded:
@@ -299,5 +247,88 @@ def _load(
         student.to(run_dir.args.device)
         if attention in ON_GPU:
             explicit = settings.attn_implementation != "auto"
-            use_on_gpu(student, model, attention, explicit=explicit)
+            use_on_gpu(student, spec.model, attention, explicit=explicit)
     return student
+
+
+def _train(
+    student: nn.Module,
+    spec: RunSpec,
+    run_dir: RunDir,
+    metrics: MetricsFile,
+    resume_metadata: dict[str, Any],
+    checkpoint: Path | None,
+    step: int,
+    progress: Progress,
+) -> None:
+    """Train the student to the last update, with its evaluations."""
+    settings = spec.settings
+    trackers = check_trackers(settings.args.get("report_to", "none"))
+    tracked = run_dir.first and TENSORBOARD in trackers
+    trainer = DistillTrainer(
+        student,
+        run_dir.args,
+        packs=spec.packs(student),
+        updates=spec.updates,
+        objective=spec.plain_objective,
+        n_vocab=spec.model.n_vocab,
+        metrics_fraction=settings.metrics_fraction,
+        aggregation=settings.aggregation,
+        dropout=settings.dropout,
+        bounds=Bounds(
+            action=settings.staleness_action,
+            min_coverage=settings.min_coverage,
+            max_drift=settings.max_drift,
+        ),
+        version=spec.model.version,
+        same_base_weights=spec.same_base_weights,
+        metrics=metrics,
+        resume_metadata=resume_metadata,
+        progress=progress,
+        tracker=tensorboard_callback(run_dir.out, step) if tracked else None,
+    )
+    evaluation = None
+    if spec.evaluation or spec.held_out:
+        evaluation = EvalCallback(
+            spec.evaluation,
+            spec.held_out,
+            student,
+            metrics,
+            spec.model.version,
+            write=run_dir.first,
+            track=trainer.track,
+            progress=progress,
+        )
+        trainer.add_callback(evaluation)
+    with ended_runs(trackers):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if evaluation:
+        evaluation.evaluate_at(spec.updates)
+
+
+def _save(
+    student: nn.Module | None,
+    spec: RunSpec,
+    run_dir: RunDir,
+    metrics: MetricsFile,
+    record: Mapping[str, Any],
+) -> None:
+    """Complete run.json, and save the student with its metadata last."""
+    assert student is not None, "the first process has it"
+    results: dict[str, Any] = {METRICS_SHA256: sha256_of(metrics.path)}
+    if spec.evaluation or spec.held_out:
+        results["evaluations"] = metrics.evaluations
+    if metrics.skipped:
+        results["rescore"] = {"skipped": metrics.skipped, "positions": metrics.positions}
+    metadata = {"pin": record.get("pin"), "plan": spec.plan, "objective": record["objective"]}
+    with writing(run_dir.out):
+        write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
+        save_student(
+            student,
+            run_dir.out,
+            parent=spec.model,
+            updates=spec.updates,
+            metadata=metadata,
+            dtype=dtype_of_result(spec.settings.save_dtype, spec.model),
+            adapter=spec.lora.save_adapter,
+        )

@@ -92,6 +92,7 @@ def train(
                 for line in held.exactness.lines():
                     on_event(f"held out: {line}")
         spec = RunSpec(
+            model=model,
             packs=lambda student: PlannedPacks(plan, source),
             updates=updates_at_most(settings, -(-len(plan) // run_dir.packs_per_update)),
             longest=plan.longest,
@@ -106,19 +107,14 @@ def train(
             },
             plan=plan.digest,
             exactness=exactness,
+            settings=settings.model_copy(update={"pack_length": plan.key.pack_length}),
+            lora=lora,
+            run=run,
             evaluation=evaluation,
             held_out=held,
         )
         return run_training(
-            spec,
-            run_dir,
-            model=model,
-            settings=settings.model_copy(update={"pack_length": plan.key.pack_length}),
-            lora=lora,
-            run=run,
-            config=config or {},
-            on_event=on_event,
-            progress=progress,
+            spec, run_dir, config=config or {}, on_event=on_event, progress=progress
         )
 
 
