@@ -14,7 +14,7 @@ class Served(StrEnum):
     ON_POLICY = "unbiased on policy"
     ANY_AGE = "unbiased at any age"
     FLOOR = "biased by its floor"
-    CONTROL = "a control, no value of the teacher is read"
+    CONTROL = "a control, no teacher"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ trusted: lines are bounded, and each error names file, line, field, value, rule 
 import json
 from collections.abc import Callable
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,8 @@ def read_prompts(
     encoder = Encoder(tokenizer, rendering)
     try:
         with closing(encoder):
-            for line in source.lines():
-                if len(prompts) == limit:
-                    break
+            # A line after the limit is not read: it may be no prompt.
+            for line in islice(source.lines(), limit):
                 if (name := line.id) in number_of:
                     line.refuse(
                         f'field "id": {name!r} is already the id of {line.unit} {number_of[name]}',

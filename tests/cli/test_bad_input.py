@@ -85,7 +85,7 @@ CONFIGURATION = [
         "distill @d.toml --set train.zzz=1",
         2,
         "unknown key train.zzz",
-        "known keys: train.teacher, train.base",
+        "known keys: train.teacher, train.teacher_field",
     ),
     Case("section", "distill @d.toml --set trian.lr=1", 2, "unknown key trian", "train"),
     Case("rule", "distill @d.toml --set loop.rounds=0", 2, "loop.rounds = 0", "Rounds"),

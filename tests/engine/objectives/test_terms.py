@@ -372,7 +372,7 @@ CACHE = CacheInfo(
         ),
         (
             "fixed_advantage",
-            "a control, no value of the teacher is read",
+            "a control, no teacher",
             "cache/approx_kl",
             "with a fixed advantage: on policy its mean gradient is zero",
         ),
