@@ -1,9 +1,12 @@
 """`logitcask score`: a teacher scores stored rollouts."""
 
+from pathlib import Path
+
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import open_teacher
 from logitcask.engine.commands.resolve import columns_in, rendering_of
 from logitcask.engine.config.sections import ScoreConfig
+from logitcask.engine.config.teacher import FILE, is_file
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.encode import readable
@@ -11,6 +14,7 @@ from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
 from logitcask.engine.prompts.source import open_source
 from logitcask.engine.prompts.teacher_context import read_template, templated
 from logitcask.engine.score.plan import ScoreReport, score
+from logitcask.engine.score.positions_file import read_positions
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.types import ModelRef, Progress, Prompt, no_progress
@@ -35,6 +39,12 @@ def score_request(
     config: ScoreConfig, store: Store, snapshot: Snapshot, cancel: CancelToken
 ) -> ScoreRequest:
     """Load the teacher and describe its scores; the caller closes the scorer."""
+    positions, listed = config.score.positions, None
+    if is_file(positions):
+        listed = read_positions(Path(positions.removeprefix(FILE)))
+        segments = snapshot.rollouts(config.store.rollouts)
+        listed.check_prompts(p.id for each in segments for p in store.read_prompts(each))
+        positions = listed.name
     template = rendering_of(snapshot, config.store.rollouts).chat_template
     student = snapshot.rollouts(config.store.rollouts)[0].provenance["student"]
     teacher = open_teacher(
@@ -62,7 +72,8 @@ def score_request(
             role=config.score.teacher_kind,
             context=context,
             extra_ids=config.score.extra_ids or None,
-            positions=config.score.positions,
+            positions=positions,
+            positions_file=listed,
             profile=config.store.profile,
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,

@@ -9,6 +9,14 @@ from pydantic import Field, ValidationInfo, field_validator
 from logitcask.engine.config.section import NAME, Name, Positive, Section, Share
 from logitcask.engine.types import ALL_POSITIONS, ScoreParams
 
+FILE = "file:"
+"""Beginning of `positions` that are listed in a file, before its path."""
+
+
+def is_file(positions: str) -> bool:
+    """Return True for `positions` that name a file."""
+    return positions.startswith(FILE) and positions != FILE
+
 
 class Teacher(Section):
     model: str = Field(
@@ -122,7 +130,8 @@ class Score(Section):
         ALL_POSITIONS,
         description="Response positions that get a score: all; first:N of each response; every:N, "
         "its first and then each N-th; entropy-top:SHARE, those of the largest entropy of the "
-        "student in a segment, as 0.2. The others have no loss; a later call with all adds them.",
+        "student in a segment, as 0.2; or file:PATH, a JSONL file that lists them. The others have "
+        "no loss; a later call with all adds them.",
     )
     foreign_eos: Literal["refuse", "keep"] = Field(
         "refuse",
@@ -180,9 +189,11 @@ class Score(Section):
         elif kind in ("first", "every") and re.fullmatch(r"[1-9][0-9]{0,8}", value):
             chosen = ALL_POSITIONS if positions == "every:1" else positions
         else:
-            chosen = positions if positions == ALL_POSITIONS else ""
+            chosen = positions if positions == ALL_POSITIONS or is_file(positions) else ""
         if not chosen:
-            raise ValueError("must be all, first:N, every:N or entropy-top:SHARE, as first:100")
+            raise ValueError(
+                "must be all, first:N, every:N, entropy-top:SHARE or file:PATH, as first:100"
+            )
         if chosen != ALL_POSITIONS and info.data.get("extra_ids"):
             raise ValueError("must be all with extra_ids, which extend the scores of all positions")
         return chosen

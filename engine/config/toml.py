@@ -15,6 +15,7 @@ from logitcask.engine.config.other_names import keys_named, suggest
 from logitcask.engine.config.prompts import is_hub
 from logitcask.engine.config.section import Section, parse_value
 from logitcask.engine.config.sections import RunConfig
+from logitcask.engine.config.teacher import FILE, is_file
 from logitcask.engine.errors import ConfigError
 
 Job = TypeVar("Job", bound=Section)
@@ -155,6 +156,8 @@ def _resolved(config: Job, base: Path) -> Job:
                 changed[key] = value if is_hub(value) else base / value
             elif not isinstance(value, str) or not value:
                 continue
+            elif key == "positions" and is_file(value):
+                changed[key] = f"{FILE}{base / value.removeprefix(FILE)}"
             # A hub id and a relative folder look alike: it is a folder if there is one.
             elif (key in _MODELS and (base / value).is_dir()) or (
                 (name, key) in _STORES and "://" not in value

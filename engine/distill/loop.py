@@ -16,7 +16,7 @@ from logitcask.engine.commands.resolve import grader_of, student_and_prompts
 from logitcask.engine.commands.train import eval_plan, find_objective, held_out_set
 from logitcask.engine.config.section import Section
 from logitcask.engine.config.sections import RunConfig
-from logitcask.engine.config.teacher import Score
+from logitcask.engine.config.teacher import Score, is_file
 from logitcask.engine.config.training import Train
 from logitcask.engine.distill.on_policy_rows import OnPolicyRows, pack_length
 from logitcask.engine.errors import ConfigError, IdentityError
@@ -265,6 +265,12 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
         raise ConfigError(
             f"score.extra_ids = {config.score.extra_ids}: distill does not take it",
             hint="leave it out, or give mc; every round is scored once, at the student's own ids",
+        )
+    if is_file(config.score.positions):
+        raise ConfigError(
+            f"score.positions = {config.score.positions}: a file lists positions of responses that "
+            "are stored already",
+            hint="choose positions by a rule in a loop, such as first:100",
         )
     for name, section, keys, hint in _NOT_IN_A_LOOP:
         for key in keys:

@@ -1,4 +1,4 @@
-"""Positions of a scoring: all, first:N, every:N, or entropy-top:SHARE.
+"""Positions of a scoring: all, first:N, every:N, entropy-top:SHARE, or those of a file.
 
 A score of a position costs a product with the head, and bytes. The forward pass covers the prompt
 and the response up to the last position that is scored, so that first:N shortens it too.

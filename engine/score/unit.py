@@ -12,6 +12,7 @@ from logitcask.engine.errors import PromptError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.score.extra_ids import with_known, without_extra
 from logitcask.engine.score.positions import chosen_rows, score_positions
+from logitcask.engine.score.positions_file import PositionsFile
 from logitcask.engine.store import ScoreSegments, Segment, Store
 from logitcask.engine.store.extend import request_ids, union
 from logitcask.engine.store.format.layouts import ranked
@@ -64,7 +65,9 @@ class ScoreRequest:
     """Name of another model's scores in the store, for its top ids (a later student, for example);
     or MC_IDS, for the ids that the student drew, stored in float32 in every profile."""
     positions: str = ALL_POSITIONS
-    """Rows to score, as of `positions.chosen_rows`; not all of them with extra ids."""
+    """Rows to score, as of `positions.chosen_rows`; not all of them with extra ids. With a
+    positions file: its name."""
+    positions_file: PositionsFile | None = None
     profile: str = "default"
     eos_rows: Literal["refuse", "keep"] = "refuse"
     """Treatment of a final stop token that the teacher does not use."""
@@ -131,7 +134,10 @@ def run_score_unit(
     at_student = "student" if params.at_student else ""
     stored, rows = unit.score_segments, None
     if request.positions != ALL_POSITIONS or (stored is not None and are_partial(stored)):
-        rows = chosen_rows(rollouts, request.positions)
+        if request.positions_file is not None:
+            rows = request.positions_file.rows(rollouts)
+        else:
+            rows = chosen_rows(rollouts, request.positions)
         if stored is not None and (marks := store.read_marks(stored)) is not None:
             rows &= ~marks
         scores, took_s = _score(request, shown, None, report, rows=rows)

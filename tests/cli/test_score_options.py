@@ -196,7 +196,7 @@ def test_some_positions_are_scored_shown_trained_on_and_completed(world: World, 
     assert call(f"{ROLL} {store}").code == 0
     for wrong in ("last:3", "first:0", "entropy-top:2"):
         refused = call(score_command(store, f"--positions {wrong}"))
-        refused.assert_error(2, f"--positions = '{wrong}': must be all, first:N, every:N or", "")
+        refused.assert_error(2, f"--positions = '{wrong}': must be all, first:N, every:N,", "")
     refused = call(score_command(store, "--positions first:2 --extra-ids mc"))
     refused.assert_error(2, "must be all with extra_ids", "")
     first = call(score_command(store, "--positions first:2 --format json")).json
@@ -221,3 +221,7 @@ def test_some_positions_are_scored_shown_trained_on_and_completed(world: World, 
         scored + second["positions"]
     )
     assert call(f"{TRAIN} {trained}3 --objective overlap+stepwise").code == 0
+    lines = [{"prompt": rollouts.prompts[0].id, "response": 1, "positions": [0]}]
+    world.at("listed.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    listed = score_command(store, "--positions file:LIST --format json", "listed")
+    assert call(listed.replace("LIST", str(world.at("listed.jsonl")))).json["positions"] == 1
