@@ -15,7 +15,17 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.returned import RESOLVED
 from logitcask.engine.backends.vllm.backend import VLLM
 from logitcask.engine.errors import AnswerError, ConfigError, IdentityError, ModelError
-from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, ScoreParams, Scores
+from logitcask.engine.score.positions import chosen_rows, score_positions
+from logitcask.engine.store.format.rows import scores_at
+from logitcask.engine.types import (
+    ModelRef,
+    Prompt,
+    Rollouts,
+    SamplingParams,
+    ScoreParams,
+    Scores,
+    no_progress,
+)
 from tests.engine.tiny import N_VOCAB, make_model, save_folder
 from tests.vllm.scored import TOP, WITH_STUDENT_IDS, rolled, teacher
 from tests.vllm.shim import with_shim
@@ -104,8 +114,17 @@ def test_the_newer_runner_scores_extra_ids(
 def test_exact_scores_equal_those_of_hf(
     exact: VLLM, hf: HF, rollouts: Rollouts, request_: ScoreParams
 ) -> None:
-    assert exact.capabilities == hf.capabilities - {"logits"}
+    assert exact.capabilities == hf.capabilities - {"logits", "rows"}
     assert_equal_scores(exact.score(rollouts, request_), hf.score(rollouts, request_))
+
+
+@pytest.mark.parametrize("positions", ["first:2", "every:3"])
+def test_scores_of_some_positions_are_those_of_all(
+    exact: VLLM, rollouts: Rollouts, positions: str
+) -> None:
+    rows = chosen_rows(rollouts, positions)
+    found = score_positions(exact, rollouts, TOP, rows, no_progress)
+    assert_equal_scores(found, scores_at(exact.score(rollouts, TOP), rows, None))
 
 
 def test_an_untied_head_is_read_and_a_wrong_one_is_an_error(
