@@ -1,6 +1,7 @@
 """`logitcask train`: a student learns from stored scores."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from logitcask.engine.commands.load_teacher import live_backend
@@ -19,6 +20,7 @@ from logitcask.engine.events import EventHandler
 from logitcask.engine.models.identity import read_config, resolve_model, vocabulary
 from logitcask.engine.objectives import PRESETS, Preset, parse_objective, warnings
 from logitcask.engine.objectives.parse import preset_hint
+from logitcask.engine.packing.source import PackSource
 from logitcask.engine.packing.teachers import Teachers
 from logitcask.engine.prompts.graders import open_grader
 from logitcask.engine.prompts.prompts import load_tokenizer
@@ -45,16 +47,18 @@ def run_train(
 ) -> TrainReport:
     """Train the student. The exactness report of the objective goes to `on_event` first."""
     store, snapshot, task = _train_task(config)
+    model = student_of(config.student, snapshot, config.store.rollouts)
     report = train(
         store,
         **task,
+        model=model,
         lora=config.lora,
         run=config.run,
         snapshot=None if config.train.snapshot is None else snapshot,
         evaluation=eval_plan(
             config.eval,
             config.run,
-            task["model"],
+            model,
             rendering_of(snapshot, config.store.rollouts),
             on_event,
         ),
@@ -73,28 +77,52 @@ def check_train(config: TrainConfig) -> None:
     """Raise what would stop `run_train` before its first update."""
     training_arguments(config.train, config.run)
     store, snapshot, task = _train_task(config)
-    check(store, **task, seed=config.run.seed, snapshot=snapshot)
+    model = student_of(config.student, snapshot, config.store.rollouts)
+    check(
+        _source(config, store, snapshot, task),
+        config.store.rollouts,
+        model=model,
+        objective=task["objective"],
+        settings=config.train,
+        seed=config.run.seed,
+    )
     rendering = rendering_of(snapshot, config.store.rollouts)
-    eval_plan(config.eval, config.run, task["model"], rendering)
+    eval_plan(config.eval, config.run, model, rendering)
     held = held_out_set(config.eval, config.store.url, config.train)
     if held is not None:
-        hold_out(held, task["model"], task["objective"], config.train.pack_length)
+        hold_out(held, model, task["objective"], config.train.pack_length)
 
 
 def estimate_train(config: TrainConfig, world_size: int) -> MemoryEstimate:
     """Estimate the memory of `run_train` per process, of so many; reads no weights."""
-    store, snapshot, task = _train_task(config, weights=False)
+    store, snapshot, task = _train_task(config)
     path = resolve_model(config.student.model, config.student.revision, weights=False)
     n_vocab, _ = vocabulary(path, read_config(path), load_tokenizer(path))
     return estimate(
-        store,
-        **task,
+        _source(config, store, snapshot, task),
+        config.store.rollouts,
         path=path,
         n_vocab=n_vocab,
+        objective=task["objective"],
+        settings=config.train,
         lora=config.lora,
         run=config.run,
-        snapshot=snapshot,
         world_size=world_size,
+    )
+
+
+def _source(
+    config: TrainConfig, store: Store, snapshot: Snapshot, task: Mapping[str, Any]
+) -> PackSource:
+    """Open what `run_train` reads, without decoding a unit."""
+    return PackSource(
+        store,
+        snapshot,
+        config.store.rollouts,
+        task["teacher"],
+        teacher_field=task["teacher_field"],
+        base=task["base"],
+        partial=config.train.partial,
     )
 
 
@@ -112,13 +140,8 @@ def scoring_seconds(config: TrainConfig) -> float | None:
     return sum(recorded) if len(recorded) == len(took) else None
 
 
-def _train_task(
-    config: TrainConfig, *, weights: bool = True
-) -> tuple[Store, Snapshot, dict[str, Any]]:
-    """Return the store, its snapshot, and the arguments that `train` and `check` share.
-
-    weights: False = without the model, whose digest reads them.
-    """
+def _train_task(config: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
+    """Return the store, its snapshot, and the arguments of `train` that need no student."""
     preset = find_objective(config.train)
     store = open_store(config.store.url)
     snapshot = (
@@ -131,7 +154,7 @@ def _train_task(
     )
     bases = [n for n in snapshot.names("score") if snapshot.role(n) == "base"]
     base = config.train.base
-    task: dict[str, Any] = {
+    task = {
         "teacher": find_teachers(
             snapshot, config.train.teacher, config.train.teacher_field, where=where
         ),
@@ -141,8 +164,6 @@ def _train_task(
         "objective": preset,
         "settings": config.train,
     }
-    if weights:
-        task["model"] = student_of(config.student, snapshot, config.store.rollouts)
     return store, snapshot, task
 
 

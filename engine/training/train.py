@@ -54,8 +54,8 @@ def train(
     call on the same folder resumes from the newest checkpoint, bit for bit on a CPU. evaluation,
     held_out: measured before the first update and after the last at least. cache: keeps decoded
     units for other runs. config: the resolved configuration, only recorded in run.json. The
-    exactness report of the objective goes to
-    `on_event` before the first update. Under torchrun every process calls this.
+    exactness report of the objective goes to `on_event` before the first update. Under torchrun
+    every process calls this.
 
     Raises ConfigError, IdentityError (another run in the folder, another tokenizer than the
     rollouts'), IncompleteError (units missing and not `partial`), ObjectiveError (the scores cannot
@@ -119,28 +119,15 @@ def train(
 
 
 def check(
-    store: Store,
+    source: PackSource,
+    rollouts: str,
     *,
     model: ModelRef,
-    teacher: str,
-    rollouts: str,
     objective: Objective | Preset,
     settings: Train,
     seed: int,
-    snapshot: Snapshot,
-    teacher_field: str | None = None,
-    base: str | None = None,
 ) -> None:
     """Raise the errors of `train` before its first update; decodes no unit."""
-    source = PackSource(
-        store,
-        snapshot,
-        rollouts,
-        teacher,
-        teacher_field=teacher_field,
-        base=base,
-        partial=settings.partial,
-    )
     check_exactness(objective, cache_info(model, source, settings.allow_off_lineage))
     _plan(source, rollouts, settings, seed, settings.pack_length)
 
@@ -158,34 +145,21 @@ def _plan(
 
 
 def estimate(
-    store: Store,
+    source: PackSource,
+    rollouts: str,
     *,
     path: Path,
     n_vocab: int,
-    teacher: str,
-    rollouts: str,
     objective: Objective | Preset,
     settings: Train,
     lora: Lora,
     run: Run,
-    snapshot: Snapshot,
-    teacher_field: str | None = None,
-    base: str | None = None,
     world_size: int = 1,
 ) -> MemoryEstimate:
     """Estimate the memory of `train` per process: decodes no unit, reads no weights.
 
     path: folder of the student, of which config.json is read.
     """
-    source = PackSource(
-        store,
-        snapshot,
-        rollouts,
-        teacher,
-        teacher_field=teacher_field,
-        base=base,
-        partial=settings.partial,
-    )
     info = cache_info(None, source, settings.allow_off_lineage)
     plan = _plan(source, rollouts, settings, run.seed, settings.pack_length)
     plain = objective.objective if isinstance(objective, Preset) else objective
