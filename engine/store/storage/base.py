@@ -53,6 +53,12 @@ class Storage(Protocol):
         then not read.
         """
 
+    def read_part(self, name: str, start: int, size: int) -> bytes | None:
+        """Return `size` bytes of a name from `start` on, fewer at its end; None = no such name.
+
+        Raises IntegrityError for a link or a special file.
+        """
+
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
         """Read several names, each with its limit."""
 

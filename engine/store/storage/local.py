@@ -88,36 +88,23 @@ class LocalStorage:
                 )
 
     def read(self, name: str, limit: int) -> bytes | None:
-        path = self._root / name
-        with _disk("read", path):
-            try:
-                handle = self._open_below(name)
-            except FileNotFoundError:
+        with self._opened(name) as found:
+            if found is None:
                 return None
-            except OSError as error:
-                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-                    raise
+            handle, size = found
+            if size > limit:
                 raise IntegrityError(
-                    f"{path}: a symbolic link or a file in place of a file or folder of the store",
-                    hint="restore that path from a copy of the store; a store has no links",
-                ) from error
-            try:
-                status = os.fstat(handle)
-                if not stat.S_ISREG(status.st_mode):
-                    raise IntegrityError(f"{path}: not a plain file", hint=_RESTORE)
-                if status.st_size > limit:
-                    raise IntegrityError(
-                        f"{path}: {status.st_size} bytes where at most {limit} are allowed",
-                        hint=_RESTORE,
-                    )
-                parts: list[bytes] = []
-                left = limit + 1
-                while left and (part := os.read(handle, min(left, 1 << 24))):
-                    parts.append(part)
-                    left -= len(part)
-            finally:
-                os.close(handle)
-        return b"".join(parts)
+                    f"{self._root / name}: {size} bytes where at most {limit} are allowed",
+                    hint=_RESTORE,
+                )
+            return _read_from(handle, limit + 1)
+
+    def read_part(self, name: str, start: int, size: int) -> bytes | None:
+        with self._opened(name) as found:
+            if found is None:
+                return None
+            os.lseek(found[0], start, os.SEEK_SET)
+            return _read_from(found[0], size)
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
         return {name: self.read(name, limit) for name, limit in limits.items()}
@@ -212,6 +199,31 @@ class LocalStorage:
                 _remove_tree(aside)
             except FileNotFoundError:
                 return
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[int, int] | None]:
+        """Open a plain file for reading; yield (handle, bytes), or None where it is absent."""
+        path = self._root / name
+        with _disk("read", path):
+            try:
+                handle = self._open_below(name)
+            except FileNotFoundError:
+                yield None
+                return
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                    raise
+                raise IntegrityError(
+                    f"{path}: a symbolic link or a file in place of a file or folder of the store",
+                    hint="restore that path from a copy of the store; a store has no links",
+                ) from error
+            try:
+                status = os.fstat(handle)
+                if not stat.S_ISREG(status.st_mode):
+                    raise IntegrityError(f"{path}: not a plain file", hint=_RESTORE)
+                yield handle, status.st_size
+            finally:
+                os.close(handle)
 
     def _make(self, *folders: str) -> None:
         """Create absent folders and their parents, durably."""
@@ -308,6 +320,15 @@ def _make_dir(path: Path) -> bool:
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory") from None
             return False
     return True
+
+
+def _read_from(handle: int, most: int) -> bytes:
+    """Read up to `most` bytes, to the end of the file."""
+    parts: list[bytes] = []
+    while most and (part := os.read(handle, min(most, 1 << 24))):
+        parts.append(part)
+        most -= len(part)
+    return b"".join(parts)
 
 
 def _write_new(path: Path, data: bytes) -> None:

@@ -53,6 +53,18 @@ class ObjectStorage:
                 )
             return bytes(found.bytes())
 
+    def read_part(self, name: str, start: int, size: int) -> bytes | None:
+        import obstore
+
+        with self._request("read", name):
+            try:
+                found = obstore.get(
+                    self._objects, name, options={"range": (start, start + size)} if size else None
+                )
+            except FileNotFoundError:
+                return None
+            return bytes(found.bytes()) if size else b""
+
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
         return dict(zip(limits, _map_concurrently(self.read, limits.items()), strict=True))
 
