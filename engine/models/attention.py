@@ -10,9 +10,9 @@ of each ordinary implementation:
 
 A sliding window is computed in blocks of queries against the keys that they see. So time and
 memory are linear in the length of a pack, and those of a window in the length of a sequence. The
-cuts are those of `cu_seq_lens_q`, which flash attention reads too, else the restarts of the
-position ids. A mask that is more than causal, windowed and packed (chunks of Llama 4, prefixes) is
-left to the ordinary implementation.
+lengths come with the pack and are on the host, so that no layer waits for a GPU; without them, the
+cuts are the restarts of the position ids. A mask that is more than causal, windowed and packed
+(chunks of Llama 4, prefixes) is left to the ordinary implementation.
 """
 
 import inspect
@@ -37,6 +37,8 @@ BLOCK = 256
 """Queries at once where attention needs a mask."""
 LEAST = 16
 """Queries at once at least."""
+HOST_LENGTHS = "host_lengths"
+"""Argument of a forward pass: the lengths of a pack's sequences, where they can be read at once."""
 CELLS = 1 << 24
 """Maximum number of scores of all heads that eager maths computes at once."""
 
@@ -101,7 +103,7 @@ def _switch(model: Any, names: dict[str, str]) -> None:
 def pack_lengths(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Return the arguments of a forward pass that name the lengths of a pack's sequences.
 
-    They are transformers' FlashAttentionKwargs, int32 [n + 1].
+    They are transformers' FlashAttentionKwargs, int32 [n + 1]; and for ours int64 [n] on the host.
     """
     ends = torch.tensor(lengths, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
     edges, longest = pad(ends, (1, 0)), max(lengths)
@@ -110,6 +112,7 @@ def pack_lengths(lengths: Sequence[int], device: torch.device) -> dict[str, Any]
         "cu_seq_lens_k": edges,
         "max_length_q": longest,
         "max_length_k": longest,
+        HOST_LENGTHS: torch.tensor(lengths),
     }
 
 
@@ -163,7 +166,7 @@ def _attention(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    if not row and attention_mask is None and options.get("cu_seq_lens_q") is not None:
+    if not row and attention_mask is None and options.get(HOST_LENGTHS) is not None:
         raise ModelError(
             f"{type(module).__name__} reads {key.shape[2]} keys for a pack of {query.shape[2]} "
             "tokens",
@@ -173,7 +176,7 @@ def _attention(
     if not (causal and row and attention_mask is None):
         return run(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     window = options.get("sliding_window")
-    lengths = _lengths(options.get("cu_seq_lens_q"), options.get("position_ids"))
+    lengths = _lengths(options.get(HOST_LENGTHS), options.get("position_ids"))
     if lengths is None:
         mask = _ordinary_mask(ordinary, query, window)
         return run(module, query, key, value, mask, **options)  # type: ignore[no-any-return]
@@ -224,10 +227,10 @@ def _function(layer: Any, name: str) -> Callable[..., Any]:
     return found
 
 
-def _lengths(edges: Tensor | None, position_ids: Tensor | None) -> list[int] | None:
+def _lengths(on_host: Any, position_ids: Tensor | None) -> list[int] | None:
     """Return the lengths of a pack's sequences; None for one row that is not known to be a pack."""
-    if edges is not None:
-        lengths: list[int] = edges.diff().tolist()
+    if on_host is not None:
+        lengths: list[int] = on_host.tolist()
         return lengths
     if position_ids is None or position_ids.ndim != 2:
         return None

@@ -153,17 +153,24 @@ def sequence_states(model: nn.Module, sequences: Sequence[Tensor], *, packed: bo
 
 
 def pack_states(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor, *, packed: bool
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    lengths: Sequence[int] = (),
+    *,
+    packed: bool,
 ) -> Tensor:
     """Return the states [L, D] of a pack, input_ids and position_ids [1, L].
 
+    lengths: of its sequences; without them, those between the positions 0, which waits for a GPU.
     packed: in one row; else each sequence in a row of its own.
     """
-    edges = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), input_ids.shape[1]]
-    lengths = [end - start for start, end in pairwise(edges)]
+    if not lengths:
+        edges = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), input_ids.shape[1]]
+        lengths = [end - start for start, end in pairwise(edges)]
     if packed and input_ids.shape[1] <= rope_switch(inner_model(model).config):
         return states(model, input_ids, positions=position_ids, lengths=lengths)[0]
-    sequences = torch.split(input_ids[0], lengths)
+    sequences = torch.split(input_ids[0], list(lengths))
     return torch.cat(sequence_states(model, sequences, packed=packed))
 
 

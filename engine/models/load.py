@@ -5,7 +5,7 @@ updates are below the resolution of bfloat16.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -253,9 +253,14 @@ def set_mode(model: nn.Module, *, dropout: bool) -> None:
             module.training = True
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Return the [L, D] last hidden states of one pack, input_ids and position_ids [1, L]."""
-    return pack_states(model, input_ids, position_ids, packed=paths_of(model).packed)
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int] = ()
+) -> Tensor:
+    """Return the [L, D] last hidden states of one pack, input_ids and position_ids [1, L].
+
+    lengths: of its sequences, see pack_states.
+    """
+    return pack_states(model, input_ids, position_ids, lengths, packed=paths_of(model).packed)
 
 
 def checkpoint_layers(model: nn.Module, *, dropout: bool) -> None:

@@ -8,7 +8,7 @@ are needed next. A source can be pickled for another process (`spawn`), which op
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -47,9 +47,17 @@ class Pack:
     predict_at: torch.Tensor
     """[P] int64, index into L of the hidden state that predicts each row: prompt_len + r - 1."""
     targets: Targets
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, on the host: no layer waits for a GPU to cut the pack."""
 
     def to(self, device: torch.device | str) -> "Pack":
-        return Pack(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            predict_at=self.predict_at.to(device),
+            targets=self.targets.to(device),
+        )
 
 
 class PackSource:
@@ -234,6 +242,7 @@ class PackSource:
             position_ids=tensor(np.concatenate([np.arange(n) for n in tokens]))[None],
             predict_at=tensor(np.concatenate(predict_at)),
             targets=make_targets(flat),
+            lengths=tuple(tokens),
         )
 
     def decode_ahead(self, ordinals: Iterable[int]) -> None:

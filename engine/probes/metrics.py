@@ -133,7 +133,7 @@ def _measure_pack(
     head = inner_model(model).get_output_embeddings()
 
     def run(_: Tensor) -> dict[str, Pair]:
-        hidden = hidden_states(model, pack.input_ids, pack.position_ids)
+        hidden = hidden_states(model, pack.input_ids, pack.position_ids, pack.lengths)
         return inside_forward(
             head, lambda each: _metrics_of(model, each, pack, objectives, n_vocab), hidden
         )

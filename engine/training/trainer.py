@@ -166,7 +166,7 @@ class DistillTrainer(ShardingTrainer):
 
     def _pack_loss(self, inner: nn.Module, pack: Pack, weight: Tensor) -> Tensor:
         with self.accelerator.autocast():
-            states = hidden_states(inner, pack.input_ids, pack.position_ids)
+            states = hidden_states(inner, pack.input_ids, pack.position_ids, pack.lengths)
         head = inner_model(inner).get_output_embeddings()
         return inside_forward(
             head, lambda states: self._loss_of_states(inner, states, pack, weight), states

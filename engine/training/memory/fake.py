@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from logitcask.engine.config.training import Lora
 from logitcask.engine.models.adapters import wrap
-from logitcask.engine.models.attention import cuts_packs, use_packed
+from logitcask.engine.models.attention import HOST_LENGTHS, cuts_packs, use_packed
 from logitcask.engine.models.forward import inner_model
 from logitcask.engine.models.load import checkpoint_layers, set_mode
 from logitcask.engine.training.memory.shapes import LossShape
@@ -107,19 +108,10 @@ class Loss(torch.autograd.Function):
         return d_hidden, d_head, None, None
 
 
-class _Edges(list[int]):
-    """Lengths of a pack's sequences, where `cu_seq_lens_q` is a tensor without data."""
-
-    def diff(self) -> "_Edges":
-        return self
-
-    def tolist(self) -> list[int]:
-        return list(self)
-
-
 def pack_edges(model: nn.Module, lengths: Iterable[int]) -> dict[str, Any]:
     """Return the arguments of a forward pass that name the lengths of a pack's sequences."""
-    return {"cu_seq_lens_q": _Edges(lengths)} if cuts_packs(inner_model(model)) else {}
+    # Of numpy, because a tensor of this mode has no values.
+    return {HOST_LENGTHS: np.array([*lengths])} if cuts_packs(inner_model(model)) else {}
 
 
 @contextmanager

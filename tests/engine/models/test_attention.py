@@ -94,7 +94,7 @@ def test_a_pack_gives_what_its_sequences_give_alone(
     alone = [states(model, part[None])[0] for part in torch.split(ids, LENGTHS)]
     expected = outcome(model, torch.cat(alone))
     assert use_packed(model)
-    for lengths in (LENGTHS, None):  # by cu_seq_lens, and by the restarts of the positions
+    for lengths in (LENGTHS, None):  # by themselves, and by the restarts of the positions
         hidden = states(model, ids[None], positions=positions(LENGTHS), lengths=lengths)[0]
         assert_equal(outcome(model, hidden), expected)
 
@@ -200,6 +200,17 @@ def test_keys_that_are_appended_to_a_row_are_never_attended_to_without_a_mask() 
     edges = attention.pack_lengths([30, 10], row.device)
     with pytest.raises(ModelError, match="Linear reads 42 keys for a pack of 40 tokens"):
         attention._attention("sdpa", layer, row, *[torch.zeros(1, 4, 42, 8)] * 2, **edges)
+
+
+@pytest.mark.parametrize("ordinary", PACKED)
+def test_the_lengths_of_a_pack_are_read_on_the_host(ordinary: str) -> None:
+    # A tensor on this device has no values to wait for, as one that a GPU still computes.
+    layer = make("Qwen3").model.layers[0].self_attn
+    heads = [torch.zeros(1, n, 80, 8, device="meta") for n in (4, 2, 2)]
+    given = attention.pack_lengths([40, 7, 33], heads[0].device)
+    options = {"sliding_window": 24, "scaling": 1.0, "position_ids": positions([80]).to("meta")}
+    out, _ = attention._attention(ordinary, layer, *heads, **options, **given)
+    assert out.shape == (1, 80, 4, 8)
 
 
 def test_the_same_call_reaches_flash_attention_with_the_lengths(

@@ -50,8 +50,14 @@ def small_windows(store: Store, units: int = 2, **change: object) -> PlannedPack
 
 def same(a: Pack, b: Pack) -> None:
     for field in fields(Pack):
-        if field.name != "targets":
+        if field.name not in ("targets", "lengths"):
             assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+    starts = (a.position_ids[0] == 0).nonzero()[:, 0]
+    assert (
+        a.lengths
+        == b.lengths
+        == tuple(starts.diff(append=starts.new_tensor([a.input_ids.shape[1]])).tolist())
+    )
     for field in fields(type(a.targets)):
         x, y = getattr(a.targets, field.name), getattr(b.targets, field.name)
         assert (x is None and y is None) or torch.equal(x, y), field.name
