@@ -36,6 +36,7 @@ from logitcask.engine.store.log.claims import (
     failures_of,
     forget_failures,
     note_failure,
+    shard_of,
 )
 from logitcask.engine.types import Progress, no_progress
 
@@ -47,6 +48,8 @@ BEATS = 4
 """Renewals of a claim in a lease: a claim survives until all but one of them are lost."""
 REPORT_S = 60.0
 """Seconds between two events on the pace of the work."""
+SHARDS = 16
+"""Shards of units that one look for a free unit lists, two requests each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,19 +112,15 @@ def run_worker(
     reported = (-1, -1)
     failures = _Failures(store, settings.max_attempts)
     while not stop.is_set():
-        left_out = failures.units()
         number = store.head().number
-        planned = plan(left_out)
-        seen |= planned.units.keys() & left_out
+        planned = plan(failures.left_out)
         if reported != (planned.done, planned.total):
             reported = (planned.done, planned.total)
             progress(stage, *reported)
-        keys = [key for key in planned.units if key not in left_out]
-        order.shuffle(keys)
-        claims.refresh()
-        claimed = ((key, claim) for key in keys if (claim := claims.take(key)) is not None)
-        if (taken := next(claimed, None)) is None:
-            busy_s = clock() if keys else busy_s
+        taken = _take_one(planned.units, claims, failures, order)
+        seen |= planned.units.keys() & failures.left_out
+        if taken is None:
+            busy_s = clock() if planned.units.keys() - failures.left_out else busy_s
             if settings.idle_exit and clock() - busy_s >= settings.idle_exit:
                 break
             stop.wait(settings.poll)
@@ -130,7 +129,7 @@ def run_worker(
         with _renewed(claim, settings.lease_seconds / BEATS):
             # Another worker may have committed the unit between the plan and the claim.
             if store.head().number != number:
-                planned = plan(left_out)
+                planned = plan(failures.left_out)
             if key not in planned.units:
                 continue
             start_s = clock()
@@ -145,7 +144,7 @@ def run_worker(
             except Exception as error:
                 note_failure(store.storage, key, error, name)
             else:
-                forget_failures(store.storage, key)
+                failures.forget(key)
             at_work_s += clock() - start_s
         busy_s = clock()
         done_before = planned.done if done_before is None else done_before
@@ -153,7 +152,7 @@ def run_worker(
             reported_s = busy_s
             rate = positions / at_work_s if at_work_s else 0.0
             on_event(f"{rate:.0f} positions/s{_remaining(planned, done_before, busy_s - begun_s)}")
-    failed = sorted(seen & failures.units())
+    failed = sorted(seen & failures.left_out)
     return WorkReport(
         units=units,
         positions=positions,
@@ -198,26 +197,53 @@ def _remaining(planned: WorkPlan[Any], done_before: int, took_s: float) -> str:
     return f", {planned.total - planned.done} units left, about {left_s / 60:.0f} min"
 
 
+def _take_one(
+    units: Collection[str], claims: Claims, failures: "_Failures", order: random.Random
+) -> tuple[str, Claim] | None:
+    """Claim one of the units that is free and not left out; look at a few shards of them."""
+    shards: dict[str, list[str]] = {}
+    for key in units:
+        shards.setdefault(shard_of(key), []).append(key)
+    for shard in order.sample(list(shards), min(SHARDS, len(shards))):
+        failures.refresh(shard)
+        claims.refresh(shard)
+        order.shuffle(shards[shard])
+        for key in shards[shard]:
+            if key not in failures.left_out and (claim := claims.take(key)) is not None:
+                return key, claim
+    return None
+
+
 class _Failures:
-    """Units that failed too often, or once with UnitError."""
+    """The notes of failures as of the last look at each shard."""
 
     def __init__(self, store: Store, attempts: int) -> None:
         self._store, self._attempts = store, attempts
-        self._seen: dict[str, tuple[int, bool]] = {}
-        """unit_key -> (number of notes, True where left out): each note is read once."""
+        self._seen: dict[str, dict[str, tuple[int, bool]]] = {}
+        """Shard -> unit_key -> (number of notes, True where left out): each note is read once."""
+        self.left_out: set[str] = set()
+        """Units that failed too often, or once with UnitError."""
 
-    def units(self) -> set[str]:
-        failed = failed_units(self._store.storage)
+    def refresh(self, shard: str) -> None:
+        before = self._seen.get(shard, {})
         # Drop the entries of removed notes: later notes are counted from 0.
-        self._seen = {key: self._read(key, times) for key, times in failed.items()}
-        return {key for key, (_, left) in self._seen.items() if left}
+        self._seen[shard] = {
+            key: before[key]
+            if key in before and before[key][0] == times
+            else self._read(key, times)
+            for key, times in failed_units(self._store.storage, shard).items()
+        }
+        self.left_out -= before.keys()
+        self.left_out |= {key for key, (_, left) in self._seen[shard].items() if left}
+
+    def forget(self, key: str) -> None:
+        """Remove the notes of a unit, if it had any at the last look."""
+        if key in self._seen.get(shard_of(key), {}):
+            forget_failures(self._store.storage, key)
 
     def _read(self, key: str, times: int) -> tuple[int, bool]:
         if times >= self._attempts:
             return times, True
-        known = self._seen.get(key)
-        if known is not None and known[0] == times:
-            return known
         notes = failures_of(self._store.storage, key)
         return times, any(note.error == UnitError.__name__ for note in notes)
 

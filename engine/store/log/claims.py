@@ -1,12 +1,14 @@
 """Coordination of workers in a store: claims of units, and notes of failures.
 
-  claims/<64 hex>.<fence>   made by the worker that takes a unit, renewed by making the next fence
-  failed/<64 hex>.<number>  made each time that the work of a unit raises
+  claims/<2 hex>/<62 hex>.<fence>   made by the worker that takes a unit, renewed by the next fence
+  failed/<2 hex>/<62 hex>.<number>  made each time that the work of a unit raises
 
-The hex digits are those of the unit key. A claim only saves work: the first commit of a unit wins,
-whichever worker holds the claim. Clocks of different machines are never compared: a claim is dead
-for an observer that has seen the same newest fence for a lease, by its own clock. Both folders are
-created when needed, and readers ignore them.
+The hex digits are those of the unit key; the first two are its shard. A worker lists the shard in
+which it looks for a unit, and renews and releases by name, so its requests do not grow with the
+number of workers. A claim only saves work: the first commit of a unit wins, whichever worker holds
+the claim. Clocks of different machines are never compared: a claim is dead for an observer that has
+seen the same newest fence for a lease, by its own clock. The folders are created when needed, and
+readers ignore them.
 """
 
 import json
@@ -30,7 +32,8 @@ FOLDERS = (CLAIMS, FAILED)
 MAX_NOTE_BYTES = 1 << 17
 _MESSAGE, _TRACEBACK = 1000, 8000
 """Characters of each in a note of a failure; a character is 12 bytes of JSON at most."""
-_FILE = re.compile(r"([0-9a-f]{64})\.([0-9]{10})")
+_FILE = re.compile(r"([0-9a-f]{2})/([0-9a-f]{62})\.([0-9]{10})")
+"""A claim or a note, relative to its folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,53 +67,59 @@ class Claims:
     ) -> None:
         self._storage, self._worker = storage, worker
         self._lease_s, self._clock = lease_s, clock
-        self._seen: dict[str, tuple[int, float]] = {}
-        """Unit -> (its newest fence, when this worker saw it first)."""
+        self._seen: dict[str, dict[str, tuple[list[int], float]]] = {}
+        """Shard -> unit -> (its fences, when this worker first saw the newest)."""
 
-    def refresh(self) -> None:
-        """List the claims, and note which have a new fence."""
-        at = self._clock()
-        newest = {unit: max(fences) for unit, fences in _listed(self._storage, CLAIMS).items()}
-        seen = {unit: self._seen.get(unit, (-1, 0.0)) for unit in newest}
-        self._seen = {
-            unit: seen[unit] if seen[unit][0] == fence else (fence, at)
-            for unit, fence in newest.items()
+    def refresh(self, shard: str) -> None:
+        """List the claims of a shard, and note which have a new fence."""
+        at, before = self._clock(), self._seen.get(shard, {})
+        self._seen[shard] = {
+            unit: (fences, before[unit][1])
+            if unit in before and before[unit][0][-1] == fences[-1]
+            else (fences, at)
+            for unit, fences in _listed(self._storage, CLAIMS, shard).items()
         }
 
     def take(self, unit_key: str) -> "Claim | None":
-        """Claim a unit that was free, or whose claim was dead, at the last refresh.
+        """Claim a unit that was free, or whose claim was dead, at the last refresh of its shard.
 
         Return None where another worker has it.
         """
         unit = _unit_of(unit_key)
-        fence, since = self._seen.get(unit, (-1, 0.0))
-        if fence >= 0 and self._clock() - since < self._lease_s:
+        fences, since = self._seen.get(shard_of(unit_key), {}).get(unit, ([], 0.0))
+        if fences and self._clock() - since < self._lease_s:
             return None
-        claim = Claim(self._storage, unit, fence, self._worker)
+        claim = Claim(self._storage, unit, fences, self._worker)
         return claim if claim.renew() else None
 
 
 class Claim:
     """A claim that a worker holds, by its newest fence."""
 
-    def __init__(self, storage: Storage, unit: str, fence: int, worker: str) -> None:
-        self._storage, self._unit, self._fence, self._worker = storage, unit, fence, worker
+    def __init__(self, storage: Storage, unit: str, fences: list[int], worker: str) -> None:
+        """Continue the fences of a dead claim, or begin where there are none."""
+        self._storage, self._unit, self._fences, self._worker = storage, unit, fences, worker
 
     def renew(self) -> bool:
         """Make the next fence; return False where another worker has made it and holds the unit."""
-        body = canonical({"worker": self._worker, "beat": self._fence + 1})
-        if not self._storage.create(_name(CLAIMS, self._unit, self._fence + 1), body):
+        fence = self._fences[-1] + 1 if self._fences else 0
+        body = canonical({"worker": self._worker, "beat": fence})
+        if not self._storage.create(_name(CLAIMS, self._unit, fence), body):
             return False
-        self._fence += 1
-        if self._fence:
-            self._storage.remove(_name(CLAIMS, self._unit, self._fence - 1))
+        # A worker that died in between may have left several.
+        self.release()
+        self._fences = [fence]
         return True
 
     def release(self) -> None:
         """Remove the claim, but no newer fence of another worker."""
-        for fence in _listed(self._storage, CLAIMS).get(self._unit, ()):
-            if fence <= self._fence:
-                self._storage.remove(_name(CLAIMS, self._unit, fence))
+        for fence in self._fences:
+            self._storage.remove(_name(CLAIMS, self._unit, fence))
+
+
+def shard_of(unit_key: str) -> str:
+    """Return the shard of a unit: the folder of its claims and of its notes."""
+    return _unit_of(unit_key)[:2]
 
 
 def note_failure(storage: Storage, unit_key: str, error: Exception, worker: str) -> None:
@@ -125,21 +134,21 @@ def note_failure(storage: Storage, unit_key: str, error: Exception, worker: str)
         "message": str(error)[:_MESSAGE],
         "traceback": "".join(traceback.format_exception(error))[-_TRACEBACK:],
     }
-    number = max(_listed(storage, FAILED).get(unit, [-1])) + 1
+    number = max(_listed(storage, FAILED, unit[:2]).get(unit, [-1])) + 1
     while not storage.create(_name(FAILED, unit, number), canonical(body)):
         number += 1
 
 
-def failed_units(storage: Storage) -> dict[str, int]:
-    """Return unit_key -> number of failures, of every unit that has a note."""
-    return {f"sha256:{u}": len(numbers) for u, numbers in _listed(storage, FAILED).items()}
+def failed_units(storage: Storage, shard: str = "") -> dict[str, int]:
+    """Return unit_key -> number of failures, of every unit with a note; shard: only of this one."""
+    return {f"sha256:{u}": len(numbers) for u, numbers in _listed(storage, FAILED, shard).items()}
 
 
 def failures_of(storage: Storage, unit_key: str) -> list[Failure]:
     """Return the failures of a unit, oldest first. Raises IntegrityError for an invalid note."""
     unit = _unit_of(unit_key)
     found = []
-    for number in _listed(storage, FAILED).get(unit, ()):
+    for number in _listed(storage, FAILED, unit[:2]).get(unit, ()):
         name = _name(FAILED, unit, number)
         data = storage.read(name, MAX_NOTE_BYTES)
         if data is None:
@@ -158,7 +167,7 @@ def failures_of(storage: Storage, unit_key: str) -> list[Failure]:
 def forget_failures(storage: Storage, unit_key: str) -> None:
     """Remove the notes of a unit, so that workers try it again."""
     unit = _unit_of(unit_key)
-    for number in _listed(storage, FAILED).get(unit, ()):
+    for number in _listed(storage, FAILED, unit[:2]).get(unit, ()):
         storage.remove(_name(FAILED, unit, number))
 
 
@@ -180,24 +189,28 @@ def orphans(storage: Storage, committed: Iterable[str], born_before: float) -> l
 def unknown_files(storage: Storage) -> list[str]:
     """Return names in the folders of neither a claim nor a note."""
     return [
-        f"{folder}/{name}"
+        each.name
         for folder in FOLDERS
-        for name in storage.names(folder)
-        if not _FILE.fullmatch(name)
+        for each in storage.files(folder)
+        if not _FILE.fullmatch(each.name[len(folder) + 1 :])
     ]
 
 
-def _listed(storage: Storage, folder: str) -> dict[str, list[int]]:
-    """Return unit -> its numbers in a folder, ascending."""
+def _listed(storage: Storage, folder: str, shard: str = "") -> dict[str, list[int]]:
+    """Return unit -> its numbers in a folder, ascending; of one shard, or of all."""
+    if shard:
+        names = [f"{shard}/{name}" for name in storage.names(f"{folder}/{shard}")]
+    else:
+        names = [each.name[len(folder) + 1 :] for each in storage.files(folder)]
     found: dict[str, list[int]] = {}
-    for name in storage.names(folder):
+    for name in names:
         if match := _FILE.fullmatch(name):
-            found.setdefault(match[1], []).append(int(match[2]))
+            found.setdefault(match[1] + match[2], []).append(int(match[3]))
     return found
 
 
 def _name(folder: str, unit: str, number: int) -> str:
-    return f"{folder}/{unit}.{number:010d}"
+    return f"{folder}/{unit[:2]}/{unit[2:]}.{number:010d}"
 
 
 def _unit_of(unit_key: str) -> str:

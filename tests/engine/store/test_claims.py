@@ -17,6 +17,7 @@ from logitcask.engine.store.log.claims import (
     failures_of,
     forget_failures,
     note_failure,
+    shard_of,
 )
 from logitcask.engine.store.retention import gc
 from logitcask.engine.store.storage.base import Storage
@@ -49,8 +50,12 @@ def seen_by(storage: Storage, worker: str, clock: Hands) -> Claims:
 
 
 def taken(claims: Claims) -> Claim | None:
-    claims.refresh()
+    claims.refresh(shard_of(UNIT))
     return claims.take(UNIT)
+
+
+def claims_in(storage: Storage) -> list[str]:
+    return [each.name for each in storage.files("claims")]
 
 
 def test_one_of_many_workers_gets_a_unit(storage: Storage) -> None:
@@ -76,10 +81,10 @@ def test_a_claim_is_dead_after_a_lease_without_a_new_fence(storage: Storage) -> 
     # A slow worker loses its claim, and does not remove the claim of another.
     assert not ours.renew()
     ours.release()
-    assert len(storage.names("claims")) == 1
+    assert len(claims_in(storage)) == 1
     assert theirs.renew()
     theirs.release()
-    assert storage.names("claims") == []
+    assert claims_in(storage) == []
 
 
 def test_a_renewed_claim_is_alive(storage: Storage) -> None:
@@ -92,9 +97,38 @@ def test_a_renewed_claim_is_alive(storage: Storage) -> None:
         clock.now_s += LEASE_S
         assert ours.renew()
     assert taken(other) is None
-    assert [n.partition(".")[2] for n in storage.names("claims")] == ["0000000005"]
-    body = storage.read(f"claims/{storage.names('claims')[0]}", 1000)
+    (name,) = claims_in(storage)
+    assert name == f"claims/{UNIT[7:9]}/{UNIT[9:]}.0000000005"
+    body = storage.read(name, 1000)
     assert json.loads(body or b"") == {"worker": "slow", "beat": 5}
+
+
+def test_a_claim_lists_its_shard_alone_and_removes_what_a_dead_worker_left(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        Claims(storage, worker="other", lease_s=LEASE_S).take(key("other", number))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", lambda name: None)  # killed before the removal
+        dead = taken(seen_by(storage, "dead", Hands()))
+        assert dead is not None
+        assert dead.renew()
+    assert len(claims_in(storage)) == 22
+    clock, listed = Hands(), []
+    names, files = storage.names, storage.files
+    monkeypatch.setattr(storage, "names", lambda *each: (listed.append(each[0]), names(*each))[1])
+    monkeypatch.setattr(storage, "files", lambda *each: (listed.append(each[0]), files(*each))[1])
+    other = seen_by(storage, "w", clock)
+    assert taken(other) is None
+    clock.now_s = LEASE_S
+    ours = taken(other)
+    assert ours is not None
+    for _ in range(3):
+        assert ours.renew()
+    ours.release()
+    assert listed == [f"claims/{UNIT[7:9]}"] * 2, "renewed and released by name"
+    monkeypatch.undo()
+    assert len(claims_in(storage)) == 20
 
 
 def test_failures_are_noted_read_and_forgotten_within_bounds(storage: Storage) -> None:
@@ -112,7 +146,7 @@ def test_failures_are_noted_read_and_forgotten_within_bounds(storage: Storage) -
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"time": 1}', b"\xff"])
 def test_an_invalid_note_is_an_error_that_names_it(storage: Storage, data: bytes) -> None:
-    name = f"failed/{UNIT.removeprefix('sha256:')}.0000000000"
+    name = f"failed/{UNIT[7:9]}/{UNIT[9:]}.0000000000"
     storage.create(name, data)
     with pytest.raises(IntegrityError, match="not a note of a failure") as caught:
         failures_of(storage, UNIT)
@@ -129,14 +163,16 @@ def test_verify_info_and_gc_of_claims_and_notes(store: Store) -> None:
     commit_rollouts(store, 1, done)
     assert verify(store).orphans == ()
     assert summary(store)["failed_units"] == 2
-    storage.create("claims/notes.txt", b"")
-    assert verify(store).orphans == ("claims/notes.txt",)
+    unknown = ("claims/00/notes.txt", "claims/notes.txt", f"failed/{'0' * 64}.0000000000")
+    for name in unknown:
+        storage.create(name, b"")
+    assert verify(store).orphans == unknown
     # A committed unit needs neither; other claims stay for a lease, other notes for ever.
     assert gc(store, keep_days=0, lease_hours=1, dry_run=True).orphans == 2
     assert gc(store, keep_days=0, lease_hours=1).orphans == 2
-    assert len(storage.names("claims")) == 3
+    assert len(claims_in(storage)) == 4
     assert gc(store, keep_days=0, lease_hours=0).orphans == 2
-    assert storage.names("claims") == ["notes.txt"]
+    assert claims_in(storage) == list(unknown[:2])
     assert failed_units(storage) == {open_: 1, dead: 1}
     assert store.head().unit_keys() == {done}
 

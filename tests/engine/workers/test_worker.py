@@ -25,9 +25,10 @@ from logitcask.engine.errors import (
 )
 from logitcask.engine.events import Cancelled
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.log.claims import Claims, failed_units, failures_of
+from logitcask.engine.store.log.claims import Claims, failed_units, failures_of, shard_of
 from logitcask.engine.store.verify import verify
 from logitcask.engine.workers.worker import (
+    SHARDS,
     WorkPlan,
     WorkReport,
     check_failed,
@@ -105,7 +106,7 @@ def test_all_units_are_done_once_and_no_claim_stays(store: Store) -> None:
     assert (report.units, report.failed, store.head().number) == (5, 0, 4)
     assert report.positions == sum(s.counts["P"] for s in store.head().segments)
     assert reports == [("sum", n, 5) for n in range(6)], "each number once, for any wait"
-    assert store.storage.names("claims") == []
+    assert store.storage.files("claims") == []
 
 
 def test_workers_start_at_different_units(store: Store) -> None:
@@ -122,6 +123,44 @@ def test_workers_start_at_different_units(store: Store) -> None:
 
     assert first("a") == first("a")
     assert len({first(f"worker-{n}") for n in range(12)}) >= 3
+
+
+def test_a_search_lists_a_few_shards_however_many_units_there_are(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = [key("many", n) for n in range(2000)]
+    listed: list[str] = []
+    for method in ("names", "files"):
+        real = getattr(store.storage, method)
+
+        def counted(folder: str, real: Any = real, **options: Any) -> Any:
+            listed.extend([folder] * (folder != "log"))
+            return real(folder, **options)
+
+        monkeypatch.setattr(store.storage, method, counted)
+
+    def lists_of(committed: int) -> int:
+        ticks = Ticks()
+        listed.clear()
+
+        def work(unit: str, seed: int) -> int:
+            ticks.waited += 1
+            if ticks.waited == committed:
+                ticks.set()
+            return commit_rollouts(store, seed, unit).counts["P"]
+
+        run(store, work, ticks=ticks, plan=lambda left_out: missing(store, units))
+        return len(listed)
+
+    assert lists_of(4) == 2 * 4, "the claims and the notes of one shard a unit"
+    other = Claims(store.storage, worker="other", lease_s=600.0)
+    for unit in missing(store, units).units:
+        assert other.take(unit) is not None
+    ticks = Ticks()
+    ticks.actions.append(ticks.set)
+    listed.clear()
+    run(store, ticks=ticks, plan=lambda left_out: missing(store, units))
+    assert len(listed) == 2 * SHARDS, "of all 256 shards, whose units others have"
 
 
 def test_new_units_are_done_until_the_stop(store: Store) -> None:
@@ -142,7 +181,7 @@ def test_a_stop_takes_effect_after_the_current_unit(store: Store) -> None:
 
     assert run(store, work, ticks=ticks).units == 1
     assert len(store.head().unit_keys()) == 1
-    assert store.storage.names("claims") == []
+    assert store.storage.files("claims") == []
 
 
 def test_a_unit_is_given_up_after_three_failures_over_all_workers(store: Store) -> None:
@@ -213,7 +252,7 @@ def test_an_error_of_every_unit_ends_the_worker(store: Store, error: BaseExcepti
 
     with pytest.raises(type(error)):
         run(store, work)
-    assert store.storage.names("claims") == []
+    assert store.storage.files("claims") == []
     assert failed_units(store.storage) == {}
 
 
@@ -224,7 +263,7 @@ def test_the_unit_of_a_stopped_worker_is_taken_over(store: Store) -> None:
     report = run(store, ticks=ticks)
     assert (report.units, report.failed) == (5, 0), "it waits for the unit of another worker"
     assert 600 <= ticks.now_s < 605
-    assert store.storage.names("claims") == []
+    assert store.storage.files("claims") == []
 
 
 def test_a_unit_that_was_committed_before_the_claim_is_not_done_again(store: Store) -> None:
@@ -253,12 +292,12 @@ def test_a_long_unit_keeps_its_claim(store: Store) -> None:
     def work(unit: str, seed: int) -> int:
         nonlocal now_s
         while len(beats) < 4:
-            names = store.storage.names("claims")
+            names = [each.name for each in store.storage.files("claims")]
             if names != beats[-1:]:
                 beats.extend(names[-1:])
-                other.refresh()
+                other.refresh(shard_of(unit))
                 now_s += 0.2
-        other.refresh()
+        other.refresh(shard_of(unit))
         assert other.take(unit) is None
         return commit_rollouts(store, seed, unit).counts["P"]
 
@@ -375,4 +414,4 @@ def test_a_cancelled_wait_is_no_failure_and_leaves_no_claim(store: Store) -> Non
     assert (report.units, report.failed) == (1, 0)
     assert store.head().unit_keys() == set(done)
     assert failed_units(store.storage) == {}
-    assert store.storage.names("claims") == []
+    assert store.storage.files("claims") == []

@@ -114,8 +114,8 @@ class Worker:
         while not self.marker(unit, "resumed").exists():
             os.kill(int(self.marker(unit, "stopped").read_text()), signal.SIGCONT)
             time.sleep(0.01)
-        claims = self.store.storage.names("claims")
-        if any(name.startswith(unit.removeprefix("sha256:")) for name in claims):
+        claim = f"claims/{unit[7:9]}/{unit[9:]}."
+        if any(each.name.startswith(claim) for each in self.store.storage.files("claims")):
             self.log("still claimed", unit)
 
     def marker(self, unit: str, event: str) -> Path:
