@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+import logitcask.engine.store.format.archive as archive
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.layouts as layout
 import logitcask.engine.store.format.rollouts as rollout_arrays
@@ -265,12 +266,12 @@ def _lost(full: FullScores, mask: Array, profile: codecs.Profile) -> tuple[float
 
 
 def _bytes(arrays: Mapping[str, Array], which: str, profile: codecs.Profile, total: float) -> float:
-    """Return the bytes of a segment's files.
+    """Return the bytes of a segment.
 
     Metadata is counted as in units of the default size, or in one unit of all `total` positions.
     """
     contents = segments.encode(arrays, layout=which, profile=profile, attributes={})
-    metadata = sum(len(data) for name, data in contents.items() if name.endswith("zarr.json"))
-    data = sum(map(len, contents.values())) - metadata
-    rows = len(next(arrays[name] for name in ("tokens", "cnt") if name in arrays))
+    data = sum(len(data) for name, data in contents.items() if not name.endswith("zarr.json"))
+    metadata = len(archive.write(contents)) - data
+    rows = len(next(arrays[name] for name in ("response_tokens", "topk_counts") if name in arrays))
     return data + metadata * min(1.0, rows / min(UNIT_POSITIONS, total))

@@ -219,7 +219,7 @@ def _recorded(segment: Segment) -> ScoreParams:
 
 
 def _check_draws(segments: Sequence[Segment], name: str) -> None:
-    if any("mc_cnt" not in specs(segment.layout) for segment in segments):
+    if any("mc_counts" not in specs(segment.layout) for segment in segments):
         raise IncompleteError(
             f"rollouts {name!r} hold no ids that the student drew",
             hint="sample with `logitcask rollout --mc-draws M`, under another name",

@@ -1,8 +1,8 @@
 """The store: immutable segments and an add-only numbered log; README.md is its specification.
 
-A commit encodes a segment, decodes it again and compares, puts it durably into the folder of its
+A commit encodes a segment, decodes it again and compares, puts it durably as one object of its
 content address, and creates the record with the next free number. A crash at any step leaves the
-log as it was: at worst a folder that no record names. Nothing is changed in place. A record can
+log as it was: at worst an object that no record names. Nothing is changed in place. A record can
 also delete units, remove unreachable segments and tag a snapshot. Disks and object stores behave
 alike.
 """

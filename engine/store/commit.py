@@ -1,13 +1,14 @@
 """Commits: from arrays to a published segment.
 
-A segment is encoded, decoded again, put into the folder of its content address and named by a
-record. A crash at any step leaves the log as it was: at worst a folder that no record names.
+A segment is encoded, decoded again, put as one object under its content address and named by a
+record. A crash at any step leaves the log as it was: at worst an object that no record names.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import logitcask.engine.store.format.archive as archive
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
@@ -61,20 +62,29 @@ def commit_arrays(storage: Storage, log: Log, arrays: Mapping[str, Array], new: 
         "profile": new.profile,
         "counts": counts,
         "base": new.base,
-        "widens": new.extends,
-        "token_digest": new.tokens_sha256,
+        "extends": new.extends,
+        "tokens_sha256": new.tokens_sha256,
     }
     contents = segments.encode(arrays, attributes=attributes, **shape)
-    segments.check_decodes(contents, arrays, counts=counts, **shape)
-    manifest = segments.manifest_of(contents)
-    encoded = replace(new, counts=counts, files=manifest, seg_id=segments.content_address(manifest))
-    return publish_segment(storage, log, contents, encoded)
+    try:
+        data = archive.write(contents)
+    except ValueError as error:
+        raise StoreError(f"a unit of {error}", hint=_TOO_LARGE) from error
+    segments.check_decodes(data, arrays, counts=counts, **shape)
+    digest = segments.sha256(data)
+    encoded = replace(
+        new,
+        counts=counts,
+        seg_id=segments.content_address(digest),
+        size=len(data),
+        sha256=digest,
+        entries=segments.entries_of(new.layout, contents),
+    )
+    return publish_segment(storage, log, data, encoded)
 
 
-def publish_segment(
-    storage: Storage, log: Log, contents: Mapping[str, bytes], new: Segment
-) -> Segment:
-    """Place the files of a segment and publish it in the log; the first commit of a unit wins."""
+def publish_segment(storage: Storage, log: Log, data: bytes, new: Segment) -> Segment:
+    """Put the object of a segment and publish it in the log; the first commit of a unit wins."""
     placed: set[str] = set()
 
     def build_record() -> dict[str, Any] | None:
@@ -82,11 +92,11 @@ def publish_segment(
             return None
         check_name_identity(log, new)
         _check_base(log, new)
-        # Where gc has removed this content, it may still be removing the folder of that generation.
+        # Where gc has removed this content, it may still be removing the object of that generation.
         here = replace(new, generation=log.generation(new.kind, new.seg_id))
-        if here.folder not in placed:
-            storage.place(here.folder, contents)
-            placed.add(here.folder)
+        if here.path not in placed:
+            storage.put(here.path, data)
+            placed.add(here.path)
         return {"adds": [record.encode_segment(here)]}
 
     number = append(storage, log, build_record)

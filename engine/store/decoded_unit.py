@@ -135,7 +135,7 @@ def _rows_of(part: Mapping[str, Array], marks: Array) -> dict[str, Array]:
 
 def is_bounded(score_segments: ScoreSegments) -> bool:
     """Return whether a teacher's entropies are intervals, as of one that returns top ids only."""
-    return "ent_hi" in schema.specs(score_segments[0].layout)
+    return "entropy_upper" in schema.specs(score_segments[0].layout)
 
 
 def dtypes_of(
@@ -145,7 +145,7 @@ def dtypes_of(
     arrays = schema.specs(rollout.layout)
     absent: set[str] = set()
     for present, names in (
-        ("mc_cnt" in arrays, {"mc_cnt", "mc_off", *DRAWN}),
+        ("mc_counts" in arrays, {"mc_cnt", "mc_off", *DRAWN}),
         ("reward" in arrays, {"reward"}),
         (score_segments[0].layout.startswith(schema.SAMPLED), {"t_mult"}),
         (any(are_partial(each) for each in (score_segments, base) if each), {SCORED}),

@@ -1,6 +1,6 @@
 """Extension segments: further entries of the same teacher on the same rollouts.
 
-For a larger k_max or for other ids (such as a later student's top-k), layout `wider` stores the
+For a larger k_max or for other ids (such as a later student's top-k), layout `extension` stores the
 entries that the earlier segments lack, and their ranks. In each row let U be the stored entries in
 their order, and X the new ones in the new order. X is stored in that order; the reader needs for
 each of X the number of U that come before it:
@@ -118,26 +118,26 @@ def encode(
         )
     return {
         "log_tail": scores.log_tail.astype(np.float32),
-        "kept": cached.kept + u_added_cnt + added_cnt,
-        "cnt": cnt,
-        "ids": together(l_ids[x_added], at_ids[x_rest][best_first]),
-        "lp": lp,
+        "n_kept": cached.kept + u_added_cnt + added_cnt,
+        "topk_counts": cnt,
+        "topk_ids": together(l_ids[x_added], at_ids[x_rest][best_first]),
+        "topk_logprobs": lp,
         "rank_fix": together(added_before, rest_before) - _implied(u, lp, cnt, profile),
     }
 
 
 def decode(cached: CachedScores, arrays: dict[str, Array], profile: codecs.Profile) -> CachedScores:
     """Return `cached` with the arrays of an extension. Raises ValueError where they do not fit."""
-    cnt, ids = arrays["cnt"], arrays["ids"]
+    cnt, ids = arrays["topk_counts"], arrays["topk_ids"]
     if len(cnt) != len(cached.cnt):
         raise ValueError(f"{len(cnt)} rows extend {len(cached.cnt)}")
     ragged.check_counts(cnt, len(ids), schema.MAX_K)
     u = ranked(cached)
     if int((u.cnt + cnt).max(initial=0)) > schema.MAX_ROW:
         raise ValueError(f"a row of more than {schema.MAX_ROW} ids")
-    if (arrays["kept"] > u.cnt + cnt).any():
+    if (arrays["n_kept"] > u.cnt + cnt).any():
         raise ValueError("more entries are kept than there are")
-    implied = _implied(u, arrays["lp"], cnt, profile)
+    implied = _implied(u, arrays["topk_logprobs"], cnt, profile)
     x_rank = ragged.index_in_row(cnt).astype(np.uint16) + implied + arrays["rank_fix"]
     u_rank = ragged.remaining(x_rank, cnt, u.cnt)
     first = ragged.starts(u.cnt)[:-1]
@@ -146,11 +146,11 @@ def decode(cached: CachedScores, arrays: dict[str, Array], profile: codecs.Profi
     rank = _interleaved(cached.cnt, others, cnt, x_rank)
     both = (cached.cnt + cnt).astype(np.uint16)
     best_first = np.lexsort((rank, ragged.row_of_entry(both)))
-    lp = codecs.from_entry(arrays["lp"], profile)
+    lp = codecs.from_entry(arrays["topk_logprobs"], profile)
     return replace(
         cached,
         log_tail=arrays["log_tail"],
-        kept=arrays["kept"],
+        kept=arrays["n_kept"],
         s_rank=s_rank,
         cnt=both,
         ids=_interleaved(cached.cnt, cached.ids, cnt, ids)[best_first],

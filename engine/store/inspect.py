@@ -49,14 +49,14 @@ def _mean_rewards(store: Store, rollouts: Iterable[Segment]) -> dict[str, float]
 
 
 def rewards_of(store: Store, segment: Segment) -> Array | None:
-    """Read the rewards [N] float32 of a segment, and only their file; None where it has none."""
+    """Read the rewards [N] float32 of a segment, and nothing else of it; None where it has none."""
     if "reward" not in schema.specs(segment.layout):
         return None
     return store.read_arrays(segment, ("reward",))["reward"]
 
 
 def committed_bytes(segments: Iterable[Segment]) -> int:
-    """Return the bytes of all files of these segments."""
+    """Return the bytes of these segments."""
     return sum(s.size for s in segments)
 
 

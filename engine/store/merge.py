@@ -1,8 +1,8 @@
 """Transfer of segments from one store to another, as files or directly.
 
-A packed segment is an uncompressed zip file: the files of its Zarr group, so that Zarr reads it
-directly, and logitcask.json, its entry in a log record. Names are content addresses, so adding the
-same segment twice changes nothing. Segments are decoded and checked before they are published.
+A packed segment is the archive of its object, so that Zarr reads it directly, with one more file:
+logitcask.json, its entry in a log record. Names are content addresses, so adding the same segment
+twice changes nothing. Segments are decoded and checked before they are published.
 """
 
 import os
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import logitcask.engine.store.format.archive as archive
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
@@ -53,16 +54,14 @@ def pack(
     written = []
     for done, each in enumerate(visible):
         progress("pack", done, len(visible))
-        contents = store.read_files(each)
+        files = segments.split(store.storage.where(each.path), store.read_object(each), each)
+        entry = record.encode_record(record.encode_segment(each))
+        packed = archive.write({**files, _ENTRY: entry})
         target = folder / f"{each.kind}-{each.seg_id}.zip"
         temporary = None
         try:
             temporary = temporary_in(folder)
-            entry = record.encode_record(record.encode_segment(each))
-            with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as packed:
-                for name, data in sorted({_ENTRY: entry, **contents}.items()):
-                    # A fixed date: the same bytes make the same file.
-                    packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+            temporary.write_bytes(packed)
             flush(temporary)
             os.replace(temporary, target)
         except OSError as error:
@@ -94,7 +93,7 @@ def unpack(
         if not ready:
             break
         for new, path in ready:
-            count = _add(store, new, partial(_contents, new, path), count, repair)
+            count = _add(store, new, partial(_object, new, path), count, repair)
         done = {path for _, path in ready}
         waiting = [(new, path) for new, path in waiting if path not in done]
     progress("unpack", total, total)
@@ -117,7 +116,7 @@ def merge(
         if not _fits(store, each):
             count = replace(count, left_out=count.left_out + 1)
         else:
-            count = _add(store, each, partial(other.read_files, each), count, repair)
+            count = _add(store, each, partial(other.read_object, each), count, repair)
     progress("merge", len(visible), len(visible))
     return count
 
@@ -135,7 +134,7 @@ def _fits(store: Store, new: Segment) -> bool:
 def _add(
     store: Store,
     new: Segment,
-    read: Callable[[], Mapping[str, bytes]],
+    read: Callable[[], bytes],
     count: MergeReport,
     repair: bool,
 ) -> MergeReport:
@@ -143,23 +142,16 @@ def _add(
         repaired = False
         if repair and committed.seg_id == new.seg_id:
             try:
-                store.read_files(committed)
+                store.read_object(committed)
             except IntegrityError:
-                store.storage.place(committed.folder, read())
+                store.storage.put(committed.path, read())
                 repaired = True
         return replace(count, there=count.there + 1, repaired=count.repaired + repaired)
-    contents = read()
-    arrays = segments.decode(
-        store.storage.where(new.folder),
-        contents,
-        layout=new.layout,
-        profile=codecs.profile(new.profile),
-        counts=new.counts,
-        names=list(schema.specs(new.layout)),
-    )
+    data, where = read(), store.storage.where(new.path)
+    segments.check_entries(where, data, new)
     before = store.log.score_segments(new.name, new.base) if new.extends else ()
-    store.check_arrays(new, arrays, before)
-    publish_segment(store.storage, store.log, contents, replace(new, number=-1))
+    store.check_arrays(new, segments.decode_object(where, data, new), before)
+    publish_segment(store.storage, store.log, data, replace(new, number=-1))
     return replace(count, added=count.added + 1)
 
 
@@ -169,13 +161,15 @@ def _entry(path: Path) -> Segment:
     return record.decode_segment(body, f"{path}:{_ENTRY}")
 
 
-def _contents(new: Segment, path: Path) -> dict[str, bytes]:
-    contents = _read_zip(path, {name: size for name, (size, _) in new.files.items()})
-    if segments.manifest_of(contents) != dict(new.files):
+def _object(new: Segment, path: Path) -> bytes:
+    profile = codecs.profile(new.profile)
+    limits = segments.file_limits(new.layout, profile, new.counts)
+    data = archive.write(_read_zip(path, limits))
+    if (len(data), segments.sha256(data)) != (new.size, new.sha256):
         raise IntegrityError(
             f"{path}: its files do not match its entry", hint="pack that segment again"
         )
-    return contents
+    return data
 
 
 def _read_zip(path: Path, limits: Mapping[str, int]) -> dict[str, bytes]:

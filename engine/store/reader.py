@@ -87,16 +87,16 @@ class Reader:
             cached = self.read_scores(before) if before else None
             check_cached(_joined(cached, which, arrays, student))
 
-    def read_files(self, which: Segment) -> dict[str, bytes]:
-        """Read the files of a segment, relative name -> bytes, and check their digests.
+    def read_object(self, which: Segment) -> bytes:
+        """Read the object of a segment, and check its size and its digest.
 
         Raises IntegrityError for damage, StoreError where gc has removed it.
         """
         with self._removed_or_damaged(which):
-            return segments.read_files(self.storage, which.folder, which.files, which.files)
+            return segments.read_object(self.storage, which)
 
     def read_arrays(self, which: Segment, names: Collection[str] | None = None) -> dict[str, Array]:
-        """Read all arrays of a segment, or those of `names`; raises as `read_files`."""
+        """Read all arrays of a segment, or those of `names`; raises as `read_object`."""
         with self._removed_or_damaged(which):
             return segments.read(self.storage, which, names)
 
@@ -112,13 +112,13 @@ class Reader:
         return found
 
     def read_extent(self, which: Segment) -> rollouts.Extent:
-        """Read the lengths of a rollout segment, and only the files for them."""
+        """Read the lengths of a rollout segment, and only these arrays."""
         arrays = self.read_arrays(which, rollouts.EXTENT)
         with self._consistent(which):
             return rollouts.extent(arrays, which.counts)
 
     def read_prompts(self, which: Segment) -> tuple[Prompt, ...]:
-        """Read the prompts of a rollout segment, and only the files for them."""
+        """Read the prompts of a rollout segment, and only these arrays."""
         arrays = self.read_arrays(which, rollouts.PROMPTS)
         with self._consistent(which):
             return rollouts.prompts_of(arrays)
@@ -144,7 +144,7 @@ class Reader:
         return cached
 
     def read_marks(self, score_segments: ScoreSegments) -> Array | None:
-        """Read the marks [P] bool of the scored positions, and only their files; None = all."""
+        """Read the marks [P] bool of the scored positions, and only these; None = all."""
         if not are_partial(score_segments):
             return None
         found = np.zeros(score_segments[0].counts["P"], bool)
@@ -159,7 +159,7 @@ class Reader:
         if base is not None:
             if base.segment != which.base:
                 raise StoreError(
-                    f"{self.storage.where(which.folder)}: scores of rollouts {which.base}, not of "
+                    f"{self.storage.where(which.path)}: scores of rollouts {which.base}, not of "
                     f"{base.segment or 'rollouts outside a store'}",
                     hint="give the scored rollouts as read from their segment",
                 )
@@ -176,12 +176,13 @@ class Reader:
         return self._student_lists(found)
 
     def _student_lists(self, rollout: Segment) -> IdLists | None:
-        if "s_ids" not in schema.specs(rollout.layout):
+        if "student_topk_ids" not in schema.specs(rollout.layout):
             return None
-        lists = self.read_arrays(rollout, ("s_cnt", "s_ids"))
+        lists = self.read_arrays(rollout, ("student_topk_counts", "student_topk_ids"))
+        cnt, ids = lists["student_topk_counts"], lists["student_topk_ids"]
         with self._consistent(rollout):
-            ragged.check_counts(lists["s_cnt"], len(lists["s_ids"]), schema.MAX_K)
-        return IdLists(cnt=lists["s_cnt"], ids=lists["s_ids"])
+            ragged.check_counts(cnt, len(ids), schema.MAX_K)
+        return IdLists(cnt=cnt, ids=ids)
 
     @contextmanager
     def _removed_or_damaged(self, which: Segment) -> Iterator[None]:
@@ -193,7 +194,7 @@ class Reader:
             if not self.is_removed(which):
                 raise
             raise StoreError(
-                f"{self.storage.where(which.folder)} was deleted, and gc has removed it",
+                f"{self.storage.where(which.path)} was deleted, and gc has removed it",
                 hint="take a newer snapshot; a tag keeps the segments of an old one",
             ) from error
 
@@ -207,7 +208,7 @@ class Reader:
 
     def _contradiction(self, which: Segment, error: object) -> IntegrityError:
         return IntegrityError(
-            f"{self.storage.where(which.folder)}: its arrays contradict each other ({error})",
+            f"{self.storage.where(which.path)}: its arrays contradict each other ({error})",
             hint=segments.RESTORE,
         )
 

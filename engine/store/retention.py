@@ -2,14 +2,14 @@
 
 Nothing is deleted in place. A unit is deleted by a record and is invisible from there on; earlier
 snapshots still read it. gc then removes a segment when neither the newest snapshot, nor a tag, nor
-any snapshot of the last `keep_days` has it, and folders that no record ever named when they are
+any snapshot of the last `keep_days` has it, and objects that no record ever named when they are
 older than `lease_hours`. It also removes claims of that age, and claims and notes of committed
 units.
 
-gc first publishes the folders that it is going to remove, as a record like any other. So it decides
-on the newest log, a writer that is about to name such a folder uses another generation instead, and
-a reader of an old snapshot gets an error with the cause. A crash in between leaves folders that the
-next gc removes.
+gc first publishes the objects that it is going to remove, as a record like any other. So it decides
+on the newest log, a writer that is about to name such an object uses another generation instead,
+and a reader of an old snapshot gets an error with the cause. A crash in between leaves objects that
+the next gc removes.
 """
 
 import re
@@ -22,14 +22,14 @@ from typing import Any
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.claims as claims
 from logitcask.engine.errors import ConfigError, StoreError
-from logitcask.engine.store.format.segment import Segment, folder_of
+from logitcask.engine.store.format.segment import Segment, path_of
 from logitcask.engine.store.log.publish import append
 from logitcask.engine.store.log.record import Content
 from logitcask.engine.store.storage.base import STAGING
 from logitcask.engine.store.store import Store
 
 _MAX_REMOVALS = 50_000
-"""Folders of one record."""
+"""Objects of one record."""
 _FOR_EVER_DAYS = 36500.0
 
 
@@ -42,7 +42,7 @@ class GCReport:
     orphans: int
     """Staged files of killed writers, dead claims, and notes of failures of committed units."""
     kept: int
-    """Folders of segments that stay."""
+    """Objects of segments that stay."""
     kept_deleted: int
     """Those of deleted segments, which a tag or a snapshot of the last days reaches."""
 
@@ -176,21 +176,21 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     def is_removed(content: Content) -> bool:
         return content[2] < store.log.generation(*content[:2])
 
-    def unreached() -> list[Content]:
-        """Return the folders of segments that no kept snapshot of the newest log has."""
+    def unreached() -> dict[Content, int]:
+        """Return the objects that no kept snapshot of the newest log has -> their bytes."""
         kept = _reached(store, since)
-        named = {each.folder for each in store.log.present()}
-        return [
-            content
-            for content in _folders(store)
-            if folder_of(*content) not in kept
+        named = {each.path for each in store.log.present()}
+        return {
+            content: size
+            for content, size in _objects(store).items()
+            if path_of(*content) not in kept
             and content[2] <= store.log.generation(*content[:2])
             and (
-                folder_of(*content) in named
+                path_of(*content) in named
                 or is_removed(content)
-                or store.storage.touched_s(folder_of(*content)) < born_before
+                or store.storage.touched_s(path_of(*content)) < born_before
             )
-        ]
+        }
 
     def build_record() -> dict[str, Any] | None:
         fresh = [each for each in unreached() if not is_removed(each)][:_MAX_REMOVALS]
@@ -200,39 +200,40 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     if not dry_run:
         while append(store.storage, store.log, build_record) is not None:
             pass
-    # A folder created meanwhile is in no record: its writer may be about to name it.
-    going = [each for each in unreached() if dry_run or is_removed(each)]
-    staged = [f"{STAGING}/{name}" for name in store.storage.names(STAGING)]
+    # An object put meanwhile is in no record: its writer may be about to name it.
+    going = {each: size for each, size in unreached().items() if dry_run or is_removed(each)}
+    staged = [each.name for each in store.storage.files(STAGING)]
     left = [name for name in staged if store.storage.touched_s(name) < born_before]
     left += claims.orphans(store.storage, store.head().unit_keys(), born_before)
-    size = sum(each.size for content in going for each in store.storage.files(folder_of(*content)))
     if not dry_run:
-        for name in [*(folder_of(*content) for content in going), *left]:
+        for name in [*(path_of(*content) for content in going), *left]:
             store.storage.remove(name)
     kept = _reached(store, since)
     return GCReport(
         segments=len(going),
-        bytes=size,
+        bytes=sum(going.values()),
         orphans=len(left),
         kept=len(kept),
-        kept_deleted=len(kept - {each.folder for each in store.head().segments}),
+        kept_deleted=len(kept - {each.path for each in store.head().segments}),
     )
 
 
 def _reached(store: Store, since: str) -> set[str]:
-    """Return the folders of the newest snapshot, of tags, and of snapshots newest since then."""
+    """Return the objects of the newest snapshot, of tags, and of snapshots newest since then."""
     log = store.log
     reached = [*log.snapshot(len(log) - 1).segments, *log.deleted_after(log.at_time(since))]
     for number in log.tags().values():
         reached += log.snapshot(number).segments
-    return {each.folder for each in reached}
+    return {each.path for each in reached}
 
 
-def _folders(store: Store) -> list[Content]:
-    """Return all folders of segments; folders of other names are ignored."""
-    found = []
-    for kind in schema.KINDS:
-        for name in store.storage.names(f"seg/{kind}"):
-            if match := re.fullmatch(r"([0-9a-f]{32})(?:\.([1-9][0-9]*))?", name):
-                found.append((kind, match[1], int(match[2] or 0)))
+def _objects(store: Store) -> dict[Content, int]:
+    """Return the objects of segments -> their bytes; objects of other names are ignored."""
+    found = {}
+    for each in store.storage.files("seg"):
+        match = re.fullmatch(r"seg/(\w+)/../([0-9a-f]{32})(?:\.([1-9][0-9]{0,8}))?\.zip", each.name)
+        if match and match[1] in schema.KINDS:
+            content = (match[1], match[2], int(match[3] or 0))
+            if path_of(*content) == each.name:
+                found[content] = each.size
     return found

@@ -85,7 +85,7 @@ class Store(Reader):
             )
         check_rollouts(unit_rollouts, n_vocab=vocabulary(provenance))
         arrays = rollouts.encode(unit_rollouts, codecs.profile(profile))
-        digest = segments.tokens_sha256(arrays["tokens"], arrays["seq_off"])
+        digest = segments.tokens_sha256(arrays["response_tokens"], arrays["response_offsets"])
         return self._commit(arrays, new, tokens_sha256=digest)
 
     def commit_scores(
@@ -143,8 +143,8 @@ class Store(Reader):
                 positions, student = int(rows.sum()), student and lists_at(student, rows)
             check_scores(scores, positions, student)
             arrays = layout.encode(scores, codecs.profile(profile), student)
-            which = schema.DEDUP if "t_at_s" in arrays else which
-            which += schema.BOUNDS if "ent_hi" in arrays else ""
+            which = schema.DEDUP if "at_student_logprobs" in arrays else which
+            which += schema.BOUNDS if "entropy_upper" in arrays else ""
             if rows is not None:
                 arrays["scored"] = rows.astype(np.uint16)
                 which += schema.PARTIAL

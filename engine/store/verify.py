@@ -1,9 +1,10 @@
-"""Verification of all files that the log names, and a list of those that it does not."""
+"""Verification of all objects that the log names, and a list of those that it does not."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.claims as claims
 import logitcask.engine.store.log.log as log
 import logitcask.engine.store.log.record as record
@@ -24,7 +25,7 @@ class Report:
     """Response positions of the rollout segments."""
     files: int
     bytes: int
-    """Of all committed files: segments, log records, bundles."""
+    """Of all committed objects: segments, log records, bundles."""
     decoded: bool
     """True if every array was decoded, in addition to the comparison of digests."""
     orphans: tuple[str, ...]
@@ -38,7 +39,7 @@ def verify(
     on_damage: Callable[[IntegrityError], None] = lambda _: None,
     progress: Progress = no_progress,
 ) -> Report:
-    """Compare every file of every segment, deleted ones too, with its digest; deep: decode it too.
+    """Compare every segment, deleted ones too, with its digest; deep: decode it too.
 
     Calls `on_damage` with every damage found, and raises the first IntegrityError in the end.
     """
@@ -47,16 +48,16 @@ def verify(
     until: dict[tuple[str, str, str], ScoreSegments] = {}
     """(teacher, base, seg_id) -> the score segments up to this one."""
     every = store.log.present()
-    present = {each.folder: each for each in every}
+    present = {each.path: each for each in every}
     for done, each in enumerate(every if deep else list(present.values())):
         progress("verify", done, len(every))
         try:
+            before = until.get((each.name, each.base, each.extends), ())
+            until[each.name, each.base, each.seg_id] = (*before, each)
+            data, where = store.read_object(each), store.storage.where(each.path)
+            segments.check_entries(where, data, each)
             if deep:
-                before = until[each.name, each.base, each.extends] if each.extends else ()
-                until[each.name, each.base, each.seg_id] = (*before, each)
-                store.check_arrays(each, store.read_arrays(each), before)
-            else:
-                store.read_files(each)
+                store.check_arrays(each, segments.decode_object(where, data, each), before)
         except IntegrityError as error:
             on_damage(error)
             damaged.append(error)
@@ -64,7 +65,7 @@ def verify(
             if not store.is_removed(each):
                 raise
             # gc runs at the same time.
-            present.pop(each.folder, None)
+            present.pop(each.path, None)
     progress("verify", len(every), len(every))
     if damaged:
         raise damaged[0]
@@ -72,7 +73,7 @@ def verify(
     return Report(
         segments=len(present),
         positions=sum(s.counts["P"] for s in present.values() if s.kind == schema.ROLLOUT),
-        files=len(records) + sum(len(each.files) for each in present.values()),
+        files=len(records) + len(present),
         bytes=sum(records) + sum(each.size for each in present.values()),
         decoded=deep,
         orphans=_orphans(store, present),
@@ -108,18 +109,11 @@ def _bundle(store: Store, name: str, records: bytes) -> int:
 
 def _orphans(store: Store, present: dict[str, Segment]) -> tuple[str, ...]:
     storage = store.storage
-    found = [f"{STAGING}/{name}" for name in storage.names(STAGING)]
+    found = [each.name for each in storage.files(STAGING)]
     found += claims.unknown_files(storage)
     for name in storage.names("log"):
         number = record.number_of(name)
         if number is None:
             found.append(f"log/{name}")
-    for kind in schema.KINDS:
-        for name in storage.names(f"seg/{kind}"):
-            folder = f"seg/{kind}/{name}"
-            if folder not in present:
-                found.append(folder)
-                continue
-            inside = {f"{folder}/{file}" for file in present[folder].files}
-            found += [each.name for each in storage.files(folder) if each.name not in inside]
+    found += [each.name for each in storage.files("seg") if each.name not in present]
     return tuple(found)

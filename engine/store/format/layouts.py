@@ -1,7 +1,7 @@
 """Scores <-> the arrays of a score segment, without duplicate entries and without loss of order.
 
 Where the teacher scored the student's stored ids, most of its own top entries are among them.
-Layout `once` stores the teacher's log-prob at every student id, and of its own kept entries only
+Layout `dedup` stores the teacher's log-prob at every student id, and of its own kept entries only
 the extras, which the student's list lacks.
 
 The order needs care, because rounded log-probs make ties. In each row let U be the extras and the
@@ -9,7 +9,7 @@ student's ids together, in the teacher's exact order: its kept entries in their 
 by float32 log-prob, the lower id first. Then
 
   implied rank of a student id = members of U whose *stored* value orders before its own,
-  t_rank_fix                   = its true rank in U - its implied rank   (modulo 2^16).
+  at_student_rank_fix              = its true rank in U - its implied rank   (modulo 2^16).
 
 The reader computes the implied rank from the same stored values and adds the correction; the
 extras, which are stored in rank order, take the remaining ranks. The first `kept` of U are the
@@ -67,19 +67,21 @@ def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> 
     """
     cnt = scores.cnt.astype(np.uint16)
     arrays: dict[str, Array] = {
-        "t_lp": scores.lp.astype(np.float32),
-        "ent": scores.entropy.astype(np.float32),
+        "teacher_logprobs": scores.lp.astype(np.float32),
+        "entropy": scores.entropy.astype(np.float32),
         "log_tail": scores.log_tail.astype(np.float32),
     }
     if scores.entropy_hi is not None:
-        arrays["ent_hi"] = scores.entropy_hi.astype(np.float32)
+        arrays["entropy_upper"] = scores.entropy_hi.astype(np.float32)
     if scores.at_lp is None or student is None:
         arrays |= {
-            "cnt": cnt,
-            "ids": scores.ids.astype(np.uint32),
-            "lp": codecs.to_entry(scores.entry_lp, profile),
+            "topk_counts": cnt,
+            "topk_ids": scores.ids.astype(np.uint32),
+            "topk_logprobs": codecs.to_entry(scores.entry_lp, profile),
         }
-        return arrays | ({} if scores.mult is None else {"mult": scores.mult.astype(np.uint16)})
+        return arrays | (
+            {} if scores.mult is None else {"multiplicities": scores.mult.astype(np.uint16)}
+        )
 
     s_cnt, s_ids = student.cnt, student.ids.astype(np.uint32)
     index = ragged.find(scores.ids.astype(np.uint32), cnt, s_ids, s_cnt)
@@ -104,12 +106,12 @@ def encode(scores: Scores, profile: codecs.Profile, student: IdLists | None) -> 
     lp_x = codecs.to_entry(scores.entry_lp[extra], profile)
     lp_s = codecs.to_entry(scores.at_lp, profile)
     return arrays | {
-        "kept": cnt,
-        "cnt": extra_cnt,
-        "ids": scores.ids[extra].astype(np.uint32),
-        "lp": lp_x,
-        "t_at_s": lp_s,
-        "t_rank_fix": true.astype(np.uint16) - _implied(lp_x, extra_cnt, lp_s, s_cnt),
+        "n_kept": cnt,
+        "topk_counts": extra_cnt,
+        "topk_ids": scores.ids[extra].astype(np.uint32),
+        "topk_logprobs": lp_x,
+        "at_student_logprobs": lp_s,
+        "at_student_rank_fix": true.astype(np.uint16) - _implied(lp_x, extra_cnt, lp_s, s_cnt),
     }
 
 
@@ -120,53 +122,59 @@ def decode(
 
     student: the lists of all rows. Raises ValueError where the arrays contradict each other.
     """
-    cnt = arrays["cnt"]
+    cnt = arrays["topk_counts"]
     if "scored" in arrays:
         marks = rows.marks_of(arrays["scored"], len(cnt))
         own = {name: array for name, array in arrays.items() if name != "scored"}
         if student is not None and len(student.cnt) == len(marks):
             student = rows.lists_at(student, marks)
         return rows.expanded(decode(own, profile, student), marks)
-    ragged.check_counts(cnt, len(arrays["ids"]), schema.MAX_K)
+    ragged.check_counts(cnt, len(arrays["topk_ids"]), schema.MAX_K)
     every: dict[str, Any] = {
-        "lp": arrays["t_lp"],
-        "entropy": arrays["ent"],
-        "entropy_hi": arrays.get("ent_hi"),
+        "lp": arrays["teacher_logprobs"],
+        "entropy": arrays["entropy"],
+        "entropy_hi": arrays.get("entropy_upper"),
         "log_tail": arrays["log_tail"],
         "cnt": cnt,
-        "ids": arrays["ids"],
-        "entry_lp": codecs.from_entry(arrays["lp"], profile),
+        "ids": arrays["topk_ids"],
+        "entry_lp": codecs.from_entry(arrays["topk_logprobs"], profile),
     }
-    if "t_at_s" not in arrays:
+    if "at_student_logprobs" not in arrays:
         return CachedScores(
             **every,
-            kept=np.zeros_like(cnt) if "mult" in arrays else cnt,
+            kept=np.zeros_like(cnt) if "multiplicities" in arrays else cnt,
             s_cnt=np.zeros_like(cnt),
             s_ids=np.zeros(0, np.uint32),
             s_lp=np.zeros(0, np.float32),
             s_rank=np.zeros(0, np.uint16),
             rank=ragged.index_in_row(cnt).astype(np.uint16),
-            mult=arrays.get("mult"),
+            mult=arrays.get("multiplicities"),
         )
-    if student is None or len(student.cnt) != len(cnt) or len(arrays["t_at_s"]) != len(student.ids):
+    if (
+        student is None
+        or len(student.cnt) != len(cnt)
+        or len(arrays["at_student_logprobs"]) != len(student.ids)
+    ):
         raise ValueError("the student's lists of the rollouts have another length")
     s_cnt = student.cnt
-    if (arrays["kept"] > cnt.astype(np.int64) + s_cnt).any():
+    if (arrays["n_kept"] > cnt.astype(np.int64) + s_cnt).any():
         raise ValueError("more entries are kept than there are")
-    s_rank = arrays["t_rank_fix"] + _implied(arrays["lp"], cnt, arrays["t_at_s"], s_cnt)
+    s_rank = arrays["at_student_rank_fix"] + _implied(
+        arrays["topk_logprobs"], cnt, arrays["at_student_logprobs"], s_cnt
+    )
     return CachedScores(
         **every,
-        kept=arrays["kept"],
+        kept=arrays["n_kept"],
         s_cnt=s_cnt,
         s_ids=student.ids,
-        s_lp=codecs.from_entry(arrays["t_at_s"], profile),
+        s_lp=codecs.from_entry(arrays["at_student_logprobs"], profile),
         s_rank=s_rank,
         rank=ragged.remaining(s_rank, s_cnt, cnt),
     )
 
 
 def split_by_student(cached: CachedScores, student: IdLists) -> CachedScores:
-    """Move ids of the student's list to the student's part of scores in a `whole` layout."""
+    """Move ids of the student's list to the student's part of scores in a `full` layout."""
     index = ragged.find(cached.ids, cached.cnt, student.ids, student.cnt)
     listed = index >= 0
     at = np.repeat(ragged.starts(cached.cnt)[:-1], student.cnt)[listed] + index[listed]

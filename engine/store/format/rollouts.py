@@ -15,11 +15,19 @@ from logitcask.engine.errors import StoreError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import Array, Draws, Prompt, Rollouts, Scores
 
-SAME_NAME = (
-    *("seq_prompt", "seq_off", "tokens", "loss_mask"),
-    *("b_lp", "finish", "version_start", "version_end"),
-)
-"""Fields of Rollouts that are arrays of the same name."""
+_FIELDS = {
+    "prompt_index": "seq_prompt",
+    "response_offsets": "seq_off",
+    "response_tokens": "tokens",
+    "loss_mask": "loss_mask",
+    "behavior_logprobs": "b_lp",
+    "finish_reason": "finish",
+    "policy_version_start": "version_start",
+    "policy_version_end": "version_end",
+}
+"""Array -> field of Rollouts."""
+_DRAWS = {"mc_counts": "cnt", "mc_ids": "ids", "mc_multiplicities": "mult", "mc_logprobs": "lp"}
+"""Array -> field of Draws."""
 
 
 def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
@@ -45,26 +53,26 @@ def encode(rollouts: Rollouts, profile: codecs.Profile) -> dict[str, Array]:
     ids = [np.asarray(p.token_ids, np.uint32) for p in prompts]
     lengths = np.asarray([len(x) for x in ids], np.int64)
     arrays = {
-        "prompt_off": ragged.starts(lengths),
+        "prompt_offsets": ragged.starts(lengths),
         "prompt_tokens": np.concatenate([np.zeros(0, np.uint32), *ids]),
         "prompt_json": np.frombuffer(text, np.uint8),
-        **{name: getattr(rollouts, name) for name in SAME_NAME},
+        **{name: getattr(rollouts, field) for name, field in _FIELDS.items()},
     }
     if (reward := rollouts.reward) is not None:
         arrays["reward"] = reward
     if (student := rollouts.student) is not None:
         arrays |= {
-            "s_lp": student.lp,
-            "s_ent": student.entropy,
-            "s_tail": student.log_tail,
-            "s_cnt": student.cnt,
-            "s_ids": student.ids,
-            "s_topk_lp": codecs.to_entry(student.entry_lp, profile),
+            "student_logprobs": student.lp,
+            "student_entropy": student.entropy,
+            "student_tail": student.log_tail,
+            "student_topk_counts": student.cnt,
+            "student_topk_ids": student.ids,
+            "student_topk_logprobs": codecs.to_entry(student.entry_lp, profile),
         }
         if (draws := rollouts.draws) is not None:
-            arrays |= {f"mc_{name}": getattr(draws, name) for name in ("cnt", "ids", "mult", "lp")}
+            arrays |= {name: getattr(draws, field) for name, field in _DRAWS.items()}
     dtypes = {name: spec.dtype for name, spec in schema.specs(layout_of(rollouts)).items()}
-    dtypes["s_topk_lp"] = profile.stored
+    dtypes["student_topk_logprobs"] = profile.stored
     return {name: array.astype(dtypes[name]) for name, array in arrays.items()}
 
 
@@ -77,7 +85,7 @@ def layout_of(rollouts: Rollouts) -> str:
     return layout + ("" if rollouts.reward is None else schema.REWARD)
 
 
-EXTENT = ("prompt_json", "prompt_off", "seq_prompt", "seq_off")
+EXTENT = ("prompt_json", "prompt_offsets", "prompt_index", "response_offsets")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,9 +114,9 @@ def extent(arrays: dict[str, Array], counts: Mapping[str, int]) -> Extent:
     return Extent(
         prompt_ids=tuple(str(each["id"]) for each in fields),
         prompt_extra=tuple(each["extra"] for each in fields),
-        prompt=np.diff(arrays["prompt_off"]),
-        seq_prompt=arrays["seq_prompt"].astype(np.int64),
-        response=np.diff(arrays["seq_off"]),
+        prompt=np.diff(arrays["prompt_offsets"]),
+        seq_prompt=arrays["prompt_index"].astype(np.int64),
+        response=np.diff(arrays["response_offsets"]),
     )
 
 
@@ -121,7 +129,7 @@ def _prompt_fields(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[st
         fields = json.loads(text)
     except RecursionError as error:
         raise ValueError("prompt_json is nested too deeply") from error
-    off = arrays["prompt_off"]
+    off = arrays["prompt_offsets"]
     if not isinstance(fields, list) or len(fields) != len(off) - 1:
         raise ValueError(f"prompt_json does not describe {len(off) - 1} prompts")
     ragged.check_offsets(off, prompt_tokens)
@@ -129,12 +137,12 @@ def _prompt_fields(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[st
 
 
 def _check_sequences(arrays: dict[str, Array], prompts: int, positions: int) -> None:
-    ragged.check_offsets(arrays["seq_off"], positions)
-    if int(arrays["seq_prompt"].max(initial=0)) >= max(prompts, 1):
+    ragged.check_offsets(arrays["response_offsets"], positions)
+    if int(arrays["prompt_index"].max(initial=0)) >= max(prompts, 1):
         raise ValueError(f"a sequence of prompt {arrays['seq_prompt'].max()}, of {prompts}")
 
 
-PROMPTS = ("prompt_json", "prompt_off", "prompt_tokens")
+PROMPTS = ("prompt_json", "prompt_offsets", "prompt_tokens")
 
 
 def prompts_of(arrays: dict[str, Array]) -> tuple[Prompt, ...]:
@@ -142,7 +150,7 @@ def prompts_of(arrays: dict[str, Array]) -> tuple[Prompt, ...]:
 
     Raises ValueError where they contradict each other.
     """
-    fields, off = _prompt_fields(arrays, len(arrays["prompt_tokens"])), arrays["prompt_off"]
+    fields, off = _prompt_fields(arrays, len(arrays["prompt_tokens"])), arrays["prompt_offsets"]
     return tuple(
         Prompt(
             id=each["id"],
@@ -160,25 +168,26 @@ def decode(arrays: dict[str, Array], profile: codecs.Profile, segment: str = "")
     Raises ValueError where the arrays contradict each other.
     """
     prompts = prompts_of(arrays)
-    _check_sequences(arrays, len(prompts), len(arrays["tokens"]))
+    _check_sequences(arrays, len(prompts), len(arrays["response_tokens"]))
     student = None
-    if "s_lp" in arrays:
-        ragged.check_counts(arrays["s_cnt"], len(arrays["s_ids"]), schema.MAX_K)
+    if "student_logprobs" in arrays:
+        ids, counts = arrays["student_topk_ids"], arrays["student_topk_counts"]
+        ragged.check_counts(counts, len(ids), schema.MAX_K)
         student = Scores(
-            lp=arrays["s_lp"],
-            entropy=arrays["s_ent"],
-            log_tail=arrays["s_tail"],
-            cnt=arrays["s_cnt"],
-            ids=arrays["s_ids"],
-            entry_lp=codecs.from_entry(arrays["s_topk_lp"], profile),
+            lp=arrays["student_logprobs"],
+            entropy=arrays["student_entropy"],
+            log_tail=arrays["student_tail"],
+            cnt=counts,
+            ids=ids,
+            entry_lp=codecs.from_entry(arrays["student_topk_logprobs"], profile),
         )
     draws = None
-    if "mc_cnt" in arrays:
-        ragged.check_counts(arrays["mc_cnt"], len(arrays["mc_ids"]), schema.MAX_K)
-        draws = Draws(**{name: arrays[f"mc_{name}"] for name in ("cnt", "ids", "mult", "lp")})
+    if "mc_counts" in arrays:
+        ragged.check_counts(arrays["mc_counts"], len(arrays["mc_ids"]), schema.MAX_K)
+        draws = Draws(**{field: arrays[name] for name, field in _DRAWS.items()})
     return Rollouts(
         prompts=prompts,
-        **{name: arrays[name] for name in SAME_NAME},
+        **{field: arrays[name] for name, field in _FIELDS.items()},
         student=student,
         draws=draws,
         reward=arrays.get("reward"),

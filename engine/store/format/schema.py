@@ -1,4 +1,4 @@
-"""The schema of segments: array names, dtypes, lengths, chunks, files. Format version 1.
+"""The schema of segments: array names, dtypes, lengths, chunks, files. Format version 2.
 
 Lengths are named by letters (`counts` of a record):
   M prompts, N sequences, P positions, T prompt tokens, J bytes of prompt_json,
@@ -6,7 +6,7 @@ Lengths are named by letters (`counts` of a record):
   segment), D ids that the student drew, S entries of the base's student lists, R scored positions
   of a score segment of some positions (S: of their lists).
 
-Every path inside a segment follows from (kind, layout, counts), so no path is taken from data.
+Every name inside a segment follows from (kind, layout, counts), so no path is taken from data.
 """
 
 import re
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 FORMAT = "logitcask"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 ROLLOUT, SCORE = "rollout", "score"
 KINDS = (ROLLOUT, SCORE)
@@ -25,7 +25,7 @@ STUDENT, PLAIN, MC = "student", "plain", "mc"
 ids that the student drew."""
 REWARD = "+reward"
 """Suffix of these layouts where every sequence has a reward."""
-DEDUP, FULL, SAMPLED, EXTENSION = "once", "whole", "sampled", "wider"
+DEDUP, FULL, SAMPLED, EXTENSION = "dedup", "full", "sampled", "extension"
 """Layouts of a score segment: without the ids of the student's list, a teacher's list alone, drawn
 ids with multiplicities, and additions to the earlier segments of the same teacher on the same
 rollouts."""
@@ -99,51 +99,51 @@ class Spec:
 
 
 _ROLLOUT = {
-    "prompt_off": Spec("int64", "M", 1),
+    "prompt_offsets": Spec("int64", "M", 1),
     "prompt_tokens": Spec("uint32", "T", chunk=ENTRY_CHUNK),
     "prompt_json": Spec("uint8", "J", chunk=ENTRY_CHUNK),
-    "seq_prompt": Spec("uint32", "N"),
-    "seq_off": Spec("int64", "N", 1),
-    "tokens": Spec("uint32", "P"),
+    "prompt_index": Spec("uint32", "N"),
+    "response_offsets": Spec("int64", "N", 1),
+    "response_tokens": Spec("uint32", "P"),
     "loss_mask": Spec("uint16", "P"),
-    "b_lp": Spec("float32", "P"),
-    "finish": Spec("uint16", "N"),
-    "version_start": Spec("int64", "N"),
-    "version_end": Spec("int64", "N"),
+    "behavior_logprobs": Spec("float32", "P"),
+    "finish_reason": Spec("uint16", "N"),
+    "policy_version_start": Spec("int64", "N"),
+    "policy_version_end": Spec("int64", "N"),
 }
 _STUDENT = {
-    "s_lp": Spec("float32", "P"),
-    "s_ent": Spec("float32", "P"),
-    "s_tail": Spec("float32", "P"),
-    "s_cnt": Spec("uint16", "P"),
-    "s_ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
-    "s_topk_lp": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
+    "student_logprobs": Spec("float32", "P"),
+    "student_entropy": Spec("float32", "P"),
+    "student_tail": Spec("float32", "P"),
+    "student_topk_counts": Spec("uint16", "P"),
+    "student_topk_ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
+    "student_topk_logprobs": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
 }
 _MC = {
-    "mc_cnt": Spec("uint16", "P"),
+    "mc_counts": Spec("uint16", "P"),
     "mc_ids": Spec("uint32", "D", chunk=ENTRY_CHUNK),
-    "mc_mult": Spec("uint16", "D", chunk=ENTRY_CHUNK),
-    "mc_lp": Spec("float32", "D", chunk=ENTRY_CHUNK),
+    "mc_multiplicities": Spec("uint16", "D", chunk=ENTRY_CHUNK),
+    "mc_logprobs": Spec("float32", "D", chunk=ENTRY_CHUNK),
 }
 _ENTRIES = {
     "log_tail": Spec("float32", "P"),
-    "cnt": Spec("uint16", "P"),
-    "ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
-    "lp": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
+    "topk_counts": Spec("uint16", "P"),
+    "topk_ids": Spec("uint32", "E", chunk=ENTRY_CHUNK),
+    "topk_logprobs": Spec(ENTRY, "E", chunk=ENTRY_CHUNK),
 }
-_FULL = {"t_lp": Spec("float32", "P"), "ent": Spec("float32", "P"), **_ENTRIES}
-_KEPT = {"kept": Spec("uint16", "P")}
+_FULL = {"teacher_logprobs": Spec("float32", "P"), "entropy": Spec("float32", "P"), **_ENTRIES}
+_KEPT = {"n_kept": Spec("uint16", "P")}
 _SPECS = {
     STUDENT: _ROLLOUT | _STUDENT,
     PLAIN: _ROLLOUT,
     MC: _ROLLOUT | _STUDENT | _MC,
     FULL: _FULL,
-    SAMPLED: _FULL | {"mult": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
+    SAMPLED: _FULL | {"multiplicities": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
     DEDUP: _FULL
     | _KEPT
     | {
-        "t_at_s": Spec(ENTRY, "S", chunk=ENTRY_CHUNK),
-        "t_rank_fix": Spec("uint16", "S", chunk=ENTRY_CHUNK),
+        "at_student_logprobs": Spec(ENTRY, "S", chunk=ENTRY_CHUNK),
+        "at_student_rank_fix": Spec("uint16", "S", chunk=ENTRY_CHUNK),
     },
     EXTENSION: _ENTRIES | _KEPT | {"rank_fix": Spec("uint16", "E", chunk=ENTRY_CHUNK)},
 }
@@ -151,7 +151,7 @@ _SPECS |= {
     layout + REWARD: _SPECS[layout] | {"reward": Spec("float32", "N")} for layout in _REWARDED
 }
 _SPECS |= {
-    layout + BOUNDS: _SPECS[layout] | {"ent_hi": Spec("float32", "P")} for layout in _BOUNDED
+    layout + BOUNDS: _SPECS[layout] | {"entropy_upper": Spec("float32", "P")} for layout in _BOUNDED
 }
 _SPECS |= {
     layout + PARTIAL: {"scored": Spec("uint16", "P")}
@@ -174,6 +174,21 @@ COUNTS |= {layout + PARTIAL: (*COUNTS[layout], "R") for layout in _FIRST}
 """Layout -> the counts in its record."""
 
 
+READ_ALONE = frozenset(
+    {
+        *("prompt_json", "prompt_offsets", "prompt_index", "prompt_tokens", "response_offsets"),
+        *("reward", "student_topk_counts", "student_topk_ids", "scored"),
+    }
+)
+"""Arrays that are read without the others: lengths, prompts, rewards, the student's lists, marks. A
+record has their places in the object, and their digests."""
+
+
+def read_alone(layout: str) -> list[str]:
+    """Return the arrays of a layout that are read alone, sorted."""
+    return sorted(READ_ALONE.intersection(specs(layout)))
+
+
 def specs(layout: str) -> dict[str, Spec]:
     """Return the arrays of a layout."""
     return _SPECS[layout]
@@ -186,7 +201,7 @@ def chunk_shape(spec: Spec, length: int) -> tuple[int, int]:
 
 
 def file_names(layout: str, counts: Mapping[str, int]) -> set[str]:
-    """Return the files of a segment, relative to its folder; an empty array has no data file."""
+    """Return the files in the object of a segment; an empty array has no data file."""
     names = {"zarr.json"}
     for name, spec in specs(layout).items():
         names.add(f"{name}/zarr.json")

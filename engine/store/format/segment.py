@@ -1,8 +1,9 @@
-"""A segment: a plain Zarr v3 group, immutable, named by its content.
+"""A segment: one object, a Zarr v3 group in an uncompressed zip, immutable, named by its content.
 
 To write, Zarr encodes the group in memory, so that sizes, digests and fsync are of the same bytes.
-To read, the files of the record are read whole, compared with their digests, their metadata with
-the schema, and only then decoded, each array into memory of its own size.
+To read, the object is read whole and compared with its digest, its entries with the names and sizes
+of the schema, their metadata with the schema, and only then they are decoded, each array into
+memory of its own size. Some arrays are also read alone, by the offsets and digests in the record.
 """
 
 import hashlib
@@ -12,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+import logitcask.engine.store.format.archive as archive
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.shards as shards
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array
 
@@ -26,6 +27,10 @@ RESTORE = (
 )
 
 
+Entry = tuple[int, int, str]
+"""Bytes of an object: (the offset of the first, their number, their sha256)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """The entry of a segment in the log; the defaults are those of one that is not yet encoded."""
@@ -33,7 +38,7 @@ class Segment:
     kind: str
     """'rollout' or 'score'."""
     seg_id: str = ""
-    """32 hex digits of the digest over its files' digests."""
+    """The first 32 hex digits of `sha256`."""
     generation: int = 0
     """Number of times that gc had removed this content before."""
     unit_key: str
@@ -47,8 +52,12 @@ class Segment:
     counts: Mapping[str, int] = field(default_factory=dict)
     profile: str
     layout: str
-    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    """Relative name -> (bytes, sha256)."""
+    size: int = 0
+    """Bytes of the object."""
+    sha256: str = ""
+    """Of the object."""
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    """Array of schema.READ_ALONE, unless it is empty -> its data in the object."""
     provenance: Mapping[str, Any]
     tokens_sha256: str = ""
     """sha256 over tokens and seq_off, equal in a score segment and its base."""
@@ -61,9 +70,9 @@ class Segment:
         return hash((self.kind, self.seg_id, self.number))
 
     @property
-    def folder(self) -> str:
-        """Return the folder, relative to the store."""
-        return folder_of(self.kind, self.seg_id, self.generation)
+    def path(self) -> str:
+        """Return the name of the object, relative to the store."""
+        return path_of(self.kind, self.seg_id, self.generation)
 
     @property
     def rows(self) -> int:
@@ -75,17 +84,13 @@ class Segment:
         """Return whether it holds the scores of some positions of its base only."""
         return self.layout.endswith(schema.PARTIAL)
 
-    @property
-    def size(self) -> int:
-        """Return the bytes of all files."""
-        return sum(size for size, _ in self.files.values())
+
+def path_of(kind: str, seg_id: str, generation: int) -> str:
+    behind = f".{generation}" if generation else ""
+    return f"seg/{kind}/{seg_id[:2]}/{seg_id}{behind}.zip"
 
 
-def folder_of(kind: str, seg_id: str, generation: int) -> str:
-    return f"seg/{kind}/{seg_id}" + (f".{generation}" if generation else "")
-
-
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
@@ -94,14 +99,9 @@ def tokens_sha256(tokens: Array, seq_off: Array) -> str:
     return sha256(tokens.astype("<u4").tobytes() + seq_off.astype("<i8").tobytes())
 
 
-def manifest_of(contents: Mapping[str, bytes]) -> dict[str, tuple[int, str]]:
-    """Return relative name -> (bytes, sha256)."""
-    return {name: (len(data), sha256(data)) for name, data in contents.items()}
-
-
-def content_address(manifest: Mapping[str, tuple[int, str]]) -> str:
-    """Return the seg_id of these files: the same bytes have the same id."""
-    return sha256(canonical({name: digest for name, (_, digest) in manifest.items()}))[7:39]
+def content_address(digest: str) -> str:
+    """Return the seg_id of an object with this sha256: the same bytes have the same id."""
+    return digest.removeprefix("sha256:")[:32]
 
 
 def dtype_of(spec: schema.Spec, profile: codecs.Profile) -> str:
@@ -121,6 +121,33 @@ def decoded_bytes(layout: str, profile: codecs.Profile, counts: Mapping[str, int
         _, shard = schema.chunk_shape(spec, spec.length(counts))
         total += shard * np.dtype(dtype_of(spec, profile)).itemsize
     return total
+
+
+def file_limits(layout: str, profile: codecs.Profile, counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the files of a segment, name -> most bytes."""
+    limits = dict.fromkeys(schema.file_names(layout, counts), schema.MAX_META_BYTES)
+    for name, spec in schema.specs(layout).items():
+        if f"{name}/c/0" in limits:
+            _, shard = schema.chunk_shape(spec, spec.length(counts))
+            # Incompressible data grows a little, and a shard has an index.
+            limits[f"{name}/c/0"] += 2 * shard * np.dtype(dtype_of(spec, profile)).itemsize
+    return limits
+
+
+def object_limit(layout: str, decoded: int) -> int:
+    """Return the most bytes of an object whose arrays have `decoded` bytes: more than its files."""
+    files = 2 * len(schema.specs(layout)) + 2
+    return min(2 * decoded + files * schema.MAX_META_BYTES, archive.MAX_BYTES)
+
+
+def entries_of(layout: str, contents: Mapping[str, bytes | memoryview]) -> dict[str, Entry]:
+    """Return the entries of the arrays that are read alone, of the files of a segment."""
+    starts = archive.offsets({name: len(data) for name, data in contents.items()})
+    found = {}
+    for array in schema.read_alone(layout):
+        if (data := contents.get(f"{array}/c/0")) is not None:
+            found[array] = (starts[f"{array}/c/0"], len(data), sha256(data))
+    return found
 
 
 def encode(
@@ -161,100 +188,144 @@ def encode(
 
 
 def check_decodes(
-    contents: Mapping[str, bytes],
+    data: bytes,
     arrays: Mapping[str, Array],
     *,
     layout: str,
     profile: codecs.Profile,
     counts: Mapping[str, int],
 ) -> None:
-    """Decode again and compare every value, so that no codec error is published.
+    """Decode an object again and compare every value, so that no codec error is published.
 
     Raises StoreError.
     """
-    back = decode("", contents, layout=layout, profile=profile, counts=counts, names=list(arrays))
-    for name, data in arrays.items():
-        if data.tobytes() != back[name].tobytes():
+    back = decode("", data, layout=layout, profile=profile, counts=counts, names=list(arrays))
+    for name, array in arrays.items():
+        if array.tobytes() != back[name].tobytes():
             raise StoreError(
                 f"{name}: does not decode to what was encoded",
                 hint="check memory, and the versions of zarr, numcodecs and pcodec",
             )
 
 
-def read_files(
-    storage: Storage, folder: str, manifest: Mapping[str, tuple[int, str]], names: Collection[str]
-) -> dict[str, bytes]:
-    """Read files of a segment and check their sizes and digests.
+def read_object(storage: Storage, segment: Segment) -> bytes:
+    """Read the object of a segment and check its size and its digest. Raises IntegrityError."""
+    data = storage.read(segment.path, segment.size)
+    return _checked(storage.where(segment.path), data, segment.size, segment.sha256)
 
-    Raises IntegrityError with the file's path.
-    """
-    found = storage.read_all({f"{folder}/{name}": manifest[name][0] for name in sorted(names)})
-    contents = {}
-    for path, data in found.items():
-        name = path[len(folder) + 1 :]
-        length, digest = manifest[name]
-        where = storage.where(path)
-        if data is None:
-            raise IntegrityError(f"{where}: a committed file is missing", hint=RESTORE)
-        if len(data) != length:
-            raise IntegrityError(
-                f"{where}: {len(data)} bytes where {length} were committed", hint=RESTORE
-            )
-        if sha256(data) != digest:
-            raise IntegrityError(f"{where}: other bytes than were committed", hint=RESTORE)
-        contents[name] = data
-    return contents
+
+def _checked(where: str, data: bytes | None, size: int, digest: str) -> bytes:
+    if data is None:
+        raise IntegrityError(f"{where}: a committed file is missing", hint=RESTORE)
+    if len(data) != size:
+        raise IntegrityError(
+            f"{where}: {len(data)} bytes where {size} were committed", hint=RESTORE
+        )
+    if sha256(data) != digest:
+        raise IntegrityError(f"{where}: other bytes than were committed", hint=RESTORE)
+    return data
 
 
 def decode(
     where: str,
-    contents: Mapping[str, bytes],
+    data: bytes,
     *,
     layout: str,
     profile: codecs.Profile,
     counts: Mapping[str, int],
     names: Collection[str],
 ) -> dict[str, Array]:
-    """Decode the arrays `names` from the files of a group. Raises IntegrityError.
+    """Decode the arrays `names` from an object. Raises IntegrityError.
 
-    where: path or URL of the group, for messages.
+    where: its path or URL, for messages.
     """
+    files = _files(where, data, layout, profile, counts)
     arrays = {}
     for name in names:
-        spec = schema.specs(layout)[name]
-        dtype, length = dtype_of(spec, profile), spec.length(counts)
-        chunk, shard = schema.chunk_shape(spec, length)
-        shape: Any = {
-            "dtype": dtype,
-            "codec": codecs.codec_of(dtype, profile),
-            "length": length,
-            "chunk": chunk,
-            "shard": shard,
-        }
-        fault = shards.metadata_fault(contents[f"{name}/zarr.json"], **shape)
+        shape = _shape(name, layout, profile, counts)
+        fault = shards.metadata_fault(bytes(files[f"{name}/zarr.json"]), **shape)
         if fault:
-            raise IntegrityError(f"{where}/{name}/zarr.json: {fault}", hint=RESTORE)
-        try:
-            arrays[name] = shards.decode(contents.get(f"{name}/c/0", b""), **shape)
-        except Exception as error:  # A decoder may raise anything on invalid bytes.
-            raise IntegrityError(
-                f"{where}/{name}/c/0: does not decode ({error})", hint=RESTORE
-            ) from error
+            raise IntegrityError(f"{where}: {name}/zarr.json: {fault}", hint=RESTORE)
+        arrays[name] = _decoded(where, name, files.get(f"{name}/c/0", memoryview(b"")), shape)
     return arrays
 
 
-def read(
-    storage: Storage, segment: Segment, names: Collection[str] | None = None
+def _files(
+    where: str, data: bytes, layout: str, profile: codecs.Profile, counts: Mapping[str, int]
+) -> dict[str, memoryview]:
+    try:
+        return archive.split(data, file_limits(layout, profile, counts))
+    except ValueError as error:
+        raise IntegrityError(
+            f"{where}: not the zip of a segment ({error})", hint=RESTORE
+        ) from error
+
+
+def _shape(
+    name: str, layout: str, profile: codecs.Profile, counts: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return the arguments of `shards.decode` for an array."""
+    spec = schema.specs(layout)[name]
+    dtype, length = dtype_of(spec, profile), spec.length(counts)
+    chunk, shard = schema.chunk_shape(spec, length)
+    codec = codecs.codec_of(dtype, profile)
+    return {"dtype": dtype, "codec": codec, "length": length, "chunk": chunk, "shard": shard}
+
+
+def _decoded(where: str, name: str, data: bytes | memoryview, shape: dict[str, Any]) -> Array:
+    try:
+        return shards.decode(data, **shape)
+    except Exception as error:  # A decoder may raise anything on invalid bytes.
+        raise IntegrityError(f"{where}: {name} does not decode ({error})", hint=RESTORE) from error
+
+
+def decode_object(
+    where: str, data: bytes, segment: Segment, names: Collection[str] | None = None
 ) -> dict[str, Array]:
-    """Read all arrays of a committed segment, or those of `names`. Raises IntegrityError."""
-    files: Collection[str] = segment.files
-    if names is not None:
-        files = [file for file in files if file.split("/")[0] in names]
+    """Decode all arrays of a segment from its object, or those of `names`; as `decode`."""
     return decode(
-        storage.where(segment.folder),
-        read_files(storage, segment.folder, segment.files, files),
+        where,
+        data,
         layout=segment.layout,
         profile=codecs.profile(segment.profile),
         counts=segment.counts,
         names=list(schema.specs(segment.layout) if names is None else names),
     )
+
+
+def split(where: str, data: bytes, segment: Segment) -> dict[str, memoryview]:
+    """Return the files of a segment's object, name -> bytes. Raises IntegrityError."""
+    return _files(where, data, segment.layout, codecs.profile(segment.profile), segment.counts)
+
+
+def check_entries(where: str, data: bytes, segment: Segment) -> None:
+    """Raise IntegrityError where a record has other entries than the object of its segment."""
+    files = split(where, data, segment)
+    if entries_of(segment.layout, files) != dict(segment.entries):
+        raise IntegrityError(
+            f"{where}: its record has other entries than it",
+            hint="run `logitcask store delete STORE --segment ID` and make it again",
+        )
+
+
+def read(
+    storage: Storage, segment: Segment, names: Collection[str] | None = None
+) -> dict[str, Array]:
+    """Read all arrays of a committed segment, or those of `names`. Raises IntegrityError.
+
+    Where all of `names` can be read alone, nothing else is read.
+    """
+    where, profile = storage.where(segment.path), codecs.profile(segment.profile)
+    if names is None or not schema.READ_ALONE.issuperset(names):
+        return decode_object(where, read_object(storage, segment), segment, names)
+    arrays = {}
+    for name in names:
+        data = b""
+        if name in segment.entries:
+            start, size, digest = segment.entries[name]
+            part = storage.read_part(segment.path, start, size)
+            data = _checked(where, part, size, digest)
+        arrays[name] = _decoded(
+            where, name, data, _shape(name, segment.layout, profile, segment.counts)
+        )
+    return arrays

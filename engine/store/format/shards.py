@@ -61,7 +61,9 @@ def metadata_fault(
     return ""
 
 
-def decode(data: bytes, *, dtype: str, codec: str, length: int, chunk: int, shard: int) -> Array:
+def decode(
+    data: bytes | memoryview, *, dtype: str, codec: str, length: int, chunk: int, shard: int
+) -> Array:
     """Decode a shard. Raises ValueError, or any error of a decoder on invalid bytes."""
     if not length:
         return np.zeros(0, dtype)

@@ -49,8 +49,13 @@ def read(storage: Storage) -> Identity | None:
     number = body.get("version")
     if type(number) is not int or number > schema.FORMAT_VERSION:
         raise StoreError(
-            f"{where}: format version {number!r}, this program reads up to {schema.FORMAT_VERSION}",
+            f"{where}: format version {number!r}, this program reads {schema.FORMAT_VERSION}",
             hint="upgrade logitcask: the store was made by a newer version",
+        )
+    if number < schema.FORMAT_VERSION:
+        raise StoreError(
+            f"{where}: format version {number}, this program reads {schema.FORMAT_VERSION}",
+            hint="make a store of the new format of it with `logitcask store upgrade`",
         )
     if not isinstance(body.get("store_uuid"), str):
         raise IntegrityError(f"{where}: no store_uuid", hint=_RESTORE)

@@ -152,7 +152,7 @@ class Log:
 
     def _add(self, segment: Segment) -> None:
         if segment.generation != self.generation(segment.kind, segment.seg_id):
-            raise ValueError(f"{segment.folder} has another generation than the newest")
+            raise ValueError(f"{segment.path} has another generation than the newest")
         index = len(self._segments)
         if segment.kind == schema.ROLLOUT:
             self._bases.setdefault(segment.seg_id, []).append(index)

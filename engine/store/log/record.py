@@ -1,8 +1,8 @@
 """The encoding and the validation of a log record.
 
 A record is two lines: canonical JSON, and the sha256 of that line. Everything in it is checked
-before use: identifiers match their patterns, counts are bounded, and the list of files is exactly
-that of the schema, so a record cannot name other paths.
+before use: identifiers match their patterns, counts and sizes are bounded, and every name follows
+from them, so a record cannot name other paths.
 """
 
 import json
@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.config.strict_json import count_values
@@ -21,17 +19,18 @@ from logitcask.engine.errors import ConfigError, IntegrityError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.provenance import provenance_of
 from logitcask.engine.store.format.segment import (
+    Entry,
     Segment,
     content_address,
     decoded_bytes,
-    dtype_of,
+    object_limit,
     sha256,
 )
 
 BROKEN = "restore it from a copy of the store; the records after it build on it"
 
 Content = tuple[str, str, int]
-"""(kind, seg_id, generation): one folder of a segment."""
+"""(kind, seg_id, generation): one object of a segment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +46,7 @@ class Record:
     deletes: tuple[str, ...]
     """unit_keys that this record makes invisible."""
     removes: tuple[Content, ...]
-    """Folders that gc removes after this record."""
+    """Objects that gc removes after this record."""
     tags: Mapping[str, int | None]
     """Tag -> snapshot id, None where the tag is removed."""
 
@@ -85,16 +84,12 @@ def decode_record(data: bytes, where: str) -> tuple[dict[str, Any], str]:
     return body, digest
 
 
-_KEYS = {"extends": "widens", "tokens_sha256": "token_digest", "provenance": "lineage"}
-"""Field of a Segment -> its key in a record, where they differ."""
-
-
 def encode_segment(segment: Segment) -> dict[str, Any]:
     """Return the entry of a segment in a record."""
     fields = set(Segment.__dataclass_fields__) - {"number"}
     if segment.seconds is None:
         fields.remove("seconds")
-    return {_KEYS.get(name, name): getattr(segment, name) for name in fields}
+    return {name: getattr(segment, name) for name in fields}
 
 
 def parse(data: bytes, where: str, *, number: int, prev: str) -> Record:
@@ -177,11 +172,11 @@ def _segment(add: Mapping[str, Any], number: int) -> Segment:
     for key, pattern in (
         ("name", schema.NAME),
         ("unit_key", schema.DIGEST),
-        ("token_digest", schema.DIGEST),
+        ("tokens_sha256", schema.DIGEST),
     ):
         _require(bool(pattern.fullmatch(add[key])), f"{key} {add[key]!r}")
-    follows = layout == schema.EXTENSION or (layout.endswith(schema.PARTIAL) and add["widens"])
-    for key, has_id in (("base", kind == schema.SCORE), ("widens", follows)):
+    follows = layout == schema.EXTENSION or (layout.endswith(schema.PARTIAL) and add["extends"])
+    for key, has_id in (("base", kind == schema.SCORE), ("extends", follows)):
         _require(
             bool(schema.SEG_ID.fullmatch(add[key])) if has_id else add[key] == "",
             f"{key} {add[key]!r}",
@@ -190,28 +185,35 @@ def _segment(add: Mapping[str, Any], number: int) -> Segment:
         profile = codecs.profile(add["profile"])
     except ConfigError as error:
         raise ValueError(error.cause) from error
-    unit, provenance, seconds = add["unit"], add["lineage"], add.get("seconds")
+    unit, provenance, seconds = add["unit"], add["provenance"], add.get("seconds")
     if seconds is not None:
         is_number = type(seconds) in (int, float) and 0 <= seconds < math.inf
         _require(is_number, f"seconds {seconds!r}")
     _require(
-        isinstance(unit, dict) and isinstance(provenance, dict), "unit or lineage is not an object"
+        isinstance(unit, dict) and isinstance(provenance, dict),
+        "unit or provenance is not an object",
     )
     if kind == schema.ROLLOUT:
         is_unit = _is_count(unit["version"]) and _is_count(unit["first"])
         _require(is_unit, "unit lacks version or first")
-    counts = _counts(add["counts"], layout, profile)
-    manifest = _manifest(add["files"], layout, counts, profile)
-    _require(content_address(manifest) == seg_id, "seg_id is not the digest of the files")
-    fields: dict[str, Any] = {"counts": counts, "files": manifest, "number": number}
+    counts, decoded = _counts(add["counts"], layout, profile)
+    size, digest = add["size"], add["sha256"]
+    is_size = _is_count(size) and size <= object_limit(layout, decoded)
+    _require(is_size, f"{size!r} bytes of an object")
+    _require(content_address(_matching(schema.DIGEST, digest)) == seg_id, f"sha256 {digest!r}")
+    entries = _entries(add["entries"], layout, counts, size)
+    fields: dict[str, Any] = {"counts": counts, "entries": entries, "number": number}
     for name in set(Segment.__dataclass_fields__) - {*fields, "seconds"}:
-        fields[name] = add[_KEYS.get(name, name)]
+        fields[name] = add[name]
     where = f"segment {seg_id} of {kind} {add['name']!r}"
     fields["provenance"] = provenance_of(provenance, f"{where}: provenance")
     return Segment(**fields, seconds=seconds)
 
 
-def _counts(counts: Mapping[str, Any], layout: str, profile: codecs.Profile) -> dict[str, int]:
+def _counts(
+    counts: Mapping[str, Any], layout: str, profile: codecs.Profile
+) -> tuple[dict[str, int], int]:
+    """Check the counts of a segment; return them, and the bytes of its arrays."""
     _require(counts.keys() == set(schema.COUNTS[layout]), f"counts {sorted(counts)}")
     for key, value in counts.items():
         _require(_is_count(value) and value <= schema.MAX_COUNT[key], f"{key} {value!r}")
@@ -221,24 +223,19 @@ def _counts(counts: Mapping[str, Any], layout: str, profile: codecs.Profile) -> 
         _require(counts.get(key, 0) <= most, f"{key} {counts.get(key)} on {counts['P']} rows")
     size = decoded_bytes(layout, profile, counts)
     _require(size <= schema.MAX_SEGMENT_BYTES, f"{size} bytes decoded")
-    return dict(counts)
+    return dict(counts), size
 
 
-def _manifest(
-    listed: Mapping[str, Any], layout: str, counts: Mapping[str, int], profile: codecs.Profile
-) -> dict[str, tuple[int, str]]:
-    """Check that the files are those of the schema; return relative name -> (bytes, sha256)."""
-    names = schema.file_names(layout, counts)
-    _require(listed.keys() == names, f"files {sorted(set(listed) ^ names)[:3]}")
-    manifest = {}
-    for name, (length, sha) in listed.items():
-        limit = schema.MAX_META_BYTES
-        if not name.endswith("zarr.json"):
-            spec = schema.specs(layout)[name.split("/")[0]]
-            _, shard = schema.chunk_shape(spec, spec.length(counts))
-            # Incompressible data grows a little, and a shard has an index.
-            limit += 2 * shard * np.dtype(dtype_of(spec, profile)).itemsize
-        _require(_is_count(length) and length <= limit, f"{length!r} bytes of {name}")
-        _require(bool(schema.DIGEST.fullmatch(sha)), f"sha256 of {name}")
-        manifest[name] = (length, sha)
-    return manifest
+def _entries(
+    listed: Mapping[str, Any], layout: str, counts: Mapping[str, int], size: int
+) -> dict[str, Entry]:
+    """Check that the entries are those of the schema and lie in an object of `size` bytes."""
+    specs = schema.specs(layout)
+    names = {name for name in schema.read_alone(layout) if specs[name].length(counts)}
+    _require(listed.keys() == names, f"entries {sorted(set(listed) ^ names)[:3]}")
+    entries = {}
+    for name, (start, length, digest) in listed.items():
+        inside = _is_count(start) and _is_count(length) and start + length <= size
+        _require(inside, f"bytes {start!r} and {length!r} more of {name}")
+        entries[name] = (start, length, _matching(schema.DIGEST, digest))
+    return entries

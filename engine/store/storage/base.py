@@ -68,11 +68,11 @@ class Storage(Protocol):
         One of several concurrent callers gets True. After a lost response it may get False.
         """
 
-    def place(self, folder: str, contents: Mapping[str, bytes]) -> None:
-        """Create a folder of files, durably, and verify its bytes.
+    def put(self, name: str, data: bytes) -> None:
+        """Create a name with all of its bytes at once, durably, and verify them.
 
-        The folder may exist already, from a race or a crash. Its name is a content address, so
-        other bytes than `contents` are damage, and are repaired.
+        It may exist already, from a race or a crash. The name is a content address, so other bytes
+        than `data` are damage, and are replaced at once.
         """
 
     def settle(self, folder: str) -> None:
@@ -85,13 +85,13 @@ class Storage(Protocol):
         """List all files below a folder, sorted by name."""
 
     def touched_s(self, name: str) -> float:
-        """Return when a file, or anything in a folder, last changed; 0 where it is absent.
+        """Return when a file last changed; 0 where it is absent.
 
         In seconds since 1970, by the clock of the storage.
         """
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder and all below it; it may be absent already."""
+        """Remove a file; it may be absent already."""
 
 
 def check_empty(storage: Storage, names: Iterable[str]) -> None:

@@ -1,9 +1,9 @@
 """Storage in a folder on a disk.
 
-Three rules hold everywhere: nothing is overwritten (`O_EXCL`, `link`, `rename` to a free name),
-nothing gets its name before it is on the disk (`fsync` of files and of directories), and reading
-below the store's root never follows a symbolic link. The root itself is the caller's choice and may
-be one.
+Three rules hold everywhere: nothing is overwritten (`O_EXCL`, `link`) but damage of a content
+address, nothing gets its name before it is on the disk (`fsync` of files and of directories), and
+reading below the store's root never follows a symbolic link. The root itself is the caller's choice
+and may be one.
 
 Operating system errors become StoreError with the system's own message; the conditions that a
 caller distinguishes (absent, taken) are return values.
@@ -110,47 +110,24 @@ class LocalStorage:
         return {name: self.read(name, limit) for name, limit in limits.items()}
 
     def create(self, name: str, data: bytes) -> bool:
-        temporary = self._root / STAGING / uuid.uuid4().hex
-        target = self._root / name
-        self._make(STAGING, str(Path(name).parent))
-        try:
-            _write_new(temporary, data)
-            with _disk("publish", target):
-                try:
-                    os.link(temporary, target)
-                except FileExistsError:
-                    return False
-                except PermissionError as error:
-                    if error.errno != errno.EPERM:
-                        raise
-                    # Linux reports this where a file system has no hard links.
-                    raise OSError(errno.EOPNOTSUPP, "no hard links") from error
-            _fsync_dir(target.parent)
-        finally:
-            # The first error matters to the caller; a file may stay in staging.
-            with suppress(OSError):
-                os.unlink(temporary)
-        return True
+        with self._staged(name, data) as temporary:
+            created = self._link(temporary, name)
+            if created:
+                _fsync_dir((self._root / name).parent)
+            return created
 
-    def place(self, folder: str, contents: Mapping[str, bytes]) -> None:
-        stage = f"{STAGING}/{uuid.uuid4().hex}"
-        target = self._root / folder
-        self._make(STAGING, str(Path(folder).parent))
-        try:
-            self._stage(stage, contents)
-            with _disk("rename to", target):
-                try:
-                    os.rename(self._root / stage, target)
-                except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                        raise
-                    self._repair(folder, contents)
-        except BaseException:
-            with suppress(StoreError):
-                self.remove(stage)
-            raise
-        self.remove(stage)
-        _fsync_dir(target.parent)
+    def put(self, name: str, data: bytes) -> None:
+        with self._staged(name, data) as temporary:
+            if not holds(self, f"{STAGING}/{temporary.name}", data):
+                raise IntegrityError(
+                    f"{temporary}: reads other bytes than were written",
+                    hint=f"check the disk, {_SAFE}",
+                )
+            if not self._link(temporary, name) and not holds(self, name, data):
+                with _disk("repair", self._root / name):
+                    os.rename(temporary, self._root / name)
+            # A name that another process has created may not be on the disk yet.
+            _fsync_dir((self._root / name).parent)
 
     def settle(self, folder: str) -> None:
         _fsync_dir(self._root / folder)
@@ -183,22 +160,11 @@ class LocalStorage:
                 status = os.lstat(self._root / name)
             except FileNotFoundError:
                 return 0.0
-        below = self.names(name) if stat.S_ISDIR(status.st_mode) else []
-        return max([status.st_mtime, *(self.touched_s(f"{name}/{each}") for each in below)])
+        return status.st_mtime
 
     def remove(self, name: str) -> None:
-        # A folder is renamed first: no reader sees half of it, and no slow writer publishes half.
-        path, aside = self._root / name, self._root / STAGING / uuid.uuid4().hex
-        self._make(STAGING)
-        with _disk("remove", path):
-            try:
-                if not stat.S_ISDIR(os.lstat(path).st_mode):
-                    os.unlink(path)
-                    return
-                os.rename(path, aside)
-                _remove_tree(aside)
-            except FileNotFoundError:
-                return
+        with _disk("remove", self._root / name), suppress(FileNotFoundError):
+            os.unlink(self._root / name)
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[tuple[int, int] | None]:
@@ -234,37 +200,33 @@ class LocalStorage:
                     _fsync_dir(here)
                 here /= part
 
-    def _stage(self, stage: str, contents: Mapping[str, bytes]) -> None:
-        """Write a new folder of files, flush it and read it back."""
-        folders = {stage}
-        for name in contents:
-            parts = name.split("/")[:-1]
-            folders |= {"/".join([stage, *parts[: i + 1]]) for i in range(len(parts))}
-        for each in sorted(folders):
-            _make_dir(self._root / each)
-        for name, data in sorted(contents.items()):
-            _write_new(self._root / stage / name, data)
-        for each in sorted(folders, reverse=True):
-            _fsync_dir(self._root / each)
-        for name, data in sorted(contents.items()):
-            if not holds(self, f"{stage}/{name}", data):
-                raise IntegrityError(
-                    f"{self._root / stage / name}: reads other bytes than were written",
-                    hint=f"check the disk, {_SAFE}",
-                )
-
-    def _repair(self, folder: str, contents: Mapping[str, bytes]) -> None:
-        """Replace damaged files one by one, each atomically, so that no reader finds less."""
-        for name, data in sorted(contents.items()):
-            path = self._root / folder / name
-            if holds(self, f"{folder}/{name}", data):
-                continue
-            temporary = self._root / STAGING / uuid.uuid4().hex
-            self._make(str(Path(folder, name).parent))
+    @contextmanager
+    def _staged(self, name: str, data: bytes) -> Iterator[Path]:
+        """Write data to a temporary file on the disk that has, or is going to have, a name."""
+        temporary = self._root / STAGING / uuid.uuid4().hex
+        self._make(STAGING, str(Path(name).parent))
+        try:
             _write_new(temporary, data)
-            with _disk("repair", path):
-                os.rename(temporary, path)
-            _fsync_dir(path.parent)
+            yield temporary
+        finally:
+            # The first error matters to the caller; a file may stay in staging.
+            with suppress(OSError):
+                os.unlink(temporary)
+
+    def _link(self, temporary: Path, name: str) -> bool:
+        """Give a temporary file a name; return False if the name exists."""
+        target = self._root / name
+        with _disk("publish", target):
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            except PermissionError as error:
+                if error.errno != errno.EPERM:
+                    raise
+                # Linux reports this where a file system has no hard links.
+                raise OSError(errno.EOPNOTSUPP, "no hard links") from error
+        return True
 
     def _open_below(self, name: str) -> int:
         """Open a name one part at a time, so that no part of it can be a symbolic link."""
@@ -352,13 +314,3 @@ def _fsync_dir(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _remove_tree(path: Path) -> None:
-    for name in os.listdir(path):
-        below = path / name
-        if stat.S_ISDIR(os.lstat(below).st_mode):
-            _remove_tree(below)
-        else:
-            os.unlink(below)
-    os.rmdir(path)

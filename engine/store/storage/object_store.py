@@ -80,14 +80,10 @@ class ObjectStorage:
                 return False
         return True
 
-    def place(self, folder: str, contents: Mapping[str, bytes]) -> None:
-        # Requests are signed over their bytes, so nothing is read back.
-        named = {f"{folder}/{name}": data for name, data in contents.items()}
-        _map_concurrently(self._place_one, sorted(named.items()))
-
-    def _place_one(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes) -> None:
         import obstore
 
+        # Requests are signed over their bytes, so nothing is read back.
         if not self.create(name, data) and not holds(self, name, data):
             with self._request("repair", name):
                 obstore.put(self._objects, name, data, mode="overwrite", use_multipart=False)
@@ -110,18 +106,16 @@ class ObjectStorage:
     def touched_s(self, name: str) -> float:
         import obstore
 
-        listed = self._list(f"{name}/", None)
         with self._request("look at", name), suppress(FileNotFoundError):
-            listed.append(obstore.head(self._objects, name))
-        return max((each["last_modified"].timestamp() for each in listed), default=0.0)
+            return float(obstore.head(self._objects, name)["last_modified"].timestamp())
+        return 0.0
 
     def remove(self, name: str) -> None:
         import obstore
 
-        below = [each["path"] for each in self._list(f"{name}/", None)]
         with self._request("remove", name), suppress(FileNotFoundError):
             # Only some providers report an absent name.
-            obstore.delete(self._objects, below or [name])
+            obstore.delete(self._objects, name)
 
     def _list(self, prefix: str, offset: str | None) -> list[Any]:
         """List obstore's records of the objects below a prefix that sort after `offset`."""
