@@ -101,7 +101,8 @@ def fill(url: Path, student: Path, vocab: int, packs: int) -> None:
     )
     ref = model_ref(str(student), chat_template=False)
     store = open_store(url, create=True)
-    sampling = {**SamplingParams().record(), "student_k": 16, "units": 1, "digest": digest("set")}
+    known = {"student_topk": 16, "units": 1, "digest": digest("set")}
+    sampling = {**SamplingParams().record(), **known}
     segment = store.commit_rollouts(
         replace(rollouts, prompts=prompts),
         name="main",
@@ -109,7 +110,12 @@ def fill(url: Path, student: Path, vocab: int, packs: int) -> None:
         unit={"version": 0, "first": 0},
         provenance={"set": sampling, "student": ref.provenance()},
     )
-    request = {"top_p": 0.999, "k_min": 16, "k_max": 64, "at_student": True}
+    request = {
+        "teacher_top_p": 0.999,
+        "teacher_topk_min": 16,
+        "teacher_topk_max": 64,
+        "at_student": True,
+    }
     store.commit_scores(
         scores_of(rows, kept_mask(rows, 0.999, 16, 64), own[0]),
         base=segment,
@@ -118,7 +124,7 @@ def fill(url: Path, student: Path, vocab: int, packs: int) -> None:
         unit=dict(segment.unit),
         provenance={
             "teacher": {"weights": digest("teacher")},
-            "role": "teacher",
+            "teacher_kind": "teacher",
             "context": "",
             "request": request,
         },

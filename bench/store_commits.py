@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import results
-from store_common import LINEAGE, RUNS, WORK, bar, fresh, key, seal_rollouts
+from store_common import PROVENANCE, RUNS, WORK, bar, fresh, key, seal_rollouts
 
 from logitcask.engine.store import open_store
 from logitcask.engine.store.retention import tag
@@ -96,7 +96,7 @@ def writer(url: str, number: int) -> None:
             name="main",
             unit_key=key(number, i),
             unit={"version": 0, "first": 1000 * number + i},
-            provenance=LINEAGE,
+            provenance=PROVENANCE,
         )
         seconds.append(time.perf_counter() - start)
     print(json.dumps(seconds))

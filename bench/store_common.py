@@ -18,8 +18,8 @@ from logitcask.engine.types import Rollouts, Scores
 WORK = ROOT / "build" / "bench_store"
 POSITIONS = 262_144
 RUNS = 5
-LINEAGE = {"set": {"digest": "made up"}, "student": {"root": "made up"}}
-SCORE_LINEAGE = {"teacher": {"weights": "made up"}, "role": "teacher", "context": ""}
+PROVENANCE = {"set": {"digest": "made up"}, "student": {"base_weights": "made up"}}
+SCORE_PROVENANCE = {"teacher": {"weights": "made up"}, "teacher_kind": "teacher", "context": ""}
 
 
 def bar(text: str, value: float, holds: bool) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def seal_rollouts(store: Store, rollouts: Rollouts, profile: str) -> Segment:
         name="main",
         unit_key=key(profile, time.time_ns()),
         unit={"version": 0, "first": 0},
-        provenance=LINEAGE,
+        provenance=PROVENANCE,
         profile=profile,
     )
 
@@ -73,6 +73,6 @@ def seal_scores(store: Store, scores: Scores, base: Segment, profile: str) -> Se
         name="teacher",
         unit_key=key("score", profile, time.time_ns()),
         unit={},
-        provenance=SCORE_LINEAGE,
+        provenance=SCORE_PROVENANCE,
         profile=profile,
     )

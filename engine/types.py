@@ -181,7 +181,7 @@ class ModelRef:
             "n_vocab": self.n_vocab,
             "stop_ids": list(self.stop_ids),
             "version": self.version,
-            "root": self.base_weights,
+            "base_weights": self.base_weights,
         }
 
 
@@ -204,6 +204,33 @@ class ScoreParams:
     temperature 1 (RS-KD, arXiv 2503.16870)."""
     seed: int = 0
     """sampled: the draws are a function of this seed and the rollouts alone."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields under the names of the flags, for the provenance of a segment."""
+        return {
+            **{key: getattr(self, name) for key, name in _RECORDED.items()},
+            "selection": _SELECTIONS[self.entry_kind],
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "ScoreParams":
+        """Invert `record`; a key that is missing has its default. Raises ValueError for others."""
+        fields = {_RECORDED.get(key, ""): value for key, value in record.items()}
+        kinds: dict[Any, Any] = {recorded: kind for kind, recorded in _SELECTIONS.items()}
+        if "" in fields or fields.get("entry_kind", "top-p") not in kinds:
+            raise ValueError(f"keys {sorted(record)}, selection {fields.get('entry_kind')!r}")
+        return cls(**fields | {"entry_kind": kinds[fields.get("entry_kind", "top-p")]})
+
+
+_RECORDED = {
+    "selection": "entry_kind",
+    "teacher_top_p": "top_p",
+    "teacher_topk_min": "k_min",
+    "teacher_topk_max": "k_max",
+    **{name: name for name in ("at_student", "draws", "seed")},
+}
+"""Key of the record -> field."""
+_SELECTIONS = {"topp": "top-p", "topk": "top-k", "sampled": "sampled"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -89,6 +89,6 @@ def _spread(record: Mapping[str, Any]) -> float:
 
 def _malformed(cause: str) -> StoreError:
     return StoreError(
-        f"lineage.behaviour is not a valid fingerprint: {cause}",
+        f"provenance.fingerprint is not a valid fingerprint: {cause}",
         hint="record the result of `ModelFingerprint.record`, and control_nats",
     )

@@ -160,7 +160,7 @@ class RolloutRequest:
                 "units": len(self.units),
                 **self.sampling.record(),
                 "seed": self.seed,
-                "student_k": self.student_k,
+                "student_topk": self.student_k,
                 **({"mc_draws": self.mc_draws} if self.mc_draws else {}),
                 **({"grader": self._grader} if self._grader else {}),
                 **({"stop_token_ids": list(self.stop_token_ids)} if self.stop_token_ids else {}),

@@ -209,7 +209,7 @@ def _covers(stored_in: ScoreSegments | None, params: ScoreParams) -> bool:
 def _recorded(segment: Segment) -> ScoreParams:
     request = segment.provenance["request"]
     try:
-        return ScoreParams(**{key: request[key] for key in request})
+        return ScoreParams.from_record({key: request[key] for key in request})
     except (TypeError, ValueError) as error:
         raise StoreError(
             f"segment {segment.seg_id} of score {segment.name!r} records another request than ours "

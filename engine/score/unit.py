@@ -85,9 +85,9 @@ class ScoreRequest:
         """Return the provenance of every segment, without the extra ids."""
         return {
             "teacher": self.model.provenance(),
-            "role": self.role,
+            "teacher_kind": self.role,
             "context": _context_digest(self.context),
-            "request": asdict(self.params),
+            "request": self.params.record(),
             "rollouts": self.rollouts_name,
             **({} if self.positions == ALL_POSITIONS else {"positions": self.positions}),
             "backend": self.scorer.describe(),
@@ -186,7 +186,7 @@ def unit_key(
         {
             "rollouts": segment.seg_id,
             "teacher": model.digest,
-            "role": provenance["role"],
+            "role": provenance["teacher_kind"],
             "template": model.template_digest,
             "context": provenance["context"],
             "request": asdict(params),

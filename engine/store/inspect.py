@@ -130,12 +130,12 @@ def _score_request(segment: Segment) -> str:
     request, at = segment.provenance.get("request", {}), segment.provenance.get("at")
     if not request:
         return ""
-    kind = request.get("entry_kind", "topp")
+    kind = request.get("selection", "top-p")
     if kind == "sampled":
         fields = [f"{request['draws']} draws, seed {request['seed']}"]
     else:
-        fields = [f"p {request['top_p']:g}"] if kind == "topp" else []
-        fields += [f"k {request['k_min']}-{request['k_max']}"]
+        fields = [f"p {request['teacher_top_p']:g}"] if kind == "top-p" else []
+        fields += [f"k {request['teacher_topk_min']}-{request['teacher_topk_max']}"]
     if positions := segment.provenance.get("positions"):
         fields.append(f"positions {positions}")
     return ", ".join([*fields, *([f"at {at}"] if at else [])])

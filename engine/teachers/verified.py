@@ -111,7 +111,7 @@ class VerifiedTeacher:
     def provenance(self) -> dict[str, Any]:
         """Return the record of the fingerprint for the provenance of a segment."""
         record = {**self.fingerprint.record(), "control_nats": self.self_diff.largest}
-        return {"behaviour": record}
+        return {"fingerprint": record}
 
     def _check(self, other: ModelFingerprint, what: str) -> None:
         found = fingerprint_distance(self.fingerprint, other)

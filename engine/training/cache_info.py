@@ -71,14 +71,14 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         )
     sampling = rollouts[0].provenance["set"]
     return CacheInfo(
-        student_k=int(sampling["student_k"]),
+        student_k=int(sampling["student_topk"]),
         # Of the unit with the smallest request: a plan mixes all of them.
-        k_min=min(max(int(each["k_min"]) for each in unit) for unit in requests),
-        k_max=min(max(int(each["k_max"]) for each in unit) for unit in requests),
+        k_min=min(max(int(each["teacher_topk_min"]) for each in unit) for unit in requests),
+        k_max=min(max(int(each["teacher_topk_max"]) for each in unit) for unit in requests),
         at_student=all(any(each["at_student"] for each in unit) for unit in requests),
         versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
         student_version=None if model is None else model.version,
-        same_base_weights=model is None or sampler["root"] == model.base_weights,
+        same_base_weights=model is None or sampler["base_weights"] == model.base_weights,
         same_weights=model is None
         or all(s.provenance["student"]["weights"] == model.digest for s in rollouts),
         same_template=model is None or sampler["template"] == model.template_digest,
@@ -94,7 +94,7 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
             for _, scores in source.pairs
         ),
         q_draws=min(
-            int(each.get("draws", 0)) if each.get("entry_kind") == "sampled" else 0
+            int(each.get("draws", 0)) if each.get("selection") == "sampled" else 0
             for unit in requests
             for each in unit
         ),

@@ -201,7 +201,12 @@ def _record(spec: RunSpec, run_dir: RunDir) -> dict[str, Any]:
     """Return the part of run.json in which a resumed run must be equal."""
     student = spec.model.provenance()
     return {
-        "student": {k: v for k, v in student.items() if k not in ("name", "revision")},
+        # run.json calls the base weights `root`, as checkpoints do.
+        "student": {
+            {"base_weights": "root"}.get(k, k): v
+            for k, v in student.items()
+            if k not in ("name", "revision")
+        },
         # Settings come first: an error then names a setting instead of a digest that depends on it.
         "settings": {
             **settings_record(spec.settings, spec.lora, spec.run),

@@ -87,8 +87,8 @@ def test_rollouts_without_a_number_of_units_need_partial(world: World, call: Any
 
 
 def test_a_missing_key_is_named_with_its_segment(world: World, call: Any) -> None:
-    store = rewritten(world, lambda provenance: provenance.get("set", {}).pop("student_k", None))
+    store = rewritten(world, lambda provenance: provenance.get("set", {}).pop("student_topk", None))
     segment = next(Path(world.at(store)).glob("seg/rollout/*")).name
     result = call(f"{TRAIN} {store} --out {world.new('out')}")
-    result.assert_error(1, "records no 'student_k'", "engine/store/README.md")
+    result.assert_error(1, "records no 'student_topk'", "engine/store/README.md")
     assert segment in result.err or "of rollout 'main'" in result.err

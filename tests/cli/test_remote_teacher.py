@@ -79,7 +79,7 @@ def test_a_student_trains_from_the_scores_of_a_served_teacher(
     segments = open_store(world.at(store)).head().scores("served")
     provenance = next(iter(segments.values()))[0].provenance
     assert provenance["backend"]["name"] == "server"
-    assert len(provenance["behaviour"]["lp"]) == 16
+    assert len(provenance["fingerprint"]["lp"]) == 16
     for objective in ("overlap", "opd"):
         out = world.new("run")
         trained = call(f"{TRAIN} {store} --objective {objective} --out {out}")
@@ -99,7 +99,7 @@ def test_distill_with_a_served_teacher_resumes(
         assert result.json["version"] == 2
         segments = open_store(tmp_path / "store").head().scores("big")
         assert {c[0].provenance["backend"]["name"] for c in segments.values()} == {"server"}
-        assert all("behaviour" in chain[0].provenance for chain in segments.values())
+        assert all("fingerprint" in chain[0].provenance for chain in segments.values())
         command += f" --set teacher.model={fake.url}"
         assert call(f"{command} --format json").json["version"] == 2
         fake.model = with_weights(model, int8)

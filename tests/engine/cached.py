@@ -101,13 +101,13 @@ def make_store(
 ) -> Store:
     """Commit units as rollouts `main` of `student`, the first `scored` with scores of `big`."""
     store = open_store(path, create=True)
-    sampler = {"root": digest("root")} if student is None else student.provenance()
+    sampler = {"base_weights": digest("root")} if student is None else student.provenance()
     provenance = {
         "set": {
             "digest": digest("set"),
             "units": len(units) if planned is None else planned,
             **SamplingParams().record(),
-            "student_k": 4,
+            "student_topk": 4,
         },
         "student": sampler,
     }
@@ -128,12 +128,12 @@ def make_store(
                 unit=dict(segment.unit),
                 provenance={
                     "teacher": {"weights": digest("teacher")},
-                    "role": "teacher",
+                    "teacher_kind": "teacher",
                     "context": "",
                     "request": {
-                        "top_p": 0.6,
-                        "k_min": 4,
-                        "k_max": 7,
+                        "teacher_top_p": 0.6,
+                        "teacher_topk_min": 4,
+                        "teacher_topk_max": 7,
                         "at_student": unit.scores.at_lp is not None,
                     },
                 },

@@ -11,16 +11,19 @@ _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
     (bool,): ("a boolean", ("at_student",)),
     (str,): (
         "text",
-        ("tokenizer", "root", "template", "weights", "grader", "entry_kind", "positions"),
+        ("tokenizer", "base_weights", "template", "weights", "grader", "selection", "positions"),
     ),
     (int,): (
         "an integer",
         (
-            *("units", "n_vocab", "student_k", "mc_draws", "max_new_tokens", "k_min", "k_max"),
-            *("draws", "seed", "top_k", "n"),
+            *("units", "n_vocab", "student_topk", "mc_draws", "max_new_tokens", "top_k"),
+            *("teacher_topk_min", "teacher_topk_max", "draws", "seed", "n"),
         ),
     ),
-    (int, float): ("a number", ("temperature", "top_p", "min_p", "repetition_penalty")),
+    (int, float): (
+        "a number",
+        ("temperature", "top_p", "teacher_top_p", "min_p", "repetition_penalty"),
+    ),
 }
 _TYPES = {key: (types, kind) for types, (kind, keys) in _KINDS.items() for key in keys}
 """Key -> (types of its value, in words)."""

@@ -20,8 +20,8 @@ from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.storage.base import Storage
 
 NAME_IDENTITY = {
-    schema.ROLLOUT: (("set", "digest"), ("student", "root")),
-    schema.SCORE: (("teacher", "weights"), ("role",), ("context",)),
+    schema.ROLLOUT: (("set", "digest"), ("student", "base_weights")),
+    schema.SCORE: (("teacher", "weights"), ("teacher_kind",), ("context",)),
 }
 """Paths into the provenance at which all segments of a name agree."""
 _MAX_REFUSALS = 50
@@ -123,7 +123,7 @@ def _check_fingerprint(first: Segment, new: Segment) -> None:
 
     Compares the log-probs of a fixed probe, recorded when the name was first used and now.
     """
-    theirs, ours = (each.provenance.get("behaviour") for each in (first, new))
+    theirs, ours = (each.provenance.get("fingerprint") for each in (first, new))
     if not isinstance(theirs, Mapping) or not isinstance(ours, Mapping):
         return
     found, allowed = compare_records(theirs, ours)

@@ -37,7 +37,7 @@ class Snapshot:
     def role(self, teacher: str) -> str:
         """Return the kind of a teacher: teacher, base or context; '' without scores of it."""
         found = (s for s in self.segments if s.kind == schema.SCORE and s.name == teacher)
-        return next((str(s.provenance.get("role", "")) for s in found), "")
+        return next((str(s.provenance.get("teacher_kind", "")) for s in found), "")
 
     def scores(self, teacher: str) -> dict[str, ScoreSegments]:
         """Return seg_id of the rollouts -> the teacher's score segments on them."""

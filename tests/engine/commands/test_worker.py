@@ -190,7 +190,7 @@ def test_a_student_with_new_weights_is_sampled_again(here: Path) -> None:
     assert [s.unit["version"] for s in segments] == [0, 0, 5, 5]
     weights = {s.unit["version"]: s.provenance["student"]["weights"] for s in segments}
     assert weights == {0: root.digest, 5: ref(here / "student").digest}
-    assert {s.provenance["student"]["root"] for s in segments} == {root.digest}
+    assert {s.provenance["student"]["base_weights"] for s in segments} == {root.digest}
 
 
 def test_every_student_and_teacher_is_closed_once(

@@ -151,7 +151,9 @@ def test_every_round_is_sampled_by_the_student_of_its_start(whole: Whole) -> Non
         seen[number] += ids
     assert len(set(whole.digests)) == ROUNDS * UPDATES, "every update moves the weights"
     assert [sorted(ids) for ids in seen] == [sorted(ids) for ids in ROUND_PROMPTS]
-    roots = {(s.provenance["student"]["root"], s.provenance["chat_template"]) for s in segments}
+    roots = {
+        (s.provenance["student"]["base_weights"], s.provenance["chat_template"]) for s in segments
+    }
     assert roots == {(model_ref(whole.config.student.model, chat_template=False).digest, False)}
     assert keys(whole.store).most_common(1)[0][1] == 1
 

@@ -16,8 +16,7 @@ from logitcask.engine.models.fingerprint import (
     fingerprint_of,
 )
 from logitcask.engine.store import Store, open_store
-from tests.engine.store.made import SCORE_PROVENANCE as LINEAGE
-from tests.engine.store.made import commit_rollouts, commit_scores, key
+from tests.engine.store.made import SCORE_PROVENANCE, commit_rollouts, commit_scores, key
 
 IDS = np.array([[3, 1], [2, 7]])
 
@@ -69,7 +68,7 @@ def test_a_name_is_bound_to_the_fingerprint_of_its_teacher(store: Store) -> None
     bases = [commit_rollouts(store, seed, key("r", seed)) for seed in range(3)]
 
     def commit(n: int, fingerprint: dict[str, Any]) -> Any:
-        provenance = {**LINEAGE, "behaviour": fingerprint}
+        provenance = {**SCORE_PROVENANCE, "fingerprint": fingerprint}
         return commit_scores(store, bases[n], n, provenance=provenance, unit_key=key("s", n))
 
     commit(0, record())

@@ -128,7 +128,11 @@ def with_base(path: Path, units: list[Unit], based: int) -> Store:
             name="root",
             unit_key=digest({"base": i}),
             unit=dict(segment.unit),
-            provenance={"teacher": {"weights": digest("base")}, "role": "base", "context": ""},
+            provenance={
+                "teacher": {"weights": digest("base")},
+                "teacher_kind": "base",
+                "context": "",
+            },
             profile="raw32",
         )
     return store

@@ -44,9 +44,14 @@ def score(store: Store, ordinal: int, other: Unit) -> None:
         unit=dict(segment.unit),
         provenance={
             "teacher": {"weights": digest("coder")},
-            "role": "teacher",
+            "teacher_kind": "teacher",
             "context": "",
-            "request": {"top_p": 0.6, "k_min": 4, "k_max": 7, "at_student": True},
+            "request": {
+                "teacher_top_p": 0.6,
+                "teacher_topk_min": 4,
+                "teacher_topk_max": 7,
+                "at_student": True,
+            },
         },
     )
 
@@ -266,7 +271,7 @@ def test_drawn_ids_and_top_ids_do_not_mix(store: Store) -> None:
         name="drawn",
         unit_key=digest({"drawn": 0}),
         unit=dict(segment.unit),
-        provenance={"teacher": {"weights": digest("d")}, "role": "teacher", "context": ""},
+        provenance={"teacher": {"weights": digest("d")}, "teacher_kind": "teacher", "context": ""},
     )
     with pytest.raises(ConfigError, match="of one are drawn ids, of another top ids"):
         source(store, "code=drawn,math=big")

@@ -118,7 +118,7 @@ def test_provenance_records_the_inputs_and_no_path(whole: Path, model: ModelRef)
     provenance = open_store(whole).head().segments[0].provenance
     assert provenance["set"]["units"] == 3
     assert provenance["set"]["prompts"] == 5
-    assert (provenance["set"]["n"], provenance["set"]["student_k"]) == (2, 5)
+    assert (provenance["set"]["n"], provenance["set"]["student_topk"]) == (2, 5)
     assert provenance["student"] == model.provenance() | {"stop_ids": [1]}
     assert provenance["backend"]["name"] == "hf"
     assert provenance["chat_template"] is False
@@ -326,7 +326,7 @@ def test_a_name_never_mixes_two_plans_or_students(
     other_root = dataclasses.replace(
         model, digest=identity.digest(1), base_weights=identity.digest(1)
     )
-    with pytest.raises(IdentityError, match=r"stands for student\.root"):
+    with pytest.raises(IdentityError, match=r"stands for student\.base_weights"):
         run(store, hf, other_root, versions=True)
     assert contents(store) == before
     assert run(store, hf, model, name="other", seed=1, unit_prompts=5).units_new == 1

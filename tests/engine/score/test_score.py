@@ -41,7 +41,7 @@ def test_every_rollout_segment_has_the_scores_of_the_scorer(
         positions += len(direct.lp)
         provenance = by_base[segment.seg_id][0].provenance
         assert provenance["teacher"]["weights"] == teacher.digest
-        assert provenance["request"] == dataclasses.asdict(REQUEST)
+        assert provenance["request"] == REQUEST.record()
     assert report.positions == positions
     assert report.notes == ()
     seconds = [chain[0].seconds or 0.0 for chain in by_base.values()]
@@ -95,7 +95,10 @@ def test_another_template_is_a_note_and_another_unit(
     assert len(report.notes) == 1
     assert "renders prompts differently" in report.notes[0]
     segment = open_store(store).head().rollouts("main")[0]
-    plain, base = {"role": "teacher", "context": ""}, {"role": "base", "context": ""}
+    plain, base = (
+        {"teacher_kind": "teacher", "context": ""},
+        {"teacher_kind": "base", "context": ""},
+    )
     keys = {
         unit_key(segment, chat, REQUEST, plain),
         unit_key(segment, ref(folders / "teacher"), REQUEST, plain),
@@ -132,7 +135,7 @@ def test_a_name_belongs_to_one_teacher(
     run(store, teacher, scorer)
     with pytest.raises(IdentityError, match=r"'big' stands for teacher\.weights"):
         run(store, student, FailingScorer(HF(student), 0))
-    with pytest.raises(IdentityError, match="'big' stands for role"):
+    with pytest.raises(IdentityError, match="'big' stands for teacher_kind"):
         run(store, teacher, FailingScorer(scorer, 0), role="base")
     drawn = ScoreParams(entry_kind="sampled", draws=3, at_student=False)
     with pytest.raises(IdentityError, match="'big' stands for a teacher's best ids, not drawn ids"):

@@ -213,7 +213,7 @@ def test_base_models_and_contexts_are_separate_scores(
         assert np.abs(hinted.lp - plain.lp).max() > 0.01
         np.testing.assert_array_equal(base.lp, plain.lp)
     assert snapshot.scores("hinted")[segment.seg_id][0].provenance["context"].startswith("sha256:")
-    assert snapshot.scores("base")[segment.seg_id][0].provenance["role"] == "base"
+    assert snapshot.scores("base")[segment.seg_id][0].provenance["teacher_kind"] == "base"
     other = {p.id: Prompt(id=p.id, token_ids=(7, *p.token_ids)) for p in PROMPTS}
     with pytest.raises(IdentityError, match="'hinted' stands for context"):
         run(store, teacher, FailingScorer(scorer, 0), teacher_name="hinted", context=other)

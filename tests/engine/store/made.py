@@ -11,8 +11,12 @@ from logitcask.engine.store import Segment, Store, commit
 from logitcask.engine.store.format import segment as segments
 from logitcask.engine.types import LENGTH, STOP, Array, Draws, Prompt, Rollouts, Scores
 
-ROLLOUT_PROVENANCE = {"set": {"digest": "sha256:set"}, "student": {"root": "sha256:root"}}
-SCORE_PROVENANCE = {"teacher": {"weights": "sha256:teacher"}, "role": "teacher", "context": ""}
+ROLLOUT_PROVENANCE = {"set": {"digest": "sha256:set"}, "student": {"base_weights": "sha256:root"}}
+SCORE_PROVENANCE = {
+    "teacher": {"weights": "sha256:teacher"},
+    "teacher_kind": "teacher",
+    "context": "",
+}
 
 
 def key(*parts: object) -> str:

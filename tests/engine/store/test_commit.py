@@ -290,7 +290,7 @@ def test_a_name_has_one_identity(store: Store) -> None:
     base = commit_rollouts(store, 1, student=True)
     commit_scores(store, base, 1)
     other_set = ROLLOUT_PROVENANCE | {"set": {"digest": "sha256:other"}}
-    other_root = ROLLOUT_PROVENANCE | {"student": {"root": "sha256:other"}}
+    other_root = ROLLOUT_PROVENANCE | {"student": {"base_weights": "sha256:other"}}
     for provenance in (other_set, other_root):
         with pytest.raises(IdentityError, match="'main' stands for"):
             commit_rollouts(store, 2, provenance=provenance)
@@ -298,7 +298,7 @@ def test_a_name_has_one_identity(store: Store) -> None:
     more = commit_rollouts(store, 3, student=True)
     for change in (
         {"teacher": {"weights": "sha256:other"}},
-        {"role": "base"},
+        {"teacher_kind": "base"},
         {"context": "sha256:c"},
     ):
         with pytest.raises(IdentityError, match="'teacher' stands for"):

@@ -105,7 +105,7 @@ def test_impossible_draws_are_refused(tmp_path: Path, change: dict[str, Any], wo
     store = open_store(tmp_path / "s", create=True)
     with pytest.raises(StoreError, match=words):
         checks.check_rollouts(bad, n_vocab=50)
-    provenance = ROLLOUT_PROVENANCE | {"student": {"root": "sha256:root", "n_vocab": 50}}
+    provenance = ROLLOUT_PROVENANCE | {"student": {"base_weights": "sha256:root", "n_vocab": 50}}
     with pytest.raises(StoreError, match=words):
         store.commit_rollouts(
             bad,

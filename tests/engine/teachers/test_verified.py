@@ -259,9 +259,9 @@ def test_a_fingerprint_does_not_depend_on_the_student(pair: tuple[HF, HF], tmp_p
     model.lm_head.weight.data[N_VOCAB] = 0
     pool = Servers(HF(save_folder(tmp_path / "wider", model), n_vocab=100, stop_ids=(EOS,)))
     over_all, over_shared = (
-        VerifiedTeacher(pool, n, print).provenance()["behaviour"] for n in (100, 99)
+        VerifiedTeacher(pool, n, print).provenance()["fingerprint"] for n in (100, 99)
     )
-    other = VerifiedTeacher(Servers(pair[0]), N_VOCAB, print).provenance()["behaviour"]
+    other = VerifiedTeacher(Servers(pair[0]), N_VOCAB, print).provenance()["fingerprint"]
     assert (
         compare_records(over_all, over_shared)[0]
         <= MIN_TOLERANCE
