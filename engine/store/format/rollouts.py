@@ -139,7 +139,7 @@ def _prompt_fields(arrays: dict[str, Array], prompt_tokens: int) -> list[dict[st
 def _check_sequences(arrays: dict[str, Array], prompts: int, positions: int) -> None:
     ragged.check_offsets(arrays["response_offsets"], positions)
     if int(arrays["prompt_index"].max(initial=0)) >= max(prompts, 1):
-        raise ValueError(f"a sequence of prompt {arrays['seq_prompt'].max()}, of {prompts}")
+        raise ValueError(f"a sequence of prompt {arrays['prompt_index'].max()}, of {prompts}")
 
 
 PROMPTS = ("prompt_json", "prompt_offsets", "prompt_tokens")

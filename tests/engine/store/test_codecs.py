@@ -127,13 +127,15 @@ def test_unknown_profile_lists_the_known() -> None:
 
 
 def test_every_profile_has_entry_arrays_of_its_dtype() -> None:
-    for layout in ("student", "once", "whole", "sampled", "wider"):
+    for layout in ("student", "dedup", "full", "sampled", "extension"):
         kinds = {
             name: {segments.dtype_of(spec, profile) for profile in PROFILES.values()}
             for name, spec in schema.specs(layout).items()
         }
         varies = {name for name, found in kinds.items() if len(found) > 1}
-        assert varies == {"s_topk_lp", "lp", "t_at_s"} & set(kinds)
+        assert varies == {"student_topk_logprobs", "topk_logprobs", "at_student_logprobs"} & set(
+            kinds
+        )
 
 
 def test_interop_is_read_by_another_zarr(tmp_path: Path) -> None:
@@ -145,12 +147,15 @@ def test_interop_is_read_by_another_zarr(tmp_path: Path) -> None:
     assert rollouts.student is not None
 
     def theirs(name: str) -> np.ndarray:
-        place = {"driver": "file", "path": f"{store.url}/{segment.folder}/{name}/"}
+        base = {"driver": "file", "path": f"{store.url}/{segment.path}"}
+        place = {"driver": "zip", "base": base, "path": f"{name}/"}
         return tensorstore.open({"driver": "zarr3", "kvstore": place}).result().read().result()
 
-    assert np.array_equal(theirs("tokens"), rollouts.tokens)
-    assert np.array_equal(theirs("s_ids"), rollouts.student.ids)
-    assert np.array_equal(theirs("s_topk_lp").astype(np.float32), rollouts.student.entry_lp)
+    assert np.array_equal(theirs("response_tokens"), rollouts.tokens)
+    assert np.array_equal(theirs("student_topk_ids"), rollouts.student.ids)
+    assert np.array_equal(
+        theirs("student_topk_logprobs").astype(np.float32), rollouts.student.entry_lp
+    )
     assert json.loads(theirs("prompt_json").tobytes())[0]["id"] == rollouts.prompts[0].id
 
 

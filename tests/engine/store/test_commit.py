@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import warnings
+import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.store import Store, extend, open_store
 from logitcask.engine.store.format.codecs import PROFILES, Profile, from_entry, profile, to_entry
 from logitcask.engine.store.format.layouts import kept_lists
-from logitcask.engine.store.format.schema import specs
+from logitcask.engine.store.format.schema import file_names, specs
+from logitcask.engine.store.format.segment import split
 from logitcask.engine.store.log import record
 from logitcask.engine.store.retention import delete
 from logitcask.engine.store.storage.base import Storage
@@ -103,7 +105,7 @@ def test_round_trip(store: Store, name: str, student: bool, sequences: int, rewa
     same_rollouts(store.read_rollouts(base), rollouts, profile(name))
     scores = make_scores(4, rollouts)
     segment = commit_scores(store, base, 4, profile=name)
-    assert segment.layout == ("once" if student else "whole")
+    assert segment.layout == ("dedup" if student else "full")
     same_scores(store.read_scores((segment,)), scores, profile(name), rollouts.student)
     # Another reader, and a reader that has the rollouts already, read the same.
     other = again(store)
@@ -143,7 +145,7 @@ def test_a_list_without_extra_ids_is_split_at_the_students_ids(
     assert rollouts.student is not None
     scores = replace(make_scores(4, rollouts), at_lp=None)
     segment = commit_scores(store, base, 4, scores=scores)
-    assert segment.layout == "whole"
+    assert segment.layout == "full"
     read = store.read_scores((segment,))
     same_scores(read, scores, profile("default"), None)
     split = [np.cumsum(x)[:-1] for x in (rollouts.student.cnt, scores.cnt, read.s_cnt)]
@@ -162,16 +164,16 @@ def test_an_interval_comes_back(store: Store, student: bool, at_student: bool) -
     plain = commit_scores(store, base, 4, name="exact", scores=exact)
     fields = bounded(4, exact)
     segment = commit_scores(store, base, 4, name="told", unit_key=key("told"), scores=fields)
-    layout = "once" if student and at_student else "whole"
+    layout = "dedup" if student and at_student else "full"
     assert (plain.layout, segment.layout) == (layout, f"{layout}+bounds")
     read = again(store).read_scores((segment,))
     assert np.array_equal(read.entropy_hi, fields.entropy_hi)
     assert store.read_scores((plain,)).entropy_hi is None
     same_scores(read, fields, profile("default"), store.read_rollouts(base).student)
     # One array more, and the others to the byte as they are without it.
-    assert {f for f in segment.files if not f.startswith("ent_hi/")} == set(plain.files)
-    differ = {name for name in plain.files if plain.files[name] != segment.files[name]}
-    assert differ <= {"zarr.json"}
+    ours, theirs = (split("", store.read_object(each), each) for each in (segment, plain))
+    assert {name for name in ours if not name.startswith("entropy_upper/")} == set(theirs)
+    assert {name for name in theirs if theirs[name] != ours[name]} <= {"zarr.json"}
 
 
 def test_an_extension_keeps_the_interval(store: Store) -> None:
@@ -180,7 +182,7 @@ def test_an_extension_keeps_the_interval(store: Store) -> None:
     segment = commit_scores(store, base, 13, scores=first)
     at = extend.request_ids(store.read_scores((segment,)), teacher.lists(5))
     wider = commit_scores(store, base, 14, scores=bounded(14, teacher.score(20, at)), at=at)
-    assert wider.layout == "wider"
+    assert wider.layout == "extension"
     read = store.read_scores((segment, wider))
     assert np.array_equal(read.entropy, first.entropy)
     assert np.array_equal(read.entropy_hi, first.entropy_hi)
@@ -206,44 +208,50 @@ def test_an_invalid_interval_is_refused(store: Store, change: Any, words: str) -
     assert store.head().names("score") == []
 
 
-def test_an_extent_is_read_without_tokens_and_scores(tmp_path: Path) -> None:
-    store = open_store(tmp_path / "cask", create=True)
-    rollouts = make_rollouts(3)
+def test_an_extent_is_read_without_tokens_and_scores(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts, parts = make_rollouts(3), []
     segment = commit_rollouts(store, 3, student=True)
-    folder = Path(store.url) / segment.folder
-    for name in ("tokens", "prompt_tokens", "s_ids", "b_lp"):
-        (folder / name / "c" / "0").unlink()
+    read_part = store.storage.read_part
+
+    def part(name: str, start: int, size: int) -> bytes | None:
+        parts.append((name, start, size))
+        return read_part(name, start, size)
+
+    monkeypatch.setattr(store.storage, "read_part", part)
+    monkeypatch.setattr(store.storage, "read", None)
     extent = store.read_extent(segment)
+    assert {name for name, _, _ in parts} == {segment.path}
+    assert sum(size for _, _, size in parts) < segment.size / 10
     assert extent.prompt_ids == tuple(p.id for p in rollouts.prompts)
     assert extent.prompt.tolist() == [len(p.token_ids) for p in rollouts.prompts]
     np.testing.assert_array_equal(extent.seq_prompt, rollouts.seq_prompt)
     np.testing.assert_array_equal(extent.response, rollouts.lengths())
-    (folder / "seq_off" / "c" / "0").write_bytes(b"")
-    with pytest.raises(IntegrityError, match="seq_off"):
-        store.read_extent(segment)
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_segment_is_a_plain_zarr_group(tmp_path: Path, name: str) -> None:
     store = open_store(tmp_path / "cask", create=True)
     base = commit_rollouts(store, 3, student=True, profile=name)
-    folder = Path(store.url) / base.folder
+    path = Path(store.url) / base.path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        group = zarr.open_group(folder, mode="r")
+        group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
         expected = make_rollouts(3)
         assert expected.student is not None
         assert group.attrs["counts"]["P"] == expected.positions
-        assert np.array_equal(group["tokens"][:], expected.tokens)
-        assert np.array_equal(group["b_lp"][:], expected.b_lp)
-        assert np.array_equal(group["s_ids"][:], expected.student.ids)
+        assert np.array_equal(group["response_tokens"][:], expected.tokens)
+        assert np.array_equal(group["behavior_logprobs"][:], expected.b_lp)
+        assert np.array_equal(group["student_topk_ids"][:], expected.student.ids)
         entries = to_entry(expected.student.entry_lp, profile(name))
-        assert np.array_equal(group["s_topk_lp"][:], entries)
+        assert np.array_equal(group["student_topk_logprobs"][:], entries)
         fields = json.loads(group["prompt_json"][:].tobytes())
         assert [each["id"] for each in fields] == [p.id for p in expected.prompts]
         assert sorted(group.array_keys()) == sorted(specs("student"))
-    on_disk = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
-    assert on_disk == set(base.files)
+    assert zipfile.ZipFile(path).namelist() == sorted(file_names("student", base.counts))
+    assert zipfile.ZipFile(path).testzip() is None
+    assert [each.name for each in store.storage.files("seg")] == [base.path]
 
 
 def test_same_bytes_same_name(tmp_path: Path) -> None:
@@ -333,7 +341,7 @@ def test_the_loser_of_a_race_for_a_name_gets_an_error(
     with pytest.raises(IdentityError, match="sha256:other"):
         commit_rollouts(store, 1)
     assert len(store.head().segments) == 1
-    assert len(verify(store).orphans) == 1  # The loser's group, which no record names.
+    assert len(verify(store).orphans) == 1  # The loser's object, which no record names.
 
 
 @pytest.mark.parametrize("same_unit", [True, False])
@@ -396,7 +404,7 @@ def test_a_storage_that_always_refuses_is_an_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.storage, "create", lambda name, data: False)
-    monkeypatch.setattr(store.storage, "place", lambda folder, contents: None)
+    monkeypatch.setattr(store.storage, "put", lambda name, data: None)
     with pytest.raises(
         StoreError, match=r"0000000000\.json is refused as existing, but does not exist"
     ):

@@ -126,7 +126,7 @@ def test_several_scorings_read_as_one(
         scores = teacher.score(more, at)
         arrays = extend.encode(cached, scores, at, profile, noise=1e-3, rounding=2**-8)
         # No entry is stored twice.
-        new = np.split(arrays["ids"], np.cumsum(arrays["cnt"])[:-1])
+        new = np.split(arrays["topk_ids"], np.cumsum(arrays["topk_counts"])[:-1])
         assert all(not set(a.tolist()) & b for a, b in zip(new, lists, strict=False))
         cached = extend.decode(cached, arrays, profile)
         every = (scores.ids, scores.cnt), (at.ids, at.cnt)
@@ -154,13 +154,13 @@ def test_the_store_extends_and_reads_scores(store: Store) -> None:
     commit_scores(store, base, 0, scores=teacher.score(4, student))
     at = extend.request_ids(store.read_scores(store.head().scores("teacher")[base.seg_id]))
     wide = commit_scores(store, base, 1, scores=teacher.score(20, at), at=at)
-    assert wide.layout == "wider"
+    assert wide.layout == "extension"
     later = teacher.lists(6)
     score_segments = store.head().scores("teacher")[base.seg_id]
     at = extend.request_ids(store.read_scores(score_segments), later)
     commit_scores(store, base, 2, scores=teacher.score(4, at), at=at, profile="raw32")
     score_segments = store.head().scores("teacher")[base.seg_id]
-    assert [each.layout for each in score_segments] == ["once", "wider", "wider"]
+    assert [each.layout for each in score_segments] == ["dedup", "extension", "extension"]
     assert [each.extends for each in score_segments] == [
         "",
         score_segments[0].seg_id,
@@ -233,7 +233,7 @@ def test_scores_of_another_teacher_do_not_extend(store: Store) -> None:
         commit_scores(store, base, 1, scores=moved, at=at)
     # bfloat16 computes that coarsely.
     coarse = SCORE_PROVENANCE | {"backend": {"dtype": "bfloat16"}}
-    assert commit_scores(store, base, 1, scores=moved, at=at, provenance=coarse).layout == "wider"
+    assert commit_scores(store, base, 1, scores=moved, at=at, provenance=coarse).extends
 
 
 def test_the_slower_of_two_extensions_is_refused(store: Store) -> None:

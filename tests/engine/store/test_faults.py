@@ -46,8 +46,7 @@ def make_store(path: Path) -> Store:
     commit_rollouts(store, 1)
     commit_rollouts(store, 2, name="old")
     delete(store, rollouts="old")
-    (path / "staging" / "left").mkdir()
-    (path / "staging" / "left" / "half").write_bytes(b"x")
+    (path / "staging" / "left").write_bytes(b"x")
     return store
 
 

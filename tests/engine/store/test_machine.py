@@ -17,7 +17,6 @@ from obstore.store import MemoryStore
 
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.store import Store
-from logitcask.engine.store.format import segment as segments
 from logitcask.engine.store.merge import merge
 from logitcask.engine.store.retention import delete, gc, tag, untag
 from logitcask.engine.store.storage.object_store import ObjectStorage
@@ -152,7 +151,7 @@ class Machine(RuleBasedStateMachine):
             snapshot = self.store.snapshot(number)
             assert {s.unit_key for s in snapshot.segments} == {key(*k) for k in model}
             for segment in snapshot.segments:
-                segments.read_files(self.storage, segment.folder, segment.files, ["zarr.json"])
+                self.store.read_object(segment)
 
     def teardown(self) -> None:
         if hasattr(self, "store"):

@@ -79,7 +79,7 @@ def test_a_packed_segment_is_a_zarr_group(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         packed = zarr.storage.ZipStore(file, mode="r")
-        tokens = zarr.open_group(packed, mode="r")["tokens"][:]
+        tokens = zarr.open_group(packed, mode="r")["response_tokens"][:]
         packed.close()
     assert np.array_equal(tokens, store.read_rollouts(segment).tokens)
 
@@ -150,9 +150,9 @@ def rewritten(file: Path, change: dict[str, bytes | None], compress: bool = Fals
             False,
             "not a valid segment",
         ),
-        ({"tokens/c/0": None}, False, "no item named 'tokens/c/0'"),
-        ({"tokens/c/0": b""}, False, "its files do not match its entry"),
-        ({"tokens/c/0": bytes(1 << 20)}, False, "compressed or too large"),
+        ({"response_tokens/c/0": None}, False, "no item named 'response_tokens/c/0'"),
+        ({"response_tokens/c/0": b""}, False, "its files do not match its entry"),
+        ({"response_tokens/c/0": bytes(1 << 20)}, False, "compressed or too large"),
         ({}, True, "is compressed"),
     ],
 )
@@ -194,17 +194,17 @@ def test_stores_merge_both_ways(store: Store, tmp_path: Path) -> None:
 def test_a_killed_merge_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled(open_store(tmp_path / "cask", create=True))
     other = open_store(tmp_path / "other", create=True)
-    place, count = other.storage.place, 0
+    put, count = other.storage.put, 0
 
-    def dies(folder: str, contents: object) -> None:
+    def dies(name: str, data: bytes) -> None:
         nonlocal count
         count += 1
         if count == 3:
             raise KeyboardInterrupt
-        place(folder, contents)
+        put(name, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(other.storage, "place", dies)
+        patch.setattr(other.storage, "put", dies)
         with pytest.raises(KeyboardInterrupt):
             merge(other, store)
     assert merge(other, store) == MergeReport(added=3, there=2, left_out=0)
@@ -235,9 +235,9 @@ def test_a_name_with_another_identity_is_refused(tmp_path: Path) -> None:
 def test_damage_in_the_other_store_is_not_merged(tmp_path: Path) -> None:
     here, there = (open_store(tmp_path / name, create=True) for name in ("here", "there"))
     segment = commit_rollouts(there, 2)
-    file = Path(there.url) / segment.folder / "tokens/c/0"
+    file = Path(there.url) / segment.path
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(IntegrityError, match="tokens/c/0"):
+    with pytest.raises(IntegrityError, match=segment.path):
         merge(here, there)
     assert here.head().segments == ()
 
@@ -263,16 +263,16 @@ def test_segments_that_gc_removed_are_not_damage(tmp_path: Path) -> None:
 def test_verifying_while_gc_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for deep in (False, True):
         store = filled(open_store(tmp_path / f"ours-{deep}", create=True))
-        read, other = store.storage.read_all, open_store(store.url)
+        read, other = store.read_object, open_store(store.url)
+        before = len(store.head().segments)
 
-        def meanwhile(limits: Any, store: Any = store, read: Any = read, other: Any = other) -> Any:
-            monkeypatch.setattr(store.storage, "read_all", read)
+        def meanwhile(which: Any, store: Any = store, read: Any = read, other: Any = other) -> Any:
+            monkeypatch.setattr(store, "read_object", read)
             delete(other, teacher="teacher")
             gc(other, keep_days=0, lease_hours=0)
-            return read(limits)
+            return read(which)
 
-        monkeypatch.setattr(store.storage, "read_all", meanwhile)
-        before = len(store.head().segments)
+        monkeypatch.setattr(store, "read_object", meanwhile)
         assert 0 < verify(store, deep=deep).segments < before
 
 
@@ -283,7 +283,7 @@ def test_damage_is_repaired_from_a_copy(store: Store, tmp_path: Path, way: str) 
     merge(copy, store)
     files = pack(store, tmp_path / "packed")
     for segment in copy.head().segments[:2]:
-        path = Path(copy.url) / segment.folder / "zarr.json"
+        path = Path(copy.url) / segment.path
         path.write_bytes(path.read_bytes()[:-1])
     bring = partial(merge, copy, store) if way == "merge" else partial(unpack, copy, files)
     assert bring() == MergeReport(added=0, there=5, left_out=0), "what is there is not looked at"
@@ -299,7 +299,7 @@ def test_an_object_store_is_repaired(tmp_path: Path) -> None:
     objects = MemoryStore()
     store = open_on(ObjectStorage("memory://cask", objects), create=True)
     merge(store, sound)
-    name = f"{store.head().segments[0].folder}/zarr.json"
+    name = store.head().segments[0].path
     obstore.put(objects, name, b"x" * 5000)
     with pytest.raises(IntegrityError, match=name):
         verify(store)

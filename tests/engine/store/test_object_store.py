@@ -93,7 +93,7 @@ def test_a_lost_response_is_recognised_by_the_object(url: str, server: Losing) -
     segment = commit_rollouts(store, 1)
     assert store.head().segments == (segment,)
     assert store.head().number == 0
-    assert server.lost > 20
+    assert server.lost > 3, "of every put"
 
 
 def test_damage_in_an_object_store_is_found(url: str) -> None:
@@ -102,7 +102,7 @@ def test_damage_in_an_object_store_is_found(url: str) -> None:
 
     store = open_store(url, create=True)
     segment = commit_rollouts(store, 1)
-    name = f"{segment.folder}/tokens/c/0"
+    name = segment.path
     data = bytearray(store.storage.read(name, 1 << 20) or b"")
     data[0] ^= 1
     obstore.put(from_url(url), name, bytes(data))
@@ -178,9 +178,10 @@ def test_objects_are_listed_in_order_and_from_a_name_on() -> None:
     assert bucket.names("") == ["log", "seg"]
     assert bucket.names("seg") == ["a", "d"]
     assert [each.name for each in bucket.files("seg")] == ["seg/a/b", "seg/a/c", "seg/d"]
-    assert bucket.touched_s("seg") > 0
-    assert bucket.touched_s("nothing") == 0
-    bucket.remove("seg/a")
+    assert bucket.touched_s("seg/d") > 0
+    assert bucket.touched_s("seg") == bucket.touched_s("nothing") == 0
+    bucket.remove("seg/a/b")
+    bucket.remove("seg/a/c")
     bucket.remove("log/1")
     bucket.remove("nothing")
     assert [each.name for each in bucket.files("")] == ["log/2", "log/3", "seg/d"]

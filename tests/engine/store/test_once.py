@@ -90,8 +90,8 @@ def test_round_trip_keeps_ids_and_order(
     arrays = layout.encode(scores, profile, student)
     same(layout.decode(arrays, profile, student), scores, student, profile)
     # No id is stored twice, and in descending lists the correction is small and does not wrap.
-    assert len(arrays["ids"]) <= len(scores.ids)
-    assert arrays["t_rank_fix"].max(initial=0) <= 80
+    assert len(arrays["topk_ids"]) <= len(scores.ids)
+    assert arrays["at_student_rank_fix"].max(initial=0) <= 80
 
 
 def test_rank_correction_of_a_row_worked_by_hand() -> None:
@@ -108,10 +108,10 @@ def test_rank_correction_of_a_row_worked_by_hand() -> None:
     )
     student = IdLists(cnt=np.asarray([3], np.uint16), ids=np.asarray([9, 4, 3], np.uint32))
     arrays = layout.encode(scores, HALF, student)
-    assert arrays["ids"].tolist() == [7, 5]
-    assert arrays["cnt"].tolist() == [2]
-    assert arrays["kept"].tolist() == [4]
-    assert arrays["t_rank_fix"].tolist() == [2, 1, 1]
+    assert arrays["topk_ids"].tolist() == [7, 5]
+    assert arrays["topk_counts"].tolist() == [2]
+    assert arrays["n_kept"].tolist() == [4]
+    assert arrays["at_student_rank_fix"].tolist() == [2, 1, 1]
     cached = layout.decode(arrays, HALF, student)
     assert layout.kept_lists(cached)[0].tolist() == [7, 3, 9, 5]
     assert cached.s_rank.tolist() == [2, 4, 1]
@@ -122,7 +122,7 @@ def test_every_top_k_is_the_teachers_own_for_every_k_up_to_the_kept_count() -> N
     """Keep the teacher's order although float16 makes ties in most of these rows."""
     scores, student = rows_of(9, 300, 1000, 4, 0.0)
     arrays = layout.encode(scores, HALF, student)
-    assert (arrays["t_rank_fix"] > 0).mean() > 0.01
+    assert (arrays["at_student_rank_fix"] > 0).mean() > 0.01
     ids, _ = layout.kept_lists(layout.decode(arrays, HALF, student))
     for a, b in zip(starts(scores.cnt)[:-1], starts(scores.cnt)[1:], strict=True):
         for k in range(b - a + 1):
@@ -185,6 +185,6 @@ def test_two_values_of_one_id_are_refused() -> None:
 def test_ranks_that_collide_are_an_error_not_a_wrong_list(value: int) -> None:
     scores, student = rows_of(2, 9, 50, 4, 0.0)
     arrays = layout.encode(scores, HALF, student)
-    wrong = np.full_like(arrays["t_rank_fix"], value)
+    wrong = np.full_like(arrays["at_student_rank_fix"], value)
     with pytest.raises(ValueError, match="rank"):
-        layout.decode(arrays | {"t_rank_fix": wrong}, HALF, student)
+        layout.decode(arrays | {"at_student_rank_fix": wrong}, HALF, student)

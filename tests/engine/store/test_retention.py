@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-import logitcask.engine.store.storage.local as files
 from logitcask.engine.errors import ConfigError, IntegrityError, StoreError
 from logitcask.engine.store import Store, extend, open_store, retention
+from logitcask.engine.store.format.segment import path_of
 from logitcask.engine.store.log import publish
 from logitcask.engine.store.log.publish import append
 from logitcask.engine.store.retention import delete, gc, tag, untag
@@ -202,15 +202,11 @@ def test_a_clock_that_jumps_back_frees_nothing_early(
 
 def test_orphans_are_kept_for_a_lease(store: Store) -> None:
     segment = commit_rollouts(store, 1)
-    contents = {
-        name: store.storage.read(f"{segment.folder}/{name}", 1 << 20) for name in segment.files
-    }
-    orphan = f"seg/rollout/{'0' * 31}1"
-    store.storage.place(orphan, contents)
+    store.storage.put(path_of("rollout", f"{'0' * 31}1", 0), store.read_object(segment))
     assert sweep(store, lease_hours=1) == 0
     assert store.head().number == 0, "nothing to say, no record"
     assert sweep(store) == 1
-    assert store.storage.names("seg/rollout") == [segment.seg_id]
+    assert [each.name for each in store.storage.files("seg")] == [segment.path]
 
 
 def test_removed_content_returns_under_another_generation(store: Store) -> None:
@@ -220,14 +216,14 @@ def test_removed_content_returns_under_another_generation(store: Store) -> None:
         assert sweep(store) == 1
         again = commit_rollouts(store, 1)
         assert again.seg_id == first.seg_id
-        assert again.folder == f"{first.folder}.{generation}"
+        assert again.path == first.path.replace(".zip", f".{generation}.zip")
         readable(store)
 
 
-def test_a_writer_that_gc_overtakes_places_its_files_again(
+def test_a_writer_that_gc_overtakes_puts_its_object_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Remove its folder, which looks like an old orphan, before its record is published."""
+    """Remove its object, which looks like an old orphan, before its record is published."""
     create = store.storage.create
 
     def overtaken(name: str, data: bytes) -> bool:
@@ -254,7 +250,7 @@ def test_a_gc_that_a_writer_overtakes_decides_again(
     def overtaken(name: str, data: bytes) -> bool:
         if name.startswith("log/"):
             monkeypatch.setattr(store.storage, "create", create)
-            assert commit_rollouts(open_on(store.storage), 1).folder == segment.folder
+            assert commit_rollouts(open_on(store.storage), 1).path == segment.path
         return create(name, data)
 
     monkeypatch.setattr(store.storage, "create", overtaken)
@@ -275,42 +271,47 @@ def test_the_next_gc_finishes_a_killed_one(store: Store, monkeypatch: pytest.Mon
             sweep(store)
     again = commit_rollouts(store, 1)
     assert again.generation == 1
-    assert verify(store).orphans == (segment.folder,)
+    assert verify(store).orphans == (segment.path,)
     assert sweep(store) == 1
     assert verify(store, deep=True).orphans == ()
 
 
-def test_folders_created_during_gc_are_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove only folders of the record; a newer folder may be named at any moment."""
+def test_objects_put_during_gc_are_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove only objects of the record; a newer object may be named at any moment."""
     commit_rollouts(store, 1)
     delete(store, rollouts="main")
-    late = f"seg/rollout/{'a' * 32}"
+    late = path_of("rollout", "a" * 32, 0)
 
-    def then_placed(*arguments: Any) -> Any:
+    def then_put(*arguments: Any) -> Any:
         number = append(*arguments)
         if number is None:
-            store.storage.place(late, {"x": b"x"})
+            store.storage.put(late, b"x")
         return number
 
-    monkeypatch.setattr(retention, "append", then_placed)
+    monkeypatch.setattr(retention, "append", then_put)
     assert sweep(store, lease_hours=-1) == 1
-    assert store.storage.read(f"{late}/x", 1) == b"x"
+    assert store.storage.read(late, 1) == b"x"
 
 
-def test_a_stage_is_never_half_removed(disk_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep a writer that paused for longer than the lease from publishing half a folder."""
-    folder = LocalStorage(str(disk_path))
-    stage = disk_path / "staging" / "stage"
-    stage.mkdir(parents=True)
-    (stage / "a").write_bytes(b"x")
-    seen = []
-    remove_tree = files._remove_tree
-    monkeypatch.setattr(
-        files, "_remove_tree", lambda path: (seen.append(stage.exists()), remove_tree(path))
-    )
-    folder.remove("staging/stage")
-    assert seen == [False]
-    assert list((disk_path / "staging").iterdir()) == []
+def test_a_writer_that_pauses_beyond_the_lease_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let gc remove its staged file before it gets its name."""
+    store = open_store(tmp_path / "cask", create=True)
+    link = LocalStorage._link
+
+    def paused(self: LocalStorage, temporary: Path, name: str) -> bool:
+        if name.startswith("seg/"):
+            assert gc(open_store(store.url), keep_days=0, lease_hours=-1).orphans == 1
+        return link(self, temporary, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "_link", paused)
+        with pytest.raises(StoreError, match=r"cannot publish .*\.zip: No such file"):
+            commit_rollouts(store, 1)
+    assert store.storage.files("seg") == store.storage.files("staging") == []
+    assert commit_rollouts(store, 1).number == 0
+    assert verify(store, deep=True).orphans == ()
 
 
 def test_deletion_affects_no_later_units(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +346,7 @@ def test_gc_of_a_copy_without_empty_folders(tmp_path: Path) -> None:
     delete(store, rollouts="main")
     (tmp_path / "cask" / "staging").rmdir()
     assert sweep(store) == 1
-    assert not (tmp_path / "cask" / segment.folder).exists()
+    assert not (tmp_path / "cask" / segment.path).exists()
 
 
 def test_days_without_end(store: Store) -> None:
@@ -356,15 +357,18 @@ def test_days_without_end(store: Store) -> None:
 
 def test_unknown_names_are_kept(store: Store) -> None:
     commit_rollouts(store, 1)
-    store.storage.place("seg/rollout/notes", {"mine.txt": b"x"})
+    zeros = path_of("rollout", "0" * 32, 0)
+    names = ("seg/notes.zip", zeros.replace("/00/", "/01/"), zeros.replace(".zip", ".0.zip"))
+    for name in names:
+        store.storage.put(name, b"x")
     assert sweep(store) == 0
-    assert verify(store).orphans == ("seg/rollout/notes",)
+    assert set(verify(store).orphans) == set(names)
 
 
 def test_content_of_two_names_stays_while_one_is_visible(store: Store) -> None:
     one = commit_rollouts(store, 1)
     two = commit_rollouts(store, 1, key("other"), name="second")
-    assert one.folder == two.folder
+    assert one.path == two.path
     delete(store, rollouts="main")
     assert sweep(store) == 0
     readable(store)

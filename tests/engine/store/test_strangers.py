@@ -135,14 +135,19 @@ def test_an_invalid_reward_is_refused(tmp_path: Path, wrong: float) -> None:
         store.check_arrays(segment, arrays | {"reward": bad}, ())
 
 
-@pytest.mark.parametrize("name", ["mc_cnt", "mc_ids", "mc_mult", "mc_lp"])
+@pytest.mark.parametrize("name", ["mc_counts", "mc_ids", "mc_multiplicities", "mc_logprobs"])
 def test_untrusted_draws_are_checked(tmp_path: Path, name: str) -> None:
     store = open_store(tmp_path / "s", create=True)
     segment = commit_rollouts(store, 1, draws=True)
     arrays = store.read_arrays(segment)
     store.check_arrays(segment, arrays, ())
     bad = arrays[name].copy()
-    bad[0] = {"mc_cnt": bad[0] + 1, "mc_ids": bad[1], "mc_mult": 0, "mc_lp": 1.0}[name]
+    bad[0] = {
+        "mc_counts": bad[0] + 1,
+        "mc_ids": bad[1],
+        "mc_multiplicities": 0,
+        "mc_logprobs": 1.0,
+    }[name]
     with pytest.raises(IntegrityError, match="contradict each other"):
         store.check_arrays(segment, arrays | {name: bad}, ())
 
@@ -163,7 +168,7 @@ M, T = 2000, 200_000
         # Each prompt the same 200,000 tokens: 400 million of them from 13 KB.
         (
             {
-                "prompt_off": np.tile(np.asarray([0, T], np.int64), M // 2 + 1)[: M + 1],
+                "prompt_offsets": np.tile(np.asarray([0, T], np.int64), M // 2 + 1)[: M + 1],
                 "prompt_tokens": np.zeros(T, np.uint32),
                 "prompt_json": b"[" + b",".join([b"{}"] * M) + b"]",
             },
@@ -176,8 +181,14 @@ M, T = 2000, 200_000
             {"prompt_json": b"[" + b",".join([b'{"id": {}, "answer": 7, "extra": []}'] * 3) + b"]"},
             "is not a string",
         ),
-        ({"seq_off": np.asarray([0, 2**63 - 1, -2, 0, 1, 2, 0], np.int64)}, "do not divide"),
-        ({"seq_prompt": np.asarray([0, 1, 2, 3, 0, 1], np.uint32)}, "a sequence of prompt 3, of 3"),
+        (
+            {"response_offsets": np.asarray([0, 2**63 - 1, -2, 0, 1, 2, 0], np.int64)},
+            "do not divide",
+        ),
+        (
+            {"prompt_index": np.asarray([0, 1, 2, 3, 0, 1], np.uint32)},
+            "a sequence of prompt 3, of 3",
+        ),
     ],
 )
 def test_untrusted_rollouts(arrays: dict[str, Any], words: str) -> None:
@@ -187,13 +198,13 @@ def test_untrusted_rollouts(arrays: dict[str, Any], words: str) -> None:
 
 def test_an_untrusted_extent() -> None:
     sound = {name: forged()[name] for name in rollouts.EXTENT}
-    counts = {"T": int(sound["prompt_off"][-1]), "P": int(sound["seq_off"][-1])}
+    counts = {"T": int(sound["prompt_offsets"][-1]), "P": int(sound["response_offsets"][-1])}
     assert len(rollouts.extent(sound, counts).prompt_ids) == 3
     for bad in (
-        {"prompt_off": sound["prompt_off"][::-1].copy()},
-        {"seq_off": np.asarray([0, 2**63 - 1, -2, 0, 1, 2, counts["P"]], np.int64)},
+        {"prompt_offsets": sound["prompt_offsets"][::-1].copy()},
+        {"response_offsets": np.asarray([0, 2**63 - 1, -2, 0, 1, 2, counts["P"]], np.int64)},
         {"prompt_json": np.frombuffer(b"[" * 200_000, np.uint8)},
-        {"seq_prompt": sound["seq_prompt"] + 3},
+        {"prompt_index": sound["prompt_index"] + 3},
     ):
         with pytest.raises(ValueError, match=r"."):
             rollouts.extent(sound | bad, counts)
@@ -204,15 +215,15 @@ def test_rows_longer_than_any_scorers() -> None:
     cnt = np.asarray([schema.MAX_K + 1, 1], np.uint16)
     flat = np.zeros(schema.MAX_K + 2)
     arrays = {
-        **dict.fromkeys(("t_lp", "ent", "log_tail"), np.zeros(2, np.float32)),
-        "cnt": cnt,
-        "ids": np.arange(len(flat), dtype=np.uint32),
-        "lp": flat.astype(np.float16),
+        **dict.fromkeys(("teacher_logprobs", "entropy", "log_tail"), np.zeros(2, np.float32)),
+        "topk_counts": cnt,
+        "topk_ids": np.arange(len(flat), dtype=np.uint32),
+        "topk_logprobs": flat.astype(np.float16),
     }
     with pytest.raises(ValueError, match="a row of 4097 entries, at most 4096"):
         layout.decode(arrays, DEFAULT, None)
     with pytest.raises(ValueError, match="do not add up"):
-        layout.decode(arrays | {"cnt": cnt - 1}, DEFAULT, None)
+        layout.decode(arrays | {"topk_counts": cnt - 1}, DEFAULT, None)
 
 
 def test_one_long_row_does_not_make_the_others_long() -> None:
