@@ -9,7 +9,14 @@ from store_common import WORK, bar
 from logitcask.engine.store import Store
 from logitcask.engine.store.format import codecs, schema
 from logitcask.engine.store.format.layouts import kept_lists
+from logitcask.engine.store.format.segment import split
 from logitcask.engine.types import Array, Scores
+
+LISTS = (
+    *("topk_ids", "topk_logprobs", "topk_counts", "n_kept"),
+    *("at_student_logprobs", "at_student_rank_fix"),
+)
+"""Arrays of the teacher's list and of its log-probs at the student's ids."""
 
 
 def pair() -> dict[str, Any]:
@@ -28,9 +35,8 @@ def pair() -> dict[str, Any]:
         assert own is not None, "a committed unit has the student's scores"
         known = store.read_scores(segments, base=rollouts)
         ids, lp = kept_lists(known)
-        sizes_of = {name: size for name, (size, _) in segments[0].files.items()}
-        mine = ("ids", "lp", "t_at_s", "t_rank_fix", "cnt", "kept")
-        ours = sum(sizes_of.get(f"{name}/c/0", 0) for name in mine)
+        files = split(segments[0].path, store.read_object(segments[0]), segments[0])
+        ours = sum(len(files.get(f"{name}/c/0", b"")) for name in LISTS)
         # Both lists with the same codec: the whole top list, and the student's ids.
         profile = codecs.profile("default")
         whole = {

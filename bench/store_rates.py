@@ -109,7 +109,8 @@ def read_by_zarr(store: Store, scored: Segment, timed: Callable[..., Any]) -> li
         pipelines["zarrs"] = "zarrs.ZarrsCodecPipeline"
     for name, path in pipelines.items():
         with codecs.hide_zarr_warning(), zarr.config.set({"codec_pipeline.path": path}):
-            group = zarr.open_group(store.storage.where(scored.folder), mode="r")
+            packed = zarr.storage.ZipStore(store.storage.where(scored.path), mode="r")
+            group = zarr.open_group(packed, mode="r")
             arrays = [group[each] for each in schema.specs(scored.layout)]
             timed(f"read {name}", read_arrays, arrays)
     return list(pipelines)

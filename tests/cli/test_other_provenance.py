@@ -21,7 +21,7 @@ def rewritten(world: World, change: Callable[[dict[str, Any]], None]) -> str:
     for file in sorted(world.at(name).glob("log/*.json")):
         body, _ = decode_record(file.read_bytes(), "")
         for add in body["adds"]:
-            change(add["lineage"])
+            change(add["provenance"])
         file.write_bytes(encode_record(body | {"prev": prev}))
         prev = decode_record(file.read_bytes(), "")[1]
     return name
@@ -88,7 +88,7 @@ def test_rollouts_without_a_number_of_units_need_partial(world: World, call: Any
 
 def test_a_missing_key_is_named_with_its_segment(world: World, call: Any) -> None:
     store = rewritten(world, lambda provenance: provenance.get("set", {}).pop("student_topk", None))
-    segment = next(Path(world.at(store)).glob("seg/rollout/*")).name
+    segment = next(Path(world.at(store)).glob("seg/rollout/*/*.zip")).stem
     result = call(f"{TRAIN} {store} --out {world.new('out')}")
     result.assert_error(1, "records no 'student_topk'", "engine/store/README.md")
     assert segment in result.err or "of rollout 'main'" in result.err

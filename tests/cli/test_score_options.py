@@ -140,7 +140,7 @@ def test_distill_draws_and_scores_extra_ids(world: World, call: Any) -> None:
     opened = open_store(world.at(store))
     source = PackSource(opened, opened.head(), "main", "big")
     for ordinal, (segment, segments) in enumerate(source.pairs):
-        assert [each.layout for each in (segment, *segments)] == ["mc", "once", "wider"]
+        assert [each.layout for each in (segment, *segments)] == ["mc", "dedup", "extension"]
         targets = source.pack(np.asarray([[ordinal, 0]])).targets
         assert targets.mc_count is not None
         assert (targets.mc_count.sum(1) == 3).all()

@@ -9,6 +9,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
+from logitcask.engine.store.format.segment import path_of
 from logitcask.engine.types import ScoreParams
 from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.score.scored import ref
@@ -100,11 +101,11 @@ def test_damage_is_repaired_from_a_copy_or_scored_again(world: World, call: Any)
     store, copy = world.store(ALL), world.new("copy")
     assert call(f"store merge {copy} {store}").code == 0
     scores = [r for r in call(f"store ls {store} --format json").json if r["kind"] == "score"]
-    file = world.at(store) / "seg" / "score" / scores[0]["segment"] / "ent" / "zarr.json"
+    file = world.at(store) / path_of("score", scores[0]["segment"], 0)
     sound = file.read_bytes()
     file.write_bytes(sound[:-1])
     broken = call(f"store verify {store}")
-    broken.assert_error(4, "ent/zarr.json", "merge STORE COPY --repair")
+    broken.assert_error(4, scores[0]["segment"], "merge STORE COPY --repair")
     assert "damaged: " in broken.err
     assert call(f"store merge {store} {copy} --format json").json["repaired"] == 0
     assert call(f"store merge {store} {copy} --repair --format json").json["repaired"] == 1
@@ -126,7 +127,7 @@ def test_a_larger_request_extends_stored_scores(world: World, call: Any) -> None
     ).json
     assert extended["units_new"] == UNITS
     layouts = [row["layout"] for row in call(f"store ls {store} --format json").json]
-    assert layouts.count("wider") == UNITS
+    assert layouts.count("extension") == UNITS
     (first, *_) = call(f"store show {store} --top 20 --format json").json["rows"]
     assert len(first["teacher_top"]) >= 6
     again = call(f"{SCORE} {store} --teacher-topk-min 5 --format json").json
@@ -241,6 +242,6 @@ def test_show_prints_an_entropy_interval(world: World, call: Any) -> None:
         assert f"{low:.4g}-{high:.4g}" in text
     assert "teacher_entropy_hi" not in text
     listed = call(f"store ls {store} --format json").json
-    assert {row["layout"] for row in listed if row["kind"] == "score"} == {"whole+bounds"}
-    assert "whole+bounds" in call(f"store ls {store}").out
+    assert {row["layout"] for row in listed if row["kind"] == "score"} == {"full+bounds"}
+    assert "full+bounds" in call(f"store ls {store}").out
     assert "teacher_entropy_hi" not in call("store show @st --format json").json["rows"][0]

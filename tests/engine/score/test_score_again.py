@@ -40,7 +40,7 @@ def test_a_wider_request_adds_missing_ids_and_reads_like_a_single_request(
     run(at_once, teacher, scorer, params=WIDE)
     ours, theirs = open_store(store), open_store(at_once)
     a, b = ours.head().scores("big"), theirs.head().scores("big")
-    assert [each.layout for each in next(iter(a.values()))] == ["once", "wider"]
+    assert [each.layout for each in next(iter(a.values()))] == ["dedup", "extension"]
     for base, chain in a.items():
         stepwise, direct = ours.read_scores(chain), theirs.read_scores(b[base])
         assert np.array_equal(stepwise.kept, direct.kept)
@@ -71,7 +71,7 @@ def test_a_teacher_can_score_the_students_ids_later(
     run(store, teacher, scorer, params=replace(REQUEST, at_student=False))
     opened = open_store(store)
     before = opened.head().scores("big")
-    assert all(chain[0].layout == "whole" for chain in before.values())
+    assert all(chain[0].layout == "full" for chain in before.values())
     run(store, teacher, scorer)
     for base, chain in opened.head().scores("big").items():
         rollouts = opened.read_rollouts(opened.log.rollouts(base))
@@ -138,7 +138,10 @@ def test_a_teacher_scores_the_draws_of_the_student(
     chains = opened.head().scores("big")
     source = PackSource(opened, opened.head(), "main", "big")
     for ordinal, (segment, chain) in enumerate(source.pairs):
-        assert [(s.layout, s.profile) for s in chain] == [("once", "default"), ("wider", "raw32")]
+        assert [(s.layout, s.profile) for s in chain] == [
+            ("dedup", "default"),
+            ("extension", "raw32"),
+        ]
         rollouts = opened.read_rollouts(segment)
         plain = scorer.score(rollouts, REQUEST)
         alone = opened.read_scores(chain[:1])
@@ -159,8 +162,8 @@ def test_a_teacher_scores_the_draws_of_the_student(
         log_tail = opened.read_scores(chain).log_tail
         np.testing.assert_allclose(np.exp(log_tail), np.exp(tail), atol=2e-3)
         added = opened.read_arrays(chain[1])
-        at_row = np.repeat(np.arange(rollouts.positions), added["cnt"])
-        np.testing.assert_allclose(added["lp"], lp[at_row, added["ids"]], atol=1e-5)
+        at_row = np.repeat(np.arange(rollouts.positions), added["topk_counts"])
+        np.testing.assert_allclose(added["topk_logprobs"], lp[at_row, added["topk_ids"]], atol=1e-5)
     verify(opened, deep=True)
 
 

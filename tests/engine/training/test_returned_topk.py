@@ -146,7 +146,7 @@ def test_a_store_holds_the_scores_of_both(store: Store, sure: bool) -> None:
     layouts = {
         (row["name"], row["layout"]) for row in list_segments(store) if row["kind"] == "score"
     }
-    assert {("all", "once"), ("returned", "once+bounds"), ("whole", "whole+bounds")} <= layouts
+    assert {("all", "dedup"), ("returned", "dedup+bounds"), ("whole", "full+bounds")} <= layouts
     verify(store, deep=True)
     exact, returned, whole = (targets_of(store, name) for name in ("all", "returned", "whole"))
     assert exact.q_entropy_hi is None
