@@ -8,11 +8,13 @@ Run: .venv/bin/python bench/bench_overhead.py [--model FOLDER] [--vocab V] [--ro
               responses for the same scores
     score     `score`, from stored rollouts to a committed segment, over a plain forward pass
               of the same batches with log_softmax, topk and entropy
-    train     updates of DistillTrainer on the store, over a loop of the same packs with the
-              whole log_softmax, AdamW and clipping; and over the loop of an expert: the same
+    train     an update of DistillTrainer on the store, over one on the same pack with the
+              whole log_softmax, AdamW and clipping; and over that of an expert: the same
               attention, the same loss, fused AdamW, no metrics
 
-Each figure is the median of the CPU seconds of this process in interleaved rounds, one thread.
+Each figure is the median of the CPU seconds of this process in interleaved rounds, one thread. The
+three updates are interleaved one by one in a run, whose first is left out; what it takes longer
+than the others is the start of a run.
 Without --model the student is a random Qwen3 of 4 layers, width 896 and --vocab ids, by default
 151,936, the vocabulary of the Qwen family; the teacher is the same model. Loading and the check of
 the model are a figure of their own. A row is appended to bench/results/overhead.jsonl.
@@ -24,13 +26,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import results
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.scoring import budget_batches, pieces_of, response_rows
@@ -43,7 +46,7 @@ from logitcask.engine.models.load import load_student
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.packing.batches import PlannedPacks
-from logitcask.engine.packing.source import PackSource
+from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.rollout.plan import rollout
 from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
@@ -57,7 +60,7 @@ from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, n
 VOCAB, WIDTH, LAYERS = 151_936, 896, 4
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 24, 24, 32
 PACK_LENGTH, UPDATES = 512, 12
-"""Tokens of a pack; updates of a round of training, which the start of a run is part of."""
+"""Tokens of a pack; updates of a run."""
 SAMPLING = SamplingParams(n=1, max_new_tokens=NEW_TOKENS)
 PLAIN_ROWS = 256
 """Rows of logits at once in the plain ways, as many as here."""
@@ -129,22 +132,19 @@ def plain_scores(model: Any, rollouts: Rollouts, k: int, at: Any = None) -> None
                 lp.gather(1, torch.from_numpy(at[rows[part]]))
 
 
-def plain_training(model: Any, packs: PlannedPacks) -> None:
-    """Train on the same packs: reverse KL on the first stored ids of a row, renormalised."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
-    for index in range(UPDATES):
-        pack = packs.pack(index)
-        states = model.model(
-            input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False
-        ).last_hidden_state[0, pack.predict_at]
-        lp = model.lm_head(states).float().log_softmax(-1)
-        p = lp.gather(1, pack.targets.ids[:, :K_STUDENT].clamp(min=0)).log_softmax(-1)
-        q = pack.targets.q_log_p[:, :K_STUDENT].log_softmax(-1)
-        loss = (p.exp() * (p - q)).sum(-1).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+def plain_update(model: Any, optimizer: torch.optim.Optimizer, pack: Pack, _: str) -> None:
+    """Train on one pack: reverse KL on the first stored ids of a row, renormalised."""
+    states = model.model(
+        input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False
+    ).last_hidden_state[0, pack.predict_at]
+    lp = model.lm_head(states).float().log_softmax(-1)
+    p = lp.gather(1, pack.targets.ids[:, :K_STUDENT].clamp(min=0)).log_softmax(-1)
+    q = pack.targets.q_log_p[:, :K_STUDENT].log_softmax(-1)
+    loss = (p.exp() * (p - q)).sum(-1).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def support_of(objective: str, targets: Any, states: torch.Tensor, head: torch.Tensor) -> Any:
@@ -170,28 +170,23 @@ def support_of(objective: str, targets: Any, states: torch.Tensor, head: torch.T
     return ids, targets.q_log_p.gather(1, columns), mask
 
 
-def expert_training(model: Any, packs: PlannedPacks, objective: str) -> None:
-    """Train on the same packs: the same loss, from the rows of the head that it reads."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    for index in range(UPDATES):
-        pack = packs.pack(index)
-        starts = (pack.position_ids[0] == 0).nonzero()[:, 0].tolist()
-        lengths = np.diff([*starts, pack.input_ids.shape[1]]).tolist()
-        states = model.model(
-            input_ids=pack.input_ids,
-            position_ids=pack.position_ids,
-            use_cache=False,
-            **pack_lengths(lengths, pack.input_ids.device),
-        ).last_hidden_state[0, pack.predict_at]
-        ids, q, mask = support_of(objective, pack.targets, states, model.lm_head.weight)
-        rows = torch.nn.functional.embedding(ids, model.lm_head.weight)
-        z = torch.einsum("pd,pkd->pk", states, rows)
-        p, q = (torch.where(mask, x, -1e9).log_softmax(-1) for x in (z, q))
-        loss = torch.where(mask, p.exp() * (p - q), 0.0).sum(-1).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+def expert_update(model: Any, optimizer: torch.optim.Optimizer, pack: Pack, objective: str) -> None:
+    """Train on one pack: the same loss, from the rows of the head that it reads."""
+    states = model.model(
+        input_ids=pack.input_ids,
+        position_ids=pack.position_ids,
+        use_cache=False,
+        **pack_lengths(pack.lengths, pack.input_ids.device),
+    ).last_hidden_state[0, pack.predict_at]
+    ids, q, mask = support_of(objective, pack.targets, states, model.lm_head.weight)
+    rows = torch.nn.functional.embedding(ids, model.lm_head.weight)
+    z = torch.einsum("pd,pkd->pk", states, rows)
+    p, q = (torch.where(mask, x, -1e9).log_softmax(-1) for x in (z, q))
+    loss = torch.where(mask, p.exp() * (p - q), 0.0).sum(-1).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def cpu_seconds(run: Callable[[], Any]) -> float:
@@ -255,7 +250,7 @@ def measure(
     }
     found = interleaved({} if training_only else stages, rounds)
     store = scored()
-    found |= training(store, ref, work, rounds, objective)
+    found |= training(store, ref, work, objective)
     ratios = {
         f"{ours} over {theirs}": found[ours] / found[theirs]
         for ours, theirs in RATIOS
@@ -272,48 +267,58 @@ def measure(
     }
 
 
-def training(
-    store: Any, ref: ModelRef, work: Path, rounds: int, objective: str
-) -> dict[str, float]:
-    """Return the CPU seconds of UPDATES updates both ways."""
+class Peers(TrainerCallback):
+    """Updates of the peers after each of ours, on the same pack and student."""
+
+    def __init__(self, student: Any, packs: PlannedPacks, objective: str) -> None:
+        adamw = partial(torch.optim.AdamW, student.parameters(), lr=1e-6, weight_decay=0.0)
+        self._runs = {
+            "plain train": partial(plain_update, student, adamw()),
+            "expert train": partial(expert_update, student, adamw(fused=True)),
+        }
+        self._packs, self._objective = packs, objective
+        self.took: dict[str, list[float]] = {name: [] for name in ("train", *self._runs)}
+        self._since = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.took["train"].append(time.process_time() - self._since)
+        pack = self._packs.pack(state.global_step - 1)
+        for name, update in self._runs.items():
+            self.took[name].append(cpu_seconds(partial(update, pack, self._objective)))
+        self._since = time.process_time()
+
+
+def training(store: Any, ref: ModelRef, work: Path, objective: str) -> dict[str, float]:
+    """Return the median CPU seconds of an update each way, and those of the start of a run."""
     source = PackSource(store, store.head(), "main", "t")
     plan = source.plan(seed=0, epochs=UPDATES, pack_length=PACK_LENGTH)
     settings = Train(learning_rate=1e-6, save_steps=10**6, pack_length=PACK_LENGTH)
     student = load_student(ref)
-    places = (work / f"run-{number}" for number in itertools.count())
-
-    def ours() -> None:
-        out = next(places)
-        out.mkdir()
-        args = training_arguments(settings, Run(out=out, device="cpu"))
-        args.save_strategy = "no"
-        DistillTrainer(
-            student,
-            args,
-            packs=PlannedPacks(plan, source),
-            updates=UPDATES,
-            objective=parse_objective(objective).objective,
-            n_vocab=ref.n_vocab,
-            metrics_fraction=settings.metrics_fraction,
-            aggregation=settings.aggregation,
-            dropout=settings.dropout,
-            bounds=NO_BOUNDS,
-            version=0,
-            same_base_weights=True,
-            metrics=MetricsFile(out / METRICS, ""),
-            resume_metadata={},
-            progress=no_progress,
-        ).train()
-
-    packs = PlannedPacks(plan, source)
-    return interleaved(
-        {
-            "train": ours,
-            "plain train": lambda: plain_training(student, packs),
-            "expert train": lambda: expert_training(student, packs, objective),
-        },
-        rounds,
-    )
+    out = work / "run"
+    out.mkdir()
+    peers = Peers(student, PlannedPacks(plan, source), objective)
+    args = training_arguments(settings, Run(out=out, device="cpu"))
+    args.save_strategy = "no"
+    DistillTrainer(
+        student,
+        args,
+        packs=PlannedPacks(plan, source),
+        updates=UPDATES,
+        objective=parse_objective(objective).objective,
+        n_vocab=ref.n_vocab,
+        metrics_fraction=settings.metrics_fraction,
+        aggregation=settings.aggregation,
+        dropout=settings.dropout,
+        bounds=NO_BOUNDS,
+        version=0,
+        same_base_weights=True,
+        metrics=MetricsFile(out / METRICS, ""),
+        resume_metadata={},
+        progress=no_progress,
+        tracker=peers,
+    ).train()
+    found = {name: statistics.median(took[1:]) for name, took in peers.took.items()}
+    return {**found, "start of a run": peers.took["train"][0] - found["train"]}
 
 
 def main() -> None:
