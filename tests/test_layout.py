@@ -18,7 +18,7 @@ PACKAGES = ("engine", "kernels", "cli")
 # A folder of engine/ imports only from folders to the left of its own, and from itself.
 LAYERS = [
     *("config/section", "types", "errors", "events", "config", "prompts", "models"),
-    *("store/storage", "store/format", "store/log", "store"),
+    *("store/storage", "store/format", "store/log", "store", "store/transfer"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives", "probes", "training"),
     *("workers", "commands", "distill", "ablate_table", "ablate", "demo"),
@@ -75,6 +75,8 @@ VERBS = [
         "store verify",
         "store gc",
         "store estimate",
+        "store push",
+        "store pull",
     ),
     "bench kernels",
 ]

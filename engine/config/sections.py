@@ -19,8 +19,8 @@ class Student(Section):
 
 class StoreSection(Section):
     url: str = Field(
-        description="The store: a folder, or s3://, gs:// or az:// with bucket and prefix. "
-        "`rollout` makes it if it is absent."
+        description="The store: a folder, s3://, gs:// or az:// with bucket and prefix, or, to "
+        "read it, hf://datasets/ORG/NAME. `rollout` makes it if it is absent."
     )
     rollouts: Name = Field("main", description="Name of the set of rollouts in the store.")
     profile: Literal["default", "compact", "interop", "raw32"] = Field(

@@ -23,6 +23,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.claims as claims
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.store.format.segment import Segment, path_of
+from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.log.publish import append
 from logitcask.engine.store.log.record import Content
 from logitcask.engine.store.storage.base import STAGING
@@ -218,13 +219,17 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     )
 
 
+def reached(log: Log, number: int) -> dict[str, Segment]:
+    """Return path -> segment of what the snapshot `number` and the tags up to it reach."""
+    numbers = {number, *(each for each in log.tags().values() if each <= number)}
+    return {s.path: s for each in sorted(numbers) for s in log.snapshot(each).segments}
+
+
 def _reached(store: Store, since: str) -> set[str]:
     """Return the objects of the newest snapshot, of tags, and of snapshots newest since then."""
     log = store.log
-    reached = [*log.snapshot(len(log) - 1).segments, *log.deleted_after(log.at_time(since))]
-    for number in log.tags().values():
-        reached += log.snapshot(number).segments
-    return {each.path for each in reached}
+    recent = log.deleted_after(log.at_time(since))
+    return {*reached(log, len(log) - 1), *(each.path for each in recent)}
 
 
 def _objects(store: Store) -> dict[Content, int]:

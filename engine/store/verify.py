@@ -11,6 +11,7 @@ import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.snapshot import ScoreSegments
+from logitcask.engine.store.retention import reached
 from logitcask.engine.store.storage.base import STAGING
 from logitcask.engine.store.store import Store
 from logitcask.engine.types import Progress, no_progress
@@ -30,6 +31,8 @@ class Report:
     """True if every array was decoded, in addition to the comparison of digests."""
     orphans: tuple[str, ...]
     """Paths relative to the store that no record names, such as those of a killed writer."""
+    left_out: int
+    """Deleted segments that are not here, as in a copy: no snapshot or tag of it reaches them."""
 
 
 def verify(
@@ -49,6 +52,8 @@ def verify(
     """(teacher, base, seg_id) -> the score segments up to this one."""
     every = store.log.present()
     present = {each.path: each for each in every}
+    needed = reached(store.log, snapshot.number)
+    left_out = 0
     for done, each in enumerate(every if deep else list(present.values())):
         progress("verify", done, len(every))
         try:
@@ -59,6 +64,9 @@ def verify(
             if deep:
                 store.check_arrays(each, segments.decode_object(where, data, each), before)
         except IntegrityError as error:
+            if each.path not in needed and store.storage.read_part(each.path, 0, 1) is None:
+                left_out += present.pop(each.path, None) is not None
+                continue
             on_damage(error)
             damaged.append(error)
         except StoreError:
@@ -77,6 +85,7 @@ def verify(
         bytes=sum(records) + sum(each.size for each in present.values()),
         decoded=deep,
         orphans=_orphans(store, present),
+        left_out=left_out,
     )
 
 

@@ -9,7 +9,7 @@ import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.storage.base import STAGING, Storage
 
-_NAME = "format.json"
+NAME = "format.json"
 _RESTORE = "restore it from a copy of the store"
 FOLDERS = ("log", "bundles", "seg", "seg/rollout", "seg/score", STAGING)
 
@@ -33,8 +33,8 @@ def read(storage: Storage) -> Identity | None:
 
     Raises StoreError for another or a newer format, IntegrityError for a damaged format.json.
     """
-    where = storage.where(_NAME)
-    data = storage.read(_NAME, schema.MAX_FORMAT_BYTES)
+    where = storage.where(NAME)
+    data = storage.read(NAME, schema.MAX_FORMAT_BYTES)
     if data is None:
         if storage.read(f"log/{record.file_name(0)}", schema.MAX_RECORD_BYTES) is not None:
             raise IntegrityError(f"{where}: missing, though the store has a log", hint=_RESTORE)
@@ -62,24 +62,32 @@ def read(storage: Storage) -> Identity | None:
     return Identity(store_uuid=body["store_uuid"], sha256=digest)
 
 
-def create(storage: Storage) -> Identity:
-    """Create the folders, then format.json; two concurrent creators get one store.
+def prepare(storage: Storage) -> None:
+    """Create the folders of a new store.
 
     Raises StoreError where other files are in the way, or where two writers could both win.
     """
-    storage.prepare(FOLDERS, _NAME)
+    storage.prepare(FOLDERS, NAME)
     _check_exclusive_create(storage)
+
+
+def create(storage: Storage) -> Identity:
+    """Create the folders, then format.json; two concurrent creators get one store.
+
+    Raises as `prepare`.
+    """
+    prepare(storage)
     body = {
         "format": schema.FORMAT,
         "version": schema.FORMAT_VERSION,
         "store_uuid": str(uuid.uuid4()),
         "created": now(),
     }
-    storage.create(_NAME, record.encode_record(body))
+    storage.create(NAME, record.encode_record(body))
     identity = read(storage)
     if identity is None:
         raise StoreError(
-            f"{storage.where(_NAME)} was removed after it was written",
+            f"{storage.where(NAME)} was removed after it was written",
             hint="check which process deletes files there",
         )
     return identity

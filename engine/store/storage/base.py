@@ -6,7 +6,8 @@ addresses, never taken from data. Nothing is overwritten: a name is created once
 bytes. Only a damaged file of a content address is replaced, by its original bytes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,8 @@ from logitcask.engine.errors import IntegrityError, StoreError
 
 STAGING = "staging"
 """Work in progress on a disk; never read, and free to delete when no process writes."""
+MAX_CONCURRENT = 16
+"""Concurrent requests of one call on many objects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,11 +116,18 @@ def holds(storage: Storage, name: str, data: bytes) -> bool:
         return False
 
 
+def map_concurrently(call: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Return [call(*each) ...] in order, with several calls at a time."""
+    with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
+        return list(pool.map(lambda each: call(*each), arguments))
+
+
 SCHEMES = {
     "file": "logitcask.engine.store.storage.local:LocalStorage",
     "s3": "logitcask.engine.store.storage.object_store:ObjectStorage",
     "gs": "logitcask.engine.store.storage.object_store:ObjectStorage",
     "az": "logitcask.engine.store.storage.object_store:ObjectStorage",
+    "hf": "logitcask.engine.store.storage.hub:HubStorage",
 }
 """Scheme of a URL -> module:class; the class takes the URL. A text without a scheme is a path."""
 

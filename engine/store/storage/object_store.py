@@ -5,17 +5,14 @@ create a name, so nothing is staged. Credentials, endpoint and region come from 
 for the provider's own tools; a URL that contains any is refused.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.storage.base import Found, check_empty, holds
+from logitcask.engine.store.storage.base import Found, check_empty, holds, map_concurrently
 
-MAX_CONCURRENT = 16
-"""Concurrent requests of one call on many objects."""
 _MAX_MESSAGE = 300
 """Characters of a provider's message in an error."""
 
@@ -66,7 +63,7 @@ class ObjectStorage:
             return bytes(found.bytes()) if size else b""
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
-        return dict(zip(limits, _map_concurrently(self.read, limits.items()), strict=True))
+        return dict(zip(limits, map_concurrently(self.read, limits.items()), strict=True))
 
     def create(self, name: str, data: bytes) -> bool:
         import obstore
@@ -169,12 +166,6 @@ def open_objects(url: str) -> Any:
         raise StoreError(
             f"cannot open {url}: {_short(error)}", hint="check the URL and the environment"
         ) from error
-
-
-def _map_concurrently(call: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Return [call(*each) ...] in order, with several calls at a time."""
-    with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
-        return list(pool.map(lambda each: call(*each), arguments))
 
 
 def _hint(error: Exception) -> str:

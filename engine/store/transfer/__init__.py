@@ -1,0 +1,1 @@
+"""Copies of a store in other places: disks, object stores, the Hugging Face Hub."""
