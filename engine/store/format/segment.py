@@ -27,6 +27,9 @@ RESTORE = (
 )
 
 
+_GAP = 65536
+"""Bytes between two parts that are read with them rather than by another call."""
+
 Entry = tuple[int, int, str]
 """Bytes of an object: (the offset of the first, their number, their sha256)."""
 
@@ -318,14 +321,29 @@ def read(
     where, profile = storage.where(segment.path), codecs.profile(segment.profile)
     if names is None or not schema.READ_ALONE.issuperset(names):
         return decode_object(where, read_object(storage, segment), segment, names)
-    arrays = {}
-    for name in names:
-        data = b""
-        if name in segment.entries:
+    parts = _read_parts(storage, segment, [name for name in names if name in segment.entries])
+    shapes = {name: _shape(name, segment.layout, profile, segment.counts) for name in names}
+    return {
+        name: _decoded(where, name, parts.get(name, b""), shape) for name, shape in shapes.items()
+    }
+
+
+def _read_parts(storage: Storage, segment: Segment, names: Collection[str]) -> dict[str, bytes]:
+    """Read and check the data of some arrays that can be read alone; neighbours in one call."""
+    runs: list[list[str]] = []
+    end = 0
+    for name in sorted(names, key=lambda name: segment.entries[name]):
+        start, size, _ = segment.entries[name]
+        if not runs or start > end + _GAP:
+            runs.append([])
+        runs[-1].append(name)
+        end = start + size
+    found = {}
+    for run in runs:
+        first, last = segment.entries[run[0]][0], sum(segment.entries[run[-1]][:2])
+        data = storage.read_part(segment.path, first, last - first)
+        for name in run:
             start, size, digest = segment.entries[name]
-            part = storage.read_part(segment.path, start, size)
-            data = _checked(where, part, size, digest)
-        arrays[name] = _decoded(
-            where, name, data, _shape(name, segment.layout, profile, segment.counts)
-        )
-    return arrays
+            part = None if data is None else data[start - first :][:size]
+            found[name] = _checked(storage.where(segment.path), part, size, digest)
+    return found

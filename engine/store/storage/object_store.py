@@ -52,15 +52,20 @@ class ObjectStorage:
 
     def read_part(self, name: str, start: int, size: int) -> bytes | None:
         import obstore
+        from obstore.exceptions import BaseError
 
         with self._request("read", name):
             try:
-                found = obstore.get(
-                    self._objects, name, options={"range": (start, start + size)} if size else None
-                )
+                options: Any = {"range": (start, start + size)}
+                return bytes(obstore.get(self._objects, name, options=options).bytes())
             except FileNotFoundError:
                 return None
-            return bytes(found.bytes()) if size else b""
+            except BaseError:
+                # Providers refuse a range that is empty or begins at the end.
+                found = self._head(name)
+                if found is not None and size and found["size"] > start:
+                    raise
+                return None if found is None else b""
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
         return dict(zip(limits, map_concurrently(self.read, limits.items()), strict=True))
@@ -101,11 +106,9 @@ class ObjectStorage:
         return sorted(found, key=lambda each: each.name)
 
     def touched_s(self, name: str) -> float:
-        import obstore
-
-        with self._request("look at", name), suppress(FileNotFoundError):
-            return float(obstore.head(self._objects, name)["last_modified"].timestamp())
-        return 0.0
+        with self._request("look at", name):
+            found = self._head(name)
+        return 0.0 if found is None else float(found["last_modified"].timestamp())
 
     def remove(self, name: str) -> None:
         import obstore
@@ -113,6 +116,15 @@ class ObjectStorage:
         with self._request("remove", name), suppress(FileNotFoundError):
             # Only some providers report an absent name.
             obstore.delete(self._objects, name)
+
+    def _head(self, name: str) -> Any:
+        """Return obstore's record of an object, None where it is absent."""
+        import obstore
+
+        try:
+            return obstore.head(self._objects, name)
+        except FileNotFoundError:
+            return None
 
     def _list(self, prefix: str, offset: str | None) -> list[Any]:
         """List obstore's records of the objects below a prefix that sort after `offset`."""

@@ -15,8 +15,10 @@ import zarr
 
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.store import Store, extend, open_store
+from logitcask.engine.store.format import segment as segments
 from logitcask.engine.store.format.codecs import PROFILES, Profile, from_entry, profile, to_entry
 from logitcask.engine.store.format.layouts import kept_lists
+from logitcask.engine.store.format.rollouts import EXTENT
 from logitcask.engine.store.format.schema import file_names, specs
 from logitcask.engine.store.format.segment import split
 from logitcask.engine.store.log import record
@@ -222,8 +224,11 @@ def test_an_extent_is_read_without_tokens_and_scores(
     monkeypatch.setattr(store.storage, "read_part", part)
     monkeypatch.setattr(store.storage, "read", None)
     extent = store.read_extent(segment)
-    assert {name for name, _, _ in parts} == {segment.path}
-    assert sum(size for _, _, size in parts) < segment.size / 10
+    assert [name for name, _, _ in parts] == [segment.path], "neighbours are read by one call"
+    monkeypatch.setattr(segments, "_GAP", 0)
+    assert store.read_extent(segment).prompt_ids == extent.prompt_ids
+    places = [segment.entries[name][:2] for name in EXTENT]
+    assert sorted(part[1:] for part in parts[1:]) == sorted(places)
     assert extent.prompt_ids == tuple(p.id for p in rollouts.prompts)
     assert extent.prompt.tolist() == [len(p.token_ids) for p in rollouts.prompts]
     np.testing.assert_array_equal(extent.seq_prompt, rollouts.seq_prompt)

@@ -185,3 +185,15 @@ def test_objects_are_listed_in_order_and_from_a_name_on() -> None:
     bucket.remove("log/1")
     bucket.remove("nothing")
     assert [each.name for each in bucket.files("")] == ["log/2", "log/3", "seg/d"]
+
+
+def test_a_part_at_and_beyond_the_end(url: str, tmp_path: Path) -> None:
+    """Answer alike on a disk, in memory and on S3, which refuses a range that is not there."""
+    kinds = [open_storage(url), ObjectStorage("memory://x", MemoryStore())]
+    for storage in (*kinds, open_storage(tmp_path)):
+        storage.create("log/ten", b"0123456789")
+        storage.create("log/empty", b"")
+        for start, size in ((0, 10), (3, 4), (8, 4), (9, 1), (10, 1), (12, 4), (3, 0), (0, 99)):
+            assert storage.read_part("log/ten", start, size) == b"0123456789"[start:][:size]
+            assert storage.read_part("log/empty", start, size) == b""
+            assert storage.read_part("log/none", start, size) is None
