@@ -80,9 +80,12 @@ def pull_command(url: str, store: str, at: str | None, form: str) -> None:
     from logitcask.engine.commands.resolve import snapshot_of
     from logitcask.engine.store import open_store
     from logitcask.engine.store.storage.base import open_storage
+    from logitcask.engine.store.storage.hub import is_hub
     from logitcask.engine.store.transfer.copy import copy_store
     from logitcask.engine.store.verify import verify
 
+    if is_hub(store):
+        raise click.UsageError("STORE is on the Hub: use `store push`.")
     source = open_store(url)
     snapshot = source.head() if at is None else snapshot_of(source, at)
     with progress_bar() as progress:

@@ -38,7 +38,7 @@ from logitcask.engine.store.transfer.copy import (
 )
 from logitcask.engine.types import Progress, no_progress
 
-_COMMIT_FILES = 1000
+_COMMIT_FILES = 250
 """Segments of one commit; the Hub limits both the files of a commit and the commits of an hour."""
 _UPLOAD_BYTES = 256 << 20
 """Segments in memory at a time, in bytes, except a larger one."""
