@@ -39,6 +39,7 @@ def score_request(
     config: ScoreConfig, store: Store, snapshot: Snapshot, cancel: CancelToken
 ) -> ScoreRequest:
     """Load the teacher and describe its scores; the caller closes the scorer."""
+    store.storage.check_writable()
     positions, listed = config.score.positions, None
     if is_file(positions):
         listed = read_positions(Path(positions.removeprefix(FILE)))

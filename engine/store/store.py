@@ -209,16 +209,19 @@ class Store(Reader):
 
 
 def open_store(url: str | Path, *, create: bool = False) -> Store:
-    """Open a store by path or URL; `create` it where there is none.
+    """Open a store by path or URL; `create` it where there is none, to write to it.
 
-    Raises StoreError where there is no store, other files are in the way, or the format is newer
-    than this program; IntegrityError where format.json is damaged.
+    Raises StoreError where there is no store, it can only be read though `create` is given, other
+    files are in the way, or the format is newer than this program; IntegrityError where format.json
+    is damaged.
     """
     return open_on(open_storage(url), create=create)
 
 
 def open_on(storage: Storage, *, create: bool = False) -> Store:
     """Open a store on a storage; as `open_store`."""
+    if create:
+        storage.check_writable()
     identity = format_file.read(storage)
     if identity is None:
         if not create:

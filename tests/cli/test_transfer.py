@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import TRAIN, UNITS, World
+from tests.cli.conftest import ROLL, SCORE, TRAIN, UNITS, World
 from tests.engine.store.hub_server import Hub, hub_server
 
 URL = "hf://datasets/org/set"
@@ -43,6 +43,8 @@ def test_errors_of_transfers(world: World, call: Any, hub: Hub) -> None:
     call(f"store pull {URL} {world.new('x')}").assert_error(1, "no such dataset", "hf auth login")
     call(f"store push @st {URL} --license MIT!").assert_error(2, "license identifier", "cc-by-4.0")
     assert call(f"store push @st {URL}").code == 0
+    for verb in (f"{ROLL} {URL}", f"{SCORE} {URL}"):
+        call(verb).assert_error(1, "is only read", f"store pull {URL} FOLDER")
     for verb in (f"store tag {URL} x", f"store delete {URL} --teacher big"):
         call(verb).assert_error(1, "is only read", f"store pull {URL} FOLDER")
     usage = call(f"store pull @st {URL}"), call(f"store push @st {world.new('y')} --private")

@@ -40,6 +40,9 @@ class Storage(Protocol):
     def where(self, name: str) -> str:
         """Return the path or URL of a name, for messages."""
 
+    def check_writable(self) -> None:
+        """Raise StoreError where the storage can only be read."""
+
     def prepare(self, folders: Iterable[str], file: str) -> None:
         """Create the folders of a new store. Raises StoreError where other files are in the way.
 

@@ -133,6 +133,9 @@ class HubStorage:
     def settle(self, folder: str) -> None:
         """Do nothing: a commit is durable."""
 
+    def check_writable(self) -> NoReturn:
+        raise self._read_only()
+
     def prepare(self, folders: Iterable[str], file: str) -> NoReturn:
         raise self._read_only()
 

@@ -61,6 +61,9 @@ class LocalStorage:
     def where(self, name: str) -> str:
         return str(self._root / name)
 
+    def check_writable(self) -> None:
+        """Do nothing: a disk may be written to."""
+
     def prepare(self, folders: Iterable[str], file: str) -> None:
         if _kind(self._root) == "file":
             raise StoreError(

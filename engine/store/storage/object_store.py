@@ -28,6 +28,9 @@ class ObjectStorage:
     def where(self, name: str) -> str:
         return f"{self.url}/{name}"
 
+    def check_writable(self) -> None:
+        """Do nothing: an object store may be written to."""
+
     def prepare(self, folders: Iterable[str], file: str) -> None:
         check_empty(self, [*folders, file])
 

@@ -15,6 +15,7 @@ from logitcask.engine.models.identity import HUB_ID
 from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.inspect import bytes_per_position, committed_bytes, describe_request
 from logitcask.engine.store.log.snapshot import Snapshot
+from logitcask.engine.store.storage.hub import HubAddress
 
 CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
@@ -26,11 +27,12 @@ _MAX_TEXT = 120
 """Characters of a text from a record."""
 
 
-def build_card(snapshot: Snapshot, *, repo: str, url: str, license_id: str) -> str:
+def build_card(snapshot: Snapshot, address: HubAddress, license_id: str) -> str:
     """Return the card of a snapshot. Raises ConfigError for a license that is no identifier.
 
-    repo: ORG/NAME; url: the store's hf:// URL; license_id: an identifier of the Hub, '' = none.
+    license_id: an identifier of the Hub, '' = none.
     """
+    title = address.repo.partition("/")[2]
     if license_id and not _LICENSE.fullmatch(f"license: {license_id}"):
         raise ConfigError(
             f"--license {license_id!r} is no license identifier",
@@ -39,7 +41,7 @@ def build_card(snapshot: Snapshot, *, repo: str, url: str, license_id: str) -> s
     rollouts = [s for s in snapshot.segments if s.kind == schema.ROLLOUT]
     sequences = sum(s.counts["N"] for s in rollouts)
     header = [
-        f'pretty_name: "{repo.partition("/")[2]}"',
+        f'pretty_name: "{title}"',
         *([f"license: {license_id}"] if license_id else []),
         "task_categories:",
         "- text-generation",
@@ -51,13 +53,13 @@ def build_card(snapshot: Snapshot, *, repo: str, url: str, license_id: str) -> s
     ]
     body = "\n".join(
         [
-            f"# {repo.partition('/')[2]}",
+            f"# {title}",
             "",
             "A logitcask store: responses that a student sampled, and the log-probs that teachers "
             "gave to every position of them. A student is trained from it without a teacher.",
             "",
             *_contents(snapshot, rollouts, sequences),
-            *_usage(snapshot, rollouts, repo=repo, url=url),
+            *_usage(snapshot, rollouts, address),
         ]
     )
     yaml = "---\n" + "\n".join(header) + "\n---\n"
@@ -128,7 +130,8 @@ def _contents(snapshot: Snapshot, rollouts: list[Segment], sequences: int) -> li
     return [*lines, "" if lines[-1] else "none\n"]
 
 
-def _usage(snapshot: Snapshot, rollouts: list[Segment], *, repo: str, url: str) -> Iterable[str]:
+def _usage(snapshot: Snapshot, rollouts: list[Segment], address: HubAddress) -> Iterable[str]:
+    url = address.url()
     names, teachers = snapshot.names(schema.ROLLOUT), snapshot.names(schema.SCORE)
     student = _value(rollouts[0].provenance.get("student"), "name") if rollouts else ""
     model = student if HUB_ID.fullmatch(student) and "/" in student else "STUDENT"
@@ -158,6 +161,7 @@ def _usage(snapshot: Snapshot, rollouts: list[Segment], *, repo: str, url: str) 
     ]
     if not rollouts:
         return
+    path = address.file(rollouts[0].path)
     yield from [
         "## Read it with Zarr",
         "",
@@ -167,7 +171,7 @@ def _usage(snapshot: Snapshot, rollouts: list[Segment], *, repo: str, url: str) 
         "import zarr",
         "from huggingface_hub import hf_hub_download",
         "",
-        f'path = hf_hub_download("{repo}", "{rollouts[0].path}", repo_type="dataset")',
+        f'path = hf_hub_download("{address.repo}", "{path}", repo_type="dataset")',
         'group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")',
         "print(group.tree())",
         "```",

@@ -6,7 +6,7 @@ and records have numbers, so both are skipped where they exist. A copy that was 
 longer a part of the original; `merge` joins two such stores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -58,7 +58,7 @@ def copy_store(
     last = last_record(store, target, snapshot.number)
     if format_file.read(target) is None:
         format_file.prepare(target)
-    missing, there = absent_objects(store, target, snapshot)
+    missing, there = absent_objects(store, sizes(target, "seg"), snapshot)
     with ThreadPoolExecutor(CONCURRENT_OBJECTS) as pool:
         copies = pool.map(lambda each: target.put(each.path, store.read_object(each)), missing)
         for done, _ in enumerate(copies):
@@ -109,12 +109,20 @@ def _diverged(where: str, store: Store) -> StoreError:
     )
 
 
-def absent_objects(store: Store, target: Storage, snapshot: Snapshot) -> tuple[list[Segment], int]:
-    """Return (segments whose objects the copy lacks, number of those that it has).
+def sizes(storage: Storage, folder: str) -> dict[str, int]:
+    """Return name -> bytes of all files below a folder."""
+    return {each.name: each.size for each in storage.files(folder)}
+
+
+def absent_objects(
+    store: Store, found: Mapping[str, int], snapshot: Snapshot
+) -> tuple[list[Segment], int]:
+    """Return (segments whose objects a copy lacks, number of those that it has).
+
+    found: name -> bytes of what the copy has.
 
     Raises StoreError where gc has removed a segment of the snapshot.
     """
-    found = {each.name: each.size for each in target.files("seg")}
     needed = reached(store.log, snapshot.number)
     removed = [each for each in snapshot.segments if store.is_removed(each)]
     if removed:

@@ -35,6 +35,7 @@ from logitcask.engine.store.transfer.copy import (
     absent_objects,
     last_record,
     log_objects,
+    sizes,
 )
 from logitcask.engine.types import Progress, no_progress
 
@@ -70,7 +71,7 @@ def push_to_hub(
 
     address, api = parse_address(url), HfApi()
     # Checked before anything is uploaded.
-    build_card(snapshot, repo=address.repo, url=address.url(), license_id=license_id)
+    build_card(snapshot, address, license_id)
     _open_repo(api, address, private)
     target = HubStorage(url)
     last = last_record(store, target, snapshot.number)
@@ -79,7 +80,7 @@ def push_to_hub(
         card_state = "unchanged"  # it describes a newer snapshot
     if card_state == "written":
         _validate(card, address)
-    missing, there = absent_objects(store, target, snapshot)
+    missing, there = absent_objects(store, sizes(target, "seg"), snapshot)
     commit, done = target.commit, 0
     pending: list[Any] = []
     for batch in _batches(missing):
@@ -144,12 +145,7 @@ def _card(
     old = "" if data is None else data.decode(errors="replace")
     if old and not is_ours(old):
         return old, "kept"
-    card = build_card(
-        snapshot,
-        repo=address.repo,
-        url=address.url(),
-        license_id=license_id or license_of(old),
-    )
+    card = build_card(snapshot, address, license_id or license_of(old))
     return card, "unchanged" if card == old else "written"
 
 
@@ -194,10 +190,9 @@ def _check_complete(
     store: Store, pushed: HubStorage, snapshot: Snapshot, new: dict[str, bytes]
 ) -> None:
     """Raise StoreError where the commit lacks a file: a .gitignore there may leave files out."""
-    missing, _ = absent_objects(store, pushed, snapshot)
-    sizes = {each.name: each.size for each in pushed.files("")}
-    absent = [each.path for each in missing]
-    absent += [name for name, data in new.items() if sizes.get(name) != len(data)]
+    found = sizes(pushed, "")
+    absent = [each.path for each in absent_objects(store, found, snapshot)[0]]
+    absent += [name for name, data in new.items() if found.get(name) != len(data)]
     if absent or format_file.read(pushed) is None:
         raise StoreError(
             f"{pushed.url} lacks {len(absent)} pushed files, such as {absent[:1]}",
