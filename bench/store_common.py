@@ -12,7 +12,7 @@ from results import ROOT
 from score_rows import WideRows, synthetic
 
 from logitcask.engine.store import Segment, Store
-from logitcask.engine.store.format import segment as segments
+from logitcask.engine.store.format.entry import sha256
 from logitcask.engine.types import Rollouts, Scores
 
 WORK = ROOT / "build" / "bench_store"
@@ -50,7 +50,7 @@ def fresh(name: str) -> Iterator[Path]:
 
 def key(*parts: object) -> str:
     """Return the unit key of some parts."""
-    return segments.sha256(repr(parts).encode())
+    return sha256(repr(parts).encode())
 
 
 def seal_rollouts(store: Store, rollouts: Rollouts, profile: str) -> Segment:

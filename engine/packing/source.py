@@ -313,7 +313,7 @@ class PackSource:
 def check_planned(store: Store, segments: Sequence[Segment], rollouts_name: str) -> None:
     """Raise IncompleteError if planned rollout units are missing."""
     # Each version of the student has its own number of planned units.
-    of = {(s.unit["version"], digest(s.provenance["student"])): s.provenance for s in segments}
+    of = {(s.version, digest(s.provenance["student"])): s.provenance for s in segments}
     if not all("units" in provenance["set"] for provenance in of.values()):
         raise IncompleteError(
             f"rollouts {rollouts_name!r} do not record how many units were planned (set.units)",

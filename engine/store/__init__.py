@@ -7,7 +7,7 @@ also delete units, remove unreachable segments and tag a snapshot. Disks and obj
 alike.
 """
 
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot
 from logitcask.engine.store.store import Store, holds_store, open_store
 

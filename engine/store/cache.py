@@ -24,7 +24,7 @@ from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.models.digests import flush
 from logitcask.engine.models.identity import canonical, digest
 from logitcask.engine.store.decoded_unit import DTYPES, DecodedUnit, decode_unit, dtypes_of
-from logitcask.engine.store.format.segment import Segment, sha256
+from logitcask.engine.store.format.entry import Segment, sha256
 from logitcask.engine.store.log.snapshot import ScoreSegments
 from logitcask.engine.store.store import Store
 from logitcask.engine.store.temporary import temporary_in

@@ -12,9 +12,8 @@ import logitcask.engine.store.format.archive as archive
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
-import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment, content_address, sha256
 from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.log.publish import append, check_name_identity
 from logitcask.engine.store.storage.base import Storage
@@ -71,14 +70,14 @@ def commit_arrays(storage: Storage, log: Log, arrays: Mapping[str, Array], new: 
     except ValueError as error:
         raise StoreError(f"a unit of {error}", hint=_TOO_LARGE) from error
     segments.check_decodes(data, arrays, counts=counts, **shape)
-    digest = segments.sha256(data)
+    digest = sha256(data)
     encoded = replace(
         new,
         counts=counts,
-        seg_id=segments.content_address(digest),
+        seg_id=content_address(digest),
         size=len(data),
         sha256=digest,
-        entries=segments.entries_of(new.layout, contents),
+        source=replace(new.body, entries=segments.entries_of(new.layout, contents)),
     )
     return publish_segment(storage, log, data, encoded)
 
@@ -97,7 +96,7 @@ def publish_segment(storage: Storage, log: Log, data: bytes, new: Segment) -> Se
         if here.path not in placed:
             storage.put(here.path, data)
             placed.add(here.path)
-        return {"adds": [record.encode_segment(here)]}
+        return {"adds": [here]}
 
     number = append(storage, log, build_record)
     # Our own segment may be deleted again by now, so it is looked up by its record.

@@ -9,9 +9,9 @@ import numpy as np
 
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import IncompleteError
+from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.format.ragged import find, starts
-from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.snapshot import ScoreSegments, are_partial
 from logitcask.engine.types import Array, CachedScores, Rollouts
 

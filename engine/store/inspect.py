@@ -7,9 +7,9 @@ import numpy as np
 
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
+from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.ragged import starts
-from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.claims import failed_units
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.store import Store
@@ -120,7 +120,7 @@ def describe_request(segment: Segment) -> str:
 
 def _rollout_request(segment: Segment) -> str:
     of = segment.provenance.get("set", {})
-    fields = [f"version {segment.unit['version']}"]
+    fields = [f"version {segment.version}"]
     fields += [f"{key} {of[key]:g}" for key in ("temperature", "top_p") if key in of]
     fields += [f"grader {of['grader']}"] if "grader" in of else []
     return ", ".join(fields)

@@ -20,7 +20,8 @@ import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.models.digests import flush
 from logitcask.engine.store.commit import find_committed, publish_segment
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment, sha256
+from logitcask.engine.store.log.lines import decode_sealed, encode_sealed
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.store import Store
 from logitcask.engine.store.temporary import temporary_in
@@ -55,7 +56,7 @@ def pack(
     for done, each in enumerate(visible):
         progress("pack", done, len(visible))
         files = segments.split(store.storage.where(each.path), store.read_object(each), each)
-        entry = record.encode_record(record.encode_segment(each))
+        entry = encode_sealed(record.encode_segment(each))
         packed = archive.write({**files, _ENTRY: entry})
         target = folder / f"{each.kind}-{each.seg_id}.zip"
         temporary = None
@@ -151,13 +152,13 @@ def _add(
     segments.check_entries(where, data, new)
     before = store.log.score_segments(new.name, new.base) if new.extends else ()
     store.check_arrays(new, segments.decode_object(where, data, new), before)
-    publish_segment(store.storage, store.log, data, replace(new, number=-1))
+    publish_segment(store.storage, store.log, data, new)
     return replace(count, added=count.added + 1)
 
 
 def _entry(path: Path) -> Segment:
     data = _read_zip(path, {_ENTRY: schema.MAX_RECORD_BYTES})[_ENTRY]
-    body, _ = record.decode_record(data, f"{path}:{_ENTRY}")
+    body, _ = decode_sealed(data, f"{path}:{_ENTRY}")
     return record.decode_segment(body, f"{path}:{_ENTRY}")
 
 
@@ -165,7 +166,7 @@ def _object(new: Segment, path: Path) -> bytes:
     profile = codecs.profile(new.profile)
     limits = segments.file_limits(new.layout, profile, new.counts)
     data = archive.write(_read_zip(path, limits))
-    if (len(data), segments.sha256(data)) != (new.size, new.sha256):
+    if (len(data), sha256(data)) != (new.size, new.sha256):
         raise IntegrityError(
             f"{path}: its files do not match its entry", hint="pack that segment again"
         )

@@ -15,8 +15,8 @@ import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.checks import check_cached, check_rollouts, vocabulary
+from logitcask.engine.store.format.entry import Segment, tokens_sha256
 from logitcask.engine.store.format.rows import marks_of, merged
-from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot, are_partial
 from logitcask.engine.store.storage.base import Storage
@@ -107,7 +107,7 @@ class Reader:
     def _decode_rollouts(self, which: Segment, arrays: dict[str, Array]) -> Rollouts:
         with self._consistent(which):
             found = rollouts.decode(arrays, codecs.profile(which.profile), which.seg_id)
-        if segments.tokens_sha256(found.tokens, found.seq_off) != which.tokens_sha256:
+        if tokens_sha256(found.tokens, found.seq_off) != which.tokens_sha256:
             raise self._contradiction(which, "tokens are not those of the record")
         return found
 

@@ -22,7 +22,7 @@ from typing import Any
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.claims as claims
 from logitcask.engine.errors import ConfigError, StoreError
-from logitcask.engine.store.format.segment import Segment, path_of
+from logitcask.engine.store.format.entry import Segment, path_of
 from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.log.publish import append
 from logitcask.engine.store.log.record import Content
@@ -126,7 +126,7 @@ def delete(
             for s in visible
             if s.kind == schema.ROLLOUT
             and s.name == rollouts
-            and (before_version is None or s.unit["version"] < before_version)
+            and (before_version is None or s.version < before_version)
         ]
         ids = {s.seg_id for s in old}
         others = {s.seg_id for s in visible if s.kind == schema.ROLLOUT and s not in old}
@@ -136,7 +136,7 @@ def delete(
 
     def build_record() -> dict[str, Any] | None:
         deleted[:] = select()
-        return {"retires": [each.unit_key for each in deleted]} if deleted else None
+        return {"deletes": [each.unit_key for each in deleted]} if deleted else None
 
     if dry_run:
         deleted = select()
@@ -195,7 +195,7 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
 
     def build_record() -> dict[str, Any] | None:
         fresh = [each for each in unreached() if not is_removed(each)][:_MAX_REMOVALS]
-        return {"sweeps": [list(each) for each in fresh]} if fresh else None
+        return {"removes": [list(each) for each in fresh]} if fresh else None
 
     store.head()
     if not dry_run:

@@ -13,13 +13,12 @@ import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.layouts as layout
 import logitcask.engine.store.format.rollouts as rollouts
 import logitcask.engine.store.format.schema as schema
-import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.claims as claims
 import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store.format.checks import check_rollouts, check_scores, vocabulary
+from logitcask.engine.store.format.entry import Segment, SegmentBody, tokens_sha256
 from logitcask.engine.store.format.rows import lists_at
-from logitcask.engine.store.format.segment import Segment
 from logitcask.engine.store.log.publish import check_name_identity
 from logitcask.engine.store.log.snapshot import ScoreSegments, are_partial
 from logitcask.engine.store.reader import Reader
@@ -47,8 +46,7 @@ class Store(Reader):
             profile="",
             name=name,
             unit_key="",
-            unit={},
-            provenance=provenance,
+            source=SegmentBody(unit={}, provenance=provenance),
         )
         check_name_identity(self.log, new)
 
@@ -74,8 +72,7 @@ class Store(Reader):
             profile=profile,
             name=name,
             unit_key=unit_key,
-            unit=dict(unit),
-            provenance=dict(provenance),
+            source=SegmentBody(unit=dict(unit), provenance=dict(provenance)),
         )
         if (winner := self._find_committed(new)) is not None:
             return winner
@@ -85,8 +82,14 @@ class Store(Reader):
             )
         check_rollouts(unit_rollouts, n_vocab=vocabulary(provenance))
         arrays = rollouts.encode(unit_rollouts, codecs.profile(profile))
-        digest = segments.tokens_sha256(arrays["response_tokens"], arrays["response_offsets"])
-        return self._commit(arrays, new, tokens_sha256=digest)
+        digest = tokens_sha256(arrays["response_tokens"], arrays["response_offsets"])
+        return self._commit(
+            arrays,
+            new,
+            tokens_sha256=digest,
+            version=unit["version"],
+            first=unit["first"],
+        )
 
     def commit_scores(
         self,
@@ -117,9 +120,7 @@ class Store(Reader):
             profile=profile,
             name=name,
             unit_key=unit_key,
-            unit=dict(unit),
-            provenance=dict(provenance),
-            seconds=seconds,
+            source=SegmentBody(unit=dict(unit), provenance=dict(provenance), seconds=seconds),
         )
         if (winner := self._find_committed(new)) is not None:
             return winner

@@ -1,15 +1,17 @@
 """Verification of all objects that the log names, and a list of those that it does not."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
+import logitcask.engine.store.log.bundles as bundles
 import logitcask.engine.store.log.claims as claims
-import logitcask.engine.store.log.log as log
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment, sha256
+from logitcask.engine.store.log.lines import BROKEN
 from logitcask.engine.store.log.snapshot import ScoreSegments
 from logitcask.engine.store.retention import reached
 from logitcask.engine.store.storage.base import STAGING
@@ -77,7 +79,7 @@ def verify(
     progress("verify", len(every), len(every))
     if damaged:
         raise damaged[0]
-    records = list(_records(store, snapshot.number))
+    records = list(_records(store, snapshot.number + 1))
     return Report(
         segments=len(present),
         positions=sum(s.counts["P"] for s in present.values() if s.kind == schema.ROLLOUT),
@@ -89,40 +91,49 @@ def verify(
     )
 
 
-def _records(store: Store, last: int) -> Iterator[int]:
+def _records(store: Store, end: int) -> Iterator[int]:
     """Yield the bytes of each record and each bundle, and check both against the log."""
-    together: list[bytes] = []
-    for number in range(last + 1):
+    storage = store.storage
+    for number in range(end):
         name = f"log/{record.file_name(number)}"
-        data = store.storage.read(name, schema.MAX_RECORD_BYTES)
-        where = store.storage.where(name)
-        if data is None or record.decode_record(data, where)[1] != store.log.sha256(number):
-            raise IntegrityError(f"{where}: missing, or another record", hint=record.BROKEN)
+        data = storage.read(name, schema.MAX_RECORD_BYTES)
+        # Where it is absent, the log was read from a bundle.
+        if data is not None:
+            lines = [record.split(data, storage.where(name))]
+            if not _are_of_log(store, number, lines):
+                raise IntegrityError(f"{storage.where(name)}: another record", hint=BROKEN)
+            yield len(data)
+        for each in store.log.added(number):
+            _ = each.body
+    for name in (each.name for each in storage.files("bundles")):
+        level, first = bundles.parts_of(name) or (0, 0)
+        if not level or first + level > end:
+            continue
+        data = storage.read(name, schema.MAX_BUNDLE_BYTES) or b""
+        found = bundles.split(data, level, first)
+        if found is None or not _are_of_log(store, first, zip(*found, strict=True)):
+            raise IntegrityError(
+                f"{storage.where(name)}: other records than in log/",
+                hint="remove this file if log/ holds its records; else restore it from a copy",
+            )
         yield len(data)
-        together.append(data)
-        if len(together) == log.BUNDLE:
-            yield _bundle(store, log.bundle_name(number + 1 - log.BUNDLE), b"".join(together))
-            together.clear()
 
 
-def _bundle(store: Store, name: str, records: bytes) -> int:
-    """Return the bytes of a bundle of these records; 0 where it is absent, which is allowed."""
-    data = store.storage.read(name, schema.MAX_BUNDLE_BYTES)
-    if data not in (None, records):
-        raise IntegrityError(
-            f"{store.storage.where(name)}: other records than in log/",
-            hint="remove this file: log/ holds all records",
-        )
-    return len(data or b"")
+def _are_of_log(store: Store, first: int, lines: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Return whether heads are those of the log, and bodies those of their heads."""
+    for number, (head, body) in enumerate(lines, first):
+        if sha256(head) != store.log.sha256(number):
+            return False
+        if [len(body), sha256(body)] != json.loads(head)["body"]:
+            return False
+    return True
 
 
 def _orphans(store: Store, present: dict[str, Segment]) -> tuple[str, ...]:
     storage = store.storage
     found = [each.name for each in storage.files(STAGING)]
     found += claims.unknown_files(storage)
-    for name in storage.names("log"):
-        number = record.number_of(name)
-        if number is None:
-            found.append(f"log/{name}")
+    found += [f"log/{name}" for name in storage.names("log") if record.number_of(name) is None]
+    found += [each.name for each in storage.files("bundles") if not bundles.parts_of(each.name)]
     found += [each.name for each in storage.files("seg") if each.name not in present]
     return tuple(found)

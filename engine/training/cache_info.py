@@ -76,7 +76,7 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         k_min=min(max(int(each["teacher_topk_min"]) for each in unit) for unit in requests),
         k_max=min(max(int(each["teacher_topk_max"]) for each in unit) for unit in requests),
         at_student=all(any(each["at_student"] for each in unit) for unit in requests),
-        versions=tuple(sorted({int(s.unit["version"]) for s in rollouts})),
+        versions=tuple(sorted({s.version for s in rollouts})),
         student_version=None if model is None else model.version,
         same_base_weights=model is None or sampler["base_weights"] == model.base_weights,
         same_weights=model is None

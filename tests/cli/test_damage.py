@@ -77,10 +77,10 @@ def test_verify_passes_a_sound_copy_and_counts_orphans(world: World, call: Any) 
 
 
 def test_a_newer_format_version_is_an_error(world: World, call: Any) -> None:
-    from logitcask.engine.store.log.record import decode_record, encode_record
+    from logitcask.engine.store.log.lines import decode_sealed, encode_sealed
 
     store = world.store()
     file = world.at(store) / "format.json"
-    body, _ = decode_record(file.read_bytes(), str(file))
-    file.write_bytes(encode_record(body | {"version": 99}))
+    body, _ = decode_sealed(file.read_bytes(), str(file))
+    file.write_bytes(encode_sealed(body | {"version": 99}))
     call(f"store info {store}").assert_error(1, "format version 99", "upgrade")

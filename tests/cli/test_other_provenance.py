@@ -10,20 +10,26 @@ from typing import Any
 import pytest
 
 from logitcask.engine.store import open_store
-from logitcask.engine.store.log.record import decode_record, encode_record
+from logitcask.engine.store.format.entry import sha256
+from logitcask.engine.store.log.lines import decode_sealed
+from logitcask.engine.store.log.record import split
 from tests.cli.conftest import ROLL, SCORE, TRAIN, World
+from tests.engine.store.made import forged
 
 
 def rewritten(world: World, change: Callable[[dict[str, Any]], None]) -> str:
     """Return a store whose records have a provenance changed by `change`, and right digests."""
     name = world.store()
-    prev = decode_record((world.at(name) / "format.json").read_bytes(), "")[1]
-    for file in sorted(world.at(name).glob("log/*.json")):
-        body, _ = decode_record(file.read_bytes(), "")
+    prev = decode_sealed((world.at(name) / "format.json").read_bytes(), "")[1]
+
+    def changed(head: dict[str, Any], body: dict[str, Any]) -> None:
+        head["prev"] = prev
         for add in body["adds"]:
             change(add["provenance"])
-        file.write_bytes(encode_record(body | {"prev": prev}))
-        prev = decode_record(file.read_bytes(), "")[1]
+
+    for file in sorted(world.at(name).glob("log/*.json")):
+        file.write_bytes(forged(file.read_bytes(), changed))
+        prev = sha256(split(file.read_bytes(), "")[0])
     return name
 
 

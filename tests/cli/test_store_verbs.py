@@ -9,7 +9,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
-from logitcask.engine.store.format.segment import path_of
+from logitcask.engine.store.format.entry import path_of
 from logitcask.engine.types import ScoreParams
 from tests.cli.conftest import KEPT, NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.score.scored import ref

@@ -69,7 +69,9 @@ MAX_JSON_VALUES = 1 << 22
 MAX_RECORD_BYTES = 8 << 20
 MAX_RECORD_VALUES = 300_000
 """As many as the files of segments make of that size."""
-MAX_BUNDLE_BYTES = 64 << 20
+MAX_HEADS_BYTES = 64 << 20
+MAX_BUNDLE_BYTES = 256 << 20
+"""Of a bundle of records, whose heads are read at once; larger ones are not written."""
 MAX_FORMAT_BYTES = 4096
 MAX_META_BYTES = 65536
 """A zarr.json is about a kilobyte."""

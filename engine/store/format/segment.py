@@ -6,9 +6,7 @@ of the schema, their metadata with the schema, and only then they are decoded, e
 memory of its own size. Some arrays are also read alone, by the offsets and digests in the record.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.shards as shards
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.models.identity import canonical
+from logitcask.engine.store.format.entry import Entry, Segment, sha256
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array
 
@@ -30,82 +29,6 @@ RESTORE = (
 
 _GAP = 65536
 """Bytes between two parts that are read with them rather than by another call."""
-
-Entry = tuple[int, int, str]
-"""Bytes of an object: (the offset of the first, their number, their sha256)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
-    """The entry of a segment in the log; the defaults are those of one that is not yet encoded."""
-
-    kind: str
-    """'rollout' or 'score'."""
-    seg_id: str = ""
-    """The first 32 hex digits of `sha256`."""
-    generation: int = 0
-    """Number of times that gc had removed this content before."""
-    unit_key: str
-    name: str
-    """Of the rollouts or of the teacher."""
-    base: str = ""
-    """seg_id of the rollouts that were scored; empty for rollouts."""
-    extends: str = ""
-    """seg_id of the scores that an extension follows; else empty."""
-    unit: Mapping[str, Any]
-    counts: Mapping[str, int] = field(default_factory=dict)
-    profile: str
-    layout: str
-    size: int = 0
-    """Bytes of the object."""
-    sha256: str = ""
-    """Of the object."""
-    entries: Mapping[str, Entry] = field(default_factory=dict)
-    """Array of schema.READ_ALONE, unless it is empty -> its data in the object."""
-    provenance: Mapping[str, Any]
-    tokens_sha256: str = ""
-    """sha256 over tokens and seq_off, equal in a score segment and its base."""
-    number: int = -1
-    """Of the log record that published it."""
-    seconds: float | None = None
-    """Time of the models for it, by the writer's clock; None = not recorded."""
-
-    def __hash__(self) -> int:
-        return hash((self.kind, self.seg_id, self.number))
-
-    @property
-    def path(self) -> str:
-        """Return the name of the object, relative to the store."""
-        return path_of(self.kind, self.seg_id, self.generation)
-
-    @property
-    def rows(self) -> int:
-        """Return the response positions that it holds, or whose scores it adds."""
-        return 0 if self.layout == schema.EXTENSION else self.counts.get("R", self.counts["P"])
-
-    @property
-    def is_partial(self) -> bool:
-        """Return whether it holds the scores of some positions of its base only."""
-        return self.layout.endswith(schema.PARTIAL)
-
-
-def path_of(kind: str, seg_id: str, generation: int) -> str:
-    behind = f".{generation}" if generation else ""
-    return f"seg/{kind}/{seg_id[:2]}/{seg_id}{behind}.zip"
-
-
-def sha256(data: bytes | memoryview) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def tokens_sha256(tokens: Array, seq_off: Array) -> str:
-    """Return the sha256 of the little-endian bytes of tokens (uint32), then seq_off (int64)."""
-    return sha256(tokens.astype("<u4").tobytes() + seq_off.astype("<i8").tobytes())
-
-
-def content_address(digest: str) -> str:
-    """Return the seg_id of an object with this sha256: the same bytes have the same id."""
-    return digest.removeprefix("sha256:")[:32]
 
 
 def dtype_of(spec: schema.Spec, profile: codecs.Profile) -> str:

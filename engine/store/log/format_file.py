@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.store.log.lines import decode_sealed, encode_sealed
 from logitcask.engine.store.storage.base import STAGING, Storage
 
 NAME = "format.json"
@@ -39,7 +40,7 @@ def read(storage: Storage) -> Identity | None:
         if storage.read(f"log/{record.file_name(0)}", schema.MAX_RECORD_BYTES) is not None:
             raise IntegrityError(f"{where}: missing, though the store has a log", hint=_RESTORE)
         return None
-    body, digest = record.decode_record(data, where)
+    body, digest = decode_sealed(data, where)
     if not isinstance(body.get("format"), str):
         raise IntegrityError(f"{where}: names no format", hint=_RESTORE)
     if body["format"] != schema.FORMAT:
@@ -83,7 +84,7 @@ def create(storage: Storage) -> Identity:
         "store_uuid": str(uuid.uuid4()),
         "created": now(),
     }
-    storage.create(NAME, record.encode_record(body))
+    storage.create(NAME, encode_sealed(body))
     identity = read(storage)
     if identity is None:
         raise StoreError(

@@ -2,24 +2,30 @@
 
 At most one writer can create record n. The state of a store is the fold of records 0..n. The first
 commit of a unit_key wins; a deleted unit is not visible from its record on, and its key is free
-again. A refresh lists one folder and reads only the new records.
-
-Every BUNDLE records are also kept together in one file, so that a store of many thousands opens in
-few reads. The records of a bundle are checked like any other.
+again. A refresh lists one folder and reads only the new records, in bundles where there are many,
+several at a time. The heads of all records are read and their chain is verified; a body is read
+when it is used.
 """
 
 import bisect
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 
 import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.log.bundles as bundles
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment, sha256
+from logitcask.engine.store.log.body import Bodies
+from logitcask.engine.store.log.lines import BROKEN, validated
 from logitcask.engine.store.log.record import Record
 from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot
-from logitcask.engine.store.storage.base import Storage
+from logitcask.engine.store.storage.base import Storage, map_concurrently
 
-BUNDLE = 256
-"""Records of a bundle."""
+_AT_ONCE = 64
+"""Bundles and records that a refresh reads before it folds them."""
 
 
 class Log:
@@ -48,8 +54,8 @@ class Log:
         self._removals: dict[tuple[str, str], int] = {}
         """(kind, seg_id) -> how often gc has removed this content."""
         self._tags: dict[str, int] = {}
-        self._single: list[bytes] = []
-        """The records since the last bundle that was read or written."""
+        self._bodies = Bodies(storage, bundles.body_line)
+        self._opened = False
         self._snapshot: Snapshot | None = None
 
     def __len__(self) -> int:
@@ -61,68 +67,122 @@ class Log:
 
     def refresh(self) -> None:
         """Read and fold the new records. Raises IntegrityError for a gap or an invalid record."""
+        # Bundles may have the first records alone; they are listed once, and not all of log/ is.
+        start = len(self) if self._opened else bundles.covered(self._storage)
         # Listed before reading: a record published meanwhile is not mistaken for one beyond a gap.
-        second_last = record.file_name(len(self) - 2) if len(self) > 1 else ""
+        second_last = record.file_name(start - 2) if start > 1 else ""
         names = self._storage.names("log", after=second_last)
         numbers = [number for name in names if (number := record.number_of(name)) is not None]
-        last = max(numbers, default=max(-1, len(self) - 2))
-        if last + 1 < len(self):
-            raise self._missing(last + 1)
-        while True:
-            number = len(self)
-            if number % BUNDLE == 0 and last >= number + BUNDLE - 1 and self._read_bundle(number):
-                continue
-            name = f"log/{record.file_name(number)}"
-            data = self._storage.read(name, schema.MAX_RECORD_BYTES)
-            if data is None:
-                # A listing may miss a name that is being added, but opening it cannot.
-                if number <= last:
-                    raise self._missing(number)
-                return
-            self._fold(record.parse(data, self.where(number), number=number, prev=self.prev()))
-            self._single.append(data)
+        end = max((number + 1 for number in numbers), default=0)
+        if end < start:
+            # The newest record is in a bundle only, or lost.
+            end = max(end, bundles.covered(self._storage) if self._opened else start)
+        if end < len(self):
+            raise self._missing(max(end, len(self) - 1))
+        with _collector_off(end - len(self) > bundles.LEVELS[0]):
+            while len(self) < end:
+                self._catch_up(end)
+        self._opened = True
 
-    def _read_bundle(self, first: int) -> bool:
+    def _catch_up(self, end: int) -> None:
+        """Read some of the records before `end`, several at a time, and fold them."""
+        todo = list(islice(bundles.pieces(len(self), end), _AT_ONCE))
+        names = [f"log/{record.file_name(first)}" for level, first in todo if level == 1]
+        single = self._storage.read_all(dict.fromkeys(names, schema.MAX_RECORD_BYTES))
+        large = [(self._storage, *piece) for piece in todo if piece[0] > 1]
+        heads = iter(map_concurrently(bundles.read_heads, large))
+        for level, first in todo:
+            if level == 1:
+                self._fold_single(first, single[f"log/{record.file_name(first)}"])
+            elif not self._fold_heads(next(heads)):
+                self._fold_below(level, first)
+
+    def _fold_single(self, number: int, data: bytes | None) -> None:
+        where = self.where(number)
+        if data is None:
+            lines = bundles.read_record(self._storage, number)
+            if lines is None:
+                raise self._missing(number)
+            data = record.join(*lines)
+        self._fold(record.parse(data, where, number=number, prev=self.prev(), bodies=self._bodies))
+
+    def _fold_heads(self, found: bundles.Heads | None) -> bool:
         """Fold the records of a bundle; return False where there is no valid one."""
-        name = bundle_name(first)
+        if found is None:
+            return False
+        where, prev, start = self._storage.where(found.name), self.prev(), found.start
         records: list[Record] = []
         try:
-            data = self._storage.read(name, schema.MAX_BUNDLE_BYTES)
-            lines = (data or b"").splitlines(keepends=True)
-            if len(lines) != 2 * BUNDLE:
-                return False
-            prev = self.prev()
-            for i in range(BUNDLE):
-                line, where = b"".join(lines[2 * i : 2 * i + 2]), self._storage.where(name)
-                records.append(record.parse(line, where, number=first + i, prev=prev))
-                prev = records[-1].sha256
+            for number, line in enumerate(found.lines, found.first):
+                new = record.parse_head(
+                    line, where, number=number, prev=prev, bodies=self._bodies, name=found.name
+                )
+                new.body.start = start
+                start, prev = start + new.body.size + 1, new.sha256
+                records.append(new)
         except IntegrityError:
             # Only a copy of the records in log/; `verify` reports it.
             return False
         for each in records:
             self._fold(each)
-        self._single.clear()
         return True
 
-    def write_bundles(self) -> None:
-        """Write the bundles that are complete and not there yet."""
-        start = len(self) - len(self._single)
-        while start % BUNDLE == 0 and len(self._single) >= BUNDLE:
-            together = b"".join(self._single[:BUNDLE])
-            if len(together) <= schema.MAX_BUNDLE_BYTES:
-                self._storage.create(bundle_name(start), together)
-            del self._single[:BUNDLE]
-            start += BUNDLE
+    def _fold_below(self, level: int, first: int) -> None:
+        """Fold the records of a damaged or absent bundle from those of the level below."""
+        for less, number in bundles.below(level, first):
+            if less == 1:
+                name = f"log/{record.file_name(number)}"
+                self._fold_single(number, self._storage.read(name, schema.MAX_RECORD_BYTES))
+            elif not self._fold_heads(bundles.read_heads(self._storage, less, number)):
+                self._fold_below(less, number)
+
+    def parse_next(self, data: bytes) -> Record:
+        """Decode and check a whole record that would be the next. Raises IntegrityError."""
+        number, bodies = len(self), Bodies(self._storage, bundles.body_line)
+        where = self.where(number)
+        new = record.parse(data, where, number=number, prev=self.prev(), bodies=bodies)
+        for each in new.adds:
+            new.body.of(each)
+        return new
+
+    def write_bundles(self, number: int) -> None:
+        """Write the bundles that end with a record that this process has published."""
+        bundles.write(self._storage, number + 1)
+
+    def read_record(self, number: int) -> bytes:
+        """Return the bytes of a record's file, also where only a bundle has it."""
+        lines = bundles.read_record(self._storage, number)
+        if lines is None or sha256(lines[0]) != self.sha256(number):
+            raise self._missing(number)
+        return record.join(*lines)
+
+    def objects(self, number: int) -> list[str]:
+        """Return the fewest bundles and records that together hold records 0..number."""
+        there = {
+            f"bundles/{level}/{name}"
+            for level in bundles.LEVELS
+            for name in self._storage.names(f"bundles/{level}")
+        }
+
+        def covering(level: int, first: int) -> Iterator[str]:
+            if level == 1:
+                yield f"log/{record.file_name(first)}"
+            elif (name := bundles.name_of(level, first)) in there:
+                yield name
+            else:
+                for piece in bundles.below(level, first):
+                    yield from covering(*piece)
+
+        return [name for piece in bundles.pieces(0, number + 1) for name in covering(*piece)]
 
     def _missing(self, number: int) -> IntegrityError:
         return IntegrityError(
-            f"{self.where(number)}: this published log record is missing",
-            hint=record.BROKEN,
+            f"{self.where(number)}: this published log record is missing", hint=BROKEN
         )
 
     def _fold(self, new: Record) -> None:
         message = f"{self.where(new.number)}: contradicts the records before it"
-        record.validated(lambda: self._apply(new), message)
+        validated(lambda: self._apply(new), message)
         self._sums.append(new.sha256)
         self._times.append(new.time)
         self._ends.append(len(self._segments))
@@ -262,5 +322,14 @@ class Log:
         return self._snapshot
 
 
-def bundle_name(first: int) -> str:
-    return f"bundles/{first:010d}.jsonl"
+@contextmanager
+def _collector_off(off: bool) -> Iterator[None]:
+    """Pause the garbage collector, which searches a growing log in vain again and again."""
+    off = off and gc.isenabled()
+    if off:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if off:
+            gc.enable()

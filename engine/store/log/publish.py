@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.record as record
@@ -14,7 +14,8 @@ from logitcask.engine.config.strict_json import count_values
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.models.fingerprint import compare_records
 from logitcask.engine.models.identity import canonical
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment
+from logitcask.engine.store.log.body import encode_body
 from logitcask.engine.store.log.format_file import now
 from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.storage.base import Storage
@@ -24,35 +25,75 @@ NAME_IDENTITY = {
     schema.SCORE: (("teacher", "weights"), ("teacher_kind",), ("context",)),
 }
 """Paths into the provenance at which all segments of a name agree."""
+T = TypeVar("T")
+
 _MAX_REFUSALS = 50
 """Refusals in a row by a storage that then shows no record."""
 
 BuildRecord = Callable[[], Mapping[str, Any] | None]
+"""Returns some of: adds (segments), deletes, removes, tags; None = no record is needed."""
 
 
 def append(storage: Storage, log: Log, build_record: BuildRecord) -> int | None:
     """Publish the record that `build_record` makes for the newest log; return its number, or None.
 
-    `build_record` returns some keys of the body, or None for no record. It is called again when
-    another writer was faster, so every record is decided on the state that it follows. A record
-    whose response was lost is recognised by its digest, and is not written twice.
+    `build_record` is called again when another writer was faster, so every record is decided on the
+    state that it follows.
     """
-    writer = {"host": socket.gethostname(), "pid": os.getpid(), "versions": _versions()}
-    commit_id, refused = uuid.uuid4().hex, 0
+    attempts = Attempts(storage, log)
     log.refresh()
-    while (content := _build(log, build_record)) is not None:
-        number = len(log)
-        body = {
-            "n": number,
-            "prev": log.prev(),
-            "commit_id": commit_id,
+    while (content := build(log, build_record)) is not None:
+        if (number := attempts.publish(content)) is not None:
+            break
+    # Our own record, or the one that made it unnecessary, is durable before it is acknowledged.
+    storage.settle("log")
+    return None if content is None else number
+
+
+class Attempts:
+    """The attempts of one writer to publish a record."""
+
+    def __init__(self, storage: Storage, log: Log) -> None:
+        self._storage, self._log = storage, log
+        self._commit_id, self._refused = uuid.uuid4().hex, 0
+
+    def publish(self, content: Mapping[str, Any]) -> int | None:
+        """Create the record after the newest one; return its number, None if others were faster.
+
+        A record whose response was lost is recognised by its digest, and is not written twice.
+        Raises StoreError for a record that no reader would accept.
+        """
+        log, number = self._log, len(self._log)
+        data = self._encode(content)
+        # A record that a reader would refuse is not published.
+        ours = log.parse_next(data)
+        self._storage.create(f"log/{record.file_name(number)}", data)
+        log.refresh()
+        if len(log) > number and log.sha256(number) == ours.sha256:
+            log.write_bundles(number)
+            return number
+        self._refused = self._refused + 1 if len(log) == number else 0
+        if self._refused > _MAX_REFUSALS:
+            raise StoreError(
+                f"{log.where(number)} is refused as existing, but does not exist",
+                hint="check the file system or the object store, then run the same command again",
+            )
+        return None
+
+    def _encode(self, content: Mapping[str, Any]) -> bytes:
+        adds = content.get("adds", ())
+        head = {
+            "n": len(self._log),
+            "prev": self._log.prev(),
             "time": now(),
-            "writer": writer,
-            **{"adds": [], "retires": [], "sweeps": [], "tags": {}},
+            **{"deletes": [], "removes": [], "tags": {}},
             **content,
+            "adds": [record.encode_add(each) for each in adds],
         }
+        writer = {"host": socket.gethostname(), "pid": os.getpid(), "versions": _versions()}
+        body = {"commit_id": self._commit_id, "writer": writer, "adds": [*map(encode_body, adds)]}
         try:
-            data = record.encode_record(body)
+            data = record.encode_record(head, body)
         except (TypeError, ValueError) as error:
             raise StoreError(
                 f"a record that is not JSON ({error})",
@@ -65,25 +106,10 @@ def append(storage: Storage, log: Log, build_record: BuildRecord) -> int | None:
                 f"{schema.MAX_RECORD_BYTES} and {schema.MAX_RECORD_VALUES}",
                 hint="put less into one record: a smaller provenance, or several deletions",
             )
-        # A record that a reader would refuse is not published.
-        ours = record.parse(data, log.where(number), number=number, prev=log.prev())
-        storage.create(f"log/{record.file_name(number)}", data)
-        log.refresh()
-        if len(log) > number and log.sha256(number) == ours.sha256:
-            break
-        refused = refused + 1 if len(log) == number else 0
-        if refused > _MAX_REFUSALS:
-            raise StoreError(
-                f"{log.where(number)} is refused as existing, but does not exist",
-                hint="check the file system or the object store, then run the same command again",
-            )
-    # Our own record, or the one that made it unnecessary, is durable before it is acknowledged.
-    storage.settle("log")
-    log.write_bundles()
-    return None if content is None else number
+        return data
 
 
-def _build(log: Log, build_record: BuildRecord) -> Mapping[str, Any] | None:
+def build(log: Log, build_record: Callable[[], T]) -> T:
     """Call `build_record`, a second time where gc has removed the data that it read."""
     number = len(log)
     try:

@@ -1,33 +1,36 @@
 """The encoding and the validation of a log record.
 
-A record is two lines: canonical JSON, and the sha256 of that line. Everything in it is checked
-before use: identifiers match their patterns, counts and sizes are bounded, and every name follows
-from them, so a record cannot name other paths.
+A record is three lines: its head, its body, and the sha256 of the head. The head has all that the
+fold of the log needs, the digest of the record before it, and the size and the sha256 of the body.
+Everything in it is checked before use: identifiers match their patterns, counts and sizes are
+bounded, and every name follows from them, so a record cannot name other paths. A body is checked
+when it is used.
 """
 
-import json
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
 
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
-from logitcask.engine.config.strict_json import count_values
 from logitcask.engine.errors import ConfigError, IntegrityError
 from logitcask.engine.models.identity import canonical
-from logitcask.engine.store.format.provenance import provenance_of
-from logitcask.engine.store.format.segment import (
-    Entry,
-    Segment,
-    content_address,
-    decoded_bytes,
-    object_limit,
-    sha256,
+from logitcask.engine.store.format.entry import Segment, SegmentBody, content_address, sha256
+from logitcask.engine.store.format.segment import decoded_bytes, dtype_of, object_limit
+from logitcask.engine.store.log.body import Bodies, RecordBody, checked, encode_body
+from logitcask.engine.store.log.lines import (
+    BROKEN,
+    decode_line,
+    is_count,
+    matching,
+    require,
+    trailer,
+    validated,
 )
-
-BROKEN = "restore it from a copy of the store; the records after it build on it"
 
 Content = tuple[str, str, int]
 """(kind, seg_id, generation): one object of a segment."""
@@ -35,11 +38,11 @@ Content = tuple[str, str, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """A valid record of the log."""
+    """A record of the log with a valid head."""
 
     number: int
     sha256: str
-    """Of its first line; the next record's `prev`."""
+    """Of its head; the next record's `prev`."""
     time: str
     """UTC, ISO 8601, by the writer's clock."""
     adds: tuple[Segment, ...]
@@ -49,6 +52,7 @@ class Record:
     """Objects that gc removes after this record."""
     tags: Mapping[str, int | None]
     """Tag -> snapshot id, None where the tag is removed."""
+    body: RecordBody
 
 
 def file_name(number: int) -> str:
@@ -60,182 +64,203 @@ def number_of(name: str) -> int | None:
     return int(name[:10]) if re.fullmatch(r"[0-9]{10}\.json", name) else None
 
 
-def encode_record(body: Mapping[str, Any]) -> bytes:
-    """Encode a body as one line of canonical JSON, and its digest as another."""
-    line = canonical(body)
-    return line + b"\n" + canonical({"sha256": sha256(line)}) + b"\n"
+def encode_record(head: Mapping[str, Any], body: Mapping[str, Any]) -> bytes:
+    """Encode a record; its head gets the size and the sha256 of the body."""
+    below = canonical(body)
+    line = canonical({**head, "body": [len(below), sha256(below)]})
+    return join(line, below)
 
 
-def decode_record(data: bytes, where: str) -> tuple[dict[str, Any], str]:
-    """Decode a record to (body, its sha256). Raises IntegrityError for any other bytes."""
-    line = data.partition(b"\n")[0]
-    digest = sha256(line)
-    if data[len(line) :] != b"\n" + canonical({"sha256": digest}) + b"\n":
+def join(head: bytes, body: bytes) -> bytes:
+    """Return the file of a record with these lines."""
+    return head + b"\n" + body + b"\n" + trailer(sha256(head))
+
+
+def split(data: bytes, where: str) -> tuple[bytes, bytes]:
+    """Return the head and the body of a record. Raises IntegrityError for a damaged head."""
+    head, _, rest = data.partition(b"\n")
+    body, _, end = rest.partition(b"\n")
+    if end != trailer(sha256(head)):
         raise IntegrityError(f"{where}: does not match its own sha256", hint=BROKEN)
-    if (values := count_values(line)) > schema.MAX_RECORD_VALUES:
-        most = schema.MAX_RECORD_VALUES
-        raise IntegrityError(f"{where}: {values} JSON values, at most {most}", hint=BROKEN)
-    try:
-        body = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{where}: not JSON ({error})", hint=BROKEN) from error
-    if not isinstance(body, dict):
-        raise IntegrityError(f"{where}: not a JSON object", hint=BROKEN)
-    return body, digest
+    return head, body
 
 
 def encode_segment(segment: Segment) -> dict[str, Any]:
-    """Return the entry of a segment in a record."""
-    fields = set(Segment.__dataclass_fields__) - {"number"}
-    if segment.seconds is None:
-        fields.remove("seconds")
-    return {name: getattr(segment, name) for name in fields}
+    """Return the whole entry of a segment: the fields of its head as `add`, and its body."""
+    return {"add": encode_add(segment), **encode_body(segment)}
 
 
-def parse(data: bytes, where: str, *, number: int, prev: str) -> Record:
-    """Decode and check a record. Raises IntegrityError naming the file."""
-    body, digest = decode_record(data, where)
-    if body.get("n") != number:
-        raise IntegrityError(f"{where}: has the number {body.get('n')!r}", hint=BROKEN)
-    if body.get("prev") != prev:
+def decode_segment(entry: Mapping[str, Any], where: str) -> Segment:
+    """Decode and check the whole entry of a segment. Raises IntegrityError naming the file."""
+
+    def segment() -> Segment:
+        head = _segment(entry["add"], -1, 0, SegmentBody(unit={}, provenance={}))
+        return replace(head, source=checked(entry, head))
+
+    return validated(segment, f"{where}: not a valid segment")
+
+
+def encode_add(segment: Segment) -> list[Any]:
+    """Return the fields of a segment in the head of a record."""
+    return [getattr(segment, name) for name in ADD]
+
+
+ADD = (
+    *("kind", "seg_id", "generation", "unit_key", "name", "base", "extends", "tokens_sha256"),
+    *("layout", "profile", "counts", "size", "sha256", "version", "first"),
+)
+"""Fields of an add, in their order in the head of a record."""
+
+
+def parse(data: bytes, where: str, *, number: int, prev: str, bodies: Bodies) -> Record:
+    """Decode a record and check its head. Raises IntegrityError naming the file."""
+    head, body = split(data, where)
+    found = parse_head(head, where, number=number, prev=prev, bodies=bodies)
+    found.body.line = body
+    return found
+
+
+def parse_head(
+    line: bytes, where: str, *, number: int, prev: str, bodies: Bodies, name: str = ""
+) -> Record:
+    """Decode and check the head of a record. Raises IntegrityError naming the file.
+
+    name: the bundle that has it; else a file of its own.
+    """
+    head = decode_line(line, where)
+    if head.get("n") != number:
+        raise IntegrityError(f"{where}: has the number {head.get('n')!r}", hint=BROKEN)
+    if head.get("prev") != prev:
         raise IntegrityError(
-            f"{where}: follows {body.get('prev')!r}, but the record before it is {prev!r}",
+            f"{where}: follows {head.get('prev')!r}, but the record before it is {prev!r}",
             hint=BROKEN,
         )
 
     def record() -> Record:
-        _require(isinstance(body["commit_id"], str), "commit_id is not text")
-        _require(isinstance(body["time"], str), "time is not text")
+        size, digest = head["body"]
+        require(is_count(size) and size <= schema.MAX_RECORD_BYTES, f"a body of {size!r} bytes")
+        adds, time = head["adds"], head["time"]
+        require(type(time) is str, "time is not text")
+        body = RecordBody(
+            bodies,
+            number=number,
+            name=name or f"log/{file_name(number)}",
+            start=0,
+            size=size,
+            digest=matching(schema.DIGEST, digest),
+            count=len(adds),
+        )
         return Record(
             number=number,
-            sha256=digest,
-            time=body["time"],
-            adds=tuple(_segment(add, number) for add in body["adds"]),
-            deletes=tuple(_matching(schema.DIGEST, key) for key in body["retires"]),
-            removes=tuple(_content(*content) for content in body["sweeps"]),
-            tags=_tags(body["tags"], number),
+            sha256=sha256(line),
+            time=time,
+            adds=tuple([_segment(add, number, i, body) for i, add in enumerate(adds)]),
+            deletes=tuple([matching(schema.DIGEST, key) for key in head["deletes"]]),
+            removes=tuple([_content(*content) for content in head["removes"]]),
+            tags=_tags(head["tags"], number),
+            body=body,
         )
 
     return validated(record, f"{where}: not a valid record")
 
 
-def decode_segment(add: Any, where: str) -> Segment:
-    """Decode and check the entry of a segment. Raises IntegrityError naming the file."""
-    return validated(lambda: _segment(add, -1), f"{where}: not a valid segment")
-
-
-T = TypeVar("T")
-
-
-def validated(make: Callable[[], T], what: str) -> T:
-    """Return make(). Raises IntegrityError in place of the errors of invalid data."""
-    try:
-        return make()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{what} ({error})", hint=BROKEN) from error
-
-
-def _require(holds: bool, rule: str) -> None:
-    if not holds:
-        raise ValueError(rule)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _matching(pattern: re.Pattern[str], text: Any) -> str:
-    _require(bool(pattern.fullmatch(text)), f"{text!r} is not allowed")
-    return str(text)
-
-
 def _content(kind: Any, seg_id: Any, generation: Any) -> Content:
-    _require(kind in schema.KINDS, f"kind {kind!r}")
-    _require(_is_count(generation), f"generation {generation!r}")
-    return kind, _matching(schema.SEG_ID, seg_id), generation
+    require(kind in schema.KINDS, f"kind {kind!r}")
+    require(is_count(generation), f"generation {generation!r}")
+    return kind, matching(schema.SEG_ID, seg_id), generation
 
 
 def _tags(tags: Mapping[Any, Any], number: int) -> dict[str, int | None]:
     for name, marked in tags.items():
-        _matching(schema.NAME, name)
-        _require(
-            marked is None or (_is_count(marked) and marked < number), f"tag {name} of {marked}"
-        )
+        matching(schema.NAME, name)
+        require(marked is None or (is_count(marked) and marked < number), f"tag {name} of {marked}")
     return dict(tags)
 
 
-def _segment(add: Mapping[str, Any], number: int) -> Segment:
-    """Check the entry of a segment. Raises ValueError, KeyError, TypeError or AttributeError."""
-    layout = add["layout"]
-    kind, seg_id, _ = _content(add["kind"], add["seg_id"], add["generation"])
-    _require(layout in schema.LAYOUTS[kind], f"layout {layout!r} of a {kind} segment")
-    for key, pattern in (
-        ("name", schema.NAME),
-        ("unit_key", schema.DIGEST),
-        ("tokens_sha256", schema.DIGEST),
-    ):
-        _require(bool(pattern.fullmatch(add[key])), f"{key} {add[key]!r}")
-    follows = layout == schema.EXTENSION or (layout.endswith(schema.PARTIAL) and add["extends"])
-    for key, has_id in (("base", kind == schema.SCORE), ("extends", follows)):
-        _require(
-            bool(schema.SEG_ID.fullmatch(add[key])) if has_id else add[key] == "",
-            f"{key} {add[key]!r}",
-        )
+_SEG_ID, _NAME, _DIGEST = (
+    pattern.fullmatch for pattern in (schema.SEG_ID, schema.NAME, schema.DIGEST)
+)
+
+
+def _segment(add: Sequence[Any], number: int, index: int, source: Any) -> Segment:
+    """Check an add of a head. Raises ValueError, KeyError, TypeError or AttributeError."""
+    kind, seg_id, generation, unit_key, name, base, extends, tokens, layout, profile = add[:10]
+    counts, size, digest, version, first = add[10:]
+    require(kind in schema.KINDS, f"kind {kind!r}")
+    require(layout in schema.LAYOUTS[kind], f"layout {layout!r} of a {kind} segment")
+    require(type(generation) is int and generation >= 0, f"generation {generation!r}")
+    if not _SEG_ID(seg_id):
+        raise ValueError(f"{seg_id!r} is not allowed")
+    if not _NAME(name):
+        raise ValueError(f"name {name!r}")
+    for key, text in (("unit_key", unit_key), ("tokens_sha256", tokens), ("sha256", digest)):
+        if not _DIGEST(text):
+            raise ValueError(f"{key} {text!r}")
+    follows = layout == schema.EXTENSION or (layout.endswith(schema.PARTIAL) and extends != "")
+    if not (_SEG_ID(base) if kind == schema.SCORE else base == ""):
+        raise ValueError(f"base {base!r}")
+    if not (_SEG_ID(extends) if follows else extends == ""):
+        raise ValueError(f"extends {extends!r}")
+    limit = _check_counts(counts, layout, profile)
+    require(type(size) is int and 0 <= size <= limit, f"{size!r} bytes of an object")
+    require(content_address(digest) == seg_id, f"sha256 {digest!r}")
+    is_place = is_count(version) and is_count(first)
+    require(is_place, f"version {version!r}, first {first!r}")
+    require(kind == schema.ROLLOUT or version == first == 0, "scores have no version or first")
+    return Segment(
+        kind=kind,
+        seg_id=seg_id,
+        generation=generation,
+        unit_key=unit_key,
+        name=name,
+        base=base,
+        extends=extends,
+        tokens_sha256=tokens,
+        layout=layout,
+        profile=profile,
+        counts=counts,
+        size=size,
+        sha256=digest,
+        version=version,
+        first=first,
+        number=number,
+        index=index,
+        source=source,
+    )
+
+
+@cache
+def _bounds(layout: str, profile_name: str) -> tuple[dict[str, int], int]:
+    """Return (count -> bytes of its arrays for each one, bytes that rounding adds at most)."""
+    profile = codecs.profile(profile_name)
+    each, rounding = dict.fromkeys(schema.COUNTS[layout], 0), 0
+    for spec in schema.specs(layout).values():
+        item = np.dtype(dtype_of(spec, profile)).itemsize
+        each[spec.count] += item
+        rounding += item * (spec.chunk + spec.plus)
+    return each, rounding
+
+
+def _check_counts(counts: Any, layout: str, profile_name: Any) -> int:
+    """Check the counts of a segment; return the most bytes that its object may have."""
     try:
-        profile = codecs.profile(add["profile"])
+        each, rounding = _bounds(layout, profile_name)
     except ConfigError as error:
         raise ValueError(error.cause) from error
-    unit, provenance, seconds = add["unit"], add["provenance"], add.get("seconds")
-    if seconds is not None:
-        is_number = type(seconds) in (int, float) and 0 <= seconds < math.inf
-        _require(is_number, f"seconds {seconds!r}")
-    _require(
-        isinstance(unit, dict) and isinstance(provenance, dict),
-        "unit or provenance is not an object",
-    )
-    if kind == schema.ROLLOUT:
-        is_unit = _is_count(unit["version"]) and _is_count(unit["first"])
-        _require(is_unit, "unit lacks version or first")
-    counts, decoded = _counts(add["counts"], layout, profile)
-    size, digest = add["size"], add["sha256"]
-    is_size = _is_count(size) and size <= object_limit(layout, decoded)
-    _require(is_size, f"{size!r} bytes of an object")
-    _require(content_address(_matching(schema.DIGEST, digest)) == seg_id, f"sha256 {digest!r}")
-    entries = _entries(add["entries"], layout, counts, size)
-    fields: dict[str, Any] = {"counts": counts, "entries": entries, "number": number}
-    for name in set(Segment.__dataclass_fields__) - {*fields, "seconds"}:
-        fields[name] = add[name]
-    where = f"segment {seg_id} of {kind} {add['name']!r}"
-    fields["provenance"] = provenance_of(provenance, f"{where}: provenance")
-    return Segment(**fields, seconds=seconds)
-
-
-def _counts(
-    counts: Mapping[str, Any], layout: str, profile: codecs.Profile
-) -> tuple[dict[str, int], int]:
-    """Check the counts of a segment; return them, and the bytes of its arrays."""
-    _require(counts.keys() == set(schema.COUNTS[layout]), f"counts {sorted(counts)}")
+    require(type(counts) is dict and counts.keys() == each.keys(), f"counts {sorted(counts)}")
+    decoded = 0
     for key, value in counts.items():
-        _require(_is_count(value) and value <= schema.MAX_COUNT[key], f"{key} {value!r}")
-    most = counts["P"] * schema.MAX_K
-    _require(counts.get("R", 0) <= counts["P"], f"R {counts.get('R')} of {counts['P']} rows")
+        if type(value) is not int or not 0 <= value <= schema.MAX_COUNT[key]:
+            raise ValueError(f"{key} {value!r}")
+        decoded += value * each[key]
+    rows = counts["P"]
+    require(counts.get("R", 0) <= rows, f"R {counts.get('R')} of {rows} rows")
     for key in ("E", "S"):
-        _require(counts.get(key, 0) <= most, f"{key} {counts.get(key)} on {counts['P']} rows")
-    size = decoded_bytes(layout, profile, counts)
-    _require(size <= schema.MAX_SEGMENT_BYTES, f"{size} bytes decoded")
-    return dict(counts), size
-
-
-def _entries(
-    listed: Mapping[str, Any], layout: str, counts: Mapping[str, int], size: int
-) -> dict[str, Entry]:
-    """Check that the entries are those of the schema and lie in an object of `size` bytes."""
-    specs = schema.specs(layout)
-    names = {name for name in schema.read_alone(layout) if specs[name].length(counts)}
-    _require(listed.keys() == names, f"entries {sorted(set(listed) ^ names)[:3]}")
-    entries = {}
-    for name, (start, length, digest) in listed.items():
-        inside = _is_count(start) and _is_count(length) and start + length <= size
-        _require(inside, f"bytes {start!r} and {length!r} more of {name}")
-        entries[name] = (start, length, _matching(schema.DIGEST, digest))
-    return entries
+        if counts.get(key, 0) > rows * schema.MAX_K:
+            raise ValueError(f"{key} {counts.get(key)} on {rows} rows")
+    if decoded + rounding > schema.MAX_SEGMENT_BYTES:
+        # Close to the limit or beyond: count exactly.
+        size = decoded_bytes(layout, codecs.profile(profile_name), counts)
+        require(size <= schema.MAX_SEGMENT_BYTES, f"{size} bytes decoded")
+        return object_limit(layout, size)
+    return object_limit(layout, decoded + rounding)

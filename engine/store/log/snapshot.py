@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import logitcask.engine.store.format.schema as schema
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment
 
 ScoreSegments = tuple[Segment, ...]
 """The score segments of one teacher on one rollout segment: the first, then its extensions."""
@@ -28,7 +28,7 @@ class Snapshot:
     def rollouts(self, name: str) -> tuple[Segment, ...]:
         """Return the rollout segments of a name, by student version, then by first prompt."""
         found = [s for s in self.segments if s.kind == schema.ROLLOUT and s.name == name]
-        return tuple(sorted(found, key=lambda s: (s.unit["version"], s.unit["first"])))
+        return tuple(sorted(found, key=lambda s: (s.version, s.first)))
 
     def names(self, kind: str) -> list[str]:
         """Return the names in use: of rollouts ('rollout') or of teachers ('score')."""

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from logitcask.engine.errors import IntegrityError, StoreError
+
+T = TypeVar("T")
 
 STAGING = "staging"
 """Work in progress on a disk; never read, and free to delete when no process writes."""
@@ -110,6 +112,12 @@ def check_empty(storage: Storage, names: Iterable[str]) -> None:
         )
 
 
+def map_concurrently(call: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> list[T]:
+    """Return [call(*each) ...] in order, with several calls at a time."""
+    with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
+        return list(pool.map(lambda each: call(*each), arguments))
+
+
 def holds(storage: Storage, name: str, data: bytes) -> bool:
     """Return whether a name has exactly these bytes."""
     try:
@@ -117,12 +125,6 @@ def holds(storage: Storage, name: str, data: bytes) -> bool:
     except IntegrityError:
         # A link or a larger file.
         return False
-
-
-def map_concurrently(call: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Return [call(*each) ...] in order, with several calls at a time."""
-    with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
-        return list(pool.map(lambda each: call(*each), arguments))
 
 
 SCHEMES = {

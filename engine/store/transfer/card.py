@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.identity import HUB_ID
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.inspect import bytes_per_position, committed_bytes, describe_request
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.storage.hub import HubAddress

@@ -14,7 +14,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.format_file as format_file
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.retention import reached

@@ -11,7 +11,7 @@ from typing import Any
 
 import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.storage.base import map_concurrently
 from logitcask.engine.store.storage.hub import (

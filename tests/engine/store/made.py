@@ -1,6 +1,8 @@
 """Small rollouts and scores made from a seed."""
 
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +11,10 @@ import pytest
 
 from logitcask.engine.store import Segment, Store, commit
 from logitcask.engine.store.format import segment as segments
+from logitcask.engine.store.format.entry import SegmentBody, sha256
+from logitcask.engine.store.format.schema import read_alone
+from logitcask.engine.store.log import bundles, record
+from logitcask.engine.store.log.body import encode_body
 from logitcask.engine.types import LENGTH, STOP, Array, Draws, Prompt, Rollouts, Scores
 
 ROLLOUT_PROVENANCE = {"set": {"digest": "sha256:set"}, "student": {"base_weights": "sha256:root"}}
@@ -17,6 +23,8 @@ SCORE_PROVENANCE = {
     "teacher_kind": "teacher",
     "context": "",
 }
+
+ALONE = read_alone("plain")
 
 
 def key(*parts: object) -> str:
@@ -157,6 +165,51 @@ def commit_scores(store: Store, base: Segment, seed: int, **other: object) -> Se
         "provenance": SCORE_PROVENANCE,
     }
     return store.commit_scores(scores, **(arguments | other))
+
+
+def forged(data: bytes, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> bytes:
+    """Return a record with a change of (head, body) and its right digests.
+
+    The fields of an add are named, as in a Segment.
+    """
+    head, body = map(json.loads, record.split(data, ""))
+    head["adds"] = [dict(zip(record.ADD, add, strict=True)) for add in head["adds"]]
+    change(head, body)
+    if isinstance(head["adds"], list):
+        head["adds"] = [list(add.values()) if add else add for add in head["adds"]]
+    return record.encode_record(head, body)
+
+
+def long_log(store: Store, count: int) -> None:
+    """Add `count` records, each with a segment whose object does not exist, to an empty store."""
+    prev = store.log.prev()
+    for number in range(count):
+        seg = hashlib.sha256(b"%d" % number).hexdigest()
+        new = Segment(
+            kind="rollout",
+            seg_id=seg[:32],
+            unit_key=key("long", number),
+            name="main",
+            layout="plain",
+            profile="default",
+            counts={"M": 2, "N": 6, "P": 20 + number % 7, "T": 9, "J": 80},
+            size=9000,
+            sha256=f"sha256:{seg}",
+            tokens_sha256=key("tokens", number),
+            first=number,
+            source=SegmentBody(
+                unit={"version": 0, "first": number},
+                provenance=ROLLOUT_PROVENANCE,
+                entries=dict.fromkeys(ALONE, (0, 9, key("entry"))),
+            ),
+        )
+        head = {"n": number, "prev": prev, "time": "2026-01-01T00:00:00+00:00", "tags": {}}
+        head |= {"adds": [record.encode_add(new)], "deletes": [], "removes": []}
+        body = {"commit_id": "", "writer": {}, "adds": [encode_body(new)]}
+        data = record.encode_record(head, body)
+        store.storage.create(f"log/{record.file_name(number)}", data)
+        bundles.write(store.storage, number + 1)
+        prev = sha256(record.split(data, "")[0])
 
 
 def encode_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -330,7 +330,9 @@ def test_a_record_of_too_much_memory_is_not_read(tmp_path: Path) -> None:
         store = open_store(Path(folder) / "cask", create=True)
         segment = commit_scores(store, commit_rollouts(store, 3, student=True), 3)
         fields = record.encode_segment(segment)
-    huge = fields | {"counts": fields["counts"] | {"P": 1 << 20, "E": 1 << 30}}
+    huge = fields | {"add": [*fields["add"]]}
+    at = record.ADD.index("counts")
+    huge["add"][at] = fields["add"][at] | {"P": 1 << 20, "E": 1 << 30}
     with pytest.raises(IntegrityError, match=r"bytes decoded"):
         record.decode_segment(huge, "here")
     assert record.decode_segment(fields, "here").seg_id == segment.seg_id

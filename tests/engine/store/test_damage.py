@@ -16,10 +16,11 @@ from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store import open_store
 from logitcask.engine.store.format import archive
 from logitcask.engine.store.format import segment as segments
-from logitcask.engine.store.format.segment import Segment
+from logitcask.engine.store.format.entry import Segment, path_of
 from logitcask.engine.store.log import record
+from logitcask.engine.store.log.lines import decode_sealed, encode_sealed
 from logitcask.engine.store.verify import verify
-from tests.engine.store.made import commit_rollouts, commit_scores
+from tests.engine.store.made import commit_rollouts, commit_scores, forged
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,7 @@ def test_a_record_of_another_store_breaks_the_chain(cask: Path, tmp_path: Path) 
 
 def test_orphans_are_listed_and_harmless(cask: Path) -> None:
     segment = open_store(cask).head().segments[0]
-    other = segments.path_of("rollout", "0" * 32, 0)
+    other = path_of("rollout", "0" * 32, 0)
     left = {"staging/left", "log/.tmp", other, "seg/notes", f"{segment.path}.old"}
     for name in left:
         (cask / name).parent.mkdir(exist_ok=True)
@@ -256,18 +257,14 @@ def test_a_pipe_in_a_files_place_does_not_hang(cask: Path) -> None:
 def forge(cask: Path, number: int, change: Callable[[dict[str, Any]], None]) -> None:
     """Rewrite a record with its correct sha256: a forgery, not an accident."""
     path = cask / "log" / record.file_name(number)
-    body, _ = record.decode_record(path.read_bytes(), str(path))
-    change(body)
-    path.write_bytes(record.encode_record(body))
+    path.write_bytes(forged(path.read_bytes(), lambda head, body: change(head)))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"entries": {"../../../etc/passwd": [0, 1, "sha256:" + "0" * 64]}}, "entries"),
-        ({"entries": {}}, "entries"),
         ({"sha256": "sha256:" + "0" * 64}, "sha256"),
-        ({"sha256": "../x"}, "not allowed"),
+        ({"sha256": "../x"}, "sha256 '../x'"),
         ({"size": -1}, "-1 bytes of an object"),
         ({"size": True}, "True bytes of an object"),
         ({"size": 1 << 40}, "1099511627776 bytes of an object"),
@@ -283,7 +280,8 @@ def forge(cask: Path, number: int, change: Callable[[dict[str, Any]], None]) -> 
         ({"extends": "0" * 32}, "extends"),
         ({"profile": "zip"}, "profile"),
         ({"profile": ["raw32"]}, "unhashable"),
-        ({"unit": {}}, "version"),
+        ({"version": -1}, "version -1"),
+        ({"first": True}, "first True"),
         ({"unit_key": 3}, "expected string"),
         ({"counts": {"M": 3, "N": 6, "P": 1 << 40, "T": 6, "J": 9, "E": 1}}, "P 1099511627776"),
         ({"counts": {"M": 3, "N": 6, "P": -1, "T": 6, "J": 9, "E": 1}}, "P -1"),
@@ -295,7 +293,7 @@ def forge(cask: Path, number: int, change: Callable[[dict[str, Any]], None]) -> 
 def test_a_forged_record_cannot_name_paths_or_sizes(
     cask: Path, change: dict[str, Any], words: str
 ) -> None:
-    forge(cask, 0, lambda body: body["adds"][0].update(change))
+    forge(cask, 0, lambda head: head["adds"][0].update(change))
     with pytest.raises(IntegrityError, match=words) as caught:
         open_store(cask).head()
     assert "0000000000.json: " in caught.value.cause
@@ -304,14 +302,55 @@ def test_a_forged_record_cannot_name_paths_or_sizes(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"entries": {"../../../etc/passwd": [0, 1, "sha256:" + "0" * 64]}}, "entries"),
+        ({"entries": {}}, "entries"),
+        ({"unit": {}}, "version"),
+        ({"unit": []}, "not an object"),
+        ({"unit": {"version": 1, "first": 3}}, "another version or first than in the head"),
+        ({"provenance": 3}, "not an object"),
+        ({"seconds": -1}, "seconds -1"),
+    ],
+)
+def test_a_forged_body_is_refused_when_it_is_used(
+    cask: Path, change: dict[str, Any], words: str
+) -> None:
+    path = cask / "log/0000000000.json"
+    path.write_bytes(forged(path.read_bytes(), lambda head, body: body["adds"][0].update(change)))
+    cut = open_store(cask).storage
+    cut.remove("log/0000000001.json")
+    segment = open_store(cask).head().segments[0]
+    for use in (lambda: segment.unit, lambda: verify(open_store(cask))):
+        with pytest.raises(IntegrityError, match=words) as caught:
+            use()
+        assert segment.seg_id in caught.value.cause
+
+
+def test_a_forged_body_of_other_adds_is_refused(cask: Path) -> None:
+    path = cask / "log/0000000000.json"
+    sound = path.read_bytes()
+    open_store(cask).storage.remove("log/0000000001.json")
+    for change, words in (
+        ({"adds": []}, "another count of adds"),
+        ({"adds": 3}, "another count of adds"),
+        ({"commit_id": 3}, "commit_id is not text"),
+    ):
+        path.write_bytes(forged(sound, lambda head, body, change=change: body.update(change)))
+        with pytest.raises(IntegrityError, match=words) as caught:
+            _ = open_store(cask).head().segments[0].unit
+        assert "0000000000.json: " in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
         ({"adds": 3}, "not a valid record"),
         ({"adds": [[]]}, "not a valid record"),
         ({"time": 1}, "time is not text"),
-        ({"retires": ["sha256:" + "0" * 64]}, "contradicts the records before it"),
-        ({"retires": ["../x"]}, "not a valid record"),
-        ({"sweeps": [["rollout", "../../x", 0]]}, "not a valid record"),
-        ({"sweeps": [["rollout", "0" * 32, 1]]}, "removes 0+ of generation 1"),
-        ({"sweeps": [["home", "0" * 32, 0]]}, "kind 'home'"),
+        ({"deletes": ["sha256:" + "0" * 64]}, "contradicts the records before it"),
+        ({"deletes": ["../x"]}, "not a valid record"),
+        ({"removes": [["rollout", "../../x", 0]]}, "not a valid record"),
+        ({"removes": [["rollout", "0" * 32, 1]]}, "removes 0+ of generation 1"),
+        ({"removes": [["home", "0" * 32, 0]]}, "kind 'home'"),
         ({"tags": {"../x": 0}}, "not a valid record"),
         ({"tags": {"x": 1}}, "tag x of 1"),
         ({"tags": {"x": None}}, "contradicts the records before it"),
@@ -319,7 +358,7 @@ def test_a_forged_record_cannot_name_paths_or_sizes(
     ],
 )
 def test_a_forged_record_is_validated(cask: Path, change: dict[str, Any], words: str) -> None:
-    forge(cask, 1, lambda body: body.update(change))
+    forge(cask, 1, lambda head: head.update(change))
     with pytest.raises(IntegrityError, match=words) as caught:
         open_store(cask).head()
     assert "0000000001.json: " in caught.value.cause
@@ -330,8 +369,7 @@ def test_a_forged_record_is_validated(cask: Path, change: dict[str, Any], words:
     [b"[1]", b'"x"', b"{", b"[" * 100_000, b"1" * 10_000, b"\xff\xfe", b'{"n": NaN}', b""],
 )
 def test_a_line_with_its_digest_that_is_no_record(cask: Path, data: bytes) -> None:
-    sealed = data + b"\n" + json.dumps({"sha256": segments.sha256(data)}).replace(" ", "").encode()
-    (cask / "log/0000000000.json").write_bytes(sealed + b"\n")
+    (cask / "log/0000000000.json").write_bytes(record.join(data, b"{}"))
     refused(cask, "0000000000.json: ")
 
 
@@ -399,8 +437,8 @@ def test_other_folders_are_not_a_store(tmp_path: Path) -> None:
 def test_other_formats_are_refused(
     cask: Path, change: dict[str, Any], words: str, error: type[Exception]
 ) -> None:
-    body, _ = record.decode_record((cask / "format.json").read_bytes(), "")
-    (cask / "format.json").write_bytes(record.encode_record(body | change))
+    body, _ = decode_sealed((cask / "format.json").read_bytes(), "")
+    (cask / "format.json").write_bytes(encode_sealed(body | change))
     with pytest.raises(error, match=words):
         open_store(cask)
 

@@ -262,7 +262,7 @@ def test_an_extension_without_its_base_is_an_invalid_log(store: Store) -> None:
 
     def build_record() -> dict[str, list[str]] | None:
         calls.append(1)
-        return {"retires": [key("score", base.seg_id, 0)]} if len(calls) == 1 else None
+        return {"deletes": [key("score", base.seg_id, 0)]} if len(calls) == 1 else None
 
     with pytest.raises(IntegrityError, match="contradicts the records before it"):
         append(store.storage, store.log, build_record)

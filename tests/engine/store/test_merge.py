@@ -16,7 +16,7 @@ from obstore.store import MemoryStore
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.store import Store, extend, open_store
 from logitcask.engine.store.format.layouts import ranked
-from logitcask.engine.store.log import record
+from logitcask.engine.store.log.lines import encode_sealed
 from logitcask.engine.store.merge import MergeReport, merge, pack, unpack
 from logitcask.engine.store.retention import delete, gc
 from logitcask.engine.store.storage.object_store import ObjectStorage
@@ -146,7 +146,7 @@ def rewritten(file: Path, change: dict[str, bytes | None], compress: bool = Fals
         ({"logitcask.json": None}, False, "no item named 'logitcask.json'"),
         ({"logitcask.json": b"{}"}, False, "does not match its own sha256"),
         (
-            {"logitcask.json": record.encode_record({"kind": "rollout"})},
+            {"logitcask.json": encode_sealed({"add": ["rollout"]})},
             False,
             "not a valid segment",
         ),

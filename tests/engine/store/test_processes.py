@@ -15,7 +15,6 @@ import pytest
 
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.log import log
 from logitcask.engine.store.retention import gc
 from logitcask.engine.store.verify import verify
 from tests.engine.store import worker
@@ -69,22 +68,18 @@ def test_processes_that_race_for_units_agree_on_the_winner(tmp_path: Path, start
 
 
 @pytest.mark.timeout(1200)
-def test_eight_writers_lose_no_commit(
-    tmp_path: Path, counts: Any, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Publish a bundle too: in `make soak` of the real size."""
-    each, bundle = counts(6, 100), counts(32, log.BUNDLE)
-    monkeypatch.setattr(log, "BUNDLE", bundle)
+def test_eight_writers_lose_no_commit(tmp_path: Path, counts: Any, start: Start) -> None:
+    each = counts(6, 100)
     for run in range(counts(1, 5)):
         path = tmp_path / f"cask-{run}"
-        writers = [start("write", path, n, each, bundle) for n in range(8)]
+        writers = [start("write", path, n, each) for n in range(8)]
         written = [dict(finish(writer)) for writer in writers]
         every = {key(n, i) for n in range(8) for i in range(each)}
         assert set().union(*written) == every
         store = open_store(path)
         assert store.head().unit_keys() == every
         assert store.head().number == 8 * each - 1
-        assert len(store.storage.names("bundles")) == 8 * each // bundle > 0
+        assert len(store.storage.names("bundles/16")) == 8 * each // 16 > 0
         assert verify(store).orphans == ()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from logitcask.engine.errors import ConfigError, IntegrityError, StoreError
 from logitcask.engine.store import Store, extend, open_store, retention
-from logitcask.engine.store.format.segment import path_of
+from logitcask.engine.store.format.entry import path_of
 from logitcask.engine.store.log import publish
 from logitcask.engine.store.log.publish import append
 from logitcask.engine.store.retention import delete, gc, tag, untag
@@ -374,78 +374,3 @@ def test_content_of_two_names_stays_while_one_is_visible(store: Store) -> None:
     readable(store)
     delete(store, rollouts="second")
     assert sweep(store) == 1
-
-
-def test_many_records_are_read_in_bundles(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    from logitcask.engine.store.log import log
-
-    monkeypatch.setattr(log, "BUNDLE", 4)
-    commit_rollouts(store, 0)
-    for n in range(10):
-        tag(store, f"t{n}", 0)
-    assert store.storage.names("bundles") == ["0000000000.jsonl", "0000000004.jsonl"]
-    reader, opened = open_on(store.storage), []
-    read = store.storage.read
-    monkeypatch.setattr(
-        store.storage, "read", lambda name, limit: (opened.append(name), read(name, limit))[1]
-    )
-    assert reader.head() == store.head()
-    records = [name for name in opened if name.startswith("log/")]
-    assert records[:3] == [f"log/{n:010d}.json" for n in (8, 9, 10)]
-    assert [n for n in opened if n.startswith("bundles/")] == store_bundles(store)
-    monkeypatch.setattr(store.storage, "read", read)
-    # A bundle is a copy: the next writer makes it again.
-    for name in store_bundles(store):
-        store.storage.remove(name)
-    late = open_on(store.storage)
-    assert late.head() == store.head()
-    tag(late, "t10", 0)
-    assert store.storage.names("bundles") == [
-        "0000000000.jsonl",
-        "0000000004.jsonl",
-        "0000000008.jsonl",
-    ]
-
-
-def store_bundles(store: Store) -> list[str]:
-    return [f"bundles/{name}" for name in store.storage.names("bundles")]
-
-
-def test_a_bundle_that_differs_from_the_log_is_found(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from logitcask.engine.store.log import log
-
-    monkeypatch.setattr(log, "BUNDLE", 2)
-    for n in range(4):
-        commit_rollouts(store, n)
-    sound = {name: store.storage.read(name, 1 << 20) for name in store_bundles(store)}
-    for name, data in sound.items():
-        assert data is not None
-        for bad in (
-            data[:-1],
-            data + b"\n",
-            data[: len(data) // 2],
-            data.replace(b"main", b"niam"),
-        ):
-            store.storage.remove(name)
-            store.storage.create(name, bad)
-            with pytest.raises(IntegrityError, match=name):
-                verify(open_on(store.storage))
-        store.storage.remove(name)
-        store.storage.create(name, data)
-    # Reading works without a damaged bundle.
-    name = store_bundles(store)[0]
-    store.storage.remove(name)
-    store.storage.create(name, sound[name].replace(b"main", b"niam"))
-    assert open_on(store.storage).head() == store.head()
-    store.storage.remove(name)
-    store.storage.create(name, sound[name])
-    # A record that differs from its bundle is found too.
-    record = "log/0000000001.json"
-    data = store.storage.read(record, 1 << 20)
-    store.storage.remove(record)
-    store.storage.create(record, data.replace(b"main", b"niam"))
-    assert len(open_on(store.storage).head().segments) == 4
-    with pytest.raises(IntegrityError, match=record):
-        verify(open_on(store.storage))

@@ -16,8 +16,8 @@ from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store import open_store
 from logitcask.engine.store.format import checks, codecs, ragged, rollouts, schema
 from logitcask.engine.store.format import layouts as layout
-from logitcask.engine.store.format.segment import sha256
-from logitcask.engine.store.log.record import decode_record
+from logitcask.engine.store.format.entry import sha256
+from logitcask.engine.store.log.lines import decode_sealed
 from logitcask.engine.store.merge import pack, unpack
 from logitcask.engine.store.verify import verify
 from tests.engine.store.made import (
@@ -51,7 +51,7 @@ def test_a_record_of_many_small_values_costs_less_than_its_bytes(part: bytes) ->
     assert len(data) < schema.MAX_RECORD_BYTES
     tracemalloc.start()
     with pytest.raises(IntegrityError, match="JSON values, at most 300000"):
-        decode_record(data, "log/0000000000.json")
+        decode_sealed(data, "log/0000000000.json")
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 3 * len(data)

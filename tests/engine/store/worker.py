@@ -1,9 +1,7 @@
 """A worker process that shares a store with others: `python worker.py KIND STORE NUMBER...`.
 
-  write STORE WRITER COUNT [BUNDLE]
-                              commit COUNT units, skipping those in the log, as a resumed job does;
-                              print unit_key and seg_id of each after its commit; bundles have
-                              BUNDLE records
+  write STORE WRITER COUNT    commit COUNT units, skipping those in the log, as a resumed job does;
+                              print unit_key and seg_id of each after its commit
   race STORE COUNT            compete with other processes for COUNT units, from one moment on
   churn STORE ROUNDS          commit, delete and collect for ROUNDS rounds, and on until the file
                               `stop` is next to the store
@@ -19,13 +17,11 @@ from pathlib import Path
 
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.log import log
 from logitcask.engine.store.retention import delete, gc
 from tests.engine.store.made import commit_rollouts, commit_scores, key
 
 
-def write(store: Store, writer: int, count: int, bundle: int = log.BUNDLE) -> None:
-    log.BUNDLE = bundle
+def write(store: Store, writer: int, count: int) -> None:
     done = store.head().unit_keys()
     for number in range(count):
         unit_key = key(writer, number)

@@ -1,0 +1,194 @@
+"""The body of a log record: the work unit, the provenance and the entries of each added segment.
+
+It is one line of canonical JSON, whose size and sha256 are in the record's head. A log of tens of
+thousands of records opens without its bodies: each is read, and checked, when it is first used.
+Bodies lie one after the other in a bundle, so a part of a bundle is read at once.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import logitcask.engine.store.format.schema as schema
+from logitcask.engine.errors import IntegrityError
+from logitcask.engine.store.format.entry import Entry, Segment, SegmentBody, sha256
+from logitcask.engine.store.format.provenance import provenance_of
+from logitcask.engine.store.log.lines import (
+    BROKEN,
+    decode_line,
+    is_count,
+    matching,
+    require,
+    validated,
+)
+from logitcask.engine.store.storage.base import Storage, open_storage
+
+AHEAD = 1 << 20
+"""Bytes of a bundle that are read at once."""
+_MAX_PARTS, _MAX_BODIES = 8, 4096
+"""Parts of bundles, and checked bodies, that stay in memory."""
+
+
+class Bodies:
+    """The bodies of a log, as far as they were used lately. Pickling it keeps its URL only."""
+
+    def __init__(self, storage: Storage, read_line: Callable[[Storage, int], bytes | None]) -> None:
+        """read_line(storage, number) returns the body of a record from a file of its own."""
+        self._storage, self._read_line = storage, read_line
+        self._parts: dict[tuple[str, int], bytes] = {}
+        """(bundle, offset) -> the bytes from there on."""
+        self._checked: dict[tuple[int, int], SegmentBody] = {}
+        """(record, place among its adds) -> the body of the segment."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _bodies_at, (self._storage.url, self._read_line)
+
+    def of(self, segment: Segment, record: "RecordBody") -> SegmentBody:
+        """Return the body of a segment. Raises IntegrityError."""
+        key = (record.number, segment.index)
+        found = self._checked.get(key)
+        if found is None:
+            found = _check_body(self._adds(record)[segment.index], segment)
+            self._checked[key] = found
+            if len(self._checked) > _MAX_BODIES:
+                del self._checked[next(iter(self._checked))]
+        return found
+
+    def line(self, record: "RecordBody") -> bytes:
+        """Return the body line of a record, compared with its sha256. Raises IntegrityError."""
+        found = record.line or self._from_bundle(record)
+        if found is None or sha256(found) != record.sha256:
+            # A bundle is a copy; the record itself may be sound.
+            found = self._read_line(self._storage, record.number)
+        if found is None or sha256(found) != record.sha256:
+            where = self._storage.where(record.name)
+            raise IntegrityError(
+                f"{where}: the body of record {record.number} is missing, or not the one of its "
+                "head",
+                hint=BROKEN,
+            )
+        return found
+
+    def _adds(self, record: "RecordBody") -> list[Any]:
+        where = f"{self._storage.where(record.name)}: the body of record {record.number}"
+        content = decode_line(self.line(record), where)
+
+        def adds() -> list[Any]:
+            found = content["adds"]
+            require(isinstance(content["commit_id"], str), "commit_id is not text")
+            require(isinstance(found, list) and len(found) == record.count, "another count of adds")
+            return list(found)
+
+        return validated(adds, where)
+
+    def _from_bundle(self, record: "RecordBody") -> bytes | None:
+        """Return the bytes at the place of a body; fewer, or None, where the bundle is damaged."""
+        if not record.start:
+            return None
+        end = record.start + record.size
+        for (name, start), data in self._parts.items():
+            if name == record.name and start <= record.start and end <= start + len(data):
+                return data[record.start - start : end - start]
+        part = self._storage.read_part(record.name, record.start, max(record.size, AHEAD))
+        if part is None:
+            return None
+        self._parts[record.name, record.start] = part
+        if len(self._parts) > _MAX_PARTS:
+            del self._parts[next(iter(self._parts))]
+        return part[: record.size]
+
+
+def _bodies_at(url: str, read_line: Callable[[Storage, int], bytes | None]) -> Bodies:
+    return Bodies(open_storage(url), read_line)
+
+
+class RecordBody:
+    """The place of the body of one record."""
+
+    __slots__ = ("bodies", "count", "line", "name", "number", "sha256", "size", "start")
+
+    def __init__(
+        self,
+        bodies: Bodies,
+        *,
+        number: int,
+        name: str,
+        start: int,
+        size: int,
+        digest: str,
+        count: int,
+        line: bytes = b"",
+    ) -> None:
+        """name, start: the file and the offset, 0 in a file of its own; line: its bytes, if read.
+
+        count: adds of the record.
+        """
+        self.bodies, self.number, self.name, self.start = bodies, number, name, start
+        self.size, self.sha256, self.count, self.line = size, digest, count, line
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _body_at, tuple(getattr(self, name) for name in self.__slots__)
+
+    def of(self, segment: Segment) -> SegmentBody:
+        """Return the body of a segment of this record. Raises IntegrityError."""
+        return self.bodies.of(segment, self)
+
+
+def _body_at(
+    bodies: Bodies, count: int, line: bytes, name: str, number: int, digest: str, *place: int
+) -> RecordBody:
+    size, start = place
+    return RecordBody(
+        bodies, number=number, name=name, start=start, size=size, digest=digest, count=count
+    )
+
+
+def encode_body(segment: Segment) -> dict[str, Any]:
+    """Return the body of a segment in the body of a record."""
+    body = segment.body
+    fields = {"unit": body.unit, "provenance": body.provenance, "entries": body.entries}
+    return fields | ({} if body.seconds is None else {"seconds": body.seconds})
+
+
+def _check_body(add: Any, segment: Segment) -> SegmentBody:
+    """Check the body of a segment against its head. Raises IntegrityError."""
+    what = f"segment {segment.seg_id} of {segment.kind} {segment.name!r}"
+    return validated(lambda: checked(add, segment), f"{what}: not a valid body")
+
+
+def checked(add: Mapping[str, Any], segment: Segment) -> SegmentBody:
+    """Check the body of a segment. Raises ValueError, KeyError, TypeError or AttributeError."""
+    unit, provenance, seconds = add["unit"], add["provenance"], add.get("seconds")
+    if seconds is not None:
+        is_number = type(seconds) in (int, float) and 0 <= seconds < math.inf
+        require(is_number, f"seconds {seconds!r}")
+    require(
+        isinstance(unit, dict) and isinstance(provenance, dict),
+        "unit or provenance is not an object",
+    )
+    if segment.kind == schema.ROLLOUT:
+        is_unit = is_count(unit["version"]) and is_count(unit["first"])
+        require(is_unit, "unit lacks version or first")
+        same = (unit["version"], unit["first"]) == (segment.version, segment.first)
+        require(same, "another version or first than in the head")
+    where = f"segment {segment.seg_id} of {segment.kind} {segment.name!r}: provenance"
+    return SegmentBody(
+        unit=unit,
+        provenance=provenance_of(provenance, where),
+        entries=_entries(add["entries"], segment),
+        seconds=seconds,
+    )
+
+
+def _entries(listed: Mapping[str, Any], segment: Segment) -> dict[str, Entry]:
+    """Check that the entries are those of the schema and lie in the object."""
+    specs = schema.specs(segment.layout)
+    alone = schema.read_alone(segment.layout)
+    names = {name for name in alone if specs[name].length(segment.counts)}
+    require(listed.keys() == names, f"entries {sorted(set(listed) ^ names)[:3]}")
+    entries = {}
+    for name, (start, length, digest) in listed.items():
+        inside = is_count(start) and is_count(length) and start + length <= segment.size
+        require(inside, f"bytes {start!r} and {length!r} more of {name}")
+        entries[name] = (start, length, matching(schema.DIGEST, digest))
+    return entries
