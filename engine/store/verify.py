@@ -1,7 +1,6 @@
 """Verification of all objects that the log names, and a list of those that it does not."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import logitcask.engine.store.format.schema as schema
@@ -10,7 +9,7 @@ import logitcask.engine.store.log.bundles as bundles
 import logitcask.engine.store.log.claims as claims
 import logitcask.engine.store.log.record as record
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.format.entry import Segment, sha256
+from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.log.lines import BROKEN
 from logitcask.engine.store.log.snapshot import ScoreSegments
 from logitcask.engine.store.retention import reached
@@ -100,7 +99,7 @@ def _records(store: Store, end: int) -> Iterator[int]:
         # Where it is absent, the log was read from a bundle.
         if data is not None:
             lines = [record.split(data, storage.where(name))]
-            if not _are_of_log(store, number, lines):
+            if not store.log.has(number, lines):
                 raise IntegrityError(f"{storage.where(name)}: another record", hint=BROKEN)
             yield len(data)
         for each in store.log.added(number):
@@ -111,22 +110,12 @@ def _records(store: Store, end: int) -> Iterator[int]:
             continue
         data = storage.read(name, schema.MAX_BUNDLE_BYTES) or b""
         found = bundles.split(data, level, first)
-        if found is None or not _are_of_log(store, first, zip(*found, strict=True)):
+        if found is None or not store.log.has(first, zip(*found, strict=True)):
             raise IntegrityError(
                 f"{storage.where(name)}: other records than in log/",
                 hint="remove this file if log/ holds its records; else restore it from a copy",
             )
         yield len(data)
-
-
-def _are_of_log(store: Store, first: int, lines: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Return whether heads are those of the log, and bodies those of their heads."""
-    for number, (head, body) in enumerate(lines, first):
-        if sha256(head) != store.log.sha256(number):
-            return False
-        if [len(body), sha256(body)] != json.loads(head)["body"]:
-            return False
-    return True
 
 
 def _orphans(store: Store, present: dict[str, Segment]) -> tuple[str, ...]:

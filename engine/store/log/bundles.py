@@ -120,7 +120,11 @@ def split(data: bytes, level: int, first: int) -> tuple[list[bytes], list[bytes]
     heads, bodies = lines[:level], lines[level:]
     if len(bodies) != level or encode(first, heads, bodies) != data:
         return None
-    return heads, bodies
+    try:
+        named = [json.loads(head)["body"] for head in heads]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return (heads, bodies) if named == [[len(b), sha256(b)] for b in bodies] else None
 
 
 def read_record(storage: Storage, number: int) -> tuple[bytes, bytes] | None:
@@ -181,14 +185,20 @@ def read_lines(storage: Storage, level: int, first: int) -> tuple[list[bytes], l
     return [lines[0]], [lines[1]]
 
 
+def build(heads: list[bytes], bodies: list[bytes], first: int) -> bytes | None:
+    """Return the bytes of the bundle of these lines; None where it would be too large."""
+    if sum(map(len, heads)) + len(heads) > schema.MAX_HEADS_BYTES:
+        return None
+    data = encode(first, heads, bodies)
+    return data if len(data) <= schema.MAX_BUNDLE_BYTES else None
+
+
 def write(storage: Storage, end: int) -> None:
     """Write the bundles whose last record is the one before `end`, from the smallest on."""
     for level in LEVELS:
         if end % level:
             return
-        heads, bodies = read_lines(storage, level, end - level)
-        data = encode(end - level, heads, bodies)
-        large = len(data) > schema.MAX_BUNDLE_BYTES
-        if large or sum(map(len, heads)) + level > schema.MAX_HEADS_BYTES:
+        data = build(*read_lines(storage, level, end - level), end - level)
+        if data is None:
             return
         storage.create(name_of(level, end - level), data)

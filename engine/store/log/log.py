@@ -9,7 +9,8 @@ when it is used.
 
 import bisect
 import gc
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
@@ -156,24 +157,14 @@ class Log:
             raise self._missing(number)
         return record.join(*lines)
 
-    def objects(self, number: int) -> list[str]:
-        """Return the fewest bundles and records that together hold records 0..number."""
-        there = {
-            f"bundles/{level}/{name}"
-            for level in bundles.LEVELS
-            for name in self._storage.names(f"bundles/{level}")
-        }
-
-        def covering(level: int, first: int) -> Iterator[str]:
-            if level == 1:
-                yield f"log/{record.file_name(first)}"
-            elif (name := bundles.name_of(level, first)) in there:
-                yield name
-            else:
-                for piece in bundles.below(level, first):
-                    yield from covering(*piece)
-
-        return [name for piece in bundles.pieces(0, number + 1) for name in covering(*piece)]
+    def has(self, first: int, lines: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Return whether (head, body) are those of the records from `first` on."""
+        for number, (head, body) in enumerate(lines, first):
+            if sha256(head) != self.sha256(number):
+                return False
+            if [len(body), sha256(body)] != json.loads(head)["body"]:
+                return False
+        return True
 
     def _missing(self, number: int) -> IntegrityError:
         return IntegrityError(

@@ -6,16 +6,17 @@ and records have numbers, so both are skipped where they exist. A copy that was 
 longer a part of the original; `merge` joins two such stores.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.log.bundles as bundles
 import logitcask.engine.store.log.format_file as format_file
-import logitcask.engine.store.log.record as record
-from logitcask.engine.errors import StoreError
+from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.log.log import Log
+from logitcask.engine.store.log.record import file_name
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.retention import reached
 from logitcask.engine.store.storage.base import Storage, holds
@@ -64,10 +65,7 @@ def copy_store(
         for done, _ in enumerate(copies):
             progress("copy", done, len(missing))
     progress("copy", len(missing), len(missing))
-    new = dict(log_objects(store, last, snapshot.number))
-    for name, data in new.items():
-        if not target.create(name, data) and not holds(target, name, data):
-            raise _diverged(target.where(name), store)
+    _copy_log(store, target, last, snapshot.number)
     return CopyReport(
         store=target.url,
         snapshot=snapshot.number,
@@ -134,18 +132,65 @@ def absent_objects(
     return missing, len(needed) - len(missing)
 
 
-def log_objects(store: Store, last: int, number: int) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, bytes) of format.json and the log for a copy that ends at record `last`."""
-    if last < 0:
-        yield _read(store, format_file.NAME, schema.MAX_FORMAT_BYTES)
-    for each in range(last + 1, number + 1):
-        yield _read(store, f"log/{record.file_name(each)}", schema.MAX_RECORD_BYTES)
+def log_objects(
+    store: Store, number: int, there: Collection[str] = ()
+) -> Iterator[tuple[str, bytes | None]]:
+    """Yield (name, bytes) of format.json and the fewest objects that hold records 0..number.
+
+    there: names that the copy has already, yielded with None.
+    """
+    name = format_file.NAME
+    yield name, None if name in there else _format(store)
+    for piece in bundles.pieces(0, number + 1):
+        yield from _bundles(store, *piece, there)
 
 
-def _read(store: Store, name: str, limit: int) -> tuple[str, bytes]:
-    data = store.storage.read(name, limit)
-    if data is None:
-        raise StoreError(
-            f"{store.storage.where(name)} was removed during the copy", hint="run it again"
+def _bundles(
+    store: Store, level: int, first: int, there: Collection[str]
+) -> Iterator[tuple[str, bytes | None]]:
+    """Yield (name, bytes) of a bundle or a record, or of those below where it is too large."""
+    name = f"log/{file_name(first)}" if level == 1 else bundles.name_of(level, first)
+    if name in there:
+        yield name, None
+        return
+    if level == 1:
+        yield name, store.log.read_record(first)
+        return
+    heads, bodies = bundles.read_lines(store.storage, level, first)
+    if not store.log.has(first, zip(heads, bodies, strict=True)):
+        raise IntegrityError(
+            f"{store.storage.where(name)}: other records than those of the log",
+            hint="run `logitcask store verify`",
         )
-    return name, data
+    data = bundles.build(heads, bodies, first)
+    if data is not None:
+        yield name, data
+        return
+    for piece in bundles.below(level, first):
+        yield from _bundles(store, *piece, there)
+
+
+def _format(store: Store) -> bytes:
+    data = store.storage.read(format_file.NAME, schema.MAX_FORMAT_BYTES)
+    if data is None:
+        where = store.storage.where(format_file.NAME)
+        raise StoreError(
+            f"{where} was removed during the copy", hint="check which process deletes files there"
+        )
+    return data
+
+
+def _copy_log(store: Store, target: Storage, last: int, number: int) -> None:
+    """Copy records last+1..number: a new copy gets bundles, another one each record in turn."""
+    if last < 0:
+        for name, data in log_objects(store, number):
+            _create(store, target, name, data or b"")
+        return
+    for each in range(last + 1, number + 1):
+        _create(store, target, f"log/{file_name(each)}", store.log.read_record(each))
+        bundles.write(target, each + 1)
+
+
+def _create(store: Store, target: Storage, name: str, data: bytes) -> None:
+    if not target.create(name, data) and not holds(target, name, data):
+        raise _diverged(target.where(name), store)

@@ -67,7 +67,7 @@ def push_to_hub(
     private: create the repository as a private one. Raises StoreError where the repository holds
     another store or records of its own, or the Hub refuses; ConfigError for no license identifier.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     address, api = parse_address(url), HfApi()
     # Checked before anything is uploaded.
@@ -100,12 +100,13 @@ def push_to_hub(
             commit = _commit(api, address, pending, message, None)
             pending = []
     progress("push", len(missing), len(missing))
-    new = dict(log_objects(store, last, snapshot.number))
+    new, old = _log_changes(store, target, last, snapshot.number)
     if card_state == "written":
         new[CARD] = card.encode()
     if new:
-        added = [CommitOperationAdd(address.file(name), data) for name, data in new.items()]
-        commit = _commit(api, address, added, f"Push snapshot {snapshot.number}", commit)
+        changes: list[Any] = [CommitOperationAdd(address.file(n), data) for n, data in new.items()]
+        changes += [CommitOperationDelete(address.file(name)) for name in old]
+        commit = _commit(api, address, changes, f"Push snapshot {snapshot.number}", commit)
     pushed = HubStorage(address.url(commit))
     _check_complete(store, pushed, snapshot, new)
     return PushReport(
@@ -155,6 +156,22 @@ def _validate(card: str, address: HubAddress) -> None:
 
     with hub_request("write the card of", address.url()):
         DatasetCard(card).validate(repo_type=DATASET)
+
+
+def _log_changes(
+    store: Store, target: HubStorage, last: int, number: int
+) -> tuple[dict[str, bytes], list[str]]:
+    """Return (name -> bytes of what the log needs, names of records that a bundle has now).
+
+    A commit replaces them at once, and a reader keeps its commit.
+    """
+    if last >= number:
+        return {}, []
+    there = {name for folder in ("log", "bundles") for name in sizes(target, folder)}
+    there |= {format_file.NAME} if last >= 0 else set()
+    needed = dict(log_objects(store, number, there))
+    new = {name: data for name, data in needed.items() if data is not None}
+    return new, sorted(there - needed.keys())
 
 
 def _batches(segments: list[Segment]) -> Iterator[list[Segment]]:

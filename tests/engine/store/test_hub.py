@@ -12,7 +12,7 @@ import yaml
 
 from logitcask.engine.errors import ConfigError, IntegrityError, StoreError
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.retention import delete
+from logitcask.engine.store.retention import delete, tag
 from logitcask.engine.store.storage.base import open_storage
 from logitcask.engine.store.storage.hub import HubStorage
 from logitcask.engine.store.transfer import card
@@ -91,6 +91,48 @@ def test_only_what_is_new_is_pushed_and_pulled(store: Store, hub: Hub, tmp_path:
     copied = copy_store(new, target, snapshot=new.head())
     assert (copied.segments, copied.there, copied.records) == (1, 3, 1)
     assert open_store(tmp_path / "copy").head() == store.head()
+
+
+def test_a_log_is_pushed_as_bundles(store: Store, hub: Hub, tmp_path: Path) -> None:
+    """Push 20 records, then 40: each time the fewest objects, and the same log everywhere."""
+
+    def names() -> list[str]:
+        return sorted(n for n in hub.head(REPO) if n.startswith(("log/", "bundles/")))
+
+    for i in range(17):
+        tag(store, f"t{i}", i % 3)
+    push(store)
+    assert names() == [
+        "bundles/16/0000000000.jsonl",
+        *(f"log/{n:010d}.json" for n in range(16, 20)),
+    ]
+    read = open_store(URL)
+    target = open_storage(tmp_path / "copy")
+    copy_store(read, target, snapshot=read.head())
+    copied = open_store(tmp_path / "copy")
+    for i in range(17, 37):
+        tag(store, f"t{i}", i % 3)
+    # A bundle is a copy, so a damaged one does no harm.
+    bundle = tmp_path / "store/bundles/16/0000000016.jsonl"
+    bundle.write_bytes(bundle.read_bytes()[:-2] + b"x\n")
+    assert push(store).records == 20
+    assert names() == [
+        "bundles/16/0000000000.jsonl",
+        "bundles/16/0000000016.jsonl",
+        *(f"log/{n:010d}.json" for n in range(32, 40)),
+    ]
+    new = open_store(URL)
+    copy_store(new, target, snapshot=new.head())
+    assert len(target.names("log")) == 4 + 20, "a reader of 20 records needs each one"
+    assert target.names("bundles/16") == ["0000000000.jsonl", "0000000016.jsonl"]
+    for other in (new, copied, open_store(tmp_path / "copy"), read):
+        expected = store.head() if other is not read else store.snapshot(19)
+        assert other.head() == expected
+    assert verify(new).orphans == verify(copied).orphans == ()
+    # A copy of the copy, whose first records are in a bundle alone.
+    assert copied.log.read_record(3) == store.log.read_record(3)
+    copy_store(copied, open_storage(tmp_path / "third"), snapshot=copied.snapshot(3))
+    assert open_store(tmp_path / "third").head() == store.snapshot(3)
 
 
 def test_a_push_that_stops_at_any_request_is_continued(store: Store, hub: Hub) -> None:
