@@ -9,6 +9,7 @@ from logitcask.cli.output import print_event, print_result, print_segments, prin
 from logitcask.cli.progress import progress_bar
 from logitcask.cli.store_change import CHANGE_VERBS
 from logitcask.cli.store_estimate import estimate_command
+from logitcask.cli.store_export import export_command
 from logitcask.cli.store_transfer import TRANSFER_VERBS
 
 
@@ -20,7 +21,7 @@ def store_command() -> None:
     """
 
 
-for command in (*CHANGE_VERBS, *TRANSFER_VERBS, estimate_command):
+for command in (*CHANGE_VERBS, *TRANSFER_VERBS, estimate_command, export_command):
     store_command.add_command(command)
 
 

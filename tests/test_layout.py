@@ -20,7 +20,8 @@ LAYERS = [
     *("config/section", "types", "errors", "events", "config", "prompts", "models"),
     *("store/storage", "store/format", "store/log", "store", "store/transfer"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
-    *("rollout", "score", "packing", "metrics", "objectives", "probes", "training"),
+    *("rollout", "score", "packing", "metrics", "objectives"),
+    *("exchange", "probes", "training"),
     *("workers", "commands", "distill", "ablate_table", "ablate", "demo"),
 ]
 

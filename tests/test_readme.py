@@ -316,3 +316,27 @@ def test_tables_of_objectives_are_up_to_date() -> None:
         assert line, f"no row of {preset.name}"
         assert preset.formula.replace("|", "\\|") in line.group(0)
         assert preset.source in line.group(0)
+
+
+def test_queries_of_an_export_give_what_python_counts(
+    in_place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    run_line("logitcask store export ./store positions.parquet --force")
+    names: dict[str, Any] = {}
+    exec(compile(with_tiny_models(block("python dataset")), "README", "exec"), names)
+    rows = list(names["dataset"])
+    queries = [each for each in block("sql").split(";") if each.strip()]
+    worst, depths, prompts, tokens = (duckdb.sql(each).fetchall() for each in queries)
+    rows.sort(key=lambda row: (-row["reverse_kl"], row["sequence"], row["position"]))
+    order = ("sequence", "position", "token", "forward_kl", "reverse_kl")
+    assert worst == [tuple(row[name] for name in order) for row in rows[:20]]
+    assert names["worst"] == rows[0]
+    assert sum(n for _, n, *_ in depths) == len(rows)
+    mean = sum(row["reverse_kl"] for row in rows) / len(rows)
+    assert sum(n * kl for _, n, kl, *_ in depths) / len(rows) == pytest.approx(mean)
+    for prompt, listed, _ in prompts:
+        of = [row for row in rows if row["prompt"] == prompt]
+        found = sum(row["teacher_ids"][0] in row["student_topk_ids"] for row in of)
+        assert listed == pytest.approx(found / len(of))
+    assert 0 < len(tokens) <= 10

@@ -139,6 +139,11 @@ def check_scores(scores: Scores, positions: int, at: IdLists | None) -> None:
             "drawn ids with bounds of the entropy, although drawing needs the whole distribution",
             hint=RESCORE,
         )
+    if scores.at_lp is not None and scores.mult is not None:
+        raise StoreError(
+            "drawn ids with log-probs at requested ids, which are not stored together",
+            hint="score with at_student = False",
+        )
     if positions and int(scores.cnt.max()) > schema.MAX_K:
         raise StoreError(
             f"a row of {int(scores.cnt.max())} entries, at most {schema.MAX_K} are stored",

@@ -1,0 +1,1 @@
+"""Stored scores for other programs."""
