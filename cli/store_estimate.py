@@ -48,6 +48,9 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
     and student that a loss on what is stored would miss (a little of it is rounding, either way).
     Nothing is stored.
 
+    `all_prompts` also has the objects, and the requests that an object store bills: put and list
+    requests in one price class, get requests in a cheaper one.
+
     Example: logitcask store estimate ./teacher prompts.jsonl --student ./student
     """
     fixed = {"teacher__model": model, "teacher__name": "estimate", "prompts__file": prompts}

@@ -25,8 +25,9 @@ import logitcask.engine.store.format.segment as segments
 from logitcask.engine.backends.logprob_diff import select_sequences
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.probes.full_scores import FullScores, full_scores
+from logitcask.engine.probes.requests import store_requests
 from logitcask.engine.prompts.graders import Grader
-from logitcask.engine.rollout.unit import UNIT_POSITIONS, draw, mc_params
+from logitcask.engine.rollout.unit import UNIT_POSITIONS, default_unit, draw, mc_params
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     NO_DETAIL,
@@ -65,7 +66,7 @@ class Estimate:
     """Ids that both KL are over."""
     all_prompts: Mapping[str, float]
     """Cost of all prompts at the defaults of `score`: positions, bytes, sampling_seconds,
-    scoring_seconds."""
+    scoring_seconds, and `store_requests` in an object store."""
     rows: tuple[Mapping[str, Any], ...]
     """One per profile, top_p and k_max: bytes per position, and lost shares of the KL."""
 
@@ -149,6 +150,7 @@ def estimate(
             "bytes": round(total * row["bytes"]),
             "sampling_seconds": total * sampling_s * each_s,
             "scoring_seconds": total * scoring_s * each_s,
+            **store_requests(-(-len(prompts) // default_unit(sampling))),
         },
         rows=table,
     )

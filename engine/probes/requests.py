@@ -1,0 +1,30 @@
+"""Objects and requests of a store in an object store, by the price classes of the providers.
+
+Put, list and copy requests have one price (S3; class A at Google, write and list operations at
+Azure), get requests a lower one (class B; read operations), deletions none. Prices differ by
+provider, region and class of storage, so only requests are counted.
+"""
+
+from logitcask.engine.store.log.bundles import LEVELS
+
+_LISTS, _GETS = 3, 2
+"""List and get requests of one commit, about: where no other process commits at the same time."""
+
+
+def store_requests(units: int) -> dict[str, int]:
+    """Return the objects and requests of `units` rollout units and one teacher's scores of them.
+
+    One process without claims; `get_requests` includes the rollouts that the teacher reads, and
+    `get_requests_per_epoch` is of a training on all of it that reads each segment once.
+    """
+    commits = 2 * units
+    # A segment and its record, then the bundles; format.json.
+    objects = 2 * commits + sum(commits // level for level in LEVELS) + 1
+    return {
+        "segments": commits,
+        "objects": objects,
+        "put_requests": objects,
+        "list_requests": _LISTS * commits,
+        "get_requests": _GETS * commits + units,
+        "get_requests_per_epoch": commits,
+    }
