@@ -15,7 +15,8 @@ import logitcask.engine.store.format.segment as segments
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store.format.entry import Segment, content_address, sha256
 from logitcask.engine.store.log.log import Log
-from logitcask.engine.store.log.publish import append, check_name_identity
+from logitcask.engine.store.log.pending import publish_add
+from logitcask.engine.store.log.publish import check_base, check_name_identity
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array
 
@@ -86,37 +87,18 @@ def publish_segment(storage: Storage, log: Log, data: bytes, new: Segment) -> Se
     """Put the object of a segment and publish it in the log; the first commit of a unit wins."""
     placed: set[str] = set()
 
-    def build_record() -> dict[str, Any] | None:
+    def decide() -> Segment | None:
         if log.winner(new.unit_key) is not None:
             return None
         check_name_identity(log, new)
-        _check_base(log, new)
+        check_base(log, new)
         # Where gc has removed this content, it may still be removing the object of that generation.
-        here = replace(new, generation=log.generation(new.kind, new.seg_id))
+        here = replace(
+            new, generation=log.generation(new.kind, new.seg_id), number=-1, source=new.body
+        )
         if here.path not in placed:
             storage.put(here.path, data)
             placed.add(here.path)
-        return {"adds": [here]}
+        return here
 
-    number = append(storage, log, build_record)
-    # Our own segment may be deleted again by now, so it is looked up by its record.
-    winner = log.winner(new.unit_key) if number is None else log.added(number)[0]
-    assert winner is not None, "no record is published only where the unit is committed"
-    return winner
-
-
-def _check_base(log: Log, new: Segment) -> None:
-    if new.kind == schema.ROLLOUT:
-        return
-    base, before = log.base(new.base), log.score_segments(new.name, new.base)
-    if base is None or base.tokens_sha256 != new.tokens_sha256:
-        raise StoreError(
-            f"no rollout segment {new.base} with these tokens",
-            hint="score the rollouts of this store; they may have been deleted meanwhile",
-        )
-    if new.extends != (before[-1].seg_id if before else ""):
-        raise StoreError(
-            f"teacher {new.name!r} has {len(before)} segments on rollouts {new.base}, and these "
-            f"scores extend {new.extends or 'none'}",
-            hint="another writer was faster; run the same command again to resume",
-        )
+    return publish_add(storage, log, new.unit_key, decide)

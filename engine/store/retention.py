@@ -3,8 +3,8 @@
 Nothing is deleted in place. A unit is deleted by a record and is invisible from there on; earlier
 snapshots still read it. gc then removes a segment when neither the newest snapshot, nor a tag, nor
 any snapshot of the last `keep_days` has it, and objects that no record ever named when they are
-older than `lease_hours`. It also removes claims of that age, and claims and notes of committed
-units.
+older than `lease_hours`. It also removes claims and pending adds of that age, and those and notes
+of committed units.
 
 gc first publishes the objects that it is going to remove, as a record like any other. So it decides
 on the newest log, a writer that is about to name such an object uses another generation instead,
@@ -24,6 +24,7 @@ import logitcask.engine.store.log.claims as claims
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.store.format.entry import Segment, path_of
 from logitcask.engine.store.log.log import Log
+from logitcask.engine.store.log.pending import unit_of
 from logitcask.engine.store.log.publish import append
 from logitcask.engine.store.log.record import Content
 from logitcask.engine.store.storage.base import STAGING
@@ -41,7 +42,7 @@ class GCReport:
     segments: int
     bytes: int
     orphans: int
-    """Staged files of killed writers, dead claims, and notes of failures of committed units."""
+    """Staged files and pending adds of killed writers, dead claims, notes of committed units."""
     kept: int
     """Objects of segments that stay."""
     kept_deleted: int
@@ -205,7 +206,14 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     going = {each: size for each, size in unreached().items() if dry_run or is_removed(each)}
     staged = [each.name for each in store.storage.files(STAGING)]
     left = [name for name in staged if store.storage.touched_s(name) < born_before]
-    left += claims.orphans(store.storage, store.head().unit_keys(), born_before)
+    committed = store.head().unit_keys()
+    left += claims.orphans(store.storage, committed, born_before)
+    # A writer whose pending add is gone leaves another, or finds itself committed.
+    left += [
+        f"log/{name}"
+        for name in store.log.pending
+        if unit_of(name) in committed or store.storage.touched_s(f"log/{name}") < born_before
+    ]
     if not dry_run:
         for name in [*(path_of(*content) for content in going), *left]:
             store.storage.remove(name)

@@ -67,8 +67,11 @@ class Attempts:
         data = self._encode(content)
         # A record that a reader would refuse is not published.
         ours = log.parse_next(data)
-        self._storage.create(f"log/{record.file_name(number)}", data)
-        log.refresh()
+        if self._storage.create(f"log/{record.file_name(number)}", data):
+            log.append(data)
+        else:
+            log.refresh()
+        # A lost response may have hidden that the record is ours.
         if len(log) > number and log.sha256(number) == ours.sha256:
             log.write_bundles(number)
             return number
@@ -141,6 +144,24 @@ def check_name_identity(log: Log, new: Segment) -> None:
         raise IdentityError(
             f"{what} name {new.name!r} stands for {kinds[drawn]}, not {kinds[not drawn]}",
             hint="use another name for this one",
+        )
+
+
+def check_base(log: Log, new: Segment) -> None:
+    """Raise StoreError where scores have no base, or do not follow the newest of their teacher."""
+    if new.kind == schema.ROLLOUT:
+        return
+    base, before = log.base(new.base), log.score_segments(new.name, new.base)
+    if base is None or base.tokens_sha256 != new.tokens_sha256:
+        raise StoreError(
+            f"no rollout segment {new.base} with these tokens",
+            hint="score the rollouts of this store; they may have been deleted meanwhile",
+        )
+    if new.extends != (before[-1].seg_id if before else ""):
+        raise StoreError(
+            f"teacher {new.name!r} has {len(before)} segments on rollouts {new.base}, and these "
+            f"scores extend {new.extends or 'none'}",
+            hint="another writer was faster; run the same command again to resume",
         )
 
 

@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from logitcask.engine.store import Segment, Store, commit
 from logitcask.engine.store.format import segment as segments
 from logitcask.engine.store.format.entry import SegmentBody, sha256
 from logitcask.engine.store.format.schema import read_alone
-from logitcask.engine.store.log import bundles, record
+from logitcask.engine.store.log import bundles, pending, record
 from logitcask.engine.store.log.body import encode_body
 from logitcask.engine.types import LENGTH, STOP, Array, Draws, Prompt, Rollouts, Scores
 
@@ -210,6 +212,30 @@ def long_log(store: Store, count: int) -> None:
         store.storage.create(f"log/{record.file_name(number)}", data)
         bundles.write(store.storage, number + 1)
         prev = sha256(record.split(data, "")[0])
+
+
+class Dead(BaseException):
+    """The end of a writer."""
+
+
+def leave_pending(store: Store, seed: int, *arguments: Any, **other: Any) -> str:
+    """Let a writer of rollouts lose a race, leave its pending add and die; return its name.
+
+    Of scores where arguments are (base,).
+    """
+    before = set(store.storage.names("log"))
+    with (
+        mock.patch.object(pending._Writer, "_publish", return_value=False),
+        mock.patch.object(pending._Writer, "_wait", side_effect=Dead),
+        mock.patch.object(pending._Writer, "leave"),
+        suppress(Dead),
+    ):
+        if arguments:
+            commit_scores(store, *arguments, seed, **other)
+        else:
+            commit_rollouts(store, seed, **other)
+    (name,) = set(store.storage.names("log")) - before
+    return name
 
 
 def encode_once(monkeypatch: pytest.MonkeyPatch) -> None:

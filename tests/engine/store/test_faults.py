@@ -13,10 +13,11 @@ import pytest
 import logitcask.engine.store.storage.local as files
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Store, open_store
+from logitcask.engine.store.log import pending
 from logitcask.engine.store.retention import delete, gc
 from logitcask.engine.store.verify import verify
 from tests.engine.store.faulty import CRASHES, Crash, FaultyOS
-from tests.engine.store.made import commit_rollouts, encode_once, key
+from tests.engine.store.made import commit_rollouts, encode_once, key, leave_pending
 
 ERRNOS = (
     errno.ENOSPC,
@@ -38,6 +39,7 @@ WAYS_OUT = {
 @pytest.fixture(autouse=True)
 def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encode_once(monkeypatch)
+    monkeypatch.setattr(pending, "PATIENCE_S", 0.0)
 
 
 def make_store(path: Path) -> Store:
@@ -72,8 +74,31 @@ def collect(path: Path) -> None:
     gc(open_store(path), keep_days=0, lease_hours=0)
 
 
-JOBS = {"commit": commit_third, "gc": collect, "again": commit_again}
-EXPECTED = {"commit": {1, 3}, "gc": {1}, "again": {1, 2}}
+def commit_where_others_wait(path: Path) -> None:
+    """Commit a unit that loses its race, so that it waits, and find a dead writer's there."""
+    store, rival = open_store(path), open_store(path)
+    create = store.storage.create
+
+    def overtaken(name: str, data: bytes) -> bool:
+        if name.startswith("log/"):
+            store.storage.create = create  # type: ignore[method-assign]
+            commit_rollouts(rival, 4)
+            if 5 not in visible(path):
+                leave_pending(rival, 5)
+        return create(name, data)
+
+    store.storage.create = overtaken  # type: ignore[method-assign]
+    commit_rollouts(store, 3)
+    commit_rollouts(open_store(path), 5)  # the command of the dead writer runs again
+
+
+JOBS = {
+    "commit": commit_third,
+    "gc": collect,
+    "again": commit_again,
+    "waiting": commit_where_others_wait,
+}
+EXPECTED = {"commit": {1, 3}, "gc": {1}, "again": {1, 2}, "waiting": {1, 3, 4, 5}}
 """Job -> the units that it leaves visible."""
 
 

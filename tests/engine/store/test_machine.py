@@ -17,12 +17,13 @@ from obstore.store import MemoryStore
 
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.store import Store
+from logitcask.engine.store.log import pending
 from logitcask.engine.store.merge import merge
 from logitcask.engine.store.retention import delete, gc, tag, untag
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
-from tests.engine.store.made import commit_rollouts, commit_scores, encode_once, key
+from tests.engine.store.made import commit_rollouts, commit_scores, encode_once, key, leave_pending
 
 SEEDS = st.integers(0, 5)
 NAMES = st.sampled_from(["a", "b"])
@@ -45,14 +46,37 @@ class Machine(RuleBasedStateMachine):
         self.snapshots: list[tuple[int, dict[tuple[Any, ...], str]]] = []
         """Snapshots that gc keeps, with their contents."""
         self.tags: dict[str, tuple[int, dict[tuple[Any, ...], str]]] = {}
+        self.left: set[tuple[str, int]] = set()
+        """Units of pending adds that dead writers left."""
+        self.names: set[str] = set()
+        """Names of rollouts that were ever in use."""
 
     def roll_into(self, store: Store, name: str, seed: int) -> str:
         return commit_rollouts(store, seed, key(name, seed), name=name, student=True).seg_id
 
     @rule(name=NAMES, seed=SEEDS)
     def roll(self, name: str, seed: int) -> None:
+        before = self.store.head().number
         committed = self.roll_into(self.store, name, seed)
+        self.names.add(name)
+        self.left.discard((name, seed))
         assert self.model.setdefault((name, seed), committed) == committed
+        self.take_left(before)
+
+    @rule(name=NAMES, seed=SEEDS)
+    def die_while_waiting(self, name: str, seed: int) -> None:
+        """Leave the add of a dead writer, which the next writer publishes too."""
+        if name in self.names and not {(name, seed)} & (self.model.keys() | self.left):
+            unit_key = key(name, seed)
+            leave_pending(self.store, seed, unit_key=unit_key, name=name, student=True)
+            self.left.add((name, seed))
+
+    def take_left(self, before: int) -> None:
+        """Expect the units that dead writers left, where a segment was published since."""
+        if any(segment.number > before for segment in self.store.head().segments):
+            found = {s.unit_key: s.seg_id for s in self.store.head().segments}
+            self.model |= {k: found[key(*k)] for k in self.left}
+            self.left.clear()
 
     @rule(teacher=NAMES, name=NAMES, seed=SEEDS)
     def score(self, teacher: str, name: str, seed: int) -> None:
@@ -63,8 +87,10 @@ class Machine(RuleBasedStateMachine):
         shared = {k for k in self.model if len(k) == 3 and k[0] == teacher and k[2] == seed}
         if shared - {unit}:
             return  # The same rollouts under another name: a teacher scores content, not names.
+        before = self.store.head().number
         committed = commit_scores(self.store, base, seed, unit_key=key(*unit), name=teacher).seg_id
         assert self.model.setdefault(unit, committed) == committed
+        self.take_left(before)
 
     @rule(name=NAMES)
     def delete_rollouts(self, name: str) -> None:
@@ -111,11 +137,13 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def collect_and_keep_recent_snapshots(self) -> None:
         gc(self.store, keep_days=1, lease_hours=0)
+        self.left.clear()
 
     @rule()
     def collect_all(self) -> None:
         self.snapshots.clear()
         gc(self.store, keep_days=0, lease_hours=0)
+        self.left.clear()
 
     @rule()
     def reopen(self) -> None:
@@ -132,10 +160,13 @@ class Machine(RuleBasedStateMachine):
     def merge_back(self, fork: tuple[Store, dict[tuple[Any, ...], str]], seed: int) -> None:
         other, contents = fork
         contents[("a", seed)] = self.roll_into(other, "a", seed)
-        before = set(self.model.values())
+        before, number = set(self.model.values()), self.store.head().number
         merged = merge(self.store, other)
         # Units stay; new units of the other store come with their bases.
         assert before <= shown(self.store)
+        self.names.add("a")
+        self.left -= {k for k in self.left if k in contents}
+        self.take_left(number)
         self.model |= {k: v for k, v in contents.items() if v in shown(self.store)}
         assert merged.added <= len(contents)
         assert ("a", seed) in self.model
@@ -165,6 +196,7 @@ def shown(store: Store) -> set[str]:
 @pytest.mark.timeout(3600)
 def test_any_sequence(monkeypatch: pytest.MonkeyPatch, counts: Any) -> None:
     encode_once(monkeypatch)
+    monkeypatch.setattr(pending, "PATIENCE_S", 0.0)
     run_state_machine_as_test(
         Machine,
         settings=settings(

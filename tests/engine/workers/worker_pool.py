@@ -83,18 +83,18 @@ class Worker:
         return int(segment.counts["P"])
 
     def commit(self, unit: str, seed: int) -> Any:
-        append: Callable[..., Any] = commit.append
+        publish: Callable[..., Any] = commit.publish_add
 
-        def appended(*arguments: Any) -> Any:
+        def published(*arguments: Any) -> Any:
             self.hang(unit, "publish")
-            return append(*arguments)
+            return publish(*arguments)
 
-        commit.append = appended
+        commit.publish_add = published
         try:
             inputs = {"version": 0, "first": seed, "worker": self.name}
             return commit_rollouts(self.store, seed, unit, unit=inputs)
         finally:
-            commit.append = append
+            commit.publish_add = publish
 
     def kill(self, moment: str) -> None:
         restarts = self.restart < self.args.kills
