@@ -1,5 +1,7 @@
 """Verbs of `logitcask store` that copy a whole store to another place, or from one."""
 
+from importlib import import_module
+
 import rich_click as click
 
 from logitcask.cli.options import format_option
@@ -50,6 +52,8 @@ def push_command(
     report: CopyReport
     with progress_bar() as progress:
         if is_hub(url):
+            # One progress is enough.
+            import_module("huggingface_hub.utils").disable_progress_bars()
             report = push_to_hub(
                 source,
                 url,

@@ -83,6 +83,7 @@ def last_record(store: Store, target: Storage, number: int) -> int:
 
     Raises StoreError where it holds another store, or other records than the store up to `number`.
     """
+    store.log.refresh()
     identity = format_file.read(target)
     if identity is None:
         return -1

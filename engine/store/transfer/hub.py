@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store.format.entry import Segment
+from logitcask.engine.store.log.bundles import parts_of
+from logitcask.engine.store.log.format_file import NAME, read
+from logitcask.engine.store.log.record import number_of
 from logitcask.engine.store.log.snapshot import Snapshot
 from logitcask.engine.store.storage.base import map_concurrently
 from logitcask.engine.store.storage.hub import (
@@ -167,9 +169,9 @@ def _log_changes(
     """
     if last >= number:
         return {}, []
-    there = {name for folder in ("log", "bundles") for name in sizes(target, folder)}
-    there |= {format_file.NAME} if last >= 0 else set()
-    needed = dict(log_objects(store, number, there))
+    there = {f"log/{name}" for name in target.names("log") if number_of(name) is not None}
+    there |= {name for name in sizes(target, "bundles") if parts_of(name)}
+    needed = dict(log_objects(store, number, {*there, *([NAME] if last >= 0 else [])}))
     new = {name: data for name, data in needed.items() if data is not None}
     return new, sorted(there - needed.keys())
 
@@ -210,7 +212,7 @@ def _check_complete(
     found = sizes(pushed, "")
     absent = [each.path for each in absent_objects(store, found, snapshot)[0]]
     absent += [name for name, data in new.items() if found.get(name) != len(data)]
-    if absent or format_file.read(pushed) is None:
+    if absent or read(pushed) is None:
         raise StoreError(
             f"{pushed.url} lacks {len(absent)} pushed files, such as {absent[:1]}",
             hint="look for a .gitignore there that names them, then push again",

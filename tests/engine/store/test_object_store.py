@@ -18,6 +18,7 @@ from logitcask.engine.store.retention import delete, gc
 from logitcask.engine.store.storage.base import open_storage
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
+from logitcask.engine.store.transfer.copy import copy_store
 from logitcask.engine.store.verify import verify
 from tests.engine.store import worker
 from tests.engine.store.made import commit_rollouts, commit_scores, key
@@ -50,6 +51,12 @@ def test_a_store_on_s3_and_a_copy_on_a_disk(url: str, tmp_path: Path) -> None:
     local = open_store(tmp_path / "cask", create=True)
     assert merge(local, again).added == 3
     assert [s.seg_id for s in local.head().segments] == [s.seg_id for s in again.head().segments]
+    copied = copy_store(again, open_storage(tmp_path / "copy"), snapshot=again.head())
+    assert (copied.segments, copied.sha256) == (3, again.head().sha256)
+    back = open_storage(f"{url}-back")
+    assert copy_store(open_store(tmp_path / "copy"), back, snapshot=again.head()).records == 3
+    assert verify(open_on(back)).segments == 3
+    assert open_on(back).head() == again.head()
     delete(store, rollouts="main")
     assert gc(store, keep_days=0, lease_hours=0).segments == 3
     assert merge(store, local).added == 3
