@@ -7,8 +7,9 @@ provider, region and class of storage, so only requests are counted.
 
 from logitcask.engine.store.log.bundles import LEVELS
 
-_LISTS, _GETS = 3, 2
-"""List and get requests of one commit, about: where no other process commits at the same time."""
+_LISTS, _GETS = 1, 1
+"""List and get requests of one commit, about: where no other process commits at the same time. The
+get requests are those of the writer of a bundle."""
 
 
 def store_requests(units: int) -> dict[str, int]:
