@@ -102,4 +102,23 @@ def pull_command(url: str, store: str, at: str | None, form: str) -> None:
     print_result(report, form)
 
 
-TRANSFER_VERBS = (push_command, pull_command)
+@click.command("upgrade")
+@click.argument("old")
+@click.argument("new")
+@format_option
+def upgrade_command(old: str, new: str, form: str) -> None:
+    """Make the store NEW of today's format from the store OLD of format 1, and verify it.
+
+    OLD stays as it is. Rows, snapshot ids, tags and unit keys are the same, so the commands that
+    made OLD go on with NEW. The same command continues an upgrade that stopped.
+
+    Example: logitcask store upgrade ./store ./store-2
+    """
+    from logitcask.engine.store.upgrade.upgrade import upgrade
+
+    with progress_bar() as progress:
+        report = upgrade(old, new, progress=progress)
+    print_result(report, form)
+
+
+TRANSFER_VERBS = (push_command, pull_command, upgrade_command)

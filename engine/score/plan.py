@@ -237,7 +237,7 @@ def _at_key(
             f"rollout segment {segment.seg_id} has no scores of the model that gives the extra ids",
             hint="let that model score all of these rollouts first",
         )
-    return tuple(each.seg_id for each in scores[segment.seg_id])
+    return tuple(each.key_id for each in scores[segment.seg_id])
 
 
 def _check_twice(snapshot: Snapshot, units: Mapping[str, Segment], teacher_name: str) -> None:

@@ -184,7 +184,7 @@ def unit_key(
 ) -> str:
     return digest(
         {
-            "rollouts": segment.seg_id,
+            "rollouts": segment.key_id,
             "teacher": model.digest,
             "role": provenance["teacher_kind"],
             "template": model.template_digest,

@@ -13,7 +13,7 @@ import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store.format.entry import Segment, content_address, sha256
+from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.log.pending import publish_add
 from logitcask.engine.store.log.publish import check_base, check_name_identity
@@ -54,32 +54,14 @@ def commit_arrays(storage: Storage, log: Log, arrays: Mapping[str, Array], new: 
             hint=_TOO_LARGE,
         )
     shape: Any = {"layout": new.layout, "profile": profile}
-    attributes = {
-        "format": schema.FORMAT,
-        "version": schema.FORMAT_VERSION,
-        "kind": new.kind,
-        "layout": new.layout,
-        "profile": new.profile,
-        "counts": counts,
-        "base": new.base,
-        "extends": new.extends,
-        "tokens_sha256": new.tokens_sha256,
-    }
+    attributes = segments.attributes_of(replace(new, counts=counts))
     contents = segments.encode(arrays, attributes=attributes, **shape)
     try:
         data = archive.write(contents)
     except ValueError as error:
         raise StoreError(f"a unit of {error}", hint=_TOO_LARGE) from error
     segments.check_decodes(data, arrays, counts=counts, **shape)
-    digest = sha256(data)
-    encoded = replace(
-        new,
-        counts=counts,
-        seg_id=content_address(digest),
-        size=len(data),
-        sha256=digest,
-        source=replace(new.body, entries=segments.entries_of(new.layout, contents)),
-    )
+    encoded = segments.with_object(replace(new, counts=counts), data, contents)
     return publish_segment(storage, log, data, encoded)
 
 

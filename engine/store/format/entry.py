@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import logitcask.engine.store.format.schema as schema
+from logitcask.engine.store.format.provenance import ORIGINAL_ID
 from logitcask.engine.types import Array
 
 Entry = tuple[int, int, str]
@@ -100,6 +101,14 @@ class Segment:
     def path(self) -> str:
         """Return the name of the object, relative to the store."""
         return path_of(self.kind, self.seg_id, self.generation)
+
+    @property
+    def key_id(self) -> str:
+        """Return the id from which the keys of score units are made.
+
+        An upgrade from format 1 changes seg_id, but the command that made the scores finds them.
+        """
+        return str(self.provenance.get(ORIGINAL_ID, self.seg_id))
 
     @property
     def rows(self) -> int:

@@ -5,13 +5,24 @@ from typing import Any
 
 from logitcask.engine.errors import StoreError
 
+ORIGINAL_ID = "format_1_id"
+"""Key of the seg_id that a segment had before the upgrade of its store from format 1."""
 _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
     (dict,): ("an object", ("set", "student", "request", "backend", "run")),
     (list,): ("a list", ("stop_ids",)),
     (bool,): ("a boolean", ("at_student",)),
     (str,): (
         "text",
-        ("tokenizer", "base_weights", "template", "weights", "grader", "selection", "positions"),
+        (
+            "tokenizer",
+            "base_weights",
+            "template",
+            "weights",
+            "grader",
+            "selection",
+            "positions",
+            ORIGINAL_ID,
+        ),
     ),
     (int,): (
         "an integer",

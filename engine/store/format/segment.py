@@ -7,6 +7,7 @@ memory of its own size. Some arrays are also read alone, by the offsets and dige
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.shards as shards
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.models.identity import canonical
-from logitcask.engine.store.format.entry import Entry, Segment, sha256
+from logitcask.engine.store.format.entry import Entry, Segment, content_address, sha256
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array
 
@@ -77,6 +78,35 @@ def entries_of(layout: str, contents: Mapping[str, bytes | memoryview]) -> dict[
     return found
 
 
+def attributes_of(segment: Segment) -> dict[str, Any]:
+    """Return the attributes of the group of a segment."""
+    return {
+        "format": schema.FORMAT,
+        "version": schema.FORMAT_VERSION,
+        "kind": segment.kind,
+        "layout": segment.layout,
+        "profile": segment.profile,
+        "counts": dict(segment.counts),
+        "base": segment.base,
+        "extends": segment.extends,
+        "tokens_sha256": segment.tokens_sha256,
+    }
+
+
+def with_object(
+    segment: Segment, data: bytes, contents: Mapping[str, bytes | memoryview]
+) -> Segment:
+    """Return the segment whose object is `data`, the archive of these files."""
+    digest = sha256(data)
+    return replace(
+        segment,
+        seg_id=content_address(digest),
+        size=len(data),
+        sha256=digest,
+        source=replace(segment.body, entries=entries_of(segment.layout, contents)),
+    )
+
+
 def encode(
     arrays: Mapping[str, Array],
     *,
@@ -85,16 +115,28 @@ def encode(
     attributes: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """Encode arrays as the files of a Zarr v3 group, relative name -> bytes."""
-    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
-    files = {"zarr.json": canonical(group)}
+    files = metadata_files(layout, profile, counts_of(layout, arrays), attributes)
     for name, spec in schema.specs(layout).items():
         dtype, values = dtype_of(spec, profile), arrays[name]
         if values.dtype != np.dtype(dtype) or values.ndim != 1:
             raise TypeError(f"{name}: {values.dtype} {values.shape}, expected {dtype}")
-        shape = _shape(spec, profile, len(values))
-        files[f"{name}/zarr.json"] = shards.metadata(**shape)
         if len(values):
-            files[f"{name}/c/0"] = shards.encode(values, **shape)
+            files[f"{name}/c/0"] = shards.encode(values, **_shape(spec, profile, len(values)))
+    return files
+
+
+def metadata_files(
+    layout: str,
+    profile: codecs.Profile,
+    counts: Mapping[str, int],
+    attributes: Mapping[str, Any],
+) -> dict[str, bytes]:
+    """Return the zarr.json of the group and of each array, relative name -> bytes."""
+    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    files = {"zarr.json": canonical(group)}
+    for name, spec in schema.specs(layout).items():
+        shape = _shape(spec, profile, spec.length(counts))
+        files[f"{name}/zarr.json"] = shards.metadata(**shape)
     return files
 
 

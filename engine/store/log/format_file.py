@@ -38,7 +38,11 @@ def read(storage: Storage) -> Identity | None:
     data = storage.read(NAME, schema.MAX_FORMAT_BYTES)
     if data is None:
         if storage.read(f"log/{record.file_name(0)}", schema.MAX_RECORD_BYTES) is not None:
-            raise IntegrityError(f"{where}: missing, though the store has a log", hint=_RESTORE)
+            raise IntegrityError(
+                f"{where}: missing, though the store has a log",
+                hint=f"{_RESTORE}; or end an interrupted `logitcask store upgrade OLD NEW`: run it "
+                "again",
+            )
         return None
     body, digest = decode_sealed(data, where)
     if not isinstance(body.get("format"), str):
@@ -56,7 +60,7 @@ def read(storage: Storage) -> Identity | None:
     if number < schema.FORMAT_VERSION:
         raise StoreError(
             f"{where}: format version {number}, this program reads {schema.FORMAT_VERSION}",
-            hint="make a store of the new format of it with `logitcask store upgrade`",
+            hint="make a store of the new format from it: `logitcask store upgrade OLD NEW`",
         )
     if not isinstance(body.get("store_uuid"), str):
         raise IntegrityError(f"{where}: no store_uuid", hint=_RESTORE)
@@ -78,13 +82,31 @@ def create(storage: Storage) -> Identity:
     Raises as `prepare`.
     """
     prepare(storage)
-    body = {
-        "format": schema.FORMAT,
-        "version": schema.FORMAT_VERSION,
-        "store_uuid": str(uuid.uuid4()),
-        "created": now(),
-    }
-    storage.create(NAME, encode_sealed(body))
+    return write(storage, encode(str(uuid.uuid4()), now()))
+
+
+def encode(store_uuid: str, created: str) -> bytes:
+    """Return the content of format.json."""
+    body = {"format": schema.FORMAT, "version": schema.FORMAT_VERSION}
+    return encode_sealed(body | {"store_uuid": store_uuid, "created": created})
+
+
+def exists(storage: Storage) -> bool:
+    """Return whether there is a format.json."""
+    return storage.read(NAME, schema.MAX_FORMAT_BYTES) is not None
+
+
+def read_begun(storage: Storage, data: bytes) -> Identity | None:
+    """Return the identity that `data` gives a store, None where another one is in its place."""
+    if storage.read(NAME, schema.MAX_FORMAT_BYTES) not in (None, data):
+        return None
+    body, digest = decode_sealed(data, storage.where(NAME))
+    return Identity(store_uuid=body["store_uuid"], sha256=digest)
+
+
+def write(storage: Storage, data: bytes) -> Identity:
+    """Create format.json, by which a store begins to exist; return the one that is there."""
+    storage.create(NAME, data)
     identity = read(storage)
     if identity is None:
         raise StoreError(
