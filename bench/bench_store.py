@@ -8,6 +8,7 @@ Run: .venv/bin/python bench/bench_store.py [SECTION ...]      (default: all, som
   rates      sealing, and decoding whole segments, against parquet and raw arrays
   random     single sequences from a decoded cache, against the same
   commits    four processes, 200 commits each, on this disk and on an S3 server on loopback
+  before     one writer, beside the same commits by the code of some weeks ago
   wait       the share of data wait in the demo's training
   open       reading the log of a store of many commits
 
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import results
+from store_before import before
 from store_commits import commits, opening, wait
 from store_pair import pair
 from store_rates import random, rates
@@ -34,6 +36,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "rates": rates,
     "random": random,
     "commits": commits,
+    "before": before,
     "wait": wait,
     "open": opening,
 }

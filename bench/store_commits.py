@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import results
+from store_before import synthetic_small
 from store_common import PROVENANCE, RUNS, WORK, bar, fresh, key, seal_rollouts
 
 from logitcask.engine.store import open_store
 from logitcask.engine.store.retention import tag
-from logitcask.engine.types import Prompt, Rollouts
 
 
 def commits() -> dict[str, Any]:
@@ -100,22 +100,6 @@ def writer(url: str, number: int) -> None:
         )
         seconds.append(time.perf_counter() - start)
     print(json.dumps(seconds))
-
-
-def synthetic_small(seed: int) -> Rollouts:
-    """Return 256 positions without scores, which measure the commit and not the codec."""
-    rng = np.random.default_rng(seed)
-    return Rollouts(
-        prompts=(Prompt(id="p", token_ids=(1, 2, 3)),),
-        seq_prompt=np.zeros(4, np.uint32),
-        seq_off=np.arange(5, dtype=np.int64) * 64,
-        tokens=rng.integers(0, 1000, 256).astype(np.uint32),
-        loss_mask=np.ones(256, np.uint16),
-        b_lp=-rng.exponential(2, 256).astype(np.float32),
-        finish=np.zeros(4, np.uint16),
-        version_start=np.zeros(4, np.int64),
-        version_end=np.zeros(4, np.int64),
-    )
 
 
 def wait() -> dict[str, Any]:
