@@ -42,6 +42,8 @@ class Hub:
     """Large files that were sent."""
     fail_after: int = -1
     """Writing requests that still succeed; -1 = all."""
+    ignored: tuple[str, ...] = ()
+    """Beginnings of paths that a .gitignore of the repository names."""
     port: int = 0
 
     def head(self, repo: str, branch: str = "main") -> dict[str, bytes]:
@@ -191,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
             {
                 "path": each["path"],
                 "uploadMode": "lfs" if each["path"].endswith(".zip") else "regular",
-                "shouldIgnore": False,
+                "shouldIgnore": each["path"].startswith(self.hub.ignored or "/"),
                 "oid": None,
             }
             for each in files

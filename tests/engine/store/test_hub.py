@@ -270,6 +270,16 @@ def test_reads_are_bounded_and_pinned(store: Store, hub: Hub) -> None:
         verify(open_store(URL))
 
 
+def test_files_that_the_hub_leaves_out_are_found(store: Store, hub: Hub) -> None:
+    hub.ignored = ("seg/rollout",)
+    with pytest.raises(StoreError, match=r"lacks 2 pushed files, such as \['seg/") as caught:
+        push(store)
+    assert ".gitignore" in caught.value.hint
+    hub.ignored = ()
+    assert push(store).segments == 2
+    assert verify(open_store(URL)).segments == 3
+
+
 def test_errors_of_the_hub_are_typed(
     store: Store, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
