@@ -8,7 +8,7 @@ Run: .venv/bin/python bench/bench_store.py [SECTION ...]      (default: all, som
   rates      sealing, and decoding whole segments, against parquet and raw arrays
   random     single sequences from a decoded cache, against the same
   commits    four processes, 200 commits each, on this disk and on an S3 server on loopback
-  before     one writer, beside the same commits by the code of some weeks ago
+  before     one writer, against the code of the time when a segment was a folder
   wait       the share of data wait in the demo's training
   open       reading the log of a store of many commits
 

@@ -1,4 +1,4 @@
-"""Commits of one writer beside those of an earlier version of this code, taken in turns.
+"""Commits of one writer, by turns with those of an earlier version of this code.
 
 `python bench/store_before.py URL` is the writer: one commit for each line of its input, with the
 version on PYTHONPATH.

@@ -19,6 +19,7 @@ from logitcask.engine.store.format import segment as segments
 from logitcask.engine.store.format.entry import Segment, path_of
 from logitcask.engine.store.log import record
 from logitcask.engine.store.log.lines import decode_sealed, encode_sealed
+from logitcask.engine.store.merge import merge
 from logitcask.engine.store.verify import verify
 from tests.engine.store.made import commit_rollouts, commit_scores, forged
 
@@ -362,6 +363,24 @@ def test_a_forged_record_is_validated(cask: Path, change: dict[str, Any], words:
     with pytest.raises(IntegrityError, match=words) as caught:
         open_store(cask).head()
     assert "0000000001.json: " in caught.value.cause
+
+
+def test_entries_that_name_another_part_are_found(cask: Path, tmp_path: Path) -> None:
+    """Find it before it is read alone: in `verify`, and in a merge."""
+
+    def change(_: Any, body: dict[str, Any]) -> None:
+        entries = body["adds"][0]["entries"]
+        entries["student_topk_counts"] = entries["prompt_offsets"]
+
+    path = cask / "log" / record.file_name(0)
+    path.write_bytes(forged(path.read_bytes(), change))
+    (cask / "log" / record.file_name(1)).unlink()
+    for deep in (False, True):
+        refused(cask, "its record has other entries", deep=deep)
+    other = open_store(tmp_path / "other", create=True)
+    with pytest.raises(IntegrityError, match="its record has other entries"):
+        merge(other, open_store(cask))
+    assert other.head().segments == ()
 
 
 @pytest.mark.parametrize(

@@ -270,3 +270,20 @@ def test_a_storage_on_which_two_writers_could_both_win_is_refused(
     with pytest.raises(StoreError, match="lets a writer overwrite") as caught:
         open_store(tmp_path / "cask", create=True)
     assert "conditional puts" in caught.value.hint
+
+
+def test_a_disk_that_keeps_other_bytes_is_found_before_they_have_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path / "cask", create=True)
+    write = files._write_new
+
+    def wrong(path: Path, data: bytes) -> None:
+        write(path, data[:-1] + b"x" if len(data) > 5000 else data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_write_new", wrong)
+        with pytest.raises(StoreError, match="reads other bytes than were written"):
+            commit_rollouts(store, 1)
+    assert store.storage.files("seg") == store.storage.files("staging") == []
+    assert commit_rollouts(store, 1).number == 0
