@@ -24,7 +24,7 @@ import logitcask.engine.store.log.claims as claims
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.store.format.entry import Segment, path_of
 from logitcask.engine.store.log.log import Log
-from logitcask.engine.store.log.pending import unit_of
+from logitcask.engine.store.log.pending import is_done
 from logitcask.engine.store.log.publish import append
 from logitcask.engine.store.log.record import Content
 from logitcask.engine.store.storage.base import STAGING
@@ -206,13 +206,12 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
     going = {each: size for each, size in unreached().items() if dry_run or is_removed(each)}
     staged = [each.name for each in store.storage.files(STAGING)]
     left = [name for name in staged if store.storage.touched_s(name) < born_before]
-    committed = store.head().unit_keys()
-    left += claims.orphans(store.storage, committed, born_before)
+    left += claims.orphans(store.storage, store.head().unit_keys(), born_before)
     # A writer whose pending add is gone leaves another, or finds itself committed.
     left += [
         f"log/{name}"
         for name in store.log.pending
-        if unit_of(name) in committed or store.storage.touched_s(f"log/{name}") < born_before
+        if is_done(store.log, name) or store.storage.touched_s(f"log/{name}") < born_before
     ]
     if not dry_run:
         for name in [*(path_of(*content) for content in going), *left]:

@@ -18,7 +18,7 @@ class Fold:
     """The state of a store as of the records that were folded."""
 
     def __init__(self, url: str, genesis: str) -> None:
-        """genesis: the sha256 of format.json, `prev` of the first record."""
+        """Begin with no record; genesis is the sha256 of format.json, the `prev` of the first."""
         self._url = url
         self._sums = [genesis]
         """sha256 of format.json, then of each record: entry n is the `prev` of record n."""

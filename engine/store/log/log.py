@@ -7,7 +7,6 @@ The heads of all records are read and their chain is verified; a body is read wh
 
 import gc
 import json
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -35,8 +34,10 @@ class Log(Fold):
         self._storage = storage
         self._bodies = Bodies(storage, bundles.body_line)
         self._opened = False
-        self.pending: dict[str, float] = {}
-        """Pending adds in log/ at the last look -> when this process first saw them, monotonic."""
+        self.pending: set[str] = set()
+        """Pending adds in log/ at the last look."""
+        self.unfit: set[str] = set()
+        """Those that this process has read and could not publish."""
 
     def refresh(self) -> None:
         """Read and fold the new records. Raises IntegrityError for a gap or an invalid record."""
@@ -46,10 +47,8 @@ class Log(Fold):
         second_last = record.file_name(start - 2) if start > 1 else ""
         names = self._storage.names("log", after=second_last)
         numbers = [number for name in names if (number := record.number_of(name)) is not None]
-        now_s = time.monotonic()
-        self.pending = {
-            name: self.pending.get(name, now_s) for name in names if name.startswith("pending-")
-        }
+        self.pending = {name for name in names if name.startswith("pending-")}
+        self.unfit &= self.pending
         end = max((number + 1 for number in numbers), default=0)
         if end < start:
             # The newest record is in a bundle only, or lost.

@@ -40,6 +40,7 @@ WAYS_OUT = {
 def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encode_once(monkeypatch)
     monkeypatch.setattr(pending, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(pending, "_POLL_S", 0.0)
 
 
 def make_store(path: Path) -> Store:

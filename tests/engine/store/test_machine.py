@@ -197,6 +197,7 @@ def shown(store: Store) -> set[str]:
 def test_any_sequence(monkeypatch: pytest.MonkeyPatch, counts: Any) -> None:
     encode_once(monkeypatch)
     monkeypatch.setattr(pending, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(pending, "_RANK_S", 0.0)
     run_state_machine_as_test(
         Machine,
         settings=settings(
