@@ -121,7 +121,7 @@ def test_the_oldest_publishes_and_patience_ends(
 
 
 def test_a_unit_of_a_stopped_writer_is_not_published_after_its_deletion(store: Store) -> None:
-    """Leave it out: its writer began before, and would have had the deleted commit for an answer."""
+    """Leave it out: its writer began before, and would have returned the deleted commit."""
     commit_rollouts(store, 0, name="kept")
     leave_pending(again(store), 1)
     commit_rollouts(store, 1)
