@@ -2,6 +2,7 @@
 
 Repositories are lists of commits, each a mapping of path -> bytes. Zip files take the way of large
 files (an upload of its own, a redirect to another host), the others that of regular ones.
+`python -m tests.engine.store.hub_server` runs one for commands in other terminals.
 """
 
 import base64
@@ -10,7 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -241,8 +242,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub_server() -> Iterator[Hub]:
-    """Run a Hub; the client of this process uses it, with a token."""
+def serving() -> Iterator[Hub]:
+    """Run a Hub."""
     hub = Hub()
     handler = type("Bound", (Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -250,11 +251,31 @@ def hub_server() -> Iterator[Hub]:
     hub.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    with pytest.MonkeyPatch.context() as patch:
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def hub_server() -> Iterator[Hub]:
+    """Run a Hub; the client of this process uses it, with a token."""
+    with serving() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", TOKEN)
         patch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.port}")
         patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+
+
+def main() -> None:
+    """Run a Hub until it is interrupted; print the variables that commands use it with."""
+    with serving() as hub, suppress(KeyboardInterrupt):
+        address = f"HF_ENDPOINT=http://127.0.0.1:{hub.port}"
+        print(f"export {address} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
