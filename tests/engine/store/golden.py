@@ -1,12 +1,11 @@
-"""Generator of the golden stores: golden_v1.tar.xz with every layout and profile of its time, and
-golden_v1_mc, golden_v1_reward, golden_v1_bounds and golden_v1_rows with the later layouts. Existing
-files stay.
+"""Generator of the golden stores: golden_v2.tar.xz with every layout and profile of its time. An
+existing file stays.
 
     python -m tests.engine.store.golden        (in the repository's root)
 
-They are committed, and never made again for a released format version, because later versions
-must read the stores of users. Each holds a store and digests.json, the digests of its decoded
-segments.
+It is committed, and never made again for a released format version, because later versions must
+read the stores of users. Next to each store NAME is NAME.json, the digests of its decoded segments.
+Those of format 1, golden_v1*.tar.xz, are what `store upgrade` is tested with.
 """
 
 import hashlib
@@ -33,12 +32,7 @@ from tests.engine.store.made import (
 )
 from tests.engine.store.test_extend import teacher_of
 
-FILE = Path(__file__).with_name("golden_v1.tar.xz")
-FILE_MC = Path(__file__).with_name("golden_v1_mc.tar.xz")
-
-FILE_REWARD = Path(__file__).with_name("golden_v1_reward.tar.xz")
-FILE_BOUNDS = Path(__file__).with_name("golden_v1_bounds.tar.xz")
-FILE_ROWS = Path(__file__).with_name("golden_v1_rows.tar.xz")
+FILE = Path(__file__).with_name("golden_v2.tar.xz")
 
 
 def digests(store: Store) -> dict[str, str]:
@@ -166,23 +160,26 @@ def with_mult(scores: Scores, drawn: list[int]) -> Scores:
     return replace(scores, mult=np.asarray(drawn, np.uint16))
 
 
+FILLS = {
+    "first": fill,
+    "mc": fill_mc,
+    "reward": fill_reward,
+    "bounds": fill_bounds,
+    "rows": fill_rows,
+}
+
+
 def main() -> None:
-    for file, make in (
-        (FILE, fill),
-        (FILE_MC, fill_mc),
-        (FILE_REWARD, fill_reward),
-        (FILE_BOUNDS, fill_bounds),
-        (FILE_ROWS, fill_rows),
-    ):
-        if file.exists():
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            store = make(Path(folder) / "cask")
-            (Path(folder) / "digests.json").write_text(json.dumps(digests(store), indent=1))
-            with tarfile.open(file, "w:xz", preset=9) as packed:
-                for name in ("cask", "digests.json"):
-                    packed.add(Path(folder) / name, name)
-        print(file, file.stat().st_size)
+    if FILE.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in FILLS.items():
+            store = make(Path(folder) / name)
+            (Path(folder) / f"{name}.json").write_text(json.dumps(digests(store), indent=1))
+        with tarfile.open(FILE, "w:xz", preset=9) as packed:
+            for each in sorted(Path(folder).iterdir()):
+                packed.add(each, each.name)
+    print(FILE, FILE.stat().st_size)
 
 
 if __name__ == "__main__":
