@@ -131,13 +131,15 @@ class Train(Section):
         description="Largest approximate KL (k3, nats) between the student that sampled and the "
         "current one, for objectives on sampled ids.",
     )
-    sharding: Literal["none", "fsdp2"] = Field(
+    sharding: Literal["none", "fsdp2", "zero3"] = Field(
         "none",
         description="Divide weights, gradients and moments over the processes of torchrun or "
-        "`accelerate launch` by FSDP2, so that each holds its share; none = whole in each.",
+        "`accelerate launch`, so that each holds its share: fsdp2 = by torch, zero3 = by "
+        "DeepSpeed; none = whole in each.",
     )
     cpu_offload: bool = Field(
-        False, description="Keep the shards in the memory of the CPU between their uses: slow."
+        False,
+        description="Keep the shards of fsdp2 in the memory of the CPU between their uses: slow.",
     )
     partial: bool = Field(False, description="Train although some units have no scores yet.")
     allow_off_lineage: bool = Field(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from logitcask.engine.training.processes import gathered
+from logitcask.engine.training.run_dir.shards import held
+from logitcask.engine.training.sharding.zero3 import shape_of
 
 CHANGED_SAMPLE = 1 << 20
 """Maximum number of elements that `train/changed_share` compares, over all shards."""
@@ -29,9 +31,10 @@ class ChangedShare(TrainerCallback):
         compared = sum(count for _, count in counts)
         return sum(changed for changed, _ in counts) / compared if compared else 0.0
 
-    def on_pre_optimizer_step(
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # Not on_pre_optimizer_step: DeepSpeed has made its step by then.
         self._before = [part.clone() for part in _sample(kwargs["model"])]
 
     def on_optimizer_step(
@@ -52,8 +55,8 @@ class ChangedShare(TrainerCallback):
 
 
 def _sample(model: nn.Module) -> list[Tensor]:
-    """Return every n-th element of the trainable parameters, of a DTensor those of its shard."""
-    trainable = [p.detach() for p in model.parameters() if p.requires_grad]
-    stride = -(-sum(p.numel() for p in trainable) // CHANGED_SAMPLE)
-    local = [getattr(p, "_local_tensor", p) for p in trainable]
+    """Return every n-th element of the trainable parameters, or of what this process holds."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    stride = -(-sum(shape_of(p).numel() for p in trainable) // CHANGED_SAMPLE)
+    local = [held(p)[1].detach() for p in trainable]
     return [p.reshape(-1)[::stride] for p in local if p.numel()]

@@ -55,7 +55,9 @@ from logitcask.engine.training.run_dir.open import RunDir
 from logitcask.engine.training.settings import (
     settings_record,
 )
-from logitcask.engine.training.sharding import is_sharded, load_on_first, whole_student
+from logitcask.engine.training.sharding import zero3
+from logitcask.engine.training.sharding.settings import is_sharded, is_zero3
+from logitcask.engine.training.sharding.student import load_on_first, whole_student
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, Progress, no_progress
 
@@ -247,6 +249,8 @@ def _load(spec: RunSpec, run_dir: RunDir) -> nn.Module:
         student = load_student(spec.model, **options)
     if settings.gradient_checkpointing:
         checkpoint_layers(student, dropout=settings.dropout)
+    if is_zero3(run_dir.args):
+        zero3.divide(student, run_dir.args)
     if not sharded:
         # Before a sampler takes views of the weights: a move makes new tensors.
         student.to(run_dir.args.device)

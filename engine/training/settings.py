@@ -16,12 +16,12 @@ from logitcask.engine.training.arguments.passed import (
     recorded_args,
 )
 from logitcask.engine.training.run_dir.files import CHECKPOINTS
-from logitcask.engine.training.sharding import (
+from logitcask.engine.training.sharding.settings import (
     check_environment,
     complete_arguments,
-    fsdp_arguments,
     is_sharded,
     launcher_variables,
+    sharding_arguments,
 )
 
 FLASH = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
@@ -74,8 +74,8 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
         # Every micro-batch reaches every trainable parameter, the empty ones too.
         "ddp_find_unused_parameters": False,
     }
-    fields |= passed_fields(settings, run.out.resolve().name) | fsdp_arguments(settings, cpu)
-    with launcher_variables(settings.sharding != "none", settings.cpu_offload):
+    fields |= passed_fields(settings, run.out.resolve().name) | sharding_arguments(settings, cpu)
+    with launcher_variables(settings.sharding == "fsdp2", settings.cpu_offload):
         args = arguments_of(fields)
     check_optimizer(args, settings)
     # Without torchrun Trainer would spread one process over all GPUs with DataParallel.

@@ -41,7 +41,7 @@ from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.processes import gathered
 from logitcask.engine.training.run_dir.checkpoints import complete_checkpoint
 from logitcask.engine.training.run_dir.files import MetricsFile, writing
-from logitcask.engine.training.sharding import ShardingTrainer
+from logitcask.engine.training.sharding.trainer import ShardingTrainer
 from logitcask.engine.types import Detail, Progress
 
 
@@ -137,6 +137,10 @@ class DistillTrainer(ShardingTrainer):
         # Trainer counts operations by the first key.
         items = zip(packs, weights, strict=True)
         return [{"input_ids": p.input_ids, "pack": p, "weight": w} for p, w in items], total
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # compute_loss moves them; Trainer would also round the weights of rows for DeepSpeed.
+        return inputs
 
     def compute_loss(
         self,

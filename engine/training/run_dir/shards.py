@@ -1,14 +1,17 @@
 """Weights and moments in the checkpoint of a sharded run, readable by any number of processes.
 
 OUT/checkpoints/checkpoint-N/
-    shard-RANK.safetensors   the rows that a process holds: `weight/NAME` of a parameter in
-                             training, `STATE/NAME` of each state of the optimizer for it, and the
-                             first row of each tensor in the header
+    shard-RANK.safetensors   what a process holds: `weight/NAME` of a parameter in training,
+                             `STATE/NAME` of each state of the optimizer for it, and the first row
+                             of each tensor in the header
+
+A tensor is saved in rows by FSDP2. ZeRO-3 divides it flat: a row of the file is then an element.
 
 Not torch.distributed.checkpoint: its index is a pickle, and reading one can run code.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,10 +25,11 @@ from torch import Tensor, nn
 from logitcask.engine.errors import IntegrityError
 from logitcask.engine.training.processes import rank
 from logitcask.engine.training.run_dir.files import RESTORE
+from logitcask.engine.training.sharding import zero3
+from logitcask.engine.training.sharding.zero3 import WEIGHT
 
 SHARDS, OPTIMIZER = "shard-*.safetensors", "optimizer.pt"
 """Files of a sharded run; the file of Trainer's in a run without shards."""
-WEIGHT = "weight"
 FIRST = "first_row"
 """Key of the header: name of a tensor -> its first row."""
 
@@ -36,10 +40,8 @@ def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
     tensors: dict[str, Tensor] = {}
     first: dict[str, int] = {}
     for name, parameter in trained(model):
-        states = {WEIGHT: parameter.detach(), **optimizer.state.get(parameter, {})}
-        for kind, tensor in states.items():
-            start, local = _held(tensor)
-            if local.numel():
+        for kind, (start, local) in _held_states(parameter, optimizer).items():
+            if local.numel() if local.ndim else rank() == 0:
                 tensors[f"{kind}/{name}"] = local.cpu().contiguous()
                 first[f"{kind}/{name}"] = start
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +71,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     """Read the trained parameters of a checkpoint, whole or what this process holds of them."""
     with _opened(folder, model) as rows:
         for name, parameter in trained(model):
-            start, local = _held(parameter)
+            start, local = held(parameter)
             local.copy_(rows.read(f"{WEIGHT}/{name}", start, local))
+            if zero3.is_divided(parameter):
+                zero3.written(parameter)
 
 
 @torch.no_grad()
@@ -80,8 +84,14 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
     with _opened(folder, model, optimizer) as rows:
         for name, parameter in trained(model):
             # The fused optimizers count their steps on the device.
-            moved = any(groups[id(parameter)].get(each) for each in ("fused", "capturable"))
+            moved = any(groups.get(id(parameter), {}).get(each) for each in ("fused", "capturable"))
             for kind in rows.states(name):
+                if zero3.is_divided(parameter):
+                    zero3.add_state(parameter, kind, rows.scalar(f"{kind}/{name}"))
+                    start, local = zero3.states(parameter)[kind]
+                    if local.ndim:
+                        local.copy_(rows.read(f"{kind}/{name}", start, local))
+                    continue
                 state = _state(rows, f"{kind}/{name}", parameter)
                 optimizer.state[parameter][kind] = state.to(parameter.device) if moved else state
 
@@ -91,21 +101,31 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _held(tensor: Tensor) -> tuple[int, Tensor]:
-    """Return (first row, rows) that this process holds of a tensor; the first one holds scalars."""
+def held(tensor: Tensor) -> tuple[int, Tensor]:
+    """Return (first row, rows) that this process holds of a tensor; of ZeRO-3 elements [E]."""
+    if zero3.is_divided(tensor):
+        return zero3.states(tensor)[WEIGHT]
     local: Tensor | None = getattr(tensor, "_local_tensor", None)
     if local is not None:
         # FSDP2 divides rows as torch.chunk does.
         size = -(-tensor.shape[0] // tensor.device_mesh.size())  # type: ignore[attr-defined]
         return min(size * rank(), tensor.shape[0]), local
-    return 0, tensor if rank() == 0 or tensor.ndim else tensor.new_empty(0)
+    return 0, tensor
+
+
+def _held_states(parameter: nn.Parameter, optimizer: Any) -> dict[str, tuple[int, Tensor]]:
+    """Return kind -> (first row, rows) of a parameter and of its states in the optimizer."""
+    if zero3.is_divided(parameter):
+        return zero3.states(parameter)
+    states = {WEIGHT: parameter.detach(), **optimizer.state.get(parameter, {})}
+    return {kind: held(tensor) for kind, tensor in states.items()}
 
 
 def _state(rows: "_Rows", key: str, parameter: nn.Parameter) -> Tensor:
     """Return a state of the optimizer, divided as its parameter is; a scalar on the CPU."""
     if (scalar := rows.scalar(key)) is not None:
         return scalar
-    part = rows.read(key, *_held(parameter)).to(parameter.device)
+    part = rows.read(key, *held(parameter)).to(parameter.device)
     if not hasattr(parameter, "_local_tensor"):
         return part
     from torch.distributed.tensor import DTensor
@@ -148,14 +168,21 @@ class _Rows:
     def read(self, key: str, start: int, like: Tensor) -> Tensor:
         """Return rows start .. start + len(like) - 1 of a tensor, in the shape of `like`."""
         found = torch.empty(like.shape, dtype=like.dtype)
-        end, count = start + len(like), 0
+        width = math.prod(like.shape[1:])
+        start, end, count = start * width, start * width + like.numel(), 0
         for first, part in self._parts.get(key, []):
-            a, b = max(start, first), min(end, first + _shape(part)[0])
+            # In elements: the rows of a part may be wider, or elements themselves.
+            wide = math.prod(_shape(part)[1:])
+            a, b = max(start, first * wide), min(end, (first + _shape(part)[0]) * wide)
             if a < b:
-                found[a - start : b - start] = part[a - first : b - first]
+                row = a // wide - first
+                rows = part[row : -(-b // wide) - first].reshape(-1)
+                skipped = a - (first + row) * wide
+                found.view(-1)[a - start : b - start] = rows[skipped : skipped + b - a]
                 count += b - a
-        if count != len(like):
-            raise damaged(self._folder, f"it holds {count} of {len(like)} rows of {key}")
+        if count != like.numel():
+            cause = f"it holds {count // width} of {len(like)} rows of {key}"
+            raise damaged(self._folder, cause)
         return found
 
 
@@ -184,7 +211,7 @@ def _opened(folder: Path, model: nn.Module, optimizer: Any = None) -> Iterator[_
         else:
             saved = torch.load(folder / OPTIMIZER, "cpu", weights_only=True, mmap=True)
             own = {id(parameter): name for name, parameter in trained(model)}
-            order = [own[id(p)] for group in optimizer.param_groups for p in group["params"]]
+            order = [own[id(p)] for p in zero3.in_order(optimizer)]
             theirs = [index for group in saved["param_groups"] for index in group["params"]]
             for name, index in zip(order, theirs, strict=True):
                 for kind, tensor in saved["state"][index].items():

@@ -29,7 +29,7 @@ from logitcask.engine.types import NO_DETAIL, Detail, Progress
 from tests.engine.fitting import DENSE
 
 SETTINGS = Train(
-    learning_rate=1e-3,
+    learning_rate=3e-4,
     pack_length=24,
     gradient_accumulation_steps=2,
     save_steps=2,
@@ -59,9 +59,11 @@ class Watch(TrainerCallback):
         self.updates.append(found)
 
 
-def watched(folder: Path, out: str, **change: Any) -> tuple[TrainReport, Watch]:
+def watched(
+    folder: Path, out: str, watch: Watch | None = None, **change: Any
+) -> tuple[TrainReport, Watch]:
     """Train the student of a case into FOLDER/OUT, and watch its updates."""
-    watch = Watch()
+    watch = watch or Watch()
     build = DistillTrainer.__init__
 
     def with_watch(self: DistillTrainer, *args: Any, **options: Any) -> None:

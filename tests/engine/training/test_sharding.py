@@ -15,7 +15,7 @@ from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError, IntegrityError, ModelError
 from logitcask.engine.training.run_dir.shards import load_weights
 from logitcask.engine.training.settings import training_arguments
-from logitcask.engine.training.sharding import ShardCheck
+from logitcask.engine.training.sharding.trainer import ShardCheck
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case
 from tests.engine.training.sharding_worker import Stopped, Watch, stop_after, watched

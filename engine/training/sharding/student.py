@@ -1,0 +1,89 @@
+"""The student of a sharded run: its load in the first process, and the whole of it at the end."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from logitcask.engine.config.training import Lora
+from logitcask.engine.models.adapters import with_adapters
+from logitcask.engine.models.attention import attention_of
+from logitcask.engine.models.check import CheckedPaths
+from logitcask.engine.models.forward import inner_model
+from logitcask.engine.models.load import empty_student, load_model, load_student, paths_of
+from logitcask.engine.training.processes import on_first, rank
+from logitcask.engine.training.sharding import zero3
+from logitcask.engine.types import ModelRef
+
+
+def load_on_first(model: ModelRef, args: TrainingArguments, **options: Any) -> nn.Module:
+    """Load a student in the first process, and build it without weights in the others.
+
+    options: those of load_student. accelerate broadcasts the weights while it shards them, ZeRO-3
+    here. An error of the first process is raised in all of them.
+    """
+    loaded: list[nn.Module] = []
+
+    def load() -> tuple[CheckedPaths, dict[str, Tensor], str]:
+        student = load_student(model, **options)
+        loaded.append(student)
+        return paths_of(student), dict(student.named_buffers()), attention_of(inner_model(student))
+
+    paths, buffers, attention = on_first(load)
+    student = (
+        loaded[0]
+        if loaded
+        else empty_student(
+            model, paths, buffers, attention=attention, lora=options["lora"], seed=options["seed"]
+        )
+    )
+    if args.fsdp_plugin_args is not None:
+        # accelerate raises for a name without a layer, such as that of a family's vision tower.
+        named = set(getattr(inner_model(student), "_no_split_modules", None) or ())
+        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = sorted(
+            named & {type(module).__name__ for module in student.modules()}
+        )
+    return student
+
+
+def whole_student(student: nn.Module, model: ModelRef, lora: Lora, seed: int) -> nn.Module | None:
+    """Return a sharded student with whole weights on the CPU of the first process; None elsewhere.
+
+    Every process calls this; the others hold one whole tensor at a time.
+    """
+    state: dict[str, Tensor] = {}
+    found: dict[int, Tensor] = {}
+    for name, tensor in student.state_dict(keep_vars=True).items():
+        if zero3.is_divided(tensor) and not tensor.requires_grad:
+            continue
+        # A tied weight has several names.
+        if id(tensor) not in found:
+            whole = _whole(tensor)
+            found[id(tensor)] = whole.detach().cpu() if rank() == 0 else torch.empty(0)
+        state[name] = found[id(tensor)]
+    if rank() != 0:
+        return None
+    copy = empty_student(
+        model,
+        paths_of(student),
+        dict(student.named_buffers()),
+        attention=attention_of(inner_model(student)),
+        lora=lora,
+        seed=seed,
+    )
+    if zero3.is_divided(next(student.parameters())) and lora.r:
+        # The weights below the adapters are as in the folder, and here maybe rounded to bfloat16.
+        base = load_model(model.path, torch.float32, torch.device("cpu"))
+        packed = paths_of(student).packed
+        state = with_adapters(base, lora, seed, packed=packed, check=False).state_dict() | state
+    copy.load_state_dict(state, assign=True)
+    inner_model(copy).tie_weights()
+    return copy.eval()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    if zero3.is_divided(tensor):
+        return zero3.whole(tensor)
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
