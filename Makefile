@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
 REAL   := .venv-real
+ZERO   := .venv-deepspeed
 OUT    ?= demo-out
 JOBS   ?= auto
 # Threads that spin while they wait hurt badly when cores are shared.
@@ -25,8 +26,16 @@ dev: $(VENV)/.installed
 demo: dev
 	$(BIN)/logitcask demo --out $(OUT)
 
+# DeepSpeed, without its ops, for the tests of ZeRO-3. Not among the packages of .venv, where
+# accelerate would import it in every training.
+$(ZERO)/.installed: constraints.txt $(VENV)/.installed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 \
+		--no-deps --no-build-isolation -c constraints.txt --upgrade --target $(ZERO) \
+		deepspeed einops hjson msgpack py-cpuinfo
+	touch $@
+
 # One torch thread per worker: two cores, two workers.
-test: dev
+test: dev $(ZERO)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # vLLM pins torch and transformers: real vLLM is tested in an environment of its own. The CPU build

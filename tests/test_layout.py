@@ -42,6 +42,7 @@ FENCES = {
         "engine/demo",
     },
     "peft": {"engine/models"},
+    "deepspeed": {"engine/training/sharding"},
     "vllm": {"engine/backends/vllm"},
     "triton": {"kernels"},
     "pickle": set(),
@@ -62,6 +63,7 @@ HEAVY = (
     "ray",
     "matplotlib",
     "peft",
+    "deepspeed",
     "datasets",
     "pyarrow",
 )

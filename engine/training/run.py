@@ -240,7 +240,7 @@ def _load(spec: RunSpec, run_dir: RunDir) -> nn.Module:
     options: dict[str, Any] = {
         "lora": spec.lora,
         "seed": spec.run.seed,
-        "length": spec.longest,
+        "length": max(spec.longest, spec.held_out.longest if spec.held_out else 0),
         "attention": attention,
     }
     if sharded:

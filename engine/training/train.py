@@ -176,5 +176,6 @@ def estimate(
         checkpointing=settings.gradient_checkpointing,
         world_size=world_size,
         sharded=settings.sharding != "none",
+        zero3=settings.sharding == "zero3",
         offloaded=settings.cpu_offload,
     )

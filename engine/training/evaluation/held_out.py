@@ -53,6 +53,8 @@ class HeldOut:
     packs: PlannedPacks
     objective: Objective
     n_vocab: int
+    longest: int
+    """Tokens of the longest sequence."""
     every: int
     exactness: ExactnessReport
     """Report on these scores for the student before its first update."""
@@ -160,6 +162,7 @@ def hold_out(
         packs=PlannedPacks(plan, source),
         objective=objective.objective if isinstance(objective, Preset) else objective,
         n_vocab=model.n_vocab,
+        longest=plan.longest,
         every=held_out.every,
         exactness=exactness,
         identity={

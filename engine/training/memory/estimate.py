@@ -77,12 +77,14 @@ def estimate_memory(
     checkpointing: bool,
     world_size: int = 1,
     sharded: bool = False,
+    zero3: bool = False,
     offloaded: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of a run on the student in `path`, from its config.json alone.
 
-    world_size: processes that train together; sharded: by FSDP2; offloaded: their shards are on the
-    CPU. Raises ModelError for a student whose shapes depend on data.
+    world_size: processes that train together; sharded: each holds a part, zero3: one of ZeRO-3;
+    offloaded: the parts are on the CPU. Raises ModelError for a student whose shapes depend on
+    data.
     """
     parts = world_size if sharded else 1
     half = args.bf16 and not args.use_cpu
@@ -90,7 +92,10 @@ def estimate_memory(
         with fake_student(path, lora, checkpointing) as model:
             parameters = list(model.parameters())
             trained = [p for p in parameters if p.requires_grad]
-            kept = _bytes([*parameters, *model.buffers()])
+            kept = whole = _bytes([*parameters, *model.buffers()])
+            if zero3 and args.bf16:
+                # Each weight in bfloat16, those in training in float32 too.
+                whole = kept // 2 + _bytes(trained)
             activations, update = _update(model, pack, loss, n_vocab, args, half=half, parts=parts)
             head = inner_model(model).get_output_embeddings().weight
             gathered = _gathered(model, head) if parts > 1 else 0
@@ -115,7 +120,7 @@ def estimate_memory(
     tensors = 2 * pack.rows * (pack.ids * 32 + 64)
     # Targets: ids, four values of each, and their places; the next pack is made ahead.
     tensors = 2 * pack.rows * (pack.ids * 32 + 64)
-    weights, gradients = kept // parts, gradients // parts
+    weights, gradients = whole // parts, gradients // parts
     moments = int(state * learned) // parts
     buckets = gradients if world_size > 1 and not sharded else 0
     here = 0 if offloaded and not args.use_cpu else weights + moments

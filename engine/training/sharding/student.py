@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from logitcask.engine.config.training import Lora
+from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.adapters import with_adapters
 from logitcask.engine.models.attention import attention_of
 from logitcask.engine.models.check import CheckedPaths
-from logitcask.engine.models.forward import inner_model
+from logitcask.engine.models.forward import inner_model, rope_switch
 from logitcask.engine.models.load import empty_student, load_model, load_student, paths_of
 from logitcask.engine.training.processes import on_first, rank
 from logitcask.engine.training.sharding import zero3
@@ -21,7 +22,8 @@ def load_on_first(model: ModelRef, args: TrainingArguments, **options: Any) -> n
     """Load a student in the first process, and build it without weights in the others.
 
     options: those of load_student. accelerate broadcasts the weights while it shards them, ZeRO-3
-    here. An error of the first process is raised in all of them.
+    here. An error of the first process is raised in all of them; ConfigError for sequences that
+    shards cannot compute.
     """
     loaded: list[nn.Module] = []
 
@@ -38,6 +40,7 @@ def load_on_first(model: ModelRef, args: TrainingArguments, **options: Any) -> n
             model, paths, buffers, attention=attention, lora=options["lora"], seed=options["seed"]
         )
     )
+    check_passes(inner_model(student).config, options["length"])
     if args.fsdp_plugin_args is not None:
         # accelerate raises for a name without a layer, such as that of a family's vision tower.
         named = set(getattr(inner_model(student), "_no_split_modules", None) or ())
@@ -45,6 +48,20 @@ def load_on_first(model: ModelRef, args: TrainingArguments, **options: Any) -> n
             named & {type(module).__name__ for module in student.modules()}
         )
     return student
+
+
+def check_passes(config: Any, longest: int) -> None:
+    """Raise ConfigError where some packs take more forward passes than others.
+
+    The processes gather weights together, so each must run as many.
+    """
+    if longest > (switch := rope_switch(config)):
+        raise ConfigError(
+            f"train.sharding: the longest sequence has {longest} tokens, and beyond {switch} the "
+            "LongRoPE of this student takes a second forward pass, for which the other processes "
+            "of a sharded student would wait for ever",
+            hint="train with --sharding none, or on sequences of at most that length",
+        )
 
 
 def whole_student(student: nn.Module, model: ModelRef, lora: Lora, seed: int) -> nn.Module | None:

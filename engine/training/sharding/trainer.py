@@ -114,12 +114,11 @@ class ShardingTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
+        prepare: Any = super()._prepare_for_training
         if not is_zero3(self.args):
-            return super()._prepare_for_training(
-                max_steps, train_dataloader, resume_from_checkpoint
-            )
+            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
         # Trainer would look for a checkpoint of DeepSpeed's, which holds pickles.
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        prepared = prepare(max_steps, train_dataloader, None)
         zero3.restore(cast(nn.Module, self.model), resumed=resume_from_checkpoint is not None)
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)

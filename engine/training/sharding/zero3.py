@@ -29,7 +29,7 @@ def check_package() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "train.sharding = zero3 needs the package deepspeed",
-            hint='pip install --no-build-isolation -e ".[deepspeed]"',
+            hint='pip install --no-build-isolation "deepspeed>=0.19"',
         )
 
 
@@ -62,9 +62,10 @@ def load_models_whole() -> None:
 
     A teacher, a sampler or the copy that proves a save is loaded by one process alone.
     """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations import deepspeed
 
-    unset_hf_deepspeed_config()
+    integration: Any = deepspeed
+    integration.unset_hf_deepspeed_config()
 
 
 def divide(student: Any, args: TrainingArguments) -> None:
@@ -73,8 +74,8 @@ def divide(student: Any, args: TrainingArguments) -> None:
     In a run that computes in bfloat16 DeepSpeed would train on from rounded weights, so the first
     process keeps the trained ones, for `restore`.
     """
-    import deepspeed
-    from deepspeed.utils import logger
+    import deepspeed  # pyright: ignore[reportMissingImports]
+    from deepspeed.utils import logger  # pyright: ignore[reportMissingImports]
 
     logger.setLevel(logging.ERROR)
     # DeepSpeed calls them for each exchange.
@@ -183,7 +184,7 @@ def in_order(optimizer: Any) -> Iterator[nn.Parameter]:
 
 def whole(parameter: Tensor) -> Tensor:
     """Return the float32 weights of a trained parameter; every process calls this."""
-    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
 
     found: Tensor = safe_get_full_fp32_param(parameter)
     return found

@@ -4,6 +4,7 @@ FOLDER holds the cases; each of them is trained, and its gradients and result ar
 """
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -96,6 +97,7 @@ class Stopped(Exception):
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects twice a training
     rank = int(os.environ["RANK"])
 
     def case(name: str, out: str, **change: Any) -> None:

@@ -1,7 +1,7 @@
 """The estimate of a training's memory: numbers that follow from the shapes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,7 +27,13 @@ TOKENS = sum(LENGTHS)
 
 
 def estimate(
-    tmp_path: Path, *, lora: Lora | None = None, tie: bool = False, world: int = 1, **train: Any
+    tmp_path: Path,
+    *,
+    lora: Lora | None = None,
+    tie: bool = False,
+    world: int = 1,
+    dtype: Literal["auto", "bfloat16"] = "auto",
+    **train: Any,
 ) -> MemoryEstimate:
     LlamaConfig(
         vocab_size=VOCAB,
@@ -44,11 +50,12 @@ def estimate(
         PackShape(lengths=LENGTHS, rows=TOKENS // 2, ids=80),
         LossShape(dense=True, measured=1.0),
         n_vocab=VOCAB,
-        args=training_arguments(plain, Run(out=tmp_path / "out", device="cpu")),
+        args=training_arguments(plain, Run(out=tmp_path / "out", device="cpu", dtype=dtype)),
         lora=lora or Lora(),
         checkpointing=settings.gradient_checkpointing,
         world_size=world,
-        sharded=settings.sharding == "fsdp2",
+        sharded=settings.sharding != "none",
+        zero3=settings.sharding == "zero3",
     )
 
 
@@ -126,6 +133,9 @@ def test_shards_divide_weights_gradients_and_moments(tmp_path: Path) -> None:
     assert four.peak_save >= 2 * alone.weights + four.weights + four.moments, "the first process"
     whole = four.gathered + four.activations + four.logits
     assert four.peak_update > four.weights + four.moments + whole
+    half = estimate(tmp_path, world=4, sharding="zero3", dtype="bfloat16")
+    assert half.weights == pytest.approx(1.5 * four.weights, rel=0.01), "a copy in bfloat16"
+    assert half.moments == four.moments
 
 
 def test_a_student_that_reads_values_of_tensors_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError, IntegrityError, ModelError
-from logitcask.engine.training.run_dir.shards import load_weights
+from logitcask.engine.training.run_dir.shards import _opened, load_weights
 from logitcask.engine.training.settings import training_arguments
+from logitcask.engine.training.sharding.student import check_passes
 from logitcask.engine.training.sharding.trainer import ShardCheck
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case
@@ -185,6 +187,26 @@ def test_any_number_of_processes_reads_the_rows_of_any_other(tmp_path: Path) -> 
     load_weights(tmp_path, model)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, rows[f"weight/{name}"])
+    # ZeRO-3 divides 7 x 3 and 2 x 7 elements in three, in the middle of a row.
+    for rank in range(3):
+        cut = {key: torch.tensor_split(value.flatten(), 3)[rank] for key, value in rows.items()}
+        first = {
+            key: sum(len(p) for p in torch.tensor_split(value.flatten(), 3)[:rank])
+            for key, value in rows.items()
+        }
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        file = tmp_path / "flat" / f"shard-{rank:05d}.safetensors"
+        save_file(
+            {key: part.clone() for key, part in cut.items()},
+            file,
+            metadata={"first_row": json.dumps(first)},
+        )
+    for folder in (tmp_path, tmp_path / "flat"):
+        with _opened(folder, model) as opened:
+            key = "weight/0.weight"
+            flat_part = opened.read(key, 5, torch.empty(9))
+            assert torch.equal(flat_part, rows[key].flatten()[5:14])
+            assert torch.equal(opened.read(key, 2, torch.empty(3, 3)), rows[key][2:5])
     (tmp_path / "shard-00001.safetensors").unlink()
     with pytest.raises(IntegrityError, match=r"it holds 4 of 7 rows of weight/0\.weight"):
         load_weights(tmp_path, model)
@@ -194,6 +216,15 @@ def test_any_number_of_processes_reads_the_rows_of_any_other(tmp_path: Path) -> 
 
 
 # What is refused.
+
+
+def test_students_with_unequal_passes_are_refused() -> None:
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    config: Any = SimpleNamespace(rope_parameters=rope)
+    config.get_text_config = lambda: config
+    check_passes(config, 64)
+    with pytest.raises(ConfigError, match="has 65 tokens, and beyond 64 the LongRoPE"):
+        check_passes(config, 65)
 
 
 def test_parameters_that_stay_whole_are_an_error() -> None:
@@ -215,10 +246,14 @@ def arguments(tmp_path: Path, **change: Any) -> Any:
     ("variables", "change", "cause"),
     [
         ({}, {"sharding": "fsdp2"}, "one process has nothing to shard"),
-        ({}, {"cpu_offload": True}, "only sharded weights"),
+        ({}, {"cpu_offload": True}, "by FSDP2 alone"),
+        ({}, {"sharding": "zero3"}, "one process has nothing to shard"),
+        ({"WORLD_SIZE": "2"}, {"sharding": "zero3", "cpu_offload": True}, "by FSDP2 alone"),
         ({"WORLD_SIZE": "2"}, {"sharding": "fsdp2", "cpu_offload": True}, "on a CPU"),
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "train.sharding = none"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"sharding": "fsdp2"}, "ACCELERATE_USE_DEEPSPEED"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "train.sharding = none"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"sharding": "zero3"}, "zero3"),
         ({"FSDP_VERSION": "1"}, {"sharding": "fsdp2"}, "FSDP_VERSION = 1"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {"sharding": "fsdp2"}, "FSDP_OFFLOAD_PARAMS = true"),
     ],

@@ -27,9 +27,16 @@ TESTS = Path(__file__).resolve().parents[2]
 
 
 def on_two_processes(
-    folder: Path, case: Path, worker: str = "ddp_worker.py", killed: tuple[int, ...] = ()
+    folder: Path,
+    case: Path,
+    worker: str = "ddp_worker.py",
+    killed: tuple[int, ...] = (),
+    packages: str = "",
 ) -> None:
-    """Run a worker as torchrun would, without its agent; `killed` are ranks that a signal ends."""
+    """Run a worker as torchrun would, without its agent.
+
+    killed: ranks that a signal ends; packages: a folder of more packages.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,7 +45,7 @@ def on_two_processes(
     (folder / "path" / "tests").symlink_to(TESTS)
     env = {
         **os.environ,
-        "PYTHONPATH": f"{folder / 'path'}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{folder / 'path'}:{packages}:{os.environ.get('PYTHONPATH', '')}",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
@@ -63,7 +70,7 @@ def on_two_processes(
     ]
     try:
         for rank, process in enumerate(workers):
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=600)
             assert process.returncode == (-9 if rank in killed else 0), output
     finally:
         for process in workers:

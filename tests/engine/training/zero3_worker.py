@@ -1,8 +1,9 @@
-"""Two processes of trainings with ZeRO-3: `python zero3_worker.py CASES FOLDER`, see sharding_worker.
+"""Two processes of trainings with ZeRO-3: `python zero3_worker.py CASES FOLDER`.
 
-The gradients are those of DeepSpeed before its step, and so before it clips them.
+As sharding_worker.py. The gradients are DeepSpeed's before its step, in which it clips them.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -15,10 +16,10 @@ import torch
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import IncompleteError, ModelError
 from logitcask.engine.training import run as run_module
-from tests.engine.training.sharding_worker import SETTINGS, Stopped, Watch, stop_after, watched
+from tests.engine.training.sharding_worker import Stopped, Watch, stop_after, watched
 
-ZERO3 = {"sharding": "zero3"}
-CLIPPED = {"max_grad_norm": 0.5}
+CLIPPED = {"max_grad_norm": 0.5, "lr_scheduler_type": "linear", "warmup_steps": 1}
+STILL = {"dtype": "bfloat16", "settings": {"learning_rate": 1e-12, "max_steps": 1}}
 
 
 class WatchSteps(Watch):
@@ -28,15 +29,16 @@ class WatchSteps(Watch):
         pass
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from deepspeed.utils import safe_get_full_grad
+        from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
 
-        zero = next(kwargs["model"].parameters())._z3_optimizer
+        named = dict(kwargs["model"].named_parameters())
+        zero = next(iter(named.values()))._z3_optimizer
         step = zero.step
 
         def watched_step(*args: Any, **options: Any) -> Any:
             found = {}
-            for name, p in kwargs["model"].named_parameters():
-                assert p.ds_tensor.numel() == -(-p.ds_numel // 2)
+            for name, p in named.items():
+                assert p.ds_tensor.numel() == -(-p.ds_numel // 2), "half of each parameter"
                 self.kinds.add(f"{p.ds_status.name} {p.ds_persist}")
                 if p.requires_grad:
                     found[name] = safe_get_full_grad(p).float().reshape(p.ds_shape).clone()
@@ -48,25 +50,26 @@ class WatchSteps(Watch):
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects twice a training
     rank = int(os.environ["RANK"])
+    linear = torch.nn.functional.linear
 
     def case(name: str, out: str, **change: Any) -> None:
         watch = WatchSteps()
-        settings = ZERO3 | change.pop("settings", {})
-        watched(folder / name, out, watch, settings=settings, **change)
-        found = {"gradients": watch.updates, "kinds": sorted(watch.kinds)}
-        torch.save(found, folder / name / f"{out}-{rank}.pt")
+        settings = {"sharding": "zero3"} | change.pop("settings", {})
+        try:
+            watched(folder / name, out, watch, settings=settings, **change)
+            assert torch.nn.functional.linear is linear, "as before the run"
+        finally:
+            found = {"gradients": watch.updates, "kinds": sorted(watch.kinds)}
+            torch.save(found, folder / name / f"{out}-{rank}.pt")
 
     case("tied", "zero3")
-    case("untied", "zero3", settings=CLIPPED)
-    case("tied", "lora", lora=Lora(r=2))
-    case("tied", "half", dtype="bfloat16")
+    case("tied", "lora", lora=Lora(r=2), dtype="bfloat16")
 
-    # Stopped after update 3, for one process to resume from update 2.
+    # Stopped after update 3, for one process to resume from update 2; and the other way round.
     with suppress(Stopped):
         case("untied", "moved", settings=CLIPPED, progress=stop_after(3))
-
-    # Stopped after update 3 in one process.
     case("untied", "grown", settings=CLIPPED)
 
     # Gradients that are not finite.
@@ -78,7 +81,7 @@ def main(folder: Path) -> None:
     # Killed between the last checkpoint and the save, for one process to finish.
     run_module.save_student = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     try:
-        case("tied", "killed")
+        case("tied", "killed", **STILL)
     except IncompleteError as error:
         (folder / f"killed-{rank}.txt").write_text(str(error))
 
