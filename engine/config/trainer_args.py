@@ -29,8 +29,16 @@ PASSED = frozenset(
     )
 )
 
+COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+"""Fields of the compilation, which is ours: Trainer would compile the model, not its layers."""
+BACKENDS = ("inductor", "aot_eager", "eager")
+"""Backends of torch.compile; others compute in other numbers, or keep CUDA graphs of one length."""
+MODES = ("default", "max-autotune-no-cudagraphs")
+"""Modes of inductor; others record a CUDA graph for each length of a pack."""
+
 RECORDED = frozenset(
     (
+        *COMPILE,
         *("adam_epsilon", "optim_args", "lr_scheduler_kwargs", "tf32", "full_determinism"),
         "logging_first_step",
     )
@@ -101,10 +109,6 @@ REFUSED: Mapping[str, str] = {
     "eval_accumulation_steps": _EVAL,
     "include_for_metrics": _EVAL,
     "batch_eval_metrics": _EVAL,
-    "torch_compile": "the loss runs inside a forward that changes with each pack, so each step "
-    "would be compiled again",
-    "torch_compile_backend": "torch_compile is refused",
-    "torch_compile_mode": "torch_compile is refused",
     "use_liger_kernel": _PROVED,
     "liger_kernel_config": _PROVED,
     "use_cache": "a training step has no cache of keys and values",
@@ -246,6 +250,23 @@ def _check_values(fields: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"save_total_limit = {limit!r}: a crash during a save needs the checkpoint before",
             hint="give 2 or more",
+        )
+    if not fields.get(COMPILE[0], False) and (alone := [k for k in COMPILE[1:] if k in fields]):
+        raise ConfigError(
+            f"{alone[0]} is set, and torch_compile is not", hint="set torch_compile = true"
+        )
+    backend = fields.get("torch_compile_backend", BACKENDS[0])
+    if backend not in BACKENDS:
+        raise ConfigError(
+            f"torch_compile_backend = {backend!r} is not supported",
+            hint=f"one of {', '.join(BACKENDS)}",
+        )
+    mode = fields.get("torch_compile_mode", MODES[0])
+    if mode not in MODES or (mode != MODES[0] and backend != BACKENDS[0]):
+        raise ConfigError(
+            f"torch_compile_mode = {mode!r} is not supported"
+            + ("" if backend == BACKENDS[0] else f" by {backend}"),
+            hint=f"leave it out, or with inductor {MODES[1]}",
         )
     if not fields.get("push_to_hub", False) and (alone := [k for k in HUB[1:] if k in fields]):
         raise ConfigError(

@@ -19,13 +19,12 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
@@ -37,8 +36,8 @@ BLOCK = 256
 """Queries at once where attention needs a mask."""
 LEAST = 16
 """Queries at once at least."""
-HOST_LENGTHS = "host_lengths"
-"""Argument of a forward pass: the lengths of a pack's sequences, where they can be read at once."""
+HOST_EDGES = "host_edges"
+"""Argument of a forward pass: the edges of a pack's sequences, where they can be read at once."""
 CELLS = 1 << 24
 """Maximum number of scores of all heads that eager maths computes at once."""
 
@@ -50,6 +49,15 @@ def _register() -> None:
     for ordinary, name in PACKED.items():
         AttentionInterface.register(name, partial(_attention, ordinary))
         masking_utils.AttentionMaskInterface.register(name, partial(_mask, ordinary))
+
+
+def leave_uncompiled() -> None:
+    """Run our attention between the compiled parts of a layer: it reads numbers on the host."""
+    from transformers import AttentionInterface
+
+    for ordinary, name in PACKED.items():
+        run = torch.compiler.disable(partial(_attention, ordinary))  # type: ignore[no-untyped-call]
+        AttentionInterface.register(name, run)
 
 
 def use_packed(model: Any) -> bool:
@@ -103,16 +111,16 @@ def _switch(model: Any, names: dict[str, str]) -> None:
 def pack_lengths(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Return the arguments of a forward pass that name the lengths of a pack's sequences.
 
-    They are transformers' FlashAttentionKwargs, int32 [n + 1]; and for ours int64 [n] on the host.
+    They are transformers' FlashAttentionKwargs, int32 [n + 1]; and for ours the same on the host.
     """
-    ends = torch.tensor(lengths, dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-    edges, longest = pad(ends, (1, 0)), max(lengths)
+    on_host = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    edges, longest = on_host.to(device), max(lengths)
     return {
         "cu_seq_lens_q": edges,
         "cu_seq_lens_k": edges,
         "max_length_q": longest,
         "max_length_k": longest,
-        HOST_LENGTHS: torch.tensor(lengths),
+        HOST_EDGES: on_host,
     }
 
 
@@ -166,7 +174,7 @@ def _attention(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    if not row and attention_mask is None and options.get(HOST_LENGTHS) is not None:
+    if not row and attention_mask is None and options.get(HOST_EDGES) is not None:
         raise ModelError(
             f"{type(module).__name__} reads {key.shape[2]} keys for a pack of {query.shape[2]} "
             "tokens",
@@ -176,7 +184,7 @@ def _attention(
     if not (causal and row and attention_mask is None):
         return run(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     window = options.get("sliding_window")
-    lengths = _lengths(options.get(HOST_LENGTHS), options.get("position_ids"))
+    lengths = _lengths(options.get(HOST_EDGES), options.get("position_ids"))
     if lengths is None:
         mask = _ordinary_mask(ordinary, query, window)
         return run(module, query, key, value, mask, **options)  # type: ignore[no-any-return]
@@ -227,16 +235,15 @@ def _function(layer: Any, name: str) -> Callable[..., Any]:
     return found
 
 
-def _lengths(on_host: Any, position_ids: Tensor | None) -> list[int] | None:
+def _lengths(host_edges: Any, position_ids: Tensor | None) -> list[int] | None:
     """Return the lengths of a pack's sequences; None for one row that is not known to be a pack."""
-    if on_host is not None:
-        lengths: list[int] = on_host.tolist()
-        return lengths
+    if host_edges is not None:
+        return [end - start for start, end in pairwise(host_edges.tolist())]
     if position_ids is None or position_ids.ndim != 2:
         return None
     starts = (position_ids[0].diff() != 1).nonzero()[:, 0].add(1).tolist()
-    edges = torch.tensor([0, *starts, position_ids.shape[1]])
-    return edges.diff().tolist() if starts else None
+    edges = [0, *starts, position_ids.shape[1]]
+    return [end - start for start, end in pairwise(edges)] if starts else None
 
 
 def _blocks(

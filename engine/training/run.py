@@ -32,6 +32,7 @@ from logitcask.engine.training.arguments.trackers import (
     ended_runs,
     tensorboard_callback,
 )
+from logitcask.engine.training.compiled import compile_layers
 from logitcask.engine.training.evaluation.held_out import HeldOut
 from logitcask.engine.training.evaluation.responses import EvalCallback, EvalPlan
 from logitcask.engine.training.processes import on_first
@@ -257,6 +258,9 @@ def _load(spec: RunSpec, run_dir: RunDir) -> nn.Module:
         if attention in ON_GPU:
             explicit = settings.attn_implementation != "auto"
             use_on_gpu(student, spec.model, attention, explicit=explicit)
+        if settings.args.get("torch_compile"):
+            n_vocab, bf16 = spec.model.n_vocab, run_dir.args.bf16
+            compile_layers(student, settings.args, n_vocab=n_vocab, bf16=bf16)
     return student
 
 

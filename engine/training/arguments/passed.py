@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from logitcask.engine.config.trainer_args import HUB, OPTIMIZERS, RECORDED
+from logitcask.engine.config.trainer_args import COMPILE, HUB, OPTIMIZERS, RECORDED
 from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.training.arguments.trackers import check_trackers
@@ -40,13 +40,19 @@ def passed_fields(settings: Train, run_name: str) -> dict[str, Any]:
                 f"train.args.{name} = {value!r}: {error.errors()[0]['msg']}",
                 hint=f"transformers takes {name}: {_type_name(hints[name])}",
             ) from error
+    if settings.args.get("torch_compile") and settings.sharding != "none":
+        raise ConfigError(
+            f"train.args.torch_compile with train.sharding = {settings.sharding}: compiled layers "
+            "are not proved with shards",
+            hint="leave torch_compile out",
+        )
     trackers = check_trackers(settings.args.get("report_to", "none"))
     return {
         "run_name": run_name,
         # A crash during a save leaves the checkpoint before.
         "save_total_limit": 2,
         "optim": settings.optim,
-        **{name: value for name, value in settings.args.items() if name not in HUB},
+        **{name: value for name, value in settings.args.items() if name not in (*HUB, *COMPILE)},
         "report_to": [name for name in trackers if name != TENSORBOARD] or "none",
     }
 

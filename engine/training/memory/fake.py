@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from logitcask.engine.config.training import Lora
 from logitcask.engine.models.adapters import wrap
-from logitcask.engine.models.attention import HOST_LENGTHS, cuts_packs, use_packed
+from logitcask.engine.models.attention import HOST_EDGES, cuts_packs, use_packed
 from logitcask.engine.models.forward import inner_model
 from logitcask.engine.models.load import checkpoint_layers, set_mode
 from logitcask.engine.training.memory.shapes import LossShape
@@ -111,7 +111,7 @@ class Loss(torch.autograd.Function):
 def pack_edges(model: nn.Module, lengths: Iterable[int]) -> dict[str, Any]:
     """Return the arguments of a forward pass that name the lengths of a pack's sequences."""
     # Of numpy, because a tensor of this mode has no values.
-    return {HOST_LENGTHS: np.array([*lengths])} if cuts_packs(inner_model(model)) else {}
+    return {HOST_EDGES: np.cumsum([0, *lengths])} if cuts_packs(inner_model(model)) else {}
 
 
 @contextmanager

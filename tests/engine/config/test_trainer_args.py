@@ -48,7 +48,14 @@ def test_each_optimizer_of_transformers_is_supported_or_refused() -> None:
     [
         ({"seed": 1}, "seed is a key of its own", "set run.seed"),
         ({"optim": "sgd"}, "optim is a key of its own", "set train.optim"),
-        ({"torch_compile": True}, "torch_compile is refused: the loss runs inside", "leave"),
+        ({"torch_compile_backend": "eager"}, "torch_compile is not", "set torch_compile = true"),
+        ({"torch_compile": True, "torch_compile_backend": "cudagraphs"}, "supported", "inductor"),
+        (
+            {"torch_compile": True, "torch_compile_mode": "reduce-overhead"},
+            "torch_compile_mode = 'reduce-overhead' is not supported",
+            "max-autotune-no-cudagraphs",
+        ),
+        ({"use_liger_kernel": True}, "the model that was checked would not be", "leave"),
         ({"neftune_noise_alpha": 5.0}, "noisy embeddings", "leave neftune_noise_alpha out"),
         ({"hub_token": "hf_x"}, "is written to run.json; set HF_TOKEN", "leave"),
         ({"adam_epsilom": 1}, "no field of transformers", "the nearest is adam_epsilon"),
