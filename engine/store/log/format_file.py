@@ -79,9 +79,14 @@ def prepare(storage: Storage) -> None:
 def create(storage: Storage) -> Identity:
     """Create the folders, then format.json; two concurrent creators get one store.
 
-    Raises as `prepare`.
+    Raises as `prepare`, and StoreError where a copy of another store has begun.
     """
     prepare(storage)
+    if storage.files("bundles") and not exists(storage):
+        raise StoreError(
+            f"{storage.url} holds an unfinished copy of a store",
+            hint="continue it with the same `logitcask store pull`, or give another place",
+        )
     return write(storage, encode(str(uuid.uuid4()), now()))
 
 

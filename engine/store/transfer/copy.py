@@ -1,7 +1,7 @@
 """Copy of a store: the same log, the same objects, in another storage.
 
-Objects come first, then the log in ascending order, so the copy is a store at each moment, at an
-older snapshot while the copy runs. A copy that stopped is continued: objects have content addresses
+Objects come first, then the log in ascending order, so the copy is a store at each moment, or not
+yet one. A copy that stopped is continued: objects have content addresses
 and records have numbers, so both are skipped where they exist. A copy that was written to is no
 longer a part of the original; `merge` joins two such stores.
 """
@@ -138,12 +138,18 @@ def log_objects(
 ) -> Iterator[tuple[str, bytes | None]]:
     """Yield (name, bytes) of format.json and the fewest objects that hold records 0..number.
 
-    there: names that the copy has already, yielded with None.
+    Bundles come before format.json: until then there is no store to write to. there: names that
+    the copy has already, yielded with None.
     """
+    pieces = list(bundles.pieces(0, number + 1))
+    for piece in pieces:
+        if piece[0] > 1:
+            yield from _bundles(store, *piece, there)
     name = format_file.NAME
     yield name, None if name in there else _format(store)
-    for piece in bundles.pieces(0, number + 1):
-        yield from _bundles(store, *piece, there)
+    for piece in pieces:
+        if piece[0] == 1:
+            yield from _bundles(store, *piece, there)
 
 
 def _bundles(

@@ -180,7 +180,7 @@ def test_a_larger_bundle_is_made_where_smaller_ones_are_missing(tmp_path: Path) 
     assert name in {each.name for each in store.storage.files("bundles")}
     reader = open_store(store.url)
     assert reader.head() == store.head()
-    assert [each for each, _ in log_objects(reader, 255)] == ["format.json", name]
+    assert [each for each, _ in log_objects(reader, 255)] == [name, "format.json"]
     assert (Path(store.url) / name).read_bytes().count(b"\n") == 1 + 2 * 256
     first = json.loads((Path(store.url) / name).read_bytes().splitlines()[0])
     assert {key: first[key] for key in ("count", "first")} == {"count": 256, "first": 0}

@@ -156,8 +156,10 @@ def test_a_push_that_stops_at_any_request_is_continued(store: Store, hub: Hub) -
 
 def test_a_copy_that_stops_at_any_call_is_continued(store: Store, tmp_path: Path) -> None:
     """Stop at each put and each record: what is there is a store of fewer records, or none."""
+    for i in range(15):
+        tag(store, f"t{i}", 0)
     target, head = tmp_path / "copy", store.head()
-    for stop in range(20):
+    for stop in range(30):
         storage: Any = open_storage(target)
         calls = iter(range(stop))
         for name in ("put", "create"):
@@ -170,6 +172,9 @@ def test_a_copy_that_stops_at_any_call_is_continued(store: Store, tmp_path: Path
             assert partial.head().sha256 == store.log.sha256(partial.head().number)
             for each in partial.head().segments:
                 partial.read_object(each)
+        elif (target / "bundles/16").exists():
+            with pytest.raises(StoreError, match="holds an unfinished copy of a store"):
+                open_store(target, create=True)
     assert stop > 3
     assert open_store(target).head() == head
     assert all(name.startswith("staging/") for name in verify(open_store(target)).orphans)
