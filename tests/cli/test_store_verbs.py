@@ -1,6 +1,8 @@
 """`logitcask store`: snapshots, deletion, copies, repair, extension and estimates."""
 
 import json
+import tarfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, s
 from tests.engine.training.returned_topk import TopKTeacher
 
 ALL = 2 * UNITS
+GOLDEN_1 = Path(__file__).parents[1] / "engine/store/golden_v1.tar.xz"
 
 
 def test_train_takes_a_snapshot_by_tag_or_number(world: World, call: Any) -> None:
@@ -245,3 +248,17 @@ def test_show_prints_an_entropy_interval(world: World, call: Any) -> None:
     assert {row["layout"] for row in listed if row["kind"] == "score"} == {"full+bounds"}
     assert "full+bounds" in call(f"store ls {store}").out
     assert "teacher_entropy_hi" not in call("store show @st --format json").json["rows"][0]
+
+
+def test_upgrade_makes_a_store_of_format_1_readable(
+    world: World, call: Any, tmp_path: Path
+) -> None:
+    with tarfile.open(GOLDEN_1) as packed:
+        packed.extractall(tmp_path, filter="data")
+    old, new = tmp_path / "cask", tmp_path / "new"
+    call(f"store info {old}").assert_error(1, "format version 1", "store upgrade OLD NEW")
+    report = call(f"store upgrade {old} {new} --format json").json
+    newest = call(f"store snapshot {new} --format json").json["log_number"]
+    assert (report["records"], report["there"]) == (newest + 1, 0)
+    assert call(f"store verify {new} --deep").code == 0
+    assert call(f"store upgrade {old} {new} --format json").json["there"] == report["records"]

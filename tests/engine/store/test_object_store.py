@@ -19,11 +19,14 @@ from logitcask.engine.store.storage.base import open_storage
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.transfer.copy import copy_store
+from logitcask.engine.store.upgrade.upgrade import upgrade
 from logitcask.engine.store.verify import verify
 from tests.engine.store import worker
+from tests.engine.store.golden import digests
 from tests.engine.store.made import commit_rollouts, commit_scores, key
 from tests.engine.store.server import BUCKET, Losing, s3_server
 from tests.engine.store.test_processes import ROOT
+from tests.engine.store.test_upgrade import unpacked
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,13 @@ def url(server: Losing) -> Iterator[str]:
     """Yield a new prefix."""
     yield f"s3://{BUCKET}/{uuid.uuid4().hex}/cask"
     server.every = 0
+
+
+def test_a_store_of_format_1_is_upgraded_to_s3(url: str, tmp_path: Path) -> None:
+    upgrade(unpacked(tmp_path, "_mc"), url)
+    upgrade(tmp_path / "cask", tmp_path / "here")
+    there, here = open_store(url), open_store(tmp_path / "here")
+    assert (there.head(), digests(there)) == (here.head(), digests(here))
 
 
 def test_a_store_on_s3_and_a_copy_on_a_disk(url: str, tmp_path: Path) -> None:
