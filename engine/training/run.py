@@ -13,7 +13,6 @@ from torch import nn
 
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
-from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import EventHandler, peak_memory
 from logitcask.engine.models.digests import sha256_of, write_json
 from logitcask.engine.models.load import (
@@ -135,12 +134,6 @@ def run_training(
     disk that is full, and the errors of the training.
     """
     model, settings = spec.model, spec.settings
-    if is_sharded(run_dir.args) and spec.evaluation is not None:
-        raise ConfigError(
-            "eval.prompts with train.sharding = fsdp2: a sharded student does not sample",
-            hint="leave --eval-prompts out, and sample and grade with the saved folder by "
-            "`logitcask rollout --grader`; held-out rollouts (--eval-store) are measured",
-        )
     resume_metadata = {"plan": spec.plan, "rows_per_update": run_dir.packs_per_update}
     record = {**_record(spec, run_dir), **resume_metadata}
     if run_dir.earlier is not None:
@@ -300,6 +293,11 @@ def _train(
         progress=progress,
         tracker=tensorboard_callback(run_dir.out, step) if tracked else None,
     )
+
+    def whole() -> Any:
+        args = (student, spec.model, spec.lora, spec.run.seed)
+        return whole_student(*args, device=run_dir.args.device)
+
     evaluation = None
     if spec.evaluation or spec.held_out:
         evaluation = EvalCallback(
@@ -310,6 +308,7 @@ def _train(
             spec.model.version,
             write=run_dir.first,
             track=trainer.track,
+            whole=whole if is_sharded(run_dir.args) else None,
             progress=progress,
         )
         trainer.add_callback(evaluation)

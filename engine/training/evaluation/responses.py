@@ -150,18 +150,21 @@ class EvalCallback(TrainerCallback):
         *,
         write: bool,
         track: Callable[[Mapping[str, float | None]], None],
+        whole: Callable[[], nn.Module] | None = None,
         progress: Progress = no_progress,
     ) -> None:
         """Build the callback from a plan, held-out packs or both.
 
         version: the student's before update 0; write: True in one of several processes; track:
-        sends a line to the trackers. The student must be on its device already: a sampler takes
-        views of the weights.
+        sends a line to the trackers; whole: makes a copy of a sharded student that can sample, in
+        every process. Any other must be on its device already: a sampler takes views of the
+        weights.
         """
         self._plan = plan
         self._held_out = held_out
         self._student = student
-        self._sampler = plan.sampler(student) if plan else None
+        self._whole = whole
+        self._sampler = plan.sampler(student) if plan and not whole else None
         self._metrics = metrics
         self._version = version
         self._write = write
@@ -195,10 +198,13 @@ class EvalCallback(TrainerCallback):
             return
         begun_s = time.monotonic()
         line: dict[str, float | None] = {"progress/step": step}
-        if self._plan is not None and self._sampler is not None:
+        if self._plan is not None:
+            sampler = self._plan.sampler(self._whole()) if self._whole else self._sampler
+            assert sampler is not None, "of a whole student"
             report = evaluate(
-                self._sampler, self._plan, version=self._version + step, progress=self._progress
+                sampler, self._plan, version=self._version + step, progress=self._progress
             )
+            del sampler  # a copy of the student
             line |= report.line()
         if self._held_out is not None:
             line |= self._held_out.line(self._student, self._progress, self._device)

@@ -14,6 +14,7 @@ from logitcask.engine.models.check import CheckedPaths
 from logitcask.engine.models.forward import inner_model, rope_switch
 from logitcask.engine.models.load import empty_student, load_model, load_student, paths_of
 from logitcask.engine.training.processes import on_first, rank
+from logitcask.engine.training.run_dir.shards import reshard
 from logitcask.engine.training.sharding import zero3
 from logitcask.engine.types import ModelRef
 
@@ -64,22 +65,37 @@ def check_passes(config: Any, longest: int) -> None:
         )
 
 
-def whole_student(student: nn.Module, model: ModelRef, lora: Lora, seed: int) -> nn.Module | None:
-    """Return a sharded student with whole weights on the CPU of the first process; None elsewhere.
+def whole_student(
+    student: nn.Module,
+    model: ModelRef,
+    lora: Lora,
+    seed: int,
+    device: torch.device | None = None,
+) -> nn.Module | None:
+    """Return a copy of a sharded student with whole weights in float32. Every process calls this.
 
-    Every process calls this; the others hold one whole tensor at a time.
+    device: where each process gets it; None = on the CPU of the first one, and None elsewhere: the
+    others then hold one whole tensor at a time.
     """
+    reshard(student)
+    place = torch.device("cpu") if device is None else device
+    here = device is not None or rank() == 0
+    rounded = {
+        name
+        for name, parameter in student.named_parameters()
+        if parameter.dtype != torch.float32 and not parameter.requires_grad
+    }
     state: dict[str, Tensor] = {}
     found: dict[int, Tensor] = {}
     for name, tensor in student.state_dict(keep_vars=True).items():
-        if zero3.is_divided(tensor) and not tensor.requires_grad:
+        if name in rounded and device is None:
             continue
         # A tied weight has several names.
         if id(tensor) not in found:
-            whole = _whole(tensor)
-            found[id(tensor)] = whole.detach().cpu() if rank() == 0 else torch.empty(0)
+            whole = _whole(tensor).detach()
+            found[id(tensor)] = whole.to(place) if here else torch.empty(0)
         state[name] = found[id(tensor)]
-    if rank() != 0:
+    if not here:
         return None
     copy = empty_student(
         model,
@@ -89,14 +105,14 @@ def whole_student(student: nn.Module, model: ModelRef, lora: Lora, seed: int) ->
         lora=lora,
         seed=seed,
     )
-    if zero3.is_divided(next(student.parameters())) and lora.r:
-        # The weights below the adapters are as in the folder, and here maybe rounded to bfloat16.
+    if rounded and device is None:
+        # The weights below the adapters are those of the folder.
         base = load_model(model.path, torch.float32, torch.device("cpu"))
         packed = paths_of(student).packed
         state = with_adapters(base, lora, seed, packed=packed, check=False).state_dict() | state
     copy.load_state_dict(state, assign=True)
     inner_model(copy).tie_weights()
-    return copy.eval()
+    return copy.to(place).eval()
 
 
 def _whole(tensor: Tensor) -> Tensor:

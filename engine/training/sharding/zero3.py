@@ -183,9 +183,16 @@ def in_order(optimizer: Any) -> Iterator[nn.Parameter]:
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """Return the float32 weights of a trained parameter; every process calls this."""
+    """Return the whole of a parameter in float32; every process calls this.
+
+    One that is not trained may have been rounded to bfloat16.
+    """
+    import deepspeed  # pyright: ignore[reportMissingImports]
     from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
 
+    if not parameter.requires_grad:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().float().clone()
     found: Tensor = safe_get_full_fp32_param(parameter)
     return found
 

@@ -12,22 +12,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import TrainerCallback
 
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
-from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
+from logitcask.engine.errors import IncompleteError, StoreError
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.store import open_store
 from logitcask.engine.training import run as run_module
 from logitcask.engine.training.evaluation.held_out import HeldOutSet
+from logitcask.engine.training.evaluation.responses import EvalPlan
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.train import train
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import NO_DETAIL, Detail, Progress
 from tests.engine.fitting import DENSE
+from tests.engine.training import ddp_worker
 
 SETTINGS = Train(
     learning_rate=3e-4,
@@ -91,6 +92,11 @@ def watched(
     return report, watch
 
 
+def eval_plan(folder: Path) -> EvalPlan:
+    """Plan the evaluation of ddp_worker for the student of a case."""
+    return ddp_worker.eval_plan(model_ref(str(folder / "student"), chat_template=True))
+
+
 class Stopped(Exception):
     pass
 
@@ -105,9 +111,7 @@ def main(folder: Path) -> None:
         found = {"gradients": watch.updates, "kinds": sorted(watch.kinds)}
         torch.save(found, folder / name / f"{out}-{rank}.pt")
 
-    with pytest.raises(ConfigError, match="a sharded student does not sample"):
-        case("tied", "sampled", evaluation=object())
-    case("tied", "fsdp2")
+    case("tied", "fsdp2", evaluation=eval_plan(folder / "tied"))
     case("untied", "fsdp2")
     case("tied", "lora", lora=Lora(r=2))
     case("tied", "half", dtype="bfloat16")

@@ -20,13 +20,23 @@ from logitcask.engine.training.sharding.student import check_passes
 from logitcask.engine.training.sharding.trainer import ShardCheck
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case
-from tests.engine.training.sharding_worker import Stopped, Watch, stop_after, watched
+from tests.engine.training.sharding_worker import (
+    Stopped,
+    Watch,
+    eval_plan,
+    stop_after,
+    watched,
+)
 from tests.engine.training.test_train_ddp import lines, on_two_processes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on a CPU")
 
 ALONE = {"gradient_accumulation_steps": 4, "sharding": "none"}
 """One process with as many packs in an update."""
+
+
+GRADED = ("eval/accuracy", "eval/avg_at_n", "eval/mean_length", "eval/stopped_share")
+"""Entries of metrics.jsonl of sampled responses."""
 
 
 class Cases(NamedTuple):
@@ -47,7 +57,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     on_two_processes(folder, folder, worker="sharding_worker.py", killed=(0,))
     alone = {}
     for name in ("tied", "untied"):
-        alone[name] = watched(folder / name, "alone", settings=ALONE)[1]
+        plan = eval_plan(folder / "tied") if name == "tied" else None
+        alone[name] = watched(folder / name, "alone", settings=ALONE, evaluation=plan)[1]
     alone["lora"] = watched(folder / "tied", "alone-lora", settings=ALONE, lora=Lora(r=2))[1]
     return Cases(folder, alone)
 
@@ -103,6 +114,10 @@ def test_two_sharded_processes_equal_one(cases: Cases, name: str, out: str, alon
         assert mine["eval/rows"] == other["eval/rows"] == 2 * 47
         assert mine["eval/loss"] == pytest.approx(other["eval/loss"], rel=1e-4)
     assert [line["progress/step"] for line in held_out[0]] == [0, 3]
+    graded = [lines(folder / each, "eval/accuracy") for each in (out, alone)]
+    assert len(graded[0]) == (2 if (name, out) == ("tied", "fsdp2") else 0)
+    for mine, other in zip(graded[0], graded[1] if graded[0] else [], strict=True):
+        assert all(mine[each] == other[each] for each in GRADED)
 
 
 def test_bfloat16_sums_gradients_and_losses_in_float32(cases: Cases) -> None:

@@ -13,9 +13,16 @@ from logitcask.engine.errors import ConfigError
 from tests.conftest import DEEPSPEED
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case
-from tests.engine.training.sharding_worker import Stopped, Watch, stop_after, watched
+from tests.engine.training.sharding_worker import (
+    Stopped,
+    Watch,
+    eval_plan,
+    stop_after,
+    watched,
+)
 from tests.engine.training.test_sharding import (
     ALONE,
+    GRADED,
     arguments,
     flat,
     generated,
@@ -46,9 +53,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     with suppress(Stopped):
         watched(folder / "untied", "grown", settings=ALONE | CLIPPED, progress=stop_after(3))
     on_two_processes(folder, folder, worker="zero3_worker.py", killed=(0,), packages=str(DEEPSPEED))
+    plan = eval_plan(folder / "tied")
     alone = {
-        name: watched(folder / name, "alone", settings=ALONE | change)[1]
-        for name, change in {"tied": {}, "untied": CLIPPED}.items()
+        name: watched(folder / name, "alone", settings=ALONE | change, evaluation=evaluation)[1]
+        for name, change, evaluation in (("tied", {}, plan), ("untied", CLIPPED, None))
     }
     alone["lora"] = watched(folder / "tied", "alone-lora", settings=ALONE, lora=Lora(r=2))[1]
     return Cases(folder, alone)
@@ -91,6 +99,7 @@ def test_two_processes_equal_one(cases: Cases) -> None:
     for mine, other in zip(*held_out, strict=True):
         assert mine["eval/rows"] == other["eval/rows"] == 2 * 47
         assert mine["eval/loss"] == pytest.approx(other["eval/loss"], rel=1e-4)
+        assert all(mine[each] == other[each] for each in GRADED)
 
 
 @pytest.mark.needs("deepspeed", "peft")
@@ -102,6 +111,7 @@ def test_adapters_in_bfloat16_are_saved_on_the_weights_of_the_folder(cases: Case
     ours, theirs = (load_file(folder / out / WEIGHTS) for out in ("lora", "student"))
     changed = {name for name in theirs if not torch.equal(ours[name], theirs[name])}
     assert {name.split(".")[-2] for name in changed} == set(PROJECTIONS), "others are not rounded"
+    assert len(lines(folder / "lora", "eval/accuracy")) == 2
     for mine, other in zip(lines(folder / "lora"), lines(folder / "alone-lora"), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=0.01)
         # A loss in bfloat16 has eight bits.

@@ -16,7 +16,13 @@ import torch
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import IncompleteError, ModelError
 from logitcask.engine.training import run as run_module
-from tests.engine.training.sharding_worker import Stopped, Watch, stop_after, watched
+from tests.engine.training.sharding_worker import (
+    Stopped,
+    Watch,
+    eval_plan,
+    stop_after,
+    watched,
+)
 
 CLIPPED = {"max_grad_norm": 0.5, "lr_scheduler_type": "linear", "warmup_steps": 1}
 STILL = {"dtype": "bfloat16", "settings": {"learning_rate": 1e-12, "max_steps": 1}}
@@ -64,8 +70,9 @@ def main(folder: Path) -> None:
             found = {"gradients": watch.updates, "kinds": sorted(watch.kinds)}
             torch.save(found, folder / name / f"{out}-{rank}.pt")
 
-    case("tied", "zero3")
-    case("tied", "lora", lora=Lora(r=2), dtype="bfloat16")
+    plan = eval_plan(folder / "tied")
+    case("tied", "zero3", evaluation=plan)
+    case("tied", "lora", lora=Lora(r=2), dtype="bfloat16", evaluation=plan)
 
     # Stopped after update 3, for one process to resume from update 2; and the other way round.
     with suppress(Stopped):
