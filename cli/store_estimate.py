@@ -63,6 +63,10 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
         print_result(estimate, form)
         return
     print_result(estimate.summary(), form)
+    print_event(
+        "note: object stores bill put and list requests in one price class (class A at Google), "
+        "get requests in a cheaper one (class B)"
+    )
     click.echo()
     missed = ("forward_kl_missed", "reverse_kl_missed")
     print_table(
