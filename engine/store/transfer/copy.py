@@ -66,6 +66,8 @@ def copy_store(
             progress("copy", done, len(missing))
     progress("copy", len(missing), len(missing))
     _copy_log(store, target, last, snapshot.number)
+    if last_record(store, target, snapshot.number) < snapshot.number:
+        raise _diverged(target.url, store)
     return CopyReport(
         store=target.url,
         snapshot=snapshot.number,
