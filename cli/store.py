@@ -48,11 +48,11 @@ def ls(url: str, form: str) -> None:
     Fields that all segments of a name share stand once above them; --format json repeats them for
     each segment, with whole ids.
 
-    Layouts: rollouts with (student) or without (plain) the student's own scores; of a teacher's
-    first scores those that name no id twice (once), a teacher's list alone (whole) or drawn ids
-    (sampled); and what widens scores that were there (wider). Rollouts with ids that the student
-    drew are `mc`, and those of a grader's rewards end in `+reward`; scores of a teacher
-    that returned only top-k log-probs, whose entropies are intervals, in `+bounds`.
+    Layouts: rollouts with (`student`) or without (`plain`) the student's own scores, or with ids
+    that the student drew too (`mc`); `+reward` with a grader's rewards. A teacher's first scores
+    without the student's ids twice (`dedup`), its own list alone (`full`), or drawn ids
+    (`sampled`); `+bounds` of a teacher that returned only top-k log-probs, `+rows` of some
+    positions. Later entries for the same rows are an `extension`.
 
     Example: logitcask store ls ./store
     """

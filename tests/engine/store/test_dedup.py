@@ -1,4 +1,4 @@
-"""Layout `once`: exact round trips of ids and their order, despite ties in float16."""
+"""Layout `dedup`: exact round trips of ids and their order, despite ties in float16."""
 
 from dataclasses import replace
 
