@@ -122,7 +122,7 @@ def compress(codec: str, chunk: Array) -> bytes:
         blosc.use_threads = before
 
 
-def decompress(codec: str, payload: memoryview, out: Array) -> None:
+def decompress(codec: str, payload: bytes | memoryview, out: Array) -> None:
     """Decompress one inner chunk into `out`, never beyond it. Raises ValueError for other sizes."""
     if codec == "pcodec":
         from pcodec import standalone

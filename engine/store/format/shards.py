@@ -126,10 +126,12 @@ def _sealed(part: bytes) -> bytes:
     return part + crc.to_bytes(4, "little")
 
 
-def _checked(part: memoryview) -> memoryview:
+def _checked(part: memoryview) -> bytes:
     """Return `part` without the crc32c at its end. Raises ValueError where it does not match."""
     if len(part) < 4:
         raise ValueError("too short for a checksum")
-    if google_crc32c.value(bytes(part[:-4])) != int.from_bytes(part[-4:], "little"):
+    # Neither the checksum nor the codecs take a view; this is the one copy.
+    data = bytes(part[:-4])
+    if google_crc32c.value(data) != int.from_bytes(part[-4:], "little"):
         raise ValueError("the checksum does not match")
-    return part[:-4]
+    return data

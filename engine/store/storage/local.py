@@ -100,14 +100,15 @@ class LocalStorage:
                     f"{self._root / name}: {size} bytes where at most {limit} are allowed",
                     hint=_RESTORE,
                 )
-            return _read_from(handle, limit + 1)
+            return _read_from(handle, size + 1)
 
     def read_part(self, name: str, start: int, size: int) -> bytes | None:
         with self._opened(name) as found:
             if found is None:
                 return None
-            os.lseek(found[0], start, os.SEEK_SET)
-            return _read_from(found[0], size)
+            handle, end = found
+            os.lseek(handle, start, os.SEEK_SET)
+            return _read_from(handle, min(size, max(end - start, 0)))
 
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
         return {name: self.read(name, limit) for name, limit in limits.items()}
@@ -288,9 +289,9 @@ def _make_dir(path: Path) -> bool:
 
 
 def _read_from(handle: int, most: int) -> bytes:
-    """Read up to `most` bytes, to the end of the file."""
+    """Read up to `most` bytes, to the end of the file, with one call where the system allows."""
     parts: list[bytes] = []
-    while most and (part := os.read(handle, min(most, 1 << 24))):
+    while most and (part := os.read(handle, min(most, 1 << 30))):
         parts.append(part)
         most -= len(part)
     return b"".join(parts)
