@@ -113,7 +113,8 @@ def _records(store: Store, end: int) -> Iterator[int]:
         if found is None or not store.log.has(first, zip(*found, strict=True)):
             raise IntegrityError(
                 f"{storage.where(name)}: other records than in log/",
-                hint="remove this file if log/ holds its records; else restore it from a copy",
+                hint="remove this file if log/ or another bundle has its records; else restore it "
+                "from a copy",
             )
         yield len(data)
 

@@ -3,9 +3,12 @@
   bundles/<level>/<first number>.jsonl
 
 The first line has the count of records, the number of the first, the bytes of all heads and the
-sha256 of the last head. Then come the heads, then the bodies, a line each. A bundle is a copy: it
-is checked like the records, a damaged one is ignored, and the writer of the last of its records
-makes it from those of the level below. A copy of a store may have bundles in place of records.
+sha256 of the last head. Then come the heads, then the bodies, a line each. A bundle is checked like
+the records, the writer of the last of its records makes it from those of the level below, and a
+damaged one is replaced by these when it is read.
+
+The files of records do not stay: once a bundle of the lowest level is written, the records of the
+one before it are removed from log/, which so has 31 files at most.
 """
 
 import json
@@ -67,8 +70,19 @@ def covered(storage: Storage) -> int:
     return end
 
 
+def is_old(number: int, end: int) -> bool:
+    """Return whether a record of a log of `end` records may be in bundles alone."""
+    return number - number % LEVELS[0] + 2 * LEVELS[0] <= end
+
+
 def pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield (level, first) of the largest bundles that records start..end-1 fill; level 1 = one."""
+    """Yield (level, first) of the largest bundles that hold records start..end-1; level 1 = one.
+
+    The first one may begin before `start`, where its records may be in bundles alone.
+    """
+    if start < end and is_old(start, end) and start % LEVELS[0]:
+        yield LEVELS[0], start - start % LEVELS[0]
+        start += LEVELS[0] - start % LEVELS[0]
     while start < end:
         fits = [level for level in LEVELS if start % level == 0 and start + level <= end]
         level = fits[-1] if fits else 1
@@ -136,15 +150,36 @@ def read_record(storage: Storage, number: int) -> tuple[bytes, bytes] | None:
     data = storage.read(name, schema.MAX_RECORD_BYTES)
     if data is not None:
         return record.split(data, storage.where(name))
+    return from_bundles(storage, number)
+
+
+def from_bundles(storage: Storage, number: int) -> tuple[bytes, bytes] | None:
+    """Read the head and the body of a record from the first bundle that has them undamaged."""
     for level in LEVELS:
         found = read_heads(storage, level, number - number % level)
-        if found is not None:
-            place = number - found.first
-            start, size = list(body_places(found))[place]
-            line = storage.read_part(found.name, start, size)
-            if line is not None:
-                return found.lines[place], line
+        if found is None or not _is_chain(found):
+            continue
+        place = number - found.first
+        start, size = list(body_places(found))[place]
+        line = storage.read_part(found.name, start, size)
+        if line is not None and json.loads(found.lines[place])["body"] == [size, sha256(line)]:
+            return found.lines[place], line
     return None
+
+
+def _is_chain(heads: Heads) -> bool:
+    """Return whether each head of a bundle has the sha256 of the one before it."""
+    try:
+        prevs = [json.loads(line)["prev"] for line in heads.lines[1:]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return prevs == [sha256(line) for line in heads.lines[:-1]]
+
+
+def holds(storage: Storage, number: int) -> bool:
+    """Return whether there is a bundle of the lowest level for a record."""
+    first = number - number % LEVELS[0]
+    return storage.read_part(name_of(LEVELS[0], first), 0, 1) is not None
 
 
 def body_places(heads: Heads) -> Iterator[tuple[int, int]]:

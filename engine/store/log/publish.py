@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import logitcask.engine.store.format.schema as schema
+import logitcask.engine.store.log.bundles as bundles
 import logitcask.engine.store.log.record as record
 from logitcask.engine.config.strict_json import count_values
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
@@ -67,7 +68,10 @@ class Attempts:
         data = self._encode(content)
         # A record that a reader would refuse is not published.
         ours = log.parse_next(data)
-        if self._storage.create(f"log/{record.file_name(number)}", data):
+        name = f"log/{record.file_name(number)}"
+        created = self._storage.create(name, data)
+        # The number is free again where a bundle has its record: then this writer was too slow.
+        if created and not bundles.holds(self._storage, number):
             log.append(data)
         else:
             log.refresh()
@@ -75,6 +79,8 @@ class Attempts:
         if len(log) > number and log.sha256(number) == ours.sha256:
             log.write_bundles(number)
             return number
+        if created:
+            self._storage.remove(name)
         self._refused = self._refused + 1 if len(log) == number else 0
         if self._refused > _MAX_REFUSALS:
             raise StoreError(

@@ -1,6 +1,7 @@
 """Logs of many records: opened in few reads, whatever is missing or damaged among the bundles."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,17 @@ from typing import Any
 import pytest
 from obstore.store import MemoryStore
 
+import logitcask.engine.store.storage.local as local
 from logitcask.engine.errors import IntegrityError
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.log import bundles
+from logitcask.engine.store.log import bundles, record
 from logitcask.engine.store.retention import tag
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.transfer.copy import log_objects
 from logitcask.engine.store.verify import verify
+from tests.engine.store.faulty import CRASHES, Crash, FaultyOS
 from tests.engine.store.made import commit_rollouts, forged, long_log
 
 
@@ -73,7 +76,8 @@ def test_a_log_opens_in_few_reads_and_follows_by_what_is_new(long: ObjectStorage
     for start in (0, 1, 15, 255, 257, 4095, 4097):
         plan = list(bundles.pieces(start, 4661))
         assert len(plan) <= 64
-        assert [first for _, first in plan] == [start, *(a + b for a, b in plan)][:-1]
+        assert [first for _, first in plan] == [plan[0][1], *(a + b for a, b in plan)][:-1]
+        assert plan[0][1] == start - start % 16
 
 
 def test_bodies_of_neighbours_are_read_at_once(long: ObjectStorage) -> None:
@@ -128,28 +132,41 @@ def replaced(storage: Storage, name: str, data: bytes) -> None:
     storage.create(name, data)
 
 
-def test_a_damaged_bundle_is_ignored_and_found_by_verify(store: Store) -> None:
+def damaged(sound: bytes) -> list[bytes]:
+    last = sound.rindex(b'"commit_id"')
+    found = [
+        b"",
+        sound[:-1],
+        sound + b"\n",
+        sound[: len(sound) // 2],
+        sound.replace(b"2", b"3", 1),
+        sound.replace(b'"tags":{"t', b'"tags":{"u', 1),
+        sound[:last] + sound[last:].replace(b"a", b"b"),
+        b"[" * 500 + b"\n",
+    ]
+    assert sound not in found
+    return found
+
+
+def test_a_damaged_bundle_is_found_and_used_only_where_it_is_sound(store: Store) -> None:
     storage, head = store.storage, store.head()
     names = [each.name for each in storage.files("bundles")]
     assert names == [bundles.name_of(16, first) for first in (0, 16, 32)]
+    assert [record.number_of(name) for name in storage.names("log")] == list(range(32, 49))
     for name in names:
         sound = storage.read(name, 1 << 20) or b""
-        last = sound.rindex(b'"commit_id"')
-        for bad in (
-            b"",
-            sound[:-1],
-            sound + b"\n",
-            sound[: len(sound) // 2],
-            sound.replace(b"2", b"3", 1),
-            sound.replace(b'"t5"', b'"t6"').replace(b'"t20"', b'"t21"').replace(b'"t33"', b'"t3"'),
-            sound[:last] + sound[last:].replace(b"a", b"b"),
-            b"[" * 500 + b"\n",
-        ):
-            assert bad != sound
+        for bad in damaged(sound):
             replaced(storage, name, bad)
-            assert open_on(storage).head() == head
-            with pytest.raises(IntegrityError, match=f"{name}: other records"):
-                verify(open_on(storage))
+            reader, cause = open_on(storage), ""
+            try:
+                assert reader.head() == head
+            except IntegrityError as error:
+                cause = error.cause
+            # log/ has the records of the last one.
+            assert not cause or name != names[-1]
+            assert not cause or f"{name}: damaged" in cause
+            with pytest.raises(IntegrityError, match=name):
+                verify(reader)
         replaced(storage, name, sound)
     assert verify(open_on(storage)).orphans == ()
     storage.create("bundles/16/0000000001.jsonl", b"")
@@ -158,10 +175,104 @@ def test_a_damaged_bundle_is_ignored_and_found_by_verify(store: Store) -> None:
     assert verify(open_on(storage)).orphans == unknown
 
 
+def test_a_larger_bundle_and_those_below_it_stand_in_for_each_other(store: Store) -> None:
+    storage = store.storage
+    for n in range(48, 299):
+        tag(store, f"t{n}", 0)
+    head = store.head()
+    assert len(storage.names("log")) < 32
+    for name in (bundles.name_of(16, 64), bundles.name_of(256, 0)):
+        sound = storage.read(name, 1 << 20) or b""
+        for bad in damaged(sound):
+            replaced(storage, name, bad)
+            reader = open_on(storage)
+            assert reader.head() == head
+            assert reader.log.read_record(70) == store.log.read_record(70)
+            with pytest.raises(IntegrityError, match=name):
+                verify(reader)
+        replaced(storage, name, sound)
+
+
+def test_a_reader_follows_where_the_next_records_have_left_the_log(store: Store) -> None:
+    readers = [(open_on(store.storage), count) for count in range(20)]
+    for reader, count in readers:
+        reader.log.refresh()
+        for n in range(count):
+            tag(store, f"r{count}.{n}", 0)
+    for reader, _ in readers:
+        assert reader.head() == store.head()
+        assert [reader.log.sha256(n) for n in (0, 47, 100)] == [
+            store.log.sha256(n) for n in (0, 47, 100)
+        ]
+
+
+@pytest.mark.parametrize("behind", [1, 15, 16, 17, 32, 33, 48])
+def test_a_writer_that_paused_does_not_take_a_number_that_was_free_again(
+    store: Store, behind: int
+) -> None:
+    slow, create = open_on(store.storage), store.storage.create
+
+    def paused(name: str, data: bytes) -> bool:
+        if name.startswith("log/"):
+            slow.storage.create = create  # type: ignore[method-assign]
+            for n in range(behind):
+                tag(store, f"fast{n}", 0)
+        return create(name, data)
+
+    slow.storage.create = paused  # type: ignore[method-assign]
+    tag(slow, "slow", 0)
+    found = open_on(store.storage)
+    found.head()
+    assert set(found.log.tags()) >= {"slow", *(f"fast{n}" for n in range(behind))}
+    assert len(found.log) == 50 + behind
+    numbers = [record.number_of(name) for name in store.storage.names("log")]
+    assert len(numbers) < 32, "no record that was made too late"
+    assert numbers == list(range(len(found.log)))[-len(numbers) :]
+    verify(found)
+
+
+def test_a_crash_at_every_call_of_the_commit_that_removes_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: Callable[[int, int], int]
+) -> None:
+    """Crash at every fifth call, the ways in turn; `make soak`: at each."""
+    sound = tmp_path / "sound"
+    store = open_store(sound, create=True)
+    commit_rollouts(store, 0)
+    for n in range(30):
+        tag(store, f"t{n}", 0)
+
+    def run(path: Path, disk: FaultyOS) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(local, "os", disk)
+            tag(open_store(path), "last", 0)
+
+    counted = FaultyOS(0, Crash())
+    run(Path(shutil.copytree(sound, tmp_path / "counted")), counted)
+    for at in range(1, counted.count + 1, counts(5, 1)):
+        how = CRASHES[at % len(CRASHES)]
+        path, graves = Path(shutil.copytree(sound, tmp_path / "cask")), tmp_path / "graves"
+        graves.mkdir()
+        disk = FaultyOS(at, Crash(), graves)
+        with pytest.raises(Crash):
+            run(path, disk)
+        disk.crash(how)
+        found = open_store(path)
+        verify(found)
+        if "last" not in found.log.tags():
+            tag(found, "last", 0)
+        tag(found, "more", 0)
+        verify(open_store(path))
+        assert len(open_store(path).head().segments) == 1
+        assert len(found.log.tags()) == 32
+        shutil.rmtree(path)
+        shutil.rmtree(graves)
+
+
 def test_a_record_that_differs_from_its_bundle_is_found(store: Store) -> None:
-    storage, name = store.storage, "log/0000000009.json"
+    storage, name = store.storage, "log/0000000041.json"
     data = storage.read(name, 1 << 20) or b""
-    for bad in (data.replace(b'"t8"', b'"t7"'), data.replace(b'"pid"', b'"Pid"'), data[:-5]):
+    for bad in (data.replace(b'"t40"', b'"t7"'), data.replace(b'"pid"', b'"Pid"'), data[:-5]):
+        assert bad != data
         replaced(storage, name, bad)
         assert open_on(storage).head() == store.head()
         with pytest.raises(IntegrityError, match=name):
@@ -186,17 +297,18 @@ def test_a_larger_bundle_is_made_where_smaller_ones_are_missing(tmp_path: Path) 
     assert {key: first[key] for key in ("count", "first")} == {"count": 256, "first": 0}
 
 
-def test_a_body_is_read_from_its_record_where_the_bundle_is_damaged(store: Store) -> None:
-    storage, name = store.storage, bundles.name_of(16, 0)
+def test_a_body_is_read_from_its_record_where_the_bundle_is_damaged(storage: Storage) -> None:
+    name = bundles.name_of(16, 0)
+    long_log(open_on(storage, create=True), 17)
     reader = open_on(storage)
-    (segment,) = reader.head().segments
+    segment = reader.head().segments[0]
     assert segment.source.name == name  # type: ignore[union-attr]
     sound = storage.read(name, 1 << 20) or b""
     replaced(storage, name, sound.replace(b'"commit_id"', b'"Commit_id"'))
     assert segment.unit == {"version": 0, "first": 0}
     change: Callable[..., None] = lambda head, body: body.update(x=1)  # noqa: E731
-    record = "log/0000000000.json"
-    replaced(storage, record, forged(storage.read(record, 1 << 20) or b"", change))
-    (segment,) = open_on(storage).head().segments
+    first = "log/0000000000.json"
+    replaced(storage, first, forged(storage.read(first, 1 << 20) or b"", change))
+    segment = open_on(storage).head().segments[0]
     with pytest.raises(IntegrityError, match="the body of record 0 is missing, or not the one"):
         _ = segment.unit
