@@ -3,8 +3,8 @@
 Run: .venv/bin/python bench/bench_sharding.py [--layers N] [--sharding zero3]
 
 A random Qwen3 of about 200 million parameters is trained for a few updates of short packs on a CPU,
-in one process, and in two with `--sharding fsdp2` or `zero3` over gloo. Each process notes its peak resident
-memory, without that of the imported libraries, in four phases:
+in one process, and in two with `--sharding fsdp2` or `zero3` over gloo. Each process notes its peak
+resident memory, without that of the imported libraries, in four phases:
 
     load         until the student is loaded, and sharded where it is
     train        forward and backward passes and updates, without the first, which makes the moments
