@@ -3,8 +3,9 @@
 Run: .venv/bin/python bench/bench_sharding.py [--layers N] [--sharding zero3]
 
 A random Qwen3 of about 200 million parameters is trained for a few updates of short packs on a CPU,
-in one process, and in two with `--sharding fsdp2` or `zero3` over gloo. Each process notes its peak
-resident memory, without that of the imported libraries, in four phases:
+in one process, and in two with `--sharding fsdp2` or `zero3` over gloo; zero3 after `make test`,
+with PYTHONPATH=.venv-deepspeed. Each process notes its peak resident memory, without that of
+the imported libraries, in four phases:
 
     load         until the student is loaded, and sharded where it is
     train        forward and backward passes and updates, without the first, which makes the moments
@@ -24,6 +25,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +121,15 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def worker(folder: Path, out: Path) -> None:
+def worker(folder: Path, out: Path, sharding: str) -> None:
     """Train in this process, one of WORLD_SIZE, and write its peaks."""
     import torch
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp
     from accelerate import Accelerator  # noqa: F401
+
+    if find_spec("deepspeed"):
+        import_module("deepspeed")
     from transformers import TrainerCallback
 
     from logitcask.engine.config.sections import Run
@@ -175,7 +181,7 @@ def worker(folder: Path, out: Path) -> None:
             pack_length=PACK_LENGTH,
             gradient_accumulation_steps=4 // processes,
             allow_off_lineage=True,
-            sharding="none" if processes == 1 else "fsdp2",
+            sharding="none" if processes == 1 else sharding,
             max_steps=3,
         ),
         run=Run(out=out, device="cpu"),
@@ -185,7 +191,7 @@ def worker(folder: Path, out: Path) -> None:
     out.with_name(f"{out.name}-{rank}.json").write_text(json.dumps(peaks))
 
 
-def measured(folder: Path, processes: int) -> list[dict[str, int]]:
+def measured(folder: Path, processes: int, sharding: str) -> list[dict[str, int]]:
     """Return the peaks of each process."""
     out = folder / f"run{processes}"
     with socket.socket() as free:
@@ -196,7 +202,7 @@ def measured(folder: Path, processes: int) -> list[dict[str, int]]:
     if processes > 1:
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    command = [sys.executable, __file__, "--worker", str(folder), str(out)]
+    command = [sys.executable, __file__, "--sharding", sharding, "--worker", str(folder), str(out)]
     started = []
     for rank in range(processes):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
@@ -211,16 +217,17 @@ def measured(folder: Path, processes: int) -> list[dict[str, int]]:
 def main() -> None:
     parser = results.option_parser(__doc__ or "", "sharding")
     parser.add_argument("--layers", type=int, default=14, help="Layers of the student.")
+    parser.add_argument("--sharding", choices=("fsdp2", "zero3"), default="fsdp2")
     parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(*options.worker)
+        worker(*options.worker, options.sharding)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_store(folder / "sampler", folder / "store")
         parameters = save_model(folder / "student", WIDTH, options.layers)
-        (alone,), two = measured(folder, 1), measured(folder, 2)
+        (alone,), two = (measured(folder, n, options.sharding) for n in (1, 2))
     copy = 4 * parameters
     ratios = {
         f"{phase} of process {rank}": round(peaks[phase] / alone[phase], 3)
@@ -238,6 +245,7 @@ def main() -> None:
         options.out,
         {
             **results.environment(*PACKAGES),
+            "sharding": options.sharding,
             "parameters": parameters,
             "alone_bytes": alone,
             "two_bytes": two,
