@@ -135,6 +135,10 @@ class _Copy:
         """Objects of the new store."""
         self._made: dict[Content, Segment] = {}
         """Content of the old store -> a segment of the new one with its object."""
+        self._left: set[Content] = set()
+        """Contents of the old store that the new one does not have."""
+        self._counts: dict[Content, int] = {}
+        """Content of the old store -> its removals so far, in the old one."""
         self._removed: dict[Content, int] = {}
         """Content of the old store -> its removals so far, in the new one."""
         self._visible: dict[str, bool] = {}
@@ -142,13 +146,11 @@ class _Copy:
 
     def add(self, each: Record) -> None:
         """Publish the record of the new store for one of the old store, or find it there."""
-        try:
-            deletes = [key for key in each.deletes if self._visible.pop(key)]
-        except KeyError as error:
-            raise IntegrityError(
-                f"{self._old.url}: log record {each.number} deletes {error}, which is not there",
-                hint=format1.HINT,
-            ) from error
+        self._check(each, all(key in self._visible for key in each.deletes), "a deletion")
+        deletes = [key for key in each.deletes if self._visible.pop(key)]
+        for kind, seg_id, generation in each.removes:
+            self._check(each, generation == self._counts.get((kind, seg_id), 0), "a removal")
+            self._counts[kind, seg_id] = generation + 1
         removes = [
             removal
             for kind, seg_id, _ in each.removes
@@ -198,13 +200,25 @@ class _Copy:
             which = added.segment
             if which.unit_key in self._visible:
                 continue  # the first commit of a unit wins
-            under = [(schema.ROLLOUT, which.base), (schema.SCORE, which.extends)]
-            has_all = all(content in self._made for content in under if content[1])
-            kept = has_all and not self._removals.is_gone(_content(added))
+            under = {(schema.ROLLOUT, which.base), (schema.SCORE, which.extends)}
+            under = {content for content in under if content[1]}
+            known = under <= self._made.keys() | self._left
+            newest = which.generation == self._counts.get(_content(added), 0)
+            self._check(each, known and newest, f"segment {which.seg_id}")
+            kept = not (under & self._left or self._removals.is_gone(_content(added)))
             self._visible[which.unit_key] = kept
-            self.left_out += not kept
             if kept:
                 yield added
+            else:
+                self._left.add(_content(added))
+                self.left_out += 1
+
+    def _check(self, each: Record, holds: bool, what: str) -> None:
+        if not holds:
+            where = self._old.where(f"log/{each.number:010d}.json")
+            raise IntegrityError(
+                f"{where}: {what} contradicts the records before it", hint=format1.HINT
+            )
 
     def _segment(self, added: Added, there: Segment | None) -> Segment:
         """Return a segment of the new store; `there`: as an earlier call has published it."""

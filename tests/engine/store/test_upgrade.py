@@ -14,8 +14,9 @@ from logitcask.engine.rollout.unit import unit_key as rollout_key
 from logitcask.engine.score.unit import unit_key as score_key
 from logitcask.engine.store import Segment, open_store
 from logitcask.engine.store.format import schema
-from logitcask.engine.store.format.entry import SegmentBody
+from logitcask.engine.store.format.entry import SegmentBody, sha256
 from logitcask.engine.store.format.provenance import ORIGINAL_ID
+from logitcask.engine.store.log.lines import encode_sealed
 from logitcask.engine.store.storage.local import LocalStorage
 from logitcask.engine.store.upgrade.upgrade import UpgradeReport, upgrade, upgrade_on
 from logitcask.engine.store.verify import verify
@@ -205,6 +206,34 @@ def test_damage_is_named_and_makes_no_store(old: Path, tmp_path: Path) -> None:
     (old / "log/0000000003.json").unlink()
     with pytest.raises(IntegrityError, match="missing"):
         upgrade(old, tmp_path / "gap")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"retires": ["sha256:" + "0" * 64]},
+        {"sweeps": [["rollout", "0" * 32, 1]]},
+        {"adds": {"generation": 1, "unit_key": "sha256:" + "1" * 64}},
+        {"adds": {"kind": "score", "unit_key": "sha256:" + "1" * 64}},
+        {"tags": {"none": None}},
+    ],
+    ids=["deletion", "removal", "generation", "kind", "tag"],
+)
+def test_a_log_that_contradicts_itself_makes_no_store(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Add a record whose digests are right and whose content is not."""
+    old = unpacked(tmp_path, "_mc")
+    *_, last = bodies(old)
+    if isinstance(change.get("adds"), dict):
+        change = {"adds": [last["adds"][0] | change["adds"]]}
+    line = (old / f"log/{last['n']:010d}.json").read_bytes().split(b"\n")[0]
+    body = last | {"n": last["n"] + 1, "prev": sha256(line), "adds": []} | change
+    (old / f"log/{body['n']:010d}.json").write_bytes(encode_sealed(body))
+    with pytest.raises(IntegrityError, match="contradicts the records before|not a valid record"):
+        upgrade(old, tmp_path / "new")
+    with pytest.raises(LogitcaskError):
+        open_store(tmp_path / "new")
 
 
 def test_stores_and_places_that_do_not_fit(old: Path, tmp_path: Path) -> None:
