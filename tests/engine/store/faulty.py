@@ -24,7 +24,6 @@ CALLS = (
     "link",
     "rename",
     "unlink",
-    "rmdir",
     "listdir",
     "lstat",
     "fstat",

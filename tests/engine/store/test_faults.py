@@ -44,12 +44,18 @@ def encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_store(path: Path) -> Store:
-    """Make a store with a unit, a deleted unit and an orphan of a killed writer."""
+    """Make a store with a unit, a deleted unit and two orphans of a killed writer.
+
+    One is in the place of the object of unit 3, and damaged.
+    """
     store = open_store(path, create=True)
     commit_rollouts(store, 1)
     commit_rollouts(store, 2, name="old")
     delete(store, rollouts="old")
     (path / "staging" / "left").write_bytes(b"x")
+    third = commit_rollouts(open_store(path.with_name("third"), create=True), 3)
+    (path / third.path).parent.mkdir(exist_ok=True)
+    (path / third.path).write_bytes(b"x")
     return store
 
 
