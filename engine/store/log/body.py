@@ -5,8 +5,11 @@ thousands of records opens without its bodies: each is read, and checked, when i
 Bodies lie one after the other in a bundle, so a part of a bundle is read at once.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import logitcask.engine.store.format.schema as schema
@@ -25,8 +28,9 @@ from logitcask.engine.store.storage.base import Storage, open_storage
 
 AHEAD = 1 << 20
 """Bytes of a bundle that are read at once."""
-_MAX_PARTS, _MAX_BODIES = 8, 4096
-"""Parts of bundles, and checked bodies, that stay in memory."""
+_MAX_PARTS, _MAX_BODIES, _MAX_PROVENANCE = 8, 4096, 16
+"""Parts of bundles, checked bodies, and different provenance that stay in memory."""
+_PROVENANCE = b',"provenance":'
 
 
 class Bodies:
@@ -37,6 +41,8 @@ class Bodies:
         self._storage, self._read_line = storage, read_line
         self._parts: dict[tuple[str, int], bytes] = {}
         """(bundle, offset) -> the bytes from there on."""
+        self._provenance: dict[bytes, Any] = {}
+        """JSON text of provenance -> its value, of the last ones."""
         self._checked: dict[tuple[int, int], SegmentBody] = {}
         """(record, place among its adds) -> the body of the segment."""
 
@@ -70,8 +76,8 @@ class Bodies:
         return found
 
     def _adds(self, record: "RecordBody") -> list[Any]:
-        where = f"{self._storage.where(record.name)}: the body of record {record.number}"
-        content = decode_line(self.line(record), where)
+        where = f"{self._storage.url}/{record.name}: the body of record {record.number}"
+        content = self._decode(self.line(record), where)
 
         def adds() -> list[Any]:
             found = content["adds"]
@@ -80,6 +86,28 @@ class Bodies:
             return list(found)
 
         return validated(adds, where)
+
+    def _decode(self, line: bytes, where: str) -> dict[str, Any]:
+        """Decode a body line; each provenance, equal in most records, is decoded once."""
+        before, *behind = line.split(_PROVENANCE)
+        texts = [next(filter(part.startswith, self._provenance), b"") for part in behind]
+        if texts and all(texts):
+            # A whole value behind the key is the value of the key, if the key is that of an add.
+            short = [b"null" + part[len(text) :] for part, text in zip(behind, texts, strict=True)]
+            content = decode_line(_PROVENANCE.join([before, *short]), where)
+            adds: Any = content.get("adds")
+            is_list = type(adds) is list and len(adds) == len(texts)
+            if is_list and all(map(_lacks_provenance, adds)):
+                for each, text in zip(adds, texts, strict=True):
+                    each["provenance"] = self._provenance[text]
+                return content
+        elif len(behind) == 1:
+            with suppress(ValueError, RecursionError):
+                found, end = json.JSONDecoder().raw_decode(behind[0].decode("ascii"))
+                self._provenance[behind[0][:end]] = found
+                if len(self._provenance) > _MAX_PROVENANCE:
+                    del self._provenance[next(iter(self._provenance))]
+        return decode_line(line, where)
 
     def _from_bundle(self, record: "RecordBody") -> bytes | None:
         """Return the bytes at the place of a body; fewer, or None, where the bundle is damaged."""
@@ -108,39 +136,26 @@ class RecordBody:
     __slots__ = ("bodies", "count", "line", "name", "number", "sha256", "size", "start")
 
     def __init__(
-        self,
-        bodies: Bodies,
-        *,
-        number: int,
-        name: str,
-        start: int,
-        size: int,
-        digest: str,
-        count: int,
-        line: bytes = b"",
+        self, bodies: Bodies, number: int, name: str, size: int, digest: str, count: int
     ) -> None:
-        """name, start: the file and the offset, 0 in a file of its own; line: its bytes, if read.
+        """Place the body of a record with `count` adds; name: the file that has it.
 
-        count: adds of the record.
+        start: its offset in a bundle, 0 in a file of its own. line: its bytes, if they are read.
         """
-        self.bodies, self.number, self.name, self.start = bodies, number, name, start
-        self.size, self.sha256, self.count, self.line = size, digest, count, line
+        self.bodies, self.number, self.name, self.size = bodies, number, name, size
+        self.sha256, self.count, self.start, self.line = digest, count, 0, b""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _body_at, tuple(getattr(self, name) for name in self.__slots__)
+        fields = (self.bodies, self.number, self.name, self.size, self.sha256, self.count)
+        return RecordBody, fields, (None, {"start": self.start})
 
     def of(self, segment: Segment) -> SegmentBody:
         """Return the body of a segment of this record. Raises IntegrityError."""
         return self.bodies.of(segment, self)
 
 
-def _body_at(
-    bodies: Bodies, count: int, line: bytes, name: str, number: int, digest: str, *place: int
-) -> RecordBody:
-    size, start = place
-    return RecordBody(
-        bodies, number=number, name=name, start=start, size=size, digest=digest, count=count
-    )
+def _lacks_provenance(add: Any) -> bool:
+    return type(add) is dict and add.get("provenance", 0) is None
 
 
 def encode_body(segment: Segment) -> dict[str, Any]:
@@ -182,13 +197,20 @@ def checked(add: Mapping[str, Any], segment: Segment) -> SegmentBody:
 
 def _entries(listed: Mapping[str, Any], segment: Segment) -> dict[str, Entry]:
     """Check that the entries are those of the schema and lie in the object."""
-    specs = schema.specs(segment.layout)
-    alone = schema.read_alone(segment.layout)
-    names = {name for name in alone if specs[name].length(segment.counts)}
-    require(listed.keys() == names, f"entries {sorted(set(listed) ^ names)[:3]}")
+    counts, size = segment.counts, segment.size
+    names = [name for name, count, plus in _alone(segment.layout) if counts[count] + plus]
+    require(len(listed) == len(names), f"entries {sorted(set(listed) ^ set(names))[:3]}")
     entries = {}
-    for name, (start, length, digest) in listed.items():
-        inside = is_count(start) and is_count(length) and start + length <= segment.size
-        require(inside, f"bytes {start!r} and {length!r} more of {name}")
+    for name in names:
+        start, length, digest = listed[name]
+        if not (type(start) is type(length) is int and start >= 0 and 0 <= length <= size - start):
+            raise ValueError(f"bytes {start!r} and {length!r} more of {name}")
         entries[name] = (start, length, matching(schema.DIGEST, digest))
     return entries
+
+
+@cache
+def _alone(layout: str) -> list[tuple[str, str, int]]:
+    """Return (array, count, plus) of the arrays that are read alone."""
+    specs = schema.specs(layout)
+    return [(name, specs[name].count, specs[name].plus) for name in schema.read_alone(layout)]

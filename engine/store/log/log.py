@@ -22,8 +22,8 @@ from logitcask.engine.store.log.lines import BROKEN
 from logitcask.engine.store.log.record import Record
 from logitcask.engine.store.storage.base import Storage, map_concurrently
 
-_AT_ONCE = 64
-"""Bundles and records that a refresh reads before it folds them."""
+_MAX_OBJECTS, _MAX_RECORDS = 64, 16384
+"""Bundles and records that a refresh reads before it folds them, and records in them."""
 
 
 class Log(Fold):
@@ -62,7 +62,9 @@ class Log(Fold):
 
     def _catch_up(self, end: int) -> None:
         """Read some of the records before `end`, several at a time, and fold them."""
-        todo = list(islice(bundles.pieces(len(self), end), _AT_ONCE))
+        start = len(self)
+        todo = list(islice(bundles.pieces(start, end), _MAX_OBJECTS))
+        todo = [each for each in todo if each[1] == start or sum(each) <= start + _MAX_RECORDS]
         names = [f"log/{record.file_name(first)}" for level, first in todo if level == 1]
         single = self._storage.read_all(dict.fromkeys(names, schema.MAX_RECORD_BYTES))
         large = [(self._storage, *piece) for piece in todo if piece[0] > 1]

@@ -11,15 +11,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from operator import gt, mul
 from typing import Any
 
 import numpy as np
 
+import logitcask.engine.store.format.archive as archive
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import ConfigError, IntegrityError
 from logitcask.engine.models.identity import canonical
-from logitcask.engine.store.format.entry import Segment, SegmentBody, content_address, sha256
+from logitcask.engine.store.format.entry import (
+    Segment,
+    SegmentBody,
+    content_address,
+    new_segment,
+    sha256,
+)
 from logitcask.engine.store.format.segment import decoded_bytes, dtype_of, object_limit
 from logitcask.engine.store.log.body import Bodies, RecordBody, checked, encode_body
 from logitcask.engine.store.log.lines import (
@@ -36,7 +44,7 @@ Content = tuple[str, str, int]
 """(kind, seg_id, generation): one object of a segment."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Record:
     """A record of the log with a valid head."""
 
@@ -127,6 +135,8 @@ def parse_head(
 
     name: the bundle that has it; else a file of its own.
     """
+    if (quick := _parse_usual(line, number, prev, bodies, name)) is not None:
+        return quick
     head = decode_line(line, where)
     if head.get("n") != number:
         raise IntegrityError(f"{where}: has the number {head.get('n')!r}", hint=BROKEN)
@@ -141,15 +151,8 @@ def parse_head(
         require(is_count(size) and size <= schema.MAX_RECORD_BYTES, f"a body of {size!r} bytes")
         adds, time = head["adds"], head["time"]
         require(type(time) is str, "time is not text")
-        body = RecordBody(
-            bodies,
-            number=number,
-            name=name or f"log/{file_name(number)}",
-            start=0,
-            size=size,
-            digest=matching(schema.DIGEST, digest),
-            count=len(adds),
-        )
+        where_read, digest = name or f"log/{file_name(number)}", matching(schema.DIGEST, digest)
+        body = RecordBody(bodies, number, where_read, size, digest, len(adds))
         return Record(
             number=number,
             sha256=sha256(line),
@@ -264,3 +267,87 @@ def _check_counts(counts: Any, layout: str, profile_name: Any) -> int:
         require(size <= schema.MAX_SEGMENT_BYTES, f"{size} bytes decoded")
         return object_limit(layout, size)
     return object_limit(layout, decoded + rounding)
+
+
+_COUNT = "(0|[1-9][0-9]{0,14})"
+_SHA = "(sha256:[0-9a-f]{64})"
+_USUAL = re.compile(
+    r'\{"adds":\[\["(rollout|score)","([0-9a-f]{32})",' + _COUNT + f',"{_SHA}",'
+    rf'"({schema.NAME.pattern})","([0-9a-f]{{32}}|)","([0-9a-f]{{32}}|)","{_SHA}",'
+    rf'"([a-z+]+)","([a-z0-9]+)",(\{{[^}}]*\}}),{_COUNT},"(sha256:\2[0-9a-f]{{32}})",'
+    rf'{_COUNT},{_COUNT}\]\],"body":\[{_COUNT},"{_SHA}"\],"deletes":\[\],"n":{_COUNT},'
+    rf'"prev":"{_SHA}","removes":\[\],"tags":\{{\}},"time":"([0-9T:+-]*)"\}}'
+).fullmatch
+"""The head of a record of one segment, as `encode_record` writes it."""
+
+
+def _parse_usual(line: bytes, number: int, prev: str, bodies: Bodies, name: str) -> Record | None:
+    """Parse a head of the usual form as `parse_head` does, in a third of the time.
+
+    Return None for any other head, also for one that is invalid.
+    """
+    found = _USUAL(line.decode("latin-1"))
+    if found is None:
+        return None
+    (
+        kind, seg_id, generation, unit_key, segment_name, base, extends, tokens, layout, profile,
+        counts_text, size, digest, version, first, length, body_sha, n, before, time,
+    ) = found.groups()  # fmt: skip
+    form = _forms().get((kind, layout, profile))
+    if form is None or int(n) != number or before != prev:
+        return None
+    names, match, most, each, rounding, spare = form
+    numbers = match(counts_text)
+    if numbers is None:
+        return None
+    values = [int(text) for text in numbers.groups()]
+    counts = dict(zip(names, values, strict=True))
+    rows, is_score = counts["P"], kind == schema.SCORE
+    follows = layout == schema.EXTENSION or (extends and layout.endswith(schema.PARTIAL))
+    decoded = sum(map(mul, values, each)) + rounding
+    if (
+        any(map(gt, values, most))
+        or decoded > schema.MAX_SEGMENT_BYTES
+        or int(size) > min(2 * decoded + spare, archive.MAX_BYTES)
+        or int(length) > schema.MAX_RECORD_BYTES
+        or counts.get("R", 0) > rows
+        or counts.get("E", 0) > rows * schema.MAX_K
+        or counts.get("S", 0) > rows * schema.MAX_K
+        or is_score != bool(base)
+        or bool(follows) != bool(extends)
+        or (is_score and (version, first) != ("0", "0"))
+    ):
+        return None
+    name = name or f"log/{file_name(number)}"
+    body = RecordBody(bodies, number, name, int(length), body_sha, 1)
+    add = new_segment(
+        kind, seg_id, int(generation), unit_key, segment_name, base, extends, tokens, layout,
+        profile, counts, int(size), digest, int(version), int(first), number, 0, body,
+    )  # fmt: skip
+    return Record(
+        number=number,
+        sha256=sha256(line),
+        time=time,
+        adds=(add,),
+        deletes=(),
+        removes=(),
+        tags={},
+        body=body,
+    )
+
+
+@cache
+def _forms() -> dict[tuple[str, str, str], Any]:
+    """Return (kind, layout, profile) -> names, pattern, bounds and bytes of its counts; spare."""
+    found = {}
+    for kind, layouts in schema.LAYOUTS.items():
+        for layout in layouts:
+            for profile in codecs.PROFILES:
+                each, rounding = _bounds(layout, profile)
+                names = sorted(each)
+                text = ",".join(f'"{name}":{_COUNT}' for name in names)
+                most = [schema.MAX_COUNT[name] for name in names]
+                weights = [each[name] for name in names]
+                match, spare = re.compile(rf"\{{{text}\}}").fullmatch, object_limit(layout, 0)
+                found[kind, layout, profile] = names, match, most, weights, rounding, spare
+    return found

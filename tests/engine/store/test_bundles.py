@@ -1,18 +1,23 @@
 """Logs of many records: opened in few reads, whatever is missing or damaged among the bundles."""
 
 import json
+import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from obstore.store import MemoryStore
 
 import logitcask.engine.store.storage.local as local
 from logitcask.engine.errors import IntegrityError
+from logitcask.engine.models.identity import canonical
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.log import bundles, record
+from logitcask.engine.store.log.body import Bodies
 from logitcask.engine.store.retention import tag
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.store.storage.object_store import ObjectStorage
@@ -20,7 +25,7 @@ from logitcask.engine.store.store import open_on
 from logitcask.engine.store.transfer.copy import log_objects
 from logitcask.engine.store.verify import verify
 from tests.engine.store.faulty import CRASHES, Crash, FaultyOS
-from tests.engine.store.made import commit_rollouts, forged, long_log
+from tests.engine.store.made import commit_rollouts, commit_scores, forged, long_log
 
 
 class Counting:
@@ -78,6 +83,70 @@ def test_a_log_opens_in_few_reads_and_follows_by_what_is_new(long: ObjectStorage
         assert len(plan) <= 64
         assert [first for _, first in plan] == [plan[0][1], *(a + b for a, b in plan)][:-1]
         assert plan[0][1] == start - start % 16
+
+
+def parsed(line: bytes, number: int, prev: str, *, usual: bool) -> Any:
+    bodies: Any = None
+    try:
+        if usual:
+            return record._parse_usual(line, number, prev, bodies, "x")
+        with mock.patch.object(record, "_parse_usual", return_value=None):
+            return record.parse_head(line, "", number=number, prev=prev, bodies=bodies, name="x")
+    except IntegrityError:
+        return None
+
+
+def shown(new: Any) -> Any:
+    body = [getattr(new.body, name) for name in ("number", "name", "size", "sha256", "count")]
+    return [getattr(new, name) for name in record.Record.__slots__ if name != "body"] + body
+
+
+def test_the_quick_parser_of_usual_heads_accepts_no_more_and_reads_the_same(
+    store: Store, counts: Callable[[int, int], int]
+) -> None:
+    base = commit_rollouts(store, 50, student=True)
+    commit_scores(store, base, 50)
+    commit_rollouts(store, 51, reward=True)
+    rng, quick, slow = random.Random(0), 0, 0
+    for number in range(49, 52):
+        sound, _ = record.split(store.log.read_record(number), "")
+        prev = json.loads(sound)["prev"]
+        found = parsed(sound, number, prev, usual=True)
+        assert found is not None
+        assert shown(found) == shown(parsed(sound, number, prev, usual=False))
+        tokens = re.findall(rb'"[^"]*"|[0-9]+|[^"0-9]', sound)
+        for _ in range(counts(1500, 50_000)):
+            bad = [*tokens]
+            at = rng.randrange(len(bad))
+            odd = [b"", b"0", b"00", b"-1", b"1e3", b"true", b'""', b"[]", bad[at] * 2]
+            odd += [rng.choice(tokens), bytes([rng.randrange(256)]), b"9" * rng.randrange(1, 19)]
+            bad[at] = rng.choice(odd)
+            line = b"".join(bad)
+            ours = parsed(line, number, prev, usual=True)
+            if ours is not None:
+                theirs = parsed(line, number, prev, usual=False)
+                assert theirs is not None, line
+                assert shown(ours) == shown(theirs), line
+                quick += 1
+            slow += ours is None
+    assert slow > quick > 50
+
+
+def test_equal_provenance_is_decoded_once_and_no_other_value_is_taken_for_it() -> None:
+    provenance = {"a": {"unit": 1}, "z": '","provenance":{'}
+    lines = [
+        {"adds": [{"entries": {}, "provenance": provenance, "unit": {"n": n}}]} for n in range(3)
+    ]
+    nested = {"entries": {"x": 1, "provenance": provenance}, "provenance": None, "unit": {}}
+    two = [{"entries": {}, "provenance": provenance, "unit": {"n": n}} for n in range(2)]
+    lines += [{"adds": two}, {"adds": [nested]}, {"adds": [nested, {"provenance": provenance}]}]
+    lines += [{"adds": 3, "b": [{"a": 1, "provenance": provenance}]}]
+    lines += [{"adds": [{"entries": {}, "provenance": {**provenance, "zz": 1}, "unit": {}}]}]
+    bodies = Bodies(bucket(), bundles.body_line)
+    for line in lines * 2:
+        assert bodies._decode(canonical(line), "") == line
+    first, second = (bodies._decode(canonical(line), "") for line in lines[:2])
+    assert first["adds"][0]["provenance"] is second["adds"][0]["provenance"]
 
 
 def test_bodies_of_neighbours_are_read_at_once(long: ObjectStorage) -> None:
