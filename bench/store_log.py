@@ -9,6 +9,7 @@ import hashlib
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from store_before import synthetic_small
-from store_common import PROVENANCE, key
+from store_common import PROVENANCE, RUNS, bar, fresh, key
 
 from logitcask.engine.store import open_store
 from logitcask.engine.store.format.entry import Segment, SegmentBody, sha256

@@ -44,7 +44,7 @@ Content = tuple[str, str, int]
 """(kind, seg_id, generation): one object of a segment."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """A record of the log with a valid head."""
 
@@ -324,16 +324,7 @@ def _parse_usual(line: bytes, number: int, prev: str, bodies: Bodies, name: str)
         kind, seg_id, int(generation), unit_key, segment_name, base, extends, tokens, layout,
         profile, counts, int(size), digest, int(version), int(first), number, 0, body,
     )  # fmt: skip
-    return Record(
-        number=number,
-        sha256=sha256(line),
-        time=time,
-        adds=(add,),
-        deletes=(),
-        removes=(),
-        tags={},
-        body=body,
-    )
+    return Record(number, sha256(line), time, (add,), (), (), {}, body)
 
 
 @cache
