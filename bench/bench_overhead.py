@@ -271,7 +271,7 @@ class Peers(TrainerCallback):
     """Updates of the peers after each of ours, on the same pack and student."""
 
     def __init__(self, student: Any, packs: PlannedPacks, objective: str) -> None:
-        adamw = partial(torch.optim.AdamW, student.parameters(), lr=1e-6, weight_decay=0.0)
+        adamw = partial(torch.optim.AdamW, list(student.parameters()), lr=1e-6, weight_decay=0.0)
         self._runs = {
             "plain train": partial(plain_update, student, adamw()),
             "expert train": partial(expert_update, student, adamw(fused=True)),

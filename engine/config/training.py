@@ -197,6 +197,13 @@ class Lora(Section):
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="Biases of the model that are trained too."
     )
+    load_in_4bit: bool = Field(
+        False,
+        description="Keep the weights without adapters in 4 bits (NF4; QLoRA, arXiv 2305.14314). "
+        "That is another distribution than the student's that sampled: cache/approx_kl has the "
+        "difference from the first update on. The saved folder has the 4-bit values as plain "
+        "numbers, with the adapters merged.",
+    )
     save_adapter: bool = Field(
         False,
         description="Save the adapters too, in OUT/adapter, for peft and vLLM on the base model; "
@@ -211,6 +218,11 @@ class Lora(Section):
             raise ConfigError(
                 f"lora.{names[0]} is set, and lora.r = 0 trains all weights without adapters",
                 hint="set lora.r (--lora-r 16), or leave the other keys of [lora] out",
+            )
+        if self.load_in_4bit and self.use_dora:
+            raise ConfigError(
+                "lora.use_dora with lora.load_in_4bit: DoRA reads the weights themselves",
+                hint="leave one of them out",
             )
         return self
 

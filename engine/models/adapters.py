@@ -1,11 +1,17 @@
-"""LoRA adapters of peft: made before a training, saved with the student, proved on its parent."""
+"""LoRA adapters of peft: made before a training, saved with the student, proved on its parent.
+
+The weights without adapters can be in 4 bits: NF4 in blocks of 64 numbers, the format of QLoRA
+(arXiv 2305.14314) and bitsandbytes, without a second quantization of the scales.
+"""
 
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError
@@ -14,6 +20,17 @@ from logitcask.engine.types import ModelRef
 
 ADAPTER = "adapter"
 """Folder of the adapters below that of the student."""
+BLOCK = 64
+"""Numbers that share a scale, the largest magnitude among them."""
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
+"""The 16 values of a number in 4 bits: quantiles of a normal distribution, over the scale."""
+OF_ADAPTERS = ("lora_", "modules_to_save", "original_module")
+"""First parts of the names that peft's own modules have in a model."""
 
 
 def with_adapters(
@@ -71,6 +88,8 @@ def wrap(model: Any, lora: Lora) -> nn.Module:
             _check(adapted, lora, ends, tied=tied)
         except Exception as error:  # of any kind, see above
             raise _refused(model, lora, error) from error
+    if lora.load_in_4bit:
+        quantize(adapted)
     return adapted
 
 
@@ -80,7 +99,9 @@ def _refused(model: Any, lora: Lora, error: Exception) -> ConfigError:
     return ConfigError(
         f"lora target_modules = {shown}: {type(model).__name__} does not run with these adapters: "
         f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-        hint='name other layers, such as --lora-target-modules ".*(q|k|v|o)_proj"',
+        hint="leave load_in_4bit out"
+        if lora.load_in_4bit
+        else 'name other layers, such as --lora-target-modules ".*(q|k|v|o)_proj"',
     )
 
 
@@ -126,3 +147,98 @@ def load_adapter(base: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old names of peft's that transformers deprecates
         return PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+# --- weights in 4 bits ---
+
+
+@torch.no_grad()
+def quantize(adapted: Any) -> None:
+    """Replace each linear layer below the adapters, but the head, by one with weights in 4 bits."""
+    head = adapted.get_base_model().get_output_embeddings()
+    made: dict[nn.Module, FourBitLinear] = {}
+    for name, module in list(adapted.named_modules()):
+        for key, child in list(module.named_children()):
+            own = any(part.startswith(OF_ADAPTERS) for part in (*name.split("."), key))
+            if type(child) is nn.Linear and child is not head and not own:
+                module.add_module(key, made.setdefault(child, FourBitLinear(child)))
+    if not made:
+        raise ConfigError(
+            f"load_in_4bit: {type(adapted.get_base_model()).__name__} has no linear layer of torch",
+            hint="leave load_in_4bit out",
+        )
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> None:
+    """Replace each layer with weights in 4 bits by a linear layer with the same values."""
+    made: dict[nn.Module, nn.Linear] = {}
+    for module in list(model.modules()):
+        for key, child in list(module.named_children()):
+            if isinstance(child, FourBitLinear):
+                module.add_module(key, made.setdefault(child, child.plain()))
+
+
+def four_bit_layers(model: nn.Module) -> list["FourBitLinear"]:
+    """Return the layers of a model with weights in 4 bits."""
+    return [each for each in model.modules() if isinstance(each, FourBitLinear)]
+
+
+class FourBitLinear(nn.Module):
+    """A linear layer whose weights [out, in] are frozen, in 4 bits."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = layer.bias
+        packed, scale = to_nf4(layer.weight.detach())
+        # They follow from the parent, so they are in no checkpoint and no saved folder.
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("values", torch.tensor(NF4, device=scale.device), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = _Product.apply(inputs, self)  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def weights(self) -> Tensor:
+        """Return the weights [out, in] in float32."""
+        packed, scale, values = map(self.get_buffer, ("packed", "scale", "values"))
+        index = torch.stack([packed >> 4, packed & 15], -1).view(-1, BLOCK).int()
+        flat = (values[index] * scale[:, None]).flatten()
+        return flat[: self.in_features * self.out_features].view(self.out_features, -1)
+
+    def plain(self) -> nn.Linear:
+        """Return the linear layer with the same weights in float32, frozen."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(self.weights(), requires_grad=False)
+        layer.bias = self.bias
+        return layer
+
+
+def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (two numbers a byte, uint8; scale of each block, float32), the last block filled up.
+
+    The first number of a pair has the high bits.
+    """
+    blocks = F.pad(weight.float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1)
+    unit = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    values = torch.tensor(NF4, device=weight.device)
+    index = torch.bucketize(unit, (values[1:] + values[:-1]) / 2, out_int32=True)
+    high, low = index.to(torch.uint8).view(-1, 2).unbind(1)
+    return high << 4 | low, scale
+
+
+class _Product(torch.autograd.Function):
+    """inputs W^T; the weights are made again in the backward pass, so that no layer's are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, layer: FourBitLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(inputs, layer.weights())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.weights().to(grad.dtype), None

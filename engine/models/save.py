@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from logitcask.engine.errors import ModelError
-from logitcask.engine.models.adapters import ADAPTER, load_adapter, save_adapter
+from logitcask.engine.models.adapters import (
+    ADAPTER,
+    dequantize,
+    four_bit_layers,
+    load_adapter,
+    quantize,
+    save_adapter,
+)
 from logitcask.engine.models.forward import folded_head, inner_model, states
 from logitcask.engine.models.identity import METADATA_FILE, write_metadata
 from logitcask.engine.models.load import load_model, quiet
@@ -56,12 +63,12 @@ def save_student(
 ) -> None:
     """Save a loadable model to `folder`: safetensors in `dtype`, tokenizer, metadata.
 
-    LoRA adapters are merged into the weights, and these are rounded to `dtype`, in memory too: the
-    folder loads without peft, and holds the model that is left. With `adapter` they are also
-    saved to its folder `adapter`, in float32, and proved on the parent. `metadata` holds pin, plan
-    and objective; the version is the parent's plus `updates`. Files are staged, loaded again and
-    then moved, logitcask.json last: a folder that has it is complete. Raises ModelError if the
-    saved model gives other logits.
+    LoRA adapters are merged into the weights, where those in 4 bits become plain numbers of the
+    same values, and all are rounded to `dtype`, in memory too: the folder loads without peft, and
+    holds the model that is left. With `adapter` they are also saved to its folder `adapter`, in
+    float32, and proved on the parent. `metadata` holds pin, plan and objective; the version is the
+    parent's plus `updates`. Files are staged, loaded again and then moved, logitcask.json last: a
+    folder that has it is complete. Raises ModelError if the saved model gives other logits.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     exists = folder.is_dir()
@@ -72,7 +79,9 @@ def save_student(
     before = _probe(inner_model(model))
     if adapter:
         save_adapter(model, staging / ADAPTER, parent)
-        _check_adapter(staging / ADAPTER, parent, before)
+        quantized = bool(four_bit_layers(model))
+        _check_adapter(staging / ADAPTER, parent, before, quantized=quantized)
+    dequantize(model)
     plain = adapted if inner_model(model) is model else adapted.merge_and_unload()
     if (parent.path / GENERATION).is_file():
         # The parent's file is copied; transformers would refuse to write some that it has read.
@@ -151,9 +160,11 @@ def _check_saved(model: Any, folder: Path, before: Tensor, merged: float) -> Non
         )
 
 
-def _check_adapter(folder: Path, parent: ModelRef, before: Tensor) -> None:
+def _check_adapter(folder: Path, parent: ModelRef, before: Tensor, *, quantized: bool) -> None:
     """Raise ModelError unless the parent with the adapters of `folder` gives the logits."""
     again = load_adapter(load_model(parent.path, torch.float32, before.device), folder)
+    if quantized:
+        quantize(again)
     gap = _gap(_probe(inner_model(again)), before)
     if not gap <= TOLERANCE:
         raise ModelError(

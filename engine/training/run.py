@@ -52,9 +52,7 @@ from logitcask.engine.training.run_dir.files import (
     writing,
 )
 from logitcask.engine.training.run_dir.open import RunDir
-from logitcask.engine.training.settings import (
-    settings_record,
-)
+from logitcask.engine.training.settings import check_lora, settings_record
 from logitcask.engine.training.sharding import zero3
 from logitcask.engine.training.sharding.settings import is_sharded, is_zero3
 from logitcask.engine.training.sharding.student import load_on_first, whole_student
@@ -134,6 +132,7 @@ def run_training(
     disk that is full, and the errors of the training.
     """
     model, settings = spec.model, spec.settings
+    check_lora(settings, spec.lora)
     resume_metadata = {"plan": spec.plan, "rows_per_update": run_dir.packs_per_update}
     record = {**_record(spec, run_dir), **resume_metadata}
     if run_dir.earlier is not None:

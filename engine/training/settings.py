@@ -84,6 +84,20 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
     return args
 
 
+def check_lora(settings: Train, lora: Lora) -> None:
+    """Raise ConfigError for weights in 4 bits with settings that they are not proved with."""
+    names = {"sharding": settings.sharding != "none"} | {
+        "args.torch_compile": settings.args.get("torch_compile", False)
+    }
+    for name, is_set in names.items():
+        if lora.load_in_4bit and is_set:
+            raise ConfigError(
+                f"lora.load_in_4bit with train.{name}: weights in 4 bits are not proved with it",
+                hint=f"leave one of them out; --{name.replace('args.', 'train-arg ')} needs whole "
+                "weights",
+            )
+
+
 def choose_attention(settings: Train, args: TrainingArguments) -> str | None:
     """Return the attention implementation of a run; None = that of packs, see models.attention.
 

@@ -21,7 +21,7 @@ from logitcask.engine.training.memory.estimate import MemoryEstimate, estimate_m
 from logitcask.engine.training.memory.shapes import largest_pack, loss_shape
 from logitcask.engine.training.run import RunSpec, TrainReport, run_training
 from logitcask.engine.training.run_dir.open import open_run_dir
-from logitcask.engine.training.settings import training_arguments, updates_at_most
+from logitcask.engine.training.settings import check_lora, training_arguments, updates_at_most
 from logitcask.engine.types import ModelRef, Progress, no_progress
 
 DEFAULTS, NO_LORA = Train(), Lora()
@@ -160,6 +160,7 @@ def estimate(
 
     path: folder of the student, of which config.json is read.
     """
+    check_lora(settings, lora)
     info = cache_info(None, source, settings.allow_off_lineage)
     plan = _plan(source, rollouts, settings, run.seed, settings.pack_length)
     plain = objective.objective if isinstance(objective, Preset) else objective

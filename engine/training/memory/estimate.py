@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.models.adapters import four_bit_layers
 from logitcask.engine.models.forward import backbone, folded_head, inner_model
 from logitcask.engine.training.memory.fake import (
     Live,
@@ -93,6 +94,10 @@ def estimate_memory(
             parameters = list(model.parameters())
             trained = [p for p in parameters if p.requires_grad]
             kept = whole = _bytes([*parameters, *model.buffers()])
+            layers = four_bit_layers(model)
+            # Each of their weights in float32, as it is saved.
+            numbers = sum(each.in_features * each.out_features for each in layers)
+            saved = kept + 4 * numbers - _bytes([b for each in layers for b in each.buffers()])
             if zero3 and args.bf16:
                 # Each weight in bfloat16, those in training in float32 too.
                 whole = kept // 2 + _bytes(trained)
@@ -101,6 +106,7 @@ def estimate_memory(
             gathered = _gathered(model, head) if parts > 1 else 0
             head_gradient = _bytes([head]) if head.requires_grad else 0
             total, learned = (sum(p.numel() for p in x) for x in (parameters, trained))
+            total += numbers
             largest = max(p.numel() for p in trained)
             gradients = _bytes(trained)
             read = pack.rows if loss.dense else int(pack.rows * loss.measured)
@@ -138,11 +144,11 @@ def estimate_memory(
         activations=activations,
         logits=logits,
         head_gradient=head_gradient,
-        copy=kept,
+        copy=saved,
         pack=tensors,
         peak_update=fixed + gathered + update,
         peak_optimizer=fixed + gradients + extra(learned, largest) // parts,
-        peak_save=fixed + kept * copies,
+        peak_save=fixed + saved - kept + saved * copies,
     )
 
 

@@ -183,3 +183,14 @@ def test_the_loss_reads_all_logits_where_its_objective_does() -> None:
     assert shapes["forward_kl"] == LossShape(dense=True, measured=1.0)
     assert shapes["overlap"].dense is False
     assert {shapes["overlap"].measured, shapes["opd"].measured} <= {0.25, 1.0}
+
+
+@pytest.mark.needs("peft")
+def test_weights_in_4_bits_are_counted_and_saved_as_plain_numbers(tmp_path: Path) -> None:
+    plain, four = (estimate(tmp_path, lora=Lora(r=2, load_in_4bit=bits)) for bits in (False, True))
+    numbers = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)
+    assert four.parameters == plain.parameters
+    # Half a byte each, a scale of 4 bytes for 64, and 16 values of 4 bytes in each of the layers.
+    assert plain.weights - four.weights == numbers * 4 - numbers * 9 // 16 - LAYERS * 7 * 64
+    assert (four.trained, four.moments) == (plain.trained, plain.moments)
+    assert four.peak_save == plain.peak_save
