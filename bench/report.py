@@ -1,11 +1,11 @@
-"""Write the measured tables of all READMEs, and the two pictures, from bench/results.
+"""Write the measured tables of all READMEs, and the pictures, from bench/results.
 
 Run: .venv/bin/python bench/report.py [--no-frontier]
 
 The newest row of each section counts. Only the text between `<!-- NAME -->` and `<!-- end -->` is
 replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The kernels'
 tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py, that
-of the real student from report_real.py.
+of the real student from report_real.py, that of many workers from report_scale.py.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import report_ablate
 import report_kernels
 import report_real
+import report_scale
 import results
 from report_pages import fill_pages, markdown
 from results import RESULTS, Row
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> None:
     fill_pages(tables())
     if ablations := results.read(RESULTS / "ablate.jsonl"):
         report_ablate.draw(ablations[-1])
+    if scale := report_scale.newest():
+        report_scale.draw(scale)
     if not options.no_frontier:
         draw(newest_rows()["frontier"])
 
@@ -45,7 +48,10 @@ def tables() -> dict[str, str]:
     """Return the text of each marked block."""
     newest = newest_rows()
     made = {name: table(newest) for name, table in TABLES.items()}
-    return made | report_kernels.tables() | report_ablate.tables() | report_real.tables()
+    others = (report_kernels, report_ablate, report_real, report_scale)
+    for each in others:
+        made |= each.tables()
+    return made
 
 
 def source(row: Row) -> str:
@@ -179,18 +185,25 @@ def rates(newest: dict[str, Row]) -> str:
 def latency(newest: dict[str, Row]) -> str:
     """Return the table of commits, and the figures of single sequences and of opening."""
     row, single, opened = newest["commits"], newest["random"], newest["open"]
+    old = newest["before"]
+    wall, cpu = old["p50_ms"], old["cpu_ms"]
     table = markdown(
-        ["4 processes x 200 commits", "units present", "doubled", "commits a second", "p50", "p99"],
+        ["small units", "processes", "units present", "doubled", "records", "commits a second",
+         "p50", "p99"],
         [
-            [name, r["present"], r["records"] - r["present"], f"{r['commits_per_second']:.1f}",
-             f"{r['p50_ms']:.0f} ms", f"{r['p99_ms']:.0f} ms"]
+            [name.partition(",")[0], r["processes"], r["present"], r["segments"] - r["present"],
+             r["records"], f"{r['commits_per_second']:.1f}", f"{r['p50_ms']:.0f} ms",
+             f"{r['p99_ms']:.0f} ms"]
             for name, r in row["media"].items()
         ],
     )  # fmt: skip
     found, took = single["sequences_per_core_second"], opened["open_seconds"]
     return (
-        f"{table}\n\nSmall units, 256 positions each: a commit is mostly Zarr's encoding of eleven "
-        f"small arrays, and 30 files to flush. {source(row)}\n\n"
+        f"{table}\n\nSmall units, 256 positions each: a commit flushes an object and a record. "
+        f"{source(row)}\n\n"
+        f"One writer, by turns with the code of {old['earlier']}: p50 {wall['now']:.0f} ms against "
+        f"{wall['earlier']:.0f} ms, CPU {cpu['now']:.0f} ms against {cpu['earlier']:.0f} ms. "
+        f"{source(old)}\n\n"
         "Single sequences a core-second: "
         + ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
         + f". The cache takes {single['cache_bytes']:.0f} bytes a position. {source(single)}\n\n"

@@ -37,7 +37,7 @@ def test_every_script_is_in_this_test() -> None:
     assert {name for name in SCRIPTS if name.startswith(("bench", "gpu", "report"))} == {
         *(
             f"bench_{name}.py"
-            for name in ("ablate", "cli", "demo", "kernels", "real", "soak", "store")
+            for name in ("ablate", "cli", "demo", "kernels", "real", "scale", "soak", "store")
         ),
         *(
             "bench_real.py",
@@ -84,6 +84,29 @@ def test_sections_of_the_store_on_few_rows(tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     for content, keys in zip(found, sections.values(), strict=True):
         assert content.keys() >= keys
+
+
+def test_the_model_of_many_workers_is_the_stores_own_code(tmp_path: Path) -> None:
+    """Commit with both: 40 workers whose units of 2 s offer more than one record at a time."""
+    code = (
+        f"{FEW}\n"
+        "from scale_model import Costs, simulate\n"
+        "from scale_real import run_real\n"
+        "costs = Costs(put=0.12, create=0.06, names=0.06, read=0.03, remove=0.04, head=4e-5,\n"
+        "              record=6e-5, add=1e-3)\n"
+        "times = {'unit_s': 2.0, 'warm_s': 4.0, 'end_s': 19.0}\n"
+        "found = [run_real(40, costs, **times), simulate('group', 40, costs, **times),\n"
+        "         simulate('race', 40, costs, **times)]\n"
+        "print(json.dumps(found))"
+    )
+    done = run("-c", code, BENCH, tmp_path)
+    assert done.returncode == 0, done.stderr
+    real, model, race = json.loads(done.stdout.splitlines()[-1])
+    assert abs(real["worker_use"] - model["worker_use"]) <= 0.05
+    assert abs(real["commits_per_s"] / model["commits_per_s"] - 1) <= 0.15
+    assert abs(real["commits_per_record"] / model["commits_per_record"] - 1) <= 0.35
+    assert real["commits_per_record"] > 2
+    assert race["commits_per_s"] < 0.8 * model["commits_per_s"]
 
 
 def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
