@@ -22,6 +22,8 @@ class Losing:
     def __init__(self, app: Any) -> None:
         self._app = app
         self._lock = threading.Lock()
+        """Held for a whole conditional put: the server looks first and stores later, so that two
+        puts of one name could both succeed, which no object store allows."""
         self.every = 0
         """One of so many successful puts loses its response; 0 = none."""
         self.done = self.lost = 0
@@ -30,8 +32,8 @@ class Losing:
         if not (environ["REQUEST_METHOD"] == "PUT" and "HTTP_IF_NONE_MATCH" in environ):
             return self._app(environ, start_response)
         answer: list[Any] = []
-        body = b"".join(self._app(environ, lambda *fields: answer.extend(fields)))
         with self._lock:
+            body = b"".join(self._app(environ, lambda *fields: answer.extend(fields)))
             self.done += answer[0].startswith("200")
             lose = self.every and answer[0].startswith("200") and self.done % self.every == 0
             self.lost += bool(lose)
