@@ -67,7 +67,7 @@ def text(row: Row) -> str:
 
 
 def _cells(each: dict[str, Any]) -> list[str]:
-    asked = each["requests_per_s"]
+    sent = each["requests_per_s"]
     return [
         f"{each['workers']:,}",
         f"{each['worker_use']:.1%}",
@@ -76,7 +76,7 @@ def _cells(each: dict[str, Any]) -> list[str]:
         f"{each['p99_s']:.2f} s",
         f"{each['lost_creates_per_commit']:.1f}",
         f"{each['commits_per_record']:.1f}",
-        ", ".join(f"{asked.get(kind, 0):,.0f}" for kind in ("GET", "LIST", "PUT", "DELETE")),
+        ", ".join(f"{sent.get(kind, 0):,.0f}" for kind in ("GET", "LIST", "PUT", "DELETE")),
     ]
 
 
@@ -89,7 +89,7 @@ def draw(row: Row) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for (medium, protocol), found in groupby(
+    for (service, protocol), found in groupby(
         row["table"], key=lambda each: (each["medium"], each["protocol"])
     ):
         points = [(each["workers"], 100 * each["worker_use"]) for each in found]
@@ -97,8 +97,8 @@ def draw(row: Row) -> None:
         axes.plot(
             *zip(*points, strict=True),
             style,
-            color=COLOURS[medium],
-            label=NAMES[medium, protocol],
+            color=COLOURS[service],
+            label=NAMES[service, protocol],
             alpha=1.0 if protocol == "group" else 0.5,
         )
     axes.set(

@@ -34,12 +34,12 @@ def costs_of_media(folder: Path) -> dict[str, dict[str, Costs]]:
     cpu, disk = cpu_costs(), disk_costs(folder)
     return {
         name: {
-            "group": Costs(**waits, **cpu),
+            "group": Costs(**seconds, **cpu),
             "race": Costs(
-                **waits | ({"put": FORMAT_1_PUT_S} if name == "disk" else {}), **FORMAT_1
+                **seconds | ({"put": FORMAT_1_PUT_S} if name == "disk" else {}), **FORMAT_1
             ),
         }
-        for name, waits in (("disk", disk), ("S3", S3_S))
+        for name, seconds in (("disk", disk), ("S3", S3_S))
     }
 
 

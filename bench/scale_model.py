@@ -114,17 +114,17 @@ def simulate(protocol: str, workers: int, costs: Costs, **times: float) -> dict[
 def summary(world: World, protocol: str) -> dict[str, Any]:
     """Return rates, shares and latencies of a simulation."""
     seconds = world.end_s - world.warm_s
-    waits = sorted(world.latencies)
-    done = max(1, len(waits))
+    latencies = sorted(world.latencies)
+    done = max(1, len(latencies))
     return {
         "protocol": protocol,
         "workers": world.workers,
         "unit_s": world.unit_s,
         "offered_per_s": world.workers / world.unit_s,
-        "commits_per_s": len(waits) / seconds,
+        "commits_per_s": len(latencies) / seconds,
         "worker_use": world.work_s / (world.workers * seconds),
-        "p50_s": waits[len(waits) // 2] if waits else None,
-        "p99_s": waits[int(0.99 * len(waits))] if waits else None,
+        "p50_s": latencies[len(latencies) // 2] if latencies else None,
+        "p99_s": latencies[int(0.99 * len(latencies))] if latencies else None,
         "lost_creates_per_commit": world.lost / done,
         "commits_per_record": sum(world.batches) / max(1, len(world.batches)),
         "requests_per_s": {kind: n / seconds for kind, n in sorted(world.requests.items())},
@@ -235,7 +235,7 @@ def create(world: World, me: Member, names: list[tuple[int, int]]) -> Generator[
 
 
 def group(world: World, me: Member) -> Process:
-    """Commit alone where nobody waits, else wait to be named, or name all that wait."""
+    """Commit alone where no writer waits, else wait to be named, or name all that wait."""
     costs, rng = world.costs, world.rng
     # The unit may be committed already: that is looked up before the segment is put.
     me.found = yield from refresh(world, me)
@@ -279,7 +279,7 @@ def group(world: World, me: Member) -> Process:
 def _left(world: World, me: Member, name: tuple[int, int]) -> list[tuple[int, int]]:
     """Return the waiting commits of others that are not done, as this worker knows, oldest first.
 
-    A record names its units, so nobody reads the waiting ones to know that.
+    A record names its units, so that is known without reading the waiting ones.
     """
     # A worker's own knowledge may be older than `committed`; a create then fails.
     return [each for each in me.found if each != name and each not in world.committed]

@@ -84,7 +84,7 @@ def _worker(
 
 
 def segment_like(one: Segment, number: int, unit: int) -> Segment:
-    """Return a segment like `one` of another unit; its object is not read by anybody."""
+    """Return a segment like `one` of another unit, whose object is never read."""
     key = digest([number, unit])
     seg = key.removeprefix("sha256:")
     return replace(one, seg_id=seg[:32], sha256=key, unit_key=key, number=-1, source=one.body)
