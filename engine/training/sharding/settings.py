@@ -72,7 +72,7 @@ def sharding_arguments(settings: Train, cpu: bool) -> dict[str, Any]:
             hint='hide them with CUDA_VISIBLE_DEVICES="", or leave --device out',
         )
     if settings.sharding == "zero3":
-        return {"deepspeed": zero3.configuration()}
+        return {"deepspeed": zero3.configuration(cpu)}
     return {
         "fsdp": True,
         "fsdp_config": {

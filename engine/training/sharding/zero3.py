@@ -7,6 +7,7 @@ state for each of those.
 
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -33,8 +34,11 @@ def check_package() -> None:
         )
 
 
-def configuration() -> dict[str, Any]:
+def configuration(cpu: bool) -> dict[str, Any]:
     """Return the configuration of DeepSpeed; transformers completes what is auto."""
+    if cpu:
+        # DeepSpeed would look for a GPU, and report on standard output that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
