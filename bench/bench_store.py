@@ -11,6 +11,7 @@ Run: .venv/bin/python bench/bench_store.py [SECTION ...]      (default: all, som
   before     one writer, against the code of the time when a segment was a folder
   wait       the share of data wait in the demo's training
   open       reading the log of a store of many commits
+  race       16 processes that commit at once, against those of an earlier version
   log        opening, info, ls and a commit at 50,000 segments: CPU seconds and memory
 
 A section appends its row to bench/results/store.jsonl; `python bench/report.py` makes the tables
@@ -28,6 +29,7 @@ from store_before import before
 from store_commits import commits, opening, wait
 from store_log import log
 from store_pair import pair
+from store_race import race
 from store_rates import random, rates
 from store_sizes import frontier, sizes
 
@@ -41,6 +43,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "before": before,
     "wait": wait,
     "open": opening,
+    "race": race,
     "log": log,
 }
 

@@ -104,7 +104,7 @@ class Claim:
         """Make the next fence; return False where another worker has made it and holds the unit."""
         fence = self._fences[-1] + 1 if self._fences else 0
         body = canonical({"worker": self._worker, "beat": fence})
-        if not self._storage.create(_name(CLAIMS, self._unit, fence), body):
+        if not self._storage.leave(_name(CLAIMS, self._unit, fence), body):
             return False
         # A worker that died in between may have left several.
         self.release()

@@ -143,7 +143,7 @@ class _Writer:
             unit = self._unit_key.removeprefix("sha256:")
             self._own, self._pended = f"pending-{self._base:010d}-{unit}.json", ours.path
             # Where it exists, another writer waits with the same unit: the first commit wins.
-            self._storage.create(f"log/{self._own}", data)
+            self._storage.leave(f"log/{self._own}", data)
 
     def _publish(self, ours: Segment, others: list[str]) -> bool:
         """Publish our segment with those of others that fit; return False if others were faster."""

@@ -76,6 +76,9 @@ class Storage(Protocol):
         One of several concurrent callers gets True. After a lost response it may get False.
         """
 
+    def leave(self, name: str, data: bytes) -> bool:
+        """Create a name as `create` does, for what may be lost or torn by a power cut."""
+
     def put(self, name: str, data: bytes) -> None:
         """Create a name with all of its bytes at once, durably, and verify them.
 

@@ -142,6 +142,9 @@ class HubStorage:
     def create(self, name: str, data: bytes) -> NoReturn:
         raise self._read_only()
 
+    def leave(self, name: str, data: bytes) -> NoReturn:
+        raise self._read_only()
+
     def put(self, name: str, data: bytes) -> NoReturn:
         raise self._read_only()
 

@@ -113,6 +113,10 @@ class LocalStorage:
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
         return {name: self.read(name, limit) for name, limit in limits.items()}
 
+    def leave(self, name: str, data: bytes) -> bool:
+        with self._staged(name, data, flush=False) as temporary:
+            return self._link(temporary, name)
+
     def create(self, name: str, data: bytes) -> bool:
         with self._staged(name, data) as temporary:
             created = self._link(temporary, name)
@@ -205,12 +209,12 @@ class LocalStorage:
                 here /= part
 
     @contextmanager
-    def _staged(self, name: str, data: bytes) -> Iterator[Path]:
+    def _staged(self, name: str, data: bytes, *, flush: bool = True) -> Iterator[Path]:
         """Write data to a temporary file on the disk that has, or is going to have, a name."""
         temporary = self._root / STAGING / uuid.uuid4().hex
         self._make(STAGING, str(Path(name).parent))
         try:
-            _write_new(temporary, data)
+            _write_new(temporary, data, flush=flush)
             yield temporary
         finally:
             # The first error matters to the caller; a file may stay in staging.
@@ -297,15 +301,16 @@ def _read_from(handle: int, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _write_new(path: Path, data: bytes) -> None:
-    """Write and flush a file that must not exist yet."""
+def _write_new(path: Path, data: bytes, *, flush: bool) -> None:
+    """Write, and flush, a file that must not exist yet."""
     with _disk("write", path):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         try:
             view = memoryview(data)
             while view:
                 view = view[os.write(handle, view) :]
-            os.fsync(handle)
+            if flush:
+                os.fsync(handle)
         finally:
             os.close(handle)
 

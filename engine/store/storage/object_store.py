@@ -73,6 +73,9 @@ class ObjectStorage:
     def read_all(self, limits: Mapping[str, int]) -> dict[str, bytes | None]:
         return dict(zip(limits, map_concurrently(self.read, limits.items()), strict=True))
 
+    def leave(self, name: str, data: bytes) -> bool:
+        return self.create(name, data)
+
     def create(self, name: str, data: bytes) -> bool:
         import obstore
         from obstore.exceptions import AlreadyExistsError

@@ -285,8 +285,8 @@ def test_a_disk_that_keeps_other_bytes_is_found_before_they_have_a_name(
     store = open_store(tmp_path / "cask", create=True)
     write = files._write_new
 
-    def wrong(path: Path, data: bytes) -> None:
-        write(path, data[:-1] + b"x" if len(data) > 5000 else data)
+    def wrong(path: Path, data: bytes, **options: Any) -> None:
+        write(path, data[:-1] + b"x" if len(data) > 5000 else data, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "_write_new", wrong)

@@ -229,18 +229,20 @@ def losing(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, which: str, rival: Callable[[], Any]
 ) -> list[str]:
     """Lose the responses of all creations of names with `which`; a rival precedes the first."""
-    create, created = storage.create, list[str]()
+    created: list[str] = []
+    for method in ("create", "leave"):
+        real = getattr(storage, method)
 
-    def lost(name: str, data: bytes) -> bool:
-        if not name.startswith("log/"):
-            return create(name, data)
-        if not created:
+        def lost(name: str, data: bytes, real: Callable[..., bool] = real) -> bool:
+            if not name.startswith("log/"):
+                return real(name, data)
+            if not created:
+                created.append(name)
+                rival()
             created.append(name)
-            rival()
-        created.append(name)
-        return create(name, data) and which not in name
+            return real(name, data) and which not in name
 
-    monkeypatch.setattr(storage, "create", lost)
+        monkeypatch.setattr(storage, method, lost)
     return created
 
 
