@@ -57,6 +57,9 @@ def test_writers_that_meet_are_named_by_few_records_each_once(
     storage = ObjectStorage("memory://cask", MemoryStore())
     commit_rollouts(open_on(storage, create=True), 0)
     writers = 12
+    other = open_on(ObjectStorage("memory://other", MemoryStore()), create=True)
+    for seed in range(1 + 4 * writers):
+        commit_rollouts(other, seed)  # encoded here: zarr's warnings are not safe in threads
     barrier = threading.Barrier(writers)
 
     def write(writer: int) -> list[str]:
