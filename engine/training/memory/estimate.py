@@ -46,7 +46,7 @@ class MemoryEstimate:
     gathered: int
     """Whole weights of two layers and of the head, where shards are gathered for their use."""
     buckets: int
-    """Copies of the gradients that DistributedDataParallel exchanges."""
+    """Copies of gradients: one that DistributedDataParallel exchanges, two of shards in ZeRO-3."""
     activations: int
     """Kept of the largest pack for its backward pass."""
     logits: int
@@ -128,7 +128,7 @@ def estimate_memory(
     tensors = 2 * pack.rows * (pack.ids * 32 + 64)
     weights, gradients = whole // parts, gradients // parts
     moments = int(state * learned) // parts
-    buckets = gradients if world_size > 1 and not sharded else 0
+    buckets = gradients if world_size > 1 and not sharded else 2 * gradients if zero3 else 0
     here = 0 if offloaded and not args.use_cpu else weights + moments
     fixed = here + buckets + tensors
     # The first process gathers shards in the memory of the CPU, and loads the saved model there.

@@ -136,6 +136,7 @@ def test_shards_divide_weights_gradients_and_moments(tmp_path: Path) -> None:
     half = estimate(tmp_path, world=4, sharding="zero3", dtype="bfloat16")
     assert half.weights == pytest.approx(1.5 * four.weights, rel=0.01), "a copy in bfloat16"
     assert half.moments == four.moments
+    assert half.buckets == 2 * four.gradients, "those that DeepSpeed keeps"
 
 
 def test_a_student_that_reads_values_of_tensors_is_refused(tmp_path: Path) -> None:
