@@ -182,7 +182,7 @@ def test_a_store_whose_first_records_are_in_bundles_only(long: ObjectStorage) ->
     again = open_on(storage)
     assert again.head() == copy.head()
     storage.remove(bundles.name_of(16, 4640))
-    with pytest.raises(IntegrityError, match=r"0000004640\.json: this published log record is mis"):
+    with pytest.raises(IntegrityError, match=r"0000004640\.json: this published log record is"):
         open_on(storage).head()
 
 
