@@ -55,8 +55,8 @@ def text(row: Row) -> str:
     )  # fmt: skip
     disk, cpu = row["costs"]["disk"], row["costs"]["S3"]
     measured = (
-        f"Measured before: to put a segment of 100 kB on this disk {disk['put'] * 1e3:.0f} ms, to "
-        f"create a record {disk['create'] * 1e3:.0f} ms, CPU of a head in a bundle "
+        f"Measured before: to put a segment of 100 kB on this disk {disk['put'] * 1e3:.1f} ms, to "
+        f"create a record {disk['create'] * 1e3:.1f} ms, CPU of a head in a bundle "
         f"{cpu['head'] * 1e6:.0f} us, of a record {cpu['record'] * 1e6:.0f} us, of one more commit "
         f"in a record {cpu['add'] * 1e6:.0f} us."
     )

@@ -22,15 +22,16 @@ class Losing:
     def __init__(self, app: Any) -> None:
         self._app = app
         self._lock = threading.Lock()
-        """Held for a whole conditional put: the server looks first and stores later, so that two
-        puts of one name could both succeed, which no object store allows."""
+        """Held for a whole request: this server looks first and stores later, so that two puts of
+        one name could both succeed, and fails to list what is removed, as no object store does."""
         self.every = 0
         """One of so many successful puts loses its response; 0 = none."""
         self.done = self.lost = 0
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         if not (environ["REQUEST_METHOD"] == "PUT" and "HTTP_IF_NONE_MATCH" in environ):
-            return self._app(environ, start_response)
+            with self._lock:
+                return [b"".join(self._app(environ, start_response))]
         answer: list[Any] = []
         with self._lock:
             body = b"".join(self._app(environ, lambda *fields: answer.extend(fields)))
