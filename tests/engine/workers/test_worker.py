@@ -134,7 +134,7 @@ def test_a_search_lists_a_few_shards_however_many_units_there_are(
         real = getattr(store.storage, method)
 
         def counted(folder: str, real: Any = real, **options: Any) -> Any:
-            listed.extend([folder] * (folder != "log"))
+            listed.extend([folder] * folder.startswith(("claims", "failed")))
             return real(folder, **options)
 
         monkeypatch.setattr(store.storage, method, counted)
@@ -348,7 +348,7 @@ def check_pool(store: Store, seed: int) -> None:
     assert set(codes) == {"0", "-9"}
     segments = store.head().segments
     assert {s.unit_key for s in segments} == {key("fleet", n) for n in range(60)}
-    assert len(segments) == store.head().number + 1 == 60
+    assert len(segments) == 60 >= store.head().number + 1
     assert 60 < len(events["started"]) < 1.6 * 60
     assert failed_units(store.storage) == {}
     assert verify(store, deep=True).orphans == ()
