@@ -145,6 +145,9 @@ class SimulatedStorage:
             world.lost += not new and "pending" not in name and world.now >= world.warm_s
             return new
 
+    def leave(self, name: str, data: bytes) -> bool:
+        return self.create(name, data)
+
     def put(self, name: str, data: bytes) -> None:
         with self._request("PUT", self._world.costs.put):
             self.objects[name] = data
