@@ -321,7 +321,8 @@ def test_tables_of_objectives_are_up_to_date() -> None:
 def test_queries_of_an_export_give_what_python_counts(
     in_place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
+
     run_line("logitcask store export ./store positions.parquet --force")
     names: dict[str, Any] = {}
     exec(compile(with_tiny_models(block("python dataset")), "README", "exec"), names)
