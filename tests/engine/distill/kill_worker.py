@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-import logitcask.engine.store.commit as commit
 import logitcask.engine.training.run as run_module
 import logitcask.engine.training.trainer as trainer
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.loop import distill
 from logitcask.engine.store import Store
+from logitcask.engine.store.log.publish import Attempts
 from logitcask.engine.training.run_dir.files import MetricsFile
 
 POINTS: dict[str, tuple[Any, str, bool]] = {
     # name -> (where the function is looked up, its name, after it and not before)
     "rollout": (Store, "commit_rollouts", True),
     "score": (Store, "commit_scores", True),
-    "publish": (commit, "append", False),
+    "publish": (Attempts, "publish", False),
     "micro_batch": (trainer.DistillTrainer, "_pack_loss", True),
     "update": (MetricsFile, "append", True),
     "weights": (trainer.DistillTrainer, "_save", True),
