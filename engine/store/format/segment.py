@@ -6,7 +6,6 @@ of the schema, their metadata with the schema, and only then they are decoded, e
 memory of its own size. Some arrays are also read alone, by the offsets and digests in the record.
 """
 
-import asyncio
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -115,11 +114,14 @@ def encode(
     attributes: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """Encode arrays as the files of a Zarr v3 group, relative name -> bytes."""
+    objects, targets = _new_group(layout, profile, counts_of(layout, arrays), attributes)
     for name, spec in schema.specs(layout).items():
         dtype, values = dtype_of(spec, profile), arrays[name]
         if values.dtype != np.dtype(dtype) or values.ndim != 1:
             raise TypeError(f"{name}: {values.dtype} {values.shape}, expected {dtype}")
-    return _written(layout, profile, counts_of(layout, arrays), attributes, arrays)
+        if len(values):
+            targets[name][:] = values
+    return {name: buffer.to_bytes() for name, buffer in objects.items()}
 
 
 def metadata_files(
@@ -129,51 +131,39 @@ def metadata_files(
     attributes: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """Return the zarr.json of the group and of each array, relative name -> bytes."""
-    return _written(layout, profile, counts, attributes, {})
+    objects, _ = _new_group(layout, profile, counts, attributes)
+    return {name: buffer.to_bytes() for name, buffer in objects.items()}
 
 
-def _written(
+def _new_group(
     layout: str,
     profile: codecs.Profile,
     counts: Mapping[str, int],
     attributes: Mapping[str, Any],
-    arrays: Mapping[str, Array],
-) -> dict[str, bytes]:
-    """Write a Zarr group in memory; return its files. Arrays that are not given have no data."""
-    from zarr import AsyncGroup
-    from zarr.core.sync import sync
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the files of a Zarr group, and its arrays, which have no data yet."""
+    import zarr
     from zarr.storage import MemoryStore
 
     objects: dict[str, Any] = {}
-
-    async def write_one(group: Any, name: str, spec: schema.Spec) -> None:
-        dtype, length = dtype_of(spec, profile), spec.length(counts)
-        chunk, shard = schema.chunk_shape(spec, length)
-        target = await group.create_array(
-            name,
-            shape=(length,),
-            dtype=dtype,
-            chunks=(chunk,),
-            shards=(shard,),
-            fill_value=0,
-            # A chunk of zeros that is left out looks like a lost one.
-            config={"write_empty_chunks": True},
-            **codecs.array_options(dtype, codecs.codec_of(dtype, profile)),
-        )
-        if length and name in arrays:
-            await target.setitem(slice(None), arrays[name])
-
-    # One call on Zarr's event loop for all arrays: a call for each costs more than their encoding.
-    async def write() -> None:
-        group = await AsyncGroup.from_store(
-            MemoryStore(objects), attributes=dict(attributes), zarr_format=3
-        )
-        ones = (write_one(group, *each) for each in schema.specs(layout).items())
-        await asyncio.gather(*ones)
-
+    targets = {}
     with codecs.hide_zarr_warning():
-        sync(write())
-    return {name: buffer.to_bytes() for name, buffer in objects.items()}
+        group = zarr.create_group(MemoryStore(objects), zarr_format=3, attributes=dict(attributes))
+        for name, spec in schema.specs(layout).items():
+            dtype, length = dtype_of(spec, profile), spec.length(counts)
+            chunk, shard = schema.chunk_shape(spec, length)
+            targets[name] = group.create_array(
+                name,
+                shape=(length,),
+                dtype=dtype,
+                chunks=(chunk,),
+                shards=(shard,),
+                fill_value=0,
+                # A chunk of zeros that is left out looks like a lost one.
+                config={"write_empty_chunks": True},
+                **codecs.array_options(dtype, codecs.codec_of(dtype, profile)),
+            )
+    return objects, targets
 
 
 def check_decodes(
