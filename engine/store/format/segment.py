@@ -1,7 +1,7 @@
 """A segment: one object, a Zarr v3 group in an uncompressed zip, immutable, named by its content.
 
-To write, Zarr encodes the group in memory, so that sizes, digests and fsync are of the same bytes.
-To read, the object is read whole and compared with its digest, its entries with the names and sizes
+The group is encoded in memory, so that sizes, digests and fsync are of the same bytes. To read, the
+object is read whole and compared with its digest, its entries with the names and sizes
 of the schema, their metadata with the schema, and only then they are decoded, each array into
 memory of its own size. Some arrays are also read alone, by the offsets and digests in the record.
 """
@@ -17,6 +17,7 @@ import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.shards as shards
 from logitcask.engine.errors import IntegrityError, StoreError
+from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.entry import Entry, Segment, content_address, sha256
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array
@@ -114,14 +115,14 @@ def encode(
     attributes: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """Encode arrays as the files of a Zarr v3 group, relative name -> bytes."""
-    objects, targets = _new_group(layout, profile, counts_of(layout, arrays), attributes)
+    files = metadata_files(layout, profile, counts_of(layout, arrays), attributes)
     for name, spec in schema.specs(layout).items():
         dtype, values = dtype_of(spec, profile), arrays[name]
         if values.dtype != np.dtype(dtype) or values.ndim != 1:
             raise TypeError(f"{name}: {values.dtype} {values.shape}, expected {dtype}")
         if len(values):
-            targets[name][:] = values
-    return {name: buffer.to_bytes() for name, buffer in objects.items()}
+            files[f"{name}/c/0"] = shards.encode(values, **_shape(spec, profile, len(values)))
+    return files
 
 
 def metadata_files(
@@ -131,39 +132,12 @@ def metadata_files(
     attributes: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """Return the zarr.json of the group and of each array, relative name -> bytes."""
-    objects, _ = _new_group(layout, profile, counts, attributes)
-    return {name: buffer.to_bytes() for name, buffer in objects.items()}
-
-
-def _new_group(
-    layout: str,
-    profile: codecs.Profile,
-    counts: Mapping[str, int],
-    attributes: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the files of a Zarr group, and its arrays, which have no data yet."""
-    import zarr
-    from zarr.storage import MemoryStore
-
-    objects: dict[str, Any] = {}
-    targets = {}
-    with codecs.hide_zarr_warning():
-        group = zarr.create_group(MemoryStore(objects), zarr_format=3, attributes=dict(attributes))
-        for name, spec in schema.specs(layout).items():
-            dtype, length = dtype_of(spec, profile), spec.length(counts)
-            chunk, shard = schema.chunk_shape(spec, length)
-            targets[name] = group.create_array(
-                name,
-                shape=(length,),
-                dtype=dtype,
-                chunks=(chunk,),
-                shards=(shard,),
-                fill_value=0,
-                # A chunk of zeros that is left out looks like a lost one.
-                config={"write_empty_chunks": True},
-                **codecs.array_options(dtype, codecs.codec_of(dtype, profile)),
-            )
-    return objects, targets
+    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    files = {"zarr.json": canonical(group)}
+    for name, spec in schema.specs(layout).items():
+        shape = _shape(spec, profile, spec.length(counts))
+        files[f"{name}/zarr.json"] = shards.metadata(**shape)
+    return files
 
 
 def check_decodes(
@@ -183,7 +157,7 @@ def check_decodes(
         if array.tobytes() != back[name].tobytes():
             raise StoreError(
                 f"{name}: does not decode to what was encoded",
-                hint="check memory, and the versions of zarr, numcodecs and pcodec",
+                hint="check memory, and the versions of numcodecs and pcodec",
             )
 
 
@@ -221,7 +195,8 @@ def decode(
     files = _files(where, data, layout, profile, counts)
     arrays = {}
     for name in names:
-        shape = _shape(name, layout, profile, counts)
+        spec = schema.specs(layout)[name]
+        shape = _shape(spec, profile, spec.length(counts))
         fault = shards.metadata_fault(bytes(files[f"{name}/zarr.json"]), **shape)
         if fault:
             raise IntegrityError(f"{where}: {name}/zarr.json: {fault}", hint=RESTORE)
@@ -240,13 +215,9 @@ def _files(
         ) from error
 
 
-def _shape(
-    name: str, layout: str, profile: codecs.Profile, counts: Mapping[str, int]
-) -> dict[str, Any]:
-    """Return the arguments of `shards.decode` for an array."""
-    spec = schema.specs(layout)[name]
-    dtype, length = dtype_of(spec, profile), spec.length(counts)
-    chunk, shard = schema.chunk_shape(spec, length)
+def _shape(spec: schema.Spec, profile: codecs.Profile, length: int) -> dict[str, Any]:
+    """Return the arguments of functions of `shards` for an array."""
+    dtype, (chunk, shard) = dtype_of(spec, profile), schema.chunk_shape(spec, length)
     codec = codecs.codec_of(dtype, profile)
     return {"dtype": dtype, "codec": codec, "length": length, "chunk": chunk, "shard": shard}
 
@@ -298,10 +269,12 @@ def read(
     if names is None or not schema.READ_ALONE.issuperset(names):
         return decode_object(where, read_object(storage, segment), segment, names)
     parts = _read_parts(storage, segment, [name for name in names if name in segment.entries])
-    shapes = {name: _shape(name, segment.layout, profile, segment.counts) for name in names}
-    return {
-        name: _decoded(where, name, parts.get(name, b""), shape) for name, shape in shapes.items()
-    }
+    arrays = {}
+    for name in names:
+        spec = schema.specs(segment.layout)[name]
+        shape = _shape(spec, profile, spec.length(segment.counts))
+        arrays[name] = _decoded(where, name, parts.get(name, b""), shape)
+    return arrays
 
 
 def _read_parts(storage: Storage, segment: Segment, names: Collection[str]) -> dict[str, bytes]:

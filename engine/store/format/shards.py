@@ -1,6 +1,6 @@
-"""Decoding of one Zarr v3 shard into an array of the size that the schema gives.
+"""One array <-> its two files in a Zarr v3 group: metadata, and one shard.
 
-Zarr writes these files and can read them. They are decoded here for three reasons: no chunk can
+Zarr can read and write these files. They are read and written here for three reasons: no chunk can
 decode to more than its size (Zarr allocates any memory that a crafted kilobyte claims), a missing
 chunk is an error (Zarr returns zeros), and it is several times faster.
 
@@ -17,7 +17,46 @@ import google_crc32c
 import numpy as np
 
 import logitcask.engine.store.format.codecs as codecs
+from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import Array
+
+
+def metadata(*, dtype: str, codec: str, length: int, chunk: int, shard: int) -> bytes:
+    """Return the zarr.json of an array."""
+    inner = {
+        "chunk_shape": [chunk],
+        "codecs": codecs.metadata_of(codec, dtype),
+        "index_codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "crc32c"},
+        ],
+        "index_location": "end",
+    }
+    grid = {"name": "regular", "configuration": {"chunk_shape": [shard]}}
+    return canonical(
+        {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [length],
+            "data_type": dtype,
+            "chunk_grid": grid,
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0.0 if dtype.startswith("float") else 0,
+            "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+            "attributes": {},
+            "storage_transformers": [],
+        }
+    )
+
+
+def encode(values: Array, *, dtype: str, codec: str, length: int, chunk: int, shard: int) -> bytes:
+    """Encode an array [length], which is not empty, as a shard."""
+    padded = np.zeros(shard, np.dtype(dtype).newbyteorder("<"))
+    padded[:length] = values
+    parts = [_sealed(codecs.compress(codec, part)) for part in padded.reshape(-1, chunk)]
+    sizes = np.asarray([len(part) for part in parts], "<u8")
+    index = np.stack([np.cumsum(sizes) - sizes, sizes], 1)
+    return b"".join([*parts, _sealed(index.astype("<u8").tobytes())])
 
 
 def metadata_fault(
@@ -79,6 +118,12 @@ def decode(
         payload = _checked(view[offset : offset + size])
         codecs.decompress(codec, payload, out[i * chunk : (i + 1) * chunk])
     return out[:length]
+
+
+def _sealed(part: bytes) -> bytes:
+    """Return `part` with its crc32c behind it."""
+    crc: int = google_crc32c.value(part)
+    return part + crc.to_bytes(4, "little")
 
 
 def _checked(part: memoryview) -> bytes:

@@ -206,7 +206,7 @@ def _provenance_value(provenance: Mapping[str, Any], path: tuple[str, ...]) -> s
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that decide the bytes."""
     found = {}
-    for name in ("logitcask", "zarr", "numcodecs", "pcodec", "numpy"):
+    for name in ("logitcask", "numcodecs", "pcodec", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -6,8 +6,10 @@ import resource
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,21 +184,40 @@ def packed(values: np.ndarray, codec: str) -> bytes:
     return bytes(Blosc("zstd", 5, Blosc.BITSHUFFLE).encode(values))
 
 
+def zarr_options(dtype: str, codec: str) -> dict[str, Any]:
+    """Return the arguments of zarr's create_array that choose the codecs."""
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+    from zarr.codecs.numcodecs import PCodec
+
+    if codec == "pcodec":
+        serializer, compressors = PCodec(level=8), [Crc32cCodec()]
+    else:
+        size = np.dtype(dtype).itemsize
+        shuffle = "noshuffle" if size == 1 else "bitshuffle"
+        blosc = BloscCodec(cname="zstd", clevel=5, shuffle=shuffle, typesize=size)
+        serializer, compressors = BytesCodec(), [blosc, Crc32cCodec()]
+    return {"serializer": serializer, "compressors": compressors, "filters": None}
+
+
 @pytest.mark.parametrize("codec", ["pcodec", "blosc"])
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(
     length=st.integers(1, 300),
     chunk=st.sampled_from([1, 7, 64]),
-    dtype=st.sampled_from(["uint16", "uint32", "int64", "float16", "float32"]),
+    dtype=st.sampled_from(["uint16", "uint32", "int64", "float16", "float32", "uint8"]),
 )
-def test_shards_of_zarr_are_read(codec: str, length: int, chunk: int, dtype: str) -> None:
+def test_an_array_is_to_the_byte_what_zarr_writes(
+    codec: str, length: int, chunk: int, dtype: str
+) -> None:
+    codec = codecs.codec_of(dtype, PROFILES["interop" if codec == "blosc" else "default"])
     import zarr
     from zarr.storage import MemoryStore
 
     rng = np.random.default_rng(length)
     values = rng.integers(0, 60_000, length).astype(dtype)
-    objects: dict[str, object] = {}
-    with codecs.hide_zarr_warning():
+    objects: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
         array = zarr.create_array(
             MemoryStore(objects),
             shape=values.shape,
@@ -204,11 +225,17 @@ def test_shards_of_zarr_are_read(codec: str, length: int, chunk: int, dtype: str
             chunks=(chunk,),
             shards=(-(-length // chunk) * chunk,),
             config={"write_empty_chunks": True},
-            **codecs.array_options(dtype, codec),
+            **zarr_options(dtype, codec),
         )
         array[:] = values
-    whole = {"chunk": chunk, "shard": -(-length // chunk) * chunk, "length": length}
-    got = shards.decode(objects["c/0"].to_bytes(), dtype=dtype, codec=codec, **whole)
+    shape: Any = {"chunk": chunk, "shard": -(-length // chunk) * chunk, "length": length}
+    shape |= {"dtype": dtype, "codec": codec}
+    theirs = {name: buffer.to_bytes() for name, buffer in objects.items()}
+    assert shards.encode(values, **shape) == theirs["c/0"]
+    ours = shards.metadata(**shape)
+    assert json.loads(ours) == json.loads(theirs["zarr.json"])
+    assert shards.metadata_fault(ours, **shape) == ""
+    got = shards.decode(theirs["c/0"], **shape)
     assert got.dtype == values.dtype
     assert np.array_equal(got, values)
 
@@ -244,6 +271,7 @@ BOMB = """
 import resource, sys
 import numpy as np
 from pathlib import Path
+from typing import Any
 from logitcask.engine.store.format import shards
 data = Path(sys.argv[1]).read_bytes()
 shape = {"dtype": "uint32", "length": 8, "chunk": 4, "shard": 8}
