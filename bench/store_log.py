@@ -108,6 +108,9 @@ def make(path: Path, count: int) -> None:
         (path / "log" / record.file_name(number)).write_bytes(data)
         bundles.write(store.storage, number + 1)
         prev = sha256(record.split(data, "")[0])
+    for number in range(count):
+        if bundles.is_old(number, count):
+            (path / "log" / record.file_name(number)).unlink()
 
 
 def log() -> dict[str, Any]:

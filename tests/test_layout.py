@@ -29,7 +29,7 @@ FENCES = {
     "click": {"cli"},
     "rich_click": {"cli"},
     "rich": {"cli"},
-    "zarr": set(),
+    "zarr": {"engine/store"},
     "numcodecs": {"engine/store"},
     "pcodec": {"engine/store"},
     "obstore": {"engine/store/storage/object_store.py"},

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot, are_partial
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array, CachedScores, IdLists, Prompt, Rollouts
+
+if TYPE_CHECKING:
+    import zarr
 
 
 class Reader:
@@ -99,6 +103,22 @@ class Reader:
         """Read all arrays of a segment, or those of `names`; raises as `read_object`."""
         with self._removed_or_damaged(which):
             return segments.read(self.storage, which, names)
+
+    def open_zarr(self, which: Segment) -> "zarr.Group":
+        """Open a segment, wherever the store is, as a group of Zarr in memory, for reading.
+
+        Raises as `read_object`.
+        """
+        from zarr import open_group
+        from zarr.buffer.cpu import Buffer
+        from zarr.storage import MemoryStore
+
+        data, where = self.read_object(which), self.storage.where(which.path)
+        # Zarr allocates whatever a chunk claims, so it gets only what decodes within bounds.
+        segments.decode_object(where, data, which)
+        files = segments.split(where, data, which)
+        objects: Any = {name: Buffer.from_bytes(bytes(each)) for name, each in files.items()}
+        return open_group(MemoryStore(objects, read_only=True), mode="r")
 
     def is_removed(self, which: Segment) -> bool:
         """Return whether gc has removed a segment, as of the last refresh."""

@@ -254,6 +254,8 @@ def test_a_segment_is_a_plain_zarr_group(tmp_path: Path, name: str) -> None:
         fields = json.loads(group["prompt_json"][:].tobytes())
         assert [each["id"] for each in fields] == [p.id for p in expected.prompts]
         assert sorted(group.array_keys()) == sorted(specs("student"))
+        for array, values in store.read_arrays(base).items():
+            assert np.array_equal(store.open_zarr(base)[array][:], values)
     assert zipfile.ZipFile(path).namelist() == sorted(file_names("student", base.counts))
     assert zipfile.ZipFile(path).testzip() is None
     assert [each.name for each in store.storage.files("seg")] == [base.path]
