@@ -198,12 +198,22 @@ def latency(newest: dict[str, Row]) -> str:
         ],
     )  # fmt: skip
     found, took = single["sequences_per_core_second"], opened["open_seconds"]
+    race, log = newest["race"], newest["log"]
+    theirs, ours = race["found"]["earlier"], race["found"]["now"]
+    parts = [f"`{what}` {r['seconds']:.2g} s" for what, r in log["commands"].items()]
     return (
         f"{table}\n\nSmall units, 256 positions each: a commit flushes an object and a record. "
         f"{source(row)}\n\n"
         f"One writer, by turns with the code of {old['earlier']}: p50 {wall['now']:.0f} ms against "
         f"{wall['earlier']:.0f} ms, CPU {cpu['now']:.0f} ms against {cpu['earlier']:.0f} ms. "
         f"{source(old)}\n\n"
+        f"{race['writers']} writers on a disk, after a first commit of each: "
+        f"{ours['commits_per_second']:.0f} commits a second, p50 {ours['p50_s']:.2f} s, p99 "
+        f"{ours['p99_s']:.2f} s, in {ours['records']} records; with the code of "
+        f"{race['earlier']} {theirs['commits_per_second']:.0f}, {theirs['p50_s']:.2f} s, "
+        f"{theirs['p99_s']:.2f} s. {source(race)}\n\n"
+        f"A log of {log['segments']:,} segments, CPU seconds: {', '.join(parts)}; opening takes "
+        f"{log['commands']['open']['memory_mb']:.0f} MB in all. {source(log)}\n\n"
         "Single sequences a core-second: "
         + ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
         + f". The cache takes {single['cache_bytes']:.0f} bytes a position. {source(single)}\n\n"
