@@ -90,12 +90,18 @@ class World:
         return sum(self.delay(mean) for _ in range(rounds)) * (1.0 if count == 1 else 1.4)
 
 
-def simulate(protocol: str, workers: int, costs: Costs, **times: float) -> dict[str, Any]:
-    """Run workers and return rates, shares and latencies of the time after `warm_s`.
-
-    times: unit_s, warm_s, end_s.
-    """
-    world = World(workers=workers, costs=costs, rng=random.Random(0), **times)  # type: ignore[arg-type]
+def simulate(
+    protocol: str, workers: int, costs: Costs, *, unit_s: float, warm_s: float, end_s: float
+) -> dict[str, Any]:
+    """Run workers and return rates, shares and latencies of the time after `warm_s`."""
+    world = World(
+        workers=workers,
+        costs=costs,
+        rng=random.Random(0),
+        unit_s=unit_s,
+        warm_s=warm_s,
+        end_s=end_s,
+    )
     commit = {"race": race, "group": group}[protocol]
     queue: list[tuple[float, int, Process]] = []
     for number in range(workers):

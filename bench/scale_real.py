@@ -20,12 +20,21 @@ from logitcask.engine.store.log import pending
 from logitcask.engine.store.store import Store, open_on
 
 
-def run_real(workers: int, costs: Costs, **times: float) -> dict[str, Any]:
+def run_real(
+    workers: int, costs: Costs, *, unit_s: float, warm_s: float, end_s: float
+) -> dict[str, Any]:
     """Run workers as `scale_model.simulate` does, but with the store's own code for the log.
 
-    times: unit_s, warm_s, end_s. Raises AssertionError where a commit is lost or doubled.
+    Raises AssertionError where a commit is lost or doubled.
     """
-    world = World(workers=workers, costs=costs, rng=random.Random(0), **times)  # type: ignore[arg-type]
+    world = World(
+        workers=workers,
+        costs=costs,
+        rng=random.Random(0),
+        unit_s=unit_s,
+        warm_s=warm_s,
+        end_s=end_s,
+    )
     clock = Clock()
     storage = SimulatedStorage(clock, world)
     with storage.free():

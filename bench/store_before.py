@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,24 +28,32 @@ EARLIER = "c0dedd4"
 ROUNDS, WARM_UP = 60, 5
 
 
+def sources(folder: Path) -> dict[str, Path]:
+    """Return the import path of the code of EARLIER and of today, made in a folder."""
+    from results import ROOT
+
+    command = ["git", "-C", str(ROOT), "archive", EARLIER]
+    files = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    with tarfile.open(fileobj=io.BytesIO(files)) as packed:
+        packed.extractall(folder / "code", filter="data")
+    found = {}
+    for name, code in (("earlier", folder / "code"), ("now", ROOT)):
+        found[name] = folder / f"src-{name}"
+        (found[name] / "logitcask").mkdir(parents=True)
+        (found[name] / "logitcask/engine").symlink_to(code / "engine")
+    return found
+
+
 def before() -> dict[str, Any]:
     """Measure commits of small units, each version's in turn on the same disk."""
-    from results import ROOT
     from store_common import bar, fresh
 
     with fresh("before") as folder:
-        command = ["git", "-C", str(ROOT), "archive", EARLIER]
-        files = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-        with tarfile.open(fileobj=io.BytesIO(files)) as packed:
-            packed.extractall(folder / "code", filter="data")
         writers = {}
-        for name, code in (("earlier", folder / "code"), ("now", ROOT)):
-            package = folder / f"src-{name}" / "logitcask"
-            package.mkdir(parents=True)
-            (package / "engine").symlink_to(code / "engine")
+        for name, source in sources(folder).items():
             writers[name] = subprocess.Popen(
                 [sys.executable, __file__, str(folder / name)],
-                env={**os.environ, "PYTHONPATH": str(package.parent)},
+                env={**os.environ, "PYTHONPATH": str(source)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

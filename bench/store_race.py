@@ -6,20 +6,18 @@ with the first line of its input.
 
 import hashlib
 import inspect
-import io
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from store_before import EARLIER, synthetic_small
+from store_before import EARLIER, sources, synthetic_small
 
 from logitcask.engine.store import open_store
 
@@ -29,20 +27,10 @@ TOTAL = WRITERS * (EACH + 1)
 
 def race() -> dict[str, Any]:
     """Measure the commits of many writers, of each version on the same disk."""
-    from results import ROOT
     from store_common import bar, fresh
 
     with fresh("race") as folder:
-        command = ["git", "-C", str(ROOT), "archive", EARLIER]
-        files = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-        with tarfile.open(fileobj=io.BytesIO(files)) as packed:
-            packed.extractall(folder / "code", filter="data")
-        found = {}
-        for name, code in (("earlier", folder / "code"), ("now", ROOT)):
-            package = folder / f"src-{name}" / "logitcask"
-            package.mkdir(parents=True)
-            (package / "engine").symlink_to(code / "engine")
-            found[name] = together(folder / name, package.parent)
+        found = {name: together(folder / name, source) for name, source in sources(folder).items()}
     print(json.dumps(found))
     now = found["now"]
     return {

@@ -17,7 +17,7 @@ from logitcask.engine.errors import IntegrityError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.log import bundles, record
-from logitcask.engine.store.log.body import Bodies
+from logitcask.engine.store.log.body import Bodies, RecordBody
 from logitcask.engine.store.retention import tag
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.store.storage.object_store import ObjectStorage
@@ -63,8 +63,8 @@ def long() -> ObjectStorage:
 
 
 def test_a_log_opens_in_few_reads_and_follows_by_what_is_new(long: ObjectStorage) -> None:
-    storage = Counting(long)
-    reader = open_on(storage)  # type: ignore[arg-type]
+    storage: Any = Counting(long)
+    reader = open_on(storage)
     storage.calls.clear()
     snapshot = reader.head()
     assert (snapshot.number, len(snapshot.segments)) == (4660, 4661)
@@ -150,8 +150,8 @@ def test_equal_provenance_is_decoded_once_and_no_other_value_is_taken_for_it() -
 
 
 def test_bodies_of_neighbours_are_read_at_once(long: ObjectStorage) -> None:
-    storage = Counting(long)
-    segments = open_on(storage).head().segments  # type: ignore[arg-type]
+    storage: Any = Counting(long)
+    segments = open_on(storage).head().segments
     storage.calls.clear()
     for number, segment in enumerate(segments):
         assert segment.unit["first"] == segment.first == number
@@ -371,11 +371,15 @@ def test_a_body_is_read_from_its_record_where_the_bundle_is_damaged(storage: Sto
     long_log(open_on(storage, create=True), 17)
     reader = open_on(storage)
     segment = reader.head().segments[0]
-    assert segment.source.name == name  # type: ignore[union-attr]
+    assert isinstance(segment.source, RecordBody)
+    assert segment.source.name == name
     sound = storage.read(name, 1 << 20) or b""
     replaced(storage, name, sound.replace(b'"commit_id"', b'"Commit_id"'))
     assert segment.unit == {"version": 0, "first": 0}
-    change: Callable[..., None] = lambda head, body: body.update(x=1)  # noqa: E731
+
+    def change(head: dict[str, Any], body: dict[str, Any]) -> None:
+        body["x"] = 1
+
     first = "log/0000000000.json"
     replaced(storage, first, forged(storage.read(first, 1 << 20) or b"", change))
     segment = open_on(storage).head().segments[0]
