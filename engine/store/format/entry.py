@@ -36,6 +36,9 @@ class BodySource(Protocol):
     def of(self, segment: "Segment") -> SegmentBody:
         """Read and check the body of a segment. Raises IntegrityError."""
 
+    def provenance(self, segment: "Segment") -> Mapping[str, Any]:
+        """Return the provenance of a segment, which others may share. Raises IntegrityError."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
@@ -66,6 +69,8 @@ class Segment:
     version: int = 0
     first: int = 0
     """Student version and first prompt of rollouts; 0 of scores."""
+    provenance_sha256: str = ""
+    """Of the canonical JSON of the provenance, as the log has it: most segments share a few."""
     number: int = -1
     """Of the log record that published it."""
     index: int = field(default=0, compare=False)
@@ -82,12 +87,19 @@ class Segment:
         return self.source if isinstance(self.source, SegmentBody) else self.source.of(self)
 
     @property
+    def what(self) -> str:
+        """Return the segment in words, for messages."""
+        return f"segment {self.seg_id} of {self.kind} {self.name!r}"
+
+    @property
     def unit(self) -> Mapping[str, Any]:
         return self.body.unit
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        return self.body.provenance
+        if isinstance(self.source, SegmentBody):
+            return self.source.provenance
+        return self.source.provenance(self)
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -130,7 +142,8 @@ class _Draft:
         (
             self.kind, self.seg_id, self.generation, self.unit_key, self.name, self.base,
             self.extends, self.tokens_sha256, self.layout, self.profile, self.counts, self.size,
-            self.sha256, self.version, self.first, self.number, self.index, self.source,
+            self.sha256, self.version, self.first, self.provenance_sha256, self.number, self.index,
+            self.source,
         ) = values  # fmt: skip
 
 

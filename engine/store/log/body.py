@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import IntegrityError
+from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.entry import Entry, Segment, SegmentBody, sha256
 from logitcask.engine.store.format.provenance import provenance_of
 from logitcask.engine.store.log.lines import (
@@ -26,11 +27,15 @@ from logitcask.engine.store.log.lines import (
 )
 from logitcask.engine.store.storage.base import Storage, open_storage
 
+K = TypeVar("K")
+T = TypeVar("T")
+
 AHEAD = 1 << 20
 """Bytes of a bundle that are read at once."""
-_MAX_PARTS, _MAX_BODIES, _MAX_PROVENANCE = 8, 4096, 16
-"""Parts of bundles, checked bodies, and different provenance that stay in memory."""
+_MAX_PARTS, _MAX_BODIES, _MAX_TEXTS, _MAX_PROVENANCE = 8, 4096, 16, 1024
+"""Parts of bundles, checked bodies, and different provenance (as text, and decoded) in memory."""
 _PROVENANCE = b',"provenance":'
+NONE_KNOWN: Mapping[str, Any] = {}
 
 
 class Bodies:
@@ -41,8 +46,10 @@ class Bodies:
         self._storage, self._read_line = storage, read_line
         self._parts: dict[tuple[str, int], bytes] = {}
         """(bundle, offset) -> the bytes from there on."""
-        self._provenance: dict[bytes, Any] = {}
+        self._texts: dict[bytes, Any] = {}
         """JSON text of provenance -> its value, of the last ones."""
+        self._provenance: dict[str, Mapping[str, Any]] = {}
+        """Its digest -> provenance that a head and a body agree on."""
         self._checked: dict[tuple[int, int], SegmentBody] = {}
         """(record, place among its adds) -> the body of the segment."""
 
@@ -54,11 +61,18 @@ class Bodies:
         key = (record.number, segment.index)
         found = self._checked.get(key)
         if found is None:
-            found = _check_body(self._adds(record)[segment.index], segment)
-            self._checked[key] = found
-            if len(self._checked) > _MAX_BODIES:
-                del self._checked[next(iter(self._checked))]
+            add = self._adds(record)[segment.index]
+            found = _check_body(add, segment, self._provenance)
+            _keep(self._checked, key, found, _MAX_BODIES)
+            _keep(self._provenance, segment.provenance_sha256, add["provenance"], _MAX_PROVENANCE)
         return found
+
+    def provenance(self, segment: Segment, record: "RecordBody") -> Mapping[str, Any]:
+        """Return the provenance of a segment; reads a body for each different one only."""
+        found = self._provenance.get(segment.provenance_sha256)
+        if found is None:
+            return self.of(segment, record).provenance
+        return provenance_of(found, f"{segment.what}: provenance")
 
     def line(self, record: "RecordBody") -> bytes:
         """Return the body line of a record, compared with its sha256. Raises IntegrityError."""
@@ -90,7 +104,7 @@ class Bodies:
     def _decode(self, line: bytes, where: str) -> dict[str, Any]:
         """Decode a body line; each provenance, equal in most records, is decoded once."""
         before, *behind = line.split(_PROVENANCE)
-        texts = [next(filter(part.startswith, self._provenance), b"") for part in behind]
+        texts = [next(filter(part.startswith, self._texts), b"") for part in behind]
         if texts and all(texts):
             # A whole value behind the key is the value of the key, if the key is that of an add.
             short = [b"null" + part[len(text) :] for part, text in zip(behind, texts, strict=True)]
@@ -99,14 +113,12 @@ class Bodies:
             is_list = type(adds) is list and len(adds) == len(texts)
             if is_list and all(map(_lacks_provenance, adds)):
                 for each, text in zip(adds, texts, strict=True):
-                    each["provenance"] = self._provenance[text]
+                    each["provenance"] = self._texts[text]
                 return content
         elif len(behind) == 1:
             with suppress(ValueError, RecursionError):
                 found, end = json.JSONDecoder().raw_decode(behind[0].decode("ascii"))
-                self._provenance[behind[0][:end]] = found
-                if len(self._provenance) > _MAX_PROVENANCE:
-                    del self._provenance[next(iter(self._provenance))]
+                _keep(self._texts, behind[0][:end], found, _MAX_TEXTS)
         return decode_line(line, where)
 
     def _from_bundle(self, record: "RecordBody") -> bytes | None:
@@ -120,9 +132,7 @@ class Bodies:
         part = self._storage.read_part(record.name, record.start, max(record.size, AHEAD))
         if part is None:
             return None
-        self._parts[record.name, record.start] = part
-        if len(self._parts) > _MAX_PARTS:
-            del self._parts[next(iter(self._parts))]
+        _keep(self._parts, (record.name, record.start), part, _MAX_PARTS)
         return part[: record.size]
 
 
@@ -153,6 +163,17 @@ class RecordBody:
         """Return the body of a segment of this record. Raises IntegrityError."""
         return self.bodies.of(segment, self)
 
+    def provenance(self, segment: Segment) -> Mapping[str, Any]:
+        """Return the provenance of a segment of this record. Raises IntegrityError."""
+        return self.bodies.provenance(segment, self)
+
+
+def _keep(cache: dict[K, T], key: K, value: T, most: int) -> None:
+    """Put a value into a cache; the oldest one leaves it where there are more than `most`."""
+    cache[key] = value
+    if len(cache) > most:
+        del cache[next(iter(cache))]
+
 
 def _lacks_provenance(add: Any) -> bool:
     return type(add) is dict and add.get("provenance", 0) is None
@@ -165,14 +186,23 @@ def encode_body(segment: Segment) -> dict[str, Any]:
     return fields | ({} if body.seconds is None else {"seconds": body.seconds})
 
 
-def _check_body(add: Any, segment: Segment) -> SegmentBody:
+def _check_body(add: Any, segment: Segment, known: Mapping[str, Any]) -> SegmentBody:
     """Check the body of a segment against its head. Raises IntegrityError."""
-    what = f"segment {segment.seg_id} of {segment.kind} {segment.name!r}"
-    return validated(lambda: checked(add, segment), f"{what}: not a valid body")
+    return validated(lambda: checked(add, segment, known), f"{segment.what}: not a valid body")
 
 
-def checked(add: Mapping[str, Any], segment: Segment) -> SegmentBody:
-    """Check the body of a segment. Raises ValueError, KeyError, TypeError or AttributeError."""
+def provenance_sha256(provenance: Mapping[str, Any]) -> str:
+    """Return the digest of a provenance that heads have."""
+    return sha256(canonical(provenance))
+
+
+def checked(
+    add: Mapping[str, Any], segment: Segment, known: Mapping[str, Any] = NONE_KNOWN
+) -> SegmentBody:
+    """Check the body of a segment; known: digest -> provenance that needs no check.
+
+    Raises ValueError, KeyError, TypeError or AttributeError.
+    """
     unit, provenance, seconds = add["unit"], add["provenance"], add.get("seconds")
     if seconds is not None:
         is_number = type(seconds) in (int, float) and 0 <= seconds < math.inf
@@ -181,15 +211,17 @@ def checked(add: Mapping[str, Any], segment: Segment) -> SegmentBody:
         isinstance(unit, dict) and isinstance(provenance, dict),
         "unit or provenance is not an object",
     )
+    if known.get(segment.provenance_sha256) is not provenance:
+        same = provenance_sha256(provenance) == segment.provenance_sha256
+        require(same, "another provenance than that of the head")
     if segment.kind == schema.ROLLOUT:
         is_unit = is_count(unit["version"]) and is_count(unit["first"])
         require(is_unit, "unit lacks version or first")
         same = (unit["version"], unit["first"]) == (segment.version, segment.first)
         require(same, "another version or first than in the head")
-    where = f"segment {segment.seg_id} of {segment.kind} {segment.name!r}: provenance"
     return SegmentBody(
         unit=unit,
-        provenance=provenance_of(provenance, where),
+        provenance=provenance_of(provenance, f"{segment.what}: provenance"),
         entries=_entries(add["entries"], segment),
         seconds=seconds,
     )

@@ -27,7 +27,7 @@ from logitcask.engine.store.storage.base import Storage
 LEVELS = (16, 256, 4096, 65536)
 """Records of a bundle, ascending; each level divides the next."""
 _MAX_FIRST_LINE = 512
-_HEAD = 640
+_HEAD = 704
 """Bytes of a usual head, to read the heads of a bundle in one request."""
 _NAME = re.compile(r"bundles/([1-9][0-9]{1,4})/([0-9]{10})\.jsonl")
 

@@ -96,13 +96,13 @@ class Fold:
             self._bases.setdefault(segment.seg_id, []).append(index)
             self._rollouts[segment.seg_id] = segment
         else:
-            base = self.base(segment.base)
-            before = self.score_segments(segment.name, segment.base)
-            if base is None or base.tokens_sha256 != segment.tokens_sha256:
+            base = self._bases.get(segment.base)
+            before = self._score_segments.get((segment.name, segment.base), [])
+            if not base or self._segments[base[0]].tokens_sha256 != segment.tokens_sha256:
                 raise ValueError(f"scores of other rollouts than {segment.base}")
-            if segment.extends != (before[-1].seg_id if before else ""):
+            if segment.extends != (self._segments[before[-1]].seg_id if before else ""):
                 raise ValueError(f"extends {segment.extends!r} of {len(before)} segments")
-            self._score_segments.setdefault((segment.name, segment.base), []).append(index)
+            self._score_segments[segment.name, segment.base] = [*before, index]
         self._segments.append(segment)
         self._by_key[segment.unit_key] = index
         self._names.setdefault((segment.kind, segment.name), segment)

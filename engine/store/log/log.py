@@ -20,6 +20,7 @@ from logitcask.engine.store.log.body import Bodies
 from logitcask.engine.store.log.fold import Fold
 from logitcask.engine.store.log.lines import BROKEN
 from logitcask.engine.store.log.record import Record
+from logitcask.engine.store.log.usual_heads import HeadParser
 from logitcask.engine.store.storage.base import Storage, map_concurrently
 
 _MAX_OBJECTS, _MAX_RECORDS = 64, 16384
@@ -33,6 +34,7 @@ class Log(Fold):
         super().__init__(storage.url, genesis)
         self._storage = storage
         self._bodies = Bodies(storage, bundles.body_line)
+        self._heads = HeadParser(self._bodies)
         self._opened = False
         self.pending: set[str] = set()
         """Pending adds in log/ at the last look."""
@@ -96,9 +98,7 @@ class Log(Fold):
                 if number < len(self):
                     start += json.loads(line)["body"][0] + 1
                     continue
-                new = record.parse_head(
-                    line, where, number=number, prev=prev, bodies=self._bodies, name=found.name
-                )
+                new = self._heads.parse(line, where, number=number, prev=prev, name=found.name)
                 new.body.start = start
                 start, prev = start + new.body.size + 1, new.sha256
                 records.append(new)

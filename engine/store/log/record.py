@@ -11,12 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from operator import gt, mul
 from typing import Any
 
 import numpy as np
 
-import logitcask.engine.store.format.archive as archive
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import ConfigError, IntegrityError
@@ -25,11 +23,16 @@ from logitcask.engine.store.format.entry import (
     Segment,
     SegmentBody,
     content_address,
-    new_segment,
     sha256,
 )
 from logitcask.engine.store.format.segment import decoded_bytes, dtype_of, object_limit
-from logitcask.engine.store.log.body import Bodies, RecordBody, checked, encode_body
+from logitcask.engine.store.log.body import (
+    Bodies,
+    RecordBody,
+    checked,
+    encode_body,
+    provenance_sha256,
+)
 from logitcask.engine.store.log.lines import (
     BROKEN,
     decode_line,
@@ -110,12 +113,13 @@ def decode_segment(entry: Mapping[str, Any], where: str) -> Segment:
 
 def encode_add(segment: Segment) -> list[Any]:
     """Return the fields of a segment in the head of a record."""
-    return [getattr(segment, name) for name in ADD]
+    fields = [getattr(segment, name) for name in ADD[:-1]]
+    return [*fields, provenance_sha256(segment.provenance)]
 
 
 ADD = (
-    *("kind", "seg_id", "generation", "unit_key", "name", "base", "extends", "tokens_sha256"),
-    *("layout", "profile", "counts", "size", "sha256", "version", "first"),
+    *("kind", "generation", "unit_key", "name", "base", "extends", "tokens_sha256", "layout"),
+    *("profile", "counts", "size", "sha256", "version", "first", "provenance_sha256"),
 )
 """Fields of an add, in their order in the head of a record."""
 
@@ -135,8 +139,6 @@ def parse_head(
 
     name: the bundle that has it; else a file of its own.
     """
-    if (quick := _parse_usual(line, number, prev, bodies, name)) is not None:
-        return quick
     head = decode_line(line, where)
     if head.get("n") != number:
         raise IntegrityError(f"{where}: has the number {head.get('n')!r}", hint=BROKEN)
@@ -180,39 +182,30 @@ def _tags(tags: Mapping[Any, Any], number: int) -> dict[str, int | None]:
     return dict(tags)
 
 
-_SEG_ID, _NAME, _DIGEST = (
-    pattern.fullmatch for pattern in (schema.SEG_ID, schema.NAME, schema.DIGEST)
-)
+_DIGESTS = ("unit_key", "tokens_sha256", "sha256", "provenance_sha256")
 
 
 def _segment(add: Sequence[Any], number: int, index: int, source: Any) -> Segment:
     """Check an add of a head. Raises ValueError, KeyError, TypeError or AttributeError."""
-    kind, seg_id, generation, unit_key, name, base, extends, tokens, layout, profile = add[:10]
-    counts, size, digest, version, first = add[10:]
+    kind, generation, unit_key, name, base, extends, tokens, layout, profile = add[:9]
+    counts, size, digest, version, first, provenance = add[9:]
     require(kind in schema.KINDS, f"kind {kind!r}")
     require(layout in schema.LAYOUTS[kind], f"layout {layout!r} of a {kind} segment")
     require(type(generation) is int and generation >= 0, f"generation {generation!r}")
-    if not _SEG_ID(seg_id):
-        raise ValueError(f"{seg_id!r} is not allowed")
-    if not _NAME(name):
-        raise ValueError(f"name {name!r}")
-    for key, text in (("unit_key", unit_key), ("tokens_sha256", tokens), ("sha256", digest)):
-        if not _DIGEST(text):
-            raise ValueError(f"{key} {text!r}")
+    require(bool(schema.NAME.fullmatch(name)), f"name {name!r}")
+    for key, text in zip(_DIGESTS, (unit_key, tokens, digest, provenance), strict=True):
+        require(bool(schema.DIGEST.fullmatch(text)), f"{key} {text!r}")
     follows = layout == schema.EXTENSION or (layout.endswith(schema.PARTIAL) and extends != "")
-    if not (_SEG_ID(base) if kind == schema.SCORE else base == ""):
-        raise ValueError(f"base {base!r}")
-    if not (_SEG_ID(extends) if follows else extends == ""):
-        raise ValueError(f"extends {extends!r}")
+    for key, named, text in (("base", kind == schema.SCORE, base), ("extends", follows, extends)):
+        require(bool(schema.SEG_ID.fullmatch(text)) if named else text == "", f"{key} {text!r}")
     limit = _check_counts(counts, layout, profile)
     require(type(size) is int and 0 <= size <= limit, f"{size!r} bytes of an object")
-    require(content_address(digest) == seg_id, f"sha256 {digest!r}")
     is_place = is_count(version) and is_count(first)
     require(is_place, f"version {version!r}, first {first!r}")
     require(kind == schema.ROLLOUT or version == first == 0, "scores have no version or first")
     return Segment(
         kind=kind,
-        seg_id=seg_id,
+        seg_id=content_address(digest),
         generation=generation,
         unit_key=unit_key,
         name=name,
@@ -226,6 +219,7 @@ def _segment(add: Sequence[Any], number: int, index: int, source: Any) -> Segmen
         sha256=digest,
         version=version,
         first=first,
+        provenance_sha256=provenance,
         number=number,
         index=index,
         source=source,
@@ -233,7 +227,7 @@ def _segment(add: Sequence[Any], number: int, index: int, source: Any) -> Segmen
 
 
 @cache
-def _bounds(layout: str, profile_name: str) -> tuple[dict[str, int], int]:
+def bounds(layout: str, profile_name: str) -> tuple[dict[str, int], int]:
     """Return (count -> bytes of its arrays for each one, bytes that rounding adds at most)."""
     profile = codecs.profile(profile_name)
     each, rounding = dict.fromkeys(schema.COUNTS[layout], 0), 0
@@ -247,98 +241,23 @@ def _bounds(layout: str, profile_name: str) -> tuple[dict[str, int], int]:
 def _check_counts(counts: Any, layout: str, profile_name: Any) -> int:
     """Check the counts of a segment; return the most bytes that its object may have."""
     try:
-        each, rounding = _bounds(layout, profile_name)
+        each, rounding = bounds(layout, profile_name)
     except ConfigError as error:
         raise ValueError(error.cause) from error
     require(type(counts) is dict and counts.keys() == each.keys(), f"counts {sorted(counts)}")
     decoded = 0
     for key, value in counts.items():
-        if type(value) is not int or not 0 <= value <= schema.MAX_COUNT[key]:
-            raise ValueError(f"{key} {value!r}")
+        require(is_count(value) and value <= schema.MAX_COUNT[key], f"{key} {value!r}")
         decoded += value * each[key]
     rows = counts["P"]
     require(counts.get("R", 0) <= rows, f"R {counts.get('R')} of {rows} rows")
     for key in ("E", "S"):
-        if counts.get(key, 0) > rows * schema.MAX_K:
-            raise ValueError(f"{key} {counts.get(key)} on {rows} rows")
+        require(
+            counts.get(key, 0) <= rows * schema.MAX_K, f"{key} {counts.get(key)} on {rows} rows"
+        )
     if decoded + rounding > schema.MAX_SEGMENT_BYTES:
         # Close to the limit or beyond: count exactly.
         size = decoded_bytes(layout, codecs.profile(profile_name), counts)
         require(size <= schema.MAX_SEGMENT_BYTES, f"{size} bytes decoded")
         return object_limit(layout, size)
     return object_limit(layout, decoded + rounding)
-
-
-_COUNT = "(0|[1-9][0-9]{0,14})"
-_SHA = "(sha256:[0-9a-f]{64})"
-_USUAL = re.compile(
-    r'\{"adds":\[\["(rollout|score)","([0-9a-f]{32})",' + _COUNT + f',"{_SHA}",'
-    rf'"({schema.NAME.pattern})","([0-9a-f]{{32}}|)","([0-9a-f]{{32}}|)","{_SHA}",'
-    rf'"([a-z+]+)","([a-z0-9]+)",(\{{[^}}]*\}}),{_COUNT},"(sha256:\2[0-9a-f]{{32}})",'
-    rf'{_COUNT},{_COUNT}\]\],"body":\[{_COUNT},"{_SHA}"\],"deletes":\[\],"n":{_COUNT},'
-    rf'"prev":"{_SHA}","removes":\[\],"tags":\{{\}},"time":"([0-9T:+-]*)"\}}'
-).fullmatch
-"""The head of a record of one segment, as `encode_record` writes it."""
-
-
-def _parse_usual(line: bytes, number: int, prev: str, bodies: Bodies, name: str) -> Record | None:
-    """Parse a head of the usual form as `parse_head` does, in a third of the time.
-
-    Return None for any other head, also for one that is invalid.
-    """
-    found = _USUAL(line.decode("latin-1"))
-    if found is None:
-        return None
-    (
-        kind, seg_id, generation, unit_key, segment_name, base, extends, tokens, layout, profile,
-        counts_text, size, digest, version, first, length, body_sha, n, before, time,
-    ) = found.groups()  # fmt: skip
-    form = _forms().get((kind, layout, profile))
-    if form is None or int(n) != number or before != prev:
-        return None
-    names, match, most, each, rounding, spare = form
-    numbers = match(counts_text)
-    if numbers is None:
-        return None
-    values = [int(text) for text in numbers.groups()]
-    counts = dict(zip(names, values, strict=True))
-    rows, is_score = counts["P"], kind == schema.SCORE
-    follows = layout == schema.EXTENSION or (extends and layout.endswith(schema.PARTIAL))
-    decoded = sum(map(mul, values, each)) + rounding
-    if (
-        any(map(gt, values, most))
-        or decoded > schema.MAX_SEGMENT_BYTES
-        or int(size) > min(2 * decoded + spare, archive.MAX_BYTES)
-        or int(length) > schema.MAX_RECORD_BYTES
-        or counts.get("R", 0) > rows
-        or counts.get("E", 0) > rows * schema.MAX_K
-        or counts.get("S", 0) > rows * schema.MAX_K
-        or is_score != bool(base)
-        or bool(follows) != bool(extends)
-        or (is_score and (version, first) != ("0", "0"))
-    ):
-        return None
-    name = name or f"log/{file_name(number)}"
-    body = RecordBody(bodies, number, name, int(length), body_sha, 1)
-    add = new_segment(
-        kind, seg_id, int(generation), unit_key, segment_name, base, extends, tokens, layout,
-        profile, counts, int(size), digest, int(version), int(first), number, 0, body,
-    )  # fmt: skip
-    return Record(number, sha256(line), time, (add,), (), (), {}, body)
-
-
-@cache
-def _forms() -> dict[tuple[str, str, str], Any]:
-    """Return (kind, layout, profile) -> names, pattern, bounds and bytes of its counts; spare."""
-    found = {}
-    for kind, layouts in schema.LAYOUTS.items():
-        for layout in layouts:
-            for profile in codecs.PROFILES:
-                each, rounding = _bounds(layout, profile)
-                names = sorted(each)
-                text = ",".join(f'"{name}":{_COUNT}' for name in names)
-                most = [schema.MAX_COUNT[name] for name in names]
-                weights = [each[name] for name in names]
-                match, spare = re.compile(rf"\{{{text}\}}").fullmatch, object_limit(layout, 0)
-                found[kind, layout, profile] = names, match, most, weights, rounding, spare
-    return found

@@ -24,14 +24,14 @@ def read_log(store: Path):
         for key in record["deletes"]:
             del visible[key]
         for add in record["adds"]:
-            visible.setdefault(add[3], add)
+            visible.setdefault(add[2], add)
     return list(visible.values())
 
 
 def read_arrays(store: Path, add):
-    name = add[1] + (f".{add[2]}" if add[2] else "") + ".zip"
+    name = add[11][7:39] + (f".{add[1]}" if add[1] else "") + ".zip"
     path = store / "seg" / add[0] / name[:2] / name
-    assert sha256(path.read_bytes()) == add[12]
+    assert sha256(path.read_bytes()) == add[11]
     group = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
     return {key: array[:] for key, array in group.arrays()}
 

@@ -7,17 +7,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from obstore.store import MemoryStore
 
 import logitcask.engine.store.storage.local as local
-from logitcask.engine.errors import IntegrityError
+from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.log import bundles, record
 from logitcask.engine.store.log.body import Bodies, RecordBody
+from logitcask.engine.store.log.usual_heads import HeadParser
 from logitcask.engine.store.retention import tag
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.store.storage.object_store import ObjectStorage
@@ -85,13 +85,10 @@ def test_a_log_opens_in_few_reads_and_follows_by_what_is_new(long: ObjectStorage
         assert plan[0][1] == start - start % 16
 
 
-def parsed(line: bytes, number: int, prev: str, *, usual: bool) -> Any:
+def parsed(line: bytes, number: int, prev: str) -> Any:
     bodies: Any = None
     try:
-        if usual:
-            return record._parse_usual(line, number, prev, bodies, "x")
-        with mock.patch.object(record, "_parse_usual", return_value=None):
-            return record.parse_head(line, "", number=number, prev=prev, bodies=bodies, name="x")
+        return record.parse_head(line, "", number=number, prev=prev, bodies=bodies, name="x")
     except IntegrityError:
         return None
 
@@ -108,12 +105,18 @@ def test_the_quick_parser_of_usual_heads_accepts_no_more_and_reads_the_same(
     commit_scores(store, base, 50)
     commit_rollouts(store, 51, reward=True)
     rng, quick, slow = random.Random(0), 0, 0
+    none: Any = None
+    parser = HeadParser(none)
     for number in range(49, 52):
         sound, _ = record.split(store.log.read_record(number), "")
         prev = json.loads(sound)["prev"]
-        found = parsed(sound, number, prev, usual=True)
-        assert found is not None
-        assert shown(found) == shown(parsed(sound, number, prev, usual=False))
+        found = parser._parse_usual(sound, number, prev, "x")
+        assert found is None, "it learns the form of a head from the first one"
+        for _ in range(2):
+            found = parser.parse(sound, "", number=number, prev=prev, name="x")
+            assert shown(found) == shown(parsed(sound, number, prev))
+        found = parser._parse_usual(sound, number, prev, "x")
+        assert shown(found) == shown(parsed(sound, number, prev))
         tokens = re.findall(rb'"[^"]*"|[0-9]+|[^"0-9]', sound)
         for _ in range(counts(1500, 50_000)):
             bad = [*tokens]
@@ -122,9 +125,9 @@ def test_the_quick_parser_of_usual_heads_accepts_no_more_and_reads_the_same(
             odd += [rng.choice(tokens), bytes([rng.randrange(256)]), b"9" * rng.randrange(1, 19)]
             bad[at] = rng.choice(odd)
             line = b"".join(bad)
-            ours = parsed(line, number, prev, usual=True)
+            ours = parser._parse_usual(line, number, prev, "x")
             if ours is not None:
-                theirs = parsed(line, number, prev, usual=False)
+                theirs = parsed(line, number, prev)
                 assert theirs is not None, line
                 assert shown(ours) == shown(theirs), line
                 quick += 1
@@ -157,6 +160,18 @@ def test_bodies_of_neighbours_are_read_at_once(long: ObjectStorage) -> None:
         assert segment.unit["first"] == segment.first == number
     size = sum(each.size for each in long.files("bundles"))
     assert len(storage.reads()) < 16 + 2 * size / 2**20
+
+
+def test_segments_share_a_provenance_that_is_read_once(long: ObjectStorage) -> None:
+    storage: Any = Counting(long)
+    segments = open_on(storage).head().segments
+    storage.calls.clear()
+    found = [each.provenance for each in segments]
+    assert len(storage.reads()) == 1
+    assert all(each == found[0] for each in found)
+    for each in (segments[0], segments[-1]):
+        with pytest.raises(StoreError, match=each.seg_id):
+            _ = each.provenance["lacking"]
 
 
 def test_a_store_whose_first_records_are_in_bundles_only(long: ObjectStorage) -> None:

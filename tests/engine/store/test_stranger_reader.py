@@ -17,12 +17,12 @@ def test_a_reader_from_the_specification_reads_the_same_rows(tmp_path: Path) -> 
     fill(tmp_path / "s")
     store, snapshot = open_store(tmp_path / "s"), open_store(tmp_path / "s").head()
     adds = stranger_reader.read_log(tmp_path / "s")
-    assert {add[1] for add in adds} == {each.seg_id for each in snapshot.segments}
+    assert {add[11] for add in adds} == {each.sha256 for each in snapshot.segments}
     checked = extended = 0
     for rollout in snapshot.segments:
         if rollout.kind != "rollout":
             continue
-        (add,) = (each for each in adds if each[3] == rollout.unit_key)
+        (add,) = (each for each in adds if each[2] == rollout.unit_key)
         base, ours = stranger_reader.read_arrays(tmp_path / "s", add), store.read_rollouts(rollout)
         np.testing.assert_array_equal(base["response_tokens"], ours.tokens)
         np.testing.assert_array_equal(base["response_offsets"], ours.seq_off)
@@ -30,7 +30,7 @@ def test_a_reader_from_the_specification_reads_the_same_rows(tmp_path: Path) -> 
         if ours.student is None:
             continue
         for name in snapshot.names("score"):
-            chain = [each for each in adds if each[4:6] == [name, rollout.seg_id]]
+            chain = [each for each in adds if each[3:5] == [name, rollout.seg_id]]
             if not chain:
                 continue
             rows = stranger_reader.read_scores(tmp_path / "s", chain, base)
