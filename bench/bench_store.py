@@ -10,7 +10,6 @@ Run: .venv/bin/python bench/bench_store.py [SECTION ...]      (default: all, som
   commits    four processes, 200 commits each, on this disk and on an S3 server on loopback
   before     one writer, against the code of the time when a segment was a folder
   wait       the share of data wait in the demo's training
-  open       reading the log of a store of many commits
   race       16 processes that commit at once, against those of an earlier version
   log        opening, info, ls and a commit at 50,000 segments: CPU seconds and memory
 
@@ -26,7 +25,7 @@ from typing import Any
 
 import results
 from store_before import before
-from store_commits import commits, opening, wait
+from store_commits import commits, wait
 from store_log import log
 from store_pair import pair
 from store_race import race
@@ -42,7 +41,6 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "commits": commits,
     "before": before,
     "wait": wait,
-    "open": opening,
     "race": race,
     "log": log,
 }

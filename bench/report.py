@@ -183,8 +183,8 @@ def rates(newest: dict[str, Row]) -> str:
 
 
 def latency(newest: dict[str, Row]) -> str:
-    """Return the table of commits, and the figures of single sequences and of opening."""
-    row, single, opened = newest["commits"], newest["random"], newest["open"]
+    """Return the table of commits, and the figures of single sequences and of a long log."""
+    row, single = newest["commits"], newest["random"]
     old = newest["before"]
     wall, cpu = old["p50_ms"], old["cpu_ms"]
     table = markdown(
@@ -197,7 +197,7 @@ def latency(newest: dict[str, Row]) -> str:
             for name, r in row["media"].items()
         ],
     )  # fmt: skip
-    found, took = single["sequences_per_core_second"], opened["open_seconds"]
+    found = single["sequences_per_core_second"]
     race, log = newest["race"], newest["log"]
     theirs, ours = race["found"]["earlier"], race["found"]["now"]
     parts = [f"`{what}` {r['seconds']:.2g} s" for what, r in log["commands"].items()]
@@ -216,9 +216,7 @@ def latency(newest: dict[str, Row]) -> str:
         f"{log['commands']['open']['memory_mb']:.0f} MB in all. {source(log)}\n\n"
         "Single sequences a core-second: "
         + ", ".join(f"{name} {value:,.0f}" for name, value in found.items())
-        + f". The cache takes {single['cache_bytes']:.0f} bytes a position. {source(single)}\n\n"
-        f"Opening a store of {opened['records']:,} records: {took['bundles']:.2f} s, and "
-        f"{took['records']:.2f} s without bundles. {source(opened)}"
+        + f". The cache takes {single['cache_bytes']:.0f} bytes a position. {source(single)}"
     )
 
 

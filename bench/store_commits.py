@@ -1,4 +1,4 @@
-"""Commits of several processes, data wait of a training, opening a long log.
+"""Commits of several processes, and the data wait of a training.
 
 `python bench/store_commits.py URL NUMBER UNITS` is one of the writers.
 """
@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import results
 from store_before import synthetic_small
-from store_common import PROVENANCE, RUNS, WORK, bar, fresh, key, seal_rollouts
+from store_common import PROVENANCE, WORK, bar, fresh, key
 
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.store.retention import tag
 
 FEW, MANY = (4, 200), (16, 40)
 """Processes, and units of each."""
@@ -167,27 +166,6 @@ def wait() -> dict[str, Any]:
         "shares": shares,
         "bars": [bar("waiting for rows, share of the demo's training < 0.02", worst, worst < 0.02)],
     }
-
-
-def opening(count: int = 4096) -> dict[str, Any]:
-    """Measure opening a store of thousands of records, made by tags."""
-    with fresh("open") as folder:
-        store = open_store(folder / "cask", create=True)
-        base = seal_rollouts(store, synthetic_small(0), "default")
-        for n in range(count):
-            tag(store, f"t{n}", base.number)
-        seconds = {}
-        for name in ("bundles", "records"):
-            if name == "records":
-                shutil.rmtree(folder / "cask" / "bundles")
-            times = []
-            for _ in range(RUNS):
-                start = time.perf_counter()
-                assert open_store(store.url).head().number == count, "all records are there"
-                times.append(time.perf_counter() - start)
-            seconds[name] = statistics.median(times)
-    print(json.dumps(seconds))
-    return {"records": count + 1, "open_seconds": seconds}
 
 
 if __name__ == "__main__":
