@@ -126,7 +126,7 @@ def retry_failed_command(url: str, form: str) -> None:
     Example: logitcask store retry-failed ./store
     """
     from logitcask.engine.store import open_store
-    from logitcask.engine.workers.worker import retry_failed
+    from logitcask.engine.workers.failures import retry_failed
 
     print_table(retry_failed(open_store(url)), form)
 

@@ -23,8 +23,9 @@ from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollo
 from logitcask.engine.score.plan import plan_scores
 from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import Snapshot, Store, holds_store, open_store
-from logitcask.engine.types import NO_DETAIL, Detail, ModelRef, Progress, Report, no_progress
-from logitcask.engine.workers.worker import WorkPlan, WorkReport, run_worker
+from logitcask.engine.types import ModelRef, Progress, no_progress
+from logitcask.engine.workers.job import Job, WorkPlan, WorkReport
+from logitcask.engine.workers.worker import run_worker
 
 _NOTHING: dict[str, Any] = {
     **{"units": 0, "positions": 0, "seconds": 0.0, "positions_per_second": 0.0},
@@ -51,40 +52,11 @@ def watch_scores(
         )
     if (opened := _awaited(config.store, config.work, stop, on_event)) is None:
         return WorkReport(**_NOTHING)
-    store, snapshot = opened
     try:
-        request = score_request(config, store, snapshot, CancelToken(on_event, stop))
+        job = score_job(config, *opened, CancelToken(on_event, stop), on_event, growing=True)
     except Cancelled:
         return WorkReport(**_NOTHING)
-    said = warn_once(on_event)
-
-    def plan(given_up: Collection[str]) -> WorkPlan[ScoreUnit]:
-        found = plan_scores(request, store.head(), growing=True)
-        for note in found.notes:
-            said(note)
-        return WorkPlan(
-            units=found.missing, done=found.total - len(found.missing), total=found.total
-        )
-
-    progress, report = with_details(progress, "score")
-
-    def work(key: str, unit: ScoreUnit) -> int:
-        return run_score_unit(request, key, unit, provenance, report)
-
-    try:
-        provenance = request.provenance()
-        return run_worker(
-            store,
-            plan,
-            work,
-            settings=config.work,
-            stage="score",
-            stop=stop,
-            progress=progress,
-            on_event=on_event,
-        )
-    finally:
-        close_backend(request.scorer)
+    return _run(job, config.work, stop, progress, on_event)
 
 
 def watch_rollouts(
@@ -99,38 +71,69 @@ def watch_rollouts(
     Raises as `run_rollout` does, and IdentityError where the student's folder comes to hold another
     model than a later version of the same.
     """
-    students = _Students(config, on_event)
-    store = students.store
-    progress, report = with_details(progress, "rollout")
+    return _run(rollout_job(config, on_event), config.work, stop, progress, on_event)
 
-    def work(key: str, unit: RolloutUnit) -> int:
-        return run_rollout_unit(students.now(), key, unit, report).positions
+
+def score_job(
+    config: ScoreConfig,
+    store: Store,
+    snapshot: Snapshot,
+    cancel: CancelToken,
+    on_event: EventHandler,
+    *,
+    growing: bool,
+) -> Job[ScoreUnit]:
+    """Load the teacher for the scores that are missing; growing: as of `plan_scores`."""
+    request = score_request(config, store, snapshot, cancel)
+    said = warn_once(on_event)
+
+    def plan(left_out: Collection[str]) -> WorkPlan[ScoreUnit]:
+        found = plan_scores(request, store.head(), growing=growing)
+        for note in found.notes:
+            said(note)
+        return WorkPlan(
+            units=found.missing, done=found.total - len(found.missing), total=found.total
+        )
 
     try:
-        return run_worker(
-            store,
-            students.plan,
-            work,
-            settings=config.work,
-            stage="rollout",
-            stop=stop,
-            progress=progress,
-            on_event=on_event,
-        )
+        provenance = request.provenance()
+    except BaseException:
+        close_backend(request.scorer)
+        raise
+    return Job(
+        stage="score",
+        store=store,
+        plan=plan,
+        work=lambda key, unit, report: run_score_unit(request, key, unit, provenance, report),
+        close=lambda: close_backend(request.scorer),
+    )
+
+
+def rollout_job(config: RolloutConfig, on_event: EventHandler) -> Job[RolloutUnit]:
+    """Load the student for the rollouts of its versions that are missing."""
+    students = _Students(config, on_event)
+    return Job(
+        stage="rollout",
+        store=students.store,
+        plan=students.plan,
+        work=lambda key, unit, report: (
+            run_rollout_unit(students.now(), key, unit, report).positions
+        ),
+        close=students.close,
+    )
+
+
+def _run(
+    job: Job[Any],
+    work: Work,
+    stop: threading.Event,
+    progress: Progress,
+    on_event: EventHandler,
+) -> WorkReport:
+    try:
+        return run_worker(job, work, stop=stop, progress=progress, on_event=on_event)
     finally:
-        students.close()
-
-
-def with_details(progress: Progress, stage: str) -> tuple[Progress, Report]:
-    """Return a progress for the counts of a worker, and the report of the unit that it does now."""
-    counts = (0, 0)
-
-    def counted(name: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
-        nonlocal counts
-        counts = (done, total)
-        progress(name, done, total, detail)
-
-    return counted, lambda detail: progress(stage, *counts, detail)
+        job.close()
 
 
 class _Students:

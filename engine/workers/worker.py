@@ -13,10 +13,9 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from logitcask.engine.config.teacher import Work
 from logitcask.engine.errors import (
@@ -25,20 +24,18 @@ from logitcask.engine.errors import (
     IncompleteError,
     ServerError,
     StoreError,
-    UnitError,
 )
-from logitcask.engine.events import Cancelled, EventHandler, peak_memory
-from logitcask.engine.store import Store
+from logitcask.engine.events import Cancelled, EventHandler
 from logitcask.engine.store.log.claims import (
     Claim,
     Claims,
-    failed_units,
     failures_of,
-    forget_failures,
     note_failure,
     shard_of,
 )
-from logitcask.engine.types import Progress, no_progress
+from logitcask.engine.types import Detail, Progress, no_progress
+from logitcask.engine.workers.failures import Failures, first_line
+from logitcask.engine.workers.job import Job, Receipt, WorkPlan, WorkReport
 
 T = TypeVar("T")
 
@@ -52,114 +49,153 @@ SHARDS = 16
 """Shards of units that one look for a free unit lists, two requests each."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkPlan(Generic[T]):
-    """The units that are missing now."""
+class Worker(Generic[T]):
+    """One worker on a job: the claims and the failures that it has seen."""
 
-    units: Mapping[str, T]
-    """unit_key -> input of the work; without units that may not begin yet."""
-    done: int
-    total: int
-    """Units committed, and units planned so far."""
+    def __init__(
+        self,
+        job: Job[T],
+        settings: Work,
+        *,
+        progress: Progress = no_progress,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._job, self._progress, self._clock = job, progress, clock
+        self._lease_s = settings.lease_seconds
+        self._name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+        self._claims = Claims(
+            job.store.storage, worker=self._name, lease_s=settings.lease_seconds, clock=clock
+        )
+        self._order = random.Random(self._name)
+        self._failures = Failures(job.store, settings.max_attempts)
+        self._reported = (-1, -1)
+        self._planned: set[str] = set()
 
+    @property
+    def failed(self) -> list[str]:
+        """Return the planned units that are left out."""
+        return sorted(self._planned & self._failures.left_out)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkReport:
-    """Counts and times of one worker."""
+    @property
+    def first_error(self) -> str:
+        """Return the error of one of them; empty if there is none."""
+        for key in self.failed:
+            for note in failures_of(self._job.store.storage, key):
+                return f"{note.error}: {first_line(note.message)}"
+        return ""
 
-    units: int
-    positions: int
-    seconds: float
-    """From the start of the worker to its end, waiting included."""
-    positions_per_second: float
-    """Per second at work, without waiting."""
-    failed: int
-    """Planned units that are left out, over all workers."""
-    first_error: str
-    """Error of one of them."""
-    peak_memory_bytes: Mapping[str, int] = field(default_factory=peak_memory)
-    """As of `events.peak_memory`."""
+    def do_one(self) -> Receipt:
+        """Claim one missing unit, do it and commit it, if one is free.
+
+        Raises Cancelled, the errors of STOPS and every BaseException that is no Exception, with the
+        claim removed; any other error is a failure of the unit.
+        """
+        job, failures = self._job, self._failures
+        number = job.store.head().number
+        planned = self._plan()
+        taken = _take_one(planned.units, self._claims, failures, self._order)
+        self._planned |= planned.units.keys() & failures.left_out
+        units = positions = 0
+        took_s = 0.0
+        if taken is not None:
+            key, claim = taken
+            with _renewed(claim, self._lease_s / BEATS):
+                # Another worker may have committed the unit between the plan and the claim.
+                if job.store.head().number != number:
+                    planned = job.plan(failures.left_out)
+                if key in planned.units:
+                    start_s = self._clock()
+                    units, positions = self._do(key, planned.units[key])
+                    took_s = self._clock() - start_s
+        return Receipt(
+            claimed=taken is not None,
+            units=units,
+            positions=positions,
+            seconds=took_s,
+            missing=len(planned.units.keys() - failures.left_out),
+            left_out=len(self.failed),
+            done=planned.done,
+            total=planned.total,
+        )
+
+    def _plan(self) -> WorkPlan[T]:
+        planned = self._job.plan(self._failures.left_out)
+        if self._reported != (planned.done, planned.total):
+            self._reported = (planned.done, planned.total)
+            self._progress(self._job.stage, *self._reported)
+        return planned
+
+    def _do(self, key: str, unit: T) -> tuple[int, int]:
+        """Return the number of units done, and their positions."""
+
+        def report(detail: Detail) -> None:
+            self._progress(self._job.stage, *self._reported, detail)
+
+        try:
+            positions = self._job.work(key, unit, report)
+        except (Cancelled, *STOPS):
+            raise
+        # A unit's data may make any library raise any error; the note keeps all of it.
+        except Exception as error:
+            note_failure(self._job.store.storage, key, error, self._name)
+            return 0, 0
+        self._failures.forget(key)
+        return 1, positions
 
 
 def run_worker(
-    store: Store,
-    plan: Callable[[Collection[str]], WorkPlan[T]],
-    work: Callable[[str, T], int],
-    *,
+    job: Job[T],
     settings: Work,
-    stage: str,
+    *,
     stop: threading.Event,
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
+    max_units: int = 0,
+    until_over: bool = False,
 ) -> WorkReport:
     """Do the missing units one by one, until `stop` is set or no unit was missing for
     `idle_exit` seconds.
 
-    plan(left_out) -> WorkPlan, without the units left out. work(key, unit) commits a unit and
-    returns its positions; it raises Cancelled where it waited for others when `stop` was set.
-    Otherwise `stop` is read between units. Raises the errors of STOPS and every BaseException that
-    is no Exception, with the claim removed; any other error is a failure of the unit.
+    max_units: end after so many units too; 0 = never. until_over: end too where nothing is left to
+    do but units that are left out. `stop` is read between units. Raises as `Worker.do_one` does,
+    Cancelled excepted.
     """
-    name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
-    claims = Claims(store.storage, worker=name, lease_s=settings.lease_seconds, clock=clock)
-    order = random.Random(name)
+    worker = Worker(job, settings, progress=progress, clock=clock)
     begun_s = busy_s = reported_s = clock()
     done_before: int | None = None
     units = positions = 0
     at_work_s = 0.0
-    seen: set[str] = set()
-    reported = (-1, -1)
-    failures = _Failures(store, settings.max_attempts)
     while not stop.is_set():
-        number = store.head().number
-        planned = plan(failures.left_out)
-        if reported != (planned.done, planned.total):
-            reported = (planned.done, planned.total)
-            progress(stage, *reported)
-        taken = _take_one(planned.units, claims, failures, order)
-        seen |= planned.units.keys() & failures.left_out
-        if taken is None:
-            busy_s = clock() if planned.units.keys() - failures.left_out else busy_s
-            if settings.idle_exit and clock() - busy_s >= settings.idle_exit:
+        try:
+            receipt = worker.do_one()
+        except Cancelled:
+            break
+        if not receipt.claimed:
+            busy_s = clock() if receipt.missing else busy_s
+            idle = settings.idle_exit and clock() - busy_s >= settings.idle_exit
+            if idle or (until_over and receipt.over):
                 break
             stop.wait(settings.poll)
             continue
-        key, claim = taken
-        with _renewed(claim, settings.lease_seconds / BEATS):
-            # Another worker may have committed the unit between the plan and the claim.
-            if store.head().number != number:
-                planned = plan(failures.left_out)
-            if key not in planned.units:
-                continue
-            start_s = clock()
-            try:
-                positions += work(key, planned.units[key])
-                units += 1
-            except Cancelled:
-                break
-            except STOPS:
-                raise
-            # A unit's data may make any library raise any error; the note keeps all of it.
-            except Exception as error:
-                note_failure(store.storage, key, error, name)
-            else:
-                failures.forget(key)
-            at_work_s += clock() - start_s
+        units += receipt.units
+        positions += receipt.positions
+        at_work_s += receipt.seconds
+        if max_units and units >= max_units:
+            break
         busy_s = clock()
-        done_before = planned.done if done_before is None else done_before
+        done_before = receipt.done if done_before is None else done_before
         if busy_s - reported_s >= REPORT_S:
             reported_s = busy_s
             rate = positions / at_work_s if at_work_s else 0.0
-            on_event(f"{rate:.0f} positions/s{_remaining(planned, done_before, busy_s - begun_s)}")
-    failed = sorted(seen & failures.left_out)
+            on_event(f"{rate:.0f} positions/s{_remaining(receipt, done_before, busy_s - begun_s)}")
     return WorkReport(
         units=units,
         positions=positions,
         seconds=clock() - begun_s,
         positions_per_second=positions / at_work_s if at_work_s else 0.0,
-        failed=len(failed),
-        first_error=_first_error(store, failed),
+        failed=len(worker.failed),
+        first_error=worker.first_error,
     )
 
 
@@ -173,22 +209,7 @@ def check_failed(report: WorkReport, url: str) -> None:
         )
 
 
-def retry_failed(store: Store) -> list[dict[str, Any]]:
-    """Remove every failure note, so that workers try these units again.
-
-    Return the last note of each unit, and its number of failures.
-    """
-    removed: list[dict[str, Any]] = []
-    for key, times in failed_units(store.storage).items():
-        for note in failures_of(store.storage, key)[-1:]:
-            message = _first_line(note.message)
-            brief = {"error": note.error, "message": message, "worker": note.worker}
-            removed.append({"unit": key, "failures": times, **brief})
-        forget_failures(store.storage, key)
-    return removed
-
-
-def _remaining(planned: WorkPlan[Any], done_before: int, took_s: float) -> str:
+def _remaining(planned: Receipt, done_before: int, took_s: float) -> str:
     """Return the text on the units left, at the pace of all workers; empty before the first."""
     done = planned.done - done_before
     if done < 1:
@@ -198,7 +219,7 @@ def _remaining(planned: WorkPlan[Any], done_before: int, took_s: float) -> str:
 
 
 def _take_one(
-    units: Collection[str], claims: Claims, failures: "_Failures", order: random.Random
+    units: Collection[str], claims: Claims, failures: Failures, order: random.Random
 ) -> tuple[str, Claim] | None:
     """Claim one of the units that is free and not left out; look at a few shards of them."""
     shards: dict[str, list[str]] = {}
@@ -212,51 +233,6 @@ def _take_one(
             if key not in failures.left_out and (claim := claims.take(key)) is not None:
                 return key, claim
     return None
-
-
-class _Failures:
-    """The notes of failures as of the last look at each shard."""
-
-    def __init__(self, store: Store, attempts: int) -> None:
-        self._store, self._attempts = store, attempts
-        self._seen: dict[str, dict[str, tuple[int, bool]]] = {}
-        """Shard -> unit_key -> (number of notes, True where left out): each note is read once."""
-        self.left_out: set[str] = set()
-        """Units that failed too often, or once with UnitError."""
-
-    def refresh(self, shard: str) -> None:
-        before = self._seen.get(shard, {})
-        # Drop the entries of removed notes: later notes are counted from 0.
-        self._seen[shard] = {
-            key: before[key]
-            if key in before and before[key][0] == times
-            else self._read(key, times)
-            for key, times in failed_units(self._store.storage, shard).items()
-        }
-        self.left_out -= before.keys()
-        self.left_out |= {key for key, (_, left) in self._seen[shard].items() if left}
-
-    def forget(self, key: str) -> None:
-        """Remove the notes of a unit, if it had any at the last look."""
-        if key in self._seen.get(shard_of(key), {}):
-            forget_failures(self._store.storage, key)
-
-    def _read(self, key: str, times: int) -> tuple[int, bool]:
-        if times >= self._attempts:
-            return times, True
-        notes = failures_of(self._store.storage, key)
-        return times, any(note.error == UnitError.__name__ for note in notes)
-
-
-def _first_error(store: Store, failed: Collection[str]) -> str:
-    for key in failed:
-        for note in failures_of(store.storage, key):
-            return f"{note.error}: {_first_line(note.message)}"
-    return ""
-
-
-def _first_line(message: str) -> str:
-    return (message.splitlines() or [""])[0]
 
 
 @contextmanager

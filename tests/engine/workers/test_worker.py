@@ -27,14 +27,9 @@ from logitcask.engine.events import Cancelled
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.log.claims import Claims, failed_units, failures_of, shard_of
 from logitcask.engine.store.verify import verify
-from logitcask.engine.workers.worker import (
-    SHARDS,
-    WorkPlan,
-    WorkReport,
-    check_failed,
-    retry_failed,
-    run_worker,
-)
+from logitcask.engine.workers.failures import retry_failed
+from logitcask.engine.workers.job import Job, WorkPlan, WorkReport
+from logitcask.engine.workers.worker import SHARDS, Worker, check_failed, run_worker
 from tests.engine.store.made import commit_rollouts, key
 from tests.engine.workers import worker_pool
 
@@ -88,15 +83,20 @@ def run(
 
     ticks = Ticks() if ticks is None else ticks
     return run_worker(
-        store,
-        plan or (lambda given_up: missing(store)),
-        work or commit,
-        settings=Work(worker_name=worker, idle_exit=1.0, poll=1.0),
-        stage="sum",
+        job(store, plan or (lambda left_out: missing(store)), work or commit),
+        Work(worker_name=worker, idle_exit=1.0, poll=1.0),
         stop=ticks,
         clock=ticks.clock,
         **options,
     )
+
+
+def job(
+    store: Store,
+    plan: Callable[[Collection[str]], WorkPlan[int]],
+    work: Callable[[str, int], int],
+) -> Job[int]:
+    return Job(stage="sum", store=store, plan=plan, work=lambda key, unit, report: work(key, unit))
 
 
 def test_all_units_are_done_once_and_no_claim_stays(store: Store) -> None:
@@ -167,7 +167,7 @@ def test_new_units_are_done_until_the_stop(store: Store) -> None:
     later = [*UNITS, key("late")]
     known = list(UNITS)
     ticks = Ticks(lambda: known.append(later[-1]), lambda: None)
-    report = run(store, ticks=ticks, plan=lambda given_up: missing(store, known))
+    report = run(store, ticks=ticks, plan=lambda left_out: missing(store, known))
     assert store.head().unit_keys() == set(later)
     assert report.units == 6
 
@@ -184,7 +184,7 @@ def test_a_stop_takes_effect_after_the_current_unit(store: Store) -> None:
     assert store.storage.files("claims") == []
 
 
-def test_a_unit_is_given_up_after_three_failures_over_all_workers(store: Store) -> None:
+def test_a_unit_is_left_out_after_three_failures_over_all_workers(store: Store) -> None:
     tried: Counter[str] = Counter()
 
     def work(unit: str, seed: int) -> int:
@@ -267,7 +267,7 @@ def test_the_unit_of_a_stopped_worker_is_taken_over(store: Store) -> None:
 
 
 def test_a_unit_that_was_committed_before_the_claim_is_not_done_again(store: Store) -> None:
-    def plan(given_up: Collection[str]) -> WorkPlan[int]:
+    def plan(left_out: Collection[str]) -> WorkPlan[int]:
         found = missing(store)
         if len(found.units) == 5:
             commit_rollouts(store, 0, UNITS[0])  # by another worker, just after the plan
@@ -302,11 +302,8 @@ def test_a_long_unit_keeps_its_claim(store: Store) -> None:
         return commit_rollouts(store, seed, unit).counts["P"]
 
     run_worker(
-        store,
-        lambda given_up: missing(store, UNITS[:1]),
-        work,
-        settings=Work(worker_name="w", lease_seconds=0.2, idle_exit=0.01, poll=0.01),
-        stage="sum",
+        job(store, lambda left_out: missing(store, UNITS[:1]), work),
+        Work(worker_name="w", lease_seconds=0.2, idle_exit=0.01, poll=0.01),
         stop=threading.Event(),
     )
     assert failed_units(store.storage) == {}
@@ -415,3 +412,37 @@ def test_a_cancelled_wait_is_no_failure_and_leaves_no_claim(store: Store) -> Non
     assert store.head().unit_keys() == set(done)
     assert failed_units(store.storage) == {}
     assert store.storage.files("claims") == []
+
+
+def test_one_unit_at_a_time_leaves_a_receipt_of_each(store: Store) -> None:
+    """Do units by calls: done, held by another worker, failed, and nothing left but the failed."""
+    now_s = 0.0
+
+    def work(unit: str, seed: int) -> int:
+        if unit == UNITS[2]:
+            raise UnitError("id 7 is not one token to both", hint="leave it out")
+        return commit_rollouts(store, seed, unit).counts["P"]
+
+    worker = Worker(job(store, lambda left_out: missing(store), work), Work(), clock=lambda: now_s)
+    other = Claims(store.storage, worker="other", lease_s=600.0)
+    assert other.take(UNITS[0]) is not None
+    receipts = [worker.do_one() for _ in range(5)]
+    assert [each.claimed for each in receipts] == [True] * 4 + [False]
+    assert sorted(each.units for each in receipts[:4]) == [0, 1, 1, 1]
+    assert sum(each.positions for each in receipts) == sum(
+        s.counts["P"] for s in store.head().segments
+    )
+    last = receipts[-1]
+    assert (last.missing, last.left_out, last.done, last.total) == (1, 1, 3, 5)
+    assert not last.over, "another worker has a unit"
+    now_s = 600.0
+    assert worker.do_one().units == 1, "its claim is dead"
+    assert worker.do_one().over
+    assert worker.failed == [UNITS[2]]
+
+
+def test_a_worker_ends_after_a_number_of_units_or_when_all_are_done(store: Store) -> None:
+    assert run(store, max_units=2).units == 2
+    ticks = Ticks()
+    assert run(store, ticks=ticks, until_over=True).units == 3
+    assert ticks.waited == 0

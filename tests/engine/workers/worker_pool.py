@@ -25,7 +25,9 @@ from typing import Any
 import logitcask.engine.store.commit as commit
 from logitcask.engine.config.teacher import Work
 from logitcask.engine.store import Store, open_store
-from logitcask.engine.workers.worker import WorkPlan, run_worker
+from logitcask.engine.types import Report
+from logitcask.engine.workers.job import Job, WorkPlan
+from logitcask.engine.workers.worker import run_worker
 from tests.engine.store.made import commit_rollouts, key
 
 LIFE_S = 120
@@ -56,9 +58,10 @@ class Worker:
         signal.alarm(LIFE_S)
         settings = Work(worker_name=self.name, lease_seconds=1.5, poll=0.05, idle_exit=0.05)
         never = threading.Event()
-        run_worker(self.store, self.plan, self.work, settings=settings, stage="fleet", stop=never)
+        job = Job(stage="fleet", store=self.store, plan=self.plan, work=self.work)
+        run_worker(job, settings, stop=never)
 
-    def plan(self, given_up: Collection[str]) -> WorkPlan[int]:
+    def plan(self, left_out: Collection[str]) -> WorkPlan[int]:
         if self.stopped_in:
             self.marker(self.stopped_in, "resumed").touch()
             self.stopped_in = ""
@@ -67,7 +70,7 @@ class Worker:
         units = {unit: self.units.index(unit) for unit in batch if unit not in done}
         return WorkPlan(units=units, done=len(done), total=len(self.units))
 
-    def work(self, unit: str, seed: int) -> int:
+    def work(self, unit: str, seed: int, report: Report) -> int:
         self.done += 1
         self.log("started", unit)
         self.kill("before")
