@@ -68,13 +68,8 @@ class Fold:
 
     def _apply(self, new: Record) -> None:
         """Apply a record to the state. Raises KeyError or ValueError where it contradicts it."""
-        for segment in [self._delete(unit_key, new.number) for unit_key in new.deletes]:
-            # An extension is meaningless without the segment that it extends.
-            before = ""
-            for each in self.score_segments(segment.name, segment.base):
-                if each.extends != before:
-                    raise ValueError(f"deletes {each.extends}, which {each.seg_id} extends")
-                before = each.seg_id
+        if new.deletes:
+            self._delete_all(new)
         for kind, seg_id, generation in new.removes:
             if generation != self.generation(kind, seg_id):
                 raise ValueError(f"removes {seg_id} of generation {generation}")
@@ -88,8 +83,18 @@ class Fold:
             else:
                 self._tags[name] = marked
 
+    def _delete_all(self, new: Record) -> None:
+        for segment in [self._delete(unit_key, new.number) for unit_key in new.deletes]:
+            # An extension is meaningless without the segment that it extends.
+            before = ""
+            for each in self.score_segments(segment.name, segment.base):
+                if each.extends != before:
+                    raise ValueError(f"deletes {each.extends}, which {each.seg_id} extends")
+                before = each.seg_id
+
     def _add(self, segment: Segment) -> None:
-        if segment.generation != self.generation(segment.kind, segment.seg_id):
+        removed = self.generation(segment.kind, segment.seg_id) if self._removals else 0
+        if segment.generation != removed:
             raise ValueError(f"{segment.path} has another generation than the newest")
         index = len(self._segments)
         if segment.kind == schema.ROLLOUT:

@@ -77,11 +77,8 @@ class HeadParser:
         ) = found.groups()  # fmt: skip
         values = list(map(int, numbers))
         counts = dict(zip(form.names, values, strict=True))
-        decoded, n_bytes, n_body = (
-            sum(map(mul, values, form.each)) + form.rounding,
-            int(size),
-            int(length),
-        )
+        decoded = sum(map(mul, values, form.each)) + form.rounding
+        n_bytes, n_body = int(size), int(length)
         if (
             int(n) != number
             or before != prev
