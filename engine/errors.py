@@ -10,6 +10,7 @@ LogitcaskError            exit 1   base class; `cause` and `hint` make the messa
 ├─ ServerError            exit 1   a server cannot be reached, or rejects a request
 ├─ AnswerError            exit 1   a response holds values that no model can compute
 ├─ UnitError              exit 1   one work unit cannot be done as requested
+├─ ProcessError           exit 1   a process of a run died, and would die again
 ├─ IncompleteError        exit 3   the store lacks units that the command needs
 └─ StoreError             exit 1   a store, a cache or a run cannot be opened or written
    └─ IntegrityError      exit 4   stored bytes differ from those that were written
@@ -76,6 +77,10 @@ class AnswerError(LogitcaskError, ValueError):
 
 
 class UnitError(LogitcaskError, ValueError):
+    pass
+
+
+class ProcessError(LogitcaskError):
     pass
 
 

@@ -1,0 +1,101 @@
+"""The timeline of a loop: what each of its processes does, and when.
+
+RUN.OUT/timeline/<role>-<name>.jsonl belongs to one process, which appends a line when it begins a
+span and the same line with its end. Nothing is locked, and a span without an end is one in which
+the process died.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+TIMELINE = "timeline"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """What one process did without a break."""
+
+    role: str
+    process: str
+    """Number among the processes of the role, or the host and pid of one that was started alone."""
+    kind: str
+    """unit, wait or load of rollout and score; update, wait, publish or save of train."""
+    round: int | None
+    version: int | None
+    """Round of the work, and version of the student in it; None where there is none."""
+    host: str
+    pid: int
+    start: float
+    end: float | None
+    """Seconds since 1970, by the clock of the host; no end = the process died."""
+
+
+def timeline_file(out: Path, role: str, name: str) -> Path:
+    """Return the file of one process; out: folder of the run."""
+    return out / TIMELINE / f"{role}-{name}.jsonl"
+
+
+@contextmanager
+def span(
+    file: Path | None, kind: str, *, round: int | None = None, version: int | None = None
+) -> Iterator[None]:
+    """Append the begin and the end of the body to a file of the timeline; None = to none.
+
+    A body that raises has an end too.
+    """
+    if file is None:
+        yield
+        return
+    role, _, process = file.stem.partition("-")
+    begun = Span(
+        role=role,
+        process=process,
+        kind=kind,
+        round=round,
+        version=version,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        start=time.time(),
+        end=None,
+    )
+    _append(file, begun)
+    try:
+        yield
+    finally:
+        _append(file, replace(begun, end=time.time()))
+
+
+def _append(file: Path, line: Span) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab", buffering=0) as opened:
+        # A kill may have cut the line of an earlier process.
+        cut = opened.tell() and not _ends_a_line(file)
+        opened.write(b"\n" * bool(cut) + json.dumps(asdict(line)).encode() + b"\n")
+
+
+def _ends_a_line(file: Path) -> bool:
+    with file.open("rb") as opened:
+        opened.seek(-1, os.SEEK_END)
+        return opened.read() == b"\n"
+
+
+def read_timeline(out: Path) -> list[Span]:
+    """Return the spans of all processes of a run by their start; lines that were cut are left out.
+
+    out: folder of the run.
+    """
+    found: dict[tuple[str, int, float, str], Span] = {}
+    for file in sorted((out / TIMELINE).glob("*.jsonl")):
+        for line in file.read_text(errors="replace").splitlines():
+            try:
+                each = Span(**json.loads(line))
+            except (ValueError, TypeError):
+                continue
+            found[file.stem, each.pid, each.start, each.kind] = each
+    return sorted(found.values(), key=lambda each: each.start)
