@@ -76,7 +76,6 @@ def test_sections_of_the_store_on_few_rows(tmp_path: Path) -> None:
     sections = {
         "store_sizes.sizes()": {"rows", "positions", "table", "bars"},
         "store_rates.random()": {"sequences", "sequences_per_core_second", "cache_bytes"},
-        "store_commits.opening(count=8)": {"records", "open_seconds"},
     }
     code = f"{FEW}\nprint(json.dumps([{', '.join(sections)}]))"
     done = run("-c", code, BENCH, tmp_path)
