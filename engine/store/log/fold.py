@@ -5,13 +5,14 @@ is free again.
 """
 
 import bisect
+import itertools
 
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.log.lines import BROKEN
 from logitcask.engine.store.log.record import Record, file_name
-from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot
+from logitcask.engine.store.log.snapshot import Changes, Listed, ScoreSegments, Snapshot, place
 
 
 class Fold:
@@ -43,7 +44,16 @@ class Fold:
         self._tags: dict[str, int] = {}
         self._deleted_at: dict[str, int] = {}
         """unit_key -> the last record that deleted it."""
-        self._snapshot: Snapshot | None = None
+        self._last_delete = -1
+        """The last record that deleted a segment."""
+        self._visible: tuple[int, tuple[Segment, ...]] = (-1, ())
+        """The segments as of one record, the last one of which they were read."""
+        self._sorted: dict[str, list[Segment]] = {}
+        """Name -> its visible rollouts in order, of names that were read since their last delete.
+        """
+        self._scores: dict[str, dict[str, ScoreSegments]] = {}
+        """Teacher -> base -> its visible scores, of teachers that were read since their last
+        delete."""
 
     def __len__(self) -> int:
         return len(self._sums) - 1
@@ -64,7 +74,6 @@ class Fold:
         self._sums.append(new.sha256)
         self._times.append(new.time)
         self._ends.append(len(self._segments))
-        self._snapshot = None
 
     def _apply(self, new: Record) -> None:
         """Apply a record to the state. Raises KeyError or ValueError where it contradicts it."""
@@ -100,6 +109,8 @@ class Fold:
         if segment.kind == schema.ROLLOUT:
             self._bases.setdefault(segment.seg_id, []).append(index)
             self._rollouts[segment.seg_id] = segment
+            if segment.name in self._sorted:
+                bisect.insort(self._sorted[segment.name], segment, key=place)
         else:
             base = self._bases.get(segment.base)
             before = self._score_segments.get((segment.name, segment.base), [])
@@ -108,6 +119,8 @@ class Fold:
             if segment.extends != (self._segments[before[-1]].seg_id if before else ""):
                 raise ValueError(f"extends {segment.extends!r} of {len(before)} segments")
             self._score_segments[segment.name, segment.base] = [*before, index]
+            if (scores := self._scores.get(segment.name)) is not None:
+                scores[segment.base] = (*scores.get(segment.base, ()), segment)
         self._segments.append(segment)
         self._by_key[segment.unit_key] = index
         self._names.setdefault((segment.kind, segment.name), segment)
@@ -117,9 +130,12 @@ class Fold:
         segment = self._segments[index]
         self._deleted[index] = number
         self._deleted_at[unit_key] = number
+        self._last_delete = number
         if segment.kind == schema.ROLLOUT:
             self._bases[segment.seg_id].remove(index)
+            self._sorted.pop(segment.name, None)
         else:
+            self._scores.pop(segment.name, None)
             self._score_segments[segment.name, segment.base].remove(index)
         return segment
 
@@ -185,7 +201,12 @@ class Fold:
 
     def deleted_after(self, number: int) -> list[Segment]:
         """Return deleted segments that were visible at record `number` or added later."""
-        return [self._segments[i] for i, by in self._deleted.items() if by > number]
+        return [self._segments[index] for index in self._deleted_after(number)]
+
+    def _deleted_after(self, number: int) -> list[int]:
+        """Return the indices of the segments that the records after `number` deleted."""
+        newest_first = reversed(self._deleted.items())
+        return [i for i, _ in itertools.takewhile(lambda each: each[1] > number, newest_first)]
 
     def at_time(self, time: str) -> int:
         """Return the newest record written at `time` (ISO 8601, UTC) or before; -1 = none.
@@ -204,11 +225,52 @@ class Fold:
                 f"{self._url} has no log record {number}: its last is {len(self) - 1}",
                 hint="open the store of the snapshot, or give an existing number",
             )
-        if self._snapshot is None or self._snapshot.number != number:
-            visible = tuple(
-                segment
-                for index, segment in enumerate(self._segments[: self._ends[number + 1]])
-                if self._deleted.get(index, len(self)) > number
-            )
-            self._snapshot = Snapshot(number=number, sha256=self.sha256(number), segments=visible)
-        return self._snapshot
+        return Snapshot(number=number, sha256=self.sha256(number), state=self)
+
+    # The state of snapshots. The newest record is answered from what is kept for it, any other
+    # one from the segments.
+
+    def segments_at(self, number: int) -> tuple[Segment, ...]:
+        """Return the visible segments as of a record, in log order."""
+        before, visible = self._visible
+        if before <= number and self._last_delete <= before:
+            visible += tuple(self._segments[self._ends[before + 1] : self._ends[number + 1]])
+        elif before != number:
+            visible = tuple(self._visible_of(0, self._ends[number + 1], number))
+        self._visible = (number, visible)
+        return visible
+
+    def rollouts_at(self, number: int, name: str) -> tuple[Segment, ...]:
+        """Return the visible rollouts of a name as of a record, by version and first prompt."""
+        if number != len(self) - 1:
+            return Listed(self.segments_at(number)).rollouts_at(number, name)
+        if name not in self._sorted:
+            self._sorted[name] = list(Listed(self.segments_at(number)).rollouts_at(number, name))
+        return tuple(self._sorted[name])
+
+    def scores_at(self, number: int, teacher: str) -> dict[str, ScoreSegments]:
+        """Return base -> the visible scores of a teacher on it as of a record."""
+        if number != len(self) - 1:
+            return Listed(self.segments_at(number)).scores_at(number, teacher)
+        if teacher not in self._scores:
+            self._scores[teacher] = Listed(self.segments_at(number)).scores_at(number, teacher)
+        return dict(self._scores[teacher])
+
+    def unit_keys_at(self, number: int) -> set[str]:
+        """Return the unit keys of the visible segments as of a record."""
+        if number != len(self) - 1:
+            return Listed(self.segments_at(number)).unit_keys_at(number)
+        return set(self._by_key)
+
+    def changes(self, start: int, end: int) -> Changes:
+        """Return the segments that are visible as of one of two records only, start <= end."""
+        before = self._ends[start + 1]
+        deleted = [i for i in self._deleted_after(start) if i < before and self._deleted[i] <= end]
+        added = self._visible_of(before, self._ends[end + 1], end)
+        return Changes([self._segments[index] for index in sorted(deleted)], added)
+
+    def _visible_of(self, first: int, end: int, number: int) -> list[Segment]:
+        """Return the segments of the indices first..end-1 that are visible as of a record."""
+        deleted, later = self._deleted, len(self)
+        part = self._segments[first:end]
+        return [s for i, s in enumerate(part, first) if deleted.get(i, later) > number]

@@ -277,6 +277,7 @@ def test_a_snapshot_reads_the_same_after_later_commits(store: Store) -> None:
         commit_rollouts(store, seed)
     fresh = again(store)
     assert fresh.snapshot(snapshot.number, snapshot.sha256) == snapshot
+    assert fresh.snapshot(snapshot.number).segments == snapshot.segments
     assert len(fresh.head().segments) == 5
     assert [s.unit["first"] for s in fresh.head().rollouts("main")] == [1, 2, 3, 4]
     assert fresh.snapshot(-1).segments == ()
@@ -488,6 +489,8 @@ def test_a_store_is_sent_to_another_process_by_its_url(tmp_path: Path) -> None:
     commit_rollouts(store, 1)
     there = pickle.loads(pickle.dumps((store, store.head())))
     assert there[0].head() == there[1] == store.head()
+    assert there[0].head().segments == there[1].segments == store.head().segments
+    assert there[1].rollouts("main") == store.head().rollouts("main")
 
 
 def test_a_refresh_reads_only_new_records(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

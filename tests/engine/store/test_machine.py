@@ -18,6 +18,7 @@ from obstore.store import MemoryStore
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.store import Store
 from logitcask.engine.store.log import pending
+from logitcask.engine.store.log.snapshot import Listed, Snapshot
 from logitcask.engine.store.merge import merge
 from logitcask.engine.store.retention import delete, gc, tag, untag
 from logitcask.engine.store.storage.object_store import ObjectStorage
@@ -48,6 +49,8 @@ class Machine(RuleBasedStateMachine):
         self.tags: dict[str, tuple[int, dict[tuple[Any, ...], str]]] = {}
         self.left: set[tuple[str, int]] = set()
         """Units of pending adds that dead writers left."""
+        self.earlier = self.store.head()
+        """The newest snapshot of an earlier step."""
         self.names: set[str] = set()
         """Names of rollouts that were ever in use."""
 
@@ -184,9 +187,32 @@ class Machine(RuleBasedStateMachine):
             for segment in snapshot.segments:
                 self.store.read_object(segment)
 
+    @invariant()
+    def every_snapshot_answers_from_its_segments(self) -> None:
+        """The newest one answers from what the log keeps, and must not answer otherwise."""
+        if not hasattr(self, "model"):
+            return
+        newest, earlier = self.store.head(), self.earlier
+        for each in (newest, earlier):
+            listed = Snapshot(number=each.number, sha256="", state=Listed(each.segments))
+            assert each.unit_keys() == listed.unit_keys()
+            for name in ("a", "b"):
+                assert each.rollouts(name) == listed.rollouts(name)
+                assert list(each.scores(name).items()) == list(listed.scores(name).items())
+        changes = newest.changes(earlier)
+        if changes is not None:
+            left = [s for s in earlier.segments if s not in changes.deleted]
+            assert (*left, *changes.added) == newest.segments
+            assert set(changes.deleted) <= set(earlier.segments)
+        if changes is None or newest.number % 3 == 0:
+            self.earlier = newest
+
     def teardown(self) -> None:
         if hasattr(self, "store"):
-            verify(open_on(self.storage))
+            fresh = open_on(self.storage)
+            verify(fresh)
+            for number in range(-1, self.store.head().number + 1):
+                assert self.store.snapshot(number).segments == fresh.snapshot(number).segments
 
 
 def shown(store: Store) -> set[str]:
