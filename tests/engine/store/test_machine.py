@@ -189,7 +189,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def every_snapshot_answers_from_its_segments(self) -> None:
-        """The newest one answers from what the log keeps, and must not answer otherwise."""
+        """Compare the newest one, which answers from what the log keeps, and an earlier one."""
         if not hasattr(self, "model"):
             return
         newest, earlier = self.store.head(), self.earlier
