@@ -52,7 +52,8 @@ from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
-from logitcask.engine.training.run_dir.files import METRICS, MetricsFile
+from logitcask.engine.training.provenance.ledger import Ledger
+from logitcask.engine.training.run_dir.files import LEDGER, METRICS, MetricsFile
 from logitcask.engine.training.settings import training_arguments
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, Prompt, Rollouts, SamplingParams, no_progress
@@ -313,6 +314,7 @@ def training(store: Any, ref: ModelRef, work: Path, objective: str) -> dict[str,
         version=0,
         same_base_weights=True,
         metrics=MetricsFile(out / METRICS, ""),
+        ledger=Ledger(out / LEDGER),
         resume_metadata={},
         progress=no_progress,
         tracker=peers,

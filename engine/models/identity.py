@@ -300,13 +300,21 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def write_metadata(
-    path: Path, *, base_weights: str, parent: str, version: int, pin: Any, plan: str, objective: Any
+    path: Path,
+    *,
+    base_weights: str,
+    parent: str,
+    version: int,
+    pin: Any,
+    plan: str,
+    objective: Any,
+    **more: Any,
 ) -> None:
     """Write logitcask.json of a folder that holds all other files of the student.
 
     They are flushed to the disk first, and their digests recorded. base_weights, parent: digests of
     the first weights and of those before training; version: updates since the first weights; the
-    rest: training data and objective.
+    rest: training data and objective; more: other keys.
     """
     metadata = {
         "root": base_weights,
@@ -315,6 +323,7 @@ def write_metadata(
         "pin": pin,
         "plan": plan,
         "objective": objective,
+        **more,
         "files": file_digests(path, METADATA_FILE),
         "weights": weights_digest(path),
     }

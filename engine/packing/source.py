@@ -5,12 +5,12 @@ sequences from compressed chunks would decode each chunk many times. A thread de
 are needed next. A source can be pickled for another process (`spawn`), which opens the store again.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,22 @@ from logitcask.engine.store.log.snapshot import are_partial
 from logitcask.engine.types import Array
 
 
+class Source(NamedTuple):
+    """Origin of rows: a rollout segment, the version that sampled them, and one teacher's scores.
+
+    Segments are named by seg_id.
+    """
+
+    rollouts: str
+    version: int
+    teacher: str
+    """Name of the scores."""
+    scores: tuple[str, ...]
+    """The first, then its extensions."""
+    base: tuple[str, ...] = ()
+    """Scores of the teacher's base model, for objectives that need them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
     """Whole sequences laid end to end in one forward pass of L tokens, and their P rows."""
@@ -49,6 +65,8 @@ class Pack:
     targets: Targets
     lengths: tuple[int, ...]
     """Tokens of each sequence, on the host: no layer waits for a GPU to cut the pack."""
+    sources: Mapping[Source, int] = field(default_factory=dict)
+    """Origin -> its rows with a weight, for the ledger of a run."""
 
     def to(self, device: torch.device | str) -> "Pack":
         return replace(
@@ -219,7 +237,9 @@ class PackSource:
         """
         # A sequence has a part for each of its teachers, one after the other.
         weights = self.teachers.weights
-        parts = [self._unit(i).sequence(int(s)) for o, s in members for i in self._pairs(o, s)]
+        of = [(i, int(s)) for o, s in members for i in self._pairs(o, s)]
+        parts = [self._unit(i).sequence(s) for i, s in of]
+        sources = self._sources([i for i, _ in of], parts)
         # All units of one name have the same arrays, but some may hold an exact entropy.
         parts = parts or [empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))] * len(weights)
         if self.bounded:
@@ -243,7 +263,27 @@ class PackSource:
             predict_at=tensor(np.concatenate(predict_at)),
             targets=make_targets(flat),
             lengths=tuple(tokens),
+            sources=sources,
         )
+
+    def _sources(
+        self, indices: Sequence[int], parts: Sequence[Mapping[str, Array]]
+    ) -> dict[Source, int]:
+        """Return the rows with a weight of each origin; indices: the pair of each part."""
+        found: Counter[Source] = Counter()
+        for index, part in zip(indices, parts, strict=True):
+            if rows := int(np.count_nonzero(part["weight"])):
+                segment, scores = self.pairs[index]
+                # A sequence has one version.
+                origin = Source(
+                    rollouts=segment.seg_id,
+                    version=int(part["version"][0]),
+                    teacher=scores[0].name,
+                    scores=tuple(each.seg_id for each in scores),
+                    base=tuple(each.seg_id for each in self._bases[index]),
+                )
+                found[origin] += rows
+        return dict(found)
 
     def decode_ahead(self, ordinals: Iterable[int]) -> None:
         """Decode units in a thread, in this order, while others are read."""

@@ -1,6 +1,7 @@
 """Means of metrics between two logged updates, over packs and processes."""
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from logitcask.engine.objectives.bounds import SKIPPED, skips
 from logitcask.engine.objectives.evaluate import part_names
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.training.pack_loss import PackLoss
-from logitcask.engine.training.processes import gathered
 
 AGE = "cache/age"
 
@@ -41,13 +41,18 @@ class MetricSums:
         sums = torch.stack([torch.where(used, weight * power, 0.0).sum() for power in powers])
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
-    def reduce(self) -> tuple[dict[str, float | None], int]:
-        """Return and reset (name -> mean over rows, number of rows) of all processes.
+    def take(self) -> dict[str, list[float]]:
+        """Return and reset the sums of this process."""
+        sums, self._sums = self._sums, {}
+        return {name: each.tolist() for name, each in sums.items()}
+
+    def reduce(
+        self, everyone: Sequence[Mapping[str, Sequence[float]]]
+    ) -> tuple[dict[str, float | None], int]:
+        """Return (name -> mean over rows, number of rows) of the sums of all processes.
 
         Every metric has a key, also where no row has a value of it.
         """
-        everyone = gathered({name: sums.tolist() for name, sums in self._sums.items()})
-        self._sums = {}
         # A process whose packs were all empty has no names.
         names = dict.fromkeys(name for sums in everyone for name in sums)
         totals = {

@@ -15,6 +15,7 @@ from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.events import EventHandler, peak_memory
 from logitcask.engine.models.digests import sha256_of, write_json
+from logitcask.engine.models.identity import digest
 from logitcask.engine.models.load import (
     ON_GPU,
     checkpoint_layers,
@@ -35,13 +36,16 @@ from logitcask.engine.training.compiled import compile_layers
 from logitcask.engine.training.evaluation.held_out import HeldOut
 from logitcask.engine.training.evaluation.responses import EvalCallback, EvalPlan
 from logitcask.engine.training.processes import on_first
+from logitcask.engine.training.provenance.ledger import Ledger
 from logitcask.engine.training.run_dir.checkpoints import (
+    LEDGER_SHA256,
     METRICS_SHA256,
     remove_checkpoints,
     resume_point,
 )
 from logitcask.engine.training.run_dir.files import (
     CHECKPOINTS,
+    LEDGER,
     METRICS,
     RUN,
     TENSORBOARD,
@@ -144,7 +148,6 @@ def run_training(
     )
     finished = folder is None and step == spec.updates
     begun = run_dir.out if finished else folder
-    lines = (begun / METRICS).read_text(errors="replace") if begun else ""
     if run_dir.first and run_dir.earlier is None:
         notes = {
             "preset": spec.objective.name if isinstance(spec.objective, Preset) else "",
@@ -154,7 +157,7 @@ def run_training(
         }
         with writing(run_dir.out):
             write_json(run_dir.out / RUN, {**record, **notes})
-    metrics = MetricsFile(run_dir.out / METRICS, lines, first=run_dir.first)
+    metrics = MetricsFile(run_dir.out / METRICS, _text(begun, METRICS), first=run_dir.first)
     repo = open_repo(settings.args, run_dir.out) if run_dir.first else None
     if not finished:
         if settings.dropout and run_dir.first:
@@ -164,7 +167,13 @@ def run_training(
             )
         with quiet():
             student = _load(spec, run_dir)
-            _train(student, spec, run_dir, metrics, resume_metadata, folder, step, progress)
+            ledger = Ledger(
+                run_dir.out / LEDGER,
+                _text(folder, LEDGER),
+                version=model.version if spec.same_base_weights else None,
+                first=run_dir.first,
+            )
+            _train(student, spec, run_dir, metrics, ledger, resume_metadata, folder, step, progress)
             with finishing(run_dir.out, spec.updates):
                 whole: nn.Module | None = student
                 if is_sharded(run_dir.args):
@@ -190,6 +199,12 @@ def run_training(
         last=metrics.last,
         evaluations=tuple(metrics.evaluations),
     )
+
+
+def _text(folder: Path | None, name: str) -> str:
+    """Return the lines of a file up to the state that training begins at; '' without them."""
+    found = folder is not None and (folder / name).is_file()
+    return (folder / name).read_text(errors="replace") if folder and found else ""
 
 
 def _record(spec: RunSpec, run_dir: RunDir) -> dict[str, Any]:
@@ -261,6 +276,7 @@ def _train(
     spec: RunSpec,
     run_dir: RunDir,
     metrics: MetricsFile,
+    ledger: Ledger,
     resume_metadata: dict[str, Any],
     checkpoint: Path | None,
     step: int,
@@ -288,6 +304,7 @@ def _train(
         version=spec.model.version,
         same_base_weights=spec.same_base_weights,
         metrics=metrics,
+        ledger=ledger,
         resume_metadata=resume_metadata,
         progress=progress,
         tracker=tensorboard_callback(run_dir.out, step) if tracked else None,
@@ -313,6 +330,7 @@ def _train(
         trainer.add_callback(evaluation)
     with ended_runs(trackers):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.write_ledger()
     if evaluation:
         evaluation.evaluate_at(spec.updates)
 
@@ -326,12 +344,20 @@ def _save(
 ) -> None:
     """Complete run.json, and save the student with its metadata last."""
     assert student is not None, "the first process has it"
-    results: dict[str, Any] = {METRICS_SHA256: sha256_of(metrics.path)}
+    ledger = sha256_of(run_dir.out / LEDGER)
+    results: dict[str, Any] = {METRICS_SHA256: sha256_of(metrics.path), LEDGER_SHA256: ledger}
     if spec.evaluation or spec.held_out:
         results["evaluations"] = metrics.evaluations
     if metrics.skipped:
         results["rescore"] = {"skipped": metrics.skipped, "positions": metrics.positions}
-    metadata = {"pin": record.get("pin"), "plan": spec.plan, "objective": record["objective"]}
+    metadata = {
+        "pin": record.get("pin"),
+        "plan": spec.plan,
+        "objective": record["objective"],
+        "store": record["store"],
+        "settings": digest(record["settings"]),
+        "ledger": ledger,
+    }
     with writing(run_dir.out):
         write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
         save_student(

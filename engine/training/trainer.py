@@ -39,6 +39,7 @@ from logitcask.engine.training.changed_share import ChangedShare
 from logitcask.engine.training.metric_sums import MetricSums
 from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.processes import gathered
+from logitcask.engine.training.provenance.ledger import Ledger
 from logitcask.engine.training.run_dir.checkpoints import complete_checkpoint
 from logitcask.engine.training.run_dir.files import MetricsFile, writing
 from logitcask.engine.training.sharding.trainer import ShardingTrainer
@@ -72,6 +73,7 @@ class DistillTrainer(ShardingTrainer):
         version: int,
         same_base_weights: bool,
         metrics: MetricsFile,
+        ledger: Ledger,
         resume_metadata: dict[str, Any],
         progress: Progress,
         tracker: TrainerCallback | None = None,
@@ -111,6 +113,7 @@ class DistillTrainer(ShardingTrainer):
         self._bounds = bounds
         self._version = version
         self._metrics = metrics
+        self._ledger = ledger
         self._resume_metadata = resume_metadata
         self._progress = progress
         self._packs_done = self._packs_of_update = 0
@@ -125,6 +128,7 @@ class DistillTrainer(ShardingTrainer):
         self._packs.prepare(self.state.global_step)
         indices = list(islice(epoch_iterator, num_batches))
         packs = [self._packs.pack(index) for index in indices]
+        self._ledger.add(self.state.global_step + 1, packs)
         self._waited_s += time.monotonic() - begun_s
         # The packs of the next update are made while this one is computed.
         self._packs.prefetch(index + self._width for index in indices)
@@ -207,7 +211,9 @@ class DistillTrainer(ShardingTrainer):
         if "loss" not in logs:
             return
         step = self.state.global_step
-        means, positions = self._sums.reduce()
+        # One exchange for both.
+        everyone = gathered((self._sums.take(), self._ledger.take()))
+        means, positions = self._sums.reduce([sums for sums, _ in everyone])
         self._metrics.positions += positions
         line: dict[str, float | None] = {
             "progress/step": step,
@@ -227,6 +233,7 @@ class DistillTrainer(ShardingTrainer):
             )
         if self.is_world_process_zero():
             self._metrics.append(line)
+        self._ledger.write([updates for _, updates in everyone], means)
         if (reason := exceeded(self._objective, means, self._bounds)) is not None:
             raise IncompleteError(
                 f"update {step}: {reason}: the student is too far from the scored policy",
@@ -262,14 +269,19 @@ class DistillTrainer(ShardingTrainer):
         self._waited_s, self._since_s = 0.0, now_s
         return share
 
+    def write_ledger(self) -> None:
+        """Write the lines of updates without one, those that were not logged; all processes do."""
+        self._ledger.write(gathered(self._ledger.take()))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         folder = Path(f"{self.args.output_dir}/checkpoint-{step}")
+        self.write_ledger()
         with writing(folder):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                complete_checkpoint(folder, self._metrics.path, self._resume_metadata, step)
+                complete_checkpoint(folder, self._metrics.path.parent, self._resume_metadata, step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -17,7 +17,8 @@ from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.objectives.modifiers import KeepEntropy, Prune, Stepwise
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Store
-from logitcask.engine.training.run_dir.files import METRICS, MetricsFile
+from logitcask.engine.training.provenance.ledger import Ledger
+from logitcask.engine.training.run_dir.files import LEDGER, METRICS, MetricsFile
 from logitcask.engine.training.settings import training_arguments
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, no_progress
@@ -117,6 +118,7 @@ def make_trainer(
         version=0,
         same_base_weights=True,
         metrics=MetricsFile(folder / METRICS),
+        ledger=Ledger(folder / LEDGER),
         resume_metadata={},
         progress=no_progress,
     )

@@ -3,7 +3,7 @@
 OUT/checkpoints/checkpoint-N/
     model, optimizer, scheduler, random state, trainer_state.json   written by Trainer
     shard-RANK.safetensors    of a sharded run, in place of model and optimizer: see shards.py
-    metrics.jsonl             the run's, up to update N
+    metrics.jsonl, ledger.jsonl   the run's, up to update N
     logitcask_checkpoint.json   plan, step and the digest of every other file; written last
 
 A damaged checkpoint is renamed, an incomplete one removed, and training resumes from the one before
@@ -30,6 +30,7 @@ from logitcask.engine.models.digests import (
 )
 from logitcask.engine.training.run_dir.files import (
     CHECKPOINTS,
+    LEDGER,
     METADATA,
     METRICS,
     RESTORE,
@@ -38,15 +39,16 @@ from logitcask.engine.training.run_dir.files import (
 )
 
 RESUME_METADATA, STATE = "logitcask_checkpoint.json", "trainer_state.json"
-METRICS_SHA256 = "metrics_sha256"
-"""Key of a finished run's run.json: the digest of metrics.jsonl."""
+METRICS_SHA256, LEDGER_SHA256 = "metrics_sha256", "ledger_sha256"
+"""Keys of a finished run's run.json: the digests of metrics.jsonl and ledger.jsonl."""
 
 
 def complete_checkpoint(
-    folder: Path, metrics: Path, resume_metadata: Mapping[str, Any], step: int
+    folder: Path, out: Path, resume_metadata: Mapping[str, Any], step: int
 ) -> None:
-    """Write the last file of a checkpoint after all others are on the disk."""
-    shutil.copyfile(metrics, folder / METRICS)
+    """Write the last file of a checkpoint of the run in `out` after all others are on the disk."""
+    for name in (METRICS, LEDGER):
+        shutil.copyfile(out / name, folder / name)
     files = file_digests(folder, RESUME_METADATA)
     flush(folder)
     flush(folder.parent)
@@ -88,8 +90,10 @@ def resume_point(
         (out / METADATA).unlink()
     if folder is None:
         return None, 0
-    if not _begins_with(out / METRICS, folder / METRICS):
-        on_event(f"{out / METRICS} is missing or damaged; restoring it from {folder}")
+    for name in (METRICS, LEDGER):
+        # A checkpoint of an earlier version has no ledger.
+        if (folder / name).is_file() and not _begins_with(out / name, folder / name):
+            on_event(f"{out / name} is missing or damaged; restoring it from {folder}")
     return folder, _step_of(folder)
 
 
@@ -103,10 +107,13 @@ def _damage_of_result(out: Path, earlier: Mapping[str, Any]) -> str:
         return damage
     if not any(out.glob("*.safetensors")):
         return "its weights are missing"
-    if not (out / METRICS).is_file():
-        return f"{METRICS} is missing"
-    if earlier.get(METRICS_SHA256, found := sha256_of(out / METRICS)) != found:
-        return f"{METRICS} holds other lines than were written"
+    for name, key in ((METRICS, METRICS_SHA256), (LEDGER, LEDGER_SHA256)):
+        # A run of an earlier version has no ledger.
+        if not (out / name).is_file():
+            if key in earlier or name == METRICS:
+                return f"{name} is missing"
+        elif earlier.get(key, found := sha256_of(out / name)) != found:
+            return f"{name} holds other lines than were written"
     return ""
 
 

@@ -3,6 +3,7 @@
 OUT/  model, tokenizer, logitcask.json   the result; logitcask.json is written last
       run.json        identity of the run; another run is refused
       metrics.jsonl   one line per logged update, and per evaluation
+      ledger.jsonl    one line per update: the segments that made it
       checkpoints/    see checkpoints.py
       tensorboard/    event files, with report_to = tensorboard
       .lock           held by the process that writes, while it runs
@@ -36,7 +37,7 @@ from logitcask.engine.models.digests import read_json, replace_text
 from logitcask.engine.training.processes import command_line
 
 RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
-TENSORBOARD = "tensorboard"
+LEDGER, TENSORBOARD = "ledger.jsonl", "tensorboard"
 LOCK = ".lock"
 RESTORE = "restore it from a copy, give another --out, or lose that run with --overwrite"
 
@@ -191,7 +192,7 @@ def clear(out: Path) -> None:
     (out / METADATA).unlink(missing_ok=True)
     for folder in (CHECKPOINTS, TENSORBOARD):
         shutil.rmtree(out / folder, ignore_errors=True)
-    for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS):
+    for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS, LEDGER):
         for file in out.glob(pattern):
             file.unlink()
 

@@ -192,7 +192,7 @@ def test_without_a_sound_checkpoint_training_begins_again(case: Case, tmp_path: 
     assert_as_whole(case, out, report)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["ledger.jsonl", "model.safetensors", "tokenizer.json"])
 def test_a_finished_run_without_one_of_its_files(case: Case, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     shutil.copytree(case.finished, out)

@@ -14,7 +14,7 @@ from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, ObjectiveError
 from logitcask.engine.metrics.metrics import COMMON_METRICS
-from logitcask.engine.models.digests import read_json, write_json
+from logitcask.engine.models.digests import read_json, sha256_of, write_json
 from logitcask.engine.models.forward import inner_model
 from logitcask.engine.models.identity import model_ref, read_metadata
 from logitcask.engine.models.load import load_student
@@ -145,6 +145,9 @@ def test_resume_is_bit_exact(case: tuple[Store, ModelRef], tmp_path: Path, rank:
     assert (straight.resumed_at, resumed.resumed_at, resumed.updates) == (0, 2, straight.updates)
     assert lines(out) == lines(tmp_path / "a")
     assert [line["progress/step"] for line in lines(out)] == list(range(1, straight.updates + 1))
+    ledgers = [(tmp_path / x / "ledger.jsonl").read_text() for x in "ab"]
+    assert ledgers[0] == ledgers[1]
+    assert len(ledgers[0].splitlines()) == straight.updates
     ours, theirs = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -170,6 +173,8 @@ def test_the_result_is_a_model_with_metadata(case: tuple[Store, ModelRef], tmp_p
     assert metadata["version"] == report.version == n
     assert (metadata["root"], metadata["parent"]) == (model.digest, model.digest)
     assert metadata["plan"] == found["plan"]
+    assert metadata["store"] == found["store"] == store.uuid
+    assert metadata["ledger"] == found["ledger_sha256"] == sha256_of(tmp_path / "ledger.jsonl")
     assert found["pin"] == metadata["pin"] == {"number": 7, "sha256": store.head().sha256}
     assert found["config"] == {"x": 1}
     assert found["exactness"]["estimator"] == "deterministic"

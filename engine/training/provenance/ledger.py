@@ -1,0 +1,140 @@
+"""The ledger of a run: the stored segments that made each update.
+
+OUT/ledger.jsonl has one line per update, here with line breaks:
+
+    {"update": 3,
+     "segments": [{"rollouts": ID, "version": 2, "teacher": "big", "scores": [ID]}],
+     "rows": {"0": 120, "4": 33}, "age": [0, 0.22, 1], "drift": 0.004}
+
+    segments   those that no earlier line has; the segments of the file are numbered from 0 in order
+    rows       number of a segment -> its rows with a weight, once for each teacher
+    age        [least, mean, largest] over these rows, in versions; left out for rollouts of other
+               base weights
+    drift      cache/approx_kl of the line of metrics.jsonl of that update, if it has one
+    skipped    cache/skipped_share of it, if rows were skipped
+
+A segment with sequences of several versions has a number for each version. The lines are the same
+for any number of processes, but for the rounding of the drift.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from logitcask.engine.errors import IntegrityError
+from logitcask.engine.models.digests import replace_text
+from logitcask.engine.objectives.bounds import DRIFT, SKIPPED
+from logitcask.engine.packing.source import Pack, Source
+from logitcask.engine.training.run_dir.files import RESTORE, writing
+
+Update = tuple[int, Mapping[Source, int]]
+"""(update from 1, rows of each source) of one process."""
+
+
+class Ledger:
+    """ledger.jsonl of a run: a line for each update, each appended once."""
+
+    def __init__(
+        self, path: Path, text: str = "", *, version: int | None = None, first: bool = True
+    ) -> None:
+        """Replace the file by the lines of `text`: those up to the state that training begins at.
+
+        version: the student's before update 0; None = ages are not defined. first: True in the
+        process that writes.
+        """
+        self.path = path
+        self._version = version
+        self._first = first
+        self._numbers = {
+            source: number for number, source in enumerate(sources_of(read_lines(path, text)))
+        }
+        self._pending: list[Update] = []
+        if first:
+            with writing(path):
+                replace_text(path, text)
+
+    def add(self, update: int, packs: Iterable[Pack]) -> None:
+        """Add the packs that this process has of an update, counted from 1."""
+        rows: Counter[Source] = Counter()
+        for pack in packs:
+            rows.update(pack.sources)
+        self._pending.append((update, rows))
+
+    def take(self) -> list[Update]:
+        """Return and forget the updates of this process without a line."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def write(
+        self, everyone: Sequence[Sequence[Update]], means: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Append the lines of the updates of all processes; means: the metrics of the last one."""
+        if not self._first:
+            return
+        lines = []
+        for parts in zip(*everyone, strict=True):
+            rows: Counter[Source] = Counter()
+            for _, part in parts:
+                rows.update(part)
+            lines.append(self._line(parts[0][0], rows))
+        if lines:
+            found = {"drift": (means or {}).get(DRIFT), "skipped": (means or {}).get(SKIPPED)}
+            lines[-1] |= {name: _short(value) for name, value in found.items() if value}
+        data = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            file.write(data.encode())
+
+    def _line(self, update: int, rows: Mapping[Source, int]) -> dict[str, Any]:
+        line: dict[str, Any] = {"update": update}
+        if new := sorted(rows.keys() - self._numbers.keys()):
+            self._numbers |= {s: n for n, s in enumerate(new, len(self._numbers))}
+            line["segments"] = [_entry(source) for source in new]
+        counts = {self._numbers[source]: count for source, count in rows.items()}
+        line["rows"] = {str(number): counts[number] for number in sorted(counts)}
+        if self._version is not None and rows:
+            now = self._version + update - 1
+            ages = {now - source.version for source in rows}
+            total = sum((now - source.version) * count for source, count in rows.items())
+            line["age"] = [min(ages), _short(total / sum(rows.values())), max(ages)]
+        return line
+
+
+def read_lines(path: Path, text: str) -> list[dict[str, Any]]:
+    """Return the lines of a ledger. Raises IntegrityError where they are none; `path` names it."""
+    try:
+        lines = [json.loads(line) for line in text.splitlines()]
+        known = 0
+        for line in lines:
+            known += len(line.get("segments", ()))
+            rows = {int(number): int(count) for number, count in line["rows"].items()}
+            if type(line["update"]) is not int or not all(0 <= n < known for n in rows):
+                raise ValueError(f"update {line['update']} names a segment that no line lists")
+        list(sources_of(lines))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint=RESTORE) from error
+    return lines
+
+
+def sources_of(lines: Iterable[Mapping[str, Any]]) -> Iterable[Source]:
+    """Yield the segments of a ledger by their numbers."""
+    for line in lines:
+        for entry in line.get("segments", ()):
+            yield Source(
+                rollouts=str(entry["rollouts"]),
+                version=int(entry["version"]),
+                teacher=str(entry["teacher"]),
+                scores=tuple(map(str, entry["scores"])),
+                base=tuple(map(str, entry.get("base", ()))),
+            )
+
+
+def _entry(source: Source) -> dict[str, Any]:
+    entry = source._asdict()
+    return entry if source.base else {k: v for k, v in entry.items() if k != "base"}
+
+
+def _short(value: float) -> float:
+    """Return a number of four digits, for a file that stays small."""
+    return float(f"{value:.4g}")
