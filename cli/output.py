@@ -68,10 +68,12 @@ def print_table(rows: Sequence[Mapping[str, Any]], form: str) -> None:
     widest = widths.index(max(widths))
     beyond = sum(widths) + 2 * (len(widths) - 1) - _columns()
     widths[widest] = min(widths[widest], max(LEAST_WIDTH, widths[widest] - max(0, beyond)))
+    lines = []
     for row in cells:
         parts = (_wrapped(c, w) for c, w in zip(row, widths, strict=True))
         for line in zip_longest(*parts, fillvalue=""):
-            click.echo("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip())
+            lines.append("  ".join(map(str.ljust, line, widths)).rstrip())
+    click.echo("\n".join(lines))
 
 
 def print_segments(rows: Sequence[Mapping[str, Any]], form: str) -> None:
@@ -86,10 +88,10 @@ def print_segments(rows: Sequence[Mapping[str, Any]], form: str) -> None:
     for row in rows:
         named.setdefault(f"{row['kind']} {row['name']}", []).append(row)
     for number, (name, group) in enumerate(named.items()):
-        values = {key: {_shown(row[key]) for row in group} for key in group[0]}
-        common = {key: values[key].pop() for key in REPEATED if len(values.get(key, ())) == 1}
+        values = {key: {row[key] for row in group} for key in group[0]}
+        common = {key: _shown(*values[key]) for key in REPEATED if len(values.get(key, ())) == 1}
         shared = ", ".join(f"{key} {value}" for key, value in common.items() if value != "-")
-        empty = {key for key, shown in values.items() if shown == {"-"}}
+        empty = {key for key, each in values.items() if all(_shown(v) == "-" for v in each)}
         left_out = {"kind", "name", *common, *empty}
         if number:
             click.echo()
@@ -111,6 +113,8 @@ def size(count: int) -> str:
 
 def visible(text: str) -> str:
     """Return the text with control characters as escapes, safe for a terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
