@@ -15,6 +15,8 @@ SIDE_BY_SIDE = 4
 """Columns of a text result with many rows, such as evaluations: the first and the newest."""
 LEAST_WIDTH = 20
 """Characters of a wrapped column."""
+Tree = tuple[str, "list[Tree]"]
+"""A text, and the trees below it."""
 REPEATED = ("layout", "request", "profile", "mean_reward")
 """Keys that often have one value for all segments of a name."""
 
@@ -74,6 +76,20 @@ def print_table(rows: Sequence[Mapping[str, Any]], form: str) -> None:
         for line in zip_longest(*parts, fillvalue=""):
             lines.append("  ".join(map(str.ljust, line, widths)).rstrip())
     click.echo("\n".join(lines))
+
+
+def print_tree(tree: Tree) -> None:
+    """Print a text and, below it, the trees of its children with branches."""
+    text, children = tree
+    click.echo(visible(text))
+    _print_branches(children, "")
+
+
+def _print_branches(trees: Sequence[Tree], margin: str) -> None:
+    for tree in trees:
+        last = tree is trees[-1]
+        click.echo(visible(f"{margin}{'└─ ' if last else '├─ '}{tree[0]}"))
+        _print_branches(tree[1], margin + ("   " if last else "│  "))
 
 
 def print_segments(rows: Sequence[Mapping[str, Any]], form: str) -> None:

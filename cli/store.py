@@ -10,7 +10,10 @@ from logitcask.cli.progress import progress_bar
 from logitcask.cli.store_change import CHANGE_VERBS
 from logitcask.cli.store_estimate import estimate_command
 from logitcask.cli.store_export import export_command
+from logitcask.cli.store_provenance import provenance_command
 from logitcask.cli.store_transfer import TRANSFER_VERBS
+
+MORE_VERBS = (estimate_command, export_command, provenance_command)
 
 
 @click.group("store", context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,7 +24,7 @@ def store_command() -> None:
     """
 
 
-for command in (*CHANGE_VERBS, *TRANSFER_VERBS, estimate_command, export_command):
+for command in (*CHANGE_VERBS, *TRANSFER_VERBS, *MORE_VERBS):
     store_command.add_command(command)
 
 

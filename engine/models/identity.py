@@ -24,7 +24,11 @@ METADATA_FILE = "logitcask.json"
 MAX_CONFIG_BYTES = 1 << 24
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-HUB_FILES = ["*.json", WEIGHTS, "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+HUB_FILES = [
+    *("*.json", WEIGHTS, "*.jinja", "*.model", "merges.txt", "vocab.txt"),
+    # License and ledger, where there are any.
+    *("README.md", "ledger.jsonl"),
+]
 
 PROBE = [
     {"role": "user", "content": "What is 2 + 3?"},

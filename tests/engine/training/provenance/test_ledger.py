@@ -1,4 +1,4 @@
-"""The ledger of a run: which segments made each update, whoever trains and however it is logged."""
+"""The ledger of a run: the segments of each update, on any number of processes."""
 
 import json
 from pathlib import Path
