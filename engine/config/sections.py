@@ -195,4 +195,5 @@ class RunConfig(Section):
     lora: Lora = Lora()
     eval: Eval = Eval()
     loop: Loop
+    work: Work = Work()
     run: Run = Run()

@@ -310,3 +310,20 @@ class Loop(Section):
     updates_per_round: Positive = Field(
         1, description="Optimizer updates per round; 1 is strictly on policy."
     )
+    max_age: int = Field(
+        0,
+        ge=0,
+        description="Updates by which the student that samples a round may be older than the "
+        "student at the first update of this round; 0 = sample each round by the newest student. "
+        "More than 0 lets rollout, score and train run at once, as processes.",
+    )
+    max_unscored_bytes: Positive = Field(
+        1 << 30,
+        description="With processes: begin no rollout unit while so many bytes of rollouts wait "
+        "for their scores.",
+    )
+
+    def record(self) -> dict[str, Any]:
+        """Return the keys on which the student depends; later ones only where they are set."""
+        left_out = {"max_unscored_bytes"} | ({"max_age"} if not self.max_age else set())
+        return self.model_dump(exclude=left_out)

@@ -308,7 +308,8 @@ def _of_draws(draws: str, goal: str, corrected: bool, cache: CacheInfo, full: bo
     if cache.ages == (0,) and cache.same_weights and full:
         update = "first update" if cache.versions else "first update of a round"
         return f"{draws} per position, unbiased for {goal} at age 0, off policy after the {update}"
-    ages = ", ".join("unknown" if age is None else str(age) for age in cache.ages)
+    between = ", " if cache.versions else " to "
+    ages = between.join("unknown" if age is None else str(age) for age in cache.ages)
     reason = "" if full else ", from a tempered or truncated distribution"
     if cache.ages == (0,) and not cache.same_weights:
         reason += ", but of another run"
@@ -317,6 +318,8 @@ def _of_draws(draws: str, goal: str, corrected: bool, cache: CacheInfo, full: bo
 
 
 def _prefixes(cache: CacheInfo) -> str:
+    if not cache.versions and cache.max_age:
+        return f"of a student at most {cache.max_age} updates older, new in every round"
     if not cache.versions:
         return "of the current student, new in every round"
     low, high = min(cache.versions), max(cache.versions)

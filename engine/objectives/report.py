@@ -60,6 +60,8 @@ class CacheInfo:
     """The rollouts have rewards."""
     samples: int = 0
     """Responses to each prompt."""
+    max_age: int = 0
+    """In a loop: updates between the student that samples a round and its first update, at most."""
     scored: str = ""
     """Positions that have a score, as text, where it is not all of them."""
     entropy_bounds: bool = False
@@ -69,7 +71,7 @@ class CacheInfo:
     def ages(self) -> tuple[int | None, ...]:
         """Return the updates between each version and the student, None where it is not known."""
         if not self.versions:
-            return (0,)
+            return (0, self.max_age) if self.max_age else (0,)
         if not self.same_base_weights or (now := self.student_version) is None:
             return (None,)
         return tuple(now - version for version in self.versions)

@@ -352,8 +352,12 @@ class PackSource:
 
 def check_planned(store: Store, segments: Sequence[Segment], rollouts_name: str) -> None:
     """Raise IncompleteError if planned rollout units are missing."""
-    # Each version of the student has its own number of planned units.
-    of = {(s.version, digest(s.provenance["student"])): s.provenance for s in segments}
+    # Each version of the student has its own number of planned units, in a loop each round, which
+    # several versions may share.
+    of = {
+        s.provenance.get("round", (s.version, digest(s.provenance["student"]))): s.provenance
+        for s in segments
+    }
     if not all("units" in provenance["set"] for provenance in of.values()):
         raise IncompleteError(
             f"rollouts {rollouts_name!r} do not record how many units were planned (set.units)",

@@ -39,7 +39,7 @@ SAMPLING_SHARE = 0.75
 remaining time depends on it."""
 
 RolloutUnit = Mapping[str, int]
-"""Version of the student, first prompt, count of prompts."""
+"""Version of the student that samples, first prompt, count of prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,13 @@ class RolloutRequest:
     """Other versions of the student may be under this name already, as in a distillation loop."""
     run: Mapping[str, Any] | None = None
     """The loop; recorded, and part of the digest of the set."""
+    known_digest: str = ""
+    """`prompt_set_digest` of all this, where the caller has it; empty = computed."""
+    round: int | None = None
+    """Round of a loop whose units any version may sample: a unit has the same key by each of them.
+    None: its key has the version."""
+    draw_version: int | None = None
+    """Version whose random numbers are drawn; None = that of `model`."""
     provenance_extra: Mapping[str, Any] | None = None
     """More entries for the provenance of each segment."""
 
@@ -121,7 +128,7 @@ class RolloutRequest:
 
     @cached_property
     def set_digest(self) -> str:
-        return prompt_set_digest(
+        return self.known_digest or prompt_set_digest(
             self.prompts,
             self.model,
             self.sampling,
@@ -136,18 +143,14 @@ class RolloutRequest:
     @cached_property
     def units(self) -> dict[str, RolloutUnit]:
         """Return unit_key -> unit, planned before sampling starts."""
-        ranges = [
-            (at, min(self.unit_size, end - at))
-            for start, end in _ranges(self.first, self.size, len(self.prompts))
-            for at in range(start, end, self.unit_size)
-        ]
+        found = unit_ranges(self.first, self.size, len(self.prompts), self.unit_size)
         return {
-            unit_key(self.set_digest, self.model, at, size): {
+            unit_key(self.set_digest, self.model, at, size, self.round): {
                 "version": self.model.version,
                 "first": at,
                 "count": size,
             }
-            for at, size in ranges
+            for at, size in found
         }
 
     @cached_property
@@ -190,9 +193,12 @@ def run_rollout_unit(
         share = SAMPLING_SHARE * (done + detail.share) / total
         report(Detail(detail.positions, f"{done:,}/{total:,} sequences", share))
 
-    rolled = sampler.generate(
-        part, request.sampling, seed=seed, version=request.model.version, progress=sampled
-    )
+    version = request.model.version
+    drawn_as = version if request.draw_version is None else request.draw_version
+    rolled = sampler.generate(part, request.sampling, seed=seed, version=drawn_as, progress=sampled)
+    if drawn_as != version:
+        versions = np.full_like(rolled.version_start, version)
+        rolled = replace(rolled, version_start=versions, version_end=versions)
     if request.grader is not None:
         # Before the student's own scores: a failing grader then costs only the sampling.
         rolled = replace(rolled, reward=request.grader.rewards(rolled).astype("float32"))
@@ -300,19 +306,22 @@ def draw(
     return Draws(cnt=found.cnt, ids=found.ids, mult=found.mult, lp=found.entry_lp)
 
 
-def unit_key(set_digest: str, model: ModelRef, first: int, count: int) -> str:
-    return digest(
-        {
-            "set": set_digest,
-            "student": model.digest,
-            "version": model.version,
-            "first": first,
-            "count": count,
-        }
-    )
+def unit_key(
+    set_digest: str, model: ModelRef, first: int, count: int, round_number: int | None = None
+) -> str:
+    """Return the key of a unit; round_number: see RolloutRequest.round."""
+    if round_number is None:
+        student = {"student": model.digest, "version": model.version}
+    else:
+        student = {"base_weights": model.base_weights, "round": round_number}
+    return digest({"set": set_digest, **student, "first": first, "count": count})
 
 
-def _ranges(first: int, count: int, total: int) -> list[tuple[int, int]]:
-    """Return the ranges [start, end) of `count` of `total` prompts; 0 follows the last."""
+def unit_ranges(first: int, count: int, total: int, size: int) -> list[tuple[int, int]]:
+    """Return (first prompt, prompts) of each unit of at most `size` of `count` prompts.
+
+    They are taken in order from `first` of `total` prompts; prompt 0 follows the last.
+    """
     beyond = max(0, first + count - total)
-    return [(first, first + count - beyond), *([(0, beyond)] if beyond else [])]
+    ends = [(first, first + count - beyond), *([(0, beyond)] if beyond else [])]
+    return [(at, min(size, end - at)) for start, end in ends for at in range(start, end, size)]

@@ -28,7 +28,7 @@ _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
         "an integer",
         (
             *("units", "n_vocab", "student_topk", "mc_draws", "max_new_tokens", "top_k"),
-            *("teacher_topk_min", "teacher_topk_max", "draws", "seed", "n"),
+            *("teacher_topk_min", "teacher_topk_max", "draws", "seed", "n", "round"),
         ),
     ),
     (int, float): (
