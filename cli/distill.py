@@ -1,20 +1,32 @@
 """`logitcask distill`: rounds of rollout, score and train from one file."""
 
+import os
 from pathlib import Path
+from typing import Any, cast
 
 import rich_click as click
 
 from logitcask.cli.options import config_file_arguments, dry_run_option, format_option
 from logitcask.cli.output import print_event, print_result
 from logitcask.cli.progress import progress_bar
+from logitcask.cli.worker import stop_at_sigterm
+from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.config.toml import read_toml, to_toml
 
 
 @click.command("distill")
 @config_file_arguments
+@click.option(
+    "--role",
+    type=click.Choice(["rollout", "score", "train"]),
+    help="Do the work of one role of the loop in this process, until nothing of it is left. Start "
+    "rollout and score as often as you like, on any machine that sees the store and run.out.",
+)
 @format_option
 @dry_run_option
-def distill_command(config: Path, overrides: tuple[str, ...], form: str, dry_run: bool) -> None:
+def distill_command(
+    config: Path, overrides: tuple[str, ...], role: str | None, form: str, dry_run: bool
+) -> None:
     """Run rounds of rollout, score and train from a TOML file.
 
     In every round the current student samples, the teacher scores, and the student is updated.
@@ -22,7 +34,8 @@ def distill_command(config: Path, overrides: tuple[str, ...], form: str, dry_run
     same student.
 
     The file CONFIG takes the keys that are flags of rollout, score and train, and those of [loop]:
-    rounds, prompts_per_round, updates_per_round. --dry-run prints all of them with their values.
+    rounds, prompts_per_round, updates_per_round, max_age, max_unscored_bytes. --dry-run prints all
+    of them with their values.
 
     Example: logitcask distill distill.toml --set train.lr=1e-5
     """
@@ -33,8 +46,31 @@ def distill_command(config: Path, overrides: tuple[str, ...], form: str, dry_run
         prove(resolved, print_event)
         click.echo(to_toml(resolved))
         return
+    if role is not None:
+        _run_role(resolved, role, form)
+        return
     from logitcask.engine.distill.loop import distill
 
     with progress_bar("prompts") as progress:
         report = distill(resolved, progress=progress, on_event=print_event)
     print_result(report, form)
+
+
+def _run_role(config: RunConfig, role: str, form: str) -> None:
+    """Run a role; SIGTERM ends rollout and score after the unit in hand."""
+    from logitcask.engine.distill.roles import run_role, train_role
+    from logitcask.engine.workers.worker import check_failed
+
+    if role != "train":
+        with stop_at_sigterm() as stop, progress_bar() as bar:
+            report = run_role(
+                config, cast(Any, role), stop=stop, progress=bar, on_event=print_event
+            )
+        print_result(report, form)
+        check_failed(report, config.store.url)
+    elif os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
+        train_role(config)
+    else:
+        with progress_bar() as bar:
+            trained = train_role(config, progress=bar, on_event=print_event)
+        print_result(trained, form)

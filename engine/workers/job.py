@@ -20,6 +20,8 @@ class WorkPlan(Generic[T]):
     done: int
     total: int
     """Units committed, and units planned so far."""
+    first: Collection[str] = ()
+    """Keys of units to take before the others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -93,7 +93,9 @@ class Worker(Generic[T]):
         job, failures = self._job, self._failures
         number = job.store.head().number
         planned = self._plan()
-        taken = _take_one(planned.units, self._claims, failures, self._order)
+        taken = None
+        for keys in (planned.first, planned.units):
+            taken = taken or _take_one(keys, self._claims, failures, self._order)
         self._planned |= planned.units.keys() & failures.left_out
         units = positions = 0
         took_s = 0.0

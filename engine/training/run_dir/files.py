@@ -6,6 +6,9 @@ OUT/  model, tokenizer, logitcask.json   the result; logitcask.json is written l
       ledger.jsonl    one line per update: the segments that made it
       checkpoints/    see checkpoints.py
       tensorboard/    event files, with report_to = tensorboard
+      versions/       of a loop by roles: versions of the student, see distill/versions.py
+      teacher.json    of such a loop: the facts of its teacher
+      logs/           of such a loop: output of its processes
       .lock           held by the process that writes, while it runs
 """
 
@@ -38,6 +41,7 @@ from logitcask.engine.training.processes import command_line
 
 RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
 LEDGER, TENSORBOARD = "ledger.jsonl", "tensorboard"
+VERSIONS, TEACHER, LOGS = "versions", "teacher.json", "logs"
 LOCK = ".lock"
 RESTORE = "restore it from a copy, give another --out, or lose that run with --overwrite"
 
@@ -49,7 +53,10 @@ def read_run(out: Path) -> dict[str, Any] | None:
     """
     if (out / RUN).exists():
         return read_json(out / RUN, hint=RESTORE)
-    others = [f.name for f in out.iterdir() if f.name[0] != "."] if out.is_dir() else []
+    # The other roles of a loop may come first.
+    ours = {VERSIONS, TEACHER, LOGS}
+    names = {f.name for f in out.iterdir() if f.name[0] != "."} if out.is_dir() else set()
+    others = names - ours
     if others:
         raise ConfigError(
             f"{out} holds {min(others)!r} and no {RUN}: it is not the folder of a run",
@@ -190,9 +197,9 @@ def finishing(out: Path, updates: int) -> Iterator[None]:
 def clear(out: Path) -> None:
     """Remove an earlier run except run.json, which the next run replaces; other files stay."""
     (out / METADATA).unlink(missing_ok=True)
-    for folder in (CHECKPOINTS, TENSORBOARD):
+    for folder in (CHECKPOINTS, TENSORBOARD, VERSIONS):
         shutil.rmtree(out / folder, ignore_errors=True)
-    for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS, LEDGER):
+    for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS, LEDGER, TEACHER):
         for file in out.glob(pattern):
             file.unlink()
 

@@ -1,0 +1,133 @@
+"""Checks of a loop before anything is paid for, and the sizes that follow from its settings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from logitcask.engine.config.section import Section
+from logitcask.engine.config.sections import RunConfig
+from logitcask.engine.config.teacher import Score, Work, is_file
+from logitcask.engine.config.training import Train
+from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.packing.plan import windows_at_most
+from logitcask.engine.store import Store
+from logitcask.engine.training.run_dir.files import check_same
+from logitcask.engine.types import MC_IDS, PACK_LENGTH, Prompt
+
+_NOT_IN_A_LOOP: tuple[tuple[str, type[Section], tuple[str, ...], str], ...] = (
+    (
+        "score",
+        Score,
+        ("teacher_kind", "selection"),
+        "leave it out; a loop trains on the best ids of one teacher",
+    ),
+    (
+        "train",
+        Train,
+        (
+            *("gradient_accumulation_steps", "num_train_epochs", "teacher", "base", "snapshot"),
+            *("partial", "allow_off_lineage", "teacher_field"),
+        ),
+        "leave it out; [loop] sets the data of an update, and [teacher] the scores",
+    ),
+    (
+        "work",
+        Work,
+        ("worker", "idle_exit", "max_unscored"),
+        "leave it out; a role of a loop stays until its work is done, and "
+        "loop.max_unscored_bytes bounds what waits for scores",
+    ),
+)
+"""(section, its class, keys that a loop does not take, hint)."""
+
+
+def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
+    """Raise ConfigError for a configuration that no loop can run."""
+    longest, budget = longest_of(config, prompts), pack_length(config.train)
+    sequences = config.loop.prompts_per_round * config.rollout.n
+    if config.loop.prompts_per_round > len(prompts):
+        raise ConfigError(
+            f"loop.prompts_per_round = {config.loop.prompts_per_round}: the file has "
+            f"{len(prompts)} prompts",
+            hint=f"set loop.prompts_per_round to {len(prompts)} or less",
+        )
+    if longest > budget:
+        raise ConfigError(
+            f"train.pack_length = {budget} is less than the longest prompt with its response, "
+            f"{longest} tokens, and a sequence never spans packs",
+            hint=f"set train.pack_length to {longest} or more, or lower rollout.max_new_tokens",
+        )
+    if config.loop.updates_per_round > sequences:
+        raise ConfigError(
+            f"loop.updates_per_round = {config.loop.updates_per_round}: a round has {sequences} "
+            "responses, so some updates would have none",
+            hint=f"set loop.updates_per_round to {sequences} or less",
+        )
+    age, updates = config.loop.max_age, config.loop.updates_per_round
+    if 0 < age < updates:
+        raise ConfigError(
+            f"loop.max_age = {age}: a version is published every {updates} updates "
+            "(loop.updates_per_round), so no round could begin before the end of the one before it",
+            hint=f"set loop.max_age to {updates} or more, or to 0",
+        )
+    if config.score.extra_ids not in ("", MC_IDS):
+        raise ConfigError(
+            f"score.extra_ids = {config.score.extra_ids}: distill does not take it",
+            hint="leave it out, or give mc; every round is scored once, at the student's own ids",
+        )
+    if is_file(config.score.positions):
+        raise ConfigError(
+            f"score.positions = {config.score.positions}: a file lists positions of responses that "
+            "are stored already",
+            hint="choose positions by a rule in a loop, such as first:100",
+        )
+    for name, section, keys, hint in _NOT_IN_A_LOOP:
+        for key in keys:
+            value = getattr(getattr(config, name), key)
+            if value != section.model_fields[key].default:
+                raise ConfigError(f"{name}.{key} = {value}: distill does not take it", hint=hint)
+
+
+def packs_per_update(config: RunConfig, prompts: list[Prompt]) -> int:
+    """Return the maximum number of packs of an update, for responses of any length.
+
+    First-fit-decreasing leaves at most one pack of a window half empty, so twice the tokens and one
+    pack per window are enough; the packs that are not needed are empty and cost almost nothing.
+    """
+    sequences = -(
+        -config.loop.prompts_per_round * config.rollout.n // config.loop.updates_per_round
+    )
+    tokens = sequences * longest_of(config, prompts)
+    # A row has 60 bytes of scalars and tokens, and 10 for each entry of the two lists.
+    most = 60 + 10 * (config.rollout.student_topk + config.score.teacher_topk_max)
+    windows = windows_at_most(tokens * most)
+    return min(sequences, 2 * tokens // pack_length(config.train) + windows)
+
+
+def longest_of(config: RunConfig, prompts: list[Prompt]) -> int:
+    """Return the maximum number of tokens of a prompt with its response."""
+    return max(len(p.token_ids) for p in prompts) + config.rollout.max_new_tokens
+
+
+def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
+    """Raise IdentityError if the rollouts `name` are not rounds of this run."""
+    for segment in store.head().rollouts(name)[:1]:
+        if "run" not in segment.provenance:
+            raise IdentityError(
+                f"rollouts {name!r} in {store.url} were not made by distill",
+                hint="set store.rollouts and run.out to new names",
+            )
+        check_same(
+            f"rollouts {name!r} in {store.url}",
+            segment.provenance["run"],
+            run,
+            hint="resume with the settings of these rollouts, or set store.rollouts and run.out to "
+            "new names",
+        )
+
+
+def pack_length(train: Train) -> int:
+    """Return the tokens of a pack, one number for all rounds: their lengths are not known before.
+
+    All packs of a share make one update, so a long one costs no update.
+    """
+    return train.pack_length or PACK_LENGTH

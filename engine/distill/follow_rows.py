@@ -1,0 +1,56 @@
+"""Rows of the trainer among the roles of a loop: it publishes its student and waits for a round."""
+
+import time
+from dataclasses import dataclass
+
+from logitcask.engine.distill.on_policy_rows import RoundRows
+from logitcask.engine.distill.versions import publish, remove_others, whole_copy
+from logitcask.engine.training.processes import on_first
+
+
+@dataclass(kw_only=True)
+class FollowRows(RoundRows):
+    """`Packs` of a loop whose rounds other processes sample and score."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._rounds = self.loop.inputs.rounds()
+
+    def prepare(self, step: int) -> None:
+        """Publish the student, wait for the round that begins with update `step`, and pack it."""
+        policy = self.loop.inputs.policy
+        number, update = divmod(step, policy.updates_per_round)
+        if update:
+            return
+        digest = self._publish(policy.draw_version(number))
+        # One look of the first process a time: the others would give up on a long one.
+        while (found := on_first(lambda: self._whole(number))) is None:
+            time.sleep(self.loop.inputs.config.work.poll)
+        at, segments = found
+        snapshot = self.loop.store.snapshot(at)
+        self._round = self._packed(
+            number, digest, snapshot, lambda segment: segment.seg_id in segments
+        )
+
+    def _publish(self, number: int) -> str:
+        """Publish the student as a version, and return its digest."""
+        inputs, loop = self.loop.inputs, self.loop
+        config, out = inputs.config, inputs.config.run.out
+        whole = whole_copy(self.student, inputs.model, config.lora, config.run.seed)
+        metadata = {"plan": loop.plan, "objective": inputs.preset.objective.record()}
+
+        def save() -> str:
+            assert whole is not None, "the first process has it"
+            digest = publish(out, whole, inputs.model, number, metadata)
+            remove_others(out, number)
+            return digest
+
+        return on_first(save)
+
+    def _whole(self, number: int) -> tuple[int, frozenset[str]] | None:
+        """Return (snapshot id, segments) of a round; None while units of it are missing."""
+        rounds, policy = self._rounds, self.loop.inputs.policy
+        at = rounds.refresh(self.loop.store)
+        if (found := policy.whole(rounds, number)) is None:
+            return None
+        return at, frozenset(segment.seg_id for segment in found)

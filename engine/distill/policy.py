@@ -1,0 +1,99 @@
+"""Policy of a loop: which rounds may be sampled, and which may be trained on.
+
+Both are functions of what the store holds and of the newest version of the student, so nothing can
+be lost by a kill, and a restart cannot let a burst of rounds begin.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from logitcask.engine.errors import StoreError
+from logitcask.engine.rollout.unit import unit_ranges
+from logitcask.engine.store import Segment
+
+
+class RoundsHeld(Protocol):
+    """The rounds that a store holds, as `rounds.Rounds` reads them."""
+
+    unscored_bytes: int
+
+    def rollouts(self, number: int) -> dict[int, Segment]:
+        """Return first prompt -> rollout segment, of one round."""
+
+    def is_scored(self, segment: Segment) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """Rounds of a loop, and the bounds on their age and on work that waits for scores.
+
+    Round r has the updates r x updates_per_round and those after it. By admission, no version that
+    samples a unit of it is more than max_age updates older than the student at the first of them.
+    """
+
+    rounds: int
+    prompts_per_round: int
+    prompts: int
+    """Prompts of the file, which rounds take in order, again and again."""
+    unit_prompts: int
+    updates_per_round: int
+    max_age: int
+    max_unscored_bytes: int
+    first_version: int
+    """Version of the student before update 0."""
+
+    def units(self, number: int) -> list[tuple[int, int]]:
+        """Return (first prompt, prompts) of each unit of a round."""
+        first = number * self.prompts_per_round % self.prompts
+        return unit_ranges(first, self.prompts_per_round, self.prompts, self.unit_prompts)
+
+    @property
+    def units_total(self) -> int:
+        return sum(len(self.units(number)) for number in range(self.rounds))
+
+    def draw_version(self, number: int) -> int:
+        """Return the version that samples a round where max_age is 0: it seeds every other."""
+        return self.first_version + number * self.updates_per_round
+
+    def age(self, number: int, version: int) -> int:
+        """Return the updates from a version to the first update of a round."""
+        return self.draw_version(number) - version
+
+    def missing(self, there: RoundsHeld, number: int) -> list[tuple[int, int]]:
+        """Return the units of a round that are not sampled."""
+        held = there.rollouts(number)
+        return [unit for unit in self.units(number) if unit[0] not in held]
+
+    def admitted(self, there: RoundsHeld, newest: int, since: int = 0) -> Iterator[int]:
+        """Yield the rounds, `since` and later, that the version `newest` may sample units of now.
+
+        None while too much waits for scores: each unit that begins adds its own bytes to less than
+        max_unscored_bytes.
+        """
+        if there.unscored_bytes >= self.max_unscored_bytes:
+            return
+        for number in range(since, self.rounds):
+            if self.age(number, newest) > self.max_age:
+                return
+            if self.missing(there, number):
+                yield number
+
+    def whole(self, there: RoundsHeld, number: int) -> list[Segment] | None:
+        """Return the segments of a round to train on; None while a unit has no scores.
+
+        Raises StoreError for a segment beyond the bounds of the loop.
+        """
+        held = there.rollouts(number)
+        found = [held[first] for first, _ in self.units(number) if first in held]
+        if len(found) < len(self.units(number)) or not all(map(there.is_scored, found)):
+            return None
+        for segment in found:
+            if not 0 <= self.age(number, segment.version) <= self.max_age:
+                raise StoreError(
+                    f"{segment.what} is of round {number} and version {segment.version}: its age "
+                    f"is {self.age(number, segment.version)} updates, and max_age is "
+                    f"{self.max_age}",
+                    hint="run `logitcask store delete STORE --segment ID`, and it is sampled again",
+                )
+        return found

@@ -1,0 +1,262 @@
+"""Roles of a loop: processes that meet in the store and in the folder of the student's versions.
+
+`rollout` samples rounds by the newest version, `score` scores what is there, `train` trains on
+whole rounds in their order and publishes versions. No role holds state: each may be killed and
+started again, and any number of processes may sample and score.
+"""
+
+import threading
+import time
+from collections.abc import Collection
+from typing import Any, Literal
+
+from torch import nn
+
+from logitcask.engine.backends.base import close_backend
+from logitcask.engine.commands.load_teacher import backend, open_teacher
+from logitcask.engine.config.sections import RunConfig
+from logitcask.engine.distill.follow_rows import FollowRows
+from logitcask.engine.distill.loop import train_rounds
+from logitcask.engine.distill.setup import (
+    LoopSetup,
+    facts_of,
+    open_loop,
+    read_facts,
+    read_input,
+    write_facts,
+)
+from logitcask.engine.distill.versions import newest_version, read_version
+from logitcask.engine.errors import ConfigError
+from logitcask.engine.events import CancelToken, EventHandler, warn_once
+from logitcask.engine.packing.batches import Packs
+from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
+from logitcask.engine.score.plan import plan_scores
+from logitcask.engine.score.unit import ScoreUnit, run_score_unit
+from logitcask.engine.store import open_store
+from logitcask.engine.training.run import TrainReport
+from logitcask.engine.training.run_dir.files import TEACHER, VERSIONS
+from logitcask.engine.types import ModelRef, Progress, no_progress
+from logitcask.engine.workers.job import Job, WorkPlan, WorkReport
+from logitcask.engine.workers.worker import run_worker
+
+Role = Literal["rollout", "score"]
+
+
+def run_role(
+    config: RunConfig,
+    role: Role,
+    *,
+    stop: threading.Event | None = None,
+    progress: Progress = no_progress,
+    on_event: EventHandler = lambda line: None,
+) -> WorkReport:
+    """Sample or score the rounds of a loop until all of them are done; the same call resumes.
+
+    stop: ends it after the unit in hand. Raises as `distill` does.
+    """
+    stop = stop or threading.Event()
+    job = open_role(config, role, stop=stop, on_event=on_event)
+    try:
+        return run_worker(
+            job, config.work, stop=stop, progress=progress, on_event=on_event, until_over=True
+        )
+    finally:
+        job.close()
+
+
+def train_role(
+    config: RunConfig,
+    *,
+    progress: Progress = no_progress,
+    on_event: EventHandler = lambda line: None,
+) -> TrainReport:
+    """Train on the rounds of a loop that other roles make; the same call resumes.
+
+    Under torchrun every process calls this. Raises as `distill` does.
+    """
+    _check_role(config, "train")
+    if config.lora.load_in_4bit:
+        raise ConfigError(
+            "lora.load_in_4bit = true with the role train: weights in 4 bits are not published",
+            hint="leave it out, or run the loop in one process: --runner inline",
+        )
+    inputs = read_input(config, on_event)
+    said = warn_once(on_event)
+    while (facts := read_facts(config.run.out)) is None:
+        said(f"waiting for a scorer to write {config.run.out / TEACHER}")
+        time.sleep(config.work.poll)
+
+    def packs(loop: LoopSetup, student: nn.Module, width: int) -> Packs:
+        return FollowRows(loop=loop, student=student, width=width)
+
+    return train_rounds(inputs, facts, packs, progress, on_event)
+
+
+def open_role(
+    config: RunConfig,
+    role: Role,
+    *,
+    stop: threading.Event | None = None,
+    on_event: EventHandler = lambda line: None,
+) -> Job[Any]:
+    """Return the units of a role; it waits in its plans for what other roles provide.
+
+    stop: ends waits for servers.
+    """
+    _check_role(config, role)
+    on_event = warn_once(on_event)
+    if role == "score":
+        return _score_job(config, CancelToken(on_event, stop), on_event)
+    sampler = _Sampler(config, on_event)
+    return Job(
+        stage="rollout",
+        store=sampler.store,
+        plan=sampler.plan,
+        work=lambda key, unit, report: run_rollout_unit(unit[0], key, unit[1], report).positions,
+        close=sampler.close,
+    )
+
+
+def _check_role(config: RunConfig, role: str) -> None:
+    if config.run.overwrite:
+        raise ConfigError(
+            f"run.overwrite = true with the role {role}: each start would lose the run",
+            hint=f"leave it out, and remove {config.run.out} if that run is not needed",
+        )
+
+
+class _Sampler:
+    """The newest version of the student, and the units that it may sample."""
+
+    def __init__(self, config: RunConfig, on_event: EventHandler) -> None:
+        self._config, self._on_event = config, on_event
+        self._inputs = read_input(config, on_event)
+        self._rounds = self._inputs.rounds()
+        self._total = self._inputs.policy.units_total
+        self.store = open_store(config.store.url, create=True)
+        self._loop: LoopSetup | None = None
+        self._model: ModelRef | None = None
+        self._sampler: Any = None
+        self._requests: dict[int, RolloutRequest] = {}
+
+    def plan(self, left_out: Collection[str]) -> WorkPlan[tuple[RolloutRequest, RolloutUnit]]:
+        """Plan the units of all rounds that may begin, the first round before the others."""
+        rounds, policy = self._rounds, self._inputs.policy
+        rounds.refresh(self.store)
+        units: dict[str, tuple[RolloutRequest, RolloutUnit]] = {}
+        first: Collection[str] = ()
+        for number in self._admitted():
+            request, held = self._request(number), rounds.rollouts(number)
+            units |= {
+                key: (request, unit)
+                for key, unit in request.units.items()
+                if unit["first"] not in held
+            }
+            first = first or tuple(units)
+        if rounds.unscored_bytes >= policy.max_unscored_bytes:
+            self._on_event(
+                f"{rounds.unscored_bytes} bytes of rollouts wait for scores, and at most "
+                f"{policy.max_unscored_bytes} may (loop.max_unscored_bytes): no unit is begun"
+            )
+        return WorkPlan(units=units, first=first, done=rounds.units_sampled, total=self._total)
+
+    def close(self) -> None:
+        """Close the backend of the loaded version."""
+        if self._sampler is not None:
+            close_backend(self._sampler)
+        self._model, self._sampler = None, None
+
+    def _admitted(self) -> list[int]:
+        """Return the rounds that may begin now, with the newest version loaded if there are any."""
+        out, first = self._config.run.out, self._inputs.model
+        if self._loop is None:
+            if (facts := read_facts(out)) is None:
+                self._on_event(f"waiting for a scorer to write {out / TEACHER}")
+                return []
+            self._loop = open_loop(self._inputs, facts, self.store)
+        newest = newest_version(out, first)
+        if newest is None:
+            self._on_event(f"waiting for the trainer's first version in {out / VERSIONS}")
+            return []
+        policy, rounds = self._inputs.policy, self._rounds
+        admitted = list(policy.admitted(rounds, newest.version, rounds.sampled))
+        return admitted if admitted and self._load(newest) else []
+
+    def _request(self, number: int) -> RolloutRequest:
+        assert self._loop is not None, "a round is admitted"
+        assert self._model is not None, "a version is loaded"
+        if number not in self._requests:
+            self._requests[number] = self._loop.rollout_request(self._sampler, self._model, number)
+        return self._requests[number]
+
+    def _load(self, newest: ModelRef) -> bool:
+        """Load a version; return False where it was removed meanwhile."""
+        if self._model == newest:
+            return True
+        self._requests.clear()
+        run, out, first = self._config.run, self._config.run.out, self._inputs.model
+        if run.backend == "server":  # that of the teacher
+            run = run.model_copy(update={"backend": "auto"})
+        try:
+            if hasattr(self._sampler, "reload"):
+                self._sampler.reload(newest)
+            else:
+                # Two students need not fit side by side.
+                self.close()
+                self._sampler = backend(newest, run)
+        except Exception:
+            self.close()
+            if read_version(out, first, newest.version) == newest:
+                raise
+            return False
+        if read_version(out, first, newest.version) != newest:
+            self.close()
+            return False
+        self._model = newest
+        return True
+
+
+def _score_job(config: RunConfig, cancel: CancelToken, on_event: EventHandler) -> Job[ScoreUnit]:
+    inputs = read_input(config, on_event)
+    teacher = open_teacher(
+        config.teacher,
+        config.run,
+        inputs.model.provenance(),
+        template=inputs.rendering.chat_template,
+        exact=config.score.exact,
+        k_max=config.score.teacher_topk_max,
+        cancel=cancel,
+    )
+    try:
+        facts, notes = facts_of(teacher, config)
+        for line in notes:
+            on_event(line)
+        store = open_store(config.store.url, create=True)
+        request = open_loop(inputs, facts, store).score_request(teacher)
+        provenance = request.provenance()
+        write_facts(config.run.out, facts)
+    except BaseException:
+        teacher.close()
+        raise
+    rounds, total = inputs.rounds(), inputs.policy.units_total
+
+    def plan(left_out: Collection[str]) -> WorkPlan[ScoreUnit]:
+        rounds.refresh(store)
+        done = rounds.units_scored
+        if done == rounds.units_sampled:
+            return WorkPlan(units={}, done=done, total=total)
+        found = plan_scores(request, store.head(), growing=True)
+        for note in found.notes:
+            on_event(note)
+        number_of = {key: rounds.round_of(unit.segment) for key, unit in found.missing.items()}
+        oldest = min(number_of.values(), default=0)
+        first = [key for key, number in number_of.items() if number == oldest]
+        return WorkPlan(units=found.missing, first=first, done=done, total=total)
+
+    return Job(
+        stage="score",
+        store=store,
+        plan=plan,
+        work=lambda key, unit, report: run_score_unit(request, key, unit, provenance, report),
+        close=teacher.close,
+    )

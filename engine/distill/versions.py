@@ -1,0 +1,120 @@
+"""Versions of a student in training: one folder each, below the folder of the run.
+
+OUT/versions/v<number>/   a model folder, logitcask.json last; number: its version
+
+The trainer writes them, and samplers load the newest. A version has the digest that `live_digest`
+gave to the trainer, which is recorded and never computed from the files again: only a folder that a
+trainer of this run has published is taken for a version.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from logitcask.engine.config.training import Lora
+from logitcask.engine.errors import IdentityError
+from logitcask.engine.models.identity import METADATA_FILE, read_metadata
+from logitcask.engine.models.load import live_digest
+from logitcask.engine.models.save import save_student
+from logitcask.engine.training.run_dir.files import VERSIONS, writing
+from logitcask.engine.training.sharding.student import whole_student
+from logitcask.engine.types import ModelRef
+
+KEPT = 2
+"""Versions that stay: a sampler may be loading the one before the newest."""
+
+
+def newest_version(out: Path, first: ModelRef) -> ModelRef | None:
+    """Return the newest whole version below the folder of a run, None before the first.
+
+    first: the student before update 0. Raises IdentityError for a version of another student.
+    """
+    for number in sorted(_numbers(out), reverse=True):
+        if (found := read_version(out, first, number)) is not None:
+            return found
+    return None
+
+
+def read_version(out: Path, first: ModelRef, number: int) -> ModelRef | None:
+    """Return a whole version, None where there is none; raises as `newest_version`."""
+    folder = _folder(out, number)
+    try:
+        metadata = read_metadata(folder)
+    except FileNotFoundError:  # removed in between
+        return None
+    if metadata is None:
+        return None
+    ours = (first.base_weights, number)
+    if (metadata["root"], metadata["version"]) != ours or "live_weights" not in metadata:
+        raise IdentityError(
+            f"{folder} holds version {metadata['version']} of {metadata['root']}, and the loop "
+            f"publishes version {number} of {first.base_weights}",
+            hint=f"set run.out to a new folder, or remove {folder}",
+        )
+    digest = str(metadata["live_weights"])
+    return replace(first, path=folder, digest=digest, version=number)
+
+
+def whole_copy(student: nn.Module, first: ModelRef, lora: Lora, seed: int) -> nn.Module | None:
+    """Return the student whole, on the CPU of the first process, and None in the others.
+
+    Every process calls this. A save may merge the adapters of the copy.
+    """
+    whole = whole_student(student, first, lora, seed)
+    if whole is not None and lora.r:
+        for parameter in whole.parameters():
+            parameter.data = parameter.data.clone()
+    return whole
+
+
+def publish(out: Path, whole: nn.Module, first: ModelRef, number: int, metadata: Any) -> str:
+    """Save a student as a version, unless the folder has it already, and return its digest.
+
+    whole: as of `whole_copy`; changed. metadata: plan and objective of the loop.
+    """
+    digest = live_digest(whole)
+    found = read_version(out, first, number)
+    if found is not None and found.digest == digest:
+        return digest
+    remove_version(out, number)
+    with writing(_folder(out, number)):
+        save_student(
+            whole,
+            _folder(out, number),
+            parent=first,
+            updates=number - first.version,
+            metadata={"pin": None, **metadata, "live_weights": digest},
+        )
+    return digest
+
+
+def remove_others(out: Path, newest: int) -> None:
+    """Remove the versions that no sampler needs: old ones, and those after the newest.
+
+    The latter are of a trainer that went further before it was killed, and are made again.
+    """
+    numbers = _numbers(out)
+    kept = sorted(number for number in numbers if number <= newest)[-KEPT:]
+    for number in numbers - {*kept}:
+        remove_version(out, number)
+
+
+def remove_version(out: Path, number: int) -> None:
+    folder = _folder(out, number)
+    with writing(folder):
+        # First, so that it is not taken for a whole version.
+        (folder / METADATA_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder(out: Path, number: int) -> Path:
+    return out / VERSIONS / f"v{number}"
+
+
+def _numbers(out: Path) -> set[int]:
+    """Return the numbers of the folders of versions, whole or not."""
+    names = {folder.name.removeprefix("v") for folder in (out / VERSIONS).glob("v*")}
+    return {int(name) for name in names if name.isascii() and name.isdecimal()}
