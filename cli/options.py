@@ -24,6 +24,9 @@ FLAGS = {
     ("store", "url"): "store",
     ("teacher", "name"): "teacher",
     ("train", "args"): "train-arg",
+    ("runner", "kind"): "runner",
+    **{("runner", stage): "actors" for stage in ("rollout", "score")},
+    **{("runner", f"{stage}_resources"): "resources" for stage in ("rollout", "score")},
     **{("lora", key): f"lora-{key}" for key in Lora.model_fields},
     ("ablate", "teacher_accuracy"): "eval-teacher-accuracy",
 }
@@ -47,6 +50,7 @@ PANELS = {
     "ablate": "Ablation",
     "probe": "Measurement",
     "work": "Workers",
+    "runner": "Ray",
     "run": "Run",
 }
 """Section -> heading of its flags in `--help`."""
@@ -55,6 +59,8 @@ MODEL_KEYS = ["backend", "device", "dtype", "batch_tokens", "seed"]
 """Keys of [run] that every verb with a model shares."""
 WORKER_KEYS = ["worker", "worker_name", "lease_seconds", "poll", "max_attempts", "idle_exit"]
 """Keys of [work] that every verb with workers shares."""
+RAY_KEYS = ["max_actors", "ray_address", "restarts"]
+"""Keys of [runner] that every verb with workers shares, besides those of its own stage."""
 
 
 def config_options(kind: type[Section], keys: Mapping[str, list[str]]) -> Callable[[F], F]:

@@ -6,6 +6,7 @@ import rich_click as click
 
 from logitcask.cli.options import (
     MODEL_KEYS,
+    RAY_KEYS,
     WORKER_KEYS,
     config_from_flags,
     config_options,
@@ -14,7 +15,7 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_event, print_report
 from logitcask.cli.progress import progress_bar
-from logitcask.cli.worker import run_until_stopped
+from logitcask.cli.worker import run_until_stopped, stop_at_sigterm
 from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.sections import Rollout, RolloutConfig
 from logitcask.engine.config.toml import to_toml
@@ -29,6 +30,7 @@ from logitcask.engine.config.toml import to_toml
         "store": ["url", "rollouts", "profile"],
         "rollout": list(Rollout.model_fields),
         "work": [*WORKER_KEYS, "max_unscored"],
+        "runner": ["kind", "rollout", "rollout_resources", *RAY_KEYS],
         "run": MODEL_KEYS,
     },
 )
@@ -40,6 +42,7 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     The student's own top-k of every position is stored with them. Committed units are never sampled
     again: rerun the same command to resume. With --worker it stays, as one of any number of workers
     on the store, and samples again when the folder holds a later version of the student.
+    With --runner ray the units are done by actors of a Ray cluster.
 
     Example: logitcask rollout --model ./student --prompts prompts.jsonl --store ./store
     """
@@ -54,6 +57,13 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
         from logitcask.engine.commands.worker import watch_rollouts
 
         run_until_stopped(watch_rollouts, config, form)
+        return
+    if config.runner.kind == "ray":
+        from logitcask.engine.commands.on_ray import rollout_on_ray
+
+        with stop_at_sigterm() as stop, progress_bar() as progress:
+            report = rollout_on_ray(config, stop=stop, progress=progress, on_event=print_event)
+        print_report(report, form)
         return
     from logitcask.engine.commands.rollout import run_rollout
 

@@ -6,6 +6,7 @@ import rich_click as click
 
 from logitcask.cli.options import (
     MODEL_KEYS,
+    RAY_KEYS,
     WORKER_KEYS,
     config_from_flags,
     config_options,
@@ -14,7 +15,7 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_event, print_report
 from logitcask.cli.progress import progress_bar
-from logitcask.cli.worker import run_until_stopped
+from logitcask.cli.worker import run_until_stopped, stop_at_sigterm
 from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.config.toml import to_toml
@@ -28,6 +29,7 @@ from logitcask.engine.config.toml import to_toml
         "store": ["url", "rollouts", "profile"],
         "score": list(Score.model_fields),
         "work": WORKER_KEYS,
+        "runner": ["kind", "score", "score_resources", *RAY_KEYS],
         "run": MODEL_KEYS,
     },
 )
@@ -39,7 +41,8 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
     For every position the teacher's most likely ids, its log-probs at the student's stored ids, the
     tail and the entropy go into the store. Nothing is scored twice: rerun the same command to
     resume, and to score rollouts that were added since. With --worker it stays, as one of any
-    number of workers on the store, and waits for rollouts.
+    number of workers on the store, and waits for rollouts. With --runner ray the
+    units are done by actors of a Ray cluster.
 
     Example: logitcask score --model ./teacher --store ./store --teacher big
     """
@@ -54,6 +57,13 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
         from logitcask.engine.commands.worker import watch_scores
 
         run_until_stopped(watch_scores, config, form)
+        return
+    if config.runner.kind == "ray":
+        from logitcask.engine.commands.on_ray import score_on_ray
+
+        with stop_at_sigterm() as stop, progress_bar() as progress:
+            report = score_on_ray(config, stop=stop, progress=progress, on_event=print_event)
+        print_report(report, form)
         return
     from logitcask.engine.commands.score import run_score
 

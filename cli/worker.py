@@ -23,7 +23,7 @@ def run_until_stopped(watch: Watch, job: Any, form: str) -> None:
     with stop_at_sigterm() as stop, progress_bar() as progress:
         report = watch(job, stop=stop, progress=progress, on_event=print_event)
     print_result(report, form)
-    check_failed(report, job.store.url)
+    check_failed(report.failed, report.first_error, job.store.url)
 
 
 @contextmanager

@@ -44,6 +44,7 @@ NEEDS = {
     "gpu": torch.cuda.is_available,
     "make": lambda: shutil.which("make") is not None,
     "peft": lambda: find_spec("peft") is not None,
+    "ray": lambda: find_spec("ray") is not None,
     "soak": lambda: bool(os.environ.get("LOGITCASK_SOAK")),
 }
 """The arguments of `@pytest.mark.needs(name)`."""

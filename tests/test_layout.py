@@ -22,7 +22,7 @@ LAYERS = [
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),
     *("exchange", "probes", "training"),
-    *("workers", "commands", "distill", "ablate_table", "ablate", "demo"),
+    *("workers", "workers/ray", "commands", "distill", "ablate_table", "ablate", "demo"),
 ]
 
 FENCES = {
@@ -44,6 +44,7 @@ FENCES = {
     "peft": {"engine/models"},
     "deepspeed": {"engine/training/sharding"},
     "vllm": {"engine/backends/vllm"},
+    "ray": {"engine/workers/ray"},
     "triton": {"kernels"},
     "pickle": set(),
     "dill": set(),

@@ -22,15 +22,20 @@ def run_rollout(
     on_event: EventHandler = lambda line: None,
 ) -> RolloutReport:
     """Sample what is missing. Prompts are read and checked before any weight is loaded."""
-    model, prompts, rendering = student_and_prompts(
-        config.student, config.prompts, config.rollout, on_event
-    )
-    grader = grader_of(config.rollout, model, prompts)
-    request = rollout_request(config, model, prompts, rendering, grader)
+    request = open_rollout(config, on_event)
     try:
         return rollout(request, progress=progress)
     finally:
         close_backend(request.sampler)
+
+
+def open_rollout(config: RolloutConfig, on_event: EventHandler) -> RolloutRequest:
+    """Load prompts and student, and describe the rollouts; the caller closes the sampler."""
+    model, prompts, rendering = student_and_prompts(
+        config.student, config.prompts, config.rollout, on_event
+    )
+    grader = grader_of(config.rollout, model, prompts)
+    return rollout_request(config, model, prompts, rendering, grader)
 
 
 def rollout_request(

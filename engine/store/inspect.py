@@ -92,17 +92,17 @@ def segment_rows(segments: Iterable[Segment]) -> list[dict[str, Any]]:
             "segment": s.seg_id,
             "base": s.base or "-",
             "sequences": s.counts["N"],
-            "positions": _rows(s),
+            "positions": rows_of(s),
             "layout": s.layout,
             "request": describe_request(s),
             "profile": s.profile,
-            "bytes_per_position": committed_bytes([s]) / max(1, _rows(s)),
+            "bytes_per_position": committed_bytes([s]) / max(1, rows_of(s)),
         }
         for s in segments
     ]
 
 
-def _rows(segment: Segment) -> int:
+def rows_of(segment: Segment) -> int:
     """Return the positions of a segment; an extension has entries at all of its base."""
     return segment.rows if not segment.extends or segment.is_partial else segment.counts["P"]
 

@@ -54,6 +54,8 @@ class Receipt:
     missing: int
     """Units of the plan without those left out: this one, and those of other workers."""
     left_out: int
+    first_error: str
+    """Error of one unit that is left out; empty if there is none."""
     done: int
     total: int
     """As in the plan."""

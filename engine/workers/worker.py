@@ -116,6 +116,7 @@ class Worker(Generic[T]):
             seconds=took_s,
             missing=len(planned.units.keys() - failures.left_out),
             left_out=len(self.failed),
+            first_error=self.first_error,
             done=planned.done,
             total=planned.total,
         )
@@ -201,12 +202,11 @@ def run_worker(
     )
 
 
-def check_failed(report: WorkReport, url: str) -> None:
+def check_failed(failed: int, first_error: str, url: str) -> None:
     """Raise IncompleteError where units were left out."""
-    if report.failed:
+    if failed:
         raise IncompleteError(
-            f"{report.failed} units failed too often and are left out; one with "
-            f"{report.first_error}",
+            f"{failed} units failed too often and are left out; one with {first_error}",
             hint=f"remove the cause, then: logitcask store retry-failed {url}",
         )
 

@@ -117,6 +117,16 @@ class Claim:
             self._storage.remove(_name(CLAIMS, self._unit, fence))
 
 
+def forget_claims(storage: Storage, worker: str) -> None:
+    """Remove the claims of a worker that is dead, so that others need not wait for a lease."""
+    for unit, fences in _listed(storage, CLAIMS).items():
+        # An incomplete claim names no worker, and dies as any other does.
+        body = storage.read(_name(CLAIMS, unit, fences[-1]), MAX_NOTE_BYTES)
+        if body == canonical({"worker": worker, "beat": fences[-1]}):
+            for fence in fences:
+                storage.remove(_name(CLAIMS, unit, fence))
+
+
 def shard_of(unit_key: str) -> str:
     """Return the shard of a unit: the folder of its claims and of its notes."""
     return _unit_of(unit_key)[:2]

@@ -21,7 +21,7 @@ follow_imports = silent
 [mypy-torch.*,transformers.*,numpy.*,triton.*,numcodecs.*,pcodec.*,peft.*,vllm.*,google_crc32c.*]
 follow_imports = skip
 ignore_missing_imports = True
-[mypy-zarr.*,obstore.*,aiohttp.*,rich_click.*,rich.*,click.*,accelerate.*]
+[mypy-zarr.*,ray.*,obstore.*,aiohttp.*,rich_click.*,rich.*,click.*,accelerate.*]
 follow_imports = skip
 ignore_missing_imports = True
 """
@@ -32,7 +32,7 @@ def declared(root: Path) -> Iterator[tuple[Path, str, ast.AnnAssign]]:
     sections = {"Section"}
     for name in (
         "types.py",
-        *(f"config/{each}.py" for each in ("prompts", "teacher", "training", "sections")),
+        *(f"config/{each}.py" for each in ("prompts", "runner", "teacher", "training", "sections")),
     ):
         path = root / "engine" / name
         for node in ast.parse(path.read_text()).body:

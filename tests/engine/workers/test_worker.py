@@ -210,12 +210,12 @@ def test_a_unit_is_left_out_after_three_failures_over_all_workers(store: Store) 
     assert [each.worker for each in notes] == ["first", "second", "third"]
     assert "in work" in notes[0].traceback
     with pytest.raises(IncompleteError) as caught:
-        check_failed(reports[2], store.url)
+        check_failed(reports[2].failed, reports[2].first_error, store.url)
     assert caught.value.cause == (
         "1 units failed too often and are left out; one with AnswerError: q > 1"
     )
     assert f"store retry-failed {store.url}" in caught.value.hint
-    check_failed(reports[0], store.url)
+    check_failed(reports[0].failed, reports[0].first_error, store.url)
 
     (removed,) = retry_failed(store)
     assert (removed["unit"], removed["failures"], removed["worker"]) == (UNITS[2], 3, "third")

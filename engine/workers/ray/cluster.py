@@ -1,0 +1,76 @@
+"""The connection to a Ray cluster, and what its actors may use of it."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from logitcask.engine.errors import ConfigError, ServerError
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Yield the module ray, connected to a cluster.
+
+    address: of the cluster; empty = RAY_ADDRESS, else the cluster of this machine, else one that
+    lives as long as the connection. A connection of the caller is used and stays.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            "runner = ray needs the package ray", hint='pip install "logitcask[ray]"'
+        ) from error
+    if ray.is_initialized():
+        yield ray
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address or None, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, ValueError) as error:
+        where = address or os.environ.get("RAY_ADDRESS", "this machine")
+        raise ServerError(
+            f"no Ray cluster at {where}: {_line(error)}",
+            hint="give --ray-address HOST:6379, or leave it out for a cluster on this machine",
+        ) from error
+    # Ray takes SIGTERM for itself.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def resources_of(ray: Any, declared: Mapping[str, float], device: str) -> dict[str, float]:
+    """Return the resources of one actor: one CPU, and one GPU if it may compute on one.
+
+    declared: those of the configuration, which come first. device: of [run]. Raises ConfigError
+    where the cluster has GPUs and none of them would be the actor's.
+    """
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    gpus = float(device.startswith("cuda") or (device == "auto" and has_gpus))
+    found = {"CPU": 1.0, "GPU": gpus, **declared}
+    if device.startswith("cuda") and not found["GPU"]:
+        raise ConfigError(
+            f"resources GPU = 0 with device = {device}", hint="give GPU = 1, or a part of one"
+        )
+    return found
+
+
+def options_of(resources: Mapping[str, float]) -> dict[str, Any]:
+    """Return resources as the options of an actor."""
+    own = {name: value for name, value in resources.items() if name not in ("CPU", "GPU")}
+    return {"num_cpus": resources["CPU"], "num_gpus": resources["GPU"], "resources": own}
+
+
+def are_free(ray: Any, resources: Mapping[str, float]) -> bool:
+    """Return True where the cluster has these resources free, on all nodes together."""
+    free = ray.available_resources()
+    return all(free.get(name, 0.0) >= value for name, value in resources.items() if value)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,230 @@
+"""Actors of a real Ray cluster of two nodes: nodes join and are lost, processes are killed.
+
+One test, for one cluster: it costs some 20 seconds of a CPU before any work is done.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcask.engine.commands.on_ray import rollout_on_ray, score_on_ray
+from logitcask.engine.commands.rollout import run_rollout
+from logitcask.engine.config.runner import Runner
+from logitcask.engine.config.teacher import Work
+from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
+from logitcask.engine.store import open_store
+from logitcask.engine.store.verify import verify
+from logitcask.engine.workers.ray import pool
+from logitcask.engine.workers.ray.cluster import connected, options_of, resources_of
+from logitcask.engine.workers.ray.drive import run_roles
+from logitcask.engine.workers.ray.pool import Role
+from tests.engine.commands.test_worker import here, rolls, scores
+from tests.engine.store.made import key
+from tests.engine.workers.ray.toy import UNITS, begun, open_toy
+
+ROOT = Path(__file__).resolve().parents[4]
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+__all__ = ["here"]
+
+
+class TwoNodes:
+    """A cluster on this machine, whose second node comes and goes."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args={**NODE, "include_dashboard": False}
+        )
+        self.address = str(self._cluster.address)
+        self._second: Any = None
+
+    def join(self) -> None:
+        self._second = self._cluster.add_node(**NODE)
+
+    def lose(self) -> None:
+        """Kill all processes of the second node."""
+        self._cluster.remove_node(self._second, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
+    # Not below tmp_path: the path of a socket has 107 bytes at most.
+    folder = Path(tempfile.mkdtemp(prefix="lr"))
+    (folder / "ray").mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # The actors import the job of the test.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, sys.path)]))
+    cluster = TwoNodes()
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+        until(lambda: not processes_of(folder))
+        shutil.rmtree(folder)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the command lines of living processes that name the folder."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = each.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in line:
+            found.append(line)
+    return found
+
+
+def until(is_true: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < end_s, "a wait of a minute"
+        time.sleep(0.1)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.needs("ray")
+@pytest.mark.filterwarnings("ignore")
+def test_actors_do_every_unit_once_while_nodes_come_and_go(
+    two_nodes: TwoNodes, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes_and_kills(two_nodes, tmp_path, monkeypatch)
+    two_nodes.join()
+    commands(two_nodes, here)
+
+
+def nodes_and_kills(two_nodes: TwoNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One actor, a second with its node, that node lost at half time, and the first one killed."""
+    monkeypatch.setattr(pool, "GROW_S", 0.2)
+    url, log = str(tmp_path / "toy"), tmp_path / "begun"
+    store = open_store(url, create=True)
+    events: list[str] = []
+    acts = {
+        2: two_nodes.join,
+        UNITS // 2: two_nodes.lose,
+        3 * UNITS // 4: lambda: os.kill(begun(log)[0][1], signal.SIGKILL),
+    }
+    counts: list[int] = []
+
+    def progress(stage: str, done: int, total: int, detail: object = None) -> None:
+        counts.append(done)
+        for at in [at for at in acts if done >= at]:
+            acts.pop(at)()
+
+    role = Role(
+        name="toy",
+        open_job=partial(open_toy, url, log),
+        store=url,
+        work=Work(poll=0.2),
+        resources={"CPU": 1.0, "GPU": 0.0},
+        actors=1,
+        most=2,
+        restarts=2,
+    )
+    with connected(two_nodes.address) as ray:
+        (done,) = run_roles(
+            ray, [role], stop=threading.Event(), progress=progress, on_event=events.append
+        )
+    assert not acts
+    assert done.over
+    assert (done.done, done.total, done.left_out) == (UNITS - 1, UNITS, 1)
+    assert done.first_error == "UnitError: unit 0 cannot be done"
+    segments = store.head().segments
+    assert {s.unit_key for s in segments} == {key("toy", n) for n in range(1, UNITS)}
+    assert len(segments) == UNITS - 1, "no unit twice"
+    started = begun(log)
+    assert len({process for _, process in started}) == 3, "two nodes, and the first started again"
+    assert len(started) < 1.6 * UNITS
+    assert counts == sorted(counts)
+    assert events == [
+        "toy-0: a toy is open",
+        "toy-1 is lost: 1 are left",
+        "toy-0 is lost: Ray starts it again where it has room",
+    ]
+    assert store.storage.files("claims") == []
+    assert verify(store, deep=True).orphans == ()
+    until(lambda: not any(is_alive(process) for _, process in started))
+
+
+def commands(two_nodes: TwoNodes, here: Path) -> None:
+    """Do rollouts on Ray and inline: the units and the reports are the same."""
+    ray = {"kind": "ray", "ray_address": two_nodes.address}
+    inline = run_rollout(rolls(here, "inline"))
+    stop = threading.Event()
+    config = rolls(here, worker=False, poll=0.2)
+    report = rollout_on_ray(
+        config.model_copy(update={"runner": Runner(**ray, rollout=2)}), stop=stop
+    )
+    for name in (
+        *("units_total", "units_new", "units_done_before", "positions", "sequences"),
+        *("mean_length", "stopped_share", "mean_reward"),
+    ):
+        assert getattr(report, name) == getattr(inline, name), name
+    store, other = (open_store(here / name) for name in ("s", "inline"))
+    assert store.head().unit_keys() == other.head().unit_keys()
+
+    changes = {"work": Work(poll=0.2), "runner": Runner(**ray)}
+    teacher = scores(here).model_copy(update=changes)
+
+    def interrupt(*counts: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_on_ray(teacher, stop=stop, progress=interrupt)
+    assert store.storage.files("claims") == []
+    assert len(store.head().scores("teacher")) == 1
+    done = score_on_ray(teacher, stop=stop)
+    assert (done.units_total, done.units_done_before, done.units_new) == (2, 1, 1)
+    assert done.positions == sum(s.counts["P"] for s in store.head().rollouts("main")) // 2
+    with pytest.raises(ConfigError, match="worker with runner = ray"):
+        score_on_ray(scores(here), stop=stop)
+    missing = teacher.store.model_copy(update={"url": str(here / "none")})
+    with pytest.raises(StoreError, match="is not a logitcask store"):
+        score_on_ray(teacher.model_copy(update={"store": missing}), stop=stop)
+    stop.set()
+    with pytest.raises(IncompleteError, match="SIGTERM came before the end"):
+        score_on_ray(teacher, stop=stop)
+
+
+class Machine:
+    """The part of the module ray that says what a cluster has."""
+
+    def __init__(self, **resources: float) -> None:
+        self.resources = resources
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
+
+
+def test_an_actor_gets_a_gpu_where_it_may_compute_on_one() -> None:
+    cpus, gpus = Machine(CPU=8.0), Machine(CPU=8.0, GPU=2.0)
+    assert resources_of(cpus, {}, "auto") == {"CPU": 1.0, "GPU": 0.0}
+    assert resources_of(gpus, {}, "auto") == {"CPU": 1.0, "GPU": 1.0}
+    assert resources_of(gpus, {}, "cpu") == {"CPU": 1.0, "GPU": 0.0}
+    half = resources_of(gpus, {"GPU": 0.5, "big": 1.0}, "cuda")
+    assert options_of(half) == {"num_cpus": 1.0, "num_gpus": 0.5, "resources": {"big": 1.0}}
+    with pytest.raises(ConfigError, match="GPU = 0 with device = cuda:1"):
+        resources_of(gpus, {"GPU": 0.0}, "cuda:1")
