@@ -5,12 +5,18 @@ from dataclasses import dataclass
 
 from logitcask.engine.distill.on_policy_rows import RoundRows
 from logitcask.engine.distill.versions import publish, remove_others, whole_copy
+from logitcask.engine.events import EventHandler
 from logitcask.engine.training.processes import on_first
+
+LONG_S = 60.0
+"""Seconds of waiting for a round before an event tells about it."""
 
 
 @dataclass(kw_only=True)
 class FollowRows(RoundRows):
     """`Packs` of a loop whose rounds other processes sample and score."""
+
+    on_event: EventHandler
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -23,8 +29,12 @@ class FollowRows(RoundRows):
         if update:
             return
         digest = self._publish(policy.draw_version(number))
-        # One look of the first process a time: the others would give up on a long one.
+        begun_s, silent = time.monotonic(), True
+        # The first process looks once at a time: the others would give up on a longer wait.
         while (found := on_first(lambda: self._whole(number))) is None:
+            if silent and time.monotonic() - begun_s > LONG_S:
+                silent = False
+                self.on_event(self._lacks(number))
             time.sleep(self.loop.inputs.config.work.poll)
         at, segments = found
         snapshot = self.loop.store.snapshot(at)
@@ -54,3 +64,12 @@ class FollowRows(RoundRows):
         if (found := policy.whole(rounds, number)) is None:
             return None
         return at, frozenset(segment.seg_id for segment in found)
+
+    def _lacks(self, number: int) -> str:
+        """Return the text on a round that is not whole."""
+        units, held = self.loop.inputs.policy.units(number), self._rounds.rollouts(number)
+        scored = sum(map(self._rounds.is_scored, held.values()))
+        return (
+            f"waiting for round {number}: {len(held)} of {len(units)} units are sampled, {scored} "
+            "scored"
+        )

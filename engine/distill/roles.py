@@ -27,7 +27,7 @@ from logitcask.engine.distill.setup import (
 )
 from logitcask.engine.distill.versions import newest_version, read_version
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.events import CancelToken, EventHandler, warn_once
+from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
 from logitcask.engine.score.plan import plan_scores
@@ -55,7 +55,12 @@ def run_role(
     stop: ends it after the unit in hand. Raises as `distill` does.
     """
     stop = stop or threading.Event()
-    job = open_role(config, role, stop=stop, on_event=on_event)
+    try:
+        job = open_role(config, role, stop=stop, on_event=on_event)
+    except Cancelled:
+        return WorkReport(
+            units=0, positions=0, seconds=0.0, positions_per_second=0.0, failed=0, first_error=""
+        )
     try:
         return run_worker(
             job, config.work, stop=stop, progress=progress, on_event=on_event, until_over=True
@@ -87,7 +92,7 @@ def train_role(
         time.sleep(config.work.poll)
 
     def packs(loop: LoopSetup, student: nn.Module, width: int) -> Packs:
-        return FollowRows(loop=loop, student=student, width=width)
+        return FollowRows(loop=loop, student=student, width=width, on_event=on_event)
 
     return train_rounds(inputs, facts, packs, progress, on_event)
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from logitcask.engine.config.training import Lora
-from logitcask.engine.errors import IdentityError
+from logitcask.engine.errors import IdentityError, ModelError
 from logitcask.engine.models.identity import METADATA_FILE, read_metadata
 from logitcask.engine.models.load import live_digest
 from logitcask.engine.models.save import save_student
@@ -43,8 +43,10 @@ def read_version(out: Path, first: ModelRef, number: int) -> ModelRef | None:
     folder = _folder(out, number)
     try:
         metadata = read_metadata(folder)
-    except FileNotFoundError:  # removed in between
-        return None
+    except ModelError:
+        if (folder / METADATA_FILE).exists():
+            raise
+        metadata = None  # removed in between
     if metadata is None:
         return None
     ours = (first.base_weights, number)

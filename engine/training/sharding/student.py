@@ -12,7 +12,13 @@ from logitcask.engine.models.adapters import with_adapters
 from logitcask.engine.models.attention import attention_of
 from logitcask.engine.models.check import CheckedPaths
 from logitcask.engine.models.forward import inner_model, rope_switch
-from logitcask.engine.models.load import empty_student, load_model, load_student, paths_of
+from logitcask.engine.models.load import (
+    ON_GPU,
+    empty_student,
+    load_model,
+    load_student,
+    paths_of,
+)
 from logitcask.engine.training.processes import on_first, rank
 from logitcask.engine.training.run_dir.shards import reshard
 from logitcask.engine.training.sharding import zero3
@@ -97,11 +103,12 @@ def whole_student(
         state[name] = found[id(tensor)]
     if not here:
         return None
+    attention = attention_of(inner_model(student))
     copy = empty_student(
         model,
         paths_of(student),
         dict(student.named_buffers()),
-        attention=attention_of(inner_model(student)),
+        attention="sdpa" if device is None and attention in ON_GPU else attention,
         lora=lora,
         seed=seed,
     )

@@ -1,8 +1,11 @@
 """The roles of a loop: the same student as in one process, bounded ages, and kills."""
 
 import json
+import random
+import shutil
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +16,10 @@ import logitcask.engine.distill.follow_rows as follow_rows
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.config.toml import read_toml
 from logitcask.engine.distill.loop import distill
-from logitcask.engine.distill.roles import open_role, train_role
+from logitcask.engine.distill.roles import Role, open_role, run_role, train_role
+from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.store import open_store
+from logitcask.engine.training.run import TrainReport
 from logitcask.engine.workers.worker import Worker
 from tests.engine.tiny import make_model, save_folder
 
@@ -84,12 +89,13 @@ def follow(
     config: RunConfig,
     monkeypatch: pytest.MonkeyPatch,
     pause: Callable[[list[Worker[Any]]], None],
-    roles: tuple[str, ...] = ("score", "rollout"),
-) -> Any:
+    roles: Sequence[Role] = ("score", "rollout"),
+) -> TrainReport:
     """Run the trainer in this thread; the other roles work in its pauses, as `pause` has them."""
-    jobs = [open_role(config, role) for role in roles]  # type: ignore[arg-type]
+    jobs = [open_role(config, role) for role in roles]
     workers = [Worker(job, config.work) for job in jobs]
-    monkeypatch.setattr(follow_rows, "time", SimpleNamespace(sleep=lambda _: pause(workers)))
+    clock = SimpleNamespace(sleep=lambda _: pause(workers), monotonic=time.monotonic)
+    monkeypatch.setattr(follow_rows, "time", clock)
     try:
         return train_role(config)
     finally:
@@ -97,19 +103,105 @@ def follow(
             job.close()
 
 
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timed = ("progress/seconds", "train/data_wait")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
 def one_each(workers: list[Worker[Any]]) -> None:
     for worker in workers:
         worker.do_one()
+
+
+class Killed(Exception):
+    pass
 
 
 def test_without_age_the_roles_give_the_student_of_one_process(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inline = distill(configure(models, tmp_path / "inline"))
-    roles = follow(configure(models, tmp_path / "roles"), monkeypatch, one_each)
-    outs = [tmp_path / name / "out" / "model.safetensors" for name in ("inline", "roles")]
-    assert outs[0].read_bytes() == outs[1].read_bytes()
+    config = configure(models, tmp_path / "roles")
+    roles = follow(config, monkeypatch, one_each)
+    outs = [tmp_path / name / "out" for name in ("inline", "roles")]
+    weights = [(out / "model.safetensors").read_bytes() for out in outs]
+    assert weights[0] == weights[1]
     stores = [open_store(tmp_path / name / "store") for name in ("inline", "roles")]
-    keys = [Counter(s.unit_key for s in store.head().segments) for store in stores]
-    assert keys[0] == keys[1]
-    assert roles.last["cache/age"] == inline.last["cache/age"]
+    segments = [Counter(s.unit_key for s in store.head().segments) for store in stores]
+    assert segments[0] == segments[1], "one can go on where the other stopped"
+    lines = [metrics(out) for out in outs]
+    assert lines[0] == lines[1]
+    assert (roles.updates, roles.version) == (inline.updates, inline.version)
+    # Nothing is left for any role.
+    assert (run_role(config, "rollout").units, run_role(config, "score").units) == (0, 0)
+    assert train_role(config).resumed_at == ROUNDS * UPDATES
+
+
+def test_roles_in_any_order_keep_the_bounds_and_do_every_unit_once(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = random.Random(0)
+
+    def in_any_order(workers: list[Worker[Any]]) -> None:
+        for worker in order.choices(workers, k=3):
+            worker.do_one()
+
+    config = configure(models, tmp_path / "a", "loop.max_age=4")
+    follow(config, monkeypatch, in_any_order, ("score", "rollout", "rollout"))
+    units = units_of(tmp_path / "a")
+    # The second and the fourth round begin again at the first prompt.
+    per_round = [2, 2, 2, 2]
+    assert set(units.values()) == {1}
+    assert [sum(r == n and kind == "rollout" for kind, r, _ in units) for n in range(ROUNDS)] == (
+        per_round
+    )
+    assert sum(kind == "score" for kind, _, _ in units) == sum(per_round)
+    ages = [line["cache/age"] for line in metrics(tmp_path / "a" / "out")][::UPDATES]
+    assert max(ages) > 0, "the samplers ran ahead"
+    assert max(ages) <= 4
+    versions = {path.name for path in (tmp_path / "a" / "out" / "versions").iterdir()}
+    assert versions == {"v4", "v6"}
+    # The student follows from the store, also where its trainer dies on the way.
+    shutil.copytree(tmp_path / "a" / "store", tmp_path / "b" / "store")
+    (tmp_path / "b" / "out").mkdir()
+    shutil.copy(tmp_path / "a" / "out" / "teacher.json", tmp_path / "b" / "out")
+    again = configure(models, tmp_path / "b", "loop.max_age=4")
+
+    def killed(stage: str, done: int, *_: Any) -> None:
+        if done == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_role(again, progress=killed)
+    assert train_role(again).resumed_at == 4
+    weights = [(tmp_path / n / "out" / "model.safetensors").read_bytes() for n in ("a", "b")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "run", "message"),
+    [
+        ("loop.max_age=1", train_role, "max_age = 1: a version is published every 2 updates"),
+        ("loop.max_age=2", distill, "max_age = 2: one process samples with its newest student"),
+        ("work.idle_exit=5", distill, "work.idle_exit = 5.0: distill does not take it"),
+        ("run.overwrite=true", train_role, "with the role train: each start would lose the run"),
+        ("lora.load_in_4bit=true", train_role, "weights in 4 bits are not published"),
+    ],
+    ids=["age below a round", "age in one process", "idle", "overwrite", "4 bits"],
+)
+def test_settings_that_a_role_cannot_serve_are_refused(
+    models: Path, tmp_path: Path, change: str, run: Any, message: str
+) -> None:
+    changes = ["lora.r=2"] if "lora" in change else []
+    with pytest.raises(ConfigError, match=message):
+        run(configure(models, tmp_path, change, *changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_another_teacher_are_refused(models: Path, tmp_path: Path) -> None:
+    config = configure(models, tmp_path)
+    open_role(config, "score").close()
+    other = configure(models, tmp_path, f"teacher.model={models / 'student'}")
+    with pytest.raises(IdentityError, match=r"out holds a run with teacher\.digest"):
+        open_role(other, "score")

@@ -1,0 +1,253 @@
+"""The bounds of a loop: no order of admissions, commits, kills and updates breaks them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from logitcask.engine.distill.policy import Policy
+from logitcask.engine.distill.rounds import ROUND, Rounds
+from logitcask.engine.errors import StoreError
+from logitcask.engine.store import Segment
+from logitcask.engine.store.format.entry import SegmentBody
+
+SIZE = 10
+"""Bytes of each segment of rollouts."""
+
+
+def policy_of(**changes: int) -> Policy:
+    values = {
+        **{"rounds": 5, "prompts_per_round": 3, "prompts": 7, "unit_prompts": 2},
+        **{"updates_per_round": 1, "max_age": 2, "max_unscored_bytes": 45, "first_version": 4},
+    }
+    return Policy(**{**values, **changes})
+
+
+def sampled(number: int, first: int, version: int, *, recorded: bool = True) -> Segment:
+    body = SegmentBody(
+        unit={"version": version, "first": first},
+        provenance={ROUND: number} if recorded else {},
+    )
+    return Segment(
+        kind="rollout",
+        seg_id=f"{number}/{first}",
+        unit_key=f"{number}/{first}",
+        name="main",
+        layout="",
+        profile="",
+        size=SIZE,
+        version=version,
+        first=first,
+        source=body,
+    )
+
+
+def scored(base: str, *, layout: str = "full", name: str = "big") -> Segment:
+    return Segment(
+        kind="score",
+        unit_key=f"{base} scored",
+        name=name,
+        base=base,
+        layout=layout,
+        profile="",
+        source=SegmentBody(unit={}, provenance={}),
+    )
+
+
+def rounds_of(policy: Policy, *segments: Segment, **options: Any) -> Rounds:
+    found = Rounds(policy, rollouts="main", teacher="big", **options)
+    for segment in segments:
+        found.add(segment)
+    return found
+
+
+def admitted(policy: Policy, there: Rounds, newest: int) -> list[int]:
+    return list(policy.admitted(there, newest))
+
+
+def test_a_round_begins_when_its_sampler_is_young_enough() -> None:
+    policy = policy_of(updates_per_round=2, max_age=4)
+    there = rounds_of(policy)
+    # Rounds 0 to 4 have their first updates at 0, 2, 4, 6, 8; the first version is 4.
+    assert admitted(policy, there, 4) == [0, 1, 2]
+    assert admitted(policy, there, 6) == [0, 1, 2, 3]
+    assert admitted(policy_of(max_age=0), rounds_of(policy), 4) == [0]
+
+
+def test_a_round_that_wraps_has_the_units_of_both_ends() -> None:
+    policy = policy_of()
+    assert [policy.units(number) for number in (0, 1, 2)] == [
+        [(0, 2), (2, 1)],
+        [(3, 2), (5, 1)],
+        [(6, 1), (0, 2)],
+    ]
+    assert policy.units_total == 10
+
+
+def test_bytes_that_wait_for_scores_stop_admissions() -> None:
+    policy = policy_of(max_unscored_bytes=2 * SIZE)
+    first, second = sampled(0, 0, 4), sampled(0, 2, 4)
+    assert admitted(policy, rounds_of(policy, first), 4) == [0, 1, 2]
+    assert admitted(policy, rounds_of(policy, first, second), 4) == []
+    of_other = scored(first.seg_id, name="other")
+    assert admitted(policy, rounds_of(policy, first, second, of_other), 4) == []
+    there = rounds_of(policy, first, second, scored(first.seg_id))
+    assert admitted(policy, there, 4) == [1, 2]
+    assert there.unscored_bytes == SIZE
+
+
+def test_scores_of_equal_rollouts_under_another_name_count() -> None:
+    policy = policy_of()
+    there = rounds_of(policy, scored("0/0"), sampled(0, 0, 4))
+    assert (there.units_sampled, there.units_scored, there.unscored_bytes) == (1, 1, 0)
+
+
+def test_scores_with_extra_ids_are_complete_with_their_extension() -> None:
+    policy = policy_of()
+    segments = [sampled(0, 0, 4), scored("0/0")]
+    assert rounds_of(policy, *segments, extended=True).units_scored == 0
+    segments.append(scored("0/0", layout="extension"))
+    assert rounds_of(policy, *segments, extended=True).units_scored == 1
+
+
+def test_the_round_of_an_earlier_loop_follows_from_its_version() -> None:
+    policy = policy_of(updates_per_round=2, max_age=0)
+    there = rounds_of(policy, sampled(0, 3, 6, recorded=False))
+    assert list(there.rollouts(1)) == [3]
+
+
+@pytest.mark.parametrize(("version", "age"), [(3, 3), (7, -1)])
+def test_a_sequence_beyond_the_bounds_is_never_consumed(version: int, age: int) -> None:
+    policy = policy_of(unit_prompts=3)
+    segment = sampled(2, 6, version), sampled(2, 0, 5)
+    there = rounds_of(policy, *segment, *(scored(each.seg_id) for each in segment))
+    with pytest.raises(StoreError, match=f"its age is {age} updates, and max_age is 2"):
+        policy.whole(there, 2)
+
+
+class Loop(RuleBasedStateMachine):
+    """Samplers, scorers and a trainer that any order of steps and kills may interleave."""
+
+    @initialize(
+        updates=st.integers(1, 3), more=st.integers(0, 5), cap=st.integers(1, 60), age=st.booleans()
+    )
+    def begin(self, updates: int, more: int, cap: int, age: bool) -> None:
+        self.policy = policy_of(
+            updates_per_round=updates,
+            max_age=updates + more if age else 0,
+            max_unscored_bytes=cap,
+        )
+        self.there = rounds_of(self.policy)
+        self.newest = self.policy.first_version
+        self.consumed = 0
+        self.in_hand: list[Segment] = []
+        self.scoring: list[Segment] = []
+        self.ages: set[int] = set()
+
+    def units(self) -> list[Segment]:
+        """Return the units that a sampler may begin now, with the version that samples them."""
+        return [
+            sampled(number, first, self.newest)
+            for number in self.policy.admitted(self.there, self.newest)
+            for first, _ in self.policy.missing(self.there, number)
+        ]
+
+    def unscored(self) -> list[Segment]:
+        held = [each for n in range(5) for each in self.there.rollouts(n).values()]
+        return [each for each in held if not self.there.is_scored(each)]
+
+    def whole(self) -> bool:
+        there = self.there
+        if self.consumed == self.policy.rounds:
+            return False
+        return self.policy.whole(there, self.consumed) is not None
+
+    @precondition(lambda self: self.units() and len(self.in_hand) < 3)
+    @rule(data=st.data())
+    def begin_unit(self, data: Any) -> None:
+        """Two samplers may have the same unit in hand, the lease of one having ended."""
+        assert self.there.unscored_bytes < self.policy.max_unscored_bytes
+        self.in_hand.append(data.draw(st.sampled_from(self.units())))
+
+    @precondition(lambda self: self.in_hand)
+    @rule(data=st.data(), killed=st.booleans())
+    def end_unit(self, data: Any, killed: bool) -> None:
+        unit = data.draw(st.sampled_from(self.in_hand))
+        self.in_hand.remove(unit)
+        # The store commits one segment of a key.
+        if not killed and unit.first not in self.there.rollouts(unit.provenance[ROUND]):
+            self.there.add(unit)
+
+    @precondition(lambda self: self.unscored())
+    @rule(data=st.data())
+    def score(self, data: Any) -> None:
+        self.there.add(scored(data.draw(st.sampled_from(self.unscored())).seg_id))
+
+    @precondition(lambda self: self.whole())
+    @rule()
+    def train(self) -> None:
+        found = self.policy.whole(self.there, self.consumed)
+        assert found is not None
+        assert [each.first for each in found] == [u for u, _ in self.policy.units(self.consumed)]
+        self.ages |= {self.newest - segment.version for segment in found}
+        self.consumed += 1
+        self.newest = self.policy.draw_version(self.consumed)
+
+    @precondition(lambda self: self.consumed)
+    @rule(data=st.data())
+    def kill_the_trainer(self, data: Any) -> None:
+        """Resume at an earlier round, whose version is then the newest one."""
+        self.consumed = data.draw(st.integers(0, self.consumed))
+        self.newest = self.policy.draw_version(self.consumed)
+
+    @invariant()
+    def is_within_its_bounds(self) -> None:
+        if not hasattr(self, "policy"):
+            return
+        assert all(0 <= age <= self.policy.max_age for age in self.ages)
+        limit = self.policy.max_unscored_bytes + 3 * SIZE
+        assert self.there.unscored_bytes <= limit
+
+    @invariant()
+    def can_go_on(self) -> None:
+        if hasattr(self, "policy") and self.consumed < self.policy.rounds:
+            assert self.in_hand or self.units() or self.unscored() or self.whole()
+
+
+Loop.TestCase.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
+TestLoop = Loop.TestCase
+
+
+def test_a_refresh_reads_what_is_new_and_forgets_what_was_deleted() -> None:
+    policy = policy_of()
+    segments = [sampled(0, 0, 4), sampled(0, 2, 4), scored("0/0")]
+    deleted: list[Segment] = []
+
+    class Log:
+        def __len__(self) -> int:
+            return len(segments)
+
+        def refresh(self) -> None: ...
+
+        def deleted_after(self, number: int) -> list[Segment]:
+            return deleted
+
+        def added_since(self, number: int) -> list[Segment]:
+            return segments[number:]
+
+        def snapshot(self, number: int) -> Any:
+            return SimpleNamespace(segments=[s for s in segments if s not in deleted])
+
+    store: Any = SimpleNamespace(log=Log())
+    there = rounds_of(policy)
+    assert there.refresh(store) == 2
+    assert (there.sampled, there.units_sampled, there.units_scored) == (1, 2, 1)
+    segments.append(sampled(1, 3, 4))
+    assert there.refresh(store) == 3
+    assert (there.sampled, there.units_sampled) == (1, 3)
+    deleted.append(segments[1])
+    there.refresh(store)
+    assert (there.sampled, there.units_sampled) == (0, 2)
