@@ -67,7 +67,7 @@ def _run_role(config: RunConfig, role: str, form: str) -> None:
                 config, cast(Any, role), stop=stop, progress=bar, on_event=print_event
             )
         print_result(report, form)
-        check_failed(report, config.store.url)
+        check_failed(report.failed, report.first_error, config.store.url)
     elif os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
         train_role(config)
     else:
