@@ -60,7 +60,7 @@ class FollowRows(RoundRows):
     def _whole(self, number: int) -> tuple[int, frozenset[str]] | None:
         """Return (snapshot id, segments) of a round; None while units of it are missing."""
         rounds, policy = self._rounds, self.loop.inputs.policy
-        at = rounds.refresh(self.loop.store)
+        at = rounds.refresh(self.loop.store).number
         if (found := policy.whole(rounds, number)) is None:
             return None
         return at, frozenset(segment.seg_id for segment in found)

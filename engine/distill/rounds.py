@@ -1,7 +1,9 @@
 """Rounds of a loop in a store: their units and scores, read from the log as it grows."""
 
+from collections.abc import Sequence
+
 from logitcask.engine.distill.policy import Policy
-from logitcask.engine.store import Segment, Store
+from logitcask.engine.store import Segment, Snapshot, Store
 from logitcask.engine.store.format import schema
 
 ROUND = "round"
@@ -23,7 +25,7 @@ class Rounds:
         self._clear()
 
     def _clear(self) -> None:
-        self._number = -1
+        self._seen: Snapshot | None = None
         self._rounds: dict[int, dict[int, Segment]] = {}
         self._scored: set[str] = set()
         """seg_id of rollouts with scores, those of other names too: equal rollouts are one."""
@@ -34,22 +36,21 @@ class Rounds:
         self.sampled = 0
         """Rounds from the first that have all units: those after it may lack some."""
 
-    def refresh(self, store: Store) -> int:
-        """Read what is new in a store, and return the number of its newest record."""
-        log = store.log
-        log.refresh()
-        newest = len(log) - 1
-        if log.deleted_after(self._number):
+    def refresh(self, store: Store) -> Snapshot:
+        """Read what is new in a store, and return its newest snapshot."""
+        snapshot = store.head()
+        changes = snapshot.changes(self._seen)
+        if changes is None or changes.deleted:
             self._clear()
-            for segment in log.snapshot(newest).segments:
-                self.add(segment)
+            added: Sequence[Segment] = snapshot.segments
         else:
-            for segment in log.added_since(self._number + 1):
-                self.add(segment)
-        self._number = newest
+            added = changes.added
+        for segment in added:
+            self.add(segment)
+        self._seen = snapshot
         while self.sampled < self._policy.rounds and not self._policy.missing(self, self.sampled):
             self.sampled += 1
-        return newest
+        return snapshot
 
     def add(self, segment: Segment) -> None:
         """Count one segment of the store; rollouts come before their scores."""

@@ -13,6 +13,7 @@ from logitcask.engine.distill.rounds import ROUND, Rounds
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store import Segment
 from logitcask.engine.store.format.entry import SegmentBody
+from logitcask.engine.store.log.snapshot import Changes
 
 SIZE = 10
 """Bytes of each segment of rollouts."""
@@ -226,27 +227,21 @@ def test_a_refresh_reads_what_is_new_and_forgets_what_was_deleted() -> None:
     segments = [sampled(0, 0, 4), sampled(0, 2, 4), scored("0/0")]
     deleted: list[Segment] = []
 
-    class Log:
-        def __len__(self) -> int:
-            return len(segments)
+    class Head:
+        def __init__(self) -> None:
+            self.segments = [each for each in segments if each not in deleted]
+            self.number = len(segments)
 
-        def refresh(self) -> None: ...
+        def changes(self, earlier: Any) -> Any:
+            start = 0 if earlier is None else earlier.number
+            return Changes(deleted=tuple(deleted), added=tuple(segments[start:]))
 
-        def deleted_after(self, number: int) -> list[Segment]:
-            return deleted
-
-        def added_since(self, number: int) -> list[Segment]:
-            return segments[number:]
-
-        def snapshot(self, number: int) -> Any:
-            return SimpleNamespace(segments=[s for s in segments if s not in deleted])
-
-    store: Any = SimpleNamespace(log=Log())
+    store: Any = SimpleNamespace(head=Head)
     there = rounds_of(policy)
-    assert there.refresh(store) == 2
+    there.refresh(store)
     assert (there.sampled, there.units_sampled, there.units_scored) == (1, 2, 1)
     segments.append(sampled(1, 3, 4))
-    assert there.refresh(store) == 3
+    there.refresh(store)
     assert (there.sampled, there.units_sampled) == (1, 3)
     deleted.append(segments[1])
     there.refresh(store)
