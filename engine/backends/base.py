@@ -9,9 +9,11 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from logitcask.engine.errors import ConfigError
+from logitcask.engine.events import EventHandler
 from logitcask.engine.types import (
     Array,
     IdLists,
+    ModelRef,
     Progress,
     Prompt,
     Rollouts,
@@ -143,3 +145,14 @@ def close_backend(backend: Any) -> None:
     """Close engines and connections of a backend; hf has nothing to close."""
     if hasattr(backend, "close"):
         backend.close()
+
+
+def reload_backend(backend: Any, model: ModelRef, on_event: EventHandler) -> bool:
+    """Load another version of a backend's model into it; return False if it has to be opened again.
+
+    on_event: called by a backend that opens new engines for it.
+    """
+    if not hasattr(backend, "reload"):
+        return False
+    backend.reload(model, on_event)
+    return True

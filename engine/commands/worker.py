@@ -7,9 +7,10 @@ left: for rollouts that appeared meanwhile, or for a new version of the student.
 import threading
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
-from logitcask.engine.backends.base import close_backend
+from logitcask.engine.backends.base import close_backend, reload_backend
 from logitcask.engine.commands.resolve import grader_of, rendering_of, student_and_prompts
 from logitcask.engine.commands.rollout import rollout_request
 from logitcask.engine.commands.score import score_request
@@ -188,8 +189,6 @@ class _Students:
             found = self._later()
             if found is None:
                 return False
-            # Two students need not fit side by side.
-            self.close()
             request = self._loaded_whole(found)
         except (ModelError, IdentityError) as error:
             # A save moves file by file. What is wrong twice in a row is no save.
@@ -206,7 +205,7 @@ class _Students:
 
     def _loaded_whole(self, found: ModelRef) -> RolloutRequest | None:
         """Load that version; return None if the folder was saved again meanwhile."""
-        request = self._load(found)
+        request = self._load_version(found)
         whole = False
         try:
             whole = identity.weights_digest(found.path) == found.digest
@@ -214,6 +213,22 @@ class _Students:
             if not whole:
                 close_backend(request.sampler)
         return request if whole else None
+
+    def _load_version(self, found: ModelRef) -> RolloutRequest:
+        """Load that version, into the open sampler where its backend can."""
+        was, self._request = self._request, None
+        if was is not None:
+            reloaded = False
+            try:
+                reloaded = reload_backend(was.sampler, found, self._on_event)
+            finally:
+                if not reloaded:
+                    close_backend(was.sampler)
+            if reloaded:
+                return replace(was, model=found)
+            # Two students need not fit side by side.
+            del was
+        return self._load(found)
 
     def _later(self) -> ModelRef | None:
         """Return the student in the folder now; None if it is not later than the last."""

@@ -14,8 +14,8 @@ import pytest
 
 from tests.vllm.shim import with_shim
 
-START_S = 180
-"""Limit of a start; 26 to 59 s were measured."""
+START_S = 600
+"""Limit of a start: 26 to 59 s, and many times that on a busy machine."""
 STOP_S = 30
 
 

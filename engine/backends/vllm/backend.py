@@ -8,8 +8,8 @@ ids; tail and entropy are then bounds (backends.returned). With exact=True all s
 from hidden states (backends.vllm.hidden), as a student's own scores require.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,21 @@ from logitcask.engine.backends.sampling import build_rollouts, check_room, seque
 from logitcask.engine.backends.scoring import budget_batches, resolve_extra_ids, score_rollouts
 from logitcask.engine.backends.vllm.engine import (
     NO_ID,
-    PROBE_BEST,
-    TOLERANCE,
     Engine,
     Purpose,
-    best_gap,
     probe_ids,
 )
 from logitcask.engine.backends.vllm.hidden import Hidden
+from logitcask.engine.backends.vllm.reload import (
+    config_change,
+    differs,
+    is_compared,
+    load_in_place,
+)
 from logitcask.engine.backends.vllm.sampling import check_supported, engine_params, response_of
-from logitcask.engine.errors import ConfigError, IdentityError
-from logitcask.engine.models.identity import context_length
-from logitcask.engine.models.load import load_model
+from logitcask.engine.errors import ConfigError, LogitcaskError
+from logitcask.engine.events import EventHandler
+from logitcask.engine.models.identity import context_length, read_config
 from logitcask.engine.types import (
     BATCH_TOKENS,
     Array,
@@ -82,13 +85,14 @@ class VLLM:
                 hint="set CUDA_VISIBLE_DEVICES, and device to cuda",
             )
         self.dtype = pick_dtype(dtype, self.device)
-        self.path, self.n_vocab, self.stop_ids = model.path, model.n_vocab, model.stop_ids
+        self.net: Hidden | None = None
+        self._take(model, read_config(model.path))
         self.tokenizer_vocab = tokenizer_vocab
         self.batch_tokens, self.exact = batch_tokens, exact
         self.memory = memory / 2 if exact else memory
         self.engines: dict[Purpose, Engine] = {}
-        self.net: Hidden | None = None
         self.at_ids: bool | None = None
+        self.loads, self.distrust = 0, ""
 
     @property
     def capabilities(self) -> frozenset[str]:
@@ -142,11 +146,11 @@ class VLLM:
     ) -> Rollouts:
         """Sample as `base.Sampler.generate`; ConfigError for an unsupported distribution."""
         check_supported(sampling)
-        check_room(prompts, sampling.max_new_tokens, context_length(self.path))
+        check_room(prompts, sampling.max_new_tokens, self.context)
         engine = self.engine("sample")
         check_room(prompts, sampling.max_new_tokens, engine.context)
         of = [m for m in range(len(prompts)) for _ in range(sampling.n)]
-        common = engine_params(sampling, self.path, self.n_vocab, self.stop_ids)
+        common = engine_params(sampling, self.config, self.n_vocab, self.stop_ids)
         params = [
             common
             | {
@@ -183,9 +187,8 @@ class VLLM:
         Raises as `resolve_extra_ids`, ConfigError for a request that this engine does not support,
         AnswerError for an invalid answer.
         """
-        context = context_length(self.path)
         extra_ids = resolve_extra_ids(
-            rollouts, request, extra_ids, n_vocab=self.n_vocab, context=context
+            rollouts, request, extra_ids, n_vocab=self.n_vocab, context=self.context
         )
         if self.exact:
             return score_rollouts(
@@ -249,7 +252,7 @@ class VLLM:
         if self.net is None:
             other: Purpose = "sample" if "sample" in self.engines else "score"
             keep = other in self.engines
-            ids = self._probe()
+            ids = probe_ids(self.n_vocab, self.context)
             returned = self._probe_logprobs(self.engine(other), ids)
             if not keep:
                 self.engines.pop(other).close()
@@ -265,51 +268,45 @@ class VLLM:
             self.net = net
         return self.net
 
-    def _probe(self) -> list[int]:
-        return probe_ids(self.n_vocab, context_length(self.path))
-
     def _probe_logprobs(self, engine: Engine, ids: list[int]) -> tuple[Array, Array]:
-        found, lp, _ = engine.prompt_logprobs([ids], min(PROBE_BEST, self.n_vocab), [None])[0]
+        found, lp, _ = engine.prompt_logprobs([ids], engine.probe_best, [None])[0]
         return found, lp
 
-    def update_weights(self, folder: Path) -> None:
-        """Load other weights of the same model into all open engines.
+    def reload(self, model: ModelRef, on_event: EventHandler = lambda line: None) -> None:
+        """Take another version of this model, between two requests.
 
-        Raises IdentityError for an engine with other log-probs on a probe than the folder's model.
+        Open engines load its weights in place where that is proved (backends.vllm.reload), else
+        they close, and new ones open at their next use. on_event: called with the reason for that.
         """
-        purposes = list(self.engines)
-        self.path = folder
-        if reloads_in_place(self.device):
-            for engine in self.engines.values():
-                engine.reload(folder)
-        else:
+        ids, config = probe_ids(self.n_vocab, self.context), read_config(model.path)
+        why = self.distrust or config_change(self.config, config)
+        loaded = {}
+        if not why and model.digest != self.digest:
+            try:
+                for purpose, engine in self.engines.items():
+                    loaded[purpose] = load_in_place(engine, model.path, ids)
+            except LogitcaskError as error:
+                why, loaded = error.cause, {}
+            except BaseException:
+                # An engine may hold weights of both.
+                self.close()
+                raise
+        self._take(model, config)
+        self.loads += bool(loaded)
+        compared = bool(loaded) and is_compared(self.loads)
+        if why or compared:
             self.close()
+        if compared:
+            faults = [differs(self.engine(each), ids, *loaded[each]) for each in loaded]
+            why = self.distrust = next(filter(None, faults), "")
+        if why:
+            on_event(f"vLLM opens version {model.version} of {model.name} in a new engine: {why}")
+
+    def _take(self, model: ModelRef, config: Mapping[str, Any]) -> None:
+        self.path, self.n_vocab, self.stop_ids = model.path, model.n_vocab, model.stop_ids
+        self.config, self.digest = config, model.digest
+        self.context = context_length(model.path)
         self.net = None
-        ids = self._probe()
-        with torch.no_grad():
-            model = load_model(folder, self.dtype, torch.device("cpu"))
-            logits = model(input_ids=torch.tensor([ids[:-1]]), use_cache=False).logits[0]
-        reference = logits.float().log_softmax(1).numpy()
-        for purpose in purposes:
-            if purpose == "hidden":
-                exact = self._network().log_probs(ids)
-                top = np.argsort(-exact, axis=1)[:, : PROBE_BEST + 1]
-                gap = best_gap((top, np.take_along_axis(exact, top, 1)), reference)
-            else:
-                gap = best_gap(self._probe_logprobs(self.engine(purpose), ids), reference)
-            if not gap <= TOLERANCE[self.dtype]:
-                raise IdentityError(
-                    f"after an update of its weights vLLM differs from {folder} by {gap:.1e} nats "
-                    f"on a probe, {TOLERANCE[self.dtype]:.1e} are allowed",
-                    hint="open the backend again from the folder, or use the backend hf",
-                )
-
-
-def reloads_in_place(device: torch.device) -> bool:
-    """Return False on a CPU: vLLM has a packed copy of the head there, so a tied head would stay
-    old. A new engine takes two seconds.
-    """
-    return device.type != "cpu"
 
 
 def to_matrix(lists: IdLists) -> Array:

@@ -101,6 +101,7 @@ class Engine:
         config = self.llm.llm_engine.vllm_config
         self.context = int(config.model_config.max_model_len)
         """Tokens of prompt and response together."""
+        self.probe_best = min(PROBE_BEST, int(config.model_config.get_vocab_size()))
         self.runner = "V2" if config.use_v2_model_runner else "V1"
 
     def close(self) -> None:
@@ -171,10 +172,34 @@ class Engine:
         outs = self.llm.encode(inputs, pooling_task="token_embed", use_tqdm=False)
         return [out.outputs.data for out in outs]
 
+    def probe(self, ids: list[int]) -> Array:
+        """Return the answers to a probe of L tokens, as its purpose gives them: log-probs [L - 1,
+        1 + probe_best], or states [L, D].
+        """
+        if self.purpose == "hidden":
+            states: Array = self.hidden([ids])[0].float().numpy()
+            return states
+        return self.prompt_logprobs([ids], self.probe_best, [None])[0][1]
+
     def reload(self, path: Path) -> None:
-        """Load other weights of the same shapes in place, and clear the prefix cache."""
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
-        self.llm.reset_prefix_cache()
+        """Load other weights of the same shapes in place, and clear the prefix cache.
+
+        Raises ModelError if it cannot; the weights are undefined then.
+        """
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            cleared = self.llm.reset_prefix_cache()
+        # As at opening.
+        except Exception as error:
+            raise ModelError(
+                f"vLLM {self.version} cannot load {path} in place: {type(error).__name__}: {error}",
+                hint="open a new engine",
+            ) from error
+        if not cleared:
+            raise ModelError(
+                f"vLLM {self.version} did not clear its prefix cache, which old weights filled",
+                hint="open a new engine",
+            )
 
     def _generate(
         self,

@@ -1,7 +1,6 @@
 """Sampling with vLLM: its parameters for ours, and the responses of its answers."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from logitcask.engine.backends.returned import reject_answer
 from logitcask.engine.backends.sampling import Response
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.models.identity import from_config, read_config
+from logitcask.engine.models.identity import from_config
 from logitcask.engine.types import SamplingParams
 
 COLDEST = 0.01
@@ -34,10 +33,11 @@ def check_supported(sampling: SamplingParams) -> None:
 
 
 def engine_params(
-    sampling: SamplingParams, path: Path, n_vocab: int, stop_ids: Sequence[int]
+    sampling: SamplingParams, config: Mapping[str, Any], n_vocab: int, stop_ids: Sequence[int]
 ) -> dict[str, Any]:
     """Return every sampling field explicitly, so that no default of vLLM applies.
 
+    config: config.json of the model.
     Raises ConfigError for a head with more padded ids than vLLM can exclude.
     """
     params: dict[str, Any] = {
@@ -54,12 +54,12 @@ def engine_params(
         "ignore_eos": True,
     }
     # The ids of a padded head are excluded by a logit bias of -inf.
-    rows = from_config(read_config(path), "vocab_size")
+    rows = from_config(config, "vocab_size")
     banned = range(n_vocab, rows if isinstance(rows, int) else n_vocab)
     if len(banned) > MOST_BANNED:
         raise ConfigError(
-            f"the head of {path} has {len(banned)} ids that its tokenizer lacks, and "
-            f"vLLM can exclude {MOST_BANNED}",
+            f"the head of the model has {len(banned)} ids that its tokenizer lacks, and vLLM can "
+            f"exclude {MOST_BANNED}",
             hint="roll out with the backend hf, or cut the head to the tokenizer's ids",
         )
     return params | ({"logit_bias": dict.fromkeys(banned, float("-inf"))} if banned else {})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from logitcask.engine.backends.hf import HF
@@ -15,7 +16,13 @@ from logitcask.engine.commands.score import run_score
 from logitcask.engine.commands.worker import watch_rollouts, watch_scores
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig
 from logitcask.engine.config.toml import validate
-from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError, StoreError
+from logitcask.engine.errors import (
+    ConfigError,
+    IdentityError,
+    IncompleteError,
+    ModelError,
+    StoreError,
+)
 from logitcask.engine.models.identity import write_metadata
 from logitcask.engine.store import open_store
 from logitcask.engine.store.retention import delete
@@ -219,6 +226,35 @@ def test_every_student_and_teacher_is_closed_once(
         watch_scores(scores(here), stop=Then())
     assert len(opened) == 4
     assert closed == opened
+
+
+def test_a_backend_that_can_reload_stays_open(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, loads, closed, messages = ref(here / "student"), list[int](), list[HF](), list[str]()
+
+    def reload(self: HF, model: ModelRef, on_event: Callable[[str], None]) -> None:
+        loads.append(model.version)
+        if model.version == 6:
+            raise ModelError("no such model", hint="save it")
+        self.model = HF(model).model
+        on_event("loaded")
+
+    monkeypatch.setattr(HF, "reload", reload, raising=False)
+    monkeypatch.setattr(HF, "close", lambda self: closed.append(self), raising=False)
+    stop = Then(lambda: moved(here, 5, 7, root), lambda: moved(here, 6, 8, root), lambda: None)
+    # A folder that cannot be loaded may be in the middle of a save: it is opened at the next look.
+    assert watch_rollouts(rolls(here), stop=stop, on_event=messages.append).units == 3 * UNITS
+    assert loads == [5, 6]
+    student = f"of {here / 'student'}"
+    assert messages == ["loaded", f"student version 5 {student}", f"student version 6 {student}"]
+    assert len(closed) == 2
+    store = open_store(here / "s")
+    segments = store.head().rollouts("main")
+    assert [s.unit["version"] for s in segments] == [0, 0, 5, 5, 6, 6]
+    run_rollout(rolls(here, "again"))
+    again = open_store(here / "again")
+    for ours, expected in zip(segments[4:], again.head().rollouts("main"), strict=True):
+        found = store.read_rollouts(ours).b_lp
+        np.testing.assert_array_equal(found, again.read_rollouts(expected).b_lp)
 
 
 def test_another_model_in_the_folder_ends_the_worker(here: Path) -> None:
