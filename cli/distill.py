@@ -6,26 +6,46 @@ from typing import Any, cast
 
 import rich_click as click
 
-from logitcask.cli.options import config_file_arguments, dry_run_option, format_option
+from logitcask.cli.options import (
+    config_file_arguments,
+    config_options,
+    dry_run_option,
+    format_option,
+)
 from logitcask.cli.output import print_event, print_result
 from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import stop_at_sigterm
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.config.toml import read_toml, to_toml
 
+NAME_WIDTH = len("rollout-0")
+
 
 @click.command("distill")
 @config_file_arguments
+@config_options(RunConfig, {"runner": ["kind"]})
 @click.option(
     "--role",
     type=click.Choice(["rollout", "score", "train"]),
     help="Do the work of one role of the loop in this process, until nothing of it is left. Start "
     "rollout and score as often as you like, on any machine that sees the store and run.out.",
 )
+@click.option(
+    "--index",
+    type=click.IntRange(min=0),
+    help="With --role: number of this process among those of the role, for one process at a time. "
+    "It takes over what an earlier one left undone at once, and not after --lease-seconds.",
+)
 @format_option
 @dry_run_option
 def distill_command(
-    config: Path, overrides: tuple[str, ...], role: str | None, form: str, dry_run: bool
+    config: Path,
+    overrides: tuple[str, ...],
+    runner__kind: str | None,
+    role: str | None,
+    index: int | None,
+    form: str,
+    dry_run: bool,
 ) -> None:
     """Run rounds of rollout, score and train from a TOML file.
 
@@ -33,12 +53,16 @@ def distill_command(
     Rerun the same command to resume: after an interruption at any point, the loop ends with the
     same student.
 
-    The file CONFIG takes the keys that are flags of rollout, score and train, and those of [loop]:
-    rounds, prompts_per_round, updates_per_round, max_age, max_unscored_bytes. --dry-run prints all
-    of them with their values.
+    With --runner processes they do so at the same time, in processes that are started again when
+    they die.
+
+    The file CONFIG takes the keys that are flags of rollout, score and train, and those of [loop]
+    and [runner]. --dry-run prints all of them with their values.
 
     Example: logitcask distill distill.toml --set train.lr=1e-5
     """
+    if runner__kind is not None:
+        overrides = (*overrides, f"runner.kind={runner__kind}")
     resolved = read_toml(config, overrides)
     if dry_run:
         from logitcask.engine.commands.prove import prove
@@ -47,7 +71,15 @@ def distill_command(
         click.echo(to_toml(resolved))
         return
     if role is not None:
-        _run_role(resolved, role, form)
+        _run_role(resolved, role, index, form)
+        return
+    if resolved.runner.kind == "processes":
+        from logitcask.engine.distill.processes import run_processes
+
+        sets = [word for text in overrides for word in ("--set", text)]
+        words = [str(config), *sets, "--format", form]
+        on_line = _print_line if form == "text" else None
+        click.echo(run_processes(resolved, words, on_event=print_event, on_line=on_line), nl=False)
         return
     from logitcask.engine.distill.loop import distill
 
@@ -56,7 +88,11 @@ def distill_command(
     print_result(report, form)
 
 
-def _run_role(config: RunConfig, role: str, form: str) -> None:
+def _print_line(name: str, line: str) -> None:
+    print_event(f"{name:<{NAME_WIDTH}}  {line}")
+
+
+def _run_role(config: RunConfig, role: str, index: int | None, form: str) -> None:
     """Run a role; SIGTERM ends rollout and score after the unit in hand."""
     from logitcask.engine.distill.roles import run_role, train_role
     from logitcask.engine.workers.worker import check_failed
@@ -64,7 +100,7 @@ def _run_role(config: RunConfig, role: str, form: str) -> None:
     if role != "train":
         with stop_at_sigterm() as stop, progress_bar() as bar:
             report = run_role(
-                config, cast(Any, role), stop=stop, progress=bar, on_event=print_event
+                config, cast(Any, role), index=index, stop=stop, progress=bar, on_event=print_event
             )
         print_result(report, form)
         check_failed(report.failed, report.first_error, config.store.url)

@@ -50,7 +50,7 @@ PANELS = {
     "ablate": "Ablation",
     "probe": "Measurement",
     "work": "Workers",
-    "runner": "Ray",
+    "runner": "Runner",
     "run": "Run",
 }
 """Section -> heading of its flags in `--help`."""

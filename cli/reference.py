@@ -4,12 +4,14 @@ Run: python -m logitcask.cli.reference > cli/README.md
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import rich_click as click
 
 from logitcask.cli.main import EXIT_CODES, cli
 from logitcask.cli.options import FLAGS
+from logitcask.engine.config.runner import LoopRunner
+from logitcask.engine.config.section import Section
 from logitcask.engine.config.training import Loop
 
 SHARED = ("--format", "--help", "--dry-run")
@@ -53,7 +55,10 @@ def reference() -> str:
         if rows and not isinstance(command, click.Group):
             parts.append(_table(["flag", "key", "default", "meaning"], rows))
         if path == "distill":
-            parts.append("Keys of `[loop]`, which have no flag:\n\n" + _table(*_loop_keys()))
+            flags = {str(each.name).rpartition("__")[2] for each in command.params}
+            for name, section in (("loop", Loop), ("runner", LoopRunner)):
+                head = f"Keys of `[{name}]`, which have no flag:\n\n"
+                parts.append(head + _table(*_keys(section, flags)))
     return "\n".join(parts)
 
 
@@ -101,14 +106,19 @@ def _row(option: click.Parameter) -> list[str]:
     return [flag, f"`[{section}] {name}`" if name else "", shown, text]
 
 
-def _loop_keys() -> tuple[list[str], list[list[str]]]:
+def _keys(section: type[Section], flags: Collection[str]) -> tuple[list[str], list[list[str]]]:
     return ["key", "default", "meaning"], [
         [
             f"`{name}`",
-            "required" if field.is_required() else f"`{field.default}`",
+            "required"
+            if field.is_required()
+            else ""
+            if field.default in ("", {})
+            else f"`{field.default}`",
             field.description or "",
         ]
-        for name, field in Loop.model_fields.items()
+        for name, field in section.model_fields.items()
+        if name not in flags
     ]
 
 

@@ -1,10 +1,16 @@
 """The processes of a command. Nothing here changes what it computes, so a resume may change it."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from logitcask.engine.config.section import Positive, Section
+
+LOGS, TIMELINE = "logs", "timeline"
+"""Folders in that of a run: what its processes print, and what they do when."""
+_GROUP = re.compile(r"1|torchrun:([1-9][0-9]{0,3})")
+_GPUS = re.compile(r"|[A-Za-z0-9-]+(,[A-Za-z0-9-]+)*")
 
 
 def _named_values(values: Any) -> Any:
@@ -19,17 +25,15 @@ Resources = Annotated[dict[str, float], BeforeValidator(_named_values)]
 
 
 class Runner(Section):
-    kind: Literal["inline", "ray"] = Field(
-        "inline",
-        description="Where the work runs: inline = in this process; ray = in actors of a Ray "
-        "cluster, which does a unit for each call, with a model loaded once.",
-    )
+    """The keys of a runner that stages and loops share."""
+
     rollout: Positive = Field(1, description="Processes or actors that sample.")
     score: Positive = Field(1, description="Processes or actors that score.")
     restarts: int = Field(
         5,
         ge=0,
-        description="With ray: restarts of one actor; after more the command ends with an error.",
+        description="Restarts of one process within ten minutes, or of one actor; after more the "
+        "command ends with an error.",
     )
     ray_address: str = Field(
         "",
@@ -72,3 +76,85 @@ class Runner(Section):
     def resources(self, role: str) -> dict[str, float]:
         """Return the resources of one actor of a role."""
         return {"rollout": self.rollout_resources, "score": self.score_resources}[role]
+
+
+class StageRunner(Runner):
+    """The runner of `rollout` and `score`."""
+
+    kind: Literal["inline", "ray"] = Field(
+        "inline",
+        description="Where the work runs: inline = in this process; ray = in actors of a Ray "
+        "cluster, which does a unit for each call, with a model loaded once.",
+    )
+
+
+def _text_of(value: Any) -> Any:
+    """Accept 1 for "1"."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_text_of)]
+
+
+class LoopRunner(Runner):
+    """The runner of `distill`."""
+
+    kind: Literal["inline", "processes"] = Field(
+        "inline",
+        description="Where a loop runs: inline = its stages in turn, in one process; processes = "
+        "sampling, scoring and training at once, in processes of this machine that are started "
+        "again when they die.",
+    )
+    train: Text = Field(
+        "1",
+        description="Processes that train: 1, or torchrun:N for N that share each update, with the "
+        "environment that torchrun gives.",
+    )
+    rollout_gpus: Text = Field(
+        "",
+        description="With processes: GPUs of those that sample, such as 0,1, as "
+        "CUDA_VISIBLE_DEVICES takes them, in equal parts; empty = each process sees all GPUs.",
+    )
+    score_gpus: Text = Field("", description="GPUs of the processes that score, likewise.")
+    train_gpus: Text = Field("", description="GPUs of the processes that train, likewise.")
+
+    @field_validator("train")
+    @classmethod
+    def _is_a_group(cls, train: str) -> str:
+        if not _GROUP.fullmatch(train):
+            raise ValueError("must be 1 or torchrun:N, as torchrun:2")
+        return train
+
+    @field_validator("rollout_gpus", "score_gpus", "train_gpus")
+    @classmethod
+    def _divides_evenly(cls, gpus: str, info: ValidationInfo) -> str:
+        if not _GPUS.fullmatch(gpus):
+            raise ValueError("must be numbers or names of GPUs with commas between them, as 0,1")
+        role = str(info.field_name).removesuffix("_gpus")
+        if gpus and role in info.data:
+            processes, listed = _count(info.data[role]), len(gpus.split(","))
+            if listed % processes:
+                raise ValueError(
+                    f"must list as many GPUs for each of the {processes} processes of {role}"
+                )
+        return gpus
+
+    @property
+    def ranks(self) -> int:
+        """Return the number of processes that train."""
+        return _count(self.train)
+
+    def gpus(self, role: str) -> list[str]:
+        """Return CUDA_VISIBLE_DEVICES of each process of a role, of all that train together; empty
+        texts for all GPUs.
+        """
+        if role == "train":
+            return [self.train_gpus]  # LOCAL_RANK chooses among them
+        listed = {"rollout": self.rollout_gpus, "score": self.score_gpus}[role].split(",")
+        count = self.count(role)
+        part = len(listed) // count
+        return [",".join(listed[i * part : (i + 1) * part]) for i in range(count)]
+
+
+def _count(processes: int | str) -> int:
+    return int(str(processes).removeprefix("torchrun:"))

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from logitcask.engine.config.prompts import Prompts
-from logitcask.engine.config.runner import Runner
+from logitcask.engine.config.runner import LoopRunner, StageRunner
 from logitcask.engine.config.section import Name, Positive, Section
 from logitcask.engine.config.teacher import Score, Teacher, Work
 from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Probe, Train
@@ -126,7 +126,7 @@ class RolloutConfig(Section):
     store: StoreSection
     rollout: Rollout = Rollout()
     work: Work = Work()
-    runner: Runner = Runner()
+    runner: StageRunner = StageRunner()
     run: Run = Run()
 
 
@@ -137,7 +137,7 @@ class ScoreConfig(Section):
     store: StoreSection
     score: Score = Score()
     work: Work = Work()
-    runner: Runner = Runner()
+    runner: StageRunner = StageRunner()
     run: Run = Run()
 
 
@@ -198,5 +198,6 @@ class RunConfig(Section):
     lora: Lora = Lora()
     eval: Eval = Eval()
     loop: Loop
+    runner: LoopRunner = LoopRunner()
     work: Work = Work()
     run: Run = Run()

@@ -4,9 +4,11 @@ import time
 from dataclasses import dataclass
 
 from logitcask.engine.distill.on_policy_rows import RoundRows
+from logitcask.engine.distill.timed import Updates
 from logitcask.engine.distill.versions import publish, remove_others, whole_copy
 from logitcask.engine.events import EventHandler
 from logitcask.engine.training.processes import on_first
+from logitcask.engine.workers.timeline import span
 
 LONG_S = 60.0
 """Seconds of waiting for a round before an event tells about it."""
@@ -16,6 +18,7 @@ LONG_S = 60.0
 class FollowRows(RoundRows):
     """`Packs` of a loop whose rounds other processes sample and score."""
 
+    timeline: Updates
     on_event: EventHandler
 
     def __post_init__(self) -> None:
@@ -24,11 +27,23 @@ class FollowRows(RoundRows):
 
     def prepare(self, step: int) -> None:
         """Publish the student, wait for the round that begins with update `step`, and pack it."""
-        policy = self.loop.inputs.policy
+        policy, timeline = self.loop.inputs.policy, self.timeline
         number, update = divmod(step, policy.updates_per_round)
-        if update:
-            return
-        digest = self._publish(policy.draw_version(number))
+        version = policy.draw_version(number)
+        timeline.end()
+        if not update:
+            with span(timeline.file, "publish", round=number, version=version):
+                digest = self._publish(version)
+            with span(timeline.file, "wait", round=number, version=version):
+                at, segments = self._awaited(number)
+            snapshot = self.loop.store.snapshot(at)
+            self._round = self._packed(
+                number, digest, snapshot, lambda segment: segment.seg_id in segments
+            )
+        timeline.begin(number, version + update)
+
+    def _awaited(self, number: int) -> tuple[int, frozenset[str]]:
+        """Wait for all units of a round, and return (snapshot id, segments)."""
         begun_s, silent = time.monotonic(), True
         # The first process looks once at a time: the others would give up on a longer wait.
         while (found := on_first(lambda: self._whole(number))) is None:
@@ -36,11 +51,7 @@ class FollowRows(RoundRows):
                 silent = False
                 self.on_event(self._lacks(number))
             time.sleep(self.loop.inputs.config.work.poll)
-        at, segments = found
-        snapshot = self.loop.store.snapshot(at)
-        self._round = self._packed(
-            number, digest, snapshot, lambda segment: segment.seg_id in segments
-        )
+        return found
 
     def _publish(self, number: int) -> str:
         """Publish the student as a version, and return its digest."""

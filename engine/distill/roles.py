@@ -5,9 +5,11 @@ whole rounds in their order and publishes versions. No role holds state: each ma
 started again, and any number of processes may sample and score.
 """
 
+import os
 import threading
 import time
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -17,6 +19,7 @@ from logitcask.engine.commands.load_teacher import backend, open_teacher
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.follow_rows import FollowRows
 from logitcask.engine.distill.loop import train_rounds
+from logitcask.engine.distill.rounds import ROUND
 from logitcask.engine.distill.setup import (
     LoopSetup,
     facts_of,
@@ -25,6 +28,7 @@ from logitcask.engine.distill.setup import (
     read_input,
     write_facts,
 )
+from logitcask.engine.distill.timed import Updates, named, timed
 from logitcask.engine.distill.versions import newest_version, read_version
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
@@ -33,10 +37,12 @@ from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollo
 from logitcask.engine.score.plan import plan_scores
 from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import open_store
+from logitcask.engine.store.log.claims import forget_claims
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.run_dir.files import TEACHER, VERSIONS
 from logitcask.engine.types import ModelRef, Progress, no_progress
 from logitcask.engine.workers.job import Job, WorkPlan, WorkReport
+from logitcask.engine.workers.timeline import span
 from logitcask.engine.workers.worker import run_worker
 
 Role = Literal["rollout", "score"]
@@ -46,24 +52,30 @@ def run_role(
     config: RunConfig,
     role: Role,
     *,
+    index: int | None = None,
     stop: threading.Event | None = None,
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
 ) -> WorkReport:
     """Sample or score the rounds of a loop until all of them are done; the same call resumes.
 
-    stop: ends it after the unit in hand. Raises as `distill` does.
+    index: number among the processes of the role on this machine, for one process at a time; None =
+    none. stop: ends it after the unit in hand. Raises as `distill` does.
     """
     stop = stop or threading.Event()
+    work, file = named(config, role, index)
     try:
-        job = open_role(config, role, stop=stop, on_event=on_event)
+        job = open_role(config, role, stop=stop, on_event=on_event, timeline=file)
     except Cancelled:
         return WorkReport(
             units=0, positions=0, seconds=0.0, positions_per_second=0.0, failed=0, first_error=""
         )
     try:
+        if index is not None:
+            # Of one that was killed: its units need not wait for the end of a lease.
+            forget_claims(job.store.storage, work.worker_name)
         return run_worker(
-            job, config.work, stop=stop, progress=progress, on_event=on_event, until_over=True
+            job, work, stop=stop, progress=progress, on_event=on_event, until_over=True
         )
     finally:
         job.close()
@@ -91,10 +103,16 @@ def train_role(
         said(f"waiting for a scorer to write {config.run.out / TEACHER}")
         time.sleep(config.work.poll)
 
-    def packs(loop: LoopSetup, student: nn.Module, width: int) -> Packs:
-        return FollowRows(loop=loop, student=student, width=width, on_event=on_event)
+    # Under torchrun one process speaks for all.
+    file = named(config, "train", 0)[1] if os.environ.get("RANK", "0") == "0" else None
+    updates = Updates(file)
 
-    return train_rounds(inputs, facts, packs, progress, on_event)
+    def packs(loop: LoopSetup, student: nn.Module, width: int) -> Packs:
+        return FollowRows(
+            loop=loop, student=student, width=width, timeline=updates, on_event=on_event
+        )
+
+    return train_rounds(inputs, facts, packs, updates.watched(progress), on_event)
 
 
 def open_role(
@@ -103,23 +121,31 @@ def open_role(
     *,
     stop: threading.Event | None = None,
     on_event: EventHandler = lambda line: None,
+    timeline: Path | None = None,
 ) -> Job[Any]:
     """Return the units of a role; it waits in its plans for what other roles provide.
 
-    stop: ends waits for servers.
+    stop: ends waits for servers. timeline: file for the spans of this process.
     """
     _check_role(config, role)
     on_event = warn_once(on_event)
     if role == "score":
-        return _score_job(config, CancelToken(on_event, stop), on_event)
-    sampler = _Sampler(config, on_event)
-    return Job(
+        return _score_job(config, CancelToken(on_event, stop), on_event, timeline)
+    sampler = _Sampler(config, on_event, timeline)
+    job: Job[Any] = Job(
         stage="rollout",
         store=sampler.store,
         plan=sampler.plan,
         work=lambda key, unit, report: run_rollout_unit(unit[0], key, unit[1], report).positions,
         close=sampler.close,
     )
+
+    def place(unit: tuple[RolloutRequest, RolloutUnit]) -> tuple[int, int]:
+        request, _ = unit
+        assert request.provenance_extra is not None, "the request of a round"
+        return int(request.provenance_extra[ROUND]), request.model.version
+
+    return timed(job, timeline, place)
 
 
 def _check_role(config: RunConfig, role: str) -> None:
@@ -133,8 +159,8 @@ def _check_role(config: RunConfig, role: str) -> None:
 class _Sampler:
     """The newest version of the student, and the units that it may sample."""
 
-    def __init__(self, config: RunConfig, on_event: EventHandler) -> None:
-        self._config, self._on_event = config, on_event
+    def __init__(self, config: RunConfig, on_event: EventHandler, timeline: Path | None) -> None:
+        self._config, self._on_event, self._timeline = config, on_event, timeline
         self._inputs = read_input(config, on_event)
         self._rounds = self._inputs.rounds()
         self._total = self._inputs.policy.units_total
@@ -203,12 +229,13 @@ class _Sampler:
         if run.backend == "server":  # that of the teacher
             run = run.model_copy(update={"backend": "auto"})
         try:
-            if hasattr(self._sampler, "reload"):
-                self._sampler.reload(newest)
-            else:
-                # Two students need not fit side by side.
-                self.close()
-                self._sampler = backend(newest, run)
+            with span(self._timeline, "load", version=newest.version):
+                if hasattr(self._sampler, "reload"):
+                    self._sampler.reload(newest)
+                else:
+                    # Two students need not fit side by side.
+                    self.close()
+                    self._sampler = backend(newest, run)
         except Exception:
             self.close()
             if read_version(out, first, newest.version) == newest:
@@ -221,7 +248,9 @@ class _Sampler:
         return True
 
 
-def _score_job(config: RunConfig, cancel: CancelToken, on_event: EventHandler) -> Job[ScoreUnit]:
+def _score_job(
+    config: RunConfig, cancel: CancelToken, on_event: EventHandler, timeline: Path | None
+) -> Job[Any]:
     inputs = read_input(config, on_event)
     teacher = open_teacher(
         config.teacher,
@@ -258,10 +287,11 @@ def _score_job(config: RunConfig, cancel: CancelToken, on_event: EventHandler) -
         first = [key for key, number in number_of.items() if number == oldest]
         return WorkPlan(units=found.missing, first=first, done=done, total=total)
 
-    return Job(
+    job: Job[Any] = Job(
         stage="score",
         store=store,
         plan=plan,
         work=lambda key, unit, report: run_score_unit(request, key, unit, provenance, report),
         close=teacher.close,
     )
+    return timed(job, timeline, lambda unit: (rounds.round_of(unit.segment), unit.segment.version))

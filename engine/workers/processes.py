@@ -67,8 +67,7 @@ class Command:
 
     role: str
     index: int
-    argv: Callable[[], Sequence[str]]
-    """Called at each start."""
+    argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
     ranks: int = 1
     """Processes of the group; more than one get the environment that torchrun gives."""
@@ -181,7 +180,7 @@ class _Group:
 
     def _start(self) -> None:
         command = self.command
-        argv = list(command.argv())
+        argv = command.argv
         with self.log.open("ab", buffering=0) as log, ExitStack() as stack:
             output = stack.enter_context(self._output.open("wb")) if command.leads else log
             log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S')} {' '.join(argv)}\n".encode())

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-TIMELINE = "timeline"
+from logitcask.engine.config.runner import TIMELINE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """What one process did without a break."""
+    """A piece of work, or of waiting, of one process."""
 
     role: str
     process: str

@@ -26,6 +26,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from logitcask.engine.config.runner import LOGS, TIMELINE
 from logitcask.engine.errors import (
     ConfigError,
     IdentityError,
@@ -41,7 +42,7 @@ from logitcask.engine.training.processes import command_line
 
 RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
 LEDGER, TENSORBOARD = "ledger.jsonl", "tensorboard"
-VERSIONS, TEACHER, LOGS = "versions", "teacher.json", "logs"
+VERSIONS, TEACHER = "versions", "teacher.json"
 LOCK = ".lock"
 RESTORE = "restore it from a copy, give another --out, or lose that run with --overwrite"
 
@@ -54,7 +55,7 @@ def read_run(out: Path) -> dict[str, Any] | None:
     if (out / RUN).exists():
         return read_json(out / RUN, hint=RESTORE)
     # The other roles of a loop may come first.
-    ours = {VERSIONS, TEACHER, LOGS}
+    ours = {VERSIONS, TEACHER, LOGS, TIMELINE}
     names = {f.name for f in out.iterdir() if f.name[0] != "."} if out.is_dir() else set()
     others = names - ours
     if others:
@@ -197,7 +198,7 @@ def finishing(out: Path, updates: int) -> Iterator[None]:
 def clear(out: Path) -> None:
     """Remove an earlier run except run.json, which the next run replaces; other files stay."""
     (out / METADATA).unlink(missing_ok=True)
-    for folder in (CHECKPOINTS, TENSORBOARD, VERSIONS):
+    for folder in (CHECKPOINTS, TENSORBOARD, VERSIONS, TIMELINE):
         shutil.rmtree(out / folder, ignore_errors=True)
     for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS, LEDGER, TEACHER):
         for file in out.glob(pattern):

@@ -31,7 +31,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shell(role: str, script: str, **options: Any) -> Command:
-    return Command(role=role, index=0, argv=lambda: ["sh", "-c", script], **options)
+    return Command(role=role, index=0, argv=["sh", "-c", script], **options)
 
 
 def run(
@@ -166,7 +166,7 @@ from pathlib import Path
 from logitcask.engine.workers.processes import Command, supervise
 script = "echo $$ >> {0}/pids; trap 'exit 0' TERM INT; while :; do sleep 0.01; done"
 each = lambda role, **more: Command(
-    role=role, index=0, argv=lambda: ["sh", "-c", script.format(sys.argv[1])], **more)
+    role=role, index=0, argv=["sh", "-c", script.format(sys.argv[1])], **more)
 supervise([each("train", leads=True), each("rollout")], Path(sys.argv[1]), restarts=0)
 """
 
