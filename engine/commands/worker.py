@@ -21,7 +21,7 @@ from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_o
 from logitcask.engine.models import identity
 from logitcask.engine.rollout.plan import plan_rollouts
 from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
-from logitcask.engine.score.plan import plan_scores
+from logitcask.engine.score.planner import plan_scores
 from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import Snapshot, Store, holds_store, open_store
 from logitcask.engine.types import ModelRef, Progress, no_progress

@@ -1,13 +1,13 @@
 """Checks before scoring: teacher and student, stop ids, dtypes, and the scorer's capabilities."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import ConfigError, IdentityError
-from logitcask.engine.store import Segment, Snapshot
+from logitcask.engine.store import Segment
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import STOP, ModelRef, Rollouts, ScoreParams
 
@@ -64,25 +64,6 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
             "these eos_token_id to the teacher's "
             "config.json",
         )
-
-
-def other_dtypes(
-    snapshot: Snapshot, segments: Sequence[Segment], teacher_name: str, scorer: Scorer
-) -> list[str]:
-    """Return notes on stored scores of these rollouts in another dtype.
-
-    bfloat16 changes log-probs by about 0.01 nats.
-    """
-    ours, stored = scorer.describe().get("dtype"), snapshot.scores(teacher_name)
-    found = {
-        str(each.provenance["backend"].get("dtype"))
-        for s in segments
-        for each in stored.get(s.seg_id, ())
-    }
-    return [
-        f"scores of {teacher_name!r} in {other} exist already, and this run computes in {ours}"
-        for other in sorted(found - {str(ours)})
-    ]
 
 
 def check_scorer(scorer: Scorer, request: ScoreParams, *, chosen: bool = False) -> None:

@@ -18,7 +18,7 @@ from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.events import CancelToken
-from logitcask.engine.score.plan import plan_scores
+from logitcask.engine.score.planner import plan_scores
 from logitcask.engine.score.unit import run_score_unit
 from logitcask.engine.store import open_store
 from tests.cli.conftest import KEPT, TRAIN, UNITS, CommandResult, World
