@@ -21,7 +21,7 @@ from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_o
 from logitcask.engine.models import identity
 from logitcask.engine.rollout.plan import plan_rollouts
 from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
-from logitcask.engine.score.planner import plan_scores
+from logitcask.engine.score.planner import ScorePlanner
 from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import Snapshot, Store, holds_store, open_store
 from logitcask.engine.types import ModelRef, Progress, no_progress
@@ -89,7 +89,7 @@ def score_job(
     said = warn_once(on_event)
 
     def plan(left_out: Collection[str]) -> WorkPlan[ScoreUnit]:
-        found = plan_scores(request, store.head(), growing=growing)
+        found = planner.plan(store.head())
         for note in found.notes:
             said(note)
         return WorkPlan(
@@ -97,7 +97,7 @@ def score_job(
         )
 
     try:
-        provenance = request.provenance()
+        provenance, planner = request.provenance(), ScorePlanner(request, growing=growing)
     except BaseException:
         close_backend(request.scorer)
         raise

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -189,11 +190,17 @@ def unit_key(
             "role": provenance["teacher_kind"],
             "template": model.template_digest,
             "context": provenance["context"],
-            "request": asdict(params),
+            "request": _fields(params),
             "at": list(at),
             **{name: provenance[name] for name in ("positions",) if name in provenance},
         }
     )
+
+
+@cache
+def _fields(params: ScoreParams) -> dict[str, Any]:
+    """Return the fields of a request, which the keys of all of its units have."""
+    return asdict(params)
 
 
 def _score_with_extra(

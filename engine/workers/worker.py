@@ -47,6 +47,8 @@ REPORT_S = 60.0
 """Seconds between two events on the pace of the work."""
 SHARDS = 16
 """Shards of units that one look for a free unit lists, two requests each."""
+CANDIDATES = 1024
+"""Missing units that one look draws from, at most."""
 
 
 class Worker(Generic[T]):
@@ -114,7 +116,7 @@ class Worker(Generic[T]):
             units=units,
             positions=positions,
             seconds=took_s,
-            missing=len(planned.units.keys() - failures.left_out),
+            missing=len(planned.units) - len(planned.units.keys() & failures.left_out),
             left_out=len(self.failed),
             first_error=self.first_error,
             done=planned.done,
@@ -224,6 +226,8 @@ def _take_one(
     units: Collection[str], claims: Claims, failures: Failures, order: random.Random
 ) -> tuple[str, Claim] | None:
     """Claim one of the units that is free and not left out; look at a few shards of them."""
+    if len(units) > CANDIDATES:
+        units = order.sample(list(units), CANDIDATES)
     shards: dict[str, list[str]] = {}
     for key in units:
         shards.setdefault(shard_of(key), []).append(key)
