@@ -34,7 +34,7 @@ from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
-from logitcask.engine.score.plan import plan_scores
+from logitcask.engine.score.planner import ScorePlanner
 from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import open_store
 from logitcask.engine.store.log.claims import forget_claims
@@ -267,7 +267,7 @@ def _score_job(
             on_event(line)
         store = open_store(config.store.url, create=True)
         request = open_loop(inputs, facts, store).score_request(teacher)
-        provenance = request.provenance()
+        provenance, planner = request.provenance(), ScorePlanner(request, growing=True)
         write_facts(config.run.out, facts)
     except BaseException:
         teacher.close()
@@ -279,7 +279,7 @@ def _score_job(
         done = rounds.units_scored
         if done == rounds.units_sampled:
             return WorkPlan(units={}, done=done, total=total)
-        found = plan_scores(request, store.head(), growing=True)
+        found = planner.plan(store.head())
         for note in found.notes:
             on_event(note)
         number_of = {key: rounds.round_of(unit.segment) for key, unit in found.missing.items()}

@@ -160,7 +160,7 @@ def without_scores(request: ScoreRequest, snapshot: Snapshot) -> set[str]:
     return found
 
 
-def test_a_plan_from_look_to_look_is_the_one_from_nothing(counts: Any) -> None:
+def test_a_kept_plan_is_the_one_from_nothing(counts: Any) -> None:
     seen: list[int] = []
 
     @settings(max_examples=counts(150, 5000), deadline=None, derandomize=True)
@@ -174,17 +174,17 @@ def test_a_plan_from_look_to_look_is_the_one_from_nothing(counts: Any) -> None:
         sampled: Any = SimpleNamespace(
             units=units, name="main", model=MODEL, versions=True, provenance={"set": SET}
         )
-        rolling = RolloutPlanner(sampled)
-        for (name, *arguments), look in operations:
+        rollout_planner = RolloutPlanner(sampled)
+        for (name, *arguments), planned in operations:
             getattr(history, name)(*arguments)
-            if not look:
+            if not planned:
                 continue
             snapshot = history.log.snapshot(len(history.log) - 1)
             for request, planner in zip(requests, planners, strict=True):
                 found = outcome(planner.plan, snapshot)
                 assert found == outcome(plan_scores, request, snapshot, growing=True)
                 seen.append(len(found[1]) if isinstance(found, tuple) else -1)
-            missing = outcome(rolling.plan, snapshot)
+            missing = outcome(rollout_planner.plan, snapshot)
             assert missing == outcome(plan_rollouts, sampled, snapshot)
             assert [k for k, _ in missing] == [k for k in units if k not in snapshot.unit_keys()]
             first = outcome(planners[0].plan, snapshot)
