@@ -71,7 +71,7 @@ def _teacher(name: str, groups: list[Mapping[str, Any]]) -> Tree:
     models = {_model(model): None for group in groups for model in group["models"]}
     children: list[Tree] = []
     for group in groups:
-        sampled = [(f"sampled by {_model(model)}", []) for model in group["sampled_by"]]
+        sampled: list[Tree] = [(f"sampled by {_model(model)}", []) for model in group["sampled_by"]]
         text = f"version {group['version']}: {group['segments']} segments, {_spent(group)}"
         children.append((text, sampled))
     return f"teacher {name}: {', '.join(models) or 'not known without the store'}", children

@@ -134,6 +134,13 @@ def train_rounds(
             run=config.run,
             evaluation=evaluation,
             held_out=held_out,
+            teachers={
+                config.teacher.name: {
+                    "name": config.teacher.model,
+                    "revision": config.teacher.revision,
+                    "weights": facts.digest,
+                }
+            },
         )
         report = run_training(
             spec,

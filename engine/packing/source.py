@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
-from logitcask.engine.models.identity import digest
+from logitcask.engine.errors import ConfigError, StoreError
+from logitcask.engine.packing.missing import check_planned, check_scored
 from logitcask.engine.packing.plan import (
     WINDOW_BYTES,
     Lengths,
@@ -26,7 +26,7 @@ from logitcask.engine.packing.plan import (
     make_plan,
 )
 from logitcask.engine.packing.targets import Targets, empty_sequence, make_targets, tensor
-from logitcask.engine.packing.teachers import Teachers
+from logitcask.engine.packing.teachers import Source, Teachers
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
 from logitcask.engine.store.decoded_unit import DecodedUnit, dtypes_of, is_bounded, size_of
@@ -34,22 +34,6 @@ from logitcask.engine.store.format.rows import last_marked
 from logitcask.engine.store.format.schema import SAMPLED
 from logitcask.engine.store.log.snapshot import are_partial
 from logitcask.engine.types import Array
-
-
-class Source(NamedTuple):
-    """Origin of rows: a rollout segment, the version that sampled them, and one teacher's scores.
-
-    Segments are named by seg_id.
-    """
-
-    rollouts: str
-    version: int
-    teacher: str
-    """Name of the scores."""
-    scores: tuple[str, ...]
-    """The first, then its extensions."""
-    base: tuple[str, ...] = ()
-    """Scores of the teacher's base model, for objectives that need them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,6 +193,12 @@ class PackSource:
         total = sum(segment.counts["P"] for segment, _ in self.pairs)
         return f"{100 * scored / max(1, total):.3g} % of the positions"
 
+    def teacher_models(self) -> dict[str, Mapping[str, Any]]:
+        """Return the recorded model of each name of scores."""
+        firsts = {scores[0].name: scores[0] for _, scores in self.pairs}
+        found = {name: each.provenance.get("teacher") for name, each in firsts.items()}
+        return {name: model for name, model in found.items() if isinstance(model, Mapping)}
+
     def plan(
         self, *, seed: int, epochs: int, pack_length: int | None, window_bytes: int = WINDOW_BYTES
     ) -> PackPlan:
@@ -348,50 +338,3 @@ class PackSource:
                         hint="repeat `logitcask score` with --positions all, or with the same "
                         "positions for each of them",
                     )
-
-
-def check_planned(store: Store, segments: Sequence[Segment], rollouts_name: str) -> None:
-    """Raise IncompleteError if planned rollout units are missing."""
-    # Each version of the student has its own number of planned units, in a loop each round, which
-    # several versions may share.
-    of = {
-        s.provenance.get("round", (s.version, digest(s.provenance["student"]))): s.provenance
-        for s in segments
-    }
-    if not all("units" in provenance["set"] for provenance in of.values()):
-        raise IncompleteError(
-            f"rollouts {rollouts_name!r} do not record how many units were planned (set.units)",
-            hint="train on the committed units with --partial, or commit them with that number",
-        )
-    planned_units = sum(provenance["set"]["units"] for provenance in of.values())
-    if planned_units > len(segments):
-        raise IncompleteError(
-            f"{planned_units - len(segments)} of {planned_units} units of rollouts "
-            f"{rollouts_name!r} are missing",
-            hint=f"repeat the first `logitcask rollout --store {store.url} --rollouts "
-            f"{rollouts_name}`, or train on the committed units with --partial",
-        )
-
-
-def check_scored(
-    store: Store,
-    segments: Sequence[Segment],
-    scores: Mapping[str, ScoreSegments],
-    rollouts_name: str,
-    teacher: str,
-    *,
-    flag: str = "",
-) -> None:
-    """Raise IncompleteError if scores of committed units are missing.
-
-    flag: the flag of `logitcask score` that makes such scores.
-    """
-    missing = sum(segment.seg_id not in scores for segment in segments)
-    if missing:
-        raise IncompleteError(
-            f"{missing} of {len(segments)} units of rollouts {rollouts_name!r} have no scores of "
-            f"{teacher!r}",
-            hint=f"run `logitcask score --model TEACHER --store {store.url} "
-            f"--rollouts {rollouts_name} --teacher {teacher}{flag}`, or train on the scored units "
-            "with --partial",
-        )

@@ -20,9 +20,25 @@ gradient is that of a mixture where all have one support S:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from logitcask.engine.errors import ConfigError
+
+
+class Source(NamedTuple):
+    """Origin of rows: a rollout segment, the version that sampled them, and one teacher's scores.
+
+    Segments are named by seg_id.
+    """
+
+    rollouts: str
+    version: int
+    teacher: str
+    """Name of the scores."""
+    scores: tuple[str, ...]
+    """The first, then its extensions."""
+    base: tuple[str, ...] = ()
+    """Scores of the teacher's base model, for objectives that need them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ resumes, another run in the folder is refused, and the folder of a finished run 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,23 @@ from logitcask.engine.events import EventHandler, peak_memory
 from logitcask.engine.models.digests import sha256_of, write_json
 from logitcask.engine.models.identity import digest
 from logitcask.engine.models.load import (
-    ON_GPU,
-    checkpoint_layers,
-    load_student,
     quiet,
-    use_on_gpu,
 )
 from logitcask.engine.models.save import dtype_of_result, save_student
 from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
+from logitcask.engine.store.transfer.card import CARD
 from logitcask.engine.training.arguments.hub import open_repo, push
 from logitcask.engine.training.arguments.trackers import (
     check_trackers,
     ended_runs,
     tensorboard_callback,
 )
-from logitcask.engine.training.compiled import compile_layers
 from logitcask.engine.training.evaluation.held_out import HeldOut
 from logitcask.engine.training.evaluation.responses import EvalCallback, EvalPlan
 from logitcask.engine.training.processes import on_first
-from logitcask.engine.training.provenance.ledger import Ledger
+from logitcask.engine.training.provenance.card import build_card, write_card
+from logitcask.engine.training.provenance.ledger import Ledger, read_lines
 from logitcask.engine.training.run_dir.checkpoints import (
     LEDGER_SHA256,
     METRICS_SHA256,
@@ -56,10 +53,10 @@ from logitcask.engine.training.run_dir.files import (
     writing,
 )
 from logitcask.engine.training.run_dir.open import RunDir
-from logitcask.engine.training.settings import check_lora, settings_record
-from logitcask.engine.training.sharding import zero3
-from logitcask.engine.training.sharding.settings import is_sharded, is_zero3
-from logitcask.engine.training.sharding.student import load_on_first, whole_student
+from logitcask.engine.training.settings import check_lora, compared_settings, settings_record
+from logitcask.engine.training.sharding.settings import is_sharded
+from logitcask.engine.training.sharding.student import whole_student
+from logitcask.engine.training.student import load_for_training
 from logitcask.engine.training.trainer import DistillTrainer
 from logitcask.engine.types import ModelRef, Progress, no_progress
 
@@ -114,6 +111,8 @@ class RunSpec:
     run: Run
     evaluation: EvalPlan | None = None
     held_out: HeldOut | None = None
+    teachers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name of scores -> provenance of the model, for the model card."""
 
     @property
     def plain_objective(self) -> Objective:
@@ -141,7 +140,7 @@ def run_training(
     record = {**_record(spec, run_dir), **resume_metadata}
     if run_dir.earlier is not None:
         theirs = {key: run_dir.earlier.get(key) for key in record}
-        check_same(run_dir.out, _compared(theirs), _compared(record))
+        check_same(run_dir.out, compared_settings(theirs), compared_settings(record))
     # The first process may remove or rename what others would find.
     folder, step = on_first(
         lambda: resume_point(run_dir.out, spec.updates, resume_metadata, run_dir.earlier, on_event)
@@ -166,19 +165,24 @@ def run_training(
                 "sampled and scored"
             )
         with quiet():
-            student = _load(spec, run_dir)
-            ledger = Ledger(
-                run_dir.out / LEDGER,
-                _text(folder, LEDGER),
-                version=model.version if spec.same_base_weights else None,
-                first=run_dir.first,
+            student = load_for_training(
+                model,
+                settings,
+                spec.lora,
+                run_dir.args,
+                attention=run_dir.attention,
+                seed=spec.run.seed,
+                length=max(spec.longest, spec.held_out.longest if spec.held_out else 0),
             )
+            version = model.version if spec.same_base_weights else None
+            text, first = _text(folder, LEDGER), run_dir.first
+            ledger = Ledger(run_dir.out / LEDGER, text, version=version, first=first)
             _train(student, spec, run_dir, metrics, ledger, resume_metadata, folder, step, progress)
             with finishing(run_dir.out, spec.updates):
                 whole: nn.Module | None = student
                 if is_sharded(run_dir.args):
                     whole = whole_student(student, model, spec.lora, spec.run.seed)
-                on_first(lambda: _save(whole, spec, run_dir, metrics, record))
+                on_first(lambda: _save(whole, spec, run_dir, metrics, record, on_event))
     if run_dir.first and not settings.keep_checkpoints:
         remove_checkpoints(run_dir.out)
     run_dir.wait()
@@ -229,46 +233,6 @@ def _record(spec: RunSpec, run_dir: RunDir) -> dict[str, Any]:
             **({"held_out": spec.held_out.identity} if spec.held_out else {}),
         },
     }
-
-
-def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record of run.json without `accumulation`.
-
-    More processes with fewer packs each are the same run: `rows_per_update` is their product.
-    """
-    settings = record["settings"] or {}
-    kept = {key: value for key, value in settings.items() if key != "accumulation"}
-    return {**record, "settings": kept}
-
-
-def _load(spec: RunSpec, run_dir: RunDir) -> nn.Module:
-    """Load the student: on its device, or on the CPU for accelerate to shard it."""
-    settings, attention = spec.settings, run_dir.attention
-    sharded = is_sharded(run_dir.args)
-    options: dict[str, Any] = {
-        "lora": spec.lora,
-        "seed": spec.run.seed,
-        "length": max(spec.longest, spec.held_out.longest if spec.held_out else 0),
-        "attention": attention,
-    }
-    if sharded:
-        student = load_on_first(spec.model, run_dir.args, **options)
-    else:
-        student = load_student(spec.model, **options)
-    if settings.gradient_checkpointing:
-        checkpoint_layers(student, dropout=settings.dropout)
-    if is_zero3(run_dir.args):
-        zero3.divide(student, run_dir.args)
-    if not sharded:
-        # Before a sampler takes views of the weights: a move makes new tensors.
-        student.to(run_dir.args.device)
-        if attention in ON_GPU:
-            explicit = settings.attn_implementation != "auto"
-            use_on_gpu(student, spec.model, attention, explicit=explicit)
-        if settings.args.get("torch_compile"):
-            n_vocab, bf16 = spec.model.n_vocab, run_dir.args.bf16
-            compile_layers(student, settings.args, n_vocab=n_vocab, bf16=bf16)
-    return student
 
 
 def _train(
@@ -341,8 +305,9 @@ def _save(
     run_dir: RunDir,
     metrics: MetricsFile,
     record: Mapping[str, Any],
+    on_event: EventHandler,
 ) -> None:
-    """Complete run.json, and save the student with its metadata last."""
+    """Complete run.json, write the model card, and save the student with its metadata last."""
     assert student is not None, "the first process has it"
     ledger = sha256_of(run_dir.out / LEDGER)
     results: dict[str, Any] = {METRICS_SHA256: sha256_of(metrics.path), LEDGER_SHA256: ledger}
@@ -360,6 +325,20 @@ def _save(
     }
     with writing(run_dir.out):
         write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
+        # No file of the result: an edit of it is no damage.
+        card = build_card(
+            spec.model,
+            name=spec.settings.args.get("hub_model_id") or run_dir.out.resolve().name,
+            record=record,
+            teachers=spec.teachers,
+            objective=spec.objective.name if isinstance(spec.objective, Preset) else "",
+            lines=read_lines(run_dir.out / LEDGER),
+            ledger=ledger,
+            updates=spec.updates,
+            metrics={**metrics.last, **(metrics.evaluations or [{}])[-1]},
+        )
+        if not write_card(run_dir.out, card):
+            on_event(f"{run_dir.out / CARD} is not ours or edited, and stays as it is")
         save_student(
             student,
             run_dir.out,

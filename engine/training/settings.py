@@ -1,6 +1,7 @@
 """The settings of a run as transformers.TrainingArguments and as a record in run.json."""
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -177,3 +178,13 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
         },
         **later,
     }
+
+
+def compared_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of run.json without `accumulation`.
+
+    More processes with fewer packs each are the same run: `rows_per_update` is their product.
+    """
+    settings = record["settings"] or {}
+    kept = {key: value for key, value in settings.items() if key != "accumulation"}
+    return {**record, "settings": kept}

@@ -112,6 +112,7 @@ def train(
             run=run,
             evaluation=evaluation,
             held_out=held,
+            teachers=source.teacher_models(),
         )
         return run_training(
             spec, run_dir, config=config or {}, on_event=on_event, progress=progress

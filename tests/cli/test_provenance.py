@@ -8,6 +8,7 @@ import pytest
 
 from logitcask.engine.models.digests import read_json
 from logitcask.engine.store import open_store
+from logitcask.engine.store.transfer.card import is_ours
 from tests.cli.conftest import TRAIN, World
 
 
@@ -53,6 +54,9 @@ def test_the_chain_leads_from_a_student_to_its_base_weights(
     assert "├─ verified: ledger: sha256 as recorded" in text.out
     assert f"student version 2 {parent['weights'][:19]}" in text.out
     assert f"base weights {own['root'][:19]}" in text.out.splitlines()[-1]
+    card = (world.at(second) / "README.md").read_text()
+    assert (is_ours(card), "| version | 4, after 2 updates from 2 |" in card) == (True, True)
+    assert f"| snapshot | 7, `{own['pin']['sha256']}` |" in card
 
 
 def test_a_loop_names_every_version_that_sampled(world: World, call: Any, runs: list[str]) -> None:

@@ -62,16 +62,19 @@ def build_card(snapshot: Snapshot, address: HubAddress, license_id: str) -> str:
             *_usage(snapshot, rollouts, address),
         ]
     )
-    yaml = "---\n" + "\n".join(header) + "\n---\n"
-    marker = (
-        f"<!-- logitcask card {_digest(yaml + body)}: "
-        "`logitcask store push` replaces this file unless it is edited -->\n"
+    return signed("---\n" + "\n".join(header) + "\n---\n", body, "logitcask store push")
+
+
+def signed(header: str, body: str, command: str) -> str:
+    """Return a card with a marker, by which `is_ours` knows it; command: what may replace it."""
+    return (
+        f"{header}<!-- logitcask card {_digest(header + body)}: "
+        f"`{command}` replaces this file unless it is edited -->\n{body}"
     )
-    return yaml + marker + body
 
 
 def is_ours(card: str) -> bool:
-    """Return whether a push wrote this card, and nothing in it was edited since."""
+    """Return whether logitcask wrote this card, and nothing in it was edited since."""
     found = _MARKER.search(card)
     return found is not None and found[1] == _digest(_MARKER.sub("", card, count=1))
 
@@ -115,8 +118,8 @@ def _contents(snapshot: Snapshot, rollouts: list[Segment], sequences: int) -> li
         student = found[0].provenance.get("student")
         lines.append(
             f"- `{name}`: {sum(s.counts['P'] for s in found):,} positions; student "
-            f"{_model(student)}; {_text(describe_request(found[0]))}; "
-            f"prompts {_text(_value(found[0].provenance.get('set'), 'digest'))}"
+            f"{_model(student)}; {code_span(describe_request(found[0]))}; "
+            f"prompts {code_span(_value(found[0].provenance.get('set'), 'digest'))}"
         )
     lines += ["", "Scores:", ""]
     for name in snapshot.names(schema.SCORE):
@@ -125,7 +128,8 @@ def _contents(snapshot: Snapshot, rollouts: list[Segment], sequences: int) -> li
         lines.append(
             f"- `{name}`: {sum(s.rows for s in scores):,} positions; teacher "
             f"{_model(scores[0].provenance.get('teacher'))}"
-            f"{f', kind {_text(kind)}' if kind else ''}; {_text(describe_request(scores[0]))}"
+            f"{f', kind {code_span(kind)}' if kind else ''}; "
+            f"{code_span(describe_request(scores[0]))}"
         )
     return [*lines, "" if lines[-1] else "none\n"]
 
@@ -182,7 +186,7 @@ def _usage(snapshot: Snapshot, rollouts: list[Segment], address: HubAddress) -> 
 def _model(record: object) -> str:
     """Describe a model of a record: its name, and its revision if it has one."""
     name, revision = _value(record, "name"), _value(record, "revision")
-    return _text(name) + (f" at {_text(revision)}" if revision else "")
+    return code_span(name) + (f" at {code_span(revision)}" if revision else "")
 
 
 def _value(record: object, key: str) -> str:
@@ -191,7 +195,7 @@ def _value(record: object, key: str) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _text(text: str) -> str:
+def code_span(text: str) -> str:
     """Return a text from a record as a code span of one line, in which nothing is markup."""
     plain = "".join(c if c.isprintable() and c != "`" else " " for c in text)
     shown = " ".join(plain.split())[:_MAX_TEXT].rstrip()

@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import ConfigError, StoreError
-from logitcask.engine.training.run_dir.files import CHECKPOINTS, RUN, TENSORBOARD
+from logitcask.engine.training.run_dir.files import (
+    CHECKPOINTS,
+    LOGS,
+    RUN,
+    TEACHER,
+    TENSORBOARD,
+    VERSIONS,
+)
 
-NOT_PUSHED = [f"{CHECKPOINTS}/*", f"{TENSORBOARD}/*", ".*", RUN]
+NOT_PUSHED = [
+    *(f"{folder}/*" for folder in (CHECKPOINTS, TENSORBOARD, VERSIONS, LOGS)),
+    *(".*", RUN, TEACHER),
+]
 """Patterns; run.json names folders of this machine."""
 
 

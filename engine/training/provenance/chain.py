@@ -1,4 +1,4 @@
-"""The chain behind a trained student: its run, the segments that made it, and who sampled them.
+"""The chain behind a trained student: its run, its segments, and the versions that sampled them.
 
     student <- run <- segments by teacher and version <- versions that sampled <- base weights
 
@@ -16,14 +16,11 @@ from logitcask.engine.errors import IdentityError, IntegrityError, LogitcaskErro
 from logitcask.engine.models import identity
 from logitcask.engine.models.digests import read_json
 from logitcask.engine.models.weight_files import WEIGHTS
-from logitcask.engine.packing.source import Source
+from logitcask.engine.packing.teachers import Source
 from logitcask.engine.store import Segment, Store, open_store
 from logitcask.engine.training.provenance.ledger import read_lines, sources_of
 from logitcask.engine.training.run_dir.checkpoints import LEDGER_SHA256
-from logitcask.engine.training.run_dir.files import LEDGER, RESTORE, RUN
-
-VERSIONS = "versions"
-"""Folder of a loop's run that holds its students between updates."""
+from logitcask.engine.training.run_dir.files import LEDGER, RESTORE, RUN, VERSIONS
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,15 +188,15 @@ def _ledger(
     return lines
 
 
-def _open(url: str | None, uuid: str | None, asked: bool, checks: Checks) -> Store | None:
-    """Open the store of the segments; None where it cannot be compared and was not asked for."""
+def _open(url: str | None, uuid: str | None, required: bool, checks: Checks) -> Store | None:
+    """Open the store of the segments; None where it cannot be compared, unless it is required."""
     if not url or not uuid:
         checks.not_verified.append("store: the folder does not name it; give --store URL")
         return None
     try:
         store = open_store(url)
     except LogitcaskError as error:
-        if asked:
+        if required:
             raise
         checks.not_verified.append(f"store: {error.cause}; give --store URL")
         return None
@@ -258,7 +255,7 @@ def _models(
 def _parent(metadata: Mapping[str, Any], run: Mapping[str, Any], seen: set[Path]) -> dict[str, Any]:
     """Return the student before update 0: its own chain where its folder is found, else its digest.
 
-    It is looked for where run.json says that it was, and believed by its recorded digest.
+    It is looked for at its place in run.json, and believed by its recorded digest.
     """
     name = ((run.get("config") or {}).get("student") or {}).get("model") or ""
     node: dict[str, Any] = {"weights": metadata["parent"], "name": name}

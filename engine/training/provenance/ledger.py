@@ -26,7 +26,8 @@ from typing import Any
 from logitcask.engine.errors import IntegrityError
 from logitcask.engine.models.digests import replace_text
 from logitcask.engine.objectives.bounds import DRIFT, SKIPPED
-from logitcask.engine.packing.source import Pack, Source
+from logitcask.engine.packing.source import Pack
+from logitcask.engine.packing.teachers import Source
 from logitcask.engine.training.run_dir.files import RESTORE, writing
 
 Update = tuple[int, Mapping[Source, int]]
@@ -101,8 +102,10 @@ class Ledger:
         return line
 
 
-def read_lines(path: Path, text: str) -> list[dict[str, Any]]:
-    """Return the lines of a ledger. Raises IntegrityError where they are none; `path` names it."""
+def read_lines(path: Path, text: str | None = None) -> list[dict[str, Any]]:
+    """Return the lines of a ledger, or of its `text`. Raises IntegrityError where they are none."""
+    if text is None:
+        text = path.read_text(errors="replace")
     try:
         lines = [json.loads(line) for line in text.splitlines()]
         known = 0

@@ -10,7 +10,8 @@ import pytest
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Train
 from logitcask.engine.errors import IntegrityError
-from logitcask.engine.packing.source import PackSource, Source
+from logitcask.engine.packing.source import PackSource
+from logitcask.engine.packing.teachers import Source
 from logitcask.engine.training.provenance.ledger import Ledger, Update, read_lines, sources_of
 from logitcask.engine.training.train import train
 from tests.engine.cached import make_store, make_unit
