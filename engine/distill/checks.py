@@ -11,7 +11,7 @@ from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.packing.plan import windows_at_most
 from logitcask.engine.store import Store
 from logitcask.engine.training.run_dir.files import check_same
-from logitcask.engine.types import MC_IDS, PACK_LENGTH, Prompt
+from logitcask.engine.types import MC_IDS, PACK_LENGTH, ModelRef, Prompt
 
 _NOT_IN_A_LOOP: tuple[tuple[str, type[Section], tuple[str, ...], str], ...] = (
     (
@@ -108,8 +108,8 @@ def longest_of(config: RunConfig, prompts: list[Prompt]) -> int:
     return max(len(p.token_ids) for p in prompts) + config.rollout.max_new_tokens
 
 
-def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
-    """Raise IdentityError if the rollouts `name` are not rounds of this run."""
+def check_name(store: Store, name: str, run: Mapping[str, Any], model: ModelRef) -> None:
+    """Raise IdentityError if the rollouts `name` are not rounds of this run of this student."""
     for segment in store.head().rollouts(name)[:1]:
         if "run" not in segment.provenance:
             raise IdentityError(
@@ -123,6 +123,14 @@ def check_name(store: Store, name: str, run: Mapping[str, Any]) -> None:
             hint="resume with the settings of these rollouts, or set store.rollouts and run.out to "
             "new names",
         )
+        ours = list(model.stop_ids)
+        if (theirs := segment.provenance["student"].get("stop_ids", ours)) != ours:
+            raise IdentityError(
+                f"rollouts {name!r} in {store.url} end at the stop ids {theirs}, those of "
+                f"{model.name} are {ours}",
+                hint="restore the generation_config.json and config.json of that student, or set "
+                "store.rollouts and run.out to new names",
+            )
 
 
 def pack_length(train: Train) -> int:

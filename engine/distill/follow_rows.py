@@ -7,6 +7,7 @@ from logitcask.engine.distill.on_policy_rows import RoundRows
 from logitcask.engine.distill.timed import Updates
 from logitcask.engine.distill.versions import publish, remove_others, whole_copy
 from logitcask.engine.events import EventHandler
+from logitcask.engine.store import Snapshot
 from logitcask.engine.training.processes import on_first
 from logitcask.engine.workers.timeline import span
 
@@ -36,7 +37,7 @@ class FollowRows(RoundRows):
                 digest = self._publish(version)
             with span(timeline.file, "wait", round=number, version=version):
                 at, segments = self._awaited(number)
-            snapshot = self.loop.store.snapshot(at)
+            snapshot = self._snapshot(at)
             self._round = self._packed(
                 number, digest, snapshot, lambda segment: segment.seg_id in segments
             )
@@ -52,6 +53,13 @@ class FollowRows(RoundRows):
                 self.on_event(self._lacks(number))
             time.sleep(self.loop.inputs.config.work.poll)
         return found
+
+    def _snapshot(self, at: int) -> Snapshot:
+        """Return a snapshot that the first process has seen; a network disk may show it later."""
+        store, begun_s = self.loop.store, time.monotonic()
+        while store.head().number < at and time.monotonic() - begun_s < 2 * LONG_S:
+            time.sleep(self.loop.inputs.config.work.poll)
+        return store.snapshot(at)
 
     def _publish(self, number: int) -> str:
         """Publish the student as a version, and return its digest."""

@@ -277,7 +277,7 @@ def open_loop(inputs: LoopInput, teacher: LoopTeacher, store: Store) -> LoopSetu
     }
     record = settings_record(inputs.settings, config.lora, config.run)
     run = {"settings": record, "objective": inputs.preset.objective.record(), **identity}
-    check_name(store, config.store.rollouts, run)
+    check_name(store, config.store.rollouts, run, inputs.model)
     return LoopSetup(
         inputs=inputs,
         teacher=teacher,
