@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from logitcask.engine.backends.base import close_backend
+from logitcask.engine.backends.base import close_backend, reload_backend
 from logitcask.engine.commands.load_teacher import backend, open_teacher
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.follow_rows import FollowRows
@@ -230,9 +230,7 @@ class _Sampler:
             run = run.model_copy(update={"backend": "auto"})
         try:
             with span(self._timeline, "load", version=newest.version):
-                if hasattr(self._sampler, "reload"):
-                    self._sampler.reload(newest)
-                else:
+                if not reload_backend(self._sampler, newest, self._on_event):
                     # Two students need not fit side by side.
                     self.close()
                     self._sampler = backend(newest, run)
