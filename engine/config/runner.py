@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from logitcask.engine.config.section import Positive, Section
 
@@ -20,7 +20,16 @@ def _named_values(values: Any) -> Any:
     return values
 
 
-Resources = Annotated[dict[str, float], BeforeValidator(_named_values)]
+def _amounts(values: dict[str, float]) -> dict[str, float]:
+    for name, value in values.items():
+        if value < 0 or (value > 1 and value % 1):
+            raise ValueError(f"{name} must be a whole number, or a part of one, as 0.5")
+    return values
+
+
+Resources = Annotated[
+    dict[str, float], BeforeValidator(_named_values), AfterValidator(_amounts)
+]
 """Name of a resource of Ray -> amount."""
 
 
@@ -57,14 +66,6 @@ class Runner(Section):
         "the cluster has free resources for them, and end with their nodes; 0 = no more.",
     )
 
-    @field_validator("rollout_resources", "score_resources")
-    @classmethod
-    def _are_amounts(cls, values: dict[str, float]) -> dict[str, float]:
-        for name, value in values.items():
-            if value < 0 or (value > 1 and value % 1):
-                raise ValueError(f"{name} must be a whole number, or a part of one, as 0.5")
-        return values
-
     def count(self, role: str) -> int:
         """Return the number of processes of a role, rollout or score."""
         return {"rollout": self.rollout, "score": self.score}[role]
@@ -99,11 +100,11 @@ Text = Annotated[str, BeforeValidator(_text_of)]
 class LoopRunner(Runner):
     """The runner of `distill`."""
 
-    kind: Literal["inline", "processes"] = Field(
+    kind: Literal["inline", "processes", "ray"] = Field(
         "inline",
         description="Where a loop runs: inline = its stages in turn, in one process; processes = "
         "sampling, scoring and training at once, in processes of this machine that are started "
-        "again when they die.",
+        "again when they die; ray = likewise, in actors of a Ray cluster.",
     )
     train: Text = Field(
         "1",
@@ -117,6 +118,9 @@ class LoopRunner(Runner):
     )
     score_gpus: Text = Field("", description="GPUs of the processes that score, likewise.")
     train_gpus: Text = Field("", description="GPUs of the processes that train, likewise.")
+    train_resources: Resources = Field(
+        {}, description="With ray: resources of the actor that trains, as rollout_resources."
+    )
 
     @field_validator("train")
     @classmethod

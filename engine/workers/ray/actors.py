@@ -31,8 +31,6 @@ class Answer:
     """Lines since the last answer."""
     peak_memory_bytes: Mapping[str, int]
     """As of `events.peak_memory`."""
-    node: str
-    """Host and process."""
 
 
 class UnitActor:
@@ -40,7 +38,7 @@ class UnitActor:
 
     def __init__(self, open_job: OpenJob, work: Work, folder: str) -> None:
         """folder: of the driver, for relative paths, where this machine has it too."""
-        _enter(folder)
+        enter(folder)
         self._open_job, self._work = open_job, work
         self._events: list[str] = []
         self._worker: Worker[Any] | None = None
@@ -61,14 +59,15 @@ class UnitActor:
             error=found,
             events=events,
             peak_memory_bytes=peak_memory(),
-            node=_node(),
         )
 
 
-def _enter(folder: str) -> None:
+def enter(folder: str) -> None:
+    """Work in the folder, if this machine has it."""
     if Path(folder).is_dir():
         os.chdir(folder)
 
 
-def _node() -> str:
+def node() -> str:
+    """Return host and process."""
     return f"{os.uname().nodename}, process {os.getpid()}"

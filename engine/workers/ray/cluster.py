@@ -32,7 +32,7 @@ def connected(address: str) -> Iterator[Any]:
     except (ConnectionError, ValueError) as error:
         where = address or os.environ.get("RAY_ADDRESS", "this machine")
         raise ServerError(
-            f"no Ray cluster at {where}: {_line(error)}",
+            f"no Ray cluster at {where}: {reason(error)}",
             hint="give --ray-address HOST:6379, or leave it out for a cluster on this machine",
         ) from error
     # Ray takes SIGTERM for itself.
@@ -72,5 +72,7 @@ def are_free(ray: Any, resources: Mapping[str, float]) -> bool:
     return all(free.get(name, 0.0) >= value for name, value in resources.items() if value)
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def reason(error: BaseException) -> str:
+    """Return the line of an error of Ray that says why: a task's traceback has it at its end."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[-1 if "Traceback" in str(error) else 0]

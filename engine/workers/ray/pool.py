@@ -18,7 +18,7 @@ from logitcask.engine.store import holds_store, open_store
 from logitcask.engine.store.log.claims import forget_claims
 from logitcask.engine.workers.job import Receipt
 from logitcask.engine.workers.ray.actors import Answer, OpenJob, UnitActor
-from logitcask.engine.workers.ray.cluster import are_free, options_of
+from logitcask.engine.workers.ray.cluster import are_free, options_of, reason
 
 IN_FLIGHT = 2
 """Calls of one actor at most: the next unit begins without a word from the driver."""
@@ -121,11 +121,9 @@ class Pool:
             return
         except (RayActorError, RayTaskError) as error:
             dead = isinstance(error, RayActorError)
-            lines = str(error).splitlines() or [type(error).__name__]
+            how = f"died after {self.role.restarts} restarts" if dead else "failed outside a unit"
             raise ProcessError(
-                f"{actor.name} died after {self.role.restarts} restarts: {lines[0]}"
-                if dead
-                else f"{actor.name} failed outside of a unit: {lines[-1]}",
+                f"{actor.name} {how}: {reason(error)}",
                 hint="read the logs of Ray, then run the same command again: it resumes",
             ) from error
         actor.ready = True

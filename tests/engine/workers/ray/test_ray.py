@@ -19,8 +19,10 @@ import pytest
 
 from logitcask.engine.commands.on_ray import rollout_on_ray, score_on_ray
 from logitcask.engine.commands.rollout import run_rollout
-from logitcask.engine.config.runner import Runner
+from logitcask.engine.config.runner import StageRunner
 from logitcask.engine.config.teacher import Work
+from logitcask.engine.distill.loop import distill
+from logitcask.engine.distill.on_ray import distill_on_ray
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.store import open_store
 from logitcask.engine.store.verify import verify
@@ -29,12 +31,13 @@ from logitcask.engine.workers.ray.cluster import connected, options_of, resource
 from logitcask.engine.workers.ray.drive import run_roles
 from logitcask.engine.workers.ray.pool import Role
 from tests.engine.commands.test_worker import here, rolls, scores
+from tests.engine.distill.test_roles import configure, models, units_of
 from tests.engine.store.made import key
 from tests.engine.workers.ray.toy import UNITS, begun, open_toy
 
 ROOT = Path(__file__).resolve().parents[4]
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
-__all__ = ["here"]
+NODE = {"num_cpus": 2, "object_store_memory": 80 << 20}
+__all__ = ["here", "models"]
 
 
 class TwoNodes:
@@ -109,15 +112,20 @@ def is_alive(process: int) -> bool:
 @pytest.mark.needs("ray")
 @pytest.mark.filterwarnings("ignore")
 def test_actors_do_every_unit_once_while_nodes_come_and_go(
-    two_nodes: TwoNodes, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_nodes: TwoNodes,
+    here: Path,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nodes_and_kills(two_nodes, tmp_path, monkeypatch)
     two_nodes.join()
     commands(two_nodes, here)
+    loop(two_nodes, models, tmp_path)
 
 
 def nodes_and_kills(two_nodes: TwoNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One actor, a second with its node, that node lost at half time, and the first one killed."""
+    """Do toy units by one actor and a second; lose its node at half time, then kill the first."""
     monkeypatch.setattr(pool, "GROW_S", 0.2)
     url, log = str(tmp_path / "toy"), tmp_path / "begun"
     store = open_store(url, create=True)
@@ -139,7 +147,7 @@ def nodes_and_kills(two_nodes: TwoNodes, tmp_path: Path, monkeypatch: pytest.Mon
         open_job=partial(open_toy, url, log),
         store=url,
         work=Work(poll=0.2),
-        resources={"CPU": 1.0, "GPU": 0.0},
+        resources={"CPU": 2.0, "GPU": 0.0},
         actors=1,
         most=2,
         restarts=2,
@@ -186,7 +194,7 @@ def commands(two_nodes: TwoNodes, here: Path) -> None:
     store, other = (open_store(here / name) for name in ("s", "inline"))
     assert store.head().unit_keys() == other.head().unit_keys()
 
-    changes = {"work": Work(poll=0.2), "runner": Runner(**ray)}
+    changes = {"work": Work(poll=0.2), "runner": StageRunner(**ray)}
     teacher = scores(here).model_copy(update=changes)
 
     def interrupt(*counts: object) -> None:
@@ -209,8 +217,41 @@ def commands(two_nodes: TwoNodes, here: Path) -> None:
         score_on_ray(teacher, stop=stop)
 
 
+def loop(two_nodes: TwoNodes, models: Path, tmp_path: Path) -> None:
+    """Run a loop whose trainer is killed: without age, its student is that of one process."""
+    inline = distill(configure(models, tmp_path / "inline"))
+    processes: list[int] = []
+
+    def on_event(line: str) -> None:
+        if line.startswith("train runs on "):
+            processes.append(int(line.rpartition(" ")[2]))
+
+    def kill(stage: str, done: int, *counts: object) -> None:
+        if stage == "score" and done and len(killed) < len(processes) == 1:
+            killed.append(processes[0])
+            os.kill(processes[0], signal.SIGKILL)
+
+    killed: list[int] = []
+    runner = ("runner.kind=ray", f"runner.ray_address={two_nodes.address}")
+    config = configure(models, tmp_path / "roles", *runner, "work.poll=0.1")
+    report = distill_on_ray(config, stop=threading.Event(), progress=kill, on_event=on_event)
+    assert len(killed) == 1
+    assert len(processes) == 2, "it was started again"
+    outs = [tmp_path / name / "out" / "model.safetensors" for name in ("inline", "roles")]
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert report.last["loss"] == inline.last["loss"]
+    segments = open_store(tmp_path / "roles" / "store").head().segments
+    assert len({s.unit_key for s in segments}) == len(segments)
+    assert units_of(tmp_path / "roles") == units_of(tmp_path / "inline")
+    with pytest.raises(ConfigError, match="its trainer is one process"):
+        distill_on_ray(
+            configure(models, tmp_path / "roles", *runner, "runner.train=torchrun:2"),
+            stop=threading.Event(),
+        )
+
+
 class Machine:
-    """The part of the module ray that says what a cluster has."""
+    """The part of the module ray on the resources of a cluster."""
 
     def __init__(self, **resources: float) -> None:
         self.resources = resources
