@@ -54,7 +54,7 @@ def distill_command(
     same student.
 
     With --runner processes they do so at the same time, in processes that are started again when
-    they die.
+    they die; with --runner ray, in actors of a Ray cluster.
 
     The file CONFIG takes the keys that are flags of rollout, score and train, and those of [loop]
     and [runner]. --dry-run prints all of them with their values.
@@ -80,6 +80,13 @@ def distill_command(
         words = [str(config), *sets, "--format", form]
         on_line = _print_line if form == "text" else None
         click.echo(run_processes(resolved, words, on_event=print_event, on_line=on_line), nl=False)
+        return
+    if resolved.runner.kind == "ray":
+        from logitcask.engine.distill.on_ray import distill_on_ray
+
+        with stop_at_sigterm() as stop, progress_bar() as progress:
+            report = distill_on_ray(resolved, stop=stop, progress=progress, on_event=print_event)
+        print_result(report, form)
         return
     from logitcask.engine.distill.loop import distill
 

@@ -27,9 +27,7 @@ def _amounts(values: dict[str, float]) -> dict[str, float]:
     return values
 
 
-Resources = Annotated[
-    dict[str, float], BeforeValidator(_named_values), AfterValidator(_amounts)
-]
+Resources = Annotated[dict[str, float], BeforeValidator(_named_values), AfterValidator(_amounts)]
 """Name of a resource of Ray -> amount."""
 
 

@@ -183,9 +183,7 @@ def commands(two_nodes: TwoNodes, here: Path) -> None:
     inline = run_rollout(rolls(here, "inline"))
     stop = threading.Event()
     config = rolls(here, worker=False, poll=0.2)
-    report = rollout_on_ray(
-        config.model_copy(update={"runner": Runner(**ray)}), stop=stop
-    )
+    report = rollout_on_ray(config.model_copy(update={"runner": StageRunner(**ray)}), stop=stop)
     for name in (
         *("units_total", "units_new", "units_done_before", "positions", "sequences"),
         *("mean_length", "stopped_share", "mean_reward"),
