@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from logitcask.engine.config.runner import LOGS, TIMELINE
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.training.run_dir.files import (
     CHECKPOINTS,
-    LOGS,
     RUN,
     TEACHER,
     TENSORBOARD,
@@ -20,7 +20,7 @@ from logitcask.engine.training.run_dir.files import (
 )
 
 NOT_PUSHED = [
-    *(f"{folder}/*" for folder in (CHECKPOINTS, TENSORBOARD, VERSIONS, LOGS)),
+    *(f"{folder}/*" for folder in (CHECKPOINTS, TENSORBOARD, VERSIONS, LOGS, TIMELINE)),
     *(".*", RUN, TEACHER),
 ]
 """Patterns; run.json names folders of this machine."""

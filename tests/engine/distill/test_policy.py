@@ -169,7 +169,7 @@ class Loop(RuleBasedStateMachine):
     @precondition(lambda self: self.units() and len(self.in_hand) < 3)
     @rule(data=st.data())
     def begin_unit(self, data: Any) -> None:
-        """Two samplers may have the same unit in hand, the lease of one having ended."""
+        """Begin any unit, also one that another sampler has in hand: a lease may have ended."""
         assert self.there.unscored_bytes < self.policy.max_unscored_bytes
         self.in_hand.append(data.draw(st.sampled_from(self.units())))
 
