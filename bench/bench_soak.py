@@ -19,6 +19,7 @@ from results import ROOT
 TESTS = [
     *("tests/engine/store", "tests/engine/workers/test_worker.py", "tests/kernels/test_aot.py"),
     *("tests/engine/training/test_damaged_run.py", "tests/engine/packing/test_reading.py"),
+    "tests/engine/distill/test_processes.py",
     "tests/models",
 ]
 
