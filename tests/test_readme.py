@@ -39,7 +39,8 @@ SMALLER = {
     "prompts_per_round = 64": "prompts_per_round = 2",
     "max_new_tokens = 2048": "max_new_tokens = 32",
 }
-NOT_RUN = r"demo|bench|(?:.*(?:hub:|hf://|s3://|gs://|az://|\.\.\.|https?://(?!127\.0\.0\.1:8000)))"
+ELSEWHERE = r"hub:|hf://|s3://|gs://|az://|\.\.\.|https?://(?!127\.0\.0\.1:8000)|--runner ray"
+NOT_RUN = rf"demo|bench|(?:.*(?:{ELSEWHERE}))"
 """Commands with separate tests, and those that need a network or another file."""
 
 

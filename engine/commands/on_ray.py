@@ -45,7 +45,7 @@ def score_on_ray(
     before the end, and ProcessError for actors that die too often.
     """
     begun_s, before = time.monotonic(), _segments(config.store.url)
-    pool = _run(config, "score", partial(_open_score, config), stop, progress, on_event)
+    pool = _run(config, "score", partial(open_score_job, config), stop, progress, on_event)
     # A unit with extra ids is two segments of one base.
     positions = {
         each.base: rows_of(each)
@@ -74,7 +74,7 @@ def rollout_on_ray(
 ) -> RolloutReport:
     """Sample what is missing; raises as `run_rollout` and `score_on_ray` do."""
     begun_s, before = time.monotonic(), _segments(config.store.url)
-    pool = _run(config, "rollout", partial(_open_rollout, config), stop, progress, on_event)
+    pool = _run(config, "rollout", partial(open_rollout_job, config), stop, progress, on_event)
     store = open_store(config.store.url)
     new = [
         each
@@ -142,13 +142,13 @@ def _segments(url: str) -> dict[str, Segment]:
     return {each.seg_id: each for each in open_store(url).head().segments}
 
 
-def _open_score(config: ScoreConfig, on_event: EventHandler) -> Job[ScoreUnit]:
+def open_score_job(config: ScoreConfig, on_event: EventHandler) -> Job[ScoreUnit]:
     store = open_store(config.store.url)
     cancel = CancelToken(on_event)
     return score_job(config, store, store.head(), cancel, on_event, growing=False)
 
 
-def _open_rollout(config: RolloutConfig, on_event: EventHandler) -> Job[RolloutUnit]:
+def open_rollout_job(config: RolloutConfig, on_event: EventHandler) -> Job[RolloutUnit]:
     """Load the student for the rollouts of this version of it."""
     request = open_rollout(config, on_event)
     units = request.units

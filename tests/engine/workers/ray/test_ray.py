@@ -4,6 +4,7 @@ One test, for one cluster: it costs some 20 seconds of a CPU before any work is 
 """
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,6 +242,41 @@ def loop(two_nodes: TwoNodes, models: Path, tmp_path: Path) -> None:
             configure(models, tmp_path / "roles", *runner, "runner.train=torchrun:2"),
             stop=threading.Event(),
         )
+
+
+class Calls:
+    """A stand-in for a dataset of Ray Data: it calls the class for each row, in this process."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._found = rows, list[dict[str, list[int]]]()
+
+    def map_batches(self, kind: Any, **options: object) -> "Calls":
+        assert options == {"batch_size": 1, "concurrency": 4, "num_gpus": 1}
+        worker = kind()
+        self._found = [worker({"id": [row]}) for row in range(self._rows)]
+        return self
+
+    def sum(self, column: str) -> int:
+        return sum(value for each in self._found for value in each[column])
+
+
+def test_a_stage_of_ray_data_does_the_missing_units(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_rollout(rolls(here))
+    text = (ROOT / "engine/workers/README.md").read_text()
+    (code,) = re.findall(r"```python map_batches\n(.*?)```", text, re.S)
+    for name, place in (("Qwen/Qwen3-4B", here / "teacher"), ("/shared/store", here / "s")):
+        assert name in code
+        code = code.replace(name, str(place))
+    data = SimpleNamespace(range=lambda rows: Calls(rows // 200))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(data=data))
+    exec(code, {"__name__": "example"})
+    snapshot = open_store(here / "s").head()
+    assert len(snapshot.scores("qwen3-4b")) == 2
+    assert capsys.readouterr().out.split()[-1] == str(
+        sum(s.counts["P"] for s in snapshot.rollouts("main"))
+    )
 
 
 class Machine:
