@@ -5,7 +5,8 @@ Run: .venv/bin/python bench/report.py [--no-frontier]
 The newest row of each section counts. Only the text between `<!-- NAME -->` and `<!-- end -->` is
 replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The kernels'
 tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py, that
-of the real student from report_real.py, that of many workers from report_scale.py.
+of the real student from report_real.py, that of many workers from report_scale.py, those of the
+loops from report_pipeline.py.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 import report_ablate
 import report_kernels
+import report_pipeline
 import report_real
 import report_scale
 import results
@@ -35,6 +37,8 @@ def main(arguments: list[str]) -> None:
         report_ablate.draw(ablations[-1])
     if scale := report_scale.newest():
         report_scale.draw(scale)
+    if pipeline := report_pipeline.newest():
+        report_pipeline.draw(pipeline)
     if not options.no_frontier:
         draw(newest_rows()["frontier"])
 
@@ -48,7 +52,7 @@ def tables() -> dict[str, str]:
     """Return the text of each marked block."""
     newest = newest_rows()
     made = {name: table(newest) for name, table in TABLES.items()}
-    others = (report_kernels, report_ablate, report_real, report_scale)
+    others = (report_kernels, report_ablate, report_real, report_scale, report_pipeline)
     for each in others:
         made |= each.tables()
     return made
