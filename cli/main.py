@@ -16,7 +16,7 @@ from logitcask.engine.errors import LogitcaskError
 
 VERBS = (
     *("rollout", "score", "train", "distill", "ablate", "objectives"),
-    *("store", "probe", "doctor", "demo", "bench"),
+    *("evaluate", "store", "probe", "doctor", "demo", "bench"),
 )
 """In the order of the data. The module of a verb is cli/VERB.py, imported when it is used."""
 
@@ -27,7 +27,8 @@ OTHER_VERBS = {
     "distill": "run loop",
     "ablate": "sweep",
     "store": "info ls show verify snapshot gc cache",
-    "probe": "eval evaluate metrics",
+    "evaluate": "eval",
+    "probe": "metrics",
     "doctor": "check",
 }
 """Verb -> other words for it, and the commands below it."""

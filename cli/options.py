@@ -80,12 +80,17 @@ def config_options(kind: type[Section], keys: Mapping[str, list[str]]) -> Callab
 
 def config_from_flags(kind: type[Job], flags: Mapping[str, Any]) -> Job:
     """Build the configuration from the flags; ConfigError names key, value and rule."""
+    return validate(kind, flag_values(flags), source="command line", spell=_flag_of)
+
+
+def flag_values(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return section -> key -> value of the flags that are there."""
     values: dict[str, dict[str, Any]] = {}
     for dest, value in flags.items():
         section, _, name = dest.partition("__")
         if value not in (None, ()):
             values.setdefault(section, {})[name] = value
-    return validate(kind, values, source="command line", spell=_flag_of)
+    return values
 
 
 def _flag_of(key: str) -> str:

@@ -239,8 +239,7 @@ def held_out_set(settings: Eval, url: str, train: Train) -> HeldOutSet | None:
 
     Raises ConfigError where the choice is not clear, IncompleteError where there is none.
     """
-    named = (settings.store, settings.rollouts, settings.teacher, settings.snapshot)
-    if all(each is None for each in named):
+    if all(each is None for each in settings.held_out_names()):
         return None
     several = settings.teacher is not None and "=" in settings.teacher
     field = train.teacher_field if several else None

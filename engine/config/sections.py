@@ -176,6 +176,17 @@ class TrainConfig(Section):
     run: Run = Run()
 
 
+class EvaluateConfig(Section):
+    """Sections of `logitcask evaluate`."""
+
+    student: Student
+    store: StoreSection
+    train: Train = Train()
+    eval: Eval = Eval()
+    work: Work = Work()
+    run: Run = Run()
+
+
 class ProbeConfig(Section):
     """Sections of `logitcask probe metrics`."""
 

@@ -266,6 +266,10 @@ class Eval(SamplingParams, Columns):
     )
     top_p: Share = Field(0.95, description="Nucleus that evaluation samples from.")
 
+    def held_out_names(self) -> tuple[str | None, ...]:
+        """Return the keys that name held-out rows: there are such rows if one of them is set."""
+        return self.store, self.rollouts, self.teacher, self.snapshot
+
 
 class Ablate(Section):
     seeds: Positive = Field(

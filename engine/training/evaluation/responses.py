@@ -137,6 +137,29 @@ def standard_error(values: Array) -> float | None:
     return float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
+def measure_student(
+    plan: EvalPlan | None,
+    held_out: HeldOut | None,
+    student: nn.Module,
+    sampler: Callable[[], Sampler | None],
+    *,
+    version: int,
+    progress: Progress,
+    device: torch.device | None,
+) -> dict[str, float | None]:
+    """Return the entries of metrics.jsonl of an evaluation; sampler: makes one for the plan."""
+    line: dict[str, float | None] = {}
+    if plan is not None:
+        # Not kept: it may hold a copy of the student.
+        made = sampler()
+        assert made is not None, "of a whole student"
+        line |= evaluate(made, plan, version=version, progress=progress).line()
+        del made
+    if held_out is not None:
+        line |= held_out.line(student, progress, device)
+    return line
+
+
 class EvalCallback(TrainerCallback):
     """Evaluation between updates: one line of metrics.jsonl per evaluated step."""
 
@@ -198,17 +221,21 @@ class EvalCallback(TrainerCallback):
             return
         begun_s = time.monotonic()
         line: dict[str, float | None] = {"progress/step": step}
-        if self._plan is not None:
-            sampler = self._plan.sampler(self._whole()) if self._whole else self._sampler
-            assert sampler is not None, "of a whole student"
-            report = evaluate(
-                sampler, self._plan, version=self._version + step, progress=self._progress
-            )
-            del sampler  # a copy of the student
-            line |= report.line()
-        if self._held_out is not None:
-            line |= self._held_out.line(self._student, self._progress, self._device)
+        line |= measure_student(
+            self._plan,
+            self._held_out,
+            self._student,
+            self._whole_sampler,
+            version=self._version + step,
+            progress=self._progress,
+            device=self._device,
+        )
         line["eval/seconds"] = time.monotonic() - begun_s
         self._metrics.evaluated(line, write=self._write)
         if step:
             self._track(line)
+
+    def _whole_sampler(self) -> Sampler | None:
+        if self._plan and self._whole:
+            return self._plan.sampler(self._whole())
+        return self._sampler

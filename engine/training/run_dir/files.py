@@ -9,6 +9,7 @@ OUT/  model, tokenizer, logitcask.json   the result; logitcask.json is written l
       versions/       of a loop by roles: versions of the student, see distill/versions.py
       teacher.json    of such a loop: the facts of its teacher
       logs/           of such a loop: output of its processes
+      evaluations.jsonl   one line per version that `logitcask evaluate --worker` measured
       .lock           held by the process that writes, while it runs
 """
 
@@ -43,6 +44,7 @@ from logitcask.engine.training.processes import command_line
 RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
 LEDGER, TENSORBOARD = "ledger.jsonl", "tensorboard"
 VERSIONS, TEACHER = "versions", "teacher.json"
+EVALUATIONS, EVALUATOR = "evaluations.jsonl", ".evaluator"
 LOCK = ".lock"
 RESTORE = "restore it from a copy, give another --out, or lose that run with --overwrite"
 
@@ -200,7 +202,8 @@ def clear(out: Path) -> None:
     (out / METADATA).unlink(missing_ok=True)
     for folder in (CHECKPOINTS, TENSORBOARD, VERSIONS, TIMELINE):
         shutil.rmtree(out / folder, ignore_errors=True)
-    for pattern in ("*.safetensors", "*.safetensors.index.json", METRICS, LEDGER, TEACHER):
+    texts = (METRICS, LEDGER, TEACHER, EVALUATIONS)
+    for pattern in ("*.safetensors", "*.safetensors.index.json", *texts):
         for file in out.glob(pattern):
             file.unlink()
 
