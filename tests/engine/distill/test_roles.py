@@ -174,7 +174,9 @@ def test_roles_in_any_order_keep_the_bounds_and_do_every_unit_once(
 
     with pytest.raises(Killed):
         train_role(again, progress=killed)
-    assert train_role(again).resumed_at == 4
+    lines: list[str] = []
+    assert train_role(again, on_event=lines.append).resumed_at == 4
+    assert "prefixes: of a student at most 4 updates older, new in every round" in lines
     weights = [(tmp_path / n / "out" / "model.safetensors").read_bytes() for n in ("a", "b")]
     assert weights[0] == weights[1]
 
