@@ -19,6 +19,7 @@ from logitcask.engine.errors import IdentityError, ModelError
 from logitcask.engine.models.identity import METADATA_FILE, read_metadata
 from logitcask.engine.models.load import live_digest
 from logitcask.engine.models.save import save_student
+from logitcask.engine.training.evaluation.versions import is_due
 from logitcask.engine.training.run_dir.files import VERSIONS, writing
 from logitcask.engine.training.sharding.student import whole_student
 from logitcask.engine.types import ModelRef
@@ -94,14 +95,16 @@ def publish(out: Path, whole: nn.Module, first: ModelRef, number: int, metadata:
 
 
 def remove_others(out: Path, newest: int) -> None:
-    """Remove the versions that no sampler needs: old ones, and those after the newest.
+    """Remove the versions that no sampler and no evaluator needs: old ones, and those after the
+    newest.
 
     The latter are of a trainer that went further before it was killed, and are made again.
     """
     numbers = _numbers(out)
     kept = sorted(number for number in numbers if number <= newest)[-KEPT:]
     for number in numbers - {*kept}:
-        remove_version(out, number)
+        if number > newest or not is_due(out, number):
+            remove_version(out, number)
 
 
 def remove_version(out: Path, number: int) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from logitcask.engine.commands.evaluate import evaluate_config, watch_evaluations
+from logitcask.engine.distill.versions import remove_others
 from logitcask.engine.errors import ConfigError, ModelError
 from logitcask.engine.training.evaluation.versions import (
     LEASE_S,
     evaluating,
-    is_wanted,
+    is_due,
     published,
     read_evaluations,
 )
@@ -117,27 +118,32 @@ def test_a_version_that_goes_away_is_left_out(loop: Path, monkeypatch: pytest.Mo
 def test_the_trainer_keeps_the_versions_of_a_living_evaluator(tmp_path: Path) -> None:
     """Want every third version from 2 on: 2, 5, 8, until each of them has its line."""
 
-    def wanted() -> list[int]:
-        return [number for number in range(9) if is_wanted(tmp_path, number)]
+    def due() -> list[int]:
+        return [number for number in range(9) if is_due(tmp_path, number)]
 
-    assert wanted() == []
+    assert due() == []
     with evaluating(tmp_path, 3, 2, print) as (live, append):
-        assert wanted() == [2, 5, 8]
+        assert due() == [2, 5, 8]
         append({"version": 5})
-        assert wanted() == [2, 8]
-        file = tmp_path / ".evaluator" / "wanted"
+        assert due() == [2, 8]
+        file = tmp_path / ".evaluator" / "due"
         os.utime(file, (0, file.stat().st_mtime - LEASE_S))
-        assert wanted() == [], "no sign of life"
+        assert due() == [], "no sign of life"
         live()
-        assert wanted() == [2, 8]
+        assert due() == [2, 8]
+        for number in range(10):
+            (tmp_path / "versions" / f"v{number}").mkdir(parents=True)
+        remove_others(tmp_path, 8)
+        left = {folder.name for folder in (tmp_path / "versions").iterdir()}
+        assert left == {"v2", "v7", "v8"}, "the two newest, and those that are due"
         with (
             pytest.raises(ConfigError, match="in use by process"),
             evaluating(tmp_path, 0, 0, print),
         ):
             pass
-    assert wanted() == []
+    assert due() == []
     with evaluating(tmp_path, 0, 0, print):
-        assert wanted() == [], "any that is there will do"
+        assert due() == [], "any that is there will do"
 
 
 @pytest.mark.parametrize(

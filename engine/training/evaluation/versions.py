@@ -27,14 +27,14 @@ from logitcask.engine.training.run_dir.files import (
     writing,
 )
 
-WANTED = "wanted"
+DUE = "due"
 LEASE_S = 600.0
-"""Seconds after the last sign of life for which the wanted versions are kept."""
+"""Seconds after the last sign of life for which the due versions are kept."""
 
 
-def is_wanted(out: Path, number: int) -> bool:
+def is_due(out: Path, number: int) -> bool:
     """Return whether a living evaluator is still to evaluate this version of the run in `out`."""
-    file = out / EVALUATOR / WANTED
+    file = out / EVALUATOR / DUE
     try:
         every, start = map(int, file.read_text().split())
         alive = time.time() - file.stat().st_mtime < LEASE_S
@@ -83,7 +83,7 @@ def evaluating(
     every, start: version start + i x every is kept until it has a line; 0 = none is kept. Raises
     ConfigError where another process evaluates the run.
     """
-    file, wanted = out / EVALUATIONS, out / EVALUATOR / WANTED
+    file, due = out / EVALUATIONS, out / EVALUATOR / DUE
 
     def append(line: dict[str, Any]) -> None:
         with writing(file), file.open("ab", buffering=0) as stream:
@@ -93,8 +93,8 @@ def evaluating(
         lines = read_evaluations(out)
         with writing(out):
             replace_text(file, "".join(json.dumps(line) + "\n" for line in lines))
-            replace_text(wanted, f"{every} {start}\n")
+            replace_text(due, f"{every} {start}\n")
         try:
-            yield lambda: os.utime(wanted), append
+            yield lambda: os.utime(due), append
         finally:
-            wanted.unlink(missing_ok=True)
+            due.unlink(missing_ok=True)
