@@ -29,7 +29,7 @@ from logitcask.engine.config.toml import to_toml
         "prompts": sorted(Prompts.model_fields, key="file".__ne__),  # the file first
         "store": ["url", "rollouts", "profile"],
         "rollout": list(Rollout.model_fields),
-        "work": [*WORKER_KEYS, "max_unscored"],
+        "work": [*WORKER_KEYS, "prompts_per_version", "max_unscored"],
         "runner": ["kind", "rollout", "rollout_resources", *RAY_KEYS],
         "run": MODEL_KEYS,
     },

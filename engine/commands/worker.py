@@ -19,11 +19,12 @@ from logitcask.engine.config.teacher import Work
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
 from logitcask.engine.models import identity
-from logitcask.engine.rollout.plan import plan_rollouts
+from logitcask.engine.rollout.plan import RolloutPlanner, Unscored, next_range
 from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
 from logitcask.engine.score.planner import ScorePlanner
 from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import Snapshot, Store, holds_store, open_store
+from logitcask.engine.store.format.provenance import PROMPT_RANGE
 from logitcask.engine.types import ModelRef, Progress, no_progress
 from logitcask.engine.workers.job import Job, WorkPlan, WorkReport
 from logitcask.engine.workers.worker import run_worker
@@ -146,7 +147,15 @@ class _Students:
             config.student, config.prompts, config.rollout, on_event
         )
         self._grader = grader_of(config.rollout, self._model, self._prompts)
+        self._per_version, prompts = config.work.prompts_per_version, len(self._prompts)
+        if self._per_version > prompts:
+            raise ConfigError(
+                f"work.prompts_per_version = {self._per_version}: the file has {prompts} prompts",
+                hint=f"give at most {prompts}, or 0 for all prompts of each version",
+            )
         self._request: RolloutRequest | None = self._load(self._model)
+        self._planner = RolloutPlanner(self._request)
+        self._unscored = Unscored(config.store.rollouts)
         self.store = self._request.store
         self._odd = ""
         """Fault of the folder when it was last read: a save may be in progress."""
@@ -161,30 +170,62 @@ class _Students:
         assert self._request is not None, "a plan has units of a loaded student"
         return self._request
 
-    def plan(self, given_up: Collection[str]) -> WorkPlan[RolloutUnit]:
-        """Plan the missing units of this version, or of the next one if none is missing."""
+    def plan(self, left_out: Collection[str]) -> WorkPlan[RolloutUnit]:
+        """Plan the missing units of this version, or of a later one where the folder has it.
+
+        All units of this version come first, unless each version has its own part of the prompts.
+        """
         snapshot = self.store.head()
         missing = self._missing(snapshot)
-        if not missing.keys() - given_up and self._moved():
+        busy = len(missing) > len(missing.keys() & left_out)
+        if (not busy or self._is_later()) and self._moved(busy):
             missing = self._missing(snapshot)
         total = 0 if self._request is None else len(self._request.units)
         done = total - len(missing)
         most = self._config.work.max_unscored
-        if most and (waiting := _unscored(snapshot, self._config.store.rollouts)) > most:
+        if most and (waiting := self._unscored.count(snapshot)) > most:
             self._said(f"{waiting} units wait for scores, more than {most}: none is begun")
             return WorkPlan(units={}, done=done, total=total)
         return WorkPlan(units=missing, done=done, total=total)
 
     def _missing(self, snapshot: Snapshot) -> dict[str, RolloutUnit]:
-        return {} if self._request is None else plan_rollouts(self._request, snapshot)
+        """Return the units of the loaded version that are missing."""
+        if (request := self._request) is None:
+            return {}
+        if self._per_version:
+            first, count = next_range(
+                snapshot, request.name, self._model.version, self._per_version, len(self._prompts)
+            )
+            if (first, count) != (request.first, request.count):
+                record = {PROMPT_RANGE: {"first": first, "count": count}}
+                request = self._request = replace(
+                    request,
+                    first=first,
+                    count=count,
+                    known_digest=request.set_digest,
+                    provenance_extra={**(request.provenance_extra or {}), **record},
+                )
+        if request is not self._planner.request:
+            self._planner = RolloutPlanner(request)
+        return self._planner.plan(snapshot)
+
+    def _is_later(self) -> bool:
+        """Return whether to leave the other units of this version; reads no weights."""
+        if not self._per_version:
+            return False
+        card = identity.read_metadata(self._model.path)
+        return card is not None and card["version"] > self._model.version
 
     def _load(self, model: ModelRef) -> RolloutRequest:
         return rollout_request(
             self._config, model, self._prompts, self._rendering, self._grader, versions=True
         )
 
-    def _moved(self) -> bool:
-        """Load a later version if the folder holds one; return True if it did."""
+    def _moved(self, busy: bool) -> bool:
+        """Load a later version if the folder holds one; return True if it did.
+
+        busy: this version has units left, to go on with while a save is in progress.
+        """
         try:
             found = self._later()
             if found is None:
@@ -192,6 +233,8 @@ class _Students:
             request = self._loaded_whole(found)
         except (ModelError, IdentityError) as error:
             # A save moves file by file. What is wrong twice in a row is no save.
+            if busy and self._request is not None:
+                return False
             if self._odd == error.cause:
                 raise
             self._odd = error.cause
@@ -225,7 +268,7 @@ class _Students:
                 if not reloaded:
                     close_backend(was.sampler)
             if reloaded:
-                return replace(was, model=found)
+                return replace(was, model=found, known_digest="")
             # Two students need not fit side by side.
             del was
         return self._load(found)
@@ -279,8 +322,3 @@ def _awaited(
             said(f"waiting for a store at {where.url}")
         stop.wait(work.poll)
     return None
-
-
-def _unscored(snapshot: Snapshot, name: str) -> int:
-    scored = {each.base for each in snapshot.segments if each.base}
-    return sum(each.seg_id not in scored for each in snapshot.rollouts(name))

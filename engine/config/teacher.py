@@ -252,6 +252,13 @@ class Work(Section):
         description="With --worker: seconds with nothing to do after which the command ends; "
         "0 = never.",
     )
+    prompts_per_version: int = Field(
+        0,
+        ge=0,
+        description="With --worker: sample so many prompts of each version of the student, from "
+        "where those of the version before end and again from the first after the last, and go to "
+        "a later version between two units; 0 = all prompts of a version before the next one.",
+    )
     max_unscored: int = Field(
         0,
         ge=0,

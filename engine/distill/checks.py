@@ -32,7 +32,7 @@ _NOT_IN_A_LOOP: tuple[tuple[str, type[Section], tuple[str, ...], str], ...] = (
     (
         "work",
         Work,
-        ("worker", "idle_exit", "max_unscored"),
+        ("worker", "idle_exit", "max_unscored", "prompts_per_version"),
         "leave it out; a role of a loop stays until its work is done, and "
         "loop.max_unscored_bytes bounds what waits for scores",
     ),

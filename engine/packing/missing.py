@@ -5,26 +5,33 @@ from collections.abc import Mapping, Sequence
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.store import ScoreSegments, Segment, Store
+from logitcask.engine.store.format.provenance import PROMPT_RANGE
 
 
 def check_planned(store: Store, segments: Sequence[Segment], rollouts_name: str) -> None:
     """Raise IncompleteError if planned rollout units are missing."""
     # Each version of the student has its own number of planned units, in a loop each round, which
-    # several versions may share.
+    # several versions may share. A worker that follows the student leaves the rest of a version.
+    one_of = {(s.provenance_sha256, s.version): s for s in segments}
+    kinds = {each: s.provenance for each, s in one_of.items()}
+    newest = max((version for _, version in kinds), default=0)
+    left = {each for each, of in kinds.items() if PROMPT_RANGE in of and each[1] < newest}
     of = {
-        s.provenance.get("round", (s.version, digest(s.provenance["student"]))): s.provenance
-        for s in segments
+        provenance.get("round", (kind[1], digest(provenance["student"]))): provenance
+        for kind, provenance in kinds.items()
+        if kind not in left
     }
+    there = sum((s.provenance_sha256, s.version) not in left for s in segments)
     if not all("units" in provenance["set"] for provenance in of.values()):
         raise IncompleteError(
             f"rollouts {rollouts_name!r} do not record how many units were planned (set.units)",
             hint="train on the committed units with --partial, or commit them with that number",
         )
     planned_units = sum(provenance["set"]["units"] for provenance in of.values())
-    if planned_units > len(segments):
+    if planned_units > there:
         raise IncompleteError(
-            f"{planned_units - len(segments)} of {planned_units} units of rollouts "
-            f"{rollouts_name!r} are missing",
+            f"{planned_units - there} of {planned_units} units of rollouts {rollouts_name!r} are "
+            "missing",
             hint=f"repeat the first `logitcask rollout --store {store.url} --rollouts "
             f"{rollouts_name}`, or train on the committed units with --partial",
         )

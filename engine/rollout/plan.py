@@ -7,6 +7,7 @@ the planned units that are not committed yet.
 
 import bisect
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from logitcask.engine.errors import IdentityError
 from logitcask.engine.events import peak_memory
 from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
 from logitcask.engine.store import Segment, Snapshot
+from logitcask.engine.store.format.provenance import PROMPT_RANGE
 from logitcask.engine.store.format.schema import ROLLOUT
 from logitcask.engine.types import (
     NO_DETAIL,
@@ -96,20 +98,20 @@ class RolloutPlanner:
     """
 
     def __init__(self, request: RolloutRequest) -> None:
-        self._request = request
+        self.request = request
         self._ranges = sorted((unit["first"], unit["count"]) for unit in request.units.values())
         """(first prompt, count) of the units, which do not overlap."""
         self._begin()
 
     def _begin(self) -> None:
         self._before: Snapshot | None = None
-        self._missing = dict(self._request.units)
+        self._missing = dict(self.request.units)
         self._same_student: dict[str, bool] = {}
         """Digest of a checked provenance -> whether this student made such rollouts."""
 
     def plan(self, snapshot: Snapshot) -> dict[str, RolloutUnit]:
         """Return unit_key -> unit missing in a snapshot, in order; raises as `rollout` does."""
-        changes, units = snapshot.changes(self._before), self._request.units
+        changes, units = snapshot.changes(self._before), self.request.units
         if changes is None:
             self._begin()
             changes = snapshot.changes(None)
@@ -127,7 +129,7 @@ class RolloutPlanner:
 
     def _check(self, segment: Segment) -> None:
         """Check before sampling that the name fits these rollouts; raises IdentityError."""
-        name, planned = self._request.name, segment.unit_key in self._request.units
+        name, planned = self.request.name, segment.unit_key in self.request.units
         if planned and segment.name != name:
             raise IdentityError(
                 f"these rollouts are in the store already, under the name {segment.name!r}",
@@ -137,7 +139,7 @@ class RolloutPlanner:
             return
         digest = segment.provenance_sha256
         if digest not in self._same_student:
-            self._same_student[digest] = _check_provenance(self._request, segment.provenance)
+            self._same_student[digest] = _check_provenance(self.request, segment.provenance)
         if self._same_student[digest] and not planned:
             self._check_grid(segment)
 
@@ -152,10 +154,71 @@ class RolloutPlanner:
             return
         start, count = self._ranges[index]
         raise IdentityError(
-            f"rollouts {self._request.name!r} hold prompts {first}..{end - 1} as one unit, and the "
+            f"rollouts {self.request.name!r} hold prompts {first}..{end - 1} as one unit, and the "
             f"plan has {start}..{start + count - 1}",
             hint="resume with the unit_prompts, first and count of the first call",
         )
+
+
+class Unscored:
+    """Counts the rollouts of a name that have no scores of any teacher, look after look."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._begin()
+
+    def _begin(self) -> None:
+        self._before: Snapshot | None = None
+        self._rollouts: Counter[str] = Counter()
+        self._scores: Counter[str] = Counter()
+        """seg_id of rollouts -> number of their units, and of segments with their scores."""
+        self._waiting: dict[str, int] = {}
+        """seg_id of rollouts without scores -> number of their units."""
+
+    def count(self, snapshot: Snapshot) -> int:
+        """Return the number of such units in a snapshot."""
+        changes = snapshot.changes(self._before)
+        if changes is None:
+            self._begin()
+            changes = snapshot.changes(None)
+            assert changes is not None, "since the empty store"
+        self._before = snapshot
+        for sign, segments in ((-1, changes.deleted), (1, changes.added)):
+            for segment in segments:
+                if segment.kind != ROLLOUT:
+                    self._scores[segment.base] += sign
+                elif segment.name == self._name:
+                    self._rollouts[segment.seg_id] += sign
+        for seg_id in {each.base or each.seg_id for part in changes for each in part}:
+            self._waiting.pop(seg_id, None)
+            if self._rollouts[seg_id] and not self._scores[seg_id]:
+                self._waiting[seg_id] = self._rollouts[seg_id]
+        return sum(self._waiting.values())
+
+
+def next_range(
+    snapshot: Snapshot, name: str, version: int, count: int, prompts: int
+) -> tuple[int, int]:
+    """Return (first, number) of the prompts to sample of a student version, of `prompts`.
+
+    They are those that the first commit of this version records, so that all workers agree; else
+    the `count` behind those of the version before, prompt 0 after the last.
+    """
+    found = snapshot.rollouts(name)
+    found = found[: bisect.bisect_right(found, version, key=_version_of)]
+    if not found:
+        return 0, count
+    latest = found[bisect.bisect_left(found, found[-1].version, key=_version_of) :]
+    recorded = min(latest, key=lambda s: (s.number, s.index)).provenance.get(PROMPT_RANGE)
+    if recorded is None:
+        return 0, count
+    if latest[0].version == version:
+        return recorded["first"], recorded["count"]
+    return (recorded["first"] + recorded["count"]) % prompts, count
+
+
+def _version_of(segment: Segment) -> int:
+    return segment.version
 
 
 def _check_provenance(request: RolloutRequest, provenance: Mapping[str, Any]) -> bool:

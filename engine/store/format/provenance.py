@@ -7,8 +7,10 @@ from logitcask.engine.errors import StoreError
 
 ORIGINAL_ID = "format_1_id"
 """Key of the seg_id that a segment had before the upgrade of its store from format 1."""
+PROMPT_RANGE = "prompt_range"
+"""Key of the prompts that a worker samples of one student version: `first` and `count`."""
 _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
-    (dict,): ("an object", ("set", "student", "request", "backend", "run")),
+    (dict,): ("an object", ("set", "student", "request", "backend", "run", PROMPT_RANGE)),
     (list,): ("a list", ("stop_ids",)),
     (bool,): ("a boolean", ("at_student",)),
     (str,): (
