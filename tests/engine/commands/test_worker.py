@@ -24,6 +24,7 @@ from logitcask.engine.errors import (
     StoreError,
 )
 from logitcask.engine.models.identity import write_metadata
+from logitcask.engine.packing.missing import check_planned
 from logitcask.engine.store import open_store
 from logitcask.engine.store.retention import delete
 from logitcask.engine.types import ModelRef
@@ -283,3 +284,58 @@ def test_rollouts_wait_for_scores(here: Path) -> None:
     stop = Then(count, lambda: run_score(scores(here)))
     assert watch_rollouts(rolls(here, max_unscored=1), stop=stop).units == UNITS
     assert begun == [2 * UNITS]
+
+
+def units_of(here: Path) -> list[tuple[int, int, int]]:
+    """Return (version, first prompt, prompts) of each unit, in the order of the commits."""
+    segments = open_store(here / "s").head().segments
+    return [(s.version, s.unit["first"], s.unit["count"]) for s in segments]
+
+
+def test_each_version_samples_the_next_prompts(here: Path) -> None:
+    root, part = ref(here / "student"), {"prompts_per_version": 3}
+    stop = Then(lambda: moved(here, 5, 7, root), lambda: moved(here, 6, 8, root))
+    report = watch_rollouts(rolls(here, **part), stop=stop)
+    # Of four prompts: 0 to 2, then 3, 0 and 1, then 2, 3 and 0, in units of two at most.
+    parts = {0: {(0, 2), (2, 1)}, 5: {(3, 1), (0, 2)}, 6: {(2, 2), (0, 1)}}
+    found = units_of(here)
+    assert {(v, *unit) for v, units in parts.items() for unit in units} == set(found)
+    assert report.units == len(found) == 6
+    # Another worker finds nothing to do: the store has the prompts of this version.
+    assert watch_rollouts(rolls(here, worker_name="x", **part), stop=Then()).units == 0
+    provenance = open_store(here / "s").head().rollouts("main")[-1].provenance
+    assert provenance["prompt_range"] == {"first": 2, "count": 3}
+    assert provenance["set"]["units"] == 2
+    with pytest.raises(ConfigError, match="prompts_per_version = 5: the file has 4 prompts"):
+        watch_rollouts(rolls(here, prompts_per_version=5), stop=Then())
+
+
+def test_a_later_version_ends_the_units_of_the_one_before(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, messages, generate = ref(here / "student"), list[str](), HF.generate
+
+    def generates(self: HF, *arguments: Any, **keys: Any) -> Any:
+        if not units:
+            moved(here, 5, 7, root)
+        units.append(keys["version"])
+        return generate(self, *arguments, **keys)
+
+    units: list[int] = []
+    monkeypatch.setattr(HF, "generate", generates)
+    whole = rolls(here, prompts_per_version=4)
+    assert watch_rollouts(whole, stop=Then(), on_event=messages.append).units == 3
+    assert units == [0, 5, 5], "the second unit of version 0 is left"
+    assert messages == [f"student version 5 of {here / 'student'}"]
+    segments = open_store(here / "s").head().rollouts("main")
+    check_planned(open_store(here / "s"), segments, "main")
+    with pytest.raises(IncompleteError, match="1 of 2 units of rollouts 'main' are missing"):
+        check_planned(open_store(here / "s"), segments[:-1], "main")
+
+    # By default each version is sampled whole, and only then the next one.
+    units.clear()
+    shutil.rmtree(here / "s")
+    save_folder(here / "student")
+    (here / "student/logitcask.json").unlink()
+    assert watch_rollouts(rolls(here), stop=Then(lambda: None)).units == 4
+    assert units == [0, 0, 5, 5]

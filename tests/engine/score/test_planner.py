@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitcask.engine.errors import LogitcaskError
-from logitcask.engine.rollout.plan import RolloutPlanner, plan_rollouts
+from logitcask.engine.rollout.plan import RolloutPlanner, Unscored, plan_rollouts
 from logitcask.engine.score.planner import ScorePlanner, plan_scores
 from logitcask.engine.score.unit import ScoreRequest, unit_key
 from logitcask.engine.store import Segment, Snapshot
@@ -174,7 +174,7 @@ def test_a_kept_plan_is_the_one_from_nothing(counts: Any) -> None:
         sampled: Any = SimpleNamespace(
             units=units, name="main", model=MODEL, versions=True, provenance={"set": SET}
         )
-        rollout_planner = RolloutPlanner(sampled)
+        rollout_planner, unscored = RolloutPlanner(sampled), Unscored("main")
         for (name, *arguments), planned in operations:
             getattr(history, name)(*arguments)
             if not planned:
@@ -187,6 +187,9 @@ def test_a_kept_plan_is_the_one_from_nothing(counts: Any) -> None:
             missing = outcome(rollout_planner.plan, snapshot)
             assert missing == outcome(plan_rollouts, sampled, snapshot)
             assert [k for k, _ in missing] == [k for k in units if k not in snapshot.unit_keys()]
+            scored = {each.base for each in snapshot.segments}
+            waiting = [s for s in snapshot.rollouts("main") if s.seg_id not in scored]
+            assert unscored.count(snapshot) == len(waiting)
             first = outcome(planners[0].plan, snapshot)
             if isinstance(first, tuple):
                 left = {unit.segment.seg_id for _, unit in first[1]}
