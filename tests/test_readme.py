@@ -39,7 +39,9 @@ SMALLER = {
     "prompts_per_round = 64": "prompts_per_round = 2",
     "max_new_tokens = 2048": "max_new_tokens = 32",
 }
-ELSEWHERE = r"hub:|hf://|s3://|gs://|az://|\.\.\.|https?://(?!127\.0\.0\.1:8000)|--runner ray"
+ELSEWHERE = (
+    r"hub:|hf://|s3://|gs://|az://|\.\.\.|https?://(?!127\.0\.0\.1:8000)|--runner (?:pro|ray)"
+)
 NOT_RUN = rf"demo|bench|(?:.*(?:{ELSEWHERE}))"
 """Commands with separate tests, and those that need a network or another file."""
 

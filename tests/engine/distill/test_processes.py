@@ -22,8 +22,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+import logitcask.engine.distill.processes as runner
+from logitcask.engine.config.toml import read_toml
+from logitcask.engine.errors import ConfigError
 from logitcask.engine.store import open_store
 from logitcask.engine.store.verify import verify
+from logitcask.engine.workers.processes import Command
 from logitcask.engine.workers.timeline import Span, read_timeline
 from tests.engine.distill import forked_roles
 from tests.engine.tiny import make_model, save_folder
@@ -221,11 +225,11 @@ def test_two_processes_train_as_one(loops: Loops, inline: Path, tmp_path: Path) 
     assert ours == pytest.approx(theirs, rel=1e-4)
     files = [into / "out/model.safetensors" for into in (tmp_path, inline)]
     two, one, start = map(load_file, (*files, loops.models / "student/model.safetensors"))
-    apart, moved = (
+    distance, moved = (
         max(float((a[name] - b[name]).abs().max()) for name in a)
         for a, b in ((two, one), (one, start))
     )
-    assert apart < 0.05 * moved
+    assert distance < 0.05 * moved
 
 
 def test_the_runner_is_no_part_of_a_run(inline: Path) -> None:
@@ -234,3 +238,25 @@ def test_the_runner_is_no_part_of_a_run(inline: Path) -> None:
     segments = open_store(inline / "store").head().segments
     recorded = [run, *(dict(segment.provenance) for segment in segments)]
     assert "restarts" not in json.dumps(recorded, default=str)
+
+
+def test_each_process_gets_its_command_and_its_gpus(
+    loops: Loops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Command] = []
+    monkeypatch.setattr(runner, "supervise", lambda commands, *_, **__: started.extend(commands))
+    changes = ["runner.rollout=2", "runner.rollout_gpus=0,1,2,3", "runner.score_gpus=4"]
+    changes += ["runner.train=torchrun:2", "runner.train_gpus=5,6"]
+    config = read_toml(loops.models / "d.toml", changes)
+    runner.run_processes(config, ["d.toml", "--set", "run.seed=1"])
+    assert {each.name: (each.env, each.ranks, each.leads) for each in started} == {
+        "rollout-0": ({"CUDA_VISIBLE_DEVICES": "0,1"}, 1, False),
+        "rollout-1": ({"CUDA_VISIBLE_DEVICES": "2,3"}, 1, False),
+        "score-0": ({"CUDA_VISIBLE_DEVICES": "4"}, 1, False),
+        "train-0": ({"CUDA_VISIBLE_DEVICES": "5,6"}, 2, True),
+    }
+    words = [sys.executable, "-P", "-m", forked_roles.MODULE, "distill", "d.toml", "--set"]
+    assert started[1].argv == [*words, "run.seed=1", "--role", "rollout", "--index", "1"]
+    lost = read_toml(loops.models / "d.toml", ["run.overwrite=true"])
+    with pytest.raises(ConfigError, match="a restart would lose the run"):
+        runner.run_processes(lost, [])
