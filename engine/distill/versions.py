@@ -73,10 +73,19 @@ def whole_copy(student: nn.Module, first: ModelRef, lora: Lora, seed: int) -> nn
     return whole
 
 
-def publish(out: Path, whole: nn.Module, first: ModelRef, number: int, metadata: Any) -> str:
+def publish(
+    out: Path,
+    whole: nn.Module,
+    first: ModelRef,
+    number: int,
+    metadata: Any,
+    *,
+    check: bool = True,
+) -> str:
     """Save a student as a version, unless the folder has it already, and return its digest.
 
-    whole: as of `whole_copy`; changed. metadata: plan and objective of the loop.
+    whole: as of `whole_copy`; changed. metadata: plan and objective of the loop. check: as of
+    `save_student`.
     """
     digest = live_digest(whole)
     found = read_version(out, first, number)
@@ -90,6 +99,7 @@ def publish(out: Path, whole: nn.Module, first: ModelRef, number: int, metadata:
             parent=first,
             updates=number - first.version,
             metadata={"pin": None, **metadata, "live_weights": digest},
+            check=check,
         )
     return digest
 
