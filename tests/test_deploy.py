@@ -17,6 +17,7 @@ import re
 import shlex
 import subprocess
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import pytest
 import yaml
 
 from logitcask.cli.main import VERBS, cli
+from logitcask.engine.config.runner import LoopRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "bench" / "deploy"
@@ -221,6 +223,27 @@ def test_ray_cluster() -> None:
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in cluster[name.replace(
         "worker", "head")][-1]  # fmt: skip
     assert "--address=$RAY_HEAD_IP:6379" in cluster["worker_start_ray_commands"][-1]
+
+
+def test_a_loop_asks_for_the_resources_of_the_nodes() -> None:
+    """Compare [runner] of the README with both clusters."""
+    (text,) = re.findall(r"```toml\n(.*?)```", (DEPLOY / "README.md").read_text(), re.S)
+    runner = LoopRunner(**tomllib.loads(text)["runner"])
+    cluster = yaml.safe_load((DEPLOY / "ray_cluster.yaml").read_text())
+    nodes = [node["resources"] for node in cluster["available_node_types"].values()]
+    job = yaml.safe_load((DEPLOY / "kuberay_job.yaml").read_text())
+    pods = []
+    for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
+        own = json.loads(*shlex.split(f"echo {group['rayStartParams']['resources']}")[1:])
+        pods.append({"GPU": gpus, **own})
+    for place in (nodes, pods):
+        for needs in (runner.train_resources, *map(runner.resources, ("rollout", "score"))):
+            assert any(all(node.get(k, 0) >= v for k, v in needs.items()) for node in place)
+        worker = next(node for node in place if "score" in node)
+        both = Counter(runner.resources("rollout")) + Counter(runner.resources("score"))
+        assert all(worker[name] >= value for name, value in both.items()), "one of each fits"
 
 
 def test_kuberay_job() -> None:
