@@ -6,6 +6,7 @@ the process died.
 """
 
 import json
+import math
 import os
 import socket
 import time
@@ -15,6 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from logitcask.engine.config.runner import TIMELINE
+
+MAX_BYTES = 64 * 2**20
+"""Of a file that is read: some 300,000 spans."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,14 +92,31 @@ def _ends_a_line(file: Path) -> bool:
 def read_timeline(out: Path) -> list[Span]:
     """Return the spans of all processes of a run by their start; lines that were cut are left out.
 
-    out: folder of the run.
+    out: folder of the run. Of a file above MAX_BYTES its end counts.
     """
     found: dict[tuple[str, int, float, str], Span] = {}
     for file in sorted((out / TIMELINE).glob("*.jsonl")):
-        for line in file.read_text(errors="replace").splitlines():
-            try:
-                each = Span(**json.loads(line))
-            except (ValueError, TypeError):
-                continue
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - MAX_BYTES))
+            lines = opened.read(MAX_BYTES).splitlines()
+        for each in filter(None, map(_parsed, lines)):
             found[file.stem, each.pid, each.start, each.kind] = each
     return sorted(found.values(), key=lambda each: each.start)
+
+
+def _parsed(line: bytes) -> Span | None:
+    """Return the span of a line; None if the line is no span."""
+    try:
+        each = Span(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    texts = (each.role, each.process, each.kind, each.host)
+    numbers = (each.pid, each.round or 0, each.version or 0)
+    times = (each.start, each.start if each.end is None else each.end)
+    right = (
+        all(isinstance(text, str) for text in texts)
+        and all(type(number) is int for number in numbers)
+        and all(type(at) in (int, float) and 0 <= at < math.inf for at in times)
+        and times[0] <= times[1]
+    )
+    return each if right else None
