@@ -170,8 +170,8 @@ def ablation_cost(found: dict[str, Any]) -> float:
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    """Print the figures of one loop, without its work."""
-    short = {key: each for key, each in found.items() if key not in ("work", "queue")}
+    """Print the figures of one loop, without its picture."""
+    short = {key: each for key, each in found.items() if key not in ("picture", "queue")}
     print(name, json.dumps(short, default=lambda value: f"{value:.3g}"), flush=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline_live
-from pipeline_spans import ROLES, Work, plain, queue, stage, summary, total, work_of
+from pipeline_spans import ROLES, Work, picture, queue, stage, summary, total, work_of
 from pipeline_stages import Seconds, stretched
 
 from logitcask.engine.backends.hf import HF
@@ -195,13 +195,22 @@ def asynchronous(
         on_event=print,
     )
     whole = time.monotonic() - begun
-    return _figures(scale, work_of(read_timeline(folder)), folder, seed, whole)
+    work = work_of(read_timeline(folder))
+    return _figures(scale, work, folder, seed, whole, own=config.run.out)
 
 
 def _figures(
-    scale: Scale, work: list[Work], folder: Path, seed: int, whole_s: float
+    scale: Scale,
+    work: list[Work],
+    folder: Path,
+    seed: int,
+    whole_s: float,
+    own: Path | None = None,
 ) -> dict[str, Any]:
-    """Return the figures of a finished loop; raise ValueError if work is missing or doubled."""
+    """Return the figures of a finished loop; raise ValueError if work is missing or doubled.
+
+    own: folder of the loop's own timeline, which has waits, loads and publications too.
+    """
     counts = {role: sum(each.role == role for each in work) for role in ROLES}
     expected = {"rollout": UNITS * scale.rounds, "score": UNITS * scale.rounds}
     if counts != {**expected, "train": scale.rounds}:
@@ -226,7 +235,7 @@ def _figures(
                 work, {number: statistics.fmean(sizes) for number, sizes in held.items()}
             )
         ],
-        "work": plain(work),
+        "picture": picture(read_timeline(own or folder)),
     }
 
 
@@ -269,7 +278,7 @@ def live(scale: Scale, added: Seconds, models: Path, folder: Path) -> dict[str, 
         "whole_s": whole,
         "rounds": sum(each.role == "train" for each in work),
         "accuracy": _accuracy_of(scale, student),
-        "work": plain(work),
+        "picture": picture(read_timeline(folder)),
     }
 
 

@@ -138,9 +138,18 @@ def summary(done: Sequence[Work], positions: int) -> dict[str, Any]:
     }
 
 
-def plain(done: Iterable[Work]) -> list[list[Any]]:
-    """Return the work as lists, for a row: role, process, round, start, end."""
+def picture(spans: Iterable[Span]) -> list[list[Any]]:
+    """Return the spans of a picture: role, process, kind, round, start, end.
+
+    Seconds since the first work; what ended before it is left out, and what never ended.
+    """
+    found = list(spans)
+    begun = min(each.start for each in found if each.kind == WORK.get(each.role))
     return [
-        [each.role, each.process, each.round, round(each.start, 2), round(each.end, 2)]
-        for each in done
+        [
+            *(each.role, each.process, each.kind, each.round),
+            *(round(max(0.0, each.start - begun), 2), round(each.end - begun, 2)),
+        ]
+        for each in found
+        if each.end is not None and each.end > begun
     ]

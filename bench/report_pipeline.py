@@ -1,16 +1,50 @@
-"""The tables and the picture of the loops whose stages run at once."""
+"""The work of a loop over time, as a picture; and the tables of bench_pipeline.py.
 
+Run: .venv/bin/python bench/report_pipeline.py RUN [--out FILE.svg]
+
+RUN is the folder of a loop whose roles run in processes, or did: its timeline is drawn, a lane for
+each process, a bar for each unit and update, numbered by its round. Needs matplotlib.
+"""
+
+import argparse
 import statistics
+import sys
+from pathlib import Path
 from typing import Any
 
 import results
-from pipeline_spans import ROLES
+from pipeline_spans import ROLES, WORK, picture
 from report_pages import markdown
 from results import RESULTS, Row
+
+from logitcask.engine.workers.timeline import read_timeline
 
 PICTURE = RESULTS / "pipeline.svg"
 COLOURS = {"rollout": "C0", "score": "C1", "train": "C2"}
 NAMES = {"rollout": "sampling", "score": "scoring", "train": "updates"}
+OTHER = {"load": "0.35", "publish": "0.35", "save": "0.35", "wait": "0.9"}
+"""Kind of a span that is no work -> its gray."""
+
+
+def main(arguments: list[str]) -> None:
+    """Draw the timeline of a run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="Folder of the run.")
+    parser.add_argument("--out", type=Path, default=Path("timeline.svg"), metavar="FILE")
+    options = parser.parse_args(arguments)
+    spans = read_timeline(options.run)
+    if not any(each.kind == WORK.get(each.role) for each in spans):
+        parser.error(f"{options.run} has no timeline with work of a loop in it")
+    plt = _pyplot()
+    shown = {options.run.name: picture(spans)}
+    lanes = len({(role, process) for role, process, *_ in shown[options.run.name]})
+    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.35 * lanes), layout="constrained")
+    _finish(axes, draw_work(axes, shown))
+    axes.set(xlabel="seconds")
+    figure.savefig(options.out, metadata={"Date": None})
+    plt.close(figure)
 
 
 def newest() -> Row | None:
@@ -114,27 +148,16 @@ def _setting(row: Row) -> str:
 
 def draw(row: Row) -> None:
     """Plot the work over time: a bar a unit or update, numbered by its round."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "logitcask", "font.size": 9})
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     shown = {
-        f"live teacher ({row['live_by']})": row["live"]["work"],
-        "synchronous": row["loops"]["synchronous"][0]["work"],
-        "asynchronous": row["loops"]["asynchronous"][0]["work"],
+        f"live teacher ({row['live_by']})": row["live"]["picture"],
+        "synchronous": row["loops"]["synchronous"][0]["picture"],
+        "asynchronous": row["loops"]["asynchronous"][0]["picture"],
     }
     figure, (axes, below) = plt.subplots(
         2, 1, figsize=(9, 5.2), layout="constrained", sharex=True, height_ratios=(3, 1)
     )
-    lanes = draw_work(axes, shown)
-    axes.set(
-        yticks=range(len(lanes)),
-        yticklabels=lanes,
-        title="A loop of sampling, scoring and updates: its work over time (numbers: rounds)",
-    )
-    axes.invert_yaxis()
+    _finish(axes, draw_work(axes, shown))
     for kind, style in (("synchronous", "--"), ("asynchronous", "-")):
         points = row["loops"][kind][0]["queue"]
         below.step(
@@ -147,25 +170,51 @@ def draw(row: Row) -> None:
     plt.close(figure)
 
 
-def draw_work(axes: Any, shown: dict[str, list[list[Any]]]) -> list[str]:
-    """Draw the work of each loop in lanes of its own, and return the names of the lanes.
+def _pyplot() -> Any:
+    import matplotlib
 
-    shown: name of a loop -> [role, process, round, start, end] of each piece of work.
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "logitcask", "font.size": 9})
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _finish(axes: Any, lanes: list[str]) -> None:
+    axes.set(
+        yticks=range(len(lanes)),
+        yticklabels=lanes,
+        title="Sampling, scoring, updates (numbers: rounds; dark: loads and publications)",
+    )
+    axes.invert_yaxis()
+
+
+def draw_work(axes: Any, shown: dict[str, list[list[Any]]]) -> list[str]:
+    """Draw the spans of each loop in lanes of its processes, and return the names of the lanes.
+
+    shown: name of a loop -> [role, process, kind, round, start, end] of each span.
     """
     lanes: dict[tuple[str, str, str], int] = {}
-    for name, work in shown.items():
+    for name, spans in shown.items():
         for role in ROLES:
-            for process in sorted({each[1] for each in work if each[0] == role}):
+            for process in sorted({each[1] for each in spans if each[0] == role}):
                 lanes[name, role, process] = len(lanes)
-    for name, work in shown.items():
-        for role, process, number, start, end in work:
-            lane = lanes[name, role, process]
+    for name, spans in shown.items():
+        for role, process, kind, number, start, end in spans:
+            if role not in COLOURS:
+                continue
+            lane, work = lanes[name, role, process], kind == WORK[role]
             axes.barh(
-                lane, end - start, left=start, height=0.8, color=COLOURS[role],
-                alpha=0.55 + 0.35 * (number % 2), linewidth=0,
+                lane, end - start, left=start, height=0.8 if work else 0.3, linewidth=0,
+                color=COLOURS[role] if work else OTHER.get(kind, "0.35"),
+                alpha=0.55 + 0.35 * ((number or 0) % 2) if work else 1.0,
             )  # fmt: skip
-            if role == "train":
+            if work and role == "train":
                 axes.text((start + end) / 2, lane, str(number), ha="center", va="center", size=6)
     return [
         f"{name}: {NAMES[role]}" if role == ROLES[0] else NAMES[role] for name, role, _ in lanes
     ]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

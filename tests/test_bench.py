@@ -47,6 +47,7 @@ def test_every_script_is_in_this_test() -> None:
             "gpu_sweep.py",
             "report.py",
             "report_kernels.py",
+            "report_pipeline.py",
         ),
     }
 

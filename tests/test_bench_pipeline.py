@@ -121,6 +121,18 @@ def test_a_span_in_which_a_process_died_is_no_work(spans: ModuleType) -> None:
     assert spans.work_of([*died, *whole]) == spans.work_of(whole)
 
 
+def test_a_picture_begins_with_the_first_work(spans: ModuleType) -> None:
+    load = replace(span("rollout", 0, -3, -1), kind="load")
+    wait = replace(span("score", 0, -2, 1), kind="wait", round=None)
+    died = span("score", 0, 1, None)
+    assert spans.picture([load, wait, died, *loop(1, 1, 2, 3, ahead=0)]) == [
+        ["score", "0", "wait", None, 0.0, 1.0],
+        ["rollout", "0", "unit", 0, 0.0, 1.0],
+        ["score", "0", "unit", 0, 1.0, 3.0],
+        ["train", "0", "update", 0, 3.0, 6.0],
+    ]
+
+
 def test_the_queue_holds_what_is_sampled_and_not_scored(spans: ModuleType) -> None:
     work = spans.work_of(loop(3, 1, 2, 1, ahead=3))
     found = spans.queue(work, {0: 100.0, 1: 200.0, 2: 300.0})
@@ -220,7 +232,7 @@ def test_loops_and_ablations_on_three_rounds(
     row = json.loads(json.dumps(row))
     assert "**missed**" in report.text(row)
     drawn = Axes()
-    lanes = report.draw_work(drawn, {"in turn": row["loops"]["synchronous"][0]["work"]})
+    lanes = report.draw_work(drawn, {"in turn": row["loops"]["synchronous"][0]["picture"]})
     assert lanes == ["in turn: sampling", "scoring", "updates"]
     assert [drawn.bars.count(lane) for lane in range(3)] == [6, 6, 3]
     assert drawn.texts == ["0", "1", "2"]
