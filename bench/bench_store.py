@@ -11,7 +11,7 @@ Run: .venv/bin/python bench/bench_store.py [SECTION ...]      (default: all, som
   before     one writer, against the code of the time when a segment was a folder
   wait       the share of data wait in the demo's training
   race       16 processes that commit at once, against those of an earlier version
-  log        opening, info, ls and a commit at 50,000 segments: CPU seconds and memory
+  log        opening, info, ls, a look and a commit at 50,000 segments: CPU seconds and memory
 
 A section appends its row to bench/results/store.jsonl; `python bench/report.py` makes the tables
 and the picture of bench/README.md from the newest of each. With a clone of DistillKit on PYTHONPATH

@@ -1,8 +1,8 @@
-"""A log of 50,000 segments: opening it, `store info`, `store ls`, and a commit to it.
+"""A log of 50,000 segments: opening it, `store info`, `store ls`, a commit, a look of a worker.
 
 The records are like those of the product, half rollouts and half scores of them, with a provenance
 of about 1.5 kB; the objects of their segments do not exist, for no measured command reads them.
-`python bench/store_log.py STORE open|info|ls|commit` is one of the measured processes.
+`python bench/store_log.py STORE open|info|ls|commit|look` is one of the measured processes.
 """
 
 import hashlib
@@ -19,12 +19,15 @@ from typing import Any
 from store_before import synthetic_small
 from store_common import PROVENANCE, RUNS, bar, fresh, key
 
-from logitcask.engine.store import open_store
+from logitcask.engine.score.planner import ScorePlanner
+from logitcask.engine.score.unit import ScoreRequest
+from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.format.entry import Segment, SegmentBody, sha256
 from logitcask.engine.store.format.schema import read_alone
 from logitcask.engine.store.inspect import list_segments, summary
 from logitcask.engine.store.log import bundles, record
 from logitcask.engine.store.log.body import encode_body
+from logitcask.engine.types import ModelRef
 
 SEGMENTS = 50_000
 
@@ -118,7 +121,7 @@ def log() -> dict[str, Any]:
     with fresh("log") as folder:
         make(folder / "cask", SEGMENTS)
         found = {}
-        for what in ("open", "info", "ls", "commit"):
+        for what in ("open", "info", "ls", "look", "commit"):
             command = [sys.executable, __file__, str(folder / "cask"), what]
             runs = [
                 json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
@@ -134,10 +137,51 @@ def log() -> dict[str, Any]:
                 found[what]["seconds"] <= most)
             for what, most in (("open", 1.0), ("info", 2.0), ("ls", 2.0), ("commit", 0.03))
         ] + [
+            bar(f"a look with one new segment at {SEGMENTS}: CPU ms <= 20",
+                1000 * found["look"]["seconds"], found["look"]["seconds"] <= 0.02),
             bar(f"open at {SEGMENTS} segments: memory <= 200 MB", found["open"]["memory_mb"],
                 found["open"]["memory_mb"] <= 200)
         ],
     }  # fmt: skip
+
+
+def commit(store: Store, number: int, of: dict[str, Any]) -> None:
+    """Commit a small unit that is not in the store yet."""
+    store.commit_rollouts(
+        synthetic_small(number),
+        name="main",
+        unit_key=key("new", number, time.time_ns()),
+        unit={"version": 0, "first": number},
+        provenance=of,
+    )
+
+
+class Scorer:
+    """A teacher that a plan asks for its abilities alone."""
+
+    capabilities = frozenset({"top", "at_ids", "entropy", "tail"})
+
+    def describe(self) -> dict[str, str]:
+        return {"name": "made up", "dtype": "bfloat16"}
+
+
+def request(store: Store) -> ScoreRequest:
+    """Return the request of a teacher that has scored nothing."""
+    student: dict[str, Any] = provenance("rollout")["student"]
+    teacher = ModelRef(
+        name="made up",
+        path=Path(),
+        revision="",
+        digest=key("teacher"),
+        tokenizer_digest=student["tokenizer"],
+        template_digest=student["template"],
+        n_vocab=student["n_vocab"],
+        stop_ids=(),
+        version=0,
+        base_weights=key("teacher"),
+    )
+    scorer: Any = Scorer()
+    return ScoreRequest(store=store, model=teacher, scorer=scorer, teacher_name="other")
 
 
 def measure(path: str, what: str) -> None:
@@ -153,14 +197,19 @@ def measure(path: str, what: str) -> None:
         times = []
         for number in range(9):
             start = time.process_time()
-            store.commit_rollouts(
-                synthetic_small(number),
-                name="main",
-                unit_key=key("new", number, snapshot.number),
-                unit={"version": 0, "first": number},
-                provenance=PROVENANCE,
-            )
+            commit(store, number, PROVENANCE)
             times.append(time.process_time() - start)
+        start = time.process_time() - sorted(times)[4]
+    elif what == "look":
+        # As a teacher looks that has half of the store before it, while another process samples.
+        planner, other, times = ScorePlanner(request(store), growing=True), open_store(path), []
+        missing = len(planner.plan(snapshot).missing)
+        for number in range(9):
+            commit(other, snapshot.number + number, provenance("rollout"))
+            start = time.process_time()
+            found = planner.plan(store.head())
+            times.append(time.process_time() - start)
+            assert len(found.missing) == missing + number + 1
         start = time.process_time() - sorted(times)[4]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": time.process_time() - start, "memory_mb": memory}))

@@ -5,6 +5,7 @@ rollouts that are new, were deleted, or got or lost scores since then.
 """
 
 import bisect
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class ScorePlanner:
         self._keys: dict[str, list[str]] = {}
         """seg_id of rollouts -> unit_keys of their units."""
         self._missing: dict[str, ScoreUnit] = {}
+        self._places: list[tuple[int, int, int, int, str]] = []
+        """Place of each missing unit, in order, and its key."""
 
     def plan(self, snapshot: Snapshot) -> ScorePlan:
         """Plan and check the units to score at a snapshot; raises as `score` does."""
@@ -104,7 +107,7 @@ class ScorePlanner:
         self._replan(touched)
         return ScorePlan(
             total=len(self._base_of),
-            missing=dict(self._missing),
+            missing={each[-1]: self._missing[each[-1]] for each in self._places},
             provenance=self._provenance,
             notes=tuple(dict.fromkeys([*request.notes, *self._notes()])),
         )
@@ -169,14 +172,13 @@ class ScorePlanner:
         for base in touched:
             for key in self._keys.pop(base, ()):
                 self._base_of.pop(key, None)
-                self._missing.pop(key, None)
+                if (unit := self._missing.pop(key, None)) is not None:
+                    del self._places[bisect.bisect_left(self._places, _place(key, unit))]
         new = {key: unit for base in touched for key, unit in self._plan_base(base).items()}
-        if not new:
-            return
-        units = list(self._missing.items())
-        for item in new.items() if units else ():
-            bisect.insort(units, item, key=_order)
-        self._missing = dict(units or sorted(new.items(), key=_order))
+        if new:
+            self._missing |= new
+            self._places += itertools.starmap(_place, new.items())
+            self._places.sort()
 
     def _plan_base(self, base: str) -> dict[str, ScoreUnit]:
         """Plan the units of the rollouts with a seg_id; return the missing ones."""
@@ -328,7 +330,7 @@ def _put(
         groups[key] = group
 
 
-def _order(item: tuple[str, ScoreUnit]) -> tuple[int, ...]:
+def _place(key: str, unit: ScoreUnit) -> tuple[int, int, int, int, str]:
     """Return the place of a unit: by student version, first prompt, place in the log."""
-    segment = item[1].segment
-    return (*place(segment), segment.number, segment.index)
+    segment = unit.segment
+    return (*place(segment), segment.number, segment.index, key)
