@@ -89,7 +89,7 @@ class LoadedTeacher:
             raise ConfigError(
                 f"extra_ids = {settings.extra_ids}, and {self.model.name} cannot "
                 f"score chosen ids here",
-                hint="serve it with vLLM 0.31 or newer on a GPU and --enable-scale-out, or use "
+                hint="serve it with vLLM 0.32 or newer on a GPU and --enable-scale-out, or use "
                 "the backend hf",
             )
         return replace(request, at_student=False), (

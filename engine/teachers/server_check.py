@@ -146,7 +146,7 @@ def _server_info(info: Any) -> Iterator[Finding]:
             check="chosen ids",
             state="note",
             message=info.why,
-            hint="serve with vLLM 0.31 or newer on a GPU, with "
+            hint="serve with vLLM 0.32 or newer on a GPU, with "
             f"{FLAGS}, for objectives on the student's ids",
         )
 

@@ -14,6 +14,7 @@ import torch
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.backends.returned import RESOLVED
 from logitcask.engine.backends.vllm.backend import VLLM
+from logitcask.engine.backends.vllm.engine import probe_ids
 from logitcask.engine.errors import AnswerError, ConfigError, IdentityError, ModelError
 from logitcask.engine.score.positions import chosen_rows, score_positions
 from logitcask.engine.store.format.rows import scores_at
@@ -27,6 +28,7 @@ from logitcask.engine.types import (
     no_progress,
 )
 from tests.engine.tiny import N_VOCAB, make_model, save_folder
+from tests.vllm.real_server import ids_of_each_row
 from tests.vllm.scored import TOP, WITH_STUDENT_IDS, rolled, teacher
 from tests.vllm.shim import with_shim
 
@@ -89,6 +91,7 @@ def test_the_older_runner_does_not_support_extra_ids(vllm: VLLM, rollouts: Rollo
         vllm.score(rollouts, drawn)
 
 
+@ids_of_each_row
 def test_the_newer_runner_scores_extra_ids(
     ref: ModelRef, hf: HF, rollouts: Rollouts, tmp_path: Path
 ) -> None:
@@ -137,7 +140,7 @@ def test_an_untied_head_is_read_and_a_wrong_one_is_an_error(
     )
     net = backend.net
     assert net is not None
-    ids = backend._probe()
+    ids = probe_ids(backend.n_vocab, backend.context)
     found = backend._probe_logprobs(backend.engine("score"), ids)
     net.check(ids, found)
     net.weight = net.weight + 1e-3 * torch.randn(net.weight.shape, generator=torch.manual_seed(0))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from logitcask.engine.backends.hf import HF
+from tests.vllm.real_server import ids_of_each_row
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
@@ -20,6 +21,7 @@ def post(url: str, body: dict[str, Any]) -> Any:
         return json.load(response)
 
 
+@ids_of_each_row
 def test_a_real_server_scores_extra_ids_of_each_row(vllm_server: str, hf: HF) -> None:
     rng = np.random.default_rng(0)
     tokens, start = rng.integers(3, hf.n_vocab, 40), 24

@@ -40,7 +40,7 @@ def new_assembler(
     if extra_ids is not None and not info.at_ids:
         raise ConfigError(
             f"{url} cannot answer at chosen ids: {info.why}",
-            hint="serve with vLLM 0.31 or newer on a GPU with --enable-scale-out, use the "
+            hint="serve with vLLM 0.32 or newer on a GPU with --enable-scale-out, use the "
             "backend hf, or score without (at_student=False)",
         )
     return ResponseAssembler(rollouts, request, extra_ids, n_vocab=n_vocab)

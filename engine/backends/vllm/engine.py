@@ -157,12 +157,15 @@ class Engine:
         return answers
 
     def answers_at_ids(self) -> bool:
-        """Return True if it returns log-probs at chosen ids, as only vLLM's V2 runner does."""
+        """Return True if it returns log-probs at chosen ids of each row: with vLLM 0.32 or newer,
+        and its V2 runner.
+        """
         from vllm.exceptions import VLLMValidationError  # pyright: ignore[reportMissingImports]
 
         try:
             self.prompt_logprobs([[0, 1, 2]], 1, [np.array([[0], [1]])])
-        except VLLMValidationError:
+        # vLLM 0.31 takes one list of ids for all rows, and cannot hash a row.
+        except (VLLMValidationError, TypeError):
             return False
         return True
 
