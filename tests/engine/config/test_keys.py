@@ -27,6 +27,10 @@ ignore_missing_imports = True
 """
 
 
+BASES = {"StageRunner": "Runner", "LoopRunner": "Runner"}
+"""Section -> the section whose keys it has too."""
+
+
 def declared(root: Path) -> Iterator[tuple[Path, str, ast.AnnAssign]]:
     """Yield (file, class, field) of each key: of each field of a section."""
     sections = {"Section"}
@@ -69,6 +73,7 @@ def unread(root: Path) -> set[tuple[str, str]]:
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     ).stdout
     read = set(re.findall(r'"(\w+)" has no attribute "(\w+)"', output))
+    read |= {(BASES[kind], key) for kind, key in read if kind in BASES}
     # The stages read the parameters of Rollout and Eval as those of their base class.
     sampled = {key for kind, key in read if kind in ("SamplingParams", "Rollout", "Eval")}
     read |= {
@@ -124,7 +129,7 @@ def test_every_default_has_one_place() -> None:
             if name not in names or not isinstance(value, ast.Constant):
                 continue
             # "none", "all" and "default" are no sizes to change.
-            if value.value in (None, "", 0, 1, "auto", "default", "main"):
+            if value.value in (None, "", 0, 1, "auto", "default", "main", "inline"):
                 continue
             seen.setdefault((name, repr(value.value)), []).append(str(path.relative_to(ROOT)))
     assert {default: where for default, where in seen.items() if len(where) > 1} == {}
