@@ -23,6 +23,7 @@ from logitcask.engine.score.plan import ScoreReport
 from logitcask.engine.score.unit import ScoreUnit
 from logitcask.engine.store import Segment, holds_store, open_store
 from logitcask.engine.store.inspect import rewards_of, rows_of
+from logitcask.engine.teachers.remote import is_remote
 from logitcask.engine.types import STOP, Progress, no_progress
 from logitcask.engine.workers.job import Job, WorkPlan
 from logitcask.engine.workers.ray.actors import OpenJob
@@ -115,13 +116,15 @@ def _run(
             "worker with runner = ray: its actors end when nothing is missing",
             hint="leave --worker out, and run the command again when there is more",
         )
+    remote = isinstance(config, ScoreConfig) and is_remote(config.teacher.model)
+    device = "cpu" if remote else config.run.device
     with connected(runner.ray_address) as ray:
         role = Role(
             name=stage,
             open_job=open_job,
             store=config.store.url,
             work=work,
-            resources=resources_of(ray, runner.resources(stage), config.run.device),
+            resources=resources_of(ray, runner.resources(stage), device),
             actors=runner.count(stage),
             most=runner.most_actors(stage),
             restarts=runner.restarts,

@@ -13,6 +13,7 @@ from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.roles import open_role, train_role
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.events import EventHandler
+from logitcask.engine.teachers.remote import is_remote
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.types import Progress, no_progress
 from logitcask.engine.workers.job import Job
@@ -43,8 +44,12 @@ def distill_on_ray(
     with connected(runner.ray_address) as ray:
         device = config.run.device
         needs = {
-            stage: resources_of(ray, runner.resources(stage), device)
-            for stage in ("rollout", "score")
+            "rollout": resources_of(ray, runner.rollout_resources, device),
+            "score": resources_of(
+                ray,
+                runner.score_resources,
+                "cpu" if is_remote(config.teacher.model) else device,
+            ),
         }
         trains = resources_of(ray, runner.train_resources, device)
         roles = [

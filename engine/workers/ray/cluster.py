@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from logitcask.engine.errors import ConfigError, ServerError
@@ -39,7 +40,9 @@ def connected(address: str) -> Iterator[Any]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
     try:
-        yield ray
+        # Ray prints news of its nodes; standard output is for the result of a command.
+        with redirect_stdout(sys.stderr):
+            yield ray
     finally:
         ray.shutdown()
 
@@ -48,12 +51,17 @@ def resources_of(ray: Any, declared: Mapping[str, float], device: str) -> dict[s
     """Return the resources of one actor: one CPU, and one GPU if it may compute on one.
 
     declared: those of the configuration, which come first. device: of [run]. Raises ConfigError
-    where the cluster has GPUs and none of them would be the actor's.
+    for a device that Ray would not give to the actor.
     """
+    if device.startswith("cuda:"):
+        raise ConfigError(
+            f"device = {device} with runner = ray, which chooses the GPU of each actor",
+            hint="give device = cuda, and resources such as GPU = 1",
+        )
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    gpus = float(device.startswith("cuda") or (device == "auto" and has_gpus))
+    gpus = float(device == "cuda" or (device == "auto" and has_gpus))
     found = {"CPU": 1.0, "GPU": gpus, **declared}
-    if device.startswith("cuda") and not found["GPU"]:
+    if device == "cuda" and not found["GPU"]:
         raise ConfigError(
             f"resources GPU = 0 with device = {device}", hint="give GPU = 1, or a part of one"
         )

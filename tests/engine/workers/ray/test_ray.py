@@ -38,7 +38,7 @@ from tests.engine.store.made import key
 from tests.engine.workers.ray.toy import UNITS, begun, open_toy
 
 ROOT = Path(__file__).resolve().parents[4]
-NODE = {"num_cpus": 2, "object_store_memory": 80 << 20}
+NODE = {"num_cpus": 2, "num_gpus": 1, "resources": {"big": 1}, "object_store_memory": 80 << 20}
 __all__ = ["here", "models"]
 
 
@@ -149,7 +149,7 @@ def nodes_and_kills(two_nodes: TwoNodes, tmp_path: Path, monkeypatch: pytest.Mon
         open_job=partial(open_toy, url, log),
         store=url,
         work=Work(poll=0.2),
-        resources={"CPU": 2.0, "GPU": 0.0},
+        resources={"CPU": 2.0, "GPU": 0.5, "big": 1.0},
         actors=1,
         most=2,
         restarts=2,
@@ -296,5 +296,7 @@ def test_an_actor_gets_a_gpu_where_it_may_compute_on_one() -> None:
     assert resources_of(gpus, {}, "cpu") == {"CPU": 1.0, "GPU": 0.0}
     half = resources_of(gpus, {"GPU": 0.5, "big": 1.0}, "cuda")
     assert options_of(half) == {"num_cpus": 1.0, "num_gpus": 0.5, "resources": {"big": 1.0}}
-    with pytest.raises(ConfigError, match="GPU = 0 with device = cuda:1"):
-        resources_of(gpus, {"GPU": 0.0}, "cuda:1")
+    with pytest.raises(ConfigError, match="GPU = 0 with device = cuda"):
+        resources_of(gpus, {"GPU": 0.0}, "cuda")
+    with pytest.raises(ConfigError, match="cuda:1 with runner = ray, which chooses the GPU"):
+        resources_of(gpus, {}, "cuda:1")
