@@ -176,27 +176,27 @@ def asynchronous(
     file = folder / "distill.toml"
     file.write_text(to_toml(config))
     begun = time.monotonic()
-    supervise(
-        [
-            Command(
-                role=role,
-                index=0,
-                argv=lambda role=role: [
-                    *(sys.executable, str(STAGES), str(added), str(folder), "0"),
-                    *("distill", str(file), "--role", role),
-                ],
-                env={"OMP_NUM_THREADS": "1"},
-                leads=role == "train",
-            )
-            for role in ROLES
-        ],
-        folder / "logs",
-        restarts=0,
-        on_event=print,
-    )
+    supervise(commands(added, folder, file), folder / "logs", restarts=0, on_event=print)
     whole = time.monotonic() - begun
     work = work_of(read_timeline(folder))
     return _figures(scale, work, folder, seed, whole, own=config.run.out)
+
+
+def commands(added: Seconds, folder: Path, file: Path) -> list[Command]:
+    """Return the processes of a loop; file: its configuration."""
+    return [
+        Command(
+            role=role,
+            index=0,
+            argv=[
+                *(sys.executable, str(STAGES), str(added), str(folder), "0"),
+                *("distill", str(file), "--role", role, "--index", "0"),
+            ],
+            env={"OMP_NUM_THREADS": "1"},
+            leads=role == "train",
+        )
+        for role in ROLES
+    ]
 
 
 def _figures(

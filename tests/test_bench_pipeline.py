@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
 
+from logitcask.cli.main import cli
 from logitcask.engine.workers.timeline import Span
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -236,6 +238,20 @@ def test_loops_and_ablations_on_three_rounds(
     assert lanes == ["in turn: sampling", "scoring", "updates"]
     assert [drawn.bars.count(lane) for lane in range(3)] == [6, 6, 3]
     assert drawn.texts == ["0", "1", "2"]
+
+
+def test_the_processes_of_a_loop_are_commands_that_parse(tmp_path: Path) -> None:
+    seconds = import_module("pipeline_stages").Seconds(0.5, 1.5, 2.0)
+    found = import_module("pipeline_loops").commands(seconds, tmp_path, tmp_path / "loop.toml")
+    assert [(each.role, each.leads) for each in found] == [
+        *(("rollout", False), ("score", False), ("train", True)),
+    ]
+    for each in found:
+        _, _, added, folder, index, verb, *words = each.argv
+        assert (added, folder, index) == ("0.5,1.5,2.0", str(tmp_path), "0")
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None
+        assert command.make_context("logitcask", words).params["role"] == each.role
 
 
 def test_stretched_stages_are_as_before_afterwards(tmp_path: Path) -> None:
