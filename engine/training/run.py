@@ -310,18 +310,16 @@ def _save(
     """Complete run.json, write the model card, and save the student with its metadata last."""
     assert student is not None, "the first process has it"
     ledger = sha256_of(run_dir.out / LEDGER)
+    preset = spec.objective.name if isinstance(spec.objective, Preset) else ""
     results: dict[str, Any] = {METRICS_SHA256: sha256_of(metrics.path), LEDGER_SHA256: ledger}
     if spec.evaluation or spec.held_out:
         results["evaluations"] = metrics.evaluations
     if metrics.skipped:
         results["rescore"] = {"skipped": metrics.skipped, "positions": metrics.positions}
     metadata = {
-        "pin": record.get("pin"),
-        "plan": spec.plan,
-        "objective": record["objective"],
-        "store": record["store"],
+        **{key: record.get(key) for key in ("pin", "objective", "store")},
+        **{"plan": spec.plan, "preset": preset, "ledger": ledger},
         "settings": digest(record["settings"]),
-        "ledger": ledger,
     }
     with writing(run_dir.out):
         write_json(run_dir.out / RUN, {**(read_run(run_dir.out) or {}), **results})
@@ -331,7 +329,7 @@ def _save(
             name=spec.settings.args.get("hub_model_id") or run_dir.out.resolve().name,
             record=record,
             teachers=spec.teachers,
-            objective=spec.objective.name if isinstance(spec.objective, Preset) else "",
+            objective=preset,
             lines=read_lines(run_dir.out / LEDGER),
             ledger=ledger,
             updates=spec.updates,

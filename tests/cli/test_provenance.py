@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from logitcask.engine.models.digests import read_json
+from logitcask.engine.models.digests import read_json, write_json
 from logitcask.engine.store import open_store
 from logitcask.engine.store.transfer.card import is_ours
 from tests.cli.conftest import TRAIN, World
@@ -84,6 +84,26 @@ def test_what_cannot_be_compared_is_said(world: World, call: Any, runs: list[str
     with_store = call(f"store provenance {alone} --store @st --format json").json
     assert [line.partition(":")[0] for line in with_store["not_verified"]] == ["weights"]
     assert with_store["teachers"][0]["models"][0]["name"] == str(world.at("@teacher"))
+
+
+def test_a_version_in_training_has_the_lines_up_to_it(
+    world: World, call: Any, runs: list[str]
+) -> None:
+    """Make the first version of a run of two updates, before its end."""
+    out = world.at(world.new("unfinished"))
+    version = out / "versions" / "v1"
+    shutil.copytree(world.at(runs[0]), version)
+    for name in ("run.json", "ledger.jsonl"):
+        (version / name).rename(out / name)
+    run, metadata = (read_json(p, hint="") for p in (out / "run.json", version / "logitcask.json"))
+    del run["ledger_sha256"], metadata["ledger"]
+    write_json(out / "run.json", run)
+    write_json(version / "logitcask.json", {**metadata, "version": 1})
+    with (out / "ledger.jsonl").open("a") as file:
+        file.write('{"update":3,"ro')
+    found = call(f"store provenance {version} --format json").json
+    assert (found["version"], found["run"]["updates"], found["ledger"]["age"]) == (1, 1, [0, 0, 0])
+    assert found["not_verified"] == ["ledger: the run is not finished, so it has no digest yet"]
 
 
 def test_damage_and_other_stores_are_errors(world: World, call: Any, runs: list[str]) -> None:

@@ -65,7 +65,7 @@ def _student(path: Path, url: str | None, seen: set[Path]) -> dict[str, Any]:
         "weights": metadata.get("weights"),
         "base_weights": metadata["root"],
         "run": {
-            "objective": run.get("preset") or metadata["objective"],
+            "objective": metadata.get("preset") or run.get("preset") or metadata["objective"],
             "updates": lines[-1]["update"] if lines else None,
             "settings": metadata.get("settings"),
             "plan": metadata["plan"],

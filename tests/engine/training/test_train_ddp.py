@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from logitcask.engine.config.sections import Run
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.packing.source import PackSource
+from logitcask.engine.training.provenance.ledger import read_lines
 from logitcask.engine.training.train import train
 from tests.engine.cached import make_unit
 from tests.engine.fitting import REVERSE, ListPacks, flat, make_case, make_trainer, relative
@@ -119,6 +120,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert mine["progress/positions"] == other["progress/positions"]
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3)
     assert report.updates == len(lines(out / "run")) == 2
+    ledgers = [read_lines(p / "ledger.jsonl") for p in (out / "run", tmp_path / "alone")]
+    for mine, other in zip(*ledgers, strict=True):
+        assert mine.pop("drift", 0.0) == pytest.approx(other.pop("drift", 0.0), abs=1e-4)
+        assert mine == other, "segments, rows and ages of both processes"
     evaluated = [lines(p, "eval/n") for p in (out / "run", tmp_path / "alone")]
     for mine, other in zip(*evaluated, strict=True):
         for name in ("progress/step", "eval/avg_at_n", "eval/accuracy", "eval/mean_length"):
