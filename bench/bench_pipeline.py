@@ -55,7 +55,11 @@ PACKAGES = ("torch", "transformers", "trl")
 def main(arguments: list[str]) -> None:
     """Run all loops, and append the row."""
     parser = results.option_parser(__doc__, "pipeline")
-    parser.add_argument("--quick", action="store_true", help="Few short rounds, untrained models.")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="Few short rounds, untrained models: a trial, in which no bar has a meaning.",
+    )
     parser.add_argument("--stages", metavar="S,S,S", help="Seconds of a round's stages.")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"

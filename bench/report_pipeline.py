@@ -100,7 +100,8 @@ def text(row: Row) -> str:
              f"{several * live['whole_s'] / spent:.2f}"],
         ],
     )  # fmt: skip
-    return "\n\n".join([bars, table, rates, ablations, _setting(row)])
+    drawn = "![sampling, scoring and updates of three loops over time](results/pipeline.svg)"
+    return "\n\n".join([bars, drawn, table, rates, ablations, _setting(row)])
 
 
 def _stages(cost: dict[str, Any]) -> float:
