@@ -186,8 +186,8 @@ class _Sampler:
             first = first or tuple(units)
         if rounds.unscored_bytes >= policy.max_unscored_bytes:
             self._on_event(
-                f"{rounds.unscored_bytes} bytes of rollouts wait for scores, and at most "
-                f"{policy.max_unscored_bytes} may (loop.max_unscored_bytes): no unit is begun"
+                f"rollouts of loop.max_unscored_bytes = {policy.max_unscored_bytes} bytes wait for "
+                "scores: no unit is begun until they are fewer"
             )
         return WorkPlan(units=units, first=first, done=rounds.units_sampled, total=self._total)
 

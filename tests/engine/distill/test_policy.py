@@ -192,6 +192,7 @@ class Loop(RuleBasedStateMachine):
     def train(self) -> None:
         found = self.policy.whole(self.there, self.consumed)
         assert found is not None
+        assert all(map(self.there.is_scored, found))
         assert [each.first for each in found] == [u for u, _ in self.policy.units(self.consumed)]
         self.ages |= {self.newest - segment.version for segment in found}
         self.consumed += 1
