@@ -180,8 +180,8 @@ def test_a_trainer_killed_at_random_steps_gives_the_student_of_one_process(
 ) -> None:
     for seed in range(counts(1, 5)):
         order, into = random.Random(seed), tmp_path / str(seed)
-        steps = accumulate(order.randint(1, 4) for _ in range(2))
-        kills = [Kill("train", step, order.uniform(0, 0.1)) for step in steps]
+        steps = accumulate(order.randint(1, 3) for _ in range(2))
+        kills = [Kill("train", step, order.uniform(0, 0.05)) for step in steps]
         loops(into, "runner.kind=processes", kills=kills)
         same = (into / "out/model.safetensors").read_bytes()
         assert same == (inline / "out/model.safetensors").read_bytes()
@@ -195,7 +195,7 @@ def test_every_unit_is_done_once_whatever_is_killed(
     for seed in range(counts(2, 10)):
         order, into = random.Random(seed), tmp_path / str(seed)
         kills = [
-            Kill(role, order.randint(1, 5), order.uniform(0, 0.1))
+            Kill(role, order.randint(1, 4), order.uniform(0, 0.05))
             for role in ("rollout", "score", "train")
         ]
         loops(
