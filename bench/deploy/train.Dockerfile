@@ -11,9 +11,7 @@ COPY .src /src/.src
 COPY engine /src/engine
 COPY kernels /src/kernels
 COPY cli /src/cli
-# A torch for GPUs requires a triton of its own.
-RUN grep -v '^triton==' /src/constraints.txt > /src/constraints-gpu.txt \
-    && pip install --no-cache-dir -c /src/constraints-gpu.txt \
+RUN pip install --no-cache-dir -c /src/constraints.txt \
         "torch==2.13.0" "ray[default]==2.60.0" "/src[lora,s3,server,data,trackers]"
 USER logitcask
 WORKDIR /home/logitcask
