@@ -129,9 +129,11 @@ def delete(
             and s.name == rollouts
             and (before_version is None or s.version < before_version)
         ]
-        ids = {s.seg_id for s in old}
-        others = {s.seg_id for s in visible if s.kind == schema.ROLLOUT and s not in old}
-        return old + [s for s in visible if s.base in ids - others]
+        # Rollouts with the same content under another name keep their scores.
+        keys = {s.unit_key for s in old}
+        kept = {s.seg_id for s in visible if s.kind == schema.ROLLOUT and s.unit_key not in keys}
+        gone = {s.seg_id for s in old} - kept
+        return old + [s for s in visible if s.base in gone]
 
     deleted: list[Segment] = []
 

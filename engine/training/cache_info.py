@@ -1,6 +1,6 @@
 """Facts of rollouts, their scores and a student that an objective depends on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from logitcask.engine.errors import IdentityError
@@ -12,7 +12,7 @@ from logitcask.engine.objectives import (
     check_exactness,
 )
 from logitcask.engine.packing.source import PackSource
-from logitcask.engine.store import Snapshot, Store
+from logitcask.engine.store import Segment, Snapshot, Store
 from logitcask.engine.store.decoded_unit import dtypes_of
 from logitcask.engine.training.processes import gathered
 from logitcask.engine.types import MC_IDS, ModelRef, SamplingParams
@@ -61,7 +61,9 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
     Raises IdentityError for another tokenizer.
     """
     rollouts = [segment for segment, _ in source.pairs]
-    requests = [[each.provenance["request"] for each in scores] for _, scores in source.pairs]
+    # What depends on provenance and layouts is read from one pair of each kind.
+    kinds = {(_kind((s,)), _kind(scores)): (s, scores) for s, scores in source.pairs}.values()
+    requests = [[each.provenance["request"] for each in scores] for _, scores in kinds]
     sampler = rollouts[0].provenance["student"]
     if model is not None and sampler["tokenizer"] != model.tokenizer_digest:
         raise IdentityError(
@@ -80,7 +82,7 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         student_version=None if model is None else model.version,
         same_base_weights=model is None or sampler["base_weights"] == model.base_weights,
         same_weights=model is None
-        or all(s.provenance["student"]["weights"] == model.digest for s in rollouts),
+        or all(s.provenance["student"]["weights"] == model.digest for s, _ in kinds),
         same_template=model is None or sampler["template"] == model.template_digest,
         # Not validated: the values of another writer may be beyond our bounds.
         plain_sampling=SamplingParams.model_construct(
@@ -90,8 +92,7 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         n_vocab=int(sampler["n_vocab"]) if model is None else model.n_vocab,
         mc_draws=int(sampling.get("mc_draws", 0)),
         at_mc=all(
-            any(each.provenance.get("at") == MC_IDS for each in scores)
-            for _, scores in source.pairs
+            any(each.provenance.get("at") == MC_IDS for each in scores) for _, scores in kinds
         ),
         q_draws=min(
             int(each.get("draws", 0)) if each.get("selection") == "sampled" else 0
@@ -100,11 +101,15 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         ),
         base=source.base is not None,
         mixture=str(source.teachers) if source.teachers.mixed else "",
-        rewards=all("reward" in dtypes_of(*pair) for pair in source.pairs),
+        rewards=all("reward" in dtypes_of(*pair) for pair in kinds),
         samples=int(sampling.get("n", 0)),
         entropy_bounds=source.bounded,
         scored=source.coverage(),
     )
+
+
+def _kind(segments: Sequence[Segment]) -> tuple[tuple[str, str], ...]:
+    return tuple((each.provenance_sha256, each.layout) for each in segments)
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
