@@ -2,7 +2,7 @@
 
 A pattern for each kind, layout and profile has all rules that a pattern can say, so that a log of
 tens of thousands of records opens at once. Any other head, valid or not, goes to
-`record.parse_head`, which says what is wrong.
+`record.parse_head`, whose errors name the fault.
 """
 
 import re
