@@ -89,7 +89,8 @@ class Ledger:
 
     def _line(self, update: int, rows: Mapping[Source, int]) -> dict[str, Any]:
         line: dict[str, Any] = {"update": update}
-        if new := sorted(rows.keys() - self._numbers.keys()):
+        # Not a difference of sets, which reads all segments of the run.
+        if new := sorted(source for source in rows if source not in self._numbers):
             self._numbers |= {s: n for n, s in enumerate(new, len(self._numbers))}
             line["segments"] = [_entry(source) for source in new]
         counts = {self._numbers[source]: count for source, count in rows.items()}

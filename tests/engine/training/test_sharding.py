@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError, IntegrityError, ModelError
+from logitcask.engine.training.provenance.ledger import read_lines
 from logitcask.engine.training.run_dir.shards import _opened, load_weights
 from logitcask.engine.training.settings import training_arguments
 from logitcask.engine.training.sharding.student import check_passes
@@ -103,6 +104,10 @@ def test_two_sharded_processes_equal_one(cases: Cases, name: str, out: str, alon
     assert generated(folder / out) == generated(folder / alone)
     for file in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (folder / out / file).read_text() == (folder / alone / file).read_text()
+    ledgers = [read_lines(folder / each / "ledger.jsonl") for each in (out, alone)]
+    drifts = [[line.pop("drift", 0.0) for line in ledger] for ledger in ledgers]
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-2, abs=1e-4)
+    assert ledgers[0] == ledgers[1]
     both = zip(lines(folder / out), lines(folder / alone), strict=True)
     for mine, other in both:
         for key in ("train/changed_share", "progress/positions", "progress/step"):
