@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -197,3 +198,25 @@ def test_a_kept_plan_is_the_one_from_nothing(counts: Any) -> None:
 
     check()
     assert {-1, 0, 1, 2} <= set(seen)
+
+
+def test_a_plan_makes_the_keys_of_new_rollouts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+
+    def counted(segment: Segment, *arguments: Any) -> str:
+        keys.append(segment.seg_id)
+        return unit_key(segment, *arguments)
+
+    monkeypatch.setattr("logitcask.engine.score.planner.unit_key", counted)
+    history, made = History(), list[int]()
+    planner = ScorePlanner(history.request(), growing=True)
+    steps = [("roll", "main", 6, 6), ("score", "big", 0, "plan"), ("tag",), ("delete", 1)]
+    for unit in range(6):
+        history.roll("main", unit, unit)
+    for name, *arguments in [("tag",), *steps]:
+        getattr(history, name)(*arguments)
+        planner.plan(history.log.snapshot(len(history.log) - 1))
+        made.append(len(keys))
+        keys.clear()
+    # All six, the new one, the one with new scores, none, and none for the deleted rollouts.
+    assert made == [6, 1, 1, 0, 0]
