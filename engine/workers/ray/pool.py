@@ -195,10 +195,11 @@ class Pool:
             return
         actor.ready = False
         self._forget(actor)
-        if len(self._actors) > self.role.actors:
+        living = sum(each.ready for each in self._actors)
+        if living >= self.role.actors:
             self._ray.kill(actor.handle, no_restart=True)
             self._actors.remove(actor)
-            self._on_event(f"{actor.name} is lost: {len(self._actors)} are left")
+            self._on_event(f"{actor.name} is lost: {living} are left")
         else:
             self._on_event(f"{actor.name} is lost: Ray starts it again where it has room")
 
