@@ -475,7 +475,7 @@ def test_bfloat16_computes_and_never_holds_weights(
         )
         return student
 
-    monkeypatch.setattr("logitcask.engine.training.run.load_student", spy)
+    monkeypatch.setattr("logitcask.engine.training.student.load_student", spy)
     run(case, tmp_path, dtype="bfloat16")
     assert computed == {torch.bfloat16}
     saved = load_file(tmp_path / "model.safetensors")
