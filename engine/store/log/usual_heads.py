@@ -8,6 +8,7 @@ tens of thousands of records opens at once. Any other head, valid or not, goes t
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from operator import gt, mul
 
 import logitcask.engine.store.format.archive as archive
@@ -17,7 +18,10 @@ from logitcask.engine.store.format.segment import object_limit
 from logitcask.engine.store.log.body import Bodies, RecordBody
 from logitcask.engine.store.log.record import Record, bounds, parse_head
 
-_COUNT, _SHA, _ID = "(0|[1-9][0-9]{0,14})", "(sha256:[0-9a-f]{64})", "([0-9a-f]{32})"
+_COUNT, _SHA, _ID = "(0|[1-9][0-9]{0,14})", '(sha256:[^"]{64})', '([^"]{32})'
+"""Not [0-9a-f]: half of the time went into looking at each digit."""
+_HEX = b"0123456789abcdef"
+_MOST_FORMS = 256
 _OF_ROWS = (("R", 1), ("E", schema.MAX_K), ("S", schema.MAX_K))
 """Counts that the rows bound, and the most for a row."""
 
@@ -45,8 +49,9 @@ class HeadParser:
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
-        self._forms: dict[tuple[str, ...], _Form] = {}
-        """(kind, layout, profile) -> form, of those that were met."""
+        self._forms: dict[bytes, _Form] = {}
+        """A valid head without its hex digits -> its form. Another head that is equal without them
+        has digests of hex digits too, where they have the length that its form matches."""
         self._texts: dict[str, str] = {}
         """Names and digests that many segments share, each kept once."""
 
@@ -56,19 +61,15 @@ class HeadParser:
         if found is None:
             bodies = self._bodies
             found = parse_head(line, where, number=number, prev=prev, bodies=bodies, name=name)
-            for add in found.adds:
-                fields = (add.kind, add.layout, add.profile)
-                if fields not in self._forms:
-                    self._forms[fields] = _form(*fields)
+            if len(found.adds) == 1 and len(self._forms) < _MOST_FORMS:
+                add = found.adds[0]
+                self._forms[line.translate(None, _HEX)] = _form(add.kind, add.layout, add.profile)
         return found
 
     def _parse_usual(self, line: bytes, number: int, prev: str, name: str) -> Record | None:
         """Parse a head of a form that was met; return None for any other head."""
-        text = line.decode("latin-1")
-        # Between quotes: adds, kind, unit_key, name, base, extends, tokens_sha256, layout, profile.
-        quoted = text.split('"', 18)
-        form = self._forms.get((quoted[3], quoted[15], quoted[17])) if len(quoted) > 18 else None
-        found = None if form is None else form.match(text)
+        form = self._forms.get(line.translate(None, _HEX))
+        found = None if form is None else form.match(line.decode("latin-1"))
         if form is None or found is None:
             return None
         (
@@ -103,6 +104,7 @@ class HeadParser:
         return Record(number, sha256(line), time, (add,), (), (), {}, body)
 
 
+@cache
 def _form(kind: str, layout: str, profile: str) -> _Form:
     """Return the form of heads of such segments."""
     each, rounding = bounds(layout, profile)
@@ -111,7 +113,7 @@ def _form(kind: str, layout: str, profile: str) -> _Form:
     base, place = (_ID, "(0),(0)") if kind == schema.SCORE else ("()", f"{_COUNT},{_COUNT}")
     extends = _ID if layout == schema.EXTENSION else "()"
     if layout.endswith(schema.PARTIAL):
-        extends = f"({_ID[1:-1]}|)"
+        extends = '([^"]{32}|)'
     line = (
         rf'\{{"adds":\[\["{kind}",{_COUNT},"{_SHA}","({schema.NAME.pattern})","{base}","{extends}",'
         rf'"{_SHA}","{re.escape(layout)}","{profile}",\{{{counts}\}},{_COUNT},"{_SHA}",{place},'

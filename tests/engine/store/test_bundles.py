@@ -75,7 +75,7 @@ def test_a_log_opens_in_few_reads_and_follows_by_what_is_new(long: ObjectStorage
     assert sorted(storage.reads()) == sorted(expected)
     assert [call for call, _ in storage.calls].count("names") == len(bundles.LEVELS) + 1
     storage.calls.clear()
-    assert reader.head() is snapshot
+    assert reader.head() == snapshot
     assert storage.calls == [("names", "log")], "nothing new, one request"
     # Any position, any number of new records: 15 of each level and 15 + 15 records at most.
     for start in (0, 1, 15, 255, 257, 4095, 4097):
