@@ -29,7 +29,7 @@ from logitcask.engine.errors import LogitcaskError
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.models.load import load_student
 from logitcask.engine.packing.source import PackSource
-from logitcask.engine.training import run as run_module
+from logitcask.engine.training import student as student_module
 from logitcask.engine.training import trainer as trainer_module
 from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.train import train
@@ -302,7 +302,7 @@ def watched() -> Iterator[Seen]:
     hook = register_optimizer_step_pre_hook(step)
     try:
         with (
-            mock.patch.object(run_module, "load_student", load),
+            mock.patch.object(student_module, "load_student", load),
             mock.patch.object(trainer_module, "pack_loss", loss),
         ):
             yield seen

@@ -50,8 +50,9 @@ def small_windows(store: Store, units: int = 2, **change: object) -> PlannedPack
 
 def same(a: Pack, b: Pack) -> None:
     for field in fields(Pack):
-        if field.name not in ("targets", "lengths"):
+        if field.name not in ("targets", "lengths", "sources"):
             assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+    assert a.sources == b.sources
     starts = (a.position_ids[0] == 0).nonzero()[:, 0]
     assert (
         a.lengths

@@ -141,7 +141,10 @@ def test_the_finished_folder_is_pushed_and_nothing_before(
             raise OSError("the line is cut")
         names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
         assert {"logitcask.json", "model.safetensors"} <= names, "it is proved and complete"
-        assert options["ignore_patterns"] == ["checkpoints/*", "tensorboard/*", ".*", "run.json"]
+        assert options["ignore_patterns"] == [
+            *("checkpoints/*", "tensorboard/*", "versions/*", "logs/*", "timeline/*"),
+            *(".*", "run.json", "teacher.json"),
+        ]
         calls.append((options["repo_id"], options["revision"]))
         url = "https://huggingface.co/me/student/commit/1"
         return CommitInfo(commit_url=url, commit_message="", commit_description="", oid="1")

@@ -169,11 +169,11 @@ def nodes_and_kills(two_nodes: TwoNodes, tmp_path: Path, monkeypatch: pytest.Mon
     assert len({process for _, process in started}) == 3, "two nodes, and the first started again"
     assert len(started) < 1.6 * UNITS
     assert counts == sorted(counts)
-    assert events == [
-        "toy-0: a toy is open",
-        "toy-1 is lost: 1 are left",
-        "toy-0 is lost: Ray starts it again where it has room",
-    ]
+    # A lost node is noticed after some seconds, so perhaps after the death of the first actor.
+    lost = ["is lost: 1 are left", "is lost: Ray starts it again where it has room"]
+    orders = [[f"toy-{a} {lost[0]}", f"toy-{b} {lost[1]}"] for a, b in ((1, 0), (0, 1))]
+    assert events[0] == "toy-0: a toy is open"
+    assert events[1:] in orders
     assert store.storage.files("claims") == []
     verify(store, deep=True)  # a kill may leave files that nothing names
     until(lambda: not any(is_alive(process) for _, process in started))
