@@ -400,3 +400,16 @@ def test_a_body_is_read_from_its_record_where_the_bundle_is_damaged(storage: Sto
     segment = open_on(storage).head().segments[0]
     with pytest.raises(IntegrityError, match="the body of record 0 is missing, or not the one"):
         _ = segment.unit
+
+
+def test_a_commit_counts_where_its_bundle_finds_no_room(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(storage: Storage, end: int) -> None:
+        raise StoreError("no space left", hint="make room")
+
+    monkeypatch.setattr(bundles, "write", full)
+    before = store.head().number
+    for number in range(100, 117):
+        assert commit_rollouts(store, number).number == before + number - 99
+    assert open_on(store.storage).head().number == before + 17
