@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from logitcask.engine.commands.load_teacher import LoadedTeacher, open_teacher
+from logitcask.engine.commands.load_teacher import LoadedTeacher
 from logitcask.engine.commands.train import eval_plan, held_out_set
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.on_policy_rows import OnPolicyRows
@@ -22,6 +22,7 @@ from logitcask.engine.distill.setup import (
     LoopTeacher,
     facts_of,
     open_loop,
+    open_loop_teacher,
     read_input,
 )
 from logitcask.engine.errors import ConfigError
@@ -58,15 +59,7 @@ def distill(
             hint="run the loop with --runner processes, or set loop.max_age to 0",
         )
     inputs = read_input(config, on_event)
-    teacher = open_teacher(
-        config.teacher,
-        config.run,
-        inputs.model.provenance(),
-        template=inputs.rendering.chat_template,
-        exact=config.score.exact,
-        k_max=config.score.teacher_topk_max,
-        cancel=CancelToken(on_event),
-    )
+    teacher = open_loop_teacher(inputs, CancelToken(on_event))
     try:
         # Every round scores, with the same notes.
         on_event = warn_once(on_event)

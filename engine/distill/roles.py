@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from logitcask.engine.backends.base import close_backend, reload_backend
-from logitcask.engine.commands.load_teacher import backend, open_teacher
+from logitcask.engine.commands.load_teacher import backend
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.follow_rows import FollowRows
 from logitcask.engine.distill.loop import train_rounds
@@ -24,6 +24,7 @@ from logitcask.engine.distill.setup import (
     LoopSetup,
     facts_of,
     open_loop,
+    open_loop_teacher,
     read_facts,
     read_input,
     write_facts,
@@ -250,15 +251,7 @@ def _score_job(
     config: RunConfig, cancel: CancelToken, on_event: EventHandler, timeline: Path | None
 ) -> Job[Any]:
     inputs = read_input(config, on_event)
-    teacher = open_teacher(
-        config.teacher,
-        config.run,
-        inputs.model.provenance(),
-        template=inputs.rendering.chat_template,
-        exact=config.score.exact,
-        k_max=config.score.teacher_topk_max,
-        cancel=cancel,
-    )
+    teacher = open_loop_teacher(inputs, cancel)
     try:
         facts, notes = facts_of(teacher, config)
         for line in notes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from logitcask.engine.commands.load_teacher import LoadedTeacher
+from logitcask.engine.commands.load_teacher import LoadedTeacher, open_teacher
 from logitcask.engine.commands.resolve import grader_of, student_and_prompts
 from logitcask.engine.commands.train import find_objective
 from logitcask.engine.config.sections import RunConfig
@@ -22,7 +22,7 @@ from logitcask.engine.distill.checks import (
 from logitcask.engine.distill.policy import Policy
 from logitcask.engine.distill.rounds import ROUND, Rounds
 from logitcask.engine.errors import IntegrityError
-from logitcask.engine.events import EventHandler
+from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models.digests import read_json, write_json
 from logitcask.engine.models.identity import digest
 from logitcask.engine.objectives import CacheInfo, ExactnessReport, Preset, check_exactness
@@ -129,6 +129,20 @@ class LoopInput:
                 scored="" if config.score.positions == ALL_POSITIONS else config.score.positions,
             ),
         )
+
+
+def open_loop_teacher(inputs: LoopInput, cancel: CancelToken) -> LoadedTeacher:
+    """Load the teacher of a loop; raises as `open_teacher` does."""
+    config = inputs.config
+    return open_teacher(
+        config.teacher,
+        config.run,
+        inputs.model.provenance(),
+        template=inputs.rendering.chat_template,
+        exact=config.score.exact,
+        k_max=config.score.teacher_topk_max,
+        cancel=cancel,
+    )
 
 
 def read_input(config: RunConfig, on_event: EventHandler) -> LoopInput:

@@ -5,6 +5,7 @@ imports, and so does each process that its supervisor starts. The exit code goes
 the command prints to the file that is the last word of the line.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,10 +14,10 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
-import logitcask.engine.distill.roles  # noqa: F401
 from logitcask.cli.main import run
 from logitcask.engine.workers import processes
 
@@ -74,7 +75,9 @@ def carry_out(words: list[str]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    processes.subprocess.Popen = Forked  # type: ignore[misc]
+    # Before any fork: the imports of a process are those of this one.
+    importlib.import_module("logitcask.engine.distill.roles")
+    mock.patch.object(subprocess, "Popen", Forked).start()
     processes.BACKOFF_S = 0.02
     for line in sys.stdin:
         *words, output = json.loads(line)

@@ -121,11 +121,9 @@ class History:
             self._fold(adds=(Segment(source=body, **new),))
 
     def _fold(self, **content: Any) -> None:
-        empty: dict[str, Any] = {"adds": (), "deletes": (), "removes": (), "tags": {}}
+        empty: dict[str, Any] = {"adds": (), "deletes": (), "removes": (), "tags": {}, "body": None}
         number = len(self.log)
-        self.log.fold(
-            Record(number=number, sha256=key(number), time="", body=None, **(empty | content))  # type: ignore[arg-type]
-        )
+        self.log.fold(Record(number=number, sha256=key(number), time="", **(empty | content)))
 
 
 NAMES, HOW = ("main", "other"), ("plan", "small", "partial", "elsewhere")
