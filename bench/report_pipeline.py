@@ -96,7 +96,7 @@ def text(row: Row) -> str:
             ["from one store, filled for them", f"{spent:.1f}", "1.00"],
             ["its stages alone: r + s + t, and t for each further one",
              f"{_stages(cost):.1f}", f"{_stages(cost) / spent:.2f}"],
-            ["as many loops with a live teacher", f"{several * live['whole_s']:.1f}",
+            ["as many loops with a live teacher, as one takes", f"{several * live['whole_s']:.1f}",
              f"{several * live['whole_s'] / spent:.2f}"],
         ],
     )  # fmt: skip

@@ -37,9 +37,12 @@ class Updates:
 
     def __init__(self, file: Path | None) -> None:
         self.file, self._open = file, ExitStack()
+        self._done: int | None = None
+        """Updates done when the running one began, as its first report says."""
 
     def begin(self, round: int, version: int) -> None:
         """Begin an update of a version."""
+        self._done = None
         self._open.enter_context(span(self.file, "update", round=round, version=version))
 
     def end(self) -> None:
@@ -47,11 +50,13 @@ class Updates:
         self._open.close()
 
     def watched(self, progress: Progress) -> Progress:
-        """Return a progress that ends the update which it reports."""
+        """Return a progress that ends the running update when it reports one more as done."""
 
         def report(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
-            if stage == "train" and not detail.share:
-                self.end()
+            if stage == "train":
+                self._done = done if self._done is None else self._done
+                if done > self._done:
+                    self.end()
             progress(stage, done, total, detail)
 
         return report
