@@ -77,12 +77,7 @@ def option_parser() -> argparse.ArgumentParser:
         help="[default: float32 on a CPU, bfloat16 on a GPU]",
     )
     option("--quick", action="store_true", help="Fewer shapes, and fewer rows on a CPU.")
-    option(
-        "--budget",
-        type=float,
-        metavar="SECONDS",
-        help="Start nothing after so many seconds, and list the rest as left out. [default: none]",
-    )
+    results.add_budget(parser)
     return parser
 
 
@@ -104,7 +99,7 @@ def main(arguments: list[str]) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; use --device cpu")
     dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    ends = None if options.budget is None else time.monotonic() + options.budget
+    ends = time.monotonic() + options.budget
     run = Run(device, dtype, options, ends)
     for section, shape in planned(options, device.type):
         run.measure(section, shape)
@@ -147,7 +142,7 @@ class Run:
         device: torch.device,
         dtype: torch.dtype,
         options: argparse.Namespace,
-        ends: float | None,
+        ends: float,
     ) -> None:
         self.device, self.dtype, self.options, self.ends = device, dtype, options, ends
         self.rows: list[Row] = []
@@ -171,13 +166,18 @@ class Run:
             p.name: p.missing(self.device, shape.T, bool(names)) or self._spent() for p in picked
         }
         able = [p for p in picked if status[p.name] is None]
-        if not able:
+        case = None
+        if able:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # blocks of the previous sizes
+            try:
+                case = make_case(section, shape, self.dtype, self.device)
+            except torch.OutOfMemoryError as error:
+                status |= dict.fromkeys([p.name for p in able], failure(error))
+        if case is None:
             for each in picked:
                 self._record(each, shape, {"status": status[each.name]})
             return
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # blocks of the previous sizes
-        case = make_case(section, shape, self.dtype, self.device)
         self._check(case, able, status)
         works: dict[str, Call] = {}
         warm: dict[str, Warm] = {}
@@ -235,7 +235,7 @@ class Run:
             self.errors[_error_key(each, case.shape)] = float(f"{worst:.3g}")
 
     def _spent(self) -> str | None:
-        if self.ends is None or time.monotonic() < self.ends:
+        if time.monotonic() < self.ends:
             return None
         return f"left out: the budget of {self.options.budget:g} s was spent"
 

@@ -1,320 +1,262 @@
 """Check of every kernel against float64 on the device, before the timing.
 
-Run: python bench/gpu_check.py [--device cuda|cpu] [--out FILE]
+Run: python bench/gpu_check.py [--device cuda|cpu] [--part first|wider] [--budget SECONDS]
 
-On a GPU at real and at odd sizes, also beyond 2^31 logits. On a CPU the same checks at tiny sizes
-in Triton's interpreter, which needs TRITON_INTERPRET=1 in the environment. Exit code 1 if a check
-is wrong. Tolerance: our error against float64 is at most twice that of plain torch in the same
-dtype, plus the rounding of inputs and outputs.
+  first   every op at a production and at an odd shape, in the dtype of training
+  wider   all kinds of logits, dtypes, k, forms of an objective, and more than 2^31 logits
+
+A step at a time, with a row appended after each, so that a run that is stopped keeps the others. On
+a GPU at real and at odd sizes; on a CPU the same at tiny sizes in Triton's interpreter, which needs
+TRITON_INTERPRET=1 in the environment. A step that fails has a row with the reason, and the next
+follows: in a fresh process, if the failure took the GPU's context along. Exit code 1 if a check is
+wrong or a step failed. Tolerance: our error against float64 is at most twice that of plain torch in
+the same dtype, plus the rounding of inputs and outputs.
 """
 
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 
+import gpu_checks
 import results
 import torch
-from kernel_calls import (
-    Call,
-    Results,
-    has_oracle,
-    our_hidden,
-    our_indexed,
-    our_logits,
-    plain_gradients,
-)
+from gpu_checks import BEYOND_BYTES, KINDS, Check
 from kernel_fused import FORMS
 from kernel_losses import LOSSES
-from kernel_machine import about, machine, name_of
-from kernel_providers import KL, LIVE
-from kernel_shapes import Case, Shape, make_case
+from kernel_machine import about, failure, interpreted, machine, name_of
+from kernel_providers import TAIL
+from kernel_shapes import Shape
+from results import Row
 from torch import Tensor
 
-from logitcask.kernels.launch import triton_on_cpu
-from logitcask.kernels.row_grad import row_grad, row_grad_reference
-from logitcask.kernels.row_stats import RowStats, row_stats, row_stats_reference
-from logitcask.kernels.topk_select import topk_select, topk_select_reference
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("iid", "ties", "thirds -inf", "ramp")
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+PARTS = ("first", "wider")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Sizes of all checks on one device."""
 
+    device: str
     rows: int
     vocabularies: tuple[int, ...]
     k: int
     other_ks: tuple[int, ...]
     """More k for the largest vocabulary with ties."""
     case: Shape
+    production: Shape
+    """Of the first checks, with `case`."""
     chunk_rows: int
-    """Rows of a chunk from hidden states: no divisor of the case's rows."""
-    half: bool
-    """True to check gradients in half precision: the interpreter truncates, the hardware rounds."""
+    """Rows of a chunk from hidden states: no divisor of the rows of either."""
+    dtypes: tuple[torch.dtype, ...]
+    """Dtypes of gradients, that of training first: the interpreter truncates half precision, the
+    hardware rounds."""
 
 
 SIZES = {
     "cuda": Sizes(
+        device="cuda",
         rows=16,
-        vocabularies=(5, 151_669, 151_936),
+        vocabularies=(151_936, 151_669, 5),
         k=16,
         other_ks=(1, 64, 128),
         case=Shape(200, 151_669, 256, 16, 16),
+        production=Shape(256, 151_936, 1024, 64, 64),
         chunk_rows=96,
-        half=True,
+        dtypes=DTYPES,
     ),
     "cpu": Sizes(
+        device="cpu",
         rows=2,
-        vocabularies=(5, 4801),
+        vocabularies=(4801, 5),
         k=5,
         other_ks=(),
         case=Shape(3, 300, 16, 8, 8),
+        production=Shape(3, 512, 16, 16, 16),
         chunk_rows=2,
-        half=False,
+        dtypes=(torch.float32,),
     ),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One comparison and its tolerance."""
+class Step:
+    """Checks of one op at one size in one dtype."""
 
-    check: str
-    dtype: str
-    size: str
-    error: float
-    allowed: float
-
-    @property
-    def ok(self) -> bool:
-        """Return whether the error is allowed; NaN is not."""
-        return self.error <= self.allowed
+    what: str
+    dtype: torch.dtype
+    run: Callable[[], Iterator[Check]]
+    needs_bytes: int = 0
+    """Free memory of a GPU without which it is left out."""
 
 
-def made(kind: str, n_rows: int, n_columns: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Return logits [P, V] of a kind that broke kernels before."""
-    generator = torch.Generator(device).manual_seed(0)
-    z = torch.randn(n_rows, n_columns, generator=generator, device=device) * 3
-    if kind == "ties":
-        z = z.round()
-    elif kind == "thirds -inf":
-        z[:, ::3] = -torch.inf
-    elif kind == "ramp":
-        z += torch.linspace(0, 300, n_columns, device=device)
-    return z.to(dtype)
+def plan(part: str, sizes: Sizes) -> list[Step]:
+    """Return the steps of a part, the most decisive first."""
+    return list(_first(sizes) if part == "first" else _wider(sizes))
 
 
-def against(
-    name: str, dtype: torch.dtype, ours: Tensor, naive: Tensor, exact: Tensor, floor: float
-) -> Check:
-    """Return the check of this file's rule; infinities and NaN must agree with float64."""
-    size = "x".join(map(str, exact.shape))
-    ours, naive, exact = (t.detach().double() for t in (ours, naive, exact))
-    odd = ~exact.isfinite()
-    if not torch.equal(ours[odd].nan_to_num(nan=0.5), exact[odd].nan_to_num(nan=0.5)):
-        error, allowed = float("inf"), floor
-    else:
-        error, plain_error = (
-            (t - exact).masked_fill(odd, 0.0).abs().max().item() for t in (ours, naive)
-        )
-        allowed = 2 * plain_error + floor
-    return Check(check=name, dtype=name_of(dtype), size=size, error=error, allowed=allowed)
+def _first(sizes: Sizes) -> Iterator[Step]:
+    dtype = sizes.dtypes[0]
+    for n_vocab, shape in zip(sizes.vocabularies, (sizes.production, sizes.case), strict=False):
+        yield from _on_logits(sizes, dtype, n_vocab, KINDS[:1])
+        yield from _of_losses(sizes, dtype, shape, (TAIL,), FORMS[:1])
 
 
-def same(name: str, dtype: torch.dtype, one: Tensor, other: Tensor) -> Check:
-    """Return the check that both are equal bit by bit."""
-    size, error = "x".join(map(str, one.shape)), float((one != other).sum())
-    return Check(check=name, dtype=name_of(dtype), size=size, error=error, allowed=0.0)
+def _wider(sizes: Sizes) -> Iterator[Step]:
+    for dtype in DTYPES:
+        for n_vocab in sizes.vocabularies:
+            yield from _on_logits(sizes, dtype, n_vocab, KINDS)
+        if dtype in sizes.dtypes:
+            yield from _of_losses(sizes, dtype, sizes.case, tuple(LOSSES), FORMS)
+        if dtype == DTYPES[0] and sizes.device == "cuda":
+            run = partial(gpu_checks.beyond_int32, sizes.device)
+            yield Step(what="beyond 2^31", dtype=dtype, run=run, needs_bytes=BEYOND_BYTES)
+    for k in sizes.other_ks:  # each is another kernel to compile
+        for dtype in DTYPES:
+            yield _step(f"topk_select k={k}", partial(gpu_checks.selection, k=k), sizes, dtype,
+                        sizes.vocabularies[0], KINDS[1:2])  # fmt: skip
 
 
-def step(x: Tensor, dtype: torch.dtype) -> float:
-    """Return the distance of neighboring numbers of dtype at the largest finite |x|, at least 1."""
-    finite = x[x.isfinite()].abs()
-    largest = finite.max().item() if len(finite) else 1.0
-    return float(torch.finfo(dtype).eps * max(largest, 1.0))
+def _on_logits(
+    sizes: Sizes, dtype: torch.dtype, n_vocab: int, kinds: Sequence[str]
+) -> Iterator[Step]:
+    """Yield the steps of the ops without a loss."""
+    for name, op in (
+        ("row_stats", gpu_checks.statistics),
+        (f"topk_select k={sizes.k}", partial(gpu_checks.selection, k=sizes.k)),
+        ("row_grad", gpu_checks.gradient),
+    ):
+        yield _step(name, op, sizes, dtype, n_vocab, kinds)
 
 
-def statistics(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Check row_stats."""
-    for n_vocab in sizes.vocabularies:
-        for kind in KINDS:
-            for dtype in DTYPES:
-                z = made(kind, sizes.rows, n_vocab, dtype, device)
-                ours, naive, exact = row_stats(z), row_stats_reference(z), _exact_stats(z)
-                floor = 2 * step(z, torch.float32) + 4 * step(exact.log_sum_exp, torch.float32)
-                name = f"row_stats, {kind}"
-                yield against(f"{name}: log-sum-exp", dtype, ours[0], naive[0], exact[0], floor)
-                # 32 log2 units of shift at most, see scan_kernel.
-                floor += 32 * torch.finfo(torch.float32).eps
-                yield against(f"{name}: entropy", dtype, ours[1], naive[1], exact[1], floor)
+def _step(
+    name: str,
+    op: Callable[[Tensor, str], Iterator[Check]],
+    sizes: Sizes,
+    dtype: torch.dtype,
+    n_vocab: int,
+    kinds: Sequence[str],
+) -> Step:
+    def run() -> Iterator[Check]:
+        for kind in kinds:
+            z = gpu_checks.made(kind, sizes.rows, n_vocab, dtype, sizes.device)
+            yield from op(z, kind)
+
+    return Step(what=f"{name} V={n_vocab}, {', '.join(kinds)}", dtype=dtype, run=run)
 
 
-def _exact_stats(z: Tensor) -> RowStats:
-    return row_stats_reference(z.double())
-
-
-def selection(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Check topk_select against a stable sort; few k, because each is another kernel to compile."""
-    for n_vocab in sizes.vocabularies:
-        for kind in KINDS:
-            for dtype in DTYPES:
-                z = made(kind, sizes.rows, n_vocab, dtype, device)
-                other = n_vocab == sizes.vocabularies[-1] and kind == "ties"
-                for k in (sizes.k, *(sizes.other_ks if other else ())):
-                    values, ids = topk_select(z, min(k, n_vocab))
-                    expected_values, expected_ids = topk_select_reference(z, min(k, n_vocab))
-                    name = f"topk_select, {kind}, k={k}"
-                    yield same(f"{name}: ids", dtype, ids, expected_ids)
-                    yield same(f"{name}: values", dtype, values, expected_values)
-
-
-def gradient(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Check row_grad."""
-    generator = torch.Generator(device).manual_seed(1)
-    for n_vocab in sizes.vocabularies:
-        for kind in KINDS:
-            for dtype in DTYPES:
-                z = made(kind, sizes.rows, n_vocab, dtype, device)
-                dense = torch.rand(sizes.rows, generator=generator, device=device) + 0.1
-                ids = z.double().masked_fill(z.isinf(), 0.0).topk(min(4, n_vocab)).indices
-                ids[0, 0] = -1
-                at = torch.randn(ids.shape, generator=generator, device=device)
-                exact = row_grad_reference(
-                    z.double(), _exact_stats(z)[0], dense.double(), ids, at.double()
-                )
-                naive = row_grad_reference(z, row_stats_reference(z)[0], dense, ids, at)
-                lse = row_stats(z)[0]
-                ours = row_grad(
-                    z, lse, dense, ids, at, out=torch.empty_like(z, dtype=torch.float32)
-                )
-                floor = 2 * step(z, torch.float32)  # softmax is as close as log-sum-exp
-                yield against(f"row_grad, {kind}", dtype, ours, naive, exact, floor)
-                separate = row_grad(z, lse, dense, ids, at)
-                inside = row_grad(z, lse, dense, ids, at, out=z)
-                yield same(f"row_grad, {kind}: in place", dtype, inside, separate)
-
-
-def from_logits(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Check sparse_kl: loss, gradient, its sum over the vocabulary, and equal bits of two runs."""
-    for dtype in DTYPES if sizes.half else DTYPES[:1]:
-        case = make_case("logits", sizes.case, dtype, torch.device(device))
-        for loss in LOSSES:
-            for form in FORMS:
-                name = f"sparse_kl, {loss}, {form}"
-                yield from _of_loss(name, loss, case, our_logits(loss, form)(case))
-
-
-def from_hidden(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Check linear_sparse_kl in chunks, and indexed_linear."""
-    chunk = sizes.chunk_rows
-    for dtype in DTYPES if sizes.half else DTYPES[:1]:
-        case = make_case("hidden", sizes.case, dtype, torch.device(device))
-        calls = [
-            *(("linear_sparse_kl", loss, our_hidden(loss, chunk)) for loss in LOSSES),
-            ("indexed_linear", KL, our_indexed(KL)),
-            ("indexed_linear as rows", KL, our_indexed(KL, rows=True)),
-            ("indexed_linear live", KL, our_indexed(KL, live=True, chunk_rows=chunk)),
-            ("indexed_linear live", LIVE, our_indexed(LIVE, live=True, chunk_rows=chunk)),
-        ]
-        for name, loss, make in calls:
-            if has_oracle(loss, case):
-                yield from _of_loss(f"{name}, {loss}", loss, case, make(case))
-
-
-def _of_loss(name: str, loss: str, case: Case, ours: Call) -> Iterator[Check]:
-    once, again = (_dense(ours()) for _ in range(2))
-    naive, exact = plain_gradients(loss, case), plain_gradients(loss, case, exact=True)
-    dtype, half = case.dtype, torch.finfo(case.dtype).eps
-    floor = 8 * step(case.logits if case.logits is not None else exact[0], torch.float32)
-    yield against(f"{name}: loss", dtype, once[0], naive[0], exact[0], floor)
-    for what, i in (("gradient", 1), ("head's gradient", 2)):
-        if i < len(once):
-            rounding = half * exact[i].abs().max().item()
-            rest = floor / case.shape.T + rounding
-            yield against(f"{name}: {what}", dtype, once[i], naive[i], exact[i], rest)
-            yield same(f"{name}: {what} again", dtype, once[i], again[i])
-    if case.logits is not None:
-        row_sum = once[1].double().sum(-1)
-        # Each entry is rounded by itself, and so is the coefficient of the row's softmax.
-        floor = half * once[1].double().abs().sum(-1).max().item()
-        floor += 8 * torch.finfo(torch.float32).eps / case.shape.T
-        # float16 has nothing between 0 and 6e-8, where most of a large vocabulary is.
-        floor += half * torch.finfo(dtype).smallest_normal * case.shape.V
-        zero = torch.zeros_like(row_sum)
-        yield against(f"{name}: sum over the vocabulary", dtype, row_sum, zero, zero, floor)
-
-
-def _dense(found: Results) -> list[Tensor]:
-    return [t.to_dense() if t.is_sparse else t for t in found]
-
-
-def beyond_int32(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Check the last rows of more than 2^31 logits, on a GPU alone (4.3 GB)."""
-    if device != "cuda":
-        return
-    T, V, last = 14_160, 151_936, slice(-4, None)
-    z = torch.empty(T, V, dtype=torch.bfloat16, device=device)
-    for start in range(0, T, 1024):
-        z[start : start + 1024].normal_(std=3.0)
-    few = z[last].clone()
-    lse, entropy = row_stats(z)
-    exact, naive = _exact_stats(few), row_stats_reference(few)
-    floor = 4 * step(exact[0], torch.float32)
-    kind = "beyond 2^31"
-    yield against(f"row_stats, {kind}: log-sum-exp", z.dtype, lse[last], naive[0], exact[0], floor)
-    yield against(f"row_stats, {kind}: entropy", z.dtype, entropy[last], naive[1], exact[1],
-                  floor + 4e-6)  # fmt: skip
-    ids = topk_select(z, 16)[1]
-    yield same(f"topk_select, {kind}: ids", z.dtype, ids[last], topk_select_reference(few, 16)[1])
-    dense, at = torch.ones(T, device=device), torch.full(ids.shape, -0.5, device=device)
-    row_grad(z, lse, dense, ids, at, out=z)
-    expected = row_grad_reference(few.double(), exact[0], dense[last].double(), ids[last],
-                              at[last].double())  # fmt: skip
-    rounded = expected.to(z.dtype)
-    yield against(f"row_grad, {kind}: in place", z.dtype, z[last], rounded, expected, 1e-7)
-
-
-GROUPS = (statistics, selection, gradient, from_logits, from_hidden, beyond_int32)
+def _of_losses(
+    sizes: Sizes, dtype: torch.dtype, shape: Shape, losses: Sequence[str], forms: Sequence[str]
+) -> Iterator[Step]:
+    """Yield the steps of losses from logits, from hidden states, and on ids."""
+    device, chunk = torch.device(sizes.device), sizes.chunk_rows
+    ops = [
+        *((f"sparse_kl {loss}", partial(gpu_checks.from_logits, loss=loss, forms=forms))
+          for loss in losses),
+        *((f"linear_sparse_kl {loss}", partial(gpu_checks.in_chunks, loss=loss, chunk_rows=chunk))
+          for loss in losses),
+        ("indexed_linear", partial(gpu_checks.on_ids, chunk_rows=chunk, wider=len(losses) > 1)),
+    ]  # fmt: skip
+    for name, op in ops:
+        what = f"{name} T={shape.T} V={shape.V} H={shape.H} K={shape.K}"
+        yield Step(what=what, dtype=dtype, run=partial(op, shape, dtype, device))
 
 
 def main(arguments: list[str]) -> int:
-    """Run all checks; return the exit code."""
+    """Run the checks; return the exit code."""
     parser = results.option_parser(__doc__, "gpu")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[default: cuda]")
+    parser.add_argument("--part", choices=PARTS, help="[default: both]")
+    results.add_budget(parser)
+    go_on = parser.add_argument_group("after a step that ended the GPU's context")
+    go_on.add_argument("--start", type=int, default=0, metavar="N", help="Leave out N steps.")
+    go_on.add_argument("--failed", action="store_true", help="Exit with code 1.")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --device cpu tries the script")
+    ends = time.monotonic() + options.budget
     common = about(torch.device(options.device))
     print(f"{machine(common)}, torch {common['torch']}, triton {common['triton']}", flush=True)
-    wrong = 0
-    with triton_on_cpu() if options.device == "cpu" else nullcontext():
-        for group in GROUPS:
-            start = time.monotonic()
-            checks = list(group(SIZES[options.device], options.device))
-            bad = [check for check in checks if not check.ok]
-            for check in bad:
-                size = f"{check.dtype} {check.size}"
-                print(f"WRONG  {check.check}  {size}: {check.error:.3g} > {check.allowed:.3g}")
-            wrong += len(bad)
-            seconds = round(time.monotonic() - start, 1)
-            count = f"{len(checks)} checks, {len(bad)} wrong"
-            print(f"{group.__name__:<12} {count}, {seconds} s", flush=True)
-            row = {
-                "bench": "kernels",
-                "section": "check",
-                "what": group.__name__,
-                "status": "wrong" if bad else "ok",
-                "checks": len(checks),
-                "wrong": [asdict(check) for check in bad],
-                "seconds": seconds,
-            }
+    parts = PARTS if options.part is None else (options.part,)
+    steps = [step for part in parts for step in plan(part, SIZES[options.device])]
+    bad = int(options.failed)
+    with interpreted() if options.device == "cpu" else nullcontext():
+        for i, step in enumerate(steps[options.start :], options.start):
+            late = time.monotonic() > ends
+            row = left_out(step, options.budget) if late else checked(step)
             results.append(options.out, row | common)
-    print("wrong" if wrong else "all right")
-    return 1 if wrong else 0
+            print(line(row), flush=True)
+            bad += row["status"].startswith(("wrong", "failed"))
+            if row["status"].startswith("failed") and not _context_lives():
+                _go_on(arguments, i + 1, ends - time.monotonic())
+    print(f"{bad} of {len(steps)} steps wrong or failed" if bad else "no check was wrong")
+    return 1 if bad else 0
+
+
+def checked(step: Step) -> Row:
+    """Run the checks of a step; return its row."""
+    checks: list[Check] = []
+    start, status = time.monotonic(), "ok"
+    try:
+        if step.needs_bytes and (free := torch.cuda.mem_get_info()[0]) < step.needs_bytes:
+            needs = f"needs {step.needs_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            return _row(step, f"left out: {needs}", [], start)
+        for check in step.run():
+            checks.append(check)
+    except Exception as error:  # a launch that the chip refuses, say
+        status = failure(error)
+    if status == "ok" and not all(check.ok for check in checks):
+        status = "wrong"
+    return _row(step, status, checks, start)
+
+
+def left_out(step: Step, budget: float) -> Row:
+    """Return the row of a step that did not start in time."""
+    return _row(step, f"left out: the budget of {budget:g} s was spent", [], time.monotonic())
+
+
+def _row(step: Step, status: str, checks: list[Check], start: float) -> Row:
+    return {
+        "bench": "kernels",
+        "section": "check",
+        "what": step.what,
+        "dtype": name_of(step.dtype),
+        "status": status,
+        "checks": len(checks),
+        "wrong": [asdict(check) for check in checks if not check.ok],
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def line(row: Row) -> str:
+    """Return a row as lines of the output."""
+    lines = [f"{row['what']}  {row['dtype']}: {row['status']}, {row['checks']} checks, "
+             f"{row['seconds']} s"]  # fmt: skip
+    for check in row["wrong"]:
+        lines.append(f"WRONG  {check['check']}  {check['dtype']} {check['size']}: "
+                     f"{check['error']:.3g} > {check['allowed']:.3g}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _context_lives() -> bool:
+    """Return whether the GPU still works: some failures of a kernel end its context."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _go_on(arguments: list[str], start: int, budget: float) -> None:
+    """Replace this process by one that runs the steps from `start` on."""
+    options = ["--start", str(start), "--budget", f"{budget:.0f}", "--failed"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, __file__, *arguments, *options])
 
 
 if __name__ == "__main__":

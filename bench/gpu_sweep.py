@@ -29,13 +29,12 @@ import results
 import torch
 from kernel_calls import Results, our_hidden, our_logits
 from kernel_fused import FORMS
-from kernel_machine import about, digits, failure, machine, name_of, short
+from kernel_machine import about, digits, failure, interpreted, machine, name_of, short
 from kernel_shapes import Case, Shape, make_case
 from kernel_timing import measured_rates, timed
 from results import Row
 from torch import Tensor
 
-from logitcask.kernels.launch import triton_on_cpu
 from logitcask.kernels.row_grad import row_grad
 from logitcask.kernels.row_stats import row_stats, scan_rows
 from logitcask.kernels.topk_select import group_size, select_rows, topk_select
@@ -224,20 +223,13 @@ def main(arguments: list[str]) -> int:
     """Run the sweep; return the exit code."""
     parser = results.option_parser(__doc__, "gpu")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="[default: cuda]")
-    parser.add_argument(
-        "--budget",
-        type=float,
-        metavar="SECONDS",
-        default=float("inf"),
-        help="Start nothing after so many seconds, and list the rest as left out. [default: none]",
-    )
+    results.add_budget(parser)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --device cpu tries the script")
     ends = time.monotonic() + options.budget
     device, grid = torch.device(options.device), GRIDS[options.device]
-    interpreted = triton_on_cpu() if options.device == "cpu" else nullcontext()
-    with interpreted:
+    with interpreted() if options.device == "cpu" else nullcontext():
         left, wrong = sweep(device, grid, ends, options.out)
     for name in left:
         print(

@@ -3,12 +3,17 @@
 import shutil
 import subprocess
 import time
+from contextlib import AbstractContextManager
+from typing import Any
 
 import results
 import torch
 import triton
 from kernel_limits import Rates
 from results import Row
+from triton.runtime import interpreter
+
+from logitcask.kernels.launch import triton_on_cpu
 
 
 def about(device: torch.device, rates: Rates | None = None) -> Row:
@@ -33,6 +38,22 @@ def about(device: torch.device, rates: Rates | None = None) -> Row:
 def machine(row: Row) -> str:
     """Return the name of the row's GPU or CPU."""
     return str(row.get("gpu") or f"{row['machine']}, {row['threads']} threads")
+
+
+def interpreted() -> AbstractContextManager[None]:
+    """Run the kernels on CPU tensors in Triton's interpreter inside the block.
+
+    That of Triton 3.6 calls int() of arrays of one element, which numpy 2.4 no longer allows.
+    """
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    if triton.__version__.startswith("3.6."):
+        interpreter._patch_lang_tensor = patch_with_index
+    return triton_on_cpu()
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -9,9 +9,11 @@ count.
 
 import argparse
 import sys
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
+import report_roofline
 import results
 from kernel_bars import bars, newest
 from kernel_machine import short
@@ -32,11 +34,33 @@ def main(arguments: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE.jsonl")
-    file = parser.parse_args(arguments).file
+    parser.add_argument(
+        "--roofline", action="store_true", help="Draw the rows over the machine's limits, to *.svg."
+    )
+    options = parser.parse_args(arguments)
+    file = options.file
     if file is None:
         fill_pages(tables())
     else:
         print(in_short(results.read(file)))
+    if options.roofline:
+        print(drawn(*([file] if file else [results.RESULTS / f"{name}.jsonl" for name in FILES])))
+
+
+def drawn(*files: Path) -> str:
+    """Draw the rows of each device; return a line about each picture."""
+    if find_spec("matplotlib") is None:
+        return "no picture: matplotlib is not installed"
+    lines = []
+    for file in files:
+        rows = [row for row in results.read(file) if row["bench"] == "kernels"]
+        for device in dict.fromkeys(row["device"] for row in rows):
+            mine = newest([row for row in rows if row["device"] == device])
+            if report_roofline.points(mine):
+                picture = file.with_name(f"roofline_{device}.svg")
+                report_roofline.draw(mine, picture)
+                lines.append(f"drawn: {picture}")
+    return "\n".join(lines) or "no picture: no row has a time"
 
 
 def tables() -> dict[str, str]:
@@ -154,7 +178,14 @@ def _checked(rows: list[Row]) -> str:
     if not rows:
         return ""
     count, wrong = sum(row["checks"] for row in rows), sum(len(row["wrong"]) for row in rows)
-    return f"Against float64 on the device: {count:,} checks, {wrong} wrong."
+    lines = [f"Against float64 on the device: {count:,} checks, {wrong} wrong."]
+    late = sum(row["status"].startswith("left out") for row in rows)
+    if late:
+        lines.append(f"{late} of {len(rows)} steps were left out.")
+    for row in rows:
+        if not row["status"].startswith(("ok", "wrong", "left out")):
+            lines.append(f"{row['what']}, {row['dtype']}: {row['status']}.")
+    return "\n".join(lines)
 
 
 def _bars(rows: list[Row], device: str) -> str:

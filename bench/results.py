@@ -32,6 +32,17 @@ def option_parser(doc: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """Add the option of a time after which nothing starts."""
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        default=float("inf"),
+        help="Start nothing after so many seconds, and list the rest as left out. [default: none]",
+    )
+
+
 def environment(*packages: str) -> Row:
     """Return commit, machine and versions."""
     return {
@@ -55,10 +66,10 @@ def read(file: Path) -> list[Row]:
 
 
 def append(file: Path, row: Row) -> None:
-    """Append a row at once, so that a run that is stopped keeps all earlier rows."""
+    """Append a row in one write, so that a run that is stopped keeps all earlier rows whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
-        out.write(json.dumps(row) + "\n")
+    with file.open("ab", buffering=0) as out:
+        out.write(f"{json.dumps(row)}\n".encode())
 
 
 def cpu() -> str:
@@ -70,13 +81,13 @@ def cpu() -> str:
 
 
 def code_commit() -> str:
-    """Return the newest commit of the measured code, UNKNOWN without git or a repository."""
+    """Return the newest commit of the measured code, that of $COMMIT without a repository."""
     code = ["engine", "kernels", "cli"]
     try:
         newest = git("log", "-1", "--format=%H", "--", *code)[:12]
         return f"{newest}-dirty" if git("status", "--porcelain", "--", *code) else newest
     except (OSError, subprocess.CalledProcessError):
-        return UNKNOWN
+        return os.environ.get("COMMIT", UNKNOWN)
 
 
 def kernels_digest() -> str:

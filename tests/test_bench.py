@@ -44,6 +44,7 @@ def test_every_script_is_in_this_test() -> None:
             "bench_real.py",
             "bench_teachers.py",
             "gpu_check.py",
+            "gpu_run.py",
             "gpu_sweep.py",
             "report.py",
             "report_kernels.py",

@@ -2,9 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-RUN_MAIN = "import {0}\nsys.exit({0}.main(sys.argv[1:]))"
 TINY = ["--device", "cpu", "--quick", "--shape", "9,500,16,6,5"]
 ALWAYS = {
     "bench", "section", "provider", "shape", "status", "computes", "task", "ours", "device",
@@ -71,23 +67,6 @@ def run_main(name: str, *arguments: object) -> int:
     except SystemExit as end:
         code = end.code
     return int(code or 0)
-
-
-def interpreted(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run code in another process, with the scripts on the path and kernels interpreted."""
-    begin = (
-        "import sys\n"
-        f"sys.path.append({str(ROOT / 'tests')!r})\n"
-        "from fast_interpreter import patch_language_once\n"
-        f"sys.path[-1:] = [{str(BENCH)!r}]\n"
-        "patch_language_once()\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", begin + code, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -167,39 +146,6 @@ def test_a_wrong_option_is_named(arguments: list[str], words: str, script: Scrip
     assert words in done.stderr
 
 
-def test_every_kernel_passes_the_check_that_a_gpu_gets(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    done = interpreted(RUN_MAIN.format("gpu_check"), "--device", "cpu", "--out", file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = read(file)
-    assert [row["status"] for row in rows] == ["ok"] * len(rows)
-    assert sum(row["checks"] for row in rows) > 150
-
-
-def test_the_check_finds_a_wrong_kernel(tmp_path: Path) -> None:
-    code = (
-        "import gpu_check\n"
-        "right = gpu_check.row_stats\n"
-        "gpu_check.row_stats = lambda z: right(z)._replace(entropy=right(z).entropy * 1.001)\n"
-        "gpu_check.GROUPS = (gpu_check.statistics,)\n"
-        "sys.exit(gpu_check.main(['--device', 'cpu', '--out', sys.argv[1]]))"
-    )
-    done = interpreted(code, tmp_path / "rows.jsonl")
-    assert done.returncode == 1, done.stderr
-    assert "WRONG  row_stats, iid: entropy" in done.stdout
-    assert "WRONG  row_stats, iid: log-sum-exp" not in done.stdout
-
-
-def test_every_launch_setting_of_the_sweep_gives_the_same_answer(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    done = interpreted(RUN_MAIN.format("gpu_sweep"), "--device", "cpu", "--out", file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = read(file)
-    assert {row["status"] for row in rows} == {"ok"}, done.stdout
-    assert {row["what"] for row in rows} == {"scan", "grad", "select", "chunks", "few", "forms"}
-    assert "stages=3" in done.stdout
-
-
 def bars(rows: list[dict[str, Any]], device: str) -> dict[str, tuple[float, bool]]:
     made = importlib.import_module("kernel_bars").bars(rows, device)
     return {bar["bar"]: (bar["value"], bar["met"]) for bar in made}
@@ -229,14 +175,3 @@ def test_a_bar_is_met_or_missed_by_the_newest_run_alone() -> None:
         assert [value for name, value in found.items() if name.endswith((time, memory))] == expected
     assert bars([*old, row("ours", 50.0, 2)], "cpu") == {}, "the newest run has no peer"
     assert bars(old, "cuda") == {}
-
-
-def test_a_missing_git_is_reported_without_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert importlib.import_module("results").code_commit() == "unknown"
-
-
-def test_the_gpu_script_is_bash() -> None:
-    subprocess.run(["bash", "-n", str(BENCH / "gpu.sh")], check=True)
