@@ -14,25 +14,22 @@ and sums are in float32 (float64 for float64), from uncast operands.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from logitcask.kernels.launch import (
-    compute_dtype,
-    next_power_of_2,
-    on_device,
-    row_chunks,
-    runs_triton,
+from logitcask.kernels.indexed_cpu import (
+    listed_products,
+    listed_sums,
+    sums_from,
+    sums_of_every_id,
 )
+from logitcask.kernels.launch import compute_dtype, next_power_of_2, on_device, runs_triton
 
 TILE_D = 128
 """Columns of the head that a program holds at a time."""
 TILE_S = 16
 """Listed rows that a program holds at a time."""
-CPU_GATHER = 1 << 20
-"""Gathered elements per torch chunk on a CPU: they stay in cache between gather and product."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -163,11 +160,11 @@ def sorted_terms(coefficients: Tensor, ids: Tensor) -> Terms:
 def logits_at(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     """Return logits [P, S] of hidden [P, D] at ids [P, S] of the head weight [V, D]; -inf at -1."""
     dtype = compute_dtype(hidden.dtype)
-    z = torch.empty(ids.shape, dtype=dtype, device=hidden.device)
-    if z.numel() == 0:
-        return z
     n_columns = hidden.shape[1]
+    if ids.numel() == 0:
+        return torch.empty(ids.shape, dtype=dtype, device=hidden.device)
     if runs_triton(hidden):
+        z = torch.empty(ids.shape, dtype=dtype, device=hidden.device)
         with on_device(hidden):
             dot_kernel[(len(ids), -(-ids.shape[1] // TILE_S))](
                 hidden,
@@ -184,21 +181,18 @@ def logits_at(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
                 enable_fp_fusion=True,  # the default differs between versions of Triton
             )
         return z
-    for rows in row_chunks(len(ids), max(1, CPU_GATHER // (ids.shape[1] * n_columns))):
-        listed = ids[rows].clamp(min=0)  # [C, S]
-        near = weight[listed].to(dtype)  # [C, S, D]
-        torch.bmm(near, hidden[rows, :, None].to(dtype), out=z[rows, :, None])
+    z = listed_products(hidden, weight, ids.clamp(min=0), dtype)
     return z.masked_fill_(ids < 0, -torch.inf)
 
 
 def weighted_rows(coefficients: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Return [P, D] in `dtype`: rows of weight [V, D] at ids, weighted by coefficients [P, S]."""
     n_rows, n_ids = ids.shape
-    out = torch.zeros(n_rows, weight.shape[1], dtype=dtype, device=weight.device)
-    if ids.numel() == 0:
-        return out
     n_columns = weight.shape[1]
+    if ids.numel() == 0:
+        return torch.zeros(n_rows, n_columns, dtype=dtype, device=weight.device)
     if runs_triton(weight):
+        out = torch.empty(n_rows, n_columns, dtype=dtype, device=weight.device)
         tile = min(TILE_D, next_power_of_2(n_columns))
         with on_device(weight):
             weighted_sum_kernel[(n_rows, -(-n_columns // tile))](
@@ -215,25 +209,18 @@ def weighted_rows(coefficients: Tensor, weight: Tensor, ids: Tensor, dtype: torc
                 enable_fp_fusion=True,
             )
         return out
-    coefficients = torch.where(ids < 0, 0.0, coefficients)
-    listed = ids.clamp(min=0)
-    if weight.dtype == coefficients.dtype:
-        return F.embedding_bag(listed, weight, per_sample_weights=coefficients, mode="sum").to(
-            dtype
-        )
-    for rows in row_chunks(n_rows, max(1, CPU_GATHER // (n_ids * n_columns))):
-        near = weight[listed[rows]].to(coefficients.dtype)  # [C, S, D]
-        out[rows] = torch.bmm(coefficients[rows, None], near)[:, 0].to(dtype)
-    return out
+    return listed_sums(torch.where(ids < 0, 0.0, coefficients), weight, ids.clamp(min=0), dtype)
 
 
 def summed_by_id(terms: Terms, hidden: Tensor, n_vocab: int, dtype: torch.dtype) -> Tensor:
     """Return [n_vocab, D] in `dtype`: per id the sum of coefficient x hidden row, or 0."""
+    if not runs_triton(hidden) and dtype == terms.coefficient.dtype and len(terms.by_id):
+        return sums_of_every_id(*_without_padding(terms), hidden, n_vocab)
     out = torch.zeros(n_vocab, hidden.shape[1], dtype=dtype, device=hidden.device)
     if runs_triton(hidden):
         _sum_segments(terms, terms.by_id, hidden, out)
     else:
-        ids, sums = _bag(terms, hidden)
+        ids, sums = _compact_on_cpu(terms, hidden)
         out.index_copy_(0, ids, sums.to(dtype))
     return out
 
@@ -244,7 +231,7 @@ def compact_by_id(terms: Terms, hidden: Tensor, dtype: torch.dtype) -> tuple[Ten
     On a GPU the host waits for U.
     """
     if not runs_triton(hidden):
-        ids, sums = _bag(terms, hidden)
+        ids, sums = _compact_on_cpu(terms, hidden)
         return ids, sums.to(dtype)
     first = _first_terms(terms)
     ids, target = terms.by_id[first], first.cumsum(0) - 1
@@ -278,19 +265,15 @@ def _sum_segments(terms: Terms, target: Tensor, hidden: Tensor, out: Tensor) -> 
         )
 
 
-def _bag(terms: Terms, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Return compact_by_id in torch."""
-    first = _first_terms(terms)
+def _compact_on_cpu(terms: Terms, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    terms = _without_padding(terms)
+    starts = _first_terms(terms).nonzero()[:, 0]
+    return terms.by_id[starts], sums_from(starts, terms.row, terms.coefficient, hidden)
+
+
+def _without_padding(terms: Terms) -> Terms:
     n_padding = int((terms.by_id < 0).sum())
-    starts = first[n_padding:].nonzero()[:, 0]
-    sums = F.embedding_bag(
-        terms.row[n_padding:],
-        hidden.to(terms.coefficient.dtype),
-        offsets=starts,
-        per_sample_weights=terms.coefficient[n_padding:],
-        mode="sum",
-    )
-    return terms.by_id[n_padding:][starts], sums
+    return Terms(*(each[n_padding:] for each in terms))
 
 
 def _first_terms(terms: Terms) -> Tensor:
