@@ -6,16 +6,27 @@ r = 1 - sum_S* p with g_r = dL / d log r:
     renormalize    dL/dz_v = g_v - p~_v sum g                on S*, 0 elsewhere
     bucket         dL/dz_v = g_v - (sum g + g_r) p_v         on S*
                            = (g_r / r - sum g - g_r) p_v     elsewhere
+    zero, ignore   dL/dz_v = g_v - p_v sum g                 on S*
+                           = -p_v sum g                      elsewhere
 
-g in closed form, m the mixture of a divergence with parameter, b its share of the teacher:
+zero renormalizes q on S*, and the student's mass elsewhere costs c; ignore takes q as it is.
 
-    reverse_kl   KL(p || q)                         p (log p - log q + 1)
-    forward_kl   KL(q || p)                         -q
-    jsd          b KL(q || m) + (1 - b) KL(p || m)  (1 - b) p (log p - log m)
-    skew         KL(q || m)                         -q (1 - b) p / m
+g in closed form, b the parameter of a divergence:
 
-p is the student, q the teacher, m = b q + (1 - b) p. jsd: GKD, arXiv 2306.13649. skew: DistiLLM,
-arXiv 2402.03898, whose KL(p, a p + (1 - a) q_theta) has p for the teacher; the order is the same.
+    reverse_kl    KL(p || q)                            p (log p - log q + 1)
+    forward_kl    KL(q || p)                            -q
+    jsd           b KL(q || m) + (1 - b) KL(p || m)     (1 - b) p (log p - log m)
+    skew          KL(q || m)                            -q (1 - b) p / m
+    skew_reverse  KL(p || n)                            p (log p - log n + (1 - b) q / n)
+    alpha         (b q + (1 - b) p - a) / (b (1 - b))   (p - a) / b
+    mixed_kl      b KL(q || p) + (1 - b) KL(p || q)     (1 - b) p (log p - log q + 1) - b q
+
+    m = b q + (1 - b) p,   n = b p + (1 - b) q,   a = q^b p^(1 - b)
+    c = 0 for forward_kl and skew, -(1 - b) log(1 - b) for jsd, -log b for skew_reverse, 1 / b for
+    alpha, infinite for the others
+
+p is the student, q the teacher. jsd: GKD, arXiv 2306.13649. skew, skew_reverse: DistiLLM, arXiv
+2402.03898, where p is the teacher and q_theta the student. alpha: Amari's. mixed_kl: NeMo-RL's.
 """
 
 import triton
@@ -45,7 +56,7 @@ def log_add(a, b):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def divergence_terms(log_p, log_q, mask, log_b, log_1b, DIVERGENCE: tl.constexpr):  # type: ignore[no-untyped-def]
     # Terms of the loss and their derivatives by log p, both 0 outside `mask`. log_b and log_1b are
-    # logs of the mixture's shares of the teacher and of the student.
+    # the logs of b and 1 - b.
     lp = tl.where(mask, log_p, 0.0)
     lq = tl.where(mask, log_q, 0.0)
     p = tl.exp(lp)
@@ -56,6 +67,21 @@ def divergence_terms(log_p, log_q, mask, log_b, log_1b, DIVERGENCE: tl.constexpr
     elif DIVERGENCE == "forward_kl":
         term = q * (lq - lp)
         g = -q
+    elif DIVERGENCE == "mixed_kl":
+        b = tl.exp(log_b)
+        of_p = tl.exp(lp + log_1b)
+        term = (b * q - of_p) * (lq - lp)
+        g = of_p * (lp - lq + 1.0) - b * q
+    elif DIVERGENCE == "alpha":
+        b = tl.exp(log_b)
+        power = tl.exp(b * lq + tl.exp(log_1b) * lp)
+        term = (b * q + tl.exp(lp + log_1b) - power) * tl.exp(-log_b - log_1b)
+        g = (p - power) / b
+    elif DIVERGENCE == "skew_reverse":
+        of_q = lq + log_1b
+        ln = log_add(of_q, lp + log_b)
+        term = p * (lp - ln)
+        g = term + p * tl.exp(of_q - ln)
     else:
         of_q = lq + log_b
         of_p = lp + log_1b
@@ -96,6 +122,29 @@ def tail_loss(log_p, log_q, log_tail, mask, left, log_b, log_1b, DIVERGENCE: tl.
     )
     inside = -(tl.sum(g, 0) + g_r)
     return tl.sum(term, 0) + term_r, g, inside, g_r / r + inside
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def cut_loss(log_p, log_q, mask, log_b, log_1b, DIVERGENCE: tl.constexpr, ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Loss, derivative by log p, and the coefficient of p_v everywhere, of tails zero and ignore.
+    lq = log_q
+    if ZERO:
+        lq = log_q - masked_logsumexp(log_q, mask)
+    term, g = divergence_terms(log_p, lq, mask, log_b, log_1b, DIVERGENCE)
+    loss = tl.sum(term, 0)
+    if ZERO:
+        cost = 0.0
+        if DIVERGENCE == "jsd":
+            cost = -tl.exp(log_1b) * log_1b
+        elif DIVERGENCE == "skew_reverse":
+            cost = -log_b
+        elif DIVERGENCE == "alpha":
+            cost = tl.exp(-log_b)
+        p = tl.where(mask, tl.exp(log_p), 0.0)
+        some = tl.max(mask.to(tl.int32), 0) > 0  # without any id there is no teacher
+        loss += tl.where(some, cost * (1.0 - tl.sum(p, 0)), 0.0)
+        g -= cost * p
+    return loss, g, -tl.sum(g, 0)
 
 
 @triton.jit

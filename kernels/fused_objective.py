@@ -21,9 +21,15 @@ from logitcask.kernels.topk_select import MAX_TRITON_K
 MAX_FUSED_IDS = 128
 """Largest S of the fused form: it compares S x K ids in registers."""
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew")
-WITH_PARAMETER = ("jsd", "skew")
-TAILS = ("renormalize", "bucket")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew", "skew_reverse", "alpha", "mixed_kl")
+WITH_PARAMETER = ("jsd", "skew", "skew_reverse", "alpha", "mixed_kl")
+TAILS = ("renormalize", "bucket", "zero", "ignore")
+CUT = {
+    "zero": ("forward_kl", "skew", "skew_reverse", "jsd", "alpha"),
+    "ignore": ("forward_kl", "skew", "jsd", "alpha"),
+}
+"""The divergences of tails that cut the teacher to the support: others are infinite where it has no
+mass, or their sum over the support alone is not least at the teacher."""
 
 
 class OverlapSums(NamedTuple):
@@ -58,9 +64,10 @@ class FusedObjective:
     divergence: str
     """One of DIVERGENCES; fused_maths has their formulas."""
     parameter: float = 0.5
-    """The teacher's share of the mixture of jsd and skew, between 0 and 1; else without effect."""
+    """b of fused_maths, between 0 and 1; without effect for reverse_kl and forward_kl."""
     tail: str
-    """renormalize: both sides on the support. bucket: one more entry for all other ids."""
+    """renormalize: both sides on the support. bucket: one more entry for all other ids. zero: the
+    teacher renormalized on the support, without mass elsewhere. ignore: the support alone."""
     log_q: Tensor
     """[P, S] float, -inf at padding."""
     log_tail: Tensor
@@ -88,6 +95,11 @@ class FusedObjective:
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+        if self.divergence not in CUT.get(self.tail, DIVERGENCES):
+            raise ValueError(
+                f"divergence={self.divergence!r} has no tail={self.tail!r}, must be one of "
+                f"{', '.join(CUT[self.tail])}; use tail 'renormalize' or 'bucket'"
+            )
         if not (math.isfinite(self.parameter) and 0 < self.parameter < 1):
             raise ValueError(
                 f"parameter={self.parameter} must lie between 0 and 1, without them; at the ends "

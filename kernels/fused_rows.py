@@ -8,7 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logitcask.kernels.fused_maths import overlap_advantage, renormalized_loss, tail_loss
+from logitcask.kernels.fused_maths import (
+    cut_loss,
+    overlap_advantage,
+    renormalized_loss,
+    tail_loss,
+)
 from logitcask.kernels.fused_objective import WITH_PARAMETER, FusedObjective, OverlapSums
 from logitcask.kernels.launch import next_power_of_2, on_device
 from logitcask.kernels.logit_transform import LN2, LogitTransform, softcapped
@@ -117,12 +122,15 @@ def objective_kernel(  # type: ignore[no-untyped-def]
     both_have = (lp != -float("inf")) & (lq != -float("inf"))
     mask = (tl.load(fixed_mask + at, mask=valid, other=0) != 0) & both_have
     mask = mask & ((topk_index < live_k) | (live_k == 0))
-    if TAIL:
+    if TAIL == "bucket":
         left = is_known & (mask == 0)
         row_loss, g, inside, outside = tail_loss(
             lp, lq, tl.load(log_tail + row), mask, left, log_b, log_1b, DIVERGENCE
         )
         coefficient = tl.where(mask, inside, outside)
+    elif TAIL == "zero" or TAIL == "ignore":
+        row_loss, g, outside = cut_loss(lp, lq, mask, log_b, log_1b, DIVERGENCE, TAIL == "zero")
+        coefficient = tl.zeros((SLOTS,), tl.float32) + outside
     else:
         row_loss, g = renormalized_loss(lp, lq, mask, log_b, log_1b, DIVERGENCE)
         outside = 0.0
@@ -227,5 +235,5 @@ def _objective_arguments(objective: FusedObjective) -> dict[str, Any]:
         "log_b": math.log(objective.parameter) if mixed else 0.0,
         "log_1b": math.log1p(-objective.parameter) if mixed else 0.0,
         "DIVERGENCE": objective.divergence,
-        "TAIL": objective.tail == "bucket",
+        "TAIL": objective.tail,
     }

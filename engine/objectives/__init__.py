@@ -7,7 +7,7 @@
     policy_gradient.py  the other estimator, and its weights of ids         WEIGHTS
     modifiers/          small changes, any number of them                   MODIFIERS
     loss_weights.py     weights of whole rows in an update                  AGGREGATIONS
-    presets.py          named objectives with their sources                 PRESETS
+    presets/            named objectives with their sources                 PRESETS
     parse.py            text -> preset
     evaluate.py         an objective's loss and gradient, as the kernels call it
     report.py           facts of a cache, and the labels of exactness

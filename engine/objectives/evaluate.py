@@ -3,6 +3,9 @@
 NaN stays NaN, so a broken student shows in its loss.
 """
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from logitcask.engine.objectives.bounds import (
     skips,
     zero_rows,
 )
-from logitcask.engine.objectives.divergences import DIVERGENCES
+from logitcask.engine.objectives.divergences import DIVERGENCES, OUTSIDE_COST
 from logitcask.engine.objectives.modifiers import Term
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.policy_gradient import policy_gradient
@@ -92,10 +95,7 @@ def loss_terms(
     if objective.estimator == "policy_gradient":
         terms = policy_gradient(objective.weights, objective.modifiers, inputs)
     else:
-        divergence, parameter = DIVERGENCES[objective.divergence], objective.parameter or 0.0
-        terms = TAILS[objective.tail](
-            lambda log_p, log_q, mask: divergence(log_p, log_q, mask, parameter), inputs
-        )
+        terms = _divergence_terms(objective, inputs)
     for modifier in objective.modifiers:
         terms = modifier.adjust_terms(terms, unmodified)
     parts = {DISTILL_PART: terms.loss} if objective.terms else {}
@@ -104,6 +104,23 @@ def loss_terms(
         parts[part_name(each)] = added.loss
         terms = terms.plus(added, torch.full_like(added.loss, each.weight))
     return terms, parts
+
+
+def _divergence_terms(objective: Objective, inputs: SupportLogProbs) -> LossTerms:
+    """Return loss and gradient of C rows of a divergence, before the modifiers that adjust them."""
+    divergence, parameter = DIVERGENCES[objective.divergence], objective.parameter or 0.0
+    cost_of = OUTSIDE_COST.get(objective.divergence)
+    outside_cost = math.inf if cost_of is None else cost_of(parameter)
+    tau = objective.temperature
+    if tau != 1:
+        inputs = replace(inputs, log_p=inputs.log_p / tau, log_q=inputs.log_q / tau)
+    terms = TAILS[objective.tail](
+        lambda log_p, log_q, mask: divergence(log_p, log_q, mask, parameter), inputs, outside_cost
+    )
+    if tau == 1:
+        return terms
+    # The derivative is by log p / tau. Terms that are renormalised on S have no other part.
+    return terms._replace(loss=tau**2 * terms.loss, at_ids=tau * terms.at_ids)
 
 
 def part_name(term: Term) -> str:
@@ -158,13 +175,14 @@ def support_objective(objective: Objective, targets: Targets) -> tuple[Tensor, O
 def is_fusable(objective: Objective) -> bool:
     """Return whether a kernel of its own can compute the loss.
 
-    It can for a divergence and a support that it knows, fixed or cut by the current top-k.
-    Modifiers that weight whole rows do not matter here.
+    It can for a divergence at temperature 1 on a support that it knows, fixed or cut by the
+    current top-k. Modifiers that weight whole rows do not matter here.
     """
     return (
         objective.estimator == "divergence"
         and objective.divergence in fused_objective.DIVERGENCES
         and objective.tail in fused_objective.TAILS
+        and objective.temperature == 1
         and objective.support in ("teacher", "student", "overlap")
         and all(modifier.scope != "row" for modifier in objective.modifiers)
     )

@@ -96,7 +96,15 @@ def served(objective: Objective) -> Served:
         return Served.ON_POLICY
     if objective.support == "student":
         return Served.FROZEN
+    if _is_cut(objective):
+        return Served.CUT
     return Served.COARSENED if objective.tail == "bucket" else Served.EXACT
+
+
+def _is_cut(objective: Objective) -> bool:
+    """Return whether the teacher is compared as if it had no mass outside the support."""
+    cut = objective.tail in ("zero", "ignore") and objective.support == "teacher"
+    return cut and objective.estimator == "divergence"
 
 
 def _check_draws(objective: Objective, cache: CacheInfo) -> None:
@@ -200,6 +208,8 @@ def _check_student(objective: Objective, cache: CacheInfo) -> None:
 
 def _scores(objective: Objective, cache: CacheInfo) -> str:
     text = _exact_scores(objective)
+    if objective.temperature != 1:
+        text += f"; at temperature {objective.temperature:g}, where ratios on S stay exact"
     if not cache.entropy_bounds:
         return text
     if objective.tail == "bucket":
@@ -220,6 +230,9 @@ def _exact_scores(objective: Objective) -> str:
     if objective.tail == "bucket":
         first = f"first {objective.k} kept ids" if objective.support == "teacher" else "support"
         return f"exact for both models coarsened to the {first} and one bucket: a lower bound of KL"
+    if _is_cut(objective):
+        how = "renormalised" if objective.tail == "zero" else "its mass outside left out"
+        return f"exact for the teacher cut to its top-{objective.k}, {how}"
     if any(isinstance(each, FixedAdvantage) for each in objective.modifiers):
         return "not read: the advantage is fixed"
     top = "every id" if objective.k >= FULL_VOCAB_K else f"the teacher's top-{objective.k}"

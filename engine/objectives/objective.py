@@ -1,12 +1,18 @@
 """Objective: support x divergence x tail x estimator, and modifiers, checked when it is made."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.objectives.divergences import DIVERGENCES, PARAMETERS
+from logitcask.engine.objectives.divergences import (
+    DIVERGENCES,
+    OUTSIDE_COST,
+    PARAMETERS,
+    TRUNCATED,
+)
 from logitcask.engine.objectives.modifiers import EXCLUDES, Modifier, Term
 from logitcask.engine.objectives.policy_gradient import WEIGHTS
 from logitcask.engine.objectives.supports import CURRENT_SUPPORTS, SAMPLED_SUPPORTS, SUPPORTS
@@ -16,14 +22,16 @@ ESTIMATORS = ("divergence", "policy_gradient")
 
 ALLOWED_COMBINATIONS: frozenset[tuple[str, str, str, str]] = frozenset(
     [
-        # A divergence needs a rule for the mass outside the support: without one,
-        # sum_S p log(p / q) falls when mass leaves S.
         *product(
             ("teacher", "student", "overlap", "union", "non_overlap"),
             DIVERGENCES,
             ("renormalize", "bucket"),
             ("divergence",),
         ),
+        # A teacher that is cut to its own top-k. On other supports the student would give up the
+        # teacher's ids outside; in other divergences the minimum is elsewhere, or infinite.
+        *product(("teacher",), OUTSIDE_COST, ("zero",), ("divergence",)),
+        *product(("teacher",), TRUNCATED, ("ignore",), ("divergence",)),
         # The teacher's draws are a distribution of their own.
         ("teacher_mc", "forward_kl", "ignore", "divergence"),
         # An advantage compares raw log-probs, so it ignores the tail. It estimates the gradient of
@@ -49,13 +57,16 @@ class Objective:
     divergence: str
     """A key of DIVERGENCES."""
     tail: str
-    """The mass outside: `renormalize` both sides on the support, one `bucket`, `ignore`."""
+    """The mass outside: `renormalize` both sides on the support, one `bucket`, `zero` of the
+    teacher, which is renormalised on the support, or `ignore`."""
     estimator: str
     """`divergence`: its exact gradient. `policy_gradient`: -A grad log p, A held fixed."""
     k: int
     """Largest number of ids in a top-k support; 1 for supports that are draws."""
     parameter: float | None = None
     """Parameter of the divergence, None if it has none. See divergences.PARAMETERS."""
+    temperature: float = 1.0
+    """Both sides are compared at p^(1 / temperature) and the loss is multiplied by its square."""
     weights: str = "student_p"
     """Weights of the ids in a policy gradient on a top-k: a key of WEIGHTS."""
     modifiers: tuple[Modifier, ...] = ()
@@ -73,6 +84,7 @@ class Objective:
         self._check_meaning()
         self._check_k()
         self._check_parameter()
+        self._check_temperature()
         for modifier in self.modifiers:
             modifier.check(self)
         self._check_modifiers()
@@ -100,6 +112,8 @@ class Objective:
             else value
             for key, value in asdict(self).items()
         }
+        if self.temperature == 1:
+            del stored["temperature"]  # runs of before it had none
         stored["modifiers"] = [{"name": m.name, **asdict(m)} for m in self.modifiers]
         return stored
 
@@ -118,13 +132,8 @@ class Objective:
                 f"{self.estimator!r}: the teacher's draws estimate an average over q",
                 hint="use divergence 'forward_kl', tail 'ignore', estimator 'divergence'",
             )
-        ignores = self.tail == "ignore" and self.support != "teacher_mc"
-        if self.estimator == "divergence" and ignores:
-            raise ObjectiveError(
-                "estimator 'divergence' with tail 'ignore': the loss would fall when mass leaves "
-                "the support",
-                hint="use tail 'renormalize' or 'bucket', or estimator 'policy_gradient'",
-            )
+        if self.estimator == "divergence" and self.support != "teacher_mc":
+            self._check_cut()
         combination = (self.support, self.divergence, self.tail, self.estimator)
         if combination not in ALLOWED_COMBINATIONS:
             raise ObjectiveError(
@@ -138,6 +147,42 @@ class Objective:
                 f"weights {self.weights!r} with estimator {self.estimator!r} and support "
                 f"{self.support!r}: only a policy gradient on a top-k has weights of ids",
                 hint="leave weights out",
+            )
+
+    def _check_cut(self) -> None:
+        """Raise ObjectiveError for a teacher that is cut to the support and gives no target."""
+        if self.tail == "ignore" and self.divergence not in TRUNCATED:
+            raise ObjectiveError(
+                f"divergence {self.divergence!r} with tail 'ignore': its sum over the support is "
+                "not least at the teacher, that of reverse KL is where mass has left the support",
+                hint="use tail 'renormalize' or 'bucket', or divergence 'forward_kl'",
+            )
+        if self.tail == "zero" and self.divergence not in OUTSIDE_COST:
+            raise ObjectiveError(
+                f"divergence {self.divergence!r} with tail 'zero': it is infinite where the "
+                "student has mass and the teacher has none",
+                hint=f"use one of {', '.join(OUTSIDE_COST)}, or tail 'renormalize' or 'bucket'",
+            )
+        if self.tail in ("zero", "ignore") and self.support != "teacher":
+            raise ObjectiveError(
+                f"support {self.support!r} with tail {self.tail!r}: the student would give up the "
+                "teacher's ids outside the support",
+                hint="use support 'teacher', or tail 'renormalize' or 'bucket'",
+            )
+
+    def _check_temperature(self) -> None:
+        if self.temperature == 1:
+            return
+        if not 0 < self.temperature < math.inf:
+            raise ObjectiveError(
+                f"temperature = {self.temperature} is not in (0, inf)", hint="give a value in it"
+            )
+        if self.tail != "renormalize":
+            raise ObjectiveError(
+                f"temperature = {self.temperature} with tail {self.tail!r} and estimator "
+                f"{self.estimator!r}: a cache of top ids at temperature 1 gives their ratios at "
+                "another one, but not the mass outside",
+                hint="use tail 'renormalize', which needs the ratios alone",
             )
 
     def _check_modifiers(self) -> None:

@@ -9,21 +9,35 @@ from typing import Any
 from logitcask.engine.config.other_names import suggest
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.modifiers import MODIFIERS, Modifier
-from logitcask.engine.objectives.objective import Objective
-from logitcask.engine.objectives.presets import PRESETS, Preset
+from logitcask.engine.objectives.presets import PRESETS, Preset, with_fields
 
 OTHER_NAMES: Mapping[tuple[str, ...], str] = {
     ("opd", "sampled_token", "full_vocab"): "reverse_kl rkl reverse kl kl_divergence on_policy "
     "on_policy_distillation",
     ("sampled_token",): "k1 policy_gradient reinforce importance_sampling tinker",
-    ("forward_kl",): "fkl kld kd forward kl_forward forward_kl_topk soft_labels cross_entropy ce "
-    "sft",
+    ("forward_kl",): "fkl kld forward kl_forward cross_entropy ce sft",
+    ("forward_kl_topk",): "zero missing_zero zero_outside_topk truncated_kl topk_kl",
+    ("kd",): "soft_labels soft_targets hinton temperature kd_temperature",
+    ("mixed_kl",): "mixed jeffreys symmetric_kl",
+    ("skew_kl", "skew_reverse_kl"): "skl srkl skew distillm skewed_kl",
+    ("alpha_divergence",): "alpha amari alpha_div",
     ("gkd",): "jsd js jensen_shannon generalized_jsd gjsd jsd_loss",
     ("teacher_topk",): "topk top_k reverse_kl_topk",
     ("rs_kd",): "random_sampling rskd",
     ("fixed_advantage",): "no_teacher control grpo rloo rl",
 }
 """Presets -> names of their loss in papers and other libraries."""
+
+FIELDS = {
+    "k": int,
+    "parameter": float,
+    "weights": str,
+    "support": str,
+    "divergence": str,
+    "tail": str,
+    "temperature": float,
+}
+"""Fields of an objective that brackets after a preset change."""
 
 _BOOLS = {"true": True, "false": False}
 _TERM = re.compile(r"(?P<name>[\w-]+)(?:\((?P<arguments>[^()]*)\))?")
@@ -32,17 +46,16 @@ _TERM = re.compile(r"(?P<name>[\w-]+)(?:\((?P<arguments>[^()]*)\))?")
 def parse_objective(text: str, *, k: int | None = None) -> Preset:
     """Return the preset that `text` names, with another k if there is one.
 
-    The brackets hold fields of the objective (k, parameter, weights) or of a modifier:
-    `gkd(parameter=0.1)`, `opd_released(weights=teacher_p)+clip`, `sampled_token+importance(cap=5)`.
-    A modifier replaces one of the same name in the preset. Raises ObjectiveError.
+    The brackets hold fields of the objective (FIELDS) or of a modifier: `gkd(parameter=0.1)`,
+    `overlap(divergence=alpha, tail=bucket)`, `sampled_token+importance(cap=5)`. A modifier replaces
+    one of the same name in the preset. Raises ObjectiveError.
     """
     head, *terms = text.replace(" ", "").split("+")
     name, values = _split(head, text)
     if name not in PRESETS:
         raise ObjectiveError(f"unknown objective {name!r}", hint=preset_hint(name))
     preset = PRESETS[name]
-    kinds = {"k": int, "parameter": float, "weights": str}
-    changes = {key: _value(key, value, kinds, text) for key, value in values.items()}
+    changes = {key: _value(key, value, FIELDS, text) for key, value in values.items()}
     if k is not None:
         changes["k"] = k
     modifiers = {each.name: each for each in preset.objective.modifiers}
@@ -51,14 +64,15 @@ def parse_objective(text: str, *, k: int | None = None) -> Preset:
         modifiers[each.name] = each
     if not changes and not terms:
         return preset
-    objective: Objective = replace(preset.objective, **changes, modifiers=tuple(modifiers.values()))
-    added = [each for each in objective.terms if each not in preset.objective.terms]
+    changed = with_fields(preset, {**changes, "modifiers": tuple(modifiers.values())})
+    # The formula of a preset has its own terms, one that was made of fields has none.
+    has = preset.objective.terms if changed.formula == preset.formula else ()
+    added = [each for each in changed.objective.terms if each not in has]
     return replace(
-        preset,
+        changed,
         name=text.replace(" ", ""),
-        objective=objective,
-        formula="  +  ".join([preset.formula, *(f"{t.weight:g} ({t.formula})" for t in added)]),
-        needs="; ".join([preset.needs, *(term.needs for term in added)]),
+        formula="  +  ".join([changed.formula, *(f"{t.weight:g} ({t.formula})" for t in added)]),
+        needs="; ".join([changed.needs, *(term.needs for term in added)]),
     )
 
 

@@ -9,6 +9,7 @@ class Served(StrEnum):
 
     EXACT = "exact"
     COARSENED = "exact, coarsened"
+    CUT = "exact, teacher cut to S"
     UNCACHED = "exact, uncached ids left out"
     FROZEN = "exact, S(p) frozen"
     ON_POLICY = "unbiased on policy"

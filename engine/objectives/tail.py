@@ -8,6 +8,15 @@ With g_v = dL / d log p_v, and a tail bucket r = 1 - sum_S p with g_r = dL / d l
 
 The terms near 1/r are only where they belong: for forward KL dL/dz_v is exactly p_v - q_v on S.
 Gradients come from autograd on [C, S] tensors: a divergence is its formula and nothing else.
+
+`zero` and `ignore` cut the teacher to S. `zero` renormalises it there, and the student's mass
+outside costs what the divergence says; `ignore` leaves the teacher's mass m < 1 as it is and drops
+all terms outside. For forward KL, with q~ = q / m,
+
+    zero      KL(q~ || p)                     dL/dz_v = p_v - q~_v [v in S]
+    ignore    m KL(q~ || p) + m log m         dL/dz_v = m p_v - q_v [v in S]
+
+so both pull the student to q~, not to q.
 """
 
 from collections.abc import Callable
@@ -32,7 +41,7 @@ times stronger: g_r is the teacher's tail, and r may be 10 times smaller than it
 """
 
 
-def renormalize(divergence: Measure, inputs: SupportLogProbs) -> LossTerms:
+def renormalize(divergence: Measure, inputs: SupportLogProbs, _: float = 0.0) -> LossTerms:
     """Return D(p~, q~), both renormalised on S, so sum g = 0 exactly."""
     log_q = renormalised(inputs.log_q, inputs.mask)
     loss, g = _derive(
@@ -41,7 +50,7 @@ def renormalize(divergence: Measure, inputs: SupportLogProbs) -> LossTerms:
     return LossTerms(loss, g, torch.zeros_like(loss), torch.zeros_like(g))
 
 
-def bucket(divergence: Measure, inputs: SupportLogProbs) -> LossTerms:
+def bucket(divergence: Measure, inputs: SupportLogProbs, _: float = 0.0) -> LossTerms:
     """Return D of both distributions coarsened to S and one bucket: a lower bound of the full D.
 
     The bucket is one more column. It is left out where the teacher has no mass outside S at all.
@@ -62,22 +71,46 @@ def bucket(divergence: Measure, inputs: SupportLogProbs) -> LossTerms:
     return LossTerms(loss, at_ids, outside[:, 0], torch.where(mask, inside, outside))
 
 
-def ignore(_: Measure, inputs: SupportLogProbs) -> LossTerms:
-    """Return the mean of log q - log p over the teacher's draws.
+def zero(divergence: Measure, inputs: SupportLogProbs, outside_cost: float) -> LossTerms:
+    """Return D(p, q~), the teacher renormalised on S, the student over the whole vocabulary.
 
-    It is unbiased for KL(q || p) (RS-KD, arXiv 2503.16870). Other supports need the mass outside to
-    be a distribution, see ALLOWED_COMBINATIONS.
+    outside_cost: nats for each unit of the student's mass outside S, see divergences.OUTSIDE_COST.
     """
     mask = inputs.mask
+    log_q = torch.where(mask, renormalised(inputs.log_q, mask), 0.0)
+
+    def loss_of(log_p: Tensor) -> Tensor:
+        inside = torch.where(mask, log_p, -torch.inf).exp().sum(-1)
+        outside = torch.where(mask.any(-1), outside_cost * (1 - inside), 0.0)
+        return divergence(torch.where(mask, log_p, 0.0), log_q, mask) + outside
+
+    return LossTerms.of_log_p(*_derive(loss_of, inputs.log_p))
+
+
+def ignore(divergence: Measure, inputs: SupportLogProbs, _: float = 0.0) -> LossTerms:
+    """Return the sum over S alone, of the log-probs as they are: see divergences.TRUNCATED.
+
+    On the teacher's draws it is the mean of log q - log p, which is unbiased for KL(q || p) (RS-KD,
+    arXiv 2503.16870).
+    """
+    mask = inputs.mask
+    if inputs.support != "teacher_mc":
+        log_q = torch.where(mask, inputs.log_q, 0.0)
+        return LossTerms.of_log_p(
+            *_derive(
+                lambda log_p: divergence(torch.where(mask, log_p, 0.0), log_q, mask), inputs.log_p
+            )
+        )
     counts = inputs.rows.require("q_draws").to(inputs.log_p.dtype)
     w = torch.where(mask, counts / counts.sum(-1, keepdim=True).clamp(min=1), 0.0)
     loss = torch.where(mask, w * (inputs.log_q - inputs.log_p), 0.0).sum(-1)
     return LossTerms.of_log_p(loss, -w)
 
 
-TAILS: dict[str, Callable[[Measure, SupportLogProbs], LossTerms]] = {
+TAILS: dict[str, Callable[[Measure, SupportLogProbs, float], LossTerms]] = {
     "renormalize": renormalize,
     "bucket": bucket,
+    "zero": zero,
     "ignore": ignore,
 }
 

@@ -56,7 +56,7 @@ CAPPED = {"SOFTCAP": True}
 LISTED = {"TILE_S": 16, "TILE_D": 128}
 SEGMENT = {"TILE_N": 16, "TILE_D": 128}
 FP32 = {"logits": "*fp32", "out": "*fp32"}
-FUSED = SELECT | {"SLOTS": 64, "DIVERGENCE": "reverse_kl", "TAIL": True, "SOFTCAP": False}
+FUSED = SELECT | {"SLOTS": 64, "DIVERGENCE": "reverse_kl", "TAIL": "bucket", "SOFTCAP": False}
 JSD = FUSED | {"DIVERGENCE": "jsd"}
 WIDE = JSD | {"K": 128, "GROUPS": 4096, "GROUP": 64, "SLOTS": 128}
 CASES = [
@@ -72,7 +72,7 @@ CASES = [
     ("select k=128 bf16", select_kernel, SELECT | {"K": 128, "GROUPS": 4096, "GROUP": 64}, 8, {}),
     ("fused bf16", objective_kernel, FUSED, 4, {}),
     ("fused fp32, jsd, soft cap", objective_kernel, JSD | CAPPED | {"ZERO_BITS": 0}, 4, FP32),
-    ("fused bf16, renormalized", objective_kernel, JSD | {"TAIL": False}, 4, {}),
+    ("fused bf16, renormalized", objective_kernel, JSD | {"TAIL": "renormalize"}, 4, {}),
     ("fused k=S=128 bf16", objective_kernel, WIDE, 8, {}),
     ("grad bf16", grad_kernel, GRAD, 8, {}),
     ("grad fp32", grad_kernel, GRAD, 8, FP32),

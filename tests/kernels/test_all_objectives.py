@@ -22,8 +22,14 @@ def assert_gradients(loss: Tensor, reference: Tensor, leaves: list[Tensor]) -> N
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
-@pytest.mark.parametrize(("divergence", "tail"), KINDS)
+@pytest.mark.parametrize(
+    ("divergence", "tail", "support"),
+    [
+        (divergence, tail, support)
+        for divergence, tail in KINDS
+        for support in (SUPPORTS if divergence in ("reverse_kl", "jsd") else SUPPORTS[:2])
+    ],
+)
 def test_every_op_equals_full_vocabulary_autograd(divergence: str, tail: str, support: str) -> None:
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(P, D, generator=generator, dtype=torch.float64).requires_grad_()
@@ -37,7 +43,8 @@ def test_every_op_equals_full_vocabulary_autograd(divergence: str, tail: str, su
         return (full_vocab_loss(loss, logits, cached, K) * WEIGHT).sum()
 
     if (tail, support) != ("renormalize", "sampled"):  # one id renormalised has all the mass
-        assert full(z) > 0
+        assert full(z).abs() > 1e-3
+        assert full(z) > 0 or tail == "ignore", "without the mass outside it can be less"
     assert_gradients(sparse_kl(z, cached.ids, objective, **OPTIONS).loss, full(z), [z])
     product = full(hidden @ head.T)
     ours = linear_sparse_kl(hidden, head, cached.ids, objective, chunk_rows=3, **OPTIONS)

@@ -9,6 +9,7 @@ from fused_cases import (
     ENGINE,
     KINDS,
     METRIC_K,
+    SOME_KINDS,
     SUPPORTS,
     CachedRows,
     fused,
@@ -29,8 +30,8 @@ from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput, Spa
 from logitcask.kernels.sparse_kl import sparse_kl
 
 P, V, S, K = 4, 300, 12, 6
-MIXED = [(*kind, SUPPORTS[i % len(SUPPORTS)]) for i, kind in enumerate(KINDS)]
-"""Each kind with one support; test_all_objectives has all of them with all."""
+MIXED = [(*kind, SUPPORTS[i % len(SUPPORTS)]) for i, kind in enumerate(SOME_KINDS)]
+"""Some of the kinds with a support each; test_all_objectives has all of them."""
 WEIGHT = torch.tensor([1.0, 0.5, 0.0, 2.0])
 
 
@@ -139,7 +140,7 @@ def test_scale_cap_and_temperature(
     )
 
 
-@pytest.mark.parametrize(("divergence", "tail"), KINDS)
+@pytest.mark.parametrize(("divergence", "tail"), SOME_KINDS)
 def test_nan_stays_in_its_row_and_weight_zero_adds_nothing(
     divergence: str, tail: str, triton_device: str
 ) -> None:
@@ -157,7 +158,7 @@ def test_nan_stays_in_its_row_and_weight_zero_adds_nothing(
     assert ours.metrics["entropy"].isnan().tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize(("divergence", "tail"), KINDS)
+@pytest.mark.parametrize(("divergence", "tail"), SOME_KINDS)
 def test_an_empty_support_and_a_teacher_without_tail(
     divergence: str, tail: str, triton_device: str
 ) -> None:

@@ -212,23 +212,36 @@ def _row(
     if draws is not None:
         loss = (draws * (q - p)).sum()
         return loss, loss
+    if objective.temperature != 1:
+        p, q = p / objective.temperature, q / objective.temperature
     if objective.tail == "renormalize":
         p, q = p - p.logsumexp(-1), q - q.logsumexp(-1)
-    elif log_q[rest].exp().sum() > 0:
+    elif objective.tail == "zero":  # the whole vocabulary, the teacher's probability 0 outside S
+        cut = torch.zeros_like(log_q).index_put((torch.tensor(ids),), q.softmax(-1))
+        return (loss := _divergence(objective, log_p.exp(), cut)), loss
+    elif objective.tail == "bucket" and log_q[rest].exp().sum() > 0:
         tail_p, tail_q = log_p[rest].logsumexp(-1), log_q[rest].logsumexp(-1)
         p, q = torch.cat([p, tail_p[None]]), torch.cat([q, tail_q[None]])
-    loss = nothing + _divergence(objective, p.exp(), q.exp())
+    loss = nothing + objective.temperature**2 * _divergence(objective, p.exp(), q.exp())
     return loss, loss
 
 
 def _divergence(objective: Objective, p: Tensor, q: Tensor) -> Tensor:
     def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a * (a / b).log()).sum()
+        return (torch.xlogy(a, a) - torch.xlogy(a, b)).sum()
 
     t = objective.parameter or 0.0
     if objective.divergence == "reverse_kl":
         return kl(p, q)
     if objective.divergence == "forward_kl":
         return kl(q, p)
+    if objective.divergence == "mixed_kl":
+        return t * kl(q, p) + (1 - t) * kl(p, q)
+    if objective.divergence == "skew_reverse":
+        return kl(p, t * p + (1 - t) * q)
+    if objective.divergence == "alpha":
+        # Both sums are 1, but for a part of the ids.
+        sums = t * q.sum() + (1 - t) * p.sum() if objective.tail == "ignore" else 1.0
+        return (sums - (q**t * p ** (1 - t)).sum()) / (t * (1 - t))
     m = t * q + (1 - t) * p
     return kl(q, m) if objective.divergence == "skew" else t * kl(q, m) + (1 - t) * kl(p, m)

@@ -50,9 +50,12 @@ def cache_for(name: str) -> CacheInfo:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_exactness_of_every_preset(name: str) -> None:
+    exact = ("overlap", "teacher_topk", "full_vocab", "veto", "mixed_kl", "kd")
+    coarse = ("forward_kl", "gkd", "skew_kl", "skew_reverse_kl", "alpha_divergence")
     kinds = {
-        **dict.fromkeys(("overlap", "teacher_topk", "full_vocab", "veto"), Served.EXACT),
-        **dict.fromkeys(("forward_kl", "gkd"), Served.COARSENED),
+        **dict.fromkeys(exact, Served.EXACT),
+        **dict.fromkeys(coarse, Served.COARSENED),
+        "forward_kl_topk": Served.CUT,
         **dict.fromkeys(("union", "non_overlap"), Served.UNCACHED),
         **dict.fromkeys(("opd", "opd_released", "prune_opd"), Served.FROZEN),
         **dict.fromkeys(("async_mc", "rs_kd"), Served.ANY_AGE),
@@ -64,6 +67,8 @@ def test_exactness_of_every_preset(name: str) -> None:
     new = check_exactness(PRESETS[name], cache_for(name))
     old = check_exactness(PRESETS[name], replace(cache_for(name), student_version=9))
     assert ("coarsened" in new.scores) == (kind is Served.COARSENED)
+    assert ("cut to its top-16" in new.scores) == (kind is Served.CUT)
+    assert ("at temperature 2" in new.scores) == (name == "kd")
     assert ("left out" in new.support) == (kind is Served.UNCACHED)
     assert new.support.startswith("frozen") == (PRESETS[name].objective.support == "student")
     assert ("by the floor" in new.estimator) == (kind is Served.FLOOR)
@@ -153,7 +158,7 @@ def test_a_teacher_of_returned_topk_alone_is_labelled(name: str) -> None:
     assert bool(added) == (tail or name in ("eopd", "vopd_cached"))
 
 
-@pytest.mark.parametrize("name", ["overlap", "teacher_topk"])
+@pytest.mark.parametrize("name", ["overlap", "teacher_topk", "forward_kl_topk"])
 def test_a_k_above_the_kept_ids_of_every_row_is_refused(name: str) -> None:
     with pytest.raises(ObjectiveError) as caught:
         check_exactness(parse_objective(name, k=32), CACHE)

@@ -12,22 +12,26 @@ from logitcask.engine.objectives import (
     parse_objective,
     row_objective,
 )
+from logitcask.engine.objectives.divergences import PARAMETERS
 from logitcask.engine.objectives.evaluate import is_fusable
-from logitcask.engine.objectives.objective import ALLOWED_COMBINATIONS
-from logitcask.kernels.fused_objective import DIVERGENCES, FusedObjective
+from logitcask.kernels.fused_objective import FusedObjective
 from logitcask.kernels.launch import triton_on_cpu
 from logitcask.kernels.sparse_kl import sparse_kl
 from tests.engine.objectives.full_rows import make_full
 
 FUSED = [
-    cell for cell in sorted(ALLOWED_COMBINATIONS) if cell[0] in ("teacher", "student", "overlap")
+    (support, divergence, ("renormalize", "bucket")[(i + j) % 2], "divergence")
+    for i, support in enumerate(("teacher", "student", "overlap"))
+    for j, divergence in enumerate(("reverse_kl", "forward_kl", "jsd", "skew"))
 ]
-FUSED = [cell for cell in FUSED if cell[1] in DIVERGENCES and cell[3] == "divergence"]
-FUSED = [
-    tails[(i + i // len(DIVERGENCES)) % 2]
-    for i, tails in enumerate(zip(FUSED[::2], FUSED[1::2], strict=True))
+FUSED += [
+    ("teacher", "skew_reverse", "bucket", "divergence"),
+    ("overlap", "alpha", "bucket", "divergence"),
+    ("student", "mixed_kl", "renormalize", "divergence"),
+    ("teacher", "forward_kl", "ignore", "divergence"),
+    ("teacher", "alpha", "zero", "divergence"),
 ]
-"""Each support with each divergence, and the two tails in turn."""
+"""Each support with the tails in turn; tests/kernels has all divergences with all tails."""
 
 
 @pytest.mark.parametrize("cell", FUSED, ids="-".join)
@@ -35,7 +39,7 @@ def test_the_fused_form_is_the_plain_one(cell: tuple[str, str, str, str]) -> Non
     objective = Objective(
         **dict(zip(("support", "divergence", "tail", "estimator"), cell, strict=True)),
         k=4,
-        parameter={"jsd": 0.3, "skew": 0.2}.get(cell[1]),
+        parameter=0.3 if cell[1] in PARAMETERS else None,
     )
     generator = torch.Generator().manual_seed(5)
     live, teacher, old = torch.randn(3, 6, 60, generator=generator) * 2
@@ -79,7 +83,9 @@ def test_the_fused_form_is_the_plain_one(cell: tuple[str, str, str, str]) -> Non
 def test_objectives_that_the_kernels_do_not_support_stay_in_torch() -> None:
     full = make_full(torch.randn(2, 30), torch.randn(2, 30), student_k=16, kept=16)
     fusable = [name for name, preset in PRESETS.items() if is_fusable(preset.objective)]
-    assert fusable == ["overlap", "opd", "teacher_topk", "forward_kl", "gkd", "full_vocab"]
+    cut = ["forward_kl_topk", "mixed_kl", "skew_kl", "skew_reverse_kl", "alpha_divergence"]
+    assert fusable == ["overlap", "opd", "teacher_topk", "forward_kl", "gkd", "full_vocab", *cut]
+    assert not is_fusable(parse_objective("kd").objective), "it has a temperature"
     rows = parse_objective("opd+prune+keep_entropy").objective
     assert is_fusable(rows), "whole rows are weighed outside"
     for added in ("entropy_gate", "entropy_bonus"):

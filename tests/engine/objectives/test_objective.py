@@ -44,7 +44,7 @@ def test_every_combination_is_a_cell_or_refused() -> None:
         except ObjectiveError:
             refused.add(cell)
     assert made == ALLOWED_COMBINATIONS
-    assert (len(made), len(refused)) == (48, 144)
+    assert (len(made), len(refused)) == (87, 361)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_every_combination_is_a_cell_or_refused() -> None:
             "teacher, student, overlap, union, non_overlap, sampled, mc, teacher_mc",
         ),
         ({"divergence": "kl"}, "unknown divergence 'kl'", "reverse_kl, forward_kl, jsd, skew"),
-        ({"tail": "drop"}, "unknown tail 'drop'", "renormalize, bucket, ignore"),
+        ({"tail": "drop"}, "unknown tail 'drop'", "renormalize, bucket, zero, ignore"),
         ({"estimator": "reward"}, "unknown estimator 'reward'", "divergence, policy_gradient"),
         ({"support": ""}, "unknown support ''", "known:"),
         (
@@ -64,7 +64,24 @@ def test_every_combination_is_a_cell_or_refused() -> None:
             "a drawn id is no distribution",
             "estimator 'policy_gradient'",
         ),
-        ({"tail": "ignore"}, "loss would fall", "'renormalize' or 'bucket'"),
+        ({"tail": "ignore"}, "where mass has left the support", "'renormalize' or 'bucket'"),
+        ({"tail": "zero"}, "infinite where the student has mass", "forward_kl, skew,"),
+        (
+            {"tail": "ignore", "divergence": "skew_reverse", "parameter": 0.1},
+            "not least at the teacher",
+            "divergence 'forward_kl'",
+        ),
+        (
+            {"tail": "ignore", "divergence": "forward_kl"},
+            "support 'student' with tail 'ignore': the student would give up",
+            "use support 'teacher'",
+        ),
+        (
+            {"tail": "bucket", "temperature": 2.0},
+            "temperature = 2.0 with tail 'bucket' and estimator 'divergence'",
+            "use tail 'renormalize'",
+        ),
+        ({"temperature": 0.0}, "temperature = 0.0 is not in (0, inf)", "give a value"),
         ({"estimator": "policy_gradient"}, "raw log-ratio", "tail 'ignore'"),
         (
             {"estimator": "policy_gradient", "tail": "ignore", "divergence": "forward_kl"},
@@ -148,6 +165,12 @@ def test_presets_are_those_of_their_papers() -> None:
         "full_vocab": ("teacher", "reverse_kl", "renormalize", "divergence", 65535),
         "veto": ("teacher", "reverse_kl", "renormalize", "divergence", 16),
         "prune_opd": ("student", "reverse_kl", "ignore", "policy_gradient", 16),
+        "forward_kl_topk": ("teacher", "forward_kl", "ignore", "divergence", 16),
+        "mixed_kl": ("teacher", "mixed_kl", "renormalize", "divergence", 16),
+        "kd": ("teacher", "forward_kl", "renormalize", "divergence", 16),
+        "skew_kl": ("teacher", "skew", "bucket", "divergence", 64),
+        "skew_reverse_kl": ("teacher", "skew_reverse", "bucket", "divergence", 64),
+        "alpha_divergence": ("teacher", "alpha", "bucket", "divergence", 64),
         "async_mc": ("mc", "reverse_kl", "ignore", "policy_gradient", 1),
         "rs_kd": ("teacher_mc", "forward_kl", "ignore", "divergence", 1),
     }
@@ -202,8 +225,41 @@ def test_fields_and_modifiers_follow_the_name() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "formula"),
+    [
+        (
+            "teacher_topk(divergence=alpha,tail=bucket)",
+            "sum [alpha q + (1 - alpha) p - q^alpha p^(1 - alpha)] / (alpha (1 - alpha)), "
+            "alpha 0.5, on S = S(q) and a bucket",
+        ),
+        (
+            "overlap(divergence=skew_reverse,parameter=0.2)",
+            "KL(p~ || alpha p~ + (1 - alpha) q~), alpha 0.2, on S = S(p) & S(q)",
+        ),
+        ("forward_kl_topk(tail=zero)", "KL(q~ || p), on S = S(q), q~ is 0 elsewhere"),
+        ("kd(temperature=4)", "T^2 KL(q~ || p~), on S = S(q), both at p^(1 / T), T = 4"),
+        ("gkd(divergence=forward_kl,support=student)", "KL(q || p), on S = S(p) of the behaviour "),
+        (
+            "minillm(temperature=2)+ce",
+            "T = 2  +  1 (-sg[R] log p(y), R of log q - log b over the later sampled ids)  +  0.1",
+        ),
+        ("veto(temperature=2)", "T = 2, with adaptive_target"),
+    ],
+)
+def test_fields_that_change_a_formula_change_its_text(text: str, formula: str) -> None:
+    preset = parse_objective(text)
+    assert formula in preset.formula
+    assert preset.note == ""
+    bucket, student = preset.objective.tail == "bucket", preset.objective.support == "student"
+    assert ("tail" in preset.needs) == (bucket and not student)
+    assert ("student's stored ids" in preset.needs) == student
+
+
+@pytest.mark.parametrize(
     ("text", "cause", "hint"),
     [
+        ("opd_released(support=union)", "support = union with objective 'opd_released'", "start"),
+        ("forward_kl(temperature=2)", "temperature = 2.0 with tail 'bucket'", "'renormalize'"),
         ("opd(", "'opd(' is no NAME", "opd(k=32)"),
         ("opd(k=x)", "k = 'x' is not of type int", "give k such a value"),
         ("opd(q=1)", "unknown key 'q'", "k, parameter, weights"),
@@ -218,6 +274,11 @@ def test_syntax_errors_are_explained(text: str, cause: str, hint: str) -> None:
         parse_objective(text)
     assert cause in caught.value.cause
     assert hint in caught.value.hint
+
+
+def test_a_record_has_a_temperature_only_where_there_is_one() -> None:
+    assert "temperature" not in parse_objective("opd").objective.record()
+    assert parse_objective("kd(temperature=3)").objective.record()["temperature"] == 3
 
 
 def test_a_record_distinguishes_two_objectives() -> None:
