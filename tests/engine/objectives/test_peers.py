@@ -55,7 +55,7 @@ def distillkit_jsd(z: Tensor, lq: Tensor, top: Tensor) -> Tensor:
 
 
 def nemo(kind: str, weight: float = 0.5) -> Formula:
-    """Return NeMo-RL's DistillationLossFn; zero_outside_topk is false unless the kind says so."""
+    """Return NeMo-RL's DistillationLossFn; without zero_outside_topk but for one kind."""
 
     def loss(z: Tensor, lq: Tensor, top: Tensor) -> Tensor:
         outside = kind == "forward, zero outside"
