@@ -113,10 +113,12 @@ class Train(Section):
         description="Train with the dropout and the router noise of the student's configuration. "
         "Then p of the loss is another distribution than the one that was sampled and scored.",
     )
-    staleness_action: Literal["off", "skip", "stop"] = Field(
+    staleness_action: Literal["off", "skip", "stop", "resample"] = Field(
         "off",
         description="Beyond --min-coverage or --max-drift, whichever the objective depends on: "
-        "only warn, give a position no gradient, or end the run (exit code 3) by an update's mean.",
+        "only warn, give a position no gradient, end the run (exit code 3) by an update's mean, or "
+        "(distill alone) delete a unit by its mean before the first update of its round: the "
+        "newest student samples it again.",
     )
     min_coverage: float = Field(
         0.80,

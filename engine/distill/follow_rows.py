@@ -1,18 +1,23 @@
 """Rows of the trainer among the roles of a loop: it publishes its student and waits for a round."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from logitcask.engine.distill.drift import drifted
 from logitcask.engine.distill.on_policy_rows import RoundRows
 from logitcask.engine.distill.timed import Updates
 from logitcask.engine.distill.versions import publish, remove_others, whole_copy
 from logitcask.engine.events import EventHandler
-from logitcask.engine.store import Snapshot
+from logitcask.engine.store import Segment, Snapshot
+from logitcask.engine.store.retention import delete_rollouts
 from logitcask.engine.training.processes import on_first
+from logitcask.engine.workers.failures import Failures, error_of
 from logitcask.engine.workers.timeline import span
 
 LONG_S = 60.0
-"""Seconds of waiting for a round before an event tells about it."""
+"""Seconds of waiting for a round before an event tells about it, and between two that differ."""
 
 
 @dataclass(kw_only=True)
@@ -26,32 +31,74 @@ class FollowRows(RoundRows):
         super().__post_init__()
         self._rounds = self.loop.inputs.rounds()
         self._proved = False
+        self._said, self._say_at_s = "", 0.0
 
-    def prepare(self, step: int) -> None:
-        """Publish the student, wait for the round that begins with update `step`, and pack it."""
+    def prepare(self, step: int) -> Sequence[str]:
+        """Publish the student, wait for the round that begins with update `step`, and pack it.
+
+        Where units of it are beyond the bounds, wait for others in their place.
+        """
         policy, timeline = self.loop.inputs.policy, self.timeline
         number, update = divmod(step, policy.updates_per_round)
         version = policy.draw_version(number)
         timeline.end()
+        resampled: Sequence[str] = ()
         if not update:
             with span(timeline.file, "publish", round=number, version=version):
                 digest = self._publish(version)
-            with span(timeline.file, "wait", round=number, version=version):
-                at, segments = self._awaited(number)
-            snapshot = self._snapshot(at)
-            self._round = self._packed(
-                number, digest, snapshot, lambda segment: segment.seg_id in segments
-            )
+            snapshot, segments = self._within_bounds(number, version)
+            self._round = self._packed(number, digest, snapshot, partial(_is_in, segments))
+            if policy.resamples:
+                resampled = on_first(lambda: self._deleted(number))
         timeline.begin(number, version + update)
+        return resampled
 
-    def _awaited(self, number: int) -> tuple[int, frozenset[str]]:
-        """Wait for all units of a round, and return (snapshot id, segments)."""
-        begun_s, silent = time.monotonic(), True
+    def _within_bounds(self, number: int, version: int) -> tuple[Snapshot, frozenset[str]]:
+        """Wait for a whole round within all bounds; return a snapshot, and its segments."""
+        timeline = self.timeline
+        while True:
+            with span(timeline.file, "wait", round=number, version=version):
+                at, segments, older = self._awaited(number)
+            snapshot, reasons = self._snapshot(at), dict[str, str]()
+            if older:
+                with span(timeline.file, "measure", round=number, version=version):
+                    source = self._source(snapshot, partial(_is_in, older))
+                    reasons = drifted(self.loop.inputs, self.student, source)
+            if not on_first(partial(self._resample, number, version, reasons)):
+                return snapshot, segments
+
+    def _resample(self, number: int, version: int, reasons: Mapping[str, str]) -> int:
+        """Delete the segments of a whole round that are beyond the bounds; return their number.
+
+        Samplers find their units missing, and the newest version published before.
+        """
+        policy = self.loop.inputs.policy
+        whole = policy.whole(self._rounds, number)
+        assert whole is not None, "it was awaited"
+        gone = policy.to_resample(number, whole, reasons)
+        if gone:
+            delete_rollouts(self.loop.store, gone)
+            first = gone[0]
+            age = f"it is {policy.age(number, first.version)} updates old"
+            self.on_event(
+                f"round {number}: {len(gone)} of {len(whole)} units are sampled again by version "
+                f"{version}; {first.what} is of version {first.version}: "
+                f"{reasons.get(first.seg_id, age)}"
+            )
+        return len(gone)
+
+    def _deleted(self, number: int) -> list[str]:
+        """Return the deleted segments of a round, oldest first, those before a restart too."""
+        # Every version samples a unit under the same key.
+        keys = {segment.unit_key for segment in self._rounds.rollouts(number).values()}
+        newest_first = self.loop.store.log.deleted_after(-1)
+        return [segment.seg_id for segment in newest_first if segment.unit_key in keys][::-1]
+
+    def _awaited(self, number: int) -> tuple[int, frozenset[str], frozenset[str]]:
+        """Wait for all units of a round; return (snapshot id, segments, those to measure)."""
+        self._said, self._say_at_s = "", time.monotonic() + LONG_S
         # The first process looks once at a time: the others would give up on a longer wait.
         while (found := on_first(lambda: self._whole(number))) is None:
-            if silent and time.monotonic() - begun_s > LONG_S:
-                silent = False
-                self.on_event(self._lacks(number))
             time.sleep(self.loop.inputs.config.work.poll)
         return found
 
@@ -79,19 +126,40 @@ class FollowRows(RoundRows):
 
         return on_first(save)
 
-    def _whole(self, number: int) -> tuple[int, frozenset[str]] | None:
-        """Return (snapshot id, segments) of a round; None while units of it are missing."""
+    def _whole(self, number: int) -> tuple[int, frozenset[str], frozenset[str]] | None:
+        """Return as of `_awaited`, None while units of the round are missing."""
         rounds, policy = self._rounds, self.loop.inputs.policy
         at = rounds.refresh(self.loop.store).number
         if (found := policy.whole(rounds, number)) is None:
+            if time.monotonic() > self._say_at_s:
+                self._say_at_s = time.monotonic() + LONG_S
+                if (said := self._lacks(number)) != self._said:
+                    self._said = said
+                    self.on_event(said)
             return None
-        return at, frozenset(segment.seg_id for segment in found)
+        older = policy.older(number, found)
+        segments, of_older = (frozenset(s.seg_id for s in each) for each in (found, older))
+        return at, segments, of_older
 
     def _lacks(self, number: int) -> str:
         """Return the text on a round that is not whole."""
         units, held = self.loop.inputs.policy.units(number), self._rounds.rollouts(number)
         scored = sum(map(self._rounds.is_scored, held.values()))
-        return (
+        text = (
             f"waiting for round {number}: {len(held)} of {len(units)} units are sampled, {scored} "
             "scored"
         )
+        store = self.loop.store
+        failures = Failures(store, self.loop.inputs.config.work.max_attempts)
+        failures.refresh()
+        if left_out := sorted(failures.left_out):
+            text += (
+                f"; {len(left_out)} units of the store failed too often and are left out: "
+                f"{left_out[0]} with {error_of(store, left_out[0])}; remove the cause, then: "
+                f"logitcask store retry-failed {store.url}"
+            )
+        return text
+
+
+def _is_in(segments: frozenset[str], segment: Segment) -> bool:
+    return segment.seg_id in segments

@@ -62,14 +62,7 @@ class RoundRows:
         """
         inputs = self.loop.inputs
         config, version = inputs.config, inputs.policy.draw_version(number)
-        source = PackSource(
-            self.loop.store,
-            snapshot,
-            config.store.rollouts,
-            config.teacher.name,
-            partial=True,
-            only=only,
-        )
+        source = self._source(snapshot, only)
         # Not the snapshot id: it may differ between runs that share a store, the round does not.
         key = PlanKey(
             snapshot=version,
@@ -85,6 +78,12 @@ class RoundRows:
         plans = [make_plan(key, part) for part in parts]
         assert max(map(len, plans)) <= self.width, "packs_per_update"
         return source, plans
+
+    def _source(self, snapshot: Snapshot, only: Callable[[Segment], bool]) -> PackSource:
+        """Return the source of some segments of the loop."""
+        config = self.loop.inputs.config
+        names = (config.store.rollouts, config.teacher.name)
+        return PackSource(self.loop.store, snapshot, *names, partial=True, only=only)
 
 
 @dataclass(kw_only=True)
@@ -103,12 +102,12 @@ class OnPolicyRows(RoundRows):
         self._sampler = live_backend(self.student, inputs.model, inputs.config.run)
         self._scoring = self.loop.score_request(self.teacher)
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> Sequence[str]:
         """Sample, score and pack the round that begins with update `step`, if one does."""
         inputs = self.loop.inputs
         number, update = divmod(step, inputs.policy.updates_per_round)
         if update:
-            return
+            return ()
         current = replace(
             inputs.model,
             digest=live_digest(self.student),
@@ -138,6 +137,7 @@ class OnPolicyRows(RoundRows):
             )
 
         self._round = self._packed(number, current.digest, self.loop.store.head(), of_round)
+        return ()
 
     def _report(self, stage: str, round_number: int, done: int, units: int, detail: Detail) -> None:
         """Report progress in prompts: a round that wraps to the first prompt has one more unit."""

@@ -4,7 +4,7 @@ Both are functions of what the store holds and of the newest version of the stud
 be lost by a kill, and a restart cannot let a burst of rounds begin.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,8 @@ class Policy:
     max_unscored_bytes: int
     first_version: int
     """Version of the student before update 0."""
+    resamples: bool = False
+    """Units beyond the bounds are deleted, and sampled again by the version that trains on them."""
 
     def units(self, number: int) -> list[tuple[int, int]]:
         """Return (first prompt, prompts) of each unit of a round."""
@@ -82,18 +84,41 @@ class Policy:
     def whole(self, there: RoundsHeld, number: int) -> list[Segment] | None:
         """Return the segments of a round to train on; None while a unit has no scores.
 
-        Raises StoreError for a segment beyond the bounds of the loop.
+        Raises StoreError for a segment beyond the bounds of the loop that is not to be resampled.
         """
         held = there.rollouts(number)
         found = [held[first] for first, _ in self.units(number) if first in held]
         if len(found) < len(self.units(number)) or not all(map(there.is_scored, found)):
             return None
         for segment in found:
-            if not 0 <= self.age(number, segment.version) <= self.max_age:
+            age = self.age(number, segment.version)
+            if age < 0 or (age > self.max_age and not self.resamples):
                 raise StoreError(
                     f"{segment.what} is of round {number} and version {segment.version}: its age "
-                    f"is {self.age(number, segment.version)} updates, and max_age is "
-                    f"{self.max_age}",
+                    f"is {age} updates, and max_age is {self.max_age}",
                     hint="run `logitcask store delete STORE --segment ID`, and it is sampled again",
                 )
         return found
+
+    def older(self, number: int, whole: Sequence[Segment]) -> list[Segment]:
+        """Return the segments of a whole round that may be resampled.
+
+        Not those of the version that trains on the round: they have not drifted, and another sample
+        by this version would be no newer. So resampling ends.
+        """
+        if not self.resamples:
+            return []
+        return [segment for segment in whole if self.age(number, segment.version) > 0]
+
+    def to_resample(
+        self, number: int, whole: Sequence[Segment], drifted: Collection[str]
+    ) -> list[Segment]:
+        """Return the segments of a whole round to delete before its first update.
+
+        drifted: seg_ids of those of `older` that are beyond the drift bound.
+        """
+        return [
+            segment
+            for segment in self.older(number, whole)
+            if segment.seg_id in drifted or self.age(number, segment.version) > self.max_age
+        ]

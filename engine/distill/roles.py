@@ -190,7 +190,13 @@ class _Sampler:
                 f"rollouts of loop.max_unscored_bytes = {policy.max_unscored_bytes} bytes wait for "
                 "scores: no unit is begun until they are fewer"
             )
-        return WorkPlan(units=units, first=first, done=rounds.units_sampled, total=self._total)
+        return WorkPlan(
+            units=units,
+            first=first,
+            done=rounds.units_sampled,
+            total=self._total,
+            may_shrink=self._inputs.may_resample(),
+        )
 
     def close(self) -> None:
         """Close the backend of the loaded version."""
@@ -268,15 +274,18 @@ def _score_job(
     def plan(left_out: Collection[str]) -> WorkPlan[ScoreUnit]:
         rounds.refresh(store)
         done = rounds.units_scored
+        may_shrink = inputs.may_resample()
         if done == rounds.units_sampled:
-            return WorkPlan(units={}, done=done, total=total)
+            return WorkPlan(units={}, done=done, total=total, may_shrink=may_shrink)
         found = planner.plan(store.head())
         for note in found.notes:
             on_event(note)
         number_of = {key: rounds.round_of(unit.segment) for key, unit in found.missing.items()}
         oldest = min(number_of.values(), default=0)
         first = [key for key, number in number_of.items() if number == oldest]
-        return WorkPlan(units=found.missing, first=first, done=done, total=total)
+        return WorkPlan(
+            units=found.missing, first=first, done=done, total=total, may_shrink=may_shrink
+        )
 
     job: Job[Any] = Job(
         stage="score",

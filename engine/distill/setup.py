@@ -24,7 +24,7 @@ from logitcask.engine.distill.rounds import ROUND, Rounds
 from logitcask.engine.errors import IntegrityError
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models.digests import read_json, write_json
-from logitcask.engine.models.identity import digest
+from logitcask.engine.models.identity import digest, read_metadata
 from logitcask.engine.objectives import CacheInfo, ExactnessReport, Preset, check_exactness
 from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.prompts.templates import Rendering
@@ -93,7 +93,15 @@ class LoopInput:
             max_age=loop.max_age,
             max_unscored_bytes=loop.max_unscored_bytes,
             first_version=self.model.version,
+            resamples=config.train.staleness_action == "resample",
         )
+
+    def may_resample(self) -> bool:
+        """Return whether units that are done may be deleted: until the last update is."""
+        if not self.policy.resamples:
+            return False
+        metadata = read_metadata(self.config.run.out)
+        return metadata is None or metadata["version"] < self.model.version + self.updates
 
     def rounds(self) -> Rounds:
         """Return the rounds of the loop before they are read."""

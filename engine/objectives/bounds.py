@@ -20,6 +20,8 @@ from logitcask.engine.objectives.supports import CURRENT_SUPPORTS, LossTerms
 COVERAGE, DRIFT = "cache/coverage", "cache/approx_kl"
 SKIPPED = "cache/skipped_share"
 """Share of the positions without a loss."""
+RESAMPLED = "cache/resampled"
+"""Units that were sampled again since the last line."""
 COVERAGE_WARN = 0.95
 DRIFT_WARN = 0.05
 """Nats of approx_kl."""
@@ -28,10 +30,11 @@ _DEFAULTS = Train()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bounds:
-    """Bounds of single rows (`skip`) or of an update's mean (`stop`)."""
+    """Bounds of rows (`skip`), or of the mean of an update (`stop`) or a segment (`resample`)."""
 
-    action: Literal["off", "skip", "stop"] = "off"
-    """Beyond them: nothing, give a row no loss (it stays in the divisor), or end the run."""
+    action: Literal["off", "skip", "stop", "resample"] = "off"
+    """Beyond them: nothing, give a row no loss (it stays in the divisor), end the run, or (a loop)
+    sample the unit again."""
     min_coverage: float = _DEFAULTS.min_coverage
     max_drift: float = _DEFAULTS.max_drift
     """Nats of approx_kl."""
@@ -92,9 +95,14 @@ def exceeded(
     objective: Objective, metrics: Mapping[str, float | None], bounds: Bounds
 ) -> str | None:
     """Return the reason that ends a run of action `stop`, None within the bounds."""
+    return beyond(objective, metrics, bounds) if bounds.action == "stop" else None
+
+
+def beyond(objective: Objective, metrics: Mapping[str, float | None], bounds: Bounds) -> str | None:
+    """Return how means of rows are beyond the bounds of any action, None within them."""
     name = bounded_metric(objective)
     value = metrics.get(name) if name else None
-    if bounds.action != "stop" or value is None:
+    if value is None:
         return None
     if name == COVERAGE and value < bounds.min_coverage:
         return f"{COVERAGE} = {value:.3f} is under --min-coverage {bounds.min_coverage}"

@@ -4,7 +4,7 @@ Packs of a plan are made in a thread before they are read. While those of one wi
 units of the next are decoded, so two windows are in memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,11 @@ from logitcask.engine.store.cache import UnitCache
 class Packs(Protocol):
     """Packs of a run: those of a plan, or those of a loop that makes them just in time."""
 
-    def prepare(self, step: int) -> None:
-        """Prepare the packs of optimizer update `step` (from 0), once, before they are read."""
+    def prepare(self, step: int) -> Sequence[str]:
+        """Prepare the packs of optimizer update `step` (from 0), once, before they are read.
+
+        Return the segments that were sampled again for them, by seg_id.
+        """
 
     def pack(self, index: int) -> Pack:
         """Return pack `index` of the run; the processes share the indices of an update."""
@@ -45,8 +48,9 @@ class PlannedPacks:
             raise IndexError(index)
         return self.pack(index)
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> Sequence[str]:
         """Do nothing: all packs are in the store."""
+        return ()
 
     def pack(self, index: int) -> Pack:
         return self._prefetcher.pack(index)

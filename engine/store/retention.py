@@ -122,18 +122,16 @@ def delete(
             return [s for s in visible if s.kind == schema.SCORE and s.name == teacher]
         if segment is not None:
             return _with_dependents(segment, visible)
-        old = [
-            s
-            for s in visible
-            if s.kind == schema.ROLLOUT
-            and s.name == rollouts
-            and (before_version is None or s.version < before_version)
-        ]
-        # Rollouts with the same content under another name keep their scores.
-        keys = {s.unit_key for s in old}
-        kept = {s.seg_id for s in visible if s.kind == schema.ROLLOUT and s.unit_key not in keys}
-        gone = {s.seg_id for s in old} - kept
-        return old + [s for s in visible if s.base in gone]
+        return _with_scores(
+            [
+                s
+                for s in visible
+                if s.kind == schema.ROLLOUT
+                and s.name == rollouts
+                and (before_version is None or s.version < before_version)
+            ],
+            visible,
+        )
 
     deleted: list[Segment] = []
 
@@ -154,6 +152,30 @@ def delete(
             "segments",
         )
     return deleted
+
+
+def delete_rollouts(store: Store, rollouts: Sequence[Segment]) -> None:
+    """Make these rollout segments and all scores of them invisible, by one record.
+
+    Those that are not visible any more are left out.
+    """
+    ours = {(s.unit_key, s.seg_id) for s in rollouts}
+
+    def build_record() -> dict[str, Any] | None:
+        visible = store.head().segments
+        old = [s for s in visible if (s.unit_key, s.seg_id) in ours]
+        deleted = _with_scores(old, visible)
+        return {"deletes": [each.unit_key for each in deleted]} if deleted else None
+
+    append(store.storage, store.log, build_record)
+
+
+def _with_scores(rollouts: Sequence[Segment], visible: Sequence[Segment]) -> list[Segment]:
+    """Return rollouts with their scores, which rollouts of the same content elsewhere keep."""
+    keys = {s.unit_key for s in rollouts}
+    kept = {s.seg_id for s in visible if s.kind == schema.ROLLOUT and s.unit_key not in keys}
+    gone = {s.seg_id for s in rollouts} - kept
+    return [*rollouts, *(s for s in visible if s.base in gone)]
 
 
 def _with_dependents(seg_id: str, visible: Sequence[Segment]) -> list[Segment]:

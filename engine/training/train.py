@@ -6,7 +6,7 @@ from typing import Any
 
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
-from logitcask.engine.errors import IncompleteError
+from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.objectives import Objective, Preset, check_exactness
 from logitcask.engine.packing.batches import PlannedPacks
@@ -61,6 +61,7 @@ def train(
     rollouts'), IncompleteError (units missing and not `partial`), ObjectiveError (the scores cannot
     serve the objective) and ModelError.
     """
+    _check_action(settings)
     with open_run_dir(model, settings, run, on_event) as run_dir:
         if snapshot is None:
             snapshot = first_snapshot(store, run_dir.earlier)
@@ -129,8 +130,18 @@ def check(
     seed: int,
 ) -> None:
     """Raise the errors of `train` before its first update; decodes no unit."""
+    _check_action(settings)
     check_exactness(objective, cache_info(model, source, settings.allow_off_lineage))
     _plan(source, rollouts, settings, seed, settings.pack_length)
+
+
+def _check_action(settings: Train) -> None:
+    """Raise ConfigError for an action of loops alone."""
+    if settings.staleness_action == "resample":
+        raise ConfigError(
+            "staleness_action = resample: nothing samples during a training on stored scores",
+            hint="use it in `logitcask distill`, or give skip or stop",
+        )
 
 
 def _plan(
@@ -161,6 +172,7 @@ def estimate(
 
     path: folder of the student, of which config.json is read.
     """
+    _check_action(settings)
     check_lora(settings, lora)
     info = cache_info(None, source, settings.allow_off_lineage)
     plan = _plan(source, rollouts, settings, run.seed, settings.pack_length)

@@ -32,6 +32,7 @@ from logitcask.engine.models.forward import folded_head, inner_model, inside_for
 from logitcask.engine.models.load import hidden_states, set_mode
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Bounds, Objective, exceeded, loss_weights
+from logitcask.engine.objectives.bounds import RESAMPLED
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.training.arguments.trackers import own_names
@@ -116,7 +117,7 @@ class DistillTrainer(ShardingTrainer):
         self._ledger = ledger
         self._resume_metadata = resume_metadata
         self._progress = progress
-        self._packs_done = self._packs_of_update = 0
+        self._packs_done = self._packs_of_update = self._resampled = 0
         self._sums = MetricSums(objective, bounds, same_base_weights=same_base_weights)
         self._waited_s, self._since_s = 0.0, time.monotonic()
 
@@ -125,10 +126,11 @@ class DistillTrainer(ShardingTrainer):
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """Return the packs of an update, and the divisor of their losses over all processes."""
         begun_s = time.monotonic()
-        self._packs.prepare(self.state.global_step)
+        resampled = self._packs.prepare(self.state.global_step)
         indices = list(islice(epoch_iterator, num_batches))
         packs = [self._packs.pack(index) for index in indices]
-        self._ledger.add(self.state.global_step + 1, packs)
+        self._ledger.add(self.state.global_step + 1, packs, resampled)
+        self._resampled += len(resampled)
         self._waited_s += time.monotonic() - begun_s
         # The packs of the next update are made while this one is computed.
         self._packs.prefetch(index + self._width for index in indices)
@@ -219,6 +221,7 @@ class DistillTrainer(ShardingTrainer):
             "progress/step": step,
             "loss": logs["loss"],
             **means,
+            **({RESAMPLED: self._resampled} if self._bounds.action == "resample" else {}),
             "train/grad_norm": float(logs["grad_norm"]),
             "train/lr": logs["learning_rate"],
             "train/changed_share": self._changed.share(),
@@ -231,6 +234,7 @@ class DistillTrainer(ShardingTrainer):
                 f"update {step}: loss {line['loss']}, gradient norm {line['train/grad_norm']}",
                 hint="lower --learning-rate; the checkpoints before this update are kept",
             )
+        self._resampled = 0
         if self.is_world_process_zero():
             self._metrics.append(line)
         self._ledger.write([updates for _, updates in everyone], means)

@@ -22,7 +22,8 @@ class Failures:
         self.left_out: set[str] = set()
         """Units that failed too often, or once with UnitError."""
 
-    def refresh(self, shard: str) -> None:
+    def refresh(self, shard: str = "") -> None:
+        """Look at the notes of a shard; empty = at all."""
         before = self._seen.get(shard, {})
         # Drop the entries of removed notes: later notes are counted from 0.
         self._seen[shard] = {
@@ -59,6 +60,13 @@ def retry_failed(store: Store) -> list[dict[str, Any]]:
             removed.append({"unit": key, "failures": times, **brief})
         forget_failures(store.storage, key)
     return removed
+
+
+def error_of(store: Store, key: str) -> str:
+    """Return the first error of a unit, in one line; empty if it has no note."""
+    for note in failures_of(store.storage, key):
+        return f"{note.error}: {first_line(note.message)}"
+    return ""
 
 
 def first_line(message: str) -> str:

@@ -22,6 +22,8 @@ class WorkPlan(Generic[T]):
     """Units committed, and units planned so far."""
     first: Collection[str] = ()
     """Keys of units to take before the others."""
+    may_shrink: bool = False
+    """True where units that are done may be deleted, to be done again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +60,14 @@ class Receipt:
     """Error of one unit that is left out; empty if there is none."""
     done: int
     total: int
+    may_shrink: bool
     """As in the plan."""
 
     @property
     def over(self) -> bool:
         """Return True where nothing is left to do but units that are left out."""
-        return not self.missing and (self.done >= self.total or self.left_out > 0)
+        done = self.done >= self.total and not self.may_shrink
+        return not self.missing and (done or self.left_out > 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

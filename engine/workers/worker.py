@@ -29,12 +29,11 @@ from logitcask.engine.events import Cancelled, EventHandler
 from logitcask.engine.store.log.claims import (
     Claim,
     Claims,
-    failures_of,
     note_failure,
     shard_of,
 )
 from logitcask.engine.types import Detail, Progress, no_progress
-from logitcask.engine.workers.failures import Failures, first_line
+from logitcask.engine.workers.failures import Failures, error_of
 from logitcask.engine.workers.job import Job, Receipt, WorkPlan, WorkReport
 
 T = TypeVar("T")
@@ -81,10 +80,8 @@ class Worker(Generic[T]):
     @property
     def first_error(self) -> str:
         """Return the error of one of them; empty if there is none."""
-        for key in self.failed:
-            for note in failures_of(self._job.store.storage, key):
-                return f"{note.error}: {first_line(note.message)}"
-        return ""
+        errors = (error_of(self._job.store, key) for key in self.failed)
+        return next(filter(None, errors), "")
 
     def do_one(self) -> Receipt:
         """Claim one missing unit, do it and commit it, if one is free.
@@ -121,6 +118,7 @@ class Worker(Generic[T]):
             first_error=self.first_error,
             done=planned.done,
             total=planned.total,
+            may_shrink=planned.may_shrink,
         )
 
     def _plan(self) -> WorkPlan[T]:
@@ -138,7 +136,10 @@ class Worker(Generic[T]):
 
         try:
             positions = self._job.work(key, unit, report)
-        except (Cancelled, *STOPS):
+        except (Cancelled, *STOPS) as error:
+            # Nor does a unit fail whose rollouts were deleted meanwhile.
+            if isinstance(error, StoreError) and key not in self._plan().units:
+                return 0, 0
             raise
         # A unit's data may make any library raise any error; the note keeps all of it.
         except Exception as error:

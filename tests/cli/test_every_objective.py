@@ -66,6 +66,8 @@ def test_a_staleness_bound_skips_or_stops(world: World, call: Any) -> None:
         f"{train} --loss-topk 4 --staleness-action stop --min-coverage 1 --device cpu --overwrite"
     )
     stopped_run.assert_error(3, "is under --min-coverage 1.0", "sample and score again")
+    refused = call(f"{train} --staleness-action resample --device cpu --overwrite")
+    refused.assert_error(2, "nothing samples during a training on stored scores", "skip or stop")
 
 
 @pytest.mark.parametrize("objective", [*PRESETS, *(OTHERS | MODIFIED).values()])

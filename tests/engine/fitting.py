@@ -69,8 +69,9 @@ class ListPacks:
         self.prepared: list[int] = []
         self.expected: list[int] = []
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> Sequence[str]:
         self.prepared.append(step)
+        return ()
 
     def prefetch(self, indices: Iterable[int]) -> None:
         self.expected = list(indices)

@@ -28,7 +28,7 @@ from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.cache_info import cache_info, first_snapshot
 from logitcask.engine.training.processes import gathered, rank
 from logitcask.engine.training.run_dir.shards import reshard
-from logitcask.engine.types import ModelRef, Progress, no_progress, stage_named
+from logitcask.engine.types import Array, ModelRef, Progress, no_progress, stage_named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,34 +90,55 @@ class HeldOut:
     def _share(
         self, student: nn.Module, progress: Progress, device: torch.device
     ) -> tuple[float, dict[str, float]]:
-        """Return (sum of weights, name -> weighted sum) over the packs of this process.
-
-        Each process runs as many packs, the last ones maybe without rows: those of a sharded
-        student wait for each other.
-        """
-        processes = len(gathered(None))
-        end = -(-len(self.packs) // processes) * processes
-        training = student.training
-        student.eval()
-        try:
-            found, weight, _ = measure(
-                student,
-                self.packs,
-                range(rank(), end, processes),
-                objectives={"own": self.objective},
-                n_vocab=self.n_vocab,
-                device=device,
-                progress=stage_named(progress, "held out"),
-            )
-        finally:
-            student.train(training)
-            reshard(student)
+        """Return (sum of weights, name -> weighted sum) over the packs of this process."""
+        found, weight = measure_share(
+            student,
+            self.packs,
+            self.objective,
+            n_vocab=self.n_vocab,
+            device=device,
+            progress=stage_named(progress, "held out"),
+        )
         mask = weight > 0
         return float(weight.sum()), {
             name.removesuffix("/own"): float(values[mask] @ weight[mask])
             for name, (values, _) in found.items()
             if name not in METRICS_RELEASED
         }
+
+
+def measure_share(
+    student: nn.Module,
+    packs: PlannedPacks,
+    objective: Objective,
+    *,
+    n_vocab: int,
+    device: torch.device,
+    progress: Progress = no_progress,
+) -> tuple[dict[str, tuple[Array, ...]], Array]:
+    """Measure a student in training on the packs of this process.
+
+    Return (name -> [P] sums and [P] counts, [P] loss mask), as of `measure`. Each process runs as
+    many packs, the last ones maybe without rows: those of a sharded student wait for each other.
+    """
+    processes = len(gathered(None))
+    end = -(-len(packs) // processes) * processes
+    training = student.training
+    student.eval()
+    try:
+        found, weight, _ = measure(
+            student,
+            packs,
+            range(rank(), end, processes),
+            objectives={"own": objective},
+            n_vocab=n_vocab,
+            device=device,
+            progress=progress,
+        )
+    finally:
+        student.train(training)
+        reshard(student)
+    return found, weight
 
 
 def hold_out(

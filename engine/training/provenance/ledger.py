@@ -12,6 +12,8 @@ OUT/ledger.jsonl has one line per update, here with line breaks:
                base weights
     drift      cache/approx_kl of the line of metrics.jsonl of that update, if it has one
     skipped    cache/skipped_share of it, if rows were skipped
+    resampled  rollouts that were deleted before the first update of their round, beyond the bounds
+               of staleness: the round has others in their place
 
 A segment with sequences of several versions has a number for each version. The lines are the same
 for any number of processes, but for the rounding of the drift.
@@ -30,8 +32,8 @@ from logitcask.engine.packing.source import Pack
 from logitcask.engine.packing.teachers import Source
 from logitcask.engine.training.run_dir.files import RESTORE, writing
 
-Update = tuple[int, Mapping[Source, int]]
-"""(update from 1, rows of each source) of one process."""
+Update = tuple[int, Mapping[Source, int], Sequence[str]]
+"""(update from 1, rows of each source, segments that were sampled again) of one process."""
 
 
 class Ledger:
@@ -56,12 +58,15 @@ class Ledger:
             with writing(path):
                 replace_text(path, text)
 
-    def add(self, update: int, packs: Iterable[Pack]) -> None:
-        """Add the packs that this process has of an update, counted from 1."""
+    def add(self, update: int, packs: Iterable[Pack], resampled: Sequence[str] = ()) -> None:
+        """Add the packs that this process has of an update, counted from 1.
+
+        resampled: seg_ids, the same in all processes.
+        """
         rows: Counter[Source] = Counter()
         for pack in packs:
             rows.update(pack.sources)
-        self._pending.append((update, rows))
+        self._pending.append((update, rows, resampled))
 
     def take(self) -> list[Update]:
         """Return and forget the updates of this process without a line."""
@@ -77,9 +82,12 @@ class Ledger:
         lines = []
         for parts in zip(*everyone, strict=True):
             rows: Counter[Source] = Counter()
-            for _, part in parts:
+            for _, part, _ in parts:
                 rows.update(part)
-            lines.append(self._line(parts[0][0], rows))
+            update, _, resampled = parts[0]
+            lines.append(self._line(update, rows))
+            if resampled:
+                lines[-1]["resampled"] = [*resampled]
         if lines:
             found = {"drift": (means or {}).get(DRIFT), "skipped": (means or {}).get(SKIPPED)}
             lines[-1] |= {name: _short(value) for name, value in found.items() if value}

@@ -1,5 +1,7 @@
 """The bounds of a loop: no order of admissions, commits, kills and updates breaks them."""
 
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +21,8 @@ SIZE = 10
 """Bytes of each segment of rollouts."""
 
 
-def policy_of(**changes: int) -> Policy:
-    values = {
+def policy_of(**changes: Any) -> Policy:
+    values: dict[str, Any] = {
         **{"rounds": 5, "prompts_per_round": 3, "prompts": 7, "unit_prompts": 2},
         **{"updates_per_round": 1, "max_age": 2, "max_unscored_bytes": 45, "first_version": 4},
     }
@@ -129,19 +131,42 @@ def test_a_sequence_beyond_the_bounds_is_never_consumed(version: int, age: int) 
         policy.whole(there, 2)
 
 
+def test_segments_beyond_a_bound_are_sampled_again_by_the_version_that_trains() -> None:
+    # Round 2 is trained on by version 6; its bound is an age of 2.
+    segments = [sampled(2, 6, 3), sampled(2, 0, 5)]
+    assert policy_of().to_resample(2, segments, {"2/0"}) == []
+    policy = policy_of(resamples=True)
+    assert policy.to_resample(2, segments, set()) == segments[:1], "too old"
+    assert policy.to_resample(2, segments, {"2/0"}) == segments, "too old, and beyond the drift"
+    again = [sampled(2, 6, 6), sampled(2, 0, 6)]
+    assert policy.older(2, again) == []
+    assert policy.to_resample(2, again, {"2/0", "2/6"}) == [], "once"
+    there = rounds_of(policy, *segments, *(scored(each.seg_id) for each in segments))
+    assert policy_of(unit_prompts=3, resamples=True).whole(there, 2) == segments
+
+
 class Loop(RuleBasedStateMachine):
     """Samplers, scorers and a trainer that any order of steps and kills may interleave."""
 
     @initialize(
-        updates=st.integers(1, 3), more=st.integers(0, 5), cap=st.integers(1, 60), age=st.booleans()
+        updates=st.integers(1, 3),
+        more=st.integers(0, 5),
+        cap=st.integers(1, 60),
+        age=st.booleans(),
+        resamples=st.booleans(),
     )
-    def begin(self, updates: int, more: int, cap: int, age: bool) -> None:
+    def begin(self, updates: int, more: int, cap: int, age: bool, resamples: bool) -> None:
         self.policy = policy_of(
             updates_per_round=updates,
             max_age=updates + more if age else 0,
             max_unscored_bytes=cap,
+            resamples=resamples,
         )
         self.there = rounds_of(self.policy)
+        self.committed: list[Segment] = []
+        self.deleted: Counter[tuple[str, int]] = Counter()
+        self.stale: Counter[tuple[str, int]] = Counter()
+        """(unit, version) -> units in hand of older versions when it was deleted first."""
         self.newest = self.policy.first_version
         self.consumed = 0
         self.in_hand: list[Segment] = []
@@ -151,7 +176,7 @@ class Loop(RuleBasedStateMachine):
     def units(self) -> list[Segment]:
         """Return the units that a sampler may begin now, with the version that samples them."""
         return [
-            sampled(number, first, self.newest)
+            replace(sampled(number, first, self.newest), seg_id=f"{number}/{first}/{self.newest}")
             for number in self.policy.admitted(self.there, self.newest)
             for first, _ in self.policy.missing(self.there, number)
         ]
@@ -180,23 +205,53 @@ class Loop(RuleBasedStateMachine):
         self.in_hand.remove(unit)
         # The store commits one segment of a key.
         if not killed and unit.first not in self.there.rollouts(unit.provenance[ROUND]):
-            self.there.add(unit)
+            self.commit(unit)
+
+    def commit(self, segment: Segment) -> None:
+        self.committed.append(segment)
+        self.there.add(segment)
 
     @precondition(lambda self: self.unscored())
     @rule(data=st.data())
     def score(self, data: Any) -> None:
-        self.there.add(scored(data.draw(st.sampled_from(self.unscored())).seg_id))
+        self.commit(scored(data.draw(st.sampled_from(self.unscored())).seg_id))
 
     @precondition(lambda self: self.whole())
-    @rule()
-    def train(self) -> None:
+    @rule(data=st.data(), killed=st.booleans())
+    def train(self, data: Any, killed: bool) -> None:
+        """Measure the drift, which may be any; resample, or train, unless it is killed before."""
         found = self.policy.whole(self.there, self.consumed)
         assert found is not None
+        older = self.policy.older(self.consumed, found)
+        drifted = {each.seg_id for each in older if data.draw(st.booleans())}
+        gone = self.policy.to_resample(self.consumed, found, drifted)
+        self.delete(gone)
+        if gone or killed:
+            return
+        assert not self.policy.resamples or not drifted
         assert all(map(self.there.is_scored, found))
         assert [each.first for each in found] == [u for u, _ in self.policy.units(self.consumed)]
         self.ages |= {self.newest - segment.version for segment in found}
         self.consumed += 1
         self.newest = self.policy.draw_version(self.consumed)
+
+    def delete(self, segments: list[Segment]) -> None:
+        for segment in segments:
+            assert segment.version < self.newest
+            at = (segment.unit_key, self.newest)
+            waiting = [unit for unit in self.in_hand if unit.unit_key == segment.unit_key]
+            self.stale.setdefault(at, sum(unit.version < self.newest for unit in waiting))
+            self.deleted[at] += 1
+        gone = {segment.seg_id for segment in segments}
+        self.committed = [s for s in self.committed if not {s.seg_id, s.base} & gone]
+        if gone:
+            self.there = rounds_of(self.policy, *self.committed)
+
+    @invariant()
+    def resamples_a_unit_once_for_a_version(self) -> None:
+        # Samplers of older versions may have had it in hand.
+        if hasattr(self, "policy"):
+            assert all(self.deleted[at] <= 1 + self.stale[at] for at in self.deleted)
 
     @precondition(lambda self: self.consumed)
     @rule(data=st.data())
@@ -204,6 +259,8 @@ class Loop(RuleBasedStateMachine):
         """Resume at an earlier round, whose version is then the newest one."""
         self.consumed = data.draw(st.integers(0, self.consumed))
         self.newest = self.policy.draw_version(self.consumed)
+        self.deleted.clear()
+        self.stale.clear()
 
     @invariant()
     def is_within_its_bounds(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from logitcask.engine.config.toml import read_toml
 from logitcask.engine.distill.loop import distill
 from logitcask.engine.distill.roles import Role, open_role, run_role, train_role
 from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.events import EventHandler
 from logitcask.engine.store import open_store
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.workers.worker import Worker
@@ -70,12 +72,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"id": f"p{i}", "prompt": "abcdefgh"[: i + 1]} for i in range(5)]
     (path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "d.toml").write_text(TOML)
+    drawn = TOML.replace("overlap", "sampled_token").replace("loss_topk = 4", "")
+    (path / "drawn.toml").write_text(drawn)
     return path
 
 
-def configure(models: Path, into: Path, *changes: str) -> RunConfig:
+def configure(models: Path, into: Path, *changes: str, file: str = "d.toml") -> RunConfig:
     places = (f"store.url={into / 'store'}", f"run.out={into / 'out'}")
-    return read_toml(models / "d.toml", [*places, *changes])
+    return read_toml(models / file, [*places, *changes])
 
 
 def units_of(into: Path) -> Counter[tuple[str, int, int]]:
@@ -90,6 +94,7 @@ def follow(
     monkeypatch: pytest.MonkeyPatch,
     pause: Callable[[list[Worker[Any]]], None],
     roles: Sequence[Role] = ("score", "rollout"),
+    on_event: EventHandler = lambda line: None,
 ) -> TrainReport:
     """Run the trainer in this thread; the other roles work in its pauses, as `pause` has them."""
     jobs = [open_role(config, role) for role in roles]
@@ -97,7 +102,7 @@ def follow(
     clock = SimpleNamespace(sleep=lambda _: pause(workers), monotonic=time.monotonic)
     monkeypatch.setattr(follow_rows, "time", clock)
     try:
-        return train_role(config)
+        return train_role(config, on_event=on_event)
     finally:
         for job in jobs:
             job.close()
@@ -177,6 +182,58 @@ def test_roles_in_any_order_keep_the_bounds_and_do_every_unit_once(
     lines: list[str] = []
     assert train_role(again, on_event=lines.append).resumed_at == 4
     assert "prefixes: of a student at most 4 updates older, new in every round" in lines
+    weights = [(tmp_path / n / "out" / "model.safetensors").read_bytes() for n in ("a", "b")]
+    assert weights[0] == weights[1]
+
+
+def test_units_beyond_the_drift_bound_are_sampled_again_once(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, into = random.Random(0), tmp_path / "a"
+    bound = ["loop.max_age=4", "train.staleness_action=resample", "train.max_drift=0.0024"]
+    config = configure(models, into, *bound, file="drawn.toml")
+
+    def in_any_order(workers: list[Worker[Any]]) -> None:
+        for worker in order.choices(workers, k=5):
+            worker.do_one()
+
+    events: list[str] = []
+
+    def killed(line: str) -> None:
+        if "sampled again" in line:
+            events.append(line)
+            if len(events) == 1:
+                raise Killed
+
+    with pytest.raises(Killed):  # after the deletion, before the new sample
+        follow(config, monkeypatch, in_any_order, on_event=killed)
+    follow(config, monkeypatch, in_any_order, on_event=killed)
+    assert re.search(r"cache/approx_kl = \S+ nats is over --max-drift 0\.0024$", events[0])
+    units = units_of(into)
+    assert set(units.values()) == {1}
+    assert len(units) == 4 * ROUNDS
+    store = open_store(into / "store")
+    store.head()
+    deleted = [s for s in store.log.deleted_after(-1) if s.kind == "rollout"]
+    assert len({s.unit_key for s in deleted}) == len(deleted), "no unit twice"
+    ledger = [json.loads(line) for line in (into / "out/ledger.jsonl").read_text().splitlines()]
+    resampled = [seg_id for line in ledger for seg_id in line.get("resampled", ())]
+    assert sorted(resampled) == sorted(s.seg_id for s in deleted)
+    lines = metrics(into / "out")
+    assert sum(line["cache/resampled"] for line in lines) == len(deleted) > 1
+    # Each deleted unit has another of the version that trained on it; others may be older.
+    now = {s.unit_key: s for s in store.head().rollouts("main")}
+    for segment in deleted:
+        again = now[segment.unit_key]
+        assert again.version == UPDATES * again.provenance["round"] > segment.version
+    kept = [s for key, s in now.items() if key not in {s.unit_key for s in deleted}]
+    assert any(s.version < UPDATES * s.provenance["round"] for s in kept)
+    # Nothing is left for any role, and the student follows from the store.
+    assert (run_role(config, "rollout").units, run_role(config, "score").units) == (0, 0)
+    shutil.copytree(into / "store", tmp_path / "b" / "store")
+    (tmp_path / "b" / "out").mkdir()
+    shutil.copy(into / "out" / "teacher.json", tmp_path / "b" / "out")
+    train_role(configure(models, tmp_path / "b", *bound, file="drawn.toml"))
     weights = [(tmp_path / n / "out" / "model.safetensors").read_bytes() for n in ("a", "b")]
     assert weights[0] == weights[1]
 

@@ -11,7 +11,7 @@ from logitcask.engine.store import Store, extend, open_store, retention
 from logitcask.engine.store.format.entry import path_of
 from logitcask.engine.store.log import publish
 from logitcask.engine.store.log.publish import append
-from logitcask.engine.store.retention import delete, gc, tag, untag
+from logitcask.engine.store.retention import delete, delete_rollouts, gc, tag, untag
 from logitcask.engine.store.storage.local import LocalStorage
 from logitcask.engine.store.store import open_on
 from logitcask.engine.store.verify import verify
@@ -67,6 +67,23 @@ def test_deleted_units_are_invisible_and_can_be_made_again(store: Store) -> None
     assert again.seg_id == segment.seg_id
     assert again.number > before.number
     assert store.head().scores("teacher") == {base.seg_id: (again,)}
+    readable(store)
+
+
+def test_segments_of_rollouts_are_deleted_by_one_record(store: Store) -> None:
+    bases = [commit_rollouts(store, n, student=True) for n in range(3)]
+    twin = commit_rollouts(store, 1, key("twin"), name="twin", student=True)
+    assert twin.seg_id == bases[1].seg_id
+    scores = [commit_scores(store, base, 1) for base in bases]
+    number = store.head().number
+    for _ in range(2):
+        delete_rollouts(store, bases[:2])
+        # Rollouts with the same content elsewhere keep their scores.
+        assert store.head().segments == (bases[2], twin, *scores[1:])
+        assert store.head().number == number + 1
+    again = commit_rollouts(store, 0, student=True)
+    delete_rollouts(store, [twin])
+    assert store.head().segments == (bases[2], scores[2], again)
     readable(store)
 
 

@@ -1,6 +1,7 @@
 """One update is the gradient of the token mean over all its rows, for every packing."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -315,8 +316,9 @@ def test_rows_are_prepared_once_per_update_after_the_previous_update(
     seen: list[tuple[str, int, float]] = []
 
     class Recording(ListPacks):
-        def prepare(self, step: int) -> None:
+        def prepare(self, step: int) -> Sequence[str]:
             seen.append(("prepare", step, float(next(model.parameters()).detach().sum())))
+            return super().prepare(step)
 
         def pack(self, index: int) -> Pack:
             seen.append(("row", index, 0.0))

@@ -24,8 +24,8 @@ B = Source(rollouts="b" * 32, version=3, teacher="big", scores=("d" * 32, "e" * 
 def test_lines_worked_by_hand(tmp_path: Path) -> None:
     """Let a student of version 3 take 30 rows of version 1 and 10 of 3: their mean age is 1.5."""
     ledger = Ledger(tmp_path / "ledger.jsonl", version=3)
-    one: list[Update] = [(1, {A: 10}), (2, {})]
-    two: list[Update] = [(1, {A: 20, B: 10}), (2, {B: 4})]
+    one: list[Update] = [(1, {A: 10}, ["e"]), (2, {}, ())]
+    two: list[Update] = [(1, {A: 20, B: 10}, ["e"]), (2, {B: 4}, ())]
     ledger.write([one, two], {"cache/approx_kl": 0.0123456, "cache/skipped_share": 0.0})
     text = (tmp_path / "ledger.jsonl").read_text()
     first, second = read_lines(ledger.path, text)
@@ -34,11 +34,12 @@ def test_lines_worked_by_hand(tmp_path: Path) -> None:
         {**B._asdict(), "scores": list(B.scores), "base": ["f"]},
     ]
     assert (first["rows"], first["age"]) == ({"0": 30, "1": 10}, [0, 1.5, 2])
+    assert first["resampled"] == ["e"]
     assert second == {"update": 2, "rows": {"1": 4}, "age": [1, 1.0, 1], "drift": 0.01235}
     assert list(sources_of([first, second])) == [A, B]
     # The same packs on one process, resumed after the first update.
     again = Ledger(tmp_path / "again.jsonl", text.splitlines(keepends=True)[0], version=3)
-    again.write([[(2, {B: 4})]], {"cache/approx_kl": 0.0123456})
+    again.write([[(2, {B: 4}, ())]], {"cache/approx_kl": 0.0123456})
     assert again.path.read_text() == text
 
 
