@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from logitcask.engine.distill.drift import drifted
+from logitcask.engine.distill.checks import pack_length
 from logitcask.engine.distill.on_policy_rows import RoundRows
 from logitcask.engine.distill.timed import Updates
 from logitcask.engine.distill.versions import publish, remove_others, whole_copy
 from logitcask.engine.events import EventHandler
 from logitcask.engine.store import Segment, Snapshot
 from logitcask.engine.store.retention import delete_rollouts
+from logitcask.engine.training.evaluation.drift import drifted
 from logitcask.engine.training.processes import on_first
 from logitcask.engine.workers.failures import Failures, error_of
 from logitcask.engine.workers.timeline import span
@@ -62,10 +63,21 @@ class FollowRows(RoundRows):
             snapshot, reasons = self._snapshot(at), dict[str, str]()
             if older:
                 with span(timeline.file, "measure", round=number, version=version):
-                    source = self._source(snapshot, partial(_is_in, older))
-                    reasons = drifted(self.loop.inputs, self.student, source)
+                    reasons = self._drifted(snapshot, older)
             if not on_first(partial(self._resample, number, version, reasons)):
                 return snapshot, segments
+
+    def _drifted(self, snapshot: Snapshot, segments: frozenset[str]) -> dict[str, str]:
+        """Return seg_id -> reason, of those of the segments that are beyond the drift bound."""
+        inputs = self.loop.inputs
+        return drifted(
+            self.student,
+            self._source(snapshot, partial(_is_in, segments)),
+            inputs.preset.objective,
+            inputs.config.train,
+            n_vocab=inputs.model.n_vocab,
+            pack_length=pack_length(inputs.config.train),
+        )
 
     def _resample(self, number: int, version: int, reasons: Mapping[str, str]) -> int:
         """Delete the segments of a whole round that are beyond the bounds; return their number.

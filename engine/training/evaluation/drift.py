@@ -1,7 +1,7 @@
-"""Drift of the segments of a round, before its first update: the metric that bounds rows too.
+"""Drift of stored segments: the mean over each of the metric that bounds rows.
 
-A segment beyond the bound is deleted and not scored again: ids of the current student would mend
-its coverage, but not that its prefixes and its drawn ids are of another student.
+In a loop, a segment beyond the bound is deleted and not scored again: ids of the current student
+would mend its coverage, but not that its prefixes and its drawn ids are of another student.
 """
 
 from dataclasses import replace
@@ -10,8 +10,8 @@ import numpy as np
 from accelerate import PartialState
 from torch import nn
 
-from logitcask.engine.distill.checks import pack_length
-from logitcask.engine.distill.setup import LoopInput
+from logitcask.engine.config.training import Train
+from logitcask.engine.objectives import Objective
 from logitcask.engine.objectives.bounds import Bounds, beyond, bounded_metric
 from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.plan import PlanKey, make_plan
@@ -20,12 +20,19 @@ from logitcask.engine.training.evaluation.held_out import measure_share
 from logitcask.engine.training.processes import gathered
 
 
-def drifted(inputs: LoopInput, student: nn.Module, source: PackSource) -> dict[str, str]:
-    """Return seg_id -> reason, of the segments of a source that are beyond the bounds of [train].
+def drifted(
+    student: nn.Module,
+    source: PackSource,
+    objective: Objective,
+    settings: Train,
+    *,
+    n_vocab: int,
+    pack_length: int,
+) -> dict[str, str]:
+    """Return seg_id -> reason, of the segments of a source that are beyond the bounds of a run.
 
     student: the model in training. Every process calls this, and measures a share of each segment.
     """
-    objective, train = inputs.preset.objective, inputs.config.train
     metric = bounded_metric(objective)
     if metric is None:
         return {}
@@ -33,11 +40,11 @@ def drifted(inputs: LoopInput, student: nn.Module, source: PackSource) -> dict[s
     key = PlanKey(
         snapshot=0,
         snapshot_sha256="",
-        rollouts=inputs.config.store.rollouts,
-        teacher=inputs.config.teacher.name,
+        rollouts="",
+        teacher="",
         seed=0,
         epochs=1,
-        pack_length=pack_length(train),
+        pack_length=pack_length,
     )
     sums: list[tuple[float, float]] = []
     for segment in lengths:
@@ -49,13 +56,13 @@ def drifted(inputs: LoopInput, student: nn.Module, source: PackSource) -> dict[s
             student,
             PlannedPacks(make_plan(key, alone), source),
             objective,
-            n_vocab=inputs.model.n_vocab,
+            n_vocab=n_vocab,
             device=PartialState().device,
         )
         values = found[metric][0] if metric in found else weight
         counted = weight > 0
         sums.append((float(values[counted] @ weight[counted]), float(weight.sum())))
-    bounds = Bounds(min_coverage=train.min_coverage, max_drift=train.max_drift)
+    bounds = Bounds(min_coverage=settings.min_coverage, max_drift=settings.max_drift)
     reasons: dict[str, str] = {}
     for segment, *of_each in zip(lengths, *gathered(sums), strict=True):
         rows = sum(weight for _, weight in of_each)
