@@ -32,7 +32,7 @@ TILE = 4096
 """Logits that one Triton program handles per step: 16 registers a thread at 8 warps, 128-bit loads
 in bf16."""
 
-CPU_CHUNK = 1 << 19
+CPU_CHUNK = 1 << 18
 """Logits per torch chunk on a CPU: small enough to stay in cache between passes, large enough to
 hide Python."""
 

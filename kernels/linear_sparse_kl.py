@@ -67,8 +67,16 @@ def default_chunk_rows(n_vocab: int, hidden: Tensor) -> int:
     return max(1, -(-len(hidden) // n_chunks))
 
 
-def _add_weight_grad(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """Add d_logits^T hidden to d_weight [V, D], float32 or float64; d_logits [C, V]."""
+def _add_weight_grad(d_weight: Tensor, d_logits: Tensor, hidden: Tensor, is_first: bool) -> None:
+    """Add d_logits^T hidden to d_weight [V, D], float32 or float64; d_logits [C, V].
+
+    is_first: d_weight counts as 0, whatever it holds.
+    """
+    if is_first and d_weight.dtype == hidden.dtype:
+        torch.mm(d_logits.T, hidden, out=d_weight)
+        return
+    if is_first:
+        d_weight.zero_()
     if d_weight.dtype == hidden.dtype:
         torch.addmm(d_weight, d_logits.T, hidden, out=d_weight)
     elif hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) >= (8, 0):
@@ -111,8 +119,9 @@ def run_chunks(
     needs_hidden, needs_weight = needs
     head = weight[:n_vocab].to(hidden.dtype)  # [n_vocab, D]
     d_hidden = torch.empty_like(hidden) if needs_hidden else None
-    # new_zeros over all of weight, so that rows past n_vocab have gradient 0.
-    d_weight = weight.new_zeros(weight.shape, dtype=losses.weight.dtype) if needs_weight else None
+    d_weight = weight.new_empty(weight.shape, dtype=losses.weight.dtype) if needs_weight else None
+    if d_weight is not None:
+        d_weight[n_vocab if len(hidden) else 0 :] = 0
     for rows, logits in head_product(hidden, head, chunk_rows):
         losses.run(rows, logits, logits if needs_hidden or needs_weight else None, n_vocab)
         if d_hidden is not None:
@@ -121,7 +130,7 @@ def run_chunks(
             hidden_c = hidden[rows]  # [C, D]
             if losses.weighted:  # d_logits of an unused row is 0, but 0 * NaN is NaN
                 hidden_c = hidden_c.masked_fill((losses.weight[rows] == 0)[:, None], 0.0)
-            _add_weight_grad(d_weight[:n_vocab], logits, hidden_c)
+            _add_weight_grad(d_weight[:n_vocab], logits, hidden_c, rows.start == 0)
     return d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
 
 

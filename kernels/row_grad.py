@@ -167,14 +167,21 @@ def grad_rows(
     n_vocab: int,
     logit_transform: LogitTransform = PLAIN,
     dense_log: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> None:
-    """Write row_grad to `out` [P, V] without checks."""
+    """Write row_grad to `out` [P, V] without checks.
+
+    shift: [P], where `out` holds exp(y - shift) already; on a CPU, without a soft cap.
+    """
     n_rows, n_columns = logits.shape
     n_ids = ids.shape[1]
     if n_rows == 0:
         return
     if not runs_triton(logits):
-        _grad_torch(logits, log_sum_exp, dense, out, n_vocab, logit_transform, dense_log)
+        if shift is not None:
+            _scale_exp(out, (shift - log_sum_exp).exp(), dense, n_vocab, logit_transform)
+        else:
+            _grad_torch(logits, log_sum_exp, dense, out, n_vocab, logit_transform, dense_log)
         listed, slots = (ids >= 0).nonzero().unbind(1)
         out[listed, ids[listed, slots]] = at_ids[listed, slots].to(out.dtype)
         return
@@ -202,6 +209,17 @@ def grad_rows(
             num_warps=8 if tile == TILE else 4,
             enable_fp_fusion=True,  # the default differs between versions of Triton
         )
+
+
+def _scale_exp(
+    out: Tensor, factor: Tensor, dense: Tensor, n_vocab: int, logit_transform: LogitTransform
+) -> None:
+    """Multiply out [P, V] by factor [P], dense [P] and dy/dz; exactly 0 where dense is."""
+    scale = torch.where(dense == 0, 0.0, dense * factor * logit_transform.slope_at_0)
+    for rows in row_chunks(len(out), cpu_chunk_rows(n_vocab)):
+        out_c = out[rows, :n_vocab].mul_(scale[rows, None])
+        out_c.index_fill_(0, (dense[rows] == 0).nonzero()[:, 0], 0.0)  # 0 * NaN is NaN
+    out[:, n_vocab:] = 0
 
 
 def _grad_torch(

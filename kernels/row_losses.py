@@ -10,6 +10,7 @@ from torch import Tensor
 
 from logitcask.kernels.fused_objective import FusedObjective
 from logitcask.kernels.fused_rows import fused_rows
+from logitcask.kernels.launch import runs_triton
 from logitcask.kernels.logit_transform import PLAIN, LogitTransform
 from logitcask.kernels.objective_input import ObjectiveFn, ObjectiveGrad, ObjectiveInput, SparseLoss
 from logitcask.kernels.row_grad import grad_rows, p_log_p
@@ -36,11 +37,16 @@ class RowRead(NamedTuple):
 
 
 def read_rows(
-    logits: Tensor, ids: Tensor, k: int, n_vocab: int, logit_transform: LogitTransform = PLAIN
+    logits: Tensor,
+    ids: Tensor,
+    k: int,
+    n_vocab: int,
+    logit_transform: LogitTransform = PLAIN,
+    exp_out: Tensor | None = None,
 ) -> RowRead:
-    """Return RowRead of logits [C, V] at ids [C, S], without checks."""
+    """Return RowRead of logits [C, V] at ids [C, S], without checks; exp_out as of scan_rows."""
     group = group_size(logits, k, n_vocab)
-    (lse, entropy), group_max = scan_rows(logits, n_vocab, group, logit_transform)
+    (lse, entropy), group_max = scan_rows(logits, n_vocab, group, logit_transform, exp_out)
     top, top_ids = select_rows(logits, group_max, k, n_vocab, group)
     return RowRead(lse, entropy, top, top_ids, logits.gather(1, ids.clamp(min=0)).to(lse.dtype))
 
@@ -86,8 +92,18 @@ class RowLosses:
             _check_output(output, output.at_ids)
             self._keep(rows, output)
             return output
-        read = read_rows(logits, ids, self.k, n_vocab, self.logit_transform)
-        return self.finish(rows, read, logits, ids, out, n_vocab)
+        exp_out = out[:, :n_vocab] if out is not None and self._keeps_exp(logits, out) else None
+        read = read_rows(logits, ids, self.k, n_vocab, self.logit_transform, exp_out)
+        return self.finish(rows, read, logits, ids, out, n_vocab, has_exp=exp_out is not None)
+
+    def _keeps_exp(self, logits: Tensor, out: Tensor) -> bool:
+        """Return whether `out` can hold the exponentials of the scan until the gradient."""
+        return (
+            not runs_triton(logits)
+            and out.dtype == self.weight.dtype
+            and out.data_ptr() != logits.data_ptr()
+            and self.logit_transform.softcap is None
+        )
 
     def finish(
         self,
@@ -97,10 +113,13 @@ class RowLosses:
         columns: Tensor,
         out: Tensor | None,
         n_vocab: int,
+        *,
+        has_exp: bool = False,
     ) -> ObjectiveGrad:
         """Evaluate the objective on `rows` and write the gradient by the logits [C, V].
 
-        columns: [C, S], the column of each listed id in logits; -1 if it has none.
+        columns: [C, S], the column of each listed id in logits; -1 if it has none. has_exp: `out`
+        holds the exponentials of the scan.
         """
         lse, y = read.log_sum_exp, self.logit_transform
         log_p = torch.where(self.ids[rows] >= 0, y.apply(read.at_ids) - lse[:, None], -torch.inf)
@@ -121,7 +140,8 @@ class RowLosses:
             final = final * y.slope(read.at_ids)
         final = torch.where(used[:, None], final, 0.0)
         dense = torch.where(used, w * output.dense, 0.0)
-        grad_rows(logits, lse, dense, columns, final, out, n_vocab, y, dense_log)
+        shift = y.apply(read.top[:, 0]) if has_exp and dense_log is None else None
+        grad_rows(logits, lse, dense, columns, final, out, n_vocab, y, dense_log, shift)
         return output
 
     def evaluate(self, rows: slice, view: ObjectiveInput) -> ObjectiveGrad:

@@ -144,12 +144,19 @@ def scan_kernel(  # type: ignore[no-untyped-def]
 
 
 def scan_rows(
-    logits: Tensor, n_vocab: int, group: int, logit_transform: LogitTransform = PLAIN
+    logits: Tensor,
+    n_vocab: int,
+    group: int,
+    logit_transform: LogitTransform = PLAIN,
+    exp_out: Tensor | None = None,
 ) -> RowScan:
-    """Compute row_stats of [P, V] logits without checks, and group maxima where group > 0."""
+    """Compute row_stats of [P, V] logits without checks, and group maxima where group > 0.
+
+    exp_out: gets exp(y - max y) [P, n_vocab] on a CPU; not the logits.
+    """
     if runs_triton(logits):
         return _scan_triton(logits, n_vocab, group, logit_transform)
-    return _scan_torch(logits[:, :n_vocab], group, logit_transform)
+    return _scan_torch(logits[:, :n_vocab], group, logit_transform, exp_out)
 
 
 def _scan_triton(
@@ -184,14 +191,16 @@ def _scan_triton(
     return RowScan(RowStats(lse, entropy), group_max)
 
 
-def _scan_torch(z: Tensor, group: int, logit_transform: LogitTransform) -> RowScan:
+def _scan_torch(
+    z: Tensor, group: int, logit_transform: LogitTransform, exp_out: Tensor | None
+) -> RowScan:
     n_rows, n_vocab = z.shape
     lse = z.new_empty(n_rows, dtype=compute_dtype(z.dtype))
     entropy = torch.empty_like(lse)
     group_max = z.new_empty(n_rows, -(-n_vocab // group)) if group else None
     chunk_rows = cpu_chunk_rows(n_vocab)
     shifted = lse.new_empty(min(chunk_rows, n_rows), n_vocab)
-    exp = torch.empty_like(shifted)
+    exp = torch.empty_like(shifted) if exp_out is None else exp_out
     for rows in row_chunks(n_rows, chunk_rows):
         z_c = z[rows]
         if group_max is None:
@@ -204,7 +213,7 @@ def _scan_torch(z: Tensor, group: int, logit_transform: LogitTransform) -> RowSc
             z_c = logit_transform.apply(z_c.to(lse.dtype))
         y = torch.sub(z_c, top[:, None], out=shifted[: z_c.shape[0]])
         y.clamp_(min=-1e4)  # -inf adds exp(-1e4) = 0, and 0 * -1e4 = 0 instead of NaN
-        e = torch.exp(y, out=exp[: z_c.shape[0]])
+        e = torch.exp(y, out=exp[: z_c.shape[0]] if exp_out is None else exp[rows])
         d = e.sum(-1)
         log_d = d.log()
         torch.add(top, log_d, out=lse[rows])

@@ -158,7 +158,8 @@ def test_properties(device: str) -> None:
     assert torch.allclose(chunks, grad, atol=1e-6)
     plain = objective(LOSS(teacher))
     (bare,) = torch.autograd.grad(sparse_kl(logits, ids, plain, k=K).loss, logits)
-    assert torch.equal(grad[3], bare[3]), "factor 0 adds nothing"
+    # Factor 0 adds nothing; without the term the same numbers are rounded elsewhere.
+    torch.testing.assert_close(grad[3], bare[3], rtol=1e-5, atol=1e-9)
     # The uniform distribution is the entropy's maximum.
     flat = torch.full((P, V), -2.0, device=device, requires_grad=True)
     with_h, without = (
