@@ -17,6 +17,7 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.commands.rollout import run_rollout
 from logitcask.engine.commands.score import run_score
 from logitcask.engine.commands.train import run_train
+from logitcask.engine.config.loop import LoopScore, LoopTeacher
 from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.sections import (
     Rollout,
@@ -28,7 +29,7 @@ from logitcask.engine.config.sections import (
     Student,
     TrainConfig,
 )
-from logitcask.engine.config.teacher import Score, Teacher
+from logitcask.engine.config.teacher import Teacher
 from logitcask.engine.config.teacher import Work as WorkSection
 from logitcask.engine.config.toml import to_toml
 from logitcask.engine.config.training import Loop, Train
@@ -91,11 +92,11 @@ def loop_config(scale: Scale, models: Path, folder: Path, seed: int, max_age: in
     folder.mkdir(parents=True, exist_ok=True)
     return RunConfig(
         student=Student(model=str(models / "student")),
-        teacher=Teacher(model=str(models / "teacher"), name="teacher"),
+        teacher=LoopTeacher(model=str(models / "teacher"), name="teacher"),
         prompts=Prompts(file=prompts_file(scale, folder), chat_template=False),
         store=StoreSection(url=str(folder / "store")),
         rollout=sampling(scale),
-        score=Score(),
+        score=LoopScore(),
         train=Train(
             objective=OBJECTIVES[0],
             learning_rate=LEARNING_RATE,

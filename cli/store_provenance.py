@@ -82,6 +82,8 @@ def _spent(counts: Mapping[str, Any]) -> str:
     parts = [f"{counts['rows']} rows"]
     if (age := counts["age"]) is not None:
         parts.append(f"age {age[0]:g} to {age[2]:g}, mean {age[1]:.3g}")
+    if (age := counts.get("teacher_age")) is not None:
+        parts.append(f"teacher age {age[0]:g} to {age[2]:g}")
     if (drift := counts["drift"]) is not None:
         parts.append(f"drift {drift:.3g}")
     return ", ".join(parts)

@@ -22,7 +22,7 @@ from logitcask.engine.teachers.remote import (
 )
 from logitcask.engine.teachers.token_maps import SharedVocabulary, shared_vocabulary
 from logitcask.engine.teachers.verified import VerifiedTeacher
-from logitcask.engine.types import ModelRef, ScoreParams
+from logitcask.engine.types import ModelRef, Prompt, ScoreParams
 
 
 def backend(
@@ -74,6 +74,8 @@ class LoadedTeacher:
     """Lines about it for the user."""
     provenance_extra: Mapping[str, Any] = field(default_factory=dict)
     """Further fields that every segment of its scores records."""
+    context: Mapping[str, Prompt] | None = None
+    """Prompt id -> the prompt that it reads; None = that of the student."""
 
     def close(self) -> None:
         close_backend(self.scorer)

@@ -19,7 +19,8 @@ def prove(
 ) -> None:
     """Read the prompts and load the models of a command, and check the paths that it takes.
 
-    A teacher at a URL is left out. Raises PromptError, ConfigError and ModelError.
+    A teacher at a URL is left out, and one that is the student. Raises PromptError, ConfigError and
+    ModelError.
     """
     if isinstance(config, RolloutConfig | RunConfig):
         student, prompts, _ = student_and_prompts(
@@ -28,7 +29,12 @@ def prove(
         grader_of(config.rollout, student, prompts)
         longest = max(len(prompt.token_ids) for prompt in prompts) + config.rollout.max_new_tokens
         _check(student, config.run, "sampling", length=longest)
-    if isinstance(config, ScoreConfig | RunConfig) and not is_remote(config.teacher.model):
+    follows = isinstance(config, RunConfig) and config.teacher.follow
+    if (
+        isinstance(config, ScoreConfig | RunConfig)
+        and not follows
+        and not is_remote(config.teacher.model)
+    ):
         teacher = model_ref(
             config.teacher.model, revision=config.teacher.revision, chat_template=False
         )

@@ -1,18 +1,20 @@
 """`logitcask score`: a teacher scores stored rollouts."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import open_teacher
 from logitcask.engine.commands.resolve import columns_in, rendering_of
 from logitcask.engine.config.sections import ScoreConfig
-from logitcask.engine.config.teacher import FILE, is_file
+from logitcask.engine.config.teacher import FILE, Score, is_file
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.encode import readable
 from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
-from logitcask.engine.prompts.source import open_source
+from logitcask.engine.prompts.source import Source, open_source
 from logitcask.engine.prompts.teacher_context import read_template, templated
+from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.score.plan import ScoreReport, score
 from logitcask.engine.score.positions_file import read_positions
 from logitcask.engine.score.unit import ScoreRequest
@@ -93,28 +95,54 @@ def _context(
     snapshot: Snapshot,
     on_event: EventHandler,
 ) -> dict[str, Prompt]:
-    """Return the teacher's prompts by id, rendered as those of the rollouts were; each leaves room
-    for the longest response. Notes on their rendering go to `on_event`.
-    """
+    """Return the teacher's prompts by id for stored rollouts, as `teacher_context`."""
     segments = snapshot.rollouts(config.store.rollouts)
-    longest = int(segments[0].provenance["set"]["max_new_tokens"])
+    rendering = rendering_of(snapshot, config.store.rollouts)
+    source = None
+    if config.score.prompts is not None:
+        source = open_source(config.score.prompts, columns_in(rendering.source))
+    return teacher_context(
+        config.score,
+        model,
+        rendering,
+        source=source,
+        stored=(prompt for segment in segments for prompt in store.read_prompts(segment)),
+        max_new_tokens=int(segments[0].provenance["set"]["max_new_tokens"]),
+        on_event=on_event,
+    )
+
+
+def teacher_context(
+    settings: Score,
+    model: ModelRef,
+    rendering: Rendering,
+    *,
+    source: Source | None,
+    stored: Iterable[Prompt],
+    max_new_tokens: int,
+    on_event: EventHandler,
+) -> dict[str, Prompt]:
+    """Return the teacher's prompts by id, rendered as those of the rollouts were; each leaves room
+    for the longest response.
+
+    rendering, stored: of the rollouts; source: their prompts file, for a template. Notes on the
+    rendering go to `on_event`.
+    """
     tokenizer = load_tokenizer(model.path)
-    rendering, unread = readable(tokenizer, rendering_of(snapshot, config.store.rollouts))
+    rendering, unread = readable(tokenizer, rendering)
     for note in unread:
         on_event(f"{model.name}: {note}")
-    most = identity.context_length(model.path) - longest
-    if config.score.context is not None:
+    most = identity.context_length(model.path) - max_new_tokens
+    if settings.context is not None:
         read = read_prompts(
-            config.score.context,
+            settings.context,
             tokenizer,
             rendering,
             max_prompt_tokens=most,
             on_event=on_event,
         )
         return {each.id: each for each in read}
-    assert config.score.prompt_template is not None, "teacher_kind = context has one of them"
-    assert config.score.prompts is not None, "a template has prompts"
-    template = read_template(config.score.prompt_template)
-    stored = (prompt for segment in segments for prompt in store.read_prompts(segment))
-    source = open_source(config.score.prompts, columns_in(rendering.source))
+    assert settings.prompt_template is not None, "teacher_kind = context has one of them"
+    assert source is not None, "a template has prompts"
+    template = read_template(settings.prompt_template)
     return templated(source, template, stored, tokenizer, rendering, max_prompt_tokens=most)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from logitcask.engine.config.loop import LoopScore, LoopTeacher
 from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.runner import LoopRunner, StageRunner
 from logitcask.engine.config.section import Name, Positive, Section
@@ -200,11 +201,11 @@ class RunConfig(Section):
     """A whole distillation: the file that `logitcask distill` reads."""
 
     student: Student
-    teacher: Teacher
+    teacher: LoopTeacher
     prompts: Prompts
     store: StoreSection
     rollout: Rollout = Rollout()
-    score: Score = Score()
+    score: LoopScore = LoopScore()
     train: Train = Train()
     lora: Lora = Lora()
     eval: Eval = Eval()

@@ -10,6 +10,7 @@ from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.packing.plan import windows_at_most
 from logitcask.engine.store import Store
+from logitcask.engine.teachers.refreshes import LONGEST_NAME
 from logitcask.engine.training.run_dir.files import check_same
 from logitcask.engine.types import MC_IDS, PACK_LENGTH, ModelRef, Prompt
 
@@ -17,7 +18,7 @@ _NOT_IN_A_LOOP: tuple[tuple[str, type[Section], tuple[str, ...], str], ...] = (
     (
         "score",
         Score,
-        ("teacher_kind", "selection"),
+        ("selection",),
         "leave it out; a loop trains on the best ids of one teacher",
     ),
     (
@@ -80,11 +81,78 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
             "are stored already",
             hint="choose positions by a rule in a loop, such as first:100",
         )
+    if config.score.teacher_kind == "base":
+        raise ConfigError(
+            "score.teacher_kind = base: distill does not take it",
+            hint="leave it out, or give context; a loop trains on the scores of one teacher",
+        )
+    if config.teacher.follow:
+        _check_follow(config)
     for name, section, keys, hint in _NOT_IN_A_LOOP:
         for key in keys:
             value = getattr(getattr(config, name), key)
             if value != section.model_fields[key].default:
                 raise ConfigError(f"{name}.{key} = {value}: distill does not take it", hint=hint)
+
+
+def _check_follow(config: RunConfig) -> None:
+    """Raise ConfigError for a teacher that cannot follow the student."""
+    teacher, updates = config.teacher, config.loop.updates_per_round
+    follow = f"teacher.follow = {teacher.follow}"
+    student = (config.student.model, config.student.revision)
+    if teacher.model and (teacher.model, teacher.revision) != student:
+        raise ConfigError(
+            f"{follow}: the teacher is the student, {student[0]}, and teacher.model is "
+            f"{teacher.model}",
+            hint="leave teacher.model and teacher.revision out",
+        )
+    if teacher.follow_every % updates:
+        raise ConfigError(
+            f"teacher.follow_every = {teacher.follow_every}: a version is published every "
+            f"{updates} updates (loop.updates_per_round)",
+            hint=f"set teacher.follow_every to a multiple of {updates}, or to 0",
+        )
+    if len(teacher.name) > LONGEST_NAME:
+        raise ConfigError(
+            f"teacher.name has {len(teacher.name)} characters, and each refresh adds its version",
+            hint=f"give a name of at most {LONGEST_NAME} characters",
+        )
+    if config.run.backend == "server":
+        raise ConfigError(
+            f"run.backend = server with {follow}: a server does not load versions of the student",
+            hint="leave run.backend out, or set it to hf or vllm",
+        )
+    if config.lora.load_in_4bit and (teacher.follow == "ema" or teacher.follow_every > updates):
+        raise ConfigError(
+            f"lora.load_in_4bit = true with {follow}: weights in 4 bits are not published",
+            hint="leave it out, or set teacher.follow = student and leave follow_every out",
+        )
+
+
+def check_inline(config: RunConfig) -> None:
+    """Raise ConfigError for what a loop in one process cannot do."""
+    if config.loop.max_age:
+        raise ConfigError(
+            f"loop.max_age = {config.loop.max_age}: one process samples with its newest student",
+            hint="run the loop with --runner processes, or set loop.max_age to 0",
+        )
+    if config.teacher.follow and config.run.backend == "vllm":
+        raise ConfigError(
+            f"run.backend = {config.run.backend} with teacher.follow = {config.teacher.follow}: in "
+            "one process the model in training scores too",
+            hint="run the loop with --runner processes, or set run.backend to hf",
+        )
+
+
+def follow_note(config: RunConfig) -> str:
+    """Return a note on a teacher that has nothing to teach; empty for others."""
+    if not config.teacher.follow or config.score.teacher_kind == "context":
+        return ""
+    same = "is the student" if config.teacher.follow == "student" else "is its average"
+    return (
+        f"warning: teacher.follow = {config.teacher.follow} without score.teacher_kind = context: "
+        f"the teacher {same} and reads the same prompts, so the divergence from it is about 0"
+    )
 
 
 def packs_per_update(config: RunConfig, prompts: list[Prompt]) -> int:

@@ -7,8 +7,8 @@ from functools import partial
 
 from logitcask.engine.distill.checks import pack_length
 from logitcask.engine.distill.on_policy_rows import RoundRows
+from logitcask.engine.distill.teacher.refreshes import Publisher
 from logitcask.engine.distill.timed import Updates
-from logitcask.engine.distill.versions import publish, remove_others, whole_copy
 from logitcask.engine.events import EventHandler
 from logitcask.engine.store import Segment, Snapshot
 from logitcask.engine.store.retention import delete_rollouts
@@ -31,7 +31,7 @@ class FollowRows(RoundRows):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._rounds = self.loop.inputs.rounds()
-        self._proved = False
+        self._publisher = Publisher(self.loop, self.student)
         self._said, self._say_at_s = "", 0.0
 
     def prepare(self, step: int) -> Sequence[str]:
@@ -46,7 +46,7 @@ class FollowRows(RoundRows):
         resampled: Sequence[str] = ()
         if not update:
             with span(timeline.file, "publish", round=number, version=version):
-                digest = self._publish(version)
+                digest = self._publisher.publish(version)
             snapshot, segments = self._within_bounds(number, version)
             self._round = self._packed(number, digest, snapshot, partial(_is_in, segments))
             if policy.resamples:
@@ -61,6 +61,8 @@ class FollowRows(RoundRows):
             with span(timeline.file, "wait", round=number, version=version):
                 at, segments, older = self._awaited(number)
             snapshot, reasons = self._snapshot(at), dict[str, str]()
+            if self.loop.inputs.follow_every:
+                self._names = on_first(lambda: self._named(number))
             if older:
                 with span(timeline.file, "measure", round=number, version=version):
                     reasons = self._drifted(snapshot, older)
@@ -121,23 +123,6 @@ class FollowRows(RoundRows):
             time.sleep(self.loop.inputs.config.work.poll)
         return store.snapshot(at)
 
-    def _publish(self, number: int) -> str:
-        """Publish the student as a version, and return its digest."""
-        inputs, loop = self.loop.inputs, self.loop
-        config, out = inputs.config, inputs.config.run.out
-        whole = whole_copy(self.student, inputs.model, config.lora, config.run.seed)
-        metadata = {"plan": loop.plan, "objective": inputs.preset.objective.record()}
-
-        def save() -> str:
-            assert whole is not None, "the first process has it"
-            # To load every version again would take as long as to save it.
-            digest = publish(out, whole, inputs.model, number, metadata, check=not self._proved)
-            self._proved = True
-            remove_others(out, number)
-            return digest
-
-        return on_first(save)
-
     def _whole(self, number: int) -> tuple[int, frozenset[str], frozenset[str]] | None:
         """Return as of `_awaited`, None while units of the round are missing."""
         rounds, policy = self._rounds, self.loop.inputs.policy
@@ -152,6 +137,11 @@ class FollowRows(RoundRows):
         older = policy.older(number, found)
         segments, of_older = (frozenset(s.seg_id for s in each) for each in (found, older))
         return at, segments, of_older
+
+    def _named(self, number: int) -> dict[str, str]:
+        """Return seg_id -> name of its scores, of a whole round."""
+        rounds = self._rounds
+        return {each.seg_id: rounds.scores_of(each) for each in rounds.rollouts(number).values()}
 
     def _lacks(self, number: int) -> str:
         """Return the text on a round that is not whole."""

@@ -15,21 +15,17 @@ from torch import nn
 from logitcask.engine.commands.load_teacher import LoadedTeacher
 from logitcask.engine.commands.train import eval_plan, held_out_set
 from logitcask.engine.config.sections import RunConfig
+from logitcask.engine.distill.checks import check_inline
 from logitcask.engine.distill.on_policy_rows import OnPolicyRows
-from logitcask.engine.distill.setup import (
-    LoopInput,
-    LoopSetup,
-    LoopTeacher,
-    facts_of,
-    open_loop,
-    open_loop_teacher,
-    read_input,
-)
+from logitcask.engine.distill.setup import LoopInput, LoopSetup, open_loop, read_input
+from logitcask.engine.distill.teacher.facts import TeacherFacts, facts_of
+from logitcask.engine.distill.teacher.open import open_loop_teacher
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import CancelToken, EventHandler, warn_once
 from logitcask.engine.objectives import warnings
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.store import open_store
+from logitcask.engine.teachers.refreshes import FOLLOW
 from logitcask.engine.training.evaluation.held_out import hold_out
 from logitcask.engine.training.run import RunSpec, TrainReport, run_training
 from logitcask.engine.training.run_dir.files import read_run
@@ -53,13 +49,9 @@ def distill(
             f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: distill runs in one process",
             hint="start it without torchrun, or train in several processes: --role train",
         )
-    if config.loop.max_age:
-        raise ConfigError(
-            f"loop.max_age = {config.loop.max_age}: one process samples with its newest student",
-            hint="run the loop with --runner processes, or set loop.max_age to 0",
-        )
+    check_inline(config)
     inputs = read_input(config, on_event)
-    teacher = open_loop_teacher(inputs, CancelToken(on_event))
+    teacher = open_loop_teacher(inputs, CancelToken(on_event), on_event, live=True)
     try:
         # Every round scores, with the same notes.
         on_event = warn_once(on_event)
@@ -90,7 +82,7 @@ def _inline(
 
 def train_rounds(
     inputs: LoopInput,
-    facts: LoopTeacher,
+    facts: TeacherFacts,
     packs: Callable[[LoopSetup, nn.Module, int], Packs],
     progress: Progress,
     on_event: EventHandler,
@@ -129,9 +121,10 @@ def train_rounds(
             held_out=held_out,
             teachers={
                 config.teacher.name: {
-                    "name": config.teacher.model,
+                    "name": inputs.teacher_model,
                     "revision": config.teacher.revision,
                     "weights": facts.digest,
+                    **({FOLLOW: inputs.follow} if inputs.follow_every else {}),
                 }
             },
         )

@@ -4,7 +4,7 @@ A round is identified by the version and the digest of the student that samples 
 returns to a round finds the committed units of it and makes only the missing ones.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import nn
 from logitcask.engine.commands.load_teacher import LoadedTeacher, live_backend
 from logitcask.engine.distill.checks import pack_length
 from logitcask.engine.distill.setup import LoopSetup
+from logitcask.engine.distill.teacher.refreshes import InlineTeacher
 from logitcask.engine.events import EventHandler
 from logitcask.engine.models.load import live_digest
 from logitcask.engine.packing.batches import Prefetcher
@@ -20,7 +21,7 @@ from logitcask.engine.packing.plan import Lengths, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.rollout.plan import rollout
 from logitcask.engine.score.plan import score
-from logitcask.engine.store import Segment, Snapshot
+from logitcask.engine.store import ScoreSegments, Segment, Snapshot
 from logitcask.engine.types import NO_DETAIL, Detail, Progress
 
 
@@ -36,6 +37,8 @@ class RoundRows:
 
     def __post_init__(self) -> None:
         self._round: tuple[PackSource, list[PackPlan]]
+        self._names: Mapping[str, str] | None = None
+        """seg_id of a round -> name of its scores, where the teacher follows the student."""
         self._prefetcher = Prefetcher(self._make)
 
     def pack(self, index: int) -> Pack:
@@ -51,7 +54,12 @@ class RoundRows:
     def _make(self, index: int) -> Pack:
         update, slot = divmod(index, self.width)
         source, plans = self._round
-        return source.pack(plans[update % len(plans)].pack(slot))
+        pack, policy = source.pack(plans[update % len(plans)].pack(slot)), self.loop.inputs.policy
+        teacher = policy.teacher_version(update // policy.updates_per_round)
+        if teacher is None:
+            return pack
+        of_refresh = {s._replace(teacher_version=teacher): n for s, n in pack.sources.items()}
+        return replace(pack, sources=of_refresh)
 
     def _packed(
         self, number: int, student: str, snapshot: Snapshot, only: Callable[[Segment], bool]
@@ -82,8 +90,15 @@ class RoundRows:
     def _source(self, snapshot: Snapshot, only: Callable[[Segment], bool]) -> PackSource:
         """Return the source of some segments of the loop."""
         config = self.loop.inputs.config
-        names = (config.store.rollouts, config.teacher.name)
-        return PackSource(self.loop.store, snapshot, *names, partial=True, only=only)
+        return PackSource(
+            self.loop.store,
+            snapshot,
+            config.store.rollouts,
+            config.teacher.name,
+            partial=True,
+            only=only,
+            scores=None if self._names is None else scores_named(snapshot, self._names),
+        )
 
 
 @dataclass(kw_only=True)
@@ -100,7 +115,9 @@ class OnPolicyRows(RoundRows):
         super().__post_init__()
         inputs = self.loop.inputs
         self._sampler = live_backend(self.student, inputs.model, inputs.config.run)
-        self._scoring = self.loop.score_request(self.teacher)
+        live = replace(self.teacher, scorer=self._sampler)
+        self._moving = InlineTeacher(self.loop, self.student, live)
+        self._fixed = self.loop.score_request(self.teacher)
 
     def prepare(self, step: int) -> Sequence[str]:
         """Sample, score and pack the round that begins with update `step`, if one does."""
@@ -119,15 +136,6 @@ class OnPolicyRows(RoundRows):
                 stage, number, done, units, detail
             ),
         ).units_total
-        report = score(
-            self._scoring,
-            # The counts of the scoring include the units of earlier rounds.
-            progress=lambda stage, done, total, detail=NO_DETAIL: self._report(
-                stage, number, max(0, done - total + units), units, detail
-            ),
-        )
-        for note in report.notes:
-            self.on_event(note)
 
         def of_round(segment: Segment) -> bool:
             # Both: a first update at a learning rate of 0 leaves the weights unchanged.
@@ -136,7 +144,23 @@ class OnPolicyRows(RoundRows):
                 (student["weights"], student["version"]) == (current.digest, current.version)
             )
 
-        self._round = self._packed(number, current.digest, self.loop.store.head(), of_round)
+        scoring = self._fixed
+        if inputs.follow_every:
+            scoring = self.loop.score_request(self._moving.at(number, current), of_round)
+        report = score(
+            scoring,
+            # The counts of the scoring include the units of earlier rounds.
+            progress=lambda stage, done, total, detail=NO_DETAIL: self._report(
+                stage, number, max(0, done - total + units), units, detail
+            ),
+        )
+        for note in report.notes:
+            self.on_event(note)
+        snapshot = self.loop.store.head()
+        if inputs.follow_every:
+            ours = filter(of_round, snapshot.rollouts(inputs.config.store.rollouts))
+            self._names = {segment.seg_id: scoring.teacher_name for segment in ours}
+        self._round = self._packed(number, current.digest, snapshot, of_round)
         return ()
 
     def _report(self, stage: str, round_number: int, done: int, units: int, detail: Detail) -> None:
@@ -149,6 +173,12 @@ class OnPolicyRows(RoundRows):
             self.loop.inputs.config.loop.rounds * prompts,
             replace(detail, share=detail.share * prompts / units),
         )
+
+
+def scores_named(snapshot: Snapshot, names: Mapping[str, str]) -> dict[str, ScoreSegments]:
+    """Return seg_id of rollouts -> their scores, of names that differ."""
+    scores = {name: snapshot.scores(name) for name in {*names.values()}}
+    return {base: scores[name][base] for base, name in names.items() if base in scores[name]}
 
 
 def deal(lengths: Sequence[Lengths], updates: int, rng: np.random.Generator) -> list[list[Lengths]]:

@@ -44,6 +44,8 @@ class Policy:
     """Version of the student before update 0."""
     resamples: bool = False
     """Units beyond the bounds are deleted, and sampled again by the version that trains on them."""
+    follow_every: int = 0
+    """Updates between two refreshes of a teacher that follows the student; 0 = it does not move."""
 
     def units(self, number: int) -> list[tuple[int, int]]:
         """Return (first prompt, prompts) of each unit of a round."""
@@ -61,6 +63,37 @@ class Policy:
     def age(self, number: int, version: int) -> int:
         """Return the updates from a version to the first update of a round."""
         return self.draw_version(number) - version
+
+    def teacher_version(self, number: int) -> int | None:
+        """Return the refresh of the teacher that scores a round; None where it does not move.
+
+        It is the newest one that is published when the first unit of the round may begin, so no
+        scorer waits for a version, and the trainer's pace does not change it. At the first update
+        of the round it is at most max_age + follow_every - updates_per_round updates old.
+        """
+        if not self.follow_every:
+            return None
+        ahead = self.max_age // self.updates_per_round
+        return self._refresh(max(0, number - ahead) * self.updates_per_round)
+
+    def is_refresh(self, version: int) -> bool:
+        """Return whether the teacher is refreshed at a version."""
+        return self.follow_every > 0 and self._refresh(version - self.first_version) == version
+
+    def oldest_refresh(self, version: int) -> int:
+        """Return the oldest refresh that a trainer reads which begins a round at a version: that of
+        the round, or the one before, from which an average goes on.
+        """
+        number = (version - self.first_version) // self.updates_per_round
+        teacher = self.teacher_version(number)
+        return version if teacher is None else min(teacher, self.refresh_before(version))
+
+    def refresh_before(self, version: int) -> int:
+        """Return the last refresh before a version, the first version at least."""
+        return self._refresh(max(0, version - self.first_version - 1))
+
+    def _refresh(self, updates: int) -> int:
+        return self.first_version + updates // self.follow_every * self.follow_every
 
     def missing(self, there: RoundsHeld, number: int) -> list[tuple[int, int]]:
         """Return the units of a round that are not sampled."""

@@ -14,29 +14,20 @@ from typing import Any, Literal
 
 from torch import nn
 
-from logitcask.engine.backends.base import close_backend, reload_backend
-from logitcask.engine.commands.load_teacher import backend
+from logitcask.engine.backends.base import close_backend
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.follow_rows import FollowRows
 from logitcask.engine.distill.loop import train_rounds
 from logitcask.engine.distill.rounds import ROUND
-from logitcask.engine.distill.setup import (
-    LoopSetup,
-    facts_of,
-    open_loop,
-    open_loop_teacher,
-    read_facts,
-    read_input,
-    write_facts,
-)
+from logitcask.engine.distill.setup import LoopSetup, open_loop, read_input
+from logitcask.engine.distill.teacher.facts import read_facts
+from logitcask.engine.distill.teacher.scorer import score_job
 from logitcask.engine.distill.timed import Updates, named, timed
-from logitcask.engine.distill.versions import newest_version, read_version
+from logitcask.engine.distill.versions import loaded, newest_version, read_version
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
 from logitcask.engine.packing.batches import Packs
 from logitcask.engine.rollout.unit import RolloutRequest, RolloutUnit, run_rollout_unit
-from logitcask.engine.score.planner import ScorePlanner
-from logitcask.engine.score.unit import ScoreUnit, run_score_unit
 from logitcask.engine.store import open_store
 from logitcask.engine.store.log.claims import forget_claims
 from logitcask.engine.training.run import TrainReport
@@ -131,7 +122,7 @@ def open_role(
     _check_role(config, role)
     on_event = warn_once(on_event)
     if role == "score":
-        return _score_job(config, CancelToken(on_event, stop), on_event, timeline)
+        return score_job(config, CancelToken(on_event, stop), on_event, timeline)
     sampler = _Sampler(config, on_event, timeline)
     job: Job[Any] = Job(
         stage="rollout",
@@ -200,9 +191,12 @@ class _Sampler:
 
     def close(self) -> None:
         """Close the backend of the loaded version."""
-        if self._sampler is not None:
-            close_backend(self._sampler)
-        self._model, self._sampler = None, None
+        close_backend(self._released())
+
+    def _released(self) -> Any:
+        """Return the backend, which belongs to the caller then."""
+        sampler, self._model, self._sampler = self._sampler, None, None
+        return sampler
 
     def _admitted(self) -> list[int]:
         """Return the rounds that may begin now, with the newest version loaded if there are any."""
@@ -235,63 +229,15 @@ class _Sampler:
         run, out, first = self._config.run, self._config.run.out, self._inputs.model
         if run.backend == "server":  # that of the teacher
             run = run.model_copy(update={"backend": "auto"})
-        try:
-            with span(self._timeline, "load", version=newest.version):
-                if not reload_backend(self._sampler, newest, self._on_event):
-                    # Two students need not fit side by side.
-                    self.close()
-                    self._sampler = backend(newest, run)
-        except Exception:
-            self.close()
-            if read_version(out, first, newest.version) == newest:
-                raise
-            return False
-        if read_version(out, first, newest.version) != newest:
-            self.close()
+        with span(self._timeline, "load", version=newest.version):
+            self._sampler = loaded(
+                self._released(),
+                newest,
+                run,
+                self._on_event,
+                still=lambda: read_version(out, first, newest.version) == newest,
+            )
+        if self._sampler is None:
             return False
         self._model = newest
         return True
-
-
-def _score_job(
-    config: RunConfig, cancel: CancelToken, on_event: EventHandler, timeline: Path | None
-) -> Job[Any]:
-    inputs = read_input(config, on_event)
-    teacher = open_loop_teacher(inputs, cancel)
-    try:
-        facts, notes = facts_of(teacher, config)
-        for line in notes:
-            on_event(line)
-        store = open_store(config.store.url, create=True)
-        request = open_loop(inputs, facts, store).score_request(teacher)
-        provenance, planner = request.provenance(), ScorePlanner(request, growing=True)
-        write_facts(config.run.out, facts)
-    except BaseException:
-        teacher.close()
-        raise
-    rounds, total = inputs.rounds(), inputs.policy.units_total
-
-    def plan(left_out: Collection[str]) -> WorkPlan[ScoreUnit]:
-        rounds.refresh(store)
-        done = rounds.units_scored
-        may_shrink = inputs.may_resample()
-        if done == rounds.units_sampled:
-            return WorkPlan(units={}, done=done, total=total, may_shrink=may_shrink)
-        found = planner.plan(store.head())
-        for note in found.notes:
-            on_event(note)
-        number_of = {key: rounds.round_of(unit.segment) for key, unit in found.missing.items()}
-        oldest = min(number_of.values(), default=0)
-        first = [key for key, number in number_of.items() if number == oldest]
-        return WorkPlan(
-            units=found.missing, first=first, done=done, total=total, may_shrink=may_shrink
-        )
-
-    job: Job[Any] = Job(
-        stage="score",
-        store=store,
-        plan=plan,
-        work=lambda key, unit, report: run_score_unit(request, key, unit, provenance, report),
-        close=teacher.close,
-    )
-    return timed(job, timeline, lambda unit: (rounds.round_of(unit.segment), unit.segment.version))

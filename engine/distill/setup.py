@@ -1,13 +1,11 @@
 """Set-up of a loop: the data that all of its roles agree on, and the identity that they record."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from logitcask.engine.commands.load_teacher import LoadedTeacher, open_teacher
+from logitcask.engine.commands.load_teacher import LoadedTeacher
 from logitcask.engine.commands.resolve import grader_of, student_and_prompts
 from logitcask.engine.commands.train import find_objective
 from logitcask.engine.config.sections import RunConfig
@@ -15,35 +13,25 @@ from logitcask.engine.config.training import Train
 from logitcask.engine.distill.checks import (
     check_loop,
     check_name,
+    follow_note,
     longest_of,
     pack_length,
     packs_per_update,
 )
 from logitcask.engine.distill.policy import Policy
 from logitcask.engine.distill.rounds import ROUND, Rounds
-from logitcask.engine.errors import IntegrityError
-from logitcask.engine.events import CancelToken, EventHandler
-from logitcask.engine.models.digests import read_json, write_json
+from logitcask.engine.distill.teacher.facts import TeacherFacts
+from logitcask.engine.events import EventHandler
 from logitcask.engine.models.identity import digest, read_metadata
 from logitcask.engine.objectives import CacheInfo, ExactnessReport, Preset, check_exactness
 from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.rollout.unit import RolloutRequest, default_unit, prompt_set_digest
 from logitcask.engine.score.unit import ScoreRequest
-from logitcask.engine.store import Store
-from logitcask.engine.training.run_dir.files import TEACHER, check_same, make_folder
+from logitcask.engine.store import Segment, Store
+from logitcask.engine.teachers.refreshes import FOLLOW, refresh_name
 from logitcask.engine.training.settings import settings_record, updates_at_most
 from logitcask.engine.types import ALL_POSITIONS, MC_IDS, ModelRef, Prompt, ScoreParams
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopTeacher:
-    """Facts of a loaded teacher, for the roles that do not load it."""
-
-    digest: str
-    params: ScoreParams
-    bounds: bool
-    """Its entropies are intervals."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +69,24 @@ class LoopInput:
     def longest(self) -> int:
         return longest_of(self.config, self.prompts)
 
+    @property
+    def follow_every(self) -> int:
+        """Return the updates between two refreshes of the teacher; 0 = it does not move."""
+        teacher = self.config.teacher
+        return (teacher.follow_every or self.config.loop.updates_per_round) if teacher.follow else 0
+
+    @property
+    def follow(self) -> dict[str, Any]:
+        """Return how the teacher follows the student, for provenance."""
+        teacher = self.config.teacher
+        decay = {"ema_decay": teacher.ema_decay} if teacher.follow == "ema" else {}
+        return {"kind": teacher.follow, "every": self.follow_every, **decay}
+
+    @property
+    def teacher_model(self) -> str:
+        """Return the name of the teacher's model."""
+        return self.config.student.model if self.follow_every else self.config.teacher.model
+
     @cached_property
     def policy(self) -> Policy:
         config, loop = self.config, self.config.loop
@@ -94,6 +100,7 @@ class LoopInput:
             max_unscored_bytes=loop.max_unscored_bytes,
             first_version=self.model.version,
             resamples=config.train.staleness_action == "resample",
+            follow_every=self.follow_every,
         )
 
     def may_resample(self) -> bool:
@@ -139,20 +146,6 @@ class LoopInput:
         )
 
 
-def open_loop_teacher(inputs: LoopInput, cancel: CancelToken) -> LoadedTeacher:
-    """Load the teacher of a loop; raises as `open_teacher` does."""
-    config = inputs.config
-    return open_teacher(
-        config.teacher,
-        config.run,
-        inputs.model.provenance(),
-        template=inputs.rendering.chat_template,
-        exact=config.score.exact,
-        k_max=config.score.teacher_topk_max,
-        cancel=cancel,
-    )
-
-
 def read_input(config: RunConfig, on_event: EventHandler) -> LoopInput:
     """Read and check the student, the prompts and the settings of a loop."""
     preset = find_objective(config.train)
@@ -160,6 +153,8 @@ def read_input(config: RunConfig, on_event: EventHandler) -> LoopInput:
         config.student, config.prompts, config.rollout, on_event
     )
     check_loop(config, prompts)
+    if note := follow_note(config):
+        on_event(note)
     found = LoopInput(
         config=config,
         preset=preset,
@@ -173,52 +168,12 @@ def read_input(config: RunConfig, on_event: EventHandler) -> LoopInput:
     return found
 
 
-def facts_of(teacher: LoadedTeacher, config: RunConfig) -> tuple[LoopTeacher, tuple[str, ...]]:
-    """Return the facts of a teacher, and notes on what it cannot serve."""
-    params, notes = teacher.score_params(config.score, config.run.seed)
-    facts = LoopTeacher(
-        digest=teacher.model.digest,
-        params=params,
-        bounds="bounds" in teacher.scorer.capabilities,
-    )
-    return facts, (*teacher.notes, *notes)
-
-
-def write_facts(out: Path, facts: LoopTeacher) -> None:
-    """Write the facts of the teacher to the folder of a run, for its other roles.
-
-    Raises IdentityError where the folder has those of another teacher or request.
-    """
-    if (earlier := read_facts(out)) is not None:
-        hint = f"set run.out to a new folder, or remove {out / TEACHER} if that loop never began"
-        check_same(out, {"teacher": asdict(earlier)}, {"teacher": asdict(facts)}, hint=hint)
-        return
-    make_folder(out)
-    # Several scorers may write the same file.
-    staged = out / f".{TEACHER}.{uuid4().hex}"
-    write_json(staged, asdict(facts))
-    staged.replace(out / TEACHER)
-
-
-def read_facts(out: Path) -> LoopTeacher | None:
-    """Read the facts of the teacher; None before a scorer has written them."""
-    file = out / TEACHER
-    if not file.exists():
-        return None
-    hint = f"remove {file}: the next scorer writes it"
-    found = read_json(file, hint=hint)
-    try:
-        return LoopTeacher(**found | {"params": ScoreParams(**found["params"])})
-    except (KeyError, TypeError) as error:
-        raise IntegrityError(f"{file} has other keys than ours: {error}", hint=hint) from error
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoopSetup:
     """A loop in its store: requests of its rounds, and the identity that all of them record."""
 
     inputs: LoopInput
-    teacher: LoopTeacher
+    teacher: TeacherFacts
     store: Store
     identity: Mapping[str, Any]
     """Recorded in run.json."""
@@ -258,22 +213,33 @@ class LoopSetup:
             provenance_extra={**inputs.rendering.record(), ROUND: number},
         )
 
-    def score_request(self, teacher: LoadedTeacher) -> ScoreRequest:
-        """Describe the scores of every round."""
-        config = self.inputs.config
+    def score_request(
+        self, teacher: LoadedTeacher, only: Callable[[Segment], bool] | None = None
+    ) -> ScoreRequest:
+        """Describe the scores of every round, or of the rounds of a refresh of a teacher that
+        follows; only: as of ScoreRequest.
+        """
+        config, model = self.inputs.config, teacher.model
+        name, record = config.teacher.name, dict(teacher.provenance_extra)
+        if self.inputs.follow_every:
+            name = refresh_name(name, model.version, model.digest)
+            record[FOLLOW] = self.inputs.follow
         return ScoreRequest(
             store=self.store,
-            model=teacher.model,
+            model=model,
             scorer=teacher.scorer,
-            teacher_name=config.teacher.name,
+            teacher_name=name,
             rollouts_name=config.store.rollouts,
+            only=only,
             params=self.teacher.params,
+            role=config.score.teacher_kind,
+            context=teacher.context,
             extra_ids=config.score.extra_ids or None,
             positions=config.score.positions,
             profile=config.store.profile,
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,
-            provenance_extra=teacher.provenance_extra,
+            provenance_extra=record,
         )
 
     @property
@@ -282,7 +248,7 @@ class LoopSetup:
         return digest(self.identity)
 
 
-def open_loop(inputs: LoopInput, teacher: LoopTeacher, store: Store) -> LoopSetup:
+def open_loop(inputs: LoopInput, teacher: TeacherFacts, store: Store) -> LoopSetup:
     """Set a loop up in its store. Raises IdentityError where its rollouts are of another run."""
     config = inputs.config
     partial = config.score.positions != ALL_POSITIONS
@@ -295,6 +261,8 @@ def open_loop(inputs: LoopInput, teacher: LoopTeacher, store: Store) -> LoopSetu
         "request": asdict(teacher.params),
         **({"at": config.score.extra_ids} if config.score.extra_ids else {}),
         **({"positions": config.score.positions} if partial else {}),
+        **({"context": teacher.context} if teacher.context else {}),
+        **({FOLLOW: inputs.follow} if inputs.follow_every else {}),
         "loop": config.loop.record(),
     }
     record = settings_record(inputs.settings, config.lora, config.run)

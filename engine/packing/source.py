@@ -76,15 +76,17 @@ class PackSource:
         base: str | None = None,
         partial: bool = False,
         only: Callable[[Segment], bool] | None = None,
+        scores: Mapping[str, ScoreSegments] | None = None,
         memory_bytes: int = WINDOW_BYTES,
         cache: UnitCache | None = None,
     ) -> None:
         """Match rollout segments and scores at a snapshot.
 
         teacher, teacher_field: see teachers.py. base: name of the scores of the teacher's base
-        model. only: filter of the rollout segments. memory_bytes: limit of the decoded units in
-        memory, without those being decoded ahead; with a `cache` they are files, and the page cache
-        of the system decides.
+        model. only: filter of the rollout segments. scores: seg_id -> scores, in place of those of
+        the one name `teacher`. memory_bytes: limit of the decoded units in memory, without those
+        being decoded ahead; with a `cache` they are files, and the page cache of the system
+        decides.
 
         Raises StoreError if the names hold nothing, IncompleteError if units are missing and
         `partial` is False, ConfigError for prompts without a teacher and for teachers whose scores
@@ -96,7 +98,7 @@ class PackSource:
         self._init_threads()
         self.teachers = Teachers.parse(teacher, teacher_field)
         self._names = (snapshot.number, snapshot.sha256, rollouts_name, str(self.teachers))
-        scores = {name: snapshot.scores(name) for name in self.teachers.names}
+        found = {n: snapshot.scores(n) if scores is None else scores for n in self.teachers.names}
         self.base = base
         of_base = {} if base is None else snapshot.scores(base)
         segments = tuple(s for s in snapshot.rollouts(rollouts_name) if only is None or only(s))
@@ -107,7 +109,7 @@ class PackSource:
                 needed = [
                     s for s, (names, _) in zip(segments, routes, strict=True) if name in names
                 ]
-                check_scored(store, needed, scores[name], rollouts_name, name)
+                check_scored(store, needed, found[name], rollouts_name, name)
             if base is not None:
                 flag = " --teacher-kind base"
                 check_scored(store, segments, of_base, rollouts_name, base, flag=flag)
@@ -116,10 +118,10 @@ class PackSource:
         self._pair_of: list[Array] = []
         for segment, (names, index) in zip(segments, routes, strict=True):
             key = segment.seg_id
-            if all(key in scores[n] for n in names) and (base is None or key in of_base):
+            if all(key in found[n] for n in names) and (base is None or key in of_base):
                 self._ranges.append(range(len(pairs), len(pairs) + len(names)))
                 self._pair_of.append(len(pairs) + index)
-                pairs += [(segment, scores[name][key]) for name in names]
+                pairs += [(segment, found[name][key]) for name in names]
         self.pairs = tuple(pairs)
         """(rollout segment, its scores) of every teacher that the segment needs, one after the
         other; for one teacher by the ordinals of a plan.

@@ -39,6 +39,8 @@ class Source(NamedTuple):
     """The first, then its extensions."""
     base: tuple[str, ...] = ()
     """Scores of the teacher's base model, for objectives that need them."""
+    teacher_version: int | None = None
+    """Version of the student at the refresh of a teacher that follows it; None for others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -139,6 +139,8 @@ class ScorePlanner:
         else:
             del self._names[segment.unit_key]
         if segment.kind == ROLLOUT and segment.name == request.rollouts_name:
+            if request.only is not None and not request.only(segment):
+                return ""
             self._check_rollouts(segment)
             _count(self._students, digest, sign)
             _put(self._rollouts, segment.seg_id, segment, sign)

@@ -1,7 +1,7 @@
 """Read one rollout segment, score it and commit its score segments."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -55,6 +55,8 @@ class ScoreRequest:
     teacher_name: str
     """Name of its scores in the store."""
     rollouts_name: str = "main"
+    only: Callable[[Segment], bool] | None = None
+    """True for the rollouts of the name to score; None = all of them."""
     params: ScoreParams = field(default_factory=ScoreParams)
     role: Literal["teacher", "base", "context"] = "teacher"
     """Role of the scores; base = of the model that the teacher was trained from (ExOPD), context =
@@ -87,7 +89,7 @@ class ScoreRequest:
         return {
             "teacher": self.model.provenance(),
             "teacher_kind": self.role,
-            "context": _context_digest(self.context),
+            "context": context_digest(self.context),
             "request": self.params.record(),
             "rollouts": self.rollouts_name,
             **({} if self.positions == ALL_POSITIONS else {"positions": self.positions}),
@@ -257,7 +259,8 @@ def _ids_of(store: Store, scores: ScoreSegments, rollouts: Rollouts) -> IdLists:
     return IdLists(cnt=known.cnt.astype(np.uint16), ids=known.ids)
 
 
-def _context_digest(context: Mapping[str, Prompt] | None) -> str:
+def context_digest(context: Mapping[str, Prompt] | None) -> str:
+    """Return the digest of a teacher context; '' for none."""
     if context is None:
         return ""
     return digest({name: list(prompt.token_ids) for name, prompt in context.items()})

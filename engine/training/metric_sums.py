@@ -13,7 +13,7 @@ from logitcask.engine.objectives.evaluate import part_names
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.training.pack_loss import PackLoss
 
-AGE = "cache/age"
+AGE, TEACHER_AGE = "cache/age", "cache/teacher_age"
 
 
 class MetricSums:
@@ -27,13 +27,25 @@ class MetricSums:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, result: PackLoss, targets: Targets, version: int) -> None:
-        """Add the metrics of a pack; version: the student's."""
+    def add(
+        self,
+        result: PackLoss,
+        targets: Targets,
+        version: int,
+        teacher_version: int | None = None,
+    ) -> None:
+        """Add the metrics of a pack.
+
+        version: the student's; teacher_version: of a teacher that follows it.
+        """
         weight = targets.weight
         for name, values in result.metrics.items():
             self._add(name, values, weight[result.measured])
         # The age is known for every row, also where metrics are of a share of the rows.
         self._add(AGE, (version - targets.version).to(weight.dtype), weight)
+        if teacher_version is not None:
+            age = torch.full_like(weight, version - teacher_version)
+            self._add(TEACHER_AGE, age, weight)
 
     def _add(self, name: str, values: Tensor, weight: Tensor) -> None:
         used = weight > 0

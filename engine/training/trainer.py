@@ -205,7 +205,9 @@ class DistillTrainer(ShardingTrainer):
             metrics_fraction=self._metrics_fraction,
             bounds=self._bounds,
         )
-        self._sums.add(result, targets, self._version + self.state.global_step)
+        version = self._version + self.state.global_step
+        teachers = (source.teacher_version for source in pack.sources)
+        self._sums.add(result, targets, version, next(teachers, None))
         return result.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

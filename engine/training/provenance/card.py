@@ -11,7 +11,9 @@ from typing import Any
 
 from logitcask.engine.models.digests import replace_text
 from logitcask.engine.models.identity import HUB_ID, NO_TEMPLATE, local_folder
+from logitcask.engine.packing.teachers import Source
 from logitcask.engine.store.transfer.card import CARD, MAX_CARD_BYTES, code_span, is_ours, signed
+from logitcask.engine.teachers.refreshes import FOLLOW
 from logitcask.engine.training.provenance.chain import totals
 from logitcask.engine.training.provenance.ledger import sources_of
 from logitcask.engine.types import ModelRef
@@ -124,21 +126,37 @@ def _chain(
     updates: int,
 ) -> list[tuple[str, str]]:
     counts = totals(lines)
-    age, drift = counts["age"], counts["drift"]
+    age, drift, moved = counts["age"], counts["drift"], counts.get("teacher_age")
     pin = record.get("pin")
-    names = sorted({source.teacher for source in sources_of(lines)})
+    sources = list(sources_of(lines))
+    moving = {name: model[FOLLOW] for name, model in teachers.items() if FOLLOW in model}
+    names = sorted({source.teacher for source in sources if source.teacher_version is None})
     return [
         ("version", f"{parent.version + updates}, after {updates} updates from {parent.version}"),
         ("base weights", code_span(parent.base_weights)),
         ("objective", code_span(objective or "without a preset")),
         *((f"teacher {code_span(name)}", _model(teachers.get(name, {}))) for name in names),
+        *((f"teacher {code_span(name)}", _following(how, sources)) for name, how in moving.items()),
         ("store", code_span(str(record["store"]))),
         *([("snapshot", f"{pin['number']}, {code_span(pin['sha256'])}")] if pin else []),
         ("segments, rows", f"{counts['segments']:,}, {counts['rows']:,}"),
         *([("age", f"{age[0]:g} to {age[2]:g}, mean {age[1]:.3g}")] if age else []),
+        *([("teacher age", f"{moved[0]:g} to {moved[2]:g}")] if moved else []),
         *([("drift", f"{drift:.3g}, at most {counts['largest_drift']:.3g}")] if drift else []),
         ("ledger.jsonl", code_span(ledger)),
     ]
+
+
+def _following(how: Mapping[str, Any], sources: Sequence[Source]) -> str:
+    """Describe a teacher that follows the student, by its refreshes."""
+    names = {source.teacher: source.teacher_version or 0 for source in sources}
+    if not names:
+        return "none of its scores were used"
+    first, last = (code_span(by(names, key=names.__getitem__)) for by in (min, max))
+    what = "the student itself" if how["kind"] == "student" else "the average of its weights"
+    decay = f" with decay {how['ema_decay']:g}" if "ema_decay" in how else ""
+    every = f"refreshed every {how['every']} updates"
+    return f"{what}{decay}, {every}: {len(names)} refreshes, {first} to {last}"
 
 
 def _model(model: Mapping[str, Any]) -> str:

@@ -84,10 +84,13 @@ def totals(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = [sum(line["rows"].values()) for line in lines]
     aged = [(line["age"], n) for line, n in zip(lines, rows, strict=True) if "age" in line]
     drifts = [(line["drift"], n) for line, n in zip(lines, rows, strict=True) if "drift" in line]
+    pairs = zip(lines, rows, strict=True)
+    moving = [(line["teacher_age"], n) for line, n in pairs if "teacher_age" in line]
     return {
         "segments": len({source.rollouts for source in sources_of(lines)}),
         "rows": sum(rows),
         "age": _span(aged),
+        **({"teacher_age": _span(moving)} if moving else {}),
         "drift": _mean(drifts),
         "largest_drift": max((drift for drift, _ in drifts), default=None),
     }
@@ -105,13 +108,16 @@ def usage(lines: Sequence[Mapping[str, Any]], start: int) -> list[dict[str, Any]
             source = sources[int(number)]
             group = groups.setdefault(
                 (source.teacher, source.version),
-                {"sources": set(), "rows": 0, "ages": [], "drifts": []},
+                {"sources": set(), "rows": 0, "ages": [], "teacher_ages": [], "drifts": []},
             )
             group["sources"].add(source)
             group["rows"] += rows
             if "age" in line:
                 age = start + line["update"] - 1 - source.version
                 group["ages"].append(([age] * 3, rows))
+            if source.teacher_version is not None:
+                age = start + line["update"] - 1 - source.teacher_version
+                group["teacher_ages"].append(([age] * 3, rows))
             if "drift" in line:
                 group["drifts"].append((line["drift"], rows))
     return [
@@ -121,6 +127,7 @@ def usage(lines: Sequence[Mapping[str, Any]], start: int) -> list[dict[str, Any]
             "sources": sorted(group["sources"]),
             "rows": group["rows"],
             "age": _span(group["ages"]),
+            **({"teacher_age": of} if (of := _span(group["teacher_ages"])) else {}),
             "drift": _mean(group["drifts"]),
         }
         for (teacher, version), group in sorted(groups.items())

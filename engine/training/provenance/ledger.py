@@ -10,6 +10,8 @@ OUT/ledger.jsonl has one line per update, here with line breaks:
     rows       number of a segment -> its rows with a weight, once for each teacher
     age        [least, mean, largest] over these rows, in versions; left out for rollouts of other
                base weights
+    teacher_age  likewise in updates since the refresh of a teacher that follows the student, whose
+               segments have its "teacher_version"
     drift      cache/approx_kl of the line of metrics.jsonl of that update, if it has one
     skipped    cache/skipped_share of it, if rows were skipped
     resampled  rollouts that were deleted before the first update of their round, beyond the bounds
@@ -105,10 +107,18 @@ class Ledger:
         line["rows"] = {str(number): counts[number] for number in sorted(counts)}
         if self._version is not None and rows:
             now = self._version + update - 1
-            ages = {now - source.version for source in rows}
-            total = sum((now - source.version) * count for source, count in rows.items())
-            line["age"] = [min(ages), _short(total / sum(rows.values())), max(ages)]
+            line["age"] = _ages([(now - source.version, n) for source, n in rows.items()])
+            teachers = [(source.teacher_version, n) for source, n in rows.items()]
+            if moving := [(now - version, n) for version, n in teachers if version is not None]:
+                line["teacher_age"] = _ages(moving)
         return line
+
+
+def _ages(ages: Sequence[tuple[int, int]]) -> list[float]:
+    """Return [least, mean, largest] of (age, rows), the mean over rows."""
+    total = sum(age * rows for age, rows in ages)
+    mean = _short(total / sum(rows for _, rows in ages))
+    return [min(age for age, _ in ages), mean, max(age for age, _ in ages)]
 
 
 def read_lines(path: Path, text: str | None = None) -> list[dict[str, Any]]:
@@ -139,12 +149,17 @@ def sources_of(lines: Iterable[Mapping[str, Any]]) -> Iterable[Source]:
                 teacher=str(entry["teacher"]),
                 scores=tuple(map(str, entry["scores"])),
                 base=tuple(map(str, entry.get("base", ()))),
+                teacher_version=_integer(entry.get("teacher_version")),
             )
 
 
 def _entry(source: Source) -> dict[str, Any]:
-    entry = source._asdict()
-    return entry if source.base else {k: v for k, v in entry.items() if k != "base"}
+    left_out = [key for key in ("base", "teacher_version") if getattr(source, key) in ((), None)]
+    return {key: value for key, value in source._asdict().items() if key not in left_out}
+
+
+def _integer(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _short(value: float) -> float:

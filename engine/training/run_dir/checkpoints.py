@@ -55,6 +55,12 @@ def complete_checkpoint(
     write_json(folder / RESUME_METADATA, {**resume_metadata, "step": step, "files": files})
 
 
+def checkpoint_steps(out: Path) -> list[int]:
+    """Return the updates after which the run in `out` may resume, whole checkpoints or not."""
+    steps = map(_step_of, (out / CHECKPOINTS).glob("checkpoint-*"))
+    return sorted(step for step in steps if step >= 0)
+
+
 def remove_checkpoints(out: Path) -> None:
     """Remove the checkpoints of a finished run."""
     if (out / CHECKPOINTS).is_dir():

@@ -7,7 +7,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from logitcask.engine.distill.policy import Policy
@@ -116,6 +116,69 @@ def test_scores_with_extra_ids_are_complete_with_their_extension() -> None:
     assert rounds_of(policy, *segments, extended=True).units_scored == 1
 
 
+def test_the_teacher_of_a_round_is_worked_by_hand() -> None:
+    """Let rounds of 2 updates begin up to 4 updates early, by refreshes at 4, 8, 12 ..."""
+    policy = policy_of(updates_per_round=2, max_age=4, follow_every=4)
+    assert [policy.teacher_version(number) for number in range(8)] == [4, 4, 4, 4, 8, 8, 12, 12]
+    assert [policy.is_refresh(version) for version in (4, 6, 8)] == [True, False, True]
+    assert [policy.refresh_before(version) for version in (4, 6, 8, 10)] == [4, 4, 4, 8]
+    assert policy_of().teacher_version(3) is None
+    assert not policy_of().is_refresh(4)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 60))
+def test_the_teacher_of_a_round_is_published_in_time_and_bounded(
+    updates: int, every: int, ahead: int, number: int
+) -> None:
+    age, every = ahead * updates + (updates - 1 if ahead else 0), every * updates
+    policy = policy_of(updates_per_round=updates, max_age=age, follow_every=every)
+    teacher = policy.teacher_version(number)
+    assert teacher is not None
+    assert policy.is_refresh(teacher)
+    # A round begins at the first published version that is young enough for it.
+    published = range(policy.first_version, policy.draw_version(number) + 1, updates)
+    earliest = min(version for version in published if policy.age(number, version) <= age)
+    assert policy.first_version <= teacher <= earliest
+    assert policy.age(number, teacher) <= age + every - updates
+    assert teacher <= (policy.teacher_version(number + 1) or 0)
+    # What a trainer reads that begins the round: its scores, and the average before its own.
+    oldest = policy.oldest_refresh(policy.draw_version(number))
+    assert oldest <= teacher
+    assert policy.is_refresh(oldest)
+    assert policy.draw_version(number) - oldest <= age + every
+
+
+def test_a_round_is_scored_by_its_own_refresh_alone() -> None:
+    """Refresh at 4, 5 ...: a round 0 of version 4 waits for scores of that version."""
+    policy = policy_of(max_age=0, follow_every=1)
+    first, second = sampled(0, 0, 4), sampled(1, 3, 5)
+    others = [
+        scored("0/0"),
+        scored("0/0", name="big.v5-00000000"),
+        scored("0/0", name="other.v4-00000000"),
+    ]
+    there = rounds_of(policy, first, second, *others)
+    assert (there.units_sampled, there.units_scored, there.waiting) == (2, 0, [4, 5])
+    there.add(scored("0/0", name="big.v4-11111111"))
+    # Of a trainer that was killed, and then published other weights of the version.
+    there.add(scored("0/0", name="big.v4-22222222"))
+    assert (there.units_scored, there.unscored_bytes, there.waiting) == (1, SIZE, [5])
+    assert there.is_scored(first)
+    assert there.scores_of(first) == "big.v4-11111111"
+    assert not there.is_scored(second)
+
+
+def test_equal_rollouts_of_two_rounds_are_scored_at_once() -> None:
+    """Let one version sample both greedily: their content, and so their seg_id, is the same."""
+    policy = policy_of(prompts=3, unit_prompts=3)
+    first = sampled(0, 0, 4)
+    again = replace(first, unit_key="again", source=SegmentBody(unit={}, provenance={ROUND: 1}))
+    there = rounds_of(policy, first, again)
+    assert (there.units_sampled, there.unscored_bytes) == (2, 2 * SIZE)
+    there.add(scored(first.seg_id))
+    assert (there.units_scored, there.unscored_bytes, there.waiting) == (2, 0, [])
+
+
 def test_the_round_of_an_earlier_loop_follows_from_its_version() -> None:
     policy = policy_of(updates_per_round=2, max_age=0)
     there = rounds_of(policy, sampled(0, 3, 6, recorded=False))
@@ -154,9 +217,13 @@ class Loop(RuleBasedStateMachine):
         cap=st.integers(1, 60),
         age=st.booleans(),
         resamples=st.booleans(),
+        refresh=st.integers(0, 2),
     )
-    def begin(self, updates: int, more: int, cap: int, age: bool, resamples: bool) -> None:
+    def begin(
+        self, updates: int, more: int, cap: int, age: bool, resamples: bool, refresh: int
+    ) -> None:
         self.policy = policy_of(
+            follow_every=refresh * updates,
             updates_per_round=updates,
             max_age=updates + more if age else 0,
             max_unscored_bytes=cap,
@@ -182,8 +249,16 @@ class Loop(RuleBasedStateMachine):
         ]
 
     def unscored(self) -> list[Segment]:
+        """Return the rollouts without scores whose teacher is published."""
         held = [each for n in range(5) for each in self.there.rollouts(n).values()]
-        return [each for each in held if not self.there.is_scored(each)]
+        return [
+            each
+            for each in held
+            if not self.there.is_scored(each) and (self.teacher(each) or 0) <= self.newest
+        ]
+
+    def teacher(self, rollouts: Segment) -> int | None:
+        return self.policy.teacher_version(rollouts.provenance[ROUND])
 
     def whole(self) -> bool:
         there = self.there
@@ -214,7 +289,10 @@ class Loop(RuleBasedStateMachine):
     @precondition(lambda self: self.unscored())
     @rule(data=st.data())
     def score(self, data: Any) -> None:
-        self.commit(scored(data.draw(st.sampled_from(self.unscored())).seg_id))
+        rollouts = data.draw(st.sampled_from(self.unscored()))
+        version = self.teacher(rollouts)
+        name = "big" if version is None else f"big.v{version}-00000000"
+        self.commit(scored(rollouts.seg_id, name=name))
 
     @precondition(lambda self: self.whole())
     @rule(data=st.data(), killed=st.booleans())

@@ -22,6 +22,7 @@ from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.store import open_store
 from logitcask.engine.training.run import TrainReport
+from logitcask.engine.types import Progress, no_progress
 from logitcask.engine.workers.worker import Worker
 from tests.engine.tiny import make_model, save_folder
 
@@ -95,6 +96,7 @@ def follow(
     pause: Callable[[list[Worker[Any]]], None],
     roles: Sequence[Role] = ("score", "rollout"),
     on_event: EventHandler = lambda line: None,
+    progress: Progress = no_progress,
 ) -> TrainReport:
     """Run the trainer in this thread; the other roles work in its pauses, as `pause` has them."""
     jobs = [open_role(config, role) for role in roles]
@@ -102,7 +104,7 @@ def follow(
     clock = SimpleNamespace(sleep=lambda _: pause(workers), monotonic=time.monotonic)
     monkeypatch.setattr(follow_rows, "time", clock)
     try:
-        return train_role(config, on_event=on_event)
+        return train_role(config, progress=progress, on_event=on_event)
     finally:
         for job in jobs:
             job.close()

@@ -142,6 +142,22 @@ def test_text_of_records_is_no_markup() -> None:
         assert "<script>" not in line.replace(code, "")
 
 
+def test_a_teacher_that_follows_has_one_line(tmp_path: Path) -> None:
+    names = [(f"self.v{version}-{version:08}", version) for version in (0, 2, 10)]
+    sources = [
+        SOURCE._replace(teacher=name, teacher_version=version)._asdict() for name, version in names
+    ]
+    line = {"update": 1, "segments": sources, "rows": {"0": 3, "2": 1}, "teacher_age": [0, 1, 4]}
+    how = {"kind": "ema", "every": 2, "ema_decay": 0.95}
+    teachers = {"self": {"name": "org/base", "weights": DIGEST, "follow": how}}
+    text = card(parent_with(tmp_path, ""), lines=[line], teachers=teachers)
+    assert (
+        "| teacher `self` | the average of its weights with decay 0.95, refreshed every 2 updates: "
+        "3 refreshes, `self.v0-00000000` to `self.v10-00000010` |"
+    ) in text
+    assert "| teacher age | 0 to 4 |" in text
+
+
 def test_a_card_of_others_stays(tmp_path: Path) -> None:
     assert write_card(tmp_path, card(PARENT))
     again = card(PARENT, objective="opd")

@@ -31,7 +31,10 @@ def test_lines_worked_by_hand(tmp_path: Path) -> None:
     first, second = read_lines(ledger.path, text)
     assert first["segments"] == [
         {"rollouts": "a" * 32, "version": 1, "teacher": "big", "scores": ["c" * 32]},
-        {**B._asdict(), "scores": list(B.scores), "base": ["f"]},
+        {
+            **{"rollouts": "b" * 32, "version": 3, "teacher": "big"},
+            **{"scores": ["d" * 32, "e" * 32], "base": ["f"]},
+        },
     ]
     assert (first["rows"], first["age"]) == ({"0": 30, "1": 10}, [0, 1.5, 2])
     assert first["resampled"] == ["e"]
@@ -41,6 +44,19 @@ def test_lines_worked_by_hand(tmp_path: Path) -> None:
     again = Ledger(tmp_path / "again.jsonl", text.splitlines(keepends=True)[0], version=3)
     again.write([[(2, {B: 4}, ())]], {"cache/approx_kl": 0.0123456})
     assert again.path.read_text() == text
+
+
+def test_a_teacher_that_follows_has_an_age_too(tmp_path: Path) -> None:
+    """Let 30 rows have a refresh that is 3 updates old, and 10 one of 1 update."""
+    ours = [
+        A._replace(teacher="big.v1-00000000", teacher_version=1),
+        A._replace(teacher="big.v3-00000000", teacher_version=3),
+    ]
+    ledger = Ledger(tmp_path / "ledger.jsonl", version=3)
+    ledger.write([[(1, {}), (2, dict(zip(ours, (30, 10), strict=True)))]])
+    _, line = read_lines(ledger.path)
+    assert (line["age"], line["teacher_age"]) == ([3, 3.0, 3], [1, 2.5, 3])
+    assert list(sources_of([line])) == ours
 
 
 @pytest.mark.parametrize(
