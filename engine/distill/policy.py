@@ -104,12 +104,14 @@ class Policy:
         """Yield the rounds, `since` and later, that the version `newest` may sample units of now.
 
         None while too much waits for scores: each unit that begins adds its own bytes to less than
-        max_unscored_bytes.
+        max_unscored_bytes. With a teacher that follows, all but the round that the trainer waits
+        for: what waits may be of a refresh that the trainer published before it was killed, and
+        publishes again after this round.
         """
-        if there.unscored_bytes >= self.max_unscored_bytes:
-            return
+        full = there.unscored_bytes >= self.max_unscored_bytes
         for number in range(since, self.rounds):
-            if self.age(number, newest) > self.max_age:
+            age = self.age(number, newest)
+            if age > self.max_age or (full and (age > 0 or not self.follow_every)):
                 return
             if self.missing(there, number):
                 yield number

@@ -168,6 +168,16 @@ def test_a_round_is_scored_by_its_own_refresh_alone() -> None:
     assert not there.is_scored(second)
 
 
+def test_the_round_of_the_trainer_begins_also_while_later_refreshes_are_missing() -> None:
+    """Let a trainer resume at version 4 with units that wait for version 5 of the teacher."""
+    fields = {"max_age": 1, "max_unscored_bytes": SIZE, "unit_prompts": 3}
+    moving, fixed = (policy_of(**fields, follow_every=every) for every in (1, 0))
+    later = sampled(2, 6, 5)
+    assert moving.teacher_version(2) == 5
+    assert admitted(moving, rounds_of(moving, later), 4) == [0]
+    assert admitted(fixed, rounds_of(fixed, later), 4) == []
+
+
 def test_equal_rollouts_of_two_rounds_are_scored_at_once() -> None:
     """Let one version sample both greedily: their content, and so their seg_id, is the same."""
     policy = policy_of(prompts=3, unit_prompts=3)
@@ -270,8 +280,11 @@ class Loop(RuleBasedStateMachine):
     @rule(data=st.data())
     def begin_unit(self, data: Any) -> None:
         """Begin any unit, also one that another sampler has in hand: a lease may have ended."""
-        assert self.there.unscored_bytes < self.policy.max_unscored_bytes
-        self.in_hand.append(data.draw(st.sampled_from(self.units())))
+        unit = data.draw(st.sampled_from(self.units()))
+        age = self.policy.age(unit.provenance[ROUND], self.newest)
+        due = self.policy.follow_every > 0 and age <= 0
+        assert due or self.there.unscored_bytes < self.policy.max_unscored_bytes
+        self.in_hand.append(unit)
 
     @precondition(lambda self: self.in_hand)
     @rule(data=st.data(), killed=st.booleans())
@@ -345,7 +358,8 @@ class Loop(RuleBasedStateMachine):
         if not hasattr(self, "policy"):
             return
         assert all(0 <= age <= self.policy.max_age for age in self.ages)
-        limit = self.policy.max_unscored_bytes + 3 * SIZE
+        # A round has at most two units, and that of the trainer is admitted in any case.
+        limit = self.policy.max_unscored_bytes + (5 if self.policy.follow_every else 3) * SIZE
         assert self.there.unscored_bytes <= limit
 
     @invariant()
