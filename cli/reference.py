@@ -10,8 +10,10 @@ import rich_click as click
 
 from logitcask.cli.main import EXIT_CODES, cli
 from logitcask.cli.options import FLAGS
+from logitcask.engine.config.loop import LoopTeacher
 from logitcask.engine.config.runner import LoopRunner
 from logitcask.engine.config.section import Section
+from logitcask.engine.config.teacher import Teacher
 from logitcask.engine.config.training import Loop
 
 SHARED = ("--format", "--help", "--dry-run")
@@ -56,9 +58,14 @@ def reference() -> str:
             parts.append(_table(["flag", "key", "default", "meaning"], rows))
         if path == "distill":
             flags = {str(each.name).rpartition("__")[2] for each in command.params}
-            for name, section in (("loop", Loop), ("runner", LoopRunner)):
+            of_score = {*Teacher.model_fields}
+            for name, section, known in (
+                ("loop", Loop, flags),
+                ("teacher", LoopTeacher, of_score),
+                ("runner", LoopRunner, flags),
+            ):
                 head = f"Keys of `[{name}]`, which have no flag:\n\n"
-                parts.append(head + _table(*_keys(section, flags)))
+                parts.append(head + _table(*_keys(section, known)))
     return "\n".join(parts)
 
 

@@ -27,7 +27,12 @@ ignore_missing_imports = True
 """
 
 
-BASES = {"StageRunner": "Runner", "LoopRunner": "Runner"}
+FILES = ("prompts", "runner", "teacher", "loop", "training", "sections")
+"""Files of sections, each after those of the bases of its sections."""
+BASES = {
+    **{"StageRunner": "Runner", "LoopRunner": "Runner"},
+    **{"LoopTeacher": "Teacher", "LoopScore": "Score"},
+}
 """Section -> the section whose keys it has too."""
 
 
@@ -36,7 +41,10 @@ def declared(root: Path) -> Iterator[tuple[Path, str, ast.AnnAssign]]:
     sections = {"Section"}
     for name in (
         "types.py",
-        *(f"config/{each}.py" for each in ("prompts", "runner", "teacher", "training", "sections")),
+        *(
+            f"config/{each}.py"
+            for each in ("prompts", "runner", "teacher", "loop", "training", "sections")
+        ),
     ):
         path = root / "engine" / name
         for node in ast.parse(path.read_text()).body:
