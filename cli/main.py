@@ -15,13 +15,14 @@ from logitcask.engine.config.other_names import suggest
 from logitcask.engine.errors import LogitcaskError
 
 VERBS = (
-    *("rollout", "score", "train", "distill", "ablate", "objectives"),
+    *("rollout", "import", "score", "train", "distill", "ablate", "objectives"),
     *("evaluate", "store", "probe", "doctor", "demo", "bench"),
 )
 """In the order of the data. The module of a verb is cli/VERB.py, imported when it is used."""
 
 OTHER_VERBS = {
     "rollout": "generate sample",
+    "import": "convert adopt load",
     "score": "label logprobs teacher",
     "train": "sft fit finetune",
     "distill": "run loop",

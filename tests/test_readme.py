@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Qwen3ForCausalLM
 
 from logitcask.cli.main import VERBS, cli, run
@@ -52,6 +53,17 @@ def block(language: str) -> str:
     found = [each for text in texts for each in re.findall(rf"```{language}\n(.*?)```", text, re.S)]
     assert len(found) == 1, f"{len(found)} blocks {language}"
     return str(found[0])
+
+
+def write_imports() -> None:
+    """Write the rollouts of other programs that engine/exchange/README.md imports."""
+    ids = {"prompt_ids": [5, 6], "response_ids": [7, 8], "loss_mask": [0, 1]}
+    Path("rollouts.jsonl").write_text(json.dumps(ids))
+    batch = {"token_ids": [[5, 6, 7]], "token_loss_mask": [[0, 0, 1]], "input_lengths": [3]}
+    Path("logs").mkdir()
+    Path("logs/train_data_step1.jsonl").write_text(json.dumps(batch))
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    Dataset.from_list([{"messages": turns}]).to_parquet("chats.parquet")
 
 
 def with_tiny_models(text: str) -> str:
@@ -142,6 +154,7 @@ def test_commands_run_in_their_order(
 
 def prepare(capsys: pytest.CaptureFixture[str]) -> None:
     """Write the files that commands of the READMEs take."""
+    write_imports()
     text = with_tiny_models(block("toml distill"))
     for large, small in SMALLER.items():
         assert large in text

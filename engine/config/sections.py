@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from logitcask.engine.config.loop import LoopScore, LoopTeacher
 from logitcask.engine.config.prompts import Prompts
@@ -72,6 +72,36 @@ class Rollout(SamplingParams):
         return [each for each in ids.split(",") if each.strip()] if isinstance(ids, str) else ids
 
 
+class Import(Section):
+    """Rollouts of another program."""
+
+    files: tuple[Path, ...] = Field(description="Files, or folders of JSONL files.")
+    format: Literal["neutral", "text", "nemo-rl", "prime-rl", "vllm"] = Field(
+        description="Program that wrote them: neutral = prompt_ids and response_ids; text = "
+        "messages, ShareGPT, or prompt and completion, tokenized by the student's tokenizer; "
+        "nemo-rl = train_data_step*.jsonl; prime-rl = token_exports; vllm = output of run-batch "
+        "with return_token_ids.",
+    )
+    turns: Literal["all", "last"] = Field(
+        "all",
+        description="With text: assistant turns of a conversation that count in the loss.",
+    )
+    rewards: bool = Field(True, description="Keep the rewards of the files.")
+    student_topk: Positive = Field(
+        16, description="Ids of the student's own top-k kept per position."
+    )
+    unit_positions: Positive = Field(
+        65_536, description="Response tokens of a segment, about: the unit of commit."
+    )
+
+    @field_validator("turns")
+    @classmethod
+    def _of_text(cls, turns: str, info: ValidationInfo) -> str:
+        if turns != "all" and info.data.get("format") != "text":
+            raise ValueError("must be left out with ids, which have a loss mask")
+        return turns
+
+
 class Estimate(Section):
     sample: Positive = Field(
         4096, description="Response tokens to sample and score, about; more takes longer."
@@ -128,6 +158,15 @@ class RolloutConfig(Section):
     rollout: Rollout = Rollout()
     work: Work = Work()
     runner: StageRunner = StageRunner()
+    run: Run = Run()
+
+
+class ImportConfig(Section):
+    """Sections of `logitcask import`."""
+
+    student: Student
+    store: StoreSection
+    imported: Import
     run: Run = Run()
 
 

@@ -110,7 +110,7 @@ def train_rounds(
             updates=inputs.updates,
             longest=inputs.longest,
             objective=preset,
-            same_base_weights=True,
+            known_ages=True,
             identity=loop.identity,
             plan=loop.plan,
             exactness=exactness,

@@ -201,7 +201,7 @@ def _columns(segment: Segment, data: Rollouts, scores: CachedScores | None, firs
         "finish_reason": Column(finish[sequence]),
         "policy_version_start": Column(data.version_start[sequence]),
         "policy_version_end": Column(data.version_end[sequence]),
-        "behavior_logprob": Column(data.b_lp),
+        "behavior_logprob": Column(data.b_lp, valid=~np.isnan(data.b_lp)),
     }
     if data.reward is not None:
         made["reward"] = Column(data.reward[sequence])

@@ -12,6 +12,7 @@ from logitcask.engine.objectives.modifiers import (
     CrossEntropy,
     EntropyGate,
     FixedAdvantage,
+    Importance,
     Prune,
     ReturnToGo,
     Reward,
@@ -33,6 +34,8 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
         notes += [objective.note] if objective.note else []
         objective = objective.objective
     _check_draws(objective, cache)
+    if not cache.known_draws:
+        _check_unknown_draws(objective, cache)
     _check_rewards(objective, cache)
     _check_k(objective, cache)
     if objective.support == "student":
@@ -47,6 +50,11 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
         notes.append(
             "Off-lineage student: a model of other base weights sampled these rollouts, so ages "
             "are unknown."
+        )
+    if cache.imported:
+        notes.append(
+            f"Imported rollouts ({cache.imported}): the student scored them and did not sample "
+            "them, so ages are unknown."
         )
     if cache.mixture:
         notes.append(
@@ -127,6 +135,23 @@ def _check_draws(objective: Objective, cache: CacheInfo) -> None:
             "--extra-ids mc, or train with --objective "
             "sampled_token",
         )
+
+
+def _check_unknown_draws(objective: Objective, cache: CacheInfo) -> None:
+    """Raise ObjectiveError for what rests on the distribution that the tokens were drawn from."""
+    names = [each.name for each in objective.modifiers if isinstance(each, Importance)]
+    names += [each.name for each in objective.terms if not isinstance(each, CrossEntropy)]
+    if objective.support in ("sampled", "mc"):
+        cause = f"support {objective.support!r} averages over draws of the student"
+    elif names:
+        cause = f"modifier {names[0]!r} rests on draws of the student"
+    else:
+        return
+    raise ObjectiveError(
+        f"{cause}, and these rollouts are imported ({cache.imported}) without their log-probs",
+        hint="train with an objective that needs no draws, as --objective forward_kl, or import "
+        "rollouts that have the log-probs of their tokens",
+    )
 
 
 def _check_positions(objective: Objective, cache: CacheInfo) -> None:
@@ -259,8 +284,9 @@ def _support(objective: Objective, cache: CacheInfo) -> str:
         "overlap": f"current: the student's top-{k} within the teacher's, all of it scored",
         "union": f"current: the student's top-{k} and the teacher's; {missing}",
         "non_overlap": f"current: the ids in one of the two top-{k} alone; {missing}",
-        "student": f"frozen: the top-{k} of the behaviour policy ({_prefixes(cache)}); the current "
-        "one may differ, see cache/uncached_mass",
+        "student": f"frozen: the top-{k} of the "
+        f"{'student at the import' if cache.imported else 'behaviour policy'} "
+        f"({_prefixes(cache)}); the current one may differ, see cache/uncached_mass",
         "sampled": "fixed: the sampled id",
         "mc": f"fixed: {cache.mc_draws} ids that the behaviour policy drew",
         "teacher_mc": f"fixed: {cache.q_draws} ids that were drawn from the teacher",
@@ -279,7 +305,7 @@ def _terms(objective: Objective, cache: CacheInfo) -> list[str]:
             # Imported text has no draws of the student; nor have rollouts of other base weights.
             found.append(
                 "ce: of the sampled tokens, pulls back to the policy that sampled them"
-                if cache.same_base_weights
+                if cache.known_ages
                 else "ce: supervised fine-tuning on the text of another model"
             )
             continue
@@ -323,7 +349,8 @@ def _of_draws(draws: str, goal: str, corrected: bool, cache: CacheInfo, full: bo
         return f"{draws} per position, unbiased for {goal} at age 0, off policy after the {update}"
     between = ", " if cache.versions else " to "
     ages = between.join("unknown" if age is None else str(age) for age in cache.ages)
-    reason = "" if full else ", from a tempered or truncated distribution"
+    other = "of another program" if cache.imported else "from a tempered or truncated distribution"
+    reason = "" if full else f", {other}"
     if cache.ages == (0,) and not cache.same_weights:
         reason += ", but of another run"
     weighted = "importance-weighted" if corrected else "not importance-weighted"
@@ -331,6 +358,8 @@ def _of_draws(draws: str, goal: str, corrected: bool, cache: CacheInfo, full: bo
 
 
 def _prefixes(cache: CacheInfo) -> str:
+    if cache.imported:
+        return f"imported, {cache.imported}"
     if not cache.versions and cache.max_age:
         return f"of a student at most {cache.max_age} updates older, new in every round"
     if not cache.versions:

@@ -65,15 +65,25 @@ class CacheInfo:
     """In a loop: updates between the student that samples a round and its first update, at most."""
     scored: str = ""
     """Positions that have a score, as text, where it is not all of them."""
+    imported: str = ""
+    """Origin of rollouts that another program sampled, as text; empty for our own. The student
+    scored them, and did not draw them: ages are unknown."""
+    known_draws: bool = True
+    """The log-probs of the drawn ids are known, under the distribution that they are drawn from."""
     entropy_bounds: bool = False
     """The teacher returned only top-k log-probs: its entropy is an interval, its tail 1 - sum."""
+
+    @property
+    def known_ages(self) -> bool:
+        """Return True where versions count the updates of this student."""
+        return self.same_base_weights and not self.imported
 
     @property
     def ages(self) -> tuple[int | None, ...]:
         """Return the updates between each version and the student, None where it is not known."""
         if not self.versions:
             return (0, self.max_age) if self.max_age else (0,)
-        if not self.same_base_weights or (now := self.student_version) is None:
+        if not self.known_ages or (now := self.student_version) is None:
             return (None,)
         return tuple(now - version for version in self.versions)
 

@@ -139,7 +139,7 @@ class Line:
                 f'field "{self.field}": {value!r:.80} is not a list of turns',
                 'write [{"role": "user", "content": "..."}]',
             )
-        turns = [self._turn(f"{self.field}[{place}]", turn) for place, turn in enumerate(value)]
+        turns = [self.turn(f"{self.field}[{place}]", turn) for place, turn in enumerate(value)]
         if drop_last_assistant and turns[-1]["role"] == "assistant":
             turns.pop()
         last = turns[-1]["role"] if turns else "no turn"
@@ -168,7 +168,7 @@ class Line:
             hint,
         )
 
-    def _turn(self, place: str, turn: Any) -> dict[str, Any]:
+    def turn(self, place: str, turn: Any) -> dict[str, Any]:
         """Check one turn, and join the parts of its text."""
         if not isinstance(turn, dict):
             self.refuse(

@@ -245,8 +245,11 @@ def _answer(tokenizer: Any, request: dict[str, Any]) -> tuple[str, str]:
             request.pop("messages"),
             chat_template=template,
             tokenize=False,
-            add_generation_prompt=True,
-            **{"date_string": TODAY.strftime("%d %b %Y"), **request},
+            **{
+                "add_generation_prompt": True,
+                "date_string": TODAY.strftime("%d %b %Y"),
+                **request,
+            },
         )
     except MemoryError:
         return "limit", f"needs more than {MEMORY_BYTES >> 20} MiB"

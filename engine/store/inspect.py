@@ -188,9 +188,12 @@ def show_sequence(
             ids, lp = kept_lists(scores)
             first, most = starts(scores.kept), scores.entropy_hi
     start, end = int(data.seq_off[index]), int(data.seq_off[index + 1])
+    masked = not data.loss_mask[start:end].all()
     table = []
     for r in range(start, end):
         row: dict[str, Any] = {"row": r - start, "token": int(data.tokens[r])}
+        if masked:
+            row["loss_mask"] = int(data.loss_mask[r])
         if student is not None:
             row["student_lp"] = float(student.lp[r])
             row["student_entropy"] = float(student.entropy[r])

@@ -15,7 +15,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import IntegrityError, StoreError
-from logitcask.engine.store.format.checks import check_cached, check_rollouts, vocabulary
+from logitcask.engine.store.format.checks import check_cached, check_rollouts
 from logitcask.engine.store.format.entry import Segment, tokens_sha256
 from logitcask.engine.store.format.rows import marks_of, merged
 from logitcask.engine.store.log.log import Log
@@ -80,7 +80,7 @@ class Reader:
         if which.kind == schema.ROLLOUT:
             try:
                 found = self._decode_rollouts(which, arrays)
-                check_rollouts(found, n_vocab=vocabulary(which.provenance))
+                check_rollouts(found, which.provenance)
             except IntegrityError:
                 raise
             except StoreError as error:

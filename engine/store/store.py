@@ -16,7 +16,7 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.claims as claims
 import logitcask.engine.store.log.format_file as format_file
 from logitcask.engine.errors import StoreError
-from logitcask.engine.store.format.checks import check_rollouts, check_scores, vocabulary
+from logitcask.engine.store.format.checks import check_rollouts, check_scores
 from logitcask.engine.store.format.entry import Segment, SegmentBody, tokens_sha256
 from logitcask.engine.store.format.rows import lists_at
 from logitcask.engine.store.log.publish import check_name_identity
@@ -80,7 +80,7 @@ class Store(Reader):
             raise StoreError(
                 f"unit {dict(unit)} lacks version or first", hint="give both as integers >= 0"
             )
-        check_rollouts(unit_rollouts, n_vocab=vocabulary(provenance))
+        check_rollouts(unit_rollouts, provenance)
         arrays = rollouts.encode(unit_rollouts, codecs.profile(profile))
         digest = tokens_sha256(arrays["response_tokens"], arrays["response_offsets"])
         return self._commit(

@@ -14,6 +14,7 @@ from logitcask.engine.objectives import (
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Segment, Snapshot, Store
 from logitcask.engine.store.decoded_unit import dtypes_of
+from logitcask.engine.store.format.provenance import IMPORTED
 from logitcask.engine.training.processes import gathered
 from logitcask.engine.types import MC_IDS, ModelRef, SamplingParams
 
@@ -72,6 +73,7 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
             hint="train a student with the tokenizer of the rollouts, or sample with this one",
         )
     sampling = rollouts[0].provenance["set"]
+    imported = rollouts[0].provenance.get(IMPORTED)
     return CacheInfo(
         student_k=int(sampling["student_topk"]),
         # Of the unit with the smallest request: a plan mixes all of them.
@@ -85,9 +87,10 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         or all(s.provenance["student"]["weights"] == model.digest for s, _ in kinds),
         same_template=model is None or sampler["template"] == model.template_digest,
         # Not validated: the values of another writer may be beyond our bounds.
-        plain_sampling=SamplingParams.model_construct(
-            **{key: sampling[key] for key in _SAMPLING}
-        ).is_plain(),
+        plain_sampling=imported is None
+        and SamplingParams.model_construct(**{key: sampling[key] for key in _SAMPLING}).is_plain(),
+        imported="" if imported is None else _origin(imported),
+        known_draws=imported is None or imported["behavior"],
         allow_off_lineage=allow_off_lineage,
         n_vocab=int(sampler["n_vocab"]) if model is None else model.n_vocab,
         mc_draws=int(sampling.get("mc_draws", 0)),
@@ -106,6 +109,10 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         entropy_bounds=source.bounded,
         scored=source.coverage(),
     )
+
+
+def _origin(imported: Mapping[str, Any]) -> str:
+    return f"{'text' if imported['text'] else 'ids'} of {imported['file']!r:.80}"
 
 
 def _kind(segments: Sequence[Segment]) -> tuple[tuple[str, str], ...]:

@@ -19,11 +19,11 @@ AGE, TEACHER_AGE = "cache/age", "cache/teacher_age"
 class MetricSums:
     """Weighted sums of metrics: kept on the device, and read once per logged update."""
 
-    def __init__(self, objective: Objective, bounds: Bounds, *, same_base_weights: bool) -> None:
-        """Start at zero. Ages are defined where the rollouts are of the same base weights."""
+    def __init__(self, objective: Objective, bounds: Bounds, *, known_ages: bool) -> None:
+        """Start at zero. known_ages: the versions of the rollouts count updates of this student."""
         skipped = [SKIPPED] if skips(objective, bounds) else []
         self._names = [*COMMON_METRICS, *skipped, *part_names(objective)]
-        self._same_base_weights = same_base_weights
+        self._known_ages = known_ages
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class MetricSums:
         }
         rows, ages, _ = totals.pop(AGE, [0.0, 0.0, 0.0])
         means: dict[str, float | None] = dict.fromkeys(self._names)
-        means[AGE] = _finite(ages / rows) if self._same_base_weights and rows else None
+        means[AGE] = _finite(ages / rows) if self._known_ages and rows else None
         for name, (n, total, squares) in totals.items():
             mean = total / n if n else math.nan
             means[name] = _finite(mean)

@@ -99,8 +99,8 @@ class RunSpec:
     longest: int
     """Tokens of the longest sequence."""
     objective: Objective | Preset
-    same_base_weights: bool
-    """True where rollouts and student have the same base weights: ages are version differences."""
+    known_ages: bool
+    """The versions of the rollouts count updates of this student, so ages are their differences."""
     identity: Mapping[str, Any]
     """Recorded in run.json; the folder accepts no run in which any of it differs."""
     plan: str
@@ -174,7 +174,7 @@ def run_training(
                 seed=spec.run.seed,
                 length=max(spec.longest, spec.held_out.longest if spec.held_out else 0),
             )
-            version = model.version if spec.same_base_weights else None
+            version = model.version if spec.known_ages else None
             text, first = _text(folder, LEDGER), run_dir.first
             ledger = Ledger(run_dir.out / LEDGER, text, version=version, first=first)
             _train(student, spec, run_dir, metrics, ledger, resume_metadata, folder, step, progress)
@@ -266,7 +266,7 @@ def _train(
             max_drift=settings.max_drift,
         ),
         version=spec.model.version,
-        same_base_weights=spec.same_base_weights,
+        known_ages=spec.known_ages,
         metrics=metrics,
         ledger=ledger,
         resume_metadata=resume_metadata,

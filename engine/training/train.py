@@ -98,7 +98,7 @@ def train(
             updates=updates_at_most(settings, -(-len(plan) // run_dir.packs_per_update)),
             longest=plan.longest,
             objective=objective,
-            same_base_weights=info.same_base_weights,
+            known_ages=info.known_ages,
             identity={
                 "store": store.uuid,
                 "pin": {"number": snapshot.number, "sha256": snapshot.sha256},

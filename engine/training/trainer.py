@@ -72,7 +72,7 @@ class DistillTrainer(ShardingTrainer):
         dropout: bool,
         bounds: Bounds,
         version: int,
-        same_base_weights: bool,
+        known_ages: bool,
         metrics: MetricsFile,
         ledger: Ledger,
         resume_metadata: dict[str, Any],
@@ -81,7 +81,7 @@ class DistillTrainer(ShardingTrainer):
     ) -> None:
         """Build the Trainer.
 
-        `version` is the student's before update 0; `same_base_weights`: see MetricSums.
+        `version` is the student's before update 0; `known_ages`: see MetricSums.
         `metrics_fraction`, `bounds`: see pack_loss; `aggregation`: see objectives.loss_weights;
         `dropout`: see set_mode.
         `resume_metadata`: must equal that of a checkpoint to resume from. `tracker`: a callback in
@@ -118,7 +118,7 @@ class DistillTrainer(ShardingTrainer):
         self._resume_metadata = resume_metadata
         self._progress = progress
         self._packs_done = self._packs_of_update = self._resampled = 0
-        self._sums = MetricSums(objective, bounds, same_base_weights=same_base_weights)
+        self._sums = MetricSums(objective, bounds, known_ages=known_ages)
         self._waited_s, self._since_s = 0.0, time.monotonic()
 
     def get_batch_samples(

@@ -117,7 +117,7 @@ def make_trainer(
         dropout=False,
         bounds=bounds,
         version=0,
-        same_base_weights=True,
+        known_ages=True,
         metrics=MetricsFile(folder / METRICS),
         ledger=Ledger(folder / LEDGER),
         resume_metadata={},

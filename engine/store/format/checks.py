@@ -9,6 +9,7 @@ import logitcask.engine.store.format.ragged as ragged
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store.format.layouts import RESCORE, ranked
+from logitcask.engine.store.format.provenance import IMPORTED
 from logitcask.engine.types import Array, CachedScores, Draws, IdLists, Prompt, Rollouts, Scores
 
 RESAMPLE = "this is a bug of the sampler: correct it and sample the unit again"
@@ -16,8 +17,12 @@ _ROUNDING = 1e-2
 """Nats by which a log-prob may be above 0, or an entropy below."""
 
 
-def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
-    """Check shapes, ranges and values, and that drawn ids are below n_vocab. Raises StoreError."""
+def check_rollouts(rollouts: Rollouts, provenance: Mapping[str, Any]) -> None:
+    """Check shapes, ranges and values, and that drawn ids are of the student's vocabulary.
+
+    Of imported rollouts the log-probs of the draws may be NaN at positions that do not count, and
+    everywhere if the provenance calls them unknown. Raises StoreError.
+    """
     sequences, positions = len(rollouts.seq_prompt), len(rollouts.tokens)
     per_sequence = ("seq_prompt", "finish", "version_start", "version_end")
     lengths = {
@@ -42,7 +47,7 @@ def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
     check_ids(rollouts.tokens, "rollouts.tokens", RESAMPLE)
     for prompt in rollouts.prompts:
         _check_prompt(prompt)
-    if fault := _log_prob_fault(rollouts.b_lp):
+    if fault := _log_prob_fault(_known_draws(rollouts, provenance)):
         raise StoreError(f"rollouts.b_lp holds {fault}", hint=RESAMPLE)
     if (reward := rollouts.reward) is not None:
         _check_shape(reward, sequences, "rollouts.reward", RESAMPLE)
@@ -67,7 +72,16 @@ def check_rollouts(rollouts: Rollouts, *, n_vocab: int = 2**32) -> None:
                 "rollouts hold ids that the student drew, but not the student's own scores",
                 hint="score the student too, as `logitcask rollout` does",
             )
-        _check_draws(rollouts.draws, positions, n_vocab)
+        _check_draws(rollouts.draws, positions, vocabulary(provenance))
+
+
+def _known_draws(rollouts: Rollouts, provenance: Mapping[str, Any]) -> Array:
+    """Return the log-probs of the draws that must be numbers, of any shape."""
+    imported = dict(provenance).get(IMPORTED)
+    if not isinstance(imported, Mapping):
+        return rollouts.b_lp
+    known: Array = rollouts.b_lp[(rollouts.loss_mask != 0) & (imported.get("behavior") is True)]
+    return known
 
 
 def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:

@@ -9,10 +9,13 @@ ORIGINAL_ID = "format_1_id"
 """Key of the seg_id that a segment had before the upgrade of its store from format 1."""
 PROMPT_RANGE = "prompt_range"
 """Key of the prompts that a worker samples of one student version: `first` and `count`."""
+IMPORTED = "imported"
+"""Key of rollouts that another program sampled: `format`, `file`, `text` and `behavior`, which is
+false where the distribution of the draws is unknown; their `behavior_logprobs` are then NaN."""
 _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
-    (dict,): ("an object", ("set", "student", "request", "backend", "run", PROMPT_RANGE)),
+    (dict,): ("an object", ("set", "student", "request", "backend", "run", PROMPT_RANGE, IMPORTED)),
     (list,): ("a list", ("stop_ids",)),
-    (bool,): ("a boolean", ("at_student",)),
+    (bool,): ("a boolean", ("at_student", "behavior", "text")),
     (str,): (
         "text",
         (
@@ -23,6 +26,8 @@ _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
             "grader",
             "selection",
             "positions",
+            "format",
+            "file",
             ORIGINAL_ID,
         ),
     ),

@@ -104,7 +104,7 @@ def test_impossible_draws_are_refused(tmp_path: Path, change: dict[str, Any], wo
     bad = replace(valid, draws=replace(valid.draws, **changed))
     store = open_store(tmp_path / "s", create=True)
     with pytest.raises(StoreError, match=words):
-        checks.check_rollouts(bad, n_vocab=50)
+        checks.check_rollouts(bad, {"student": {"n_vocab": 50}})
     provenance = ROLLOUT_PROVENANCE | {"student": {"base_weights": "sha256:root", "n_vocab": 50}}
     with pytest.raises(StoreError, match=words):
         store.commit_rollouts(
@@ -124,9 +124,9 @@ def test_an_invalid_reward_is_refused(tmp_path: Path, wrong: float) -> None:
     bad = valid.reward.copy()
     bad[1] = wrong
     with pytest.raises(StoreError, match=r"rollouts\.reward holds .* in \[0, 1\]"):
-        checks.check_rollouts(replace(valid, reward=bad))
+        checks.check_rollouts(replace(valid, reward=bad), {})
     with pytest.raises(StoreError, match=r"reward has shape \(5,\), not \(6,\)"):
-        checks.check_rollouts(replace(valid, reward=valid.reward[1:]))
+        checks.check_rollouts(replace(valid, reward=valid.reward[1:]), {})
     store = open_store(tmp_path / "s", create=True)
     segment = commit_rollouts(store, 1, reward=True)
     arrays = store.read_arrays(segment)
@@ -193,7 +193,7 @@ M, T = 2000, 200_000
 )
 def test_untrusted_rollouts(arrays: dict[str, Any], words: str) -> None:
     with pytest.raises((ValueError, StoreError), match=words):
-        checks.check_rollouts(rollouts.decode(forged(**arrays), DEFAULT))
+        checks.check_rollouts(rollouts.decode(forged(**arrays), DEFAULT), {})
 
 
 def test_an_untrusted_extent() -> None:

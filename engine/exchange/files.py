@@ -1,0 +1,73 @@
+"""Files of other programs -> their sequences, one after the other."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from logitcask.engine.errors import PromptError
+from logitcask.engine.exchange.chat import TextReader
+from logitcask.engine.exchange.formats import FORMATS
+from logitcask.engine.exchange.imported import Imported
+from logitcask.engine.prompts.source import no_file, open_source
+
+TEXT = "text"
+"""Format of conversations and texts, which have no ids yet."""
+
+
+class Files:
+    """The sequences of files and folders, read anew by each call."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        format: str,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
+        *,
+        last: bool = False,
+    ) -> None:
+        """Find the files. format: a key of FORMATS, or TEXT; last: see TextReader.
+
+        Raises PromptError for a path that is not there, and for a folder without files.
+        """
+        self._files = [file for path in paths for file in files_in(path)]
+        self._format, self._tokenizer, self._stops, self._last = format, tokenizer, stop_ids, last
+        self.left_out = 0
+        """Sequences of the newest call without a token that counts."""
+
+    def __call__(self) -> Iterator[Imported]:
+        """Yield the sequences; raises PromptError at the first invalid line."""
+        self.left_out = 0
+        if self._format != TEXT:
+            yield from self._read(FORMATS[self._format])
+            return
+        with closing(TextReader(self._tokenizer, self._stops, last=self._last)) as reader:
+            yield from self._read(reader.read)
+
+    def _read(self, of_line: Any) -> Iterator[Imported]:
+        for file in self._files:
+            try:
+                for line in open_source(file).lines():
+                    if (found := of_line(line)) is None:
+                        self.left_out += 1
+                    else:
+                        yield found
+            except PromptError:
+                raise
+            except OSError as error:
+                raise no_file(file, error) from error
+
+
+def files_in(path: Path) -> list[Path]:
+    """Return a path, or the JSONL files below a folder that has some, by their numbers."""
+    if path.is_dir() and (found := [each for each in path.rglob("*.jsonl") if each.is_file()]):
+        return sorted(found, key=lambda each: _numbered(str(each)))
+    return [path]
+
+
+def _numbered(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts step_2 before step_10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(each), "") if each.isdecimal() else (0, each) for each in parts]
