@@ -28,7 +28,7 @@ from logitcask.engine.types import STOP, Progress, no_progress
 from logitcask.engine.workers.job import Job, WorkPlan
 from logitcask.engine.workers.ray.actors import OpenJob
 from logitcask.engine.workers.ray.cluster import connected, resources_of
-from logitcask.engine.workers.ray.drive import run_roles
+from logitcask.engine.workers.ray.drive import check_room, run_roles
 from logitcask.engine.workers.ray.pool import Pool, Role
 from logitcask.engine.workers.worker import check_failed
 
@@ -119,12 +119,14 @@ def _run(
     remote = isinstance(config, ScoreConfig) and is_remote(config.teacher.model)
     device = "cpu" if remote else config.run.device
     with connected(runner.ray_address) as ray:
+        needs = resources_of(ray, runner.resources(stage), device)
+        check_room(ray, [needs] * runner.count(stage), on_event)
         role = Role(
             name=stage,
             open_job=open_job,
             store=config.store.url,
             work=work,
-            resources=resources_of(ray, runner.resources(stage), device),
+            resources=needs,
             actors=runner.count(stage),
             most=runner.most_actors(stage),
             restarts=runner.restarts,

@@ -39,8 +39,8 @@ class Runner(Section):
     restarts: int = Field(
         5,
         ge=0,
-        description="Restarts of one process within ten minutes, or of one actor; after more the "
-        "command ends with an error.",
+        description="Restarts of one process within ten minutes; with ray, of each actor in all, "
+        "and of those that train together. After more the command ends with an error.",
     )
     ray_address: str = Field(
         "",
@@ -106,8 +106,8 @@ class LoopRunner(Runner):
     )
     train: Text = Field(
         "1",
-        description="Processes that train: 1, or torchrun:N for N that share each update, with the "
-        "environment that torchrun gives.",
+        description="Processes, or actors, that train: 1, or torchrun:N for N that share each "
+        "update, with the environment that torchrun gives.",
     )
     rollout_gpus: Text = Field(
         "",
@@ -117,7 +117,7 @@ class LoopRunner(Runner):
     score_gpus: Text = Field("", description="GPUs of the processes that score, likewise.")
     train_gpus: Text = Field("", description="GPUs of the processes that train, likewise.")
     train_resources: Resources = Field(
-        {}, description="With ray: resources of the actor that trains, as rollout_resources."
+        {}, description="With ray: resources of each actor that trains, as rollout_resources."
     )
 
     @field_validator("train")

@@ -119,6 +119,9 @@ def train_rounds(
             run=config.run,
             evaluation=evaluation,
             held_out=held_out,
+            rows_per_update=(run_dir.earlier or {}).get(
+                "rows_per_update", inputs.settings.gradient_accumulation_steps
+            ),
             teachers={
                 config.teacher.name: {
                     "name": inputs.teacher_model,

@@ -1,7 +1,7 @@
 """The runner `ray`: the roles of a loop as actors of a Ray cluster.
 
-Samplers and scorers do one unit for each call; the trainer is one process in a placement group. All
-of them meet in the store and in the folder of the run, which every node must see.
+Samplers and scorers do one unit for each call; those that train are in a placement group. All of
+them meet in the store and in the folder of the run, which every node must see.
 """
 
 import threading
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.distill.roles import open_role, train_role
-from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.errors import IncompleteError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.teachers.remote import is_remote
 from logitcask.engine.training.run import TrainReport
@@ -36,11 +36,6 @@ def distill_on_ray(
     a unit failed too often or `stop` was set before the end.
     """
     runner = config.runner
-    if runner.train != "1":
-        raise ConfigError(
-            f"runner.train = {runner.train} with runner.kind = ray: its trainer is one process",
-            hint="set runner.train to 1, or use --runner processes",
-        )
     with connected(runner.ray_address) as ray:
         device = config.run.device
         needs = {
@@ -66,15 +61,16 @@ def distill_on_ray(
             for stage in ("rollout", "score")
         ]
         start = [need for stage, need in needs.items() for _ in range(runner.count(stage))]
-        check_room(ray, [*start, trains], on_event)
+        check_room(ray, [*start, *[trains] * runner.ranks], on_event)
         trainer = Trainer(
             ray,
             partial(_train, config),
             trains,
-            runner.restarts,
-            str(Path.cwd()),
-            on_event,
-            progress,
+            ranks=runner.ranks,
+            restarts=runner.restarts,
+            folder=str(Path.cwd()),
+            on_event=on_event,
+            progress=progress,
         )
         try:
             run_roles(ray, roles, stop=stop, progress=progress, on_event=on_event, trainer=trainer)

@@ -111,6 +111,9 @@ class RunSpec:
     run: Run
     evaluation: EvalPlan | None = None
     held_out: HeldOut | None = None
+    rows_per_update: int | None = None
+    """Packs of an update to record; None = those of the processes of this call. An update of a loop
+    has the same rows for any number of processes, and some have more packs without rows."""
     teachers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name of scores -> provenance of the model, for the model card."""
 
@@ -136,7 +139,8 @@ def run_training(
     """
     model, settings = spec.model, spec.settings
     check_lora(settings, spec.lora)
-    resume_metadata = {"plan": spec.plan, "rows_per_update": run_dir.packs_per_update}
+    rows = run_dir.packs_per_update if spec.rows_per_update is None else spec.rows_per_update
+    resume_metadata = {"plan": spec.plan, "rows_per_update": rows}
     record = {**_record(spec, run_dir), **resume_metadata}
     if run_dir.earlier is not None:
         theirs = {key: run_dir.earlier.get(key) for key in record}

@@ -185,7 +185,7 @@ class _Group:
             output = stack.enter_context(self._output.open("wb")) if command.leads else log
             log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S')} {' '.join(argv)}\n".encode())
             self._read_to = log.tell()
-            port = _free_port() if command.ranks > 1 else 0
+            port = free_port() if command.ranks > 1 else 0
             for rank in range(command.ranks):
                 self._processes.append(
                     subprocess.Popen(
@@ -304,7 +304,8 @@ def _group_env(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a free port of this machine; host: of the interface, empty = of all."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         return int(free.getsockname()[1])

@@ -28,7 +28,11 @@ def check_trackers(report_to: str | Sequence[str]) -> list[str]:
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     names = [name for name in names if name != "none"]
     known = integration_utils.INTEGRATION_TO_CALLBACK
-    there = integration_utils.get_available_reporting_integrations()
+    # transformers imports W&B to see if it is there, which takes seconds.
+    if {*names} <= {TENSORBOARD}:
+        there = [TENSORBOARD] if integration_utils.is_tensorboard_available() else []
+    else:
+        there = integration_utils.get_available_reporting_integrations()
     for name in names:
         if name not in known:
             raise ConfigError(

@@ -33,9 +33,9 @@ def run_roles(
     """Run the actors of the roles, and return their pools, ended, with what was done.
 
     It ends when `stop` is set and the units in hand are done; when nothing is left to do for any
-    role; and with a trainer, when that ends, and not before. Raises as `Pool.take` does, and
-    IncompleteError where a unit was left out that the trainer needs. Whatever ends it, no actor of
-    the roles lives after it.
+    role; and with a trainer, when that ends, and not before. Raises as `Pool.take` and
+    `Trainer.step` do, and IncompleteError where a unit was left out that the trainer needs.
+    Whatever ends it, no actor of the roles lives after it.
     """
     run = f"{socket.gethostname()}-{os.getpid()}"
     with ExitStack() as stack:
@@ -47,7 +47,7 @@ def run_roles(
             _turn(ray, pools, progress, trainer)
             if trainer is None and all(pool.over for pool in pools):
                 break
-            if trainer is not None and ray.wait([trainer.call], timeout=0)[0]:
+            if trainer is not None and trainer.step():
                 break
         for pool in pools:
             pool.finish(GRACE_S)
@@ -78,9 +78,7 @@ def _turn(ray: Any, pools: Sequence[Pool], progress: Progress, trainer: Trainer 
     for pool in active:
         pool.step()
     owners = {call: pool for pool in active for call in pool.calls}
-    if trainer is not None:
-        trainer.pass_on()
-    waiting = [*owners, *([trainer.call] if trainer is not None else [])]
+    waiting = [*owners, *(trainer.running if trainer is not None else ())]
     if not waiting:
         time.sleep(POLL_S)
         return

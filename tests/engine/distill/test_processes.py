@@ -100,6 +100,13 @@ class Loops:
 
     def __call__(self, into: Path, *changes: str, kills: Sequence[Kill] = ()) -> None:
         """Run a loop in a folder to its end; each of `kills` must have ended a process."""
+        code, printed = self.run(into, *changes, kills=kills)
+        assert code == "0", printed
+        ended = re.findall(r"^(\w+)-\d ended by SIGKILL: restart ", printed, re.MULTILINE)
+        assert sorted(ended) == sorted(each.role for each in kills), printed
+
+    def run(self, into: Path, *changes: str, kills: Sequence[Kill]) -> tuple[str, str]:
+        """Return the exit code of a loop, and what it printed."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         into.mkdir(exist_ok=True)
@@ -114,10 +121,7 @@ class Loops:
         code = self.process.stdout.readline().strip()
         over.set()
         killer.join()
-        printed = (into / "printed").read_text()
-        assert code == "0", printed
-        ended = re.findall(r"^(\w+)-\d ended by SIGKILL: restart ", printed, re.MULTILINE)
-        assert sorted(ended) == sorted(each.role for each in kills), printed
+        return code, (into / "printed").read_text()
 
 
 def carry_out(out: Path, kills: Sequence[Kill], over: threading.Event) -> None:
@@ -212,17 +216,16 @@ def test_every_unit_is_done_once_whatever_is_killed(
 
 
 def test_two_processes_train_as_one(loops: Loops, inline: Path, tmp_path: Path) -> None:
-    """Kill the first of the two, and the other with it."""
-    loops(
-        tmp_path,
-        *("runner.kind=processes", "runner.train=torchrun:2"),
-        kills=[Kill("train", 3, 0.0)],
-    )
+    """Kill one that trained alone, go on with two, kill the first of them, and so the other."""
+    kind, once = "runner.kind=processes", "runner.restarts=0"
+    code, printed = loops.run(tmp_path, kind, once, kills=[Kill("train", UPDATES + 1, 0.0)])
+    assert code == "1", printed
+    assert json.loads((tmp_path / "out/run.json").read_text())["rows_per_update"] % 2, "no half"
+    loops(tmp_path, kind, "runner.train=torchrun:2", kills=[Kill("train", UPDATES + 4, 0.0)])
     check_units(tmp_path)
-    ours, theirs = (
-        [line["loss"] for line in metrics(into)[:UPDATES]] for into in (tmp_path, inline)
-    )
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    ours, theirs = ([line["loss"] for line in metrics(into)] for into in (tmp_path, inline))
+    assert ours[:UPDATES] == theirs[:UPDATES]
+    assert ours[UPDATES : 2 * UPDATES] == pytest.approx(theirs[UPDATES : 2 * UPDATES], rel=1e-4)
     files = [into / "out/model.safetensors" for into in (tmp_path, inline)]
     two, one, start = map(load_file, (*files, loops.models / "student/model.safetensors"))
     distance, moved = (

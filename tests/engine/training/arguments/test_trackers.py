@@ -143,3 +143,13 @@ def test_wandb_logs_no_model_that_is_not_proved(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
     with pytest.raises(ConfigError, match="a model that is not proved"):
         check_trackers("wandb")
+
+
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_wandb_is_not_imported_for_others(monkeypatch: pytest.MonkeyPatch, report_to: str) -> None:
+    imported: list[str] = []
+    module = "transformers.integrations.integration_utils"
+    monkeypatch.setattr(f"{module}.is_tensorboard_available", lambda: True)
+    monkeypatch.setattr(f"{module}.is_wandb_available", lambda: imported.append("wandb"))
+    assert check_trackers(report_to) == [name for name in [report_to] if name != "none"]
+    assert not imported

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from logitcask.engine.commands.on_ray import rollout_on_ray, score_on_ray
 from logitcask.engine.commands.rollout import run_rollout
@@ -28,6 +30,7 @@ from logitcask.engine.distill.on_ray import distill_on_ray
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.store import open_store
 from logitcask.engine.store.verify import verify
+from logitcask.engine.training.run import TrainReport
 from logitcask.engine.workers.ray import pool
 from logitcask.engine.workers.ray.cluster import connected, options_of, resources_of
 from logitcask.engine.workers.ray.drive import run_roles
@@ -119,11 +122,12 @@ def test_actors_do_every_unit_once_while_nodes_come_and_go(
     models: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    counts: Callable[[int, int], int],
 ) -> None:
     nodes_and_kills(two_nodes, tmp_path, monkeypatch)
     two_nodes.join()
     commands(two_nodes, here)
-    loop(two_nodes, models, tmp_path)
+    loops(two_nodes, models, tmp_path, counts(0, 1))
 
 
 def nodes_and_kills(two_nodes: TwoNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,37 +221,59 @@ def commands(two_nodes: TwoNodes, here: Path) -> None:
     assert store.head().scores("student")
 
 
-def loop(two_nodes: TwoNodes, models: Path, tmp_path: Path) -> None:
-    """Run a loop whose trainer is killed: without age, its student is that of one process."""
-    inline = distill(configure(models, tmp_path / "inline"))
+def loop(two_nodes: TwoNodes, models: Path, into: Path, train: str) -> tuple[TrainReport, bytes]:
+    """Run a loop on Ray; kill the last process that trains, and all of them start again."""
     processes: list[int] = []
+    events: list[str] = []
+    ranks = int(train[-1])
 
     def on_event(line: str) -> None:
-        if line.startswith("train runs on "):
+        events.append(line)
+        if re.match(r"train(-\d)? runs on ", line):
             processes.append(int(line.rpartition(" ")[2]))
 
     def kill(stage: str, done: int, *counts: object) -> None:
-        if stage == "score" and done and len(killed) < len(processes) == 1:
-            killed.append(processes[0])
-            os.kill(processes[0], signal.SIGKILL)
+        if stage == "score" and done > 2 and not killed and len(processes) == ranks:
+            killed.append(processes[-1])
+            os.kill(processes[-1], signal.SIGKILL)
 
     killed: list[int] = []
     runner = ("runner.kind=ray", f"runner.ray_address={two_nodes.address}")
-    config = configure(models, tmp_path / "roles", *runner, "work.poll=0.1")
+    config = configure(models, into, *runner, f"runner.train={train}", "work.poll=0.1")
     report = distill_on_ray(config, stop=threading.Event(), progress=kill, on_event=on_event)
     assert len(killed) == 1
-    assert len(processes) == 2, "it was started again"
-    outs = [tmp_path / name / "out" / "model.safetensors" for name in ("inline", "roles")]
-    assert outs[0].read_bytes() == outs[1].read_bytes()
-    assert report.last["loss"] == inline.last["loss"]
-    segments = open_store(tmp_path / "roles" / "store").head().segments
+    assert len(processes) == 2 * ranks, events
+    assert sum("restart 1 of 5, from the newest checkpoint" in line for line in events) == 1
+    segments = open_store(into / "store").head().segments
     assert len({s.unit_key for s in segments}) == len(segments)
-    assert units_of(tmp_path / "roles") == units_of(tmp_path / "inline")
-    with pytest.raises(ConfigError, match="its trainer is one process"):
-        distill_on_ray(
-            configure(models, tmp_path / "roles", *runner, "runner.train=torchrun:2"),
-            stop=threading.Event(),
-        )
+    return report, (into / "out" / "model.safetensors").read_bytes()
+
+
+def loops(two_nodes: TwoNodes, models: Path, tmp_path: Path, soak: int) -> None:
+    """Train in two actors: they make the updates of one process, up to rounding."""
+    inline = distill(configure(models, tmp_path / "inline"))
+    report, student = loop(two_nodes, models, tmp_path / "two", "torchrun:2")
+    assert report.last["loss"] == pytest.approx(inline.last["loss"], rel=1e-3)
+    assert units_of(tmp_path / "two") == units_of(tmp_path / "inline")
+    files = [tmp_path / "two/out/model.safetensors", tmp_path / "inline/out/model.safetensors"]
+    two, one, start = map(load_file, (*files, models / "student/model.safetensors"))
+    distance, moved = (
+        max(float((a[name] - b[name]).abs().max()) for name in a)
+        for a, b in ((two, one), (one, start))
+    )
+    assert distance < 0.05 * moved
+    if not soak:
+        return
+    # One actor gives the student of one process bit for bit, two that of two under torchrun.
+    alone, one_actor = loop(two_nodes, models, tmp_path / "one", "1")
+    assert one_actor == files[1].read_bytes()
+    assert alone.last["loss"] == inline.last["loss"]
+    into = tmp_path / "processes"
+    sets = [f"store.url={into / 'store'}", f"run.out={into / 'out'}", "runner.train=torchrun:2"]
+    words = [word for each in sets for word in ("--set", each)]
+    command = [sys.executable, "-P", "-m", "logitcask.cli.main", "distill", str(models / "d.toml")]
+    subprocess.run([*command, "--runner", "processes", *words], check=True)
+    assert (into / "out" / "model.safetensors").read_bytes() == student
 
 
 class Calls:
