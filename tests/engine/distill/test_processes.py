@@ -217,15 +217,19 @@ def test_every_unit_is_done_once_whatever_is_killed(
 
 def test_two_processes_train_as_one(loops: Loops, inline: Path, tmp_path: Path) -> None:
     """Kill one that trained alone, go on with two, kill the first of them, and so the other."""
-    kind, once = "runner.kind=processes", "runner.restarts=0"
-    code, printed = loops.run(tmp_path, kind, once, kills=[Kill("train", UPDATES + 1, 0.0)])
+    changes = ["runner.kind=processes", "train.pack_length=24"]
+    kill = Kill("train", UPDATES + 1, 0.0)
+    code, printed = loops.run(tmp_path, *changes, "runner.restarts=0", kills=[kill])
     assert code == "1", printed
-    assert json.loads((tmp_path / "out/run.json").read_text())["rows_per_update"] % 2, "no half"
-    loops(tmp_path, kind, "runner.train=torchrun:2", kills=[Kill("train", UPDATES + 4, 0.0)])
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["rows_per_update"] == 3, "no half of them"
+    changes += ["runner.train=torchrun:2"]
+    loops(tmp_path, *changes, kills=[Kill("train", UPDATES + 4, 0.0)])
     check_units(tmp_path)
-    ours, theirs = ([line["loss"] for line in metrics(into)] for into in (tmp_path, inline))
-    assert ours[:UPDATES] == theirs[:UPDATES]
-    assert ours[UPDATES : 2 * UPDATES] == pytest.approx(theirs[UPDATES : 2 * UPDATES], rel=1e-4)
+    ours, theirs = (
+        [line["loss"] for line in metrics(into)[: 2 * UPDATES]] for into in (tmp_path, inline)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-4)
     files = [into / "out/model.safetensors" for into in (tmp_path, inline)]
     two, one, start = map(load_file, (*files, loops.models / "student/model.safetensors"))
     distance, moved = (
