@@ -21,9 +21,11 @@ from logitcask.engine.distill.roles import Role, open_role, run_role, train_role
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.store import open_store
+from logitcask.engine.store.log.claims import note_failure
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.types import Progress, no_progress
 from logitcask.engine.workers.worker import Worker
+from tests.engine.store.made import key
 from tests.engine.tiny import make_model, save_folder
 
 ROUNDS, UPDATES = 4, 2
@@ -238,6 +240,28 @@ def test_units_beyond_the_drift_bound_are_sampled_again_once(
     train_role(configure(models, tmp_path / "b", *bound, file="drawn.toml"))
     weights = [(tmp_path / n / "out" / "model.safetensors").read_bytes() for n in ("a", "b")]
     assert weights[0] == weights[1]
+
+
+def test_a_trainer_tells_about_units_that_are_left_out(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(models, tmp_path)
+    monkeypatch.setattr(follow_rows, "LONG_S", 0.0)
+    events: list[str] = []
+
+    def fail(workers: list[Worker[Any]]) -> None:
+        if any("left out" in line for line in events):
+            raise Killed
+        storage = open_store(config.store.url).storage
+        note_failure(storage, key("unit"), ZeroDivisionError("of a grader"), "a")
+
+    with pytest.raises(Killed):
+        follow(config, monkeypatch, fail, ("score",), on_event=events.append)
+    found = [line for line in events if line.startswith("waiting for round 0: 0 of 2 units")]
+    assert len(found) == 2, "again only where it differs"
+    assert found[0].endswith("are sampled, 0 scored")
+    assert f"1 units of the store failed too often and are left out: {key('unit')} " in found[1]
+    assert "with ZeroDivisionError: of a grader; remove the cause, then: logitcask" in found[1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,11 +27,12 @@ from logitcask.engine.errors import (
 from logitcask.engine.events import Cancelled
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.log.claims import Claims, failed_units, failures_of, shard_of
+from logitcask.engine.store.retention import delete_rollouts
 from logitcask.engine.store.verify import verify
 from logitcask.engine.workers.failures import retry_failed
 from logitcask.engine.workers.job import Job, WorkPlan, WorkReport
 from logitcask.engine.workers.worker import SHARDS, Worker, check_failed, run_worker
-from tests.engine.store.made import commit_rollouts, key
+from tests.engine.store.made import commit_rollouts, commit_scores, key, make_scores
 from tests.engine.workers import worker_pool
 
 MEMORY = Path("/dev/shm")
@@ -446,3 +448,32 @@ def test_a_worker_ends_after_a_number_of_units_or_when_all_are_done(store: Store
     ticks = Ticks()
     assert run(store, ticks=ticks, until_over=True).units == 3
     assert ticks.waited == 0
+
+
+def test_a_unit_whose_rollouts_are_deleted_meanwhile_is_no_error(store: Store) -> None:
+    base = commit_rollouts(store, 0, student=True)
+    scores = make_scores(0, store.read_rollouts(base))
+
+    def work(unit: str, seed: int) -> int:
+        delete_rollouts(store, [base])
+        return commit_scores(store, base, 0, unit_key=unit, scores=scores).rows
+
+    def plan(left_out: Collection[str]) -> WorkPlan[int]:
+        units = {UNITS[0]: 0} if store.head().segments else {}
+        return WorkPlan(units=units, done=0, total=1)
+
+    report = run(store, work, plan=plan)
+    assert (report.units, report.failed) == (0, 0)
+    # An error of the storage itself leaves the unit in the plan.
+    with pytest.raises(StoreError, match="no rollout segment"):
+        run(store, work)
+
+
+def test_a_worker_stays_while_units_that_are_done_may_be_deleted(store: Store) -> None:
+    ticks = Ticks()
+
+    def plan(left_out: Collection[str]) -> WorkPlan[int]:
+        return replace(missing(store), may_shrink=True)
+
+    assert run(store, plan=plan, ticks=ticks, until_over=True).units == 5
+    assert ticks.waited == 1, "until it was idle"

@@ -33,7 +33,7 @@ from logitcask.engine.store.verify import verify
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.workers.ray import pool
 from logitcask.engine.workers.ray.cluster import connected, options_of, resources_of
-from logitcask.engine.workers.ray.drive import run_roles
+from logitcask.engine.workers.ray.drive import check_room, run_roles
 from logitcask.engine.workers.ray.pool import Role
 from tests.engine.commands.test_worker import here, rolls, scores
 from tests.engine.distill.test_roles import configure, models, units_of
@@ -319,6 +319,15 @@ class Machine:
 
     def cluster_resources(self) -> dict[str, float]:
         return self.resources
+
+
+def test_a_command_tells_what_the_cluster_lacks() -> None:
+    events: list[str] = []
+    one = {"CPU": 1.0, "GPU": 0.5}
+    check_room(Machine(CPU=4.0, GPU=1.0), [one, one], events.append)
+    assert events == []
+    check_room(Machine(CPU=4.0, GPU=1.0), [one] * 3, events.append)
+    assert events[0].startswith("the actors need GPU = 1.5 of 1 in the cluster: some wait")
 
 
 def test_an_actor_gets_a_gpu_where_it_may_compute_on_one() -> None:
