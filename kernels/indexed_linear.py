@@ -75,6 +75,48 @@ def indexed_linear(
     Raises ValueError or TypeError for a shape, dtype, device, id, k, n_vocab or logit_transform
     that does not fit, and ValueError for an output that is not of a renormalized loss.
     """
+    needs_hidden, needs_weight = needed_grads(hidden, weight)
+    result, g, d_hidden = grads_at_ids(
+        hidden,
+        weight,
+        ids,
+        objective,
+        k=k,
+        row_weight=row_weight,
+        n_vocab=n_vocab,
+        logit_transform=logit_transform,
+        chunk_rows=chunk_rows,
+        needs_hidden=needs_hidden,
+    )
+    if not (needs_hidden or needs_weight):
+        return result
+    loss: Tensor = _AtIds.apply(  # type: ignore[no-untyped-call]
+        result.loss,
+        hidden,
+        weight,
+        hidden.detach().contiguous(),
+        d_hidden,
+        g,
+        ids,
+        sparse_weight_grad,
+    )
+    return result._replace(loss=loss)
+
+
+def grads_at_ids(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    objective: ObjectiveFn,
+    *,
+    k: int | None,
+    row_weight: Tensor | None,
+    n_vocab: int | None,
+    logit_transform: LogitTransform,
+    chunk_rows: int | None = None,
+    needs_hidden: bool,
+) -> tuple[SparseLoss, Tensor, Tensor | None]:
+    """Return the loss, its derivative g [P, S] by the logits at the ids, and that by hidden."""
     n_vocab = check_head(hidden, weight, n_vocab)
     if weight.shape[1] > 1 and weight.stride(1) != 1:
         raise ValueError(
@@ -82,7 +124,6 @@ def indexed_linear(
             f"{tuple(weight.shape)}; pass nn.Linear's weight as it is, or call .contiguous()"
         )
     check_inputs(hidden, ids, n_vocab, k, row_weight, chunk_rows, logit_transform)
-    needs_hidden, needs_weight = needed_grads(hidden, weight)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         dtype = compute_dtype(hidden.dtype)
         losses = RowLosses(ids, objective, k or 0, row_weight, dtype, logit_transform)
@@ -98,16 +139,10 @@ def indexed_linear(
                 z[rows] = logits.gather(1, ids[rows].clamp(min=0)).to(dtype)
         if not logit_transform.is_plain:
             g = g * logit_transform.slope(z)
-        result = losses.result()
-        if not (needs_hidden or needs_weight):
-            return result
         used = (losses.weight != 0)[:, None]  # a row of weight 0 adds 0, whatever it holds
         g = torch.where(used, losses.weight[:, None] * g, 0.0)
         d_hidden = weighted_rows(g, weight, ids, hidden.dtype) if needs_hidden else None
-    loss: Tensor = _AtIds.apply(  # type: ignore[no-untyped-call]
-        result.loss, hidden, weight, hidden_rows, d_hidden, g, ids, sparse_weight_grad
-    )
-    return result._replace(loss=loss)
+        return losses.result(), g, d_hidden
 
 
 def _view(y: Tensor, ids: Tensor) -> ObjectiveInput:

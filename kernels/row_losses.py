@@ -68,7 +68,7 @@ class RowLosses:
         Raises ValueError for a FusedObjective of other rows.
         """
         if isinstance(objective, FusedObjective):
-            objective.check(ids)
+            objective = objective.bind(ids)
         self.ids = ids
         self.objective = objective
         self.k = k

@@ -1,4 +1,9 @@
-"""Every divergence, tail and support through every op, against autograd of whole rows."""
+"""Every divergence, tail and support through every op, against autograd of whole rows.
+
+An objective with a plain form, with that of its own, and both with the same metrics.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,10 +50,15 @@ def test_every_op_equals_full_vocabulary_autograd(divergence: str, tail: str, su
     if (tail, support) != ("renormalize", "sampled"):  # one id renormalised has all the mass
         assert full(z).abs() > 1e-3
         assert full(z) > 0 or tail == "ignore", "without the mass outside it can be less"
-    assert_gradients(sparse_kl(z, cached.ids, objective, **OPTIONS).loss, full(z), [z])
+    given = sparse_kl(z, cached.ids, objective, **OPTIONS)
+    assert_gradients(given.loss, full(z), [z])
     product = full(hidden @ head.T)
-    ours = linear_sparse_kl(hidden, head, cached.ids, objective, chunk_rows=3, **OPTIONS)
+    own_form = replace(objective, plain=None)
+    ours = linear_sparse_kl(hidden, head, cached.ids, own_form, chunk_rows=3, **OPTIONS)
     assert_gradients(ours.loss, product, [hidden, head])
+    for name, value in given.metrics.items():
+        near = {"rtol": 1e-9, "atol": 1e-12, "check_dtype": False}
+        torch.testing.assert_close(ours.metrics[name], value, **near, msg=name)
     if tail == "renormalize":
         ours = indexed_linear(hidden, head, cached.ids, objective, **OPTIONS)
         assert_gradients(ours.loss, full(hidden @ head.T), [hidden, head])

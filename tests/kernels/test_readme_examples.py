@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 README = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
-SINGLE, PARALLEL = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+SINGLE, COMPILED, PARALLEL = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 SAVE = "\ntorch.save((logits, logits.grad, tokens, result), f'rank{rank}.pt')\n"
 
 
@@ -28,6 +28,23 @@ def test_the_example_of_one_process(device: str) -> None:
     torch.testing.assert_close(names["result"].loss.double(), expected, rtol=1e-5, atol=1e-5)
     for name, leaf in (("hidden", hidden), ("head", head)):
         torch.testing.assert_close(names[name].grad.double(), leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_example_of_a_compiler(device: str) -> None:
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    with torch.device(device):
+        exec(compile(COMPILED, "README", "exec"), names)
+    body, head, x, log_q = (names[name] for name in ("body", "head", "x", "log_q"))
+    found = [each.grad.clone() for each in (*body.parameters(), *head.parameters())]
+    p = head(body(x)).softmax(1).gather(1, names["ids"])
+    p = torch.cat([p, 1 - p.sum(1, keepdim=True)], 1)
+    expected = (log_q.exp() * (log_q - p.log())).sum()
+    torch.testing.assert_close(names["loss"], expected, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(expected, [*body.parameters(), *head.parameters()])
+    for got, exact in zip(found, grads, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+    assert len(names["metrics"]) == 8
 
 
 def test_the_example_of_two_ranks(tmp_path: Path) -> None:
