@@ -6,7 +6,7 @@ OUT/  model, tokenizer, logitcask.json   the result; logitcask.json is written l
       ledger.jsonl    one line per update: the segments that made it
       checkpoints/    see checkpoints.py
       tensorboard/    event files, with report_to = tensorboard
-      versions/       of a loop by roles: versions of the student, see distill/versions.py
+      versions/       of a loop: versions of the student and its averages, see distill/versions.py
       teacher.json    of such a loop: the facts of its teacher
       logs/           of such a loop: output of its processes
       evaluations.jsonl   one line per version that `logitcask evaluate --worker` measured

@@ -3,7 +3,9 @@
 import itertools
 import json
 import random
+import re
 import shutil
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -326,6 +328,15 @@ def test_a_teacher_that_cannot_follow_is_refused_at_once(
 def test_a_base_model_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="teacher_kind = base: distill does not take it"):
         distill(configure(models, tmp_path, "score.teacher_kind=base", file="fixed.toml"))
+
+
+def test_the_example_of_the_readme_is_a_loop() -> None:
+    text = (Path(__file__).resolve().parents[4] / "engine" / "README.md").read_text()
+    (block,) = re.findall(r"```toml follow\n(.*?)```", text, re.S)
+    config = validate(
+        RunConfig, {**NEEDED, "loop": {"rounds": 1}, **tomllib.loads(block)}, source="README"
+    )
+    assert (config.teacher.follow, config.score.teacher_kind) == ("student", "context")
 
 
 def test_follow_is_a_key_of_loops_alone() -> None:
