@@ -52,6 +52,7 @@ from logitcask.engine.rollout.unit import RolloutRequest
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
+from logitcask.engine.training.metric_sampling import metric_sampling
 from logitcask.engine.training.provenance.ledger import Ledger
 from logitcask.engine.training.run_dir.files import LEDGER, METRICS, MetricsFile
 from logitcask.engine.training.settings import training_arguments
@@ -307,7 +308,7 @@ def training(store: Any, ref: ModelRef, work: Path, objective: str) -> dict[str,
         updates=UPDATES,
         objective=parse_objective(objective).objective,
         n_vocab=ref.n_vocab,
-        metrics_fraction=settings.metrics_fraction,
+        sampling=metric_sampling(settings, UPDATES),
         aggregation=settings.aggregation,
         dropout=settings.dropout,
         bounds=NO_BOUNDS,

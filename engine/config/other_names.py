@@ -51,6 +51,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "train.save_steps": "save_freq save_interval save_every",
     "train.logging_steps": "log_steps log_interval log_every",
     "train.metrics_fraction": "metric_share",
+    "train.metrics_steps": "metrics_every metric_steps",
     "train.staleness_action": "hard_bound",
     "train.snapshot": "pin",
     "train.allow_off_lineage": "foreign_student",

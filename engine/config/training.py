@@ -74,10 +74,16 @@ class Train(Section):
     gradient_accumulation_steps: Positive = Field(
         1, description="Packs per optimizer update and process; the loss is their token mean."
     )
-    metrics_fraction: Share = Field(
-        1 / 16,
-        description="Share of the positions that metrics are taken of, for objectives whose loss "
-        "does not need the whole vocabulary; others take them of all.",
+    metrics_fraction: Share | None = Field(
+        None,
+        description="Share of the positions with metrics, for objectives whose loss does not need "
+        "the whole vocabulary; others take them of all. Default: about 32 positions of an update, "
+        "1/16 of the first and the last and with --staleness-action stop.",
+    )
+    metrics_steps: Positive | None = Field(
+        None,
+        description="Updates from one with metrics to the next, for the same objectives. Default: "
+        "16, less in runs of under 320; 1 with --metrics-fraction or --staleness-action stop.",
     )
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
@@ -88,8 +94,7 @@ class Train(Section):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Compute the activations of a layer again in the backward pass: less memory, "
-        "about a third more time.",
+        description="Compute activations twice: less memory, about a third more time.",
     )
     save_steps: Positive = Field(100, description="Updates between checkpoints.")
     save_dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -154,6 +159,16 @@ class Train(Section):
         "adam_epsilon=1e-6 or push_to_hub=true; repeatable. Fields that have a key of their own "
         "here, or no right meaning, are refused.",
     )
+
+    @model_validator(mode="after")
+    def _looks_at_every_update(self) -> Self:
+        """Refuse a bound that would miss updates."""
+        if self.staleness_action == "stop" and (self.metrics_steps or 1) > 1:
+            raise ConfigError(
+                "metrics_steps > 1: staleness_action = stop needs the metrics of every update",
+                hint="leave --metrics-steps out",
+            )
+        return self
 
 
 def _names(given: Any) -> Any:

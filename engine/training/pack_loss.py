@@ -49,7 +49,7 @@ def pack_loss(
     n_vocab: int,
     row_weight: Tensor | None = None,
     logit_transform: LogitTransform = PLAIN,
-    metrics_fraction: float = 1.0,
+    metrics_fraction: float = 0.0,
     bounds: Bounds = NO_BOUNDS,
 ) -> PackLoss:
     """Compute the loss of P rows from their hidden states [P, D] and the head's weight [V, D].
@@ -57,7 +57,8 @@ def pack_loss(
     row_weight: [P] weights of the rows' losses; None: those of the token mean of an update of these
     rows alone, with the modifiers that weigh rows. logit_transform: scale and soft cap of the head,
     see logit_transform_of. metrics_fraction: minimum share of the rows that metrics are computed
-    on; all rows where the loss reads whole rows, or where `bounds` skip rows by a metric.
+    on, by default none; all rows where the loss reads whole rows, or where `bounds` skip rows by a
+    metric.
     """
     if row_weight is None:
         row_weight = token_mean(objective, targets)
@@ -87,7 +88,11 @@ def pack_loss(
         n_vocab=n_vocab,
         logit_transform=logit_transform,
     ).loss
-    measured = (row_hash(targets) < int(metrics_fraction * 2**32)).nonzero()[:, 0]
+    measured = torch.empty(0, dtype=torch.int64, device=states.device)
+    if metrics_fraction:
+        measured = (row_hash(targets) < int(metrics_fraction * 2**32)).nonzero()[:, 0]
+    if not len(measured):
+        return PackLoss(loss, {}, measured)
     seen = targets.at(measured)
     with torch.no_grad():
         metrics = linear_sparse_kl(

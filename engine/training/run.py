@@ -31,6 +31,7 @@ from logitcask.engine.training.arguments.trackers import (
 )
 from logitcask.engine.training.evaluation.held_out import HeldOut
 from logitcask.engine.training.evaluation.responses import EvalCallback, EvalPlan
+from logitcask.engine.training.metric_sampling import metric_sampling
 from logitcask.engine.training.processes import on_first
 from logitcask.engine.training.provenance.card import build_card, write_card
 from logitcask.engine.training.provenance.ledger import Ledger, read_lines
@@ -261,7 +262,7 @@ def _train(
         updates=spec.updates,
         objective=spec.plain_objective,
         n_vocab=spec.model.n_vocab,
-        metrics_fraction=settings.metrics_fraction,
+        sampling=metric_sampling(settings, spec.updates),
         aggregation=settings.aggregation,
         dropout=settings.dropout,
         bounds=Bounds(

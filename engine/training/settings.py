@@ -16,6 +16,7 @@ from logitcask.engine.training.arguments.passed import (
     passed_fields,
     recorded_args,
 )
+from logitcask.engine.training.metric_sampling import SHARE
 from logitcask.engine.training.run_dir.files import CHECKPOINTS
 from logitcask.engine.training.sharding.settings import (
     check_environment,
@@ -148,7 +149,10 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
     later = {
         **{f"lora_{key}": value for key, value in adapters.items()},
         **settings.model_dump(
-            include={"dropout", "max_steps", "optim", "attn_implementation", "save_dtype"},
+            include={
+                *("dropout", "max_steps", "optim", "attn_implementation", "save_dtype"),
+                "metrics_steps",
+            },
             exclude_defaults=True,
         ),
         **({"args": fields} if (fields := recorded_args(settings)) else {}),
@@ -167,7 +171,7 @@ def settings_record(settings: Train, lora: Lora, run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "dtype": run.dtype,
         "lora_rank": lora.r,
-        "metric_share": settings.metrics_fraction,
+        "metric_share": settings.metrics_fraction or SHARE,  # the default of earlier versions
         "save_steps": settings.save_steps,
         "log_steps": settings.logging_steps,
         "aggregation": settings.aggregation,

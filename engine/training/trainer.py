@@ -37,6 +37,7 @@ from logitcask.engine.packing.batches import Packs
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.training.arguments.trackers import own_names
 from logitcask.engine.training.changed_share import ChangedShare
+from logitcask.engine.training.metric_sampling import MetricSampling
 from logitcask.engine.training.metric_sums import MetricSums
 from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.training.processes import gathered
@@ -67,7 +68,7 @@ class DistillTrainer(ShardingTrainer):
         updates: int,
         objective: Objective,
         n_vocab: int,
-        metrics_fraction: float,
+        sampling: MetricSampling,
         aggregation: str,
         dropout: bool,
         bounds: Bounds,
@@ -82,7 +83,7 @@ class DistillTrainer(ShardingTrainer):
         """Build the Trainer.
 
         `version` is the student's before update 0; `known_ages`: see MetricSums.
-        `metrics_fraction`, `bounds`: see pack_loss; `aggregation`: see objectives.loss_weights;
+        `bounds`: see pack_loss; `aggregation`: see objectives.loss_weights;
         `dropout`: see set_mode.
         `resume_metadata`: must equal that of a checkpoint to resume from. `tracker`: a callback in
         addition to those of `args.report_to`.
@@ -108,7 +109,7 @@ class DistillTrainer(ShardingTrainer):
         self._packs = packs
         self._objective = objective
         self._n_vocab = n_vocab
-        self._metrics_fraction = metrics_fraction
+        self._sampling, self._metrics_fraction = sampling, 0.0
         self._aggregation = aggregation
         self._dropout = dropout
         self._bounds = bounds
@@ -137,7 +138,13 @@ class DistillTrainer(ShardingTrainer):
         weights, divisor = loss_weights(
             self._objective, [pack.targets for pack in packs], self._aggregation, gathered
         )
-        total = self.accelerator.reduce(divisor.to(device, torch.float32), reduction="sum")
+        count = torch.tensor(float(sum(len(pack.targets) for pack in packs)))
+        both = torch.stack([divisor.to("cpu", torch.float32), count]).to(device)
+        total, rows = self.accelerator.reduce(both, reduction="sum")
+        update = self.state.global_step
+        # Only an update that has metrics waits for the device here.
+        due = self._sampling.is_due(update)
+        self._metrics_fraction = self._sampling.share(update, float(rows)) if due else 0.0
         self._packs_done, self._packs_of_update = 0, len(packs)
         self._report()
         # Trainer counts operations by the first key.

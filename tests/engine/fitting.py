@@ -17,6 +17,7 @@ from logitcask.engine.objectives.bounds import NO_BOUNDS
 from logitcask.engine.objectives.modifiers import KeepEntropy, Prune, Stepwise
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.store import Store
+from logitcask.engine.training.metric_sampling import metric_sampling
 from logitcask.engine.training.provenance.ledger import Ledger
 from logitcask.engine.training.run_dir.files import LEDGER, METRICS, MetricsFile
 from logitcask.engine.training.settings import training_arguments
@@ -112,7 +113,7 @@ def make_trainer(
         updates=updates,
         objective=objective,
         n_vocab=n_vocab,
-        metrics_fraction=settings.metrics_fraction,
+        sampling=metric_sampling(settings, updates),
         aggregation=aggregation,
         dropout=False,
         bounds=bounds,

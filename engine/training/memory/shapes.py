@@ -10,6 +10,7 @@ from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives.bounds import skips
 from logitcask.engine.objectives.evaluate import has_known_support, is_renormalised
 from logitcask.engine.packing.plan import Lengths, PackPlan
+from logitcask.engine.training.metric_sampling import SHARE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,4 +55,5 @@ def loss_shape(objective: Objective, settings: Train) -> LossShape:
         max_drift=settings.max_drift,
     )
     alone = renormalised and has_known_support(objective) and not skips(objective, bounds)
-    return LossShape(dense=not renormalised, measured=settings.metrics_fraction if alone else 1.0)
+    measured = (settings.metrics_fraction or SHARE) if alone else 1.0
+    return LossShape(dense=not renormalised, measured=measured)

@@ -15,6 +15,7 @@ from logitcask.engine.packing.batches import PlannedPacks, planned
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.probes.metrics import probe
 from logitcask.engine.store import Store
+from logitcask.engine.training.metric_sampling import MetricSampling
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case, make_trainer
@@ -49,7 +50,7 @@ def test_numbers_equal_those_of_a_training_step(
         objective=objective.objective,
         accumulation=len(rows),
     )
-    trainer._metrics_fraction = 1.0
+    trainer._sampling = MetricSampling(fraction=1.0, steps=1, updates=1)
     trainer.train()
     logged: dict[str, Any] = trainer.state.log_history[0]
     (every, alone) = probe(

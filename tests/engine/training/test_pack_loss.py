@@ -111,11 +111,14 @@ def test_dense_products_only_if_the_estimator_needs_them(monkeypatch: pytest.Mon
     for name, preset in PRESETS.items():
         used.clear()
         objective = parse_objective(name, k=1 if preset.objective.k == 1 else 4).objective
-        loss_of(objective, make_rows(teacher_draws=name == "rs_kd"))
+        loss_of(objective, make_rows(teacher_draws=name == "rs_kd"), metrics_fraction=1.0)
         assert used == expected.get(name, dense), name
     used.clear()
     loss_of(parse_objective("opd+entropy_bonus", k=4).objective, make_rows())
     assert used == dense
+    used.clear()
+    loss_of(parse_objective("opd", k=4).objective, make_rows())
+    assert used == fixed[:1], "no metrics"
     used.clear()
     bounds = Bounds(action="skip")  # it needs the coverage of every row
     loss_of(parse_objective("opd", k=4).objective, make_rows(), bounds=bounds)

@@ -21,6 +21,7 @@ from logitcask.engine.models.load import load_student
 from logitcask.engine.models.save import dtype_of_result
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.store import Store
+from logitcask.engine.training import metric_sampling
 from logitcask.engine.training.cache_info import check_objective
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.train import train
@@ -232,6 +233,30 @@ def test_metrics_of_a_share_estimate_those_of_all_and_change_no_update(
             assert abs(some[name] - every[name]) < 5 * error
     first = [line["overlap/ratio"] for line in found[0.5]]
     assert first != [line["overlap/ratio"] for line in found[1.0]], "a different set of rows"
+
+
+def test_by_default_some_updates_have_metrics_and_none_is_changed_by_them(
+    case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metric_sampling, "POINTS", 2)
+    every = SETTINGS.model_copy(update={"metrics_fraction": 1.0})
+    run(case, tmp_path / "every", settings=every)
+    run(case, tmp_path / "some")
+    full, found = lines(tmp_path / "every"), lines(tmp_path / "some")
+    due = [number for number, line in enumerate(found) if line["overlap/ratio"] is not None]
+    assert (len(found), due) == (6, [0, 3, 5]), "every third, and the last"
+    for some, all_rows in zip(found, full, strict=True):
+        assert some.keys() >= {*COMMON_METRICS, "cache/age"}
+        for name in ("loss", "train/grad_norm", "cache/age"):
+            assert some[name] == all_rows[name]
+    for number in due:
+        some, all_rows = found[number], full[number]
+        assert abs(some["overlap/ratio"] - all_rows["overlap/ratio"]) < 5 * some["overlap/ratio_se"]
+    assert {found[1][name] for name in COMMON_METRICS} == {None}
+    ledger = [json.loads(x) for x in (tmp_path / "some" / "ledger.jsonl").read_text().splitlines()]
+    drifts = {number: line["drift"] for number, line in enumerate(ledger) if "drift" in line}
+    assert drifts.keys() <= {*due}
+    assert 5 in drifts
 
 
 def test_an_update_without_a_measured_row_still_names_its_metrics(
