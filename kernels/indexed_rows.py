@@ -6,9 +6,9 @@ For hidden states h [P, D], a head W [V, D], listed ids [P, S] and coefficients 
     weighted_rows   d h_r = sum_j c_rj W[ids_rj]              gather, then a weighted sum
     summed_by_id    d W_v = sum over (r, j) with ids_rj = v of c_rj h_r
 
-The last one is a sum by id: its terms are sorted by id, stably, and each id is summed by one
-program in the order of rows. So it is deterministic, where atomic additions are not. All products
-and sums are in float32 (float64 for float64), from uncast operands.
+The last one is a sum by id: its terms are sorted by id, stably, and each id is summed in the order
+of rows (see segment_sums). So it is deterministic, where atomic additions are not. All products and
+sums are in float32 (float64 for float64), from uncast operands.
 """
 
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from logitcask.kernels.indexed_cpu import (
     sums_of_every_id,
 )
 from logitcask.kernels.launch import compute_dtype, next_power_of_2, on_device, runs_triton
+from logitcask.kernels.segment_sums import first_terms, segments, sum_segments
 
 TILE_D = 128
 """Columns of the head that a program holds at a time."""
@@ -93,47 +94,6 @@ def weighted_sum_kernel(  # type: ignore[no-untyped-def]
         )
         total += tl.sum(tl.where(listed, c, 0.0)[:, None] * w.to(tl.float32), 0)
     tl.store(out + row * n_columns + o, total.to(out.dtype.element_ty), mask=o < n_columns)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def segment_kernel(  # type: ignore[no-untyped-def]
-    by_id,  # [n] int64, ascending
-    target,  # [n] int64, the row of `out` that an id is summed into
-    row_of,  # [n] int64, row of `hidden`
-    coefficients,  # [n] float32
-    hidden,  # [P, D], row stride `hidden_stride`
-    out,  # [V or n distinct ids, D]
-    hidden_stride,
-    n,
-    n_columns,
-    TILE_N: tl.constexpr,
-    TILE_D: tl.constexpr,
-):
-    # One program per term and TILE_D columns. The one at the first term of an id sums all of them,
-    # the others leave at once.
-    first = tl.program_id(0).to(tl.int64)
-    v = tl.load(by_id + first)
-    before = tl.load(by_id + first - 1, mask=first > 0, other=-1)
-    if v != before:  # the terms of padding, -1, come first and equal `before`
-        o = tl.program_id(1) * TILE_D + tl.arange(0, TILE_D)
-        total = tl.zeros((TILE_D,), tl.float32)
-        at = first
-        more = 1
-        while more == 1:
-            term = at + tl.arange(0, TILE_N)
-            same = tl.load(by_id + term, mask=term < n, other=-1) == v
-            row = tl.load(row_of + term, mask=same, other=0)
-            c = tl.load(coefficients + term, mask=same, other=0.0)
-            h = tl.load(
-                hidden + row[:, None] * hidden_stride + o[None, :],
-                mask=same[:, None] & (o < n_columns)[None, :],
-                other=0.0,
-            )
-            total += tl.sum(c[:, None] * h.to(tl.float32), 0)
-            more = tl.min(same.to(tl.int32), 0)
-            at += TILE_N
-        to = tl.load(target + first)
-        tl.store(out + to * n_columns + o, total.to(out.dtype.element_ty), mask=o < n_columns)
 
 
 class Terms(NamedTuple):
@@ -217,67 +177,38 @@ def summed_by_id(terms: Terms, hidden: Tensor, n_vocab: int, dtype: torch.dtype)
     if not runs_triton(hidden) and dtype == terms.coefficient.dtype and len(terms.by_id):
         return sums_of_every_id(*_without_padding(terms), hidden, n_vocab)
     out = torch.zeros(n_vocab, hidden.shape[1], dtype=dtype, device=hidden.device)
-    if runs_triton(hidden):
-        _sum_segments(terms, terms.by_id, hidden, out)
-    else:
+    if not runs_triton(hidden):
         ids, sums = _compact_on_cpu(terms, hidden)
         out.index_copy_(0, ids, sums.to(dtype))
+    elif len(terms.by_id):
+        n_distinct, starts = segments(terms.by_id)
+        sum_segments(*terms, n_distinct, starts, hidden, out, compact=False)
     return out
 
 
 def compact_by_id(terms: Terms, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return ids [U] int64, ascending, and sums [U, D] in `dtype`: summed_by_id without zero rows.
 
-    On a GPU the host waits for U.
+    U is a shape, so on a GPU the host waits for it.
     """
     if not runs_triton(hidden):
         ids, sums = _compact_on_cpu(terms, hidden)
         return ids, sums.to(dtype)
-    first = _first_terms(terms)
-    ids, target = terms.by_id[first], first.cumsum(0) - 1
-    sums = torch.zeros(len(ids), hidden.shape[1], dtype=dtype, device=hidden.device)
-    _sum_segments(terms, target, hidden, sums)
-    listed = ids >= 0
-    return ids[listed], sums[listed]
-
-
-def _sum_segments(terms: Terms, target: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """Write the sum of each id to row `target` [n] of `out` with the Triton kernel."""
-    n, n_columns = len(terms.by_id), hidden.shape[1]
-    if n == 0:
-        return
-    tile = min(TILE_D, next_power_of_2(n_columns))
-    with on_device(hidden):
-        segment_kernel[(n, -(-n_columns // tile))](
-            terms.by_id,
-            target,
-            terms.row,
-            terms.coefficient,
-            hidden,
-            out,
-            hidden.stride(0),
-            n,
-            n_columns,
-            TILE_N=TILE_S,
-            TILE_D=tile,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    if not len(terms.by_id):
+        return terms.by_id, hidden.new_empty(0, hidden.shape[1], dtype=dtype)
+    n_distinct, starts = segments(terms.by_id)
+    n, padded = torch.stack([n_distinct, (terms.by_id[0] < 0).long()]).tolist()
+    sums = torch.empty(n, hidden.shape[1], dtype=dtype, device=hidden.device)
+    sum_segments(*terms, n_distinct, starts, hidden, sums, compact=True)
+    return terms.by_id[starts[padded:n]], sums[padded:]
 
 
 def _compact_on_cpu(terms: Terms, hidden: Tensor) -> tuple[Tensor, Tensor]:
     terms = _without_padding(terms)
-    starts = _first_terms(terms).nonzero()[:, 0]
+    starts = first_terms(terms.by_id).nonzero()[:, 0]
     return terms.by_id[starts], sums_from(starts, terms.row, terms.coefficient, hidden)
 
 
 def _without_padding(terms: Terms) -> Terms:
     n_padding = int((terms.by_id < 0).sum())
     return Terms(*(each[n_padding:] for each in terms))
-
-
-def _first_terms(terms: Terms) -> Tensor:
-    """Return [n] bool, true at the first term of each id, the padding's -1 included."""
-    first = torch.ones_like(terms.by_id, dtype=torch.bool)
-    torch.ne(terms.by_id[1:], terms.by_id[:-1], out=first[1:])
-    return first
