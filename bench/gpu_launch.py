@@ -44,6 +44,7 @@ def scan(
             *PLAIN.factors(),
             ROWS=tile // group,
             GROUP=group,
+            VECTOR=16 // z.element_size(),
             GROUPS=True,
             SOFTCAP=False,
             num_warps=warps,

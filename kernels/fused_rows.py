@@ -20,7 +20,7 @@ from logitcask.kernels.logit_transform import LN2, LogitTransform, softcapped
 from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.row_grad import grad_rows
 from logitcask.kernels.row_stats import scan_rows
-from logitcask.kernels.topk_select import group_size, select_arguments, select_row
+from logitcask.kernels.topk_select import COMPARED, group_size, select_arguments, select_row
 
 NOT_IN_TOPK = tl.constexpr(1 << 30)
 """Rank of an id that is not in the student's live top-k."""
@@ -114,9 +114,20 @@ def objective_kernel(  # type: ignore[no-untyped-def]
     lq = tl.load(log_q + at, mask=valid, other=-float("inf"))
     is_known = tl.load(known + at, mask=valid, other=0) != 0
 
-    same = (v.to(tl.int32)[:, None] == id_k[None, :]) & is_top[None, :]  # [SLOTS, K]
-    topk_index = tl.min(tl.where(same, rank[None, :], NOT_IN_TOPK), 1)
-    top_known = tl.max((same & is_known[:, None]).to(tl.int32), 0)
+    # Against the top-k in order of rank, a few at a time.
+    metric_k = tl.minimum(metric_k, k)
+    topk_index = tl.full((SLOTS,), NOT_IN_TOPK, tl.int32)
+    uncached = 0.0
+    step: tl.constexpr = K if K < COMPARED else COMPARED
+    tl.debug_barrier()
+    for start in range(0, K, step):
+        r = start + tl.arange(0, step)
+        id_r = tl.load(top_ids + row * k + r, mask=r < k, other=-2).to(tl.int32)
+        lp_r = tl.load(top_log_p + row * k + r, mask=r < k, other=-float("inf"))
+        same = v.to(tl.int32)[:, None] == id_r[None, :]  # [SLOTS, step]
+        topk_index = tl.minimum(topk_index, tl.min(tl.where(same, r[None, :], NOT_IN_TOPK), 1))
+        is_cached = tl.max((same & is_known[:, None]).to(tl.int32), 0)
+        uncached += tl.sum(tl.where((r < metric_k) & (is_cached == 0), tl.exp(lp_r), 0.0), 0)
 
     # An id that either side excludes leaves the support; NaN stays.
     both_have = (lp != -float("inf")) & (lq != -float("inf"))
@@ -146,18 +157,16 @@ def objective_kernel(  # type: ignore[no-untyped-def]
     tl.store(final_dense + row, tl.where(w != 0.0, w * outside, 0.0))
 
     # S(p) and S(q) at k' = min(k, n_kept): only the kept part of the teacher's top-k is known.
-    metric_k = tl.minimum(metric_k, k)
     k_row = tl.minimum(tl.maximum(tl.load(n_kept + row).to(tl.int32), 1), metric_k)
     rank_q = tl.load(q_rank + at, mask=valid, other=NOT_IN_TOPK)
     both = (topk_index < k_row) & (rank_q < k_row)
-    uncached = (rank < metric_k) & (top_known == 0)
     tl.store(sums + row, tl.sum(both.to(tl.int32), 0).to(tl.float32))
     tl.store(sums + n_rows + row, k_row.to(tl.float32))
     tl.store(sums + 2 * n_rows + row, tl.sum(tl.where(both, tl.exp(lp), 0.0), 0))
     tl.store(sums + 3 * n_rows + row, tl.sum(tl.where(both, tl.exp(lq), 0.0), 0))
     tl.store(sums + 4 * n_rows + row, overlap_advantage(lp, lq, both & both_have))
     tl.store(sums + 5 * n_rows + row, tl.sum(tl.where(is_known, tl.exp(lp), 0.0), 0))
-    tl.store(sums + 6 * n_rows + row, tl.sum(tl.where(uncached, tl.exp(lp_k), 0.0), 0))
+    tl.store(sums + 6 * n_rows + row, uncached)
 
 
 def fused_rows(

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from logitcask.kernels.logit_transform import LogitTransform
 
 TILE = 4096
-"""Logits that one Triton program handles per step: 16 registers a thread at 8 warps, 128-bit loads
-in bf16."""
+"""Logits that one Triton program handles per step."""
+
+NUMBERS_A_THREAD = 16
+"""Numbers of a tile that a thread holds: two 128-bit loads of bf16. With them no kernel spills, for
+any Triton from 3.6 on and any architecture of `tests/kernels/aot.py`."""
 
 CPU_CHUNK = 1 << 18
 """Logits per torch chunk on a CPU: small enough to stay in cache between passes, large enough to
@@ -79,6 +82,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def next_power_of_2(n: int) -> int:
     """Return the smallest power of two >= max(n, 1)."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def num_warps(n_numbers: int) -> int:
+    """Return the warps of a program that holds tiles of n_numbers: 4 to 16."""
+    return min(16, max(4, n_numbers // (32 * NUMBERS_A_THREAD)))
 
 
 def reads_values(tensor: Tensor) -> bool:

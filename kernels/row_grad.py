@@ -26,6 +26,7 @@ from logitcask.kernels.launch import (
     compute_dtype,
     cpu_chunk_rows,
     next_power_of_2,
+    num_warps,
     on_device,
     row_chunks,
     runs_triton,
@@ -206,7 +207,7 @@ def grad_rows(
             IDS=min(1024, next_power_of_2(n_ids)),
             SOFTCAP=logit_transform.softcap is not None,
             DENSE_LOG=dense_log is not None,
-            num_warps=8 if tile == TILE else 4,
+            num_warps=num_warps(tile),
             enable_fp_fusion=True,  # the default differs between versions of Triton
         )
 

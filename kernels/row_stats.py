@@ -27,6 +27,7 @@ from logitcask.kernels.launch import (
     compute_dtype,
     cpu_chunk_rows,
     next_power_of_2,
+    num_warps,
     on_device,
     row_chunks,
     runs_triton,
@@ -65,6 +66,21 @@ def row_stats_reference(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def add_lanes(d, s, y, e, ROWS: tl.constexpr, N: tl.constexpr, INTO: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Add e and y e, [ROWS, N], to sums d and s, [ROWS, INTO]: halves of neighbors, down to a sum
+    # that a thread holds for the N / INTO neighbors of its load.
+    if N == INTO:
+        d += e
+        s = tl.fma(y, e, s)
+    else:
+        e_0, e_1 = tl.split(tl.reshape(e, (ROWS, N // 2, 2)))
+        y_0, y_1 = tl.split(tl.reshape(y, (ROWS, N // 2, 2)))
+        d, s = add_lanes(d, s, y_0, e_0, ROWS, N // 2, INTO)
+        d, s = add_lanes(d, s, y_1, e_1, ROWS, N // 2, INTO)
+    return d, s
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def scan_kernel(  # type: ignore[no-untyped-def]
     logits,  # [P, V], row stride `stride`
     log_sum_exp,  # [P] float32
@@ -77,6 +93,7 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     outer,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
+    VECTOR: tl.constexpr,  # logits of a 128-bit load
     GROUPS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
@@ -97,20 +114,29 @@ def scan_kernel(  # type: ignore[no-untyped-def]
     s_row = 0.0
     repeat = 1
     while repeat == 1:
-        # Sums stay per lane until the end: a block-wide reduction per tile would stall every step.
-        d = tl.zeros((ROWS, GROUP), tl.float32)
-        s = tl.zeros((ROWS, GROUP), tl.float32)
+        # Sums stay in their threads until the end: a reduction over threads per tile would stall
+        # every step. One for each vector, because registers decide how many rows a core works on.
+        d = tl.zeros((ROWS, GROUP // VECTOR), tl.float32)
+        s = tl.zeros((ROWS, GROUP // VECTOR), tl.float32)
         lane_max = tl.full((ROWS,), -float("inf"), tl.float32)
         # Main loop without masks: a mask costs a select per logit once loads are pipelined.
+        # Half precision loads the next tile while it computes this one (after the last one, the
+        # last one again). Tiles of float32 are twice as long: those of other rows are enough.
+        ahead: tl.constexpr = VECTOR > 4
+        if ahead:
+            following = tl.load(logits + offsets, mask=offsets < n_whole, other=0.0)
         for start in range(0, n_whole, tile):
-            x = tl.load(logits + start + offsets).to(tl.float32)
+            if ahead:
+                x = following.to(tl.float32)
+                to_load = tl.multiple_of(tl.minimum(start + tile, n_whole - tile), tile)
+                following = tl.load(logits + to_load + offsets)
+            else:
+                x = tl.load(logits + start + offsets).to(tl.float32)
             # Clamped, so that -inf adds exp2(-150) = 0 and 0 * -150 = 0 without selects; NaN goes
             # through.
             y = transformed(x, inner, outer, shift, SOFTCAP)
             y = tl.maximum(y, -150.0, propagate_nan=tl.PropagateNan.ALL)
-            e = tl.exp2(y)
-            d += e
-            s += y * e
+            d, s = add_lanes(d, s, y, tl.exp2(y), ROWS, GROUP, GROUP // VECTOR)
             tile_max = tl.max(x, 1)
             lane_max = tl.maximum(lane_max, tile_max)
             if GROUPS:
@@ -123,8 +149,7 @@ def scan_kernel(  # type: ignore[no-untyped-def]
             e = tl.exp2(y)
             if SOFTCAP:  # else columns past the end would have the cap's mass
                 e = tl.where(o < n_vocab, e, 0.0)
-            d += e
-            s += y * e
+            d, s = add_lanes(d, s, y, e, ROWS, GROUP, GROUP // VECTOR)
             tile_max = tl.max(x, 1)
             lane_max = tl.maximum(lane_max, tile_max)
             if GROUPS:
@@ -183,9 +208,10 @@ def _scan_triton(
                 *logit_transform.factors(),
                 ROWS=tile // width,
                 GROUP=width,
+                VECTOR=16 // logits.element_size(),
                 GROUPS=group_max is not None,
                 SOFTCAP=logit_transform.softcap is not None,
-                num_warps=8 if tile == TILE else 4,
+                num_warps=num_warps(tile),
                 enable_fp_fusion=True,  # the default differs between versions of Triton
             )
     return RowScan(RowStats(lse, entropy), group_max)

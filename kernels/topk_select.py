@@ -24,6 +24,7 @@ from logitcask.kernels.launch import (
     compute_dtype,
     cpu_chunk_rows,
     next_power_of_2,
+    num_warps,
     on_device,
     row_chunks,
     runs_triton,
@@ -32,6 +33,9 @@ from logitcask.kernels.row_stats import group_maxima
 
 MAX_TRITON_K = 128
 """Largest k of the kernel: ranking compares k x k numbers in registers."""
+
+COMPARED = tl.constexpr(32)
+"""Ids that K or S others are compared with at a time: all of them would fill the registers."""
 
 ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 """Low bits that are 0 in a number of the dtype widened to float32; the search skips them."""
@@ -109,8 +113,11 @@ def select_row(  # type: ignore[no-untyped-def]
 
     slot = tl.arange(0, K)
     group = tl.load(kept_group + slot)  # [K], ascending, so candidates are in id order
-    o = tl.reshape(group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (K * GROUP,))
+    # Flat only once they are loaded: Triton 3.6 would read a flat list one logit at a time.
+    o = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
+    x = tl.reshape(x, (K * GROUP,))
+    o = tl.reshape(o, (K * GROUP,))
     keep, at = place_best(tl.where(o < n_vocab, order_key(x, ZERO_BITS), lowest), K, ZERO_BITS)
     tl.store(kept_value + at, x, mask=keep)
     tl.store(kept_id + at, o, mask=keep)
@@ -119,10 +126,16 @@ def select_row(  # type: ignore[no-untyped-def]
     x_k = tl.load(kept_value + slot)
     id_k = tl.load(kept_id + slot)
     key = tl.where(id_k < n_vocab, order_key(x_k, ZERO_BITS), lowest)
-    better = (key[None, :] > key[:, None]) | (
-        (key[None, :] == key[:, None]) & (id_k[None, :] < id_k[:, None])
-    )
-    rank = tl.sum(better.to(tl.int32), 1)
+    rank = tl.zeros((K,), tl.int32)
+    step: tl.constexpr = K if K < COMPARED else COMPARED
+    for start in range(0, K, step):
+        other = start + tl.arange(0, step)
+        id_o = tl.load(kept_id + other)
+        key_o = tl.where(id_o < n_vocab, order_key(tl.load(kept_value + other), ZERO_BITS), lowest)
+        better = (key_o[None, :] > key[:, None]) | (
+            (key_o[None, :] == key[:, None]) & (id_o[None, :] < id_k[:, None])
+        )
+        rank += tl.sum(better.to(tl.int32), 1)
     return x_k, id_k, rank
 
 
@@ -170,10 +183,21 @@ def group_size(logits: Tensor, k: int, n_vocab: int) -> int:
     stage in registers.
     """
     if runs_triton(logits):
-        if k > MAX_TRITON_K:
-            return 0
-        return max(128 if k <= 16 else 64, next_power_of_2(-(-n_vocab // 4096)))
+        return triton_group(k, n_vocab) if k <= MAX_TRITON_K else 0
     return 64 if n_vocab >= 4 * 64 * k else 0
+
+
+def triton_group(k: int, n_vocab: int) -> int:
+    """Return group_size for the kernel."""
+    return max(128 if k <= 16 else 64, next_power_of_2(-(-n_vocab // 4096)))
+
+
+def select_sizes(k: int, n_vocab: int, group: int) -> dict[str, int]:
+    """Return the compile-time sizes of a kernel that calls select_row."""
+    k_padded = next_power_of_2(k)
+    n_groups = max(next_power_of_2(-(-n_vocab // group)), k_padded)
+    warps = num_warps(max(n_groups, k_padded * group))
+    return {"K": k_padded, "GROUPS": n_groups, "GROUP": group, "num_warps": warps}
 
 
 def select_rows(
@@ -205,9 +229,8 @@ def select_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of a kernel that calls select_row."""
     n_rows, n_slots = group_max.shape
-    k_padded = next_power_of_2(k)
-    n_groups = -(-n_vocab // group)
-    kept_value = group_max.new_empty(n_rows, k_padded)
+    sizes = select_sizes(k, n_vocab, group)
+    kept_value = group_max.new_empty(n_rows, sizes["K"])
     return {
         "group_max": group_max,
         "kept_group": kept_value.to(torch.int32),
@@ -215,14 +238,11 @@ def select_arguments(
         "kept_id": kept_value.to(torch.int32),
         "stride": logits.stride(0),
         "n_vocab": n_vocab,
-        "n_groups": n_groups,
+        "n_groups": -(-n_vocab // group),
         "n_slots": n_slots,
         "k": k,
-        "K": k_padded,
-        "GROUPS": max(next_power_of_2(n_groups), k_padded),
-        "GROUP": group,
+        **sizes,
         "ZERO_BITS": ZERO_BITS[logits.dtype],
-        "num_warps": 4 if k_padded <= 64 else 8,
         "enable_fp_fusion": True,  # the default differs between versions of Triton
     }
 
