@@ -34,8 +34,16 @@ $(ZERO)/.installed: constraints.txt $(VENV)/.installed
 		deepspeed einops hjson msgpack py-cpuinfo
 	touch $@
 
+# Other versions of Triton than the installed one, which kernels compile for without a GPU: `test`
+# takes the oldest that is supported (torch 2.11 brings it), `soak` each minor one. 200 MB apiece.
+TRITONS := 3.7.0 3.8.0
+.venv-triton-%/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 --no-deps \
+		--upgrade --target .venv-triton-$* "triton==$*"
+	touch $@
+
 # One torch thread per worker: two cores, two workers.
-test: dev $(ZERO)/.installed
+test: dev $(ZERO)/.installed .venv-triton-3.6.0/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # vLLM pins torch and transformers: real vLLM is tested in an environment of its own, another version
@@ -78,7 +86,7 @@ test-real: dev $(REAL)/.installed
 
 # The long counts of the tests of the store, its workers and the models: more than an hour, and for
 # one of them the right to mount a disk.
-soak: dev
+soak: dev .venv-triton-3.6.0/.installed $(TRITONS:%=.venv-triton-%/.installed)
 	OMP_NUM_THREADS=1 PYTHONSAFEPATH= $(BIN)/python bench/bench_soak.py
 
 check: dev

@@ -39,12 +39,16 @@ collect_ignore = [
 DEEPSPEED = Path(__file__).resolve().parent.parent / ".venv-deepspeed"
 """A folder of its own: accelerate imports it in every training that finds it."""
 
+TRITONS = sorted(Path(__file__).resolve().parent.parent.glob(".venv-triton-*"))
+"""Folders of other versions of Triton than the installed one."""
+
 NEEDS = {
     "deepspeed": lambda: DEEPSPEED.is_dir() or find_spec("deepspeed") is not None,
     "gpu": torch.cuda.is_available,
     "make": lambda: shutil.which("make") is not None,
     "peft": lambda: find_spec("peft") is not None,
     "ray": lambda: find_spec("ray") is not None,
+    "triton": lambda: bool(TRITONS),
     "soak": lambda: bool(os.environ.get("LOGITCASK_SOAK")),
 }
 """The arguments of `@pytest.mark.needs(name)`."""
