@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from logitcask.engine.commands.load_teacher import live_backend
 from logitcask.engine.commands.resolve import rendering_of, student_of
 from logitcask.engine.commands.train import eval_plan, find_objective, held_out_set
 from logitcask.engine.config.sections import EvaluateConfig
@@ -172,7 +173,8 @@ class _Evaluator:
                 plan,
                 held_out,
                 network,
-                lambda: plan.sampler(network) if plan else None,
+                # That of the plan needs the folder of its first student, which may be gone.
+                lambda: live_backend(network, model, config.run) if plan else None,
                 version=model.version,
                 progress=progress,
                 device=args.device,

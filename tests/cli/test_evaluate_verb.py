@@ -12,6 +12,7 @@ import pytest
 from logitcask.engine.commands.evaluate import evaluate_config, watch_evaluations
 from logitcask.engine.distill.versions import remove_others
 from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.models.digests import read_json, write_json
 from logitcask.engine.training.evaluation.versions import (
     LEASE_S,
     evaluating,
@@ -97,6 +98,25 @@ def test_versions_are_evaluated_once_until_the_final_student(loop: Path, run: st
     assert watch(loop)["evaluated"] == 0
     assert read_evaluations(loop) == [line]
     assert not (loop / ".evaluator").exists()
+
+
+def test_a_version_is_evaluated_after_the_first_one_is_gone(loop: Path) -> None:
+    stop = threading.Event()
+    first, second = (loop / "versions" / name for name in ("v2", "v3"))
+
+    def go_on(line: str) -> None:
+        if second.exists():
+            stop.set()
+            return
+        first.rename(second)
+        metadata = read_json(second / "logitcask.json", hint="")
+        write_json(second / "logitcask.json", {**metadata, "version": 3})
+
+    config = evaluate_config(str(loop), {"work": {"worker": True, "poll": 0.01}})
+    watch_evaluations(config, stop=stop, on_event=go_on)
+    lines = read_evaluations(loop)
+    assert [line["version"] for line in lines] == [2, 3]
+    assert lines[0]["eval/loss"] == lines[1]["eval/loss"]
 
 
 def test_a_version_that_goes_away_is_left_out(loop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
