@@ -29,7 +29,7 @@ class Span:
     process: str
     """Number among the processes of the role, or the host and pid of one that was started alone."""
     kind: str
-    """unit, wait or load of rollout and score; update, wait, publish or save of train."""
+    """unit, wait or load of rollout and score; update, wait, measure or publish of train."""
     round: int | None
     version: int | None
     """Round of the work, and version of the student in it; None where there is none."""
