@@ -11,6 +11,7 @@
     parse.py            text -> preset
     evaluate.py         an objective's loss and gradient, as the kernels call it
     report.py           facts of a cache, and the labels of exactness
+    requirements.py     the data that an objective needs of a cache
     exactness.py        how exactly a cache serves an objective
     bounds.py           warnings and actions when the student moved too far
 

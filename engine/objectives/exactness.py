@@ -6,21 +6,17 @@ serve raises ObjectiveError.
 """
 
 from logitcask.engine.backends.returned import RESOLVED
-from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.modifiers import (
     Baseline,
     CrossEntropy,
     EntropyGate,
     FixedAdvantage,
-    Importance,
-    Prune,
-    ReturnToGo,
     Reward,
-    Stepwise,
 )
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import FULL_VOCAB_K, Preset
 from logitcask.engine.objectives.report import CacheInfo, ExactnessReport, Served
+from logitcask.engine.objectives.requirements import check_served
 from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
 
 
@@ -33,19 +29,7 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
     if isinstance(objective, Preset):
         notes += [objective.note] if objective.note else []
         objective = objective.objective
-    _check_draws(objective, cache)
-    if not cache.known_draws:
-        _check_unknown_draws(objective, cache)
-    _check_rewards(objective, cache)
-    _check_k(objective, cache)
-    if objective.support == "student":
-        _check_student(objective, cache)
-    if objective.needs_base and not cache.base:
-        raise ObjectiveError(
-            "this objective needs scores of a base model, and --base names none",
-            hint="score the rollouts with it (score --teacher-kind "
-            "base), and name its scores with --base",
-        )
+    check_served(objective, cache)
     if not cache.same_base_weights:
         notes.append(
             "Off-lineage student: a model of other base weights sampled these rollouts, so ages "
@@ -68,7 +52,6 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
             "stored prompts."
         )
     if cache.scored:
-        _check_positions(objective, cache)
         notes.append(
             f"The cache serves {cache.scored}: the others have no loss and are in no metric."
         )
@@ -82,7 +65,7 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
         scores=_scores(objective, cache),
         support=_support(objective, cache),
         estimator=_estimator(objective, cache),
-        prefixes=_prefixes(cache),
+        prefixes=cache.prefixes(),
         notes=tuple(notes),
     )
 
@@ -115,122 +98,6 @@ def _is_cut(objective: Objective) -> bool:
     return cut and objective.estimator == "divergence"
 
 
-def _check_draws(objective: Objective, cache: CacheInfo) -> None:
-    if objective.support == "teacher_mc" and not cache.q_draws:
-        raise ObjectiveError(
-            "these scores are the teacher's top ids, and this objective averages over its draws",
-            hint="score again, under another name, with --selection sampled --draws 50",
-        )
-    if objective.support not in SAMPLED_SUPPORTS and cache.q_draws:
-        raise ObjectiveError(
-            f"these scores are {cache.q_draws} ids drawn from the teacher, and support "
-            f"{objective.support!r} is a top-k",
-            hint="train with --objective rs_kd, or on scores that were made without --draws",
-        )
-    if objective.support == "mc" and not (cache.mc_draws and cache.at_mc):
-        lack = "have no score" if cache.mc_draws else "are not in these rollouts"
-        raise ObjectiveError(
-            f"this objective averages over ids that the student drew, and they {lack}",
-            hint="sample with --mc-draws 16 and score with "
-            "--extra-ids mc, or train with --objective "
-            "sampled_token",
-        )
-
-
-def _check_unknown_draws(objective: Objective, cache: CacheInfo) -> None:
-    """Raise ObjectiveError for what rests on the distribution that the tokens were drawn from."""
-    names = [each.name for each in objective.modifiers if isinstance(each, Importance)]
-    names += [each.name for each in objective.terms if not isinstance(each, CrossEntropy)]
-    if objective.support in ("sampled", "mc"):
-        cause = f"support {objective.support!r} averages over draws of the student"
-    elif names:
-        cause = f"modifier {names[0]!r} rests on draws of the student"
-    else:
-        return
-    raise ObjectiveError(
-        f"{cause}, and these rollouts are imported ({cache.imported}) without their log-probs",
-        hint="train with an objective that needs no draws, as --objective forward_kl, or import "
-        "rollouts that have the log-probs of their tokens",
-    )
-
-
-def _check_positions(objective: Objective, cache: CacheInfo) -> None:
-    """Raise ObjectiveError for a modifier that looks at other positions of a response."""
-    for modifier in objective.modifiers:
-        if isinstance(modifier, Prune | Stepwise | ReturnToGo):
-            raise ObjectiveError(
-                f"modifier {modifier.name!r} looks at all positions of a response, and the "
-                f"teacher has scored {cache.scored}",
-                hint="repeat `logitcask score` with --positions all, which adds the others",
-            )
-
-
-def _check_rewards(objective: Objective, cache: CacheInfo) -> None:
-    if not any(isinstance(term, Reward) for term in objective.terms):
-        return
-    if not cache.rewards:
-        raise ObjectiveError(
-            "modifier 'reward' needs the rewards of the responses, and these rollouts have none",
-            hint="sample again, under another name, with --grader exact or MODULE:FUNCTION",
-        )
-    if cache.samples < 2:
-        raise ObjectiveError(
-            f"modifier 'reward' with {cache.samples} response per prompt: the reward minus the "
-            "mean over the responses to a prompt would be 0",
-            hint="sample again with --n 4",
-        )
-
-
-def _check_k(objective: Objective, cache: CacheInfo) -> None:
-    if objective.support in SAMPLED_SUPPORTS:
-        return
-    # With a bucket any kept list is exact for the coarsened models; else S(q) must be known.
-    coarse = objective.tail == "bucket" and objective.support in ("teacher", "overlap")
-    if coarse or objective.support == "student":
-        return
-    if objective.k >= FULL_VOCAB_K and 0 < cache.n_vocab <= cache.k_min:
-        return
-    if objective.k >= FULL_VOCAB_K:
-        raise ObjectiveError(
-            f"this objective needs the whole vocabulary, {cache.n_vocab} ids, and these scores "
-            f"have k_min = {cache.k_min}",
-            hint=f"score again with --teacher-topk-min {cache.n_vocab} "
-            f"--teacher-topk-max {cache.n_vocab} if that is "
-            "affordable, or train with --objective gkd or forward_kl",
-        )
-    if objective.k > cache.k_min:
-        also = f" --teacher-topk-max {objective.k}" if objective.k > cache.k_max else ""
-        raise ObjectiveError(
-            f"k = {objective.k} is more than k_min = {cache.k_min} of these scores: some rows "
-            f"have fewer than {objective.k} of the teacher's ids",
-            hint="score again with --teacher-topk-min "
-            f"{objective.k}{also}, or train with --loss-topk {cache.k_min}",
-        )
-
-
-def _check_student(objective: Objective, cache: CacheInfo) -> None:
-    if not cache.at_student:
-        raise ObjectiveError(
-            "these scores lack the teacher's log-probs at the student's ids, and a student support "
-            "needs them",
-            hint="score with a teacher that can score chosen ids, or train with "
-            "--objective overlap",
-        )
-    if objective.k > cache.student_k:
-        raise ObjectiveError(
-            f"k = {objective.k} is more than student_k = {cache.student_k} of these rollouts",
-            hint=f"sample and score again with --student-topk {objective.k}, or train with "
-            f"--loss-topk {cache.student_k}",
-        )
-    if not cache.same_base_weights and not cache.allow_off_lineage:
-        raise ObjectiveError(
-            "off-lineage student: S(p) is frozen at the policy that sampled the rollouts "
-            f"({_prefixes(cache)}), and the student has other base weights",
-            hint="train with --objective overlap, whose S(p) is the current one, or allow it with "
-            "--allow-off-lineage",
-        )
-
-
 def _scores(objective: Objective, cache: CacheInfo) -> str:
     text = _exact_scores(objective)
     if objective.temperature != 1:
@@ -239,6 +106,9 @@ def _scores(objective: Objective, cache: CacheInfo) -> str:
         return text
     if objective.tail == "bucket":
         text += f"; the bucket is resolved to {RESOLVED:g}"
+        if objective.divergence == "alpha":  # q^a p^(1 - a) of it, and p may be 1
+            a = objective.parameter or 1.0
+            text += f", its term in the loss to {RESOLVED**a / (a * (1 - a)):.1g}"
     if any(isinstance(each, Baseline) and each.on == "teacher" for each in objective.modifiers):
         text += (
             f"; the baseline's bucket is resolved to {RESOLVED:g}, which affects only the variance"
@@ -286,7 +156,7 @@ def _support(objective: Objective, cache: CacheInfo) -> str:
         "non_overlap": f"current: the ids in one of the two top-{k} alone; {missing}",
         "student": f"frozen: the top-{k} of the "
         f"{'student at the import' if cache.imported else 'behaviour policy'} "
-        f"({_prefixes(cache)}); the current one may differ, see cache/uncached_mass",
+        f"({cache.prefixes()}); the current one may differ, see cache/uncached_mass",
         "sampled": "fixed: the sampled id",
         "mc": f"fixed: {cache.mc_draws} ids that the behaviour policy drew",
         "teacher_mc": f"fixed: {cache.q_draws} ids that were drawn from the teacher",
@@ -355,15 +225,3 @@ def _of_draws(draws: str, goal: str, corrected: bool, cache: CacheInfo, full: bo
         reason += ", but of another run"
     weighted = "importance-weighted" if corrected else "not importance-weighted"
     return f"{draws} per position, biased: off policy (age {ages}{reason}) and {weighted}"
-
-
-def _prefixes(cache: CacheInfo) -> str:
-    if cache.imported:
-        return f"imported, {cache.imported}"
-    if not cache.versions and cache.max_age:
-        return f"of a student at most {cache.max_age} updates older, new in every round"
-    if not cache.versions:
-        return "of the current student, new in every round"
-    low, high = min(cache.versions), max(cache.versions)
-    versions = f"version {low}" if low == high else f"versions {low} to {high}"
-    return versions if cache.same_base_weights else f"{versions} of other base weights"

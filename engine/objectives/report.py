@@ -87,6 +87,18 @@ class CacheInfo:
             return (None,)
         return tuple(now - version for version in self.versions)
 
+    def prefixes(self) -> str:
+        """Return the policies that sampled the rollouts, as text."""
+        if self.imported:
+            return f"imported, {self.imported}"
+        if not self.versions and self.max_age:
+            return f"of a student at most {self.max_age} updates older, new in every round"
+        if not self.versions:
+            return "of the current student, new in every round"
+        low, high = min(self.versions), max(self.versions)
+        versions = f"version {low}" if low == high else f"versions {low} to {high}"
+        return versions if self.same_base_weights else f"{versions} of other base weights"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExactnessReport:

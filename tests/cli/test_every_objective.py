@@ -20,6 +20,8 @@ MODIFIED = {
     "clip": "opd_released(weights=teacher_p)+clip",
     "ce": "opd+ce+reward(std=true)",
 }
+SOAK_ALONE = ("mixed_kl", "skew_kl", "skew_reverse_kl", "alpha_divergence")
+"""They differ from teacher_topk and gkd in the divergence alone."""
 ELSEWHERE = ("reward", "return_to_go", "fixed")
 """In MODIFIED or in a preset."""
 OTHERS = {name: f"sampled_token+{name}" for name in MODIFIERS if name not in ELSEWHERE}
@@ -70,7 +72,16 @@ def test_a_staleness_bound_skips_or_stops(world: World, call: Any) -> None:
     refused.assert_error(2, "nothing samples during a training on stored scores", "skip or stop")
 
 
-@pytest.mark.parametrize("objective", [*PRESETS, *(OTHERS | MODIFIED).values()])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(
+            pytest.param(name, marks=pytest.mark.needs("soak")) if name in SOAK_ALONE else name
+            for name in PRESETS
+        ),
+        *(OTHERS | MODIFIED).values(),
+    ],
+)
 def test_every_objective_trains_from_one_store(
     world: World, call: Any, store: str, objective: str
 ) -> None:

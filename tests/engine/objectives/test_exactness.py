@@ -153,6 +153,7 @@ def test_a_teacher_of_returned_topk_alone_is_labelled(name: str) -> None:
     assert (interval.support, interval.estimator) == (plain.support, plain.estimator)
     tail = PRESETS[name].objective.tail == "bucket"
     assert ("the bucket is resolved to 1e-06" in added) == tail
+    assert ("its term in the loss to 0.004" in added) == (name == "alpha_divergence")
     assert ("the gate opens where the lower end" in added) == (name == "eopd")
     assert ("which affects only the variance" in added) == (name == "vopd_cached")
     assert bool(added) == (tail or name in ("eopd", "vopd_cached"))
