@@ -21,7 +21,7 @@ LAYERS = [
     *("store/storage", "store/format", "store/log", "store", "store/transfer"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),
-    *("exchange", "probes", "training"),
+    *("exchange", "probes", "training", "integrations"),
     *("workers", "workers/ray", "commands", "distill", "ablate_table", "ablate", "demo"),
 ]
 
@@ -42,6 +42,7 @@ FENCES = {
         "engine/demo",
     },
     "peft": {"engine/models"},
+    "trl": {"engine/integrations"},
     "deepspeed": {"engine/training/sharding"},
     "vllm": {"engine/backends/vllm"},
     "ray": {"engine/workers/ray"},
@@ -65,6 +66,7 @@ HEAVY = (
     "matplotlib",
     "peft",
     "deepspeed",
+    "trl",
     "datasets",
     "pyarrow",
 )

@@ -57,7 +57,7 @@ class ImportReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a first pass over the sequences finds, before a model is loaded."""
+    """Units and counts of the sequences, found by a first pass, before a model is loaded."""
 
     units: list[tuple[int, int, str]] = field(default_factory=list)
     """(first prompt, prompts, digest of the sequences) of each unit."""

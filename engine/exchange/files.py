@@ -17,7 +17,7 @@ TEXT = "text"
 
 
 class Files:
-    """The sequences of files and folders, read anew by each call."""
+    """The sequences of files and folders, read from the beginning by each call."""
 
     def __init__(
         self,

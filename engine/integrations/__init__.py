@@ -1,0 +1,1 @@
+"""Stored scores in the trainers of others: one small file for each."""

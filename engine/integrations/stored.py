@@ -1,0 +1,30 @@
+"""The scored sequences of a store, for the trainers of others."""
+
+from pathlib import Path
+
+import numpy as np
+
+from logitcask.engine.packing.source import PackSource
+from logitcask.engine.store import open_store
+from logitcask.engine.store.inspect import choose, choose_teacher
+from logitcask.engine.types import Array
+
+
+def open_stored(
+    store: str | Path, rollouts: str | None, teacher: str | None, snapshot: int | str | None
+) -> tuple[PackSource, Array]:
+    """Return the source of a store's packs, and [n, 2] (unit, sequence) of all responses.
+
+    store: folder or URL. rollouts, teacher: names, which may be None where the store has one.
+    snapshot: log number or tag; None = the newest. Raises as `choose` and PackSource do.
+    """
+    opened = open_store(store)
+    at = opened.head() if snapshot is None else opened.snapshot(snapshot)
+    rollouts = choose(at.names("rollout"), rollouts, what="rollouts")
+    source = PackSource(opened, at, rollouts, choose_teacher(at, teacher))
+    members = [
+        (unit, sequence)
+        for unit, lengths in enumerate(source.lengths())
+        for sequence in np.flatnonzero(lengths.response)
+    ]
+    return source, np.array(members, np.int64).reshape(-1, 2)

@@ -1,0 +1,207 @@
+"""Offline distillation in transformers' Trainer, and in trainers made from it, as TRL's SFTTrainer.
+
+    data = StoreData("./store", objective="forward_kl")
+    trainer = distilling(SFTTrainer)("Qwen/Qwen3-1.7B", SFTConfig("out"), train_dataset=data)
+    trainer.train()
+
+The batches are stored sequences, and the loss is an objective of ours, from the model's logits.
+All else is the trainer's: optimizer, schedule, sharding, checkpoints, trackers. `logitcask train`
+needs less memory, because it never makes the logits of a whole batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitcask.engine.errors import ConfigError, ObjectiveError
+from logitcask.engine.integrations.stored import open_stored
+from logitcask.engine.objectives import (
+    check_exactness,
+    current_topk,
+    parse_objective,
+    row_objective,
+)
+from logitcask.engine.packing.targets import Targets
+from logitcask.engine.training.cache_info import cache_info
+from logitcask.kernels.sparse_kl import sparse_kl
+
+IGNORED = -100
+"""Label of tokens without a loss, which Trainer does not count."""
+
+
+class StoreData:
+    """The scored sequences of a store, and the objective that trains on them."""
+
+    def __init__(
+        self,
+        store: str | Path,
+        *,
+        objective: str = "forward_kl",
+        k: int | None = None,
+        rollouts: str | None = None,
+        teacher: str | None = None,
+        snapshot: int | str | None = None,
+    ) -> None:
+        """Open a store, as `open_stored`.
+
+        objective, k: as --objective and --loss-topk. Raises ObjectiveError where the scores cannot
+        serve the objective, or it needs whole updates at once.
+        """
+        self._source, self._members = open_stored(store, rollouts, teacher, snapshot)
+        preset = parse_objective(objective, k=k)
+        self.objective = preset.objective
+        self.exactness = check_exactness(
+            preset, cache_info(None, self._source, allow_off_lineage=False)
+        )
+        """How exactly the store serves the objective."""
+        for modifier in self.objective.modifiers:
+            if modifier.scope != "row":
+                raise ObjectiveError(
+                    f"modifier {modifier.name!r} weighs the rows of a whole update, and a trainer "
+                    "shows its batches one by one",
+                    hint="leave it out, or train with `logitcask train`",
+                )
+        of = self._source.pairs[0][0].provenance["student"]
+        self.n_vocab, self._pad = int(of["n_vocab"]), int(of["stop_ids"][0])
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def rows(self) -> Any:
+        """Return a `datasets.Dataset` with the number of each sequence, which `collate` reads.
+
+        Raises ConfigError without the package datasets.
+        """
+        try:
+            from datasets import Dataset
+        except ImportError as error:
+            raise ConfigError(
+                "a trainer takes a data set of the package datasets",
+                hint='pip install -e ".[data]"',
+            ) from error
+        return Dataset.from_dict({"sequence": list(range(len(self)))})
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a batch of B sequences, padded to L tokens, and the targets of its P rows.
+
+        input_ids, attention_mask, labels: [B, L]. predict_at: [P], index into B x L of the logits
+        that predict each row.
+        """
+        pack = self._source.pack(self._members[[int(row["sequence"]) for row in rows]])
+        flat, labels = pack.input_ids[0], _labels(pack.input_ids[0], pack.predict_at, pack.targets)
+        longest = max(pack.lengths)
+        shape = (len(pack.lengths), longest)
+        sequence = torch.repeat_interleave(
+            torch.arange(len(pack.lengths)), torch.tensor(pack.lengths)
+        )
+        at = sequence * longest + pack.position_ids[0]
+        batch = {
+            "input_ids": torch.full(shape, self._pad).view(-1).scatter(0, at, flat).view(shape),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64)
+            .view(-1)
+            .scatter(0, at, 1)
+            .view(shape),
+            "labels": torch.full(shape, IGNORED).view(-1).scatter(0, at, labels).view(shape),
+        }
+        targets = {
+            each.name: value
+            for each in fields(Targets)
+            if (value := getattr(pack.targets, each.name)) is not None
+        }
+        return {**batch, "targets": targets, "predict_at": at[pack.predict_at]}
+
+    def loss(
+        self, logits: Tensor, targets: Targets, count: Tensor | float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of the rows' losses over `count`, nats, and metrics name -> [P].
+
+        logits: [P, V] of the rows; differentiable.
+        """
+        result = sparse_kl(
+            logits,
+            targets.ids,
+            row_objective(self.objective, targets),
+            k=current_topk(self.objective, self.n_vocab),
+            row_weight=targets.weight / count,
+            n_vocab=self.n_vocab,
+        )
+        return result.loss, result.metrics
+
+
+def _labels(ids: Tensor, predict_at: Tensor, targets: Targets) -> Tensor:
+    """Return [L] labels: the response tokens that count, IGNORED elsewhere."""
+    labels = torch.full_like(ids, IGNORED)
+    counted = predict_at[targets.weight > 0] + 1
+    labels[counted] = ids[counted]
+    return labels
+
+
+def distilling(trainer: type) -> type:
+    """Return a subclass of Trainer, or of one made from it, that distills from StoreData."""
+
+    class DistillingTrainer(trainer):  # type: ignore[misc]
+        """A trainer whose loss is the objective of its StoreData."""
+
+        def __init__(self, model: Any, args: Any, *, train_dataset: StoreData, **more: Any) -> None:
+            if not isinstance(train_dataset, StoreData):
+                raise ConfigError(
+                    f"train_dataset is {type(train_dataset).__name__}, and this trainer distills "
+                    "from a store",
+                    hint="give a StoreData",
+                )
+            self._store_data = train_dataset
+            self._row_metrics: dict[str, Tensor] = {}
+            # Columns of ours would go, and ids be tokenized.
+            args.remove_unused_columns = False
+            if hasattr(args, "dataset_kwargs"):
+                args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+            super().__init__(
+                model,
+                args,
+                train_dataset=train_dataset.rows(),
+                data_collator=train_dataset.collate,
+                **more,
+            )
+
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            """Return the loss [] of a batch: the mean over the tokens of the whole update."""
+            targets = Targets(**inputs["targets"])
+            ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            outputs = model(**ids, use_cache=False)
+            logits = outputs.logits.flatten(0, 1)[inputs["predict_at"]]
+            whole = num_items_in_batch is not None
+            count = num_items_in_batch if whole else targets.weight.sum().clamp(min=1.0)
+            loss, metrics = self._store_data.loss(logits, targets, count)
+            if whole and self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+            if self.model.training:
+                self._add(metrics, targets.weight)
+            return (loss, outputs) if return_outputs else loss
+
+        def _add(self, metrics: Mapping[str, Tensor], weight: Tensor) -> None:
+            for name, values in metrics.items():
+                used = (weight > 0) & values.isfinite()
+                pair = torch.stack([values[used].sum(), used.sum().to(values.dtype)])
+                held = self._row_metrics.get(name)
+                self._row_metrics[name] = pair if held is None else held + pair
+
+        def log(self, logs: dict[str, float], *rest: Any, **more: Any) -> None:
+            """Log the means of the metrics since the last line, of this process, with the loss."""
+            if "loss" in logs:
+                for name, (total, count) in self._row_metrics.items():
+                    if count:
+                        logs[name] = round((total / count).item(), 6)
+                self._row_metrics = {}
+            super().log(logs, *rest, **more)
+
+    return DistillingTrainer
