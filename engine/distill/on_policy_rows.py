@@ -21,6 +21,7 @@ from logitcask.engine.packing.plan import Lengths, PackPlan, PlanKey, make_plan
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.rollout.plan import rollout
 from logitcask.engine.score.plan import score
+from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot
 from logitcask.engine.types import NO_DETAIL, Detail, Progress
 
@@ -115,9 +116,13 @@ class OnPolicyRows(RoundRows):
         super().__post_init__()
         inputs = self.loop.inputs
         self._sampler = live_backend(self.student, inputs.model, inputs.config.run)
-        live = replace(self.teacher, scorer=self._sampler)
-        self._moving = InlineTeacher(self.loop, self.student, live)
-        self._fixed = self.loop.score_request(self.teacher)
+        self._moving: InlineTeacher | None = None
+        self._fixed: ScoreRequest | None = None
+        if inputs.follow_every:
+            live = replace(self.teacher, scorer=self._sampler)
+            self._moving = InlineTeacher(self.loop, self.student, live)
+        else:
+            self._fixed = self.loop.score_request(self.teacher)
 
     def prepare(self, step: int) -> Sequence[str]:
         """Sample, score and pack the round that begins with update `step`, if one does."""
@@ -145,8 +150,9 @@ class OnPolicyRows(RoundRows):
             )
 
         scoring = self._fixed
-        if inputs.follow_every:
+        if self._moving is not None:
             scoring = self.loop.score_request(self._moving.at(number, current), of_round)
+        assert scoring is not None, "a teacher moves, or it does not"
         report = score(
             scoring,
             # The counts of the scoring include the units of earlier rounds.
@@ -157,7 +163,7 @@ class OnPolicyRows(RoundRows):
         for note in report.notes:
             self.on_event(note)
         snapshot = self.loop.store.head()
-        if inputs.follow_every:
+        if self._moving is not None:
             ours = filter(of_round, snapshot.rollouts(inputs.config.store.rollouts))
             self._names = {segment.seg_id: scoring.teacher_name for segment in ours}
         self._round = self._packed(number, current.digest, snapshot, of_round)
