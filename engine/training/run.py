@@ -16,9 +16,7 @@ from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.events import EventHandler, peak_memory
 from logitcask.engine.models.digests import sha256_of, write_json
 from logitcask.engine.models.identity import digest
-from logitcask.engine.models.load import (
-    quiet,
-)
+from logitcask.engine.models.load import quiet
 from logitcask.engine.models.save import dtype_of_result, save_student
 from logitcask.engine.objectives import Bounds, ExactnessReport, Objective, Preset
 from logitcask.engine.packing.batches import Packs
