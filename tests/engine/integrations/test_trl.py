@@ -24,7 +24,7 @@ SEQUENCES, K = 8, 6
 
 
 class Prompts(torch.utils.data.Dataset[Any]):
-    """Prompts that nobody samples."""
+    """Prompts that stay unread."""
 
     column_names = ("prompt",)
 
