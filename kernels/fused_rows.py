@@ -32,8 +32,8 @@ def objective_kernel(  # type: ignore[no-untyped-def]
     log_sum_exp,  # [P] float32
     group_max,  # [P, n_slots] float32
     kept_group,  # [P, K] int32 scratch
-    kept_value,  # [P, K] float32 scratch
-    kept_id,  # [P, K] int32 scratch
+    kept_place,  # [P, K] int32 scratch
+    kept_key,  # [P, K] int32 scratch
     ids,  # [P, n_ids] int64
     log_q,  # [P, n_ids] float32
     log_tail,  # [P] float32
@@ -83,8 +83,8 @@ def objective_kernel(  # type: ignore[no-untyped-def]
         logits,
         group_max + row * n_slots,
         kept_group + row * K,
-        kept_value + row * K,
-        kept_id + row * K,
+        kept_place + row * K,
+        kept_key + row * K,
         n_vocab,
         n_groups,
         K,

@@ -91,8 +91,8 @@ def select_row(  # type: ignore[no-untyped-def]
     logits,  # [V], one row
     group_max,  # [n_groups] float32
     kept_group,  # [K] int32 scratch
-    kept_value,  # [K] float32 scratch
-    kept_id,  # [K] int32 scratch
+    kept_place,  # [K] int32 scratch
+    kept_key,  # [K] int32 scratch
     n_vocab,
     n_groups,
     K: tl.constexpr,  # k, rounded up to a power of two
@@ -116,24 +116,26 @@ def select_row(  # type: ignore[no-untyped-def]
     # Flat only once they are loaded: Triton 3.6 would read a flat list one logit at a time.
     o = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(logits + o, mask=o < n_vocab, other=-float("inf")).to(tl.float32)
-    x = tl.reshape(x, (K * GROUP,))
-    o = tl.reshape(o, (K * GROUP,))
-    keep, at = place_best(tl.where(o < n_vocab, order_key(x, ZERO_BITS), lowest), K, ZERO_BITS)
-    tl.store(kept_value + at, x, mask=keep)
-    tl.store(kept_id + at, o, mask=keep)
+    key = tl.reshape(tl.where(o < n_vocab, order_key(x, ZERO_BITS), lowest), (K * GROUP,))
+    keep, at = place_best(key, K, ZERO_BITS)
+    # Their places alone: with logits and ids, too, the search would not fit the registers.
+    tl.store(kept_place + at, tl.arange(0, K * GROUP), mask=keep)
     tl.debug_barrier()
 
-    x_k = tl.load(kept_value + slot)
-    id_k = tl.load(kept_id + slot)
-    key = tl.where(id_k < n_vocab, order_key(x_k, ZERO_BITS), lowest)
+    place = tl.load(kept_place + slot)
+    id_k = tl.load(kept_group + place // GROUP) * GROUP + place % GROUP
+    x_k = tl.load(logits + id_k, mask=id_k < n_vocab, other=-float("inf")).to(tl.float32)
+    key_k = tl.where(id_k < n_vocab, order_key(x_k, ZERO_BITS), lowest)
+    tl.store(kept_key + slot, key_k)
+    tl.debug_barrier()
+
     rank = tl.zeros((K,), tl.int32)
     step: tl.constexpr = K if K < COMPARED else COMPARED
     for start in range(0, K, step):
         other = start + tl.arange(0, step)
-        id_o = tl.load(kept_id + other)
-        key_o = tl.where(id_o < n_vocab, order_key(tl.load(kept_value + other), ZERO_BITS), lowest)
-        better = (key_o[None, :] > key[:, None]) | (
-            (key_o[None, :] == key[:, None]) & (id_o[None, :] < id_k[:, None])
+        key_o = tl.load(kept_key + other)
+        better = (key_o[None, :] > key_k[:, None]) | (
+            (key_o[None, :] == key_k[:, None]) & (other[None, :] < slot[:, None])
         )
         rank += tl.sum(better.to(tl.int32), 1)
     return x_k, id_k, rank
@@ -146,8 +148,8 @@ def select_kernel(  # type: ignore[no-untyped-def]
     values,  # [P, k] float32
     ids,  # [P, k] int64
     kept_group,  # [P, K] int32 scratch
-    kept_value,  # [P, K] float32 scratch
-    kept_id,  # [P, K] int32 scratch
+    kept_place,  # [P, K] int32 scratch
+    kept_key,  # [P, K] int32 scratch
     stride,
     n_vocab,
     n_groups,
@@ -163,8 +165,8 @@ def select_kernel(  # type: ignore[no-untyped-def]
         logits + row * stride,
         group_max + row * n_slots,
         kept_group + row * K,
-        kept_value + row * K,
-        kept_id + row * K,
+        kept_place + row * K,
+        kept_key + row * K,
         n_vocab,
         n_groups,
         K,
@@ -230,12 +232,12 @@ def select_arguments(
     """Return the arguments of a kernel that calls select_row."""
     n_rows, n_slots = group_max.shape
     sizes = select_sizes(k, n_vocab, group)
-    kept_value = group_max.new_empty(n_rows, sizes["K"])
+    scratch = group_max.new_empty(3, n_rows, sizes["K"], dtype=torch.int32)
     return {
         "group_max": group_max,
-        "kept_group": kept_value.to(torch.int32),
-        "kept_value": kept_value,
-        "kept_id": kept_value.to(torch.int32),
+        "kept_group": scratch[0],
+        "kept_place": scratch[1],
+        "kept_key": scratch[2],
         "stride": logits.stride(0),
         "n_vocab": n_vocab,
         "n_groups": -(-n_vocab // group),
