@@ -87,6 +87,7 @@ def objective_kernel(  # type: ignore[no-untyped-def]
         kept_key + row * K,
         n_vocab,
         n_groups,
+        n_slots,
         K,
         GROUPS,
         GROUP,

@@ -89,12 +89,13 @@ def place_best(key, K: tl.constexpr, ZERO_BITS: tl.constexpr):  # type: ignore[n
 @triton.jit  # type: ignore[untyped-decorator]
 def select_row(  # type: ignore[no-untyped-def]
     logits,  # [V], one row
-    group_max,  # [n_groups] float32
+    group_max,  # [n_slots] float32, of which n_groups are set
     kept_group,  # [K] int32 scratch
     kept_place,  # [K] int32 scratch
     kept_key,  # [K] int32 scratch
     n_vocab,
     n_groups,
+    n_slots,
     K: tl.constexpr,  # k, rounded up to a power of two
     GROUPS: tl.constexpr,  # n_groups likewise, and at least K
     GROUP: tl.constexpr,
@@ -106,7 +107,8 @@ def select_row(  # type: ignore[no-untyped-def]
     lowest: tl.constexpr = -(1 << (31 - ZERO_BITS))
 
     g = tl.arange(0, GROUPS)
-    best = tl.load(group_max + g, mask=g < n_groups, other=-float("inf"))
+    # Up to the end of the scratch's row, a multiple of 16: the mask splits no 128-bit load.
+    best = tl.load(group_max + g, mask=g < n_slots, other=-float("inf"))
     keep, at = place_best(tl.where(g < n_groups, order_key(best, ZERO_BITS), lowest), K, ZERO_BITS)
     tl.store(kept_group + at, g, mask=keep)
     tl.debug_barrier()
@@ -169,6 +171,7 @@ def select_kernel(  # type: ignore[no-untyped-def]
         kept_key + row * K,
         n_vocab,
         n_groups,
+        n_slots,
         K,
         GROUPS,
         GROUP,
