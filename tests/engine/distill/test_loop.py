@@ -108,9 +108,9 @@ class Whole:
         with pytest.MonkeyPatch.context() as patch:
             prepare, pack = OnPolicyRows.prepare, OnPolicyRows.pack
 
-            def spy_prepare(rounds: Any, step: int) -> None:
+            def spy_prepare(rounds: Any, step: int) -> Any:
                 self.digests.append(live_digest(rounds.student))
-                prepare(rounds, step)
+                return prepare(rounds, step)
 
             def spy_pack(rounds: Any, index: int) -> Any:
                 self.packs.append((index // rounds.width, pack(rounds, index)))
@@ -347,7 +347,7 @@ def test_a_loop_resumes_at_the_start_of_a_round(
     steps: list[int] = []
     prepare = OnPolicyRows.prepare
     monkeypatch.setattr(
-        OnPolicyRows, "prepare", lambda r, step: (steps.append(step), prepare(r, step))
+        OnPolicyRows, "prepare", lambda r, step: (steps.append(step), prepare(r, step))[1]
     )
     report = distill(config)
     assert (report.resumed_at, steps) == (4, [4, 5, 6, 7, 8, 9])
