@@ -105,6 +105,8 @@ def test_a_model_with_its_losses_compiles_as_one_graph() -> None:
 
 
 @pytest.mark.needs("soak")  # minutes, and a C compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor uses what torch deprecates
+@pytest.mark.timeout(900)
 def test_a_model_with_its_losses_compiles_by_inductor() -> None:
     assert_compiles("inductor")
 
