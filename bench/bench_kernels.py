@@ -7,7 +7,7 @@ Run: .venv/bin/python bench/bench_kernels.py      (or logitcask bench kernels; -
   indexed   losses renormalised on a support, from hidden states and the head
   topk      the live top-k alone
 
-Without options on a CPU about five minutes on two cores: few rows, Qwen3's vocabulary, float32; on
+Without options on a CPU about seven minutes on two cores: few rows, Qwen3's vocabulary, float32; on
 a GPU the shapes of the preset in bfloat16. On a CPU plain torch with a dense head gets 1024 rows at
 a time, which keeps it under 16 GB. Each provider and shape appends a row to --out, which names the
 results that it computes, for not every comparison is fair; one that did not run has a row with the
@@ -249,6 +249,7 @@ class Run:
             "computes": each.computes,
             "task": each.task,
             "ours": each.ours,
+            "best": each.best,
             **self.common,
         }
         self.rows.append(full)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 Row = dict[str, Any]
+STEPS = 16
+"""Updates from one with metrics to the next: metric_sampling.STEPS, which a test compares."""
 V = 151_936
 """Qwen3's vocabulary: bars are set at this size."""
 
@@ -72,27 +74,77 @@ def _value(row: Row | None, of: Callable[[Row], float]) -> float | None:
     return None if row is None else of(row)
 
 
+def mean_of_train(without: Row | None, measured: Row | None) -> float | None:
+    """Return the mean ms of an update of `train`, of which one in STEPS has metrics."""
+    if without is None or measured is None:
+        return None
+    return float(without["ms"] + (measured["ms"] - without["ms"]) / STEPS)
+
+
+def _price(without: Row | None, measured: Row | None) -> float | None:
+    mean = mean_of_train(without, measured)
+    return None if mean is None or without is None else mean / without["ms"] - 1
+
+
 def _cpu(rows: list[Row]) -> list[Row | None]:
     def logits(name: str) -> Row | None:
         return _pick(rows, "logits", name, 128, 64)
 
-    def faster(text: str, least: float, slow: str, fast: str, T: int = 1024) -> Row | None:
-        both = [_pick(rows, "indexed", name, T, 16, 1024) for name in (slow, fast)]
-        return _at_least(f"{text}, {T} rows: `{slow}` over `{fast}`", least, _over("ms", *both))
+    def indexed(name: str, T: int = 1024) -> Row | None:
+        return _pick(rows, "indexed", name, T, 16, 1024)
 
+    def plain(text: str, slow: Row | None, ours: Row | None) -> Row | None:
+        name = (
+            ""
+            if slow is None or ours is None
+            else f": `{slow['provider']}` over `{ours['provider']}`"
+        )
+        return _at_least(f"best plain torch, {text}{name}", 1, _over("ms", slow, ours))
+
+    hidden = (_pick(rows, "hidden", name, 128, 64) for name in ("closed", "ours"))
+    top = (_pick(rows, "topk", name, 128, 64) for name in ("torch", "ours"))
+    best = [
+        plain("from logits, all metrics, 128 rows", logits("closed"), logits("ours")),
+        plain("from hidden states, all metrics, 128 rows", *hidden),
+        plain("top-k, 128 rows", *top),
+        plain("live support, 1024 rows", indexed("closed-live"), indexed("ours-live")),
+        plain("live support, frozen head, 1024 rows", indexed("closed-live-frozen"),
+              indexed("ours-live-frozen")),
+        *(
+            plain(f"known support, {text}{T} rows", indexed(f"gathered{end}", T),
+                  indexed(f"ours-teacher{end}", T))
+            for T in (1024, 4096)
+            for text, end in (("", ""), ("head's gradient as rows, ", "-rows"),
+                              ("frozen head, ", "-frozen"))
+        ),
+    ]  # fmt: skip
     eager, ours = logits("eager"), logits("ours")
+    mean = mean_of_train(indexed("train"), indexed("train-metrics"))
     return [
+        *sorted((bar for bar in best if bar), key=lambda bar: float(bar["value"])),
+        *(
+            _at_most(f"metrics of `train`, 1024 rows, over an update's loss, {text}", 0.2,
+                     _price(indexed(name), indexed(f"{name}-metrics")))
+            for name, text in (("train-frozen", "frozen head"), ("train", "dense gradient"))
+        ),
+        *(
+            _at_least(f"`{peer}` over what `train` runs with its metrics, 1024 rows", 3,
+                      _value(indexed(peer), lambda row: row["ms"] / mean) if mean else None)
+            for peer in ("distillkit", "trl", "verl")
+        ),
+        *(
+            _at_most(f"peak memory, 1024 rows: `ours-teacher` over `{peer}`", 0.5,
+                     _over("peak_bytes", indexed("ours-teacher"), indexed(peer)))
+            for peer in ("distillkit", "trl", "verl", "dense")
+        ),
         _at_least("from logits, all metrics, 128 rows: `eager` over `ours`", 2,
                   _over("ms", eager, ours)),
         _at_most("the same, peak memory without the gradient: `ours` over `eager`", 0.25,
                  _memory_ratio(ours, eager)),
-        faster("teacher's support, dense gradient of the head", 20, "dense", "ours-teacher"),
-        faster("teacher's support, dense gradient of the head", 30, "dense", "ours-teacher", 4096),
-        faster("the head's gradient as rows", 50, "dense", "ours-teacher-rows"),
-        faster("frozen head", 50, "dense-frozen", "ours-teacher-frozen"),
-        faster("against linear_sparse_kl", 10, "ours-dense", "ours-teacher"),
-        faster("student's stored support", 20, "dense", "ours-student"),
-        faster("student's live support", 2.5, "dense-live", "ours-live"),
+        _at_least("student's live support, 1024 rows: `dense-live` over `ours-live`", 2.5,
+                  _over("ms", indexed("dense-live"), indexed("ours-live"))),
+        _at_least("known support, 1024 rows: `dense` over `ours-teacher`", 20,
+                  _over("ms", indexed("dense"), indexed("ours-teacher"))),
     ]  # fmt: skip
 
 

@@ -200,18 +200,6 @@ def dense_head(
     return make
 
 
-def gathered_rows(case: Case) -> Call:
-    """Return a call by the head's rows at K ids as [T, K, H], a batched product and autograd."""
-
-    def call() -> Results:
-        hidden, weight = leaves(case.hidden, case.weight)
-        at = torch.einsum("tkh,th->tk", weight[case.teacher.ids], hidden).float()
-        mean = plain_reverse_kl(at, case.teacher, case.teacher.ids[:, :0]).mean()
-        return mean, *torch.autograd.grad(mean, [hidden, weight])
-
-    return call
-
-
 def head_products(case: Case) -> Call:
     """Return a call of the three products of a dense head alone, of whole matrices."""
     hidden, weight = case.hidden, case.weight

@@ -1,18 +1,19 @@
 """Losses of other projects: their package if it is installed, else their formula in eager torch.
 
-verl, TRL: eager torch on logits. Liger-Kernel, Apple's Cut Cross-Entropy, fla and torch have fused
-kernels, but with dense targets or one label: none of them has a loss on K ids. `computes` names the
-results of each, and the missing parts.
+verl, TRL, DistillKit: eager torch on logits. Liger-Kernel, Apple's Cut Cross-Entropy, fla and torch
+have fused kernels, but with dense targets or one label: none of them has a loss on K ids.
+`computes` names the results of each, and the missing parts.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from kernel_calls import Call, Make, Results, leaves
 from kernel_losses import metrics
-from kernel_providers import from_hidden, from_logits
+from kernel_providers import from_hidden, from_logits, with_whole_head
 from kernel_shapes import Case
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,37 +24,42 @@ CLAMP = -10.0
 """verl's default floor of both log-probs; it also cuts the gradient."""
 
 
-# From logits, in eager torch.
+# In eager torch, from logits or from hidden states and the whole head.
+
+
+def _inputs(case: Case) -> tuple[list[Tensor], Tensor]:
+    """Return the leaves of a case, and its logits as a function of them."""
+    inputs = leaves(case.logits) if case.logits is not None else leaves(case.hidden, case.weight)
+    return inputs, inputs[0] if len(inputs) == 1 else F.linear(*inputs)
 
 
 def _verl(case: Case) -> Call:
-    """Return a call: log_softmax in the logits' dtype, gather, floor, truncated forward KL."""
+    """Return a call of verl's earlier forward_kl_topk: log_softmax in the logits' dtype."""
 
     def call() -> Results:
-        (z,) = leaves(case.logits)
-        log_p = z.log_softmax(-1)
-        return _verl_loss(case, z, log_p.gather(1, case.teacher.ids))
+        inputs, z = _inputs(case)
+        return _verl_loss(case, inputs, z, z.log_softmax(-1).gather(1, case.teacher.ids))
 
     return call
 
 
 def _verl_chunked(case: Case) -> Call:
-    """Return `_verl` with float32 log-sum-exp of CHUNK_ROWS a chunk in place of log_softmax."""
+    """Return a call of the present one: float32 log-sum-exp of CHUNK_ROWS a chunk."""
 
     def call() -> Results:
-        (z,) = leaves(case.logits)
+        inputs, z = _inputs(case)
         parts = []
         for start in range(0, case.shape.T, CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             wide = z[rows].float()
             at = wide.gather(1, case.teacher.ids[rows])
             parts.append((at - wide.logsumexp(-1, keepdim=True)).to(z.dtype))
-        return _verl_loss(case, z, torch.cat(parts))
+        return _verl_loss(case, inputs, z, torch.cat(parts))
 
     return call
 
 
-def _verl_loss(case: Case, z: Tensor, log_p: Tensor) -> Results:
+def _verl_loss(case: Case, inputs: list[Tensor], z: Tensor, log_p: Tensor) -> Results:
     teacher = case.teacher
     with torch.no_grad():
         top_ids = z.topk(case.shape.k).indices
@@ -61,7 +67,7 @@ def _verl_loss(case: Case, z: Tensor, log_p: Tensor) -> Results:
         metrics(log_p.float(), teacher.log_tail, top_ids, teacher)
     low, log_q = log_p.float().clamp_min(CLAMP), teacher.log_q.clamp_min(CLAMP)
     mean = (log_q.exp() * (log_q - low)).sum(-1).mean()
-    return mean, *torch.autograd.grad(mean, [z])
+    return mean, *torch.autograd.grad(mean, inputs)
 
 
 def _trl(case: Case) -> Call:
@@ -72,11 +78,42 @@ def _trl(case: Case) -> Call:
         return torch.cat([log_p, (-torch.expm1(mass)).log()], 1)
 
     def call() -> Results:
-        (z,) = leaves(case.logits)
+        inputs, z = _inputs(case)
         log_p = with_tail(z.float().log_softmax(-1).gather(1, case.teacher.ids))
         log_q = with_tail(case.teacher.log_q)
         mean = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+        return mean, *torch.autograd.grad(mean, inputs)
+
+    return call
+
+
+def _trl_jsd(case: Case) -> Call:
+    """Return a call of a generalized JSD, both sides by log_softmax over the vocabulary."""
+    # The time does not depend on the values.
+    assert case.logits is not None
+    log_q = case.logits.flip(1).log_softmax(-1)
+
+    def call() -> Results:
+        (z,) = leaves(case.logits)
+        log_p = z.log_softmax(-1)
+        middle = torch.logaddexp(log_p, log_q) - math.log(2)
+        by = partial(F.kl_div, middle, reduction="sum", log_target=True)
+        mean = (by(log_p) + by(log_q)) / (2 * case.shape.T)
         return mean, *torch.autograd.grad(mean, [z])
+
+    return call
+
+
+def _distillkit(case: Case) -> Call:
+    """Return a call: gather, log-sum-exp rounded to the logits' dtype, the teacher renormalized."""
+
+    def call() -> Results:
+        inputs, z = _inputs(case)
+        lse = z.float().logsumexp(-1, keepdim=True).to(z.dtype)
+        log_p = (z.gather(1, case.teacher.ids) - lse).float()
+        log_q = case.teacher.log_q.log_softmax(-1)
+        mean = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+        return mean, *torch.autograd.grad(mean, inputs)
 
     return call
 
@@ -211,6 +248,12 @@ def _torch_ce(case: Case) -> FusedLoss:
     return lambda hidden, weight: F.linear_cross_entropy(hidden, weight, labels, options=options)
 
 
+VERL = (
+    "truncated forward KL, gradient; live top-k, overlap, masses; no tail, no entropy; float32 "
+    "log-sum-exp of 4096 rows at a time"
+)
+TRL = "forward KL with the tail rebuilt from the listed mass, gradient; no metrics"
+DISTILLKIT = "truncated forward KL to the renormalized teacher, gradient; no metrics"
 LABEL = "cross-entropy of one label, gradients; no support, no metrics"
 DENSE_TARGET = "forward KL to a dense [T, V] target made before"
 SAME_HEAD = "a teacher's hidden states and head, product of both in the time; no metrics"
@@ -220,23 +263,22 @@ liger_logits = partial(from_logits, needs="liger_kernel", gpu_only=True)
 liger = partial(from_hidden, needs="liger_kernel", gpu_only=True)
 fla = partial(from_hidden, needs="fla", gpu_only=True)
 PEERS = [
+    from_logits(name="verl", computes=VERL, make=_verl_chunked),
     from_logits(
-        name="verl",
-        computes="truncated forward KL, gradient; live top-k, overlap, masses; no tail, no "
-        "entropy; log_softmax in the logits' dtype",
+        name="verl-softmax",
+        computes="its earlier form, log_softmax in the logits' dtype",
         make=_verl,
     ),
+    from_logits(name="trl", computes=TRL, make=_trl, loss="forward_kl_tail"),
     from_logits(
-        name="verl-chunked",
-        computes="the same, float32 log-sum-exp of 4096 rows at a time",
-        make=_verl_chunked,
+        name="trl-jsd",
+        computes="JSD to dense log-probs made before, gradient; no metrics",
+        make=_trl_jsd,
     ),
-    from_logits(
-        name="trl",
-        computes="loss with the tail rebuilt from the listed mass, gradient; no metrics",
-        make=_trl,
-        loss="forward_kl_tail",
-    ),
+    from_logits(name="distillkit", computes=DISTILLKIT, make=_distillkit),
+    with_whole_head(name="verl", computes=VERL, make=_verl_chunked),
+    with_whole_head(name="trl", computes=TRL, make=_trl),
+    with_whole_head(name="distillkit", computes=DISTILLKIT, make=_distillkit),
     liger_logits(
         name="liger-kl-div",
         computes=f"{DENSE_TARGET}, gradient; log_softmax by torch; no tail, no metrics",

@@ -11,11 +11,12 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
+from kernel_bars import STEPS
+from kernel_best import closed_hidden, closed_live, closed_logits, gathered
 from kernel_calls import (
     Make,
     dense_head,
     eager_logits,
-    gathered_rows,
     head_products,
     our_hidden,
     our_indexed,
@@ -25,6 +26,7 @@ from kernel_calls import (
 )
 from kernel_losses import Teacher
 from kernel_shapes import Case
+from kernel_train import trained
 
 MANY_ROWS = 1 << 30
 SOME_ROWS = 2048
@@ -45,6 +47,8 @@ class Provider:
     student_ids: bool = False
     """True if the support is the student's ids of sampling time."""
     ours: bool = False
+    best: bool = False
+    """True for the best plain torch of the task."""
     needs: str | None = None
     """Module that must be importable."""
     gpu_only: bool = False
@@ -76,6 +80,8 @@ def _importable(module: str) -> bool:
 
 ALL = "loss, gradients; entropy, live top-k, overlap ratio, masses"
 BARE = "loss, gradients; no metrics"
+UPDATE = "loss, gradients, as `train` runs them in an update without metrics"
+MEASURED = f"the same with all metrics of 32 positions, one update in {STEPS}"
 INDEXED = "logitcask.kernels.indexed_linear"
 
 
@@ -84,10 +90,19 @@ from_logits = partial(Provider, section="logits", task="logits")
 from_hidden = partial(Provider, section="hidden", task="hidden")
 on_ids = partial(Provider, section="indexed", loss=KL)
 indexed = partial(on_ids, ours=True, needs=INDEXED)
+training = partial(on_ids, ours=True, needs="zarr")
 with_head = partial(on_ids, cpu_rows=SOME_ROWS)
+with_whole_head = partial(Provider, section="indexed", task="teacher", cpu_rows=SOME_ROWS)
 top = partial(Provider, section="topk", task="topk")
 PROVIDERS = [
     from_logits(name="ours", computes=ALL, make=our_logits(TAIL), loss=TAIL, ours=True),
+    from_logits(
+        name="closed",
+        computes=f"{ALL}; closed form, rows that fit in a cache",
+        make=closed_logits,
+        loss=TAIL,
+        best=True,
+    ),
     from_logits(name="eager", computes=ALL, make=eager_logits(TAIL), loss=TAIL),
     from_logits(  # its gradient is not checked: the check's rows would be compiled again
         name="compile",
@@ -96,6 +111,13 @@ PROVIDERS = [
         cpu_rows=0,
     ),
     from_hidden(name="ours", computes=ALL, make=our_hidden(TAIL), loss=TAIL, ours=True),
+    from_hidden(
+        name="closed",
+        computes=f"{ALL}; three products and the closed form",
+        make=closed_hidden,
+        loss=TAIL,
+        best=True,
+    ),
     from_hidden(name="eager", computes=ALL, make=dense_head(TAIL), loss=TAIL),
     from_hidden(name="products", computes="three products, no loss", make=head_products),
     indexed(name="ours-teacher", task="teacher", computes=BARE, make=our_indexed(KL)),
@@ -136,7 +158,7 @@ PROVIDERS = [
         make=our_hidden(KL),
         ours=True,
     ),
-    on_ids(
+    with_head(
         name="dense",
         task="teacher",
         computes=f"{BARE}; log_softmax of whole rows",
@@ -165,11 +187,58 @@ PROVIDERS = [
         cpu_rows=0,
     ),
     on_ids(
+        name="closed-live",
+        task="live",
+        computes=f"{ALL}; one product, then rows of the head gathered",
+        make=closed_live(),
+        loss=LIVE,
+        best=True,
+        cpu_rows=SOME_ROWS,
+    ),
+    on_ids(
+        name="closed-live-frozen",
+        task="live frozen",
+        computes=f"{ALL}; none by the head",
+        make=closed_live(frozen=True),
+        loss=LIVE,
+        best=True,
+        cpu_rows=SOME_ROWS,
+    ),
+    on_ids(
         name="gathered",
         task="teacher",
         computes=f"{BARE}; rows of the head gathered, autograd",
-        make=gathered_rows,
+        make=gathered(),
+        best=True,
+    ),
+    on_ids(
+        name="gathered-rows",
+        task="teacher rows",
+        computes=f"{BARE}; the head's gradient as rows, not summed by id",
+        make=gathered(sparse=True),
+        best=True,
+    ),
+    on_ids(
+        name="gathered-frozen",
+        task="teacher frozen",
+        computes=f"{BARE}, none by the head",
+        make=gathered(frozen=True),
+        best=True,
+    ),
+    training(name="train", task="teacher", computes=UPDATE, make=trained()),
+    training(name="train-metrics", task="teacher", computes=MEASURED, make=trained(measured=True)),
+    training(
+        name="train-frozen",
+        task="teacher frozen",
+        computes=f"{UPDATE}; none by the head",
+        make=trained(frozen=True),
+    ),
+    training(
+        name="train-frozen-metrics",
+        task="teacher frozen",
+        computes=f"{MEASURED}; none by the head",
+        make=trained(frozen=True, measured=True),
     ),
     top(name="ours", computes="lowest id first among equals", make=our_topk, ours=True),
-    top(name="torch", computes="any of equals", make=plain_topk),
+    top(name="torch", computes="any of equals", make=plain_topk, best=True),
 ]

@@ -53,7 +53,7 @@ PRESETS = {
 def shapes(preset: str, section: str, device: str, quick: bool) -> list[Shape]:
     """Return the default shapes of a section.
 
-    Few rows on a CPU: all sections together take about five minutes on two cores.
+    Few rows on a CPU: all sections together take about seven minutes on two cores.
     """
     V, small, large = PRESETS[preset]
     if device == "cpu":

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
+import report_ratios
 import report_roofline
 import results
 from kernel_bars import bars, newest
@@ -79,7 +80,7 @@ def device_tables(rows: list[Row], device: str) -> str:
     mine = newest([row for row in rows if row["device"] == device])
     if not mine:
         return NONE[device]
-    parts = [_bars(mine, device)]
+    parts = [report_ratios.ratio_table(mine), _bars(mine, device)]
     for _, run in groupby(mine, key=lambda row: (row["started"], row["section"] == "sweep")):
         of_run = list(run)
         measured = [row for row in of_run if "provider" in row]
@@ -101,9 +102,9 @@ def numbers(rows: list[Row]) -> str:
             notes.append(NONE[device])
             continue
         lines += [[each["bar"], _measured(each)] for each in bars(mine, device)]
-        notes.append(source(mine[-1]))
+        notes += [report_ratios.ratio_table(mine), source(mine[-1])]
     table = markdown(["", "measured"], lines) if lines else ""
-    return "\n\n".join(part for part in (table, *notes) if part)
+    return "\n\n".join(part for part in (*notes, table) if part)
 
 
 def in_short(rows: list[Row]) -> str:

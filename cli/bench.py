@@ -71,7 +71,7 @@ def bench_command() -> None:
 def kernels(**options: Any) -> None:
     """Measure time, memory and error of the kernels against torch and other libraries.
 
-    Takes about five minutes on two cores without a GPU. bench/README.md explains the output.
+    Takes about seven minutes on two cores without a GPU. bench/README.md explains the output.
 
     Example: logitcask bench kernels --device cpu --section logits
     """

@@ -24,6 +24,9 @@ SAME_LOSS = {
     ("logits", "ours"), ("logits", "eager"), ("logits", "trl"), ("hidden", "ours"),
     ("hidden", "eager"), ("indexed", "ours-dense"), ("indexed", "dense"),
     ("indexed", "dense-frozen"), ("indexed", "dense-live"), ("indexed", "gathered"),
+    ("logits", "closed"), ("hidden", "closed"), ("indexed", "closed-live"),
+    ("indexed", "gathered-rows"), ("indexed", "gathered-frozen"), ("indexed", "train"),
+    ("indexed", "train-frozen-metrics"),
 }  # fmt: skip
 """Providers that run anywhere and have a loss of ours."""
 
@@ -97,7 +100,7 @@ def test_rows_are_complete_and_a_skipped_provider_has_a_reason(tiny: Path) -> No
     status = {(row["section"], row["provider"]): row["status"] for row in rows}
     assert len(status) == len(rows)
     assert status["logits", "compile"] == "slow on a CPU: --providers compile runs it"
-    assert {status["logits", name] for name in ("ours", "eager", "verl", "verl-chunked")} == {"ok"}
+    assert {status["logits", name] for name in ("ours", "eager", "verl", "distillkit")} == {"ok"}
 
 
 def test_gradients_of_a_loss_of_ours_are_those_of_float64(tiny: Path) -> None:
@@ -123,6 +126,32 @@ def test_tables_of_the_rows(tiny: Path, script: Script) -> None:
     assert "--shape 9,500,16,6,5" in cpu
     assert str(tiny) not in cpu, "the command has no --out"
     assert "No GPU has run this yet" in gpu
+
+
+def test_the_first_table_begins_with_the_fastest_plain_form(tiny: Path) -> None:
+    times = {"ours-teacher-frozen": 10.0, "gathered-frozen": 5.0}
+    times |= {"train-frozen": 1.0, "train-frozen-metrics": 1.0}
+    ran = [row for row in read(tiny) if row["status"] == "ok"]
+    rows = [{**row, "ms": times.get(row["provider"], 1e3)} for row in ran]
+    lines = importlib.import_module("report_ratios").ratio_table(rows).splitlines()
+    assert lines[2].startswith("| known support, loss alone, frozen head; 9 rows, K = 6 | 10 ms")
+    assert "| 0.50x" in lines[2]
+    assert any("as `train` runs it" in line for line in lines)
+
+
+def test_the_price_of_metrics_is_spread_over_the_updates_of_a_run() -> None:
+    sampling = importlib.import_module("logitcask.engine.training.metric_sampling")
+    assert importlib.import_module("kernel_bars").STEPS == sampling.STEPS
+    shape = {"T": 1024, "V": 151_936, "H": 1024, "K": 16, "k": 16}
+    rows = [
+        row(name, ms, section="indexed", shape=shape, peak_bytes=None)
+        for name, ms in (("train", 100.0), ("train-metrics", 260.0), ("verl", 330.0))
+    ]
+    found = bars(rows, "cpu")
+    (price,) = (value for name, value in found.items() if "dense gradient" in name)
+    assert price == (pytest.approx(0.1), True)
+    (verl,) = (value for name, value in found.items() if name.startswith("`verl` over what"))
+    assert verl == (pytest.approx(3.0), True)
 
 
 def test_a_spent_budget_starts_nothing_and_is_reported(tmp_path: Path, script: Script) -> None:
