@@ -184,12 +184,14 @@ def select_kernel(  # type: ignore[no-untyped-def]
 def group_size(logits: Tensor, k: int, n_vocab: int) -> int:
     """Return the logits per group of scan_rows' maxima for a top-k; 0: select from the row itself.
 
-    Near sqrt(n_vocab / k) both stages have equal work; at most 4096 groups keep the kernel's first
-    stage in registers.
+    Near sqrt(n_vocab / k) both stages have equal work, but torch's maxima of fewer than 32 logits
+    are slow; at most 4096 groups keep the kernel's first stage in registers.
     """
     if runs_triton(logits):
         return triton_group(k, n_vocab) if k <= MAX_TRITON_K else 0
-    return 64 if n_vocab >= 4 * 64 * k else 0
+    if n_vocab < 2 * 32 * k:
+        return 0
+    return 32 if n_vocab < 600 * k else 64 if n_vocab < 2000 * k else 128
 
 
 def triton_group(k: int, n_vocab: int) -> int:
@@ -215,7 +217,7 @@ def select_rows(
     n_rows = logits.shape[0]
     values = logits.new_empty(n_rows, k, dtype=compute_dtype(logits.dtype))
     ids = logits.new_empty(n_rows, k, dtype=torch.int64)
-    if group_max is not None and runs_triton(logits):
+    if group_max is not None and k <= MAX_TRITON_K and runs_triton(logits):
         if n_rows:
             with on_device(logits):
                 arguments = select_arguments(logits, group_max, k, n_vocab, group)
@@ -253,35 +255,64 @@ def select_arguments(
 
 
 def _select_torch(z: Tensor, group_max: Tensor | None, k: int, group: int) -> tuple[Tensor, Tensor]:
+    """Return the top-k of z [C, V]: all logits from the k-th best maximum on, sorted."""
+    best = z if group_max is None else group_max[:, : -(-z.shape[1] // group)]
+    edge = best.topk(k, sorted=False).values.amin(1)
+    # Not `>=`: of a row with a NaN more stays, and k ids are found. Row by row, lowest id first.
+    row, ids = (~(best < edge[:, None])).nonzero().unbind(1)
     if group_max is None:
-        return _topk_lowest_id(z, k)
-    # Ascending, so candidates are in id order.
-    groups = _topk_lowest_id(group_max, k)[1].sort(dim=1).values
-    offsets = torch.arange(group, device=z.device)
-    ids = (groups[:, :, None] * group + offsets).flatten(1)  # [C, k * group]
-    candidates = z.gather(1, ids.clamp(max=z.shape[1] - 1))
-    # The last group may be short: its missing ids come after every real id, so they win no tie.
-    candidates.masked_fill_(ids >= z.shape[1], -float("inf"))
-    values, at = _topk_lowest_id(candidates, k)
-    return values, ids.gather(1, at)
+        values = z[row, ids]
+    else:
+        found = read_groups(z, row, ids, group)  # [N, group]
+        flat = nonzero_bytes(~(found < edge[row, None]))
+        at = flat // group
+        row, ids = row[at], ids[at] * group + flat % group
+        values = found.view(-1).index_select(0, flat)
+    count = row.bincount(minlength=len(z))
+    if int(count.max()) > 4 * k:  # a row may be constant: of equal logits the first k are enough
+        at_edge = (values == edge[row]).long()
+        rank = at_edge.cumsum(0) - at_edge
+        enough = (at_edge == 0) | (rank - rank[count.cumsum(0) - count][row] < k)
+        row, ids, values = row[enough], ids[enough], values[enough]
+        count = row.bincount(minlength=len(z))
+    shape = (len(z), int(count.max()))
+    slot = torch.arange(len(row), device=z.device) - (count.cumsum(0) - count)[row]
+    # Padding comes after every id, so it wins no tie.
+    at = row * shape[1] + slot
+    ordered = values.new_full(shape, -torch.inf)
+    ordered.view(-1).index_copy_(0, at, values)
+    ordered, order = ordered.sort(dim=1, descending=True, stable=True)
+    all_ids = ids.new_zeros(shape)
+    all_ids.view(-1).index_copy_(0, at, ids)
+    return ordered[:, :k], all_ids.gather(1, order[:, :k])
 
 
-def _topk_lowest_id(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return torch.topk with the lowest ids among equal values, in order.
+def nonzero_bytes(mask: Tensor) -> Tensor:
+    """Return the flat indices of True in a mask [N, W], W a multiple of 8, ascending.
 
-    torch.topk itself leaves open which of equal values it takes.
+    Eight at a time, as few are True: torch.nonzero takes as long for a byte as for 8.
     """
-    values, ids = z.topk(k)
-    edge = values[:, -1:]
-    n_ahead = (values != edge).sum(1)  # [C] values better than the k-th; all k where that is NaN
-    rows, columns = (z == edge).nonzero().unbind(1)  # row by row, lowest id first
-    first = torch.searchsorted(rows, torch.arange(z.shape[0], device=z.device))
-    slot = n_ahead[rows] + torch.arange(rows.shape[0], device=z.device) - first[rows]
-    fits = slot < k
-    ids[rows[fits], slot[fits]] = columns[fits]
-    ids, order = ids.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, order)
+    word = mask.view(torch.int64).view(-1).nonzero()[:, 0]
+    at, bit = mask.view(-1, 8).index_select(0, word).nonzero().unbind(1)
+    return word[at] * 8 + bit
+
+
+def read_groups(z: Tensor, row: Tensor, group: Tensor, width: int) -> Tensor:
+    """Return [N, width] the logits of N groups of z [C, V]; -inf past the end of a row."""
+    n_vocab, stride = z.shape[1], z.stride(0)
+    whole = n_vocab // width
+    short = z[:, whole * width :]
+    if not whole:
+        return torch.nn.functional.pad(short[row], (0, width - n_vocab), value=-torch.inf)
+    # Windows on the memory of z: rows of them are copied, which is faster than single logits.
+    last = (len(z) - 1) * stride + n_vocab - width
+    windows = z.as_strided((last + 1, width), (1, 1))
+    found = windows.index_select(0, (row * stride + group * width).clamp_(max=last))
+    if n_vocab % width:
+        at = (group == whole).nonzero()[:, 0]
+        found[at, : short.shape[1]] = short[row[at]]
+        found[at, short.shape[1] :] = -torch.inf
+    return found
 
 
 def topk_select(logits: Tensor, k: int, *, n_vocab: int | None = None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Scores of rows from their logits, in float32 and never as [T, V].
 
 Each chunk of rows gives log-prob of the sampled token, entropy, the kept list, log-probs at extra
-ids, and the exact log mass of all other ids, all from the same logits.
+ids, and the exact log mass of all other ids, all from one read of the same logits.
 """
 
 import hashlib
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from logitcask.engine.errors import ModelError
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
-from logitcask.kernels.row_stats import row_stats
-from logitcask.kernels.topk_select import topk_select
+from logitcask.kernels.group_stats import group_stats
 
 
 def take_ranges(starts: Array, counts: Array) -> Array:
@@ -54,34 +53,37 @@ def score_rows(
     token: [R]; extra_row, extra_ids: [A] rows and their chosen ids; uniforms: [R, draws] float64
     in [0, 1), for drawn ids.
     """
-    log_sum_exp, entropy = row_stats(logits)
+    drawn = request.entry_kind == "sampled"
+    k = 1 if drawn else min(request.k_max, logits.shape[1])
+    groups = group_stats(logits, k)
+    log_sum_exp, entropy = groups.row_stats()
     lp = logits.gather(1, token[:, None])[:, 0] - log_sum_exp
     at = logits[extra_row, extra_ids] - log_sum_exp[extra_row]
-    if request.entry_kind == "sampled":
+    if drawn:
         assert uniforms is not None, "drawing needs uniform numbers"
         cnt, ids, mult = _drawn(logits, uniforms)
+        values = logits.gather(1, ids)
     else:
-        cnt, ids, mult = _best(logits, log_sum_exp, request)
-    values = logits.gather(1, ids)
-    entry_lp = values - log_sum_exp[:, None]
+        values, ids = groups.topk(logits, k)
+        cnt, mult = _kept(values - log_sum_exp[:, None], request), torch.ones_like(ids)
     kept = torch.arange(ids.shape[1], device=logits.device) < cnt[:, None]
-    logits.scatter_(1, ids, values.masked_fill(kept | (mult == 0), -torch.inf))
-    logits[extra_row, extra_ids] = -torch.inf
-    log_tail = logits.logsumexp(1) - log_sum_exp
-    return RowScores(lp, entropy, log_tail, cnt, ids, entry_lp, at, mult)
+    row, column = kept.nonzero().unbind(1)
+    log_tail = groups.log_mass_outside(
+        logits, torch.cat([row, extra_row]), torch.cat([ids[row, column], extra_ids])
+    )
+    entry_lp = values - log_sum_exp[:, None]
+    return RowScores(lp, entropy, log_tail - log_sum_exp, cnt, ids, entry_lp, at, mult)
 
 
-def _best(
-    logits: Tensor, log_sum_exp: Tensor, request: ScoreParams
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (cnt, ids, mult) of the best ids up to the mass top_p, between k_min and k_max."""
-    k = min(request.k_max, logits.shape[1])
-    values, ids = topk_select(logits, k)
-    cnt = torch.full_like(log_sum_exp, k, dtype=torch.int64)
+def _kept(log_p: Tensor, request: ScoreParams) -> Tensor:
+    """Return [R] the number of kept ids with log-probs [R, k], best first: up to the mass top_p,
+    between k_min and k_max.
+    """
+    rows, k = log_p.shape
     if request.entry_kind == "topp" and request.top_p < 1.0:
-        mass = (values - log_sum_exp[:, None]).double().exp().cumsum(1)
-        cnt = ((mass < request.top_p).sum(1) + 1).clamp(min(request.k_min, k), k)
-    return cnt, ids, torch.ones_like(ids)
+        mass = log_p.double().exp().cumsum(1)
+        return ((mass < request.top_p).sum(1) + 1).clamp(min(request.k_min, k), k)
+    return torch.full((rows,), k, device=log_p.device)
 
 
 def _drawn(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from logitcask.kernels.fused_objective import DIVERGENCES, TAILS
 from logitcask.kernels.fused_rows import objective_kernel
+from logitcask.kernels.group_stats import group_kernel
 from logitcask.kernels.indexed_rows import dot_kernel, weighted_sum_kernel
 from logitcask.kernels.launch import TILE, next_power_of_2, num_warps
 from logitcask.kernels.precomputed_grad import scale_kernel
@@ -92,6 +93,9 @@ CASES = {
     "scan bf16, small V": scan_case("bf16", tile=128),
     "scan bf16, no groups": scan_case("bf16", group=64, GROUPS=False),
     "scan bf16, soft cap": scan_case("bf16", SOFTCAP=True),
+    "groups fp32": Case(
+        group_kernel, {"ROWS": TILE // 64, "GROUP": 64}, num_warps(TILE), {"logits": "*fp32"}
+    ),
     "grad bf16": grad_case("bf16"),
     "grad fp32": grad_case("fp32"),
     "grad bf16, soft cap": grad_case("bf16", SOFTCAP=True),
@@ -137,6 +141,7 @@ PLANS = {
     # Every kernel, and every architecture.
     "newest": [
         *((name, "sm_90") for name in ("scan bf16", "scan fp32", "scan bf16, no groups")),
+        ("groups fp32", "sm_90"),
         *((name, "sm_90") for name in ("grad bf16", "grad bf16, entropy", "scale bf16")),
         *((name, "sm_90") for name in ("dot bf16", "weighted sum bf16", "piece bf16")),
         ("fused K16 S128 bf16 jsd bucket", "sm_90"),

@@ -146,7 +146,8 @@ class Sizes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
+                held = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.largest = max(self.largest, held)
         return out
 
 
