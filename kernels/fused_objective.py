@@ -24,7 +24,7 @@ MISSING = 1 << 30
 """Index of an id that is not in the student's live top-k."""
 
 MAX_FUSED_IDS = 128
-"""Largest S of the fused form: it compares S x K ids in registers."""
+"""Largest S of the fused form: a program compares S x 32 ids at a time."""
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew", "skew_reverse", "alpha", "mixed_kl")
 WITH_PARAMETER = ("jsd", "skew", "skew_reverse", "alpha", "mixed_kl")

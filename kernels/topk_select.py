@@ -32,7 +32,7 @@ from logitcask.kernels.launch import (
 from logitcask.kernels.row_stats import group_maxima
 
 MAX_TRITON_K = 128
-"""Largest k of the kernel: ranking compares k x k numbers in registers."""
+"""Largest k of the kernel: 16 warps hold its k x 64 candidates, 16 a thread."""
 
 COMPARED = tl.constexpr(32)
 """Ids that K or S others are compared with at a time: all of them would fill the registers."""

@@ -83,7 +83,7 @@ def make_fused() -> FusedObjective:
 
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 @pytest.mark.parametrize("op", ["sparse_kl", "linear_sparse_kl", "indexed_linear", "live support"])
-def test_a_step_waits_for_nothing(op: str, kind: str, launches: dict[str, int]) -> None:
+def test_a_step_does_not_wait_for_the_gpu(op: str, kind: str, launches: dict[str, int]) -> None:
     hidden, weight, ids = make_inputs()
     fn = plain if kind == "plain" else make_fused()
     row_weight = torch.ones(P)
@@ -109,7 +109,7 @@ def test_a_step_waits_for_nothing(op: str, kind: str, launches: dict[str, int]) 
     assert launches.keys() == expected
 
 
-def test_the_parts_wait_for_nothing(launches: dict[str, int]) -> None:
+def test_the_parts_do_not_wait(launches: dict[str, int]) -> None:
     logits = torch.empty(P, V, dtype=torch.bfloat16)
     ids = torch.empty(P, S, dtype=torch.int64)
     stats = row_stats(logits)
@@ -128,7 +128,7 @@ def test_a_sum_by_id_has_no_program_for_each_term(launches: dict[str, int]) -> N
     assert launches["piece_kernel"] == min(most, P * S // segment_sums.BLOCK_N * D // 128)
 
 
-def test_a_gradient_of_rows_waits_once_for_their_number(launches: dict[str, int]) -> None:
+def test_a_gradient_of_rows_has_to_wait_for_their_number(launches: dict[str, int]) -> None:
     """Reject the wait here, and with it CUDA graphs: the number of rows is the tensor's shape."""
     hidden, weight, ids = make_inputs()
     result = indexed_linear(hidden, weight, ids, plain, sparse_weight_grad=True)
