@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 Row = dict[str, Any]
-STEPS = 16
+STEPS = 40
 """Updates from one with metrics to the next: metric_sampling.STEPS, which a test compares."""
 V = 151_936
 """Qwen3's vocabulary: bars are set at this size."""

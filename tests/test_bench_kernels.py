@@ -141,11 +141,12 @@ def test_the_first_table_begins_with_the_fastest_plain_form(tiny: Path) -> None:
 
 def test_the_price_of_metrics_is_spread_over_the_updates_of_a_run() -> None:
     sampling = importlib.import_module("logitcask.engine.training.metric_sampling")
-    assert importlib.import_module("kernel_bars").STEPS == sampling.STEPS
+    steps = importlib.import_module("kernel_bars").STEPS
+    assert steps == sampling.STEPS
     shape = {"T": 1024, "V": 151_936, "H": 1024, "K": 16, "k": 16}
     rows = [
         row(name, ms, section="indexed", shape=shape, peak_bytes=None)
-        for name, ms in (("train", 100.0), ("train-metrics", 260.0), ("verl", 330.0))
+        for name, ms in (("train", 100.0), ("train-metrics", 100.0 + 10 * steps), ("verl", 330.0))
     ]
     found = bars(rows, "cpu")
     (price,) = (value for name, value in found.items() if "dense gradient" in name)

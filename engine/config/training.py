@@ -83,7 +83,7 @@ class Train(Section):
     metrics_steps: Positive | None = Field(
         None,
         description="Updates from one with metrics to the next, for the same objectives. Default: "
-        "16, less in runs of under 320; 1 with --metrics-fraction or --staleness-action stop.",
+        "40, less in runs of under 800; 1 with --metrics-fraction or --staleness-action stop.",
     )
     attn_implementation: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"

@@ -13,7 +13,7 @@ from logitcask.engine.config.training import Train
 
 ROWS = 32
 """Positions of an update with metrics."""
-STEPS, POINTS = 16, 20
+STEPS, POINTS = 40, 20
 """Most updates from one with metrics to the next; fewer in runs that would have fewer POINTS."""
 SHARE = 1 / 16
 """Share of the positions of the first and the last update, and of each where a bound ends runs."""
