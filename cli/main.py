@@ -15,7 +15,7 @@ from logitcask.engine.config.other_names import suggest
 from logitcask.engine.errors import LogitcaskError
 
 VERBS = (
-    *("rollout", "import", "score", "train", "distill", "ablate", "objectives"),
+    *("rollout", "import", "score", "tap", "train", "distill", "ablate", "objectives"),
     *("evaluate", "store", "probe", "doctor", "demo", "bench"),
 )
 """In the order of the data. The module of a verb is cli/VERB.py, imported when it is used."""
@@ -24,6 +24,7 @@ OTHER_VERBS = {
     "rollout": "generate sample",
     "import": "convert adopt load",
     "score": "label logprobs teacher",
+    "tap": "proxy record serve",
     "train": "sft fit finetune",
     "distill": "run loop",
     "ablate": "sweep",

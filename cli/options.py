@@ -44,6 +44,7 @@ PANELS = {
     "store": "Store",
     "rollout": "Sampling",
     "score": "Stored scores",
+    "tap": "Tap",
     "estimate": "Sample",
     "gc": "Retention",
     "train": "Training",

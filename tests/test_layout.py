@@ -21,7 +21,7 @@ LAYERS = [
     *("store/storage", "store/format", "store/log", "store", "store/transfer"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),
-    *("exchange", "probes", "training", "integrations"),
+    *("exchange", "probes", "tap", "training", "integrations"),
     *("workers", "workers/ray", "commands", "distill", "ablate_table", "ablate", "demo"),
 ]
 
@@ -33,7 +33,7 @@ FENCES = {
     "numcodecs": {"engine/store"},
     "pcodec": {"engine/store"},
     "obstore": {"engine/store/storage/object_store.py"},
-    "aiohttp": {"engine/backends/server"},
+    "aiohttp": {"engine/backends/server", "engine/tap"},
     "transformers": {
         "engine/backends",
         "engine/prompts",
@@ -71,7 +71,7 @@ HEAVY = (
     "pyarrow",
 )
 VERBS = [
-    *("", "rollout", "score", "train", "distill", "ablate", "objectives", "store", "probe"),
+    *("", "rollout", "score", "tap", "train", "distill", "ablate", "objectives", "store", "probe"),
     *(
         "demo",
         "bench",

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from logitcask.engine.backends.extra_ids import resolve_extra_ids
 from logitcask.engine.backends.sampling import (
     Response,
     build_rollouts,
@@ -24,7 +25,6 @@ from logitcask.engine.backends.sampling import (
 from logitcask.engine.backends.scoring import (
     budget_batches,
     pieces_of,
-    resolve_extra_ids,
     restrict_to_shared,
     score_rollouts,
 )

@@ -42,6 +42,8 @@ class ReturnedTopK:
     """[R, K] float32, their log-probs."""
     at: Array | None = None
     """[A] float32, flat, at `ResponseAssembler.extra_ids`; None without extra ids."""
+    rank: Array | None = None
+    """[R] integers, rank of the sampled token from 1; 0, or None for all = unknown."""
 
 
 class ResponseAssembler:
@@ -251,7 +253,7 @@ def check_answer(
         # NaN fails every comparison.
         if not (values <= ROUNDING).all():
             reject_answer(f"a log-prob of {values[~(values <= ROUNDING)][0]} at {name}")
-    if rows == 0:
+    if rows == 0 or answer.ids.shape[1] == 0:
         return
     if int(answer.ids.min()) < 0:
         reject_answer(f"the id {int(answer.ids.min())}")

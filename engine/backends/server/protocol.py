@@ -11,12 +11,17 @@ import io
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
 
 from logitcask.engine.backends.returned import ReturnedTopK, reject_answer
+from logitcask.engine.backends.server.prompt_logprobs import (
+    MINUS_INFINITY,
+    read_topk,
+    reject_without_token,
+)
 from logitcask.engine.types import Array, IdLists
 
 GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
@@ -30,8 +35,6 @@ PACKED_BYTES = 8
 REST_BYTES = 1 << 16
 MOST_SHOWN = 80
 """Characters of an answer in an error message."""
-MINUS_INFINITY = -9999.0
-"""vLLM writes it for -inf in JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +48,8 @@ class RequestBody:
     """Best ids per row."""
     extra_ids: IdLists | None = None
     """Chosen ids of its rows."""
+    server_order: bool = False
+    """Keep the server's order of equally likely ids; else the lower id comes first."""
 
     def expected_bytes(self) -> int:
         """Return the approximate size of the answer."""
@@ -134,39 +139,13 @@ class RequestBody:
         for place in range(1, len(self.ids) - self.rows):
             # A server may leave out prompt positions; those that it returns show its input.
             if best[place] and not _holds(best[place], self.ids[place]):
-                self._reject_without_token(place)
-        ids = np.empty((self.rows, self.k), np.int64)
-        top_lp = np.empty((self.rows, self.k), np.float32)
-        lp = np.empty(self.rows, np.float32)
-        for row, place in enumerate(range(len(self.ids) - self.rows, len(self.ids))):
-            lp[row], ids[row], top_lp[row] = self._row(best[place], place)
+                reject_without_token(place, self.ids[place])
+        first = len(self.ids) - self.rows
+        found = read_topk(
+            best[first:], self.ids[first:], self.k, first, server_order=self.server_order
+        )
         at = None if self.extra_ids is None else self._unpack(packed)
-        return ReturnedTopK(lp=lp, ids=ids, top_lp=top_lp, at=at)
-
-    def _row(self, entries: Any, place: int) -> tuple[float, Array, Array]:
-        """Return (log-prob of the token at `place`, the best ids, their log-probs)."""
-        if not isinstance(entries, dict) or not self.k <= len(entries) <= self.k + 1:
-            count = len(entries) if isinstance(entries, dict) else "no"
-            reject_answer(
-                f"{count} log-probs at position {place}, and {self.k} or one more were requested"
-            )
-        try:
-            ids = np.fromiter(map(int, entries), np.int64, len(entries))
-            lp = np.fromiter((each["logprob"] for each in entries.values()), np.float64, len(ids))
-        except (TypeError, ValueError, KeyError, OverflowError):
-            reject_answer(f"invalid ids or log-probs at position {place}")
-        lp = np.where(lp <= MINUS_INFINITY, -np.inf, lp)
-        token = np.flatnonzero(ids == self.ids[place])
-        if len(token) != 1:
-            self._reject_without_token(place)
-        own = float(lp[token[0]])
-        if len(ids) > self.k:  # the token is not among the best, and was added to them
-            ids, lp = np.delete(ids, token[0]), np.delete(lp, token[0])
-        order = np.lexsort((ids, -lp))
-        return own, ids[order], lp[order].astype(np.float32)
-
-    def _reject_without_token(self, place: int) -> NoReturn:
-        reject_answer(f"position {place} without the token {self.ids[place]} that was sent")
+        return replace(found, at=at)
 
     def _unpack(self, packed: Any) -> Array:
         """Return [A] float32, flat, from a base64 .npy of [R, A]."""

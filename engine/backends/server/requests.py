@@ -2,8 +2,8 @@
 
 import asyncio
 
+from logitcask.engine.backends.extra_ids import resolve_extra_ids
 from logitcask.engine.backends.returned import ResponseAssembler
-from logitcask.engine.backends.scoring import resolve_extra_ids
 from logitcask.engine.backends.server.capabilities import ServerInfo
 from logitcask.engine.backends.server.client import RequestRejected, ServerClient
 from logitcask.engine.backends.server.pool import ServerPool

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from logitcask.engine.backends.extra_ids import resolve_extra_ids
 from logitcask.engine.backends.hf import pick_device, pick_dtype
 from logitcask.engine.backends.returned import ResponseAssembler, ReturnedTopK
 from logitcask.engine.backends.sampling import build_rollouts, check_room, sequence_seed
-from logitcask.engine.backends.scoring import budget_batches, resolve_extra_ids, score_rollouts
+from logitcask.engine.backends.scoring import budget_batches, score_rollouts
 from logitcask.engine.backends.vllm.engine import (
     NO_ID,
     Engine,

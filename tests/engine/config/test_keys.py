@@ -27,7 +27,7 @@ ignore_missing_imports = True
 """
 
 
-FILES = ("prompts", "runner", "teacher", "loop", "training", "sections")
+FILES = ("prompts", "runner", "tap", "teacher", "loop", "training", "sections")
 """Files of sections, each after those of the bases of its sections."""
 BASES = {
     **{"StageRunner": "Runner", "LoopRunner": "Runner"},
@@ -43,7 +43,7 @@ def declared(root: Path) -> Iterator[tuple[Path, str, ast.AnnAssign]]:
         "types.py",
         *(
             f"config/{each}.py"
-            for each in ("prompts", "runner", "teacher", "loop", "training", "sections")
+            for each in ("prompts", "runner", "tap", "teacher", "loop", "training", "sections")
         ),
     ):
         path = root / "engine" / name
