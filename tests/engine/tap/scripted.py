@@ -125,10 +125,12 @@ async def open_tap(
         await tap.start()
         runner = web.AppRunner(tap.application(), handler_cancellation=True, access_log=None)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        async with aiohttp.ClientSession() as http:
-            yield Client(tap, f"http://127.0.0.1:{runner.addresses[0][1]}", http, events)
-        await runner.cleanup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            async with aiohttp.ClientSession() as http:
+                yield Client(tap, f"http://127.0.0.1:{runner.addresses[0][1]}", http, events)
+        finally:
+            await runner.cleanup()
     finally:
         await tap.close()
 
