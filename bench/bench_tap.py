@@ -40,7 +40,7 @@ def make_answer(rng: np.random.Generator, ids: list[int], k: int) -> bytes:
         first = int(rng.integers(VOCABULARY // 2))
         top = ((first + np.arange(k) * 2371) % (VOCABULARY // 2)).tolist()
         row = {}
-        if place % 2:
+        if place % 2 and k:
             top[0] = token
         else:
             row[str(token)] = {"logprob": lp[k + 5], "rank": k + 6, "decoded_token": " tok"}

@@ -29,8 +29,8 @@ def tap_command(**flags: Any) -> None:
     Ctrl-C end it after the records are in the store.
 
     An on-policy run never repeats a sequence, so for it the tap is a recorder; runs over fixed
-    data are answered without the teacher from the second epoch on. engine/tap/README.md says who
-    sends what.
+    data are answered without the teacher from the second epoch on. engine/tap/README.md lists the
+    clients.
 
     Example: logitcask tap --model http://gpu1:8000 --teacher qwen3-32b --store ./store
     """

@@ -88,7 +88,7 @@ class Identity:
 
 
 def describe(teacher: Teacher, served: str, key: str | None) -> ModelRef:
-    """Return the identity of the model that a server says it serves, with its tokenizer checked.
+    """Return the identity of the model that a server declares, with its tokenizer checked.
 
     It imports transformers, so the tap calls it in a process of its own. Raises ModelError and
     IdentityError as `remote_model_ref`, `check_declared`, `check_tokenizer` and `check_padding`.
