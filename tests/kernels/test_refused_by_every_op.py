@@ -191,7 +191,7 @@ def test_single_ops_reject(call: Callable[[], Any], error: type[Exception], mess
 
 FUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "divergence": ({"divergence": "tv"}, ValueError, "divergence='tv' must be one of reverse_kl"),
-    "tail": ({"tail": "ignore"}, ValueError, "tail='ignore' must be one of renormalize"),
+    "tail": ({"tail": "drop"}, ValueError, "tail='drop' must be one of renormalize"),
     "parameter": ({"parameter": 1.0}, ValueError, "parameter=1.0 must lie between 0 and 1"),
     "live_k": ({"live_k": -1}, ValueError, "live_k=-1 must be at least 0"),
     "shape": ({"n_kept": torch.ones(3).long()}, ValueError, "n_kept has shape (3,), must be (2,)"),
