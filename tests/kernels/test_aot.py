@@ -25,8 +25,9 @@ SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, 
 SPILLED = {
     ("3.6.0", "fused K64 S64 bf16 jsd bucket", "sm_120"): 8,
     ("3.7.0", "scan bf16", "sm_100"): 8,
+    ("3.8.0", "fused K128 S128 fp32 jsd bucket", "sm_80"): 24,
 }
-"""Bytes that ptxas spills although registers are left: it chose 80 and 64 of them."""
+"""Bytes that ptxas spills although registers are left: it chose 64 or 80 of them."""
 
 Rows = dict[tuple[str, str], dict]
 
