@@ -154,8 +154,7 @@ def run_training(
         notes = {
             "preset": spec.objective.name if isinstance(spec.objective, Preset) else "",
             "updates": spec.updates,
-            "config": dict(config),
-            "exactness": asdict(spec.exactness),
+            **{"config": dict(config), "exactness": asdict(spec.exactness)},
         }
         with writing(run_dir.out):
             write_json(run_dir.out / RUN, {**record, **notes})
