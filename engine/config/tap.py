@@ -10,7 +10,7 @@ from logitcask.engine.config.teacher import Teacher
 
 
 class Tap(Section):
-    host: str = Field(
+    listen: str = Field(
         "127.0.0.1",
         description="Address to listen on. Any other than the loopback lets other machines in; "
         "the teacher's own API key, if it has one, is required of them too.",

@@ -38,7 +38,7 @@ async def _serve(
             tap.application(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0
         )
         await runner.setup()
-        host, port = config.tap.host, config.tap.port
+        host, port = config.tap.listen, config.tap.port
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
