@@ -53,7 +53,7 @@ def test_a_teacher_that_follows_has_an_age_too(tmp_path: Path) -> None:
         A._replace(teacher="big.v3-00000000", teacher_version=3),
     ]
     ledger = Ledger(tmp_path / "ledger.jsonl", version=3)
-    ledger.write([[(1, {}), (2, dict(zip(ours, (30, 10), strict=True)))]])
+    ledger.write([[(1, {}, ()), (2, dict(zip(ours, (30, 10), strict=True)), ())]])
     _, line = read_lines(ledger.path)
     assert (line["age"], line["teacher_age"]) == ([3, 3.0, 3], [1, 2.5, 3])
     assert list(sources_of([line])) == ours
