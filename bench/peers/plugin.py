@@ -1,0 +1,111 @@
+"""Plugin of pytest for the suites of other projects: our ops in the place of theirs, and outcomes.
+
+run.py starts pytest with it; PEER names the suite, PEER_OUT the file of the outcomes, PEER_DEVICE
+the device. On a CPU, sizes made for a GPU are replaced by the suite's own, and calls for the device
+"cuda" make tensors of the CPU.
+"""
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ours
+import pytest
+import suites
+import torch
+from torch.overrides import TorchFunctionMode
+
+SUITE = suites.SUITES[os.environ["PEER"]]
+OUT = Path(os.environ["PEER_OUT"])
+ON_CPU = os.environ["PEER_DEVICE"] == "cpu"
+
+
+class OnCpu(TorchFunctionMode):
+    """Makes tensors of the CPU where the code names a GPU."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if ON_CPU and SUITE.for_gpu:
+        torch.cuda.is_available = lambda: True
+        OnCpu().__enter__()
+    SUITE.put_in()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Replace the sizes of a parametrization."""
+    if not ON_CPU:
+        return
+    marks = metafunc.definition.own_markers
+    for i, mark in enumerate(marks):
+        if mark.name == "parametrize" and mark.args[0] in SUITE.sizes:
+            smaller = SUITE.sizes[mark.args[0]]
+            marks[i] = pytest.mark.parametrize(mark.args[0], smaller, **mark.kwargs).mark
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Finish the test modules, and leave out the cases without a meaning for us."""
+    for module in {item.module.__name__: item.module for item in items}.values():
+        SUITE.finish(module)
+    kept = []
+    for item in items:
+        name = f"{item.nodeid} {_parameters(item)} "
+        reasons = [why for pattern, why in SUITE.left_out.items() if fnmatch.fnmatch(name, pattern)]
+        if reasons:
+            _write(item.nodeid, "left out", reasons[0])
+        else:
+            kept.append(item)
+    items[:] = kept
+
+
+def _parameters(item: pytest.Item) -> str:
+    found = getattr(item, "callspec", None)
+    return " ".join(f"{name}={value}" for name, value in found.params.items()) if found else ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    before = ours.CALLS.total()
+    yield
+    item.user_properties.append(("ours", ours.CALLS.total() - before))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        if report.when == "teardown":
+            return
+        calls = dict(report.user_properties).get("ours", 0)
+        if report.outcome == "passed":
+            _write(report.nodeid, *(("holds", "") if calls else ("left out", suites.NOT_REACHED)))
+        elif report.outcome == "skipped":
+            _write(report.nodeid, "left out", f"skipped by theirs: {_reason(report)}")
+        else:
+            _write(report.nodeid, "fails", _reason(report))
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _write(report.nodeid, "fails", f"cannot be imported: {str(report.longrepr).strip()[-300:]}")
+
+
+def _reason(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):  # file, line, reason of a skip
+        return str(report.longrepr[2])
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash else report.longrepr).strip().splitlines()[0][:300]
+
+
+def _write(case: str, outcome: str, reason: str) -> None:
+    with OUT.open("a") as file:
+        file.write(json.dumps({"case": case, "outcome": outcome, "reason": reason}) + "\n")
