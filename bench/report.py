@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import report_ablate
 import report_kernels
+import report_peers
 import report_pipeline
 import report_real
 import report_scale
@@ -39,6 +40,9 @@ def main(arguments: list[str]) -> None:
         report_scale.draw(scale)
     if pipeline := report_pipeline.newest():
         report_pipeline.draw(pipeline)
+    gpu = RESULTS / "gpu.jsonl"
+    if gpu.exists():
+        print(report_kernels.drawn(gpu))
     if not options.no_frontier:
         draw(newest_rows()["frontier"])
 
@@ -52,7 +56,10 @@ def tables() -> dict[str, str]:
     """Return the text of each marked block."""
     newest = newest_rows()
     made = {name: table(newest) for name, table in TABLES.items()}
-    others = (report_kernels, report_ablate, report_real, report_scale, report_pipeline)
+    others = (
+        *(report_kernels, report_ablate, report_real, report_scale, report_pipeline),
+        report_peers,
+    )
     for each in others:
         made |= each.tables()
     return made

@@ -87,7 +87,7 @@ def draw(rows: list[Row], picture: Path) -> None:
     for i, (task, group) in enumerate(groupby(found, key=lambda p: p["task"])):
         of_task = list(group)
         shares = [p["y"] / p["roof"] for p in of_task if p["ours"]]
-        label = NAMES[task] + (f": {_range(shares)} of the limit" if shares else "")
+        label = NAMES[task] + (f": {max(shares):.0%} of the limit" if shares else "")
         for ours in (False, True):
             some = [p for p in of_task if p["ours"] == ours]
             axes.plot(
@@ -109,11 +109,6 @@ def draw(rows: list[Row], picture: Path) -> None:
         f"{newest['gemm_tflop_s']:.3g} TFLOP/s",
     )
     axes.grid(True, alpha=0.2)
-    axes.legend(title="ours filled, others as rings", fontsize=8, title_fontsize=8)
+    axes.legend(title="ours filled, at best, others as rings", fontsize=8, title_fontsize=8)
     figure.savefig(picture, metadata={"Date": None})
     plt.close(figure)
-
-
-def _range(shares: list[float]) -> str:
-    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
-    return low if low == high else f"{low} to {high}"

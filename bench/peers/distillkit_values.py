@@ -1,4 +1,4 @@
-"""Loss and gradient of DistillKit's sparse losses beside ours: its suite has no test of a loss."""
+"""Loss and gradient of DistillKit's sparse losses against ours: its suite has no test of one."""
 
 import ours
 import pytest

@@ -1,4 +1,4 @@
-"""Loss and gradient of NeMo-RL's distillation loss beside ours.
+"""Loss and gradient of NeMo-RL's distillation loss against ours.
 
 Its own tests list ids more than once in a row (64 draws of 8), which no teacher's top-k does and
 ours refuses; so its function gets lists of distinct ids here.

@@ -8,9 +8,13 @@ the device. On a CPU, sizes made for a GPU are replaced by the suite's own, and 
 import fnmatch
 import json
 import os
+import sys
 from collections.abc import Iterator
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import ours
 import pytest
@@ -21,6 +25,20 @@ from torch.overrides import TorchFunctionMode
 SUITE = suites.SUITES[os.environ["PEER"]]
 OUT = Path(os.environ["PEER_OUT"])
 ON_CPU = os.environ["PEER_DEVICE"] == "cpu"
+
+
+class StandIns(MetaPathFinder, Loader):
+    """Finds empty modules for the missing packages of SUITE.stand_ins; last on sys.meta_path."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        absent = name.partition(".")[0] in SUITE.stand_ins
+        return ModuleSpec(name, self, is_package=True) if absent else None
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        return MagicMock(name=spec.name, __path__=[], __spec__=spec, __name__=spec.name)
+
+    def exec_module(self, module: Any) -> None:
+        """Leave the module empty."""
 
 
 class OnCpu(TorchFunctionMode):
@@ -39,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if ON_CPU and SUITE.for_gpu:
         torch.cuda.is_available = lambda: True
         OnCpu().__enter__()
+    sys.meta_path.append(StandIns())
     SUITE.put_in()
 
 
@@ -60,8 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         SUITE.finish(module)
     kept = []
     for item in items:
-        name = f"{item.nodeid} {_parameters(item)} "
-        reasons = [why for pattern, why in SUITE.left_out.items() if fnmatch.fnmatch(name, pattern)]
+        reasons = [why for pattern, why in SUITE.left_out.items() if _matches(item, pattern)]
         if reasons:
             _write(item.nodeid, "left out", reasons[0])
         else:
@@ -69,9 +87,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
-def _parameters(item: pytest.Item) -> str:
+def _matches(item: pytest.Item, pattern: str) -> bool:
+    name, *values = pattern.split(" ")
     found = getattr(item, "callspec", None)
-    return " ".join(f"{name}={value}" for name, value in found.params.items()) if found else ""
+    own = {f"{key}={value}" for key, value in found.params.items()} if found else set()
+    return fnmatch.fnmatch(item.nodeid, name) and own.issuperset(values)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -89,7 +109,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         if report.outcome == "passed":
             _write(report.nodeid, *(("holds", "") if calls else ("left out", suites.NOT_REACHED)))
         elif report.outcome == "skipped":
-            _write(report.nodeid, "left out", f"skipped by theirs: {_reason(report)}")
+            own = "_values.py" in report.nodeid
+            _write(report.nodeid, "left out", ("" if own else "skips itself: ") + _reason(report))
         else:
             _write(report.nodeid, "fails", _reason(report))
 
@@ -101,7 +122,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 def _reason(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):  # file, line, reason of a skip
-        return str(report.longrepr[2])
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
     return str(crash.message if crash else report.longrepr).strip().splitlines()[0][:300]
 

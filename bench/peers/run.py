@@ -41,7 +41,12 @@ def main(arguments: list[str]) -> int:
         help="[default: $PEER_CHECKOUTS]",
     )
     parser.add_argument(
-        "--packages", type=Path, metavar="FOLDER", help="Put on the path. [default: none]"
+        "--packages",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="Put it on the path; repeatable. [default: none]",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="[default: cpu]")
     options = parser.parse_args(arguments)
@@ -60,13 +65,12 @@ def main(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-def run(name: str, suite: Suite, folder: Path, packages: Path | None, device: str) -> results.Row:
+def run(name: str, suite: Suite, folder: Path, packages: list[Path], device: str) -> results.Row:
     """Run one suite; return its row."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "cases.jsonl"
         path = [HERE, HERE.parent, results.ROOT / ".src", folder / suite.source, folder]
-        if packages is not None:
-            path.insert(3, packages.resolve())
+        path[3:3] = [each.resolve() for each in packages]
         variables = {
             "PEER": name,
             "PEER_OUT": str(out),
@@ -76,7 +80,9 @@ def run(name: str, suite: Suite, folder: Path, packages: Path | None, device: st
             "TORCHDYNAMO_DISABLE": "1" if device == "cpu" else "0",
             "TRL_EXPERIMENTAL_SILENCE": "1",
         }
-        files = [HERE / file if (HERE / file).exists() else folder / file for file in suite.files]
+        files = [
+            HERE / file if (HERE / file).exists() else f"{folder}/{file}" for file in suite.files
+        ]
         words = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider"]
         words += [
             "--noconftest",

@@ -1,4 +1,4 @@
-"""Loss, gradient and overlap of verl's truncated forward KL beside ours."""
+"""Loss, gradient and overlap of verl's truncated forward KL against ours."""
 
 from types import SimpleNamespace
 
