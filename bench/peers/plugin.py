@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 SUITE = suites.SUITES[os.environ["PEER"]]
 OUT = Path(os.environ["PEER_OUT"])
+ROOT = Path(__file__).resolve().parent
 ON_CPU = os.environ["PEER_DEVICE"] == "cpu"
 
 
@@ -102,17 +103,18 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" or report.outcome != "passed":
-        if report.when == "teardown":
-            return
-        calls = dict(report.user_properties).get("ours", 0)
-        if report.outcome == "passed":
-            _write(report.nodeid, *(("holds", "") if calls else ("left out", suites.NOT_REACHED)))
-        elif report.outcome == "skipped":
-            own = "_values.py" in report.nodeid
-            _write(report.nodeid, "left out", ("" if own else "skips itself: ") + _reason(report))
-        else:
-            _write(report.nodeid, "fails", _reason(report))
+    if report.when == "teardown" or (report.when == "setup" and report.outcome == "passed"):
+        return
+    file = Path(report.location[0])
+    case = report.nodeid if report.nodeid.partition("::")[0] else file.name + report.nodeid
+    if report.outcome == "passed":
+        calls = dict(report.user_properties)["ours"]
+        _write(case, *(("holds", "") if calls else ("left out", suites.NOT_REACHED)))
+    elif report.outcome == "skipped":
+        whose = "" if (ROOT / file.name).exists() else "skips itself: "
+        _write(case, "left out", whose + _reason(report))
+    else:
+        _write(case, "fails", _reason(report))
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
