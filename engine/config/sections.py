@@ -88,7 +88,7 @@ class Import(Section):
     )
     rewards: bool = Field(True, description="Keep the rewards of the files.")
     student_topk: Positive = Field(
-        16, description="Ids of the student's own top-k kept per position."
+        Rollout().student_topk, description="Ids of the student's own top-k kept per position."
     )
     unit_positions: Positive = Field(
         65_536, description="Response tokens of a segment, about: the unit of commit."

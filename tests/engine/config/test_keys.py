@@ -39,13 +39,7 @@ BASES = {
 def declared(root: Path) -> Iterator[tuple[Path, str, ast.AnnAssign]]:
     """Yield (file, class, field) of each key: of each field of a section."""
     sections = {"Section"}
-    for name in (
-        "types.py",
-        *(
-            f"config/{each}.py"
-            for each in ("prompts", "runner", "tap", "teacher", "loop", "training", "sections")
-        ),
-    ):
+    for name in ("types.py", *(f"config/{each}.py" for each in FILES)):
         path = root / "engine" / name
         for node in ast.parse(path.read_text()).body:
             # The fields of a command's configuration are sections, not keys.
