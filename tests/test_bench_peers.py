@@ -37,23 +37,23 @@ def jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tens
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_the_losses_that_take_the_place_of_theirs(beta: float) -> None:
-    suites, values = load("suites"), load("values")
+    adapters, values = load("adapters"), load("values")
     student, *_ = values.rows(0, n_rows=6, n_vocab=30)
     teacher = student.flip(0).contiguous()
     expected = values.gradient(lambda z: jsd(z, teacher, beta), student)
     wide, target = student[None], teacher[None]
     labels = torch.zeros(1, 6, dtype=torch.int64)
     for theirs in (
-        lambda z: suites.trl_jsd(z[None], target, labels, beta),
-        lambda z: suites.liger_jsd(z, teacher, beta=beta),
-        lambda z: suites.liger_linear_jsd(z, torch.eye(30), teacher, torch.eye(30), None, beta),
+        lambda z: adapters.trl_jsd(z[None], target, labels, beta),
+        lambda z: adapters.liger_jsd(z, teacher, beta=beta),
+        lambda z: adapters.liger_linear_jsd(z, torch.eye(30), teacher, torch.eye(30), None, beta),
     ):
         loss, gradient = values.gradient(theirs, wide[0])
         values.close((loss.double(), gradient), expected)
 
 
 def test_a_cross_entropy_of_labels_with_ignored_ones() -> None:
-    suites, values = load("suites"), load("values")
+    adapters, values = load("adapters"), load("values")
     hidden, *_ = values.rows(1, 4, 6, 12)
     head = torch.randn(40, 12, generator=torch.Generator().manual_seed(2)) / 12**0.5
     labels = torch.tensor([[3, -100, 39, 0, 7, -100]])
@@ -63,7 +63,7 @@ def test_a_cross_entropy_of_labels_with_ignored_ones() -> None:
         return torch.nn.functional.cross_entropy(z[:-1], labels[0, 1:])
 
     def mine(h: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = suites.cce_linear_cross_entropy(
+        loss: torch.Tensor = adapters.cce_linear_cross_entropy(
             h[None], head, labels, softcap=5.0, shift=1
         )
         return loss
@@ -72,12 +72,12 @@ def test_a_cross_entropy_of_labels_with_ignored_ones() -> None:
 
 
 def test_log_probs_at_ids_that_repeat() -> None:
-    suites, values = load("suites"), load("values")
+    adapters, values = load("adapters"), load("values")
     logits, *_ = values.rows(3, 4, 4, 9)
     ids = torch.randint(0, 9, (1, 4, 7), generator=torch.Generator().manual_seed(4))
     factor = torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(5))
     values.close(
-        values.gradient(lambda z: (factor * suites.verl_log_probs(z[None], ids)).sum(), logits),
+        values.gradient(lambda z: (factor * adapters.verl_log_probs(z[None], ids)).sum(), logits),
         values.gradient(lambda z: (factor * z.log_softmax(-1)[None].gather(2, ids)).sum(), logits),
     )
 

@@ -6,7 +6,7 @@ cpu|cuda]
 A checkout is a clone of the project; its wheels hold no tests. With --peer, --checkout is that
 clone; without, a folder of clones under the names of their repositories (or $PEER_CHECKOUTS).
 --packages is a folder of pip install --target for what a project imports and this environment
-lacks. Each project runs in a process of its own: an adapter of ours (suites.py) replaces its
+lacks. Each project runs in a process of its own: an adapter of ours (adapters.py) replaces its
 function, and its tests, sizes and tolerances stay as they are, except that on a CPU shapes made for
 a GPU shrink. Where a project has no test of its loss, *_values.py compares its function with ours.
 Each run appends a row to --out with all cases that hold, and a count for each reason of the others.
