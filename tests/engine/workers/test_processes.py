@@ -148,7 +148,8 @@ def test_a_group_starts_and_dies_together(tmp_path: Path) -> None:
     script = f"""
         echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR >> {tmp_path}/env
         echo $MASTER_PORT >> {tmp_path}/ports
-        until test $(wc -l < {tmp_path}/env) -ge 2; do sleep 0.01; done
+        # Each start has two lines: wait for that of the other.
+        until test $(($(wc -l < {tmp_path}/env) % 2)) = 0; do sleep 0.01; done
         if test $(wc -l < {tmp_path}/env) -ge 4; then echo report of $RANK; exit 0; fi
         if test $RANK = 1; then kill -9 $$; else sleep 0.1; exit 1; fi
     """

@@ -250,8 +250,18 @@ def loop(two_nodes: TwoNodes, models: Path, into: Path, train: str) -> tuple[Tra
 
 
 def loops(two_nodes: TwoNodes, models: Path, tmp_path: Path, soak: int) -> None:
-    """Train in two actors: they make the updates of one process, up to rounding."""
+    """Train in one actor: it gives the student of one process bit for bit."""
     inline = distill(configure(models, tmp_path / "inline"))
+    report, student = loop(two_nodes, models, tmp_path / "one", "1")
+    assert student == (tmp_path / "inline/out/model.safetensors").read_bytes()
+    assert report.last["loss"] == inline.last["loss"]
+    assert units_of(tmp_path / "one") == units_of(tmp_path / "inline")
+    if soak:
+        two_actors(two_nodes, models, tmp_path, inline)
+
+
+def two_actors(two_nodes: TwoNodes, models: Path, tmp_path: Path, inline: TrainReport) -> None:
+    """Train in two actors: as two processes under torchrun, and as one up to rounding."""
     report, student = loop(two_nodes, models, tmp_path / "two", "torchrun:2")
     assert report.last["loss"] == pytest.approx(inline.last["loss"], rel=1e-3)
     assert units_of(tmp_path / "two") == units_of(tmp_path / "inline")
@@ -262,12 +272,6 @@ def loops(two_nodes: TwoNodes, models: Path, tmp_path: Path, soak: int) -> None:
         for a, b in ((two, one), (one, start))
     )
     assert distance < 0.05 * moved
-    if not soak:
-        return
-    # One actor gives the student of one process bit for bit, two that of two under torchrun.
-    alone, one_actor = loop(two_nodes, models, tmp_path / "one", "1")
-    assert one_actor == files[1].read_bytes()
-    assert alone.last["loss"] == inline.last["loss"]
     into = tmp_path / "processes"
     sets = [f"store.url={into / 'store'}", f"run.out={into / 'out'}", "runner.train=torchrun:2"]
     words = [word for each in sets for word in ("--set", each)]
