@@ -61,10 +61,12 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def test_the_leading_process_ends_the_others(tmp_path: Path) -> None:
+    ready, forever = tmp_path / "ready", "while :; do sleep 0.01; done"
+    wait = f"until test -e {ready}; do sleep 0.01; done; sleep 0.05"
     output, lines, events = run(
         tmp_path / "logs",
-        shell("train", "sleep 0.05; echo begun >&2; printf 'a\rb\n' >&2; echo '{}'", leads=True),
-        shell("rollout", "trap 'echo last; exit 0' TERM; echo one; while :; do sleep 0.01; done"),
+        shell("train", f"{wait}; echo begun >&2; printf 'a\rb\n' >&2; echo '{{}}'", leads=True),
+        shell("rollout", f"trap 'echo last; exit 0' TERM; echo one; : > {ready}; {forever}"),
         shell("score", "echo its work is done"),
     )
     assert (output, events) == ("{}\n", [])
