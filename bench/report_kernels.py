@@ -72,6 +72,7 @@ def tables() -> dict[str, str]:
         "kernels cpu": device_tables(rows, "cpu"),
         "kernels gpu": device_tables(rows, "cuda"),
         "kernel numbers": numbers(rows),
+        "kernel summary": summary(rows),
     }
 
 
@@ -93,18 +94,19 @@ def device_tables(rows: list[Row], device: str) -> str:
 
 
 def numbers(rows: list[Row]) -> str:
-    """Return the bars for kernels/README.md, a line each."""
-    lines: list[list[object]] = []
-    notes = []
+    """Return the table of ratios for kernels/README.md, of each device."""
+    parts = []
     for device in ("cpu", "cuda"):
         mine = newest([r for r in rows if r["device"] == device and r["section"] != "check"])
-        if not mine:
-            notes.append(NONE[device])
-            continue
-        lines += [[each["bar"], _measured(each)] for each in bars(mine, device)]
-        notes += [report_ratios.ratio_table(mine), source(mine[-1])]
-    table = markdown(["", "measured"], lines) if lines else ""
-    return "\n\n".join(part for part in (*notes, table) if part)
+        parts += [report_ratios.ratio_table(mine), source(mine[-1])] if mine else [NONE[device]]
+    return "\n\n".join(part for part in parts if part)
+
+
+def summary(rows: list[Row]) -> str:
+    """Return the few ratios of the front page, of a CPU until a GPU has rows."""
+    mine = newest([row for row in rows if row["device"] == "cuda" and row["section"] != "check"])
+    mine = mine or newest([row for row in rows if row["device"] == "cpu"])
+    return f"{report_ratios.short_table(mine)}\n\n{source(mine[-1])}" if mine else NONE["cpu"]
 
 
 def in_short(rows: list[Row]) -> str:

@@ -31,10 +31,27 @@ TRAINED = {
     "teacher": "known support, as `train` runs it, with its metrics",
     "teacher frozen": "known support, as `train` runs it, with its metrics, frozen head",
 }
+SHORT = {TASKS["logits"], TASKS["hidden"], TASKS["live"], TRAINED["teacher"]}
+"""Lines of the short table: what reads all of the vocabulary, and what `train` runs."""
+HEADER = ["", "ours", "best plain torch", *PEERS]
 
 
 def ratio_table(rows: list[Row]) -> str:
     """Return the table; '' without a row of ours that has a plain form."""
+    lines = ratio_lines(rows)
+    return markdown(HEADER, lines) if lines else ""
+
+
+def short_table(rows: list[Row]) -> str:
+    """Return the lines of the tasks of SHORT, of each the one that flatters least."""
+    of_task: dict[str, list[object]] = {}
+    for line in ratio_lines(rows):
+        of_task.setdefault(str(line[0]).partition("; ")[0], line)
+    return markdown(HEADER, [line for task, line in of_task.items() if task in SHORT])
+
+
+def ratio_lines(rows: list[Row]) -> list[list[object]]:
+    """Return the cells of each line, that with the fastest plain form first."""
     lines: list[tuple[float, list[object]]] = []
     ran = [row for row in rows if row["status"] == "ok" and "task" in row]
     for _, group in groupby(ran, key=lambda row: (row["section"], row["shape"], row["dtype"])):
@@ -45,10 +62,7 @@ def ratio_table(rows: list[Row]) -> str:
             lines += _line(TASKS[task], ours[:1], same)
             if task in TRAINED:
                 lines += _line(TRAINED[task], _trained(same), same)
-    if not lines:
-        return ""
-    header = ["", "ours", "best plain torch", *PEERS]
-    return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+    return [cells for _, cells in sorted(lines, key=lambda line: line[0])]
 
 
 def _trained(rows: list[Row]) -> list[Row]:
@@ -82,7 +96,12 @@ def _megabytes(row: Row) -> str:
 
 def _over(row: Row, ours: Row) -> str:
     """Return time and memory over ours."""
-    time = f"{row['ms'] / ours['ms']:.2f}x"
+    time = _times(row["ms"] / ours["ms"])
     if not row["peak_bytes"] or not ours["peak_bytes"]:
         return time
-    return f"{time}, {row['peak_bytes'] / ours['peak_bytes']:.2g}x MB"
+    return f"{time}, {_times(row['peak_bytes'] / ours['peak_bytes'])} memory"
+
+
+def _times(ratio: float) -> str:
+    """Return a ratio with two digits after the point below 10: near 1 they matter."""
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:,.0f}x"

@@ -129,6 +129,7 @@ def test_tables_of_the_rows(tiny: Path, script: Script) -> None:
 
 
 def test_the_first_table_begins_with_the_fastest_plain_form(tiny: Path) -> None:
+    tasks = importlib.import_module("report_ratios").SHORT
     times = {"ours-teacher-frozen": 10.0, "gathered-frozen": 5.0}
     times |= {"train-frozen": 1.0, "train-frozen-metrics": 1.0}
     ran = [row for row in read(tiny) if row["status"] == "ok"]
@@ -137,6 +138,9 @@ def test_the_first_table_begins_with_the_fastest_plain_form(tiny: Path) -> None:
     assert lines[2].startswith("| known support, loss alone, frozen head; 9 rows, K = 6 | 10 ms")
     assert "| 0.50x" in lines[2]
     assert any("as `train` runs it" in line for line in lines)
+    front = importlib.import_module("report_ratios").short_table(rows).splitlines()[2:]
+    assert [line for line in lines if line in front] == front, "a part, in the same order"
+    assert [sum(f"| {task};" in line for line in front) for task in tasks] == [1] * len(tasks)
 
 
 def test_the_price_of_metrics_is_spread_over_the_updates_of_a_run() -> None:
