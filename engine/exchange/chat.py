@@ -26,7 +26,11 @@ SPLIT = "give --turns last, which trains on the last assistant turn alone"
 
 
 class TextReader:
-    """Reads lines of text: messages, ShareGPT conversations, or prompt and completion."""
+    """Reads lines of text: messages, ShareGPT conversations, or prompt and completion.
+
+    Prompt and completion are texts, or lists of turns as TRL has them: then the turns of the
+    completion count alone.
+    """
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], *, last: bool) -> None:
         """Begin with a tokenizer; stop_ids: the student's; last: train on the last turn alone.
@@ -48,15 +52,16 @@ class TextReader:
 
     def read(self, line: Line) -> Imported | None:
         """Return the sequence of a line; None where no turn of it is an assistant's."""
-        turns = _turns(line)
-        if turns is None:
+        read = _turns(line)
+        if read is None:
             return self._of_texts(line)
+        turns, first = read
         if self._renderer is None:
             line.refuse(
                 "a conversation, and the tokenizer has no chat template",
                 'write texts: {"prompt": "...", "completion": "..."}',
             )
-        spans = self._spans(line, turns)
+        spans = self._spans(line, turns, first)
         if not spans:
             return None
         whole = self._render(line, turns, done=True)
@@ -76,10 +81,13 @@ class TextReader:
         span = (len(prompt), len(prompt) + len(text))
         return self._tokenized(line, prompt + text, [span], begin=begin, stop=True)
 
-    def _spans(self, line: Line, turns: Turns) -> list[tuple[int, int]]:
-        """Return (first, end) character of what the template writes for each assistant turn."""
+    def _spans(self, line: Line, turns: Turns, first: int) -> list[tuple[int, int]]:
+        """Return (first, end) character of what the template writes for each assistant turn.
+
+        first: the first turn that may count.
+        """
         whole = self._render(line, turns, done=True)
-        places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        places = [i for i in range(first, len(turns)) if turns[i]["role"] == "assistant"]
         spans = []
         for place in places[-1:] if self._last else places:
             if place == 0:
@@ -144,21 +152,28 @@ class TextReader:
         return sequence(line, ids=ids, mask=mask, **own_fields(line, USED))
 
 
-def _turns(line: Line) -> Turns | None:
-    """Return the checked turns of a conversation; None for a line of texts."""
-    if isinstance(line.keys.get("conversations"), list):
-        value: Any = [_renamed(turn) for turn in line.keys["conversations"]]
-        field = "conversations"
-    elif "messages" in line.keys:
-        value, field = line.keys["messages"], "messages"
+def _turns(line: Line) -> tuple[Turns, int] | None:
+    """Return the checked turns of a conversation and the first that counts; None for texts."""
+    keys = line.keys
+    if isinstance(keys.get("conversations"), list):
+        parts = {"conversations": [_renamed(turn) for turn in keys["conversations"]]}
+    elif "messages" in keys:
+        parts = {"messages": keys["messages"]}
+    elif isinstance(keys.get("prompt"), list):
+        parts = {"prompt": keys["prompt"], "completion": keys.get("completion")}
     else:
         return None
-    if not isinstance(value, list) or not value:
-        line.refuse(
-            f'field "{field}": {value!r:.80} is not a list of turns',
-            'write [{"role": "user", "content": "..."}]',
-        )
-    return [line.turn(f"{field}[{place}]", turn) for place, turn in enumerate(value)]
+    turns: Turns = []
+    first = 0
+    for field, value in parts.items():
+        if not isinstance(value, list) or not value:
+            line.refuse(
+                f'field "{field}": {value!r:.80} is not a list of turns',
+                'write [{"role": "user", "content": "..."}]',
+            )
+        first = len(turns)
+        turns += [line.turn(f"{field}[{place}]", turn) for place, turn in enumerate(value)]
+    return turns, first
 
 
 def _renamed(turn: Any) -> Any:

@@ -132,6 +132,7 @@ HOSTILE: list[tuple[str, dict[str, Any], str]] = [
     ("vllm", {"response": {"body": {"choices": [{"text": "x"}]}}}, "no token_ids"),
     ("text", {"prompt": "a"}, "neither"),
     ("text", {"messages": []}, "not a list of turns"),
+    ("text", {"prompt": [{"role": "user", "content": "a"}]}, "None is not a list of turns"),
     ("text", {"messages": [{"role": "assistant", "content": "a"}]}, "begins it"),
     ("text", {"conversations": [{"from": "alien", "value": "a"}]}, "is none of"),
 ]
@@ -177,6 +178,9 @@ def test_a_conversation_counts_what_its_assistant_says(tmp_path: Path) -> None:
     ]  # fmt: skip
     (same,) = read(write(file, {"conversations": sharegpt}), "text")
     assert (same.prompt, same.response, same.mask) == (whole.prompt, whole.response, whole.mask)
+    (split,) = read(write(file, {"prompt": turns[:3], "completion": turns[3:]}), "text")
+    assert split.prompt + split.response == whole.prompt + whole.response
+    assert counted(split) == "it is 7\n", "turns of the prompt do not count"
     (text,) = read(write(file, {"prompt": "1+1=", "completion": "2"}), "text")
     assert text.response == (*tokenizer("2")["input_ids"], EOS)
 
