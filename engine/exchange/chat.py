@@ -1,7 +1,7 @@
 """Conversations and texts -> ids with a loss mask: tokenized once, by the student's tokenizer.
 
 What the chat template writes for an assistant turn counts in the loss, from the end of its
-generation prompt to the stop token; all else is masked. No model has sampled these ids, so they
+generation prompt to the stop token; all else is mahead. No model has sampled these ids, so they
 are labelled as text.
 """
 
@@ -23,6 +23,7 @@ SPEAKERS = {
 """Speaker of a ShareGPT turn -> role."""
 USED = frozenset({"messages", "conversations", "prompt", "completion", "response"})
 SPLIT = "give --turns last, which trains on the last assistant turn alone"
+AS_TEXT = 'write it as the model sees it: {"prompt": "...", "completion": "..."}'
 
 
 class TextReader:
@@ -61,11 +62,17 @@ class TextReader:
                 "a conversation, and the tokenizer has no chat template",
                 'write texts: {"prompt": "...", "completion": "..."}',
             )
-        spans = self._spans(line, turns, first)
-        if not spans:
+        counted = [i for i in range(first, len(turns)) if turns[i]["role"] == "assistant"]
+        if not counted:
             return None
+        # Turns after the last assistant's have no row, and would change what a template writes.
+        turns = turns[: counted[-1] + 1]
         whole = self._render(line, turns, done=True)
-        return self._tokenized(line, whole, spans, begin=[])
+        spans = [
+            self._span(line, turns, place, whole)
+            for place in (counted[-1:] if self._last else counted)
+        ]
+        return self._sequence(line, *self._tokenize(whole), spans, begin=[])
 
     def _of_texts(self, line: Line) -> Imported | None:
         name = next((each for each in ("completion", "response") if each in line.keys), None)
@@ -76,32 +83,36 @@ class TextReader:
             )
         prompt = line.string("prompt", line.keys["prompt"])
         text = line.string(name, line.keys[name])
-        ids = self._tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+        ids, places = self._tokenize(prompt + text)
         begin, _ = special_ids(self._tokenizer, prompt + text, ids)
-        span = (len(prompt), len(prompt) + len(text))
-        return self._tokenized(line, prompt + text, [span], begin=begin, stop=True)
-
-    def _spans(self, line: Line, turns: Turns, first: int) -> list[tuple[int, int]]:
-        """Return (first, end) character of what the template writes for each assistant turn.
-
-        first: the first turn that may count.
-        """
-        whole = self._render(line, turns, done=True)
-        places = [i for i in range(first, len(turns)) if turns[i]["role"] == "assistant"]
-        spans = []
-        for place in places[-1:] if self._last else places:
-            if place == 0:
-                line.refuse("an assistant turn begins it", "put the user's turn before it")
-            before = self._render(line, turns[:place], done=False)
-            after = self._render(line, turns[: place + 1], done=True)
-            if not whole.startswith(before) or not whole.startswith(after):
+        if any(low < len(prompt) < high for low, high in places):
+            ahead, after = self._tokenize(prompt), self._tokenize(text)
+            whole = ids
+            ids = ahead[0] + after[0]
+            places = ahead[1] + [(low + len(prompt), high + len(prompt)) for low, high in after[1]]
+            # So a model that samples sees this prompt. The text must stay the same.
+            if self._tokenizer.decode(ids) != self._tokenizer.decode(whole):
                 line.refuse(
-                    f"turn {place}: the chat template writes it otherwise than in the whole "
-                    "conversation, so a model that samples it sees another text",
-                    SPLIT,
+                    "one token has the end of the prompt and the beginning of its completion, "
+                    "and this tokenizer writes another text for the two apart",
+                    "end the prompt where a token ends, for example before a space",
                 )
-            spans.append((len(before), len(after)))
-        return spans
+        span = (len(prompt), len(prompt) + len(text))
+        return self._sequence(line, ids, places, [span], begin=begin, stop=True)
+
+    def _span(self, line: Line, turns: Turns, place: int, whole: str) -> tuple[int, int]:
+        """Return (first, end) character of what the template writes for an assistant's turn."""
+        if place == 0:
+            line.refuse("an assistant turn begins it", "put the user's turn before it")
+        before = self._render(line, turns[:place], done=False)
+        after = self._render(line, turns[: place + 1], done=True)
+        if not whole.startswith(before) or not whole.startswith(after):
+            line.refuse(
+                f"turn {place}: the chat template writes it otherwise than in the whole "
+                "conversation, so a model that samples it sees another text",
+                AS_TEXT if self._last else SPLIT,
+            )
+        return len(before), len(after)
 
     def _render(self, line: Line, turns: Turns, *, done: bool) -> str:
         """Render turns; done: without the beginning of another response."""
@@ -118,18 +129,22 @@ class TextReader:
                 "give the turns in the order and with the roles that the template expects",
             )
 
-    def _tokenized(
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text, and the (first, end) character of each."""
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(found["input_ids"]), list(found["offset_mapping"])
+
+    def _sequence(
         self,
         line: Line,
-        text: str,
+        ids: list[int],
+        places: list[tuple[int, int]],
         spans: Sequence[tuple[int, int]],
         *,
         begin: list[int],
         stop: bool = False,
     ) -> Imported | None:
-        """Tokenize a text whose `spans` count. stop: a stop token follows it."""
-        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, places = list(found["input_ids"]), found["offset_mapping"]
+        """Return the ids with a mask of the characters in `spans`. stop: a stop token follows."""
         if begin and ids[: len(begin)] == begin:
             begin = []
         mask = [0] * len(ids)
@@ -139,7 +154,7 @@ class TextReader:
                     line.refuse(
                         f"one token, {self._tokenizer.convert_ids_to_tokens(ids[at])!r}, has the "
                         "end of a prompt and the beginning of its response",
-                        "end the prompt where a token ends, for example before a space",
+                        AS_TEXT,
                     )
                 mask[at] = mask[at] or int(first <= low < end)
                 # A template may add a newline behind the stop token, which no model samples.
