@@ -19,6 +19,7 @@ from torch import Tensor
 
 from logitcask.engine.errors import ConfigError, ObjectiveError
 from logitcask.engine.integrations.stored import open_stored
+from logitcask.engine.models.identity import tokenizer_digest
 from logitcask.engine.objectives import (
     check_exactness,
     current_topk,
@@ -31,6 +32,14 @@ from logitcask.kernels.sparse_kl import sparse_kl
 
 IGNORED = -100
 """Label of tokens without a loss, which Trainer does not count."""
+NO_EFFECT = {
+    "label_smoothing_factor": 0.0,
+    "loss_type": "nll",
+    "packing": False,
+    "padding_free": False,
+    "assistant_only_loss": False,
+}
+"""Arguments of trainers that shape a batch or a loss of theirs -> the value that does nothing."""
 
 
 class StoreData:
@@ -67,14 +76,34 @@ class StoreData:
                 )
         of = self._source.pairs[0][0].provenance["student"]
         self.n_vocab, self._pad = int(of["n_vocab"]), int(of["stop_ids"][0])
+        self._tokenizer_digest = of["tokenizer"]
 
     def __len__(self) -> int:
         return len(self._members)
 
-    def rows(self) -> Any:
+    def check_model(self, model: Any, tokenizer: Any) -> None:
+        """Raise ConfigError for a model whose ids are not those of the store.
+
+        tokenizer: the trainer's processing class; without one the size of the head alone is known.
+        """
+        # Of the configuration: a sharded head has no rows here.
+        head = model.config.get_text_config().vocab_size
+        if head < self.n_vocab:
+            raise ConfigError(
+                f"the model has {head:,} ids, the student of these rollouts {self.n_vocab:,}",
+                hint="train a model with the student's tokenizer",
+            )
+        known = hasattr(tokenizer, "get_vocab")
+        if known and tokenizer_digest(tokenizer) != self._tokenizer_digest:
+            raise ConfigError(
+                "the tokenizer differs from that of these rollouts, so their ids mean other texts",
+                hint="train a model with the student's tokenizer",
+            )
+
+    def rows(self, part: int = 0) -> Any:
         """Return a `datasets.Dataset` with the number of each sequence, which `collate` reads.
 
-        Raises ConfigError without the package datasets.
+        part: a number that stays with each row. Raises ConfigError without the package datasets.
         """
         try:
             from datasets import Dataset
@@ -83,7 +112,7 @@ class StoreData:
                 "a trainer takes a data set of the package datasets",
                 hint='pip install -e ".[data]"',
             ) from error
-        return Dataset.from_dict({"sequence": list(range(len(self)))})
+        return Dataset.from_dict({"sequence": list(range(len(self))), "part": [part] * len(self)})
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return a batch of B sequences, padded to L tokens, and the targets of its P rows.
@@ -140,32 +169,69 @@ def _labels(ids: Tensor, predict_at: Tensor, targets: Targets) -> Tensor:
     return labels
 
 
+def _check_arguments(parts: Sequence[Any], args: Any, more: Mapping[str, Any]) -> None:
+    """Raise ConfigError for data of another kind, and for arguments that would change nothing."""
+    for data in parts:
+        if not isinstance(data, StoreData):
+            raise ConfigError(
+                f"a data set is {type(data).__name__}, and this trainer distills from a store",
+                hint="give a StoreData as train_dataset and eval_dataset",
+            )
+    for name in ("data_collator", "compute_loss_func", "formatting_func"):
+        if more.get(name) is not None:
+            raise ConfigError(
+                f"{name} would replace how a stored batch is made or used",
+                hint="leave it out, or write a loop of your own with `batches` and `pack_loss`",
+            )
+    for name, value in NO_EFFECT.items():
+        if (found := getattr(args, name, value)) != value:
+            raise ConfigError(
+                f"{name} = {found!r} has no effect on stored sequences and their objective",
+                hint="leave it out",
+            )
+
+
 def distilling(trainer: type) -> type:
-    """Return a subclass of Trainer, or of one made from it, that distills from StoreData."""
+    """Return a subclass of Trainer, or of one made from it, that distills from StoreData.
+
+    Its train_dataset, and eval_dataset if there is one, are StoreData. Raises ConfigError for
+    other data, another tokenizer, and arguments that would have no effect.
+    """
 
     class DistillingTrainer(trainer):  # type: ignore[misc]
         """A trainer whose loss is the objective of its StoreData."""
 
-        def __init__(self, model: Any, args: Any, *, train_dataset: StoreData, **more: Any) -> None:
-            if not isinstance(train_dataset, StoreData):
-                raise ConfigError(
-                    f"train_dataset is {type(train_dataset).__name__}, and this trainer distills "
-                    "from a store",
-                    hint="give a StoreData",
-                )
-            self._store_data = train_dataset
+        def __init__(
+            self,
+            model: Any,
+            args: Any,
+            *,
+            train_dataset: StoreData,
+            eval_dataset: StoreData | None = None,
+            **more: Any,
+        ) -> None:
+            self._parts = [train_dataset, *([] if eval_dataset is None else [eval_dataset])]
+            _check_arguments(self._parts, args, more)
             self._row_metrics: dict[str, Tensor] = {}
             # Columns of ours would go, and ids be tokenized.
             args.remove_unused_columns = False
             if hasattr(args, "dataset_kwargs"):
                 args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+            rows = [data.rows(part) for part, data in enumerate(self._parts)]
             super().__init__(
                 model,
                 args,
-                train_dataset=train_dataset.rows(),
-                data_collator=train_dataset.collate,
+                train_dataset=rows[0],
+                eval_dataset=rows[1] if rows[1:] else None,
+                data_collator=self._collate,
                 **more,
             )
+            for data in self._parts:
+                data.check_model(self.model, self.processing_class)
+
+        def _collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+            part = int(rows[0]["part"])
+            return {**self._parts[part].collate(rows), "part": part}
 
         def compute_loss(
             self,
@@ -181,7 +247,7 @@ def distilling(trainer: type) -> type:
             logits = outputs.logits.flatten(0, 1)[inputs["predict_at"]]
             whole = num_items_in_batch is not None
             count = num_items_in_batch if whole else targets.weight.sum().clamp(min=1.0)
-            loss, metrics = self._store_data.loss(logits, targets, count)
+            loss, metrics = self._parts[inputs["part"]].loss(logits, targets, count)
             if whole and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
             if self.model.training:

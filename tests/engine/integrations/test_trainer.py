@@ -17,7 +17,7 @@ from logitcask.engine.packing.batches import batches
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.store import open_store
 from logitcask.engine.training.pack_loss import pack_loss
-from tests.engine.tiny import EOS, N_VOCAB, make_model
+from tests.engine.tiny import EOS, N_VOCAB, make_model, make_tokenizer
 
 SEQUENCES = 8
 # Of TRL's own use of transformers.
@@ -125,10 +125,43 @@ def test_what_a_trainer_cannot_serve_is_refused(place: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="teacher"):
         StoreData(place / "store", teacher="other")
     rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
-    with pytest.raises(ConfigError, match="StoreData"):
-        distilling(Trainer)(
-            student(place), settings(TrainingArguments, tmp_path), train_dataset=rows
-        )
+    data = StoreData(place / "store")
+
+    def refused(cause: str, model: Any, options: Any = None, **more: Any) -> None:
+        options = options or settings(TrainingArguments, tmp_path)
+        with pytest.raises(ConfigError) as caught:
+            distilling(Trainer)(model, options, **{"train_dataset": data, **more})
+        assert cause in str(caught.value)
+
+    refused("Dataset, and this trainer", student(place), train_dataset=rows)
+    refused("Dataset, and this trainer", student(place), eval_dataset=rows)
+    refused("compute_loss_func would", student(place), compute_loss_func=lambda *_: 0)
+    smooth = settings(TrainingArguments, tmp_path, label_smoothing_factor=0.1)
+    refused("label_smoothing_factor = 0.1 has no effect", student(place), smooth)
+    refused("packing = True", student(place), settings(SFTConfig, tmp_path, packing=True))
+    refused("the model has 40 ids", make_model(seed=0, vocab_size=40))
+    other = make_tokenizer()
+    other.add_tokens(["more"])
+    refused("the tokenizer differs", student(place), processing_class=other)
+
+
+def test_held_out_sequences_are_evaluated_by_their_own_objective(
+    place: Path, tmp_path: Path
+) -> None:
+    held_out = StoreData(place / "store", objective="gkd", k=4)
+    trainer = distilling(Trainer)(
+        student(place),
+        settings(TrainingArguments, tmp_path, per_device_eval_batch_size=SEQUENCES),
+        train_dataset=StoreData(place / "store", objective="forward_kl", k=8),
+        eval_dataset=held_out,
+    )
+    batch = held_out.collate(list(held_out.rows()))
+    logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    targets = Targets(**batch["targets"])
+    expected, _ = held_out.loss(
+        logits.flatten(0, 1)[batch["predict_at"]], targets, targets.weight.sum()
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_batch_is_padded_and_its_rows_are_found(place: Path) -> None:
