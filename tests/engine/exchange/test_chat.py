@@ -22,7 +22,7 @@ def merging(*, spaced: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
 
 
-def test_a_prompt_that_ends_within_a_token_is_tokenized_apart(tmp_path: Path) -> None:
+def test_a_prompt_that_ends_within_a_token_is_tokenized_by_itself(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"prompt": "ba", "completion": "bab"}))
     (found,) = Files([file], "text", merging(spaced=False), [END])()
