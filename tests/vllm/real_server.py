@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tests.vllm.shim import with_shim
 
 START_S = 600
 """Limit of a start: 26 to 59 s, and many times that on a busy machine."""
-STOP_S = 30
+STOP_S = 120
 
 
 def takes_ids_of_each_row() -> bool:
@@ -90,5 +89,5 @@ class RealServer:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=10) as response:
                 return bool(response.status == 200)
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:
             return False

@@ -99,7 +99,7 @@ def test_the_newer_runner_scores_extra_ids(
     env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(ROOT)])
     out = tmp_path / "scores.npz"
     command = [sys.executable, "-m", "tests.vllm.scored", str(ref.path), str(out)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     with np.load(out) as arrays:
         found = Scores(**arrays)

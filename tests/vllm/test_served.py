@@ -36,12 +36,12 @@ OTHER_COMMAND = os.environ.get("LOGITCASK", str(Path(sys.executable).with_name("
 CLEAN_ENVIRONMENT = {
     k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")
 }
-UNITS, TIMEOUT_S = 5, 120
+UNITS, TIMEOUT_S = 5, 600
 
 
 @pytest.fixture(scope="module")
 def server(vllm_server: str, ref: ModelRef) -> Iterator[ServerScorer]:
-    with ServerScorer([vllm_server], limits=Limits(read_s=120)) as server:
+    with ServerScorer([vllm_server], limits=Limits(read_s=TIMEOUT_S)) as server:
         server.n_vocab = ref.n_vocab
         yield server
 
