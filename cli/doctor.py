@@ -25,6 +25,13 @@ def doctor_command() -> None:
     "--served", default="", help="The server's name of the teacher, if it serves several."
 )
 @click.option(
+    "--server",
+    type=click.Choice(["auto", "vllm", "sglang"]),
+    default="auto",
+    show_default=True,
+    help="What the server is; auto: what its /v1/models says.",
+)
+@click.option(
     "--tokenizer",
     default="",
     help="Folder or hub id with the teacher's tokenizer and config.json; default: the source that "

@@ -29,6 +29,7 @@ from logitcask.engine.config.sections import EstimateConfig
             "revision",
             "tokenizer",
             "served",
+            "server",
             "student_tokenizer",
             "api_key_file",
             "server_wait",

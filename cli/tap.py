@@ -14,7 +14,7 @@ from logitcask.engine.config.tap import Tap, TapConfig
 @config_options(
     TapConfig,
     {
-        "teacher": ["model", "name", "served", "tokenizer", "revision", "api_key_file"],
+        "teacher": ["model", "name", "served", "server", "tokenizer", "revision", "api_key_file"],
         "store": ["url", "rollouts", "profile"],
         "tap": list(Tap.model_fields),
     },

@@ -81,19 +81,25 @@ class ResponseAssembler:
 
     def extra_ids(self, sequence: int) -> IdLists | None:
         """Return the chosen ids of a sequence's rows."""
+        return self._extra_ids(self.rows(sequence))
+
+    def _extra_ids(self, rows: slice) -> IdLists | None:
         if self.extra is None:
             return None
-        return IdLists(
-            cnt=self.extra.cnt[self.rows(sequence)], ids=self.extra.ids[self._flat(sequence)]
-        )
+        return IdLists(cnt=self.extra.cnt[rows], ids=self.extra.ids[self._flat(rows)])
 
-    def _flat(self, sequence: int) -> slice:
-        rows = self.rows(sequence)
+    def _flat(self, rows: slice) -> slice:
         return slice(int(self.extra_off[rows.start]), int(self.extra_off[rows.stop]))
 
-    def write(self, sequence: int, answer: ReturnedTopK) -> None:
-        """Check and write the answer of one sequence; AnswerError writes nothing."""
-        rows, extra = self.rows(sequence), self.extra_ids(sequence)
+    def write(self, sequence: int, answer: ReturnedTopK, part: slice | None = None) -> None:
+        """Check and write the answer of one sequence; AnswerError writes nothing.
+
+        part: its rows that are answered; None = all.
+        """
+        rows = self.rows(sequence)
+        if part is not None:
+            rows = slice(rows.start + part.start, rows.start + part.stop)
+        extra = self._extra_ids(rows)
         tokens = self.tokens[rows]
         check_answer(answer, tokens, extra, k=self.request.k_max, n_vocab=self.n_vocab)
         # Ids of a padded head, or outside the student's vocabulary, must have next to no mass.
@@ -130,7 +136,7 @@ class ResponseAssembler:
         self.entropy[rows], self.entropy_hi[rows] = low, high
         self.ids[rows, :width], self.entry_lp[rows, :width] = ids[:, :width], top_lp[:, :width]
         if answer.at is not None:
-            self.extra_lp[self._flat(sequence)] = np.minimum(answer.at, 0.0)
+            self.extra_lp[self._flat(rows)] = np.minimum(answer.at, 0.0)
 
     def _check_padding(self, answer: ReturnedTopK, own: Array) -> None:
         """Reject mass outside n_vocab, and rows with fewer than k_min ids inside."""

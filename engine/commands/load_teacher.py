@@ -91,8 +91,8 @@ class LoadedTeacher:
             raise ConfigError(
                 f"extra_ids = {settings.extra_ids}, and {self.model.name} cannot "
                 f"score chosen ids here",
-                hint="serve it with vLLM 0.32 or newer on a GPU and --enable-scale-out, or use "
-                "the backend hf",
+                hint="serve it with SGLang, or with vLLM 0.32 or newer on a GPU and "
+                "--enable-scale-out, or use the backend hf",
             )
         return replace(request, at_student=False), (
             f"{self.model.name} cannot score chosen ids here, so only its own top-k is "
@@ -126,8 +126,9 @@ def open_teacher(
                 hint="leave --exact out, or give a model folder or hub id with --backend vllm",
             )
         return _open_served(teacher, run, student, template, k_max, cancel)
-    for key in ("served", "tokenizer", "api_key_file"):
-        if value := getattr(teacher, key):
+    for key in ("served", "tokenizer", "server", "api_key_file"):
+        value = getattr(teacher, key)
+        if value and value != Teacher.model_fields[key].default:
             raise ConfigError(
                 f"{key} = {value}, and the teacher is not at a URL",
                 hint=f"leave --{key.replace('_', '-')} out, or give --model http://HOST:PORT",
@@ -157,6 +158,7 @@ def _open_served(
     server = ServerScorer(
         urls_of(teacher.model),
         served=teacher.served,
+        engine=teacher.server,
         key=read_key(teacher.api_key_file),
         limits=Limits(wait_s=teacher.server_wait),
         cancel=cancel,

@@ -20,8 +20,8 @@ def is_file(positions: str) -> bool:
 
 class Teacher(Section):
     model: str = Field(
-        description="Teacher: a Hugging Face model folder or hub id; or the URL of a vLLM server, "
-        "http://HOST:PORT, several of one teacher divided by commas."
+        description="Teacher: a Hugging Face model folder or hub id; or the URL of a server of "
+        "vLLM or SGLang, http://HOST:PORT, several of one teacher divided by commas."
     )
     revision: str = Field(
         "",
@@ -46,6 +46,10 @@ class Teacher(Section):
         "",
         description="With a URL: the name that the server has for the teacher; empty = the only "
         "one that it serves.",
+    )
+    server: Literal["auto", "vllm", "sglang"] = Field(
+        "auto",
+        description="With a URL: what the server is; auto = what its /v1/models says.",
     )
     api_key_file: Path | None = Field(
         None,

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.backends.server.protocol import COMPLETIONS, GENERATE
+from logitcask.engine.backends.server.sglang import SGLANG
 from logitcask.engine.tap import render
 from logitcask.engine.tap.record import MOST_K, MOST_TOKENS, Record
 from logitcask.engine.types import Array
 
-SGLANG = "/generate"
 START = "X-Logitcask-Start"
 """Header: tokens of the prompt, one number or one for each sequence of the body."""
 AFTER = re.compile(r"/after=([0-9]{1,10}(?:,[0-9]{1,10}){0,63})(?=/)")

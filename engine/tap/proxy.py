@@ -13,6 +13,7 @@ from logitcask.engine.backends.returned import check_answer
 from logitcask.engine.backends.server.client import normalize_url
 from logitcask.engine.backends.server.protocol import COMPLETIONS, GENERATE, RequestBody
 from logitcask.engine.backends.server.scorer import read_key
+from logitcask.engine.backends.server.sglang import SGLANG
 from logitcask.engine.config.tap import TapConfig
 from logitcask.engine.errors import AnswerError
 from logitcask.engine.events import EventHandler
@@ -25,7 +26,16 @@ from logitcask.engine.types import Array
 
 HARMLESS = {
     *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/tokenize"),
-    *("/detokenize", "/generate", "/inference/v1/generate", "/score", "/v1/score", "/rerank"),
+    *(
+        "/v1/tokenize",
+        "/v1/detokenize",
+        "/detokenize",
+        "/generate",
+        "/inference/v1/generate",
+        "/score",
+        "/v1/score",
+        "/rerank",
+    ),
     *("/pooling", "/classify", "/ping", "/abort_request", "/flush_cache", "/reset_prefix_cache"),
     *("/sleep", "/wake_up", "/pause", "/resume", "/start_profile", "/stop_profile", "/invocations"),
 }
@@ -82,7 +92,7 @@ class Tap:
         path = request.path
         if found := forms.AFTER.match(path):
             marker, path = [int(each) for each in found[1].split(",")], path[found.end() :]
-        if request.method == "POST" and path in (COMPLETIONS, GENERATE, forms.SGLANG):
+        if request.method == "POST" and path in (COMPLETIONS, GENERATE, SGLANG):
             return await self._score(request, path, marker)
         if request.method == "GET" and path in ("/health", "/v1/models"):
             await self.recorder.refresh()
@@ -202,7 +212,7 @@ class Tap:
         path = str(identity.backend["path"])
         async with self._slots:
             sent = body.to_json(path, identity.served)
-            data = await self.upstream.ask("POST", path, sent, headers, body.most_bytes())
+            data = await self.upstream.ask("POST", path, sent, headers, body.most_bytes(path))
 
             def read() -> Record:
                 found = body.read(path, identity.names, data)

@@ -93,7 +93,7 @@ def describe(teacher: Teacher, served: str, key: str | None) -> ModelRef:
     It imports transformers, so the tap calls it in a process of its own. Raises ModelError and
     IdentityError as `remote_model_ref`, `check_declared`, `check_tokenizer` and `check_padding`.
     """
-    with ServerScorer([teacher.model], served=served, key=key, limits=PROBING) as server:
+    with _connect(teacher, served, key) as server:
         check_declared(teacher.revision, server.info.fingerprint)
         model = remote_model_ref(
             server.info.served,
@@ -109,6 +109,11 @@ def describe(teacher: Teacher, served: str, key: str | None) -> ModelRef:
     return model
 
 
+def _connect(teacher: Teacher, served: str, key: str | None) -> ServerScorer:
+    engine, urls = teacher.server, [teacher.model]
+    return ServerScorer(urls, served=served, engine=engine, key=key, limits=PROBING)
+
+
 class Probe:
     """A connection that measures the teacher's fingerprint."""
 
@@ -116,7 +121,7 @@ class Probe:
         """Connect and measure with k best ids. Raises ServerError without an answer, and as
         `describe`.
         """
-        self.server = ServerScorer([teacher.model], served=teacher.served, key=key, limits=PROBING)
+        self.server = _connect(teacher, teacher.served, key)
         try:
             self.model = describe(teacher, self.info.served, self.info.root, key)
             self.server.n_vocab = self.model.n_vocab
@@ -124,7 +129,7 @@ class Probe:
             verified = VerifiedTeacher(self.server, self.model.n_vocab, close, k_max)
         except ConfigError as error:
             self.server.close()
-            hint = f"start it with --max-logprobs {k} or more, or give a smaller --topk"
+            hint = f"start vLLM with --max-logprobs {k} or more, or give a smaller --topk"
             raise ConfigError(error.cause, hint=hint) from error
         except BaseException:
             self.server.close()

@@ -192,7 +192,7 @@ class Upstream:
         body = RequestBody(ids=ids, rows=len(ids) - 1, k=1)
         sent = body.to_json(path, probe.info.served)
         (sent if path == COMPLETIONS else sent["sampling_params"])["temperature"] = temperature
-        data = await self.ask("POST", path, sent, headers, body.most_bytes())
+        data = await self.ask("POST", path, sent, headers, body.most_bytes(path))
         found: Array = body.read(path, {probe.info.served, *_names(models)}, data).lp
         return np.exp(found)
 

@@ -34,8 +34,6 @@ from logitcask.engine.teachers.verified import CONTROL_K, CONTROL_SEQUENCES, Ver
 from logitcask.engine.types import ModelRef
 
 State = Literal["ok", "note", "fault"]
-FLAGS = "--enable-scale-out --generation-config vllm --max-logprobs 256"
-"""Of `vllm serve`, for a teacher."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +53,7 @@ class ServerCheck:
 
     url: str
     served: str = ""
+    server: Literal["auto", "vllm", "sglang"] = "auto"
     tokenizer: str = ""
     revision: str = ""
     api_key_file: Path | None = None
@@ -77,6 +76,7 @@ def check_server(settings: ServerCheck) -> Iterator[Finding]:
         server = ServerScorer(
             urls_of(settings.url),
             served=settings.served,
+            engine=settings.server,
             key=read_key(settings.api_key_file),
             limits=Limits(wait_s=settings.wait_s),
         )
@@ -122,7 +122,8 @@ def _try(check: str, run: Callable[[], Finding]) -> Finding:
 
 
 def _server_info(info: Any) -> Iterator[Finding]:
-    version = f"vLLM {info.version}" if info.version else "unknown version"
+    name = {"vllm": "vLLM", "sglang": "SGLang"}[info.engine]
+    version = f"{name} {info.version}" if info.version else f"{name}, unknown version"
     yield Finding(
         check="server", state="ok", message=f"{version}, {info.fingerprint or 'no fingerprint'}"
     )
@@ -140,14 +141,15 @@ def _server_info(info: Any) -> Iterator[Finding]:
         message=f"prompt and response of {most - 1} tokens at most" if most else "unknown",
     )
     if info.at_ids:
-        yield Finding(check="chosen ids", state="ok", message="supported, different in every row")
+        parts = ", in several requests a sequence" if info.engine == "sglang" else ""
+        message = f"supported, different in every row{parts}"
+        yield Finding(check="chosen ids", state="ok", message=message)
     else:
         yield Finding(
             check="chosen ids",
             state="note",
             message=info.why,
-            hint="serve with vLLM 0.32 or newer on a GPU, with "
-            f"{FLAGS}, for objectives on the student's ids",
+            hint=f"{info.at_ids_hint}, for objectives on the student's ids",
         )
 
 

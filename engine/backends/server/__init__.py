@@ -1,7 +1,8 @@
-"""A remote teacher: one or more vLLM servers over HTTP. Nothing here imports vllm.
+"""A remote teacher: one or more servers of vLLM or SGLang over HTTP. Nothing here imports those.
 
 protocol.py      request bodies and checked answers of one sequence
 prompt_logprobs.py  vLLM's prompt log-probs as arrays
+sglang.py        SGLang's request and its answer as arrays
 budget.py        limits of requests, tokens and bytes in flight
 client.py        HTTP requests to one server, and the meaning of its faults
 pool.py          several servers of one teacher: choice, retries, availability

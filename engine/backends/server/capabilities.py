@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,12 +14,18 @@ from logitcask.engine.backends.server.protocol import (
     parse,
     words_of,
 )
+from logitcask.engine.backends.server.sglang import SGLANG
 from logitcask.engine.errors import AnswerError, IdentityError, ServerError
 from logitcask.engine.types import IdLists
 
+MODEL_INFO = ("/model_info", "/get_model_info")
+"""Of SGLang, newer and older versions."""
+SERVER_INFO = ("/server_info", "/get_server_info")
 ABSENT = (403, 404, 405, 501)
 PROBE_IDS = (2, 1, 0)
 """Any three ids that every model has."""
+Engine = Literal["auto", "vllm", "sglang"]
+"""auto: as the server's /v1/models says; an owner other than sglang is vLLM."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,32 +39,46 @@ class ServerInfo:
     parent: str
     """The base model of a served adapter."""
     version: str
-    """Of vLLM; empty if unknown."""
+    """Of vLLM or SGLang; empty if unknown."""
     fingerprint: str
-    """system_fingerprint of its answers: a hash of its flags, or the operator's text."""
+    """vLLM: system_fingerprint of its answers, a hash of its flags or the operator's text. SGLang:
+    its weight_version, empty if it was never set.
+    """
     max_model_len: int
     """Tokens; a sequence may have one less. 0 if unknown."""
     path: str
-    """GENERATE, or COMPLETIONS on servers without it."""
+    """GENERATE, or COMPLETIONS on servers without it; SGLANG."""
     at_ids: bool
     """It returns log-probs at chosen ids."""
     why: str
     """The server's reason if it does not."""
 
+    @property
+    def engine(self) -> Literal["vllm", "sglang"]:
+        return "sglang" if self.path == SGLANG else "vllm"
 
-async def fetch_info(client: ServerClient, served: str) -> ServerInfo:
+    @property
+    def at_ids_hint(self) -> str:
+        """Return what a server needs to answer at chosen ids."""
+        if self.engine == "sglang":
+            return "serve with a newer SGLang, whose /generate takes token_ids_logprob"
+        return "serve with vLLM 0.32 or newer on a GPU with --enable-scale-out --max-logprobs 256"
+
+
+async def fetch_info(client: ServerClient, served: str, engine: Engine = "auto") -> ServerInfo:
     """Query a server. Raises Transient, ServerError for a rejected request, IdentityError if it
     does not serve `served`.
     """
     await client.check_health()
-    card = await _read_card(client, served)
+    card, is_sglang = await _read_card(client, served, engine)
     name = card["served"]
-    version = await _optional(client, "/version")
-    path, at_ids, why = await _paths(client, name)
+    version = await _first_of(client, *(SERVER_INFO if is_sglang else ("/version",)))
+    path, at_ids, why = await (_sglang_paths if is_sglang else _paths)(client, name)
+    if not is_sglang:
+        card["fingerprint"] = await _fingerprint(client, name)
     return ServerInfo(
         **card,
-        version=client.redact(str(version.get("version", ""))) if isinstance(version, dict) else "",
-        fingerprint=await _fingerprint(client, name),
+        version=client.redact(str(version.get("version", ""))),
         path=path,
         at_ids=at_ids,
         why=why,
@@ -78,16 +98,19 @@ def check_same(expected: ServerInfo, found: ServerInfo, url: str) -> None:
 
 
 async def check_card(client: ServerClient, known: ServerInfo) -> None:
-    """Compare /v1/models, which costs nothing, with the known info.
+    """Compare /v1/models, which costs nothing, with the known info; of SGLang its weights too.
 
     Raises IdentityError for another model, source, adapter or context, and Transient and
     ServerError as `fetch_info`.
     """
-    card = await _read_card(client, known.served)
+    card, _ = await _read_card(client, known.served, known.engine)
     check_same(known, replace(known, **card), client.url)
 
 
-async def _read_card(client: ServerClient, served: str) -> dict[str, Any]:
+async def _read_card(
+    client: ServerClient, served: str, engine: Engine
+) -> tuple[dict[str, Any], bool]:
+    """Return (fields of ServerInfo, the server is SGLang)."""
     cards = await _cards(client)
     card = _chosen(cards, served, client)
     # The entry of an adapter has no length.
@@ -96,12 +119,26 @@ async def _read_card(client: ServerClient, served: str) -> dict[str, Any]:
     client.names = {card["id"]}
     if source:
         client.names |= {each["id"] for each in cards if _source(each) == source}
-    return {
+    found: dict[str, Any] = {
         "served": card["id"],
         "root": client.redact(str(card.get("root") or "")),
         "parent": client.redact(str(card.get("parent") or "")),
         "max_model_len": _whole(card.get("max_model_len") or longest[0].get("max_model_len")),
     }
+    if engine == "vllm" or (engine == "auto" and card.get("owned_by") != "sglang"):
+        return found, False
+    if card.get("parent"):
+        raise IdentityError(
+            f"{client.url}: {card['id']!r} is an adapter, and requests to SGLang go to its base "
+            "model only",
+            hint="merge the adapter into the weights, or serve it with vLLM",
+        )
+    # The root of SGLang's /v1/models is the served name again.
+    model = await _first_of(client, *MODEL_INFO)
+    weights = str(model.get("weight_version") or "")
+    found["root"] = client.redact(str(model.get("model_path") or ""))
+    found["fingerprint"] = client.redact("" if weights == "default" else weights)
+    return found, True
 
 
 async def _cards(client: ServerClient) -> list[dict[str, Any]]:
@@ -159,10 +196,23 @@ async def _paths(client: ServerClient, served: str) -> tuple[str, bool, str]:
     return GENERATE, False, why
 
 
+async def _sglang_paths(client: ServerClient, served: str) -> tuple[str, bool, str]:
+    """Return what `_paths` does, of an SGLang server."""
+    ids = list(PROBE_IDS)
+    extra_ids = IdLists(cnt=np.array([1, 1], np.uint16), ids=np.array([0, 1], np.uint32))
+    plain = RequestBody(ids=ids, rows=2, k=1)
+    await _put(client, plain, SGLANG, served)
+    try:
+        await _put(client, replace(plain, extra_ids=extra_ids), SGLANG, served)
+    except (RequestRejected, AnswerError) as error:
+        return SGLANG, False, client.one_line(error.cause)
+    return SGLANG, True, ""
+
+
 async def _put(client: ServerClient, request: RequestBody, path: str, served: str) -> None:
     body = request.to_json(path, served)
     data = await client.post(
-        path, body, most=request.most_bytes(), expected=request.expected_bytes(), tokens=3
+        path, body, most=request.most_bytes(path), expected=request.expected_bytes(path), tokens=3
     )
     request.read(path, client.names, data)
 
@@ -187,11 +237,16 @@ async def tokenize(client: ServerClient, text: str, served: str) -> list[int] | 
     return found if isinstance(found, list) and all(type(id_) is int for id_ in found) else None
 
 
-async def _optional(client: ServerClient, path: str) -> Any:
-    try:
-        return await client.get(path)
-    except ServerError:
-        return None
+async def _first_of(client: ServerClient, *paths: str) -> dict[str, Any]:
+    """Return the object of the first path that a server has; an empty one if it has none."""
+    for path in paths:
+        try:
+            found = await client.get(path)
+        except ServerError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _whole(value: Any) -> int:

@@ -59,7 +59,7 @@ class ServerPool:
         one, which is requested again. Raises ServerError for a rejected request or servers that
         stay unavailable.
         """
-        tokens, size = len(body.ids), body.expected_bytes()
+        tokens, size = len(body.ids), body.expected_bytes(path)
         wrong = faults = pauses = 0
         avoid: ServerClient | None = None
         busy_s: float | None = None
@@ -72,7 +72,7 @@ class ServerPool:
                     # Encoded only now: all bodies of a unit together could exceed every cap.
                     data = await asyncio.to_thread(_encode, body, path, served)
                     data = await client.post(
-                        path, data, most=body.most_bytes(), expected=size, tokens=tokens
+                        path, data, most=body.most_bytes(path), expected=size, tokens=tokens
                     )
                     names = client.names | {served}
                     async with self._reading:

@@ -1,8 +1,9 @@
 """The request body for one sequence, and the checks of its answer.
 
-`/inference/v1/generate` takes chosen ids for every row and returns their log-probs as a packed
-array. It and `/v1/completions` return the teacher's best ids as JSON, about 70 bytes a log-prob, at
-all positions of prompt and response; the last R are the response rows.
+vLLM's `/inference/v1/generate` takes chosen ids for every row and returns their log-probs as a
+packed array. It and `/v1/completions` return the teacher's best ids as JSON, about 70 bytes a
+log-prob, at all positions of prompt and response; the last R are the response rows. SGLang's
+`/generate` is in `sglang.py`.
 """
 
 import base64
@@ -10,7 +11,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -22,6 +23,16 @@ from logitcask.engine.backends.server.prompt_logprobs import (
     read_topk,
     reject_without_token,
 )
+from logitcask.engine.backends.server.sglang import (
+    EXPECTED_BYTES,
+    MOST_BYTES,
+    SGLANG,
+    build_body,
+    count_entries,
+    divide_rows,
+    read_answer,
+)
+from logitcask.engine.store.format import ragged
 from logitcask.engine.types import Array, IdLists
 
 GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
@@ -51,18 +62,37 @@ class RequestBody:
     server_order: bool = False
     """Keep the server's order of equally likely ids; else the lower id comes first."""
 
-    def expected_bytes(self) -> int:
+    def parts(self, path: str) -> Iterator[tuple[slice, "RequestBody"]]:
+        """Return the requests that a server needs for these rows, each with its rows."""
+        extra = self.extra_ids
+        if path != SGLANG or extra is None:
+            yield slice(0, self.rows), self
+            return
+        off, first = ragged.starts(extra.cnt), len(self.ids) - self.rows
+        for rows in divide_rows(extra):
+            flat = slice(int(off[rows.start]), int(off[rows.stop]))
+            part = IdLists(cnt=extra.cnt[rows], ids=extra.ids[flat])
+            count = rows.stop - rows.start
+            yield rows, replace(self, ids=self.ids[: first + rows.stop], rows=count, extra_ids=part)
+
+    def expected_bytes(self, path: str) -> int:
         """Return the approximate size of the answer."""
+        if path == SGLANG:
+            return count_entries(self.rows, self.k, self.extra_ids) * EXPECTED_BYTES
         packed = self.rows * self._width() * PACKED_BYTES
         return len(self.ids) * (self.k + 1) * ENTRY_BYTES + packed
 
-    def most_bytes(self) -> int:
+    def most_bytes(self, path: str) -> int:
         """Return the maximum size of a valid answer."""
+        if path == SGLANG:
+            return count_entries(self.rows, self.k, self.extra_ids) * MOST_BYTES + REST_BYTES
         packed = self.rows * self._width() * PACKED_BYTES
         return len(self.ids) * (self.k + 1) * MOST_ENTRY_BYTES + packed + REST_BYTES
 
     def to_json(self, path: str, served: str) -> dict[str, Any]:
         """Return the JSON object. vLLM's prompt log-probs do not depend on the temperature."""
+        if path == SGLANG:
+            return build_body(self.ids, self.rows, self.k, self.extra_ids)
         if path == COMPLETIONS:
             assert self.extra_ids is None, "only GENERATE takes chosen ids"
             return {
@@ -104,8 +134,11 @@ class RequestBody:
         with one of these names.
         """
         found = parse(data)
-        if "choices" not in found and (words := words_of(found)):
+        answered = "meta_info" if path == SGLANG else "choices"
+        if answered not in found and (words := words_of(found)):
             reject_answer(f"with an error: {words}")
+        if path == SGLANG:
+            return read_answer(found, self.ids, self.rows, self.k, self.extra_ids)
         choices = found.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             reject_answer("without one choice")

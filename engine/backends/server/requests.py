@@ -1,6 +1,7 @@
 """The requests of one work unit: one for each sequence, many in flight."""
 
 import asyncio
+from functools import partial
 
 from logitcask.engine.backends.extra_ids import resolve_extra_ids
 from logitcask.engine.backends.returned import ResponseAssembler
@@ -40,8 +41,7 @@ def new_assembler(
     if extra_ids is not None and not info.at_ids:
         raise ConfigError(
             f"{url} cannot answer at chosen ids: {info.why}",
-            hint="serve with vLLM 0.32 or newer on a GPU with --enable-scale-out, use the "
-            "backend hf, or score without (at_student=False)",
+            hint=f"{info.at_ids_hint}, use the backend hf, or score without (at_student=False)",
         )
     return ResponseAssembler(rollouts, request, extra_ids, n_vocab=n_vocab)
 
@@ -52,13 +52,14 @@ async def score_sequences(
     """Request the scores of every sequence and write them to the assembler.
 
     Sequences of a server that is unavailable at the end are requested again: its fingerprint can
-    no longer be checked. Raises ServerError and AnswerError as `ServerPool.send`, ConfigError for
-    more log-probs than the servers allow.
+    no longer be checked. The parts of a sequence are requested one after another, so that each
+    finds the one before it in the server's prefix cache. Raises ServerError and AnswerError as
+    `ServerPool.send`, ConfigError for more log-probs than the servers allow.
     """
     lengths = rollouts.lengths()
     k = min(assembler.request.k_max, assembler.n_vocab)
     widest = 0 if assembler.extra is None else int(assembler.extra.cnt.max(initial=0))
-    answered_by: dict[int, ServerClient] = {}
+    answered_by: dict[int, set[ServerClient]] = {}
 
     async def score_one(sequence: int) -> None:
         prompt = rollouts.prompts[int(rollouts.seq_prompt[sequence])]
@@ -69,13 +70,12 @@ async def score_sequences(
             k=k,
             extra_ids=assembler.extra_ids(sequence),
         )
+        answered_by[sequence] = set()
         try:
-            answered_by[sequence] = await pool.send(
-                body,
-                info.path,
-                info.served,
-                check=lambda answer: assembler.write(sequence, answer),
-            )
+            for rows, part in body.parts(info.path):
+                write = partial(assembler.write, sequence, part=rows)
+                client = await pool.send(part, info.path, info.served, check=write)
+                answered_by[sequence].add(client)
         except RequestRejected as rejection:
             raise explain_cap(rejection, k, widest) from rejection
         except LogitcaskError as error:
@@ -90,9 +90,13 @@ async def score_sequences(
                 group.create_task(score_one(sequence))
         if len(pool.clients) == 1:
             break
-        await asyncio.gather(*map(pool.recheck, set(answered_by.values())))
-        left = [sequence for sequence, client in answered_by.items() if not client.healthy]
-    pool.answered |= {client.url for client in answered_by.values()}
+        await asyncio.gather(*map(pool.recheck, set().union(*answered_by.values())))
+        left = [
+            sequence
+            for sequence, clients in answered_by.items()
+            if not all(client.healthy for client in clients)
+        ]
+    pool.answered |= {client.url for client in set().union(*answered_by.values())}
 
 
 def explain_cap(rejection: RequestRejected, k: int, widest: int) -> LogitcaskError:

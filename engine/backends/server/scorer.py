@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from logitcask.engine.backends.returned import ResponseAssembler
 from logitcask.engine.backends.server.budget import Limits
 from logitcask.engine.backends.server.capabilities import (
+    Engine,
     ServerInfo,
     check_card,
     check_same,
@@ -24,14 +25,7 @@ from logitcask.engine.backends.server.pool import ServerPool
 from logitcask.engine.backends.server.requests import new_assembler, score_sequences
 from logitcask.engine.errors import AnswerError, ConfigError, ServerError
 from logitcask.engine.events import Cancelled, CancelToken
-from logitcask.engine.types import (
-    IdLists,
-    Progress,
-    Rollouts,
-    ScoreParams,
-    Scores,
-    no_progress,
-)
+from logitcask.engine.types import IdLists, Progress, Rollouts, ScoreParams, Scores, no_progress
 
 KEY = "LOGITCASK_API_KEY"
 STOP_S = 0.2
@@ -59,7 +53,7 @@ def read_key(file: Path | None = None) -> str | None:
 
 
 class ServerScorer:
-    """Scorer over vLLM servers of one teacher. Call `close`, or use it in a with statement.
+    """Scorer over servers of one teacher. Call `close`, or use it in a with statement.
 
     Scores are of returned top-k log-probs: entropy is an interval, and the tail is 1 - their mass
     (`backends.returned`).
@@ -70,15 +64,17 @@ class ServerScorer:
         urls: Sequence[str],
         *,
         served: str = "",
+        engine: Engine = "auto",
         key: str | None = None,
         limits: Limits | None = None,
         cancel: CancelToken | None = None,
     ) -> None:
         """Connect to the servers.
 
-        served: the servers' name of the teacher; empty for their only model. cancel: gets a report
-        while no server is available. Raises ServerError if none answers within limits.wait_s or
-        one rejects the requests, and IdentityError if they do not serve one teacher.
+        served: the servers' name of the teacher; empty for their only model. engine: theirs.
+        cancel: gets a report while no server is available. Raises ServerError if none answers
+        within limits.wait_s or one rejects the requests, and IdentityError if they do not serve one
+        teacher.
         """
         limits = limits or Limits()
         # URLs are checked before the thread starts; a repeated URL is one server.
@@ -99,7 +95,7 @@ class ServerScorer:
             )
             for url in clients
         }
-        self._limits = limits
+        self._limits, self._engine = limits, engine
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -212,7 +208,7 @@ class ServerScorer:
         return {
             "name": "server",
             "dtype": "unknown",
-            "engine": f"vllm {self.info.version}" if self.info.version else "unknown",
+            "engine": f"{self.info.engine} {self.info.version}" if self.info.version else "unknown",
             "fingerprint": self.info.fingerprint,
             "path": self.info.path,
             "hosts": hosts([client.url for client in pool.clients]),
@@ -275,10 +271,9 @@ class ServerScorer:
             tasks = [group.create_task(one(client)) for client in clients]
         return [each.result() for each in tasks]
 
-    @staticmethod
-    async def _fetch_info(client: ServerClient, served: str) -> ServerInfo:
+    async def _fetch_info(self, client: ServerClient, served: str) -> ServerInfo:
         try:
-            return await fetch_info(client, served)
+            return await fetch_info(client, served, self._engine)
         except AnswerError as error:
             cause = client.one_line(error.cause)
             raise ServerError(f"{client.url}: {cause}", hint=error.hint) from None

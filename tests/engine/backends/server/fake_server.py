@@ -104,16 +104,19 @@ class FakeServer:
     async def _start(self) -> None:
         app = web.Application(client_max_size=1 << 28)
         app.router.add_get("/health", self._health)
-        app.router.add_get("/version", self._version)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/tokenize", self._tokenize)
-        app.router.add_post("/v1/completions", self._completions)
-        app.router.add_post("/inference/v1/generate", self._generate)
+        self._add_routes(app)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
         self.port = self._runner.addresses[0][1]
+
+    def _add_routes(self, app: web.Application) -> None:
+        app.router.add_get("/version", self._version)
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/inference/v1/generate", self._generate)
 
     async def _stop(self) -> None:
         await asyncio.sleep(0.02)  # a connection that was just accepted gets its transport
@@ -142,8 +145,10 @@ class FakeServer:
             return web.Response(body=self.cards)
         if self.cards is not None:
             return web.json_response({"data": self.cards})
-        card = {"id": self.served, "root": self.root, "parent": self.parent}
-        return web.json_response({"data": [card | {"max_model_len": self.max_model_len}]})
+        return web.json_response({"data": [self._card() | {"max_model_len": self.max_model_len}]})
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.served, "root": self.root, "parent": self.parent, "owned_by": "vllm"}
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         if self.tokenizer is None:
