@@ -71,6 +71,11 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Return them: Triton's binding reports objects that outlive the interpreter as leaks."""
+    gc.unfreeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose need is missing; under CI fail it, unless the need is in OPTIONAL."""
     for mark in item.iter_markers("needs"):

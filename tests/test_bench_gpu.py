@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -148,7 +147,7 @@ def test_a_run_that_is_stopped_ends_its_stage_and_shows_its_rows(tmp_path: Path)
         f"import sys\nsys.path.append({str(BENCH)!r})\n"
         "import gpu_run\n"
         "gpu_run.command = lambda *rest: ([sys.executable, '-Sc', 'print(1, flush=True); "
-        "import time; time.sleep(60)'], {})\n"
+        "import time; time.sleep(3600)'], {})\n"
         "gpu_run.subprocess.run = lambda words, check: print('summary of', words[2])\n"
         "sys.exit(gpu_run.main(['--out', sys.argv[1]]))"
     )
@@ -156,14 +155,12 @@ def test_a_run_that_is_stopped_ends_its_stage_and_shows_its_rows(tmp_path: Path)
         [sys.executable, "-c", code, tmp_path / "rows.jsonl"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    begun = time.monotonic()
     for line in process.stdout:
         if line == "1\n":
             break
     process.send_signal(signal.SIGTERM)
-    assert f"summary of {tmp_path}" in process.communicate()[0]
+    assert f"summary of {tmp_path}" in process.communicate(timeout=600)[0], "the stage was ended"
     assert process.returncode == 128 + signal.SIGTERM
-    assert time.monotonic() - begun < 50, "the stage was ended"
 
 
 def test_every_op_is_checked_first_at_a_production_shape(gpu_run: ModuleType) -> None:

@@ -97,6 +97,6 @@ def test_teacher_and_student_are_compared(call: Call, world: World, fake: FakeSe
 
 
 def test_an_unreachable_server_is_one_fault(call: Call) -> None:
-    result = call("doctor teacher http://127.0.0.1:9 --format json")
+    result = call("doctor teacher http://127.0.0.1:9 --server-wait 0.2 --format json")
     assert states(result) == {"server": "fault"}
     assert "does not answer" in result.json["checks"][0]["message"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.cli.conftest import TRAIN, World
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 PROMPTS = 400
 INTERRUPTED = "interrupted: committed units stay. Rerun the same command to resume."
 RUN = "from logitcask.cli.main import main; main()"

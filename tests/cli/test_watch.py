@@ -19,7 +19,7 @@ from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import make_model, make_tokenizer
 
 RUN = "from logitcask.cli.main import main; main()"
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 FAILS = "LOGITCASK_TEST_GRADER_FAILS"
 
 

@@ -5,6 +5,7 @@ imports, and so does each process that its supervisor starts. The exit code goes
 the command prints to the file that is the last word of the line.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -77,6 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # Before any fork: the imports of a process are those of this one.
     importlib.import_module("logitcask.engine.distill.roles")
+    gc.freeze()  # accelerate collects twice a training, which would copy all pages of this process
     mock.patch.object(subprocess, "Popen", Forked).start()
     processes.BACKOFF_S = 0.02
     for line in sys.stdin:

@@ -5,6 +5,7 @@ itself SIGKILL when it reaches `at` for the count-th time. Its exit code (-9 = k
 stdout. The kill leaves no time for a clean-up, and comes at the same point in every run.
 """
 
+import gc
 import json
 import os
 import signal
@@ -74,6 +75,7 @@ def _wrap(place: Any, name: str, after: bool, count: int) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects twice a training, which would copy all pages of this process
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()

@@ -118,7 +118,7 @@ def test_samples_hold_the_top_k_and_the_sampled_token(
     data = store.read_rollouts(segment)
     found = 0
     for _ in range(SEQUENCES):
-        sample = worker.rollout_buffer.get(timeout=60)
+        sample = worker.rollout_buffer.get(timeout=600)
         rows = sample.completion_mask.nonzero()[0]
         for at in rows:
             ids, lps = sample.teacher_topk_ids[at], sample.teacher_topk_logprobs[at]

@@ -97,7 +97,7 @@ def test_kill_9_loses_no_acknowledged_commit(disk_path: Path, counts: Any, start
         out = "".join(writer.stdout.readline() for _ in range(rng.randrange(4)))
         time.sleep(rng.random() * 0.2)
         writer.send_signal(signal.SIGKILL)
-        out += writer.communicate(timeout=60)[0]
+        out += writer.communicate(timeout=600)[0]
         # A truncated line was not acknowledged.
         lines = out[: out.rfind("\n") + 1].splitlines()
         acknowledged |= {line.split()[0] for line in lines}

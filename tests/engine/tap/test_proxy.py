@@ -209,12 +209,14 @@ def test_one_request_serves_clients_that_send_it_at_once_and_those_that_leave(
                 assert len(teacher.posts) == sent + 1
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(tap.complete(SEQUENCES[1]), 0.1)
-                await asyncio.sleep(0.5)
-                assert (await tap.complete(SEQUENCES[1]))[2] == "hit"
+                again = [(await tap.complete(SEQUENCES[1]))[2] for _ in range(2)]
+                assert again[0] in ("joined", "hit")
+                assert again[1] == "hit"
                 gone = teacher.seen.gone
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(tap.complete(SEQUENCES[2], n=2), 0.1)
-                await asyncio.sleep(0.2)
+                while teacher.seen.gone == gone:  # until the limit of a test
+                    await asyncio.sleep(0.01)
                 assert teacher.seen.gone == gone + 1
 
     asyncio.run(body())

@@ -3,6 +3,7 @@
 It trains one update on fixed rows and saves the gradients, then runs `train`.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ def held_out(store: Store) -> HeldOutSet:
 
 def main(case: Path, out: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # accelerate collects twice a training
     store = open_store(case / "store")
     source = PackSource(store, store.head(), "main", "big")
     rows = [source.pack(np.array([[0, s] for s in row])) for row in SEQUENCES]

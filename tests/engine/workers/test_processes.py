@@ -54,7 +54,7 @@ def is_alive(pid: int) -> bool:
 
 
 def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while not true():
         assert time.monotonic() < end
         time.sleep(0.005)

@@ -86,7 +86,7 @@ def assert_equal_scores(found: Scores, exact: Scores) -> None:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
+    for _ in range(60_000):
         if condition():
             return
         time.sleep(0.01)

@@ -12,7 +12,7 @@ from logitcask.engine.types import Report
 from logitcask.engine.workers.job import Job, WorkPlan
 from tests.engine.store.made import commit_rollouts, key
 
-LIMIT_S = 120.0
+LIMIT_S = 600.0
 UNIT_S = 0.15
 UNITS = 40
 ALONE = 6
