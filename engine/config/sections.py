@@ -76,11 +76,11 @@ class Import(Section):
     """Rollouts of another program."""
 
     files: tuple[Path, ...] = Field(description="Files, or folders of JSONL files.")
-    format: Literal["neutral", "text", "nemo-rl", "prime-rl", "vllm"] = Field(
+    format: Literal["neutral", "text", "nemo-gym", "nemo-rl", "prime-rl", "vllm"] = Field(
         description="Program that wrote them: neutral = prompt_ids and response_ids; text = "
         "messages, ShareGPT, or prompt and completion, tokenized by the student's tokenizer; "
-        "nemo-rl = train_data_step*.jsonl; prime-rl = token_exports; vllm = output of run-batch "
-        "with return_token_ids.",
+        "nemo-gym = *.tokens.jsonl; nemo-rl = train_data_step*.jsonl; prime-rl = traces.jsonl or "
+        "token_exports; vllm = output of run-batch with return_token_ids.",
     )
     turns: Literal["all", "last"] = Field(
         "all",

@@ -171,7 +171,9 @@ def _turns(line: Line) -> tuple[Turns, int] | None:
     """Return the checked turns of a conversation and the first that counts; None for texts."""
     keys = line.keys
     if isinstance(keys.get("conversations"), list):
-        parts = {"conversations": [_renamed(turn) for turn in keys["conversations"]]}
+        parts: dict[str, Any] = {
+            "conversations": [_renamed(turn) for turn in keys["conversations"]]
+        }
     elif "messages" in keys:
         parts = {"messages": keys["messages"]}
     elif isinstance(keys.get("prompt"), list):

@@ -8,12 +8,15 @@ from typing import Any
 
 from logitcask.engine.errors import PromptError
 from logitcask.engine.exchange.chat import TextReader
-from logitcask.engine.exchange.formats import FORMATS
+from logitcask.engine.exchange.formats import FORMATS, Reader, one_each
 from logitcask.engine.exchange.imported import Imported
+from logitcask.engine.prompts.lines import Line
 from logitcask.engine.prompts.source import no_file, open_source
 
 TEXT = "text"
 """Format of conversations and texts, which have no ids yet."""
+MAX_LINE_BYTES = 1 << 26
+"""Of one line: prime-rl writes all turns of an episode, and 20 values of a token, into one."""
 
 
 class Files:
@@ -44,16 +47,19 @@ class Files:
             yield from self._read(FORMATS[self._format])
             return
         with closing(TextReader(self._tokenizer, self._stops, last=self._last)) as reader:
-            yield from self._read(reader.read)
+            yield from self._read(one_each(reader.read))
 
-    def _read(self, of_line: Any) -> Iterator[Imported]:
+    def _read(self, reader: Reader) -> Iterator[Imported]:
+        for found in reader(self._lines()):
+            if found is None:
+                self.left_out += 1
+            else:
+                yield found
+
+    def _lines(self) -> Iterator[Line]:
         for file in self._files:
             try:
-                for line in open_source(file).lines():
-                    if (found := of_line(line)) is None:
-                        self.left_out += 1
-                    else:
-                        yield found
+                yield from open_source(file, most=MAX_LINE_BYTES).lines()
             except PromptError:
                 raise
             except OSError as error:

@@ -1,10 +1,10 @@
-"""Formats of rollouts that other programs write: one reader for each, from a line to a sequence.
+"""Formats of rollouts that other programs write: one reader for each, from lines to sequences.
 
 To add a format, write a reader and name it in FORMATS. A program that keeps its rollouts pickled
 has no reader here: README.md shows how to convert them where that program is installed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from logitcask.engine.exchange.imported import (
@@ -16,7 +16,12 @@ from logitcask.engine.exchange.imported import (
     own_fields,
     sequence,
 )
+from logitcask.engine.exchange.token_entries import read_entries
+from logitcask.engine.exchange.traces import read_episode
 from logitcask.engine.prompts.lines import Line, kind
+
+Reader = Callable[[Iterator[Line]], Iterator[Imported | None]]
+"""Yields the sequences of all lines; None for one in which no id counts."""
 
 NEUTRAL = frozenset(
     {"prompt_ids", "response_ids", "turns", "loss_mask", "logprobs", "version", "reward"}
@@ -131,8 +136,17 @@ def _only(line: Line, field: str, value: Any) -> Any:
     return value
 
 
-def prime_rl(line: Line) -> Imported | None:
-    """Read prime-rl's token_exports/step_*/rank_*.jsonl, schema version 1."""
+def prime_rl(lines: Iterator[Line]) -> Iterator[Imported | None]:
+    """Read prime-rl's rollouts/**/traces.jsonl and token_exports/**/rank_*.jsonl."""
+    seen = set[str]()
+    for line in lines:
+        if "traces" in line.keys:
+            yield from read_episode(line, seen)
+        else:
+            yield _token_export(line)
+
+
+def _token_export(line: Line) -> Imported | None:
     keys = line.keys
     if keys.get("schema_version") != 1:
         line.refuse(
@@ -145,18 +159,23 @@ def prime_rl(line: Line) -> Imported | None:
     return sequence(line, ids=ids, mask=mask, logprobs=logprobs)
 
 
-def vllm_batch(line: Line) -> Imported | None:
-    """Read the output of `vllm run-batch` with return_token_ids, one choice to a request."""
-    body = line.keys.get("response")
-    body = body.get("body") if isinstance(body, dict) else None
-    choices = body.get("choices") if isinstance(body, dict) else None
-    if not isinstance(body, dict) or not isinstance(choices, list) or len(choices) != 1:
-        count = len(choices) if isinstance(choices, list) else 0
-        line.refuse(
-            f"{count} choices, and one response is read from a line",
-            "ask for n = 1 in each request, and remove the lines of failed ones",
-        )
-    choice = choices[0] if isinstance(choices[0], dict) else {}
+def vllm_batch(lines: Iterator[Line]) -> Iterator[Imported | None]:
+    """Read the output of `vllm run-batch` with return_token_ids."""
+    for line in lines:
+        body = line.keys.get("response")
+        body = body.get("body") if isinstance(body, dict) else None
+        choices = body.get("choices") if isinstance(body, dict) else None
+        if not isinstance(body, dict) or not isinstance(choices, list) or not choices:
+            line.refuse(
+                f"the request has no choices; its error is {line.keys.get('error')!r:.200}",
+                "remove the lines of failed requests, or send them again",
+            )
+        for choice in choices:
+            yield _choice(line, body, choice if isinstance(choice, dict) else {})
+
+
+def _choice(line: Line, body: Mapping[str, Any], choice: Mapping[str, Any]) -> Imported | None:
+    """Return one response; a chat has the prompt's ids in the body, a completion in the choice."""
     prompt = choice.get("prompt_token_ids") or body.get("prompt_token_ids")
     if choice.get("token_ids") is None or prompt is None:
         line.refuse(
@@ -178,10 +197,16 @@ def vllm_batch(line: Line) -> Imported | None:
     return sequence(line, ids=prompt + response, mask=mask, logprobs=logprobs, **fields)
 
 
-FORMATS: dict[str, Callable[[Line], Imported | None]] = {
-    "neutral": neutral,
-    "nemo-rl": nemo_rl,
+def one_each(read: Callable[[Line], Imported | None]) -> Reader:
+    """Return the reader of files with one sequence on each line."""
+    return lambda lines: map(read, lines)
+
+
+FORMATS: dict[str, Reader] = {
+    "neutral": one_each(neutral),
+    "nemo-gym": read_entries,
+    "nemo-rl": one_each(nemo_rl),
     "prime-rl": prime_rl,
     "vllm": vllm_batch,
 }
-"""Name -> reader of a line of ids. Texts are read by chat.py."""
+"""Name -> reader of files of ids. Texts are read by chat.py."""

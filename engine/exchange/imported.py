@@ -104,10 +104,10 @@ def ids_in(line: Line, field: str, value: Any) -> list[int]:
     """Return a list of token ids; PromptError for any other value."""
     if not isinstance(value, list) or not value:
         line.refuse(f'field "{field}": {value!r:.80} is no list of token ids', "write [1, 2, 3]")
-    wrong = next((each for each in value if type(each) is not int or each < 0), None)
-    if wrong is not None:
+    wrong = [each for each in value if type(each) is not int or each < 0]
+    if wrong:
         line.refuse(
-            f'field "{field}": {wrong!r:.80} is no token id',
+            f'field "{field}": {wrong[0]!r:.80} is no token id',
             "write the ids as they were sampled, integers of 0 or more",
         )
     return value
@@ -116,10 +116,10 @@ def ids_in(line: Line, field: str, value: Any) -> list[int]:
 def mask_in(line: Line, field: str, value: Any, length: int) -> list[int]:
     """Return a mask of 0 and 1; PromptError for any other value, and for another length."""
     found = _list_of(line, field, value, length)
-    wrong = next((each for each in found if each not in (0, 1)), None)
-    if wrong is not None:
+    wrong = [each for each in found if each not in (0, 1)]
+    if wrong:
         line.refuse(
-            f'field "{field}": {wrong!r:.80} is none of 0, 1, true and false',
+            f'field "{field}": {wrong[0]!r:.80} is none of 0, 1, true and false',
             "write 1 for tokens that count in the loss, and 0 for others",
         )
     return [int(each) for each in found]

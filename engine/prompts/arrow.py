@@ -106,8 +106,13 @@ def _read(file: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def texts(where: Path, files: Iterable[Path]) -> Iterator[tuple[int, str]]:
-    """Yield (row from 0, JSON) of Parquet and Arrow files; raises PromptError."""
+def texts(
+    where: Path, files: Iterable[Path], most: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, str]]:
+    """Yield (row from 0, JSON) of Parquet and Arrow files; raises PromptError.
+
+    most: characters of the JSON of a row, at most.
+    """
     pyarrow = need("pyarrow")
 
     def batches() -> Iterator[Any]:
@@ -122,7 +127,7 @@ def texts(where: Path, files: Iterable[Path]) -> Iterator[tuple[int, str]]:
                     hint="write the file again: it is damaged, or of another format",
                 ) from error
 
-    yield from rows(where, batches())
+    yield from rows(where, batches(), most)
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -142,7 +147,9 @@ def _batches(file: Path) -> Iterator[Any]:
             yield from stack.enter_context(ipc.open_stream(mapped))
 
 
-def rows(where: Path, tables: Iterable[Any]) -> Iterator[tuple[int, str]]:
+def rows(
+    where: Path, tables: Iterable[Any], most: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, str]]:
     """Yield (row from 0, JSON) of tables or batches of Arrow; raises PromptError by row."""
     number = 0
     for table in tables:
@@ -158,11 +165,11 @@ def rows(where: Path, tables: Iterable[Any]) -> Iterator[tuple[int, str]]:
                     where, number, f"from it on: {error}", "write such values as text", unit="row"
                 )
             for values in zip(*columns, strict=True):
-                yield number, _text(where, number, table.schema, values)
+                yield number, _text(where, number, table.schema, values, most)
                 number += 1
 
 
-def _text(where: Path, number: int, schema: Any, values: Sequence[Any]) -> str:
+def _text(where: Path, number: int, schema: Any, values: Sequence[Any], most: int) -> str:
     """Return the JSON of one row, columns without a value left out."""
 
     def stop(field: str, cause: str, hint: str) -> Any:
@@ -174,8 +181,8 @@ def _text(where: Path, number: int, schema: Any, values: Sequence[Any]) -> str:
         if value is not None
     }
     text = json.dumps(row, ensure_ascii=False)
-    if len(text) > MAX_LINE_BYTES:
-        cause = f"its text is longer than {MAX_LINE_BYTES} characters"
+    if len(text) > most:
+        cause = f"its text is longer than {most} characters"
         refuse(where, number, cause, "shorten it, or remove columns", unit="row")
     return text
 

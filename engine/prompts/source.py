@@ -49,11 +49,16 @@ class Source:
 
 
 def open_source(
-    file: Path | str, columns: Columns | None = None, *, limit: int | None = None
+    file: Path | str,
+    columns: Columns | None = None,
+    *,
+    limit: int | None = None,
+    most: int = MAX_LINE_BYTES,
 ) -> Source:
     """Find the format of a file, folder or data set of prompts.
 
     limit: prompts that will be read; with one, a data set on the Hub is not downloaded whole.
+    most: bytes of a line of a file, at most.
     Raises PromptError for an unknown format, and for a split that is not there; ConfigError where
     the package that reads it is missing.
     """
@@ -82,11 +87,11 @@ def open_source(
             hint="leave it out, or give the folder that holds the splits",
         )
     if first.startswith(arrow.MAGIC):
-        return _of_rows(file, columns, lambda: arrow.texts(file, [file]), {})
+        return _of_rows(file, columns, lambda: arrow.texts(file, [file], most), {})
     names = columns.model_dump(exclude_defaults=True)
     return Source(
         file=file,
-        texts=lambda: _texts(file),
+        texts=lambda: _texts(file, most),
         columns=columns,
         record={"file": file.name, **names} if names else {},
     )
@@ -110,9 +115,9 @@ def no_file(file: Path, error: OSError) -> PromptError:
     )
 
 
-def _texts(file: Path) -> Iterator[tuple[int, str]]:
+def _texts(file: Path, most: int) -> Iterator[tuple[int, str]]:
     with file.open("rb") as stream:
-        yield from read_lines(file, stream)
+        yield from read_lines(file, stream, most)
 
 
 def read_lines(

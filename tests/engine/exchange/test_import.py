@@ -104,51 +104,6 @@ def test_each_format_gives_the_same_ids(
         assert lp == pytest.approx(expected, nan_ok=True) or (on and math.isnan(expected))
 
 
-HOSTILE: list[tuple[str, dict[str, Any], str]] = [
-    ("neutral", {"prompt_ids": [1]}, "exactly one"),
-    ("neutral", NEUTRAL | {"turns": []}, "exactly one"),
-    ("neutral", NEUTRAL | {"prompt_ids": []}, "no list of token ids"),
-    ("neutral", NEUTRAL | {"prompt_ids": "ab"}, "no list of token ids"),
-    ("neutral", NEUTRAL | {"response_ids": [7, -1, 9]}, "-1 is no token id"),
-    ("neutral", NEUTRAL | {"response_ids": [7, True, 9]}, "True is no token id"),
-    ("neutral", NEUTRAL | {"response_ids": [7, 8.0, 9]}, "8.0 is no token id"),
-    ("neutral", NEUTRAL | {"loss_mask": [1, 1]}, "2 values, and there are 3 tokens"),
-    ("neutral", NEUTRAL | {"loss_mask": [1, 2, 1]}, "2 is none of"),
-    ("neutral", NEUTRAL | {"logprobs": [-1.0]}, "1 values"),
-    ("neutral", NEUTRAL | {"logprobs": [-1.0, "x", -1.0]}, "a string, not a number"),
-    ("neutral", NEUTRAL | {"logprobs": [0.5, 0, 0]}, "log-prob of 0.5"),
-    ("neutral", NEUTRAL | {"reward": "good"}, "not a number"),
-    ("neutral", NEUTRAL | {"version": -1}, "no count"),
-    ("neutral", TURNS | {"loss_mask": [1]}, "each turn has its own"),
-    ("neutral", {"turns": [{"ids": [1], "sampled": 1}]}, "not a boolean"),
-    ("neutral", {"turns": [{"ids": [1], "sampled": True}]}, "no token comes before it"),
-    ("prime-rl", PRIME | {"schema_version": 2}, "1 is read here"),
-    ("prime-rl", PRIME | {"loss_mask": [True] * 4}, "4 values"),
-    ("prime-rl", PRIME | {"loss_mask": [True] * 5}, "no token comes before it"),
-    ("nemo-rl", {"content": ["text"], "input_lengths": [3]}, "texts only"),
-    ("nemo-rl", NEMO | {"input_lengths": [9]}, "there are 7 tokens"),
-    ("nemo-rl", NEMO | {"rewards": [1, 2]}, "a batch of 2"),
-    ("vllm", {"custom_id": "a", "response": None}, "0 choices"),
-    ("vllm", {"response": {"body": {"choices": [{"text": "x"}]}}}, "no token_ids"),
-    ("text", {"prompt": "a"}, "neither"),
-    ("text", {"messages": []}, "not a list of turns"),
-    ("text", {"prompt": [{"role": "user", "content": "a"}]}, "None is not a list of turns"),
-    ("text", {"messages": [{"role": "assistant", "content": "a"}]}, "begins it"),
-    ("text", {"conversations": [{"from": "alien", "value": "a"}]}, "is none of"),
-]
-
-
-@pytest.mark.parametrize(("format", "line", "cause"), HOSTILE)
-def test_a_wrong_line_is_refused_with_its_number(
-    tmp_path: Path, format: str, line: dict[str, Any], cause: str
-) -> None:
-    good = {"neutral": NEUTRAL, "prime-rl": PRIME, "nemo-rl": NEMO, "vllm": VLLM}
-    first = good.get(format, {"prompt": "a", "completion": "b"})
-    with pytest.raises(PromptError, match="line 2") as caught:
-        read(write(tmp_path / "a.jsonl", first, line), format)
-    assert cause in caught.value.cause
-
-
 def test_a_conversation_counts_what_its_assistant_says(tmp_path: Path) -> None:
     turns = [
         {"role": "user", "content": "add"},
