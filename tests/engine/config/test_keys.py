@@ -67,7 +67,7 @@ def unread(root: Path) -> set[tuple[str, str]]:
         path.write_text("".join(lines))
     (root / "mypy.ini").write_text(MYPY)
     output = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "cache"]
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", os.devnull]
         + [f".src/logitcask/{name}" for name in PACKAGES],
         cwd=root,
         capture_output=True,
