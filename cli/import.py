@@ -1,6 +1,5 @@
 """`logitcask import`: rollouts of other programs into a store."""
 
-from pathlib import Path
 from typing import Any
 
 import rich_click as click
@@ -12,7 +11,7 @@ from logitcask.engine.config.sections import Import, ImportConfig
 
 
 @click.command("import")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path())
 @config_options(
     ImportConfig,
     {
@@ -23,10 +22,11 @@ from logitcask.engine.config.sections import Import, ImportConfig
     },
 )
 @format_option
-def import_command(files: tuple[Path, ...], form: str, **flags: Any) -> None:
+def import_command(files: tuple[str, ...], form: str, **flags: Any) -> None:
     """Read the rollouts or texts of other programs into a store.
 
-    FILES are JSONL or Parquet, or folders of JSONL. The student, --model, gives its own top-k and
+    FILES are JSONL or Parquet, or folders of JSONL; with --from tap the store of a tap, whose
+    teacher's scores are taken over too. The student, --model, gives its own top-k and
     log-probs of every position, as for rollouts that it sampled; `score` and `train` follow as
     usual. Committed units are not scored again: rerun the same command to resume.
     engine/exchange/README.md has the formats.

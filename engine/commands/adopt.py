@@ -1,12 +1,16 @@
 """`logitcask import`: rollouts and texts of other programs become rollouts of a student."""
 
+from pathlib import Path
+
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import backend
 from logitcask.engine.config.sections import ImportConfig
 from logitcask.engine.errors import PromptError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.exchange.adopt import ImportReport, adopt, survey
+from logitcask.engine.exchange.adopt_recorded import adopt_recorded
 from logitcask.engine.exchange.files import TEXT, Files
+from logitcask.engine.exchange.recorded import TAP, survey_recorded
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.prompts.templates import Rendering
@@ -23,15 +27,16 @@ def run_import(
     """Check all files, let the student score their sequences, and commit what is missing.
 
     Every line is checked before a weight is read. Raises PromptError at the first invalid line, and
-    as `survey` and `adopt` do.
+    as `survey` and `adopt` do, with the store of a tap as `survey_recorded` and `adopt_recorded`.
     """
     settings = config.imported
+    if settings.format == TAP:
+        return _import_recorded(config, progress, on_event)
     path = identity.resolve_model(config.student.model, config.student.revision)
     tokenizer, is_text = load_tokenizer(path), settings.format == TEXT
     n_vocab, stop_ids = identity.vocabulary(path, identity.read_config(path), tokenizer)
-    files = Files(
-        settings.files, settings.format, tokenizer, stop_ids, last=settings.turns == "last"
-    )
+    paths = [Path(each) for each in settings.files]
+    files = Files(paths, settings.format, tokenizer, stop_ids, last=settings.turns == "last")
     contents = survey(
         files,
         n_vocab=n_vocab,
@@ -41,7 +46,7 @@ def run_import(
     )
     if not contents.sequences:
         raise PromptError(
-            f"{settings.files[0]} holds no sequence with a token that counts in a loss",
+            f"{paths[0]} holds no sequence with a token that counts in a loss",
             hint="give the program that wrote it with --from",
         )
     if files.left_out:
@@ -71,7 +76,51 @@ def run_import(
             student_k=settings.student_topk,
             unit_positions=settings.unit_positions,
             profile=config.store.profile,
-            source={"format": settings.format, "file": settings.files[0].name, "text": is_text},
+            source={"format": settings.format, "file": paths[0].name, "text": is_text},
+            extra=rendering.record(),
+            progress=progress,
+        )
+    finally:
+        close_backend(scorer)
+
+
+def _import_recorded(
+    config: ImportConfig, progress: Progress, on_event: EventHandler
+) -> ImportReport:
+    """Take the rollouts of a tap's store over, with the teacher's scores."""
+    settings, rendering = config.imported, Rendering(chat_template=False)
+    source = open_store(settings.files[0])
+    model = identity.model_ref(
+        config.student.model, revision=config.student.revision, chat_template=False
+    )
+    recorded = survey_recorded(
+        source,
+        settings.tap_rollouts,
+        model,
+        context=identity.context_length(model.path),
+        after_ids=settings.after,
+        foreign_eos=settings.foreign_eos,
+    )
+    if recorded.unknown:
+        on_event(
+            f"left out: {recorded.unknown} sequences of which it is unknown where the response "
+            "begins (--after)"
+        )
+    if recorded.repeated:
+        on_event(f"left out: {recorded.repeated} sequences that earlier segments have too")
+    if recorded.unscored:
+        on_event(f"{recorded.unscored} segments have no scores yet: import again after the tap")
+    store, scorer = open_store(config.store.url, create=True), backend(model, config.run)
+    try:
+        return adopt_recorded(
+            source,
+            recorded,
+            store,
+            scorer,
+            model,
+            name=config.store.rollouts,
+            student_k=settings.student_topk,
+            profile=config.store.profile,
             extra=rendering.record(),
             progress=progress,
         )

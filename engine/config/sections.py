@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from logitcask.engine.config.loop import LoopScore, LoopTeacher
 from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.runner import LoopRunner, StageRunner
-from logitcask.engine.config.section import Name, Positive, Section
+from logitcask.engine.config.section import NAME, Name, Positive, Section
 from logitcask.engine.config.teacher import Score, Teacher, Work
 from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Probe, Train
 from logitcask.engine.types import BATCH_TOKENS, SamplingParams
@@ -75,12 +75,15 @@ class Rollout(SamplingParams):
 class Import(Section):
     """Rollouts of another program."""
 
-    files: tuple[Path, ...] = Field(description="Files, or folders of JSONL files.")
-    format: Literal["neutral", "text", "nemo-gym", "nemo-rl", "prime-rl", "vllm"] = Field(
+    files: tuple[str | Path, ...] = Field(
+        description="Files, or folders of JSONL files; with tap the store of a tap."
+    )
+    format: Literal["neutral", "text", "nemo-gym", "nemo-rl", "prime-rl", "vllm", "tap"] = Field(
         description="Program that wrote them: neutral = prompt_ids and response_ids; text = "
         "messages, ShareGPT, or prompt and completion, tokenized by the student's tokenizer; "
         "nemo-gym = *.tokens.jsonl; nemo-rl = train_data_step*.jsonl; prime-rl = traces.jsonl or "
-        "token_exports; vllm = output of run-batch with return_token_ids.",
+        "token_exports; vllm = output of run-batch with return_token_ids; tap = a store of "
+        "`logitcask tap`, whose teacher's scores are taken over too.",
     )
     turns: Literal["all", "last"] = Field(
         "all",
@@ -91,8 +94,46 @@ class Import(Section):
         Rollout().student_topk, description="Ids of the student's own top-k kept per position."
     )
     unit_positions: Positive = Field(
-        65_536, description="Response tokens of a segment, about: the unit of commit."
+        65_536,
+        description="Response tokens of a segment, about: the unit of commit. With tap a segment "
+        "is one of the tap.",
     )
+    tap_rollouts: str = Field(
+        "",
+        pattern=rf"{NAME}|^$",
+        description="With tap: name of its rollouts; default: the only ones of the store.",
+    )
+    after: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (),
+        max_length=64,
+        description="With tap: ids, separated by commas, after which a response begins (after "
+        "their last occurrence), for sequences whose request did not give the place.",
+    )
+    foreign_eos: Literal["refuse", "keep"] = Field(
+        Score().foreign_eos,
+        description="With tap: as of `score`, responses that end in a stop token that the teacher "
+        "does not use.",
+    )
+
+    @field_validator("format")
+    @classmethod
+    def _of_one_store(cls, format: str, info: ValidationInfo) -> str:
+        if format == "tap" and len(info.data.get("files", ())) > 1:
+            raise ValueError("reads one store at a time, so give one")
+        return format
+
+    @field_validator("tap_rollouts", "after", "foreign_eos")
+    @classmethod
+    def _of_tap(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("format", "tap") != "tap":
+            raise ValueError("must be left out with files, whose lines say where a response begins")
+        return value
+
+    @field_validator("after", mode="before")
+    @classmethod
+    def _divided_by_commas(cls, ids: Any) -> Any:
+        """Split the text of a flag."""
+        return [each for each in ids.split(",") if each.strip()] if isinstance(ids, str) else ids
 
     @field_validator("turns")
     @classmethod

@@ -7,7 +7,7 @@ their log-probs, and ages are unknown.
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.backends.base import Scorer
-from logitcask.engine.errors import IntegrityError, PromptError
+from logitcask.engine.errors import IdentityError, IntegrityError, PromptError
 from logitcask.engine.exchange.files import Files
 from logitcask.engine.exchange.imported import Imported
 from logitcask.engine.models.identity import digest
 from logitcask.engine.rollout.unit import LOGPROB, scored
-from logitcask.engine.store import Store
+from logitcask.engine.store import Segment, Store
 from logitcask.engine.store.format.provenance import IMPORTED
 from logitcask.engine.types import (
     LENGTH,
@@ -30,6 +30,7 @@ from logitcask.engine.types import (
     ModelRef,
     Progress,
     Prompt,
+    Report,
     Rollouts,
     ScoreParams,
     no_progress,
@@ -49,7 +50,7 @@ class ImportReport:
     counted: int
     """Response tokens that count in a loss."""
     left_out: int
-    """Sequences without a token that counts."""
+    """Sequences without a token that counts, and repeated ones of a tap."""
     seconds: float
     positions_per_second: float
     """Of the new units, loading of the model excluded."""
@@ -179,10 +180,22 @@ def adopt(
     since `survey`.
     """
     begun_s = time.monotonic()
-    provenance = _provenance(contents, scorer, model, student_k, source, extra)
-    committed = store.head().unit_keys()
+    provenance = import_provenance(
+        scorer,
+        model,
+        student_k,
+        set_digest=digest({"imported": contents.digest, "student_topk": student_k}),
+        prompts=sum(count for _, count, _ in contents.units),
+        units=len(contents.units),
+        longest=contents.longest,
+        samples=contents.samples,
+        imported={**source, "behavior": contents.behavior},
+        extra=extra,
+    )
+    store.check_name("rollout", name, provenance, drawn=False)
     keys = [_key(contents, model, first, count, student_k) for first, count, _ in contents.units]
-    done_before = sum(key in committed for key in keys)
+    committed = committed_units(store, keys, name)
+    done_before = len(committed)
     done, new_positions = done_before, 0
     for number, unit in enumerate(in_units(files(), unit_positions)):
         if number >= len(keys) or _digest(unit) != contents.units[number][2]:
@@ -195,13 +208,8 @@ def adopt(
         first, count, _ = contents.units[number]
         rollouts = _rollouts(unit, model, contents)
         report = unit_report(progress, "import", done, len(keys), new_positions)
-        scores = scorer.score(
-            rollouts,
-            ScoreParams(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False),
-            progress=scored(report, rollouts.positions, "scored", 0.0, 1.0),
-        )
         store.commit_rollouts(
-            replace(rollouts, student=scores),
+            with_student(rollouts, scorer, student_k, report),
             name=name,
             unit_key=keys[number],
             unit={"version": model.version, "first": first, "count": count},
@@ -229,29 +237,65 @@ def _key(contents: Contents, model: ModelRef, first: int, count: int, student_k:
     return digest({"imported": contents.digest, **student, "first": first, "count": count})
 
 
-def _provenance(
-    contents: Contents,
+def committed_units(store: Store, keys: Iterable[str], name: str) -> dict[str, Segment]:
+    """Return the units that a store holds, by their keys.
+
+    Raises IdentityError where they are under another name than `name`.
+    """
+    store.log.refresh()
+    found = {key: unit for key in keys if (unit := store.log.winner(key)) is not None}
+    if others := sorted({unit.name for unit in found.values()} - {name}):
+        raise IdentityError(
+            f"these sequences of this student are in the store already, as rollouts {others[0]!r}",
+            hint=f"use --rollouts {others[0]}, or another store",
+        )
+    return found
+
+
+def with_student(rollouts: Rollouts, scorer: Scorer, student_k: int, report: Report) -> Rollouts:
+    """Return rollouts with the student's own scores of every position."""
+    scores = scorer.score(
+        rollouts,
+        ScoreParams(top_p=1.0, k_min=student_k, k_max=student_k, at_student=False),
+        progress=scored(report, rollouts.positions, "scored", 0.0, 1.0),
+    )
+    return replace(rollouts, student=scores)
+
+
+def import_provenance(
     scorer: Scorer,
     model: ModelRef,
     student_k: int,
-    source: Mapping[str, Any],
+    *,
+    set_digest: str,
+    prompts: int,
+    units: int,
+    longest: int,
+    samples: int = 0,
+    imported: Mapping[str, Any],
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """Return the provenance of imported rollouts.
+
+    set_digest: of the set, on which all rollouts of the name agree; prompts, units: of the set;
+    longest: response tokens; samples: responses to each prompt, 0 = unknown; imported: format and
+    origin; extra: more entries.
+    """
     return {
         "set": {
-            "digest": digest({"imported": contents.digest, "student_topk": student_k}),
-            "prompts": sum(count for _, count, _ in contents.units),
-            "units": len(contents.units),
+            "digest": set_digest,
+            "prompts": prompts,
+            "units": units,
             "student_topk": student_k,
-            "max_new_tokens": contents.longest,
+            "max_new_tokens": longest,
             "template": model.template_digest,
-            **({"n": contents.samples} if contents.samples else {}),
+            **({"n": samples} if samples else {}),
         },
         "student": model.provenance(),
         "backend": scorer.describe(),
         "scorer": scorer.describe(),
         "logprob": LOGPROB,
-        IMPORTED: {**source, "behavior": contents.behavior},
+        IMPORTED: dict(imported),
         **extra,
     }
 

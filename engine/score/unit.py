@@ -120,7 +120,14 @@ def run_score_unit(
     """Score one unit, commit it under its key, and return its positions."""
     store, params, segment = request.store, request.params, unit.segment
     rollouts = store.read_rollouts(segment)
-    check_stops(segment, rollouts, request.model, request.eos_rows)
+    check_stops(
+        rollouts,
+        request.eos_rows,
+        name=segment.name,
+        student=segment.provenance["student"]["stop_ids"],
+        teacher=request.model.name,
+        stop_ids=request.model.stop_ids,
+    )
     shown = rollouts if request.context is None else _with_context(rollouts, request.context)
     extra: IdLists | None = None
     if unit.at_scores is not None:

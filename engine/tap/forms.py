@@ -19,6 +19,7 @@ import numpy as np
 
 from logitcask.engine.backends.server.protocol import COMPLETIONS, GENERATE
 from logitcask.engine.backends.server.sglang import SGLANG
+from logitcask.engine.exchange.beginnings import after
 from logitcask.engine.tap import render
 from logitcask.engine.tap.record import MOST_K, MOST_TOKENS, Record
 from logitcask.engine.types import Array
@@ -184,18 +185,7 @@ def boundaries(request: ScoringRequest, marker: Sequence[int], header: str) -> l
         if len(given) == count:
             pairs = zip(given, request.sequences, strict=True)
             return [start if 0 < start < len(ids) else 0 for start, ids in pairs]
-    return [_after(ids, marker) for ids in request.sequences]
-
-
-def _after(ids: Array, marker: Sequence[int]) -> int:
-    width = len(marker)
-    if not 0 < width < len(ids):
-        return 0
-    starts = len(ids) - width + 1
-    same = [ids[at : at + starts] == each for at, each in enumerate(marker)]
-    found = np.flatnonzero(np.all(same, axis=0))
-    end = int(found[-1]) + width if len(found) else 0
-    return end if end < len(ids) else 0
+    return [after(ids, marker) for ids in request.sequences]
 
 
 def parts(

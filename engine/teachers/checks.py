@@ -1,13 +1,12 @@
 """Checks before scoring: teacher and student, stop ids, dtypes, and the scorer's capabilities."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import ConfigError, IdentityError
-from logitcask.engine.store import Segment
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import STOP, ModelRef, Rollouts, ScoreParams
 
@@ -44,13 +43,22 @@ def check_identity(
     return notes
 
 
-def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows: str) -> None:
+def check_stops(
+    rollouts: Rollouts,
+    eos_rows: str,
+    *,
+    name: str,
+    student: Iterable[int],
+    teacher: str,
+    stop_ids: Collection[int],
+) -> None:
     """Raise IdentityError for responses that end in a stop id that the teacher does not use.
 
     Its probability under the teacher is next to 0: one huge KL row in every sequence. With
-    eos_rows = "keep" such rows are allowed.
+    eos_rows = "keep" such rows are allowed. name: of the rollouts; student: stop ids of their
+    student; teacher, stop_ids: name and stop ids of the teacher.
     """
-    others = sorted(set(segment.provenance["student"]["stop_ids"]) - set(model.stop_ids))
+    others = sorted(set(student) - set(stop_ids))
     if eos_rows == "keep" or not others:
         return
     ends = rollouts.tokens[rollouts.seq_off[1:][rollouts.finish == STOP] - 1]
@@ -58,8 +66,8 @@ def check_stops(segment: Segment, rollouts: Rollouts, model: ModelRef, eos_rows:
     if len(found):
         share = float(np.isin(ends, found).mean())
         raise IdentityError(
-            f"{share:.0%} of the stopped responses of {segment.name!r} end in the stop ids "
-            f"{found.tolist()}, and {model.name} stops at {list(model.stop_ids)} only",
+            f"{share:.0%} of the stopped responses of {name!r} end in the stop ids "
+            f"{found.tolist()}, and {teacher} stops at {list(stop_ids)} only",
             hint="keep these rows with --foreign-eos keep, or add "
             "these eos_token_id to the teacher's "
             "config.json",

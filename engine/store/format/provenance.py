@@ -11,7 +11,9 @@ PROMPT_RANGE = "prompt_range"
 """Key of the prompts that a worker samples of one student version: `first` and `count`."""
 IMPORTED = "imported"
 """Key of rollouts that another program sampled: `format`, `file`, `text` and `behavior`, which is
-false where the distribution of the draws is unknown; their `behavior_logprobs` are then NaN."""
+false where the distribution of the draws is unknown; their `behavior_logprobs` are then NaN. Of a
+tap's rollouts that were adopted also `boundaries`, the origin of the beginnings of the responses:
+recorded, or after (the ids of `after` gave at least some)."""
 _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
     (dict,): ("an object", ("set", "student", "request", "backend", "run", PROMPT_RANGE, IMPORTED)),
     (list,): ("a list", ("stop_ids",)),

@@ -85,6 +85,11 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     return MODEL if function is describe else function(*args)
 
 
+def in_this_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call in this process."""
+    return function(*args)
+
+
 @dataclass
 class Client:
     tap: Tap
@@ -111,16 +116,19 @@ class Client:
 
 @asynccontextmanager
 async def open_tap(
-    url: str, folder: Path, *, rollouts: str = "tap", **settings: Any
+    url: str, folder: Path, *, rollouts: str = "tap", tokenizer: str = "", **settings: Any
 ) -> AsyncIterator[Client]:
-    """Run a tap in this event loop, and close it as SIGTERM does."""
+    """Run a tap in this event loop, and close it as SIGTERM does.
+
+    tokenizer: folder of the teacher's; "" = the scripted one's.
+    """
     events: list[str] = []
     config = TapConfig(
-        teacher=Teacher(model=url, name="teacher"),
+        teacher=Teacher(model=url, name="teacher", tokenizer=tokenizer),
         store=StoreSection(url=str(folder / "store"), rollouts=rollouts, profile="raw32"),
         tap=TapSection(**{"port": 0, **settings}),
     )
-    tap = Tap(config, events.append, call)
+    tap = Tap(config, events.append, in_this_process if tokenizer else call)
     try:
         await tap.start()
         runner = web.AppRunner(tap.application(), handler_cancellation=True, access_log=None)
