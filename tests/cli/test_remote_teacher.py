@@ -23,6 +23,7 @@ from logitcask.engine.score.unit import run_score_unit
 from logitcask.engine.store import open_store
 from tests.cli.conftest import KEPT, TRAIN, UNITS, CommandResult, World
 from tests.engine.backends.server.fake_server import FakeServer
+from tests.engine.backends.server.fake_sglang import FakeSGLang
 from tests.engine.backends.server.test_faults import WRONG
 from tests.engine.tiny import CHARACTERS, N_VOCAB, make_model, make_tokenizer, save_folder
 
@@ -85,6 +86,36 @@ def test_a_student_trains_from_the_scores_of_a_served_teacher(
         trained = call(f"{TRAIN} {store} --objective {objective} --out {out}")
         assert trained.code == 0, trained.err
         assert "entropy is an interval" in trained.err
+
+
+def test_scores_from_sglang_are_those_from_vllm(
+    call: Call, world: World, fake: FakeServer, model: Any
+) -> None:
+    """The same weights are one teacher, whichever of the two serves them."""
+    found = []
+    with FakeSGLang(model, tokenizer=make_tokenizer()) as sglang:
+        for server in (fake, sglang):
+            store = world.store(UNITS)
+            result = call(score_command(server, store))
+            assert result.code == 0, result.err
+            opened = open_store(world.at(store))
+            snapshot = opened.head()
+            for base in snapshot.rollouts("main"):
+                segments = snapshot.scores("served")[base.seg_id]
+                scores = opened.read_scores(segments, base=opened.read_rollouts(base))
+                found.append((segments[0].provenance["teacher"], scores))
+        assert "nothing to do" in call(score_command(fake, store)).out
+        wrong = call(f"score --model @teacher --server sglang --store {store} --teacher other")
+        wrong.assert_error(2, "server = sglang, and the teacher is not at a URL", "--server out")
+    assert len(found) == 2 * UNITS
+    for (theirs, expected), (ours, scores) in zip(found[:UNITS], found[UNITS:], strict=True):
+        assert ours == theirs
+        assert scores.s_cnt.all()
+        keys = ("lp", "entropy", "entropy_hi", "log_tail", "kept", "s_cnt", "s_ids", "s_lp")
+        for key in (*keys, "s_rank", "cnt", "ids", "entry_lp", "rank"):
+            np.testing.assert_allclose(
+                getattr(scores, key), getattr(expected, key), atol=1e-3, err_msg=key
+            )
 
 
 def test_distill_with_a_served_teacher_resumes(
