@@ -25,7 +25,7 @@ class RowRead(NamedTuple):
     """
 
     log_sum_exp: Tensor
-    """[C] nats"""
+    """[C] nats; -inf for a row of -inf alone, NaN for one with NaN or +inf."""
     entropy: Tensor
     """[C] nats"""
     top: Tensor

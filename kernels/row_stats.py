@@ -48,6 +48,7 @@ class RowScan(NamedTuple):
     """Result of one scan of P rows."""
 
     stats: RowStats
+    """Those of row_stats, but of a row of -inf alone the log-sum-exp is -inf."""
     group_max: Tensor | None
     """[P, n_groups (or more)]: maximum of columns [g * group, (g + 1) * group); columns past the
     last group are unset."""
@@ -159,10 +160,12 @@ def scan_kernel(  # type: ignore[no-untyped-def]
         s_row = tl.sum(tl.sum(s, 1), 0)
         # The shift was the first tile's maximum. Far from the true one, log2(d) and s / d are large
         # numbers whose difference is the entropy: 32 keeps that error near 2e-6. Rare, so the row
-        # is simply read again. (A row of -inf alone becomes NaN by the new shift of -inf.)
+        # is simply read again. Not a row of -inf alone: the new shift is its log-sum-exp, unless
+        # there is a NaN, which the sums have and a maximum does not.
         top = transformed(tl.max(lane_max, 0), inner, outer, 0.0, SOFTCAP)
-        repeat = (tl.abs(top - shift) > 32.0).to(tl.int32)
-        shift = tl.where(repeat == 1, top, shift)
+        far = tl.abs(top - shift) > 32.0
+        repeat = (far & (top > -float("inf"))).to(tl.int32)
+        shift = tl.where(far, top, shift)
     log_d = tl.log2(d_row)
     tl.store(log_sum_exp + row, (shift + log_d) * LN2)
     tl.store(entropy + row, (log_d - s_row / d_row) * LN2)
@@ -235,6 +238,7 @@ def _scan_torch(
             _group_max_torch(z_c, group, out=group_max[rows])
             top = group_max[rows].amax(-1)
         top = logit_transform.apply(top.to(lse.dtype))
+        top.masked_fill_(top == -torch.inf, 0.0)  # a log-sum-exp of -inf, and not NaN as with a NaN
         if not logit_transform.is_plain:
             z_c = logit_transform.apply(z_c.to(lse.dtype))
         y = torch.sub(z_c, top[:, None], out=shifted[: z_c.shape[0]])
@@ -282,4 +286,6 @@ def row_stats(
     n_vocab = check_logits(logits, n_vocab)
     logit_transform.check()
     with torch.no_grad():
-        return scan_rows(logits, n_vocab, group=0, logit_transform=logit_transform).stats
+        lse, entropy = scan_rows(logits, n_vocab, group=0, logit_transform=logit_transform).stats
+        empty = lse == -torch.inf
+        return RowStats(lse.masked_fill(empty, torch.nan), entropy.masked_fill(empty, torch.nan))

@@ -45,9 +45,6 @@ from logitcask.kernels.tp_group import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_NAN_CHUNK = 1 << 24
-"""Logits of rows with NaN statistics that are copied and read again at a time."""
-
 
 def own_columns(ids: Tensor, first: int, n_own: int) -> Tensor:
     """Return [C, S]: the shard's column of each id; -1 for other shards and padding."""
@@ -74,28 +71,13 @@ def read_shard(
         at_ids = lse[:, None].expand(columns.shape)
         return RowRead(lse, torch.zeros_like(lse), none, none.long(), at_ids)
     read = read_rows(logits, columns, min(k, n_own), n_own, logit_transform)
-    empty = _empty_rows(logits[:, :n_own], read.log_sum_exp)
     return RowRead(
-        read.log_sum_exp.masked_fill(empty, -torch.inf),
-        read.entropy.masked_fill(empty, 0.0),
+        read.log_sum_exp,
+        read.entropy.masked_fill(read.log_sum_exp == -torch.inf, 0.0),
         read.top,
         read.top_ids + first,
         read.at_ids.masked_fill(columns < 0, -torch.inf),
     )
-
-
-def _empty_rows(logits: Tensor, log_sum_exp: Tensor) -> Tensor:
-    """Return [C] bool: rows of logits [C, n_own] that hold only -inf.
-
-    row_stats returns NaN for them, but also for a NaN or +inf logit, which must stay NaN. So rows
-    with NaN, most often none, are read again; on a GPU the host waits for their numbers.
-    """
-    empty = torch.zeros_like(log_sum_exp, dtype=torch.bool)
-    nan_rows = log_sum_exp.isnan().nonzero()[:, 0]
-    for chunk in row_chunks(len(nan_rows), max(1, _NAN_CHUNK // logits.shape[1])):
-        rows = nan_rows[chunk]
-        empty[rows] = logits[rows].amax(1) == -torch.inf  # amax of a NaN is NaN
-    return empty
 
 
 def merge_reads(parts: Sequence[RowRead], k: int) -> RowRead:

@@ -28,6 +28,7 @@ from logitcask.kernels.row_grad import row_grad
 from logitcask.kernels.row_stats import row_stats
 from logitcask.kernels.sparse_kl import sparse_kl
 from logitcask.kernels.topk_select import topk_select
+from logitcask.kernels.vocab_parallel import merge_reads, read_shard
 
 P, V, D, S, K = 4096, 151936, 1024, 16, 16
 
@@ -117,6 +118,14 @@ def test_the_parts_do_not_wait(launches: dict[str, int]) -> None:
     at_ids = torch.empty(P, S)
     assert row_grad(logits, stats.log_sum_exp, stats.entropy, ids, at_ids).shape == (P, V)
     assert launches.keys() == {"scan_kernel", "select_kernel", "grad_kernel"}
+
+
+def test_a_shard_of_the_head_does_not_wait(launches: dict[str, int]) -> None:
+    logits = torch.empty(P, V, dtype=torch.bfloat16)
+    part = read_shard(logits, torch.empty(P, S, dtype=torch.int64), K, first=V, n_own=V)
+    read = merge_reads([part, part], K)
+    assert read.top_ids.shape == (P, K)
+    assert launches.keys() == {"scan_kernel", "select_kernel"}
 
 
 def test_a_sum_by_id_has_no_program_for_each_term(launches: dict[str, int]) -> None:
