@@ -2,7 +2,8 @@
 
 Run: python bench/gpu_check.py [--device cuda|cpu] [--part first|wider] [--budget SECONDS]
 
-  first   every op at a production and at an odd shape, in the dtype of training
+  first   every op at a production and at an odd shape, in the dtype of training; the ops of
+          library.py within torch.compile
   wider   all kinds of logits, dtypes, k, forms of an objective, and more than 2^31 logits
 
 A step at a time, with a row appended after each, so that a run that is stopped keeps the others. On
@@ -104,6 +105,10 @@ def _first(sizes: Sizes) -> Iterator[Step]:
     for n_vocab, shape in zip(sizes.vocabularies, (sizes.production, sizes.case), strict=False):
         yield from _on_logits(sizes, dtype, n_vocab, KINDS[:1])
         yield from _of_losses(sizes, dtype, shape, (TAIL,), FORMS[:1])
+    shape, device = sizes.case, torch.device(sizes.device)
+    for name in ("sparse_kl", "linear_sparse_kl", "indexed_linear"):
+        run = partial(gpu_checks.compiled, shape, dtype, device, name)
+        yield Step(what=f"compiled {name} T={shape.T} V={shape.V}", dtype=dtype, run=run)
 
 
 def _wider(sizes: Sizes) -> Iterator[Step]:

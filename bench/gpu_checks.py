@@ -8,16 +8,19 @@ from kernel_calls import (
     Call,
     Results,
     has_oracle,
+    leaves,
     our_hidden,
     our_indexed,
     our_logits,
     plain_gradients,
 )
+from kernel_fused import make_objective
 from kernel_machine import name_of
-from kernel_providers import KL, LIVE
+from kernel_providers import KL, LIVE, TAIL
 from kernel_shapes import Case, Shape, make_case
 from torch import Tensor
 
+from logitcask.kernels import library
 from logitcask.kernels.row_grad import row_grad, row_grad_reference
 from logitcask.kernels.row_stats import RowStats, row_stats, row_stats_reference
 from logitcask.kernels.topk_select import topk_select, topk_select_reference
@@ -165,6 +168,27 @@ def on_ids(
     for name, loss, make in calls:
         if has_oracle(loss, case):
             yield from _of_loss(f"{name}, {loss}", loss, case, make(case))
+
+
+def compiled(shape: Shape, dtype: torch.dtype, device: torch.device, name: str) -> Iterator[Check]:
+    """Check an op of library.py within torch.compile(fullgraph=True) against the op alone."""
+    case = make_case("hidden", shape, dtype, device)
+    loss = KL if name == "indexed_linear" else TAIL
+    objective = make_objective(loss, case.teacher, shape.k)
+
+    def run(hidden: Tensor, weight: Tensor) -> Tensor:
+        inputs = (hidden @ weight.T,) if name == "sparse_kl" else (hidden, weight)
+        done = getattr(library, name)(*inputs, case.teacher.ids, objective, k=shape.k)
+        return done.loss * 3
+
+    torch.compiler.reset()
+    found = []
+    for step in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        inputs = leaves(case.hidden, case.weight)
+        value = step(*inputs)
+        found.append([value.detach(), *torch.autograd.grad(value, inputs)])
+    for what, alone, within in zip(("loss", "gradient", "head's gradient"), *found, strict=True):
+        yield same(f"compiled {name}, {loss}: {what}", dtype, within, alone)
 
 
 def _of_loss(name: str, loss: str, case: Case, ours: Call) -> Iterator[Check]:
